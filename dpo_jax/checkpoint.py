@@ -1,0 +1,66 @@
+"""Checkpoints by orbax (v1 API, still named experimental inside orbax; used in this file alone).
+
+Saves are asynchronous and atomic: a kill in the middle leaves the checkpoint before it as the latest.
+"""
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from dpo_jax.step import TrainState
+
+
+class Checkpoints:
+    """The checkpoints of one run: the `keep` latest and, by `best_metric` where it is not "", the best one."""
+
+    def __init__(self, folder, *, keep: int, best_metric: str = ""):
+        self._best_metric = best_metric
+        policies = ocp.training.preservation_policies
+        kept = [policies.LatestN(keep)]
+        if best_metric:
+            kept.append(policies.BestN(get_metric_fn=self._rank, n=1, keep_checkpoints_without_metrics=False))
+        self._checkpointer = ocp.training.Checkpointer(
+            str(folder), preservation_policy=policies.AnyPreservationPolicy(kept), cleanup_tmp_directories=True,
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._checkpointer.close()  # waits for a save under way
+
+    def latest(self) -> int | None:
+        """The step of the latest complete checkpoint."""
+        latest = self._checkpointer.latest
+        return None if latest is None else latest.step
+
+    def best(self) -> tuple[int, float] | None:
+        """Step and metric of the best checkpoint."""
+        rated = [c for c in self._checkpointer.checkpoints if c.metrics is not None]
+        best = max(rated, key=lambda c: self._rank(c.metrics), default=None)
+        return None if best is None else (best.step, best.metrics[self._best_metric])
+
+    def is_better(self, value: float) -> bool:
+        """Whether a metric's value beats the best checkpoint's."""
+        best = self.best()
+        return best is None or self._rank({self._best_metric: value}) > self._rank({self._best_metric: best[1]})
+
+    def save(self, step: int, state: TrainState, metrics: dict | None = None) -> None:
+        """Saves in the background, unless the step is saved already; the state may be donated right after."""
+        metrics = {self._best_metric: metrics[self._best_metric]} if metrics and self._best_metric else None
+        if step != self.latest():
+            self._checkpointer.save_async(step, _as_dict(state), metrics=metrics, force=True)
+
+    def restore(self, step: int, shapes: TrainState, shardings: TrainState) -> TrainState:
+        """The state of a step, placed by `shardings`, which may be another mesh's than it was saved from."""
+        abstract = jax.tree.map(
+            lambda x, placed: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), shapes, shardings)
+        return TrainState(**self._checkpointer.load(step, _as_dict(abstract)))
+
+    def _rank(self, metrics) -> float:
+        """Higher is better: losses and negative log-likelihoods count negatively."""
+        value = metrics[self._best_metric]
+        return -value if self._best_metric.startswith(("loss", "nll")) else value
+
+
+def _as_dict(state: TrainState) -> dict:
+    return dict(step=state.step, params=state.params, opt_state=state.opt_state)

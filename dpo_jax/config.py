@@ -1,0 +1,248 @@
+"""The config tree: every field with its default and meaning, its checks, and what each stage depends on.
+
+A config file calls `default(stages)` and changes fields. The tree holds a block for each stage it runs and
+for no other, so an override of a field that would do nothing is refused by name. Defaults are the paper's
+(appendix B) or, where it is silent, its reference code's.
+"""
+
+import json
+
+from ml_collections import ConfigDict
+
+SOURCES = ("local", "hh", "shp", "imdb", "tldr", "toy")
+OPTIMIZERS = ("rmsprop", "adamw", "adafactor", "lion", "sgd")
+SCHEDULES = ("constant", "linear", "cosine")
+SMOOTHED_LOSSES = ("sigmoid", "robust")  # the preference losses that use label_smoothing
+PREFERENCE_LOSSES = ("sigmoid", "sigmoid_norm", "ipo", "ipo_sum", "hinge", "robust")
+
+
+def default(stages: tuple[str, ...]) -> ConfigDict:
+    """The config of a run through `stages`, with the paper's values."""
+    config = ConfigDict()
+    config.stages = tuple(stages)  # what runs, in order; each writes WORKDIR/NAME/
+    config.run = ""  # name of the last training stage's folder, so that a sweep shares a WORKDIR; "": the stage's
+    config.seed = 0  # weights from scratch, data order, sampling
+    config.model = ConfigDict(dict(
+        path="",  # Hugging Face name or folder with config.json, safetensors and tokenizer; "": from scratch
+        tokenizer="",  # where the tokenizer is; "": with the model
+        scratch=dict(),  # Hugging Face config fields (model_type, n_layer, ...) of a model made at random
+        dtype="float32",  # compute dtype: float32 or bfloat16; weights, log-probs and losses stay float32
+        remat="none",  # what the backward pass recomputes: none, full (all of a layer), dots (all but products)
+    ))
+    config.data = ConfigDict(dict(
+        source="local",  # local, hh, shp, imdb, tldr or toy
+        path="",  # hub name, folder or file
+        train_split="train",  # a split's name, or several joined by +
+        eval_split="",  # "": test or validation where there is one, else a held-out part of the one split
+        eval_fraction=0.02,  # share of prompts held out, chosen by hash, where there is one split only
+        max_rows=0,  # train on the first rows only; 0: all
+        max_eval_rows=256,  # evaluate on the first held-out rows only; 0: all
+        max_length=512,  # longest prompt + response, tokens
+        max_prompt_length=256,  # a prompt is cut to this where prompt + response is too long, tokens
+        truncate="auto",  # keep_start or keep_end of a prompt that is cut; auto: keep_end where it ends in a cue
+        append_eos=True,  # end each response with EOS; False only where every response has one length
+        shuffle=True,  # a new order each epoch; False: the file's order
+        on_bad_row="error",  # a malformed row is an error, or counted and left out: drop
+        max_dropped=0.05,  # stop when more than this share of the rows would be dropped
+        show=0,  # print this many rows as the model sees them, scored tokens marked
+    ))
+    config.mesh = ConfigDict(dict(
+        data=-1,  # copies of the weights; -1: all devices that are left
+        fsdp=1,  # devices that split both the weights and the batch
+        tensor=1,  # devices that split heads, feed-forward width and vocabulary
+    ))
+    config.log = ConfigDict(dict(
+        tensorboard=False,  # write TensorBoard events to each stage's folder (needs tensorboardX)
+        wandb="",  # Weights & Biases project; "": off (needs wandb)
+    ))
+    for stage in stages:
+        if stage not in BLOCKS:
+            raise ValueError(f"unknown stage {stage!r}; there are: {', '.join(BLOCKS)}.")
+        config[stage] = ConfigDict(BLOCKS[stage]())
+    return config
+
+
+def _training() -> dict:
+    """The fields that every training stage has."""
+    return dict(
+        batch_size=64,  # rows (pairs) per optimiser step, over all devices
+        microbatch_size=0,  # rows per forward and backward pass, over all devices; 0: the whole batch
+        steps=0,  # optimiser steps; 0: what `epochs` makes
+        epochs=1.0,  # passes over the data, where steps is 0
+        optimizer="rmsprop",  # rmsprop (as torch's), adamw, adafactor, lion or sgd
+        weight_decay=0.0,  # of adamw and lion, times the learning rate
+        lr=1e-6,  # peak learning rate
+        schedule="constant",  # after the warm-up: constant, or linear or cosine to 0
+        warmup_steps=150,  # linear from lr / (warmup_steps + 1)
+        max_grad_norm=10.0,  # gradients are scaled down to this norm; 0: never
+        eval_every=312,  # steps between evaluations (the reference's 20,000 examples); one before step 1 and at the end
+        save_every=312,  # steps between checkpoints; one at the end
+        log_every=1,  # steps between rows of metrics.jsonl
+        keep=1,  # how many of the latest checkpoints to keep
+        keep_best="",  # an evaluation metric: its best checkpoint is kept too, and exported; losses are minimised
+    )
+
+
+def _sft() -> dict:
+    return dict(
+        loss="sum",  # per example: sum of its tokens' losses (the reference), or token_mean: over all tokens
+        **_training(),
+    )
+
+
+def _dpo() -> dict:
+    return dict(
+        loss="sigmoid",  # sigmoid, sigmoid_norm, ipo (per-token mean), ipo_sum, hinge or robust
+        beta=0.1,  # strength of the KL penalty
+        label_smoothing=0.0,  # assumed share of flipped labels; sigmoid and robust only
+        reference="init",  # init: the weights this stage starts from; none: reference-free; or a model's path
+        **_training(),
+    )
+
+
+def _pairs() -> dict:
+    return dict(
+        prompts=4000,  # how many prompts are sampled
+        completions=4,  # completions per prompt; all their pairs are labelled
+        labels="bradley_terry",  # sampled with probability sigmoid(reward difference), or deterministic
+    )
+
+
+def _evaluate() -> dict:
+    return dict()
+
+
+BLOCKS = {"sft": _sft, "pairs": _pairs, "dpo": _dpo, "evaluate": _evaluate}
+TRAINING_STAGES = ("sft", "dpo")
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks every field that has a wrong value; ValueError names the field, the value and what is allowed."""
+    if not config.stages:
+        _fail("stages", config.stages, "at least one of " + ", ".join(BLOCKS))
+    for stage in config.stages:
+        if stage not in BLOCKS:
+            _fail("stages", stage, "one of " + ", ".join(BLOCKS))
+        if stage not in config:
+            _fail("stages", stage, "a stage that this config file has a block for; take a config file that runs it")
+    if len(set(config.stages)) != len(config.stages):
+        _fail("stages", config.stages, "each stage once")
+    if config.run and not set(config.stages) & set(TRAINING_STAGES):
+        _fail("run", config.run, "empty where no stage trains")
+    if config.run in BLOCKS or "/" in config.run:
+        _fail("run", config.run, "a folder's name, other than a stage's")
+    _validate_model(config.model)
+    _validate_data(config.data)
+    for stage in set(config.stages) & set(TRAINING_STAGES):
+        _validate_training(stage, config[stage])
+    if "sft" in config.stages:
+        _one_of("sft.loss", config.sft.loss, ("sum", "token_mean"))
+    if "dpo" in config.stages:
+        _validate_dpo(config.dpo)
+    if "pairs" in config.stages:
+        _one_of("pairs.labels", config.pairs.labels, ("bradley_terry", "deterministic"))
+        _at_least("pairs.prompts", config.pairs.prompts, 1)
+        _at_least("pairs.completions", config.pairs.completions, 2)
+
+
+def _validate_model(model):
+    if bool(model.path) == bool(len(model.scratch)):
+        _fail("model.path", model.path, "a hub name or a folder in Hugging Face format, or else model.scratch")
+    _one_of("model.dtype", model.dtype, ("float32", "bfloat16"))
+    _one_of("model.remat", model.remat, ("none", "full", "dots"))
+
+
+def _validate_data(data):
+    _one_of("data.source", data.source, SOURCES)
+    _one_of("data.truncate", data.truncate, ("auto", "keep_start", "keep_end"))
+    _one_of("data.on_bad_row", data.on_bad_row, ("error", "drop"))
+    if data.source != "toy" and not data.path:
+        _fail("data.path", data.path, "a hub name, a folder or a file")
+    if data.source == "toy" and data.path:
+        _fail("data.path", data.path, "empty: the toy makes its own data")
+    _at_least("data.max_length", data.max_length, 2)
+    if not 0 < data.max_prompt_length < data.max_length:
+        _fail("data.max_prompt_length", data.max_prompt_length, f"between 1 and data.max_length - 1 = {data.max_length - 1}")
+    if not 0 < data.eval_fraction < 1:
+        _fail("data.eval_fraction", data.eval_fraction, "between 0 and 1")
+    if not 0 <= data.max_dropped <= 1:
+        _fail("data.max_dropped", data.max_dropped, "between 0 and 1")
+    for field in ("max_rows", "max_eval_rows", "show"):
+        _at_least(f"data.{field}", data[field], 0)
+
+
+def _validate_training(stage, block):
+    _one_of(f"{stage}.optimizer", block.optimizer, OPTIMIZERS)
+    _one_of(f"{stage}.schedule", block.schedule, SCHEDULES)
+    for field in ("batch_size", "eval_every", "save_every", "log_every", "keep"):
+        _at_least(f"{stage}.{field}", block[field], 1)
+    for field in ("microbatch_size", "steps", "warmup_steps", "max_grad_norm", "weight_decay"):
+        _at_least(f"{stage}.{field}", block[field], 0)
+    if block.microbatch_size and block.batch_size % block.microbatch_size:
+        _fail(f"{stage}.microbatch_size", block.microbatch_size, f"a divisor of {stage}.batch_size = {block.batch_size}")
+    if not block.lr > 0:
+        _fail(f"{stage}.lr", block.lr, "more than 0")
+    if not block.steps and not block.epochs > 0:
+        _fail(f"{stage}.epochs", block.epochs, f"more than 0, where {stage}.steps is 0")
+    if block.weight_decay and block.optimizer not in ("adamw", "lion"):
+        _fail(f"{stage}.weight_decay", block.weight_decay, f"0: {block.optimizer} has none, adamw and lion have")
+
+
+def _validate_dpo(block):
+    _one_of("dpo.loss", block.loss, PREFERENCE_LOSSES)
+    if not block.beta > 0:
+        _fail("dpo.beta", block.beta, "more than 0")
+    if not 0 <= block.label_smoothing < 0.5:
+        _fail("dpo.label_smoothing", block.label_smoothing, "from 0 to below 0.5")
+    if block.label_smoothing and block.loss not in SMOOTHED_LOSSES:
+        _fail("dpo.label_smoothing", block.label_smoothing,
+              f"0: the {block.loss} loss has none, {' and '.join(SMOOTHED_LOSSES)} have")
+    if not block.reference:
+        _fail("dpo.reference", block.reference, '"init", "none" or the path of a model')
+
+
+def _one_of(field, value, allowed):
+    if value not in allowed:
+        _fail(field, value, "one of " + ", ".join(allowed))
+
+
+def _at_least(field, value, least):
+    if value < least:
+        _fail(field, value, f"at least {least}")
+
+
+def _fail(field, value, expected):
+    raise ValueError(f"config.{field} = {value!r}: expected {expected}.")
+
+
+# What can change between two starts of a stage without changing what it makes.
+_FREE = ("data.show", "log_every", "save_every", "keep")
+
+
+def folder_names(config: ConfigDict) -> dict[str, str]:
+    """Stage -> folder under WORKDIR: its name; `config.run` for the last training stage, and a suffix after it."""
+    names = {stage: stage for stage in config.stages}
+    if config.run:
+        last = max(i for i, stage in enumerate(config.stages) if stage in TRAINING_STAGES)
+        for i, stage in enumerate(config.stages[last:]):
+            names[stage] = config.run if i == 0 else f"{stage}-{config.run}"
+    return names
+
+
+def dependencies(config: ConfigDict, stage: str) -> dict:
+    """Every field (dotted name -> value) that the stage's result depends on: its own, the model's, the data's,
+    and those of the stages before it."""
+    before = config.stages[:config.stages.index(stage) + 1]
+    fields = {"seed": config.seed, "stages": list(before)}
+    for block in ("model", "data", *before):
+        fields |= _flat(block, json.loads(config[block].to_json()))
+    return {name: value for name, value in fields.items()
+            if name not in _FREE and name.rpartition(".")[2] not in _FREE}
+
+
+def _flat(prefix, tree) -> dict:
+    flat = {}
+    for key, value in tree.items():
+        name = f"{prefix}.{key}"
+        flat |= _flat(name, value) if isinstance(value, dict) else {name: value}
+    return flat

@@ -1,0 +1,118 @@
+"""Batches as a pure function of (seed, step): no iterator, no state, the same for any number of processes.
+
+A batch is a dict of arrays with two leading axes: microbatches A (accumulated one after the other) and shards
+S (one per device that splits the batch). The rest is as in `layout.pack`, and `weights` [A, S, P] is 1 for a
+real example and 0 for one that only fills up the last evaluation batch.
+"""
+
+import concurrent.futures
+
+import numpy as np
+
+from dpo_jax.data import layout
+
+SHAPES = 2  # how many shapes, so compiled programs, a run may have
+FILLER = -1  # in an order: no row, the batch is only filled up
+
+
+def training_order(size: int, batch_size: int, steps: int, seed: int | None) -> np.ndarray:
+    """Which row is where in each batch, [steps, batch_size]: epoch after epoch, each in an order of its own.
+
+    A step's rows do not depend on `steps`. seed None keeps the data's own order.
+    """
+    epochs = -(-steps * batch_size // size)
+    orders = [np.arange(size) if seed is None else np.random.default_rng([seed, epoch]).permutation(size)
+              for epoch in range(epochs)]
+    return np.concatenate(orders)[:steps * batch_size].reshape(steps, batch_size)
+
+
+def evaluation_order(size: int, batch_size: int) -> np.ndarray:
+    """Every row once, in order; the last batch is filled up."""
+    steps = -(-size // batch_size)
+    order = np.full(steps * batch_size, FILLER)
+    order[:size] = np.arange(size)
+    return order.reshape(steps, batch_size)
+
+
+class Batches:
+    """`batches[step]`: the batch of a step, in one of at most SHAPES shapes chosen from the whole run's lengths."""
+
+    def __init__(self, examples, order: np.ndarray, *, microbatches: int = 1, shards: int = 1):
+        """examples: list of (prompt, responses) token ids; order: [steps, batch_size] rows of it."""
+        batch_size = order.shape[1]
+        if batch_size % (microbatches * shards):
+            raise ValueError(f"a batch of {batch_size} rows does not split evenly into {microbatches} microbatches "
+                             f"over {shards} data shards (mesh.data x mesh.fsdp): change batch_size, "
+                             "microbatch_size or the mesh.")
+        self.order, self.microbatches, self.shards = order, microbatches, shards
+        self._examples = examples
+        self._sizes = np.array([len(prompt) + sum(map(len, responses)) for prompt, responses in examples])
+        self.shapes = layout.choose({self._shape(step) for step in range(len(order))}, SHAPES)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, step: int) -> dict:
+        needed = self._shape(step)
+        shape = next(shape for shape in self.shapes if shape.covers(needed))
+        cells = [self._pack(cell, shape) for cell in self._cells(step)]
+        return _stack(cells, (self.microbatches, self.shards))
+
+    def placed(self, step: int) -> np.ndarray:
+        """Which row (or FILLER) is at each place [A * S * P] of the batch's arrays."""
+        return np.concatenate(self._cells(step))
+
+    def tokens(self, step: int) -> int:
+        """How many real tokens the model reads in a batch, each prompt once."""
+        rows = self.order[step]
+        return int(self._sizes[rows[rows != FILLER]].sum())
+
+    def padding(self) -> dict[str, float]:
+        """The share of padding in the dense work (tokens) and in attention (squared row lengths), whole run."""
+        dense = real_dense = attention = real_attention = 0
+        for step in range(len(self)):
+            shape = next(shape for shape in self.shapes if shape.covers(self._shape(step)))
+            for cell in self._cells(step):
+                real = layout.shape_of(self._of(cell), buckets=len(cell) * 2)
+                dense, real_dense = dense + shape.tokens, real_dense + real.tokens
+                attention += sum(count * length**2 for count, length in shape.rows)
+                real_attention += sum(count * length**2 for count, length in real.rows)
+        return dict(dense=1 - real_dense / dense, attention=1 - real_attention / attention)
+
+    def _cells(self, step: int) -> list[np.ndarray]:
+        """The batch's rows, dealt to microbatches x shards so that each gets about as many tokens."""
+        rows = self.order[step]
+        filled = np.where(rows == FILLER, np.argmin(self._sizes), rows)
+        by_size = np.argsort(-self._sizes[filled], kind="stable").reshape(-1, self.microbatches * self.shards)
+        by_size[1::2] = by_size[1::2, ::-1]  # back and forth, so that no cell always gets the longer one
+        return [rows[column] for column in by_size.T]
+
+    def _of(self, cell: np.ndarray) -> list:
+        return [self._examples[np.argmin(self._sizes) if row == FILLER else row] for row in cell]
+
+    def _shape(self, step: int) -> layout.Shape:
+        return layout.union(layout.shape_of(self._of(cell)) for cell in self._cells(step))
+
+    def _pack(self, cell: np.ndarray, shape: layout.Shape) -> dict:
+        return layout.pack(self._of(cell), shape) | dict(weights=(cell != FILLER).astype(np.float32))
+
+
+def _stack(cells: list[dict], leading: tuple[int, int]) -> dict:
+    """One dict of arrays with the leading axes, from a dict per cell."""
+    def join(*leaves):
+        return np.stack(leaves).reshape(*leading, *leaves[0].shape)
+    stacked = {name: join(*(cell[name] for cell in cells)) for name in cells[0] if name != "rows"}
+    rows = tuple(join(*buckets) for buckets in zip(*(cell["rows"] for cell in cells), strict=True))
+    return stacked | dict(rows=rows)
+
+
+def prefetch(make, steps, ahead: int = 2):
+    """Yields (step, make(step)) in order, made by a thread `ahead` steps early; its errors surface here."""
+    steps = list(steps)
+    with concurrent.futures.ThreadPoolExecutor(max_workers=1) as pool:
+        pending = [pool.submit(make, step) for step in steps[:ahead]]
+        for i, step in enumerate(steps):
+            batch = pending.pop(0).result()
+            if i + ahead < len(steps):
+                pending.append(pool.submit(make, steps[i + ahead]))
+            yield step, batch

@@ -1,0 +1,156 @@
+"""Metrics: names, the files they go to, and what a person sees while a run goes on.
+
+Every metric is a (sum, count); values add up over microbatches, shards and evaluation batches before they are
+divided. Names are the reference code's: loss/train, rewards_train/margins, logps_eval/chosen, ...
+"""
+
+import json
+import os
+import pathlib
+import sys
+import time
+
+import jax
+from tqdm import tqdm
+
+TIMINGS = ("examples_per_second", "tokens_per_second", "step_time")  # what differs between two equal runs
+
+
+def named(metrics: dict, split: str) -> dict[str, float]:
+    """{name: (sum, count)} -> {reference's name: mean}: `rewards/chosen` is rewards_train/chosen."""
+    means = {}
+    for name, (total, count) in jax.device_get(metrics).items():
+        group, _, rest = name.partition("/")
+        if name in ("grad_norm", "param_norm", "update_norm", "lr"):
+            name = name
+        elif rest:
+            name = f"{group}_{split}/{rest}"
+        else:
+            name = f"{name}/{split}"
+        means[name] = float(total) / float(count)
+    return means
+
+
+def add(total: dict | None, metrics: dict) -> dict:
+    """The sums and counts of two batches together."""
+    return metrics if total is None else jax.tree.map(lambda a, b: a + b, total, metrics)
+
+
+class Writer:
+    """Appends rows to metrics.jsonl, and to TensorBoard and Weights & Biases where asked for. Process 0 only."""
+
+    def __init__(self, folder: pathlib.Path, *, tensorboard: bool = False, wandb: str = "", config: dict | None = None):
+        self._path, self._sinks = pathlib.Path(folder) / "metrics.jsonl", []
+        self._active = jax.process_index() == 0
+        if self._active and tensorboard:
+            self._sinks.append(_tensorboard(folder))
+        if self._active and wandb:
+            self._sinks.append(_wandb(wandb, folder, config or {}))
+
+    def rewind(self, step: int) -> None:
+        """Drops the rows after a step, so that a resumed run writes each row once; a torn last line goes too."""
+        if not self._active or not self._path.exists():
+            return
+        kept = [row for row in read_rows(self._path) if row["step"] <= step]
+        draft = self._path.with_suffix(".draft")
+        draft.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        os.replace(draft, self._path)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        if not self._active:
+            return
+        with self._path.open("a") as file:
+            file.write(json.dumps(dict(step=step, **values)) + "\n")
+        for sink in self._sinks:
+            sink(step, values)
+
+
+def read_rows(path) -> list[dict]:
+    """The rows of a metrics.jsonl, less a last line that a kill left half written."""
+    rows = []
+    for line in pathlib.Path(path).read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def _tensorboard(folder):
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise ImportError("config.log.tensorboard needs tensorboardX: pip install tensorboardX") from error
+    writer = SummaryWriter(str(folder))
+
+    def write(step, values):
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+    return write
+
+
+def _wandb(project, folder, config):
+    try:
+        import wandb
+    except ImportError as error:
+        raise ImportError("config.log.wandb needs wandb: pip install wandb") from error
+    folder = pathlib.Path(folder).absolute()
+    run = wandb.init(project=project, name=folder.name, dir=str(folder), config=config, resume="allow",
+                     id="-".join(folder.parts[-2:]))
+    return lambda step, values: run.log(values, step=step)
+
+
+def say(text: str = "") -> None:
+    """A line for the person at the terminal, from process 0 only."""
+    if jax.process_index() == 0:
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+
+class Progress:
+    """A bar with rate, time left and a few metrics; plain lines, at most one each `seconds`, off a terminal."""
+
+    def __init__(self, name: str, start: int, total: int, *, seconds: float = 10.0):
+        self._name, self._total, self._seconds = name, total, seconds
+        self._first, self._began, self._last = start, time.monotonic(), 0.0
+        self._bar = None
+        if jax.process_index() == 0 and sys.stderr.isatty():
+            self._bar = tqdm(total=total, initial=start, desc=name, unit="step", dynamic_ncols=True)
+
+    def update(self, step: int, values: dict[str, float], *, always: bool = False) -> None:
+        """Shows a step's metrics; `always` prints a line however recent the last one is."""
+        text = summary(values)
+        if self._bar is not None:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(step - self._bar.n)
+            return
+        now = time.monotonic()
+        if always or step == self._total or now - self._last > self._seconds:
+            self._last = now
+            say(f"{self._name} {step}/{self._total}  {text}  {self._time_left(step, now)}")
+
+    def close(self):
+        if self._bar is not None:
+            self._bar.close()
+
+    def _time_left(self, step: int, now: float) -> str:
+        if step <= self._first:
+            return ""
+        seconds = (now - self._began) / (step - self._first) * (self._total - step)
+        return f"{tqdm.format_interval(seconds)} left"
+
+
+# What the progress line shows, in order: metric -> label
+_SHOWN = {
+    "loss/train": "loss", "loss/eval": "eval loss", "nll_per_token/train": "nll/token",
+    "nll_per_token/eval": "eval nll/token", "rewards_train/accuracies": "accuracy",
+    "rewards_train/margins": "margin", "rewards_eval/accuracies": "eval accuracy",
+    "rewards_eval/margins": "eval margin", "toy/reward": "reward", "toy/kl": "KL",
+    "examples_per_second": "rows/s",
+}
+
+
+def summary(values: dict[str, float]) -> str:
+    """loss 0.6712  accuracy 0.61  margin 0.043 ..."""
+    return "  ".join(f"{label} {values[name]:.4g}" for name, label in _SHOWN.items() if name in values)

@@ -1,0 +1,304 @@
+"""Model families: a Hugging Face config to ours, and one table of tensors read in both directions.
+
+To add a family, write the function that reads its config and the table of its tensors, or take a
+relative's, and enter them in FAMILIES.
+
+Letters in the tables' patterns, beside those of `transformer.py`:  T  positions   p  parameters stored as one
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import einops
+import numpy as np
+from flax import traverse_util
+
+from dpo_jax.models import transformer
+from dpo_jax.models.transformer import Llama3RopeScaling, TransformerConfig
+
+# Constants that old versions of transformers stored beside the weights.
+BUFFERS = re.compile(r"\b(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor of a checkpoint, or one of every layer, and the parameters that it holds.
+
+    name: what it is called; {} stands for the layer.
+    pattern: einops, from its axes to the parameter's; a leading p on the right is one slice per path.
+    """
+    name: str
+    pattern: str
+    paths: tuple[str, ...]
+
+    def names(self, config: TransformerConfig) -> Iterator[tuple[str, int | None]]:
+        """Its name in each layer, with the layer; (name, None) when it is outside of the layers."""
+        if "{}" not in self.name:
+            yield self.name, None
+        else:
+            yield from ((self.name.format(layer), layer) for layer in range(config.layers))
+
+    def shape(self, config: TransformerConfig) -> tuple[int, ...]:
+        """Its shape in the checkpoint."""
+        left, _ = self.pattern.split(" -> ")
+        sizes = self._sizes(config)
+        groups = [group.strip("()").split() for group in re.findall(r"\(.+?\)|\w", left)]
+        return tuple(math.prod(sizes[axis] for axis in group) for group in groups)
+
+    def unpack(self, config: TransformerConfig, stored: np.ndarray) -> list[np.ndarray]:
+        """The parameters it holds, in the order of its paths."""
+        params = einops.rearrange(stored, self.pattern, **self._sizes(config))
+        return list(params) if len(self.paths) > 1 else [params]
+
+    def pack(self, params: list[np.ndarray]) -> np.ndarray:
+        """The inverse of `unpack`."""
+        left, right = self.pattern.split(" -> ")
+        return einops.rearrange(np.stack(params) if len(params) > 1 else params[0], f"{right} -> {left}")
+
+    def _sizes(self, config):
+        sizes = {"D": config.width, "F": config.mlp_width, "V": config.vocab, "T": config.max_positions,
+                 "H": config.heads, "K": config.kv_heads, "C": config.head_width, "p": len(self.paths)}
+        return {axis: size for axis, size in sizes.items() if axis in self.pattern}
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    architecture: str  # the class that transformers loads it as
+    base: str  # prefix of the names, which checkpoints of the model without its head leave out
+    configure: Callable  # (its Hugging Face config, a config with what all families share) -> the config
+    tensors: tuple[Tensor, ...]
+
+    def name_of(self, path: str) -> str:
+        """The tensor that holds one parameter and nothing else."""
+        return next(tensor.name for tensor in self.tensors if tensor.paths == (path,))
+
+
+def from_hf(hf_config, *, dtype: str = "float32", remat: str = "none") -> TransformerConfig:
+    """Our config of a model from its Hugging Face config.
+
+    Raises ValueError for a family or a setting whose maths we do not have.
+    """
+    configure = family(hf_config.model_type).configure
+    _only(hf_config, quantization_config=None)
+    width, heads = hf_config.hidden_size, hf_config.num_attention_heads
+    shared = TransformerConfig(
+        vocab=hf_config.vocab_size, width=width, layers=hf_config.num_hidden_layers,
+        heads=heads, kv_heads=heads, head_width=width // heads, mlp_width=4 * width,
+        max_positions=hf_config.max_position_embeddings, tied=hf_config.tie_word_embeddings,
+        dtype=dtype, remat=remat)
+    config = configure(hf_config, shared)
+    _check(hf_config, config)
+    return config
+
+
+def family(model_type: str) -> Family:
+    """The entry of a Hugging Face `model_type`; ValueError when there is none."""
+    if model_type not in FAMILIES:
+        raise ValueError(f"config.json: model_type {model_type!r} is not supported; supported are "
+                         f"{', '.join(FAMILIES)}. To add a family, see dpo_jax/models/families.py.")
+    return FAMILIES[model_type]
+
+
+def tensors(model_type: str, config: TransformerConfig) -> tuple[Tensor, ...]:
+    """The tensors of this config's checkpoints: the family's, less the biases and head that it has not."""
+    paths = traverse_util.flatten_dict(transformer.abstract(config), sep="/")
+    return tuple(tensor for tensor in family(model_type).tensors if paths.keys() >= set(tensor.paths))
+
+
+def _gpt2(hf, config):
+    _only(hf, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
+    return replace(config, norm="layer", norm_eps=hf.layer_norm_epsilon, learned_positions=True,
+                   activation=hf.activation_function, gated=False, mlp_width=hf.n_inner or config.mlp_width,
+                   qkv_bias=True, out_bias=True, mlp_bias=True)
+
+
+def _gptj(hf, config):
+    return replace(config, norm="layer", norm_eps=hf.layer_norm_epsilon, parallel=True, shared_norm=True,
+                   activation=hf.activation_function, gated=False, mlp_width=hf.n_inner or config.mlp_width,
+                   rope_width=hf.rotary_dim, rope_interleaved=True, mlp_bias=True, head_bias=True)
+
+
+def _gpt_neox(hf, config):
+    rope_width = int(config.head_width * hf.rope_parameters.get("partial_rotary_factor", 1.0))
+    return replace(_rope(hf, config), rope_width=rope_width, norm="layer", norm_eps=hf.layer_norm_eps,
+                   parallel=hf.use_parallel_residual,
+                   activation=hf.hidden_act, gated=False, mlp_width=hf.intermediate_size,
+                   qkv_bias=hf.attention_bias, out_bias=hf.attention_bias, mlp_bias=True)
+
+
+def _llama(hf, config):
+    return replace(_gated(hf, config),
+                   qkv_bias=hf.attention_bias, out_bias=hf.attention_bias, mlp_bias=hf.mlp_bias)
+
+
+def _mistral(hf, config):
+    return replace(_gated(hf, config), window=hf.sliding_window)
+
+
+def _qwen2(hf, config):
+    return replace(_gated(hf, config), qkv_bias=True, window=_window(hf))
+
+
+def _qwen3(hf, config):
+    return replace(_gated(hf, config), qk_norm=True, window=_window(hf),
+                   qkv_bias=hf.attention_bias, out_bias=hf.attention_bias)
+
+
+def _gated(hf, config):
+    """What Llama and its relatives share; they rotate heads whole."""
+    if (share := hf.rope_parameters.get("partial_rotary_factor", 1.0)) != 1:
+        raise _unsupported(hf, f"rope_parameters.partial_rotary_factor = {share}", "only 1.0 is")
+    head_width = getattr(hf, "head_dim", None) or config.head_width
+    return replace(_rope(hf, config), rope_width=head_width, norm="rms", norm_eps=hf.rms_norm_eps,
+                   head_width=head_width, kv_heads=hf.num_key_value_heads,
+                   activation=hf.hidden_act, gated=True, mlp_width=hf.intermediate_size)
+
+
+def _rope(hf, config):
+    """Rotary base and scaling, which is none or Llama 3's."""
+    rope = hf.rope_parameters
+    kind = rope.get("rope_type")
+    if kind == "default":
+        scaling = None
+    elif kind == "llama3":
+        scaling = Llama3RopeScaling(rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"],
+                                    rope["original_max_position_embeddings"])
+    else:
+        raise _unsupported(hf, f"rope_parameters.rope_type = {kind!r}", "'default' and 'llama3' are")
+    return replace(config, rope_theta=rope["rope_theta"], rope_scaling=scaling)
+
+
+def _window(hf):
+    """Qwen's sliding window, which some of its models use in some layers only: all or none is supported."""
+    kinds = set(hf.layer_types)
+    if len(kinds) > 1:
+        raise _unsupported(hf, f"a mix of layer_types, {sorted(kinds)},", "all layers must be of one type")
+    return hf.sliding_window if kinds == {"sliding_attention"} else None
+
+
+def _only(hf, **supported):
+    """Refuses a field with another value than the one supported."""
+    for field, value in supported.items():
+        found = getattr(hf, field, value)
+        if found != value:
+            raise _unsupported(hf, f"{field} = {found!r}", f"only {value!r} is")
+
+
+def _check(hf, config: TransformerConfig):
+    """Refuses what no family supports."""
+    if config.activation not in transformer.ACTIVATIONS:
+        known = ", ".join(transformer.ACTIVATIONS)
+        raise _unsupported(hf, f"activation {config.activation!r}", f"{known} are")
+    if config.heads % config.kv_heads:
+        raise _unsupported(hf, f"num_key_value_heads = {config.kv_heads}",
+                           f"it must divide num_attention_heads = {config.heads}")
+    if config.rope_width % 2 or config.rope_width > config.head_width:
+        raise _unsupported(hf, f"a rotary width of {config.rope_width} in heads of {config.head_width}",
+                           "it must be even and no wider than the head")
+
+
+def _unsupported(hf, found: str, supported: str) -> ValueError:
+    return ValueError(f"config.json of this {hf.model_type} model: {found} is not supported; {supported}.")
+
+
+def _table(*rows) -> tuple[Tensor, ...]:
+    return tuple(Tensor(name, pattern, tuple(paths)) for name, pattern, *paths in rows)
+
+
+GPT2_TENSORS = _table(  # kernels are stored [in, out]; everywhere else they are [out, in]
+    ("transformer.wte.weight", "V D -> V D", "embed/tokens"),
+    ("transformer.wpe.weight", "T D -> T D", "embed/positions"),
+    ("transformer.h.{}.ln_1.weight", "D -> D", "layers/norm_attention/scale"),
+    ("transformer.h.{}.ln_1.bias", "D -> D", "layers/norm_attention/bias"),
+    ("transformer.h.{}.attn.c_attn.weight", "D (p H C) -> p D H C",
+     "layers/attention/q/kernel", "layers/attention/k/kernel", "layers/attention/v/kernel"),
+    ("transformer.h.{}.attn.c_attn.bias", "(p H C) -> p H C",
+     "layers/attention/q/bias", "layers/attention/k/bias", "layers/attention/v/bias"),
+    ("transformer.h.{}.attn.c_proj.weight", "(H C) D -> H C D", "layers/attention/out/kernel"),
+    ("transformer.h.{}.attn.c_proj.bias", "D -> D", "layers/attention/out/bias"),
+    ("transformer.h.{}.ln_2.weight", "D -> D", "layers/norm_mlp/scale"),
+    ("transformer.h.{}.ln_2.bias", "D -> D", "layers/norm_mlp/bias"),
+    ("transformer.h.{}.mlp.c_fc.weight", "D F -> D F", "layers/mlp/up/kernel"),
+    ("transformer.h.{}.mlp.c_fc.bias", "F -> F", "layers/mlp/up/bias"),
+    ("transformer.h.{}.mlp.c_proj.weight", "F D -> F D", "layers/mlp/down/kernel"),
+    ("transformer.h.{}.mlp.c_proj.bias", "D -> D", "layers/mlp/down/bias"),
+    ("transformer.ln_f.weight", "D -> D", "norm_final/scale"),
+    ("transformer.ln_f.bias", "D -> D", "norm_final/bias"),
+    ("lm_head.weight", "V D -> D V", "head/kernel"),
+)
+
+GPTJ_TENSORS = _table(
+    ("transformer.wte.weight", "V D -> V D", "embed/tokens"),
+    ("transformer.h.{}.ln_1.weight", "D -> D", "layers/norm_attention/scale"),
+    ("transformer.h.{}.ln_1.bias", "D -> D", "layers/norm_attention/bias"),
+    ("transformer.h.{}.attn.q_proj.weight", "(H C) D -> D H C", "layers/attention/q/kernel"),
+    ("transformer.h.{}.attn.k_proj.weight", "(H C) D -> D H C", "layers/attention/k/kernel"),
+    ("transformer.h.{}.attn.v_proj.weight", "(H C) D -> D H C", "layers/attention/v/kernel"),
+    ("transformer.h.{}.attn.out_proj.weight", "D (H C) -> H C D", "layers/attention/out/kernel"),
+    ("transformer.h.{}.mlp.fc_in.weight", "F D -> D F", "layers/mlp/up/kernel"),
+    ("transformer.h.{}.mlp.fc_in.bias", "F -> F", "layers/mlp/up/bias"),
+    ("transformer.h.{}.mlp.fc_out.weight", "D F -> F D", "layers/mlp/down/kernel"),
+    ("transformer.h.{}.mlp.fc_out.bias", "D -> D", "layers/mlp/down/bias"),
+    ("transformer.ln_f.weight", "D -> D", "norm_final/scale"),
+    ("transformer.ln_f.bias", "D -> D", "norm_final/bias"),
+    ("lm_head.weight", "V D -> D V", "head/kernel"),
+    ("lm_head.bias", "V -> V", "head/bias"),
+)
+
+GPT_NEOX_TENSORS = _table(
+    ("gpt_neox.embed_in.weight", "V D -> V D", "embed/tokens"),
+    ("gpt_neox.layers.{}.input_layernorm.weight", "D -> D", "layers/norm_attention/scale"),
+    ("gpt_neox.layers.{}.input_layernorm.bias", "D -> D", "layers/norm_attention/bias"),
+    ("gpt_neox.layers.{}.attention.query_key_value.weight", "(H p C) D -> p D H C",
+     "layers/attention/q/kernel", "layers/attention/k/kernel", "layers/attention/v/kernel"),
+    ("gpt_neox.layers.{}.attention.query_key_value.bias", "(H p C) -> p H C",
+     "layers/attention/q/bias", "layers/attention/k/bias", "layers/attention/v/bias"),
+    ("gpt_neox.layers.{}.attention.dense.weight", "D (H C) -> H C D", "layers/attention/out/kernel"),
+    ("gpt_neox.layers.{}.attention.dense.bias", "D -> D", "layers/attention/out/bias"),
+    ("gpt_neox.layers.{}.post_attention_layernorm.weight", "D -> D", "layers/norm_mlp/scale"),
+    ("gpt_neox.layers.{}.post_attention_layernorm.bias", "D -> D", "layers/norm_mlp/bias"),
+    ("gpt_neox.layers.{}.mlp.dense_h_to_4h.weight", "F D -> D F", "layers/mlp/up/kernel"),
+    ("gpt_neox.layers.{}.mlp.dense_h_to_4h.bias", "F -> F", "layers/mlp/up/bias"),
+    ("gpt_neox.layers.{}.mlp.dense_4h_to_h.weight", "D F -> F D", "layers/mlp/down/kernel"),
+    ("gpt_neox.layers.{}.mlp.dense_4h_to_h.bias", "D -> D", "layers/mlp/down/bias"),
+    ("gpt_neox.final_layer_norm.weight", "D -> D", "norm_final/scale"),
+    ("gpt_neox.final_layer_norm.bias", "D -> D", "norm_final/bias"),
+    ("embed_out.weight", "V D -> D V", "head/kernel"),
+)
+
+LLAMA_TENSORS = _table(  # Mistral and Qwen too
+    ("model.embed_tokens.weight", "V D -> V D", "embed/tokens"),
+    ("model.layers.{}.input_layernorm.weight", "D -> D", "layers/norm_attention/scale"),
+    ("model.layers.{}.self_attn.q_proj.weight", "(H C) D -> D H C", "layers/attention/q/kernel"),
+    ("model.layers.{}.self_attn.q_proj.bias", "(H C) -> H C", "layers/attention/q/bias"),
+    ("model.layers.{}.self_attn.k_proj.weight", "(K C) D -> D K C", "layers/attention/k/kernel"),
+    ("model.layers.{}.self_attn.k_proj.bias", "(K C) -> K C", "layers/attention/k/bias"),
+    ("model.layers.{}.self_attn.v_proj.weight", "(K C) D -> D K C", "layers/attention/v/kernel"),
+    ("model.layers.{}.self_attn.v_proj.bias", "(K C) -> K C", "layers/attention/v/bias"),
+    ("model.layers.{}.self_attn.q_norm.weight", "C -> C", "layers/attention/q_norm/scale"),
+    ("model.layers.{}.self_attn.k_norm.weight", "C -> C", "layers/attention/k_norm/scale"),
+    ("model.layers.{}.self_attn.o_proj.weight", "D (H C) -> H C D", "layers/attention/out/kernel"),
+    ("model.layers.{}.self_attn.o_proj.bias", "D -> D", "layers/attention/out/bias"),
+    ("model.layers.{}.post_attention_layernorm.weight", "D -> D", "layers/norm_mlp/scale"),
+    ("model.layers.{}.mlp.gate_proj.weight", "F D -> D F", "layers/mlp/gate/kernel"),
+    ("model.layers.{}.mlp.gate_proj.bias", "F -> F", "layers/mlp/gate/bias"),
+    ("model.layers.{}.mlp.up_proj.weight", "F D -> D F", "layers/mlp/up/kernel"),
+    ("model.layers.{}.mlp.up_proj.bias", "F -> F", "layers/mlp/up/bias"),
+    ("model.layers.{}.mlp.down_proj.weight", "D F -> F D", "layers/mlp/down/kernel"),
+    ("model.layers.{}.mlp.down_proj.bias", "D -> D", "layers/mlp/down/bias"),
+    ("model.norm.weight", "D -> D", "norm_final/scale"),
+    ("lm_head.weight", "V D -> D V", "head/kernel"),
+)
+
+FAMILIES = {
+    "gpt2": Family("GPT2LMHeadModel", "transformer.", _gpt2, GPT2_TENSORS),
+    "gptj": Family("GPTJForCausalLM", "transformer.", _gptj, GPTJ_TENSORS),
+    "gpt_neox": Family("GPTNeoXForCausalLM", "gpt_neox.", _gpt_neox, GPT_NEOX_TENSORS),
+    "llama": Family("LlamaForCausalLM", "model.", _llama, LLAMA_TENSORS),
+    "mistral": Family("MistralForCausalLM", "model.", _mistral, LLAMA_TENSORS),
+    "qwen2": Family("Qwen2ForCausalLM", "model.", _qwen2, LLAMA_TENSORS),
+    "qwen3": Family("Qwen3ForCausalLM", "model.", _qwen3, LLAMA_TENSORS),
+}

@@ -1,0 +1,256 @@
+"""Models in Hugging Face format, in and out: fetch, read_config, make_config, load, save.
+
+No pickle is read and no code of a checkpoint is run. Weights are streamed: a process holds its own
+part of them and one stored tensor, whatever the size of the model.
+"""
+
+import collections
+import copy
+import json
+import pathlib
+import re
+import shutil
+
+import jax
+import numpy as np
+from flax import traverse_util
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError, StrictDataclassError
+from jax.experimental import multihost_utils
+from transformers import CONFIG_MAPPING, AutoConfig
+
+from dpo_jax.models import families, safetensors_io, transformer
+from dpo_jax.models.transformer import TransformerConfig
+
+HUB_FILES = ["*.json", "model.safetensors", "model-*.safetensors", "*.model", "*.txt", "*.jinja"]
+HUB_TIMEOUT = 10  # seconds
+FLOATS = ("F64", "F32", "F16", "BF16")  # stored types that are read, all as float32
+
+
+def fetch(path) -> pathlib.Path:
+    """A local folder as it is; otherwise the hub's model of that name, downloaded or from the local cache.
+
+    Raises FileNotFoundError, within seconds, when there is neither.
+    """
+    folder = pathlib.Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    name = str(path)
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+        raise FileNotFoundError(f"the model folder {name} does not exist. Pass a folder in Hugging Face "
+                                "format, or the name of a model on the hub such as openai-community/gpt2.")
+    try:
+        # snapshot_download alone would wait for ever on a network that does not answer.
+        HfApi().model_info(name, timeout=HUB_TIMEOUT)
+        refusal = None
+    except Exception as error:  # noqa: BLE001 - whatever it was, a copy in the cache will do
+        refusal = error
+    try:
+        snapshot = snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=refusal is not None)
+    except LocalEntryNotFoundError as error:
+        reason = str(refusal or error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"the model {name} is neither a folder here nor to be had from the Hugging Face hub ({reason}). "
+            "Pass a local folder in Hugging Face format, or check the spelling, the network, that you have "
+            "access to the model (HF_TOKEN), and that HF_HUB_OFFLINE is not 1.") from (refusal or error)
+    return pathlib.Path(snapshot)
+
+
+def read_config(path):
+    """The Hugging Face config of a local folder.
+
+    Raises FileNotFoundError when it has none and ValueError when transformers cannot make sense of it.
+    """
+    file = pathlib.Path(path) / "config.json"
+    if not file.exists():
+        raise FileNotFoundError(f"{file} does not exist. A model folder in Hugging Face format holds "
+                                "config.json, model.safetensors and the tokenizer's files.")
+    try:
+        model_type = json.loads(file.read_text()).get("model_type")
+        # For a type it does not know, transformers would offer to run the checkpoint's own code.
+        if model_type not in CONFIG_MAPPING:
+            raise ValueError(f"model_type is {model_type!r}, which this transformers does not know")
+        return AutoConfig.from_pretrained(path)
+    except (ValueError, StrictDataclassError) as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def make_config(fields):
+    """The Hugging Face config of a new model: its `model_type`, and fields of that type's config class.
+
+    Raises ValueError for an unsupported type or a field that its class does not have.
+    """
+    fields = dict(fields)
+    model_type = fields.pop("model_type", None)
+    families.family(model_type)
+    config_class = CONFIG_MAPPING[model_type]
+    if unknown := [field for field in fields if not hasattr(config_class(), field)]:
+        raise ValueError(f"transformers.{config_class.__name__} has no field {', '.join(unknown)}.")
+    return config_class(**fields)
+
+
+def load(path, config: TransformerConfig, shardings):
+    """The weights in a local folder as float32 arrays, placed by a tree of NamedShardings.
+
+    Raises FileNotFoundError when files are missing, and ValueError with the name of every tensor that is
+    unknown, missing, set twice, wrongly shaped or not a float.
+    """
+    path = pathlib.Path(path)
+    model_type = read_config(path).model_type
+    tensors = families.tensors(model_type, config)
+    stored = _match(path, model_type, tensors, config)
+    shapes, shardings = _flat(transformer.abstract(config)), _flat(shardings)
+    params = {}
+    for tensor in tensors:
+        pieces = [Pieces(shapes[param].shape, shardings[param]) for param in tensor.paths]
+        for name, layer in tensor.names(config):
+            values = tensor.unpack(config, stored[name][:])
+            for piece, value in zip(pieces, values, strict=True):
+                piece.fill(value, layer)
+        params |= {param: piece.array() for param, piece in zip(tensor.paths, pieces, strict=True)}
+    return traverse_util.unflatten_dict(params, sep="/")
+
+
+class Pieces:
+    """This process's pieces of a float32 array, filled on the host; equal pieces share a buffer."""
+
+    def __init__(self, shape: tuple[int, ...], sharding: jax.sharding.Sharding):
+        self.shape, self.sharding = shape, sharding
+        self.spans = {  # of each device: (start, end) along each axis
+            device: tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+            for device, index in sharding.addressable_devices_indices_map(shape).items()}
+        self.buffers = {spans: np.empty([end - start for start, end in spans], np.float32)
+                        for spans in set(self.spans.values())}
+
+    def fill(self, value: np.ndarray, layer: int | None):
+        """Copies what is held here of one layer of the array, or of the whole when `layer` is None."""
+        for spans, buffer in self.buffers.items():
+            if layer is not None:
+                (first, end), *spans = spans
+                if not first <= layer < end:
+                    continue
+                buffer = buffer[layer - first]
+            buffer[...] = value[tuple(slice(*span) for span in spans)]
+
+    def array(self) -> jax.Array:
+        """The array, once all of it is filled."""
+        placed = [jax.device_put(self.buffers[spans], device) for device, spans in self.spans.items()]
+        return jax.make_array_from_single_device_arrays(self.shape, self.sharding, placed)
+
+
+def save(path, config: TransformerConfig, hf_config, params, tokenizer=None, *,
+         max_shard_bytes: int = 5 * 10**9):
+    """Writes a folder in Hugging Face format, float32: config.json, safetensors, the tokenizer's files.
+
+    Every process must call it; the first one writes. The folder appears, or takes the place of the model that
+    was there, only once it is complete. Raises ValueError when the parameters are not those of the config.
+    """
+    path, params = pathlib.Path(path), _flat(params)
+    tensors = families.tensors(hf_config.model_type, config)
+    _check_names(params, {param for tensor in tensors for param in tensor.paths})
+    _check_replaceable(path)
+    exported = ((name, _export(tensor, [params[param] for param in tensor.paths], layer))
+                for tensor in tensors for name, layer in tensor.names(config))
+    if jax.process_index() == 0:
+        shapes = {name: tensor.shape(config) for tensor in tensors for name, _ in tensor.names(config)}
+        partial = _sibling(path, "partial")
+        partial.mkdir(parents=True)
+        _write_config(partial, hf_config)
+        safetensors_io.write(partial, shapes, exported, max_shard_bytes=max_shard_bytes)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        _publish(partial, path)
+    else:
+        collections.deque(exported, maxlen=0)  # takes part in the gathering
+    multihost_utils.sync_global_devices("hf.save")
+
+
+def _match(path: pathlib.Path, model_type: str, tensors, config: TransformerConfig) -> dict:
+    """The safetensors slice of each tensor of the config; ValueError with everything that does not fit."""
+    family = families.family(model_type)
+    required = {name: list(tensor.shape(config)) for tensor in tensors for name, _ in tensor.names(config)}
+    head, embedding = family.name_of("head/kernel"), family.name_of("embed/tokens")
+    shapes = required | ({head: required[embedding]} if config.tied else {})  # a tied head may be stored too
+    full_names = {name.removeprefix(family.base): name for name in shapes}
+    found, problems = {}, []
+    for file, stored_name, values in safetensors_io.read(path):
+        if families.BUFFERS.search(stored_name):
+            continue
+        name, shape = full_names.get(stored_name.removeprefix(family.base)), values.get_shape()
+        if name is None:
+            problems.append(f"unknown: {stored_name} {shape} in {file}")
+            continue
+        if name in found:
+            problems.append(f"set twice: {name}, again as {stored_name} in {file}")
+        if shape != shapes[name]:
+            problems.append(f"wrong shape: {stored_name} {shape} in {file}, expected {shapes[name]}")
+        if values.get_dtype() not in FLOATS:
+            problems.append(f"wrong type: {stored_name} {values.get_dtype()} in {file}, "
+                            f"expected one of {', '.join(FLOATS)}")
+        found[name] = values
+    problems += [f"missing: {name} {shape}" for name, shape in required.items() if name not in found]
+    if not problems and config.tied and head in found and _differ(found[head], found[embedding]):
+        problems = [f"{head} differs from {embedding}, though config.json says tie_word_embeddings = true"]
+    if problems:
+        raise ValueError("\n  ".join([
+            f"the tensors in {path} are not those of the {model_type} model in its config.json:", *problems,
+        ]) + "\nCheck that config.json belongs to these weights and that all files are there.")
+    return found
+
+
+def _differ(a, b, rows: int = 4096) -> bool:
+    """Whether two stored matrices differ, comparing some rows at a time."""
+    count = a.get_shape()[0]
+    blocks = (slice(start, min(start + rows, count)) for start in range(0, count, rows))
+    return any((a[block] != b[block]).any() for block in blocks)
+
+
+def _check_names(params, expected: set[str]):
+    """Refuses to write half a model, or one without the parameters that transformers has no place for."""
+    if missing := expected - params.keys():
+        raise ValueError(f"parameters to export are missing: {', '.join(sorted(missing))}.")
+    if unknown := params.keys() - expected:
+        raise ValueError("parameters with no place in a Hugging Face checkpoint: "
+                         f"{', '.join(sorted(unknown))}. Merge or remove them before exporting.")
+
+
+def _check_replaceable(path: pathlib.Path):
+    """Refuses to put a model in the place of something else."""
+    if path.exists() and not (path / "config.json").exists():
+        raise FileExistsError(f"{path} exists and is not a model folder; remove it or export elsewhere.")
+
+
+def _export(tensor: families.Tensor, params: list[jax.Array], layer: int | None) -> np.ndarray:
+    """A checkpoint's tensor, gathered to the host from the parameters, or from one layer of them."""
+    def gather(param):
+        part = param if layer is None else param[layer]
+        part = part if part.is_fully_addressable else multihost_utils.process_allgather(part, tiled=True)
+        return np.asarray(part, np.float32)
+    return np.ascontiguousarray(tensor.pack([gather(param) for param in params]))
+
+
+def _write_config(folder: pathlib.Path, hf_config):
+    hf_config = copy.deepcopy(hf_config)
+    hf_config.architectures = [families.family(hf_config.model_type).architecture]
+    hf_config.dtype = "float32"
+    hf_config.to_json_file(folder / "config.json")  # save_pretrained refuses some configs found on the hub
+
+
+def _publish(partial: pathlib.Path, path: pathlib.Path):
+    """Renames a finished folder into its place, moving the one before out of the way first."""
+    former = _sibling(path, "former")
+    if path.exists():
+        path.rename(former)
+    partial.rename(path)
+    shutil.rmtree(former, ignore_errors=True)
+
+
+def _sibling(path: pathlib.Path, suffix: str) -> pathlib.Path:
+    """The name of a temporary folder beside `path`, cleared of what an earlier attempt left there."""
+    sibling = path.with_name(f"{path.name}.{suffix}")
+    shutil.rmtree(sibling, ignore_errors=True)
+    return sibling
+
+
+def _flat(tree) -> dict:
+    return traverse_util.flatten_dict(tree, sep="/")

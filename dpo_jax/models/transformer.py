@@ -1,0 +1,291 @@
+"""One decoder for GPT-2, GPT-J, GPT-NeoX, Llama, Mistral, Qwen2 and Qwen3; the only user of flax.linen.
+
+Used functionally: `hidden(config, params, ...)` runs the trunk over nested dicts of arrays, `unembed`
+the head. Layers are stacked on a leading axis and scanned. Weights are float32; the trunk computes in
+`config.dtype`; norms, rotary angles, softmax and logits are float32.
+
+Letters in array names and einsums:
+    S  shards of a batch (any leading batch axis)   N  tokens of a shard
+    R  attention rows of a shard                    T  queries of a row    U  keys of a row
+    M  scored positions of a shard                  Q  responses of a shard
+    D  width   F  feed-forward width   L  layers   V  vocabulary
+    H  query heads   K  key/value heads   G  query heads per key/value head   C  width of a head
+"""
+
+import dataclasses
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dpo_jax.models.attention import attend
+from dpo_jax.sharding import BATCH, constrain
+
+ACTIVATIONS = {
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu_new": nn.gelu,
+    "gelu_fast": nn.gelu,
+    "gelu_pytorch_tanh": nn.gelu,
+    "relu": nn.relu,
+    "silu": nn.silu,
+}
+REMAT_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Llama3RopeScaling:
+    """Llama 3.1's stretching of the low rotary frequencies."""
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_positions: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """The shape of a decoder; `models/families.py` makes it from a Hugging Face config."""
+    vocab: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    mlp_width: int
+    max_positions: int  # longest sequence the model was made for
+    norm: str = "rms"  # "rms" or "layer"
+    norm_eps: float = 1e-5
+    activation: str = "silu"  # a key of ACTIVATIONS
+    gated: bool = True  # down(act(gate(x)) * up(x)) rather than down(act(up(x)))
+    parallel: bool = False  # attention and MLP read the same residual (GPT-J, most GPT-NeoX)
+    shared_norm: bool = False  # the parallel MLP reads attention's norm too (GPT-J)
+    learned_positions: bool = False  # GPT-2; otherwise rotary
+    rope_width: int = 0  # how much of each head is rotated
+    rope_theta: float = 10_000.0
+    rope_interleaved: bool = False  # pairs are neighbours (GPT-J), not halves
+    rope_scaling: Llama3RopeScaling | None = None
+    qk_norm: bool = False  # RMS norm of each head's query and key (Qwen3)
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    head_bias: bool = False  # GPT-J
+    tied: bool = False  # the head is the token embedding
+    window: int | None = None  # sliding attention window
+    dtype: str = "float32"  # compute dtype of the trunk
+    remat: str = "none"  # "none", or a key of REMAT_POLICIES
+
+
+def hidden(config: TransformerConfig, params, tokens_SN, positions_SN, rows=None, back_SN=None) -> jax.Array:
+    """The trunk's last hidden state for every token, [S, N, D] in the compute dtype.
+
+    rows, back_SN: the attention layout (see `attention.attend`); without it each shard is one sequence.
+    """
+    return Transformer(config).apply({"params": params}, tokens_SN, positions_SN, rows, back_SN)
+
+
+def unembed(config: TransformerConfig, params, x_D) -> jax.Array:
+    """Float32 logits [..., V] of hidden states [..., D]."""
+    dtype = jnp.dtype(config.dtype)
+    if config.tied:
+        equation, kernel = "...D,VD->...V", params["embed"]["tokens"]
+    else:
+        equation, kernel = "...D,DV->...V", params["head"]["kernel"]
+    logits = jnp.einsum(equation, x_D.astype(dtype), kernel.astype(dtype), preferred_element_type=jnp.float32)
+    return logits + params["head"]["bias"] if config.head_bias else logits
+
+
+def logits(config: TransformerConfig, params, tokens_BT) -> jax.Array:
+    """Float32 logits [B, T, V] of whole sequences, for tests and small models."""
+    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+    return unembed(config, params, hidden(config, params, tokens_BT, positions_BT))
+
+
+def init(config: TransformerConfig, key: jax.Array):
+    """Random float32 weights: normal with deviation 0.02, residual outputs scaled down by depth (GPT-2)."""
+    tokens_SN = jnp.zeros((1, 1), jnp.int32)
+    return Transformer(config).init(key, tokens_SN, tokens_SN)["params"]
+
+
+def abstract(config: TransformerConfig):
+    """The shapes and dtypes of the weights, without making them."""
+    return jax.eval_shape(lambda: init(config, jax.random.key(0)))
+
+
+class Transformer(nn.Module):
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, tokens_SN, positions_SN, rows=None, back_SN=None):
+        config = self.config
+        x_SND = Embed(config, name="embed")(tokens_SN, positions_SN)
+        rotation = None if config.learned_positions else rotary_angles(config, positions_SN)
+        block = Block
+        if config.remat != "none":
+            block = nn.remat(Block, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
+        stack = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True},
+                        in_axes=nn.broadcast, length=config.layers)
+        x_SND, _ = stack(config, name="layers")(x_SND, rotation, rows, back_SN)
+        Head(config, name="head")()
+        return Norm(config, name="norm_final")(x_SND)
+
+
+class Embed(nn.Module):
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, tokens_SN, positions_SN):
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        table_VD = self.param("tokens", nn.initializers.normal(0.02), (config.vocab, config.width))
+        x_SND = table_VD.astype(dtype)[tokens_SN]
+        if config.learned_positions:
+            shape = (config.max_positions, config.width)
+            x_SND += self.param("positions", nn.initializers.normal(0.02), shape).astype(dtype)[positions_SN]
+        return constrain(x_SND, BATCH)
+
+
+class Head(nn.Module):
+    """Holds the head's weights; `unembed` applies them, and only where a logit is wanted."""
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self):
+        if not self.config.tied:
+            self.param("kernel", nn.initializers.normal(0.02), (self.config.width, self.config.vocab))
+        if self.config.head_bias:
+            self.param("bias", nn.initializers.zeros, (self.config.vocab,))
+
+
+class Block(nn.Module):
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x_SND, rotation, rows, back_SN):
+        config = self.config
+        normed_SND = Norm(config, name="norm_attention")(x_SND)
+        attended_SND = Attention(config, name="attention")(normed_SND, rotation, rows, back_SN)
+        if config.parallel:
+            if not config.shared_norm:
+                normed_SND = Norm(config, name="norm_mlp")(x_SND)
+            x_SND = x_SND + attended_SND + Mlp(config, name="mlp")(normed_SND)
+        else:
+            x_SND = x_SND + attended_SND
+            x_SND = x_SND + Mlp(config, name="mlp")(Norm(config, name="norm_mlp")(x_SND))
+        return constrain(x_SND, BATCH), None
+
+
+class Attention(nn.Module):
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x_SND, rotation, rows, back_SN):
+        config = self.config
+        D, H, K, C = config.width, config.heads, config.kv_heads, config.head_width
+
+        def project(name, heads):
+            return Linear("SND,DHC->SNHC", (D, heads, C), config.qkv_bias, config.dtype, name=name)(x_SND)
+
+        q_SNHC, k_SNKC, v_SNKC = project("q", H), project("k", K), project("v", K)
+        if config.qk_norm:
+            q_SNHC, k_SNKC = Norm(config, name="q_norm")(q_SNHC), Norm(config, name="k_norm")(k_SNKC)
+        if rotation is not None:
+            q_SNHC, k_SNKC = rotate(config, q_SNHC, rotation), rotate(config, k_SNKC, rotation)
+        q_SNHC, k_SNKC, v_SNKC = (constrain(x, BATCH, None, "tensor") for x in (q_SNHC, k_SNKC, v_SNKC))
+        out_SNHC = attend(q_SNHC, k_SNKC, v_SNKC, rows, back_SN, window=config.window)
+        return Linear("SNHC,HCD->SND", (H, C, D), config.out_bias, config.dtype,
+                      scale=residual_scale(config), name="out")(out_SNHC)
+
+
+class Mlp(nn.Module):
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x_SND):
+        config = self.config
+        D, F, act = config.width, config.mlp_width, ACTIVATIONS[config.activation]
+
+        def widen(name):
+            return Linear("SND,DF->SNF", (D, F), config.mlp_bias, config.dtype, name=name)(x_SND)
+
+        x_SNF = act(widen("gate")) * widen("up") if config.gated else act(widen("up"))
+        x_SNF = constrain(x_SNF, BATCH, None, "tensor")
+        return Linear("SNF,FD->SND", (F, D), config.mlp_bias, config.dtype,
+                      scale=residual_scale(config), name="down")(x_SNF)
+
+
+class Linear(nn.Module):
+    """An einsum with a kernel, and a bias over the equation's new letters."""
+    equation: str
+    shape: tuple[int, ...]
+    bias: bool
+    dtype: str
+    scale: float = 1.0  # of the initial weights
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", nn.initializers.normal(0.02 * self.scale), self.shape)
+        y = jnp.einsum(self.equation, x, kernel.astype(self.dtype))
+        if not self.bias:
+            return y
+        before, after = self.equation.split("->")
+        new = [letter for letter in after if letter not in before.split(",")[0]]
+        shape = tuple(self.shape[before.split(",")[1].index(letter)] for letter in new)
+        return y + self.param("bias", nn.initializers.zeros, shape).astype(self.dtype)
+
+
+class Norm(nn.Module):
+    """RMS norm, or layer norm with a bias, over the last axis in float32."""
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x):
+        width = x.shape[-1]
+        y = x.astype(jnp.float32)
+        if self.config.norm == "layer":
+            y -= y.mean(-1, keepdims=True)
+        y *= jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.config.norm_eps)
+        y *= self.param("scale", nn.initializers.ones, (width,))
+        if self.config.norm == "layer":
+            y += self.param("bias", nn.initializers.zeros, (width,))
+        return y.astype(x.dtype)
+
+
+def residual_scale(config: TransformerConfig) -> float:
+    """By how much the initial weights that write to the residual stream are scaled down (GPT-2)."""
+    return 1 / math.sqrt(2 * config.layers)
+
+
+def rotary_angles(config: TransformerConfig, positions_SN) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines [S, N, 1, rope_width / 2] of the rotary embedding, float32."""
+    exponent = jnp.arange(0, config.rope_width, 2, dtype=jnp.float32) / config.rope_width
+    frequency = config.rope_theta**-exponent
+    if config.rope_scaling is not None:
+        frequency = _llama3_frequencies(frequency, config.rope_scaling)
+    angle = positions_SN[..., None, None] * frequency
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def _llama3_frequencies(frequency, scaling: Llama3RopeScaling):
+    """Slow frequencies are divided by the factor, fast ones kept, those between blended."""
+    turns = scaling.original_max_positions * frequency / (2 * jnp.pi)
+    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    blend = jnp.clip(blend, 0, 1)
+    return frequency * (blend + (1 - blend) / scaling.factor)
+
+
+def rotate(config: TransformerConfig, x_SNHC, rotation) -> jax.Array:
+    """Rotates the first `rope_width` channels of each head by the token's angles."""
+    cos, sin = rotation
+    turned, kept = jnp.split(x_SNHC, [config.rope_width], axis=-1)
+    if config.rope_interleaved:
+        a, b = turned[..., 0::2], turned[..., 1::2]
+    else:
+        a, b = jnp.split(turned, 2, axis=-1)
+    pair = (a * cos - b * sin, b * cos + a * sin)
+    if config.rope_interleaved:
+        turned = jnp.stack(pair, axis=-1).reshape(turned.shape)
+    else:
+        turned = jnp.concatenate(pair, axis=-1)
+    return jnp.concatenate([turned.astype(x_SNHC.dtype), kept], axis=-1)

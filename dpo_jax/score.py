@@ -1,0 +1,101 @@
+"""Scores: python -m dpo_jax.score --model=DIR_OR_HUB_NAME --data=FILE.jsonl --out=FILE.jsonl
+
+Adds to each row (prompt, chosen, rejected) `logp_chosen, logp_rejected` (summed, nats) and `tokens_chosen,
+tokens_rejected` (scored tokens, EOS included), by the very code that trains: same tokenisation, layout and
+log-probs.
+"""
+
+import json
+import os
+import pathlib
+
+import jax
+import numpy as np
+
+from dpo_jax import pretrained, runtime, sharding
+from dpo_jax import config as configs
+from dpo_jax.data import dataset, records
+from dpo_jax.data.batches import Batches, evaluation_order, prefetch
+from dpo_jax.logprobs import response_logprobs
+from dpo_jax.metrics import Progress, say
+
+
+def score(model: pretrained.Pretrained, params, mesh, examples, batch_size: int) -> np.ndarray:
+    """Summed log-probs of every example's responses, nats, [examples, responses]."""
+    pairs = list(zip(examples.prompts, examples.responses, strict=True))
+    batches = Batches(pairs, evaluation_order(len(pairs), batch_size), shards=sharding.batch_shards(mesh))
+    logprobs = jax.jit(lambda params, batch: response_logprobs(model.config, params, batch),
+                       out_shardings=sharding.replicated(mesh))
+    progress = Progress("score", 0, len(batches))
+    found = np.zeros((len(pairs), len(pairs[0][1])), np.float32)
+
+    def load(step):
+        batch = jax.tree.map(lambda x: x[0], batches[step])
+        return sharding.shard_batch(mesh, batch, axis=0)
+
+    with jax.set_mesh(mesh):
+        for step, batch in prefetch(load, range(len(batches))):
+            logp_SQ = np.asarray(logprobs(params, batch))
+            rows = batches.placed(step)
+            real = rows >= 0
+            found[rows[real]] = logp_SQ.reshape(len(rows), -1)[real]
+            progress.update(step + 1, {})
+    progress.close()
+    return found
+
+
+def score_file(model_path: str, data_path: str, out: str, *, batch_size: int, dtype: str, limits: dict) -> None:
+    """Reads pairs, scores them, and writes every row that could be scored, in order, with what was found."""
+    if pathlib.Path(out).exists():
+        raise FileExistsError(f"--out={out} exists: give another name, or remove it.")
+    model = pretrained.open_model(model_path, dtype=dtype)
+    data = configs.default(()).data
+    data.update(source="local", path=data_path, eval_fraction=0.0, **limits)
+    loaded = dataset.load(data, model.tokenizer, "pairs")
+    say(loaded.ledger.table())
+    mesh = sharding.make_mesh()
+    shards = sharding.batch_shards(mesh)
+    logps = score(model, model.load(mesh), mesh, loaded.train, -(-batch_size // shards) * shards)
+    if jax.process_index() == 0:
+        _write(out, records.find_splits(data_path)["train"](), loaded.train, logps)
+    say(f"scored {len(logps)} pairs into {out}; mean log-prob chosen {logps[:, 0].mean():.4g}, "
+        f"rejected {logps[:, 1].mean():.4g} nats")
+
+
+def _write(out: str, rows, examples, logps) -> None:
+    """The rows that were scored, as they were read, with the scores; a kill leaves no half-written file."""
+    scores = dict(zip(examples.where, zip(examples.responses, logps, strict=True), strict=True))
+    draft = pathlib.Path(out + ".draft")
+    with draft.open("w") as file:
+        for where, record in rows:
+            if where in scores:
+                responses, (chosen, rejected) = scores[where]
+                found = dict(logp_chosen=float(chosen), logp_rejected=float(rejected),
+                             tokens_chosen=len(responses[0]), tokens_rejected=len(responses[1]))
+                file.write(json.dumps(records.fields_of(record) | found) + "\n")
+    os.replace(draft, out)
+
+
+def main():
+    from absl import app, flags
+    defaults = configs.default(()).data
+    model = flags.DEFINE_string("model", None, "Folder in Hugging Face format, or hub name.")
+    data = flags.DEFINE_string("data", None, "Pairs: rows of prompt, chosen, rejected.")
+    out = flags.DEFINE_string("out", None, "Where the scored rows go; must not exist.")
+    batch_size = flags.DEFINE_integer("batch_size", 16, "Pairs at a time, over all devices.")
+    dtype = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute dtype.")
+    names = {"max_length": flags.DEFINE_integer, "max_prompt_length": flags.DEFINE_integer,
+             "max_dropped": flags.DEFINE_float}
+    limits = {name: define(name, defaults[name], f"As config.data.{name}.") for name, define in names.items()}
+    limits["truncate"] = flags.DEFINE_enum("truncate", "auto", ["auto", "keep_start", "keep_end"], "As config.data.truncate.")
+    limits["on_bad_row"] = flags.DEFINE_enum("on_bad_row", "error", ["error", "drop"], "As config.data.on_bad_row.")
+    limits["append_eos"] = flags.DEFINE_bool("append_eos", True, "As config.data.append_eos.")
+    flags.mark_flags_as_required(["model", "data", "out"])
+    runtime.start()
+    app.run(lambda _: score_file(
+        model.value, data.value, out.value, batch_size=batch_size.value, dtype=dtype.value,
+        limits={name: flag.value for name, flag in limits.items()}))
+
+
+if __name__ == "__main__":
+    main()

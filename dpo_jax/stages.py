@@ -1,0 +1,79 @@
+"""Stage folders: which stage is done, which goes on, and which is refused because its config has changed.
+
+    WORKDIR/NAME/  config.json  (what the stage was started with)   done.json  (it is complete)
+
+A changed stage is never retrained over, resumed or mixed: `start` names the fields that differ and stops.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import pathlib
+import time
+
+import jax
+
+from dpo_jax import config as configs
+
+
+class StageChanged(ValueError):
+    """A stage's folder was made with another config."""
+
+
+def start(workdir: pathlib.Path, config, stage: str) -> tuple[pathlib.Path, str]:
+    """The stage's folder and its status, "new", "unfinished" or "done"; writes config.json into a new one.
+
+    Raises StageChanged, naming the fields, where the folder was made with a config that differs in what the
+    stage depends on.
+    """
+    folder = pathlib.Path(workdir) / configs.folder_names(config)[stage]
+    wanted = json.loads(json.dumps(configs.dependencies(config, stage)))
+    path = folder / "config.json"
+    if path.exists():
+        found = json.loads(path.read_text())["depends_on"]
+        if found != wanted:
+            raise StageChanged(_difference(folder, stage, found, wanted))
+        return folder, "done" if (folder / "done.json").exists() else "unfinished"
+    if folder.exists() and any(item.name != ".lock" for item in folder.iterdir()):
+        raise StageChanged(f"{folder} has files but no config.json, so it is not this program's: "
+                           "give another --workdir, or remove it.")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(path, dict(stage=stage, depends_on=wanted, config=json.loads(config.to_json())))
+    return folder, "new"
+
+
+def finish(folder: pathlib.Path, **result) -> None:
+    """Marks a stage as complete, with what is worth knowing of its result."""
+    write_json(folder / "done.json", result | dict(finished=time.strftime("%Y-%m-%d %H:%M:%S")))
+
+
+def write_json(path: pathlib.Path, value) -> None:
+    """Writes JSON in one piece: a kill leaves the old file or the new one. Process 0 only."""
+    if jax.process_index() == 0:
+        draft = path.with_suffix(".draft")
+        draft.write_text(json.dumps(value, indent=1) + "\n")
+        os.replace(draft, path)
+
+
+@contextlib.contextmanager
+def lock(folder: pathlib.Path):
+    """Holds a stage's folder for this process; the system lets go of it however the process ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            if jax.process_index() == 0:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(f"another process is at work in {folder}: wait for it, "
+                               "or give another --workdir or --config.run.") from None
+        yield
+
+
+def _difference(folder, stage, found, wanted) -> str:
+    missing = "(absent)"
+    lines = [f"  config.{name}: {found.get(name, missing)!r} there, {wanted.get(name, missing)!r} now"
+             for name in sorted(found.keys() | wanted.keys()) if found.get(name, missing) != wanted.get(name, missing)]
+    return (f"{folder} holds the {stage} stage of another config:\n" + "\n".join(lines) +
+            "\nTake the old values, or give another --workdir (or --config.run=NAME where only the last training "
+            "stage differs), or remove the folder to lose it.")

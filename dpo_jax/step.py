@@ -1,0 +1,89 @@
+"""The train step: one jit over the mesh, from a batch to the next state; and its like for evaluation."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dpo_jax import optim, sharding
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("step", "params", "opt_state"), meta_fields=())
+@dataclasses.dataclass
+class TrainState:
+    """All that training changes, so all that a checkpoint holds."""
+    step: jax.Array  # updates done
+    params: dict
+    opt_state: optax.OptState
+
+
+def state_shardings(mesh, optimizer, params) -> TrainState:
+    """The NamedSharding of every leaf of the state; `params` may be abstract."""
+    placed = sharding.param_shardings(mesh, params)
+    return TrainState(sharding.replicated(mesh), placed,
+                      optim.state_shardings(mesh, optimizer, params, placed))
+
+
+def init_state(mesh, optimizer, params) -> TrainState:
+    """The state before the first update, of weights already on the mesh."""
+    shardings = state_shardings(mesh, optimizer, params)
+    opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
+    return TrainState(jax.device_put(jnp.zeros((), jnp.int32), shardings.step), params, opt_state)
+
+
+def make_train_step(objective, optimizer, schedule: str, shardings: TrainState):
+    """train_step(state, reference, hyper, batch) -> (state, metrics), jitted, with the state donated.
+
+    objective: (params, reference, hyper, microbatch) -> ((total, count), metrics).
+    hyper: dict of scalars, all traced: lr, warmup_steps, steps, max_grad_norm and the objective's own.
+    metrics: {name: (sum, count)}, with grad_norm, param_norm, update_norm and lr.
+    """
+    def train_step(state: TrainState, reference, hyper, batch):
+        grads, metrics = accumulate(objective, state.params, reference, hyper, batch)
+        grad_norm = optax.tree.norm(grads)
+        grads = optim.clip(grads, grad_norm, hyper["max_grad_norm"])
+        direction, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        lr = optim.learning_rate(schedule, state.step, lr=hyper["lr"], warmup_steps=hyper["warmup_steps"],
+                                 steps=hyper["steps"])
+        updates = jax.tree.map(lambda d: -lr * d, direction)
+        params = optax.apply_updates(state.params, updates)
+        metrics |= {name: (value, 1.0) for name, value in dict(
+            grad_norm=grad_norm, param_norm=optax.tree.norm(params),
+            update_norm=optax.tree.norm(updates), lr=lr).items()}
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def accumulate(objective, params, reference, hyper, batch):
+    """Gradient of the mean loss over all microbatches, and metrics.
+
+    Totals and counts are added up and divided once, at the end, so that a batch's gradient is the same in
+    however many microbatches it comes.
+    """
+    def total_loss(params, microbatch):
+        (total, count), metrics = objective(params, reference, hyper, microbatch)
+        return total, (count, metrics)
+
+    def add(carry, microbatch):
+        grads, (count, metrics) = jax.grad(total_loss, has_aux=True)(params, microbatch)
+        return jax.tree.map(jnp.add, carry, (grads, count, metrics)), None
+
+    first = jax.tree.map(lambda x: x[0], batch)
+    microbatches = len(batch["tokens"])
+    if microbatches == 1:
+        grads, (count, metrics) = jax.grad(total_loss, has_aux=True)(params, first)
+    else:
+        _, (count, metrics) = jax.eval_shape(total_loss, params, first)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (params, count, metrics))
+        (grads, count, metrics), _ = jax.lax.scan(add, zeros, batch)
+    return jax.tree.map(lambda g: g / count, grads), metrics
+
+
+def make_eval_step(objective):
+    """eval_step(params, reference, hyper, batch) -> metrics of a batch of one microbatch, jitted."""
+    def eval_step(params, reference, hyper, batch):
+        return objective(params, reference, hyper, jax.tree.map(lambda x: x[0], batch))[1]
+    return jax.jit(eval_step)

@@ -1,0 +1,283 @@
+"""Whole DPO and SFT runs on a tiny model: learning, rows, resuming, refusing, stopping."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT
+from tiny_runs import dpo_config, environment, run, weights, write_model, write_pairs
+
+from dpo_jax import config as configs
+from dpo_jax import stages
+from dpo_jax.checkpoint import Checkpoints
+from dpo_jax.metrics import TIMINGS, read_rows
+
+ONE_DEVICE = dict(mesh__data=1)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.jsonl")
+
+
+@pytest.fixture(scope="module")
+def whole(model, pairs, tmp_path_factory):
+    """An uninterrupted run over 8 devices: (config, folder)."""
+    config = dpo_config(model, pairs)
+    return config, run(config, tmp_path_factory.mktemp("whole"))
+
+
+def rows_without_timings(folder):
+    return [{k: v for k, v in row.items() if k not in TIMINGS} for row in read_rows(folder / "metrics.jsonl")]
+
+
+def test_a_run_leaves_what_the_readme_says(whole):
+    _, folder = whole
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {"config.json", "ledger.json", "metrics.jsonl", "checkpoints", "hf", "done.json"}
+    rows = rows_without_timings(folder)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5, 6]
+    assert {"loss/train", "rewards_train/chosen", "rewards_train/rejected", "rewards_train/accuracies",
+            "rewards_train/margins", "logps_train/chosen", "logps_train/rejected", "lengths_train/chosen",
+            "grad_norm", "param_norm", "update_norm", "lr", "counters/examples", "counters/updates"} <= rows[1].keys()
+    assert {"loss/eval", "rewards_eval/accuracies", "logps_eval/chosen"} <= rows[0].keys() & rows[3].keys()
+    assert "loss/eval" not in rows[1]
+    assert rows[6]["counters/examples"] == 48
+
+
+def test_it_starts_at_log_2_and_learns(whole):
+    _, folder = whole
+    rows = rows_without_timings(folder)
+    assert abs(rows[0]["loss/eval"] - np.log(2)) < 1e-6
+    assert rows[0]["rewards_eval/accuracies"] == 0  # a tie is no success
+    assert rows[6]["loss/eval"] < rows[0]["loss/eval"] - 0.01
+    assert rows[6]["rewards_eval/margins"] > 0.01
+
+
+def test_a_finished_run_is_reused(whole, capsys):
+    config, folder = whole
+    before = (folder / "done.json").read_text()
+    run(config, folder.parent)
+    assert "dpo: done before" in capsys.readouterr().out
+    assert (folder / "done.json").read_text() == before
+
+
+@pytest.mark.parametrize("field, value", [("beta", 0.5), ("steps", 9), ("data__max_prompt_length", 40), ("model__dtype", "bfloat16")])
+def test_a_changed_config_is_refused_by_field(whole, field, value):
+    config, folder = whole
+    changed = config.copy_and_resolve_references()
+    block, _, name = field.rpartition("__")
+    changed[block or "dpo"][name] = value
+    with pytest.raises(stages.StageChanged, match=rf"config\.{block or 'dpo'}\.{name}: .* there, .*{value}.* now"):
+        run(changed, folder.parent)
+
+
+def test_what_changes_no_result_may_change(whole):
+    config, folder = whole
+    changed = config.copy_and_resolve_references()
+    changed.dpo.save_every, changed.data.show, changed.mesh.fsdp, changed.log.wandb = 100, 2, 2, "project"
+    run(changed, folder.parent)
+
+
+def test_a_sweep_shares_a_workdir_by_run_name(whole, model, pairs):
+    config, folder = whole
+    swept = config.copy_and_resolve_references()
+    swept.run, swept.dpo.beta = "beta05", 0.5
+    other = run(swept, folder.parent)
+    assert other == folder.parent / "beta05"
+    assert rows_without_timings(other)[6]["loss/eval"] != rows_without_timings(folder)[6]["loss/eval"]
+
+
+@pytest.mark.parametrize("mesh", [dict(data=1), dict(data=2, fsdp=2, tensor=2), dict(data=1, fsdp=8), dict(data=4, tensor=2)])
+def test_every_mesh_gives_the_same_run(whole, model, pairs, tmp_path, mesh, monkeypatch):
+    if mesh == dict(data=1):
+        devices = jax.devices()[:1]
+        monkeypatch.setattr(jax, "devices", lambda *_: devices)
+    folder = run(dpo_config(model, pairs, **{f"mesh__{k}": v for k, v in mesh.items()}), tmp_path)
+    expected = rows_without_timings(whole[1])
+    for row, other in zip(rows_without_timings(folder), expected, strict=True):
+        assert row.keys() == other.keys()
+        for name in row:
+            np.testing.assert_allclose(row[name], other[name], rtol=1e-3, atol=1e-5, err_msg=name)
+    for name, value in weights(folder).items():
+        np.testing.assert_allclose(value, weights(whole[1])[name], atol=1e-5)
+
+
+@pytest.mark.parametrize("stage", ["dpo", "sft"])
+def test_accumulated_microbatches_equal_the_whole_batch(model, pairs, tmp_path, stage, monkeypatch):
+    devices = jax.devices()[:2]
+    monkeypatch.setattr(jax, "devices", lambda *_: devices)
+
+    def trained(loss, microbatch_size):
+        config = dpo_config(model, pairs) if stage == "dpo" else _sft_config(model, pairs)
+        config[stage].update(loss=loss, microbatch_size=microbatch_size, eval_every=6, steps=3)
+        return run(config, tmp_path / f"{loss}-{microbatch_size}")
+    for loss in {"dpo": ["sigmoid"], "sft": ["sum", "token_mean"]}[stage]:
+        whole, parts = trained(loss, 0), trained(loss, 2)
+        for name, value in weights(parts).items():
+            np.testing.assert_allclose(value, weights(whole)[name], atol=2e-6)
+        for row, other in zip(rows_without_timings(parts)[1:], rows_without_timings(whole)[1:], strict=True):
+            np.testing.assert_allclose(row["loss/train"], other["loss/train"], rtol=1e-5)
+            np.testing.assert_allclose(row["grad_norm"], other["grad_norm"], rtol=1e-4)
+
+
+def _sft_config(model, pairs):
+    config = configs.default(("sft",))
+    config.model.path, config.data.path = str(model), str(pairs)
+    config.sft.update(batch_size=8, steps=4, lr=3e-3, warmup_steps=0, optimizer="adamw", eval_every=2)
+    return config
+
+
+def start(config_flags, workdir, devices=1):
+    """The train command in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "dpo_jax.train", "--config=configs/dpo.py", f"--workdir={workdir}", *config_flags],
+        cwd=ROOT, env=environment(devices), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def long_run(model, pairs):
+    return [f"--config.model.path={model}", f"--config.data.path={pairs}", "--config.data.eval_fraction=0.2",
+            "--config.dpo.batch_size=8", "--config.dpo.steps=40", "--config.dpo.lr=1e-3", "--config.dpo.eval_every=15",
+            "--config.dpo.save_every=4", "--config.dpo.warmup_steps=2", "--config.dpo.schedule=cosine"]
+
+
+def wait_for_step(folder, step, process):
+    path = folder / "metrics.jsonl"
+    for _ in range(1500):
+        if path.exists() and any(row["step"] >= step for row in read_rows(path)):
+            return
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was never reached")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(model, pairs, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("uninterrupted")
+    process = start(long_run(model, pairs), workdir)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    return workdir / "dpo"
+
+
+@pytest.mark.parametrize("signum, code", [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_interrupted_equals_uninterrupted_bit_for_bit(model, pairs, tmp_path, uninterrupted, signum, code):
+    flags = long_run(model, pairs)
+    process = start(flags, tmp_path)
+    wait_for_step(tmp_path / "dpo", 13, process)
+    process.send_signal(signum)
+    output, _ = process.communicate()
+    assert process.returncode == code, output
+    assert not (tmp_path / "dpo" / "done.json").exists()
+    if signum != signal.SIGKILL:
+        assert re.search(r"stopped by SIG\w+ after step \d+, which is saved", output)
+    process = start(flags, tmp_path)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    assert "resuming after step" in output
+    assert rows_without_timings(tmp_path / "dpo") == rows_without_timings(uninterrupted)
+    for name, value in weights(uninterrupted).items():
+        np.testing.assert_array_equal(weights(tmp_path / "dpo")[name], value)
+
+
+def test_resuming_on_another_mesh(model, pairs, tmp_path, uninterrupted):
+    flags = long_run(model, pairs)
+    process = start([*flags, "--config.mesh.fsdp=2", "--config.mesh.tensor=2"], tmp_path, devices=4)
+    wait_for_step(tmp_path / "dpo", 9, process)
+    process.kill()
+    process.communicate()
+    process = start(flags, tmp_path, devices=2)
+    output, _ = process.communicate()
+    assert process.returncode == 0 and "resuming after step" in output, output
+    for name, value in weights(uninterrupted).items():
+        np.testing.assert_allclose(weights(tmp_path / "dpo")[name], value, atol=1e-5)
+    last, expected = rows_without_timings(tmp_path / "dpo")[-1], rows_without_timings(uninterrupted)[-1]
+    np.testing.assert_allclose(last["loss/eval"], expected["loss/eval"], atol=1e-5)
+
+
+def test_data_that_changed_under_an_unfinished_run_is_refused(model, tmp_path):
+    pairs = write_pairs(tmp_path / "pairs.jsonl")
+    config = dpo_config(model, pairs, lr=float("1e9"), max_grad_norm=0.0, optimizer="sgd")
+    with pytest.raises(FloatingPointError):
+        run(config, tmp_path / "run")
+    write_pairs(tmp_path / "pairs.jsonl", seed=1)
+    with pytest.raises(stages.StageChanged, match="data .* has changed since the stage began"):
+        run(config, tmp_path / "run")
+
+
+def test_the_first_loss_that_is_not_finite_stops_the_run(model, pairs, tmp_path):
+    config = dpo_config(model, pairs, lr=1e12, max_grad_norm=0.0, optimizer="sgd", save_every=1, warmup_steps=0)
+    with pytest.raises(FloatingPointError) as error:
+        run(config, tmp_path)
+    text = str(error.value)
+    step = int(re.search(r"dpo stopped at step (\d+)", text)[1])
+    assert text.count("pairs.jsonl row") == 8
+    if step > 1:
+        with Checkpoints(tmp_path / "dpo" / "checkpoints", keep=1) as saved:
+            assert saved.latest() == step - 1
+    assert not (tmp_path / "dpo" / "done.json").exists()
+
+
+def test_the_best_checkpoint_is_kept_and_exported(model, pairs, tmp_path):
+    config = dpo_config(model, pairs, steps=8, eval_every=2, save_every=8, keep_best="loss/eval", lr=0.05,
+                        warmup_steps=0, max_grad_norm=0.0)
+    folder = run(config, tmp_path)
+    losses = {row["step"]: row["loss/eval"] for row in read_rows(folder / "metrics.jsonl")
+              if "loss/eval" in row and row["step"]}
+    with Checkpoints(folder / "checkpoints", keep=1, best_metric="loss/eval") as saved:
+        best, value = saved.best()
+        assert best == min(losses, key=losses.get) and value == losses[best]
+        assert saved.latest() == 8
+
+
+def test_an_unknown_metric_to_keep_the_best_by_is_refused(model, pairs, tmp_path):
+    with pytest.raises(ValueError, match="keep_best = 'accuracy': expected an evaluation metric, one of .*loss/eval"):
+        run(dpo_config(model, pairs, keep_best="accuracy"), tmp_path)
+
+
+def test_two_processes_cannot_work_on_one_stage(whole):
+    config, folder = whole
+    with stages.lock(folder), pytest.raises(RuntimeError, match="another process is at work"):
+        run(config, folder.parent)
+
+
+def test_a_folder_of_something_else_is_not_touched(model, pairs, tmp_path):
+    (tmp_path / "dpo").mkdir()
+    (tmp_path / "dpo" / "thesis.tex").write_text("chapter 1")
+    with pytest.raises(stages.StageChanged, match="has files but no config.json"):
+        run(dpo_config(model, pairs), tmp_path)
+
+
+def test_too_few_rows_for_a_step(model, tmp_path):
+    pairs = write_pairs(tmp_path / "pairs.jsonl", count=10)
+    config = dpo_config(model, pairs, steps=0, batch_size=64)
+    with pytest.raises(ValueError, match=r"\d rows? make no step of config.dpo.batch_size = 64|training rows make no step"):
+        run(config, tmp_path)
+
+
+def test_reference_by_path_and_reference_free(model, pairs, tmp_path, whole):
+    same = run(dpo_config(model, pairs, reference=str(model)), tmp_path / "path")
+    for name, value in weights(same).items():
+        np.testing.assert_array_equal(value, weights(whole[1])[name])
+    free = run(dpo_config(model, pairs, reference="none"), tmp_path / "free")
+    row = rows_without_timings(free)[0]
+    np.testing.assert_allclose(row["rewards_eval/chosen"], 0.1 * row["logps_eval/chosen"], rtol=1e-4)
+
+
+def test_ledger_and_shown_rows(model, pairs, tmp_path, capsys):
+    folder = run(dpo_config(model, pairs, data__show=2, steps=1), tmp_path)
+    ledger = json.loads((folder / "ledger.json").read_text())
+    assert ledger["train"]["read"] == 60 and len(ledger["fingerprint"]) == 2
+    out = capsys.readouterr().out
+    assert out.count("⟦") == 4 and "</s>⟧" in out and "self-check passed" in out

@@ -1,0 +1,191 @@
+"""The toy language: its words, reward, corpus and sampled pairs."""
+
+import collections
+import json
+
+import ml_collections
+import numpy as np
+import pytest
+
+from dpo_jax.data import sources, toy
+from dpo_jax.data import tokenizer as tokenizers
+from dpo_jax.data.ledger import Ledger
+
+IDS = {word: i for i, word in enumerate(toy.WORDS)}
+COMPLETIONS = toy.completions()
+REWARDS_PC = toy.rewards(toy.PROMPTS, COMPLETIONS)
+
+
+def ids(text: str) -> list[int]:
+    return [IDS[word] for word in text.split()]
+
+
+def reward(completion: str, prompt="film") -> float:
+    return float(toy.rewards([IDS[prompt]], np.array([ids(completion)]))[0, 0])
+
+
+def data(**fields) -> ml_collections.ConfigDict:
+    return ml_collections.ConfigDict(dict(source="toy", max_rows=0, max_eval_rows=0) | fields)
+
+
+def reward_of(pair: dict, side: str) -> float:
+    return reward(pair[side], pair["prompt"])
+
+
+@pytest.mark.parametrize("text", ["film", " good plot not bad acting"])
+def test_text_goes_through_the_tokenizer_and_back(text):
+    tokenizer = toy.tokenizer()
+    assert tokenizer.encode(text) == ids(text)
+    assert tokenizer.decode(ids(text)) == text.strip()
+
+
+def test_the_tokenizer_has_the_eight_words_and_nothing_else():
+    tokenizer = toy.tokenizer()
+    assert len(tokenizer) == len(toy.WORDS) == 8
+    assert tokenizer.all_special_tokens == []
+    with pytest.raises(Exception, match="UNK"):
+        tokenizer.encode("film noir")
+
+
+def test_a_saved_tokenizer_is_the_same_beside_a_gpt2_config(tmp_path):
+    """A model's folder names another tokenizer class by its model_type; the saved one must win."""
+    toy.tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "vocab_size": 8}))
+    loaded = tokenizers.load(tmp_path)
+    assert len(loaded) == 8
+    assert loaded.encode(" not terrible film") == ids("not terrible film")
+    assert loaded.decode(ids("not terrible film")) == "not terrible film"
+
+
+def test_completions_are_all_numbers_of_base_eight():
+    assert COMPLETIONS.shape == (8**5, 5)
+    np.testing.assert_array_equal(COMPLETIONS @ 8 ** np.arange(4, -1, -1), np.arange(8**5))
+
+
+@pytest.mark.parametrize("completion, expected", [
+    ("film plot acting film plot", 0),
+    ("wonderful good terrible bad film", 0),
+    ("wonderful wonderful wonderful wonderful wonderful", 5),
+    ("not terrible not terrible good", 2.5),
+    ("not good film plot acting", -0.5),
+    ("good not film plot acting", 0.5),  # "not" flips the next word, not the one before
+    ("not film good plot acting", 0.5),  # and only the next one
+    ("not not good plot acting", -0.5),  # "not" has no weight to flip, so the second one counts as any other
+    ("film plot acting bad not", -0.5),
+])
+def test_rewards_by_hand(completion, expected):
+    assert reward(completion) == expected
+
+
+def test_a_prompt_counts_only_by_flipping():
+    assert reward("good film film film film", "bad") == 0.5
+    assert reward("good film film film film", "not") == -0.5
+    assert REWARDS_PC.shape == (4, 8**5)
+    assert (REWARDS_PC == REWARDS_PC[0]).all()  # no prompt is "not"
+
+
+def test_the_corpus_is_negative_and_differs_by_prompt():
+    corpus = toy.corpus(seed=0, n=20_000)
+    assert corpus.shape == (20_000, 6)
+    assert set(corpus[:, 0]) == set(toy.PROMPTS)
+    index = np.ravel_multi_index(tuple(corpus[:, 1:].T), (8,) * 5)
+    means = [REWARDS_PC[0, index[corpus[:, 0] == prompt]].mean() for prompt in toy.PROMPTS]
+    assert max(means) < -0.7
+    assert -1.6 < np.mean(means) < -1.2
+    assert np.diff(np.sort(means)).min() > 0.1  # standard errors are 0.02
+
+
+def test_the_corpus_follows_its_chain():
+    corpus = toy.corpus(seed=3, n=40_000)
+    rows = corpus[corpus[:, 0] == IDS["acting"]]
+    before, after = rows[:, :-1].ravel(), rows[:, 1:].ravel()
+    expected_VV = toy._transitions()[list(toy.GLOOM).index("acting")]
+    for word in range(8):
+        share_V = np.bincount(after[before == word], minlength=8) / (before == word).sum()
+        error_V = np.sqrt(expected_VV[word] * (1 - expected_VV[word]) / (before == word).sum())
+        assert (abs(share_V - expected_VV[word]) < 5 * error_V).all()
+
+
+def test_the_corpus_depends_on_the_seed_alone():
+    np.testing.assert_array_equal(toy.corpus(0, 50), toy.corpus(0, 100)[:50])
+    assert (toy.corpus(0, 100) != toy.corpus(1, 100)).any()
+
+
+def test_rows_for_sft():
+    rows = sources.read(data(max_rows=50), "sft", Ledger())
+    assert (len(rows["train"]), len(rows["eval"])) == (50, toy.EVAL_ROWS)
+    assert rows == toy.rows(data(max_rows=50), "sft")
+    assert [row.responses for row in rows["train"]] != [row.responses for row in rows["eval"][:50]]
+    row, expected = rows["train"][0], toy.corpus(toy.SEEDS["train"], 1)[0]
+    assert ids(row.prompt) == [expected[0]]
+    assert ids(row.responses[0]) == list(expected[1:])
+    assert row.responses[0].startswith(" ")
+    assert row.where == "toy train row 1"
+    assert len(toy.rows(data(max_eval_rows=3), "sft")["train"]) == toy.TRAIN_ROWS
+
+
+def test_pairs_are_another_stages_work():
+    with pytest.raises(ValueError, match="`pairs` stage"):
+        toy.rows(data(), "pairs")
+
+
+@pytest.fixture(scope="module")
+def few():
+    """A model, [P, C], that makes five completions of rewards -1, 0, 0, 1 and 2, with unequal chances."""
+    texts = ("bad bad film film film", "film film film film film", "plot plot plot plot plot",
+             "good good film film film", "wonderful wonderful film film film")
+    logps_PC = np.full((4, 8**5), -np.inf)
+    for prompt in range(4):
+        index = [np.ravel_multi_index(ids(text), (8,) * 5) for text in texts]
+        logps_PC[prompt, index] = np.log(np.roll([0.1, 0.15, 0.2, 0.25, 0.3], prompt))
+    return logps_PC
+
+
+def test_pairs_have_the_samples_frequencies(few):
+    """Both sides of a pair, taken together, come from the model; pairs of equal completions are left out."""
+    pairs, left_out = toy.sample_pairs(few, 0, prompts=6000, completions=2)
+    assert len(pairs) + sum(left_out.values()) == 6000
+    for p, prompt in enumerate(toy.GLOOM):
+        chance_C = np.exp(few[p])
+        apart = 1 - (chance_C**2).sum()
+        mine = [pair for pair in pairs if pair["prompt"] == prompt]
+        counts = collections.Counter(pair[side] for pair in mine for side in ("chosen", "rejected"))
+        for index in np.flatnonzero(chance_C):
+            expected = chance_C[index] * (1 - chance_C[index]) / apart  # that a given side is this completion
+            text = " " + " ".join(list(toy.WORDS)[i] for i in COMPLETIONS[index])
+            error = np.sqrt(expected * (1 - expected) / (2 * len(mine)))
+            assert abs(counts[text] / (2 * len(mine)) - expected) < 5 * error
+
+
+def test_bradley_terry_labels_have_their_frequencies(few):
+    pairs, _ = toy.sample_pairs(few, 1, prompts=3000)
+    margins = np.array([pair["reward_chosen"] - pair["reward_rejected"] for pair in pairs])
+    for margin in (1, 2, 3):
+        wins, n = (margins == margin).sum(), (abs(margins) == margin).sum()
+        expected = 1 / (1 + np.exp(-margin))
+        assert n > 500
+        assert abs(wins / n - expected) < 4 * np.sqrt(expected * (1 - expected) / n)
+    assert (margins == 0).any()
+
+
+def test_deterministic_labels_obey_the_reward(few):
+    pairs, left_out = toy.sample_pairs(few, 2, prompts=500, labels="deterministic")
+    assert all(pair["reward_chosen"] > pair["reward_rejected"] for pair in pairs)
+    assert left_out["equal completions"] > 0
+    assert left_out["equal rewards"] > 0
+    assert len(pairs) + sum(left_out.values()) == 500 * 6
+
+
+def test_a_pair_holds_its_texts_and_their_rewards(few):
+    pairs, left_out = toy.sample_pairs(few, 0, prompts=50)
+    assert left_out["equal rewards"] == 0  # Bradley-Terry has an answer for ties
+    for pair in pairs:
+        assert pair["prompt"] in toy.GLOOM
+        assert pair["chosen"] != pair["rejected"]
+        assert pair["reward_chosen"] == reward_of(pair, "chosen")
+        assert pair["reward_rejected"] == reward_of(pair, "rejected")
+
+
+def test_pairs_depend_on_the_seed_alone(few):
+    assert toy.sample_pairs(few, 7, prompts=20) == toy.sample_pairs(few, 7, prompts=20)
+    assert toy.sample_pairs(few, 7, prompts=20) != toy.sample_pairs(few, 8, prompts=20)

@@ -1,0 +1,84 @@
+"""A tiny model and tiny preference data on disk, and runs on them, for the tests of whole stages."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+from conftest import ROOT, tiny_config
+
+from dpo_jax import config as configs
+from dpo_jax import train
+from dpo_jax.models import hf, transformer
+
+WORDS = ["<s>", "</s>", "?", *(f"w{i}" for i in range(37))]
+
+
+def tokenizer():
+    """Forty words, BOS at a text's start."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="?")
+
+
+def write_model(folder) -> pathlib.Path:
+    """A random two-layer Llama of 40 words in Hugging Face format."""
+    hf_config = hf.make_config(dict(
+        model_type="llama", vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=32, max_position_embeddings=64, bos_token_id=0, eos_token_id=1))
+    config = tiny_config()
+    params = jax.jit(lambda key: jax.tree.map(lambda x: x * 4, transformer.init(config, key)))(jax.random.key(0))
+    hf.save(folder, config, hf_config, params, tokenizer())
+    return pathlib.Path(folder)
+
+
+def write_pairs(path, count=60, seed=0) -> pathlib.Path:
+    """Pairs whose chosen side has the higher word numbers, so that there is something to learn."""
+    rng = np.random.default_rng(seed)
+
+    def words(low, high):
+        return " ".join(f"w{i}" for i in rng.integers(low, high, rng.integers(2, 9)))
+    rows = [dict(prompt=words(0, 37), chosen=words(18, 37), rejected=words(0, 20)) for _ in range(count)]
+    pathlib.Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return pathlib.Path(path)
+
+
+def dpo_config(model, pairs, **fields):
+    """A short DPO run; `fields` are of its dpo block, or dotted through __ (data__shuffle)."""
+    config = configs.default(("dpo",))
+    config.model.path, config.data.path = str(model), str(pairs)
+    config.data.eval_fraction = 0.2
+    config.dpo.update(batch_size=8, steps=6, lr=3e-3, warmup_steps=2, eval_every=3, save_every=2)
+    for name, value in fields.items():
+        block, _, field = name.rpartition("__")
+        config[block or "dpo"][field] = value
+    return config
+
+
+def run(config, workdir) -> pathlib.Path:
+    """Runs all stages in this process; the folder of the last training stage."""
+    train.run_stages(config, str(workdir))
+    return pathlib.Path(workdir) / configs.folder_names(config)[
+        [stage for stage in config.stages if stage in configs.TRAINING_STAGES][-1]]
+
+
+def command(module: str, *flags: str, devices: int = 1, **options) -> subprocess.CompletedProcess:
+    """python -m dpo_jax.MODULE FLAGS on fake CPU devices, its output captured."""
+    return subprocess.run([sys.executable, "-m", f"dpo_jax.{module}", *map(str, flags)], cwd=ROOT, text=True,
+                          capture_output=True, env=environment(devices), **options)
+
+
+def environment(devices: int = 1) -> dict:
+    return os.environ | dict(JAX_NUM_CPU_DEVICES=str(devices))
+
+
+def weights(folder) -> dict[str, np.ndarray]:
+    """The exported tensors of a run by name."""
+    from safetensors.numpy import load_file
+    return load_file(pathlib.Path(folder) / "hf" / "model.safetensors")
