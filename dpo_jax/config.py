@@ -162,7 +162,8 @@ def _validate_data(data):
         _fail("data.path", data.path, "empty: the toy makes its own data")
     _at_least("data.max_length", data.max_length, 2)
     if not 0 < data.max_prompt_length < data.max_length:
-        _fail("data.max_prompt_length", data.max_prompt_length, f"between 1 and data.max_length - 1 = {data.max_length - 1}")
+        _fail("data.max_prompt_length", data.max_prompt_length,
+              f"between 1 and data.max_length - 1 = {data.max_length - 1}")
     if not 0 < data.eval_fraction < 1:
         _fail("data.eval_fraction", data.eval_fraction, "between 0 and 1")
     if not 0 <= data.max_dropped <= 1:
@@ -179,7 +180,8 @@ def _validate_training(stage, block):
     for field in ("microbatch_size", "steps", "warmup_steps", "max_grad_norm", "weight_decay"):
         _at_least(f"{stage}.{field}", block[field], 0)
     if block.microbatch_size and block.batch_size % block.microbatch_size:
-        _fail(f"{stage}.microbatch_size", block.microbatch_size, f"a divisor of {stage}.batch_size = {block.batch_size}")
+        _fail(f"{stage}.microbatch_size", block.microbatch_size,
+              f"a divisor of {stage}.batch_size = {block.batch_size}")
     if not block.lr > 0:
         _fail(f"{stage}.lr", block.lr, "more than 0")
     if not block.steps and not block.epochs > 0:

@@ -12,8 +12,8 @@ import pathlib
 import jax
 import numpy as np
 
-from dpo_jax import pretrained, runtime, sharding
 from dpo_jax import config as configs
+from dpo_jax import pretrained, runtime, sharding
 from dpo_jax.data import dataset, records
 from dpo_jax.data.batches import Batches, evaluation_order, prefetch
 from dpo_jax.logprobs import response_logprobs
@@ -87,7 +87,8 @@ def main():
     names = {"max_length": flags.DEFINE_integer, "max_prompt_length": flags.DEFINE_integer,
              "max_dropped": flags.DEFINE_float}
     limits = {name: define(name, defaults[name], f"As config.data.{name}.") for name, define in names.items()}
-    limits["truncate"] = flags.DEFINE_enum("truncate", "auto", ["auto", "keep_start", "keep_end"], "As config.data.truncate.")
+    limits["truncate"] = flags.DEFINE_enum(
+        "truncate", "auto", ["auto", "keep_start", "keep_end"], "As config.data.truncate.")
     limits["on_bad_row"] = flags.DEFINE_enum("on_bad_row", "error", ["error", "drop"], "As config.data.on_bad_row.")
     limits["append_eos"] = flags.DEFINE_bool("append_eos", True, "As config.data.append_eos.")
     flags.mark_flags_as_required(["model", "data", "out"])

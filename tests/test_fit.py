@@ -73,7 +73,8 @@ def test_a_finished_run_is_reused(whole, capsys):
     assert (folder / "done.json").read_text() == before
 
 
-@pytest.mark.parametrize("field, value", [("beta", 0.5), ("steps", 9), ("data__max_prompt_length", 40), ("model__dtype", "bfloat16")])
+@pytest.mark.parametrize("field, value", [
+    ("beta", 0.5), ("steps", 9), ("data__max_prompt_length", 40), ("model__dtype", "bfloat16")])
 def test_a_changed_config_is_refused_by_field(whole, field, value):
     config, folder = whole
     changed = config.copy_and_resolve_references()
@@ -99,7 +100,8 @@ def test_a_sweep_shares_a_workdir_by_run_name(whole, model, pairs):
     assert rows_without_timings(other)[6]["loss/eval"] != rows_without_timings(folder)[6]["loss/eval"]
 
 
-@pytest.mark.parametrize("mesh", [dict(data=1), dict(data=2, fsdp=2, tensor=2), dict(data=1, fsdp=8), dict(data=4, tensor=2)])
+@pytest.mark.parametrize("mesh", [
+    dict(data=1), dict(data=2, fsdp=2, tensor=2), dict(data=1, fsdp=8), dict(data=4, tensor=2)])
 def test_every_mesh_gives_the_same_run(whole, model, pairs, tmp_path, mesh, monkeypatch):
     if mesh == dict(data=1):
         devices = jax.devices()[:1]
@@ -262,7 +264,7 @@ def test_a_folder_of_something_else_is_not_touched(model, pairs, tmp_path):
 def test_too_few_rows_for_a_step(model, tmp_path):
     pairs = write_pairs(tmp_path / "pairs.jsonl", count=10)
     config = dpo_config(model, pairs, steps=0, batch_size=64)
-    with pytest.raises(ValueError, match=r"\d rows? make no step of config.dpo.batch_size = 64|training rows make no step"):
+    with pytest.raises(ValueError, match="training rows make no step of config.dpo.batch_size = 64"):
         run(config, tmp_path)
 
 

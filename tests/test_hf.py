@@ -1,4 +1,4 @@
-"""Model folders in Hugging Face format: finding, reading, loading in shards, writing; every error on the way."""
+"""Model folders in Hugging Face format: finding, reading, loading, writing; and every error on the way."""
 
 import fnmatch
 import json
@@ -40,7 +40,7 @@ def assert_same(params, expected):
 
 @pytest.fixture(scope="module")
 def tied():
-    """A tied GPT-2: its Hugging Face config, our config and random float32 weights on the host."""
+    """A tied GPT-2: its Hugging Face config, our config and random weights."""
     return made("gpt2")
 
 
@@ -53,9 +53,8 @@ def untied():
 def made(variant):
     hf_config = tiny_models.hf_config(variant)
     config = families.from_hf(hf_config)
-    rng = np.random.default_rng(0)
-    return hf_config, config, jax.tree.map(
-        lambda leaf: jax.numpy.array(rng.normal(size=leaf.shape), np.float32), transformer.abstract(config))
+    params = jax.device_put(tiny_models.random_params(config), placed(config))
+    return hf_config, config, params
 
 
 @pytest.fixture
@@ -107,7 +106,7 @@ def silent_hub(monkeypatch, tmp_path):
 
 def test_a_silent_network_is_an_error_within_seconds(silent_hub):
     start = time.monotonic()
-    with pytest.raises(FileNotFoundError, match="the model org/name is neither a folder .* Pass a local folder"):
+    with pytest.raises(FileNotFoundError, match="the model org/name is neither a folder .* Pass a local"):
         hf.fetch("org/name")
     assert time.monotonic() - start < 10
 
@@ -125,8 +124,8 @@ def test_only_weights_configs_and_tokenizers_are_fetched():
     def wanted(name):
         return any(fnmatch.fnmatch(name, pattern) for pattern in hf.HUB_FILES)
     assert all(map(wanted, [
-        "config.json", "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json",
-        "merges.txt", "tokenizer.model", "chat_template.jinja"]))
+        "config.json", "model.safetensors", "model.safetensors.index.json",
+        "model-00001-of-00002.safetensors", "merges.txt", "tokenizer.model", "chat_template.jinja"]))
     assert not any(map(wanted, [
         "pytorch_model.bin", "model.pt", "x.pkl", "flax_model.msgpack", "modeling_x.py", "tf_model.h5",
         "consolidated.safetensors", "README.md"]))
@@ -140,7 +139,7 @@ def test_a_folder_without_config_is_an_error(tmp_path):
 @pytest.mark.parametrize("text, message", [
     ("{", "Expecting"),
     ("{}", "model_type is None"),
-    ('{"model_type": "novel", "auto_map": {"AutoConfig": "novel.Config"}}', "model_type is 'novel', which this"),
+    ('{"model_type": "new", "auto_map": {"AutoConfig": "novel.Config"}}', "model_type is 'new', which this"),
     ('{"model_type": "gpt2", "n_embd": "wide"}', "n_embd"),
 ])
 def test_a_bad_config_is_an_error_that_names_the_file(tmp_path, text, message):
@@ -194,7 +193,7 @@ def test_shards_with_an_index(untied, tmp_path):
     assert index["metadata"]["total_size"] == sum(x.nbytes for x in jax.tree.leaves(untied[2]))
     assert_same(load(folder, untied), untied[2])
     files[1].unlink()
-    with pytest.raises(FileNotFoundError, match=f"{folder}: its index lists {files[1].name}, which"):
+    with pytest.raises(FileNotFoundError, match=f"{folder} lacks {files[1].name}, which its index lists"):
         load(folder, untied)
 
 

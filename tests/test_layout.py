@@ -10,7 +10,6 @@ from dpo_jax.data import layout
 from dpo_jax.logprobs import response_logprobs, token_logprobs
 from dpo_jax.models import transformer
 
-
 LOGITS = jax.jit(transformer.logits, static_argnums=0)
 LOGPROBS = jax.jit(response_logprobs, static_argnums=0)
 

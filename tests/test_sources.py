@@ -88,6 +88,12 @@ ASKED = [{"role": "system", "content": "s"}, user("q")]
      [user("q")], ([assistant("a")], [assistant("b")])),
     ({"chosen": [*ASKED, assistant("a")], "rejected": [*ASKED, assistant("b")]},
      ASKED, ([assistant("a")], [assistant("b")])),
+    # a conversation that the assistant opens, whole and as its answer alone
+    ({"prompt": [assistant("hi"), user("q")], "chosen": [assistant("hi"), user("q"), assistant("a")],
+      "rejected": [assistant("hi"), user("q"), assistant("b")]},
+     [assistant("hi"), user("q")], ([assistant("a")], [assistant("b")])),
+    ({"prompt": [assistant("hi"), user("q")], "completion": [assistant("a")]},
+     [assistant("hi"), user("q")], ([assistant("a")],)),
     # several turns: the last shared one is where the response starts
     ({"chosen": [user("q"), assistant("a"), user("r"), assistant("x")],
       "rejected": [user("q"), assistant("a"), user("r"), assistant("y")]},
@@ -446,7 +452,7 @@ def test_held_out_prompts_are_these(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", pairs(40))
     assert [row.prompt for row in read(path, eval_fraction=0.1)[0]["eval"]] == HELD_OUT
     few = write_jsonl(tmp_path / "few.jsonl", pairs(3))
-    assert [len(side) for side in read(few, eval_fraction=0.001)[0].values()] == [2, 1]
+    assert [row.prompt for row in read(few, eval_fraction=0.001)[0]["eval"]] == ["p2"]  # the least of the three
     assert [len(side) for side in read(few, eval_fraction=0.0)[0].values()] == [3, 0]
     rows, ledger = read(path, eval_fraction=0.1, max_eval_rows=1)
     assert [row.prompt for row in rows["eval"]] == HELD_OUT[:1]

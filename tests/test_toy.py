@@ -81,7 +81,7 @@ def test_a_prompt_counts_only_by_flipping():
     assert reward("good film film film film", "bad") == 0.5
     assert reward("good film film film film", "not") == -0.5
     assert REWARDS_PC.shape == (4, 8**5)
-    assert (REWARDS_PC == REWARDS_PC[0]).all()  # no prompt is "not"
+    assert (REWARDS_PC[0] == REWARDS_PC).all()  # no prompt is "not"
 
 
 def test_the_corpus_is_negative_and_differs_by_prompt():
@@ -114,7 +114,6 @@ def test_the_corpus_depends_on_the_seed_alone():
 def test_rows_for_sft():
     rows = sources.read(data(max_rows=50), "sft", Ledger())
     assert (len(rows["train"]), len(rows["eval"])) == (50, toy.EVAL_ROWS)
-    assert rows == toy.rows(data(max_rows=50), "sft")
     assert [row.responses for row in rows["train"]] != [row.responses for row in rows["eval"][:50]]
     row, expected = rows["train"][0], toy.corpus(toy.SEEDS["train"], 1)[0]
     assert ids(row.prompt) == [expected[0]]

@@ -3,7 +3,11 @@
 import functools
 import pathlib
 
+import jax
+import numpy as np
 import transformers
+
+from dpo_jax.models.transformer import TransformerConfig, abstract
 
 SIZES = dict(vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
              max_position_embeddings=64)
@@ -49,6 +53,12 @@ def torch_model(variant: str):
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(1 + 0.3 * noise if "norm" in name or "ln_" in name else 0.2 * noise)
     return model.eval()
+
+
+def random_params(config: TransformerConfig, seed: int = 0):
+    """Weights for a config of ours, float32 on the host, without compiling its initialisation."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), abstract(config))
 
 
 def write(variant: str, folder, **options) -> pathlib.Path:

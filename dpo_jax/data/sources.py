@@ -229,7 +229,7 @@ def _responses(prompt: Text, responses: tuple[Text, ...], kind: str) -> tuple[Te
     """The responses that this kind of training needs, neither empty nor equal."""
     if kind == "pairs" and len(responses) == 1:
         raise Malformed("a pair needs two responses, in 'chosen' and 'rejected'")
-    responses = tuple(responses)[:1 if kind == "sft" else 2]
+    responses = responses[:1] if kind == "sft" else responses
     said = [response if isinstance(response, str) else "".join(message["content"] for message in response)
             for response in responses]
     if not all(text.strip() for text in said):

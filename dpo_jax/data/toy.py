@@ -95,8 +95,8 @@ def sample_pairs(logps_PC, seed: int, *, prompts=4000, completions=4,
     tied = (margin == 0) & ~equal & (labels == "deterministic")
     kept = ~equal & ~tied
     chosen, rejected = np.where(first_wins, (first, second), (second, first))
-    pairs = [{"prompt": _text(PROMPTS[[p]]), "chosen": _response(ids_CT[c]), "rejected": _response(ids_CT[r]),
-              "reward_chosen": float(reward_PC[p, c]), "reward_rejected": float(reward_PC[p, r])}
+    pairs = [dict(prompt=_text(PROMPTS[[p]]), chosen=_response(ids_CT[c]), rejected=_response(ids_CT[r]),
+                  reward_chosen=float(reward_PC[p, c]), reward_rejected=float(reward_PC[p, r]))
              for p, c, r in zip(prompt[kept], chosen[kept], rejected[kept], strict=True)]
     return pairs, {"equal completions": int(equal.sum()), "equal rewards": int(tied.sum())}
 

@@ -2,15 +2,18 @@
 
 import pathlib
 
+import numpy as np
+
 from dpo_jax import metrics, stages
 from dpo_jax.data import toy
-from dpo_jax.evaluation import exact
+from dpo_jax.evaluation import exact, plots
+
+CURVE_POINTS = 200  # of the bound, in the picture
 
 
 def probe(model, reference_params):
     """params -> {"toy/reward", "toy/kl"}, exact, against the reference; for `fit` to call at each evaluation."""
-    reference_PC = exact.enumerate_logps(model.config, reference_params, toy.PROMPTS)
-    rewards_PC = toy.rewards(toy.PROMPTS, toy.completions())
+    reference_PC, rewards_PC = _reference(model, reference_params)
 
     def measure(params) -> dict[str, float]:
         policy_PC = exact.enumerate_logps(model.config, params, toy.PROMPTS)
@@ -22,16 +25,34 @@ def probe(model, reference_params):
 def write(folder: pathlib.Path, trained: pathlib.Path, model, reference_params, beta: float) -> dict:
     """Writes toy.json and toy.png from a dpo stage's rows, and shows the table; returns what toy.json holds.
 
-    trained: the dpo stage's folder. model, reference_params: what that stage started from.
+    trained: the dpo stage's folder. model, reference_params: what that stage started from, its reference.
     """
-    reference_PC = exact.enumerate_logps(model.config, reference_params, toy.PROMPTS)
-    rewards_PC = toy.rewards(toy.PROMPTS, toy.completions())
+    reference_PC, rewards_PC = _reference(model, reference_params)
+    start, _ = exact.reward_and_kl(reference_PC, reference_PC, rewards_PC)
     trajectory = [(row["step"], row["toy/reward"], row["toy/kl"])
                   for row in metrics.read_rows(trained / "metrics.jsonl") if "toy/kl" in row]
     _, reward, kl = trajectory[-1]
-    best_reward, best_kl = exact.optimum(reference_PC, rewards_PC, beta)
+    optimum = exact.optimum(reference_PC, rewards_PC, beta)
+    kls = np.linspace(0, 1.15 * max(kl, optimum[1], *(kl for _, _, kl in trajectory)), CURVE_POINTS)
     bound = float(exact.bound(reference_PC, rewards_PC, [kl])[0])
-    result = dict(beta=beta, reward=reward, kl=kl, analytic_reward=float(best_reward), analytic_kl=float(best_kl),
+    plots.frontier(folder / "toy.png", curve=(kls, exact.bound(reference_PC, rewards_PC, kls)), reference=start,
+                   trajectory=trajectory, optimum=optimum, title=f"DPO on the toy, β = {beta:g}")
+    result = dict(beta=beta, reward=reward, kl=kl, analytic_reward=float(optimum[0]), analytic_kl=float(optimum[1]),
                   bound_reward=bound, gap=bound - reward)
     stages.write_json(folder / "toy.json", result)
+    metrics.say(_table(result, float(start)))
+    metrics.say(f"evaluate: {folder / 'toy.json'}, {folder / 'toy.png'}")
     return result
+
+
+def _reference(model, params):
+    """The reference's log-probs of all completions, and their rewards, each [P, C]."""
+    return exact.enumerate_logps(model.config, params, toy.PROMPTS), toy.rewards(toy.PROMPTS, toy.completions())
+
+
+def _table(result: dict, start: float) -> str:
+    rows = [("reference", start, 0.0), ("policy", result["reward"], result["kl"]),
+            (f"optimum at beta {result['beta']:g}", result["analytic_reward"], result["analytic_kl"]),
+            ("best at the policy's KL", result["bound_reward"], result["kl"])]
+    lines = [f"{'exact, over all completions':<30}{'reward':>9}{'KL, nats':>10}"]
+    return "\n".join(lines + [f"{name:<30}{reward:>9.4f}{kl:>10.4f}" for name, reward, kl in rows])

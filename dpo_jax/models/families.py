@@ -7,6 +7,7 @@ Letters in the tables' patterns, beside those of `transformer.py`:  T  positions
 """
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -102,6 +103,7 @@ def family(model_type: str) -> Family:
     return FAMILIES[model_type]
 
 
+@functools.cache
 def tensors(model_type: str, config: TransformerConfig) -> tuple[Tensor, ...]:
     """The tensors of this config's checkpoints: the family's, less the biases and head that it has not."""
     paths = traverse_util.flatten_dict(transformer.abstract(config), sep="/")
@@ -192,6 +194,8 @@ def _check(hf, config: TransformerConfig):
     if config.activation not in transformer.ACTIVATIONS:
         known = ", ".join(transformer.ACTIVATIONS)
         raise _unsupported(hf, f"activation {config.activation!r}", f"{known} are")
+    if config.width % config.heads and getattr(hf, "head_dim", None) is None:
+        raise _unsupported(hf, f"a width of {config.width} in {config.heads} heads", "it must be a multiple")
     if config.heads % config.kv_heads:
         raise _unsupported(hf, f"num_key_value_heads = {config.kv_heads}",
                            f"it must divide num_attention_heads = {config.heads}")

@@ -97,11 +97,10 @@ def load(path, config: TransformerConfig, shardings):
     """
     path = pathlib.Path(path)
     model_type = read_config(path).model_type
-    tensors = families.tensors(model_type, config)
-    stored = _match(path, model_type, tensors, config)
+    stored = _match(path, model_type, config)
     shapes, shardings = _flat(transformer.abstract(config)), _flat(shardings)
     params = {}
-    for tensor in tensors:
+    for tensor in families.tensors(model_type, config):
         pieces = [Pieces(shapes[param].shape, shardings[param]) for param in tensor.paths]
         for name, layer in tensor.names(config):
             values = tensor.unpack(config, stored[name][:])
@@ -165,10 +164,11 @@ def save(path, config: TransformerConfig, hf_config, params, tokenizer=None, *,
     multihost_utils.sync_global_devices("hf.save")
 
 
-def _match(path: pathlib.Path, model_type: str, tensors, config: TransformerConfig) -> dict:
+def _match(path: pathlib.Path, model_type: str, config: TransformerConfig) -> dict:
     """The safetensors slice of each tensor of the config; ValueError with everything that does not fit."""
     family = families.family(model_type)
-    required = {name: list(tensor.shape(config)) for tensor in tensors for name, _ in tensor.names(config)}
+    required = {name: list(tensor.shape(config)) for tensor in families.tensors(model_type, config)
+                for name, _ in tensor.names(config)}
     head, embedding = family.name_of("head/kernel"), family.name_of("embed/tokens")
     shapes = required | ({head: required[embedding]} if config.tied else {})  # a tied head may be stored too
     full_names = {name.removeprefix(family.base): name for name in shapes}
@@ -192,9 +192,9 @@ def _match(path: pathlib.Path, model_type: str, tensors, config: TransformerConf
     if not problems and config.tied and head in found and _differ(found[head], found[embedding]):
         problems = [f"{head} differs from {embedding}, though config.json says tie_word_embeddings = true"]
     if problems:
-        raise ValueError("\n  ".join([
-            f"the tensors in {path} are not those of the {model_type} model in its config.json:", *problems,
-        ]) + "\nCheck that config.json belongs to these weights and that all files are there.")
+        summary = f"the tensors in {path} are not those of the {model_type} model in its config.json:"
+        advice = "Check that config.json belongs to these weights and that all files are there."
+        raise ValueError("\n  ".join([summary, *problems]) + f"\n{advice}")
     return found
 
 

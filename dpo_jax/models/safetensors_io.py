@@ -38,9 +38,9 @@ def write(folder: pathlib.Path, shapes: dict[str, tuple[int, ...]],
     weight_map = {}
     for number, names in enumerate(shards, start=1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        held = dict(itertools.islice(tensors, len(names)))
-        safetensors.numpy.save_file(held, folder / file, metadata={"format": "pt"})  # transformers insists
-        weight_map |= dict.fromkeys(held, file)
+        safetensors.numpy.save_file(dict(itertools.islice(tensors, len(names))), folder / file,
+                                    metadata={"format": "pt"})  # transformers insists
+        weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(map(_bytes, shapes.values()))}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
@@ -57,7 +57,7 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
     weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
     files = [folder / name for name in sorted(set(weight_map.values()))]
     if absent := [file.name for file in files if not file.exists()]:
-        raise FileNotFoundError(f"{folder}: its index lists {', '.join(absent)}, which it lacks; fetch it again.")
+        raise FileNotFoundError(f"{folder} lacks {', '.join(absent)}, which its index lists; fetch it again.")
     return files
 
 

@@ -1,0 +1,129 @@
+"""The config tree: what is refused, and what a stage depends on."""
+
+import importlib
+import re
+
+import pytest
+from absl import flags
+from conftest import ROOT
+from ml_collections import config_flags
+
+from dpo_jax import config as configs
+
+
+def valid():
+    config = configs.default(("sft", "dpo"))
+    config.model.path, config.data.path = "gpt2", "pairs.jsonl"
+    return config
+
+
+@pytest.mark.parametrize("field, value, expected", [
+    ("stages", (), "at least one of sft"),
+    ("stages", ("sft", "sft"), "each stage once"),
+    ("stages", ("rlhf",), "one of sft"),
+    ("stages", ("pairs",), "a block for"),
+    ("run", "dpo", "other than a stage's"),
+    ("run", "a/b", "a folder's name"),
+    ("model.path", "", "a hub name or a folder"),
+    ("model.dtype", "float16", "one of float32, bfloat16"),
+    ("model.remat", "some", "one of none, full, dots"),
+    ("data.source", "hf", "one of local, hh"),
+    ("data.path", "", "a hub name, a folder or a file"),
+    ("data.truncate", "middle", "one of auto"),
+    ("data.on_bad_row", "ignore", "one of error, drop"),
+    ("data.max_prompt_length", 512, "between 1 and"),
+    ("data.eval_fraction", 1.0, "between 0 and 1"),
+    ("data.max_dropped", 5.0, "between 0 and 1"),
+    ("data.max_rows", -1, "at least 0"),
+    ("sft.loss", "mean", "one of sum, token_mean"),
+    ("sft.optimizer", "adam", "one of rmsprop"),
+    ("sft.weight_decay", 0.1, "0: rmsprop has none"),
+    ("sft.schedule", "step", "one of constant"),
+    ("dpo.loss", "kto", "one of sigmoid"),
+    ("dpo.beta", 0.0, "more than 0"),
+    ("dpo.label_smoothing", 0.5, "below 0.5"),
+    ("dpo.reference", "", '"init", "none" or'),
+    ("dpo.microbatch_size", 7, "a divisor of dpo.batch_size = 64"),
+    ("dpo.lr", 0.0, "more than 0"),
+    ("dpo.epochs", 0.0, "more than 0, where dpo.steps is 0"),
+    ("dpo.eval_every", 0, "at least 1"),
+    ("dpo.keep", 0, "at least 1"),
+    ("dpo.max_grad_norm", -1.0, "at least 0"),
+])
+def test_wrong_values_are_refused_by_field(field, value, expected):
+    config = valid()
+    configs.validate(config)
+    block, _, name = field.rpartition(".")
+    (config[block] if block else config)[name] = value
+    with pytest.raises(ValueError, match=re.escape(f"config.{field} = ")) as error:
+        configs.validate(config)
+    assert expected in str(error.value)
+
+
+@pytest.mark.parametrize("loss", sorted(set(configs.PREFERENCE_LOSSES) - set(configs.SMOOTHED_LOSSES)))
+def test_label_smoothing_is_refused_where_it_would_do_nothing(loss):
+    config = valid()
+    config.dpo.update(loss=loss, label_smoothing=0.1)
+    with pytest.raises(ValueError, match=f"the {loss} loss has none"):
+        configs.validate(config)
+
+
+def test_defaults_are_the_papers():
+    dpo = configs.default(("dpo",)).dpo
+    assert (dpo.beta, dpo.batch_size, dpo.lr, dpo.warmup_steps, dpo.optimizer, dpo.max_grad_norm) == (
+        0.1, 64, 1e-6, 150, "rmsprop", 10.0)
+    data = configs.default(("dpo",)).data
+    assert (data.max_length, data.max_prompt_length) == (512, 256)
+
+
+def test_a_field_of_a_stage_that_does_not_run_is_refused():
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values)
+    with pytest.raises(Exception, match="sft"):
+        values(["train", f"--config={ROOT}/configs/dpo.py", "--config.sft.lr=1e-3"])
+
+
+@pytest.mark.parametrize("override", ["--config.dpo.betta=0.5", "--config.model.pth=x"])
+def test_a_misspelt_field_is_refused(override):
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values)
+    with pytest.raises(Exception, match="betta|pth"):
+        values(["train", f"--config={ROOT}/configs/dpo.py", override])
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted((ROOT / "configs").glob("*.py"))])
+def test_every_config_file_is_valid_and_says_how_to_run_it(name):
+    module = importlib.import_module(f"configs.{name}")
+    config = module.get_config()
+    if name in ("dpo", "sft"):
+        config.model.path, config.data.path = "gpt2", "pairs.jsonl"
+    configs.validate(config)
+    assert f"--config=configs/{name}.py" in module.__doc__
+
+
+def test_every_field_is_explained_and_used():
+    """Each default has a trailing comment, and some module other than config.py reads it."""
+    source = (ROOT / "dpo_jax" / "config.py").read_text()
+    others = "".join(path.read_text() for path in (ROOT / "dpo_jax").rglob("*.py") if path.name != "config.py")
+    fields = re.findall(r"^        (\w+)=.+,(  # .+)?$", source, re.M)
+    assert len(fields) > 40
+    for name, comment in fields:
+        assert comment, f"{name} has no comment"
+        assert re.search(rf"\b{name}\b", others), f"nothing reads {name}"
+
+
+def test_a_stage_depends_on_itself_and_on_what_came_before():
+    config = valid()
+    fields = configs.dependencies(config, "sft")
+    assert "sft.lr" in fields and "model.path" in fields and "seed" in fields
+    assert not any(name.startswith(("dpo.", "mesh.", "log.")) for name in fields)
+    assert not {"sft.log_every", "sft.save_every", "sft.keep", "data.show", "run"} & fields.keys()
+    assert configs.dependencies(config, "dpo").keys() > fields.keys()
+
+
+def test_folder_names():
+    config = configs.default(("sft", "pairs", "dpo", "evaluate"))
+    assert configs.folder_names(config) == {name: name for name in config.stages}
+    config.run = "beta05"
+    assert configs.folder_names(config) == {
+        "sft": "sft", "pairs": "pairs", "dpo": "beta05", "evaluate": "evaluate-beta05"}

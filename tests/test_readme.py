@@ -1,0 +1,73 @@
+"""The README is a contract: its commands, its table and its map hold."""
+
+import re
+
+import pytest
+from conftest import ROOT
+from test_floors import FILES
+from tiny_runs import command, write_model, write_pairs
+
+README = (ROOT / "README.md").read_text()
+CONFIG = (ROOT / "dpo_jax" / "config.py").read_text()
+
+
+def test_the_two_commands_are_there():
+    assert ("pip install -r requirements.txt && python -m dpo_jax.train --config=configs/toy.py --workdir=runs/toy\n"
+            in README)
+    assert "pip install -r requirements.txt -r requirements-dev.txt && python -m pytest\n" in README
+
+
+def test_the_config_table_says_what_the_config_does():
+    fields = re.findall(r"^ {4,8}(?:config\.)?(\w+) ?= ?(.+?),?  # (.+)$", CONFIG, re.M)
+    assert len(fields) > 45
+    for name, default, comment in fields:
+        rows = [line for line in README.splitlines() if re.match(rf"\| `(\w+\.)?{name}`", line)]
+        row = next((line for line in rows if comment in line), "")
+        assert row, f"{name}: {comment}"
+        assert default in row or name == "stages", f"{name} = {default}: {row}"
+
+
+def test_the_map_names_every_file():
+    section = README.split("## Files")[1].split("**A batch**")[0]
+    for name in FILES:
+        assert re.search(rf"\b{name.rpartition('.')[2]}\b", section), name
+
+
+def test_pictures_exist():
+    for path in re.findall(r"!\[.*?\]\((.+?)\)", README):
+        assert (ROOT / path).exists(), path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("readme")
+    write_model(folder / "MODEL")
+    write_pairs(folder / "PAIRS.jsonl")
+    done = command("train", "--config=configs/dpo.py", f"--config.model.path={folder / 'MODEL'}",
+                   "--config.data.source=local", f"--config.data.path={folder / 'PAIRS.jsonl'}",
+                   f"--workdir={folder / 'mine'}", "--config.dpo.batch_size=16", "--config.data.eval_fraction=0.2")
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def test_the_recipe_runs_with_the_papers_defaults(trained):
+    folder, out = trained
+    assert "self-check passed" in out and "all stages done" in out
+    assert (folder / "mine" / "dpo" / "hf" / "model.safetensors").exists()
+
+
+def test_what_was_trained_can_be_scored(trained):
+    folder, _ = trained
+    done = command("score", f"--model={folder / 'mine' / 'dpo' / 'hf'}", f"--data={folder / 'PAIRS.jsonl'}",
+                   f"--out={folder / 'scored.jsonl'}")
+    assert done.returncode == 0, done.stderr
+    assert len((folder / "scored.jsonl").read_text().splitlines()) == 60
+
+
+def test_an_error_names_the_field_and_what_to_do(trained):
+    folder, _ = trained
+    done = command("train", "--config=configs/dpo.py", f"--config.model.path={folder / 'MODEL'}",
+                   f"--config.data.path={folder / 'PAIRS.jsonl'}", f"--workdir={folder / 'mine'}",
+                   "--config.dpo.batch_size=16", "--config.data.eval_fraction=0.2", "--config.dpo.beta=0.5")
+    assert done.returncode != 0
+    assert "config.dpo.beta: 0.1 there, 0.5 now" in done.stderr and "--config.run=NAME" in done.stderr

@@ -1,0 +1,73 @@
+"""The score command: what it adds, and that it is what training sees."""
+
+import json
+
+import numpy as np
+import pytest
+from tiny_runs import command, dpo_config, run, write_model, write_pairs
+
+from dpo_jax.metrics import read_rows
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("score")
+    model, pairs = write_model(folder / "model"), write_pairs(folder / "pairs.jsonl", count=21)
+    done = command("score", f"--model={model}", f"--data={pairs}", f"--out={folder / 'out.jsonl'}", "--batch_size=4")
+    assert done.returncode == 0, done.stderr
+    return folder, [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
+
+
+def test_rows_come_back_whole_and_in_order(scored):
+    folder, rows = scored
+    given = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+    added = {"logp_chosen", "logp_rejected", "tokens_chosen", "tokens_rejected"}
+    assert [{k: v for k, v in row.items() if k not in added} for row in rows] == given
+    assert all(row["tokens_chosen"] == len(row["chosen"].split()) + 1 for row in rows)  # EOS included
+
+
+def test_scores_equal_torchs(scored):
+    torch = pytest.importorskip("torch", reason="the independent reference is transformers' torch model")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    folder, rows = scored
+    model, words = AutoModelForCausalLM.from_pretrained(folder / "model"), AutoTokenizer.from_pretrained(folder / "model")
+    for row in rows:
+        for side in ("chosen", "rejected"):
+            prompt, response = words(row["prompt"])["input_ids"], words(row[side], add_special_tokens=False)["input_ids"]
+            ids = torch.tensor([prompt + response + [words.eos_token_id]])
+            with torch.no_grad():
+                logp = model(ids).logits[0].double().log_softmax(-1)
+            expected = logp[len(prompt) - 1:-1].gather(1, ids[0, len(prompt):, None]).sum()
+            np.testing.assert_allclose(row[f"logp_{side}"], expected, atol=1e-4)
+
+
+def test_scores_are_what_training_logs(scored, tmp_path):
+    """The first batch's log-probs, before any update, are the scores' means over the same rows."""
+    folder, rows = scored
+    config = dpo_config(folder / "model", folder / "pairs.jsonl", steps=1, batch_size=8, data__shuffle=False,
+                        data__eval_fraction=1e-9)
+    row = read_rows(run(config, tmp_path) / "metrics.jsonl")[1]
+    held_out = json.loads((tmp_path / "dpo" / "ledger.json").read_text())["train"]["held_out"]
+    assert held_out == 1  # one prompt at least is held out: find which, and leave it out here too
+    candidates = [[r for r in rows if r["prompt"] != out["prompt"]][:8] for out in rows]
+    means = [(np.mean([r["logp_chosen"] for r in c]), np.mean([r["logp_rejected"] for r in c])) for c in candidates]
+    found = (row["logps_train/chosen"], row["logps_train/rejected"])
+    assert min(np.abs(np.array(means) - found).max(axis=1)) < 1e-3
+
+
+def test_an_existing_file_is_not_overwritten(scored):
+    folder, _ = scored
+    before = (folder / "out.jsonl").read_bytes()
+    done = command("score", f"--model={folder / 'model'}", f"--data={folder / 'pairs.jsonl'}",
+                   f"--out={folder / 'out.jsonl'}")
+    assert done.returncode != 0 and "exists: give another name" in done.stderr
+    assert (folder / "out.jsonl").read_bytes() == before
+
+
+def test_a_bad_row_is_named(scored, tmp_path):
+    folder, _ = scored
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "w1", "chosen": "w2", "rejected": "w3"}\n{"prompt": "w1", "chosen": 3}\n')
+    done = command("score", f"--model={folder / 'model'}", f"--data={tmp_path / 'bad.jsonl'}",
+                   f"--out={tmp_path / 'out.jsonl'}")
+    assert done.returncode != 0 and "bad.jsonl row 2" in done.stderr
+    assert not (tmp_path / "out.jsonl").exists()

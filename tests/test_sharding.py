@@ -1,0 +1,57 @@
+"""Rules, meshes and placement."""
+
+import jax
+import numpy as np
+import pytest
+from conftest import tiny_config
+from jax.sharding import PartitionSpec as P
+
+from dpo_jax import sharding
+from dpo_jax.models import transformer
+
+
+def test_mesh_takes_the_devices_that_are_left():
+    assert dict(sharding.make_mesh(data=-1, fsdp=2, tensor=2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert dict(sharding.make_mesh().shape) == {"data": 8, "fsdp": 1, "tensor": 1}
+
+
+@pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, 3, 1), (2, 2, 1)])
+def test_a_mesh_that_does_not_fit_is_refused(sizes):
+    with pytest.raises(ValueError, match="does not make up the 8 devices"):
+        sharding.make_mesh(*sizes)
+
+
+@pytest.mark.parametrize("sizes", [(-1, -1, 1), (0, 1, 1)])
+def test_mesh_sizes_that_mean_nothing_are_refused(sizes):
+    with pytest.raises(ValueError, match="one of them at most may be -1"):
+        sharding.make_mesh(*sizes)
+
+
+FULL = dict(norm="layer", qkv_bias=True, out_bias=True, mlp_bias=True, head_bias=True)
+
+
+@pytest.mark.parametrize("fields", [{}, FULL, dict(learned_positions=True, tied=True, kv_heads=4), dict(qk_norm=True)])
+def test_every_parameter_has_a_rule_and_large_ones_are_split(fields):
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    params = transformer.abstract(tiny_config(**fields))
+    for path, placed in jax.tree_util.tree_leaves_with_path(sharding.param_shardings(mesh, params)):
+        if sharding.path_name(path).endswith(("kernel", "tokens")):
+            assert {"fsdp", "tensor"} <= set(placed.spec), path
+
+
+def test_a_parameter_without_a_rule_is_an_error():
+    with pytest.raises(ValueError, match="no sharding rule matches the parameter 'layers/router/table'"):
+        sharding.spec_of("layers/router/table", (2, 4, 4), sharding.make_mesh())
+
+
+def test_a_dimension_that_does_not_divide_stays_whole():
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    assert sharding.spec_of("embed/tokens", (41, 16), mesh) == P(None, "fsdp")
+
+
+def test_shard_batch_splits_over_data_and_fsdp():
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    x = np.arange(24).reshape(2, 4, 3)
+    placed = sharding.shard_batch(mesh, {"x": x}, axis=1)["x"]
+    np.testing.assert_array_equal(placed, x)
+    assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 1, 3)}
