@@ -62,6 +62,7 @@ def fit(job: Job) -> tuple[dict, dict[str, float]]:
     eval_step = make_eval_step(objective)
     hyper = _hyper(job.block, total)
     with (jax.set_mesh(job.mesh), _catch_signals() as signals,
+          Writer(job.folder, tensorboard=job.log.tensorboard, wandb=job.log.wandb, config=job.config) as writer,
           Checkpoints(job.folder / "checkpoints", keep=job.block.keep, best_metric=job.block.keep_best) as saved):
         reference = job.load_reference()
         start = saved.latest() or 0
@@ -73,7 +74,7 @@ def fit(job: Job) -> tuple[dict, dict[str, float]]:
             state = init_state(job.mesh, optimizer, job.load_init())
             say(f"{job.name}: " + self_check(job.model, job.block, job.mesh, state.params, reference, job.data.train,
                                              batches.order[0], eos_id=job.eos_id, exact=job.reference_is_init))
-        loop = _Loop(job, saved, lambda params: _evaluate(job, eval_step, params, reference, hyper, evaluation),
+        loop = _Loop(job, saved, writer, lambda params: _evaluate(job, eval_step, params, reference, hyper, evaluation),
                      start, total, batches)
         if not start:
             loop.report(state, 0, None)
@@ -86,7 +87,7 @@ def fit(job: Job) -> tuple[dict, dict[str, float]]:
             loop.report(state, step + 1, metrics)
             if signals and step + 1 < total:
                 loop.interrupt(state, step + 1, signals[0])
-        loop.close(state)
+        loop.close()
         if job.block.keep_best and saved.best():
             best, value = saved.best()
             say(f"{job.name}: best {job.block.keep_best} {value:.4g} at step {best}")
@@ -101,11 +102,10 @@ class _Loop:
     except where they are needed at once: before an evaluation or a checkpoint.
     """
 
-    def __init__(self, job, saved, evaluate, start, total, batches):
-        self._job, self._saved, self._evaluate, self._batches = job, saved, evaluate, batches
+    def __init__(self, job, saved, writer, evaluate, start, total, batches):
+        self._job, self._saved, self._writer, self._evaluate, self._batches = job, saved, writer, evaluate, batches
         self._total, self._pending, self._clock = total, None, time.monotonic()
-        self._writer = Writer(job.folder, tensorboard=job.log.tensorboard, wandb=job.log.wandb, config=job.config)
-        self._writer.rewind(start if start else -1)
+        writer.rewind(start if start else -1)
         self._progress = Progress(job.name, start, total)
         self.evaluated = self._last_evaluation()
 
@@ -137,7 +137,7 @@ class _Loop:
             "the same command goes on from here.")
         raise Interrupted(128 + signum)
 
-    def close(self, state) -> None:
+    def close(self) -> None:
         self._flush()
         self._progress.close()
 

@@ -4,6 +4,7 @@ Every metric is a (sum, count); values add up over microbatches, shards and eval
 divided. Names are the reference code's: loss/train, rewards_train/margins, logps_eval/chosen, ...
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -36,16 +37,20 @@ def add(total: dict | None, metrics: dict) -> dict:
     return metrics if total is None else jax.tree.map(lambda a, b: a + b, total, metrics)
 
 
-class Writer:
-    """Appends rows to metrics.jsonl, and to TensorBoard and Weights & Biases where asked for. Process 0 only."""
+class Writer(contextlib.ExitStack):
+    """Appends rows to metrics.jsonl, and to TensorBoard and Weights & Biases where asked for. Process 0 only.
+
+    A context: on leaving it, what the latter two still hold is sent.
+    """
 
     def __init__(self, folder: pathlib.Path, *, tensorboard: bool = False, wandb: str = "", config: dict | None = None):
+        super().__init__()
         self._path, self._sinks = pathlib.Path(folder) / "metrics.jsonl", []
         self._active = jax.process_index() == 0
         if self._active and tensorboard:
-            self._sinks.append(_tensorboard(folder))
+            self._sinks.append(self._tensorboard(folder))
         if self._active and wandb:
-            self._sinks.append(_wandb(wandb, folder, config or {}))
+            self._sinks.append(self._wandb(wandb, folder, config or {}))
 
     def rewind(self, step: int) -> None:
         """Drops the rows after a step, so that a resumed run writes each row once; a torn last line goes too."""
@@ -64,6 +69,30 @@ class Writer:
         for sink in self._sinks:
             sink(step, values)
 
+    def _tensorboard(self, folder):
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError as error:
+            raise ImportError("config.log.tensorboard needs tensorboardX: pip install tensorboardX") from error
+        writer = SummaryWriter(str(folder))
+        self.callback(writer.close)
+
+        def write(step, values):
+            for name, value in values.items():
+                writer.add_scalar(name, value, step)
+        return write
+
+    def _wandb(self, project, folder, config):
+        try:
+            import wandb
+        except ImportError as error:
+            raise ImportError("config.log.wandb needs wandb: pip install wandb") from error
+        folder = pathlib.Path(folder).absolute()
+        run = wandb.init(project=project, name=folder.name, dir=str(folder), config=config, resume="allow",
+                         id="-".join(folder.parts[-2:]))
+        self.callback(run.finish)
+        return lambda step, values: run.log(values, step=step)
+
 
 def read_rows(path) -> list[dict]:
     """The rows of a metrics.jsonl, less a last line that a kill left half written."""
@@ -74,31 +103,6 @@ def read_rows(path) -> list[dict]:
         except json.JSONDecodeError:
             break
     return rows
-
-
-def _tensorboard(folder):
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError as error:
-        raise ImportError("config.log.tensorboard needs tensorboardX: pip install tensorboardX") from error
-    writer = SummaryWriter(str(folder))
-
-    def write(step, values):
-        for name, value in values.items():
-            writer.add_scalar(name, value, step)
-        writer.flush()
-    return write
-
-
-def _wandb(project, folder, config):
-    try:
-        import wandb
-    except ImportError as error:
-        raise ImportError("config.log.wandb needs wandb: pip install wandb") from error
-    folder = pathlib.Path(folder).absolute()
-    run = wandb.init(project=project, name=folder.name, dir=str(folder), config=config, resume="allow",
-                     id="-".join(folder.parts[-2:]))
-    return lambda step, values: run.log(values, step=step)
 
 
 def say(text: str = "") -> None:

@@ -2,9 +2,13 @@
 
 import os
 import pathlib
+import tempfile
 
 # Less work for the compiler, whose time is most of the tests'; commands that tests start inherit it.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=1"
+# Runs on the same model share what they compile, in a cache that goes when the tests end.
+CACHE = tempfile.TemporaryDirectory()
+os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402

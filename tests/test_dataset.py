@@ -123,6 +123,13 @@ def test_the_eval_split_is_checked_too():
     ledger.check(0.5)
 
 
+def test_dropped_rows_are_a_share_of_those_that_the_source_did_not_filter():
+    ledger = Ledger(Counts(read=100, filtered={"f": 90}, kept=9, dropped={"r": 1}, examples={"r": ["a"]}))
+    with pytest.raises(ValueError, match=r"1 of 10 train rows \(10.0%\) had to be dropped"):
+        ledger.check(0.09)
+    ledger.check(0.1)
+
+
 def test_no_training_rows_is_an_error(tmp_path, letters):
     path = write(tmp_path / "rows.jsonl", [])
     with pytest.raises(ValueError, match="no row is left to train on: 0 read, 0 filtered, 0 dropped, 0 held"):

@@ -35,23 +35,24 @@ def test_rewind_drops_later_rows_and_a_torn_line(tmp_path):
 
 def test_tensorboard_events_hold_the_values(tmp_path):
     pytest.importorskip("tensorboardX", reason="TensorBoard needs tensorboardX")
-    writer = metrics.Writer(tmp_path, tensorboard=True)
-    writer.write(7, {"rewards_train/margins": 0.5})
+    with metrics.Writer(tmp_path, tensorboard=True) as writer:
+        writer.write(7, {"rewards_train/margins": 0.5})
     events = next(tmp_path.glob("events.out.tfevents*")).read_bytes()
     assert b"rewards_train/margins" in events
 
 
 def test_wandb_gets_the_rows_and_the_config(tmp_path, monkeypatch):
-    logged, started = [], {}
-    run = types.SimpleNamespace(log=lambda values, step: logged.append((step, values)))
+    logged, started, finished = [], {}, []
+    run = types.SimpleNamespace(log=lambda values, step: logged.append((step, values)),
+                                finish=lambda: finished.append(True))
 
     def init(**options):
         started.update(options)
         return run
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
-    writer = metrics.Writer(tmp_path, wandb="project", config={"seed": 3})
-    writer.write(1, {"loss/train": 2.0})
-    assert logged == [(1, {"loss/train": 2.0})]
+    with metrics.Writer(tmp_path, wandb="project", config={"seed": 3}) as writer:
+        writer.write(1, {"loss/train": 2.0})
+    assert finished and logged == [(1, {"loss/train": 2.0})]
     assert started["project"] == "project" and started["config"] == {"seed": 3} and started["resume"] == "allow"
 
 

@@ -452,7 +452,7 @@ def test_held_out_prompts_are_these(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", pairs(40))
     assert [row.prompt for row in read(path, eval_fraction=0.1)[0]["eval"]] == HELD_OUT
     few = write_jsonl(tmp_path / "few.jsonl", pairs(3))
-    assert [row.prompt for row in read(few, eval_fraction=0.001)[0]["eval"]] == ["p2"]  # the least of the three
+    assert [row.prompt for row in read(few, eval_fraction=0.001)[0]["eval"]] == ["p2"]  # the least
     assert [len(side) for side in read(few, eval_fraction=0.0)[0].values()] == [3, 0]
     rows, ledger = read(path, eval_fraction=0.1, max_eval_rows=1)
     assert [row.prompt for row in rows["eval"]] == HELD_OUT[:1]

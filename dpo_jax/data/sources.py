@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from dpo_jax.data import toy
 from dpo_jax.data.ledger import Counts, Filtered, Ledger, Malformed, Unusable
 from dpo_jax.data.records import fields_of, find_splits
 
@@ -95,8 +96,7 @@ def tldr(fields: dict) -> tuple[str, tuple[str, ...]]:
 
 
 def _toy(data, kind: str) -> dict[str, list[Row]]:
-    from dpo_jax.data import toy
-    return toy.rows(data, kind)
+    return {split: [Row(*row) for row in rows] for split, rows in toy.rows(data, kind).items()}
 
 
 @dataclass(frozen=True)

@@ -66,13 +66,12 @@ def _transitions() -> np.ndarray:
 
 
 def rows(data, kind: str) -> dict[str, list]:
-    """The corpus as rows for SFT, {"train": [...], "eval": [...]}; data.max_rows, max_eval_rows: how many."""
-    from dpo_jax.data.sources import Row
+    """The corpus for SFT, {"train": [(prompt, responses, where), ...], "eval": ...}; data.max_rows and max_eval_rows."""
     if kind != "sft":
         raise ValueError("data.source='toy' has no pairs of its own: the `pairs` stage samples them from the "
                          "model that the `sft` stage made, so put both before `dpo` in config.stages.")
     sizes = {"train": data.max_rows or TRAIN_ROWS, "eval": data.max_eval_rows or EVAL_ROWS}
-    return {split: [Row(_text(ids[:1]), (_response(ids[1:]),), f"toy {split} row {number}")
+    return {split: [(_text(ids[:1]), (_response(ids[1:]),), f"toy {split} row {number}")
                     for number, ids in enumerate(corpus(SEEDS[split], n), 1)]
             for split, n in sizes.items()}
 
