@@ -89,7 +89,8 @@ def test_moments_live_where_their_weights_do(name):
     shardings = optim.state_shardings(mesh, optimizer, params, placed)
     by_path = {sharding.path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(placed)}
     moments = 0
-    for (path, leaf), shape in zip(jax.tree_util.tree_leaves_with_path(shardings), jax.tree.leaves(shapes), strict=True):
+    placements = jax.tree_util.tree_leaves_with_path(shardings)
+    for (path, leaf), shape in zip(placements, jax.tree.leaves(shapes), strict=True):
         name_in_params = next((n for n in by_path if sharding.path_name(path).endswith(n)), None)
         if name_in_params and shape.shape == params_shape(params, name_in_params):
             assert leaf == by_path[name_in_params], path

@@ -30,10 +30,12 @@ def test_scores_equal_torchs(scored):
     torch = pytest.importorskip("torch", reason="the independent reference is transformers' torch model")
     from transformers import AutoModelForCausalLM, AutoTokenizer
     folder, rows = scored
-    model, words = AutoModelForCausalLM.from_pretrained(folder / "model"), AutoTokenizer.from_pretrained(folder / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    words = AutoTokenizer.from_pretrained(folder / "model")
     for row in rows:
         for side in ("chosen", "rejected"):
-            prompt, response = words(row["prompt"])["input_ids"], words(row[side], add_special_tokens=False)["input_ids"]
+            prompt = words(row["prompt"])["input_ids"]
+            response = words(row[side], add_special_tokens=False)["input_ids"]
             ids = torch.tensor([prompt + response + [words.eos_token_id]])
             with torch.no_grad():
                 logp = model(ids).logits[0].double().log_softmax(-1)
@@ -66,7 +68,8 @@ def test_an_existing_file_is_not_overwritten(scored):
 
 def test_a_bad_row_is_named(scored, tmp_path):
     folder, _ = scored
-    (tmp_path / "bad.jsonl").write_text('{"prompt": "w1", "chosen": "w2", "rejected": "w3"}\n{"prompt": "w1", "chosen": 3}\n')
+    good, bad = '{"prompt": "w1", "chosen": "w2", "rejected": "w3"}', '{"prompt": "w1", "chosen": 3}'
+    (tmp_path / "bad.jsonl").write_text(f"{good}\n{bad}\n")
     done = command("score", f"--model={folder / 'model'}", f"--data={tmp_path / 'bad.jsonl'}",
                    f"--out={tmp_path / 'out.jsonl'}")
     assert done.returncode != 0 and "bad.jsonl row 2" in done.stderr

@@ -61,14 +61,16 @@ def test_follows_trl_step_by_step(family, tmp_path, monkeypatch):
     model, data = tmp_path / "model", tmp_path / "data"
     data.mkdir()
     write_torch_model(family, model)
-    rows = [json.loads(line) for line in write_pairs(data / "train.jsonl", count=STEPS * BATCH).read_text().splitlines()]
+    train = write_pairs(data / "train.jsonl", count=STEPS * BATCH)
+    rows = [json.loads(line) for line in train.read_text().splitlines()]
     write_pairs(data / "test.jsonl", count=4, seed=1)
     rows = [row | {side: " " + row[side] for side in ("chosen", "rejected")} for row in rows]
     theirs, trained = trl_run(model, rows, tmp_path / "trl")
 
     config = configs.default(("dpo",))
     config.model.path, config.data.path, config.data.shuffle = str(model), str(data), False
-    config.dpo.update(batch_size=BATCH, steps=STEPS, lr=LR, beta=BETA, max_grad_norm=CLIP, warmup_steps=0, eval_every=100)
+    config.dpo.update(batch_size=BATCH, steps=STEPS, lr=LR, beta=BETA, max_grad_norm=CLIP, warmup_steps=0,
+                      eval_every=100)
     folder = run(config, tmp_path / "ours")
     ours = [row["loss/train"] for row in read_rows(folder / "metrics.jsonl") if row["step"]]
 

@@ -66,7 +66,10 @@ def _transitions() -> np.ndarray:
 
 
 def rows(data, kind: str) -> dict[str, list]:
-    """The corpus for SFT, {"train": [(prompt, responses, where), ...], "eval": ...}; data.max_rows and max_eval_rows."""
+    """The corpus for SFT, {"train": [(prompt, responses, where), ...], "eval": [...]}.
+
+    data.max_rows and data.max_eval_rows say how many, where they are not 0.
+    """
     if kind != "sft":
         raise ValueError("data.source='toy' has no pairs of its own: the `pairs` stage samples them from the "
                          "model that the `sft` stage made, so put both before `dpo` in config.stages.")

@@ -33,7 +33,8 @@ def write(folder: pathlib.Path, trained: pathlib.Path, model, reference_params, 
                   for row in metrics.read_rows(trained / "metrics.jsonl") if "toy/kl" in row]
     _, reward, kl = trajectory[-1]
     optimum = exact.optimum(reference_PC, rewards_PC, beta)
-    kls = np.linspace(0, 1.15 * max(kl, optimum[1], *(kl for _, _, kl in trajectory)), CURVE_POINTS)
+    largest = 1.15 * max(optimum[1], *(kl for _, _, kl in trajectory))
+    kls = largest * np.linspace(0, 1, CURVE_POINTS)**2  # denser near 0, where the bound is steep
     bound = float(exact.bound(reference_PC, rewards_PC, [kl])[0])
     plots.frontier(folder / "toy.png", curve=(kls, exact.bound(reference_PC, rewards_PC, kls)), reference=start,
                    trajectory=trajectory, optimum=optimum, title=f"DPO on the toy, β = {beta:g}")
