@@ -6,6 +6,7 @@ for no other, so an override of a field that would do nothing is refused by name
 """
 
 import json
+import re
 
 from ml_collections import ConfigDict
 
@@ -125,12 +126,17 @@ def validate(config: ConfigDict) -> None:
             _fail("stages", stage, "one of " + ", ".join(BLOCKS))
         if stage not in config:
             _fail("stages", stage, "a stage that this config file has a block for; take a config file that runs it")
-    if len(set(config.stages)) != len(config.stages):
-        _fail("stages", config.stages, "each stage once")
+    if list(config.stages) != [stage for stage in BLOCKS if stage in config.stages]:
+        _fail("stages", config.stages, "each stage once, in the order " + ", ".join(BLOCKS))
+    for stage in {"pairs", "evaluate"} & set(config.stages):
+        if config.data.source != "toy":
+            _fail("stages", stage, "data.source='toy' with this stage; other sources have no reward to sample by yet")
+    if "evaluate" in config.stages and "dpo" not in config.stages:
+        _fail("stages", config.stages, "dpo before evaluate")
     if config.run and not set(config.stages) & set(TRAINING_STAGES):
         _fail("run", config.run, "empty where no stage trains")
-    if config.run in BLOCKS or "/" in config.run:
-        _fail("run", config.run, "a folder's name, other than a stage's")
+    if config.run in BLOCKS or config.run and not re.fullmatch(r"\w[\w.-]*", config.run):
+        _fail("run", config.run, "a folder's name in letters, digits, '.', '_' and '-', other than a stage's")
     _validate_model(config.model)
     _validate_data(config.data)
     for stage in set(config.stages) & set(TRAINING_STAGES):
@@ -139,6 +145,8 @@ def validate(config: ConfigDict) -> None:
         _one_of("sft.loss", config.sft.loss, ("sum", "token_mean"))
     if "dpo" in config.stages:
         _validate_dpo(config.dpo)
+        if config.data.source == "toy" and config.dpo.reference != "init":
+            _fail("dpo.reference", config.dpo.reference, "'init' on the toy, whose exact KL is to the initial policy")
     if "pairs" in config.stages:
         _one_of("pairs.labels", config.pairs.labels, ("bradley_terry", "deterministic"))
         _at_least("pairs.prompts", config.pairs.prompts, 1)

@@ -45,6 +45,7 @@ class Job:
     load_reference: Callable  # () -> the reference's weights on the mesh, or None
     reference_is_init: bool
     data: Dataset
+    show_row: Callable  # index of a training row -> its text, scored tokens marked
     eos_id: int | None  # what responses end in, or None where they do not
     log: object  # the config's log block
     config: dict  # the whole config, for W&B
@@ -72,8 +73,11 @@ def fit(job: Job) -> tuple[dict, dict[str, float]]:
                                                         job.shapes), shardings)
         else:
             state = init_state(job.mesh, optimizer, job.load_init())
-            say(f"{job.name}: " + self_check(job.model, job.block, job.mesh, state.params, reference, job.data.train,
-                                             batches.order[0], eos_id=job.eos_id, exact=job.reference_is_init))
+            first = sharding.shard_batch(job.mesh, jax.tree.map(lambda x: x[:1], batches[0]), axis=1)
+            measured = metrics_lib.named(eval_step(state.params, reference, hyper, first), "train")
+            say(f"{job.name}: " + self_check(
+                job.model, job.block, job.mesh, state.params, reference, job.data.train, batches.order[0], measured,
+                eos_id=job.eos_id, exact=job.reference_is_init, show_row=job.show_row))
         loop = _Loop(job, saved, writer, lambda params: _evaluate(job, eval_step, params, reference, hyper, evaluation),
                      start, total, batches)
         if not start:
@@ -92,6 +96,7 @@ def fit(job: Job) -> tuple[dict, dict[str, float]]:
             best, value = saved.best()
             say(f"{job.name}: best {job.block.keep_best} {value:.4g} at step {best}")
             state = saved.restore(best, jax.eval_shape(lambda x: x, state), shardings)
+            loop.evaluated = _evaluation_rows(job.folder)[best]
     return state.params, loop.evaluated
 
 
@@ -107,7 +112,7 @@ class _Loop:
         self._total, self._pending, self._clock = total, None, time.monotonic()
         writer.rewind(start if start else -1)
         self._progress = Progress(job.name, start, total)
-        self.evaluated = self._last_evaluation()
+        self.evaluated = next(reversed(_evaluation_rows(job.folder).values()), {})
 
     def report(self, state, step: int, metrics: dict | None) -> None:
         """Takes the metrics of update `step`, and evaluates and saves where it is time to."""
@@ -120,9 +125,11 @@ class _Loop:
             values = self._take()
             better = False
             if evaluates:
-                values |= self._evaluate(state.params)
-                self.evaluated = {name: value for name, value in values.items() if _is_evaluation(name)}
-                better = step > 0 and bool(block.keep_best) and self._is_better()
+                self.evaluated = self._evaluate(state.params)
+                self._check_finite(step, self.evaluated)
+                self._check_keep_best()
+                values |= self.evaluated
+                better = step > 0 and block.keep_best and self._saved.is_better(self.evaluated[block.keep_best])
             self._write(step, values, always=evaluates)
             if saves or better:
                 self._saved.save(step, state, self.evaluated if evaluates else None)
@@ -152,9 +159,7 @@ class _Loop:
             return {}
         (step, metrics), self._pending = self._pending, None
         values = metrics_lib.named(metrics, "train")
-        for name in ("loss/train", "grad_norm"):
-            if not math.isfinite(values[name]):
-                self._fail(step, name, values[name])
+        self._check_finite(step, {name: values[name] for name in ("loss/train", "grad_norm", "param_norm")})
         seconds, self._clock = time.monotonic() - self._clock, time.monotonic()
         batch_size = self._job.block.batch_size
         tokens = self._batches.tokens(step - 1)
@@ -166,21 +171,20 @@ class _Loop:
             self._writer.write(step, values)
         self._progress.update(step, values, always=always)
 
-    def _is_better(self) -> bool:
+    def _check_keep_best(self):
         name = self._job.block.keep_best
-        if name not in self.evaluated:
-            raise ValueError(f"config.{self._job.name}.keep_best = {name!r}: expected an evaluation metric, one of "
-                             + ", ".join(sorted(self.evaluated)))
-        return self._saved.is_better(self.evaluated[name])
+        if name and name not in self.evaluated:
+            found = ", ".join(sorted(self.evaluated)) or "none, as no row is held out"
+            raise ValueError(f"config.{self._job.name}.keep_best = {name!r}: expected an evaluation metric; there are: "
+                             + found)
 
-    def _last_evaluation(self) -> dict[str, float]:
-        path = self._job.folder / "metrics.jsonl"
-        rows = metrics_lib.read_rows(path) if path.exists() else []
-        found = [{k: v for k, v in row.items() if _is_evaluation(k)} for row in rows]
-        return next((row for row in reversed(found) if row), {})
+    def _check_finite(self, step, values):
+        for name, value in values.items():
+            if not math.isfinite(value):
+                self._fail(step, name, value)
 
     def _fail(self, step, name, value):
-        rows = [self._job.data.train.where[row] for row in self._batches.order[step - 1]]
+        rows = [self._job.data.train.where[row] for row in self._batches.order[max(step - 1, 0)]]
         latest = self._saved.latest()
         good = f"The last good checkpoint, step {latest}, is kept." if latest else "No checkpoint was saved yet."
         raise FloatingPointError(
@@ -188,8 +192,13 @@ class _Loop:
             f"help, or a bad row; the batch was {', '.join(rows)}.")
 
 
-def _is_evaluation(name: str) -> bool:
-    return "_eval/" in name or name.endswith("/eval") or name.startswith("toy/")
+def _evaluation_rows(folder) -> dict[int, dict[str, float]]:
+    """Step -> evaluation metrics, from the rows written so far; a resumed run may have no more to make."""
+    path = folder / "metrics.jsonl"
+    rows = metrics_lib.read_rows(path) if path.exists() else []
+    found = {row["step"]: {name: value for name, value in row.items()
+                           if "_eval/" in name or name.endswith("/eval") or name.startswith("toy/")} for row in rows}
+    return {step: values for step, values in found.items() if values}
 
 
 def _training_batches(job: Job) -> Batches:

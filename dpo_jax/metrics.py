@@ -10,6 +10,7 @@ import os
 import pathlib
 import sys
 import time
+import uuid
 
 import jax
 from tqdm import tqdm
@@ -22,12 +23,8 @@ def named(metrics: dict, split: str) -> dict[str, float]:
     means = {}
     for name, (total, count) in jax.device_get(metrics).items():
         group, _, rest = name.partition("/")
-        if name in ("grad_norm", "param_norm", "update_norm", "lr"):
-            name = name
-        elif rest:
-            name = f"{group}_{split}/{rest}"
-        else:
-            name = f"{name}/{split}"
+        if name not in ("grad_norm", "param_norm", "update_norm", "lr"):
+            name = f"{group}_{split}/{rest}" if rest else f"{name}/{split}"
         means[name] = float(total) / float(count)
     return means
 
@@ -88,8 +85,11 @@ class Writer(contextlib.ExitStack):
         except ImportError as error:
             raise ImportError("config.log.wandb needs wandb: pip install wandb") from error
         folder = pathlib.Path(folder).absolute()
-        run = wandb.init(project=project, name=folder.name, dir=str(folder), config=config, resume="allow",
-                         id="-".join(folder.parts[-2:]))
+        name = folder / "wandb_id"  # so that a resumed run goes on in its own curve, and no other does
+        if not name.exists():
+            name.write_text(uuid.uuid4().hex)
+        run = wandb.init(project=project, name=f"{folder.parent.name}/{folder.name}", dir=str(folder), config=config,
+                         resume="allow", id=name.read_text())
         self.callback(run.finish)
         return lambda step, values: run.log(values, step=step)
 

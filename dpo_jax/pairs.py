@@ -4,6 +4,8 @@ import json
 import os
 import pathlib
 
+import jax
+
 from dpo_jax import stages
 from dpo_jax.data import toy
 from dpo_jax.evaluation import exact
@@ -33,6 +35,7 @@ def make_toy_pairs(model, params, block, seed: int, folder: pathlib.Path) -> dic
 
 
 def _write(path: pathlib.Path, rows: list[dict]) -> None:
-    draft = path.with_suffix(".draft")
-    draft.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    os.replace(draft, path)
+    if jax.process_index() == 0:
+        draft = path.with_suffix(".draft")
+        draft.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        os.replace(draft, path)

@@ -8,6 +8,7 @@ import jax
 from dpo_jax import sharding
 from dpo_jax.data import tokenizer as tokenizers
 from dpo_jax.data import toy
+from dpo_jax.metrics import say
 from dpo_jax.models import families, hf, transformer
 
 
@@ -24,16 +25,38 @@ class Pretrained:
         """The abstract weights."""
         return transformer.abstract(self.config)
 
+    def check(self, examples) -> None:
+        """ValueError where a row has a token the model does not know, or more tokens than it has positions."""
+        longest = 0
+        for where, (prompt, responses) in zip(examples.where, examples, strict=True):
+            largest = max(int(ids.max()) for ids in (prompt, *responses))
+            length = len(prompt) + max(map(len, responses))
+            longest = max(longest, length)
+            if largest >= self.config.vocab:
+                raise ValueError(f"{where} has token {largest}, but the model's vocabulary ends at "
+                                 f"{self.config.vocab - 1}: this tokenizer is another model's.")
+            if self.config.learned_positions and length > self.config.max_positions:
+                raise ValueError(f"{where} has {length} tokens, but the model has {self.config.max_positions} "
+                                 "positions: lower config.data.max_length (--max_length).")
+        if longest > self.config.max_positions:
+            say(f"warning: rows of up to {longest} tokens, but the model was made for {self.config.max_positions}; "
+                "config.data.max_length cuts them.")
 
-def open_model(path: str, *, tokenizer: str = "", dtype: str = "float32", remat: str = "none") -> Pretrained:
-    """A model in Hugging Face format, by hub name or folder; `tokenizer` is where that is, if not with it."""
+
+def open_model(path: str, *, tokenizer: str = "", words=None, dtype="float32", remat="none") -> Pretrained:
+    """A model in Hugging Face format, by hub name or folder.
+
+    tokenizer: where that is, if not with the model; words: the tokenizer itself, where it is at hand.
+    """
     folder = hf.fetch(path)
     hf_config = hf.read_config(folder)
     config = families.from_hf(hf_config, dtype=dtype, remat=remat)
 
     def load(mesh):
         return hf.load(folder, config, sharding.param_shardings(mesh, transformer.abstract(config)))
-    return Pretrained(config, hf_config, tokenizers.load(hf.fetch(tokenizer) if tokenizer else folder), load)
+    if words is None:
+        words = tokenizers.load(hf.fetch(tokenizer, weights=False) if tokenizer else folder)
+    return Pretrained(config, hf_config, words, load)
 
 
 def from_scratch(fields: dict, seed: int, *, tokenizer: str = "", dtype="float32", remat="none") -> Pretrained:
@@ -44,5 +67,5 @@ def from_scratch(fields: dict, seed: int, *, tokenizer: str = "", dtype="float32
     def load(mesh):
         placed = sharding.param_shardings(mesh, transformer.abstract(config))
         return jax.jit(lambda key: transformer.init(config, key), out_shardings=placed)(jax.random.key(seed))
-    words = tokenizers.load(hf.fetch(tokenizer)) if tokenizer else toy.tokenizer()
+    words = tokenizers.load(hf.fetch(tokenizer, weights=False)) if tokenizer else toy.tokenizer()
     return Pretrained(config, hf_config, words, load)

@@ -48,18 +48,22 @@ def score_file(model_path: str, data_path: str, out: str, *, batch_size: int, dt
     """Reads pairs, scores them, and writes every row that could be scored, in order, with what was found."""
     if pathlib.Path(out).exists():
         raise FileExistsError(f"--out={out} exists: give another name, or remove it.")
+    if not pathlib.Path(out).absolute().parent.is_dir():
+        raise FileNotFoundError(f"--out={out}: there is no folder {pathlib.Path(out).parent}; make it first.")
     model = pretrained.open_model(model_path, dtype=dtype)
     data = configs.default(()).data
     data.update(source="local", path=data_path, eval_fraction=0.0, **limits)
     loaded = dataset.load(data, model.tokenizer, "pairs")
     say(loaded.ledger.table())
+    model.check(loaded.train)
     mesh = sharding.make_mesh()
     shards = sharding.batch_shards(mesh)
     logps = score(model, model.load(mesh), mesh, loaded.train, -(-batch_size // shards) * shards)
     if jax.process_index() == 0:
         _write(out, records.find_splits(data_path)["train"](), loaded.train, logps)
-    say(f"scored {len(logps)} pairs into {out}; mean log-prob chosen {logps[:, 0].mean():.4g}, "
-        f"rejected {logps[:, 1].mean():.4g} nats")
+    left_out = loaded.ledger.train.read - len(logps)
+    say(f"scored {len(logps)} pairs into {out}, left out {left_out} (see above); "
+        f"mean log-prob chosen {logps[:, 0].mean():.4g}, rejected {logps[:, 1].mean():.4g} nats")
 
 
 def _write(out: str, rows, examples, logps) -> None:

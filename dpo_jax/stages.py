@@ -2,7 +2,8 @@
 
     WORKDIR/NAME/  config.json  (what the stage was started with)   done.json  (it is complete)
 
-A changed stage is never retrained over, resumed or mixed: `start` names the fields that differ and stops.
+A changed stage that is done or has a checkpoint is never retrained over, resumed or mixed: `start` names the
+fields that differ and stops.
 """
 
 import contextlib
@@ -30,17 +31,24 @@ def start(workdir: pathlib.Path, config, stage: str) -> tuple[pathlib.Path, str]
     folder = pathlib.Path(workdir) / configs.folder_names(config)[stage]
     wanted = json.loads(json.dumps(configs.dependencies(config, stage)))
     path = folder / "config.json"
-    if path.exists():
+    if path.exists() and ((folder / "done.json").exists() or _has_checkpoint(folder)):
         found = json.loads(path.read_text())["depends_on"]
         if found != wanted:
             raise StageChanged(_difference(folder, stage, found, wanted))
         return folder, "done" if (folder / "done.json").exists() else "unfinished"
-    if folder.exists() and any(item.name != ".lock" for item in folder.iterdir()):
+    if not path.exists() and any(item.suffix != ".draft" and item.name != ".lock" for item in folder.glob("*")):
         raise StageChanged(f"{folder} has files but no config.json, so it is not this program's: "
                            "give another --workdir, or remove it.")
+    # Nothing is lost by beginning anew: an attempt that failed before its first checkpoint binds nobody.
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "ledger.json").unlink(missing_ok=True)
     write_json(path, dict(stage=stage, depends_on=wanted, config=json.loads(config.to_json())))
     return folder, "new"
+
+
+def _has_checkpoint(folder: pathlib.Path) -> bool:
+    """Whether a complete checkpoint is there; orbax gives it its name, a number, when it is complete."""
+    return any(item.name.isdigit() for item in (folder / "checkpoints").glob("*"))
 
 
 def finish(folder: pathlib.Path, **result) -> None:

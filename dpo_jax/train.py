@@ -51,7 +51,7 @@ class Run:
         loaded = dataset.load(data, tokenizer, "pairs" if stage == "dpo" else "sft")
         say(loaded.ledger.table())
         if data.show:
-            say(dataset.show(loaded.train, tokenizer, data.show))
+            say(dataset.show(loaded.train, tokenizer, range(min(data.show, len(loaded.train)))))
         self._record(stage, loaded)
         return loaded
 
@@ -71,12 +71,15 @@ def train_stage(run: Run, stage: str) -> dict:
     block, folder = run.config[stage], run.folder(stage)
     initial = run.initial(stage)
     data = run.load_data(stage, initial.tokenizer)
+    initial.check(data.train)
+    initial.check(data.eval)
     reference = _reference(run, stage, initial)
     job = Job(
         name=stage, folder=folder, block=block, seed=run.config.seed if run.config.data.shuffle else None,
         model=initial.config, mesh=run.mesh, shapes=initial.shapes, load_init=lambda: initial.load(run.mesh),
         load_reference=lambda: reference.load(run.mesh) if reference else None,
         reference_is_init=reference is initial, data=data,
+        show_row=lambda row: dataset.show(data.train, initial.tokenizer, [row]),
         eos_id=initial.tokenizer.eos_token_id if run.config.data.append_eos else None,
         log=run.config.log, config=json.loads(run.config.to_json()),
         probe=toy_report.probe(initial, initial.load(run.mesh)) if _is_toy(run, stage) else None)
@@ -93,7 +96,8 @@ def _reference(run: Run, stage: str, initial):
     if run.config.dpo.reference == "init":
         return initial
     model = run.config.model
-    other = pretrained.open_model(run.config.dpo.reference, dtype=model.dtype, remat=model.remat)
+    other = pretrained.open_model(run.config.dpo.reference, dtype=model.dtype, remat=model.remat,
+                                  words=initial.tokenizer)
     if other.config.vocab != initial.config.vocab:
         raise ValueError(f"config.dpo.reference = {run.config.dpo.reference!r} has a vocabulary of "
                          f"{other.config.vocab}, the policy one of {initial.config.vocab}: they cannot be compared.")

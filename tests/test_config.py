@@ -20,10 +20,12 @@ def valid():
 @pytest.mark.parametrize("field, value, expected", [
     ("stages", (), "at least one of sft"),
     ("stages", ("sft", "sft"), "each stage once"),
+    ("stages", ("dpo", "sft"), "in the order sft"),
     ("stages", ("rlhf",), "one of sft"),
     ("stages", ("pairs",), "a block for"),
     ("run", "dpo", "other than a stage's"),
     ("run", "a/b", "a folder's name"),
+    ("run", "..", "a folder's name"),
     ("model.path", "", "a hub name or a folder"),
     ("model.dtype", "float16", "one of float32, bfloat16"),
     ("model.remat", "some", "one of none, full, dots"),

@@ -86,7 +86,7 @@ kept                                          31             2
 prompts cut                                    1             0
 responses cut                                  1             0
   EOS lost                                     1             0
-boundary merges                          0 of 62        0 of 4
+boundary merges, first rows              0 of 62        0 of 4
 mean tokens, prompt                          9.0           8.0
 mean tokens, chosen                          4.9           5.0
 mean tokens, rejected                        5.5           5.0
@@ -164,14 +164,14 @@ def test_the_same_config_gives_the_same_tokens(tmp_path, letters):
 
 def test_show_marks_what_is_scored(tmp_path, letters):
     path = write(tmp_path / "rows.jsonl", pairs(3))
-    shown = dataset.show(dataset.load(data_config(path=path), letters, "pairs").train, letters, 2)
+    shown = dataset.show(dataset.load(data_config(path=path), letters, "pairs").train, letters, range(2))
     assert shown == (
         "--- rows.jsonl row 1: prompt, 8 tokens\nprompt 0\n"
         "--- chosen, 5 tokens scored\n⟦good<eos>⟧\n--- rejected, 5 tokens scored\n⟦evil<eos>⟧\n\n"
         "--- rows.jsonl row 2: prompt, 8 tokens\nprompt 1\n"
         "--- chosen, 5 tokens scored\n⟦good<eos>⟧\n--- rejected, 5 tokens scored\n⟦evil<eos>⟧")
     sft = dataset.load(data_config(path=path), letters, "sft").train
-    assert dataset.show(sft, letters, 1).endswith("--- completion, 5 tokens scored\n⟦good<eos>⟧")
+    assert dataset.show(sft, letters, range(1)).endswith("--- completion, 5 tokens scored\n⟦good<eos>⟧")
 
 
 @needs_shared

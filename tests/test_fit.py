@@ -18,8 +18,6 @@ from dpo_jax import stages
 from dpo_jax.checkpoint import Checkpoints
 from dpo_jax.metrics import TIMINGS, read_rows
 
-ONE_DEVICE = dict(mesh__data=1)
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
@@ -101,7 +99,7 @@ def test_a_sweep_shares_a_workdir_by_run_name(whole, model, pairs):
 
 
 @pytest.mark.parametrize("mesh", [
-    dict(data=1), dict(data=2, fsdp=2, tensor=2), dict(data=1, fsdp=8), dict(data=4, tensor=2)])
+    dict(data=1), dict(data=2, fsdp=2, tensor=2), dict(data=1, fsdp=8)])
 def test_every_mesh_gives_the_same_run(whole, model, pairs, tmp_path, mesh, monkeypatch):
     if mesh == dict(data=1):
         devices = jax.devices()[:1]
@@ -116,29 +114,13 @@ def test_every_mesh_gives_the_same_run(whole, model, pairs, tmp_path, mesh, monk
         np.testing.assert_allclose(value, weights(whole[1])[name], atol=1e-5)
 
 
-@pytest.mark.parametrize("stage", ["dpo", "sft"])
-def test_accumulated_microbatches_equal_the_whole_batch(model, pairs, tmp_path, stage, monkeypatch):
-    devices = jax.devices()[:2]
-    monkeypatch.setattr(jax, "devices", lambda *_: devices)
-
-    def trained(loss, microbatch_size):
-        config = dpo_config(model, pairs) if stage == "dpo" else _sft_config(model, pairs)
-        config[stage].update(loss=loss, microbatch_size=microbatch_size, eval_every=6, steps=3)
-        return run(config, tmp_path / f"{loss}-{microbatch_size}")
-    for loss in {"dpo": ["sigmoid"], "sft": ["sum", "token_mean"]}[stage]:
-        whole, parts = trained(loss, 0), trained(loss, 2)
-        for name, value in weights(parts).items():
-            np.testing.assert_allclose(value, weights(whole)[name], atol=2e-6)
-        for row, other in zip(rows_without_timings(parts)[1:], rows_without_timings(whole)[1:], strict=True):
-            np.testing.assert_allclose(row["loss/train"], other["loss/train"], rtol=1e-5)
-            np.testing.assert_allclose(row["grad_norm"], other["grad_norm"], rtol=1e-4)
-
-
-def _sft_config(model, pairs):
+def test_sft_runs_and_learns(model, pairs, tmp_path):
     config = configs.default(("sft",))
     config.model.path, config.data.path = str(model), str(pairs)
-    config.sft.update(batch_size=8, steps=4, lr=3e-3, warmup_steps=0, optimizer="adamw", eval_every=2)
-    return config
+    config.sft.update(batch_size=8, steps=4, lr=1e-3, warmup_steps=0, optimizer="adamw", eval_every=4)
+    rows = rows_without_timings(run(config, tmp_path))
+    assert rows[-1]["nll_per_token/eval"] < rows[0]["nll_per_token/eval"] - 0.05
+    assert rows[1]["loss/train"] == pytest.approx(-rows[1]["logps_train/chosen"])
 
 
 def start(config_flags, workdir, devices=1):
@@ -156,7 +138,7 @@ def long_run(model, pairs):
 
 def wait_for_step(folder, step, process):
     path = folder / "metrics.jsonl"
-    for _ in range(1500):
+    for _ in range(15_000):
         if path.exists() and any(row["step"] >= step for row in read_rows(path)):
             return
         assert process.poll() is None, process.stdout.read()
@@ -210,12 +192,30 @@ def test_resuming_on_another_mesh(model, pairs, tmp_path, uninterrupted):
 
 def test_data_that_changed_under_an_unfinished_run_is_refused(model, tmp_path):
     pairs = write_pairs(tmp_path / "pairs.jsonl")
-    config = dpo_config(model, pairs, lr=float("1e9"), max_grad_norm=0.0, optimizer="sgd")
-    with pytest.raises(FloatingPointError):
-        run(config, tmp_path / "run")
+    folder = run(dpo_config(model, pairs, steps=2), tmp_path / "run")
+    (folder / "done.json").unlink()
     write_pairs(tmp_path / "pairs.jsonl", seed=1)
     with pytest.raises(stages.StageChanged, match="data .* has changed since the stage began"):
-        run(config, tmp_path / "run")
+        run(dpo_config(model, pairs, steps=2), tmp_path / "run")
+
+
+def test_an_attempt_that_failed_before_its_first_checkpoint_binds_nobody(model, pairs, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nope.jsonl"):
+        run(dpo_config(model, "nope.jsonl", steps=1), tmp_path)
+    with pytest.raises(ValueError, match="does not split evenly"):
+        run(dpo_config(model, pairs, steps=1, batch_size=6), tmp_path)
+    (tmp_path / "dpo" / "config.draft").write_text("killed while writing")
+    run(dpo_config(model, pairs, steps=1), tmp_path)
+
+
+def test_tokens_and_lengths_that_the_model_does_not_have_are_refused(model, pairs, tmp_path):
+    config = dpo_config("", pairs, model__tokenizer=str(model))
+    config.model.scratch = dict(model_type="gpt2", vocab_size=20, n_embd=16, n_layer=1, n_head=2, n_positions=64)
+    with pytest.raises(ValueError, match=r"pairs.jsonl row \d+ has token \d+, but the model's vocabulary ends at 19"):
+        run(config, tmp_path / "words")
+    config.model.scratch.update(vocab_size=40, n_positions=8)
+    with pytest.raises(ValueError, match=r"pairs.jsonl row \d+ has \d+ tokens, but the model has 8 positions"):
+        run(config, tmp_path / "positions")
 
 
 def test_the_first_loss_that_is_not_finite_stops_the_run(model, pairs, tmp_path):
@@ -231,6 +231,13 @@ def test_the_first_loss_that_is_not_finite_stops_the_run(model, pairs, tmp_path)
     assert not (tmp_path / "dpo" / "done.json").exists()
 
 
+def test_an_update_that_overflows_is_never_saved(model, pairs, tmp_path):
+    """Loss and gradient of the step are finite; the weights after it are not."""
+    with pytest.raises(FloatingPointError, match="step 1: param_norm is (inf|nan)"):
+        run(dpo_config(model, pairs, lr=1e38, max_grad_norm=0.0, warmup_steps=0, steps=1), tmp_path)
+    assert not (tmp_path / "dpo" / "done.json").exists() and not (tmp_path / "dpo" / "hf").exists()
+
+
 def test_the_best_checkpoint_is_kept_and_exported(model, pairs, tmp_path):
     config = dpo_config(model, pairs, steps=8, eval_every=2, save_every=8, keep_best="loss/eval", lr=20.0,
                         warmup_steps=0, max_grad_norm=0.0)
@@ -241,10 +248,11 @@ def test_the_best_checkpoint_is_kept_and_exported(model, pairs, tmp_path):
         best, value = saved.best()
         assert best == min(losses, key=losses.get) and value == losses[best]
         assert saved.latest() == 8
+    assert json.loads((folder / "done.json").read_text())["evaluation"]["loss/eval"] == losses[best]
 
 
 def test_an_unknown_metric_to_keep_the_best_by_is_refused(model, pairs, tmp_path):
-    with pytest.raises(ValueError, match="keep_best = 'accuracy': expected an evaluation metric, one of .*loss/eval"):
+    with pytest.raises(ValueError, match="keep_best = 'accuracy': expected an evaluation metric; .*loss/eval"):
         run(dpo_config(model, pairs, keep_best="accuracy"), tmp_path)
 
 

@@ -1,5 +1,6 @@
 """The check before the first step fails when it should."""
 
+import math
 import types
 
 import jax
@@ -20,13 +21,16 @@ def examples(count=6):
                     [f"rows.jsonl row {i + 1}" for i in range(count)])
 
 
-def check(tiny, data, reference="same", loss="sigmoid", eos_id=EOS, exact=True):
+LOG_2 = {"loss/train": math.log(2), "rewards_train/margins": 0.0}
+
+
+def check(tiny, data, reference="same", loss="sigmoid", eos_id=EOS, exact=True, measured=LOG_2):
     config, params = tiny
     block = types.SimpleNamespace(loss=loss, beta=0.1, label_smoothing=0.0)
     reference = params if isinstance(reference, str) else reference
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
-    return selfcheck.self_check(config, block, mesh, params, reference, data, np.arange(len(data)), eos_id=eos_id,
-                                exact=exact)
+    return selfcheck.self_check(config, block, mesh, params, reference, data, np.arange(len(data)), measured,
+                                eos_id=eos_id, exact=exact, show_row=lambda row: f"tokens of {row}")
 
 
 def test_a_good_batch_passes_in_one_line(tiny):
@@ -36,12 +40,18 @@ def test_a_good_batch_passes_in_one_line(tiny):
 
 
 def test_other_losses_show_their_own_value(tiny):
-    assert "loss 25.0000," in check(tiny, examples(), loss="ipo")
+    assert "loss 25.0000," in check(tiny, examples(), loss="ipo", measured=LOG_2 | {"loss/train": 25.0})
+
+
+@pytest.mark.parametrize("wrong", [{"loss/train": 0.7}, {"rewards_train/margins": 1e-3}])
+def test_an_objective_that_does_not_start_at_log_2_is_stopped(tiny, wrong):
+    with pytest.raises(selfcheck.SelfCheckFailed, match="expected 0.693147 and 0"):
+        check(tiny, examples(), measured=LOG_2 | wrong)
 
 
 def test_another_reference_than_the_initial_weights_shows(tiny):
     other = jax.tree.map(lambda x: x * 1.01, tiny[1])
-    with pytest.raises(selfcheck.SelfCheckFailed, match=r"log-ratio of rows.jsonl row \d is .* nats, not 0"):
+    with pytest.raises(selfcheck.SelfCheckFailed, match=r"row \d has a log-ratio of .* nats, not 0.*\ntokens of \d"):
         check(tiny, examples(), reference=other)
     check(tiny, examples(), reference=other, exact=False)
 
@@ -56,7 +66,7 @@ def test_a_response_without_a_token_is_named(tiny):
 def test_a_batch_without_any_eos_is_refused(tiny):
     data = examples()
     data.responses = [tuple(np.where(r == EOS, 2, r) for r in pair) for pair in data.responses]
-    with pytest.raises(selfcheck.SelfCheckFailed, match="no response of the first batch ends in EOS"):
+    with pytest.raises(selfcheck.SelfCheckFailed, match="no response that ends in EOS"):
         check(tiny, data)
     assert "no EOS" in check(tiny, data, eos_id=None)
 
@@ -64,7 +74,7 @@ def test_a_batch_without_any_eos_is_refused(tiny):
 def test_a_model_that_gives_nan_is_stopped(tiny):
     config, params = tiny
     broken = jax.tree.map(lambda x: x * np.nan, params)
-    with pytest.raises(selfcheck.SelfCheckFailed, match="rows.jsonl row 1 a log-prob that is not finite"):
+    with pytest.raises(selfcheck.SelfCheckFailed, match="rows.jsonl row 1 has a log-prob that is not finite"):
         check((config, broken), examples())
 
 

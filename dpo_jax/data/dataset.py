@@ -38,13 +38,13 @@ def truncation(data, rows: list[Row]) -> str:
     return "keep_end" if cue else "keep_start"
 
 
-def show(examples: Examples, tokenizer, n: int) -> str:
-    """The first n rows decoded, the tokens that are scored between ⟦ and ⟧."""
+def show(examples: Examples, tokenizer, rows) -> str:
+    """Rows, by index, decoded, with the tokens that are scored between ⟦ and ⟧."""
     def text(ids):
         return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     blocks = []
-    for where, (prompt, responses) in list(zip(examples.where, examples, strict=True))[:n]:
+    for where, (prompt, responses) in ((examples.where[row], examples[row]) for row in rows):
         names = ("completion",) if len(responses) == 1 else ("chosen", "rejected")
         lines = [f"--- {where}: prompt, {len(prompt)} tokens", text(prompt)]
         for name, response in zip(names, responses, strict=True):

@@ -96,7 +96,7 @@ class Ledger:
         yield "prompts cut", *(counts.prompts_truncated for counts in both)
         yield "responses cut", *(counts.responses_truncated for counts in both)
         yield "  EOS lost", *(counts.eos_lost for counts in both)
-        yield "boundary merges", *(f"{counts.boundary_merges} of {counts.boundaries}" for counts in both)
+        yield "boundary merges, first rows", *(f"{counts.boundary_merges} of {counts.boundaries}" for counts in both)
         for part in self.train.mean_tokens | self.eval.mean_tokens:
             yield f"mean tokens, {part}", *(f"{counts.mean_tokens.get(part, 0):.1f}" for counts in both)
         yield "eval prompts also in train", "", self.shared_prompts

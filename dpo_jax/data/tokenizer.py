@@ -162,6 +162,8 @@ def _ended(prompt: Text, ids: list[int], rule: Rule) -> list[int]:
     body = ids[:-1] if ended else ids
     if not body:
         raise Unusable("response without tokens")
+    if rule.adds_bos and rule.bos in body and isinstance(prompt, str):
+        raise Unusable("BOS inside the text")
     if rule.eos in body:
         raise Unusable("EOS inside the text")
     return [*body, rule.eos] if ended or rule.append_eos else body

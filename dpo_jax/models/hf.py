@@ -22,13 +22,16 @@ from transformers import CONFIG_MAPPING, AutoConfig
 from dpo_jax.models import families, safetensors_io, transformer
 from dpo_jax.models.transformer import TransformerConfig
 
-HUB_FILES = ["*.json", "model.safetensors", "model-*.safetensors", "*.model", "*.txt", "*.jinja"]
+WEIGHT_FILES = ["model.safetensors", "model-*.safetensors"]
+OTHER_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 HUB_TIMEOUT = 10  # seconds
 FLOATS = ("F64", "F32", "F16", "BF16")  # stored types that are read, all as float32
 
 
-def fetch(path) -> pathlib.Path:
+def fetch(path, *, weights: bool = True) -> pathlib.Path:
     """A local folder as it is; otherwise the hub's model of that name, downloaded or from the local cache.
+
+    weights=False leaves them out, for a tokenizer.
 
     Raises FileNotFoundError, within seconds, when there is neither.
     """
@@ -46,7 +49,8 @@ def fetch(path) -> pathlib.Path:
     except Exception as error:  # noqa: BLE001 - whatever it was, a copy in the cache will do
         refusal = error
     try:
-        snapshot = snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=refusal is not None)
+        snapshot = snapshot_download(name, allow_patterns=WEIGHT_FILES * weights + OTHER_FILES,
+                                     local_files_only=refusal is not None)
     except LocalEntryNotFoundError as error:
         reason = str(refusal or error).strip().splitlines()[0]
         raise FileNotFoundError(

@@ -51,9 +51,9 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
     if (folder / SINGLE).exists():
         return [folder / SINGLE]
     if not (folder / INDEX).exists():
-        pickles = [file.name for file in sorted(folder.glob("*.bin"))]
-        advice = f"Loading {', '.join(pickles)} would run code from a pickle. {CONVERT}" if pickles else ""
-        raise FileNotFoundError(f"{folder} holds neither {SINGLE} nor {INDEX}. {advice}")
+        pickles = ", ".join(file.name for file in sorted(folder.glob("*.bin"))) or "pytorch_model.bin"
+        raise FileNotFoundError(f"{folder} holds neither {SINGLE} nor {INDEX}. Loading {pickles} would run code "
+                                f"from a pickle. {CONVERT}")
     weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
     files = [folder / name for name in sorted(set(weight_map.values()))]
     if absent := [file.name for file in files if not file.exists()]:
