@@ -52,6 +52,7 @@ class Checkpoints:
 
     def restore(self, step: int, shapes: TrainState, shardings: TrainState) -> TrainState:
         """The state of a step, placed by `shardings`, which may be another mesh's than it was saved from."""
+        self._checkpointer.wait()  # its own save may still be under way
         abstract = jax.tree.map(
             lambda x, placed: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), shapes, shardings)
         return TrainState(**self._checkpointer.load(step, _as_dict(abstract)))

@@ -6,9 +6,9 @@ import tempfile
 
 # Less work for the compiler, whose time is most of the tests'; commands that tests start inherit it.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=1"
-# Runs on the same model share what they compile, in a cache that goes when the tests end.
-CACHE = tempfile.TemporaryDirectory()
-os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
+if "PYTEST_XDIST_WORKER" not in os.environ:  # runs share what they compile, in a cache that goes when the tests end
+    CACHE = tempfile.TemporaryDirectory()
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
@@ -44,3 +44,17 @@ def random_pairs(count, seed=0, vocab=40, longest=12) -> list:
     def tokens():
         return rng.integers(0, vocab, rng.integers(1, longest + 1)).astype(np.int32)
     return [(tokens(), (tokens(), tokens())) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A tiny Llama in Hugging Face format."""
+    from tiny_runs import write_model
+    return write_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """A file of sixty pairs."""
+    from tiny_runs import write_pairs
+    return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.jsonl")

@@ -12,6 +12,7 @@ from conftest import ROOT, tiny_config
 
 from dpo_jax import config as configs
 from dpo_jax import train
+from dpo_jax.metrics import TIMINGS, read_rows
 from dpo_jax.models import hf, transformer
 
 WORDS = ["<s>", "</s>", "?", *(f"w{i}" for i in range(37))]
@@ -83,3 +84,7 @@ def weights(folder) -> dict[str, np.ndarray]:
     """The exported tensors of a run by name."""
     from safetensors.numpy import load_file
     return load_file(pathlib.Path(folder) / "hf" / "model.safetensors")
+
+
+def rows_without_timings(folder):
+    return [{k: v for k, v in row.items() if k not in TIMINGS} for row in read_rows(folder / "metrics.jsonl")]
