@@ -7,7 +7,7 @@
 The first command trains the SFT model. The second takes rows of prompt, chosen, rejected: the paper samples 4
 completions of 60 tokens for each of 25,000 prefixes of 2 to 8 tokens from the SFT model, and labels all 6 pairs of
 a prefix by siebert/sentiment-roberta-large-english. Hardware: weights, optimiser state and reference of DPO are
-12 GB over all devices. Comes out: WORKDIR/sft/hf and WORKDIR/dpo/hf.
+12 GB over all devices. Time: not measured. Comes out: WORKDIR/sft/hf and WORKDIR/dpo/hf.
 """
 
 from dpo_jax.config import default

@@ -3,7 +3,8 @@
     python -m dpo_jax.train --config=configs/tldr.py --config.mesh.fsdp=-1 --config.mesh.data=1 --workdir=runs/tldr
 
 Hardware: weights, optimiser state and reference are 97 GB over all devices; bfloat16 compute. Comes out:
-WORKDIR/dpo/hf. Prompts are up to 512 tokens and keep their end, "TL;DR:".
+WORKDIR/dpo/hf. Prompts are up to 512 tokens and keep their end, "TL;DR:". A hub model that has no safetensors is
+refused with the lines that convert it; then pass the converted folder as --config.model.path. Time: not measured.
 """
 
 from dpo_jax.config import default

@@ -1,6 +1,9 @@
 """The toy of the tests and of the first two minutes: sft -> pairs -> dpo -> evaluate, on data that it makes.
 
     python -m dpo_jax.train --config=configs/toy.py --workdir=runs/toy
+
+Hardware: 2 CPU cores, two to three minutes. Comes out: WORKDIR/evaluate/toy.json and toy.png, the policy's exact
+reward and KL beside the optimum that DPO aims at; within 0.03 and 0.02 of it.
 """
 
 from dpo_jax.config import default
