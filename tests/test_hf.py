@@ -122,7 +122,7 @@ def test_a_cached_model_needs_no_network(silent_hub):
 
 def test_only_weights_configs_and_tokenizers_are_fetched():
     def wanted(name):
-        return any(fnmatch.fnmatch(name, pattern) for pattern in hf.HUB_FILES)
+        return any(fnmatch.fnmatch(name, pattern) for pattern in hf.WEIGHT_FILES + hf.OTHER_FILES)
     assert all(map(wanted, [
         "config.json", "model.safetensors", "model.safetensors.index.json",
         "model-00001-of-00002.safetensors", "merges.txt", "tokenizer.model", "chat_template.jinja"]))

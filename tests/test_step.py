@@ -28,6 +28,7 @@ def rows(name, count=12):
 @pytest.mark.parametrize("name, loss", [("dpo", "sigmoid"), ("sft", "sum"), ("sft", "token_mean")])
 def test_one_batch_is_the_same_in_any_number_of_microbatches(tiny, name, loss):
     config, params = tiny
+    params = jax.tree.map(lambda x: x / 2, params)  # less steep, so that rounding stays small
     reference = jax.tree.map(lambda x: x * 1.05, params)
     examples, order = rows(name), training_order(12, 12, 1, 0)
     gradient = jax.jit(lambda params, batch: step.accumulate(
