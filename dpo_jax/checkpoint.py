@@ -3,6 +3,8 @@
 Saves are asynchronous and atomic: a kill in the middle leaves the checkpoint before it as the latest.
 """
 
+import pathlib
+
 import jax
 from orbax.checkpoint import v1 as ocp
 
@@ -19,7 +21,8 @@ class Checkpoints:
         if best_metric:
             kept.append(policies.BestN(get_metric_fn=self._rank, n=1, keep_checkpoints_without_metrics=False))
         self._checkpointer = ocp.training.Checkpointer(
-            str(folder), preservation_policy=policies.AnyPreservationPolicy(kept), cleanup_tmp_directories=True,
+            str(pathlib.Path(folder).absolute()),  # orbax takes no other
+            preservation_policy=policies.AnyPreservationPolicy(kept), cleanup_tmp_directories=True,
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1))
 
     def __enter__(self):

@@ -170,6 +170,11 @@ def test_an_unknown_metric_to_keep_the_best_by_is_refused(model, pairs, tmp_path
         run(dpo_config(model, pairs, keep_best="accuracy"), tmp_path)
 
 
+def test_a_workdir_may_be_relative(model, pairs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert (run(dpo_config(model, pairs, steps=1), "runs/mine") / "done.json").exists()
+
+
 def test_two_processes_cannot_work_on_one_stage(whole):
     config, folder = whole
     with stages.lock(folder), pytest.raises(RuntimeError, match="another process is at work"):
