@@ -38,32 +38,40 @@ def causal_attention(q_SRTHC, k_SRUKC, v_SRUKC, *, window: int | None = None) ->
     Blocks of queries see only the keys up to their end, so about half of the square is never computed, and
     each block is recomputed in the backward pass, so no [T, T] array is kept. Softmax in float32.
     """
-    length = q_SRTHC.shape[2]
+    shards, rows, length, heads, width = q_SRTHC.shape
+    kv_heads = k_SRUKC.shape[3]
+    # Heads first, keys transposed: each block is then two batched matrix products with nothing to shuffle,
+    # which the CPU runs about twice as fast as the same products over [T, H, C].
+    q_SRTKGC = (q_SRTHC * width**-0.5).reshape(shards, rows, length, kv_heads, heads // kv_heads, width)
+    q_SRKGTC = q_SRTKGC.transpose(0, 1, 3, 4, 2, 5)
+    k_SRKCU = k_SRUKC.transpose(0, 1, 3, 4, 2)
+    v_SRKUC = v_SRUKC.transpose(0, 1, 3, 2, 4)
     blocks = []
     for start in range(0, length, QUERY_BLOCK):
         end = min(start + QUERY_BLOCK, length)
         first = 0 if window is None else max(0, start - window + 1)
         block = functools.partial(_attend_block, offset=start - first, window=window)
         block = jax.checkpoint(block) if length > QUERY_BLOCK else block
-        blocks.append(block(q_SRTHC[:, :, start:end], k_SRUKC[:, :, first:end], v_SRUKC[:, :, first:end]))
-    return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=2)
+        blocks.append(block(q_SRKGTC[..., start:end, :], k_SRKCU[..., first:end], v_SRKUC[..., first:end, :]))
+    out_SRKGTC = blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=4)
+    return out_SRKGTC.transpose(0, 1, 4, 2, 3, 5).reshape(q_SRTHC.shape)
 
 
-def _attend_block(q_SRTHC, k_SRUKC, v_SRUKC, *, offset: int, window: int | None):
+def _attend_block(q_SRKGTC, k_SRKCU, v_SRKUC, *, offset: int, window: int | None):
     """Attention of a block of queries, the first of which sits at key `offset`."""
-    shards, rows, length, heads, width = q_SRTHC.shape
-    kv_heads = k_SRUKC.shape[3]
-    q_SRTKGC = q_SRTHC.reshape(shards, rows, length, kv_heads, heads // kv_heads, width)
-    scores_SRKGTU = jnp.einsum("SRTKGC,SRUKC->SRKGTU", q_SRTKGC * width**-0.5, k_SRUKC,
-                               preferred_element_type=jnp.float32)
-    distance_TU = offset + jnp.arange(length)[:, None] - jnp.arange(k_SRUKC.shape[2])[None, :]
+    shards, rows, kv_heads, groups, length, width = q_SRKGTC.shape
+    q_SRKIC = q_SRKGTC.reshape(shards, rows, kv_heads, groups * length, width)  # I: G and T as one
+    scores_SRKIU = jnp.einsum("SRKIC,SRKCU->SRKIU", q_SRKIC, k_SRKCU, preferred_element_type=jnp.float32)
+    distance_TU = offset + jnp.arange(length)[:, None] - jnp.arange(k_SRKCU.shape[-1])[None, :]
     seen_TU = distance_TU >= 0
     if window is not None:
         seen_TU &= distance_TU < window
-    scores_SRKGTU = jnp.where(seen_TU, scores_SRKGTU, jnp.finfo(jnp.float32).min)
-    weights_SRKGTU = jax.nn.softmax(scores_SRKGTU, axis=-1).astype(v_SRUKC.dtype)
-    out_SRTKGC = jnp.einsum("SRKGTU,SRUKC->SRTKGC", weights_SRKGTU, v_SRUKC)
-    return out_SRTKGC.reshape(q_SRTHC.shape)
+    scores_SRKIU = jnp.where(jnp.tile(seen_TU, (groups, 1)), scores_SRKIU, jnp.finfo(jnp.float32).min)
+    weights_SRKIU = jnp.exp(scores_SRKIU - jax.lax.stop_gradient(scores_SRKIU.max(-1, keepdims=True)))
+    out_SRKIC = jnp.einsum("SRKIU,SRKUC->SRKIC", weights_SRKIU.astype(v_SRKUC.dtype), v_SRKUC,
+                           preferred_element_type=jnp.float32)
+    out_SRKIC /= weights_SRKIU.sum(-1, keepdims=True)  # after the product: C numbers a query to divide, not U
+    return out_SRKIC.astype(v_SRKUC.dtype).reshape(q_SRKGTC.shape)
 
 
 def _take(x, index):
