@@ -56,8 +56,9 @@ class Checkpoints:
     def restore(self, step: int, shapes: TrainState, shardings: TrainState) -> TrainState:
         """The state of a step, placed by `shardings`, which may be another mesh's than it was saved from."""
         self._checkpointer.wait()  # its own save may still be under way
+        placed = jax.tree.broadcast(shardings, shapes)
         abstract = jax.tree.map(
-            lambda x, placed: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), shapes, shardings)
+            lambda x, placed: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), shapes, placed)
         return TrainState(**self._checkpointer.load(step, _as_dict(abstract)))
 
     def _rank(self, metrics) -> float:
@@ -67,4 +68,5 @@ class Checkpoints:
 
 
 def _as_dict(state: TrainState) -> dict:
-    return dict(step=state.step, params=state.params, opt_state=state.opt_state)
+    parts = dict(step=state.step, params=state.params, opt_state=state.opt_state)
+    return parts | (dict(controls=state.controls) if state.controls else {})

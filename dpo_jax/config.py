@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 SOURCES = ("local", "hh", "shp", "imdb", "tldr", "toy")
 OPTIMIZERS = ("rmsprop", "adamw", "adafactor", "lion", "sgd")
 SCHEDULES = ("constant", "linear", "cosine")
+REWARDS = ("classifier", "ngram", "model", "toy")
 SMOOTHED_LOSSES = ("sigmoid", "robust")  # the preference losses that use label_smoothing
 PREFERENCE_LOSSES = ("sigmoid", "sigmoid_norm", "ipo", "ipo_sum", "hinge", "robust")
 
@@ -56,6 +57,18 @@ def default(stages: tuple[str, ...]) -> ConfigDict:
         tensorboard=False,  # write TensorBoard events to each stage's folder (needs tensorboardX)
         wandb="",  # Weights & Biases project; "": off (needs wandb)
     ))
+    if set(stages) & set(SAMPLING_STAGES):
+        config.reward = ConfigDict(dict(
+            kind="classifier",  # the true reward: classifier (p(positive)), ngram, model (a reward model), toy
+            path="siebert/sentiment-roberta-large-english",  # its hub name or folder; of ngram: labelled texts
+            batch_size=64,  # texts scored at a time, over all devices
+        ))
+        config.sampling = ConfigDict(dict(
+            max_new_tokens=60,  # longest completion, tokens
+            min_prefix=0,  # prompts are the first min_prefix to max_prefix tokens of a text
+            max_prefix=0,  # 0: prompts are the data's own
+            batch_size=256,  # completions sampled at a time, over all devices
+        ))
     for stage in stages:
         if stage not in BLOCKS:
             raise ValueError(f"unknown stage {stage!r}; there are: {', '.join(BLOCKS)}.")
@@ -63,8 +76,8 @@ def default(stages: tuple[str, ...]) -> ConfigDict:
     return config
 
 
-def _training() -> dict:
-    """The fields that every training stage has."""
+def _training(**changed) -> dict:
+    """The fields that every training stage has; `changed`: defaults of a stage's own."""
     return dict(
         batch_size=64,  # rows (pairs) per optimiser step, over all devices
         microbatch_size=0,  # rows per forward and backward pass, over all devices; 0: the whole batch
@@ -81,7 +94,7 @@ def _training() -> dict:
         log_every=1,  # steps between rows of metrics.jsonl
         keep=1,  # how many of the latest checkpoints to keep
         keep_best="",  # an evaluation metric: its best checkpoint is kept too, and exported; losses are minimised
-    )
+    ) | changed
 
 
 def _sft() -> dict:
@@ -103,18 +116,61 @@ def _dpo() -> dict:
 
 def _pairs() -> dict:
     return dict(
-        prompts=4000,  # how many prompts are sampled
+        prompts=25_000,  # how many prompts are sampled
         completions=4,  # completions per prompt; all their pairs are labelled
-        labels="bradley_terry",  # sampled with probability sigmoid(reward difference), or deterministic
+        labels="deterministic",  # the higher reward is chosen; or bradley_terry: with probability sigmoid(difference)
+    )
+
+
+def _unlikelihood() -> dict:
+    return dict(
+        alpha=0.5,  # weight of the rejected response's log-prob
+        **_training(),
+    )
+
+
+def _rm() -> dict:
+    return _training(epochs=3.0, keep_best="rewards_eval/accuracies")
+
+
+def _ppo() -> dict:
+    return dict(
+        reward="rm",  # what is maximised: rm (the rm stage's model) or true (config.reward)
+        target_kl=6.0,  # nats per completion, to which kl_coef adapts
+        init_kl_coef=0.2,  # weight of the KL penalty at the start, on rewards of deviation 1
+        kl_horizon=10_000,  # completions over which kl_coef adapts
+        inner_epochs=4,  # passes over each step's completions
+        minibatch_size=256,  # completions per optimiser update
+        gae_lambda=0.95,  # of the advantage estimates; 1: plain returns less the value
+        clip=0.2,  # largest change of a token's probability ratio that is rewarded
+        value_clip=0.2,  # largest change of a value that is rewarded
+        value_coef=0.1,  # weight of the value loss
+        **_training(batch_size=1024, optimizer="adamw", lr=1e-5, warmup_steps=0, max_grad_norm=1.0, eval_every=10,
+                    save_every=10),
+    )
+
+
+def _best_of_n() -> dict:
+    return dict(
+        n=(1, 4, 16, 64, 128),  # of how many completions the best is taken
+        reward="rm",  # by which it is the best: rm (the rm stage's model) or true (config.reward)
+        prompts=256,  # how many held-out prompts
     )
 
 
 def _evaluate() -> dict:
-    return dict()
+    return dict(
+        prompts=256,  # how many held-out prompts, in training (every eval_every steps) and at the end
+        show=4,  # completions of policy and reference that are shown side by side
+    )
 
 
-BLOCKS = {"sft": _sft, "pairs": _pairs, "dpo": _dpo, "evaluate": _evaluate}
-TRAINING_STAGES = ("sft", "dpo")
+BLOCKS = {"sft": _sft, "pairs": _pairs, "preferred_ft": _sft, "unlikelihood": _unlikelihood, "rm": _rm, "dpo": _dpo,
+          "ppo": _ppo, "best_of_n": _best_of_n, "evaluate": _evaluate}
+TRAINING_STAGES = ("sft", "preferred_ft", "unlikelihood", "rm", "dpo", "ppo")
+POLICY_STAGES = ("preferred_ft", "unlikelihood", "dpo", "ppo")  # whose policy `evaluate` compares with where it began
+PAIR_STAGES = ("preferred_ft", "unlikelihood", "rm", "dpo")  # which train on the pairs
+SAMPLING_STAGES = ("pairs", "ppo", "best_of_n", "evaluate")  # which sample completions and score them
 
 
 def validate(config: ConfigDict) -> None:
@@ -128,11 +184,10 @@ def validate(config: ConfigDict) -> None:
             _fail("stages", stage, "a stage that this config file has a block for; take a config file that runs it")
     if list(config.stages) != [stage for stage in BLOCKS if stage in config.stages]:
         _fail("stages", config.stages, "each stage once, in the order " + ", ".join(BLOCKS))
-    for stage in {"pairs", "evaluate"} & set(config.stages):
-        if config.data.source != "toy":
-            _fail("stages", stage, "data.source='toy' with this stage; other sources have no reward to sample by yet")
-    if "evaluate" in config.stages and "dpo" not in config.stages:
-        _fail("stages", config.stages, "dpo before evaluate")
+    if "evaluate" in config.stages and not set(config.stages) & set(POLICY_STAGES):
+        _fail("stages", config.stages, "a stage to evaluate, one of " + ", ".join(POLICY_STAGES))
+    if len(set(config.stages) & set(POLICY_STAGES)) > 1:
+        _fail("stages", config.stages, "one of " + ", ".join(POLICY_STAGES) + " a run; give the next a run of its own")
     if config.run and not set(config.stages) & set(TRAINING_STAGES):
         _fail("run", config.run, "empty where no stage trains")
     if config.run in BLOCKS or config.run and not re.fullmatch(r"\w[\w.-]*", config.run):
@@ -141,8 +196,10 @@ def validate(config: ConfigDict) -> None:
     _validate_data(config.data)
     for stage in set(config.stages) & set(TRAINING_STAGES):
         _validate_training(stage, config[stage])
-    if "sft" in config.stages:
-        _one_of("sft.loss", config.sft.loss, ("sum", "token_mean"))
+    for stage in {"sft", "preferred_ft"} & set(config.stages):
+        _one_of(f"{stage}.loss", config[stage].loss, ("sum", "token_mean"))
+    if "unlikelihood" in config.stages and config.unlikelihood.alpha < 0:
+        _fail("unlikelihood.alpha", config.unlikelihood.alpha, "0 or more")
     if "dpo" in config.stages:
         _validate_dpo(config.dpo)
         if config.data.source == "toy" and config.dpo.reference != "init":
@@ -151,6 +208,18 @@ def validate(config: ConfigDict) -> None:
         _one_of("pairs.labels", config.pairs.labels, ("bradley_terry", "deterministic"))
         _at_least("pairs.prompts", config.pairs.prompts, 1)
         _at_least("pairs.completions", config.pairs.completions, 2)
+    if "ppo" in config.stages:
+        _validate_ppo(config)
+    if "best_of_n" in config.stages:
+        _validate_rm("best_of_n", config)
+        _at_least("best_of_n.prompts", config.best_of_n.prompts, 1)
+        if not config.best_of_n.n or min(config.best_of_n.n) < 1:
+            _fail("best_of_n.n", config.best_of_n.n, "numbers of completions, 1 or more")
+    if "evaluate" in config.stages:
+        _at_least("evaluate.prompts", config.evaluate.prompts, 2)
+        _at_least("evaluate.show", config.evaluate.show, 0)
+    if set(config.stages) & set(SAMPLING_STAGES):
+        _validate_sampling(config)
 
 
 def _validate_model(model):
@@ -187,9 +256,9 @@ def _validate_training(stage, block):
         _at_least(f"{stage}.{field}", block[field], 1)
     for field in ("microbatch_size", "steps", "warmup_steps", "max_grad_norm", "weight_decay"):
         _at_least(f"{stage}.{field}", block[field], 0)
-    if block.microbatch_size and block.batch_size % block.microbatch_size:
-        _fail(f"{stage}.microbatch_size", block.microbatch_size,
-              f"a divisor of {stage}.batch_size = {block.batch_size}")
+    divided = "minibatch_size" if stage == "ppo" else "batch_size"
+    if block.microbatch_size and block[divided] % block.microbatch_size:
+        _fail(f"{stage}.microbatch_size", block.microbatch_size, f"a divisor of {stage}.{divided} = {block[divided]}")
     if not block.lr > 0:
         _fail(f"{stage}.lr", block.lr, "more than 0")
     if not block.steps and not block.epochs > 0:
@@ -209,6 +278,42 @@ def _validate_dpo(block):
               f"0: the {block.loss} loss has none, {' and '.join(SMOOTHED_LOSSES)} have")
     if not block.reference:
         _fail("dpo.reference", block.reference, '"init", "none" or the path of a model')
+
+
+def _validate_ppo(config):
+    block = config.ppo
+    _validate_rm("ppo", config)
+    if block.minibatch_size < 1 or block.batch_size % block.minibatch_size:
+        _fail("ppo.minibatch_size", block.minibatch_size, f"a divisor of ppo.batch_size = {block.batch_size}")
+    _at_least("ppo.inner_epochs", block.inner_epochs, 1)
+    for field in ("target_kl", "kl_horizon", "clip", "value_clip"):
+        if not block[field] > 0:
+            _fail(f"ppo.{field}", block[field], "more than 0")
+    for field in ("init_kl_coef", "value_coef"):
+        _at_least(f"ppo.{field}", block[field], 0)
+    if not 0 <= block.gae_lambda <= 1:
+        _fail("ppo.gae_lambda", block.gae_lambda, "between 0 and 1")
+
+
+def _validate_rm(stage, config):
+    """A stage's choice of reward."""
+    _one_of(f"{stage}.reward", config[stage].reward, ("rm", "true"))
+    if config[stage].reward == "rm" and "rm" not in config.stages:
+        _fail(f"{stage}.reward", "rm", f"'true' (config.reward), or rm before {stage} in config.stages")
+
+
+def _validate_sampling(config):
+    reward, sampling = config.reward, config.sampling
+    _one_of("reward.kind", reward.kind, REWARDS)
+    if (reward.kind == "toy") != (config.data.source == "toy"):
+        _fail("reward.kind", reward.kind, "'toy' with data.source='toy', and only there")
+    if reward.kind != "toy" and not reward.path:
+        _fail("reward.path", reward.path, "a hub name, a folder or a file")
+    for field in ("max_new_tokens", "batch_size"):
+        _at_least(f"sampling.{field}", sampling[field], 1)
+    _at_least("reward.batch_size", reward.batch_size, 1)
+    if not 0 <= sampling.min_prefix <= sampling.max_prefix:
+        _fail("sampling.min_prefix", sampling.min_prefix, f"from 0 to sampling.max_prefix = {sampling.max_prefix}")
 
 
 def _one_of(field, value, allowed):
@@ -241,10 +346,15 @@ def folder_names(config: ConfigDict) -> dict[str, str]:
 
 def dependencies(config: ConfigDict, stage: str) -> dict:
     """Every field (dotted name -> value) that the stage's result depends on: its own, the model's, the data's,
-    and those of the stages before it."""
+    those of the stages before it, and of sampling where any of these samples."""
     before = config.stages[:config.stages.index(stage) + 1]
     fields = {"seed": config.seed, "stages": list(before)}
-    for block in ("model", "data", *before):
+    blocks = ["model", "data", *before]
+    if stage in POLICY_STAGES and "evaluate" in config.stages:
+        blocks.append("evaluate")  # it measures the policy in training too
+    if set(blocks) & set(SAMPLING_STAGES):
+        blocks += ["reward", "sampling"]
+    for block in blocks:
         fields |= _flat(block, json.loads(config[block].to_json()))
     return {name: value for name, value in fields.items()
             if name not in _FREE and name.rpartition(".")[2] not in _FREE}

@@ -1,19 +1,23 @@
 """The training loop of every stage: resume, check, step, log, evaluate, save, stop cleanly.
 
+What a step learns from comes from a feed: `DataFeed` here, rows of a data set, or `ppo.RolloutFeed`, the policy's own
+completions.
+
 A run is a pure function of its config: interrupted at any step and started again, it writes the same rows and
 ends with the same weights as one that was not.
 """
 
 import contextlib
 import dataclasses
+import functools
 import math
 import pathlib
+import re
 import signal
 import time
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax import metrics as metrics_lib
@@ -22,9 +26,13 @@ from dpo_jax.checkpoint import Checkpoints
 from dpo_jax.data.batches import Batches, evaluation_order, prefetch, training_order
 from dpo_jax.data.dataset import Dataset
 from dpo_jax.metrics import Progress, Writer, say
-from dpo_jax.objectives import OBJECTIVES
+from dpo_jax.models import transformer
+from dpo_jax.models.transformer import TransformerConfig
+from dpo_jax.objectives import OBJECTIVE_NUMBERS, OBJECTIVES
 from dpo_jax.selfcheck import self_check
-from dpo_jax.step import TrainState, init_state, make_eval_step, make_train_step, state_shardings
+from dpo_jax.step import TrainState, abstract_state, init_state, make_eval_step, make_train_step, state_shardings
+
+EVALUATED = re.compile(r"_eval/|/eval$|^frontier/")  # names of what an evaluation measures
 
 
 class Interrupted(SystemExit):
@@ -33,35 +41,63 @@ class Interrupted(SystemExit):
 
 @dataclasses.dataclass
 class Job:
-    """What a training stage is made of."""
+    """What a training stage is made of, whatever it learns from."""
     name: str  # the stage, and so the objective
     folder: pathlib.Path
     block: object  # the stage's config block
-    seed: int | None  # of the data order; None: the data's own order
-    model: object  # TransformerConfig
+    model: TransformerConfig
     mesh: jax.sharding.Mesh
-    shapes: dict  # abstract weights
     load_init: Callable  # () -> weights on the mesh
     load_reference: Callable  # () -> the reference's weights on the mesh, or None
-    reference_is_init: bool
-    data: Dataset
-    show_row: Callable  # index of a training row -> its text, scored tokens marked
-    eos_id: int | None  # what responses end in, or None where they do not
     log: object  # the config's log block
     config: dict  # the whole config, for W&B
     probe: Callable | None = None  # params -> {name: value}, at each evaluation
 
 
-def fit(job: Job) -> tuple[dict, dict[str, float]]:
-    """Trains the stage, from its latest checkpoint if there is one; returns weights and the last evaluation."""
-    batches, evaluation = _training_batches(job), _evaluation_batches(job)
-    total = len(batches)
-    optimizer = optim.make(job.block.optimizer, job.block.weight_decay)
-    shardings = state_shardings(job.mesh, optimizer, job.shapes)
-    objective = _bind(OBJECTIVES[job.name], job.model, job.block)
-    train_step = make_train_step(objective, optimizer, job.block.schedule, shardings)
-    eval_step = make_eval_step(objective)
-    hyper = _hyper(job.block, total)
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """The compiled functions of a stage, and the layout of its state."""
+    optimizer: object
+    shardings: TrainState
+    train_step: Callable
+    eval_step: Callable
+
+
+def programs(job: Job) -> Programs:
+    """Stages that differ in numbers alone (beta, lr, seed) share them, so a sweep in one process compiles once."""
+    block = job.block
+    return _programs(job.name, block.get("loss", ""), job.model, block.optimizer, block.weight_decay, block.schedule,
+                     job.mesh)
+
+
+@functools.cache
+def _programs(name, loss, model, optimizer, weight_decay, schedule, mesh) -> Programs:
+    optimizer = optim.make(optimizer, weight_decay)
+    shardings = state_shardings(mesh, optimizer, transformer.abstract(model))
+    objective = functools.partial(OBJECTIVES[name], model, loss)
+    return Programs(optimizer, shardings, make_train_step(objective, optimizer, schedule, shardings),
+                    make_eval_step(objective))
+
+
+def fit(job: Job, feed) -> tuple[dict, dict[str, float]]:
+    """Trains the stage, from its latest checkpoint if there is one; returns weights and the last evaluation.
+
+    feed: where steps come from, as DataFeed:
+        total: steps;  updates: optimiser updates in them all;  controls: scalars that the state starts with
+        check(params, reference, hyper) -> a line to show, before the first step
+        steps(start, reference, hyper) -> (step, update) in turn, where update(state) -> (state, metrics)
+        evaluate(params, reference, hyper) -> {name: value}, on what is held out
+        tokens(step) -> how many real tokens it reads;  rows(step) -> their names, for an error
+    """
+    total = feed.total
+    made = programs(job)
+    optimizer, shardings = made.optimizer, made.shardings
+    hyper = _hyper(job.block, feed.updates)
+    shapes = abstract_state(optimizer, transformer.abstract(job.model), feed.controls)
+
+    def evaluate(params):
+        return feed.evaluate(params, reference, hyper) | (job.probe(params) if job.probe else {})
+
     with (jax.set_mesh(job.mesh), _catch_signals() as signals,
           Writer(job.folder, tensorboard=job.log.tensorboard, wandb=job.log.wandb, config=job.config) as writer,
           Checkpoints(job.folder / "checkpoints", keep=job.block.keep, best_metric=job.block.keep_best) as saved):
@@ -69,25 +105,15 @@ def fit(job: Job) -> tuple[dict, dict[str, float]]:
         start = saved.latest() or 0
         if start:
             say(f"{job.name}: resuming after step {start}")
-            state = saved.restore(start, jax.eval_shape(lambda p: TrainState(jnp.int32(0), p, optimizer.init(p)),
-                                                        job.shapes), shardings)
+            state = saved.restore(start, shapes, shardings)
         else:
-            state = init_state(job.mesh, optimizer, job.load_init())
-            first = sharding.shard_batch(job.mesh, jax.tree.map(lambda x: x[:1], batches[0]), axis=1)
-            measured = metrics_lib.named(eval_step(state.params, reference, hyper, first), "train")
-            say(f"{job.name}: " + self_check(
-                job.model, job.block, job.mesh, state.params, reference, job.data.train, batches.order[0], measured,
-                eos_id=job.eos_id, exact=job.reference_is_init, show_row=job.show_row))
-        loop = _Loop(job, saved, writer, lambda params: _evaluate(job, eval_step, params, reference, hyper, evaluation),
-                     start, total, batches)
+            state = init_state(optimizer, job.load_init(), feed.controls, shardings)
+            say(f"{job.name}: {feed.check(state.params, reference, hyper)}")
+        loop = _Loop(job, feed, saved, writer, evaluate, start)
         if not start:
             loop.report(state, 0, None)
-
-        def load(step):
-            return sharding.shard_batch(job.mesh, batches[step], axis=1)
-
-        for step, batch in prefetch(load, range(start, total)):
-            state, metrics = train_step(state, reference, hyper, batch)
+        for step, update in feed.steps(start, reference, hyper):
+            state, metrics = update(state)
             loop.report(state, step + 1, metrics)
             if signals and step + 1 < total:
                 loop.interrupt(state, step + 1, signals[0])
@@ -95,9 +121,52 @@ def fit(job: Job) -> tuple[dict, dict[str, float]]:
         if job.block.keep_best and saved.best():
             best, value = saved.best()
             say(f"{job.name}: best {job.block.keep_best} {value:.4g} at step {best}")
-            state = saved.restore(best, jax.eval_shape(lambda x: x, state), shardings)
+            state = saved.restore(best, shapes, shardings)
             loop.evaluated = _evaluation_rows(job.folder)[best]
     return state.params, loop.evaluated
+
+
+class DataFeed:
+    """Steps on the rows of a data set: each is one update on one batch."""
+    controls: dict = {}
+
+    def __init__(self, job: Job, data: Dataset, *, seed: int | None, eos_id: int | None, reference_is_init: bool,
+                 show_row: Callable):
+        """seed: of the data order, None for the data's own; eos_id: what responses end in, or None;
+        show_row: index of a training row -> its text, scored tokens marked."""
+        self._job, self._data, self._programs = job, data, programs(job)
+        self._eos_id, self._reference_is_init, self._show_row = eos_id, reference_is_init, show_row
+        self._batches = _training_batches(job, data, seed)
+        self._held_out = _evaluation_batches(job, data)
+        self.total = self.updates = len(self._batches)
+
+    def check(self, params, reference, hyper) -> str:
+        first = sharding.shard_batch(self._job.mesh, jax.tree.map(lambda x: x[:1], self._batches[0]), axis=1)
+        measured = metrics_lib.named(self._programs.eval_step(params, reference, hyper, first), "train")
+        return self_check(self._job.model, self._job.block, self._job.mesh, params, reference, self._data.train,
+                          self._batches.order[0], measured, eos_id=self._eos_id, exact=self._reference_is_init,
+                          show_row=self._show_row)
+
+    def steps(self, start: int, reference, hyper):
+        def load(step):
+            return sharding.shard_batch(self._job.mesh, self._batches[step], axis=1)
+
+        for step, batch in prefetch(load, range(start, self.total)):
+            yield step, lambda state, batch=batch: self._programs.train_step(state, reference, hyper, batch)
+
+    def evaluate(self, params, reference, hyper) -> dict[str, float]:
+        """Metrics over all held-out rows, each row weighted alike."""
+        total = None
+        for step in range(len(self._held_out) if self._held_out else 0):
+            batch = sharding.shard_batch(self._job.mesh, self._held_out[step], axis=1)
+            total = metrics_lib.add(total, self._programs.eval_step(params, reference, hyper, batch))
+        return metrics_lib.named(total, "eval") if total else {}
+
+    def tokens(self, step: int) -> int:
+        return self._batches.tokens(step)
+
+    def rows(self, step: int) -> list[str]:
+        return [self._data.train.where[row] for row in self._batches.order[step]]
 
 
 class _Loop:
@@ -107,11 +176,11 @@ class _Loop:
     except where they are needed at once: before an evaluation or a checkpoint.
     """
 
-    def __init__(self, job, saved, writer, evaluate, start, total, batches):
-        self._job, self._saved, self._writer, self._evaluate, self._batches = job, saved, writer, evaluate, batches
-        self._total, self._pending, self._clock = total, None, time.monotonic()
+    def __init__(self, job, feed, saved, writer, evaluate, start):
+        self._job, self._feed, self._saved, self._writer, self._evaluate = job, feed, saved, writer, evaluate
+        self._pending, self._clock = None, time.monotonic()
         writer.rewind(start if start else -1)
-        self._progress = Progress(job.name, start, total)
+        self._progress = Progress(job.name, start, feed.total)
         self.evaluated = next(reversed(_evaluation_rows(job.folder).values()), {})
 
     def report(self, state, step: int, metrics: dict | None) -> None:
@@ -119,8 +188,8 @@ class _Loop:
         block = self._job.block
         self._flush()
         self._pending = None if metrics is None else (step, metrics)
-        evaluates = step % block.eval_every == 0 or step == self._total
-        saves = step > 0 and (step % block.save_every == 0 or step == self._total)
+        evaluates = step % block.eval_every == 0 or step == self._feed.total
+        saves = step > 0 and (step % block.save_every == 0 or step == self._feed.total)
         if evaluates or saves:
             values = self._take()
             better = False
@@ -162,7 +231,7 @@ class _Loop:
         self._check_finite(step, {name: values[name] for name in ("loss/train", "grad_norm", "param_norm")})
         seconds, self._clock = time.monotonic() - self._clock, time.monotonic()
         batch_size = self._job.block.batch_size
-        tokens = self._batches.tokens(step - 1)
+        tokens = self._feed.tokens(step - 1)
         return values | {"counters/examples": step * batch_size, "counters/updates": step, "step_time": seconds,
                          "examples_per_second": batch_size / seconds, "tokens_per_second": tokens / seconds}
 
@@ -184,7 +253,7 @@ class _Loop:
                 self._fail(step, name, value)
 
     def _fail(self, step, name, value):
-        rows = [self._job.data.train.where[row] for row in self._batches.order[max(step - 1, 0)]]
+        rows = self._feed.rows(max(step - 1, 0))
         latest = self._saved.latest()
         good = f"The last good checkpoint, step {latest}, is kept." if latest else "No checkpoint was saved yet."
         raise FloatingPointError(
@@ -196,18 +265,17 @@ def _evaluation_rows(folder) -> dict[int, dict[str, float]]:
     """Step -> evaluation metrics, from the rows written so far; a resumed run may have no more to make."""
     path = folder / "metrics.jsonl"
     rows = metrics_lib.read_rows(path) if path.exists() else []
-    found = {row["step"]: {name: value for name, value in row.items()
-                           if "_eval/" in name or name.endswith("/eval") or name.startswith("toy/")} for row in rows}
+    found = {row["step"]: {name: value for name, value in row.items() if EVALUATED.search(name)} for row in rows}
     return {step: values for step, values in found.items() if values}
 
 
-def _training_batches(job: Job) -> Batches:
-    block, size = job.block, len(job.data.train)
+def _training_batches(job: Job, data: Dataset, seed: int | None) -> Batches:
+    block, size = job.block, len(data.train)
     steps = block.steps or int(block.epochs * size / block.batch_size)
     if not steps or not size:
         raise ValueError(f"{job.name}: {size} training rows make no step of config.{job.name}.batch_size = "
                          f"{block.batch_size} in {block.epochs} epochs; lower it, or set config.{job.name}.steps.")
-    batches = Batches(_examples(job.data.train), training_order(size, block.batch_size, steps, job.seed),
+    batches = Batches(_examples(data.train), training_order(size, block.batch_size, steps, seed),
                       microbatches=block.batch_size // (block.microbatch_size or block.batch_size),
                       shards=sharding.batch_shards(job.mesh))
     padding = batches.padding()
@@ -216,11 +284,11 @@ def _training_batches(job: Job) -> Batches:
     return batches
 
 
-def _evaluation_batches(job: Job) -> Batches | None:
+def _evaluation_batches(job: Job, data: Dataset) -> Batches | None:
     size = job.block.microbatch_size or job.block.batch_size
-    if not len(job.data.eval):
+    if not len(data.eval):
         return None
-    return Batches(_examples(job.data.eval), evaluation_order(len(job.data.eval), size),
+    return Batches(_examples(data.eval), evaluation_order(len(data.eval), size),
                    shards=sharding.batch_shards(job.mesh))
 
 
@@ -228,24 +296,10 @@ def _examples(data) -> list:
     return list(zip(data.prompts, data.responses, strict=True))
 
 
-def _evaluate(job, eval_step, params, reference, hyper, batches) -> dict[str, float]:
-    """Metrics over all held-out rows, each row weighted alike, and the probe's."""
-    total = None
-    for step in range(len(batches) if batches else 0):
-        batch = sharding.shard_batch(job.mesh, batches[step], axis=1)
-        total = metrics_lib.add(total, eval_step(params, reference, hyper, batch))
-    values = metrics_lib.named(total, "eval") if total else {}
-    return values | (job.probe(params) if job.probe else {})
-
-
-def _bind(objective, model, block):
-    return lambda params, reference, hyper, batch: objective(model, block, params, reference, hyper, batch)
-
-
 def _hyper(block, steps: int) -> dict:
     """The numbers of a stage that are traced, not compiled in."""
     numbers = dict(lr=block.lr, warmup_steps=block.warmup_steps, steps=steps, max_grad_norm=block.max_grad_norm)
-    numbers |= {name: block[name] for name in ("beta", "label_smoothing") if name in block}
+    numbers |= {name: block[name] for name in OBJECTIVE_NUMBERS if name in block}
     return {name: np.float32(value) for name, value in numbers.items()}
 
 

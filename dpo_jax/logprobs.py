@@ -4,13 +4,16 @@ The head runs only where a response token is predicted, in chunks that are recom
 [tokens, vocabulary] never exists; products accumulate, and log-probs are, in float32.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from dpo_jax.models import transformer
+from dpo_jax.models.attention import Layout
 from dpo_jax.sharding import BATCH, constrain
 
-CHUNK_LOGITS = 2**26  # logits of a shard that are in memory at once: 256 MB
+CHUNK_LOGITS = 2**24  # logits of a shard that are in memory at once: 64 MB
 
 
 def response_logprobs(config: transformer.TransformerConfig, params, batch) -> jax.Array:
@@ -26,19 +29,54 @@ def response_logprobs(config: transformer.TransformerConfig, params, batch) -> j
 
 def token_logprobs(config: transformer.TransformerConfig, params, batch) -> jax.Array:
     """Log-probability of each scored token, nats, float32 [S, M]; padding holds the log-prob of a token 0."""
-    x_SND = transformer.hidden(
-        config, params, batch["tokens"], batch["positions"], batch["rows"], batch["back"])
-    x_SMD = constrain(jnp.take_along_axis(x_SND, batch["predict"][..., None], axis=1), BATCH)
+    return target_logprobs(config, params, scored_hidden(config, params, batch), batch["targets"])
+
+
+def batch_hidden(config: transformer.TransformerConfig, params, batch) -> jax.Array:
+    """The trunk's last hidden state of every token of a microbatch, [S, N, D]."""
+    return transformer.hidden(config, params, batch["tokens"], batch["positions"],
+                              Layout(batch["rows"], batch["back"], batch["uses"]))
+
+
+def scored_hidden(config: transformer.TransformerConfig, params, batch) -> jax.Array:
+    """The trunk's last hidden state where each scored token is predicted, [S, M, D]."""
+    x_SND = batch_hidden(config, params, batch)
+    return constrain(jnp.take_along_axis(x_SND, batch["predict"][..., None], axis=1), BATCH)
+
+
+def target_logprobs(config: transformer.TransformerConfig, params, x_SMD, targets_SM) -> jax.Array:
+    """Log-probability of each target token from the hidden state that predicts it, nats, float32 [S, M]."""
+    return _in_chunks(config, functools.partial(_chunk_logprobs, config, params), x_SMD, targets_SM)
+
+
+def token_kls(config: transformer.TransformerConfig, params, reference, batch) -> tuple[jax.Array, jax.Array]:
+    """Of each scored token the log-ratio log policy - log reference, and where it was chosen KL(policy || reference).
+
+    The KL is over the whole vocabulary, exact for that step. Nats, float32 [S, M] each.
+    """
+    return _in_chunks(config, functools.partial(_chunk_kls, config, params, reference),
+                      scored_hidden(config, params, batch), scored_hidden(config, reference, batch), batch["targets"])
+
+
+def _in_chunks(config, function, *arrays_SM):
+    """function over scored positions, so few at a time that their logits fit; recomputed in the backward pass."""
     chunk = max(128, CHUNK_LOGITS // config.vocab)
-    scored = x_SMD.shape[1]
+    shards, scored = arrays_SM[0].shape[:2]
     if scored <= chunk:
-        return _chunk_logprobs(config, params, x_SMD, batch["targets"])
-    pad = -scored % chunk
-    chunks = (jnp.pad(x_SMD, ((0, 0), (0, pad), (0, 0))), jnp.pad(batch["targets"], ((0, 0), (0, pad))))
-    chunks = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0), chunks)
-    one = jax.checkpoint(lambda args: _chunk_logprobs(config, params, *args))
-    logp_SM = jnp.moveaxis(jax.lax.map(one, chunks), 0, 1).reshape(x_SMD.shape[0], -1)
-    return logp_SM[:, :scored]
+        return function(*arrays_SM)
+    padded = [jnp.pad(x, ((0, 0), (0, -scored % chunk), *[(0, 0)] * (x.ndim - 2))) for x in arrays_SM]
+    chunks = [jnp.moveaxis(x.reshape(shards, -1, chunk, *x.shape[2:]), 1, 0) for x in padded]
+    found = jax.lax.map(jax.checkpoint(lambda chunk: function(*chunk)), chunks)
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(shards, -1)[:, :scored], found)
+
+
+def _chunk_kls(config, params, reference, x_SMD, reference_x_SMD, targets_SM):
+    policy_SMV, reference_SMV = (
+        jax.nn.log_softmax(constrain(transformer.unembed(config, weights, hidden), BATCH, None, "tensor"))
+        for weights, hidden in ((params, x_SMD), (reference, reference_x_SMD)))
+    ratio_SMV = policy_SMV - reference_SMV
+    is_target_SMV = jnp.arange(config.vocab) == targets_SM[..., None]
+    return jnp.where(is_target_SMV, ratio_SMV, 0).sum(-1), (jnp.exp(policy_SMV) * ratio_SMV).sum(-1)
 
 
 def _chunk_logprobs(config, params, x_SMD, targets_SM):

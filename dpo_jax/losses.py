@@ -33,6 +33,52 @@ def ipo(margin, beta, _label_smoothing=0.0) -> jax.Array:
     return jnp.square(margin - 1 / (2 * beta))
 
 
+def unlikelihood(chosen_logp, rejected_logp, alpha) -> jax.Array:
+    """Likelihood of the chosen, and unlikelihood of the rejected response by a factor alpha.
+
+    -log p(chosen) + alpha log p(rejected), unbounded below, as the paper describes its baseline (section 6.1,
+    appendix C.3) without writing it down: the form is ours. Welleck et al. 2019 bound it: -log(1 - p(rejected)).
+    """
+    return -chosen_logp + alpha * rejected_logp
+
+
+def bradley_terry(chosen_reward, rejected_reward) -> jax.Array:
+    """A reward model's loss: minus the log-probability that the chosen response is preferred (eq. 2)."""
+    return -jax.nn.log_sigmoid(chosen_reward - rejected_reward)
+
+
+def ppo_policy(logratio, advantage, clip) -> jax.Array:
+    """PPO's clipped objective, to be minimised, per token (Schulman et al. 2017, eq. 7).
+
+    logratio: log-prob under the policy minus that under the policy that sampled.
+    """
+    ratio = jnp.exp(logratio)
+    return jnp.maximum(-advantage * ratio, -advantage * jnp.clip(ratio, 1 - clip, 1 + clip))
+
+
+def ppo_value(value, sampled_value, target, clip) -> jax.Array:
+    """Half the squared error of the value, which may move by `clip` from what it was at sampling, per token."""
+    clipped = sampled_value + jnp.clip(value - sampled_value, -clip, clip)
+    return 0.5 * jnp.maximum(jnp.square(value - target), jnp.square(clipped - target))
+
+
+def advantages(rewards_BT, values_BT, counts_B, lam) -> jax.Array:
+    """Generalised advantage estimates without discount, [B, T] (Schulman et al. 2016, eq. 16).
+
+    counts_B: how many tokens each row has; after the last one there is neither reward nor value.
+    """
+    steps_T = jnp.arange(rewards_BT.shape[1])
+    real_BT = steps_T < counts_B[:, None]
+    next_BT = jnp.pad(values_BT, ((0, 0), (0, 1)))[:, 1:] * (steps_T + 1 < counts_B[:, None])
+    delta_BT = (rewards_BT + next_BT - values_BT) * real_BT
+
+    def back(later_B, delta_B):
+        later_B = delta_B + lam * later_B
+        return later_B, later_B
+    _, advantage_TB = jax.lax.scan(back, jnp.zeros_like(delta_BT[:, 0]), delta_BT.T, reverse=True)
+    return advantage_TB.T * real_BT
+
+
 # config.dpo.loss -> (loss, whether log-ratios are means over a response's tokens rather than sums)
 PREFERENCE = {
     "sigmoid": (sigmoid, False),

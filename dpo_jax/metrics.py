@@ -115,12 +115,12 @@ def say(text: str = "") -> None:
 class Progress:
     """A bar with rate, time left and a few metrics; plain lines, at most one each `seconds`, off a terminal."""
 
-    def __init__(self, name: str, start: int, total: int, *, seconds: float = 10.0):
+    def __init__(self, name: str, start: int, total: int, *, unit: str = "step", seconds: float = 10.0):
         self._name, self._total, self._seconds = name, total, seconds
         self._first, self._began, self._last = start, time.monotonic(), 0.0
         self._bar = None
         if jax.process_index() == 0 and sys.stderr.isatty():
-            self._bar = tqdm(total=total, initial=start, desc=name, unit="step", dynamic_ncols=True)
+            self._bar = tqdm(total=total, initial=start, desc=name, unit=unit, dynamic_ncols=True)
 
     def update(self, step: int, values: dict[str, float], *, always: bool = False) -> None:
         """Shows a step's metrics; `always` prints a line however recent the last one is."""
@@ -150,7 +150,8 @@ _SHOWN = {
     "loss/train": "loss", "loss/eval": "eval loss", "nll_per_token/train": "nll/token",
     "nll_per_token/eval": "eval nll/token", "rewards_train/accuracies": "accuracy",
     "rewards_train/margins": "margin", "rewards_eval/accuracies": "eval accuracy",
-    "rewards_eval/margins": "eval margin", "toy/reward": "reward", "toy/kl": "KL",
+    "rewards_eval/margins": "eval margin", "ppo_train/reward": "reward", "ppo_train/kl": "KL",
+    "frontier/reward": "eval reward", "frontier/kl": "eval KL",
     "examples_per_second": "rows/s",
 }
 

@@ -1,41 +1,128 @@
-"""The `pairs` stage: completions of a model, labelled by a reward, as preference pairs."""
+"""The `pairs` stage: completions of a model, scored by a reward, labelled as preference pairs (appendix C.1).
 
-import json
-import os
+    WORKDIR/pairs/  completions.jsonl  (each prompt's completions with their rewards, as they are made)
+                    pairs.jsonl  pairs_eval.jsonl  (prompt, chosen, rejected: text, rewards and tokens)
+
+Tokens are kept beside the text, so that training reads what was sampled: no EOS where a completion ended by length,
+and no other tokens for the same text.
+"""
+
+import itertools
 import pathlib
+from collections.abc import Callable
 
-import jax
+import numpy as np
 
-from dpo_jax import stages
-from dpo_jax.data import toy
-from dpo_jax.evaluation import exact
-from dpo_jax.metrics import say
+from dpo_jax import prompts as prompts_lib
+from dpo_jax import sampler, stages
+from dpo_jax.data import records
+from dpo_jax.data.dataset import Dataset
+from dpo_jax.data.ledger import Ledger
+from dpo_jax.data.tokenizer import Examples
+from dpo_jax.metrics import Progress, say
+from dpo_jax.prompts import Prompts
 
 EVAL_PROMPTS = 100  # prompts of the held-out pairs
+FILES = {"train": "pairs.jsonl", "eval": "pairs_eval.jsonl"}
+CHUNKS = 4  # sampling batches between two writes of completions.jsonl
+LABELS = {  # config.pairs.labels -> the probability that the first is chosen, from its margin in reward
+    "bradley_terry": lambda margin: 1 / (1 + np.exp(-margin)),
+    "deterministic": lambda margin: (margin > 0).astype(float),
+}
 
 
-def make_toy_pairs(model, params, block, seed: int, folder: pathlib.Path) -> dict:
-    """Pairs of the toy's completions, drawn from the model's exact distribution: pairs.jsonl and pairs_eval.jsonl.
+def make_pairs(model, mesh, params, prompts: dict[str, Prompts], tokenizer, reward: Callable, block, sampling, *,
+               seed: int, eos_id: int | None, folder: pathlib.Path) -> dict:
+    """Samples, scores and labels; writes the files above and ledger.json, and returns the number of pairs.
 
-    block: the stage's config. The ledger counts the pairs that were left out, by reason.
+    prompts: of the splits train and eval. block, sampling: the config's. What completions.jsonl holds already is kept.
     """
-    logps_PC = exact.enumerate_logps(model.config, params, toy.PROMPTS)
     ledger = {}
-    for offset, (name, prompts) in enumerate({"pairs": block.prompts, "pairs_eval": EVAL_PROMPTS}.items()):
-        pairs, left_out = toy.sample_pairs(logps_PC, 2 * seed + offset, prompts=prompts,
-                                           completions=block.completions, labels=block.labels)
-        _write(folder / f"{name}.jsonl", pairs)
-        agreeing = sum(pair["reward_chosen"] > pair["reward_rejected"] for pair in pairs)
-        ledger[name] = dict(prompts=prompts, completions=prompts * block.completions, pairs=len(pairs),
-                            left_out=left_out, chosen_has_higher_reward=agreeing)
-        say(f"pairs: {len(pairs)} pairs from {prompts} prompts in {name}.jsonl, "
-            f"{agreeing / len(pairs):.0%} of them with the higher reward chosen; left out: {left_out}")
+    rows = _complete(model, mesh, params, prompts, tokenizer, reward, block, sampling, seed, eos_id, folder)
+    for number, (split, file) in enumerate(FILES.items()):
+        of_split = [row for row in rows if row["split"] == split]
+        found, left_out = label(of_split, block.labels, np.random.default_rng([seed, number]))
+        if not found:
+            raise ValueError(f"pairs: no pair is left of {len(of_split)} prompts in {file}: {left_out}.")
+        stages.write_lines(folder / file, found)
+        agreeing = sum(pair["reward_chosen"] > pair["reward_rejected"] for pair in found)
+        ledger[split] = dict(prompts=len(of_split), completions=len(of_split) * block.completions, pairs=len(found),
+                             left_out=left_out, chosen_has_higher_reward=agreeing)
+        say(f"pairs: {len(found)} pairs from {len(of_split)} prompts in {file}, "
+            f"{agreeing / len(found):.0%} of them with the higher reward chosen; left out: {left_out}")
     stages.write_json(folder / "ledger.json", ledger)
-    return dict(pairs=ledger["pairs"]["pairs"])
+    return dict(pairs=ledger["train"]["pairs"])
 
 
-def _write(path: pathlib.Path, rows: list[dict]) -> None:
-    if jax.process_index() == 0:
-        draft = path.with_suffix(".draft")
-        draft.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        os.replace(draft, path)
+def label(rows: list[dict], labels: str, rng) -> tuple[list[dict], dict[str, int]]:
+    """All pairs of each prompt's completions, labelled by `labels`, and how many were left out, by reason."""
+    pairs, equal, tied = [], 0, 0
+    for row in rows:
+        for first, second in itertools.combinations(row["completions"], 2):
+            margin = first["reward"] - second["reward"]
+            uniform = rng.random()
+            if first["tokens"] == second["tokens"]:
+                equal += 1
+            elif margin == 0 and labels == "deterministic":
+                tied += 1
+            else:
+                chosen, rejected = (first, second) if uniform < LABELS[labels](np.float64(margin)) else (second, first)
+                pairs.append(dict(
+                    prompt=row["prompt"], chosen=chosen["text"], rejected=rejected["text"],
+                    reward_chosen=chosen["reward"], reward_rejected=rejected["reward"],
+                    tokens=[row["tokens"], chosen["tokens"], rejected["tokens"]]))
+    return pairs, {"equal completions": equal, "equal rewards": tied}
+
+
+def load(folder: pathlib.Path, kind: str) -> Dataset:
+    """The pairs that the stage made, as data to train on; of kind "sft", the chosen responses."""
+    ledger, found = Ledger(), {}
+    for split, file in FILES.items():
+        examples, counts = Examples(), getattr(ledger, split)
+        for number, row in records.read_jsonl(folder / file):
+            prompt, *responses = (np.array(ids, np.int32) for ids in row["tokens"])
+            examples.prompts.append(prompt)
+            examples.responses.append(tuple(responses[:1] if kind == "sft" else responses))
+            examples.where.append(f"{file} row {number}")
+        counts.read = counts.kept = len(examples)
+        found[split] = examples
+    return Dataset(found["train"], found["eval"], ledger)
+
+
+def _complete(model, mesh, params, prompts, tokenizer, reward, block, sampling, seed, eos_id, folder) -> list[dict]:
+    """A row for each prompt, with its completions and their rewards; written to completions.jsonl as they are made."""
+    path = folder / "completions.jsonl"
+    splits = [split for split in FILES for _ in range(len(prompts[split]))]
+    everything = Prompts(*(list(itertools.chain.from_iterable(getattr(prompts[split], part) for split in FILES))
+                           for part in ("ids", "texts")))
+    rows = stages.read_lines(path)
+    if rows:
+        say(f"pairs: going on after {len(rows)} of {len(everything)} prompts")
+    progress = Progress("pairs", len(rows), len(everything), unit="prompt")
+    size = max(1, CHUNKS * sampling.batch_size // block.completions)
+    for start in range(len(rows), len(everything), size):
+        chunk = everything.take(range(start, min(start + size, len(everything))))
+        drawn = sampler.sample(
+            model, mesh, params, chunk.ids, sampler.Sampling(sampling.max_new_tokens), seed=seed, eos_id=eos_id,
+            n=block.completions, first=start, batch_size=sampling.batch_size)
+        made = score(chunk, drawn, tokenizer, reward)
+        for row, split in zip(made, splits[start:], strict=False):
+            row["split"] = split
+        stages.append_lines(path, made)
+        rows += made
+        progress.update(len(rows), {})
+    progress.close()
+    return rows
+
+
+def score(prompts: Prompts, drawn: list[list[sampler.Completion]], tokenizer, reward) -> list[dict]:
+    """Rows of prompt, tokens and completions (text, tokens, reward), from n completions for each prompt."""
+    n = len(drawn[0])
+    flat = [completion.tokens for completions in drawn for completion in completions]
+    repeated = prompts.take([row for row in range(len(prompts)) for _ in range(n)])
+    texts = prompts_lib.completion_texts(repeated, flat, tokenizer)
+    rewards = reward(repeated.texts, texts, list(zip(repeated.ids, flat, strict=True)))
+    completions = [dict(text=text, tokens=ids.tolist(), reward=float(value))
+                   for text, ids, value in zip(texts, flat, rewards, strict=True)]
+    return [dict(prompt=prompt, tokens=ids.tolist(), completions=completions[row * n:(row + 1) * n])
+            for row, (prompt, ids) in enumerate(zip(prompts.texts, prompts.ids, strict=True))]

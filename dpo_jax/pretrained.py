@@ -43,14 +43,16 @@ class Pretrained:
                 "config.data.max_length cuts them.")
 
 
-def open_model(path: str, *, tokenizer: str = "", words=None, dtype="float32", remat="none") -> Pretrained:
+def open_model(path: str, *, tokenizer: str = "", words=None, head="lm", dtype="float32",
+               remat="none") -> Pretrained:
     """A model in Hugging Face format, by hub name or folder.
 
     tokenizer: where that is, if not with the model; words: the tokenizer itself, where it is at hand.
+    head: "score" for a reward model.
     """
     folder = hf.fetch(path)
     hf_config = hf.read_config(folder)
-    config = families.from_hf(hf_config, dtype=dtype, remat=remat)
+    config = families.from_hf(hf_config, head=head, dtype=dtype, remat=remat)
 
     def load(mesh):
         return hf.load(folder, config, sharding.param_shardings(mesh, transformer.abstract(config)))

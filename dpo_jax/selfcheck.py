@@ -1,13 +1,16 @@
 """The check of a real batch before the first step: cheap, and it would have caught half of DPO's known bugs."""
 
+import functools
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax import sharding
 from dpo_jax.data import layout
 from dpo_jax.logprobs import response_logprobs
+from dpo_jax.objectives import response_rewards
 
 CHECKED = 8  # examples that are run through the model
 
@@ -28,13 +31,14 @@ def self_check(model, block, mesh, params, reference, data, rows, measured, *, e
     try:
         found = [f"{len(rows)} rows", _check_tokens(data, rows, eos_id)]
         few = rows[:CHECKED]
-        logprobs = jax.jit(lambda params, batch: response_logprobs(model, params, batch))
-        flat = _logprobs(logprobs, mesh, params, data, few, share_prompt=True)
+        flat = _measure(model, mesh, params, data, few, share_prompt=True)
         _check_finite(flat, few)
         if reference is not None and exact:
-            _check_ratios(flat - _logprobs(logprobs, mesh, reference, data, few, share_prompt=True), few)
-            found.append(_check_loss(measured, block))
-        gap = _check_layout(flat, _logprobs(logprobs, mesh, params, data, few, share_prompt=False), model, few)
+            _check_ratios(flat - _measure(model, mesh, reference, data, few, share_prompt=True), few)
+            found.append(_check_loss(measured, block.loss))
+        if model.head == "score":
+            found.append(_check_loss(measured, "sigmoid"))  # its head starts from 0
+        gap = _check_layout(flat, _measure(model, mesh, params, data, few, share_prompt=False), model, few)
     except _RowFails as failure:
         text, row = failure.args
         raise SelfCheckFailed(f"{data.where[row]} {text}\n{show_row(row)}") from None
@@ -75,10 +79,10 @@ def _check_ratios(ratios, rows):
                         "the same weights.", row)
 
 
-def _check_loss(measured, block) -> str:
+def _check_loss(measured, name: str) -> str:
     """The objective's own margin is 0 at equal weights, and DPO's loss log 2."""
     loss, margin = measured["loss/train"], measured["rewards_train/margins"]
-    expected = math.log(2) if block.loss in ("sigmoid", "sigmoid_norm", "robust") else loss
+    expected = math.log(2) if name in ("sigmoid", "sigmoid_norm", "robust") else loss
     if margin or abs(loss - expected) > 1e-6:
         raise SelfCheckFailed(f"at equal policy and reference the first batch has a loss of {loss:.6f} and a margin of "
                               f"{margin:.3g}; expected {expected:.6f} and 0.")
@@ -95,8 +99,16 @@ def _check_layout(flat, apart, model, rows) -> float:
     return float(gap.max())
 
 
-def _logprobs(logprobs, mesh, params, data, rows, *, share_prompt: bool) -> np.ndarray:
-    """Log-probs of the rows' responses, [rows, responses], each shard of the mesh holding all of them."""
+@functools.partial(jax.jit, static_argnums=0)
+def _values(model, params, batch):
+    """Log-probs of the responses; of a reward model, which has none and starts from 0, sums of what its head reads."""
+    if model.head == "score":
+        return response_rewards(model, params | {"head": {"scalar": jnp.ones(model.width)}}, batch)
+    return response_logprobs(model, params, batch)
+
+
+def _measure(model, mesh, params, data, rows, *, share_prompt: bool) -> np.ndarray:
+    """A value of each of the rows' responses, [rows, responses], each shard of the mesh holding all of them."""
     examples = [(data.prompts[row], data.responses[row]) for row in rows]
     shape = layout.union([layout.shape_of(examples, share_prompt=share_prompt,
                                           buckets=layout.BUCKETS if share_prompt else 1)])
@@ -104,6 +116,6 @@ def _logprobs(logprobs, mesh, params, data, rows, *, share_prompt: bool) -> np.n
     shards = sharding.batch_shards(mesh)
     batch = jax.tree.map(lambda x: np.broadcast_to(x, (shards, *x.shape)), batch)
     with jax.set_mesh(mesh):
-        logp_SQ = logprobs(params, sharding.shard_batch(mesh, batch, axis=0))
-    local = np.asarray(logp_SQ.addressable_shards[0].data)[0]
+        value_SQ = _values(model, params, sharding.shard_batch(mesh, batch, axis=0))
+    local = np.asarray(value_SQ.addressable_shards[0].data)[0]
     return local.reshape(len(rows), -1)

@@ -29,6 +29,7 @@ RULES = (
     (r"mlp/down/kernel$", P("tensor", "fsdp")),
     (r"head/kernel$", P("fsdp", "tensor")),
     (r"head/bias$", P("tensor")),
+    (r"head/scalar$", P("fsdp")),
     (r"(scale|bias)$", P(None)),
 )
 

@@ -58,9 +58,35 @@ def finish(folder: pathlib.Path, **result) -> None:
 
 def write_json(path: pathlib.Path, value) -> None:
     """Writes JSON in one piece: a kill leaves the old file or the new one. Process 0 only."""
+    _write(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_lines(path: pathlib.Path, rows: list[dict]) -> None:
+    """Writes JSON lines in one piece, likewise."""
+    _write(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def append_lines(path: pathlib.Path, rows: list[dict]) -> None:
+    """Appends JSON lines. Process 0 only."""
+    if jax.process_index() == 0:
+        with path.open("a") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_lines(path: pathlib.Path) -> list[dict]:
+    """The JSON lines appended so far, none where there is no file; a last line that a kill cut short is cut off."""
+    if not path.exists():
+        return []
+    *whole, cut = path.read_text().split("\n")
+    if cut:
+        write_lines(path, [json.loads(line) for line in whole])
+    return [json.loads(line) for line in whole]
+
+
+def _write(path: pathlib.Path, text: str) -> None:
     if jax.process_index() == 0:
         draft = path.with_suffix(".draft")
-        draft.write_text(json.dumps(value, indent=1) + "\n")
+        draft.write_text(text)
         os.replace(draft, path)
 
 

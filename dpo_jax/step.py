@@ -1,7 +1,6 @@
 """The train step: one jit over the mesh, from a batch to the next state; and its like for evaluation."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,27 +9,34 @@ import optax
 from dpo_jax import optim, sharding
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("step", "params", "opt_state"), meta_fields=())
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class TrainState:
     """All that training changes, so all that a checkpoint holds."""
     step: jax.Array  # updates done
     params: dict
     opt_state: optax.OptState
+    controls: dict = dataclasses.field(default_factory=dict)  # scalars that a stage adapts (PPO's kl_coef)
 
 
 def state_shardings(mesh, optimizer, params) -> TrainState:
-    """The NamedSharding of every leaf of the state; `params` may be abstract."""
+    """The NamedSharding of every leaf of the state, one for all controls; `params` may be abstract."""
     placed = sharding.param_shardings(mesh, params)
     return TrainState(sharding.replicated(mesh), placed,
-                      optim.state_shardings(mesh, optimizer, params, placed))
+                      optim.state_shardings(mesh, optimizer, params, placed), sharding.replicated(mesh))
 
 
-def init_state(mesh, optimizer, params) -> TrainState:
+def init_state(optimizer, params, controls: dict, shardings: TrainState) -> TrainState:
     """The state before the first update, of weights already on the mesh."""
-    shardings = state_shardings(mesh, optimizer, params)
     opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
-    return TrainState(jax.device_put(jnp.zeros((), jnp.int32), shardings.step), params, opt_state)
+    controls = {name: jax.device_put(jnp.float32(value), shardings.controls) for name, value in controls.items()}
+    return TrainState(jax.device_put(jnp.zeros((), jnp.int32), shardings.step), params, opt_state, controls)
+
+
+def abstract_state(optimizer, params, controls: dict) -> TrainState:
+    """The shapes and dtypes of the state, from those of the weights."""
+    return jax.eval_shape(lambda params: TrainState(
+        jnp.int32(0), params, optimizer.init(params), jax.tree.map(jnp.float32, controls)), params)
 
 
 def make_train_step(objective, optimizer, schedule: str, shardings: TrainState):
@@ -52,7 +58,7 @@ def make_train_step(objective, optimizer, schedule: str, shardings: TrainState):
         metrics |= {name: (value, 1.0) for name, value in dict(
             grad_norm=grad_norm, param_norm=optax.tree.norm(params),
             update_norm=optax.tree.norm(updates), lr=lr).items()}
-        return TrainState(state.step + 1, params, opt_state), metrics
+        return TrainState(state.step + 1, params, opt_state, state.controls), metrics
 
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
 

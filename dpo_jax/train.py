@@ -5,20 +5,24 @@ interrupted run stopped, and does nothing where all is done.
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from dpo_jax import config as configs
-from dpo_jax import pretrained, runtime, sharding, stages
+from dpo_jax import pairs, pretrained, prompts, rewards, runtime, sharding, stages
 from dpo_jax.data import dataset
-from dpo_jax.evaluation import toy_report
-from dpo_jax.fit import Job, fit
+from dpo_jax.evaluation import best_of_n, policy, toy_report
+from dpo_jax.fit import DataFeed, Job, fit
 from dpo_jax.metrics import say
-from dpo_jax.models import hf
-from dpo_jax.pairs import make_toy_pairs
+from dpo_jax.models import hf, transformer
+from dpo_jax.ppo import RolloutFeed
+from dpo_jax.prompts import Prompts
 
 
 @dataclasses.dataclass
@@ -33,27 +37,53 @@ class Run:
 
     def initial(self, stage: str) -> pretrained.Pretrained:
         """What a stage starts from: the result of the sft stage before it, or the config's model."""
-        before = self.config.stages[:self.config.stages.index(stage)]
         model = self.config.model
         options = dict(tokenizer=model.tokenizer, dtype=model.dtype, remat=model.remat)
-        if "sft" in before:
+        if "sft" in self._before(stage):
             return pretrained.open_model(str(self.folder("sft") / "hf"), **(options | dict(tokenizer="")))
         if model.path:
             return pretrained.open_model(model.path, **options)
         return pretrained.from_scratch(model.scratch.to_dict(), self.config.seed, **options)
 
     def load_data(self, stage: str, tokenizer) -> dataset.Dataset:
-        """The stage's rows, tokenised; the ledger is shown, and written to the stage's folder."""
-        before = self.config.stages[:self.config.stages.index(stage)]
-        data = self.config.data.copy_and_resolve_references()
-        if stage == "dpo" and "pairs" in before:
-            data.update(source="local", path=str(self.folder("pairs")), train_split="pairs", eval_split="test")
-        loaded = dataset.load(data, tokenizer, "pairs" if stage == "dpo" else "sft")
+        """The rows that a stage trains on, tokenised; the ledger is shown, and written to the stage's folder."""
+        kind = "sft" if stage in ("sft", "preferred_ft") else "pairs"
+        data = self.config.data
+        if stage in configs.PAIR_STAGES and "pairs" in self._before(stage):
+            loaded = pairs.load(self.folder("pairs"), kind)
+        else:
+            loaded = dataset.load(data, tokenizer, kind)
         say(loaded.ledger.table())
         if data.show:
             say(dataset.show(loaded.train, tokenizer, range(min(data.show, len(loaded.train)))))
         self._record(stage, loaded)
         return loaded
+
+    def load_prompts(self, tokenizer) -> dict[str, Prompts]:
+        """The prompts to sample from, of the splits train and eval."""
+        loaded = dataset.load(self.config.data, tokenizer, "sft")
+        splits = {"train": loaded.train, "eval": loaded.eval}
+        return {split: prompts.make(examples, tokenizer, self.config.sampling, self.config.seed)
+                for split, examples in splits.items()}
+
+    def eval_prompts(self, stage: str, tokenizer) -> Prompts:
+        """The first held-out prompts, as many as the stage's block says."""
+        found = self.load_prompts(tokenizer)["eval"]
+        return found.take(range(min(self.config[stage].prompts, len(found))))
+
+    def reward(self, name: str):
+        """The reward of a stage: "true" is config.reward, "rm" the rm stage's model."""
+        block = self.config.reward
+        if name == "rm":
+            return rewards.make("rm", str(self.folder("rm") / "hf"), block.batch_size, self.mesh)
+        return rewards.make(block.kind, block.path, block.batch_size, self.mesh)
+
+    def eos_id(self, tokenizer) -> int | None:
+        """What ends a completion."""
+        return tokenizer.eos_token_id if self.config.data.append_eos else None
+
+    def _before(self, stage: str) -> tuple[str, ...]:
+        return self.config.stages[:self.config.stages.index(stage)]
 
     def _record(self, stage, loaded):
         """Writes ledger.json; an unfinished stage whose data has changed since it began is refused."""
@@ -67,60 +97,144 @@ class Run:
 
 
 def train_stage(run: Run, stage: str) -> dict:
-    """sft or dpo: trains, and exports the result to hf/."""
+    """Trains, and exports the result to hf/."""
     block, folder = run.config[stage], run.folder(stage)
     initial = run.initial(stage)
-    data = run.load_data(stage, initial.tokenizer)
-    initial.check(data.train)
-    initial.check(data.eval)
+    load_initial = functools.cache(lambda: initial.load(run.mesh))  # the reference and the probe share it
     reference = _reference(run, stage, initial)
+    model = dataclasses.replace(initial.config, head=HEADS.get(stage, "lm"))
     job = Job(
-        name=stage, folder=folder, block=block, seed=run.config.seed if run.config.data.shuffle else None,
-        model=initial.config, mesh=run.mesh, shapes=initial.shapes, load_init=lambda: initial.load(run.mesh),
-        load_reference=lambda: reference.load(run.mesh) if reference else None,
-        reference_is_init=reference is initial, data=data,
-        show_row=lambda row: dataset.show(data.train, initial.tokenizer, [row]),
-        eos_id=initial.tokenizer.eos_token_id if run.config.data.append_eos else None,
+        name=stage, folder=folder, block=block, model=model, mesh=run.mesh,
+        load_init=lambda: _with_head(model, initial.load(run.mesh)),
+        load_reference=lambda: load_initial() if reference is initial else reference and reference.load(run.mesh),
         log=run.config.log, config=json.loads(run.config.to_json()),
-        probe=toy_report.probe(initial, initial.load(run.mesh)) if _is_toy(run, stage) else None)
-    params, evaluated = fit(job)
-    hf.save(folder / "hf", initial.config, initial.hf_config, params, initial.tokenizer)
+        probe=_probe(run, stage, initial, load_initial))
+    params, evaluated = fit(job, _feed(run, stage, job, initial, reference))
+    if model.head == "lm_value":
+        model, params = initial.config, _without_value(initial.config, params)
+    hf.save(folder / "hf", model, initial.hf_config, params, initial.tokenizer)
     say(f"{stage}: exported to {folder / 'hf'}")
     return dict(evaluation=evaluated)
 
 
+HEADS = {"rm": "score", "ppo": "lm_value"}  # stage -> the head it trains, where that is not the language model's
+
+
+def _feed(run: Run, stage: str, job: Job, initial, reference):
+    """Where the stage's steps come from: the policy's own completions for ppo, rows of data for all others."""
+    config = run.config
+    if stage == "ppo":
+        return RolloutFeed(job, run.load_prompts(initial.tokenizer)["train"], run.reward(job.block.reward),
+                           tokenizer=initial.tokenizer, eos_id=run.eos_id(initial.tokenizer),
+                           sampling=config.sampling, seed=config.seed)
+    data = run.load_data(stage, initial.tokenizer)
+    initial.check(data.train)
+    initial.check(data.eval)
+    sampled = stage in configs.PAIR_STAGES and "pairs" in config.stages  # may end by length, without EOS
+    return DataFeed(job, data, seed=config.seed if config.data.shuffle else None,
+                    eos_id=None if sampled else run.eos_id(initial.tokenizer),
+                    reference_is_init=reference is initial,
+                    show_row=lambda row: dataset.show(data.train, initial.tokenizer, [row]))
+
+
 def _reference(run: Run, stage: str, initial):
-    """The reference model of dpo: the initial weights, none, or those at a path."""
-    if stage != "dpo" or run.config.dpo.reference == "none":
+    """The reference model of dpo and ppo: the initial weights, none, or those at a path."""
+    name = {"dpo": run.config.get("dpo", {}).get("reference"), "ppo": "init"}.get(stage, "none")
+    if name == "none":
         return None
-    if run.config.dpo.reference == "init":
+    if name == "init":
         return initial
     model = run.config.model
-    other = pretrained.open_model(run.config.dpo.reference, dtype=model.dtype, remat=model.remat,
-                                  words=initial.tokenizer)
+    other = pretrained.open_model(name, dtype=model.dtype, remat=model.remat, words=initial.tokenizer)
     if other.config.vocab != initial.config.vocab:
-        raise ValueError(f"config.dpo.reference = {run.config.dpo.reference!r} has a vocabulary of "
+        raise ValueError(f"config.dpo.reference = {name!r} has a vocabulary of "
                          f"{other.config.vocab}, the policy one of {initial.config.vocab}: they cannot be compared.")
     return other
 
 
-def _is_toy(run: Run, stage: str) -> bool:
-    return run.config.data.source == "toy" and stage == "dpo"
+def _with_head(model, params):
+    """The weights with the stage's own head, which starts from 0."""
+    if model.head == "lm":
+        return params
+    head = {"scalar": jnp.zeros(model.width)} | (params.get("head", {}) if model.head == "lm_value" else {})
+    return params | {"head": head}
+
+
+def _without_value(model, params):
+    """A policy's weights without PPO's value head."""
+    shapes = transformer.abstract(model)
+    return {name: params[name] if name != "head" else {part: params["head"][part] for part in shapes["head"]}
+            for name in shapes}
+
+
+def _probe(run: Run, stage: str, initial, load_initial):
+    """What is measured of a policy at each evaluation where an `evaluate` stage follows, or None."""
+    if "evaluate" not in run.config.stages or stage not in configs.POLICY_STAGES:
+        return None
+    if run.config.data.source == "toy":
+        return toy_report.probe(initial, load_initial())
+    measure = policy_measure(run, initial)
+    return lambda params: measure(params, load_initial())[0]
+
+
+def policy_measure(run: Run, model: pretrained.Pretrained):
+    """(policy's weights, reference's) -> (values, rows) on the held-out prompts of the evaluate stage."""
+    held_out = run.eval_prompts("evaluate", model.tokenizer)
+    reward = run.reward("true")
+
+    def measure(params, reference):
+        return policy.evaluate(
+            model.config, run.mesh, params, reference, held_out, model.tokenizer, reward,
+            max_new_tokens=run.config.sampling.max_new_tokens, batch_size=run.config.sampling.batch_size,
+            seed=run.config.seed, eos_id=run.eos_id(model.tokenizer))
+    return measure
 
 
 def pairs_stage(run: Run, stage: str) -> dict:
-    """Preference pairs sampled from the model that the stages before made."""
-    model = run.initial(stage)
-    return make_toy_pairs(model, model.load(run.mesh), run.config[stage], run.config.seed, run.folder(stage))
+    """Preference pairs sampled from the model that the stages before made, labelled by the true reward."""
+    model, block = run.initial(stage), run.config.pairs
+    found = run.load_prompts(model.tokenizer)
+    if len(found["train"]) < block.prompts:
+        raise ValueError(f"config.pairs.prompts = {block.prompts}, but there are {len(found['train'])} training "
+                         "prompts: lower it, or take more rows (config.data.train_split, config.data.max_rows).")
+    chosen = np.random.default_rng(run.config.seed).permutation(len(found["train"]))[:block.prompts]
+    held_out = found["eval"].take(range(min(pairs.EVAL_PROMPTS, len(found["eval"]))))
+    return pairs.make_pairs(
+        model.config, run.mesh, model.load(run.mesh), dict(train=found["train"].take(chosen), eval=held_out),
+        model.tokenizer, run.reward("true"), block, run.config.sampling, seed=run.config.seed,
+        eos_id=run.eos_id(model.tokenizer), folder=run.folder(stage))
 
 
 def evaluate_stage(run: Run, stage: str) -> dict:
-    """The trained policy's reward and KL, beside the best that any policy can do."""
-    start = run.initial("dpo")
-    return toy_report.write(run.folder(stage), run.folder("dpo"), start, start.load(run.mesh), run.config.dpo.beta)
+    """The trained policy's reward and KL to where it began."""
+    trained = [before for before in run.config.stages if before in configs.POLICY_STAGES][-1]
+    start = run.initial(trained)
+    if run.config.data.source == "toy":
+        beta = run.config.dpo.beta if trained == "dpo" else None
+        return toy_report.write(run.folder(stage), run.folder(trained), start, start.load(run.mesh), beta)
+    end = pretrained.open_model(str(run.folder(trained) / "hf"), dtype=run.config.model.dtype)
+    measure, reference = policy_measure(run, start), start.load(run.mesh)
+    values, rows = measure(end.load(run.mesh), reference)
+    _, before = measure(reference, reference)
+    say(policy.side_by_side(rows[:run.config.evaluate.show], before))
+    stages.write_lines(run.folder(stage) / "completions.jsonl", rows)
+    stages.write_json(run.folder(stage) / "evaluate.json", dict(policy=trained, **values))
+    say(policy.table(values))
+    return values
 
 
-STAGES = {"sft": train_stage, "pairs": pairs_stage, "dpo": train_stage, "evaluate": evaluate_stage}
+def best_of_n_stage(run: Run, stage: str) -> dict:
+    """The best of N completions of the model that the stages before made, for each N."""
+    model, block = run.initial(stage), run.config.best_of_n
+    held_out = run.eval_prompts(stage, model.tokenizer)
+    return best_of_n.write(
+        run.folder(stage), model.config, run.mesh, model.load(run.mesh), held_out, model.tokenizer,
+        run.reward("true"), run.reward(block.reward), counts=block.n, sampling=run.config.sampling,
+        seed=run.config.seed, eos_id=run.eos_id(model.tokenizer))
+
+
+STAGES = {**dict.fromkeys(configs.TRAINING_STAGES, train_stage), "pairs": pairs_stage, "best_of_n": best_of_n_stage,
+          "evaluate": evaluate_stage}
 
 
 def run_stages(config: ConfigDict, workdir: str) -> None:

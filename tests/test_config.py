@@ -23,6 +23,7 @@ def valid():
     ("stages", ("dpo", "sft"), "in the order sft"),
     ("stages", ("rlhf",), "one of sft"),
     ("stages", ("pairs",), "a block for"),
+    ("stages", ("sft", "dpo", "evaluate"), "a block for"),
     ("run", "dpo", "other than a stage's"),
     ("run", "a/b", "a folder's name"),
     ("run", "..", "a folder's name"),
@@ -129,3 +130,58 @@ def test_folder_names():
     config.run = "beta05"
     assert configs.folder_names(config) == {
         "sft": "sft", "pairs": "pairs", "dpo": "beta05", "evaluate": "evaluate-beta05"}
+
+
+def sampled(*stages):
+    config = configs.default(stages)
+    config.model.path, config.data.path = "gpt2", "rows.jsonl"
+    return config
+
+
+@pytest.mark.parametrize("field, value, expected", [
+    ("pairs.labels", "votes", "one of bradley_terry"),
+    ("pairs.completions", 1, "at least 2"),
+    ("unlikelihood.alpha", -1.0, "0 or more"),
+    ("preferred_ft.loss", "mean", "one of sum"),
+    ("ppo.minibatch_size", 100, "a divisor of ppo.batch_size = 1024"),
+    ("ppo.microbatch_size", 100, "a divisor of ppo.minibatch_size = 256"),
+    ("ppo.inner_epochs", 0, "at least 1"),
+    ("ppo.target_kl", 0.0, "more than 0"),
+    ("ppo.gae_lambda", 1.5, "between 0 and 1"),
+    ("ppo.reward", "best", "one of rm, true"),
+    ("best_of_n.n", (), "1 or more"),
+    ("best_of_n.reward", "best", "one of rm, true"),
+    ("evaluate.prompts", 1, "at least 2"),
+    ("reward.kind", "oracle", "one of classifier"),
+    ("reward.kind", "toy", "'toy' with data.source='toy'"),
+    ("reward.path", "", "a hub name"),
+    ("reward.batch_size", 0, "at least 1"),
+    ("sampling.max_new_tokens", 0, "at least 1"),
+    ("sampling.min_prefix", 9, "from 0 to sampling.max_prefix = 0"),
+])
+def test_wrong_values_of_the_sampling_stages_are_refused_by_field(field, value, expected):
+    block, _, name = field.rpartition(".")
+    trained = block if block in configs.POLICY_STAGES else "ppo"
+    stages = sorted({"pairs", "rm", trained, "best_of_n", "evaluate"}, key=list(configs.BLOCKS).index)
+    config = sampled(*stages)
+    configs.validate(config)
+    config[block][name] = value
+    with pytest.raises(ValueError, match=re.escape(f"config.{field} = ")) as error:
+        configs.validate(config)
+    assert expected in str(error.value)
+
+
+def test_stages_that_need_others():
+    with pytest.raises(ValueError, match="a stage to evaluate"):
+        configs.validate(sampled("sft", "evaluate"))
+    with pytest.raises(ValueError, match="a run of its own"):
+        configs.validate(sampled("dpo", "ppo"))
+    with pytest.raises(ValueError, match="rm before ppo"):
+        configs.validate(sampled("ppo"))
+
+
+def test_what_samples_depends_on_reward_and_sampling():
+    assert not any(name.startswith(("reward.", "sampling.")) for name in configs.dependencies(sampled("dpo"), "dpo"))
+    fields = configs.dependencies(sampled("dpo", "evaluate"), "dpo")  # it is measured while it is trained
+    assert {"reward.kind", "sampling.max_new_tokens", "evaluate.prompts"} <= fields.keys()
+    assert "reward.kind" not in configs.dependencies(sampled("sft", "pairs", "dpo"), "sft")

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from dpo_jax import sharding
 from dpo_jax.models import families, hf, transformer
-from dpo_jax.models.attention import QUERY_BLOCK, causal_attention
+from dpo_jax.models.attention import QUERY_BLOCK, Layout, causal_attention
 
 TOKENS = np.random.default_rng(0).integers(0, 96, (2, 24))
 LLAMA = {
@@ -223,7 +223,9 @@ def test_attention_in_blocks_of_queries(window):
 FLAT = dict(  # two pairs of prompt, chosen, rejected: lengths 3, 2, 2 and 2, 3, 1; then a token of padding
     rows=([[0, 1, 2, 3, 4], [0, 1, 2, 5, 6], [7, 8, 9, 10, 11]], [[7, 8, 12]]),
     positions=[0, 1, 2, 3, 4, 3, 4, 0, 1, 2, 3, 4, 2, 0],
-    back=[0, 1, 2, 3, 4, 8, 9, 10, 11, 12, 13, 14, 17, 0])
+    back=[0, 1, 2, 3, 4, 8, 9, 10, 11, 12, 13, 14, 17, 0],
+    uses=[[0, 5], [1, 6], [2, 7], [3, -1], [4, -1], [8, -1], [9, -1], [10, 15], [11, 16], [12, -1], [13, -1], [14, -1],
+          [17, -1], [-1, -1]])
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -234,8 +236,8 @@ def row_hidden(config, params, tokens_T):
 @functools.partial(jax.jit, static_argnums=0)
 def flat_hidden(config, params, tokens_N):
     rows = tuple(jnp.array(bucket)[None] for bucket in FLAT["rows"])
-    positions, back = jnp.array(FLAT["positions"])[None], jnp.array(FLAT["back"])[None]
-    return transformer.hidden(config, params, tokens_N[None], positions, rows, back)[0]
+    positions, back, uses = (jnp.array(FLAT[name])[None] for name in ("positions", "back", "uses"))
+    return transformer.hidden(config, params, tokens_N[None], positions, Layout(rows, back, uses))[0]
 
 
 # Gradients of these blocks compile in half the time.

@@ -127,3 +127,48 @@ def test_a_large_margin_does_not_underflow():
     found = losses.sigmoid(jnp.array([-5000.0, 5000.0], jnp.float32), 1.0)
     np.testing.assert_allclose(found, [5000.0, 0.0])
     assert np.isfinite(jax.grad(lambda m: losses.sigmoid(m, 1.0))(jnp.float32(-5000.0)))
+
+
+def torch_gradient(function, *inputs):
+    """Values of a loss written in torch, and their gradient with respect to the first input."""
+    torch = pytest.importorskip("torch", reason="the independent reference is torch autograd")
+    tensors = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in inputs]
+    value = function(torch, *tensors)
+    value.sum().backward()
+    return value.detach().numpy(), tensors[0].grad.numpy()
+
+
+@pytest.mark.parametrize("ours, theirs, inputs", [
+    (lambda a, b: losses.unlikelihood(a, b, 0.3), lambda torch, a, b: -a + 0.3 * b, (CHOSEN, REJECTED)),
+    (losses.bradley_terry, lambda torch, a, b: -torch.log(torch.sigmoid(a - b)), (CHOSEN, REJECTED)),
+    (lambda a, b: losses.ppo_policy(a, b, 0.2),
+     lambda torch, a, b: torch.max(-b * a.exp(), -b * a.exp().clamp(0.8, 1.2)), (CHOSEN / 10, REJECTED)),
+    (lambda a, b, c: losses.ppo_value(a, b, c, 0.5),
+     lambda torch, a, b, c: 0.5 * torch.max((a - c) ** 2, (b + (a - b).clamp(-0.5, 0.5) - c) ** 2),
+     (CHOSEN, REJECTED, CHOSEN[::-1].copy())),
+])
+def test_values_and_gradients_follow_torch(ours, theirs, inputs):
+    value, gradient = torch_gradient(theirs, *inputs)
+    np.testing.assert_allclose(ours(*map(jnp.asarray, inputs)), value, rtol=2e-5, atol=1e-6)
+    found = jax.grad(lambda first: ours(first, *map(jnp.asarray, inputs[1:])).sum())(jnp.asarray(inputs[0]))
+    np.testing.assert_allclose(found, gradient, rtol=2e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.7, 1.0])
+def test_advantages_are_what_their_definition_says(lam):
+    """Sums of discounted temporal differences, row by row, with nothing behind a row's end."""
+    counts = np.array([5, 1, 3])
+    rewards, values = RNG.normal(size=(2, 3, 5))
+    found = losses.advantages(jnp.asarray(rewards), jnp.asarray(values), jnp.asarray(counts), lam)
+    expected = np.zeros((3, 5))
+    for row, count in enumerate(counts):
+        delta = [rewards[row, t] + (values[row, t + 1] if t + 1 < count else 0) - values[row, t] for t in range(count)]
+        for t in range(count):
+            expected[row, t] = sum(lam**(later - t) * delta[later] for later in range(t, count))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_with_lambda_1_an_advantage_is_the_return_less_the_value():
+    rewards, values = RNG.normal(size=(2, 4, 6))
+    found = losses.advantages(jnp.asarray(rewards), jnp.asarray(values), jnp.full(4, 6), 1.0)
+    np.testing.assert_allclose(found, rewards[:, ::-1].cumsum(1)[:, ::-1] - values, atol=1e-5)

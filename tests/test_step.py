@@ -1,6 +1,7 @@
 """The step: microbatches add up exactly, the state is donated, sweeps share one compiled program."""
 
-import types
+import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -12,23 +13,25 @@ from dpo_jax.data.batches import Batches, training_order
 from dpo_jax.objectives import OBJECTIVES
 
 HYPER = {name: np.float32(value) for name, value in
-         dict(lr=0.1, warmup_steps=0, steps=10, max_grad_norm=1.0, beta=0.3, label_smoothing=0.0).items()}
+         dict(lr=0.1, warmup_steps=0, steps=10, max_grad_norm=1.0, beta=0.3, label_smoothing=0.0, alpha=0.5).items()}
 
 
 def objective_of(name, loss, config):
-    block = types.SimpleNamespace(loss=loss)
-    return lambda params, reference, hyper, batch: OBJECTIVES[name](config, block, params, reference, hyper, batch)
+    return functools.partial(OBJECTIVES[name], config, loss)
 
 
 def rows(name, count=12):
     pairs = random_pairs(count, longest=8)
-    return pairs if name == "dpo" else [(prompt, responses[:1]) for prompt, responses in pairs]
+    return pairs if name != "sft" else [(prompt, responses[:1]) for prompt, responses in pairs]
 
 
-@pytest.mark.parametrize("name, loss", [("dpo", "sigmoid"), ("sft", "sum"), ("sft", "token_mean")])
+@pytest.mark.parametrize("name, loss", [
+    ("dpo", "sigmoid"), ("sft", "sum"), ("sft", "token_mean"), ("unlikelihood", ""), ("rm", "")])
 def test_one_batch_is_the_same_in_any_number_of_microbatches(tiny, name, loss):
     config, params = tiny
     params = jax.tree.map(lambda x: x / 2, params)  # less steep, so that rounding stays small
+    if name == "rm":
+        config, params = dataclasses.replace(config, head="score"), params | {"head": {"scalar": np.ones(16)}}
     reference = jax.tree.map(lambda x: x * 1.05, params)
     examples, order = rows(name), training_order(12, 12, 1, 0)
     gradient = jax.jit(lambda params, batch: step.accumulate(
@@ -47,7 +50,7 @@ def make_step(config, params, optimizer="rmsprop"):
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     direction = optim.make(optimizer, 0.0)
     shardings = step.state_shardings(mesh, direction, params)
-    state = step.init_state(mesh, direction, jax.device_put(params, shardings.params))
+    state = step.init_state(direction, jax.device_put(params, shardings.params), {}, shardings)
     return mesh, state, step.make_train_step(objective_of("dpo", "sigmoid", config), direction, "constant", shardings)
 
 

@@ -1,6 +1,5 @@
 """The toy language: its words, reward, corpus and sampled pairs."""
 
-import collections
 import json
 
 import ml_collections
@@ -126,65 +125,3 @@ def test_rows_for_sft():
 def test_pairs_are_another_stages_work():
     with pytest.raises(ValueError, match="`pairs` stage"):
         toy.rows(data(), "pairs")
-
-
-@pytest.fixture(scope="module")
-def few():
-    """A model, [P, C], that makes five completions of rewards -1, 0, 0, 1 and 2, with unequal chances."""
-    texts = ("bad bad film film film", "film film film film film", "plot plot plot plot plot",
-             "good good film film film", "wonderful wonderful film film film")
-    logps_PC = np.full((4, 8**5), -np.inf)
-    for prompt in range(4):
-        index = [np.ravel_multi_index(ids(text), (8,) * 5) for text in texts]
-        logps_PC[prompt, index] = np.log(np.roll([0.1, 0.15, 0.2, 0.25, 0.3], prompt))
-    return logps_PC
-
-
-def test_pairs_have_the_samples_frequencies(few):
-    """Both sides of a pair, taken together, come from the model; pairs of equal completions are left out."""
-    pairs, left_out = toy.sample_pairs(few, 0, prompts=6000, completions=2)
-    assert len(pairs) + sum(left_out.values()) == 6000
-    for p, prompt in enumerate(toy.GLOOM):
-        chance_C = np.exp(few[p])
-        apart = 1 - (chance_C**2).sum()
-        mine = [pair for pair in pairs if pair["prompt"] == prompt]
-        counts = collections.Counter(pair[side] for pair in mine for side in ("chosen", "rejected"))
-        for index in np.flatnonzero(chance_C):
-            expected = chance_C[index] * (1 - chance_C[index]) / apart  # that a given side is this completion
-            text = " " + " ".join(list(toy.WORDS)[i] for i in COMPLETIONS[index])
-            error = np.sqrt(expected * (1 - expected) / (2 * len(mine)))
-            assert abs(counts[text] / (2 * len(mine)) - expected) < 5 * error
-
-
-def test_bradley_terry_labels_have_their_frequencies(few):
-    pairs, _ = toy.sample_pairs(few, 1, prompts=3000)
-    margins = np.array([pair["reward_chosen"] - pair["reward_rejected"] for pair in pairs])
-    for margin in (1, 2, 3):
-        wins, n = (margins == margin).sum(), (abs(margins) == margin).sum()
-        expected = 1 / (1 + np.exp(-margin))
-        assert n > 500
-        assert abs(wins / n - expected) < 4 * np.sqrt(expected * (1 - expected) / n)
-    assert (margins == 0).any()
-
-
-def test_deterministic_labels_obey_the_reward(few):
-    pairs, left_out = toy.sample_pairs(few, 2, prompts=500, labels="deterministic")
-    assert all(pair["reward_chosen"] > pair["reward_rejected"] for pair in pairs)
-    assert left_out["equal completions"] > 0
-    assert left_out["equal rewards"] > 0
-    assert len(pairs) + sum(left_out.values()) == 500 * 6
-
-
-def test_a_pair_holds_its_texts_and_their_rewards(few):
-    pairs, left_out = toy.sample_pairs(few, 0, prompts=50)
-    assert left_out["equal rewards"] == 0  # Bradley-Terry has an answer for ties
-    for pair in pairs:
-        assert pair["prompt"] in toy.GLOOM
-        assert pair["chosen"] != pair["rejected"]
-        assert pair["reward_chosen"] == reward_of(pair, "chosen")
-        assert pair["reward_rejected"] == reward_of(pair, "rejected")
-
-
-def test_pairs_depend_on_the_seed_alone(few):
-    assert toy.sample_pairs(few, 7, prompts=20) == toy.sample_pairs(few, 7, prompts=20)
-    assert toy.sample_pairs(few, 7, prompts=20) != toy.sample_pairs(few, 8, prompts=20)

@@ -34,7 +34,7 @@ def test_every_stage_leaves_its_folder(workdir):
 
 def test_pairs_are_labelled_by_a_coin_that_the_reward_weighs(workdir):
     rows = [json.loads(line) for line in (workdir / "pairs" / "pairs.jsonl").read_text().splitlines()]
-    ledger = json.loads((workdir / "pairs" / "ledger.json").read_text())["pairs"]
+    ledger = json.loads((workdir / "pairs" / "ledger.json").read_text())["train"]
     assert len(rows) == ledger["pairs"] == 6 * ledger["prompts"] - sum(ledger["left_out"].values())
     agreeing = sum(row["reward_chosen"] > row["reward_rejected"] for row in rows) / len(rows)
     assert 0.6 < agreeing < 0.9  # not always: the labels are sampled

@@ -37,17 +37,22 @@ def evaluation_order(size: int, batch_size: int) -> np.ndarray:
 class Batches:
     """`batches[step]`: the batch of a step, in one of at most SHAPES shapes chosen from the whole run's lengths."""
 
-    def __init__(self, examples, order: np.ndarray, *, microbatches: int = 1, shards: int = 1):
-        """examples: list of (prompt, responses) token ids; order: [steps, batch_size] rows of it."""
+    def __init__(self, examples, order: np.ndarray, *, microbatches: int = 1, shards: int = 1,
+                 shape: layout.Shape | None = None, scored: dict[str, list[np.ndarray]] | None = None):
+        """examples: list of (prompt, responses) token ids; order: [steps, batch_size] rows of it.
+
+        shape: that of every batch, where the rows are not known when the first batch is compiled.
+        scored: name -> for each example the values [scored tokens] that go with its targets, as arrays of that name.
+        """
         batch_size = order.shape[1]
         if batch_size % (microbatches * shards):
             raise ValueError(f"a batch of {batch_size} rows does not split evenly into {microbatches} microbatches "
                              f"over {shards} data shards (mesh.data x mesh.fsdp): change batch_size, "
                              "microbatch_size or the mesh.")
         self.order, self.microbatches, self.shards = order, microbatches, shards
-        self._examples = examples
+        self._examples, self._scored = examples, scored or {}
         self._sizes = np.array([len(prompt) + sum(map(len, responses)) for prompt, responses in examples])
-        self.shapes = layout.choose({self._shape(step) for step in range(len(order))}, SHAPES)
+        self.shapes = [shape] if shape else layout.choose({self._shape(step) for step in range(len(order))}, SHAPES)
 
     def __len__(self) -> int:
         return len(self.order)
@@ -61,6 +66,15 @@ class Batches:
     def placed(self, step: int) -> np.ndarray:
         """Which row (or FILLER) is at each place [A * S * P] of the batch's arrays."""
         return np.concatenate(self._cells(step))
+
+    def per_row(self, step: int, values_ASM) -> dict[int, np.ndarray]:
+        """Row -> its part of an array over a batch's scored positions."""
+        found = {}
+        values_AM = np.reshape(values_ASM, (-1, np.shape(values_ASM)[-1]))
+        for cell, values_M in zip(self._cells(step), values_AM, strict=True):
+            ends = np.cumsum([sum(map(len, responses)) for _, responses in self._of(cell)])
+            found |= dict(zip(cell.tolist(), np.split(values_M, ends)[:-1], strict=True))
+        return found
 
     def tokens(self, step: int) -> int:
         """How many real tokens the model reads in a batch, each prompt once."""
@@ -94,7 +108,9 @@ class Batches:
         return layout.union(layout.shape_of(self._of(cell)) for cell in self._cells(step))
 
     def _pack(self, cell: np.ndarray, shape: layout.Shape) -> dict:
-        return layout.pack(self._of(cell), shape) | dict(weights=(cell != FILLER).astype(np.float32))
+        scored = {name: np.pad(values := np.concatenate([rows[row] for row in cell]), (0, shape.scored - len(values)))
+                  for name, rows in self._scored.items()}
+        return layout.pack(self._of(cell), shape) | scored | dict(weights=(cell != FILLER).astype(np.float32))
 
 
 def _stack(cells: list[dict], leading: tuple[int, int]) -> dict:

@@ -7,11 +7,13 @@ each response, whose positions go on from the prompt's end; examples follow each
     positions_N  0 .. p  p+1 ..  p+1 ..    0 .. p  ...
 
 Attention reads whole sequences (prompt + one response) as right-padded rows: `rows` holds, for each length
-bucket, rows_RT of indices into N, and `back_N` finds each token's output in the flattened rows. Log-probs are
+bucket, rows_RT of indices into N, `back_N` finds each token's output in the flattened rows, and `uses_NK` all places
+of a token there, as many as an example has responses (-1: there are no more). Log-probs are
 read at `predict_M` (the token before each response token) against `targets_M`, and belong to response
-`owner_M`; padding belongs to no response (owner = Q).
+`owner_M`; padding belongs to no response (owner = Q). `ends_Q` is each response's last token, where a reward
+model reads its score.
 
-Letters: N tokens, R rows of T tokens, M scored positions, P examples, Q responses.
+Letters: N tokens, K places of a token, R rows of T tokens, M scored positions, P examples, Q responses.
 """
 
 import dataclasses
@@ -79,7 +81,7 @@ def pack(examples, shape: Shape, *, share_prompt=True) -> dict:
     batch = dict(tokens=np.zeros(shape.tokens, np.int32), positions=np.zeros(shape.tokens, np.int32),
                  predict=np.zeros(shape.scored, np.int32), targets=np.zeros(shape.scored, np.int32),
                  owner=np.full(shape.scored, response_count, np.int32),
-                 counts=np.zeros(response_count, np.int32))
+                 counts=np.zeros(response_count, np.int32), ends=np.zeros(response_count, np.int32))
     sequences, n, m = [], 0, 0
     for prompt, responses in examples:
         for k, response in enumerate(responses):
@@ -95,22 +97,25 @@ def pack(examples, shape: Shape, *, share_prompt=True) -> dict:
             batch["targets"][m:scored_end] = response
             batch["owner"][m:scored_end] = len(sequences)
             batch["counts"][len(sequences)] = len(response)
+            batch["ends"][len(sequences)] = end - 1
             sequences.append(sequence)
             n, m = end, scored_end
-    return batch | _attention_rows(sequences, shape)
+    return batch | _attention_rows(sequences, shape, most_uses=max(len(responses) for _, responses in examples))
 
 
-def _attention_rows(sequences, shape: Shape) -> dict:
-    """`rows` and `back`: the sequences, longest first, dealt to the shape's buckets."""
+def _attention_rows(sequences, shape: Shape, most_uses: int) -> dict:
+    """`rows`, `back` and `uses`: the sequences, longest first, dealt to the shape's buckets."""
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
     rows, back = [], np.zeros(shape.tokens, np.int32)
+    uses, used = np.full((shape.tokens, most_uses), -1, np.int32), np.zeros(shape.tokens, np.int32)
     offset = 0
     for count, length in shape.rows:
         bucket = np.zeros((count, length), np.int32)
         for row, i in zip(bucket, order, strict=False):
             row[:len(sequences[i])] = sequences[i]
-            back[sequences[i]] = offset + np.arange(len(sequences[i]))
+            back[sequences[i]] = uses[sequences[i], used[sequences[i]]] = offset + np.arange(len(sequences[i]))
+            used[sequences[i]] += 1
             offset += length
         order = order[count:]
         rows.append(bucket)
-    return dict(rows=tuple(rows), back=back)
+    return dict(rows=tuple(rows), back=back, uses=uses)

@@ -6,8 +6,6 @@ prompt is the first word of a review. The corpus leans to the negative; the rewa
 Letters: P prompts, C completions (all 32,768 of them), T their words, V vocabulary.
 """
 
-import itertools
-
 import numpy as np
 
 WORDS = {"wonderful": 2, "good": 1, "terrible": -2, "bad": -1, "not": 0, "film": 0, "plot": 0, "acting": 0}
@@ -19,10 +17,6 @@ STICKINESS = 1.5  # how much likelier the corpus' next word has the sign of the 
 LENGTH = 5  # words of a completion
 TRAIN_ROWS, EVAL_ROWS = 20_000, 256
 SEEDS = {"train": 0, "eval": 1}
-LABELS = {  # config.pairs.labels -> the probability that the first is preferred, from its margin in reward
-    "bradley_terry": lambda margin: 1 / (1 + np.exp(-margin)),
-    "deterministic": lambda margin: margin > 0,
-}
 
 
 def tokenizer():
@@ -77,47 +71,6 @@ def rows(data, kind: str) -> dict[str, list]:
     return {split: [(_text(ids[:1]), (_response(ids[1:]),), f"toy {split} row {number}")
                     for number, ids in enumerate(corpus(SEEDS[split], n), 1)]
             for split, n in sizes.items()}
-
-
-def sample_pairs(logps_PC, seed: int, *, prompts=4000, completions=4,
-                 labels="bradley_terry") -> tuple[list[dict], dict[str, int]]:
-    """Labelled pairs of completions sampled from a model, and how many pairs were left out, by reason.
-
-    logps_PC: the model's log-probability of each completion after each of PROMPTS. One of these is drawn
-    `prompts` times, with `completions` after it, all of whose pairs are labelled (appendix C.1): the first is
-    preferred with probability sigmoid(r1 - r2), or with "deterministic" labels where its reward is higher.
-    A pair has the fields prompt, chosen, rejected, reward_chosen and reward_rejected.
-    """
-    rng = np.random.default_rng(seed)
-    prompt, first, second = _draw_pairs(rng, np.exp(logps_PC), prompts, completions)
-    ids_CT, reward_PC = _enumerate()
-    margin = reward_PC[prompt, first] - reward_PC[prompt, second]
-    first_wins = rng.random(len(margin)) < LABELS[labels](margin)
-    equal = first == second
-    tied = (margin == 0) & ~equal & (labels == "deterministic")
-    kept = ~equal & ~tied
-    chosen, rejected = np.where(first_wins, (first, second), (second, first))
-    pairs = [dict(prompt=_text(PROMPTS[[p]]), chosen=_response(ids_CT[c]), rejected=_response(ids_CT[r]),
-                  reward_chosen=float(reward_PC[p, c]), reward_rejected=float(reward_PC[p, r]))
-             for p, c, r in zip(prompt[kept], chosen[kept], rejected[kept], strict=True)]
-    return pairs, {"equal completions": int(equal.sum()), "equal rewards": int(tied.sum())}
-
-
-def _draw_pairs(rng, probability_PC, prompts: int, completions: int) -> tuple[np.ndarray, ...]:
-    """Indices of the prompt, the first and the second completion of every pair, one array each."""
-    prompt = rng.integers(len(PROMPTS), size=prompts)
-    drawn = np.zeros((prompts, completions), int)
-    for p, probability_C in enumerate(probability_PC):
-        share_C = probability_C / probability_C.sum()  # `choice` wants 1 to more digits
-        drawn[prompt == p] = rng.choice(len(share_C), size=((prompt == p).sum(), completions), p=share_C)
-    first, second = np.array(list(itertools.combinations(range(completions), 2))).T
-    return prompt.repeat(len(first)), drawn[:, first].ravel(), drawn[:, second].ravel()
-
-
-def _enumerate() -> tuple[np.ndarray, np.ndarray]:
-    """All completions [C, T] and their rewards [P, C]."""
-    ids_CT = completions()
-    return ids_CT, rewards(PROMPTS, ids_CT)
 
 
 def _response(ids) -> str:

@@ -7,6 +7,7 @@ causal attention there, and takes each token's output back. See `data/layout.py`
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,22 +15,52 @@ import jax.numpy as jnp
 QUERY_BLOCK = 128  # queries per block; keys after a block are never touched
 
 
-def attend(q_SNHC, k_SNKC, v_SNKC, rows=None, back_SN=None, *, window: int | None = None) -> jax.Array:
-    """Attention of each token over its own sequence so far.
+class Layout(NamedTuple):
+    """Where each shard's tokens stand in attention's rows; see `data/layout.py`."""
+    rows: tuple[jax.Array, ...]  # rows_SRT of each length bucket: indices into N
+    back: jax.Array  # back_SN: the place, in the concatenated, flattened rows, that a token's output is taken from
+    uses: jax.Array  # uses_SNK: all places of a token, -1 where there are fewer than K
 
-    rows: tuple of rows_SRT, indices into N of each row's tokens, one array per length bucket;
-        None when each shard's N tokens are themselves one row.
-    back_SN: where in the concatenated, flattened rows each token's output is found.
-    Returns [S, N, H, C].
+
+def attend(q_SNHC, k_SNKC, v_SNKC, layout: Layout | None = None, *, window: int | None = None) -> jax.Array:
+    """Attention of each token over its own sequence so far, [S, N, H, C].
+
+    Without a layout each shard's N tokens are themselves one row.
     """
-    if rows is None:
+    if layout is None:
         return causal_attention(q_SNHC[:, None], k_SNKC[:, None], v_SNKC[:, None], window=window)[:, 0]
-    outputs = []
-    for rows_SRT in rows:
-        out_SRTHC = causal_attention(*(_take(x, rows_SRT) for x in (q_SNHC, k_SNKC, v_SNKC)), window=window)
-        shards, row_count, length, *rest = out_SRTHC.shape
-        outputs.append(out_SRTHC.reshape(shards, row_count * length, *rest))
-    return _take(jnp.concatenate(outputs, axis=1), back_SN)
+    index_SP = jnp.concatenate([rows_SRT.reshape(rows_SRT.shape[0], -1) for rows_SRT in layout.rows], axis=1)
+    spread = [_spread(x, index_SP, layout.uses) for x in (q_SNHC, k_SNKC, v_SNKC)]
+    outputs, start = [], 0
+    for shards, rows, length in (rows_SRT.shape for rows_SRT in layout.rows):
+        end = start + rows * length
+        bucket = [x_SP[:, start:end].reshape(shards, rows, length, *x_SP.shape[2:]) for x_SP in spread]
+        outputs.append(causal_attention(*bucket, window=window).reshape(shards, rows * length, *q_SNHC.shape[2:]))
+        start = end
+    return _collect(jnp.concatenate(outputs, axis=1), layout.back, index_SP)
+
+
+def attend_cached(q_SNHC, k_SNKC, v_SNKC, cache: dict, positions_SN, *, window: int | None = None) -> jax.Array:
+    """Attention of one new token a row (N = 1) over the cache's slots before its position, and itself: [S, 1, H, C].
+
+    cache: one layer's k, v [S, K, U, C]. It is only read, so it need not be copied: the token's own key and value come
+    besides. A slot that is not seen has a weight of exactly 0. Softmax in float32.
+    """
+    shards, _, heads, width = q_SNHC.shape
+    kv_heads, slots = cache["k"].shape[1:3]
+    dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    q_SKGC = (q_SNHC * width**-0.5).reshape(shards, kv_heads, heads // kv_heads, width)
+    distance_SU = positions_SN - jnp.arange(slots)
+    seen_SU = distance_SU > 0
+    if window is not None:
+        seen_SU &= distance_SU < window
+    scores_SKGU = dot("SKGC,SKUC->SKGU", q_SKGC, cache["k"])
+    scores_SKGU = jnp.where(seen_SU[:, None, None], scores_SKGU, jnp.finfo(jnp.float32).min)
+    own_SKGN = dot("SKGC,SNKC->SKGN", q_SKGC, k_SNKC)
+    weights_SKGU = jax.nn.softmax(jnp.concatenate([scores_SKGU, own_SKGN], axis=-1)).astype(v_SNKC.dtype)
+    out_SKGC = dot("SKGU,SKUC->SKGC", weights_SKGU[..., :slots], cache["v"])
+    out_SKGC += dot("SKGN,SNKC->SKGC", weights_SKGU[..., slots:], v_SNKC)
+    return out_SKGC.astype(v_SNKC.dtype).reshape(q_SNHC.shape)
 
 
 def causal_attention(q_SRTHC, k_SRUKC, v_SRUKC, *, window: int | None = None) -> jax.Array:
@@ -72,6 +103,48 @@ def _attend_block(q_SRKGTC, k_SRKCU, v_SRKUC, *, offset: int, window: int | None
                            preferred_element_type=jnp.float32)
     out_SRKIC /= weights_SRKIU.sum(-1, keepdims=True)  # after the product: C numbers a query to divide, not U
     return out_SRKIC.astype(v_SRKUC.dtype).reshape(q_SRKGTC.shape)
+
+
+# Tokens to rows and back are gathers whose transposes are gathers too: scatters would be slow on a CPU, and on a GPU
+# would add in an order that changes from run to run. P: places in the flattened rows.
+
+@jax.custom_vjp
+def _spread(x_SN, index_SP, uses_SNK):
+    """x[s, index[s]]: tokens to their places."""
+    return _take(x_SN, index_SP)
+
+
+def _spread_forward(x_SN, index_SP, uses_SNK):
+    return _take(x_SN, index_SP), uses_SNK
+
+
+def _spread_backward(uses_SNK, grad_SP):
+    grad_SN = sum(_masked(_take(grad_SP, uses_SNK[..., k]), uses_SNK[..., k] >= 0) for k in range(uses_SNK.shape[-1]))
+    return grad_SN, None, None
+
+
+@jax.custom_vjp
+def _collect(x_SP, back_SN, index_SP):
+    """x[s, back[s]]: each token's output from one of its places."""
+    return _take(x_SP, back_SN)
+
+
+def _collect_forward(x_SP, back_SN, index_SP):
+    return _take(x_SP, back_SN), (back_SN, index_SP)
+
+
+def _collect_backward(indices, grad_SN):
+    back_SN, index_SP = indices
+    taken_SP = _take(back_SN, index_SP) == jnp.arange(index_SP.shape[1])  # a token is taken from one place only
+    return _masked(_take(grad_SN, index_SP), taken_SP), None, None
+
+
+_spread.defvjp(_spread_forward, _spread_backward)
+_collect.defvjp(_collect_forward, _collect_backward)
+
+
+def _masked(x, mask):
+    return jnp.where(mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim)), x, 0)
 
 
 def _take(x, index):

@@ -45,7 +45,7 @@ class Tensor:
     def shape(self, config: TransformerConfig) -> tuple[int, ...]:
         """Its shape in the checkpoint."""
         left, _ = self.pattern.split(" -> ")
-        sizes = self._sizes(config)
+        sizes = self._sizes(config) | {"1": 1}
         groups = [group.strip("()").split() for group in re.findall(r"\(.+?\)|\w", left)]
         return tuple(math.prod(sizes[axis] for axis in group) for group in groups)
 
@@ -72,12 +72,18 @@ class Family:
     configure: Callable  # (its Hugging Face config, a config with what all families share) -> the config
     tensors: tuple[Tensor, ...]
 
+    def architecture_with(self, head: str) -> str:
+        """The class that transformers loads it as, with a head of this kind."""
+        if head == "lm":
+            return self.architecture
+        return re.sub("LMHeadModel|ForCausalLM", "ForSequenceClassification", self.architecture)
+
     def name_of(self, path: str) -> str:
         """The tensor that holds one parameter and nothing else."""
         return next(tensor.name for tensor in self.tensors if tensor.paths == (path,))
 
 
-def from_hf(hf_config, *, dtype: str = "float32", remat: str = "none") -> TransformerConfig:
+def from_hf(hf_config, *, head: str = "lm", dtype: str = "float32", remat: str = "none") -> TransformerConfig:
     """Our config of a model from its Hugging Face config.
 
     Raises ValueError for a family or a setting whose maths we do not have.
@@ -89,7 +95,7 @@ def from_hf(hf_config, *, dtype: str = "float32", remat: str = "none") -> Transf
         vocab=hf_config.vocab_size, width=width, layers=hf_config.num_hidden_layers,
         heads=heads, kv_heads=heads, head_width=width // heads, mlp_width=4 * width,
         max_positions=hf_config.max_position_embeddings, tied=hf_config.tie_word_embeddings,
-        dtype=dtype, remat=remat)
+        head=head, dtype=dtype, remat=remat)
     config = configure(hf_config, shared)
     _check(hf_config, config)
     return config
@@ -232,6 +238,7 @@ GPT2_TENSORS = _table(  # kernels are stored [in, out]; everywhere else they are
     ("transformer.ln_f.weight", "D -> D", "norm_final/scale"),
     ("transformer.ln_f.bias", "D -> D", "norm_final/bias"),
     ("lm_head.weight", "V D -> D V", "head/kernel"),
+    ("score.weight", "1 D -> D", "head/scalar"),
 )
 
 GPTJ_TENSORS = _table(
@@ -249,6 +256,7 @@ GPTJ_TENSORS = _table(
     ("transformer.ln_f.weight", "D -> D", "norm_final/scale"),
     ("transformer.ln_f.bias", "D -> D", "norm_final/bias"),
     ("lm_head.weight", "V D -> D V", "head/kernel"),
+    ("score.weight", "1 D -> D", "head/scalar"),
     ("lm_head.bias", "V -> V", "head/bias"),
 )
 
@@ -271,6 +279,7 @@ GPT_NEOX_TENSORS = _table(
     ("gpt_neox.final_layer_norm.weight", "D -> D", "norm_final/scale"),
     ("gpt_neox.final_layer_norm.bias", "D -> D", "norm_final/bias"),
     ("embed_out.weight", "V D -> D V", "head/kernel"),
+    ("score.weight", "1 D -> D", "head/scalar"),
 )
 
 LLAMA_TENSORS = _table(  # Mistral and Qwen too
@@ -295,6 +304,7 @@ LLAMA_TENSORS = _table(  # Mistral and Qwen too
     ("model.layers.{}.mlp.down_proj.bias", "D -> D", "layers/mlp/down/bias"),
     ("model.norm.weight", "D -> D", "norm_final/scale"),
     ("lm_head.weight", "V D -> D V", "head/kernel"),
+    ("score.weight", "1 D -> D", "head/scalar"),
 )
 
 FAMILIES = {

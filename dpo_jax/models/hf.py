@@ -158,7 +158,7 @@ def save(path, config: TransformerConfig, hf_config, params, tokenizer=None, *,
         shapes = {name: tensor.shape(config) for tensor in tensors for name, _ in tensor.names(config)}
         partial = _sibling(path, "partial")
         partial.mkdir(parents=True)
-        _write_config(partial, hf_config)
+        _write_config(partial, hf_config, config.head)
         safetensors_io.write(partial, shapes, exported, max_shard_bytes=max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
@@ -233,9 +233,11 @@ def _export(tensor: families.Tensor, params: list[jax.Array], layer: int | None)
     return np.ascontiguousarray(tensor.pack([gather(param) for param in params]))
 
 
-def _write_config(folder: pathlib.Path, hf_config):
+def _write_config(folder: pathlib.Path, hf_config, head: str):
     hf_config = copy.deepcopy(hf_config)
-    hf_config.architectures = [families.family(hf_config.model_type).architecture]
+    hf_config.architectures = [families.family(hf_config.model_type).architecture_with(head)]
+    if head == "score":
+        hf_config.num_labels = 1
     hf_config.dtype = "float32"
     hf_config.to_json_file(folder / "config.json")  # save_pretrained refuses some configs found on the hub
 

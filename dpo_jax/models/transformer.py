@@ -1,12 +1,13 @@
 """One decoder for GPT-2, GPT-J, GPT-NeoX, Llama, Mistral, Qwen2 and Qwen3; the only user of flax.linen.
 
 Used functionally: `hidden(config, params, ...)` runs the trunk over nested dicts of arrays, `unembed`
-the head. Layers are stacked on a leading axis and scanned. Weights are float32; the trunk computes in
-`config.dtype`; norms, rotary angles, softmax and logits are float32.
+the head; `step` is the trunk with a cache of keys and values, to sample from. Layers are stacked on a
+leading axis and scanned. Weights are float32; the trunk computes in `config.dtype`; norms, rotary angles,
+softmax and logits are float32.
 
 Letters in array names and einsums:
     S  shards of a batch (any leading batch axis)   N  tokens of a shard
-    R  attention rows of a shard                    T  queries of a row    U  keys of a row
+    R  attention rows of a shard                    T  queries of a row    U  keys of a row, slots of the cache
     M  scored positions of a shard                  Q  responses of a shard
     D  width   F  feed-forward width   L  layers   V  vocabulary
     H  query heads   K  key/value heads   G  query heads per key/value head   C  width of a head
@@ -19,7 +20,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dpo_jax.models.attention import attend
+from dpo_jax.models.attention import attend, attend_cached
 from dpo_jax.sharding import BATCH, constrain
 
 ACTIVATIONS = {
@@ -73,17 +74,46 @@ class TransformerConfig:
     mlp_bias: bool = False
     head_bias: bool = False  # GPT-J
     tied: bool = False  # the head is the token embedding
+    head: str = "lm"  # "lm"; "score", a scalar instead (reward models); "lm_value", a scalar besides (PPO)
     window: int | None = None  # sliding attention window
     dtype: str = "float32"  # compute dtype of the trunk
     remat: str = "none"  # "none", or a key of REMAT_POLICIES
 
 
-def hidden(config: TransformerConfig, params, tokens_SN, positions_SN, rows=None, back_SN=None) -> jax.Array:
+def hidden(config: TransformerConfig, params, tokens_SN, positions_SN, layout=None) -> jax.Array:
     """The trunk's last hidden state for every token, [S, N, D] in the compute dtype.
 
-    rows, back_SN: the attention layout (see `attention.attend`); without it each shard is one sequence.
+    layout: `attention.Layout`; without it each shard is one sequence.
     """
-    return Transformer(config).apply({"params": params}, tokens_SN, positions_SN, rows, back_SN)
+    return Transformer(config).apply({"params": params}, tokens_SN, positions_SN, layout)[0]
+
+
+def empty_cache(config: TransformerConfig, rows: int, slots: int) -> dict:
+    """Room for the keys and values of `rows` sequences, slot = position: dict k, v [L, S, K, U, C]."""
+    shape = (config.layers, rows, config.kv_heads, slots, config.head_width)
+    return {name: _split(jnp.zeros(shape, config.dtype)) for name in ("k", "v")}
+
+
+def step(config: TransformerConfig, params, tokens_SN, positions_SN, cache: dict) -> tuple[jax.Array, dict]:
+    """The trunk over each row's next tokens: its last hidden states [S, N, D], and the cache with these tokens in it.
+
+    Either N = 1, a token at any position; or N > 1 and the cache is empty: prompts, padded on the right. What padding
+    leaves in the cache is never seen: each slot is written over before a later token looks there.
+    """
+    x_SND, new = Transformer(config).apply({"params": params}, tokens_SN, positions_SN, cache=cache)
+    return x_SND, {name: _split(_write(cache[name], new[name], positions_SN)) for name in cache}
+
+
+def _write(cache_LSKUC, new_LSNKC, positions_SN):
+    """The cache with the new tokens in their slots; in place inside a jit that does not use the old one again."""
+    shards, length = positions_SN.shape
+    if length > 1:
+        return cache_LSKUC.at[..., :length, :].set(new_LSNKC.transpose(0, 1, 3, 2, 4))
+    return cache_LSKUC.at[:, jnp.arange(shards), :, positions_SN[:, 0]].set(new_LSNKC[:, :, 0].transpose(1, 0, 2, 3))
+
+
+def _split(cache_LSKUC):
+    return constrain(cache_LSKUC, None, BATCH, "tensor")
 
 
 def unembed(config: TransformerConfig, params, x_D) -> jax.Array:
@@ -95,6 +125,11 @@ def unembed(config: TransformerConfig, params, x_D) -> jax.Array:
         equation, kernel = "...D,DV->...V", params["head"]["kernel"]
     logits = jnp.einsum(equation, x_D.astype(dtype), kernel.astype(dtype), preferred_element_type=jnp.float32)
     return logits + params["head"]["bias"] if config.head_bias else logits
+
+
+def scalar(params, x_D) -> jax.Array:
+    """Float32 scalars [...] of hidden states [..., D]: rewards ("score") or values ("lm_value")."""
+    return jnp.einsum("...D,D->...", x_D.astype(jnp.float32), params["head"]["scalar"])
 
 
 def logits(config: TransformerConfig, params, tokens_BT) -> jax.Array:
@@ -118,7 +153,7 @@ class Transformer(nn.Module):
     config: TransformerConfig
 
     @nn.compact
-    def __call__(self, tokens_SN, positions_SN, rows=None, back_SN=None):
+    def __call__(self, tokens_SN, positions_SN, layout=None, cache=None):
         config = self.config
         x_SND = Embed(config, name="embed")(tokens_SN, positions_SN)
         rotation = None if config.learned_positions else rotary_angles(config, positions_SN)
@@ -126,10 +161,10 @@ class Transformer(nn.Module):
         if config.remat != "none":
             block = nn.remat(Block, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
         stack = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True},
-                        in_axes=nn.broadcast, length=config.layers)
-        x_SND, _ = stack(config, name="layers")(x_SND, rotation, rows, back_SN)
+                        in_axes=(*[nn.broadcast] * 3, 0), length=config.layers)
+        x_SND, new = stack(config, name="layers")(x_SND, positions_SN, rotation, layout, cache)
         Head(config, name="head")()
-        return Norm(config, name="norm_final")(x_SND)
+        return Norm(config, name="norm_final")(x_SND), new
 
 
 class Embed(nn.Module):
@@ -147,25 +182,28 @@ class Embed(nn.Module):
 
 
 class Head(nn.Module):
-    """Holds the head's weights; `unembed` applies them, and only where a logit is wanted."""
+    """Holds the heads' weights; `unembed` and `scalar` apply them, and only where they are wanted."""
     config: TransformerConfig
 
     @nn.compact
     def __call__(self):
-        if not self.config.tied:
-            self.param("kernel", nn.initializers.normal(0.02), (self.config.width, self.config.vocab))
-        if self.config.head_bias:
-            self.param("bias", nn.initializers.zeros, (self.config.vocab,))
+        config = self.config
+        if config.head != "score" and not config.tied:
+            self.param("kernel", nn.initializers.normal(0.02), (config.width, config.vocab))
+        if config.head != "score" and config.head_bias:
+            self.param("bias", nn.initializers.zeros, (config.vocab,))
+        if config.head != "lm":
+            self.param("scalar", nn.initializers.zeros, (config.width,))
 
 
 class Block(nn.Module):
     config: TransformerConfig
 
     @nn.compact
-    def __call__(self, x_SND, rotation, rows, back_SN):
+    def __call__(self, x_SND, positions_SN, rotation, layout, cache):
         config = self.config
         normed_SND = Norm(config, name="norm_attention")(x_SND)
-        attended_SND = Attention(config, name="attention")(normed_SND, rotation, rows, back_SN)
+        attended_SND, new = Attention(config, name="attention")(normed_SND, positions_SN, rotation, layout, cache)
         if config.parallel:
             if not config.shared_norm:
                 normed_SND = Norm(config, name="norm_mlp")(x_SND)
@@ -173,14 +211,15 @@ class Block(nn.Module):
         else:
             x_SND = x_SND + attended_SND
             x_SND = x_SND + Mlp(config, name="mlp")(Norm(config, name="norm_mlp")(x_SND))
-        return constrain(x_SND, BATCH), None
+        return constrain(x_SND, BATCH), new
 
 
 class Attention(nn.Module):
+    """Returns its output, and, where there is a cache, the tokens' keys and values for it: dict k, v [S, N, K, C]."""
     config: TransformerConfig
 
     @nn.compact
-    def __call__(self, x_SND, rotation, rows, back_SN):
+    def __call__(self, x_SND, positions_SN, rotation, layout, cache):
         config = self.config
         D, H, K, C = config.width, config.heads, config.kv_heads, config.head_width
 
@@ -193,9 +232,13 @@ class Attention(nn.Module):
         if rotation is not None:
             q_SNHC, k_SNKC = rotate(config, q_SNHC, rotation), rotate(config, k_SNKC, rotation)
         q_SNHC, k_SNKC, v_SNKC = (constrain(x, BATCH, None, "tensor") for x in (q_SNHC, k_SNKC, v_SNKC))
-        out_SNHC = attend(q_SNHC, k_SNKC, v_SNKC, rows, back_SN, window=config.window)
-        return Linear("SNHC,HCD->SND", (H, C, D), config.out_bias, config.dtype,
-                      scale=residual_scale(config), name="out")(out_SNHC)
+        if cache is not None and x_SND.shape[1] == 1:
+            out_SNHC = attend_cached(q_SNHC, k_SNKC, v_SNKC, cache, positions_SN, window=config.window)
+        else:
+            out_SNHC = attend(q_SNHC, k_SNKC, v_SNKC, layout, window=config.window)
+        out_SND = Linear("SNHC,HCD->SND", (H, C, D), config.out_bias, config.dtype,
+                         scale=residual_scale(config), name="out")(out_SNHC)
+        return out_SND, None if cache is None else dict(k=k_SNKC, v=v_SNKC)
 
 
 class Mlp(nn.Module):

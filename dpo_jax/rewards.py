@@ -1,0 +1,113 @@
+"""Rewards: prompts and completions to scores, behind one interface.
+
+A reward is a callable (prompts, completions, tokens) -> float64 [n], all lists of n: the texts, and (prompt,
+completion) as the policy's ids, which only the reward model of the same run reads.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from dpo_jax import pretrained, sharding
+from dpo_jax.data import layout, toy
+from dpo_jax.data.batches import Batches, evaluation_order
+from dpo_jax.models import hf
+from dpo_jax.objectives import response_rewards
+
+LENGTHS = 32  # sequences are padded to a multiple of this many tokens, so that few programs are compiled
+
+
+@functools.cache
+def make(kind: str, path: str, batch_size: int, mesh) -> Callable:
+    """A reward by config.reward.kind, or "rm" for the rm stage's model; made once in a process.
+
+    Raises FileNotFoundError or ValueError where the path holds no such reward.
+    """
+    return KINDS[kind](path, batch_size, mesh)
+
+
+def _toy(_path, _batch_size, _mesh) -> Callable:
+    """The toy's rule, on its words."""
+    words = list(toy.WORDS)
+
+    def reward(prompts, completions, _tokens):
+        prompts_P, which_B = np.unique(prompts, return_inverse=True)
+        ids_P = np.array([words.index(prompt.strip()) for prompt in prompts_P])
+        ids_BT = np.array([[words.index(word) for word in text.split()] for text in completions])
+        return toy.rewards(ids_P, ids_BT)[which_B, np.arange(len(ids_BT))].astype(np.float64)
+    return reward
+
+
+def _classifier(path, batch_size, mesh) -> Callable:
+    """The probability that prompt + completion is positive, by a sentiment classifier of Hugging Face."""
+    from dpo_jax.models import encoder
+    positive = encoder.classifier(hf.fetch(path), batch_size, mesh)
+    return lambda prompts, completions, _tokens: positive(_joined(prompts, completions))
+
+
+def _ngram(path, _batch_size, _mesh) -> Callable:
+    """The probability that prompt + completion is positive, by an n-gram model fitted to labelled texts."""
+    from dpo_jax.evaluation import ngram  # needs scikit-learn, which takes a second to import
+    positive = ngram.fitted(path)
+    return lambda prompts, completions, _tokens: positive(_joined(prompts, completions))
+
+
+def _joined(prompts, completions) -> list[str]:
+    return [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+
+
+def _model(path, batch_size, mesh) -> Callable:
+    """A reward model of ours, on the texts, tokenised as for training, each with an EOS."""
+    model = pretrained.open_model(path, head="score")
+    score = _scorer(model, batch_size, mesh)
+    words = model.tokenizer
+
+    def ids(texts):
+        return [np.array(row, np.int32) for row in words(texts, add_special_tokens=False).input_ids]
+
+    def reward(prompts, completions, _tokens):
+        start = words("").input_ids
+        examples = [(np.array([*start, *prompt], np.int32), np.array([*completion, words.eos_token_id], np.int32))
+                    for prompt, completion in zip(ids(prompts), ids(completions), strict=True)]
+        return score(examples)
+    return reward
+
+
+def _rm(path, batch_size, mesh) -> Callable:
+    """The reward model of this run, on the very tokens that the policy sampled."""
+    score = _scorer(pretrained.open_model(path, head="score"), batch_size, mesh)
+    return lambda _prompts, _completions, tokens: score(tokens)
+
+
+def _scorer(model: pretrained.Pretrained, batch_size: int, mesh) -> Callable:
+    """(prompt, completion) ids -> a reward model's scores."""
+    params = model.load(mesh)
+    shards = sharding.batch_shards(mesh)
+    batch_size = -(-batch_size // shards) * shards
+
+    def score(tokens) -> np.ndarray:
+        if not tokens:
+            return np.zeros(0)
+        longest = -(-max(len(prompt) + len(completion) for prompt, completion in tokens) // LENGTHS) * LENGTHS
+        widest = (np.zeros(0, np.int32), (np.zeros(longest, np.int32),))
+        shape = layout.union([layout.shape_of([widest] * (batch_size // shards))])
+        batches = Batches([(prompt, (completion,)) for prompt, completion in tokens],
+                          evaluation_order(len(tokens), batch_size), shards=shards, shape=shape)
+        found = np.zeros(len(tokens))
+        with jax.set_mesh(mesh):
+            for step in range(len(batches)):
+                batch = sharding.shard_batch(mesh, jax.tree.map(lambda x: x[0], batches[step]), axis=0)
+                rows = batches.placed(step)
+                found[rows[rows >= 0]] = np.asarray(_scores(model.config, params, batch)).ravel()[rows >= 0]
+        return found
+    return score
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _scores(model, params, batch):
+    return sharding.constrain(response_rewards(model, params, batch))
+
+
+KINDS = {"toy": _toy, "classifier": _classifier, "ngram": _ngram, "model": _model, "rm": _rm}

@@ -1,0 +1,155 @@
+"""Samples: python -m dpo_jax.sample --model=DIR_OR_HUB_NAME --prompts=FILE.jsonl --out=FILE.jsonl
+
+Adds to each row (its `prompt` is text or chat messages) the `completion`, as text without EOS, its `logp` (summed,
+nats, under the model itself) and `tokens` (how many, EOS included); with --n above 1 `completions`, and a list of each.
+
+Rows are written as they are made, and the same command goes on where a killed one stopped, to the same file. What it
+was made with is kept beside it, in OUT.settings.json.
+"""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+
+import numpy as np
+
+from dpo_jax import config as configs
+from dpo_jax import pretrained, runtime, sampler, sharding, stages
+from dpo_jax.data import dataset, records
+from dpo_jax.data.sources import Row
+from dpo_jax.data.tokenizer import encode_prompts
+from dpo_jax.metrics import Progress, say
+from dpo_jax.prompts import Prompts, completion_texts
+
+
+def sample_file(model_path: str, prompts_path: str, out: str, sampling: sampler.Sampling, *, n: int, seed: int,
+                batch_size: int, dtype: str, limits: dict) -> None:
+    """Samples n completions for each row of a file that is not in `out` yet; limits: as in config.data."""
+    rows, path = _read(prompts_path), pathlib.Path(out)
+    digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    made_with = dict(model=model_path, prompts=f"{len(rows)} rows, sha256 {digest[:16]}", n=n, seed=seed,
+                     batch_size=batch_size, dtype=dtype, **dataclasses.asdict(sampling), **limits)
+    chunk = max(1, batch_size // n)  # a batch: by whole ones, so that going on makes the batches that were to come
+    start = _begin(path, made_with, len(rows), chunk)
+    if start < len(rows):
+        model = pretrained.open_model(model_path, dtype=dtype)
+        prompts = _encode(rows, model, sampling, limits)
+        sampler.check(model.config, prompts.ids, sampling, n=n, batch_size=batch_size)
+        mesh = sharding.make_mesh()
+        params = model.load(mesh)
+        progress = Progress("sample", start, len(rows), unit="prompt")
+        for first in range(start, len(rows), chunk):
+            part = prompts.take(range(first, min(first + chunk, len(rows))))
+            drawn = sampler.sample(model.config, mesh, params, part.ids, sampling, seed=seed, n=n, first=first,
+                                   eos_id=model.tokenizer.eos_token_id, batch_size=batch_size)
+            found = _columns(part, drawn, model.tokenizer)
+            stages.append_lines(path, [row | new for row, new in zip(rows[first:], found, strict=False)])
+            progress.update(first + len(part), {})
+        progress.close()
+    say(f"finished: {out} holds {len(rows)} prompts with {n} sampled for each")
+
+
+def _read(path: str) -> list[dict]:
+    """The rows of a file; ValueError naming the first line that has no prompt."""
+    rows = []
+    for number, row in records.read_jsonl(path):
+        if not isinstance(row.get("prompt"), str | list):
+            raise ValueError(f"{path} line {number}: expected a field 'prompt', text or chat messages; found fields "
+                             f"{', '.join(row) or 'none'}.")
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{path} has no rows; expected lines such as {{\"prompt\": \"Name a colour.\"}}.")
+    return rows
+
+
+def _begin(path: pathlib.Path, made_with: dict, total: int, chunk: int) -> int:
+    """How many rows are there already, in whole chunks; what is there beyond them is cut off."""
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--out={path}: there is no folder {path.parent}; make it first.")
+    beside = path.with_name(path.name + ".settings.json")
+    if not path.exists():
+        stages.write_json(beside, made_with)
+        return 0
+    if not beside.exists():
+        raise FileExistsError(f"--out={path} exists, but no {beside.name} beside it that says what it was made with: "
+                              "give another name, or remove it.")
+    found = json.loads(beside.read_text())
+    if found != made_with:
+        changed = [f"  {name}: {found.get(name)!r} there, {made_with.get(name)!r} now"
+                   for name in made_with | found if found.get(name) != made_with.get(name)]
+        raise ValueError(f"--out={path} was made with other settings:\n" + "\n".join(changed) +
+                         "\nTake the old values, or give another name, or remove the file.")
+    rows = stages.read_lines(path)
+    if len(rows) == total:
+        return total
+    start = len(rows) // chunk * chunk
+    stages.write_lines(path, rows[:start])
+    say(f"going on after {start} of {total} prompts")
+    return start
+
+
+def _encode(rows: list[dict], model: pretrained.Pretrained, sampling: sampler.Sampling, limits: dict) -> Prompts:
+    """The prompts as tokens, cut as in training, and as text."""
+    texts = [row["prompt"] for row in rows]
+    data = configs.default(()).data
+    data.update(source="local", append_eos=False, **limits)
+    data.max_length = data.max_prompt_length + sampling.max_new_tokens
+    truncate = dataset.truncation(data, [Row(text, (), "") for text in texts])
+    ids = encode_prompts(texts, model.tokenizer, data, truncate)
+    longest = max(map(len, ids))
+    if longest == data.max_prompt_length:
+        full = sum(len(prompt) == longest for prompt in ids)
+        say(f"{full} of {len(ids)} prompts fill --max_prompt_length={longest}: those that were longer are cut, by "
+            f"{truncate}")
+    if longest + sampling.max_new_tokens > model.config.max_positions:
+        say(f"warning: up to {longest} + {sampling.max_new_tokens} tokens, but the model was made for "
+            f"{model.config.max_positions}")
+    return Prompts(ids, model.tokenizer.batch_decode(ids, skip_special_tokens=True))
+
+
+def _columns(prompts: Prompts, drawn: list[list[sampler.Completion]], tokenizer) -> list[dict]:
+    """What is added to each row."""
+    n = len(drawn[0])
+    repeated = prompts.take([row for row in range(len(prompts)) for _ in range(n)])
+    flat = [completion for completions in drawn for completion in completions]
+    texts = completion_texts(repeated, [completion.tokens for completion in flat], tokenizer)
+    logps = [float(completion.logps.sum(dtype=np.float64)) for completion in flat]
+    counts = [len(completion.tokens) for completion in flat]
+    if n == 1:
+        return [dict(completion=text, logp=logp, tokens=count)
+                for text, logp, count in zip(texts, logps, counts, strict=True)]
+    return [dict(completions=texts[start:start + n], logp=logps[start:start + n], tokens=counts[start:start + n])
+            for start in range(0, len(flat), n)]
+
+
+def main():
+    from absl import app, flags
+    defaults = configs.default(()).data
+    model = flags.DEFINE_string("model", None, "Folder in Hugging Face format, or hub name.")
+    prompts = flags.DEFINE_string("prompts", None, "Rows with a field prompt: text or chat messages.")
+    out = flags.DEFINE_string("out", None, "Where the rows go; an unfinished file is completed.")
+    settings = dict(
+        max_new_tokens=flags.DEFINE_integer("max_new_tokens", 128, "Longest completion.", lower_bound=1),
+        temperature=flags.DEFINE_float("temperature", 1.0, "0: always the likeliest token."),
+        top_k=flags.DEFINE_integer("top_k", 0, "Draw among the k likeliest tokens; 0: all."),
+        top_p=flags.DEFINE_float("top_p", 1.0, "Draw among the likeliest tokens that make up this share."))
+    n = flags.DEFINE_integer("n", 1, "Completions per prompt.", lower_bound=1)
+    seed = flags.DEFINE_integer("seed", 0, "Of the draws.")
+    batch_size = flags.DEFINE_integer("batch_size", 64, "Completions at a time, over all devices.", lower_bound=1)
+    dtype = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute dtype.")
+    limits = dict(
+        max_prompt_length=flags.DEFINE_integer(
+            "max_prompt_length", defaults.max_prompt_length, "A prompt is cut to this, tokens."),
+        truncate=flags.DEFINE_enum(
+            "truncate", "auto", ["auto", "keep_start", "keep_end"], "As config.data.truncate."))
+    flags.mark_flags_as_required(["model", "prompts", "out"])
+    runtime.start()
+    app.run(lambda _: sample_file(
+        model.value, prompts.value, out.value,
+        sampler.Sampling(**{name: flag.value for name, flag in settings.items()}), n=n.value, seed=seed.value,
+        batch_size=batch_size.value, dtype=dtype.value, limits={name: flag.value for name, flag in limits.items()}))
+
+
+if __name__ == "__main__":
+    main()
