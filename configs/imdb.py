@@ -1,25 +1,40 @@
-"""Controlled sentiment (paper section 6.1): gpt2-large on IMDb, SFT for one epoch, then DPO with beta 0.1.
+"""Controlled sentiment (paper section 6.1): gpt2-large on IMDb, sft -> pairs -> dpo -> evaluate, beta 0.1.
 
     python -m dpo_jax.train --config=configs/imdb.py --workdir=runs/imdb
-    python -m dpo_jax.train --config=configs/imdb.py:dpo --config.model.path=runs/imdb/sft/hf \
-        --config.data.path=PAIRS.jsonl --workdir=runs/imdb
+    python -m dpo_jax.train --config=configs/imdb.py:ppo --config.run=ppo_6 --workdir=runs/imdb
+    python -m experiments.imdb_frontier --config=configs/imdb.py --workdir=runs/imdb
 
-The first command trains the SFT model. The second takes rows of prompt, chosen, rejected: the paper samples 4
-completions of 60 tokens for each of 25,000 prefixes of 2 to 8 tokens from the SFT model, and labels all 6 pairs of
-a prefix by siebert/sentiment-roberta-large-english. Hardware: weights, optimiser state and reference of DPO are
-12 GB over all devices. Time: not measured. Comes out: WORKDIR/sft/hf and WORKDIR/dpo/hf.
+After the colon a method: dpo (the default), preferred_ft, unlikelihood, ppo (on a reward model), ppo_gt (on the true
+reward) or best_of_n; in one WORKDIR they share the stages before. The third command is the figure's whole sweep. True
+reward: siebert/sentiment-roberta-large-english. Hardware: weights, optimiser state and reference of DPO are 12 GB over
+all devices. Time: not measured. Comes out: WORKDIR/evaluate/evaluate.json (reward, KL) and completions.jsonl, and each
+stage's hf/.
 """
 
 from dpo_jax.config import default
 
+STAGES = {  # method -> what runs after sft
+    "dpo": ("pairs", "dpo", "evaluate"),
+    "preferred_ft": ("pairs", "preferred_ft", "evaluate"),
+    "unlikelihood": ("pairs", "unlikelihood", "evaluate"),
+    "ppo": ("pairs", "rm", "ppo", "evaluate"),
+    "ppo_gt": ("ppo", "evaluate"),
+    "best_of_n": ("pairs", "rm", "best_of_n"),
+}
 
-def get_config(stage="sft"):
-    config = default((stage,))
-    if stage == "sft":
-        config.model.path = "openai-community/gpt2-large"
-        config.data.update(source="imdb", path="stanfordnlp/imdb")
-    else:
-        config.model.path = "runs/imdb/sft/hf"
-        config.data.update(source="local", path="runs/imdb/pairs.jsonl", max_length=72, max_prompt_length=8)
-        config.dpo.beta = 0.1
+
+def get_config(method="dpo"):
+    config = default(("sft", *STAGES[method]))
+    config.model.path = "openai-community/gpt2-large"
+    config.data.update(source="imdb", path="stanfordnlp/imdb")
+    config.sampling.update(max_new_tokens=60, min_prefix=2, max_prefix=8)  # 25,000 prefixes, one of each review
+    settings = {
+        "sft": dict(microbatch_size=16),
+        "dpo": dict(beta=0.1, eval_every=100),
+        "unlikelihood": dict(eval_every=100),
+        "preferred_ft": dict(eval_every=100),
+        "ppo": dict(reward="rm" if method == "ppo" else "true", eval_every=5, epochs=4.0),
+    }
+    for stage in ("sft", *STAGES[method]):
+        config[stage].update(settings.get(stage, {}))
     return config

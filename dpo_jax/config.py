@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 SOURCES = ("local", "hh", "shp", "imdb", "tldr", "toy")
 OPTIMIZERS = ("rmsprop", "adamw", "adafactor", "lion", "sgd")
 SCHEDULES = ("constant", "linear", "cosine")
-REWARDS = ("classifier", "ngram", "model", "toy")
+REWARDS = ("classifier", "ngram", "model", "toy", "toy_saturating")
 SMOOTHED_LOSSES = ("sigmoid", "robust")  # the preference losses that use label_smoothing
 PREFERENCE_LOSSES = ("sigmoid", "sigmoid_norm", "ipo", "ipo_sum", "hinge", "robust")
 
@@ -59,7 +59,7 @@ def default(stages: tuple[str, ...]) -> ConfigDict:
     ))
     if set(stages) & set(SAMPLING_STAGES):
         config.reward = ConfigDict(dict(
-            kind="classifier",  # the true reward: classifier (p(positive)), ngram, model (a reward model), toy
+            kind="classifier",  # the true reward: classifier or ngram (p(positive)), model, toy or toy_saturating
             path="siebert/sentiment-roberta-large-english",  # its hub name or folder; of ngram: labelled texts
             batch_size=64,  # texts scored at a time, over all devices
         ))
@@ -101,6 +101,12 @@ def _sft() -> dict:
     return dict(
         loss="sum",  # per example: sum of its tokens' losses (the reference), or token_mean: over all tokens
         **_training(),
+    )
+
+
+def _preferred_ft() -> dict:
+    return _sft() | dict(
+        seed=0,  # added to config.seed for the order of this stage's data: the paper's runs differ by it
     )
 
 
@@ -165,8 +171,8 @@ def _evaluate() -> dict:
     )
 
 
-BLOCKS = {"sft": _sft, "pairs": _pairs, "preferred_ft": _sft, "unlikelihood": _unlikelihood, "rm": _rm, "dpo": _dpo,
-          "ppo": _ppo, "best_of_n": _best_of_n, "evaluate": _evaluate}
+BLOCKS = {"sft": _sft, "pairs": _pairs, "preferred_ft": _preferred_ft, "unlikelihood": _unlikelihood, "rm": _rm,
+          "dpo": _dpo, "ppo": _ppo, "best_of_n": _best_of_n, "evaluate": _evaluate}
 TRAINING_STAGES = ("sft", "preferred_ft", "unlikelihood", "rm", "dpo", "ppo")
 POLICY_STAGES = ("preferred_ft", "unlikelihood", "dpo", "ppo")  # whose policy `evaluate` compares with where it began
 PAIR_STAGES = ("preferred_ft", "unlikelihood", "rm", "dpo")  # which train on the pairs
@@ -305,9 +311,10 @@ def _validate_rm(stage, config):
 def _validate_sampling(config):
     reward, sampling = config.reward, config.sampling
     _one_of("reward.kind", reward.kind, REWARDS)
-    if (reward.kind == "toy") != (config.data.source == "toy"):
-        _fail("reward.kind", reward.kind, "'toy' with data.source='toy', and only there")
-    if reward.kind != "toy" and not reward.path:
+    toy = config.data.source == "toy"
+    if reward.kind.startswith("toy") != toy:
+        _fail("reward.kind", reward.kind, "'toy' or 'toy_saturating' with data.source='toy', and only there")
+    if not toy and not reward.path:
         _fail("reward.path", reward.path, "a hub name, a folder or a file")
     for field in ("max_new_tokens", "batch_size"):
         _at_least(f"sampling.{field}", sampling[field], 1)

@@ -28,15 +28,15 @@ def make(kind: str, path: str, batch_size: int, mesh) -> Callable:
     return KINDS[kind](path, batch_size, mesh)
 
 
-def _toy(_path, _batch_size, _mesh) -> Callable:
-    """The toy's rule, on its words."""
+def _toy(kind: str) -> Callable:
+    """One of the toy's rules, on its words."""
     words = list(toy.WORDS)
 
     def reward(prompts, completions, _tokens):
         prompts_P, which_B = np.unique(prompts, return_inverse=True)
         ids_P = np.array([words.index(prompt.strip()) for prompt in prompts_P])
         ids_BT = np.array([[words.index(word) for word in text.split()] for text in completions])
-        return toy.rewards(ids_P, ids_BT)[which_B, np.arange(len(ids_BT))].astype(np.float64)
+        return toy.REWARDS[kind](ids_P, ids_BT)[which_B, np.arange(len(ids_BT))].astype(np.float64)
     return reward
 
 
@@ -110,4 +110,5 @@ def _scores(model, params, batch):
     return sharding.constrain(response_rewards(model, params, batch))
 
 
-KINDS = {"toy": _toy, "classifier": _classifier, "ngram": _ngram, "model": _model, "rm": _rm}
+KINDS = {"classifier": _classifier, "ngram": _ngram, "model": _model, "rm": _rm,
+         **{kind: lambda _path, _batch_size, _mesh, kind=kind: _toy(kind) for kind in toy.REWARDS}}

@@ -131,7 +131,7 @@ def _feed(run: Run, stage: str, job: Job, initial, reference):
     initial.check(data.train)
     initial.check(data.eval)
     sampled = stage in configs.PAIR_STAGES and "pairs" in config.stages  # may end by length, without EOS
-    return DataFeed(job, data, seed=config.seed if config.data.shuffle else None,
+    return DataFeed(job, data, seed=config.seed + job.block.get("seed", 0) if config.data.shuffle else None,
                     eos_id=None if sampled else run.eos_id(initial.tokenizer),
                     reference_is_init=reference is initial,
                     show_row=lambda row: dataset.show(data.train, initial.tokenizer, [row]))
@@ -172,7 +172,7 @@ def _probe(run: Run, stage: str, initial, load_initial):
     if "evaluate" not in run.config.stages or stage not in configs.POLICY_STAGES:
         return None
     if run.config.data.source == "toy":
-        return toy_report.probe(initial, load_initial())
+        return toy_report.probe(initial, load_initial(), run.config.reward.kind)
     measure = policy_measure(run, initial)
     return lambda params: measure(params, load_initial())[0]
 
@@ -211,7 +211,8 @@ def evaluate_stage(run: Run, stage: str) -> dict:
     start = run.initial(trained)
     if run.config.data.source == "toy":
         beta = run.config.dpo.beta if trained == "dpo" else None
-        return toy_report.write(run.folder(stage), run.folder(trained), start, start.load(run.mesh), beta)
+        return toy_report.write(run.folder(stage), run.folder(trained), start, start.load(run.mesh),
+                                run.config.reward.kind, beta)
     end = pretrained.open_model(str(run.folder(trained) / "hf"), dtype=run.config.model.dtype)
     measure, reference = policy_measure(run, start), start.load(run.mesh)
     values, rows = measure(end.load(run.mesh), reference)

@@ -153,7 +153,7 @@ def sampled(*stages):
     ("best_of_n.reward", "best", "one of rm, true"),
     ("evaluate.prompts", 1, "at least 2"),
     ("reward.kind", "oracle", "one of classifier"),
-    ("reward.kind", "toy", "'toy' with data.source='toy'"),
+    ("reward.kind", "toy", "'toy' or 'toy_saturating' with data.source='toy'"),
     ("reward.path", "", "a hub name"),
     ("reward.batch_size", 0, "at least 1"),
     ("sampling.max_new_tokens", 0, "at least 1"),

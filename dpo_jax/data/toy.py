@@ -40,6 +40,14 @@ def rewards(prompts_P, completions_CT) -> np.ndarray:
     return 0.5 * (first_PC + later_C)
 
 
+def saturating_rewards(prompts_P, completions_CT) -> np.ndarray:
+    """A reward that no sum of words gives: 3 tanh(1.2 reward), [P, C]."""
+    return 3 * np.tanh(1.2 * rewards(prompts_P, completions_CT))
+
+
+REWARDS = {"toy": rewards, "toy_saturating": saturating_rewards}  # by config.reward.kind
+
+
 def corpus(seed: int, n: int) -> np.ndarray:
     """n reviews, a prompt and its completion, ids [n, 1 + T]; the first ones are the same whatever n is."""
     uniform = np.random.default_rng(seed).random((n, 1 + LENGTH))

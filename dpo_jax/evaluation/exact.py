@@ -48,9 +48,47 @@ def reward_and_kl(logps_PC, reference_logps_PC, rewards_PC) -> tuple[float, floa
     return float(reward_P.mean()), float(kl_P.mean())
 
 
-def optimum(reference_logps_PC, rewards_PC, beta: float) -> tuple[float, float]:
-    """Reward and KL of the policy that DPO aims at, reference exp(reward / beta) / Z (eq. 4)."""
-    return reward_and_kl(_log_softmax(reference_logps_PC + rewards_PC / beta), reference_logps_PC, rewards_PC)
+def optimum(reference_logps_PC, rewards_PC, beta: float, learned_PC=None) -> tuple[float, float]:
+    """Reward and KL of the policy that DPO aims at, reference exp(reward / beta) / Z (eq. 4).
+
+    learned_PC: the rewards that it is the optimum of, where these are not the true ones by which it is measured.
+    """
+    aimed_PC = rewards_PC if learned_PC is None else learned_PC
+    return reward_and_kl(_log_softmax(reference_logps_PC + aimed_PC / beta), reference_logps_PC, rewards_PC)
+
+
+def best_of_n(reference_logps_PC, rewards_PC, n: int) -> tuple[float, float]:
+    """Reward and KL of the best of n samples of the reference; equal rewards are told apart by a coin.
+
+    The chance that the best is among the rewards up to r is F(r)^n, of which each completion of reward r has its share.
+    """
+    values_U, log_share_PU = _reward_distribution(reference_logps_PC, rewards_PC)
+    up_to_PU = np.exp(log_share_PU).cumsum(axis=-1).clip(0, 1)
+    chance_PU = np.diff(up_to_PU**n, axis=-1, prepend=0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        log_weight_PU = np.where(chance_PU > 0, np.log(chance_PU) - log_share_PU, 0)
+    return (float((chance_PU * values_U).sum(axis=-1).mean()), float((chance_PU * log_weight_PU).sum(axis=-1).mean()))
+
+
+def preferred_ft(reference_logps_PC, rewards_PC, labels: str) -> tuple[float, float]:
+    """Reward and KL of the distribution of the chosen responses, to which Preferred-FT tends with many pairs.
+
+    reference(y) E_y'[2 P(y is chosen over y')], with equal completions left out, and with deterministic labels equal
+    rewards too.
+    """
+    values_U, log_share_PU = _reward_distribution(reference_logps_PC, rewards_PC)
+    share_PU = np.exp(log_share_PU)
+    margin_UU = values_U[:, None] - values_U
+    wins_UU = (margin_UU > 0).astype(float) if labels == "deterministic" else 1 / (1 + np.exp(-margin_UU))
+    wins_PU = share_PU @ wins_UU.T
+    index_PC = np.searchsorted(values_U, rewards_PC)
+    wins_PC = np.take_along_axis(wins_PU, index_PC, axis=-1)
+    if labels != "deterministic":
+        wins_PC = wins_PC - np.exp(reference_logps_PC) / 2  # a completion is no pair with itself
+    with np.errstate(divide="ignore"):
+        logps_PC = _log_softmax(reference_logps_PC + np.log(wins_PC))
+    finite_PC = np.where(np.isfinite(logps_PC), logps_PC, -1e9)  # 0 log 0 = 0
+    return reward_and_kl(finite_PC, reference_logps_PC, rewards_PC)
 
 
 def bound(reference_logps_PC, rewards_PC, kls) -> np.ndarray:

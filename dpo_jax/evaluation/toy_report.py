@@ -11,9 +11,9 @@ from dpo_jax.evaluation import exact, plots
 CURVE_POINTS = 200  # of the bound, in the picture
 
 
-def probe(model, reference_params):
+def probe(model, reference_params, reward: str):
     """params -> {"frontier/reward", "frontier/kl"}, exact, to the reference; `fit` calls it at each evaluation."""
-    reference_PC, rewards_PC = _reference(model, reference_params)
+    reference_PC, rewards_PC = exact_reference(model, reference_params, reward)
 
     def measure(params) -> dict[str, float]:
         policy_PC = exact.enumerate_logps(model.config, params, toy.PROMPTS)
@@ -22,13 +22,14 @@ def probe(model, reference_params):
     return measure
 
 
-def write(folder: pathlib.Path, trained: pathlib.Path, model, reference_params, beta: float | None) -> dict:
+def write(folder: pathlib.Path, trained: pathlib.Path, model, reference_params, reward: str,
+          beta: float | None) -> dict:
     """Writes toy.json and toy.png from a stage's rows, and shows the table; returns what toy.json holds.
 
     trained: the stage's folder. model, reference_params: what that stage started from, its reference.
-    beta: dpo's, whose optimum is known; None for another method.
+    reward: of toy.REWARDS. beta: dpo's, whose optimum is known; None for another method.
     """
-    reference_PC, rewards_PC = _reference(model, reference_params)
+    reference_PC, rewards_PC = exact_reference(model, reference_params, reward)
     start, _ = exact.reward_and_kl(reference_PC, reference_PC, rewards_PC)
     trajectory = [(row["step"], row["frontier/reward"], row["frontier/kl"])
                   for row in metrics.read_rows(trained / "metrics.jsonl") if "frontier/kl" in row]
@@ -49,9 +50,10 @@ def write(folder: pathlib.Path, trained: pathlib.Path, model, reference_params, 
     return result
 
 
-def _reference(model, params):
+def exact_reference(model, params, reward: str):
     """The reference's log-probs of all completions, and their rewards, each [P, C]."""
-    return exact.enumerate_logps(model.config, params, toy.PROMPTS), toy.rewards(toy.PROMPTS, toy.completions())
+    return (exact.enumerate_logps(model.config, params, toy.PROMPTS),
+            toy.REWARDS[reward](toy.PROMPTS, toy.completions()))
 
 
 def _table(result: dict, start: float) -> str:

@@ -1,0 +1,113 @@
+"""The paper's figure 2, left: python -m experiments.imdb_frontier --config=FILE --workdir=DIR
+
+22 runs over one SFT model and one set of pairs: DPO at 4 betas, unlikelihood at 4 alphas, PPO on the learned reward
+and on the true one at 4 target KLs each, Preferred-FT with 6 seeds; each is evaluated while it trains. Every run is an
+ordinary run of dpo_jax.train in DIR, so what is finished is reused and what is not goes on. --dry_run lists the runs,
+which of them are done, and what each will cost. Writes DIR/frontier.json, a row per run and checkpoint, and
+DIR/frontier.png with the estimated optimum (from the reference's own samples, where that estimate can be trusted).
+"""
+
+import importlib.util
+import json
+import pathlib
+
+import numpy as np
+
+SWEEP = {  # method -> (field, values, how a value is written)
+    "dpo": ("dpo.beta", (0.05, 0.1, 1.0, 5.0), "β={:g}"),
+    "unlikelihood": ("unlikelihood.alpha", (0.05, 0.1, 0.5, 1.0), "α={:g}"),
+    "ppo_gt": ("ppo.target_kl", (3.0, 6.0, 9.0, 12.0), "target {:g}"),
+    "ppo": ("ppo.target_kl", (3.0, 6.0, 9.0, 12.0), "target {:g}"),
+    "preferred_ft": ("preferred_ft.seed", (0, 1, 2, 3, 4, 5), "seed {:g}"),
+}
+
+
+def config_of(module, method: str, value: float):
+    """One run's config, and the stage that it is about."""
+    config = module.get_config(method)
+    stage, _, field = SWEEP[method][0].partition(".")
+    config[stage][field] = value
+    config.run = f"{method}_{value:g}"
+    return config, stage
+
+
+def load_module(path: str):
+    """A config file as a module."""
+    spec = importlib.util.spec_from_file_location("frontier_config", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def cost(config, stage: str) -> str:
+    """What a run has to do after the stages that it shares."""
+    block = config[stage]
+    size = config.data.max_length
+    if stage == "ppo":
+        steps = block.steps or int(block.epochs * 25_000 / block.batch_size)
+        return (f"{steps} steps: {steps * block.batch_size:,} completions of up to {config.sampling.max_new_tokens} "
+                f"tokens, {block.inner_epochs} passes over each")
+    pairs = config.pairs.prompts * config.pairs.completions * (config.pairs.completions - 1) // 2
+    steps = block.steps or int(block.epochs * pairs / block.batch_size)
+    return f"{steps} steps: {steps * block.batch_size:,} pairs of up to {size} tokens"
+
+
+def rows_of(folder: pathlib.Path, method: str, label: str) -> list[dict]:
+    """What a run's evaluations measured."""
+    from dpo_jax.metrics import read_rows
+    return [dict(panel="imdb", method=method, parameter=label, seed=0, step=row["step"],
+                 **{name: row[f"frontier/{name}"] for name in ("reward", "reward_se", "kl", "kl_se", "kl_sampled",
+                                                               "length", "eos_rate", "repetition")})
+            for row in read_rows(folder / "metrics.jsonl") if row["step"] and "frontier/kl" in row]
+
+
+def estimated_optimum(folder: pathlib.Path) -> dict:
+    """The frontier of reference exp(reward / beta) / Z, from the reference's completions that `pairs` kept."""
+    from dpo_jax.evaluation import estimate
+    from dpo_jax.stages import read_lines
+    rows = read_lines(folder / "pairs" / "completions.jsonl")
+    rewards_PM = np.array([[completion["reward"] for completion in row["completions"]] for row in rows])
+    return estimate.frontier(rewards_PM)
+
+
+def run(config_path: str, workdir: str, methods: list[str], dry_run: bool) -> None:
+    """Runs what is not done yet and draws the figure; with dry_run only says what would be done."""
+    from dpo_jax import config as configs
+    from dpo_jax import train
+    from dpo_jax.evaluation import plots
+    module, folder = load_module(config_path), pathlib.Path(workdir)
+    rows = []
+    for method in methods:
+        _, values, label = SWEEP[method]
+        for value in values:
+            config, stage = config_of(module, method, value)
+            configs.validate(config)
+            trained = folder / configs.folder_names(config)[stage]
+            done = (trained / "done.json").exists()
+            print(f"{config.run:<22}{'done' if done else cost(config, stage)}", flush=True)
+            if not dry_run:
+                train.run_stages(config, workdir)
+                rows += rows_of(trained, method, label.format(value))
+                (folder / "frontier.json").write_text(json.dumps(rows, indent=1) + "\n")
+    if not dry_run:
+        optimum = estimated_optimum(folder)
+        plots.panels(folder / "frontier.png", rows, {"imdb": (optimum["kl"], optimum["reward"])},
+                     {"imdb": "controlled sentiment on IMDb"}, curve_name="optimum, estimated from the reference")
+        print(f"{folder / 'frontier.json'}, {folder / 'frontier.png'}")
+
+
+def main():
+    from absl import app, flags
+
+    from dpo_jax import runtime
+    config = flags.DEFINE_string("config", "configs/imdb.py", "The config file; its get_config takes a method.")
+    workdir = flags.DEFINE_string("workdir", None, "Where the runs and the results are.")
+    methods = flags.DEFINE_multi_enum("method", list(SWEEP), list(SWEEP), "Which methods; may be repeated.")
+    dry_run = flags.DEFINE_bool("dry_run", False, "Only list the runs and their cost.")
+    flags.mark_flags_as_required(["workdir"])
+    runtime.start()
+    app.run(lambda _: run(config.value, workdir.value, methods.value, dry_run.value))
+
+
+if __name__ == "__main__":
+    main()
