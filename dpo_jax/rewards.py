@@ -33,6 +33,8 @@ def _toy(kind: str) -> Callable:
     words = list(toy.WORDS)
 
     def reward(prompts, completions, _tokens):
+        if not prompts:
+            return np.zeros(0)
         prompts_P, which_B = np.unique(prompts, return_inverse=True)
         ids_P = np.array([words.index(prompt.strip()) for prompt in prompts_P])
         ids_BT = np.array([[words.index(word) for word in text.split()] for text in completions])

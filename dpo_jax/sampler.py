@@ -117,7 +117,7 @@ def _generate(model, max_new_tokens, params, batch, seed, eos_id, temperature, t
     rows, width = tokens_BT.shape
     keys_B = jax.vmap(lambda row, number: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), row), number))(
         batch["rows"], batch["numbers"])
-    positions_BT = jnp.minimum(jnp.arange(width), lengths_B[:, None] - 1)  # for padding, one that surely exists
+    positions_BT = jnp.broadcast_to(jnp.arange(width), tokens_BT.shape)
     cache = transformer.empty_cache(model, rows, width + max_new_tokens)
     x_BTD, cache = transformer.step(model, params, tokens_BT, positions_BT, cache)
     x_BD = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]

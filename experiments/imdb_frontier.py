@@ -61,13 +61,18 @@ def rows_of(folder: pathlib.Path, method: str, label: str) -> list[dict]:
             for row in read_rows(folder / "metrics.jsonl") if row["step"] and "frontier/kl" in row]
 
 
-def estimated_optimum(folder: pathlib.Path) -> dict:
-    """The frontier of reference exp(reward / beta) / Z, from the reference's completions that `pairs` kept."""
+def best_of_n(module, folder: pathlib.Path) -> tuple[list[dict], tuple]:
+    """Rows of best of N, and the estimated frontier of the optimal policies, from the same samples of the reference."""
+    from dpo_jax import train
     from dpo_jax.evaluation import estimate
     from dpo_jax.stages import read_lines
-    rows = read_lines(folder / "pairs" / "completions.jsonl")
-    rewards_PM = np.array([[completion["reward"] for completion in row["completions"]] for row in rows])
-    return estimate.frontier(rewards_PM)
+    train.run_stages(module.get_config("best_of_n"), str(folder))
+    rewards_PM = np.array([[completion["reward"] for completion in row["completions"]]
+                           for row in read_lines(folder / "best_of_n" / "completions.jsonl")])
+    rows = [dict(panel="imdb", method="best_of_n", parameter=f"N={row['n']}", seed=0, step=0, reward=row["reward"],
+                 reward_se=row["reward_se"], kl=row["kl"])
+            for row in json.loads((folder / "best_of_n" / "best_of_n.json").read_text())]
+    return rows, estimate.frontier(rewards_PM)
 
 
 def run(config_path: str, workdir: str, methods: list[str], dry_run: bool) -> None:
@@ -90,9 +95,11 @@ def run(config_path: str, workdir: str, methods: list[str], dry_run: bool) -> No
                 rows += rows_of(trained, method, label.format(value))
                 (folder / "frontier.json").write_text(json.dumps(rows, indent=1) + "\n")
     if not dry_run:
-        optimum = estimated_optimum(folder)
-        plots.panels(folder / "frontier.png", rows, {"imdb": (optimum["kl"], optimum["reward"])},
-                     {"imdb": "controlled sentiment on IMDb"}, curve_name="optimum, estimated from the reference")
+        of_reference, optimum = best_of_n(module, folder)
+        rows += of_reference
+        (folder / "frontier.json").write_text(json.dumps(rows, indent=1) + "\n")
+        plots.panels(folder / "frontier.png", rows, {"imdb": optimum}, {"imdb": "controlled sentiment on IMDb"},
+                     curve_name="optimum, estimated from the reference")
         print(f"{folder / 'frontier.json'}, {folder / 'frontier.png'}")
 
 

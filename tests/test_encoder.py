@@ -15,7 +15,7 @@ SIZES = dict(vocab_size=60, num_labels=2, pad_token_id=1, bos_token_id=0, eos_to
 CLASSIFIERS = {
     "roberta": ("RobertaForSequenceClassification", "RobertaConfig", SIZES | dict(
         hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48, max_position_embeddings=42,
-        type_vocab_size=1, layer_norm_eps=1e-5, id2label={0: "NEGATIVE", 1: "POSITIVE"})),
+        type_vocab_size=1, layer_norm_eps=0.1, id2label={0: "NEGATIVE", 1: "POSITIVE"})),
     "distilbert": ("DistilBertForSequenceClassification", "DistilBertConfig", SIZES | dict(
         dim=32, n_layers=3, n_heads=4, hidden_dim=48, max_position_embeddings=40, id2label={0: "pos", 1: "neg"})),
 }
@@ -89,15 +89,28 @@ def test_which_class_is_the_positive_one(classifier, tmp_path, labels, expected)
 
 
 def test_tensors_that_do_not_fit_are_named(classifier, tmp_path):
+    """A table that is too short would otherwise be read past its end, and give scores that look right."""
     from safetensors.numpy import load_file, save_file
     folder, _ = classifier
-    tensors = load_file(folder / "model.safetensors")
-    lost = next(name for name in tensors if name.endswith("bias"))
-    save_file({name: value for name, value in tensors.items() if name != lost} | {"extra": np.zeros(2, np.float32)},
-              tmp_path / "model.safetensors", metadata={"format": "pt"})
     config = encoder.read_config(folder)
-    with pytest.raises(ValueError, match="(?s)missing: .*bias.*unknown: extra"):
+    tensors = load_file(folder / "model.safetensors")
+    table = next(name for name in tensors if name.endswith("word_embeddings.weight"))
+    places = next(name for name in tensors if name.endswith("position_embeddings.weight"))
+    norm = next(name for name in tensors if name.endswith("embeddings.LayerNorm.weight"))
+    lost = norm.replace("weight", "bias")
+    changed = {name: value for name, value in tensors.items() if name != lost} | {
+        "extra": np.zeros(2, np.float32), table: tensors[table][:30], places: tensors[places].astype(np.int32),
+        norm.removeprefix(f"{config.family}."): tensors[norm]}
+    save_file(changed, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError) as error:
         encoder.load(tmp_path, config)
+    found = str(error.value)
+    assert "missing: embeddings.LayerNorm.bias [32]" in found
+    assert "unknown: extra [2] in model.safetensors" in found
+    assert f"wrong shape: {table} [30, 32] in model.safetensors, expected [60, 32]" in found
+    assert f"wrong type: {places} I32" in found
+    assert found.count("set twice: embeddings.LayerNorm.weight") == 1
+    assert found.count("\n  ") == 5
 
 
 def test_another_model_is_refused(model):

@@ -7,8 +7,7 @@ import pytest
 
 from dpo_jax.evaluation import estimate, exact
 
-RNG = np.random.default_rng(0)
-REWARDS = RNG.normal(size=(3, 40))
+REWARDS = np.random.default_rng(0).normal(size=(3, 40))
 
 
 def test_samples_that_are_the_whole_language_give_the_exact_frontier():
@@ -21,10 +20,10 @@ def test_samples_that_are_the_whole_language_give_the_exact_frontier():
 
 
 def test_the_frontier_of_a_normal_reward():
-    """Its optimum has reward 1 / beta and KL 1 / (2 beta^2): the reward at a KL is sqrt(2 KL), the estimate just below."""
-    errors = []
+    """Its optimum has reward 1 / beta and KL 1 / (2 beta^2), so sqrt(2 KL) at each KL; the estimate is just below."""
+    rng, errors = np.random.default_rng(1), []
     for _ in range(5):
-        kls, rewards = estimate.frontier(RNG.normal(size=(64, 256)))
+        kls, rewards = estimate.frontier(rng.normal(size=(64, 256)))
         errors.append(np.interp([0.5, 2.0, 3.5], kls, rewards) - np.sqrt([1.0, 4.0, 7.0]))
     np.testing.assert_allclose(np.mean(errors, axis=0), [0, -0.02, -0.11], atol=0.03)
 
@@ -67,9 +66,9 @@ def test_best_of_n_where_rewards_tie():
 def test_the_kl_of_best_of_n(n):
     """Next to none tie among 32,768 completions alike under the reference; where some do, the KL is less."""
     kl = estimate.best_of_n(REWARDS, REWARDS, n)["kl"]
-    uniform = np.full((1, 32_768), -np.log(32_768))
-    assert kl == pytest.approx(exact.best_of_n(uniform, RNG.normal(size=uniform.shape), n)[1], abs=1e-3)
-    assert exact.best_of_n(uniform, RNG.integers(0, 9, uniform.shape), n)[1] < kl or n == 1
+    rng, uniform = np.random.default_rng(2), np.full((1, 32_768), -np.log(32_768))
+    assert kl == pytest.approx(exact.best_of_n(uniform, rng.normal(size=uniform.shape), n)[1], abs=1e-3)
+    assert exact.best_of_n(uniform, rng.integers(0, 9, uniform.shape), n)[1] < kl or n == 1
 
 
 @pytest.mark.parametrize("n", [0, 41])

@@ -6,14 +6,16 @@ import pytest
 from conftest import ROOT
 
 FLOORS = [
-    ["config", "losses", "metrics", "runtime", "sharding", "data.ledger", "data.layout", "data.toy"],
-    ["data.records", "data.batches", "models.attention", "optim"],
-    ["data.sources", "models.transformer"],
-    ["data.tokenizer", "models.families", "logprobs", "evaluation.exact", "models.safetensors_io", "stages"],
-    ["data.dataset", "models.hf", "objectives", "step", "evaluation.plots", "selfcheck"],
-    ["checkpoint", "pretrained", "pairs", "evaluation.toy_report"],
-    ["fit"],
-    ["train", "score"],
+    ["config", "losses", "metrics", "runtime", "sharding", "data.ledger", "data.layout", "data.toy", "prompts",
+     "evaluation.estimate", "evaluation.plots", "models.safetensors_io"],
+    ["data.records", "data.batches", "models.attention", "optim", "stages"],
+    ["data.sources", "models.transformer", "evaluation.ngram"],
+    ["data.tokenizer", "models.families", "logprobs", "evaluation.exact", "sampler"],
+    ["data.dataset", "models.hf", "objectives", "step", "evaluation.policy", "evaluation.toy_report"],
+    ["checkpoint", "pretrained", "selfcheck", "models.encoder", "pairs"],
+    ["fit", "rewards", "evaluation.best_of_n"],
+    ["ppo"],
+    ["train", "score", "sample"],
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 FILES = {".".join(path.relative_to(ROOT / "dpo_jax").with_suffix("").parts): path

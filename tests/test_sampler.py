@@ -130,14 +130,6 @@ def test_the_mesh_does_not_matter(tiny, drawn):
         assert_same(draw((config, placed), mesh=mesh, sampling=sampling), draw(tiny, sampling=sampling))
 
 
-def test_a_batch_is_filled_up_to_the_devices(tiny, drawn):
-    """Two rows, eight devices; and each holds its own."""
-    config, params = tiny
-    mesh = sharding.make_mesh()
-    placed = jax.device_put(params, sharding.param_shardings(mesh, params))
-    assert_same(draw((config, placed), PROMPTS[:1], n=2, mesh=mesh), [drawn[0][:2]])
-
-
 def test_settings_compile_nothing_new(tiny, drawn):
     before = sampler._generate._cache_size()
     for sampling in (Sampling(10, temperature=0.5), Sampling(10, top_k=3), Sampling(10, top_p=0.5)):

@@ -15,10 +15,10 @@ UNTRUSTED = 2.0  # nats below log M; e^2, about 7 samples, carry the weight ther
 
 
 def frontier(rewards_PM) -> tuple[np.ndarray, np.ndarray]:
-    """KLs and expected rewards of the optima, from KL 0 on: the highest reward at each KL, for as far as M samples tell.
+    """KLs and expected rewards of the optima, from KL 0 on: the highest reward at each KL, as far as M samples tell.
 
-    M samples hide what is rarer than 1 in M: no KL can be found above log M, and log Z and the curve come out too low
-    (Jensen). So it ends where the mean KL passes log M - 2; there it was low by 0.1 deviations of a normal reward.
+    M samples hide what is rarer than 1 in M: no KL above log M can be found, and log Z and the curve come out too low
+    (Jensen). So it ends where the mean KL passes log M - 2; there it is low by 0.1 deviations of a normal reward.
     Raises ValueError for less than 8 samples, of which nothing would be left.
     """
     samples = rewards_PM.shape[1]
@@ -48,7 +48,8 @@ def best_of_n(rewards_PM, ranking_PM, n: int) -> dict[str, float]:
     """
     samples = rewards_PM.shape[1]
     if not 1 <= n <= samples:
-        raise ValueError(f"best of {n}: there are {samples} samples for each prompt; give 1 to {samples}, or draw more.")
+        raise ValueError(f"best of {n}: there are {samples} samples for each prompt; take 1 to {samples}, "
+                         "or draw more.")
     share_M = np.array([math.comb(m, n - 1) / math.comb(samples, n) for m in range(samples)])
     ordered_PM = np.take_along_axis(rewards_PM, ranking_PM.argsort(axis=-1, kind="stable"), axis=-1)
     reward_P = np.einsum("PM,M->P", ordered_PM, share_M)

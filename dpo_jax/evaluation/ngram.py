@@ -67,7 +67,8 @@ def fit(texts: list[str], labels: np.ndarray) -> Callable:
     def predict(texts: list[str]) -> np.ndarray:
         if not texts:
             return np.zeros(0)
-        return classifier.predict_proba(vectorizer.transform([clean(text) for text in texts]))[:, positive]
+        found = classifier.predict_proba(vectorizer.transform([clean(text) for text in texts]))
+        return found[:, positive].astype(np.float64)
     return predict
 
 

@@ -1,5 +1,7 @@
 """Figures, drawn without a display; matplotlib is imported only when one is drawn."""
 
+import numpy as np
+
 
 def frontier(path, *, curve, reference: float, trajectory, optimum: tuple[float, float] | None, title: str) -> None:
     """Expected reward against KL to the reference (the paper's figure 2, left), written to `path`.
@@ -37,41 +39,110 @@ STYLES = {  # method -> colour, marker and name of its points
     "best_of_n": ("tab:brown", "x", "best of N"),
     "rm_optimum": ("tab:olive", "+", "optimum for the reward model"),
 }
+UNTRAINED = ("best_of_n", "rm_optimum")  # no steps: a dashed line joins the parameters
+TICKS = (0, 0.1, 0.5, 1, 2, 4, 6, 8, 10, 15, 20, 30, 40, 60)  # nats
+MARK = 5  # typographic points around a point that a label keeps clear of
+PLACES = [(right, up, gap) for gap in (5, 11, 18, 26) for right, up in (  # of a label, nearest first
+    (1, -1), (-1, 1), (1, 0), (1, 1), (-1, -1), (-1, 0), (0, -1), (0, 1))]
 
 
 def panels(path, rows: list[dict], curves: dict[str, tuple], titles: dict[str, str], *, curve_name: str) -> None:
     """Reward against KL for all methods, a panel for each value of the rows' `panel`, written to `path`.
 
     rows: as in frontier.json: panel, method, parameter, seed, step, reward, kl. A run's checkpoints are joined by a
-    thin line, its last one is the large point. curves: panel -> (kls, rewards) of the best that can be.
+    thin line, its last one is the large point. curves: panel -> (kls, rewards) of the best that can be, from KL 0,
+    where the reference is. The KL axis goes by the square root, as many points are near 0.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(6.2 * len(titles), 5.6), layout="constrained")
-    for number, (panel, title) in enumerate(titles.items()):
-        axes = figure.add_subplot(1, len(titles), number + 1, title=title, xlabel="KL(policy || reference), nats")
-        axes.grid(alpha=0.3)
-        of_panel = [row for row in rows if row["panel"] == panel]
-        axes.plot(*curves[panel], color="black", linewidth=1.2, label=curve_name)
-        for method, (color, marker, name) in STYLES.items():
-            runs = {}
-            for row in of_panel:
-                if row["method"] == method:
-                    runs.setdefault((row["parameter"], row["seed"]), []).append(row)
-            for run, points in enumerate(runs.values()):
-                kls, rewards = [point["kl"] for point in points], [point["reward"] for point in points]
+    figure = Figure(figsize=(6.2 * len(titles), 6.2), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    legend, ends = {}, {}
+    for number, (panel, title) in enumerate(titles.items(), 1):
+        axes = figure.add_subplot(1, len(titles), number, title=title)
+        _draw_curve(axes, *curves[panel], curve_name)
+        ends[axes] = _draw_methods(axes, [row for row in rows if row["panel"] == panel])
+        _scale(axes, ends[axes], curves[panel])
+        legend |= dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
+    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=3 * len(titles), frameon=False,
+                  fontsize=8)
+    figure.canvas.draw()  # labels can only be placed when all else is
+    figure.set_layout_engine("none")
+    for panel, axes in zip(titles, ends, strict=True):
+        _label(axes, ends[axes], curves[panel])
+    figure.savefig(path)
+
+
+def _draw_curve(axes, kls, rewards, name: str) -> None:
+    axes.plot(kls, rewards, color="black", linewidth=1.2, label=name)
+    axes.plot(kls[0], rewards[0], "s", color="black", markersize=7, zorder=5, label="reference")
+
+
+def _draw_methods(axes, rows: list[dict]) -> list[tuple]:
+    """Draws the runs of each method; returns (kl, reward, parameter or "", colour) of each large point."""
+    ends = []
+    for method, (color, marker, name) in STYLES.items():
+        whole = dict(linestyle="", color=color, marker=marker, markersize=7, alpha=0.85, label=name)
+        runs = {}
+        for row in rows:
+            if row["method"] == method:
+                parameter = "" if method in UNTRAINED else row["parameter"]
+                runs.setdefault((row["seed"], parameter), []).append(row)
+        for run in runs.values():
+            kls, rewards = [row["kl"] for row in run], [row["reward"] for row in run]
+            if method in UNTRAINED:
+                axes.plot(kls, rewards, color=color, linewidth=1, linestyle="--", alpha=0.6)
+                last = run
+            else:
                 axes.plot(kls, rewards, color=color, linewidth=0.6, alpha=0.5, marker=marker, markersize=2.5)
-                axes.plot(kls[-1:], rewards[-1:], linestyle="", color=color, marker=marker, markersize=7, alpha=0.85,
-                          label="" if run else name)
-            labelled = {parameter: points[-1] for (parameter, _), points in runs.items() if parameter}
-            for parameter, point in labelled.items():
-                axes.annotate(parameter, (point["kl"], point["reward"]), xytext=(6, -9), textcoords="offset points",
-                              fontsize=7, color=color)
-        highest = max(row["kl"] for row in of_panel)
-        axes.set(xlim=_limits([0, highest]), ylim=_limits([row["reward"] for row in of_panel]))
-        if number == 0:
-            axes.set_ylabel("expected true reward")
-            axes.legend(loc="lower right", fontsize=8)
-    figure.savefig(path, dpi=150)
+                last = run[-1:]
+            axes.plot([row["kl"] for row in last], [row["reward"] for row in last], **whole)
+            ends += [(row["kl"], row["reward"], row["parameter"], color) for row in last]
+    return ends
+
+
+def _scale(axes, points: list[tuple], curve: tuple) -> None:
+    """Axes with room for the points and the curve above them, their names, and a grid."""
+    highest = 1.1 * max(kl for kl, *_ in points)
+    rewards = [reward for kl, reward in zip(*curve, strict=True) if kl < highest] + [point[1] for point in points]
+    axes.set_xscale("function", functions=(lambda x: np.sign(x) * np.sqrt(np.abs(x)), lambda x: np.sign(x) * x**2))
+    axes.set(xlim=(-0.001 * highest, highest), xticks=[tick for tick in TICKS if tick < highest],
+             ylim=_limits(rewards), ylabel="expected true reward",
+             xlabel="KL(policy || reference), nats, square-root scale")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.grid(alpha=0.3)
+
+
+def _label(axes, points: list[tuple], curve: tuple) -> None:
+    """Writes each parameter near its point, once for all seeds, where it hides least of points, curve and labels."""
+    from matplotlib.patheffects import withStroke
+    from matplotlib.text import Text
+    pixels = axes.figure.dpi / 72  # of a typographic point
+    marks, line = (axes.transData.transform(np.transpose(xy)) for xy in (list(zip(*points, strict=True))[:2], curve))
+    taken = np.concatenate([_boxes(marks, MARK * pixels), _boxes(line, pixels)])
+    for kl, reward, text, color in {point[2:]: point for point in points if point[2]}.values():
+        label = axes.annotate(text, (kl, reward), xytext=(0, 0), textcoords="offset points", fontsize=7, color=color,
+                              ha="center", va="center", path_effects=[withStroke(linewidth=2, foreground="white")],
+                              arrowprops=dict(arrowstyle="-", color=color, linewidth=0.4, shrinkA=0, shrinkB=MARK))
+        half = Text.get_window_extent(label).size / 2
+        shifts = np.array([(right, up) * (half + gap * pixels) for right, up, gap in PLACES])
+        boxes = _boxes(axes.transData.transform((kl, reward)) + shifts, half)
+        best = np.argmin([_hidden(box, taken, axes.bbox.extents) for box in boxes])
+        label.set_position(shifts[best] / pixels)
+        taken = np.concatenate([taken, boxes[best:best + 1]])
+
+
+def _boxes(centers, half) -> np.ndarray:
+    """[left, bottom, right, top] of boxes around points."""
+    return np.hstack([centers - half, centers + half])
+
+
+def _hidden(box, taken, frame) -> float:
+    """How much of the boxes `taken` a label would hide, in square pixels; infinite where it would leave the frame."""
+    if (box[:2] < frame[:2]).any() or (box[2:] > frame[2:]).any():
+        return np.inf
+    sides = np.minimum(box[2:], taken[:, 2:]) - np.maximum(box[:2], taken[:, :2])
+    return sides.clip(0).prod(axis=-1).sum()
 
 
 def _limits(values) -> tuple[float, float]:

@@ -36,9 +36,9 @@ def evaluate(model, mesh, params, reference, prompts: Prompts, tokenizer, reward
     tokens = [completion.tokens for completion in drawn]
     texts = prompts_lib.completion_texts(prompts, tokens, tokenizer)
     pairs = list(zip(prompts.ids, tokens, strict=True))
+    kl_sampled, kl = sequence_kls(model, mesh, params, reference, pairs, max_new_tokens, batch_size)
     found = dict(
-        reward=np.asarray(reward(prompts.texts, texts, pairs)),
-        **dict(zip(("kl_sampled", "kl"), sequence_kls(model, mesh, params, reference, pairs, batch_size), strict=True)),
+        reward=np.asarray(reward(prompts.texts, texts, pairs)), kl=kl, kl_sampled=kl_sampled,
         length=np.array([len(ids) for ids in tokens]), eos_rate=np.array([completion.ended for completion in drawn]),
         repetition=np.array([repetition(ids) for ids in tokens]))
     values = {f"frontier/{name}": float(values_B.mean()) for name, values_B in found.items()}
@@ -50,12 +50,15 @@ def evaluate(model, mesh, params, reference, prompts: Prompts, tokenizer, reward
     return values, rows
 
 
-def sequence_kls(model, mesh, params, reference, pairs, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of each (prompt, completion) ids the summed log-ratio, and the summed KLs of the steps, nats [B] each."""
+def sequence_kls(model, mesh, params, reference, pairs, max_new_tokens: int,
+                 batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of each (prompt, completion) ids the summed log-ratio, and the summed KLs of the steps, nats [B] each.
+
+    Arrays have room for completions of max_new_tokens, so that what is sampled later needs no other program.
+    """
     shards = sharding.batch_shards(mesh)
     batch_size = -(-min(batch_size, len(pairs)) // shards) * shards
-    longest = (np.zeros(max(len(prompt) for prompt, _ in pairs), np.int32),
-               (np.zeros(max(len(tokens) for _, tokens in pairs), np.int32),))
+    longest = (np.zeros(max(len(prompt) for prompt, _ in pairs), np.int32), (np.zeros(max_new_tokens, np.int32),))
     batches = Batches([(prompt, (tokens,)) for prompt, tokens in pairs], evaluation_order(len(pairs), batch_size),
                       shards=shards, shape=layout.union([layout.shape_of([longest] * (batch_size // shards))]))
     found = np.zeros((2, len(pairs)))

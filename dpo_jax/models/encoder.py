@@ -22,14 +22,20 @@ from dpo_jax.sharding import constrain
 
 LENGTHS = 32  # texts are padded to a power of 2 times this many tokens, so that few programs are compiled
 POSITIVE = re.compile("positive|pos", re.IGNORECASE)
+UNUSED = re.compile(r"position_ids$|^pooler\.")  # tensors that some checkpoints store and no classifier reads
 
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
     """The shape of a classifier."""
     family: str
+    vocab: int
+    width: int
     layers: int
     heads: int
+    mlp_width: int
+    classes: int
+    token_types: int  # rows of the embeddings that are the same for every token
     norm_eps: float
     max_tokens: int
     first_position: int  # RoBERTa's positions begin behind its padding token's
@@ -82,9 +88,12 @@ def read_config(folder) -> EncoderConfig:
     if activation != "gelu":
         raise ValueError(f"{folder}: activation {activation!r} is not supported; only 'gelu' is.")
     first = FAMILIES[found.model_type].first_position(found.pad_token_id)
-    return EncoderConfig(found.model_type, found.num_hidden_layers, found.num_attention_heads,
-                         FAMILIES[found.model_type].norm_eps(found), found.max_position_embeddings - first, first,
-                         _positive(folder, found), found.pad_token_id)
+    return EncoderConfig(
+        family=found.model_type, vocab=found.vocab_size, width=found.hidden_size, layers=found.num_hidden_layers,
+        heads=found.num_attention_heads, mlp_width=getattr(found, "intermediate_size", None) or found.hidden_dim,
+        classes=len(found.id2label), token_types=getattr(found, "type_vocab_size", 0),
+        norm_eps=FAMILIES[found.model_type].norm_eps(found), max_tokens=found.max_position_embeddings - first,
+        first_position=first, positive=_positive(folder, found), pad=found.pad_token_id)
 
 
 def _positive(folder, config) -> int:
@@ -98,35 +107,62 @@ def _positive(folder, config) -> int:
 
 
 def load(folder, config: EncoderConfig):
-    """The weights as float32 arrays; ValueError with the names of tensors that are missing, unknown or set twice."""
-    family = FAMILIES[config.family]
-    stored = {}
-    for _, name, values in safetensors_io.read(pathlib.Path(folder)):
-        if not name.endswith("position_ids"):
-            stored[name.removeprefix(family.base)] = np.asarray(values[:], np.float32)
-    missing = set()
+    """The weights as float32 arrays.
 
-    def take(name):
-        if name not in stored:
-            missing.add(name)
-        return stored.pop(name, np.zeros(()))
+    Raises ValueError with the name of every tensor that is unknown, missing, set twice, wrongly shaped or not a float.
+    """
+    family, stored = FAMILIES[config.family], _match(pathlib.Path(folder), config)
 
-    def pair(name, transpose):
-        weight = take(f"{name}.weight")
-        return dict(weight=weight.T if transpose else weight, bias=take(f"{name}.bias"))
+    def pair(name):
+        return dict(weight=stored[f"{name}.weight"].T, bias=stored[f"{name}.bias"])
 
-    tokens, positions = map(take, family.embeddings)
-    constant = sum(take(name)[0] if name in stored else take(name) for name in family.constants)
-    layers = [{part: pair(family.layer.format(layer) + name, transpose=not part.startswith("norm"))
-               for part, name in family.parts.items()} for layer in range(config.layers)]
-    params = dict(tokens=tokens + constant, positions=positions, norm=pair(family.embedding_norm, transpose=False),
-                  head=pair(family.head[0], transpose=True), out=pair(family.head[1], transpose=True))
-    stored.pop("pooler.dense.weight", None), stored.pop("pooler.dense.bias", None)  # stored by some, used by none
-    if missing or stored:
-        raise ValueError(f"the tensors in {folder} are not those of a {config.family} classifier:\n"
-                         + "".join(f"  missing: {name}\n" for name in sorted(missing))
-                         + "".join(f"  unknown: {name}\n" for name in sorted(stored)))
-    return params | dict(layers=jax.tree.map(lambda *leaves: np.stack(leaves), *layers))
+    tokens, positions = (stored[name] for name in family.embeddings)
+    layers = [{part: pair(family.layer.format(layer) + name) for part, name in family.parts.items()}
+              for layer in range(config.layers)]
+    return dict(tokens=tokens + sum(stored[name][0] for name in family.constants), positions=positions,
+                norm=pair(family.embedding_norm), head=pair(family.head[0]), out=pair(family.head[1]),
+                layers=jax.tree.map(lambda *leaves: np.stack(leaves), *layers))
+
+
+def _match(folder: pathlib.Path, config: EncoderConfig) -> dict[str, np.ndarray]:
+    """The stored tensors by name; ValueError with everything that does not fit."""
+    shapes, found, problems = _shapes(config), {}, []
+    for file, stored_name, values in safetensors_io.read(folder):
+        name, shape = stored_name.removeprefix(FAMILIES[config.family].base), values.get_shape()
+        if UNUSED.search(name):
+            continue
+        if name not in shapes:
+            problems.append(f"unknown: {stored_name} {shape} in {file}")
+            continue
+        if name in found:
+            problems.append(f"set twice: {name}, again as {stored_name} in {file}")
+        if shape != shapes[name]:
+            problems.append(f"wrong shape: {stored_name} {shape} in {file}, expected {shapes[name]}")
+        if values.get_dtype() not in hf.FLOATS:
+            problems.append(f"wrong type: {stored_name} {values.get_dtype()} in {file}, "
+                            f"expected one of {', '.join(hf.FLOATS)}")
+        found[name] = np.asarray(values[:], np.float32)
+    problems = [f"missing: {name} {shape}" for name, shape in shapes.items() if name not in found] + problems
+    if problems:
+        summary = f"the tensors in {folder} are not those of the {config.family} classifier in its config.json:"
+        advice = "Check that config.json belongs to these weights and that all files are there."
+        raise ValueError("\n  ".join([summary, *problems]) + f"\n{advice}")
+    return found
+
+
+def _shapes(config: EncoderConfig) -> dict[str, list[int]]:
+    """The shape of each tensor of a checkpoint, by its name without the base."""
+    family, D, F = FAMILIES[config.family], config.width, config.mlp_width
+    weights = {family.embedding_norm: [D], family.head[0]: [D, D], family.head[1]: [config.classes, D]}
+    for layer in range(config.layers):
+        for part, name in family.parts.items():
+            shape = {"up": [F, D], "down": [D, F], "norm_attention": [D], "norm_mlp": [D]}.get(part, [D, D])
+            weights[family.layer.format(layer) + name] = shape
+    rows = [config.vocab, config.max_tokens + config.first_position]
+    return ({name: [count, D] for name, count in zip(family.embeddings, rows, strict=True)}
+            | {name: [config.token_types, D] for name in family.constants}
+            | {f"{name}.weight": shape for name, shape in weights.items()}
+            | {f"{name}.bias": shape[:1] for name, shape in weights.items()})
 
 
 def logits(config: EncoderConfig, params, tokens_BT, lengths_B) -> jax.Array:

@@ -1,0 +1,179 @@
+"""The stages that the paper compares DPO with, end to end: on the toy, and with EOS and a reward model on a Llama."""
+
+import functools
+import json
+import signal
+
+import jax
+import numpy as np
+import pytest
+from tiny_runs import dpo_config, rows_without_timings, run, weights
+
+from configs import toy
+from dpo_jax import config as configs
+from dpo_jax import pretrained, rewards, sharding, stages, train
+from dpo_jax.fit import Interrupted
+
+MAKE_MESH = sharding.make_mesh
+STEPS = dict(sft=30, rm=40, preferred_ft=6, unlikelihood=6, ppo=4)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    """The toy's tests run on one device, which compiles faster; the Llama's on all eight."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.sharding, "make_mesh", functools.partial(MAKE_MESH, devices=jax.devices()[:1]))
+        yield
+
+
+def toy_config(method, **changes):
+    config = toy.get_config(method)
+    config.sampling.batch_size = 256
+    for stage in set(config.stages) & STEPS.keys():
+        config[stage].update(steps=STEPS[stage], eval_every=2, save_every=2)
+    for name, fields in (dict(pairs=dict(prompts=200), ppo=dict(batch_size=64, minibatch_size=32),
+                              best_of_n=dict(n=(1, 4), prompts=64)) | changes).items():
+        if name in config:
+            config[name].update(fields)
+    return config
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """The stages that all methods share: sft, pairs, rm; and best of N after them."""
+    folder = tmp_path_factory.mktemp("toy")
+    train.run_stages(toy_config("best_of_n"), str(folder))
+    return folder
+
+
+def result(workdir, name):
+    return json.loads((workdir / name).read_text())
+
+
+@pytest.mark.parametrize("method", ["preferred_ft", "unlikelihood"])
+def test_losses_without_a_reference_move_the_policy(workdir, method):
+    folder = run(toy_config(method), workdir)
+    last = rows_without_timings(folder)[-1]
+    assert last["frontier/kl"] > 1e-3
+    assert result(workdir, "evaluate/toy.json").keys() == {"reward", "kl", "bound_reward", "gap"}
+    for name in ("evaluate", folder.name):  # the next method has them to itself
+        (workdir / name).rename(workdir / f"{method}_{name}")
+
+
+def test_a_reward_model_learns_and_starts_at_log_2(workdir):
+    rows = rows_without_timings(workdir / "rm")
+    assert abs(rows[0]["loss/eval"] - np.log(2)) < 1e-6
+    assert rows[-1]["loss/eval"] < 0.6 and rows[-1]["rewards_eval/accuracies"] > 0.65
+
+
+def test_transformers_reads_a_reward_model_with_the_same_scores(workdir):
+    torch = pytest.importorskip("torch", reason="the independent reference is transformers with torch")
+    from transformers import AutoModelForSequenceClassification
+    theirs = AutoModelForSequenceClassification.from_pretrained(workdir / "rm" / "hf")
+    rng = np.random.default_rng(0)
+    tokens = [(rng.integers(0, 8, 1).astype(np.int32), rng.integers(0, 8, n).astype(np.int32)) for n in (5, 5, 2, 4)]
+    with torch.no_grad():
+        expected = [theirs(torch.tensor(np.concatenate(pair))[None].long()).logits.item() for pair in tokens]
+    score = rewards.make("rm", str(workdir / "rm" / "hf"), 8, sharding.make_mesh())
+    np.testing.assert_allclose(score(None, None, tokens), expected, atol=1e-4)
+    assert np.ptp(expected) > 0.1
+
+
+def test_a_reward_model_is_no_policy(workdir):
+    model = pretrained.open_model(str(workdir / "rm" / "hf"))
+    with pytest.raises(ValueError, match="unknown: score.weight"):
+        model.load(sharding.make_mesh())
+
+
+def test_the_best_of_more_is_better(workdir):
+    one, four = result(workdir, "best_of_n/best_of_n.json")
+    assert four["reward"] > one["reward"] + 2 * one["reward_se"]
+    assert (one["kl"], four["kl"]) == (0, pytest.approx(np.log(4) - 3 / 4))
+    rows = stages.read_lines(workdir / "best_of_n" / "completions.jsonl")
+    assert len(rows) == 64 and all(len(row["completions"]) == 4 for row in rows)
+
+
+def test_pairs_go_on_where_they_were_killed(workdir, tmp_path, monkeypatch):
+    """A kill in the middle of a line, too; the pairs are those of a run that was never stopped."""
+    config = toy_config("best_of_n", pairs=dict(prompts=600))
+    config.stages = ("sft", "pairs")
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "sft").symlink_to(workdir / "sft")
+    train.run_stages(config, str(tmp_path / "whole"))
+
+    def killed(*_):
+        with (tmp_path / "killed" / "pairs" / "completions.jsonl").open("a") as file:
+            file.write('{"prompt": "cut sho')
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        make = rewards.make("toy", "", config.reward.batch_size, sharding.make_mesh())
+        calls = []
+        patch.setattr(rewards, "make", lambda *_: lambda *args: calls.append(0) or (
+            make(*args) if len(calls) < 3 else killed()))
+        train.run_stages(config, str(tmp_path / "killed"))
+    assert 0 < len((tmp_path / "killed" / "pairs" / "completions.jsonl").read_text().splitlines()) < 700
+    train.run_stages(config, str(tmp_path / "killed"))
+    for file in ("completions.jsonl", "pairs.jsonl", "pairs_eval.jsonl", "ledger.json"):
+        assert (tmp_path / "killed" / "pairs" / file).read_text() == (tmp_path / "whole" / "pairs" / file).read_text()
+
+
+@pytest.mark.parametrize("method", ["ppo", "ppo_gt"])
+def test_ppo_stopped_and_resumed_is_ppo_uninterrupted(workdir, method, monkeypatch):
+    """Rows, weights and the adapted penalty, bit for bit; the value head is not exported."""
+    config = toy_config(method)
+    config.stages = [stage for stage in config.stages if stage != "evaluate"]
+    config.run = f"{method}_whole"
+    whole = run(config, workdir)
+    rows = rows_without_timings(whole)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    coefficients = [row["ppo_train/kl_coef"] for row in rows[1:]]
+    assert len(set(coefficients)) == 4 and abs(rows[1]["ppo_train/kl"]) < 1e-4
+    config.run = f"{method}_stopped"
+    make = rewards.make
+    calls = []
+
+    def stop(*args):
+        calls.append(0)
+        if len(calls) == 4:  # the self-check's, and those of three steps
+            signal.raise_signal(signal.SIGTERM)
+        return rewarded(*args)
+    rewarded = make("rm", str(workdir / "rm" / "hf"), 64, sharding.make_mesh()) if method == "ppo" else make(
+        "toy", "", 64, sharding.make_mesh())
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(rewards, "make", lambda *_: stop)
+        run(config, workdir)
+    stopped = run(config, workdir)
+    assert rows_without_timings(stopped) == rows
+    for name, values in weights(whole).items():
+        np.testing.assert_array_equal(weights(stopped)[name], values)
+    assert weights(whole).keys() == weights(workdir / "sft").keys()
+
+
+def test_ppo_raises_the_reward(workdir):
+    config = toy_config("ppo_gt", ppo=dict(steps=12, eval_every=12, batch_size=128, minibatch_size=64))
+    config.run = "longer"
+    rows = rows_without_timings(run(config, workdir))
+    assert rows[-1]["frontier/reward"] > rows[0]["frontier/reward"] + 0.5
+    assert result(workdir, "evaluate-longer/toy.json")["gap"] > -1e-4
+
+
+def test_a_llama_with_eos_by_a_reward_model(model, pairs, tmp_path, monkeypatch):
+    """rm on pairs of text, then ppo on its own completions, evaluated while it trains, on a mesh of eight devices."""
+    monkeypatch.setattr(train.sharding, "make_mesh", MAKE_MESH)
+    config = configs.default(("rm", "ppo", "evaluate"))
+    base = dpo_config(model, pairs)
+    config.model, config.data = base.model, base.data
+    config.mesh.update(data=2, fsdp=2, tensor=2)
+    config.rm.update(batch_size=8, steps=6, epochs=1.0, optimizer="adamw", lr=3e-3, warmup_steps=0, eval_every=3)
+    config.ppo.update(batch_size=16, minibatch_size=16, steps=3, lr=1e-3, eval_every=3, save_every=3)
+    config.reward.update(kind="model", path=str(tmp_path / "rm" / "hf"), batch_size=16)
+    config.sampling.update(max_new_tokens=6, batch_size=16)
+    config.evaluate.update(prompts=12, show=2)
+    folder = run(config, tmp_path)
+    rows = rows_without_timings(folder)
+    assert rows[0]["frontier/kl"] == pytest.approx(0, abs=1e-4)
+    found = result(tmp_path, "evaluate/evaluate.json")
+    assert found["policy"] == "ppo" and found["frontier/kl"] > 1e-4
+    assert abs(found["frontier/kl"] - rows[-1]["frontier/kl"]) < 1e-3  # the same samples of the same policy
+    assert len(stages.read_lines(tmp_path / "evaluate" / "completions.jsonl")) == 12
