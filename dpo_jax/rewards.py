@@ -67,7 +67,7 @@ def _model(path, batch_size, mesh) -> Callable:
     words = model.tokenizer
 
     def ids(texts):
-        return [np.array(row, np.int32) for row in words(texts, add_special_tokens=False).input_ids]
+        return texts and [np.array(row, np.int32) for row in words(texts, add_special_tokens=False).input_ids]
 
     def reward(prompts, completions, _tokens):
         start = words("").input_ids

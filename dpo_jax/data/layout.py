@@ -82,17 +82,17 @@ def pack(examples, shape: Shape, *, share_prompt=True) -> dict:
                  predict=np.zeros(shape.scored, np.int32), targets=np.zeros(shape.scored, np.int32),
                  owner=np.full(shape.scored, response_count, np.int32),
                  counts=np.zeros(response_count, np.int32), ends=np.zeros(response_count, np.int32))
-    sequences, n, m = [], 0, 0
+    index, sequences, n, m = np.arange(shape.tokens), [], 0, 0
     for prompt, responses in examples:
         for k, response in enumerate(responses):
             if k == 0 or not share_prompt:
                 start, n = n, n + len(prompt)
                 batch["tokens"][start:n] = prompt
-                batch["positions"][start:n] = np.arange(len(prompt))
+                batch["positions"][start:n] = index[:len(prompt)]
             end, scored_end = n + len(response), m + len(response)
-            sequence = np.r_[start:start + len(prompt), n:end]
+            sequence = np.concatenate((index[start:start + len(prompt)], index[n:end]))
             batch["tokens"][n:end] = response
-            batch["positions"][n:end] = np.arange(len(prompt), len(sequence))
+            batch["positions"][n:end] = index[len(prompt):len(sequence)]
             batch["predict"][m:scored_end] = sequence[len(prompt) - 1:-1]
             batch["targets"][m:scored_end] = response
             batch["owner"][m:scored_end] = len(sequences)
@@ -107,14 +107,16 @@ def _attention_rows(sequences, shape: Shape, most_uses: int) -> dict:
     """`rows`, `back` and `uses`: the sequences, longest first, dealt to the shape's buckets."""
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
     rows, back = [], np.zeros(shape.tokens, np.int32)
+    places = np.arange(sum(count * length for count, length in shape.rows))
     uses, used = np.full((shape.tokens, most_uses), -1, np.int32), np.zeros(shape.tokens, np.int32)
     offset = 0
     for count, length in shape.rows:
         bucket = np.zeros((count, length), np.int32)
         for row, i in zip(bucket, order, strict=False):
-            row[:len(sequences[i])] = sequences[i]
-            back[sequences[i]] = uses[sequences[i], used[sequences[i]]] = offset + np.arange(len(sequences[i]))
-            used[sequences[i]] += 1
+            sequence = sequences[i]
+            row[:len(sequence)] = sequence
+            back[sequence] = uses[sequence, used[sequence]] = places[offset:offset + len(sequence)]
+            used[sequence] += 1
             offset += length
         order = order[count:]
         rows.append(bucket)

@@ -1,0 +1,71 @@
+"""The two frontier experiments: what they run, and on the toy what they find."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from tiny_runs import ROOT, environment
+
+from dpo_jax import config as configs
+from experiments import imdb_frontier, toy_frontier
+
+
+def experiment(name, *flags):
+    return subprocess.run([sys.executable, "-m", f"experiments.{name}", *map(str, flags)], cwd=ROOT, text=True,
+                          capture_output=True, env=environment())
+
+
+@pytest.mark.parametrize("config", ["imdb", "imdb_small"])
+def test_the_papers_22_runs_are_listed_with_their_cost(config, tmp_path):
+    done = experiment("imdb_frontier", f"--config=configs/{config}.py", f"--workdir={tmp_path}", "--dry_run")
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if " steps: " in line]
+    assert len(lines) == 22 == len({line.split()[0] for line in lines})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("module", ["imdb", "imdb_small"])
+def test_every_run_shares_the_stages_before_it(module):
+    """So one SFT model, one set of pairs and one reward model serve them all."""
+    loaded = imdb_frontier.load_module(str(ROOT / "configs" / f"{module}.py"))
+    shared = {}
+    for method, (_, values, _) in imdb_frontier.SWEEP.items():
+        for value in values:
+            config, stage = imdb_frontier.config_of(loaded, method, value)
+            configs.validate(config)
+            names = configs.folder_names(config)
+            assert names[stage] == config.run
+            for before in config.stages[:config.stages.index(stage)]:
+                fields = configs.dependencies(config, before)
+                assert shared.setdefault(names[before], fields) == fields
+    assert shared.keys() == {"sft", "pairs", "rm"}
+
+
+def test_the_toys_runs_are_valid_and_have_folders_of_their_own():
+    for panel in toy_frontier.PANELS:
+        runs = [toy_frontier.config_of(panel, method, value, 0)
+                for method, (_, values, _) in toy_frontier.SWEEPS.items() for value in values]
+        for config, stage in runs:
+            configs.validate(config)
+            assert configs.folder_names(config)[stage] == config.run
+        assert len({config.run for config, _ in runs}) == 20
+
+
+@pytest.mark.slow
+def test_the_toy_frontier_is_where_theory_puts_it(tmp_path):
+    """Panel (a), two seeds: exact facts only; which method is ahead is reported, not asserted."""
+    rows = toy_frontier.run(str(tmp_path), ["a"], jobs=2)
+    assert json.loads((tmp_path / "frontier.json").read_text()) == rows
+    assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    assert min(row["gap"] for row in rows) >= -1e-4  # the bound is never crossed
+    last = {(row["method"], row["parameter"], row["seed"]): row for row in rows}
+    for seed in (0, 1):
+        for beta in ("β=5", "β=2"):
+            row = last["dpo", beta, seed]
+            assert abs(row["reward"] - row["analytic_reward"]) < 0.03, (beta, seed)
+            assert abs(row["kl"] - row["analytic_kl"]) < 0.02, (beta, seed)
+        closed = last["preferred_ft_closed_form", "", seed]
+        assert abs(last["preferred_ft", "", seed]["reward"] - closed["reward"]) < 0.03
+        assert np.isfinite([row["kl"] for row in rows]).all()
