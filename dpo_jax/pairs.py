@@ -35,12 +35,15 @@ def make_pairs(model, mesh, params, prompts: dict[str, Prompts], tokenizer, rewa
                seed: int, eos_id: int | None, folder: pathlib.Path) -> dict:
     """Samples, scores and labels; writes the files above and ledger.json, and returns the number of pairs.
 
-    prompts: of the splits train and eval. block, sampling: the config's. What completions.jsonl holds already is kept.
+    prompts: of the splits train and eval. block, sampling: the config's. What completions.jsonl has already is kept.
     """
+    both = Prompts(*([*getattr(prompts["train"], part), *getattr(prompts["eval"], part)] for part in ("ids", "texts")))
+    rows = complete(model, mesh, params, both, tokenizer, reward, n=block.completions, sampling=sampling, seed=seed,
+                    eos_id=eos_id, folder=folder)
+    of_splits = dict(train=rows[:len(prompts["train"])], eval=rows[len(prompts["train"]):])
     ledger = {}
-    rows = _complete(model, mesh, params, prompts, tokenizer, reward, block, sampling, seed, eos_id, folder)
     for number, (split, file) in enumerate(FILES.items()):
-        of_split = [row for row in rows if row["split"] == split]
+        of_split = of_splits[split]
         found, left_out = label(of_split, block.labels, np.random.default_rng([seed, number]))
         if not found:
             raise ValueError(f"pairs: no pair is left of {len(of_split)} prompts in {file}: {left_out}.")
@@ -89,25 +92,20 @@ def load(folder: pathlib.Path, kind: str) -> Dataset:
     return Dataset(found["train"], found["eval"], ledger)
 
 
-def _complete(model, mesh, params, prompts, tokenizer, reward, block, sampling, seed, eos_id, folder) -> list[dict]:
-    """A row for each prompt, with its completions and their rewards; written to completions.jsonl as they are made."""
-    path = folder / "completions.jsonl"
-    splits = [split for split in FILES for _ in range(len(prompts[split]))]
-    everything = Prompts(*(list(itertools.chain.from_iterable(getattr(prompts[split], part) for split in FILES))
-                           for part in ("ids", "texts")))
+def complete(model, mesh, params, prompts: Prompts, tokenizer, reward: Callable, *, n: int, sampling, seed: int,
+             eos_id: int | None, folder: pathlib.Path) -> list[dict]:
+    """A row for each prompt, as `score` makes them; kept in completions.jsonl from where a killed run goes on."""
+    path = folder / stages.COMPLETIONS
     rows = stages.read_lines(path)
     if rows:
-        say(f"pairs: going on after {len(rows)} of {len(everything)} prompts")
-    progress = Progress("pairs", len(rows), len(everything), unit="prompt")
-    size = max(1, CHUNKS * sampling.batch_size // block.completions)
-    for start in range(len(rows), len(everything), size):
-        chunk = everything.take(range(start, min(start + size, len(everything))))
-        drawn = sampler.sample(
-            model, mesh, params, chunk.ids, sampler.Sampling(sampling.max_new_tokens), seed=seed, eos_id=eos_id,
-            n=block.completions, first=start, batch_size=sampling.batch_size)
+        say(f"{folder.name}: going on after {len(rows)} of {len(prompts)} prompts")
+    progress = Progress(folder.name, len(rows), len(prompts), unit="prompt")
+    size = max(1, CHUNKS * sampling.batch_size // n)
+    for start in range(len(rows), len(prompts), size):
+        chunk = prompts.take(range(start, min(start + size, len(prompts))))
+        drawn = sampler.sample(model, mesh, params, chunk.ids, sampler.Sampling(sampling.max_new_tokens), seed=seed,
+                               eos_id=eos_id, n=n, first=start, batch_size=sampling.batch_size)
         made = score(chunk, drawn, tokenizer, reward)
-        for row, split in zip(made, splits[start:], strict=False):
-            row["split"] = split
         stages.append_lines(path, made)
         rows += made
         progress.update(len(rows), {})

@@ -13,7 +13,7 @@ import numpy as np
 from dpo_jax import pretrained, sharding
 from dpo_jax.data import layout, toy
 from dpo_jax.data.batches import Batches, evaluation_order
-from dpo_jax.models import hf
+from dpo_jax.models import encoder, hf
 from dpo_jax.objectives import response_rewards
 
 LENGTHS = 32  # sequences are padded to a multiple of this many tokens, so that few programs are compiled
@@ -44,7 +44,6 @@ def _toy(kind: str) -> Callable:
 
 def _classifier(path, batch_size, mesh) -> Callable:
     """The probability that prompt + completion is positive, by a sentiment classifier of Hugging Face."""
-    from dpo_jax.models import encoder
     positive = encoder.classifier(hf.fetch(path), batch_size, mesh)
     return lambda prompts, completions, _tokens: positive(_joined(prompts, completions))
 

@@ -2,8 +2,8 @@
 
     WORKDIR/NAME/  config.json  (what the stage was started with)   done.json  (it is complete)
 
-A changed stage that is done or has a checkpoint is never retrained over, resumed or mixed: `start` names the
-fields that differ and stops.
+A changed stage that is done, or has a checkpoint or completions, is never retrained over, resumed or mixed: `start`
+names the fields that differ and stops.
 """
 
 import contextlib
@@ -16,6 +16,8 @@ import time
 import jax
 
 from dpo_jax import config as configs
+
+COMPLETIONS = "completions.jsonl"  # what a stage has sampled so far
 
 
 class StageChanged(ValueError):
@@ -31,7 +33,7 @@ def start(workdir: pathlib.Path, config, stage: str) -> tuple[pathlib.Path, str]
     folder = pathlib.Path(workdir) / configs.folder_names(config)[stage]
     wanted = json.loads(json.dumps(configs.dependencies(config, stage)))
     path = folder / "config.json"
-    if path.exists() and ((folder / "done.json").exists() or _has_checkpoint(folder)):
+    if path.exists() and ((folder / "done.json").exists() or _has_progress(folder)):
         found = json.loads(path.read_text())["depends_on"]
         if found != wanted:
             raise StageChanged(_difference(folder, stage, found, wanted))
@@ -46,9 +48,11 @@ def start(workdir: pathlib.Path, config, stage: str) -> tuple[pathlib.Path, str]
     return folder, "new"
 
 
-def _has_checkpoint(folder: pathlib.Path) -> bool:
-    """Whether a complete checkpoint is there; orbax gives it its name, a number, when it is complete."""
-    return any(item.name.isdigit() for item in (folder / "checkpoints").glob("*"))
+def _has_progress(folder: pathlib.Path) -> bool:
+    """Whether there is something to go on from: completions, or a checkpoint, which has a number for a name once it
+    is complete."""
+    return (folder / COMPLETIONS).exists() or any(
+        item.name.isdigit() for item in (folder / "checkpoints").glob("*"))
 
 
 def finish(folder: pathlib.Path, **result) -> None:

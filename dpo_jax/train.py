@@ -31,6 +31,7 @@ class Run:
     config: ConfigDict
     workdir: pathlib.Path
     mesh: jax.sharding.Mesh
+    _prompts: dict = dataclasses.field(default_factory=dict)  # read once
 
     def folder(self, stage: str) -> pathlib.Path:
         return self.workdir / configs.folder_names(self.config)[stage]
@@ -61,10 +62,11 @@ class Run:
 
     def load_prompts(self, tokenizer) -> dict[str, Prompts]:
         """The prompts to sample from, of the splits train and eval."""
-        loaded = dataset.load(self.config.data, tokenizer, "sft")
-        splits = {"train": loaded.train, "eval": loaded.eval}
-        return {split: prompts.make(examples, tokenizer, self.config.sampling, self.config.seed)
-                for split, examples in splits.items()}
+        if not self._prompts:
+            loaded = dataset.load(self.config.data, tokenizer, "sft")
+            self._prompts = {split: prompts.make(examples, tokenizer, self.config.sampling, self.config.seed)
+                             for split, examples in (("train", loaded.train), ("eval", loaded.eval))}
+        return self._prompts
 
     def eval_prompts(self, stage: str, tokenizer) -> Prompts:
         """The first held-out prompts, as many as the stage's block says."""

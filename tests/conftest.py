@@ -5,7 +5,8 @@ import pathlib
 import tempfile
 
 # Less work for the compiler, whose time is most of the tests'; commands that tests start inherit it.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=1"
+os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+                           " --xla_llvm_disable_expensive_passes=true")
 if "PYTEST_XDIST_WORKER" not in os.environ:  # runs share what they compile, in a cache that goes when the tests end
     CACHE = tempfile.TemporaryDirectory()
     os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name

@@ -113,6 +113,10 @@ def test_pairs_go_on_where_they_were_killed(workdir, tmp_path, monkeypatch):
             make(*args) if len(calls) < 3 else killed()))
         train.run_stages(config, str(tmp_path / "killed"))
     assert 0 < len((tmp_path / "killed" / "pairs" / "completions.jsonl").read_text().splitlines()) < 700
+    changed = config.copy_and_resolve_references()
+    changed.pairs.completions = 3
+    with pytest.raises(stages.StageChanged, match="config.pairs.completions: 4 there, 3 now"):
+        train.run_stages(changed, str(tmp_path / "killed"))  # what was sampled is neither mixed nor lost
     train.run_stages(config, str(tmp_path / "killed"))
     for file in ("completions.jsonl", "pairs.jsonl", "pairs_eval.jsonl", "ledger.json"):
         assert (tmp_path / "killed" / "pairs" / file).read_text() == (tmp_path / "whole" / "pairs" / file).read_text()

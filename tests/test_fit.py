@@ -153,7 +153,7 @@ def test_an_update_that_overflows_is_never_saved(model, pairs, tmp_path):
 
 
 def test_the_best_checkpoint_is_kept_and_exported(model, pairs, tmp_path):
-    config = dpo_config(model, pairs, steps=8, eval_every=2, save_every=8, keep_best="loss/eval", lr=20.0,
+    config = dpo_config(model, pairs, steps=8, eval_every=2, save_every=8, keep_best="loss/eval", lr=3.0,
                         warmup_steps=0, max_grad_norm=0.0)
     folder = run(config, tmp_path)
     losses = {row["step"]: row["loss/eval"] for row in read_rows(folder / "metrics.jsonl")

@@ -9,7 +9,7 @@ from tiny_runs import command
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toy")
-    done = command("train", "--config=configs/toy.py", f"--workdir={folder}")
+    done = command("train", "--config=configs/toy.py", f"--workdir={folder}", fast=True)
     assert done.returncode == 0, done.stderr
     assert "optimum at beta 2" in done.stdout
     return folder

@@ -70,10 +70,13 @@ def run(config, workdir) -> pathlib.Path:
         [stage for stage in config.stages if stage in configs.TRAINING_STAGES][-1]]
 
 
-def command(module: str, *flags: str, devices: int = 1, **options) -> subprocess.CompletedProcess:
-    """python -m dpo_jax.MODULE FLAGS on fake CPU devices, its output captured."""
+def command(module: str, *flags: str, devices: int = 1, fast: bool = False, **options) -> subprocess.CompletedProcess:
+    """python -m dpo_jax.MODULE FLAGS on fake CPU devices, its output captured.
+
+    fast: compiled as a user's run is, for one that is long enough to pay for it.
+    """
     return subprocess.run([sys.executable, "-m", f"dpo_jax.{module}", *map(str, flags)], cwd=ROOT, text=True,
-                          capture_output=True, env=environment(devices), **options)
+                          capture_output=True, env=environment(devices) | (dict(XLA_FLAGS="") if fast else {}), **options)
 
 
 def environment(devices: int = 1) -> dict:

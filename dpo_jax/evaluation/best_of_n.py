@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from dpo_jax import pairs, sampler, stages
+from dpo_jax import pairs, stages
 from dpo_jax.evaluation import estimate
-from dpo_jax.metrics import Progress, say
+from dpo_jax.metrics import say
 from dpo_jax.prompts import Prompts
 
 
@@ -22,18 +22,14 @@ def write(folder: pathlib.Path, model, mesh, params, prompts: Prompts, tokenizer
     true, ranking: rewards; the true one of the best by the ranking one is reported. counts: the values of N, each
     estimated from all samples.
     """
-    progress = Progress("best_of_n", 0, len(prompts), unit="prompt")
-    drawn = sampler.sample(
-        model, mesh, params, prompts.ids, sampler.Sampling(sampling.max_new_tokens), seed=seed, eos_id=eos_id,
-        n=max(counts), batch_size=sampling.batch_size, progress=lambda done, _total: progress.update(done, {}))
-    progress.close()
-    rows = pairs.score(prompts, drawn, tokenizer, true)
-    stages.write_lines(folder / "completions.jsonl", rows)
+    rows = pairs.complete(model, mesh, params, prompts, tokenizer, true, n=max(counts), sampling=sampling, seed=seed,
+                          eos_id=eos_id, folder=folder)
+    asked = [row["prompt"] for row in rows for _ in row["completions"]]
+    texts = [completion["text"] for row in rows for completion in row["completions"]]
+    tokens = [(np.array(row["tokens"], np.int32), np.array(completion["tokens"], np.int32))
+              for row in rows for completion in row["completions"]]
     true_PM = np.array([[completion["reward"] for completion in row["completions"]] for row in rows])
-    ranked_PM = true_PM
-    if ranking is not true:
-        ranked_PM = np.array([[completion["reward"] for completion in row["completions"]]
-                              for row in pairs.score(prompts, drawn, tokenizer, ranking)])
+    ranked_PM = true_PM if ranking is true else ranking(asked, texts, tokens).reshape(true_PM.shape)
     result = [dict(n=n) | estimate.best_of_n(true_PM, ranked_PM, n) for n in counts]
     stages.write_json(folder / "best_of_n.json", result)
     for row in result:
