@@ -75,8 +75,9 @@ def command(module: str, *flags: str, devices: int = 1, fast: bool = False, **op
 
     fast: compiled as a user's run is, for one that is long enough to pay for it.
     """
+    env = environment(devices) | (dict(XLA_FLAGS="") if fast else {})
     return subprocess.run([sys.executable, "-m", f"dpo_jax.{module}", *map(str, flags)], cwd=ROOT, text=True,
-                          capture_output=True, env=environment(devices) | (dict(XLA_FLAGS="") if fast else {}), **options)
+                          capture_output=True, env=env, **options)
 
 
 def environment(devices: int = 1) -> dict:
