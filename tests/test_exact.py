@@ -48,7 +48,7 @@ def test_enumeration_equals_scoring_each_sequence(params, reference):
         tokens_CT = np.array([[prompt, *words] for words in itertools.product(range(3), repeat=LENGTH)])
         logp_CTV = np.asarray(jax.nn.log_softmax(LOGITS(CONFIG, params, tokens_CT)))
         for words, logp_TV, found in zip(tokens_CT[:, 1:], logp_CTV, logps_C, strict=True):
-            assert found == pytest.approx(sum(logp_TV[np.arange(LENGTH), words]), abs=2e-5)
+            assert found == pytest.approx(sum(logp_TV[np.arange(LENGTH), words]), abs=1e-4)  # float32, at 15 nats
 
 
 def test_probabilities_sum_to_one(reference):
@@ -70,7 +70,7 @@ def test_enumeration_on_a_mesh(params, reference):
     params = jax.device_put(params, sharding.param_shardings(mesh, params))
     with jax.set_mesh(mesh):
         found = exact.enumerate_logps(CONFIG, params, PROMPTS, LENGTH)
-    np.testing.assert_allclose(found, reference, rtol=2e-6, atol=1e-5)  # float32 log-probs down to -21
+    np.testing.assert_allclose(found, reference, rtol=1e-5, atol=1e-5)  # float32 log-probs down to -21
 
 
 def test_logits_that_see_later_words_are_found_out(params, monkeypatch):

@@ -65,7 +65,7 @@ def test_padding_changes_nothing_even_in_the_gradient(tiny):
     np.testing.assert_allclose(found[0], wanted[0], rtol=1e-6)
     largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(wanted[1]))
     for a, b in zip(jax.tree.leaves(found[1]), jax.tree.leaves(wanted[1]), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5 * largest)  # float32's own error against float64 here: 1.8e-5
+        np.testing.assert_allclose(a, b, atol=3e-5 * largest)  # float32's own error against float64 here: 2.3e-5
 
 
 def test_learned_positions_restart_at_the_end_of_the_prompt():
