@@ -9,7 +9,7 @@ os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_backend_opt
                            " --xla_llvm_disable_expensive_passes=true")
 if "PYTEST_XDIST_WORKER" not in os.environ:  # runs share what they compile, in a cache that goes when the tests end
     CACHE = tempfile.TemporaryDirectory()
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
+    os.environ |= dict(JAX_COMPILATION_CACHE_DIR=CACHE.name, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0")
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
