@@ -18,6 +18,7 @@ def get_config(method="dpo"):
     config.model.tokenizer = "runs/imdb_small/tokenizer"
     config.model.scratch = dict(model_type="gpt2", vocab_size=8192, n_positions=96, n_embd=256, n_layer=4, n_head=4,
                                 bos_token_id=0, eos_token_id=0)
+    config.model.unroll = 4
     config.data.update(source="imdb", path="../shared/data/imdb/plain_text", train_split="train+unsupervised",
                        max_length=96, max_prompt_length=32)
     config.sft.update(loss="token_mean", batch_size=64, epochs=1.0, optimizer="adamw", lr=1e-3, schedule="cosine",

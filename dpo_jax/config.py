@@ -30,6 +30,7 @@ def default(stages: tuple[str, ...]) -> ConfigDict:
         scratch=dict(),  # Hugging Face config fields (model_type, n_layer, ...) of a model made at random
         dtype="float32",  # compute dtype: float32 or bfloat16; weights, log-probs and losses stay float32
         remat="none",  # what the backward pass recomputes: none, full (all of a layer), dots (all but products)
+        unroll=1,  # layers compiled one after the other: more is faster on CPU, compiles longer
     ))
     config.data = ConfigDict(dict(
         source="local",  # local, hh, shp, imdb, tldr or toy
@@ -233,6 +234,7 @@ def _validate_model(model):
         _fail("model.path", model.path, "a hub name or a folder in Hugging Face format, or else model.scratch")
     _one_of("model.dtype", model.dtype, ("float32", "bfloat16"))
     _one_of("model.remat", model.remat, ("none", "full", "dots"))
+    _at_least("model.unroll", model.unroll, 1)
 
 
 def _validate_data(data):

@@ -13,7 +13,7 @@ from dpo_jax.models import transformer
 from dpo_jax.models.attention import Layout
 from dpo_jax.sharding import BATCH, constrain
 
-CHUNK_LOGITS = 2**24  # logits of a shard that are in memory at once: 64 MB
+CHUNK_LOGITS = 2**22  # logits of a shard that are in memory at once: 16 MB, which a CPU can cache
 
 
 def response_logprobs(config: transformer.TransformerConfig, params, batch) -> jax.Array:

@@ -43,16 +43,15 @@ class Pretrained:
                 "config.data.max_length cuts them.")
 
 
-def open_model(path: str, *, tokenizer: str = "", words=None, head="lm", dtype="float32",
-               remat="none") -> Pretrained:
+def open_model(path: str, *, tokenizer: str = "", words=None, **options) -> Pretrained:
     """A model in Hugging Face format, by hub name or folder.
 
     tokenizer: where that is, if not with the model; words: the tokenizer itself, where it is at hand.
-    head: "score" for a reward model.
+    options: of families.from_hf: head ("score" for a reward model), dtype, remat, unroll.
     """
     folder = hf.fetch(path)
     hf_config = hf.read_config(folder)
-    config = families.from_hf(hf_config, head=head, dtype=dtype, remat=remat)
+    config = families.from_hf(hf_config, **options)
 
     def load(mesh):
         return hf.load(folder, config, sharding.param_shardings(mesh, transformer.abstract(config)))
@@ -61,10 +60,10 @@ def open_model(path: str, *, tokenizer: str = "", words=None, head="lm", dtype="
     return Pretrained(config, hf_config, words, load)
 
 
-def from_scratch(fields: dict, seed: int, *, tokenizer: str = "", dtype="float32", remat="none") -> Pretrained:
+def from_scratch(fields: dict, seed: int, *, tokenizer: str = "", **options) -> Pretrained:
     """A random model of the family and sizes that Hugging Face config fields give; without a path, the toy's words."""
     hf_config = hf.make_config(fields)
-    config = families.from_hf(hf_config, dtype=dtype, remat=remat)
+    config = families.from_hf(hf_config, **options)
 
     def load(mesh):
         placed = sharding.param_shardings(mesh, transformer.abstract(config))

@@ -39,12 +39,12 @@ class Run:
     def initial(self, stage: str) -> pretrained.Pretrained:
         """What a stage starts from: the result of the sft stage before it, or the config's model."""
         model = self.config.model
-        options = dict(tokenizer=model.tokenizer, dtype=model.dtype, remat=model.remat)
+        options = dict(dtype=model.dtype, remat=model.remat, unroll=model.unroll)
         if "sft" in self._before(stage):
-            return pretrained.open_model(str(self.folder("sft") / "hf"), **(options | dict(tokenizer="")))
+            return pretrained.open_model(str(self.folder("sft") / "hf"), **options)
         if model.path:
-            return pretrained.open_model(model.path, **options)
-        return pretrained.from_scratch(model.scratch.to_dict(), self.config.seed, **options)
+            return pretrained.open_model(model.path, tokenizer=model.tokenizer, **options)
+        return pretrained.from_scratch(model.scratch.to_dict(), self.config.seed, tokenizer=model.tokenizer, **options)
 
     def load_data(self, stage: str, tokenizer) -> dataset.Dataset:
         """The rows that a stage trains on, tokenised; the ledger is shown, and written to the stage's folder."""
@@ -147,7 +147,8 @@ def _reference(run: Run, stage: str, initial):
     if name == "init":
         return initial
     model = run.config.model
-    other = pretrained.open_model(name, dtype=model.dtype, remat=model.remat, words=initial.tokenizer)
+    other = pretrained.open_model(name, dtype=model.dtype, remat=model.remat, unroll=model.unroll,
+                                  words=initial.tokenizer)
     if other.config.vocab != initial.config.vocab:
         raise ValueError(f"config.dpo.reference = {name!r} has a vocabulary of "
                          f"{other.config.vocab}, the policy one of {initial.config.vocab}: they cannot be compared.")
