@@ -117,6 +117,7 @@ def _dpo() -> dict:
         beta=0.1,  # strength of the KL penalty
         label_smoothing=0.0,  # assumed share of flipped labels; sigmoid and robust only
         reference="init",  # init: the weights this stage starts from; none: reference-free; or a model's path
+        cache_reference=False,  # compute the reference's log-probs before training and keep them in WORKDIR/reference
         **_training(),
     )
 
@@ -284,6 +285,8 @@ def _validate_dpo(block):
     if block.label_smoothing and block.loss not in SMOOTHED_LOSSES:
         _fail("dpo.label_smoothing", block.label_smoothing,
               f"0: the {block.loss} loss has none, {' and '.join(SMOOTHED_LOSSES)} have")
+    if block.cache_reference and block.reference == "none":
+        _fail("dpo.cache_reference", True, 'False where dpo.reference is "none"')
     if not block.reference:
         _fail("dpo.reference", block.reference, '"init", "none" or the path of a model')
 

@@ -131,13 +131,17 @@ class DataFeed:
     controls: dict = {}
 
     def __init__(self, job: Job, data: Dataset, *, seed: int | None, eos_id: int | None, reference_is_init: bool,
-                 show_row: Callable):
+                 show_row: Callable, reference_logps: Callable | None = None):
         """seed: of the data order, None for the data's own; eos_id: what responses end in, or None;
-        show_row: index of a training row -> its text, scored tokens marked."""
+        show_row: index of a training row -> its text, scored tokens marked;
+        reference_logps: (split, examples, rows) -> the reference's log-probs, where they are kept."""
         self._job, self._data, self._programs = job, data, programs(job)
         self._eos_id, self._reference_is_init, self._show_row = eos_id, reference_is_init, show_row
-        self._batches = _training_batches(job, data, seed)
-        self._held_out = _evaluation_batches(job, data)
+
+        def kept(*rows):
+            return {"reference_logps": reference_logps(*rows)} if reference_logps else {}
+        self._batches = _training_batches(job, data, seed, kept)
+        self._held_out = _evaluation_batches(job, data, kept)
         self.total = self.updates = len(self._batches)
 
     def check(self, params, reference, hyper) -> str:
@@ -145,7 +149,7 @@ class DataFeed:
         measured = metrics_lib.named(self._programs.eval_step(params, reference, hyper, first), "train")
         return self_check(self._job.model, self._job.block, self._job.mesh, params, reference, self._data.train,
                           self._batches.order[0], measured, eos_id=self._eos_id, exact=self._reference_is_init,
-                          show_row=self._show_row)
+                          show_row=self._show_row, reference_logps=self._batches.per_response.get("reference_logps"))
 
     def steps(self, start: int, reference, hyper):
         def load(step):
@@ -269,31 +273,28 @@ def _evaluation_rows(folder) -> dict[int, dict[str, float]]:
     return {step: values for step, values in found.items() if values}
 
 
-def _training_batches(job: Job, data: Dataset, seed: int | None) -> Batches:
+def _training_batches(job: Job, data: Dataset, seed: int | None, per_response: Callable) -> Batches:
     block, size = job.block, len(data.train)
     steps = block.steps or int(block.epochs * size / block.batch_size)
     if not steps or not size:
         raise ValueError(f"{job.name}: {size} training rows make no step of config.{job.name}.batch_size = "
                          f"{block.batch_size} in {block.epochs} epochs; lower it, or set config.{job.name}.steps.")
-    batches = Batches(_examples(data.train), training_order(size, block.batch_size, steps, seed),
-                      microbatches=block.batch_size // (block.microbatch_size or block.batch_size),
-                      shards=sharding.batch_shards(job.mesh))
+    order = training_order(size, block.batch_size, steps, seed)
+    batches = Batches(data.train, order, microbatches=block.batch_size // (block.microbatch_size or block.batch_size),
+                      shards=sharding.batch_shards(job.mesh), per_response=per_response("train", data.train, order))
     padding = batches.padding()
     say(f"{job.name}: {steps} steps of {block.batch_size} from {size} rows, {len(batches.shapes)} shapes, "
         f"padding {padding['dense']:.1%} of tokens, {padding['attention']:.1%} of attention")
     return batches
 
 
-def _evaluation_batches(job: Job, data: Dataset) -> Batches | None:
+def _evaluation_batches(job: Job, data: Dataset, per_response: Callable) -> Batches | None:
     size = job.block.microbatch_size or job.block.batch_size
     if not len(data.eval):
         return None
-    return Batches(_examples(data.eval), evaluation_order(len(data.eval), size),
-                   shards=sharding.batch_shards(job.mesh))
-
-
-def _examples(data) -> list:
-    return list(zip(data.prompts, data.responses, strict=True))
+    order = evaluation_order(len(data.eval), size)
+    return Batches(data.eval, order, shards=sharding.batch_shards(job.mesh),
+                   per_response=per_response("eval", data.eval, order))
 
 
 def _hyper(block, steps: int) -> dict:

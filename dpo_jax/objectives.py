@@ -31,13 +31,15 @@ def sft(model, loss, params, _reference, _hyper, batch):
 def dpo(model, loss, params, reference, hyper, batch):
     """A preference loss on pairs, mean over pairs (Rafailov et al. 2023, eq. 7).
 
-    reference: the reference's weights, or None for a reference-free loss.
+    reference: the reference's weights; None where the batch has its log-probs, `reference_logps` [S, Q], or where the
+    loss is reference-free.
     """
     counts_SP2, logp_SP2 = _paired(batch["counts"]), _paired(response_logprobs(model, params, batch))
-    reference_SP2 = jnp.zeros_like(logp_SP2)
+    logratio_SP2 = logp_SP2
     if reference is not None:
-        reference_SP2 = jax.lax.stop_gradient(_paired(response_logprobs(model, reference, batch)))
-    logratio_SP2 = logp_SP2 - reference_SP2
+        logratio_SP2 -= jax.lax.stop_gradient(_paired(response_logprobs(model, reference, batch)))
+    elif "reference_logps" in batch:
+        logratio_SP2 -= _paired(batch["reference_logps"])
     loss_SP = losses.preference(loss, *_sides(logratio_SP2), *_sides(counts_SP2),
                                 hyper["beta"], hyper["label_smoothing"])
     return _pair_metrics(batch, loss_SP, rewards=hyper["beta"] * logratio_SP2, logps=logp_SP2)

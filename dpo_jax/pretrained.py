@@ -19,6 +19,7 @@ class Pretrained:
     hf_config: object  # what export writes back
     tokenizer: object
     load: Callable  # mesh -> weights on it
+    fingerprint: Callable  # () -> what names the weights: those of another model have another
 
     @property
     def shapes(self):
@@ -57,7 +58,7 @@ def open_model(path: str, *, tokenizer: str = "", words=None, **options) -> Pret
         return hf.load(folder, config, sharding.param_shardings(mesh, transformer.abstract(config)))
     if words is None:
         words = tokenizers.load(hf.fetch(tokenizer, weights=False) if tokenizer else folder)
-    return Pretrained(config, hf_config, words, load)
+    return Pretrained(config, hf_config, words, load, lambda: hf.fingerprint(folder))
 
 
 def from_scratch(fields: dict, seed: int, *, tokenizer: str = "", **options) -> Pretrained:
@@ -69,4 +70,4 @@ def from_scratch(fields: dict, seed: int, *, tokenizer: str = "", **options) -> 
         placed = sharding.param_shardings(mesh, transformer.abstract(config))
         return jax.jit(lambda key: transformer.init(config, key), out_shardings=placed)(jax.random.key(seed))
     words = tokenizers.load(hf.fetch(tokenizer, weights=False)) if tokenizer else toy.tokenizer()
-    return Pretrained(config, hf_config, words, load)
+    return Pretrained(config, hf_config, words, load, lambda: f"seed {seed} of {sorted(fields.items())}")

@@ -15,32 +15,17 @@ import numpy as np
 from dpo_jax import config as configs
 from dpo_jax import pretrained, runtime, sharding
 from dpo_jax.data import dataset, records
-from dpo_jax.data.batches import Batches, evaluation_order, prefetch
-from dpo_jax.logprobs import response_logprobs
-from dpo_jax.metrics import Progress, say
+from dpo_jax.data.batches import evaluation_order
+from dpo_jax.metrics import say
+from dpo_jax.scoring import score_rows
 
 
 def score(model: pretrained.Pretrained, params, mesh, examples, batch_size: int) -> np.ndarray:
     """Summed log-probs of every example's responses, nats, [examples, responses]."""
-    pairs = list(zip(examples.prompts, examples.responses, strict=True))
-    batches = Batches(pairs, evaluation_order(len(pairs), batch_size), shards=sharding.batch_shards(mesh))
-    logprobs = jax.jit(lambda params, batch: response_logprobs(model.config, params, batch),
-                       out_shardings=sharding.replicated(mesh))
-    progress = Progress("score", 0, len(batches))
-    found = np.zeros((len(pairs), len(pairs[0][1])), np.float32)
-
-    def load(step):
-        batch = jax.tree.map(lambda x: x[0], batches[step])
-        return sharding.shard_batch(mesh, batch, axis=0)
-
-    with jax.set_mesh(mesh):
-        for step, batch in prefetch(load, range(len(batches))):
-            logp_SQ = np.asarray(logprobs(params, batch))
-            rows = batches.placed(step)
-            real = rows >= 0
-            found[rows[real]] = logp_SQ.reshape(len(rows), -1)[real]
-            progress.update(step + 1, {})
-    progress.close()
+    found = np.zeros((len(examples), len(examples.responses[0])), np.float32)
+    order = evaluation_order(len(examples), batch_size)
+    for rows, logps in score_rows("score", model.config, params, mesh, examples, order):
+        found[rows] = logps
     return found
 
 

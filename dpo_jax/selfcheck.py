@@ -20,13 +20,14 @@ class SelfCheckFailed(RuntimeError):
 
 
 def self_check(model, block, mesh, params, reference, data, rows, measured, *, eos_id: int | None, exact: bool,
-               show_row) -> str:
+               show_row, reference_logps=None) -> str:
     """Checks the first batch; returns a line to show, or raises SelfCheckFailed that shows the row that fails.
 
     block: the stage's config. rows: the batch's, as indices into `data`. reference: its weights or None.
     measured: the stage's own metrics of the batch, before any update. eos_id: what responses end in, or None.
-    exact: the reference is the initial policy, so every log-ratio must be 0, and DPO's loss log 2. Also checked:
-    every response has a scored token; the flat batch gives the log-probs of separate rows.
+    exact: the reference is the initial policy, so every log-ratio must be 0, and DPO's loss log 2; with the reference's
+    kept log-probs of all rows, `reference_logps`, up to rounding. Also checked: every response has a scored token; the
+    flat batch gives the log-probs of separate rows.
     """
     try:
         found = [f"{len(rows)} rows", _check_tokens(data, rows, eos_id)]
@@ -36,6 +37,8 @@ def self_check(model, block, mesh, params, reference, data, rows, measured, *, e
         if reference is not None and exact:
             _check_ratios(flat - _measure(model, mesh, reference, data, few, share_prompt=True), few)
             found.append(_check_loss(measured, block.loss))
+        if reference_logps is not None and exact:
+            found.append(_check_kept(flat, reference_logps[few], model, few))
         if model.head == "score":
             found.append(_check_loss(measured, "sigmoid"))  # its head starts from 0
         gap = _check_layout(flat, _measure(model, mesh, params, data, few, share_prompt=False), model, few)
@@ -79,6 +82,21 @@ def _check_ratios(ratios, rows):
                         "the same weights.", row)
 
 
+def _check_kept(flat, kept, model, rows) -> str:
+    """The reference's kept log-probs are those of the initial weights."""
+    gap = np.abs(flat - kept)
+    if not (gap <= _tolerance(model, flat)).all():
+        raise _RowFails(f"has kept reference log-probs that are {gap.max():.3g} nats from those of the weights that "
+                        "this run starts from: remove WORKDIR/reference to have them computed again.",
+                        rows[int(gap.max(axis=1).argmax())])
+    return f"kept reference = initial weights to {gap.max():.1g} nats"
+
+
+def _tolerance(model, logps) -> np.ndarray:
+    """What sums of log-probs may differ by when they are computed in another layout."""
+    return (1e-4 if model.dtype == "float32" else 2e-2) * (1 + np.abs(logps))
+
+
 def _check_loss(measured, name: str) -> str:
     """The objective's own margin is 0 at equal weights, and DPO's loss log 2."""
     loss, margin = measured["loss/train"], measured["rewards_train/margins"]
@@ -92,7 +110,7 @@ def _check_loss(measured, name: str) -> str:
 def _check_layout(flat, apart, model, rows) -> float:
     """The largest difference between the shared-prompt layout and a row per response, nats."""
     gap = np.abs(flat - apart)
-    excess = gap - (1e-4 if model.dtype == "float32" else 2e-2) * (1 + np.abs(apart))
+    excess = gap - _tolerance(model, apart)
     if (excess > 0).any():
         raise _RowFails(f"differs by {gap.max():.3g} nats between the flat batch and separate padded rows: the "
                         "attention layout is wrong.", rows[int(excess.max(axis=1).argmax())])

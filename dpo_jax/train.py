@@ -23,6 +23,7 @@ from dpo_jax.metrics import say
 from dpo_jax.models import hf, transformer
 from dpo_jax.ppo import RolloutFeed
 from dpo_jax.prompts import Prompts
+from dpo_jax.reference import ReferenceCache
 
 
 @dataclasses.dataclass
@@ -104,14 +105,18 @@ def train_stage(run: Run, stage: str) -> dict:
     initial = run.initial(stage)
     load_initial = functools.cache(lambda: initial.load(run.mesh))  # the reference and the probe share it
     reference = _reference(run, stage, initial)
+    load_reference = load_initial if reference is initial else reference and functools.partial(reference.load, run.mesh)
+    cache = None
+    if stage == "dpo" and block.cache_reference:
+        cache = ReferenceCache(run.workdir, reference, run.mesh, block.microbatch_size or block.batch_size)
     model = dataclasses.replace(initial.config, head=HEADS.get(stage, "lm"))
     job = Job(
         name=stage, folder=folder, block=block, model=model, mesh=run.mesh,
         load_init=lambda: _with_head(model, initial.load(run.mesh)),
-        load_reference=lambda: load_initial() if reference is initial else reference and reference.load(run.mesh),
+        load_reference=load_reference if reference and not cache else lambda: None,
         log=run.config.log, config=json.loads(run.config.to_json()),
         probe=_probe(run, stage, initial, load_initial))
-    params, evaluated = fit(job, _feed(run, stage, job, initial, reference))
+    params, evaluated = fit(job, _feed(run, stage, job, initial, reference, cache))
     if model.head == "lm_value":
         model, params = initial.config, _without_value(initial.config, params)
     hf.save(folder / "hf", model, initial.hf_config, params, initial.tokenizer)
@@ -122,7 +127,7 @@ def train_stage(run: Run, stage: str) -> dict:
 HEADS = {"rm": "score", "ppo": "lm_value"}  # stage -> the head it trains, where that is not the language model's
 
 
-def _feed(run: Run, stage: str, job: Job, initial, reference):
+def _feed(run: Run, stage: str, job: Job, initial, reference, cache: ReferenceCache | None):
     """Where the stage's steps come from: the policy's own completions for ppo, rows of data for all others."""
     config = run.config
     if stage == "ppo":
@@ -135,7 +140,7 @@ def _feed(run: Run, stage: str, job: Job, initial, reference):
     sampled = stage in configs.PAIR_STAGES and "pairs" in config.stages  # may end by length, without EOS
     return DataFeed(job, data, seed=config.seed + job.block.get("seed", 0) if config.data.shuffle else None,
                     eos_id=None if sampled else run.eos_id(initial.tokenizer),
-                    reference_is_init=reference is initial,
+                    reference_is_init=reference is initial, reference_logps=cache and cache.logps,
                     show_row=lambda row: dataset.show(data.train, initial.tokenizer, [row]))
 
 

@@ -30,6 +30,7 @@ def valid():
     ("model.path", "", "a hub name or a folder"),
     ("model.dtype", "float16", "one of float32, bfloat16"),
     ("model.remat", "some", "one of none, full, dots"),
+    ("model.unroll", 0, "at least 1"),
     ("data.source", "hf", "one of local, hh"),
     ("data.path", "", "a hub name, a folder or a file"),
     ("data.truncate", "middle", "one of auto"),

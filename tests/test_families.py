@@ -175,9 +175,9 @@ def test_rare_settings_are_read():
     assert families.from_hf(tiny_models.hf_config("neox-parallel", attention_bias=False)).qkv_bias is False
 
 
-def test_compute_dtype_and_remat_are_the_callers():
-    config = families.from_hf(tiny_models.hf_config("llama3"), dtype="bfloat16", remat="dots")
-    assert (config.dtype, config.remat) == ("bfloat16", "dots")
+def test_dtype_remat_and_unroll_are_the_callers():
+    config = families.from_hf(tiny_models.hf_config("llama3"), dtype="bfloat16", remat="dots", unroll=2)
+    assert (config.dtype, config.remat, config.unroll) == ("bfloat16", "dots", 2)
     assert config.rope_scaling == transformer.Llama3RopeScaling(8.0, 1.0, 4.0, 16)
 
 
@@ -284,18 +284,31 @@ def test_in_the_flat_layout_a_response_sees_its_prompt_and_itself_so_far():
     np.testing.assert_array_equal(found[:13] > 0, seen[:13])  # the padding's output is nobody's
 
 
-def test_remat_changes_neither_values_nor_gradients():
+@pytest.mark.parametrize("equation", ["SND,DHC->SNHC", "SNHC,HCD->SND", "SND,DF->SNF", "SNF,FD->SND"])
+def test_the_backward_pass_of_a_product_is_einsums(equation):
+    """The kernel's gradient is taken in another order of operands, by which of them is narrower."""
+    rng, sizes = np.random.default_rng(0), dict(S=2, N=7, D=8, H=2, C=3, F=16)
+    x, kernel = (jnp.asarray(rng.normal(size=[sizes[letter] for letter in term]), jnp.float32)
+                 for term in equation.split("->")[0].split(","))
+
+    def gradients(multiply):
+        return jax.grad(lambda x, kernel: jnp.sin(multiply(x, kernel)).sum(), (0, 1))(x, kernel)
+    for mine, theirs in zip(gradients(lambda x, kernel: transformer.product(equation, x, kernel)),
+                            gradients(lambda x, kernel: jnp.einsum(equation, x, kernel)), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-5)
+
+
+def test_remat_and_unroll_change_neither_values_nor_gradients():
     config, params = tiny(**PLAIN)
     tokens_BT = jnp.array(np.random.default_rng(0).integers(0, 40, (2, 12)))
 
     def loss(params, config):
         return jax.nn.log_softmax(transformer.logits(config, params, tokens_BT))[..., 3].sum()
     compiled = {}
-    for remat in ("none", "full", "dots"):
+    for remat, unroll in (("none", 1), ("full", 1), ("dots", 1), ("none", 2)):
         traced = jax.jit(jax.value_and_grad(loss), static_argnums=1).trace(
-            params, dataclasses.replace(config, remat=remat))
+            params, dataclasses.replace(config, remat=remat, unroll=unroll))
         assert ("remat" in str(traced.jaxpr)) == (remat != "none")
-        compiled[remat] = traced.lower().compile()(params)
-    for remat in ("full", "dots"):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5),
-                     compiled[remat], compiled["none"])
+        compiled[remat, unroll] = traced.lower().compile()(params)
+    for found in compiled.values():
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), found, compiled["none", 1])

@@ -12,8 +12,8 @@ FLOORS = [
     ["data.sources", "models.transformer", "evaluation.ngram"],
     ["data.tokenizer", "models.families", "logprobs", "evaluation.exact", "sampler"],
     ["data.dataset", "models.hf", "objectives", "step", "evaluation.policy", "evaluation.toy_report"],
-    ["checkpoint", "pretrained", "selfcheck", "models.encoder", "pairs"],
-    ["fit", "rewards", "evaluation.best_of_n"],
+    ["checkpoint", "pretrained", "selfcheck", "models.encoder", "pairs", "scoring"],
+    ["fit", "rewards", "reference", "evaluation.best_of_n"],
     ["ppo"],
     ["train", "score", "sample"],
 ]

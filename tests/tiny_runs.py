@@ -28,13 +28,13 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="?")
 
 
-def write_model(folder) -> pathlib.Path:
-    """A random two-layer Llama of 40 words in Hugging Face format."""
+def write_model(folder, scale: float = 4) -> pathlib.Path:
+    """A random two-layer Llama of 40 words in Hugging Face format, its weights `scale` times as large as others'."""
     hf_config = hf.make_config(dict(
         model_type="llama", vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, intermediate_size=32, max_position_embeddings=64, bos_token_id=0, eos_token_id=1))
     config = tiny_config()
-    params = jax.jit(lambda key: jax.tree.map(lambda x: x * 4, transformer.init(config, key)))(jax.random.key(0))
+    params = jax.jit(lambda key: jax.tree.map(lambda x: x * scale, transformer.init(config, key)))(jax.random.key(0))
     hf.save(folder, config, hf_config, params, tokenizer())
     return pathlib.Path(folder)
 

@@ -38,11 +38,13 @@ class Batches:
     """`batches[step]`: the batch of a step, in one of at most SHAPES shapes chosen from the whole run's lengths."""
 
     def __init__(self, examples, order: np.ndarray, *, microbatches: int = 1, shards: int = 1,
-                 shape: layout.Shape | None = None, scored: dict[str, list[np.ndarray]] | None = None):
+                 shape: layout.Shape | None = None, scored: dict[str, list[np.ndarray]] | None = None,
+                 per_response: dict[str, np.ndarray] | None = None):
         """examples: list of (prompt, responses) token ids; order: [steps, batch_size] rows of it.
 
         shape: that of every batch, where the rows are not known when the first batch is compiled.
         scored: name -> for each example the values [scored tokens] that go with its targets, as arrays of that name.
+        per_response: name -> values [examples, responses] that go with the responses, likewise.
         """
         batch_size = order.shape[1]
         if batch_size % (microbatches * shards):
@@ -50,7 +52,7 @@ class Batches:
                              f"over {shards} data shards (mesh.data x mesh.fsdp): change batch_size, "
                              "microbatch_size or the mesh.")
         self.order, self.microbatches, self.shards = order, microbatches, shards
-        self._examples, self._scored = examples, scored or {}
+        self._examples, self._scored, self.per_response = examples, scored or {}, per_response or {}
         self._sizes = np.array([len(prompt) + sum(map(len, responses)) for prompt, responses in examples])
         self.shapes = [shape] if shape else layout.choose({self._shape(step) for step in range(len(order))}, SHAPES)
 
@@ -110,7 +112,10 @@ class Batches:
     def _pack(self, cell: np.ndarray, shape: layout.Shape) -> dict:
         scored = {name: np.pad(values := np.concatenate([rows[row] for row in cell]), (0, shape.scored - len(values)))
                   for name, rows in self._scored.items()}
-        return layout.pack(self._of(cell), shape) | scored | dict(weights=(cell != FILLER).astype(np.float32))
+        real = cell != FILLER
+        per_response = {name: np.where(real[:, None], values[cell], 0).reshape(-1)
+                        for name, values in self.per_response.items()}
+        return layout.pack(self._of(cell), shape) | scored | per_response | dict(weights=real.astype(np.float32))
 
 
 def _stack(cells: list[dict], leading: tuple[int, int]) -> dict:

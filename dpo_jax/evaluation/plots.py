@@ -30,6 +30,31 @@ def frontier(path, *, curve, reference: float, trajectory, optimum: tuple[float,
     figure.savefig(path, dpi=150)
 
 
+CURVES = {  # metric -> title
+    "loss/eval": "held-out loss", "rewards_eval/accuracies": "held-out accuracy",
+    "rewards_eval/margins": "held-out margin", "ppo_train/reward": "reward", "ppo_train/kl": "KL, nats",
+    "frontier/reward": "expected true reward", "frontier/kl": "KL(policy || reference), nats",
+}
+
+
+def curves(path, runs: dict[str, list[dict]], field: str) -> None:
+    """What the evaluations of several runs measured against the step, a panel for each metric, written to `path`.
+
+    runs: value of `field` -> rows of metrics.jsonl.
+    """
+    from matplotlib.figure import Figure
+    found = [name for name in CURVES if any(name in row for rows in runs.values() for row in rows)]
+    figure = Figure(figsize=(4.2 * len(found), 3.8), dpi=150, layout="constrained")
+    for number, name in enumerate(found, 1):
+        axes = figure.add_subplot(1, len(found), number, title=CURVES[name], xlabel="step")
+        axes.grid(alpha=0.3)
+        for label, rows in runs.items():
+            steps, values = zip(*((row["step"], row[name]) for row in rows if name in row), strict=True)
+            axes.plot(steps, values, marker="o", markersize=3, label=label)
+    figure.legend(*axes.get_legend_handles_labels(), title=field, loc="outside right upper", frameon=False)
+    figure.savefig(path)
+
+
 STYLES = {  # method -> colour, marker and name of its points
     "dpo": ("tab:blue", "o", "DPO"),
     "ppo": ("tab:orange", "s", "PPO, reward model"),

@@ -6,6 +6,7 @@ part of them and one stored tensor, whatever the size of the model.
 
 import collections
 import copy
+import hashlib
 import json
 import pathlib
 import re
@@ -91,6 +92,15 @@ def make_config(fields):
     if unknown := [field for field in fields if not hasattr(config_class(), field)]:
         raise ValueError(f"transformers.{config_class.__name__} has no field {', '.join(unknown)}.")
     return config_class(**fields)
+
+
+def fingerprint(path) -> str:
+    """The sha256 of a folder's weight files, in the order of their names."""
+    digest = hashlib.sha256()
+    for file in sorted(pathlib.Path(path).glob("*.safetensors")):
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
 
 
 def load(path, config: TransformerConfig, shardings):

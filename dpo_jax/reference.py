@@ -1,0 +1,79 @@
+"""The reference's log-probs, computed once and kept: a sweep pays for them once and holds no second model.
+
+    WORKDIR/reference/KEY/train.npy  eval.npy    float32 [rows, responses], nan where not computed yet
+
+KEY is made of all that the numbers depend on: the reference's weights, the rows' tokens, and the code and dtype of the
+forward pass; not of beta, learning rate, seed or the run's name. A run computes the rows that it needs and that are not
+there yet; killed, it goes on where it was.
+"""
+
+import hashlib
+import inspect
+import os
+import pathlib
+
+import jax
+import numpy as np
+
+from dpo_jax import logprobs, sharding
+from dpo_jax.data import layout
+from dpo_jax.data.batches import FILLER, evaluation_order
+from dpo_jax.metrics import say
+from dpo_jax.models import attention, transformer
+from dpo_jax.pretrained import Pretrained
+from dpo_jax.scoring import score_rows
+
+CODE = (transformer, attention, logprobs, layout)  # what a log-prob is computed by
+FREE = ("remat", "unroll")  # of the model's config: they change no value
+
+
+class ReferenceCache:
+    """The log-probs of one reference model on one data set; the model's weights are loaded only to fill it."""
+
+    def __init__(self, workdir: pathlib.Path, model: Pretrained, mesh, batch_size: int):
+        """batch_size: rows at a time."""
+        self._root, self._model, self._mesh = pathlib.Path(workdir) / "reference", model, mesh
+        shards = sharding.batch_shards(mesh)
+        self._batch_size = -(-batch_size // shards) * shards
+
+    def logps(self, split: str, examples, rows: np.ndarray) -> np.ndarray:
+        """Log-probs [rows of the data set, responses], of which at least `rows` are there; nan for the others.
+
+        examples: the split, a `tokenizer.Examples`.
+        """
+        path = self._root / self._key(examples) / f"{split}.npy"
+        found = np.load(path) if path.exists() else np.full((len(examples), len(examples.responses[0])), np.nan, "f4")
+        needed = np.unique(rows[rows != FILLER])
+        missing = needed[np.isnan(found[needed]).any(axis=1)]
+        if not len(missing):
+            say(f"reference: log-probs of {len(needed)} {split} rows are in {path}")
+            return found
+        say(f"reference: {len(missing)} of {len(needed)} {split} rows to compute, kept in {path}")
+        order = evaluation_order(len(missing), self._batch_size)
+        order = np.where(order == FILLER, FILLER, missing[order])
+        for done, values in score_rows("reference", self._model.config, self._model.load(self._mesh),
+                                       self._mesh, examples, order):
+            found[done] = values
+            _put(path, found, done)
+        return found
+
+    def _key(self, examples) -> str:
+        config = {name: value for name, value in vars(self._model.config).items() if name not in FREE}
+        parts = [self._model.fingerprint(), examples.fingerprint(), repr(sorted(config.items())),
+                 *map(inspect.getsource, CODE)]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _put(path: pathlib.Path, found: np.ndarray, rows: np.ndarray) -> None:
+    """Writes rows of the array to its file, in place; a kill leaves whole rows, or nan. Process 0 only."""
+    if jax.process_index():
+        return
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_suffix(".draft")
+        with draft.open("wb") as file:
+            np.save(file, np.full_like(found, np.nan))
+        os.replace(draft, path)
+    kept = np.lib.format.open_memmap(path, mode="r+")
+    kept[rows] = found[rows]
+    kept.flush()
