@@ -4,9 +4,10 @@
     python -m dpo_jax.train --config=configs/imdb_small.py --workdir=runs/imdb_small
     python -m experiments.imdb_frontier --config=configs/imdb_small.py --workdir=runs/imdb_small
 
---config.data.path=stanfordnlp/imdb takes the reviews from the hub; methods after a colon as in configs/imdb.py. The
-true reward is an n-gram classifier fitted to the labelled reviews. A byte-level BPE of 8,192 pieces, 4 layers of width
-256 (5.3 million weights), trained on the first 96 tokens of 75,000 reviews. Comes out: as of configs/imdb.py.
+--config.data.path=stanfordnlp/imdb --config.reward.path=stanfordnlp/imdb take the reviews from the hub; methods after a
+colon as in configs/imdb.py. The true reward is an n-gram classifier fitted to the labelled reviews. A byte-level BPE of
+8,192 pieces, 4 layers of width 256 (5.3 million weights), trained on the first 96 tokens of 75,000 reviews. Comes out:
+as of configs/imdb.py.
 """
 
 from configs.imdb import STAGES

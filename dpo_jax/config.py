@@ -343,7 +343,8 @@ def _fail(field, value, expected):
 
 
 # What can change between two starts of a stage without changing what it makes.
-_FREE = ("data.show", "log_every", "save_every", "keep")
+_FREE = ("data.show", "evaluate.show", "model.remat", "model.unroll", "sampling.batch_size", "reward.batch_size",
+         "log_every", "save_every", "keep")
 
 
 def folder_names(config: ConfigDict) -> dict[str, str]:

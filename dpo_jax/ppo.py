@@ -51,7 +51,7 @@ class RolloutFeed:
 
     def __init__(self, job: Job, prompts: Prompts, reward: Callable, *, tokenizer, eos_id: int | None, sampling,
                  seed: int):
-        """reward: (prompts, completions) -> scores; sampling: the config's block."""
+        """reward: (prompts, completions, tokens) -> scores; sampling: the config's block."""
         block, size = job.block, len(prompts)
         self.total = block.steps or int(block.epochs * size / block.batch_size)
         if not self.total or not size:

@@ -22,13 +22,13 @@ def make(examples, tokenizer, sampling, seed: int) -> Prompts:
     """The prompts of tokenised rows; with sampling.max_prefix, the starts of their texts instead.
 
     A prefix has sampling.min_prefix to max_prefix tokens, each length as likely (appendix C.1), behind the BOS or
-    whatever else the tokenizer starts a text with; rows with fewer tokens than min_prefix are left out.
+    whatever else the tokenizer starts a text with; texts that do not go on behind max_prefix tokens are left out.
     """
     if sampling.max_prefix:
         lengths = np.random.default_rng(seed).integers(sampling.min_prefix, sampling.max_prefix + 1, len(examples))
         ids = [np.concatenate([prompt, responses[0][:length]])
                for (prompt, responses), length in zip(examples, lengths, strict=True)
-               if len(responses[0]) > sampling.min_prefix]
+               if len(responses[0]) > sampling.max_prefix + 1]  # the last token may be EOS
     else:
         ids = examples.prompts
     return Prompts(list(ids), tokenizer.batch_decode(ids, skip_special_tokens=True))

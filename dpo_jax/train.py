@@ -71,8 +71,11 @@ class Run:
 
     def eval_prompts(self, stage: str, tokenizer) -> Prompts:
         """The first held-out prompts, as many as the stage's block says."""
-        found = self.load_prompts(tokenizer)["eval"]
-        return found.take(range(min(self.config[stage].prompts, len(found))))
+        found, wanted = self.load_prompts(tokenizer)["eval"], self.config[stage].prompts
+        if len(found) < wanted:
+            raise ValueError(f"config.{stage}.prompts = {wanted}, but there are {len(found)} held-out prompts: lower "
+                             "it, or hold out more rows (config.data.max_eval_rows).")
+        return found.take(range(wanted))
 
     def reward(self, name: str):
         """The reward of a stage: "true" is config.reward, "rm" the rm stage's model."""

@@ -27,6 +27,8 @@ def config_of(module, method: str, value: float):
     config = module.get_config(method)
     stage, _, field = SWEEP[method][0].partition(".")
     config[stage][field] = value
+    if stage == "dpo":
+        config.dpo.cache_reference = True  # its four runs share it
     config.run = f"{method}_{value:g}"
     return config, stage
 
@@ -39,25 +41,32 @@ def load_module(path: str):
     return module
 
 
+REVIEWS = 25_000  # in IMDb's train split, a prompt each
+
+
 def cost(config, stage: str) -> str:
     """What a run has to do after the stages that it shares."""
-    block = config[stage]
-    size = config.data.max_length
+    block, sampling = config[stage], config.sampling
     if stage == "ppo":
-        steps = block.steps or int(block.epochs * 25_000 / block.batch_size)
-        return (f"{steps} steps: {steps * block.batch_size:,} completions of up to {config.sampling.max_new_tokens} "
+        steps = block.steps or int(block.epochs * REVIEWS / block.batch_size)
+        return (f"{steps} steps: {steps * block.batch_size:,} completions of up to {sampling.max_new_tokens} "
                 f"tokens, {block.inner_epochs} passes over each")
+    size = 1 + sampling.max_prefix + sampling.max_new_tokens  # BOS, the prompt, the completion
     pairs = config.pairs.prompts * config.pairs.completions * (config.pairs.completions - 1) // 2
     steps = block.steps or int(block.epochs * pairs / block.batch_size)
     return f"{steps} steps: {steps * block.batch_size:,} pairs of up to {size} tokens"
 
 
-def rows_of(folder: pathlib.Path, method: str, label: str) -> list[dict]:
-    """What a run's evaluations measured."""
+def rows_of(folder: pathlib.Path, method: str, value: float) -> list[dict]:
+    """What a run's evaluations measured; none where it has not begun."""
     from dpo_jax.metrics import read_rows
-    return [dict(panel="imdb", method=method, parameter=label, seed=0, step=row["step"],
+    if not (folder / "metrics.jsonl").exists():
+        return []
+    label, seed = SWEEP[method][2].format(value), value if method == "preferred_ft" else 0
+    return [dict(panel="imdb", method=method, parameter=label, seed=seed, step=row["step"],
                  **{name: row[f"frontier/{name}"] for name in ("reward", "reward_se", "kl", "kl_se", "kl_sampled",
-                                                               "length", "eos_rate", "repetition")})
+                                                               "kl_sampled_se", "length", "eos_rate",
+                                                               "repetition")})
             for row in read_rows(folder / "metrics.jsonl") if row["step"] and "frontier/kl" in row]
 
 
@@ -76,24 +85,23 @@ def best_of_n(module, folder: pathlib.Path) -> tuple[list[dict], tuple]:
 
 
 def run(config_path: str, workdir: str, methods: list[str], dry_run: bool) -> None:
-    """Runs what is not done yet and draws the figure; with dry_run only says what would be done."""
+    """Runs what is not done yet and draws the figure of all that is; with dry_run only says what would be done."""
     from dpo_jax import config as configs
     from dpo_jax import train
     from dpo_jax.evaluation import plots
     module, folder = load_module(config_path), pathlib.Path(workdir)
     rows = []
-    for method in methods:
-        _, values, label = SWEEP[method]
+    for method, (_, values, _) in SWEEP.items():
         for value in values:
             config, stage = config_of(module, method, value)
             configs.validate(config)
             trained = folder / configs.folder_names(config)[stage]
-            done = (trained / "done.json").exists()
-            print(f"{config.run:<22}{'done' if done else cost(config, stage)}", flush=True)
-            if not dry_run:
-                train.run_stages(config, workdir)
-                rows += rows_of(trained, method, label.format(value))
-                (folder / "frontier.json").write_text(json.dumps(rows, indent=1) + "\n")
+            if method in methods:
+                done = (trained / "done.json").exists()
+                print(f"{config.run:<22}{'done' if done else cost(config, stage)}", flush=True)
+                if not dry_run:
+                    attempt(train.run_stages, config, workdir)
+            rows += rows_of(trained, method, value)
     if not dry_run:
         of_reference, optimum = best_of_n(module, folder)
         rows += of_reference
@@ -101,6 +109,14 @@ def run(config_path: str, workdir: str, methods: list[str], dry_run: bool) -> No
         plots.panels(folder / "frontier.png", rows, {"imdb": optimum}, {"imdb": "controlled sentiment on IMDb"},
                      curve_name="optimum, estimated from the reference")
         print(f"{folder / 'frontier.json'}, {folder / 'frontier.png'}")
+
+
+def attempt(run_stages, config, workdir: str) -> None:
+    """A run that diverges ends there, and is drawn as far as it came; the others go on."""
+    try:
+        run_stages(config, workdir)
+    except FloatingPointError as error:
+        print(f"{config.run}: {error}", flush=True)
 
 
 def main():

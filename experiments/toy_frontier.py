@@ -29,7 +29,7 @@ SWEEPS = {  # method -> (field, values, how a value is written)
     "ppo": ("ppo.target_kl", (0.5, 1.0, 3.0, 6.0), "target {:g}"),
     "ppo_gt": ("ppo.target_kl", (0.5, 1.0, 3.0, 6.0), "target {:g}"),
 }
-STEPS = {"dpo": 300, "unlikelihood": 300, "preferred_ft": 300, "rm": 600, "ppo": 40}
+STEPS = {"dpo": 300, "unlikelihood": 300, "preferred_ft": 300, "rm": 600, "ppo": 42}  # evaluated at each third
 PROMPTS = 4000  # x 4 completions x 6 pairs, the paper's construction
 BEST_OF = (1, 4, 16, 64, 128)
 RM_BETAS = (5.0, 2.0, 1.0, 0.5, 0.25)  # of the optimal policies for the learned reward
@@ -47,6 +47,8 @@ def config_of(panel: str, method: str, value: float | None, seed: int):
         config.pairs.update(prompts=PROMPTS, labels=labels)
     for stage in set(config.stages) & STEPS.keys():
         config[stage].update(steps=STEPS[stage], eval_every=STEPS[stage] // 3, save_every=STEPS[stage], log_every=10)
+    if method == "dpo":
+        config.dpo.cache_reference = True  # its seven runs share it
     field, _, _ = SWEEPS[method]
     stage = "ppo" if method == "ppo_gt" else method
     if field:
@@ -161,10 +163,13 @@ def _one_thread():
 
 def main():
     from absl import app, flags
+
+    from dpo_jax import runtime
     workdir = flags.DEFINE_string("workdir", None, "Where the runs and the results are.")
     panels = flags.DEFINE_multi_enum("panel", list(PANELS), list(PANELS), "Which panels; may be repeated.")
     jobs = flags.DEFINE_integer("jobs", 2, "Processes.")
     flags.mark_flags_as_required(["workdir"])
+    runtime.start()
     app.run(lambda _: run(workdir.value, panels.value, jobs.value))
 
 

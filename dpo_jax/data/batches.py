@@ -53,7 +53,9 @@ class Batches:
                              "microbatch_size or the mesh.")
         self.order, self.microbatches, self.shards = order, microbatches, shards
         self._examples, self._scored, self.per_response = examples, scored or {}, per_response or {}
-        self._sizes = np.array([len(prompt) + sum(map(len, responses)) for prompt, responses in examples])
+        self._lengths = layout.lengths_of(examples)
+        self._sizes = self._lengths[0] + self._lengths[1].sum(axis=1)
+        self._shortest = int(np.argmin(self._sizes))  # it stands in for fillers
         self.shapes = [shape] if shape else layout.choose({self._shape(step) for step in range(len(order))}, SHAPES)
 
     def __len__(self) -> int:
@@ -89,25 +91,31 @@ class Batches:
         for step in range(len(self)):
             shape = next(shape for shape in self.shapes if shape.covers(self._shape(step)))
             for cell in self._cells(step):
-                real = layout.shape_of(self._of(cell), buckets=len(cell) * 2)
-                dense, real_dense = dense + shape.tokens, real_dense + real.tokens
+                prompt_P, response_PK = self._lengths_of(cell)
+                dense, real_dense = dense + shape.tokens, real_dense + prompt_P.sum() + response_PK.sum()
                 attention += sum(count * length**2 for count, length in shape.rows)
-                real_attention += sum(count * length**2 for count, length in real.rows)
-        return dict(dense=1 - real_dense / dense, attention=1 - real_attention / attention)
+                real_attention += ((prompt_P[:, None] + response_PK)**2).sum()
+        return dict(dense=float(1 - real_dense / dense), attention=float(1 - real_attention / attention))
 
     def _cells(self, step: int) -> list[np.ndarray]:
         """The batch's rows, dealt to microbatches x shards so that each gets about as many tokens."""
         rows = self.order[step]
-        filled = np.where(rows == FILLER, np.argmin(self._sizes), rows)
+        filled = self._filled(rows)
         by_size = np.argsort(-self._sizes[filled], kind="stable").reshape(-1, self.microbatches * self.shards)
         by_size[1::2] = by_size[1::2, ::-1]  # back and forth, so that no cell always gets the longer one
         return [rows[column] for column in by_size.T]
 
     def _of(self, cell: np.ndarray) -> list:
-        return [self._examples[np.argmin(self._sizes) if row == FILLER else row] for row in cell]
+        return [self._examples[row] for row in self._filled(cell)]
+
+    def _filled(self, rows: np.ndarray) -> np.ndarray:
+        return np.where(rows == FILLER, self._shortest, rows)
+
+    def _lengths_of(self, cell: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return tuple(lengths[self._filled(cell)] for lengths in self._lengths)
 
     def _shape(self, step: int) -> layout.Shape:
-        return layout.union(layout.shape_of(self._of(cell)) for cell in self._cells(step))
+        return layout.union(layout.shape_of_lengths(*self._lengths_of(cell)) for cell in self._cells(step))
 
     def _pack(self, cell: np.ndarray, shape: layout.Shape) -> dict:
         scored = {name: np.pad(values := np.concatenate([rows[row] for row in cell]), (0, shape.scored - len(values)))

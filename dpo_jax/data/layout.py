@@ -13,7 +13,8 @@ read at `predict_M` (the token before each response token) against `targets_M`, 
 `owner_M`; padding belongs to no response (owner = Q). `ends_Q` is each response's last token, where a reward
 model reads its score.
 
-Letters: N tokens, K places of a token, R rows of T tokens, M scored positions, P examples, Q responses.
+Letters: N tokens, K responses of an example (so places of a token), J its parts, R rows of T tokens,
+M scored positions, P examples, Q responses.
 """
 
 import dataclasses
@@ -35,12 +36,23 @@ class Shape:
                 and all(mine[1] >= its[1] for mine, its in zip(self.rows, other.rows, strict=True)))
 
 
+def lengths_of(examples) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of each prompt [P] and of each response [P, K]; `examples` is a list of (prompt, responses)."""
+    return (np.array([len(prompt) for prompt, _ in examples]),
+            np.array([list(map(len, responses)) for _, responses in examples]))
+
+
 def shape_of(examples, *, share_prompt=True, buckets=BUCKETS) -> Shape:
-    """The smallest shape that holds the examples; `examples` is a list of (prompt, responses)."""
-    lengths = sorted((len(prompt) + len(r) for prompt, responses in examples for r in responses), reverse=True)
-    scored = sum(len(r) for _, responses in examples for r in responses)
-    prompts = sum(len(prompt) * (1 if share_prompt else len(responses)) for prompt, responses in examples)
-    parts = np.array_split(np.array(lengths), min(buckets, len(lengths)))
+    """The smallest shape that holds the examples."""
+    return shape_of_lengths(*lengths_of(examples), share_prompt=share_prompt, buckets=buckets)
+
+
+def shape_of_lengths(prompt_P, response_PK, *, share_prompt=True, buckets=BUCKETS) -> Shape:
+    """Likewise, from their lengths."""
+    lengths = -np.sort(-(prompt_P[:, None] + response_PK).ravel())
+    scored = int(response_PK.sum())
+    prompts = int(prompt_P.sum()) * (1 if share_prompt else response_PK.shape[1])
+    parts = np.array_split(lengths, min(buckets, len(lengths)))
     return Shape(prompts + scored, tuple((len(part), int(part[0])) for part in parts), scored)
 
 
@@ -73,51 +85,52 @@ def choose(shapes, limit: int) -> list[Shape]:
 
 
 def pack(examples, shape: Shape, *, share_prompt=True) -> dict:
-    """One shard's arrays, as the module's docstring says; int32.
+    """One shard's arrays, as the module's docstring says; int32. Examples have equally many responses, K.
 
     share_prompt=False lays a prompt down once per response: the plain layout, to check the shared one against.
     """
-    response_count = sum(len(responses) for _, responses in examples)
-    batch = dict(tokens=np.zeros(shape.tokens, np.int32), positions=np.zeros(shape.tokens, np.int32),
-                 predict=np.zeros(shape.scored, np.int32), targets=np.zeros(shape.scored, np.int32),
-                 owner=np.full(shape.scored, response_count, np.int32),
-                 counts=np.zeros(response_count, np.int32), ends=np.zeros(response_count, np.int32))
-    index, sequences, n, m = np.arange(shape.tokens), [], 0, 0
-    for prompt, responses in examples:
-        for k, response in enumerate(responses):
-            if k == 0 or not share_prompt:
-                start, n = n, n + len(prompt)
-                batch["tokens"][start:n] = prompt
-                batch["positions"][start:n] = index[:len(prompt)]
-            end, scored_end = n + len(response), m + len(response)
-            sequence = np.concatenate((index[start:start + len(prompt)], index[n:end]))
-            batch["tokens"][n:end] = response
-            batch["positions"][n:end] = index[len(prompt):len(sequence)]
-            batch["predict"][m:scored_end] = sequence[len(prompt) - 1:-1]
-            batch["targets"][m:scored_end] = response
-            batch["owner"][m:scored_end] = len(sequences)
-            batch["counts"][len(sequences)] = len(response)
-            batch["ends"][len(sequences)] = end - 1
-            sequences.append(sequence)
-            n, m = end, scored_end
-    return batch | _attention_rows(sequences, shape, most_uses=max(len(responses) for _, responses in examples))
+    if not share_prompt:
+        examples = [(prompt, (response,)) for prompt, responses in examples for response in responses]
+    tokens = np.concatenate([part for prompt, responses in examples for part in (prompt, *responses)])
+    # Parts, the first of each example its prompt, stand one after the other; a response goes on from its prompt's end.
+    prompt_P, response_PK = lengths_of(examples)
+    length_PJ = np.concatenate([prompt_P[:, None], response_PK], axis=1)
+    start_PJ = (np.cumsum(length_PJ) - length_PJ.ravel()).reshape(length_PJ.shape)
+    prompt_Q, first_Q = (np.repeat(x_PJ[:, 0], x_PJ.shape[1] - 1) for x_PJ in (length_PJ, start_PJ))
+    count_Q, start_Q = (x_PJ[:, 1:].ravel() for x_PJ in (length_PJ, start_PJ))
+    offset_PJ = start_PJ - np.where(np.arange(length_PJ.shape[1]), length_PJ[:, :1], 0)
+    owner = np.repeat(np.arange(len(count_Q)), count_Q)
+    nth = np.arange(len(owner)) - (np.cumsum(count_Q) - count_Q)[owner]  # of its response
+    scored = start_Q[owner] + nth
+    predict = np.where(nth, scored - 1, (first_Q + prompt_Q - 1)[owner])
+    rows, back, uses = _attention_rows(first_Q, prompt_Q, start_Q, count_Q, length_PJ.shape[1] - 1, shape)
+    arrays = dict(
+        tokens=_padded(tokens, shape.tokens), positions=_padded(np.arange(len(tokens)) - np.repeat(
+            offset_PJ.ravel(), length_PJ.ravel()), shape.tokens),
+        predict=_padded(predict, shape.scored), targets=_padded(tokens[scored], shape.scored),
+        owner=_padded(owner, shape.scored, len(count_Q)), counts=count_Q, ends=start_Q + count_Q - 1,
+        rows=rows, back=back, uses=uses)
+    return {name: tuple(map(np.int32, x)) if name == "rows" else x.astype(np.int32) for name, x in arrays.items()}
 
 
-def _attention_rows(sequences, shape: Shape, most_uses: int) -> dict:
+def _attention_rows(first_Q, prompt_Q, start_Q, count_Q, responses: int, shape: Shape):
     """`rows`, `back` and `uses`: the sequences, longest first, dealt to the shape's buckets."""
-    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
-    rows, back = [], np.zeros(shape.tokens, np.int32)
-    places = np.arange(sum(count * length for count, length in shape.rows))
-    uses, used = np.full((shape.tokens, most_uses), -1, np.int32), np.zeros(shape.tokens, np.int32)
-    offset = 0
+    order = np.argsort(-(prompt_Q + count_Q), kind="stable")
+    uses_NK, rows, offset, dealt = np.full((shape.tokens, responses), -1), [], 0, 0
     for count, length in shape.rows:
-        bucket = np.zeros((count, length), np.int32)
-        for row, i in zip(bucket, order, strict=False):
-            sequence = sequences[i]
-            row[:len(sequence)] = sequence
-            back[sequence] = uses[sequence, used[sequence]] = places[offset:offset + len(sequence)]
-            used[sequence] += 1
-            offset += length
-        order = order[count:]
-        rows.append(bucket)
-    return dict(rows=tuple(rows), back=back, uses=uses)
+        some_R = order[dealt:dealt + count]
+        first, prompt, start, end = (x_Q[some_R, None] for x_Q in (first_Q, prompt_Q, start_Q, prompt_Q + count_Q))
+        t = np.arange(length)
+        token_RT = np.where(t < prompt, first + t, start + t - prompt)
+        real_RT = t < end
+        place_RT = offset + np.arange(len(some_R))[:, None] * length + t
+        use_RT = np.where(t < prompt, some_R[:, None] % responses, 0)  # a prompt's token is in each response's row
+        uses_NK[token_RT[real_RT], use_RT[real_RT]] = place_RT[real_RT]
+        rows.append(np.where(real_RT, token_RT, 0))
+        rows[-1] = np.pad(rows[-1], ((0, count - len(some_R)), (0, 0)))
+        offset, dealt = offset + count * length, dealt + count
+    return tuple(rows), np.maximum(uses_NK[:, 0], 0), uses_NK
+
+
+def _padded(x, size: int, fill: int = 0):
+    return np.pad(x, (0, size - len(x)), constant_values=fill)
