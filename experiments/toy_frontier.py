@@ -148,7 +148,7 @@ def run(workdir: str, panels: list[str], jobs: int) -> list[dict]:
     curves = {panel: curve(workdir, panel, 1.05 * max(row["kl"] for row in rows if row["panel"] == panel))
               for panel in panels}
     plots.panels(pathlib.Path(workdir) / "frontier.png", rows, curves, {panel: PANELS[panel][0] for panel in panels},
-                 curve_name="highest reward at this KL (exact)")
+                 curve_name="highest reward at this KL (exact, first seed)")
     print(table(rows))
     print(f"{workdir}/frontier.json, {workdir}/frontier.png: {time.monotonic() - began:.0f} s")
     return rows

@@ -9,6 +9,9 @@ import pytest
 from tiny_runs import ROOT, environment
 
 from dpo_jax import config as configs
+from dpo_jax import pretrained, prompts, rewards, sharding
+from dpo_jax.data import toy
+from dpo_jax.evaluation import policy
 from experiments import imdb_frontier, toy_frontier
 
 
@@ -53,6 +56,18 @@ def test_the_toys_runs_are_valid_and_have_folders_of_their_own():
         assert len({config.run for config, _ in runs}) == 20
 
 
+def sampled(folder, run) -> dict[str, float]:
+    """What `evaluate` measures of a run's policy from samples, as it would where nothing can be enumerated."""
+    mesh = sharding.make_mesh()
+    start, end = (pretrained.open_model(str(folder / name / "hf")) for name in ("sft", run))
+    ids = [np.array([prompt], np.int32) for prompt in np.resize(toy.PROMPTS, 8192)]
+    found = prompts.Prompts(ids, start.tokenizer.batch_decode(ids))
+    values, _ = policy.evaluate(start.config, mesh, end.load(mesh), start.load(mesh), found, start.tokenizer,
+                                rewards.make("toy", "", 64, mesh), max_new_tokens=toy.LENGTH, batch_size=4096, seed=0,
+                                eos_id=None)
+    return values
+
+
 @pytest.mark.slow
 def test_the_toy_frontier_is_where_theory_puts_it(tmp_path):
     """Panel (a), two seeds: exact facts only; which method is ahead is reported, not asserted."""
@@ -68,4 +83,12 @@ def test_the_toy_frontier_is_where_theory_puts_it(tmp_path):
             assert abs(row["kl"] - row["analytic_kl"]) < 0.02, (beta, seed)
         closed = last["preferred_ft_closed_form", "", seed]
         assert abs(last["preferred_ft", "", seed]["reward"] - closed["reward"]) < 0.03
+        assert abs(last["preferred_ft", "", seed]["kl"] - closed["kl"]) < 0.03
+    for run, row in (("dpo_2", last["dpo", "β=2", 0]), ("dpo_0.5", last["dpo", "β=0.5", 0]),
+                     ("ppo_gt_1", last["ppo_gt", "target 1", 0])):
+        values = sampled(tmp_path / "a-0", run)
+        for name, exact in (("reward", row["reward"]), ("kl", row["kl"]), ("kl_sampled", row["kl"])):
+            error = values[f"frontier/{name}_se"]
+            assert abs(values[f"frontier/{name}"] - exact) < 3 * error, (run, name)
+            assert error < 0.1
         assert np.isfinite([row["kl"] for row in rows]).all()

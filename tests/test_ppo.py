@@ -1,4 +1,4 @@
-"""PPO's own arithmetic against plain loops, and whole runs on the toy and on a tiny Llama."""
+"""PPO's own arithmetic against plain loops; whole runs are in test_baselines.py."""
 
 import numpy as np
 import pytest

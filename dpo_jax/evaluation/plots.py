@@ -63,8 +63,9 @@ STYLES = {  # method -> colour, marker and name of its points
     "preferred_ft": ("tab:purple", "P", "Preferred-FT"),
     "best_of_n": ("tab:brown", "x", "best of N"),
     "rm_optimum": ("tab:olive", "+", "optimum for the reward model"),
+    "preferred_ft_closed_form": ("tab:purple", "X", "Preferred-FT, closed form"),
 }
-UNTRAINED = ("best_of_n", "rm_optimum")  # no steps: a dashed line joins the parameters
+UNTRAINED = ("best_of_n", "rm_optimum", "preferred_ft_closed_form")  # no steps: a dashed line joins the parameters
 TICKS = (0, 0.1, 0.5, 1, 2, 4, 6, 8, 10, 15, 20, 30, 40, 60)  # nats
 MARK = 5  # typographic points around a point that a label keeps clear of
 PLACES = [(right, up, gap) for gap in (5, 11, 18, 26) for right, up in (  # of a label, nearest first
@@ -74,8 +75,9 @@ PLACES = [(right, up, gap) for gap in (5, 11, 18, 26) for right, up in (  # of a
 def panels(path, rows: list[dict], curves: dict[str, tuple], titles: dict[str, str], *, curve_name: str) -> None:
     """Reward against KL for all methods, a panel for each value of the rows' `panel`, written to `path`.
 
-    rows: as in frontier.json: panel, method, parameter, seed, step, reward, kl. A run's checkpoints are joined by a
-    thin line, its last one is the large point. curves: panel -> (kls, rewards) of the best that can be, from KL 0,
+    rows: as in frontier.json: panel, method, parameter, seed, step, reward, kl, and where it is known the optimum that
+    a run aims at, analytic_reward and analytic_kl. A run's checkpoints are joined by a thin line, its last one is the
+    large point. curves: panel -> (kls, rewards) of the best that can be, from KL 0,
     where the reference is. The KL axis goes by the square root, as many points are near 0.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -122,6 +124,10 @@ def _draw_methods(axes, rows: list[dict]) -> list[tuple]:
                 axes.plot(kls, rewards, color=color, linewidth=0.6, alpha=0.5, marker=marker, markersize=2.5)
                 last = run[-1:]
             axes.plot([row["kl"] for row in last], [row["reward"] for row in last], **whole)
+            for row in last:
+                if "analytic_kl" in row:
+                    axes.plot(row["analytic_kl"], row["analytic_reward"], "*", color="crimson", markersize=9,
+                              fillstyle="none", zorder=6, label=f"{name}: optimum for its β")
             ends += [(row["kl"], row["reward"], row["parameter"], color) for row in last]
     return ends
 
