@@ -95,6 +95,8 @@ def load(folder: pathlib.Path, kind: str) -> Dataset:
 def complete(model, mesh, params, prompts: Prompts, tokenizer, reward: Callable, *, n: int, sampling, seed: int,
              eos_id: int | None, folder: pathlib.Path) -> list[dict]:
     """A row for each prompt, as `score` makes them; kept in completions.jsonl from where a killed run goes on."""
+    settings = sampler.Sampling(sampling.max_new_tokens)
+    sampler.check(model, prompts.ids, settings)  # all of them, before the first is paid for
     path = folder / stages.COMPLETIONS
     rows = stages.read_lines(path)
     if rows:
@@ -103,8 +105,8 @@ def complete(model, mesh, params, prompts: Prompts, tokenizer, reward: Callable,
     size = max(1, CHUNKS * sampling.batch_size // n)
     for start in range(len(rows), len(prompts), size):
         chunk = prompts.take(range(start, min(start + size, len(prompts))))
-        drawn = sampler.sample(model, mesh, params, chunk.ids, sampler.Sampling(sampling.max_new_tokens), seed=seed,
-                               eos_id=eos_id, n=n, first=start, batch_size=sampling.batch_size)
+        drawn = sampler.sample(model, mesh, params, chunk.ids, settings, seed=seed, eos_id=eos_id, n=n, first=start,
+                               batch_size=sampling.batch_size)
         made = score(chunk, drawn, tokenizer, reward)
         stages.append_lines(path, made)
         rows += made

@@ -57,6 +57,7 @@ class RolloutFeed:
         if not self.total or not size:
             raise ValueError(f"ppo: {size} prompts make no step of config.ppo.batch_size = {block.batch_size} in "
                              f"{block.epochs} epochs; lower it, or set config.ppo.steps.")
+        sampler.check(job.model, prompts.ids, sampler.Sampling(sampling.max_new_tokens))
         self.updates = self.total * block.inner_epochs * (block.batch_size // block.minibatch_size)
         self.controls = dict(kl_coef=block.init_kl_coef, score_mean=0.0, score_std=1.0)
         self._job, self._prompts, self._reward, self._tokenizer = job, prompts, reward, tokenizer

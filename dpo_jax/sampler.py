@@ -9,7 +9,6 @@ Letters: B rows (a prompt and which of its completions), T tokens of a padded pr
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -43,12 +42,12 @@ class Completion:
 
 
 def sample(model: TransformerConfig, mesh, params, prompts: list[np.ndarray], sampling: Sampling, *, seed: int,
-           eos_id: int | None, n: int = 1, first: int = 0, batch_size: int = 64,
-           progress: Callable | None = None) -> list[list[Completion]]:
+           eos_id: int | None, n: int = 1, first: int = 0,
+           batch_size: int = 64) -> list[list[Completion]]:
     """n completions of each prompt.
 
     first: the index of the first prompt among those that share the seed. batch_size: rows at a time, over all
-    devices. progress: called with (prompts done, of how many).
+    devices.
     Raises ValueError for settings or prompts that cannot be.
     """
     check(model, prompts, sampling, n=n, first=first, batch_size=batch_size)
@@ -67,8 +66,6 @@ def sample(model: TransformerConfig, mesh, params, prompts: list[np.ndarray], sa
                               np.float32(sampling.temperature), np.int32(sampling.top_k), np.float32(sampling.top_p))
         for (row, number), *values in zip(part, *map(np.asarray, drawn), strict=False):
             found[row][number] = _completion(*values, eos_id)
-        if progress:
-            progress((start + len(part)) // n, len(prompts))
     return found
 
 

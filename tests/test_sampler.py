@@ -138,12 +138,6 @@ def test_settings_compile_nothing_new(tiny, drawn):
     assert sampler._generate._cache_size() == before
 
 
-def test_progress_counts_prompts(tiny):
-    calls = []
-    draw(tiny, batch_size=4, progress=lambda *call: calls.append(call))
-    assert calls == [(1, 5), (2, 5), (4, 5), (5, 5)]
-
-
 # how tokens are drawn
 
 @pytest.fixture(scope="module")
