@@ -7,6 +7,7 @@ Tokens are kept beside the text, so that training reads what was sampled: no EOS
 and no other tokens for the same text.
 """
 
+import functools
 import itertools
 import pathlib
 from collections.abc import Callable
@@ -77,8 +78,9 @@ def label(rows: list[dict], labels: str, rng) -> tuple[list[dict], dict[str, int
     return pairs, {"equal completions": equal, "equal rewards": tied}
 
 
+@functools.lru_cache(maxsize=1)  # the runs of a sweep in one process read them once
 def load(folder: pathlib.Path, kind: str) -> Dataset:
-    """The pairs that the stage made, as data to train on; of kind "sft", the chosen responses."""
+    """The pairs that a finished stage made, as data to train on; of kind "sft", the chosen responses."""
     ledger, found = Ledger(), {}
     for split, file in FILES.items():
         examples, counts = Examples(), getattr(ledger, split)

@@ -4,10 +4,11 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
+import numpy as np
 
 from dpo_jax import sharding
+from dpo_jax.data import layout, toy
 from dpo_jax.data import tokenizer as tokenizers
-from dpo_jax.data import toy
 from dpo_jax.metrics import say
 from dpo_jax.models import families, hf, transformer
 
@@ -28,20 +29,24 @@ class Pretrained:
 
     def check(self, examples) -> None:
         """ValueError where a row has a token the model does not know, or more tokens than it has positions."""
-        longest = 0
-        for where, (prompt, responses) in zip(examples.where, examples, strict=True):
-            largest = max(int(ids.max()) for ids in (prompt, *responses))
-            length = len(prompt) + max(map(len, responses))
-            longest = max(longest, length)
-            if largest >= self.config.vocab:
-                raise ValueError(f"{where} has token {largest}, but the model's vocabulary ends at "
-                                 f"{self.config.vocab - 1}: this tokenizer is another model's.")
-            if self.config.learned_positions and length > self.config.max_positions:
-                raise ValueError(f"{where} has {length} tokens, but the model has {self.config.max_positions} "
-                                 "positions: lower config.data.max_length (--max_length).")
-        if longest > self.config.max_positions:
-            say(f"warning: rows of up to {longest} tokens, but the model was made for {self.config.max_positions}; "
-                "config.data.max_length cuts them.")
+        if not len(examples):
+            return
+        prompt_P, response_PK = layout.lengths_of(examples)
+        length_P = prompt_P + response_PK.max(axis=1)
+        size_P = prompt_P + response_PK.sum(axis=1)
+        ids = np.concatenate([part for prompt, responses in examples for part in (prompt, *responses)])
+        largest_P = np.maximum.reduceat(ids, np.cumsum(size_P) - size_P)
+        if largest_P.max() >= self.config.vocab:
+            row = int(np.argmax(largest_P >= self.config.vocab))
+            raise ValueError(f"{examples.where[row]} has token {largest_P[row]}, but the model's vocabulary ends at "
+                             f"{self.config.vocab - 1}: this tokenizer is another model's.")
+        if self.config.learned_positions and length_P.max() > self.config.max_positions:
+            row = int(np.argmax(length_P > self.config.max_positions))
+            raise ValueError(f"{examples.where[row]} has {length_P[row]} tokens, but the model has "
+                             f"{self.config.max_positions} positions: lower config.data.max_length (--max_length).")
+        if length_P.max() > self.config.max_positions:
+            say(f"warning: rows of up to {length_P.max()} tokens, but the model was made for "
+                f"{self.config.max_positions}; config.data.max_length cuts them.")
 
 
 def open_model(path: str, *, tokenizer: str = "", words=None, **options) -> Pretrained:

@@ -29,7 +29,7 @@ SWEEPS = {  # method -> (field, values, how a value is written)
     "ppo": ("ppo.target_kl", (0.5, 1.0, 3.0, 6.0), "target {:g}"),
     "ppo_gt": ("ppo.target_kl", (0.5, 1.0, 3.0, 6.0), "target {:g}"),
 }
-STEPS = {"dpo": 300, "unlikelihood": 300, "preferred_ft": 300, "rm": 600, "ppo": 42}  # evaluated at each third
+STEPS = {"dpo": 240, "unlikelihood": 240, "preferred_ft": 240, "rm": 480, "ppo": 42}  # evaluated at each third
 PROMPTS = 4000  # x 4 completions x 6 pairs, the paper's construction
 BEST_OF = (1, 4, 16, 64, 128)
 RM_BETAS = (5.0, 2.0, 1.0, 0.5, 0.25)  # of the optimal policies for the learned reward
@@ -43,6 +43,7 @@ def config_of(panel: str, method: str, value: float | None, seed: int):
     config = toy.get_config(method)
     config.seed = seed
     config.reward.kind = reward
+    config.model.unroll = 2  # all its layers
     if "pairs" in config.stages:
         config.pairs.update(prompts=PROMPTS, labels=labels)
     for stage in set(config.stages) & STEPS.keys():

@@ -146,6 +146,7 @@ def init(config: TransformerConfig, key: jax.Array):
     return Transformer(config).init(key, tokens_SN, tokens_SN)["params"]
 
 
+@functools.cache
 def abstract(config: TransformerConfig):
     """The shapes and dtypes of the weights, without making them."""
     return jax.eval_shape(lambda: init(config, jax.random.key(0)))
