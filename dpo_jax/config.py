@@ -198,7 +198,7 @@ def validate(config: ConfigDict) -> None:
         _fail("stages", config.stages, "one of " + ", ".join(POLICY_STAGES) + " a run; give the next a run of its own")
     if config.run and not set(config.stages) & set(TRAINING_STAGES):
         _fail("run", config.run, "empty where no stage trains")
-    if config.run in BLOCKS or config.run and not re.fullmatch(r"\w[\w.-]*", config.run):
+    if config.run in (*BLOCKS, "reference") or config.run and not re.fullmatch(r"\w[\w.-]*", config.run):
         _fail("run", config.run, "a folder's name in letters, digits, '.', '_' and '-', other than a stage's")
     _validate_model(config.model)
     _validate_data(config.data)

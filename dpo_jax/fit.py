@@ -89,7 +89,6 @@ def fit(job: Job, feed) -> tuple[dict, dict[str, float]]:
         evaluate(params, reference, hyper) -> {name: value}, on what is held out
         tokens(step) -> how many real tokens it reads;  rows(step) -> their names, for an error
     """
-    total = feed.total
     made = programs(job)
     optimizer, shardings = made.optimizer, made.shardings
     hyper = _hyper(job.block, feed.updates)
@@ -115,7 +114,7 @@ def fit(job: Job, feed) -> tuple[dict, dict[str, float]]:
         for step, update in feed.steps(start, reference, hyper):
             state, metrics = update(state)
             loop.report(state, step + 1, metrics)
-            if signals and step + 1 < total:
+            if signals:
                 loop.interrupt(state, step + 1, signals[0])
         loop.close()
         if job.block.keep_best and saved.best():

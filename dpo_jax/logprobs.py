@@ -13,7 +13,8 @@ from dpo_jax.models import transformer
 from dpo_jax.models.attention import Layout
 from dpo_jax.sharding import BATCH, constrain
 
-CHUNK_LOGITS = 2**22  # logits of a shard that are in memory at once: 16 MB, which a CPU can cache
+CHUNK_LOGITS = 2**24  # logits of a shard that are in memory at once: 64 MB
+CPU_CHUNK_LOGITS = 2**22  # 16 MB, which its caches hold
 
 
 def response_logprobs(config: transformer.TransformerConfig, params, batch) -> jax.Array:
@@ -60,7 +61,8 @@ def token_kls(config: transformer.TransformerConfig, params, reference, batch) -
 
 def _in_chunks(config, function, *arrays_SM):
     """function over scored positions, so few at a time that their logits fit; recomputed in the backward pass."""
-    chunk = max(128, CHUNK_LOGITS // config.vocab)
+    limit = min(CHUNK_LOGITS, CPU_CHUNK_LOGITS) if jax.default_backend() == "cpu" else CHUNK_LOGITS
+    chunk = max(128, limit // config.vocab)
     shards, scored = arrays_SM[0].shape[:2]
     if scored <= chunk:
         return function(*arrays_SM)

@@ -101,6 +101,9 @@ def complete(model, mesh, params, prompts: Prompts, tokenizer, reward: Callable,
     sampler.check(model, prompts.ids, settings)  # all of them, before the first is paid for
     path = folder / stages.COMPLETIONS
     rows = stages.read_lines(path)
+    if any(row["tokens"] != ids.tolist() for row, ids in zip(rows, prompts.ids, strict=False)):
+        raise stages.StageChanged(f"the prompts of {folder} have changed since its first completions were sampled. Put "
+                                  "the old data back, or give another --workdir.")
     if rows:
         say(f"{folder.name}: going on after {len(rows)} of {len(prompts)} prompts")
     progress = Progress(folder.name, len(rows), len(prompts), unit="prompt")

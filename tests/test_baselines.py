@@ -117,6 +117,12 @@ def test_pairs_go_on_where_they_were_killed(workdir, tmp_path, monkeypatch):
     changed.pairs.completions = 3
     with pytest.raises(stages.StageChanged, match="config.pairs.completions: 4 there, 3 now"):
         train.run_stages(changed, str(tmp_path / "killed"))  # what was sampled is neither mixed nor lost
+    other = config.copy_and_resolve_references()
+    with monkeypatch.context() as patch, pytest.raises(stages.StageChanged, match="the prompts of .* have changed"):
+        load = train.Run.load_prompts
+        patch.setattr(train.Run, "load_prompts", lambda *args: {
+            split: prompts.take(range(1, len(prompts))) for split, prompts in load(*args).items()})
+        train.run_stages(other, str(tmp_path / "killed"))
     train.run_stages(config, str(tmp_path / "killed"))
     for file in ("completions.jsonl", "pairs.jsonl", "pairs_eval.jsonl", "ledger.json"):
         assert (tmp_path / "killed" / "pairs" / file).read_text() == (tmp_path / "whole" / "pairs" / file).read_text()

@@ -25,6 +25,7 @@ def valid():
     ("stages", ("pairs",), "a block for"),
     ("stages", ("sft", "dpo", "evaluate"), "a block for"),
     ("run", "dpo", "other than a stage's"),
+    ("run", "reference", "other than a stage's"),
     ("run", "a/b", "a folder's name"),
     ("run", "..", "a folder's name"),
     ("model.path", "", "a hub name or a folder"),

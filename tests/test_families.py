@@ -304,11 +304,13 @@ def test_remat_and_unroll_change_neither_values_nor_gradients():
 
     def loss(params, config):
         return jax.nn.log_softmax(transformer.logits(config, params, tokens_BT))[..., 3].sum()
-    compiled = {}
+    compiled, products = {}, {}
     for remat, unroll in (("none", 1), ("full", 1), ("dots", 1), ("none", 2)):
         traced = jax.jit(jax.value_and_grad(loss), static_argnums=1).trace(
             params, dataclasses.replace(config, remat=remat, unroll=unroll))
         assert ("remat" in str(traced.jaxpr)) == (remat != "none")
+        products[remat] = str(traced.jaxpr).count("dot_general")
         compiled[remat, unroll] = traced.lower().compile()(params)
+    assert products["none"] <= products["dots"] < products["full"]  # "dots" computes no linear product again
     for found in compiled.values():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), found, compiled["none", 1])

@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 
 import jax
 import numpy as np
@@ -9,8 +10,9 @@ import pytest
 from tiny_runs import dpo_config, rows_without_timings, run, weights, write_pairs
 
 from dpo_jax import config as configs
-from dpo_jax import stages
+from dpo_jax import metrics, stages
 from dpo_jax.checkpoint import Checkpoints
+from dpo_jax.fit import Interrupted
 from dpo_jax.metrics import read_rows
 
 
@@ -193,6 +195,21 @@ def test_too_few_rows_for_a_step(model, tmp_path):
     config = dpo_config(model, pairs, steps=0, batch_size=64)
     with pytest.raises(ValueError, match="training rows make no step of config.dpo.batch_size = 64"):
         run(config, tmp_path)
+
+
+def test_a_signal_in_the_last_step_ends_the_run_too(model, pairs, tmp_path, whole, monkeypatch):
+    write = metrics.Writer.write
+
+    def stop(self, step, values):
+        write(self, step, values)
+        if step == 6:
+            signal.raise_signal(signal.SIGTERM)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(metrics.Writer, "write", stop)
+        run(dpo_config(model, pairs), tmp_path)
+    assert not (tmp_path / "dpo" / "hf").exists()
+    for name, value in weights(run(dpo_config(model, pairs), tmp_path)).items():
+        np.testing.assert_array_equal(value, weights(whole[1])[name])
 
 
 def test_reference_by_path_and_reference_free(model, pairs, tmp_path, whole):

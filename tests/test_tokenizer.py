@@ -84,6 +84,14 @@ def test_bos_is_once_before_the_prompt_and_never_in_a_response(settings, prompt,
     assert encode_prompts([prompt], tokenizer, data_config(), "keep_start")[0].tolist() == row[0]
 
 
+def test_a_prompt_that_spells_bos_has_it_once():
+    tokenizer = small(bos="<b>", adds_bos=True)
+    (row,), _ = encoded(tokenizer, ("<b>c", ("d", "e")))
+    assert row[0] == ids_of(tokenizer, "<b>", "c")
+    _, counts = encoded(tokenizer, ("c<b>d", ("d", "e")))
+    assert counts.dropped == {"BOS inside the text": 1}
+
+
 def test_bos_id_0_is_a_bos():
     assert ids_of(small(bos="<b>", first=None), "<b>") == [0]
 

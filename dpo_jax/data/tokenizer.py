@@ -128,6 +128,8 @@ def _add(examples: Examples, row: Row, prompt: list, responses: list[list], rule
     """Appends a row with its special tokens, cut to length; Unusable when it cannot be scored."""
     if isinstance(row.prompt, str) and rule.eos in prompt:
         raise Unusable("EOS inside the text")
+    if isinstance(row.prompt, str) and rule.adds_bos and rule.bos in prompt[1:]:
+        raise Unusable("BOS inside the text")
     full_prompt = _started(row.prompt, prompt, rule)
     full = [_ended(row.prompt, response, rule) for response in responses]
     prompt, responses = cut(full_prompt, full, rule)
@@ -143,11 +145,11 @@ def _add(examples: Examples, row: Row, prompt: list, responses: list[list], rule
 
 
 def _started(prompt: Text, ids: list[int], rule: Rule) -> list[int]:
-    """A prompt's ids behind what the tokenizer starts a text with; a chat template has put that itself."""
+    """A prompt's ids behind what the tokenizer starts a text with, once; a chat template has put that itself."""
     if isinstance(prompt, list) and ids:
         return ids
     if rule.adds_bos:
-        return [rule.bos, *ids]
+        return ids if ids[:1] == [rule.bos] else [rule.bos, *ids]
     stand_in = rule.eos if rule.bos is None else rule.bos
     if not ids and stand_in is None:
         raise ValueError("a prompt is empty, and the tokenizer has neither BOS nor EOS to stand for it: give "
