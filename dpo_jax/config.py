@@ -228,8 +228,7 @@ def validate(config: ConfigDict) -> None:
         _fail("run", config.run, "empty where no stage trains")
     if config.run in (*BLOCKS, "reference") or config.run and not re.fullmatch(r"\w[\w.-]*", config.run):
         _fail("run", config.run, "a folder's name in letters, digits, '.', '_' and '-', other than a stage's")
-    for field, value in _flat("", {name: block.to_dict() for name, block in config.items() if isinstance(
-            block, ConfigDict)}).items():
+    for field, value in _flat("", config.to_dict()).items():
         _validate_alone(field, value)
     _validate_model(config.model)
     _validate_lora(config)

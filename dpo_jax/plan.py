@@ -23,8 +23,9 @@ from ml_collections import ConfigDict
 from dpo_jax import config as configs
 from dpo_jax import flops, hlo, optim, roofline, runtime, sharding, topologies
 from dpo_jax.data.batches import Batches
+from dpo_jax.fit import numbers
 from dpo_jax.models import families, hf, known, transformer
-from dpo_jax.objectives import OBJECTIVE_NUMBERS, OBJECTIVES
+from dpo_jax.objectives import OBJECTIVES
 from dpo_jax.roofline import Work
 from dpo_jax.step import TrainState, abstract_state, make_train_step, state_shardings
 from dpo_jax.topologies import Topology
@@ -126,11 +127,11 @@ def program_of(config: ConfigDict, stage: str, model, mesh, batch: dict, objecti
     split = NamedSharding(mesh, P(None, sharding.BATCH))
     state = TrainState(_placed(state.step, whole), jax.tree.map(_placed, state.params, shardings.params),
                        jax.tree.map(_placed, state.opt_state, shardings.opt_state), {})
-    numbers = ["lr", "warmup_steps", "steps", "max_grad_norm", *(name for name in OBJECTIVE_NUMBERS if name in block)]
     live = stage == "dpo" and block.reference != "none" and not block.cache_reference
     objective = objective or functools.partial(OBJECTIVES[stage], model, block.get("loss", ""))
-    return Program(make_train_step(objective, optimizer, block.schedule, shardings), state,
-                   state.params if live else None, {name: _placed(np.float32(0), whole) for name in numbers},
+    step = make_train_step(objective, optimizer, block.schedule, shardings)
+    return Program(step, state, state.params if live else None,
+                   jax.tree.map(lambda x: _placed(x, whole), numbers(block, steps=1)),
                    jax.tree.map(lambda x: _placed(x, split), batch), mesh)
 
 

@@ -28,8 +28,7 @@ def state_shardings(mesh, optimizer, params) -> TrainState:
 
 
 def init_state(optimizer, params, controls: dict, shardings: TrainState) -> TrainState:
-    """The state before the first update, of weights on the mesh."""
-    params = jax.device_put(params, shardings.params)  # a head that a stage adds is not; else nothing moves
+    """The state before the first update, of weights already on the mesh."""
     opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
     controls = {name: jax.device_put(jnp.float32(value), shardings.controls) for name, value in controls.items()}
     return TrainState(jax.device_put(jnp.zeros((), jnp.int32), shardings.step), params, opt_state, controls)

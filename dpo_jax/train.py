@@ -192,7 +192,8 @@ def _load(run: Run, model, initial) -> dict:
     params = initial.load(run.mesh)
     if model.head == "lm":
         return params
-    head = {"scalar": np.zeros(model.width, np.float32)}
+    placed = sharding.param_shardings(run.mesh, transformer.abstract(model))["head"]["scalar"]
+    head = {"scalar": jax.device_put(np.zeros(model.width, np.float32), placed)}
     return params | {"head": head | (params.get("head", {}) if model.head == "lm_value" else {})}
 
 

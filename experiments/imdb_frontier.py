@@ -25,6 +25,10 @@ SWEEP = {  # method -> (field, values, how a value is written)
 }
 
 
+def run_name(method: str, value: float) -> str:
+    return f"{method}_{value:g}"
+
+
 def config_of(make_config, method: str, value: float):
     """One run's config, and the stage that it is about."""
     config = make_config(method)
@@ -32,7 +36,7 @@ def config_of(make_config, method: str, value: float):
     config[stage][field] = value
     if stage == "dpo":
         config.dpo.cache_reference = True  # its four runs share it
-    config.run = f"{method}_{value:g}"
+    config.run = run_name(method, value)
     return config, stage
 
 
@@ -88,7 +92,7 @@ def run(make_config, workdir: str, names: list[str], dry_run: bool) -> None:
     from dpo_jax import train
     from dpo_jax.evaluation import plots
     folder = pathlib.Path(workdir)
-    known = [f"{method}_{value:g}" for method, (_, values, _) in SWEEP.items() for value in values]
+    known = [run_name(method, value) for method, (_, values, _) in SWEEP.items() for value in values]
     for name in names:
         if not fnmatch.filter(known, name):
             raise ValueError(f"--run={name} is none of the runs: {', '.join(known)}.")

@@ -222,7 +222,7 @@ def _sample(point: Point, folder, runs, sampling, model, prompts, load) -> list[
         settings |= {f"reward model's {name}": value for name, value in ranker.items()}
     with stages.lock(folder):
         _claim(folder / "settings.json", json.loads(json.dumps(settings)))
-        missing = len(stages.read_lines(folder / stages.COMPLETIONS)) < len(prompts)
+        missing = _lines(folder / stages.COMPLETIONS) < len(prompts)
         if missing and point.samples > 1:
             reward = runs["rm"].reward("rm")
         return pairs.complete(
@@ -257,10 +257,13 @@ def _judge(judge: judges.Judge | None, task: Task, runs: dict, calls: pathlib.Pa
         shown = [dataclasses.replace(one, prompt=task.shown(one.prompt)) for one in comparisons]
         return judges.write_verdicts(path, judge, judges.compare(judge, shown, calls, say), calls)
 
-    def by_reward(comparisons, path):
+    @functools.cache
+    def reward():
         run = runs["rm"]
-        reward = rewards.make("model", str(run.folder("rm") / "hf"), run.config.reward.batch_size, run.mesh)
-        verdicts = judges.compare_by_reward(reward, comparisons)
+        return rewards.make("model", str(run.folder("rm") / "hf"), run.config.reward.batch_size, run.mesh)
+
+    def by_reward(comparisons, path):
+        verdicts = judges.compare_by_reward(reward(), comparisons)
         result = dict(judge="reward model", **winrate.win_rate(verdicts), verdicts=verdicts)
         stages.write_json(path, result)
         return result
