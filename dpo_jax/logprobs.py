@@ -9,6 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from dpo_jax import sharding
 from dpo_jax.models import transformer
 from dpo_jax.models.attention import Layout
 from dpo_jax.sharding import BATCH, constrain, platform
@@ -47,7 +48,7 @@ def scored_hidden(config: transformer.TransformerConfig, params, batch) -> jax.A
 
 def target_logprobs(config: transformer.TransformerConfig, params, x_SMD, targets_SM) -> jax.Array:
     """Log-probability of each target token from the hidden state that predicts it, nats, float32 [S, M]."""
-    return _in_chunks(config, functools.partial(_chunk_logprobs, config, params), x_SMD, targets_SM)
+    return _in_chunks(config, _target_logprobs, [(params, x_SMD)], targets_SM)
 
 
 def token_kls(config: transformer.TransformerConfig, params, reference, batch) -> tuple[jax.Array, jax.Array]:
@@ -55,35 +56,52 @@ def token_kls(config: transformer.TransformerConfig, params, reference, batch) -
 
     The KL is over the whole vocabulary, exact for that step. Nats, float32 [S, M] each.
     """
-    return _in_chunks(config, functools.partial(_chunk_kls, config, params, reference),
-                      scored_hidden(config, params, batch), scored_hidden(config, reference, batch), batch["targets"])
+    models = [(weights, scored_hidden(config, weights, batch)) for weights in (params, reference)]
+    return _in_chunks(config, _target_kls, models, batch["targets"])
 
 
-def _in_chunks(config, function, *arrays_SM):
-    """function over scored positions, so few at a time that their logits fit; recomputed in the backward pass."""
+def _in_chunks(config, function, models, targets_SM):
+    """function(targets_SM, logits_SMV of each model), at so few positions at a time that their logits fit.
+
+    models: pairs of weights and their hidden states [S, M, D]. The logits are computed again in the backward pass.
+    """
     limit = min(CHUNK_LOGITS, CPU_CHUNK_LOGITS) if platform() == "cpu" else CHUNK_LOGITS
     chunk = max(128, limit // config.vocab)
-    shards, scored = arrays_SM[0].shape[:2]
+    shards, scored = targets_SM.shape
+    heads, hidden = [_head(config, params) for params, _ in models], [x_SMD for _, x_SMD in models]
+    unembed = functools.partial(transformer.unembed, config)
     if scored <= chunk:
-        return function(*arrays_SM)
-    padded = [jnp.pad(x, ((0, 0), (0, -scored % chunk), *[(0, 0)] * (x.ndim - 2))) for x in arrays_SM]
-    chunks = [jnp.moveaxis(x.reshape(shards, -1, chunk, *x.shape[2:]), 1, 0) for x in padded]
-    found = jax.lax.map(jax.checkpoint(lambda chunk: function(*chunk)), chunks)
+        return _of_logits(function, unembed, heads, hidden, targets_SM)
+    heads = [sharding.per_shard(head, shards) for head in heads]
+
+    def in_chunks(x_SM):
+        x_SM = jnp.pad(x_SM, ((0, 0), (0, -scored % chunk), *[(0, 0)] * (x_SM.ndim - 2)))
+        return jnp.moveaxis(x_SM.reshape(shards, -1, chunk, *x_SM.shape[2:]), 1, 0)
+    found = jax.lax.map(jax.checkpoint(lambda chunk: _of_logits(function, jax.vmap(unembed), heads, *chunk)),
+                        (jax.tree.map(in_chunks, hidden), in_chunks(targets_SM)))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(shards, -1)[:, :scored], found)
 
 
-def _chunk_kls(config, params, reference, x_SMD, reference_x_SMD, targets_SM):
-    policy_SMV, reference_SMV = (
-        jax.nn.log_softmax(constrain(transformer.unembed(config, weights, hidden), BATCH, None, "tensor"))
-        for weights, hidden in ((params, x_SMD), (reference, reference_x_SMD)))
-    ratio_SMV = policy_SMV - reference_SMV
-    is_target_SMV = jnp.arange(config.vocab) == targets_SM[..., None]
-    return jnp.where(is_target_SMV, ratio_SMV, 0).sum(-1), (jnp.exp(policy_SMV) * ratio_SMV).sum(-1)
+def _head(config, params) -> dict:
+    """The part of the weights that `unembed` reads."""
+    head = {name: x for name, x in params.get("head", {}).items() if name != "scalar"}
+    return {"head": head} | ({"embed": {"tokens": params["embed"]["tokens"]}} if config.tied else {})
 
 
-def _chunk_logprobs(config, params, x_SMD, targets_SM):
-    logits_SMV = constrain(transformer.unembed(config, params, x_SMD), BATCH, None, "tensor")
+def _of_logits(function, unembed, heads, hidden, targets_SM):
+    return function(targets_SM, *(constrain(unembed(head, x_SMD), BATCH, None, "tensor")
+                                  for head, x_SMD in zip(heads, hidden, strict=True)))
+
+
+def _target_logprobs(targets_SM, logits_SMV):
     # A comparison, not a gather: it stays on the device that holds its part of the vocabulary.
-    is_target_SMV = jnp.arange(config.vocab) == targets_SM[..., None]
+    is_target_SMV = jnp.arange(logits_SMV.shape[-1]) == targets_SM[..., None]
     target_SM = jnp.where(is_target_SMV, logits_SMV, 0).sum(-1)
     return target_SM - jax.nn.logsumexp(logits_SMV, axis=-1)
+
+
+def _target_kls(targets_SM, logits_SMV, reference_logits_SMV):
+    logp_SMV = jax.nn.log_softmax(logits_SMV)
+    ratio_SMV = logp_SMV - jax.nn.log_softmax(reference_logits_SMV)
+    is_target_SMV = jnp.arange(logits_SMV.shape[-1]) == targets_SM[..., None]
+    return jnp.where(is_target_SMV, ratio_SMV, 0).sum(-1), (jnp.exp(logp_SMV) * ratio_SMV).sum(-1)

@@ -6,7 +6,7 @@ import tempfile
 
 # Less work for the compiler, whose time is most of the tests'; commands that tests start inherit it.
 os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
-                           " --xla_llvm_disable_expensive_passes=true")
+                           " --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # also where a TPU's or a GPU's library is installed
 if "PYTEST_XDIST_WORKER" not in os.environ:  # runs share what they compile, in a cache that goes when the tests end
     CACHE = tempfile.TemporaryDirectory()
@@ -30,6 +30,14 @@ def tiny_config(**fields) -> TransformerConfig:
     """A two-layer rotary decoder with 40 tokens."""
     return TransformerConfig(**dict(vocab=40, width=16, layers=2, heads=4, kv_heads=2, head_width=4, mlp_width=32,
                                     max_positions=64, rope_width=4) | fields)
+
+
+LONGEST = ("test_toy_run.py", "test_baselines.py", "test_fit.py", "test_resume.py", "test_step.py", "test_reference.py")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that no worker is left alone with one at the end."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session")

@@ -376,8 +376,9 @@ def test_concurrency_is_bounded_and_used(tmp_path):
 
 
 PROGRAM = """
-import sys
+import signal, sys
 from dpo_jax.evaluation.judge import Comparison, Judge, compare
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs are started without
 folder, count, concurrency, model = sys.argv[1:]
 lengths = [(1, 2), (5, 2), (3, 4), (9, 1)]
 rows = [Comparison(f"post {i}", "ours " * lengths[i % 4][0], "other " * lengths[i % 4][1]) for i in range(int(count))]
