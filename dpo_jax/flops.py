@@ -7,6 +7,7 @@ computes again in the backward pass.
 import math
 
 import jax
+import numpy as np
 
 from dpo_jax.data.layout import Shape
 from dpo_jax.models import transformer
@@ -22,7 +23,8 @@ def forward(config: TransformerConfig, shape: Shape) -> dict[str, int]:
     kernels = {path_name(path): leaf.size for path, leaf in
                jax.tree_util.tree_leaves_with_path(transformer.abstract(config))}
     layers = sum(size for name, size in kernels.items() if name.startswith("layers/") and name.endswith("kernel"))
-    seen = sum(count * _seen(length, config.window) for count, length in shape.rows)
+    count_R, length_R = np.array(shape.rows).T
+    seen = int(count_R @ _seen(length_R, config.window))
     return dict(
         dense=2 * layers * shape.tokens,
         attention=4 * config.layers * config.heads * config.head_width * seen,
@@ -53,10 +55,10 @@ def of_program(jaxpr) -> int:
     return total
 
 
-def _seen(length: int, window: int | None) -> int:
-    """Pairs of a token and one that it sees, in a row."""
-    window = min(window or length, length)
-    return window * (window + 1) // 2 + (length - window) * window
+def _seen(length_R, window: int | None):
+    """Pairs of a token and one that it sees, in each row."""
+    window_R = np.minimum(window or length_R, length_R)
+    return window_R * (window_R + 1) // 2 + (length_R - window_R) * window_R
 
 
 def _jaxprs(value) -> list:

@@ -59,7 +59,7 @@ class ReferenceCache:
 
     def _key(self, examples) -> str:
         config = {name: value for name, value in vars(self._model.config).items() if name not in FREE}
-        parts = [self._model.fingerprint(), examples.fingerprint(), repr(sorted(config.items())),
+        parts = [self._model.fingerprint(), examples.fingerprint, repr(sorted(config.items())),
                  *map(inspect.getsource, CODE)]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 

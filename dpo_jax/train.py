@@ -108,7 +108,7 @@ class Run:
     def _record(self, stage, loaded):
         """Writes ledger.json; an unfinished stage whose data has changed since it began is refused."""
         path = self.folder(stage) / "ledger.json"
-        ledger = loaded.ledger.to_dict() | dict(fingerprint=[loaded.train.fingerprint(), loaded.eval.fingerprint()])
+        ledger = loaded.ledger.to_dict() | dict(fingerprint=[loaded.train.fingerprint, loaded.eval.fingerprint])
         if path.exists() and json.loads(path.read_text())["fingerprint"] != ledger["fingerprint"]:
             raise stages.StageChanged(
                 f"the data of {self.folder(stage)} has changed since the stage began: its tokens are not those that "

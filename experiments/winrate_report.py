@@ -17,10 +17,11 @@ def write(task: str, prompts: int, rows: list[dict], folder: pathlib.Path, *, co
     """
     if not rows:
         return
+    paired = against(rows, "dpo")
     stages.write_json(folder / "winrate.json", dict(
-        task=task, prompts=prompts, complete=complete, judged=rows[-1]["judged"], paired=against(rows, "dpo"),
+        task=task, prompts=prompts, complete=complete, judged=rows[-1]["judged"], paired=paired,
         rows=[{name: value for name, value in row.items() if name not in ("judged", "verdicts")} for row in rows]))
-    text = table(rows)
+    text = table(rows, paired)
     (folder / "winrate.md").write_text(text)
     plots.win_rates(folder / "winrate.png", panels(rows))
     say(f"{text}\n{folder}: winrate.json, winrate.md, winrate.png")
@@ -32,7 +33,12 @@ def label(row: dict) -> str:
 
 def cell(result: dict) -> str:
     """A win rate and its interval."""
-    return "none" if result["rate"] is None else f"{result['rate']:.3f} [{result['low']:.3f}, {result['high']:.3f}]"
+    return _interval(result, "rate")
+
+
+def _interval(result: dict, name: str) -> str:
+    value = result[name]
+    return "none" if value is None else f"{value:.3f} [{result['low']:.3f}, {result['high']:.3f}]"
 
 
 def against(rows: list[dict], method: str) -> list[dict]:
@@ -56,8 +62,9 @@ def panels(rows: list[dict]) -> dict[str, tuple[str, list[dict]]]:
     return {title: panel for title, panel in found.items() if panel[1]}
 
 
-def table(rows: list[dict]) -> str:
-    """In Markdown: win rates by method and temperature, and by step; then what else was measured of the answers."""
+def table(rows: list[dict], paired: list[dict]) -> str:
+    """In Markdown: win rates by method and temperature, and by step; methods beside each other on the same prompts;
+    then what else was measured of the answers."""
     plain, steps = ([row for row in rows if (row["step"] is None) == whole] for whole in (True, False))
     temperatures = sorted({row["temperature"] for row in plain})
     cells = {(label(row), row["temperature"]): cell(row) for row in plain}
@@ -67,6 +74,9 @@ def table(rows: list[dict]) -> str:
          *((name, *(cells.get((name, temperature), "") for temperature in temperatures))
            for name in dict.fromkeys(map(label, plain)))],
         [("step", "win rate"), *((str(row["step"]), cell(row)) for row in steps)],
+        [("beside", "T", "difference of win rates", "better on", "worse on", "p"),
+         *((f"{pair['first']} - {pair['second']}", f"{pair['temperature']:g}", _interval(pair, "difference"),
+            str(pair["better"]), str(pair["worse"]), f"{pair['p']:.2g}") for pair in paired)],
         [("answers", "T", *measured, "unparsable"),
          *((label(row), f"{row['temperature']:g}", *(f"{row[name]:.3g}" for name in measured), str(row["unparsable"]))
            for row in plain)]]

@@ -176,13 +176,13 @@ def test_sft_and_dpo_hold_out_the_same_prompts(tmp_path, letters):
     sft, dpo = (dataset.load(config, letters, kind) for kind in ("sft", "pairs"))
     assert sft.eval.where == dpo.eval.where and len(dpo.eval) > 5
     assert [len(responses) for _, responses in sft.eval] == [1] * len(sft.eval)
-    assert sft.train.fingerprint() != dpo.train.fingerprint()
+    assert sft.train.fingerprint != dpo.train.fingerprint
 
 
 def test_the_same_config_gives_the_same_tokens(tmp_path, letters):
     config = data_config(path=write(tmp_path / "rows.jsonl", pairs(200)), eval_fraction=0.1)
     first, second = (dataset.load(config, letters, "pairs") for _ in range(2))
-    assert first.train.fingerprint() == second.train.fingerprint() != first.eval.fingerprint()
+    assert first.train.fingerprint == second.train.fingerprint != first.eval.fingerprint
     assert first.ledger == second.ledger and first.train.where == second.train.where
 
 

@@ -117,6 +117,7 @@ def test_table_figure_and_json(finished):
     assert pair["difference"] == pytest.approx(rows[1]["rate"] - rows[3]["rate"]) and pair["n"] == 8
     table = (folder / "winrate.md").read_text()
     assert "| win rate | T=0 | T=1 |" in table and f"| dpo | {winrate_report.cell(rows[0])} | " in table
+    assert f"| dpo - sft | 1 | {pair['difference']:.3f} [{pair['low']:.3f}, {pair['high']:.3f}] | " in table
     assert "| answers | T | words | rouge1 | rouge2 | rougeL | unparsable |" in table
 
 

@@ -86,7 +86,8 @@ class Batches:
 
     def tokens(self, step: int) -> int:
         """How many real tokens the model reads in a batch, each prompt once."""
-        return self.needed(step).tokens
+        rows = self.order[step]
+        return int(self._sizes[rows[rows != FILLER]].sum())
 
     def needed(self, step: int) -> layout.Shape:
         """A batch's real sizes: each sequence a row of its own length, no padding."""

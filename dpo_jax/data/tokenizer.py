@@ -7,6 +7,7 @@ prompt is one BOS (or EOS, where there is no BOS), so that the first response to
 something. Chat goes through the tokenizer's own template, which places the special tokens.
 """
 
+import functools
 import hashlib
 import itertools
 from collections.abc import Iterable
@@ -35,8 +36,12 @@ class Examples:
     def __getitem__(self, index: int) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
         return self.prompts[index], self.responses[index]
 
+    def __iter__(self):
+        return zip(self.prompts, self.responses, strict=True)
+
+    @functools.cached_property
     def fingerprint(self) -> str:
-        """The sha256 of all ids and of where each prompt and response ends."""
+        """The sha256 of all ids and of where each prompt and response ends; rows are whole before it is asked for."""
         numbers = []
         for prompt, responses in self:
             parts = (prompt, *responses)

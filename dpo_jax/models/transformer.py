@@ -178,7 +178,8 @@ class Embed(nn.Module):
     def __call__(self, tokens_SN, positions_SN):
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         table_VD = self.param("tokens", nn.initializers.normal(0.02), (config.vocab, config.width))
-        x_SND = table_VD.astype(dtype)[tokens_SN]
+        # Each device looks its part of the width up for all shards along fsdp: tokens travel, and not the table.
+        x_SND = constrain(table_VD.astype(dtype)[constrain(tokens_SN, "data")], "data", None, "fsdp")
         if config.learned_positions:
             shape = (config.max_positions, config.width)
             x_SND += self.param("positions", nn.initializers.normal(0.02), shape).astype(dtype)[positions_SN]
