@@ -4,7 +4,7 @@
     python -m dpo_jax.train --config=configs/toy.py:ppo --workdir=runs/toy
 
 After the colon a method: dpo (the default), preferred_ft, unlikelihood, ppo (on a reward model), ppo_gt (on the true
-reward) or best_of_n; in one WORKDIR they share the stages before. Hardware: 2 CPU cores, 82 s. Comes out:
+reward) or best_of_n; in one WORKDIR they share the stages before. Hardware: 2 CPU cores, 67 s. Comes out:
 WORKDIR/evaluate/toy.json and toy.png, the policy's exact reward and KL beside the best that any policy can have; DPO
 within 0.03 and 0.02 of its optimum.
 """

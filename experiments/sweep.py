@@ -76,7 +76,10 @@ def main():
     sweep = flags.DEFINE_string("sweep", None, "FIELD=V1,V2,...: a field of the last training stage, and its values.")
     flags.mark_flags_as_required(["config", "workdir", "sweep"])
     runtime.start()
-    app.run(lambda _: run(config.value, workdir.value, sweep.value))
+
+    def start(_):
+        run(config.value, workdir.value, sweep.value)
+    app.run(start)
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ def exact_rows(folder: pathlib.Path, panel: str, seed: int, runs: list[dict]) ->
     reference_PC, rewards_PC = exact_reference(sft, sft.load(mesh), PANELS[panel][2])
     prompts_P, ids_CT = toy.PROMPTS, toy.completions()
     score = rewards.make("rm", str(folder / "rm" / "hf"), 4096, mesh)
-    learned_PC = np.stack([score([(np.array([prompt], np.int32), ids_T) for ids_T in ids_CT.astype(np.int32)])
+    learned_PC = np.stack([score((), (), [(np.array([prompt], np.int32), ids_T) for ids_T in ids_CT.astype(np.int32)])
                            for prompt in prompts_P])
     points = [("best_of_n", f"N={n}", exact.best_of_n(reference_PC, rewards_PC, n)) for n in BEST_OF]
     points += [("rm_optimum", f"β={beta:g}", exact.optimum(reference_PC, rewards_PC, beta, learned_PC))
@@ -171,7 +171,10 @@ def main():
     jobs = flags.DEFINE_integer("jobs", 2, "Processes.")
     flags.mark_flags_as_required(["workdir"])
     runtime.start()
-    app.run(lambda _: run(workdir.value, panels.value, jobs.value))
+
+    def start(_):
+        run(workdir.value, panels.value, jobs.value)
+    app.run(start)
 
 
 if __name__ == "__main__":

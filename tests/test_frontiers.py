@@ -2,12 +2,13 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
-from tiny_runs import ROOT
+from tiny_runs import ROOT, plant
 
 from dpo_jax import config as configs
-from dpo_jax import pretrained, prompts, rewards, sharding
+from dpo_jax import pretrained, prompts, rewards, sharding, train
 from dpo_jax.data import toy
 from dpo_jax.evaluation import policy
 from experiments import commands, imdb_frontier, toy_frontier
@@ -68,6 +69,22 @@ def sampled(folder, run) -> dict[str, float]:
                                 rewards.make("toy", "", 64, mesh), max_new_tokens=toy.LENGTH, batch_size=4096, seed=0,
                                 eos_id=None)
     return values
+
+
+def test_what_follows_without_training_is_inside_the_bound(tmp_path):
+    """Of a random reference and a random reward model: best of one is the reference, and nothing beats the bound."""
+    config, _ = toy_frontier.config_of("a", "ppo", 3.0, 0)
+    run = train.Run(config, tmp_path, sharding.make_mesh(devices=jax.devices()[:1]))
+    plant(run, "sft")
+    plant(run, "rm", head="score")
+    rows = toy_frontier.exact_rows(tmp_path, "a", 0, [])
+    assert {row["method"] for row in rows} == {"best_of_n", "rm_optimum", "preferred_ft_closed_form"}
+    assert min(row["gap"] for row in rows) >= -1e-4
+    best = {row["parameter"]: row for row in rows if row["method"] == "best_of_n"}
+    assert best["N=1"]["kl"] == pytest.approx(0, abs=1e-6)
+    assert 0 < best["N=4"]["kl"] < np.log(4) and best["N=4"]["reward"] > best["N=1"]["reward"]
+    optima = [row for row in rows if row["method"] == "rm_optimum"]
+    assert all(a["kl"] < b["kl"] for a, b in zip(optima, optima[1:], strict=False))  # ever smaller beta
 
 
 @pytest.mark.slow

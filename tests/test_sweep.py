@@ -1,7 +1,11 @@
 """One command for several values of a field."""
 
+import subprocess
+import sys
+
 import pytest
-from tiny_runs import dpo_config, on_devices
+from conftest import ROOT
+from tiny_runs import dpo_config, environment, on_devices
 
 from dpo_jax.metrics import read_rows
 from experiments import sweep
@@ -21,8 +25,14 @@ def test_points_are_runs_that_share_the_reference_and_the_compiled_step(model, p
     assert "rewards_eval/accuracies" in lines[head] and [line.split()[0] for line in lines[head + 1:head + 3]] == [
         "0.1", "1"]
     assert (tmp_path / "sweep_dpo.beta.png").read_bytes().startswith(b"\x89PNG")
-    sweep.run(config, str(tmp_path), "dpo.beta=0.1,1")
-    assert capsys.readouterr().out.count("done before") == 2
+    file = tmp_path / "config.py"
+    file.write_text(f"from tiny_runs import dpo_config\ndef get_config():\n"
+                    f"    return dpo_config({str(model)!r}, {str(pairs)!r})\n")
+    again = subprocess.run(
+        [sys.executable, "-m", "experiments.sweep", f"--config={file}", f"--workdir={tmp_path}",
+         "--sweep=dpo.beta=0.1,1"], cwd=ROOT, text=True, capture_output=True,
+        env=environment(1) | dict(PYTHONPATH="tests"))
+    assert (again.returncode, again.stderr) == (0, "") and again.stdout.count("done before") == 2
 
 
 @pytest.mark.parametrize("text", ["dpo.gamma=1,2", "data.max_length=1,2", "dpo.beta", "beta=1", "sft.lr=1,2"])
