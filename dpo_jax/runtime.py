@@ -1,12 +1,20 @@
-"""What a command sets up before it touches a device."""
+"""What a command sets up before it touches a device: libraries, and the processes that run it together."""
 
+import contextlib
 import os
 import pathlib
+import secrets
+import socket
+import sys
+import traceback
+from collections.abc import Callable
 
 import jax
+import numpy as np
 from absl import logging
 
 CACHE = pathlib.Path("~/.cache/dpo_jax/compiled").expanduser()  # JAX_COMPILATION_CACHE_DIR overrides it
+SILENCE = 60  # seconds after which a process that gives no sign of life has ended, and so do the others
 
 
 def start() -> None:
@@ -16,3 +24,85 @@ def start() -> None:
         jax.config.update("jax_compilation_cache_dir", str(CACHE))
     # GPUs and TPUs would round float32 products to fewer bits; bfloat16 products stay what they are.
     jax.config.update("jax_default_matmul_precision", "float32")
+
+
+def define_flags() -> Callable[[], None]:
+    """Defines the flags of a command that several processes run together; the result, once they are parsed, `join`s."""
+    from absl import flags
+    coordinator = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0. Not on TPU pods and under Slurm, "
+                                      "where the processes find each other.")
+    count = flags.DEFINE_integer("num_processes", None, "How many there are.", lower_bound=1)
+    number = flags.DEFINE_integer("process_id", None, "Which this is, from 0.", lower_bound=0)
+    return lambda: join(coordinator.value, count.value, number.value)
+
+
+def join(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
+    """Makes this process one of several, by what is given, or as a TPU pod or Slurm says; else it stays alone.
+
+    ValueError where only some are given.
+    """
+    given = dict(coordinator_address=coordinator, num_processes=num_processes, process_id=process_id)
+    some = [value is not None for value in given.values()]
+    if any(some) and not all(some):
+        raise ValueError("--coordinator, --num_processes and --process_id go together: give all three, or none.")
+    if all(some) or _in_cluster():
+        jax.distributed.initialize(**given, heartbeat_timeout_seconds=SILENCE, shutdown_timeout_seconds=SILENCE)
+
+
+def _in_cluster() -> bool:
+    """Whether jax can find the other processes by itself."""
+    slurm = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
+    on_tpu = os.environ.get("JAX_PLATFORMS", "tpu") == "tpu" and any(
+        pathlib.Path(device).exists() for device in ("/dev/accel0", "/dev/vfio/0"))
+    return slurm or on_tpu
+
+
+@contextlib.contextmanager
+def together():
+    """An error in it ends this process at once, and so the others, which would wait for it; alone, it is raised."""
+    try:
+        yield
+    except BaseException as error:
+        if jax.process_count() == 1:
+            raise
+        if not isinstance(error, SystemExit):
+            traceback.print_exc()
+        print(f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()} stops, and so do the "
+              "others.", file=sys.stderr, flush=True)
+        os._exit(error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)
+
+
+def wait_for_all(name: str) -> None:
+    """Waits until every process is here: what process 0 wrote before, all can read after."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+        multihost_utils.sync_global_devices(name)
+
+
+def first_alone(function: Callable, name: str):
+    """function() on process 0, and when that is done on the others, which find what it wrote."""
+    if jax.process_index() == 0:
+        found = function()
+        wait_for_all(name)
+        return found
+    wait_for_all(name)
+    return function()
+
+
+def check_shared(folder: pathlib.Path) -> None:
+    """RuntimeError where the processes do not see the same folder."""
+    if jax.process_count() == 1:
+        return
+    from jax.experimental import multihost_utils
+    token = int(multihost_utils.broadcast_one_to_all(np.uint32(secrets.randbits(32))))
+    mark = pathlib.Path(folder) / f".seen-{token}"
+    if jax.process_index() == 0:
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    wait_for_all("shared folder")
+    seen = multihost_utils.process_allgather(np.array(mark.exists()))
+    if jax.process_index() == 0:
+        mark.unlink()
+    if not seen.all():
+        raise RuntimeError(f"{folder} is not the same folder on all hosts: process {int(np.argmin(seen))} does not see "
+                           "what process 0 writes there. --workdir must be on storage that all of them share.")

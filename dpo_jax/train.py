@@ -298,14 +298,17 @@ def run_stages(config: ConfigDict, workdir: str) -> None:
     """Runs every stage that is not done yet; ValueError for a wrong config, StageChanged for a changed one."""
     configs.validate(config)
     run = Run(config, pathlib.Path(workdir), sharding.make_mesh(**config.mesh))
+    runtime.check_shared(run.workdir)
     for stage in config.stages:
         folder = run.folder(stage)
         with stages.lock(folder):
-            _, status = stages.start(run.workdir, config, stage)
+            _, status = runtime.first_alone(
+                functools.partial(stages.start, run.workdir, config, stage), f"the start of {stage}")
             if status == "done":
                 say(f"{stage}: done before, in {folder}")
             else:
                 stages.finish(folder, **STAGES[stage](run, stage))
+        runtime.wait_for_all(f"the end of {stage}")
     say(f"all stages done, in {workdir}")
 
 
@@ -316,8 +319,14 @@ def main():
     config = config_flags.DEFINE_config_file("config", None, "The config file; see configs/.")
     workdir = flags.DEFINE_string("workdir", None, "Where the run's folders are.")
     flags.mark_flags_as_required(["config", "workdir"])
+    join = runtime.define_flags()
     runtime.start()
-    app.run(lambda _: run_stages(config.value, workdir.value))
+
+    def start(_):
+        join()
+        with runtime.together():
+            run_stages(config.value, workdir.value)
+    app.run(start)
 
 
 if __name__ == "__main__":

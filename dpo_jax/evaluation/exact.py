@@ -7,16 +7,22 @@ Letters: P prompts, C completions, X contexts (completions without their last wo
 B betas, U distinct rewards.
 """
 
+import functools
+
 import jax
 import numpy as np
 
 from dpo_jax.data.toy import LENGTH
 from dpo_jax.models.transformer import TransformerConfig, logits
+from dpo_jax.sharding import constrain
 
 MASS_TOLERANCE = 1e-5
 BETAS = np.geomspace(1e-6, 1e6, 20_000)  # wide and fine: for rewards up to 10 the bound is exact to 1e-5
 
-_logits = jax.jit(logits, static_argnums=0)
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(config, params, tokens_BT):
+    return constrain(logits(config, params, tokens_BT))  # whole on every process
 
 
 def enumerate_logps(config: TransformerConfig, params, prompts_P, length: int = LENGTH) -> np.ndarray:
