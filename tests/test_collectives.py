@@ -25,6 +25,20 @@ def collectives(sizes: tuple, response: int = 16, vocab: int = 128) -> dict:
         return hlo.collectives(plan.program_of(config, "dpo", model, mesh, batch).trace().lower().compile().as_text())
 
 
+GPT2 = dict(model_type="gpt2", vocab_size=128, n_embd=WIDTH, n_layer=2, n_head=4, n_positions=64)
+
+
+def test_learned_positions_travel_like_tokens(capfd):
+    """XLA warns where it copies an array to every device to bring it from one layout to another."""
+    config = scratch_config()
+    config.model.scratch = GPT2
+    mesh, model = sharding.make_mesh(**dict(ALL)), plan.model_of(config, "dpo")
+    batch = plan.batches_of(config, "dpo", mesh, (16, 16))[0]
+    with jax.set_mesh(mesh):
+        plan.program_of(config, "dpo", model, mesh, batch).trace().lower().compile()
+    assert "rematerialization" not in capfd.readouterr().err
+
+
 def counts(sizes: tuple, **more) -> dict:
     return {kind: number for kind, (number, _) in collectives(sizes, **more).items()}
 

@@ -161,9 +161,8 @@ class Transformer(nn.Module):
         config = self.config
         x_SND = Embed(config, name="embed")(tokens_SN, positions_SN)
         rotation = None if config.learned_positions else rotary_angles(config, positions_SN)
-        block = Block
-        if config.remat != "none":
-            block = nn.remat(Block, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
+        block = Block if config.remat == "none" else nn.remat(
+            Block, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
         stack = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True},
                         in_axes=(*[nn.broadcast] * 3, 0), length=config.layers, unroll=config.unroll)
         x_SND, new = stack(config, name="layers")(x_SND, positions_SN, rotation, layout, cache)
@@ -176,14 +175,17 @@ class Embed(nn.Module):
 
     @nn.compact
     def __call__(self, tokens_SN, positions_SN):
-        config, dtype = self.config, jnp.dtype(self.config.dtype)
-        table_VD = self.param("tokens", nn.initializers.normal(0.02), (config.vocab, config.width))
-        # Each device looks its part of the width up for all shards along fsdp: tokens travel, and not the table.
-        x_SND = constrain(table_VD.astype(dtype)[constrain(tokens_SN, "data")], "data", None, "fsdp")
+        config, normal = self.config, nn.initializers.normal(0.02)
+        x_SND = _look_up(config, self.param("tokens", normal, (config.vocab, config.width)), tokens_SN)
         if config.learned_positions:
-            shape = (config.max_positions, config.width)
-            x_SND += self.param("positions", nn.initializers.normal(0.02), shape).astype(dtype)[positions_SN]
+            table_UD = self.param("positions", normal, (config.max_positions, config.width))
+            x_SND += _look_up(config, table_UD, positions_SN)
         return constrain(x_SND, BATCH)
+
+
+def _look_up(config, table_VD, ids_SN):
+    """Each device takes its part of the width for all shards along fsdp: the rows travel, and not the table."""
+    return constrain(table_VD.astype(config.dtype)[constrain(ids_SN, "data")], "data", None, "fsdp")
 
 
 class Head(nn.Module):
