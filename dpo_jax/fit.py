@@ -134,8 +134,8 @@ def fit(job: Job, feed) -> tuple[dict, dict[str, float]]:
         for step, update in feed.steps(start, reference, hyper, base):
             state, metrics = update(state)
             loop.report(state, step + 1, metrics)
-            if signals:
-                loop.interrupt(state, step + 1, signals[0])
+            if signum := _asked_to_stop(signals, step + 1):
+                loop.interrupt(state, step + 1, signum)
         loop.close()
         if job.block.keep_best and saved.best():
             best, value = saved.best()
@@ -335,8 +335,12 @@ def numbers(block, steps: int) -> dict:
 
 @contextlib.contextmanager
 def _catch_signals():
-    """A list that SIGTERM and the first Ctrl-C are put into; a second Ctrl-C stops at once."""
+    """A list that SIGTERM and the first Ctrl-C are put into; a second Ctrl-C stops at once. Several processes leave
+    SIGTERM to jax, which tells all of them, and Ctrl-C ends them."""
     caught = []
+    if jax.process_count() > 1:
+        yield caught
+        return
 
     def catch(signum, _frame):
         caught.append(signum)
@@ -347,3 +351,11 @@ def _catch_signals():
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+
+
+def _asked_to_stop(signals: list[int], step: int) -> int | None:
+    """The signal after which to save and stop, in every process at the same step."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+        return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else None
+    return signals[0] if signals else None

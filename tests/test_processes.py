@@ -80,6 +80,21 @@ def test_one_that_is_killed_ends_the_others_and_a_process_alone_takes_over(whole
     assert_same(alone(tmp_path / "run", model, pairs, **fields), whole)
 
 
+def test_a_preempted_run_saves_at_one_step_and_goes_on(whole, model, pairs, tmp_path):
+    """SIGTERM comes to one process; both save, and end with the shell's code for it."""
+    fields = dict(steps=STEPS, save_every=1000)
+    both = start(tmp_path / "run", model, pairs, 2, **fields)
+    rows, deadline = tmp_path / "run" / "dpo" / "metrics.jsonl", time.monotonic() + 300
+    while not rows.exists() or not rows.read_text():
+        assert both[0].poll() is None and time.monotonic() < deadline, both[0].communicate()
+        time.sleep(0.01)
+    both[1].send_signal(signal.SIGTERM)
+    outs = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [128 + signal.SIGTERM] * 2, outs
+    assert "stopped by SIGTERM after step" in outs[0][0]
+    assert_same(alone(tmp_path / "run", model, pairs, **fields), whole)
+
+
 def test_flags_come_together(monkeypatch):
     with pytest.raises(ValueError, match="--coordinator, --num_processes and --process_id go together"):
         runtime.join("localhost:1", None, 0)
