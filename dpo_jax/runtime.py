@@ -1,8 +1,10 @@
 """What a command sets up before it touches a device: libraries, and the processes that run it together."""
 
 import contextlib
+import importlib.util
 import os
 import pathlib
+import re
 import secrets
 import socket
 import sys
@@ -45,16 +47,29 @@ def join(coordinator: str | None = None, num_processes: int | None = None, proce
     some = [value is not None for value in given.values()]
     if any(some) and not all(some):
         raise ValueError("--coordinator, --num_processes and --process_id go together: give all three, or none.")
-    if all(some) or _in_cluster():
-        jax.distributed.initialize(**given, heartbeat_timeout_seconds=SILENCE, shutdown_timeout_seconds=SILENCE)
+    if all(some) or _on_slurm() or _on_tpu():
+        jax.distributed.initialize(**given, local_device_ids=_gpus_of_a_lone_task(), heartbeat_timeout_seconds=SILENCE,
+                                   shutdown_timeout_seconds=SILENCE)
 
 
-def _in_cluster() -> bool:
-    """Whether jax can find the other processes by itself."""
-    slurm = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
-    on_tpu = os.environ.get("JAX_PLATFORMS", "tpu") == "tpu" and any(
-        pathlib.Path(device).exists() for device in ("/dev/accel0", "/dev/vfio/0"))
-    return slurm or on_tpu
+def _on_slurm() -> bool:
+    return int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
+
+
+def _on_tpu() -> bool:
+    """Whether this is a TPU's host, where jax asks for the other ones."""
+    wanted = "tpu" in os.environ.get("JAX_PLATFORMS", "tpu").split(",")
+    found = any(pathlib.Path(device).exists() for device in ("/dev/accel0", "/dev/vfio/0"))
+    return wanted and found and importlib.util.find_spec("libtpu") is not None
+
+
+def _gpus_of_a_lone_task() -> list[int] | None:
+    """All GPUs of the host, for the one Slurm task there, to which jax would give the first alone; else None."""
+    if not _on_slurm() or int(os.environ["SLURM_STEP_NUM_TASKS"]) != int(os.environ.get("SLURM_STEP_NUM_NODES", 0)):
+        return None
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    found = given.split(",") if given else [name for name in os.listdir("/dev") if re.fullmatch(r"nvidia\d+", name)]
+    return list(range(len(found))) or None
 
 
 @contextlib.contextmanager
@@ -62,14 +77,17 @@ def together():
     """An error in it ends this process at once, and so the others, which would wait for it; alone, it is raised."""
     try:
         yield
-    except BaseException as error:
+    except SystemExit:
+        if jax.process_count() > 1:
+            jax.distributed.shutdown()  # all stop here, and none is gone before the others are through
+        raise
+    except BaseException:
         if jax.process_count() == 1:
             raise
-        if not isinstance(error, SystemExit):
-            traceback.print_exc()
+        traceback.print_exc()
         print(f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()} stops, and so do the "
               "others.", file=sys.stderr, flush=True)
-        os._exit(error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)
+        os._exit(1)
 
 
 def wait_for_all(name: str) -> None:

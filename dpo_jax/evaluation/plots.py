@@ -1,5 +1,6 @@
 """Figures, drawn without a display; matplotlib is imported only when one is drawn."""
 
+import jax
 import numpy as np
 
 
@@ -27,7 +28,7 @@ def frontier(path, *, curve, reference: float, trajectory, optimum: tuple[float,
     axes.set(xlim=_limits([0, *kls]), ylim=_limits([reference, *rewards]))
     axes.legend(loc="lower right", frameon=False)  # below the curve, where a policy seldom is
     figure.colorbar(points, label="step")
-    figure.savefig(path, dpi=150)
+    _save(figure, path, dpi=150)
 
 
 CURVES = {  # metric -> title
@@ -52,7 +53,7 @@ def curves(path, runs: dict[str, list[dict]], field: str) -> None:
             steps, values = zip(*((row["step"], row[name]) for row in rows if name in row), strict=True)
             axes.plot(steps, values, marker="o", markersize=3, label=label)
     figure.legend(*axes.get_legend_handles_labels(), title=field, loc="outside right upper", frameon=False)
-    figure.savefig(path)
+    _save(figure, path)
 
 
 STYLES = {  # method -> colour, marker and name of its points
@@ -99,7 +100,7 @@ def panels(path, rows: list[dict], curves: dict[str, tuple], titles: dict[str, s
     figure.set_layout_engine("none")
     for panel, axes in zip(titles, ends, strict=True):
         _label(axes, ends[axes], curves[panel])
-    figure.savefig(path)
+    _save(figure, path)
 
 
 def win_rates(path, panels: dict[str, tuple[str, list[dict]]]) -> None:
@@ -127,7 +128,7 @@ def win_rates(path, panels: dict[str, tuple[str, list[dict]]]) -> None:
                           color=color, marker=marker, capsize=2, linewidth=1.2,
                           label=label if method == "best_of_n" else name)
         axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path)
+    _save(figure, path)
 
 
 def _draw_curve(axes, kls, rewards, name: str) -> None:
@@ -210,3 +211,9 @@ def _limits(values) -> tuple[float, float]:
     """A range that holds the values, with some room around them."""
     room = 0.08 * (max(values) - min(values)) or 1.0
     return min(values) - room, max(values) + room
+
+
+def _save(figure, path, **options) -> None:
+    """Process 0 only."""
+    if jax.process_index() == 0:
+        figure.savefig(path, **options)
