@@ -31,7 +31,7 @@ from dpo_jax.models import lora as lora_lib
 from dpo_jax.models import transformer
 from dpo_jax.models.lora import Lora
 from dpo_jax.models.transformer import TransformerConfig
-from dpo_jax.objectives import OBJECTIVE_NUMBERS, OBJECTIVES
+from dpo_jax.objectives import OBJECTIVES, numbers
 from dpo_jax.selfcheck import self_check
 from dpo_jax.step import (
     TrainState,
@@ -325,13 +325,6 @@ def _evaluation_batches(job: Job, data: Dataset, per_response: Callable) -> Batc
     order = evaluation_order(len(data.eval), size)
     return Batches(data.eval, order, shards=sharding.batch_shards(job.mesh),
                    per_response=per_response("eval", data.eval, order))
-
-
-def numbers(block, steps: int) -> dict:
-    """The numbers of a stage that are traced, not compiled in."""
-    found = dict(lr=block.lr, warmup_steps=block.warmup_steps, steps=steps, max_grad_norm=block.max_grad_norm)
-    found |= {name: block[name] for name in OBJECTIVE_NUMBERS if name in block}
-    return {name: np.float32(value) for name, value in found.items()}
 
 
 @contextlib.contextmanager

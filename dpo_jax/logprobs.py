@@ -94,14 +94,15 @@ def _of_logits(function, unembed, heads, hidden, targets_SM):
 
 
 def _target_logprobs(targets_SM, logits_SMV):
-    # A comparison, not a gather: it stays on the device that holds its part of the vocabulary.
-    is_target_SMV = jnp.arange(logits_SMV.shape[-1]) == targets_SM[..., None]
-    target_SM = jnp.where(is_target_SMV, logits_SMV, 0).sum(-1)
-    return target_SM - jax.nn.logsumexp(logits_SMV, axis=-1)
+    return _at(targets_SM, logits_SMV) - jax.nn.logsumexp(logits_SMV, axis=-1)
 
 
 def _target_kls(targets_SM, logits_SMV, reference_logits_SMV):
     logp_SMV = jax.nn.log_softmax(logits_SMV)
     ratio_SMV = logp_SMV - jax.nn.log_softmax(reference_logits_SMV)
-    is_target_SMV = jnp.arange(logits_SMV.shape[-1]) == targets_SM[..., None]
-    return jnp.where(is_target_SMV, ratio_SMV, 0).sum(-1), (jnp.exp(logp_SMV) * ratio_SMV).sum(-1)
+    return _at(targets_SM, ratio_SMV), (jnp.exp(logp_SMV) * ratio_SMV).sum(-1)
+
+
+def _at(targets_SM, values_SMV):
+    # A comparison, not a gather: it stays on the device that holds its part of the vocabulary.
+    return jnp.where(jnp.arange(values_SMV.shape[-1]) == targets_SM[..., None], values_SMV, 0).sum(-1)

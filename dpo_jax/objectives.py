@@ -8,6 +8,7 @@ A new loss is a function in `losses.py` and a line in its table, or an objective
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dpo_jax import losses
 from dpo_jax.logprobs import batch_hidden, response_logprobs, scored_hidden, target_logprobs
@@ -93,6 +94,13 @@ def token_values(model, params, batch) -> tuple[jax.Array, jax.Array]:
 
 OBJECTIVES = {"sft": sft, "preferred_ft": sft, "unlikelihood": unlikelihood, "rm": rm, "dpo": dpo, "ppo": ppo}
 OBJECTIVE_NUMBERS = ("beta", "label_smoothing", "alpha", "clip", "value_clip", "value_coef")  # of the config's blocks
+
+
+def numbers(block, steps: int) -> dict:
+    """The numbers of a stage that are traced, not compiled in: `hyper`."""
+    found = dict(lr=block.lr, warmup_steps=block.warmup_steps, steps=steps, max_grad_norm=block.max_grad_norm)
+    found |= {name: block[name] for name in OBJECTIVE_NUMBERS if name in block}
+    return {name: np.float32(value) for name, value in found.items()}
 
 
 def _pair_metrics(batch, loss_SP, *, rewards=None, logps=None):

@@ -23,9 +23,8 @@ from ml_collections import ConfigDict
 from dpo_jax import config as configs
 from dpo_jax import flops, hlo, optim, roofline, runtime, sharding, topologies
 from dpo_jax.data.batches import Batches
-from dpo_jax.fit import numbers
 from dpo_jax.models import families, hf, known, transformer
-from dpo_jax.objectives import OBJECTIVES
+from dpo_jax.objectives import OBJECTIVES, numbers
 from dpo_jax.roofline import Work
 from dpo_jax.step import TrainState, abstract_state, make_train_step, state_shardings
 from dpo_jax.topologies import Topology

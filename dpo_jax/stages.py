@@ -44,8 +44,8 @@ def start(workdir: pathlib.Path, config, stage: str) -> tuple[pathlib.Path, str]
                            "give another --workdir, or remove it.")
     # Nothing is lost by beginning anew: an attempt that failed before its first checkpoint binds nobody.
     folder.mkdir(parents=True, exist_ok=True)
-    for record in ("ledger.json", "base.json"):
-        if jax.process_index() == 0:
+    if jax.process_index() == 0:
+        for record in ("ledger.json", "base.json"):
             (folder / record).unlink(missing_ok=True)
     write_json(path, dict(stage=stage, depends_on=wanted, config=json.loads(config.to_json())))
     return folder, "new"

@@ -109,7 +109,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(text.encode())
 
     def log_message(self, *_):
-        pass
+        """Nothing of each request goes to stderr."""
 
 
 def _completion(body: dict, answer: str, usage: bool) -> dict:

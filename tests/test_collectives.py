@@ -19,10 +19,14 @@ def collectives(sizes: tuple, response: int = 16, vocab: int = 128) -> dict:
     config = scratch_config()
     config.model.scratch.update(vocab_size=vocab, hidden_size=WIDTH, max_position_embeddings=1024)
     config.data.max_length = 1024
+    return hlo.collectives(compiled(config, sizes, response).as_text())
+
+
+def compiled(config, sizes: tuple, response: int):
     mesh, model = sharding.make_mesh(**dict(sizes)), plan.model_of(config, "dpo")
     batch = plan.batches_of(config, "dpo", mesh, (16, response))[0]
     with jax.set_mesh(mesh):
-        return hlo.collectives(plan.program_of(config, "dpo", model, mesh, batch).trace().lower().compile().as_text())
+        return plan.program_of(config, "dpo", model, mesh, batch).trace().lower().compile()
 
 
 GPT2 = dict(model_type="gpt2", vocab_size=128, n_embd=WIDTH, n_layer=2, n_head=4, n_positions=64)
@@ -32,10 +36,7 @@ def test_learned_positions_travel_like_tokens(capfd):
     """XLA warns where it copies an array to every device to bring it from one layout to another."""
     config = scratch_config()
     config.model.scratch = GPT2
-    mesh, model = sharding.make_mesh(**dict(ALL)), plan.model_of(config, "dpo")
-    batch = plan.batches_of(config, "dpo", mesh, (16, 16))[0]
-    with jax.set_mesh(mesh):
-        plan.program_of(config, "dpo", model, mesh, batch).trace().lower().compile()
+    compiled(config, ALL, response=16)
     assert "rematerialization" not in capfd.readouterr().err
 
 

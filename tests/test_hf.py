@@ -18,6 +18,7 @@ import transformers
 from conftest import ROOT, SHARED, needs_shared
 from flax import traverse_util
 from safetensors.numpy import load_file, save_file
+from tiny_runs import free_port
 
 from dpo_jax import sharding
 from dpo_jax.models import families, hf, safetensors_io, transformer
@@ -358,8 +359,7 @@ assert folder.with_name("out").exists()
 
 def test_two_processes_load_their_parts_and_export_the_whole(untied, tmp_path):
     folder = written(untied, tmp_path / "model")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     runs = [subprocess.Popen([sys.executable, "-c", TWO_PROCESSES, str(index), str(port), str(folder)],
                              cwd=ROOT, stderr=subprocess.PIPE, text=True) for index in range(2)]
     for run in runs:

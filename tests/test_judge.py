@@ -43,7 +43,7 @@ def kept(folder) -> list[dict]:
 
 
 def quiet(_line):
-    pass
+    """Shows no progress."""
 
 
 @pytest.mark.parametrize("template", judge.TEMPLATES)
@@ -262,7 +262,7 @@ def test_an_endpoint_that_refuses_everything_ends_the_evaluation(answers, tmp_pa
 def test_a_server_that_is_not_there(tmp_path, monkeypatch):
     monkeypatch.setattr(chat, "RETRIES", 1)
     with JudgeServer(always("A")) as server:
-        pass
+        pass  # it is there, and closed again: its port is nobody's
     with server.environment(), pytest.raises(ChatError, match="no answer from 127.0.0.1:.*Connection error"):
         compare(a_judge(), comparisons(2), tmp_path, quiet)
 
@@ -353,9 +353,9 @@ def test_requests_are_paced_and_so_are_retries(tmp_path):
     def behave(prompt, times):
         return prefers(longer)(prompt, times) if times else Status(500, "", {"Retry-After": "0.01"})
     with JudgeServer(behave) as server, server.environment():
-        compare(a_judge(requests_per_minute=300.0), comparisons(4), tmp_path, quiet)
+        compare(a_judge(requests_per_minute=120.0), comparisons(4), tmp_path, quiet)
     times = [request["time"] for request in server.requests]
-    assert len(times) == 8 and times[-1] - times[0] > 7 * 0.2 - 0.4
+    assert len(times) == 8 and times[-1] - times[0] > 7 * 0.5 - 0.2
 
 
 def test_concurrency_is_bounded_and_used(tmp_path):

@@ -2,7 +2,6 @@
 
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import ROOT
-from tiny_runs import dpo_config, environment, on_devices, rows_without_timings, run, weights
+from tiny_runs import dpo_config, environment, free_port, on_devices, rows_without_timings, run, weights
 
 from dpo_jax import config as configs
 from dpo_jax import runtime
@@ -25,8 +24,7 @@ def start(workdir, model, pairs, processes: int, **fields) -> list[subprocess.Po
     for name in ("model", "data", "mesh", "dpo"):
         usual = configs.default(("dpo",))[name]
         flags += [f"--config.{name}.{field}={value}" for field, value in config[name].items() if value != usual[field]]
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     return [subprocess.Popen(
         [sys.executable, "-m", "dpo_jax.train", "--config=configs/dpo.py", *flags, f"--workdir={workdir}",
          f"--coordinator=localhost:{port}", f"--num_processes={processes}", f"--process_id={index}"],

@@ -43,7 +43,7 @@ def test_other_losses_show_their_own_value(tiny):
     assert "loss 25.0000," in check(tiny, examples(), loss="ipo", measured=LOG_2 | {"loss/train": 25.0})
 
 
-@pytest.mark.parametrize("wrong", [{"loss/train": 0.7}, {"rewards_train/margins": 1e-2}])
+@pytest.mark.parametrize("wrong", [{"loss/train": 0.7}, {"rewards_train/margins": 1e-3}])
 def test_an_objective_that_does_not_start_at_log_2_is_stopped(tiny, wrong):
     with pytest.raises(selfcheck.SelfCheckFailed, match="expected 0.693147 and 0"):
         check(tiny, examples(), measured=LOG_2 | wrong)

@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 
@@ -105,6 +106,12 @@ def command(module: str, *flags: str, devices: int = 1, fast: bool = False, **op
     env = environment(devices) | (dict(XLA_FLAGS="") if fast else {})
     return subprocess.run([sys.executable, "-m", f"dpo_jax.{module}", *map(str, flags)], cwd=ROOT, text=True,
                           capture_output=True, env=env, **options)
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
 
 
 def environment(devices: int = 1) -> dict:

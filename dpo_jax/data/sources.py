@@ -107,7 +107,7 @@ def _compared(fields: dict) -> dict:
     """A record of OpenAI's comparisons (a post, two summaries, and which is better) as prompt, chosen, rejected."""
     match fields:
         case {"info": dict(info), "summaries": [dict(), dict()] as summaries, "choice": 0 | 1 as choice}:
-            pass
+            pass  # the names of what matched are used below
         case _:
             raise Malformed("a comparison has 'info', two 'summaries', and 'choice', 0 or 1")
     if "cnndm" in str(fields.get("batch")):

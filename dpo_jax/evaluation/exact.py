@@ -22,7 +22,7 @@ BETAS = np.geomspace(1e-6, 1e6, 20_000)  # wide and fine: for rewards up to 10 t
 
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(config, params, tokens_BT):
-    return constrain(logits(config, params, tokens_BT))  # whole on every process
+    return constrain(logits(config, params, tokens_BT))  # under a mesh, whole on every process
 
 
 def enumerate_logps(config: TransformerConfig, params, prompts_P, length: int = LENGTH) -> np.ndarray:

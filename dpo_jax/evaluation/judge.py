@@ -197,7 +197,7 @@ async def _ask_all(judge: Judge, questions: list, path: pathlib.Path, show: Call
                 comparison, order = waiting.popleft()
                 try:
                     found[comparison, order] = await _ask(calls, template, comparison, order)
-                except Exception:
+                except Exception:  # whatever it is, nobody takes another question; `gather` brings it up
                     waiting.clear()
                     raise
                 report(len(found))

@@ -12,6 +12,7 @@ from dpo_jax import config as configs
 from dpo_jax import fit, flops, metrics, pretrained, reference, runtime, sharding
 from dpo_jax.data import dataset
 from dpo_jax.data.batches import Batches, prefetch, training_order
+from dpo_jax.objectives import numbers
 from dpo_jax.peak import measured_flops_per_second
 from dpo_jax.step import init_state
 from experiments.benchmark import stages
@@ -35,7 +36,7 @@ class Trainer:
         self.batches = Batches(data, order, per_response=self._kept(folder, data, order))
         self.job = fit.Job(name="dpo", folder=folder, block=config.dpo, model=self.model.config, mesh=self.mesh,
                            load_init=lambda: self.model.load(self.mesh), load_reference=None, log=None, config={})
-        self.programs, self.hyper = fit.programs(self.job), fit.numbers(config.dpo, work.steps)
+        self.programs, self.hyper = fit.programs(self.job), numbers(config.dpo, work.steps)
         self.state = self.reference = None
         self._warm_up()
         self._restart()
