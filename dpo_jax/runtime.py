@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import os
 import pathlib
+import pickle
 import re
 import secrets
 import socket
@@ -28,14 +29,23 @@ def start() -> None:
     jax.config.update("jax_default_matmul_precision", "float32")
 
 
-def define_flags() -> Callable[[], None]:
-    """Defines the flags of a command that several processes run together; the result, once they are parsed, `join`s."""
-    from absl import flags
+def run(command: Callable[[list[str]], None], **options) -> None:
+    """Runs a command, alone or as one of several processes that run it together; ends the program.
+
+    command: of the command line without the flags, which are defined by now. options: of absl's app.run.
+    """
+    from absl import app, flags
     coordinator = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0. Not on TPU pods and under Slurm, "
                                       "where the processes find each other.")
     count = flags.DEFINE_integer("num_processes", None, "How many there are.", lower_bound=1)
     number = flags.DEFINE_integer("process_id", None, "Which this is, from 0.", lower_bound=0)
-    return lambda: join(coordinator.value, count.value, number.value)
+    start()
+
+    def main(argv):
+        join(coordinator.value, count.value, number.value)
+        with together():
+            command(argv)
+    app.run(main, **options)
 
 
 def join(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
@@ -97,14 +107,26 @@ def wait_for_all(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def first_alone(function: Callable, name: str):
-    """function() on process 0, and when that is done on the others, which find what it wrote."""
-    if jax.process_index() == 0:
-        found = function()
-        wait_for_all(name)
-        return found
-    wait_for_all(name)
-    return function()
+def from_first(function: Callable):
+    """What function() gives on process 0, which alone calls it, or the error that it raises there, on every process."""
+    if jax.process_count() == 1:
+        return function()
+    from jax.experimental import multihost_utils
+    found = pickle.dumps(_outcome(function)) if jax.process_index() == 0 else b""
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(found))))
+    sent = np.frombuffer(found.ljust(size), np.uint8)
+    result, error = pickle.loads(multihost_utils.broadcast_one_to_all(sent).tobytes())
+    if error:
+        raise error
+    return result
+
+
+def _outcome(function: Callable) -> tuple:
+    """Its result, or its error."""
+    try:
+        return function(), None
+    except Exception as error:  # whatever it is, every process raises it
+        return None, error
 
 
 def check_shared(folder: pathlib.Path) -> None:
@@ -123,4 +145,4 @@ def check_shared(folder: pathlib.Path) -> None:
         mark.unlink()
     if not seen.all():
         raise RuntimeError(f"{folder} is not the same folder on all hosts: process {int(np.argmin(seen))} does not see "
-                           "what process 0 writes there. --workdir must be on storage that all of them share.")
+                           "what process 0 writes there. It must be on storage that all of them share.")

@@ -8,6 +8,7 @@ was made with is kept beside it, in OUT.settings.json.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -23,7 +24,7 @@ from dpo_jax.metrics import Progress, say
 from dpo_jax.prompts import Prompts, completion_texts
 
 
-def sample_file(model_path: str, prompts_path: str, out: str, sampling: sampler.Sampling, *, n: int, seed: int,
+def sample_file(model_path: str, prompts_path: str, out: str, mesh, sampling: sampler.Sampling, *, n: int, seed: int,
                 batch_size: int, dtype: str, limits: dict) -> None:
     """Samples n completions for each row of a file that is not in `out` yet; limits: as in config.data."""
     rows, path = _read(prompts_path), pathlib.Path(out)
@@ -31,12 +32,12 @@ def sample_file(model_path: str, prompts_path: str, out: str, sampling: sampler.
     made_with = dict(model=model_path, prompts=f"{len(rows)} rows, sha256 {digest[:16]}", n=n, seed=seed,
                      batch_size=batch_size, dtype=dtype, **dataclasses.asdict(sampling), **limits)
     chunk = max(1, batch_size // n)  # a batch: by whole ones, so that going on makes the batches that were to come
-    start = _begin(path, made_with, len(rows), chunk)
+    start = runtime.from_first(functools.partial(_begin, path, made_with, len(rows), chunk))
+    runtime.check_shared(path.parent)
     if start < len(rows):
         model = pretrained.open_model(model_path, dtype=dtype)
         prompts = _encode(rows, model, sampling, limits)
         sampler.check(model.config, prompts.ids, sampling, n=n, batch_size=batch_size)
-        mesh = sharding.make_mesh()
         params = model.load(mesh)
         progress = Progress("sample", start, len(rows), unit="prompt")
         for first in range(start, len(rows), chunk):
@@ -122,7 +123,7 @@ def _columns(prompts: Prompts, drawn: list[list[sampler.Completion]], tokenizer)
 
 
 def main():
-    from absl import app, flags
+    from absl import flags
     defaults = configs.default(()).data
     model = flags.DEFINE_string("model", None, "Folder in Hugging Face format, or hub name.")
     prompts = flags.DEFINE_string("prompts", None, "Rows with a field prompt: text or chat messages.")
@@ -142,9 +143,9 @@ def main():
         truncate=flags.DEFINE_enum(
             "truncate", "auto", configs.TRUNCATIONS, "As config.data.truncate."))
     flags.mark_flags_as_required(["model", "prompts", "out"])
-    runtime.start()
-    app.run(lambda _: sample_file(
-        model.value, prompts.value, out.value,
+    mesh = sharding.define_flags()
+    runtime.run(lambda _: sample_file(
+        model.value, prompts.value, out.value, mesh(),
         sampler.Sampling(**{name: flag.value for name, flag in settings.items()}), n=n.value, seed=seed.value,
         batch_size=batch_size.value, dtype=dtype.value, limits={name: flag.value for name, flag in limits.items()}))
 

@@ -29,19 +29,19 @@ def score(model: pretrained.Pretrained, params, mesh, examples, batch_size: int)
     return found
 
 
-def score_file(model_path: str, data_path: str, out: str, *, batch_size: int, dtype: str, limits: dict) -> None:
+def score_file(model_path: str, data_path: str, out: str, mesh, *, batch_size: int, dtype: str, limits: dict) -> None:
     """Reads pairs, scores them, and writes every row that could be scored, in order, with what was found."""
     if pathlib.Path(out).exists():
         raise FileExistsError(f"--out={out} exists: give another name, or remove it.")
     if not pathlib.Path(out).absolute().parent.is_dir():
         raise FileNotFoundError(f"--out={out}: there is no folder {pathlib.Path(out).parent}; make it first.")
+    runtime.check_shared(pathlib.Path(out).parent)
     model = pretrained.open_model(model_path, dtype=dtype)
     data = configs.default(()).data
     data.update(source="local", path=data_path, eval_fraction=0.0, **limits)
     loaded = dataset.load(data, model.tokenizer, "pairs")
     say(loaded.ledger.table())
     model.check(loaded.train)
-    mesh = sharding.make_mesh()
     shards = sharding.batch_shards(mesh)
     logps = score(model, model.load(mesh), mesh, loaded.train, -(-batch_size // shards) * shards)
     if jax.process_index() == 0:
@@ -68,7 +68,7 @@ def _write(out: str, rows, examples, logps) -> None:
 
 
 def main():
-    from absl import app, flags
+    from absl import flags
     defaults = configs.default(()).data
     model = flags.DEFINE_string("model", None, "Folder in Hugging Face format, or hub name.")
     data = flags.DEFINE_string("data", None, "Pairs: rows of prompt, chosen, rejected.")
@@ -83,9 +83,9 @@ def main():
     limits["on_bad_row"] = flags.DEFINE_enum("on_bad_row", "error", ["error", "drop"], "As config.data.on_bad_row.")
     limits["append_eos"] = flags.DEFINE_bool("append_eos", True, "As config.data.append_eos.")
     flags.mark_flags_as_required(["model", "data", "out"])
-    runtime.start()
-    app.run(lambda _: score_file(
-        model.value, data.value, out.value, batch_size=batch_size.value, dtype=dtype.value,
+    mesh = sharding.define_flags()
+    runtime.run(lambda _: score_file(
+        model.value, data.value, out.value, mesh(), batch_size=batch_size.value, dtype=dtype.value,
         limits={name: flag.value for name, flag in limits.items()}))
 
 

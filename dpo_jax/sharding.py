@@ -8,6 +8,7 @@ not divide is left whole.
 
 import math
 import re
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +58,13 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> j
                          "devices found. Change one of them, or set one to -1.")
     types = (jax.sharding.AxisType.Auto,) * len(AXES)
     return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
+
+
+def define_flags() -> Callable[[], jax.sharding.Mesh]:
+    """Defines a command's flags for the axes that split weights; the result, once they are parsed, makes the mesh."""
+    from absl import flags
+    found = {axis: flags.DEFINE_integer(axis, 1, f"As config.mesh.{axis}.") for axis in ("fsdp", "tensor")}
+    return lambda: make_mesh(**{axis: flag.value for axis, flag in found.items()})
 
 
 def batch_shards(mesh: jax.sharding.Mesh) -> int:

@@ -25,7 +25,8 @@ class StageChanged(ValueError):
 
 
 def start(workdir: pathlib.Path, config, stage: str) -> tuple[pathlib.Path, str]:
-    """The stage's folder and its status, "new", "unfinished" or "done"; writes config.json into a new one.
+    """The stage's folder and its status, "new", "unfinished" or "done"; writes config.json into a new one. For one
+    process.
 
     Raises StageChanged, naming the fields, where the folder was made with a config that differs in what the
     stage depends on.
@@ -44,9 +45,8 @@ def start(workdir: pathlib.Path, config, stage: str) -> tuple[pathlib.Path, str]
                            "give another --workdir, or remove it.")
     # Nothing is lost by beginning anew: an attempt that failed before its first checkpoint binds nobody.
     folder.mkdir(parents=True, exist_ok=True)
-    if jax.process_index() == 0:
-        for record in ("ledger.json", "base.json"):
-            (folder / record).unlink(missing_ok=True)
+    for record in ("ledger.json", "base.json"):
+        (folder / record).unlink(missing_ok=True)
     write_json(path, dict(stage=stage, depends_on=wanted, config=json.loads(config.to_json())))
     return folder, "new"
 
@@ -69,13 +69,13 @@ def finish(folder: pathlib.Path, **result) -> None:
 
 
 def write_json(path: pathlib.Path, value) -> None:
-    """Writes JSON in one piece: a kill leaves the old file or the new one. Process 0 only."""
-    _write(path, json.dumps(value, indent=1) + "\n")
+    """Writes JSON in one piece."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def write_lines(path: pathlib.Path, rows: list[dict]) -> None:
-    """Writes JSON lines in one piece, likewise."""
-    _write(path, "".join(json.dumps(row) + "\n" for row in rows))
+    """Writes JSON lines in one piece."""
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def append_lines(path: pathlib.Path, rows: list[dict]) -> None:
@@ -95,7 +95,8 @@ def read_lines(path: pathlib.Path) -> list[dict]:
     return [json.loads(line) for line in whole]
 
 
-def _write(path: pathlib.Path, text: str) -> None:
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Writes a file in one piece: a kill leaves the old one or the new one. Process 0 only."""
     if jax.process_index() == 0:
         draft = path.with_suffix(".draft")
         draft.write_text(text)

@@ -302,8 +302,7 @@ def run_stages(config: ConfigDict, workdir: str) -> None:
     for stage in config.stages:
         folder = run.folder(stage)
         with stages.lock(folder):
-            _, status = runtime.first_alone(
-                functools.partial(stages.start, run.workdir, config, stage), f"the start of {stage}")
+            _, status = runtime.from_first(functools.partial(stages.start, run.workdir, config, stage))
             if status == "done":
                 say(f"{stage}: done before, in {folder}")
             else:
@@ -314,19 +313,12 @@ def run_stages(config: ConfigDict, workdir: str) -> None:
 
 def main():
     # Flags are made here, not on import, so that the module can be imported by others.
-    from absl import app, flags
+    from absl import flags
     from ml_collections import config_flags
     config = config_flags.DEFINE_config_file("config", None, "The config file; see configs/.")
     workdir = flags.DEFINE_string("workdir", None, "Where the run's folders are.")
     flags.mark_flags_as_required(["config", "workdir"])
-    join = runtime.define_flags()
-    runtime.start()
-
-    def start(_):
-        join()
-        with runtime.together():
-            run_stages(config.value, workdir.value)
-    app.run(start)
+    runtime.run(lambda _: run_stages(config.value, workdir.value))
 
 
 if __name__ == "__main__":

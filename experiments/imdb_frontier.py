@@ -89,8 +89,9 @@ def run(make_config, workdir: str, names: list[str], dry_run: bool) -> None:
     make_config: method -> config. names: patterns of the runs to make. ValueError for one that is no run's.
     """
     from dpo_jax import config as configs
-    from dpo_jax import train
+    from dpo_jax import stages, train
     from dpo_jax.evaluation import plots
+    from dpo_jax.metrics import say
     folder = pathlib.Path(workdir)
     known = [run_name(method, value) for method, (_, values, _) in SWEEP.items() for value in values]
     for name in names:
@@ -104,29 +105,30 @@ def run(make_config, workdir: str, names: list[str], dry_run: bool) -> None:
             trained = folder / configs.folder_names(config)[stage]
             if any(fnmatch.fnmatch(config.run, name) for name in names):
                 done = (trained / "done.json").exists()
-                print(f"{config.run:<22}{'done' if done else cost(config, stage)}", flush=True)
+                say(f"{config.run:<22}{'done' if done else cost(config, stage)}")
                 if not dry_run:
                     attempt(train.run_stages, config, workdir)
             rows += rows_of(trained, method, value)
     if not dry_run:
         of_reference, optimum = best_of_n(make_config, folder)
         rows += of_reference
-        (folder / "frontier.json").write_text(json.dumps(rows, indent=1) + "\n")
+        stages.write_json(folder / "frontier.json", rows)
         plots.panels(folder / "frontier.png", rows, {"imdb": optimum}, {"imdb": "controlled sentiment on IMDb"},
                      curve_name="optimum, estimated from the reference")
-        print(f"{folder / 'frontier.json'}, {folder / 'frontier.png'}")
+        say(f"{folder / 'frontier.json'}, {folder / 'frontier.png'}")
 
 
 def attempt(run_stages, config, workdir: str) -> None:
     """A run that diverges ends there, and is drawn as far as it came; the others go on."""
+    from dpo_jax.metrics import say
     try:
         run_stages(config, workdir)
     except FloatingPointError as error:
-        print(f"{config.run}: {error}", flush=True)
+        say(f"{config.run}: {error}")
 
 
 def main():
-    from absl import app, flags
+    from absl import flags
 
     from dpo_jax import runtime
     config = flags.DEFINE_string("config", "configs/imdb.py", "The config file; its get_config takes a method.")
@@ -134,9 +136,8 @@ def main():
     names = flags.DEFINE_multi_string("run", ["*"], "Which runs, such as dpo_0.1 or ppo_*; may be repeated.")
     dry_run = flags.DEFINE_bool("dry_run", False, "Only list the runs and their cost.")
     flags.mark_flags_as_required(["workdir"])
-    runtime.start()
-    app.run(lambda argv: run(config_maker(config.value, argv[1:]), workdir.value, names.value, dry_run.value),
-            flags_parser=lambda argv: flags.FLAGS(argv, known_only=True))
+    runtime.run(lambda argv: run(config_maker(config.value, argv[1:]), workdir.value, names.value, dry_run.value),
+                flags_parser=lambda argv: flags.FLAGS(argv, known_only=True))
 
 
 if __name__ == "__main__":

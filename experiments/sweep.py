@@ -52,22 +52,22 @@ def run(config, workdir: str, text: str) -> dict[str, list[dict]]:
     from dpo_jax import config as configs
     from dpo_jax import train
     from dpo_jax.evaluation import plots
-    from dpo_jax.metrics import read_rows
+    from dpo_jax.metrics import read_rows, say
     field, runs = text.partition("=")[0], {}
     for value, point in points(config, text):
-        print(f"--- {field} = {value}", flush=True)
+        say(f"--- {field} = {value}")
         train.run_stages(point, workdir)
         folder = pathlib.Path(workdir) / configs.folder_names(point)[field.partition(".")[0]]
         runs[str(value)] = read_rows(folder / "metrics.jsonl")
     picture = pathlib.Path(workdir) / f"sweep_{field}.png"
     plots.curves(picture, runs, field)
-    print(table(field, runs))
-    print(picture)
+    say(table(field, runs))
+    say(str(picture))
     return runs
 
 
 def main():
-    from absl import app, flags
+    from absl import flags
     from ml_collections import config_flags
 
     from dpo_jax import runtime
@@ -75,11 +75,7 @@ def main():
     workdir = flags.DEFINE_string("workdir", None, "Where the runs' folders are.")
     sweep = flags.DEFINE_string("sweep", None, "FIELD=V1,V2,...: a field of the last training stage, and its values.")
     flags.mark_flags_as_required(["config", "workdir", "sweep"])
-    runtime.start()
-
-    def start(_):
-        run(config.value, workdir.value, sweep.value)
-    app.run(start)
+    runtime.run(lambda _: run(config.value, workdir.value, sweep.value))
 
 
 if __name__ == "__main__":

@@ -18,9 +18,10 @@ import re
 import sys
 from collections.abc import Callable
 
+import jax
 import numpy as np
 
-from dpo_jax import checkpoint, pairs, pretrained, rewards, sharding, stages, train
+from dpo_jax import checkpoint, pairs, pretrained, rewards, runtime, sharding, stages, train
 from dpo_jax import config as configs
 from dpo_jax.data import dataset
 from dpo_jax.data.tokenizer import Examples, encode_row_prompts
@@ -125,8 +126,8 @@ def run(name: str, make_config: Callable, workdir: str, options: Options, *, tra
         say(plan(left, options, calls_in))
         return []
     task = make_task(runs, options)  # before training, as it may find too few prompts
-    if options.judge and left.any():
-        chat.api_key()
+    if options.judge and left.any() and jax.process_index() == 0:
+        chat.api_key()  # asked for before training, as it may be missing
     for method in trains:
         train.run_stages(found[method], workdir)
     points = make_points(runs, options)
@@ -255,7 +256,8 @@ def _judge(judge: judges.Judge | None, task: Task, runs: dict, calls: pathlib.Pa
     """(comparisons, file) -> who judged, verdicts and win rate, which are written to the file."""
     def by_chat(comparisons, path):
         shown = [dataclasses.replace(one, prompt=task.shown(one.prompt)) for one in comparisons]
-        return judges.write_verdicts(path, judge, judges.compare(judge, shown, calls, say), calls)
+        return runtime.from_first(
+            lambda: judges.write_verdicts(path, judge, judges.compare(judge, shown, calls, say), calls))
 
     @functools.cache
     def reward():
@@ -342,8 +344,6 @@ def main(default_config: str, methods: tuple[str, ...], defaults: Callable, run:
     defaults: () -> methods, temperatures and template where the flags name none; run: (make_config, workdir, options).
     """
     from absl import app, flags
-
-    from dpo_jax import runtime
     config = flags.DEFINE_string("config", default_config, "The config file, and after a colon a size it may have.")
     workdir = flags.DEFINE_string("workdir", None, "Where the runs and the results are.")
     method = flags.DEFINE_multi_enum("method", None, methods, "Which methods; may be repeated. Default: all.")
@@ -378,5 +378,4 @@ def main(default_config: str, methods: tuple[str, ...], defaults: Callable, run:
             run(commands.config_maker(config.value, argv[1:]), workdir.value, options)
         except (judges.BudgetExhausted, judges.ChatError) as stopped:
             sys.exit(str(stopped))
-    runtime.start()
-    app.run(start, flags_parser=lambda argv: flags.FLAGS(argv, known_only=True))
+    runtime.run(start, flags_parser=lambda argv: flags.FLAGS(argv, known_only=True))

@@ -22,7 +22,7 @@ def write(task: str, prompts: int, rows: list[dict], folder: pathlib.Path, *, co
         task=task, prompts=prompts, complete=complete, judged=rows[-1]["judged"], paired=paired,
         rows=[{name: value for name, value in row.items() if name not in ("judged", "verdicts")} for row in rows]))
     text = table(rows, paired)
-    (folder / "winrate.md").write_text(text)
+    stages.write_text(folder / "winrate.md", text)
     plots.win_rates(folder / "winrate.png", panels(rows))
     say(f"{text}\n{folder}: winrate.json, winrate.md, winrate.png")
 

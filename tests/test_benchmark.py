@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from experiments.benchmark import report, work
+from experiments.benchmark import growth, report, work
 from experiments.benchmark.worker import Worker, peak_resident_bytes
 
 
@@ -68,6 +68,17 @@ def test_peak_memory_is_what_was_held_once():
     assert peak_resident_bytes() > before + held.nbytes // 4
     del held
     assert peak_resident_bytes() > before
+
+
+def test_growth_is_measured_point_by_point_and_drawn(tmp_path):
+    assert {pairs * length for line, pairs, length in growth.points() if line == "length"} == {4096}
+    row = growth.measure(work.MODELS["smoke"], 2, 64, "float32")
+    assert row["tokens"] == 2 * (48 + 2 * 16) and row["least"] <= row["seconds"] <= row["most"]
+    rows = [dict(row, line=line, pairs=pairs, length=length) for line, pairs, length in growth.points()]
+    assert [line.split()[:3] for line in growth.table(rows).splitlines()[1:]] == [
+        [line, str(pairs), str(length)] for line, pairs, length in growth.points()]
+    growth.draw(tmp_path / "growth.png", rows, "a step")
+    assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow

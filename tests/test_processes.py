@@ -1,4 +1,4 @@
-"""Several processes make the run that one makes: two of two fake devices each, joined by gloo."""
+"""Several processes do what one does: two or four of two fake devices each, joined by gloo."""
 
 import re
 import signal
@@ -10,31 +10,55 @@ import jax
 import numpy as np
 import pytest
 from conftest import ROOT
-from tiny_runs import dpo_config, environment, free_port, on_devices, rows_without_timings, run, weights
+from tiny_runs import command, dpo_config, environment, free_port, on_devices, rows_without_timings, run, weights
 
 from dpo_jax import config as configs
-from dpo_jax import runtime
+from dpo_jax import runtime, sharding, stages
+from experiments import sweep
 
 STEPS = 6
 
 
-def start(workdir, model, pairs, processes: int, **fields) -> list[subprocess.Popen]:
-    """The processes of one run, which wait for each other; `fields` as of dpo_config."""
-    config, flags = dpo_config(model, pairs, mesh__data=2, mesh__fsdp=2, **fields), []
-    for name in ("model", "data", "mesh", "dpo"):
-        usual = configs.default(("dpo",))[name]
-        flags += [f"--config.{name}.{field}={value}" for field, value in config[name].items() if value != usual[field]]
+def start(module: str, *flags: str, processes: int = 2, own=lambda index: ()) -> list[subprocess.Popen]:
+    """The processes of one command, which wait for each other; own: index -> flags of that process alone."""
     port = free_port()
     return [subprocess.Popen(
-        [sys.executable, "-m", "dpo_jax.train", "--config=configs/dpo.py", *flags, f"--workdir={workdir}",
-         f"--coordinator=localhost:{port}", f"--num_processes={processes}", f"--process_id={index}"],
-        cwd=ROOT, env=environment(4 // processes), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        [sys.executable, "-m", module, *map(str, flags), *own(index), f"--coordinator=localhost:{port}",
+         f"--num_processes={processes}", f"--process_id={index}"],
+        cwd=ROOT, env=environment(2), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         for index in range(processes)]
 
 
-def alone(workdir, model, pairs, **fields):
-    with on_devices(4):
-        run(dpo_config(model, pairs, mesh__data=2, mesh__fsdp=2, **fields), workdir)
+def ended(processes: list[subprocess.Popen]) -> str:
+    """What the first said, once all are done; the others say nothing."""
+    outs = [process.communicate(timeout=300) for process in processes]
+    assert not any(process.returncode for process in processes), outs
+    for out, _ in outs[1:]:
+        assert not re.search("dpo|sample|reference", out)  # "[Gloo] Rank 1 is connected ..." alone
+    return outs[0][0]
+
+
+def run_config(model, pairs, mesh=(2, 2, 1), **fields):
+    return dpo_config(model, pairs, **{f"mesh__{axis}": size for axis, size in zip(sharding.AXES, mesh, strict=True)},
+                      **fields)
+
+
+def run_flags(model, pairs, **fields) -> list[str]:
+    """The command line of that config."""
+    config, flags = run_config(model, pairs, **fields), ["--config=configs/dpo.py"]
+    for name in ("model", "data", "mesh", "dpo"):
+        usual = configs.default(("dpo",))[name]
+        flags += [f"--config.{name}.{field}={value}" for field, value in config[name].items() if value != usual[field]]
+    return flags
+
+
+def start_run(workdir, model, pairs, processes: int = 2, **fields) -> list[subprocess.Popen]:
+    return start("dpo_jax.train", *run_flags(model, pairs, **fields), f"--workdir={workdir}", processes=processes)
+
+
+def alone(workdir, model, pairs, devices: int = 4, **fields):
+    with on_devices(devices):
+        run(run_config(model, pairs, **fields), workdir)
     return workdir / "dpo"
 
 
@@ -54,18 +78,54 @@ def assert_same(found, expected):
         np.testing.assert_allclose(weights(found)[name], expected_weight, atol=1e-6, err_msg=name)
 
 
-def test_two_processes_make_the_run_of_one(whole, model, pairs, tmp_path):
-    both = start(tmp_path / "run", model, pairs, 2, steps=STEPS)
-    (out, errors), (other_out, _) = (process.communicate(timeout=300) for process in both)
-    assert [process.returncode for process in both] == [0, 0], errors
-    assert "self-check passed" in out
-    assert all(line.startswith("[Gloo]") for line in other_out.splitlines())  # only the first speaks
-    assert_same(tmp_path / "run" / "dpo", whole)
+def test_four_processes_make_the_run_of_one(model, pairs, tmp_path):
+    fields = dict(mesh=(2, 2, 2), steps=STEPS)
+    assert "self-check passed" in ended(start_run(tmp_path / "run", model, pairs, processes=4, **fields))
+    assert_same(tmp_path / "run" / "dpo", alone(tmp_path / "alone", model, pairs, devices=8, **fields))
+
+
+def test_two_processes_make_the_sweep_of_one(model, pairs, tmp_path):
+    """With the reference's log-probs kept."""
+    text = "dpo.beta=0.1,1"
+    out = ended(start("experiments.sweep", *run_flags(model, pairs, steps=2), f"--workdir={tmp_path / 'both'}",
+                      f"--sweep={text}"))
+    assert out.count("train rows to compute") == 1
+    with on_devices(4):
+        sweep.run(run_config(model, pairs, steps=2), str(tmp_path / "one"), text)
+    for name in ("beta_0.1", "beta_1"):
+        assert_same(tmp_path / "both" / name, tmp_path / "one" / name)
+    assert (tmp_path / "both" / "sweep_dpo.beta.png").exists()
+
+
+def test_two_processes_make_the_samples_of_one(model, pairs, tmp_path):
+    flags = [f"--model={model}", f"--prompts={pairs}", "--n=2", "--max_new_tokens=6", "--batch_size=64"]
+    ended(start("dpo_jax.sample", *flags, "--fsdp=2", f"--out={tmp_path / 'both'}"))
+    made = command("sample", *flags, f"--out={tmp_path / 'one'}")
+    assert made.returncode == 0, made.stderr
+    rows, wanted = (stages.read_lines(tmp_path / name) for name in ("both", "one"))
+    assert len(rows) == len(wanted) == 60
+    for row, want in zip(rows, wanted, strict=True):
+        np.testing.assert_allclose(row.pop("logp"), want.pop("logp"), rtol=1e-5, atol=1e-5)
+        assert row == want
+
+
+def test_an_error_of_one_ends_all(model, pairs, tmp_path):
+    """Of the second process, which finds no data; and of both, which do not see the same folder."""
+    flags = run_flags(model, pairs)
+    second, began = start("dpo_jax.train", *flags, f"--workdir={tmp_path / 'run'}",
+                          own=lambda index: [f"--config.data.path={tmp_path / 'missing'}"] * index), time.monotonic()
+    outs = [process.communicate(timeout=runtime.SILENCE + 60) for process in second]
+    assert all(process.returncode for process in second) and time.monotonic() - began < runtime.SILENCE + 45
+    assert "missing" in outs[1][1] and re.search(r"process 1 of 2 on \S+ stops, and so do the others", outs[1][1])
+    apart = start("dpo_jax.train", *flags, own=lambda index: [f"--workdir={tmp_path / str(index)}"])
+    outs = [process.communicate(timeout=runtime.SILENCE + 60) for process in apart]
+    assert all(process.returncode for process in apart)
+    assert "is not the same folder on all hosts: process 1 does not see what process 0 writes there" in outs[0][1]
 
 
 def test_one_that_is_killed_ends_the_others_and_a_process_alone_takes_over(whole, model, pairs, tmp_path):
     fields = dict(steps=STEPS, save_every=1)
-    first, second = start(tmp_path / "run", model, pairs, 2, **fields)
+    first, second = start_run(tmp_path / "run", model, pairs, **fields)
     checkpoints, deadline = tmp_path / "run" / "dpo" / "checkpoints", time.monotonic() + 300
     while not (checkpoints / "2").exists():
         assert first.poll() is None and time.monotonic() < deadline, first.communicate()
@@ -82,7 +142,7 @@ def test_one_that_is_killed_ends_the_others_and_a_process_alone_takes_over(whole
 def test_a_preempted_run_saves_at_one_step_and_goes_on(model, pairs, tmp_path):
     """SIGTERM comes to one process; both save, and end with the shell's code for it."""
     fields = dict(steps=400, save_every=1000, eval_every=1000, log_every=1)
-    both = start(tmp_path / "run", model, pairs, 2, **fields)
+    both = start_run(tmp_path / "run", model, pairs, **fields)
     rows, deadline = tmp_path / "run" / "dpo" / "metrics.jsonl", time.monotonic() + 300
     while not rows.exists() or not rows.read_text():
         assert both[0].poll() is None and time.monotonic() < deadline, both[0].communicate()
@@ -92,8 +152,8 @@ def test_a_preempted_run_saves_at_one_step_and_goes_on(model, pairs, tmp_path):
     assert [process.returncode for process in both] == [128 + signal.SIGTERM] * 2, outs
     stopped = int(re.search(r"stopped by SIGTERM after step (\d+)", outs[0][0])[1])
     assert 0 < stopped < 400
-    ended = alone(tmp_path / "run", model, pairs, **fields)
-    assert [row["step"] for row in rows_without_timings(ended)] == list(range(401))
+    finished = alone(tmp_path / "run", model, pairs, **fields)
+    assert [row["step"] for row in rows_without_timings(finished)] == list(range(401))
 
 
 def test_flags_come_together(monkeypatch):

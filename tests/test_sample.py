@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 from tiny_runs import environment, tokenizer, write_pairs
 
-from dpo_jax import sample
+from dpo_jax import sample, sharding
 from dpo_jax.sampler import Sampling
 
 COUNT = 600
@@ -20,7 +20,7 @@ SIX = Sampling(6)
 
 def sample_file(model, prompts, out, sampling=SIX, **changes):
     """Two completions of each prompt, three prompts at a time."""
-    sample.sample_file(str(model), str(prompts), str(out), sampling, **dict(
+    sample.sample_file(str(model), str(prompts), str(out), sharding.make_mesh(), sampling, **dict(
         n=2, seed=0, batch_size=6, dtype="float32", limits=dict(max_prompt_length=64, truncate="auto")) | changes)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiny_runs import dpo_config, run, write_model, write_pairs
 
-from dpo_jax import score
+from dpo_jax import score, sharding
 from dpo_jax.metrics import read_rows
 
 LIMITS = dict(max_length=512, max_prompt_length=256, truncate="auto", on_bad_row="error", max_dropped=0.05,
@@ -14,7 +14,8 @@ LIMITS = dict(max_length=512, max_prompt_length=256, truncate="auto", on_bad_row
 
 
 def score_file(model, data, out):
-    score.score_file(str(model), str(data), str(out), batch_size=4, dtype="float32", limits=LIMITS)
+    score.score_file(str(model), str(data), str(out), sharding.make_mesh(), batch_size=4, dtype="float32",
+                     limits=LIMITS)
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ def run(options, folder: pathlib.Path) -> dict:
     jax.config.update("jax_platforms", "cpu")  # this process only makes weights
     steps = CHECKED + options.rounds * options.steps + (PROFILED if options.profile else 0)
     told = work.Work(pairs=options.pairs, steps=steps, cached=options.cached, dtype=options.dtype)
-    work.write(folder, told, options.shape, options.model)
+    work.write(folder, told, work.MODELS[options.model], *work.lengths(options.shape))
     print("weights and rows are written; the sides load them, and ours compiles a program for each shape", flush=True)
     sides = start(options, folder)
     try:

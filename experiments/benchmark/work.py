@@ -63,12 +63,11 @@ def lengths(shape: str, count: int = ROWS, seed: int = 0) -> tuple[np.ndarray, n
     return SHAPES[shape](np.random.default_rng(seed), count)
 
 
-def write(folder: pathlib.Path, work: Work, shape: str, model: str, seed: int = 0) -> None:
-    """Writes the folder, as the module says. Uses jax."""
-    vocab = _write_model(folder / "model", MODELS[model], seed)
+def write(folder: pathlib.Path, work: Work, model: dict, prompt_P, response_P2, seed: int = 0) -> None:
+    """Writes the folder, as the module says, for a model of these config fields and rows of these lengths. Uses jax."""
+    vocab = _write_model(folder / "model", model, seed)
     data = folder / "data"
-    data.mkdir()
-    prompt_P, response_P2 = lengths(shape, seed=seed)
+    data.mkdir(parents=True)
     lines = _rows(np.random.default_rng([seed, 1]), prompt_P, response_P2, vocab)
     (data / "train.jsonl").write_text("".join(lines))
     (data / "test.jsonl").write_text(lines[0])  # so that no row is held out of the others

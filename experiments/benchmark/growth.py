@@ -1,0 +1,109 @@
+"""How a step's cost grows with its pairs and its rows' length: python -m experiments.benchmark.growth --out=DIR
+
+One run of our trainer for each point, one after the other, on the benchmark's model (gpt2-tiny unless --model says
+otherwise) with positions for the longest row. All rows of a point have one length, three quarters of it prompt. Along
+one line the length stays and pairs are added; along the other the tokens of a step stay, so that rows grow longer and
+fewer: what is linear in tokens is flat there. Comes out: DIR/growth.json, a row per point, DIR/growth.png, and a table.
+"""
+
+import json
+import pathlib
+import statistics
+import tempfile
+
+import numpy as np
+
+LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096)  # tokens of prompt + response
+PAIRS = (1, 2, 4, 8, 16)
+LENGTH = 512  # of the rows to which pairs are added
+STEPS = 3  # timed at each point
+
+
+def points() -> list[tuple[str, int, int]]:
+    """(line, pairs of a step, tokens of a row)."""
+    along = [("length", max(LENGTHS) // length, length) for length in LENGTHS]
+    return along + [("pairs", pairs, LENGTH) for pairs in PAIRS]
+
+
+def measure(model: dict, pairs: int, length: int, dtype: str) -> dict:
+    """Median, least and most seconds of a step, and the tokens and FLOPs that its rows need."""
+    from experiments.benchmark import ours, work
+    told = work.Work(pairs=pairs, steps=STEPS, cached=False, dtype=dtype)
+    prompt_P, response_P2 = np.full(pairs * STEPS, length * 3 // 4), np.full((pairs * STEPS, 2), length // 4)
+    with tempfile.TemporaryDirectory(prefix="dpo_jax_growth_") as folder:
+        folder = pathlib.Path(folder)
+        work.write(folder, told, model | dict(n_positions=max(LENGTHS)), prompt_P, response_P2)
+        trainer = ours.Trainer(folder, told)
+        found = [trainer.steps(1) for _ in range(STEPS)]
+    seconds = [step["seconds"] for step in found]
+    return dict(pairs=pairs, length=length, tokens=found[0]["tokens"], flops=found[0]["flops"],
+                seconds=statistics.median(seconds), least=min(seconds), most=max(seconds))
+
+
+def table(rows: list[dict]) -> str:
+    heads = f"{'':<8}{'pairs':>6}{'row':>7}{'tokens':>8}{'s a step':>10}{'ms/pair':>11}{'ms/token':>12}{'GFLOP/s':>9}"
+    return "\n".join([heads] + [
+        f"{row['line']:<8}{row['pairs']:>6}{row['length']:>7}{row['tokens']:>8}{row['seconds']:>10.3f}"
+        f"{1e3 * row['seconds'] / row['pairs']:>11.1f}{1e3 * row['seconds'] / row['tokens']:>12.3f}"
+        f"{row['flops'] / row['seconds'] / 1e9:>9.0f}" for row in rows])
+
+
+def draw(path, rows: list[dict], title: str) -> None:
+    """Seconds of a step against its pairs, milliseconds of a token against its row's length; dashed: by FLOPs alone."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(9, 3.8), dpi=150, layout="constrained")
+    figure.suptitle(title)
+    for number, (line, x, per, y_label) in enumerate([
+            ("pairs", "pairs", None, f"seconds a step, rows of {LENGTH} tokens"),
+            ("length", "length", "tokens", "milliseconds a token")], 1):
+        points = [row for row in rows if row["line"] == line]
+        xs = [row[x] for row in points]
+        scale = [1 if per is None else 1e3 / row[per] for row in points]
+        axes = figure.add_subplot(1, 2, number, ylabel=y_label,
+                                  xlabel=dict(pairs="pairs a step", length="tokens of a row")[line])
+        values = {name: [row[name] * s for row, s in zip(points, scale, strict=True)]
+                  for name in ("seconds", "least", "most", "flops")}
+        middle = len(points) // 2
+        rate = values["flops"][middle] / values["seconds"][middle]
+        axes.fill_between(xs, values["least"], values["most"], alpha=0.2)
+        axes.plot(xs, values["seconds"], marker="o", label="measured (median; band: least to most)")
+        axes.plot(xs, [flops / rate for flops in values["flops"]], "--", color="black", linewidth=1,
+                  label=f"its FLOPs, at the rate of {xs[middle]}")
+        axes.set_xscale("log", base=2)
+        if per is None:
+            axes.set_yscale("log", base=2)
+        axes.set_ylim(*((None, None) if per is None else (0, 1.3 * max(values["most"]))))
+        axes.set_xticks(xs, [str(value) for value in xs])
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path)
+
+
+def main(_):
+    from absl import app, flags
+
+    from experiments.benchmark import work
+    options = flags.FLAGS
+    out = pathlib.Path(options.out)
+    if (out / "growth.json").exists():
+        raise app.UsageError(f"{out / 'growth.json'} exists; give a new --out.")
+    out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for line, pairs, length in points():
+        rows.append(dict(line=line) | measure(work.MODELS[options.model], pairs, length, options.dtype))
+        print(f"{len(rows)}/{len(points())}  {pairs} pairs of {length}-token rows: {rows[-1]['seconds']:.3f} s",
+              flush=True)
+    (out / "growth.json").write_text(json.dumps(rows, indent=1) + "\n")
+    draw(out / "growth.png", rows, f"a DPO step of {options.model}, {options.dtype}, live reference")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    from absl import app, flags
+
+    from dpo_jax import runtime
+    flags.DEFINE_string("out", None, "The folder for growth.json and growth.png.", required=True)
+    flags.DEFINE_enum("model", "gpt2-tiny", ["smoke", "gpt2-tiny", "gpt2"], "The sizes of the model, which is random.")
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "What it computes in.")
+    runtime.start()
+    app.run(main)
