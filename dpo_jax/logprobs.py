@@ -14,8 +14,9 @@ from dpo_jax.models import transformer
 from dpo_jax.models.attention import Layout
 from dpo_jax.sharding import BATCH, constrain, platform
 
-CHUNK_LOGITS = 2**24  # logits of a shard that are in memory at once: 64 MB
-CPU_CHUNK_LOGITS = 2**22  # 16 MB, which its caches hold
+CHUNK_LOGITS = 2**26  # logits of a shard that are in memory at once: 256 MB
+CPU_CHUNK_LOGITS = 2**22  # 16 MB, which its caches hold,
+CPU_CHUNK = 512  # but not for fewer positions: each chunk reads all of the head, and adds to all of its gradient
 
 
 def response_logprobs(config: transformer.TransformerConfig, params, batch) -> jax.Array:
@@ -65,9 +66,11 @@ def _in_chunks(config, function, models, targets_SM):
 
     models: pairs of weights and their hidden states [S, M, D]. The logits are computed again in the backward pass.
     """
-    limit = min(CHUNK_LOGITS, CPU_CHUNK_LOGITS) if platform() == "cpu" else CHUNK_LOGITS
-    chunk = max(128, limit // config.vocab)
     shards, scored = targets_SM.shape
+    limit = CHUNK_LOGITS // config.vocab
+    if platform() == "cpu":
+        limit = min(limit, max(CPU_CHUNK, CPU_CHUNK_LOGITS // config.vocab))
+    chunk = -(-scored // -(-scored // max(128, limit)))  # the last is about as large as the others
     heads, hidden = [_head(config, params) for params, _ in models], [x_SMD for _, x_SMD in models]
     unembed = functools.partial(transformer.unembed, config)
     if scored <= chunk:

@@ -60,7 +60,7 @@ def test_the_step_has_these_and_no_more(sizes, expected):
 
 def test_the_head_is_gathered_once_however_many_chunks(monkeypatch):
     whole = counts(FSDP)
-    monkeypatch.setattr(logprobs, "CPU_CHUNK_LOGITS", 128 * 128)  # 800 scored positions of a shard make 7 chunks
+    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", 128 * 128)  # 800 scored positions of a shard make 7 chunks
     assert counts(FSDP, response=400) == whole
 
 
