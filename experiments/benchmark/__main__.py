@@ -7,7 +7,7 @@ process of its own that waits while the other works. First their losses must agr
 timed. A step's time holds forward, backward, optimiser and input. Tokens and FLOPs are those that the rows need, a
 prompt counted once per pair, for both sides alike; the ceiling is the fastest square matrix product that either side's
 library makes here (2048 wide on a CPU, 8192 on a GPU). Peak memory is the process's on a CPU (VmHWM), the device's on a
-GPU. With bfloat16, the default on a GPU, both sides compute in it on float32 weights.
+GPU. With bfloat16, the default on a GPU, both sides compute in it on float32 weights. Both have huge pages.
 """
 
 import json
@@ -46,7 +46,8 @@ def start(options, folder) -> list[Worker]:
     """The workers, ours first."""
     threads = len(os.sched_getaffinity(0))
     environment = dict(OMP_NUM_THREADS=str(threads), XLA_PYTHON_CLIENT_PREALLOCATE="false",
-                       HF_DATASETS_CACHE=str(folder / "cache"), HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+                       HF_DATASETS_CACHE=str(folder / "cache"), HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false",
+                       GLIBC_TUNABLES="glibc.malloc.hugetlb=1")  # fewer page faults for whoever allocates much
     sides = [Worker("ours", sys.executable, folder, **environment)]
     if options.peer != "none":
         sides.append(Worker(options.peer, options.peer_python, folder, **environment))
