@@ -7,7 +7,7 @@
 #
 # tpu: takes the TPU of that name, or asks for one of --type and waits; copies this tree, installs, trains on all
 # workers, shows worker 0's log, and says how each ended. --delete: gives the TPU back in the end, however that was.
-# WORKDIR must be one place for all workers: a bucket (gs://...), under Slurm a shared folder.
+# WORKDIR must be one folder for all workers: storage that they share, or a bucket that is mounted.
 # --print, as the first argument: shows every command and runs none. sweep: experiments.sweep, not dpo_jax.train.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -51,8 +51,11 @@ acquire() {  # a TPU that is there, whatever was there before
     run gcloud compute tpus queued-resources create "$NAME" --node-id="$NAME" --zone="$ZONE" \
       --accelerator-type="$TYPE" --runtime-version="$VERSION" ${SPOT:+--spot}
   fi
+  local unknown=0
   until [[ -n "$PRINT" || "$found" == ACTIVE ]]; do
     found="$(state)"
+    if [[ -n "$found" ]]; then unknown=0; else unknown=$((unknown + 1)); fi
+    if [[ "$unknown" -ge 10 ]]; then echo "gcloud does not know $NAME any more: are you logged in?" >&2; exit 1; fi
     case "$found" in
       ACTIVE) ;;
       SUSPENDED|FAILED) echo "$NAME: $found; the same command asks again" >&2; exit 1 ;;
@@ -101,7 +104,8 @@ tpu() {
   # It outlives a connection that breaks; the same command then finds it running, and only looks on.
   on all "cd dpo_jax && if ! kill -0 \$(cat pid 2>/dev/null) 2>/dev/null; then rm -f status
     nohup sh -c $(printf '%q' "$command; echo \$? >status") >log 2>&1 </dev/null & echo \$! >pid; fi"
-  on 0 "cd dpo_jax && tail -n +1 -F --pid=\$(cat pid) log"
+  on 0 "cd dpo_jax && tail -n +1 -F --pid=\$(cat pid) log" ||
+    { trap - EXIT; echo "the connection broke; the same command looks on" >&2; exit 1; }  # and it is not deleted
   # shellcheck disable=SC2016  # what it names is on the workers
   on all 'cd dpo_jax && while kill -0 $(cat pid) 2>/dev/null; do sleep 1; done
     echo "$(hostname) ended with $(cat status)"; [ "$(cat status)" = 0 ] || { tail -n 20 log; exit 1; }'

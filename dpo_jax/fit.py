@@ -110,6 +110,7 @@ def fit(job: Job, feed) -> tuple[dict, dict[str, float]]:
     made = programs(job)
     optimizer, shardings = made.optimizer, made.shardings
     hyper = numbers(job.block, feed.updates) | ({"lora_scale": np.float32(job.lora.scale)} if job.lora else {})
+    hyper = jax.device_put(hyper, sharding.replicated(job.mesh))
     shapes = abstract_state(optimizer, made.trained, feed.controls)
 
     def evaluate(trained):

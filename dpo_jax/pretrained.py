@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from dpo_jax import sharding
+from dpo_jax import runtime, sharding
 from dpo_jax.data import layout, toy
 from dpo_jax.data import tokenizer as tokenizers
 from dpo_jax.metrics import say
@@ -64,7 +64,7 @@ def open_model(path: str, *, tokenizer: str = "", words=None, **options) -> Pret
         return hf.load(folder, config, sharding.param_shardings(mesh, transformer.abstract(config)))
     if words is None:
         words = tokenizers.load(hf.fetch(tokenizer, weights=False) if tokenizer else folder)
-    return Pretrained(config, hf_config, words, path, load, lambda: hf.fingerprint(folder))
+    return Pretrained(config, hf_config, words, path, load, lambda: runtime.from_first(lambda: hf.fingerprint(folder)))
 
 
 def from_scratch(fields: dict, seed: int, *, tokenizer: str = "", **options) -> Pretrained:

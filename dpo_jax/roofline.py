@@ -10,12 +10,12 @@ import jax
 import numpy as np
 
 from dpo_jax.data.layout import Shape
+from dpo_jax.logprobs import CHUNK_LOGITS
 from dpo_jax.models import transformer
 from dpo_jax.models.transformer import TransformerConfig
 from dpo_jax.topologies import Topology
 
 PARTS = {"compute": "products", "memory": "memory bandwidth", "interconnect": "interconnect"}
-LOGITS = 2**26  # bytes of a chunk of logits; see logprobs.py
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,8 @@ def estimate(config: TransformerConfig, shape: Shape, mesh: dict, microbatches: 
     moved = microbatches * (passes * weights * width / tensor + 4 * saved) + 2 * state + 12 * weights / split
     temporaries = saved + 4 * weights / split * (1 + (microbatches > 1))  # gradients, and their sum
     temporaries += 2 * (weights / config.layers) * width / tensor  # two layers' gathered weights
-    temporaries += 3 * LOGITS + _rows(config, shape, width) / tensor
+    logits = 4 * min(CHUNK_LOGITS, shape.scored * config.vocab)  # bytes of a chunk
+    temporaries += 3 * logits + _rows(config, shape, width) / tensor
     return Work(flops, moved, collectives), int(temporaries)
 
 

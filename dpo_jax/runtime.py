@@ -129,8 +129,11 @@ def _outcome(function: Callable) -> tuple:
         return None, error
 
 
-def check_shared(folder: pathlib.Path) -> None:
-    """RuntimeError where the processes do not see the same folder."""
+def check_shared(folder: str | pathlib.Path) -> None:
+    """RuntimeError where the processes do not see the same folder; ValueError for a bucket."""
+    if "://" in str(folder):
+        raise ValueError(f"{folder} is a bucket, which cannot be written to as a folder yet: mount it (by gcsfuse, "
+                         "say) and give the folder where it is.")
     if jax.process_count() == 1:
         return
     from jax.experimental import multihost_utils

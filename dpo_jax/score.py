@@ -48,6 +48,7 @@ def score_file(model_path: str, data_path: str, out: str, mesh, *, batch_size: i
         splits = records.find_splits(data_path)
         rows = splits["train"] if "train" in splits else next(iter(splits.values()))  # as dataset.load chose
         _write(out, rows(), loaded.train, logps)
+    runtime.wait_for_all("scores")  # or they would give process 0 up, and end it
     left_out = loaded.ledger.train.read - len(logps)
     say(f"scored {len(logps)} pairs into {out}, left out {left_out} (see above); "
         f"mean log-prob chosen {logps[:, 0].mean():.4g}, rejected {logps[:, 1].mean():.4g} nats")

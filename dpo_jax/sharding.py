@@ -13,6 +13,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -57,7 +58,26 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> j
         raise ValueError(f"mesh.data x mesh.fsdp x mesh.tensor = {sizes} does not make up the {len(devices)} "
                          "devices found. Change one of them, or set one to -1.")
     types = (jax.sharding.AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
+    return jax.sharding.Mesh(arrange(tuple(sizes), devices), AXES, axis_types=types)
+
+
+def arrange(sizes: tuple[int, ...], devices) -> np.ndarray:
+    """The devices as an array of these sizes, neighbours along an axis close to each other.
+
+    What is far apart, TPU slices or hosts with GPUs, is split by the first axis that can, the rest of it by the next:
+    copies of the weights talk once a step, and tensor most. ValueError where the sizes cannot split it.
+    """
+    rest, outer = len({getattr(device, "slice_index", 0) for device in devices}), []
+    if rest == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    for size in sizes:
+        outer.append(math.gcd(size, rest))
+        rest //= outer[-1]
+    if rest > 1:
+        raise ValueError(f"mesh.data, mesh.fsdp, mesh.tensor = {list(sizes)} cannot be laid over the slices or hosts "
+                         f"of the {len(devices)} devices: make one of them, data at best, a multiple of their number.")
+    inner = [size // far for size, far in zip(sizes, outer, strict=True)]
+    return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
 
 
 def define_flags() -> Callable[[], jax.sharding.Mesh]:

@@ -228,7 +228,8 @@ def _probe(run: Run, stage: str, initial, load_initial):
     if "evaluate" not in run.config.stages or stage not in configs.POLICY_STAGES:
         return None
     if run.config.data.source == "toy":
-        return toy_report.probe(initial, load_initial(), run.config.reward.kind)
+        with jax.set_mesh(run.mesh):
+            return toy_report.probe(initial, load_initial(), run.config.reward.kind)
     measure = policy_measure(run, initial)
     return lambda params: measure(params, load_initial())[0]
 
@@ -267,8 +268,9 @@ def evaluate_stage(run: Run, stage: str) -> dict:
     start = run.initial(trained)
     if run.config.data.source == "toy":
         beta = run.config.dpo.beta if trained == "dpo" else None
-        return toy_report.write(run.folder(stage), run.folder(trained), start, start.load(run.mesh),
-                                run.config.reward.kind, beta)
+        with jax.set_mesh(run.mesh):
+            return toy_report.write(run.folder(stage), run.folder(trained), start, start.load(run.mesh),
+                                    run.config.reward.kind, beta)
     end = pretrained.open_model(str(run.folder(trained) / "hf"), dtype=run.config.model.dtype)
     measure, reference = policy_measure(run, start), start.load(run.mesh)
     values, rows = measure(end.load(run.mesh), reference)
@@ -297,8 +299,8 @@ STAGES = {**dict.fromkeys(configs.TRAINING_STAGES, train_stage), "pairs": pairs_
 def run_stages(config: ConfigDict, workdir: str) -> None:
     """Runs every stage that is not done yet; ValueError for a wrong config, StageChanged for a changed one."""
     configs.validate(config)
+    runtime.check_shared(workdir)
     run = Run(config, pathlib.Path(workdir), sharding.make_mesh(**config.mesh))
-    runtime.check_shared(run.workdir)
     for stage in config.stages:
         folder = run.folder(stage)
         with stages.lock(folder):

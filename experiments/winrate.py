@@ -125,6 +125,7 @@ def run(name: str, make_config: Callable, workdir: str, options: Options, *, tra
     if options.dry_run:
         say(plan(left, options, calls_in))
         return []
+    runtime.check_shared(workdir)
     task = make_task(runs, options)  # before training, as it may find too few prompts
     if options.judge and left.any() and jax.process_index() == 0:
         chat.api_key()  # asked for before training, as it may be missing

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 from conftest import ROOT
 
-CONFIG = ("--config=configs/toy.py", "--config.dpo.beta=0.5", "--workdir=gs://bucket/my runs")
+CONFIG = ("--config=configs/toy.py", "--config.dpo.beta=0.5", "--workdir=/mnt/bucket/my runs")
 RECORD = '#!/usr/bin/env bash\necho "$(basename "$0") $*" >>"$LOG"\n'
 # Two workers, two folders, in which the commands that are sent run for real; states are read from a file, one a call.
 GCLOUD = r"""
@@ -59,7 +59,7 @@ def printed(*arguments) -> list[str]:
 
 def test_local_and_slurm_commands():
     assert printed("local", *CONFIG) == [
-        r"python -m dpo_jax.train --config=configs/toy.py --config.dpo.beta=0.5 --workdir=gs://bucket/my\ runs"]
+        r"python -m dpo_jax.train --config=configs/toy.py --config.dpo.beta=0.5 --workdir=/mnt/bucket/my\ runs"]
     assert printed("local", "sweep", *CONFIG)[0].startswith("python -m experiments.sweep --config=configs/toy.py ")
     assert printed("slurm", "--nodes=4", "--gres=gpu:8", *CONFIG)[0].startswith(
         "srun --ntasks-per-node=1 --kill-on-bad-exit=1 --nodes=4 --gres=gpu:8 python -m dpo_jax.train --config=")

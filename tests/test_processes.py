@@ -13,7 +13,7 @@ from conftest import ROOT
 from tiny_runs import command, dpo_config, environment, free_port, on_devices, rows_without_timings, run, weights
 
 from dpo_jax import config as configs
-from dpo_jax import runtime, sharding, stages
+from dpo_jax import runtime, sharding, stages, train
 from experiments import sweep
 
 STEPS = 6
@@ -162,6 +162,11 @@ def test_flags_come_together(monkeypatch):
     monkeypatch.delenv("SLURM_STEP_NUM_TASKS", raising=False)
     runtime.join()  # alone, without waiting for anybody
     assert jax.process_count() == 1
+
+
+def test_a_bucket_is_refused(model, pairs):
+    with pytest.raises(ValueError, match="gs://somewhere/run is a bucket"):
+        train.run_stages(run_config(model, pairs), "gs://somewhere/run")
 
 
 def test_a_process_alone_raises_its_own_errors():

@@ -16,7 +16,10 @@ def config(model, pairs, run="", seed=0, **fields):
 
 
 def kept(workdir):
-    return {path.name: path for path in (workdir / "reference").glob("*/*.npy")}
+    """Split -> its file, of one reference."""
+    found = list((workdir / "reference").glob("*/*.npy"))
+    assert len(found) == len({path.name for path in found})  # no second KEY was made
+    return {path.name: path for path in found}
 
 
 @pytest.fixture(scope="module")
