@@ -192,10 +192,9 @@ class DataFeed:
     def tokens(self, step: int) -> int:
         return self._batches.tokens(step)
 
-    def flops(self, step: int) -> int | None:
-        if self._job.lora:
-            return None  # less: frozen weights have no gradient
-        return flops.of_step(self._job.model, self._batches.needed(step), reference=self._live_reference)
+    def flops(self, step: int) -> int:
+        return flops.of_step(self._job.model, self._batches.needed(step), reference=self._live_reference,
+                             frozen=self._job.lora is not None)
 
     def rows(self, step: int) -> list[str]:
         return [self._data.train.where[row] for row in self._batches.order[step]]

@@ -31,12 +31,15 @@ def forward(config: TransformerConfig, shape: Shape) -> dict[str, int]:
         head=2 * config.width * (1 if config.head == "score" else config.vocab) * shape.scored)
 
 
-def of_step(config: TransformerConfig, shape: Shape, *, cells: int = 1, reference: bool = False) -> int:
+def of_step(config: TransformerConfig, shape: Shape, *, cells: int = 1, reference: bool = False,
+            frozen: bool = False) -> int:
     """That a training step needs: a forward pass, a backward pass of twice that, and the live reference's forward.
 
-    cells: shards x microbatches of that shape. What remat computes again is no need of the model's, and not in it.
+    cells: shards x microbatches of that shape. frozen: under adapters, whose own work is left out, weights have no
+    gradient. What remat computes again is no need of the model's, and not in it.
     """
-    return (3 + reference) * cells * sum(forward(config, shape).values())
+    return cells * sum((3 + reference - (frozen and part != "attention")) * size
+                       for part, size in forward(config, shape).items())
 
 
 def of_program(jaxpr) -> int:

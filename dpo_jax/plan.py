@@ -24,6 +24,8 @@ from dpo_jax import config as configs
 from dpo_jax import flops, hlo, optim, roofline, runtime, sharding, topologies
 from dpo_jax.data.batches import Batches
 from dpo_jax.models import families, hf, known, transformer
+from dpo_jax.models import lora as lora_lib
+from dpo_jax.models.lora import Lora
 from dpo_jax.objectives import OBJECTIVES, numbers
 from dpo_jax.roofline import Work
 from dpo_jax.step import TrainState, abstract_state, make_train_step, state_shardings
@@ -51,16 +53,17 @@ class Program:
     reference: dict | None
     hyper: dict
     batch: dict
+    base: dict | None  # the weights under adapters
     mesh: jax.sharding.Mesh
 
     def trace(self):
         with jax.set_mesh(self.mesh):
-            return self.step.trace(self.state, self.reference, self.hyper, self.batch)
+            return self.step.trace(self.state, self.reference, self.hyper, self.batch, self.base)
 
     def memory(self) -> dict[str, int]:
         """Bytes that the arguments take on a device, by kind."""
         return {kind: sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-                for kind, tree in dict(params=self.state.params, optimizer=self.state.opt_state,
+                for kind, tree in dict(params=[self.state.params, self.base], optimizer=self.state.opt_state,
                                        reference=self.reference, batch=self.batch).items()}
 
 
@@ -119,7 +122,9 @@ def batches_of(config: ConfigDict, stage: str, mesh, lengths: tuple[int, int]) -
 
 def program_of(config: ConfigDict, stage: str, model, mesh, batch: dict, objective: Callable | None = None) -> Program:
     """The step that `fit.py` runs on such a batch; `objective`: another than the stage's own."""
-    block, params = config[stage], transformer.abstract(model)
+    block, weights, lora = config[stage], transformer.abstract(model), config.model.lora
+    base = jax.tree.map(_placed, weights, sharding.param_shardings(mesh, weights)) if lora.rank else None
+    params = lora_lib.abstract(model, Lora(**lora)) if lora.rank else weights
     optimizer = optim.make(block.optimizer, block.weight_decay)
     shardings = state_shardings(mesh, optimizer, params)
     state, whole = abstract_state(optimizer, params, {}), sharding.replicated(mesh)
@@ -129,9 +134,10 @@ def program_of(config: ConfigDict, stage: str, model, mesh, batch: dict, objecti
     live = stage == "dpo" and block.reference != "none" and not block.cache_reference
     objective = objective or functools.partial(OBJECTIVES[stage], model, block.get("loss", ""))
     step = make_train_step(objective, optimizer, block.schedule, shardings)
+    hyper = numbers(block, steps=1) | ({"lora_scale": np.float32(1)} if base else {})
     return Program(step, state, state.params if live else None,
-                   jax.tree.map(lambda x: _placed(x, whole), numbers(block, steps=1)),
-                   jax.tree.map(lambda x: _placed(x, split), batch), mesh)
+                   jax.tree.map(lambda x: _placed(x, whole), hyper),
+                   jax.tree.map(lambda x: _placed(x, split), batch), base, mesh)
 
 
 def plan(config: ConfigDict, topology: Topology, stage: str, assumed: Assumed = Assumed(),
@@ -145,9 +151,6 @@ def plan(config: ConfigDict, topology: Topology, stage: str, assumed: Assumed = 
     if stage not in STAGES or stage not in config.stages:
         raise ValueError(f"--stage={stage}: expected one of {', '.join(s for s in config.stages if s in STAGES)} "
                          "(of a ppo stage, most time is sampling, which is not planned).")
-    if config.model.lora.rank:
-        raise ValueError(f"config.model.lora.rank = {config.model.lora.rank}: adapters are not planned yet; plan the "
-                         "run without them, which needs more.")
     model, mesh, lengths = model_of(config, stage, assumed.model), _mesh(config, topology), lengths_of(
         config, stage, assumed)
     batches = batches_of(config, stage, mesh, lengths)
@@ -166,7 +169,8 @@ def plan(config: ConfigDict, topology: Topology, stage: str, assumed: Assumed = 
         fits=sum(memory.values()) <= topology.chip.hbm_gib * GIB, hbm_gib_per_chip=sum(memory.values()) / GIB,
         capacity_gib=topology.chip.hbm_gib, hbm_gib={kind: size / GIB for kind, size in memory.items()},
         flops_per_step=done * topology.chips, needed_flops_per_step=flops.of_step(
-            model, batches.shapes[0], cells=cells, reference=program.reference is not None),
+            model, batches.shapes[0], cells=cells, reference=program.reference is not None,
+            frozen=program.base is not None),
         collectives={kind: dict(count=count, gib=size / GIB) for kind, (count, size) in work.collectives.items()}
         if work else None, seconds=parts, step_seconds=parts and max(parts.values()),
         step_seconds_without_overlap=parts and sum(parts.values()), bottleneck=parts and max(parts, key=parts.get))
@@ -246,6 +250,8 @@ def remedies(config: ConfigDict, stage: str, chips: int) -> Iterator[dict]:
     while size % 2 == 0 and size // 2 % fsdp == 0:
         size //= 2
         yield {f"{stage}.microbatch_size": size}
+    if config.model.path and not config.model.lora.rank:
+        yield {"model.lora.rank": 16}  # the last, as it is another way to train
 
 
 def advise(config: ConfigDict, stage: str, report: dict, again: Callable) -> dict:

@@ -239,6 +239,20 @@ def test_gpus_are_planned_by_sizes_alone_and_the_report_adds_up(tmp_path):
     assert plan.sweep_table([report | dict(fits=False), report]).splitlines()[1].split()[4] == "yes"
 
 
+def test_adapters_are_planned_over_a_base_that_has_no_optimiser(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(SCRATCH))
+    config, topology = scratch_config(batch_size=8), topologies.parse("h200:8")
+    config.model.path, config.model.scratch = str(tmp_path / "config.json"), {}
+    whole = plan.plan(config, topology, "dpo", Assumed(rows=80))
+    config.model.lora.rank = 2
+    report = plan.plan(config, topology, "dpo", Assumed(rows=80))
+    trained = report["hbm_gib"]["reference"]  # another copy of the adapters
+    assert 0 < trained < 0.2 * whole["hbm_gib"]["params"]
+    assert report["hbm_gib"]["params"] == pytest.approx(whole["hbm_gib"]["params"] + trained)
+    assert report["hbm_gib"]["optimizer"] == pytest.approx(trained, rel=0.1)
+    assert 0.7 < report["needed_flops_per_step"] / whole["needed_flops_per_step"] < 0.8  # 3 of 4, but for attention
+
+
 def test_a_stage_that_is_not_planned_is_refused():
     with pytest.raises(ValueError, match="--stage=sft: expected one of dpo"):
         plan.plan(scratch_config(), topologies.parse("h200:8"), "sft")
@@ -253,7 +267,7 @@ def test_the_command_says_what_makes_a_stage_fit():
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert not report["fits"] and not report["advice"]["fits"] and report["chip_hours"] is None
-    assert "--config.mesh.fsdp=4" in report["advice"]["flags"] and len(report["advice"]["tries"]) == 8
+    assert "--config.mesh.fsdp=4" in report["advice"]["flags"] and len(report["advice"]["tries"]) == 9
 
 
 def test_remedies_come_one_after_the_other_until_it_fits():
@@ -272,6 +286,8 @@ def test_remedies_come_one_after_the_other_until_it_fits():
     assert config.mesh.fsdp == 1, "the run's own config is left as it is"
     assert list(plan.remedies(config, "dpo", 8))[-3:] == [
         {"dpo.microbatch_size": size} for size in (32, 16, 8)]
+    config.model.path = "a model to put adapters over"
+    assert list(plan.remedies(config, "dpo", 8))[-1] == {"model.lora.rank": 16}
 
 
 def test_meshes_are_those_whose_shards_split_the_batch():
