@@ -242,7 +242,7 @@ def test_gpus_are_planned_by_sizes_alone_and_the_report_adds_up(tmp_path):
 def test_adapters_are_planned_over_a_base_that_has_no_optimiser(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(SCRATCH))
     config, topology = scratch_config(batch_size=8), topologies.parse("h200:8")
-    config.model.path, config.model.scratch = str(tmp_path / "config.json"), {}
+    config.model.path, config.model.scratch, config.dpo.optimizer = str(tmp_path / "config.json"), {}, "rmsprop"
     whole = plan.plan(config, topology, "dpo", Assumed(rows=80))
     config.model.lora.rank = 2
     report = plan.plan(config, topology, "dpo", Assumed(rows=80))
