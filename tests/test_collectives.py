@@ -62,7 +62,12 @@ def test_the_head_is_gathered_once_however_many_chunks(monkeypatch):
     whole = counts(FSDP)
     monkeypatch.setattr(logprobs, "CHUNK_LOGITS", 128 * 128)  # 800 scored positions of a shard make 7 chunks
     assert counts(FSDP, response=400) == whole
-    assert counts(TENSOR, response=400).keys() == {"all-reduce"}  # each chunk's softmax; its part of the head stays
+
+
+@pytest.mark.slow
+def test_a_head_split_by_tensor_stays_where_it_is_in_every_chunk(monkeypatch):
+    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", 128 * 128)
+    assert counts(TENSOR, response=400).keys() == {"all-reduce"}  # of each chunk's softmax
 
 
 def test_logits_and_tables_never_travel():

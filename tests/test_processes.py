@@ -84,6 +84,7 @@ def test_four_processes_make_the_run_of_one(model, pairs, tmp_path):
     assert_same(tmp_path / "run" / "dpo", alone(tmp_path / "alone", model, pairs, devices=8, **fields))
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_sweep_of_one(model, pairs, tmp_path):
     """With the reference's log-probs kept."""
     text = "dpo.beta=0.1,1"
@@ -97,6 +98,7 @@ def test_two_processes_make_the_sweep_of_one(model, pairs, tmp_path):
     assert (tmp_path / "both" / "sweep_dpo.beta.png").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_samples_of_one(model, pairs, tmp_path):
     flags = [f"--model={model}", f"--prompts={pairs}", "--n=2", "--max_new_tokens=6", "--batch_size=64"]
     ended(start("dpo_jax.sample", *flags, "--fsdp=2", f"--out={tmp_path / 'both'}"))
