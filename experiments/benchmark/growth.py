@@ -53,30 +53,29 @@ def draw(path, rows: list[dict], title: str) -> None:
     from matplotlib.figure import Figure
     figure = Figure(figsize=(9, 3.8), dpi=150, layout="constrained")
     figure.suptitle(title)
-    for number, (line, x, per, y_label) in enumerate([
-            ("pairs", "pairs", None, f"seconds a step, rows of {LENGTH} tokens"),
-            ("length", "length", "tokens", "milliseconds a token")], 1):
-        points = [row for row in rows if row["line"] == line]
-        xs = [row[x] for row in points]
-        scale = [1 if per is None else 1e3 / row[per] for row in points]
-        axes = figure.add_subplot(1, 2, number, ylabel=y_label,
-                                  xlabel=dict(pairs="pairs a step", length="tokens of a row")[line])
-        values = {name: [row[name] * s for row, s in zip(points, scale, strict=True)]
-                  for name in ("seconds", "least", "most", "flops")}
-        middle = len(points) // 2
-        rate = values["flops"][middle] / values["seconds"][middle]
-        axes.fill_between(xs, values["least"], values["most"], alpha=0.2)
-        axes.plot(xs, values["seconds"], marker="o", label="measured (median; band: least to most)")
-        axes.plot(xs, [flops / rate for flops in values["flops"]], "--", color="black", linewidth=1,
-                  label=f"its FLOPs, at the rate of {xs[middle]}")
-        axes.set_xscale("log", base=2)
-        if per is None:
-            axes.set_yscale("log", base=2)
-        axes.set_ylim(*((None, None) if per is None else (0, 1.3 * max(values["most"]))))
-        axes.set_xticks(xs, [str(value) for value in xs])
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False, fontsize=8)
+    pairs, length = ([row for row in rows if row["line"] == line] for line in ("pairs", "length"))
+    axes = figure.add_subplot(1, 2, 1, xlabel="pairs a step", ylabel=f"seconds a step, rows of {LENGTH} tokens")
+    _draw_line(axes, [row["pairs"] for row in pairs], pairs, np.ones(len(pairs)))
+    axes.set_yscale("log", base=2)
+    axes = figure.add_subplot(1, 2, 2, xlabel="tokens of a row", ylabel="milliseconds a token")
+    _draw_line(axes, [row["length"] for row in length], length, np.array([1e3 / row["tokens"] for row in length]))
+    axes.set_ylim(0, 1.3 * axes.dataLim.ymax)
     figure.savefig(path)
+
+
+def _draw_line(axes, xs: list[int], rows: list[dict], scale) -> None:
+    """The rows' seconds times `scale`, and what their FLOPs would take at the rate of the middle one."""
+    names = ("seconds", "least", "most", "flops")
+    seconds, least, most, flops = (scale * [row[name] for row in rows] for name in names)
+    middle = len(rows) // 2
+    axes.fill_between(xs, least, most, alpha=0.2)
+    axes.plot(xs, seconds, marker="o", label="measured (median; band: least to most)")
+    axes.plot(xs, flops * seconds[middle] / flops[middle], "--", color="black", linewidth=1,
+              label=f"its FLOPs, at the rate of {xs[middle]}")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(xs, [str(value) for value in xs])
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8)
 
 
 def main(_):

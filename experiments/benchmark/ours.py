@@ -36,7 +36,8 @@ class Trainer:
         self.batches = Batches(data, order, per_response=self._kept(folder, data, order))
         self.job = fit.Job(name="dpo", folder=folder, block=config.dpo, model=self.model.config, mesh=self.mesh,
                            load_init=lambda: self.model.load(self.mesh), load_reference=None, log=None, config={})
-        self.programs, self.hyper = fit.programs(self.job), numbers(config.dpo, work.steps)
+        self.programs = fit.programs(self.job)
+        self.hyper = jax.device_put(numbers(config.dpo, work.steps), sharding.replicated(self.mesh))
         self.state = self.reference = None
         self._warm_up()
         self._restart()
