@@ -309,7 +309,7 @@ def run_stages(config: ConfigDict, workdir: str) -> None:
                 say(f"{stage}: done before, in {folder}")
             else:
                 stages.finish(folder, **STAGES[stage](run, stage))
-        runtime.wait_for_all(f"the end of {stage}")
+    runtime.wait_for_all("all stages")  # whose files the others may read
     say(f"all stages done, in {workdir}")
 
 
