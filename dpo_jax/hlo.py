@@ -62,7 +62,7 @@ def trips(computations, entry: str) -> dict[str, int]:
 def collectives(text: str) -> dict[str, tuple[int, float]]:
     """Kind -> (how many are run, bytes that a device receives through them), in one call of the program."""
     computations, entry = parse(text)
-    largest = {}
+    parts = {}
     for name, times in trips(computations, entry).items():
         for inner in [name, *_fused(computations, name)]:
             types = {instruction.name: instruction.type for instruction in computations[inner]}
@@ -74,12 +74,13 @@ def collectives(text: str) -> dict[str, tuple[int, float]]:
                     kind = "reduce-scatter"
                 size = sum(_size(types[operand]) for operand in instruction.operands)
                 received = size * RECEIVED[kind](_group(instruction.attributes))
-                # The parts of one asynchronous collective are printed each, with the channel of the whole.
                 channel = re.search(r"channel_id=(\d+)", instruction.attributes)
-                key = channel[1] if channel else instruction.name
-                largest[key] = max(largest.get(key, (0, 0, "")), (times, received, kind))
+                parts.setdefault(channel[1] if channel else instruction.name, []).append((times, received, kind))
     totals = {}
-    for times, received, kind in largest.values():
+    for found in parts.values():
+        # The parts of an asynchronous collective are printed each, with the whole's bytes and channel. It may go on
+        # during a loop, but it starts and ends outside.
+        times, (_, received, kind) = min(times for times, _, _ in found), max(found, key=lambda part: part[1:])
         count, size = totals.get(kind, (0, 0.0))
         totals[kind] = count + times, size + times * received
     return totals
@@ -172,7 +173,25 @@ def _moved(computations, instruction: Instruction, types: dict[str, str]) -> int
     if instruction.opcode == "fusion":
         body = computations[re.search(r"calls=%?([\w.-]+)", instruction.attributes)[1]]
         read, written = _sliced(body, read, written)
+        read, written = _carried(instruction, body, read, written)
     return sum(read) + written
+
+
+def _carried(fusion: Instruction, body: list[Instruction], read: list[int], written: int) -> tuple[list[int], int]:
+    """What a fusion reads and writes besides the buffers of a collective that goes on meanwhile, or ends there."""
+    root = body[-1]
+    idle = {instruction.name for instruction in body if instruction.opcode in RECEIVED} | {root.name}
+    buffers = set()
+    for parameter in (instruction for instruction in body if instruction.opcode == "parameter"):
+        uses = {instruction.name for instruction in body if parameter.name in instruction.operands}
+        if uses <= idle and root.opcode in ("tuple", "custom-call"):
+            buffers.add(int(parameter.inside))
+    results = [_size(array[0], memory=True) for array in re.finditer(ARRAY, fusion.type)]
+    for result, operand in re.findall(r"\{(\d*)\}: \((\d+), \{\}\)", fusion.attributes):
+        written -= results[int(result or 0)] if int(operand) in buffers else 0
+    if "AsyncCollectiveStart" not in root.attributes:
+        read = [0 if index in buffers else size for index, size in enumerate(read)]
+    return read, written
 
 
 def _sliced(body: list[Instruction], read: list[int], written: int) -> tuple[list[int], int]:

@@ -65,8 +65,8 @@ def run_seed(workdir: str, panel: str, seed: int) -> list[dict]:
     from dpo_jax.metrics import read_rows
     folder = pathlib.Path(workdir) / f"{panel}-{seed}"
     rows = []
-    order = list(SWEEPS.items())
-    for method, (_, values, label) in reversed(order) if seed % 2 else order:  # two seeds side by side compile half each
+    sweeps = list(SWEEPS.items())
+    for method, (_, values, label) in sweeps[::-1] if seed % 2 else sweeps:  # two seeds at once compile half each
         for value in values:
             began = time.monotonic()
             config, stage = config_of(panel, method, value, seed)

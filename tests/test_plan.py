@@ -199,6 +199,66 @@ def test_a_program_is_read_with_its_loops():
     assert hlo.memory_traffic(HLO) == in_the_loop + (128 + 64) + (128 + 32)
 
 
+ASYNCHRONOUS = """HloModule step
+
+%begin (part: f32[2,4]) -> (f32[2,4], f32[8,4]) {
+  %part = f32[2,4]{1,0} parameter(0)
+  %gather.1 = f32[8,4]{1,0} all-gather(%part), channel_id=5, replica_groups=[1,4]<=[4], dimensions={0}
+  ROOT %begun = (f32[2,4]{1,0}, f32[8,4]{1,0}) custom-call(%gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%meanwhile (part.1: f32[2,4], whole.1: f32[8,4], x.1: f32[16]) -> (f32[16], f32[2,4], f32[8,4]) {
+  %part.1 = f32[2,4]{1,0} parameter(0)
+  %whole.1 = f32[8,4]{1,0} parameter(1)
+  %x.1 = f32[16]{0} parameter(2)
+  %gather.2 = f32[8,4]{1,0} all-gather(%part.1), channel_id=5, replica_groups=[1,4]<=[4], dimensions={0}
+  %twice = f32[16]{0} add(%x.1, %x.1)
+  ROOT %on = (f32[16]{0}, f32[2,4]{1,0}, f32[8,4]{1,0}) tuple(%twice, %part.1, %gather.2)
+}
+
+%end (part.2: f32[2,4], whole.2: f32[8,4]) -> f32[8,4] {
+  %part.2 = f32[2,4]{1,0} parameter(0)
+  %whole.2 = f32[8,4]{1,0} parameter(1)
+  %gather.3 = f32[8,4]{1,0} all-gather(%part.2), channel_id=5, replica_groups=[1,4]<=[4], dimensions={0}
+  ROOT %ended = f32[8,4]{1,0} custom-call(%part.2, %whole.2, %gather.3), custom_call_target="AsyncCollectiveDone"
+}
+
+%body (carry: (s32[], f32[16], f32[2,4], f32[8,4])) -> (s32[], f32[16], f32[2,4], f32[8,4]) {
+  %carry = (s32[], f32[16], f32[2,4], f32[8,4]) parameter(0)
+  %count = s32[] get-tuple-element(%carry), index=0
+  %x = f32[16]{0} get-tuple-element(%carry), index=1
+  %a = f32[2,4]{1,0} get-tuple-element(%carry), index=2
+  %b = f32[8,4]{1,0} get-tuple-element(%carry), index=3
+  %doing = (f32[16]{0}, f32[2,4]{1,0}, f32[8,4]{1,0}) fusion(%a, %b, %x), kind=kLoop, \
+output_to_operand_aliasing={{1}: (0, {}), {2}: (1, {})}, calls=%meanwhile
+  ROOT %again = (s32[], f32[16], f32[2,4], f32[8,4]) tuple(%count, %x, %a, %b)
+}
+
+%condition (seen: (s32[], f32[16], f32[2,4], f32[8,4])) -> pred[] {
+  %seen = (s32[], f32[16], f32[2,4], f32[8,4]) parameter(0)
+  ROOT %more = pred[] constant(true)
+}
+
+ENTRY %main (mine: f32[2,4]) -> f32[8,4] {
+  %mine = f32[2,4]{1,0} parameter(0)
+  %started = (f32[2,4]{1,0}, f32[8,4]{1,0}) fusion(%mine), kind=kCustom, \
+output_to_operand_aliasing={{0}: (0, {})}, calls=%begin
+  %all = (s32[], f32[16], f32[2,4], f32[8,4]) tuple(%started)
+  %loop = (s32[], f32[16], f32[2,4], f32[8,4]) while(%all), condition=%condition, body=%body, \
+backend_config={"known_trip_count":{"n":"6"}}
+  %c = f32[2,4]{1,0} get-tuple-element(%loop), index=2
+  %d = f32[8,4]{1,0} get-tuple-element(%loop), index=3
+  ROOT %result = f32[8,4]{1,0} fusion(%c, %d), kind=kCustom, output_to_operand_aliasing={{}: (1, {})}, calls=%end
+}
+"""
+
+
+def test_a_collective_that_goes_on_during_a_loop_is_counted_once():
+    """Begun before six rounds and ended after them; each round reads and writes 64 bytes of its own."""
+    assert hlo.collectives(ASYNCHRONOUS) == {"all-gather": (1, 3 * 32.0)}
+    assert hlo.memory_traffic(ASYNCHRONOUS) == (32 + 128) + 6 * (64 + 64)
+
+
 @pytest.mark.parametrize(("attributes", "devices"), [
     ("replica_groups={{0,1,2},{3,4,5}}, x", 3), ("replica_groups=[2,8]<=[16]", 8),
     ("replica_groups=mesh['axis_0'=8,'axis_1'=2] {'axis_1'}", 2),
