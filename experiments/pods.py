@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from dpo_jax import losses, plan, runtime, topologies
+from dpo_jax import losses, plan, roofline, runtime, topologies
 from dpo_jax.models import transformer
 from dpo_jax.sharding import BATCH, constrain
 
@@ -105,16 +105,34 @@ def row(pod: Pod, plain: bool) -> dict:
 
 
 def markdown(rows: list[dict]) -> str:
-    """The table of pods.md."""
-    lines = ["| run | topology | mesh | GiB a chip | least s a step | bottleneck | chip-hours |", "|---" * 7 + "|"]
-    for found in rows:
-        mesh = " x ".join(f"{axis} {size}" for axis, size in found["mesh"].items() if size > 1)
-        memory = f"{found['hbm_gib_per_chip']:.1f} of {found['capacity_gib']:.1f}" + ("" if found["fits"] else ": no")
-        cost = ["-"] * 3
-        if found["seconds"]:
-            cost = [f"{found['step_seconds']:.2f}", found["bottleneck"], f"{found['chip_hours']:.1f}"]
-        lines.append(" | ".join(["| " + found["name"], found["topology"], mesh, memory, *cost]) + " |")
-    return "\n".join(lines)
+    """The tables of pods.md: what each run takes, and what of it by kind."""
+    return "\n".join([*_table(TAKES, rows, _takes), "", *_table(LIMITS, rows, _limits)])
+
+
+TAKES = "run, topology, mesh, GiB a chip, least s a step, without overlap, bottleneck, chip-hours"
+LIMITS = ("run, products s, memory s, interconnect s, all-gather GiB, reduce-scatter GiB, all-reduce GiB, "
+          "collective-permute GiB")
+
+
+def _table(heads: str, rows: list[dict], cells) -> list[str]:
+    heads = heads.split(", ")
+    return [f"| {' | '.join(line)} |" for line in (heads, ["---"] * len(heads), *map(cells, rows))]
+
+
+def _takes(found: dict) -> list[str]:
+    mesh = " x ".join(f"{axis} {size}" for axis, size in found["mesh"].items() if size > 1)
+    memory = f"{found['hbm_gib_per_chip']:.1f} of {found['capacity_gib']:.1f}" + ("" if found["fits"] else ": no")
+    if not found["seconds"]:
+        return [found["name"], found["topology"], mesh, memory, *["-"] * 4]
+    return [found["name"], found["topology"], mesh, memory, f"{found['step_seconds']:.2f}",
+            f"{found['step_seconds_without_overlap']:.2f}", found["bottleneck"], f"{found['chip_hours']:.1f}"]
+
+
+def _limits(found: dict) -> list[str]:
+    sent = found["collectives"] or {}
+    return [found["name"], *(f"{found['seconds'][part]:.2f}" if found["seconds"] else "-" for part in roofline.PARTS),
+            *(f"{sent.get(kind, dict(gib=0))['gib']:.1f}"
+              for kind in ("all-gather", "reduce-scatter", "all-reduce", "collective-permute"))]
 
 
 def main():
