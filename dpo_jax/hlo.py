@@ -20,6 +20,8 @@ RECEIVED = {
 }
 FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "after-all",
         "opt-barrier", "iota", "partition-id"}  # these move nothing
+FREE_CALLS = ("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound")  # nor do these
+SLICES = ("dynamic-slice", "slice", "gather")  # these read what they give, not their whole operand
 
 
 class Instruction(NamedTuple):
@@ -160,67 +162,107 @@ def _fused(computations, name: str) -> list[str]:
 
 
 def _moved(computations, instruction: Instruction, types: dict[str, str]) -> int:
-    if instruction.opcode in FREE or instruction.opcode.endswith(("-done", "-update")):
+    """Bytes that an instruction reads from main memory and writes to it."""
+    kind, opcode = instruction.type, instruction.opcode
+    if opcode in FREE or opcode.endswith(("-done", "-update")) or any(
+            f'custom_call_target="{target}"' in instruction.attributes for target in FREE_CALLS):
         return 0
-    if instruction.opcode == "dynamic-slice":
-        return 2 * _size(instruction.type, memory=True)
-    if instruction.opcode == "dynamic-update-slice":
-        return 2 * _size(types[instruction.operands[1]], memory=True)
-    if instruction.opcode in ("copy-start", "slice-start", "async-start"):
-        return sum(_size(types[operand], memory=True) for operand in instruction.operands)
-    read = [_size(types[operand], memory=True) for operand in instruction.operands]
-    written = _size(instruction.type, memory=True)
-    if instruction.opcode == "fusion":
-        body = computations[re.search(r"calls=%?([\w.-]+)", instruction.attributes)[1]]
-        read, written = _sliced(body, read, written)
+    read, written = [_size(types[operand], memory=True) for operand in instruction.operands], _sizes(kind, memory=True)
+    if opcode == "slice-start":  # its type: the operands', the slice's, and what else it needs
+        place = len(read)
+        return min(sum(read), _sizes(kind)[place]) + written[place]
+    if opcode.endswith("-start") and kind.startswith("("):  # operand and result are both in its type
+        return sum(written)
+    if opcode in SLICES:
+        read = [min(read[0], _size(kind))]
+    elif opcode == "dynamic-update-slice":
+        updated = _size(types[instruction.operands[1]])
+        read, written = [read[1]], [min(updated, written[0])]
+    elif opcode == "fusion":
+        body = _called(computations, instruction)
+        read = [min(size, _read(computations, body, name)) for size, name in zip(read, _parameters(body), strict=True)]
+        results = body[-1].operands if body[-1].opcode == "tuple" else [body[-1].name] * len(written)
+        written = [min(size, _written(computations, body, name)) for size, name in zip(written, results, strict=True)]
         read, written = _carried(instruction, body, read, written)
-    return sum(read) + written
+    return sum(read) + sum(written)
 
 
-def _carried(fusion: Instruction, body: list[Instruction], read: list[int], written: int) -> tuple[list[int], int]:
+def _read(computations, body: list[Instruction], name: str) -> float:
+    """Bytes of a fusion's value that are read: of what is only sliced, the slices; inf for the whole."""
+    total = 0
+    for use in (instruction for instruction in body if name in instruction.operands):
+        places = [place for place, operand in enumerate(use.operands) if operand == name]
+        if use.opcode in SLICES and places == [0]:
+            total += _size(use.type)
+        elif use.opcode == "bitcast" and use is not body[-1]:
+            total += _read(computations, body, use.name)
+        elif use.opcode == "fusion":
+            inner = _called(computations, use)
+            total += sum(_read(computations, inner, _parameters(inner)[place]) for place in places)
+        elif use.opcode != "dynamic-update-slice" or places != [0]:  # of which only another part is written
+            return math.inf
+    return total
+
+
+def _written(computations, body: list[Instruction], name: str) -> int:
+    """Bytes of a fusion's result that are written: of what is updated in place, the update."""
+    by_name = {instruction.name: instruction for instruction in body}
+    made = by_name[name]
+    if made.opcode == "bitcast":
+        return _written(computations, body, made.operands[0])
+    if made.opcode == "dynamic-update-slice":
+        return _size(by_name[made.operands[1]].type)
+    if made.opcode == "fusion" and not made.type.startswith("("):
+        inner = _called(computations, made)
+        return _written(computations, inner, inner[-1].name)
+    return _size(made.type)
+
+
+def _carried(fusion: Instruction, body: list[Instruction], read: list[int],
+             written: list[int]) -> tuple[list[int], list[int]]:
     """What a fusion reads and writes besides the buffers of a collective that goes on meanwhile, or ends there."""
     root = body[-1]
     idle = {instruction.name for instruction in body if instruction.opcode in RECEIVED} | {root.name}
-    buffers = set()
-    for parameter in (instruction for instruction in body if instruction.opcode == "parameter"):
-        uses = {instruction.name for instruction in body if parameter.name in instruction.operands}
-        if uses <= idle and root.opcode in ("tuple", "custom-call"):
-            buffers.add(int(parameter.inside))
-    results = [_size(array[0], memory=True) for array in re.finditer(ARRAY, fusion.type)]
-    for result, operand in re.findall(r"\{(\d*)\}: \((\d+), \{\}\)", fusion.attributes):
-        written -= results[int(result or 0)] if int(operand) in buffers else 0
+    buffers = {place for place, name in enumerate(_parameters(body)) if root.opcode in ("tuple", "custom-call")
+               and {instruction.name for instruction in body if name in instruction.operands} <= idle}
+    handed_on = {int(result or 0) for result, operand in re.findall(
+        r"\{(\d*)\}: \((\d+), \{\}\)", fusion.attributes) if int(operand) in buffers}
+    written = [0 if place in handed_on else size for place, size in enumerate(written)]
     if "AsyncCollectiveStart" not in root.attributes:
-        read = [0 if index in buffers else size for index, size in enumerate(read)]
+        read = [0 if place in buffers else size for place, size in enumerate(read)]
     return read, written
 
 
-def _sliced(body: list[Instruction], read: list[int], written: int) -> tuple[list[int], int]:
-    """What a fusion reads and writes where it only slices an operand, or updates a slice of it in place."""
-    types = {instruction.name: instruction.type for instruction in body}
-    for parameter in (instruction for instruction in body if instruction.opcode == "parameter"):
-        uses = [instruction for instruction in body if parameter.name in instruction.operands]
-        index = int(parameter.inside)
-        if uses and all(use.opcode == "dynamic-slice" and use.operands[0] == parameter.name for use in uses):
-            read[index] = min(read[index], sum(_size(use.type) for use in uses))
-        elif uses and all(use.opcode == "dynamic-update-slice" and use.operands[0] == parameter.name for use in uses):
-            updated = sum(_size(types[use.operands[1]]) for use in uses)
-            read[index], written = min(read[index], updated), min(written, updated)
-    return read, written
+def _called(computations, fusion: Instruction) -> list[Instruction]:
+    return computations[re.search(r"calls=%?([\w.-]+)", fusion.attributes)[1]]
+
+
+def _parameters(body: list[Instruction]) -> list[str]:
+    """Names, in order."""
+    found = {int(instruction.inside): instruction.name for instruction in body if instruction.opcode == "parameter"}
+    return [found[place] for place in range(len(found))]
 
 
 def _size(kind: str, memory: bool = False) -> int:
     """Bytes of a type; memory: only of the arrays that are in main memory."""
-    return sum(BYTES.get(dtype, 0) * math.prod(int(n) for n in dims.split(",") if n)
-               for dtype, dims, where in ARRAY.findall(kind) if not (memory and "S(" in where))
+    return sum(_sizes(kind, memory))
+
+
+def _sizes(kind: str, memory: bool = False) -> list[int]:
+    """Likewise of each of its arrays."""
+    return [0 if memory and "S(" in where else BYTES.get(dtype, 0) * math.prod(int(n) for n in dims.split(",") if n)
+            for dtype, dims, where in ARRAY.findall(kind)]
 
 
 def _group(attributes: str) -> int:
-    """How many devices take part in a collective with each other."""
+    """How many devices take part in a collective with each other; 1 where it names pairs instead."""
     if lists := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
         return len(lists[1].split(","))
     if iota := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
         return int(iota[1])
-    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", attributes):
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh[2]))
-    return 1
+    if "source_target_pairs" in attributes:
+        return 1
+    raise ValueError(f"a collective between devices that cannot be read: {attributes[:200]}")

@@ -174,20 +174,20 @@ def plan(config: ConfigDict, topology: Topology, stage: str, assumed: Assumed = 
         collectives={kind: dict(count=count, gib=size / GIB) for kind, (count, size) in work.collectives.items()}
         if work else None, seconds=parts, step_seconds=parts and max(parts.values()),
         step_seconds_without_overlap=parts and sum(parts.values()), bottleneck=parts and max(parts, key=parts.get))
-    return report | _cost(config, stage, assumed, topology, report, forward=cells * sum(
-        flops.forward(model, batches.shapes[0]).values()))
+    forward = roofline.forward(model, dict(mesh.shape), batches.microbatches, flops=cells * sum(
+        flops.forward(model, batches.shapes[0]).values()) / topology.chips)
+    return report | _cost(config, stage, assumed, topology, report, forward)
 
 
-def _cost(config, stage, assumed, topology, report, *, forward: int) -> dict:
-    """Hours of the whole stage; with a kept reference, its pass over the rows too."""
+def _cost(config, stage, assumed, topology, report, forward: Work) -> dict:
+    """Hours of the whole stage; with a kept reference, its pass over the rows too, which is `forward` for a step's."""
     steps = steps_of(config, stage, assumed)
     if not steps or not report["seconds"]:
         return dict(steps=steps, hours=None, chip_hours=None)
     seconds = steps * report["step_seconds"]
     if stage == "dpo" and config.dpo.cache_reference:
         passes = steps / max(1.0, config.dpo.epochs if not config.dpo.steps else 1.0)  # each row once
-        seconds += passes * roofline.seconds(
-            topology, report["dtype"], Work(forward / topology.chips, 0, {}))["compute"]
+        seconds += passes * max(roofline.seconds(topology, report["dtype"], forward).values())
     return dict(steps=steps, hours=seconds / 3600, chip_hours=seconds / 3600 * topology.chips)
 
 

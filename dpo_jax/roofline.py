@@ -68,6 +68,13 @@ def estimate(config: TransformerConfig, shape: Shape, mesh: dict, microbatches: 
     return Work(flops, moved, collectives), int(temporaries)
 
 
+def forward(config: TransformerConfig, mesh: dict, microbatches: int, *, flops: float) -> Work:
+    """A forward pass's work on a device, by the sizes alone: each microbatch gathers the weights and reads them."""
+    width = np.dtype("uint16" if config.dtype == "bfloat16" else "float32").itemsize
+    weights = width * sum(leaf.size for leaf in jax.tree.leaves(transformer.abstract(config))) / mesh["tensor"]
+    return Work(flops, microbatches * weights, {"all-gather": (0, microbatches * weights * (1 - 1 / mesh["fsdp"]))})
+
+
 def _kept(config: TransformerConfig) -> float:
     """What a layer keeps for the backward pass without remat, in widths of its input."""
     heads = (2 * config.heads + 2 * config.kv_heads) * config.head_width

@@ -1,8 +1,8 @@
 """The plans of experiments/results/pods.md: python -m experiments.pods [--only=NAME ...]
 
 Each run is planned by the TPU compiler as `dpo_jax.plan` does, and beside it what a plain implementation would take:
-two padded rows a pair, the logits of every token, a live reference. One row of pods.jsonl each; those that are there
-are not planned again.
+two padded rows a pair, the logits of every token, a live reference. One row of pods.jsonl each; those that are there,
+by the same command, are not planned again.
 """
 
 import dataclasses
@@ -33,14 +33,14 @@ class Pod:
     fields: dict
     model: str = ""
     rows: int = 0
-    cached: bool = True  # ours keeps the reference's log-probs
 
-    def changed(self) -> dict:
-        mesh = {"mesh.data": 1, "mesh.fsdp": -1}
-        return mesh | BFLOAT16 | self.fields | ({"dpo.cache_reference": True} if self.cached else {})
+    def changed(self, plain: bool) -> dict:
+        """What its config is not without this; ours keeps the reference's log-probs."""
+        return {"mesh.data": 1, "mesh.fsdp": -1} | BFLOAT16 | self.fields | {"dpo.cache_reference": not plain}
 
-    def command(self) -> str:
-        own = [f"--config.{name}={value}" for name, value in self.changed().items()]
+    def command(self, plain: bool) -> str:
+        """The plan's command; of the plain step there is none, but its config is this one's."""
+        own = [f"--config.{name}={value}" for name, value in self.changed(plain).items()]
         more = [f"--rows={self.rows}"] * bool(self.rows)
         return " ".join(["python -m dpo_jax.plan", f"--config=configs/{self.config}.py",
                          f"--topology={self.topology}", *own, *more])
@@ -53,16 +53,15 @@ def llama(size: str, topology: str, **fields) -> Pod:
 
 
 PODS = {
-    "gpt-j-6b tl;dr": Pod("tldr", "v4-32", {"dpo.microbatch_size": 16}),
-    "pythia-2.8b hh": Pod("hh", "v5e-16", {"dpo.microbatch_size": 16}),
-    "llama-3-8b": llama("8b", "v5p-16", dpo__microbatch_size=16),
+    "gpt-j-6b tl;dr": Pod("tldr", "v4-32", {}),
+    "pythia-2.8b hh": Pod("hh", "v5e-16", {}),
+    "llama-3-8b": llama("8b", "v5p-16"),
     "llama-3-8b v5e": llama("8b", "v5e-64"),
     "llama-3-70b": llama("70b", "v5p-256", mesh__tensor=2),
 }
 # The same run, its batch still 64 pairs, on more and more chips than the 8 of v5p-16.
 GROWTH = {
-    chips: llama("8b", f"v5p-{2 * chips}", dpo__microbatch_size=min(64, 2 * chips // tensor),
-                 **({"mesh__tensor": tensor} if tensor > 1 else {}))
+    chips: llama("8b", f"v5p-{2 * chips}", **({"mesh__tensor": tensor} if tensor > 1 else {}))
     for chips, tensor in {16: 1, 32: 1, 64: 1, 128: 2, 256: 4, 512: 8}.items()
 }
 
@@ -92,7 +91,7 @@ def padded_rows(model, _batch, *, pairs: int, microbatches: int, length: int):
 def row(pod: Pod, plain: bool) -> dict:
     """The report of a pod, by our step or by the plain one."""
     config = importlib.import_module(f"configs.{pod.config}").get_config()
-    config.update_from_flattened_dict(pod.changed() | ({"dpo.cache_reference": False} if plain else {}))
+    config.update_from_flattened_dict(pod.changed(plain))
     topology, started = topologies.parse(pod.topology), time.monotonic()
     instead = None
     if plain:
@@ -101,7 +100,7 @@ def row(pod: Pod, plain: bool) -> dict:
             padded_rows, pairs=block.batch_size, length=sum(plan.lengths_of(config, "dpo", plan.Assumed())),
             microbatches=block.batch_size // (block.microbatch_size or block.batch_size))
     report = plan.plan(config, topology, "dpo", plan.Assumed(rows=pod.rows), instead)
-    return report | dict(command=pod.command(), compile_seconds=time.monotonic() - started)
+    return report | dict(command=pod.command(plain), compile_seconds=time.monotonic() - started)
 
 
 def markdown(rows: list[dict]) -> str:
@@ -141,18 +140,19 @@ def main():
     runtime.start()
 
     def run(_):
-        done = {json.loads(line)["name"] for line in OUT.read_text().splitlines()} if OUT.exists() else set()
+        rows = [json.loads(line) for line in OUT.read_text().splitlines()] if OUT.exists() else []
+        done = {(row["name"], row["command"]) for row in rows}
         wanted = {f"{name}, {kind}": (pod, kind == "plain") for kind in ("ours", "plain") for name, pod in PODS.items()}
         wanted |= {f"llama-3-8b on {chips}": (pod, False) for chips, pod in GROWTH.items()}
         for name, (pod, plain) in wanted.items():
-            if name in done or only.value and name not in only.value:
+            if (name, pod.command(plain)) in done or only.value and name not in only.value:
                 continue
-            print(f"{name}: {pod.command()}", flush=True)
-            report = row(pod, plain)
-            with OUT.open("a") as file:
-                file.write(json.dumps(dict(name=name) | report) + "\n")
+            print(f"{name}: {pod.command(plain)}", flush=True)
+            report = dict(name=name) | row(pod, plain)
+            rows = [*(old for old in rows if old["name"] != name), report]
+            OUT.write_text("".join(json.dumps(row) + "\n" for row in rows))
             print(plan.table(report), flush=True)
-        print(markdown([json.loads(line) for line in OUT.read_text().splitlines()]))
+        print(markdown(sorted(rows, key=lambda row: list(wanted).index(row["name"]))))
     app.run(run)
 
 

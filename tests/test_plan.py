@@ -259,12 +259,78 @@ def test_a_collective_that_goes_on_during_a_loop_is_counted_once():
     assert hlo.memory_traffic(ASYNCHRONOUS) == (32 + 128) + 6 * (64 + 64)
 
 
+MOVES = """HloModule step
+
+%one (layers: f32[6,1,16], at: s32[]) -> f32[16] {
+  %layers = f32[6,1,16]{2,1,0} parameter(0)
+  %at = s32[] parameter(1)
+  %flat = f32[6,16]{1,0} bitcast(%layers)
+  %row = f32[1,16]{1,0} dynamic-slice(%flat, %at, %at), dynamic_slice_sizes={1,16}
+  ROOT %layer = f32[16]{0} bitcast(%row)
+}
+
+%add_one (stack: f32[6,1,16], x: f32[16], where: s32[]) -> f32[16] {
+  %stack = f32[6,1,16]{2,1,0} parameter(0)
+  %x = f32[16]{0} parameter(1)
+  %where = s32[] parameter(2)
+  %mine = f32[16]{0} fusion(%stack, %where), kind=kLoop, calls=%one
+  ROOT %sum = f32[16]{0} add(%mine, %x)
+}
+
+%put (stack.1: f32[6,16], new: f32[1,16], to: s32[]) -> f32[6,1,16] {
+  %stack.1 = f32[6,16]{1,0} parameter(0)
+  %new = f32[1,16]{1,0} parameter(1)
+  %to = s32[] parameter(2)
+  %updated = f32[6,16]{1,0} dynamic-update-slice(%stack.1, %new, %to, %to)
+  ROOT %shaped = f32[6,1,16]{2,1,0} bitcast(%updated)
+}
+
+ENTRY %main (a: f32[6,1,16], b: f32[16], c: s32[], d: f32[6,16], e: f32[1,16]) -> f32[16] {
+  %a = f32[6,1,16]{2,1,0} parameter(0)
+  %b = f32[16]{0} parameter(1)
+  %c = s32[] parameter(2)
+  %d = f32[6,16]{1,0} parameter(3)
+  %e = f32[1,16]{1,0} parameter(4)
+MOVED
+}
+"""
+
+
+@pytest.mark.parametrize(("line", "moved"), [
+    ("%s = f32[16]{0} fusion(%a, %b, %c), kind=kLoop, calls=%add_one", 64 + 64 + 4 + 64),  # a slice in an inner fusion
+    ("%s = f32[6,1,16]{2,1,0} fusion(%d, %e, %c), kind=kLoop, calls=%put", 64 + 4 + 64),  # updated in place
+    ("%s = (f32[16]{0}, f32[16]{0}, u32[]) collective-permute-start(%b), source_target_pairs={{0,1}}", 64 + 64 + 4),
+    ("%s = (f32[16]{0:S(1)}, f32[16]{0}, u32[]{:S(2)}) copy-start(%b)", 64),  # to or from on-chip memory
+    ("%s = ((f32[6,16]{1,0}), f32[2,16]{1,0:S(1)}, s32[]) slice-start(%d), slice={[0:2], [0:16]}", 128),
+    ("%s = ((f32[6,16]{1,0}), f32[2,16]{1,0}, s32[]) slice-start(%d), slice={[0:2], [0:16]}", 128 + 128),
+    ("%s = f32[2,16]{1,0} gather(%d, %c), offset_dims={1}, slice_sizes={1,16}", 128 + 128),
+    ('%s = f32[6,16]{1,0} custom-call(), custom_call_target="AllocateBuffer"', 0)])
+def test_only_what_is_touched_is_moved(line, moved):
+    assert hlo.memory_traffic(MOVES.replace("MOVED", f"  ROOT {line}")) == moved
+
+
 @pytest.mark.parametrize(("attributes", "devices"), [
     ("replica_groups={{0,1,2},{3,4,5}}, x", 3), ("replica_groups=[2,8]<=[16]", 8),
     ("replica_groups=mesh['axis_0'=8,'axis_1'=2] {'axis_1'}", 2),
-    ("replica_groups=mesh['axis_0'=8,'axis_1'=2] {'axis_0','axis_1'}", 16)])
+    ("replica_groups=mesh['axis_0'=8,'axis_1'=2] {'axis_0','axis_1'}", 16),
+    ("replica_groups=mesh['axis_0'=2,'axis_1'=64], device_ids=([64,2]T(1,0)) {'axis_1'}", 64)])
 def test_groups_of_devices_are_read_in_every_form(attributes, devices):
     assert hlo._group(attributes) == devices
+
+
+def test_groups_that_cannot_be_read_are_an_error():
+    with pytest.raises(ValueError, match="cannot be read: channel_id=3, replica_groups="):
+        hlo._group("channel_id=3, replica_groups={}")
+
+
+def test_a_kept_reference_costs_a_forward_pass_over_every_row():
+    config = scratch_config(steps=10, batch_size=8)
+    plans = {}
+    for config.dpo.cache_reference in (False, True):
+        plans[config.dpo.cache_reference] = plan.plan(config, topologies.parse("h200:8"), "dpo")
+    live, kept = plans[False], plans[True]
+    assert live["hours"] == pytest.approx(10 * live["step_seconds"] / 3600)
+    assert 0 < kept["hours"] - 10 * kept["step_seconds"] / 3600 < 10 * live["step_seconds"] / 3600
 
 
 def test_the_roofline_by_hand():
