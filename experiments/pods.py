@@ -123,13 +123,13 @@ def _takes(found: dict) -> list[str]:
     memory = f"{found['hbm_gib_per_chip']:.1f} of {found['capacity_gib']:.1f}" + ("" if found["fits"] else ": no")
     if not found["seconds"]:
         return [found["name"], found["topology"], mesh, memory, *["-"] * 4]
-    return [found["name"], found["topology"], mesh, memory, f"{found['step_seconds']:.2f}",
-            f"{found['step_seconds_without_overlap']:.2f}", found["bottleneck"], f"{found['chip_hours']:.1f}"]
+    return [found["name"], found["topology"], mesh, memory, f"{found['step_seconds']:.2g}",
+            f"{found['step_seconds_without_overlap']:.2g}", found["bottleneck"], f"{found['chip_hours']:.1f}"]
 
 
 def _limits(found: dict) -> list[str]:
     sent = found["collectives"] or {}
-    return [found["name"], *(f"{found['seconds'][part]:.2f}" if found["seconds"] else "-" for part in roofline.PARTS),
+    return [found["name"], *(f"{found['seconds'][part]:.2g}" if found["seconds"] else "-" for part in roofline.PARTS),
             *(f"{sent.get(kind, dict(gib=0))['gib']:.1f}"
               for kind in ("all-gather", "reduce-scatter", "all-reduce", "collective-permute"))]
 
