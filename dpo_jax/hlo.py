@@ -19,7 +19,7 @@ RECEIVED = {
     "collective-permute": lambda g: 1,
 }
 FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "after-all",
-        "opt-barrier", "iota", "partition-id"}  # these move nothing
+        "opt-barrier", "iota", "partition-id"}  # these move nothing, or next to it
 FREE_CALLS = ("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound")  # nor do these
 SLICES = ("dynamic-slice", "slice", "gather")  # these read what they give, not their whole operand
 
@@ -72,7 +72,7 @@ def collectives(text: str) -> dict[str, tuple[int, float]]:
                 kind = instruction.opcode.removesuffix("-start")
                 if kind not in RECEIVED:
                     continue
-                if kind == "all-reduce" and "scatter" in inner:
+                if kind == "all-reduce" and "scatter" in inner:  # so the TPU compiler prints a reduce-scatter
                     kind = "reduce-scatter"
                 size = sum(_size(types[operand]) for operand in instruction.operands)
                 received = size * RECEIVED[kind](_group(instruction.attributes))
@@ -120,7 +120,7 @@ def _closing(text: str) -> int:
 
 
 def _calls(computations, instruction: Instruction):
-    """The computations that an instruction runs as they are, each with how often."""
+    """The computations that an instruction runs as they are, each with how often; of a conditional, all branches."""
     if instruction.opcode == "while":
         body, condition = (re.search(rf"{part}=%?([\w.-]+)", instruction.attributes)[1]
                            for part in ("body", "condition"))
@@ -156,7 +156,7 @@ def _fused(computations, name: str) -> list[str]:
     found = []
     for instruction in computations[name]:
         if instruction.opcode == "fusion":
-            called = re.search(r"calls=%?([\w.-]+)", instruction.attributes)[1]
+            called = _callee(instruction)
             found += [called, *_fused(computations, called)]
     return found
 
@@ -233,8 +233,12 @@ def _carried(fusion: Instruction, body: list[Instruction], read: list[int],
     return read, written
 
 
+def _callee(fusion: Instruction) -> str:
+    return re.search(r"calls=%?([\w.-]+)", fusion.attributes)[1]
+
+
 def _called(computations, fusion: Instruction) -> list[Instruction]:
-    return computations[re.search(r"calls=%?([\w.-]+)", fusion.attributes)[1]]
+    return computations[_callee(fusion)]
 
 
 def _parameters(body: list[Instruction]) -> list[str]:

@@ -1,8 +1,8 @@
 """The plans of experiments/results/pods.md: python -m experiments.pods [--only=NAME ...]
 
 Each run is planned by the TPU compiler as `dpo_jax.plan` does, and beside it what a plain implementation would take:
-two padded rows a pair, the logits of every token, a live reference. One row of pods.jsonl each; those that are there,
-by the same command, are not planned again.
+two padded rows a pair, the logits of every token, a live reference; one of them also on 16 to 512 chips. One row of
+pods.jsonl each; those that are there, by the same command, are not planned again.
 """
 
 import dataclasses
@@ -31,7 +31,6 @@ class Pod:
     config: str
     topology: str
     fields: dict
-    model: str = ""
     rows: int = 0
 
     def changed(self, plain: bool) -> dict:
@@ -39,7 +38,7 @@ class Pod:
         return {"mesh.data": 1, "mesh.fsdp": -1} | BFLOAT16 | self.fields | {"dpo.cache_reference": not plain}
 
     def command(self, plain: bool) -> str:
-        """The plan's command; of the plain step there is none, but its config is this one's."""
+        """The plan of our step of its config; the plain step has no command but this module's."""
         own = [f"--config.{name}={value}" for name, value in self.changed(plain).items()]
         more = [f"--rows={self.rows}"] * bool(self.rows)
         return " ".join(["python -m dpo_jax.plan", f"--config=configs/{self.config}.py",
@@ -123,13 +122,14 @@ def _takes(found: dict) -> list[str]:
     memory = f"{found['hbm_gib_per_chip']:.1f} of {found['capacity_gib']:.1f}" + ("" if found["fits"] else ": no")
     if not found["seconds"]:
         return [found["name"], found["topology"], mesh, memory, *["-"] * 4]
-    return [found["name"], found["topology"], mesh, memory, f"{found['step_seconds']:.2g}",
-            f"{found['step_seconds_without_overlap']:.2g}", found["bottleneck"], f"{found['chip_hours']:.1f}"]
+    return [found["name"], found["topology"], mesh, memory, f"{found['step_seconds']:.3g}",
+            f"{found['step_seconds_without_overlap']:.3g}", roofline.PARTS[found["bottleneck"]],
+            f"{found['chip_hours']:.1f}"]
 
 
 def _limits(found: dict) -> list[str]:
     sent = found["collectives"] or {}
-    return [found["name"], *(f"{found['seconds'][part]:.2g}" if found["seconds"] else "-" for part in roofline.PARTS),
+    return [found["name"], *(f"{found['seconds'][part]:.3g}" if found["seconds"] else "-" for part in roofline.PARTS),
             *(f"{sent.get(kind, dict(gib=0))['gib']:.1f}"
               for kind in ("all-gather", "reduce-scatter", "all-reduce", "collective-permute"))]
 
@@ -152,7 +152,7 @@ def main():
             rows = [*(old for old in rows if old["name"] != name), report]
             OUT.write_text("".join(json.dumps(row) + "\n" for row in rows))
             print(plan.table(report), flush=True)
-        print(markdown(sorted(rows, key=lambda row: list(wanted).index(row["name"]))))
+        print(markdown([found for name in wanted for found in rows if found["name"] == name]))
     app.run(run)
 
 

@@ -42,7 +42,7 @@ def test_tables_say_what_fits_and_what_does_not():
                 seconds=dict(compute=0.5, memory=0.3, interconnect=0.1), bottleneck="compute", collectives=sent)
     not_so = fits | dict(name="large", fits=False, seconds=None, collectives=None)
     takes, limits = (table.splitlines()[2:] for table in pods.markdown([fits, not_so]).split("\n\n"))
-    assert takes == ["| small | v5e:2x2 | fsdp 2 x tensor 2 | 4.0 of 15.8 | 0.5 | 0.9 | compute | 1.3 |",
+    assert takes == ["| small | v5e:2x2 | fsdp 2 x tensor 2 | 4.0 of 15.8 | 0.5 | 0.9 | products | 1.3 |",
                      "| large | v5e:2x2 | fsdp 2 x tensor 2 | 4.0 of 15.8: no | - | - | - | - |"]
     assert limits == ["| small | 0.5 | 0.3 | 0.1 | 1.2 | 0.0 | 0.0 | 0.0 |",
                       "| large | - | - | - | 0.0 | 0.0 | 0.0 | 0.0 |"]
