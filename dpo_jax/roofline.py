@@ -42,17 +42,17 @@ def estimate(config: TransformerConfig, shape: Shape, mesh: dict, microbatches: 
     mesh: the size of each axis; forwards: passes of the policy and of the reference over a microbatch, with what
     remat computes again; state: bytes of weights and optimiser state on a device.
     """
-    width = np.dtype("uint16" if config.dtype == "bfloat16" else "float32").itemsize
+    width = _itemsize(config)
     sizes = [leaf.size for leaf in jax.tree.leaves(transformer.abstract(config))]
     weights, split, tensor = sum(sizes), mesh["fsdp"] * mesh["tensor"], mesh["tensor"]
     activation = shape.tokens * config.width * width  # of one layer's input
     saved = config.layers * activation * (1 if config.remat == "full" else _kept(config))
     passes = forwards + 2  # the backward pass reads a layer's weights for both of its products
-    collectives = {}
+    once, collectives = forward(config, mesh, microbatches, flops=flops), {}
     if mesh["fsdp"] > 1:
-        gathered = microbatches * (forwards + 1) * weights * width / tensor * (1 - 1 / mesh["fsdp"])
-        collectives["all-gather"] = (0, gathered)
-        collectives["reduce-scatter"] = (0, microbatches * weights * width / tensor * (1 - 1 / mesh["fsdp"]))
+        _, gathered = once.collectives["all-gather"]
+        collectives["all-gather"] = (0, (forwards + 1) * gathered)
+        collectives["reduce-scatter"] = (0, gathered)  # gradients, as large as the weights
     reduced = 0.0
     if mesh["data"] > 1:
         reduced += microbatches * 2 * weights * 4 / split * (1 - 1 / mesh["data"])
@@ -60,7 +60,7 @@ def estimate(config: TransformerConfig, shape: Shape, mesh: dict, microbatches: 
         reduced += microbatches * 2 * (forwards + 1) * config.layers * 2 * activation * (1 - 1 / tensor)
     if reduced:
         collectives["all-reduce"] = (0, reduced)
-    moved = microbatches * (passes * weights * width / tensor + 4 * saved) + 2 * state + 12 * weights / split
+    moved = passes * once.memory + microbatches * 4 * saved + 2 * state + 12 * weights / split
     temporaries = saved + 4 * weights / split * (1 + (microbatches > 1))  # gradients, and their sum
     temporaries += 2 * (weights / config.layers) * width / tensor  # two layers' gathered weights
     logits = 4 * min(CHUNK_LOGITS, shape.scored * config.vocab)  # bytes of a chunk
@@ -70,9 +70,14 @@ def estimate(config: TransformerConfig, shape: Shape, mesh: dict, microbatches: 
 
 def forward(config: TransformerConfig, mesh: dict, microbatches: int, *, flops: float) -> Work:
     """A forward pass's work on a device, by the sizes alone: each microbatch gathers the weights and reads them."""
-    width = np.dtype("uint16" if config.dtype == "bfloat16" else "float32").itemsize
-    weights = width * sum(leaf.size for leaf in jax.tree.leaves(transformer.abstract(config))) / mesh["tensor"]
-    return Work(flops, microbatches * weights, {"all-gather": (0, microbatches * weights * (1 - 1 / mesh["fsdp"]))})
+    weights = sum(leaf.size for leaf in jax.tree.leaves(transformer.abstract(config)))
+    read = microbatches * weights * _itemsize(config) / mesh["tensor"]
+    return Work(flops, read, {"all-gather": (0, read * (1 - 1 / mesh["fsdp"]))})
+
+
+def _itemsize(config: TransformerConfig) -> int:
+    """Bytes of a number in the compute dtype."""
+    return np.dtype("uint16" if config.dtype == "bfloat16" else "float32").itemsize
 
 
 def _kept(config: TransformerConfig) -> float:
