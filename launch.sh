@@ -2,12 +2,14 @@
 # Trains on this machine, on a TPU pod, or under Slurm; the same command again goes on where it stopped.
 #
 #   ./launch.sh local [sweep] --config=FILE [--config.FIELD=VALUE ...] --workdir=DIR
-#   ./launch.sh tpu NAME ZONE [--type=v5e-16] [--spot] [--version=IMAGE] [--delete] [sweep] --config=FILE ...
+#   ./launch.sh tpu NAME ZONE [--type=v5e-16] [--spot] [--version=IMAGE] [--setup=COMMAND] [--delete]\
+#            [sweep] --config=FILE ...
 #   ./launch.sh slurm [SRUN OPTIONS] [sweep] --config=FILE ...
 #
-# tpu: takes the TPU of that name, or asks for one of --type and waits; copies this tree, installs, trains on all
-# workers, shows worker 0's log, and says how each ended. --delete: gives the TPU back in the end, however that was.
-# WORKDIR must be one folder for all workers: storage that they share, or a bucket that is mounted.
+# tpu: takes the TPU of that name, or asks for one of --type and waits; copies this tree (but for runs), installs, runs
+# COMMAND on all workers, trains there, shows worker 0's log, and says how each ended. WORKDIR, and pairs and models that
+# are not on the hub, must be in storage that all workers share, or in a mounted bucket: COMMAND mounts it, each time
+# anew, and logs in where weights or metrics ask for that. --delete: gives the TPU back in the end, however that was.
 # --print, as the first argument: shows every command and runs none. sweep: experiments.sweep, not dpo_jax.train.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -15,7 +17,7 @@ cd "$(dirname "$0")"
 PRINT=""
 if [[ "${1:-}" == --print ]]; then PRINT=yes; shift; fi
 
-usage() { sed -n '4,6s/^#   //p' "$0" >&2; exit 2; }
+usage() { sed -n '4,7s/^#   //p' "$0" >&2; exit 2; }
 
 run() {  # a command, or with --print its line
   if [[ -n "$PRINT" ]]; then (printf '%q ' "$@" | sed 's/ $//'; echo); else "$@"; fi
@@ -71,13 +73,14 @@ on() {  # WORKERS COMMAND: a command on workers of the TPU
 tpu() {
   [[ $# -ge 3 ]] || usage
   NAME="$1" ZONE="$2"; shift 2
-  TYPE="" VERSION="" SPOT="" DELETE=""
+  TYPE="" VERSION="" SPOT="" SETUP="" DELETE=""
   split "$@"
   for option in ${OWN[@]+"${OWN[@]}"}; do
     case "$option" in
       --type=*) TYPE="${option#*=}" ;;
       --version=*) VERSION="${option#*=}" ;;
       --spot) SPOT=yes ;;
+      --setup=*) SETUP="${option#*=}" ;;
       --delete) DELETE=yes ;;
       *) echo "launch.sh tpu does not know $option" >&2; usage ;;
     esac
@@ -94,12 +97,13 @@ tpu() {
   fi
   acquire
   local tree; tree="${TMPDIR:-/tmp}/dpo_jax-$NAME.tgz"
-  run tar --exclude=./.git --exclude=./runs --exclude=__pycache__ -czf "$tree" .
+  run tar --exclude=./.git --exclude=./runs --exclude=./.venv --exclude=__pycache__ -czf "$tree" .
   run gcloud compute tpus tpu-vm scp "$tree" "$NAME:dpo_jax.tgz" --zone="$ZONE" --worker=all
   # The images' own Python may be older than 3.11; uv brings one.
   on all 'mkdir -p dpo_jax && tar xzf dpo_jax.tgz -C dpo_jax && cd dpo_jax && python3 -m pip install -q --user uv &&
     python3 -m uv venv -q --allow-existing --python 3.11 .venv &&
     python3 -m uv pip install -q -p .venv -r requirements.txt "jax[tpu]"'
+  if [[ -n "$SETUP" ]]; then on all "cd dpo_jax && { $SETUP; }"; fi
   local command; command="$(printf '%q ' .venv/bin/python -m "$MODULE" "${ARGUMENTS[@]}")"
   # It outlives a connection that breaks; the same command then finds it running, and only looks on.
   on all "cd dpo_jax && if ! kill -0 \$(cat pid 2>/dev/null) 2>/dev/null; then rm -f status

@@ -6,9 +6,9 @@
 
 After the colon a method: dpo (the default), preferred_ft, unlikelihood, ppo (on a reward model), ppo_gt (on the true
 reward) or best_of_n; in one WORKDIR they share the stages before. The third command is the figure's whole sweep. True
-reward: siebert/sentiment-roberta-large-english. Hardware: weights, optimiser state and reference of DPO are 12 GB over
-all devices. Time: not measured. Comes out: WORKDIR/evaluate/evaluate.json (reward, KL) and completions.jsonl, and each
-stage's hf/.
+reward: siebert/sentiment-roberta-large-english. Hardware: weights, gradients, optimiser state and reference of DPO are
+12 GB over all devices. Time: not measured. Comes out: WORKDIR/evaluate/evaluate.json (reward, KL) and
+completions.jsonl, and each stage's hf/.
 """
 
 from dpo_jax.config import default

@@ -9,10 +9,10 @@ CarperAI), pythia1b, pythia2.8b (the stage sft comes first), and tiny, which tra
 makes. Methods: dpo (the default), preferred_ft, ppo (on a reward model) or best_of_n; in one WORKDIR they share the
 stages sft and rm. The third command judges them all.
 
-Hardware: weights, optimiser state and reference of DPO are 97 GB over all devices for gptj, 16 GB for pythia1b, 45 GB
-for pythia2.8b; bfloat16 compute. Time: not measured. Comes out: WORKDIR/dpo/hf. Prompts are up to 512 tokens and keep
-their end, "TL;DR:". A hub model that has no safetensors is refused with the lines that convert it; then pass the
-converted folder as --config.model.path.
+Hardware: weights, gradients, optimiser state and reference of DPO are 97 GB over all devices for gptj, 16 GB for
+pythia1b, 45 GB for pythia2.8b; bfloat16 compute. Time: not measured. Comes out: WORKDIR/dpo/hf. Prompts are up to 512
+tokens and keep their end, "TL;DR:". A hub model that has no safetensors is refused with the lines that convert it; then
+pass the converted folder as --config.model.path.
 """
 
 from dpo_jax.config import default

@@ -37,15 +37,15 @@ class Checkpoints:
         return None if latest is None else latest.step
 
     def best(self) -> tuple[int, float] | None:
-        """Step and metric of the best checkpoint."""
+        """Step and metric of the best checkpoint, the latest of equals: orbax keeps that one too."""
         rated = [c for c in self._checkpointer.checkpoints if c.metrics is not None]
-        best = max(rated, key=lambda c: self._rank(c.metrics), default=None)
+        best = max(rated, key=lambda c: (self._rank(c.metrics), c.step), default=None)
         return None if best is None else (best.step, best.metrics[self._best_metric])
 
     def is_better(self, value: float) -> bool:
-        """Whether a metric's value beats the best checkpoint's."""
+        """Whether a later checkpoint with this value of the metric would be the best."""
         best = self.best()
-        return best is None or self._rank({self._best_metric: value}) > self._rank({self._best_metric: best[1]})
+        return best is None or self._rank({self._best_metric: value}) >= self._rank({self._best_metric: best[1]})
 
     def save(self, step: int, state: TrainState, metrics: dict | None = None) -> None:
         """Saves in the background, unless the step is saved already; the state may be donated right after."""

@@ -10,7 +10,6 @@ ends with the same weights as one that was not.
 import contextlib
 import dataclasses
 import functools
-import itertools
 import math
 import pathlib
 import re
@@ -104,7 +103,7 @@ def fit(job: Job, feed) -> tuple[dict, dict[str, float]]:
         steps(start, reference, hyper, base) -> (step, update) in turn, where update(state) -> (state, metrics); under
             adapters the reference and the state's weights are such over `base`, elsewhere they are whole
         evaluate(params, reference, hyper) -> {name: value}, on what is held out
-        tokens(step) -> how many real tokens it reads;  rows(step) -> their names, for an error
+        tokens(step) -> how many real tokens it reads, or samples;  rows(step) -> their names, for an error
         flops(step) -> what its update needs on these tokens, or None where that is not all of the step's work
     """
     made = programs(job)
@@ -131,12 +130,13 @@ def fit(job: Job, feed) -> tuple[dict, dict[str, float]]:
             checked = feed.check(whole(base, state.params, hyper), whole(base, reference, hyper), hyper)
             say(f"{job.name}: {checked}")
         loop = _Loop(job, feed, saved, writer, evaluate, start)
+        _asked_to_stop(signals, start)  # from here on steps are counted, wherever the stage before left off
         if not start:
             loop.report(state, 0, None)
         for step, update in feed.steps(start, reference, hyper, base):
             state, metrics = update(state)
             loop.report(state, step + 1, metrics)
-            if signum := _asked_to_stop(signals):
+            if signum := _asked_to_stop(signals, step + 1):
                 loop.interrupt(state, step + 1, signum)
         loop.close()
         if job.block.keep_best and saved.best():
@@ -264,7 +264,8 @@ class _Loop:
         seconds, self._clock = time.monotonic() - self._clock, time.monotonic()
         batch_size, needed = self._job.block.batch_size, self._feed.flops(step - 1)
         tokens = self._feed.tokens(step - 1)
-        values |= {"counters/examples": step * batch_size, "counters/updates": step, "step_time": seconds,
+        values |= {"counters/examples": step * batch_size, "step_time": seconds,
+                   "counters/updates": step * self._feed.updates // self._feed.total,
                    "examples_per_second": batch_size / seconds, "tokens_per_second": tokens / seconds}
         return values | ({"model_flops_utilization": needed / seconds / self._peak} if needed else {})
 
@@ -315,6 +316,10 @@ def _training_batches(job: Job, data: Dataset, seed: int | None, per_response: C
     padding = batches.padding()
     say(f"{job.name}: {steps} steps of {block.batch_size} from {size} rows, {len(batches.shapes)} shapes, "
         f"padding {padding['dense']:.1%} of tokens, {padding['attention']:.1%} of attention")
+    if block.warmup_steps >= steps:
+        say(f"{job.name}: the run is over before its warm-up is (config.{job.name}.warmup_steps = "
+            f"{block.warmup_steps}): its learning rate comes to {steps / (block.warmup_steps + 1):.0%} of "
+            f"{block.lr:g}. Lower it, unless that is meant.")
     return batches
 
 
@@ -347,12 +352,13 @@ def _catch_signals():
             signal.signal(signum, handler)
 
 
-_ASKED = itertools.count(1)  # through all stages, as the processes agree on one number
+def _asked_to_stop(signals: list[int], step: int) -> int | None:
+    """The signal after which to save and stop, in every process at the same step.
 
-
-def _asked_to_stop(signals: list[int]) -> int | None:
-    """The signal after which to save and stop, in every process at the same step."""
+    The processes agree on a number after the highest that any has asked with, and orbax asks too, with the step, each
+    time it saves: so it must be the step here.
+    """
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
-        return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(next(_ASKED)) else None
+        return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else None
     return signals[0] if signals else None

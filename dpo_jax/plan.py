@@ -34,6 +34,7 @@ from dpo_jax.topologies import Topology
 GIB = 2**30
 STAGES = tuple(stage for stage in configs.TRAINING_STAGES if stage != "ppo")  # those whose steps are on rows of data
 ROWS = {"hh": 160_800, "tldr": 92_534}  # training pairs of the published sets
+SFT_ROWS = {"tldr": 116_722}  # of those at data.sft_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,13 +99,18 @@ def lengths_of(config: ConfigDict, stage: str, assumed: Assumed) -> tuple[int, i
     return prompt, response
 
 
-def steps_of(config: ConfigDict, stage: str, assumed: Assumed) -> int:
-    """Optimiser steps of a stage; 0 where nobody says how many rows there are."""
-    block, rows = config[stage], assumed.rows or ROWS.get(config.data.source, 0)
+def rows_of(config: ConfigDict, stage: str, assumed: Assumed) -> int:
+    """Training rows of a stage; 0 where nobody says how many there are."""
     if "pairs" in config.stages and stage in configs.PAIR_STAGES:
-        rows = config.pairs.prompts * math.comb(config.pairs.completions, 2)
-    elif config.data.max_rows:
-        rows = min(rows or config.data.max_rows, config.data.max_rows)
+        return config.pairs.prompts * math.comb(config.pairs.completions, 2)
+    of_its_own = stage == "sft" and config.data.sft_path
+    rows = assumed.rows or (SFT_ROWS if of_its_own else ROWS).get(config.data.source, 0)
+    return min(rows or config.data.max_rows, config.data.max_rows) if config.data.max_rows else rows
+
+
+def steps_of(config: ConfigDict, stage: str, rows: int) -> int:
+    """Optimiser steps of a stage; 0 where neither they nor rows are known."""
+    block = config[stage]
     return block.steps or int(block.epochs * rows / block.batch_size)
 
 
@@ -131,11 +137,13 @@ def program_of(config: ConfigDict, stage: str, model, mesh, batch: dict, objecti
     split = NamedSharding(mesh, P(None, sharding.BATCH))
     state = TrainState(_placed(state.step, whole), jax.tree.map(_placed, state.params, shardings.params),
                        jax.tree.map(_placed, state.opt_state, shardings.opt_state), {})
-    live = stage == "dpo" and block.reference != "none" and not block.cache_reference
+    reference = None
+    if stage == "dpo" and block.reference != "none" and not block.cache_reference:  # under adapters, one of its own is
+        reference = base if base and block.reference != "init" else state.params  # a whole model, placed as the base is
     objective = objective or functools.partial(OBJECTIVES[stage], model, block.get("loss", ""))
     step = make_train_step(objective, optimizer, block.schedule, shardings)
     hyper = numbers(block, steps=1) | ({"lora_scale": np.float32(1)} if base else {})
-    return Program(step, state, state.params if live else None,
+    return Program(step, state, reference,
                    jax.tree.map(lambda x: _placed(x, whole), hyper),
                    jax.tree.map(lambda x: _placed(x, split), batch), base, mesh)
 
@@ -181,13 +189,14 @@ def plan(config: ConfigDict, topology: Topology, stage: str, assumed: Assumed = 
 
 def _cost(config, stage, assumed, topology, report, forward: Work) -> dict:
     """Hours of the whole stage; with a kept reference, its pass over the rows too, which is `forward` for a step's."""
-    steps = steps_of(config, stage, assumed)
+    rows = rows_of(config, stage, assumed)
+    steps = steps_of(config, stage, rows)
     if not steps or not report["seconds"]:
         return dict(steps=steps, hours=None, chip_hours=None)
     seconds = steps * report["step_seconds"]
     if stage == "dpo" and config.dpo.cache_reference:
-        passes = steps / max(1.0, config.dpo.epochs if not config.dpo.steps else 1.0)  # each row once
-        seconds += passes * max(roofline.seconds(topology, report["dtype"], forward).values())
+        batches = min(steps, rows / config.dpo.batch_size) if rows else steps  # each row once
+        seconds += batches * max(roofline.seconds(topology, report["dtype"], forward).values())
     return dict(steps=steps, hours=seconds / 3600, chip_hours=seconds / 3600 * topology.chips)
 
 

@@ -63,6 +63,7 @@ class RolloutFeed:
         self._job, self._prompts, self._reward, self._tokenizer = job, prompts, reward, tokenizer
         self._eos_id, self._sampling, self._seed = eos_id, sampling, seed
         self._order = training_order(size, block.batch_size, self.total, seed)
+        self._sampled = {}  # step -> tokens
         self._splits = dict(microbatches=block.minibatch_size // (block.microbatch_size or block.minibatch_size),
                             shards=sharding.batch_shards(job.mesh))
         longest = np.zeros(max(map(len, prompts.ids)), np.int32), (np.zeros(sampling.max_new_tokens, np.int32),)
@@ -92,7 +93,7 @@ class RolloutFeed:
         return {}  # a policy has no held-out loss; the job's probe samples from it
 
     def tokens(self, step: int) -> int:
-        return self._job.block.batch_size * self._sampling.max_new_tokens  # at most
+        return self._sampled[step]
 
     def flops(self, step: int) -> None:
         return None  # most of a step is sampling
@@ -104,6 +105,7 @@ class RolloutFeed:
         block = self._job.block
         params, reference = whole(base, state.params, hyper), whole(base, reference, hyper)
         rollout = self._collect(params, reference, step, self._order[step])
+        self._sampled[step] = sum(map(len, rollout.logps))
         controls = {name: float(value) for name, value in state.controls.items()}
         if step == 0:
             controls |= dict(score_mean=rollout.scores.mean(), score_std=rollout.scores.std() + EPSILON)
@@ -121,7 +123,7 @@ class RolloutFeed:
             "ppo/reward": (rollout.scores.sum(), block.batch_size),
             "ppo/kl": (kl, 1),
             "ppo/kl_coef": (controls["kl_coef"], 1),
-            "ppo/length": (sum(map(len, rollout.logps)), block.batch_size),
+            "ppo/length": (self._sampled[step], block.batch_size),
             "ppo/eos_rate": (rollout.ended.sum(), block.batch_size)}
         controls["kl_coef"] = adapted_kl_coef(controls["kl_coef"], kl, block.target_kl, block.batch_size,
                                               block.kl_horizon)

@@ -1,6 +1,7 @@
 """A model as a run sees it: shape, weights to load, tokenizer; from Hugging Face format or made at random."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -64,7 +65,11 @@ def open_model(path: str, *, tokenizer: str = "", words=None, **options) -> Pret
         return hf.load(folder, config, sharding.param_shardings(mesh, transformer.abstract(config)))
     if words is None:
         words = tokenizers.load(hf.fetch(tokenizer, weights=False) if tokenizer else folder)
-    return Pretrained(config, hf_config, words, path, load, lambda: runtime.from_first(lambda: hf.fingerprint(folder)))
+
+    @functools.cache  # it reads all of the weights
+    def fingerprint():
+        return runtime.from_first(lambda: hf.fingerprint(folder))
+    return Pretrained(config, hf_config, words, path, load, fingerprint)
 
 
 def from_scratch(fields: dict, seed: int, *, tokenizer: str = "", **options) -> Pretrained:

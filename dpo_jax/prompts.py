@@ -4,6 +4,8 @@ import dataclasses
 
 import numpy as np
 
+from dpo_jax.data.tokenizer import Examples
+
 
 @dataclasses.dataclass
 class Prompts:
@@ -13,6 +15,11 @@ class Prompts:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def fingerprint(self) -> str:
+        """The sha256 of all ids, and of where each prompt ends."""
+        return Examples(self.ids, [()] * len(self)).fingerprint
 
     def take(self, rows) -> "Prompts":
         return Prompts([self.ids[row] for row in rows], [self.texts[row] for row in rows])

@@ -70,7 +70,7 @@ def _put(path: pathlib.Path, found: np.ndarray, rows: np.ndarray) -> None:
         return
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(".draft")
+        draft = path.with_suffix(f".{os.getpid()}.draft")  # another run's may be about to make it too
         with draft.open("wb") as file:
             np.save(file, np.full_like(found, np.nan))
         os.replace(draft, path)

@@ -10,11 +10,15 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
+from dpo_jax import config as configs
 from dpo_jax import pretrained, sharding
 from dpo_jax.data import layout, toy
 from dpo_jax.data.batches import Batches, evaluation_order
+from dpo_jax.data.tokenizer import Examples, encode_prompts
+from dpo_jax.metrics import say
 from dpo_jax.models import encoder, hf
 from dpo_jax.objectives import response_rewards
+from dpo_jax.prompts import Prompts, completion_texts
 
 LENGTHS = 32  # sequences are padded to a multiple of this many tokens, so that few programs are compiled
 
@@ -60,20 +64,36 @@ def _joined(prompts, completions) -> list[str]:
 
 
 def _model(path, batch_size, mesh) -> Callable:
-    """A reward model of ours, on the texts, tokenised as for training, each with an EOS."""
+    """A reward model of ours: on the very tokens that the policy sampled, where they say the same in its own tokenizer,
+    and else on the texts, tokenised as for training, each completion with an EOS; special tokens are not in them."""
     model = pretrained.open_model(path, head="score")
     score = _scorer(model, batch_size, mesh)
-    words = model.tokenizer
+    told = []
 
-    def ids(texts):
-        return texts and [np.array(row, np.int32) for row in words(texts, add_special_tokens=False).input_ids]
-
-    def reward(prompts, completions, _tokens):
-        start = words("").input_ids
-        examples = [(np.array([*start, *prompt], np.int32), np.array([*completion, words.eos_token_id], np.int32))
-                    for prompt, completion in zip(ids(prompts), ids(completions), strict=True)]
-        return score(examples)
+    def reward(prompts, completions, tokens):
+        if _spelled(model.tokenizer, tokens) == (list(prompts), list(completions)):
+            return score(tokens)
+        if not told:
+            told.append(say(f"reward: {path} has another tokenizer than the policy: the texts are tokenised anew, "
+                            "without what special tokens they had (a chat's), each with an EOS"))
+        return score(_tokenised(model.tokenizer, prompts, completions))
     return reward
+
+
+def _spelled(words, tokens) -> tuple[list[str], list[str]]:
+    """The texts of (prompt, completion) ids in a tokenizer."""
+    ids = [prompt for prompt, _ in tokens]
+    prompts = Prompts(ids, words.batch_decode(ids, skip_special_tokens=True))
+    return prompts.texts, completion_texts(prompts, [completion for _, completion in tokens], words)
+
+
+def _tokenised(words, prompts: list[str], completions: list[str]) -> list[tuple]:
+    """(prompt, completion) ids of texts, which are not cut."""
+    data = configs.default(()).data
+    data.update(append_eos=True, max_length=2**30, max_prompt_length=2**29)
+    endings = words(completions, add_special_tokens=False).input_ids
+    return [(prompt, np.array([*ids, words.eos_token_id], np.int32))
+            for prompt, ids in zip(encode_prompts(prompts, words, data, "keep_start"), endings, strict=True)]
 
 
 def _rm(path, batch_size, mesh) -> Callable:
@@ -91,6 +111,8 @@ def _scorer(model: pretrained.Pretrained, batch_size: int, mesh) -> Callable:
     def score(tokens) -> np.ndarray:
         if not tokens:
             return np.zeros(0)
+        model.check(Examples(*zip(*[(prompt, (completion,), f"completion {number} of those to score")
+                                    for number, (prompt, completion) in enumerate(tokens, 1)], strict=True)))
         longest = -(-max(len(prompt) + len(completion) for prompt, completion in tokens) // LENGTHS) * LENGTHS
         widest = (np.zeros(0, np.int32), (np.zeros(longest, np.int32),))
         shape = layout.shape_of([widest] * (batch_size // shards))

@@ -89,7 +89,7 @@ def _begin(path: pathlib.Path, made_with: dict, total: int, chunk: int) -> int:
 
 
 def _encode(rows: list[dict], model: pretrained.Pretrained, sampling: sampler.Sampling, limits: dict) -> Prompts:
-    """The prompts as tokens, cut as in training, and as text."""
+    """The prompts as tokens, each cut to limits["max_prompt_length"], and as text."""
     texts = [row["prompt"] for row in rows]
     data = configs.default(()).data
     data.update(source="local", append_eos=False, **limits)
@@ -141,7 +141,7 @@ def main():
         max_prompt_length=flags.DEFINE_integer(
             "max_prompt_length", defaults.max_prompt_length, "A prompt is cut to this, tokens."),
         truncate=flags.DEFINE_enum(
-            "truncate", "auto", configs.TRUNCATIONS, "As config.data.truncate."))
+            "truncate", "keep_end", configs.TRUNCATIONS, "What of a longer one stays, as config.data.truncate."))
     flags.mark_flags_as_required(["model", "prompts", "out"])
     mesh = sharding.define_flags()
     runtime.run(lambda _: sample_file(

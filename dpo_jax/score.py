@@ -64,7 +64,8 @@ def _write(out: str, rows, examples, logps) -> None:
                 responses, (chosen, rejected) = scores[where]
                 found = dict(logp_chosen=float(chosen), logp_rejected=float(rejected),
                              tokens_chosen=len(responses[0]), tokens_rejected=len(responses[1]))
-                file.write(json.dumps(records.fields_of(record) | found) + "\n")
+                # Parquet has columns that JSON has not, such as times: those are written as text.
+                file.write(json.dumps(records.fields_of(record) | found, default=str) + "\n")
     os.replace(draft, out)
 
 

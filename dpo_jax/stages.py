@@ -18,6 +18,7 @@ import jax
 from dpo_jax import config as configs
 
 COMPLETIONS = "completions.jsonl"  # what a stage has sampled so far
+PATIENCE = 3  # seconds to wait for a stage's folder
 
 
 class StageChanged(ValueError):
@@ -45,7 +46,7 @@ def start(workdir: pathlib.Path, config, stage: str) -> tuple[pathlib.Path, str]
                            "give another --workdir, or remove it.")
     # Nothing is lost by beginning anew: an attempt that failed before its first checkpoint binds nobody.
     folder.mkdir(parents=True, exist_ok=True)
-    for record in ("ledger.json", "base.json"):
+    for record in ("ledger.json", "weights.json"):
         (folder / record).unlink(missing_ok=True)
     write_json(path, dict(stage=stage, depends_on=wanted, config=json.loads(config.to_json())))
     return folder, "new"
@@ -108,13 +109,22 @@ def lock(folder: pathlib.Path):
     """Holds a stage's folder for this process; the system lets go of it however the process ends."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
-        try:
-            if jax.process_index() == 0:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RuntimeError(f"another process is at work in {folder}: wait for it, "
-                               "or give another --workdir or --config.run.") from None
+        if jax.process_index() == 0:
+            _take(file, folder)
         yield
+
+
+def _take(file, folder: pathlib.Path) -> None:
+    """Another run that shares a finished stage holds it for a moment; one that works in it, for long."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"another process is at work in {folder}: wait for it, "
+                                   "or give another --workdir or --config.run.") from None
+            time.sleep(0.1)
 
 
 def differences(found: dict, wanted: dict, prefix: str = "") -> str:

@@ -64,7 +64,7 @@ class Run:
         say(loaded.ledger.table())
         if data.show:
             say(dataset.show(loaded.train, tokenizer, range(min(data.show, len(loaded.train)))))
-        self._record(stage, loaded)
+        self.record(stage, loaded.ledger.to_dict(), [loaded.train.fingerprint, loaded.eval.fingerprint])
         return loaded
 
     def sft_data(self) -> ConfigDict:
@@ -102,18 +102,33 @@ class Run:
         """What ends a completion."""
         return tokenizer.eos_token_id if self.config.data.append_eos else None
 
-    def _before(self, stage: str) -> tuple[str, ...]:
-        return self.config.stages[:self.config.stages.index(stage)]
-
-    def _record(self, stage, loaded):
+    def record(self, stage: str, ledger: dict, fingerprint) -> None:
         """Writes ledger.json; an unfinished stage whose data has changed since it began is refused."""
         path = self.folder(stage) / "ledger.json"
-        ledger = loaded.ledger.to_dict() | dict(fingerprint=[loaded.train.fingerprint, loaded.eval.fingerprint])
-        if path.exists() and json.loads(path.read_text())["fingerprint"] != ledger["fingerprint"]:
+        if path.exists() and json.loads(path.read_text())["fingerprint"] != fingerprint:
             raise stages.StageChanged(
                 f"the data of {self.folder(stage)} has changed since the stage began: its tokens are not those that "
                 "the checkpoint was trained on. Put the old data back, or give another --workdir.")
-        stages.write_json(path, ledger)
+        stages.write_json(path, ledger | dict(fingerprint=fingerprint))
+
+    def record_weights(self, stage: str, **models: pretrained.Pretrained | None) -> dict[str, dict]:
+        """Writes weights.json: path and fingerprint of the models that the stage reads again when it goes on. A stage
+        of which one has changed since it began is refused."""
+        path = self.folder(stage) / "weights.json"
+        found = {role: dict(path=model.path, fingerprint=model.fingerprint())
+                 for role, model in models.items() if model}
+        before = json.loads(path.read_text()) if path.exists() else {}
+        for role, model in found.items():
+            if before.get(role, model)["fingerprint"] != model["fingerprint"]:
+                raise stages.StageChanged(
+                    f"the weights at {model['path']} have changed since {path.parent} began with them (as its {role}): "
+                    "put the old ones back, or give another --workdir.")
+        if found:
+            stages.write_json(path, found)
+        return found
+
+    def _before(self, stage: str) -> tuple[str, ...]:
+        return self.config.stages[:self.config.stages.index(stage)]
 
 
 def train_stage(run: Run, stage: str) -> dict:
@@ -123,10 +138,11 @@ def train_stage(run: Run, stage: str) -> dict:
     model = dataclasses.replace(initial.config, head=HEADS.get(stage, "lm"))
     load = functools.partial(_load, run, model, initial)
     load_initial = functools.cache(load)  # reference, probe and adapters share it; what is trained is another copy
-    if lora:
-        _record_base(run, stage, initial, adapters.abstract(model, lora))
-        load = functools.partial(_init_adapters, run, model, lora)
     reference = _reference(run, stage, initial)
+    weights = run.record_weights(stage, base=initial if lora else None, reference=reference)
+    if lora:
+        _say_what_is_trained(stage, initial, adapters.abstract(model, lora), weights["base"]["fingerprint"])
+        load = functools.partial(_init_adapters, run, model, lora)
     if reference is initial:  # under adapters, the base through the policy's own program: they start with no effect
         load_reference = load if lora else load_initial
     else:
@@ -158,7 +174,9 @@ def _feed(run: Run, stage: str, job: Job, initial, reference, cache: ReferenceCa
     """Where the stage's steps come from: the policy's own completions for ppo, rows of data for all others."""
     config = run.config
     if stage == "ppo":
-        return RolloutFeed(job, run.load_prompts(initial.tokenizer)["train"], run.reward(job.block.reward),
+        prompts = run.load_prompts(initial.tokenizer)["train"]
+        run.record(stage, dict(prompts=len(prompts)), prompts.fingerprint)
+        return RolloutFeed(job, prompts, run.reward(job.block.reward),
                            tokenizer=initial.tokenizer, eos_id=run.eos_id(initial.tokenizer),
                            sampling=config.sampling, seed=config.seed)
     data = run.load_data(stage, initial.tokenizer)
@@ -204,14 +222,7 @@ def _init_adapters(run: Run, model, lora: Lora) -> dict:
                         values, sharding.param_shardings(run.mesh, values))
 
 
-def _record_base(run: Run, stage: str, initial, shapes) -> None:
-    """Says what the adapters are trained over, and keeps it in base.json: they mean nothing over other weights."""
-    path, fingerprint = run.folder(stage) / "base.json", initial.fingerprint()
-    if path.exists() and json.loads(path.read_text())["fingerprint"] != fingerprint:
-        raise stages.StageChanged(
-            f"the weights at {initial.path} have changed since {path.parent} began to train adapters over them: put "
-            "the old ones back, or give another --workdir.")
-    stages.write_json(path, dict(path=initial.path, fingerprint=fingerprint))
+def _say_what_is_trained(stage: str, initial, shapes, fingerprint: str) -> None:
     size, whole = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (shapes, initial.shapes))
     say(f"{stage}: LoRA trains {size:,} numbers over the {whole:,} of {initial.path} (sha256 {fingerprint[:16]})")
 
@@ -254,6 +265,7 @@ def pairs_stage(run: Run, stage: str) -> dict:
     if len(found["train"]) < block.prompts:
         raise ValueError(f"config.pairs.prompts = {block.prompts}, but there are {len(found['train'])} training "
                          "prompts: lower it, or take more rows (config.data.train_split, config.data.max_rows).")
+    run.record_weights(stage, policy=model)
     chosen = np.random.default_rng(run.config.seed).permutation(len(found["train"]))[:block.prompts]
     held_out = found["eval"].take(range(min(pairs.EVAL_PROMPTS, len(found["eval"]))))
     return pairs.make_pairs(
@@ -286,6 +298,7 @@ def best_of_n_stage(run: Run, stage: str) -> dict:
     """The best of N completions of the model that the stages before made, for each N."""
     model, block = run.initial(stage), run.config.best_of_n
     held_out = run.eval_prompts(stage, model.tokenizer)
+    run.record_weights(stage, policy=model)
     return best_of_n.write(
         run.folder(stage), model.config, run.mesh, model.load(run.mesh), held_out, model.tokenizer,
         run.reward("true"), run.reward(block.reward), counts=block.n, sampling=run.config.sampling,

@@ -165,8 +165,9 @@ def start(run: train.Run, stage: str, name: str, shots: Callable[[], str] = str)
 
 
 def at_checkpoints(run: train.Run, stage: str) -> dict[int, Policy]:
-    """The policy at each checkpoint that training has kept, by step."""
-    folder = run.folder(stage) / "checkpoints"
+    """The policy at each checkpoint that training has kept, by step; without those that an interruption left."""
+    folder, every = run.folder(stage) / "checkpoints", run.config[stage].save_every
+    steps = checkpoint.saved_steps(folder)
 
     def opened(step):
         model = run.initial(stage)
@@ -174,7 +175,7 @@ def at_checkpoints(run: train.Run, stage: str) -> dict[int, Policy]:
             folder, step, model.shapes, sharding.param_shardings(mesh, model.shapes)))
     made_by = configs.dependencies(run.config, stage)
     return {step: Policy(f"{stage}_at_{step}", made_by | dict(checkpoint=step), functools.partial(opened, step))
-            for step in checkpoint.saved_steps(folder)}
+            for step in steps if step % every == 0 or step == steps[-1]}
 
 
 def best_of_n(policy: Policy, temperature: float, counts: tuple[int, ...]) -> list[Point]:

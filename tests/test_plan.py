@@ -10,6 +10,7 @@ import pytest
 from conftest import tiny_config
 from tiny_runs import command, dpo_config
 
+from dpo_jax import config as configs
 from dpo_jax import flops, hlo, optim, plan, roofline, sharding, topologies
 from dpo_jax.data import layout
 from dpo_jax.logprobs import response_logprobs
@@ -330,7 +331,10 @@ def test_a_kept_reference_costs_a_forward_pass_over_every_row():
         plans[config.dpo.cache_reference] = plan.plan(config, topologies.parse("h200:8"), "dpo")
     live, kept = plans[False], plans[True]
     assert live["hours"] == pytest.approx(10 * live["step_seconds"] / 3600)
-    assert 0 < kept["hours"] - 10 * kept["step_seconds"] / 3600 < 10 * live["step_seconds"] / 3600
+    beyond = kept["hours"] - 10 * kept["step_seconds"] / 3600
+    assert 0 < beyond < 10 * live["step_seconds"] / 3600
+    again = plan.plan(config, topologies.parse("h200:8"), "dpo", Assumed(rows=20))  # four epochs of them, kept once
+    assert again["hours"] - 10 * again["step_seconds"] / 3600 == pytest.approx(beyond / 4)
 
 
 def test_the_roofline_by_hand():
@@ -343,7 +347,14 @@ def test_the_roofline_by_hand():
 
 def test_steps_and_lengths_come_from_the_config_or_are_assumed():
     config = scratch_config(steps=0, epochs=2.0)
-    assert plan.steps_of(config, "dpo", Assumed()) == 0 and plan.steps_of(config, "dpo", Assumed(rows=100)) == 25
+    assert plan.rows_of(config, "dpo", Assumed()) == 0 and plan.rows_of(config, "dpo", Assumed(rows=100)) == 100
+    assert plan.steps_of(config, "dpo", 0) == 0 and plan.steps_of(config, "dpo", 100) == 25
+    config = configs.default(("sft", "dpo"))
+    config.data.update(source="tldr", sft_path="CarperAI/openai_summarize_tldr")
+    assert [plan.rows_of(config, stage, Assumed()) for stage in config.stages] == [116_722, 92_534]
+    config.data.sft_path = ""
+    assert plan.rows_of(config, "sft", Assumed()) == 92_534
+    config = scratch_config(steps=0, epochs=2.0)
     assert plan.lengths_of(config, "dpo", Assumed()) == (16, 16)
     assert plan.lengths_of(config, "dpo", Assumed(prompt=20, response=5)) == (20, 5)
     with pytest.raises(ValueError, match="more than config.data.max_length = 32"):
@@ -377,6 +388,9 @@ def test_adapters_are_planned_over_a_base_that_has_no_optimiser(tmp_path):
     assert report["hbm_gib"]["params"] == pytest.approx(whole["hbm_gib"]["params"] + trained)
     assert report["hbm_gib"]["optimizer"] == pytest.approx(trained, rel=0.1)
     assert 0.7 < report["needed_flops_per_step"] / whole["needed_flops_per_step"] < 0.8  # 3 of 4, but for attention
+    config.dpo.reference = "ANOTHER"  # which is no adapters
+    report = plan.plan(config, topologies.parse("h200:8"), "dpo")
+    assert report["hbm_gib"]["reference"] == pytest.approx(whole["hbm_gib"]["params"])
 
 
 def test_a_stage_that_is_not_planned_is_refused():

@@ -141,19 +141,22 @@ def test_one_that_is_killed_ends_the_others_and_a_process_alone_takes_over(whole
     assert_same(alone(tmp_path / "run", model, pairs, **fields), whole)
 
 
-def test_a_preempted_run_saves_at_one_step_and_goes_on(model, pairs, tmp_path):
-    """SIGTERM comes to one process; both save, and end with the shell's code for it."""
-    fields = dict(steps=400, save_every=1000, eval_every=1000, log_every=1)
-    both = start_run(tmp_path / "run", model, pairs, **fields)
-    rows, deadline = tmp_path / "run" / "dpo" / "metrics.jsonl", time.monotonic() + 300
-    while not rows.exists() or not rows.read_text():
-        assert both[0].poll() is None and time.monotonic() < deadline, both[0].communicate()
-        time.sleep(0.01)
-    both[1].send_signal(signal.SIGTERM)
-    outs = [process.communicate(timeout=120) for process in both]
-    assert [process.returncode for process in both] == [128 + signal.SIGTERM] * 2, outs
-    stopped = int(re.search(r"stopped by SIGTERM after step (\d+)", outs[0][0])[1])
-    assert 0 < stopped < 400
+@pytest.mark.parametrize("times", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_preempted_run_saves_at_one_step_and_goes_on(model, pairs, tmp_path, times):
+    """SIGTERM comes to one process; both save, and end with the shell's code for it. So they do when they have gone on
+    from there, and save often, so that orbax asks for preemptions as well."""
+    fields = dict(steps=400, save_every=1000 if times == 1 else 3, eval_every=1000, log_every=1)
+    rows, stopped = tmp_path / "run" / "dpo" / "metrics.jsonl", 0
+    for _ in range(times):
+        both, deadline = start_run(tmp_path / "run", model, pairs, **fields), time.monotonic() + 300
+        while not rows.exists() or len(rows.read_text().splitlines()) < stopped + 4:
+            assert both[0].poll() is None and time.monotonic() < deadline, both[0].communicate()
+            time.sleep(0.01)
+        both[1].send_signal(signal.SIGTERM)
+        outs = [process.communicate(timeout=120) for process in both]
+        assert [process.returncode for process in both] == [128 + signal.SIGTERM] * 2, outs
+        before, stopped = stopped, int(re.search(r"stopped by SIGTERM after step (\d+)", outs[0][0])[1])
+        assert before < stopped < 400
     finished = alone(tmp_path / "run", model, pairs, **fields)
     assert [row["step"] for row in rows_without_timings(finished)] == list(range(401))
 

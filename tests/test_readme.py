@@ -1,13 +1,17 @@
 """The README is a contract: its commands, its table and its map hold."""
 
 import re
+import shlex
 
 import pytest
 from conftest import ROOT
 from test_floors import FILES
 from tiny_runs import command, write_model, write_pairs
 
+from experiments.commands import load_module, parsed
+
 README = (ROOT / "README.md").read_text()
+LAUNCH = (ROOT / "launch.sh").read_text()
 CONFIG = (ROOT / "dpo_jax" / "config.py").read_text()
 
 
@@ -38,6 +42,37 @@ def test_pictures_exist():
         assert (ROOT / path).exists(), path
 
 
+def commands() -> list[str]:
+    """Every line of the README's code blocks that starts one of the project's commands, continued lines joined."""
+    blocks = re.findall(r"^```\n(.*?)^```$", README, re.M | re.S)
+    lines = [line for block in blocks for line in re.sub(r"\s*\\\n\s*", " ", block).splitlines()]
+    return [line for line in lines if "python -m dpo_jax" in line or "python -m exp" in line or "launch.sh" in line]
+
+
+@pytest.mark.parametrize("line", commands())
+def test_a_command_has_the_flags_and_the_fields_that_it_is_shown_with(line):
+    words = shlex.split(line.rpartition("&& ")[2], comments=True)
+    launched = "experiments.sweep" if "sweep" in words else "dpo_jax.train"
+    module = words[words.index("-m") + 1] if "-m" in words else launched
+    path = ROOT / module.replace(".", "/")
+    source = (path.with_suffix(".py") if path.with_suffix(".py").exists() else path / "__main__.py").read_text()
+    shared = "".join((ROOT / f"{name}.py").read_text() for name in (
+        "dpo_jax/runtime", "dpo_jax/sharding", "dpo_jax/evaluation/judge", "experiments/winrate"))
+    config = next((load_config(word.partition("=")[2]) for word in words if word.startswith("--config=")), None)
+    for word in words:
+        name, _, value = word.removeprefix("--").partition("=")
+        if name.startswith("config."):
+            config.update_from_flattened_dict({name.removeprefix("config."): parsed(value)})  # KeyError: no such field
+        elif word.startswith("--") and not ("launch.sh" in line and f"--{name}" in LAUNCH):
+            assert f'"{name}"' in source + shared, f"{module} has no --{name}"
+
+
+def load_config(path: str):
+    file, _, choice = path.partition(":")
+    module = load_module(str(ROOT / file))
+    return module.get_config(*filter(None, [choice]))
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
@@ -54,6 +89,11 @@ def test_the_recipe_runs_with_the_papers_defaults(trained):
     folder, out = trained
     assert "self-check passed" in out and "all stages done" in out
     assert (folder / "mine" / "dpo" / "hf" / "model.safetensors").exists()
+
+
+def test_a_run_that_ends_in_its_warm_up_says_so(trained):
+    _, out = trained
+    assert "dpo: the run is over before its warm-up is (config.dpo.warmup_steps = 150): its learning rate" in out
 
 
 def test_what_was_trained_can_be_scored(trained):

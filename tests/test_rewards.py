@@ -2,11 +2,14 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
+from tiny_runs import tokenizer
 
-from dpo_jax import rewards, sharding
+from dpo_jax import pretrained, rewards, sharding
 from dpo_jax.evaluation import ngram
+from dpo_jax.models import hf
 
 WORDS = [f"w{i}" for i in range(50)]
 
@@ -35,6 +38,45 @@ def test_the_toy_by_hand(mesh):
 @pytest.mark.parametrize("kind", ["toy", "toy_saturating"])
 def test_the_toy_of_no_texts(mesh, kind):
     assert rewards.make(kind, "", 8, mesh)([], [], []).shape == (0,)
+
+
+@pytest.fixture(scope="module")
+def reward_model(tmp_path_factory):
+    """A reward model of 12 learned positions and the tests' words, after an EOS and a word."""
+    folder = tmp_path_factory.mktemp("rewards") / "model"
+    model = pretrained.from_scratch(dict(model_type="gpt2", vocab_size=40, n_embd=16, n_layer=1, n_head=2,
+                                         n_positions=12, bos_token_id=0, eos_token_id=1), 0, head="score")
+    params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape), model.load(
+        sharding.make_mesh()))
+    hf.save(folder, model.config, model.hf_config, params, tokenizer())
+    return str(folder)
+
+
+def scores(mesh, folder, *rows):
+    """By the model's own program, one row at a time."""
+    return np.concatenate([rewards.make("rm", folder, 8, mesh)(None, None, [row]) for row in rows])
+
+
+def test_a_reward_model_reads_the_policys_own_tokens_where_they_are_its_own(mesh, reward_model):
+    """With EOS where the policy ended, and without where it did not; an empty completion too."""
+    tokens = [(np.array(prompt), np.array(completion)) for prompt, completion in (
+        ([0, 5, 6], [7, 8, 1]), ([0, 9], [10]), ([0], [1]))]
+    found = rewards.make("model", reward_model, 8, mesh)(["w2 w3", "w6", ""], [" w4 w5", " w7", ""], tokens)
+    np.testing.assert_allclose(found, scores(mesh, reward_model, *tokens), rtol=1e-6)
+
+
+def test_a_reward_model_with_other_tokens_reads_the_texts_as_it_was_trained(mesh, reward_model, capsys):
+    others = [(np.array([30]), np.array([31])), (np.array([], int), np.array([32]))]
+    found = rewards.make("model", reward_model, 8, mesh)(["w2 w3", ""], ["w4 w5", "w6"], others)
+    wanted = scores(mesh, reward_model, (np.array([0, 5, 6]), np.array([7, 8, 1])), (np.array([0]), np.array([9, 1])))
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    assert "has another tokenizer than the policy" in capsys.readouterr().out
+
+
+def test_a_text_longer_than_a_reward_models_positions_is_refused(mesh, reward_model):
+    tokens = [(np.arange(2), np.arange(3)), (np.arange(4), np.arange(10))]
+    with pytest.raises(ValueError, match="completion 2 of those .* has 14 tokens, but the model has 12 positions"):
+        rewards.make("rm", reward_model, 8, mesh)(None, None, tokens)
 
 
 @pytest.mark.parametrize("family", ["roberta", "distilbert"])

@@ -1,8 +1,10 @@
 """The score command: what it adds, and that it is what training sees."""
 
+import datetime
 import json
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 from tiny_runs import dpo_config, run, write_model, write_pairs
 
@@ -63,6 +65,15 @@ def test_scores_are_what_training_logs(scored, tmp_path):
     means = [(np.mean([r["logp_chosen"] for r in c]), np.mean([r["logp_rejected"] for r in c])) for c in candidates]
     found = (row["logps_train/chosen"], row["logps_train/rejected"])
     assert min(np.abs(np.array(means) - found).max(axis=1)) < 1e-3
+
+
+def test_columns_that_json_has_not_come_back_as_text(scored, tmp_path):
+    folder, _ = scored
+    rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+    table = {name: [row[name] for row in rows] for name in rows[0]} | {"when": [datetime.datetime(2024, 2, 29)] * 21}
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "pairs.parquet")
+    score_file(folder / "model", tmp_path / "pairs.parquet", tmp_path / "out.jsonl")
+    assert json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])["when"] == "2024-02-29 00:00:00"
 
 
 def test_an_existing_file_is_not_overwritten(scored):

@@ -358,6 +358,14 @@ def test_a_bad_line_stops_or_is_counted(tmp_path, line, said):
     assert ledger.train.read == 3
 
 
+def test_a_bad_character_in_a_json_array_is_counted_too(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([PAIR, PAIR | {"chosen": "\ud83d"}]))
+    rows, ledger = read(path, on_bad_row="drop")
+    assert [row.where for row in rows["train"]] == ["rows.json row 1"]
+    assert ledger.train.dropped == {"half of a surrogate pair is no character": 1}
+
+
 def test_known_defects_are_counted_even_where_bad_rows_are_errors(tmp_path):
     empty, equal = PAIR | {"chosen": " "}, PAIR | {"chosen": "Seven. "}
     path = write_jsonl(tmp_path / "rows.jsonl", [PAIR, empty, empty, empty, empty, equal,

@@ -45,23 +45,33 @@ def read_jsonl(path) -> Iterator[tuple[int, dict]]:
 
 def fields_of(record: Record) -> dict:
     """The fields of a record; Malformed when its line is not a JSON object."""
+    doubtful = not isinstance(record, str) or SURROGATE.search(record)
     if isinstance(record, str):
         record = _parsed(record)
     if not isinstance(record, dict):
         raise Malformed("a row is an object, {...}", repr(record)[:80])
+    try:
+        for text in _texts_of(record) if doubtful else ():
+            text.encode()  # no tokenizer takes one half of a pair alone
+    except UnicodeEncodeError as error:
+        raise Malformed("half of a surrogate pair is no character", repr(error.object[error.start])) from None
     return record
+
+
+def _texts_of(value) -> Iterator[str]:
+    """All texts in a value, names of fields apart."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts_of(part)
 
 
 def _parsed(line: str):
     try:
-        value = json.loads(line)
-        if SURROGATE.search(line):
-            json.dumps(value, ensure_ascii=False).encode()  # no tokenizer takes one half of a pair alone
-        return value
+        return json.loads(line)
     except json.JSONDecodeError as error:
         raise Malformed("the line is not JSON", f"{error.msg} at character {error.pos + 1}") from None
-    except UnicodeEncodeError as error:
-        raise Malformed("half of a surrogate pair is no character", repr(error.object[error.start])) from None
 
 
 def find_splits(path: str) -> Splits:
