@@ -8,8 +8,8 @@
 #
 # tpu: takes the TPU of that name, or asks for one of --type and waits; copies this tree (but for runs), installs, runs
 # COMMAND on all workers, trains there, shows worker 0's log, and says how each ended. WORKDIR, and pairs and models that
-# are not on the hub, must be in storage that all workers share, or in a mounted bucket: COMMAND mounts it, each time
-# anew, and logs in where weights or metrics ask for that. --delete: gives the TPU back in the end, however that was.
+# are not on the hub, must be in storage that all workers share, or in a mounted bucket: COMMAND mounts it, where it is
+# not, and logs in where weights or metrics ask for that. --delete: gives the TPU back in the end, however that was.
 # --print, as the first argument: shows every command and runs none. sweep: experiments.sweep, not dpo_jax.train.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -103,10 +103,11 @@ tpu() {
   on all 'mkdir -p dpo_jax && tar xzf dpo_jax.tgz -C dpo_jax && cd dpo_jax && python3 -m pip install -q --user uv &&
     python3 -m uv venv -q --allow-existing --python 3.11 .venv &&
     python3 -m uv pip install -q -p .venv -r requirements.txt "jax[tpu]"'
-  if [[ -n "$SETUP" ]]; then on all "cd dpo_jax && { $SETUP; }"; fi
   local command; command="$(printf '%q ' .venv/bin/python -m "$MODULE" "${ARGUMENTS[@]}")"
   # It outlives a connection that breaks; the same command then finds it running, and only looks on.
   on all "cd dpo_jax && if ! kill -0 \$(cat pid 2>/dev/null) 2>/dev/null; then rm -f status
+    { ${SETUP:-true}
+    } || exit 1
     nohup sh -c $(printf '%q' "$command; echo \$? >status") >log 2>&1 </dev/null & echo \$! >pid; fi"
   on 0 "cd dpo_jax && tail -n +1 -F --pid=\$(cat pid) log" ||
     { trap - EXIT; echo "the connection broke; the same command looks on" >&2; exit 1; }  # and it is not deleted

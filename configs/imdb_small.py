@@ -1,13 +1,13 @@
 """Controlled sentiment at a size that two CPU cores carry: a small GPT-2 from scratch on the IMDb reviews.
 
-    python -m experiments.imdb_tokenizer --data=../shared/data/imdb/plain_text --out=runs/imdb_small/tokenizer
+    python -m experiments.imdb_tokenizer --out=runs/imdb_small/tokenizer
     python -m dpo_jax.train --config=configs/imdb_small.py --workdir=runs/imdb_small
     python -m experiments.imdb_frontier --config=configs/imdb_small.py --workdir=runs/imdb_small
 
---config.data.path=stanfordnlp/imdb --config.reward.path=stanfordnlp/imdb take the reviews from the hub; methods after a
-colon as in configs/imdb.py. The true reward is an n-gram classifier fitted to the labelled reviews. A byte-level BPE of
-8,192 pieces, 4 layers of width 256 (5.3 million weights), trained on the first 96 tokens of 75,000 reviews. Comes out:
-as of configs/imdb.py.
+Reviews in a folder instead of the hub: --data=FOLDER, and --config.data.path=FOLDER --config.reward.path=FOLDER.
+Methods after a colon as in configs/imdb.py. The true reward is an n-gram classifier fitted to the labelled reviews. A
+byte-level BPE of 8,192 pieces, 4 layers of width 256 (5.3 million weights), trained on the first 96 tokens of 75,000
+reviews. Comes out: as of configs/imdb.py.
 """
 
 from configs.imdb import STAGES
@@ -20,7 +20,7 @@ def get_config(method="dpo"):
     config.model.scratch = dict(model_type="gpt2", vocab_size=8192, n_positions=96, n_embd=256, n_layer=4, n_head=4,
                                 bos_token_id=0, eos_token_id=0)
     config.model.unroll = 4
-    config.data.update(source="imdb", path="../shared/data/imdb/plain_text", train_split="train+unsupervised",
+    config.data.update(source="imdb", path="stanfordnlp/imdb", train_split="train+unsupervised",
                        max_length=96, max_prompt_length=32)
     config.sft.update(loss="token_mean", batch_size=64, epochs=1.0, optimizer="adamw", lr=1e-3, schedule="cosine",
                       warmup_steps=100, max_grad_norm=1.0, weight_decay=0.01, eval_every=250, save_every=100,

@@ -10,6 +10,7 @@ ends with the same weights as one that was not.
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 import pathlib
 import re
@@ -130,13 +131,12 @@ def fit(job: Job, feed) -> tuple[dict, dict[str, float]]:
             checked = feed.check(whole(base, state.params, hyper), whole(base, reference, hyper), hyper)
             say(f"{job.name}: {checked}")
         loop = _Loop(job, feed, saved, writer, evaluate, start)
-        _asked_to_stop(signals, start)  # from here on steps are counted, wherever the stage before left off
         if not start:
             loop.report(state, 0, None)
         for step, update in feed.steps(start, reference, hyper, base):
             state, metrics = update(state)
             loop.report(state, step + 1, metrics)
-            if signum := _asked_to_stop(signals, step + 1):
+            if signum := _asked_to_stop(signals):
                 loop.interrupt(state, step + 1, signum)
         loop.close()
         if job.block.keep_best and saved.best():
@@ -352,13 +352,12 @@ def _catch_signals():
             signal.signal(signum, handler)
 
 
-def _asked_to_stop(signals: list[int], step: int) -> int | None:
-    """The signal after which to save and stop, in every process at the same step.
+_ASKED = itertools.count(1)  # through all stages: the processes agree on one number, the next that none has asked with
 
-    The processes agree on a number after the highest that any has asked with, and orbax asks too, with the step, each
-    time it saves: so it must be the step here.
-    """
+
+def _asked_to_stop(signals: list[int]) -> int | None:
+    """The signal after which to save and stop, in every process at the same step."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
-        return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else None
+        return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(next(_ASKED)) else None
     return signals[0] if signals else None

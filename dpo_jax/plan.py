@@ -33,8 +33,8 @@ from dpo_jax.topologies import Topology
 
 GIB = 2**30
 STAGES = tuple(stage for stage in configs.TRAINING_STAGES if stage != "ppo")  # those whose steps are on rows of data
-ROWS = {"hh": 160_800, "tldr": 92_534}  # training pairs of the published sets
-SFT_ROWS = {"tldr": 116_722}  # of those at data.sft_path
+ROWS = {"Anthropic/hh-rlhf": 160_800, "CarperAI/openai_summarize_comparisons": 92_534,
+        "CarperAI/openai_summarize_tldr": 116_722}  # published sets' training rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,8 +103,8 @@ def rows_of(config: ConfigDict, stage: str, assumed: Assumed) -> int:
     """Training rows of a stage; 0 where nobody says how many there are."""
     if "pairs" in config.stages and stage in configs.PAIR_STAGES:
         return config.pairs.prompts * math.comb(config.pairs.completions, 2)
-    of_its_own = stage == "sft" and config.data.sft_path
-    rows = assumed.rows or (SFT_ROWS if of_its_own else ROWS).get(config.data.source, 0)
+    path = config.data.sft_path if stage == "sft" and config.data.sft_path else config.data.path
+    rows = assumed.rows or ROWS.get(path, 0)
     return min(rows or config.data.max_rows, config.data.max_rows) if config.data.max_rows else rows
 
 

@@ -1,7 +1,7 @@
 """Rewards: prompts and completions to scores, behind one interface.
 
 A reward is a callable (prompts, completions, tokens) -> float64 [n], all lists of n: the texts, and (prompt,
-completion) as the policy's ids, which only the reward model of the same run reads.
+completion) as the policy's ids, which reward models read, or None where no policy of ours made them.
 """
 
 import functools
@@ -64,31 +64,35 @@ def _joined(prompts, completions) -> list[str]:
 
 
 def _model(path, batch_size, mesh) -> Callable:
-    """A reward model of ours: on the very tokens that the policy sampled, where they say the same in its own tokenizer,
-    and else on the texts, tokenised as for training, each completion with an EOS; special tokens are not in them."""
+    """A reward model of ours: on the very tokens that the policy sampled, where they are its own tokenizer's, and else
+    on the texts, tokenised as for training, each completion with an EOS; special tokens are not in them."""
     model = pretrained.open_model(path, head="score")
     score = _scorer(model, batch_size, mesh)
     told = []
 
     def reward(prompts, completions, tokens):
-        if _spelled(model.tokenizer, tokens) == (list(prompts), list(completions)):
+        if tokens is not None and _is_spelled(model.tokenizer, prompts, completions, tokens):
             return score(tokens)
-        if not told:
+        if tokens is not None and not told:
             told.append(say(f"reward: {path} has another tokenizer than the policy: the texts are tokenised anew, "
                             "without what special tokens they had (a chat's), each with an EOS"))
         return score(_tokenised(model.tokenizer, prompts, completions))
     return reward
 
 
-def _spelled(words, tokens) -> tuple[list[str], list[str]]:
-    """The texts of (prompt, completion) ids in a tokenizer."""
+def _is_spelled(words, prompts: list[str], completions: list[str], tokens: list[tuple]) -> bool:
+    """Whether (prompt, completion) ids have these texts in a tokenizer, and completions end, if they do, in its EOS."""
     ids = [prompt for prompt, _ in tokens]
-    prompts = Prompts(ids, words.batch_decode(ids, skip_special_tokens=True))
-    return prompts.texts, completion_texts(prompts, [completion for _, completion in tokens], words)
+    read = Prompts(ids, words.batch_decode(ids, skip_special_tokens=True))
+    ends = {int(completion[-1]) for _, completion in tokens if len(completion)} & set(words.all_special_ids)
+    return (ends <= {words.eos_token_id} and read.texts == list(prompts) and
+            completion_texts(read, [completion for _, completion in tokens], words) == list(completions))
 
 
 def _tokenised(words, prompts: list[str], completions: list[str]) -> list[tuple]:
     """(prompt, completion) ids of texts, which are not cut."""
+    if not prompts:
+        return []
     data = configs.default(()).data
     data.update(append_eos=True, max_length=2**30, max_prompt_length=2**29)
     endings = words(completions, add_special_tokens=False).input_ids

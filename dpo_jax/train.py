@@ -93,10 +93,16 @@ class Run:
     def reward(self, name: str):
         """The reward of a stage: "true" is config.reward, "rm" the rm stage's model, which stands for both where no
         true one is known."""
+        return rewards.make(*self._reward_at(name), self.config.reward.batch_size, self.mesh)
+
+    def reward_model(self, name: str) -> pretrained.Pretrained | None:
+        """The model of ours behind a stage's reward, if one is."""
+        kind, path = self._reward_at(name)
+        return pretrained.open_model(path, head="score") if kind in ("rm", "model") else None
+
+    def _reward_at(self, name: str) -> tuple[str, str]:
         block = self.config.reward
-        if "rm" in (name, block.kind):
-            return rewards.make("rm", str(self.folder("rm") / "hf"), block.batch_size, self.mesh)
-        return rewards.make(block.kind, block.path, block.batch_size, self.mesh)
+        return ("rm", str(self.folder("rm") / "hf")) if "rm" in (name, block.kind) else (block.kind, block.path)
 
     def eos_id(self, tokenizer) -> int | None:
         """What ends a completion."""
@@ -112,8 +118,8 @@ class Run:
         stages.write_json(path, ledger | dict(fingerprint=fingerprint))
 
     def record_weights(self, stage: str, **models: pretrained.Pretrained | None) -> dict[str, dict]:
-        """Writes weights.json: path and fingerprint of the models that the stage reads again when it goes on. A stage
-        of which one has changed since it began is refused."""
+        """Writes weights.json: path and fingerprint of the models of ours, by role, that the stage reads again when it
+        goes on. A stage of which one has changed since it began is refused."""
         path = self.folder(stage) / "weights.json"
         found = {role: dict(path=model.path, fingerprint=model.fingerprint())
                  for role, model in models.items() if model}
@@ -139,7 +145,10 @@ def train_stage(run: Run, stage: str) -> dict:
     load = functools.partial(_load, run, model, initial)
     load_initial = functools.cache(load)  # reference, probe and adapters share it; what is trained is another copy
     reference = _reference(run, stage, initial)
-    weights = run.record_weights(stage, base=initial if lora else None, reference=reference)
+    probe = _probe(run, stage, initial, load_initial)
+    weights = run.record_weights(stage, base=initial if lora else None, reference=reference,
+                                 start=initial if probe else None,
+                                 reward=run.reward_model(block.reward) if stage == "ppo" else None)
     if lora:
         _say_what_is_trained(stage, initial, adapters.abstract(model, lora), weights["base"]["fingerprint"])
         load = functools.partial(_init_adapters, run, model, lora)
@@ -154,8 +163,7 @@ def train_stage(run: Run, stage: str) -> dict:
         name=stage, folder=folder, block=block, model=model, mesh=run.mesh, load_init=load,
         load_reference=load_reference if reference and not cache else lambda: None,
         log=run.config.log, config=json.loads(run.config.to_json()),
-        probe=_probe(run, stage, initial, load_initial),
-        lora=lora, load_base=load_initial if lora else lambda: None)
+        probe=probe, lora=lora, load_base=load_initial if lora else lambda: None)
     params, evaluated = fit(job, _feed(run, stage, job, initial, reference, cache))
     if lora:
         peft.save(folder / "adapter", model, initial.hf_config, lora, params, base=initial.path)
@@ -265,7 +273,7 @@ def pairs_stage(run: Run, stage: str) -> dict:
     if len(found["train"]) < block.prompts:
         raise ValueError(f"config.pairs.prompts = {block.prompts}, but there are {len(found['train'])} training "
                          "prompts: lower it, or take more rows (config.data.train_split, config.data.max_rows).")
-    run.record_weights(stage, policy=model)
+    run.record_weights(stage, policy=model, reward=run.reward_model("true"))
     chosen = np.random.default_rng(run.config.seed).permutation(len(found["train"]))[:block.prompts]
     held_out = found["eval"].take(range(min(pairs.EVAL_PROMPTS, len(found["eval"]))))
     return pairs.make_pairs(
@@ -298,7 +306,7 @@ def best_of_n_stage(run: Run, stage: str) -> dict:
     """The best of N completions of the model that the stages before made, for each N."""
     model, block = run.initial(stage), run.config.best_of_n
     held_out = run.eval_prompts(stage, model.tokenizer)
-    run.record_weights(stage, policy=model)
+    run.record_weights(stage, policy=model, reward=run.reward_model(block.reward), true=run.reward_model("true"))
     return best_of_n.write(
         run.folder(stage), model.config, run.mesh, model.load(run.mesh), held_out, model.tokenizer,
         run.reward("true"), run.reward(block.reward), counts=block.n, sampling=run.config.sampling,

@@ -166,8 +166,10 @@ def start(run: train.Run, stage: str, name: str, shots: Callable[[], str] = str)
 
 def at_checkpoints(run: train.Run, stage: str) -> dict[int, Policy]:
     """The policy at each checkpoint that training has kept, by step; without those that an interruption left."""
-    folder, every = run.folder(stage) / "checkpoints", run.config[stage].save_every
-    steps = checkpoint.saved_steps(folder)
+    folder = run.folder(stage) / "checkpoints"
+    if not (steps := checkpoint.saved_steps(folder)):
+        return {}
+    every = json.loads((run.folder(stage) / "config.json").read_text())["config"][stage]["save_every"]
 
     def opened(step):
         model = run.initial(stage)

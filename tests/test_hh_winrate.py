@@ -61,8 +61,11 @@ def test_policies_and_checkpoints_are_judged(tmp_path, monkeypatch):
         for step, weights in enumerate(params, 1):
             saved.save(step, TrainState(jnp.int32(step), weights, dict(nu=jnp.zeros(3))))
     assert list(winrate.at_checkpoints(run, "dpo")) == [1, 2]
-    run.config.dpo.save_every = 2
+    began = tmp_path / "dpo" / "config.json"
+    text = began.read_text()
+    began.write_text(text.replace('"save_every": 1', '"save_every": 2'))
     assert list(winrate.at_checkpoints(run, "dpo")) == [2]  # the other is of a run that was interrupted
+    began.write_text(text)
     options = Options(("dpo", "preferred_ft", "base", "training"), (1.0,), JUDGE, prompts=4)
     with JudgeServer(prefers(len)) as server, server.environment():
         rows = hh_winrate.run(make_config, str(tmp_path), options)

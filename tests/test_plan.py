@@ -350,7 +350,7 @@ def test_steps_and_lengths_come_from_the_config_or_are_assumed():
     assert plan.rows_of(config, "dpo", Assumed()) == 0 and plan.rows_of(config, "dpo", Assumed(rows=100)) == 100
     assert plan.steps_of(config, "dpo", 0) == 0 and plan.steps_of(config, "dpo", 100) == 25
     config = configs.default(("sft", "dpo"))
-    config.data.update(source="tldr", sft_path="CarperAI/openai_summarize_tldr")
+    config.data.update(path="CarperAI/openai_summarize_comparisons", sft_path="CarperAI/openai_summarize_tldr")
     assert [plan.rows_of(config, stage, Assumed()) for stage in config.stages] == [116_722, 92_534]
     config.data.sft_path = ""
     assert plan.rows_of(config, "sft", Assumed()) == 92_534

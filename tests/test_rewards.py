@@ -73,6 +73,15 @@ def test_a_reward_model_with_other_tokens_reads_the_texts_as_it_was_trained(mesh
     assert "has another tokenizer than the policy" in capsys.readouterr().out
 
 
+def test_a_reward_model_reads_texts_of_nobody_and_an_eos_that_is_not_its_own(mesh, reward_model):
+    """As a judge's; and the same words by a policy that ends in another special token."""
+    wanted = scores(mesh, reward_model, (np.array([0, 5, 6]), np.array([7, 8, 1])))
+    for tokens in (None, [(np.array([0, 5, 6]), np.array([7, 8, 2]))]):
+        found = rewards.make("model", reward_model, 8, mesh)(["w2 w3"], [" w4 w5"], tokens)
+        np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    assert rewards.make("model", reward_model, 8, mesh)([], [], None).shape == (0,)
+
+
 def test_a_text_longer_than_a_reward_models_positions_is_refused(mesh, reward_model):
     tokens = [(np.arange(2), np.arange(3)), (np.arange(4), np.arange(10))]
     with pytest.raises(ValueError, match="completion 2 of those .* has 14 tokens, but the model has 12 positions"):

@@ -21,7 +21,7 @@ SIX = Sampling(6)
 def sample_file(model, prompts, out, sampling=SIX, **changes):
     """Two completions of each prompt, three prompts at a time."""
     sample.sample_file(str(model), str(prompts), str(out), sharding.make_mesh(), sampling, **dict(
-        n=2, seed=0, batch_size=6, dtype="float32", limits=dict(max_prompt_length=64, truncate="auto")) | changes)
+        n=2, seed=0, batch_size=6, dtype="float32", limits=dict(max_prompt_length=64, truncate="keep_end")) | changes)
 
 
 def lines(path):
@@ -128,7 +128,7 @@ def test_a_finished_file_is_left_alone(finished, model, pairs, capsys, monkeypat
 @pytest.mark.parametrize("changes, message", [
     (dict(sampling=Sampling(6, top_p=0.9)), r"  top_p: 1.0 there, 0.9 now"),
     (dict(seed=1), r"  seed: 0 there, 1 now"),
-    (dict(limits=dict(max_prompt_length=8, truncate="auto")), r"  max_prompt_length: 64 there, 8 now"),
+    (dict(limits=dict(max_prompt_length=8, truncate="keep_end")), r"  max_prompt_length: 64 there, 8 now"),
 ])
 def test_other_settings_are_refused(unfinished, model, pairs, changes, message):
     before = unfinished.read_bytes()

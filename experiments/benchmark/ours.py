@@ -62,6 +62,7 @@ class Trainer:
         shapes = {str(jax.tree.map(np.shape, self.batches[step])): step for step in range(self.work.steps)}
         for step in shapes.values():
             self._update(self.load(step))
+        jax.block_until_ready(self.state)  # or it would go on in the first step that is timed
 
     def load(self, step: int) -> dict:
         """A step's batch on the mesh."""

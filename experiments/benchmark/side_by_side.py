@@ -5,7 +5,7 @@
 The policies have one model, batch and kept reference, and a β each: a sweep's points. "Side by side" is our own train
 step under vmap over states and hyperparameters, "in turn" the same step once a policy; both on one device, in turns, so
 that the host's load falls on both. Comes out: seconds in which every policy makes a step, their ratio in each round,
-bytes of the weights and of the program's temporaries, and how far the two ways' weights end from each other.
+bytes of the programs' temporaries, and how far the two ways' weights end from each other.
 """
 
 import json
