@@ -33,8 +33,6 @@ from dpo_jax.topologies import Topology
 
 GIB = 2**30
 STAGES = tuple(stage for stage in configs.TRAINING_STAGES if stage != "ppo")  # those whose steps are on rows of data
-ROWS = {"Anthropic/hh-rlhf": 160_800, "CarperAI/openai_summarize_comparisons": 92_534,
-        "CarperAI/openai_summarize_tldr": 116_722}  # published sets' training rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,19 +97,15 @@ def lengths_of(config: ConfigDict, stage: str, assumed: Assumed) -> tuple[int, i
     return prompt, response
 
 
-def rows_of(config: ConfigDict, stage: str, assumed: Assumed) -> int:
-    """Training rows of a stage; 0 where nobody says how many there are."""
+def rows_and_steps(config: ConfigDict, stage: str, assumed: Assumed) -> tuple[int, int]:
+    """Training rows and optimiser steps of a stage; 0 where nobody says how many there are."""
+    block, data = config[stage], config.data
+    rows = assumed.rows or known.ROWS.get(data.sft_path if stage == "sft" and data.sft_path else data.path, 0)
     if "pairs" in config.stages and stage in configs.PAIR_STAGES:
-        return config.pairs.prompts * math.comb(config.pairs.completions, 2)
-    path = config.data.sft_path if stage == "sft" and config.data.sft_path else config.data.path
-    rows = assumed.rows or ROWS.get(path, 0)
-    return min(rows or config.data.max_rows, config.data.max_rows) if config.data.max_rows else rows
-
-
-def steps_of(config: ConfigDict, stage: str, rows: int) -> int:
-    """Optimiser steps of a stage; 0 where neither they nor rows are known."""
-    block = config[stage]
-    return block.steps or int(block.epochs * rows / block.batch_size)
+        rows = config.pairs.prompts * math.comb(config.pairs.completions, 2)
+    elif data.max_rows:
+        rows = min(rows or data.max_rows, data.max_rows)
+    return rows, block.steps or int(block.epochs * rows / block.batch_size)
 
 
 def batches_of(config: ConfigDict, stage: str, mesh, lengths: tuple[int, int]) -> Batches:
@@ -137,13 +131,12 @@ def program_of(config: ConfigDict, stage: str, model, mesh, batch: dict, objecti
     split = NamedSharding(mesh, P(None, sharding.BATCH))
     state = TrainState(_placed(state.step, whole), jax.tree.map(_placed, state.params, shardings.params),
                        jax.tree.map(_placed, state.opt_state, shardings.opt_state), {})
-    reference = None
-    if stage == "dpo" and block.reference != "none" and not block.cache_reference:  # under adapters, one of its own is
-        reference = base if base and block.reference != "init" else state.params  # a whole model, placed as the base is
+    live = stage == "dpo" and block.reference != "none" and not block.cache_reference
+    reference = base if base and live and block.reference != "init" else state.params  # at a path: a whole model
     objective = objective or functools.partial(OBJECTIVES[stage], model, block.get("loss", ""))
     step = make_train_step(objective, optimizer, block.schedule, shardings)
     hyper = numbers(block, steps=1) | ({"lora_scale": np.float32(1)} if base else {})
-    return Program(step, state, reference,
+    return Program(step, state, reference if live else None,
                    jax.tree.map(lambda x: _placed(x, whole), hyper),
                    jax.tree.map(lambda x: _placed(x, split), batch), base, mesh)
 
@@ -189,14 +182,13 @@ def plan(config: ConfigDict, topology: Topology, stage: str, assumed: Assumed = 
 
 def _cost(config, stage, assumed, topology, report, forward: Work) -> dict:
     """Hours of the whole stage; with a kept reference, its pass over the rows too, which is `forward` for a step's."""
-    rows = rows_of(config, stage, assumed)
-    steps = steps_of(config, stage, rows)
+    rows, steps = rows_and_steps(config, stage, assumed)
     if not steps or not report["seconds"]:
         return dict(steps=steps, hours=None, chip_hours=None)
     seconds = steps * report["step_seconds"]
     if stage == "dpo" and config.dpo.cache_reference:
-        batches = min(steps, rows / config.dpo.batch_size) if rows else steps  # each row once
-        seconds += batches * max(roofline.seconds(topology, report["dtype"], forward).values())
+        seconds += (min(steps, rows / config.dpo.batch_size) if rows else steps) * max(  # each row once
+            roofline.seconds(topology, report["dtype"], forward).values())
     return dict(steps=steps, hours=seconds / 3600, chip_hours=seconds / 3600 * topology.chips)
 
 

@@ -1,10 +1,9 @@
 """Prompts to sample from, and completions as text: what `pairs`, `ppo`, `best_of_n` and `evaluate` begin with."""
 
 import dataclasses
+import hashlib
 
 import numpy as np
-
-from dpo_jax.data.tokenizer import Examples
 
 
 @dataclasses.dataclass
@@ -19,7 +18,8 @@ class Prompts:
     @property
     def fingerprint(self) -> str:
         """The sha256 of all ids, and of where each prompt ends."""
-        return Examples(self.ids, [()] * len(self)).fingerprint
+        numbers = np.concatenate([[len(self), *map(len, self.ids)], *self.ids])
+        return hashlib.sha256(numbers.astype("<i4").tobytes()).hexdigest()
 
     def take(self, rows) -> "Prompts":
         return Prompts([self.ids[row] for row in rows], [self.texts[row] for row in rows])

@@ -347,13 +347,13 @@ def test_the_roofline_by_hand():
 
 def test_steps_and_lengths_come_from_the_config_or_are_assumed():
     config = scratch_config(steps=0, epochs=2.0)
-    assert plan.rows_of(config, "dpo", Assumed()) == 0 and plan.rows_of(config, "dpo", Assumed(rows=100)) == 100
-    assert plan.steps_of(config, "dpo", 0) == 0 and plan.steps_of(config, "dpo", 100) == 25
+    assert plan.rows_and_steps(config, "dpo", Assumed()) == (0, 0)
+    assert plan.rows_and_steps(config, "dpo", Assumed(rows=100)) == (100, 25)
     config = configs.default(("sft", "dpo"))
     config.data.update(path="CarperAI/openai_summarize_comparisons", sft_path="CarperAI/openai_summarize_tldr")
-    assert [plan.rows_of(config, stage, Assumed()) for stage in config.stages] == [116_722, 92_534]
+    assert [plan.rows_and_steps(config, stage, Assumed())[0] for stage in config.stages] == [116_722, 92_534]
     config.data.sft_path = ""
-    assert plan.rows_of(config, "sft", Assumed()) == 92_534
+    assert plan.rows_and_steps(config, "sft", Assumed())[0] == 92_534
     config = scratch_config(steps=0, epochs=2.0)
     assert plan.lengths_of(config, "dpo", Assumed()) == (16, 16)
     assert plan.lengths_of(config, "dpo", Assumed(prompt=20, response=5)) == (20, 5)

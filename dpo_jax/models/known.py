@@ -1,6 +1,9 @@
-"""The sizes of well-known models, as the fields of their Hugging Face configs, to plan with where none is at hand."""
+"""Sizes of well-known models, as the fields of their Hugging Face configs, and of data sets, to plan with."""
 
 import re
+
+ROWS = {"Anthropic/hh-rlhf": 160_800, "CarperAI/openai_summarize_comparisons": 92_534,
+        "CarperAI/openai_summarize_tldr": 116_722}  # to train on
 
 _LLAMA = dict(model_type="llama")
 _LLAMA3_ROPE = dict(rope_type="llama3", rope_theta=500_000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
