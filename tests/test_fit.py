@@ -131,19 +131,20 @@ def test_data_that_changed_under_an_unfinished_run_is_refused(model, tmp_path):
         run(dpo_config(model, pairs, steps=2), tmp_path / "run")
 
 
-@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("cached", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_reference_that_changed_under_an_unfinished_run_is_refused(pairs, tmp_path, cached):
     """Even where only the reference would be read again: the policy goes on from its checkpoint."""
     model = write_model(tmp_path / "model")
     config = dpo_config(model, pairs, steps=2, cache_reference=cached)
-    folder = run(config, tmp_path / "run")
-    assert json.loads((folder / "weights.json").read_text())["reference"]["path"] == str(model)
-    (folder / "done.json").unlink()
-    write_model(model, scale=5)
-    with pytest.raises(stages.StageChanged, match=f"the weights at {model} have changed since .*as its reference"):
+    with on_devices(1):
+        folder = run(config, tmp_path / "run")
+        assert json.loads((folder / "weights.json").read_text())["reference"]["path"] == str(model)
+        (folder / "done.json").unlink()
+        write_model(model, scale=5)
+        with pytest.raises(stages.StageChanged, match=f"the weights at {model} have changed since .*as its reference"):
+            run(config, tmp_path / "run")
+        write_model(model)
         run(config, tmp_path / "run")
-    write_model(model)
-    run(config, tmp_path / "run")
 
 
 def test_an_attempt_that_failed_before_its_first_checkpoint_binds_nobody(model, pairs, tmp_path):
