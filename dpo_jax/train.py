@@ -117,7 +117,7 @@ class Run:
                 "the checkpoint was trained on. Put the old data back, or give another --workdir.")
         stages.write_json(path, ledger | dict(fingerprint=fingerprint))
 
-    def record_weights(self, stage: str, **models: pretrained.Pretrained | None) -> dict[str, dict]:
+    def record_weights(self, stage: str, **models: pretrained.Pretrained | None) -> None:
         """Writes weights.json: path and fingerprint of the models of ours, by role, that the stage reads again when it
         goes on. A stage of which one has changed since it began is refused."""
         path = self.folder(stage) / "weights.json"
@@ -131,7 +131,6 @@ class Run:
                     "put the old ones back, or give another --workdir.")
         if found:
             stages.write_json(path, found)
-        return found
 
     def _before(self, stage: str) -> tuple[str, ...]:
         return self.config.stages[:self.config.stages.index(stage)]
@@ -146,11 +145,10 @@ def train_stage(run: Run, stage: str) -> dict:
     load_initial = functools.cache(load)  # reference, probe and adapters share it; what is trained is another copy
     reference = _reference(run, stage, initial)
     probe = _probe(run, stage, initial, load_initial)
-    weights = run.record_weights(stage, base=initial if lora else None, reference=reference,
-                                 start=initial if probe else None,
-                                 reward=run.reward_model(block.reward) if stage == "ppo" else None)
+    run.record_weights(stage, base=initial if lora else None, reference=reference, start=initial if probe else None,
+                       reward=run.reward_model(block.reward) if stage == "ppo" else None)
     if lora:
-        _say_what_is_trained(stage, initial, adapters.abstract(model, lora), weights["base"]["fingerprint"])
+        _say_what_is_trained(stage, initial, adapters.abstract(model, lora))
         load = functools.partial(_init_adapters, run, model, lora)
     if reference is initial:  # under adapters, the base through the policy's own program: they start with no effect
         load_reference = load if lora else load_initial
@@ -230,9 +228,10 @@ def _init_adapters(run: Run, model, lora: Lora) -> dict:
                         values, sharding.param_shardings(run.mesh, values))
 
 
-def _say_what_is_trained(stage: str, initial, shapes, fingerprint: str) -> None:
+def _say_what_is_trained(stage: str, initial, shapes) -> None:
     size, whole = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (shapes, initial.shapes))
-    say(f"{stage}: LoRA trains {size:,} numbers over the {whole:,} of {initial.path} (sha256 {fingerprint[:16]})")
+    say(f"{stage}: LoRA trains {size:,} numbers over the {whole:,} of {initial.path} "
+        f"(sha256 {initial.fingerprint()[:16]})")
 
 
 def _without_value(model, params):
