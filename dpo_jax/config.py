@@ -30,6 +30,7 @@ def default(stages: tuple[str, ...]) -> ConfigDict:
         tokenizer="",  # where the tokenizer is; "": with the model
         scratch=dict(),  # Hugging Face config fields (model_type, n_layer, ...) of a model made at random
         dtype="float32",  # compute dtype: float32 or bfloat16; weights, log-probs and losses stay float32
+        attention="auto",  # xla; splash on TPUs; cudnn on NVIDIA's GPUs; auto: what is made for the device
         remat="none",  # what the backward pass recomputes: none, full (all of a layer), dots (all but products)
         unroll=1,  # layers compiled one after the other: more is faster on CPU, compiles longer
     ))
@@ -190,8 +191,8 @@ SAMPLING_STAGES = ("pairs", "ppo", "best_of_n", "evaluate")  # which sample comp
 
 
 ALLOWED = {  # field -> its values; STAGE: every training stage
-    "model.dtype": ("float32", "bfloat16"), "model.remat": ("none", "full", "dots"),
-    "model.lora.init": ("b_zero", "a_zero"),
+    "model.dtype": ("float32", "bfloat16"), "model.attention": ("auto", "xla", "splash", "cudnn"),
+    "model.remat": ("none", "full", "dots"), "model.lora.init": ("b_zero", "a_zero"),
     "data.source": SOURCES, "data.truncate": TRUNCATIONS, "data.on_bad_row": ("error", "drop"),
     "reward.kind": REWARDS, "ppo.reward": ("rm", "true"), "best_of_n.reward": ("rm", "true"),
     "sft.loss": ("sum", "token_mean"), "preferred_ft.loss": ("sum", "token_mean"), "dpo.loss": PREFERENCE_LOSSES,
@@ -356,8 +357,13 @@ def _fail(field, value, expected):
 
 
 # What can change between two starts of a stage without changing what it makes.
-_FREE = ("data.show", "evaluate.show", "model.remat", "model.unroll", "sampling.batch_size", "reward.batch_size",
-         "log_every", "save_every", "keep")
+_FREE = ("data.show", "evaluate.show", "model.attention", "model.remat", "model.unroll", "sampling.batch_size",
+         "reward.batch_size", "log_every", "save_every", "keep")
+
+
+def model_options(config: ConfigDict) -> dict:
+    """How a run's models compute: options of `families.from_hf`."""
+    return {name: config.model[name] for name in ("dtype", "attention", "remat", "unroll")}
 
 
 def folder_names(config: ConfigDict) -> dict[str, str]:

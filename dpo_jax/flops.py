@@ -43,7 +43,10 @@ def of_step(config: TransformerConfig, shape: Shape, *, cells: int = 1, referenc
 
 
 def of_program(jaxpr) -> int:
-    """Of all matrix products of a jaxpr, the body of a loop as often as it runs."""
+    """Of all matrix products of a jaxpr, the body of a loop as often as it runs, on all devices together.
+
+    Of a Pallas kernel all blocks are counted, those too that a mask leaves out.
+    """
     total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
@@ -54,8 +57,20 @@ def of_program(jaxpr) -> int:
         if equation.primitive.name == "cond":
             total += max(inner)
         else:
-            total += sum(inner) * equation.params.get("length", 1)
+            total += sum(inner) * _times(equation)
     return total
+
+
+def _times(equation) -> int:
+    """How often what is inside an equation runs: steps of a loop, devices of a shard_map, blocks of a kernel."""
+    match equation.primitive.name:
+        case "scan":
+            return equation.params["length"]
+        case "shard_map":
+            return equation.params["mesh"].size
+        case "pallas_call":
+            return math.prod(equation.params["grid_mapping"].grid)
+    return 1
 
 
 def _seen(length_R, window: int | None):

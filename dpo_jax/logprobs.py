@@ -12,9 +12,11 @@ import jax.numpy as jnp
 from dpo_jax import sharding
 from dpo_jax.models import transformer
 from dpo_jax.models.attention import Layout
-from dpo_jax.sharding import BATCH, constrain, platform
+from dpo_jax.sharding import BATCH, constrain, device
+from dpo_jax.topologies import Chip, chip_of
 
-CHUNK_LOGITS = 2**26  # logits of a shard that are in memory at once: 256 MB
+CHUNK_SHARE = 1 / 64  # of a chip's memory: what the logits of a shard that are there at once may take,
+CHUNK_LOGITS = 2**26  # and how many they are on a chip not known: 256 MB
 CPU_CHUNK_LOGITS = 2**22  # 16 MB, which its caches hold,
 CPU_CHUNK = 512  # but not for fewer positions: each chunk reads all of the head, and adds to all of its gradient
 
@@ -61,14 +63,19 @@ def token_kls(config: transformer.TransformerConfig, params, reference, batch) -
     return _in_chunks(config, _target_kls, models, batch["targets"])
 
 
+def chunk_logits(chip: Chip | None) -> int:
+    """How many float32 logits of a shard are in memory at once; each chunk more reads the head once more."""
+    return CHUNK_LOGITS if chip is None else int(chip.hbm_gib * 2**30 * CHUNK_SHARE) // 4
+
+
 def _in_chunks(config, function, models, targets_SM):
     """function(targets_SM, logits_SMV of each model), at so few positions at a time that their logits fit.
 
     models: pairs of weights and their hidden states [S, M, D]. The logits are computed again in the backward pass.
     """
     shards, scored = targets_SM.shape
-    limit = CHUNK_LOGITS // config.vocab
-    if platform() == "cpu":
+    limit = chunk_logits(chip_of(device())) // config.vocab
+    if device().platform == "cpu":
         limit = min(limit, max(CPU_CHUNK, CPU_CHUNK_LOGITS // config.vocab))
     chunk = -(-scored // -(-scored // max(128, limit)))  # the last is about as large as the others
     heads, hidden = [_head(config, params) for params, _ in models], [x_SMD for _, x_SMD in models]

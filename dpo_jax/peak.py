@@ -6,11 +6,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from dpo_jax.topologies import CHIPS
-
-KINDS = {  # part of jax's name of a device -> a key of CHIPS; the first that fits
-    "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU v6e": "v6e",
-    "A100": "a100-80", "H100": "h100", "H200": "h200"}
+from dpo_jax.topologies import chip_of
 
 
 def flops_per_second(mesh: jax.sharding.Mesh, dtype: str) -> float:
@@ -18,10 +14,10 @@ def flops_per_second(mesh: jax.sharding.Mesh, dtype: str) -> float:
     device = mesh.devices.flat[0]
     if device.platform == "cpu":
         return measured_flops_per_second(dtype) * jax.process_count()  # a process's devices share its cores
-    name = next((name for part, name in KINDS.items() if part in device.device_kind), None)
-    if name is None:
+    chip = chip_of(device)
+    if chip is None:
         return measured_flops_per_second(dtype) * mesh.size
-    return (CHIPS[name].flops if dtype == "bfloat16" else CHIPS[name].float32_flops) * mesh.size
+    return (chip.flops if dtype == "bfloat16" else chip.float32_flops) * mesh.size
 
 
 @functools.cache

@@ -69,8 +69,7 @@ class Program:
 def model_of(config: ConfigDict, stage: str, name: str = ""):
     """Our config of the model that a stage trains; `name`: another than the run's own."""
     path = pathlib.Path(name or config.model.path)
-    options = dict(dtype=config.model.dtype, remat=config.model.remat, unroll=config.model.unroll,
-                   head="score" if stage == "rm" else "lm")
+    options = dict(head="score" if stage == "rm" else "lm", **configs.model_options(config))
     if not (name or config.model.path):
         hf_config = hf.make_config(config.model.scratch.to_dict())
     elif path.is_file():
@@ -211,13 +210,13 @@ def _compiled(program: Program, traced, _model, _batches, topology: Topology, do
             Work(done, hlo.memory_traffic(text), hlo.collectives(text)))
 
 
-def _estimated(program: Program, _traced, model, batches: Batches, _topology, done: float):
+def _estimated(program: Program, _traced, model, batches: Batches, topology, done: float):
     """Likewise by sizes alone."""
     memory = program.memory()
     forwards = (2 if model.remat == "full" else 1) + (program.reference is not None)
     work, temporaries = roofline.estimate(
         model, batches.shapes[0], dict(program.mesh.shape), batches.microbatches, flops=done, forwards=forwards,
-        state=memory["params"] + memory["optimizer"])
+        state=memory["params"] + memory["optimizer"], chip=topology.chip)
     return memory | dict(temporaries=temporaries), work
 
 

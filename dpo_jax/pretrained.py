@@ -55,7 +55,7 @@ def open_model(path: str, *, tokenizer: str = "", words=None, **options) -> Pret
     """A model in Hugging Face format, by hub name or folder.
 
     tokenizer: where that is, if not with the model; words: the tokenizer itself, where it is at hand.
-    options: of families.from_hf: head ("score" for a reward model), dtype, remat, unroll.
+    options: of `families.from_hf`; head is "score" for a reward model.
     """
     folder = hf.fetch(path)
     hf_config = hf.read_config(folder)

@@ -24,7 +24,7 @@ from dpo_jax.pretrained import Pretrained
 from dpo_jax.scoring import score_rows
 
 CODE = (transformer, attention, logprobs, layout)  # what a log-prob is computed by
-FREE = ("remat", "unroll")  # of the model's config: they change no value
+FREE = ("attention", "remat", "unroll")  # of the model's config: they change no value
 
 
 class ReferenceCache:

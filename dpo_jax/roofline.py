@@ -10,10 +10,10 @@ import jax
 import numpy as np
 
 from dpo_jax.data.layout import Shape
-from dpo_jax.logprobs import CHUNK_LOGITS
+from dpo_jax.logprobs import chunk_logits
 from dpo_jax.models import transformer
 from dpo_jax.models.transformer import TransformerConfig
-from dpo_jax.topologies import Topology
+from dpo_jax.topologies import Chip, Topology
 
 PARTS = {"compute": "products", "memory": "memory bandwidth", "interconnect": "interconnect"}
 
@@ -36,7 +36,7 @@ def seconds(topology: Topology, dtype: str, work: Work) -> dict[str, float]:
 
 
 def estimate(config: TransformerConfig, shape: Shape, mesh: dict, microbatches: int, *, flops: float, forwards: int,
-             state: int) -> tuple[Work, int]:
+             state: int, chip: Chip) -> tuple[Work, int]:
     """A step's work on a device by the sizes alone, and bytes of its temporaries; the compiler may do worse.
 
     mesh: the size of each axis; forwards: passes of the policy and of the reference over a microbatch, with what
@@ -63,7 +63,7 @@ def estimate(config: TransformerConfig, shape: Shape, mesh: dict, microbatches: 
     moved = passes * once.memory + microbatches * 4 * saved + 2 * state + 12 * weights / split
     temporaries = saved + 4 * weights / split * (1 + (microbatches > 1))  # gradients, and their sum
     temporaries += 2 * (weights / config.layers) * width / tensor  # two layers' gathered weights
-    logits = 4 * min(CHUNK_LOGITS, shape.scored * config.vocab)  # bytes of a chunk
+    logits = 4 * min(chunk_logits(chip), shape.scored * config.vocab)  # bytes of a chunk
     temporaries += 3 * logits + _rows(config, shape, width) / tensor
     return Work(flops, moved, collectives), int(temporaries)
 

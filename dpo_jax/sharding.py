@@ -92,10 +92,9 @@ def batch_shards(mesh: jax.sharding.Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH)
 
 
-def platform() -> str:
-    """What a step is compiled for: the mesh's devices, which need not be at hand, or else the default ones."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.platform if device else jax.default_backend()
+def device():
+    """One that a step is compiled for: of the mesh's, which need not be at hand, or else of the default ones."""
+    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
 
 
 def constrain(x: jax.Array, *spec) -> jax.Array:

@@ -41,7 +41,7 @@ class Run:
     def initial(self, stage: str) -> pretrained.Pretrained:
         """What a stage starts from: the result of the sft stage before it, or the config's model."""
         model = self.config.model
-        options = dict(dtype=model.dtype, remat=model.remat, unroll=model.unroll)
+        options = configs.model_options(self.config)
         if "sft" in self._before(stage):
             return pretrained.open_model(str(self.folder("sft") / "hf"), **options)
         if model.path:
@@ -202,9 +202,7 @@ def _reference(run: Run, stage: str, initial):
         return None
     if name == "init":
         return initial
-    model = run.config.model
-    other = pretrained.open_model(name, dtype=model.dtype, remat=model.remat, unroll=model.unroll,
-                                  words=initial.tokenizer)
+    other = pretrained.open_model(name, words=initial.tokenizer, **configs.model_options(run.config))
     if other.config.vocab != initial.config.vocab:
         raise ValueError(f"config.dpo.reference = {name!r} has a vocabulary of "
                          f"{other.config.vocab}, the policy one of {initial.config.vocab}: they cannot be compared.")

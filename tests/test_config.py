@@ -30,6 +30,7 @@ def valid():
     ("run", "..", "a folder's name"),
     ("model.path", "", "a hub name or a folder"),
     ("model.dtype", "float16", "one of float32, bfloat16"),
+    ("model.attention", "flash", "one of auto, xla, splash, cudnn"),
     ("model.remat", "some", "one of none, full, dots"),
     ("model.unroll", 0, "at least 1"),
     ("model.lora.rank", -1, "at least 0"),

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 from dpo_jax import sharding
 from dpo_jax.models import families, hf, transformer
-from dpo_jax.models.attention import QUERY_BLOCK, Layout, causal_attention
+from dpo_jax.models.attention import Layout
 
 TOKENS = np.random.default_rng(0).integers(0, 96, (2, 24))
 LLAMA = {
@@ -197,28 +197,6 @@ def test_a_trained_model_tells_its_published_story():
     np.testing.assert_array_equal(logits[:-1].argmax(-1), tokens[1:])
     np.testing.assert_allclose(logps[np.arange(len(tokens) - 1), tokens[1:]], expected, atol=1e-4)
     np.testing.assert_allclose(logits[0], golden["first_position_logits"], atol=1e-4)
-
-
-def naive_attention(q_THC, k_TKC, v_TKC, window):
-    """One row of causal attention, one query at a time, in numpy."""
-    out_THC = np.zeros(q_THC.shape)
-    group = q_THC.shape[1] // k_TKC.shape[1]
-    for t in range(q_THC.shape[0]):
-        first = 0 if window is None else max(0, t - window + 1)
-        for head in range(q_THC.shape[1]):
-            keys, values = k_TKC[first:t + 1, head // group], v_TKC[first:t + 1, head // group]
-            weights = np.exp(keys @ q_THC[t, head] / np.sqrt(q_THC.shape[2]))
-            out_THC[t, head] = weights @ values / weights.sum()
-    return out_THC
-
-
-@pytest.mark.parametrize("window", [None, 1, 5, QUERY_BLOCK, QUERY_BLOCK + 30])
-def test_attention_in_blocks_of_queries(window):
-    length = 2 * QUERY_BLOCK + 20
-    rng = np.random.default_rng(0)
-    q, k, v = (rng.normal(size=(1, 1, length, heads, 4)).astype(np.float32) for heads in (4, 2, 2))
-    out = jax.jit(causal_attention, static_argnames="window")(q, k, v, window=window)
-    np.testing.assert_allclose(out[0, 0], naive_attention(q[0, 0], k[0, 0], v[0, 0], window), atol=1e-5)
 
 
 FLAT = dict(  # two pairs of prompt, chosen, rejected: lengths 3, 2, 2 and 2, 3, 1; then a token of padding

@@ -1,11 +1,14 @@
 """Per-token KLs against the whole distribution of each step in float64; log-probs have tests in test_layout.py."""
 
+import types
+
 import jax
 import numpy as np
 import pytest
 from conftest import random_pairs
 from tiny_models import random_params
 
+from dpo_jax import logprobs
 from dpo_jax.data.batches import Batches, evaluation_order
 from dpo_jax.logprobs import token_kls
 from dpo_jax.models import transformer
@@ -64,3 +67,18 @@ def test_the_distributions_of_all_steps_are_never_in_memory(tiny, batch):
     jaxpr = str(jax.make_jaxpr(lambda params: token_kls(config, params, params, batch))(policy))
     chunk = -(-scored // -(-scored // 128))
     assert scored > 256 and f"{scored},{config.vocab}]" not in jaxpr and f"{chunk},{config.vocab}]" in jaxpr
+
+
+@pytest.mark.parametrize("kind, gib", [("TPU v4", 30.75), ("TPU v5 lite", 15.75), ("TPU v5p", 95.74),
+                                       ("NVIDIA H200", 141e9 / 2**30), ("cpu", None), ("NVIDIA L4", None)])
+def test_a_chunk_takes_its_share_of_the_chips_memory(tiny, monkeypatch, kind, gib):
+    """The share is made so small that 128 positions fill it; unknown chips and CPUs go by a number of their own."""
+    config, params = tiny
+    monkeypatch.setattr(logprobs, "device", lambda: types.SimpleNamespace(platform="tpu", device_kind=kind))
+    monkeypatch.setattr(logprobs, "CHUNK_SHARE", 4 * 128 * config.vocab / ((gib or 1) * 2**30))
+    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", 64 * 128 * config.vocab)
+    x_SMD = np.zeros((SHARDS, 500, config.width), np.float32)
+    targets_SM = np.zeros((SHARDS, 500), np.int32)
+    jaxpr = jax.make_jaxpr(lambda *arrays: logprobs.target_logprobs(config, *arrays))(params, x_SMD, targets_SM)
+    assert [equation.params["length"] for equation in jaxpr.eqns if equation.primitive.name == "scan"] == (
+        [] if gib is None else [4])

@@ -11,8 +11,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from jax.sharding import PartitionSpec as P
 
+from dpo_jax.sharding import BATCH, device, fitting
+
+KERNELS = {"xla": ("cpu", "gpu", "tpu"), "splash": ("cpu", "tpu"), "cudnn": ("gpu",)}  # and where they run
 QUERY_BLOCK = 128  # queries per block; keys after a block are never touched
+SPLASH_LANES = 128  # splash's blocks are multiples of this,
+SPLASH_BLOCK = 1024  # and at most this: between blocks time is lost, and one must fit into on-chip memory
 
 
 class Layout(NamedTuple):
@@ -22,20 +29,22 @@ class Layout(NamedTuple):
     uses: jax.Array  # uses_SNK: all places of a token, -1 where there are fewer than K
 
 
-def attend(q_SNHC, k_SNKC, v_SNKC, layout: Layout | None = None, *, window: int | None = None) -> jax.Array:
+def attend(q_SNHC, k_SNKC, v_SNKC, layout: Layout | None = None, *, window: int | None = None,
+           kernel: str = "auto") -> jax.Array:
     """Attention of each token over its own sequence so far, [S, N, H, C].
 
-    Without a layout each shard's N tokens are themselves one row.
+    Without a layout each shard's N tokens are themselves one row. `window` and `kernel` as of `causal_attention`.
     """
+    causal = functools.partial(causal_attention, window=window, kernel=kernel)
     if layout is None:
-        return causal_attention(q_SNHC[:, None], k_SNKC[:, None], v_SNKC[:, None], window=window)[:, 0]
+        return causal(q_SNHC[:, None], k_SNKC[:, None], v_SNKC[:, None])[:, 0]
     index_SP = jnp.concatenate([rows_SRT.reshape(rows_SRT.shape[0], -1) for rows_SRT in layout.rows], axis=1)
     spread = [_spread(x, index_SP, layout.uses) for x in (q_SNHC, k_SNKC, v_SNKC)]
     outputs, start = [], 0
     for shards, rows, length in (rows_SRT.shape for rows_SRT in layout.rows):
         end = start + rows * length
         bucket = [x_SP[:, start:end].reshape(shards, rows, length, *x_SP.shape[2:]) for x_SP in spread]
-        outputs.append(causal_attention(*bucket, window=window).reshape(shards, rows * length, *q_SNHC.shape[2:]))
+        outputs.append(causal(*bucket).reshape(shards, rows * length, *q_SNHC.shape[2:]))
         start = end
     return _collect(jnp.concatenate(outputs, axis=1), layout.back, index_SP)
 
@@ -63,11 +72,79 @@ def attend_cached(q_SNHC, k_SNKC, v_SNKC, cache: dict, positions_SN, *, window: 
     return out_SKGC.astype(v_SNKC.dtype).reshape(q_SNHC.shape)
 
 
-def causal_attention(q_SRTHC, k_SRUKC, v_SRUKC, *, window: int | None = None) -> jax.Array:
-    """Plain causal attention within rows; `window` keeps only that many latest keys, the query's own included.
+def causal_attention(q_SRTHC, k_SRUKC, v_SRUKC, *, window: int | None = None, kernel: str = "auto") -> jax.Array:
+    """Plain causal attention within rows, [S, R, T, H, C]; softmax in float32.
+
+    window: only that many latest keys are seen, the query's own included. kernel: see `choose`.
+    """
+    kernel = choose(kernel, q_SRTHC.dtype, q_SRTHC.shape[-1])
+    if kernel == "xla":
+        return _in_blocks(q_SRTHC, k_SRUKC, v_SRUKC, window)
+    return _on_each_device(dict(splash=_splash, cudnn=_cudnn)[kernel], q_SRTHC, k_SRUKC, v_SRUKC, window)
+
+
+def choose(kernel: str, dtype, width: int) -> str:
+    """A key of KERNELS: the one named, or what `auto` stands for on the step's device; ValueError if it cannot there.
+
+    auto: splash on a TPU; on a GPU cudnn, where the numbers have 16 bits and heads a width that every such GPU takes
+    (a multiple of 8, at most 128); xla, the blocks written here, elsewhere.
+    """
+    where = device().platform
+    if kernel == "auto":
+        fits = jnp.dtype(dtype).itemsize == 2 and width % 8 == 0 and width <= 128
+        return "splash" if where == "tpu" else "cudnn" if where == "gpu" and fits else "xla"
+    if where not in KERNELS[kernel]:
+        raise ValueError(f"config.model.attention = {kernel!r} runs on {' and '.join(KERNELS[kernel])}, not on "
+                         f"{where}: take auto.")
+    return kernel
+
+
+def _on_each_device(kernel, q_SRTHC, k_SRUKC, v_SRUKC, window):
+    """A kernel over each device's own rows and heads, as the compiler cannot split what it does not see into.
+
+    kernel: (q_BTHC, k_BUKC, v_BUKC, window) -> out_BTHC; B: S and R as one.
+    """
+    def local(q_SRTHC, k_SRUKC, v_SRUKC):
+        rows = [x.reshape(-1, *x.shape[2:]) for x in (q_SRTHC, k_SRUKC, v_SRUKC)]
+        return kernel(*rows, window).reshape(q_SRTHC.shape)
+
+    mesh, heads, kv_heads = jax.sharding.get_abstract_mesh(), q_SRTHC.shape[3], k_SRUKC.shape[3]
+    if mesh.empty:
+        return local(q_SRTHC, k_SRUKC, v_SRUKC)
+    if kv_heads % mesh.shape["tensor"] and heads % mesh.shape["tensor"] == 0:
+        k_SRUKC, v_SRUKC = (jnp.repeat(x, heads // kv_heads, axis=3) for x in (k_SRUKC, v_SRUKC))
+    specs = [fitting(mesh, P(BATCH, None, None, "tensor"), x.shape) for x in (q_SRTHC, k_SRUKC, v_SRUKC)]
+    return jax.shard_map(local, in_specs=tuple(specs), out_specs=specs[0], check_vma=False)(q_SRTHC, k_SRUKC, v_SRUKC)
+
+
+def _splash(q_BTHC, k_BUKC, v_BUKC, window):
+    """JAX's Pallas kernel for TPUs, over rows padded to what it takes; on a CPU it is interpreted, slowly."""
+    length, heads, width = q_BTHC.shape[1:]
+    count = -(-length // SPLASH_BLOCK)
+    block = -(-length // (count * SPLASH_LANES)) * SPLASH_LANES
+    padded = count * block
+    q_BHTC, k_BKUC, v_BKUC = (jnp.pad(x, ((0, 0), (0, padded - length), (0, 0), (0, 0))).swapaxes(1, 2)
+                              for x in (q_BTHC * width**-0.5, k_BUKC, v_BUKC))
+    square = (padded, padded)
+    mask = splash.CausalMask(square) if window is None else splash.LocalMask(square, (window - 1, 0), 0)
+    blocks = splash.BlockSizes(block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block,
+                               block_kv_dq=block)
+    kernel = splash.make_splash_mha_single_device(splash.MultiHeadMask([mask] * heads), block_sizes=blocks,
+                                                  interpret=device().platform == "cpu")
+    return jax.vmap(kernel)(q_BHTC, k_BKUC, v_BKUC).swapaxes(1, 2)[:, :length]
+
+
+def _cudnn(q_BTHC, k_BUKC, v_BUKC, window, implementation="cudnn"):
+    """NVIDIA's fused kernel."""
+    return jax.nn.dot_product_attention(q_BTHC, k_BUKC, v_BUKC, is_causal=True, implementation=implementation,
+                                        local_window_size=None if window is None else (window - 1, 0))
+
+
+def _in_blocks(q_SRTHC, k_SRUKC, v_SRUKC, window):
+    """Attention in plain XLA.
 
     Blocks of queries see only the keys up to their end, so about half of the square is never computed, and
-    each block is recomputed in the backward pass, so no [T, T] array is kept. Softmax in float32.
+    each block is recomputed in the backward pass, so no [T, T] array is kept.
     """
     shards, rows, length, heads, width = q_SRTHC.shape
     kv_heads = k_SRUKC.shape[3]

@@ -83,10 +83,10 @@ class Family:
         return next(tensor.name for tensor in self.tensors if tensor.paths == (path,))
 
 
-def from_hf(hf_config, *, head: str = "lm", dtype: str = "float32", remat: str = "none",
-            unroll: int = 1) -> TransformerConfig:
+def from_hf(hf_config, **options) -> TransformerConfig:
     """Our config of a model from its Hugging Face config.
 
+    options: of ours that are no part of a model: head, dtype, attention, remat, unroll.
     Raises ValueError for a family or a setting whose maths we do not have.
     """
     configure = family(hf_config.model_type).configure
@@ -96,7 +96,7 @@ def from_hf(hf_config, *, head: str = "lm", dtype: str = "float32", remat: str =
         vocab=hf_config.vocab_size, width=width, layers=hf_config.num_hidden_layers,
         heads=heads, kv_heads=heads, head_width=width // heads, mlp_width=4 * width,
         max_positions=hf_config.max_position_embeddings, tied=hf_config.tie_word_embeddings,
-        head=head, dtype=dtype, remat=remat, unroll=unroll)
+        **options)
     config = configure(hf_config, shared)
     _check(hf_config, config)
     return config

@@ -79,6 +79,7 @@ class TransformerConfig:
     head: str = "lm"  # "lm"; "score", a scalar instead (reward models); "lm_value", a scalar besides (PPO)
     window: int | None = None  # sliding attention window
     dtype: str = "float32"  # compute dtype of the trunk
+    attention: str = "auto"  # or a key of attention.KERNELS
     remat: str = "none"  # "none", or a key of REMAT_POLICIES
     unroll: int = 1  # layers that are compiled one after the other in each step of the scan
 
@@ -242,7 +243,7 @@ class Attention(nn.Module):
         if cache is not None and x_SND.shape[1] == 1:
             out_SNHC = attend_cached(q_SNHC, k_SNKC, v_SNKC, cache, positions_SN, window=config.window)
         else:
-            out_SNHC = attend(q_SNHC, k_SNKC, v_SNKC, layout, window=config.window)
+            out_SNHC = attend(q_SNHC, k_SNKC, v_SNKC, layout, window=config.window, kernel=config.attention)
         out_SND = Linear("SNHC,HCD->SND", (H, C, D), config.out_bias, config.dtype,
                          scale=residual_scale(config), name="out")(out_SNHC)
         return out_SND, None if cache is None else dict(k=k_SNKC, v=v_SNKC)
@@ -388,10 +389,7 @@ def rotate(config: TransformerConfig, x_SNHC, rotation) -> jax.Array:
     """Rotates the first `rope_width` channels of each head by the token's angles."""
     cos, sin = rotation
     turned, kept = jnp.split(x_SNHC, [config.rope_width], axis=-1)
-    if config.rope_interleaved:
-        a, b = turned[..., 0::2], turned[..., 1::2]
-    else:
-        a, b = jnp.split(turned, 2, axis=-1)
+    a, b = (turned[..., 0::2], turned[..., 1::2]) if config.rope_interleaved else jnp.split(turned, 2, axis=-1)
     pair = (a * cos - b * sin, b * cos + a * sin)
     if config.rope_interleaved:
         turned = jnp.stack(pair, axis=-1).reshape(turned.shape)
