@@ -119,6 +119,27 @@ def test_products_of_a_kernel_are_counted_on_all_devices(sizes):
         assert flops.of_program(traced.jaxpr.jaxpr) == share * 2 * 2 * 8 * 4 * 256 * 256 * 8
 
 
+def products(jaxpr):
+    """The matrix products of a jaxpr and of all inside."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield equation
+        for value in equation.params.values():
+            for inner in flops._jaxprs(value):
+                yield from products(inner)
+
+
+@pytest.mark.parametrize("dtype, precision", [("bfloat16", jax.lax.Precision.DEFAULT),
+                                              ("float32", jax.lax.Precision.HIGHEST)])
+def test_splash_has_the_precision_of_its_numbers(dtype, precision):
+    """The TPU compiler refuses it bfloat16 products at the precision that runtime.start asks of float32's."""
+    given = [jnp.asarray(x, dtype) for x in arrays(1, 1, 20, 2, 1, 8)]
+    with jax.default_matmul_precision("float32"):
+        traced = value_and_gradients(KERNELS["splash"], None).trace(*given)
+    found = [equation.params["precision"] for equation in products(traced.jaxpr.jaxpr)]
+    assert len(found) >= 9 and set(found) == {(precision, precision)}  # two, three and four in its three kernels
+
+
 @pytest.mark.parametrize("platform, kernel, dtype, width, expected", [
     ("cpu", "auto", "bfloat16", 64, "xla"), ("tpu", "auto", "float32", 64, "splash"),
     ("gpu", "auto", "bfloat16", 64, "cudnn"), ("gpu", "auto", "float32", 64, "xla"),
@@ -152,7 +173,7 @@ def test_the_tpu_compiler_takes_splash_for_auto(slice_, dtype, width):
 
     def loss(q, k, v):
         return causal_attention(q, k, v).astype(jnp.float32).sum()
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), jax.default_matmul_precision("float32"):  # as runtime.start says
         text = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(abstract(4), abstract(2), abstract(2)).compile(
             ).as_text()
     assert text.count('custom_call_target="tpu_custom_call"') == 3  # forward, queries' gradient, keys' and values'

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -87,6 +88,24 @@ def test_policies_side_by_side_end_where_they_do_in_turn():
     assert found["largest_difference"] < 1e-4 and len(found["ratio"]) == 1
     assert found["temporary_bytes"]["side_by_side"] > found["temporary_bytes"]["in_turn"]
     assert side_by_side.table(found).splitlines()[0].startswith("4 policies")
+
+
+@pytest.mark.parametrize("flags", [["--cached", "--model=llama-tiny"], ["--model=gpt2-tiny"]])
+def test_tunix_is_asked_for_nothing_it_has_not(flags):
+    shown = subprocess.run([sys.executable, "-m", "experiments.benchmark", "--peer=tunix", *flags], cwd=ROOT, text=True,
+                           capture_output=True)
+    assert shown.returncode and "without --cached; and of these models it has the Llamas" in shown.stdout + shown.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("TUNIX_PYTHON" not in os.environ, reason="needs a Python with Tunix, whose path is in TUNIX_PYTHON")
+def test_tunix_and_we_agree(tmp_path):
+    file = tmp_path / "report.json"
+    shown = subprocess.run([sys.executable, "-m", "experiments.benchmark", "--peer=tunix", "--model=smoke-llama",
+                            f"--peer_python={os.environ['TUNIX_PYTHON']}", "--shape=hh", "--pairs=3", "--rounds=1",
+                            "--steps=2", f"--json={file}"], cwd=ROOT, text=True, capture_output=True)
+    assert shown.returncode == 0, shown.stderr
+    assert json.loads(file.read_text())["ratio"] > 0 and "of tunix: 0.69315" in shown.stdout
 
 
 @pytest.mark.slow

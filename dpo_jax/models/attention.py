@@ -123,15 +123,37 @@ def _splash(q_BTHC, k_BUKC, v_BUKC, window):
     count = -(-length // SPLASH_BLOCK)
     block = -(-length // (count * SPLASH_LANES)) * SPLASH_LANES
     padded = count * block
-    q_BHTC, k_BKUC, v_BKUC = (jnp.pad(x, ((0, 0), (0, padded - length), (0, 0), (0, 0))).swapaxes(1, 2)
-                              for x in (q_BTHC * width**-0.5, k_BUKC, v_BUKC))
     square = (padded, padded)
     mask = splash.CausalMask(square) if window is None else splash.LocalMask(square, (window - 1, 0), 0)
     blocks = splash.BlockSizes(block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block,
                                block_kv_dq=block)
-    kernel = splash.make_splash_mha_single_device(splash.MultiHeadMask([mask] * heads), block_sizes=blocks,
-                                                  interpret=device().platform == "cpu")
-    return jax.vmap(kernel)(q_BHTC, k_BKUC, v_BKUC).swapaxes(1, 2)[:, :length]
+
+    def attend_rows(q_BHTC, k_BKUC, v_BKUC):
+        return jax.vmap(splash.make_splash_mha_single_device(
+            splash.MultiHeadMask([mask] * heads), block_sizes=blocks, interpret=device().platform == "cpu"))(
+                q_BHTC, k_BKUC, v_BKUC)
+    precision = "default" if q_BTHC.dtype == jnp.bfloat16 else "float32"  # the kernel refuses float32 for bfloat16
+    heads_first = [jnp.pad(x, ((0, 0), (0, padded - length), (0, 0), (0, 0))).swapaxes(1, 2)
+                   for x in (q_BTHC * width**-0.5, k_BUKC, v_BUKC)]
+    return _at_precision(precision, attend_rows)(*heads_first).swapaxes(1, 2)[:, :length]
+
+
+def _at_precision(precision: str, function):
+    """The function with its products at a precision, those of the backward pass too, which is traced on its own."""
+    @jax.custom_vjp
+    def at_precision(*arrays):
+        with jax.default_matmul_precision(precision):
+            return function(*arrays)
+
+    def forward(*arrays):
+        with jax.default_matmul_precision(precision):
+            return jax.vjp(function, *arrays)
+
+    def backward(pull_back, grad):
+        with jax.default_matmul_precision(precision):
+            return pull_back(grad)
+    at_precision.defvjp(forward, backward)
+    return at_precision
 
 
 def _cudnn(q_BTHC, k_BUKC, v_BUKC, window, implementation="cudnn"):

@@ -1,12 +1,10 @@
-"""The peer's side: TRL's DPOTrainer in its own training loop, held up by a callback while it is not its turn.
+"""A peer's side: TRL's DPOTrainer in its own training loop, held up by a callback while it is not its turn.
 
 Its best settings: scaled-dot-product attention (flash-attn where it is installed), bfloat16 autocast on a GPU, and
 with `cached` its precomputed reference. Run in the Python that has it; imports nothing of dpo_jax.
 """
 
 import importlib.util
-import itertools
-import json
 import pathlib
 import sys
 import time
@@ -16,7 +14,7 @@ import trl
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from experiments.benchmark.work import Work
+from experiments.benchmark.work import Work, read_rows
 from experiments.benchmark.worker import Turns, peak_resident_bytes
 
 GPU = torch.cuda.is_available()
@@ -50,8 +48,6 @@ class Held(TrainerCallback):
 
 
 def make_trainer(folder: pathlib.Path, work: Work, callback) -> trl.DPOTrainer:
-    with (folder / "data" / "train.jsonl").open() as file:
-        rows = [json.loads(line) for line in itertools.islice(file, work.steps * work.pairs)]
     options = trl.DPOConfig(
         output_dir=str(folder / "trl"), per_device_train_batch_size=work.pairs, max_steps=work.steps + 1,
         learning_rate=work.lr, beta=work.beta, optim="rmsprop", lr_scheduler_type="constant", warmup_steps=0,
@@ -61,8 +57,8 @@ def make_trainer(folder: pathlib.Path, work: Work, callback) -> trl.DPOTrainer:
     flash = GPU and work.dtype == "bfloat16" and importlib.util.find_spec("flash_attn")
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32,
                                                  attn_implementation="flash_attention_2" if flash else "sdpa")
-    return trl.DPOTrainer(model=model, args=options, train_dataset=Dataset.from_list(rows), callbacks=[callback],
-                          processing_class=AutoTokenizer.from_pretrained(folder / "model"))
+    return trl.DPOTrainer(model=model, args=options, train_dataset=Dataset.from_list(read_rows(folder, work)),
+                          callbacks=[callback], processing_class=AutoTokenizer.from_pretrained(folder / "model"))
 
 
 def ceiling(dtype: str) -> float:

@@ -6,6 +6,7 @@ The tokenizer is made on the spot, a word for each id of the vocabulary, so noth
 """
 
 import dataclasses
+import itertools
 import json
 import pathlib
 
@@ -16,9 +17,15 @@ from dpo_jax.models import known
 ROWS = 4096  # of a run, from which static shapes are chosen; only its first steps are made
 END = "</s>"  # id 0, which ends every response
 TINY_GPT2 = dict(model_type="gpt2", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+TINY_LLAMA = dict(model_type="llama", max_position_embeddings=1024, tie_word_embeddings=True,
+                  rope_parameters=dict(rope_type="default", rope_theta=1e6))  # which Tunix takes, whatever is said
 MODELS = {
     "smoke": TINY_GPT2 | dict(vocab_size=512, n_embd=32, n_layer=2, n_head=2),  # to see that the benchmark works
+    "smoke-llama": TINY_LLAMA | dict(vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                                     num_attention_heads=2, num_key_value_heads=1),
     "gpt2-tiny": TINY_GPT2 | dict(n_embd=512, n_layer=6, n_head=8),
+    "llama-tiny": TINY_LLAMA | dict(vocab_size=50257, hidden_size=512, intermediate_size=1408, num_hidden_layers=6,
+                                    num_attention_heads=8, num_key_value_heads=4),
     **{name: known.MODELS[name] for name in ("gpt2", "pythia-160m", "pythia-410m", "pythia-1b", "pythia-2.8b")},
 }
 
@@ -37,6 +44,12 @@ class Work:
     @classmethod
     def read(cls, folder) -> "Work":
         return cls(**json.loads((pathlib.Path(folder) / "work.json").read_text()))
+
+
+def read_rows(folder: pathlib.Path, work: Work) -> list[dict]:
+    """The rows of the steps that will be made: dicts prompt, chosen, rejected."""
+    with (folder / "data" / "train.jsonl").open() as file:
+        return [json.loads(line) for line in itertools.islice(file, work.steps * work.pairs)]
 
 
 def tldr(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
