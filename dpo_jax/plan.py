@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from dpo_jax import config as configs
 from dpo_jax import flops, hlo, optim, roofline, runtime, sharding, topologies
 from dpo_jax.data.batches import Batches
-from dpo_jax.models import families, hf, known, transformer
+from dpo_jax.models import attention, families, hf, known, transformer
 from dpo_jax.models import lora as lora_lib
 from dpo_jax.models.lora import Lora
 from dpo_jax.objectives import OBJECTIVES, numbers
@@ -151,9 +151,10 @@ def plan(config: ConfigDict, topology: Topology, stage: str, assumed: Assumed = 
     if stage not in STAGES or stage not in config.stages:
         raise ValueError(f"--stage={stage}: expected one of {', '.join(s for s in config.stages if s in STAGES)} "
                          "(of a ppo stage, most time is sampling, which is not planned).")
-    model, mesh, lengths = model_of(config, stage, assumed.model), _mesh(config, topology), lengths_of(
-        config, stage, assumed)
-    batches = batches_of(config, stage, mesh, lengths)
+    attention.check(config.model.attention, "tpu" if topology.chip.torus else "gpu")
+    model, mesh = model_of(config, stage, assumed.model), _mesh(config, topology)
+    model = model if topology.chip.torus else dataclasses.replace(model, attention="xla")  # traced on CPU devices
+    batches = batches_of(config, stage, mesh, lengths := lengths_of(config, stage, assumed))
     objective, batch = instead(model, batches[0]) if instead else (None, batches[0])
     program = program_of(config, stage, model, mesh, batch, objective)
     traced = program.trace()

@@ -24,7 +24,7 @@ from dpo_jax.pretrained import Pretrained
 from dpo_jax.scoring import score_rows
 
 CODE = (transformer, attention, logprobs, layout)  # what a log-prob is computed by
-FREE = ("attention", "remat", "unroll")  # of the model's config: they change no value
+FREE = ("remat", "unroll")  # of the model's config: they change no value
 
 
 class ReferenceCache:
@@ -59,6 +59,8 @@ class ReferenceCache:
 
     def _key(self, examples) -> str:
         config = {name: value for name, value in vars(self._model.config).items() if name not in FREE}
+        with jax.set_mesh(self._mesh):  # kernels round otherwise: a policy's margins would start from that
+            config["attention"] = attention.choose(config["attention"], config["dtype"], config["head_width"])
         parts = [self._model.fingerprint(), examples.fingerprint, repr(sorted(config.items())),
                  *map(inspect.getsource, CODE)]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

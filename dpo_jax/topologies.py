@@ -35,13 +35,15 @@ CHIPS = {
     "v5e": Chip(15.75, 197e12, 197e12 / 6, 819e9, 50e9, torus=2, wraps=16),
     "v5p": Chip(95.74, 459e12, 459e12 / 6, 2765e9, 100e9, torus=3, wraps=4, cores=2),
     "v6e": Chip(31.25, 918e12, 918e12 / 6, 1638e9, 100e9, torus=2, wraps=16),
+    "a100-40": Chip(40e9 / 2**30, 312e12, 19.5e12, 1555e9, 300e9),
     "a100-80": Chip(80e9 / 2**30, 312e12, 19.5e12, 2039e9, 300e9),
     "h100": Chip(80e9 / 2**30, 989e12, 67e12, 3350e9, 450e9),
     "h200": Chip(141e9 / 2**30, 989e12, 67e12, 4800e9, 450e9),
 }
-KINDS = {  # part of jax's name of a device -> a key of CHIPS; the first that fits
+KINDS = {  # part of jax's name of a device -> a key of CHIPS, or none of a GPU's part; the first that fits
     "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU v6e": "v6e",
-    "A100": "a100-80", "H100": "h100", "H200": "h200"}
+    "MIG": None, "GH200": None, "A100-SXM4-40GB": "a100-40", "A100-PCIE-40GB": "a100-40", "A100": "a100-80",
+    "H100": "h100", "H200": "h200"}
 SHAPES = {  # chips -> the usual shape of a slice, by the dimensions of its network
     2: {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"},
     3: {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8",
@@ -101,7 +103,7 @@ class Topology:
 
 def chip_of(device) -> Chip | None:
     """What a device of jax's is; None: a CPU, or not known here."""
-    return next((CHIPS[kind] for part, kind in KINDS.items() if part in device.device_kind), None)
+    return next((CHIPS.get(kind) for part, kind in KINDS.items() if part in device.device_kind), None)
 
 
 def parse(text: str) -> Topology:

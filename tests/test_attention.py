@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from dpo_jax import flops, sharding, topologies
 from dpo_jax.data import layout
 from dpo_jax.logprobs import response_logprobs
-from dpo_jax.models import attention
+from dpo_jax.models import attention, transformer
 from dpo_jax.models.attention import QUERY_BLOCK, SPLASH_BLOCK, causal_attention, choose
 
 KERNELS = {
@@ -58,7 +58,7 @@ def agree(found, expected, atol):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol, rtol=1e-5), found, expected)
 
 
-@pytest.mark.parametrize("window", [None, 1, 5, QUERY_BLOCK, QUERY_BLOCK + 30])
+@pytest.mark.parametrize("window", [None, 1, 5, QUERY_BLOCK, QUERY_BLOCK + 30, 1000])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_kernel_is_the_whole_square_and_so_are_its_gradients(kernel, window):
     given = arrays(1, 2, 2 * QUERY_BLOCK + 20, 4, 2, 8)
@@ -66,7 +66,7 @@ def test_a_kernel_is_the_whole_square_and_so_are_its_gradients(kernel, window):
           value_and_gradients(dense_attention, window)(*given), atol=2e-5)
 
 
-@pytest.mark.parametrize("length", [1, QUERY_BLOCK, SPLASH_BLOCK + 1])
+@pytest.mark.parametrize("length", [1, QUERY_BLOCK, SPLASH_BLOCK[4] + 1])
 def test_splash_takes_rows_of_any_length(length):
     given = arrays(1, 1, length, 2, 1, 80)
     agree(value_and_gradients(KERNELS["splash"], None)(*given),
@@ -140,35 +140,74 @@ def test_splash_has_the_precision_of_its_numbers(dtype, precision):
     assert len(found) >= 9 and set(found) == {(precision, precision)}  # two, three and four in its three kernels
 
 
-@pytest.mark.parametrize("platform, kernel, dtype, width, expected", [
-    ("cpu", "auto", "bfloat16", 64, "xla"), ("tpu", "auto", "float32", 64, "splash"),
-    ("gpu", "auto", "bfloat16", 64, "cudnn"), ("gpu", "auto", "float32", 64, "xla"),
-    ("gpu", "auto", "bfloat16", 256, "xla"), ("gpu", "cudnn", "bfloat16", 256, "cudnn"),
-    ("gpu", "auto", "bfloat16", 20, "xla"), ("tpu", "xla", "bfloat16", 64, "xla"),
-    ("cpu", "splash", "float32", 64, "splash")])
-def test_auto_is_what_is_made_for_the_device(monkeypatch, platform, kernel, dtype, width, expected):
-    monkeypatch.setattr(attention, "device", lambda: types.SimpleNamespace(platform=platform))
+def on(monkeypatch, platform, kind):
+    monkeypatch.setattr(attention, "device", lambda: types.SimpleNamespace(platform=platform, device_kind=kind))
+
+
+@pytest.mark.parametrize("platform, kind, kernel, dtype, width, expected", [
+    ("cpu", "cpu", "auto", "bfloat16", 64, "xla"), ("cpu", "cpu", "splash", "float32", 64, "splash"),
+    ("tpu", "TPU v4", "auto", "float32", 64, "splash"), ("tpu", "TPU v7x", "auto", "bfloat16", 256, "splash"),
+    ("tpu", "TPU v4", "xla", "bfloat16", 64, "xla"), ("gpu", "NVIDIA H200", "auto", "bfloat16", 64, "cudnn"),
+    ("gpu", "NVIDIA H200", "auto", "float32", 64, "xla"), ("gpu", "NVIDIA H200", "auto", "bfloat16", 20, "xla"),
+    ("gpu", "NVIDIA H200", "auto", "bfloat16", 256, "xla"), ("gpu", "NVIDIA H200", "cudnn", "bfloat16", 256, "cudnn"),
+    ("gpu", "AMD Instinct MI300X", "auto", "bfloat16", 64, "xla"), ("gpu", "Tesla T4", "auto", "bfloat16", 64, "xla"),
+    ("gpu", "NVIDIA L40S", "cudnn", "bfloat16", 64, "cudnn")])
+def test_auto_is_what_is_made_for_the_device(monkeypatch, platform, kind, kernel, dtype, width, expected):
+    on(monkeypatch, platform, kind)
     assert choose(kernel, dtype, width) == expected
 
 
-@pytest.mark.parametrize("kernel, platform, message", [
-    ("cudnn", "cpu", "config.model.attention = 'cudnn' runs on gpu, not on cpu: take auto"),
-    ("splash", "gpu", "'splash' runs on cpu and tpu, not on gpu")])
-def test_a_kernel_of_another_device_is_refused(monkeypatch, kernel, platform, message):
-    monkeypatch.setattr(attention, "device", lambda: types.SimpleNamespace(platform=platform))
+@pytest.mark.parametrize("kernel, platform, dtype, width, message", [
+    ("cudnn", "cpu", "bfloat16", 64, "config.model.attention = 'cudnn' runs on gpu, not on cpu: take auto"),
+    ("splash", "gpu", "bfloat16", 64, "'splash' runs on cpu and tpu, not on gpu"),
+    ("cudnn", "gpu", "float32", 64, "takes model.dtype=bfloat16 and heads .* not float32 and 64: take auto"),
+    ("cudnn", "gpu", "bfloat16", 20, "not bfloat16 and 20")])
+def test_a_kernel_that_cannot_run_is_refused(monkeypatch, kernel, platform, dtype, width, message):
+    on(monkeypatch, platform, "NVIDIA H200")
     with pytest.raises(ValueError, match=message):
-        choose(kernel, "bfloat16", 64)
+        choose(kernel, dtype, width)
+
+
+def test_cudnn_is_called_where_it_is_chosen(monkeypatch):
+    """By what it would be given on a GPU: rows as one axis, in its layout."""
+    on(monkeypatch, "gpu", "NVIDIA H200")
+    given = [jnp.asarray(x, "bfloat16") for x in arrays(2, 3, 20, 4, 2, 8)[:3]]
+    seen = []
+
+    def cudnn(q_BTHC, k_BUKC, v_BUKC, **options):
+        seen.append((q_BTHC.shape, k_BUKC.shape, options))
+        return q_BTHC
+    monkeypatch.setattr(jax.nn, "dot_product_attention", cudnn)
+    assert causal_attention(*given, window=5).shape == given[0].shape
+    assert seen == [((6, 20, 4, 8), (6, 20, 2, 8), dict(is_causal=True, implementation="cudnn",
+                                                       local_window_size=(4, 0)))]
+
+
+@pytest.mark.parametrize("remat", ["none", "full", "dots"])
+def test_splash_under_remat_and_vmap(tiny, remat):
+    """bfloat16, whole sequences; two sets of weights under vmap, as policies side by side have."""
+    config, params = tiny
+    tokens_BT = np.random.default_rng(0).integers(0, 40, (2, 12))
+    both = jax.tree.map(lambda x: jnp.stack([x, 0.9 * x]), params)
+
+    def loss(params, kernel):
+        model = dataclasses.replace(config, attention=kernel, remat=remat, dtype="bfloat16")
+        return jax.nn.log_softmax(transformer.logits(model, params, tokens_BT))[..., 3].mean()
+    found, expected = (jax.jit(jax.vmap(functools.partial(jax.value_and_grad(loss), kernel=kernel)))(both)
+                       for kernel in ("splash", "xla"))
+    for splash, xla in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        assert np.abs(splash - xla).max() <= 0.06 * np.abs(xla).max()  # bfloat16: 8 bits
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler, libtpu (no TPU)")
 @pytest.mark.parametrize("slice_, dtype, width", [
-    ("v4:2x2x1", "bfloat16", 256), ("v5e:2x2", "bfloat16", 80), ("v5e:2x2", "float32", 64),
-    ("v5p:2x2x1", "bfloat16", 128), ("v6e:2x2", "bfloat16", 256)])
+    ("v4:2x2x1", "bfloat16", 256), ("v4:2x2x1", "float32", 256), ("v5e:2x2", "bfloat16", 80),
+    ("v5e:2x2", "float32", 64), ("v5p:2x2x1", "bfloat16", 128), ("v6e:2x2", "bfloat16", 256)])
 def test_the_tpu_compiler_takes_splash_for_auto(slice_, dtype, width):
     mesh = sharding.make_mesh(1, 2, 2, devices=topologies.parse(slice_).devices())
 
     def abstract(heads):
-        shape = (2, 1, SPLASH_BLOCK + 1, heads, width)
+        shape = (2, 1, SPLASH_BLOCK[jnp.dtype(dtype).itemsize], heads, width)  # the largest block
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(sharding.BATCH, None, None, "tensor")))
 
     def loss(q, k, v):

@@ -398,6 +398,19 @@ def test_a_stage_that_is_not_planned_is_refused():
         plan.plan(scratch_config(), topologies.parse("h200:8"), "sft")
 
 
+def test_a_plan_is_for_the_attention_that_the_chips_have():
+    """For GPUs a step is traced on CPU devices, which have no cuDNN."""
+    config, gpus = scratch_config(), topologies.parse("h200:8")
+    expected = plan.plan(config, gpus, "dpo")
+    config.model.attention = "cudnn"
+    assert plan.plan(config, gpus, "dpo") == expected
+    for kernel, topology, message in (("splash", gpus, "cpu and tpu, not on gpu"),
+                                      ("cudnn", topologies.parse("v5p:2x2x1"), "on gpu, not on tpu")):
+        config.model.attention = kernel
+        with pytest.raises(ValueError, match=message):
+            plan.plan(config, topology, "dpo")
+
+
 @needs_libtpu
 @pytest.mark.slow
 def test_the_command_says_what_makes_a_stage_fit():

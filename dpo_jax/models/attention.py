@@ -7,19 +7,20 @@ causal attention there, and takes each token's output back. See `data/layout.py`
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec as P
 
 from dpo_jax.sharding import BATCH, device, fitting
+from dpo_jax.topologies import chip_of
 
 KERNELS = {"xla": ("cpu", "gpu", "tpu"), "splash": ("cpu", "tpu"), "cudnn": ("gpu",)}  # and where they run
 QUERY_BLOCK = 128  # queries per block; keys after a block are never touched
 SPLASH_LANES = 128  # splash's blocks are multiples of this,
-SPLASH_BLOCK = 1024  # and at most this: between blocks time is lost, and one must fit into on-chip memory
+SPLASH_BLOCK = {2: 1024, 4: 512}  # and at most this, by bytes of a number: the longest that fit into on-chip memory
 
 
 class Layout(NamedTuple):
@@ -86,17 +87,25 @@ def causal_attention(q_SRTHC, k_SRUKC, v_SRUKC, *, window: int | None = None, ke
 def choose(kernel: str, dtype, width: int) -> str:
     """A key of KERNELS: the one named, or what `auto` stands for on the step's device; ValueError if it cannot there.
 
-    auto: splash on a TPU; on a GPU cudnn, where the numbers have 16 bits and heads a width that every such GPU takes
-    (a multiple of 8, at most 128); xla, the blocks written here, elsewhere.
+    auto: splash on a TPU; cudnn on a GPU of `topologies.CHIPS` (others may have none), for numbers of 16 bits and heads
+    of a width that every one of these takes; xla, the blocks written here, elsewhere.
     """
-    where = device().platform
+    where, dtype = device().platform, jnp.dtype(dtype)
     if kernel == "auto":
-        fits = jnp.dtype(dtype).itemsize == 2 and width % 8 == 0 and width <= 128
-        return "splash" if where == "tpu" else "cudnn" if where == "gpu" and fits else "xla"
-    if where not in KERNELS[kernel]:
+        fits = dtype.itemsize == 2 and width % 8 == 0 and width <= 128
+        return "splash" if where == "tpu" else "cudnn" if where == "gpu" and fits and chip_of(device()) else "xla"
+    check(kernel, where)
+    if kernel == "cudnn" and (dtype.itemsize != 2 or width % 8 or width > 256):
+        raise ValueError("config.model.attention = 'cudnn' takes model.dtype=bfloat16 and heads of a multiple of 8, up "
+                         f"to 128 wide (256 on an H100 or H200), not {dtype} and {width}: take auto.")
+    return kernel
+
+
+def check(kernel: str, where: str) -> None:
+    """ValueError where a kernel that is named does not run on a platform."""
+    if kernel != "auto" and where not in KERNELS[kernel]:
         raise ValueError(f"config.model.attention = {kernel!r} runs on {' and '.join(KERNELS[kernel])}, not on "
                          f"{where}: take auto.")
-    return kernel
 
 
 def _on_each_device(kernel, q_SRTHC, k_SRUKC, v_SRUKC, window):
@@ -111,16 +120,18 @@ def _on_each_device(kernel, q_SRTHC, k_SRUKC, v_SRUKC, window):
     mesh, heads, kv_heads = jax.sharding.get_abstract_mesh(), q_SRTHC.shape[3], k_SRUKC.shape[3]
     if mesh.empty:
         return local(q_SRTHC, k_SRUKC, v_SRUKC)
-    if kv_heads % mesh.shape["tensor"] and heads % mesh.shape["tensor"] == 0:
-        k_SRUKC, v_SRUKC = (jnp.repeat(x, heads // kv_heads, axis=3) for x in (k_SRUKC, v_SRUKC))
+    if heads % mesh.shape["tensor"] == 0:  # then so many key heads that each device has its own
+        times = math.lcm(kv_heads, mesh.shape["tensor"]) // kv_heads
+        k_SRUKC, v_SRUKC = (jnp.repeat(x, times, axis=3) for x in (k_SRUKC, v_SRUKC))
     specs = [fitting(mesh, P(BATCH, None, None, "tensor"), x.shape) for x in (q_SRTHC, k_SRUKC, v_SRUKC)]
     return jax.shard_map(local, in_specs=tuple(specs), out_specs=specs[0], check_vma=False)(q_SRTHC, k_SRUKC, v_SRUKC)
 
 
 def _splash(q_BTHC, k_BUKC, v_BUKC, window):
     """JAX's Pallas kernel for TPUs, over rows padded to what it takes; on a CPU it is interpreted, slowly."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # experimental: no others depend on it
     length, heads, width = q_BTHC.shape[1:]
-    count = -(-length // SPLASH_BLOCK)
+    count = -(-length // SPLASH_BLOCK[q_BTHC.dtype.itemsize])
     block = -(-length // (count * SPLASH_LANES)) * SPLASH_LANES
     padded = count * block
     square = (padded, padded)
@@ -157,7 +168,7 @@ def _at_precision(precision: str, function):
 
 
 def _cudnn(q_BTHC, k_BUKC, v_BUKC, window, implementation="cudnn"):
-    """NVIDIA's fused kernel."""
+    """NVIDIA's fused kernel; its backward pass adds in an order that may change from run to run."""
     return jax.nn.dot_product_attention(q_BTHC, k_BUKC, v_BUKC, is_causal=True, implementation=implementation,
                                         local_window_size=None if window is None else (window - 1, 0))
 

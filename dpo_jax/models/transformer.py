@@ -145,6 +145,7 @@ def logits(config: TransformerConfig, params, tokens_BT) -> jax.Array:
 def init(config: TransformerConfig, key: jax.Array):
     """Random float32 weights: normal with deviation 0.02, residual outputs scaled down by depth (GPT-2)."""
     tokens_SN = jnp.zeros((1, 1), jnp.int32)
+    config = dataclasses.replace(config, attention="xla")  # here, where there need be no device that has another
     return Transformer(config).init(key, tokens_SN, tokens_SN)["params"]
 
 

@@ -4,12 +4,12 @@
 
 PATH is a Python with the peer: TRL (pip install -r requirements-dev.txt into any; the default is this one), or Tunix,
 which trains no GPT-2 and keeps no reference's log-probs (--peer=tunix --model=llama-tiny; pip install google-tunix into
-a fresh one, as it wants older packages than ours). Each side is a
-process of its own that waits while the other works. First their losses must agree on CHECKED steps, which are not
-timed. A step's time holds forward, backward, optimiser and input. Tokens and FLOPs are those that the rows need, a
-prompt counted once per pair, for both sides alike; the ceiling is the fastest square matrix product that either side's
-library makes here (2048 wide on a CPU, 8192 on a GPU). Peak memory is the process's on a CPU (VmHWM), the device's on a
-GPU. With bfloat16, the default on a GPU, both sides compute in it on float32 weights. Both have huge pages.
+a fresh one, as it wants older packages than ours). Each side is a process of its own that waits while the other works.
+First their losses must agree on CHECKED steps, which are not timed. A step's time holds forward, backward, optimiser
+and input. Tokens and FLOPs are those that the rows need, a prompt counted once per pair, for both sides alike; the
+ceiling is the fastest square matrix product that either side's library makes here (2048 wide on a CPU, 8192 on a GPU).
+Peak memory is the process's on a CPU (VmHWM), the device's on a GPU. With bfloat16, the default on a GPU, both sides
+compute in it on float32 weights. Both have huge pages.
 """
 
 import json
@@ -93,9 +93,11 @@ def main(_):
     options = flags.FLAGS
     if options.json and pathlib.Path(options.json).exists():
         raise app.UsageError(f"--json={options.json} exists; give a new name.")
-    if options.peer == "tunix" and (options.cached or work.MODELS[options.model]["model_type"] != "llama"):
-        raise app.UsageError("--peer=tunix: it keeps no reference's log-probs, so without --cached; and of these "
-                             "models it has the Llamas, as --model=llama-tiny.")
+    if options.peer == "tunix" and (options.cached or options.dtype != "float32"
+                                    or work.MODELS[options.model]["model_type"] != "llama"):
+        raise app.UsageError("--peer=tunix: it keeps no reference's log-probs, so without --cached; it computes in its "
+                             "weights' own dtype, so --dtype=float32; and of these models it has the Llamas, as "
+                             "--model=llama-tiny.")
     with tempfile.TemporaryDirectory(prefix="dpo_jax_benchmark_") as folder:
         result = run(options, pathlib.Path(folder))
     asked = ("shape", "model", "peer", "dtype", "pairs", "rounds", "steps", "cached")

@@ -1,7 +1,7 @@
 """A peer's side: Tunix's DPOTrainer in its own training loop, held up by its input while it is not its turn.
 
-Its rows are padded to the longest prompt and the longest response of all steps, as it does itself, so that it compiles
-once. Its reference runs in each step: it keeps no log-probs. Run in the Python that has it.
+Its rows are padded to the longest prompt and the longest response of all steps (it would take the longest allowed), so
+that it compiles once. Its reference runs in each step: it keeps no log-probs. Run in the Python that has it.
 """
 
 import importlib.metadata
@@ -36,7 +36,7 @@ def make_trainer(folder: pathlib.Path, work: Work) -> DPOTrainer:
         weight_tying=fields["tie_word_embeddings"])
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tp"))
     policy, reference = (llama_params.create_model_from_safe_tensors(
-        str(folder / "model"), config, mesh, dtype=jax.numpy.dtype(work.dtype)) for _ in range(2))
+        str(folder / "model"), config, mesh, dtype=jax.numpy.float32) for _ in range(2))
     optimizer = optax.chain(optax.clip_by_global_norm(work.max_grad_norm),
                             optax.rmsprop(work.lr, decay=0.99, eps=1e-8, eps_in_sqrt=False))  # torch's, as TRL's
     return DPOTrainer(policy, reference, optimizer, DPOTrainingConfig(
@@ -82,6 +82,7 @@ def held(trainer: DPOTrainer, given: list[TrainingInput], turns: Turns):
 
 def main():
     folder = pathlib.Path(sys.argv[1])
+    jax.config.update("jax_default_matmul_precision", "float32")  # as runtime.start says for ours
     work = Work.read(folder)
     turns = Turns(
         about=lambda: dict(version=f"Tunix {importlib.metadata.version('google-tunix')}, jax {jax.__version__}",
