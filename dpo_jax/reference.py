@@ -1,6 +1,7 @@
 """The reference's log-probs, computed once and kept: a sweep pays for them once and holds no second model.
 
     WORKDIR/reference/KEY/train.npy  eval.npy    float32 [rows, responses], nan where not computed yet
+                          train.sha256  eval.sha256  of the rows, once a fill is finished; checked when they are read
 
 KEY is made of all that the numbers depend on: the reference's weights, the rows' tokens, and the code and dtype of the
 forward pass; not of beta, learning rate, seed or the run's name. A run computes the rows that it needs and that are not
@@ -15,7 +16,7 @@ import pathlib
 import jax
 import numpy as np
 
-from dpo_jax import logprobs, sharding
+from dpo_jax import logprobs, runtime, sharding
 from dpo_jax.data import layout
 from dpo_jax.data.batches import FILLER, evaluation_order
 from dpo_jax.metrics import say
@@ -42,7 +43,7 @@ class ReferenceCache:
         examples: the split, a `tokenizer.Examples`.
         """
         path = self._root / self._key(examples) / f"{split}.npy"
-        found = np.load(path) if path.exists() else np.full((len(examples), len(examples.responses[0])), np.nan, "f4")
+        found = runtime.from_first(lambda: _read(path, (len(examples), len(examples.responses[0]))))
         needed = np.unique(rows[rows != FILLER])
         missing = needed[np.isnan(found[needed]).any(axis=1)]
         if not len(missing):
@@ -55,6 +56,7 @@ class ReferenceCache:
                                        self._mesh, examples, order):
             found[done] = values
             _put(path, found, done)
+        _seal(path)
         return found
 
     def _key(self, examples) -> str:
@@ -64,6 +66,22 @@ class ReferenceCache:
         parts = [self._model.fingerprint(), examples.fingerprint, repr(sorted(config.items())),
                  *map(inspect.getsource, CODE)]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _read(path: pathlib.Path, shape: tuple[int, int]) -> np.ndarray:
+    """What is kept, nan for the rest; ValueError where a finished fill is no longer what was written."""
+    found = np.load(path) if path.exists() else np.full(shape, np.nan, "f4")
+    seal = path.with_suffix(".sha256")
+    if seal.exists() and seal.read_text() != hashlib.sha256(found.tobytes()).hexdigest():
+        raise ValueError(f"{path} is not what was written there (its sha256 is another than {seal.name}'s). Remove "
+                         f"{path.parent}: the log-probs are then computed again.")
+    return found
+
+
+def _seal(path: pathlib.Path) -> None:
+    """Says what a finished fill has written. Process 0 only."""
+    if not jax.process_index():
+        path.with_suffix(".sha256").write_text(hashlib.sha256(np.load(path).tobytes()).hexdigest())
 
 
 def _put(path: pathlib.Path, found: np.ndarray, rows: np.ndarray) -> None:
@@ -76,6 +94,7 @@ def _put(path: pathlib.Path, found: np.ndarray, rows: np.ndarray) -> None:
         with draft.open("wb") as file:
             np.save(file, np.full_like(found, np.nan))
         os.replace(draft, path)
+    path.with_suffix(".sha256").unlink(missing_ok=True)  # until this fill is finished too
     kept = np.lib.format.open_memmap(path, mode="r+")
     kept[rows] = found[rows]
     kept.flush()

@@ -16,7 +16,7 @@ from dpo_jax.data import layout, toy
 from dpo_jax.data.batches import Batches, evaluation_order
 from dpo_jax.data.tokenizer import Examples, encode_prompts
 from dpo_jax.metrics import say
-from dpo_jax.models import encoder, hf
+from dpo_jax.models import encoder, hf, safetensors_io
 from dpo_jax.objectives import response_rewards
 from dpo_jax.prompts import Prompts, completion_texts
 
@@ -30,6 +30,12 @@ def make(kind: str, path: str, batch_size: int, mesh) -> Callable:
     Raises FileNotFoundError or ValueError where the path holds no such reward.
     """
     return KINDS[kind](path, batch_size, mesh)
+
+
+def check(kind: str, path: str) -> None:
+    """Fetches what a reward will read, before hours go into the stages that come first; FileNotFoundError likewise."""
+    if kind in ("classifier", "model"):
+        safetensors_io.files(hf.fetch(path))
 
 
 def _toy(kind: str) -> Callable:

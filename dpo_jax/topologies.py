@@ -40,10 +40,10 @@ CHIPS = {
     "h100": Chip(80e9 / 2**30, 989e12, 67e12, 3350e9, 450e9),
     "h200": Chip(141e9 / 2**30, 989e12, 67e12, 4800e9, 450e9),
 }
-KINDS = {  # part of jax's name of a device -> a key of CHIPS, or none of a GPU's part; the first that fits
+KINDS = {  # part of jax's name of a device -> a key of CHIPS, or none, where it is another; the first that fits
     "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU v6e": "v6e",
     "MIG": None, "GH200": None, "A100-SXM4-40GB": "a100-40", "A100-PCIE-40GB": "a100-40", "A100": "a100-80",
-    "H100": "h100", "H200": "h200"}
+    "H100 PCIe": None, "H100 NVL": None, "H100": "h100", "H200": "h200"}
 SHAPES = {  # chips -> the usual shape of a slice, by the dimensions of its network
     2: {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"},
     3: {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8",

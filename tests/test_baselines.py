@@ -49,8 +49,12 @@ def result(workdir, name):
 @pytest.mark.parametrize("method", ["preferred_ft", "unlikelihood"])
 def test_losses_without_a_reference_move_the_policy(workdir, method):
     folder = run(toy_config(method), workdir)
-    last = rows_without_timings(folder)[-1]
-    assert last["frontier/kl"] > 1e-3
+    rows = rows_without_timings(folder)
+    assert rows[-1]["frontier/kl"] > 1e-3
+    if method == "unlikelihood":  # α as the config has it, on the rejected side
+        first, alpha = rows[0], toy_config(method).unlikelihood.alpha
+        assert first["loss/eval"] == pytest.approx(
+            alpha * first["logps_eval/rejected"] - first["logps_eval/chosen"], rel=1e-5)
     assert result(workdir, "evaluate/toy.json").keys() == {"reward", "kl", "bound_reward", "gap"}
     for name in ("evaluate", folder.name):  # the next method has them to itself
         (workdir / name).rename(workdir / f"{method}_{name}")

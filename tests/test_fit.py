@@ -1,9 +1,11 @@
 """Whole DPO and SFT runs on a tiny model: learning, rows, reuse, refusal, stopping."""
 
+import dataclasses
 import json
 import re
 import signal
 import threading
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ from jax.experimental import multihost_utils
 from tiny_runs import dpo_config, on_devices, rows_without_timings, run, weights, write_model, write_pairs
 
 from dpo_jax import config as configs
-from dpo_jax import metrics, stages, step
+from dpo_jax import fit, metrics, peak, stages, step
 from dpo_jax.checkpoint import Checkpoints
 from dpo_jax.fit import Interrupted
 from dpo_jax.metrics import read_rows
@@ -293,3 +295,39 @@ def test_ledger_and_shown_rows(model, pairs, tmp_path, capsys):
     assert ledger["train"]["read"] == 60 and len(ledger["fingerprint"]) == 2
     out = capsys.readouterr().out
     assert out.count("⟦") == 4 and "</s>⟧" in out and "self-check passed" in out
+
+
+def test_the_device_never_waits_for_the_host(model, pairs, tmp_path, monkeypatch):
+    """A step's metrics are fetched when the next is on its way, and batches are made beside the loop."""
+    events, made_by = [], []
+    programs, named, shard_batch = fit.programs, metrics.named, fit.sharding.shard_batch
+
+    def watched(job):
+        made = programs(job)
+
+        def train_step(*arguments):
+            events.append("step")
+            return made.train_step(*arguments)
+        return dataclasses.replace(made, train_step=train_step)
+    monkeypatch.setattr(fit, "programs", watched)
+    monkeypatch.setattr(metrics, "named", lambda *arguments: events.append("fetch") or named(*arguments))
+    monkeypatch.setattr(fit.sharding, "shard_batch", lambda *arguments, **options: (
+        made_by.append(threading.current_thread()) or shard_batch(*arguments, **options)))
+    run(dpo_config(model, pairs, steps=5, eval_every=100, save_every=100), tmp_path)
+    first = events.index("step")
+    assert events[first:first + 10] == ["step", *["step", "fetch"] * 4, "fetch"]
+    assert sum(thread is not threading.main_thread() for thread in made_by) == 5
+
+
+@pytest.mark.parametrize("kind, dtype, expected", [
+    ("TPU v4", "bfloat16", 275e12), ("TPU v4", "float32", 275e12 / 6), ("NVIDIA H100 80GB HBM3", "bfloat16", 989e12)])
+def test_utilization_is_of_all_chips_peak(kind, dtype, expected):
+    devices = np.array([types.SimpleNamespace(platform="tpu", device_kind=kind)] * 8)
+    assert peak.flops_per_second(types.SimpleNamespace(devices=devices, size=8), dtype) == 8 * expected
+
+
+def test_other_chips_of_a_name_are_measured(monkeypatch):
+    monkeypatch.setattr(peak, "measured_flops_per_second", lambda dtype: 3.0)
+    for kind in ("NVIDIA H100 PCIe", "NVIDIA GH200 480GB", "NVIDIA A100-SXM4-80GB MIG 1g.10gb", "NVIDIA L4"):
+        devices = np.array([types.SimpleNamespace(platform="gpu", device_kind=kind)] * 2)
+        assert peak.flops_per_second(types.SimpleNamespace(devices=devices, size=2), "bfloat16") == 6

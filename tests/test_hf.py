@@ -121,6 +121,18 @@ def test_a_cached_model_needs_no_network(silent_hub):
     assert hf.fetch("org/name") == snapshot
 
 
+def test_a_revision_stands_behind_the_name(silent_hub):
+    cached = silent_hub / "models--org--name"
+    for commit, branch in (("0" * 40, "main"), ("1" * 40, "refs/pr/5")):
+        (cached / "snapshots" / commit).mkdir(parents=True)
+        (cached / "refs" / branch).parent.mkdir(parents=True, exist_ok=True)
+        (cached / "refs" / branch).write_text(commit)
+    assert hf.fetch("org/name@refs/pr/5") == cached / "snapshots" / ("1" * 40)
+    assert hf.fetch("org/name@" + "0" * 40) == cached / "snapshots" / ("0" * 40)
+    with pytest.raises(FileNotFoundError, match="the model org/name@v2 is neither"):
+        hf.fetch("org/name@v2")
+
+
 def test_only_weights_configs_and_tokenizers_are_fetched():
     def wanted(name):
         return any(fnmatch.fnmatch(name, pattern) for pattern in hf.WEIGHT_FILES + hf.OTHER_FILES)

@@ -82,6 +82,7 @@ def test_log_probs_that_are_not_the_references_stop_the_run(model, pairs, tmp_pa
     run(config(model, pairs, steps=2), tmp_path)
     path = kept(tmp_path)["train.npy"]
     np.save(path, np.load(path) + 1)
+    path.with_suffix(".sha256").unlink()  # which would have told before
     with pytest.raises(SelfCheckFailed, match=r"1 nats from those of the weights.*remove WORKDIR/reference"):
         run(config(model, pairs, steps=2, beta=0.5, run="again"), tmp_path)
 
@@ -119,3 +120,16 @@ def test_a_reference_by_path_is_kept_too(model, pairs, tmp_path, monkeypatch):
         return made
     monkeypatch.setattr(train.pretrained, "open_model", open_model)
     run(config(model, pairs, reference=str(other), steps=2, beta=0.3, run="again"), tmp_path / "cached")
+
+
+def test_kept_log_probs_that_changed_are_refused(model, pairs, tmp_path):
+    """Of a reference by path, with which a run need not start at log 2: the self-check could not tell."""
+    by_path = config(model, pairs, reference=str(model), steps=2)
+    run(by_path, tmp_path)
+    path = next(tmp_path.glob("reference/*/train.npy"))
+    values = np.load(path)
+    values[np.isfinite(values).all(axis=1).argmax(), 0] += 0.5
+    np.save(path, values)
+    by_path.run = "again"
+    with pytest.raises(ValueError, match="train.npy is not what was written there"):
+        run(by_path, tmp_path)

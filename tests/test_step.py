@@ -4,12 +4,14 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import random_pairs
 
 from dpo_jax import optim, sharding, step
 from dpo_jax.data.batches import Batches, training_order
+from dpo_jax.models import transformer
 from dpo_jax.objectives import OBJECTIVES
 
 HYPER = {name: np.float32(value) for name, value in
@@ -92,3 +94,38 @@ def test_filler_rows_count_for_nothing(tiny):
     (other, _), _ = objective(params, reference, HYPER, batch | dict(weights=batch["weights"] - short["weights"]))
     assert (count, half_count) == (12, 6) and metrics["rewards/margins"][1] == 6
     np.testing.assert_allclose(half + other, whole, rtol=1e-5)
+
+
+def test_bfloat16_computes_on_float32(tiny):
+    """Weights, moments and updates stay float32, and the gradient is float32's up to the rounding of 8 bits."""
+    config, params = tiny
+    params = jax.tree.map(lambda x: np.asarray(x) / 2, params)
+    reference, batch = jax.tree.map(lambda x: x * 1.05, params), Batches(
+        rows("dpo"), training_order(12, 12, 1, 0), microbatches=2)[0]
+    flat = {}
+    for dtype in ("float32", "bfloat16"):
+        model = dataclasses.replace(config, dtype=dtype)
+        grads, _ = jax.jit(functools.partial(step.accumulate, objective_of("dpo", "sigmoid", model)))(
+            params, reference, HYPER, batch)
+        assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {np.dtype("float32")}
+        flat[dtype] = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(grads)])
+        mesh, state, train_step = make_step(model, params, "adamw")
+        with jax.set_mesh(mesh):
+            after, _ = train_step(state, reference, HYPER, batch)
+        assert {leaf.dtype for leaf in jax.tree.leaves((after.params, after.opt_state)) if leaf.ndim} == {
+            np.dtype("float32")}
+    norms = [np.linalg.norm(grad) for grad in flat.values()]
+    assert flat["float32"] @ flat["bfloat16"] / np.prod(norms) > 0.99
+
+
+def test_an_id_that_comes_often_has_its_gradient_added_up_in_float32(tiny):
+    """In bfloat16 a sum of ones stops at 256."""
+    config, params = tiny
+    model = dataclasses.replace(config, dtype="bfloat16", learned_positions=True)
+    params = transformer.init(model, jax.random.key(0))["embed"]
+    ids = np.full((1, 1000), 3)
+
+    def total(params):
+        return transformer.Embed(model).apply({"params": params}, ids, ids).astype(jnp.float32).sum()
+    grads = jax.grad(total)(params)
+    assert (grads["tokens"][3] == 1000).all() and (grads["positions"][3] == 1000).all()

@@ -32,30 +32,29 @@ FLOATS = ("F64", "F32", "F16", "BF16")  # stored types that are read, all as flo
 def fetch(path, *, weights: bool = True) -> pathlib.Path:
     """A local folder as it is; otherwise the hub's model of that name, downloaded or from the local cache.
 
-    weights=False leaves them out, for a tokenizer.
-
-    Raises FileNotFoundError, within seconds, when there is neither.
+    A name may end in @REVISION: a branch, a commit, or a pull request's refs/pr/N. weights=False leaves out
+    weights, for a tokenizer. Raises FileNotFoundError, within seconds, when there is neither.
     """
     folder = pathlib.Path(path).expanduser()
     if folder.is_dir():
         return folder
-    name = str(path)
+    name, _, revision = str(path).partition("@")
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
-        raise FileNotFoundError(f"the model folder {name} does not exist. Pass a folder in Hugging Face "
+        raise FileNotFoundError(f"the model folder {path} does not exist. Pass a folder in Hugging Face "
                                 "format, or the name of a model on the hub such as openai-community/gpt2.")
     try:
         # snapshot_download alone would wait for ever on a network that does not answer.
-        HfApi().model_info(name, timeout=HUB_TIMEOUT)
+        HfApi().model_info(name, revision=revision or None, timeout=HUB_TIMEOUT)
         refusal = None
     except Exception as error:  # noqa: BLE001 - whatever it was, a copy in the cache will do
         refusal = error
     try:
-        snapshot = snapshot_download(name, allow_patterns=WEIGHT_FILES * weights + OTHER_FILES,
-                                     local_files_only=refusal is not None)
+        snapshot = snapshot_download(name, revision=revision or None, local_files_only=refusal is not None,
+                                     allow_patterns=WEIGHT_FILES * weights + OTHER_FILES)
     except LocalEntryNotFoundError as error:
         reason = str(refusal or error).strip().splitlines()[0]
         raise FileNotFoundError(
-            f"the model {name} is neither a folder here nor to be had from the Hugging Face hub ({reason}). "
+            f"the model {path} is neither a folder here nor to be had from the Hugging Face hub ({reason}). "
             "Pass a local folder in Hugging Face format, or check the spelling, the network, that you have "
             "access to the model (HF_TOKEN), and that HF_HUB_OFFLINE is not 1.") from (refusal or error)
     return pathlib.Path(snapshot)

@@ -12,7 +12,9 @@ import safetensors.numpy
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-CONVERT = """Convert it once, with transformers and torch:
+CONVERT = """On the hub, a pull request of such a model often has
+safetensors: name it, as OWNER/NAME@refs/pr/N. Or convert it once, with transformers and torch, a classifier by
+AutoModelForSequenceClassification:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER, safe_serialization=True)
     AutoTokenizer.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"""
@@ -23,7 +25,7 @@ def read(folder: pathlib.Path) -> Iterator[tuple[str, str, object]]:
 
     Raises FileNotFoundError when a file is missing and ValueError when one is damaged.
     """
-    for file in _files(folder):
+    for file in files(folder):
         try:
             opened = safetensors.safe_open(file, framework="numpy")
         except safetensors.SafetensorError as error:
@@ -46,8 +48,8 @@ def write(folder: pathlib.Path, shapes: dict[str, tuple[int, ...]],
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The one file of the folder, or the shards that its index lists."""
+def files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The one file of the folder, or the shards that its index lists; FileNotFoundError where these are not there."""
     if (folder / SINGLE).exists():
         return [folder / SINGLE]
     if not (folder / INDEX).exists():
@@ -55,10 +57,10 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
         raise FileNotFoundError(f"{folder} holds neither {SINGLE} nor {INDEX}. Loading {pickles} would run code "
                                 f"from a pickle. {CONVERT}")
     weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
-    files = [folder / name for name in sorted(set(weight_map.values()))]
-    if absent := [file.name for file in files if not file.exists()]:
+    shards = [folder / name for name in sorted(set(weight_map.values()))]
+    if absent := [file.name for file in shards if not file.exists()]:
         raise FileNotFoundError(f"{folder} lacks {', '.join(absent)}, which its index lists; fetch it again.")
-    return files
+    return shards
 
 
 def _shards(shapes: dict[str, tuple[int, ...]], max_bytes: int) -> list[list[str]]:

@@ -186,8 +186,9 @@ class Embed(nn.Module):
 
 
 def _look_up(config, table_VD, ids_SN):
-    """Each device takes its part of the width for all shards along fsdp: the rows travel, and not the table."""
-    return constrain(table_VD.astype(config.dtype)[constrain(ids_SN, "data")], "data", None, "fsdp")
+    """Each device takes its part of the width for all shards along fsdp: the rows travel, and not the table. They are
+    narrowed behind the gather: the gradient of an id that comes often is added up in float32."""
+    return constrain(table_VD[constrain(ids_SN, "data")].astype(config.dtype), "data", None, "fsdp")
 
 
 class Head(nn.Module):
