@@ -52,7 +52,6 @@ def config_of(panel: str, method: str, value: float | None, seed: int):
     stage = "ppo" if method == "ppo_gt" else method
     if field:
         config[stage][field.partition(".")[2]] = value
-    config.stages = tuple(name for name in config.stages if name != "evaluate")  # all are in one figure
     config.run = method + ("" if value is None else f"_{value:g}")
     if config.run in config:  # a stage's own name
         config.run += "_run"
