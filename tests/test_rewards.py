@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from tiny_runs import tokenizer
 
-from dpo_jax import pretrained, rewards, sharding
+from configs import imdb_small
+from dpo_jax import pretrained, rewards, sharding, train
 from dpo_jax.evaluation import ngram
 from dpo_jax.models import hf
 
@@ -131,3 +132,14 @@ def test_a_completion_for_each_prompt(mesh, tmp_path):
         json.dumps(dict(text="good" if label else "bad", label=label)) + "\n" for label in [0, 1] * 10))
     with pytest.raises(ValueError, match="zip"):
         rewards.make("ngram", str(tmp_path), 8, mesh)(["one", "two"], ["one"], None)
+
+
+def test_a_reward_that_cannot_be_read_is_refused_before_the_first_stage(tmp_path):
+    folder = tmp_path / "classifier"
+    folder.mkdir()
+    (folder / "pytorch_model.bin").touch()
+    config = imdb_small.get_config()
+    config.reward.update(kind="classifier", path=str(folder))
+    with pytest.raises(FileNotFoundError, match="pytorch_model.bin would run code(.|\n)*OWNER/NAME@refs/pr/N"):
+        train.run_stages(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run" / "sft").exists()
