@@ -13,13 +13,10 @@ from dpo_jax import fit, flops, metrics, pretrained, reference, runtime, shardin
 from dpo_jax.data import dataset
 from dpo_jax.data.batches import Batches, prefetch, training_order
 from dpo_jax.objectives import numbers
-from dpo_jax.peak import measured_flops_per_second
 from dpo_jax.step import init_state
-from experiments.benchmark import stages
+from experiments.benchmark import device, stages
 from experiments.benchmark.work import Work
-from experiments.benchmark.worker import Turns, peak_resident_bytes
-
-CPU = jax.default_backend() == "cpu"
+from experiments.benchmark.worker import Turns
 
 
 class Trainer:
@@ -29,7 +26,7 @@ class Trainer:
         self.work, config = work, run_config(folder, work)
         self.mesh = sharding.make_mesh(devices=jax.devices()[:1])
         self.model = pretrained.open_model(config.model.path, dtype=work.dtype)
-        if CPU:  # whose compiler gains by it
+        if device.CPU:  # whose compiler gains by it
             self.model.config = dataclasses.replace(self.model.config, unroll=self.model.config.layers)
         data = dataset.load(config.data, self.model.tokenizer, "pairs").train
         order = training_order(len(data), work.pairs, len(data) // work.pairs, None)
@@ -102,10 +99,6 @@ def run_config(folder: pathlib.Path, work: Work):
     return config
 
 
-def peak_bytes() -> int:
-    return peak_resident_bytes() if CPU else jax.devices()[0].memory_stats()["peak_bytes_in_use"]
-
-
 def profile(trainer: Trainer, folder: str, count: int) -> dict:
     """The next steps under jax's profiler, whose trace goes to the folder."""
     with jax.profiler.trace(folder):
@@ -119,8 +112,8 @@ def main():
     turns = Turns(
         about=lambda: dict(version=f"dpo_jax, jax {jax.__version__}", device=jax.devices()[0].device_kind,
                            shapes=len(trainer.batches.shapes), padding=trainer.batches.padding()),
-        ceiling=lambda: dict(flops_per_second=measured_flops_per_second.__wrapped__(work.dtype, 2048 if CPU else 8192)),
-        peak=lambda: dict(bytes=peak_bytes()),
+        ceiling=lambda: dict(flops_per_second=device.ceiling(work.dtype)),
+        peak=lambda: dict(bytes=device.peak_bytes()),
         stages=lambda: stages.measure(trainer),
         profile=lambda folder, count: profile(trainer, folder, count))
     trainer = Trainer(folder, work)

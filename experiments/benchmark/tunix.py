@@ -18,11 +18,10 @@ from tunix.models.llama3 import model as llama
 from tunix.models.llama3 import params as llama_params
 from tunix.sft.dpo.dpo_trainer import DPOTrainer, DPOTrainingConfig, TrainingInput
 
-from dpo_jax.peak import measured_flops_per_second
+from experiments.benchmark import device
 from experiments.benchmark.work import Work, read_rows
-from experiments.benchmark.worker import Turns, peak_resident_bytes
+from experiments.benchmark.worker import Turns
 
-CPU = jax.default_backend() == "cpu"
 END_ID = 0
 
 
@@ -87,8 +86,8 @@ def main():
     turns = Turns(
         about=lambda: dict(version=f"Tunix {importlib.metadata.version('google-tunix')}, jax {jax.__version__}",
                            device=jax.devices()[0].device_kind),
-        ceiling=lambda: dict(flops_per_second=measured_flops_per_second.__wrapped__(work.dtype, 2048 if CPU else 8192)),
-        peak=lambda: dict(bytes=peak_resident_bytes() if CPU else jax.devices()[0].memory_stats()["peak_bytes_in_use"]))
+        ceiling=lambda: dict(flops_per_second=device.ceiling(work.dtype)),
+        peak=lambda: dict(bytes=device.peak_bytes()))
     trainer, given = make_trainer(folder, work), batches(folder, work)
     trainer.train(held(trainer, [*given, given[-1]], turns))  # the last is asked for, to answer, and not trained on
 
