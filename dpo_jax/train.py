@@ -319,7 +319,8 @@ def run_stages(config: ConfigDict, workdir: str) -> None:
     configs.validate(config)
     runtime.check_shared(workdir)
     run = Run(config, pathlib.Path(workdir), sharding.make_mesh(**config.mesh))
-    if set(config.stages) & set(configs.SAMPLING_STAGES):
+    ahead = {stage for stage in config.stages if not (run.folder(stage) / "done.json").exists()}
+    if ahead & set(configs.SAMPLING_STAGES):
         rewards.check(config.reward.kind, config.reward.path)
     for stage in config.stages:
         folder = run.folder(stage)
