@@ -1,13 +1,16 @@
-"""Single-turn dialogue (paper section 6.2): Pythia-2.8B on Anthropic-HH, SFT on chosen, then DPO with beta 0.1.
+"""Single-turn dialogue (paper section 6.2): Pythia-2.8B on Anthropic-HH, SFT on chosen, then DPO
+with beta 0.1.
 
-    python -m dpo_jax.train --config=configs/hh.py --config.mesh.fsdp=-1 --config.mesh.data=1 --workdir=runs/hh
-    python -m experiments.hh_winrate --config=configs/hh.py --workdir=runs/hh --dry_run
+    python -m dpo_jax.train --config=configs/hh.py --config.mesh.fsdp=-1 --config.mesh.data=1
+    --workdir=runs/hh python -m experiments.hh_winrate --config=configs/hh.py --workdir=runs/hh
+    --dry_run
 
-After the colon a method: dpo (the default) or best_of_n (by a reward model); in one WORKDIR they share sft, the paper's
-Preferred-FT. The second command judges them, and DPO at each of its checkpoints, of which there is one every 300 steps:
-22 GB each; --config.dpo.keep=1 leaves but the last. Hardware: the reference code takes 1.5 h for SFT and 2.75 h for DPO
-on four A100-80G; weights, gradients, optimiser state and reference are 45 GB over all devices. Comes out:
-WORKDIR/sft/hf and WORKDIR/dpo/hf.
+After the colon a method: dpo (the default) or best_of_n (by a reward model); in one WORKDIR they
+share sft, the paper's Preferred-FT. The second command judges them, and DPO at each of its
+checkpoints, of which there is one every 300 steps: 22 GB each; --config.dpo.keep=1 leaves but the
+last. Hardware: the reference code takes 1.5 h for SFT and 2.75 h for DPO on four A100-80G; weights,
+gradients, optimiser state and reference are 45 GB over all devices. Comes out: WORKDIR/sft/hf and
+WORKDIR/dpo/hf.
 """
 
 from dpo_jax.config import default

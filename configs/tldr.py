@@ -1,18 +1,22 @@
-"""Summarisation (paper section 6.2): a model supervised on Reddit's TL;DR, then DPO on people's comparisons, beta 0.5.
+"""Summarisation (paper section 6.2): a model supervised on Reddit's TL;DR, then DPO on people's
+comparisons, beta 0.5.
 
-    python -m dpo_jax.train --config=configs/tldr.py --config.mesh.fsdp=-1 --config.mesh.data=1 --workdir=runs/tldr
-    python -m dpo_jax.train --config=configs/tldr.py:pythia1b,ppo --workdir=runs/tldr1b
-    python -m experiments.tldr_winrate --config=configs/tldr.py:pythia1b --workdir=runs/tldr1b --dry_run
+    python -m dpo_jax.train --config=configs/tldr.py --config.mesh.fsdp=-1 --config.mesh.data=1
+    --workdir=runs/tldr python -m dpo_jax.train --config=configs/tldr.py:pythia1b,ppo
+    --workdir=runs/tldr1b python -m experiments.tldr_winrate --config=configs/tldr.py:pythia1b
+    --workdir=runs/tldr1b --dry_run
 
-After the colon a size, a method, or both with a comma. Sizes: gptj (the default, the paper's: GPT-J-6B, supervised by
-CarperAI), pythia1b, pythia2.8b (the stage sft comes first), and tiny, which trains on rows that tests/tiny_tldr.py
-makes. Methods: dpo (the default), preferred_ft, ppo (on a reward model) or best_of_n; in one WORKDIR they share the
-stages sft and rm. The third command judges them all.
+After the colon a size, a method, or both with a comma. Sizes: gptj (the default, the paper's:
+GPT-J-6B, supervised by CarperAI), pythia1b, pythia2.8b (the stage sft comes first), and tiny, which
+trains on rows that tests/tiny_tldr.py makes. Methods: dpo (the default), preferred_ft, ppo (on a
+reward model) or best_of_n; in one WORKDIR they share the stages sft and rm. The third command
+judges them all.
 
-Hardware: weights, gradients, optimiser state and reference of DPO are 97 GB over all devices for gptj, 16 GB for
-pythia1b, 45 GB for pythia2.8b; bfloat16 compute. Time: not measured. Comes out: WORKDIR/dpo/hf. Prompts are up to 512
-tokens and keep their end, "TL;DR:". A hub model that has no safetensors is refused with the lines that convert it; then
-pass the converted folder as --config.model.path.
+Hardware: weights, gradients, optimiser state and reference of DPO are 97 GB over all devices for
+gptj, 16 GB for pythia1b, 45 GB for pythia2.8b; bfloat16 compute. Time: not measured. Comes out:
+WORKDIR/dpo/hf. Prompts are up to 512 tokens and keep their end, "TL;DR:". A hub model that has no
+safetensors is refused with the lines that convert it; then pass the converted folder as
+--config.model.path.
 """
 
 from dpo_jax.config import default
@@ -25,12 +29,25 @@ STAGES = {  # method -> what runs after sft
 }
 LARGE = dict(dtype="bfloat16", remat="full")
 MODELS = {  # size -> config.model
-    "gptj": dict(path="CarperAI/openai_summarize_tldr_sft", tokenizer="EleutherAI/gpt-j-6b", **LARGE),
+    "gptj": dict(
+        path="CarperAI/openai_summarize_tldr_sft", tokenizer="EleutherAI/gpt-j-6b", **LARGE
+    ),
     "pythia1b": dict(path="EleutherAI/pythia-1b-deduped", **LARGE),
     "pythia2.8b": dict(path="EleutherAI/pythia-2.8b-deduped", **LARGE),
-    "tiny": dict(tokenizer="runs/tldr_tiny/tokenizer", scratch=dict(
-        model_type="gpt_neox", vocab_size=384, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-        intermediate_size=64, max_position_embeddings=256, bos_token_id=0, eos_token_id=0)),
+    "tiny": dict(
+        tokenizer="runs/tldr_tiny/tokenizer",
+        scratch=dict(
+            model_type="gpt_neox",
+            vocab_size=384,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=64,
+            max_position_embeddings=256,
+            bos_token_id=0,
+            eos_token_id=0,
+        ),
+    ),
 }
 
 
@@ -39,15 +56,23 @@ def get_config(choice=""):
     size = next((word for word in words if word in MODELS), "gptj")
     method = next((word for word in words if word in STAGES), "dpo")
     if set(words) - {size, method}:
-        raise ValueError(f"configs/tldr.py:{choice}: expected a size ({', '.join(MODELS)}), a method "
-                         f"({', '.join(STAGES)}), or both with a comma.")
+        raise ValueError(
+            f"configs/tldr.py:{choice}: expected a size ({', '.join(MODELS)}), a method "
+            f"({', '.join(STAGES)}), or both with a comma."
+        )
     supervised = size == "gptj"  # before it came to the hub
     stages = (*(() if supervised else ("sft",)), *STAGES[method])
     config = default(stages)
     config.model.update(MODELS[size])
-    config.data.update(source="tldr", path="CarperAI/openai_summarize_comparisons",
-                       sft_path="CarperAI/openai_summarize_tldr", max_length=640, max_prompt_length=512)
-    # The paper has settings for DPO alone: the others' are those of Huang et al. 2024 (one learning rate for all).
+    config.data.update(
+        source="tldr",
+        path="CarperAI/openai_summarize_comparisons",
+        sft_path="CarperAI/openai_summarize_tldr",
+        max_length=640,
+        max_prompt_length=512,
+    )
+    # The paper has settings for DPO alone: the others' are those of Huang et al. 2024 (one learning
+    # rate for all).
     other = dict(optimizer="adamw", lr=3e-6, schedule="cosine", warmup_steps=0)
     settings = {
         "sft": other | dict(loss="token_mean", batch_size=128, microbatch_size=32),
@@ -68,8 +93,13 @@ def get_config(choice=""):
 
 def _shrink(config):
     """To what the tests' rows and two CPU cores carry."""
-    config.data.update(path="runs/tldr_tiny/comparisons", sft_path="runs/tldr_tiny/posts", max_length=128,
-                       max_prompt_length=96, max_eval_rows=8)
+    config.data.update(
+        path="runs/tldr_tiny/comparisons",
+        sft_path="runs/tldr_tiny/posts",
+        max_length=128,
+        max_prompt_length=96,
+        max_eval_rows=8,
+    )
     trained = dict(batch_size=8, microbatch_size=0, steps=8, lr=1e-3, eval_every=4, save_every=4)
     changed = {"ppo": trained | dict(batch_size=16, minibatch_size=8, steps=2)}
     if "rm" in config.stages:

@@ -1,12 +1,13 @@
-"""The toy of the tests and of the first two minutes: sft -> pairs -> dpo -> evaluate, on data that it makes.
+"""The toy of the tests and of the first two minutes: sft -> pairs -> dpo -> evaluate, on data that
+it makes.
 
     python -m dpo_jax.train --config=configs/toy.py --workdir=runs/toy
     python -m dpo_jax.train --config=configs/toy.py:ppo --workdir=runs/toy
 
-After the colon a method: dpo (the default), preferred_ft, unlikelihood, ppo (on a reward model), ppo_gt (on the true
-reward) or best_of_n; in one WORKDIR they share the stages before. Hardware: 2 CPU cores, 67 s. Comes out:
-WORKDIR/evaluate/toy.json and toy.png, the policy's exact reward and KL beside the best that any policy can have; DPO
-within 0.03 and 0.02 of its optimum.
+After the colon a method: dpo (the default), preferred_ft, unlikelihood, ppo (on a reward model),
+ppo_gt (on the true reward) or best_of_n; in one WORKDIR they share the stages before. Hardware: 2
+CPU cores, 67 s. Comes out: WORKDIR/evaluate/toy.json and toy.png, the policy's exact reward and KL
+beside the best that any policy can have; DPO within 0.03 and 0.02 of its optimum.
 """
 
 from dpo_jax.config import default
@@ -23,24 +24,59 @@ STAGES = {  # method -> what runs after sft
 
 def get_config(method="dpo"):
     config = default(("sft", *STAGES[method]))
-    config.model.scratch = dict(model_type="gpt2", vocab_size=8, n_positions=6, n_embd=32, n_layer=1, n_head=1,
-                                n_inner=64, tie_word_embeddings=False, bos_token_id=None, eos_token_id=None)
+    config.model.scratch = dict(
+        model_type="gpt2",
+        vocab_size=8,
+        n_positions=6,
+        n_embd=32,
+        n_layer=1,
+        n_head=1,
+        n_inner=64,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
     config.data.update(source="toy", append_eos=False, max_length=6, max_prompt_length=1)
-    config.sft.update(batch_size=256, steps=200, optimizer="adamw", lr=3e-3, warmup_steps=0, eval_every=100,
-                      save_every=200)
+    config.sft.update(
+        batch_size=256,
+        steps=200,
+        optimizer="adamw",
+        lr=3e-3,
+        warmup_steps=0,
+        eval_every=100,
+        save_every=200,
+    )
     config.reward.update(kind="toy", path="")
     config.sampling.update(max_new_tokens=5, batch_size=4096)
-    trained = dict(batch_size=256, steps=240, lr=2e-3, schedule="linear", warmup_steps=20, eval_every=40,
-                   save_every=80)
+    trained = dict(
+        batch_size=256,
+        steps=240,
+        lr=2e-3,
+        schedule="linear",
+        warmup_steps=20,
+        eval_every=40,
+        save_every=80,
+    )
     settings = {
-        # 61,800 pairs, as many as DPO trains on: with the paper's 24,000, label noise shows in the result.
+        # 61,800 pairs, as many as DPO trains on: with the paper's 24,000, label noise shows in the
+        # result.
         "pairs": dict(prompts=10_300, labels="bradley_terry"),
         "preferred_ft": trained,
         "unlikelihood": trained,
         "rm": trained | dict(epochs=0.0, keep_best=""),
         "dpo": trained | dict(beta=2.0),
-        "ppo": dict(reward="rm" if method == "ppo" else "true", target_kl=3.0, kl_horizon=2000, batch_size=512,
-                    minibatch_size=128, steps=40, lr=1e-3, schedule="linear", eval_every=10, save_every=20),
+        "ppo": dict(
+            reward="rm" if method == "ppo" else "true",
+            target_kl=3.0,
+            kl_horizon=2000,
+            batch_size=512,
+            minibatch_size=128,
+            steps=40,
+            lr=1e-3,
+            schedule="linear",
+            eval_every=10,
+            save_every=20,
+        ),
     }
     for stage in STAGES[method]:
         config[stage].update(settings.get(stage, {}))

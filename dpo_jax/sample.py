@@ -1,10 +1,11 @@
 """Samples: python -m dpo_jax.sample --model=DIR_OR_HUB_NAME --prompts=FILE.jsonl --out=FILE.jsonl
 
-Adds to each row (its `prompt` is text or chat messages) the `completion`, as text without EOS, its `logp` (summed,
-nats, under the model itself) and `tokens` (how many, EOS included); with --n above 1 `completions`, and a list of each.
+Adds to each row (its `prompt` is text or chat messages) the `completion`, as text without EOS, its
+`logp` (summed, nats, under the model itself) and `tokens` (how many, EOS included); with --n above
+1 `completions`, and a list of each.
 
-Rows are written as they are made, and the same command goes on where a killed one stopped, to the same file. What it
-was made with is kept beside it, in OUT.settings.json.
+Rows are written as they are made, and the same command goes on where a killed one stopped, to the
+same file. What it was made with is kept beside it, in OUT.settings.json.
 """
 
 import dataclasses
@@ -16,36 +17,72 @@ import pathlib
 import numpy as np
 
 from dpo_jax import config as configs
-from dpo_jax import pretrained, runtime, sampler, sharding, stages
-from dpo_jax.data import dataset, records
+from dpo_jax.console import Progress, say
+from dpo_jax.data import dataset, readers
 from dpo_jax.data.sources import Row
 from dpo_jax.data.tokenizer import encode_prompts
-from dpo_jax.metrics import Progress, say
-from dpo_jax.prompts import Prompts, completion_texts
+from dpo_jax.models import loading
+from dpo_jax.parallel import processes, sharding
+from dpo_jax.sampling import sampler
+from dpo_jax.sampling.prompts import Prompts, completion_texts
+from dpo_jax.workdir import append_lines, differences, read_lines, write_json, write_lines
 
 
-def sample_file(model_path: str, prompts_path: str, out: str, mesh, sampling: sampler.Sampling, *, n: int, seed: int,
-                batch_size: int, dtype: str, limits: dict) -> None:
-    """Samples n completions for each row of a file that is not in `out` yet; limits: as in config.data."""
+def sample_file(
+    model_path: str,
+    prompts_path: str,
+    out: str,
+    mesh,
+    sampling: sampler.Sampling,
+    *,
+    n: int,
+    seed: int,
+    batch_size: int,
+    dtype: str,
+    limits: dict,
+) -> None:
+    """Samples n completions for each row of a file that is not in `out` yet; limits: as in
+    config.data.
+    """
     rows, path = _read(prompts_path), pathlib.Path(out)
     digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-    made_with = dict(model=model_path, prompts=f"{len(rows)} rows, sha256 {digest[:16]}", n=n, seed=seed,
-                     batch_size=batch_size, dtype=dtype, **dataclasses.asdict(sampling), **limits)
-    chunk = max(1, batch_size // n)  # a batch: by whole ones, so that going on makes the batches that were to come
-    start = runtime.from_first(functools.partial(_begin, path, made_with, len(rows), chunk))
-    runtime.check_shared(path.parent)
+    made_with = dict(
+        model=model_path,
+        prompts=f"{len(rows)} rows, sha256 {digest[:16]}",
+        n=n,
+        seed=seed,
+        batch_size=batch_size,
+        dtype=dtype,
+        **dataclasses.asdict(sampling),
+        **limits,
+    )
+    chunk = max(
+        1, batch_size // n
+    )  # a batch: by whole ones, so that going on makes the batches that were to come
+    start = processes.from_first(functools.partial(_begin, path, made_with, len(rows), chunk))
+    processes.check_shared(path.parent)
     if start < len(rows):
-        model = pretrained.open_model(model_path, dtype=dtype)
+        model = loading.open_model(model_path, dtype=dtype)
         prompts = _encode(rows, model, sampling, limits)
         sampler.check(model.config, prompts.ids, sampling, n=n, batch_size=batch_size)
         params = model.load(mesh)
         progress = Progress("sample", start, len(rows), unit="prompt")
         for first in range(start, len(rows), chunk):
             part = prompts.take(range(first, min(first + chunk, len(rows))))
-            drawn = sampler.sample(model.config, mesh, params, part.ids, sampling, seed=seed, n=n, first=first,
-                                   eos_id=model.tokenizer.eos_token_id, batch_size=batch_size)
+            drawn = sampler.sample(
+                model.config,
+                mesh,
+                params,
+                part.ids,
+                sampling,
+                seed=seed,
+                n=n,
+                first=first,
+                eos_id=model.tokenizer.eos_token_id,
+                batch_size=batch_size,
+            )
             found = _columns(part, drawn, model.tokenizer)
-            stages.append_lines(path, [row | new for row, new in zip(rows[first:], found, strict=False)])
+            append_lines(path, [row | new for row, new in zip(rows[first:], found, strict=False)])
             progress.update(first + len(part), {})
         progress.close()
     say(f"finished: {out} holds {len(rows)} prompts with {n} sampled for each")
@@ -54,13 +91,17 @@ def sample_file(model_path: str, prompts_path: str, out: str, mesh, sampling: sa
 def _read(path: str) -> list[dict]:
     """The rows of a file; ValueError naming the first line that has no prompt."""
     rows = []
-    for number, row in records.read_jsonl(path):
+    for number, row in readers.read_jsonl(path):
         if not isinstance(row.get("prompt"), str | list):
-            raise ValueError(f"{path} line {number}: expected a field 'prompt', text or chat messages; found fields "
-                             f"{', '.join(row) or 'none'}.")
+            raise ValueError(
+                f"{path} line {number}: expected a field 'prompt', text or chat messages; found fields "
+                f"{', '.join(row) or 'none'}."
+            )
         rows.append(row)
     if not rows:
-        raise ValueError(f"{path} has no rows; expected lines such as {{\"prompt\": \"Name a colour.\"}}.")
+        raise ValueError(
+            f'{path} has no rows; expected lines such as {{"prompt": "Name a colour."}}.'
+        )
     return rows
 
 
@@ -70,25 +111,32 @@ def _begin(path: pathlib.Path, made_with: dict, total: int, chunk: int) -> int:
         raise FileNotFoundError(f"--out={path}: there is no folder {path.parent}; make it first.")
     beside = path.with_name(path.name + ".settings.json")
     if not path.exists():
-        stages.write_json(beside, made_with)
+        write_json(beside, made_with)
         return 0
     if not beside.exists():
-        raise FileExistsError(f"--out={path} exists, but no {beside.name} beside it that says what it was made with: "
-                              "give another name, or remove it.")
+        raise FileExistsError(
+            f"--out={path} exists, but no {beside.name} beside it that says what it was made with: "
+            "give another name, or remove it."
+        )
     found = json.loads(beside.read_text())
     if found != made_with:
-        raise ValueError(f"--out={path} was made with other settings:\n" + stages.differences(found, made_with) +
-                         "\nTake the old values, or give another name, or remove the file.")
-    rows = stages.read_lines(path)
+        raise ValueError(
+            f"--out={path} was made with other settings:\n"
+            + differences(found, made_with)
+            + "\nTake the old values, or give another name, or remove the file."
+        )
+    rows = read_lines(path)
     if len(rows) == total:
         return total
     start = len(rows) // chunk * chunk
-    stages.write_lines(path, rows[:start])
+    write_lines(path, rows[:start])
     say(f"going on after {start} of {total} prompts")
     return start
 
 
-def _encode(rows: list[dict], model: pretrained.Pretrained, sampling: sampler.Sampling, limits: dict) -> Prompts:
+def _encode(
+    rows: list[dict], model: loading.Pretrained, sampling: sampler.Sampling, limits: dict
+) -> Prompts:
     """The prompts as tokens, each cut to limits["max_prompt_length"], and as text."""
     texts = [row["prompt"] for row in rows]
     data = configs.default(()).data
@@ -99,11 +147,15 @@ def _encode(rows: list[dict], model: pretrained.Pretrained, sampling: sampler.Sa
     longest = max(map(len, ids))
     if longest == data.max_prompt_length:
         full = sum(len(prompt) == longest for prompt in ids)
-        say(f"{full} of {len(ids)} prompts fill --max_prompt_length={longest}: those that were longer are cut, by "
-            f"{truncate}")
+        say(
+            f"{full} of {len(ids)} prompts fill --max_prompt_length={longest}: those that were longer are cut, by "
+            f"{truncate}"
+        )
     if longest + sampling.max_new_tokens > model.config.max_positions:
-        say(f"warning: up to {longest} + {sampling.max_new_tokens} tokens, but the model was made for "
-            f"{model.config.max_positions}")
+        say(
+            f"warning: up to {longest} + {sampling.max_new_tokens} tokens, but the model was made for "
+            f"{model.config.max_positions}"
+        )
     return Prompts(ids, model.tokenizer.batch_decode(ids, skip_special_tokens=True))
 
 
@@ -116,38 +168,72 @@ def _columns(prompts: Prompts, drawn: list[list[sampler.Completion]], tokenizer)
     logps = [float(completion.logps.sum(dtype=np.float64)) for completion in flat]
     counts = [len(completion.tokens) for completion in flat]
     if n == 1:
-        return [dict(completion=text, logp=logp, tokens=count)
-                for text, logp, count in zip(texts, logps, counts, strict=True)]
-    return [dict(completions=texts[start:start + n], logp=logps[start:start + n], tokens=counts[start:start + n])
-            for start in range(0, len(flat), n)]
+        return [
+            dict(completion=text, logp=logp, tokens=count)
+            for text, logp, count in zip(texts, logps, counts, strict=True)
+        ]
+    return [
+        dict(
+            completions=texts[start : start + n],
+            logp=logps[start : start + n],
+            tokens=counts[start : start + n],
+        )
+        for start in range(0, len(flat), n)
+    ]
 
 
 def main():
     from absl import flags
+
     defaults = configs.default(()).data
     model = flags.DEFINE_string("model", None, "Folder in Hugging Face format, or hub name.")
-    prompts = flags.DEFINE_string("prompts", None, "Rows with a field prompt: text or chat messages.")
+    prompts = flags.DEFINE_string(
+        "prompts", None, "Rows with a field prompt: text or chat messages."
+    )
     out = flags.DEFINE_string("out", None, "Where the rows go; an unfinished file is completed.")
     settings = dict(
-        max_new_tokens=flags.DEFINE_integer("max_new_tokens", 128, "Longest completion.", lower_bound=1),
+        max_new_tokens=flags.DEFINE_integer(
+            "max_new_tokens", 128, "Longest completion.", lower_bound=1
+        ),
         temperature=flags.DEFINE_float("temperature", 1.0, "0: always the likeliest token."),
         top_k=flags.DEFINE_integer("top_k", 0, "Draw among the k likeliest tokens; 0: all."),
-        top_p=flags.DEFINE_float("top_p", 1.0, "Draw among the likeliest tokens that make up this share."))
+        top_p=flags.DEFINE_float(
+            "top_p", 1.0, "Draw among the likeliest tokens that make up this share."
+        ),
+    )
     n = flags.DEFINE_integer("n", 1, "Completions per prompt.", lower_bound=1)
     seed = flags.DEFINE_integer("seed", 0, "Of the draws.")
-    batch_size = flags.DEFINE_integer("batch_size", 64, "Completions at a time, over all devices.", lower_bound=1)
+    batch_size = flags.DEFINE_integer(
+        "batch_size", 64, "Completions at a time, over all devices.", lower_bound=1
+    )
     dtype = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute dtype.")
     limits = dict(
         max_prompt_length=flags.DEFINE_integer(
-            "max_prompt_length", defaults.max_prompt_length, "A prompt is cut to this, tokens."),
+            "max_prompt_length", defaults.max_prompt_length, "A prompt is cut to this, tokens."
+        ),
         truncate=flags.DEFINE_enum(
-            "truncate", "keep_end", configs.TRUNCATIONS, "What of a longer one stays, as config.data.truncate."))
+            "truncate",
+            "keep_end",
+            configs.TRUNCATIONS,
+            "What of a longer one stays, as config.data.truncate.",
+        ),
+    )
     flags.mark_flags_as_required(["model", "prompts", "out"])
     mesh = sharding.define_flags()
-    runtime.run(lambda _: sample_file(
-        model.value, prompts.value, out.value, mesh(),
-        sampler.Sampling(**{name: flag.value for name, flag in settings.items()}), n=n.value, seed=seed.value,
-        batch_size=batch_size.value, dtype=dtype.value, limits={name: flag.value for name, flag in limits.items()}))
+    processes.run(
+        lambda _: sample_file(
+            model.value,
+            prompts.value,
+            out.value,
+            mesh(),
+            sampler.Sampling(**{name: flag.value for name, flag in settings.items()}),
+            n=n.value,
+            seed=seed.value,
+            batch_size=batch_size.value,
+            dtype=dtype.value,
+            limits={name: flag.value for name, flag in limits.items()},
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Command lines of experiments that make several runs of one config file.
 
-    --config=FILE or FILE:SIZE, --config.FIELD=VALUE for every run that has the field
+--config=FILE or FILE:SIZE, --config.FIELD=VALUE for every run that has the field
 """
 
 import ast
@@ -18,7 +18,8 @@ def load_module(path: str):
 
 
 def config_maker(path: str, arguments: list[str]) -> Callable:
-    """method -> its config, of FILE or FILE:SIZE, with the arguments, --config.FIELD=VALUE, that it has a field for.
+    """method -> its config, of FILE or FILE:SIZE, with the arguments, --config.FIELD=VALUE, that it
+    has a field for.
 
     Raises ValueError for an argument that is something else, or that no method has a field for.
     """
@@ -26,12 +27,17 @@ def config_maker(path: str, arguments: list[str]) -> Callable:
     module, overrides = load_module(file), dict(map(_override, arguments))
 
     if named := set(size.split(",")) & set(module.STAGES):
-        raise ValueError(f"--config={path}: the experiment itself chooses methods: leave out {', '.join(named)}.")
+        raise ValueError(
+            f"--config={path}: the experiment itself chooses methods: leave out {', '.join(named)}."
+        )
 
     def make(method: str):
         config = module.get_config(",".join(filter(None, (size, method))))
-        config.update_from_flattened_dict({name: value for name, value in overrides.items() if _has(config, name)})
+        config.update_from_flattened_dict(
+            {name: value for name, value in overrides.items() if _has(config, name)}
+        )
         return config
+
     for name in overrides:
         if not any(_has(make(method), name) for method in module.STAGES):
             raise ValueError(f"--config.{name}: no run of {path} has such a field.")

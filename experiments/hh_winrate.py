@@ -1,8 +1,10 @@
-"""The paper's figure 3: python -m experiments.hh_winrate --config=FILE --workdir=DIR --judge_model=MODEL
+"""The paper's figure 3: python -m experiments.hh_winrate --config=FILE --workdir=DIR
+--judge_model=MODEL
 
-Answers to the same test dialogues of one turn by DPO, Preferred-FT, the base model behind two examples and the best of
-N, against the response that people chose, by temperature; and DPO's at each checkpoint that its training kept
-(config.dpo.save_every, config.dpo.keep), at temperature 1. Flags: as of experiments/tldr_winrate.py.
+Answers to the same test dialogues of one turn by DPO, Preferred-FT, the base model behind two
+examples and the best of N, against the response that people chose, by temperature; and DPO's at
+each checkpoint that its training kept (config.dpo.save_every, config.dpo.keep), at temperature 1.
+Flags: as of experiments/tldr_winrate.py.
 """
 
 from dpo_jax.data import sources
@@ -11,15 +13,26 @@ from experiments import winrate
 from experiments.winrate import Options, Point, Task
 
 HUMAN = "\n\nHuman:"
-METHODS = ("dpo", "preferred_ft", "base", "best_of_n", "training")  # training: DPO at its checkpoints
+METHODS = (
+    "dpo",
+    "preferred_ft",
+    "base",
+    "best_of_n",
+    "training",
+)  # training: DPO at its checkpoints
 TEMPERATURES = (0.25, 0.7, 1.0)
-SHOTS, LONGEST_SHOT = 2, 400  # examples before the base model's prompts, and their length in characters
+SHOTS, LONGEST_SHOT = (
+    2,
+    400,
+)  # examples before the base model's prompts, and their length in characters
 
 
 def run(make_config, workdir: str, options: Options) -> list[dict]:
     """The whole experiment; a row for each win rate."""
     trains = ("dpo",) if {"dpo", "training"} & set(options.methods) else ()
-    return winrate.run("hh", make_config, workdir, options, trains=trains, make_task=task, make_points=points)
+    return winrate.run(
+        "hh", make_config, workdir, options, trains=trains, make_task=task, make_points=points
+    )
 
 
 def task(runs: dict, options: Options) -> Task:
@@ -33,13 +46,20 @@ def points(runs: dict, options: Options) -> list[Point]:
     """Every method at every temperature; then DPO over its training, from its start."""
     dpo = runs["dpo"]
     supervised = winrate.start(dpo, "dpo", "preferred_ft")
-    policies = {"dpo": winrate.trained(dpo, "dpo"), "preferred_ft": supervised, "best_of_n": supervised,
-                "base": winrate.start(dpo, "sft", "base", lambda: shots(_all_rows(dpo)))}
+    policies = {
+        "dpo": winrate.trained(dpo, "dpo"),
+        "preferred_ft": supervised,
+        "best_of_n": supervised,
+        "base": winrate.start(dpo, "sft", "base", lambda: shots(_all_rows(dpo))),
+    }
     found = []
     for method in options.methods:
         if method == "training":
             at_steps = {0: supervised} | winrate.at_checkpoints(dpo, "dpo")
-            found += [Point("dpo", policy, temperature=1.0, step=step) for step, policy in at_steps.items()]
+            found += [
+                Point("dpo", policy, temperature=1.0, step=step)
+                for step, policy in at_steps.items()
+            ]
             continue
         for temperature in options.temperatures:
             if method == "best_of_n":
@@ -56,13 +76,20 @@ def answer(completion: str) -> str:
 
 def shots(data) -> str:
     """Short dialogues of one turn from the training rows."""
-    short = {row.prompt: row for row in sources.read(data, "sft", Ledger())["train"]
-             if _one_turn(row) and len(row.prompt + row.responses[0]) <= LONGEST_SHOT}
+    short = {
+        row.prompt: row
+        for row in sources.read(data, "sft", Ledger())["train"]
+        if _one_turn(row) and len(row.prompt + row.responses[0]) <= LONGEST_SHOT
+    }
     if len(short) < SHOTS:
-        raise ValueError(f"the base model is shown {SHOTS} training dialogues of one turn and up to {LONGEST_SHOT} "
-                         f"characters, and the data has {len(short)}: read more rows (config.data.max_rows), or take "
-                         "--method for the methods without base.")
-    return "".join(row.prompt + row.responses[0] for row in winrate.held_out(list(short.values()), SHOTS))
+        raise ValueError(
+            f"the base model is shown {SHOTS} training dialogues of one turn and up to {LONGEST_SHOT} "
+            f"characters, and the data has {len(short)}: read more rows (config.data.max_rows), or take "
+            "--method for the methods without base."
+        )
+    return "".join(
+        row.prompt + row.responses[0] for row in winrate.held_out(list(short.values()), SHOTS)
+    )
 
 
 def _all_rows(run):

@@ -1,8 +1,9 @@
 """The plans of experiments/results/pods.md: python -m experiments.pods [--only=NAME ...]
 
-Each run is planned by the TPU compiler as `dpo_jax.plan` does, and beside it what a plain implementation would take:
-two padded rows a pair, the logits of every token, a live reference; one of them also on 16 to 512 chips. One row of
-pods.jsonl each; those that are there, by the same command, are not planned again.
+Each run is planned by the TPU compiler as `dpo_jax.plan` does, and beside it what a plain
+implementation would take: two padded rows a pair, the logits of every token, a live reference; one
+of them also on 16 to 512 chips. One row of pods.jsonl each; those that are there, by the same
+command, are not planned again.
 """
 
 import dataclasses
@@ -17,9 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from dpo_jax import losses, plan, roofline, runtime, topologies
 from dpo_jax.models import transformer
-from dpo_jax.sharding import BATCH, constrain
+from dpo_jax.parallel import processes
+from dpo_jax.parallel.sharding import BATCH, constrain
+from dpo_jax.planning import planner, roofline, topologies
+from dpo_jax.training import losses
 
 OUT = pathlib.Path("experiments/results/pods.jsonl")
 BFLOAT16 = {"model.dtype": "bfloat16", "model.remat": "full"}
@@ -28,6 +31,7 @@ BFLOAT16 = {"model.dtype": "bfloat16", "model.remat": "full"}
 @dataclasses.dataclass(frozen=True)
 class Pod:
     """A run on a topology: a config of configs/, fields of it, and what is assumed."""
+
     config: str
     topology: str
     fields: dict
@@ -35,20 +39,37 @@ class Pod:
 
     def changed(self, plain: bool) -> dict:
         """What its config is not without this; ours keeps the reference's log-probs."""
-        return {"mesh.data": 1, "mesh.fsdp": -1} | BFLOAT16 | self.fields | {"dpo.cache_reference": not plain}
+        return (
+            {"mesh.data": 1, "mesh.fsdp": -1}
+            | BFLOAT16
+            | self.fields
+            | {"dpo.cache_reference": not plain}
+        )
 
     def command(self, plain: bool) -> str:
         """The plan of our step of its config; the plain step has no command but this module's."""
         own = [f"--config.{name}={value}" for name, value in self.changed(plain).items()]
         more = [f"--rows={self.rows}"] * bool(self.rows)
-        return " ".join(["python -m dpo_jax.plan", f"--config=configs/{self.config}.py",
-                         f"--topology={self.topology}", *own, *more])
+        return " ".join(
+            [
+                "python -m dpo_jax.plan",
+                f"--config=configs/{self.config}.py",
+                f"--topology={self.topology}",
+                *own,
+                *more,
+            ]
+        )
 
 
 def llama(size: str, topology: str, **fields) -> Pod:
     """DPO of Llama 3 on 60,000 pairs of up to 512 tokens."""
     named = {name.replace("__", "."): value for name, value in fields.items()}
-    return Pod("dpo", topology, {"model.path": f"llama-3-{size}", "data.path": "PAIRS"} | named, rows=60_000)
+    return Pod(
+        "dpo",
+        topology,
+        {"model.path": f"llama-3-{size}", "data.path": "PAIRS"} | named,
+        rows=60_000,
+    )
 
 
 PODS = {
@@ -66,7 +87,9 @@ GROWTH = {
 
 
 def padded_rows(model, _batch, *, pairs: int, microbatches: int, length: int):
-    """(objective, batch) of a plain DPO: each response a row with its prompt, padded to the longest; full logits."""
+    """(objective, batch) of a plain DPO: each response a row with its prompt, padded to the
+    longest; full logits.
+    """
     shape = (microbatches, 2 * pairs // microbatches, length)
 
     def log_probs(params, batch):
@@ -81,9 +104,19 @@ def padded_rows(model, _batch, *, pairs: int, microbatches: int, length: int):
     def objective(params, reference, hyper, batch):
         ratio_B = log_probs(params, batch) - jax.lax.stop_gradient(log_probs(reference, batch))
         ratio_P2 = ratio_B.reshape(-1, 2)
-        loss_P = losses.preference("sigmoid", ratio_P2[:, 0], ratio_P2[:, 1], jnp.ones(()), jnp.ones(()),
-                                   hyper["beta"], hyper["label_smoothing"])
-        return (loss_P.sum(), jnp.float32(len(loss_P))), {"loss": (loss_P.sum(), jnp.float32(len(loss_P)))}
+        loss_P = losses.preference(
+            "sigmoid",
+            ratio_P2[:, 0],
+            ratio_P2[:, 1],
+            jnp.ones(()),
+            jnp.ones(()),
+            hyper["beta"],
+            hyper["label_smoothing"],
+        )
+        return (loss_P.sum(), jnp.float32(len(loss_P))), {
+            "loss": (loss_P.sum(), jnp.float32(len(loss_P)))
+        }
+
     return objective, dict(tokens=np.zeros(shape, np.int32), scored=np.zeros(shape, np.float32))
 
 
@@ -96,9 +129,12 @@ def row(pod: Pod, plain: bool) -> dict:
     if plain:
         block = config.dpo
         instead = functools.partial(
-            padded_rows, pairs=block.batch_size, length=sum(plan.lengths_of(config, "dpo", plan.Assumed())),
-            microbatches=block.batch_size // (block.microbatch_size or block.batch_size))
-    report = plan.plan(config, topology, "dpo", plan.Assumed(rows=pod.rows), instead)
+            padded_rows,
+            pairs=block.batch_size,
+            length=sum(planner.lengths_of(config, "dpo", planner.Assumed())),
+            microbatches=block.batch_size // (block.microbatch_size or block.batch_size),
+        )
+    report = planner.plan(config, topology, "dpo", planner.Assumed(rows=pod.rows), instead)
     return report | dict(command=pod.command(plain), compile_seconds=time.monotonic() - started)
 
 
@@ -108,8 +144,10 @@ def markdown(rows: list[dict]) -> str:
 
 
 TAKES = "run, topology, mesh, GiB a chip, least s a step, without overlap, bottleneck, chip-hours"
-LIMITS = ("run, products s, memory s, interconnect s, all-gather GiB, reduce-scatter GiB, all-reduce GiB, "
-          "collective-permute GiB")
+LIMITS = (
+    "run, products s, memory s, interconnect s, all-gather GiB, reduce-scatter GiB, all-reduce GiB, "
+    "collective-permute GiB"
+)
 
 
 def _table(heads: str, rows: list[dict], cells) -> list[str]:
@@ -119,30 +157,50 @@ def _table(heads: str, rows: list[dict], cells) -> list[str]:
 
 def _takes(found: dict) -> list[str]:
     mesh = " x ".join(f"{axis} {size}" for axis, size in found["mesh"].items() if size > 1)
-    memory = f"{found['hbm_gib_per_chip']:.1f} of {found['capacity_gib']:.1f}" + ("" if found["fits"] else ": no")
+    memory = f"{found['hbm_gib_per_chip']:.1f} of {found['capacity_gib']:.1f}" + (
+        "" if found["fits"] else ": no"
+    )
     if not found["seconds"]:
         return [found["name"], found["topology"], mesh, memory, *["-"] * 4]
-    return [found["name"], found["topology"], mesh, memory, f"{found['step_seconds']:.3g}",
-            f"{found['step_seconds_without_overlap']:.3g}", roofline.PARTS[found["bottleneck"]],
-            f"{found['chip_hours']:.1f}"]
+    return [
+        found["name"],
+        found["topology"],
+        mesh,
+        memory,
+        f"{found['step_seconds']:.3g}",
+        f"{found['step_seconds_without_overlap']:.3g}",
+        roofline.PARTS[found["bottleneck"]],
+        f"{found['chip_hours']:.1f}",
+    ]
 
 
 def _limits(found: dict) -> list[str]:
     sent = found["collectives"] or {}
-    return [found["name"], *(f"{found['seconds'][part]:.3g}" if found["seconds"] else "-" for part in roofline.PARTS),
-            *(f"{sent.get(kind, dict(gib=0))['gib']:.1f}"
-              for kind in ("all-gather", "reduce-scatter", "all-reduce", "collective-permute"))]
+    return [
+        found["name"],
+        *(f"{found['seconds'][part]:.3g}" if found["seconds"] else "-" for part in roofline.PARTS),
+        *(
+            f"{sent.get(kind, dict(gib=0))['gib']:.1f}"
+            for kind in ("all-gather", "reduce-scatter", "all-reduce", "collective-permute")
+        ),
+    ]
 
 
 def main():
-    only = flags.DEFINE_multi_string("only", [], "Plan these names alone, as they stand in pods.jsonl.")
+    only = flags.DEFINE_multi_string(
+        "only", [], "Plan these names alone, as they stand in pods.jsonl."
+    )
     jax.config.update("jax_platforms", "cpu")
-    runtime.start()
+    processes.start()
 
     def run(_):
         rows = [json.loads(line) for line in OUT.read_text().splitlines()] if OUT.exists() else []
         done = {(row["name"], row["command"]) for row in rows}
-        wanted = {f"{name}, {kind}": (pod, kind == "plain") for kind in ("ours", "plain") for name, pod in PODS.items()}
+        wanted = {
+            f"{name}, {kind}": (pod, kind == "plain")
+            for kind in ("ours", "plain")
+            for name, pod in PODS.items()
+        }
         wanted |= {f"llama-3-8b on {chips}": (pod, False) for chips, pod in GROWTH.items()}
         for name, (pod, plain) in wanted.items():
             if (name, pod.command(plain)) in done or only.value and name not in only.value:
@@ -151,8 +209,9 @@ def main():
             report = dict(name=name) | row(pod, plain)
             rows = [*(old for old in rows if old["name"] != name), report]
             OUT.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            print(plan.table(report), flush=True)
+            print(report.table(report), flush=True)
         print(markdown([found for name in wanted for found in rows if found["name"] == name]))
+
     app.run(run)
 
 

@@ -1,21 +1,25 @@
-"""The paper's figure 2, right, and its table 1: python -m experiments.tldr_winrate --config=FILE --workdir=DIR \\
+"""The paper's figure 2, right, and its table 1: python -m experiments.tldr_winrate --config=FILE
+--workdir=DIR \\
     --judge_model=MODEL [--base=NAME_OR_FOLDER]
 
-Summaries of the same test posts by DPO, PPO, Preferred-FT, the supervised model, its base and the best of N, at several
-temperatures, against the ones that people wrote; --dataset=cnn_dailymail: DPO and PPO on news, which none was trained
-on. MODEL is behind OPENAI_BASE_URL and OPENAI_API_KEY; --judge=reward takes the run's reward model. What is not trained
-yet is trained; --config.FIELD=VALUE changes a field of every run that has it. --dry_run lists what would be done and
-the calls. Files: experiments/winrate.py.
+Summaries of the same test posts by DPO, PPO, Preferred-FT, the supervised model, its base and the
+best of N, at several temperatures, against the ones that people wrote; --dataset=cnn_dailymail: DPO
+and PPO on news, which none was trained on. MODEL is behind OPENAI_BASE_URL and OPENAI_API_KEY;
+--judge=reward takes the run's reward model. What is not trained yet is trained;
+--config.FIELD=VALUE changes a field of every run that has it. --dry_run lists what would be done
+and the calls. Files: experiments/winrate.py.
 """
 
 from dpo_jax.data import sources
 from dpo_jax.data.ledger import Ledger
 from dpo_jax.models import families, hf
-from dpo_jax.pretrained import open_model
+from dpo_jax.models.loading import open_model
 from experiments import winrate
 from experiments.winrate import Options, Point, Policy, Task
 
-BASES = {"CarperAI/openai_summarize_tldr_sft": "EleutherAI/gpt-j-6b"}  # a supervised model -> what it was made of
+BASES = {
+    "CarperAI/openai_summarize_tldr_sft": "EleutherAI/gpt-j-6b"
+}  # a supervised model -> what it was made of
 TRAINED = ("dpo", "ppo", "preferred_ft")
 METHODS = (*TRAINED, "sft", "base", "best_of_n")
 DATASETS = {  # name -> methods, temperatures and template where the command line names none
@@ -24,20 +28,34 @@ DATASETS = {  # name -> methods, temperatures and template where the command lin
 }
 
 
-def run(make_config, workdir: str, options: Options, dataset: str = "tldr", path: str = "",
-        base: str = "") -> list[dict]:
-    """The experiment on a data set, from `path` if that is not the config's posts; a row for each win rate.
+def run(
+    make_config,
+    workdir: str,
+    options: Options,
+    dataset: str = "tldr",
+    path: str = "",
+    base: str = "",
+) -> list[dict]:
+    """The experiment on a data set, from `path` if that is not the config's posts; a row for each
+    win rate.
 
-    base: a model by hub name or folder, for the method base, where it is not what the config's stage sft starts from.
+    base: a model by hub name or folder, for the method base, where it is not what the config's
+    stage sft starts from.
     """
     if "base" in options.methods:
         base = find_base(make_config("dpo"), base)
         if base and not options.dry_run:  # before training, as it may not be there
             families.from_hf(hf.read_config(hf.fetch(base, weights=False)))
     trains = tuple(method for method in TRAINED if method in options.methods)
-    return winrate.run(dataset, make_config, workdir, options, trains=trains,
-                       make_task=lambda runs, options: task(runs, options, dataset, path),
-                       make_points=lambda runs, options: points(runs, options, base))
+    return winrate.run(
+        dataset,
+        make_config,
+        workdir,
+        options,
+        trains=trains,
+        make_task=lambda runs, options: task(runs, options, dataset, path),
+        make_points=lambda runs, options: points(runs, options, base),
+    )
 
 
 def find_base(config, base: str) -> str:
@@ -45,8 +63,10 @@ def find_base(config, base: str) -> str:
     if base or "sft" in config.stages:
         return base
     if config.model.path not in BASES:
-        raise ValueError(f"--method=base: what {config.model.path or 'the model of config.model.scratch'} was "
-                         "supervised from is not known: pass --base=NAME_OR_FOLDER, or --method for the others.")
+        raise ValueError(
+            f"--method=base: what {config.model.path or 'the model of config.model.scratch'} was "
+            "supervised from is not known: pass --base=NAME_OR_FOLDER, or --method for the others."
+        )
     return BASES[config.model.path]
 
 
@@ -68,11 +88,16 @@ def text(prompt: str) -> str:
 def points(runs: dict, options: Options, base: str = "") -> list[Point]:
     """Every method at every temperature."""
     dpo = runs["dpo"]
-    policies = {method: winrate.trained(runs[method], method) for method in TRAINED if method in runs}
+    policies = {
+        method: winrate.trained(runs[method], method) for method in TRAINED if method in runs
+    }
     policies["sft"] = policies["best_of_n"] = winrate.start(dpo, "dpo", "sft")
     if base:
-        policies["base"] = Policy("base", dict(path=base, dtype=dpo.config.model.dtype),
-                                  lambda: open_model(base, dtype=dpo.config.model.dtype))
+        policies["base"] = Policy(
+            "base",
+            dict(path=base, dtype=dpo.config.model.dtype),
+            lambda: open_model(base, dtype=dpo.config.model.dtype),
+        )
     elif "base" in options.methods:
         policies["base"] = winrate.start(dpo, "sft", "base")
     found = []
@@ -87,9 +112,14 @@ def points(runs: dict, options: Options, base: str = "") -> list[Point]:
 
 def main():
     from absl import flags
+
     dataset = flags.DEFINE_enum("dataset", "tldr", list(DATASETS), "What is summarised.")
-    path = flags.DEFINE_string("path", "abisee/cnn_dailymail:3.0.0", "Where cnn_dailymail is: hub name or folder.")
-    base = flags.DEFINE_string("base", "", "Of the method base: hub name or folder. Default: what sft starts from.")
+    path = flags.DEFINE_string(
+        "path", "abisee/cnn_dailymail:3.0.0", "Where cnn_dailymail is: hub name or folder."
+    )
+    base = flags.DEFINE_string(
+        "base", "", "Of the method base: hub name or folder. Default: what sft starts from."
+    )
 
     def start(make_config, workdir, options):
         if dataset.value == "tldr":
@@ -97,6 +127,7 @@ def main():
         if "base" not in options.methods:
             winrate.refuse_flags("without --method=base", "base")
         run(make_config, workdir, options, dataset.value, path.value, base.value)
+
     winrate.main("configs/tldr.py", METHODS, lambda: DATASETS[dataset.value], start)
 
 

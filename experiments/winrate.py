@@ -1,11 +1,13 @@
 """Judged win rates against the responses of a data set: what tldr_winrate and hh_winrate share.
 
     WORKDIR/winrate/TASK/samples/POLICY-TEMPERATURE-N/  settings.json  completions.jsonl
-    WORKDIR/winrate/TASK/JUDGE/  judgements.jsonl  verdicts/  winrate.json  winrate.md  winrate.png
-    WORKDIR/winrate/TASK/JUDGE-both_orders/  the same of --orders=2, but for judgements.jsonl, which both share
+    WORKDIR/winrate/TASK/JUDGE/  judgements.jsonl  verdicts/  winrate_stats.json  winrate_stats.md
+    winrate_stats.png WORKDIR/winrate/TASK/JUDGE-both_orders/  the same of --orders=2, but for
+    judgements.jsonl, which both share
 
-Each policy answers the same prompts, and a judge compares each answer with the data's own. What was trained, sampled or
-judged is kept: the same command goes on where it was stopped, and asks nothing twice.
+Each policy answers the same prompts, and a judge compares each answer with the data's own. What was
+trained, sampled or judged is kept: the same command goes on where it was stopped, and asks nothing
+twice.
 """
 
 import dataclasses
@@ -21,30 +23,42 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from dpo_jax import checkpoint, pairs, pretrained, rewards, runtime, sharding, stages, train
 from dpo_jax import config as configs
+from dpo_jax import config_checks
+from dpo_jax.console import say
 from dpo_jax.data import dataset
 from dpo_jax.data.tokenizer import Examples, encode_row_prompts
-from dpo_jax.evaluation import chat, winrate
+from dpo_jax.evaluation import chat_api, winrate_stats
 from dpo_jax.evaluation import judge as judges
 from dpo_jax.evaluation.judge import Comparison
-from dpo_jax.metrics import say
-from dpo_jax.prompts import Prompts
+from dpo_jax.models import loading
+from dpo_jax.parallel import processes, sharding
+from dpo_jax.pipeline.run import Run
+from dpo_jax.pipeline.stages import run_stages
+from dpo_jax.rewards import make
+from dpo_jax.sampling import rollouts
+from dpo_jax.sampling.prompts import Prompts
+from dpo_jax.training import checkpoint
+from dpo_jax.workdir import COMPLETIONS, StageChanged, differences, lock_folder, write_json
 from experiments import commands, winrate_report
 
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
     """A model whose answers are judged."""
+
     name: str  # of the folders of its completions
     made_by: dict  # all that its weights depend on: completions of other weights are refused
-    open: Callable  # () -> pretrained.Pretrained
+    open: Callable  # () -> loading.Pretrained
     shots: Callable[[], str] = str  # the text before each prompt, none
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """A win rate to find: of a policy's answers at a temperature, each the best of n by the reward model."""
+    """A win rate to find: of a policy's answers at a temperature, each the best of n by the reward
+    model.
+    """
+
     method: str
     policy: Policy
     temperature: float
@@ -71,6 +85,7 @@ class Point:
 @dataclasses.dataclass(frozen=True)
 class Task:
     """What is asked, and how prompts and completions are read."""
+
     rows: list  # sources.Row: a prompt, and the response that answers are compared with
     data: object  # a config's data block, by which prompts are tokenised
     shown: Callable[[str], str]  # a prompt as the judge reads it
@@ -81,6 +96,7 @@ class Task:
 @dataclasses.dataclass(frozen=True)
 class Options:
     """What the command line asks for."""
+
     methods: tuple[str, ...]
     temperatures: tuple[float, ...]
     judge: judges.Judge | None  # None: the run's reward model
@@ -90,19 +106,35 @@ class Options:
 
     def __post_init__(self):
         if min(self.counts, default=0) < 1 or len(set(self.counts)) < len(self.counts):
-            raise ValueError(f"--best_of={','.join(map(str, self.counts))}: expected numbers of 1 or more, each once.")
-        if not self.temperatures or not all(0 <= temperature < math.inf for temperature in self.temperatures):
-            raise ValueError(f"--temperatures={','.join(map(str, self.temperatures))}: expected numbers of 0 or more.")
+            raise ValueError(
+                f"--best_of={','.join(map(str, self.counts))}: expected numbers of 1 or more, each once."
+            )
+        if not self.temperatures or not all(
+            0 <= temperature < math.inf for temperature in self.temperatures
+        ):
+            raise ValueError(
+                f"--temperatures={','.join(map(str, self.temperatures))}: expected numbers of 0 or more."
+            )
 
 
-def run(name: str, make_config: Callable, workdir: str, options: Options, *, trains: tuple[str, ...],
-        make_task: Callable, make_points: Callable) -> list[dict]:
-    """Trains, samples and judges what is not there yet, and reports; with dry_run, says what it would do.
+def run(
+    name: str,
+    make_config: Callable,
+    workdir: str,
+    options: Options,
+    *,
+    trains: tuple[str, ...],
+    make_task: Callable,
+    make_points: Callable,
+) -> list[dict]:
+    """Trains, samples and judges what is not there yet, and reports; with dry_run, says what it
+    would do.
 
-    make_config: method -> config. trains: the methods whose results are needed; the reward model and the supervised
-    model besides, where options ask for them. Runs have that of "dpo" always, by which the rest goes, trained or not.
-    make_task, make_points: (runs, options) -> Task, list[Point], of method -> train.Run. Returns a row for each point;
-    raises BudgetExhausted or ChatError after the report of what was judged until then.
+    make_config: method -> config. trains: the methods whose results are needed; the reward model
+    and the supervised model besides, where options ask for them. Runs have that of "dpo" always, by
+    which the rest goes, trained or not. make_task, make_points: (runs, options) -> Task,
+    list[Point], of method -> Run. Returns a row for each point; raises BudgetExhausted or ChatError
+    after the report of what was judged until then.
     """
     if options.judge is None or "best_of_n" in options.methods:
         trains = ("rm", *trains)
@@ -111,29 +143,38 @@ def run(name: str, make_config: Callable, workdir: str, options: Options, *, tra
     found = {method: config_of(make_config, method) for method in ("dpo", *trains)}
     trains = [method for method in trains if found[method].stages]
     for config in [found["dpo"], *(found[method] for method in trains)]:
-        configs.validate(config)
+        config_checks.validate(config)
         if config.run:
-            raise ValueError(f"--config.run={config.run}: it would rename a folder of every method, which share the "
-                             "stages before: give another --workdir instead.")
+            raise ValueError(
+                f"--config.run={config.run}: it would rename a folder of every method, which share the "
+                "stages before: give another --workdir instead."
+            )
     mesh = sharding.make_mesh(**found["dpo"].mesh)
-    runs = {method: train.Run(config, pathlib.Path(workdir), mesh) for method, config in found.items()}
+    runs = {method: Run(config, pathlib.Path(workdir), mesh) for method, config in found.items()}
     folder = pathlib.Path(workdir) / "winrate" / name
     calls_in = folder / judge_name(options.judge)
     both = options.judge is not None and options.judge.orders == 2
     judged_in = calls_in.with_name(calls_in.name + "-both_orders" * both)
-    left = Left({method: runs[method] for method in trains}, make_points(runs, options), options, folder / "samples")
+    left = Left(
+        {method: runs[method] for method in trains},
+        make_points(runs, options),
+        options,
+        folder / "samples",
+    )
     if options.dry_run:
         say(plan(left, options, calls_in))
         return []
-    runtime.check_shared(workdir)
+    processes.check_shared(workdir)
     task = make_task(runs, options)  # before training, as it may find too few prompts
     if options.judge and left.any() and jax.process_index() == 0:
-        chat.api_key()  # asked for before training, as it may be missing
+        chat_api.api_key()  # asked for before training, as it may be missing
     for method in trains:
-        train.run_stages(found[method], workdir)
+        run_stages(found[method], workdir)
     points = make_points(runs, options)
     samples = sample_all(task, points, folder / "samples", runs, make_config("best_of_n").sampling)
-    rows, stopped = judge_all(task, points, samples, _judge(options.judge, task, runs, calls_in), judged_in)
+    rows, stopped = judge_all(
+        task, points, samples, _judge(options.judge, task, runs, calls_in), judged_in
+    )
     winrate_report.write(name, len(task.rows), rows, judged_in, complete=not stopped)
     if stopped:
         raise stopped
@@ -141,73 +182,117 @@ def run(name: str, make_config: Callable, workdir: str, options: Options, *, tra
 
 
 def config_of(make_config: Callable, method: str):
-    """The config of a method; of "rm", best_of_n's without its last stage, which samples at one temperature only; of
-    "sft", the stage sft alone, if any."""
+    """The config of a method; of "rm", best_of_n's without its last stage, which samples at one
+    temperature only; of "sft", the stage sft alone, if any.
+    """
     config = make_config({"rm": "best_of_n", "sft": "dpo"}.get(method, method))
     if method in ("rm", "sft"):
         config.stages = config.stages[:-1]
     return config
 
 
-def trained(run: train.Run, stage: str) -> Policy:
+def trained(run: Run, stage: str) -> Policy:
     """The result of a training stage."""
-    return Policy(stage, configs.dependencies(run.config, stage), lambda: pretrained.open_model(
-        str(run.folder(stage) / "hf"), dtype=run.config.model.dtype))
+    return Policy(
+        stage,
+        configs.dependencies(run.config, stage),
+        lambda: loading.open_model(str(run.folder(stage) / "hf"), dtype=run.config.model.dtype),
+    )
 
 
-def start(run: train.Run, stage: str, name: str, shots: Callable[[], str] = str) -> Policy:
+def start(run: Run, stage: str, name: str, shots: Callable[[], str] = str) -> Policy:
     """What a training stage starts from."""
     model = run.config.model
     after_sft = "sft" in run.config.stages and stage != "sft"
-    made_by = configs.dependencies(run.config, "sft") if after_sft else dict(
-        path=model.path, scratch=model.scratch.to_dict(), dtype=model.dtype, seed=run.config.seed)
+    made_by = (
+        configs.dependencies(run.config, "sft")
+        if after_sft
+        else dict(
+            path=model.path,
+            scratch=model.scratch.to_dict(),
+            dtype=model.dtype,
+            seed=run.config.seed,
+        )
+    )
     return Policy(name, made_by, lambda: run.initial(stage), shots)
 
 
-def at_checkpoints(run: train.Run, stage: str) -> dict[int, Policy]:
-    """The policy at each checkpoint that training has kept, by step; without those that an interruption left."""
+def at_checkpoints(run: Run, stage: str) -> dict[int, Policy]:
+    """The policy at each checkpoint that training has kept, by step; without those that an
+    interruption left.
+    """
     folder = run.folder(stage) / "checkpoints"
     if not (steps := checkpoint.saved_steps(folder)):
         return {}
-    every = json.loads((run.folder(stage) / "config.json").read_text())["config"][stage]["save_every"]
+    every = json.loads((run.folder(stage) / "config.json").read_text())["config"][stage][
+        "save_every"
+    ]
 
     def opened(step):
         model = run.initial(stage)
-        return dataclasses.replace(model, load=lambda mesh: checkpoint.load_params(
-            folder, step, model.shapes, sharding.param_shardings(mesh, model.shapes)))
+        return dataclasses.replace(
+            model,
+            load=lambda mesh: checkpoint.load_params(
+                folder, step, model.shapes, sharding.param_shardings(mesh, model.shapes)
+            ),
+        )
+
     made_by = configs.dependencies(run.config, stage)
-    return {step: Policy(f"{stage}_at_{step}", made_by | dict(checkpoint=step), functools.partial(opened, step))
-            for step in steps if step % every == 0 or step == steps[-1]}
+    return {
+        step: Policy(
+            f"{stage}_at_{step}", made_by | dict(checkpoint=step), functools.partial(opened, step)
+        )
+        for step in steps
+        if step % every == 0 or step == steps[-1]
+    }
 
 
 def best_of_n(policy: Policy, temperature: float, counts: tuple[int, ...]) -> list[Point]:
     """A point for each N; without randomness all completions are one."""
-    return [Point("best_of_n", policy, temperature, n, max(counts) if temperature else 1) for n in counts]
+    return [
+        Point("best_of_n", policy, temperature, n, max(counts) if temperature else 1)
+        for n in counts
+    ]
 
 
 def held_out(rows: list, count: int, keep: Callable = lambda row: True) -> list:
-    """`count` of the rows to keep, each with a prompt of its own, in the order of the prompts' hashes."""
+    """`count` of the rows to keep, each with a prompt of its own, in the order of the prompts'
+    hashes.
+    """
     found = {row.prompt: row for row in rows if keep(row)}
     if len(found) < count:
-        raise ValueError(f"--prompts={count}, but the data has {len(found)} held-out prompts that will do: lower it.")
-    return [found[prompt] for prompt in sorted(found, key=lambda text: hashlib.sha256(text.encode()).digest())[:count]]
+        raise ValueError(
+            f"--prompts={count}, but the data has {len(found)} held-out prompts that will do: lower it."
+        )
+    return [
+        found[prompt]
+        for prompt in sorted(found, key=lambda text: hashlib.sha256(text.encode()).digest())[:count]
+    ]
 
 
-def sample_all(task: Task, points: list[Point], folder: pathlib.Path, runs: dict, sampling) -> dict[str, list[dict]]:
-    """Point.folder -> a row for each prompt, as pairs.complete makes them. A policy is loaded once, if at all."""
+def sample_all(
+    task: Task, points: list[Point], folder: pathlib.Path, runs: dict, sampling
+) -> dict[str, list[dict]]:
+    """Point.folder -> a row for each prompt, as rollouts.complete makes them. A policy is loaded
+    once, if at all.
+    """
     found = {}
     for policy in {point.policy.name: point.policy for point in points}.values():
         model = policy.open()
         prompts, load = _encode(task, policy, model.tokenizer), functools.cache(model.load)
         for point in points:
             if point.policy.name == policy.name and point.folder not in found:
-                found[point.folder] = _sample(point, folder / point.folder, runs, sampling, model, prompts, load)
+                found[point.folder] = _sample(
+                    point, folder / point.folder, runs, sampling, model, prompts, load
+                )
     return found
 
 
 def _encode(task: Task, policy: Policy, tokenizer) -> Prompts:
     """The prompts as tokens, cut as in training, then behind the policy's shots."""
-    ids = encode_row_prompts(task.rows, tokenizer, task.data, dataset.truncation(task.data, task.rows))
+    ids = encode_row_prompts(
+        task.rows, tokenizer, task.data, dataset.truncation(task.data, task.rows)
+    )
     dataset.check_cue(task.data, Examples(ids, [], [row.where for row in task.rows]), tokenizer)
     if shots := policy.shots():
         shown = tokenizer(shots, add_special_tokens=False).input_ids
@@ -216,24 +301,39 @@ def _encode(task: Task, policy: Policy, tokenizer) -> Prompts:
 
 
 def _sample(point: Point, folder, runs, sampling, model, prompts, load) -> list[dict]:
-    """The completions of a point, from where a killed run goes on; scored where the best is to be taken."""
+    """The completions of a point, from where a killed run goes on; scored where the best is to be
+    taken.
+    """
     run = runs["dpo"]
     settings = point.policy.made_by | dict(
-        temperature=point.temperature, samples=point.samples, max_new_tokens=sampling.max_new_tokens,
-        seed=run.config.seed)
+        temperature=point.temperature,
+        samples=point.samples,
+        max_new_tokens=sampling.max_new_tokens,
+        seed=run.config.seed,
+    )
     reward = _no_reward
     if point.samples > 1:
         ranker = configs.dependencies(runs["rm"].config, "rm")
         settings |= {f"reward model's {name}": value for name, value in ranker.items()}
-    with stages.lock(folder):
+    with lock_folder(folder):
         _claim(folder / "settings.json", json.loads(json.dumps(settings)))
-        missing = _lines(folder / stages.COMPLETIONS) < len(prompts)
+        missing = _lines(folder / COMPLETIONS) < len(prompts)
         if missing and point.samples > 1:
             reward = runs["rm"].reward("rm")
-        return pairs.complete(
-            model.config, run.mesh, load(run.mesh) if missing else None, prompts, model.tokenizer, reward,
-            n=point.samples, sampling=sampling, seed=run.config.seed, eos_id=run.eos_id(model.tokenizer),
-            folder=folder, temperature=point.temperature)
+        return rollouts.complete(
+            model.config,
+            run.mesh,
+            load(run.mesh) if missing else None,
+            prompts,
+            model.tokenizer,
+            reward,
+            n=point.samples,
+            sampling=sampling,
+            seed=run.config.seed,
+            eos_id=run.eos_id(model.tokenizer),
+            folder=folder,
+            temperature=point.temperature,
+        )
 
 
 def _no_reward(prompts, _completions, _tokens) -> np.ndarray:
@@ -241,11 +341,15 @@ def _no_reward(prompts, _completions, _tokens) -> np.ndarray:
 
 
 def _claim(path: pathlib.Path, settings: dict) -> None:
-    """Writes the settings of completions; StageChanged where there are some that were made with others."""
-    if path.exists() and (changed := stages.differences(json.loads(path.read_text()), settings)):
-        raise stages.StageChanged(f"{path.parent} holds completions made with other settings:\n{changed}\n"
-                                  "Take the old values, or remove the folder to lose it.")
-    stages.write_json(path, settings)
+    """Writes the settings of completions; StageChanged where there are some that were made with
+    others.
+    """
+    if path.exists() and (changed := differences(json.loads(path.read_text()), settings)):
+        raise StageChanged(
+            f"{path.parent} holds completions made with other settings:\n{changed}\n"
+            "Take the old values, or remove the folder to lose it."
+        )
+    write_json(path, settings)
 
 
 def judge_name(judge: judges.Judge | None) -> str:
@@ -258,58 +362,94 @@ def judge_name(judge: judges.Judge | None) -> str:
 
 def _judge(judge: judges.Judge | None, task: Task, runs: dict, calls: pathlib.Path) -> Callable:
     """(comparisons, file) -> who judged, verdicts and win rate, which are written to the file."""
+
     def by_chat(comparisons, path):
         shown = [dataclasses.replace(one, prompt=task.shown(one.prompt)) for one in comparisons]
-        return runtime.from_first(
-            lambda: judges.write_verdicts(path, judge, judges.compare(judge, shown, calls, say), calls))
+        return processes.from_first(
+            lambda: judges.write_verdicts(
+                path, judge, judges.compare(judge, shown, calls, say), calls
+            )
+        )
 
     @functools.cache
     def reward():
         run = runs["rm"]
-        return rewards.make("model", str(run.folder("rm") / "hf"), run.config.reward.batch_size, run.mesh)
+        return make.make_reward(
+            "model", str(run.folder("rm") / "hf"), run.config.reward.batch_size, run.mesh
+        )
 
     def by_reward(comparisons, path):
         verdicts = judges.compare_by_reward(reward(), comparisons)
-        result = dict(judge="reward model", **winrate.win_rate(verdicts), verdicts=verdicts)
-        stages.write_json(path, result)
+        result = dict(judge="reward model", **winrate_stats.win_rate(verdicts), verdicts=verdicts)
+        write_json(path, result)
         return result
+
     return by_chat if judge else by_reward
 
 
-def judge_all(task: Task, points: list[Point], samples: dict, judge: Callable, folder: pathlib.Path) -> tuple:
-    """A row for each point: the point, what was judged, what else was measured; and the error that ended them early,
-    a budget that is spent or an endpoint that fails, or None."""
+def judge_all(
+    task: Task, points: list[Point], samples: dict, judge: Callable, folder: pathlib.Path
+) -> tuple:
+    """A row for each point: the point, what was judged, what else was measured; and the error that
+    ended them early, a budget that is spent or an endpoint that fails, or None.
+    """
     (folder / "verdicts").mkdir(parents=True, exist_ok=True)
     references, rows = [row.responses[0] for row in task.rows], []
     for number, point in enumerate(points, 1):
-        answers = [task.read(max(row["completions"][:point.n], key=lambda completion: completion["reward"])["text"])
-                   for row in samples[point.folder]]
-        comparisons = [Comparison(row.prompt, " " + answer, reference)
-                       for row, answer, reference in zip(task.rows, answers, references, strict=True)]
+        answers = [
+            task.read(
+                max(row["completions"][: point.n], key=lambda completion: completion["reward"])[
+                    "text"
+                ]
+            )
+            for row in samples[point.folder]
+        ]
+        comparisons = [
+            Comparison(row.prompt, " " + answer, reference)
+            for row, answer, reference in zip(task.rows, answers, references, strict=True)
+        ]
         try:
             result = judge(comparisons, folder / "verdicts" / f"{point.name}.json")
         except (judges.BudgetExhausted, judges.ChatError) as error:
             say(f"stopped after {number - 1} of {len(points)} win rates")
             return rows, error
         say(f"{number}/{len(points)} {point.name}: {winrate_report.cell(result)}")
-        rows.append(dict(
-            method=point.method, temperature=point.temperature, best_of=point.n, step=point.step,
-            **{name: result.pop(name) for name in winrate_report.RATES}, verdicts=result.pop("verdicts"), judged=result,
-            words=float(np.mean([len(answer.split()) for answer in answers])),
-            **(winrate_report.rouge(answers, references) if task.rouge else {})))
+        rows.append(
+            dict(
+                method=point.method,
+                temperature=point.temperature,
+                best_of=point.n,
+                step=point.step,
+                **{name: result.pop(name) for name in winrate_report.RATES},
+                verdicts=result.pop("verdicts"),
+                judged=result,
+                words=float(np.mean([len(answer.split()) for answer in answers])),
+                **(winrate_report.rouge(answers, references) if task.rouge else {}),
+            )
+        )
     return rows, None
 
 
 class Left:
-    """What there is to do before the judge is asked: stages by method, and completions by folder."""
+    """What there is to do before the judge is asked: stages by method, and completions by
+    folder.
+    """
 
     def __init__(self, runs: dict, points: list[Point], options: Options, sampled: pathlib.Path):
         self.points = points
-        self.stages = {method: [stage for stage in run.config.stages if not (run.folder(stage) / "done.json").exists()]
-                       for method, run in runs.items()}
+        self.stages = {
+            method: [
+                stage
+                for stage in run.config.stages
+                if not (run.folder(stage) / "done.json").exists()
+            ]
+            for method, run in runs.items()
+        }
         self.completions = {
-            point.folder: max(options.prompts - _lines(sampled / point.folder / stages.COMPLETIONS), 0) * point.samples
-            for point in points}
+            point.folder: max(options.prompts - _lines(sampled / point.folder / COMPLETIONS), 0)
+            * point.samples
+            for point in points
+        }
 
     def any(self) -> bool:
         return any(self.stages.values()) or any(self.completions.values())
@@ -317,16 +457,24 @@ class Left:
 
 def plan(left: Left, options: Options, calls: pathlib.Path) -> str:
     """What there is to do, for a person."""
-    lines = [f"{'train ' + method:<32}{'stages ' + ', '.join(names) if names else 'done'}"
-             for method, names in left.stages.items()]
-    lines += [f"{'sample ' + folder:<32}{f'{count:,} completions' if count else 'done'}"
-              for folder, count in left.completions.items()]
+    lines = [
+        f"{'train ' + method:<32}{'stages ' + ', '.join(names) if names else 'done'}"
+        for method, names in left.stages.items()
+    ]
+    lines += [
+        f"{'sample ' + folder:<32}{f'{count:,} completions' if count else 'done'}"
+        for folder, count in left.completions.items()
+    ]
     if "training" in options.methods and not any(point.step for point in left.points):
         lines.append("over training: not counted, as there are no checkpoints yet")
     if options.judge:
-        questions = len({point.answers for point in left.points}) * options.prompts * options.judge.orders
-        lines.append(f"{'judge ' + str(len(left.points)) + ' win rates':<32}{questions:,} questions, up to "
-                     f"{judges.ATTEMPTS} calls each; {_lines(calls / judges.JUDGEMENTS):,} calls are kept")
+        questions = (
+            len({point.answers for point in left.points}) * options.prompts * options.judge.orders
+        )
+        lines.append(
+            f"{'judge ' + str(len(left.points)) + ' win rates':<32}{questions:,} questions, up to "
+            f"{judges.ATTEMPTS} calls each; {_lines(calls / judges.JUDGEMENTS):,} calls are kept"
+        )
     return "\n".join(lines)
 
 
@@ -338,6 +486,7 @@ def _lines(path: pathlib.Path) -> int:
 def refuse_flags(where: str, *names: str) -> None:
     """app.UsageError where one of the flags is on the command line, though it would do nothing."""
     from absl import app, flags
+
     if given := [f"--{name}" for name in names if flags.FLAGS[name].present]:
         raise app.UsageError(f"{', '.join(given)} would do nothing {where}.")
 
@@ -345,18 +494,30 @@ def refuse_flags(where: str, *names: str) -> None:
 def main(default_config: str, methods: tuple[str, ...], defaults: Callable, run: Callable) -> None:
     """The command of an experiment.
 
-    defaults: () -> methods, temperatures and template where the flags name none; run: (make_config, workdir, options).
+    defaults: () -> methods, temperatures and template where the flags name none; run: (make_config,
+    workdir, options).
     """
     from absl import app, flags
-    config = flags.DEFINE_string("config", default_config, "The config file, and after a colon a size it may have.")
+
+    config = flags.DEFINE_string(
+        "config", default_config, "The config file, and after a colon a size it may have."
+    )
     workdir = flags.DEFINE_string("workdir", None, "Where the runs and the results are.")
-    method = flags.DEFINE_multi_enum("method", None, methods, "Which methods; may be repeated. Default: all.")
+    method = flags.DEFINE_multi_enum(
+        "method", None, methods, "Which methods; may be repeated. Default: all."
+    )
     temperatures = flags.DEFINE_list("temperatures", None, "Of the policies. Default: the paper's.")
     counts = flags.DEFINE_list("best_of", list(map(str, Options.counts)), "The N of best of N.")
-    prompts = flags.DEFINE_integer("prompts", Options.prompts, "How many held-out prompts.", lower_bound=1)
-    judge = flags.DEFINE_enum("judge", "chat", ["chat", "reward"], "A chat model, or the run's reward model.")
+    prompts = flags.DEFINE_integer(
+        "prompts", Options.prompts, "How many held-out prompts.", lower_bound=1
+    )
+    judge = flags.DEFINE_enum(
+        "judge", "chat", ["chat", "reward"], "A chat model, or the run's reward model."
+    )
     judge_model = flags.DEFINE_string("judge_model", None, "The chat model's name at its endpoint.")
-    template = flags.DEFINE_string("template", None, f"A file, or one of {', '.join(judges.TEMPLATES)}.")
+    template = flags.DEFINE_string(
+        "template", None, f"A file, or one of {', '.join(judges.TEMPLATES)}."
+    )
     dry_run = flags.DEFINE_bool("dry_run", False, "Only list what would be done, and its cost.")
     flags.mark_flags_as_required(["workdir"])
     known = set(flags.FLAGS)
@@ -371,15 +532,28 @@ def main(default_config: str, methods: tuple[str, ...], defaults: Callable, run:
         if "best_of_n" not in asked_methods:
             refuse_flags("without --method=best_of_n", "best_of")
         if judge.value == "chat" and not (judge_model.value or dry_run.value):
-            raise app.UsageError("--judge_model: the name of a chat model behind OPENAI_BASE_URL; the paper's was "
-                                 "gpt-4-0314. Or --judge=reward.")
-        asked = None if judge.value == "reward" else make_judge(
-            model=judge_model.value or "JUDGE", template=template.value or own_template)
+            raise app.UsageError(
+                "--judge_model: the name of a chat model behind OPENAI_BASE_URL; the paper's was "
+                "gpt-4-0314. Or --judge=reward."
+            )
+        asked = (
+            None
+            if judge.value == "reward"
+            else make_judge(
+                model=judge_model.value or "JUDGE", template=template.value or own_template
+            )
+        )
         options = Options(
-            asked_methods, tuple(map(float, temperatures.value or own_temperatures)), asked,
-            tuple(map(int, counts.value)), prompts.value, dry_run.value)
+            asked_methods,
+            tuple(map(float, temperatures.value or own_temperatures)),
+            asked,
+            tuple(map(int, counts.value)),
+            prompts.value,
+            dry_run.value,
+        )
         try:
             run(commands.config_maker(config.value, argv[1:]), workdir.value, options)
         except (judges.BudgetExhausted, judges.ChatError) as stopped:
             sys.exit(str(stopped))
-    runtime.run(start, flags_parser=lambda argv: flags.FLAGS(argv, known_only=True))
+
+    processes.run(start, flags_parser=lambda argv: flags.FLAGS(argv, known_only=True))

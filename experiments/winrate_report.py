@@ -2,29 +2,42 @@
 
 import pathlib
 
-from dpo_jax import stages
-from dpo_jax.evaluation import plots, winrate
-from dpo_jax.metrics import say
+from dpo_jax.console import say
+from dpo_jax.evaluation import plots, winrate_stats
+from dpo_jax.workdir import write_json, write_text
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
 RATES = ("rate", "low", "high", "wins", "ties", "losses", "unparsable", "n")
 
 
-def write(task: str, prompts: int, rows: list[dict], folder: pathlib.Path, *, complete: bool) -> None:
-    """Writes winrate.json, winrate.md and winrate.png.
+def write(
+    task: str, prompts: int, rows: list[dict], folder: pathlib.Path, *, complete: bool
+) -> None:
+    """Writes winrate_stats.json, winrate_stats.md and winrate_stats.png.
 
-    rows: as winrate.judge_all makes them; complete: whether they are all that was asked for.
+    rows: as winrate_stats.judge_all makes them; complete: whether they are all that was asked for.
     """
     if not rows:
         return
     paired = against(rows, "dpo")
-    stages.write_json(folder / "winrate.json", dict(
-        task=task, prompts=prompts, complete=complete, judged=rows[-1]["judged"], paired=paired,
-        rows=[{name: value for name, value in row.items() if name not in ("judged", "verdicts")} for row in rows]))
+    write_json(
+        folder / "winrate.json",
+        dict(
+            task=task,
+            prompts=prompts,
+            complete=complete,
+            judged=rows[-1]["judged"],
+            paired=paired,
+            rows=[
+                {name: value for name, value in row.items() if name not in ("judged", "verdicts")}
+                for row in rows
+            ],
+        ),
+    )
     text = table(rows, paired)
-    stages.write_text(folder / "winrate.md", text)
+    write_text(folder / "winrate.md", text)
     plots.win_rates(folder / "winrate.png", panels(rows))
-    say(f"{text}\n{folder}: winrate.json, winrate.md, winrate.png")
+    say(f"{text}\n{folder}: winrate_stats.json, winrate_stats.md, winrate_stats.png")
 
 
 def label(row: dict) -> str:
@@ -45,41 +58,87 @@ def against(rows: list[dict], method: str) -> list[dict]:
     """A method beside each other one at the same temperature, prompt by prompt."""
     rows = [row for row in rows if row["step"] is None]
     ours = {row["temperature"]: row["verdicts"] for row in rows if row["method"] == method}
-    return [dict(first=method, second=label(row), temperature=row["temperature"],
-                 **winrate.paired(ours[row["temperature"]], row["verdicts"]))
-            for row in rows if row["method"] != method and row["temperature"] in ours]
+    return [
+        dict(
+            first=method,
+            second=label(row),
+            temperature=row["temperature"],
+            **winrate_stats.paired(ours[row["temperature"]], row["verdicts"]),
+        )
+        for row in rows
+        if row["method"] != method and row["temperature"] in ours
+    ]
 
 
 def panels(rows: list[dict]) -> dict[str, tuple[str, list[dict]]]:
-    """Title -> (what varies, rows to draw): all methods, the N of best of N, and steps, where there are some."""
-    steps = [row | dict(x=row["step"], label=row["method"]) for row in rows if row["step"] is not None]
-    rows = [row | dict(x=row["temperature"], label=label(row)) for row in rows if row["step"] is None]
+    """Title -> (what varies, rows to draw): all methods, the N of best of N, and steps, where there
+    are some.
+    """
+    steps = [
+        row | dict(x=row["step"], label=row["method"]) for row in rows if row["step"] is not None
+    ]
+    rows = [
+        row | dict(x=row["temperature"], label=label(row)) for row in rows if row["step"] is None
+    ]
     best = [row for row in rows if row["method"] == "best_of_n"]
     most = max((row["best_of"] for row in best), default=1)
-    found = {"by method": ("temperature", [row for row in rows if row not in best or row["best_of"] == most]),
-             "best of N": ("temperature", best),
-             "over training": ("step", steps)}
+    found = {
+        "by method": (
+            "temperature",
+            [row for row in rows if row not in best or row["best_of"] == most],
+        ),
+        "best of N": ("temperature", best),
+        "over training": ("step", steps),
+    }
     return {title: panel for title, panel in found.items() if panel[1]}
 
 
 def table(rows: list[dict], paired: list[dict]) -> str:
-    """In Markdown: win rates by method and temperature, and by step; methods beside each other on the same prompts;
-    then what else was measured of the answers."""
-    plain, steps = ([row for row in rows if (row["step"] is None) == whole] for whole in (True, False))
+    """In Markdown: win rates by method and temperature, and by step; methods beside each other on
+    the same prompts; then what else was measured of the answers.
+    """
+    plain, steps = (
+        [row for row in rows if (row["step"] is None) == whole] for whole in (True, False)
+    )
     temperatures = sorted({row["temperature"] for row in plain})
     cells = {(label(row), row["temperature"]): cell(row) for row in plain}
     measured = [name for name in ("words", *ROUGE) if name in rows[0]]
     blocks = [
-        [("win rate", *(f"T={temperature:g}" for temperature in temperatures)),
-         *((name, *(cells.get((name, temperature), "") for temperature in temperatures))
-           for name in dict.fromkeys(map(label, plain)))],
+        [
+            ("win rate", *(f"T={temperature:g}" for temperature in temperatures)),
+            *(
+                (name, *(cells.get((name, temperature), "") for temperature in temperatures))
+                for name in dict.fromkeys(map(label, plain))
+            ),
+        ],
         [("step", "win rate"), *((str(row["step"]), cell(row)) for row in steps)],
-        [("beside", "T", "difference of win rates", "better on", "worse on", "p"),
-         *((f"{pair['first']} - {pair['second']}", f"{pair['temperature']:g}", _interval(pair, "difference"),
-            str(pair["better"]), str(pair["worse"]), f"{pair['p']:.2g}") for pair in paired)],
-        [("answers", "T", *measured, "unparsable"),
-         *((label(row), f"{row['temperature']:g}", *(f"{row[name]:.3g}" for name in measured), str(row["unparsable"]))
-           for row in plain)]]
+        [
+            ("beside", "T", "difference of win rates", "better on", "worse on", "p"),
+            *(
+                (
+                    f"{pair['first']} - {pair['second']}",
+                    f"{pair['temperature']:g}",
+                    _interval(pair, "difference"),
+                    str(pair["better"]),
+                    str(pair["worse"]),
+                    f"{pair['p']:.2g}",
+                )
+                for pair in paired
+            ),
+        ],
+        [
+            ("answers", "T", *measured, "unparsable"),
+            *(
+                (
+                    label(row),
+                    f"{row['temperature']:g}",
+                    *(f"{row[name]:.3g}" for name in measured),
+                    str(row["unparsable"]),
+                )
+                for row in plain
+            ),
+        ],
+    ]
     return "\n".join(_markdown(block) for block in blocks if len(block) > 1)
 
 
@@ -91,6 +150,10 @@ def _markdown(block: list[tuple]) -> str:
 def rouge(answers: list[str], references: list[str]) -> dict[str, float]:
     """Mean F-measures, without stemming, by Google's library."""
     from rouge_score.rouge_scorer import RougeScorer
+
     scorer = RougeScorer(ROUGE)
-    scores = [scorer.score(reference, answer) for answer, reference in zip(answers, references, strict=True)]
+    scores = [
+        scorer.score(reference, answer)
+        for answer, reference in zip(answers, references, strict=True)
+    ]
     return {name: sum(score[name].fmeasure for score in scores) / len(scores) for name in ROUGE}

@@ -1,10 +1,11 @@
-"""A chat endpoint on the loopback for the tests of judges: a real HTTP server that answers as a test tells it to.
+"""A chat endpoint on the loopback for the tests of judges: a real HTTP server that answers as a
+test tells it to.
 
     with JudgeServer(prefers(len)) as server:
         with server.environment(): ...
 
-A behaviour is a function (prompt, times) -> str, the answer, or one of Status, Hang, Drop; `times` counts how often
-that prompt was asked before. Everything that came in is in `server.requests`.
+A behaviour is a function (prompt, times) -> str, the answer, or one of Status, Hang, Drop; `times`
+counts how often that prompt was asked before. Everything that came in is in `server.requests`.
 """
 
 import collections
@@ -25,6 +26,7 @@ KEY = "sk-loopback-0123456789"
 @dataclasses.dataclass(frozen=True)
 class Status:
     """An answer with this status; a body that is text goes out as it is."""
+
     code: int
     body: str | dict = dataclasses.field(default_factory=dict)
     headers: dict = dataclasses.field(default_factory=dict)
@@ -60,7 +62,9 @@ class JudgeServer:
     def reply(self, body: dict, headers: dict):
         prompt = body["messages"][-1]["content"]
         with self._lock:
-            self.requests.append(dict(body=body, headers=headers, prompt=prompt, time=time.monotonic()))
+            self.requests.append(
+                dict(body=body, headers=headers, prompt=prompt, time=time.monotonic())
+            )
             times = self._times[prompt]
             self._times[prompt] += 1
         return self._behave(prompt, times)
@@ -95,7 +99,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         elif isinstance(reply, Status):
             text = reply.body if isinstance(reply.body, str) else json.dumps(reply.body)
-            self._send(reply.code, text, {"Content-Length": str(len(text.encode()))} | reply.headers)
+            self._send(
+                reply.code, text, {"Content-Length": str(len(text.encode()))} | reply.headers
+            )
         else:
             text = json.dumps(_completion(body, reply, server.usage))
             self._send(200, text, {"Content-Length": str(len(text.encode()))})
@@ -113,11 +119,19 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _completion(body: dict, answer: str, usage: bool) -> dict:
-    counts = dict(prompt_tokens=len(body["messages"][-1]["content"].split()), completion_tokens=len(answer.split()))
+    counts = dict(
+        prompt_tokens=len(body["messages"][-1]["content"].split()),
+        completion_tokens=len(answer.split()),
+    )
     message = dict(role="assistant", content=answer)
-    return dict(id="one", object="chat.completion", created=0, model=body["model"] + "-0001",
-                choices=[dict(index=0, finish_reason="stop", message=message)],
-                **(dict(usage=counts | dict(total_tokens=sum(counts.values()))) if usage else {}))
+    return dict(
+        id="one",
+        object="chat.completion",
+        created=0,
+        model=body["model"] + "-0001",
+        choices=[dict(index=0, finish_reason="stop", message=message)],
+        **(dict(usage=counts | dict(total_tokens=sum(counts.values()))) if usage else {}),
+    )
 
 
 def answer(letter: str) -> str:
@@ -132,14 +146,18 @@ def always(letter: str) -> Callable:
 
 def prefers(score: Callable[[str], float]) -> Callable:
     """A judge that takes the text with the higher score, A where they are equal."""
+
     def behave(prompt, _times):
         a, b = texts(prompt)
         return answer("A" if score(a) >= score(b) else "B")
+
     return behave
 
 
 def texts(prompt: str) -> tuple[str, str]:
     """The two answers in a prompt that one of our templates made."""
     kind = r"\n(?:Summary|Reply) "
-    found = re.search(kind + r"A:\n(.*)\n" + kind + r"B:\n(.*)\n\nAnswer in two lines", prompt, re.S)
+    found = re.search(
+        kind + r"A:\n(.*)\n" + kind + r"B:\n(.*)\n\nAnswer in two lines", prompt, re.S
+    )
     return found[1], found[2]

@@ -6,41 +6,78 @@ import jax
 import numpy as np
 import pytest
 
-from dpo_jax import sharding
-from dpo_jax.models import encoder
+from dpo_jax.parallel import sharding
+from dpo_jax.rewards import classifier as classifiers
 
 torch = pytest.importorskip("torch", reason="the independent reference is transformers with torch")
 
 SIZES = dict(vocab_size=60, num_labels=2, pad_token_id=1, bos_token_id=0, eos_token_id=2)
 CLASSIFIERS = {
-    "roberta": ("RobertaForSequenceClassification", "RobertaConfig", SIZES | dict(
-        hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48, max_position_embeddings=42,
-        type_vocab_size=1, layer_norm_eps=0.1, id2label={0: "NEGATIVE", 1: "POSITIVE"})),
-    "distilbert": ("DistilBertForSequenceClassification", "DistilBertConfig", SIZES | dict(
-        dim=32, n_layers=3, n_heads=4, hidden_dim=48, max_position_embeddings=40, id2label={0: "pos", 1: "neg"})),
+    "roberta": (
+        "RobertaForSequenceClassification",
+        "RobertaConfig",
+        SIZES
+        | dict(
+            hidden_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            intermediate_size=48,
+            max_position_embeddings=42,
+            type_vocab_size=1,
+            layer_norm_eps=0.1,
+            id2label={0: "NEGATIVE", 1: "POSITIVE"},
+        ),
+    ),
+    "distilbert": (
+        "DistilBertForSequenceClassification",
+        "DistilBertConfig",
+        SIZES
+        | dict(
+            dim=32,
+            n_layers=3,
+            n_heads=4,
+            hidden_dim=48,
+            max_position_embeddings=40,
+            id2label={0: "pos", 1: "neg"},
+        ),
+    ),
 }
-TEXTS = [" ".join(f"w{i}" for i in np.random.default_rng(n).integers(0, 50, n)) for n in (1, 5, 12, 38, 60, 2, 33)]
+TEXTS = [
+    " ".join(f"w{i}" for i in np.random.default_rng(n).integers(0, 50, n))
+    for n in (1, 5, 12, 38, 60, 2, 33)
+]
 
 
 def write(family, folder):
-    """A random classifier with a tokenizer of sixty words; every tensor is random, norms and biases too."""
+    """A random classifier with a tokenizer of sixty words; every tensor is random, norms and biases
+    too.
+    """
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
     model, config, fields = CLASSIFIERS[family]
     torch.manual_seed(0)
     model = getattr(transformers, model)(getattr(transformers, config)(**fields)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape)
-            parameter.copy_(1 + 0.3 * noise if "norm" in name.lower() and "weight" in name else 0.3 * noise)
+            parameter.copy_(
+                1 + 0.3 * noise if "norm" in name.lower() and "weight" in name else 0.3 * noise
+            )
     model.save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({"<s>": 0, "<pad>": 1, "</s>": 2, "?": 3} | {f"w{i}": i + 4 for i in range(56)},
-                                       unk_token="?"))
+    words = Tokenizer(
+        models.WordLevel(
+            {"<s>": 0, "<pad>": 1, "</s>": 2, "?": 3} | {f"w{i}": i + 4 for i in range(56)},
+            unk_token="?",
+        )
+    )
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    words.post_processor = processors.TemplateProcessing(single="<s> $A </s>",
-                                                         special_tokens=[("<s>", 0), ("</s>", 2)])
-    transformers.PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
-                                         unk_token="?").save_pretrained(folder)
+    words.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="?"
+    ).save_pretrained(folder)
     return model
 
 
@@ -52,58 +89,88 @@ def classifier(request, tmp_path_factory):
 
 
 def test_probabilities_are_those_of_transformers(classifier):
-    """Texts of different lengths, padded and cut, in one order and out of it, over eight devices."""
+    """Texts of different lengths, padded and cut, in one order and out of it, over eight
+    devices.
+    """
     import transformers
+
     folder, model = classifier
     words = transformers.AutoTokenizer.from_pretrained(folder)
-    config = encoder.read_config(folder)
+    config = classifiers.read_config(folder)
     with torch.no_grad():
-        expected = [model(**words(text, truncation=True, max_length=config.max_tokens, return_tensors="pt",
-                                  return_token_type_ids=False)).logits.softmax(-1)[0, config.positive].item()
-                    for text in TEXTS]
+        expected = [
+            model(
+                **words(
+                    text,
+                    truncation=True,
+                    max_length=config.max_tokens,
+                    return_tensors="pt",
+                    return_token_type_ids=False,
+                )
+            )
+            .logits.softmax(-1)[0, config.positive]
+            .item()
+            for text in TEXTS
+        ]
     assert config.max_tokens == 40
-    found = encoder.classifier(folder, 8, sharding.make_mesh())(TEXTS)
+    found = classifiers.classifier(folder, 8, sharding.make_mesh())(TEXTS)
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert np.ptp(expected) > 0.05
 
 
 def test_padding_and_neighbours_change_nothing(classifier):
     folder, _ = classifier
-    predict = encoder.classifier(folder, 4, sharding.make_mesh(devices=jax.devices()[:1]))
+    predict = classifiers.classifier(folder, 4, sharding.make_mesh(devices=jax.devices()[:1]))
     together = predict(TEXTS)
     np.testing.assert_allclose([predict([text])[0] for text in TEXTS], together, atol=1e-6)
     assert predict([]).shape == (0,)
 
 
-@pytest.mark.parametrize("labels, expected", [
-    ({"0": "LABEL_0", "1": "LABEL_1"}, 1), ({"0": "POSITIVE", "1": "NEGATIVE"}, 0), ({"0": "joy", "1": "anger"}, None)])
+@pytest.mark.parametrize(
+    "labels, expected",
+    [
+        ({"0": "LABEL_0", "1": "LABEL_1"}, 1),
+        ({"0": "POSITIVE", "1": "NEGATIVE"}, 0),
+        ({"0": "joy", "1": "anger"}, None),
+    ],
+)
 def test_which_class_is_the_positive_one(classifier, tmp_path, labels, expected):
     fields = json.loads((classifier[0] / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(fields | dict(id2label=labels, label2id={
-        name: int(index) for index, name in labels.items()})))
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            fields
+            | dict(id2label=labels, label2id={name: int(index) for index, name in labels.items()})
+        )
+    )
     if expected is None:
         with pytest.raises(ValueError, match="joy.*expected one named POSITIVE"):
-            encoder.read_config(tmp_path)
+            classifiers.read_config(tmp_path)
     else:
-        assert encoder.read_config(tmp_path).positive == expected
+        assert classifiers.read_config(tmp_path).positive == expected
 
 
 def test_tensors_that_do_not_fit_are_named(classifier, tmp_path):
-    """A table that is too short would otherwise be read past its end, and give scores that look right."""
+    """A table that is too short would otherwise be read past its end, and give scores that look
+    right.
+    """
     from safetensors.numpy import load_file, save_file
+
     folder, _ = classifier
-    config = encoder.read_config(folder)
+    config = classifiers.read_config(folder)
     tensors = load_file(folder / "model.safetensors")
     table = next(name for name in tensors if name.endswith("word_embeddings.weight"))
     places = next(name for name in tensors if name.endswith("position_embeddings.weight"))
     norm = next(name for name in tensors if name.endswith("embeddings.LayerNorm.weight"))
     lost = norm.replace("weight", "bias")
     changed = {name: value for name, value in tensors.items() if name != lost} | {
-        "extra": np.zeros(2, np.float32), table: tensors[table][:30], places: tensors[places].astype(np.int32),
-        norm.removeprefix(f"{config.family}."): tensors[norm]}
+        "extra": np.zeros(2, np.float32),
+        table: tensors[table][:30],
+        places: tensors[places].astype(np.int32),
+        norm.removeprefix(f"{config.family}."): tensors[norm],
+    }
     save_file(changed, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError) as error:
-        encoder.load(tmp_path, config)
+        classifiers.load(tmp_path, config)
     found = str(error.value)
     assert "missing: embeddings.LayerNorm.bias [32]" in found
     assert "unknown: extra [2] in model.safetensors" in found
@@ -114,5 +181,7 @@ def test_tensors_that_do_not_fit_are_named(classifier, tmp_path):
 
 
 def test_another_model_is_refused(model):
-    with pytest.raises(ValueError, match="'llama' model; a sentiment classifier here is one of roberta, distilbert"):
-        encoder.read_config(model)
+    with pytest.raises(
+        ValueError, match="'llama' model; a sentiment classifier here is one of roberta, distilbert"
+    ):
+        classifiers.read_config(model)

@@ -5,14 +5,16 @@ import itertools
 import numpy as np
 import pytest
 
-from dpo_jax.evaluation import estimate, exact
+from dpo_jax.evaluation import exact, frontier
 
 REWARDS = np.random.default_rng(0).normal(size=(3, 40))
 
 
 def test_samples_that_are_the_whole_language_give_the_exact_frontier():
-    """Each of 40 completions once, alike under the reference: the estimate is the bound, as far as it goes."""
-    kls, rewards = estimate.frontier(REWARDS)
+    """Each of 40 completions once, alike under the reference: the estimate is the bound, as far as
+    it goes.
+    """
+    kls, rewards = frontier.frontier(REWARDS)
     uniform = np.full(REWARDS.shape, -np.log(40))
     np.testing.assert_allclose(rewards, exact.bound(uniform, REWARDS, kls), atol=1e-5)
     assert kls[0] < 1e-5 and rewards[0] == pytest.approx(REWARDS.mean(), abs=1e-2)
@@ -20,27 +22,31 @@ def test_samples_that_are_the_whole_language_give_the_exact_frontier():
 
 
 def test_the_frontier_of_a_normal_reward():
-    """Its optimum has reward 1 / beta and KL 1 / (2 beta^2), so sqrt(2 KL) at each KL; the estimate is just below."""
+    """Its optimum has reward 1 / beta and KL 1 / (2 beta^2), so sqrt(2 KL) at each KL; the estimate
+    is just below.
+    """
     rng, errors = np.random.default_rng(1), []
     for _ in range(5):
-        kls, rewards = estimate.frontier(rng.normal(size=(64, 256)))
+        kls, rewards = frontier.frontier(rng.normal(size=(64, 256)))
         errors.append(np.interp([0.5, 2.0, 3.5], kls, rewards) - np.sqrt([1.0, 4.0, 7.0]))
     np.testing.assert_allclose(np.mean(errors, axis=0), [0, -0.02, -0.11], atol=0.03)
 
 
 def test_the_frontier_ends_where_samples_cannot_tell():
-    kls, _ = estimate.frontier(REWARDS)
+    kls, _ = frontier.frontier(REWARDS)
     assert np.log(40) - 2.1 < kls[-1] <= np.log(40) - 2
-    halves = np.repeat([[0.0, 1.0]], 20, axis=0).T.reshape(1, -1)  # half the samples have all the reward there is
-    kls, rewards = estimate.frontier(halves)
-    assert len(kls) == len(estimate.BETAS)  # the samples tell it all
+    halves = np.repeat([[0.0, 1.0]], 20, axis=0).T.reshape(
+        1, -1
+    )  # half the samples have all the reward there is
+    kls, rewards = frontier.frontier(halves)
+    assert len(kls) == len(frontier.BETAS)  # the samples tell it all
     assert kls[-1] == pytest.approx(np.log(2)) and rewards[-1] == pytest.approx(1)
 
 
 def test_too_few_samples_are_refused():
     with pytest.raises(ValueError, match="7 samples .* needs 8"):
-        estimate.frontier(REWARDS[:, :7])
-    assert len(estimate.frontier(REWARDS[:, :8])[0])
+        frontier.frontier(REWARDS[:, :7])
+    assert len(frontier.frontier(REWARDS[:, :8])[0])
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 8])
@@ -48,9 +54,11 @@ def test_too_few_samples_are_refused():
 def test_best_of_n_is_the_mean_over_all_subsets(n, ranked_by):
     rewards = REWARDS[:, :8]
     ranking = rewards if ranked_by == "itself" else REWARDS[:, 8:16]
-    best = [[row[max(subset, key=lambda m: rank[m])] for subset in itertools.combinations(range(8), n)]
-            for row, rank in zip(rewards, ranking, strict=True)]
-    found = estimate.best_of_n(rewards, ranking, n)
+    best = [
+        [row[max(subset, key=lambda m: rank[m])] for subset in itertools.combinations(range(8), n)]
+        for row, rank in zip(rewards, ranking, strict=True)
+    ]
+    found = frontier.best_of_n(rewards, ranking, n)
     of_prompt = np.mean(best, axis=1)
     assert found["reward"] == pytest.approx(of_prompt.mean())
     assert found["reward_se"] == pytest.approx(of_prompt.std(ddof=1) / np.sqrt(3))
@@ -58,20 +66,24 @@ def test_best_of_n_is_the_mean_over_all_subsets(n, ranked_by):
 
 def test_best_of_n_where_rewards_tie():
     rewards = np.array([[0.0, 0.0, 1.0, 1.0, 1.0], [2.0, 2.0, 2.0, 2.0, 2.0]])
-    found = estimate.best_of_n(rewards, rewards, 2)  # of 10 pairs, one is (0, 0)
+    found = frontier.best_of_n(rewards, rewards, 2)  # of 10 pairs, one is (0, 0)
     assert found["reward"] == pytest.approx((0.9 + 2) / 2)
 
 
 @pytest.mark.parametrize("n", [1, 4, 16])
 def test_the_kl_of_best_of_n(n):
-    """Next to none tie among 32,768 completions alike under the reference; where some do, the KL is less."""
-    kl = estimate.best_of_n(REWARDS, REWARDS, n)["kl"]
+    """Next to none tie among 32,768 completions alike under the reference; where some do, the KL is
+    less.
+    """
+    kl = frontier.best_of_n(REWARDS, REWARDS, n)["kl"]
     rng, uniform = np.random.default_rng(2), np.full((1, 32_768), -np.log(32_768))
-    assert kl == pytest.approx(exact.best_of_n(uniform, rng.normal(size=uniform.shape), n)[1], abs=1e-3)
+    assert kl == pytest.approx(
+        exact.best_of_n(uniform, rng.normal(size=uniform.shape), n)[1], abs=1e-3
+    )
     assert exact.best_of_n(uniform, rng.integers(0, 9, uniform.shape), n)[1] < kl or n == 1
 
 
 @pytest.mark.parametrize("n", [0, 41])
 def test_best_of_more_than_there_are_is_refused(n):
     with pytest.raises(ValueError, match=f"best of {n}: there are 40 samples"):
-        estimate.best_of_n(REWARDS, REWARDS, n)
+        frontier.best_of_n(REWARDS, REWARDS, n)

@@ -11,13 +11,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import multihost_utils
-from tiny_runs import dpo_config, on_devices, rows_without_timings, run, weights, write_model, write_pairs
+from tiny_runs import (
+    dpo_config,
+    on_devices,
+    rows_without_timings,
+    run,
+    weights,
+    write_model,
+    write_pairs,
+)
 
 from dpo_jax import config as configs
-from dpo_jax import fit, metrics, peak, stages, step
-from dpo_jax.checkpoint import Checkpoints
-from dpo_jax.fit import Interrupted
-from dpo_jax.metrics import read_rows
+from dpo_jax.parallel import hardware
+from dpo_jax.training import loop, metrics, step
+from dpo_jax.training.checkpoint import Checkpoints
+from dpo_jax.training.loop import Interrupted
+from dpo_jax.training.metrics import read_rows
+from dpo_jax.workdir import StageChanged, lock_folder
 
 
 @pytest.fixture(scope="module")
@@ -30,16 +40,40 @@ def whole(model, pairs, tmp_path_factory):
 def test_a_run_leaves_what_the_readme_says(whole):
     _, folder = whole
     names = {path.name for path in folder.iterdir()}
-    assert names >= {"config.json", "ledger.json", "metrics.jsonl", "checkpoints", "hf", "done.json"}
+    assert names >= {
+        "config.json",
+        "ledger.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "hf",
+        "done.json",
+    }
     rows = rows_without_timings(folder)
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5, 6]
-    assert {"loss/train", "rewards_train/chosen", "rewards_train/rejected", "rewards_train/accuracies",
-            "rewards_train/margins", "logps_train/chosen", "logps_train/rejected", "lengths_train/chosen",
-            "grad_norm", "param_norm", "update_norm", "lr", "counters/examples", "counters/updates"} <= rows[1].keys()
-    assert {"loss/eval", "rewards_eval/accuracies", "logps_eval/chosen"} <= rows[0].keys() & rows[3].keys()
+    assert {
+        "loss/train",
+        "rewards_train/chosen",
+        "rewards_train/rejected",
+        "rewards_train/accuracies",
+        "rewards_train/margins",
+        "logps_train/chosen",
+        "logps_train/rejected",
+        "lengths_train/chosen",
+        "grad_norm",
+        "param_norm",
+        "update_norm",
+        "lr",
+        "counters/examples",
+        "counters/updates",
+    } <= rows[1].keys()
+    assert {"loss/eval", "rewards_eval/accuracies", "logps_eval/chosen"} <= rows[0].keys() & rows[
+        3
+    ].keys()
     assert "loss/eval" not in rows[1]
     assert rows[6]["counters/examples"] == 48
-    assert all(0 < row["model_flops_utilization"] < 1 for row in read_rows(folder / "metrics.jsonl")[1:])
+    assert all(
+        0 < row["model_flops_utilization"] < 1 for row in read_rows(folder / "metrics.jsonl")[1:]
+    )
 
 
 def test_it_starts_at_log_2_and_learns(whole):
@@ -59,28 +93,35 @@ def test_a_finished_run_is_reused(whole, capsys):
     assert (folder / "done.json").read_text() == before
 
 
-@pytest.mark.parametrize("field, value", [
-    ("beta", 0.5), ("steps", 9), ("data__max_prompt_length", 40), ("model__dtype", "bfloat16")])
+@pytest.mark.parametrize(
+    "field, value",
+    [("beta", 0.5), ("steps", 9), ("data__max_prompt_length", 40), ("model__dtype", "bfloat16")],
+)
 def test_a_changed_config_is_refused_by_field(whole, field, value):
     config, folder = whole
     changed = config.copy_and_resolve_references()
     block, _, name = field.rpartition("__")
     changed[block or "dpo"][name] = value
-    with pytest.raises(stages.StageChanged) as error:
+    with pytest.raises(StageChanged) as error:
         run(changed, folder.parent)
     text = str(error.value)
-    assert re.search(rf"config\.{block or 'dpo'}\.{name}: .* there, .*{value}.* now", text) and "--config.run=" in text
+    assert (
+        re.search(rf"config\.{block or 'dpo'}\.{name}: .* there, .*{value}.* now", text)
+        and "--config.run=" in text
+    )
 
 
 def test_a_field_that_is_newer_than_the_run_counts_as_its_default(whole):
     config, folder = whole
     written = json.loads((folder / "config.json").read_text())
-    older = written | dict(depends_on={k: v for k, v in written["depends_on"].items() if k != "data.truncate"})
+    older = written | dict(
+        depends_on={k: v for k, v in written["depends_on"].items() if k != "data.truncate"}
+    )
     (folder / "config.json").write_text(json.dumps(older))
     run(config, folder.parent)
     changed = config.copy_and_resolve_references()
     changed.data.truncate = "keep_end"
-    with pytest.raises(stages.StageChanged, match="config.data.truncate: 'auto' there, 'keep_end' now"):
+    with pytest.raises(StageChanged, match="config.data.truncate: 'auto' there, 'keep_end' now"):
         run(changed, folder.parent)
     (folder / "config.json").write_text(json.dumps(written))
 
@@ -88,7 +129,12 @@ def test_a_field_that_is_newer_than_the_run_counts_as_its_default(whole):
 def test_what_changes_no_result_may_change(whole):
     config, folder = whole
     changed = config.copy_and_resolve_references()
-    changed.dpo.save_every, changed.data.show, changed.mesh.fsdp, changed.log.wandb = 100, 2, 2, "project"
+    changed.dpo.save_every, changed.data.show, changed.mesh.fsdp, changed.log.wandb = (
+        100,
+        2,
+        2,
+        "project",
+    )
     run(changed, folder.parent)
 
 
@@ -98,14 +144,17 @@ def test_a_sweep_shares_a_workdir_by_run_name(whole, model, pairs):
     swept.run, swept.dpo.beta = "beta05", 0.5
     other = run(swept, folder.parent)
     assert other == folder.parent / "beta05"
-    assert rows_without_timings(other)[6]["loss/eval"] != rows_without_timings(folder)[6]["loss/eval"]
+    assert (
+        rows_without_timings(other)[6]["loss/eval"] != rows_without_timings(folder)[6]["loss/eval"]
+    )
 
 
-@pytest.mark.parametrize("mesh", [
-    dict(data=1), dict(data=2, fsdp=2, tensor=2)])
+@pytest.mark.parametrize("mesh", [dict(data=1), dict(data=2, fsdp=2, tensor=2)])
 def test_every_mesh_gives_the_same_run(whole, model, pairs, tmp_path, mesh):
     with on_devices(np.prod(list(mesh.values()))):
-        folder = run(dpo_config(model, pairs, **{f"mesh__{k}": v for k, v in mesh.items()}), tmp_path)
+        folder = run(
+            dpo_config(model, pairs, **{f"mesh__{k}": v for k, v in mesh.items()}), tmp_path
+        )
     expected = rows_without_timings(whole[1])
     for row, other in zip(rows_without_timings(folder), expected, strict=True):
         assert row.keys() == other.keys()
@@ -118,7 +167,9 @@ def test_every_mesh_gives_the_same_run(whole, model, pairs, tmp_path, mesh):
 def test_sft_runs_and_learns(model, pairs, tmp_path):
     config = configs.default(("sft",))
     config.model.path, config.data.path = str(model), str(pairs)
-    config.sft.update(batch_size=8, steps=4, lr=1e-3, warmup_steps=0, optimizer="adamw", eval_every=4)
+    config.sft.update(
+        batch_size=8, steps=4, lr=1e-3, warmup_steps=0, optimizer="adamw", eval_every=4
+    )
     rows = rows_without_timings(run(config, tmp_path))
     assert rows[-1]["nll_per_token/eval"] < rows[0]["nll_per_token/eval"] - 0.05
     assert rows[1]["loss/train"] == pytest.approx(-rows[1]["logps_train/chosen"])
@@ -129,7 +180,7 @@ def test_data_that_changed_under_an_unfinished_run_is_refused(model, tmp_path):
     folder = run(dpo_config(model, pairs, steps=2), tmp_path / "run")
     (folder / "done.json").unlink()
     write_pairs(tmp_path / "pairs.jsonl", seed=1)
-    with pytest.raises(stages.StageChanged, match="data .* has changed since the stage began"):
+    with pytest.raises(StageChanged, match="data .* has changed since the stage began"):
         run(dpo_config(model, pairs, steps=2), tmp_path / "run")
 
 
@@ -143,7 +194,9 @@ def test_a_reference_that_changed_under_an_unfinished_run_is_refused(pairs, tmp_
         assert json.loads((folder / "weights.json").read_text())["reference"]["path"] == str(model)
         (folder / "done.json").unlink()
         write_model(model, scale=5)
-        with pytest.raises(stages.StageChanged, match=f"the weights at {model} have changed since .*as its reference"):
+        with pytest.raises(
+            StageChanged, match=f"the weights at {model} have changed since .*as its reference"
+        ):
             run(config, tmp_path / "run")
         write_model(model)
         run(config, tmp_path / "run")
@@ -160,16 +213,25 @@ def test_an_attempt_that_failed_before_its_first_checkpoint_binds_nobody(model, 
 
 def test_tokens_and_lengths_that_the_model_does_not_have_are_refused(model, pairs, tmp_path):
     config = dpo_config("", pairs, model__tokenizer=str(model))
-    config.model.scratch = dict(model_type="gpt2", vocab_size=20, n_embd=16, n_layer=1, n_head=2, n_positions=64)
-    with pytest.raises(ValueError, match=r"pairs.jsonl row \d+ has token \d+, but the model's vocabulary ends at 19"):
+    config.model.scratch = dict(
+        model_type="gpt2", vocab_size=20, n_embd=16, n_layer=1, n_head=2, n_positions=64
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"pairs.jsonl row \d+ has token \d+, but the model's vocabulary ends at 19",
+    ):
         run(config, tmp_path / "words")
     config.model.scratch.update(vocab_size=40, n_positions=8)
-    with pytest.raises(ValueError, match=r"pairs.jsonl row \d+ has \d+ tokens, but the model has 8 positions"):
+    with pytest.raises(
+        ValueError, match=r"pairs.jsonl row \d+ has \d+ tokens, but the model has 8 positions"
+    ):
         run(config, tmp_path / "positions")
 
 
 def test_the_first_loss_that_is_not_finite_stops_the_run(model, pairs, tmp_path):
-    config = dpo_config(model, pairs, lr=1e12, max_grad_norm=0.0, optimizer="sgd", save_every=1, warmup_steps=0)
+    config = dpo_config(
+        model, pairs, lr=1e12, max_grad_norm=0.0, optimizer="sgd", save_every=1, warmup_steps=0
+    )
     with pytest.raises(FloatingPointError) as error:
         run(config, tmp_path)
     text = str(error.value)
@@ -188,11 +250,23 @@ def test_an_update_that_overflows_is_never_saved(model, pairs, tmp_path):
 
 
 def test_the_best_checkpoint_is_kept_and_exported(model, pairs, tmp_path):
-    config = dpo_config(model, pairs, steps=8, eval_every=2, save_every=8, keep_best="loss/eval", lr=3.0,
-                        warmup_steps=0, max_grad_norm=0.0)
+    config = dpo_config(
+        model,
+        pairs,
+        steps=8,
+        eval_every=2,
+        save_every=8,
+        keep_best="loss/eval",
+        lr=3.0,
+        warmup_steps=0,
+        max_grad_norm=0.0,
+    )
     folder = run(config, tmp_path)
-    losses = {row["step"]: row["loss/eval"] for row in read_rows(folder / "metrics.jsonl")
-              if "loss/eval" in row and row["step"]}
+    losses = {
+        row["step"]: row["loss/eval"]
+        for row in read_rows(folder / "metrics.jsonl")
+        if "loss/eval" in row and row["step"]
+    }
     with Checkpoints(folder / "checkpoints", keep=1, best_metric="loss/eval") as saved:
         best, value = saved.best()
         assert best == min(losses, key=losses.get) and value == losses[best]
@@ -203,7 +277,9 @@ def test_the_best_checkpoint_is_kept_and_exported(model, pairs, tmp_path):
 def test_of_equally_good_checkpoints_the_latest_is_the_best_however_often_one_is_saved(tmp_path):
     state = step.TrainState(jnp.int32(0), {"w": jnp.zeros(2)}, ())
     for keep, all_saved in ((1, False), (1, True), (3, True)):
-        with Checkpoints(tmp_path / f"{keep}{all_saved}", keep=keep, best_metric="rewards_eval/accuracies") as saved:
+        with Checkpoints(
+            tmp_path / f"{keep}{all_saved}", keep=keep, best_metric="rewards_eval/accuracies"
+        ) as saved:
             for number, accuracy in enumerate((0.6, 0.7, 0.7, 0.6), 1):
                 better = saved.is_better(accuracy)
                 assert better == (number < 4)
@@ -213,7 +289,9 @@ def test_of_equally_good_checkpoints_the_latest_is_the_best_however_often_one_is
 
 
 def test_saving_leaves_preemptions_to_the_loop(tmp_path, monkeypatch):
-    """orbax would ask jax with the step, and so move the number at which processes stop together."""
+    """orbax would ask jax with the step, and so move the number at which processes stop
+    together.
+    """
     asked = []
     monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", asked.append)
     with Checkpoints(tmp_path, keep=1) as saved:
@@ -222,7 +300,9 @@ def test_saving_leaves_preemptions_to_the_loop(tmp_path, monkeypatch):
 
 
 def test_an_unknown_metric_to_keep_the_best_by_is_refused(model, pairs, tmp_path):
-    with pytest.raises(ValueError, match="keep_best = 'accuracy': expected an evaluation metric; .*loss/eval"):
+    with pytest.raises(
+        ValueError, match="keep_best = 'accuracy': expected an evaluation metric; .*loss/eval"
+    ):
         run(dpo_config(model, pairs, keep_best="accuracy"), tmp_path)
 
 
@@ -233,7 +313,7 @@ def test_a_workdir_may_be_relative(model, pairs, tmp_path, monkeypatch):
 
 def test_two_processes_cannot_work_on_one_stage(whole):
     config, folder = whole
-    with stages.lock(folder), pytest.raises(RuntimeError, match="another process is at work"):
+    with lock_folder(folder), pytest.raises(RuntimeError, match="another process is at work"):
         run(config, folder.parent)
 
 
@@ -241,27 +321,30 @@ def test_a_stage_that_another_holds_for_a_moment_is_waited_for(tmp_path):
     held, release = threading.Event(), threading.Event()
 
     def hold():
-        with stages.lock(tmp_path):
+        with lock_folder(tmp_path):
             held.set()
             release.wait()
+
     threading.Thread(target=hold).start()
     held.wait()
     threading.Timer(0.3, release.set).start()
-    with stages.lock(tmp_path):
+    with lock_folder(tmp_path):
         assert release.is_set()
 
 
 def test_a_folder_of_something_else_is_not_touched(model, pairs, tmp_path):
     (tmp_path / "dpo").mkdir()
     (tmp_path / "dpo" / "thesis.tex").write_text("chapter 1")
-    with pytest.raises(stages.StageChanged, match="has files but no config.json"):
+    with pytest.raises(StageChanged, match="has files but no config.json"):
         run(dpo_config(model, pairs), tmp_path)
 
 
 def test_too_few_rows_for_a_step(model, tmp_path):
     pairs = write_pairs(tmp_path / "pairs.jsonl", count=10)
     config = dpo_config(model, pairs, steps=0, batch_size=64)
-    with pytest.raises(ValueError, match="training rows make no step of config.dpo.batch_size = 64"):
+    with pytest.raises(
+        ValueError, match="training rows make no step of config.dpo.batch_size = 64"
+    ):
         run(config, tmp_path)
 
 
@@ -272,6 +355,7 @@ def test_a_signal_in_the_last_step_ends_the_run_too(model, pairs, tmp_path, whol
         write(self, step, values)
         if step == 6:
             signal.raise_signal(signal.SIGTERM)
+
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(metrics.Writer, "write", stop)
         run(dpo_config(model, pairs), tmp_path)
@@ -286,7 +370,9 @@ def test_reference_by_path_and_reference_free(model, pairs, tmp_path, whole):
         np.testing.assert_array_equal(value, weights(whole[1])[name])
     free = run(dpo_config(model, pairs, reference="none"), tmp_path / "free")
     row = rows_without_timings(free)[0]
-    np.testing.assert_allclose(row["rewards_eval/chosen"], 0.1 * row["logps_eval/chosen"], rtol=1e-4)
+    np.testing.assert_allclose(
+        row["rewards_eval/chosen"], 0.1 * row["logps_eval/chosen"], rtol=1e-4
+    )
 
 
 def test_ledger_and_shown_rows(model, pairs, tmp_path, capsys):
@@ -298,9 +384,11 @@ def test_ledger_and_shown_rows(model, pairs, tmp_path, capsys):
 
 
 def test_the_device_never_waits_for_the_host(model, pairs, tmp_path, monkeypatch):
-    """A step's metrics are fetched when the next is on its way, and batches are made beside the loop."""
+    """A step's metrics are fetched when the next is on its way, and batches are made beside the
+    loop.
+    """
     events, made_by = [], []
-    programs, named, shard_batch = fit.programs, metrics.named, fit.sharding.shard_batch
+    programs, named, shard_batch = loop.programs, metrics.named, loop.sharding.shard_batch
 
     def watched(job):
         made = programs(job)
@@ -308,26 +396,52 @@ def test_the_device_never_waits_for_the_host(model, pairs, tmp_path, monkeypatch
         def train_step(*arguments):
             events.append("step")
             return made.train_step(*arguments)
+
         return dataclasses.replace(made, train_step=train_step)
-    monkeypatch.setattr(fit, "programs", watched)
-    monkeypatch.setattr(metrics, "named", lambda *arguments: events.append("fetch") or named(*arguments))
-    monkeypatch.setattr(fit.sharding, "shard_batch", lambda *arguments, **options: (
-        made_by.append(threading.current_thread()) or shard_batch(*arguments, **options)))
+
+    monkeypatch.setattr(loop, "programs", watched)
+    monkeypatch.setattr(
+        metrics, "named", lambda *arguments: events.append("fetch") or named(*arguments)
+    )
+    monkeypatch.setattr(
+        loop.sharding,
+        "shard_batch",
+        lambda *arguments, **options: (
+            made_by.append(threading.current_thread()) or shard_batch(*arguments, **options)
+        ),
+    )
     run(dpo_config(model, pairs, steps=5, eval_every=100, save_every=100), tmp_path)
     first = events.index("step")
-    assert events[first:first + 10] == ["step", *["step", "fetch"] * 4, "fetch"]
+    assert events[first : first + 10] == ["step", *["step", "fetch"] * 4, "fetch"]
     assert sum(thread is not threading.main_thread() for thread in made_by) == 5
 
 
-@pytest.mark.parametrize("kind, dtype, expected", [
-    ("TPU v4", "bfloat16", 275e12), ("TPU v4", "float32", 275e12 / 6), ("NVIDIA H100 80GB HBM3", "bfloat16", 989e12)])
+@pytest.mark.parametrize(
+    "kind, dtype, expected",
+    [
+        ("TPU v4", "bfloat16", 275e12),
+        ("TPU v4", "float32", 275e12 / 6),
+        ("NVIDIA H100 80GB HBM3", "bfloat16", 989e12),
+    ],
+)
 def test_utilization_is_of_all_chips_peak(kind, dtype, expected):
     devices = np.array([types.SimpleNamespace(platform="tpu", device_kind=kind)] * 8)
-    assert peak.flops_per_second(types.SimpleNamespace(devices=devices, size=8), dtype) == 8 * expected
+    assert (
+        hardware.flops_per_second(types.SimpleNamespace(devices=devices, size=8), dtype)
+        == 8 * expected
+    )
 
 
 def test_other_chips_of_a_name_are_measured(monkeypatch):
-    monkeypatch.setattr(peak, "measured_flops_per_second", lambda dtype: 3.0)
-    for kind in ("NVIDIA H100 PCIe", "NVIDIA GH200 480GB", "NVIDIA A100-SXM4-80GB MIG 1g.10gb", "NVIDIA L4"):
+    monkeypatch.setattr(hardware, "measured_flops_per_second", lambda dtype: 3.0)
+    for kind in (
+        "NVIDIA H100 PCIe",
+        "NVIDIA GH200 480GB",
+        "NVIDIA A100-SXM4-80GB MIG 1g.10gb",
+        "NVIDIA L4",
+    ):
         devices = np.array([types.SimpleNamespace(platform="gpu", device_kind=kind)] * 2)
-        assert peak.flops_per_second(types.SimpleNamespace(devices=devices, size=2), "bfloat16") == 6
+        assert (
+            hardware.flops_per_second(types.SimpleNamespace(devices=devices, size=2), "bfloat16")
+            == 6
+        )

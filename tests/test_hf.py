@@ -1,4 +1,6 @@
-"""Model folders in Hugging Face format: finding, reading, loading, writing; and every error on the way."""
+"""Model folders in Hugging Face format: finding, reading, loading, writing; and every error on the
+way.
+"""
 
 import fnmatch
 import json
@@ -20,8 +22,8 @@ from flax import traverse_util
 from safetensors.numpy import load_file, save_file
 from tiny_runs import free_port
 
-from dpo_jax import sharding
 from dpo_jax.models import families, hf, safetensors_io, transformer
+from dpo_jax.parallel import sharding
 
 FILE = "model.safetensors"
 
@@ -87,9 +89,13 @@ def test_a_local_folder_is_not_looked_up(tmp_path):
     assert hf.fetch(str(tmp_path)) == tmp_path
 
 
-@pytest.mark.parametrize("path", ["/no/such/folder", "./runs/sft/hf", "~/none", "runs/sft/hf", "runs/sft/"])
+@pytest.mark.parametrize(
+    "path", ["/no/such/folder", "./runs/sft/hf", "~/none", "runs/sft/hf", "runs/sft/"]
+)
 def test_a_missing_folder_is_said_to_be_missing(path):
-    with pytest.raises(FileNotFoundError, match=f"the model folder {re.escape(path)} does not exist. Pass"):
+    with pytest.raises(
+        FileNotFoundError, match=f"the model folder {re.escape(path)} does not exist. Pass"
+    ):
         hf.fetch(path)
 
 
@@ -107,7 +113,9 @@ def silent_hub(monkeypatch, tmp_path):
 
 def test_a_silent_network_is_an_error_within_seconds(silent_hub):
     start = time.monotonic()
-    with pytest.raises(FileNotFoundError, match="the model org/name is neither a folder .* Pass a local"):
+    with pytest.raises(
+        FileNotFoundError, match="the model org/name is neither a folder .* Pass a local"
+    ):
         hf.fetch("org/name")
     assert time.monotonic() - start < 10
 
@@ -136,25 +144,57 @@ def test_a_revision_stands_behind_the_name(silent_hub):
 def test_only_weights_configs_and_tokenizers_are_fetched():
     def wanted(name):
         return any(fnmatch.fnmatch(name, pattern) for pattern in hf.WEIGHT_FILES + hf.OTHER_FILES)
-    assert all(map(wanted, [
-        "config.json", "model.safetensors", "model.safetensors.index.json",
-        "model-00001-of-00002.safetensors", "merges.txt", "tokenizer.model", "chat_template.jinja"]))
-    assert not any(map(wanted, [
-        "pytorch_model.bin", "model.pt", "x.pkl", "flax_model.msgpack", "modeling_x.py", "tf_model.h5",
-        "consolidated.safetensors", "README.md"]))
+
+    assert all(
+        map(
+            wanted,
+            [
+                "config.json",
+                "model.safetensors",
+                "model.safetensors.index.json",
+                "model-00001-of-00002.safetensors",
+                "merges.txt",
+                "tokenizer.model",
+                "chat_template.jinja",
+            ],
+        )
+    )
+    assert not any(
+        map(
+            wanted,
+            [
+                "pytorch_model.bin",
+                "model.pt",
+                "x.pkl",
+                "flax_model.msgpack",
+                "modeling_x.py",
+                "tf_model.h5",
+                "consolidated.safetensors",
+                "README.md",
+            ],
+        )
+    )
 
 
 def test_a_folder_without_config_is_an_error(tmp_path):
-    with pytest.raises(FileNotFoundError, match=rf"{tmp_path}/config.json does not exist. A model folder"):
+    with pytest.raises(
+        FileNotFoundError, match=rf"{tmp_path}/config.json does not exist. A model folder"
+    ):
         hf.read_config(tmp_path)
 
 
-@pytest.mark.parametrize("text, message", [
-    ("{", "Expecting"),
-    ("{}", "model_type is None"),
-    ('{"model_type": "new", "auto_map": {"AutoConfig": "novel.Config"}}', "model_type is 'new', which this"),
-    ('{"model_type": "gpt2", "n_embd": "wide"}', "n_embd"),
-])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("{", "Expecting"),
+        ("{}", "model_type is None"),
+        (
+            '{"model_type": "new", "auto_map": {"AutoConfig": "novel.Config"}}',
+            "model_type is 'new', which this",
+        ),
+        ('{"model_type": "gpt2", "n_embd": "wide"}', "n_embd"),
+    ],
+)
 def test_a_bad_config_is_an_error_that_names_the_file(tmp_path, text, message):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=rf"(?s){tmp_path}/config.json: .*{message}"):
@@ -200,22 +240,31 @@ def test_shards_with_an_index(untied, tmp_path):
     index = json.loads((folder / f"{FILE}.index.json").read_text())
     files = sorted(folder.glob("*.safetensors"))
     assert [file.name for file in files] == [
-        f"model-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)]
-    assert len(files) > 2 and all(sum(x.nbytes for x in load_file(file).values()) <= 30_000 for file in files)
+        f"model-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)
+    ]
+    assert len(files) > 2 and all(
+        sum(x.nbytes for x in load_file(file).values()) <= 30_000 for file in files
+    )
     assert index["weight_map"] == {name: file.name for file in files for name in load_file(file)}
     assert index["metadata"]["total_size"] == sum(x.nbytes for x in jax.tree.leaves(untied[2]))
     assert_same(load(folder, untied), untied[2])
     files[1].unlink()
-    with pytest.raises(FileNotFoundError, match=f"{folder} lacks {files[1].name}, which its index lists"):
+    with pytest.raises(
+        FileNotFoundError, match=f"{folder} lacks {files[1].name}, which its index lists"
+    ):
         load(folder, untied)
 
 
 def test_torch_reads_our_shards(untied, tmp_path):
     pytest.importorskip("torch", reason="reads an export with transformers")
     folder = written(untied, tmp_path / "model", max_shard_bytes=30_000)
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True
+    )
     assert not any(info.values()), info
-    np.testing.assert_array_equal(model.lm_head.weight.detach().numpy().T, untied[2]["head"]["kernel"])
+    np.testing.assert_array_equal(
+        model.lm_head.weight.detach().numpy().T, untied[2]["head"]["kernel"]
+    )
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
@@ -228,15 +277,21 @@ def test_half_precision_is_read_as_float32(tied, folder, dtype):
 def test_a_base_model_with_buffers_and_a_copy_of_the_head_is_read(tied, folder):
     def as_on_the_hub(stored):
         stored = {name.removeprefix("transformer."): x for name, x in stored.items()}
-        return stored | {"h.0.attn.bias": np.ones((1, 1, 4, 4), np.uint8),
-                         "h.1.attn.masked_bias": np.float32([-1e4]), "lm_head.weight": stored["wte.weight"]}
+        return stored | {
+            "h.0.attn.bias": np.ones((1, 1, 4, 4), np.uint8),
+            "h.1.attn.masked_bias": np.float32([-1e4]),
+            "lm_head.weight": stored["wte.weight"],
+        }
+
     change(folder, as_on_the_hub)
     assert_same(load(folder, tied), tied[2])
 
 
 def test_a_tied_head_that_differs_is_an_error(tied, folder):
     change(folder, lambda stored: stored | {"lm_head.weight": stored["transformer.wte.weight"] + 1})
-    with pytest.raises(ValueError, match="lm_head.weight differs from transformer.wte.weight, though"):
+    with pytest.raises(
+        ValueError, match="lm_head.weight differs from transformer.wte.weight, though"
+    ):
         load(folder, tied)
 
 
@@ -247,11 +302,14 @@ def test_everything_wrong_is_in_one_error(tied, folder):
         stored["transformer.h.2.ln_1.weight"] = stored["transformer.h.0.ln_1.weight"]
         stored["ln_f.bias"] = stored["transformer.ln_f.bias"]
         stored["transformer.ln_f.weight"] = stored["transformer.ln_f.weight"].astype(np.int32)
+
     change(folder, spoil)
     with pytest.raises(ValueError) as raised:
         load(folder, tied)
     lines = str(raised.value).splitlines()
-    assert lines[0] == f"the tensors in {folder} are not those of the gpt2 model in its config.json:"
+    assert (
+        lines[0] == f"the tensors in {folder} are not those of the gpt2 model in its config.json:"
+    )
     assert sorted(line.strip() for line in lines[1:-1]) == [
         "missing: transformer.h.1.mlp.c_fc.bias [128]",
         "set twice: transformer.ln_f.bias, again as transformer.ln_f.bias in model.safetensors",
@@ -272,10 +330,14 @@ def test_a_tensor_in_two_shards_is_an_error(untied, tmp_path):
 
 def test_a_pickle_is_not_read_and_the_error_says_how_to_convert_it(tied, folder):
     (folder / FILE).rename(folder / "pytorch_model.bin")
-    with pytest.raises(FileNotFoundError, match=r"(?s)pytorch_model.bin would run .*safe_serialization=True"):
+    with pytest.raises(
+        FileNotFoundError, match=r"(?s)pytorch_model.bin would run .*safe_serialization=True"
+    ):
         load(folder, tied)
     (folder / "pytorch_model.bin").unlink()
-    with pytest.raises(FileNotFoundError, match=f"{folder} holds neither model.safetensors nor model"):
+    with pytest.raises(
+        FileNotFoundError, match=f"{folder} holds neither model.safetensors nor model"
+    ):
         load(folder, tied)
 
 
@@ -289,8 +351,9 @@ def test_a_damaged_file_is_named(tied, folder):
 
 
 def test_the_exported_config_says_what_was_written(untied, tmp_path):
-    hf_config = tiny_models.hf_config("llama2", dtype="bfloat16", architectures=["LlamaModel"],
-                                      temperature=0.5)  # for which save_pretrained would refuse it
+    hf_config = tiny_models.hf_config(
+        "llama2", dtype="bfloat16", architectures=["LlamaModel"], temperature=0.5
+    )  # for which save_pretrained would refuse it
     folder = written((hf_config, *untied[1:]), tmp_path / "model")
     stored = json.loads((folder / "config.json").read_text())
     assert (stored["architectures"], stored["dtype"]) == (["LlamaForCausalLM"], "float32")
@@ -330,8 +393,12 @@ def test_an_export_does_not_take_the_place_of_something_else(tied, tmp_path):
 
 def test_an_export_of_other_parameters_is_refused(tied, tmp_path):
     hf_config, config, params = tied
-    with pytest.raises(ValueError, match="with no place in a Hugging Face checkpoint: lora/a. Merge"):
-        hf.save(tmp_path / "x", config, hf_config, params | {"lora": {"a": params["embed"]["tokens"]}})
+    with pytest.raises(
+        ValueError, match="with no place in a Hugging Face checkpoint: lora/a. Merge"
+    ):
+        hf.save(
+            tmp_path / "x", config, hf_config, params | {"lora": {"a": params["embed"]["tokens"]}}
+        )
     with pytest.raises(ValueError, match="to export are missing: embed/positions, embed/tokens"):
         hf.save(tmp_path / "x", config, hf_config, params | {"embed": {}})
     assert not list(tmp_path.iterdir())
@@ -355,8 +422,10 @@ import jax
 jax.config.update("jax_num_cpu_devices", 2)
 jax.distributed.initialize(f"localhost:{sys.argv[2]}", num_processes=2, process_id=int(sys.argv[1]))
 import pathlib
-from dpo_jax import sharding
-from dpo_jax.models import families, hf, transformer
+from dpo_jax.parallel import sharding
+from dpo_jax.models import families
+from dpo_jax.models import hf
+from dpo_jax.models import transformer
 folder = pathlib.Path(sys.argv[3])
 hf_config = hf.read_config(folder)
 config = families.from_hf(hf_config)
@@ -372,8 +441,15 @@ assert folder.with_name("out").exists()
 def test_two_processes_load_their_parts_and_export_the_whole(untied, tmp_path):
     folder = written(untied, tmp_path / "model")
     port = free_port()
-    runs = [subprocess.Popen([sys.executable, "-c", TWO_PROCESSES, str(index), str(port), str(folder)],
-                             cwd=ROOT, stderr=subprocess.PIPE, text=True) for index in range(2)]
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_PROCESSES, str(index), str(port), str(folder)],
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
     for run in runs:
         _, errors = run.communicate(timeout=120)
         assert run.returncode == 0, errors

@@ -1,4 +1,6 @@
-"""The tokenizer of the small IMDb run: which reviews it is trained on, and that it is a GPT-2 one of the asked size."""
+"""The tokenizer of the small IMDb run: which reviews it is trained on, and that it is a GPT-2 one
+of the asked size.
+"""
 
 import json
 import subprocess
@@ -12,12 +14,18 @@ from dpo_jax.data import tokenizer as tokenizers
 from experiments import imdb_tokenizer
 
 REVIEWS = {
-    "train": ["A splendid film.<br /><br />Truly splendid acting, I'd say.", " It's 10/10: splendid!\n"],
+    "train": [
+        "A splendid film.<br /><br />Truly splendid acting, I'd say.",
+        " It's 10/10: splendid!\n",
+    ],
     "unsupervised": ["The plot was splendid nonsense<br>and the acting was not."],
     "test": ["Zebra zebra zebra zebra zebra zebra zebra zebra."],
 }
-CLEAN = ["A splendid film.\n\nTruly splendid acting, I'd say.", "It's 10/10: splendid!",
-         "The plot was splendid nonsense\nand the acting was not."]
+CLEAN = [
+    "A splendid film.\n\nTruly splendid acting, I'd say.",
+    "It's 10/10: splendid!",
+    "The plot was splendid nonsense\nand the acting was not.",
+]
 HARD = ["", " two  spaces\n\n\tand a tab ", "naïve café 電影 😀 \x00", "I'd've 1990s ...!?"]
 PIECES = 280  # the end, 256 bytes, 23 merges
 FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -41,8 +49,12 @@ def saved(tmp_path_factory):
 
 
 def run_command(*args):
-    return subprocess.run([sys.executable, "-m", "experiments.imdb_tokenizer", *args], cwd=ROOT, text=True,
-                          capture_output=True)
+    return subprocess.run(
+        [sys.executable, "-m", "experiments.imdb_tokenizer", *args],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+    )
 
 
 def test_reads_train_and_unsupervised_as_the_source_does(reviews):
@@ -65,7 +77,11 @@ def test_size_and_special_tokens(saved):
     scratch = imdb_small.get_config().model.scratch
     assert len(tokenizer) == PIECES
     assert tokenizer.bos_token == tokenizer.eos_token == "<|endoftext|>"
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (scratch.bos_token_id, scratch.eos_token_id) == (0, 0)
+    assert (
+        (tokenizer.bos_token_id, tokenizer.eos_token_id)
+        == (scratch.bos_token_id, scratch.eos_token_id)
+        == (0, 0)
+    )
     assert tokenizer("It's").input_ids[0] != 0  # no BOS before a text, as GPT-2's
     assert tokenizer("It's<|endoftext|>").input_ids == [*tokenizer("It's").input_ids, 0]
 
@@ -84,5 +100,6 @@ def test_text_comes_back(saved):
 def test_splits_text_as_gpt2():
     ours, gpt2 = imdb_tokenizer.train(CLEAN, PIECES), tokenizers.load(SHARED / "gpt2-tokenizer")
     for text in (*CLEAN, *HARD):
-        assert (ours.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)
-                == gpt2.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text))
+        assert ours.backend_tokenizer.pre_tokenizer.pre_tokenize_str(
+            text
+        ) == gpt2.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)

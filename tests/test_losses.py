@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from conftest import SHARED, needs_shared
 
-from dpo_jax import losses
 from dpo_jax.config import PREFERENCE_LOSSES, SMOOTHED_LOSSES
+from dpo_jax.training import losses
 
 RNG = np.random.default_rng(0)
 CHOSEN, REJECTED = RNG.normal(0, 3, (2, 50))  # log-ratios
@@ -28,12 +28,17 @@ def torch_loss(name, chosen, rejected, counts, beta, eps):
     delta = chosen - rejected
     per_token = chosen / counts[0] - rejected / counts[1]
     return {
-        "sigmoid": lambda: -F.logsigmoid(beta * delta) * (1 - eps) - F.logsigmoid(-beta * delta) * eps,
+        "sigmoid": lambda: (
+            -F.logsigmoid(beta * delta) * (1 - eps) - F.logsigmoid(-beta * delta) * eps
+        ),
         "sigmoid_norm": lambda: -F.logsigmoid(beta * per_token),
         "hinge": lambda: torch.relu(1 - beta * delta),
         "ipo": lambda: (per_token - 1 / (2 * beta)) ** 2,
         "ipo_sum": lambda: (delta - 1 / (2 * beta)) ** 2,
-        "robust": lambda: (-F.logsigmoid(beta * delta) * (1 - eps) + F.logsigmoid(-beta * delta) * eps) / (1 - 2 * eps),
+        "robust": lambda: (
+            (-F.logsigmoid(beta * delta) * (1 - eps) + F.logsigmoid(-beta * delta) * eps)
+            / (1 - 2 * eps)
+        ),
     }[name]()
 
 
@@ -48,7 +53,9 @@ def test_value_and_gradient_equal_torch(name, eps):
     expected.sum().backward()
     with jax.enable_x64(True):
         found = loss(name, eps=eps)
-        grads = jax.grad(lambda c, r: loss(name, c, r, eps=eps).sum(), argnums=(0, 1))(CHOSEN, REJECTED)
+        grads = jax.grad(lambda c, r: loss(name, c, r, eps=eps).sum(), argnums=(0, 1))(
+            CHOSEN, REJECTED
+        )
     np.testing.assert_allclose(found, expected.detach(), rtol=1e-9)
     np.testing.assert_allclose(grads[0], chosen.grad, rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(grads[1], rejected.grad, rtol=1e-9, atol=1e-12)
@@ -61,7 +68,9 @@ def test_published_values():
     chosen, rejected = np.split(np.array(case["policy_logps"]) - np.array(case["ref_logps"]), 2)
     for eps in (0, 0.3):
         found = loss("sigmoid", chosen, rejected, np.ones((2, 4)), case["beta"], eps).mean()
-        np.testing.assert_allclose(found, case["expected_loss"][f"label_smoothing={eps}"], atol=case["atol"])
+        np.testing.assert_allclose(
+            found, case["expected_loss"][f"label_smoothing={eps}"], atol=case["atol"]
+        )
     case = golden["torchtune_dpo_loss"]
     chosen = np.array(case["policy_chosen"]) - np.array(case["ref_chosen"])
     rejected = np.array(case["policy_rejected"]) - np.array(case["ref_rejected"])
@@ -74,7 +83,9 @@ def test_published_values():
 def test_dpo_gradient_is_the_closed_form():
     """d loss / d chosen = -beta sigmoid(-beta margin): beta enters once."""
     gradient = jax.grad(lambda c: loss("sigmoid", c).sum())(CHOSEN)
-    np.testing.assert_allclose(gradient, -BETA / (1 + np.exp(BETA * (CHOSEN - REJECTED))), rtol=1e-5)
+    np.testing.assert_allclose(
+        gradient, -BETA / (1 + np.exp(BETA * (CHOSEN - REJECTED))), rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", PREFERENCE_LOSSES)
@@ -90,8 +101,14 @@ def test_gradient_equals_finite_differences(name):
 def test_value_at_equal_policy_and_reference():
     zeros = np.zeros(3)
     counts = np.ones((2, 3))
-    for name, expected in dict(sigmoid=np.log(2), sigmoid_norm=np.log(2), hinge=1, ipo=1 / (2 * BETA) ** 2,
-                               ipo_sum=1 / (2 * BETA) ** 2, robust=np.log(2)).items():
+    for name, expected in dict(
+        sigmoid=np.log(2),
+        sigmoid_norm=np.log(2),
+        hinge=1,
+        ipo=1 / (2 * BETA) ** 2,
+        ipo_sum=1 / (2 * BETA) ** 2,
+        robust=np.log(2),
+    ).items():
         np.testing.assert_allclose(loss(name, zeros, zeros, counts), expected, rtol=1e-6)
 
 
@@ -103,13 +120,19 @@ def test_swapping_the_sides_mirrors_the_margin():
 
 @pytest.mark.parametrize("name", ["sigmoid", "hinge", "ipo_sum", "robust"])
 def test_log_ratio_of_shared_tokens_cancels_in_summed_losses(name):
-    np.testing.assert_allclose(loss(name, CHOSEN + 5, REJECTED + 5), loss(name), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        loss(name, CHOSEN + 5, REJECTED + 5), loss(name), rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("name", ["ipo", "sigmoid_norm"])
 def test_length_normalised_losses_divide_each_side_by_its_own_length(name):
-    np.testing.assert_allclose(loss(name, CHOSEN * COUNTS[0], REJECTED * COUNTS[1]),
-                               loss({"ipo": "ipo_sum", "sigmoid_norm": "sigmoid"}[name]), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        loss(name, CHOSEN * COUNTS[0], REJECTED * COUNTS[1]),
+        loss({"ipo": "ipo_sum", "sigmoid_norm": "sigmoid"}[name]),
+        rtol=1e-4,
+        atol=1e-4,
+    )
 
 
 def test_no_smoothing_is_plain_dpo():
@@ -138,19 +161,39 @@ def torch_gradient(function, *inputs):
     return value.detach().numpy(), tensors[0].grad.numpy()
 
 
-@pytest.mark.parametrize("ours, theirs, inputs", [
-    (lambda a, b: losses.unlikelihood(a, b, 0.3), lambda torch, a, b: -a + 0.3 * b, (CHOSEN, REJECTED)),
-    (losses.bradley_terry, lambda torch, a, b: -torch.log(torch.sigmoid(a - b)), (CHOSEN, REJECTED)),
-    (lambda a, b: losses.ppo_policy(a, b, 0.2),
-     lambda torch, a, b: torch.max(-b * a.exp(), -b * a.exp().clamp(0.8, 1.2)), (CHOSEN / 10, REJECTED)),
-    (lambda a, b, c: losses.ppo_value(a, b, c, 0.5),
-     lambda torch, a, b, c: 0.5 * torch.max((a - c) ** 2, (b + (a - b).clamp(-0.5, 0.5) - c) ** 2),
-     (CHOSEN, REJECTED, CHOSEN[::-1].copy())),
-])
+@pytest.mark.parametrize(
+    "ours, theirs, inputs",
+    [
+        (
+            lambda a, b: losses.unlikelihood(a, b, 0.3),
+            lambda torch, a, b: -a + 0.3 * b,
+            (CHOSEN, REJECTED),
+        ),
+        (
+            losses.bradley_terry,
+            lambda torch, a, b: -torch.log(torch.sigmoid(a - b)),
+            (CHOSEN, REJECTED),
+        ),
+        (
+            lambda a, b: losses.ppo_policy(a, b, 0.2),
+            lambda torch, a, b: torch.max(-b * a.exp(), -b * a.exp().clamp(0.8, 1.2)),
+            (CHOSEN / 10, REJECTED),
+        ),
+        (
+            lambda a, b, c: losses.ppo_value(a, b, c, 0.5),
+            lambda torch, a, b, c: (
+                0.5 * torch.max((a - c) ** 2, (b + (a - b).clamp(-0.5, 0.5) - c) ** 2)
+            ),
+            (CHOSEN, REJECTED, CHOSEN[::-1].copy()),
+        ),
+    ],
+)
 def test_values_and_gradients_follow_torch(ours, theirs, inputs):
     value, gradient = torch_gradient(theirs, *inputs)
     np.testing.assert_allclose(ours(*map(jnp.asarray, inputs)), value, rtol=2e-5, atol=1e-6)
-    found = jax.grad(lambda first: ours(first, *map(jnp.asarray, inputs[1:])).sum())(jnp.asarray(inputs[0]))
+    found = jax.grad(lambda first: ours(first, *map(jnp.asarray, inputs[1:])).sum())(
+        jnp.asarray(inputs[0])
+    )
     np.testing.assert_allclose(found, gradient, rtol=2e-4, atol=1e-5)
 
 
@@ -162,9 +205,12 @@ def test_advantages_are_what_their_definition_says(lam):
     found = losses.advantages(jnp.asarray(rewards), jnp.asarray(values), jnp.asarray(counts), lam)
     expected = np.zeros((3, 5))
     for row, count in enumerate(counts):
-        delta = [rewards[row, t] + (values[row, t + 1] if t + 1 < count else 0) - values[row, t] for t in range(count)]
+        delta = [
+            rewards[row, t] + (values[row, t + 1] if t + 1 < count else 0) - values[row, t]
+            for t in range(count)
+        ]
         for t in range(count):
-            expected[row, t] = sum(lam**(later - t) * delta[later] for later in range(t, count))
+            expected[row, t] = sum(lam ** (later - t) * delta[later] for later in range(t, count))
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 

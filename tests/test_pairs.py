@@ -6,16 +6,24 @@ import json
 import numpy as np
 import pytest
 
-from dpo_jax import pairs
+from dpo_jax.pipeline import preference_pairs
 
 
 def row(*rewards, tokens=None):
-    return dict(prompt="film", tokens=[5], completions=[
-        dict(text=f" {i}", tokens=tokens[i] if tokens else [i], reward=reward) for i, reward in enumerate(rewards)])
+    return dict(
+        prompt="film",
+        tokens=[5],
+        completions=[
+            dict(text=f" {i}", tokens=tokens[i] if tokens else [i], reward=reward)
+            for i, reward in enumerate(rewards)
+        ],
+    )
 
 
 def test_all_pairs_of_a_prompt_are_labelled():
-    found, left_out = pairs.label([row(0.1, 0.4, 0.2, 0.3)], "deterministic", np.random.default_rng(0))
+    found, left_out = preference_pairs.label(
+        [row(0.1, 0.4, 0.2, 0.3)], "deterministic", np.random.default_rng(0)
+    )
     assert len(found) == 6 and not any(left_out.values())
     assert all(pair["reward_chosen"] > pair["reward_rejected"] for pair in found)
     assert collections.Counter(pair["chosen"] for pair in found) == {" 1": 3, " 3": 2, " 2": 1}
@@ -24,41 +32,56 @@ def test_all_pairs_of_a_prompt_are_labelled():
 
 def test_ties_are_dropped_and_counted_where_labels_are_deterministic():
     rows = [row(1, 1, 2)]
-    assert pairs.label(rows, "deterministic", np.random.default_rng(0))[1] == {
-        "equal completions": 0, "equal rewards": 1}
-    found, left_out = pairs.label(rows, "bradley_terry", np.random.default_rng(0))
+    assert preference_pairs.label(rows, "deterministic", np.random.default_rng(0))[1] == {
+        "equal completions": 0,
+        "equal rewards": 1,
+    }
+    found, left_out = preference_pairs.label(rows, "bradley_terry", np.random.default_rng(0))
     assert len(found) == 3 and not any(left_out.values())  # Bradley-Terry has an answer for ties
 
 
 def test_equal_completions_are_no_pair():
-    found, left_out = pairs.label([row(1, 1, 2, tokens=[[7], [7], [8]])], "bradley_terry", np.random.default_rng(0))
+    found, left_out = preference_pairs.label(
+        [row(1, 1, 2, tokens=[[7], [7], [8]])], "bradley_terry", np.random.default_rng(0)
+    )
     assert len(found) == 2 and left_out["equal completions"] == 1
 
 
 def test_bradley_terry_labels_have_their_frequencies():
-    found, _ = pairs.label([row(-1, 0, 0, 1, 2)] * 1500, "bradley_terry", np.random.default_rng(1))
+    found, _ = preference_pairs.label(
+        [row(-1, 0, 0, 1, 2)] * 1500, "bradley_terry", np.random.default_rng(1)
+    )
     margins = np.array([pair["reward_chosen"] - pair["reward_rejected"] for pair in found])
     for margin in (1, 2, 3):
         wins, n = (margins == margin).sum(), (abs(margins) == margin).sum()
         expected = 1 / (1 + np.exp(-margin))
         assert n > 500
         assert abs(wins / n - expected) < 4 * np.sqrt(expected * (1 - expected) / n)
-    first = [pair["chosen"] == " 1" for pair in found if {pair["chosen"], pair["rejected"]} == {" 1", " 2"}]
+    first = [
+        pair["chosen"] == " 1"
+        for pair in found
+        if {pair["chosen"], pair["rejected"]} == {" 1", " 2"}
+    ]
     assert abs(np.mean(first) - 0.5) < 0.1  # a tie is decided by a fair coin
 
 
 def test_labels_depend_on_the_seed_alone():
     def labelled(seed):
-        return pairs.label([row(0, 0.1, 0.2)] * 20, "bradley_terry", np.random.default_rng(seed))
+        return preference_pairs.label(
+            [row(0, 0.1, 0.2)] * 20, "bradley_terry", np.random.default_rng(seed)
+        )
+
     assert labelled(7) == labelled(7) != labelled(8)
 
 
 @pytest.mark.parametrize("kind, responses", [("pairs", 2), ("sft", 1)])
 def test_training_reads_the_tokens_that_were_sampled(tmp_path, kind, responses):
-    found, _ = pairs.label([row(1, 2, tokens=[[3, 4], [6]])], "deterministic", np.random.default_rng(0))
-    for file in pairs.FILES.values():
+    found, _ = preference_pairs.label(
+        [row(1, 2, tokens=[[3, 4], [6]])], "deterministic", np.random.default_rng(0)
+    )
+    for file in preference_pairs.FILES.values():
         (tmp_path / file).write_text("".join(json.dumps(pair) + "\n" for pair in found))
-    loaded = pairs.load(tmp_path, kind)
+    loaded = preference_pairs.load(tmp_path, kind)
     prompt, tokens = loaded.train[0]
     assert prompt.tolist() == [5] and [ids.tolist() for ids in tokens] == [[6], [3, 4]][:responses]
     assert loaded.ledger.train.kept == loaded.ledger.eval.kept == 1

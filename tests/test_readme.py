@@ -5,7 +5,6 @@ import shlex
 
 import pytest
 from conftest import ROOT
-from test_floors import FILES
 from tiny_runs import command, write_model, write_pairs
 
 from experiments.commands import load_module, parsed
@@ -16,8 +15,10 @@ CONFIG = (ROOT / "dpo_jax" / "config.py").read_text()
 
 
 def test_the_two_commands_are_there():
-    assert ("pip install -r requirements.txt && python -m dpo_jax.train --config=configs/toy.py --workdir=runs/toy\n"
-            in README)
+    assert (
+        "pip install -r requirements.txt && python -m dpo_jax.train --config=configs/toy.py --workdir=runs/toy\n"
+        in README
+    )
     assert "pip install -r requirements.txt -r requirements-dev.txt && python -m pytest\n" in README
 
 
@@ -31,22 +32,22 @@ def test_the_config_table_says_what_the_config_does():
         assert default in row or name == "stages", f"{name} = {default}: {row}"
 
 
-def test_the_map_names_every_file():
-    section = README.split("## Files")[1].split("**A batch**")[0]
-    for name in FILES:
-        assert re.search(rf"\b{name.rpartition('.')[2]}\b", section), name
-
-
 def test_pictures_exist():
     for path in re.findall(r"!\[.*?\]\((.+?)\)", README):
         assert (ROOT / path).exists(), path
 
 
 def commands() -> list[str]:
-    """Every line of the README's code blocks that starts one of the project's commands, continued lines joined."""
+    """Every line of the README's code blocks that starts one of the project's commands, continued
+    lines joined.
+    """
     blocks = re.findall(r"^```\n(.*?)^```$", README, re.M | re.S)
     lines = [line for block in blocks for line in re.sub(r"\s*\\\n\s*", " ", block).splitlines()]
-    return [line for line in lines if "python -m dpo_jax" in line or "python -m exp" in line or "launch.sh" in line]
+    return [
+        line
+        for line in lines
+        if "python -m dpo_jax" in line or "python -m exp" in line or "launch.sh" in line
+    ]
 
 
 @pytest.mark.parametrize("line", commands())
@@ -55,16 +56,30 @@ def test_a_command_has_the_flags_and_the_fields_that_it_is_shown_with(line):
     launched = "experiments.sweep" if "sweep" in words else "dpo_jax.train"
     module = words[words.index("-m") + 1] if "-m" in words else launched
     path = ROOT / module.replace(".", "/")
-    source = (path.with_suffix(".py") if path.with_suffix(".py").exists() else path / "__main__.py").read_text()
-    for name in ("experiments/winrate", "dpo_jax/evaluation/judge", "dpo_jax/runtime", "dpo_jax/sharding"):
+    source = (
+        path.with_suffix(".py") if path.with_suffix(".py").exists() else path / "__main__.py"
+    ).read_text()
+    for name in (
+        "experiments/winrate",
+        "dpo_jax/evaluation/judge",
+        "dpo_jax/parallel/processes",
+        "dpo_jax/parallel/sharding",
+    ):
         if re.search(rf"import .*\b{name.rpartition('/')[2]}\b", source):  # whose flags it has too
             source += (ROOT / f"{name}.py").read_text()
-    config = next((load_config(word.partition("=")[2]) for word in words if word.startswith("--config=")), None)
+    config = next(
+        (load_config(word.partition("=")[2]) for word in words if word.startswith("--config=")),
+        None,
+    )
     for word in words:
         name, _, value = word.removeprefix("--").partition("=")
         if name.startswith("config."):
-            config.update_from_flattened_dict({name.removeprefix("config."): parsed(value)})  # KeyError: no such field
-        elif word.startswith("--") and not ("launch.sh" in line and re.search(rf" --{name}(=\*)?\)", LAUNCH)):
+            config.update_from_flattened_dict(
+                {name.removeprefix("config."): parsed(value)}
+            )  # KeyError: no such field
+        elif word.startswith("--") and not (
+            "launch.sh" in line and re.search(rf" --{name}(=\*)?\)", LAUNCH)
+        ):
             assert f'"{name}"' in source, f"{module} has no --{name}"
 
 
@@ -79,9 +94,16 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
     write_model(folder / "MODEL")
     write_pairs(folder / "PAIRS.jsonl")
-    done = command("train", "--config=configs/dpo.py", f"--config.model.path={folder / 'MODEL'}",
-                   "--config.data.source=local", f"--config.data.path={folder / 'PAIRS.jsonl'}",
-                   f"--workdir={folder / 'mine'}", "--config.dpo.batch_size=16", "--config.data.eval_fraction=0.2")
+    done = command(
+        "train",
+        "--config=configs/dpo.py",
+        f"--config.model.path={folder / 'MODEL'}",
+        "--config.data.source=local",
+        f"--config.data.path={folder / 'PAIRS.jsonl'}",
+        f"--workdir={folder / 'mine'}",
+        "--config.dpo.batch_size=16",
+        "--config.data.eval_fraction=0.2",
+    )
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
 
@@ -94,12 +116,19 @@ def test_the_recipe_runs_with_the_papers_defaults(trained):
 
 def test_a_run_that_ends_in_its_warm_up_says_so(trained):
     _, out = trained
-    assert "dpo: the run is over before its warm-up is (config.dpo.warmup_steps = 150): its learning rate" in out
+    assert (
+        "dpo: the run is over before its warm-up is (config.dpo.warmup_steps = 150): its learning rate"
+        in out
+    )
 
 
 def test_what_was_trained_can_be_scored(trained):
     folder, _ = trained
-    done = command("score", f"--model={folder / 'mine' / 'dpo' / 'hf'}", f"--data={folder / 'PAIRS.jsonl'}",
-                   f"--out={folder / 'scored.jsonl'}")
+    done = command(
+        "score",
+        f"--model={folder / 'mine' / 'dpo' / 'hf'}",
+        f"--data={folder / 'PAIRS.jsonl'}",
+        f"--out={folder / 'scored.jsonl'}",
+    )
     assert done.returncode == 0, done.stderr
     assert len((folder / "scored.jsonl").read_text().splitlines()) == 60

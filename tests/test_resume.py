@@ -11,12 +11,20 @@ from conftest import ROOT
 from tiny_runs import environment, on_devices, rows_without_timings, run, weights
 
 from configs import dpo
-from dpo_jax import metrics
-from dpo_jax.fit import Interrupted
-from dpo_jax.metrics import read_rows
+from dpo_jax.training import metrics
+from dpo_jax.training.loop import Interrupted
+from dpo_jax.training.metrics import read_rows
 
-FIELDS = {"data.eval_fraction": 0.2, "dpo.batch_size": 8, "dpo.steps": 40, "dpo.lr": 3e-5, "dpo.eval_every": 15,
-          "dpo.save_every": 4, "dpo.warmup_steps": 2, "dpo.schedule": "cosine"}
+FIELDS = {
+    "data.eval_fraction": 0.2,
+    "dpo.batch_size": 8,
+    "dpo.steps": 40,
+    "dpo.lr": 3e-5,
+    "dpo.eval_every": 15,
+    "dpo.save_every": 4,
+    "dpo.warmup_steps": 2,
+    "dpo.schedule": "cosine",
+}
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +49,7 @@ def run_until_sigterm(step, fields, workdir, devices=1):
         write(self, now, values)
         if now == step:
             signal.raise_signal(signal.SIGTERM)
+
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted) as stopped:
         patch.setattr(metrics.Writer, "write", stop)
         run_here(fields, workdir, devices)
@@ -63,8 +72,20 @@ def test_a_killed_process_goes_on_bit_for_bit(fields, tmp_path, uninterrupted, c
     """kill -9 of the command, which can tidy up nothing."""
     flags = [f"--config.{name}={value}" for name, value in fields.items()]
     process = subprocess.Popen(
-        [sys.executable, "-m", "dpo_jax.train", "--config=configs/dpo.py", f"--workdir={tmp_path}", *flags],
-        cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        [
+            sys.executable,
+            "-m",
+            "dpo_jax.train",
+            "--config=configs/dpo.py",
+            f"--workdir={tmp_path}",
+            *flags,
+        ],
+        cwd=ROOT,
+        env=environment(),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     path = tmp_path / "dpo" / "metrics.jsonl"
     while not path.exists() or not any(row["step"] >= 13 for row in read_rows(path)):
         assert process.poll() is None, process.stdout.read()
@@ -91,6 +112,11 @@ def test_resuming_on_another_mesh(fields, tmp_path, uninterrupted, capsys):
     assert "resuming after step" in capsys.readouterr().out
     for name, value in weights(uninterrupted).items():
         np.testing.assert_allclose(weights(tmp_path / "dpo")[name], value, atol=1e-5)
-    for row, expected in zip(rows_without_timings(tmp_path / "dpo"), rows_without_timings(uninterrupted), strict=True):
-        np.testing.assert_allclose(row["loss/train" if row["step"] else "loss/eval"],
-                                   expected["loss/train" if row["step"] else "loss/eval"], atol=1e-5)
+    for row, expected in zip(
+        rows_without_timings(tmp_path / "dpo"), rows_without_timings(uninterrupted), strict=True
+    ):
+        np.testing.assert_allclose(
+            row["loss/train" if row["step"] else "loss/eval"],
+            expected["loss/train" if row["step"] else "loss/eval"],
+            atol=1e-5,
+        )

@@ -11,8 +11,9 @@ import pytest
 from conftest import ROOT
 from tiny_runs import environment, tokenizer, write_pairs
 
-from dpo_jax import sample, sharding
-from dpo_jax.sampler import Sampling
+from dpo_jax import sample
+from dpo_jax.parallel import sharding
+from dpo_jax.sampling.sampler import Sampling
 
 COUNT = 600
 SIX = Sampling(6)
@@ -20,8 +21,21 @@ SIX = Sampling(6)
 
 def sample_file(model, prompts, out, sampling=SIX, **changes):
     """Two completions of each prompt, three prompts at a time."""
-    sample.sample_file(str(model), str(prompts), str(out), sharding.make_mesh(), sampling, **dict(
-        n=2, seed=0, batch_size=6, dtype="float32", limits=dict(max_prompt_length=64, truncate="keep_end")) | changes)
+    sample.sample_file(
+        str(model),
+        str(prompts),
+        str(out),
+        sharding.make_mesh(),
+        sampling,
+        **dict(
+            n=2,
+            seed=0,
+            batch_size=6,
+            dtype="float32",
+            limits=dict(max_prompt_length=64, truncate="keep_end"),
+        )
+        | changes,
+    )
 
 
 def lines(path):
@@ -56,29 +70,39 @@ def unfinished(finished, tmp_path):
 def test_rows_come_back_whole_and_in_order_with_what_was_sampled(finished, pairs):
     added = {"completions", "logp", "tokens"}
     rows = lines(finished)
-    assert [{name: value for name, value in row.items() if name not in added} for row in rows] == lines(pairs)
+    assert [
+        {name: value for name, value in row.items() if name not in added} for row in rows
+    ] == lines(pairs)
     for row in rows:
         assert all(len(row[name]) == 2 for name in added)
         for text, logp, tokens in zip(row["completions"], row["logp"], row["tokens"], strict=True):
             assert 1 <= tokens <= 6 and logp < 0
-            assert len(text.split()) <= tokens and "<" not in text  # special tokens are counted, not written
+            assert (
+                len(text.split()) <= tokens and "<" not in text
+            )  # special tokens are counted, not written
     assert len({text for row in rows for text in row["completions"]}) > COUNT
 
 
 def test_logps_are_torchs(finished, model):
     """Of the completions that ended by length, whose text is all of them."""
-    torch = pytest.importorskip("torch", reason="the independent reference is transformers' torch model")
+    torch = pytest.importorskip(
+        "torch", reason="the independent reference is transformers' torch model"
+    )
     from transformers import AutoModelForCausalLM
+
     reference, words = AutoModelForCausalLM.from_pretrained(model), tokenizer()
     compared = 0
     for row in lines(finished)[:60]:
         for text, found in zip(row["completions"], row["logp"], strict=True):
-            prompt, response = words(row["prompt"])["input_ids"], words(text, add_special_tokens=False)["input_ids"]
+            prompt, response = (
+                words(row["prompt"])["input_ids"],
+                words(text, add_special_tokens=False)["input_ids"],
+            )
             if len(response) == 6:
                 ids = torch.tensor([prompt + response])
                 with torch.no_grad():
                     logp = reference(ids).logits[0].double().log_softmax(-1)
-                expected = logp[len(prompt) - 1:-1].gather(1, ids[0, len(prompt):, None]).sum()
+                expected = logp[len(prompt) - 1 : -1].gather(1, ids[0, len(prompt) :, None]).sum()
                 np.testing.assert_allclose(found, expected, atol=1e-4)
                 compared += 1
     assert compared > 30
@@ -87,17 +111,35 @@ def test_logps_are_torchs(finished, model):
 def test_one_completion_is_no_list(model, pairs, tmp_path):
     sample_file(model, pairs, tmp_path / "one.jsonl", n=1)
     row = lines(tmp_path / "one.jsonl")[0]
-    assert isinstance(row["completion"], str) and isinstance(row["logp"], float) and isinstance(row["tokens"], int)
+    assert (
+        isinstance(row["completion"], str)
+        and isinstance(row["logp"], float)
+        and isinstance(row["tokens"], int)
+    )
 
 
 # going on
 
+
 def test_a_killed_command_goes_on_to_the_same_file(model, pairs, finished, tmp_path, capsys):
     out = tmp_path / "out.jsonl"
-    flags = [f"--model={model}", f"--prompts={pairs}", f"--out={out}", "--max_new_tokens=6", "--n=2", "--batch_size=6",
-             "--max_prompt_length=64"]
-    process = subprocess.Popen([sys.executable, "-m", "dpo_jax.sample", *flags], cwd=ROOT, env=environment(8),
-                               text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    flags = [
+        f"--model={model}",
+        f"--prompts={pairs}",
+        f"--out={out}",
+        "--max_new_tokens=6",
+        "--n=2",
+        "--batch_size=6",
+        "--max_prompt_length=64",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dpo_jax.sample", *flags],
+        cwd=ROOT,
+        env=environment(8),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     while not out.exists() or out.read_text().count("\n") < 20:
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.01)
@@ -111,7 +153,9 @@ def test_a_killed_command_goes_on_to_the_same_file(model, pairs, finished, tmp_p
     assert out.read_bytes() == finished.read_bytes()
 
 
-def test_a_half_written_line_and_a_half_written_batch_are_made_again(unfinished, finished, model, pairs, capsys):
+def test_a_half_written_line_and_a_half_written_batch_are_made_again(
+    unfinished, finished, model, pairs, capsys
+):
     sample_file(model, pairs, unfinished)
     assert unfinished.read_bytes() == finished.read_bytes()
     assert f"going on after 3 of {COUNT} prompts" in capsys.readouterr().out
@@ -125,21 +169,31 @@ def test_a_finished_file_is_left_alone(finished, model, pairs, capsys, monkeypat
     assert "finished:" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(sampling=Sampling(6, top_p=0.9)), r"  top_p: 1.0 there, 0.9 now"),
-    (dict(seed=1), r"  seed: 0 there, 1 now"),
-    (dict(limits=dict(max_prompt_length=8, truncate="keep_end")), r"  max_prompt_length: 64 there, 8 now"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(sampling=Sampling(6, top_p=0.9)), r"  top_p: 1.0 there, 0.9 now"),
+        (dict(seed=1), r"  seed: 0 there, 1 now"),
+        (
+            dict(limits=dict(max_prompt_length=8, truncate="keep_end")),
+            r"  max_prompt_length: 64 there, 8 now",
+        ),
+    ],
+)
 def test_other_settings_are_refused(unfinished, model, pairs, changes, message):
     before = unfinished.read_bytes()
-    with pytest.raises(ValueError, match=r"was made with other settings:\n" + message + r"\nTake the old values"):
+    with pytest.raises(
+        ValueError, match=r"was made with other settings:\n" + message + r"\nTake the old values"
+    ):
         sample_file(model, pairs, unfinished, **changes)
     assert unfinished.read_bytes() == before
 
 
 def test_other_prompts_are_refused(unfinished, model, tmp_path):
     others = write_pairs(tmp_path / "others.jsonl", count=COUNT, seed=1)
-    with pytest.raises(ValueError, match=rf"  prompts: '{COUNT} rows, sha256 \w+' there, '{COUNT} rows, sha"):
+    with pytest.raises(
+        ValueError, match=rf"  prompts: '{COUNT} rows, sha256 \w+' there, '{COUNT} rows, sha"
+    ):
         sample_file(model, others, unfinished)
 
 
@@ -152,12 +206,16 @@ def test_another_programs_file_is_not_overwritten(model, pairs, tmp_path):
 
 # prompts
 
+
 def test_chat_prompts(model, tmp_path, capsys):
     """Rendered by the model's template; and cut at the start, where the cue is not."""
     from transformers import AutoTokenizer
+
     words = AutoTokenizer.from_pretrained(model)
-    words.chat_template = ("{{ '<s>' }}{% for m in messages %}{{ ' ' + m['content'] }}{% endfor %}"
-                           "{% if add_generation_prompt %}{{ ' w36' }}{% endif %}")
+    words.chat_template = (
+        "{{ '<s>' }}{% for m in messages %}{{ ' ' + m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ ' w36' }}{% endif %}"
+    )
     chatty = tmp_path / "chatty"
     chatty.mkdir()
     for path in model.iterdir():
@@ -168,20 +226,31 @@ def test_chat_prompts(model, tmp_path, capsys):
     found = {}
     for name, rows in (("chats", chats), ("texts", texts)):
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-        sample_file(chatty, tmp_path / name, tmp_path / f"{name}.jsonl", limits=dict(
-            max_prompt_length=4, truncate="auto"))
+        sample_file(
+            chatty,
+            tmp_path / name,
+            tmp_path / f"{name}.jsonl",
+            limits=dict(max_prompt_length=4, truncate="auto"),
+        )
         found[name] = [row["completions"] for row in lines(tmp_path / f"{name}.jsonl")]
     assert found["chats"] == found["texts"]
-    assert "1 of 2 prompts fill --max_prompt_length=4: those that were longer are cut, by keep_end" in (
-        capsys.readouterr().out)
+    assert (
+        "1 of 2 prompts fill --max_prompt_length=4: those that were longer are cut, by keep_end"
+        in (capsys.readouterr().out)
+    )
 
 
-@pytest.mark.parametrize("text, message", [
-    ('{"prompt": "w1"}\n{"text": "w2", "id": 7}\n',
-     r"line 2: expected a field 'prompt', text or chat messages; found fields text, id"),
-    ('{"prompt": 3}\n', "line 1: expected a field 'prompt'"),
-    ("\n", "has no rows; expected lines such as"),
-])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (
+            '{"prompt": "w1"}\n{"text": "w2", "id": 7}\n',
+            r"line 2: expected a field 'prompt', text or chat messages; found fields text, id",
+        ),
+        ('{"prompt": 3}\n', "line 1: expected a field 'prompt'"),
+        ("\n", "has no rows; expected lines such as"),
+    ],
+)
 def test_a_bad_row_is_named(model, tmp_path, text, message):
     (tmp_path / "bad.jsonl").write_text(text)
     with pytest.raises(ValueError, match=message):

@@ -61,17 +61,23 @@ def test_completions_are_all_numbers_of_base_eight():
     np.testing.assert_array_equal(COMPLETIONS @ 8 ** np.arange(4, -1, -1), np.arange(8**5))
 
 
-@pytest.mark.parametrize("completion, expected", [
-    ("film plot acting film plot", 0),
-    ("wonderful good terrible bad film", 0),
-    ("wonderful wonderful wonderful wonderful wonderful", 5),
-    ("not terrible not terrible good", 2.5),
-    ("not good film plot acting", -0.5),
-    ("good not film plot acting", 0.5),  # "not" flips the next word, not the one before
-    ("not film good plot acting", 0.5),  # and only the next one
-    ("not not good plot acting", -0.5),  # "not" has no weight to flip, so the second one counts as any other
-    ("film plot acting bad not", -0.5),
-])
+@pytest.mark.parametrize(
+    "completion, expected",
+    [
+        ("film plot acting film plot", 0),
+        ("wonderful good terrible bad film", 0),
+        ("wonderful wonderful wonderful wonderful wonderful", 5),
+        ("not terrible not terrible good", 2.5),
+        ("not good film plot acting", -0.5),
+        ("good not film plot acting", 0.5),  # "not" flips the next word, not the one before
+        ("not film good plot acting", 0.5),  # and only the next one
+        (
+            "not not good plot acting",
+            -0.5,
+        ),  # "not" has no weight to flip, so the second one counts as any other
+        ("film plot acting bad not", -0.5),
+    ],
+)
 def test_rewards_by_hand(completion, expected):
     assert reward(completion) == expected
 

@@ -6,7 +6,7 @@ import pytest
 from tiny_runs import command
 
 from configs import toy
-from dpo_jax import train
+from dpo_jax.pipeline.stages import run_stages
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,15 @@ def workdir(tmp_path_factory):
 
 def test_the_policy_reaches_the_analytic_optimum(workdir):
     found = json.loads((workdir / "evaluate" / "toy.json").read_text())
-    assert found.keys() == {"beta", "reward", "kl", "analytic_reward", "analytic_kl", "bound_reward", "gap"}
+    assert found.keys() == {
+        "beta",
+        "reward",
+        "kl",
+        "analytic_reward",
+        "analytic_kl",
+        "bound_reward",
+        "gap",
+    }
     assert found["beta"] == 2
     assert abs(found["reward"] - found["analytic_reward"]) < 0.03
     assert abs(found["kl"] - found["analytic_kl"]) < 0.02
@@ -29,14 +37,22 @@ def test_the_policy_reaches_the_analytic_optimum(workdir):
 
 
 def test_every_stage_leaves_its_folder(workdir):
-    for stage, files in {"sft": ["metrics.jsonl", "ledger.json", "hf"], "pairs": ["pairs.jsonl", "ledger.json"],
-                         "dpo": ["metrics.jsonl", "ledger.json", "hf"], "evaluate": ["toy.json", "toy.png"]}.items():
-        assert all((workdir / stage / name).exists() for name in [*files, "config.json", "done.json"]), stage
+    for stage, files in {
+        "sft": ["metrics.jsonl", "ledger.json", "hf"],
+        "pairs": ["pairs.jsonl", "ledger.json"],
+        "dpo": ["metrics.jsonl", "ledger.json", "hf"],
+        "evaluate": ["toy.json", "toy.png"],
+    }.items():
+        assert all(
+            (workdir / stage / name).exists() for name in [*files, "config.json", "done.json"]
+        ), stage
     assert (workdir / "evaluate" / "toy.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_pairs_are_labelled_by_a_coin_that_the_reward_weighs(workdir):
-    rows = [json.loads(line) for line in (workdir / "pairs" / "pairs.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (workdir / "pairs" / "pairs.jsonl").read_text().splitlines()
+    ]
     ledger = json.loads((workdir / "pairs" / "ledger.json").read_text())["train"]
     assert len(rows) == ledger["pairs"] == 6 * ledger["prompts"] - sum(ledger["left_out"].values())
     agreeing = sum(row["reward_chosen"] > row["reward_rejected"] for row in rows) / len(rows)
@@ -45,6 +61,6 @@ def test_pairs_are_labelled_by_a_coin_that_the_reward_weighs(workdir):
 
 def test_a_second_start_does_nothing_over(workdir, capsys):
     before = {path: path.stat().st_mtime for path in workdir.rglob("done.json")}
-    train.run_stages(toy.get_config(), str(workdir))
+    run_stages(toy.get_config(), str(workdir))
     assert capsys.readouterr().out.count("done before") == 4
     assert before == {path: path.stat().st_mtime for path in workdir.rglob("done.json")}

@@ -8,25 +8,45 @@ import pytest
 from tiny_runs import run, tokenizer, write_pairs
 
 from dpo_jax import config as configs
-from dpo_jax.metrics import read_rows
+from dpo_jax.training.metrics import read_rows
 
 torch = pytest.importorskip("torch", reason="TRL runs on torch")
 trl = pytest.importorskip("trl", reason="the independent reference is TRL's DPOTrainer")
 
 STEPS, BATCH, LR, BETA, CLIP = 20, 4, 1e-3, 0.1, 10.0
 FAMILIES = {
-    "gpt2": dict(model_type="gpt2", vocab_size=40, n_embd=32, n_layer=2, n_head=4, n_positions=64,
-                 resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
-    "llama": dict(model_type="llama", vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-                  num_key_value_heads=2, intermediate_size=48, max_position_embeddings=64),
+    "gpt2": dict(
+        model_type="gpt2",
+        vocab_size=40,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=64,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    ),
+    "llama": dict(
+        model_type="llama",
+        vocab_size=40,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=64,
+    ),
 }
 
 
 def write_torch_model(family, folder):
     """A random torch model, its norms and biases too, with the tests' forty words."""
     from transformers import AutoConfig, AutoModelForCausalLM
+
     fields = dict(FAMILIES[family])
-    hf_config = AutoConfig.for_model(fields.pop("model_type"), bos_token_id=0, eos_token_id=1, **fields)
+    hf_config = AutoConfig.for_model(
+        fields.pop("model_type"), bos_token_id=0, eos_token_id=1, **fields
+    )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(hf_config)
     with torch.no_grad():
@@ -40,22 +60,45 @@ def trl_run(model_path, rows, workdir):
     """Losses of each step, and the trained torch model."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
     words = AutoTokenizer.from_pretrained(model_path)
     words.pad_token = "?"
     options = trl.DPOConfig(
-        output_dir=str(workdir), per_device_train_batch_size=BATCH, max_steps=STEPS, learning_rate=LR, beta=BETA,
-        optim="rmsprop", lr_scheduler_type="constant", warmup_steps=0, max_grad_norm=CLIP, logging_steps=1,
-        train_sampling_strategy="sequential", report_to=[], save_strategy="no", bf16=False, fp16=False,
-        gradient_checkpointing=False, max_length=None, use_cpu=True)
-    trainer = trl.DPOTrainer(model=AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32), args=options,
-                             train_dataset=Dataset.from_list(rows), processing_class=words)
+        output_dir=str(workdir),
+        per_device_train_batch_size=BATCH,
+        max_steps=STEPS,
+        learning_rate=LR,
+        beta=BETA,
+        optim="rmsprop",
+        lr_scheduler_type="constant",
+        warmup_steps=0,
+        max_grad_norm=CLIP,
+        logging_steps=1,
+        train_sampling_strategy="sequential",
+        report_to=[],
+        save_strategy="no",
+        bf16=False,
+        fp16=False,
+        gradient_checkpointing=False,
+        max_length=None,
+        use_cpu=True,
+    )
+    trainer = trl.DPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32),
+        args=options,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=words,
+    )
     trainer.train()
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], trainer.model.eval()
+    return [
+        entry["loss"] for entry in trainer.state.log_history if "loss" in entry
+    ], trainer.model.eval()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_follows_trl_step_by_step(family, tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM
+
     devices = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda *_: devices)
     model, data = tmp_path / "model", tmp_path / "data"
@@ -69,8 +112,15 @@ def test_follows_trl_step_by_step(family, tmp_path, monkeypatch):
 
     config = configs.default(("dpo",))
     config.model.path, config.data.path, config.data.shuffle = str(model), str(data), False
-    config.dpo.update(batch_size=BATCH, steps=STEPS, lr=LR, beta=BETA, max_grad_norm=CLIP, warmup_steps=0,
-                      eval_every=100)
+    config.dpo.update(
+        batch_size=BATCH,
+        steps=STEPS,
+        lr=LR,
+        beta=BETA,
+        max_grad_norm=CLIP,
+        warmup_steps=0,
+        eval_every=100,
+    )
     folder = run(config, tmp_path / "ours")
     ours = [row["loss/train"] for row in read_rows(folder / "metrics.jsonl") if row["step"]]
 

@@ -8,82 +8,121 @@ import pytest
 import scipy.stats
 import sklearn.metrics
 
-from dpo_jax.evaluation import winrate
+from dpo_jax.evaluation import winrate_stats
 
 
 def test_a_tie_is_half_a_win():
-    found = winrate.win_rate(["win"] * 6 + ["tie"] * 2 + ["loss"] * 2 + [None])
+    found = winrate_stats.win_rate(["win"] * 6 + ["tie"] * 2 + ["loss"] * 2 + [None])
     assert found["rate"] == 0.7
-    assert [found[name] for name in ("wins", "ties", "losses", "unparsable", "n")] == [6, 2, 2, 1, 10]
+    assert [found[name] for name in ("wins", "ties", "losses", "unparsable", "n")] == [
+        6,
+        2,
+        2,
+        1,
+        10,
+    ]
     of_scipy = scipy.stats.binomtest(7, 10).proportion_ci(method="wilson")
     np.testing.assert_allclose([found["low"], found["high"]], of_scipy, atol=1e-12)
 
 
 @pytest.mark.parametrize("wins, n", [(0, 1), (1, 1), (0, 20), (20, 20), (143, 256)])
 def test_wilson_is_scipys(wins, n):
-    found = winrate.win_rate(["win"] * wins + ["loss"] * (n - wins))
-    np.testing.assert_allclose([found["low"], found["high"]],
-                               scipy.stats.binomtest(wins, n).proportion_ci(method="wilson"), atol=1e-12)
+    found = winrate_stats.win_rate(["win"] * wins + ["loss"] * (n - wins))
+    np.testing.assert_allclose(
+        [found["low"], found["high"]],
+        scipy.stats.binomtest(wins, n).proportion_ci(method="wilson"),
+        atol=1e-12,
+    )
 
 
 def test_no_verdicts_and_strange_ones():
-    found = winrate.win_rate([None, None])
-    assert found["rate"] is None and (found["low"], found["high"]) == (0, 1) and found["unparsable"] == 2
+    found = winrate_stats.win_rate([None, None])
+    assert (
+        found["rate"] is None
+        and (found["low"], found["high"]) == (0, 1)
+        and found["unparsable"] == 2
+    )
     with pytest.raises(ValueError, match="'draw'.*win, tie, loss or None"):
-        winrate.win_rate(["win", "draw"])
+        winrate_stats.win_rate(["win", "draw"])
 
 
-@pytest.mark.parametrize("shares", [(0.5, 0.0, 0.5), (0.5, 0.3, 0.2), (0.1, 0.8, 0.1), (0.92, 0.04, 0.04)])
+@pytest.mark.parametrize(
+    "shares", [(0.5, 0.0, 0.5), (0.5, 0.3, 0.2), (0.1, 0.8, 0.1), (0.92, 0.04, 0.04)]
+)
 def test_intervals_hold_the_truth(shares):
     rng, n = np.random.default_rng(0), 60
     truth = shares[0] + shares[1] / 2
     counts = rng.multinomial(n, shares, size=2000)
-    held = [low <= truth <= high for low, high in (winrate.wilson(wins + ties / 2, n) for wins, ties, _ in counts)]
+    held = [
+        low <= truth <= high
+        for low, high in (winrate_stats.wilson(wins + ties / 2, n) for wins, ties, _ in counts)
+    ]
     assert np.mean(held) > 0.935
 
 
 def test_paired_by_hand():
-    """Differences 1, 1/2, 0, -1/2, and one prompt without a verdict: sum 1, sum of squares 1.5, of 4."""
-    found = winrate.paired(["win", "win", "tie", "tie", "win"], ["loss", "tie", "tie", "win", None])
-    assert found["difference"] == 0.25 and (found["better"], found["worse"], found["n"]) == (2, 1, 4)
+    """Differences 1, 1/2, 0, -1/2, and one prompt without a verdict: sum 1, sum of squares 1.5, of
+    4.
+    """
+    found = winrate_stats.paired(
+        ["win", "win", "tie", "tie", "win"], ["loss", "tie", "tie", "win", None]
+    )
+    assert found["difference"] == 0.25 and (found["better"], found["worse"], found["n"]) == (
+        2,
+        1,
+        4,
+    )
     assert found["p"] == 1
-    half = 1.959963984540054 * math.sqrt((2.5 / 6 - (1 / 6)**2) / 6)
+    half = 1.959963984540054 * math.sqrt((2.5 / 6 - (1 / 6) ** 2) / 6)
     np.testing.assert_allclose([found["low"], found["high"]], [1 / 6 - half, 1 / 6 + half])
 
 
 def test_paired_without_ties_is_mcnemar_and_agresti_min():
-    both = [("win", "win")] * 20 + [("win", "loss")] * 10 + [("loss", "win")] * 3 + [("loss", "loss")] * 17
-    found = winrate.paired(*map(list, zip(*both, strict=True)))
+    both = (
+        [("win", "win")] * 20
+        + [("win", "loss")] * 10
+        + [("loss", "win")] * 3
+        + [("loss", "loss")] * 17
+    )
+    found = winrate_stats.paired(*map(list, zip(*both, strict=True)))
     assert found["difference"] == pytest.approx(7 / 50)
     b, c, n = 10.5, 3.5, 52  # half a prompt more in each cell
-    half = 1.959963984540054 * math.sqrt(b + c - (b - c)**2 / n) / n
-    np.testing.assert_allclose([found["low"], found["high"]], [(b - c) / n - half, (b - c) / n + half])
+    half = 1.959963984540054 * math.sqrt(b + c - (b - c) ** 2 / n) / n
+    np.testing.assert_allclose(
+        [found["low"], found["high"]], [(b - c) / n - half, (b - c) / n + half]
+    )
     assert found["p"] == pytest.approx(scipy.stats.binomtest(10, 13).pvalue)
-    swapped = winrate.paired(*[[pair[side] for pair in both] for side in (1, 0)])
-    assert (swapped["low"], swapped["high"], swapped["p"]) == pytest.approx((-found["high"], -found["low"], found["p"]))
+    swapped = winrate_stats.paired(*[[pair[side] for pair in both] for side in (1, 0)])
+    assert (swapped["low"], swapped["high"], swapped["p"]) == pytest.approx(
+        (-found["high"], -found["low"], found["p"])
+    )
 
 
 def test_methods_that_never_differ_still_have_a_width():
-    found = winrate.paired(["win"] * 30, ["win"] * 30)
+    found = winrate_stats.paired(["win"] * 30, ["win"] * 30)
     assert found["difference"] == 0 and found["p"] == 1
     assert found["low"] == -found["high"] and 0.05 < found["high"] < 0.1
 
 
 def test_paired_of_nothing_or_of_unequal_lists():
-    assert winrate.paired([None], ["win"])["difference"] is None
+    assert winrate_stats.paired([None], ["win"])["difference"] is None
     with pytest.raises(ValueError, match="zip"):
-        winrate.paired(["win"], ["win", "loss"])
+        winrate_stats.paired(["win"], ["win", "loss"])
 
 
 def test_paired_intervals_hold_the_truth():
     """Two methods whose verdicts depend on each other, with ties."""
-    rng, n, verdicts = np.random.default_rng(1), 40, list(itertools.product(["win", "tie", "loss"], repeat=2))
+    rng, n, verdicts = (
+        np.random.default_rng(1),
+        40,
+        list(itertools.product(["win", "tie", "loss"], repeat=2)),
+    )
     shares = [0.35, 0.1, 0.15, 0.05, 0.05, 0.05, 0.05, 0.05, 0.15]
-    scores = np.array([[winrate.SCORES[verdict] for verdict in pair] for pair in verdicts])
+    scores = np.array([[winrate_stats.SCORES[verdict] for verdict in pair] for pair in verdicts])
     truth = shares @ (scores[:, 0] - scores[:, 1])
     held = []
     for row in rng.choice(len(verdicts), p=shares, size=(1000, n)):
-        found = winrate.paired([verdicts[k][0] for k in row], [verdicts[k][1] for k in row])
+        found = winrate_stats.paired([verdicts[k][0] for k in row], [verdicts[k][1] for k in row])
         held.append(found["low"] <= truth <= found["high"])
     assert np.mean(held) > 0.935
 
@@ -91,11 +130,13 @@ def test_paired_intervals_hold_the_truth():
 @pytest.mark.parametrize("better, worse", [(0, 0), (1, 0), (5, 0), (3, 9), (40, 60), (1500, 1400)])
 def test_the_sign_test_is_scipys(better, worse):
     expected = scipy.stats.binomtest(better, better + worse).pvalue if better + worse else 1
-    assert winrate.sign_test(better, worse) == pytest.approx(expected, rel=1e-9)
+    assert winrate_stats.sign_test(better, worse) == pytest.approx(expected, rel=1e-9)
 
 
 def random_raters(n, seed=0):
-    """Two raters of three verdicts, the second of whom says what the first says two times in three."""
+    """Two raters of three verdicts, the second of whom says what the first says two times in
+    three.
+    """
     rng = np.random.default_rng(seed)
     first = rng.choice(["win", "tie", "loss"], p=[0.5, 0.2, 0.3], size=n)
     second = np.where(rng.random(n) < 0.65, first, rng.choice(["win", "tie", "loss"], size=n))
@@ -104,49 +145,78 @@ def random_raters(n, seed=0):
 
 def test_agreement_is_scikit_learns_kappa():
     first, second = random_raters(300)
-    found = winrate.agreement([[pair] for pair in zip(first, second, strict=True)])
+    found = winrate_stats.agreement([[pair] for pair in zip(first, second, strict=True)])
     same = int(np.sum(np.array(first) == np.array(second)))
     assert found["rate"] == pytest.approx(same / 300) and found["n"] == 300
-    np.testing.assert_allclose([found["low"], found["high"]],
-                               scipy.stats.binomtest(same, 300).proportion_ci(method="wilson"))
+    np.testing.assert_allclose(
+        [found["low"], found["high"]],
+        scipy.stats.binomtest(same, 300).proportion_ci(method="wilson"),
+    )
     assert found["kappa"] == pytest.approx(sklearn.metrics.cohen_kappa_score(first, second))
 
 
 def test_kappas_interval_is_that_of_the_delta_method():
-    """The variance of kappa by its derivatives in the cells' shares (here by differences) and the multinomial's."""
+    """The variance of kappa by its derivatives in the cells' shares (here by differences) and the
+    multinomial's.
+    """
     first, second = random_raters(2000, seed=3)
     names = ["loss", "tie", "win"]
-    shares = np.array([[sum(pair == (a, b) for pair in zip(first, second, strict=True)) for b in names]
-                       for a in names]) / 2000
+    shares = (
+        np.array(
+            [
+                [sum(pair == (a, b) for pair in zip(first, second, strict=True)) for b in names]
+                for a in names
+            ]
+        )
+        / 2000
+    )
 
     def kappa(cells):
         table = cells.reshape(3, 3)
         chance = table.sum(axis=0) @ table.sum(axis=1)
         return (np.trace(table) - chance) / (1 - chance)
+
     cells = shares.ravel()
-    slopes = np.array([(kappa(cells + step) - kappa(cells - step)) / 2e-6 for step in 1e-6 * np.eye(9)])
-    variance = (cells @ slopes**2 - (cells @ slopes)**2) / 2000
-    found = winrate.agreement([[pair] for pair in zip(first, second, strict=True)])
+    slopes = np.array(
+        [(kappa(cells + step) - kappa(cells - step)) / 2e-6 for step in 1e-6 * np.eye(9)]
+    )
+    variance = (cells @ slopes**2 - (cells @ slopes) ** 2) / 2000
+    found = winrate_stats.agreement([[pair] for pair in zip(first, second, strict=True)])
     half = 1.96 * math.sqrt(variance)
-    np.testing.assert_allclose(np.diff([found["kappa_low"], found["kappa"], found["kappa_high"]]), half, rtol=0.01)
+    np.testing.assert_allclose(
+        np.diff([found["kappa_low"], found["kappa"], found["kappa_high"]]), half, rtol=0.01
+    )
 
 
 def test_agreement_by_hand():
     """Of 20 + 5 + 10 + 15 pairs 35 agree; by chance 1/2 would: kappa 0.4."""
-    pairs = [("win", "win")] * 20 + [("win", "loss")] * 5 + [("loss", "win")] * 10 + [("loss", "loss")] * 15
-    found = winrate.agreement([[pair] for pair in pairs] + [[]])
-    assert found["rate"] == pytest.approx(0.7) and found["kappa"] == pytest.approx(0.4) and found["n"] == 50
+    pairs = (
+        [("win", "win")] * 20
+        + [("win", "loss")] * 5
+        + [("loss", "win")] * 10
+        + [("loss", "loss")] * 15
+    )
+    found = winrate_stats.agreement([[pair] for pair in pairs] + [[]])
+    assert (
+        found["rate"] == pytest.approx(0.7)
+        and found["kappa"] == pytest.approx(0.4)
+        and found["n"] == 50
+    )
 
 
 def test_more_votes_on_an_item_are_no_more_items():
     """Three people who always vote alike tell as much as one."""
     items = [[pair] for pair in zip(*random_raters(50), strict=True)]
-    assert winrate.agreement([item * 3 for item in items]) == pytest.approx(winrate.agreement(items))
+    assert winrate_stats.agreement([item * 3 for item in items]) == pytest.approx(
+        winrate_stats.agreement(items)
+    )
 
 
 def test_agreement_where_kappa_is_not_defined():
-    alike = winrate.agreement([[("win", "win")]] * 5)
+    alike = winrate_stats.agreement([[("win", "win")]] * 5)
     assert alike["rate"] == 1 and alike["kappa"] is None and alike["kappa_low"] is None
-    assert winrate.agreement([])["rate"] is None and winrate.agreement([[], []])["n"] == 0
-    perfect = winrate.agreement([[("win", "win")]] * 5 + [[("loss", "loss")]] * 5)
+    assert (
+        winrate_stats.agreement([])["rate"] is None and winrate_stats.agreement([[], []])["n"] == 0
+    )
+    perfect = winrate_stats.agreement([[("win", "win")]] * 5 + [[("loss", "loss")]] * 5)
     assert (perfect["kappa"], perfect["kappa_low"], perfect["kappa_high"]) == (1, 1, 1)

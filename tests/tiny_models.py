@@ -1,4 +1,6 @@
-"""Tiny random transformers models, one per family and variant, that tests compare against or start from."""
+"""Tiny random transformers models, one per family and variant, that tests compare against or start
+from.
+"""
 
 import functools
 import pathlib
@@ -9,13 +11,25 @@ import transformers
 
 from dpo_jax.models.transformer import TransformerConfig, abstract
 
-SIZES = dict(vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
-             max_position_embeddings=64)
+SIZES = dict(
+    vocab_size=96,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=48,
+    max_position_embeddings=64,
+)
 GPT_SIZES = dict(vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=64)
 SPECIAL = dict(bos_token_id=0, eos_token_id=1)
 PLAIN_ROPE = dict(rope_type="default", rope_theta=500.0, partial_rotary_factor=1.0)
-LLAMA3_ROPE = dict(rope_type="llama3", rope_theta=10_000.0, factor=8.0, low_freq_factor=1.0,
-                   high_freq_factor=4.0, original_max_position_embeddings=16)
+LLAMA3_ROPE = dict(
+    rope_type="llama3",
+    rope_theta=10_000.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=16,
+)
 
 # Variant -> the name of its config class in transformers, and the fields.
 VARIANTS = {
@@ -23,16 +37,23 @@ VARIANTS = {
     "gpt2-untied": ("GPT2Config", GPT_SIZES | dict(tie_word_embeddings=False, n_inner=40)),
     "gptj": ("GPTJConfig", GPT_SIZES | dict(rotary_dim=4)),
     "neox-parallel": ("GPTNeoXConfig", SIZES | dict(use_parallel_residual=True)),
-    "neox-sequential": ("GPTNeoXConfig", SIZES | dict(
-        use_parallel_residual=False, rope_parameters=PLAIN_ROPE)),
+    "neox-sequential": (
+        "GPTNeoXConfig",
+        SIZES | dict(use_parallel_residual=False, rope_parameters=PLAIN_ROPE),
+    ),
     "llama2": ("LlamaConfig", SIZES | dict(num_key_value_heads=2)),
-    "llama3": ("LlamaConfig", SIZES | dict(
-        num_key_value_heads=1, tie_word_embeddings=True, rope_parameters=LLAMA3_ROPE)),
+    "llama3": (
+        "LlamaConfig",
+        SIZES | dict(num_key_value_heads=1, tie_word_embeddings=True, rope_parameters=LLAMA3_ROPE),
+    ),
     "llama-biased": ("LlamaConfig", SIZES | dict(attention_bias=True, mlp_bias=True)),
     "mistral": ("MistralConfig", SIZES | dict(num_key_value_heads=2, sliding_window=None)),
     "mistral-window": ("MistralConfig", SIZES | dict(num_key_value_heads=2, sliding_window=5)),
     "qwen2": ("Qwen2Config", SIZES | dict(num_key_value_heads=2)),
-    "qwen3": ("Qwen3Config", SIZES | dict(num_key_value_heads=2, head_dim=16, tie_word_embeddings=True)),
+    "qwen3": (
+        "Qwen3Config",
+        SIZES | dict(num_key_value_heads=2, head_dim=16, tie_word_embeddings=True),
+    ),
 }
 
 
@@ -44,9 +65,14 @@ def hf_config(variant: str, **changes):
 
 @functools.cache
 def torch_model(variant: str):
-    """Its torch model in evaluation mode, every parameter random: norms and biases too. Do not change it."""
+    """Its torch model in evaluation mode, every parameter random: norms and biases too. Do not
+    change it.
+    """
     import torch
-    model = transformers.AutoModelForCausalLM.from_config(hf_config(variant), attn_implementation="eager")
+
+    model = transformers.AutoModelForCausalLM.from_config(
+        hf_config(variant), attn_implementation="eager"
+    )
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -58,7 +84,9 @@ def torch_model(variant: str):
 def random_params(config: TransformerConfig, seed: int = 0):
     """Weights for a config of ours, float32 on the host, without compiling its initialisation."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), abstract(config))
+    return jax.tree.map(
+        lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), abstract(config)
+    )
 
 
 def write(variant: str, folder, **options) -> pathlib.Path:

@@ -1,4 +1,6 @@
-"""A tiny model and tiny preference data on disk, and runs on them, for the tests of whole stages."""
+"""A tiny model and tiny preference data on disk, and runs on them, for the tests of whole
+stages.
+"""
 
 import contextlib
 import dataclasses
@@ -17,9 +19,11 @@ from conftest import ROOT, tiny_config
 from tiny_models import random_params
 
 from dpo_jax import config as configs
-from dpo_jax import sharding, stages, train
-from dpo_jax.metrics import TIMINGS, read_rows
 from dpo_jax.models import hf, transformer
+from dpo_jax.parallel import sharding
+from dpo_jax.pipeline.stages import run_stages
+from dpo_jax.training.metrics import TIMINGS, read_rows
+from dpo_jax.workdir import finish_stage, start_stage
 
 MAKE_MESH = sharding.make_mesh
 WORDS = ["<s>", "</s>", "?", *(f"w{i}" for i in range(37))]
@@ -29,19 +33,39 @@ def tokenizer():
     """Forty words, BOS at a text's start."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
+
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="?"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="?")
+    words.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="?"
+    )
 
 
 def write_model(folder, scale: float = 4) -> pathlib.Path:
-    """A random two-layer Llama of 40 words in Hugging Face format, its weights `scale` times as large as others'."""
-    hf_config = hf.make_config(dict(
-        model_type="llama", vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, intermediate_size=32, max_position_embeddings=64, bos_token_id=0, eos_token_id=1))
+    """A random two-layer Llama of 40 words in Hugging Face format, its weights `scale` times as
+    large as others'.
+    """
+    hf_config = hf.make_config(
+        dict(
+            model_type="llama",
+            vocab_size=40,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=32,
+            max_position_embeddings=64,
+            bos_token_id=0,
+            eos_token_id=1,
+        )
+    )
     config = tiny_config()
-    params = jax.jit(lambda key: jax.tree.map(lambda x: x * scale, transformer.init(config, key)))(jax.random.key(0))
+    params = jax.jit(lambda key: jax.tree.map(lambda x: x * scale, transformer.init(config, key)))(
+        jax.random.key(0)
+    )
     hf.save(folder, config, hf_config, params, tokenizer())
     return pathlib.Path(folder)
 
@@ -52,7 +76,10 @@ def write_pairs(path, count=60, seed=0) -> pathlib.Path:
 
     def words(low, high):
         return " ".join(f"w{i}" for i in rng.integers(low, high, rng.integers(2, 9)))
-    rows = [dict(prompt=words(0, 37), chosen=words(18, 37), rejected=words(0, 20)) for _ in range(count)]
+
+    rows = [
+        dict(prompt=words(0, 37), chosen=words(18, 37), rejected=words(0, 20)) for _ in range(count)
+    ]
     pathlib.Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return pathlib.Path(path)
 
@@ -62,8 +89,11 @@ def dpo_config(model, pairs, **fields):
     config = configs.default(("dpo",))
     config.model.path, config.data.path = str(model), str(pairs)
     config.data.eval_fraction = 0.2
-    # SGD, whose updates follow the gradient: RMSprop makes even a gradient that is rounding noise a real step.
-    config.dpo.update(batch_size=8, steps=6, optimizer="sgd", lr=0.05, warmup_steps=2, eval_every=3, save_every=2)
+    # SGD, whose updates follow the gradient: RMSprop makes even a gradient that is rounding noise a
+    # real step.
+    config.dpo.update(
+        batch_size=8, steps=6, optimizer="sgd", lr=0.05, warmup_steps=2, eval_every=3, save_every=2
+    )
     for name, value in fields.items():
         block, _, field = name.rpartition("__")
         config[block or "dpo"][field] = value
@@ -74,38 +104,59 @@ def dpo_config(model, pairs, **fields):
 def on_devices(count: int):
     """Runs in it take the first devices only; one compiles faster than eight."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.sharding, "make_mesh", functools.partial(MAKE_MESH, devices=jax.devices()[:count]))
+        patch.setattr(
+            sharding, "make_mesh", functools.partial(MAKE_MESH, devices=jax.devices()[:count])
+        )
         yield
 
 
 def run(config, workdir) -> pathlib.Path:
     """Runs all stages in this process; the folder of the last training stage."""
-    train.run_stages(config, str(workdir))
-    return pathlib.Path(workdir) / configs.folder_names(config)[
-        [stage for stage in config.stages if stage in configs.TRAINING_STAGES][-1]]
+    run_stages(config, str(workdir))
+    return (
+        pathlib.Path(workdir)
+        / configs.folder_names(config)[
+            [stage for stage in config.stages if stage in configs.TRAINING_STAGES][-1]
+        ]
+    )
 
 
 def plant(run, stage: str, model=None, **changes) -> None:
-    """Makes a stage of a train.Run done without training: a random model, or a folder's; changes: of its config."""
-    folder, _ = stages.start(run.workdir, run.config, stage)
+    """Makes a stage of a Run done without training: a random model, or a folder's; changes: of its
+    config.
+    """
+    folder, _ = start_stage(run.workdir, run.config, stage)
     if model:
         (folder / "hf").symlink_to(model)
     else:
         start = run.initial("sft")
         shape = dataclasses.replace(start.config, **changes)
-        hf.save(folder / "hf", shape, start.hf_config, jax.device_put(random_params(shape)),
-                start.tokenizer)
-    stages.finish(folder)
+        hf.save(
+            folder / "hf",
+            shape,
+            start.hf_config,
+            jax.device_put(random_params(shape)),
+            start.tokenizer,
+        )
+    finish_stage(folder)
 
 
-def command(module: str, *flags: str, devices: int = 1, fast: bool = False, **options) -> subprocess.CompletedProcess:
+def command(
+    module: str, *flags: str, devices: int = 1, fast: bool = False, **options
+) -> subprocess.CompletedProcess:
     """python -m dpo_jax.MODULE FLAGS on fake CPU devices, its output captured.
 
     fast: compiled as a user's run is, for one that is long enough to pay for it.
     """
     env = environment(devices) | (dict(XLA_FLAGS="") if fast else {})
-    return subprocess.run([sys.executable, "-m", f"dpo_jax.{module}", *map(str, flags)], cwd=ROOT, text=True,
-                          capture_output=True, env=env, **options)
+    return subprocess.run(
+        [sys.executable, "-m", f"dpo_jax.{module}", *map(str, flags)],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        env=env,
+        **options,
+    )
 
 
 def free_port() -> int:
@@ -121,8 +172,12 @@ def environment(devices: int = 1) -> dict:
 def weights(folder) -> dict[str, np.ndarray]:
     """The exported tensors of a run by name."""
     from safetensors.numpy import load_file
+
     return load_file(pathlib.Path(folder) / "hf" / "model.safetensors")
 
 
 def rows_without_timings(folder):
-    return [{k: v for k, v in row.items() if k not in TIMINGS} for row in read_rows(folder / "metrics.jsonl")]
+    return [
+        {k: v for k, v in row.items() if k not in TIMINGS}
+        for row in read_rows(folder / "metrics.jsonl")
+    ]

@@ -11,16 +11,18 @@ from dpo_jax.data.tokenizer import CUE_TOKENS, Examples, encode
 @dataclass
 class Dataset:
     """Tokenised rows to train and to evaluate on, and what became of all rows."""
+
     train: Examples
     eval: Examples
     ledger: Ledger
 
 
 def load(data, tokenizer, kind: str) -> Dataset:
-    """Reads, tokenises and checks the data set that the config `data` names; `kind` is "sft" or "pairs".
+    """Reads, tokenises and checks the data set that the config `data` names; `kind` is "sft" or
+    "pairs".
 
-    Raises ValueError or FileNotFoundError with the file, row and field, or with the reasons for which too
-    many rows were dropped.
+    Raises ValueError or FileNotFoundError with the file, row and field, or with the reasons for
+    which too many rows were dropped.
     """
     ledger = Ledger()
     rows = sources.read(data, kind, ledger)
@@ -34,7 +36,9 @@ def load(data, tokenizer, kind: str) -> Dataset:
 
 
 def truncation(data, rows: list[Row]) -> str:
-    """Which part of a too long prompt stays: "auto" keeps the cue for the answer, where a source or a chat has one."""
+    """Which part of a too long prompt stays: "auto" keeps the cue for the answer, where a source or
+    a chat has one.
+    """
     if data.truncate != "auto":
         return data.truncate
     chat = any(isinstance(row.prompt, list) for row in rows)
@@ -42,9 +46,15 @@ def truncation(data, rows: list[Row]) -> str:
 
 
 def check_cue(data, examples: Examples, tokenizer) -> None:
-    """ValueError where a prompt was cut and has lost the cue, without which nothing asks for the answer."""
+    """ValueError where a prompt was cut and has lost the cue, without which nothing asks for the
+    answer.
+    """
     cue = sources.SOURCES[data.source].cue.strip()
-    cut = [row for row, prompt in enumerate(examples.prompts) if cue and len(prompt) == data.max_prompt_length]
+    cut = [
+        row
+        for row, prompt in enumerate(examples.prompts)
+        if cue and len(prompt) == data.max_prompt_length
+    ]
     if not cut:
         return
     written = tokenizer.decode(tokenizer(cue, add_special_tokens=False).input_ids).strip()
@@ -54,11 +64,13 @@ def check_cue(data, examples: Examples, tokenizer) -> None:
         raise ValueError(
             f"{len(lost)} prompts ({examples.where[lost[0]]} is the first) have lost their end, {cue!r}, by "
             f"data.truncate={data.truncate!r} to data.max_prompt_length={data.max_prompt_length} tokens: take "
-            "data.truncate=auto, or a longer prompt.")
+            "data.truncate=auto, or a longer prompt."
+        )
 
 
 def show(examples: Examples, tokenizer, rows) -> str:
     """Rows, by index, decoded, with the tokens that are scored between ⟦ and ⟧."""
+
     def text(ids):
         return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 

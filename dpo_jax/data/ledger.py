@@ -18,7 +18,9 @@ class Unusable(Exception):
 
 
 class Malformed(ValueError):
-    """This row is not in the form its source needs: stops the run, unless such rows are to be dropped."""
+    """This row is not in the form its source needs: stops the run, unless such rows are to be
+    dropped.
+    """
 
     def __init__(self, reason: str, found: str = ""):
         super().__init__(reason, found)
@@ -32,10 +34,13 @@ class Malformed(ValueError):
 @dataclass
 class Counts:
     """The counts of one split."""
+
     read: int = 0
     filtered: dict[str, int] = field(default_factory=dict)  # reason -> rows
     dropped: dict[str, int] = field(default_factory=dict)  # reason -> rows
-    examples: dict[str, list[str]] = field(default_factory=dict)  # reason -> where the first few dropped are
+    examples: dict[str, list[str]] = field(
+        default_factory=dict
+    )  # reason -> where the first few dropped are
     held_out: int = 0  # rows moved from train to eval
     kept: int = 0  # rows that are trained or evaluated on
     prompts_truncated: int = 0
@@ -58,14 +63,19 @@ class Counts:
 
     def drops(self) -> list[str]:
         """One line for each reason that rows were dropped for."""
-        more = {reason: ", ..." if count > EXAMPLES else "" for reason, count in self.dropped.items()}
-        return [f"{count} x {reason} ({', '.join(self.examples[reason])}{more[reason]})"
-                for reason, count in self.dropped.items()]
+        more = {
+            reason: ", ..." if count > EXAMPLES else "" for reason, count in self.dropped.items()
+        }
+        return [
+            f"{count} x {reason} ({', '.join(self.examples[reason])}{more[reason]})"
+            for reason, count in self.dropped.items()
+        ]
 
 
 @dataclass
 class Ledger:
     """The counts of both splits."""
+
     train: Counts = field(default_factory=Counts)
     eval: Counts = field(default_factory=Counts)
     shared_prompts: int = 0  # eval rows whose prompt is a training prompt too
@@ -75,10 +85,14 @@ class Ledger:
         return dataclasses.asdict(self)
 
     def table(self) -> str:
-        """The ledger for a reader: a line for each count, a column for each split, then the dropped rows."""
+        """The ledger for a reader: a line for each count, a column for each split, then the dropped
+        rows.
+        """
         rows = [("", "train", "eval"), *self._rows()]
         width = max(len(label) for label, _, _ in rows)
-        lines = [f"{label:<{width}}  {train:>12}  {evals:>12}".rstrip() for label, train, evals in rows]
+        lines = [
+            f"{label:<{width}}  {train:>12}  {evals:>12}".rstrip() for label, train, evals in rows
+        ]
         for name, counts in (("train", self.train), ("eval", self.eval)):
             lines += [f"dropped from {name}: {line}" for line in counts.drops()]
         return "\n".join(lines)
@@ -96,27 +110,37 @@ class Ledger:
         yield "prompts cut", *(counts.prompts_truncated for counts in both)
         yield "responses cut", *(counts.responses_truncated for counts in both)
         yield "  EOS lost", *(counts.eos_lost for counts in both)
-        yield "boundary merges, first rows", *(f"{counts.boundary_merges} of {counts.boundaries}" for counts in both)
+        yield (
+            "boundary merges, first rows",
+            *(f"{counts.boundary_merges} of {counts.boundaries}" for counts in both),
+        )
         for part in self.train.mean_tokens | self.eval.mean_tokens:
-            yield f"mean tokens, {part}", *(f"{counts.mean_tokens.get(part, 0):.1f}" for counts in both)
+            yield (
+                f"mean tokens, {part}",
+                *(f"{counts.mean_tokens.get(part, 0):.1f}" for counts in both),
+            )
         yield "eval prompts also in train", "", self.shared_prompts
 
     def check(self, max_dropped: float):
         """Stops a run whose data is mostly bad.
 
-        Raises ValueError when more than `max_dropped` of a split's rows were dropped (filtered ones do
-        not count), or when no row is left to train on.
+        Raises ValueError when more than `max_dropped` of a split's rows were dropped (filtered ones
+        do not count), or when no row is left to train on.
         """
         for name, counts in (("train", self.train), ("eval", self.eval)):
             dropped = sum(counts.dropped.values())
             judged = counts.read - sum(counts.filtered.values())
             reasons = "".join(f"\n  {line}" for line in counts.drops())
             if dropped > max_dropped * judged:
-                raise ValueError(f"{dropped} of {judged} {name} rows ({dropped / judged:.1%}) had to be "
-                                 f"dropped; data.max_dropped allows {max_dropped:.1%}:{reasons}\n"
-                                 "Mend these rows, or raise data.max_dropped if losing them is right.")
+                raise ValueError(
+                    f"{dropped} of {judged} {name} rows ({dropped / judged:.1%}) had to be "
+                    f"dropped; data.max_dropped allows {max_dropped:.1%}:{reasons}\n"
+                    "Mend these rows, or raise data.max_dropped if losing them is right."
+                )
         if not self.train.kept:
             filtered, dropped = sum(self.train.filtered.values()), sum(self.train.dropped.values())
-            raise ValueError(f"no row is left to train on: {self.train.read} read, {filtered} filtered, "
-                             f"{dropped} dropped, {self.train.held_out} held out for eval. See data.path, "
-                             "data.train_split, data.max_rows and data.eval_fraction.")
+            raise ValueError(
+                f"no row is left to train on: {self.train.read} read, {filtered} filtered, "
+                f"{dropped} dropped, {self.train.held_out} held out for eval. See data.path, "
+                "data.train_split, data.max_rows and data.eval_fraction."
+            )

@@ -1,8 +1,9 @@
-"""Rows of text from files and hub data sets: a prompt with one response (SFT) or a chosen and a rejected one.
+"""Rows of text from files and hub data sets: a prompt with one response (SFT) or a chosen and a
+rejected one.
 
-A source is a function from one record to (prompt, responses). Adding a data set is one such function and
-one line of SOURCES. Where the records lie (a file, a folder, the hub) is the business of `data.path`, so
-any source reads from anywhere.
+A source is a function from one record to (prompt, responses). Adding a data set is one such
+function and one line of SOURCES. Where the records lie (a file, a folder, the hub) is the business
+of `data.path`, so any source reads from anywhere.
 """
 
 import hashlib
@@ -14,26 +15,33 @@ from dataclasses import dataclass
 
 from dpo_jax.data import toy
 from dpo_jax.data.ledger import Counts, Filtered, Ledger, Malformed, Unusable
-from dpo_jax.data.records import fields_of, find_splits
+from dpo_jax.data.readers import fields_of, find_splits
 
 Text = str | list  # plain text, or chat messages: [{"role": ..., "content": ...}, ...]
 
 ASSISTANT = "\n\nAssistant:"
 CUE = "TL;DR:"
 NEWS = "news article, not a Reddit post"
-EVAL_SPLITS = ("test", "validation", "valid", "valid1")  # the first one there is, if data.eval_split is empty
+EVAL_SPLITS = (
+    "test",
+    "validation",
+    "valid",
+    "valid1",
+)  # the first one there is, if data.eval_split is empty
 
 
 @dataclass(frozen=True)
 class Row:
     """A prompt and its responses: (completion,) for SFT, (chosen, rejected) for pairs."""
+
     prompt: Text
     responses: tuple[Text, ...]
     where: str  # the file or data set, and the row in it counted from 1
 
 
 def local(fields: dict) -> tuple[Text, tuple[Text, ...]]:
-    """Your own rows: a pair (prompt, chosen, rejected), or for SFT prompt and completion, text, or messages.
+    """Your own rows: a pair (prompt, chosen, rejected), or for SFT prompt and completion, text, or
+    messages.
 
     Each may be text or chat messages; `chosen` and `rejected` may hold the whole conversation.
     """
@@ -54,13 +62,19 @@ def local(fields: dict) -> tuple[Text, tuple[Text, ...]]:
 
 
 def hh(fields: dict) -> tuple[str, tuple[str, ...]]:
-    """Anthropic's transcripts, split after the last assistant cue up to which both sides are the same."""
+    """Anthropic's transcripts, split after the last assistant cue up to which both sides are the
+    same.
+    """
     chosen, rejected = _text(fields, "chosen"), _text(fields, "rejected")
-    ends = [cue.end() for cue in re.finditer(ASSISTANT, chosen) if rejected.startswith(chosen[:cue.end()])]
+    ends = [
+        cue.end()
+        for cue in re.finditer(ASSISTANT, chosen)
+        if rejected.startswith(chosen[: cue.end()])
+    ]
     if not ends:
         raise Unusable("no shared assistant turn")
-    prompt = chosen[:ends[-1]]
-    return prompt, (chosen[len(prompt):], rejected[len(prompt):])
+    prompt = chosen[: ends[-1]]
+    return prompt, (chosen[len(prompt) :], rejected[len(prompt) :])
 
 
 def shp(fields: dict) -> tuple[str, tuple[str, ...]]:
@@ -82,7 +96,8 @@ def imdb(fields: dict) -> tuple[str, tuple[str, ...]]:
 
 
 def tldr(fields: dict) -> tuple[str, tuple[str, ...]]:
-    """Reddit posts and summaries: the prompt ends in one "TL;DR:", each summary starts with one space.
+    """Reddit posts and summaries: the prompt ends in one "TL;DR:", each summary starts with one
+    space.
 
     Some sets of comparisons have news articles among the posts; these are left out.
     """
@@ -92,8 +107,10 @@ def tldr(fields: dict) -> tuple[str, tuple[str, ...]]:
     if re.match(r"\s*(Article|TITLE):", prompt):  # a post starts with its subreddit
         raise Filtered(NEWS)
     end = re.search(r"(\s*)(?:TL;DR:\s*)+$", prompt)
-    prompt = prompt[:end.start()] + end[1] + CUE if end else f"{prompt}\n{CUE}"
-    name = next((name for name in ("chosen", "completion") if fields.get(name) is not None), "label")
+    prompt = prompt[: end.start()] + end[1] + CUE if end else f"{prompt}\n{CUE}"
+    name = next(
+        (name for name in ("chosen", "completion") if fields.get(name) is not None), "label"
+    )
     names = (name, "rejected") if fields.get("rejected") is not None else (name,)
     summaries = tuple(_spaced(re.sub(r"^(\s*TL;DR:)+", "", _text(fields, name))) for name in names)
     if len(summaries) == 2 and summaries[0] == summaries[1]:
@@ -104,21 +121,32 @@ def tldr(fields: dict) -> tuple[str, tuple[str, ...]]:
 
 
 def _compared(fields: dict) -> dict:
-    """A record of OpenAI's comparisons (a post, two summaries, and which is better) as prompt, chosen, rejected."""
+    """A record of OpenAI's comparisons (a post, two summaries, and which is better) as prompt,
+    chosen, rejected.
+    """
     match fields:
-        case {"info": dict(info), "summaries": [dict(), dict()] as summaries, "choice": 0 | 1 as choice}:
+        case {
+            "info": dict(info),
+            "summaries": [dict(), dict()] as summaries,
+            "choice": 0 | 1 as choice,
+        }:
             pass  # the names of what matched are used below
         case _:
             raise Malformed("a comparison has 'info', two 'summaries', and 'choice', 0 or 1")
     if "cnndm" in str(fields.get("batch")):
         raise Filtered(NEWS)
     subreddit, title, post = (_text(info, name) for name in ("subreddit", "title", "post"))
-    return dict(prompt=f"SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\n{CUE}",
-                chosen=_text(summaries[choice], "text"), rejected=_text(summaries[1 - choice], "text"))
+    return dict(
+        prompt=f"SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\n{CUE}",
+        chosen=_text(summaries[choice], "text"),
+        rejected=_text(summaries[1 - choice], "text"),
+    )
 
 
 def cnn_dailymail(fields: dict) -> tuple[str, tuple[str, ...]]:
-    """News articles and their highlights, a sentence a line (some before a detached stop), as one text."""
+    """News articles and their highlights, a sentence a line (some before a detached stop), as one
+    text.
+    """
     highlights = re.sub(r" (?=[.,;:?!]( |$))", "", " ".join(_text(fields, "highlights").split()))
     return f"Article:\n\n{_text(fields, 'article').strip()}\n\n{CUE}", (_spaced(highlights),)
 
@@ -130,28 +158,57 @@ def _toy(data, kind: str) -> dict[str, list[Row]]:
 @dataclass(frozen=True)
 class Source:
     """How a record becomes (prompt, responses), and what is special about the data set."""
+
     parse: Callable[[dict], tuple] | None
     example: str = ""  # a right record, shown beside a wrong one
     cue: str = ""  # what its prompts end in, which asks for the answer and must not be cut off
-    truncate: str = "keep_start"  # which part of a prompt that is too long stays, for data.truncate="auto"
+    truncate: str = (
+        "keep_start"  # which part of a prompt that is too long stays, for data.truncate="auto"
+    )
     pairs: bool = True  # it has pairs; every source has responses for SFT
-    sorted: bool = False  # its rows come sorted (by label, say), so they are read in a hashed order instead
-    make: Callable | None = None  # (data, kind) -> the rows of both splits, for a source without records
+    sorted: bool = (
+        False  # its rows come sorted (by label, say), so they are read in a hashed order instead
+    )
+    make: Callable | None = (
+        None  # (data, kind) -> the rows of both splits, for a source without records
+    )
 
 
 SOURCES = {
-    "local": Source(local, '{"prompt": "Name a colour.", "chosen": " Blue.", "rejected": " Seven."}; for SFT '
-                           '"completion" instead of the last two; for chat, lists of messages'),
-    "hh": Source(hh, r'{"chosen": "\n\nHuman: Hi\n\nAssistant: Hello.", '
-                     r'"rejected": "\n\nHuman: Hi\n\nAssistant: No."}', cue=ASSISTANT, truncate="keep_end"),
-    "shp": Source(shp, '{"history": "Why?", "human_ref_A": "Because.", "human_ref_B": "No idea.", '
-                       '"labels": 1, "score_ratio": 3.0}', cue=ASSISTANT, truncate="keep_end"),
+    "local": Source(
+        local,
+        '{"prompt": "Name a colour.", "chosen": " Blue.", "rejected": " Seven."}; for SFT '
+        '"completion" instead of the last two; for chat, lists of messages',
+    ),
+    "hh": Source(
+        hh,
+        r'{"chosen": "\n\nHuman: Hi\n\nAssistant: Hello.", '
+        r'"rejected": "\n\nHuman: Hi\n\nAssistant: No."}',
+        cue=ASSISTANT,
+        truncate="keep_end",
+    ),
+    "shp": Source(
+        shp,
+        '{"history": "Why?", "human_ref_A": "Because.", "human_ref_B": "No idea.", '
+        '"labels": 1, "score_ratio": 3.0}',
+        cue=ASSISTANT,
+        truncate="keep_end",
+    ),
     "imdb": Source(imdb, '{"text": "A fine film."}', pairs=False, sorted=True),
-    "tldr": Source(tldr, r'{"prompt": "POST: ...\n\nTL;DR:", "chosen": " A good summary.", '
-                         r'"rejected": " A bad one."}; for SFT "completion" or "label" instead', cue=CUE,
-                   truncate="keep_end"),
-    "cnn_dailymail": Source(cnn_dailymail, '{"article": "LONDON, England -- ...", "highlights": "It rained ."}',
-                            cue=CUE, truncate="keep_cue", pairs=False),
+    "tldr": Source(
+        tldr,
+        r'{"prompt": "POST: ...\n\nTL;DR:", "chosen": " A good summary.", '
+        r'"rejected": " A bad one."}; for SFT "completion" or "label" instead',
+        cue=CUE,
+        truncate="keep_end",
+    ),
+    "cnn_dailymail": Source(
+        cnn_dailymail,
+        '{"article": "LONDON, England -- ...", "highlights": "It rained ."}',
+        cue=CUE,
+        truncate="keep_cue",
+        pairs=False,
+    ),
     "toy": Source(None, make=_toy),
 }
 
@@ -165,8 +222,10 @@ def read(data, kind: str, ledger: Ledger) -> dict[str, list[Row]]:
         raise ValueError(f"data.source={data.source!r} is not one of {', '.join(SOURCES)}.")
     source = SOURCES[data.source]
     if kind == "pairs" and not source.pairs:
-        raise ValueError(f"data.source={data.source!r} has no pairs. Make them with the `pairs` stage, or "
-                         "pass rows of prompt, chosen and rejected with data.source=local.")
+        raise ValueError(
+            f"data.source={data.source!r} has no pairs. Make them with the `pairs` stage, or "
+            "pass rows of prompt, chosen and rejected with data.source=local."
+        )
     if source.make:
         rows = source.make(data, kind)
         ledger.train.read, ledger.eval.read = len(rows["train"]), len(rows["eval"])
@@ -186,13 +245,15 @@ def _read_splits(data, kind: str, source: Source, ledger: Ledger) -> dict[str, l
         evals = _parse(splits[eval_name](), data, kind, source, ledger.eval, data.max_eval_rows)
         return {"train": train, "eval": evals}
     train, held = _hold_out(train, data.eval_fraction)
-    evals = held[:data.max_eval_rows or None]
+    evals = held[: data.max_eval_rows or None]
     ledger.train.held_out, ledger.eval.read = len(held), len(evals)
     return {"train": train, "eval": evals}
 
 
 def _choose(names: list[str], data) -> tuple[list[str], str]:
-    """The splits to train on and the one to evaluate on ("": hold out a part of the training rows)."""
+    """The splits to train on and the one to evaluate on ("": hold out a part of the training
+    rows).
+    """
     train = data.train_split.split("+")
     if len(names) == 1 and data.train_split == "train" and not data.eval_split:
         train = names
@@ -200,11 +261,13 @@ def _choose(names: list[str], data) -> tuple[list[str], str]:
         if name not in names:
             raise ValueError(
                 f"{data.path} has no split {name!r}; it has {', '.join(names)}. See "
-                f"data.train_split={data.train_split!r} and data.eval_split={data.eval_split!r}.")
+                f"data.train_split={data.train_split!r} and data.eval_split={data.eval_split!r}."
+            )
     if data.eval_split in train:
         raise ValueError(
             f"data.eval_split={data.eval_split!r} is trained on (data.train_split={data.train_split!r}): "
-            "leave it empty to hold out data.eval_fraction of the prompts.")
+            "leave it empty to hold out data.eval_fraction of the prompts."
+        )
     unused = (name for name in EVAL_SPLITS if name in names and name not in train)
     return train, data.eval_split or next(unused, "")
 
@@ -212,7 +275,8 @@ def _choose(names: list[str], data) -> tuple[list[str], str]:
 def _hold_out(rows: list[Row], fraction: float) -> tuple[list[Row], list[Row]]:
     """Parts the rows by prompt into (train, held out); a prompt's side depends on its text alone.
 
-    So SFT and DPO on the same prompts hold out the same ones. Few prompts: one at least is held out.
+    So SFT and DPO on the same prompts hold out the same ones. Few prompts: one at least is held
+    out.
     """
     keys = [_prompt_key(row) for row in rows]
     hashes = {key: _hash(key) for key in keys}
@@ -226,17 +290,26 @@ def _hold_out(rows: list[Row], fraction: float) -> tuple[list[Row], list[Row]]:
 
 
 def _prompt_key(row: Row) -> str:
-    """The text that tells prompts apart; rows without a prompt (film reviews) go by their response."""
+    """The text that tells prompts apart; rows without a prompt (film reviews) go by their
+    response.
+    """
     return json.dumps(row.prompt or row.responses[0])
 
 
 def _hash(text: str) -> float:
     """A number in [0, 1) that depends on the text alone, the same in every process."""
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:6], "big") / 2**48
+    return (
+        int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:6], "big")
+        / 2**48
+    )
 
 
-def _parse(records: Iterable, data, kind: str, source: Source, counts: Counts, limit: int) -> list[Row]:
-    """The first `limit` good rows (0: all) of (where, record), with the others counted by reason."""
+def _parse(
+    records: Iterable, data, kind: str, source: Source, counts: Counts, limit: int
+) -> list[Row]:
+    """The first `limit` good rows (0: all) of (where, record), with the others counted by
+    reason.
+    """
     if source.sorted:
         records = sorted(records, key=lambda record: _hash(str(record[1])))
     rows = []
@@ -257,13 +330,19 @@ def _parse(records: Iterable, data, kind: str, source: Source, counts: Counts, l
     return rows
 
 
-def _responses(prompt: Text, responses: tuple[Text, ...], kind: str) -> tuple[Text, tuple[Text, ...]]:
+def _responses(
+    prompt: Text, responses: tuple[Text, ...], kind: str
+) -> tuple[Text, tuple[Text, ...]]:
     """The responses that this kind of training needs, neither empty nor equal."""
     if kind == "pairs" and len(responses) == 1:
         raise Malformed("a pair needs two responses, in 'chosen' and 'rejected'")
     responses = responses[:1] if kind == "sft" else responses
-    said = [response if isinstance(response, str) else "".join(message["content"] for message in response)
-            for response in responses]
+    said = [
+        response
+        if isinstance(response, str)
+        else "".join(message["content"] for message in response)
+        for response in responses
+    ]
     if not all(text.strip() for text in said):
         raise Unusable("empty response")
     if len(responses) == 2 and (responses[0] == responses[1] or said[0].strip() == said[1].strip()):
@@ -277,12 +356,15 @@ def _explain(error: Malformed, where: str, record, data, source: Source) -> str:
         found = ", ".join(map(str, fields_of(record)))
     except Malformed:
         found = ""
-    return "\n".join([
-        f"{where}: {error}.",
-        f"  data.path: {data.path}",
-        f"  fields found: {found or 'none'}",
-        f"  a right row for data.source={data.source}: {source.example}",
-        "Mend the row, or drop and count such rows with --config.data.on_bad_row=drop."])
+    return "\n".join(
+        [
+            f"{where}: {error}.",
+            f"  data.path: {data.path}",
+            f"  fields found: {found or 'none'}",
+            f"  a right row for data.source={data.source}: {source.example}",
+            "Mend the row, or drop and count such rows with --config.data.on_bad_row=drop.",
+        ]
+    )
 
 
 def _text(fields: dict, name: str) -> str:
@@ -311,8 +393,10 @@ def _content(fields: dict, name: str) -> Text:
             case {"role": str(role), "content": str(content)}:
                 messages.append({"role": role, "content": content})
             case _:
-                raise Malformed(f"field {name!r} holds more than messages, each a role and a content in text",
-                                _shown(message))
+                raise Malformed(
+                    f"field {name!r} holds more than messages, each a role and a content in text",
+                    _shown(message),
+                )
     return messages
 
 
@@ -326,17 +410,21 @@ def _shown(value) -> str:
 
 
 def _chat(prompt: Text | None, responses: tuple[Text, ...]) -> tuple[list, tuple[list, ...]]:
-    """Chat messages as (prompt, responses), whether each response is the answer or the whole conversation."""
+    """Chat messages as (prompt, responses), whether each response is the answer or the whole
+    conversation.
+    """
     chats = [_messages("assistant", response) for response in responses]
     given = _messages("user", prompt or [])
     if not all(chats):
         raise Unusable("empty response")
-    if given and chats[0][0]["role"] == "assistant" and chats[0][:len(given)] != given:
+    if given and chats[0][0]["role"] == "assistant" and chats[0][: len(given)] != given:
         start, answers = given, chats
     else:
         turn = len(given) if isinstance(prompt, list) and given else _last_shared_turn(chats)
         start, answers = chats[0][:turn], [chat[turn:] for chat in chats]
-        if any(chat[:turn] != start for chat in chats) or any(message not in start for message in given):
+        if any(chat[:turn] != start for chat in chats) or any(
+            message not in start for message in given
+        ):
             raise Malformed("the conversation does not continue 'prompt'", _shown(start))
     roles = [[message["role"] for message in answer] for answer in answers]
     if not start or any(turns[:1] != ["assistant"] or turns[-1] != "assistant" for turns in roles):
@@ -352,7 +440,9 @@ def _messages(role: str, content: Text) -> list:
 def _last_shared_turn(chats: list[list]) -> int:
     """Where the last assistant turn starts, up to which all conversations are the same."""
     shortest = min(map(len, chats))
-    differ = (turn for turn in range(shortest) if any(chat[turn] != chats[0][turn] for chat in chats))
+    differ = (
+        turn for turn in range(shortest) if any(chat[turn] != chats[0][turn] for chat in chats)
+    )
     for turn in range(next(differ, shortest - 1), 0, -1):
         if all(chat[turn]["role"] == "assistant" for chat in chats):
             return turn

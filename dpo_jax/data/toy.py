@@ -1,17 +1,35 @@
-"""A language so small that every quantity of DPO can be computed exactly: 8 words, completions of 5.
+"""A language so small that every quantity of DPO can be computed exactly: 8 words, completions of
+5.
 
-The words are the model's whole vocabulary, so the probabilities of a prompt's 8^5 completions sum to 1. A
-prompt is the first word of a review. The corpus leans to the negative; the reward asks for the positive.
+The words are the model's whole vocabulary, so the probabilities of a prompt's 8^5 completions sum
+to 1. A prompt is the first word of a review. The corpus leans to the negative; the reward asks for
+the positive.
 
 Letters: P prompts, C completions (all 32,768 of them), T their words, V vocabulary.
 """
 
 import numpy as np
 
-WORDS = {"wonderful": 2, "good": 1, "terrible": -2, "bad": -1, "not": 0, "film": 0, "plot": 0, "acting": 0}
+WORDS = {
+    "wonderful": 2,
+    "good": 1,
+    "terrible": -2,
+    "bad": -1,
+    "not": 0,
+    "film": 0,
+    "plot": 0,
+    "acting": 0,
+}
 WEIGHTS_V = np.array(list(WORDS.values()))
-FLIPS_V = np.array([-1 if word == "not" else 1 for word in WORDS])  # a word's effect on the next one's weight
-GLOOM = {"film": 0.4, "plot": 0.5, "acting": 0.7, "bad": 0.4}  # how negative the corpus is after each prompt
+FLIPS_V = np.array(
+    [-1 if word == "not" else 1 for word in WORDS]
+)  # a word's effect on the next one's weight
+GLOOM = {
+    "film": 0.4,
+    "plot": 0.5,
+    "acting": 0.7,
+    "bad": 0.4,
+}  # how negative the corpus is after each prompt
 PROMPTS = np.array([list(WORDS).index(word) for word in GLOOM])
 STICKINESS = 1.5  # how much likelier the corpus' next word has the sign of the one before
 LENGTH = 5  # words of a completion
@@ -23,6 +41,7 @@ def tokenizer():
     """A transformers tokenizer whose 8 ids are the 8 words; any other word is an error."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
+
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=words)
@@ -49,7 +68,9 @@ REWARDS = {"toy": rewards, "toy_saturating": saturating_rewards}  # by config.re
 
 
 def corpus(seed: int, n: int) -> np.ndarray:
-    """n reviews, a prompt and its completion, ids [n, 1 + T]; the first ones are the same whatever n is."""
+    """n reviews, a prompt and its completion, ids [n, 1 + T]; the first ones are the same whatever
+    n is.
+    """
     uniform = np.random.default_rng(seed).random((n, 1 + LENGTH))
     prompt = (uniform[:, 0] * len(PROMPTS)).astype(int)
     cdf_PVV = _transitions().cumsum(axis=-1)[..., :-1]
@@ -73,12 +94,18 @@ def rows(data, kind: str) -> dict[str, list]:
     data.max_rows and data.max_eval_rows say how many, where they are not 0.
     """
     if kind != "sft":
-        raise ValueError("data.source='toy' has no pairs of its own: the `pairs` stage samples them from the "
-                         "model that the `sft` stage made, so put both before `dpo` in config.stages.")
+        raise ValueError(
+            "data.source='toy' has no pairs of its own: the `pairs` stage samples them from the "
+            "model that the `sft` stage made, so put both before `dpo` in config.stages."
+        )
     sizes = {"train": data.max_rows or TRAIN_ROWS, "eval": data.max_eval_rows or EVAL_ROWS}
-    return {split: [(_text(ids[:1]), (_response(ids[1:]),), f"toy {split} row {number}")
-                    for number, ids in enumerate(corpus(SEEDS[split], n), 1)]
-            for split, n in sizes.items()}
+    return {
+        split: [
+            (_text(ids[:1]), (_response(ids[1:]),), f"toy {split} row {number}")
+            for number, ids in enumerate(corpus(SEEDS[split], n), 1)
+        ]
+        for split, n in sizes.items()
+    }
 
 
 def _response(ids) -> str:

@@ -1,4 +1,5 @@
-"""The `best_of_n` stage: the completion that a reward ranks highest among N of a policy, for each N.
+"""The `best_of_n` stage: the completion that a reward ranks highest among N of a policy, for each
+N.
 
 Letters: P prompts, M samples of each, as many as the largest N.
 """
@@ -9,29 +10,60 @@ from collections.abc import Callable
 
 import numpy as np
 
-from dpo_jax import pairs, stages
-from dpo_jax.evaluation import estimate
-from dpo_jax.metrics import say
-from dpo_jax.prompts import Prompts
+from dpo_jax.console import say
+from dpo_jax.evaluation import frontier
+from dpo_jax.sampling import rollouts
+from dpo_jax.sampling.prompts import Prompts
+from dpo_jax.workdir import write_json
 
 
-def write(folder: pathlib.Path, model, mesh, params, prompts: Prompts, tokenizer, true: Callable, ranking: Callable, *,
-          counts, sampling, seed: int, eos_id: int | None) -> dict:
-    """Samples as many as the largest N for each prompt; writes best_of_n.json and completions.jsonl.
+def write(
+    folder: pathlib.Path,
+    model,
+    mesh,
+    params,
+    prompts: Prompts,
+    tokenizer,
+    true: Callable,
+    ranking: Callable,
+    *,
+    counts,
+    sampling,
+    seed: int,
+    eos_id: int | None,
+) -> dict:
+    """Samples as many as the largest N for each prompt; writes best_of_n.json and
+    completions.jsonl.
 
-    true, ranking: rewards; the true one of the best by the ranking one is reported. counts: the values of N, each
-    estimated from all samples.
+    true, ranking: rewards; the true one of the best by the ranking one is reported. counts: the
+    values of N, each estimated from all samples.
     """
-    rows = pairs.complete(model, mesh, params, prompts, tokenizer, true, n=max(counts), sampling=sampling, seed=seed,
-                          eos_id=eos_id, folder=folder)
+    rows = rollouts.complete(
+        model,
+        mesh,
+        params,
+        prompts,
+        tokenizer,
+        true,
+        n=max(counts),
+        sampling=sampling,
+        seed=seed,
+        eos_id=eos_id,
+        folder=folder,
+    )
     asked = [row["prompt"] for row in rows for _ in row["completions"]]
     texts = [completion["text"] for row in rows for completion in row["completions"]]
-    tokens = [(np.array(row["tokens"], np.int32), np.array(completion["tokens"], np.int32))
-              for row in rows for completion in row["completions"]]
-    true_PM = np.array([[completion["reward"] for completion in row["completions"]] for row in rows])
+    tokens = [
+        (np.array(row["tokens"], np.int32), np.array(completion["tokens"], np.int32))
+        for row in rows
+        for completion in row["completions"]
+    ]
+    true_PM = np.array(
+        [[completion["reward"] for completion in row["completions"]] for row in rows]
+    )
     ranked_PM = true_PM if ranking is true else ranking(asked, texts, tokens).reshape(true_PM.shape)
-    result = [dict(n=n) | estimate.best_of_n(true_PM, ranked_PM, n) for n in counts]
-    stages.write_json(folder / "best_of_n.json", result)
+    result = [dict(n=n) | frontier.best_of_n(true_PM, ranked_PM, n) for n in counts]
+    write_json(folder / "best_of_n.json", result)
     for row in result:
         say("best_of_n: " + json.dumps(row))
     return dict(best_of_n=result)

@@ -4,26 +4,47 @@ import jax
 import numpy as np
 
 
-def frontier(path, *, curve, reference: float, trajectory, optimum: tuple[float, float] | None, title: str) -> None:
+def frontier(
+    path, *, curve, reference: float, trajectory, optimum: tuple[float, float] | None, title: str
+) -> None:
     """Expected reward against KL to the reference (the paper's figure 2, left), written to `path`.
 
-    curve: (kls, rewards) of the exact bound, from KL 0 on.   reference: its reward, which is at KL 0.
-    trajectory: (step, reward, kl) of the policy at each evaluation.   optimum: (reward, kl) that DPO aims at, or None.
+    curve: (kls, rewards) of the exact bound, from KL 0 on.   reference: its reward, which is at KL
+    0. trajectory: (step, reward, kl) of the policy at each evaluation.   optimum: (reward, kl) that
+    DPO aims at, or None.
     """
     from matplotlib.figure import Figure
+
     steps, rewards, kls = zip(*trajectory, strict=True)
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
-    axes = figure.add_subplot(title=title, xlabel="KL(policy || reference), nats", ylabel="expected reward")
+    axes = figure.add_subplot(
+        title=title, xlabel="KL(policy || reference), nats", ylabel="expected reward"
+    )
     axes.grid(alpha=0.3)
     axes.plot(*curve, color="black", linewidth=1.2, label="highest reward at this KL (exact)")
     axes.plot(kls, rewards, color="0.75", linewidth=1)
     points = axes.scatter(kls, rewards, c=steps, cmap="viridis", s=28, zorder=4, label="policy")
-    axes.plot(kls[-1], rewards[-1], "o", color="black", markersize=8, fillstyle="none", zorder=5,
-              label="policy at the end")
+    axes.plot(
+        kls[-1],
+        rewards[-1],
+        "o",
+        color="black",
+        markersize=8,
+        fillstyle="none",
+        zorder=5,
+        label="policy at the end",
+    )
     axes.plot(0, reference, "s", color="black", markersize=7, zorder=5, label="reference")
     if optimum:
-        axes.plot(optimum[1], optimum[0], "*", color="crimson", markersize=17, zorder=3,
-                  label="optimum for this β (exact)")
+        axes.plot(
+            optimum[1],
+            optimum[0],
+            "*",
+            color="crimson",
+            markersize=17,
+            zorder=3,
+            label="optimum for this β (exact)",
+        )
         kls, rewards = [*kls, optimum[1]], [*rewards, optimum[0]]
     axes.set(xlim=_limits([0, *kls]), ylim=_limits([reference, *rewards]))
     axes.legend(loc="lower right", frameon=False)  # below the curve, where a policy seldom is
@@ -32,27 +53,37 @@ def frontier(path, *, curve, reference: float, trajectory, optimum: tuple[float,
 
 
 CURVES = {  # metric -> title
-    "loss/eval": "held-out loss", "rewards_eval/accuracies": "held-out accuracy",
-    "rewards_eval/margins": "held-out margin", "ppo_train/reward": "reward", "ppo_train/kl": "KL, nats",
-    "frontier/reward": "expected true reward", "frontier/kl": "KL(policy || reference), nats",
+    "loss/eval": "held-out loss",
+    "rewards_eval/accuracies": "held-out accuracy",
+    "rewards_eval/margins": "held-out margin",
+    "ppo_train/reward": "reward",
+    "ppo_train/kl": "KL, nats",
+    "frontier/reward": "expected true reward",
+    "frontier/kl": "KL(policy || reference), nats",
 }
 
 
 def curves(path, runs: dict[str, list[dict]], field: str) -> None:
-    """What the evaluations of several runs measured against the step, a panel for each metric, written to `path`.
+    """What the evaluations of several runs measured against the step, a panel for each metric,
+    written to `path`.
 
     runs: value of `field` -> rows of metrics.jsonl.
     """
     from matplotlib.figure import Figure
+
     found = [name for name in CURVES if any(name in row for rows in runs.values() for row in rows)]
     figure = Figure(figsize=(4.2 * len(found), 3.8), dpi=150, layout="constrained")
     for number, name in enumerate(found, 1):
         axes = figure.add_subplot(1, len(found), number, title=CURVES[name], xlabel="step")
         axes.grid(alpha=0.3)
         for label, rows in runs.items():
-            steps, values = zip(*((row["step"], row[name]) for row in rows if name in row), strict=True)
+            steps, values = zip(
+                *((row["step"], row[name]) for row in rows if name in row), strict=True
+            )
             axes.plot(steps, values, marker="o", markersize=3, label=label)
-    figure.legend(*axes.get_legend_handles_labels(), title=field, loc="outside right upper", frameon=False)
+    figure.legend(
+        *axes.get_legend_handles_labels(), title=field, loc="outside right upper", frameon=False
+    )
     _save(figure, path)
 
 
@@ -68,23 +99,44 @@ STYLES = {  # method -> colour, marker and name of its points
     "rm_optimum": ("tab:olive", "+", "optimum for the reward model"),
     "preferred_ft_closed_form": ("tab:purple", "X", "Preferred-FT, closed form"),
 }
-UNTRAINED = ("best_of_n", "rm_optimum", "preferred_ft_closed_form")  # no steps: a dashed line joins the parameters
+UNTRAINED = (
+    "best_of_n",
+    "rm_optimum",
+    "preferred_ft_closed_form",
+)  # no steps: a dashed line joins the parameters
 TICKS = (0, 0.1, 0.5, 1, 2, 4, 6, 8, 10, 15, 20, 30, 40, 60)  # nats
 MARK = 5  # typographic points around a point that a label keeps clear of
-PLACES = [(right, up, gap) for gap in (5, 11, 18, 26) for right, up in (  # of a label, nearest first
-    (1, -1), (-1, 1), (1, 0), (1, 1), (-1, -1), (-1, 0), (0, -1), (0, 1))]
+PLACES = [
+    (right, up, gap)
+    for gap in (5, 11, 18, 26)
+    for right, up in (  # of a label, nearest first
+        (1, -1),
+        (-1, 1),
+        (1, 0),
+        (1, 1),
+        (-1, -1),
+        (-1, 0),
+        (0, -1),
+        (0, 1),
+    )
+]
 
 
-def panels(path, rows: list[dict], curves: dict[str, tuple], titles: dict[str, str], *, curve_name: str) -> None:
-    """Reward against KL for all methods, a panel for each value of the rows' `panel`, written to `path`.
+def panels(
+    path, rows: list[dict], curves: dict[str, tuple], titles: dict[str, str], *, curve_name: str
+) -> None:
+    """Reward against KL for all methods, a panel for each value of the rows' `panel`, written to
+    `path`.
 
-    rows: as in frontier.json: panel, method, parameter, seed, step, reward, kl, and where it is known the optimum that
-    a run aims at, analytic_reward and analytic_kl. A run's checkpoints are joined by a thin line, its last one is the
-    large point. curves: panel -> (kls, rewards) of the best that can be, from KL 0,
-    where the reference is. The KL axis goes by the square root, as many points are near 0.
+    rows: as in frontier.json: panel, method, parameter, seed, step, reward, kl, and where it is
+    known the optimum that a run aims at, analytic_reward and analytic_kl. A run's checkpoints are
+    joined by a thin line, its last one is the large point. curves: panel -> (kls, rewards) of the
+    best that can be, from KL 0, where the reference is. The KL axis goes by the square root, as
+    many points are near 0.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+
     figure = Figure(figsize=(6.2 * len(titles), 6.2), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     legend, ends = {}, {}
@@ -94,8 +146,14 @@ def panels(path, rows: list[dict], curves: dict[str, tuple], titles: dict[str, s
         ends[axes] = _draw_methods(axes, [row for row in rows if row["panel"] == panel])
         _scale(axes, ends[axes], curves[panel])
         legend |= dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
-    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=3 * len(titles), frameon=False,
-                  fontsize=8)
+    figure.legend(
+        legend.values(),
+        legend.keys(),
+        loc="outside lower center",
+        ncols=3 * len(titles),
+        frameon=False,
+        fontsize=8,
+    )
     figure.canvas.draw()  # labels can only be placed when all else is
     figure.set_layout_engine("none")
     for panel, axes in zip(titles, ends, strict=True):
@@ -106,13 +164,16 @@ def panels(path, rows: list[dict], curves: dict[str, tuple], titles: dict[str, s
 def win_rates(path, panels: dict[str, tuple[str, list[dict]]]) -> None:
     """Win rates with their intervals, a panel for each title, written to `path`.
 
-    panels: title -> (what varies, rows of x, label, method, rate, low and high). A line joins the rows of a label;
-    those of one method in several lines are told apart by colour alone.
+    panels: title -> (what varies, rows of x, label, method, rate, low and high). A line joins the
+    rows of a label; those of one method in several lines are told apart by colour alone.
     """
     from matplotlib.figure import Figure
+
     figure = Figure(figsize=(5.4 * len(panels), 4.4), dpi=150, layout="constrained")
     for number, (title, (varies, rows)) in enumerate(panels.items(), 1):
-        axes = figure.add_subplot(1, len(panels), number, title=title, xlabel=varies, ylabel="win rate", ylim=(0, 1))
+        axes = figure.add_subplot(
+            1, len(panels), number, title=title, xlabel=varies, ylabel="win rate", ylim=(0, 1)
+        )
         axes.grid(alpha=0.3)
         axes.axhline(0.5, color="0.5", linewidth=1, linestyle="--")
         lines = {}
@@ -120,13 +181,24 @@ def win_rates(path, panels: dict[str, tuple[str, list[dict]]]) -> None:
             if row["rate"] is not None:
                 lines.setdefault((row["method"], row["label"]), []).append(row)
         shared = len({method for method, _ in lines}) < len(lines)
-        shift = 0.006 * max(np.ptp([row["x"] for row in rows]), 0.1)  # so that no interval hides another
+        shift = 0.006 * max(
+            np.ptp([row["x"] for row in rows]), 0.1
+        )  # so that no interval hides another
         for place, ((method, label), line) in enumerate(lines.items()):
             color, marker, name = (None, "o", label) if shared else STYLES[method]
-            x, rate, low, high = np.transpose(sorted((row["x"], row["rate"], row["low"], row["high"]) for row in line))
-            axes.errorbar(x + shift * (place - (len(lines) - 1) / 2), rate, np.abs([rate - low, high - rate]),
-                          color=color, marker=marker, capsize=2, linewidth=1.2,
-                          label=label if method == "best_of_n" else name)
+            x, rate, low, high = np.transpose(
+                sorted((row["x"], row["rate"], row["low"], row["high"]) for row in line)
+            )
+            axes.errorbar(
+                x + shift * (place - (len(lines) - 1) / 2),
+                rate,
+                np.abs([rate - low, high - rate]),
+                color=color,
+                marker=marker,
+                capsize=2,
+                linewidth=1.2,
+                label=label if method == "best_of_n" else name,
+            )
         axes.legend(frameon=False, fontsize=8)
     _save(figure, path)
 
@@ -137,7 +209,9 @@ def _draw_curve(axes, kls, rewards, name: str) -> None:
 
 
 def _draw_methods(axes, rows: list[dict]) -> list[tuple]:
-    """Draws the runs of each method; returns (kl, reward, parameter or "", colour) of each large point."""
+    """Draws the runs of each method; returns (kl, reward, parameter or "", colour) of each large
+    point.
+    """
     ends = []
     for method, (color, marker, name) in STYLES.items():
         whole = dict(linestyle="", color=color, marker=marker, markersize=7, alpha=0.85, label=name)
@@ -152,13 +226,29 @@ def _draw_methods(axes, rows: list[dict]) -> list[tuple]:
                 axes.plot(kls, rewards, color=color, linewidth=1, linestyle="--", alpha=0.6)
                 last = run
             else:
-                axes.plot(kls, rewards, color=color, linewidth=0.6, alpha=0.5, marker=marker, markersize=2.5)
+                axes.plot(
+                    kls,
+                    rewards,
+                    color=color,
+                    linewidth=0.6,
+                    alpha=0.5,
+                    marker=marker,
+                    markersize=2.5,
+                )
                 last = run[-1:]
             axes.plot([row["kl"] for row in last], [row["reward"] for row in last], **whole)
             for row in last:
                 if "analytic_kl" in row:
-                    axes.plot(row["analytic_kl"], row["analytic_reward"], "*", color="crimson", markersize=9,
-                              fillstyle="none", zorder=6, label=f"{name}: optimum for its β")
+                    axes.plot(
+                        row["analytic_kl"],
+                        row["analytic_reward"],
+                        "*",
+                        color="crimson",
+                        markersize=9,
+                        fillstyle="none",
+                        zorder=6,
+                        label=f"{name}: optimum for its β",
+                    )
             ends += [(row["kl"], row["reward"], row["parameter"], color) for row in last]
     return ends
 
@@ -166,32 +256,56 @@ def _draw_methods(axes, rows: list[dict]) -> list[tuple]:
 def _scale(axes, points: list[tuple], curve: tuple) -> None:
     """Axes with room for the points and the curve above them, their names, and a grid."""
     highest = 1.1 * max(kl for kl, *_ in points)
-    rewards = [reward for kl, reward in zip(*curve, strict=True) if kl < highest] + [point[1] for point in points]
-    axes.set_xscale("function", functions=(lambda x: np.sign(x) * np.sqrt(np.abs(x)), lambda x: np.sign(x) * x**2))
-    axes.set(xlim=(-0.001 * highest, highest), xticks=[tick for tick in TICKS if tick < highest],
-             ylim=_limits(rewards), ylabel="expected true reward",
-             xlabel="KL(policy || reference), nats, square-root scale")
+    rewards = [reward for kl, reward in zip(*curve, strict=True) if kl < highest] + [
+        point[1] for point in points
+    ]
+    axes.set_xscale(
+        "function",
+        functions=(lambda x: np.sign(x) * np.sqrt(np.abs(x)), lambda x: np.sign(x) * x**2),
+    )
+    axes.set(
+        xlim=(-0.001 * highest, highest),
+        xticks=[tick for tick in TICKS if tick < highest],
+        ylim=_limits(rewards),
+        ylabel="expected true reward",
+        xlabel="KL(policy || reference), nats, square-root scale",
+    )
     axes.xaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3)
 
 
 def _label(axes, points: list[tuple], curve: tuple) -> None:
-    """Writes each parameter near its point, once for all seeds, where it hides least of points, curve and labels."""
+    """Writes each parameter near its point, once for all seeds, where it hides least of points,
+    curve and labels.
+    """
     from matplotlib.patheffects import withStroke
     from matplotlib.text import Text
+
     pixels = axes.figure.dpi / 72  # of a typographic point
-    marks, line = (axes.transData.transform(np.transpose(xy)) for xy in (list(zip(*points, strict=True))[:2], curve))
+    marks, line = (
+        axes.transData.transform(np.transpose(xy))
+        for xy in (list(zip(*points, strict=True))[:2], curve)
+    )
     taken = np.concatenate([_boxes(marks, MARK * pixels), _boxes(line, pixels)])
     for kl, reward, text, color in {point[2:]: point for point in points if point[2]}.values():
-        label = axes.annotate(text, (kl, reward), xytext=(0, 0), textcoords="offset points", fontsize=7, color=color,
-                              ha="center", va="center", path_effects=[withStroke(linewidth=2, foreground="white")],
-                              arrowprops=dict(arrowstyle="-", color=color, linewidth=0.4, shrinkA=0, shrinkB=MARK))
+        label = axes.annotate(
+            text,
+            (kl, reward),
+            xytext=(0, 0),
+            textcoords="offset points",
+            fontsize=7,
+            color=color,
+            ha="center",
+            va="center",
+            path_effects=[withStroke(linewidth=2, foreground="white")],
+            arrowprops=dict(arrowstyle="-", color=color, linewidth=0.4, shrinkA=0, shrinkB=MARK),
+        )
         half = Text.get_window_extent(label).size / 2
         shifts = np.array([(right, up) * (half + gap * pixels) for right, up, gap in PLACES])
         boxes = _boxes(axes.transData.transform((kl, reward)) + shifts, half)
         best = np.argmin([_hidden(box, taken, axes.bbox.extents) for box in boxes])
         label.set_position(shifts[best] / pixels)
-        taken = np.concatenate([taken, boxes[best:best + 1]])
+        taken = np.concatenate([taken, boxes[best : best + 1]])
 
 
 def _boxes(centers, half) -> np.ndarray:
@@ -200,7 +314,9 @@ def _boxes(centers, half) -> np.ndarray:
 
 
 def _hidden(box, taken, frame) -> float:
-    """How much of the boxes `taken` a label would hide, in square pixels; infinite where it would leave the frame."""
+    """How much of the boxes `taken` a label would hide, in square pixels; infinite where it would
+    leave the frame.
+    """
     if (box[:2] < frame[:2]).any() or (box[2:] > frame[2:]).any():
         return np.inf
     sides = np.minimum(box[2:], taken[:, 2:]) - np.maximum(box[:2], taken[:, :2])

@@ -4,62 +4,96 @@ import pathlib
 
 import numpy as np
 
-from dpo_jax import metrics, stages
+from dpo_jax.console import say
 from dpo_jax.data import toy
 from dpo_jax.evaluation import exact, plots
+from dpo_jax.training import metrics
+from dpo_jax.workdir import write_json
 
 CURVE_POINTS = 200  # of the bound, in the picture
 
 
 def probe(model, reference_params, reward: str):
-    """params -> {"frontier/reward", "frontier/kl"}, exact, to the reference; `fit` calls it at each evaluation."""
+    """params -> {"frontier/reward", "frontier/kl"}, exact, to the reference; `fit` calls it at each
+    evaluation.
+    """
     reference_PC, rewards_PC = exact_reference(model, reference_params, reward)
 
     def measure(params) -> dict[str, float]:
         policy_PC = exact.enumerate_logps(model.config, params, toy.PROMPTS)
         reward, kl = exact.reward_and_kl(policy_PC, reference_PC, rewards_PC)
         return {"frontier/reward": float(reward), "frontier/kl": float(kl)}
+
     return measure
 
 
-def write(folder: pathlib.Path, trained: pathlib.Path, model, reference_params, reward: str,
-          beta: float | None) -> dict:
-    """Writes toy.json and toy.png from a stage's rows, and shows the table; returns what toy.json holds.
+def write(
+    folder: pathlib.Path,
+    trained: pathlib.Path,
+    model,
+    reference_params,
+    reward: str,
+    beta: float | None,
+) -> dict:
+    """Writes toy.json and toy.png from a stage's rows, and shows the table; returns what toy.json
+    holds.
 
-    trained: the stage's folder. model, reference_params: what that stage started from, its reference.
-    reward: of toy.REWARDS. beta: dpo's, whose optimum is known; None for another method.
+    trained: the stage's folder. model, reference_params: what that stage started from, its
+    reference. reward: of toy.REWARDS. beta: dpo's, whose optimum is known; None for another method.
     """
     reference_PC, rewards_PC = exact_reference(model, reference_params, reward)
     start, _ = exact.reward_and_kl(reference_PC, reference_PC, rewards_PC)
-    trajectory = [(row["step"], row["frontier/reward"], row["frontier/kl"])
-                  for row in metrics.read_rows(trained / "metrics.jsonl") if "frontier/kl" in row]
+    trajectory = [
+        (row["step"], row["frontier/reward"], row["frontier/kl"])
+        for row in metrics.read_rows(trained / "metrics.jsonl")
+        if "frontier/kl" in row
+    ]
     _, reward, kl = trajectory[-1]
     optimum = exact.optimum(reference_PC, rewards_PC, beta) if beta else None
     largest = 1.15 * max(*(kl for _, _, kl in trajectory), optimum[1] if optimum else 0)
-    kls = largest * np.linspace(0, 1, CURVE_POINTS)**2  # denser near 0, where the bound is steep
+    kls = largest * np.linspace(0, 1, CURVE_POINTS) ** 2  # denser near 0, where the bound is steep
     bound = float(exact.bound(reference_PC, rewards_PC, [kl])[0])
     result = dict(reward=reward, kl=kl, bound_reward=bound, gap=bound - reward)
     if optimum:
-        result = dict(beta=beta, analytic_reward=float(optimum[0]), analytic_kl=float(optimum[1])) | result
-    plots.frontier(folder / "toy.png", curve=(kls, exact.bound(reference_PC, rewards_PC, kls)), reference=start,
-                   trajectory=trajectory, optimum=optimum,
-                   title=f"DPO on the toy, β = {beta:g}" if beta else f"{trained.name} on the toy")
-    stages.write_json(folder / "toy.json", result)
-    metrics.say(_table(result, float(start)))
-    metrics.say(f"evaluate: {folder / 'toy.json'}, {folder / 'toy.png'}")
+        result = (
+            dict(beta=beta, analytic_reward=float(optimum[0]), analytic_kl=float(optimum[1]))
+            | result
+        )
+    plots.frontier(
+        folder / "toy.png",
+        curve=(kls, exact.bound(reference_PC, rewards_PC, kls)),
+        reference=start,
+        trajectory=trajectory,
+        optimum=optimum,
+        title=f"DPO on the toy, β = {beta:g}" if beta else f"{trained.name} on the toy",
+    )
+    write_json(folder / "toy.json", result)
+    say(_table(result, float(start)))
+    say(f"evaluate: {folder / 'toy.json'}, {folder / 'toy.png'}")
     return result
 
 
 def exact_reference(model, params, reward: str):
     """The reference's log-probs of all completions, and their rewards, each [P, C]."""
-    return (exact.enumerate_logps(model.config, params, toy.PROMPTS),
-            toy.REWARDS[reward](toy.PROMPTS, toy.completions()))
+    return (
+        exact.enumerate_logps(model.config, params, toy.PROMPTS),
+        toy.REWARDS[reward](toy.PROMPTS, toy.completions()),
+    )
 
 
 def _table(result: dict, start: float) -> str:
-    rows = [("reference", start, 0.0), ("policy", result["reward"], result["kl"]),
-            ("best at the policy's KL", result["bound_reward"], result["kl"])]
+    rows = [
+        ("reference", start, 0.0),
+        ("policy", result["reward"], result["kl"]),
+        ("best at the policy's KL", result["bound_reward"], result["kl"]),
+    ]
     if "beta" in result:
-        rows.append((f"optimum at beta {result['beta']:g}", result["analytic_reward"], result["analytic_kl"]))
+        rows.append(
+            (
+                f"optimum at beta {result['beta']:g}",
+                result["analytic_reward"],
+                result["analytic_kl"],
+            )
+        )
     lines = [f"{'exact, over all completions':<30}{'reward':>9}{'KL, nats':>10}"]
     return "\n".join(lines + [f"{name:<30}{reward:>9.4f}{kl:>10.4f}" for name, reward, kl in rows])

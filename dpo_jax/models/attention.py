@@ -14,47 +14,72 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from dpo_jax.sharding import BATCH, device, fitting
-from dpo_jax.topologies import chip_of
+from dpo_jax.parallel.hardware import chip_of
+from dpo_jax.parallel.sharding import BATCH, device, fitting
 
-KERNELS = {"xla": ("cpu", "gpu", "tpu"), "splash": ("cpu", "tpu"), "cudnn": ("gpu",)}  # and where they run
+KERNELS = {
+    "xla": ("cpu", "gpu", "tpu"),
+    "splash": ("cpu", "tpu"),
+    "cudnn": ("gpu",),
+}  # and where they run
 QUERY_BLOCK = 128  # queries per block; keys after a block are never touched
 SPLASH_LANES = 128  # splash's blocks are multiples of this,
-SPLASH_BLOCK = {2: 1024, 4: 512}  # and at most this, by bytes of a number: the longest that fit into on-chip memory
+SPLASH_BLOCK = {
+    2: 1024,
+    4: 512,
+}  # and at most this, by bytes of a number: the longest that fit into on-chip memory
 
 
 class Layout(NamedTuple):
     """Where each shard's tokens stand in attention's rows; see `data/layout.py`."""
+
     rows: tuple[jax.Array, ...]  # rows_SRT of each length bucket: indices into N
-    back: jax.Array  # back_SN: the place, in the concatenated, flattened rows, that a token's output is taken from
+    # back_SN: the place, in the concatenated, flattened rows, that a token's output is taken from
+    back: jax.Array
     uses: jax.Array  # uses_SNK: all places of a token, -1 where there are fewer than K
 
 
-def attend(q_SNHC, k_SNKC, v_SNKC, layout: Layout | None = None, *, window: int | None = None,
-           kernel: str = "auto") -> jax.Array:
+def attend(
+    q_SNHC,
+    k_SNKC,
+    v_SNKC,
+    layout: Layout | None = None,
+    *,
+    window: int | None = None,
+    kernel: str = "auto",
+) -> jax.Array:
     """Attention of each token over its own sequence so far, [S, N, H, C].
 
-    Without a layout each shard's N tokens are themselves one row. `window` and `kernel` as of `causal_attention`.
+    Without a layout each shard's N tokens are themselves one row. `window` and `kernel` as of
+    `causal_attention`.
     """
     causal = functools.partial(causal_attention, window=window, kernel=kernel)
     if layout is None:
         return causal(q_SNHC[:, None], k_SNKC[:, None], v_SNKC[:, None])[:, 0]
-    index_SP = jnp.concatenate([rows_SRT.reshape(rows_SRT.shape[0], -1) for rows_SRT in layout.rows], axis=1)
+    index_SP = jnp.concatenate(
+        [rows_SRT.reshape(rows_SRT.shape[0], -1) for rows_SRT in layout.rows], axis=1
+    )
     spread = [_spread(x, index_SP, layout.uses) for x in (q_SNHC, k_SNKC, v_SNKC)]
     outputs, start = [], 0
     for shards, rows, length in (rows_SRT.shape for rows_SRT in layout.rows):
         end = start + rows * length
-        bucket = [x_SP[:, start:end].reshape(shards, rows, length, *x_SP.shape[2:]) for x_SP in spread]
+        bucket = [
+            x_SP[:, start:end].reshape(shards, rows, length, *x_SP.shape[2:]) for x_SP in spread
+        ]
         outputs.append(causal(*bucket).reshape(shards, rows * length, *q_SNHC.shape[2:]))
         start = end
     return _collect(jnp.concatenate(outputs, axis=1), layout.back, index_SP)
 
 
-def attend_cached(q_SNHC, k_SNKC, v_SNKC, cache: dict, positions_SN, *, window: int | None = None) -> jax.Array:
-    """Attention of one new token a row (N = 1) over the cache's slots before its position, and itself: [S, 1, H, C].
+def attend_cached(
+    q_SNHC, k_SNKC, v_SNKC, cache: dict, positions_SN, *, window: int | None = None
+) -> jax.Array:
+    """Attention of one new token a row (N = 1) over the cache's slots before its position, and
+    itself: [S, 1, H, C].
 
-    cache: one layer's k, v [S, K, U, C]. It is only read, so it need not be copied: the token's own key and value come
-    besides. A slot that is not seen has a weight of exactly 0. Softmax in float32.
+    cache: one layer's k, v [S, K, U, C]. It is only read, so it need not be copied: the token's own
+    key and value come besides. A slot that is not seen has a weight of exactly 0. Softmax in
+    float32.
     """
     shards, _, heads, width = q_SNHC.shape
     kv_heads, slots = cache["k"].shape[1:3]
@@ -67,13 +92,17 @@ def attend_cached(q_SNHC, k_SNKC, v_SNKC, cache: dict, positions_SN, *, window: 
     scores_SKGU = dot("SKGC,SKUC->SKGU", q_SKGC, cache["k"])
     scores_SKGU = jnp.where(seen_SU[:, None, None], scores_SKGU, jnp.finfo(jnp.float32).min)
     own_SKGN = dot("SKGC,SNKC->SKGN", q_SKGC, k_SNKC)
-    weights_SKGU = jax.nn.softmax(jnp.concatenate([scores_SKGU, own_SKGN], axis=-1)).astype(v_SNKC.dtype)
+    weights_SKGU = jax.nn.softmax(jnp.concatenate([scores_SKGU, own_SKGN], axis=-1)).astype(
+        v_SNKC.dtype
+    )
     out_SKGC = dot("SKGU,SKUC->SKGC", weights_SKGU[..., :slots], cache["v"])
     out_SKGC += dot("SKGN,SNKC->SKGC", weights_SKGU[..., slots:], v_SNKC)
     return out_SKGC.astype(v_SNKC.dtype).reshape(q_SNHC.shape)
 
 
-def causal_attention(q_SRTHC, k_SRUKC, v_SRUKC, *, window: int | None = None, kernel: str = "auto") -> jax.Array:
+def causal_attention(
+    q_SRTHC, k_SRUKC, v_SRUKC, *, window: int | None = None, kernel: str = "auto"
+) -> jax.Array:
     """Plain causal attention within rows, [S, R, T, H, C]; softmax in float32.
 
     window: only that many latest keys are seen, the query's own included. kernel: see `choose`.
@@ -81,38 +110,54 @@ def causal_attention(q_SRTHC, k_SRUKC, v_SRUKC, *, window: int | None = None, ke
     kernel = choose(kernel, q_SRTHC.dtype, q_SRTHC.shape[-1])
     if kernel == "xla":
         return _in_blocks(q_SRTHC, k_SRUKC, v_SRUKC, window)
-    return _on_each_device(dict(splash=_splash, cudnn=_cudnn)[kernel], q_SRTHC, k_SRUKC, v_SRUKC, window)
+    return _on_each_device(
+        dict(splash=_splash, cudnn=_cudnn)[kernel], q_SRTHC, k_SRUKC, v_SRUKC, window
+    )
 
 
 def choose(kernel: str, dtype, width: int) -> str:
-    """A key of KERNELS: the one named, or what `auto` stands for on the step's device; ValueError if it cannot there.
+    """A key of KERNELS: the one named, or what `auto` stands for on the step's device; ValueError
+    if it cannot there.
 
-    auto: splash on a TPU; cudnn on a GPU of `topologies.CHIPS` (others may have none), for numbers of 16 bits and heads
-    of a width that every one of these takes; xla, the blocks written here, elsewhere.
+    auto: splash on a TPU; cudnn on a GPU of `topologies.CHIPS` (others may have none), for numbers
+    of 16 bits and heads of a width that every one of these takes; xla, the blocks written here,
+    elsewhere.
     """
     where, dtype = device().platform, jnp.dtype(dtype)
     if kernel == "auto":
         fits = dtype.itemsize == 2 and width % 8 == 0 and width <= 128
-        return "splash" if where == "tpu" else "cudnn" if where == "gpu" and fits and chip_of(device()) else "xla"
+        return (
+            "splash"
+            if where == "tpu"
+            else "cudnn"
+            if where == "gpu" and fits and chip_of(device())
+            else "xla"
+        )
     check(kernel, where)
     if kernel == "cudnn" and (dtype.itemsize != 2 or width % 8 or width > 256):
-        raise ValueError("config.model.attention = 'cudnn' takes model.dtype=bfloat16 and heads of a multiple of 8, up "
-                         f"to 128 wide (256 on an H100 or H200), not {dtype} and {width}: take auto.")
+        raise ValueError(
+            "config.model.attention = 'cudnn' takes model.dtype=bfloat16 and heads of a multiple of 8, up "
+            f"to 128 wide (256 on an H100 or H200), not {dtype} and {width}: take auto."
+        )
     return kernel
 
 
 def check(kernel: str, where: str) -> None:
     """ValueError where a kernel that is named does not run on a platform."""
     if kernel != "auto" and where not in KERNELS[kernel]:
-        raise ValueError(f"config.model.attention = {kernel!r} runs on {' and '.join(KERNELS[kernel])}, not on "
-                         f"{where}: take auto.")
+        raise ValueError(
+            f"config.model.attention = {kernel!r} runs on {' and '.join(KERNELS[kernel])}, not on "
+            f"{where}: take auto."
+        )
 
 
 def _on_each_device(kernel, q_SRTHC, k_SRUKC, v_SRUKC, window):
-    """A kernel over each device's own rows and heads, as the compiler cannot split what it does not see into.
+    """A kernel over each device's own rows and heads, as the compiler cannot split what it does not
+    see into.
 
     kernel: (q_BTHC, k_BUKC, v_BUKC, window) -> out_BTHC; B: S and R as one.
     """
+
     def local(q_SRTHC, k_SRUKC, v_SRUKC):
         rows = [x.reshape(-1, *x.shape[2:]) for x in (q_SRTHC, k_SRUKC, v_SRUKC)]
         return kernel(*rows, window).reshape(q_SRTHC.shape)
@@ -123,34 +168,65 @@ def _on_each_device(kernel, q_SRTHC, k_SRUKC, v_SRUKC, window):
     if heads % mesh.shape["tensor"] == 0:  # then so many key heads that each device has its own
         times = math.lcm(kv_heads, mesh.shape["tensor"]) // kv_heads
         k_SRUKC, v_SRUKC = (jnp.repeat(x, times, axis=3) for x in (k_SRUKC, v_SRUKC))
-    specs = [fitting(mesh, P(BATCH, None, None, "tensor"), x.shape) for x in (q_SRTHC, k_SRUKC, v_SRUKC)]
-    return jax.shard_map(local, in_specs=tuple(specs), out_specs=specs[0], check_vma=False)(q_SRTHC, k_SRUKC, v_SRUKC)
+    specs = [
+        fitting(mesh, P(BATCH, None, None, "tensor"), x.shape) for x in (q_SRTHC, k_SRUKC, v_SRUKC)
+    ]
+    return jax.shard_map(local, in_specs=tuple(specs), out_specs=specs[0], check_vma=False)(
+        q_SRTHC, k_SRUKC, v_SRUKC
+    )
 
 
 def _splash(q_BTHC, k_BUKC, v_BUKC, window):
-    """JAX's Pallas kernel for TPUs, over rows padded to what it takes; on a CPU it is interpreted, slowly."""
-    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # experimental: no others depend on it
+    """JAX's Pallas kernel for TPUs, over rows padded to what it takes; on a CPU it is interpreted,
+    slowly.
+    """
+    from jax.experimental.pallas.ops.tpu import (
+        splash_attention as splash,  # experimental: no others depend on it
+    )
+
     length, heads, width = q_BTHC.shape[1:]
     count = -(-length // SPLASH_BLOCK[q_BTHC.dtype.itemsize])
     block = -(-length // (count * SPLASH_LANES)) * SPLASH_LANES
     padded = count * block
     square = (padded, padded)
-    mask = splash.CausalMask(square) if window is None else splash.LocalMask(square, (window - 1, 0), 0)
-    blocks = splash.BlockSizes(block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block,
-                               block_kv_dq=block)
+    mask = (
+        splash.CausalMask(square)
+        if window is None
+        else splash.LocalMask(square, (window - 1, 0), 0)
+    )
+    blocks = splash.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
 
     def attend_rows(q_BHTC, k_BKUC, v_BKUC):
-        return jax.vmap(splash.make_splash_mha_single_device(
-            splash.MultiHeadMask([mask] * heads), block_sizes=blocks, interpret=device().platform == "cpu"))(
-                q_BHTC, k_BKUC, v_BKUC)
-    precision = "default" if q_BTHC.dtype == jnp.bfloat16 else "float32"  # the kernel refuses float32 for bfloat16
-    heads_first = [jnp.pad(x, ((0, 0), (0, padded - length), (0, 0), (0, 0))).swapaxes(1, 2)
-                   for x in (q_BTHC * width**-0.5, k_BUKC, v_BUKC)]
+        return jax.vmap(
+            splash.make_splash_mha_single_device(
+                splash.MultiHeadMask([mask] * heads),
+                block_sizes=blocks,
+                interpret=device().platform == "cpu",
+            )
+        )(q_BHTC, k_BKUC, v_BKUC)
+
+    precision = (
+        "default" if q_BTHC.dtype == jnp.bfloat16 else "float32"
+    )  # the kernel refuses float32 for bfloat16
+    heads_first = [
+        jnp.pad(x, ((0, 0), (0, padded - length), (0, 0), (0, 0))).swapaxes(1, 2)
+        for x in (q_BTHC * width**-0.5, k_BUKC, v_BUKC)
+    ]
     return _at_precision(precision, attend_rows)(*heads_first).swapaxes(1, 2)[:, :length]
 
 
 def _at_precision(precision: str, function):
-    """The function with its products at a precision, those of the backward pass too, which is traced on its own."""
+    """The function with its products at a precision, those of the backward pass too, which is
+    traced on its own.
+    """
+
     @jax.custom_vjp
     def at_precision(*arrays):
         with jax.default_matmul_precision(precision):
@@ -163,27 +239,36 @@ def _at_precision(precision: str, function):
     def backward(pull_back, grad):
         with jax.default_matmul_precision(precision):
             return pull_back(grad)
+
     at_precision.defvjp(forward, backward)
     return at_precision
 
 
 def _cudnn(q_BTHC, k_BUKC, v_BUKC, window, implementation="cudnn"):
     """NVIDIA's fused kernel; its backward pass adds in an order that may change from run to run."""
-    return jax.nn.dot_product_attention(q_BTHC, k_BUKC, v_BUKC, is_causal=True, implementation=implementation,
-                                        local_window_size=None if window is None else (window - 1, 0))
+    return jax.nn.dot_product_attention(
+        q_BTHC,
+        k_BUKC,
+        v_BUKC,
+        is_causal=True,
+        implementation=implementation,
+        local_window_size=None if window is None else (window - 1, 0),
+    )
 
 
 def _in_blocks(q_SRTHC, k_SRUKC, v_SRUKC, window):
     """Attention in plain XLA.
 
-    Blocks of queries see only the keys up to their end, so about half of the square is never computed, and
-    each block is recomputed in the backward pass, so no [T, T] array is kept.
+    Blocks of queries see only the keys up to their end, so about half of the square is never
+    computed, and each block is recomputed in the backward pass, so no [T, T] array is kept.
     """
     shards, rows, length, heads, width = q_SRTHC.shape
     kv_heads = k_SRUKC.shape[3]
-    # Heads first, keys transposed: each block is then two batched matrix products with nothing to shuffle,
-    # which the CPU runs about twice as fast as the same products over [T, H, C].
-    q_SRTKGC = (q_SRTHC * width**-0.5).reshape(shards, rows, length, kv_heads, heads // kv_heads, width)
+    # Heads first, keys transposed: each block is then two batched matrix products with nothing to
+    # shuffle, which the CPU runs about twice as fast as the same products over [T, H, C].
+    q_SRTKGC = (q_SRTHC * width**-0.5).reshape(
+        shards, rows, length, kv_heads, heads // kv_heads, width
+    )
     q_SRKGTC = q_SRTKGC.transpose(0, 1, 3, 4, 2, 5)
     k_SRKCU = k_SRUKC.transpose(0, 1, 3, 4, 2)
     v_SRKUC = v_SRUKC.transpose(0, 1, 3, 2, 4)
@@ -193,7 +278,9 @@ def _in_blocks(q_SRTHC, k_SRUKC, v_SRUKC, window):
         first = 0 if window is None else max(0, start - window + 1)
         block = functools.partial(_attend_block, offset=start - first, window=window)
         block = jax.checkpoint(block) if length > QUERY_BLOCK else block
-        blocks.append(block(q_SRKGTC[..., start:end, :], k_SRKCU[..., first:end], v_SRKUC[..., first:end, :]))
+        blocks.append(
+            block(q_SRKGTC[..., start:end, :], k_SRKCU[..., first:end], v_SRKUC[..., first:end, :])
+        )
     out_SRKGTC = blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=4)
     return out_SRKGTC.transpose(0, 1, 4, 2, 3, 5).reshape(q_SRTHC.shape)
 
@@ -202,21 +289,35 @@ def _attend_block(q_SRKGTC, k_SRKCU, v_SRKUC, *, offset: int, window: int | None
     """Attention of a block of queries, the first of which sits at key `offset`."""
     shards, rows, kv_heads, groups, length, width = q_SRKGTC.shape
     q_SRKIC = q_SRKGTC.reshape(shards, rows, kv_heads, groups * length, width)  # I: G and T as one
-    scores_SRKIU = jnp.einsum("SRKIC,SRKCU->SRKIU", q_SRKIC, k_SRKCU, preferred_element_type=jnp.float32)
+    scores_SRKIU = jnp.einsum(
+        "SRKIC,SRKCU->SRKIU", q_SRKIC, k_SRKCU, preferred_element_type=jnp.float32
+    )
     distance_TU = offset + jnp.arange(length)[:, None] - jnp.arange(k_SRKCU.shape[-1])[None, :]
     seen_TU = distance_TU >= 0
     if window is not None:
         seen_TU &= distance_TU < window
-    scores_SRKIU = jnp.where(jnp.tile(seen_TU, (groups, 1)), scores_SRKIU, jnp.finfo(jnp.float32).min)
-    weights_SRKIU = jnp.exp(scores_SRKIU - jax.lax.stop_gradient(scores_SRKIU.max(-1, keepdims=True)))
-    out_SRKIC = jnp.einsum("SRKIU,SRKUC->SRKIC", weights_SRKIU.astype(v_SRKUC.dtype), v_SRKUC,
-                           preferred_element_type=jnp.float32)
-    out_SRKIC /= weights_SRKIU.sum(-1, keepdims=True)  # after the product: C numbers a query to divide, not U
+    scores_SRKIU = jnp.where(
+        jnp.tile(seen_TU, (groups, 1)), scores_SRKIU, jnp.finfo(jnp.float32).min
+    )
+    weights_SRKIU = jnp.exp(
+        scores_SRKIU - jax.lax.stop_gradient(scores_SRKIU.max(-1, keepdims=True))
+    )
+    out_SRKIC = jnp.einsum(
+        "SRKIU,SRKUC->SRKIC",
+        weights_SRKIU.astype(v_SRKUC.dtype),
+        v_SRKUC,
+        preferred_element_type=jnp.float32,
+    )
+    out_SRKIC /= weights_SRKIU.sum(
+        -1, keepdims=True
+    )  # after the product: C numbers a query to divide, not U
     return out_SRKIC.astype(v_SRKUC.dtype).reshape(q_SRKGTC.shape)
 
 
-# Tokens to rows and back are gathers whose transposes are gathers too: scatters would be slow on a CPU, and on a GPU
-# would add in an order that changes from run to run. P: places in the flattened rows.
+# Tokens to rows and back are gathers whose transposes are gathers too: scatters would be slow on a
+# CPU, and on a GPU would add in an order that changes from run to run. P: places in the flattened
+# rows.
+
 
 @jax.custom_vjp
 def _spread(x_SN, index_SP, uses_SNK):
@@ -229,7 +330,10 @@ def _spread_forward(x_SN, index_SP, uses_SNK):
 
 
 def _spread_backward(uses_SNK, grad_SP):
-    grad_SN = sum(_masked(_take(grad_SP, uses_SNK[..., k]), uses_SNK[..., k] >= 0) for k in range(uses_SNK.shape[-1]))
+    grad_SN = sum(
+        _masked(_take(grad_SP, uses_SNK[..., k]), uses_SNK[..., k] >= 0)
+        for k in range(uses_SNK.shape[-1])
+    )
     return grad_SN, None, None
 
 
@@ -245,7 +349,9 @@ def _collect_forward(x_SP, back_SN, index_SP):
 
 def _collect_backward(indices, grad_SN):
     back_SN, index_SP = indices
-    taken_SP = _take(back_SN, index_SP) == jnp.arange(index_SP.shape[1])  # a token is taken from one place only
+    taken_SP = _take(back_SN, index_SP) == jnp.arange(
+        index_SP.shape[1]
+    )  # a token is taken from one place only
     return _masked(_take(grad_SN, index_SP), taken_SP), None, None
 
 

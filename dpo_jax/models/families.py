@@ -3,7 +3,8 @@
 To add a family, write the function that reads its config and the table of its tensors, or take a
 relative's, and enter them in FAMILIES.
 
-Letters in the tables' patterns, beside those of `transformer.py`:  T  positions   p  parameters stored as one
+Letters in the tables' patterns, beside those of `transformer.py`:  T  positions   p  parameters
+stored as one
 """
 
 import dataclasses
@@ -28,9 +29,10 @@ BUFFERS = re.compile(r"\b(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$
 class Tensor:
     """A tensor of a checkpoint, or one of every layer, and the parameters that it holds.
 
-    name: what it is called; {} stands for the layer.
-    pattern: einops, from its axes to the parameter's; a leading p on the right is one slice per path.
+    name: what it is called; {} stands for the layer. pattern: einops, from its axes to the
+    parameter's; a leading p on the right is one slice per path.
     """
+
     name: str
     pattern: str
     paths: tuple[str, ...]
@@ -57,11 +59,21 @@ class Tensor:
     def pack(self, params: list[np.ndarray]) -> np.ndarray:
         """The inverse of `unpack`."""
         left, right = self.pattern.split(" -> ")
-        return einops.rearrange(np.stack(params) if len(params) > 1 else params[0], f"{right} -> {left}")
+        return einops.rearrange(
+            np.stack(params) if len(params) > 1 else params[0], f"{right} -> {left}"
+        )
 
     def _sizes(self, config):
-        sizes = {"D": config.width, "F": config.mlp_width, "V": config.vocab, "T": config.max_positions,
-                 "H": config.heads, "K": config.kv_heads, "C": config.head_width, "p": len(self.paths)}
+        sizes = {
+            "D": config.width,
+            "F": config.mlp_width,
+            "V": config.vocab,
+            "T": config.max_positions,
+            "H": config.heads,
+            "K": config.kv_heads,
+            "C": config.head_width,
+            "p": len(self.paths),
+        }
         return {axis: size for axis, size in sizes.items() if axis in self.pattern}
 
 
@@ -69,7 +81,9 @@ class Tensor:
 class Family:
     architecture: str  # the class that transformers loads it as
     base: str  # prefix of the names, which checkpoints of the model without its head leave out
-    configure: Callable  # (its Hugging Face config, a config with what all families share) -> the config
+    configure: (
+        Callable  # (its Hugging Face config, a config with what all families share) -> the config
+    )
     tensors: tuple[Tensor, ...]
 
     def architecture_with(self, head: str) -> str:
@@ -93,10 +107,17 @@ def from_hf(hf_config, **options) -> TransformerConfig:
     _only(hf_config, quantization_config=None)
     width, heads = hf_config.hidden_size, hf_config.num_attention_heads
     shared = TransformerConfig(
-        vocab=hf_config.vocab_size, width=width, layers=hf_config.num_hidden_layers,
-        heads=heads, kv_heads=heads, head_width=width // heads, mlp_width=4 * width,
-        max_positions=hf_config.max_position_embeddings, tied=hf_config.tie_word_embeddings,
-        **options)
+        vocab=hf_config.vocab_size,
+        width=width,
+        layers=hf_config.num_hidden_layers,
+        heads=heads,
+        kv_heads=heads,
+        head_width=width // heads,
+        mlp_width=4 * width,
+        max_positions=hf_config.max_position_embeddings,
+        tied=hf_config.tie_word_embeddings,
+        **options,
+    )
     config = configure(hf_config, shared)
     _check(hf_config, config)
     return config
@@ -105,42 +126,86 @@ def from_hf(hf_config, **options) -> TransformerConfig:
 def family(model_type: str) -> Family:
     """The entry of a Hugging Face `model_type`; ValueError when there is none."""
     if model_type not in FAMILIES:
-        raise ValueError(f"config.json: model_type {model_type!r} is not supported; supported are "
-                         f"{', '.join(FAMILIES)}. To add a family, see dpo_jax/models/families.py.")
+        raise ValueError(
+            f"config.json: model_type {model_type!r} is not supported; supported are "
+            f"{', '.join(FAMILIES)}. To add a family, see dpo_jax/models/families.py."
+        )
     return FAMILIES[model_type]
 
 
 @functools.cache
 def tensors(model_type: str, config: TransformerConfig) -> tuple[Tensor, ...]:
-    """The tensors of this config's checkpoints: the family's, less the biases and head that it has not."""
+    """The tensors of this config's checkpoints: the family's, less the biases and head that it has
+    not.
+    """
     paths = traverse_util.flatten_dict(transformer.abstract(config), sep="/")
-    return tuple(tensor for tensor in family(model_type).tensors if paths.keys() >= set(tensor.paths))
+    return tuple(
+        tensor for tensor in family(model_type).tensors if paths.keys() >= set(tensor.paths)
+    )
 
 
 def _gpt2(hf, config):
-    _only(hf, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
-    return replace(config, norm="layer", norm_eps=hf.layer_norm_epsilon, learned_positions=True,
-                   activation=hf.activation_function, gated=False, mlp_width=hf.n_inner or config.mlp_width,
-                   qkv_bias=True, out_bias=True, mlp_bias=True)
+    _only(
+        hf,
+        scale_attn_weights=True,
+        scale_attn_by_inverse_layer_idx=False,
+        add_cross_attention=False,
+    )
+    return replace(
+        config,
+        norm="layer",
+        norm_eps=hf.layer_norm_epsilon,
+        learned_positions=True,
+        activation=hf.activation_function,
+        gated=False,
+        mlp_width=hf.n_inner or config.mlp_width,
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+    )
 
 
 def _gptj(hf, config):
-    return replace(config, norm="layer", norm_eps=hf.layer_norm_epsilon, parallel=True, shared_norm=True,
-                   activation=hf.activation_function, gated=False, mlp_width=hf.n_inner or config.mlp_width,
-                   rope_width=hf.rotary_dim, rope_interleaved=True, mlp_bias=True, head_bias=True)
+    return replace(
+        config,
+        norm="layer",
+        norm_eps=hf.layer_norm_epsilon,
+        parallel=True,
+        shared_norm=True,
+        activation=hf.activation_function,
+        gated=False,
+        mlp_width=hf.n_inner or config.mlp_width,
+        rope_width=hf.rotary_dim,
+        rope_interleaved=True,
+        mlp_bias=True,
+        head_bias=True,
+    )
 
 
 def _gpt_neox(hf, config):
     rope_width = int(config.head_width * hf.rope_parameters.get("partial_rotary_factor", 1.0))
-    return replace(_rope(hf, config), rope_width=rope_width, norm="layer", norm_eps=hf.layer_norm_eps,
-                   parallel=hf.use_parallel_residual,
-                   activation=hf.hidden_act, gated=False, mlp_width=hf.intermediate_size,
-                   qkv_bias=hf.attention_bias, out_bias=hf.attention_bias, mlp_bias=True)
+    return replace(
+        _rope(hf, config),
+        rope_width=rope_width,
+        norm="layer",
+        norm_eps=hf.layer_norm_eps,
+        parallel=hf.use_parallel_residual,
+        activation=hf.hidden_act,
+        gated=False,
+        mlp_width=hf.intermediate_size,
+        qkv_bias=hf.attention_bias,
+        out_bias=hf.attention_bias,
+        mlp_bias=True,
+    )
 
 
 def _llama(hf, config):
-    return replace(_gated(hf, config),
-                   qkv_bias=hf.attention_bias, out_bias=hf.attention_bias, mlp_bias=hf.mlp_bias)
+    return replace(
+        _gated(hf, config),
+        qkv_bias=hf.attention_bias,
+        out_bias=hf.attention_bias,
+        mlp_bias=hf.mlp_bias,
+    )
 
 
 def _mistral(hf, config):
@@ -152,8 +217,13 @@ def _qwen2(hf, config):
 
 
 def _qwen3(hf, config):
-    return replace(_gated(hf, config), qk_norm=True, window=_window(hf),
-                   qkv_bias=hf.attention_bias, out_bias=hf.attention_bias)
+    return replace(
+        _gated(hf, config),
+        qk_norm=True,
+        window=_window(hf),
+        qkv_bias=hf.attention_bias,
+        out_bias=hf.attention_bias,
+    )
 
 
 def _gated(hf, config):
@@ -161,9 +231,17 @@ def _gated(hf, config):
     if (share := hf.rope_parameters.get("partial_rotary_factor", 1.0)) != 1:
         raise _unsupported(hf, f"rope_parameters.partial_rotary_factor = {share}", "only 1.0 is")
     head_width = getattr(hf, "head_dim", None) or config.head_width
-    return replace(_rope(hf, config), rope_width=head_width, norm="rms", norm_eps=hf.rms_norm_eps,
-                   head_width=head_width, kv_heads=hf.num_key_value_heads,
-                   activation=hf.hidden_act, gated=True, mlp_width=hf.intermediate_size)
+    return replace(
+        _rope(hf, config),
+        rope_width=head_width,
+        norm="rms",
+        norm_eps=hf.rms_norm_eps,
+        head_width=head_width,
+        kv_heads=hf.num_key_value_heads,
+        activation=hf.hidden_act,
+        gated=True,
+        mlp_width=hf.intermediate_size,
+    )
 
 
 def _rope(hf, config):
@@ -173,18 +251,28 @@ def _rope(hf, config):
     if kind == "default":
         scaling = None
     elif kind == "llama3":
-        scaling = Llama3RopeScaling(rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"],
-                                    rope["original_max_position_embeddings"])
+        scaling = Llama3RopeScaling(
+            rope["factor"],
+            rope["low_freq_factor"],
+            rope["high_freq_factor"],
+            rope["original_max_position_embeddings"],
+        )
     else:
-        raise _unsupported(hf, f"rope_parameters.rope_type = {kind!r}", "'default' and 'llama3' are")
+        raise _unsupported(
+            hf, f"rope_parameters.rope_type = {kind!r}", "'default' and 'llama3' are"
+        )
     return replace(config, rope_theta=rope["rope_theta"], rope_scaling=scaling)
 
 
 def _window(hf):
-    """Qwen's sliding window, which some of its models use in some layers only: all or none is supported."""
+    """Qwen's sliding window, which some of its models use in some layers only: all or none is
+    supported.
+    """
     kinds = set(hf.layer_types)
     if len(kinds) > 1:
-        raise _unsupported(hf, f"a mix of layer_types, {sorted(kinds)},", "all layers must be of one type")
+        raise _unsupported(
+            hf, f"a mix of layer_types, {sorted(kinds)},", "all layers must be of one type"
+        )
     return hf.sliding_window if kinds == {"sliding_attention"} else None
 
 
@@ -202,17 +290,27 @@ def _check(hf, config: TransformerConfig):
         known = ", ".join(transformer.ACTIVATIONS)
         raise _unsupported(hf, f"activation {config.activation!r}", f"{known} are")
     if config.width % config.heads and getattr(hf, "head_dim", None) is None:
-        raise _unsupported(hf, f"a width of {config.width} in {config.heads} heads", "it must be a multiple")
+        raise _unsupported(
+            hf, f"a width of {config.width} in {config.heads} heads", "it must be a multiple"
+        )
     if config.heads % config.kv_heads:
-        raise _unsupported(hf, f"num_key_value_heads = {config.kv_heads}",
-                           f"it must divide num_attention_heads = {config.heads}")
+        raise _unsupported(
+            hf,
+            f"num_key_value_heads = {config.kv_heads}",
+            f"it must divide num_attention_heads = {config.heads}",
+        )
     if config.rope_width % 2 or config.rope_width > config.head_width:
-        raise _unsupported(hf, f"a rotary width of {config.rope_width} in heads of {config.head_width}",
-                           "it must be even and no wider than the head")
+        raise _unsupported(
+            hf,
+            f"a rotary width of {config.rope_width} in heads of {config.head_width}",
+            "it must be even and no wider than the head",
+        )
 
 
 def _unsupported(hf, found: str, supported: str) -> ValueError:
-    return ValueError(f"config.json of this {hf.model_type} model: {found} is not supported; {supported}.")
+    return ValueError(
+        f"config.json of this {hf.model_type} model: {found} is not supported; {supported}."
+    )
 
 
 def _table(*rows) -> tuple[Tensor, ...]:
@@ -224,10 +322,20 @@ GPT2_TENSORS = _table(  # kernels are stored [in, out]; everywhere else they are
     ("transformer.wpe.weight", "T D -> T D", "embed/positions"),
     ("transformer.h.{}.ln_1.weight", "D -> D", "layers/norm_attention/scale"),
     ("transformer.h.{}.ln_1.bias", "D -> D", "layers/norm_attention/bias"),
-    ("transformer.h.{}.attn.c_attn.weight", "D (p H C) -> p D H C",
-     "layers/attention/q/kernel", "layers/attention/k/kernel", "layers/attention/v/kernel"),
-    ("transformer.h.{}.attn.c_attn.bias", "(p H C) -> p H C",
-     "layers/attention/q/bias", "layers/attention/k/bias", "layers/attention/v/bias"),
+    (
+        "transformer.h.{}.attn.c_attn.weight",
+        "D (p H C) -> p D H C",
+        "layers/attention/q/kernel",
+        "layers/attention/k/kernel",
+        "layers/attention/v/kernel",
+    ),
+    (
+        "transformer.h.{}.attn.c_attn.bias",
+        "(p H C) -> p H C",
+        "layers/attention/q/bias",
+        "layers/attention/k/bias",
+        "layers/attention/v/bias",
+    ),
     ("transformer.h.{}.attn.c_proj.weight", "(H C) D -> H C D", "layers/attention/out/kernel"),
     ("transformer.h.{}.attn.c_proj.bias", "D -> D", "layers/attention/out/bias"),
     ("transformer.h.{}.ln_2.weight", "D -> D", "layers/norm_mlp/scale"),
@@ -265,11 +373,25 @@ GPT_NEOX_TENSORS = _table(
     ("gpt_neox.embed_in.weight", "V D -> V D", "embed/tokens"),
     ("gpt_neox.layers.{}.input_layernorm.weight", "D -> D", "layers/norm_attention/scale"),
     ("gpt_neox.layers.{}.input_layernorm.bias", "D -> D", "layers/norm_attention/bias"),
-    ("gpt_neox.layers.{}.attention.query_key_value.weight", "(H p C) D -> p D H C",
-     "layers/attention/q/kernel", "layers/attention/k/kernel", "layers/attention/v/kernel"),
-    ("gpt_neox.layers.{}.attention.query_key_value.bias", "(H p C) -> p H C",
-     "layers/attention/q/bias", "layers/attention/k/bias", "layers/attention/v/bias"),
-    ("gpt_neox.layers.{}.attention.dense.weight", "D (H C) -> H C D", "layers/attention/out/kernel"),
+    (
+        "gpt_neox.layers.{}.attention.query_key_value.weight",
+        "(H p C) D -> p D H C",
+        "layers/attention/q/kernel",
+        "layers/attention/k/kernel",
+        "layers/attention/v/kernel",
+    ),
+    (
+        "gpt_neox.layers.{}.attention.query_key_value.bias",
+        "(H p C) -> p H C",
+        "layers/attention/q/bias",
+        "layers/attention/k/bias",
+        "layers/attention/v/bias",
+    ),
+    (
+        "gpt_neox.layers.{}.attention.dense.weight",
+        "D (H C) -> H C D",
+        "layers/attention/out/kernel",
+    ),
     ("gpt_neox.layers.{}.attention.dense.bias", "D -> D", "layers/attention/out/bias"),
     ("gpt_neox.layers.{}.post_attention_layernorm.weight", "D -> D", "layers/norm_mlp/scale"),
     ("gpt_neox.layers.{}.post_attention_layernorm.bias", "D -> D", "layers/norm_mlp/bias"),

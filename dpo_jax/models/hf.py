@@ -30,18 +30,22 @@ FLOATS = ("F64", "F32", "F16", "BF16")  # stored types that are read, all as flo
 
 
 def fetch(path, *, weights: bool = True) -> pathlib.Path:
-    """A local folder as it is; otherwise the hub's model of that name, downloaded or from the local cache.
+    """A local folder as it is; otherwise the hub's model of that name, downloaded or from the local
+    cache.
 
-    A name may end in @REVISION: a branch, a commit, or a pull request's refs/pr/N. weights=False leaves out
-    weights, for a tokenizer. Raises FileNotFoundError, within seconds, when there is neither.
+    A name may end in @REVISION: a branch, a commit, or a pull request's refs/pr/N. weights=False
+    leaves out weights, for a tokenizer. Raises FileNotFoundError, within seconds, when there is
+    neither.
     """
     folder = pathlib.Path(path).expanduser()
     if folder.is_dir():
         return folder
     name, _, revision = str(path).partition("@")
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
-        raise FileNotFoundError(f"the model folder {path} does not exist. Pass a folder in Hugging Face "
-                                "format, or the name of a model on the hub such as openai-community/gpt2.")
+        raise FileNotFoundError(
+            f"the model folder {path} does not exist. Pass a folder in Hugging Face "
+            "format, or the name of a model on the hub such as openai-community/gpt2."
+        )
     try:
         # snapshot_download alone would wait for ever on a network that does not answer.
         HfApi().model_info(name, revision=revision or None, timeout=HUB_TIMEOUT)
@@ -49,27 +53,35 @@ def fetch(path, *, weights: bool = True) -> pathlib.Path:
     except Exception as error:  # noqa: BLE001 - whatever it was, a copy in the cache will do
         refusal = error
     try:
-        snapshot = snapshot_download(name, revision=revision or None, local_files_only=refusal is not None,
-                                     allow_patterns=WEIGHT_FILES * weights + OTHER_FILES)
+        snapshot = snapshot_download(
+            name,
+            revision=revision or None,
+            local_files_only=refusal is not None,
+            allow_patterns=WEIGHT_FILES * weights + OTHER_FILES,
+        )
     except LocalEntryNotFoundError as error:
         reason = str(refusal or error).strip().splitlines()[0]
         raise FileNotFoundError(
             f"the model {path} is neither a folder here nor to be had from the Hugging Face hub ({reason}). "
             "Pass a local folder in Hugging Face format, or check the spelling, the network, that you have "
-            "access to the model (HF_TOKEN), and that HF_HUB_OFFLINE is not 1.") from (refusal or error)
+            "access to the model (HF_TOKEN), and that HF_HUB_OFFLINE is not 1."
+        ) from (refusal or error)
     return pathlib.Path(snapshot)
 
 
 def read_config(path):
     """The Hugging Face config of a local folder, or of a config.json by itself.
 
-    Raises FileNotFoundError when it has none and ValueError when transformers cannot make sense of it.
+    Raises FileNotFoundError when it has none and ValueError when transformers cannot make sense of
+    it.
     """
     file = pathlib.Path(path)
     file = file if file.is_file() else file / "config.json"
     if not file.exists():
-        raise FileNotFoundError(f"{file} does not exist. A model folder in Hugging Face format holds "
-                                "config.json, model.safetensors and the tokenizer's files.")
+        raise FileNotFoundError(
+            f"{file} does not exist. A model folder in Hugging Face format holds "
+            "config.json, model.safetensors and the tokenizer's files."
+        )
     try:
         model_type = json.loads(file.read_text()).get("model_type")
         # For a type it does not know, transformers would offer to run the checkpoint's own code.
@@ -81,7 +93,8 @@ def read_config(path):
 
 
 def make_config(fields):
-    """The Hugging Face config of a new model: its `model_type`, and fields of that type's config class.
+    """The Hugging Face config of a new model: its `model_type`, and fields of that type's config
+    class.
 
     Raises ValueError for an unsupported type or a field that its class does not have.
     """
@@ -105,15 +118,19 @@ def fingerprint(path) -> str:
 
 def gathered(param: jax.Array) -> np.ndarray:
     """All of an array on the host, float32. Every process must call it."""
-    part = param if param.is_fully_addressable else multihost_utils.process_allgather(param, tiled=True)
+    part = (
+        param
+        if param.is_fully_addressable
+        else multihost_utils.process_allgather(param, tiled=True)
+    )
     return np.asarray(part, np.float32)
 
 
 def load(path, config: TransformerConfig, shardings):
     """The weights in a local folder as float32 arrays, placed by a tree of NamedShardings.
 
-    Raises FileNotFoundError when files are missing, and ValueError with the name of every tensor that is
-    unknown, missing, set twice, wrongly shaped or not a float.
+    Raises FileNotFoundError when files are missing, and ValueError with the name of every tensor
+    that is unknown, missing, set twice, wrongly shaped or not a float.
     """
     path = pathlib.Path(path)
     model_type = read_config(path).model_type
@@ -137,12 +154,17 @@ class Pieces:
         self.shape, self.sharding = shape, sharding
         self.spans = {  # of each device: (start, end) along each axis
             device: tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
-            for device, index in sharding.addressable_devices_indices_map(shape).items()}
-        self.buffers = {spans: np.empty([end - start for start, end in spans], np.float32)
-                        for spans in set(self.spans.values())}
+            for device, index in sharding.addressable_devices_indices_map(shape).items()
+        }
+        self.buffers = {
+            spans: np.empty([end - start for start, end in spans], np.float32)
+            for spans in set(self.spans.values())
+        }
 
     def fill(self, value: np.ndarray, layer: int | None):
-        """Copies what is held here of one layer of the array, or of the whole when `layer` is None."""
+        """Copies what is held here of one layer of the array, or of the whole when `layer` is
+        None.
+        """
         for spans, buffer in self.buffers.items():
             if layer is not None:
                 (first, end), *spans = spans
@@ -153,25 +175,41 @@ class Pieces:
 
     def array(self) -> jax.Array:
         """The array, once all of it is filled."""
-        placed = [jax.device_put(self.buffers[spans], device) for device, spans in self.spans.items()]
+        placed = [
+            jax.device_put(self.buffers[spans], device) for device, spans in self.spans.items()
+        ]
         return jax.make_array_from_single_device_arrays(self.shape, self.sharding, placed)
 
 
-def save(path, config: TransformerConfig, hf_config, params, tokenizer=None, *,
-         max_shard_bytes: int = 5 * 10**9):
-    """Writes a folder in Hugging Face format, float32: config.json, safetensors, the tokenizer's files.
+def save(
+    path,
+    config: TransformerConfig,
+    hf_config,
+    params,
+    tokenizer=None,
+    *,
+    max_shard_bytes: int = 5 * 10**9,
+):
+    """Writes a folder in Hugging Face format, float32: config.json, safetensors, the tokenizer's
+    files.
 
-    Every process must call it; the first one writes. The folder appears, or takes the place of the model that
-    was there, only once it is complete. Raises ValueError when the parameters are not those of the config.
+    Every process must call it; the first one writes. The folder appears, or takes the place of the
+    model that was there, only once it is complete. Raises ValueError when the parameters are not
+    those of the config.
     """
     path, params = pathlib.Path(path), _flat(params)
     tensors = families.tensors(hf_config.model_type, config)
     _check_names(params, {param for tensor in tensors for param in tensor.paths})
     _check_replaceable(path)
-    exported = ((name, _export(tensor, [params[param] for param in tensor.paths], layer))
-                for tensor in tensors for name, layer in tensor.names(config))
+    exported = (
+        (name, _export(tensor, [params[param] for param in tensor.paths], layer))
+        for tensor in tensors
+        for name, layer in tensor.names(config)
+    )
     if jax.process_index() == 0:
-        shapes = {name: tensor.shape(config) for tensor in tensors for name, _ in tensor.names(config)}
+        shapes = {
+            name: tensor.shape(config) for tensor in tensors for name, _ in tensor.names(config)
+        }
         partial = _sibling(path, "partial")
         partial.mkdir(parents=True)
         _write_config(partial, hf_config, config.head)
@@ -185,12 +223,19 @@ def save(path, config: TransformerConfig, hf_config, params, tokenizer=None, *,
 
 
 def _match(path: pathlib.Path, model_type: str, config: TransformerConfig) -> dict:
-    """The safetensors slice of each tensor of the config; ValueError with everything that does not fit."""
+    """The safetensors slice of each tensor of the config; ValueError with everything that does not
+    fit.
+    """
     family = families.family(model_type)
-    required = {name: list(tensor.shape(config)) for tensor in families.tensors(model_type, config)
-                for name, _ in tensor.names(config)}
+    required = {
+        name: list(tensor.shape(config))
+        for tensor in families.tensors(model_type, config)
+        for name, _ in tensor.names(config)
+    }
     head, embedding = family.name_of("head/kernel"), family.name_of("embed/tokens")
-    shapes = required | ({head: required[embedding]} if config.tied else {})  # a tied head may be stored too
+    shapes = required | (
+        {head: required[embedding]} if config.tied else {}
+    )  # a tied head may be stored too
     full_names = {name.removeprefix(family.base): name for name in shapes}
     found, problems = {}, []
     for file, stored_name, values in safetensors_io.read(path):
@@ -203,16 +248,26 @@ def _match(path: pathlib.Path, model_type: str, config: TransformerConfig) -> di
         if name in found:
             problems.append(f"set twice: {name}, again as {stored_name} in {file}")
         if shape != shapes[name]:
-            problems.append(f"wrong shape: {stored_name} {shape} in {file}, expected {shapes[name]}")
+            problems.append(
+                f"wrong shape: {stored_name} {shape} in {file}, expected {shapes[name]}"
+            )
         if values.get_dtype() not in FLOATS:
-            problems.append(f"wrong type: {stored_name} {values.get_dtype()} in {file}, "
-                            f"expected one of {', '.join(FLOATS)}")
+            problems.append(
+                f"wrong type: {stored_name} {values.get_dtype()} in {file}, "
+                f"expected one of {', '.join(FLOATS)}"
+            )
         found[name] = values
-    problems += [f"missing: {name} {shape}" for name, shape in required.items() if name not in found]
+    problems += [
+        f"missing: {name} {shape}" for name, shape in required.items() if name not in found
+    ]
     if not problems and config.tied and head in found and _differ(found[head], found[embedding]):
-        problems = [f"{head} differs from {embedding}, though config.json says tie_word_embeddings = true"]
+        problems = [
+            f"{head} differs from {embedding}, though config.json says tie_word_embeddings = true"
+        ]
     if problems:
-        summary = f"the tensors in {path} are not those of the {model_type} model in its config.json:"
+        summary = (
+            f"the tensors in {path} are not those of the {model_type} model in its config.json:"
+        )
         advice = "Check that config.json belongs to these weights and that all files are there."
         raise ValueError("\n  ".join([summary, *problems]) + f"\n{advice}")
     return found
@@ -226,24 +281,33 @@ def _differ(a, b, rows: int = 4096) -> bool:
 
 
 def _check_names(params, expected: set[str]):
-    """Refuses to write half a model, or one without the parameters that transformers has no place for."""
+    """Refuses to write half a model, or one without the parameters that transformers has no place
+    for.
+    """
     if missing := expected - params.keys():
         raise ValueError(f"parameters to export are missing: {', '.join(sorted(missing))}.")
     if unknown := params.keys() - expected:
-        raise ValueError("parameters with no place in a Hugging Face checkpoint: "
-                         f"{', '.join(sorted(unknown))}. Merge or remove them before exporting.")
+        raise ValueError(
+            "parameters with no place in a Hugging Face checkpoint: "
+            f"{', '.join(sorted(unknown))}. Merge or remove them before exporting."
+        )
 
 
 def _check_replaceable(path: pathlib.Path):
     """Refuses to put a model in the place of something else."""
     if path.exists() and not (path / "config.json").exists():
-        raise FileExistsError(f"{path} exists and is not a model folder; remove it or export elsewhere.")
+        raise FileExistsError(
+            f"{path} exists and is not a model folder; remove it or export elsewhere."
+        )
 
 
 def _export(tensor: families.Tensor, params: list[jax.Array], layer: int | None) -> np.ndarray:
-    """A checkpoint's tensor, gathered to the host from the parameters, or from one layer of them."""
-    return np.ascontiguousarray(tensor.pack([
-        gathered(param if layer is None else param[layer]) for param in params]))
+    """A checkpoint's tensor, gathered to the host from the parameters, or from one layer of
+    them.
+    """
+    return np.ascontiguousarray(
+        tensor.pack([gathered(param if layer is None else param[layer]) for param in params])
+    )
 
 
 def _write_config(folder: pathlib.Path, hf_config, head: str):
@@ -252,7 +316,9 @@ def _write_config(folder: pathlib.Path, hf_config, head: str):
     if head == "score":
         hf_config.num_labels = 1
     hf_config.dtype = "float32"
-    hf_config.to_json_file(folder / "config.json")  # save_pretrained refuses some configs found on the hub
+    hf_config.to_json_file(
+        folder / "config.json"
+    )  # save_pretrained refuses some configs found on the hub
 
 
 def _publish(partial: pathlib.Path, path: pathlib.Path):
@@ -265,7 +331,9 @@ def _publish(partial: pathlib.Path, path: pathlib.Path):
 
 
 def _sibling(path: pathlib.Path, suffix: str) -> pathlib.Path:
-    """The name of a temporary folder beside `path`, cleared of what an earlier attempt left there."""
+    """The name of a temporary folder beside `path`, cleared of what an earlier attempt left
+    there.
+    """
     sibling = path.with_name(f"{path.name}.{suffix}")
     shutil.rmtree(sibling, ignore_errors=True)
     return sibling

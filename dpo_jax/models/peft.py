@@ -1,7 +1,9 @@
-"""Adapters in PEFT's format: adapter_config.json and adapter_model.safetensors, beside the merged model.
+"""Adapters in PEFT's format: adapter_config.json and adapter_model.safetensors, beside the merged
+model.
 
-Where a family stores q, k and v as one tensor, PEFT has one adapter for it. Ours become one of the summed rank, the A's
-under each other and the B's in blocks, each in the rows of its own outputs and the columns of its own A.
+Where a family stores q, k and v as one tensor, PEFT has one adapter for it. Ours become one of the
+summed rank, the A's under each other and the B's in blocks, each in the rows of its own outputs and
+the columns of its own A.
 """
 
 import json
@@ -21,41 +23,61 @@ from dpo_jax.models.hf import gathered
 from dpo_jax.models.lora import Lora
 from dpo_jax.models.transformer import TransformerConfig
 
-TASKS = {"lm": "CAUSAL_LM", "lm_value": "CAUSAL_LM", "score": "SEQ_CLS"}  # PPO's value head is left out
+TASKS = {
+    "lm": "CAUSAL_LM",
+    "lm_value": "CAUSAL_LM",
+    "score": "SEQ_CLS",
+}  # PPO's value head is left out
 
 
-def save(folder, config: TransformerConfig, hf_config, lora: Lora, params: dict, *, base: str) -> None:
+def save(
+    folder, config: TransformerConfig, hf_config, lora: Lora, params: dict, *, base: str
+) -> None:
     """Writes the two files, float32. Every process must call it; the first one writes.
 
-    params: what was trained. base: where the model is that they were trained over, a hub name or a folder.
+    params: what was trained. base: where the model is that they were trained over, a hub name or a
+    folder.
     """
-    params = {path: gathered(value) for path, value in traverse_util.flatten_dict(params, sep="/").items()}
+    params = {
+        path: gathered(value) for path, value in traverse_util.flatten_dict(params, sep="/").items()
+    }
     stored, ranks, fan_in_fan_out = {}, {}, False
     for tensor in families.tensors(hf_config.model_type, config):
-        pieces = {number: path.removesuffix("kernel") for number, path in enumerate(tensor.paths)
-                  if path.removesuffix("kernel") + "lora_a" in params}
+        pieces = {
+            number: path.removesuffix("kernel")
+            for number, path in enumerate(tensor.paths)
+            if path.removesuffix("kernel") + "lora_a" in params
+        }
         if not pieces:
             continue
         ranks[_module(tensor)] = len(pieces) * lora.rank
         fan_in_fan_out = _inputs_first(tensor)  # of all alike
         for name, layer in tensor.names(config):
-            a, b = ({number: params[path + factor][layer] for number, path in pieces.items()}
-                    for factor in ("lora_a", "lora_b"))
+            a, b = (
+                {number: params[path + factor][layer] for number, path in pieces.items()}
+                for factor in ("lora_a", "lora_b")
+            )
             prefix = "base_model.model." + name.removesuffix(".weight")
-            stored[f"{prefix}.lora_A.weight"], stored[f"{prefix}.lora_B.weight"] = pack(tensor, a, b)
+            stored[f"{prefix}.lora_A.weight"], stored[f"{prefix}.lora_B.weight"] = pack(
+                tensor, a, b
+            )
     if config.head == "score":
         head = families.family(hf_config.model_type).name_of("head/scalar")
         stored[f"base_model.model.{head}"] = params["head/scalar"][None]
     if jax.process_index() == 0:
         folder = pathlib.Path(folder)
         folder.mkdir(exist_ok=True)
-        safetensors.numpy.save_file(stored, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        safetensors.numpy.save_file(
+            stored, folder / "adapter_model.safetensors", metadata={"format": "pt"}
+        )
         fields = _config(config, lora, ranks, base) | dict(fan_in_fan_out=fan_in_fan_out)
         (folder / "adapter_config.json").write_text(json.dumps(fields, indent=2) + "\n")
     multihost_utils.sync_global_devices("peft.save")
 
 
-def pack(tensor: Tensor, a: dict[int, np.ndarray], b: dict[int, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def pack(
+    tensor: Tensor, a: dict[int, np.ndarray], b: dict[int, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
     """PEFT's lora_A [rank, inputs] and lora_B [outputs, rank] of a stored tensor in one layer.
 
     a, b: of those of the tensor's parameters that have an adapter, by their place among its paths.
@@ -64,7 +86,9 @@ def pack(tensor: Tensor, a: dict[int, np.ndarray], b: dict[int, np.ndarray]) -> 
     letters = right.removeprefix("p ").split()
     count = next(iter(a.values())).ndim - 1
     inputs, outputs = " ".join(letters[:count]), " ".join(letters[count:])
-    stored_outputs = next(group for group in re.findall(r"\(.+?\)|\w", left) if letters[-1] in group).strip("()")
+    stored_outputs = next(
+        group for group in re.findall(r"\(.+?\)|\w", left) if letters[-1] in group
+    ).strip("()")
     of_inputs = einops.rearrange(list(a.values()), f"n {inputs} r -> (n r) ({inputs})")
     blocks = np.zeros((len(tensor.paths), len(b), *next(iter(b.values())).shape), np.float32)
     for column, (row, factor) in enumerate(b.items()):
@@ -90,8 +114,16 @@ def _config(config: TransformerConfig, lora: Lora, ranks: dict[str, int], base: 
     folder = pathlib.Path(base).expanduser()
     fused = {module: rank for module, rank in ranks.items() if rank != lora.rank}
     return dict(
-        peft_type="LORA", task_type=TASKS[config.head], inference_mode=True,
+        peft_type="LORA",
+        task_type=TASKS[config.head],
+        inference_mode=True,
         base_model_name_or_path=str(folder.absolute() if folder.is_dir() else base),
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0, bias="none", target_modules=sorted(ranks),
-        rank_pattern=fused, alpha_pattern={module: rank * lora.scale for module, rank in fused.items()},
-        modules_to_save=["score"] if config.head == "score" else None)
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=0.0,
+        bias="none",
+        target_modules=sorted(ranks),
+        rank_pattern=fused,
+        alpha_pattern={module: rank * lora.scale for module, rank in fused.items()},
+        modules_to_save=["score"] if config.head == "score" else None,
+    )

@@ -1,16 +1,17 @@
-"""One decoder for GPT-2, GPT-J, GPT-NeoX, Llama, Mistral, Qwen2 and Qwen3; the only user of flax.linen.
+"""One decoder for GPT-2, GPT-J, GPT-NeoX, Llama, Mistral, Qwen2 and Qwen3; the only user of
+flax.linen.
 
-Used functionally: `hidden(config, params, ...)` runs the trunk over nested dicts of arrays, `unembed`
-the head; `step` is the trunk with a cache of keys and values, to sample from. Layers are stacked on a
-leading axis and scanned. Weights are float32; the trunk computes in `config.dtype`; norms, rotary angles,
-softmax and logits are float32.
+Used functionally: `hidden(config, params, ...)` runs the trunk over nested dicts of arrays,
+`unembed` the head; `step` is the trunk with a cache of keys and values, to sample from. Layers are
+stacked on a leading axis and scanned. Weights are float32; the trunk computes in `config.dtype`;
+norms, rotary angles, softmax and logits are float32.
 
 Letters in array names and einsums:
-    S  shards of a batch (any leading batch axis)   N  tokens of a shard
-    R  attention rows of a shard                    T  queries of a row    U  keys of a row, slots of the cache
-    M  scored positions of a shard                  Q  responses of a shard
-    D  width   F  feed-forward width   L  layers   V  vocabulary
-    H  query heads   K  key/value heads   G  query heads per key/value head   C  width of a head   r  rank of an adapter
+    S  shards of a batch (any leading batch axis)   N  tokens of a shard R  attention rows of a
+    shard                    T  queries of a row    U  keys of a row, slots of the cache M  scored
+    positions of a shard                  Q  responses of a shard D  width   F  feed-forward width
+    L  layers   V  vocabulary H  query heads   K  key/value heads   G  query heads per key/value
+    head   C  width of a head   r  rank of an adapter
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from dpo_jax.models.attention import attend, attend_cached
-from dpo_jax.sharding import BATCH, constrain
+from dpo_jax.parallel.sharding import BATCH, constrain
 
 ACTIVATIONS = {
     "gelu": lambda x: nn.gelu(x, approximate=False),
@@ -42,6 +43,7 @@ REMAT_POLICIES = {
 @dataclasses.dataclass(frozen=True)
 class Llama3RopeScaling:
     """Llama 3.1's stretching of the low rotary frequencies."""
+
     factor: float
     low_freq_factor: float
     high_freq_factor: float
@@ -51,6 +53,7 @@ class Llama3RopeScaling:
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
     """The shape of a decoder; `models/families.py` makes it from a Hugging Face config."""
+
     vocab: int
     width: int
     layers: int
@@ -76,7 +79,9 @@ class TransformerConfig:
     mlp_bias: bool = False
     head_bias: bool = False  # GPT-J
     tied: bool = False  # the head is the token embedding
-    head: str = "lm"  # "lm"; "score", a scalar instead (reward models); "lm_value", a scalar besides (PPO)
+    head: str = (
+        "lm"  # "lm"; "score", a scalar instead (reward models); "lm_value", a scalar besides (PPO)
+    )
     window: int | None = None  # sliding attention window
     dtype: str = "float32"  # compute dtype of the trunk
     attention: str = "auto"  # or a key of attention.KERNELS
@@ -93,27 +98,37 @@ def hidden(config: TransformerConfig, params, tokens_SN, positions_SN, layout=No
 
 
 def empty_cache(config: TransformerConfig, rows: int, slots: int) -> dict:
-    """Room for the keys and values of `rows` sequences, slot = position: dict k, v [L, S, K, U, C]."""
+    """Room for the keys and values of `rows` sequences, slot = position: dict k, v [L, S, K, U,
+    C].
+    """
     shape = (config.layers, rows, config.kv_heads, slots, config.head_width)
     return {name: _split(jnp.zeros(shape, config.dtype)) for name in ("k", "v")}
 
 
-def step(config: TransformerConfig, params, tokens_SN, positions_SN, cache: dict) -> tuple[jax.Array, dict]:
-    """The trunk over each row's next tokens: its last hidden states [S, N, D], and the cache with these tokens in it.
+def step(
+    config: TransformerConfig, params, tokens_SN, positions_SN, cache: dict
+) -> tuple[jax.Array, dict]:
+    """The trunk over each row's next tokens: its last hidden states [S, N, D], and the cache with
+    these tokens in it.
 
-    Either N = 1, a token at any position; or N > 1 and the cache is empty: prompts, padded on the right. What padding
-    leaves in the cache is never seen: each slot is written over before a later token looks there.
+    Either N = 1, a token at any position; or N > 1 and the cache is empty: prompts, padded on the
+    right. What padding leaves in the cache is never seen: each slot is written over before a later
+    token looks there.
     """
     x_SND, new = Transformer(config).apply({"params": params}, tokens_SN, positions_SN, cache=cache)
     return x_SND, {name: _split(_write(cache[name], new[name], positions_SN)) for name in cache}
 
 
 def _write(cache_LSKUC, new_LSNKC, positions_SN):
-    """The cache with the new tokens in their slots; in place inside a jit that does not use the old one again."""
+    """The cache with the new tokens in their slots; in place inside a jit that does not use the old
+    one again.
+    """
     shards, length = positions_SN.shape
     if length > 1:
         return cache_LSKUC.at[..., :length, :].set(new_LSNKC.transpose(0, 1, 3, 2, 4))
-    return cache_LSKUC.at[:, jnp.arange(shards), :, positions_SN[:, 0]].set(new_LSNKC[:, :, 0].transpose(1, 0, 2, 3))
+    return cache_LSKUC.at[:, jnp.arange(shards), :, positions_SN[:, 0]].set(
+        new_LSNKC[:, :, 0].transpose(1, 0, 2, 3)
+    )
 
 
 def _split(cache_LSKUC):
@@ -127,7 +142,9 @@ def unembed(config: TransformerConfig, params, x_D) -> jax.Array:
         equation, kernel = "...D,VD->...V", params["embed"]["tokens"]
     else:
         equation, kernel = "...D,DV->...V", params["head"]["kernel"]
-    logits = jnp.einsum(equation, x_D.astype(dtype), kernel.astype(dtype), preferred_element_type=jnp.float32)
+    logits = jnp.einsum(
+        equation, x_D.astype(dtype), kernel.astype(dtype), preferred_element_type=jnp.float32
+    )
     return logits + params["head"]["bias"] if config.head_bias else logits
 
 
@@ -143,9 +160,13 @@ def logits(config: TransformerConfig, params, tokens_BT) -> jax.Array:
 
 
 def init(config: TransformerConfig, key: jax.Array):
-    """Random float32 weights: normal with deviation 0.02, residual outputs scaled down by depth (GPT-2)."""
+    """Random float32 weights: normal with deviation 0.02, residual outputs scaled down by depth
+    (GPT-2).
+    """
     tokens_SN = jnp.zeros((1, 1), jnp.int32)
-    config = dataclasses.replace(config, attention="xla")  # here, where there need be no device that has another
+    config = dataclasses.replace(
+        config, attention="xla"
+    )  # here, where there need be no device that has another
     return Transformer(config).init(key, tokens_SN, tokens_SN)["params"]
 
 
@@ -163,10 +184,19 @@ class Transformer(nn.Module):
         config = self.config
         x_SND = Embed(config, name="embed")(tokens_SN, positions_SN)
         rotation = None if config.learned_positions else rotary_angles(config, positions_SN)
-        block = Block if config.remat == "none" else nn.remat(
-            Block, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
-        stack = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True},
-                        in_axes=(*[nn.broadcast] * 3, 0), length=config.layers, unroll=config.unroll)
+        block = (
+            Block
+            if config.remat == "none"
+            else nn.remat(Block, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
+        )
+        stack = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(*[nn.broadcast] * 3, 0),
+            length=config.layers,
+            unroll=config.unroll,
+        )
         x_SND, new = stack(config, name="layers")(x_SND, positions_SN, rotation, layout, cache)
         Head(config, name="head")()
         return Norm(config, name="norm_final")(x_SND), new
@@ -178,7 +208,9 @@ class Embed(nn.Module):
     @nn.compact
     def __call__(self, tokens_SN, positions_SN):
         config, normal = self.config, nn.initializers.normal(0.02)
-        x_SND = _look_up(config, self.param("tokens", normal, (config.vocab, config.width)), tokens_SN)
+        x_SND = _look_up(
+            config, self.param("tokens", normal, (config.vocab, config.width)), tokens_SN
+        )
         if config.learned_positions:
             table_UD = self.param("positions", normal, (config.max_positions, config.width))
             x_SND += _look_up(config, table_UD, positions_SN)
@@ -186,13 +218,18 @@ class Embed(nn.Module):
 
 
 def _look_up(config, table_VD, ids_SN):
-    """Each device takes its part of the width for all shards along fsdp: the rows travel, and not the table. They are
-    narrowed behind the gather: the gradient of an id that comes often is added up in float32."""
+    """Each device takes its part of the width for all shards along fsdp: the rows travel, and not
+    the table. They are narrowed behind the gather: the gradient of an id that comes often is added
+    up in float32.
+    """
     return constrain(table_VD[constrain(ids_SN, "data")].astype(config.dtype), "data", None, "fsdp")
 
 
 class Head(nn.Module):
-    """Holds the heads' weights; `unembed` and `scalar` apply them, and only where they are wanted."""
+    """Holds the heads' weights; `unembed` and `scalar` apply them, and only where they are
+    wanted.
+    """
+
     config: TransformerConfig
 
     @nn.compact
@@ -213,7 +250,9 @@ class Block(nn.Module):
     def __call__(self, x_SND, positions_SN, rotation, layout, cache):
         config = self.config
         normed_SND = Norm(config, name="norm_attention")(x_SND)
-        attended_SND, new = Attention(config, name="attention")(normed_SND, positions_SN, rotation, layout, cache)
+        attended_SND, new = Attention(config, name="attention")(
+            normed_SND, positions_SN, rotation, layout, cache
+        )
         if config.parallel:
             if not config.shared_norm:
                 normed_SND = Norm(config, name="norm_mlp")(x_SND)
@@ -225,7 +264,10 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Returns its output, and, where there is a cache, the tokens' keys and values for it: dict k, v [S, N, K, C]."""
+    """Returns its output, and, where there is a cache, the tokens' keys and values for it: dict k,
+    v [S, N, K, C].
+    """
+
     config: TransformerConfig
 
     @nn.compact
@@ -234,20 +276,37 @@ class Attention(nn.Module):
         D, H, K, C = config.width, config.heads, config.kv_heads, config.head_width
 
         def project(name, heads):
-            return Linear("SND,DHC->SNHC", (D, heads, C), config.qkv_bias, config.dtype, name=name)(x_SND)
+            return Linear("SND,DHC->SNHC", (D, heads, C), config.qkv_bias, config.dtype, name=name)(
+                x_SND
+            )
 
         q_SNHC, k_SNKC, v_SNKC = project("q", H), project("k", K), project("v", K)
         if config.qk_norm:
-            q_SNHC, k_SNKC = Norm(config, name="q_norm")(q_SNHC), Norm(config, name="k_norm")(k_SNKC)
+            q_SNHC, k_SNKC = (
+                Norm(config, name="q_norm")(q_SNHC),
+                Norm(config, name="k_norm")(k_SNKC),
+            )
         if rotation is not None:
             q_SNHC, k_SNKC = rotate(config, q_SNHC, rotation), rotate(config, k_SNKC, rotation)
-        q_SNHC, k_SNKC, v_SNKC = (constrain(x, BATCH, None, "tensor") for x in (q_SNHC, k_SNKC, v_SNKC))
+        q_SNHC, k_SNKC, v_SNKC = (
+            constrain(x, BATCH, None, "tensor") for x in (q_SNHC, k_SNKC, v_SNKC)
+        )
         if cache is not None and x_SND.shape[1] == 1:
-            out_SNHC = attend_cached(q_SNHC, k_SNKC, v_SNKC, cache, positions_SN, window=config.window)
+            out_SNHC = attend_cached(
+                q_SNHC, k_SNKC, v_SNKC, cache, positions_SN, window=config.window
+            )
         else:
-            out_SNHC = attend(q_SNHC, k_SNKC, v_SNKC, layout, window=config.window, kernel=config.attention)
-        out_SND = Linear("SNHC,HCD->SND", (H, C, D), config.out_bias, config.dtype,
-                         scale=residual_scale(config), name="out")(out_SNHC)
+            out_SNHC = attend(
+                q_SNHC, k_SNKC, v_SNKC, layout, window=config.window, kernel=config.attention
+            )
+        out_SND = Linear(
+            "SNHC,HCD->SND",
+            (H, C, D),
+            config.out_bias,
+            config.dtype,
+            scale=residual_scale(config),
+            name="out",
+        )(out_SNHC)
         return out_SND, None if cache is None else dict(k=k_SNKC, v=v_SNKC)
 
 
@@ -258,19 +317,30 @@ class Mlp(nn.Module):
     def __call__(self, x_SND):
         config = self.config
         D, F = config.width, config.mlp_width
-        act = jax.checkpoint(ACTIVATIONS[config.activation])  # else half a dozen arrays [N, F] are kept of it
+        act = jax.checkpoint(
+            ACTIVATIONS[config.activation]
+        )  # else half a dozen arrays [N, F] are kept of it
 
         def widen(name):
             return Linear("SND,DF->SNF", (D, F), config.mlp_bias, config.dtype, name=name)(x_SND)
 
         x_SNF = act(widen("gate")) * widen("up") if config.gated else act(widen("up"))
         x_SNF = constrain(x_SNF, BATCH, None, "tensor")
-        return Linear("SNF,FD->SND", (F, D), config.mlp_bias, config.dtype,
-                      scale=residual_scale(config), name="down")(x_SNF)
+        return Linear(
+            "SNF,FD->SND",
+            (F, D),
+            config.mlp_bias,
+            config.dtype,
+            scale=residual_scale(config),
+            name="down",
+        )(x_SNF)
 
 
 class Linear(nn.Module):
-    """An einsum with a kernel, the adapter that `lora.join` may have laid beside it, and a bias over new letters."""
+    """An einsum with a kernel, the adapter that `lora.join` may have laid beside it, and a bias
+    over new letters.
+    """
+
     equation: str
     shape: tuple[int, ...]
     bias: bool
@@ -282,18 +352,26 @@ class Linear(nn.Module):
         kernel = self.param("kernel", nn.initializers.normal(0.02 * self.scale), self.shape)
         y = product(self.equation, x, kernel.astype(self.dtype))
         before, letters, after = re.split(",|->", self.equation)
-        old, new = ("".join(letter for letter in letters if letter in side) for side in (before, after))
+        old, new = (
+            "".join(letter for letter in letters if letter in side) for side in (before, after)
+        )
         if self.has_variable("params", "lora_a"):
-            a, b = (self.get_variable("params", name).astype(self.dtype) for name in ("lora_a", "lora_b"))
+            a, b = (
+                self.get_variable("params", name).astype(self.dtype)
+                for name in ("lora_a", "lora_b")
+            )
             y += product(f"SNr,r{new}->{after}", product(f"{before},{old}r->SNr", x, a), b)
         if not self.bias:
             return y
         shape = tuple(self.shape[letters.index(letter)] for letter in new)
-        return y + over_tokens(self.param("bias", nn.initializers.zeros, shape).astype(self.dtype), y.shape)
+        return y + over_tokens(
+            self.param("bias", nn.initializers.zeros, shape).astype(self.dtype), y.shape
+        )
 
 
 class Norm(nn.Module):
     """RMS norm, or layer norm with a bias, over the last axis in float32."""
+
     config: TransformerConfig
 
     @nn.compact
@@ -313,14 +391,17 @@ class Norm(nn.Module):
 def product(equation: str, x, kernel) -> jax.Array:
     """jnp.einsum(equation, x, kernel), with a backward pass in the order that a CPU wants.
 
-    The kernel's gradient needs one operand transposed: the narrower is, and what its elements are made of is not
-    computed again in that order, a stride apart (the barrier). A frozen kernel has no gradient, and its x is not kept.
+    The kernel's gradient needs one operand transposed: the narrower is, and what its elements are
+    made of is not computed again in that order, a stride apart (the barrier). A frozen kernel has
+    no gradient, and its x is not kept.
     """
     return jnp.einsum(equation, x, kernel)
 
 
 def _product_forward(equation, x, kernel):
-    y = jnp.einsum(equation, x.value, kernel.value)  # not `product`, in which remat policies see no product
+    y = jnp.einsum(
+        equation, x.value, kernel.value
+    )  # not `product`, in which remat policies see no product
     return y, (x.value if kernel.perturbed else None, kernel.value)
 
 
@@ -344,7 +425,8 @@ product.defvjp(_product_forward, _product_backward, symbolic_zeros=True)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def over_tokens(weight, shape) -> jax.Array:
-    """A bias or scale, repeated over the tokens of `shape`; the gradient's sum over them is a matrix product.
+    """A bias or scale, repeated over the tokens of `shape`; the gradient's sum over them is a
+    matrix product.
 
     The CPU runs that many times faster than the sum over a leading axis that it would otherwise be.
     """
@@ -391,7 +473,11 @@ def rotate(config: TransformerConfig, x_SNHC, rotation) -> jax.Array:
     """Rotates the first `rope_width` channels of each head by the token's angles."""
     cos, sin = rotation
     turned, kept = jnp.split(x_SNHC, [config.rope_width], axis=-1)
-    a, b = (turned[..., 0::2], turned[..., 1::2]) if config.rope_interleaved else jnp.split(turned, 2, axis=-1)
+    a, b = (
+        (turned[..., 0::2], turned[..., 1::2])
+        if config.rope_interleaved
+        else jnp.split(turned, 2, axis=-1)
+    )
     pair = (a * cos - b * sin, b * cos + a * sin)
     if config.rope_interleaved:
         turned = jnp.stack(pair, axis=-1).reshape(turned.shape)

@@ -1,8 +1,10 @@
-"""What a side that runs on jax measures of its device. Imports no more of dpo_jax than a peer's Python can."""
+"""What a side that runs on jax measures of its device. Imports no more of dpo_jax than a peer's
+Python can.
+"""
 
 import jax
 
-from dpo_jax.peak import measured_flops_per_second
+from dpo_jax.parallel.hardware import measured_flops_per_second
 from experiments.benchmark.worker import peak_resident_bytes
 
 CPU = jax.default_backend() == "cpu"

@@ -1,4 +1,6 @@
-"""Our side: the step and the batches of dpo_jax.fit, on one device, its metrics fetched a step late as there."""
+"""Our side: the step and the batches of dpo_jax.fit, on one device, its metrics fetched a step late
+as there.
+"""
 
 import dataclasses
 import pathlib
@@ -9,11 +11,14 @@ import jax
 import numpy as np
 
 from dpo_jax import config as configs
-from dpo_jax import fit, flops, metrics, pretrained, reference, runtime, sharding
+from dpo_jax import config_checks
 from dpo_jax.data import dataset
 from dpo_jax.data.batches import Batches, prefetch, training_order
-from dpo_jax.objectives import numbers
-from dpo_jax.step import init_state
+from dpo_jax.models import flops, loading
+from dpo_jax.parallel import processes, sharding
+from dpo_jax.training import loop, metrics, reference_cache
+from dpo_jax.training.objectives import numbers
+from dpo_jax.training.step import init_state
 from experiments.benchmark import device, stages
 from experiments.benchmark.work import Work
 from experiments.benchmark.worker import Turns
@@ -25,15 +30,26 @@ class Trainer:
     def __init__(self, folder: pathlib.Path, work: Work):
         self.work, config = work, run_config(folder, work)
         self.mesh = sharding.make_mesh(devices=jax.devices()[:1])
-        self.model = pretrained.open_model(config.model.path, dtype=work.dtype)
+        self.model = loading.open_model(config.model.path, dtype=work.dtype)
         if device.CPU:  # whose compiler gains by it
-            self.model.config = dataclasses.replace(self.model.config, unroll=self.model.config.layers)
+            self.model.config = dataclasses.replace(
+                self.model.config, unroll=self.model.config.layers
+            )
         data = dataset.load(config.data, self.model.tokenizer, "pairs").train
         order = training_order(len(data), work.pairs, len(data) // work.pairs, None)
         self.batches = Batches(data, order, per_response=self._kept(folder, data, order))
-        self.job = fit.Job(name="dpo", folder=folder, block=config.dpo, model=self.model.config, mesh=self.mesh,
-                           load_init=lambda: self.model.load(self.mesh), load_reference=None, log=None, config={})
-        self.programs = fit.programs(self.job)
+        self.job = loop.Job(
+            name="dpo",
+            folder=folder,
+            block=config.dpo,
+            model=self.model.config,
+            mesh=self.mesh,
+            load_init=lambda: self.model.load(self.mesh),
+            load_reference=None,
+            log=None,
+            config={},
+        )
+        self.programs = loop.programs(self.job)
         self.hyper = jax.device_put(numbers(config.dpo, work.steps), sharding.replicated(self.mesh))
         self.state = self.reference = None
         self._warm_up()
@@ -43,20 +59,24 @@ class Trainer:
         """The reference's log-probs of the rows of the steps that will be made."""
         if not self.work.cached:
             return {}
-        cache = reference.ReferenceCache(folder, self.model, self.mesh, self.work.pairs)
-        return dict(reference_logps=cache.logps("train", data, order[:self.work.steps]))
+        cache = reference_cache.ReferenceCache(folder, self.model, self.mesh, self.work.pairs)
+        return dict(reference_logps=cache.logps("train", data, order[: self.work.steps]))
 
     def _restart(self):
         self.state = self.reference = None
         with jax.set_mesh(self.mesh):
             self.reference = None if self.work.cached else self.job.load_init()
-            self.state = init_state(self.programs.optimizer, self.job.load_init(), {}, self.programs.shardings)
+            self.state = init_state(
+                self.programs.optimizer, self.job.load_init(), {}, self.programs.shardings
+            )
         self._feed = prefetch(self.load, range(self.work.steps))
 
     def _warm_up(self):
         """Compiles for each shape of the steps that will be made; what it trains is thrown away."""
         self._restart()
-        shapes = {str(jax.tree.map(np.shape, self.batches[step])): step for step in range(self.work.steps)}
+        shapes = {
+            str(jax.tree.map(np.shape, self.batches[step])): step for step in range(self.work.steps)
+        }
         for step in shapes.values():
             self._update(self.load(step))
         jax.block_until_ready(self.state)  # or it would go on in the first step that is timed
@@ -67,7 +87,9 @@ class Trainer:
 
     def _update(self, batch) -> dict:
         with jax.set_mesh(self.mesh):
-            self.state, measured = self.programs.train_step(self.state, self.reference, self.hyper, batch)
+            self.state, measured = self.programs.train_step(
+                self.state, self.reference, self.hyper, batch
+            )
         return measured
 
     def steps(self, count: int) -> dict:
@@ -81,21 +103,35 @@ class Trainer:
             done.append(step)
         losses.append(metrics.named(pending, "train")["loss/train"])
         jax.block_until_ready(self.state)
-        return dict(seconds=time.perf_counter() - began, losses=losses, tokens=sum(map(self.batches.tokens, done)),
-                    flops=sum(map(self._needed, done)))
+        return dict(
+            seconds=time.perf_counter() - began,
+            losses=losses,
+            tokens=sum(map(self.batches.tokens, done)),
+            flops=sum(map(self._needed, done)),
+        )
 
     def _needed(self, step: int) -> int:
         """FLOPs that the model needs for the step's real tokens."""
-        return flops.of_step(self.model.config, self.batches.needed(step), reference=not self.work.cached)
+        return flops.of_step(
+            self.model.config, self.batches.needed(step), reference=not self.work.cached
+        )
 
 
 def run_config(folder: pathlib.Path, work: Work):
     config = configs.default(("dpo",))
     config.model.update(path=str(folder / "model"), dtype=work.dtype)
-    config.data.update(path=str(folder / "data"), shuffle=False, max_length=4096, max_prompt_length=4000)
-    config.dpo.update(batch_size=work.pairs, lr=work.lr, beta=work.beta, max_grad_norm=work.max_grad_norm,
-                      warmup_steps=0, cache_reference=work.cached)
-    configs.validate(config)
+    config.data.update(
+        path=str(folder / "data"), shuffle=False, max_length=4096, max_prompt_length=4000
+    )
+    config.dpo.update(
+        batch_size=work.pairs,
+        lr=work.lr,
+        beta=work.beta,
+        max_grad_norm=work.max_grad_norm,
+        warmup_steps=0,
+        cache_reference=work.cached,
+    )
+    config_checks.validate(config)
     return config
 
 
@@ -107,15 +143,20 @@ def profile(trainer: Trainer, folder: str, count: int) -> dict:
 
 def main():
     folder = pathlib.Path(sys.argv[1])
-    runtime.start()
+    processes.start()
     work = Work.read(folder)
     turns = Turns(
-        about=lambda: dict(version=f"dpo_jax, jax {jax.__version__}", device=jax.devices()[0].device_kind,
-                           shapes=len(trainer.batches.shapes), padding=trainer.batches.padding()),
+        about=lambda: dict(
+            version=f"dpo_jax, jax {jax.__version__}",
+            device=jax.devices()[0].device_kind,
+            shapes=len(trainer.batches.shapes),
+            padding=trainer.batches.padding(),
+        ),
         ceiling=lambda: dict(flops_per_second=device.ceiling(work.dtype)),
         peak=lambda: dict(bytes=device.peak_bytes()),
         stages=lambda: stages.measure(trainer),
-        profile=lambda folder, count: profile(trainer, folder, count))
+        profile=lambda folder, count: profile(trainer, folder, count),
+    )
     trainer = Trainer(folder, work)
     while True:
         turns.answer(trainer.steps(turns.wait()))

@@ -1,4 +1,5 @@
-"""Where a step's time goes: its parts compiled apart and timed on one batch, the least of three runs each.
+"""Where a step's time goes: its parts compiled apart and timed on one batch, the least of three
+runs each.
 
 Apart they do not add up to the step: what XLA fuses or keeps between them differs.
 """
@@ -9,7 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from dpo_jax import logprobs
+from dpo_jax.models import log_probs
 
 REPEATS = 3
 
@@ -21,22 +22,29 @@ def measure(trainer) -> dict[str, float]:
     optimizer = trainer.programs.optimizer
 
     def trunk(params):
-        return logprobs.batch_hidden(model, params, first).astype(jnp.float32).sum()
+        return log_probs.batch_hidden(model, params, first).astype(jnp.float32).sum()
 
     def head(params, x_SMD):
-        return logprobs.target_logprobs(model, params, x_SMD, first["targets"]).sum()
+        return log_probs.target_logprobs(model, params, x_SMD, first["targets"]).sum()
 
     with jax.set_mesh(trainer.mesh):
-        scored_SMD = jax.jit(lambda params: logprobs.scored_hidden(model, params, first))(params)
+        scored_SMD = jax.jit(lambda params: log_probs.scored_hidden(model, params, first))(params)
         whole = _time(jax.jit(jax.grad(trunk)), params)
         forward = _time(jax.jit(trunk), params)
-        found = dict(trunk_forward=forward, trunk_backward=whole - forward,
-                     logprobs=_time(jax.jit(jax.grad(head, argnums=(0, 1))), params, scored_SMD))
+        found = dict(
+            trunk_forward=forward,
+            trunk_backward=whole - forward,
+            logprobs=_time(jax.jit(jax.grad(head, argnums=(0, 1))), params, scored_SMD),
+        )
         if trainer.reference is not None:
-            found["reference"] = _time(jax.jit(lambda reference: logprobs.response_logprobs(model, reference, first)),
-                                       trainer.reference)
+            found["reference"] = _time(
+                jax.jit(lambda reference: log_probs.response_logprobs(model, reference, first)),
+                trainer.reference,
+            )
         gradients = jax.tree.map(jnp.ones_like, params)
-        found["optimizer"] = _time(jax.jit(optimizer.update), gradients, trainer.state.opt_state, params)
+        found["optimizer"] = _time(
+            jax.jit(optimizer.update), gradients, trainer.state.opt_state, params
+        )
     return found | dict(input=_time(trainer.load, 0))
 
 

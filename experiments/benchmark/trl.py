@@ -1,7 +1,9 @@
-"""A peer's side: TRL's DPOTrainer in its own training loop, held up by a callback while it is not its turn.
+"""A peer's side: TRL's DPOTrainer in its own training loop, held up by a callback while it is not
+its turn.
 
-Its best settings: scaled-dot-product attention (flash-attn where it is installed), bfloat16 autocast on a GPU, and
-with `cached` its precomputed reference. Run in the Python that has it; imports nothing of dpo_jax.
+Its best settings: scaled-dot-product attention (flash-attn where it is installed), bfloat16
+autocast on a GPU, and with `cached` its precomputed reference. Run in the Python that has it;
+imports nothing of dpo_jax.
 """
 
 import importlib.util
@@ -33,7 +35,9 @@ class Held(TrainerCallback):
         if not self._left:
             self._synchronise()
             if self._left is not None:
-                self._turns.answer(dict(seconds=time.perf_counter() - self._began, losses=self._losses))
+                self._turns.answer(
+                    dict(seconds=time.perf_counter() - self._began, losses=self._losses)
+                )
             self._left, self._losses = self._turns.wait(), []
             self._began = time.perf_counter()
         self._left -= 1
@@ -49,16 +53,40 @@ class Held(TrainerCallback):
 
 def make_trainer(folder: pathlib.Path, work: Work, callback) -> trl.DPOTrainer:
     options = trl.DPOConfig(
-        output_dir=str(folder / "trl"), per_device_train_batch_size=work.pairs, max_steps=work.steps + 1,
-        learning_rate=work.lr, beta=work.beta, optim="rmsprop", lr_scheduler_type="constant", warmup_steps=0,
-        max_grad_norm=work.max_grad_norm, logging_steps=1, train_sampling_strategy="sequential", report_to=[],
-        save_strategy="no", bf16=work.dtype == "bfloat16", fp16=False, gradient_checkpointing=False, max_length=None,
-        precompute_ref_log_probs=work.cached, use_cpu=not GPU, disable_tqdm=True)
+        output_dir=str(folder / "trl"),
+        per_device_train_batch_size=work.pairs,
+        max_steps=work.steps + 1,
+        learning_rate=work.lr,
+        beta=work.beta,
+        optim="rmsprop",
+        lr_scheduler_type="constant",
+        warmup_steps=0,
+        max_grad_norm=work.max_grad_norm,
+        logging_steps=1,
+        train_sampling_strategy="sequential",
+        report_to=[],
+        save_strategy="no",
+        bf16=work.dtype == "bfloat16",
+        fp16=False,
+        gradient_checkpointing=False,
+        max_length=None,
+        precompute_ref_log_probs=work.cached,
+        use_cpu=not GPU,
+        disable_tqdm=True,
+    )
     flash = GPU and work.dtype == "bfloat16" and importlib.util.find_spec("flash_attn")
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32,
-                                                 attn_implementation="flash_attention_2" if flash else "sdpa")
-    return trl.DPOTrainer(model=model, args=options, train_dataset=Dataset.from_list(read_rows(folder, work)),
-                          callbacks=[callback], processing_class=AutoTokenizer.from_pretrained(folder / "model"))
+    model = AutoModelForCausalLM.from_pretrained(
+        folder / "model",
+        dtype=torch.float32,
+        attn_implementation="flash_attention_2" if flash else "sdpa",
+    )
+    return trl.DPOTrainer(
+        model=model,
+        args=options,
+        train_dataset=Dataset.from_list(read_rows(folder, work)),
+        callbacks=[callback],
+        processing_class=AutoTokenizer.from_pretrained(folder / "model"),
+    )
 
 
 def ceiling(dtype: str) -> float:
@@ -79,10 +107,15 @@ def main():
     folder = pathlib.Path(sys.argv[1])
     work = Work.read(folder)
     turns = Turns(
-        about=lambda: dict(version=f"TRL {trl.__version__}, torch {torch.__version__}",
-                           threads=torch.get_num_threads()),
+        about=lambda: dict(
+            version=f"TRL {trl.__version__}, torch {torch.__version__}",
+            threads=torch.get_num_threads(),
+        ),
         ceiling=lambda: dict(flops_per_second=ceiling(work.dtype)),
-        peak=lambda: dict(bytes=torch.cuda.max_memory_allocated() if GPU else peak_resident_bytes()))
+        peak=lambda: dict(
+            bytes=torch.cuda.max_memory_allocated() if GPU else peak_resident_bytes()
+        ),
+    )
     make_trainer(folder, work, Held(turns)).train()
 
 

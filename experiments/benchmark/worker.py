@@ -1,7 +1,8 @@
-"""Two processes that take turns: the benchmark asks by a line of JSON on stdin, a worker answers by one on stdout.
+"""Two processes that take turns: the benchmark asks by a line of JSON on stdin, a worker answers by
+one on stdout.
 
-Between its turns a worker waits for a line, and so takes nothing from the other. Standard library only: the peer's
-Python need have none of ours.
+Between its turns a worker waits for a line, and so takes nothing from the other. Standard library
+only: the peer's Python need have none of ours.
 """
 
 import json
@@ -19,11 +20,19 @@ class Worker:
         root = pathlib.Path(__file__).parents[2]
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
-                [python, "-m", f"experiments.benchmark.{name}", str(folder)], cwd=root, text=True, stderr=log,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | environment)
+                [python, "-m", f"experiments.benchmark.{name}", str(folder)],
+                cwd=root,
+                text=True,
+                stderr=log,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=os.environ | environment,
+            )
 
     def ask(self, do: str, **fields) -> dict:
-        """The answer; RuntimeError with the last lines that the worker printed, where it has ended instead."""
+        """The answer; RuntimeError with the last lines that the worker printed, where it has ended
+        instead.
+        """
         try:
             self._process.stdin.write(json.dumps(dict(do=do, **fields)) + "\n")
             self._process.stdin.flush()
@@ -33,7 +42,9 @@ class Worker:
         if not answer:
             code = self._process.wait()
             printed = "\n".join(self._log.read_text(errors="replace").splitlines()[-20:])
-            raise RuntimeError(f"the worker {self.name!r} ended with code {code}, asked for {do!r}:\n{printed}")
+            raise RuntimeError(
+                f"the worker {self.name!r} ended with code {code}, asked for {do!r}:\n{printed}"
+            )
         return json.loads(answer)
 
     def close(self) -> None:

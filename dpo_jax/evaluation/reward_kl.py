@@ -1,0 +1,170 @@
+"""What a policy is worth: its completions' true reward, and how far it is from the reference (the
+paper's figure 2).
+
+The sequence KL is estimated twice from the same samples: by the sum of the exact KLs of the steps
+at the sampled prefixes (the paper's footnote 3, and the less noisy), and by the sum of the sampled
+tokens' log-ratios.
+
+Letters: B completions, one of each prompt; else as in transformer.py.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from dpo_jax.data import packing
+from dpo_jax.data.batches import Batches, evaluation_order
+from dpo_jax.models.log_probs import token_kls
+from dpo_jax.parallel import sharding
+from dpo_jax.parallel.sharding import constrain
+from dpo_jax.sampling import prompts as prompts_lib
+from dpo_jax.sampling import sampler
+from dpo_jax.sampling.prompts import Prompts
+
+GRAM = 3  # of the repetition rate
+
+
+def evaluate(
+    model,
+    mesh,
+    params,
+    reference,
+    prompts: Prompts,
+    tokenizer,
+    reward: Callable,
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    seed: int,
+    eos_id: int | None,
+) -> tuple[dict[str, float], list[dict]]:
+    """Samples a completion of each prompt at temperature 1; returns values and a row for each
+    completion.
+
+    values: frontier/reward, /kl (exact per step), /kl_sampled (log-ratios), each with its standard
+    error (_se), /length (tokens), /eos_rate and /repetition. batch_size: completions at a time,
+    over all devices.
+    """
+    drawn = [
+        completion
+        for (completion,) in sampler.sample(
+            model,
+            mesh,
+            params,
+            prompts.ids,
+            sampler.Sampling(max_new_tokens),
+            seed=seed,
+            eos_id=eos_id,
+            batch_size=batch_size,
+        )
+    ]
+    tokens = [completion.tokens for completion in drawn]
+    texts = prompts_lib.completion_texts(prompts, tokens, tokenizer)
+    pairs = list(zip(prompts.ids, tokens, strict=True))
+    kl_sampled, kl = sequence_kls(model, mesh, params, reference, pairs, max_new_tokens, batch_size)
+    found = dict(
+        reward=np.asarray(reward(prompts.texts, texts, pairs)),
+        kl=kl,
+        kl_sampled=kl_sampled,
+        length=np.array([len(ids) for ids in tokens]),
+        eos_rate=np.array([completion.ended for completion in drawn]),
+        repetition=np.array([repetition(ids) for ids in tokens]),
+    )
+    values = {f"frontier/{name}": float(values_B.mean()) for name, values_B in found.items()}
+    for name in ("reward", "kl", "kl_sampled"):
+        values[f"frontier/{name}_se"] = float(found[name].std(ddof=1) / np.sqrt(len(tokens)))
+    rows = [
+        dict(
+            prompt=prompt,
+            completion=text,
+            reward=float(found["reward"][row]),
+            kl=float(found["kl"][row]),
+            length=len(tokens[row]),
+        )
+        for row, (prompt, text) in enumerate(zip(prompts.texts, texts, strict=True))
+    ]
+    return values, rows
+
+
+def sequence_kls(
+    model, mesh, params, reference, pairs, max_new_tokens: int, batch_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of each (prompt, completion) ids the summed log-ratio, and the summed KLs of the steps, nats
+    [B] each.
+
+    Arrays have room for completions of max_new_tokens, so that what is sampled later needs no other
+    program.
+    """
+    shards = sharding.batch_shards(mesh)
+    batch_size = -(-min(batch_size, len(pairs)) // shards) * shards
+    longest = (
+        np.zeros(max(len(prompt) for prompt, _ in pairs), np.int32),
+        (np.zeros(max_new_tokens, np.int32),),
+    )
+    batches = Batches(
+        [(prompt, (tokens,)) for prompt, tokens in pairs],
+        evaluation_order(len(pairs), batch_size),
+        shards=shards,
+        shape=packing.shape_of([longest] * (batch_size // shards)),
+    )
+    found = np.zeros((2, len(pairs)))
+    with jax.set_mesh(mesh):
+        for step in range(len(batches)):
+            batch = sharding.shard_batch(mesh, jax.tree.map(lambda x: x[0], batches[step]), axis=0)
+            for sums_B, values_SM in zip(
+                found, _token_kls(model, params, reference, batch), strict=True
+            ):
+                for row, values in batches.per_row(step, np.asarray(values_SM)[None]).items():
+                    if row >= 0:
+                        sums_B[row] = values.sum(dtype=np.float64)
+    return found[0], found[1]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _token_kls(model, params, reference, batch):
+    return jax.tree.map(constrain, token_kls(model, params, reference, batch))
+
+
+def repetition(tokens) -> float:
+    """The share of a completion's 3-grams of tokens that have stood in it before; 0 where it is
+    shorter.
+    """
+    grams = [tuple(tokens[i : i + GRAM]) for i in range(len(tokens) - GRAM + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def table(values: dict[str, float]) -> str:
+    """The values of an evaluation, for a person."""
+
+    def line(name, label, unit=""):
+        error = values.get(f"frontier/{name}_se")
+        return (
+            f"{label:<34}{values[f'frontier/{name}']:>10.4f}"
+            + (f" ± {error:.4f}" if error else "")
+            + unit
+        )
+
+    return "\n".join(
+        [
+            line("reward", "mean true reward"),
+            line("kl", "KL to reference, exact per step", " nats"),
+            line("kl_sampled", "KL to reference, log-ratios", " nats"),
+            line("length", "mean length, tokens"),
+            line("eos_rate", "ended by EOS"),
+            line("repetition", "repeated 3-grams"),
+        ]
+    )
+
+
+def side_by_side(rows: list[dict], reference_rows: list[dict]) -> str:
+    """Completions of the policy under those of the reference, for the same prompts."""
+    blocks = []
+    for row, other in zip(rows, reference_rows, strict=False):
+        blocks += [
+            f"--- {row['prompt']!r}",
+            f"policy    ({row['reward']:.3f}) {row['completion']!r}",
+            f"reference ({other['reward']:.3f}) {other['completion']!r}",
+        ]
+    return "\n".join(blocks)

@@ -1,0 +1,200 @@
+"""The mesh, and where each array lives on it.
+
+Three axes: `data` holds copies of the weights, `fsdp` splits both the batch and the weights,
+`tensor` splits heads, feed-forward width and vocabulary. Weights are placed by the first rule whose
+pattern matches their path; a weight that no rule matches is an error. A dimension that its axes do
+not divide is left whole.
+"""
+
+import math
+import re
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")  # the axes that split a batch into shards
+
+# Path -> spec of the weight itself; weights under `layers/` have one more, unsplit, leading axis.
+RULES = (
+    (r"embed/tokens$", P("tensor", "fsdp")),
+    (r"embed/positions$", P(None, "fsdp")),
+    (r"attention/[qkv]/kernel$", P("fsdp", "tensor", None)),
+    (r"attention/[qkv]/bias$", P("tensor", None)),
+    (r"attention/out/kernel$", P("tensor", None, "fsdp")),
+    (r"mlp/(gate|up)/kernel$", P("fsdp", "tensor")),
+    (r"mlp/(gate|up)/bias$", P("tensor")),
+    (r"mlp/down/kernel$", P("tensor", "fsdp")),
+    (
+        r"(q|k|v|gate|up)/lora_a$",
+        P("fsdp"),
+    ),  # adapters: inputs and outputs as of the kernel, the rank whole
+    (r"(q|k|v|gate|up)/lora_b$", P(None, "tensor")),
+    (r"(out|down)/lora_a$", P("tensor")),
+    (r"(out|down)/lora_b$", P(None, "fsdp")),
+    (r"head/kernel$", P("fsdp", "tensor")),
+    (r"head/bias$", P("tensor")),
+    (r"head/scalar$", P("fsdp")),
+    (r"(scale|bias)$", P(None)),
+)
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> jax.sharding.Mesh:
+    """The device mesh; one size may be -1, which takes all the devices that are left.
+
+    Raises ValueError when the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [data, fsdp, tensor]
+    given = math.prod(size for size in sizes if size != -1)
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise ValueError(
+            f"mesh.data, mesh.fsdp, mesh.tensor = {sizes}: one of them at most may be -1, "
+            "the others are 1 or more."
+        )
+    if -1 in sizes and len(devices) % given == 0:
+        sizes[sizes.index(-1)] = len(devices) // given
+    if math.prod(sizes) != len(devices):
+        raise ValueError(
+            f"mesh.data x mesh.fsdp x mesh.tensor = {sizes} does not make up the {len(devices)} "
+            "devices found. Change one of them, or set one to -1."
+        )
+    types = (jax.sharding.AxisType.Auto,) * len(AXES)
+    return jax.sharding.Mesh(arrange(tuple(sizes), devices), AXES, axis_types=types)
+
+
+def arrange(sizes: tuple[int, ...], devices) -> np.ndarray:
+    """The devices as an array of these sizes, neighbours along an axis close to each other.
+
+    What is far apart, TPU slices or hosts with GPUs, is split by the first axis that can, the rest
+    of it by the next: copies of the weights talk once a step, and tensor most. ValueError where the
+    sizes cannot split it.
+    """
+    rest, outer = len({getattr(device, "slice_index", 0) for device in devices}), []
+    if rest == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    for size in sizes:
+        outer.append(math.gcd(size, rest))
+        rest //= outer[-1]
+    if rest > 1:
+        raise ValueError(
+            f"mesh.data, mesh.fsdp, mesh.tensor = {list(sizes)} cannot be laid over the slices or hosts "
+            f"of the {len(devices)} devices: make one of them, data at best, a multiple of their number."
+        )
+    inner = [size // far for size, far in zip(sizes, outer, strict=True)]
+    return mesh_utils.create_hybrid_device_mesh(
+        inner, outer, devices, allow_split_physical_axes=True
+    )
+
+
+def define_flags() -> Callable[[], jax.sharding.Mesh]:
+    """Defines a command's flags for the axes that split weights; the result, once they are parsed,
+    makes the mesh.
+    """
+    from absl import flags
+
+    found = {
+        axis: flags.DEFINE_integer(axis, 1, f"As config.mesh.{axis}.")
+        for axis in ("fsdp", "tensor")
+    }
+    return lambda: make_mesh(**{axis: flag.value for axis, flag in found.items()})
+
+
+def batch_shards(mesh: jax.sharding.Mesh) -> int:
+    """Into how many shards a batch is split."""
+    return math.prod(mesh.shape[axis] for axis in BATCH)
+
+
+def device():
+    """One that a step is compiled for: of the mesh's, which need not be at hand, or else of the
+    default ones.
+    """
+    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+
+
+def constrain(x: jax.Array, *spec) -> jax.Array:
+    """Pins an activation to a spec inside jit; without a mesh it does nothing."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, fitting(mesh, P(*spec), x.shape))
+
+
+def fitting(mesh, spec: P, shape: tuple[int, ...]) -> P:
+    """The spec without the axes that do not divide their dimension."""
+
+    def fits(axes, size):
+        names = axes if isinstance(axes, tuple) else (axes,)
+        return axes is not None and size % math.prod(mesh.shape[name] for name in names) == 0
+
+    padded = tuple(spec) + (None,) * (len(shape) - len(spec))
+    return P(
+        *(axes if fits(axes, size) else None for axes, size in zip(padded, shape, strict=True))
+    )
+
+
+def path_name(path) -> str:
+    """A pytree path as text: layers/attention/q/kernel."""
+    return "/".join(
+        str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path
+    )
+
+
+def spec_of(name: str, shape: tuple[int, ...], mesh) -> P:
+    """The PartitionSpec of a weight by its path; ValueError when no rule matches."""
+    for pattern, spec in RULES:
+        if re.search(pattern, name):
+            if name.startswith("layers/"):
+                spec = P(None, *spec)
+            return fitting(mesh, spec, shape)
+    raise ValueError(
+        f"no sharding rule matches the parameter {name!r} of shape {shape}; "
+        "add one to RULES in dpo_jax/sharding.py."
+    )
+
+
+def param_shardings(mesh, params):
+    """The NamedSharding of each weight in a tree of arrays or ShapeDtypeStructs."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, spec_of(path_name(path), leaf.shape, mesh)), params
+    )
+
+
+def per_shard(params, shards: int):
+    """The weights with a leading axis of shards, whole on each but for the tensor axis.
+
+    What is computed from them needs no other shard, and the gradient of each stays with its shard
+    until they are added up: one gather before a loop and one reduction after it, instead of both in
+    each of its turns.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def of_weight(path, x):
+        spec = () if mesh.empty else spec_of(path_name(path), x.shape, mesh)
+        return constrain(
+            jnp.broadcast_to(x, (shards, *x.shape)),
+            BATCH,
+            *(axis if axis == "tensor" else None for axis in spec),
+        )
+
+    return jax.tree_util.tree_map_with_path(of_weight, params)
+
+
+def replicated(mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())
+
+
+def shard_batch(mesh, batch, *, axis: int):
+    """Puts a host batch (the same on every process) on the mesh, split along `axis`.
+
+    Every process takes the part that its own devices hold, so nothing crosses between hosts.
+    """
+    sharding = NamedSharding(mesh, P(*(None,) * axis, BATCH))
+    return jax.tree.map(
+        lambda x: jax.make_array_from_callback(np.shape(x), sharding, lambda index: x[index]), batch
+    )

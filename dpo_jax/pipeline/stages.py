@@ -1,0 +1,134 @@
+"""The stages of a run, one after the other: those that train, and those that sample, compare and
+measure.
+"""
+
+import functools
+import pathlib
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from dpo_jax import config as configs
+from dpo_jax import config_checks
+from dpo_jax.console import say
+from dpo_jax.evaluation import best_of_n, reward_kl, toy_report
+from dpo_jax.models import loading
+from dpo_jax.parallel import processes, sharding
+from dpo_jax.pipeline import preference_pairs
+from dpo_jax.pipeline.run import Run
+from dpo_jax.pipeline.train_stage import policy_measure, train_stage
+from dpo_jax.rewards import make
+from dpo_jax.workdir import finish_stage, lock_folder, start_stage, write_json, write_lines
+
+
+def pairs_stage(run: Run, stage: str) -> dict:
+    """Preference pairs sampled from the model that the stages before made, labelled by the true
+    reward.
+    """
+    model, block = run.initial(stage), run.config.pairs
+    found = run.load_prompts(model.tokenizer)
+    if len(found["train"]) < block.prompts:
+        raise ValueError(
+            f"config.pairs.prompts = {block.prompts}, but there are {len(found['train'])} training "
+            "prompts: lower it, or take more rows (config.data.train_split, config.data.max_rows)."
+        )
+    run.record_weights(stage, policy=model, reward=run.reward_model("true"))
+    chosen = np.random.default_rng(run.config.seed).permutation(len(found["train"]))[
+        : block.prompts
+    ]
+    held_out = found["eval"].take(range(min(preference_pairs.EVAL_PROMPTS, len(found["eval"]))))
+    return preference_pairs.make_pairs(
+        model.config,
+        run.mesh,
+        model.load(run.mesh),
+        dict(train=found["train"].take(chosen), eval=held_out),
+        model.tokenizer,
+        run.reward("true"),
+        block,
+        run.config.sampling,
+        seed=run.config.seed,
+        eos_id=run.eos_id(model.tokenizer),
+        folder=run.folder(stage),
+    )
+
+
+def evaluate_stage(run: Run, stage: str) -> dict:
+    """The trained policy's reward and KL to where it began."""
+    trained = [before for before in run.config.stages if before in configs.POLICY_STAGES][-1]
+    start = run.initial(trained)
+    if run.config.data.source == "toy":
+        beta = run.config.dpo.beta if trained == "dpo" else None
+        with jax.set_mesh(run.mesh):
+            return toy_report.write(
+                run.folder(stage),
+                run.folder(trained),
+                start,
+                start.load(run.mesh),
+                run.config.reward.kind,
+                beta,
+            )
+    end = loading.open_model(str(run.folder(trained) / "hf"), dtype=run.config.model.dtype)
+    measure, reference = policy_measure(run, start), start.load(run.mesh)
+    values, rows = measure(end.load(run.mesh), reference)
+    _, before = measure(reference, reference)
+    say(reward_kl.side_by_side(rows[: run.config.evaluate.show], before))
+    write_lines(run.folder(stage) / "completions.jsonl", rows)
+    write_json(run.folder(stage) / "evaluate.json", dict(policy=trained, **values))
+    say(reward_kl.table(values))
+    return values
+
+
+def best_of_n_stage(run: Run, stage: str) -> dict:
+    """The best of N completions of the model that the stages before made, for each N."""
+    model, block = run.initial(stage), run.config.best_of_n
+    held_out = run.eval_prompts(stage, model.tokenizer)
+    run.record_weights(
+        stage, policy=model, reward=run.reward_model(block.reward), true=run.reward_model("true")
+    )
+    return best_of_n.write(
+        run.folder(stage),
+        model.config,
+        run.mesh,
+        model.load(run.mesh),
+        held_out,
+        model.tokenizer,
+        run.reward("true"),
+        run.reward(block.reward),
+        counts=block.n,
+        sampling=run.config.sampling,
+        seed=run.config.seed,
+        eos_id=run.eos_id(model.tokenizer),
+    )
+
+
+STAGES = {
+    **dict.fromkeys(configs.TRAINING_STAGES, train_stage),
+    "pairs": pairs_stage,
+    "best_of_n": best_of_n_stage,
+    "evaluate": evaluate_stage,
+}
+
+
+def run_stages(config: ConfigDict, workdir: str) -> None:
+    """Runs every stage that is not done yet; ValueError for a wrong config, StageChanged for a
+    changed one.
+    """
+    config_checks.validate(config)
+    processes.check_shared(workdir)
+    run = Run(config, pathlib.Path(workdir), sharding.make_mesh(**config.mesh))
+    ahead = {stage for stage in config.stages if not (run.folder(stage) / "done.json").exists()}
+    if ahead & set(configs.SAMPLING_STAGES):
+        make.check_reward(config.reward.kind, config.reward.path)
+    for stage in config.stages:
+        folder = run.folder(stage)
+        with lock_folder(folder):
+            _, status = processes.from_first(
+                functools.partial(start_stage, run.workdir, config, stage)
+            )
+            if status == "done":
+                say(f"{stage}: done before, in {folder}")
+            else:
+                finish_stage(folder, **STAGES[stage](run, stage))
+    processes.wait_for_all("all stages")  # whose files the others may read
+    say(f"all stages done, in {workdir}")

@@ -1,0 +1,112 @@
+"""A sentiment classifier of word n-grams: a true reward for places where no trained one can be
+downloaded.
+
+TF-IDF of words and word pairs with a logistic regression, fitted to labelled texts. What it will
+score are the starts of texts, so it is fitted to windows of WINDOW words as well as to whole texts.
+Fitting takes about a minute for IMDb's 25,000 reviews and is the same each time, so nothing is
+stored.
+"""
+
+import functools
+import re
+from collections.abc import Callable
+
+import numpy as np
+
+from dpo_jax.console import say
+from dpo_jax.data import readers
+
+WINDOW = 60  # words
+TRAIN, TEST = "train", "test"  # splits
+
+
+def labelled(path: str, split: str) -> tuple[list[str], np.ndarray]:
+    """The texts of a split and whether each is positive; rows without a label (-1) are left out.
+
+    Raises ValueError with what was found where there is no such split, or no label of either kind.
+    """
+    splits = readers.find_splits(path)
+    if split not in splits:
+        raise ValueError(
+            f"{path} has no split {split!r} of labelled texts; it has {', '.join(splits)}."
+        )
+    rows = [readers.fields_of(record) for _, record in splits[split]()]
+    wrong = next(
+        (row for row in rows if "text" not in row or row.get("label") not in (-1, 0, 1)), None
+    )
+    if wrong:
+        raise ValueError(
+            f"{path}: a row of {split!r} has the fields {', '.join(wrong)} and label "
+            f"{wrong.get('label')!r}; expected 'text' and 'label', 1 (positive), 0 or -1 (none)."
+        )
+    kept = [row for row in rows if row["label"] >= 0]
+    labels = np.array([row["label"] for row in kept], bool)
+    if not labels.any() or labels.all():
+        raise ValueError(f"{path}: the labels of {split!r} are all alike; both kinds are needed.")
+    return [clean(row["text"]) for row in kept], labels
+
+
+def clean(text: str) -> str:
+    return re.sub(r"<br\s*/?>", " ", text)
+
+
+def windows(texts: list[str], labels: np.ndarray) -> tuple[list[str], np.ndarray]:
+    """Pieces of WINDOW words of each text, with its label; what is left at the end stays with the
+    last one.
+    """
+    pieces, of_text = [], []
+    for text, label in zip(texts, labels, strict=True):
+        words = text.split()
+        starts = range(0, max(len(words) - WINDOW, 0) + 1, WINDOW)
+        pieces += [
+            " ".join(words[start : None if start == starts[-1] else start + WINDOW])
+            for start in starts
+        ]
+        of_text += [label] * len(starts)
+    return pieces, np.array(of_text)
+
+
+def fit(texts: list[str], labels: np.ndarray) -> Callable:
+    """A function from texts to the probability that each is positive, float64 [n]."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+
+    pieces, of_text = windows(texts, labels)
+    vectorizer = TfidfVectorizer(
+        ngram_range=(1, 2),
+        min_df=5,
+        sublinear_tf=True,
+        dtype=np.float32,
+        token_pattern=r"\b\w[\w']*\b",
+    )
+    features = vectorizer.fit_transform([*texts, *pieces])
+    classifier = LogisticRegression(C=4.0, max_iter=200).fit(features, [*labels, *of_text])
+    positive = list(classifier.classes_).index(True)
+
+    def predict(texts: list[str]) -> np.ndarray:
+        if not texts:
+            return np.zeros(0)
+        found = classifier.predict_proba(vectorizer.transform([clean(text) for text in texts]))
+        return found[:, positive].astype(np.float64)
+
+    return predict
+
+
+def accuracy(predict: Callable, texts: list[str], labels: np.ndarray) -> float:
+    """The share of texts on whose side of 1/2 the probability is."""
+    return float(((predict(texts) > 0.5) == labels).mean())
+
+
+@functools.cache
+def fitted(path: str) -> Callable:
+    """The classifier of a labelled data set (folder or hub name), once in a process; its test
+    accuracy is shown.
+    """
+    predict = fit(*labelled(path, TRAIN))
+    if TEST in readers.find_splits(path):
+        whole = labelled(path, TEST)
+        say(
+            f"ngram reward: test accuracy {accuracy(predict, *whole):.3f} on whole texts, "
+            f"{accuracy(predict, *windows(*whole)):.3f} on {WINDOW}-word windows"
+        )
+    return predict

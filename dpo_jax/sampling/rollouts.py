@@ -1,0 +1,88 @@
+"""Completions of prompts with their rewards, kept as they are made: what pairs, PPO, best of N and
+win rates begin with.
+"""
+
+import pathlib
+from collections.abc import Callable
+
+from dpo_jax.console import Progress, say
+from dpo_jax.sampling import prompts as prompts_lib
+from dpo_jax.sampling import sampler
+from dpo_jax.sampling.prompts import Prompts
+from dpo_jax.workdir import COMPLETIONS, StageChanged, append_lines, read_lines
+
+CHUNKS = 4  # sampling batches between two writes of completions.jsonl
+
+
+def complete(
+    model,
+    mesh,
+    params,
+    prompts: Prompts,
+    tokenizer,
+    reward: Callable,
+    *,
+    n: int,
+    sampling,
+    seed: int,
+    eos_id: int | None,
+    folder: pathlib.Path,
+    temperature: float = 1.0,
+) -> list[dict]:
+    """A row for each prompt, as `score` makes them; kept in completions.jsonl from where a killed
+    run goes on.
+    """
+    settings = sampler.Sampling(sampling.max_new_tokens, temperature)
+    sampler.check(model, prompts.ids, settings)  # all of them, before the first is paid for
+    path = folder / COMPLETIONS
+    rows = read_lines(path)
+    if any(row["tokens"] != ids.tolist() for row, ids in zip(rows, prompts.ids, strict=False)):
+        raise StageChanged(
+            f"the prompts of {folder} have changed since its first completions were sampled. Put "
+            "the old data back, or give another --workdir."
+        )
+    if len(rows) >= len(prompts):
+        return rows[: len(prompts)]
+    if rows:
+        say(f"{folder.name}: going on after {len(rows)} of {len(prompts)} prompts")
+    progress = Progress(folder.name, len(rows), len(prompts), unit="prompt")
+    size = max(1, CHUNKS * sampling.batch_size // n)
+    for start in range(len(rows), len(prompts), size):
+        chunk = prompts.take(range(start, min(start + size, len(prompts))))
+        drawn = sampler.sample(
+            model,
+            mesh,
+            params,
+            chunk.ids,
+            settings,
+            seed=seed,
+            eos_id=eos_id,
+            n=n,
+            first=start,
+            batch_size=sampling.batch_size,
+        )
+        made = score(chunk, drawn, tokenizer, reward)
+        append_lines(path, made)
+        rows += made
+        progress.update(len(rows), {})
+    progress.close()
+    return rows
+
+
+def score(prompts: Prompts, drawn: list[list[sampler.Completion]], tokenizer, reward) -> list[dict]:
+    """Rows of prompt, tokens and completions (text, tokens, reward), from n completions for each
+    prompt.
+    """
+    n = len(drawn[0])
+    flat = [completion.tokens for completions in drawn for completion in completions]
+    repeated = prompts.take([row for row in range(len(prompts)) for _ in range(n)])
+    texts = prompts_lib.completion_texts(repeated, flat, tokenizer)
+    rewards = reward(repeated.texts, texts, list(zip(repeated.ids, flat, strict=True)))
+    completions = [
+        dict(text=text, tokens=ids.tolist(), reward=float(value))
+        for text, ids, value in zip(texts, flat, rewards, strict=True)
+    ]
+    return [
+        dict(prompt=prompt, tokens=ids.tolist(), completions=completions[row * n : (row + 1) * n])
+        for row, (prompt, ids) in enumerate(zip(prompts.texts, prompts.ids, strict=True))
+    ]
