@@ -6,6 +6,7 @@ and reports memory, time and cost; where it does not fit, it tries what would ma
 (h200:8) all is estimated.
 """
 
+import dataclasses
 import functools
 import json
 
@@ -45,20 +46,22 @@ def main():
     processes.start()
 
     def run(_):
-        trains = [name for name in config.value.stages if name in planner.STAGES]
-        chosen, topology = stage.value or (trains or [""])[-1], topologies.parse(where.value)
-        assumed = planner.Assumed(prompt.value, response.value, rows.value, model.value)
-        again = functools.partial(planner.plan, topology=topology, stage=chosen, assumed=assumed)
+        planned = [name for name in config.value.stages if name in planner.STAGES]
+        last = planned[-1] if planned else ""
+        chosen, topology = stage.value or last, topologies.parse(where.value)
+        assumed = planner.Assumptions(prompt.value, response.value, rows.value, model.value)
+        replan = functools.partial(planner.plan, topology=topology, stage=chosen, assumed=assumed)
         if sweep.value:
-            report, text = (
-                advice.sweep_mesh(config.value, chosen, topology.chips, again),
-                report_lib.sweep_table,
-            )
+            reports = advice.sweep_mesh(config.value, chosen, topology.chips, replan)
+            values = [report.to_dict() for report in reports]
+            text = report_lib.sweep_table(reports)
         else:
-            report, text = again(config.value), report_lib.table
-            if not report["fits"]:
-                report["advice"] = advice.advise(config.value, chosen, report, again)
-        print(json.dumps(report) if as_json.value else text(report))
+            report = replan(config.value)
+            if not report.fits:
+                found = advice.advise(config.value, chosen, report, replan)
+                report = dataclasses.replace(report, advice=found)
+            values, text = report.to_dict(), report_lib.table(report)
+        print(json.dumps(values) if as_json.value else text)
 
     app.run(run)
 

@@ -22,6 +22,7 @@ from dpo_jax.models import transformer
 from dpo_jax.parallel import processes
 from dpo_jax.parallel.sharding import BATCH, constrain
 from dpo_jax.planning import planner, roofline, topologies
+from dpo_jax.planning import report as report_lib
 from dpo_jax.training import losses
 
 OUT = pathlib.Path("experiments/results/pods.jsonl")
@@ -131,11 +132,14 @@ def row(pod: Pod, plain: bool) -> dict:
         instead = functools.partial(
             padded_rows,
             pairs=block.batch_size,
-            length=sum(planner.lengths_of(config, "dpo", planner.Assumed())),
+            length=sum(planner.example_tokens(config, "dpo", planner.Assumptions())),
             microbatches=block.batch_size // (block.microbatch_size or block.batch_size),
         )
-    report = planner.plan(config, topology, "dpo", planner.Assumed(rows=pod.rows), instead)
-    return report | dict(command=pod.command(plain), compile_seconds=time.monotonic() - started)
+    assumed = planner.Assumptions(examples=pod.rows)
+    report = planner.plan(config, topology, "dpo", assumed, instead)
+    print(report_lib.table(report), flush=True)
+    seconds = time.monotonic() - started
+    return report.to_dict() | dict(command=pod.command(plain), compile_seconds=seconds)
 
 
 def markdown(rows: list[dict]) -> str:
@@ -209,7 +213,6 @@ def main():
             report = dict(name=name) | row(pod, plain)
             rows = [*(old for old in rows if old["name"] != name), report]
             OUT.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            print(report.table(report), flush=True)
         print(markdown([found for name in wanted for found in rows if found["name"] == name]))
 
     app.run(run)

@@ -11,6 +11,7 @@ from test_plan import scratch_config
 from dpo_jax.models import log_probs
 from dpo_jax.parallel import sharding
 from dpo_jax.planning import hlo, planner
+from dpo_jax.planning.program import make_program
 
 DATA, FSDP, TENSOR = (("data", 8),), (("data", 1), ("fsdp", 8)), (("data", 4), ("tensor", 2))
 ALL = (("data", 2), ("fsdp", 2), ("tensor", 2))
@@ -29,10 +30,10 @@ def collectives(sizes: tuple, response: int = 16, vocab: int = 128) -> dict:
 
 
 def compiled(config, sizes: tuple, response: int):
-    mesh, model = sharding.make_mesh(**dict(sizes)), planner.model_of(config, "dpo")
-    batch = planner.batches_of(config, "dpo", mesh, (16, response))[0]
+    mesh, model = sharding.make_mesh(**dict(sizes)), planner.model_config(config, "dpo")
+    batch = planner.one_batch(config, "dpo", mesh, 16, response)[0]
     with jax.set_mesh(mesh):
-        return planner.program_of(config, "dpo", model, mesh, batch).trace().lower().compile()
+        return make_program(config, "dpo", model, mesh, batch).trace().lower().compile()
 
 
 GPT2 = dict(model_type="gpt2", vocab_size=128, n_embd=WIDTH, n_layer=2, n_head=4, n_positions=64)

@@ -6,6 +6,7 @@ import types
 
 import pytest
 
+from dpo_jax import console
 from dpo_jax.training import metrics
 
 
@@ -86,7 +87,7 @@ def test_a_missing_library_is_named_at_the_start(tmp_path, monkeypatch, library,
 
 
 def test_off_a_terminal_progress_is_plain_lines_with_the_time_left(capsys):
-    progress = metrics.Progress("dpo", 0, 10, seconds=0)
+    progress = console.Progress("dpo", 0, 10, seconds=0)
     progress.update(
         5,
         {
@@ -98,7 +99,7 @@ def test_off_a_terminal_progress_is_plain_lines_with_the_time_left(capsys):
     )
     out = capsys.readouterr().out
     assert out.startswith("dpo 5/10  loss 0.6931  accuracy 0.5  margin 0.01  rows/s 12  00:00 left")
-    quiet = metrics.Progress("dpo", 0, 10, seconds=1000)
+    quiet = console.Progress("dpo", 0, 10, seconds=1000)
     quiet.update(1, {})
     quiet.update(2, {})
     quiet.update(10, {})

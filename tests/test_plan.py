@@ -2,9 +2,11 @@
 a TPU.
 """
 
+import dataclasses
 import importlib.util
 import json
 import math
+import types
 
 import jax
 import numpy as np
@@ -18,7 +20,9 @@ from dpo_jax.models import families, flops, hf, transformer
 from dpo_jax.models.log_probs import response_logprobs
 from dpo_jax.parallel import sharding
 from dpo_jax.planning import advice, hlo, planner, presets, roofline, topologies
-from dpo_jax.planning.planner import Assumed
+from dpo_jax.planning import report as report_lib
+from dpo_jax.planning.planner import Assumptions
+from dpo_jax.planning.program import make_program
 from dpo_jax.training import optim
 from dpo_jax.training.step import init_state, state_shardings
 
@@ -164,7 +168,7 @@ def test_products_are_counted_as_xla_counts_them():
 def test_a_step_is_counted_with_what_remat_does_again():
     config = scratch_config(microbatch_size=4)
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
-    batches = planner.batches_of(config, "dpo", mesh, (16, 16))
+    batches = planner.one_batch(config, "dpo", mesh, 16, 16)
     again = {}
 
     def forwards(remat, reference="init"):
@@ -172,7 +176,7 @@ def test_a_step_is_counted_with_what_remat_does_again():
         pass needs.
         """
         config.model.remat, config.dpo.reference = remat, reference
-        model = planner.model_of(config, "dpo")
+        model = planner.model_config(config, "dpo")
         parts = flops.forward(model, batches.shapes[0])
         forward = flops.of_program(
             jax.jit(lambda params, batch: response_logprobs(model, params, batch))
@@ -183,7 +187,7 @@ def test_a_step_is_counted_with_what_remat_does_again():
         again["layers"] = (
             1 - batches.shards * (parts["head"] + down) / forward
         )  # no one asks for a layer's own output
-        program = planner.program_of(config, "dpo", model, mesh, batches[0])
+        program = make_program(config, "dpo", model, mesh, batches[0])
         return flops.of_program(program.trace().jaxpr.jaxpr) / (forward * batches.microbatches)
 
     assert forwards("none", "none") == pytest.approx(
@@ -196,10 +200,10 @@ def test_a_step_is_counted_with_what_remat_does_again():
 def test_memory_of_the_state_is_what_its_arrays_take_on_a_device():
     config = scratch_config(optimizer="adamw")
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
-    model = planner.model_of(config, "dpo")
-    batch = planner.batches_of(config, "dpo", mesh, (16, 16))[0]
-    program = planner.program_of(config, "dpo", model, mesh, batch)
-    planned = program.memory()
+    model = planner.model_config(config, "dpo")
+    batch = planner.one_batch(config, "dpo", mesh, 16, 16)[0]
+    program = make_program(config, "dpo", model, mesh, batch)
+    planned = program.argument_bytes()
     optimizer = optim.make("adamw", 0.0)
     shardings = state_shardings(mesh, optimizer, transformer.abstract(model))
     params = jax.device_put(
@@ -441,13 +445,13 @@ def test_a_kept_reference_costs_a_forward_pass_over_every_row():
     for config.dpo.cache_reference in (False, True):
         plans[config.dpo.cache_reference] = planner.plan(config, topologies.parse("h200:8"), "dpo")
     live, kept = plans[False], plans[True]
-    assert live["hours"] == pytest.approx(10 * live["step_seconds"] / 3600)
-    beyond = kept["hours"] - 10 * kept["step_seconds"] / 3600
-    assert 0 < beyond < 10 * live["step_seconds"] / 3600
+    assert live.hours == pytest.approx(10 * live.step_seconds / 3600)
+    beyond = kept.hours - 10 * kept.step_seconds / 3600
+    assert 0 < beyond < 10 * live.step_seconds / 3600
     again = planner.plan(
-        config, topologies.parse("h200:8"), "dpo", Assumed(rows=20)
+        config, topologies.parse("h200:8"), "dpo", Assumptions(examples=20)
     )  # four epochs of them, kept once
-    assert again["hours"] - 10 * again["step_seconds"] / 3600 == pytest.approx(beyond / 4)
+    assert again.hours - 10 * again.step_seconds / 3600 == pytest.approx(beyond / 4)
 
 
 def test_the_roofline_by_hand():
@@ -462,23 +466,29 @@ def test_the_roofline_by_hand():
 
 def test_steps_and_lengths_come_from_the_config_or_are_assumed():
     config = scratch_config(steps=0, epochs=2.0)
-    assert planner.rows_and_steps(config, "dpo", Assumed()) == (0, 0)
-    assert planner.rows_and_steps(config, "dpo", Assumed(rows=100)) == (100, 25)
+    assert planner.examples_and_steps(config, "dpo", Assumptions()) == (0, 0)
+    assert planner.examples_and_steps(config, "dpo", Assumptions(examples=100)) == (100, 25)
     config = configs.default(("sft", "dpo"))
     config.data.update(
         path="CarperAI/openai_summarize_comparisons", sft_path="CarperAI/openai_summarize_tldr"
     )
-    assert [planner.rows_and_steps(config, stage, Assumed())[0] for stage in config.stages] == [
+    assert [
+        planner.examples_and_steps(config, stage, Assumptions())[0] for stage in config.stages
+    ] == [
         116_722,
         92_534,
     ]
     config.data.sft_path = ""
-    assert planner.rows_and_steps(config, "sft", Assumed())[0] == 92_534
+    assert planner.examples_and_steps(config, "sft", Assumptions())[0] == 92_534
     config = scratch_config(steps=0, epochs=2.0)
-    assert planner.lengths_of(config, "dpo", Assumed()) == (16, 16)
-    assert planner.lengths_of(config, "dpo", Assumed(prompt=20, response=5)) == (20, 5)
-    with pytest.raises(ValueError, match="more than config.data.max_length = 32"):
-        planner.lengths_of(config, "dpo", Assumed(prompt=20, response=13))
+    assert planner.example_tokens(config, "dpo", Assumptions()) == (16, 16)
+    assert planner.example_tokens(
+        config, "dpo", Assumptions(prompt_tokens=20, response_tokens=5)
+    ) == (20, 5)
+    with pytest.raises(
+        ValueError, match="make 33, but examples are cut to config.data.max_length = 32"
+    ):
+        planner.example_tokens(config, "dpo", Assumptions(prompt_tokens=20, response_tokens=13))
 
 
 def test_gpus_are_planned_by_sizes_alone_and_the_report_adds_up(tmp_path):
@@ -488,23 +498,21 @@ def test_gpus_are_planned_by_sizes_alone_and_the_report_adds_up(tmp_path):
         config,
         topologies.parse("h200:8"),
         "dpo",
-        Assumed(rows=80, model=str(tmp_path / "config.json")),
+        Assumptions(examples=80, model=str(tmp_path / "config.json")),
     )
     assert (
-        report["fits"]
-        and report["capacity_gib"] == pytest.approx(131.3, abs=0.1)
-        and not report["compiled"]
+        report.fits and report.capacity_gib == pytest.approx(131.3, abs=0.1) and not report.compiled
     )
-    assert report["steps"] == 10 and report["step_seconds"] == max(report["seconds"].values())
-    assert report["seconds"][report["bottleneck"]] == report["step_seconds"]
-    assert report["chip_hours"] == pytest.approx(8 * 10 * report["step_seconds"] / 3600)
-    assert report["hbm_gib_per_chip"] == pytest.approx(sum(report["hbm_gib"].values()))
-    text = report.table(report)
-    assert "estimated: not compiled" in text and "10 steps" in text and "<- bottleneck" in text
-    assert json.loads(json.dumps(report)) == report
-    assert (
-        report.sweep_table([report | dict(fits=False), report]).splitlines()[1].split()[4] == "yes"
-    )
+    assert report.steps == 10 and report.step_seconds == max(report.seconds.values())
+    assert report.seconds[report.bottleneck] == report.step_seconds
+    assert report.chip_hours == pytest.approx(8 * 10 * report.step_seconds / 3600)
+    assert report.hbm_gib_per_chip == pytest.approx(sum(report.hbm_gib.values()))
+    text = report_lib.table(report)
+    assert "estimated, not compiled" in text and "10 steps" in text and "<- bottleneck" in text
+    assert json.loads(json.dumps(report.to_dict())) == report.to_dict()
+    small = dataclasses.replace(report, capacity_gib=0.0)
+    lines = report_lib.sweep_table([small, report]).splitlines()
+    assert [line.split()[4] for line in lines[1:]] == ["yes", "no"]
 
 
 def test_adapters_are_planned_over_a_base_that_has_no_optimiser(tmp_path):
@@ -515,19 +523,19 @@ def test_adapters_are_planned_over_a_base_that_has_no_optimiser(tmp_path):
         {},
         "rmsprop",
     )
-    whole = planner.plan(config, topology, "dpo", Assumed(rows=80))
+    whole = planner.plan(config, topology, "dpo", Assumptions(examples=80))
     config.model.lora.rank = 2
-    report = planner.plan(config, topology, "dpo", Assumed(rows=80))
-    trained = report["hbm_gib"]["reference"]  # another copy of the adapters
-    assert 0 < trained < 0.2 * whole["hbm_gib"]["params"]
-    assert report["hbm_gib"]["params"] == pytest.approx(whole["hbm_gib"]["params"] + trained)
-    assert report["hbm_gib"]["optimizer"] == pytest.approx(trained, rel=0.1)
+    report = planner.plan(config, topology, "dpo", Assumptions(examples=80))
+    trained = report.hbm_gib["reference"]  # another copy of the adapters
+    assert 0 < trained < 0.2 * whole.hbm_gib["params"]
+    assert report.hbm_gib["params"] == pytest.approx(whole.hbm_gib["params"] + trained)
+    assert report.hbm_gib["optimizer"] == pytest.approx(trained, rel=0.1)
     assert (
-        0.7 < report["needed_flops_per_step"] / whole["needed_flops_per_step"] < 0.8
+        0.7 < report.needed_flops_per_step / whole.needed_flops_per_step < 0.8
     )  # 3 of 4, but for attention
     config.dpo.reference = "ANOTHER"  # which is no adapters
     report = planner.plan(config, topologies.parse("h200:8"), "dpo")
-    assert report["hbm_gib"]["reference"] == pytest.approx(whole["hbm_gib"]["params"])
+    assert report.hbm_gib["reference"] == pytest.approx(whole.hbm_gib["params"])
 
 
 def test_a_stage_that_is_not_planned_is_refused():
@@ -566,9 +574,8 @@ def test_the_command_says_what_makes_a_stage_fit():
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert not report["fits"] and not report["advice"]["fits"] and report["chip_hours"] is None
-    assert (
-        "--config.mesh.fsdp=4" in report["advice"]["flags"] and len(report["advice"]["tries"]) == 9
-    )
+    assert "--config.mesh.fsdp=4" in report["advice"]["flags"]
+    assert len(report["advice"]["tries"]) == 9
 
 
 def test_remedies_come_one_after_the_other_until_it_fits():
@@ -579,12 +586,13 @@ def test_remedies_come_one_after_the_other_until_it_fits():
     def again(config):
         asked.append((config.mesh.fsdp, config.model.remat, config.dpo.cache_reference))
         need = next(needs)
-        return dict(fits=need <= 16, hbm_gib_per_chip=need, capacity_gib=16.0)
+        return types.SimpleNamespace(fits=need <= 16, hbm_gib_per_chip=need, capacity_gib=16.0)
 
-    advised = advice.advise(config, "dpo", dict(fits=False, chips=8), again)
+    advised = advice.advise(config, "dpo", types.SimpleNamespace(chips=8), again)
     assert asked == [(8, "none", False), (8, "full", False), (8, "full", True)]
-    assert advised["fits"] and advised["flags"] == (
-        "--config.mesh.data=1 --config.mesh.fsdp=8 --config.model.remat=full --config.dpo.cache_reference=True"
+    assert advised.fits and advised.flags == (
+        "--config.mesh.data=1 --config.mesh.fsdp=8 --config.model.remat=full "
+        "--config.dpo.cache_reference=True"
     )
     assert config.mesh.fsdp == 1, "the run's own config is left as it is"
     assert list(advice.remedies(config, "dpo", 8))[-3:] == [
@@ -612,14 +620,14 @@ def test_a_step_is_compiled_for_a_tpu():
     config = scratch_config(batch_size=8)
     config.mesh.update(data=1, fsdp=4)
     config.model.dtype = "bfloat16"
-    report = planner.plan(config, topologies.parse("v5e:2x2"), "dpo", Assumed(rows=80))
-    assert report["compiled"] and report["fits"] and report["capacity_gib"] == 15.75
-    params = 4 * report["parameters"] / 2**30
+    report = planner.plan(config, topologies.parse("v5e:2x2"), "dpo", Assumptions(examples=80))
+    assert report.compiled and report.fits and report.capacity_gib == 15.75
+    params = 4 * report.parameters / 2**30
     assert (
-        params / 4 <= report["hbm_gib"]["params"] < params / 3.5
+        params / 4 <= report.hbm_gib["params"] < params / 3.5
     )  # norms alone are whole on each chip
-    gathered = sum(kind["gib"] for kind in report["collectives"].values())
+    gathered = sum(kind["gib"] for kind in report.collectives.values())
     assert (
         gathered > 3 * params / 2 * 3 / 4
     )  # weights in bfloat16, forward, reference, backward; from three others
-    assert report["bottleneck"] in report["seconds"] and report["chip_hours"] > 0
+    assert report.bottleneck in report.seconds and report.chip_hours > 0

@@ -163,7 +163,7 @@ def test_a_half_written_line_and_a_half_written_batch_are_made_again(
 
 def test_a_finished_file_is_left_alone(finished, model, pairs, capsys, monkeypatch):
     before = finished.read_bytes()
-    monkeypatch.delattr(sample.pretrained, "open_model")  # not even the model is needed
+    monkeypatch.delattr(sample.loading, "open_model")  # not even the model is needed
     sample_file(model, pairs, finished)
     assert finished.read_bytes() == before
     assert "finished:" in capsys.readouterr().out

@@ -103,7 +103,7 @@ def test_a_wrong_layout_is_found(tiny, monkeypatch):
     """Positions that run on instead of restarting for the rejected response: the classical packing
     bug.
     """
-    pack = self_check.layout.pack
+    pack = self_check.packing.pack
 
     def wrong(pairs, shape, *, share_prompt=True):
         batch = pack(pairs, shape, share_prompt=share_prompt)

@@ -1,4 +1,4 @@
-"""What would make a stage fit, and which mesh is the fastest: plans of changed configs."""
+"""Changes that make a stage fit, and a comparison of meshes: plans of changed configs."""
 
 import copy
 import functools
@@ -8,12 +8,15 @@ from collections.abc import Callable, Iterator
 
 from ml_collections import ConfigDict
 
+from dpo_jax.planning.report import Advice, Report
+
+GPUS_PER_MACHINE = 8  # tensor parallelism stays within a machine
+
 
 def remedies(config: ConfigDict, stage: str, chips: int) -> Iterator[dict]:
-    """Changes, each besides those before it, that make a stage take less memory: dotted field ->
-    value.
-    """
-    block, fsdp = config[stage], math.gcd(chips, config[stage].batch_size)
+    """Yield changes that save memory, each made on top of those before: dotted field -> value."""
+    block = config[stage]
+    fsdp = math.gcd(chips, block.batch_size)
     yield {"mesh.data": 1, "mesh.fsdp": fsdp, "mesh.tensor": chips // fsdp}
     yield {"model.remat": "full"}
     if stage == "dpo" and block.reference != "none":
@@ -24,78 +27,78 @@ def remedies(config: ConfigDict, stage: str, chips: int) -> Iterator[dict]:
         size //= 2
         yield {f"{stage}.microbatch_size": size}
     if config.model.path and not config.model.lora.rank:
-        yield {"model.lora.rank": 16}  # the last, as it is another way to train
+        yield {"model.lora.rank": 16}  # last, because it is another way to train
 
 
-def advise(config: ConfigDict, stage: str, report: dict, again: Callable) -> dict:
-    """Tries remedies, one besides the other, until the stage fits; `again`: config -> its report.
+def advise(
+    config: ConfigDict, stage: str, report: Report, replan: Callable[[ConfigDict], Report]
+) -> Advice:
+    """Try the remedies one on top of the other until the stage fits.
 
-    Returns the flags that make it fit, or, where none do, all of them, with what each try needed.
+    report: the plan that does not fit. replan: config -> its report.
     """
     config, flags, tries = copy.deepcopy(config), {}, []
-    for change in remedies(config, stage, report["chips"]):
-        change = {
-            name: value for name, value in change.items() if config_value(config, name) != value
-        }
+    for remedy in remedies(config, stage, report.chips):
+        change = {name: x for name, x in remedy.items() if config_value(config, name) != x}
         if not change:
             continue
         config.update_from_flattened_dict(change)
         flags |= change
-        report = _tried(again, config, change)
+        report = _replan(replan, config, change)
         tries.append(
             dict(
-                flags=_flags(flags),
-                fits=report["fits"],
-                hbm_gib_per_chip=report["hbm_gib_per_chip"],
+                flags=_as_flags(flags),
+                fits=report.fits,
+                hbm_gib_per_chip=report.hbm_gib_per_chip,
             )
         )
-        if report["fits"]:
+        if report.fits:
             break
-    return dict(fits=report["fits"], flags=_flags(flags), tries=tries)
-
-
-def _tried(again: Callable, config: ConfigDict, change: dict) -> dict:
-    """A report, and a line of progress, which takes half a minute and more to come."""
-    report = again(config)
-    found = f"{report['hbm_gib_per_chip']:.2f} GiB of {report['capacity_gib']:.2f}"
-    print(f"tried {_flags(change)}: {found}", file=sys.stderr, flush=True)
-    return report
+    return Advice(report.fits, _as_flags(flags), tries)
 
 
 def meshes(config: ConfigDict, stage: str, chips: int) -> Iterator[dict]:
-    """Every mesh over the chips whose shards split a microbatch evenly; tensor within a machine of
-    8.
-    """
-    size = config[stage].microbatch_size or config[stage].batch_size
-    for tensor in (1, 2, 4, 8):
-        for fsdp in (n for n in range(1, chips + 1) if chips % (n * tensor) == 0):
-            if size % (chips // tensor) == 0:
-                yield {
-                    "mesh.data": chips // (fsdp * tensor),
-                    "mesh.fsdp": fsdp,
-                    "mesh.tensor": tensor,
-                }
+    """Yield every mesh of the chips whose shards split a microbatch evenly."""
+    microbatch_size = config[stage].microbatch_size or config[stage].batch_size
+    for tensor in (1, 2, 4, GPUS_PER_MACHINE):
+        for fsdp in range(1, chips + 1):
+            splits_chips = chips % (fsdp * tensor) == 0
+            if splits_chips and microbatch_size % (chips // tensor) == 0:
+                data = chips // (fsdp * tensor)
+                yield {"mesh.data": data, "mesh.fsdp": fsdp, "mesh.tensor": tensor}
 
 
-def sweep_mesh(config: ConfigDict, stage: str, chips: int, again: Callable) -> list[dict]:
-    """The report of each mesh; ValueError where there is none."""
+def sweep_mesh(
+    config: ConfigDict, stage: str, chips: int, replan: Callable[[ConfigDict], Report]
+) -> list[Report]:
+    """Return the report of each mesh; ValueError if no mesh splits the microbatch evenly."""
     changes = list(meshes(config, stage, chips))
     if not changes:
+        size = config[stage].microbatch_size or config[stage].batch_size
         raise ValueError(
-            f"no mesh of {chips} chips splits config.{stage}'s microbatch evenly: make it a multiple."
+            f"no mesh of {chips} chips splits a microbatch of {size} examples evenly. Make "
+            f"config.{stage}.microbatch_size (or batch_size) a multiple of {chips}."
         )
     reports = []
     for change in changes:
         changed = copy.deepcopy(config)
         changed.update_from_flattened_dict(change)
-        reports.append(_tried(again, changed, change))
+        reports.append(_replan(replan, changed, change))
     return reports
 
 
 def config_value(config: ConfigDict, name: str):
-    """The value of a dotted field."""
+    """Return the value of a dotted field."""
     return functools.reduce(lambda block, part: block[part], name.split("."), config)
 
 
-def _flags(change: dict) -> str:
+def _replan(replan: Callable[[ConfigDict], Report], config: ConfigDict, change: dict) -> Report:
+    """Plan a changed config, and show a line of progress: a plan takes half a minute or more."""
+    report = replan(config)
+    needed = f"{report.hbm_gib_per_chip:.2f} GiB of {report.capacity_gib:.2f}"
+    print(f"tried {_as_flags(change)}: {needed}", file=sys.stderr, flush=True)
+    return report
+
+
+def _as_flags(change: dict) -> str:
     return " ".join(f"--config.{name}={value}" for name, value in change.items())

@@ -1,6 +1,6 @@
-"""What a compiled step does on one device, read from the text that XLA prints of it.
+"""Collectives and memory traffic of a compiled step on one device, read from XLA's text of it.
 
-The compiler's own cost analysis counts the body of a loop once; here it counts as often as it runs.
+The compiler's own cost analysis counts the body of a loop once. Here it counts as often as it runs.
 """
 
 import math
@@ -23,7 +23,7 @@ BYTES = {
     "f64": 8,
 }
 ARRAY = re.compile(r"\b(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
-# Received by each of g devices, of operands of one byte.
+# Collective -> bytes that each of g devices receives per byte of its operands.
 RECEIVED = {
     "all-gather": lambda g: g - 1,
     "reduce-scatter": lambda g: (g - 1) / g,
@@ -31,6 +31,7 @@ RECEIVED = {
     "all-to-all": lambda g: (g - 1) / g,
     "collective-permute": lambda g: 1,
 }
+# Opcodes that move nothing, or next to nothing.
 FREE = {
     "parameter",
     "constant",
@@ -44,25 +45,28 @@ FREE = {
     "opt-barrier",
     "iota",
     "partition-id",
-}  # these move nothing, or next to it
-FREE_CALLS = ("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound")  # nor do these
-SLICES = ("dynamic-slice", "slice", "gather")  # these read what they give, not their whole operand
+}
+FREE_CALLS = ("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound")
+SLICES = ("dynamic-slice", "slice", "gather")  # they read their result's size, not their operand's
 
 
 class Instruction(NamedTuple):
+    """One line of HLO: %name = type opcode(inside), attributes."""
+
     name: str
     type: str
     opcode: str
-    inside: str  # the parentheses: operands, or a constant's value, or a parameter's number
+    inside: str  # operands, a constant's value or a parameter's number
     attributes: str
 
     @property
     def operands(self) -> list[str]:
+        """Names of the operands."""
         return re.findall(r"%([\w.-]+)", self.inside)
 
 
 def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
-    """The instructions of each computation, and the name of the entry."""
+    """Return the instructions of each computation, and the name of the entry computation."""
     found, entry, current = {}, "", None
     for line in text.splitlines():
         if header := re.match(r"(ENTRY )?%?([\w.-]+) .*\{$", line):
@@ -74,9 +78,7 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
 
 
 def trips(computations, entry: str) -> dict[str, int]:
-    """How often each computation that is run, and not part of a fusion, runs in one call of the
-    program.
-    """
+    """Count how often each computation runs in one call of the program, fusions left out."""
     found = {}
 
     def visit(name, times):
@@ -90,54 +92,57 @@ def trips(computations, entry: str) -> dict[str, int]:
 
 
 def collectives(text: str) -> dict[str, tuple[int, float]]:
-    """Kind -> (how many are run, bytes that a device receives through them), in one call of the
-    program.
-    """
+    """Count the collectives of one call of the program: kind -> (how many, bytes received)."""
     computations, entry = parse(text)
+    # An asynchronous collective is printed in parts (start, done, fused pieces), each with the
+    # whole's bytes and the same channel. Group the parts by channel to count each once.
     parts = {}
     for name, times in trips(computations, entry).items():
         for inner in [name, *_fused(computations, name)]:
             types = {instruction.name: instruction.type for instruction in computations[inner]}
             for instruction in computations[inner]:
-                kind = instruction.opcode.removesuffix("-start")
-                if kind not in RECEIVED:
+                kind = _collective_kind(instruction, inner)
+                if kind is None:
                     continue
-                if (
-                    kind == "all-reduce" and "scatter" in inner
-                ):  # so the TPU compiler prints a reduce-scatter
-                    kind = "reduce-scatter"
                 size = sum(_size(types[operand]) for operand in instruction.operands)
                 received = size * RECEIVED[kind](_group(instruction.attributes))
                 channel = re.search(r"channel_id=(\d+)", instruction.attributes)
-                parts.setdefault(channel[1] if channel else instruction.name, []).append(
-                    (times, received, kind)
-                )
+                key = channel[1] if channel else instruction.name
+                parts.setdefault(key, []).append((times, received, kind))
     totals = {}
     for found in parts.values():
-        # The parts of an asynchronous collective are printed each, with the whole's bytes and
-        # channel. It may go on during a loop, but it starts and ends outside.
-        times, (_, received, kind) = (
-            min(times for times, _, _ in found),
-            max(found, key=lambda part: part[1:]),
-        )
+        # A part inside a loop would count the collective once a round, but the collective starts
+        # and ends outside of the loop: take the smallest count.
+        times = min(part_times for part_times, _, _ in found)
+        _, received, kind = max(found, key=lambda part: part[1:])
         count, size = totals.get(kind, (0, 0.0))
         totals[kind] = count + times, size + times * received
     return totals
 
 
-def memory_traffic(text: str) -> float:
-    """Bytes that a device reads from and writes to its main memory in one call of the program.
+def _collective_kind(instruction: Instruction, computation: str) -> str | None:
+    """The key of RECEIVED of a collective; None for any other instruction."""
+    kind = instruction.opcode.removesuffix("-start")
+    if kind not in RECEIVED:
+        return None
+    # The TPU compiler prints a reduce-scatter as an all-reduce inside a computation of that name.
+    if kind == "all-reduce" and "scatter" in computation:
+        return "reduce-scatter"
+    return kind
 
-    Every instruction reads its operands and writes its result, except those in on-chip memory; a
-    slice counts as what is sliced.
+
+def memory_traffic(text: str) -> float:
+    """Return the bytes read from and written to main memory in one call of the program.
+
+    Every instruction reads its operands and writes its result, except those in on-chip memory. A
+    slice reads only what it slices.
     """
     computations, entry = parse(text)
     total = 0
     for name, times in trips(computations, entry).items():
         types = {instruction.name: instruction.type for instruction in computations[name]}
-        total += times * sum(
-            _moved(computations, instruction, types) for instruction in computations[name]
-        )
+        for instruction in computations[name]:
+            total += times * _moved(computations, instruction, types)
     return total
 
 
@@ -150,28 +155,25 @@ def _instruction(name: str, rest: str) -> Instruction:
 
 
 def _closing(text: str) -> int:
+    """The index of the parenthesis that closes the first one."""
     depth = 0
     for i, character in enumerate(text):
         depth += (character == "(") - (character == ")")
         if depth == 0:
             return i
-    raise ValueError(f"an HLO instruction without an end: {text[:200]}")
+    raise ValueError(f"this HLO instruction has no closing parenthesis: {text[:200]}")
 
 
 def _calls(computations, instruction: Instruction):
-    """The computations that an instruction runs as they are, each with how often; of a conditional,
-    all branches.
-    """
+    """Yield (computation, times) of each call; all branches of a conditional count."""
     if instruction.opcode == "while":
-        body, condition = (
-            re.search(rf"{part}=%?([\w.-]+)", instruction.attributes)[1]
-            for part in ("body", "condition")
-        )
+        body = re.search(r"body=%?([\w.-]+)", instruction.attributes)[1]
+        condition = re.search(r"condition=%?([\w.-]+)", instruction.attributes)[1]
         known = re.search(r"known_trip_count\D*(\d+)", instruction.attributes)
-        yield (
-            body,
-            int(known[1]) if known else _trip_count(computations[body], computations[condition]),
-        )
+        if known:
+            yield body, int(known[1])
+        else:
+            yield body, _trip_count(computations[body], computations[condition])
     elif instruction.opcode in ("call", "conditional", "async-start"):
         part = re.search(
             r"(?:to_apply|calls)=%?([\w.-]+)|branch_computations=\{([^}]*)\}",
@@ -182,25 +184,24 @@ def _calls(computations, instruction: Instruction):
 
 
 def _trip_count(body: list[Instruction], condition: list[Instruction]) -> int:
-    """How often a loop runs whose counter starts at 0: its bound over what each round adds to it.
+    """Rounds of a loop whose counter starts at 0: its bound over what each round adds.
 
-    A loop over a ring of devices is unrolled by two: its counter goes up by 2.
+    A loop over a ring of devices is unrolled by two, so its counter goes up by 2.
     """
-    counter = next(
-        int(number[1])
-        for instruction in condition
-        if (number := re.search(r"index=(\d+)", instruction.attributes))
-    )
+    # The condition reads the counter out of the loop's tuple of state, at this index.
+    indices = (re.search(r"index=(\d+)", instruction.attributes) for instruction in condition)
+    counter = next(int(index[1]) for index in indices if index)
     bound = max(_constants(condition).values())
     by_name = {instruction.name: instruction for instruction in body}
     update = by_name[body[-1].operands[counter]]
-    steps = [
-        _constants(body)[operand] for operand in update.operands if operand in _constants(body)
-    ]
-    return -(-bound // (steps[0] if update.opcode == "add" and steps else 1))
+    constants = _constants(body)
+    steps = [constants[operand] for operand in update.operands if operand in constants]
+    step = steps[0] if update.opcode == "add" and steps else 1
+    return -(-bound // step)
 
 
 def _constants(computation: list[Instruction]) -> dict[str, int]:
+    """Integer constants of a computation, by name."""
     return {
         instruction.name: int(instruction.inside)
         for instruction in computation
@@ -209,7 +210,7 @@ def _constants(computation: list[Instruction]) -> dict[str, int]:
 
 
 def _fused(computations, name: str) -> list[str]:
-    """The computations of a computation's fusions, and of theirs."""
+    """Names of the computations fused into this one, at any depth."""
     found = []
     for instruction in computations[name]:
         if instruction.opcode == "fusion":
@@ -221,51 +222,51 @@ def _fused(computations, name: str) -> list[str]:
 def _moved(computations, instruction: Instruction, types: dict[str, str]) -> int:
     """Bytes that an instruction reads from main memory and writes to it."""
     kind, opcode = instruction.type, instruction.opcode
-    if (
-        opcode in FREE
-        or opcode.endswith(("-done", "-update"))
-        or any(f'custom_call_target="{target}"' in instruction.attributes for target in FREE_CALLS)
-    ):
+    if opcode in FREE or opcode.endswith(("-done", "-update")):
         return 0
-    read, written = (
-        [_size(types[operand], memory=True) for operand in instruction.operands],
-        _sizes(kind, memory=True),
-    )
-    if opcode == "slice-start":  # its type: the operands', the slice's, and what else it needs
+    if any(f'custom_call_target="{call}"' in instruction.attributes for call in FREE_CALLS):
+        return 0
+    read = [_size(types[operand], memory=True) for operand in instruction.operands]
+    written = _sizes(kind, memory=True)
+    if opcode == "slice-start":
+        # Its type lists the operands, then the slice, then what else it needs.
         place = len(read)
         return min(sum(read), _sizes(kind)[place]) + written[place]
-    if opcode.endswith("-start") and kind.startswith(
-        "("
-    ):  # operand and result are both in its type
-        return sum(written)
+    if opcode.endswith("-start") and kind.startswith("("):
+        return sum(written)  # its type holds both operand and result
     if opcode in SLICES:
         read = [min(read[0], _size(kind))]
     elif opcode == "dynamic-update-slice":
         updated = _size(types[instruction.operands[1]])
         read, written = [read[1]], [min(updated, written[0])]
     elif opcode == "fusion":
-        body = _called(computations, instruction)
-        read = [
-            min(size, _read(computations, body, name))
-            for size, name in zip(read, _parameters(body), strict=True)
-        ]
-        results = (
-            body[-1].operands if body[-1].opcode == "tuple" else [body[-1].name] * len(written)
-        )
-        written = [
-            min(size, _written(computations, body, name))
-            for size, name in zip(written, results, strict=True)
-        ]
-        read, written = _carried(instruction, body, read, written)
+        read, written = _moved_by_fusion(computations, instruction, read, written)
     return sum(read) + sum(written)
 
 
+def _moved_by_fusion(computations, fusion: Instruction, read: list[int], written: list[int]):
+    """Bytes of each operand that a fusion reads, and of each result that it writes."""
+    body = _called(computations, fusion)
+    parameters = _parameters(body)
+    root = body[-1]
+    results = root.operands if root.opcode == "tuple" else [root.name] * len(written)
+    read = [
+        min(size, _read(computations, body, name))
+        for size, name in zip(read, parameters, strict=True)
+    ]
+    written = [
+        min(size, _written(computations, body, name))
+        for size, name in zip(written, results, strict=True)
+    ]
+    return _without_carried(fusion, body, read, written)
+
+
 def _read(computations, body: list[Instruction], name: str) -> float:
-    """Bytes of a fusion's value that are read: of what is only sliced, the slices; inf for the
-    whole.
-    """
+    """Bytes of a fusion's value that are read: the slices if it is only sliced, else inf (all)."""
     total = 0
-    for use in (instruction for instruction in body if name in instruction.operands):
+    for use in body:
+        if name not in use.operands:
+            continue
         places = [place for place, operand in enumerate(use.operands) if operand == name]
         if use.opcode in SLICES and places == [0]:
             total += _size(use.type)
@@ -273,16 +274,17 @@ def _read(computations, body: list[Instruction], name: str) -> float:
             total += _read(computations, body, use.name)
         elif use.opcode == "fusion":
             inner = _called(computations, use)
-            total += sum(_read(computations, inner, _parameters(inner)[place]) for place in places)
-        elif use.opcode != "dynamic-update-slice" or places != [
-            0
-        ]:  # of which only another part is written
+            for place in places:
+                total += _read(computations, inner, _parameters(inner)[place])
+        elif use.opcode == "dynamic-update-slice" and places == [0]:
+            continue  # updated in place: it is written elsewhere, and not read
+        else:
             return math.inf
     return total
 
 
 def _written(computations, body: list[Instruction], name: str) -> int:
-    """Bytes of a fusion's result that are written: of what is updated in place, the update."""
+    """Bytes of a fusion's result that are written: only the update if it is updated in place."""
     by_name = {instruction.name: instruction for instruction in body}
     made = by_name[name]
     if made.opcode == "bitcast":
@@ -295,27 +297,24 @@ def _written(computations, body: list[Instruction], name: str) -> int:
     return _size(made.type)
 
 
-def _carried(
+def _without_carried(
     fusion: Instruction, body: list[Instruction], read: list[int], written: list[int]
 ) -> tuple[list[int], list[int]]:
-    """What a fusion reads and writes besides the buffers of a collective that goes on meanwhile, or
-    ends there.
+    """Leave out the buffers of a collective that runs during the fusion or ends in it.
+
+    Such buffers pass through the fusion as operands and results, but it does not touch them.
     """
     root = body[-1]
-    idle = {instruction.name for instruction in body if instruction.opcode in RECEIVED} | {
-        root.name
-    }
-    buffers = {
-        place
-        for place, name in enumerate(_parameters(body))
-        if root.opcode in ("tuple", "custom-call")
-        and {instruction.name for instruction in body if name in instruction.operands} <= idle
-    }
-    handed_on = {
-        int(result or 0)
-        for result, operand in re.findall(r"\{(\d*)\}: \((\d+), \{\}\)", fusion.attributes)
-        if int(operand) in buffers
-    }
+    idle = {instruction.name for instruction in body if instruction.opcode in RECEIVED}
+    idle.add(root.name)
+    buffers = set()
+    if root.opcode in ("tuple", "custom-call"):
+        for place, name in enumerate(_parameters(body)):
+            users = {instruction.name for instruction in body if name in instruction.operands}
+            if users <= idle:
+                buffers.add(place)
+    aliases = re.findall(r"\{(\d*)\}: \((\d+), \{\}\)", fusion.attributes)
+    handed_on = {int(result or 0) for result, operand in aliases if int(operand) in buffers}
     written = [0 if place in handed_on else size for place, size in enumerate(written)]
     if "AsyncCollectiveStart" not in root.attributes:
         read = [0 if place in buffers else size for place, size in enumerate(read)]
@@ -323,6 +322,7 @@ def _carried(
 
 
 def _callee(fusion: Instruction) -> str:
+    """The name of the computation that a fusion runs."""
     return re.search(r"calls=%?([\w.-]+)", fusion.attributes)[1]
 
 
@@ -331,34 +331,31 @@ def _called(computations, fusion: Instruction) -> list[Instruction]:
 
 
 def _parameters(body: list[Instruction]) -> list[str]:
-    """Names, in order."""
-    found = {
-        int(instruction.inside): instruction.name
-        for instruction in body
-        if instruction.opcode == "parameter"
-    }
+    """Names of a computation's parameters, in order."""
+    found = {}
+    for instruction in body:
+        if instruction.opcode == "parameter":
+            found[int(instruction.inside)] = instruction.name
     return [found[place] for place in range(len(found))]
 
 
 def _size(kind: str, memory: bool = False) -> int:
-    """Bytes of a type; memory: only of the arrays that are in main memory."""
+    """Bytes of a type. memory: count only the arrays in main memory."""
     return sum(_sizes(kind, memory))
 
 
 def _sizes(kind: str, memory: bool = False) -> list[int]:
-    """Likewise of each of its arrays."""
-    return [
-        0
-        if memory and "S(" in where
-        else BYTES.get(dtype, 0) * math.prod(int(n) for n in dims.split(",") if n)
-        for dtype, dims, where in ARRAY.findall(kind)
-    ]
+    """Bytes of each array of a type."""
+    sizes = []
+    for dtype, dims, layout in ARRAY.findall(kind):
+        elements = math.prod(int(n) for n in dims.split(",") if n)
+        on_chip = "S(" in layout  # a memory space other than the main memory
+        sizes.append(0 if memory and on_chip else BYTES.get(dtype, 0) * elements)
+    return sizes
 
 
 def _group(attributes: str) -> int:
-    """How many devices take part in a collective with each other; 1 where it names pairs
-    instead.
-    """
+    """Devices that take part in a collective together; 1 if it names pairs instead."""
     if lists := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
         return len(lists[1].split(","))
     if iota := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
@@ -368,4 +365,4 @@ def _group(attributes: str) -> int:
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh[2]))
     if "source_target_pairs" in attributes:
         return 1
-    raise ValueError(f"a collective between devices that cannot be read: {attributes[:200]}")
+    raise ValueError(f"the devices of this collective cannot be read: {attributes[:200]}")

@@ -1,14 +1,13 @@
-"""Sizes of well-known models, as the fields of their Hugging Face configs, and of data sets, to
-plan with.
-"""
+"""Sizes of well-known models and data sets, so that a run can be planned without a download."""
 
 import re
 
-ROWS = {
+# Training examples of known data sets, by hub name.
+EXAMPLES = {
     "Anthropic/hh-rlhf": 160_800,
     "CarperAI/openai_summarize_comparisons": 92_534,
     "CarperAI/openai_summarize_tldr": 116_722,
-}  # to train on
+}
 
 _LLAMA = dict(model_type="llama")
 _LLAMA3_ROPE = dict(
@@ -147,11 +146,10 @@ ALIASES = {  # fine-tuned models of these sizes under names of their own
 
 
 def find(name: str) -> dict | None:
-    """The config fields of a model by its name or hub name, as EleutherAI/pythia-2.8b; None where
-    it is not here.
+    """Return the Hugging Face config fields of a model by its name or hub name; None if unknown.
 
-    What says only how the weights were trained, as -deduped, -Instruct, -hf or -v0.1, is passed
-    over.
+    Suffixes that only say how the weights were trained (-deduped, -Instruct, -hf, -v0.1) are
+    ignored, so EleutherAI/pythia-2.8b-deduped is pythia-2.8b.
     """
     short = re.sub(
         r"(-(deduped|instruct|chat|base|hf|v\d+\.\d+))+$", "", name.lower().rpartition("/")[2]

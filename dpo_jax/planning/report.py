@@ -1,81 +1,175 @@
-"""Plans as tables for a person."""
+"""The report of a plan, and its tables for a person."""
+
+import dataclasses
 
 from dpo_jax.planning import roofline
 
 
-def table(report: dict) -> str:
-    """The report for a person."""
-    mesh, hbm = report["mesh"], report["hbm_gib_per_chip"]
-    room = report["capacity_gib"] - hbm
-    lines = [
-        f"{report['stage']} of {report['parameters'] / 1e9:.2f} billion parameters in {report['dtype']} on "
-        f"{report['topology']}, {report['chips']} chips: data {mesh['data']} x fsdp {mesh['fsdp']} x tensor "
-        f"{mesh['tensor']}",
-        f"{report['batch_size']} rows a step in {report['microbatches']} microbatches, each a prompt of "
-        f"{report['prompt_tokens']} tokens and responses of {report['response_tokens']} (assumed)",
-        "",
-        "memory of a chip, GiB" + ("" if report["compiled"] else " (estimated: not compiled)"),
-        *(f"  {kind:<24}{size:10.2f}" for kind, size in report["hbm_gib"].items()),
-        f"  {'together':<24}{hbm:10.2f}  of {report['capacity_gib']:.2f}: "
-        + (
-            f"fits, {room:.2f} to spare"
-            if report["fits"]
-            else f"does NOT fit, {-room:.2f} too much"
-        ),
-        "",
-        f"a step: {report['flops_per_step']:.3g} FLOPs, of which the model needs "
-        f"{report['needed_flops_per_step'] / report['flops_per_step']:.0%}",
-    ]
-    for kind, found in (report["collectives"] or {}).items():
-        lines.append(
-            f"  {kind:<24}{found['gib']:10.2f} GiB to a chip"
-            + (f", in {found['count']}" if found["count"] else "")
+@dataclasses.dataclass(frozen=True)
+class Advice:
+    """The flags that make a stage fit, or all that were tried where none do."""
+
+    fits: bool
+    flags: str
+    tries: list[dict]  # flags, fits, hbm_gib_per_chip of each attempt, in order
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a stage costs on a topology.
+
+    Times come from the roofline, so they are the least possible. A program that does not fit has
+    no times: its `seconds` and `collectives` are None.
+    """
+
+    stage: str
+    topology: str
+    chips: int
+    mesh: dict[str, int]
+    parameters: int
+    dtype: str
+    batch_size: int
+    microbatches: int
+    prompt_tokens: int
+    response_tokens: int
+    compiled: bool  # by the TPU compiler; otherwise estimated from the sizes
+    capacity_gib: float  # memory of a chip
+    hbm_gib: dict[str, float]  # memory that the step takes on a chip, by kind
+    flops_per_step: float  # that the program does, over all chips
+    needed_flops_per_step: float  # that the model needs, without recomputation or padding
+    collectives: dict[str, dict] | None  # kind -> count and GiB received by a chip
+    seconds: dict[str, float] | None  # part of roofline.PARTS -> least time of a step
+    steps: int = 0  # of the whole stage; 0 if neither the config nor the data tells
+    hours: float | None = None
+    advice: Advice | None = None
+
+    @property
+    def hbm_gib_per_chip(self) -> float:
+        return sum(self.hbm_gib.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.hbm_gib_per_chip <= self.capacity_gib
+
+    @property
+    def step_seconds(self) -> float | None:
+        """The least time of a step whose parts overlap perfectly."""
+        return max(self.seconds.values()) if self.seconds else None
+
+    @property
+    def step_seconds_without_overlap(self) -> float | None:
+        return sum(self.seconds.values()) if self.seconds else None
+
+    @property
+    def bottleneck(self) -> str | None:
+        """The part of roofline.PARTS that takes longest."""
+        return max(self.seconds, key=self.seconds.get) if self.seconds else None
+
+    @property
+    def chip_hours(self) -> float | None:
+        return None if self.hours is None else self.hours * self.chips
+
+    def to_dict(self) -> dict:
+        """Return the report as plain values, as `--json` prints it."""
+        derived = (
+            "hbm_gib_per_chip",
+            "fits",
+            "step_seconds",
+            "step_seconds_without_overlap",
+            "bottleneck",
+            "chip_hours",
         )
-    if advice := report.get("advice"):
-        lines += [
-            "",
-            "to make it fit, add:"
-            if advice["fits"]
-            else "even this does not make it fit, take more chips:",
-            f"  {advice['flags']}",
-            f"  ({advice['tries'][-1]['hbm_gib_per_chip']:.2f} GiB a chip)"
-            if advice["tries"]
-            else "  (nothing is left to try)",
-        ]
-    if not report["seconds"]:
-        return "\n".join(lines)
-    lines += ["", "least time, seconds a step"]
-    lines += [
-        f"  {roofline.PARTS[part]:<24}{value:10.4f}"
-        + ("  <- bottleneck" if part == report["bottleneck"] else "")
-        for part, value in report["seconds"].items()
-    ]
-    lines.append(
-        f"  {'together':<24}{report['step_seconds']:10.4f}  overlapped perfectly; "
-        f"{report['step_seconds_without_overlap']:.4f} not at all"
-    )
-    if report["steps"]:
-        lines.append(
-            f"{report['steps']} steps: {report['hours']:.2f} hours, {report['chip_hours']:.1f} chip-hours at "
-            "least; evaluations and checkpoints come besides"
-        )
-    else:
-        lines.append(
-            "hours: say how many rows there are, --rows=N, or how many steps, as the config does not"
-        )
+        values = dataclasses.asdict(self) | {name: getattr(self, name) for name in derived}
+        if self.advice is None:
+            del values["advice"]
+        return values
+
+
+def table(report: Report) -> str:
+    """Return the report as lines for a person."""
+    lines = [*_header(report), "", *_memory(report), "", *_work(report)]
+    if report.advice:
+        lines += ["", *_advice(report.advice)]
+    if report.seconds:
+        lines += ["", *_times(report)]
     return "\n".join(lines)
 
 
-def sweep_table(reports: list[dict]) -> str:
-    """Mesh shapes side by side, those that fit first, the fastest on top."""
-    lines = ["data fsdp tensor      GiB a chip  fits    s a step  bottleneck"]
-    for report in sorted(reports, key=lambda r: (not r["fits"], r["step_seconds"] or 0)):
-        mesh, fits = report["mesh"], "yes" if report["fits"] else "no"
-        time = (
-            f"{report['step_seconds']:>12.4f}  {report['bottleneck']}" if report["seconds"] else ""
-        )
+def _header(report: Report) -> list[str]:
+    mesh = " x ".join(f"{axis} {report.mesh[axis]}" for axis in ("data", "fsdp", "tensor"))
+    return [
+        f"{report.stage} of {report.parameters / 1e9:.2f} billion parameters in {report.dtype} "
+        f"on {report.topology}, {report.chips} chips: {mesh}",
+        f"{report.batch_size} examples a step in {report.microbatches} microbatches; assumed: "
+        f"prompts of {report.prompt_tokens} tokens, responses of {report.response_tokens}",
+    ]
+
+
+def _memory(report: Report) -> list[str]:
+    room = report.capacity_gib - report.hbm_gib_per_chip
+    verdict = f"fits, {room:.2f} to spare" if room >= 0 else f"does NOT fit, {-room:.2f} too much"
+    heading = "memory of a chip, GiB"
+    if not report.compiled:
+        heading += " (estimated, not compiled)"
+    lines = [heading]
+    for kind, size in report.hbm_gib.items():
+        lines.append(f"  {kind:<24}{size:10.2f}")
+    total = f"{report.hbm_gib_per_chip:10.2f}  of {report.capacity_gib:.2f}"
+    lines.append(f"  {'total':<24}{total}: {verdict}")
+    return lines
+
+
+def _work(report: Report) -> list[str]:
+    needed = report.needed_flops_per_step / report.flops_per_step
+    lines = [f"one step: {report.flops_per_step:.3g} FLOPs; the model needs {needed:.0%} of them"]
+    for kind, received in (report.collectives or {}).items():
+        line = f"  {kind:<24}{received['gib']:10.2f} GiB received by a chip"
+        if received["count"]:
+            line += f", in {received['count']}"
+        lines.append(line)
+    return lines
+
+
+def _advice(advice: Advice) -> list[str]:
+    if advice.fits:
+        heading = "to make it fit, add:"
+    else:
+        heading = "these flags are not enough; take more chips:"
+    if advice.tries:
+        needed = f"({advice.tries[-1]['hbm_gib_per_chip']:.2f} GiB a chip)"
+    else:
+        needed = "(nothing is left to try)"
+    return [heading, f"  {advice.flags}", f"  {needed}"]
+
+
+def _times(report: Report) -> list[str]:
+    lines = ["least time, seconds a step"]
+    for part, value in report.seconds.items():
+        mark = "  <- bottleneck" if part == report.bottleneck else ""
+        lines.append(f"  {roofline.PARTS[part]:<24}{value:10.4f}{mark}")
+    lines.append(
+        f"  {'total':<24}{report.step_seconds:10.4f}  with perfect overlap; "
+        f"{report.step_seconds_without_overlap:.4f} with none"
+    )
+    if report.steps:
         lines.append(
-            f"{mesh['data']:>4} {mesh['fsdp']:>4} {mesh['tensor']:>6}  {report['hbm_gib_per_chip']:>14.2f}  "
-            f"{fits:<4}{time}"
+            f"{report.steps} steps: at least {report.hours:.2f} hours, "
+            f"{report.chip_hours:.1f} chip-hours, without evaluations and checkpoints"
         )
+    else:
+        lines.append("hours: not known, as the config does not tell the steps; add --rows=N")
+    return lines
+
+
+def sweep_table(reports: list[Report]) -> str:
+    """Return mesh shapes side by side: those that fit first, the fastest on top."""
+    lines = ["data fsdp tensor      GiB a chip  fits    s a step  bottleneck"]
+    for report in sorted(reports, key=lambda r: (not r.fits, r.step_seconds or 0)):
+        mesh = report.mesh
+        shape = f"{mesh['data']:>4} {mesh['fsdp']:>4} {mesh['tensor']:>6}"
+        fits = "yes" if report.fits else "no"
+        line = f"{shape}  {report.hbm_gib_per_chip:>14.2f}  {fits:<4}"
+        if report.seconds:
+            line += f"{report.step_seconds:>12.4f}  {report.bottleneck}"
+        lines.append(line)
     return "\n".join(lines)

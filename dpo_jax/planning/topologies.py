@@ -1,6 +1,6 @@
-"""Accelerators that a run can be planned for: what a chip holds and does, and how chips are joined.
+"""Slices of TPUs and machines of GPUs that a run can be planned for.
 
-A topology is written v5p:4x4x4 (a slice's shape in chips), v5p-128 (as Google Cloud sells it: by
+A topology is written v5p:4x4x4 (a slice's shape in chips), v5p-128 (as Google Cloud names it: by
 cores on v4 and v5p, by chips on v5e and v6e), or h200:8 (one machine of GPUs).
 """
 
@@ -16,7 +16,8 @@ import jax
 
 from dpo_jax.parallel.hardware import CHIPS, Chip
 
-SHAPES = {  # chips -> the usual shape of a slice, by the dimensions of its network
+# Dimensions of the network -> chips -> the usual shape of a slice.
+SHAPES = {
     2: {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"},
     3: {
         4: "2x2x1",
@@ -31,11 +32,13 @@ SHAPES = {  # chips -> the usual shape of a slice, by the dimensions of its netw
         2048: "8x16x16",
     },
 }
-MACHINE = 8  # GPUs that a switch joins
+MACHINE = 8  # GPUs joined by a switch
 
 
 @dataclass(frozen=True)
 class Topology:
+    """Chips of one kind, and how they are joined."""
+
     kind: str  # a key of CHIPS
     shape: tuple[int, ...]
 
@@ -49,75 +52,81 @@ class Topology:
 
     @property
     def interconnect(self) -> float:
-        """Bytes a second that a chip can receive of a collective over all chips.
+        """Bytes per second that a chip can receive in a collective over all chips.
 
-        A dimension that is closed to a ring brings them from two sides; of an open one, a chip at
-        its end has one.
+        A dimension that closes to a ring delivers from two sides. An open one has chips at its
+        ends that receive from one side only.
         """
         if not self.chip.torus:
             return self.chip.link
         rings = [size % self.chip.wraps == 0 for size in self.shape]
-        if (
-            self.chip.torus == 3
-        ):  # made of cubes of 4x4x4, whose faces are joined; parts of one have no rings
+        if self.chip.torus == 3:
+            # The network joins the faces of 4x4x4 cubes, so a part of a cube has no ring at all.
             rings = [all(rings)] * 3
-        return self.chip.link * sum(
-            1 + ring for size, ring in zip(self.shape, rings, strict=True) if size > 1
-        )
+        sides = 0
+        for size, ring in zip(self.shape, rings, strict=True):
+            if size > 1:
+                sides += 2 if ring else 1
+        return self.chip.link * sides
 
     def __str__(self):
         return f"{self.kind}:{'x'.join(map(str, self.shape))}"
 
     def devices(self) -> list:
-        """The devices of a TPU slice to compile for, without one; needs libtpu, in the version of
-        this jax.
+        """Return the devices of a TPU slice to compile for; no TPU is needed, libtpu is.
 
-        Raises RuntimeError with what to install.
+        Raises RuntimeError with what to install, ValueError if the compiler knows no such slice.
         """
         check_libtpu()
-        # No metadata server is asked for a TPU, and none that another process may hold is locked.
-        for name, value in dict(
+        # Ask no metadata server for a TPU, and take no lock that another process may hold.
+        quiet = dict(
             TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", ALLOW_MULTIPLE_LIBTPU_LOAD="1"
-        ).items():
+        )
+        for name, value in quiet.items():
             os.environ.setdefault(name, value)
         from jax.experimental import topologies
 
-        options = dict(chip_config_name="megacore") if self.chip.cores == 2 else {}
+        options = {}
+        if self.chip.cores == 2:
+            options["chip_config_name"] = "megacore"
         if self.chips == 1:
             options["chips_per_host_bounds"] = (1, 1, 1)
         try:
-            return topologies.get_topology_desc(
-                platform="tpu", topology_name=str(self), **options
-            ).devices
+            found = topologies.get_topology_desc(platform="tpu", topology_name=str(self), **options)
         except jax.errors.JaxRuntimeError as error:
             raise ValueError(
                 f"--topology={self}: the TPU compiler knows no such slice ({error})."
             ) from error
+        return found.devices
 
 
 def parse(text: str) -> Topology:
-    """The topology of its name; ValueError with the forms that there are."""
+    """Return the topology of a name; ValueError lists the forms that exist."""
     found = re.fullmatch(r"(.+)([:-])([1-9]\d*(?:x[1-9]\d*)*)", text.strip().lower())
     kind, separator, size = found.groups() if found else ("", "", "")
-    kind = {"v5litepod": "v5e"}.get(kind, kind)
+    if kind == "v5litepod":  # Google Cloud's name
+        kind = "v5e"
     if kind not in CHIPS:
         raise ValueError(
-            f"--topology={text!r}: expected a chip and how many, as v5p:4x4x4, v5p-128 (as Google Cloud "
-            f"names it) or h200:8; chips: {', '.join(CHIPS)}."
+            f"--topology={text!r}: expected a kind of chip and how many, such as v5p:4x4x4, "
+            f"v5p-128 (Google Cloud's name) or h200:8. Chips: {', '.join(CHIPS)}."
         )
     chip = CHIPS[kind]
     if not chip.torus:
         if separator == "-" or "x" in size or int(size) > MACHINE:
             raise ValueError(
-                f"--topology={text!r}: GPUs are planned within one machine, as {kind}:{MACHINE} at most."
+                f"--topology={text!r}: GPUs are planned within one machine, at most "
+                f"{kind}:{MACHINE}."
             )
         return Topology(kind, (int(size),))
     if "x" not in size:
-        chips = int(size) // (chip.cores if separator == "-" else 1)
+        chips = int(size)
+        if separator == "-":
+            chips //= chip.cores
         if chips not in SHAPES[chip.torus]:
             raise ValueError(
-                f"--topology={text!r}: no usual slice of {chips} chips; give its shape, as "
-                f"{kind}:{SHAPES[chip.torus][64]}."
+                f"--topology={text!r}: there is no usual slice of {chips} chips. Give its shape, "
+                f"such as {kind}:{SHAPES[chip.torus][64]}."
             )
         size = SHAPES[chip.torus][chips]
     shape = tuple(map(int, size.split("x")))
@@ -127,21 +136,22 @@ def parse(text: str) -> Topology:
 
 
 def check_libtpu() -> None:
-    """RuntimeError where the TPU compiler is missing, or is another than this jax's."""
-    wanted = next(
-        (
-            found[1]
-            for line in importlib.metadata.requires("jax") or ()
-            if (found := re.match(r"libtpu\s*==\s*([\d.*]+)", line))
-        ),
-        None,
-    )
+    """Raise RuntimeError if the TPU compiler is missing or belongs to another jax."""
+    wanted = _libtpu_version()
     install = f'pip install --no-deps "libtpu=={wanted or "(of jax[tpu])"}"'
     if importlib.util.find_spec("libtpu") is None:
         raise RuntimeError(f"the TPU compiler is not installed. It needs no TPU: {install}")
     found = importlib.metadata.version("libtpu")
     if wanted and not fnmatch.fnmatch(found, wanted):
         raise RuntimeError(
-            f"libtpu {found} is not the one of jax {jax.__version__}, which cannot read what it "
+            f"libtpu {found} does not belong to jax {jax.__version__}, which cannot read what it "
             f"compiles: {install}"
         )
+
+
+def _libtpu_version() -> str | None:
+    """The version of libtpu that this jax asks for; None if it does not say."""
+    for requirement in importlib.metadata.requires("jax") or ():
+        if found := re.match(r"libtpu\s*==\s*([\d.*]+)", requirement):
+            return found[1]
+    return None

@@ -1,0 +1,116 @@
+"""A stage's train step from shapes alone: the program that a plan compiles or counts."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from dpo_jax.models import lora as lora_lib
+from dpo_jax.models import transformer
+from dpo_jax.models.lora import Lora
+from dpo_jax.models.transformer import TransformerConfig
+from dpo_jax.parallel import sharding
+from dpo_jax.training import optim
+from dpo_jax.training.objectives import OBJECTIVES, numbers
+from dpo_jax.training.step import TrainState, abstract_state, make_train_step, state_shardings
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A train step that is not compiled yet, and its arguments: shapes placed on a mesh."""
+
+    step: Callable
+    state: TrainState
+    reference: dict | None
+    hyper: dict
+    batch: object
+    base: dict | None  # the frozen weights under adapters
+    mesh: jax.sharding.Mesh
+
+    def trace(self):
+        """Trace the step over its arguments' shapes."""
+        with jax.set_mesh(self.mesh):
+            return self.step.trace(self.state, self.reference, self.hyper, self.batch, self.base)
+
+    def argument_bytes(self) -> dict[str, int]:
+        """Bytes that the arguments take on one device, by kind."""
+        kinds = dict(
+            params=[self.state.params, self.base],
+            optimizer=self.state.opt_state,
+            reference=self.reference,
+            batch=self.batch,
+        )
+        return {kind: sum(map(_bytes_on_device, jax.tree.leaves(x))) for kind, x in kinds.items()}
+
+
+def make_program(
+    config: ConfigDict,
+    stage: str,
+    model: TransformerConfig,
+    mesh: jax.sharding.Mesh,
+    batch,
+    objective: Callable | None = None,
+) -> Program:
+    """Return the step that the training loop would run on such a batch.
+
+    objective: one to plan instead of the stage's own.
+    """
+    block = config[stage]
+    lora = Lora(**config.model.lora) if config.model.lora.rank else None
+    weights = transformer.abstract(model)
+    trained = lora_lib.abstract(model, lora) if lora else weights
+    base = None
+    if lora:
+        base = jax.tree.map(_placed, weights, sharding.param_shardings(mesh, weights))
+
+    optimizer = optim.make(block.optimizer, block.weight_decay)
+    shardings = state_shardings(mesh, optimizer, trained)
+    state = _placed_state(abstract_state(optimizer, trained, {}), shardings, mesh)
+    reference = _reference(config, stage, state, base)
+
+    if objective is None:
+        objective = functools.partial(OBJECTIVES[stage], model, block.get("loss", ""))
+    step = make_train_step(objective, optimizer, block.schedule, shardings)
+
+    hyper = numbers(block, steps=1)
+    if lora:
+        hyper |= {"lora_scale": np.float32(1)}
+    whole = sharding.replicated(mesh)
+    split = NamedSharding(mesh, P(None, sharding.BATCH))  # microbatches first, then shards
+    hyper = jax.tree.map(lambda x: _placed(x, whole), hyper)
+    batch = jax.tree.map(lambda x: _placed(x, split), batch)
+    return Program(step, state, reference, hyper, batch, base, mesh)
+
+
+def _placed_state(state: TrainState, shardings: TrainState, mesh) -> TrainState:
+    return TrainState(
+        _placed(state.step, sharding.replicated(mesh)),
+        jax.tree.map(_placed, state.params, shardings.params),
+        jax.tree.map(_placed, state.opt_state, shardings.opt_state),
+        {},
+    )
+
+
+def _reference(config: ConfigDict, stage: str, state: TrainState, base: dict | None) -> dict | None:
+    """The live reference's weights; None if the stage has none or reads kept log-probs."""
+    block = config[stage]
+    if stage != "dpo" or block.reference == "none" or block.cache_reference:
+        return None
+    # Under adapters the initial policy is another copy of them; a model at a path comes whole.
+    if base is not None and block.reference != "init":
+        return base
+    return state.params
+
+
+def _placed(x, where: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=where)
+
+
+def _bytes_on_device(x: jax.ShapeDtypeStruct) -> int:
+    return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
