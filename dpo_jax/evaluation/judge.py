@@ -51,8 +51,7 @@ Answer in two lines, in this form:
 Comparison: <one sentence on how the two differ>
 Better: <A or B, the letter alone>
 """
-_SUMMARIES = (
-    """\
+_SUMMARIES = """\
 {prompt}
 
 Summary A:
@@ -62,33 +61,28 @@ Summary B:
 {b}
 
 """
-    + _FORM
-)
-_CONCISE = (
-    """\
-Below are a forum post and two summaries of it. Judge which summary is better. A summary should hold
-what matters most \ in the post, and it should hold nothing else: details that a reader could do
-without count against it. Between two \ that say as much, take the one that says it exactly and in
-few words.
+_SIMPLE = """\
+Below are a forum post and two summaries of it. Judge which summary tells more of what matters \
+most in the post.
 
 Forum post:
 """
-    + _SUMMARIES
-)
-TEMPLATES = {  # the paper's questions, in our words
-    "summary_simple": """\
-Below are a forum post and two summaries of it. Judge which summary tells more of what matters most in the post.
+_CONCISE = """\
+Below are a forum post and two summaries of it. Judge which summary is better. A summary should \
+hold what matters most in the post, and it should hold nothing else: details that a reader could \
+do without count against it. Between two that say as much, take the one that says it exactly and \
+in few words.
 
 Forum post:
 """
-    + _SUMMARIES,
-    "summary_concise": _CONCISE,
-    "news_concise": _CONCISE.replace("Forum post", "News article")
+_NEWS = (
+    _CONCISE.replace("Forum post", "News article")
     .replace("forum post", "news article")
-    .replace("in the post", "in the article"),
-    "dialogue": """\
-Below are a conversation with an assistant and two replies that the assistant could give next. Judge which reply is of \
-more help to the user.
+    .replace("in the post", "in the article")
+)
+_DIALOGUE = """\
+Below are a conversation with an assistant and two replies that the assistant could give next. \
+Judge which reply is of more help to the user.
 
 Conversation:
 {prompt}
@@ -100,7 +94,12 @@ Reply B:
 {b}
 
 """
-    + _FORM,
+# The paper's questions (appendix C.2), in our words.
+TEMPLATES = {
+    "summary_simple": _SIMPLE + _SUMMARIES + _FORM,
+    "summary_concise": _CONCISE + _SUMMARIES + _FORM,
+    "news_concise": _NEWS + _SUMMARIES + _FORM,
+    "dialogue": _DIALOGUE + _FORM,
 }
 
 
