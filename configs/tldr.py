@@ -8,8 +8,8 @@ comparisons, beta 0.5.
 
 After the colon a size, a method, or both with a comma. Sizes: gptj (the default, the paper's:
 GPT-J-6B, supervised by CarperAI), pythia1b, pythia2.8b (the stage sft comes first), and tiny, which
-trains on rows that tests/tiny_tldr.py makes. Methods: dpo (the default), preferred_ft, ppo (on a
-reward model) or best_of_n; in one WORKDIR they share the stages sft and rm. The third command
+trains on rows that experiments/tiny_tldr.py makes. Methods: dpo (the default), preferred_ft, ppo
+(on a reward model) or best_of_n; in one WORKDIR they share the stages sft and rm. The third command
 judges them all.
 
 Hardware: weights, gradients, optimiser state and reference of DPO are 97 GB over all devices for

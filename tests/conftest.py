@@ -1,103 +1,68 @@
-"""Eight fake CPU devices for every test, and the small things that several tests share."""
+"""Eight fake CPU devices, quick compiles and a shared compile cache for every test."""
 
 import os
-import pathlib
 import tempfile
 
-# Less work for the compiler, whose time is most of the tests'; commands that tests start inherit
-# it.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
-    " --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
+# Less work for the compiler, whose time is most of the tests'; commands that tests start
+# inherit it.
+QUICK_COMPILES = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_use_fusion_emitters=false"
 )
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_COMPILES}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # also where a TPU's or a GPU's library is installed
-if (
-    "PYTEST_XDIST_WORKER" not in os.environ
-):  # runs share what they compile, in a cache that goes when the tests end
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    # Workers and runs share what they compile, in a cache that goes when the tests end.
     CACHE = tempfile.TemporaryDirectory()
-    os.environ |= dict(
-        JAX_COMPILATION_CACHE_DIR=CACHE.name, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0"
-    )
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax  # noqa: E402
-import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
+# Before anything counts the devices: importing a module of the project may.
 jax.config.update("jax_num_cpu_devices", 8)
 
-from dpo_jax.models.transformer import (
-    TransformerConfig,
-    init,  # noqa: E402   devices are counted at import
-)
+from dpo_jax.models.transformer import init  # noqa: E402
+from tests.helpers.tiny import tiny_config  # noqa: E402
 
-ROOT = pathlib.Path(__file__).parent.parent
-SHARED = ROOT.parent / "shared" / "data"
-
-needs_shared = pytest.mark.skipif(
-    not SHARED.exists(), reason="needs the real data in ../shared/data"
-)
-
-
-def tiny_config(**fields) -> TransformerConfig:
-    """A two-layer rotary decoder with 40 tokens."""
-    return TransformerConfig(
-        **dict(
-            vocab=40,
-            width=16,
-            layers=2,
-            heads=4,
-            kv_heads=2,
-            head_width=4,
-            mlp_width=32,
-            max_positions=64,
-            rope_width=4,
-        )
-        | fields
-    )
-
-
+# Those that take longest come first, so that no worker is left alone with one at the end.
 LONGEST = (
-    "test_toy_run.py",
+    "test_toy.py",
     "test_baselines.py",
-    "test_fit.py",
+    "test_training.py",
     "test_resume.py",
     "test_step.py",
-    "test_reference.py",
+    "test_reference_cache.py",
 )
 
 
 def pytest_collection_modifyitems(items):
-    """The longest files first, so that no worker is left alone with one at the end."""
-    items.sort(
-        key=lambda item: (
-            LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST)
-        )
-    )
+    """Order the files: the longest first, then the others as they were found."""
+
+    def place(item):
+        name = item.path.name
+        return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session")
 def tiny():
-    """A tiny model: (config, weights large enough that its log-probs are far from uniform)."""
+    """A tiny model: (config, weights large enough that log-probs are far from uniform)."""
     config = tiny_config()
-    return config, jax.jit(lambda key: jax.tree.map(lambda x: x * 8, init(config, key)))(
-        jax.random.key(0)
-    )
 
+    @jax.jit
+    def make(key):
+        return jax.tree.map(lambda x: x * 8, init(config, key))
 
-def random_pairs(count, seed=0, vocab=40, longest=12) -> list:
-    """(prompt, (chosen, rejected)) of random lengths, 1 to `longest` tokens each."""
-    rng = np.random.default_rng(seed)
-
-    def tokens():
-        return rng.integers(0, vocab, rng.integers(1, longest + 1)).astype(np.int32)
-
-    return [(tokens(), (tokens(), tokens())) for _ in range(count)]
+    return config, make(jax.random.key(0))
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A tiny Llama in Hugging Face format."""
-    from tiny_runs import write_model
+    from tests.helpers.tiny_runs import write_model
 
     return write_model(tmp_path_factory.mktemp("model") / "tiny")
 
@@ -105,6 +70,6 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
     """A file of sixty pairs."""
-    from tiny_runs import write_pairs
+    from tests.helpers.tiny_runs import write_pairs
 
     return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.jsonl")

@@ -1,0 +1,223 @@
+"""The benchmark: what it gives both sides, what it checks and what it reports; slow: a real run of
+it.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from experiments.benchmark import growth, report, side_by_side, work
+from experiments.benchmark.worker import Worker, peak_resident_bytes
+from tests.helpers.paths import ROOT
+
+
+@pytest.mark.parametrize(
+    "shape, prompt, response",
+    [
+        ("tldr", (380, 100, 512), (50, 10, 100)),
+        ("imdb", (6, 4, 8), (60, 60, 60)),
+        ("hh", (112, 12, 384), (43, 2, 128)),
+    ],
+)
+def test_rows_have_the_lengths_that_are_stated(shape, prompt, response):
+    for lengths, (mean, least, most) in zip(
+        work.lengths(shape, 4000), (prompt, response), strict=True
+    ):
+        assert abs(lengths.mean() - mean) < 0.05 * mean
+        assert least <= lengths.min() and lengths.max() <= most
+    np.testing.assert_array_equal(work.lengths(shape, 40)[1], work.lengths(shape, 40)[1])
+
+
+def test_both_sides_read_as_many_tokens_as_the_lengths_say():
+    words = work._tokenizer(300)
+    prompt_P, response_P2 = np.array([5, 1]), np.array([[3, 9], [2, 4]])
+    for line, prompt, responses in zip(
+        work._rows(np.random.default_rng(0), prompt_P, response_P2, 300),
+        prompt_P,
+        response_P2,
+        strict=True,
+    ):
+        row = json.loads(line)
+        assert len(words(row["prompt"]).input_ids) == prompt
+        for side, count in zip(("chosen", "rejected"), responses, strict=True):
+            ids = words(
+                row["prompt"] + row[side] + work.END
+            ).input_ids  # END as the peer adds it: glued to the end
+            assert len(ids) == prompt + count and ids[-1] == 0 and 0 not in ids[:-1]
+
+
+def test_losses_that_agree_pass_and_others_name_both_sides():
+    moved = [report.START, 0.71, 0.68]
+    assert "1.0e-04 apart" in report.check_losses(
+        dict(ours=moved, trl=[report.START, 0.71, 0.6801]), "float32"
+    )
+    for other in ([report.START, 0.71, 0.69], [report.START, 0.71, math.nan]):
+        with pytest.raises(
+            ValueError, match="do not do the same work: losses of ours: .*; of trl: "
+        ):
+            report.check_losses(dict(ours=moved, trl=other), "float32")
+    with pytest.raises(ValueError, match="stay at log 2"):
+        report.check_losses(dict(ours=[report.START] * 3, trl=[report.START] * 3), "float32")
+
+
+def test_the_report_is_medians_over_rounds_and_ratios_within_them():
+    found = report.summary(
+        dict(ours=[2.0, 4.0, 1.0], trl=[8.0, 40.0, 6.0]),
+        pairs=16,
+        tokens=[400, 800, 100],
+        flops=[10, 20, 30],
+        ceiling=100.0,
+        peak_bytes=dict(ours=1 << 30, trl=4 << 30),
+    )
+    assert found["ours"]["pairs_per_second"] == 8 and found["trl"]["pairs_per_second"] == 2
+    assert found["ours"]["tokens_per_second"] == 200  # of 200, 200 and 100
+    assert found["ours"]["ceiling_share"] == 0.05 and found["ours"]["spread"]["ceiling_share"] == [
+        0.05,
+        0.3,
+    ]
+    assert (
+        found["ratio"] == 6 and found["ratio_spread"] == [4, 10] and found["memory_ratio"] == 0.25
+    )
+    assert found["ours"].keys() >= {
+        "pairs_per_second",
+        "tokens_per_second",
+        "peak_bytes",
+        "ceiling_share",
+    }
+    table = report.table(found, ["ours", "trl"])
+    assert (
+        "8 (4 to 16)" in table
+        and "6.00 (4.00 to 10.00) times the pairs of trl with 0.25 of its memory" in table
+    )
+
+
+def test_a_worker_that_ends_is_reported_with_what_it_printed(tmp_path):
+    worker = Worker("nobody", sys.executable, tmp_path)
+    with pytest.raises(
+        RuntimeError, match="'nobody' ended with code 1, asked for 'about':\n.*nobody"
+    ):
+        worker.ask("about")
+
+
+def test_peak_memory_is_what_was_held_once():
+    before = peak_resident_bytes()
+    held = np.ones(max(before, 100 << 20) // 8)
+    assert peak_resident_bytes() > before + held.nbytes // 4
+    del held
+    assert peak_resident_bytes() > before
+
+
+def test_growth_is_measured_point_by_point_and_drawn(tmp_path):
+    assert {pairs * length for line, pairs, length in growth.points() if line == "length"} == {4096}
+    row = growth.measure(work.MODELS["smoke"], 2, 64, "float32")
+    assert row["tokens"] == 2 * (48 + 2 * 16) and row["least"] <= row["seconds"] <= row["most"]
+    rows = [
+        dict(row, line=line, pairs=pairs, length=length) for line, pairs, length in growth.points()
+    ]
+    assert [line.split()[:3] for line in growth.table(rows).splitlines()[1:]] == [
+        [line, str(pairs), str(length)] for line, pairs, length in growth.points()
+    ]
+    growth.draw(tmp_path / "growth.png", rows, "a step")
+    assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_policies_side_by_side_end_where_they_do_in_turn():
+    found = side_by_side.measure(work.MODELS["smoke"], "imdb", rounds=1, steps=2)
+    assert found["largest_difference"] < 1e-4 and len(found["ratio"]) == 1
+    assert found["temporary_bytes"]["side_by_side"] > found["temporary_bytes"]["in_turn"]
+    assert side_by_side.table(found).splitlines()[0].startswith("4 policies")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--cached", "--model=llama-tiny"],
+        ["--model=gpt2-tiny"],
+        ["--model=llama-tiny", "--dtype=bfloat16"],
+    ],
+)
+def test_tunix_is_asked_for_nothing_it_has_not(flags):
+    shown = subprocess.run(
+        [sys.executable, "-m", "experiments.benchmark", "--peer=tunix", *flags],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+    )
+    assert (
+        shown.returncode
+        and "without --cached; it computes in its weights' own dtype" in shown.stdout + shown.stderr
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    "TUNIX_PYTHON" not in os.environ,
+    reason="needs a Python with Tunix, whose path is in TUNIX_PYTHON",
+)
+def test_tunix_and_we_agree(tmp_path):
+    file = tmp_path / "report.json"
+    shown = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "experiments.benchmark",
+            "--peer=tunix",
+            "--model=smoke-llama",
+            f"--peer_python={os.environ['TUNIX_PYTHON']}",
+            "--shape=hh",
+            "--pairs=3",
+            "--rounds=1",
+            "--steps=2",
+            f"--json={file}",
+        ],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert json.loads(file.read_text())["ratio"] > 0 and "of tunix: 0.69315" in shown.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cached", [False, True])
+def test_both_sides_run_and_agree(tmp_path, cached):
+    pytest.importorskip("trl", reason="the peer is TRL")
+    file = tmp_path / "report.json"
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.benchmark",
+        "--model=smoke",
+        "--shape=hh",
+        "--pairs=3",
+        "--rounds=1",
+        "--steps=2",
+        f"--cached={cached}",
+        f"--json={file}",
+        "--stages",
+    ]
+    shown = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+    assert shown.returncode == 0, shown.stderr
+    found = json.loads(file.read_text())
+    assert all(
+        found[side][name] > 0
+        for side in ("ours", "trl")
+        for name in ("pairs_per_second", "tokens_per_second", "peak_bytes", "ceiling_share")
+    )
+    assert found["ratio"] == pytest.approx(
+        found["ours"]["pairs_per_second"] / found["trl"]["pairs_per_second"]
+    )
+    assert ("reference" in found["stages"]) is not cached
+    assert "tolerance" in found["losses"] and "times the pairs of trl" in shown.stdout
+    again = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+    assert (
+        again.returncode
+        and "exists" in again.stderr + again.stdout
+        and json.loads(file.read_text()) == found
+    )

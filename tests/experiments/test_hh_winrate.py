@@ -1,0 +1,190 @@
+"""The dialogue experiment on real dialogues: stories260k answers, and is judged; in the slow test
+it is trained.
+"""
+
+import functools
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dpo_jax.data.sources import Row
+from dpo_jax.evaluation.judge import Judge
+from dpo_jax.models import hf
+from dpo_jax.parallel import sharding
+from dpo_jax.pipeline.run import Run
+from dpo_jax.training.checkpoint import Checkpoints
+from dpo_jax.training.step import TrainState
+from dpo_jax.workdir import read_lines
+from experiments import commands, hh_winrate, winrate
+from experiments.winrate import Options
+from tests.helpers.judge_server import JudgeServer, prefers
+from tests.helpers.paths import ROOT, SHARED, needs_shared
+from tests.helpers.tiny_runs import environment, plant
+
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+JUDGE = Judge(model="loopback", template="dialogue")
+STAGE = dict(
+    batch_size=4, microbatch_size=0, steps=2, eval_every=2, save_every=1, lr=1e-2, warmup_steps=0
+)
+FIELDS = {
+    "model.path": SHARED / "stories260k",
+    "model.remat": "none",
+    "data.path": SHARED / "hh-rlhf",
+    "data.max_length": 96,
+    "data.max_prompt_length": 64,
+    "data.max_rows": 100,
+    "data.max_eval_rows": 4,
+    "data.eval_fraction": 0.3,
+    "sampling.max_new_tokens": 8,
+    "sampling.batch_size": 4,
+} | {f"{stage}.{name}": value for stage in ("sft", "rm", "dpo") for name, value in STAGE.items()}
+ARGUMENTS = [f"--config.{name}={value}" for name, value in FIELDS.items()]
+
+
+def check(workdir, rows, judged):
+    """What holds of any run of the methods below."""
+    assert [(row["method"], row["step"]) for row in rows] == [
+        ("dpo", None),
+        ("preferred_ft", None),
+        ("base", None),
+        ("dpo", 0),
+        ("dpo", 1),
+        ("dpo", 2),
+    ]
+    folders = (workdir / "winrate" / "hh" / "samples").iterdir()
+    samples = {folder.name: read_lines(folder / "completions.jsonl") for folder in folders}
+    assert samples.keys() >= {
+        "dpo-1-1",
+        "preferred_ft-1-1",
+        "base-1-1",
+        "dpo_at_1-1-1",
+        "dpo_at_2-1-1",
+    }
+    for name, found in samples.items():
+        assert [row["prompt"].count(HUMAN) for row in found] == [
+            3 if name.startswith("base") else 1
+        ] * 4
+        assert all(row["prompt"].endswith(ASSISTANT) for row in found)
+    assert (
+        samples["dpo_at_2-1-1"] == samples["dpo-1-1"] != samples["dpo_at_1-1-1"]
+    )  # the last checkpoint is the export
+    assert samples["dpo-1-1"] != samples["preferred_ft-1-1"]
+    assert (judged / "winrate.png").read_bytes().startswith(b"\x89PNG")
+    assert "| step | win rate |\n|---|---|\n| 0 | " in (judged / "winrate.md").read_text()
+
+
+@needs_shared
+def test_policies_and_checkpoints_are_judged(tmp_path, monkeypatch):
+    """A policy that is there, with checkpoints on its way, answers real dialogues."""
+    monkeypatch.setattr(
+        sharding, "make_mesh", functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
+    )
+    make_config = commands.config_maker("configs/hh.py", ARGUMENTS)
+    run = Run(make_config("dpo"), tmp_path, sharding.make_mesh())
+    plant(run, "sft", SHARED / "stories260k")
+    start = run.initial("sft")
+    params = [
+        jax.tree.map(lambda x, scale=scale: x * scale, start.load(run.mesh)) for scale in (0.9, 0.7)
+    ]
+    hf.save(tmp_path / "policy", start.config, start.hf_config, params[1], start.tokenizer)
+    plant(run, "dpo", tmp_path / "policy")
+    with Checkpoints(tmp_path / "dpo" / "checkpoints", keep=9) as saved:
+        for step, weights in enumerate(params, 1):
+            saved.save(step, TrainState(jnp.int32(step), weights, dict(nu=jnp.zeros(3))))
+    assert list(winrate.at_checkpoints(run, "dpo")) == [1, 2]
+    began = tmp_path / "dpo" / "config.json"
+    text = began.read_text()
+    began.write_text(text.replace('"save_every": 1', '"save_every": 2'))
+    assert list(winrate.at_checkpoints(run, "dpo")) == [
+        2
+    ]  # the other is of a run that was interrupted
+    began.write_text(text)
+    options = Options(("dpo", "preferred_ft", "base", "training"), (1.0,), JUDGE, prompts=4)
+    with JudgeServer(prefers(len)) as server, server.environment():
+        rows = hh_winrate.run(make_config, str(tmp_path), options)
+    check(tmp_path, rows, tmp_path / "winrate" / "hh" / "loopback-dialogue")
+    for prompt in server.prompts:
+        assert (
+            prompt.split("Conversation:\n")[1].count("Human:") == 1 and "\n\nReply A:\n" in prompt
+        )
+
+
+@needs_shared
+@pytest.mark.slow
+def test_the_whole_of_it_from_the_command(tmp_path):
+    """SFT, DPO and a reward model are trained on real dialogues, judged by a chat model and by the
+    reward model.
+    """
+    for flags in (["--judge_model=loopback"], ["--judge=reward"]):
+        with JudgeServer(prefers(len)) as server, server.environment():
+            done = subprocess.run(
+                [
+                    sys.executable,
+                    "-m",
+                    "experiments.hh_winrate",
+                    f"--workdir={tmp_path}",
+                    "--prompts=4",
+                    *ARGUMENTS,
+                    "--temperatures=0,1",
+                    "--best_of=1,4",
+                    *flags,
+                ],
+                cwd=ROOT,
+                env=environment(),
+                text=True,
+                capture_output=True,
+            )
+        assert done.returncode == 0, done.stderr
+        assert "| best of 4 | " in done.stdout and "| step | win rate |" in done.stdout
+        assert bool(server.prompts) == (flags[0] != "--judge=reward")
+
+
+def test_an_answer_is_one_turn():
+    assert hh_winrate.answer(" Yes. \n\nHuman: And?\n\nAssistant: No.") == "Yes."
+    assert hh_winrate.answer(" Yes.\n\nTwice.") == "Yes.\n\nTwice."
+
+
+def test_one_turn_is_of_prompt_and_response(monkeypatch):
+    prompt = f"{HUMAN} Hello?{ASSISTANT}"
+    one, more, long = (
+        Row(prompt, (response,), "")
+        for response in (" Hi.", f" Hi.{HUMAN} And?{ASSISTANT} Bye.", " Hi." * 100)
+    )
+    assert hh_winrate._one_turn(one) and not hh_winrate._one_turn(more)
+    monkeypatch.setattr(hh_winrate.sources, "read", lambda *_: dict(train=[one, one, more, long]))
+    with pytest.raises(
+        ValueError, match="shown 2 training dialogues of one turn and up to 400 .* the data has 1: "
+    ):
+        hh_winrate.shots(None)
+
+
+def test_prompts_are_drawn_by_their_text_once_each():
+    rows = [Row(f"{number % 7}", (f"{number}",), "") for number in range(20)]
+    found = winrate.held_out(rows, 5)
+    assert len({row.prompt for row in found}) == 5
+    assert found[:3] == winrate.held_out(rows, 3)
+    with pytest.raises(
+        ValueError, match="--prompts=8, but the data has 7 held-out prompts that will do"
+    ):
+        winrate.held_out(rows, 8)
+
+
+def test_the_dry_run_needs_neither_data_nor_model(tmp_path, capsys):
+    make_config = commands.config_maker("configs/hh.py", [])
+    options = Options(
+        hh_winrate.METHODS,
+        hh_winrate.TEMPERATURES,
+        Judge(model="JUDGE", template="dialogue"),
+        dry_run=True,
+    )
+    hh_winrate.run(make_config, str(tmp_path), options)
+    lines = capsys.readouterr().out.splitlines()
+    # 3 methods and 4 N at 3 temperatures; the start of training is preferred_ft's at temperature 1
+    assert lines[-1].endswith(
+        f"{(3 + 4) * 3 * 256:,} questions, up to 3 calls each; 0 calls are kept"
+    )
+    assert lines[-2].startswith("over training: not counted")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,80 @@
+"""The plans of the pods: what they are compared with is DPO, and their tables say what the reports
+say.
+"""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from dpo_jax.data.batches import Batches, training_order
+from dpo_jax.training.objectives import OBJECTIVES
+from experiments import pods
+from tests.helpers.tiny import random_pairs
+
+HYPER = dict(beta=0.3, label_smoothing=0.0)
+
+
+def test_the_plain_implementation_is_dpo(tiny):
+    """Padded rows with all logits give the flat batch's loss and gradient: the plans differ in how,
+    not in what.
+    """
+    config, params = tiny
+    params = jax.tree.map(lambda x: x / 2, params)
+    reference = jax.tree.map(lambda x: x * 1.05, params)
+    pairs = random_pairs(4, longest=8)
+    plain, batch = pods.padded_rows(config, None, pairs=4, microbatches=1, length=24)
+    for row, (prompt, response) in enumerate(
+        (prompt, response) for prompt, both in pairs for response in both
+    ):
+        text = np.concatenate([prompt, response])
+        batch["tokens"][0, row, : len(text)] = text
+        batch["scored"][0, row, len(prompt) : len(text)] = 1
+    ours = functools.partial(OBJECTIVES["dpo"], config, "sigmoid")
+    flat = Batches(pairs, training_order(4, 4, 1, None))[0]
+    found = [
+        jax.jit(
+            jax.value_and_grad(
+                lambda params, objective=objective, part=part: objective(
+                    params, reference, HYPER, jax.tree.map(lambda x: x[0], part)
+                )[0][0]
+            )
+        )(params)
+        for objective, part in ((plain, batch), (ours, flat))
+    ]
+    assert float(found[0][0]) == pytest.approx(float(found[1][0]), rel=1e-5)
+    largest = max(float(abs(g).max()) for g in jax.tree.leaves(found[1][1]))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * largest), found[0][1], found[1][1]
+    )
+
+
+def test_tables_say_what_fits_and_what_does_not():
+    sent = {"all-gather": dict(count=3, gib=1.25)}
+    fits = dict(
+        name="small",
+        topology="v5e:2x2",
+        mesh=dict(data=1, fsdp=2, tensor=2),
+        hbm_gib_per_chip=4.04,
+        capacity_gib=15.75,
+        fits=True,
+        step_seconds=0.5,
+        step_seconds_without_overlap=0.9,
+        chip_hours=1.26,
+        seconds=dict(compute=0.5, memory=0.3, interconnect=0.1),
+        bottleneck="compute",
+        collectives=sent,
+    )
+    not_so = fits | dict(name="large", fits=False, seconds=None, collectives=None)
+    takes, limits = (
+        table.splitlines()[2:] for table in pods.markdown([fits, not_so]).split("\n\n")
+    )
+    assert takes == [
+        "| small | v5e:2x2 | fsdp 2 x tensor 2 | 4.0 of 15.8 | 0.5 | 0.9 | products | 1.3 |",
+        "| large | v5e:2x2 | fsdp 2 x tensor 2 | 4.0 of 15.8: no | - | - | - | - |",
+    ]
+    assert limits == [
+        "| small | 0.5 | 0.3 | 0.1 | 1.2 | 0.0 | 0.0 | 0.0 |",
+        "| large | - | - | - | 0.0 | 0.0 | 0.0 | 0.0 |",
+    ]

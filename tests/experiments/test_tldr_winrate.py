@@ -1,0 +1,486 @@
+"""The TL;DR experiment on a tiny model and made-up posts, with a judge on the loopback: all of it,
+and a kill.
+"""
+
+import functools
+import json
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from absl import app, flags
+
+from dpo_jax import config as configs
+from dpo_jax import config_checks
+from dpo_jax.evaluation.judge import BudgetExhausted, Judge
+from dpo_jax.models import hf
+from dpo_jax.parallel import sharding
+from dpo_jax.pipeline.run import Run
+from dpo_jax.rewards import make
+from dpo_jax.workdir import StageChanged, read_lines
+from experiments import commands, tiny_tldr, tldr_winrate, winrate, winrate_report
+from experiments.winrate import Options
+from tests.helpers.judge_server import JudgeServer, answer, prefers, texts
+from tests.helpers.paths import ROOT
+from tests.helpers.tiny_runs import environment, plant
+
+JUDGE = Judge(model="loopback", template="summary_concise")
+SMALL = Options(("dpo", "sft", "base", "best_of_n"), (0.0, 1.0), JUDGE, counts=(1, 3), prompts=8)
+MAKE_MESH = sharding.make_mesh
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            sharding, "make_mesh", functools.partial(MAKE_MESH, devices=jax.devices()[:1])
+        )
+        yield
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory):
+    """What makes configs/tldr.py:tiny read the rows in a folder of the test's."""
+    folder = tiny_tldr.write(tmp_path_factory.mktemp("tldr") / "rows")
+    return [
+        f"--config.{field}={folder / name}"
+        for field, name in (
+            ("data.path", "comparisons"),
+            ("data.sft_path", "posts"),
+            ("model.tokenizer", "tokenizer"),
+        )
+    ]
+
+
+@pytest.fixture(scope="module")
+def make_config(arguments):
+    return commands.config_maker("configs/tldr.py:tiny", arguments)
+
+
+@pytest.fixture(scope="module")
+def finished(make_config, tmp_path_factory):
+    """A run to the end, from supervised and reward models that are there: workdir, rows, what the
+    judge was asked.
+    """
+    workdir = tmp_path_factory.mktemp("run")
+    ranker = Run(winrate.config_of(make_config, "rm"), workdir, sharding.make_mesh())
+    plant(ranker, "sft")
+    plant(ranker, "rm", head="score")
+    with JudgeServer(prefers(len)) as server, server.environment():
+        rows = tldr_winrate.run(make_config, str(workdir), SMALL)
+    return workdir, rows, server.prompts
+
+
+def results(workdir):
+    return workdir / "winrate" / "tldr" / "loopback-summary_concise"
+
+
+def test_every_win_rate_is_what_the_judge_said(finished):
+    """The judge takes the longer summary, so each verdict can be told from the texts."""
+    workdir, rows, _ = finished
+    assert [(winrate_report.label(row), row["temperature"]) for row in rows] == [
+        ("dpo", 0),
+        ("dpo", 1),
+        ("sft", 0),
+        ("sft", 1),
+        ("base", 0),
+        ("base", 1),
+        ("best of 1", 0),
+        ("best of 3", 0),
+        ("best of 1", 1),
+        ("best of 3", 1),
+    ]
+    references = {row["prompt"]: row["label"].strip() for row in tiny_tldr.posts(30, 2)}
+    for row, folder in zip(
+        rows,
+        [
+            "dpo-0-1",
+            "dpo-1-1",
+            "sft-0-1",
+            "sft-1-1",
+            "base-0-1",
+            "base-1-1",
+            "sft-0-1",
+            "sft-0-1",
+            "sft-1-3",
+            "sft-1-3",
+        ],
+        strict=True,
+    ):
+        sampled = read_lines(
+            workdir / "winrate" / "tldr" / "samples" / folder / "completions.jsonl"
+        )
+        assert len(sampled) == 8
+        for verdict, found in zip(row["verdicts"], sampled, strict=True):
+            best = sorted(found["completions"][: row["best_of"]], key=lambda one: one["reward"])[
+                -1
+            ]["text"].strip()
+            reference = next(
+                label for prompt, label in references.items() if prompt.endswith(found["prompt"])
+            )
+            gap = len(best) - len(reference) if best != reference else 0
+            assert gap == 0 or verdict == ("win" if gap > 0 else "loss")
+        assert (
+            row["rate"] == (row["wins"] + row["ties"] / 2) / 8
+            and row["low"] <= row["rate"] <= row["high"]
+        )
+    assert rows[3]["verdicts"] == rows[8]["verdicts"]  # the best of 1 is the model's own answer
+
+
+def test_a_judge_sees_the_whole_post_and_no_cue(finished):
+    _, _, asked = finished
+    whole = {row["prompt"].removesuffix("TL;DR:").strip() for row in tiny_tldr.posts(30, 2)}
+    for prompt in asked:
+        post = prompt.split("Forum post:\n")[1].split("\n\nSummary A:")[0]
+        assert post in whole
+        assert not any(text.startswith("TL;DR") for text in texts(prompt))
+
+
+def test_the_best_is_the_reward_models(finished):
+    """What is kept beside each of several completions is the reward model's score of its very
+    tokens.
+    """
+    workdir, _, _ = finished
+    samples = workdir / "winrate" / "tldr" / "samples"
+    rows = read_lines(samples / "sft-1-3" / "completions.jsonl")
+    pairs = [
+        (np.array(row["tokens"]), np.array(one["tokens"]))
+        for row in rows
+        for one in row["completions"]
+    ]
+    found = [one["reward"] for row in rows for one in row["completions"]]
+    score = make.make_reward("rm", str(workdir / "rm" / "hf"), 8, sharding.make_mesh())
+    np.testing.assert_allclose(found, score(None, None, pairs), atol=1e-5)
+    assert len(set(found)) == 24
+    assert all(
+        one["reward"] == 0
+        for row in read_lines(samples / "dpo-1-1" / "completions.jsonl")
+        for one in row["completions"]
+    )
+
+
+def test_table_figure_and_json(finished):
+    workdir, rows, _ = finished
+    folder = results(workdir)
+    assert (folder / "winrate.png").read_bytes().startswith(b"\x89PNG")
+    written = json.loads((folder / "winrate.json").read_text())
+    assert (written["task"], written["prompts"], written["judged"]["judge"]) == (
+        "tldr",
+        8,
+        "loopback",
+    )
+    assert (
+        written["complete"]
+        and written["judged"]["template_sha256"]
+        and written["judged"]["asked_from"]
+    )
+    assert [row["rate"] for row in written["rows"]] == [row["rate"] for row in rows]
+    pair = next(
+        row for row in written["paired"] if (row["second"], row["temperature"]) == ("sft", 1.0)
+    )
+    assert pair["difference"] == pytest.approx(rows[1]["rate"] - rows[3]["rate"]) and pair["n"] == 8
+    table = (folder / "winrate.md").read_text()
+    assert (
+        "| win rate | T=0 | T=1 |" in table
+        and f"| dpo | {winrate_report.cell(rows[0])} | " in table
+    )
+    assert (
+        f"| dpo - sft | 1 | {pair['difference']:.3f} [{pair['low']:.3f}, {pair['high']:.3f}] | "
+        in table
+    )
+    assert "| answers | T | words | rouge1 | rouge2 | rougeL | unparsable |" in table
+
+
+def test_a_finished_experiment_replays_without_a_judge(finished, make_config, monkeypatch):
+    workdir, rows, _ = finished
+    for name in ("OPENAI_BASE_URL", "OPENAI_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(hf, "save", None)  # nothing is trained
+    monkeypatch.setattr(make, "make_reward", None)  # or scored
+    assert (
+        tldr_winrate.run(make_config, str(workdir), SMALL)[-1]["verdicts"] == rows[-1]["verdicts"]
+    )
+
+
+def test_both_orders_ask_only_what_one_has_not(finished, make_config):
+    """Each question of the other order is new; a table of their own stands beside the first."""
+    workdir, _, asked = finished
+    both = Judge(model="loopback", template="summary_concise", orders=2)
+    with JudgeServer(prefers(len)) as server, server.environment():
+        tldr_winrate.run(make_config, str(workdir), Options(("sft",), (0.0,), both, prompts=8))
+    assert 0 < len(server.prompts) <= 8 and not set(server.prompts) & set(asked)
+    folder = results(workdir).with_name("loopback-summary_concise-both_orders")
+    assert (folder / "winrate.json").exists() and not (folder / "judgements.jsonl").exists()
+
+
+def test_completions_of_other_weights_are_refused(finished, arguments):
+    """As after a stage's folder was removed, and trained again otherwise."""
+    workdir, _, _ = finished
+    other = commands.config_maker("configs/tldr.py:tiny", [*arguments, "--config.dpo.beta=0.1"])
+    runs = {"dpo": Run(other("dpo"), workdir, sharding.make_mesh())}
+    point = tldr_winrate.points(runs, SMALL)[0]
+    settings = workdir / "winrate" / "tldr" / "samples" / point.folder / "settings.json"
+    with pytest.raises(StageChanged, match="dpo.beta: 0.5 there, 0.1 now"):
+        winrate._claim(settings, json.loads(settings.read_text()) | point.policy.made_by)
+
+
+def test_a_budget_ends_the_experiment_and_another_takes_it_up(finished, make_config, tmp_path):
+    """What was judged within the first is drawn; nothing is judged twice."""
+    workdir, rows, asked = finished
+    for name in ("sft", "rm", "dpo"):
+        (tmp_path / name).symlink_to(workdir / name)
+    (tmp_path / "winrate" / "tldr").mkdir(parents=True)
+    (tmp_path / "winrate" / "tldr" / "samples").symlink_to(workdir / "winrate" / "tldr" / "samples")
+    with JudgeServer(prefers(len)) as server, server.environment():
+        capped = Options(
+            **vars(SMALL)
+            | dict(judge=Judge(model="loopback", template="summary_concise", max_calls=20))
+        )
+        with pytest.raises(BudgetExhausted, match="max_calls=20 is reached"):
+            tldr_winrate.run(make_config, str(tmp_path), capped)
+        first = json.loads((results(tmp_path) / "winrate.json").read_text())
+        assert (
+            0 < len(first["rows"]) < len(rows)
+            and len(server.prompts) == 20
+            and not first["complete"]
+        )
+        assert [row["verdicts"] for row in tldr_winrate.run(make_config, str(tmp_path), SMALL)] == [
+            row["verdicts"] for row in rows
+        ]
+    assert sorted(server.prompts) == sorted(asked) and len(set(asked)) == len(asked)
+
+
+@pytest.mark.slow
+def test_killed_while_judging(finished, arguments, make_config, tmp_path):
+    """By the command, with -9: the command goes on to the same verdicts, and no answer that was
+    kept is asked again.
+    """
+    workdir, rows, asked = finished
+
+    def slow(prompt, times):
+        time.sleep(0.05)
+        return prefers(len)(prompt, times)
+
+    path = results(tmp_path) / "judgements.jsonl"
+    for name in ("sft", "rm", "dpo"):
+        (tmp_path / name).symlink_to(workdir / name)
+    (tmp_path / "winrate" / "tldr").mkdir(parents=True)
+    (tmp_path / "winrate" / "tldr" / "samples").symlink_to(workdir / "winrate" / "tldr" / "samples")
+    with JudgeServer(slow) as server, server.environment():
+        process = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "experiments.tldr_winrate",
+                "--config=configs/tldr.py:tiny",
+                *arguments,
+                f"--workdir={tmp_path}",
+                "--judge_model=loopback",
+                "--temperatures=0,1",
+                "--best_of=1,3",
+                "--prompts=8",
+                *(f"--method={name}" for name in SMALL.methods),
+                "--concurrency=2",
+            ],
+            cwd=ROOT,
+            env=environment(),
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        while not path.exists() or len(path.read_text().splitlines()) < 12:
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.01)
+        process.kill()
+        process.communicate()
+        kept = {
+            json.loads(line)["prompt"]
+            for line in path.read_text().splitlines()
+            if line.endswith("}")
+        }
+        before = len(server.prompts)
+        assert 12 <= len(kept) < len(asked)
+        found = tldr_winrate.run(make_config, str(tmp_path), SMALL)
+    assert [row["verdicts"] for row in found] == [row["verdicts"] for row in rows]
+    after = server.prompts[before:]
+    assert (
+        not kept & set(after) and kept | set(after) == set(asked) and len(after) == len(set(after))
+    )
+
+
+def test_the_dry_run_counts_runs_completions_and_calls(make_config, tmp_path, capsys):
+    options = Options(tldr_winrate.METHODS, (0.0, 0.25, 0.5, 0.75, 1.0), JUDGE, dry_run=True)
+    assert tldr_winrate.run(make_config, str(tmp_path), options) == []
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("train")] == [
+        "rm",
+        "dpo",
+        "ppo",
+        "preferred_ft",
+    ]
+    assert any("sft-0.25-128" in line and "32,768 completions" in line for line in lines)
+    # 5 methods at 5 temperatures, and 4 N that are not 1 at 4 that are not 0
+    assert (
+        lines[-1].split(maxsplit=4)[4]
+        == f"{(25 + 16) * 256:,} questions, up to 3 calls each; 0 calls are kept"
+    )
+    for methods, trained in (
+        (("sft",), ["sft"]),
+        (("base",), []),
+        (("best_of_n",), ["rm"]),
+        (("ppo",), ["ppo"]),
+    ):
+        tldr_winrate.run(make_config, str(tmp_path), Options(methods, (0.0,), JUDGE, dry_run=True))
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.split()[1] for line in lines if line.startswith("train")] == trained
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "changes, argument, message",
+    [
+        (dict(prompts=99), "", "--prompts=99, but the data has 30 held-out"),
+        (dict(), "", "OPENAI_API_KEY is not set"),
+        (dict(), "--config.run=x", "--config.run=x: it would rename"),
+        (dict(counts=(1, 0)), "", "--best_of=1,0: expected"),
+        (dict(counts=(4, 4)), "", "each once"),
+        (dict(temperatures=(-1.0,)), "", "--temperatures=-1.0: expected"),
+    ],
+)
+def test_what_can_fail_fails_before_training(
+    changes, argument, message, arguments, tmp_path, monkeypatch
+):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    make_config = commands.config_maker(
+        "configs/tldr.py:tiny", [*arguments, *filter(None, [argument])]
+    )
+    with pytest.raises(ValueError, match=message):
+        tldr_winrate.run(make_config, str(tmp_path), Options(**vars(SMALL) | changes))
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_method_and_size_is_valid_and_shares_what_comes_before():
+    for size in ("gptj", "pythia1b", "pythia2.8b", "tiny"):
+        make, shared = commands.config_maker(f"configs/tldr.py:{size}", []), {}
+        for method in ("dpo", "preferred_ft", "ppo", "best_of_n", "rm"):
+            config = winrate.config_of(make, method)
+            config_checks.validate(config)
+            for stage in {"sft", "rm"} & set(config.stages):
+                fields = configs.dependencies(config, stage)
+                assert shared.setdefault(stage, fields) == fields
+        assert shared.keys() == {"rm"} if size == "gptj" else {"sft", "rm"}
+    assert make("dpo").dpo.beta == 0.5
+    with pytest.raises(ValueError, match="expected a size .gptj, .*a method .dpo, "):
+        commands.config_maker("configs/tldr.py:huge", [])("dpo")
+
+
+def test_prompts_are_the_posts_and_pairs_the_comparisons(make_config, tmp_path):
+    """PPO samples from the posts of data.sft_path, which sft learns too; the reward model reads
+    data.path.
+    """
+    run = Run(make_config("ppo"), tmp_path, sharding.make_mesh())
+    words = run.initial("sft").tokenizer
+    found = run.load_prompts(words)
+    assert [len(found[split]) for split in ("train", "eval")] == [120, 8]
+    assert found["train"].texts == [row["prompt"] for row in tiny_tldr.posts(120, 0)]
+    for stage, count, responses in (("sft", 120, 1), ("rm", 80, 2)):
+        run.folder(stage).mkdir()
+        data = run.load_data(stage, words)
+        assert len(data.train) == count and {len(texts) for _, texts in data.train} == {responses}
+        assert all(words.decode(prompt).endswith("TL;DR:") for prompt, _ in data.train)
+
+
+def test_arguments_reach_every_run_that_has_the_field():
+    make = commands.config_maker(
+        "configs/tldr.py:tiny", ["--config.ppo.lr=1e-5", "--config.model.dtype=bfloat16"]
+    )
+    assert (
+        make("ppo").ppo.lr == 1e-5
+        and make("ppo").model.dtype == make("dpo").model.dtype == "bfloat16"
+    )
+    for argument, said in (
+        ("--config.ppo.learning_rate=1", "no run of .* has such a field"),
+        ("--mehtod=dpo", "expected --config.FIELD=VALUE"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            commands.config_maker("configs/tldr.py", [argument])("dpo")
+
+
+def test_a_base_that_is_not_known_or_not_there_is_refused(arguments, make_config, tmp_path):
+    path = "--config.model.path=other/supervised"
+    other, gptj = (commands.config_maker("configs/tldr.py:gptj", given) for given in ([path], []))
+    options = Options(("base",), (0.0,), JUDGE)
+    with pytest.raises(
+        ValueError, match="base: what other/supervised was .* pass --base=NAME_OR_FOLDER"
+    ):
+        tldr_winrate.run(other, str(tmp_path), options)
+    for unknown in (other, make_config):
+        with pytest.raises(FileNotFoundError, match="./no_model does not exist"):
+            tldr_winrate.run(unknown, str(tmp_path), options, base="./no_model")
+    assert tldr_winrate.find_base(gptj("dpo"), "") == "EleutherAI/gpt-j-6b"
+    assert tldr_winrate.find_base(make_config("dpo"), "") == ""
+
+
+def test_flags_that_do_nothing_are_refused(monkeypatch):
+    values = flags.FlagValues()
+    for name in ("path", "base"):
+        flags.DEFINE_string(name, "", "", flag_values=values)
+    monkeypatch.setattr(flags, "FLAGS", values)
+    values(["program", "--path=x"])
+    winrate.refuse_flags("here", "base")
+    with pytest.raises(app.UsageError, match="--path would do nothing here"):
+        winrate.refuse_flags("here", "base", "path")
+
+
+def test_a_method_in_the_config_is_refused():
+    for path in ("configs/hh.py:dpo", "configs/tldr.py:pythia1b,ppo"):
+        with pytest.raises(
+            ValueError, match=f"{path}: the experiment itself chooses methods: leave out"
+        ):
+            commands.config_maker(path, [])
+
+
+def test_rouge_by_hand():
+    found = winrate_report.rouge(["the cat sat", "no"], ["the cat ran off", "yes"])
+    # 2 of 3 and 2 of 4 words; 1 of 2 and 1 of 3 pairs; the longest common sequence has 2
+    assert found == {
+        name: pytest.approx(f / 2)
+        for name, f in (("rouge1", 4 / 7), ("rouge2", 2 / 5), ("rougeL", 4 / 7))
+    }
+
+
+@pytest.mark.slow
+def test_all_of_it_from_the_command(arguments, tmp_path):
+    """Every method; then news, which shares the runs, by the run's own reward model too."""
+
+    def command(*flags):
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "experiments.tldr_winrate",
+                "--config=configs/tldr.py:tiny",
+                *arguments,
+                f"--workdir={tmp_path}",
+                "--prompts=8",
+                *flags,
+            ],
+            cwd=ROOT,
+            env=environment(),
+            text=True,
+            capture_output=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    with JudgeServer(lambda prompt, times: answer("A")) as server, server.environment():
+        out = command("--judge_model=loopback", "--best_of=1,4,8")
+        assert "| preferred_ft |" in out and "| ppo |" in out and "| best of 8 |" in out
+        path = arguments[0].partition("=")[2].replace("comparisons", "cnn_dailymail")
+        out = command("--judge_model=loopback", "--dataset=cnn_dailymail", f"--path={path}")
+        assert "| dpo |" in out and "stages done" in out
+    out = command("--judge=reward", "--dataset=cnn_dailymail", f"--path={path}")
+    assert (tmp_path / "winrate" / "cnn_dailymail" / "reward_model" / "winrate.png").exists()

@@ -1,0 +1,202 @@
+"""A tiny model and tiny preference data on disk, and runs on them, for the tests of whole
+stages.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from dpo_jax import config as configs
+from dpo_jax.models import hf, transformer
+from dpo_jax.parallel import sharding
+from dpo_jax.pipeline.stages import run_stages
+from dpo_jax.training.metrics import TIMINGS, read_rows
+from dpo_jax.workdir import finish_stage, start_stage
+from tests.helpers.paths import ROOT
+from tests.helpers.tiny import tiny_config
+from tests.helpers.tiny_models import random_params
+
+MAKE_MESH = sharding.make_mesh
+SCRATCH = dict(
+    model_type="llama",
+    vocab_size=128,
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=96,
+    max_position_embeddings=64,
+)
+WORDS = ["<s>", "</s>", "?", *(f"w{i}" for i in range(37))]
+
+
+def tokenizer():
+    """Forty words, BOS at a text's start."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="?"
+    )
+
+
+def write_model(folder, scale: float = 4) -> pathlib.Path:
+    """A random two-layer Llama of 40 words in Hugging Face format, its weights `scale` times as
+    large as others'.
+    """
+    hf_config = hf.make_config(
+        dict(
+            model_type="llama",
+            vocab_size=40,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=32,
+            max_position_embeddings=64,
+            bos_token_id=0,
+            eos_token_id=1,
+        )
+    )
+    config = tiny_config()
+    params = jax.jit(lambda key: jax.tree.map(lambda x: x * scale, transformer.init(config, key)))(
+        jax.random.key(0)
+    )
+    hf.save(folder, config, hf_config, params, tokenizer())
+    return pathlib.Path(folder)
+
+
+def write_pairs(path, count=60, seed=0) -> pathlib.Path:
+    """Pairs whose chosen side has the higher word numbers, so that there is something to learn."""
+    rng = np.random.default_rng(seed)
+
+    def words(low, high):
+        return " ".join(f"w{i}" for i in rng.integers(low, high, rng.integers(2, 9)))
+
+    rows = [
+        dict(prompt=words(0, 37), chosen=words(18, 37), rejected=words(0, 20)) for _ in range(count)
+    ]
+    pathlib.Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return pathlib.Path(path)
+
+
+def dpo_config(model, pairs, **fields):
+    """A short DPO run; `fields` are of its dpo block, or dotted through __ (data__shuffle)."""
+    config = configs.default(("dpo",))
+    config.model.path, config.data.path = str(model), str(pairs)
+    config.data.eval_fraction = 0.2
+    # SGD, whose updates follow the gradient: RMSprop makes even a gradient that is rounding noise a
+    # real step.
+    config.dpo.update(
+        batch_size=8, steps=6, optimizer="sgd", lr=0.05, warmup_steps=2, eval_every=3, save_every=2
+    )
+    for name, value in fields.items():
+        block, _, field = name.rpartition("__")
+        config[block or "dpo"][field] = value
+    return config
+
+
+def scratch_config(**fields):
+    """A DPO run that starts from random weights of a small Llama, which need no file."""
+    config = dpo_config("", "PAIRS", **fields)
+    config.model.scratch.update(SCRATCH)
+    config.data.update(max_length=32, max_prompt_length=16)
+    return config
+
+
+@contextlib.contextmanager
+def on_devices(count: int):
+    """Runs in it take the first devices only; one compiles faster than eight."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            sharding, "make_mesh", functools.partial(MAKE_MESH, devices=jax.devices()[:count])
+        )
+        yield
+
+
+def run(config, workdir) -> pathlib.Path:
+    """Runs all stages in this process; the folder of the last training stage."""
+    run_stages(config, str(workdir))
+    return (
+        pathlib.Path(workdir)
+        / configs.folder_names(config)[
+            [stage for stage in config.stages if stage in configs.TRAINING_STAGES][-1]
+        ]
+    )
+
+
+def plant(run, stage: str, model=None, **changes) -> None:
+    """Makes a stage of a Run done without training: a random model, or a folder's; changes: of its
+    config.
+    """
+    folder, _ = start_stage(run.workdir, run.config, stage)
+    if model:
+        (folder / "hf").symlink_to(model)
+    else:
+        start = run.initial("sft")
+        shape = dataclasses.replace(start.config, **changes)
+        hf.save(
+            folder / "hf",
+            shape,
+            start.hf_config,
+            jax.device_put(random_params(shape)),
+            start.tokenizer,
+        )
+    finish_stage(folder)
+
+
+def command(
+    module: str, *flags: str, devices: int = 1, fast: bool = False, **options
+) -> subprocess.CompletedProcess:
+    """python -m dpo_jax.MODULE FLAGS on fake CPU devices, its output captured.
+
+    fast: compiled as a user's run is, for one that is long enough to pay for it.
+    """
+    env = environment(devices) | (dict(XLA_FLAGS="") if fast else {})
+    return subprocess.run(
+        [sys.executable, "-m", f"dpo_jax.{module}", *map(str, flags)],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        env=env,
+        **options,
+    )
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
+
+
+def environment(devices: int = 1) -> dict:
+    return os.environ | dict(JAX_NUM_CPU_DEVICES=str(devices))
+
+
+def weights(folder) -> dict[str, np.ndarray]:
+    """The exported tensors of a run by name."""
+    from safetensors.numpy import load_file
+
+    return load_file(pathlib.Path(folder) / "hf" / "model.safetensors")
+
+
+def rows_without_timings(folder):
+    return [
+        {k: v for k, v in row.items() if k not in TIMINGS}
+        for row in read_rows(folder / "metrics.jsonl")
+    ]

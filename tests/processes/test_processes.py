@@ -1,0 +1,262 @@
+"""Several processes do what one does: two or four of two fake devices each, joined by gloo."""
+
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from dpo_jax import config as configs
+from dpo_jax.parallel import processes, sharding
+from dpo_jax.pipeline.stages import run_stages
+from dpo_jax.workdir import read_lines
+from experiments import sweep
+from tests.helpers.paths import ROOT
+from tests.helpers.tiny_runs import (
+    command,
+    dpo_config,
+    environment,
+    free_port,
+    on_devices,
+    rows_without_timings,
+    run,
+    weights,
+)
+
+STEPS = 6
+
+
+def start(
+    module: str, *flags: str, processes: int = 2, own=lambda index: ()
+) -> list[subprocess.Popen]:
+    """The processes of one command, which wait for each other; own: index -> flags of that process
+    alone.
+    """
+    port = free_port()
+    return [
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                module,
+                *map(str, flags),
+                *own(index),
+                f"--coordinator=localhost:{port}",
+                f"--num_processes={processes}",
+                f"--process_id={index}",
+            ],
+            cwd=ROOT,
+            env=environment(2),
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for index in range(processes)
+    ]
+
+
+def ended(processes: list[subprocess.Popen]) -> str:
+    """What the first said, once all are done; the others say nothing."""
+    outs = [process.communicate(timeout=300) for process in processes]
+    assert not any(process.returncode for process in processes), outs
+    for out, _ in outs[1:]:
+        assert not re.search("dpo|sample|reference", out)  # "[Gloo] Rank 1 is connected ..." alone
+    return outs[0][0]
+
+
+def run_config(model, pairs, mesh=(2, 2, 1), **fields):
+    return dpo_config(
+        model,
+        pairs,
+        **{f"mesh__{axis}": size for axis, size in zip(sharding.AXES, mesh, strict=True)},
+        **fields,
+    )
+
+
+def run_flags(model, pairs, **fields) -> list[str]:
+    """The command line of that config."""
+    config, flags = run_config(model, pairs, **fields), ["--config=configs/dpo.py"]
+    for name in ("model", "data", "mesh", "dpo"):
+        usual = configs.default(("dpo",))[name]
+        flags += [
+            f"--config.{name}.{field}={value}"
+            for field, value in config[name].items()
+            if value != usual[field]
+        ]
+    return flags
+
+
+def start_run(workdir, model, pairs, processes: int = 2, **fields) -> list[subprocess.Popen]:
+    return start(
+        "dpo_jax.train",
+        *run_flags(model, pairs, **fields),
+        f"--workdir={workdir}",
+        processes=processes,
+    )
+
+
+def alone(workdir, model, pairs, devices: int = 4, **fields):
+    with on_devices(devices):
+        run(run_config(model, pairs, **fields), workdir)
+    return workdir / "dpo"
+
+
+@pytest.fixture(scope="module")
+def whole(model, pairs, tmp_path_factory):
+    """One process's run."""
+    return alone(tmp_path_factory.mktemp("alone") / "run", model, pairs, steps=STEPS)
+
+
+def assert_same(found, expected):
+    rows, wanted = rows_without_timings(found), rows_without_timings(expected)
+    assert [row["step"] for row in rows] == [row["step"] for row in wanted]
+    for row, want in zip(rows, wanted, strict=True):
+        assert row.keys() == want.keys()
+        np.testing.assert_allclose(list(row.values()), list(want.values()), rtol=1e-5, atol=1e-6)
+    for name, expected_weight in weights(expected).items():
+        np.testing.assert_allclose(weights(found)[name], expected_weight, atol=1e-6, err_msg=name)
+
+
+def test_four_processes_make_the_run_of_one(model, pairs, tmp_path):
+    fields = dict(mesh=(2, 2, 2), steps=STEPS)
+    assert "self-check passed" in ended(
+        start_run(tmp_path / "run", model, pairs, processes=4, **fields)
+    )
+    assert_same(
+        tmp_path / "run" / "dpo", alone(tmp_path / "alone", model, pairs, devices=8, **fields)
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_sweep_of_one(model, pairs, tmp_path):
+    """With the reference's log-probs kept."""
+    text = "dpo.beta=0.1,1"
+    out = ended(
+        start(
+            "experiments.sweep",
+            *run_flags(model, pairs, steps=2),
+            f"--workdir={tmp_path / 'both'}",
+            f"--sweep={text}",
+        )
+    )
+    assert out.count("train rows to compute") == 1
+    with on_devices(4):
+        sweep.run(run_config(model, pairs, steps=2), str(tmp_path / "one"), text)
+    for name in ("beta_0.1", "beta_1"):
+        assert_same(tmp_path / "both" / name, tmp_path / "one" / name)
+    assert (tmp_path / "both" / "sweep_dpo.beta.png").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_samples_of_one(model, pairs, tmp_path):
+    flags = [
+        f"--model={model}",
+        f"--prompts={pairs}",
+        "--n=2",
+        "--max_new_tokens=6",
+        "--batch_size=64",
+    ]
+    ended(start("dpo_jax.sample", *flags, "--fsdp=2", f"--out={tmp_path / 'both'}"))
+    made = command("sample", *flags, f"--out={tmp_path / 'one'}")
+    assert made.returncode == 0, made.stderr
+    rows, wanted = (read_lines(tmp_path / name) for name in ("both", "one"))
+    assert len(rows) == len(wanted) == 60
+    for row, want in zip(rows, wanted, strict=True):
+        np.testing.assert_allclose(row.pop("logp"), want.pop("logp"), rtol=1e-5, atol=1e-5)
+        assert row == want
+
+
+def test_an_error_of_one_ends_all(model, pairs, tmp_path):
+    """Of the second process, which finds no data; and of both, which do not see the same folder."""
+    flags = run_flags(model, pairs)
+    second, began = (
+        start(
+            "dpo_jax.train",
+            *flags,
+            f"--workdir={tmp_path / 'run'}",
+            own=lambda index: [f"--config.data.path={tmp_path / 'missing'}"] * index,
+        ),
+        time.monotonic(),
+    )
+    outs = [process.communicate(timeout=processes.SILENCE + 60) for process in second]
+    assert (
+        all(process.returncode for process in second)
+        and time.monotonic() - began < processes.SILENCE + 45
+    )
+    assert "missing" in outs[1][1] and re.search(
+        r"process 1 of 2 on \S+ stops, and so do the others", outs[1][1]
+    )
+    apart = start("dpo_jax.train", *flags, own=lambda index: [f"--workdir={tmp_path / str(index)}"])
+    outs = [process.communicate(timeout=processes.SILENCE + 60) for process in apart]
+    assert all(process.returncode for process in apart)
+    assert (
+        "is not the same folder on all hosts: process 1 does not see what process 0 writes there"
+        in outs[0][1]
+    )
+
+
+def test_one_that_is_killed_ends_the_others_and_a_process_alone_takes_over(
+    whole, model, pairs, tmp_path
+):
+    fields = dict(steps=STEPS, save_every=1)
+    first, second = start_run(tmp_path / "run", model, pairs, **fields)
+    checkpoints, deadline = tmp_path / "run" / "dpo" / "checkpoints", time.monotonic() + 300
+    while not (checkpoints / "2").exists():
+        assert first.poll() is None and time.monotonic() < deadline, first.communicate()
+        time.sleep(0.01)
+    second.send_signal(signal.SIGKILL)
+    began = time.monotonic()
+    _, errors = first.communicate(timeout=processes.SILENCE + 60)
+    assert first.returncode != 0 and time.monotonic() - began < processes.SILENCE + 30
+    assert "process 0 of 2" in errors or "another task died" in errors
+    assert not (tmp_path / "run" / "dpo" / "done.json").exists()
+    assert_same(alone(tmp_path / "run", model, pairs, **fields), whole)
+
+
+@pytest.mark.parametrize("times", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_preempted_run_saves_at_one_step_and_goes_on(model, pairs, tmp_path, times):
+    """SIGTERM comes to one process; both save, and end with the shell's code for it. So they do
+    when they have gone on from there, and save often, so that orbax asks for preemptions as
+    well.
+    """
+    fields = dict(steps=400, save_every=1000 if times == 1 else 3, eval_every=1000, log_every=1)
+    rows, stopped = tmp_path / "run" / "dpo" / "metrics.jsonl", 0
+    for _ in range(times):
+        both, deadline = start_run(tmp_path / "run", model, pairs, **fields), time.monotonic() + 300
+        while not rows.exists() or len(rows.read_text().splitlines()) < stopped + 4:
+            assert both[0].poll() is None and time.monotonic() < deadline, both[0].communicate()
+            time.sleep(0.01)
+        both[1].send_signal(signal.SIGTERM)
+        outs = [process.communicate(timeout=120) for process in both]
+        assert [process.returncode for process in both] == [128 + signal.SIGTERM] * 2, outs
+        before, stopped = (
+            stopped,
+            int(re.search(r"stopped by SIGTERM after step (\d+)", outs[0][0])[1]),
+        )
+        assert before < stopped < 400
+    finished = alone(tmp_path / "run", model, pairs, **fields)
+    assert [row["step"] for row in rows_without_timings(finished)] == list(range(401))
+
+
+def test_flags_come_together(monkeypatch):
+    with pytest.raises(
+        ValueError, match="--coordinator, --num_processes and --process_id go together"
+    ):
+        processes.join("localhost:1", None, 0)
+    monkeypatch.delenv("SLURM_STEP_NUM_TASKS", raising=False)
+    processes.join()  # alone, without waiting for anybody
+    assert jax.process_count() == 1
+
+
+def test_a_bucket_is_refused(model, pairs):
+    with pytest.raises(ValueError, match="gs://somewhere/run is a bucket"):
+        run_stages(run_config(model, pairs), "gs://somewhere/run")
+
+
+def test_a_process_alone_raises_its_own_errors():
+    with pytest.raises(KeyError), processes.together():
+        raise KeyError("mine")

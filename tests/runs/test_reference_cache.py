@@ -1,0 +1,175 @@
+"""The kept log-probs of the reference: what a run with them does, and what it does not load."""
+
+import numpy as np
+import pytest
+
+from dpo_jax.data import dataset
+from dpo_jax.models import loading
+from dpo_jax.parallel import sharding
+from dpo_jax.training import reference_cache
+from dpo_jax.training.self_check import SelfCheckFailed
+from tests.helpers.tiny_runs import (
+    dpo_config,
+    rows_without_timings,
+    run,
+    weights,
+    write_model,
+    write_pairs,
+)
+
+
+def config(model, pairs, run="", seed=0, **fields):
+    made = dpo_config(model, pairs, cache_reference=True, **fields)
+    made.run, made.seed = run, seed
+    return made
+
+
+def kept(workdir):
+    """Split -> its file, of one reference."""
+    found = list((workdir / "reference").glob("*/*.npy"))
+    assert len(found) == len({path.name for path in found})  # no second KEY was made
+    return {path.name: path for path in found}
+
+
+@pytest.fixture(scope="module")
+def live(model, pairs, tmp_path_factory):
+    return run(dpo_config(model, pairs), tmp_path_factory.mktemp("live"))
+
+
+@pytest.fixture(scope="module")
+def cached(model, pairs, tmp_path_factory):
+    return run(config(model, pairs), tmp_path_factory.mktemp("cached"))
+
+
+def test_a_run_is_the_same_with_kept_log_probs(live, cached):
+    """The last evaluation batch is filled up, so fillers are in it too."""
+    for mine, its in zip(rows_without_timings(cached), rows_without_timings(live), strict=True):
+        assert mine.keys() == its.keys()
+        for (
+            name,
+            value,
+        ) in its.items():  # before the first update the two sides are a tie, and rounding decides
+            if mine["step"] > 1 or not name.endswith("accuracies"):
+                assert mine[name] == pytest.approx(value, abs=1e-4, rel=1e-3), name
+    for name, value in weights(live).items():
+        np.testing.assert_allclose(weights(cached)[name], value, atol=1e-5)
+
+
+def test_a_sweep_loads_no_reference_and_another_seed_only_adds_rows(
+    model, pairs, cached, monkeypatch, capsys
+):
+    before = {name: path.read_bytes() for name, path in kept(cached.parent).items()}
+    scored = []
+    monkeypatch.setattr(
+        reference_cache, "score_rows", lambda *args: scored.append(args) or iter(())
+    )
+    run(config(model, pairs, beta=0.5, run="beta"), cached.parent)
+    assert not scored and capsys.readouterr().out.count("rows are in") == 2
+    assert {name: path.read_bytes() for name, path in kept(cached.parent).items()} == before
+    monkeypatch.undo()
+    few = config(model, pairs, steps=2, run="few", seed=1)
+    run(few, cached.parent)
+    assert kept(cached.parent).keys() == before.keys()
+
+
+def test_a_killed_fill_goes_on(model, pairs, tmp_path, monkeypatch, capsys):
+    few = config(model, pairs, steps=4)
+    score = reference_cache.score_rows
+
+    def killed(*args):
+        for number, found in enumerate(score(*args)):
+            if number == 2:
+                raise KeyboardInterrupt
+            yield found
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(reference_cache, "score_rows", killed)
+        run(few, tmp_path)
+    half = np.load(kept(tmp_path)["train.npy"])
+    assert np.isfinite(half).all(axis=1).sum() == 16  # two batches of 8
+    capsys.readouterr()
+    run(few, tmp_path)
+    assert "reference: 16 of 32 train rows to compute" in capsys.readouterr().out
+    whole = np.load(kept(tmp_path)["train.npy"])
+    there = np.isfinite(half).all(axis=1)
+    np.testing.assert_array_equal(whole[there], half[there])
+
+
+def test_log_probs_that_are_not_the_references_stop_the_run(model, pairs, tmp_path):
+    run(config(model, pairs, steps=2), tmp_path)
+    path = kept(tmp_path)["train.npy"]
+    np.save(path, np.load(path) + 1)
+    path.with_suffix(".sha256").unlink()  # which would have told before
+    with pytest.raises(
+        SelfCheckFailed, match=r"1 nats from those of the weights.*remove WORKDIR/reference"
+    ):
+        run(config(model, pairs, steps=2, beta=0.5, run="again"), tmp_path)
+
+
+def test_the_key_is_of_weights_and_tokens(model, pairs, tmp_path):
+    mesh = sharding.make_mesh()
+
+    def key(folder, file, **options):
+        found = loading.open_model(str(folder), **options)
+        data = dataset.load(dpo_config(folder, file).data, found.tokenizer, "pairs").train
+        return reference_cache.ReferenceCache(tmp_path, found, mesh, 8)._key(data)
+
+    same = key(model, pairs)
+    assert same == key(model, pairs) == key(write_model(tmp_path / "copy"), pairs)
+    assert same == key(model, pairs, remat="full", unroll=2)  # they change no value
+    other = write_model(tmp_path / "other", scale=5)
+    assert (
+        len(
+            {
+                same,
+                key(other, pairs),
+                key(model, write_pairs(tmp_path / "pairs.jsonl", seed=1)),
+                key(model, pairs, dtype="bfloat16"),
+            }
+        )
+        == 4
+    )
+
+
+def test_a_reference_by_path_is_kept_too(model, pairs, tmp_path, monkeypatch):
+    other = write_model(tmp_path / "other", scale=5)
+    expected = run(dpo_config(model, pairs, reference=str(other), steps=2), tmp_path / "live")
+    found = run(config(model, pairs, reference=str(other), steps=2), tmp_path / "cached")
+    first, its = rows_without_timings(found)[1], rows_without_timings(expected)[1]
+    assert (
+        first["loss/train"]
+        == pytest.approx(its["loss/train"], abs=1e-5)
+        != pytest.approx(np.log(2), abs=1e-3)
+    )
+
+    def refused(_mesh):
+        raise AssertionError("the reference's weights were loaded")
+
+    opened = loading.open_model
+
+    def open_model(path, **options):
+        made = opened(path, **options)
+        if path == str(other):
+            made.load = refused
+        return made
+
+    monkeypatch.setattr(loading, "open_model", open_model)
+    run(
+        config(model, pairs, reference=str(other), steps=2, beta=0.3, run="again"),
+        tmp_path / "cached",
+    )
+
+
+def test_kept_log_probs_that_changed_are_refused(model, pairs, tmp_path):
+    """Of a reference by path, with which a run need not start at log 2: the self-check could not
+    tell.
+    """
+    by_path = config(model, pairs, reference=str(model), steps=2)
+    run(by_path, tmp_path)
+    path = next(tmp_path.glob("reference/*/train.npy"))
+    values = np.load(path)
+    values[np.isfinite(values).all(axis=1).argmax(), 0] += 0.5
+    np.save(path, values)
+    by_path.run = "again"
+    with pytest.raises(ValueError, match="train.npy is not what was written there"):
+        run(by_path, tmp_path)

@@ -1,0 +1,122 @@
+"""A run that is interrupted, and started again by the same command, is the run that was not."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from configs import dpo
+from dpo_jax.training import metrics
+from dpo_jax.training.loop import Interrupted
+from dpo_jax.training.metrics import read_rows
+from tests.helpers.paths import ROOT
+from tests.helpers.tiny_runs import environment, on_devices, rows_without_timings, run, weights
+
+FIELDS = {
+    "data.eval_fraction": 0.2,
+    "dpo.batch_size": 8,
+    "dpo.steps": 40,
+    "dpo.lr": 3e-5,
+    "dpo.eval_every": 15,
+    "dpo.save_every": 4,
+    "dpo.warmup_steps": 2,
+    "dpo.schedule": "cosine",
+}
+
+
+@pytest.fixture(scope="module")
+def fields(model, pairs):
+    """The run's overrides."""
+    return FIELDS | {"model.path": str(model), "data.path": str(pairs)}
+
+
+def run_here(fields, workdir, devices=1):
+    """The run in this process; its folder."""
+    config = dpo.get_config()
+    config.update_from_flattened_dict(fields)
+    with on_devices(devices):
+        return run(config, workdir)
+
+
+def run_until_sigterm(step, fields, workdir, devices=1):
+    """The same, asked to stop while a step is logged; its exit code."""
+    write = metrics.Writer.write
+
+    def stop(self, now, values):
+        write(self, now, values)
+        if now == step:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted) as stopped:
+        patch.setattr(metrics.Writer, "write", stop)
+        run_here(fields, workdir, devices)
+    assert not (workdir / "dpo" / "done.json").exists()
+    return stopped.value.code
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(fields, tmp_path_factory):
+    return run_here(fields, tmp_path_factory.mktemp("uninterrupted"))
+
+
+def assert_equal(folder, uninterrupted):
+    assert rows_without_timings(folder) == rows_without_timings(uninterrupted)
+    for name, value in weights(uninterrupted).items():
+        np.testing.assert_array_equal(weights(folder)[name], value)
+
+
+def test_a_killed_process_goes_on_bit_for_bit(fields, tmp_path, uninterrupted, capsys):
+    """kill -9 of the command, which can tidy up nothing."""
+    flags = [f"--config.{name}={value}" for name, value in fields.items()]
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "dpo_jax.train",
+            "--config=configs/dpo.py",
+            f"--workdir={tmp_path}",
+            *flags,
+        ],
+        cwd=ROOT,
+        env=environment(),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    path = tmp_path / "dpo" / "metrics.jsonl"
+    while not path.exists() or not any(row["step"] >= 13 for row in read_rows(path)):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -9 and not (tmp_path / "dpo" / "done.json").exists()
+    run_here(fields, tmp_path)
+    assert "resuming after step" in capsys.readouterr().out
+    assert_equal(tmp_path / "dpo", uninterrupted)
+
+
+def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(fields, tmp_path, uninterrupted, capsys):
+    assert run_until_sigterm(13, fields, tmp_path) == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM after step 14, which is saved" in capsys.readouterr().out
+    run_here(fields, tmp_path)
+    assert "resuming after step 14" in capsys.readouterr().out
+    assert_equal(tmp_path / "dpo", uninterrupted)
+
+
+def test_resuming_on_another_mesh(fields, tmp_path, uninterrupted, capsys):
+    run_until_sigterm(9, fields | {"mesh.fsdp": 2, "mesh.tensor": 2}, tmp_path, devices=4)
+    run_here(fields, tmp_path, devices=2)
+    assert "resuming after step" in capsys.readouterr().out
+    for name, value in weights(uninterrupted).items():
+        np.testing.assert_allclose(weights(tmp_path / "dpo")[name], value, atol=1e-5)
+    for row, expected in zip(
+        rows_without_timings(tmp_path / "dpo"), rows_without_timings(uninterrupted), strict=True
+    ):
+        np.testing.assert_allclose(
+            row["loss/train" if row["step"] else "loss/eval"],
+            expected["loss/train" if row["step"] else "loss/eval"],
+            atol=1e-5,
+        )

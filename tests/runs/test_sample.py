@@ -1,0 +1,269 @@
+"""The sample command: what it adds to each row, and that a killed run goes on to the same file."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from dpo_jax import sample
+from dpo_jax.parallel import sharding
+from dpo_jax.sampling.sampler import Sampling
+from tests.helpers.paths import ROOT
+from tests.helpers.tiny_runs import environment, tokenizer, write_pairs
+
+COUNT = 600
+SIX = Sampling(6)
+
+
+def sample_file(model, prompts, out, sampling=SIX, **changes):
+    """Two completions of each prompt, three prompts at a time."""
+    sample.sample_file(
+        str(model),
+        str(prompts),
+        str(out),
+        sharding.make_mesh(),
+        sampling,
+        **dict(
+            n=2,
+            seed=0,
+            batch_size=6,
+            dtype="float32",
+            limits=dict(max_prompt_length=64, truncate="keep_end"),
+        )
+        | changes,
+    )
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """So many that a command can be killed on the way."""
+    return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", count=COUNT)
+
+
+@pytest.fixture(scope="module")
+def finished(model, pairs, tmp_path_factory):
+    """A run in this process."""
+    out = tmp_path_factory.mktemp("sample") / "out.jsonl"
+    sample_file(model, pairs, out)
+    return out
+
+
+@pytest.fixture
+def unfinished(finished, tmp_path):
+    """The same, as a kill leaves it: four rows, and a half of one."""
+    out = tmp_path / "out.jsonl"
+    for path in finished.parent.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    whole = finished.read_text().splitlines(keepends=True)
+    out.write_text("".join(whole[:4]) + whole[4][:20])
+    return out
+
+
+def test_rows_come_back_whole_and_in_order_with_what_was_sampled(finished, pairs):
+    added = {"completions", "logp", "tokens"}
+    rows = lines(finished)
+    assert [
+        {name: value for name, value in row.items() if name not in added} for row in rows
+    ] == lines(pairs)
+    for row in rows:
+        assert all(len(row[name]) == 2 for name in added)
+        for text, logp, tokens in zip(row["completions"], row["logp"], row["tokens"], strict=True):
+            assert 1 <= tokens <= 6 and logp < 0
+            assert (
+                len(text.split()) <= tokens and "<" not in text
+            )  # special tokens are counted, not written
+    assert len({text for row in rows for text in row["completions"]}) > COUNT
+
+
+def test_logps_are_torchs(finished, model):
+    """Of the completions that ended by length, whose text is all of them."""
+    torch = pytest.importorskip(
+        "torch", reason="the independent reference is transformers' torch model"
+    )
+    from transformers import AutoModelForCausalLM
+
+    reference, words = AutoModelForCausalLM.from_pretrained(model), tokenizer()
+    compared = 0
+    for row in lines(finished)[:60]:
+        for text, found in zip(row["completions"], row["logp"], strict=True):
+            prompt, response = (
+                words(row["prompt"])["input_ids"],
+                words(text, add_special_tokens=False)["input_ids"],
+            )
+            if len(response) == 6:
+                ids = torch.tensor([prompt + response])
+                with torch.no_grad():
+                    logp = reference(ids).logits[0].double().log_softmax(-1)
+                expected = logp[len(prompt) - 1 : -1].gather(1, ids[0, len(prompt) :, None]).sum()
+                np.testing.assert_allclose(found, expected, atol=1e-4)
+                compared += 1
+    assert compared > 30
+
+
+def test_one_completion_is_no_list(model, pairs, tmp_path):
+    sample_file(model, pairs, tmp_path / "one.jsonl", n=1)
+    row = lines(tmp_path / "one.jsonl")[0]
+    assert (
+        isinstance(row["completion"], str)
+        and isinstance(row["logp"], float)
+        and isinstance(row["tokens"], int)
+    )
+
+
+# going on
+
+
+def test_a_killed_command_goes_on_to_the_same_file(model, pairs, finished, tmp_path, capsys):
+    out = tmp_path / "out.jsonl"
+    flags = [
+        f"--model={model}",
+        f"--prompts={pairs}",
+        f"--out={out}",
+        "--max_new_tokens=6",
+        "--n=2",
+        "--batch_size=6",
+        "--max_prompt_length=64",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dpo_jax.sample", *flags],
+        cwd=ROOT,
+        env=environment(8),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    while not out.exists() or out.read_text().count("\n") < 20:
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert 20 <= out.read_text().count("\n") < COUNT
+    sample_file(model, pairs, out)
+    told = capsys.readouterr().out
+    assert re.search(rf"going on after \d+ of {COUNT} prompts", told)
+    assert f"finished: {out} holds {COUNT} prompts with 2 sampled for each" in told
+    assert out.read_bytes() == finished.read_bytes()
+
+
+def test_a_half_written_line_and_a_half_written_batch_are_made_again(
+    unfinished, finished, model, pairs, capsys
+):
+    sample_file(model, pairs, unfinished)
+    assert unfinished.read_bytes() == finished.read_bytes()
+    assert f"going on after 3 of {COUNT} prompts" in capsys.readouterr().out
+
+
+def test_a_finished_file_is_left_alone(finished, model, pairs, capsys, monkeypatch):
+    before = finished.read_bytes()
+    monkeypatch.delattr(sample.loading, "open_model")  # not even the model is needed
+    sample_file(model, pairs, finished)
+    assert finished.read_bytes() == before
+    assert "finished:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(sampling=Sampling(6, top_p=0.9)), r"  top_p: 1.0 there, 0.9 now"),
+        (dict(seed=1), r"  seed: 0 there, 1 now"),
+        (
+            dict(limits=dict(max_prompt_length=8, truncate="keep_end")),
+            r"  max_prompt_length: 64 there, 8 now",
+        ),
+    ],
+)
+def test_other_settings_are_refused(unfinished, model, pairs, changes, message):
+    before = unfinished.read_bytes()
+    with pytest.raises(
+        ValueError, match=r"was made with other settings:\n" + message + r"\nTake the old values"
+    ):
+        sample_file(model, pairs, unfinished, **changes)
+    assert unfinished.read_bytes() == before
+
+
+def test_other_prompts_are_refused(unfinished, model, tmp_path):
+    others = write_pairs(tmp_path / "others.jsonl", count=COUNT, seed=1)
+    with pytest.raises(
+        ValueError, match=rf"  prompts: '{COUNT} rows, sha256 \w+' there, '{COUNT} rows, sha"
+    ):
+        sample_file(model, others, unfinished)
+
+
+def test_another_programs_file_is_not_overwritten(model, pairs, tmp_path):
+    (tmp_path / "notes.jsonl").write_text("mine\n")
+    with pytest.raises(FileExistsError, match="exists, but no notes.jsonl.settings.json beside it"):
+        sample_file(model, pairs, tmp_path / "notes.jsonl")
+    assert (tmp_path / "notes.jsonl").read_text() == "mine\n"
+
+
+# prompts
+
+
+def test_chat_prompts(model, tmp_path, capsys):
+    """Rendered by the model's template; and cut at the start, where the cue is not."""
+    from transformers import AutoTokenizer
+
+    words = AutoTokenizer.from_pretrained(model)
+    words.chat_template = (
+        "{{ '<s>' }}{% for m in messages %}{{ ' ' + m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ ' w36' }}{% endif %}"
+    )
+    chatty = tmp_path / "chatty"
+    chatty.mkdir()
+    for path in model.iterdir():
+        (chatty / path.name).write_bytes(path.read_bytes())
+    words.save_pretrained(chatty)
+    chats = [dict(prompt=[dict(role="user", content=text)]) for text in ("w1 w2 w3 w4", "w5")]
+    texts = [dict(prompt=text) for text in ("w3 w4 w36", "w5 w36")]  # what is left of them
+    found = {}
+    for name, rows in (("chats", chats), ("texts", texts)):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        sample_file(
+            chatty,
+            tmp_path / name,
+            tmp_path / f"{name}.jsonl",
+            limits=dict(max_prompt_length=4, truncate="auto"),
+        )
+        found[name] = [row["completions"] for row in lines(tmp_path / f"{name}.jsonl")]
+    assert found["chats"] == found["texts"]
+    assert (
+        "1 of 2 prompts fill --max_prompt_length=4: those that were longer are cut, by keep_end"
+        in (capsys.readouterr().out)
+    )
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (
+            '{"prompt": "w1"}\n{"text": "w2", "id": 7}\n',
+            r"line 2: expected a field 'prompt', text or chat messages; found fields text, id",
+        ),
+        ('{"prompt": 3}\n', "line 1: expected a field 'prompt'"),
+        ("\n", "has no rows; expected lines such as"),
+    ],
+)
+def test_a_bad_row_is_named(model, tmp_path, text, message):
+    (tmp_path / "bad.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        sample_file(model, tmp_path / "bad.jsonl", tmp_path / "out.jsonl")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_missing_folder_is_named(model, pairs, tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no folder .*missing; make it first"):
+        sample_file(model, pairs, tmp_path / "missing" / "out.jsonl")
+
+
+def test_prompts_beyond_the_models_length_are_told(model, tmp_path, capsys):
+    (tmp_path / "long.jsonl").write_text(json.dumps(dict(prompt=" ".join(["w1"] * 62))) + "\n")
+    sample_file(model, tmp_path / "long.jsonl", tmp_path / "out.jsonl", n=1)
+    assert "warning: up to 63 + 6 tokens, but the model was made for 64" in capsys.readouterr().out

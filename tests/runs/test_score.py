@@ -1,0 +1,137 @@
+"""The score command: what it adds, and that it is what training sees."""
+
+import datetime
+import json
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+
+from dpo_jax import score
+from dpo_jax.parallel import sharding
+from dpo_jax.training.metrics import read_rows
+from tests.helpers.tiny_runs import dpo_config, run, write_model, write_pairs
+
+LIMITS = dict(
+    max_length=512,
+    max_prompt_length=256,
+    truncate="auto",
+    on_bad_row="error",
+    max_dropped=0.05,
+    append_eos=True,
+)
+
+
+def score_file(model, data, out):
+    score.score_file(
+        str(model),
+        str(data),
+        str(out),
+        sharding.make_mesh(),
+        batch_size=4,
+        dtype="float32",
+        limits=LIMITS,
+    )
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("score")
+    model, pairs = write_model(folder / "model"), write_pairs(folder / "pairs.jsonl", count=21)
+    score_file(model, pairs, folder / "out.jsonl")
+    return folder, [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
+
+
+def test_rows_come_back_whole_and_in_order(scored):
+    folder, rows = scored
+    given = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+    added = {"logp_chosen", "logp_rejected", "tokens_chosen", "tokens_rejected"}
+    assert [{k: v for k, v in row.items() if k not in added} for row in rows] == given
+    assert all(
+        row["tokens_chosen"] == len(row["chosen"].split()) + 1 for row in rows
+    )  # EOS included
+
+
+def test_scores_equal_torchs(scored):
+    torch = pytest.importorskip(
+        "torch", reason="the independent reference is transformers' torch model"
+    )
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, rows = scored
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    words = AutoTokenizer.from_pretrained(folder / "model")
+    for row in rows:
+        for side in ("chosen", "rejected"):
+            prompt = words(row["prompt"])["input_ids"]
+            response = words(row[side], add_special_tokens=False)["input_ids"]
+            ids = torch.tensor([prompt + response + [words.eos_token_id]])
+            with torch.no_grad():
+                logp = model(ids).logits[0].double().log_softmax(-1)
+            expected = logp[len(prompt) - 1 : -1].gather(1, ids[0, len(prompt) :, None]).sum()
+            np.testing.assert_allclose(row[f"logp_{side}"], expected, atol=1e-4)
+
+
+def test_scores_are_what_training_logs(scored, tmp_path):
+    """The first batch's log-probs, before any update, are the scores' means over the same rows."""
+    folder, rows = scored
+    config = dpo_config(
+        folder / "model",
+        folder / "pairs.jsonl",
+        steps=1,
+        batch_size=8,
+        data__shuffle=False,
+        data__eval_fraction=1e-9,
+    )
+    row = read_rows(run(config, tmp_path) / "metrics.jsonl")[1]
+    held_out = json.loads((tmp_path / "dpo" / "ledger.json").read_text())["train"]["held_out"]
+    assert held_out == 1  # one prompt at least is held out: find which, and leave it out here too
+    candidates = [[r for r in rows if r["prompt"] != out["prompt"]][:8] for out in rows]
+    means = [
+        (np.mean([r["logp_chosen"] for r in c]), np.mean([r["logp_rejected"] for r in c]))
+        for c in candidates
+    ]
+    found = (row["logps_train/chosen"], row["logps_train/rejected"])
+    assert min(np.abs(np.array(means) - found).max(axis=1)) < 1e-3
+
+
+def test_columns_that_json_has_not_come_back_as_text(scored, tmp_path):
+    folder, _ = scored
+    rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+    table = {name: [row[name] for row in rows] for name in rows[0]} | {
+        "when": [datetime.datetime(2024, 2, 29)] * 21
+    }
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "pairs.parquet")
+    score_file(folder / "model", tmp_path / "pairs.parquet", tmp_path / "out.jsonl")
+    assert (
+        json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])["when"]
+        == "2024-02-29 00:00:00"
+    )
+
+
+def test_an_existing_file_is_not_overwritten(scored):
+    folder, _ = scored
+    before = (folder / "out.jsonl").read_bytes()
+    with pytest.raises(FileExistsError, match="exists: give another name"):
+        score_file(folder / "model", folder / "pairs.jsonl", folder / "out.jsonl")
+    assert (folder / "out.jsonl").read_bytes() == before
+
+
+def test_a_folder_whose_split_has_another_name(scored, tmp_path):
+    folder, rows = scored
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "test.jsonl").write_text((folder / "pairs.jsonl").read_text())
+    score_file(folder / "model", tmp_path / "data", tmp_path / "out.jsonl")
+    assert [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()] == rows
+
+
+def test_a_bad_row_is_named(scored, tmp_path):
+    folder, _ = scored
+    good, bad = (
+        '{"prompt": "w1", "chosen": "w2", "rejected": "w3"}',
+        '{"prompt": "w1", "chosen": 3}',
+    )
+    (tmp_path / "bad.jsonl").write_text(f"{good}\n{bad}\n")
+    with pytest.raises(ValueError, match="bad.jsonl row 2"):
+        score_file(folder / "model", tmp_path / "bad.jsonl", tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()

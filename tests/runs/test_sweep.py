@@ -1,0 +1,74 @@
+"""One command for several values of a field."""
+
+import subprocess
+import sys
+
+import pytest
+
+from dpo_jax.training.metrics import read_rows
+from experiments import sweep
+from tests.helpers.paths import ROOT
+from tests.helpers.tiny_runs import dpo_config, environment, on_devices
+
+
+def test_points_are_runs_that_share_the_reference_and_the_compiled_step(
+    model, pairs, tmp_path, capsys
+):
+    config = dpo_config(model, pairs)
+    with on_devices(1):
+        runs = sweep.run(config, str(tmp_path), "dpo.beta=0.1,1")
+    out = capsys.readouterr().out
+    assert runs.keys() == {"0.1", "1"} and runs["1"] == read_rows(
+        tmp_path / "beta_1" / "metrics.jsonl"
+    )
+    assert runs["0.1"][-1]["loss/eval"] != runs["1"][-1]["loss/eval"]
+    assert out.count("train rows to compute") == 1 and out.count("train rows are in") == 1
+    assert runs["1"][1]["step_time"] < runs["0.1"][1]["step_time"] / 3  # the first has to compile
+    lines = out.splitlines()
+    head = next(i for i, line in enumerate(lines) if line.startswith("dpo.beta "))
+    assert "rewards_eval/accuracies" in lines[head] and [
+        line.split()[0] for line in lines[head + 1 : head + 3]
+    ] == ["0.1", "1"]
+    assert (tmp_path / "sweep_dpo.beta.png").read_bytes().startswith(b"\x89PNG")
+    file = tmp_path / "config.py"
+    file.write_text(
+        f"from tests.helpers.tiny_runs import dpo_config\ndef get_config():\n"
+        f"    return dpo_config({str(model)!r}, {str(pairs)!r})\n"
+    )
+    again = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "experiments.sweep",
+            f"--config={file}",
+            f"--workdir={tmp_path}",
+            "--sweep=dpo.beta=0.1,1",
+        ],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        env=environment(1),
+    )
+    assert (again.returncode, again.stderr) == (0, "") and again.stdout.count("done before") == 2
+
+
+@pytest.mark.parametrize(
+    "text", ["dpo.gamma=1,2", "data.max_length=1,2", "dpo.beta", "beta=1", "sft.lr=1,2"]
+)
+def test_what_is_no_sweep_is_refused(model, pairs, text):
+    with pytest.raises(ValueError, match="a field of the last training stage, such as dpo.lr"):
+        sweep.points(dpo_config(model, pairs), text)
+
+
+def test_names_are_values_too_and_a_wrong_value_is_refused(model, pairs):
+    (first, config), (second, _) = sweep.points(dpo_config(model, pairs), "dpo.loss=sigmoid,ipo")
+    assert (first, second, config.run, config.dpo.cache_reference) == (
+        "sigmoid",
+        "ipo",
+        "loss_sigmoid",
+        True,
+    )
+    with pytest.raises(ValueError, match="config.dpo.beta = -1"):
+        sweep.points(dpo_config(model, pairs), "dpo.beta=0.1,-1")
+    none = dpo_config(model, pairs, reference="none")
+    assert not sweep.points(none, "dpo.beta=0.1")[0][1].dpo.cache_reference

@@ -1,0 +1,447 @@
+"""Whole DPO and SFT runs on a tiny model: learning, rows, reuse, refusal, stopping."""
+
+import dataclasses
+import json
+import re
+import signal
+import threading
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import multihost_utils
+
+from dpo_jax import config as configs
+from dpo_jax.parallel import hardware
+from dpo_jax.training import loop, metrics, step
+from dpo_jax.training.checkpoint import Checkpoints
+from dpo_jax.training.loop import Interrupted
+from dpo_jax.training.metrics import read_rows
+from dpo_jax.workdir import StageChanged, lock_folder
+from tests.helpers.tiny_runs import (
+    dpo_config,
+    on_devices,
+    rows_without_timings,
+    run,
+    weights,
+    write_model,
+    write_pairs,
+)
+
+
+@pytest.fixture(scope="module")
+def whole(model, pairs, tmp_path_factory):
+    """An uninterrupted run over 8 devices: (config, folder)."""
+    config = dpo_config(model, pairs)
+    return config, run(config, tmp_path_factory.mktemp("whole"))
+
+
+def test_a_run_leaves_what_the_readme_says(whole):
+    _, folder = whole
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {
+        "config.json",
+        "ledger.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "hf",
+        "done.json",
+    }
+    rows = rows_without_timings(folder)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5, 6]
+    assert {
+        "loss/train",
+        "rewards_train/chosen",
+        "rewards_train/rejected",
+        "rewards_train/accuracies",
+        "rewards_train/margins",
+        "logps_train/chosen",
+        "logps_train/rejected",
+        "lengths_train/chosen",
+        "grad_norm",
+        "param_norm",
+        "update_norm",
+        "lr",
+        "counters/examples",
+        "counters/updates",
+    } <= rows[1].keys()
+    assert {"loss/eval", "rewards_eval/accuracies", "logps_eval/chosen"} <= rows[0].keys() & rows[
+        3
+    ].keys()
+    assert "loss/eval" not in rows[1]
+    assert rows[6]["counters/examples"] == 48
+    assert all(
+        0 < row["model_flops_utilization"] < 1 for row in read_rows(folder / "metrics.jsonl")[1:]
+    )
+
+
+def test_it_starts_at_log_2_and_learns(whole):
+    _, folder = whole
+    rows = rows_without_timings(folder)
+    assert abs(rows[0]["loss/eval"] - np.log(2)) < 1e-6
+    assert rows[0]["rewards_eval/accuracies"] == 0  # a tie is no success
+    assert rows[6]["loss/eval"] < rows[0]["loss/eval"] - 0.01
+    assert rows[6]["rewards_eval/margins"] > 0.01
+
+
+def test_a_finished_run_is_reused(whole, capsys):
+    config, folder = whole
+    before = (folder / "done.json").read_text()
+    run(config, folder.parent)
+    assert "dpo: done before" in capsys.readouterr().out
+    assert (folder / "done.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [("beta", 0.5), ("steps", 9), ("data__max_prompt_length", 40), ("model__dtype", "bfloat16")],
+)
+def test_a_changed_config_is_refused_by_field(whole, field, value):
+    config, folder = whole
+    changed = config.copy_and_resolve_references()
+    block, _, name = field.rpartition("__")
+    changed[block or "dpo"][name] = value
+    with pytest.raises(StageChanged) as error:
+        run(changed, folder.parent)
+    text = str(error.value)
+    assert (
+        re.search(rf"config\.{block or 'dpo'}\.{name}: .* there, .*{value}.* now", text)
+        and "--config.run=" in text
+    )
+
+
+def test_a_field_that_is_newer_than_the_run_counts_as_its_default(whole):
+    config, folder = whole
+    written = json.loads((folder / "config.json").read_text())
+    older = written | dict(
+        depends_on={k: v for k, v in written["depends_on"].items() if k != "data.truncate"}
+    )
+    (folder / "config.json").write_text(json.dumps(older))
+    run(config, folder.parent)
+    changed = config.copy_and_resolve_references()
+    changed.data.truncate = "keep_end"
+    with pytest.raises(StageChanged, match="config.data.truncate: 'auto' there, 'keep_end' now"):
+        run(changed, folder.parent)
+    (folder / "config.json").write_text(json.dumps(written))
+
+
+def test_what_changes_no_result_may_change(whole):
+    config, folder = whole
+    changed = config.copy_and_resolve_references()
+    changed.dpo.save_every, changed.data.show, changed.mesh.fsdp, changed.log.wandb = (
+        100,
+        2,
+        2,
+        "project",
+    )
+    run(changed, folder.parent)
+
+
+def test_a_sweep_shares_a_workdir_by_run_name(whole, model, pairs):
+    config, folder = whole
+    swept = config.copy_and_resolve_references()
+    swept.run, swept.dpo.beta = "beta05", 0.5
+    other = run(swept, folder.parent)
+    assert other == folder.parent / "beta05"
+    assert (
+        rows_without_timings(other)[6]["loss/eval"] != rows_without_timings(folder)[6]["loss/eval"]
+    )
+
+
+@pytest.mark.parametrize("mesh", [dict(data=1), dict(data=2, fsdp=2, tensor=2)])
+def test_every_mesh_gives_the_same_run(whole, model, pairs, tmp_path, mesh):
+    with on_devices(np.prod(list(mesh.values()))):
+        folder = run(
+            dpo_config(model, pairs, **{f"mesh__{k}": v for k, v in mesh.items()}), tmp_path
+        )
+    expected = rows_without_timings(whole[1])
+    for row, other in zip(rows_without_timings(folder), expected, strict=True):
+        assert row.keys() == other.keys()
+        for name in row:
+            np.testing.assert_allclose(row[name], other[name], rtol=1e-3, atol=1e-5, err_msg=name)
+    for name, value in weights(folder).items():
+        np.testing.assert_allclose(value, weights(whole[1])[name], atol=1e-5)
+
+
+def test_sft_runs_and_learns(model, pairs, tmp_path):
+    config = configs.default(("sft",))
+    config.model.path, config.data.path = str(model), str(pairs)
+    config.sft.update(
+        batch_size=8, steps=4, lr=1e-3, warmup_steps=0, optimizer="adamw", eval_every=4
+    )
+    rows = rows_without_timings(run(config, tmp_path))
+    assert rows[-1]["nll_per_token/eval"] < rows[0]["nll_per_token/eval"] - 0.05
+    assert rows[1]["loss/train"] == pytest.approx(-rows[1]["logps_train/chosen"])
+
+
+def test_data_that_changed_under_an_unfinished_run_is_refused(model, tmp_path):
+    pairs = write_pairs(tmp_path / "pairs.jsonl")
+    folder = run(dpo_config(model, pairs, steps=2), tmp_path / "run")
+    (folder / "done.json").unlink()
+    write_pairs(tmp_path / "pairs.jsonl", seed=1)
+    with pytest.raises(StageChanged, match="data .* has changed since the stage began"):
+        run(dpo_config(model, pairs, steps=2), tmp_path / "run")
+
+
+@pytest.mark.parametrize("cached", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_reference_that_changed_under_an_unfinished_run_is_refused(pairs, tmp_path, cached):
+    """Even where only the reference would be read again: the policy goes on from its checkpoint."""
+    model = write_model(tmp_path / "model")
+    config = dpo_config(model, pairs, steps=2, cache_reference=cached)
+    with on_devices(1):
+        folder = run(config, tmp_path / "run")
+        assert json.loads((folder / "weights.json").read_text())["reference"]["path"] == str(model)
+        (folder / "done.json").unlink()
+        write_model(model, scale=5)
+        with pytest.raises(
+            StageChanged, match=f"the weights at {model} have changed since .*as its reference"
+        ):
+            run(config, tmp_path / "run")
+        write_model(model)
+        run(config, tmp_path / "run")
+
+
+def test_an_attempt_that_failed_before_its_first_checkpoint_binds_nobody(model, pairs, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nope.jsonl"):
+        run(dpo_config(model, "nope.jsonl", steps=1), tmp_path)
+    with pytest.raises(ValueError, match="does not split evenly"):
+        run(dpo_config(model, pairs, steps=1, batch_size=6), tmp_path)
+    (tmp_path / "dpo" / "config.draft").write_text("killed while writing")
+    run(dpo_config(model, pairs, steps=1), tmp_path)
+
+
+def test_tokens_and_lengths_that_the_model_does_not_have_are_refused(model, pairs, tmp_path):
+    config = dpo_config("", pairs, model__tokenizer=str(model))
+    config.model.scratch = dict(
+        model_type="gpt2", vocab_size=20, n_embd=16, n_layer=1, n_head=2, n_positions=64
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"pairs.jsonl row \d+ has token \d+, but the model's vocabulary ends at 19",
+    ):
+        run(config, tmp_path / "words")
+    config.model.scratch.update(vocab_size=40, n_positions=8)
+    with pytest.raises(
+        ValueError, match=r"pairs.jsonl row \d+ has \d+ tokens, but the model has 8 positions"
+    ):
+        run(config, tmp_path / "positions")
+
+
+def test_the_first_loss_that_is_not_finite_stops_the_run(model, pairs, tmp_path):
+    config = dpo_config(
+        model, pairs, lr=1e12, max_grad_norm=0.0, optimizer="sgd", save_every=1, warmup_steps=0
+    )
+    with pytest.raises(FloatingPointError) as error:
+        run(config, tmp_path)
+    text = str(error.value)
+    step = int(re.search(r"dpo stopped at step (\d+)", text)[1])
+    assert text.count("pairs.jsonl row") == 8
+    with Checkpoints(tmp_path / "dpo" / "checkpoints", keep=1) as saved:
+        assert (saved.latest() or 0) == step - 1
+    assert not (tmp_path / "dpo" / "done.json").exists()
+
+
+def test_an_update_that_overflows_is_never_saved(model, pairs, tmp_path):
+    """Loss and gradient of the step are finite; the weights after it are not."""
+    with pytest.raises(FloatingPointError, match="step 1: param_norm is (inf|nan)"):
+        run(dpo_config(model, pairs, lr=1e38, max_grad_norm=0.0, warmup_steps=0, steps=1), tmp_path)
+    assert not (tmp_path / "dpo" / "done.json").exists() and not (tmp_path / "dpo" / "hf").exists()
+
+
+def test_the_best_checkpoint_is_kept_and_exported(model, pairs, tmp_path):
+    config = dpo_config(
+        model,
+        pairs,
+        steps=8,
+        eval_every=2,
+        save_every=8,
+        keep_best="loss/eval",
+        lr=3.0,
+        warmup_steps=0,
+        max_grad_norm=0.0,
+    )
+    folder = run(config, tmp_path)
+    losses = {
+        row["step"]: row["loss/eval"]
+        for row in read_rows(folder / "metrics.jsonl")
+        if "loss/eval" in row and row["step"]
+    }
+    with Checkpoints(folder / "checkpoints", keep=1, best_metric="loss/eval") as saved:
+        best, value = saved.best()
+        assert best == min(losses, key=losses.get) and value == losses[best]
+        assert saved.latest() == 8
+    assert json.loads((folder / "done.json").read_text())["evaluation"]["loss/eval"] == losses[best]
+
+
+def test_of_equally_good_checkpoints_the_latest_is_the_best_however_often_one_is_saved(tmp_path):
+    state = step.TrainState(jnp.int32(0), {"w": jnp.zeros(2)}, ())
+    for keep, all_saved in ((1, False), (1, True), (3, True)):
+        with Checkpoints(
+            tmp_path / f"{keep}{all_saved}", keep=keep, best_metric="rewards_eval/accuracies"
+        ) as saved:
+            for number, accuracy in enumerate((0.6, 0.7, 0.7, 0.6), 1):
+                better = saved.is_better(accuracy)
+                assert better == (number < 4)
+                if better or all_saved:
+                    saved.save(number, state, {"rewards_eval/accuracies": accuracy})
+            assert saved.best() == (3, 0.7)
+
+
+def test_saving_leaves_preemptions_to_the_loop(tmp_path, monkeypatch):
+    """orbax would ask jax with the step, and so move the number at which processes stop
+    together.
+    """
+    asked = []
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", asked.append)
+    with Checkpoints(tmp_path, keep=1) as saved:
+        saved.save(1, step.TrainState(jnp.int32(1), {"w": jnp.zeros(2)}, ()))
+    assert not asked
+
+
+def test_an_unknown_metric_to_keep_the_best_by_is_refused(model, pairs, tmp_path):
+    with pytest.raises(
+        ValueError, match="keep_best = 'accuracy': expected an evaluation metric; .*loss/eval"
+    ):
+        run(dpo_config(model, pairs, keep_best="accuracy"), tmp_path)
+
+
+def test_a_workdir_may_be_relative(model, pairs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert (run(dpo_config(model, pairs, steps=1), "runs/mine") / "done.json").exists()
+
+
+def test_two_processes_cannot_work_on_one_stage(whole):
+    config, folder = whole
+    with lock_folder(folder), pytest.raises(RuntimeError, match="another process is at work"):
+        run(config, folder.parent)
+
+
+def test_a_stage_that_another_holds_for_a_moment_is_waited_for(tmp_path):
+    held, release = threading.Event(), threading.Event()
+
+    def hold():
+        with lock_folder(tmp_path):
+            held.set()
+            release.wait()
+
+    threading.Thread(target=hold).start()
+    held.wait()
+    threading.Timer(0.3, release.set).start()
+    with lock_folder(tmp_path):
+        assert release.is_set()
+
+
+def test_a_folder_of_something_else_is_not_touched(model, pairs, tmp_path):
+    (tmp_path / "dpo").mkdir()
+    (tmp_path / "dpo" / "thesis.tex").write_text("chapter 1")
+    with pytest.raises(StageChanged, match="has files but no config.json"):
+        run(dpo_config(model, pairs), tmp_path)
+
+
+def test_too_few_rows_for_a_step(model, tmp_path):
+    pairs = write_pairs(tmp_path / "pairs.jsonl", count=10)
+    config = dpo_config(model, pairs, steps=0, batch_size=64)
+    with pytest.raises(
+        ValueError, match="training rows make no step of config.dpo.batch_size = 64"
+    ):
+        run(config, tmp_path)
+
+
+def test_a_signal_in_the_last_step_ends_the_run_too(model, pairs, tmp_path, whole, monkeypatch):
+    write = metrics.Writer.write
+
+    def stop(self, step, values):
+        write(self, step, values)
+        if step == 6:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(metrics.Writer, "write", stop)
+        run(dpo_config(model, pairs), tmp_path)
+    assert not (tmp_path / "dpo" / "hf").exists()
+    for name, value in weights(run(dpo_config(model, pairs), tmp_path)).items():
+        np.testing.assert_array_equal(value, weights(whole[1])[name])
+
+
+def test_reference_by_path_and_reference_free(model, pairs, tmp_path, whole):
+    same = run(dpo_config(model, pairs, reference=str(model)), tmp_path / "path")
+    for name, value in weights(same).items():
+        np.testing.assert_array_equal(value, weights(whole[1])[name])
+    free = run(dpo_config(model, pairs, reference="none"), tmp_path / "free")
+    row = rows_without_timings(free)[0]
+    np.testing.assert_allclose(
+        row["rewards_eval/chosen"], 0.1 * row["logps_eval/chosen"], rtol=1e-4
+    )
+
+
+def test_ledger_and_shown_rows(model, pairs, tmp_path, capsys):
+    folder = run(dpo_config(model, pairs, data__show=2, steps=1), tmp_path)
+    ledger = json.loads((folder / "ledger.json").read_text())
+    assert ledger["train"]["read"] == 60 and len(ledger["fingerprint"]) == 2
+    out = capsys.readouterr().out
+    assert out.count("⟦") == 4 and "</s>⟧" in out and "self-check passed" in out
+
+
+def test_the_device_never_waits_for_the_host(model, pairs, tmp_path, monkeypatch):
+    """A step's metrics are fetched when the next is on its way, and batches are made beside the
+    loop.
+    """
+    events, made_by = [], []
+    programs, named, shard_batch = loop.programs, metrics.named, loop.sharding.shard_batch
+
+    def watched(job):
+        made = programs(job)
+
+        def train_step(*arguments):
+            events.append("step")
+            return made.train_step(*arguments)
+
+        return dataclasses.replace(made, train_step=train_step)
+
+    monkeypatch.setattr(loop, "programs", watched)
+    monkeypatch.setattr(
+        metrics, "named", lambda *arguments: events.append("fetch") or named(*arguments)
+    )
+    monkeypatch.setattr(
+        loop.sharding,
+        "shard_batch",
+        lambda *arguments, **options: (
+            made_by.append(threading.current_thread()) or shard_batch(*arguments, **options)
+        ),
+    )
+    run(dpo_config(model, pairs, steps=5, eval_every=100, save_every=100), tmp_path)
+    first = events.index("step")
+    assert events[first : first + 10] == ["step", *["step", "fetch"] * 4, "fetch"]
+    assert sum(thread is not threading.main_thread() for thread in made_by) == 5
+
+
+@pytest.mark.parametrize(
+    "kind, dtype, expected",
+    [
+        ("TPU v4", "bfloat16", 275e12),
+        ("TPU v4", "float32", 275e12 / 6),
+        ("NVIDIA H100 80GB HBM3", "bfloat16", 989e12),
+    ],
+)
+def test_utilization_is_of_all_chips_peak(kind, dtype, expected):
+    devices = np.array([types.SimpleNamespace(platform="tpu", device_kind=kind)] * 8)
+    assert (
+        hardware.flops_per_second(types.SimpleNamespace(devices=devices, size=8), dtype)
+        == 8 * expected
+    )
+
+
+def test_other_chips_of_a_name_are_measured(monkeypatch):
+    monkeypatch.setattr(hardware, "measured_flops_per_second", lambda dtype: 3.0)
+    for kind in (
+        "NVIDIA H100 PCIe",
+        "NVIDIA GH200 480GB",
+        "NVIDIA A100-SXM4-80GB MIG 1g.10gb",
+        "NVIDIA L4",
+    ):
+        devices = np.array([types.SimpleNamespace(platform="gpu", device_kind=kind)] * 2)
+        assert (
+            hardware.flops_per_second(types.SimpleNamespace(devices=devices, size=2), "bfloat16")
+            == 6
+        )

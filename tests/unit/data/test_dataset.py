@@ -1,0 +1,359 @@
+"""From files to token ids with every row accounted for: the ledger, its limits, and the decoded
+view.
+"""
+
+import json
+
+import ml_collections
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from dpo_jax.data import dataset
+from dpo_jax.data import tokenizer as tokenizers
+from dpo_jax.data.ledger import Counts, Ledger
+from dpo_jax.data.sources import Row
+from tests.helpers.paths import SHARED, needs_shared
+
+
+def data_config(**changes) -> ml_collections.ConfigDict:
+    return ml_collections.ConfigDict(
+        {
+            "source": "local",
+            "path": "",
+            "train_split": "train",
+            "eval_split": "",
+            "eval_fraction": 0.0,
+            "max_rows": 0,
+            "max_eval_rows": 0,
+            "max_length": 40,
+            "max_prompt_length": 20,
+            "truncate": "auto",
+            "append_eos": True,
+            "on_bad_row": "error",
+            "max_dropped": 0.05,
+            "show": 0,
+        }
+        | changes
+    )
+
+
+@pytest.fixture(scope="module")
+def letters():
+    """A tokenizer whose tokens are letters."""
+    tokens = ["<eos>", *"abcdefghijklmnopqrstuvwxyz0123456789 "]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    backend = Tokenizer(models.BPE(vocabulary, []))
+    backend.pre_tokenizer = pre_tokenizers.Split("\0", "isolated")
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def pairs(n):
+    return [{"prompt": f"prompt {i}", "chosen": "good", "rejected": "evil"} for i in range(n)]
+
+
+def test_every_row_is_accounted_for(tmp_path, letters):
+    bad = [{"prompt": "p", "chosen": chosen, "rejected": "r"} for chosen in ("", "c<eos>", 3)]
+    path = write(tmp_path / "rows.jsonl", [*pairs(100), *pairs(2), *bad])
+    data = dataset.load(
+        data_config(path=path, eval_fraction=0.1, on_bad_row="drop"), letters, "pairs"
+    )
+    train, evals = data.ledger.train, data.ledger.eval
+    assert train.dropped == {
+        "empty response": 1,
+        "field 'chosen' is not text": 1,
+        "EOS inside the text": 1,
+    }
+    assert train.examples["EOS inside the text"] == ["rows.jsonl row 104"]
+    assert (
+        train.read == 105
+        and train.kept == len(data.train)
+        and evals.kept == len(data.eval) == evals.read
+    )
+    for counts in (train, evals):
+        left_out = sum(counts.filtered.values()) + sum(counts.dropped.values()) + counts.held_out
+        assert counts.read == left_out + counts.kept
+    assert train.held_out == evals.read > 0
+
+
+def test_the_ledger_as_json_and_as_a_table(tmp_path, letters):
+    write(
+        tmp_path / "train.jsonl",
+        [
+            *pairs(30),
+            {"prompt": "p", "chosen": "", "rejected": "r"},
+            {"prompt": "p" * 50, "chosen": "c", "rejected": "r" * 50},
+        ],
+    )
+    write(tmp_path / "test.jsonl", pairs(2))
+    data = dataset.load(data_config(path=str(tmp_path)), letters, "pairs")
+    assert json.loads(json.dumps(data.ledger.to_dict())) == {
+        "train": {
+            "read": 32,
+            "filtered": {},
+            "dropped": {"empty response": 1},
+            "examples": {"empty response": ["train.jsonl row 31"]},
+            "held_out": 0,
+            "kept": 31,
+            "prompts_truncated": 1,
+            "responses_truncated": 1,
+            "eos_lost": 1,
+            "boundaries": 62,
+            "boundary_merges": 0,
+            "mean_tokens": {
+                "prompt": pytest.approx((10 * 8 + 20 * 9 + 20) / 31),
+                "chosen": pytest.approx((30 * 5 + 2) / 31),
+                "rejected": pytest.approx((30 * 5 + 20) / 31),
+                "chosen minus rejected": pytest.approx(-18 / 31),
+            },
+        },
+        "eval": {
+            "read": 2,
+            "filtered": {},
+            "dropped": {},
+            "examples": {},
+            "held_out": 0,
+            "kept": 2,
+            "prompts_truncated": 0,
+            "responses_truncated": 0,
+            "eos_lost": 0,
+            "boundaries": 4,
+            "boundary_merges": 0,
+            "mean_tokens": {"prompt": 8, "chosen": 5, "rejected": 5, "chosen minus rejected": 0},
+        },
+        "shared_prompts": 2,
+    }
+    assert data.ledger.table() == TABLE
+
+
+TABLE = """\
+                                           train          eval
+read                                          32             2
+  dropped: empty response                      1             0
+  held out for eval                            0
+kept                                          31             2
+prompts cut                                    1             0
+responses cut                                  1             0
+  EOS lost                                     1             0
+boundary merges, first rows              0 of 62        0 of 4
+mean tokens, prompt                          9.0           8.0
+mean tokens, chosen                          4.9           5.0
+mean tokens, rejected                        5.5           5.0
+mean tokens, chosen minus rejected          -0.6           0.0
+eval prompts also in train                                   2
+dropped from train: 1 x empty response (train.jsonl row 31)"""
+
+
+def test_too_many_dropped_rows_stop_the_run(tmp_path, letters):
+    empty, broken = (
+        {"prompt": "p", "chosen": chosen, "rejected": "r"} for chosen in ("", "<eos>c")
+    )
+    path = write(tmp_path / "rows.jsonl", [*pairs(95), empty, empty, empty, empty, broken])
+    assert len(dataset.load(data_config(path=path, max_dropped=0.05), letters, "pairs").train) == 95
+    with pytest.raises(ValueError) as error:
+        dataset.load(data_config(path=path, max_dropped=0.04), letters, "pairs")
+    assert str(error.value) == (
+        "5 of 100 train rows (5.0%) had to be dropped; data.max_dropped allows 4.0%:\n"
+        "  4 x empty response (rows.jsonl row 96, rows.jsonl row 97, rows.jsonl row 98, ...)\n"
+        "  1 x EOS inside the text (rows.jsonl row 100)\n"
+        "Mend these rows, or raise data.max_dropped if losing them is right."
+    )
+
+
+def test_filtered_rows_do_not_count_as_dropped(tmp_path, letters):
+    row = {
+        "history": "why",
+        "human_ref_A": "so",
+        "human_ref_B": "no",
+        "labels": 1,
+        "score_ratio": 3.0,
+    }
+    path = write(tmp_path / "shp.jsonl", [row, *[row | {"score_ratio": 1.0}] * 99])
+    data = dataset.load(data_config(source="shp", path=path, max_dropped=0.0), letters, "pairs")
+    assert len(data.train) == 1 and data.ledger.train.filtered == {"score ratio below 2": 99}
+    assert "  filtered: score ratio below 2               99             0" in data.ledger.table()
+
+
+def test_the_eval_split_is_checked_too():
+    ledger = Ledger(
+        Counts(read=9, kept=9), Counts(read=4, kept=2, dropped={"r": 2}, examples={"r": ["a"]})
+    )
+    with pytest.raises(ValueError, match=r"2 of 4 eval rows \(50.0%\) had to be dropped"):
+        ledger.check(0.05)
+    ledger.check(0.5)
+
+
+def test_dropped_rows_are_a_share_of_those_that_the_source_did_not_filter():
+    ledger = Ledger(
+        Counts(read=100, filtered={"f": 90}, kept=9, dropped={"r": 1}, examples={"r": ["a"]})
+    )
+    with pytest.raises(ValueError, match=r"1 of 10 train rows \(10.0%\) had to be dropped"):
+        ledger.check(0.09)
+    ledger.check(0.1)
+
+
+def test_no_training_rows_is_an_error(tmp_path, letters):
+    path = write(tmp_path / "rows.jsonl", [])
+    with pytest.raises(
+        ValueError, match="no row is left to train on: 0 read, 0 filtered, 0 dropped, 0 held"
+    ):
+        dataset.load(data_config(path=path), letters, "pairs")
+
+
+@pytest.mark.parametrize(
+    "source, prompt, asked, expected",
+    [
+        ("local", "p", "auto", "keep_start"),
+        ("local", [{"role": "user", "content": "p"}], "auto", "keep_end"),
+        ("hh", "p", "auto", "keep_end"),
+        ("shp", "p", "auto", "keep_end"),
+        ("tldr", "p", "auto", "keep_end"),
+        ("cnn_dailymail", "p", "auto", "keep_cue"),
+        ("imdb", "", "auto", "keep_start"),
+        ("toy", "p", "auto", "keep_start"),
+        ("hh", "p", "keep_start", "keep_start"),
+        ("local", "p", "keep_end", "keep_end"),
+    ],
+)
+def test_auto_keeps_the_end_where_the_prompt_ends_in_a_cue(source, prompt, asked, expected):
+    data = data_config(source=source, truncate=asked)
+    assert dataset.truncation(data, [Row(prompt, ("r",), "row 1")]) == expected
+
+
+@needs_shared
+@pytest.mark.parametrize("words", ["gpt2-tokenizer", "pythia-tokenizer"])
+@pytest.mark.parametrize(
+    "source, fields, start",
+    [
+        (
+            "tldr",
+            {
+                "prompt": "SUBREDDIT: r/cats\nTITLE: My cat\nPOST: {}\nTL;DR:",
+                "label": "It is gone.",
+            },
+            "",
+        ),
+        (
+            "tldr",
+            {
+                "prompt": "SUBREDDIT: r/cats\n\nTITLE: My cat\n\nPOST: {}",
+                "chosen": "TL;DR: It is gone, help me.",
+            },
+            "",
+        ),
+        (
+            "cnn_dailymail",
+            {"article": "LONDON -- {}", "highlights": "It rained ."},
+            "Article:\n\nLONDON -- It is",
+        ),
+    ],
+)
+def test_a_cut_prompt_keeps_its_cue(tmp_path, words, source, fields, start):
+    """To the last token, and news their lead besides; a setting that would cut it off is
+    refused.
+    """
+    tokenizer = tokenizers.load(SHARED / words)
+    long, short = (
+        {name: text.format(middle) for name, text in fields.items()}
+        for middle in ("It is. " * 200, "So.")
+    )
+    settings = dict(
+        source=source,
+        path=write(tmp_path / "rows.jsonl", [long, short]),
+        max_length=96,
+        max_prompt_length=64,
+    )
+    data = dataset.load(data_config(**settings), tokenizer, "sft")
+    cut, whole = data.train.prompts
+    assert len(cut) == 64 and len(whole) < 64 and data.ledger.train.prompts_truncated == 1
+    for prompt in (cut, whole):
+        assert tokenizer.decode(prompt).endswith("TL;DR:")
+    assert tokenizer.decode(cut).startswith(start) and "SUBREDDIT" not in tokenizer.decode(cut)
+    with pytest.raises(
+        ValueError,
+        match=r"1 prompts \(rows.jsonl row 1 is .* lost their end, 'TL;DR:', by "
+        "data.truncate='keep_start'",
+    ):
+        dataset.load(data_config(**settings, truncate="keep_start"), tokenizer, "sft")
+
+
+def test_sft_and_dpo_hold_out_the_same_prompts(tmp_path, letters):
+    path = write(tmp_path / "rows.jsonl", pairs(200))
+    config = data_config(path=path, eval_fraction=0.1)
+    sft, dpo = (dataset.load(config, letters, kind) for kind in ("sft", "pairs"))
+    assert sft.eval.where == dpo.eval.where and len(dpo.eval) > 5
+    assert [len(responses) for _, responses in sft.eval] == [1] * len(sft.eval)
+    assert sft.train.fingerprint != dpo.train.fingerprint
+
+
+def test_the_same_config_gives_the_same_tokens(tmp_path, letters):
+    config = data_config(path=write(tmp_path / "rows.jsonl", pairs(200)), eval_fraction=0.1)
+    first, second = (dataset.load(config, letters, "pairs") for _ in range(2))
+    assert first.train.fingerprint == second.train.fingerprint != first.eval.fingerprint
+    assert first.ledger == second.ledger and first.train.where == second.train.where
+
+
+def test_show_marks_what_is_scored(tmp_path, letters):
+    path = write(tmp_path / "rows.jsonl", pairs(3))
+    shown = dataset.show(
+        dataset.load(data_config(path=path), letters, "pairs").train, letters, range(2)
+    )
+    assert shown == (
+        "--- rows.jsonl row 1: prompt, 8 tokens\nprompt 0\n"
+        "--- chosen, 5 tokens scored\n⟦good<eos>⟧\n--- rejected, 5 tokens scored\n⟦evil<eos>⟧\n\n"
+        "--- rows.jsonl row 2: prompt, 8 tokens\nprompt 1\n"
+        "--- chosen, 5 tokens scored\n⟦good<eos>⟧\n--- rejected, 5 tokens scored\n⟦evil<eos>⟧"
+    )
+    sft = dataset.load(data_config(path=path), letters, "sft").train
+    assert dataset.show(sft, letters, range(1)).endswith(
+        "--- completion, 5 tokens scored\n⟦good<eos>⟧"
+    )
+
+
+@needs_shared
+def test_real_hh_pairs():
+    tokenizer = tokenizers.load(SHARED / "stories260k")
+    config = data_config(
+        source="hh",
+        path=str(SHARED / "hh-rlhf"),
+        eval_fraction=0.02,
+        max_length=512,
+        max_prompt_length=256,
+        max_eval_rows=256,
+    )
+    data = dataset.load(config, tokenizer, "pairs")
+    train, evals = data.ledger.train, data.ledger.eval
+    assert (train.read, train.held_out, train.kept, evals.kept) == (2312, 56, 2252, 56)
+    assert (train.prompts_truncated, train.responses_truncated, train.eos_lost) == (637, 296, 296)
+    assert train.mean_tokens["chosen"] == pytest.approx(91.8, abs=0.05)
+    lengths = [len(prompt) + max(map(len, responses)) for prompt, responses in data.train]
+    assert max(lengths) == 512
+    for prompt, responses in data.train:
+        assert prompt[0] == 1 and not any(1 in response for response in responses)
+        assert all((response == 2).sum() <= 1 and 2 not in response[:-1] for response in responses)
+    # auto keeps the end, where the cue is: no prompt has lost it
+    assert all(tokenizer.decode(prompt[-40:]).endswith("Assistant:") for prompt, _ in data.train)
+
+
+@needs_shared
+def test_real_imdb_reviews():
+    tokenizer = tokenizers.load(SHARED / "gpt2-tokenizer")
+    config = data_config(
+        source="imdb",
+        path=str(SHARED / "imdb"),
+        max_rows=50,
+        max_eval_rows=10,
+        max_length=64,
+        max_prompt_length=8,
+    )
+    data = dataset.load(config, tokenizer, "sft")
+    assert (len(data.train), len(data.eval)) == (50, 10)
+    assert all(prompt.tolist() == [50256] for prompt, _ in data.train)
+    assert max(len(review) for _, (review,) in data.train) == 63
+    assert data.ledger.shared_prompts == 0

@@ -1,0 +1,952 @@
+"""Every source's quirks, where records are found, and what a person is told when a row is wrong."""
+
+import csv
+import gzip
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import ml_collections
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from dpo_jax.data import readers, sources
+from dpo_jax.data.ledger import Filtered, Ledger, Malformed, Unusable
+from dpo_jax.data.sources import Row
+from tests.helpers.paths import ROOT, SHARED, needs_shared
+
+PAIR = {"prompt": "Name a colour.", "chosen": " Blue.", "rejected": " Seven."}
+
+
+def data_config(**changes) -> ml_collections.ConfigDict:
+    return ml_collections.ConfigDict(
+        {
+            "source": "local",
+            "path": "",
+            "train_split": "train",
+            "eval_split": "",
+            "eval_fraction": 0.0,
+            "max_rows": 0,
+            "max_eval_rows": 0,
+            "on_bad_row": "error",
+            "max_dropped": 0.05,
+        }
+        | changes
+    )
+
+
+def write_jsonl(path: Path, rows) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "wt", encoding="utf-8") as file:
+        file.writelines((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    return path
+
+
+def write_parquet(path: Path, rows) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
+def pairs(n: int, prefix: str = "p") -> list[dict]:
+    return [
+        {"prompt": f"{prefix}{i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(n)
+    ]
+
+
+def read(path, kind="pairs", **changes):
+    ledger = Ledger()
+    return sources.read(data_config(path=str(path), **changes), kind, ledger), ledger
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
+
+
+# local
+
+
+def test_local_text_forms():
+    assert sources.local(PAIR) == ("Name a colour.", (" Blue.", " Seven."))
+    assert sources.local({"prompt": "p", "completion": "c"}) == ("p", ("c",))
+    assert sources.local({"prompt": "p", "chosen": "c"}) == ("p", ("c",))
+    assert sources.local({"text": "t", "completion": None}) == ("", ("t",))
+    assert sources.local(PAIR | {"prompt": ""}) == ("", (" Blue.", " Seven."))
+
+
+ASKED = [{"role": "system", "content": "s"}, user("q")]
+
+
+@pytest.mark.parametrize(
+    "fields, prompt, responses",
+    [
+        # the answers alone, as messages or as text, behind a prompt of either form
+        (
+            {"prompt": ASKED, "chosen": [assistant("a")], "rejected": [assistant("b")]},
+            ASKED,
+            ([assistant("a")], [assistant("b")]),
+        ),
+        (
+            {"prompt": ASKED, "chosen": "a", "rejected": "b"},
+            ASKED,
+            ([assistant("a")], [assistant("b")]),
+        ),
+        (
+            {"prompt": "q", "chosen": [assistant("a")], "rejected": [assistant("b")]},
+            [user("q")],
+            ([assistant("a")], [assistant("b")]),
+        ),
+        # whole conversations, with the prompt, with its text, or without it
+        (
+            {
+                "prompt": ASKED,
+                "chosen": [*ASKED, assistant("a")],
+                "rejected": [*ASKED, assistant("b")],
+            },
+            ASKED,
+            ([assistant("a")], [assistant("b")]),
+        ),
+        (
+            {
+                "prompt": "q",
+                "chosen": [user("q"), assistant("a")],
+                "rejected": [user("q"), assistant("b")],
+            },
+            [user("q")],
+            ([assistant("a")], [assistant("b")]),
+        ),
+        (
+            {"chosen": [*ASKED, assistant("a")], "rejected": [*ASKED, assistant("b")]},
+            ASKED,
+            ([assistant("a")], [assistant("b")]),
+        ),
+        # a conversation that the assistant opens, whole and as its answer alone
+        (
+            {
+                "prompt": [assistant("hi"), user("q")],
+                "chosen": [assistant("hi"), user("q"), assistant("a")],
+                "rejected": [assistant("hi"), user("q"), assistant("b")],
+            },
+            [assistant("hi"), user("q")],
+            ([assistant("a")], [assistant("b")]),
+        ),
+        (
+            {"prompt": [assistant("hi"), user("q")], "completion": [assistant("a")]},
+            [assistant("hi"), user("q")],
+            ([assistant("a")],),
+        ),
+        # several turns: the last shared one is where the response starts
+        (
+            {
+                "chosen": [user("q"), assistant("a"), user("r"), assistant("x")],
+                "rejected": [user("q"), assistant("a"), user("r"), assistant("y")],
+            },
+            [user("q"), assistant("a"), user("r")],
+            ([assistant("x")], [assistant("y")]),
+        ),
+        # one side is the beginning of the other
+        (
+            {
+                "chosen": [user("q"), assistant("a")],
+                "rejected": [user("q"), assistant("a"), user("r"), assistant("y")],
+            },
+            [user("q")],
+            ([assistant("a")], [assistant("a"), user("r"), assistant("y")]),
+        ),
+        (
+            {"messages": [user("q"), assistant("a"), user("r"), assistant("x")]},
+            [user("q"), assistant("a"), user("r")],
+            ([assistant("x")],),
+        ),
+        ({"prompt": [user("q")], "completion": [assistant("a")]}, [user("q")], ([assistant("a")],)),
+        # parquet fills what a message lacks with None, and other keys are not rendered
+        (
+            {"messages": [user("q") | {"name": None}, assistant("a") | {"name": "bot"}]},
+            [user("q")],
+            ([assistant("a")],),
+        ),
+    ],
+)
+def test_local_chat_forms(fields, prompt, responses):
+    assert sources.local(fields) == (prompt, responses)
+
+
+@pytest.mark.parametrize(
+    "fields, reason, found",
+    [
+        (
+            {"prompt": "p"},
+            "none of the fields 'chosen', 'completion', 'messages', 'text' is there",
+            "",
+        ),
+        ({"chosen": "c", "rejected": "r"}, "field 'prompt' is missing", ""),
+        ({"prompt": "p", "rejected": "r"}, "field 'chosen' is missing", ""),
+        ({"prompt": "p", "chosen": None, "rejected": "r"}, "field 'chosen' is missing", ""),
+        ({"prompt": "p", "chosen": "c", "rejected": 3}, "field 'rejected' is not text", "3 (int)"),
+        ({"prompt": 3, "chosen": "c", "rejected": "r"}, "field 'prompt' is not text", "3 (int)"),
+        (
+            {"prompt": "p", "completion": {"a": 1}},
+            "field 'completion' is not text",
+            "{'a': 1} (dict)",
+        ),
+        (
+            {"messages": ["hello"]},
+            "field 'messages' holds more than messages, each a role and a content in text",
+            "'hello' (str)",
+        ),
+        (
+            {"messages": [{"role": "user", "content": None}]},
+            "field 'messages' holds more than messages, each a role and a content in text",
+            "{'role': 'user', 'content': None} (dict)",
+        ),
+        (
+            {"messages": [user("q"), assistant("a"), user("r")]},
+            "the response is not an assistant's turn after a prompt",
+            "roles [['assistant', 'user']]",
+        ),
+        (
+            {
+                "prompt": [user("z")],
+                "chosen": [user("q"), assistant("a")],
+                "rejected": [user("q"), assistant("b")],
+            },
+            "the conversation does not continue 'prompt'",
+            "[{'role': 'user', 'content': 'q'}] (list)",
+        ),
+        (
+            {
+                "prompt": "z",
+                "chosen": [user("q"), assistant("a")],
+                "rejected": [user("q"), assistant("b")],
+            },
+            "the conversation does not continue 'prompt'",
+            "[{'role': 'user', 'content': 'q'}] (list)",
+        ),
+    ],
+)
+def test_local_malformed(fields, reason, found):
+    with pytest.raises(Malformed) as error:
+        sources.local(fields)
+    assert error.value.args == (reason, found)
+
+
+@pytest.mark.parametrize(
+    "fields, reason",
+    [
+        (
+            {"chosen": [user("q"), assistant("a")], "rejected": [user("z"), assistant("a")]},
+            "no shared assistant turn",
+        ),
+        ({"messages": [assistant("a")]}, "no shared assistant turn"),
+        ({"prompt": [user("q")], "completion": []}, "empty response"),
+    ],
+)
+def test_local_chat_without_a_response(fields, reason):
+    with pytest.raises(Unusable, match=reason):
+        sources.local(fields)
+
+
+# named data sets
+
+
+@pytest.mark.parametrize(
+    "chosen, rejected, prompt, responses",
+    [
+        (
+            "\n\nHuman: q\n\nAssistant: a",
+            "\n\nHuman: q\n\nAssistant: b",
+            "\n\nHuman: q\n\nAssistant:",
+            (" a", " b"),
+        ),
+        (
+            "\n\nHuman: q\n\nAssistant: x\n\nHuman: r\n\nAssistant: a",
+            "\n\nHuman: q\n\nAssistant: x\n\nHuman: r\n\nAssistant: b",
+            "\n\nHuman: q\n\nAssistant: x\n\nHuman: r\n\nAssistant:",
+            (" a", " b"),
+        ),
+        # differs before the last turn: what is left of each side after the last shared one
+        (
+            "\n\nHuman: q\n\nAssistant: x\n\nHuman: r\n\nAssistant: a",
+            "\n\nHuman: q\n\nAssistant: b",
+            "\n\nHuman: q\n\nAssistant:",
+            (" x\n\nHuman: r\n\nAssistant: a", " b"),
+        ),
+        # one side is the beginning of the other
+        (
+            "\n\nHuman: q\n\nAssistant: a",
+            "\n\nHuman: q\n\nAssistant: a b",
+            "\n\nHuman: q\n\nAssistant:",
+            (" a", " a b"),
+        ),
+        # a cue inside one answer only is not a turn of both
+        (
+            "\n\nHuman: q\n\nAssistant: a\n\nAssistant:",
+            "\n\nHuman: q\n\nAssistant: a\n\nAss",
+            "\n\nHuman: q\n\nAssistant:",
+            (" a\n\nAssistant:", " a\n\nAss"),
+        ),
+    ],
+)
+def test_hh_splits_after_the_last_shared_turn(chosen, rejected, prompt, responses):
+    assert sources.hh({"chosen": chosen, "rejected": rejected}) == (prompt, responses)
+
+
+def test_hh_without_a_shared_turn():
+    with pytest.raises(Unusable, match="no shared assistant turn"):
+        sources.hh(
+            {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: z\n\nAssistant: a"}
+        )
+
+
+@needs_shared
+def test_hh_real_rows():
+    rows, ledger = read(SHARED / "hh-rlhf", source="hh")
+    assert ledger.train.read == 2312 and len(rows["train"]) == 2308 and rows["eval"] == []
+    assert ledger.train.dropped == {"empty response": 4}
+    assert ledger.train.examples == {
+        "empty response": [f"harmless-base/test.jsonl.gz row {number}" for number in (87, 517, 926)]
+    }
+    assert all(row.prompt.endswith("\n\nAssistant:") for row in rows["train"])
+    by_number = {int(row.where.split()[-1]): row for row in rows["train"]}
+    for number in (1255, 1689, 1951, 1953, 2037):  # the pairs that differ before the last turn
+        chosen, rejected = by_number[number].responses
+        assert ("\n\nAssistant:" in chosen) != ("\n\nAssistant:" in rejected)
+    assert (
+        by_number[1255].responses[0].endswith("\n\nAssistant:  I think they call them that because")
+    )
+    assert by_number[1255].responses[1].startswith(" A drag king is the opposite")
+    several_turns = [
+        number
+        for number, row in by_number.items()
+        if any("\n\nAssistant:" in response for response in row.responses)
+    ]
+    assert several_turns == [1255, 1689, 1951, 1953, 2037]
+
+
+SHP = {
+    "history": "Why?",
+    "human_ref_A": "Because. ",
+    "human_ref_B": "No idea.",
+    "labels": 1,
+    "score_ratio": 2.0,
+}
+
+
+def test_shp():
+    prompt = "\n\nHuman: Why?\n\nAssistant:"
+    assert sources.shp(SHP) == (prompt, (" Because.", " No idea."))
+    assert sources.shp(SHP | {"labels": 0}) == (prompt, (" No idea.", " Because."))
+    with pytest.raises(Filtered, match="score ratio below 2"):
+        sources.shp(SHP | {"score_ratio": 1.99})
+    with pytest.raises(Malformed, match="field 'labels' is neither 1 .* nor 0 .*; found 2"):
+        sources.shp(SHP | {"labels": 2})
+    with pytest.raises(
+        Malformed, match="field 'score_ratio' is missing or not a number; found '3'"
+    ):
+        sources.shp(SHP | {"score_ratio": "3"})
+
+
+def test_imdb():
+    text = "  Good.<br /><br />Really <br /> good. <br/>Yes."
+    assert sources.imdb({"text": text, "label": 1}) == ("", ("Good.\n\nReally\ngood.\nYes.",))
+
+
+@pytest.mark.parametrize(
+    "fields, prompt, responses",
+    [
+        # CarperAI/openai_summarize_tldr
+        ({"prompt": "POST: x\nTL;DR:", "label": "sum"}, "POST: x\nTL;DR:", (" sum",)),
+        ({"prompt": "POST: x\nTL;DR: ", "label": "TL;DR: sum"}, "POST: x\nTL;DR:", (" sum",)),
+        # CarperAI/openai_summarize_comparisons
+        (
+            {"prompt": "POST: x", "chosen": "TL;DR: a b c d e", "rejected": "TL;DR: f g h i j"},
+            "POST: x\nTL;DR:",
+            (" a b c d e", " f g h i j"),
+        ),
+        # trl-lib/tldr and trl-lib/tldr-preference
+        ({"prompt": "POST: x\n\nTL;DR:", "completion": " sum "}, "POST: x\n\nTL;DR:", (" sum",)),
+        (
+            {"prompt": "POST: x\n\nTL;DR:", "chosen": " a b c d e", "rejected": "f g h i j"},
+            "POST: x\n\nTL;DR:",
+            (" a b c d e", " f g h i j"),
+        ),
+        # a cue in the post is the author's; a doubled one at the end is not
+        (
+            {"prompt": "POST: TL;DR: no\n\nTL;DR: TL;DR:\n", "label": "sum"},
+            "POST: TL;DR: no\n\nTL;DR:",
+            (" sum",),
+        ),
+    ],
+)
+def test_tldr(fields, prompt, responses):
+    assert sources.tldr(fields) == (prompt, responses)
+
+
+@pytest.mark.parametrize(
+    "chosen, rejected, reason",
+    [
+        ("TL;DR: a b c d e", " a b c d e", "summaries are equal"),
+        ("a b c d e", "a b c d", "a summary has fewer than 5 words"),
+    ],
+)
+def test_tldr_filters(chosen, rejected, reason):
+    with pytest.raises(Filtered, match=reason):
+        sources.tldr({"prompt": "p", "chosen": chosen, "rejected": rejected})
+
+
+@pytest.mark.parametrize(
+    "prompt", ["Article:\nLONDON -- x\n\nTL;DR:", "TITLE: x\n\nLONDON -- x\n\nTL;DR:"]
+)
+def test_tldr_leaves_news_out(prompt):
+    """trl-lib/tldr-preference and its forerunner have CNN/DailyMail articles among the posts of
+    their validation.
+    """
+    with pytest.raises(Filtered, match="news article"):
+        sources.tldr({"prompt": prompt, "chosen": " a b c d e", "rejected": " f g h i j"})
+
+
+def test_tldr_lacks_a_summary():
+    with pytest.raises(Malformed, match="field 'label' is missing"):
+        sources.tldr({"prompt": "p"})
+
+
+POST = {
+    "id": "t3_1",
+    "post": "I lost my cat.",
+    "title": "My cat",
+    "subreddit": "cats",
+    "site": None,
+    "article": None,
+}
+COMPARED = {  # a row of openai/summarize_from_feedback, comparisons
+    "info": POST,
+    "choice": 1,
+    "worker": "w",
+    "batch": "batch3",
+    "split": "train",
+    "extra": {"confidence": None},
+    "summaries": [
+        {"text": " cat is still at home", "policy": "sup1", "note": None},
+        {"text": " cat is gone, help me", "policy": "ref", "note": None},
+    ],
+}
+
+
+def test_openais_comparisons():
+    prompt = "SUBREDDIT: r/cats\n\nTITLE: My cat\n\nPOST: I lost my cat.\n\nTL;DR:"
+    summaries = (" cat is gone, help me", " cat is still at home")
+    assert sources.tldr(COMPARED) == (prompt, summaries)
+    assert sources.tldr(COMPARED | {"choice": 0}) == (prompt, summaries[::-1])
+    article = POST | {"post": None, "subreddit": None, "article": "LONDON -- x"}
+    with pytest.raises(Filtered, match="news article"):
+        sources.tldr(COMPARED | {"info": article, "batch": "batch0_cnndm"})
+    with pytest.raises(Filtered, match="fewer than 5 words"):
+        sources.tldr(COMPARED | {"summaries": [COMPARED["summaries"][0], {"text": " cat gone"}]})
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"choice": 2}, "'choice', 0 or 1"),
+        ({"choice": None}, "'choice', 0 or 1"),
+        ({"summaries": COMPARED["summaries"][:1]}, "two 'summaries'"),
+        ({"info": POST | {"title": None}}, "field 'title' is missing"),
+        ({"summaries": [{"note": ""}, COMPARED["summaries"][1]]}, "field 'text' is missing"),
+    ],
+)
+def test_openais_comparisons_malformed(change, reason):
+    with pytest.raises(Malformed, match=reason):
+        sources.tldr(COMPARED | change)
+
+
+def test_openais_parquet_export(tmp_path):
+    """The folders that the hub makes of it; what is left out is counted, and adds up."""
+    news = COMPARED | {"batch": "cnndm0", "info": POST | {"post": None, "article": "LONDON -- x"}}
+    short = COMPARED | {
+        "summaries": [{"text": " yes", "policy": "p", "note": None}, COMPARED["summaries"][1]]
+    }
+    write_parquet(
+        tmp_path / "comparisons" / "train" / "0000.parquet",
+        [COMPARED, COMPARED | {"choice": 0}, short],
+    )
+    write_parquet(tmp_path / "comparisons" / "validation" / "0000.parquet", [news, COMPARED, news])
+    rows, ledger = read(tmp_path / "comparisons", source="tldr")
+    assert [row.responses[0] for row in rows["train"]] == [
+        " cat is gone, help me",
+        " cat is still at home",
+    ]
+    assert len(rows["eval"]) == 1
+    assert ledger.train.filtered == {"a summary has fewer than 5 words": 1}
+    assert ledger.eval.filtered == {"news article, not a Reddit post": 2} and ledger.eval.read == 3
+
+
+def test_cnn_dailymail(tmp_path):
+    row = {
+        "id": "1",
+        "article": "LONDON, England (Reuters) -- It rained. \n",
+        "highlights": "It rained in London , again .\nU.S. envoy: 3.5 inches .\nNo end in sight",
+    }
+    prompt = "Article:\n\nLONDON, England (Reuters) -- It rained.\n\nTL;DR:"
+    summary = " It rained in London, again. U.S. envoy: 3.5 inches. No end in sight"
+    assert sources.cnn_dailymail(row) == (prompt, (summary,))
+    for name in ("train-00000-of-00003", "train-00001-of-00003", "test-00000-of-00001"):
+        write_parquet(tmp_path / "3.0.0" / f"{name}.parquet", [row])
+    rows, _ = read(tmp_path / "3.0.0", "sft", source="cnn_dailymail")
+    assert [len(side) for side in rows.values()] == [2, 1]
+    with pytest.raises(ValueError, match="'cnn_dailymail' has no pairs"):
+        read(tmp_path / "3.0.0", source="cnn_dailymail")
+
+
+# read: splits, limits, bad rows
+
+
+def test_kinds(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [PAIR])
+    assert read(path)[0]["train"] == [
+        Row("Name a colour.", (" Blue.", " Seven."), "rows.jsonl row 1")
+    ]
+    assert read(path, "sft")[0]["train"] == [Row("Name a colour.", (" Blue.",), "rows.jsonl row 1")]
+    with pytest.raises(
+        ValueError, match="data.source='imdb' has no pairs.*`pairs` stage.*data.source=local"
+    ):
+        read(path, source="imdb")
+    with pytest.raises(
+        ValueError, match="data.source='reddit' is not one of local, hh, shp, imdb, tldr, "
+    ):
+        read(path, source="reddit")
+
+
+def test_a_bad_row_stops_with_file_row_field_and_example(tmp_path):
+    path = write_jsonl(
+        tmp_path / "rows.jsonl", [PAIR, "", {"prompt": "p", "chosen": "c", "rejected": 3}]
+    )
+    with pytest.raises(ValueError) as error:
+        read(path)
+    message = str(error.value)
+    # row 2 is a blank line: skipped, but counted as an editor counts
+    assert message.startswith("rows.jsonl row 3: field 'rejected' is not text; found 3 (int).\n")
+    for part in (
+        f"data.path: {path}",
+        "fields found: prompt, chosen, rejected",
+        'a right row for data.source=local: {"prompt":',
+        "--config.data.on_bad_row=drop",
+    ):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        (
+            '{"prompt": "p" "chosen": 1}',
+            "the line is not JSON; found Expecting ',' delimiter at character 16",
+        ),
+        ('["p"]', "a row is an object, {...}; found ['p']"),
+        (
+            r'{"prompt": "\ud83d", "completion": "c"}',
+            r"half of a surrogate pair is no character; found '\ud83d'",
+        ),
+        (
+            '{"prompt": "p", "completion": "c"}',
+            "a pair needs two responses, in 'chosen' and 'rejected'",
+        ),
+    ],
+)
+def test_a_bad_line_stops_or_is_counted(tmp_path, line, said):
+    path = write_jsonl(tmp_path / "rows.jsonl", [PAIR, line, PAIR])
+    with pytest.raises(ValueError) as error:
+        read(path)
+    assert str(error.value).startswith(f"rows.jsonl row 2: {said}.\n")
+    rows, ledger = read(path, on_bad_row="drop")
+    assert [row.where for row in rows["train"]] == ["rows.jsonl row 1", "rows.jsonl row 3"]
+    reason = said.split("; found")[0]
+    assert ledger.train.dropped == {reason: 1} and ledger.train.examples == {
+        reason: ["rows.jsonl row 2"]
+    }
+    assert ledger.train.read == 3
+
+
+def test_a_bad_character_in_a_json_array_is_counted_too(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([PAIR, PAIR | {"chosen": "\ud83d"}]))
+    rows, ledger = read(path, on_bad_row="drop")
+    assert [row.where for row in rows["train"]] == ["rows.json row 1"]
+    assert ledger.train.dropped == {"half of a surrogate pair is no character": 1}
+
+
+def test_known_defects_are_counted_even_where_bad_rows_are_errors(tmp_path):
+    empty, equal = PAIR | {"chosen": " "}, PAIR | {"chosen": "Seven. "}
+    path = write_jsonl(
+        tmp_path / "rows.jsonl",
+        [
+            PAIR,
+            empty,
+            empty,
+            empty,
+            empty,
+            equal,
+            {"prompt": [user("q")], "chosen": "", "rejected": "b"},
+        ],
+    )
+    rows, ledger = read(path)
+    assert len(rows["train"]) == 1
+    assert ledger.train.dropped == {"empty response": 5, "chosen and rejected are equal": 1}
+    assert ledger.train.examples["empty response"] == [f"rows.jsonl row {n}" for n in (2, 3, 4)]
+    assert len(read(path, "sft")[0]["train"]) == 2  # equal pairs are no matter to SFT
+
+
+def test_filtered_rows_are_apart_from_dropped_ones(tmp_path):
+    path = write_jsonl(
+        tmp_path / "shp.jsonl", [SHP, SHP | {"score_ratio": 1.5}, SHP | {"human_ref_A": ""}]
+    )
+    rows, ledger = read(path, source="shp")
+    assert len(rows["train"]) == 1
+    assert ledger.train.filtered == {"score ratio below 2": 1}
+    assert ledger.train.dropped == {"empty response": 1}
+
+
+def test_formats_agree(tmp_path):
+    rows = [
+        {"prompt": "NA", "chosen": "1", "rejected": "null"},
+        {"prompt": 'line\nbreak, "quoted"', "chosen": "007", "rejected": "é\u2028"},
+    ]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    write_jsonl(tmp_path / "b.jsonl.gz", rows)
+    write_jsonl(tmp_path / "lines.json", rows)
+    (tmp_path / "c.json").write_text(json.dumps(rows, indent=1))
+    write_parquet(tmp_path / "d.parquet", rows)
+    with open(tmp_path / "e.csv", "w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    (tmp_path / "f.jsonl").write_bytes((tmp_path / "a.jsonl").read_bytes().replace(b"\n", b"\r\n"))
+    for name in ("a.jsonl", "b.jsonl.gz", "lines.json", "c.json", "d.parquet", "e.csv", "f.jsonl"):
+        read_rows = read(tmp_path / name)[0]["train"]
+        assert [row.where for row in read_rows] == [f"{name} row 1", f"{name} row 2"]
+        assert [
+            {"prompt": row.prompt, "chosen": row.responses[0], "rejected": row.responses[1]}
+            for row in read_rows
+        ] == rows, name
+
+
+def test_chat_rows_from_parquet_and_mixed_rows_from_json(tmp_path):
+    chat = {"prompt": [user("q")], "chosen": [assistant("a")], "rejected": [assistant("b")]}
+    write_parquet(tmp_path / "a.parquet", [chat, chat])
+    (tmp_path / "b.json").write_text(json.dumps([chat, PAIR]))
+    assert read(tmp_path / "a.parquet")[0]["train"][1].prompt == [user("q")]
+    rows = read(tmp_path / "b.json")[0]["train"]
+    assert [row.prompt for row in rows] == [[user("q")], "Name a colour."]
+
+
+def test_a_number_among_texts_is_found_in_every_format(tmp_path):
+    rows = [PAIR, PAIR | {"rejected": 3}]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    (tmp_path / "b.json").write_text(json.dumps(rows))
+    for name in ("a.jsonl", "b.json"):
+        with pytest.raises(
+            ValueError, match=f"{name} row 2: field 'rejected' is not text; found 3"
+        ):
+            read(tmp_path / name)
+
+
+def test_unreadable_files(tmp_path):
+    (tmp_path / "latin.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
+    with pytest.raises(
+        ValueError, match=r"latin.jsonl is not UTF-8 text: .*0xe9. Save it as UTF-8"
+    ):
+        read(tmp_path / "latin.jsonl", "sft")
+    (tmp_path / "cut.json").write_text('[{"text": "a"},\n{"text":')
+    with pytest.raises(ValueError, match="cut.json is not JSON: Expecting value at line 2"):
+        read(tmp_path / "cut.json", "sft")
+    (tmp_path / "rows.txt").write_text("hello")
+    with pytest.raises(ValueError, match="rows.txt' is none of .jsonl, .json, .csv, .parquet"):
+        read(tmp_path / "rows.txt", "sft")
+
+
+@pytest.mark.parametrize(
+    "files, splits",
+    [
+        (["train.jsonl", "test.jsonl"], {"train": 1, "test": 1}),
+        (["a/train.jsonl.gz", "b/train.jsonl.gz", "a/test.jsonl.gz"], {"train": 2, "test": 1}),
+        (["one.jsonl", "two.jsonl"], {"train": 2}),
+        (["train/one.jsonl", "train/two.jsonl", "dev/one.jsonl"], {"train": 2, "validation": 1}),
+        (["my_training_set.jsonl", "my-eval-set.jsonl"], {"train": 1, "test": 1}),
+        (["train.jsonl", "valid1.jsonl", "valid2.jsonl"], {"train": 1, "valid1": 1, "valid2": 1}),
+        (
+            [
+                "x/train-00000-of-00002.jsonl",
+                "x/train-00001-of-00002-0a1b.jsonl",
+                "x/unsupervised-00000-of-00001.jsonl",
+            ],
+            {"train": 2, "unsupervised": 1},
+        ),
+        (
+            ["train_sft-00000-of-00001.jsonl", "train_prefs-00000-of-00001.jsonl"],
+            {"train_sft": 1, "train_prefs": 1},
+        ),
+        (
+            ["pairs.jsonl", "config.json", "done.json", ".hidden/test.jsonl", "README.md"],
+            {"train": 1},
+        ),
+    ],
+)
+def test_splits_of_a_folder(tmp_path, files, splits):
+    for i, name in enumerate(files):
+        write_jsonl(tmp_path / name, pairs(1, f"{i}:"))
+    found = readers.find_splits(str(tmp_path))
+    assert {name: len(list(rows())) for name, rows in found.items()} == splits
+
+
+def test_folders_without_one_kind_of_data(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match="holds no files; expected one kind of .jsonl, .json, .csv"
+    ):
+        readers.find_splits(str(tmp_path))
+    write_jsonl(tmp_path / "a.jsonl", [PAIR])
+    write_parquet(tmp_path / "b.parquet", [PAIR])
+    with pytest.raises(FileNotFoundError, match="holds .jsonl and .parquet files"):
+        readers.find_splits(str(tmp_path))
+
+
+def test_names_that_are_patterns_to_a_glob(tmp_path):
+    folder = tmp_path / ".cache" / "run[1] *"
+    write_jsonl(folder / "rows.jsonl", [PAIR])
+    assert len(read(folder)[0]["train"]) == 1
+    assert len(read(folder / "rows.jsonl")[0]["train"]) == 1
+
+
+def test_choice_of_splits(tmp_path):
+    for name, n in (("train", 4), ("extra", 3), ("validation", 2), ("test", 1)):
+        write_jsonl(tmp_path / f"{name}-00000-of-00001.jsonl", pairs(n, name))
+
+    def sizes(**changes):
+        rows, _ = read(tmp_path, **changes)
+        return len(rows["train"]), len(rows["eval"])
+
+    assert sizes() == (4, 1)  # test comes before validation
+    assert sizes(eval_split="validation") == (4, 2)
+    assert sizes(train_split="train+extra") == (7, 1)
+    assert sizes(train_split="train+test") == (
+        5,
+        2,
+    )  # test is trained on, so validation is what is left
+    assert sizes(max_rows=2, eval_split="validation", max_eval_rows=1) == (2, 1)
+    with pytest.raises(
+        ValueError,
+        match=r"has no split 'tests'; it has extra, test, train, validation. "
+        r"See data.train_split='train' and data.eval_split='tests'",
+    ):
+        sizes(eval_split="tests")
+    with pytest.raises(ValueError, match="has no split 'dev'"):
+        sizes(train_split="train+dev")
+    with pytest.raises(
+        ValueError, match=r"data.eval_split='test' is trained on \(data.train_split='train\+"
+    ):
+        sizes(train_split="train+test", eval_split="test")
+
+
+def test_max_rows_stops_reading(tmp_path):
+    rows = [*pairs(2), PAIR | {"chosen": ""}, *pairs(1, "q"), "not JSON"]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    rows, ledger = read(path, max_rows=3)
+    assert [row.where for row in rows["train"]] == [f"rows.jsonl row {n}" for n in (1, 2, 4)]
+    assert ledger.train.read == 4 and ledger.train.dropped == {"empty response": 1}
+
+
+def test_one_split_is_used_whatever_its_name_and_holds_out_prompts(tmp_path):
+    rows = [row for i in range(300) for row in pairs(1, f"{i}:") * 3]  # three pairs for each prompt
+    write_jsonl(tmp_path / "test.jsonl", rows)
+    out, ledger = read(tmp_path, eval_fraction=0.1)
+    train, evals = ({row.prompt for row in out[side]} for side in ("train", "eval"))
+    assert not train & evals and len(train) + len(evals) == 300
+    assert 15 <= len(evals) <= 45 and len(out["eval"]) == 3 * len(evals)
+    assert ledger.shared_prompts == 0
+    assert ledger.train.held_out == ledger.eval.read == len(out["eval"])
+    assert ledger.train.read == 900 == len(out["train"]) + len(out["eval"])
+    # the side of a prompt depends on nothing but its text: not on other rows, their order, or the
+    # kind
+    write_jsonl(tmp_path / "test.jsonl", rows[:450:-1])
+    again, _ = read(tmp_path, "sft", eval_fraction=0.1)
+    assert {row.prompt for row in again["eval"]} == evals & {row["prompt"] for row in rows[451:]}
+    with pytest.raises(ValueError, match="has no split 'train'; it has test"):
+        read(tmp_path, eval_split="test")
+
+
+HELD_OUT = [
+    "p3",
+    "p10",
+    "p12",
+    "p21",
+    "p28",
+    "p37",
+]  # of p0 to p39, those whose sha256 is in the first tenth
+
+
+def test_held_out_prompts_are_these(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", pairs(40))
+    assert [row.prompt for row in read(path, eval_fraction=0.1)[0]["eval"]] == HELD_OUT
+    few = write_jsonl(tmp_path / "few.jsonl", pairs(3))
+    assert [row.prompt for row in read(few, eval_fraction=0.001)[0]["eval"]] == ["p2"]  # the least
+    assert [len(side) for side in read(few, eval_fraction=0.0)[0].values()] == [3, 0]
+    rows, ledger = read(path, eval_fraction=0.1, max_eval_rows=1)
+    assert [row.prompt for row in rows["eval"]] == HELD_OUT[:1]
+    assert ledger.eval.read == 1 and ledger.train.held_out == len(HELD_OUT)
+
+
+def test_rows_without_a_prompt_are_held_out_by_their_text(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"text": f"text {i}"} for i in range(100)])
+    rows, ledger = read(path, "sft", eval_fraction=0.2)
+    assert len(rows["train"]) + len(rows["eval"]) == 100 and 5 < len(rows["eval"]) < 40
+    assert ledger.shared_prompts == 0
+
+
+def test_prompts_on_both_sides_are_counted(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", pairs(4))
+    write_jsonl(tmp_path / "test.jsonl", [*pairs(2), *pairs(2), *pairs(3, "new")])
+    assert read(tmp_path)[1].shared_prompts == 4
+
+
+def test_imdb_is_not_read_in_its_order(tmp_path):
+    reviews = [{"text": f"review {i}", "label": int(i >= 50)} for i in range(100)]
+    write_parquet(tmp_path / "train-00000-of-00001.parquet", reviews)
+    write_parquet(tmp_path / "test-00000-of-00001.parquet", reviews)
+    rows, _ = read(tmp_path, "sft", source="imdb", max_rows=20, max_eval_rows=20)
+    numbers = [int(row.responses[0].split()[1]) for row in rows["train"]]
+    assert numbers != sorted(numbers) and 4 <= sum(number >= 50 for number in numbers) <= 16
+    assert rows["train"] == read(tmp_path, "sft", source="imdb", max_rows=20)[0]["train"]
+    assert [row.responses for row in rows["eval"]] == [row.responses for row in rows["train"]]
+
+
+@needs_shared
+def test_imdb_real_files():
+    splits = readers.find_splits(str(SHARED / "imdb"))
+    assert list(splits) == ["test", "train", "unsupervised"]
+    where, record = next(splits["unsupervised"]())
+    assert where == "plain_text/unsupervised-00000-of-00001.parquet row 1" and record["label"] == -1
+    rows, _ = read(
+        SHARED / "imdb" / "plain_text",
+        "sft",
+        source="imdb",
+        train_split="test",
+        eval_split="train",
+        max_rows=5,
+        max_eval_rows=5,
+    )
+    assert [len(side) for side in rows.values()] == [5, 5]
+    assert not any("<br" in row.responses[0] for side in rows.values() for row in side)
+
+
+# the hub
+
+
+def test_a_hub_name_gives_numbered_rows_of_every_split(monkeypatch):
+    parts = {
+        "train": datasets.Dataset.from_list(pairs(1500)),
+        "test": datasets.Dataset.from_list(pairs(2, "t")),
+    }
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda self, path, timeout: None)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *path: {("me/mine", None): parts}[path])
+    rows, _ = read("me/mine")
+    assert [len(side) for side in rows.values()] == [1500, 2]
+    assert rows["train"][-1] == Row("p1499", ("good 1499", "bad 1499"), "me/mine[train] row 1500")
+    assert rows["eval"][0].where == "me/mine[test] row 1"
+
+
+def test_a_hub_name_may_name_a_subset(monkeypatch):
+    """A data set that a script would make is taken from the parquet files that the hub made of
+    it.
+    """
+    parts = {"train": datasets.Dataset.from_list(pairs(3))}
+
+    def load(name, subset=None, data_dir=None, revision=None):
+        if (name, subset) == ("me/mine", "small") or (name, data_dir, revision) == (
+            "me/scripted",
+            "small",
+            "refs/convert/parquet",
+        ):
+            return parts
+        raise RuntimeError(f"Dataset scripts are no longer supported, but found {name}.py")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda self, path, timeout: None)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    for path in ("me/mine:small", "me/scripted:small"):
+        assert read(path)[0]["train"][0].where == f"{path}[train] row 1"
+    with pytest.raises(FileNotFoundError, match="data.path='me/scripted:other'"):
+        read("me/scripted:other")
+
+
+@pytest.mark.parametrize("offline", ["0", "1"])
+def test_without_a_network_a_hub_name_fails_at_once(tmp_path, offline):
+    code = """if True:
+        import time
+        from dpo_jax.data import readers
+        import datasets
+        start = time.monotonic()
+        try:
+            readers.find_splits("Anthropic/hh-rlhf")
+        except FileNotFoundError as error:
+            print(time.monotonic() - start, error)
+    """
+    # an address where nothing listens, so the test is the same on a machine with a network
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": offline,
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "HF_HOME": str(tmp_path),
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=True,
+    )
+    seconds, message = result.stdout.split(maxsplit=1)
+    assert float(seconds) < 5
+    assert "data.path='Anthropic/hh-rlhf': no such file or folder here" in message
+    assert "--config.data.path=FOLDER" in message
+
+
+@pytest.mark.parametrize(
+    "path", ["/nowhere/rows.jsonl", "./rows", "~/nowhere", "a/b/c", "rows.jsonl", "my/rows.csv.gz"]
+)
+def test_a_path_that_can_only_be_local_never_asks_the_hub(path, monkeypatch):
+    monkeypatch.setattr(readers, "_hub_splits", None)
+    start = time.monotonic()
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        readers.find_splits(path)
+    assert time.monotonic() - start < 1
+    with pytest.raises(
+        FileNotFoundError, match="data.path is empty; pass a file, a folder, or the name"
+    ):
+        readers.find_splits("")
+
+
+# JSON lines for other commands
+
+
+def test_read_jsonl(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl.gz", [{"a": 1}, "", {"a": "é"}])
+    assert list(readers.read_jsonl(path)) == [(1, {"a": 1}), (3, {"a": "é"})]
+    bad = write_jsonl(tmp_path / "b.jsonl", [{"a": 1}, "{'a': 1}"])
+    with pytest.raises(
+        ValueError, match="b.jsonl line 2: the line is not JSON; found Expecting property"
+    ):
+        list(readers.read_jsonl(bad))
+    with pytest.raises(FileNotFoundError, match="none.jsonl': no such file"):
+        list(readers.read_jsonl(tmp_path / "none.jsonl"))
+
+
+def test_read_jsonl_is_lazy(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"a": 1}, "not JSON"])
+    assert next(readers.read_jsonl(path)) == (1, {"a": 1})

@@ -1,0 +1,510 @@
+"""Special tokens, truncation, chat templates and what is dropped, in exact ids."""
+
+import hashlib
+
+import ml_collections
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from dpo_jax.data import tokenizer as tokenizers
+from dpo_jax.data.ledger import Counts
+from dpo_jax.data.sources import Row
+from dpo_jax.data.tokenizer import Examples, Rule, cut, encode, encode_prompts, encode_row_prompts
+from tests.helpers.paths import SHARED, needs_shared
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz :\n"
+CHATML = (
+    "{% for m in messages %}{{ m.role[:1] + ':' + m.content + eos_token + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'a:' }}{% endif %}"
+)
+NO_EOS = (
+    "{{ bos_token }}{% for m in messages %}{{ m.role[:1] + ':' + m.content + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'a:' }}{% endif %}"
+)
+
+
+def small(bos=None, eos="<e>", adds_bos=False, pad=None, template=None, first="<p>"):
+    """A tokenizer of single letters and "ab"; other characters are lost. Ids: specials, then
+    LETTERS.
+    """
+    specials = list(dict.fromkeys(token for token in (bos, first, eos) if token))
+    vocabulary = {token: i for i, token in enumerate([*specials, *LETTERS, "ab"])}
+    backend = Tokenizer(models.BPE(vocabulary, [("a", "b")]))
+    backend.pre_tokenizer = pre_tokenizers.Split(
+        "\0", "isolated"
+    )  # none: keep white space in the pieces
+    if adds_bos:
+        backend.post_processor = processors.TemplateProcessing(
+            f"{bos} $A", None, [(bos, vocabulary[bos])]
+        )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token=bos, eos_token=eos, pad_token=pad
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def ids_of(tokenizer, *tokens):
+    return [tokenizer.convert_tokens_to_ids(token) for token in tokens]
+
+
+def data_config(**changes):
+    fields = {"max_length": 100, "max_prompt_length": 50, "append_eos": True}
+    return ml_collections.ConfigDict(fields | changes)
+
+
+def encoded(tokenizer, *rows, truncate="keep_start", **changes):
+    """Each row as lists, [prompt, *responses], and the counts."""
+    counts = Counts()
+    rows = [Row(prompt, responses, f"row {i}") for i, (prompt, responses) in enumerate(rows, 1)]
+    examples = encode(rows, tokenizer, data_config(**changes), truncate, counts)
+    return [
+        [prompt.tolist(), *(r.tolist() for r in responses)] for prompt, responses in examples
+    ], counts
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def answer(content):
+    return [{"role": "assistant", "content": content}]
+
+
+# special tokens
+
+
+@pytest.mark.parametrize(
+    "settings, prompt, expected",
+    [
+        ({"bos": None}, "c", ["c"]),
+        ({"bos": "<b>", "adds_bos": False}, "c", ["c"]),
+        ({"bos": "<b>", "adds_bos": True}, "c", ["<b>", "c"]),
+        ({"bos": "<b>", "first": None, "adds_bos": True}, "c", ["<b>", "c"]),  # BOS has id 0
+        ({"bos": "<e>", "adds_bos": False}, "c", ["c"]),  # as in GPT-2: BOS is EOS, and is not put
+        ({"bos": "<e>", "adds_bos": True}, "c", ["<e>", "c"]),
+        # an empty prompt still has a token to predict from
+        ({"bos": None}, "", ["<e>"]),
+        ({"bos": "<b>", "adds_bos": False}, "", ["<b>"]),
+        ({"bos": "<b>", "first": None, "adds_bos": False}, "", ["<b>"]),
+        ({"bos": "<b>", "adds_bos": True}, "", ["<b>"]),
+        ({"bos": "<e>", "adds_bos": False}, "", ["<e>"]),
+    ],
+)
+def test_bos_is_once_before_the_prompt_and_never_in_a_response(settings, prompt, expected):
+    tokenizer = small(**settings)
+    (row,), _ = encoded(tokenizer, (prompt, ("d", " e")))
+    assert row == [
+        ids_of(tokenizer, *expected),
+        ids_of(tokenizer, "d", "<e>"),
+        ids_of(tokenizer, " ", "e", "<e>"),
+    ]
+    assert encode_prompts([prompt], tokenizer, data_config(), "keep_start")[0].tolist() == row[0]
+
+
+def test_a_prompt_that_spells_bos_has_it_once():
+    tokenizer = small(bos="<b>", adds_bos=True)
+    (row,), _ = encoded(tokenizer, ("<b>c", ("d", "e")))
+    assert row[0] == ids_of(tokenizer, "<b>", "c")
+    _, counts = encoded(tokenizer, ("c<b>d", ("d", "e")))
+    assert counts.dropped == {"BOS inside the text": 1}
+
+
+def test_bos_id_0_is_a_bos():
+    assert ids_of(small(bos="<b>", first=None), "<b>") == [0]
+
+
+def test_pad_equal_to_eos_changes_nothing():
+    rows = [("c", ("d",)), ("", ("e f",))]
+    assert encoded(small(pad="<e>"), *rows)[0] == encoded(small(), *rows)[0]
+
+
+def test_append_eos_off():
+    tokenizer = small()
+    assert encoded(tokenizer, ("c", ("d",)), append_eos=False)[0] == [
+        [ids_of(tokenizer, "c"), ids_of(tokenizer, "d")]
+    ]
+    assert encoded(small(bos="<b>", eos=None), ("c", ("d",)), append_eos=False)[1].kept == 1
+
+
+def test_eos_inside_a_text_is_dropped():
+    rows, counts = encoded(
+        small(), ("c", ("d", "e")), ("c<e>", ("d", "e")), ("c", ("d", "e<e>")), ("c", ("<e>d", "e"))
+    )
+    assert len(rows) == counts.kept == 1
+    assert counts.dropped == {"EOS inside the text": 3}
+    assert counts.examples == {"EOS inside the text": ["row 2", "row 3", "row 4"]}
+
+
+def test_a_response_without_tokens_is_dropped():
+    rows, counts = encoded(small(), ("c", ("d", "é")), ("c", ("d", "e")))
+    assert len(rows) == 1 and counts.dropped == {"response without tokens": 1}
+
+
+def test_responses_equal_in_tokens_are_dropped():
+    rows, counts = encoded(
+        small(), ("c", ("d", "dé")), ("c", ("dddde", "ddddf")), max_length=5, max_prompt_length=1
+    )
+    assert rows == [] and counts.dropped == {
+        "chosen and rejected are equal in tokens, or once cut": 2
+    }
+    assert counts.prompts_truncated == counts.responses_truncated == 0
+
+
+def test_prompt_and_responses_are_tokenised_apart_and_merges_counted():
+    tokenizer = small()
+    rows, counts = encoded(tokenizer, ("ca", ("b", "c")), ("a", ("ab", "b")))
+    assert rows[0] == [
+        ids_of(tokenizer, *part) for part in (("c", "a"), ("b", "<e>"), ("c", "<e>"))
+    ]
+    assert (counts.boundary_merges, counts.boundaries) == (2, 4)
+
+
+def test_merges_are_counted_on_the_first_thousand_rows(monkeypatch):
+    _, counts = encoded(small(), *[("a", ("b",))] * 1200)
+    assert (counts.boundary_merges, counts.boundaries, counts.kept) == (1000, 1000, 1200)
+
+
+# truncation
+
+
+def rule(truncate, bos=None, max_length=10, max_prompt_length=4):
+    return Rule(bos, bos is not None, 99, True, max_length, max_prompt_length, truncate)
+
+
+@pytest.mark.parametrize(
+    "truncate, bos, prompt, responses, cut_prompt, cut_responses",
+    [
+        # fits: nothing is cut, however long the prompt
+        ("keep_start", None, [1] * 8, [[5, 99], [6]], [1] * 8, [[5, 99], [6]]),
+        ("keep_end", None, [1] * 6, [[5, 5, 5, 99]], [1] * 6, [[5, 5, 5, 99]]),
+        # one token too many: the prompt is cut to max_prompt_length
+        (
+            "keep_start",
+            None,
+            [1, 2, 3, 4, 5, 6, 7, 8, 9],
+            [[5, 99], [6, 99]],
+            [1, 2, 3, 4],
+            [[5, 99], [6, 99]],
+        ),
+        (
+            "keep_end",
+            None,
+            [1, 2, 3, 4, 5, 6, 7, 8, 9],
+            [[5, 99], [6, 99]],
+            [6, 7, 8, 9],
+            [[5, 99], [6, 99]],
+        ),
+        # BOS stays, and counts
+        ("keep_start", 0, [0, 2, 3, 4, 5, 6, 7, 8, 9], [[5, 99]], [0, 2, 3, 4], [[5, 99]]),
+        ("keep_end", 0, [0, 2, 3, 4, 5, 6, 7, 8, 9], [[5, 99]], [0, 7, 8, 9], [[5, 99]]),
+        # a first token that is not BOS is cut like any other
+        ("keep_end", 0, [1, 2, 3, 4, 5, 6, 7, 8, 9], [[5, 99]], [6, 7, 8, 9], [[5, 99]]),
+        # the longer response decides, and both keep the same prompt
+        (
+            "keep_end",
+            None,
+            [1, 2, 3, 4, 5],
+            [[5, 99], [6] * 5 + [99]],
+            [2, 3, 4, 5],
+            [[5, 99], [6] * 5 + [99]],
+        ),
+        # still too long: responses lose their end, and with it their EOS; none is put there
+        (
+            "keep_start",
+            None,
+            [1, 2, 3, 4, 5],
+            [[5, 99], [6] * 8 + [99]],
+            [1, 2, 3, 4],
+            [[5, 99], [6] * 6],
+        ),
+        # a short prompt leaves its room to the responses
+        ("keep_start", None, [1, 2], [[5] * 9 + [99], [6] * 8], [1, 2], [[5] * 8, [6] * 8]),
+        ("keep_end", 0, [0], [[5] * 20 + [99]], [0], [[5] * 9]),
+    ],
+)
+def test_cut(truncate, bos, prompt, responses, cut_prompt, cut_responses):
+    assert cut(prompt, responses, rule(truncate, bos)) == (cut_prompt, cut_responses)
+
+
+def test_keep_cue_leaves_the_start_and_the_last_16():
+    for bos, start in ((0, [0, 1, 2]), (None, [0, 1, 2])):
+        rule = Rule(bos, bos is not None, 99, True, 30, 19, "keep_cue")
+        assert cut(list(range(40)), [[5, 99]], rule) == ([*start, *range(24, 40)], [[5, 99]])
+    short = Rule(0, True, 99, True, 12, 9, "keep_cue")  # no room for a start but BOS
+    assert cut(list(range(40)), [[5, 99]], short) == ([0, *range(32, 40)], [[5, 99]])
+
+
+@pytest.mark.parametrize("truncate, kept", [("keep_start", [0]), ("keep_end", [0])])
+def test_cut_to_a_prompt_of_bos_alone(truncate, kept):
+    assert cut([0, 1, 2, 3], [[5] * 9], rule(truncate, 0, max_prompt_length=1)) == (kept, [[5] * 9])
+
+
+def test_truncation_is_counted():
+    rows, counts = encoded(
+        small(),
+        ("c" * 20, ("d", "e")),
+        ("c", ("d", "e" * 30)),
+        ("c" * 20, ("d" * 30, "e" * 30)),
+        ("c", ("d", "e")),
+        max_length=16,
+        max_prompt_length=8,
+    )
+    assert [[len(part) for part in row] for row in rows] == [
+        [8, 2, 2],
+        [1, 2, 15],
+        [8, 8, 8],
+        [1, 2, 2],
+    ]
+    assert (counts.prompts_truncated, counts.responses_truncated, counts.eos_lost) == (2, 3, 3)
+    eos = small().eos_token_id
+    assert [[part[-1] == eos for part in row[1:]] for row in rows] == [
+        [True, True],
+        [True, False],
+        [False, False],
+        [True, True],
+    ]
+    _, counts = encoded(
+        small(), ("c", ("e" * 30,)), max_length=16, max_prompt_length=8, append_eos=False
+    )
+    assert (counts.responses_truncated, counts.eos_lost) == (1, 0)
+
+
+def test_mean_lengths():
+    counts = encoded(small(), ("c", ("ddd", "e")), ("ccc", ("d", "eee")))[1]
+    assert counts.mean_tokens == {
+        "prompt": 2,
+        "chosen": 3,
+        "rejected": 3,
+        "chosen minus rejected": 0,
+    }
+    assert encoded(small(), ("c", ("ddd",)), ("ccc", ("d",)))[1].mean_tokens == {
+        "prompt": 2,
+        "completion": 3,
+    }
+    assert encoded(small())[1].mean_tokens == {}
+
+
+# chat
+
+
+def test_chat_puts_eos_once_and_drops_what_the_template_puts_behind_it():
+    tokenizer = small(bos="<b>", adds_bos=True, template=CHATML)
+    (row,), counts = encoded(tokenizer, ([user("c")], (answer("d"), answer("e "))))
+    # the template puts no BOS, so there is none
+    assert row == [
+        ids_of(tokenizer, "u", ":", "c", "<e>", "\n", "a", ":"),
+        ids_of(tokenizer, "d", "<e>"),
+        ids_of(tokenizer, "e", " ", "<e>"),
+    ]
+    assert counts.boundaries == 2 and counts.dropped == {}
+
+
+def test_chat_appends_eos_where_the_template_has_none():
+    tokenizer = small(bos="<b>", adds_bos=True, template=NO_EOS)
+    (row,), _ = encoded(tokenizer, ([user("c")], (answer("d"),)))
+    assert row == [
+        ids_of(tokenizer, "<b>", "u", ":", "c", "\n", "a", ":"),
+        ids_of(tokenizer, "d", "\n", "<e>"),
+    ]
+    (row,), _ = encoded(tokenizer, ([user("c")], (answer("d"),)), append_eos=False)
+    assert row[1] == ids_of(tokenizer, "d", "\n")
+
+
+def test_chat_keeps_the_templates_eos_even_without_append_eos():
+    tokenizer = small(template=CHATML)
+    (row,), _ = encoded(tokenizer, ([user("c")], (answer("d"),)), append_eos=False)
+    assert row[1] == ids_of(tokenizer, "d", "<e>")
+
+
+def test_chat_with_eos_inside_the_response_is_dropped():
+    rows = [
+        ([user("c<e>")], (answer("d"),)),
+        ([user("c")], (answer("d<e>e"),)),
+        ([user("c")], ([*answer("d"), user("e"), *answer("f")],)),
+    ]
+    counts = encoded(small(template=CHATML), *rows)[1]
+    assert counts.kept == 1 and counts.dropped == {"EOS inside the text": 2}
+    assert counts.examples == {"EOS inside the text": ["row 2", "row 3"]}
+
+
+def test_an_empty_chat_response_is_dropped():
+    counts = encoded(small(template=CHATML), ([user("c")], (answer(""),)))[1]
+    assert counts.dropped == {"response without tokens": 1}
+
+
+def test_chat_prompts_to_sample_from():
+    tokenizer = small(template=CHATML)
+    assert encode_prompts([[user("c")], "d"], tokenizer, data_config(), "keep_end")[
+        0
+    ].tolist() == ids_of(tokenizer, "u", ":", "c", "<e>", "\n", "a", ":")
+
+
+def test_prompts_to_sample_from_are_cut():
+    tokenizer = small(bos="<b>", adds_bos=True)
+    settings = data_config(max_prompt_length=3)
+    for truncate, kept in (("keep_end", ["<b>", "e", "f"]), ("keep_start", ["<b>", "c", "d"])):
+        assert encode_prompts(["cdef"], tokenizer, settings, truncate)[0].tolist() == ids_of(
+            tokenizer, *kept
+        )
+    assert encode_prompts([], tokenizer, settings, "keep_end") == []
+
+
+@pytest.mark.parametrize("max_length", [5, 7, 8, 100])
+def test_prompts_of_rows_are_cut_as_in_training(max_length):
+    """Of 5 tokens where they pass max_length with the response's 2: "d" and EOS."""
+    tokenizer, changes = (
+        small(bos="<b>", adds_bos=True),
+        dict(max_length=max_length, max_prompt_length=3),
+    )
+    rows = [Row("cdef", ("d",), ""), Row("c", ("d",), "")]
+    found = encode_row_prompts(rows, tokenizer, data_config(**changes), "keep_end")
+    trained, _ = encoded(
+        tokenizer, *((row.prompt, row.responses) for row in rows), truncate="keep_end", **changes
+    )
+    assert [prompt.tolist() for prompt in found] == [row[0] for row in trained]
+    assert len(found[0]) == (3 if max_length < 7 else 5)
+
+
+@pytest.mark.parametrize(
+    "template, message",
+    [
+        (None, "row 1 holds chat messages, but the tokenizer has no chat template"),
+        (
+            "{{ messages[0].content }}{% if add_generation_prompt %}a:{% endif %}",
+            "row 1: the chat template renders the conversation otherwise than its prompt.*'ca:'; conversation: 'c'",
+        ),
+        (
+            "{{ raise_exception('roles must alternate') }}",
+            "row 1: the chat template refuses this conversation: roles must alternate",
+        ),
+    ],
+)
+def test_chat_templates_that_do_not_do(template, message):
+    with pytest.raises(ValueError, match=message):
+        encoded(small(template=template), ([user("c")], (answer("d"),)))
+
+
+# settings and folders
+
+
+@pytest.mark.parametrize(
+    "tokenizer, changes, message",
+    [
+        ({"eos": None}, {}, "the tokenizer has no EOS token, which data.append_eos=True needs"),
+        (
+            {},
+            {"max_prompt_length": 100},
+            "data.max_prompt_length=100 must be at least 1 and less than data.max_length=100",
+        ),
+        ({}, {"max_prompt_length": 0}, "data.max_prompt_length=0 must be at least 1"),
+        (
+            {},
+            {"truncate": "keep_middle"},
+            "data.truncate='keep_middle' is not one of auto, keep_start",
+        ),
+        (
+            {"eos": None},
+            {"append_eos": False},
+            "a prompt is empty, and the tokenizer has neither BOS nor EOS",
+        ),
+    ],
+)
+def test_settings_that_do_not_go_together(tokenizer, changes, message):
+    with pytest.raises(ValueError, match=message):
+        encoded(small(**tokenizer), ("", ("d",)), **changes)
+
+
+def test_load_says_what_is_missing(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match="nothing' is not a folder; a tokenizer is loaded from"
+    ):
+        tokenizers.load(tmp_path / "nothing")
+    with pytest.raises(
+        FileNotFoundError, match="has no tokenizer that transformers can load. Expected"
+    ):
+        tokenizers.load(tmp_path)
+
+
+def test_load_gives_back_what_was_saved(tmp_path):
+    saved = small(bos="<b>", adds_bos=True, template=CHATML)
+    saved.save_pretrained(tmp_path)
+    rows = [("c", ("d", "e")), ([user("c")], (answer("d"), answer("e")))]
+    assert encoded(tokenizers.load(tmp_path), *rows) == encoded(saved, *rows)
+
+
+# examples
+
+
+def test_examples_are_a_sequence():
+    counts = Counts()
+    examples = encode([Row("c", ("d", "e"), "row 1")], small(), data_config(), "keep_start", counts)
+    assert len(examples) == 1 and examples.where == ["row 1"]
+    ((prompt, responses),) = examples
+    assert prompt.dtype == responses[0].dtype == responses[1].dtype == np.int32
+    assert isinstance(responses, tuple)
+
+
+def test_fingerprint_sees_every_id_and_boundary():
+    def examples(*rows):
+        arrays = [[np.array(part, np.int32) for part in row] for row in rows]
+        return Examples(
+            [row[0] for row in arrays], [tuple(row[1:]) for row in arrays], ["here"] * len(rows)
+        )
+
+    base = examples([[1, 2], [3], [4, 5]], [[6], [7], [8]])
+    same = examples([[1, 2], [3], [4, 5]], [[6], [7], [8]])
+    same.where = ["elsewhere"] * 2
+    assert base.fingerprint == same.fingerprint
+    # caches are found by it, so its form is fixed: for each row the number of parts, their lengths,
+    # their ids
+    numbers = np.array([3, 2, 1, 2, 1, 2, 3, 4, 5, 3, 1, 1, 1, 6, 7, 8], "<i4")
+    assert base.fingerprint == hashlib.sha256(numbers.tobytes()).hexdigest()
+    others = [
+        examples([[1, 2], [3], [4, 6]], [[6], [7], [8]]),  # an id
+        examples([[1], [2, 3], [4, 5]], [[6], [7], [8]]),  # a boundary
+        examples([[1, 2], [4, 5], [3]], [[6], [7], [8]]),  # sides
+        examples([[6], [7], [8]], [[1, 2], [3], [4, 5]]),  # order
+        examples([[1, 2], [3], [4, 5]]),
+    ]
+    assert len({base.fingerprint, *(other.fingerprint for other in others)}) == 6
+
+
+# real tokenizers
+
+
+@needs_shared
+@pytest.mark.parametrize(
+    "name, start, empty, eos",
+    [
+        ("stories260k", [1], [1], 2),
+        ("gpt2-tokenizer", [], [50256], 50256),
+        ("pythia-tokenizer", [], [0], 0),
+    ],
+)
+def test_real_tokenizers(name, start, empty, eos):
+    tokenizer = tokenizers.load(SHARED / name)
+    text = "\n\nHuman: Hi there\n\nAssistant:"
+    rows, counts = encoded(
+        tokenizer, (text, (" Hello.", " Go away!")), ("", ("Once upon a time", "é 漢"))
+    )
+    assert [row[0] for row in rows] == [
+        start + tokenizer.encode(text, add_special_tokens=False),
+        empty,
+    ]
+    for row in rows:
+        assert [part.count(eos) for part in row[1:]] == [1, 1] and all(
+            part[-1] == eos for part in row[1:]
+        )
+    assert tokenizer.decode(rows[0][0][len(start) :], clean_up_tokenization_spaces=False) == text
+    assert tokenizer.decode(rows[0][1][:-1], clean_up_tokenization_spaces=False) == " Hello."
+    assert counts.dropped == {} and counts.boundaries == 4
+
+
+@needs_shared
+def test_a_literal_eos_in_the_text_is_found_by_real_tokenizers():
+    for name, eos in (("stories260k", "</s>"), ("gpt2-tokenizer", "<|endoftext|>")):
+        counts = encoded(tokenizers.load(SHARED / name), ("p", (f" a {eos} b", " c")))[1]
+        assert counts.dropped == {"EOS inside the text": 1}

@@ -1,0 +1,389 @@
+"""Exact reward, KL, optimum and bound against brute force and random policies."""
+
+import dataclasses
+import itertools
+
+import jax
+import numpy as np
+import pytest
+
+from dpo_jax.data import toy
+from dpo_jax.evaluation import exact, plots
+from dpo_jax.models import transformer
+from dpo_jax.parallel import sharding
+from tests.helpers.tiny import tiny_config
+
+CONFIG = tiny_config(
+    vocab=3, norm="layer", activation="gelu_new", gated=False, learned_positions=True
+)
+PROMPTS = np.array([0, 2])
+LENGTH = 4
+COUNT = CONFIG.vocab**LENGTH
+LOGITS = jax.jit(transformer.logits, static_argnums=0)
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Weights so large that the log-probs are far from uniform."""
+    small = jax.jit(transformer.init, static_argnums=0)(CONFIG, jax.random.key(0))
+    return jax.tree.map(lambda x: 8 * x, small)
+
+
+@pytest.fixture(scope="module")
+def reference(params) -> np.ndarray:
+    return exact.enumerate_logps(CONFIG, params, PROMPTS, LENGTH)
+
+
+def random_policy(rng, scale: float) -> np.ndarray:
+    logits = scale * rng.normal(size=(len(PROMPTS), COUNT))
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+RNG = np.random.default_rng(0)
+REWARDS = RNG.normal(size=(len(PROMPTS), COUNT))  # all distinct
+WORD_REWARDS = np.broadcast_to(
+    np.indices((3,) * LENGTH).sum(0).ravel() - 4.0, REWARDS.shape
+)  # few distinct
+BETAS = (0.01, 0.1, 0.3, 1.0, 3.0, 30.0, 1000.0)
+
+
+def test_enumeration_equals_scoring_each_sequence(params, reference):
+    for prompt, logps_C in zip(PROMPTS, reference, strict=True):
+        tokens_CT = np.array(
+            [[prompt, *words] for words in itertools.product(range(3), repeat=LENGTH)]
+        )
+        logp_CTV = np.asarray(jax.nn.log_softmax(LOGITS(CONFIG, params, tokens_CT)))
+        for words, logp_TV, found in zip(tokens_CT[:, 1:], logp_CTV, logps_C, strict=True):
+            assert found == pytest.approx(
+                sum(logp_TV[np.arange(LENGTH), words]), abs=1e-4
+            )  # float32, at 15 nats
+
+
+def test_probabilities_sum_to_one(reference):
+    assert reference.dtype == np.float64
+    np.testing.assert_allclose(np.exp(reference).sum(-1), 1, atol=1e-6)
+    assert np.ptp(reference) > 2  # not about uniform
+
+
+def test_the_toys_length_is_the_default():
+    config = dataclasses.replace(CONFIG, vocab=8, layers=1)
+    params = jax.jit(transformer.init, static_argnums=0)(config, jax.random.key(0))
+    logps = exact.enumerate_logps(config, params, toy.PROMPTS)
+    assert logps.shape == toy.rewards(toy.PROMPTS, toy.completions()).shape
+    np.testing.assert_allclose(np.exp(logps).sum(-1), 1, atol=1e-6)
+
+
+def test_enumeration_on_a_mesh(params, reference):
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    params = jax.device_put(params, sharding.param_shardings(mesh, params))
+    with jax.set_mesh(mesh):
+        found = exact.enumerate_logps(CONFIG, params, PROMPTS, LENGTH)
+    np.testing.assert_allclose(
+        found, reference, rtol=1e-5, atol=1e-5
+    )  # float32 log-probs down to -21
+
+
+def test_logits_that_see_later_words_are_found_out(params, monkeypatch):
+    def leak(config, params, tokens_BT):
+        return LOGITS(config, params, tokens_BT[:, ::-1])
+
+    monkeypatch.setattr(exact, "_logits", leak)
+    with pytest.raises(ArithmeticError, match="later words"):
+        exact.enumerate_logps(CONFIG, params, PROMPTS, LENGTH)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_weights_that_are_not_finite_are_found_out(params):
+    with pytest.raises(ArithmeticError, match="not finite"):
+        exact.enumerate_logps(CONFIG, jax.tree.map(lambda x: x * np.nan, params), PROMPTS, LENGTH)
+
+
+def test_reward_and_kl_by_hand():
+    policy, reference = np.log([[0.5, 0.5], [0.9, 0.1]]), np.log([[0.5, 0.5], [0.5, 0.5]])
+    reward, kl = exact.reward_and_kl(policy, reference, np.array([[1.0, 3.0], [0.0, 10.0]]))
+    assert reward == pytest.approx((2 + 1) / 2)
+    assert kl == pytest.approx((0.9 * np.log(1.8) + 0.1 * np.log(0.2)) / 2)
+
+
+def test_optimum_by_hand():
+    """Two completions, alike under the reference, with rewards 0 and r: p = sigmoid(r / beta)."""
+    for r, beta in ((1.0, 0.5), (-2.0, 3.0)):
+        p = 1 / (1 + np.exp(-r / beta))
+        reward, kl = exact.optimum(np.log([[0.5, 0.5]]), np.array([[0.0, r]]), beta)
+        assert reward == pytest.approx(p * r)
+        assert kl == pytest.approx(np.log(2) + p * np.log(p) + (1 - p) * np.log(1 - p))
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_kl_of_the_optimum_is_its_reward_over_beta_minus_log_z(reference, beta):
+    reward, kl = exact.optimum(reference, REWARDS, beta)
+    log_z_P = np.log((np.exp(reference) * np.exp(REWARDS / beta)).sum(-1))
+    assert kl == pytest.approx(reward / beta - log_z_P.mean(), abs=1e-9 * max(1, 1 / beta))
+
+
+@pytest.mark.parametrize("beta", (0.1, 0.3, 1.0, 3.0))
+def test_no_policy_near_the_optimum_has_a_better_objective(reference, beta):
+    """max E r - beta KL (eq. 3) is attained by the optimum."""
+    reward, kl = exact.optimum(reference, REWARDS, beta)
+    tilted = reference + REWARDS / beta
+    rng = np.random.default_rng(1)
+    for scale in (0.01, 0.1, 1.0):
+        logits = tilted + scale * rng.normal(size=tilted.shape)
+        other = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+        other_reward, other_kl = exact.reward_and_kl(other, reference, REWARDS)
+        assert other_reward - beta * other_kl < reward - beta * kl
+
+
+@pytest.mark.parametrize("rewards", [REWARDS, WORD_REWARDS], ids=["all distinct", "few distinct"])
+@pytest.mark.parametrize("beta", BETAS)
+def test_the_bound_is_tight_at_each_optimum(reference, rewards, beta):
+    reward, kl = exact.optimum(reference, rewards, beta)
+    gap = exact.bound(reference, rewards, kl) - reward
+    assert -1e-9 < gap < 1e-5
+
+
+@pytest.mark.parametrize("rewards", [REWARDS, WORD_REWARDS], ids=["all distinct", "few distinct"])
+def test_no_policy_is_above_the_bound(reference, rewards):
+    rng = np.random.default_rng(2)
+    policies = [random_policy(rng, scale) for scale in (0.1, 1, 3, 10) for _ in range(20)]
+    policies += [
+        np.logaddexp(np.log(1 - mix) + reference, np.log(mix) + policy)  # near the reference
+        for mix in (1e-4, 1e-2, 0.3)
+        for policy in policies[::4]
+    ]
+    points = np.array([exact.reward_and_kl(policy, reference, rewards) for policy in policies])
+    assert (exact.bound(reference, rewards, points[:, 1]) - points[:, 0] >= -1e-6).all()
+
+
+def test_the_ends_of_the_bound(reference):
+    """At no KL it is the reference's reward; where KL is plenty, the best completion's."""
+    nothing, plenty = exact.bound(reference, REWARDS, [0, 50])
+    assert nothing == pytest.approx(exact.reward_and_kl(reference, reference, REWARDS)[0], abs=1e-5)
+    assert plenty == pytest.approx(REWARDS.max(-1).mean(), abs=1e-4)
+
+
+def test_the_bound_rises_and_is_concave(reference):
+    rewards = exact.bound(reference, REWARDS, np.linspace(0, 6, 200))
+    assert (np.diff(rewards) > 0).sum() > 100
+    assert (np.diff(rewards) > -1e-9).all()
+    assert (np.diff(rewards, 2) < 1e-5).all()
+
+
+# A language of six completions, some with equal rewards; the second prompt never gets the reward 3.
+FEW = np.log(RNG.dirichlet(np.ones(6), size=2))
+FEW_REWARDS = np.array([[0.0, 1.0, 1.0, 3.0, 3.0, -1.0], [1.0, 0.0, 0.0, -1.0, 1.0, 0.0]])
+
+
+def reward_and_kl_of(share_PC) -> tuple[float, float]:
+    """By eq. 3's definitions, of a distribution that may leave completions out."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        kl_PC = np.where(share_PC > 0, share_PC * (np.log(share_PC) - FEW), 0)
+    return (share_PC * FEW_REWARDS).sum(-1).mean(), kl_PC.sum(-1).mean()
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_best_of_n_by_going_through_all_draws(n):
+    """The first of the best is taken, which is as good as a coin where all draws are gone
+    through.
+    """
+    share_PC = np.zeros(FEW.shape)
+    for share_C, logps_C, rewards_C in zip(share_PC, FEW, FEW_REWARDS, strict=True):
+        for draws in itertools.product(range(6), repeat=n):
+            share_C[max(draws, key=lambda c: rewards_C[c])] += np.exp(logps_C[list(draws)].sum())
+    assert exact.best_of_n(FEW, FEW_REWARDS, n) == pytest.approx(reward_and_kl_of(share_PC))
+
+
+def test_the_ends_of_best_of_n(reference):
+    """One is the reference, very many the best completion; without ties KL is at most log n - (n -
+    1) / n.
+    """
+    reward, kl = exact.best_of_n(reference, REWARDS, 1)
+    assert (
+        reward == pytest.approx(exact.reward_and_kl(reference, reference, REWARDS)[0])
+        and abs(kl) < 1e-9
+    )
+    best_P = REWARDS.argmax(-1)
+    reward, kl = exact.best_of_n(reference, REWARDS, 10**9)
+    assert reward == pytest.approx(REWARDS.max(-1).mean(), abs=1e-6)
+    assert kl == pytest.approx(-reference[np.arange(2), best_P].mean(), abs=1e-6)
+    kls = [exact.best_of_n(reference, REWARDS, n)[1] for n in (2, 4, 8)]
+    assert all(
+        0.5 * limit < kl < limit for kl, limit in zip(kls, (0.1932, 0.6363, 1.2045), strict=True)
+    )
+
+
+@pytest.mark.parametrize("labels", ["bradley_terry", "deterministic"])
+def test_preferred_ft_by_going_through_all_pairs(labels):
+    """Draw two, leave out equal ones (and with deterministic labels equal rewards), label, keep the
+    chosen.
+    """
+    share_PC = np.zeros(FEW.shape)
+    for share_C, logps_C, rewards_C in zip(share_PC, FEW, FEW_REWARDS, strict=True):
+        for a, b in itertools.permutations(range(6), 2):
+            margin = rewards_C[a] - rewards_C[b]
+            wins = 1 / (1 + np.exp(-margin)) if labels == "bradley_terry" else float(margin > 0)
+            share_C[a] += np.exp(logps_C[a] + logps_C[b]) * wins
+    share_PC /= share_PC.sum(-1, keepdims=True)
+    assert exact.preferred_ft(FEW, FEW_REWARDS, labels) == pytest.approx(reward_and_kl_of(share_PC))
+
+
+def test_the_optimum_for_a_learned_reward_is_measured_by_the_true_one(reference):
+    learned = REWARDS + np.random.default_rng(3).normal(size=REWARDS.shape)
+    share_PC = np.exp(reference + learned / 0.5)
+    share_PC /= share_PC.sum(-1, keepdims=True)
+    reward, kl = exact.optimum(reference, REWARDS, 0.5, learned)
+    assert reward == pytest.approx((share_PC * REWARDS).sum(-1).mean())
+    assert kl == pytest.approx((share_PC * (np.log(share_PC) - reference)).sum(-1).mean())
+    assert (
+        exact.bound(reference, REWARDS, kl) - reward > 0.1
+    )  # it is another policy than the true optimum
+    shifted = exact.optimum(
+        reference, REWARDS, 0.5, REWARDS + [[3.0], [-2.0]]
+    )  # what no preference tells
+    assert shifted == pytest.approx(exact.optimum(reference, REWARDS, 0.5))
+
+
+@pytest.mark.parametrize("rewards", [REWARDS, WORD_REWARDS], ids=["all distinct", "few distinct"])
+def test_none_of_them_is_above_the_bound(reference, rewards):
+    points = [exact.best_of_n(reference, rewards, n) for n in (1, 2, 16, 1000)]
+    points += [
+        exact.preferred_ft(reference, rewards, labels)
+        for labels in ("bradley_terry", "deterministic")
+    ]
+    learned = rewards + np.random.default_rng(4).normal(size=rewards.shape)
+    points += [exact.optimum(reference, rewards, beta, learned) for beta in (0.1, 1)]
+    for reward, kl in points:
+        assert exact.bound(reference, rewards, kl) - reward > -1e-6
+
+
+def test_frontier_is_drawn(reference, tmp_path):
+    kls = np.linspace(0, 2, 50)
+    plots.frontier(
+        tmp_path / "toy.png",
+        curve=(kls, exact.bound(reference, REWARDS, kls)),
+        reference=0.0,
+        trajectory=[(0, 0.0, 0.0), (10, 0.3, 0.1), (20, 0.5, 0.3)],
+        optimum=exact.optimum(reference, REWARDS, 1.0),
+        title="beta 1",
+    )
+    assert (tmp_path / "toy.png").read_bytes().startswith(b"\x89PNG")
+
+
+def frontier_rows(panel: str) -> list[dict]:
+    """Runs of all methods with two seeds and three steps, many of them near each other."""
+    rng = np.random.default_rng(0)
+    parameters = {
+        "dpo": ("β=1", "β=0.1", "β=0.05"),
+        "ppo": ("target 1", "target 3"),
+        "ppo_gt": ("target 1", "target 3"),
+        "unlikelihood": ("α=0.1", "α=0.5"),
+        "preferred_ft": ("",),
+        "unknown": ("not drawn",),
+    }
+    rows = []
+    for (method, values), seed in itertools.product(parameters.items(), (0, 1)):
+        for number, value in enumerate(values):
+            end = np.array([1.0, 1.5]) * (number + 0.1 * rng.random(2) + 0.2)
+            rows += [
+                dict(
+                    panel=panel,
+                    method=method,
+                    parameter=value,
+                    seed=seed,
+                    step=step,
+                    kl=end[0] * step / 300,
+                    reward=end[1] * step / 300,
+                    gap=0.1,
+                )
+                for step in (100, 200, 300)
+            ]
+    return rows + [
+        dict(
+            panel=panel,
+            method="best_of_n",
+            parameter=f"N={n}",
+            seed=0,
+            step=0,
+            kl=np.log(n) - (n - 1) / n,
+            reward=np.log(n) / 2,
+            gap=0.1,
+        )
+        for n in (1, 4, 16)
+    ]
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """The picture of two panels, as it was when it was saved, and its rows."""
+    from matplotlib.figure import Figure
+
+    figures, save = [], Figure.savefig
+    rows = frontier_rows("a") + [
+        row | dict(panel="b", kl=2 * row["kl"]) for row in frontier_rows("a")[::2]
+    ]
+    kls = np.linspace(0, 5, 50)
+    path = tmp_path_factory.mktemp("plots") / "frontier.png"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            Figure, "savefig", lambda figure, *args: (figures.append(figure), save(figure, *args))
+        )
+        plots.panels(
+            path,
+            rows,
+            {"a": (kls, 2 * np.sqrt(kls)), "b": (kls, 2 * np.sqrt(kls))},
+            {"a": "first", "b": "second"},
+            curve_name="the bound",
+        )
+    assert path.read_bytes().startswith(b"\x89PNG")
+    return figures[0], rows
+
+
+def test_each_panel_has_its_points(drawn):
+    figure, rows = drawn
+    assert [axes.get_title() for axes in figure.axes] == ["first", "second"]
+    for axes, panel in zip(figure.axes, "ab", strict=True):
+        ends = {}
+        for row in rows:
+            if row["panel"] == panel and row["method"] in plots.STYLES:
+                ends[row["method"], row["parameter"], row["seed"]] = row
+        names = {name: method for method, (_, _, name) in plots.STYLES.items()}
+        found = {
+            (names[line.get_label()], kl, reward)
+            for line in axes.lines
+            if line.get_label() in names
+            for kl, reward in zip(*line.get_data(), strict=True)
+        }
+        assert found == {(row["method"], row["kl"], row["reward"]) for row in ends.values()}
+        assert {text.get_text() for text in axes.texts} == {
+            row["parameter"] for row in ends.values()
+        } - {""}
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "the bound",
+        "reference",
+        "DPO",
+        "PPO, reward model",
+        "PPO, true reward",
+        "unlikelihood",
+        "Preferred-FT",
+        "best of N",
+    ]
+
+
+def test_labels_hide_neither_points_nor_each_other(drawn):
+    from matplotlib.text import Text
+
+    figure, _ = drawn
+    for axes in figure.axes:
+        boxes = [Text.get_window_extent(text) for text in axes.texts]
+        assert len(boxes) > 9
+        for first, second in itertools.combinations(boxes, 2):
+            assert not first.overlaps(second)
+        for line in axes.lines:
+            if line.get_markersize() == 7:
+                marks = axes.transData.transform(np.transpose(line.get_data()))
+                assert not any(box.contains(*mark) for box in boxes for mark in marks)
+        assert all(
+            axes.bbox.containsx(x) and axes.bbox.containsy(y)
+            for box in boxes
+            for x, y in box.get_points()
+        )

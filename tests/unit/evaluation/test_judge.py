@@ -1,0 +1,690 @@
+"""Judges against a real server on the loopback: verdicts, failures, caps, kills, and what is kept
+of them.
+"""
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from dpo_jax.evaluation import chat_api, judge
+from dpo_jax.evaluation.judge import BudgetExhausted, ChatError, Comparison, compare
+from tests.helpers.judge_server import (
+    KEY,
+    Drop,
+    Hang,
+    JudgeServer,
+    Status,
+    always,
+    answer,
+    longer,
+    prefers,
+    texts,
+)
+from tests.helpers.paths import ROOT
+
+LENGTHS = [(1, 2), (5, 2), (3, 4), (9, 1)]  # of ours and the other's, in words
+LONGER_WINS = ["loss", "win", "loss", "win"]
+
+
+def a_judge(**fields):
+    return judge.Judge(**dict(model="judge", template="summary_concise", timeout=20.0) | fields)
+
+
+def comparisons(count=4):
+    return [
+        Comparison(f"post {i}", "ours " * LENGTHS[i % 4][0], "other " * LENGTHS[i % 4][1])
+        for i in range(count)
+    ]
+
+
+def asked(prompt) -> int:
+    """Which of the comparisons a prompt is about."""
+    return int(prompt.split("\npost ")[1].split("\n")[0])
+
+
+def kept(folder) -> list[dict]:
+    return chat_api.read(folder / "judgements.jsonl")
+
+
+def quiet(_line):
+    """Shows no progress."""
+
+
+@pytest.mark.parametrize("template", judge.TEMPLATES)
+def test_a_right_judge_is_understood_in_either_order(template, tmp_path):
+    with JudgeServer(prefers(longer)) as server, server.environment():
+        found = compare(a_judge(template=template), comparisons(16), tmp_path, quiet)
+    assert found == LONGER_WINS * 4
+    ours_first = sum(texts(prompt)[0].startswith("ours") for prompt in server.prompts)
+    assert len(server.prompts) == 16 and 3 <= ours_first <= 13
+    body = server.requests[0]["body"]
+    assert (body["model"], body["temperature"]) == ("judge", 0) and server.requests[0]["headers"][
+        "authorization"
+    ] == f"Bearer {KEY}"
+
+
+def test_the_order_is_drawn_by_the_seed_and_the_content(tmp_path):
+    def orders(folder, rows, **fields):
+        with JudgeServer(always("A")) as server, server.environment():
+            compare(a_judge(**fields), rows, tmp_path / folder, quiet)
+        return {asked(prompt): texts(prompt)[0].startswith("ours") for prompt in server.prompts}
+
+    first = orders("one", comparisons(24))
+    assert orders("two", comparisons(24)[::-1]) == first
+    by_another_seed = orders("three", comparisons(24), seed=1)
+    assert 4 < sum(by_another_seed[i] != first[i] for i in range(24)) < 20
+
+
+def test_a_judge_that_always_says_a(tmp_path):
+    with JudgeServer(always("A")) as server, server.environment():
+        both = compare(a_judge(orders=2), comparisons(24), tmp_path, quiet)
+        once = compare(a_judge(), comparisons(24), tmp_path, quiet)
+    assert both == ["tie"] * 24
+    assert 5 <= once.count("win") <= 19 and once.count("win") + once.count("loss") == 24
+    assert len(server.requests) == 48  # the one order was among the two
+
+
+def test_both_orders_of_a_right_judge(tmp_path):
+    with JudgeServer(prefers(longer)) as server, server.environment():
+        assert compare(a_judge(orders=2), comparisons(8), tmp_path, quiet) == LONGER_WINS * 2
+    assert len(server.requests) == 16
+
+
+def test_what_needs_no_judge(tmp_path, monkeypatch):
+    """Neither a key nor a network."""
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    rows = [("same", " same\n"), ("", "text"), ("text", "  "), ("", " ")]
+    assert compare(a_judge(), [Comparison("post", *row) for row in rows], tmp_path, quiet) == [
+        "tie",
+        "loss",
+        "win",
+        "tie",
+    ]
+    assert compare(a_judge(), [], tmp_path, quiet) == []
+
+
+def test_equal_questions_are_asked_once(tmp_path):
+    with JudgeServer(prefers(longer)) as server, server.environment():
+        assert compare(a_judge(), comparisons(4) * 5, tmp_path, quiet) == LONGER_WINS * 5
+    assert len(server.requests) == 4
+
+
+def test_braces_in_texts_are_text(tmp_path):
+    with JudgeServer(prefers(longer)) as server, server.environment():
+        assert compare(
+            a_judge(), [Comparison("{a} {x}", "{b} {", "one two three {0}")], tmp_path, quiet
+        ) == ["loss"]
+    assert "{a} {x}" in server.prompts[0] and set(texts(server.prompts[0])) == {
+        "{b} {",
+        "one two three {0}",
+    }
+
+
+def test_a_finished_evaluation_replays_without_network_and_key(tmp_path, monkeypatch):
+    lines = []
+    with JudgeServer(prefers(longer)) as server, server.environment():
+        found = compare(a_judge(input_price=1.0), comparisons(12), tmp_path, lines.append)
+    assert "judge 12/12  calls 12 (0 retried)" in lines[-1] and "spent 0.00" in lines[-1]
+    content = (tmp_path / "judgements.jsonl").read_bytes()
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setenv("OPENAI_BASE_URL", server.url)  # where nothing listens any more
+    assert compare(a_judge(), comparisons(12), tmp_path, lines.append) == found
+    assert "calls 0" in lines[-1] and "all were kept" in lines[-1]
+    assert (tmp_path / "judgements.jsonl").read_bytes() == content
+    row = json.loads(content.splitlines()[0])
+    assert row["answer"] == answer("A") or row["answer"] == answer("B")
+    assert row["prompt"] in server.prompts and row["order"] in ("ours, other", "other, ours")
+    assert row["usage"] == dict(prompt_tokens=len(row["prompt"].split()), completion_tokens=5)
+    for other in (
+        dict(model="another"),
+        dict(temperature=0.5),
+        dict(template="summary_simple"),
+        dict(orders=2),
+    ):
+        with pytest.raises(ValueError, match="OPENAI_API_KEY is not set"):
+            compare(a_judge(**other), comparisons(12), tmp_path, quiet)
+
+
+def test_an_unreadable_answer_is_asked_again_then_counted_apart(tmp_path):
+    def behave(prompt, times):
+        if asked(prompt) == 0 or (asked(prompt) == 1 and times < 2):
+            return ["Both are fine.", "Better: A or B", ""][times]
+        return prefers(longer)(prompt, times)
+
+    with JudgeServer(behave) as server, server.environment():
+        assert compare(a_judge(), comparisons(), tmp_path, quiet) == [None, *LONGER_WINS[1:]]
+        assert sorted(map(asked, server.prompts)) == [0, 0, 0, 1, 1, 1, 2, 3]
+        assert compare(a_judge(), comparisons(), tmp_path, quiet) == [None, *LONGER_WINS[1:]]
+    assert len(server.requests) == 8 and sorted(row["attempt"] for row in kept(tmp_path)) == [
+        0
+    ] * 4 + [1, 1, 2, 2]
+
+
+def test_one_order_that_cannot_be_read_leaves_none(tmp_path):
+    def behave(prompt, _times):
+        return answer("A") if texts(prompt)[0].startswith("ours") else "no"
+
+    with JudgeServer(behave) as server, server.environment():
+        assert compare(a_judge(orders=2), comparisons(1), tmp_path, quiet) == [None]
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("Comparison: a is longer.\nBetter: A", "A"),
+        ("Better: B", "B"),
+        ("B", "B"),
+        ("**Better:** *B*.\n\n", "B"),
+        ('Comparison: x\r\nPreferred: "A"', "A"),
+        ("More helpful: <B>", "B"),
+        ("### Better: “B”", "B"),
+        ("Better: C", None),
+        ("Better: A or B", None),
+        ("Better: a", None),
+        ("Better: AB", None),
+        ("", None),
+        ("A is better", None),
+        ("Better: A\nBetter: B", None),
+        ("Better: A\nThank you.", None),
+        ("Better: B\nBetter: B", "B"),
+        ("Better: A/B", None),
+        ("Better: not A", None),
+        ("I choose A", None),
+        ("Better:\nA", "A"),
+        ("Better: Summary A", "A"),
+        ("**Response B**", "B"),
+        ("Preferred: reply B.", "B"),
+        ("Summary A\nIt is short.\nSummary B\nIt is long.\nBetter: Summary A", "A"),
+        ("Better: Post A", None),
+        ("Better: Summary A\nBetter: B", None),
+        ("Worse: A", None),
+        ("The worse one: Answer A", None),
+        ("Not better: A", None),
+        ("Worse: A\nBetter: B", "B"),
+        ("Note: A", "A"),
+    ],
+)
+def test_answers_are_read_strictly(text, expected):
+    assert judge.read_choice(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("{prompt} {a}", r"placeholders {a}, {prompt}; expected {prompt}, {a} and {b}"),
+        ("{prompt} {a} {b} {post}", "{post}"),
+        ("{prompt} {a!r} {b}", "{a!r}"),
+        ("{prompt} {a:>9} {b}", "{a:>9}"),
+        ("nothing", "(none)"),
+        ("{prompt} {a} {b} {", "braces that are meant"),
+        ("{} {prompt} {a} {b}", "{}"),
+    ],
+)
+def test_a_template_file_is_checked(text, message, tmp_path):
+    (tmp_path / "mine.txt").write_text(text)
+    with pytest.raises(ValueError) as error:
+        a_judge(template=str(tmp_path / "mine.txt"))
+    assert message in str(error.value) and "mine.txt" in str(error.value)
+
+
+def test_a_template_file_is_used_as_it_is(tmp_path):
+    path = tmp_path / "mine.txt"
+    path.write_text('{{"q": {prompt}}} first={a} second={b}')
+
+    def behave(prompt, _times):
+        first, second = prompt.split("first=")[1].split(" second=")
+        return "A" if longer(first) > longer(second) else "B"
+
+    with JudgeServer(behave) as server, server.environment():
+        assert compare(a_judge(template=str(path)), comparisons(), tmp_path, quiet) == LONGER_WINS
+    assert server.prompts[0].startswith('{"q": post ')
+
+
+def test_a_template_that_is_not_there():
+    with pytest.raises(
+        ValueError, match="'sumary' is no file, and none of summary_simple, summary_concise, "
+    ):
+        a_judge(template="sumary")
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(orders=3), "orders=3"),
+        (dict(concurrency=0), "concurrency=0"),
+        (dict(timeout=0), "timeout=0"),
+        (dict(temperature=3.0), "temperature"),
+        (dict(max_calls=-1), "max_calls"),
+        (dict(model=""), "model"),
+        (dict(requests_per_minute=0), "requests_per_minute"),
+        (dict(max_cost=-1.0, input_price=1.0), "max_cost"),
+        (dict(max_cost=5.0), "max_cost=5 needs input_price and output_price"),
+        (dict(input_price=-1.0), "input_price"),
+    ],
+)
+def test_settings_are_checked(fields, message):
+    with pytest.raises(ValueError, match=message):
+        a_judge(**fields)
+
+
+def test_failures_that_pass_are_tried_again(tmp_path):
+    """Too many requests, a server's fault, a hang, a dropped connection: each once, then an
+    answer.
+    """
+    faults = [
+        Status(429, dict(error=dict(message="slow down")), {"Retry-After": "0.8"}),
+        Status(500, "oops"),
+        Hang(),
+        Drop(),
+    ]
+    lines = []
+
+    def behave(prompt, times):
+        return prefers(longer)(prompt, times) if times else faults[asked(prompt)]
+
+    with JudgeServer(behave) as server, server.environment():
+        assert compare(a_judge(timeout=1.5), comparisons(), tmp_path, lines.append) == LONGER_WINS
+    assert (
+        sorted(map(asked, server.prompts)) == [0, 0, 1, 1, 2, 2, 3, 3] and len(kept(tmp_path)) == 4
+    )
+    first, second = [
+        request["time"] for request in server.requests if asked(request["prompt"]) == 0
+    ]
+    assert (
+        second - first >= 0.8
+    )  # what Retry-After asks for; without it the first wait is 0.5 s at most
+    assert "calls 4 (4 retried)" in lines[-1]
+
+
+def test_a_failure_that_stays_ends_the_evaluation_and_keeps_what_was_answered(tmp_path):
+    refusal = Status(402, dict(error=dict(message="no credit")))
+
+    def behave(prompt, times):
+        return refusal if asked(prompt) == 9 else prefers(longer)(prompt, times)
+
+    with JudgeServer(behave) as server, server.environment(), pytest.raises(ChatError) as error:
+        compare(a_judge(concurrency=3), comparisons(20), tmp_path, quiet)
+    assert "no credit" in str(error.value) and "answers are kept in" in str(error.value)
+    first = set(server.prompts)
+    assert len(kept(tmp_path)) == len(first) - 1 >= 9
+    with JudgeServer(prefers(longer)) as server, server.environment():
+        assert compare(a_judge(), comparisons(20), tmp_path, quiet) == LONGER_WINS * 5
+    assert [asked(prompt) for prompt in server.prompts if prompt in first] == [9]
+
+
+@pytest.mark.parametrize("status", chat_api.REFUSALS)
+def test_a_question_that_is_always_refused_is_counted_apart(status, tmp_path, monkeypatch):
+    """The first of all too; it is asked once, costs nothing, and the others go on."""
+
+    def behave(prompt, times):
+        refusal = Status(status, dict(error=dict(message=f"too long, {KEY}")))
+        return refusal if asked(prompt) in (0, 5, 19) else prefers(longer)(prompt, times)
+
+    expected = [None if i in (0, 5, 19) else verdict for i, verdict in enumerate(LONGER_WINS * 5)]
+    lines = []
+    with JudgeServer(behave) as server, server.environment():
+        settings = a_judge(concurrency=1, max_calls=18)  # refusals are no answers
+        assert compare(settings, comparisons(20), tmp_path, lines.append) == expected
+    assert (
+        len(server.requests) == 20 and "calls 17 (0 retried)  2 refused" in lines[-1]
+    )  # the last waits for the end
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    assert compare(settings, comparisons(20), tmp_path, quiet) == expected
+    found = judge.write_verdicts(tmp_path / "verdicts.json", settings, expected, tmp_path)
+    assert (found["unparsable"], found["n"], found["served_by"]) == (3, 17, ["judge-0001"])
+    refused = [row for row in kept(tmp_path) if row["answer"] is None]
+    assert len(refused) == 3 and all(
+        "too long" in row["refused"] and KEY not in row["refused"] for row in refused
+    )
+
+
+@pytest.mark.parametrize("answers", [0, 10])
+def test_an_endpoint_that_refuses_everything_ends_the_evaluation(answers, tmp_path):
+    """Nothing of it is kept, as the questions are not at fault; nor where it begins to after some
+    answers.
+    """
+    refusal = Status(400, dict(error=dict(message="no such option")))
+
+    def behave(prompt, times):
+        return prefers(longer)(prompt, times) if asked(prompt) < answers else refusal
+
+    with (
+        JudgeServer(behave) as server,
+        server.environment(),
+        pytest.raises(ChatError, match="no such option"),
+    ):
+        compare(a_judge(concurrency=1), comparisons(60), tmp_path, quiet)
+    assert (
+        len(kept(tmp_path)) == answers and len(server.requests) == answers + chat_api.MOST_REFUSALS
+    )
+
+
+def test_a_server_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(chat_api, "RETRIES", 1)
+    with JudgeServer(always("A")) as server:
+        pass  # it is there, and closed again: its port is nobody's
+    with (
+        server.environment(),
+        pytest.raises(ChatError, match="no answer from 127.0.0.1:.*Connection error"),
+    ):
+        compare(a_judge(), comparisons(2), tmp_path, quiet)
+
+
+def test_an_endless_hang_times_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(chat_api, "RETRIES", 1)
+    with (
+        JudgeServer(lambda *_: Hang()) as server,
+        server.environment(),
+        pytest.raises(ChatError, match="timed out"),
+    ):
+        compare(a_judge(timeout=0.3), comparisons(1), tmp_path, quiet)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        Status(200, "<html>Welcome</html>", {"Content-Type": "text/html"}),
+        Status(200, '{"choices": []}'),
+        Status(200, '{"object": "list"}'),
+        Status(200, '{"choices": [{"message": {"content": 5}}]}'),
+    ],
+)
+def test_what_is_no_chat_endpoint(reply, tmp_path):
+    with (
+        JudgeServer(lambda *_: reply) as server,
+        server.environment(),
+        pytest.raises(ChatError, match="OPENAI_BASE"),
+    ):
+        compare(a_judge(), comparisons(2), tmp_path, quiet)
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 400, 422])
+def test_no_error_shows_the_key(status, tmp_path):
+    reply = Status(status, dict(error=dict(message=f"Incorrect API key provided: {KEY}", code=KEY)))
+    with (
+        JudgeServer(lambda *_: reply) as server,
+        server.environment(),
+        pytest.raises(ChatError) as error,
+    ):
+        compare(a_judge(), comparisons(2), tmp_path, quiet)
+    assert KEY not in str(error.value) and str(status) in str(error.value)
+    assert error.value.__context__ is None and error.value.__cause__ is None
+    assert "OPENAI_API_KEY" in str(error.value) or "judge" in str(error.value)
+    assert KEY.encode() not in (tmp_path / "judgements.jsonl").read_bytes()
+
+
+def test_the_key_is_written_nowhere(tmp_path):
+    """Not even where the judge repeats it: in its answers, its name, or a refusal, with the
+    client's log turned on.
+    """
+
+    def behave(prompt, times):
+        if asked(prompt) == 7:
+            return Status(401, dict(error=dict(message=f"bad key {KEY}")))
+        return f"Your key is {KEY}.\n" + prefers(longer)(prompt, times)
+
+    with JudgeServer(behave) as server:
+        process = python_compare(
+            server, tmp_path, 8, concurrency=1, model=f"judge-{KEY}", OPENAI_LOG="debug"
+        )
+        written = "".join(process.communicate(timeout=60))
+    assert process.returncode == 1
+    assert (
+        "check OPENAI_API_KEY" in written and "HTTP Request" in written and "Traceback" in written
+    )
+    files = [path.read_text() for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files[0].splitlines()) == 7 and "Your key is [OPENAI_API_KEY]" in files[0]
+    assert KEY not in written and all(KEY not in text for text in files)
+
+
+@pytest.mark.parametrize(
+    "key, message",
+    [
+        ("", "OPENAI_API_KEY is not set.*http://localhost"),
+        ("  \n", "not set"),
+        ("sk-café-0123456789", "copy it again"),
+        ("sk-one\x07two-0123456", "copy it again"),
+    ],
+)
+def test_a_key_that_cannot_be_sent(key, message, tmp_path):
+    with (
+        JudgeServer(always("A")) as server,
+        server.environment(key),
+        pytest.raises(ValueError, match=message) as error,
+    ):
+        compare(a_judge(), comparisons(1), tmp_path, quiet)
+    assert not key.strip() or key not in str(error.value)
+
+
+def test_a_key_with_the_end_of_its_line(tmp_path):
+    with JudgeServer(prefers(longer)) as server, server.environment(KEY + "\n"):
+        assert compare(a_judge(), comparisons(), tmp_path, quiet) == LONGER_WINS
+
+
+def test_max_calls_stops_before_it_is_passed(tmp_path):
+    with JudgeServer(prefers(longer)) as server, server.environment():
+        for cap, already in [(5, 0), (5, 5), (9, 5)]:  # what earlier runs kept counts
+            with pytest.raises(
+                BudgetExhausted, match=f"max_calls={cap} is reached: {cap} answers are kept"
+            ):
+                compare(a_judge(max_calls=cap), comparisons(20), tmp_path, quiet)
+            assert len(server.requests) == len(kept(tmp_path)) == cap >= already
+        assert compare(a_judge(max_calls=20), comparisons(20), tmp_path, quiet) == LONGER_WINS * 5
+    assert len(server.requests) == 20
+
+
+@pytest.mark.parametrize("usage", [True, False])
+def test_max_cost_stops_before_it_is_passed(usage, tmp_path):
+    """One that is not told what a call cost takes the most that it can have cost."""
+    prices = dict(input_price=1000.0, output_price=100.0)
+    stopped = pytest.raises(
+        BudgetExhausted, match="max_cost=2.5 could be passed by the next call, of up to 0.[67]"
+    )
+    with JudgeServer(prefers(longer), usage=usage) as server, server.environment(), stopped:
+        compare(a_judge(max_cost=2.5, **prices), comparisons(30), tmp_path, quiet)
+    rows = kept(tmp_path)
+    most = [
+        (len(row["prompt"].encode()) + 64) * 1000 / 1e6 + 1024 * 100 / 1e6 for row in rows
+    ]  # a token for each byte
+    if usage:
+        spent = sum((len(row["prompt"].split()) * 1000 + 5 * 100) / 1e6 for row in rows)
+        assert 2.5 - 1.05 * max(most) < spent <= 2.5
+    else:
+        assert len(rows) == 3 and sum(most) < 2.5 < sum(most) + min(most)
+    assert len(rows) == len(server.requests) < 30
+
+
+def test_requests_are_paced_and_so_are_retries(tmp_path):
+    def behave(prompt, times):
+        return prefers(longer)(prompt, times) if times else Status(500, "", {"Retry-After": "0.01"})
+
+    with JudgeServer(behave) as server, server.environment():
+        compare(a_judge(requests_per_minute=120.0), comparisons(4), tmp_path, quiet)
+    times = [request["time"] for request in server.requests]
+    assert len(times) == 8 and times[-1] - times[0] > 7 * 0.5 - 0.2
+
+
+def test_concurrency_is_bounded_and_used(tmp_path):
+    at_once, most, lock = 0, 0, threading.Lock()
+
+    def behave(prompt, times):
+        nonlocal at_once, most
+        with lock:
+            at_once += 1
+            most = max(most, at_once)
+        time.sleep(0.05)
+        with lock:
+            at_once -= 1
+        return prefers(longer)(prompt, times)
+
+    with JudgeServer(behave) as server, server.environment():
+        compare(a_judge(concurrency=3), comparisons(18), tmp_path, quiet)
+    assert most == 3
+
+
+PROGRAM = """
+import signal, sys
+from dpo_jax.evaluation.judge import Comparison
+from dpo_jax.evaluation.judge import Judge
+from dpo_jax.evaluation.judge import compare
+# which a shell's background jobs are started without
+signal.signal(signal.SIGINT, signal.default_int_handler)
+folder, count, concurrency, model = sys.argv[1:]
+lengths = [(1, 2), (5, 2), (3, 4), (9, 1)]
+rows = [Comparison(f"post {i}", "ours " * lengths[i % 4][0], "other " * lengths[i % 4][1]) for i in range(int(count))]
+assert not {"jax", "transformers", "datasets"} & sys.modules.keys()
+print(compare(Judge(model=model, template="summary_concise", concurrency=int(concurrency)), rows, folder))
+"""
+
+
+def python_compare(server, folder, count, concurrency, model="judge", **env) -> subprocess.Popen:
+    """The evaluation in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, folder, str(count), str(concurrency), model],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | server.variables() | env,
+    )
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_after_a_kill_nothing_is_paid_twice(how, tmp_path):
+    """Twenty answers are given, then none; what was answered before the kill is not asked again."""
+    answered, lock = [], threading.Lock()
+    path = tmp_path / "judgements.jsonl"
+
+    def behave(prompt, times):
+        with lock:
+            if len(answered) == 20:
+                return Hang()
+            answered.append(prompt)
+        return prefers(longer)(prompt, times)
+
+    with JudgeServer(behave) as server:
+        process = python_compare(server, tmp_path, 40, concurrency=4)
+        wait_for(
+            lambda: (
+                path.exists()
+                and path.read_bytes().count(b"\n") == 20
+                and len(server.requests) == 24
+            )
+        )
+        process.send_signal(how)
+        assert process.wait(60) != 0
+    with path.open("ab") as file:  # what a kill in the middle of a write leaves
+        file.write(path.read_bytes().splitlines()[3][:100])
+    with JudgeServer(prefers(longer)) as server, server.environment():
+        assert compare(a_judge(), comparisons(40), tmp_path, quiet) == LONGER_WINS * 10
+    assert (
+        sorted(answered + server.prompts) == sorted(set(answered + server.prompts))
+        and len(server.prompts) == 20
+    )
+    rows = kept(tmp_path)
+    assert len(rows) == len({row["key"] for row in rows}) == 40
+
+
+def test_two_processes_do_not_share_a_file(tmp_path):
+    with (tmp_path / "judgements.jsonl").open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(RuntimeError, match="another process is at work in .*judgements.jsonl"):
+            compare(a_judge(), comparisons(1), tmp_path, quiet)
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"key": "1"}', ""])
+def test_a_broken_line_is_named(line, tmp_path):
+    with JudgeServer(prefers(longer)) as server, server.environment():
+        compare(a_judge(), comparisons(), tmp_path, quiet)
+    path = tmp_path / "judgements.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], line, *lines[2:], ""]))
+    content = path.read_bytes()
+    with pytest.raises(ValueError, match="judgements.jsonl line 2 is not a kept call"):
+        compare(a_judge(), comparisons(), tmp_path, quiet)
+    assert path.read_bytes() == content
+
+
+def test_by_a_reward():
+    def reward(prompts, completions, tokens):
+        assert tokens is None and len(prompts) == len(completions) == 12
+        return np.array(
+            [
+                len(prompt) * float(text.split()[0]) if text else 9.0
+                for prompt, text in zip(prompts, completions, strict=True)
+            ]
+        )
+
+    rows = [("1", "2"), ("3", "2.5"), ("2", "2.0"), ("-1", "-1.5"), ("", "1"), ("7 x", "7 x ")]
+    assert judge.compare_by_reward(reward, [Comparison("p", *row) for row in rows]) == [
+        "loss",
+        "win",
+        "tie",
+        "win",
+        "loss",
+        "tie",
+    ]
+    with pytest.raises(ValueError, match="comparison 1 is not finite"):
+        judge.compare_by_reward(
+            lambda prompts, *_: np.array([1, 2, 3, np.nan]), [Comparison("p", "a", "b")] * 2
+        )
+    assert judge.compare_by_reward(lambda *_: np.zeros(0), []) == []
+
+
+def test_the_record_says_who_judged_what_and_when(tmp_path):
+    settings = a_judge(seed=3, template="summary_simple")
+    began = time.strftime("%Y-%m-%d %H:%M:%S")
+    with JudgeServer(prefers(longer)) as server, server.environment():
+        compare(a_judge(model="another"), comparisons(), tmp_path, quiet)
+        verdicts = compare(
+            settings, [*comparisons(3), Comparison("post", "x", "x")], tmp_path, quiet
+        )
+    found = judge.write_verdicts(tmp_path / "verdicts.json", settings, verdicts, tmp_path)
+    assert json.loads((tmp_path / "verdicts.json").read_text()) == found
+    assert (found["judge"], found["served_by"], found["template"]) == (
+        "judge",
+        ["judge-0001"],
+        "summary_simple",
+    )
+    assert (found["orders"], found["seed"], found["temperature"], found["rate"]) == (
+        1,
+        3,
+        0.0,
+        1.5 / 4,
+    )
+    assert (found["wins"], found["ties"], found["losses"], found["unparsable"]) == (1, 1, 2, 0)
+    assert (
+        found["verdicts"] == ["loss", "win", "loss", "tie"] and found["low"] < 0.375 < found["high"]
+    )
+    assert began <= found["asked_from"] <= found["asked_to"] <= found["written"]
+    import hashlib
+
+    assert (
+        found["template_sha256"]
+        == hashlib.sha256(judge.TEMPLATES["summary_simple"].encode()).hexdigest()
+    )
+    assert not list(tmp_path.glob("*.draft"))
+
+
+def test_the_news_template_speaks_of_articles():
+    news, forum = judge.TEMPLATES["news_concise"], judge.TEMPLATES["summary_concise"]
+    assert (
+        "post" not in news
+        and "forum" not in news
+        and news.count("article") == forum.count("post") == 3
+    )

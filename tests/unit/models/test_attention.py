@@ -1,0 +1,317 @@
+"""Attention within rows: every kernel against plain sums, alone, on meshes and in a policy's
+log-probs.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from dpo_jax.data import packing
+from dpo_jax.models import attention, flops, transformer
+from dpo_jax.models.attention import QUERY_BLOCK, SPLASH_BLOCK, causal_attention, choose
+from dpo_jax.models.log_probs import response_logprobs
+from dpo_jax.parallel import sharding
+from dpo_jax.planning import topologies
+from tests.helpers.tiny import random_pairs
+
+KERNELS = {
+    "xla": functools.partial(causal_attention, kernel="xla"),
+    "splash": functools.partial(causal_attention, kernel="splash"),  # interpreted on a CPU
+    # The one call of it, where cuDNN is: whether it says what we mean. cuDNN itself needs a GPU.
+    "cudnn's call": lambda q, k, v, window: attention._on_each_device(
+        functools.partial(attention._cudnn, implementation="xla"), q, k, v, window
+    ),
+}
+
+
+def dense_attention(q_SRTHC, k_SRUKC, v_SRUKC, window):
+    """The whole square, in the dtype of its arguments."""
+    group, length = q_SRTHC.shape[3] // k_SRUKC.shape[3], q_SRTHC.shape[2]
+    k_SRUHC, v_SRUHC = (jnp.repeat(x, group, axis=3) for x in (k_SRUKC, v_SRUKC))
+    scores_SRHTU = jnp.einsum("SRTHC,SRUHC->SRHTU", q_SRTHC, k_SRUHC) / np.sqrt(q_SRTHC.shape[-1])
+    distance_TU = np.arange(length)[:, None] - np.arange(length)
+    seen_TU = (distance_TU >= 0) & (distance_TU < (window or length))
+    weights_SRHTU = jax.nn.softmax(jnp.where(seen_TU, scores_SRHTU, -jnp.inf))
+    return jnp.einsum("SRHTU,SRUHC->SRTHC", weights_SRHTU, v_SRUHC)
+
+
+def value_and_gradients(attend, window):
+    def loss(q, k, v, weights):
+        out = attend(q, k, v, window=window)
+        return (out * weights).sum(), out
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
+
+
+def arrays(shards, rows, length, heads, kv_heads, width, seed=0):
+    """Queries, keys, values, and weights of the output in the loss."""
+    rng = np.random.default_rng(seed)
+    return [
+        rng.normal(size=(shards, rows, length, h, width)).astype(np.float32)
+        for h in (heads, kv_heads, kv_heads, heads)
+    ]
+
+
+def agree(found, expected, atol):
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=atol, rtol=1e-5), found, expected
+    )
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, QUERY_BLOCK, QUERY_BLOCK + 30, 1000])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_kernel_is_the_whole_square_and_so_are_its_gradients(kernel, window):
+    given = arrays(1, 2, 2 * QUERY_BLOCK + 20, 4, 2, 8)
+    agree(
+        value_and_gradients(KERNELS[kernel], window)(*given),
+        value_and_gradients(dense_attention, window)(*given),
+        atol=2e-5,
+    )
+
+
+@pytest.mark.parametrize("length", [1, QUERY_BLOCK, SPLASH_BLOCK[4] + 1])
+def test_splash_takes_rows_of_any_length(length):
+    given = arrays(1, 1, length, 2, 1, 80)
+    agree(
+        value_and_gradients(KERNELS["splash"], None)(*given),
+        value_and_gradients(dense_attention, None)(*given),
+        atol=5e-5,
+    )
+
+
+@pytest.mark.parametrize(
+    "sizes", [(8, 1, 1), (2, 2, 2), (1, 2, 4), (1, 1, 8)]
+)  # 4: two devices share a key head
+def test_each_device_has_its_own_rows_and_heads(sizes):
+    given = arrays(4, 1, 20, 4, 2, 16)
+    expected = value_and_gradients(dense_attention, None)(*given)
+    mesh = sharding.make_mesh(*sizes)
+    with jax.set_mesh(mesh):
+        placed = [
+            jax.device_put(
+                x,
+                NamedSharding(
+                    mesh, sharding.fitting(mesh, P(sharding.BATCH, None, None, "tensor"), x.shape)
+                ),
+            )
+            for x in given
+        ]
+        compiled = value_and_gradients(KERNELS["splash"], None).lower(*placed).compile()
+        (_, out), _ = found = compiled(*placed)
+    agree(found, expected, atol=2e-5)
+    if sizes == (2, 2, 2):
+        assert out.sharding.shard_shape(out.shape) == (1, 1, 20, 2, 16)
+        assert "all-gather" not in compiled.as_text()  # nothing but the loss is sent
+
+
+def test_a_policy_has_the_same_log_probs_and_gradients_by_every_kernel(tiny):
+    """Over a flat batch, whose rows share prompts, on a mesh of all three axes."""
+    config, params = tiny
+    examples = random_pairs(4)
+    shape = packing.shape_of(examples)
+    batch = jax.tree.map(
+        lambda *shards: np.stack(shards),
+        *(packing.pack(examples[i : i + 2], packing.shape_of(examples)) for i in (0, 2)),
+    )
+    assert len(shape.rows) > 1 or shape.rows[0][0] > 1
+
+    def loss(params, kernel):
+        logp_SQ = response_logprobs(dataclasses.replace(config, attention=kernel), params, batch)
+        return (logp_SQ * jnp.array([1.0, -1.0] * (logp_SQ.shape[1] // 2))).sum(), logp_SQ
+
+    with jax.set_mesh(sharding.make_mesh(1, 2, 4)):
+        found = {
+            kernel: jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)(
+                params, kernel
+            )
+            for kernel in ("xla", "splash")
+        }
+    for splash, xla in zip(*map(jax.tree.leaves, (found["splash"], found["xla"])), strict=True):
+        np.testing.assert_allclose(
+            splash, xla, atol=2e-5 * max(1.0, np.abs(xla).max())
+        )  # gradients of up to 75
+
+
+@pytest.mark.parametrize("sizes", [None, (1, 4, 2), (2, 2, 2)])
+def test_products_of_a_kernel_are_counted_on_all_devices(sizes):
+    """One block of 256 by 256 for each of 8 rows and 4 heads; plain XLA leaves out a quarter of the
+    square.
+    """
+    given = arrays(4, 2, 2 * QUERY_BLOCK, 4, 2, 8)[:3]
+    mesh = sharding.make_mesh(*sizes) if sizes else sharding.make_mesh()
+    for kernel, share in (("splash", 1), ("xla", 3 / 4)):
+        with jax.set_mesh(mesh) if sizes else contextlib.nullcontext():
+            traced = jax.jit(functools.partial(causal_attention, kernel=kernel)).trace(*given)
+        assert flops.of_program(traced.jaxpr.jaxpr) == share * 2 * 2 * 8 * 4 * 256 * 256 * 8
+
+
+def products(jaxpr):
+    """The matrix products of a jaxpr and of all inside."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield equation
+        for value in equation.params.values():
+            for inner in flops._jaxprs(value):
+                yield from products(inner)
+
+
+@pytest.mark.parametrize(
+    "dtype, precision",
+    [("bfloat16", jax.lax.Precision.DEFAULT), ("float32", jax.lax.Precision.HIGHEST)],
+)
+def test_splash_has_the_precision_of_its_numbers(dtype, precision):
+    """The TPU compiler refuses it bfloat16 products at the precision that runtime.start asks of
+    float32's.
+    """
+    given = [jnp.asarray(x, dtype) for x in arrays(1, 1, 20, 2, 1, 8)]
+    with jax.default_matmul_precision("float32"):
+        traced = value_and_gradients(KERNELS["splash"], None).trace(*given)
+    found = [equation.params["precision"] for equation in products(traced.jaxpr.jaxpr)]
+    assert len(found) >= 9 and set(found) == {
+        (precision, precision)
+    }  # two, three and four in its three kernels
+
+
+def on(monkeypatch, platform, kind):
+    monkeypatch.setattr(
+        attention, "device", lambda: types.SimpleNamespace(platform=platform, device_kind=kind)
+    )
+
+
+@pytest.mark.parametrize(
+    "platform, kind, kernel, dtype, width, expected",
+    [
+        ("cpu", "cpu", "auto", "bfloat16", 64, "xla"),
+        ("cpu", "cpu", "splash", "float32", 64, "splash"),
+        ("tpu", "TPU v4", "auto", "float32", 64, "splash"),
+        ("tpu", "TPU v7x", "auto", "bfloat16", 256, "splash"),
+        ("tpu", "TPU v4", "xla", "bfloat16", 64, "xla"),
+        ("gpu", "NVIDIA H200", "auto", "bfloat16", 64, "cudnn"),
+        ("gpu", "NVIDIA H200", "auto", "float32", 64, "xla"),
+        ("gpu", "NVIDIA H200", "auto", "bfloat16", 20, "xla"),
+        ("gpu", "NVIDIA H200", "auto", "bfloat16", 256, "xla"),
+        ("gpu", "NVIDIA H200", "cudnn", "bfloat16", 256, "cudnn"),
+        ("gpu", "AMD Instinct MI300X", "auto", "bfloat16", 64, "xla"),
+        ("gpu", "Tesla T4", "auto", "bfloat16", 64, "xla"),
+        ("gpu", "NVIDIA L40S", "cudnn", "bfloat16", 64, "cudnn"),
+    ],
+)
+def test_auto_is_what_is_made_for_the_device(
+    monkeypatch, platform, kind, kernel, dtype, width, expected
+):
+    on(monkeypatch, platform, kind)
+    assert choose(kernel, dtype, width) == expected
+
+
+@pytest.mark.parametrize(
+    "kernel, platform, dtype, width, message",
+    [
+        (
+            "cudnn",
+            "cpu",
+            "bfloat16",
+            64,
+            "config.model.attention = 'cudnn' runs on gpu, not on cpu: take auto",
+        ),
+        ("splash", "gpu", "bfloat16", 64, "'splash' runs on cpu and tpu, not on gpu"),
+        (
+            "cudnn",
+            "gpu",
+            "float32",
+            64,
+            "takes model.dtype=bfloat16 and heads .* not float32 and 64: take auto",
+        ),
+        ("cudnn", "gpu", "bfloat16", 20, "not bfloat16 and 20"),
+    ],
+)
+def test_a_kernel_that_cannot_run_is_refused(monkeypatch, kernel, platform, dtype, width, message):
+    on(monkeypatch, platform, "NVIDIA H200")
+    with pytest.raises(ValueError, match=message):
+        choose(kernel, dtype, width)
+
+
+def test_cudnn_is_called_where_it_is_chosen(monkeypatch):
+    """By what it would be given on a GPU: rows as one axis, in its layout."""
+    on(monkeypatch, "gpu", "NVIDIA H200")
+    given = [jnp.asarray(x, "bfloat16") for x in arrays(2, 3, 20, 4, 2, 8)[:3]]
+    seen = []
+
+    def cudnn(q_BTHC, k_BUKC, v_BUKC, **options):
+        seen.append((q_BTHC.shape, k_BUKC.shape, options))
+        return q_BTHC
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", cudnn)
+    assert causal_attention(*given, window=5).shape == given[0].shape
+    assert seen == [
+        (
+            (6, 20, 4, 8),
+            (6, 20, 2, 8),
+            dict(is_causal=True, implementation="cudnn", local_window_size=(4, 0)),
+        )
+    ]
+
+
+@pytest.mark.parametrize("remat", ["none", "full", "dots"])
+def test_splash_under_remat_and_vmap(tiny, remat):
+    """bfloat16, whole sequences; two sets of weights under vmap, as policies side by side have."""
+    config, params = tiny
+    tokens_BT = np.random.default_rng(0).integers(0, 40, (2, 12))
+    both = jax.tree.map(lambda x: jnp.stack([x, 0.9 * x]), params)
+
+    def loss(params, kernel):
+        model = dataclasses.replace(config, attention=kernel, remat=remat, dtype="bfloat16")
+        return jax.nn.log_softmax(transformer.logits(model, params, tokens_BT))[..., 3].mean()
+
+    found, expected = (
+        jax.jit(jax.vmap(functools.partial(jax.value_and_grad(loss), kernel=kernel)))(both)
+        for kernel in ("splash", "xla")
+    )
+    for splash, xla in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        assert np.abs(splash - xla).max() <= 0.06 * np.abs(xla).max()  # bfloat16: 8 bits
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler, libtpu (no TPU)"
+)
+@pytest.mark.parametrize(
+    "slice_, dtype, width",
+    [
+        ("v4:2x2x1", "bfloat16", 256),
+        ("v4:2x2x1", "float32", 256),
+        ("v5e:2x2", "bfloat16", 80),
+        ("v5e:2x2", "float32", 64),
+        ("v5p:2x2x1", "bfloat16", 128),
+        ("v6e:2x2", "bfloat16", 256),
+    ],
+)
+def test_the_tpu_compiler_takes_splash_for_auto(slice_, dtype, width):
+    mesh = sharding.make_mesh(1, 2, 2, devices=topologies.parse(slice_).devices())
+
+    def abstract(heads):
+        shape = (2, 1, SPLASH_BLOCK[jnp.dtype(dtype).itemsize], heads, width)  # the largest block
+        return jax.ShapeDtypeStruct(
+            shape, dtype, sharding=NamedSharding(mesh, P(sharding.BATCH, None, None, "tensor"))
+        )
+
+    def loss(q, k, v):
+        return causal_attention(q, k, v).astype(jnp.float32).sum()
+
+    with jax.set_mesh(mesh), jax.default_matmul_precision("float32"):  # as runtime.start says
+        text = (
+            jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+            .lower(abstract(4), abstract(2), abstract(2))
+            .compile()
+            .as_text()
+        )
+    assert (
+        text.count('custom_call_target="tpu_custom_call"') == 3
+    )  # forward, queries' gradient, keys' and values'

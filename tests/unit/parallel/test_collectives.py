@@ -1,0 +1,105 @@
+"""What crosses between devices in a compiled step of DPO: so much of each kind, and nothing that it
+can do without.
+"""
+
+import functools
+
+import jax
+import pytest
+
+from dpo_jax.models import log_probs
+from dpo_jax.parallel import sharding
+from dpo_jax.planning import hlo, planner
+from dpo_jax.planning.program import make_program
+from tests.helpers.tiny_runs import scratch_config
+
+DATA, FSDP, TENSOR = (("data", 8),), (("data", 1), ("fsdp", 8)), (("data", 4), ("tensor", 2))
+ALL = (("data", 2), ("fsdp", 2), ("tensor", 2))
+WIDTH = 64
+
+
+@functools.cache
+def collectives(sizes: tuple, response: int = 16, vocab: int = 128) -> dict:
+    """Kind -> (number, bytes received by a device) in a step of eight pairs with a live
+    reference.
+    """
+    config = scratch_config()
+    config.model.scratch.update(vocab_size=vocab, hidden_size=WIDTH, max_position_embeddings=1024)
+    config.data.max_length = 1024
+    return hlo.collectives(compiled(config, sizes, response).as_text())
+
+
+def compiled(config, sizes: tuple, response: int):
+    mesh, model = sharding.make_mesh(**dict(sizes)), planner.model_config(config, "dpo")
+    batch = planner.one_batch(config, "dpo", mesh, 16, response)[0]
+    with jax.set_mesh(mesh):
+        return make_program(config, "dpo", model, mesh, batch).trace().lower().compile()
+
+
+GPT2 = dict(model_type="gpt2", vocab_size=128, n_embd=WIDTH, n_layer=2, n_head=4, n_positions=64)
+
+
+def test_learned_positions_travel_like_tokens(capfd):
+    """XLA warns where it copies an array to every device to bring it from one layout to another."""
+    config = scratch_config()
+    config.model.scratch = GPT2
+    compiled(config, ALL, response=16)
+    assert "rematerialization" not in capfd.readouterr().err
+
+
+def counts(sizes: tuple, **more) -> dict:
+    return {kind: number for kind, (number, _) in collectives(sizes, **more).items()}
+
+
+@pytest.mark.parametrize(
+    "sizes, expected",
+    [
+        # Gradients, the loss's sums, and the gradient's norm.
+        (DATA, {"all-reduce": 3}),
+        # A gather of each weight of a layer for each pass and model; embeddings of tokens instead
+        # of their table.
+        (FSDP, {"all-gather": 45, "all-to-all": 3, "all-reduce": 6}),
+        # Two sums of activations a layer and pass, and the softmax's over the vocabulary.
+        (TENSOR, {"all-reduce": 21}),
+        (ALL, {"all-gather": 46, "all-to-all": 3, "all-reduce": 31}),
+    ],
+    ids=["data", "fsdp", "tensor", "all"],
+)
+def test_the_step_has_these_and_no_more(sizes, expected):
+    """A count that rises is a weight or an activation that travels more often: find it before
+    changing the count.
+    """
+    assert counts(sizes) == expected
+
+
+def test_the_head_is_gathered_once_however_many_chunks(monkeypatch):
+    whole = counts(FSDP)
+    monkeypatch.setattr(
+        log_probs, "CHUNK_LOGITS", 128 * 128
+    )  # 800 scored positions of a shard make 7 chunks
+    assert counts(FSDP, response=400) == whole
+
+
+@pytest.mark.slow
+def test_a_head_split_by_tensor_stays_where_it_is_in_every_chunk(monkeypatch):
+    monkeypatch.setattr(log_probs, "CHUNK_LOGITS", 128 * 128)
+    assert counts(TENSOR, response=400).keys() == {"all-reduce"}  # of each chunk's softmax
+
+
+def test_logits_and_tables_never_travel():
+    """A larger vocabulary costs its weights' gradients, a gather of the head for each model, and
+    nothing else.
+    """
+
+    def grown(sizes, kind):
+        return collectives(sizes, vocab=256)[kind][1] - collectives(sizes)[kind][1]
+
+    table = 128 * WIDTH * 4  # bytes that the embedding, and the head, grow by
+    assert grown(TENSOR, "all-reduce") == 2 * (3 / 4) * (
+        2 * table / 2
+    )  # over the four of `data`, of half of each
+    assert grown(FSDP, "all-gather") == 2 * (7 / 8) * table
+    assert grown(FSDP, "all-to-all") == 0
+    assert (
+        grown(FSDP, "all-reduce") == 2 * (7 / 8) * table
+    )  # the head's gradient; the table's is where it belongs

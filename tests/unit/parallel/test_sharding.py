@@ -1,0 +1,126 @@
+"""Rules, meshes and placement."""
+
+import types
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from dpo_jax.models import lora, transformer
+from dpo_jax.parallel import sharding
+from tests.helpers.tiny import tiny_config
+
+
+def test_mesh_takes_the_devices_that_are_left():
+    assert dict(sharding.make_mesh(data=-1, fsdp=2, tensor=2).shape) == {
+        "data": 2,
+        "fsdp": 2,
+        "tensor": 2,
+    }
+    assert dict(sharding.make_mesh().shape) == {"data": 8, "fsdp": 1, "tensor": 1}
+
+
+def fake(number: int, hosts: int, platform="gpu", **fields):
+    """A device as jax shows those of several hosts, of a slice each."""
+    return types.SimpleNamespace(
+        id=number,
+        platform=platform,
+        device_kind=platform,
+        process_index=number // 8,
+        slice_index=number // 8 if hosts > 1 else 0,
+        **fields,
+    )
+
+
+@pytest.mark.parametrize(
+    "sizes, hosts_along", [((4, 8, 1), 0), ((1, 32, 1), 1), ((8, 2, 2), 0), ((2, 16, 1), None)]
+)
+def test_hosts_are_split_by_the_first_axis_that_can(sizes, hosts_along):
+    """Four hosts with eight GPUs each."""
+    hosts = np.vectorize(lambda device: device.process_index)(
+        sharding.arrange(sizes, [fake(number, hosts=4) for number in range(32)])
+    )
+    assert hosts.shape == sizes and len(set(hosts.ravel())) == 4
+    for axis in range(3):
+        inside = (
+            hosts == np.take(hosts, [0], axis)
+        ).all()  # who are neighbours along it are on one host
+        assert inside == (axis != hosts_along if hosts_along is not None else axis == 2)
+
+
+def test_hosts_that_no_axis_can_split_are_refused():
+    devices = [fake(number, hosts=3) for number in range(24)]
+    assert sharding.arrange((3, 8, 1), devices).shape == (3, 8, 1)
+    with pytest.raises(
+        ValueError, match="cannot be laid over the slices or hosts of the 16 devices"
+    ):
+        sharding.arrange((16, 1, 1), [fake(number * 3 % 24, hosts=3) for number in range(16)])
+
+
+@pytest.mark.parametrize("sizes", [(1, 32, 2), (32, 2, 1), (16, 2, 2)])
+def test_an_axis_may_take_part_of_a_torus(sizes):
+    """64 chips of a v5p, 4 x 4 x 4."""
+    chips = [
+        fake(number, hosts=1, platform="tpu", coords=coords, core_on_chip=0)
+        for number, coords in enumerate(np.ndindex(4, 4, 4))
+    ]
+    assert sharding.arrange(sizes, chips).shape == sizes
+
+
+@pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, 3, 1), (2, 2, 1)])
+def test_a_mesh_that_does_not_fit_is_refused(sizes):
+    with pytest.raises(ValueError, match="does not make up the 8 devices"):
+        sharding.make_mesh(*sizes)
+
+
+@pytest.mark.parametrize("sizes", [(-1, -1, 1), (0, 1, 1)])
+def test_mesh_sizes_that_mean_nothing_are_refused(sizes):
+    with pytest.raises(ValueError, match="one of them at most may be -1"):
+        sharding.make_mesh(*sizes)
+
+
+FULL = dict(norm="layer", qkv_bias=True, out_bias=True, mlp_bias=True, head_bias=True)
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, FULL, dict(learned_positions=True, tied=True, kv_heads=4), dict(qk_norm=True)]
+)
+def test_every_parameter_has_a_rule_and_large_ones_are_split(fields):
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    params = transformer.abstract(tiny_config(**fields))
+    for path, placed in jax.tree_util.tree_leaves_with_path(sharding.param_shardings(mesh, params)):
+        if sharding.path_name(path).endswith(("kernel", "tokens")):
+            assert {"fsdp", "tensor"} <= set(placed.spec), path
+
+
+def test_adapters_are_split_as_their_kernels_and_the_rank_is_whole():
+    mesh, config = sharding.make_mesh(data=2, fsdp=2, tensor=2), tiny_config()
+    kernels = sharding.param_shardings(mesh, transformer.abstract(config))["layers"]
+    for room, layers in sharding.param_shardings(mesh, lora.abstract(config, lora.Lora(2)))[
+        "layers"
+    ].items():
+        for layer, placed in layers.items():
+            kernel, split = kernels[room][layer]["kernel"].spec, len(placed["lora_a"].spec) - 1
+            assert tuple(placed["lora_a"].spec) == (*kernel[:split], None)
+            assert tuple(placed["lora_b"].spec) == (None, None, *kernel[split:])
+
+
+def test_a_parameter_without_a_rule_is_an_error():
+    with pytest.raises(
+        ValueError, match="no sharding rule matches the parameter 'layers/router/table'"
+    ):
+        sharding.spec_of("layers/router/table", (2, 4, 4), sharding.make_mesh())
+
+
+def test_a_dimension_that_does_not_divide_stays_whole():
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    assert sharding.spec_of("embed/tokens", (41, 16), mesh) == P(None, "fsdp")
+
+
+def test_shard_batch_splits_over_data_and_fsdp():
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    x = np.arange(24).reshape(2, 4, 3)
+    placed = sharding.shard_batch(mesh, {"x": x}, axis=1)["x"]
+    np.testing.assert_array_equal(placed, x)
+    assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 1, 3)}

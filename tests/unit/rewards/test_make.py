@@ -1,0 +1,207 @@
+"""Rewards behind their one interface: values, order, and that neighbours and empty lists change
+nothing.
+"""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from configs import imdb_small
+from dpo_jax.models import hf, loading
+from dpo_jax.parallel import sharding
+from dpo_jax.pipeline.stages import run_stages
+from dpo_jax.rewards import make, ngram
+from tests.helpers.tiny_runs import tokenizer
+
+WORDS = [f"w{i}" for i in range(50)]
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return sharding.make_mesh()
+
+
+def random_texts(count, longest, seed):
+    rng = np.random.default_rng(seed)
+    return [" ".join(rng.choice(WORDS, rng.integers(1, longest + 1))) for _ in range(count)]
+
+
+def test_the_toy_by_hand(mesh):
+    """Half the sum of wonderful 2, good 1, bad -1, terrible -2, each negated after "not", a prompt
+    too.
+    """
+    prompts = ["plot", "not", "bad", "film"]
+    completions = [
+        " bad bad terrible plot plot",
+        " good good bad not bad",
+        " not terrible film film wonderful",
+        " not good not wonderful film",
+    ]
+    found = make.make_reward("toy", "", 8, mesh)(prompts, completions, None)
+    assert found.dtype == np.float64 and found.tolist() == [-2.0, 0.0, 2.0, -1.5]
+    saturating = make.make_reward("toy_saturating", "", 8, mesh)(prompts, completions, None)
+    np.testing.assert_allclose(saturating, 3 * np.tanh(1.2 * found))
+
+
+@pytest.mark.parametrize("kind", ["toy", "toy_saturating"])
+def test_the_toy_of_no_texts(mesh, kind):
+    assert make.make_reward(kind, "", 8, mesh)([], [], []).shape == (0,)
+
+
+@pytest.fixture(scope="module")
+def reward_model(tmp_path_factory):
+    """A reward model of 12 learned positions and the tests' words, after an EOS and a word."""
+    folder = tmp_path_factory.mktemp("rewards") / "model"
+    model = loading.from_scratch(
+        dict(
+            model_type="gpt2",
+            vocab_size=40,
+            n_embd=16,
+            n_layer=1,
+            n_head=2,
+            n_positions=12,
+            bos_token_id=0,
+            eos_token_id=1,
+        ),
+        0,
+        head="score",
+    )
+    params = jax.tree.map(
+        lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape),
+        model.load(sharding.make_mesh()),
+    )
+    hf.save(folder, model.config, model.hf_config, params, tokenizer())
+    return str(folder)
+
+
+def scores(mesh, folder, *rows):
+    """By the model's own program, one row at a time."""
+    return np.concatenate(
+        [make.make_reward("rm", folder, 8, mesh)(None, None, [row]) for row in rows]
+    )
+
+
+def test_a_reward_model_reads_the_policys_own_tokens_where_they_are_its_own(mesh, reward_model):
+    """With EOS where the policy ended, and without where it did not; an empty completion too."""
+    tokens = [
+        (np.array(prompt), np.array(completion))
+        for prompt, completion in (([0, 5, 6], [7, 8, 1]), ([0, 9], [10]), ([0], [1]))
+    ]
+    found = make.make_reward("model", reward_model, 8, mesh)(
+        ["w2 w3", "w6", ""], [" w4 w5", " w7", ""], tokens
+    )
+    np.testing.assert_allclose(found, scores(mesh, reward_model, *tokens), rtol=1e-6)
+
+
+def test_a_reward_model_with_other_tokens_reads_the_texts_as_it_was_trained(
+    mesh, reward_model, capsys
+):
+    others = [(np.array([30]), np.array([31])), (np.array([], int), np.array([32]))]
+    found = make.make_reward("model", reward_model, 8, mesh)(["w2 w3", ""], ["w4 w5", "w6"], others)
+    wanted = scores(
+        mesh,
+        reward_model,
+        (np.array([0, 5, 6]), np.array([7, 8, 1])),
+        (np.array([0]), np.array([9, 1])),
+    )
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    assert "has another tokenizer than the policy" in capsys.readouterr().out
+
+
+def test_a_reward_model_reads_texts_of_nobody_and_an_eos_that_is_not_its_own(mesh, reward_model):
+    """As a judge's; and the same words by a policy that ends in another special token."""
+    wanted = scores(mesh, reward_model, (np.array([0, 5, 6]), np.array([7, 8, 1])))
+    for tokens in (None, [(np.array([0, 5, 6]), np.array([7, 8, 2]))]):
+        found = make.make_reward("model", reward_model, 8, mesh)(["w2 w3"], [" w4 w5"], tokens)
+        np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    assert make.make_reward("model", reward_model, 8, mesh)([], [], None).shape == (0,)
+
+
+def test_a_text_longer_than_a_reward_models_positions_is_refused(mesh, reward_model):
+    tokens = [(np.arange(2), np.arange(3)), (np.arange(4), np.arange(10))]
+    with pytest.raises(
+        ValueError, match="completion 2 of those .* has 14 tokens, but the model has 12 positions"
+    ):
+        make.make_reward("rm", reward_model, 8, mesh)(None, None, tokens)
+
+
+@pytest.mark.parametrize("family", ["roberta", "distilbert"])
+def test_a_classifier_is_the_pipeline_of_transformers(mesh, tmp_path, family):
+    """As the paper scores: the pipeline's p(positive) of prompt + completion, cut at the model's
+    longest.
+    """
+    pytest.importorskip("torch", reason="the independent reference is transformers with torch")
+    import transformers
+
+    from tests.helpers.tiny_classifiers import write_classifier
+
+    write_classifier(family, tmp_path)
+    prompts = random_texts(11, 5, seed=0)
+    completions = [" " + text for text in random_texts(11, 60, seed=1)]
+    pipeline = transformers.pipeline(
+        "text-classification",
+        model=str(tmp_path),
+        device="cpu",
+        top_k=None,
+        truncation=True,
+        max_length=40,
+    )
+    joined = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+    assert max(len(text.split()) for text in joined) > 40
+    expected = [
+        {row["label"].lower()[:3]: row["score"] for row in rows}["pos"] for rows in pipeline(joined)
+    ]
+    reward = make.make_reward("classifier", str(tmp_path), 8, mesh)
+    found = reward(prompts, completions, None)
+    assert found.dtype == np.float64
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert np.diff(np.sort(expected)).max() > 0.01  # texts do differ in score
+    np.testing.assert_allclose(reward(prompts[3:4], completions[3:4], None), found[3:4], atol=1e-6)
+    assert reward([], [], []).shape == (0,)
+    assert make.make_reward("classifier", str(tmp_path), 8, mesh) is reward
+
+
+def test_ngrams_read_prompt_and_completion_as_one_text(mesh, tmp_path):
+    rng = np.random.default_rng(0)
+    rows = [
+        dict(
+            text=f"{' '.join(rng.choice(WORDS, 4))} {'good' if label else 'bad'}ly",
+            label=int(label),
+        )
+        for label in rng.random(200) < 0.5
+    ]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reward = make.make_reward("ngram", str(tmp_path), 8, mesh)
+    found = reward(["w1 good", "w1 ", "w2 w3 bad", "w1 goodly"], ["ly", "goodly", "ly", ""], None)
+    assert found[0] == found[1] == found[3] > 0.9 and found[2] < 0.1
+    np.testing.assert_array_equal(
+        found, ngram.fitted(str(tmp_path))(["w1 goodly", "w1 goodly", "w2 w3 badly", "w1 goodly"])
+    )
+    assert reward([], [], []).shape == (0,)
+    assert make.make_reward("ngram", str(tmp_path), 8, mesh) is reward
+
+
+def test_a_completion_for_each_prompt(mesh, tmp_path):
+    (tmp_path / "train.jsonl").write_text(
+        "".join(
+            json.dumps(dict(text="good" if label else "bad", label=label)) + "\n"
+            for label in [0, 1] * 10
+        )
+    )
+    with pytest.raises(ValueError, match="zip"):
+        make.make_reward("ngram", str(tmp_path), 8, mesh)(["one", "two"], ["one"], None)
+
+
+def test_a_reward_that_cannot_be_read_is_refused_before_the_first_stage(tmp_path):
+    folder = tmp_path / "classifier"
+    folder.mkdir()
+    (folder / "pytorch_model.bin").touch()
+    config = imdb_small.get_config()
+    config.reward.update(kind="classifier", path=str(folder))
+    with pytest.raises(
+        FileNotFoundError, match="pytorch_model.bin would run code(.|\n)*OWNER/NAME@refs/pr/N"
+    ):
+        run_stages(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run" / "sft").exists()

@@ -1,0 +1,369 @@
+"""Sampling against transformers' generate, the training path's log-probs, and exact
+distributions.
+"""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpo_jax.data import packing
+from dpo_jax.models import families, hf, transformer
+from dpo_jax.models.log_probs import token_logprobs
+from dpo_jax.parallel import sharding
+from dpo_jax.sampling import sampler
+from dpo_jax.sampling.sampler import Sampling, sample
+from tests.helpers import tiny_models
+from tests.helpers.paths import SHARED, needs_shared
+from tests.helpers.tiny import random_pairs, tiny_config
+
+PROMPTS = [prompt for prompt, _ in random_pairs(5)]  # of 1 to 11 tokens
+TEN = Sampling(10)
+
+
+def one_device():
+    return sharding.make_mesh(devices=jax.devices()[:1])
+
+
+def draw(tiny, prompts=PROMPTS, sampling=TEN, mesh=None, **options):
+    """Three completions of each prompt: most tests ask for the same shapes, so that one program
+    serves them.
+    """
+    config, params = tiny
+    return sample(
+        config,
+        mesh or one_device(),
+        params,
+        prompts,
+        sampling,
+        **dict(seed=0, eos_id=1, n=3) | options,
+    )
+
+
+def tokens(completions):
+    return [[one.tokens.tolist() for one in row] for row in completions]
+
+
+def assert_same(found, expected):
+    """The same tokens, and log-probs but for rounding."""
+    assert tokens(found) == tokens(expected)
+    for row, expected_row in zip(found, expected, strict=True):
+        for one, expected_one in zip(row, expected_row, strict=True):
+            np.testing.assert_allclose(one.logps, expected_one.logps, atol=1e-4)
+
+
+# against transformers
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        "gpt2",
+        "gptj",
+        "neox-parallel",
+        "neox-sequential",
+        "llama3",
+        "mistral-window",
+        "qwen2",
+        "qwen3",
+    ],
+)  # every family, and what differs in its cache
+def test_greedy_is_transformers_generate(variant, tmp_path):
+    """A batch of prompts of 1 to 11 tokens, so that padding, positions, windows and EOS all
+    matter.
+    """
+    torch = pytest.importorskip("torch", reason="compares with transformers' torch models")
+    folder, mesh = tiny_models.write(variant, tmp_path), one_device()
+    config = families.from_hf(hf.read_config(folder))
+    params = hf.load(folder, config, sharding.param_shardings(mesh, transformer.abstract(config)))
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(2, 96, length).astype(np.int32) for length in (3, 11, 1, 7)]
+    ours = sample(config, mesh, params, prompts, Sampling(12, temperature=0), seed=0, eos_id=1)
+    for prompt, (one,) in zip(prompts, ours, strict=True):
+        model = tiny_models.torch_model(variant)
+        with torch.no_grad():
+            whole = model.generate(
+                torch.tensor(prompt[None].astype(int)),
+                do_sample=False,
+                max_new_tokens=12,
+                pad_token_id=0,
+            )
+            logps = model(whole).logits[0].double().log_softmax(-1)
+        assert one.tokens.tolist() == whole[0, len(prompt) :].tolist()
+        expected = logps[len(prompt) - 1 : -1].gather(1, whole[0, len(prompt) :, None])[:, 0]
+        np.testing.assert_allclose(one.logps, expected, atol=1e-4)
+
+
+@needs_shared
+def test_a_trained_models_greedy_text():
+    folder, mesh = SHARED / "stories260k", one_device()
+    golden = json.loads((folder / "golden_greedy.json").read_text())["tokens"]
+    config = families.from_hf(hf.read_config(folder))
+    params = hf.load(folder, config, sharding.param_shardings(mesh, transformer.abstract(config)))
+    ((one,),) = sample(
+        config,
+        mesh,
+        params,
+        [np.array(golden[:1])],
+        Sampling(len(golden) - 1, temperature=0),
+        seed=0,
+        eos_id=2,
+    )
+    assert golden[:1] + one.tokens.tolist() == golden
+
+
+# against the training path
+
+
+def test_logps_are_the_training_paths(tiny):
+    drawn = draw(
+        tiny, sampling=Sampling(10, temperature=1.3, top_k=30)
+    )  # which the log-probs do not depend on
+    examples = [
+        (prompt, tuple(one.tokens for one in row))
+        for prompt, row in zip(PROMPTS, drawn, strict=True)
+    ]
+    batch = jax.tree.map(lambda x: x[None], packing.pack(examples, packing.shape_of(examples)))
+    expected = jax.jit(token_logprobs, static_argnums=0)(*tiny, batch)[0]
+    found = np.concatenate([one.logps for row in drawn for one in row])
+    assert found.min() < -3
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("length", [1, 5])
+def test_the_cache_is_in_the_compute_dtype(tiny, length):
+    config = dataclasses.replace(tiny[0], dtype="bfloat16")
+    tokens_SN = jnp.zeros((3, length), jnp.int32)
+
+    def step(params):
+        return transformer.step(
+            config, params, tokens_SN, tokens_SN, transformer.empty_cache(config, 3, 9)
+        )
+
+    x_SND, cache = jax.eval_shape(step, tiny[1])
+    assert {x.dtype for x in (x_SND, *cache.values())} == {jnp.dtype("bfloat16")}
+    assert {x.shape for x in cache.values()} == {(2, 3, 2, 9, 4)}
+
+
+# what a completion depends on
+
+
+@pytest.fixture(scope="module")
+def drawn(tiny):
+    return draw(tiny)
+
+
+def test_neighbours_batches_and_padding_do_not_matter(tiny, drawn):
+    assert_same(
+        draw(tiny, batch_size=4), drawn
+    )  # short prompts by themselves, so with less padding
+    assert_same(draw(tiny, PROMPTS[1:], first=1), drawn[1:])
+    assert_same(draw(tiny, n=2), [row[:2] for row in drawn])
+
+
+def test_index_number_and_seed_matter(tiny):
+    same_prompt = [max(PROMPTS, key=len)] * 5
+    found = {
+        tuple(one.tokens)
+        for seed in (0, 1)
+        for row in draw(
+            tiny, same_prompt, seed=seed, eos_id=None, sampling=Sampling(10, temperature=3)
+        )
+        for one in row
+    }
+    assert len(found) == 30
+
+
+def test_the_mesh_does_not_matter(tiny, drawn):
+    """Rows, weights, heads and vocabulary are split; cuts look at the whole vocabulary."""
+    config, params = tiny
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    placed = jax.device_put(params, sharding.param_shardings(mesh, params))
+    assert_same(draw((config, placed), mesh=mesh), drawn)
+    for sampling in (
+        Sampling(10, temperature=0),
+        Sampling(10, temperature=0.8, top_k=12, top_p=0.7),
+    ):
+        assert_same(
+            draw((config, placed), mesh=mesh, sampling=sampling), draw(tiny, sampling=sampling)
+        )
+
+
+def test_settings_compile_nothing_new(tiny, drawn):
+    before = sampler._generate._cache_size()
+    for sampling in (Sampling(10, temperature=0.5), Sampling(10, top_k=3), Sampling(10, top_p=0.5)):
+        draw(tiny, sampling=sampling, seed=2**40, eos_id=None, first=7)
+    assert sampler._generate._cache_size() == before
+
+
+# how tokens are drawn
+
+
+@pytest.fixture(scope="module")
+def six():
+    """A model of six tokens, and its exact log-probs of the first two after a prompt: [6], [6,
+    6].
+    """
+    config = tiny_config(vocab=6)
+    params = jax.tree.map(lambda x: x * 3, tiny_models.random_params(config))
+    sequences = np.array([[4, 2, first] for first in range(6)])
+    logits = np.asarray(
+        jax.jit(transformer.logits, static_argnums=0)(config, params, sequences), np.float64
+    )
+    return config, params, logits[0, 1], logits[:, 2]
+
+
+def exact(logits, sampling):
+    """Probabilities by the definition, one token at a time."""
+    scaled = logits / sampling.temperature
+    order = np.argsort(-scaled)[: sampling.top_k or None]
+    probs = np.zeros(len(logits))
+    probs[order] = np.exp(scaled[order] - scaled.max())
+    probs /= probs.sum()
+    kept, mass = [], 0.0
+    for token in order:
+        kept.append(token)
+        mass += probs[token]
+        if mass >= sampling.top_p:
+            break
+    return (
+        np.array([probs[token] if token in kept else 0 for token in range(len(logits))])
+        / probs[kept].sum()
+    )
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        dict(temperature=2.5),
+        dict(temperature=0.6),
+        dict(top_k=2),
+        dict(top_p=0.6),
+        dict(top_p=1e-6),
+        dict(temperature=2.5, top_k=4, top_p=0.8),
+    ],
+)
+def test_frequencies_are_the_exact_probabilities(six, fields):
+    """Of both tokens together, so that a step that used another's randomness would show."""
+    config, params, first_logits, second_logits = six
+    sampling, count = Sampling(2, **fields), 8192
+    (drawn,) = draw(
+        (config, params), [np.array([4, 2])], sampling, n=count, eos_id=None, batch_size=count
+    )
+    joint = exact(first_logits, sampling)[:, None] * np.array(
+        [exact(row, sampling) for row in second_logits]
+    )
+    found = np.zeros((6, 6))
+    np.add.at(found, tuple(np.array([one.tokens for one in drawn]).T), 1)
+    assert not found[joint == 0].any()
+    common = joint * count > 5
+    square = ((found - joint * count) ** 2 / (joint * count + 1e-30))[common].sum()
+    freedom = common.sum() - 1
+    assert square <= freedom + 4 * np.sqrt(2 * freedom)  # chi-square: mean + 4 deviations
+
+
+@pytest.mark.parametrize(
+    "fields", [dict(temperature=0), dict(temperature=1e-30), dict(top_k=1), dict(top_p=1e-30)]
+)
+def test_the_likeliest_token_alone(tiny, fields):
+    greedy = draw(tiny, sampling=Sampling(10, temperature=0), seed=5)
+    assert_same(draw(tiny, sampling=Sampling(10, **fields)), greedy)
+
+
+def test_top_p_of_1_keeps_the_least_likely():
+    scores = np.array([[0, -30.0, -80, -1e4]], np.float32)
+    np.testing.assert_array_equal(sampler._cut(scores, 0, 1.0), scores)
+    np.testing.assert_array_equal(sampler._cut(scores, 3, 1.0), [[0, -30, -80, -np.inf]])
+
+
+def test_equal_scores_stay_together():
+    scores = np.array([[-1, 0, -1, -2.0]], np.float32)
+    np.testing.assert_array_equal(sampler._cut(scores, 2, 1.0), [[-1, 0, -1, -np.inf]])
+
+
+# where completions end
+
+
+def test_a_completion_ends_with_its_first_eos_or_by_length(tiny):
+    endless = draw(tiny, eos_id=None)
+    assert all(len(one.tokens) == 10 and not one.ended for row in endless for one in row)
+    eos = next(
+        token
+        for token in range(40)
+        if 4 < sum(token in one.tokens for row in endless for one in row) < 11
+    )
+    ended = 0
+    for row, endless_row in zip(draw(tiny, eos_id=eos), endless, strict=True):
+        for one, whole in zip(row, endless_row, strict=True):
+            at = np.flatnonzero(whole.tokens == eos)
+            count = at[0] + 1 if len(at) else 10
+            assert (
+                one.ended == bool(len(at)) and one.tokens.tolist() == whole.tokens[:count].tolist()
+            )
+            np.testing.assert_allclose(one.logps, whole.logps[:count], atol=1e-5)
+            assert one.tokens.dtype == np.int32 and one.logps.dtype == np.float32
+            ended += one.ended
+    assert 0 < ended < 15
+
+
+def test_the_loop_stops_when_all_have_ended(tiny):
+    """Were it run to its limit, it would take minutes."""
+    config, params = tiny
+    silent = params | {
+        "head": {"kernel": np.zeros((16, 40), np.float32)}
+    }  # all logits equal: the likeliest is 0
+    found = draw((config, silent), PROMPTS[:1], Sampling(50_000, temperature=0), eos_id=0)
+    assert tokens(found) == [[[0]] * 3]
+
+
+# what is refused
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(prompts=[PROMPTS[0], np.array([], np.int32)]), "prompt 1 is empty: it needs a token"),
+        (
+            dict(prompts=[np.array([3, 40])]),
+            "prompt 0 has tokens from 3 to 40, but the model's vocabulary is 0 to 39",
+        ),
+        (dict(prompts=[np.array([-1])], first=6), "prompt 6 has tokens from -1"),
+        (dict(sampling=Sampling(0)), "max_new_tokens=0: expected 1 or more"),
+        (dict(sampling=Sampling(1, temperature=-0.1)), "temperature=-0.1: expected 0 or more"),
+        (
+            dict(sampling=Sampling(1, temperature=float("nan"))),
+            "temperature=nan: expected 0 or more",
+        ),
+        (dict(sampling=Sampling(1, top_k=-1)), "top_k=-1: expected 0 or more"),
+        (dict(sampling=Sampling(1, top_p=0.0)), "top_p=0.0: expected more than 0, and at most 1"),
+        (dict(sampling=Sampling(1, top_p=1.1)), "top_p=1.1: expected more than 0"),
+        (dict(n=0), "n=0: expected 1 or more"),
+        (dict(batch_size=0), "batch_size=0"),
+        (dict(first=-1), "first=-1"),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused(tiny, change, message):
+    with pytest.raises(ValueError, match=message):
+        draw(tiny, **change)
+
+
+def test_learned_positions_end():
+    config = tiny_config(learned_positions=True, rope_width=0, max_positions=12)
+    params = tiny_models.random_params(config)
+    (full,) = draw(
+        (config, params), [np.arange(9)], Sampling(3), eos_id=None
+    )  # padded to more than 12
+    assert all(len(one.tokens) == 3 and np.isfinite(one.logps).all() for one in full)
+    with pytest.raises(
+        ValueError,
+        match="prompt 0 has 9 tokens, and with max_new_tokens=4 it passes the model's 12",
+    ):
+        draw((config, params), [np.arange(9)], Sampling(4))
+
+
+def test_no_prompts_no_completions(tiny):
+    assert draw(tiny, []) == []

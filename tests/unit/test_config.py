@@ -1,0 +1,266 @@
+"""The config tree: what is refused, and what a stage depends on."""
+
+import importlib
+import re
+
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from dpo_jax import config as configs
+from dpo_jax import config_checks
+from tests.helpers.paths import ROOT
+
+
+def valid():
+    config = configs.default(("sft", "dpo"))
+    config.model.path, config.data.path = "gpt2", "pairs.jsonl"
+    return config
+
+
+@pytest.mark.parametrize(
+    "field, value, expected",
+    [
+        ("stages", (), "at least one of sft"),
+        ("stages", ("sft", "sft"), "each stage once"),
+        ("stages", ("dpo", "sft"), "in the order sft"),
+        ("stages", ("rlhf",), "one of sft"),
+        ("stages", ("pairs",), "a block for"),
+        ("stages", ("sft", "dpo", "evaluate"), "a block for"),
+        ("run", "dpo", "other than a stage's"),
+        ("run", "reference", "other than a stage's"),
+        ("run", "a/b", "a folder's name"),
+        ("run", "..", "a folder's name"),
+        ("model.path", "", "a hub name or a folder"),
+        ("model.dtype", "float16", "one of float32, bfloat16"),
+        ("model.attention", "flash", "one of auto, xla, splash, cudnn"),
+        ("model.remat", "some", "one of none, full, dots"),
+        ("model.unroll", 0, "at least 1"),
+        ("model.lora.rank", -1, "at least 0"),
+        ("model.lora.alpha", 0.0, "more than 0"),
+        ("model.lora.init", "zero", "one of b_zero, a_zero"),
+        ("data.source", "hf", "one of local, hh"),
+        ("data.path", "", "a hub name, a folder or a file"),
+        ("data.truncate", "middle", "one of auto"),
+        ("data.on_bad_row", "ignore", "one of error, drop"),
+        ("data.max_prompt_length", 512, "between 1 and"),
+        ("data.eval_fraction", 1.0, "between 0 and 1"),
+        ("data.max_dropped", 5.0, "between 0 and 1"),
+        ("data.max_rows", -1, "at least 0"),
+        ("sft.loss", "mean", "one of sum, token_mean"),
+        ("sft.optimizer", "adam", "one of rmsprop"),
+        ("sft.weight_decay", 0.1, "0: rmsprop has none"),
+        ("sft.schedule", "step", "one of constant"),
+        ("dpo.loss", "kto", "one of sigmoid"),
+        ("dpo.beta", 0.0, "more than 0"),
+        ("dpo.label_smoothing", 0.5, "below 0.5"),
+        ("dpo.reference", "", '"init", "none" or'),
+        ("dpo.microbatch_size", 7, "a divisor of dpo.batch_size = 64"),
+        ("dpo.lr", 0.0, "more than 0"),
+        ("dpo.epochs", 0.0, "more than 0, where dpo.steps is 0"),
+        ("dpo.eval_every", 0, "at least 1"),
+        ("dpo.keep", 0, "at least 1"),
+        ("dpo.max_grad_norm", -1.0, "at least 0"),
+    ],
+)
+def test_wrong_values_are_refused_by_field(field, value, expected):
+    config = valid()
+    config.model.lora.rank = 4
+    config_checks.validate(config)
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(ValueError, match=re.escape(f"config.{field} = ")) as error:
+        config_checks.validate(config)
+    assert expected in str(error.value)
+
+
+def test_adapters_without_a_use_are_refused():
+    config = valid()
+    config.model.lora.alpha = 32.0
+    with pytest.raises(
+        ValueError, match="config.model.lora.rank = 0: expected 1 or more, as another field"
+    ):
+        config_checks.validate(config)
+    config.model.lora.rank = 4
+    config.model.update(path="", scratch=dict(model_type="gpt2"))
+    with pytest.raises(
+        ValueError, match="config.model.lora.rank = 4: expected 0 .* none has a model.path"
+    ):
+        config_checks.validate(config)
+    assert {"model.lora.rank", "model.lora.targets"} <= configs.dependencies(config, "sft").keys()
+
+
+@pytest.mark.parametrize(
+    "loss", sorted(set(configs.PREFERENCE_LOSSES) - set(configs.SMOOTHED_LOSSES))
+)
+def test_label_smoothing_is_refused_where_it_would_do_nothing(loss):
+    config = valid()
+    config.dpo.update(loss=loss, label_smoothing=0.1)
+    with pytest.raises(ValueError, match=f"the {loss} loss has none"):
+        config_checks.validate(config)
+
+
+def test_defaults_are_the_papers():
+    dpo = configs.default(("dpo",)).dpo
+    assert (
+        dpo.beta,
+        dpo.batch_size,
+        dpo.lr,
+        dpo.warmup_steps,
+        dpo.optimizer,
+        dpo.max_grad_norm,
+    ) == (0.1, 64, 1e-6, 150, "rmsprop", 10.0)
+    data = configs.default(("dpo",)).data
+    assert (data.max_length, data.max_prompt_length) == (512, 256)
+
+
+def test_a_field_of_a_stage_that_does_not_run_is_refused():
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values)
+    with pytest.raises(Exception, match="sft"):
+        values(["train", f"--config={ROOT}/configs/dpo.py", "--config.sft.lr=1e-3"])
+
+
+@pytest.mark.parametrize("override", ["--config.dpo.betta=0.5", "--config.model.pth=x"])
+def test_a_misspelt_field_is_refused(override):
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values)
+    with pytest.raises(Exception, match="betta|pth"):
+        values(["train", f"--config={ROOT}/configs/dpo.py", override])
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted((ROOT / "configs").glob("*.py"))])
+def test_every_config_file_is_valid_and_says_how_to_run_it(name):
+    module = importlib.import_module(f"configs.{name}")
+    config = module.get_config()
+    if name in ("dpo", "sft"):
+        config.model.path, config.data.path = "gpt2", "pairs.jsonl"
+    config_checks.validate(config)
+    assert f"--config=configs/{name}.py" in module.__doc__
+
+
+def test_every_field_is_explained_and_used():
+    """Each default has a trailing comment, and some module other than config.py reads it."""
+    source = (ROOT / "dpo_jax" / "config.py").read_text()
+    others = "".join(
+        path.read_text() for path in (ROOT / "dpo_jax").rglob("*.py") if path.name != "config.py"
+    )
+    fields = re.findall(r"^        (\w+)=.+,(  # .+)?$", source, re.M)
+    assert len(fields) > 40
+    for name, comment in fields:
+        assert comment, f"{name} has no comment"
+        assert re.search(rf"\b{name}\b", others), f"nothing reads {name}"
+
+
+def test_a_stage_depends_on_itself_and_on_what_came_before():
+    config = valid()
+    fields = configs.dependencies(config, "sft")
+    assert "sft.lr" in fields and "model.path" in fields and "seed" in fields
+    assert not any(name.startswith(("dpo.", "mesh.", "log.")) for name in fields)
+    assert not {"sft.log_every", "sft.save_every", "sft.keep", "data.show", "run"} & fields.keys()
+    assert configs.dependencies(config, "dpo").keys() > fields.keys()
+
+
+def test_folder_names():
+    config = configs.default(("sft", "pairs", "dpo", "evaluate"))
+    assert configs.folder_names(config) == {name: name for name in config.stages}
+    config.run = "beta05"
+    assert configs.folder_names(config) == {
+        "sft": "sft",
+        "pairs": "pairs",
+        "dpo": "beta05",
+        "evaluate": "evaluate-beta05",
+    }
+
+
+def sampled(*stages):
+    config = configs.default(stages)
+    config.model.path, config.data.path = "gpt2", "rows.jsonl"
+    return config
+
+
+@pytest.mark.parametrize(
+    "field, value, expected",
+    [
+        ("pairs.labels", "votes", "one of bradley_terry"),
+        ("pairs.completions", 1, "at least 2"),
+        ("unlikelihood.alpha", -1.0, "at least 0"),
+        ("preferred_ft.loss", "mean", "one of sum"),
+        ("ppo.minibatch_size", 100, "a divisor of ppo.batch_size = 1024"),
+        ("ppo.microbatch_size", 100, "a divisor of ppo.minibatch_size = 256"),
+        ("ppo.inner_epochs", 0, "at least 1"),
+        ("ppo.target_kl", 0.0, "more than 0"),
+        ("ppo.gae_lambda", 1.5, "between 0 and 1"),
+        ("ppo.reward", "best", "one of rm, true"),
+        ("best_of_n.n", (), "1 or more"),
+        ("best_of_n.reward", "best", "one of rm, true"),
+        ("evaluate.prompts", 1, "at least 2"),
+        ("reward.kind", "oracle", "one of classifier"),
+        ("reward.kind", "toy", "'toy' or 'toy_saturating' with data.source='toy'"),
+        ("reward.path", "", "a hub name"),
+        ("reward.batch_size", 0, "at least 1"),
+        ("sampling.max_new_tokens", 0, "at least 1"),
+        ("sampling.min_prefix", 9, "from 0 to sampling.max_prefix = 0"),
+    ],
+)
+def test_wrong_values_of_the_sampling_stages_are_refused_by_field(field, value, expected):
+    block, _, name = field.rpartition(".")
+    trained = block if block in configs.POLICY_STAGES else "ppo"
+    stages = sorted(
+        {"pairs", "rm", trained, "best_of_n", "evaluate"}, key=list(configs.BLOCKS).index
+    )
+    config = sampled(*stages)
+    config_checks.validate(config)
+    config[block][name] = value
+    with pytest.raises(ValueError, match=re.escape(f"config.{field} = ")) as error:
+        config_checks.validate(config)
+    assert expected in str(error.value)
+
+
+def test_stages_that_need_others():
+    with pytest.raises(ValueError, match="a stage to evaluate"):
+        config_checks.validate(sampled("sft", "evaluate"))
+    with pytest.raises(ValueError, match="a run of its own"):
+        config_checks.validate(sampled("dpo", "ppo"))
+    with pytest.raises(ValueError, match="rm before ppo"):
+        config_checks.validate(sampled("ppo"))
+
+
+@pytest.mark.parametrize(
+    "stages, path, field, expected",
+    [
+        (("rm", "ppo"), "", "", ""),
+        (("rm", "best_of_n"), "", "", ""),
+        (("rm", "ppo"), "siebert/x", "reward.path", "empty: the reward is the rm stage's model"),
+        (("dpo", "evaluate"), "", "reward.kind", "rm in config.stages"),
+        (("pairs", "rm", "ppo"), "", "reward.kind", "by which the pairs are labelled"),
+    ],
+)
+def test_the_rm_stands_for_a_true_reward_where_pairs_are_the_datas(stages, path, field, expected):
+    config = sampled(*stages)
+    config.reward.update(kind="rm", path=path)
+    if not field:
+        config_checks.validate(config)
+        return
+    with pytest.raises(ValueError, match=re.escape(f"config.{field} = ")) as error:
+        config_checks.validate(config)
+    assert expected in str(error.value)
+
+
+def test_the_toy_has_no_posts_of_its_own():
+    config = configs.default(("sft",))
+    config.model.scratch = dict(model_type="gpt2")
+    config.data.update(source="toy", sft_path="posts")
+    with pytest.raises(ValueError, match="config.data.sft_path = 'posts': expected empty: the toy"):
+        config_checks.validate(config)
+
+
+def test_what_samples_depends_on_reward_and_sampling():
+    assert not any(
+        name.startswith(("reward.", "sampling."))
+        for name in configs.dependencies(sampled("dpo"), "dpo")
+    )
+    fields = configs.dependencies(
+        sampled("dpo", "evaluate"), "dpo"
+    )  # it is measured while it is trained
+    assert {"reward.kind", "sampling.max_new_tokens", "evaluate.prompts"} <= fields.keys()
+    assert "reward.kind" not in configs.dependencies(sampled("sft", "pairs", "dpo"), "sft")

@@ -1,0 +1,220 @@
+"""Losses against published values, closed forms, torch autograd and finite differences."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpo_jax.config import PREFERENCE_LOSSES, SMOOTHED_LOSSES
+from dpo_jax.training import losses
+from tests.helpers.paths import SHARED, needs_shared
+
+RNG = np.random.default_rng(0)
+CHOSEN, REJECTED = RNG.normal(0, 3, (2, 50))  # log-ratios
+COUNTS = RNG.integers(1, 20, (2, 50))
+BETA = 0.3
+
+
+def loss(name, chosen=CHOSEN, rejected=REJECTED, counts=COUNTS, beta=BETA, eps=0.0):
+    return losses.preference(name, jnp.asarray(chosen), jnp.asarray(rejected), *counts, beta, eps)
+
+
+def torch_loss(name, chosen, rejected, counts, beta, eps):
+    """The formulas of TRL 1.16's DPOTrainer, written with torch."""
+    torch = pytest.importorskip("torch", reason="the independent reference is torch autograd")
+    F = torch.nn.functional
+    delta = chosen - rejected
+    per_token = chosen / counts[0] - rejected / counts[1]
+    return {
+        "sigmoid": lambda: (
+            -F.logsigmoid(beta * delta) * (1 - eps) - F.logsigmoid(-beta * delta) * eps
+        ),
+        "sigmoid_norm": lambda: -F.logsigmoid(beta * per_token),
+        "hinge": lambda: torch.relu(1 - beta * delta),
+        "ipo": lambda: (per_token - 1 / (2 * beta)) ** 2,
+        "ipo_sum": lambda: (delta - 1 / (2 * beta)) ** 2,
+        "robust": lambda: (
+            (-F.logsigmoid(beta * delta) * (1 - eps) + F.logsigmoid(-beta * delta) * eps)
+            / (1 - 2 * eps)
+        ),
+    }[name]()
+
+
+@pytest.mark.parametrize("name", PREFERENCE_LOSSES)
+@pytest.mark.parametrize("eps", [0.0, 0.2])
+def test_value_and_gradient_equal_torch(name, eps):
+    if eps and name not in SMOOTHED_LOSSES:
+        eps = 0.0
+    torch = pytest.importorskip("torch", reason="the independent reference is torch autograd")
+    chosen, rejected = (torch.tensor(x, requires_grad=True) for x in (CHOSEN, REJECTED))
+    expected = torch_loss(name, chosen, rejected, torch.tensor(COUNTS), BETA, eps)
+    expected.sum().backward()
+    with jax.enable_x64(True):
+        found = loss(name, eps=eps)
+        grads = jax.grad(lambda c, r: loss(name, c, r, eps=eps).sum(), argnums=(0, 1))(
+            CHOSEN, REJECTED
+        )
+    np.testing.assert_allclose(found, expected.detach(), rtol=1e-9)
+    np.testing.assert_allclose(grads[0], chosen.grad, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(grads[1], rejected.grad, rtol=1e-9, atol=1e-12)
+
+
+@needs_shared
+def test_published_values():
+    golden = json.loads((SHARED / "golden" / "dpo_loss_golden.json").read_text())
+    case = golden["tunix_dpo_loss_fn"]
+    chosen, rejected = np.split(np.array(case["policy_logps"]) - np.array(case["ref_logps"]), 2)
+    for eps in (0, 0.3):
+        found = loss("sigmoid", chosen, rejected, np.ones((2, 4)), case["beta"], eps).mean()
+        np.testing.assert_allclose(
+            found, case["expected_loss"][f"label_smoothing={eps}"], atol=case["atol"]
+        )
+    case = golden["torchtune_dpo_loss"]
+    chosen = np.array(case["policy_chosen"]) - np.array(case["ref_chosen"])
+    rejected = np.array(case["policy_rejected"]) - np.array(case["ref_rejected"])
+    found = loss("sigmoid", chosen, rejected, np.ones((2, 3)), case["beta"])
+    np.testing.assert_allclose(found, case["expected_losses_num"], rtol=1e-6)
+    found = loss("hinge", chosen, rejected, np.ones((2, 3)), case["beta"])
+    np.testing.assert_allclose(found, case["rso_hinge_gamma_0_1"], atol=1e-6)
+
+
+def test_dpo_gradient_is_the_closed_form():
+    """d loss / d chosen = -beta sigmoid(-beta margin): beta enters once."""
+    gradient = jax.grad(lambda c: loss("sigmoid", c).sum())(CHOSEN)
+    np.testing.assert_allclose(
+        gradient, -BETA / (1 + np.exp(BETA * (CHOSEN - REJECTED))), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("name", PREFERENCE_LOSSES)
+def test_gradient_equals_finite_differences(name):
+    with jax.enable_x64(True):
+        step = 1e-6
+        gradient = jax.grad(lambda c: loss(name, c).sum())(CHOSEN)
+        slope = (loss(name, CHOSEN + step) - loss(name, CHOSEN - step)) / (2 * step)
+    away = np.abs(1 - BETA * (CHOSEN - REJECTED)) > 1e-3  # the hinge's corner has no slope
+    np.testing.assert_allclose(gradient[away], slope[away], rtol=1e-5, atol=1e-7)
+
+
+def test_value_at_equal_policy_and_reference():
+    zeros = np.zeros(3)
+    counts = np.ones((2, 3))
+    for name, expected in dict(
+        sigmoid=np.log(2),
+        sigmoid_norm=np.log(2),
+        hinge=1,
+        ipo=1 / (2 * BETA) ** 2,
+        ipo_sum=1 / (2 * BETA) ** 2,
+        robust=np.log(2),
+    ).items():
+        np.testing.assert_allclose(loss(name, zeros, zeros, counts), expected, rtol=1e-6)
+
+
+def test_swapping_the_sides_mirrors_the_margin():
+    """sigmoid: loss(m) - loss(-m) = -beta m."""
+    forward, swapped = loss("sigmoid"), loss("sigmoid", REJECTED, CHOSEN, COUNTS[::-1])
+    np.testing.assert_allclose(forward - swapped, -BETA * (CHOSEN - REJECTED), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "hinge", "ipo_sum", "robust"])
+def test_log_ratio_of_shared_tokens_cancels_in_summed_losses(name):
+    np.testing.assert_allclose(
+        loss(name, CHOSEN + 5, REJECTED + 5), loss(name), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("name", ["ipo", "sigmoid_norm"])
+def test_length_normalised_losses_divide_each_side_by_its_own_length(name):
+    np.testing.assert_allclose(
+        loss(name, CHOSEN * COUNTS[0], REJECTED * COUNTS[1]),
+        loss({"ipo": "ipo_sum", "sigmoid_norm": "sigmoid"}[name]),
+        rtol=1e-4,
+        atol=1e-4,
+    )
+
+
+def test_no_smoothing_is_plain_dpo():
+    np.testing.assert_array_equal(loss("robust"), loss("sigmoid"))
+
+
+def test_conservative_dpo_has_its_minimum_where_sigmoid_is_one_minus_eps():
+    margins = np.linspace(-30, 30, 60001)
+    values = losses.sigmoid(margins, BETA, 0.2)
+    best = margins[int(np.argmin(values))]
+    np.testing.assert_allclose(1 / (1 + np.exp(-BETA * best)), 0.8, atol=1e-3)
+
+
+def test_a_large_margin_does_not_underflow():
+    found = losses.sigmoid(jnp.array([-5000.0, 5000.0], jnp.float32), 1.0)
+    np.testing.assert_allclose(found, [5000.0, 0.0])
+    assert np.isfinite(jax.grad(lambda m: losses.sigmoid(m, 1.0))(jnp.float32(-5000.0)))
+
+
+def torch_gradient(function, *inputs):
+    """Values of a loss written in torch, and their gradient with respect to the first input."""
+    torch = pytest.importorskip("torch", reason="the independent reference is torch autograd")
+    tensors = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in inputs]
+    value = function(torch, *tensors)
+    value.sum().backward()
+    return value.detach().numpy(), tensors[0].grad.numpy()
+
+
+@pytest.mark.parametrize(
+    "ours, theirs, inputs",
+    [
+        (
+            lambda a, b: losses.unlikelihood(a, b, 0.3),
+            lambda torch, a, b: -a + 0.3 * b,
+            (CHOSEN, REJECTED),
+        ),
+        (
+            losses.bradley_terry,
+            lambda torch, a, b: -torch.log(torch.sigmoid(a - b)),
+            (CHOSEN, REJECTED),
+        ),
+        (
+            lambda a, b: losses.ppo_policy(a, b, 0.2),
+            lambda torch, a, b: torch.max(-b * a.exp(), -b * a.exp().clamp(0.8, 1.2)),
+            (CHOSEN / 10, REJECTED),
+        ),
+        (
+            lambda a, b, c: losses.ppo_value(a, b, c, 0.5),
+            lambda torch, a, b, c: (
+                0.5 * torch.max((a - c) ** 2, (b + (a - b).clamp(-0.5, 0.5) - c) ** 2)
+            ),
+            (CHOSEN, REJECTED, CHOSEN[::-1].copy()),
+        ),
+    ],
+)
+def test_values_and_gradients_follow_torch(ours, theirs, inputs):
+    value, gradient = torch_gradient(theirs, *inputs)
+    np.testing.assert_allclose(ours(*map(jnp.asarray, inputs)), value, rtol=2e-5, atol=1e-6)
+    found = jax.grad(lambda first: ours(first, *map(jnp.asarray, inputs[1:])).sum())(
+        jnp.asarray(inputs[0])
+    )
+    np.testing.assert_allclose(found, gradient, rtol=2e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.7, 1.0])
+def test_advantages_are_what_their_definition_says(lam):
+    """Sums of discounted temporal differences, row by row, with nothing behind a row's end."""
+    counts = np.array([5, 1, 3])
+    rewards, values = RNG.normal(size=(2, 3, 5))
+    found = losses.advantages(jnp.asarray(rewards), jnp.asarray(values), jnp.asarray(counts), lam)
+    expected = np.zeros((3, 5))
+    for row, count in enumerate(counts):
+        delta = [
+            rewards[row, t] + (values[row, t + 1] if t + 1 < count else 0) - values[row, t]
+            for t in range(count)
+        ]
+        for t in range(count):
+            expected[row, t] = sum(lam ** (later - t) * delta[later] for later in range(t, count))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_with_lambda_1_an_advantage_is_the_return_less_the_value():
+    rewards, values = RNG.normal(size=(2, 4, 6))
+    found = losses.advantages(jnp.asarray(rewards), jnp.asarray(values), jnp.full(4, 6), 1.0)
+    np.testing.assert_allclose(found, rewards[:, ::-1].cumsum(1)[:, ::-1] - values, atol=1e-5)

@@ -1,0 +1,107 @@
+"""A step on any mesh is the step of one device: every objective on every mesh, and on every family;
+most of it slow.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from dpo_jax.data.batches import Batches
+from dpo_jax.models import families
+from dpo_jax.parallel import sharding
+from dpo_jax.training import optim, step
+from dpo_jax.training.objectives import OBJECTIVES
+from tests.helpers.tiny import random_pairs
+from tests.helpers.tiny_models import hf_config, random_params
+
+MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4), (4, 1, 2), (2, 4, 1)]  # data, fsdp, tensor
+FAMILIES = ["gpt2", "gptj", "neox-parallel", "llama2", "qwen3", "mistral-window"]
+HEADS = {"dpo": "lm", "sft": "lm", "rm": "score", "ppo": "lm_value"}
+FAST = ["dpo", "sft", "rm", "dpo", "ppo", "dpo"]  # of each family, so that each mesh comes once
+CASES = [
+    pytest.param(
+        name, family, MESHES[(i + j) % len(MESHES)], marks=[pytest.mark.slow] * (name != FAST[i])
+    )
+    for i, family in enumerate(FAMILIES)
+    for j, name in enumerate(HEADS)
+]
+HYPER = {
+    name: np.float32(value)
+    for name, value in dict(
+        lr=0.1,
+        warmup_steps=0,
+        steps=10,
+        max_grad_norm=1e6,
+        beta=0.3,
+        label_smoothing=0.0,
+        clip=0.2,
+        value_clip=0.2,
+        value_coef=0.1,
+    ).items()
+}
+
+
+def make_batch(name: str, shards: int) -> dict:
+    examples, rng = random_pairs(16, vocab=96, longest=8), np.random.default_rng(0)
+    if name in ("sft", "ppo"):
+        examples = [(prompt, responses[:1]) for prompt, responses in examples]
+    scored = {
+        kind: [rng.normal(0, 0.3, len(response)).astype(np.float32) for _, (response,) in examples]
+        for kind in ("sampled_logps", "sampled_values", "advantages", "value_targets")
+        if name == "ppo"
+    }
+    scored |= (
+        {"sampled_logps": [values - 4.5 for values in scored["sampled_logps"]]} if scored else {}
+    )
+    return Batches(examples, np.arange(16)[None], shards=shards, scored=scored)[
+        0
+    ]  # log 96 is about 4.5
+
+
+def stepped(name: str, config, params, mesh) -> tuple[dict, dict]:
+    """The update of the weights in a step of gradient descent, and the metrics."""
+    optimizer = optim.make("sgd", 0.0)
+    shardings = step.state_shardings(mesh, optimizer, params)
+    objective = functools.partial(OBJECTIVES[name], config, "sum" if name == "sft" else "sigmoid")
+    train_step = step.make_train_step(objective, optimizer, "constant", shardings)
+    placed = jax.device_put(params, shardings.params)
+    reference = jax.tree.map(lambda x: x * 1.05, placed) if name == "dpo" else None
+    batch = sharding.shard_batch(mesh, make_batch(name, sharding.batch_shards(mesh)), axis=1)
+    with jax.set_mesh(mesh):
+        state, metrics = train_step(
+            step.init_state(optimizer, placed, {}, shardings), reference, HYPER, batch
+        )
+    return (
+        jax.tree.map(lambda after, before: np.asarray(after) - before, state.params, params),
+        {key: float(total) / float(count) for key, (total, count) in metrics.items()},
+    )
+
+
+@functools.cache
+def of_one_device(name: str, family: str) -> tuple:
+    config = dataclasses.replace(families.from_hf(hf_config(family)), head=HEADS[name])
+    params = random_params(config)
+    return (
+        config,
+        params,
+        *stepped(name, config, params, sharding.make_mesh(devices=jax.devices()[:1])),
+    )
+
+
+@pytest.mark.parametrize("name, family, sizes", CASES)
+def test_a_step_is_the_same_on_any_mesh(name, family, sizes):
+    config, params, expected, expected_metrics = of_one_device(name, family)
+    update, metrics = stepped(name, config, params, sharding.make_mesh(*sizes))
+    largest = max(abs(leaf).max() for leaf in jax.tree.leaves(expected))
+    assert largest > 1e-4
+    for path, leaf in jax.tree_util.tree_leaves_with_path(update):
+        wanted = functools.reduce(lambda tree, key: tree[key.key], path, expected)
+        np.testing.assert_allclose(
+            leaf, wanted, atol=2e-5 * largest, err_msg=sharding.path_name(path)
+        )
+    assert metrics.keys() == expected_metrics.keys()
+    for key, value in expected_metrics.items():
+        np.testing.assert_allclose(metrics[key], value, rtol=2e-5, atol=1e-5, err_msg=key)

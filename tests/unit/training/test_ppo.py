@@ -1,0 +1,118 @@
+"""PPO's own arithmetic against plain loops; whole runs are in test_baselines.py."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from dpo_jax.data import packing
+from dpo_jax.models import transformer
+from dpo_jax.training import objectives, ppo
+from tests.helpers.tiny import random_pairs
+
+RNG = np.random.default_rng(0)
+
+
+def rollout(counts=(4, 1, 3)):
+    per_token = [[RNG.normal(size=count).astype(np.float32) for count in counts] for _ in range(4)]
+    return ppo.Rollout([], RNG.normal(size=len(counts)), np.ones(len(counts), bool), *per_token)
+
+
+def test_targets_are_what_a_plain_loop_makes_of_them():
+    """Reward to go of -kl_coef log-ratio, the normalised score at the end, less the value; then
+    normalised.
+    """
+    found, kl_coef, lam = rollout(), 0.3, 0.9
+    targets = ppo.targets(found, kl_coef=kl_coef, score_mean=0.5, score_std=2.0, gae_lambda=lam)
+    scores = (found.scores - 0.5) / 2
+    expected = []
+    for row, score in enumerate(scores):
+        reward = -kl_coef * (found.logps[row] - found.reference_logps[row])
+        reward[-1] += score
+        value = np.append(found.values[row], 0)
+        advantage, later = [], 0.0
+        for t in reversed(range(len(reward))):
+            later = reward[t] + value[t + 1] - value[t] + lam * later
+            advantage.insert(0, later)
+        expected.append(np.array(advantage))
+    for row, advantage in enumerate(expected):
+        np.testing.assert_allclose(
+            targets["value_targets"][row], advantage + found.values[row], atol=1e-5
+        )
+    flat = np.concatenate(expected)
+    np.testing.assert_allclose(
+        np.concatenate(targets["advantages"]), (flat - flat.mean()) / flat.std(), atol=1e-4
+    )
+    assert [len(row) for row in targets["advantages"]] == [4, 1, 3]
+
+
+@pytest.mark.parametrize("kl, factor", [(6.0, 1.0), (6.3, 1.05), (60.0, 1.2), (0.0, 0.8)])
+def test_the_penalty_goes_after_its_target(kl, factor):
+    """At most a fifth of the way per horizon; a horizon of completions here."""
+    assert ppo.adapted_kl_coef(0.5, kl, 6.0, 1000, 1000.0) == pytest.approx(0.5 * factor)
+    assert ppo.adapted_kl_coef(0.5, kl, 6.0, 100, 1000.0) == pytest.approx(
+        0.5 * (1 + (factor - 1) / 10)
+    )
+
+
+@pytest.mark.parametrize("moved", [0.0, 0.3])
+def test_the_objective_is_that_of_a_plain_loop(tiny, moved):
+    """Token by token over separate sequences in numpy: ratio, clip, value loss, and padding that
+    counts for nothing.
+
+    moved: how far the policy has come since it sampled; at 0 nothing is clipped, and it has no
+    distance to the sampler.
+    """
+    config, params = tiny
+    config = dataclasses.replace(config, head="lm_value")
+    params = params | {
+        "head": params["head"] | {"scalar": RNG.normal(size=config.width).astype(np.float32)}
+    }
+    rows = [(prompt, responses[:1]) for prompt, responses in random_pairs(5)]
+    batch = jax.tree.map(lambda x: x[None], packing.pack(rows, packing.shape_of([*rows, rows[0]])))
+    hyper = dict(clip=0.2, value_clip=0.2, value_coef=0.1)
+
+    logps, values = [], []
+    for prompt, (response,) in rows:
+        whole = np.concatenate([prompt, response])[None]
+        hidden = transformer.hidden(config, params, whole, np.arange(whole.shape[1])[None])
+        logits = np.asarray(transformer.unembed(config, params, hidden), np.float64)[0]
+        at = len(prompt) - 1 + np.arange(len(response))
+        logps.append((logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True))[at, response])
+        values.append(np.asarray(hidden, np.float64)[0, at] @ params["head"]["scalar"])
+    logps, values = np.concatenate(logps), np.concatenate(values)
+    old_logps, old_values = (
+        logps - moved * RNG.normal(size=len(logps)),
+        values - moved * RNG.normal(size=len(logps)),
+    )
+    advantages, targets = RNG.normal(size=(2, len(logps)))
+    total = clipped = distance = 0.0
+    for logp, value, old_logp, old_value, advantage, target in zip(
+        logps, values, old_logps, old_values, advantages, targets, strict=True
+    ):
+        ratio, near = np.exp(logp - old_logp), old_value + np.clip(value - old_value, -0.2, 0.2)
+        total += max(-advantage * ratio, -advantage * np.clip(ratio, 0.8, 1.2))
+        total += 0.1 * 0.5 * max((value - target) ** 2, (near - target) ** 2)
+        clipped, distance = clipped + (abs(ratio - 1) > 0.2), distance + ratio - 1 - np.log(ratio)
+
+    room = batch["targets"].shape[1] - len(logps)
+    assert room
+    given = dict(
+        sampled_logps=old_logps,
+        sampled_values=old_values,
+        advantages=advantages,
+        value_targets=targets,
+    )
+    batch |= {
+        name: np.pad(x, (0, room), constant_values=9).astype(np.float32)[None]
+        for name, x in given.items()
+    }
+    (found, count), metrics = jax.jit(functools.partial(objectives.ppo, config, ""))(
+        params, None, hyper, batch
+    )
+    assert count == len(logps)
+    np.testing.assert_allclose(found, total, rtol=1e-4, atol=1e-4)
+    assert metrics["ppo/clipped"] == (clipped, len(logps)) and (clipped > 0) == (moved > 0)
+    np.testing.assert_allclose(metrics["ppo/kl_to_sampler"][0], distance, rtol=1e-3, atol=1e-5)

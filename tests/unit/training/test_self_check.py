@@ -1,0 +1,118 @@
+"""The check before the first step fails when it should."""
+
+import math
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from dpo_jax.data.tokenizer import Examples
+from dpo_jax.parallel import sharding
+from dpo_jax.training import self_check
+from tests.helpers.tiny import random_pairs
+
+EOS = 1
+
+
+def examples(count=6):
+    pairs = random_pairs(count, longest=8)
+    return Examples(
+        [np.r_[0, p].astype(np.int32) for p, _ in pairs],
+        [tuple(np.r_[r, EOS].astype(np.int32) for r in responses) for _, responses in pairs],
+        [f"rows.jsonl row {i + 1}" for i in range(count)],
+    )
+
+
+LOG_2 = {"loss/train": math.log(2), "rewards_train/margins": 0.0}
+
+
+def check(tiny, data, reference="same", loss="sigmoid", eos_id=EOS, exact=True, measured=LOG_2):
+    config, params = tiny
+    block = types.SimpleNamespace(loss=loss, beta=0.1, label_smoothing=0.0)
+    reference = params if isinstance(reference, str) else reference
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    return self_check.self_check(
+        config,
+        block,
+        mesh,
+        params,
+        reference,
+        data,
+        np.arange(len(data)),
+        measured,
+        eos_id=eos_id,
+        exact=exact,
+        show_row=lambda row: f"tokens of {row}",
+    )
+
+
+def test_a_good_batch_passes_in_one_line(tiny):
+    line = check(tiny, examples())
+    assert "\n" not in line and "log-ratios 0, loss 0.6931 = log 2" in line
+    assert "EOS ends 12 of 12 responses" in line and "flat batch = separate rows to" in line
+
+
+def test_other_losses_show_their_own_value(tiny):
+    assert "loss 25.0000," in check(
+        tiny, examples(), loss="ipo", measured=LOG_2 | {"loss/train": 25.0}
+    )
+
+
+@pytest.mark.parametrize("wrong", [{"loss/train": 0.7}, {"rewards_train/margins": 1e-3}])
+def test_an_objective_that_does_not_start_at_log_2_is_stopped(tiny, wrong):
+    with pytest.raises(self_check.SelfCheckFailed, match="expected 0.693147 and 0"):
+        check(tiny, examples(), measured=LOG_2 | wrong)
+
+
+def test_another_reference_than_the_initial_weights_shows(tiny):
+    other = jax.tree.map(lambda x: x * 1.01, tiny[1])
+    with pytest.raises(
+        self_check.SelfCheckFailed,
+        match=r"row \d has a log-ratio of .* nats, not 0.*\ntokens of \d",
+    ):
+        check(tiny, examples(), reference=other)
+    check(tiny, examples(), reference=other, exact=False)
+
+
+def test_a_response_without_a_token_is_named(tiny):
+    data = examples()
+    data.responses[3] = (data.responses[3][0], np.array([], np.int32))
+    with pytest.raises(self_check.SelfCheckFailed, match="rows.jsonl row 4 has .* no scored token"):
+        check(tiny, data)
+
+
+def test_a_batch_without_any_eos_is_refused(tiny):
+    data = examples()
+    data.responses = [tuple(np.where(r == EOS, 2, r) for r in pair) for pair in data.responses]
+    with pytest.raises(self_check.SelfCheckFailed, match="no response that ends in EOS"):
+        check(tiny, data)
+    assert "no EOS" in check(tiny, data, eos_id=None)
+
+
+def test_a_model_that_gives_nan_is_stopped(tiny):
+    config, params = tiny
+    broken = jax.tree.map(lambda x: x * np.nan, params)
+    with pytest.raises(
+        self_check.SelfCheckFailed, match="rows.jsonl row 1 has a log-prob that is not finite"
+    ):
+        check((config, broken), examples())
+
+
+def test_a_wrong_layout_is_found(tiny, monkeypatch):
+    """Positions that run on instead of restarting for the rejected response: the classical packing
+    bug.
+    """
+    pack = self_check.packing.pack
+
+    def wrong(pairs, shape, *, share_prompt=True):
+        batch = pack(pairs, shape, share_prompt=share_prompt)
+        return (
+            batch | dict(positions=np.arange(len(batch["positions"]), dtype=np.int32))
+            if share_prompt
+            else batch
+        )
+
+    monkeypatch.setattr(self_check.packing, "pack", wrong)
+    with pytest.raises(self_check.SelfCheckFailed, match="the attention layout is wrong"):
+        check(tiny, examples())

@@ -1,0 +1,180 @@
+"""The step: microbatches add up exactly, the state is donated, sweeps share one compiled
+program.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpo_jax.data.batches import Batches, training_order
+from dpo_jax.models import transformer
+from dpo_jax.parallel import sharding
+from dpo_jax.training import optim, step
+from dpo_jax.training.objectives import OBJECTIVES
+from tests.helpers.tiny import random_pairs
+
+HYPER = {
+    name: np.float32(value)
+    for name, value in dict(
+        lr=0.1,
+        warmup_steps=0,
+        steps=10,
+        max_grad_norm=1.0,
+        beta=0.3,
+        label_smoothing=0.0,
+        alpha=0.5,
+    ).items()
+}
+
+
+def objective_of(name, loss, config):
+    return functools.partial(OBJECTIVES[name], config, loss)
+
+
+def rows(name, count=12):
+    pairs = random_pairs(count, longest=8)
+    return pairs if name != "sft" else [(prompt, responses[:1]) for prompt, responses in pairs]
+
+
+@pytest.mark.parametrize(
+    "name, loss",
+    [("dpo", "sigmoid"), ("sft", "sum"), ("sft", "token_mean"), ("unlikelihood", ""), ("rm", "")],
+)
+def test_one_batch_is_the_same_in_any_number_of_microbatches(tiny, name, loss):
+    config, params = tiny
+    params = jax.tree.map(lambda x: x / 2, params)  # less steep, so that rounding stays small
+    if name == "rm":
+        config, params = (
+            dataclasses.replace(config, head="score"),
+            params | {"head": {"scalar": np.ones(16)}},
+        )
+    reference = jax.tree.map(lambda x: x * 1.05, params)
+    examples, order = rows(name), training_order(12, 12, 1, 0)
+    gradient = jax.jit(
+        lambda params, batch: step.accumulate(
+            objective_of(name, loss, config), params, reference, HYPER, batch
+        )
+    )
+    grads, metrics = gradient(params, Batches(examples, order)[0])
+    parts, part_metrics = gradient(params, Batches(examples, order, microbatches=4)[0])
+    largest = max(float(abs(g).max()) for g in jax.tree.leaves(grads))
+    for whole, part in zip(jax.tree.leaves(grads), jax.tree.leaves(parts), strict=True):
+        np.testing.assert_allclose(part, whole, atol=1e-5 * largest)
+    for key in metrics:
+        np.testing.assert_allclose(
+            part_metrics[key][0] / part_metrics[key][1],
+            metrics[key][0] / metrics[key][1],
+            rtol=2e-5,
+            atol=1e-5,
+            err_msg=key,
+        )
+
+
+def make_step(config, params, optimizer="rmsprop"):
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    direction = optim.make(optimizer, 0.0)
+    shardings = step.state_shardings(mesh, direction, params)
+    state = step.init_state(direction, jax.device_put(params, shardings.params), {}, shardings)
+    return (
+        mesh,
+        state,
+        step.make_train_step(
+            objective_of("dpo", "sigmoid", config), direction, "constant", shardings
+        ),
+    )
+
+
+def test_state_is_donated_numbers_are_traced_and_the_reference_gets_no_gradient(tiny):
+    config, params = tiny
+    mesh, state, train_step = make_step(config, jax.tree.map(np.asarray, params))
+    reference = jax.device_put(params, sharding.param_shardings(mesh, params))
+    batch = sharding.shard_batch(
+        mesh, Batches(rows("dpo"), training_order(12, 12, 1, 0))[0], axis=1
+    )
+    with jax.set_mesh(mesh):
+        after, _ = train_step(state, reference, HYPER, batch)
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
+        assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(reference))
+        for name in HYPER:  # a sweep over any of them compiles nothing
+            after, metrics = train_step(
+                after, reference, HYPER | {name: HYPER[name] * np.float32(0.5)}, batch
+            )
+        assert train_step._cache_size() == 1
+        assert int(after.step) == 1 + len(HYPER)
+        with jax.transfer_guard("disallow"):  # no host sync in the step
+            train_step(after, reference, jax.device_put(HYPER, sharding.replicated(mesh)), batch)
+    assert metrics["grad_norm"][0] > 0
+
+
+def test_no_gradient_flows_into_the_reference(tiny):
+    config, params = tiny
+    objective = objective_of("dpo", "sigmoid", config)
+    batch = jax.tree.map(lambda x: x[0], Batches(rows("dpo"), training_order(12, 12, 1, 0))[0])
+    gradient = jax.jit(
+        jax.grad(lambda reference: objective(params, reference, HYPER, batch)[0][0])
+    )(params)
+    assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(gradient))
+
+
+def test_filler_rows_count_for_nothing(tiny):
+    config, params = tiny
+    objective = jax.jit(objective_of("dpo", "sigmoid", config))
+    examples = rows("dpo")
+    batch = jax.tree.map(lambda x: x[0], Batches(examples, training_order(12, 12, 1, None))[0])
+    short = batch | dict(weights=batch["weights"] * (np.arange(12) % 2))
+    reference = jax.tree.map(lambda x: x * 1.05, params)
+    (whole, count), _ = objective(params, reference, HYPER, batch)
+    (half, half_count), metrics = objective(params, reference, HYPER, short)
+    (other, _), _ = objective(
+        params, reference, HYPER, batch | dict(weights=batch["weights"] - short["weights"])
+    )
+    assert (count, half_count) == (12, 6) and metrics["rewards/margins"][1] == 6
+    np.testing.assert_allclose(half + other, whole, rtol=1e-5)
+
+
+def test_bfloat16_computes_on_float32(tiny):
+    """Weights, moments and updates stay float32, and the gradient is float32's up to the rounding
+    of 8 bits.
+    """
+    config, params = tiny
+    params = jax.tree.map(lambda x: np.asarray(x) / 2, params)
+    reference, batch = (
+        jax.tree.map(lambda x: x * 1.05, params),
+        Batches(rows("dpo"), training_order(12, 12, 1, 0), microbatches=2)[0],
+    )
+    flat = {}
+    for dtype in ("float32", "bfloat16"):
+        model = dataclasses.replace(config, dtype=dtype)
+        grads, _ = jax.jit(
+            functools.partial(step.accumulate, objective_of("dpo", "sigmoid", model))
+        )(params, reference, HYPER, batch)
+        assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {np.dtype("float32")}
+        flat[dtype] = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(grads)])
+        mesh, state, train_step = make_step(model, params, "adamw")
+        with jax.set_mesh(mesh):
+            after, _ = train_step(state, reference, HYPER, batch)
+        assert {
+            leaf.dtype for leaf in jax.tree.leaves((after.params, after.opt_state)) if leaf.ndim
+        } == {np.dtype("float32")}
+    norms = [np.linalg.norm(grad) for grad in flat.values()]
+    assert flat["float32"] @ flat["bfloat16"] / np.prod(norms) > 0.99
+
+
+def test_an_id_that_comes_often_has_its_gradient_added_up_in_float32(tiny):
+    """In bfloat16 a sum of ones stops at 256."""
+    config, params = tiny
+    model = dataclasses.replace(config, dtype="bfloat16", learned_positions=True)
+    params = transformer.init(model, jax.random.key(0))["embed"]
+    ids = np.full((1, 1000), 3)
+
+    def total(params):
+        return (
+            transformer.Embed(model).apply({"params": params}, ids, ids).astype(jnp.float32).sum()
+        )
+
+    grads = jax.grad(total)(params)
+    assert (grads["tokens"][3] == 1000).all() and (grads["positions"][3] == 1000).all()
