@@ -9,7 +9,9 @@ import jax
 import numpy as np
 import transformers
 
+from dpo_jax.models import families, hf, transformer
 from dpo_jax.models.transformer import TransformerConfig, abstract
+from dpo_jax.parallel import sharding
 
 SIZES = dict(
     vocab_size=96,
@@ -93,3 +95,23 @@ def write(variant: str, folder, **options) -> pathlib.Path:
     """Saves its torch model to a folder, by `save_pretrained` with these options."""
     torch_model(variant).save_pretrained(folder, **options)
     return pathlib.Path(folder)
+
+
+def placed(config, devices=1, **axes):
+    """Return the shardings of a config's parameters on the first devices."""
+    mesh = sharding.make_mesh(devices=jax.devices()[:devices], **axes)
+    return sharding.param_shardings(mesh, transformer.abstract(config))
+
+
+def random_model(variant: str):
+    """Return a variant's Hugging Face config, our config, and random weights on one device."""
+    theirs = hf_config(variant)
+    config = families.from_hf(theirs)
+    return theirs, config, jax.device_put(random_params(config), placed(config))
+
+
+def save_model(model, path, **options) -> pathlib.Path:
+    """Write what `random_model` returned to a folder by our own export."""
+    theirs, config, params = model
+    hf.save(path, config, theirs, params, **options)
+    return path

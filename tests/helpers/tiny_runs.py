@@ -17,14 +17,29 @@ import numpy as np
 import pytest
 
 from dpo_jax import config as configs
+from dpo_jax import sample, score
 from dpo_jax.models import hf, transformer
 from dpo_jax.parallel import sharding
 from dpo_jax.pipeline.stages import run_stages
+from dpo_jax.sampling.sampler import Sampling
 from dpo_jax.training.metrics import TIMINGS, read_rows
 from dpo_jax.workdir import finish_stage, start_stage
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny import tiny_config
 from tests.helpers.tiny_models import random_params
+
+SIX = Sampling(6)
+
+
+LIMITS = dict(
+    max_length=512,
+    max_prompt_length=256,
+    truncate="auto",
+    on_bad_row="error",
+    max_dropped=0.05,
+    append_eos=True,
+)
+
 
 MAKE_MESH = sharding.make_mesh
 SCRATCH = dict(
@@ -200,3 +215,34 @@ def rows_without_timings(folder):
         {k: v for k, v in row.items() if k not in TIMINGS}
         for row in read_rows(folder / "metrics.jsonl")
     ]
+
+
+def score_file(model, data, out):
+    score.score_file(
+        str(model),
+        str(data),
+        str(out),
+        sharding.make_mesh(),
+        batch_size=4,
+        dtype="float32",
+        limits=LIMITS,
+    )
+
+
+def sample_file(model, prompts, out, sampling=SIX, **changes):
+    """Two completions of each prompt, three prompts at a time."""
+    sample.sample_file(
+        str(model),
+        str(prompts),
+        str(out),
+        sharding.make_mesh(),
+        sampling,
+        **dict(
+            n=2,
+            seed=0,
+            batch_size=6,
+            dtype="float32",
+            limits=dict(max_prompt_length=64, truncate="keep_end"),
+        )
+        | changes,
+    )

@@ -1,4 +1,4 @@
-"""Sentiment classifiers against transformers, and what is refused."""
+"""Sentiment classifiers against transformers, and tensors that do not fit."""
 
 import json
 
@@ -8,7 +8,11 @@ import pytest
 
 from dpo_jax.parallel import sharding
 from dpo_jax.rewards import classifier as classifiers
+from dpo_jax.rewards import make
 from tests.helpers.tiny_classifiers import CLASSIFIERS, write_classifier
+
+WORDS = [f"w{i}" for i in range(50)]
+
 
 torch = pytest.importorskip("torch", reason="the independent reference is transformers with torch")
 
@@ -117,8 +121,47 @@ def test_tensors_that_do_not_fit_are_named(classifier, tmp_path):
     assert found.count("\n  ") == 5
 
 
-def test_another_model_is_refused(model):
-    with pytest.raises(
-        ValueError, match="'llama' model; a sentiment classifier here is one of roberta, distilbert"
-    ):
-        classifiers.read_config(model)
+@pytest.fixture(scope="module")
+def mesh():
+    return sharding.make_mesh()
+
+
+def random_texts(count, longest, seed):
+    rng = np.random.default_rng(seed)
+    return [" ".join(rng.choice(WORDS, rng.integers(1, longest + 1))) for _ in range(count)]
+
+
+@pytest.mark.parametrize("family", ["roberta", "distilbert"])
+def test_a_classifier_is_the_pipeline_of_transformers(mesh, tmp_path, family):
+    """As the paper scores: the pipeline's p(positive) of prompt + completion, cut at the model's
+    longest.
+    """
+    pytest.importorskip("torch", reason="the independent reference is transformers with torch")
+    import transformers
+
+    from tests.helpers.tiny_classifiers import write_classifier
+
+    write_classifier(family, tmp_path)
+    prompts = random_texts(11, 5, seed=0)
+    completions = [" " + text for text in random_texts(11, 60, seed=1)]
+    pipeline = transformers.pipeline(
+        "text-classification",
+        model=str(tmp_path),
+        device="cpu",
+        top_k=None,
+        truncation=True,
+        max_length=40,
+    )
+    joined = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+    assert max(len(text.split()) for text in joined) > 40
+    expected = [
+        {row["label"].lower()[:3]: row["score"] for row in rows}["pos"] for rows in pipeline(joined)
+    ]
+    reward = make.make_reward("classifier", str(tmp_path), 8, mesh)
+    found = reward(prompts, completions, None)
+    assert found.dtype == np.float64
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert np.diff(np.sort(expected)).max() > 0.01  # texts do differ in score
+    np.testing.assert_allclose(reward(prompts[3:4], completions[3:4], None), found[3:4], atol=1e-6)
+    assert reward([], [], []).shape == (0,)
+    assert make.make_reward("classifier", str(tmp_path), 8, mesh) is reward

@@ -7,31 +7,8 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
-from dpo_jax import score
-from dpo_jax.parallel import sharding
 from dpo_jax.training.metrics import read_rows
-from tests.helpers.tiny_runs import dpo_config, run, write_model, write_pairs
-
-LIMITS = dict(
-    max_length=512,
-    max_prompt_length=256,
-    truncate="auto",
-    on_bad_row="error",
-    max_dropped=0.05,
-    append_eos=True,
-)
-
-
-def score_file(model, data, out):
-    score.score_file(
-        str(model),
-        str(data),
-        str(out),
-        sharding.make_mesh(),
-        batch_size=4,
-        dtype="float32",
-        limits=LIMITS,
-    )
+from tests.helpers.tiny_runs import dpo_config, run, score_file, write_model, write_pairs
 
 
 @pytest.fixture(scope="module")
@@ -50,26 +27,6 @@ def test_rows_come_back_whole_and_in_order(scored):
     assert all(
         row["tokens_chosen"] == len(row["chosen"].split()) + 1 for row in rows
     )  # EOS included
-
-
-def test_scores_equal_torchs(scored):
-    torch = pytest.importorskip(
-        "torch", reason="the independent reference is transformers' torch model"
-    )
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder, rows = scored
-    model = AutoModelForCausalLM.from_pretrained(folder / "model")
-    words = AutoTokenizer.from_pretrained(folder / "model")
-    for row in rows:
-        for side in ("chosen", "rejected"):
-            prompt = words(row["prompt"])["input_ids"]
-            response = words(row[side], add_special_tokens=False)["input_ids"]
-            ids = torch.tensor([prompt + response + [words.eos_token_id]])
-            with torch.no_grad():
-                logp = model(ids).logits[0].double().log_softmax(-1)
-            expected = logp[len(prompt) - 1 : -1].gather(1, ids[0, len(prompt) :, None]).sum()
-            np.testing.assert_allclose(row[f"logp_{side}"], expected, atol=1e-4)
 
 
 def test_scores_are_what_training_logs(scored, tmp_path):

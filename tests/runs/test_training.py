@@ -5,16 +5,12 @@ import json
 import re
 import signal
 import threading
-import types
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import multihost_utils
 
 from dpo_jax import config as configs
-from dpo_jax.parallel import hardware
-from dpo_jax.training import loop, metrics, step
+from dpo_jax.training import loop, metrics
 from dpo_jax.training.checkpoint import Checkpoints
 from dpo_jax.training.loop import Interrupted
 from dpo_jax.training.metrics import read_rows
@@ -274,31 +270,6 @@ def test_the_best_checkpoint_is_kept_and_exported(model, pairs, tmp_path):
     assert json.loads((folder / "done.json").read_text())["evaluation"]["loss/eval"] == losses[best]
 
 
-def test_of_equally_good_checkpoints_the_latest_is_the_best_however_often_one_is_saved(tmp_path):
-    state = step.TrainState(jnp.int32(0), {"w": jnp.zeros(2)}, ())
-    for keep, all_saved in ((1, False), (1, True), (3, True)):
-        with Checkpoints(
-            tmp_path / f"{keep}{all_saved}", keep=keep, best_metric="rewards_eval/accuracies"
-        ) as saved:
-            for number, accuracy in enumerate((0.6, 0.7, 0.7, 0.6), 1):
-                better = saved.is_better(accuracy)
-                assert better == (number < 4)
-                if better or all_saved:
-                    saved.save(number, state, {"rewards_eval/accuracies": accuracy})
-            assert saved.best() == (3, 0.7)
-
-
-def test_saving_leaves_preemptions_to_the_loop(tmp_path, monkeypatch):
-    """orbax would ask jax with the step, and so move the number at which processes stop
-    together.
-    """
-    asked = []
-    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", asked.append)
-    with Checkpoints(tmp_path, keep=1) as saved:
-        saved.save(1, step.TrainState(jnp.int32(1), {"w": jnp.zeros(2)}, ()))
-    assert not asked
-
-
 def test_an_unknown_metric_to_keep_the_best_by_is_refused(model, pairs, tmp_path):
     with pytest.raises(
         ValueError, match="keep_best = 'accuracy': expected an evaluation metric; .*loss/eval"
@@ -315,21 +286,6 @@ def test_two_processes_cannot_work_on_one_stage(whole):
     config, folder = whole
     with lock_folder(folder), pytest.raises(RuntimeError, match="another process is at work"):
         run(config, folder.parent)
-
-
-def test_a_stage_that_another_holds_for_a_moment_is_waited_for(tmp_path):
-    held, release = threading.Event(), threading.Event()
-
-    def hold():
-        with lock_folder(tmp_path):
-            held.set()
-            release.wait()
-
-    threading.Thread(target=hold).start()
-    held.wait()
-    threading.Timer(0.3, release.set).start()
-    with lock_folder(tmp_path):
-        assert release.is_set()
 
 
 def test_a_folder_of_something_else_is_not_touched(model, pairs, tmp_path):
@@ -414,34 +370,3 @@ def test_the_device_never_waits_for_the_host(model, pairs, tmp_path, monkeypatch
     first = events.index("step")
     assert events[first : first + 10] == ["step", *["step", "fetch"] * 4, "fetch"]
     assert sum(thread is not threading.main_thread() for thread in made_by) == 5
-
-
-@pytest.mark.parametrize(
-    "kind, dtype, expected",
-    [
-        ("TPU v4", "bfloat16", 275e12),
-        ("TPU v4", "float32", 275e12 / 6),
-        ("NVIDIA H100 80GB HBM3", "bfloat16", 989e12),
-    ],
-)
-def test_utilization_is_of_all_chips_peak(kind, dtype, expected):
-    devices = np.array([types.SimpleNamespace(platform="tpu", device_kind=kind)] * 8)
-    assert (
-        hardware.flops_per_second(types.SimpleNamespace(devices=devices, size=8), dtype)
-        == 8 * expected
-    )
-
-
-def test_other_chips_of_a_name_are_measured(monkeypatch):
-    monkeypatch.setattr(hardware, "measured_flops_per_second", lambda dtype: 3.0)
-    for kind in (
-        "NVIDIA H100 PCIe",
-        "NVIDIA GH200 480GB",
-        "NVIDIA A100-SXM4-80GB MIG 1g.10gb",
-        "NVIDIA L4",
-    ):
-        devices = np.array([types.SimpleNamespace(platform="gpu", device_kind=kind)] * 2)
-        assert (
-            hardware.flops_per_second(types.SimpleNamespace(devices=devices, size=2), "bfloat16")
-            == 6
-        )

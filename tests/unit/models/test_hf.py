@@ -1,13 +1,9 @@
-"""Model folders in Hugging Face format: finding, reading, loading, writing; and every error on the
-way.
-"""
+"""Model folders in Hugging Face format: finding, reading, loading, writing, errors."""
 
 import fnmatch
 import json
 import re
 import socket
-import subprocess
-import sys
 import time
 
 import huggingface_hub.constants
@@ -19,18 +15,12 @@ import transformers
 from flax import traverse_util
 from safetensors.numpy import load_file, save_file
 
-from dpo_jax.models import families, hf, safetensors_io, transformer
-from dpo_jax.parallel import sharding
+from dpo_jax.models import families, hf, safetensors_io
 from tests.helpers import tiny_models
-from tests.helpers.paths import ROOT, SHARED, needs_shared
-from tests.helpers.tiny_runs import free_port
+from tests.helpers.paths import SHARED, needs_shared
+from tests.helpers.tiny_models import placed, random_model, save_model
 
 FILE = "model.safetensors"
-
-
-def placed(config, devices=1, **axes):
-    mesh = sharding.make_mesh(devices=jax.devices()[:devices], **axes)
-    return sharding.param_shardings(mesh, transformer.abstract(config))
 
 
 def flat(params):
@@ -44,32 +34,19 @@ def assert_same(params, expected):
 @pytest.fixture(scope="module")
 def tied():
     """A tied GPT-2: its Hugging Face config, our config and random weights."""
-    return made("gpt2")
+    return random_model("gpt2")
 
 
 @pytest.fixture(scope="module")
 def untied():
     """The same of an untied Llama with grouped heads."""
-    return made("llama2")
-
-
-def made(variant):
-    hf_config = tiny_models.hf_config(variant)
-    config = families.from_hf(hf_config)
-    params = jax.device_put(tiny_models.random_params(config), placed(config))
-    return hf_config, config, params
+    return random_model("llama2")
 
 
 @pytest.fixture
 def folder(tied, tmp_path):
     """The tied model in a folder that the test may change."""
-    return written(tied, tmp_path / "model")
-
-
-def written(model, path, **options):
-    hf_config, config, params = model
-    hf.save(path, config, hf_config, params, **options)
-    return path
+    return save_model(tied, tmp_path / "model")
 
 
 def change(folder, edit):
@@ -215,7 +192,7 @@ def test_a_config_from_fields():
 
 @pytest.mark.parametrize("axes", [dict(fsdp=8), dict(data=2, fsdp=2, tensor=2), dict(data=8)])
 def test_a_sharded_load_equals_a_whole_one_and_holds_only_its_slices(untied, tmp_path, axes):
-    folder, config = written(untied, tmp_path / "model"), untied[1]
+    folder, config = save_model(untied, tmp_path / "model"), untied[1]
     shardings = placed(config, devices=8, **axes)
     params = hf.load(folder, config, shardings)
     assert_same(params, untied[2])
@@ -236,7 +213,7 @@ def test_devices_that_hold_the_same_share_one_buffer(untied):
 
 
 def test_shards_with_an_index(untied, tmp_path):
-    folder = written(untied, tmp_path / "model", max_shard_bytes=30_000)
+    folder = save_model(untied, tmp_path / "model", max_shard_bytes=30_000)
     index = json.loads((folder / f"{FILE}.index.json").read_text())
     files = sorted(folder.glob("*.safetensors"))
     assert [file.name for file in files] == [
@@ -253,18 +230,6 @@ def test_shards_with_an_index(untied, tmp_path):
         FileNotFoundError, match=f"{folder} lacks {files[1].name}, which its index lists"
     ):
         load(folder, untied)
-
-
-def test_torch_reads_our_shards(untied, tmp_path):
-    pytest.importorskip("torch", reason="reads an export with transformers")
-    folder = written(untied, tmp_path / "model", max_shard_bytes=30_000)
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, output_loading_info=True
-    )
-    assert not any(info.values()), info
-    np.testing.assert_array_equal(
-        model.lm_head.weight.detach().numpy().T, untied[2]["head"]["kernel"]
-    )
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
@@ -320,7 +285,7 @@ def test_everything_wrong_is_in_one_error(tied, folder):
 
 
 def test_a_tensor_in_two_shards_is_an_error(untied, tmp_path):
-    folder = written(untied, tmp_path / "model", max_shard_bytes=30_000)
+    folder = save_model(untied, tmp_path / "model", max_shard_bytes=30_000)
     first, second = sorted(folder.glob("*.safetensors"))[:2]
     name = "model.embed_tokens.weight"
     save_file(load_file(second) | {name: load_file(first)[name]}, second)
@@ -354,7 +319,7 @@ def test_the_exported_config_says_what_was_written(untied, tmp_path):
     hf_config = tiny_models.hf_config(
         "llama2", dtype="bfloat16", architectures=["LlamaModel"], temperature=0.5
     )  # for which save_pretrained would refuse it
-    folder = written((hf_config, *untied[1:]), tmp_path / "model")
+    folder = save_model((hf_config, *untied[1:]), tmp_path / "model")
     stored = json.loads((folder / "config.json").read_text())
     assert (stored["architectures"], stored["dtype"]) == (["LlamaForCausalLM"], "float32")
     assert families.from_hf(hf.read_config(folder)) == untied[1]
@@ -363,7 +328,7 @@ def test_the_exported_config_says_what_was_written(untied, tmp_path):
 
 def test_sharded_parameters_export_as_whole_ones(untied, tmp_path):
     hf_config, config, params = untied
-    folder = written(untied, tmp_path / "whole")
+    folder = save_model(untied, tmp_path / "whole")
     params = jax.device_put(params, placed(config, devices=8, data=2, fsdp=2, tensor=2))
     hf.save(tmp_path / "sharded", config, hf_config, params)
     assert (folder / FILE).read_bytes() == (tmp_path / "sharded" / FILE).read_bytes()
@@ -376,18 +341,18 @@ def test_a_failed_export_leaves_what_was_there(tied, folder, monkeypatch):
         patch.setattr(safetensors_io.safetensors.numpy, "save_file", lambda *_, **__: 1 / 0)
         for path in (folder, folder.parent / "new"):
             with pytest.raises(ZeroDivisionError):
-                written(other, path)
+                save_model(other, path)
     assert (folder / FILE).read_bytes() == before
     assert not (folder.parent / "new").exists()
-    assert_same(load(written(other, folder), tied), other[2])
-    assert written(other, folder.parent / "new").exists()
+    assert_same(load(save_model(other, folder), tied), other[2])
+    assert save_model(other, folder.parent / "new").exists()
     assert sorted(path.name for path in folder.parent.iterdir()) == ["model", "new"]
 
 
 def test_an_export_does_not_take_the_place_of_something_else(tied, tmp_path):
     (tmp_path / "thesis.txt").write_text("dear to me")
     with pytest.raises(FileExistsError, match=f"{tmp_path} exists and is not a model folder"):
-        written(tied, tmp_path)
+        save_model(tied, tmp_path)
     assert (tmp_path / "thesis.txt").exists()
 
 
@@ -414,43 +379,3 @@ def test_the_tokenizer_is_exported_too(tmp_path):
     assert load_file(tmp_path / "hf" / FILE).keys() == load_file(source / FILE).keys()
     text = "Once upon a time"
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")(text) == tokenizer(text)
-
-
-TWO_PROCESSES = """
-import sys
-import jax
-jax.config.update("jax_num_cpu_devices", 2)
-jax.distributed.initialize(f"localhost:{sys.argv[2]}", num_processes=2, process_id=int(sys.argv[1]))
-import pathlib
-from dpo_jax.parallel import sharding
-from dpo_jax.models import families
-from dpo_jax.models import hf
-from dpo_jax.models import transformer
-folder = pathlib.Path(sys.argv[3])
-hf_config = hf.read_config(folder)
-config = families.from_hf(hf_config)
-shardings = sharding.param_shardings(sharding.make_mesh(fsdp=4, data=1), transformer.abstract(config))
-params = hf.load(folder, config, shardings)
-kernel = params["layers"]["mlp"]["up"]["kernel"]
-assert sum(shard.data.size for shard in kernel.addressable_shards) == kernel.size // 2
-hf.save(folder.with_name("out"), config, hf_config, params, max_shard_bytes=30_000)
-assert folder.with_name("out").exists()
-"""
-
-
-def test_two_processes_load_their_parts_and_export_the_whole(untied, tmp_path):
-    folder = written(untied, tmp_path / "model")
-    port = free_port()
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWO_PROCESSES, str(index), str(port), str(folder)],
-            cwd=ROOT,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    for run in runs:
-        _, errors = run.communicate(timeout=120)
-        assert run.returncode == 0, errors
-    assert_same(load(tmp_path / "out", untied), untied[2])

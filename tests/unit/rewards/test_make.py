@@ -1,6 +1,4 @@
-"""Rewards behind their one interface: values, order, and that neighbours and empty lists change
-nothing.
-"""
+"""Rewards behind their one interface: values, order, neighbours, empty lists."""
 
 import json
 
@@ -8,10 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from configs import imdb_small
 from dpo_jax.models import hf, loading
 from dpo_jax.parallel import sharding
-from dpo_jax.pipeline.stages import run_stages
 from dpo_jax.rewards import make, ngram
 from tests.helpers.tiny_runs import tokenizer
 
@@ -127,42 +123,6 @@ def test_a_text_longer_than_a_reward_models_positions_is_refused(mesh, reward_mo
         make.make_reward("rm", reward_model, 8, mesh)(None, None, tokens)
 
 
-@pytest.mark.parametrize("family", ["roberta", "distilbert"])
-def test_a_classifier_is_the_pipeline_of_transformers(mesh, tmp_path, family):
-    """As the paper scores: the pipeline's p(positive) of prompt + completion, cut at the model's
-    longest.
-    """
-    pytest.importorskip("torch", reason="the independent reference is transformers with torch")
-    import transformers
-
-    from tests.helpers.tiny_classifiers import write_classifier
-
-    write_classifier(family, tmp_path)
-    prompts = random_texts(11, 5, seed=0)
-    completions = [" " + text for text in random_texts(11, 60, seed=1)]
-    pipeline = transformers.pipeline(
-        "text-classification",
-        model=str(tmp_path),
-        device="cpu",
-        top_k=None,
-        truncation=True,
-        max_length=40,
-    )
-    joined = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-    assert max(len(text.split()) for text in joined) > 40
-    expected = [
-        {row["label"].lower()[:3]: row["score"] for row in rows}["pos"] for rows in pipeline(joined)
-    ]
-    reward = make.make_reward("classifier", str(tmp_path), 8, mesh)
-    found = reward(prompts, completions, None)
-    assert found.dtype == np.float64
-    np.testing.assert_allclose(found, expected, atol=1e-5)
-    assert np.diff(np.sort(expected)).max() > 0.01  # texts do differ in score
-    np.testing.assert_allclose(reward(prompts[3:4], completions[3:4], None), found[3:4], atol=1e-6)
-    assert reward([], [], []).shape == (0,)
-    assert make.make_reward("classifier", str(tmp_path), 8, mesh) is reward
-
-
 def test_ngrams_read_prompt_and_completion_as_one_text(mesh, tmp_path):
     rng = np.random.default_rng(0)
     rows = [
@@ -192,16 +152,3 @@ def test_a_completion_for_each_prompt(mesh, tmp_path):
     )
     with pytest.raises(ValueError, match="zip"):
         make.make_reward("ngram", str(tmp_path), 8, mesh)(["one", "two"], ["one"], None)
-
-
-def test_a_reward_that_cannot_be_read_is_refused_before_the_first_stage(tmp_path):
-    folder = tmp_path / "classifier"
-    folder.mkdir()
-    (folder / "pytorch_model.bin").touch()
-    config = imdb_small.get_config()
-    config.reward.update(kind="classifier", path=str(folder))
-    with pytest.raises(
-        FileNotFoundError, match="pytorch_model.bin would run code(.|\n)*OWNER/NAME@refs/pr/N"
-    ):
-        run_stages(config, str(tmp_path / "run"))
-    assert not (tmp_path / "run" / "sft").exists()

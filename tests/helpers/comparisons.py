@@ -1,0 +1,31 @@
+"""Made-up comparisons for a judge, and what is kept of its answers."""
+
+from dpo_jax.evaluation import chat_api, judge
+from dpo_jax.evaluation.judge import Comparison
+
+LENGTHS = [(1, 2), (5, 2), (3, 4), (9, 1)]  # of ours and the other's, in words
+LONGER_WINS = ["loss", "win", "loss", "win"]
+
+
+def a_judge(**fields):
+    return judge.Judge(**dict(model="judge", template="summary_concise", timeout=20.0) | fields)
+
+
+def comparisons(count=4):
+    return [
+        Comparison(f"post {i}", "ours " * LENGTHS[i % 4][0], "other " * LENGTHS[i % 4][1])
+        for i in range(count)
+    ]
+
+
+def asked(prompt) -> int:
+    """Which of the comparisons a prompt is about."""
+    return int(prompt.split("\npost ")[1].split("\n")[0])
+
+
+def kept(folder) -> list[dict]:
+    return chat_api.read(folder / "judgements.jsonl")
+
+
+def quiet(_line):
+    """Shows no progress."""

@@ -1,0 +1,64 @@
+"""Rows of users' files, and the reading of them."""
+
+import gzip
+import json
+from pathlib import Path
+
+import ml_collections
+import pyarrow
+import pyarrow.parquet
+
+from dpo_jax.data import sources
+from dpo_jax.data.ledger import Ledger
+
+PAIR = {"prompt": "Name a colour.", "chosen": " Blue.", "rejected": " Seven."}
+
+
+def data_config(**changes) -> ml_collections.ConfigDict:
+    return ml_collections.ConfigDict(
+        {
+            "source": "local",
+            "path": "",
+            "train_split": "train",
+            "eval_split": "",
+            "eval_fraction": 0.0,
+            "max_rows": 0,
+            "max_eval_rows": 0,
+            "on_bad_row": "error",
+            "max_dropped": 0.05,
+        }
+        | changes
+    )
+
+
+def write_jsonl(path: Path, rows) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "wt", encoding="utf-8") as file:
+        file.writelines((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    return path
+
+
+def write_parquet(path: Path, rows) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
+def pairs(n: int, prefix: str = "p") -> list[dict]:
+    return [
+        {"prompt": f"{prefix}{i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(n)
+    ]
+
+
+def read(path, kind="pairs", **changes):
+    ledger = Ledger()
+    return sources.read(data_config(path=str(path), **changes), kind, ledger), ledger
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}

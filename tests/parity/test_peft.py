@@ -1,0 +1,110 @@
+"""LoRA adapters, as they are exported, in PEFT."""
+
+import functools
+import json
+
+import jax
+import numpy as np
+import pytest
+from flax import traverse_util
+from safetensors.numpy import load_file
+
+from dpo_jax.models import families, hf, lora, peft, transformer
+from dpo_jax.models.lora import Lora
+from dpo_jax.parallel import sharding
+from tests.helpers import tiny_models
+
+
+def flat(tree):
+    return traverse_util.flatten_dict(tree, sep="/")
+
+
+def random_adapters(config, adapters, seed=0):
+    """Adapters of which neither factor is 0, on the host."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32),
+        lora.abstract(config, adapters),
+    )
+
+
+def loaded(folder, config):
+    """A folder's weights on one device."""
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    return hf.load(folder, config, sharding.param_shardings(mesh, transformer.abstract(config)))
+
+
+@pytest.mark.parametrize(
+    "variant, targets", [("gpt2", ("v", "q", "down")), ("neox-parallel", ()), ("llama2", ())]
+)
+def test_peft_loads_the_adapter_with_the_same_logits(variant, targets, tmp_path):
+    """And what it merges is what we export."""
+    torch = pytest.importorskip("torch", reason="the independent reference is peft with torch")
+    theirs = pytest.importorskip("peft", reason="the independent reference is peft")
+    import transformers
+
+    tiny_models.write(variant, tmp_path / "base")
+    hf_config = tiny_models.hf_config(variant)
+    config, adapters = families.from_hf(hf_config), Lora(3, 12.0, targets)
+    base, params = (
+        loaded(tmp_path / "base", config),
+        jax.device_put(random_adapters(config, adapters)),
+    )
+    peft.save(
+        tmp_path / "adapter", config, hf_config, adapters, params, base=str(tmp_path / "base")
+    )
+    stored = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    model = theirs.PeftModel.from_pretrained(
+        transformers.AutoModelForCausalLM.from_pretrained(stored["base_model_name_or_path"]),
+        tmp_path / "adapter",
+    )
+    ids = np.random.default_rng(0).integers(0, 96, (2, 12))
+    with torch.no_grad():
+        expected = model(torch.tensor(ids)).logits.numpy()
+    joined = lora.join(base, params, adapters.scale)
+    np.testing.assert_allclose(
+        jax.jit(functools.partial(transformer.logits, config))(joined, ids), expected, atol=1e-4
+    )
+    hf.save(tmp_path / "hf", config, hf_config, lora.merge(base, params, adapters))
+    before, merged = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "hf"))
+    their_weights = model.merge_and_unload().state_dict()
+    for name in (
+        merged.keys() & their_weights.keys()
+    ):  # transformers calls NeoX's head otherwise than its files do
+        np.testing.assert_allclose(merged[name], their_weights[name], atol=1e-5, err_msg=name)
+    changed = {name for name in merged if np.abs(merged[name] - before[name]).max() > 1e-3}
+    assert {name.rpartition(".")[0] for name in changed} == {
+        name.removeprefix("base_model.model.").rpartition(".lora_")[0]
+        for name in load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    }
+
+
+def test_peft_loads_the_adapter_of_a_reward_model_with_its_head(tmp_path):
+    torch = pytest.importorskip("torch", reason="the independent reference is peft with torch")
+    theirs = pytest.importorskip("peft", reason="the independent reference is peft")
+    from transformers import AutoModelForSequenceClassification
+
+    tiny_models.write("llama2", tmp_path / "base")
+    hf_config = tiny_models.hf_config("llama2")
+    config, adapters = families.from_hf(hf_config, head="score"), Lora(3, 12.0, ("v", "out"))
+    params = jax.device_put(random_adapters(config, adapters))
+    base = loaded(tmp_path / "base", families.from_hf(hf_config)) | {"head": {}}
+    hf.save(tmp_path / "hf", config, hf_config, lora.merge(base, params, adapters))
+    peft.save(
+        tmp_path / "adapter", config, hf_config, adapters, params, base=str(tmp_path / "base")
+    )
+
+    ids = np.random.default_rng(0).integers(2, 96, (1, 12))
+
+    def open_model(name):
+        return AutoModelForSequenceClassification.from_pretrained(
+            tmp_path / name, num_labels=1, pad_token_id=1
+        ).eval()
+
+    with torch.no_grad():
+        expected = open_model("hf")(torch.tensor(ids)).logits.numpy()
+        found = theirs.PeftModel.from_pretrained(open_model("base"), tmp_path / "adapter")(
+            torch.tensor(ids)
+        ).logits
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-4)
+    assert np.abs(expected).max() > 0.1

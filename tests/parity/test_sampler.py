@@ -1,0 +1,60 @@
+"""Greedy sampling against transformers' generate."""
+
+import jax
+import numpy as np
+import pytest
+
+from dpo_jax.models import families, hf, transformer
+from dpo_jax.parallel import sharding
+from dpo_jax.sampling.sampler import Sampling, sample
+from tests.helpers import tiny_models
+from tests.helpers.tiny import random_pairs
+
+PROMPTS = [prompt for prompt, _ in random_pairs(5)]  # of 1 to 11 tokens
+
+
+def one_device():
+    return sharding.make_mesh(devices=jax.devices()[:1])
+
+
+def tokens(completions):
+    return [[one.tokens.tolist() for one in row] for row in completions]
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        "gpt2",
+        "gptj",
+        "neox-parallel",
+        "neox-sequential",
+        "llama3",
+        "mistral-window",
+        "qwen2",
+        "qwen3",
+    ],
+)  # every family, and what differs in its cache
+def test_greedy_is_transformers_generate(variant, tmp_path):
+    """A batch of prompts of 1 to 11 tokens, so that padding, positions, windows and EOS all
+    matter.
+    """
+    torch = pytest.importorskip("torch", reason="compares with transformers' torch models")
+    folder, mesh = tiny_models.write(variant, tmp_path), one_device()
+    config = families.from_hf(hf.read_config(folder))
+    params = hf.load(folder, config, sharding.param_shardings(mesh, transformer.abstract(config)))
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(2, 96, length).astype(np.int32) for length in (3, 11, 1, 7)]
+    ours = sample(config, mesh, params, prompts, Sampling(12, temperature=0), seed=0, eos_id=1)
+    for prompt, (one,) in zip(prompts, ours, strict=True):
+        model = tiny_models.torch_model(variant)
+        with torch.no_grad():
+            whole = model.generate(
+                torch.tensor(prompt[None].astype(int)),
+                do_sample=False,
+                max_new_tokens=12,
+                pad_token_id=0,
+            )
+            logps = model(whole).logits[0].double().log_softmax(-1)
+        assert one.tokens.tolist() == whole[0, len(prompt) :].tolist()
+        expected = logps[len(prompt) - 1 : -1].gather(1, whole[0, len(prompt) :, None])[:, 0]
+        np.testing.assert_allclose(one.logps, expected, atol=1e-4)

@@ -1,0 +1,221 @@
+"""Model families: pinned parameter paths, the name tables, and what is refused."""
+
+import numpy as np
+import pytest
+import transformers
+from flax import traverse_util
+
+from dpo_jax.models import families, transformer
+from tests.helpers import tiny_models
+
+LLAMA = {
+    "embed/tokens": (96, 32),
+    "norm_final/scale": (32,),
+    "head/kernel": (32, 96),
+    "layers/norm_attention/scale": (2, 32),
+    "layers/norm_mlp/scale": (2, 32),
+    "layers/attention/q/kernel": (2, 32, 4, 8),
+    "layers/attention/k/kernel": (2, 32, 2, 8),
+    "layers/attention/v/kernel": (2, 32, 2, 8),
+    "layers/attention/out/kernel": (2, 4, 8, 32),
+    "layers/mlp/gate/kernel": (2, 32, 48),
+    "layers/mlp/up/kernel": (2, 32, 48),
+    "layers/mlp/down/kernel": (2, 48, 32),
+}
+
+
+GPT_ATTENTION = {
+    "layers/attention/q/kernel": (2, 32, 4, 8),
+    "layers/attention/k/kernel": (2, 32, 4, 8),
+    "layers/attention/v/kernel": (2, 32, 4, 8),
+    "layers/attention/out/kernel": (2, 4, 8, 32),
+}
+
+
+GPT_ATTENTION_BIASES = {
+    "layers/attention/q/bias": (2, 4, 8),
+    "layers/attention/k/bias": (2, 4, 8),
+    "layers/attention/v/bias": (2, 4, 8),
+    "layers/attention/out/bias": (2, 32),
+}
+
+
+GPT_NORMS = {
+    "layers/norm_attention/scale": (2, 32),
+    "layers/norm_attention/bias": (2, 32),
+    "norm_final/scale": (32,),
+    "norm_final/bias": (32,),
+}
+
+
+SECOND_NORM = {"layers/norm_mlp/scale": (2, 32), "layers/norm_mlp/bias": (2, 32)}
+
+
+def mlp(width):
+    return {
+        "layers/mlp/up/kernel": (2, 32, width),
+        "layers/mlp/up/bias": (2, width),
+        "layers/mlp/down/kernel": (2, width, 32),
+        "layers/mlp/down/bias": (2, 32),
+    }
+
+
+# Checkpoints and sharding rules go by these: a change here breaks the runs that people have on
+# disk.
+PINNED = {
+    "gpt2": GPT_ATTENTION
+    | GPT_ATTENTION_BIASES
+    | GPT_NORMS
+    | SECOND_NORM
+    | mlp(128)
+    | {"embed/tokens": (96, 32), "embed/positions": (64, 32)},
+    "gptj": GPT_ATTENTION
+    | GPT_NORMS
+    | mlp(128)
+    | {"embed/tokens": (96, 32), "head/kernel": (32, 96), "head/bias": (96,)},
+    "neox-parallel": GPT_ATTENTION
+    | GPT_ATTENTION_BIASES
+    | GPT_NORMS
+    | SECOND_NORM
+    | mlp(48)
+    | {"embed/tokens": (96, 32), "head/kernel": (32, 96)},
+    "llama2": LLAMA,
+    "mistral-window": LLAMA,
+    "qwen2": LLAMA
+    | {
+        "layers/attention/q/bias": (2, 4, 8),
+        "layers/attention/k/bias": (2, 2, 8),
+        "layers/attention/v/bias": (2, 2, 8),
+    },
+    "qwen3": {path: shape for path, shape in LLAMA.items() if path != "head/kernel"}
+    | {
+        "layers/attention/q/kernel": (2, 32, 4, 16),
+        "layers/attention/k/kernel": (2, 32, 2, 16),
+        "layers/attention/v/kernel": (2, 32, 2, 16),
+        "layers/attention/out/kernel": (2, 4, 16, 32),
+        "layers/attention/q_norm/scale": (2, 16),
+        "layers/attention/k_norm/scale": (2, 16),
+    },
+}
+
+
+@pytest.mark.parametrize("variant", PINNED)
+def test_parameter_paths_and_shapes_are_pinned(variant):
+    config = families.from_hf(tiny_models.hf_config(variant))
+    found = traverse_util.flatten_dict(transformer.abstract(config), sep="/")
+    assert {path: leaf.shape for path, leaf in found.items()} == PINNED[variant]
+
+
+@pytest.mark.parametrize("variant", tiny_models.VARIANTS)
+def test_the_table_covers_each_parameter_once_and_inverts(variant):
+    hf_config = tiny_models.hf_config(variant)
+    config = families.from_hf(hf_config)
+    tensors = families.tensors(hf_config.model_type, config)
+    params = traverse_util.flatten_dict(transformer.abstract(config), sep="/")
+    assert sorted(path for tensor in tensors for path in tensor.paths) == sorted(params)
+    rng = np.random.default_rng(0)
+    for tensor in tensors:
+        stored = rng.normal(size=tensor.shape(config))
+        unpacked = tensor.unpack(config, stored)
+        for path, value in zip(tensor.paths, unpacked, strict=True):
+            assert value.shape == params[path].shape["layers/" in path :]
+        np.testing.assert_array_equal(tensor.pack(unpacked), stored)
+
+
+def test_buffers_are_known_and_no_tensor_is_taken_for_one():
+    for buffer in (
+        "h.0.attn.bias",
+        "h.0.attn.masked_bias",
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+        "gpt_neox.layers.0.attention.bias",
+        "gpt_neox.layers.0.attention.masked_bias",
+        "gpt_neox.layers.0.attention.rotary_emb.inv_freq",
+    ):
+        assert families.BUFFERS.search(buffer)
+    for family in families.FAMILIES.values():
+        assert not [
+            tensor.name for tensor in family.tensors if families.BUFFERS.search(tensor.name)
+        ]
+
+
+@pytest.mark.parametrize(
+    "variant, changes, message",
+    [
+        (
+            "gpt2",
+            dict(scale_attn_by_inverse_layer_idx=True),
+            "attn_by_inverse_layer_idx = True .* only False is",
+        ),
+        ("gpt2", dict(scale_attn_weights=False), "scale_attn_weights = False .* only True is"),
+        ("gpt2", dict(add_cross_attention=True), "add_cross_attention = True"),
+        (
+            "gpt2",
+            dict(activation_function="quick_gelu"),
+            "activation 'quick_gelu' is not supported; gelu, ",
+        ),
+        ("gpt2", dict(n_embd=30), "a width of 30 in 4 heads"),
+        ("gptj", dict(rotary_dim=5), "rotary width of 5 in heads of 8"),
+        (
+            "llama2",
+            dict(num_key_value_heads=3),
+            "num_key_value_heads = 3 .* divide num_attention_heads = 4",
+        ),
+        (
+            "llama2",
+            dict(quantization_config={"quant_method": "gptq"}),
+            "quantization_config = .*gptq",
+        ),
+        (
+            "llama2",
+            dict(rope_parameters=dict(rope_type="linear", factor=2.0, rope_theta=1e4)),
+            "rope_parameters.rope_type = 'linear' .* 'default' and 'llama3' are",
+        ),
+        (
+            "llama2",
+            dict(
+                rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5)
+            ),
+            "partial_rotary_factor = 0.5",
+        ),
+        (
+            "qwen2",
+            dict(use_sliding_window=True, sliding_window=5, max_window_layers=1),
+            "mix of layer_types",
+        ),
+        ("qwen3", dict(layer_types=["full_attention", "sliding_attention"]), "mix of layer_types"),
+    ],
+)
+def test_what_would_compute_something_else_is_refused(variant, changes, message):
+    hf_config = tiny_models.hf_config(variant, **changes)
+    with pytest.raises(
+        ValueError, match=f"config.json of this {hf_config.model_type} model: .*{message}"
+    ):
+        families.from_hf(hf_config)
+
+
+def test_an_unknown_family_is_refused():
+    with pytest.raises(
+        ValueError, match="model_type 'bert' is not supported; supported are gpt2, gptj, "
+    ):
+        families.from_hf(transformers.BertConfig())
+
+
+def test_rare_settings_are_read():
+    windowed = tiny_models.hf_config(
+        "qwen2", use_sliding_window=True, sliding_window=5, max_window_layers=0
+    )
+    assert families.from_hf(windowed).window == 5
+    biased = families.from_hf(tiny_models.hf_config("qwen3", attention_bias=True))
+    assert (biased.qkv_bias, biased.out_bias, biased.mlp_bias) == (True, True, False)
+    assert (
+        families.from_hf(tiny_models.hf_config("neox-parallel", attention_bias=False)).qkv_bias
+        is False
+    )
+
+
+def test_dtype_remat_and_unroll_are_the_callers():
+    config = families.from_hf(
+        tiny_models.hf_config("llama3"), dtype="bfloat16", remat="dots", unroll=2
+    )
+    assert (config.dtype, config.remat, config.unroll) == ("bfloat16", "dots", 2)
+    assert config.rope_scaling == transformer.Llama3RopeScaling(8.0, 1.0, 4.0, 16)

@@ -1,0 +1,63 @@
+"""FLOPs counted by hand, by the program and by XLA."""
+
+import jax
+import numpy as np
+import pytest
+
+from dpo_jax.data import packing
+from dpo_jax.models import flops, transformer
+from dpo_jax.models.log_probs import response_logprobs
+from tests.helpers.tiny import tiny_config
+
+PAIRS = [
+    (np.arange(p), (np.arange(c), np.arange(r))) for p, c, r in [(5, 7, 3), (9, 2, 6), (4, 4, 4)]
+]
+
+
+def forward_jaxpr(config, shape):
+    batch = packing.pack(PAIRS, shape)
+    batch = jax.tree.map(lambda x: x[None], batch)
+    return jax.jit(lambda params: response_logprobs(config, params, batch)).trace(
+        transformer.abstract(config)
+    )
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        dict(gated=False, parallel=True, shared_norm=True),
+        dict(tied=True, kv_heads=4),
+        dict(learned_positions=True, rope_width=0, qk_norm=True),
+    ],
+)
+def test_what_the_model_needs_is_what_its_program_does(fields):
+    config = tiny_config(width=32, mlp_width=64, head_width=8, **fields)
+    shape = packing.shape_of(PAIRS)
+    parts, done = (
+        flops.forward(config, shape),
+        flops.of_program(forward_jaxpr(config, shape).jaxpr.jaxpr),
+    )
+    # A row shorter than a block of queries is computed whole; of that square, causal attention
+    # needs a half.
+    square = sum(count * length**2 for count, length in shape.rows)
+    whole = 4 * config.layers * config.heads * config.head_width * square
+    assert done == parts["dense"] + parts["head"] + whole
+    assert whole / 2 < parts["attention"] < whole
+
+
+def test_a_window_bounds_what_attention_needs():
+    seen = [min(t + 1, 5) for t in range(12)]
+    assert (
+        flops._seen(12, 5) == sum(seen) and flops._seen(4, 5) == 10 and flops._seen(12, None) == 78
+    )
+
+
+def test_products_are_counted_as_xla_counts_them():
+    """XLA counts a loop's body once, so the layers are unrolled; it counts what is not a product
+    too.
+    """
+    config = tiny_config(width=128, mlp_width=256, head_width=32, unroll=2)
+    traced = forward_jaxpr(config, packing.shape_of(PAIRS))
+    counted = traced.lower().compile().cost_analysis()["flops"]
+    assert counted == pytest.approx(flops.of_program(traced.jaxpr.jaxpr), rel=0.06)

@@ -1,0 +1,181 @@
+"""The decoder: the flat layout against separate rows, windows, products, remat."""
+
+import dataclasses
+import functools
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpo_jax.models import families, hf, transformer
+from dpo_jax.models.attention import Layout
+from dpo_jax.parallel import sharding
+from tests.helpers import tiny_models
+from tests.helpers.paths import SHARED, needs_shared
+from tests.helpers.tiny import tiny_config
+
+
+def one_device(config):
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    return sharding.param_shardings(mesh, transformer.abstract(config))
+
+
+@needs_shared
+def test_a_trained_model_tells_its_published_story():
+    folder = SHARED / "stories260k"
+    config = families.from_hf(hf.read_config(folder))
+    params = hf.load(folder, config, one_device(config))
+    golden = json.loads((folder / "golden_greedy.json").read_text())
+    tokens = np.array(golden["tokens"])
+    logits = np.asarray(
+        jax.jit(transformer.logits, static_argnums=0)(config, params, tokens[None])
+    )[0]
+    logps = np.asarray(jax.nn.log_softmax(logits))
+    expected = golden["logprob_of_next"]
+    assert len(tokens) > 100
+    np.testing.assert_array_equal(logits[:-1].argmax(-1), tokens[1:])
+    np.testing.assert_allclose(logps[np.arange(len(tokens) - 1), tokens[1:]], expected, atol=1e-4)
+    np.testing.assert_allclose(logits[0], golden["first_position_logits"], atol=1e-4)
+
+
+# two pairs of prompt, chosen, rejected: lengths 3, 2, 2 and 2, 3, 1; then a token of padding
+FLAT = dict(
+    rows=([[0, 1, 2, 3, 4], [0, 1, 2, 5, 6], [7, 8, 9, 10, 11]], [[7, 8, 12]]),
+    positions=[0, 1, 2, 3, 4, 3, 4, 0, 1, 2, 3, 4, 2, 0],
+    back=[0, 1, 2, 3, 4, 8, 9, 10, 11, 12, 13, 14, 17, 0],
+    uses=[
+        [0, 5],
+        [1, 6],
+        [2, 7],
+        [3, -1],
+        [4, -1],
+        [8, -1],
+        [9, -1],
+        [10, 15],
+        [11, 16],
+        [12, -1],
+        [13, -1],
+        [14, -1],
+        [17, -1],
+        [-1, -1],
+    ],
+)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def row_hidden(config, params, tokens_T):
+    return transformer.hidden(config, params, tokens_T[None], jnp.arange(len(tokens_T))[None])[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def flat_hidden(config, params, tokens_N):
+    rows = tuple(jnp.array(bucket)[None] for bucket in FLAT["rows"])
+    positions, back, uses = (jnp.array(FLAT[name])[None] for name in ("positions", "back", "uses"))
+    return transformer.hidden(config, params, tokens_N[None], positions, Layout(rows, back, uses))[
+        0
+    ]
+
+
+# Gradients of these blocks compile in half the time.
+PLAIN = dict(
+    learned_positions=True, gated=False, activation="relu", parallel=True, shared_norm=True
+)
+
+
+def tiny(**fields):
+    config = tiny_config(**fields)
+    return config, tiny_models.random_params(config)
+
+
+def test_the_flat_layout_equals_separate_rows():
+    config, params = tiny()
+    tokens_N = jnp.array(np.random.default_rng(0).permutation(14))
+    flat_ND = flat_hidden(config, params, tokens_N)
+    for bucket in FLAT["rows"]:
+        for row in map(np.array, bucket):
+            np.testing.assert_allclose(
+                flat_ND[row], row_hidden(config, params, tokens_N[row]), atol=1e-5
+            )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def influence(hidden, config, params, tokens_N):
+    """[N, N]: how strongly each output depends on each token's embedding; tokens must differ."""
+
+    def outputs(table_VD):
+        return hidden(
+            config, params | {"embed": params["embed"] | {"tokens": table_VD}}, tokens_N
+        ).sum(-1)
+
+    return jnp.abs(jax.jacrev(outputs)(params["embed"]["tokens"])).sum(-1)[:, tokens_N]
+
+
+def test_in_a_window_an_output_sees_as_many_tokens_back_as_its_layers_reach():
+    config, params = tiny(window=3, **PLAIN)
+    found = influence(row_hidden, config, params, jnp.arange(9))
+    distance = np.arange(9)[:, None] - np.arange(9)
+    np.testing.assert_array_equal(found > 0, (distance >= 0) & (distance <= 2 * (3 - 1)))
+
+
+def test_in_the_flat_layout_a_response_sees_its_prompt_and_itself_so_far():
+    config, params = tiny(**PLAIN)
+    seen = np.zeros((14, 14), bool)
+    for bucket in FLAT["rows"]:
+        for row in map(np.array, bucket):
+            for t in range(len(row)):
+                seen[row[t], row[: t + 1]] = True
+    found = influence(flat_hidden, config, params, jnp.arange(14))
+    np.testing.assert_array_equal(found[:13] > 0, seen[:13])  # the padding's output is nobody's
+
+
+@pytest.mark.parametrize(
+    "equation", ["SND,DHC->SNHC", "SNHC,HCD->SND", "SND,DF->SNF", "SNF,FD->SND"]
+)
+def test_the_backward_pass_of_a_product_is_einsums(equation):
+    """The kernel's gradient is taken in another order of operands, by which of them is narrower."""
+    rng, sizes = np.random.default_rng(0), dict(S=2, N=7, D=8, H=2, C=3, F=16)
+    x, kernel = (
+        jnp.asarray(rng.normal(size=[sizes[letter] for letter in term]), jnp.float32)
+        for term in equation.split("->")[0].split(",")
+    )
+
+    def gradients(multiply):
+        return jax.grad(lambda x, kernel: jnp.sin(multiply(x, kernel)).sum(), (0, 1))(x, kernel)
+
+    for mine, theirs in zip(
+        gradients(lambda x, kernel: transformer.product(equation, x, kernel)),
+        gradients(lambda x, kernel: jnp.einsum(equation, x, kernel)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(mine, theirs, atol=1e-5)
+
+
+def test_remat_and_unroll_change_neither_values_nor_gradients():
+    config, params = tiny(**PLAIN)
+    tokens_BT = jnp.array(np.random.default_rng(0).integers(0, 40, (2, 12)))
+
+    def loss(params, config):
+        return jax.nn.log_softmax(transformer.logits(config, params, tokens_BT))[..., 3].sum()
+
+    compiled, products = {}, {}
+    for remat, unroll in (("none", 1), ("full", 1), ("dots", 1), ("none", 2)):
+        traced = jax.jit(jax.value_and_grad(loss), static_argnums=1).trace(
+            params, dataclasses.replace(config, remat=remat, unroll=unroll)
+        )
+        assert bool(re.search("policy=(?!None)", str(traced.jaxpr))) == (
+            remat != "none"
+        )  # None: an activation's
+        products[remat] = str(traced.jaxpr).count("dot_general")
+        compiled[remat, unroll] = traced.lower().compile()(params)
+    assert (
+        products["none"] <= products["dots"] < products["full"]
+    )  # "dots" computes no linear product again
+    for found in compiled.values():
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5),
+            found,
+            compiled["none", 1],
+        )

@@ -1,0 +1,39 @@
+"""Chips: their peak and what is made of it."""
+
+import types
+
+import numpy as np
+import pytest
+
+from dpo_jax.parallel import hardware
+
+
+@pytest.mark.parametrize(
+    "kind, dtype, expected",
+    [
+        ("TPU v4", "bfloat16", 275e12),
+        ("TPU v4", "float32", 275e12 / 6),
+        ("NVIDIA H100 80GB HBM3", "bfloat16", 989e12),
+    ],
+)
+def test_utilization_is_of_all_chips_peak(kind, dtype, expected):
+    devices = np.array([types.SimpleNamespace(platform="tpu", device_kind=kind)] * 8)
+    assert (
+        hardware.flops_per_second(types.SimpleNamespace(devices=devices, size=8), dtype)
+        == 8 * expected
+    )
+
+
+def test_other_chips_of_a_name_are_measured(monkeypatch):
+    monkeypatch.setattr(hardware, "measured_flops_per_second", lambda dtype: 3.0)
+    for kind in (
+        "NVIDIA H100 PCIe",
+        "NVIDIA GH200 480GB",
+        "NVIDIA A100-SXM4-80GB MIG 1g.10gb",
+        "NVIDIA L4",
+    ):
+        devices = np.array([types.SimpleNamespace(platform="gpu", device_kind=kind)] * 2)
+        assert (
+            hardware.flops_per_second(types.SimpleNamespace(devices=devices, size=2), "bfloat16")
+            == 6
+        )

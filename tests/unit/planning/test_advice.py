@@ -1,0 +1,38 @@
+"""What would make a stage fit."""
+
+import math
+import types
+
+from dpo_jax.planning import advice
+from tests.helpers.tiny_runs import scratch_config
+
+
+def test_remedies_come_one_after_the_other_until_it_fits():
+    config = scratch_config(batch_size=64)
+    needs = iter([30.0, 20.0, 15.0])
+    asked = []
+
+    def again(config):
+        asked.append((config.mesh.fsdp, config.model.remat, config.dpo.cache_reference))
+        need = next(needs)
+        return types.SimpleNamespace(fits=need <= 16, hbm_gib_per_chip=need, capacity_gib=16.0)
+
+    advised = advice.advise(config, "dpo", types.SimpleNamespace(chips=8), again)
+    assert asked == [(8, "none", False), (8, "full", False), (8, "full", True)]
+    assert advised.fits and advised.flags == (
+        "--config.mesh.data=1 --config.mesh.fsdp=8 --config.model.remat=full "
+        "--config.dpo.cache_reference=True"
+    )
+    assert config.mesh.fsdp == 1, "the run's own config is left as it is"
+    assert list(advice.remedies(config, "dpo", 8))[-3:] == [
+        {"dpo.microbatch_size": size} for size in (32, 16, 8)
+    ]
+    config.model.path = "a model to put adapters over"
+    assert list(advice.remedies(config, "dpo", 8))[-1] == {"model.lora.rank": 16}
+
+
+def test_meshes_are_those_whose_shards_split_the_batch():
+    config = scratch_config(batch_size=8)
+    shapes = [tuple(change.values()) for change in advice.meshes(config, "dpo", 16)]
+    assert all(math.prod(shape) == 16 and 8 % (shape[0] * shape[1]) == 0 for shape in shapes)
+    assert (1, 8, 2) in shapes and (2, 1, 8) in shapes and (1, 16, 1) not in shapes

@@ -1,0 +1,32 @@
+"""Checkpoints: which is the best, and who handles preemptions."""
+
+import jax.numpy as jnp
+from jax.experimental import multihost_utils
+
+from dpo_jax.training import step
+from dpo_jax.training.checkpoint import Checkpoints
+
+
+def test_of_equally_good_checkpoints_the_latest_is_the_best_however_often_one_is_saved(tmp_path):
+    state = step.TrainState(jnp.int32(0), {"w": jnp.zeros(2)}, ())
+    for keep, all_saved in ((1, False), (1, True), (3, True)):
+        with Checkpoints(
+            tmp_path / f"{keep}{all_saved}", keep=keep, best_metric="rewards_eval/accuracies"
+        ) as saved:
+            for number, accuracy in enumerate((0.6, 0.7, 0.7, 0.6), 1):
+                better = saved.is_better(accuracy)
+                assert better == (number < 4)
+                if better or all_saved:
+                    saved.save(number, state, {"rewards_eval/accuracies": accuracy})
+            assert saved.best() == (3, 0.7)
+
+
+def test_saving_leaves_preemptions_to_the_loop(tmp_path, monkeypatch):
+    """orbax would ask jax with the step, and so move the number at which processes stop
+    together.
+    """
+    asked = []
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", asked.append)
+    with Checkpoints(tmp_path, keep=1) as saved:
+        saved.save(1, step.TrainState(jnp.int32(1), {"w": jnp.zeros(2)}, ()))
+    assert not asked
