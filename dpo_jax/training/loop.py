@@ -1,10 +1,11 @@
-"""The training loop of every stage: resume, check, step, log, evaluate, save, stop cleanly.
+"""The training loop of every stage: resume, check, step, log, evaluate, save, stop.
 
-What a step learns from comes from a feed: `DataFeed` here, rows of a data set, or
-`ppo.RolloutFeed`, the policy's own completions.
+`train(job, feed)` is the whole of it. What a step learns from comes from a `Feed`:
+`data_feed.DataFeed`, the examples of a data set, or `ppo.RolloutFeed`, the policy's own
+completions.
 
-A run is a pure function of its config: interrupted at any step and started again, it writes the
-same rows and ends with the same weights as one that was not.
+A run is a pure function of its config: interrupted after any step and started again, it writes the
+same rows and ends with the same weights as one that ran through.
 """
 
 import contextlib
@@ -13,136 +14,135 @@ import functools
 import itertools
 import math
 import pathlib
-import re
 import signal
 import time
+import typing
 from collections.abc import Callable
 
 import jax
 import numpy as np
 
 from dpo_jax.console import Progress, say
-from dpo_jax.data.batches import Batches, evaluation_order, prefetch, training_order
-from dpo_jax.data.dataset import Dataset
-from dpo_jax.models import flops, transformer
-from dpo_jax.models import lora as lora_lib
 from dpo_jax.models.lora import Lora
 from dpo_jax.models.transformer import TransformerConfig
 from dpo_jax.parallel import hardware, sharding
 from dpo_jax.training import metrics as metrics_lib
-from dpo_jax.training import optim
 from dpo_jax.training.checkpoint import Checkpoints
 from dpo_jax.training.metrics import Writer
 from dpo_jax.training.objectives import OBJECTIVES, numbers
-from dpo_jax.training.self_check import self_check
-from dpo_jax.training.step import (
-    TrainState,
-    abstract_state,
-    init_state,
-    make_eval_step,
-    make_train_step,
-    state_shardings,
-    whole,
-)
-
-EVALUATED = re.compile(r"_eval/|/eval$|^frontier/")  # names of what an evaluation measures
+from dpo_jax.training.step import Frozen, Programs, TrainState, make_programs
 
 
 class Interrupted(SystemExit):
-    """The run was asked to stop (SIGTERM or Ctrl-C); its checkpoint is saved."""
+    """The run was asked to stop, by SIGTERM or Ctrl-C, and has saved a checkpoint."""
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Job:
-    """What a training stage is made of, whatever it learns from."""
+    """A training stage: what is trained, from what, with which settings, and where it is kept.
 
-    name: str  # the stage, and so the objective
-    folder: pathlib.Path
+    The weights come as functions, so that each is loaded when it is needed and no earlier.
+    """
+
+    name: str  # the stage, a key of OBJECTIVES
+    folder: pathlib.Path  # for metrics.jsonl and checkpoints/
     block: object  # the stage's config block
     model: TransformerConfig
     mesh: jax.sharding.Mesh
     load_init: Callable  # () -> what is trained, on the mesh: weights, or adapters
-    load_reference: Callable  # () -> the reference's likewise, or None
+    load_reference: Callable  # () -> the reference's weights or adapters, or None
     log: object  # the config's log block
-    config: dict  # the whole config, for W&B
-    probe: Callable | None = None  # params -> {name: value}, at each evaluation
-    lora: Lora | None = None  # which adapters are trained; None: all weights are
-    load_base: Callable = lambda: None  # () -> the weights under the adapters, on the mesh
+    config: dict  # the whole config, for Weights & Biases
+    probe: Callable | None = None  # full weights -> {name: value}, measured at each evaluation
+    lora: Lora | None = None  # the adapters that are trained; None: all weights are
+    load_base: Callable = lambda: None  # () -> the frozen weights under the adapters, on the mesh
 
+    @property
+    def programs(self) -> Programs:
+        """The stage's compiled functions.
 
-@dataclasses.dataclass(frozen=True)
-class Programs:
-    """The compiled functions of a stage, and the layout of its state."""
-
-    optimizer: object
-    trained: dict  # the abstract weights or adapters
-    shardings: TrainState
-    train_step: Callable
-    eval_step: Callable
-
-
-def programs(job: Job) -> Programs:
-    """Stages that differ in numbers alone (beta, lr, alpha) share them, so a sweep in one process
-    compiles once.
-    """
-    block = job.block
-    lora = job.lora and Lora(job.lora.rank, targets=job.lora.targets)  # the rest of it is numbers
-    return _programs(
-        job.name,
-        block.get("loss", ""),
-        job.model,
-        block.optimizer,
-        block.weight_decay,
-        block.schedule,
-        job.mesh,
-        lora,
-    )
+        Stages that differ in numbers alone (beta, lr, alpha) share them, so that a sweep in one
+        process compiles once.
+        """
+        # The scale of the adapters is one of the numbers.
+        lora = Lora(self.lora.rank, targets=self.lora.targets) if self.lora else None
+        return _programs(
+            self.name,
+            self.block.get("loss", ""),
+            self.model,
+            self.mesh,
+            self.block.optimizer,
+            self.block.weight_decay,
+            self.block.schedule,
+            lora,
+        )
 
 
 @functools.cache
-def _programs(name, loss, model, optimizer, weight_decay, schedule, mesh, lora) -> Programs:
-    optimizer = optim.make(optimizer, weight_decay)
-    trained = lora_lib.abstract(model, lora) if lora else transformer.abstract(model)
-    shardings = state_shardings(mesh, optimizer, trained)
+def _programs(name, loss, model, mesh, optimizer, weight_decay, schedule, lora) -> Programs:
     objective = functools.partial(OBJECTIVES[name], model, loss)
-    return Programs(
-        optimizer,
-        trained,
-        shardings,
-        make_train_step(objective, optimizer, schedule, shardings),
-        make_eval_step(objective),
+    return make_programs(
+        objective,
+        model,
+        mesh,
+        optimizer=optimizer,
+        weight_decay=weight_decay,
+        schedule=schedule,
+        lora=lora,
     )
 
 
-def fit(job: Job, feed) -> tuple[dict, dict[str, float]]:
-    """Trains the stage, from its latest checkpoint if there is one; returns what was trained and
-    the last evaluation.
+class Feed(typing.Protocol):
+    """Where a stage's steps come from.
 
-    feed: where steps come from, as DataFeed:
-        total: steps;  updates: optimiser updates in them all;  controls: scalars that the state
-        starts with check(params, reference, hyper) -> a line to show, before the first step
-        steps(start, reference, hyper, base) -> (step, update) in turn, where update(state) ->
-        (state, metrics); under
-            adapters the reference and the state's weights are such over `base`, elsewhere they are
-            whole
-        evaluate(params, reference, hyper) -> {name: value}, on what is held out tokens(step) -> how
-        many real tokens it reads, or samples;  rows(step) -> their names, for an error flops(step)
-        -> what its update needs on these tokens, or None where that is not all of the step's work
+    `train` calls `start`, then `check` if the run is new, then `run` for each step in turn with
+    `evaluate` in between, and `close` at the end, also after an error.
     """
-    made = programs(job)
-    optimizer, shardings = made.optimizer, made.shardings
-    hyper = numbers(job.block, feed.updates) | (
-        {"lora_scale": np.float32(job.lora.scale)} if job.lora else {}
-    )
-    hyper = jax.device_put(hyper, sharding.replicated(job.mesh))
-    shapes = abstract_state(optimizer, made.trained, feed.controls)
 
-    def evaluate(trained):
-        params = whole(base, trained, hyper)
-        return feed.evaluate(params, whole(base, reference, hyper), hyper) | (
-            job.probe(params) if job.probe else {}
-        )
+    total: int  # steps
+    updates: int  # optimiser updates in all steps together
+    controls: dict[str, float]  # scalars that the state starts with
 
+    def start(self, frozen: Frozen, first_step: int) -> None:
+        """Take what updates read and never change, and get ready to run from `first_step` on."""
+
+    def check(self, params: dict) -> str:
+        """Check the first batch under what training starts from; return a line to show.
+
+        Raises SelfCheckFailed.
+        """
+
+    def run(self, state: TrainState, step: int) -> tuple[TrainState, dict]:
+        """Make step `step`, counted from 0: the next state, and metrics {name: (sum, count)}.
+
+        Deletes `state`. Steps come in order, without a gap.
+        """
+
+    def evaluate(self, params: dict) -> dict[str, float]:
+        """Return metrics of what is trained on what is held out, {name: value}."""
+
+    def tokens(self, step: int) -> int:
+        """Return how many real tokens the step read, or sampled."""
+
+    def flops(self, step: int) -> int | None:
+        """Return the FLOPs that the step's real tokens need; None where that is not all its work."""
+
+    def examples(self, step: int) -> list[str]:
+        """Return names of the step's examples, for an error message."""
+
+    def close(self) -> None:
+        """Let go of threads and files."""
+
+
+def train(job: Job, feed: Feed) -> tuple[dict, dict[str, float]]:
+    """Train a stage, from its latest checkpoint if it has one.
+
+    Returns what was trained (weights, or adapters) and the last evaluation; with keep_best, those
+    of the best checkpoint. Raises Interrupted after a signal, and FloatingPointError at the first
+    loss or gradient that is not finite.
+    """
+    programs = job.programs
+    shapes = programs.abstract_state(feed.controls)
     with (
         jax.set_mesh(job.mesh),
         _catch_signals() as signals,
@@ -151,313 +151,220 @@ def fit(job: Job, feed) -> tuple[dict, dict[str, float]]:
         ) as writer,
         Checkpoints(
             job.folder / "checkpoints", keep=job.block.keep, best_metric=job.block.keep_best
-        ) as saved,
+        ) as checkpoints,
+        contextlib.closing(feed),
     ):
-        base, reference = job.load_base(), job.load_reference()
-        start = saved.latest() or 0
-        if start:
-            say(f"{job.name}: resuming after step {start}")
-            state = saved.restore(start, shapes, shardings)
+        base = job.load_base()
+        frozen = Frozen(_hyper(job, feed.updates), job.load_reference(), base)
+        first_step = checkpoints.latest() or 0
+        feed.start(frozen, first_step)
+
+        if first_step:
+            say(f"{job.name}: resuming after step {first_step}")
+            state = checkpoints.restore(first_step, shapes, programs.shardings)
         else:
-            state = init_state(optimizer, job.load_init(), feed.controls, shardings)
-            checked = feed.check(
-                whole(base, state.params, hyper), whole(base, reference, hyper), hyper
-            )
-            say(f"{job.name}: {checked}")
-        loop = _Loop(job, feed, saved, writer, evaluate, start)
-        if not start:
-            loop.report(state, 0, None)
-        for step, update in feed.steps(start, reference, hyper, base):
-            state, metrics = update(state)
-            loop.report(state, step + 1, metrics)
-            if signum := _asked_to_stop(signals):
-                loop.interrupt(state, step + 1, signum)
-        loop.close()
-        if job.block.keep_best and saved.best():
-            best, value = saved.best()
-            say(f"{job.name}: best {job.block.keep_best} {value:.4g} at step {best}")
-            state = saved.restore(best, shapes, shardings)
-            loop.evaluated = _evaluation_rows(job.folder)[best]
-    return state.params, loop.evaluated
+            state = programs.init_state(job.load_init(), feed.controls)
+            say(f"{job.name}: {feed.check(state.params)}")
+
+        recorder = _Recorder(job, feed, frozen, checkpoints, writer, first_step)
+        if not first_step:
+            recorder.before_first(state)
+        for step in range(first_step, feed.total):
+            state, metrics = feed.run(state, step)
+            recorder.after(step + 1, state, metrics)
+            signum = _asked_to_stop(signals)
+            if signum:
+                recorder.interrupt(step + 1, state, signum)
+        recorder.close()
+
+        best = checkpoints.best() if job.block.keep_best else None
+        if best is None:
+            return state.params, recorder.evaluation
+        best_step, value = best
+        say(f"{job.name}: best {job.block.keep_best} {value:.4g} at step {best_step}")
+        state = checkpoints.restore(best_step, shapes, programs.shardings)
+        return state.params, _evaluations(job.folder)[best_step]
 
 
-class DataFeed:
-    """Steps on the rows of a data set: each is one update on one batch."""
+def _hyper(job: Job, updates: int) -> dict:
+    """Return the stage's traced numbers, on the mesh."""
+    hyper = numbers(job.block, updates)
+    if job.lora:
+        hyper["lora_scale"] = np.float32(job.lora.scale)
+    return jax.device_put(hyper, sharding.replicated(job.mesh))
 
-    controls: dict = {}
+
+class _Recorder:
+    """What follows each step: a row of metrics, the progress line, evaluations and checkpoints.
+
+    A step's metrics are fetched once the next step has been dispatched, so that the device never
+    waits for the host; only before an evaluation or a checkpoint are they needed at once.
+    """
 
     def __init__(
         self,
         job: Job,
-        data: Dataset,
-        *,
-        seed: int | None,
-        eos_id: int | None,
-        reference_is_init: bool,
-        show_row: Callable,
-        reference_logps: Callable | None = None,
+        feed: Feed,
+        frozen: Frozen,
+        checkpoints: Checkpoints,
+        writer: Writer,
+        first_step: int,
     ):
-        """seed: of the data order, None for the data's own; eos_id: what responses end in, or None;
-        show_row: index of a training row -> its text, scored tokens marked; reference_logps:
-        (split, examples, rows) -> the reference's log-probs, where they are kept.
-        """
-        self._job, self._data, self._programs = job, data, programs(job)
-        self._eos_id, self._reference_is_init, self._show_row = eos_id, reference_is_init, show_row
+        self._job = job
+        self._feed = feed
+        self._frozen = frozen
+        self._checkpoints = checkpoints
+        self._writer = writer
+        self._peak_flops = hardware.flops_per_second(job.mesh, job.model.dtype)
+        self._pending = None  # (step, its metrics on the device), not fetched yet
+        # A new run writes row 0 again, where an attempt before its first checkpoint left one.
+        writer.rewind(first_step if first_step else -1)
+        self._progress = Progress(job.name, first_step, feed.total)
+        # A run that is resumed after its last step has no other evaluation to return.
+        self.evaluation = next(reversed(_evaluations(job.folder).values()), {})
+        self._clock = time.monotonic()
 
-        def kept(*rows):
-            return {"reference_logps": reference_logps(*rows)} if reference_logps else {}
+    def before_first(self, state: TrainState) -> None:
+        """Evaluate what training starts from, and write it as row 0."""
+        self.evaluation = self._evaluate(0, state)
+        self._write(0, self.evaluation, always=True)
+        self._clock = time.monotonic()
 
-        self._batches = _training_batches(job, data, seed, kept)
-        self._held_out = _evaluation_batches(job, data, kept)
-        self.total = self.updates = len(self._batches)
-
-    def check(self, params, reference, hyper) -> str:
-        first = sharding.shard_batch(
-            self._job.mesh, jax.tree.map(lambda x: x[:1], self._batches[0]), axis=1
-        )
-        measured = metrics_lib.named(
-            self._programs.eval_step(params, reference, hyper, first), "train"
-        )
-        return self_check(
-            self._job.model,
-            self._job.block,
-            self._job.mesh,
-            params,
-            reference,
-            self._data.train,
-            self._batches.order[0],
-            measured,
-            eos_id=self._eos_id,
-            exact=self._reference_is_init,
-            show_row=self._show_row,
-            reference_logps=self._batches.per_response.get("reference_logps"),
-        )
-
-    def steps(self, start: int, reference, hyper, base):
-        self._live_reference = reference is not None
-
-        def load(step):
-            return sharding.shard_batch(self._job.mesh, self._batches[step], axis=1)
-
-        for step, batch in prefetch(load, range(start, self.total)):
-            yield (
-                step,
-                lambda state, batch=batch: self._programs.train_step(
-                    state, reference, hyper, batch, base
-                ),
-            )
-
-    def evaluate(self, params, reference, hyper) -> dict[str, float]:
-        """Metrics over all held-out rows, each row weighted alike."""
-        total = None
-        for step in range(len(self._held_out) if self._held_out else 0):
-            batch = sharding.shard_batch(self._job.mesh, self._held_out[step], axis=1)
-            total = metrics_lib.add(
-                total, self._programs.eval_step(params, reference, hyper, batch)
-            )
-        return metrics_lib.named(total, "eval") if total else {}
-
-    def tokens(self, step: int) -> int:
-        return self._batches.tokens(step)
-
-    def flops(self, step: int) -> int:
-        return flops.of_step(
-            self._job.model,
-            self._batches.needed(step),
-            reference=self._live_reference,
-            frozen=self._job.lora is not None,
-        )
-
-    def rows(self, step: int) -> list[str]:
-        return [self._data.train.where[row] for row in self._batches.order[step]]
-
-
-class _Loop:
-    """What happens around the steps: rows, the progress line, evaluations and checkpoints.
-
-    A step's metrics are fetched when the next step has been dispatched, so the device never waits
-    for the host, except where they are needed at once: before an evaluation or a checkpoint.
-    """
-
-    def __init__(self, job, feed, saved, writer, evaluate, start):
-        self._job, self._feed, self._saved, self._writer, self._evaluate = (
-            job,
-            feed,
-            saved,
-            writer,
-            evaluate,
-        )
-        self._peak = hardware.flops_per_second(job.mesh, job.model.dtype)
-        self._pending, self._clock = None, time.monotonic()
-        writer.rewind(start if start else -1)
-        self._progress = Progress(job.name, start, feed.total)
-        self.evaluated = next(reversed(_evaluation_rows(job.folder).values()), {})
-
-    def report(self, state, step: int, metrics: dict | None) -> None:
-        """Takes the metrics of update `step`, and evaluates and saves where it is time to."""
+    def after(self, step: int, state: TrainState, metrics: dict) -> None:
+        """Log step `step`, counted from 1, and evaluate and save where it is time to."""
+        self._write_pending()
+        self._pending = (step, metrics)
         block = self._job.block
-        self._flush()
-        self._pending = None if metrics is None else (step, metrics)
-        evaluates = step % block.eval_every == 0 or step == self._feed.total
-        saves = step > 0 and (step % block.save_every == 0 or step == self._feed.total)
-        if evaluates or saves:
-            values = self._take()
-            better = False
-            if evaluates:
-                self.evaluated = self._evaluate(state.params)
-                self._check_finite(step, self.evaluated)
-                self._check_keep_best()
-                values |= self.evaluated
-                better = (
-                    step > 0
-                    and block.keep_best
-                    and self._saved.is_better(self.evaluated[block.keep_best])
-                )
-            self._write(step, values, always=evaluates)
-            if saves or better:
-                self._saved.save(step, state, self.evaluated if evaluates else None)
-            self._clock = time.monotonic()
+        is_last = step == self._feed.total
+        evaluates = step % block.eval_every == 0 or is_last
+        saves = step % block.save_every == 0 or is_last
+        if not evaluates and not saves:
+            return
 
-    def interrupt(self, state, step: int, signum: int) -> None:
-        """Saves, and ends the run with the shell's code for the signal."""
-        self._flush()
-        self._saved.save(step, state)
+        # Fetched first: a step that is not finite stops the run here, before it could be saved.
+        row = self._fetch_pending()
+        is_best = False
+        if evaluates:
+            self.evaluation = self._evaluate(step, state)
+            row |= self.evaluation
+            if block.keep_best:
+                is_best = self._checkpoints.is_better(self.evaluation[block.keep_best])
+        self._write(step, row, always=evaluates)
+        if saves or is_best:
+            self._checkpoints.save(step, state, self.evaluation if evaluates else None)
+        self._clock = time.monotonic()  # none of this is time of the next step
+
+    def interrupt(self, step: int, state: TrainState, signum: int) -> None:
+        """Save, and end the run with the shell's exit code for the signal."""
+        self._write_pending()
+        self._checkpoints.save(step, state)
         self._progress.close()
         say(
-            f"{self._job.name}: stopped by {signal.Signals(signum).name} after step {step}, which is saved; "
-            "the same command goes on from here."
+            f"{self._job.name}: stopped by {signal.Signals(signum).name} after step {step}, which "
+            "is saved. Run the same command again to resume."
         )
         raise Interrupted(128 + signum)
 
     def close(self) -> None:
-        self._flush()
+        """Write the last row."""
+        self._write_pending()
         self._progress.close()
 
-    def _flush(self):
-        if self._pending is not None:
-            step = self._pending[0]
-            self._write(step, self._take())
+    def _evaluate(self, step: int, state: TrainState) -> dict[str, float]:
+        values = self._feed.evaluate(state.params)
+        if self._job.probe:
+            values |= self._job.probe(self._frozen.full(state.params))
+        self._check_finite(step, values)
+        self._check_keep_best(values)
+        return values
 
-    def _take(self) -> dict[str, float]:
-        """The pending step's values; raises at the first loss or gradient that is not finite."""
-        if self._pending is None:
-            return {}
-        (step, metrics), self._pending = self._pending, None
-        values = metrics_lib.named(metrics, "train")
-        self._check_finite(
-            step, {name: values[name] for name in ("loss/train", "grad_norm", "param_norm")}
-        )
-        seconds, self._clock = time.monotonic() - self._clock, time.monotonic()
-        batch_size, needed = self._job.block.batch_size, self._feed.flops(step - 1)
+    def _write_pending(self) -> None:
+        if self._pending is not None:
+            step, _ = self._pending
+            self._write(step, self._fetch_pending())
+
+    def _fetch_pending(self) -> dict[str, float]:
+        """Return the row of the pending step; raise where loss, gradient or weights are not finite.
+
+        Fetching waits for the device, so the time since the last fetch is a step's.
+        """
+        step, metrics = self._pending
+        self._pending = None
+        row = metrics_lib.named(metrics, "train")
+        watched = {name: row[name] for name in ("loss/train", "grad_norm", "param_norm")}
+        self._check_finite(step, watched)
+
+        now = time.monotonic()
+        seconds = now - self._clock
+        self._clock = now
+        batch_size = self._job.block.batch_size
         tokens = self._feed.tokens(step - 1)
-        values |= {
+        needed_flops = self._feed.flops(step - 1)
+        row |= {
             "counters/examples": step * batch_size,
             "step_time": seconds,
             "counters/updates": step * self._feed.updates // self._feed.total,
             "examples_per_second": batch_size / seconds,
             "tokens_per_second": tokens / seconds,
         }
-        return values | (
-            {"model_flops_utilization": needed / seconds / self._peak} if needed else {}
-        )
+        if needed_flops:
+            row["model_flops_utilization"] = needed_flops / seconds / self._peak_flops
+        return row
 
-    def _write(self, step, values, always=False):
+    def _write(self, step: int, row: dict[str, float], always: bool = False) -> None:
         if always or step % self._job.block.log_every == 0:
-            self._writer.write(step, values)
-        self._progress.update(step, values, always=always)
+            self._writer.write(step, row)
+        self._progress.update(step, row, always=always)
 
-    def _check_keep_best(self):
+    def _check_keep_best(self, evaluation: dict[str, float]) -> None:
         name = self._job.block.keep_best
-        if name and name not in self.evaluated:
-            found = ", ".join(sorted(self.evaluated)) or "none, as no row is held out"
+        if name and name not in evaluation:
+            known = ", ".join(sorted(evaluation)) or "none, as no example is held out"
             raise ValueError(
-                f"config.{self._job.name}.keep_best = {name!r}: expected an evaluation metric; there are: "
-                + found
+                f"config.{self._job.name}.keep_best = {name!r}: expected a metric of the "
+                f"evaluation; there are: {known}"
             )
 
-    def _check_finite(self, step, values):
+    def _check_finite(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
             if not math.isfinite(value):
-                self._fail(step, name, value)
+                self._stop_at(step, name, value)
 
-    def _fail(self, step, name, value):
-        read = (
-            "on the held-out rows"
-            if EVALUATED.search(name)
-            else f"on the batch of {', '.join(self._feed.rows(max(step - 1, 0)))}"
-        )
-        latest = self._saved.latest()
-        good = (
-            f"The last good checkpoint, step {latest}, is kept."
-            if latest
-            else "No checkpoint was saved yet."
-        )
+    def _stop_at(self, step: int, name: str, value: float) -> None:
+        if metrics_lib.is_evaluation(name):
+            where = "on the held-out examples"
+        else:
+            examples = self._feed.examples(max(step - 1, 0))
+            where = f"on the batch of {', '.join(examples)}"
+        latest = self._checkpoints.latest()
+        if latest:
+            kept = f"The last good checkpoint, step {latest}, is kept."
+        else:
+            kept = "No checkpoint was saved yet."
         raise FloatingPointError(
-            f"{self._job.name} stopped at step {step}: {name} is {value}, {read}. {good} A lower lr or max_grad_norm "
-            "may help, or leaving out a bad row."
+            f"{self._job.name} stopped at step {step}: {name} is {value}, {where}. {kept} "
+            "Try a lower lr or max_grad_norm, or leave out a bad example."
         )
 
 
-def _evaluation_rows(folder) -> dict[int, dict[str, float]]:
-    """Step -> evaluation metrics, from the rows written so far; a resumed run may have no more to
-    make.
-    """
+def _evaluations(folder: pathlib.Path) -> dict[int, dict[str, float]]:
+    """Return the evaluations among the rows written so far, by step."""
     path = folder / "metrics.jsonl"
     rows = metrics_lib.read_rows(path) if path.exists() else []
-    found = {
-        row["step"]: {name: value for name, value in row.items() if EVALUATED.search(name)}
-        for row in rows
-    }
-    return {step: values for step, values in found.items() if values}
-
-
-def _training_batches(job: Job, data: Dataset, seed: int | None, per_response: Callable) -> Batches:
-    block, size = job.block, len(data.train)
-    steps = block.steps or int(block.epochs * size / block.batch_size)
-    if not steps or not size:
-        raise ValueError(
-            f"{job.name}: {size} training rows make no step of config.{job.name}.batch_size = "
-            f"{block.batch_size} in {block.epochs} epochs; lower it, or set config.{job.name}.steps."
-        )
-    order = training_order(size, block.batch_size, steps, seed)
-    batches = Batches(
-        data.train,
-        order,
-        microbatches=block.batch_size // (block.microbatch_size or block.batch_size),
-        shards=sharding.batch_shards(job.mesh),
-        per_response=per_response("train", data.train, order),
-    )
-    padding = batches.padding()
-    say(
-        f"{job.name}: {steps} steps of {block.batch_size} from {size} rows, {len(batches.shapes)} shapes, "
-        f"padding {padding['dense']:.1%} of tokens, {padding['attention']:.1%} of attention"
-    )
-    if block.warmup_steps >= steps:
-        say(
-            f"{job.name}: the run is over before its warm-up is (config.{job.name}.warmup_steps = "
-            f"{block.warmup_steps}): its learning rate comes to {steps / (block.warmup_steps + 1):.0%} of "
-            f"{block.lr:g}. Lower it, unless that is meant."
-        )
-    return batches
-
-
-def _evaluation_batches(job: Job, data: Dataset, per_response: Callable) -> Batches | None:
-    size = job.block.microbatch_size or job.block.batch_size
-    if not len(data.eval):
-        return None
-    order = evaluation_order(len(data.eval), size)
-    return Batches(
-        data.eval,
-        order,
-        shards=sharding.batch_shards(job.mesh),
-        per_response=per_response("eval", data.eval, order),
-    )
+    evaluations = {}
+    for row in rows:
+        values = {name: value for name, value in row.items() if metrics_lib.is_evaluation(name)}
+        if values:
+            evaluations[row["step"]] = values
+    return evaluations
 
 
 @contextlib.contextmanager
 def _catch_signals():
-    """A list that SIGTERM and the first Ctrl-C are put into; a second Ctrl-C stops at once. Several
-    processes leave SIGTERM to jax, which tells all of them, and Ctrl-C ends them.
+    """Yield a list that SIGTERM and the first Ctrl-C are put into; a second Ctrl-C stops at once.
+
+    Of several processes none catches anything: jax gets SIGTERM and tells all of them, and Ctrl-C
+    ends them.
     """
     caught = []
     if jax.process_count() > 1:
@@ -476,17 +383,16 @@ def _catch_signals():
             signal.signal(signum, handler)
 
 
-_ASKED = itertools.count(
-    1
-)  # through all stages: the processes agree on one number, the next that none has asked with
+# How often the processes have asked each other whether to stop, in all stages together: they agree
+# on one of these numbers to stop at, and it must be one that none of them has passed.
+_ASKED = itertools.count(1)
 
 
 def _asked_to_stop(signals: list[int]) -> int | None:
-    """The signal after which to save and stop, in every process at the same step."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
+    """Return the signal after which to save and stop, in every process at the same step."""
+    if jax.process_count() == 1:
+        return signals[0] if signals else None
+    from jax.experimental import multihost_utils
 
-        return (
-            signal.SIGTERM if multihost_utils.reached_preemption_sync_point(next(_ASKED)) else None
-        )
-    return signals[0] if signals else None
+    stops = multihost_utils.reached_preemption_sync_point(next(_ASKED))
+    return signal.SIGTERM if stops else None

@@ -1,14 +1,26 @@
-"""The train step: one jit over the mesh, from a batch to the next state; and its like for
-evaluation.
+"""One update as one jitted function over the mesh, and the evaluation of a batch beside it.
+
+    programs = make_programs(objective, model, mesh, optimizer="adamw")
+    state = programs.init_state(params)
+    state, metrics = programs.update(state, Frozen(hyper, reference), batch)
+    metrics = programs.measure(state.params, Frozen(hyper, reference), batch)
+
+An update donates the state: its arrays are deleted as the new ones are made, so that a device holds
+them once. Read the weights from the state that the last update returned, and give a reference
+arrays of its own (`copy_params`); what reads a deleted array is refused (`require_alive`).
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from dpo_jax.models import lora
+from dpo_jax.models import lora as lora_lib
+from dpo_jax.models import transformer
+from dpo_jax.models.lora import Lora
+from dpo_jax.models.transformer import TransformerConfig
 from dpo_jax.parallel import sharding
 from dpo_jax.training import optim
 
@@ -16,71 +28,142 @@ from dpo_jax.training import optim
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class TrainState:
-    """All that training changes, so all that a checkpoint holds."""
+    """All that training changes, which is all that a checkpoint holds."""
 
-    step: jax.Array  # updates done
-    params: dict
+    step: jax.Array  # updates done, int32
+    params: dict  # what is trained: the weights, or adapters over frozen ones
     opt_state: optax.OptState
-    controls: dict = dataclasses.field(
-        default_factory=dict
-    )  # scalars that a stage adapts (PPO's kl_coef)
+    controls: dict = dataclasses.field(default_factory=dict)  # scalars a stage adapts: PPO's kl_coef
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """What updates read and never change."""
+
+    hyper: dict  # scalars, traced: lr, warmup_steps, steps, max_grad_norm, the objective's own
+    reference: dict | None = None  # weights, or adapters over `base`; None: there is none, or kept
+    base: dict | None = None  # weights under adapters; None: all weights are trained
+
+    def full(self, params: dict) -> dict:
+        """Return the weights to run for `params`, the trained ones or the reference's."""
+        return full_params(self.base, params, self.hyper)
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """The compiled functions that train one objective, and the layout of their state."""
+
+    optimizer: optax.GradientTransformation
+    trained: dict  # shapes and dtypes of what is trained
+    shardings: TrainState
+    train_step: Callable  # see make_train_step
+    eval_step: Callable  # see make_eval_step
+
+    def init_state(self, params: dict, controls: dict | None = None) -> TrainState:
+        """Return the state before the first update. It takes `params` over: updates delete them."""
+        return init_state(self.optimizer, params, controls or {}, self.shardings)
+
+    def abstract_state(self, controls: dict) -> TrainState:
+        """Return the shapes and dtypes of the state."""
+        return abstract_state(self.optimizer, self.trained, controls)
+
+    def update(self, state: TrainState, frozen: Frozen, batch) -> tuple[TrainState, dict]:
+        """Return the state after one update, and metrics {name: (sum, count)} before it.
+
+        batch: on the mesh, with two leading axes, microbatches and shards. Deletes `state`.
+        """
+        require_alive(state.params, "the state")
+        require_apart(state.params, frozen.reference)
+        return self.train_step(state, frozen.reference, frozen.hyper, batch, frozen.base)
+
+    def measure(self, params: dict, frozen: Frozen, batch) -> dict:
+        """Return metrics {name: (sum, count)} of a batch of one microbatch; changes nothing."""
+        require_alive(params, "the weights")
+        reference = frozen.full(frozen.reference)
+        return self.eval_step(frozen.full(params), reference, frozen.hyper, batch)
+
+
+def make_programs(
+    objective: Callable,
+    model: TransformerConfig,
+    mesh: jax.sharding.Mesh,
+    *,
+    optimizer: str = "rmsprop",
+    weight_decay: float = 0.0,
+    schedule: str = "constant",
+    lora: Lora | None = None,
+) -> Programs:
+    """Return what trains an objective on a mesh; nothing is compiled before the first call.
+
+    objective: (params, reference, hyper, microbatch) -> ((total, count), metrics), as in
+    objectives.py with model and loss filled in. optimizer, schedule: names from optim.py. lora: the
+    adapters that are trained instead of the weights.
+    """
+    direction = optim.make(optimizer, weight_decay)
+    trained = lora_lib.abstract(model, lora) if lora else transformer.abstract(model)
+    shardings = state_shardings(mesh, direction, trained)
+    train_step = make_train_step(objective, direction, schedule, shardings)
+    return Programs(direction, trained, shardings, train_step, make_eval_step(objective))
 
 
 def state_shardings(mesh, optimizer, params) -> TrainState:
-    """The NamedSharding of every leaf of the state, one for all controls; `params` may be
-    abstract.
+    """Return a NamedSharding for each leaf of the state, one for all controls.
+
+    params: weights, or their shapes.
     """
     placed = sharding.param_shardings(mesh, params)
     return TrainState(
-        sharding.replicated(mesh),
-        placed,
-        optim.state_shardings(mesh, optimizer, params, placed),
-        sharding.replicated(mesh),
+        step=sharding.replicated(mesh),
+        params=placed,
+        opt_state=optim.state_shardings(mesh, optimizer, params, placed),
+        controls=sharding.replicated(mesh),
     )
 
 
 def init_state(optimizer, params, controls: dict, shardings: TrainState) -> TrainState:
-    """The state before the first update, of weights already on the mesh."""
+    """Return the state before the first update, for weights that are on the mesh already."""
     opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
-    controls = {
+    step = jax.device_put(jnp.zeros((), jnp.int32), shardings.step)
+    return TrainState(step, params, opt_state, place_controls(controls, shardings))
+
+
+def place_controls(controls: dict, shardings: TrainState) -> dict:
+    """Return the controls as float32 scalars on the mesh."""
+    return {
         name: jax.device_put(jnp.float32(value), shardings.controls)
         for name, value in controls.items()
     }
-    return TrainState(
-        jax.device_put(jnp.zeros((), jnp.int32), shardings.step), params, opt_state, controls
-    )
 
 
 def abstract_state(optimizer, params, controls: dict) -> TrainState:
-    """The shapes and dtypes of the state, from those of the weights."""
-    return jax.eval_shape(
-        lambda params: TrainState(
-            jnp.int32(0), params, optimizer.init(params), jax.tree.map(jnp.float32, controls)
-        ),
-        params,
-    )
+    """Return the shapes and dtypes of the state, from those of the weights."""
+
+    def init(params):
+        scalars = jax.tree.map(jnp.float32, controls)
+        return TrainState(jnp.int32(0), params, optimizer.init(params), scalars)
+
+    return jax.eval_shape(init, params)
 
 
 def make_train_step(objective, optimizer, schedule: str, shardings: TrainState):
-    """train_step(state, reference, hyper, batch, base=None) -> (state, metrics), jitted, with the
-    state donated.
+    """Return train_step(state, reference, hyper, batch, base=None) -> (state, metrics), jitted.
 
-    objective: (params, reference, hyper, microbatch) -> ((total, count), metrics). hyper: dict of
-    scalars, all traced: lr, warmup_steps, steps, max_grad_norm and the objective's own. base: the
-    frozen weights under those of the state and of the reference, where these are adapters. metrics:
-    {name: (sum, count)}, with grad_norm, param_norm, update_norm and lr.
+    The state is donated. objective: (params, reference, hyper, microbatch) -> ((total, count),
+    metrics). hyper: scalars, all of them traced: lr, warmup_steps, steps, max_grad_norm and the
+    objective's own. base: the frozen weights under the state's and the reference's, where those are
+    adapters. metrics: {name: (sum, count)}, with grad_norm, param_norm, update_norm and lr.
     """
 
     def train_step(state: TrainState, reference, hyper, batch, base=None):
-        def of_trained(params, reference, hyper, microbatch):
-            return objective(
-                whole(base, params, hyper), whole(base, reference, hyper), hyper, microbatch
-            )
+        def objective_of_trained(trained, reference, hyper, microbatch):
+            params = full_params(base, trained, hyper)
+            return objective(params, full_params(base, reference, hyper), hyper, microbatch)
 
-        grads, metrics = accumulate(of_trained, state.params, reference, hyper, batch)
+        grads, metrics = accumulate(objective_of_trained, state.params, reference, hyper, batch)
         grad_norm = optax.tree.norm(grads)
         grads = optim.clip(grads, grad_norm, hyper["max_grad_norm"])
         direction, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        # The rate is applied here, not in the optimiser, so that it can be traced.
         lr = optim.learning_rate(
             schedule,
             state.step,
@@ -91,31 +174,42 @@ def make_train_step(objective, optimizer, schedule: str, shardings: TrainState):
         updates = jax.tree.map(lambda d: -lr * d, direction)
         params = optax.apply_updates(state.params, updates)
         metrics |= {
-            name: (value, 1.0)
-            for name, value in dict(
-                grad_norm=grad_norm,
-                param_norm=optax.tree.norm(params),
-                update_norm=optax.tree.norm(updates),
-                lr=lr,
-            ).items()
+            "grad_norm": (grad_norm, 1.0),  # before clipping
+            "param_norm": (optax.tree.norm(params), 1.0),
+            "update_norm": (optax.tree.norm(updates), 1.0),
+            "lr": (lr, 1.0),
         }
         return TrainState(state.step + 1, params, opt_state, state.controls), metrics
 
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
 
 
-def whole(base, params, hyper):
-    """The weights to run: as they are, or laid over a frozen base (LoRA)."""
-    return (
-        params if base is None or params is None else lora.join(base, params, hyper["lora_scale"])
-    )
+def make_eval_step(objective):
+    """Return eval_step(params, reference, hyper, batch) -> metrics, jitted.
+
+    batch: of one microbatch; params, reference: full weights.
+    """
+
+    def eval_step(params, reference, hyper, batch):
+        microbatch = jax.tree.map(lambda x: x[0], batch)
+        _, metrics = objective(params, reference, hyper, microbatch)
+        return metrics
+
+    return jax.jit(eval_step)
+
+
+def full_params(base, params, hyper):
+    """Return the weights to run: `params` themselves, or adapters laid over a frozen base."""
+    if base is None or params is None:
+        return params
+    return lora_lib.join(base, params, hyper["lora_scale"])
 
 
 def accumulate(objective, params, reference, hyper, batch):
-    """Gradient of the mean loss over all microbatches, and metrics.
+    """Return the gradient of the mean loss over all microbatches, and the metrics.
 
-    Totals and counts are added up and divided once, at the end, so that a batch's gradient is the
-    same in however many microbatches it comes.
+    Totals and counts are added up and divided once, at the end: a batch has the same gradient
+    however many microbatches it comes in.
     """
 
     def total_loss(params, microbatch):
@@ -127,8 +221,9 @@ def accumulate(objective, params, reference, hyper, batch):
         return jax.tree.map(jnp.add, carry, (grads, count, metrics)), None
 
     first = jax.tree.map(lambda x: x[0], batch)
-    microbatches = len(batch["tokens"])
+    microbatches = len(jax.tree.leaves(batch)[0])
     if microbatches == 1:
+        # No loop, so no second copy of the gradient to add to.
         grads, (count, metrics) = jax.grad(total_loss, has_aux=True)(params, first)
     else:
         _, (count, metrics) = jax.eval_shape(total_loss, params, first)
@@ -137,12 +232,27 @@ def accumulate(objective, params, reference, hyper, batch):
     return jax.tree.map(lambda g: g / count, grads), metrics
 
 
-def make_eval_step(objective):
-    """eval_step(params, reference, hyper, batch) -> metrics of a batch of one microbatch,
-    jitted.
-    """
+def copy_params(params: dict) -> dict:
+    """Return the weights in arrays of their own, for what must outlive an update of `params`."""
+    return jax.tree.map(jnp.copy, params)
 
-    def eval_step(params, reference, hyper, batch):
-        return objective(params, reference, hyper, jax.tree.map(lambda x: x[0], batch))[1]
 
-    return jax.jit(eval_step)
+def require_alive(params, name: str) -> None:
+    """Raise RuntimeError where an update has deleted arrays of `params`, called `name`."""
+    for leaf in jax.tree.leaves(params):
+        if isinstance(leaf, jax.Array) and leaf.is_deleted():
+            raise RuntimeError(
+                f"{name} was given to an update, which deletes its arrays as it makes the new ones. "
+                "Use what the last update returned, or copy the weights before it "
+                "(dpo_jax.training.step.copy_params)."
+            )
+
+
+def require_apart(params, reference) -> None:
+    """Raise ValueError where policy and reference share arrays, which an update would delete."""
+    trained = {id(leaf) for leaf in jax.tree.leaves(params)}
+    if any(id(leaf) in trained for leaf in jax.tree.leaves(reference)):
+        raise ValueError(
+            "the reference shares arrays with the policy, and an update deletes the policy's. Give "
+            "the reference a copy of its own (dpo_jax.training.step.copy_params)."
+        )

@@ -1,0 +1,177 @@
+"""Steps on the examples of a data set: each is one update on one batch."""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from dpo_jax.console import say
+from dpo_jax.data.batches import Batches, evaluation_order, prefetch, training_order
+from dpo_jax.data.dataset import Dataset
+from dpo_jax.models import flops
+from dpo_jax.parallel import sharding
+from dpo_jax.training import metrics as metrics_lib
+from dpo_jax.training.loop import Job
+from dpo_jax.training.self_check import FirstBatch, self_check
+from dpo_jax.training.step import Frozen, Programs, TrainState
+
+
+class DataFeed:
+    """The `loop.Feed` of a data set."""
+
+    def __init__(
+        self,
+        job: Job,
+        data: Dataset,
+        *,
+        seed: int | None,
+        eos_id: int | None,
+        reference_is_init: bool,
+        show_example: Callable[[int], str],
+        reference_log_probs: Callable | None = None,
+    ):
+        """Lay out the batches of the whole stage.
+
+        seed: of the data order; None keeps the data's own. eos_id: the token that responses end in,
+        or None. reference_is_init: whether the reference is the initial policy. show_example: index
+        of a training example -> its text, with what is trained on marked. reference_log_probs:
+        (split, examples, order) -> the reference's kept log-probs [examples, responses].
+        """
+        self._job = job
+        self._data = data
+        self._eos_id = eos_id
+        self._reference_is_init = reference_is_init
+        self._show_example = show_example
+        self._reference_log_probs = reference_log_probs
+        self._batches = self._training_batches(seed)
+        self._held_out = self._evaluation_batches()
+        self.total = len(self._batches)
+        self.updates = self.total
+        self.controls: dict[str, float] = {}
+
+    def start(self, frozen: Frozen, first_step: int) -> None:
+        self._frozen = frozen
+        self._ahead = prefetch(self._load, range(first_step, self.total))
+
+    def check(self, params: dict) -> str:
+        # One microbatch of it is enough, and is what the evaluation's program takes.
+        first = jax.tree.map(lambda x: x[:1], self._batches[0])
+        batch = sharding.shard_batch(self._job.mesh, first, axis=1)
+        measured = self._job.programs.measure(params, self._frozen, batch)
+        first_batch = FirstBatch(
+            examples=self._data.train,
+            indices=self._batches.order[0],
+            metrics=metrics_lib.named(measured, "train"),
+            eos_id=self._eos_id,
+            reference_is_init=self._reference_is_init,
+            reference_log_probs=self._batches.per_response.get("reference_logps"),
+            show=self._show_example,
+        )
+        return self_check(
+            self._job.model,
+            self._job.block,
+            self._job.mesh,
+            self._frozen.full(params),
+            self._frozen.full(self._frozen.reference),
+            first_batch,
+        )
+
+    def run(self, state: TrainState, step: int) -> tuple[TrainState, dict]:
+        loaded, batch = next(self._ahead)
+        assert loaded == step, f"step {step} was asked for, and step {loaded} is next"
+        return self._job.programs.update(state, self._frozen, batch)
+
+    def evaluate(self, params: dict) -> dict[str, float]:
+        if self._held_out is None:
+            return {}
+        return evaluate(
+            self._job.programs, self._job.mesh, params, self._frozen, self._held_out
+        )
+
+    def tokens(self, step: int) -> int:
+        return self._batches.tokens(step)
+
+    def flops(self, step: int) -> int:
+        return flops.of_step(
+            self._job.model,
+            self._batches.needed(step),
+            reference=self._frozen.reference is not None,
+            frozen=self._job.lora is not None,
+        )
+
+    def examples(self, step: int) -> list[str]:
+        return [self._data.train.where[index] for index in self._batches.order[step]]
+
+    def close(self) -> None:
+        if hasattr(self, "_ahead"):
+            self._ahead.close()
+
+    def _load(self, step: int):
+        """Return the batch of a step, on the mesh; called in a thread of its own."""
+        return sharding.shard_batch(self._job.mesh, self._batches[step], axis=1)
+
+    def _training_batches(self, seed: int | None) -> Batches:
+        name, block = self._job.name, self._job.block
+        size = len(self._data.train)
+        steps = block.steps or int(block.epochs * size / block.batch_size)
+        if not steps or not size:
+            raise ValueError(
+                f"{name}: {size} training rows make no step of config.{name}.batch_size = "
+                f"{block.batch_size} in {block.epochs} epochs. Lower it, or set "
+                f"config.{name}.steps."
+            )
+        order = training_order(size, block.batch_size, steps, seed)
+        batches = Batches(
+            self._data.train,
+            order,
+            microbatches=block.batch_size // (block.microbatch_size or block.batch_size),
+            shards=sharding.batch_shards(self._job.mesh),
+            per_response=self._per_response("train", self._data.train, order),
+        )
+        padding = batches.padding()
+        say(
+            f"{name}: {steps} steps of {block.batch_size} from {size} rows, {len(batches.shapes)} "
+            f"shapes, padding {padding['dense']:.1%} of tokens, {padding['attention']:.1%} of "
+            "attention"
+        )
+        if block.warmup_steps >= steps:
+            reached = steps / (block.warmup_steps + 1)
+            say(
+                f"{name}: the run ends before its warm-up (config.{name}.warmup_steps = "
+                f"{block.warmup_steps}), so the learning rate only reaches {reached:.0%} of "
+                f"{block.lr:g}. Lower warmup_steps, unless this is meant."
+            )
+        return batches
+
+    def _evaluation_batches(self) -> Batches | None:
+        """Return batches of the held-out examples, as large as a microbatch; None without any."""
+        block = self._job.block
+        size = len(self._data.eval)
+        if not size:
+            return None
+        order = evaluation_order(size, block.microbatch_size or block.batch_size)
+        return Batches(
+            self._data.eval,
+            order,
+            shards=sharding.batch_shards(self._job.mesh),
+            per_response=self._per_response("eval", self._data.eval, order),
+        )
+
+    def _per_response(self, split: str, examples, order: np.ndarray) -> dict[str, np.ndarray]:
+        if self._reference_log_probs is None:
+            return {}
+        return {"reference_logps": self._reference_log_probs(split, examples, order)}
+
+
+def evaluate(
+    programs: Programs, mesh, params: dict, frozen: Frozen, batches: Batches
+) -> dict[str, float]:
+    """Return metrics over all batches, each example weighted alike.
+
+    batches: of one microbatch each; examples that only fill up the last one count for nothing.
+    """
+    total = None
+    for step in range(len(batches)):
+        batch = sharding.shard_batch(mesh, batches[step], axis=1)
+        total = metrics_lib.add(total, programs.measure(params, frozen, batch))
+    return metrics_lib.named(total, "eval")
