@@ -14,7 +14,7 @@ CURVE_POINTS = 200  # of the bound, in the picture
 
 
 def probe(model, reference_params, reward: str):
-    """params -> {"frontier/reward", "frontier/kl"}, exact, to the reference; `fit` calls it at each
+    """params -> {"frontier/reward", "frontier/kl"}, exact, to the reference; the loop calls it at each
     evaluation.
     """
     reference_PC, rewards_PC = exact_reference(model, reference_params, reward)

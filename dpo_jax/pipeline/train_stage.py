@@ -16,7 +16,8 @@ from dpo_jax.models import lora as adapters
 from dpo_jax.models.lora import Lora
 from dpo_jax.parallel import sharding
 from dpo_jax.pipeline.run import Run
-from dpo_jax.training.loop import DataFeed, Job, fit
+from dpo_jax.training.data_feed import DataFeed
+from dpo_jax.training.loop import Job, train
 from dpo_jax.training.ppo import RolloutFeed
 from dpo_jax.training.reference_cache import ReferenceCache
 
@@ -67,7 +68,7 @@ def train_stage(run: Run, stage: str) -> dict:
         lora=lora,
         load_base=load_initial if lora else lambda: None,
     )
-    params, evaluated = fit(job, _feed(run, stage, job, initial, reference, cache))
+    params, evaluated = train(job, _feed(run, stage, job, initial, reference, cache))
     if lora:
         peft.save(folder / "adapter", model, initial.hf_config, lora, params, base=initial.path)
         params = adapters.merge(load_initial(), params, lora)
@@ -113,8 +114,8 @@ def _feed(run: Run, stage: str, job: Job, initial, reference, cache: ReferenceCa
         seed=config.seed + job.block.get("seed", 0) if config.data.shuffle else None,
         eos_id=None if sampled else run.eos_id(initial.tokenizer),
         reference_is_init=reference is initial,
-        reference_logps=cache and cache.logps,
-        show_row=lambda row: dataset.show(data.train, initial.tokenizer, [row]),
+        reference_log_probs=cache.log_probs if cache else None,
+        show_example=lambda index: dataset.show(data.train, initial.tokenizer, [index]),
     )
 
 

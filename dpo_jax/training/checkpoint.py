@@ -34,7 +34,7 @@ class Checkpoints:
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
         )
         # At each save orbax asks jax for preemptions too, with the step. The processes stop at one
-        # number, by equality, and `fit` counts through all stages: a lower number in between would
+        # number, by equality, and the loop counts through all stages: a lower number in between would
         # have it pass the one they agree on.
         self._checkpointer._manager.reached_preemption = lambda step: False
 

@@ -84,9 +84,7 @@ class DataFeed:
     def evaluate(self, params: dict) -> dict[str, float]:
         if self._held_out is None:
             return {}
-        return evaluate(
-            self._job.programs, self._job.mesh, params, self._frozen, self._held_out
-        )
+        return evaluate(self._job.programs, self._job.mesh, params, self._frozen, self._held_out)
 
     def tokens(self, step: int) -> int:
         return self._batches.tokens(step)

@@ -125,7 +125,7 @@ class Feed(typing.Protocol):
         """Return how many real tokens the step read, or sampled."""
 
     def flops(self, step: int) -> int | None:
-        """Return the FLOPs that the step's real tokens need; None where that is not all its work."""
+        """Return FLOPs that the step's real tokens need; None where that is not all its work."""
 
     def examples(self, step: int) -> list[str]:
         """Return names of the step's examples, for an error message."""

@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import uuid
 
 import jax
@@ -19,6 +20,14 @@ TIMINGS = (  # what differs between two equal runs
     "step_time",
     "model_flops_utilization",
 )
+
+
+_OF_EVALUATION = re.compile(r"_eval/|/eval$|^frontier/")
+
+
+def is_evaluation(name: str) -> bool:
+    """Return whether a metric is measured at an evaluation, rather than of a training step."""
+    return _OF_EVALUATION.search(name) is not None
 
 
 def named(metrics: dict, split: str) -> dict[str, float]:

@@ -1,12 +1,11 @@
-"""PPO (Ziegler et al. 2019; Schulman et al. 2017) as a feed of the same training loop and the same
-step.
+"""PPO (Ziegler et al. 2019; Schulman et al. 2017) as a feed of the same loop and the same update.
 
-A step samples completions from the policy, scores them, spreads a KL penalty against the reference
+A step samples completions from the policy, rewards them, spreads a KL penalty against the reference
 over their tokens, estimates advantages, and makes several updates on minibatches of them. The
-penalty's weight adapts to a target KL; it is kept in the state, so a resumed run goes on as one
-that was never stopped.
+weight of the penalty adapts to a target KL. It is kept in the state, so that a resumed run equals
+one that was never stopped.
 
-Letters: B completions of a step, T their tokens; else as in transformer.py.
+Letters: B completions of a step, T their tokens; otherwise as in transformer.py.
 """
 
 import dataclasses
@@ -14,7 +13,6 @@ import functools
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax.console import say
@@ -27,34 +25,66 @@ from dpo_jax.sampling import rollouts, sampler
 from dpo_jax.sampling.prompts import Prompts
 from dpo_jax.training import losses
 from dpo_jax.training import metrics as metrics_lib
-from dpo_jax.training.loop import Job, programs
+from dpo_jax.training.loop import Job
 from dpo_jax.training.objectives import token_values
 from dpo_jax.training.self_check import SelfCheckFailed
-from dpo_jax.training.step import TrainState, whole
+from dpo_jax.training.step import Frozen, TrainState, place_controls
 
-EPSILON = 1e-8  # beside deviations that are divided by
-CHECK_TOLERANCE = 1e-3  # nats per token, between what sampled and what trains
+EPSILON = 1e-8  # added to deviations that are divided by
+CHECK_TOLERANCE = 1e-3  # nats per token, between the program that samples and the one that trains
 
 _advantages = jax.jit(losses.advantages)
 
 
 @dataclasses.dataclass
 class Rollout:
-    """A step's completions, one row each, and what was measured on them; per-token lists hold
-    arrays [tokens].
-    """
+    """A step's completions and what was measured on them; per-token lists hold arrays [tokens]."""
 
     examples: list  # (prompt, (completion,))
-    scores: np.ndarray  # [B], the reward that is maximised
-    ended: np.ndarray  # [B], by EOS
-    sampler_logps: list[np.ndarray]
-    logps: list[np.ndarray]
-    reference_logps: list[np.ndarray]
+    rewards: np.ndarray  # [B], what is maximised
+    ended: np.ndarray  # [B], by EOS rather than by length
+    sampler_log_probs: list[np.ndarray]  # under the policy, by the program that sampled
+    log_probs: list[np.ndarray]  # under the policy, by the program that trains
+    reference_log_probs: list[np.ndarray]
     values: list[np.ndarray]
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens were sampled."""
+        return sum(map(len, self.log_probs))
+
+    def kl(self) -> float:
+        """Return the mean over completions of the summed log-ratio to the reference, in nats."""
+        log_ratios = []
+        for policy, reference in zip(self.log_probs, self.reference_log_probs, strict=True):
+            log_ratios.append((policy - reference).sum())
+        return float(np.mean(log_ratios))
+
+
+@dataclasses.dataclass(frozen=True)
+class Controls:
+    """The scalars that PPO adapts, kept in the state's `controls`.
+
+    Checkpoints call the mean and the deviation score_mean and score_std.
+    """
+
+    kl_coef: float  # the weight of the KL penalty
+    reward_mean: float = 0.0  # of the first step's rewards, the reference's own
+    reward_std: float = 1.0
+
+    @classmethod
+    def of_state(cls, state: TrainState) -> "Controls":
+        """Read them from a state."""
+        saved = {name: float(value) for name, value in state.controls.items()}
+        return cls(saved["kl_coef"], saved["score_mean"], saved["score_std"])
+
+    def to_dict(self) -> dict[str, float]:
+        """Return them by the names they have in a state."""
+        return dict(kl_coef=self.kl_coef, score_mean=self.reward_mean, score_std=self.reward_std)
 
 
 class RolloutFeed:
-    """Steps on the policy's own completions: each is several updates."""
+    """The `loop.Feed` of the policy's own completions: each step is several updates."""
 
     def __init__(
         self,
@@ -67,133 +97,144 @@ class RolloutFeed:
         sampling,
         seed: int,
     ):
-        """reward: (prompts, completions, tokens) -> scores; sampling: the config's block."""
+        """Lay out the prompts of the whole stage.
+
+        reward: (prompts, completions, tokens) -> rewards. eos_id: the token that ends a completion,
+        or None. sampling: the config's block.
+        """
         block, size = job.block, len(prompts)
         self.total = block.steps or int(block.epochs * size / block.batch_size)
         if not self.total or not size:
             raise ValueError(
-                f"ppo: {size} prompts make no step of config.ppo.batch_size = {block.batch_size} in "
-                f"{block.epochs} epochs; lower it, or set config.ppo.steps."
+                f"ppo: {size} prompts make no step of config.ppo.batch_size = {block.batch_size} "
+                f"in {block.epochs} epochs. Lower it, or set config.ppo.steps."
             )
         sampler.check(job.model, prompts.ids, sampler.Sampling(sampling.max_new_tokens))
-        self.updates = self.total * block.inner_epochs * (block.batch_size // block.minibatch_size)
-        self.controls = dict(kl_coef=block.init_kl_coef, score_mean=0.0, score_std=1.0)
-        self._job, self._prompts, self._reward, self._tokenizer = job, prompts, reward, tokenizer
-        self._eos_id, self._sampling, self._seed = eos_id, sampling, seed
+        minibatches = block.batch_size // block.minibatch_size
+        self.updates = self.total * block.inner_epochs * minibatches
+        self.controls = Controls(kl_coef=block.init_kl_coef).to_dict()
+        self._job = job
+        self._prompts = prompts
+        self._reward = reward
+        self._tokenizer = tokenizer
+        self._eos_id = eos_id
+        self._sampling = sampling
+        self._seed = seed
         self._order = training_order(size, block.batch_size, self.total, seed)
-        self._sampled = {}  # step -> tokens
+        self._tokens_of_step = {}
         self._splits = dict(
             microbatches=block.minibatch_size // (block.microbatch_size or block.minibatch_size),
             shards=sharding.batch_shards(job.mesh),
         )
-        longest = (
-            np.zeros(max(map(len, prompts.ids)), np.int32),
-            (np.zeros(sampling.max_new_tokens, np.int32),),
-        )
-        cell = block.minibatch_size // (self._splits["microbatches"] * self._splits["shards"])
-        self._shape = packing.shape_of([longest] * max(cell, 1))
+        self._shape = self._largest_shape()
         say(
             f"ppo: {self.total} steps of {block.batch_size} completions from {size} prompts, "
             f"{self.updates} updates of {block.minibatch_size}"
         )
 
-    def check(self, params, reference, hyper) -> str:
-        """What samples is what trains, and policy and reference start equal."""
-        rollout = self._collect(
-            params, reference, 0, self._order[0][: self._job.block.minibatch_size]
-        )
-        gap = max(
-            np.abs(a - b).max() for a, b in zip(rollout.logps, rollout.sampler_logps, strict=True)
-        )
-        ratio = max(
-            np.abs(a - b).max() for a, b in zip(rollout.logps, rollout.reference_logps, strict=True)
-        )
+    def start(self, frozen: Frozen, first_step: int) -> None:
+        # A step depends on its number and the state alone, so there is nothing to prepare.
+        self._frozen = frozen
+
+    def check(self, params: dict) -> str:
+        """Check that what samples is what trains, and that policy and reference start equal."""
+        few = self._order[0][: self._job.block.minibatch_size]
+        rollout = self._collect(params, 0, few)
+        gap = _largest_gap(rollout.log_probs, rollout.sampler_log_probs)
+        ratio = _largest_gap(rollout.log_probs, rollout.reference_log_probs)
         tolerance = CHECK_TOLERANCE if self._job.model.dtype == "float32" else 50 * CHECK_TOLERANCE
         if gap > tolerance or ratio > tolerance:
             raise SelfCheckFailed(
-                f"before any update the log-probs of sampled tokens differ by {gap:.2g} nats between sampler and "
-                f"trainer, and by {ratio:.2g} between policy and reference; expected less than {tolerance:g}."
+                f"before any update the log-probs of sampled tokens differ by {gap:.2g} nats "
+                f"between sampler and trainer, and by {ratio:.2g} between policy and reference; "
+                f"expected less than {tolerance:g}."
             )
         return (
-            f"self-check passed: {len(rollout.scores)} completions, sampler = trainer to {gap:.1g} nats a token, "
-            f"mean reward {rollout.scores.mean():.4g}"
+            f"self-check passed: {len(rollout.rewards)} completions, sampler = trainer to "
+            f"{gap:.1g} nats a token, mean reward {rollout.rewards.mean():.4g}"
         )
 
-    def steps(self, start: int, reference, hyper, base):
-        for step in range(start, self.total):
-            yield (
-                step,
-                functools.partial(
-                    self._update, step=step, reference=reference, hyper=hyper, base=base
-                ),
+    def run(self, state: TrainState, step: int) -> tuple[TrainState, dict]:
+        block = self._job.block
+        rollout = self._collect(state.params, step, self._order[step])
+        self._tokens_of_step[step] = rollout.tokens
+        controls = Controls.of_state(state)
+        if step == 0:
+            controls = dataclasses.replace(
+                controls,
+                reward_mean=rollout.rewards.mean(),
+                reward_std=rollout.rewards.std() + EPSILON,
             )
 
-    def evaluate(self, params, reference, hyper) -> dict[str, float]:
+        batches = self._minibatches(rollout, controls, step)
+        # The rollout holds the reference's log-probs already, so the updates need no reference.
+        frozen = dataclasses.replace(self._frozen, reference=None)
+        metrics = None
+        for number in range(len(batches)):
+            batch = sharding.shard_batch(self._job.mesh, batches[number], axis=1)
+            state, of_update = self._job.programs.update(state, frozen, batch)
+            metrics = metrics_lib.add(metrics, of_update)
+
+        kl = rollout.kl()
+        metrics |= {
+            "ppo/reward": (rollout.rewards.sum(), block.batch_size),
+            "ppo/kl": (kl, 1),
+            "ppo/kl_coef": (controls.kl_coef, 1),
+            "ppo/length": (rollout.tokens, block.batch_size),
+            "ppo/eos_rate": (rollout.ended.sum(), block.batch_size),
+        }
+        kl_coef = adapted_kl_coef(
+            controls.kl_coef, kl, block.target_kl, block.batch_size, block.kl_horizon
+        )
+        controls = dataclasses.replace(controls, kl_coef=kl_coef)
+        placed = place_controls(controls.to_dict(), self._job.programs.shardings)
+        return dataclasses.replace(state, controls=placed), metrics
+
+    def evaluate(self, params: dict) -> dict[str, float]:
         return {}  # a policy has no held-out loss; the job's probe samples from it
 
     def tokens(self, step: int) -> int:
-        return self._sampled[step]
+        return self._tokens_of_step[step]
 
     def flops(self, step: int) -> None:
         return None  # most of a step is sampling
 
-    def rows(self, step: int) -> list[str]:
-        return [f"prompt {row}" for row in self._order[step]]
+    def examples(self, step: int) -> list[str]:
+        return [f"prompt {index}" for index in self._order[step]]
 
-    def _update(
-        self, state: TrainState, *, step: int, reference, hyper, base
-    ) -> tuple[TrainState, dict]:
+    def close(self) -> None:
+        pass
+
+    def _largest_shape(self) -> packing.Shape:
+        """Return a shape that any minibatch fits: completions are not known when it is compiled."""
+        prompt = np.zeros(max(map(len, self._prompts.ids)), np.int32)
+        completion = np.zeros(self._sampling.max_new_tokens, np.int32)
+        splits = self._splits["microbatches"] * self._splits["shards"]
+        examples_in_cell = max(self._job.block.minibatch_size // splits, 1)
+        return packing.shape_of([(prompt, (completion,))] * examples_in_cell)
+
+    def _minibatches(self, rollout: Rollout, controls: Controls, step: int) -> Batches:
+        """Return each completion once per inner epoch, in an order of its own."""
         block = self._job.block
-        params, reference = whole(base, state.params, hyper), whole(base, reference, hyper)
-        rollout = self._collect(params, reference, step, self._order[step])
-        self._sampled[step] = sum(map(len, rollout.logps))
-        controls = {name: float(value) for name, value in state.controls.items()}
-        if step == 0:
-            controls |= dict(
-                score_mean=rollout.scores.mean(), score_std=rollout.scores.std() + EPSILON
-            )
-        kl = float(
-            np.mean(
-                [(a - b).sum() for a, b in zip(rollout.logps, rollout.reference_logps, strict=True)]
-            )
-        )
         rng = np.random.default_rng([self._seed, step])
-        order = np.concatenate(
-            [rng.permutation(block.batch_size) for _ in range(block.inner_epochs)]
-        )
-        batches = Batches(
+        epochs = [rng.permutation(block.batch_size) for _ in range(block.inner_epochs)]
+        order = np.concatenate(epochs).reshape(-1, block.minibatch_size)
+        return Batches(
             rollout.examples,
-            order.reshape(-1, block.minibatch_size),
+            order,
             **self._splits,
             shape=self._shape,
-            scored=targets(rollout, **controls, gae_lambda=block.gae_lambda),
+            scored=targets(rollout, controls, block.gae_lambda),
         )
-        total = None
-        for number in range(len(batches)):
-            batch = sharding.shard_batch(self._job.mesh, batches[number], axis=1)
-            state, metrics = programs(self._job).train_step(state, None, hyper, batch, base)
-            total = metrics_lib.add(total, metrics)
-        measured = {
-            "ppo/reward": (rollout.scores.sum(), block.batch_size),
-            "ppo/kl": (kl, 1),
-            "ppo/kl_coef": (controls["kl_coef"], 1),
-            "ppo/length": (self._sampled[step], block.batch_size),
-            "ppo/eos_rate": (rollout.ended.sum(), block.batch_size),
-        }
-        controls["kl_coef"] = adapted_kl_coef(
-            controls["kl_coef"], kl, block.target_kl, block.batch_size, block.kl_horizon
-        )
-        placed = jax.device_put(
-            jax.tree.map(jnp.float32, controls), programs(self._job).shardings.controls
-        )
-        return dataclasses.replace(state, controls=placed), total | measured
 
-    def _collect(self, params, reference, step: int, rows: np.ndarray) -> Rollout:
-        """Samples a completion for each prompt, scores it, and measures both models on it."""
-        job, prompts = self._job, self._prompts.take(rows)
+    def _collect(self, trained: dict, step: int, indices: np.ndarray) -> Rollout:
+        """Sample a completion for each prompt, reward it, and measure both models on it."""
+        frozen = self._frozen
+        params = frozen.full(trained)
+        prompts = self._prompts.take(indices)
         drawn = sampler.sample(
-            job.model,
-            job.mesh,
+            self._job.model,
+            self._job.mesh,
             params,
             prompts.ids,
             sampler.Sampling(self._sampling.max_new_tokens),
@@ -202,19 +243,22 @@ class RolloutFeed:
             first=step * len(self._order[0]),
             batch_size=self._sampling.batch_size,
         )
-        scored = rollouts.score(prompts, drawn, self._tokenizer, self._reward)
+        rows = rollouts.score(prompts, drawn, self._tokenizer, self._reward)
         completions = [completion for (completion,) in drawn]
-        examples = [
-            (prompt, (completion.tokens,))
-            for prompt, completion in zip(prompts.ids, completions, strict=True)
-        ]
-        measured = self._measure(params, reference, examples)
+        examples = []
+        for prompt, completion in zip(prompts.ids, completions, strict=True):
+            examples.append((prompt, (completion.tokens,)))
+        log_probs, reference_log_probs, values = self._measure(
+            params, frozen.full(frozen.reference), examples
+        )
         return Rollout(
-            examples,
-            np.array([row["completions"][0]["reward"] for row in scored]),
-            np.array([completion.ended for completion in completions]),
-            [completion.logps for completion in completions],
-            *measured,
+            examples=examples,
+            rewards=np.array([row["completions"][0]["reward"] for row in rows]),
+            ended=np.array([completion.ended for completion in completions]),
+            sampler_log_probs=[completion.logps for completion in completions],
+            log_probs=log_probs,
+            reference_log_probs=reference_log_probs,
+            values=values,
         )
 
     def _measure(self, params, reference, examples) -> list[list[np.ndarray]]:
@@ -247,50 +291,64 @@ def _measure(model, params, reference, batch):
     return jax.lax.map(one, batch)
 
 
-def targets(
-    rollout: Rollout, *, kl_coef: float, score_mean: float, score_std: float, gae_lambda: float
-) -> dict[str, list[np.ndarray]]:
-    """What the objective needs for each token of each completion.
+def targets(rollout: Rollout, controls: Controls, gae_lambda: float) -> dict[str, list[np.ndarray]]:
+    """Return what the objective needs for each token of each completion, {name: arrays [tokens]}.
 
-    The reward of a token is minus kl_coef times its log-ratio to the reference; the last one gets
-    the completion's score besides, brought to mean 0 and deviation 1 of the first step's, the
-    reference's own (Ziegler et al. 2019). Advantages are brought to mean 0 and deviation 1 over all
-    tokens of the step.
+    The reward of a token is minus kl_coef times its log-ratio to the reference. The last token also
+    gets the completion's reward, brought to mean 0 and deviation 1 of the first step's, which are
+    the reference's own (Ziegler et al. 2019). Advantages are brought to mean 0 and deviation 1 over
+    all tokens of the step.
     """
-    counts_B = np.array([len(logps) for logps in rollout.logps])
-    logps_BT, reference_BT, values_BT = map(
-        _padded, (rollout.logps, rollout.reference_logps, rollout.values)
-    )
-    rewards_BT = -kl_coef * (logps_BT - reference_BT)
-    rewards_BT[np.arange(len(counts_B)), counts_B - 1] += (rollout.scores - score_mean) / score_std
-    advantages_BT = np.asarray(_advantages(rewards_BT, values_BT, counts_B, gae_lambda))
-    advantages = [row[:count] for row, count in zip(advantages_BT, counts_B, strict=True)]
-    value_targets = [
-        advantage + values for advantage, values in zip(advantages, rollout.values, strict=True)
-    ]
+    lengths_B = np.array([len(log_probs) for log_probs in rollout.log_probs])
+    log_probs_BT = _padded(rollout.log_probs)
+    reference_BT = _padded(rollout.reference_log_probs)
+    values_BT = _padded(rollout.values)
+
+    rewards_BT = -controls.kl_coef * (log_probs_BT - reference_BT)
+    last_token_B = lengths_B - 1
+    normalised_B = (rollout.rewards - controls.reward_mean) / controls.reward_std
+    rewards_BT[np.arange(len(lengths_B)), last_token_B] += normalised_B
+
+    advantages_BT = np.asarray(_advantages(rewards_BT, values_BT, lengths_B, gae_lambda))
+    advantages = []
+    value_targets = []
+    for advantages_T, length, values_T in zip(
+        advantages_BT, lengths_B, rollout.values, strict=True
+    ):
+        advantages.append(advantages_T[:length])
+        value_targets.append(advantages_T[:length] + values_T)
+
     flat = np.concatenate(advantages)
     flat = (flat - flat.mean()) / (flat.std() + EPSILON)
+    starts_of_others = np.cumsum(lengths_B)[:-1]
     return dict(
-        sampled_logps=rollout.logps,
+        sampled_logps=rollout.log_probs,
         sampled_values=rollout.values,
         value_targets=value_targets,
-        advantages=np.split(flat.astype(np.float32), np.cumsum(counts_B)[:-1]),
+        advantages=np.split(flat.astype(np.float32), starts_of_others),
     )
 
 
 def adapted_kl_coef(
     kl_coef: float, kl: float, target: float, completions: int, horizon: float
 ) -> float:
-    """The penalty's next weight: more where the KL was above its target, at most 20 % of the way to
-    the horizon (Ziegler et al. 2019, section 2.2).
+    """Return the next weight of the KL penalty: more where the KL was above its target.
+
+    It moves at most 20 % of the way to the horizon, which is in completions (Ziegler et al. 2019,
+    section 2.2).
     """
     error = np.clip(kl / target - 1, -0.2, 0.2)
     return kl_coef * (1 + error * completions / horizon)
 
 
+def _largest_gap(some: list[np.ndarray], others: list[np.ndarray]) -> float:
+    """Return the largest difference between two lists of arrays."""
+    return max(np.abs(a - b).max() for a, b in zip(some, others, strict=True))
+
+
 def _padded(rows: list[np.ndarray]) -> np.ndarray:
-    """Rows of different lengths as one array [B, T], zeros behind."""
-    out = np.zeros((len(rows), max(map(len, rows))), np.float32)
-    for line, row in zip(out, rows, strict=True):
-        line[: len(row)] = row
-    return out
+    """Return arrays of different lengths as one [B, T], with zeros at their ends."""
+    padded_BT = np.zeros((len(rows), max(map(len, rows))), np.float32)
+    for padded_T, row in zip(padded_BT, rows, strict=True):
+        padded_T[: len(row)] = row
+    return padded_BT

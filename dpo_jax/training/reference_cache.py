@@ -42,7 +42,7 @@ class ReferenceCache:
         shards = sharding.batch_shards(mesh)
         self._batch_size = -(-batch_size // shards) * shards
 
-    def logps(self, split: str, examples, rows: np.ndarray) -> np.ndarray:
+    def log_probs(self, split: str, examples, rows: np.ndarray) -> np.ndarray:
         """Log-probs [rows of the data set, responses], of which at least `rows` are there; nan for
         the others.
 

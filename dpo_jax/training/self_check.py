@@ -118,8 +118,8 @@ def _check_ratios(ratios, indices) -> None:
         sizes = np.abs(ratios)
         worst = int(sizes.max(axis=1).argmax())
         raise _ExampleFails(
-            f"has a log-ratio of {sizes.max():.3g} nats, not 0, though policy and reference are the "
-            "same weights.",
+            f"has a log-ratio of {sizes.max():.3g} nats, not 0, though policy and reference are "
+            "the same weights.",
             indices[worst],
         )
 

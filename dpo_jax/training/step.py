@@ -33,7 +33,9 @@ class TrainState:
     step: jax.Array  # updates done, int32
     params: dict  # what is trained: the weights, or adapters over frozen ones
     opt_state: optax.OptState
-    controls: dict = dataclasses.field(default_factory=dict)  # scalars a stage adapts: PPO's kl_coef
+    controls: dict = dataclasses.field(
+        default_factory=dict
+    )  # scalars a stage adapts: PPO's kl_coef
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,7 +244,7 @@ def require_alive(params, name: str) -> None:
     for leaf in jax.tree.leaves(params):
         if isinstance(leaf, jax.Array) and leaf.is_deleted():
             raise RuntimeError(
-                f"{name} was given to an update, which deletes its arrays as it makes the new ones. "
+                f"{name} was given to an update, which deletes its arrays as it makes new ones. "
                 "Use what the last update returned, or copy the weights before it "
                 "(dpo_jax.training.step.copy_params)."
             )

@@ -1,8 +1,10 @@
-"""Our side: the step and the batches of dpo_jax.fit, on one device, its metrics fetched a step late
-as there.
+"""Our side: the update and the batches of the training loop, on one device.
+
+Metrics are fetched a step late, as in the loop.
 """
 
 import dataclasses
+import functools
 import pathlib
 import sys
 import time
@@ -16,9 +18,8 @@ from dpo_jax.data import dataset
 from dpo_jax.data.batches import Batches, prefetch, training_order
 from dpo_jax.models import flops, loading
 from dpo_jax.parallel import processes, sharding
-from dpo_jax.training import loop, metrics, reference_cache
-from dpo_jax.training.objectives import numbers
-from dpo_jax.training.step import init_state
+from dpo_jax.training import metrics, objectives, reference_cache
+from dpo_jax.training.step import Frozen, make_programs
 from experiments.benchmark import device, stages
 from experiments.benchmark.work import Work
 from experiments.benchmark.worker import Turns
@@ -38,19 +39,16 @@ class Trainer:
         data = dataset.load(config.data, self.model.tokenizer, "pairs").train
         order = training_order(len(data), work.pairs, len(data) // work.pairs, None)
         self.batches = Batches(data, order, per_response=self._kept(folder, data, order))
-        self.job = loop.Job(
-            name="dpo",
-            folder=folder,
-            block=config.dpo,
-            model=self.model.config,
-            mesh=self.mesh,
-            load_init=lambda: self.model.load(self.mesh),
-            load_reference=None,
-            log=None,
-            config={},
+        self.programs = make_programs(
+            functools.partial(objectives.dpo, self.model.config, config.dpo.loss),
+            self.model.config,
+            self.mesh,
+            optimizer=config.dpo.optimizer,
+            weight_decay=config.dpo.weight_decay,
+            schedule=config.dpo.schedule,
         )
-        self.programs = loop.programs(self.job)
-        self.hyper = jax.device_put(numbers(config.dpo, work.steps), sharding.replicated(self.mesh))
+        numbers = objectives.numbers(config.dpo, work.steps)
+        self.hyper = jax.device_put(numbers, sharding.replicated(self.mesh))
         self.state = self.reference = None
         self._warm_up()
         self._restart()
@@ -60,15 +58,13 @@ class Trainer:
         if not self.work.cached:
             return {}
         cache = reference_cache.ReferenceCache(folder, self.model, self.mesh, self.work.pairs)
-        return dict(reference_logps=cache.logps("train", data, order[: self.work.steps]))
+        return dict(reference_logps=cache.log_probs("train", data, order[: self.work.steps]))
 
     def _restart(self):
         self.state = self.reference = None
         with jax.set_mesh(self.mesh):
-            self.reference = None if self.work.cached else self.job.load_init()
-            self.state = init_state(
-                self.programs.optimizer, self.job.load_init(), {}, self.programs.shardings
-            )
+            self.reference = None if self.work.cached else self.model.load(self.mesh)
+            self.state = self.programs.init_state(self.model.load(self.mesh))
         self._feed = prefetch(self.load, range(self.work.steps))
 
     def _warm_up(self):
@@ -86,10 +82,9 @@ class Trainer:
         return sharding.shard_batch(self.mesh, self.batches[step], axis=1)
 
     def _update(self, batch) -> dict:
+        frozen = Frozen(self.hyper, self.reference)
         with jax.set_mesh(self.mesh):
-            self.state, measured = self.programs.train_step(
-                self.state, self.reference, self.hyper, batch
-            )
+            self.state, measured = self.programs.update(self.state, frozen, batch)
         return measured
 
     def steps(self, count: int) -> dict:

@@ -14,7 +14,7 @@ from dpo_jax import score
 from dpo_jax.data import dataset
 from dpo_jax.models import hf, loading
 from dpo_jax.parallel import sharding
-from dpo_jax.training import loop, metrics
+from dpo_jax.training import data_feed, metrics
 from dpo_jax.training.loop import Interrupted
 from dpo_jax.workdir import StageChanged
 from tests.helpers.tiny_runs import (
@@ -157,7 +157,7 @@ def test_learning_does_not_depend_on_devices(
     for name, found in dict(
         check="not checked", evaluate={}
     ).items():  # whose programs take long to compile
-        monkeypatch.setattr(loop.DataFeed, name, lambda *_, found=found: found)
+        monkeypatch.setattr(data_feed.DataFeed, name, lambda *_, found=found: found)
     for init, alone in of_inits.items():
         config = lora_config(model, pairs, init=init)
         config.mesh.update(sizes)

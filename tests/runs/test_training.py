@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dpo_jax import config as configs
+from dpo_jax.parallel import sharding
 from dpo_jax.training import loop, metrics
 from dpo_jax.training.checkpoint import Checkpoints
 from dpo_jax.training.loop import Interrupted
@@ -344,10 +345,10 @@ def test_the_device_never_waits_for_the_host(model, pairs, tmp_path, monkeypatch
     loop.
     """
     events, made_by = [], []
-    programs, named, shard_batch = loop.programs, metrics.named, loop.sharding.shard_batch
+    programs, named, shard_batch = loop.Job.programs, metrics.named, sharding.shard_batch
 
     def watched(job):
-        made = programs(job)
+        made = programs.fget(job)
 
         def train_step(*arguments):
             events.append("step")
@@ -355,12 +356,12 @@ def test_the_device_never_waits_for_the_host(model, pairs, tmp_path, monkeypatch
 
         return dataclasses.replace(made, train_step=train_step)
 
-    monkeypatch.setattr(loop, "programs", watched)
+    monkeypatch.setattr(loop.Job, "programs", property(watched))
     monkeypatch.setattr(
         metrics, "named", lambda *arguments: events.append("fetch") or named(*arguments)
     )
     monkeypatch.setattr(
-        loop.sharding,
+        sharding,
         "shard_batch",
         lambda *arguments, **options: (
             made_by.append(threading.current_thread()) or shard_batch(*arguments, **options)

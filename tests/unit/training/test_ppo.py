@@ -21,16 +21,15 @@ def rollout(counts=(4, 1, 3)):
 
 
 def test_targets_are_what_a_plain_loop_makes_of_them():
-    """Reward to go of -kl_coef log-ratio, the normalised score at the end, less the value; then
+    """Reward to go of -kl_coef log-ratio, the normalised reward at the end, less the value; then
     normalised.
     """
     found, kl_coef, lam = rollout(), 0.3, 0.9
-    targets = ppo.targets(found, kl_coef=kl_coef, score_mean=0.5, score_std=2.0, gae_lambda=lam)
-    scores = (found.scores - 0.5) / 2
+    targets = ppo.targets(found, ppo.Controls(kl_coef, reward_mean=0.5, reward_std=2.0), lam)
     expected = []
-    for row, score in enumerate(scores):
-        reward = -kl_coef * (found.logps[row] - found.reference_logps[row])
-        reward[-1] += score
+    for row, whole in enumerate((found.rewards - 0.5) / 2):
+        reward = -kl_coef * (found.log_probs[row] - found.reference_log_probs[row])
+        reward[-1] += whole
         value = np.append(found.values[row], 0)
         advantage, later = [], 0.0
         for t in reversed(range(len(reward))):

@@ -32,19 +32,16 @@ def check(tiny, data, reference="same", loss="sigmoid", eos_id=EOS, exact=True, 
     block = types.SimpleNamespace(loss=loss, beta=0.1, label_smoothing=0.0)
     reference = params if isinstance(reference, str) else reference
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
-    return self_check.self_check(
-        config,
-        block,
-        mesh,
-        params,
-        reference,
-        data,
-        np.arange(len(data)),
-        measured,
+    first_batch = self_check.FirstBatch(
+        examples=data,
+        indices=np.arange(len(data)),
+        metrics=measured,
         eos_id=eos_id,
-        exact=exact,
-        show_row=lambda row: f"tokens of {row}",
+        reference_is_init=exact,
+        reference_log_probs=None,
+        show=lambda index: f"tokens of {index}",
     )
+    return self_check.self_check(config, block, mesh, params, reference, first_batch)
 
 
 def test_a_good_batch_passes_in_one_line(tiny):
@@ -78,7 +75,9 @@ def test_another_reference_than_the_initial_weights_shows(tiny):
 def test_a_response_without_a_token_is_named(tiny):
     data = examples()
     data.responses[3] = (data.responses[3][0], np.array([], np.int32))
-    with pytest.raises(self_check.SelfCheckFailed, match="rows.jsonl row 4 has .* no scored token"):
+    with pytest.raises(
+        self_check.SelfCheckFailed, match="rows.jsonl row 4 has .* a response without a token"
+    ):
         check(tiny, data)
 
 
