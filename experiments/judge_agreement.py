@@ -44,10 +44,10 @@ def read_votes(path: str) -> list[dict]:
         if (
             not isinstance(votes, list)
             or not votes
-            or any(vote not in list(winrate_stats.SCORES) for vote in votes)
+            or any(vote not in list(winrate_stats.POINTS) for vote in votes)
         ):
             raise ValueError(
-                f"{path} line {number}: expected a field 'votes', a list of {', '.join(winrate_stats.SCORES)}; "
+                f"{path} line {number}: expected a field 'votes', a list of {', '.join(winrate_stats.POINTS)}; "
                 f"found {votes!r:.80}."
             )
         rows.append(row)
@@ -81,7 +81,7 @@ def _win_rate(items: list[list[str | None]]) -> dict:
     """Mean over comparisons of the share of verdicts that are wins, a tie a half, with Wilson's
     interval.
     """
-    given = [[winrate_stats.SCORES[verdict] for verdict in item if verdict] for item in items]
+    given = [[winrate_stats.POINTS[verdict] for verdict in item if verdict] for item in items]
     scores = [np.mean(item) for item in given if item]
     low, high = winrate_stats.wilson(sum(scores), len(scores))
     counts = {

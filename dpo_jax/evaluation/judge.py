@@ -1,11 +1,11 @@
-"""Which of two answers is better, by a chat model or by a reward.
+"""Judge which of two answers is better, by a chat model or by a reward.
 
-A judge reads a template with the prompt and the answers, A and B, and ends on a letter. Which of
-ours and the other's is A is drawn for each comparison from its content and the seed, so neither its
-place in a list nor a resumed run changes it; with orders=2 both ways are asked, and a judge that
-contradicts itself gives a tie.
+A judge reads a template with the prompt and the answers A and B, and ends with a letter. Whether
+ours or the other answer is A is drawn for each comparison from its content and the seed, so neither
+its place in a list nor a resumed run changes it. With orders=2 both ways are asked, and a judge
+that contradicts itself gives a tie.
 
-Without a call: equal answers are a tie, and an empty answer loses. No jax here.
+Two cases need no call: equal answers tie, and an empty answer loses. This file imports no jax.
 """
 
 import asyncio
@@ -38,9 +38,10 @@ __all__ = [
 ]
 
 JUDGEMENTS = "judgements.jsonl"
-ATTEMPTS = 3  # times that a question is asked until the answer can be read
-ORDERS = ("ours, other", "other, ours")  # A, B
+ATTEMPTS = 3  # how often a question is asked until the answer can be read
+ORDERS = ("ours, other", "other, ours")  # which is A, which is B
 PROGRESS_SECONDS = 10.0
+# A line such as "Better: A", "Summary B" or "A."; labels such as "Worse:" do not count.
 _CHOICE = re.compile(
     r"\s*(?P<label>(?!(?i:[a-z ]*\b(?:worse|not)\b))[A-Za-z][A-Za-z ]*:)?"
     r"\s*(?P<noun>(?i:summary|response|answer|reply)\s+)?(?P<letter>[AB])\s*\.?\s*"
@@ -114,12 +115,12 @@ class Comparison:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Judge(chat_api.Endpoint):
-    """A chat model with a question; the other fields are of chat_api.Endpoint."""
+    """A chat model with a question to ask; other fields are in chat_api.Endpoint."""
 
-    # a name in TEMPLATES, or a file with {prompt}, {a} and {b}, whose answers end on a letter
+    # A name in TEMPLATES, or a file with {prompt}, {a} and {b} whose answers end with a letter.
     template: str
-    orders: int = 1  # 2: both, and where they disagree it is a tie
-    seed: int = 0  # of the order, where it is one
+    orders: int = 1  # 1: one order, drawn; 2: both, and a tie if they disagree
+    seed: int = 0  # of the drawn order
 
     def __post_init__(self):
         super().__post_init__()
@@ -138,63 +139,67 @@ def compare(
     folder: pathlib.Path,
     progress: Callable[[str], None] = _print,
 ) -> list[str | None]:
-    """Verdict of each comparison: "win" (ours), "tie", "loss", or None where no answer could be
-    read or the endpoint refused the question.
+    """Return the verdict of each comparison: "win" (for ours), "tie", "loss" or None.
 
-    Calls are kept in folder/judgements.jsonl, and what is there is not asked again: neither network
-    nor key is needed where all is. progress: is given a line now and then. Raises BudgetExhausted
-    before a call that could pass a cap, and ChatError where the endpoint fails, both after the
-    calls under way are kept.
+    None means that no answer could be read, or that the endpoint refused the question. Calls are
+    kept in folder/judgements.jsonl and not made again, so neither network nor key is needed if all
+    are there. progress: called with a line now and then. Raises BudgetExhausted before a call that
+    could pass a cap, and ChatError if the endpoint fails; calls in flight are kept first.
     """
-    plain = [
-        Comparison(*(text.strip() for text in dataclasses.astuple(comparison)))
-        for comparison in comparisons
-    ]
-    asked = dict.fromkeys(comparison for comparison in plain if _without_call(comparison) is None)
-    questions = [
-        (comparison, order) for comparison in asked for order in _orders(judge, comparison)
-    ]
+    stripped = []
+    for comparison in comparisons:
+        texts = (text.strip() for text in dataclasses.astuple(comparison))
+        stripped.append(Comparison(*texts))
+    questions = []
+    for comparison in dict.fromkeys(stripped):  # equal comparisons are asked once
+        if _without_call(comparison) is None:
+            questions += [(comparison, order) for order in _orders(judge, comparison)]
     found = asyncio.run(_ask_all(judge, questions, pathlib.Path(folder) / JUDGEMENTS, progress))
-    return [
-        _without_call(comparison)
-        or _together([found[comparison, order] for order in _orders(judge, comparison)])
-        for comparison in plain
-    ]
+    verdicts = []
+    for comparison in stripped:
+        verdict = _without_call(comparison)
+        if verdict is None:
+            verdict = _combined([found[comparison, order] for order in _orders(judge, comparison)])
+        verdicts.append(verdict)
+    return verdicts
 
 
 def compare_by_reward(reward: Callable, comparisons: list[Comparison]) -> list[str]:
-    """The same verdicts by a reward of dpo_jax/rewards.py that reads texts: the higher is better,
-    equal ones tie.
+    """Return verdicts by a reward that reads texts: the higher reward wins, equal ones tie.
+
+    reward: as made by rewards/make.py. Raises ValueError if a reward is not finite.
     """
     prompts = [comparison.prompt for comparison in comparisons]
-    texts = [comparison.ours for comparison in comparisons] + [
-        comparison.other for comparison in comparisons
-    ]
-    rewards_N2 = np.reshape(reward(prompts * 2, texts, None), (2, -1)).T
+    ours = [comparison.ours for comparison in comparisons]
+    others = [comparison.other for comparison in comparisons]
+    rewards_N2 = np.reshape(reward(prompts * 2, ours + others, None), (2, -1)).T
     if not np.isfinite(rewards_N2).all():
-        raise ValueError(
-            f"the reward of comparison {np.argwhere(~np.isfinite(rewards_N2))[0][0]} is not finite."
-        )
-    return [
-        _without_call(comparison) or ("win" if ours > other else "loss" if ours < other else "tie")
-        for comparison, (ours, other) in zip(comparisons, rewards_N2, strict=True)
-    ]
+        first = np.argwhere(~np.isfinite(rewards_N2))[0][0]
+        raise ValueError(f"the reward of comparison {first} is not finite.")
+    verdicts = []
+    for comparison, (our_reward, other_reward) in zip(comparisons, rewards_N2, strict=True):
+        verdict = _without_call(comparison)
+        if verdict is None and our_reward == other_reward:
+            verdict = "tie"
+        elif verdict is None:
+            verdict = "win" if our_reward > other_reward else "loss"
+        verdicts.append(verdict)
+    return verdicts
 
 
 def write_verdicts(
     path: pathlib.Path, judge: Judge, verdicts: list[str | None], folder: pathlib.Path
 ) -> dict:
-    """Writes, and returns, what was judged, by whom and when, with the win rate and each verdict.
+    """Write and return the verdicts and the win rate, with who judged and when.
 
     folder: that of `compare`, whose calls say when they were made and which model served them.
     """
     template = _digest(read_template(judge.template))
-    calls = [
-        row
-        for row in chat_api.read(pathlib.Path(folder) / JUDGEMENTS)
-        if (row["model"], row["temperature"], row["template"])
-        == (judge.model, judge.temperature, template)
-    ]
+    asked = (judge.model, judge.temperature, template)
+    calls = []
+    for row in chat_api.read(pathlib.Path(folder) / JUDGEMENTS):
+        if (row["model"], row["temperature"], row["template"]) == asked:
+            calls.append(row)
     dates = sorted(row["date"] for row in calls)
     result = dict(
         judge=judge.model,
@@ -217,69 +222,82 @@ def write_verdicts(
 
 
 def read_template(name: str) -> str:
-    """The text of a template by name or file; ValueError where it has not {prompt}, {a} and {b},
-    and nothing else.
+    """Return the text of a template, by name or file.
+
+    Raises ValueError unless its placeholders are exactly {prompt}, {a} and {b}.
     """
     if name in TEMPLATES:
         return TEMPLATES[name]
     if not pathlib.Path(name).is_file():
-        raise ValueError(f"template={name!r} is no file, and none of {', '.join(TEMPLATES)}.")
+        raise ValueError(f"template={name!r} is neither a file nor one of {', '.join(TEMPLATES)}.")
     text = pathlib.Path(name).read_text()
     try:
-        fields = {
-            "{" + field + (f"!{change}" if change else "") + (f":{form}" if form else "") + "}"
-            for _, field, form, change in string.Formatter().parse(text)
-            if field is not None
-        }
+        fields = _placeholders(text)
     except ValueError as error:
-        raise ValueError(
-            f"{name}: {error}; write {{{{ and }}}} for braces that are meant as such."
-        ) from None
+        raise ValueError(f"{name}: {error}. Write {{{{ and }}}} for literal braces.") from None
     if fields != {"{prompt}", "{a}", "{b}"}:
         raise ValueError(
-            f"{name} has the placeholders {', '.join(sorted(fields)) or '(none)'}; expected {{prompt}}, "
-            "{a} and {b}, and {{ and }} for braces that are meant as such."
+            f"{name} has the placeholders {', '.join(sorted(fields)) or '(none)'}; expected "
+            "{prompt}, {a} and {b}. Write {{ and }} for literal braces."
         )
     return text
 
 
+def _placeholders(text: str) -> set[str]:
+    """The placeholders of a format string as they are written, such as {a} or {a!r:>8}."""
+    found = set()
+    for _, field, form, conversion in string.Formatter().parse(text):
+        if field is not None:
+            shown = field
+            if conversion:
+                shown += f"!{conversion}"
+            if form:
+                shown += f":{form}"
+            found.add("{" + shown + "}")
+    return found
+
+
 def read_choice(answer: str) -> str | None:
-    """ "A" or "B" where the last line is that letter, after a label such as "Better:" or alone, and
-    no line before says the other; else None. Quotes, brackets and Markdown's stars do not matter;
-    "Summary A" is A, and nothing is read after "worse" or "not".
+    """Return the letter that an answer ends with, "A" or "B"; None if it cannot be read.
+
+    The last line must be the letter, alone or after a label such as "Better:", and no line before
+    may say the other. Quotes, brackets and Markdown's stars do not matter. "Summary A" is A, and a
+    letter after "worse" or "not" does not count.
     """
-    lines = [
-        line for line in re.sub(r"[*_`\"'“”‘’()\[\]<>#]", "", answer).splitlines() if line.strip()
-    ]
+    plain = re.sub(r"[*_`\"'“”‘’()\[\]<>#]", "", answer)
+    lines = [line for line in plain.splitlines() if line.strip()]
     choices = [_CHOICE.fullmatch(line) for line in lines]
-    headings = [
-        choice for choice in choices[:-1] if choice and choice["noun"] and not choice["label"]
-    ]
-    letters = {choice["letter"] for choice in choices if choice and choice not in headings}
-    return letters.pop() if choices and choices[-1] and len(letters) == 1 else None
+    if not choices or not choices[-1]:
+        return None
+    # "Summary A" alone on an earlier line is a heading above a remark, not a choice.
+    letters = {choices[-1]["letter"]}
+    for choice in choices[:-1]:
+        is_heading = choice and choice["noun"] and not choice["label"]
+        if choice and not is_heading:
+            letters.add(choice["letter"])
+    return letters.pop() if len(letters) == 1 else None
 
 
 async def _ask_all(judge: Judge, questions: list, path: pathlib.Path, show: Callable) -> dict:
-    """(comparison, order) -> verdict. A failure ends it once the calls under way have ended."""
-    template, waiting, found = read_template(judge.template), collections.deque(questions), {}
+    """Ask all questions: (comparison, order) -> verdict. After a failure no new call is made."""
+    template = read_template(judge.template)
+    waiting, found = collections.deque(questions), {}
+    has_prices = bool(judge.input_price or judge.output_price)
     async with chat_api.opened(judge, path) as calls:
-        report = _Report(show, calls, len(questions), bool(judge.input_price or judge.output_price))
+        report = _Report(show, calls, len(questions), has_prices)
 
         async def work():
             while waiting:
                 comparison, order = waiting.popleft()
                 try:
                     found[comparison, order] = await _ask(calls, template, comparison, order)
-                except (
-                    Exception
-                ):  # whatever it is, nobody takes another question; `gather` brings it up
-                    waiting.clear()
+                except Exception:
+                    waiting.clear()  # the other workers stop too; `gather` returns the failure
                     raise
                 report(len(found))
 
-        failures = await asyncio.gather(
-            *(work() for _ in range(judge.concurrency)), return_exceptions=True
-        )
+        workers = [work() for _ in range(judge.concurrency)]
+        failures = await asyncio.gather(*workers, return_exceptions=True)
         for failure in filter(None, failures):
             raise failure
     return found
@@ -288,11 +306,11 @@ async def _ask_all(judge: Judge, questions: list, path: pathlib.Path, show: Call
 async def _ask(
     calls: chat_api.Calls, template: str, comparison: Comparison, order: str
 ) -> str | None:
-    """The verdict in one order; None after answers that cannot be read, or a refusal."""
+    """Ask for a verdict in one order; None after unreadable answers or a refusal."""
     ours_first = order == ORDERS[0]
-    a, b = (
-        (comparison.ours, comparison.other) if ours_first else (comparison.other, comparison.ours)
-    )
+    a, b = comparison.ours, comparison.other
+    if not ours_first:
+        a, b = b, a
     prompt = template.format(prompt=comparison.prompt, a=a, b=b)
     for attempt in range(ATTEMPTS):
         answer = await calls.ask(prompt, template=_digest(template), order=order, attempt=attempt)
@@ -304,7 +322,7 @@ async def _ask(
 
 
 class _Report:
-    """A line now and then: how far, calls, their rate, time left, spend."""
+    """Shows a line now and then: progress, calls, their rate, the time left and the cost."""
 
     def __init__(
         self, show: Callable[[str], None], calls: chat_api.Calls, total: int, priced: bool
@@ -316,37 +334,41 @@ class _Report:
         now, calls = time.monotonic(), self._calls
         if done < self._total and now - self._last < PROGRESS_SECONDS:
             return
-        self._last, rate = now, calls.new / max(now - self._began, 1e-9)
-        left = (
-            f"{tqdm.format_interval((self._total - done) / rate)} left" if rate else "all were kept"
-        )
-        refused = f"  {calls.refused} refused" * bool(calls.refused)
-        spend = f"  spent {calls.spent:.4f}" if self._priced else ""
-        self._show(
-            f"judge {done}/{self._total}  calls {calls.new} ({calls.retries} retried){refused}  {rate:.1f}/s"
-            f"{spend}  {left}"
-        )
+        self._last = now
+        rate = calls.new / max(now - self._began, 1e-9)
+        parts = [f"judge {done}/{self._total}", f"calls {calls.new} ({calls.retries} retried)"]
+        if calls.refused:
+            parts.append(f"{calls.refused} refused")
+        parts.append(f"{rate:.1f}/s")
+        if self._priced:
+            parts.append(f"spent {calls.spent:.4f}")
+        if rate:
+            parts.append(f"{tqdm.format_interval((self._total - done) / rate)} left")
+        else:
+            parts.append("all answers were kept")
+        self._show("  ".join(parts))
 
 
 def _orders(judge: Judge, comparison: Comparison) -> tuple[str, ...]:
-    """In which order, or orders, a comparison is asked."""
+    """The order, or both orders, in which a comparison is asked."""
     if judge.orders == 2:
         return ORDERS
-    return (
-        ORDERS[int(_digest(json.dumps([judge.seed, *dataclasses.astuple(comparison)])), 16) % 2],
-    )
+    content = json.dumps([judge.seed, *dataclasses.astuple(comparison)])
+    return (ORDERS[int(_digest(content), 16) % 2],)
 
 
 def _without_call(comparison: Comparison) -> str | None:
-    """A verdict that needs no judge."""
+    """The verdict of a comparison that needs no judge; None for the others."""
     ours, other = comparison.ours.strip(), comparison.other.strip()
     if ours == other:
         return "tie"
-    return "loss" if not ours else "win" if not other else None
+    if not ours:
+        return "loss"
+    return None if other else "win"
 
 
-def _together(verdicts: list[str | None]) -> str | None:
-    """One verdict from those in each order."""
+def _combined(verdicts: list[str | None]) -> str | None:
+    """One verdict from those of each order; a tie if they differ."""
     if None in verdicts:
         return None
     return verdicts[0] if len(set(verdicts)) == 1 else "tie"
@@ -357,39 +379,42 @@ def _digest(text: str) -> str:
 
 
 def define_flags() -> Callable[..., Judge]:
-    """Defines the flags of a command that judges; the result, once they are parsed, makes a Judge
-    of them.
+    """Define the flags of a command that judges; return a function that makes a Judge of them.
 
-    The result takes the fields that have no flag, or another value: model, template.
+    Call the function once the flags are parsed. It takes the fields that have no flag (model,
+    template) and those that should override one.
     """
     from absl import flags
 
     holders = dict(
         temperature=flags.DEFINE_float(
-            "judge_temperature", Judge.temperature, "Of the judge's own sampling."
+            "judge_temperature", Judge.temperature, "The judge's sampling temperature."
         ),
         orders=flags.DEFINE_integer(
-            "orders", Judge.orders, "1: A and B at random; 2: both, disagreement is a tie."
+            "orders", Judge.orders, "1: draw which answer is A; 2: ask both, disagreement ties."
         ),
-        seed=flags.DEFINE_integer("judge_seed", Judge.seed, "Of the order."),
+        seed=flags.DEFINE_integer("judge_seed", Judge.seed, "Seed of the drawn order."),
         concurrency=flags.DEFINE_integer(
-            "concurrency", Judge.concurrency, "Calls under way at a time."
+            "concurrency", Judge.concurrency, "Calls in flight at a time."
         ),
         requests_per_minute=flags.DEFINE_float(
-            "requests_per_minute", None, "At most; default: no limit."
+            "requests_per_minute", None, "Most requests per minute; default: no limit."
         ),
         timeout=flags.DEFINE_float(
-            "timeout", Judge.timeout, "Seconds until a request that hangs is made again."
+            "timeout", Judge.timeout, "Seconds after which a hanging request is retried."
         ),
-        max_calls=flags.DEFINE_integer(
-            "max_calls", None, "Stop before more answers are kept; default: no cap."
+        max_calls=flags.DEFINE_integer("max_calls", None, "Most answers to keep; default: no cap."),
+        max_cost=flags.DEFINE_float("max_cost", None, "Most that they may cost; default: no cap."),
+        input_price=flags.DEFINE_float(
+            "input_price", Judge.input_price, "Price of a million input tokens."
         ),
-        max_cost=flags.DEFINE_float(
-            "max_cost", None, "Stop before all kept cost more; default: no cap."
+        output_price=flags.DEFINE_float(
+            "output_price", Judge.output_price, "Price of a million output tokens."
         ),
-        input_price=flags.DEFINE_float("input_price", Judge.input_price, "Per million tokens."),
-        output_price=flags.DEFINE_float("output_price", Judge.output_price, "Per million tokens."),
     )
-    return lambda **fields: Judge(
-        **{name: holder.value for name, holder in holders.items()} | fields
-    )
+
+    def make_judge(**fields) -> Judge:
+        given = {name: holder.value for name, holder in holders.items()}
+        return Judge(**given | fields)
+
+    return make_judge

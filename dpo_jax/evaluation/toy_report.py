@@ -1,4 +1,4 @@
-"""The toy's exact results: reward and KL at each evaluation, the end table, and the picture."""
+"""The toy's exact results: reward and KL during training, the final table, and the picture."""
 
 import pathlib
 
@@ -10,17 +10,18 @@ from dpo_jax.evaluation import exact, plots
 from dpo_jax.training import metrics
 from dpo_jax.workdir import write_json
 
-CURVE_POINTS = 200  # of the bound, in the picture
+CURVE_POINTS = 200  # at which the picture shows the bound
 
 
 def probe(model, reference_params, reward: str):
-    """params -> {"frontier/reward", "frontier/kl"}, exact, to the reference; the loop calls it at each
-    evaluation.
+    """Return a function from params to exact "frontier/reward" and "frontier/kl".
+
+    The training loop calls it at each evaluation. The KL is to the reference.
     """
     reference_PC, rewards_PC = exact_reference(model, reference_params, reward)
 
     def measure(params) -> dict[str, float]:
-        policy_PC = exact.enumerate_logps(model.config, params, toy.PROMPTS)
+        policy_PC = exact.enumerate_log_probs(model.config, params, toy.PROMPTS)
         reward, kl = exact.reward_and_kl(policy_PC, reference_PC, rewards_PC)
         return {"frontier/reward": float(reward), "frontier/kl": float(kl)}
 
@@ -35,11 +36,10 @@ def write(
     reward: str,
     beta: float | None,
 ) -> dict:
-    """Writes toy.json and toy.png from a stage's rows, and shows the table; returns what toy.json
-    holds.
+    """Write toy.json and toy.png from a stage's metrics, print the table, return the values.
 
-    trained: the stage's folder. model, reference_params: what that stage started from, its
-    reference. reward: of toy.REWARDS. beta: dpo's, whose optimum is known; None for another method.
+    trained: the stage's folder. model, reference_params: where that stage started, its reference.
+    reward: a name in toy.REWARDS. beta: of DPO, whose optimum is known; None for other methods.
     """
     reference_PC, rewards_PC = exact_reference(model, reference_params, reward)
     start, _ = exact.reward_and_kl(reference_PC, reference_PC, rewards_PC)
@@ -50,15 +50,16 @@ def write(
     ]
     _, reward, kl = trajectory[-1]
     optimum = exact.optimum(reference_PC, rewards_PC, beta) if beta else None
-    largest = 1.15 * max(*(kl for _, _, kl in trajectory), optimum[1] if optimum else 0)
+    reached = [kl for _, _, kl in trajectory]
+    if optimum:
+        reached.append(optimum[1])
+    largest = 1.15 * max(reached)
     kls = largest * np.linspace(0, 1, CURVE_POINTS) ** 2  # denser near 0, where the bound is steep
     bound = float(exact.bound(reference_PC, rewards_PC, [kl])[0])
     result = dict(reward=reward, kl=kl, bound_reward=bound, gap=bound - reward)
     if optimum:
-        result = (
-            dict(beta=beta, analytic_reward=float(optimum[0]), analytic_kl=float(optimum[1]))
-            | result
-        )
+        analytic = dict(analytic_reward=float(optimum[0]), analytic_kl=float(optimum[1]))
+        result = dict(beta=beta) | analytic | result
     plots.frontier(
         folder / "toy.png",
         curve=(kls, exact.bound(reference_PC, rewards_PC, kls)),
@@ -74,11 +75,10 @@ def write(
 
 
 def exact_reference(model, params, reward: str):
-    """The reference's log-probs of all completions, and their rewards, each [P, C]."""
-    return (
-        exact.enumerate_logps(model.config, params, toy.PROMPTS),
-        toy.REWARDS[reward](toy.PROMPTS, toy.completions()),
-    )
+    """Return the reference's log-probs of all completions and their rewards, each [P, C]."""
+    log_probs_PC = exact.enumerate_log_probs(model.config, params, toy.PROMPTS)
+    rewards_PC = toy.REWARDS[reward](toy.PROMPTS, toy.completions())
+    return log_probs_PC, rewards_PC
 
 
 def _table(result: dict, start: float) -> str:
@@ -88,12 +88,9 @@ def _table(result: dict, start: float) -> str:
         ("best at the policy's KL", result["bound_reward"], result["kl"]),
     ]
     if "beta" in result:
-        rows.append(
-            (
-                f"optimum at beta {result['beta']:g}",
-                result["analytic_reward"],
-                result["analytic_kl"],
-            )
-        )
+        name = f"optimum at beta {result['beta']:g}"
+        rows.append((name, result["analytic_reward"], result["analytic_kl"]))
     lines = [f"{'exact, over all completions':<30}{'reward':>9}{'KL, nats':>10}"]
-    return "\n".join(lines + [f"{name:<30}{reward:>9.4f}{kl:>10.4f}" for name, reward, kl in rows])
+    for name, reward, kl in rows:
+        lines.append(f"{name:<30}{reward:>9.4f}{kl:>10.4f}")
+    return "\n".join(lines)

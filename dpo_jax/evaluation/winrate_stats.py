@@ -1,44 +1,41 @@
-"""Statistics of judgements: win rates, two methods on the same prompts, agreement of judges. numpy
-only.
+"""Statistics of judgements: win rates, paired comparisons, and the agreement of judges.
 
-A verdict is "win", "tie", "loss", or None where the judge gave none; those are left out and
-counted. All intervals hold 95 %.
+A verdict is "win", "tie", "loss", or None if the judge gave none. None is left out and counted
+apart. All intervals are 95 % confidence intervals.
 """
 
 import math
 
 import numpy as np
 
-SCORES = {"win": 1.0, "tie": 0.5, "loss": 0.0}
+POINTS = {"win": 1.0, "tie": 0.5, "loss": 0.0}
 Z = 1.959963984540054  # the normal distribution's 97.5th percentile
 
 
 def win_rate(verdicts: list[str | None]) -> dict:
-    """rate, low, high, wins, ties, losses, unparsable and n, the verdicts that count; a tie is half
-    a win.
+    """Return the win rate and its interval: rate, low, high, wins, ties, losses, unparsable, n.
 
-    The interval is Wilson's, with ties as half a success. It takes the variance for that of n
-    verdicts without ties; the true one is lower by a quarter of the share of ties, so it holds 95 %
-    or more. Without verdicts rate is None.
+    A tie counts as half a win; n is the number of verdicts that count. The rate of no verdicts is
+    None. The interval is Wilson's for n verdicts without ties. Ties lower the true variance by a
+    quarter of their share, so the interval covers 95 % or more.
     """
-    scores_N = _scores(verdicts)
-    counts = {
-        name: verdicts.count(verdict)
-        for name, verdict in [("wins", "win"), ("ties", "tie"), ("losses", "loss")]
-    }
-    low, high = wilson(scores_N.sum(), len(scores_N))
+    points_N = _points(verdicts)
+    n = len(points_N)
+    low, high = wilson(points_N.sum(), n)
     return dict(
-        rate=float(scores_N.mean()) if len(scores_N) else None,
+        rate=float(points_N.mean()) if n else None,
         low=low,
         high=high,
-        **counts,
+        wins=verdicts.count("win"),
+        ties=verdicts.count("tie"),
+        losses=verdicts.count("loss"),
         unparsable=verdicts.count(None),
-        n=len(scores_N),
+        n=n,
     )
 
 
 def wilson(successes: float, n: int) -> tuple[float, float]:
-    """Wilson's score interval of a share, successes / n; (0, 1) where n is 0."""
+    """Return Wilson's score interval of the share successes / n; (0, 1) if n is 0."""
     if not n:
         return 0.0, 1.0
     share = successes / n
@@ -48,18 +45,19 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
 
 
 def paired(first: list[str | None], second: list[str | None]) -> dict:
-    """Two methods judged against the same answers to the same prompts: difference of win rates,
-    low, high, p, n.
+    """Compare two methods judged on the same prompts: difference of win rates, low, high, p, n.
 
-    Prompts where either verdict is None are left out. The interval is Agresti and Min's of 2005,
-    for differences that may be halves: Wald's after adding two prompts, on which the methods win
-    half of the disagreements each, so that it has a width where they never disagree. p is
-    two-sided, of the exact sign test on the prompts where one did better (better, worse: how many),
-    which without ties is McNemar's exact test.
+    Prompts where either verdict is None are left out. `better` and `worse` count the prompts where
+    the first method did better or worse. The interval is Agresti and Min's (2005), for differences
+    that may be halves: Wald's after adding two prompts on which each method wins half of the
+    disagreements, so that its width is not 0 if the methods never disagree. p is two-sided, from
+    the exact sign test on the prompts where the methods differ; without ties that is McNemar's
+    exact test.
     """
     kept = [(a, b) for a, b in zip(first, second, strict=True) if a is not None and b is not None]
-    differences_N = _scores([a for a, _ in kept]) - _scores([b for _, b in kept])
-    n, better, worse = len(kept), int((differences_N > 0).sum()), int((differences_N < 0).sum())
+    differences_N = _points([a for a, _ in kept]) - _points([b for _, b in kept])
+    n = len(kept)
+    better, worse = int((differences_N > 0).sum()), int((differences_N < 0).sum())
     centre = differences_N.sum() / (n + 2)
     half = Z * math.sqrt((((differences_N**2).sum() + 1) / (n + 2) - centre**2) / (n + 2))
     return dict(
@@ -74,19 +72,20 @@ def paired(first: list[str | None], second: list[str | None]) -> dict:
 
 
 def sign_test(better: int, worse: int) -> float:
-    """Two-sided p of so uneven a split, or a more uneven one, of fair coins."""
+    """Return the two-sided p of a split of fair coins that is as uneven as this, or more."""
     n = better + worse
-    return min(1.0, 2 * sum(math.comb(n, k) for k in range(min(better, worse) + 1)) / 2**n)
+    one_side = sum(math.comb(n, k) for k in range(min(better, worse) + 1))
+    return min(1.0, 2 * one_side / 2**n)
 
 
 def agreement(pairs: list[list[tuple[str, str]]]) -> dict:
-    """How often two raters say the same: rate, low, high; Cohen's kappa, kappa_low, kappa_high; n.
+    """Measure how often two raters agree: rate and Cohen's kappa with intervals, and n items.
 
-    pairs: for each item the (first's, second's) verdicts on it: one for two judges, none where
-    either has no verdict, several where people voted; n counts the items that have any. rate and
-    kappa are of all pairs; the intervals take an item's pairs for one observation: Wilson's of n,
-    and for kappa the jackknife over items. kappa is None where both always say the same one thing,
-    and its interval where the jackknife comes upon that.
+    pairs: for each item the (first, second) verdicts on it: one pair for two judges, none if
+    either gave no verdict, several if people voted. n counts the items with any pair. Rate and
+    kappa are over all pairs. The intervals treat an item's pairs as one observation: Wilson's for
+    n items, and the jackknife over items for kappa. kappa is None if both raters always give the
+    same single verdict; its interval is None if leaving out an item leads to that.
     """
     items = [item for item in pairs if item]
     labels = sorted({verdict for item in items for pair in item for verdict in pair})
@@ -94,7 +93,8 @@ def agreement(pairs: list[list[tuple[str, str]]]) -> dict:
     for row, item in enumerate(items):
         for a, b in item:
             counts_NLL[row, labels.index(a), labels.index(b)] += 1
-    total_LL, n = counts_NLL.sum(axis=0), len(items)
+    n = len(items)
+    total_LL = counts_NLL.sum(axis=0)
     rate = float(np.trace(total_LL) / total_LL.sum()) if n else None
     low, high = wilson(rate * n if n else 0.0, n)
     kappa, kappa_low, kappa_high = _kappa_interval(total_LL, counts_NLL)
@@ -104,6 +104,7 @@ def agreement(pairs: list[list[tuple[str, str]]]) -> dict:
 
 
 def _kappa_interval(total_LL, counts_NLL) -> tuple[float | None, float | None, float | None]:
+    """Cohen's kappa and its jackknife interval; None for what is not defined."""
     kappa, n = float(_kappa(total_LL)), len(counts_NLL)
     without_N = _kappa(total_LL - counts_NLL)
     if math.isnan(kappa):
@@ -115,7 +116,7 @@ def _kappa_interval(total_LL, counts_NLL) -> tuple[float | None, float | None, f
 
 
 def _kappa(counts_LL) -> np.ndarray:
-    """Cohen's kappa of tables of counts [..., L, L]; nan where it is not defined."""
+    """Cohen's kappa of tables of counts [..., L, L]; nan if it is not defined."""
     with np.errstate(divide="ignore", invalid="ignore"):
         shares = counts_LL / counts_LL.sum(axis=(-2, -1), keepdims=True)
         observed = np.trace(shares, axis1=-2, axis2=-1)
@@ -123,10 +124,11 @@ def _kappa(counts_LL) -> np.ndarray:
         return np.where(chance < 1 - 1e-12, (observed - chance) / (1 - chance), np.nan)
 
 
-def _scores(verdicts: list[str | None]) -> np.ndarray:
-    """1, 0.5 or 0 of each verdict that is not None."""
-    if strange := {verdict for verdict in verdicts if verdict is not None} - SCORES.keys():
+def _points(verdicts: list[str | None]) -> np.ndarray:
+    """Points of each verdict that is not None."""
+    given = [verdict for verdict in verdicts if verdict is not None]
+    if unknown := set(given) - POINTS.keys():
         raise ValueError(
-            f"verdicts {sorted(map(str, strange))}: expected {', '.join(SCORES)} or None."
+            f"verdicts {sorted(map(str, unknown))}: expected {', '.join(POINTS)} or None."
         )
-    return np.array([SCORES[verdict] for verdict in verdicts if verdict is not None])
+    return np.array([POINTS[verdict] for verdict in given])

@@ -31,7 +31,7 @@ def params():
 
 @pytest.fixture(scope="module")
 def reference(params) -> np.ndarray:
-    return exact.enumerate_logps(CONFIG, params, PROMPTS, LENGTH)
+    return exact.enumerate_log_probs(CONFIG, params, PROMPTS, LENGTH)
 
 
 def random_policy(rng, scale: float) -> np.ndarray:
@@ -68,7 +68,7 @@ def test_probabilities_sum_to_one(reference):
 def test_the_toys_length_is_the_default():
     config = dataclasses.replace(CONFIG, vocab=8, layers=1)
     params = jax.jit(transformer.init, static_argnums=0)(config, jax.random.key(0))
-    logps = exact.enumerate_logps(config, params, toy.PROMPTS)
+    logps = exact.enumerate_log_probs(config, params, toy.PROMPTS)
     assert logps.shape == toy.rewards(toy.PROMPTS, toy.completions()).shape
     np.testing.assert_allclose(np.exp(logps).sum(-1), 1, atol=1e-6)
 
@@ -77,7 +77,7 @@ def test_enumeration_on_a_mesh(params, reference):
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     params = jax.device_put(params, sharding.param_shardings(mesh, params))
     with jax.set_mesh(mesh):
-        found = exact.enumerate_logps(CONFIG, params, PROMPTS, LENGTH)
+        found = exact.enumerate_log_probs(CONFIG, params, PROMPTS, LENGTH)
     np.testing.assert_allclose(
         found, reference, rtol=1e-5, atol=1e-5
     )  # float32 log-probs down to -21
@@ -89,13 +89,13 @@ def test_logits_that_see_later_words_are_found_out(params, monkeypatch):
 
     monkeypatch.setattr(exact, "_logits", leak)
     with pytest.raises(ArithmeticError, match="later words"):
-        exact.enumerate_logps(CONFIG, params, PROMPTS, LENGTH)
+        exact.enumerate_log_probs(CONFIG, params, PROMPTS, LENGTH)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")
 def test_weights_that_are_not_finite_are_found_out(params):
     with pytest.raises(ArithmeticError, match="not finite"):
-        exact.enumerate_logps(CONFIG, jax.tree.map(lambda x: x * np.nan, params), PROMPTS, LENGTH)
+        exact.enumerate_log_probs(CONFIG, jax.tree.map(lambda x: x * np.nan, params), PROMPTS, LENGTH)
 
 
 def test_reward_and_kl_by_hand():

@@ -118,7 +118,7 @@ def test_paired_intervals_hold_the_truth():
         list(itertools.product(["win", "tie", "loss"], repeat=2)),
     )
     shares = [0.35, 0.1, 0.15, 0.05, 0.05, 0.05, 0.05, 0.05, 0.15]
-    scores = np.array([[winrate_stats.SCORES[verdict] for verdict in pair] for pair in verdicts])
+    scores = np.array([[winrate_stats.POINTS[verdict] for verdict in pair] for pair in verdicts])
     truth = shares @ (scores[:, 0] - scores[:, 1])
     held = []
     for row in rng.choice(len(verdicts), p=shares, size=(1000, n)):
