@@ -95,7 +95,7 @@ def test_after_a_kill_nothing_is_paid_twice(how, tmp_path):
 def test_two_processes_do_not_share_a_file(tmp_path):
     with (tmp_path / "judgements.jsonl").open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(RuntimeError, match="another process is at work in .*judgements.jsonl"):
+        with pytest.raises(RuntimeError, match="another process is writing to .*judgements.jsonl"):
             compare(a_judge(), comparisons(1), tmp_path, quiet)
 
 

@@ -95,7 +95,9 @@ def test_logits_that_see_later_words_are_found_out(params, monkeypatch):
 @pytest.mark.filterwarnings("ignore:invalid value")
 def test_weights_that_are_not_finite_are_found_out(params):
     with pytest.raises(ArithmeticError, match="not finite"):
-        exact.enumerate_log_probs(CONFIG, jax.tree.map(lambda x: x * np.nan, params), PROMPTS, LENGTH)
+        exact.enumerate_log_probs(
+            CONFIG, jax.tree.map(lambda x: x * np.nan, params), PROMPTS, LENGTH
+        )
 
 
 def test_reward_and_kl_by_hand():

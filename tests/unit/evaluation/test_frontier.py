@@ -44,7 +44,7 @@ def test_the_frontier_ends_where_samples_cannot_tell():
 
 
 def test_too_few_samples_are_refused():
-    with pytest.raises(ValueError, match="7 samples .* needs 8"):
+    with pytest.raises(ValueError, match="7 samples .* expected 8 or more"):
         frontier.frontier(REWARDS[:, :7])
     assert len(frontier.frontier(REWARDS[:, :8])[0])
 

@@ -103,7 +103,7 @@ def test_a_finished_evaluation_replays_without_network_and_key(tmp_path, monkeyp
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.setenv("OPENAI_BASE_URL", server.url)  # where nothing listens any more
     assert compare(a_judge(), comparisons(12), tmp_path, lines.append) == found
-    assert "calls 0" in lines[-1] and "all were kept" in lines[-1]
+    assert "calls 0" in lines[-1] and "all answers were kept" in lines[-1]
     assert (tmp_path / "judgements.jsonl").read_bytes() == content
     row = json.loads(content.splitlines()[0])
     assert row["answer"] == answer("A") or row["answer"] == answer("B")
@@ -190,7 +190,7 @@ def test_answers_are_read_strictly(text, expected):
         ("{prompt} {a!r} {b}", "{a!r}"),
         ("{prompt} {a:>9} {b}", "{a:>9}"),
         ("nothing", "(none)"),
-        ("{prompt} {a} {b} {", "braces that are meant"),
+        ("{prompt} {a} {b} {", "Write {{ and }} for literal braces"),
         ("{} {prompt} {a} {b}", "{}"),
     ],
 )
@@ -216,7 +216,7 @@ def test_a_template_file_is_used_as_it_is(tmp_path):
 
 def test_a_template_that_is_not_there():
     with pytest.raises(
-        ValueError, match="'sumary' is no file, and none of summary_simple, summary_concise, "
+        ValueError, match="'sumary' is neither a file nor one of summary_simple, summary_concise, "
     ):
         a_judge(template="sumary")
 
@@ -392,8 +392,8 @@ def test_no_error_shows_the_key(status, tmp_path):
     [
         ("", "OPENAI_API_KEY is not set.*http://localhost"),
         ("  \n", "not set"),
-        ("sk-café-0123456789", "copy it again"),
-        ("sk-one\x07two-0123456", "copy it again"),
+        ("sk-café-0123456789", "Copy it again"),
+        ("sk-one\x07two-0123456", "Copy it again"),
     ],
 )
 def test_a_key_that_cannot_be_sent(key, message, tmp_path):

@@ -54,7 +54,8 @@ def test_estimates_are_near_the_exact_values(evaluated):
     values, _ = evaluated
     completions_CT = np.indices((CONFIG.vocab,) * LENGTH).reshape(LENGTH, -1).T
     policy_PC, reference_PC = (
-        exact.enumerate_log_probs(CONFIG, params, toy.PROMPTS, LENGTH) for params in (POLICY, REFERENCE)
+        exact.enumerate_log_probs(CONFIG, params, toy.PROMPTS, LENGTH)
+        for params in (POLICY, REFERENCE)
     )
     reward, kl = exact.reward_and_kl(
         policy_PC, reference_PC, toy.rewards(toy.PROMPTS, completions_CT)
