@@ -1,4 +1,4 @@
-"""Figures, drawn without a display; matplotlib is imported only when one is drawn."""
+"""Figures, drawn without a display. matplotlib is imported only when a figure is drawn."""
 
 import jax
 import numpy as np
@@ -7,11 +7,12 @@ import numpy as np
 def frontier(
     path, *, curve, reference: float, trajectory, optimum: tuple[float, float] | None, title: str
 ) -> None:
-    """Expected reward against KL to the reference (the paper's figure 2, left), written to `path`.
+    """Draw expected reward against KL to the reference (the paper's figure 2, left).
 
-    curve: (kls, rewards) of the exact bound, from KL 0 on.   reference: its reward, which is at KL
-    0. trajectory: (step, reward, kl) of the policy at each evaluation.   optimum: (reward, kl) that
-    DPO aims at, or None.
+    curve: (kls, rewards) of the exact bound, from KL 0 on.
+    reference: its reward, drawn at KL 0.
+    trajectory: (step, reward, kl) of the policy at each evaluation.
+    optimum: (reward, kl) that DPO aims at, or None.
     """
     from matplotlib.figure import Figure
 
@@ -52,7 +53,8 @@ def frontier(
     _save(figure, path, dpi=150)
 
 
-CURVES = {  # metric -> title
+# Metric -> title of its panel in `curves`.
+CURVES = {
     "loss/eval": "held-out loss",
     "rewards_eval/accuracies": "held-out accuracy",
     "rewards_eval/margins": "held-out margin",
@@ -64,22 +66,22 @@ CURVES = {  # metric -> title
 
 
 def curves(path, runs: dict[str, list[dict]], field: str) -> None:
-    """What the evaluations of several runs measured against the step, a panel for each metric,
-    written to `path`.
+    """Draw the evaluations of several runs against the step, one panel per metric.
 
     runs: value of `field` -> rows of metrics.jsonl.
     """
     from matplotlib.figure import Figure
 
-    found = [name for name in CURVES if any(name in row for rows in runs.values() for row in rows)]
+    measured = {name for rows in runs.values() for row in rows for name in row}
+    found = [name for name in CURVES if name in measured]
     figure = Figure(figsize=(4.2 * len(found), 3.8), dpi=150, layout="constrained")
     for number, name in enumerate(found, 1):
         axes = figure.add_subplot(1, len(found), number, title=CURVES[name], xlabel="step")
         axes.grid(alpha=0.3)
         for label, rows in runs.items():
-            steps, values = zip(
-                *((row["step"], row[name]) for row in rows if name in row), strict=True
-            )
+            with_value = [row for row in rows if name in row]
+            steps = [row["step"] for row in with_value]
+            values = [row[name] for row in with_value]
             axes.plot(steps, values, marker="o", markersize=3, label=label)
     figure.legend(
         *axes.get_legend_handles_labels(), title=field, loc="outside right upper", frameon=False
@@ -87,7 +89,8 @@ def curves(path, runs: dict[str, list[dict]], field: str) -> None:
     _save(figure, path)
 
 
-STYLES = {  # method -> colour, marker and name of its points
+# Method -> colour, marker and name of its points.
+STYLES = {
     "dpo": ("tab:blue", "o", "DPO"),
     "ppo": ("tab:orange", "s", "PPO, reward model"),
     "ppo_gt": ("tab:green", "D", "PPO, true reward"),
@@ -99,40 +102,26 @@ STYLES = {  # method -> colour, marker and name of its points
     "rm_optimum": ("tab:olive", "+", "optimum for the reward model"),
     "preferred_ft_closed_form": ("tab:purple", "X", "Preferred-FT, closed form"),
 }
-UNTRAINED = (
-    "best_of_n",
-    "rm_optimum",
-    "preferred_ft_closed_form",
-)  # no steps: a dashed line joins the parameters
+# Methods without steps: a dashed line joins their parameters.
+UNTRAINED = ("best_of_n", "rm_optimum", "preferred_ft_closed_form")
 TICKS = (0, 0.1, 0.5, 1, 2, 4, 6, 8, 10, 15, 20, 30, 40, 60)  # nats
-MARK = 5  # typographic points around a point that a label keeps clear of
-PLACES = [
-    (right, up, gap)
-    for gap in (5, 11, 18, 26)
-    for right, up in (  # of a label, nearest first
-        (1, -1),
-        (-1, 1),
-        (1, 0),
-        (1, 1),
-        (-1, -1),
-        (-1, 0),
-        (0, -1),
-        (0, 1),
-    )
-]
+MARK = 5  # typographic points around a point that labels keep clear of
+# Where a label may stand beside its point: direction (right, up) and gap, nearest first.
+DIRECTIONS = ((1, -1), (-1, 1), (1, 0), (1, 1), (-1, -1), (-1, 0), (0, -1), (0, 1))
+PLACES = [(right, up, gap) for gap in (5, 11, 18, 26) for right, up in DIRECTIONS]
 
 
 def panels(
     path, rows: list[dict], curves: dict[str, tuple], titles: dict[str, str], *, curve_name: str
 ) -> None:
-    """Reward against KL for all methods, a panel for each value of the rows' `panel`, written to
-    `path`.
+    """Draw reward against KL for all methods, one panel for each value of the rows' `panel`.
 
-    rows: as in frontier.json: panel, method, parameter, seed, step, reward, kl, and where it is
-    known the optimum that a run aims at, analytic_reward and analytic_kl. A run's checkpoints are
-    joined by a thin line, its last one is the large point. curves: panel -> (kls, rewards) of the
-    best that can be, from KL 0, where the reference is. The KL axis goes by the square root, as
-    many points are near 0.
+    rows: as in frontier.json: panel, method, parameter, seed, step, reward, kl, and, if known, the
+    optimum that a run aims at (analytic_reward, analytic_kl).
+    curves: panel -> (kls, rewards) of the highest reward, from KL 0, where the reference is.
+
+    A thin line joins a run's checkpoints; its last one is the large point. The KL axis is scaled by
+    the square root, because many points lie near 0.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -154,7 +143,8 @@ def panels(
         frameon=False,
         fontsize=8,
     )
-    figure.canvas.draw()  # labels can only be placed when all else is
+    # Labels can be placed only when everything else is.
+    figure.canvas.draw()
     figure.set_layout_engine("none")
     for panel, axes in zip(titles, ends, strict=True):
         _label(axes, ends[axes], curves[panel])
@@ -162,10 +152,10 @@ def panels(
 
 
 def win_rates(path, panels: dict[str, tuple[str, list[dict]]]) -> None:
-    """Win rates with their intervals, a panel for each title, written to `path`.
+    """Draw win rates with their intervals, one panel per title.
 
-    panels: title -> (what varies, rows of x, label, method, rate, low and high). A line joins the
-    rows of a label; those of one method in several lines are told apart by colour alone.
+    panels: title -> (name of the x axis, rows of x, label, method, rate, low and high). A line
+    joins the rows of a label. If a method has several lines, only their colours differ.
     """
     from matplotlib.figure import Figure
 
@@ -181,16 +171,15 @@ def win_rates(path, panels: dict[str, tuple[str, list[dict]]]) -> None:
             if row["rate"] is not None:
                 lines.setdefault((row["method"], row["label"]), []).append(row)
         shared = len({method for method, _ in lines}) < len(lines)
-        shift = 0.006 * max(
-            np.ptp([row["x"] for row in rows]), 0.1
-        )  # so that no interval hides another
+        # Lines are shifted sideways so that no interval hides another.
+        shift = 0.006 * max(np.ptp([row["x"] for row in rows]), 0.1)
+        middle = (len(lines) - 1) / 2
         for place, ((method, label), line) in enumerate(lines.items()):
             color, marker, name = (None, "o", label) if shared else STYLES[method]
-            x, rate, low, high = np.transpose(
-                sorted((row["x"], row["rate"], row["low"], row["high"]) for row in line)
-            )
+            points = sorted((row["x"], row["rate"], row["low"], row["high"]) for row in line)
+            x, rate, low, high = np.transpose(points)
             axes.errorbar(
-                x + shift * (place - (len(lines) - 1) / 2),
+                x + shift * (place - middle),
                 rate,
                 np.abs([rate - low, high - rate]),
                 color=color,
@@ -209,9 +198,7 @@ def _draw_curve(axes, kls, rewards, name: str) -> None:
 
 
 def _draw_methods(axes, rows: list[dict]) -> list[tuple]:
-    """Draws the runs of each method; returns (kl, reward, parameter or "", colour) of each large
-    point.
-    """
+    """Draw each method's runs; return (kl, reward, parameter or "", colour) of large points."""
     ends = []
     for method, (color, marker, name) in STYLES.items():
         whole = dict(linestyle="", color=color, marker=marker, markersize=7, alpha=0.85, label=name)
@@ -254,15 +241,18 @@ def _draw_methods(axes, rows: list[dict]) -> list[tuple]:
 
 
 def _scale(axes, points: list[tuple], curve: tuple) -> None:
-    """Axes with room for the points and the curve above them, their names, and a grid."""
+    """Give the axes room for the points and the curve above them, names, and a grid."""
     highest = 1.1 * max(kl for kl, *_ in points)
-    rewards = [reward for kl, reward in zip(*curve, strict=True) if kl < highest] + [
-        point[1] for point in points
-    ]
-    axes.set_xscale(
-        "function",
-        functions=(lambda x: np.sign(x) * np.sqrt(np.abs(x)), lambda x: np.sign(x) * x**2),
-    )
+    rewards = [reward for kl, reward in zip(*curve, strict=True) if kl < highest]
+    rewards += [point[1] for point in points]
+
+    def signed_root(x):
+        return np.sign(x) * np.sqrt(np.abs(x))
+
+    def signed_square(x):
+        return np.sign(x) * x**2
+
+    axes.set_xscale("function", functions=(signed_root, signed_square))
     axes.set(
         xlim=(-0.001 * highest, highest),
         xticks=[tick for tick in TICKS if tick < highest],
@@ -275,19 +265,19 @@ def _scale(axes, points: list[tuple], curve: tuple) -> None:
 
 
 def _label(axes, points: list[tuple], curve: tuple) -> None:
-    """Writes each parameter near its point, once for all seeds, where it hides least of points,
-    curve and labels.
+    """Write each parameter beside its point, once for all seeds, where it hides the least.
+
+    Tried are all of PLACES. Hidden are other points, the curve and the labels placed before.
     """
     from matplotlib.patheffects import withStroke
     from matplotlib.text import Text
 
-    pixels = axes.figure.dpi / 72  # of a typographic point
-    marks, line = (
-        axes.transData.transform(np.transpose(xy))
-        for xy in (list(zip(*points, strict=True))[:2], curve)
-    )
+    pixels = axes.figure.dpi / 72  # per typographic point
+    marks = axes.transData.transform([point[:2] for point in points])
+    line = axes.transData.transform(np.transpose(curve))
     taken = np.concatenate([_boxes(marks, MARK * pixels), _boxes(line, pixels)])
-    for kl, reward, text, color in {point[2:]: point for point in points if point[2]}.values():
+    labelled = {point[2:]: point for point in points if point[2]}  # the last seed's point
+    for kl, reward, text, color in labelled.values():
         label = axes.annotate(
             text,
             (kl, reward),
@@ -314,9 +304,7 @@ def _boxes(centers, half) -> np.ndarray:
 
 
 def _hidden(box, taken, frame) -> float:
-    """How much of the boxes `taken` a label would hide, in square pixels; infinite where it would
-    leave the frame.
-    """
+    """Square pixels of the boxes `taken` that a label hides; infinite if it leaves the frame."""
     if (box[:2] < frame[:2]).any() or (box[2:] > frame[2:]).any():
         return np.inf
     sides = np.minimum(box[2:], taken[:, 2:]) - np.maximum(box[:2], taken[:, :2])
@@ -330,6 +318,6 @@ def _limits(values) -> tuple[float, float]:
 
 
 def _save(figure, path, **options) -> None:
-    """Process 0 only."""
+    """Write the picture, on process 0 only."""
     if jax.process_index() == 0:
         figure.savefig(path, **options)
