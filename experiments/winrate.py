@@ -1,8 +1,8 @@
 """Judged win rates against the responses of a data set: what tldr_winrate and hh_winrate share.
 
     WORKDIR/winrate/TASK/samples/POLICY-TEMPERATURE-N/  settings.json  completions.jsonl
-    WORKDIR/winrate/TASK/JUDGE/  judgements.jsonl  verdicts/  winrate_stats.json  winrate_stats.md
-    winrate_stats.png WORKDIR/winrate/TASK/JUDGE-both_orders/  the same of --orders=2, but for
+    WORKDIR/winrate/TASK/JUDGE/  judgements.jsonl  verdicts/  winrate.json  winrate.md
+    winrate.png WORKDIR/winrate/TASK/JUDGE-both_orders/  the same of --orders=2, but for
     judgements.jsonl, which both share
 
 Each policy answers the same prompts, and a judge compares each answer with the data's own. What was

@@ -13,7 +13,7 @@ RATES = ("rate", "low", "high", "wins", "ties", "losses", "unparsable", "n")
 def write(
     task: str, prompts: int, rows: list[dict], folder: pathlib.Path, *, complete: bool
 ) -> None:
-    """Writes winrate_stats.json, winrate_stats.md and winrate_stats.png.
+    """Writes winrate.json, winrate.md and winrate.png.
 
     rows: as winrate_stats.judge_all makes them; complete: whether they are all that was asked for.
     """
@@ -37,7 +37,7 @@ def write(
     text = table(rows, paired)
     write_text(folder / "winrate.md", text)
     plots.win_rates(folder / "winrate.png", panels(rows))
-    say(f"{text}\n{folder}: winrate_stats.json, winrate_stats.md, winrate_stats.png")
+    say(f"{text}\n{folder}: winrate.json, winrate.md, winrate.png")
 
 
 def label(row: dict) -> str:
