@@ -11,6 +11,8 @@ QUICK_COMPILES = (
 )
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_COMPILES}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # also where a TPU's or a GPU's library is installed
+# The data sets library would tell the hub of every file that it opens, and wait for an answer.
+os.environ["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"
 if "PYTEST_XDIST_WORKER" not in os.environ:
     # Workers and runs share what they compile, in a cache that goes when the tests end.
     CACHE = tempfile.TemporaryDirectory()

@@ -1,4 +1,4 @@
-"""The dialogue experiment on real dialogues: stories260k answers, and is judged; in the slow test
+"""The dialogue experiment on dialogues: stories260k answers, and is judged; in the slow test
 it is trained.
 """
 
@@ -21,7 +21,8 @@ from dpo_jax.workdir import read_lines
 from experiments import commands, hh_winrate, winrate
 from experiments.winrate import Options
 from tests.helpers.judge_server import JudgeServer, prefers
-from tests.helpers.paths import ROOT, SHARED, needs_shared
+from tests.helpers.paths import ROOT, SHARED, STORIES, needs_shared
+from tests.helpers.tiny_hh import write_dialogues
 from tests.helpers.tiny_runs import environment, plant
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
@@ -30,9 +31,8 @@ STAGE = dict(
     batch_size=4, microbatch_size=0, steps=2, eval_every=2, save_every=1, lr=1e-2, warmup_steps=0
 )
 FIELDS = {
-    "model.path": SHARED / "stories260k",
+    "model.path": STORIES,
     "model.remat": "none",
-    "data.path": SHARED / "hh-rlhf",
     "data.max_length": 96,
     "data.max_prompt_length": 64,
     "data.max_rows": 100,
@@ -41,7 +41,16 @@ FIELDS = {
     "sampling.max_new_tokens": 8,
     "sampling.batch_size": 4,
 } | {f"{stage}.{name}": value for stage in ("sft", "rm", "dpo") for name, value in STAGE.items()}
-ARGUMENTS = [f"--config.{name}={value}" for name, value in FIELDS.items()]
+
+
+@pytest.fixture(params=["made_up", pytest.param("real", marks=needs_shared)])
+def arguments(request, tmp_path):
+    """Flags of a tiny run; on real dialogues too where they are there."""
+    data = SHARED / "hh-rlhf"
+    if request.param == "made_up":
+        data = write_dialogues(tmp_path / "dialogues")
+    fields = FIELDS | {"data.path": data}
+    return [f"--config.{name}={value}" for name, value in fields.items()]
 
 
 def check(workdir, rows, judged):
@@ -76,15 +85,14 @@ def check(workdir, rows, judged):
     assert "| step | win rate |\n|---|---|\n| 0 | " in (judged / "winrate.md").read_text()
 
 
-@needs_shared
-def test_policies_and_checkpoints_are_judged(tmp_path, monkeypatch):
-    """A policy that is there, with checkpoints on its way, answers real dialogues."""
+def test_policies_and_checkpoints_are_judged(arguments, tmp_path, monkeypatch):
+    """A policy that is there, with checkpoints on its way, answers dialogues."""
     monkeypatch.setattr(
         sharding, "make_mesh", functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
     )
-    make_config = commands.config_maker("configs/hh.py", ARGUMENTS)
+    make_config = commands.config_maker("configs/hh.py", arguments)
     run = Run(make_config("dpo"), tmp_path, sharding.make_mesh())
-    plant(run, "sft", SHARED / "stories260k")
+    plant(run, "sft", STORIES)
     start = run.initial("sft")
     params = [
         jax.tree.map(lambda x, scale=scale: x * scale, start.load(run.mesh)) for scale in (0.9, 0.7)
@@ -112,10 +120,9 @@ def test_policies_and_checkpoints_are_judged(tmp_path, monkeypatch):
         )
 
 
-@needs_shared
 @pytest.mark.slow
-def test_the_whole_of_it_from_the_command(tmp_path):
-    """SFT, DPO and a reward model are trained on real dialogues, judged by a chat model and by the
+def test_the_whole_of_it_from_the_command(arguments, tmp_path):
+    """SFT, DPO and a reward model are trained on dialogues, judged by a chat model and by the
     reward model.
     """
     for flags in (["--judge_model=loopback"], ["--judge=reward"]):
@@ -127,7 +134,7 @@ def test_the_whole_of_it_from_the_command(tmp_path):
                     "experiments.hh_winrate",
                     f"--workdir={tmp_path}",
                     "--prompts=4",
-                    *ARGUMENTS,
+                    *arguments,
                     "--temperatures=0,1",
                     "--best_of=1,4",
                     *flags,

@@ -13,7 +13,7 @@ from dpo_jax.data import dataset
 from dpo_jax.data import tokenizer as tokenizers
 from dpo_jax.data.ledger import Counts, Ledger
 from dpo_jax.data.sources import Row
-from tests.helpers.paths import SHARED, needs_shared
+from tests.helpers.paths import SHARED, STORIES, needs_shared
 
 
 def data_config(**changes) -> ml_collections.ConfigDict:
@@ -318,7 +318,7 @@ def test_show_marks_what_is_scored(tmp_path, letters):
 
 @needs_shared
 def test_real_hh_pairs():
-    tokenizer = tokenizers.load(SHARED / "stories260k")
+    tokenizer = tokenizers.load(STORIES)
     config = data_config(
         source="hh",
         path=str(SHARED / "hh-rlhf"),

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from dpo_jax.models import families, hf, safetensors_io
 from tests.helpers import tiny_models
-from tests.helpers.paths import SHARED, needs_shared
+from tests.helpers.paths import STORIES
 from tests.helpers.tiny_models import placed, random_model, save_model
 
 FILE = "model.safetensors"
@@ -369,9 +369,8 @@ def test_an_export_of_other_parameters_is_refused(tied, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@needs_shared
 def test_the_tokenizer_is_exported_too(tmp_path):
-    source = SHARED / "stories260k"
+    source = STORIES
     hf_config = hf.read_config(source)
     config = families.from_hf(hf_config)
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)

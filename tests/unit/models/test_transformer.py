@@ -14,7 +14,7 @@ from dpo_jax.models import families, hf, transformer
 from dpo_jax.models.attention import Layout
 from dpo_jax.parallel import sharding
 from tests.helpers import tiny_models
-from tests.helpers.paths import SHARED, needs_shared
+from tests.helpers.paths import STORIES
 from tests.helpers.tiny import tiny_config
 
 
@@ -23,9 +23,8 @@ def one_device(config):
     return sharding.param_shardings(mesh, transformer.abstract(config))
 
 
-@needs_shared
 def test_a_trained_model_tells_its_published_story():
-    folder = SHARED / "stories260k"
+    folder = STORIES
     config = families.from_hf(hf.read_config(folder))
     params = hf.load(folder, config, one_device(config))
     golden = json.loads((folder / "golden_greedy.json").read_text())

@@ -15,7 +15,7 @@ from dpo_jax.parallel import sharding
 from dpo_jax.sampling import sampler
 from dpo_jax.sampling.sampler import Sampling, sample
 from tests.helpers import tiny_models
-from tests.helpers.paths import SHARED, needs_shared
+from tests.helpers.paths import STORIES
 from tests.helpers.tiny import random_pairs, tiny_config
 
 PROMPTS = [prompt for prompt, _ in random_pairs(5)]  # of 1 to 11 tokens
@@ -56,9 +56,8 @@ def assert_same(found, expected):
 # against transformers
 
 
-@needs_shared
 def test_a_trained_models_greedy_text():
-    folder, mesh = SHARED / "stories260k", one_device()
+    folder, mesh = STORIES, one_device()
     golden = json.loads((folder / "golden_greedy.json").read_text())["tokens"]
     config = families.from_hf(hf.read_config(folder))
     params = hf.load(folder, config, sharding.param_shardings(mesh, transformer.abstract(config)))
