@@ -1,1 +1,30 @@
-"""Direct Preference Optimization (Rafailov et al. 2023) in JAX and Flax."""
+"""Direct Preference Optimization (Rafailov et al. 2023) in JAX and Flax.
+
+    import dpo_jax
+    model = dpo_jax.load("PATH_OR_HUB_NAME")
+    pairs = model.encode([{"prompt": "...", "chosen": "...", "rejected": "..."}])
+    chosen, rejected = model.log_probs(pairs)
+    trainer = dpo_jax.Trainer(model, "dpo", beta=0.1, lr=1e-6)
+    metrics = trainer.step(pairs)
+
+See `dpo_jax.api`. Importing the package imports neither jax nor anything that uses it.
+"""
+
+import importlib
+import typing
+
+if typing.TYPE_CHECKING:
+    from dpo_jax.api import LogProbs, Model, Trainer, batches, load, run
+
+__all__ = ["LogProbs", "Model", "Trainer", "batches", "load", "run"]
+
+
+def __getattr__(name: str):
+    """Import the Python interface, and jax with it, when one of its names is first used."""
+    if name not in __all__:
+        raise AttributeError(f"module 'dpo_jax' has no attribute {name!r}")
+    return getattr(importlib.import_module("dpo_jax.api"), name)
+
+
+def __dir__():
+    return sorted([*globals(), *__all__])

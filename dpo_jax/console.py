@@ -1,15 +1,29 @@
 """What a person at the terminal sees: lines, and the progress of long work."""
 
+import contextlib
+import contextvars
 import sys
 import time
 
 import jax
 from tqdm import tqdm
 
+_QUIET = contextvars.ContextVar("quiet", default=False)
+
+
+@contextlib.contextmanager
+def quiet(is_quiet: bool = True):
+    """Say nothing within, unless `is_quiet` is False: for calls from Python, not from a command."""
+    token = _QUIET.set(is_quiet)
+    try:
+        yield
+    finally:
+        _QUIET.reset(token)
+
 
 def say(text: str = "") -> None:
     """A line for the person at the terminal, from process 0 only."""
-    if jax.process_index() == 0:
+    if jax.process_index() == 0 and not _QUIET.get():
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
 
@@ -25,7 +39,7 @@ class Progress:
         self._name, self._total, self._seconds = name, total, seconds
         self._first, self._began, self._last = start, time.monotonic(), 0.0
         self._bar = None
-        if jax.process_index() == 0 and sys.stderr.isatty():
+        if jax.process_index() == 0 and sys.stderr.isatty() and not _QUIET.get():
             self._bar = tqdm(total=total, initial=start, desc=name, unit=unit, dynamic_ncols=True)
 
     def update(self, step: int, values: dict[str, float], *, always: bool = False) -> None:

@@ -31,11 +31,16 @@ def start() -> None:
     are quiet.
     """
     logging.set_verbosity(logging.WARNING)
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(CACHE))
+    keep_compiled_programs()
     # GPUs and TPUs would round float32 products to fewer bits; bfloat16 products stay what they
     # are.
     jax.config.update("jax_default_matmul_precision", "float32")
+
+
+def keep_compiled_programs() -> None:
+    """Keep compiled programs between runs, in CACHE unless jax has been told where."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ and not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(CACHE))
 
 
 def run(command: Callable[[list[str]], None], **options) -> None:

@@ -16,7 +16,7 @@ FLOORS = [  # the rooms and the files beside them, from the ground up
     {"training"},
     {"evaluation", "planning"},
     {"pipeline"},
-    {"train", "sample", "score", "plan"},
+    {"train", "sample", "score", "plan", "api"},
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 FILES = sorted(

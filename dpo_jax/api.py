@@ -1,0 +1,769 @@
+"""dpo_jax from Python: the pieces of the commands behind a few names.
+
+    model = dpo_jax.load("PATH_OR_HUB_NAME")
+    pairs = model.encode([{"prompt": "...", "chosen": "...", "rejected": "..."}])
+    chosen, rejected = model.log_probs(pairs)
+    trainer = dpo_jax.Trainer(model, "dpo", beta=0.1, lr=1e-6)
+    metrics = trainer.step(pairs)
+    texts = trainer.model.generate(["..."], max_new_tokens=20, temperature=0.0)
+    trainer.model.save("OUT")
+
+Numbers are those of the commands, bit for bit for the same batches on the same devices: products
+are float32 on every device while a call runs, whatever the caller has set, and tokenisation, layout
+and programs are the same. Nothing is printed without `verbose=True`.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+import math
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from dpo_jax import config as configs
+from dpo_jax import console
+from dpo_jax.data import dataset, sources
+from dpo_jax.data import tokenizer as tokenizers
+from dpo_jax.data.batches import FILLER, Batches, evaluation_order, prefetch, training_order
+from dpo_jax.data.ledger import Counts, Filtered, Malformed, Unusable
+from dpo_jax.data.readers import fields_of
+from dpo_jax.data.sources import Row
+from dpo_jax.data.tokenizer import Examples
+from dpo_jax.models import hf, loading, peft, transformer
+from dpo_jax.models import lora as adapters
+from dpo_jax.models.inference import score_rows
+from dpo_jax.models.loading import Pretrained
+from dpo_jax.models.lora import Lora
+from dpo_jax.models.transformer import TransformerConfig
+from dpo_jax.parallel import processes, sharding
+from dpo_jax.sampling import sampler
+from dpo_jax.sampling.prompts import Prompts, completion_texts
+from dpo_jax.training import metrics as metrics_lib
+from dpo_jax.training import optim
+from dpo_jax.training.objectives import OBJECTIVES, numbers
+from dpo_jax.training.step import (
+    init_state,
+    make_eval_step,
+    make_train_step,
+    state_shardings,
+    whole,
+)
+
+# Settings of a stage's config block that say how a run is made; here they are arguments of
+# `Trainer.fit` and `Trainer.evaluate`, or have no meaning.
+RUN_SETTINGS = (
+    "batch_size",
+    "epochs",
+    "eval_every",
+    "save_every",
+    "log_every",
+    "keep",
+    "keep_best",
+    "reference",
+    "cache_reference",
+    "seed",
+)
+ENCODING = ("source", "max_length", "max_prompt_length", "truncate", "append_eos")
+SINGLE = ("sft", "preferred_ft")  # objectives of one completion for each prompt
+HEADS = {"rm": "score"}  # objective -> the head it trains, where that is not the language model's
+
+
+def load(
+    path: str | os.PathLike,
+    *,
+    mesh: jax.sharding.Mesh | dict | None = None,
+    dtype: str = "float32",
+    tokenizer: str = "",
+    **options,
+) -> "Model":
+    """Load a model in Hugging Face format, from a folder or by its name on the hub.
+
+    mesh: a mesh, or sizes of its axes as in config.mesh, such as dict(fsdp=2). Axes that are not
+    given are as in the commands: every other device holds a copy of the weights and takes its part
+    of each batch. dtype: of products, "float32" or "bfloat16"; weights and log-probs are float32.
+    tokenizer: where it is, if not with the model. options: head="score" for a reward model, and
+    attention, remat and unroll as in config.model.
+
+    Compiled programs are kept in a folder between runs, as the commands do, unless jax has been
+    told where to keep them. Raises FileNotFoundError or ValueError that says what is wrong.
+    """
+    processes.keep_compiled_programs()
+    with jax.default_matmul_precision("float32"), console.quiet():
+        if mesh is None or isinstance(mesh, dict):
+            mesh = sharding.make_mesh(**mesh or {})
+        checkpoint = loading.open_model(str(path), tokenizer=tokenizer, dtype=dtype, **options)
+        return Model(checkpoint, checkpoint.config, checkpoint.load(mesh), mesh)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Model:
+    """A model with its weights on a mesh, and its tokenizer. `load` makes one."""
+
+    checkpoint: Pretrained  # what it was loaded from
+    config: TransformerConfig
+    params: dict
+    mesh: jax.sharding.Mesh
+
+    @property
+    def tokenizer(self):
+        """The tokenizer, of transformers."""
+        return self.checkpoint.tokenizer
+
+    def __repr__(self) -> str:
+        size = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        axes = ", ".join(f"{axis}={size}" for axis, size in self.mesh.shape.items() if size > 1)
+        return f"Model({self.checkpoint.path!r}, {size:,} weights{', ' + axes if axes else ''})"
+
+    def encode(
+        self, rows: Iterable[dict], *, kind: str = "", on_bad_row: str = "error", **settings
+    ) -> Examples:
+        """Tokenise rows of prompt, chosen and rejected, or of prompt and completion.
+
+        Each field is text or a list of chat messages, as in the files that the commands read.
+        kind: "pairs", "sft", or "" for what the first row is; "sft" takes the chosen response of a
+        pair. on_bad_row: "drop" leaves out rows that cannot be used; `where` of the result names
+        those that stay. settings: source, max_length, max_prompt_length, truncate and append_eos,
+        as in config.data.
+
+        Raises ValueError that names the row, as rows[2] for the third.
+        """
+        _check_names("encode", settings, ENCODING)
+        if on_bad_row not in ("error", "drop"):
+            raise ValueError(f"on_bad_row={on_bad_row!r}: expected 'error' or 'drop'.")
+        if isinstance(rows, str | os.PathLike | dict):
+            raise TypeError(
+                f"encode takes a list of rows such as {sources.SOURCES['local'].example}; found "
+                f"{_shown(rows)}. To read a file: [json.loads(line) for line in open(FILE)]."
+            )
+        data = configs.default(()).data
+        data.update(on_bad_row=on_bad_row, **settings)
+        found = _parse_rows(rows, data, kind)
+        counts = Counts()
+        truncate = dataset.truncation(data, found)
+        examples = tokenizers.encode(found, self.tokenizer, data, truncate, counts)
+        if counts.dropped and on_bad_row == "error":
+            raise ValueError(
+                "some rows cannot be used:\n  "
+                + "\n  ".join(counts.drops())
+                + "\nMend these rows, or leave them out with on_bad_row='drop'."
+            )
+        if not len(examples):
+            raise ValueError("there is no row to encode.")
+        with console.quiet():
+            self.checkpoint.check(examples)
+        return examples
+
+    def log_probs(
+        self, examples: Examples, *, batch_size: int = 16, verbose: bool = False
+    ) -> "LogProbs":
+        """Return the summed log-probs of the responses given their prompts, nats, float32.
+
+        The result unpacks as `chosen, rejected` for pairs and as `completion,` for single
+        completions, an array [examples] each. batch_size: examples at a time, over all devices.
+        """
+        self._check_usable("lm")
+        shards = sharding.batch_shards(self.mesh)
+        order = evaluation_order(len(examples), _round_up(batch_size, shards))
+        found = np.zeros((len(examples), len(examples.responses[0])), np.float32)
+        with _as_commands(self.mesh, verbose):
+            batches = score_rows("log-probs", self.config, self.params, self.mesh, examples, order)
+            for indices, values in batches:
+                found[indices] = values
+        return LogProbs(examples, found)
+
+    def generate(
+        self,
+        prompts: Sequence[str | list],
+        *,
+        n: int = 1,
+        seed: int = 0,
+        batch_size: int = 64,
+        max_prompt_length: int = 256,
+        truncate: str = "keep_end",
+        verbose: bool = False,
+        **sampling,
+    ) -> list:
+        """Sample completions of prompts, each text or chat messages; return their texts.
+
+        n: completions of each prompt; above 1 the result is a list of lists. sampling:
+        max_new_tokens (128), temperature (1.0; 0 takes the likeliest token), top_k and top_p. As
+        the command `sample`: a completion depends on its prompt, its index and the seed alone.
+        """
+        self._check_usable("lm")
+        if isinstance(prompts, str):
+            raise TypeError(f"generate takes a list of prompts; found the text {prompts!r}.")
+        settings = sampler.Sampling(**dict(max_new_tokens=128) | sampling)
+        data = configs.default(()).data
+        data.update(
+            append_eos=False,
+            truncate=truncate,
+            max_prompt_length=max_prompt_length,
+            max_length=max_prompt_length + settings.max_new_tokens,
+        )
+        truncate = dataset.truncation(data, [Row(prompt, (), "") for prompt in prompts])
+        ids = tokenizers.encode_prompts(list(prompts), self.tokenizer, data, truncate)
+        found = Prompts(ids, self.tokenizer.batch_decode(ids, skip_special_tokens=True))
+        sampler.check(self.config, ids, settings, n=n, batch_size=batch_size)
+        texts = []
+        chunk = max(1, batch_size // n)
+        with _as_commands(self.mesh, verbose):
+            progress = console.Progress("generate", 0, len(prompts), unit="prompt")
+            for first in range(0, len(prompts), chunk):
+                part = found.take(range(first, min(first + chunk, len(found))))
+                drawn = sampler.sample(
+                    self.config,
+                    self.mesh,
+                    self.params,
+                    part.ids,
+                    settings,
+                    seed=seed,
+                    eos_id=self.tokenizer.eos_token_id,
+                    n=n,
+                    first=first,
+                    batch_size=batch_size,
+                )
+                flat = [completion.tokens for of_prompt in drawn for completion in of_prompt]
+                repeated = part.take(np.repeat(np.arange(len(part)), n))
+                texts += completion_texts(repeated, flat, self.tokenizer)
+                progress.update(first + len(part), {})
+            progress.close()
+        if n == 1:
+            return texts
+        return [texts[start : start + n] for start in range(0, len(texts), n)]
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write a folder in Hugging Face format: config, float32 safetensors and tokenizer."""
+        self._check_usable(self.config.head)
+        with console.quiet():
+            hf.save(path, self.config, self.checkpoint.hf_config, self.params, self.tokenizer)
+
+    def _check_usable(self, head: str) -> None:
+        """Raise where an update has deleted the weights, or the head is another one."""
+        if any(leaf.is_deleted() for leaf in jax.tree.leaves(self.params)):
+            raise RuntimeError(
+                "these weights are gone: Trainer.step replaced them. Use trainer.model, which is "
+                "the model after the last step; or build the Trainer without donate=True to keep "
+                "the model that it starts from."
+            )
+        if self.config.head != head:
+            raise ValueError(
+                f"this model has the head {self.config.head!r}; the call needs {head!r}."
+            )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LogProbs:
+    """Summed log-probs of examples under a model, nats; unpacks as `chosen, rejected`."""
+
+    examples: Examples
+    values: np.ndarray  # float32 [examples, responses]
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return iter(self.values.T)
+
+    def of(self, examples: Examples) -> np.ndarray:
+        """Return the values of these examples, in their order, found by their tokens.
+
+        Raises ValueError that names one that is not there.
+        """
+        if examples is self.examples:
+            return self.values
+        missing = [i for i, key in enumerate(map(_key, examples)) if key not in self._by_tokens]
+        if missing:
+            raise ValueError(
+                f"{examples.where[missing[0]]} is not among the examples that the reference's "
+                "log-probs were computed for: compute them for all examples that are trained on."
+            )
+        return self.values[[self._by_tokens[_key(example)] for example in examples]]
+
+    @functools.cached_property
+    def _by_tokens(self) -> dict[tuple, int]:
+        return {_key(example): i for i, example in enumerate(self.examples)}
+
+
+def _key(example: tuple) -> tuple:
+    prompt, responses = example
+    return tuple(part.tobytes() for part in (prompt, *responses))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class BatchPlan(Sequence):
+    """The batches of a run of steps, laid out when a trainer takes them. `batches` makes one."""
+
+    examples: Examples
+    order: np.ndarray  # [steps, batch size], indices of examples
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, step: int) -> "Batch":
+        return Batch(self, range(len(self))[step])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Batch:
+    """One batch of a plan, for `Trainer.step`."""
+
+    plan: BatchPlan
+    step: int
+
+
+def batches(
+    examples: Examples,
+    *,
+    batch_size: int = 64,
+    steps: int = 0,
+    epochs: float = 1.0,
+    seed: int | None = 0,
+) -> BatchPlan:
+    """Return the batches that a training command takes, for `Trainer.step`, in its order.
+
+    steps: how many; 0: as many as `epochs` passes make. seed: as config.seed; None keeps the order
+    of the examples, as config.data.shuffle=False. A batch's examples do not depend on `steps`.
+
+    The shapes of all batches are chosen together, so that few programs are compiled.
+    """
+    steps = steps or int(epochs * len(examples) / batch_size)
+    if not steps:
+        raise ValueError(
+            f"{len(examples)} examples make no batch of batch_size={batch_size} in epochs={epochs}:"
+            " lower batch_size, or give steps."
+        )
+    return BatchPlan(examples, training_order(len(examples), batch_size, steps, seed))
+
+
+class Trainer:
+    """Trains a model by one objective, a batch at a time.
+
+    The model that it starts from stays as it is and can be used on, as the reference is: the
+    trainer copies its weights once. `trainer.model` is the trained model.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        objective: str = "dpo",
+        *,
+        reference: "Model | str" = "init",
+        reference_log_probs: LogProbs | None = None,
+        lora: dict | None = None,
+        donate: bool = False,
+        seed: int = 0,
+        **settings,
+    ):
+        """Set up an objective on a model; nothing is compiled before the first step.
+
+        objective: "dpo", "sft", "preferred_ft", "unlikelihood" or "rm". settings: the fields of
+        that stage's config block, with its defaults: lr, beta, loss, label_smoothing, alpha,
+        optimizer, weight_decay, schedule, warmup_steps (150), max_grad_norm, microbatch_size, and
+        steps, over which a linear or cosine schedule runs (`fit` sets it).
+
+        reference: of dpo: "init", the model that training starts from; "none"; or another model.
+        reference_log_probs: what the reference's `log_probs` returned for all examples that are
+        trained or evaluated on; no reference is then run. lora: fields of config.model.lora, such
+        as dict(rank=16): adapters are trained, drawn by `seed`, and `model` is left as it is.
+        donate: take over the arrays of `model` in place of a copy of them, which saves its memory;
+        `model` cannot be used after the first step.
+
+        Raises ValueError or TypeError that names the setting that is wrong.
+        """
+        model._check_usable("lm")
+        self._initial = model
+        self._objective = objective
+        self._block = _block(objective, settings)
+        self._lora = _check_lora(lora)
+        self._config = dataclasses.replace(model.config, head=HEADS.get(objective, "lm"))
+        self._reference_log_probs = reference_log_probs
+        self._steps_done = 0
+        self._laid_out: tuple = (None, None)  # the last plan and its Batches
+        processes.keep_compiled_programs()
+        with _as_commands(model.mesh):
+            self._programs = _programs(
+                objective,
+                self._block.get("loss", ""),
+                self._config,
+                model.mesh,
+                self._block.optimizer,
+                self._block.weight_decay,
+                self._block.schedule,
+                Lora(self._lora.rank, targets=self._lora.targets) if self._lora else None,
+            )
+            self._base = model.params if self._lora else None
+            self._reference = self._choose_reference(reference, seed)
+            self._state = init_state(
+                self._programs.optimizer,
+                self._initial_params(seed, donate),
+                {},
+                self._programs.shardings,
+            )
+
+    @property
+    def model(self) -> Model:
+        """The trained model after the last step, with adapters merged into its weights.
+
+        Without adapters these are the trainer's own arrays, which the next step replaces: ask for
+        `trainer.model` anew after it.
+        """
+        params = self._state.params
+        if self._lora:
+            with _as_commands(self._initial.mesh):
+                params = adapters.merge(self._base, params, self._lora)
+        return dataclasses.replace(self._initial, config=self._config, params=params)
+
+    @property
+    def steps_done(self) -> int:
+        """How many updates were made."""
+        return self._steps_done
+
+    def step(self, examples: Examples | Batch) -> dict[str, float]:
+        """Make one update on examples, or on a batch of `batches`; return its metrics.
+
+        Metrics are those of metrics.jsonl, measured before the update: {"loss/train": ...}. Raises
+        FloatingPointError where loss or gradient is not finite.
+        """
+        batch = examples if isinstance(examples, Batch) else _one_batch(examples)
+        with _as_commands(self._initial.mesh):
+            return self._finish(batch, self._update(self._placed(batch)))
+
+    def fit(
+        self,
+        examples: Examples,
+        *,
+        batch_size: int = 64,
+        steps: int = 0,
+        epochs: float = 1.0,
+        seed: int | None = 0,
+        verbose: bool = False,
+    ) -> list[dict[str, float]]:
+        """Make all steps of `batches(examples, ...)`; return the metrics of each.
+
+        The next batch is prepared while the device is at work on the one before.
+        """
+        plan = batches(examples, batch_size=batch_size, steps=steps, epochs=epochs, seed=seed)
+        if not self._block.steps:
+            self._schedule_steps = self._steps_done + len(plan)
+        found, pending = [], None
+        with _as_commands(self._initial.mesh, verbose):
+            progress = console.Progress(self._objective, 0, len(plan))
+            for step, placed in prefetch(lambda step: self._placed(plan[step]), range(len(plan))):
+                metrics = self._update(placed)
+                if pending is not None:
+                    found.append(self._finish(*pending))
+                    progress.update(len(found), found[-1])
+                pending = (plan[step], metrics)
+            found.append(self._finish(*pending))
+            progress.update(len(found), found[-1])
+            progress.close()
+        return found
+
+    def evaluate(
+        self, examples: Examples, *, batch_size: int = 64, verbose: bool = False
+    ) -> dict[str, float]:
+        """Return metrics of the model as it is now, over all examples: {"loss/eval": ...}."""
+        self._check_kind(examples)
+        mesh = self._initial.mesh
+        size = _round_up(min(batch_size, len(examples)), sharding.batch_shards(mesh))
+        order = evaluation_order(len(examples), size)
+        laid_out = Batches(
+            examples,
+            order,
+            shards=sharding.batch_shards(mesh),
+            per_response=self._per_response(examples),
+        )
+        hyper = self._hyper()
+        total = None
+        with _as_commands(mesh, verbose):
+            params = whole(self._base, self._state.params, hyper)
+            reference = whole(self._base, self._reference, hyper)
+            progress = console.Progress("evaluate", 0, len(laid_out))
+            for step in range(len(laid_out)):
+                batch = sharding.shard_batch(mesh, laid_out[step], axis=1)
+                measured = self._programs.eval_step(params, reference, hyper, batch)
+                total = metrics_lib.add(total, measured)
+                progress.update(step + 1, {})
+            progress.close()
+        return metrics_lib.named(total, "eval")
+
+    def save_adapter(self, path: str | os.PathLike) -> None:
+        """Write the trained adapters as a folder in PEFT's format."""
+        if not self._lora:
+            raise ValueError("this trainer has no adapters: give Trainer lora=dict(rank=...).")
+        base = self._initial.checkpoint
+        peft.save(
+            pathlib.Path(path),
+            self._config,
+            base.hf_config,
+            self._lora,
+            self._state.params,
+            base=base.path,
+        )
+
+    def _initial_params(self, seed: int, donate: bool) -> dict:
+        """Return what is trained, in arrays that updates may delete."""
+        mesh = self._initial.mesh
+        if self._lora:
+            return _place(adapters.init(self._config, self._lora, seed), mesh)
+        params = self._initial.params
+        if donate:
+            if any(leaf is other for leaf, other in _pairs_of_leaves(params, self._reference)):
+                raise ValueError(
+                    "donate=True deletes the weights of the model at the first step, but it is the "
+                    "reference too. Give reference_log_probs=model.log_probs(...), or another "
+                    "reference, or leave donate out."
+                )
+        else:
+            params = jax.tree.map(jnp.copy, params)
+        if self._config.head == "score":
+            head = {"scalar": np.zeros(self._config.width, np.float32)}
+            return params | _place({"head": head}, mesh)
+        return params
+
+    def _choose_reference(self, reference, seed: int) -> dict | None:
+        """Return the reference's weights, or its adapters where it is the base itself."""
+        if self._reference_log_probs is not None and reference != "init":
+            raise ValueError("give reference or reference_log_probs, not both.")
+        if isinstance(reference, str) and reference not in ("init", "none"):
+            raise ValueError(
+                f"reference={reference!r}: expected 'init', 'none' or a model; "
+                f"dpo_jax.load({reference!r}) loads one."
+            )
+        if self._objective != "dpo":
+            if reference != "init" or self._reference_log_probs is not None:
+                raise ValueError(f"{self._objective} has no reference; dpo has.")
+            return None
+        if self._reference_log_probs is not None or reference == "none":
+            return None
+        if reference == "init":
+            # Under adapters it runs through the policy's own program, on adapters without effect.
+            if self._lora:
+                return _place(adapters.init(self._config, self._lora, seed), self._initial.mesh)
+            return self._initial.params
+        reference._check_usable("lm")
+        if reference.config.vocab != self._config.vocab:
+            raise ValueError(
+                f"the reference has a vocabulary of {reference.config.vocab}, the model one of "
+                f"{self._config.vocab}: they cannot be compared."
+            )
+        return reference.params
+
+    def _hyper(self) -> dict:
+        steps = self._block.steps or getattr(self, "_schedule_steps", 0)
+        if self._block.schedule != "constant" and not steps:
+            raise ValueError(
+                f"schedule={self._block.schedule!r} runs over steps: give Trainer steps=..., or "
+                "train with fit."
+            )
+        hyper = numbers(self._block, steps)
+        if self._lora:
+            hyper["lora_scale"] = np.float32(self._lora.scale)
+        return jax.device_put(hyper, sharding.replicated(self._initial.mesh))
+
+    def _update(self, placed) -> dict:
+        """Make an update, and return its metrics as they are on the device."""
+        self._state, metrics = self._programs.train_step(
+            self._state, self._reference, self._hyper(), placed, self._base
+        )
+        self._steps_done += 1
+        return metrics
+
+    def _finish(self, batch: Batch, metrics: dict) -> dict[str, float]:
+        """Fetch the metrics of an update; FloatingPointError where they are not finite."""
+        values = metrics_lib.named(metrics, "train")
+        for name in ("loss/train", "grad_norm", "param_norm"):
+            if not math.isfinite(values[name]):
+                order = batch.plan.order[batch.step]
+                where = ", ".join(batch.plan.examples.where[i] for i in order if i != FILLER)
+                raise FloatingPointError(
+                    f"{name} is {values[name]} on the batch of {where}: the weights are lost. "
+                    "Start anew with a lower lr or max_grad_norm, or leave out a bad row."
+                )
+        return values
+
+    def _placed(self, batch: Batch):
+        """Return a batch on the mesh."""
+        plan, laid_out = self._laid_out
+        if plan is not batch.plan:
+            laid_out = self._lay_out(batch.plan)
+            self._laid_out = (batch.plan, laid_out)
+        return sharding.shard_batch(self._initial.mesh, laid_out[batch.step], axis=1)
+
+    def _lay_out(self, plan: BatchPlan) -> Batches:
+        """Lay out a plan's batches, as the command does where its batch size can be split."""
+        self._check_kind(plan.examples)
+        batch_size = plan.order.shape[1]
+        size = min(self._block.microbatch_size or batch_size, batch_size)
+        microbatches = -(-batch_size // size)
+        shards = sharding.batch_shards(self._initial.mesh)
+        missing = -batch_size % (microbatches * shards)
+        order = np.pad(plan.order, ((0, 0), (0, missing)), constant_values=FILLER)
+        return Batches(
+            plan.examples,
+            order,
+            microbatches=microbatches,
+            shards=shards,
+            per_response=self._per_response(plan.examples),
+        )
+
+    def _per_response(self, examples: Examples) -> dict[str, np.ndarray]:
+        if self._reference_log_probs is None:
+            return {}
+        return {"reference_logps": self._reference_log_probs.of(examples)}
+
+    def _check_kind(self, examples: Examples) -> None:
+        """Raise where the examples have another number of responses than the objective takes."""
+        if not isinstance(examples, Examples):
+            raise TypeError(
+                f"expected examples of model.encode, or a batch of dpo_jax.batches; found "
+                f"{_shown(examples)}."
+            )
+        if not len(examples):
+            raise ValueError("there are no examples.")
+        found, wanted = len(examples.responses[0]), 1 if self._objective in SINGLE else 2
+        if found != wanted and wanted == 1:
+            raise ValueError(
+                f"{self._objective} takes one completion for each prompt, and these are pairs: "
+                "model.encode(rows, kind='sft') takes the chosen responses."
+            )
+        if found != wanted:
+            raise ValueError(
+                f"{self._objective} takes pairs, and these are single completions: encode rows "
+                "with chosen and rejected."
+            )
+
+
+def run(config: ConfigDict, workdir: str | os.PathLike, *, verbose: bool = False) -> dict:
+    """Run the stages of a config, as the command `train` does; return the folder of each.
+
+    What is done already is not done again, and what was interrupted goes on.
+    """
+    from dpo_jax.pipeline.stages import run_stages
+
+    processes.keep_compiled_programs()
+    with jax.default_matmul_precision("float32"), console.quiet(not verbose):
+        run_stages(config, str(workdir))
+    names = configs.folder_names(config)
+    return {stage: pathlib.Path(workdir) / names[stage] for stage in config.stages}
+
+
+@contextlib.contextmanager
+def _as_commands(mesh: jax.sharding.Mesh, verbose: bool = False):
+    """Compute as the commands do, whatever the caller's settings are; say nothing unless asked."""
+    with (
+        jax.default_matmul_precision("float32"),
+        jax.set_mesh(mesh),
+        console.quiet(not verbose),
+    ):
+        yield
+
+
+@dataclasses.dataclass(frozen=True)
+class _Programs:
+    optimizer: object
+    shardings: object
+    train_step: Callable
+    eval_step: Callable
+
+
+@functools.cache
+def _programs(objective, loss, config, mesh, optimizer, weight_decay, schedule, lora) -> _Programs:
+    """Return the compiled functions, which trainers that differ in numbers alone share."""
+    direction = optim.make(optimizer, weight_decay)
+    trained = adapters.abstract(config, lora) if lora else transformer.abstract(config)
+    shardings = state_shardings(mesh, direction, trained)
+    function = functools.partial(OBJECTIVES[objective], config, loss)
+    return _Programs(
+        direction,
+        shardings,
+        make_train_step(function, direction, schedule, shardings),
+        make_eval_step(function),
+    )
+
+
+def _block(objective: str, settings: dict) -> ConfigDict:
+    """Return the config block of an objective with these settings."""
+    names = [name for name in OBJECTIVES if name != "ppo"]
+    if objective == "ppo":
+        raise ValueError(
+            "ppo samples what it learns from: run its config with dpo_jax.run(config, workdir)."
+        )
+    if objective not in names:
+        raise ValueError(f"objective {objective!r} is not one of {', '.join(names)}.")
+    block = configs.default((objective,))[objective]
+    allowed = [name for name in block if name not in RUN_SETTINGS]
+    _check_names(f"Trainer(model, {objective!r})", settings, allowed)
+    block.update(settings)
+    return block
+
+
+def _check_lora(lora: dict | None) -> Lora | None:
+    if not lora:
+        return None
+    fields = [field.name for field in dataclasses.fields(Lora)]
+    _check_names("lora", lora, fields)
+    return Lora(**lora)
+
+
+def _check_names(place: str, given: Iterable[str], known: Sequence[str]) -> None:
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(known)}."
+            raise TypeError(f"{place} has no setting {name!r}; {hint}")
+
+
+def _parse_rows(rows: Iterable[dict], data: ConfigDict, kind: str) -> list[Row]:
+    """Return the rows as prompts and responses; ValueError names the first that is wrong."""
+    source = sources.SOURCES[data.source]
+    found = []
+    for number, record in enumerate(rows):
+        try:
+            prompt, responses = source.parse(fields_of(record))
+            kind = kind or ("pairs" if len(responses) == 2 else "sft")
+            found.append(Row(*sources._responses(prompt, responses, kind), f"rows[{number}]"))
+        except (Filtered, Malformed, Unusable) as error:
+            if data.on_bad_row == "drop":
+                continue
+            fields = ", ".join(map(str, record)) if isinstance(record, dict) else _shown(record)
+            raise ValueError(
+                f"rows[{number}]: {error}.\n  fields found: {fields or 'none'}\n"
+                f"  a right row: {source.example}"
+            ) from None
+    return found
+
+
+def _one_batch(examples: Examples) -> Batch:
+    if not isinstance(examples, Examples) or not len(examples):
+        raise TypeError(
+            f"step takes examples of model.encode, or a batch of dpo_jax.batches; found "
+            f"{_shown(examples)}."
+        )
+    return BatchPlan(examples, np.arange(len(examples))[None])[0]
+
+
+def _place(values: dict, mesh: jax.sharding.Mesh) -> dict:
+    """Return host arrays on the mesh, placed as the weights of their names."""
+    return jax.tree.map(
+        lambda x, placed: jax.make_array_from_callback(x.shape, placed, lambda index: x[index]),
+        values,
+        sharding.param_shardings(mesh, values),
+    )
+
+
+def _pairs_of_leaves(a, b):
+    return zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=False)
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _shown(value) -> str:
+    text = repr(value)
+    return f"{text if len(text) < 80 else text[:77] + '...'} ({type(value).__name__})"
