@@ -23,7 +23,6 @@ import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -45,16 +44,10 @@ from dpo_jax.models.transformer import TransformerConfig
 from dpo_jax.parallel import processes, sharding
 from dpo_jax.sampling import sampler
 from dpo_jax.sampling.prompts import Prompts, completion_texts
+from dpo_jax.training import data_feed
 from dpo_jax.training import metrics as metrics_lib
-from dpo_jax.training import optim
 from dpo_jax.training.objectives import OBJECTIVES, numbers
-from dpo_jax.training.step import (
-    init_state,
-    make_eval_step,
-    make_train_step,
-    state_shardings,
-    whole,
-)
+from dpo_jax.training.step import Frozen, Programs, copy_params, make_programs
 
 # Settings of a stage's config block that say how a run is made; here they are arguments of
 # `Trainer.fit` and `Trainer.evaluate`, or have no meaning.
@@ -397,12 +390,7 @@ class Trainer:
             )
             self._base = model.params if self._lora else None
             self._reference = self._choose_reference(reference, seed)
-            self._state = init_state(
-                self._programs.optimizer,
-                self._initial_params(seed, donate),
-                {},
-                self._programs.shardings,
-            )
+            self._state = self._programs.init_state(self._initial_params(seed, donate))
 
     @property
     def model(self) -> Model:
@@ -477,19 +465,10 @@ class Trainer:
             shards=sharding.batch_shards(mesh),
             per_response=self._per_response(examples),
         )
-        hyper = self._hyper()
-        total = None
         with _as_commands(mesh, verbose):
-            params = whole(self._base, self._state.params, hyper)
-            reference = whole(self._base, self._reference, hyper)
-            progress = console.Progress("evaluate", 0, len(laid_out))
-            for step in range(len(laid_out)):
-                batch = sharding.shard_batch(mesh, laid_out[step], axis=1)
-                measured = self._programs.eval_step(params, reference, hyper, batch)
-                total = metrics_lib.add(total, measured)
-                progress.update(step + 1, {})
-            progress.close()
-        return metrics_lib.named(total, "eval")
+            return data_feed.evaluate(
+                self._programs, mesh, self._state.params, self._frozen(), laid_out
+            )
 
     def save_adapter(self, path: str | os.PathLike) -> None:
         """Write the trained adapters as a folder in PEFT's format."""
@@ -519,7 +498,7 @@ class Trainer:
                     "reference, or leave donate out."
                 )
         else:
-            params = jax.tree.map(jnp.copy, params)
+            params = copy_params(params)
         if self._config.head == "score":
             head = {"scalar": np.zeros(self._config.width, np.float32)}
             return params | _place({"head": head}, mesh)
@@ -553,7 +532,8 @@ class Trainer:
             )
         return reference.params
 
-    def _hyper(self) -> dict:
+    def _frozen(self) -> Frozen:
+        """Return what an update reads and never changes."""
         steps = self._block.steps or getattr(self, "_schedule_steps", 0)
         if self._block.schedule != "constant" and not steps:
             raise ValueError(
@@ -563,13 +543,12 @@ class Trainer:
         hyper = numbers(self._block, steps)
         if self._lora:
             hyper["lora_scale"] = np.float32(self._lora.scale)
-        return jax.device_put(hyper, sharding.replicated(self._initial.mesh))
+        hyper = jax.device_put(hyper, sharding.replicated(self._initial.mesh))
+        return Frozen(hyper, self._reference, self._base)
 
     def _update(self, placed) -> dict:
         """Make an update, and return its metrics as they are on the device."""
-        self._state, metrics = self._programs.train_step(
-            self._state, self._reference, self._hyper(), placed, self._base
-        )
+        self._state, metrics = self._programs.update(self._state, self._frozen(), placed)
         self._steps_done += 1
         return metrics
 
@@ -663,26 +642,19 @@ def _as_commands(mesh: jax.sharding.Mesh, verbose: bool = False):
         yield
 
 
-@dataclasses.dataclass(frozen=True)
-class _Programs:
-    optimizer: object
-    shardings: object
-    train_step: Callable
-    eval_step: Callable
-
-
 @functools.cache
-def _programs(objective, loss, config, mesh, optimizer, weight_decay, schedule, lora) -> _Programs:
+def _programs(
+    objective: str, loss: str, config, mesh, optimizer, weight_decay, schedule, lora
+) -> Programs:
     """Return the compiled functions, which trainers that differ in numbers alone share."""
-    direction = optim.make(optimizer, weight_decay)
-    trained = adapters.abstract(config, lora) if lora else transformer.abstract(config)
-    shardings = state_shardings(mesh, direction, trained)
-    function = functools.partial(OBJECTIVES[objective], config, loss)
-    return _Programs(
-        direction,
-        shardings,
-        make_train_step(function, direction, schedule, shardings),
-        make_eval_step(function),
+    return make_programs(
+        functools.partial(OBJECTIVES[objective], config, loss),
+        config,
+        mesh,
+        optimizer=optimizer,
+        weight_decay=weight_decay,
+        schedule=schedule,
+        lora=lora,
     )
 
 
