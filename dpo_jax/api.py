@@ -20,7 +20,7 @@ import functools
 import math
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -35,7 +35,7 @@ from dpo_jax.data.ledger import Counts, Filtered, Malformed, Unusable
 from dpo_jax.data.readers import fields_of
 from dpo_jax.data.sources import Row
 from dpo_jax.data.tokenizer import Examples
-from dpo_jax.models import hf, loading, peft, transformer
+from dpo_jax.models import hf, loading, peft
 from dpo_jax.models import lora as adapters
 from dpo_jax.models.inference import score_rows
 from dpo_jax.models.loading import Pretrained
