@@ -26,12 +26,14 @@ class StageChanged(ValueError):
     """A stage's folder was made with another config."""
 
 
-def start_stage(workdir: pathlib.Path, config, stage: str) -> tuple[pathlib.Path, str]:
-    """The stage's folder and its status, "new", "unfinished" or "done"; writes config.json into a
-    new one. For one process.
+def start_stage(
+    workdir: pathlib.Path, config, stage: str, versions: dict[str, int]
+) -> tuple[pathlib.Path, str]:
+    """Return the stage's folder and its status, "new", "unfinished" or "done". For one process.
 
-    Raises StageChanged, naming the fields, where the folder was made with a config that differs in
-    what the stage depends on.
+    A new folder gets its config.json. versions: of the code that a resumed stage must find as it
+    was, {name: version}. Raises StageChanged where the folder was made with a config that differs
+    in what the stage depends on, or is unfinished and of other versions; both are named.
     """
     folder = pathlib.Path(workdir) / configs.folder_names(config)[stage]
     wanted = _dependencies(config, stage)
@@ -40,10 +42,14 @@ def start_stage(workdir: pathlib.Path, config, stage: str) -> tuple[pathlib.Path
         defaults = _dependencies(
             configs.default(tuple(config.stages)), stage
         )  # of fields that are newer than the run
-        found = defaults | json.loads(path.read_text())["depends_on"]
+        record = json.loads(path.read_text())
+        found = defaults | record["depends_on"]
         if found != wanted:
             raise StageChanged(_difference(folder, stage, found, wanted))
-        return folder, "done" if (folder / "done.json").exists() else "unfinished"
+        if (folder / "done.json").exists():
+            return folder, "done"  # of whatever versions: it is used as it is
+        _check_versions(folder, stage, record.get("versions", {}), versions)
+        return folder, "unfinished"
     if not path.exists() and any(
         item.suffix != ".draft" and item.name != ".lock" for item in folder.glob("*")
     ):
@@ -56,8 +62,26 @@ def start_stage(workdir: pathlib.Path, config, stage: str) -> tuple[pathlib.Path
     folder.mkdir(parents=True, exist_ok=True)
     for record in ("ledger.json", "weights.json"):
         (folder / record).unlink(missing_ok=True)
-    write_json(path, dict(stage=stage, depends_on=wanted, config=json.loads(config.to_json())))
+    record = dict(
+        stage=stage, depends_on=wanted, versions=versions, config=json.loads(config.to_json())
+    )
+    write_json(path, record)
     return folder, "new"
+
+
+def _check_versions(folder, stage: str, there: dict[str, int], now: dict[str, int]) -> None:
+    """Raise StageChanged where a stage was begun by code of other versions."""
+    differing = []
+    for name, version in now.items():
+        begun_with = there.get(name, 1)  # stages from before versions were written
+        if begun_with != version:
+            differing.append(f"{name} {begun_with} there, {version} now")
+    if differing:
+        raise StageChanged(
+            f"{folder} holds an unfinished {stage} stage that another version of dpo_jax began: "
+            f"{'; '.join(differing)}. Resumed, it would mix the two. Finish it with the version "
+            "that began it, or give another --workdir, or remove the folder to begin again."
+        )
 
 
 def _dependencies(config, stage: str) -> dict:

@@ -12,6 +12,10 @@ import numpy as np
 
 from dpo_jax.data import packing
 
+# The version of which examples are in which batch, and where. Raise it with every change that gives
+# another order for the same seed and step: an unfinished stage is then refused, not resumed.
+DATA_ORDER_VERSION = 1
+
 SHAPES = 6  # how many shapes, so compiled programs, a run may have
 FILLER = -1  # in an order: no row, the batch is only filled up
 

@@ -17,6 +17,12 @@ from dpo_jax.parallel import sharding
 from dpo_jax.parallel.hardware import Chip, chip_of
 from dpo_jax.parallel.sharding import BATCH, constrain, device
 
+# The version of the numbers that the forward pass makes of weights and tokens. Raise it with every
+# change that moves a log-prob by more than rounding, in this file or in what it calls: reference
+# log-probs that were kept are then computed again, and an unfinished stage is not resumed on other
+# numbers. tests/unit/models/test_forward_version.py says when.
+FORWARD_VERSION = 1
+
 CHUNK_SHARE = (
     1 / 64
 )  # of a chip's memory: what the logits of a shard that are there at once may take,

@@ -9,14 +9,24 @@ from ml_collections import ConfigDict
 
 from dpo_jax import config as configs
 from dpo_jax.console import say
-from dpo_jax.data import dataset
-from dpo_jax.models import loading
+from dpo_jax.data import batches, dataset
+from dpo_jax.data import tokenizer as tokenizers
+from dpo_jax.models import loading, log_probs
 from dpo_jax.models.lora import Lora
 from dpo_jax.pipeline import preference_pairs
 from dpo_jax.rewards import make
 from dpo_jax.sampling import prompts
 from dpo_jax.sampling.prompts import Prompts
 from dpo_jax.workdir import StageChanged, write_json
+
+
+def versions() -> dict[str, int]:
+    """Return the versions of the code that an unfinished stage must find as it was."""
+    return dict(
+        tokenization=tokenizers.TOKENIZATION_VERSION,
+        data_order=batches.DATA_ORDER_VERSION,
+        forward=log_probs.FORWARD_VERSION,
+    )
 
 
 @dataclasses.dataclass

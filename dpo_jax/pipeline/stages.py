@@ -16,7 +16,7 @@ from dpo_jax.evaluation import best_of_n, reward_kl, toy_report
 from dpo_jax.models import loading
 from dpo_jax.parallel import processes, sharding
 from dpo_jax.pipeline import preference_pairs
-from dpo_jax.pipeline.run import Run
+from dpo_jax.pipeline.run import Run, versions
 from dpo_jax.pipeline.train_stage import policy_measure, train_stage
 from dpo_jax.rewards import make
 from dpo_jax.workdir import finish_stage, lock_folder, start_stage, write_json, write_lines
@@ -124,7 +124,7 @@ def run_stages(config: ConfigDict, workdir: str) -> None:
         folder = run.folder(stage)
         with lock_folder(folder):
             _, status = processes.from_first(
-                functools.partial(start_stage, run.workdir, config, stage)
+                functools.partial(start_stage, run.workdir, config, stage, versions())
             )
             if status == "done":
                 say(f"{stage}: done before, in {folder}")

@@ -1,18 +1,18 @@
-"""The reference's log-probs, computed once and kept: a sweep pays for them once and holds no second
-model.
+"""The reference's log-probs, computed once and kept: a sweep pays for them once, and needs no second
+model in memory.
 
-    WORKDIR/reference/KEY/train.npy  eval.npy    float32 [rows, responses], nan where not computed
-    yet
-                          train.sha256  eval.sha256  of the rows, once a fill is finished; checked
-                          when they are read
+    WORKDIR/reference/KEY/train.npy  eval.npy        float32 [examples, responses], nan: not computed
+                          train.sha256  eval.sha256  of a finished file, checked when it is read
 
-KEY is made of all that the numbers depend on: the reference's weights, the rows' tokens, and the
-code and dtype of the forward pass; not of beta, learning rate, seed or the run's name. A run
-computes the rows that it needs and that are not there yet; killed, it goes on where it was.
+KEY is a hash of what the numbers depend on, and of nothing else: the reference's weights and shape,
+the tokens, the forward pass (FORWARD_VERSION, dtype, attention kernel). So beta, learning rate,
+seed, mesh and the run's name share one. A run computes what it needs and does not find; killed in
+between, it continues where it was.
 """
 
+import dataclasses
 import hashlib
-import inspect
+import json
 import os
 import pathlib
 
@@ -20,113 +20,118 @@ import jax
 import numpy as np
 
 from dpo_jax.console import say
-from dpo_jax.data import packing
 from dpo_jax.data.batches import FILLER, evaluation_order
-from dpo_jax.models import attention, log_probs, transformer
+from dpo_jax.models import attention, log_probs
 from dpo_jax.models.inference import score_rows
 from dpo_jax.models.loading import Pretrained
+from dpo_jax.models.transformer import TransformerConfig
 from dpo_jax.parallel import processes, sharding
 
-CODE = (transformer, attention, log_probs, packing)  # what a log-prob is computed by
-FREE = ("remat", "unroll")  # of the model's config: they change no value
+# Fields of the model's config that change no log-prob: how it is compiled, and what is only checked.
+WITHOUT_EFFECT = ("remat", "unroll", "max_positions")
 
 
 class ReferenceCache:
-    """The log-probs of one reference model on one data set; the model's weights are loaded only to
-    fill it.
-    """
+    """The kept log-probs of one reference; its weights are loaded only to compute more of them."""
 
     def __init__(self, workdir: pathlib.Path, model: Pretrained, mesh, batch_size: int):
-        """batch_size: rows at a time."""
-        self._root, self._model, self._mesh = pathlib.Path(workdir) / "reference", model, mesh
+        """Keep log-probs in WORKDIR/reference, computed `batch_size` examples at a time."""
+        self._root = pathlib.Path(workdir) / "reference"
+        self._model = model
+        self._mesh = mesh
         shards = sharding.batch_shards(mesh)
         self._batch_size = -(-batch_size // shards) * shards
 
-    def log_probs(self, split: str, examples, rows: np.ndarray) -> np.ndarray:
-        """Log-probs [rows of the data set, responses], of which at least `rows` are there; nan for
-        the others.
+    def log_probs(self, split: str, examples, needed: np.ndarray) -> np.ndarray:
+        """Return summed log-probs [examples, responses] in nats, at least those of `needed`.
 
-        examples: the split, a `tokenizer.Examples`.
+        split: "train" or "eval". examples: all of the split, a `tokenizer.Examples`. needed:
+        indices of examples, of any shape, FILLER among them or not; others may be nan.
         """
-        path = self._root / self._key(examples) / f"{split}.npy"
-        found = processes.from_first(
-            lambda: _read(path, (len(examples), len(examples.responses[0])))
-        )
-        needed = np.unique(rows[rows != FILLER])
-        missing = needed[np.isnan(found[needed]).any(axis=1)]
+        path = self._root / self.key(examples) / f"{split}.npy"
+        shape = (len(examples), len(examples.responses[0]))
+        kept = processes.from_first(lambda: _read(path, shape))
+        needed = np.unique(needed[needed != FILLER])
+        missing = needed[np.isnan(kept[needed]).any(axis=1)]
         if not len(missing):
             say(f"reference: log-probs of {len(needed)} {split} rows are in {path}")
-            return found
+            return kept
         say(f"reference: {len(missing)} of {len(needed)} {split} rows to compute, kept in {path}")
         order = evaluation_order(len(missing), self._batch_size)
         order = np.where(order == FILLER, FILLER, missing[order])
-        for done, values in score_rows(
-            "reference",
-            self._model.config,
-            self._model.load(self._mesh),
-            self._mesh,
-            examples,
-            order,
+        params = self._model.load(self._mesh)
+        for indices, values in score_rows(
+            "reference", self._model.config, params, self._mesh, examples, order
         ):
-            found[done] = values
-            _put(path, found, done)
+            kept[indices] = values
+            _write(path, kept, indices)
         _seal(path)
-        return found
+        return kept
 
-    def _key(self, examples) -> str:
-        config = {
-            name: value for name, value in vars(self._model.config).items() if name not in FREE
-        }
-        with jax.set_mesh(
-            self._mesh
-        ):  # kernels round otherwise: a policy's margins would start from that
-            config["attention"] = attention.choose(
-                config["attention"], config["dtype"], config["head_width"]
-            )
-        parts = [
-            self._model.fingerprint(),
-            examples.fingerprint,
-            repr(sorted(config.items())),
-            *map(inspect.getsource, CODE),
-        ]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-
-
-def _read(path: pathlib.Path, shape: tuple[int, int]) -> np.ndarray:
-    """What is kept, nan for the rest; ValueError where a finished fill is no longer what was
-    written.
-    """
-    found = np.load(path) if path.exists() else np.full(shape, np.nan, "f4")
-    seal = path.with_suffix(".sha256")
-    if seal.exists() and seal.read_text() != hashlib.sha256(found.tobytes()).hexdigest():
-        raise ValueError(
-            f"{path} is not what was written there (its sha256 is another than {seal.name}'s). Remove "
-            f"{path.parent}: the log-probs are then computed again."
+    def key(self, examples) -> str:
+        """Return the name of the folder for these examples."""
+        config = self._model.config
+        with jax.set_mesh(self._mesh):
+            # Kernels round differently, and a policy's log-ratios would start from that.
+            kernel = attention.choose(config.attention, config.dtype, config.head_width)
+        depends_on = dict(
+            weights=self._model.fingerprint(),
+            tokens=examples.fingerprint,
+            model=_fields_with_effect(config) | dict(attention=kernel),
+            forward=log_probs.FORWARD_VERSION,
         )
+        text = json.dumps(depends_on, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _fields_with_effect(config: TransformerConfig) -> dict:
+    """Return the fields of a model's config that its log-probs depend on.
+
+    Those at their default are left out, so that a field added later leaves old keys as they are.
+    """
+    found = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name in WITHOUT_EFFECT or value == field.default:
+            continue
+        found[field.name] = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
     return found
 
 
+def _read(path: pathlib.Path, shape: tuple[int, int]) -> np.ndarray:
+    """Return what is kept, nan for the rest; ValueError where a finished file was changed."""
+    kept = np.load(path) if path.exists() else np.full(shape, np.nan, np.float32)
+    seal = path.with_suffix(".sha256")
+    if seal.exists() and seal.read_text() != hashlib.sha256(kept.tobytes()).hexdigest():
+        raise ValueError(
+            f"{path} is not what was written there: its sha256 is not the one in {seal.name}. "
+            f"Remove {path.parent}, and the log-probs are computed again."
+        )
+    return kept
+
+
 def _seal(path: pathlib.Path) -> None:
-    """Says what a finished fill has written. Process 0 only."""
-    if not jax.process_index():
-        path.with_suffix(".sha256").write_text(hashlib.sha256(np.load(path).tobytes()).hexdigest())
+    """Write down the sha256 of a finished file. Process 0 only."""
+    if jax.process_index() == 0:
+        digest = hashlib.sha256(np.load(path).tobytes()).hexdigest()
+        path.with_suffix(".sha256").write_text(digest)
 
 
-def _put(path: pathlib.Path, found: np.ndarray, rows: np.ndarray) -> None:
-    """Writes rows of the array to its file, in place; a kill leaves whole rows, or nan. Process 0
-    only.
+def _write(path: pathlib.Path, values: np.ndarray, indices: np.ndarray) -> None:
+    """Write some rows of an array to its file, in place. Process 0 only.
+
+    A kill leaves whole rows, or nan.
     """
     if jax.process_index():
         return
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(
-            f".{os.getpid()}.draft"
-        )  # another run's may be about to make it too
+        # Another run may be about to make the file too, so each writes a draft of its own.
+        draft = path.with_suffix(f".{os.getpid()}.draft")
         with draft.open("wb") as file:
-            np.save(file, np.full_like(found, np.nan))
+            np.save(file, np.full_like(values, np.nan))
         os.replace(draft, path)
     path.with_suffix(".sha256").unlink(missing_ok=True)  # until this fill is finished too
-    kept = np.lib.format.open_memmap(path, mode="r+")
-    kept[rows] = found[rows]
-    kept.flush()
+    file_array = np.lib.format.open_memmap(path, mode="r+")
+    file_array[indices] = values[indices]
+    file_array.flush()

@@ -20,6 +20,7 @@ from dpo_jax import config as configs
 from dpo_jax import sample, score
 from dpo_jax.models import hf, transformer
 from dpo_jax.parallel import sharding
+from dpo_jax.pipeline.run import versions
 from dpo_jax.pipeline.stages import run_stages
 from dpo_jax.sampling.sampler import Sampling
 from dpo_jax.training.metrics import TIMINGS, read_rows
@@ -159,7 +160,7 @@ def plant(run, stage: str, model=None, **changes) -> None:
     """Makes a stage of a Run done without training: a random model, or a folder's; changes: of its
     config.
     """
-    folder, _ = start_stage(run.workdir, run.config, stage)
+    folder, _ = start_stage(run.workdir, run.config, stage, versions())
     if model:
         (folder / "hf").symlink_to(model)
     else:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dpo_jax.data import dataset
-from dpo_jax.models import loading
+from dpo_jax.models import loading, log_probs
 from dpo_jax.parallel import sharding
 from dpo_jax.training import reference_cache
 from dpo_jax.training.self_check import SelfCheckFailed
@@ -106,29 +106,29 @@ def test_log_probs_that_are_not_the_references_stop_the_run(model, pairs, tmp_pa
         run(config(model, pairs, steps=2, beta=0.5, run="again"), tmp_path)
 
 
-def test_the_key_is_of_weights_and_tokens(model, pairs, tmp_path):
+def test_the_key_is_of_all_that_the_numbers_depend_on_and_nothing_else(
+    model, pairs, tmp_path, monkeypatch
+):
     mesh = sharding.make_mesh()
 
     def key(folder, file, **options):
         found = loading.open_model(str(folder), **options)
         data = dataset.load(dpo_config(folder, file).data, found.tokenizer, "pairs").train
-        return reference_cache.ReferenceCache(tmp_path, found, mesh, 8)._key(data)
+        return reference_cache.ReferenceCache(tmp_path, found, mesh, 8).key(data)
 
     same = key(model, pairs)
     assert same == key(model, pairs) == key(write_model(tmp_path / "copy"), pairs)
-    assert same == key(model, pairs, remat="full", unroll=2)  # they change no value
+    assert same == key(model, pairs, remat="full", unroll=2)
     other = write_model(tmp_path / "other", scale=5)
-    assert (
-        len(
-            {
-                same,
-                key(other, pairs),
-                key(model, write_pairs(tmp_path / "pairs.jsonl", seed=1)),
-                key(model, pairs, dtype="bfloat16"),
-            }
-        )
-        == 4
-    )
+    keys = {
+        same,
+        key(other, pairs),
+        key(model, write_pairs(tmp_path / "pairs.jsonl", seed=1)),
+        key(model, pairs, dtype="bfloat16"),
+    }
+    monkeypatch.setattr(log_probs, "FORWARD_VERSION", log_probs.FORWARD_VERSION + 1)
+    keys.add(key(model, pairs))
+    assert len(keys) == 5
 
 
 def test_a_reference_by_path_is_kept_too(model, pairs, tmp_path, monkeypatch):

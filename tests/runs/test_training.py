@@ -273,7 +273,7 @@ def test_the_best_checkpoint_is_kept_and_exported(model, pairs, tmp_path):
 
 def test_an_unknown_metric_to_keep_the_best_by_is_refused(model, pairs, tmp_path):
     with pytest.raises(
-        ValueError, match="keep_best = 'accuracy': expected an evaluation metric; .*loss/eval"
+        ValueError, match="keep_best = 'accuracy': expected a metric of the evaluation; .*loss/eval"
     ):
         run(dpo_config(model, pairs, keep_best="accuracy"), tmp_path)
 

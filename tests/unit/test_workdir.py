@@ -1,8 +1,14 @@
-"""Folders of stages: who works on one."""
+"""Folders of stages: who works on one, and which is refused."""
 
+import json
 import threading
 
-from dpo_jax.workdir import lock_folder
+import pytest
+
+from dpo_jax import config as configs
+from dpo_jax.workdir import StageChanged, finish_stage, lock_folder, start_stage
+
+VERSIONS = dict(tokenization=1, data_order=1, forward=1)
 
 
 def test_a_stage_that_another_holds_for_a_moment_is_waited_for(tmp_path):
@@ -18,3 +24,51 @@ def test_a_stage_that_another_holds_for_a_moment_is_waited_for(tmp_path):
     threading.Timer(0.3, release.set).start()
     with lock_folder(tmp_path):
         assert release.is_set()
+
+
+def begin(workdir, versions=VERSIONS):
+    """Start the dpo stage, and make a checkpoint in it; its folder."""
+    folder, status = start_stage(workdir, configs.default(("dpo",)), "dpo", versions)
+    assert status == "new"
+    (folder / "checkpoints" / "40").mkdir(parents=True)
+    return folder
+
+
+def status(workdir, **versions):
+    return start_stage(workdir, configs.default(("dpo",)), "dpo", VERSIONS | versions)[1]
+
+
+def test_an_unfinished_stage_of_the_same_versions_is_resumed(tmp_path):
+    begin(tmp_path)
+    assert status(tmp_path) == "unfinished"
+
+
+@pytest.mark.parametrize("name", VERSIONS)
+def test_an_unfinished_stage_of_another_version_is_refused_by_name(tmp_path, name):
+    folder = begin(tmp_path)
+    with pytest.raises(StageChanged, match=f"unfinished dpo stage .*: {name} 1 there, 2 now"):
+        status(tmp_path, **{name: 2})
+    assert (folder / "checkpoints" / "40").exists()
+
+
+@pytest.mark.parametrize("name", VERSIONS)
+def test_a_finished_stage_of_another_version_is_reused(tmp_path, name):
+    finish_stage(begin(tmp_path))
+    assert status(tmp_path, **{name: 2}) == "done"
+
+
+def test_a_stage_from_before_versions_were_written_is_of_version_1(tmp_path):
+    path = begin(tmp_path) / "config.json"
+    record = json.loads(path.read_text())
+    del record["versions"]
+    path.write_text(json.dumps(record))
+    assert status(tmp_path) == "unfinished"
+    with pytest.raises(StageChanged, match="forward 1 there, 2 now"):
+        status(tmp_path, forward=2)
+
+
+def test_an_attempt_without_a_checkpoint_is_begun_again_in_any_version(tmp_path):
+    folder = begin(tmp_path)
+    (folder / "checkpoints" / "40").rmdir()
+    assert status(tmp_path, forward=2) == "new"
+    assert json.loads((folder / "config.json").read_text())["versions"]["forward"] == 2
