@@ -33,9 +33,9 @@ class Checkpoints:
             cleanup_tmp_directories=True,
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
         )
-        # At each save orbax asks jax for preemptions too, with the step. The processes stop at one
-        # number, by equality, and the loop counts through all stages: a lower number in between would
-        # have it pass the one they agree on.
+        # At each save orbax asks jax for preemptions too, with the step. Processes agree on a number
+        # to stop at, which the loop counts up to through all stages (`loop._ASKED`): a lower one in
+        # between would let it pass that number.
         self._checkpointer._manager.reached_preemption = lambda step: False
 
     def __enter__(self):

@@ -1,7 +1,6 @@
-"""The reference's log-probs, computed once and kept: a sweep pays for them once, and needs no second
-model in memory.
+"""The reference's log-probs, computed once and kept: a sweep pays once, without a second model.
 
-    WORKDIR/reference/KEY/train.npy  eval.npy        float32 [examples, responses], nan: not computed
+    WORKDIR/reference/KEY/train.npy  eval.npy        float32 [examples, responses]; nan: not yet
                           train.sha256  eval.sha256  of a finished file, checked when it is read
 
 KEY is a hash of what the numbers depend on, and of nothing else: the reference's weights and shape,
@@ -27,7 +26,7 @@ from dpo_jax.models.loading import Pretrained
 from dpo_jax.models.transformer import TransformerConfig
 from dpo_jax.parallel import processes, sharding
 
-# Fields of the model's config that change no log-prob: how it is compiled, and what is only checked.
+# Fields of the model's config that change no log-prob: two say how it is compiled, one is a limit.
 WITHOUT_EFFECT = ("remat", "unroll", "max_positions")
 
 
