@@ -35,57 +35,41 @@ def sample_file(
     mesh,
     sampling: sampler.Sampling,
     *,
-    n: int,
-    seed: int,
-    batch_size: int,
     dtype: str,
     limits: dict,
 ) -> None:
-    """Samples n completions for each row of a file that is not in `out` yet; limits: as in
-    config.data.
+    """Sample completions for each row of a file that is not in `out` yet.
+
+    limits: as in config.data.
     """
     rows, path = _read(prompts_path), pathlib.Path(out)
     digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
     made_with = dict(
         model=model_path,
         prompts=f"{len(rows)} rows, sha256 {digest[:16]}",
-        n=n,
-        seed=seed,
-        batch_size=batch_size,
         dtype=dtype,
         **dataclasses.asdict(sampling),
         **limits,
     )
     chunk = max(
-        1, batch_size // n
+        1, sampling.batch_size // sampling.n
     )  # a batch: by whole ones, so that going on makes the batches that were to come
     start = processes.from_first(functools.partial(_begin, path, made_with, len(rows), chunk))
     processes.check_shared(path.parent)
     if start < len(rows):
-        model = loading.open_model(model_path, dtype=dtype)
-        prompts = _encode(rows, model, sampling, limits)
-        sampler.check(model.config, prompts.ids, sampling, n=n, batch_size=batch_size)
-        params = model.load(mesh)
+        checkpoint = loading.open_checkpoint(model_path, dtype=dtype)
+        prompts = _encode(rows, checkpoint, sampling, limits)
+        sampler.check(checkpoint.config, prompts.ids, sampling)
+        model = checkpoint.load(mesh)
         progress = Progress("sample", start, len(rows), unit="prompt")
         for first in range(start, len(rows), chunk):
             part = prompts.take(range(first, min(first + chunk, len(rows))))
-            drawn = sampler.sample(
-                model.config,
-                mesh,
-                params,
-                part.ids,
-                sampling,
-                seed=seed,
-                n=n,
-                first=first,
-                eos_id=model.tokenizer.eos_token_id,
-                batch_size=batch_size,
-            )
+            drawn = sampler.sample(model, part.ids, sampling, first=first)
             found = _columns(part, drawn, model.tokenizer)
             append_lines(path, [row | new for row, new in zip(rows[first:], found, strict=False)])
             progress.update(first + len(part), {})
         progress.close()
-    say(f"finished: {out} holds {len(rows)} prompts with {n} sampled for each")
+    say(f"finished: {out} holds {len(rows)} prompts with {sampling.n} sampled for each")
 
 
 def _read(path: str) -> list[dict]:
@@ -135,7 +119,7 @@ def _begin(path: pathlib.Path, made_with: dict, total: int, chunk: int) -> int:
 
 
 def _encode(
-    rows: list[dict], model: loading.Pretrained, sampling: sampler.Sampling, limits: dict
+    rows: list[dict], checkpoint: loading.Checkpoint, sampling: sampler.Sampling, limits: dict
 ) -> Prompts:
     """The prompts as tokens, each cut to limits["max_prompt_length"], and as text."""
     texts = [row["prompt"] for row in rows]
@@ -143,7 +127,7 @@ def _encode(
     data.update(source="local", append_eos=False, **limits)
     data.max_length = data.max_prompt_length + sampling.max_new_tokens
     truncate = dataset.truncation(data, [Row(text, (), "") for text in texts])
-    ids = encode_prompts(texts, model.tokenizer, data, truncate)
+    ids = encode_prompts(texts, checkpoint.tokenizer, data, truncate)
     longest = max(map(len, ids))
     if longest == data.max_prompt_length:
         full = sum(len(prompt) == longest for prompt in ids)
@@ -151,12 +135,12 @@ def _encode(
             f"{full} of {len(ids)} prompts fill --max_prompt_length={longest}: those that were longer are cut, by "
             f"{truncate}"
         )
-    if longest + sampling.max_new_tokens > model.config.max_positions:
+    if longest + sampling.max_new_tokens > checkpoint.config.max_positions:
         say(
             f"warning: up to {longest} + {sampling.max_new_tokens} tokens, but the model was made for "
-            f"{model.config.max_positions}"
+            f"{checkpoint.config.max_positions}"
         )
-    return Prompts(ids, model.tokenizer.batch_decode(ids, skip_special_tokens=True))
+    return Prompts(ids, checkpoint.tokenizer.batch_decode(ids, skip_special_tokens=True))
 
 
 def _columns(prompts: Prompts, drawn: list[list[sampler.Completion]], tokenizer) -> list[dict]:
@@ -165,17 +149,17 @@ def _columns(prompts: Prompts, drawn: list[list[sampler.Completion]], tokenizer)
     repeated = prompts.take([row for row in range(len(prompts)) for _ in range(n)])
     flat = [completion for completions in drawn for completion in completions]
     texts = completion_texts(repeated, [completion.tokens for completion in flat], tokenizer)
-    logps = [float(completion.logps.sum(dtype=np.float64)) for completion in flat]
+    log_probs = [float(completion.log_probs.sum(dtype=np.float64)) for completion in flat]
     counts = [len(completion.tokens) for completion in flat]
     if n == 1:
         return [
-            dict(completion=text, logp=logp, tokens=count)
-            for text, logp, count in zip(texts, logps, counts, strict=True)
+            dict(completion=text, logp=log_prob, tokens=count)
+            for text, log_prob, count in zip(texts, log_probs, counts, strict=True)
         ]
     return [
         dict(
             completions=texts[start : start + n],
-            logp=logps[start : start + n],
+            logp=log_probs[start : start + n],
             tokens=counts[start : start + n],
         )
         for start in range(0, len(flat), n)
@@ -200,11 +184,11 @@ def main():
         top_p=flags.DEFINE_float(
             "top_p", 1.0, "Draw among the likeliest tokens that make up this share."
         ),
-    )
-    n = flags.DEFINE_integer("n", 1, "Completions per prompt.", lower_bound=1)
-    seed = flags.DEFINE_integer("seed", 0, "Of the draws.")
-    batch_size = flags.DEFINE_integer(
-        "batch_size", 64, "Completions at a time, over all devices.", lower_bound=1
+        n=flags.DEFINE_integer("n", 1, "Completions per prompt.", lower_bound=1),
+        seed=flags.DEFINE_integer("seed", 0, "Of the draws."),
+        batch_size=flags.DEFINE_integer(
+            "batch_size", 64, "Completions at a time, over all devices.", lower_bound=1
+        ),
     )
     dtype = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute dtype.")
     limits = dict(
@@ -227,9 +211,6 @@ def main():
             out.value,
             mesh(),
             sampler.Sampling(**{name: flag.value for name, flag in settings.items()}),
-            n=n.value,
-            seed=seed.value,
-            batch_size=batch_size.value,
             dtype=dtype.value,
             limits={name: flag.value for name, flag in limits.items()},
         )

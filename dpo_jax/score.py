@@ -17,16 +17,17 @@ from dpo_jax.console import say
 from dpo_jax.data import dataset, readers
 from dpo_jax.data.batches import evaluation_order
 from dpo_jax.models import loading
-from dpo_jax.models.inference import score_rows
+from dpo_jax.models.inference import score_examples
+from dpo_jax.models.loading import Model
 from dpo_jax.parallel import processes, sharding
 
 
-def score(model: loading.Pretrained, params, mesh, examples, batch_size: int) -> np.ndarray:
-    """Summed log-probs of every example's responses, nats, [examples, responses]."""
+def score(model: Model, examples, batch_size: int) -> np.ndarray:
+    """Return the summed log-probs of every example's responses, nats, [examples, responses]."""
     found = np.zeros((len(examples), len(examples.responses[0])), np.float32)
     order = evaluation_order(len(examples), batch_size)
-    for rows, logps in score_rows("score", model.config, params, mesh, examples, order):
-        found[rows] = logps
+    for rows, log_probs in score_examples("score", model, examples, order):
+        found[rows] = log_probs
     return found
 
 
@@ -43,33 +44,33 @@ def score_file(
             f"--out={out}: there is no folder {pathlib.Path(out).parent}; make it first."
         )
     processes.check_shared(pathlib.Path(out).parent)
-    model = loading.open_model(model_path, dtype=dtype)
+    checkpoint = loading.open_checkpoint(model_path, dtype=dtype)
     data = configs.default(()).data
     data.update(source="local", path=data_path, eval_fraction=0.0, **limits)
-    loaded = dataset.load(data, model.tokenizer, "pairs")
+    loaded = dataset.load(data, checkpoint.tokenizer, "pairs")
     say(loaded.ledger.table())
-    model.check(loaded.train)
+    checkpoint.check(loaded.train)
     shards = sharding.batch_shards(mesh)
-    logps = score(model, model.load(mesh), mesh, loaded.train, -(-batch_size // shards) * shards)
+    log_probs = score(checkpoint.load(mesh), loaded.train, -(-batch_size // shards) * shards)
     if jax.process_index() == 0:
         splits = readers.find_splits(data_path)
         rows = (
             splits["train"] if "train" in splits else next(iter(splits.values()))
         )  # as dataset.load chose
-        _write(out, rows(), loaded.train, logps)
+        _write(out, rows(), loaded.train, log_probs)
     processes.wait_for_all("scores")  # or they would give process 0 up, and end it
-    left_out = loaded.ledger.train.read - len(logps)
+    left_out = loaded.ledger.train.read - len(log_probs)
     say(
-        f"scored {len(logps)} pairs into {out}, left out {left_out} (see above); "
-        f"mean log-prob chosen {logps[:, 0].mean():.4g}, rejected {logps[:, 1].mean():.4g} nats"
+        f"scored {len(log_probs)} pairs into {out}, left out {left_out} (see above); "
+        f"mean log-prob chosen {log_probs[:, 0].mean():.4g}, rejected {log_probs[:, 1].mean():.4g} nats"
     )
 
 
-def _write(out: str, rows, examples, logps) -> None:
+def _write(out: str, rows, examples, log_probs) -> None:
     """The rows that were scored, as they were read, with the scores; a kill leaves no half-written
     file.
     """
-    scores = dict(zip(examples.where, zip(examples.responses, logps, strict=True), strict=True))
+    scores = dict(zip(examples.where, zip(examples.responses, log_probs, strict=True), strict=True))
     draft = pathlib.Path(out + ".draft")
     with draft.open("w") as file:
         for where, record in rows:

@@ -13,7 +13,7 @@ and the calls. Files: experiments/winrate.py.
 from dpo_jax.data import sources
 from dpo_jax.data.ledger import Ledger
 from dpo_jax.models import families, hf
-from dpo_jax.models.loading import open_model
+from dpo_jax.models.loading import open_checkpoint
 from experiments import winrate
 from experiments.winrate import Options, Point, Policy, Task
 
@@ -96,7 +96,7 @@ def points(runs: dict, options: Options, base: str = "") -> list[Point]:
         policies["base"] = Policy(
             "base",
             dict(path=base, dtype=dpo.config.model.dtype),
-            lambda: open_model(base, dtype=dpo.config.model.dtype),
+            lambda: open_checkpoint(base, dtype=dpo.config.model.dtype),
         )
     elif "base" in options.methods:
         policies["base"] = winrate.start(dpo, "sft", "base")

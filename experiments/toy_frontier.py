@@ -121,8 +121,8 @@ def exact_rows(folder: pathlib.Path, panel: str, seed: int, runs: list[dict]) ->
     from dpo_jax.rewards import make
 
     mesh = sharding.make_mesh()
-    sft = loading.open_model(str(folder / "sft" / "hf"))
-    reference_PC, rewards_PC = exact_reference(sft, sft.load(mesh), PANELS[panel][2])
+    sft = loading.open_checkpoint(str(folder / "sft" / "hf"))
+    reference_PC, rewards_PC = exact_reference(sft.load(mesh), PANELS[panel][2])
     prompts_P, ids_CT = toy.PROMPTS, toy.completions()
     score = make.make_reward("rm", str(folder / "rm" / "hf"), 4096, mesh)
     learned_PC = np.stack(
@@ -169,12 +169,10 @@ def curve(workdir: str, panel: str, largest: float) -> tuple[np.ndarray, np.ndar
     from dpo_jax.models import loading
     from dpo_jax.parallel import sharding
 
-    sft = loading.open_model(
+    sft = loading.open_checkpoint(
         str(pathlib.Path(workdir) / f"{panel}-{PANELS[panel][3][0]}" / "sft" / "hf")
     )
-    reference_PC, rewards_PC = exact_reference(
-        sft, sft.load(sharding.make_mesh()), PANELS[panel][2]
-    )
+    reference_PC, rewards_PC = exact_reference(sft.load(sharding.make_mesh()), PANELS[panel][2])
     kls = largest * np.linspace(0, 1, CURVE_POINTS) ** 2
     return kls, exact.bound(reference_PC, rewards_PC, kls)
 

@@ -38,6 +38,7 @@ from dpo_jax.pipeline.stages import run_stages
 from dpo_jax.rewards import make
 from dpo_jax.sampling import rollouts
 from dpo_jax.sampling.prompts import Prompts
+from dpo_jax.sampling.sampler import Sampling
 from dpo_jax.training import checkpoint
 from dpo_jax.workdir import COMPLETIONS, StageChanged, differences, lock_folder, write_json
 from experiments import commands, winrate_report
@@ -49,7 +50,7 @@ class Policy:
 
     name: str  # of the folders of its completions
     made_by: dict  # all that its weights depend on: completions of other weights are refused
-    open: Callable  # () -> loading.Pretrained
+    open: Callable  # () -> loading.Checkpoint
     shots: Callable[[], str] = str  # the text before each prompt, none
 
 
@@ -196,7 +197,9 @@ def trained(run: Run, stage: str) -> Policy:
     return Policy(
         stage,
         configs.dependencies(run.config, stage),
-        lambda: loading.open_model(str(run.folder(stage) / "hf"), dtype=run.config.model.dtype),
+        lambda: loading.open_checkpoint(
+            str(run.folder(stage) / "hf"), dtype=run.config.model.dtype
+        ),
     )
 
 
@@ -229,13 +232,13 @@ def at_checkpoints(run: Run, stage: str) -> dict[int, Policy]:
     ]
 
     def opened(step):
-        model = run.initial(stage)
-        return dataclasses.replace(
-            model,
-            load=lambda mesh: checkpoint.load_params(
-                folder, step, model.shapes, sharding.param_shardings(mesh, model.shapes)
-            ),
-        )
+        initial = run.initial(stage)
+
+        def load_params(mesh):
+            placed = sharding.param_shardings(mesh, initial.shapes)
+            return checkpoint.load_params(folder, step, initial.shapes, placed)
+
+        return dataclasses.replace(initial, load_params=load_params)
 
     made_by = configs.dependencies(run.config, stage)
     return {
@@ -278,12 +281,13 @@ def sample_all(
     """
     found = {}
     for policy in {point.policy.name: point.policy for point in points}.values():
-        model = policy.open()
-        prompts, load = _encode(task, policy, model.tokenizer), functools.cache(model.load)
+        opened = policy.open()
+        prompts = _encode(task, policy, opened.tokenizer)
+        load = functools.cache(opened.load_params)
         for point in points:
             if point.policy.name == policy.name and point.folder not in found:
                 found[point.folder] = _sample(
-                    point, folder / point.folder, runs, sampling, model, prompts, load
+                    point, folder / point.folder, runs, sampling, opened, prompts, load
                 )
     return found
 
@@ -300,7 +304,7 @@ def _encode(task: Task, policy: Policy, tokenizer) -> Prompts:
     return Prompts(ids, tokenizer.batch_decode(ids, skip_special_tokens=True))
 
 
-def _sample(point: Point, folder, runs, sampling, model, prompts, load) -> list[dict]:
+def _sample(point: Point, folder, runs, sampling, opened, prompts, load) -> list[dict]:
     """The completions of a point, from where a killed run goes on; scored where the best is to be
     taken.
     """
@@ -320,20 +324,16 @@ def _sample(point: Point, folder, runs, sampling, model, prompts, load) -> list[
         missing = _lines(folder / COMPLETIONS) < len(prompts)
         if missing and point.samples > 1:
             reward = runs["rm"].reward("rm")
-        return rollouts.complete(
-            model.config,
-            run.mesh,
-            load(run.mesh) if missing else None,
-            prompts,
-            model.tokenizer,
-            reward,
+        params = load(run.mesh) if missing else None
+        model = opened.model(params, run.mesh, append_eos=run.config.data.append_eos)
+        settings = Sampling(
+            sampling.max_new_tokens,
+            point.temperature,
             n=point.samples,
-            sampling=sampling,
             seed=run.config.seed,
-            eos_id=run.eos_id(model.tokenizer),
-            folder=folder,
-            temperature=point.temperature,
+            batch_size=sampling.batch_size,
         )
+        return rollouts.complete(model, prompts, reward, settings, folder)
 
 
 def _no_reward(prompts, _completions, _tokens) -> np.ndarray:

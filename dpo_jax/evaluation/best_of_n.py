@@ -4,33 +4,30 @@ N.
 Letters: P prompts, M samples of each, as many as the largest N.
 """
 
+import dataclasses
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from dpo_jax.console import say
 from dpo_jax.evaluation import frontier
+from dpo_jax.models.loading import Model
 from dpo_jax.sampling import rollouts
 from dpo_jax.sampling.prompts import Prompts
+from dpo_jax.sampling.sampler import Sampling
 from dpo_jax.workdir import write_json
 
 
 def write(
     folder: pathlib.Path,
-    model,
-    mesh,
-    params,
+    model: Model,
     prompts: Prompts,
-    tokenizer,
     true: Callable,
     ranking: Callable,
-    *,
-    counts,
-    sampling,
-    seed: int,
-    eos_id: int | None,
+    counts: Sequence[int],
+    sampling: Sampling,
 ) -> dict:
     """Samples as many as the largest N for each prompt; writes best_of_n.json and
     completions.jsonl.
@@ -38,19 +35,8 @@ def write(
     true, ranking: rewards; the true one of the best by the ranking one is reported. counts: the
     values of N, each estimated from all samples.
     """
-    rows = rollouts.complete(
-        model,
-        mesh,
-        params,
-        prompts,
-        tokenizer,
-        true,
-        n=max(counts),
-        sampling=sampling,
-        seed=seed,
-        eos_id=eos_id,
-        folder=folder,
-    )
+    sampling = dataclasses.replace(sampling, n=max(counts))
+    rows = rollouts.complete(model, prompts, true, sampling, folder)
     asked = [row["prompt"] for row in rows for _ in row["completions"]]
     texts = [completion["text"] for row in rows for completion in row["completions"]]
     tokens = [

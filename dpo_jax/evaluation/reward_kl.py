@@ -16,54 +16,35 @@ import numpy as np
 
 from dpo_jax.data import packing
 from dpo_jax.data.batches import Batches, evaluation_order
+from dpo_jax.models.loading import Model
 from dpo_jax.models.log_probs import token_kls
 from dpo_jax.parallel import sharding
 from dpo_jax.parallel.sharding import constrain
 from dpo_jax.sampling import prompts as prompts_lib
 from dpo_jax.sampling import sampler
 from dpo_jax.sampling.prompts import Prompts
+from dpo_jax.sampling.sampler import Sampling
 
 GRAM = 3  # of the repetition rate
 
 
 def evaluate(
-    model,
-    mesh,
-    params,
-    reference,
-    prompts: Prompts,
-    tokenizer,
-    reward: Callable,
-    *,
-    max_new_tokens: int,
-    batch_size: int,
-    seed: int,
-    eos_id: int | None,
+    model: Model, reference, prompts: Prompts, reward: Callable, sampling: Sampling
 ) -> tuple[dict[str, float], list[dict]]:
     """Samples a completion of each prompt at temperature 1; returns values and a row for each
     completion.
 
     values: frontier/reward, /kl (exact per step), /kl_sampled (log-ratios), each with its standard
-    error (_se), /length (tokens), /eos_rate and /repetition. batch_size: completions at a time,
-    over all devices.
+    error (_se), /length (tokens), /eos_rate and /repetition. reference: its weights. sampling: one
+    completion of each prompt, at temperature 1.
     """
-    drawn = [
-        completion
-        for (completion,) in sampler.sample(
-            model,
-            mesh,
-            params,
-            prompts.ids,
-            sampler.Sampling(max_new_tokens),
-            seed=seed,
-            eos_id=eos_id,
-            batch_size=batch_size,
-        )
-    ]
+    drawn = [completion for (completion,) in sampler.sample(model, prompts.ids, sampling)]
     tokens = [completion.tokens for completion in drawn]
-    texts = prompts_lib.completion_texts(prompts, tokens, tokenizer)
+    texts = prompts_lib.completion_texts(prompts, tokens, model.tokenizer)
     pairs = list(zip(prompts.ids, tokens, strict=True))
-    kl_sampled, kl = sequence_kls(model, mesh, params, reference, pairs, max_new_tokens, batch_size)
+    kl_sampled, kl = sequence_kls(
+        model, reference, pairs, sampling.max_new_tokens, sampling.batch_size
+    )
     found = dict(
         reward=np.asarray(reward(prompts.texts, texts, pairs)),
         kl=kl,
@@ -89,7 +70,7 @@ def evaluate(
 
 
 def sequence_kls(
-    model, mesh, params, reference, pairs, max_new_tokens: int, batch_size: int
+    model: Model, reference, pairs, max_new_tokens: int, batch_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Of each (prompt, completion) ids the summed log-ratio, and the summed KLs of the steps, nats
     [B] each.
@@ -97,6 +78,7 @@ def sequence_kls(
     Arrays have room for completions of max_new_tokens, so that what is sampled later needs no other
     program.
     """
+    mesh = model.mesh
     shards = sharding.batch_shards(mesh)
     batch_size = -(-min(batch_size, len(pairs)) // shards) * shards
     longest = (
@@ -114,7 +96,7 @@ def sequence_kls(
         for step in range(len(batches)):
             batch = sharding.shard_batch(mesh, jax.tree.map(lambda x: x[0], batches[step]), axis=0)
             for sums_B, values_SM in zip(
-                found, _token_kls(model, params, reference, batch), strict=True
+                found, _token_kls(model.config, model.params, reference, batch), strict=True
             ):
                 for row, values in batches.per_row(step, np.asarray(values_SM)[None]).items():
                     if row >= 0:
@@ -123,8 +105,8 @@ def sequence_kls(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _token_kls(model, params, reference, batch):
-    return jax.tree.map(constrain, token_kls(model, params, reference, batch))
+def _token_kls(config, params, reference, batch):
+    return jax.tree.map(constrain, token_kls(config, params, reference, batch))
 
 
 def repetition(tokens) -> float:

@@ -7,21 +7,22 @@ import numpy as np
 from dpo_jax.console import say
 from dpo_jax.data import toy
 from dpo_jax.evaluation import exact, plots
+from dpo_jax.models.loading import Model
 from dpo_jax.training import metrics
 from dpo_jax.workdir import write_json
 
 CURVE_POINTS = 200  # at which the picture shows the bound
 
 
-def probe(model, reference_params, reward: str):
+def probe(reference: Model, reward: str):
     """Return a function from params to exact "frontier/reward" and "frontier/kl".
 
     The training loop calls it at each evaluation. The KL is to the reference.
     """
-    reference_PC, rewards_PC = exact_reference(model, reference_params, reward)
+    reference_PC, rewards_PC = exact_reference(reference, reward)
 
     def measure(params) -> dict[str, float]:
-        policy_PC = exact.enumerate_log_probs(model.config, params, toy.PROMPTS)
+        policy_PC = exact.enumerate_log_probs(reference.config, params, toy.PROMPTS)
         reward, kl = exact.reward_and_kl(policy_PC, reference_PC, rewards_PC)
         return {"frontier/reward": float(reward), "frontier/kl": float(kl)}
 
@@ -31,17 +32,16 @@ def probe(model, reference_params, reward: str):
 def write(
     folder: pathlib.Path,
     trained: pathlib.Path,
-    model,
-    reference_params,
+    reference: Model,
     reward: str,
     beta: float | None,
 ) -> dict:
     """Write toy.json and toy.png from a stage's metrics, print the table, return the values.
 
-    trained: the stage's folder. model, reference_params: where that stage started, its reference.
+    trained: the stage's folder. reference: where that stage started.
     reward: a name in toy.REWARDS. beta: of DPO, whose optimum is known; None for other methods.
     """
-    reference_PC, rewards_PC = exact_reference(model, reference_params, reward)
+    reference_PC, rewards_PC = exact_reference(reference, reward)
     start, _ = exact.reward_and_kl(reference_PC, reference_PC, rewards_PC)
     trajectory = [
         (row["step"], row["frontier/reward"], row["frontier/kl"])
@@ -74,9 +74,9 @@ def write(
     return result
 
 
-def exact_reference(model, params, reward: str):
+def exact_reference(model: Model, reward: str):
     """Return the reference's log-probs of all completions and their rewards, each [P, C]."""
-    log_probs_PC = exact.enumerate_log_probs(model.config, params, toy.PROMPTS)
+    log_probs_PC = exact.enumerate_log_probs(model.config, model.params, toy.PROMPTS)
     rewards_PC = toy.REWARDS[reward](toy.PROMPTS, toy.completions())
     return log_probs_PC, rewards_PC
 

@@ -1,5 +1,8 @@
-"""A model as a run sees it: shape, weights to load, tokenizer; from Hugging Face format or made at
-random.
+"""Checkpoints and loaded models.
+
+`Checkpoint` is a model that is known by its config and tokenizer alone; `Model` is the same model
+with its weights on a mesh. Checkpoints come from folders and hub names in Hugging Face format, or
+are made at random.
 """
 
 import dataclasses
@@ -13,94 +16,132 @@ from dpo_jax.console import say
 from dpo_jax.data import packing, toy
 from dpo_jax.data import tokenizer as tokenizers
 from dpo_jax.models import families, hf, transformer
+from dpo_jax.models.transformer import TransformerConfig
 from dpo_jax.parallel import processes, sharding
 
 
-@dataclasses.dataclass
-class Pretrained:
-    """A model that has been looked at but not loaded."""
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A loaded model: everything that is needed to run it."""
 
-    config: transformer.TransformerConfig
-    hf_config: object  # what export writes back
+    config: TransformerConfig
+    params: dict
     tokenizer: object
-    path: str  # where it is: a hub name or a folder; "": made at random
-    load: Callable  # mesh -> weights on it
-    fingerprint: Callable  # () -> what names the weights: those of another model have another
+    mesh: jax.sharding.Mesh
+    eos_id: int | None = None  # the token that ends a completion; None: only its length does
+
+    def with_params(self, params: dict) -> "Model":
+        """Return the same model with other weights."""
+        return dataclasses.replace(self, params=params)
+
+
+@dataclasses.dataclass
+class Checkpoint:
+    """A checkpoint whose weights are not loaded yet."""
+
+    config: TransformerConfig
+    hf_config: object  # the Hugging Face config, which an export writes back
+    tokenizer: object
+    path: str  # a hub name or a folder; "" for random weights
+    load_params: Callable  # mesh -> the weights, placed on it
+    fingerprint: Callable  # () -> a string that only these weights have
 
     @property
     def shapes(self):
-        """The abstract weights."""
+        """The shapes and dtypes of the weights, as a tree of ShapeDtypeStructs."""
         return transformer.abstract(self.config)
 
+    def load(self, mesh: jax.sharding.Mesh, *, append_eos: bool = True) -> Model:
+        """Load the weights onto a mesh.
+
+        append_eos: whether completions end with the tokenizer's EOS, as config.data.append_eos.
+        """
+        return self.model(self.load_params(mesh), mesh, append_eos=append_eos)
+
+    def model(self, params: dict, mesh: jax.sharding.Mesh, *, append_eos: bool = True) -> Model:
+        """Return this model with weights that were made elsewhere, such as trained ones."""
+        eos_id = self.tokenizer.eos_token_id if append_eos else None
+        return Model(self.config, params, self.tokenizer, mesh, eos_id)
+
     def check(self, examples) -> None:
-        """ValueError where a row has a token the model does not know, or more tokens than it has
-        positions.
+        """Check that the model can read every example.
+
+        Raises ValueError for a token outside of the vocabulary, and for an example with more tokens
+        than the model has learned positions. Rotary models only get a warning.
         """
         if not len(examples):
             return
+        # One pass over all tokens: the largest id of each example, its prompt and responses.
         prompt_P, response_PK = packing.lengths_of(examples)
         length_P = prompt_P + response_PK.max(axis=1)
         size_P = prompt_P + response_PK.sum(axis=1)
-        ids = np.concatenate(
-            [part for prompt, responses in examples for part in (prompt, *responses)]
-        )
-        largest_P = np.maximum.reduceat(ids, np.cumsum(size_P) - size_P)
+        parts = [part for prompt, responses in examples for part in (prompt, *responses)]
+        largest_P = np.maximum.reduceat(np.concatenate(parts), np.cumsum(size_P) - size_P)
         if largest_P.max() >= self.config.vocab:
-            row = int(np.argmax(largest_P >= self.config.vocab))
+            first = int(np.argmax(largest_P >= self.config.vocab))
             raise ValueError(
-                f"{examples.where[row]} has token {largest_P[row]}, but the model's vocabulary ends at "
-                f"{self.config.vocab - 1}: this tokenizer is another model's."
+                f"{examples.where[first]} has token {largest_P[first]}, but the model's vocabulary "
+                f"ends at {self.config.vocab - 1}: this tokenizer is another model's."
             )
-        if self.config.learned_positions and length_P.max() > self.config.max_positions:
-            row = int(np.argmax(length_P > self.config.max_positions))
+        if length_P.max() <= self.config.max_positions:
+            return
+        if self.config.learned_positions:
+            first = int(np.argmax(length_P > self.config.max_positions))
             raise ValueError(
-                f"{examples.where[row]} has {length_P[row]} tokens, but the model has "
-                f"{self.config.max_positions} positions: lower config.data.max_length (--max_length)."
+                f"{examples.where[first]} has {length_P[first]} tokens, but the model has "
+                f"{self.config.max_positions} positions: lower config.data.max_length "
+                "(--max_length)."
             )
-        if length_P.max() > self.config.max_positions:
-            say(
-                f"warning: rows of up to {length_P.max()} tokens, but the model was made for "
-                f"{self.config.max_positions}; config.data.max_length cuts them."
-            )
+        say(
+            f"warning: rows of up to {length_P.max()} tokens, but the model was made for "
+            f"{self.config.max_positions}; config.data.max_length cuts them."
+        )
 
 
-def open_model(path: str, *, tokenizer: str = "", words=None, **options) -> Pretrained:
-    """A model in Hugging Face format, by hub name or folder.
+def open_checkpoint(
+    path: str, *, tokenizer_path: str = "", tokenizer=None, **options
+) -> Checkpoint:
+    """Open a model in Hugging Face format by hub name or folder.
 
-    tokenizer: where that is, if not with the model; words: the tokenizer itself, where it is at
-    hand. options: of `families.from_hf`; head is "score" for a reward model.
+    tokenizer_path: where the tokenizer is, if not with the model. tokenizer: an open one to use
+    instead. options: those of `families.from_hf`; head is "score" for a reward model.
     """
     folder = hf.fetch(path)
     hf_config = hf.read_config(folder)
     config = families.from_hf(hf_config, **options)
+    if tokenizer is None:
+        tokenizer_folder = hf.fetch(tokenizer_path, weights=False) if tokenizer_path else folder
+        tokenizer = tokenizers.load(tokenizer_folder)
 
-    def load(mesh):
-        return hf.load(folder, config, sharding.param_shardings(mesh, transformer.abstract(config)))
-
-    if words is None:
-        words = tokenizers.load(hf.fetch(tokenizer, weights=False) if tokenizer else folder)
+    def load_params(mesh):
+        placed = sharding.param_shardings(mesh, transformer.abstract(config))
+        return hf.load(folder, config, placed)
 
     @functools.cache  # it reads all of the weights
     def fingerprint():
         return processes.from_first(lambda: hf.fingerprint(folder))
 
-    return Pretrained(config, hf_config, words, path, load, fingerprint)
+    return Checkpoint(config, hf_config, tokenizer, path, load_params, fingerprint)
 
 
-def from_scratch(fields: dict, seed: int, *, tokenizer: str = "", **options) -> Pretrained:
-    """A random model of the family and sizes that Hugging Face config fields give; without a path,
-    the toy's words.
+def from_scratch(fields: dict, seed: int, *, tokenizer_path: str = "", **options) -> Checkpoint:
+    """Make a random model of the family and sizes that fields of a Hugging Face config give.
+
+    Without tokenizer_path its tokenizer is the toy's.
     """
     hf_config = hf.make_config(fields)
     config = families.from_hf(hf_config, **options)
+    if tokenizer_path:
+        tokenizer = tokenizers.load(hf.fetch(tokenizer_path, weights=False))
+    else:
+        tokenizer = toy.tokenizer()
 
-    def load(mesh):
+    def load_params(mesh):
         placed = sharding.param_shardings(mesh, transformer.abstract(config))
-        return jax.jit(lambda key: transformer.init(config, key), out_shardings=placed)(
-            jax.random.key(seed)
-        )
+        make = jax.jit(lambda key: transformer.init(config, key), out_shardings=placed)
+        return make(jax.random.key(seed))
 
-    words = tokenizers.load(hf.fetch(tokenizer, weights=False)) if tokenizer else toy.tokenizer()
-    return Pretrained(
-        config, hf_config, words, "", load, lambda: f"seed {seed} of {sorted(fields.items())}"
-    )
+    def fingerprint():
+        return f"seed {seed} of {sorted(fields.items())}"
+
+    return Checkpoint(config, hf_config, tokenizer, "", load_params, fingerprint)

@@ -22,8 +22,10 @@ from dpo_jax.data import readers
 from dpo_jax.data.dataset import Dataset
 from dpo_jax.data.ledger import Ledger
 from dpo_jax.data.tokenizer import Examples
+from dpo_jax.models.loading import Model
 from dpo_jax.sampling import rollouts
 from dpo_jax.sampling.prompts import Prompts
+from dpo_jax.sampling.sampler import Sampling
 from dpo_jax.workdir import write_json, write_lines
 
 EVAL_PROMPTS = 100  # prompts of the held-out pairs
@@ -36,23 +38,17 @@ LABELS = {
 
 
 def make_pairs(
-    model,
-    mesh,
-    params,
+    model: Model,
     prompts: dict[str, Prompts],
-    tokenizer,
     reward: Callable,
-    block,
-    sampling,
-    *,
-    seed: int,
-    eos_id: int | None,
+    labels: str,
+    sampling: Sampling,
     folder: pathlib.Path,
 ) -> dict:
     """Samples, scores and labels; writes the files above and ledger.json, and returns the number of
     pairs.
 
-    prompts: of the splits train and eval. block, sampling: the config's. What completions.jsonl has
+    prompts: of the splits train and eval. labels: config.pairs.labels. What completions.jsonl has
     already is kept.
     """
     both = Prompts(
@@ -61,24 +57,12 @@ def make_pairs(
             for part in ("ids", "texts")
         )
     )
-    rows = rollouts.complete(
-        model,
-        mesh,
-        params,
-        both,
-        tokenizer,
-        reward,
-        n=block.completions,
-        sampling=sampling,
-        seed=seed,
-        eos_id=eos_id,
-        folder=folder,
-    )
+    rows = rollouts.complete(model, both, reward, sampling, folder)
     of_splits = dict(train=rows[: len(prompts["train"])], eval=rows[len(prompts["train"]) :])
     ledger = {}
     for number, (split, file) in enumerate(FILES.items()):
         of_split = of_splits[split]
-        found, left_out = label(of_split, block.labels, np.random.default_rng([seed, number]))
+        found, left_out = label(of_split, labels, np.random.default_rng([sampling.seed, number]))
         if not found:
             raise ValueError(
                 f"pairs: no pair is left of {len(of_split)} prompts in {file}: {left_out}."
@@ -87,7 +71,7 @@ def make_pairs(
         agreeing = sum(pair["reward_chosen"] > pair["reward_rejected"] for pair in found)
         ledger[split] = dict(
             prompts=len(of_split),
-            completions=len(of_split) * block.completions,
+            completions=len(of_split) * sampling.n,
             pairs=len(found),
             left_out=left_out,
             chosen_has_higher_reward=agreeing,

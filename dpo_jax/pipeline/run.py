@@ -17,6 +17,7 @@ from dpo_jax.pipeline import preference_pairs
 from dpo_jax.rewards import make
 from dpo_jax.sampling import prompts
 from dpo_jax.sampling.prompts import Prompts
+from dpo_jax.sampling.sampler import Sampling
 from dpo_jax.workdir import StageChanged, write_json
 
 
@@ -41,18 +42,18 @@ class Run:
     def folder(self, stage: str) -> pathlib.Path:
         return self.workdir / configs.folder_names(self.config)[stage]
 
-    def initial(self, stage: str) -> loading.Pretrained:
+    def initial(self, stage: str) -> loading.Checkpoint:
         """What a stage starts from: the result of the sft stage before it, or the config's
         model.
         """
         model = self.config.model
         options = configs.model_options(self.config)
         if "sft" in self._before(stage):
-            return loading.open_model(str(self.folder("sft") / "hf"), **options)
+            return loading.open_checkpoint(str(self.folder("sft") / "hf"), **options)
         if model.path:
-            return loading.open_model(model.path, tokenizer=model.tokenizer, **options)
+            return loading.open_checkpoint(model.path, tokenizer_path=model.tokenizer, **options)
         return loading.from_scratch(
-            model.scratch.to_dict(), self.config.seed, tokenizer=model.tokenizer, **options
+            model.scratch.to_dict(), self.config.seed, tokenizer_path=model.tokenizer, **options
         )
 
     def lora(self) -> Lora | None:
@@ -113,10 +114,10 @@ class Run:
         """
         return make.make_reward(*self._reward_at(name), self.config.reward.batch_size, self.mesh)
 
-    def reward_model(self, name: str) -> loading.Pretrained | None:
+    def reward_model(self, name: str) -> loading.Checkpoint | None:
         """The model of ours behind a stage's reward, if one is."""
         kind, path = self._reward_at(name)
-        return loading.open_model(path, head="score") if kind in ("rm", "model") else None
+        return loading.open_checkpoint(path, head="score") if kind in ("rm", "model") else None
 
     def _reward_at(self, name: str) -> tuple[str, str]:
         block = self.config.reward
@@ -124,6 +125,17 @@ class Run:
             ("rm", str(self.folder("rm") / "hf"))
             if "rm" in (name, block.kind)
             else (block.kind, block.path)
+        )
+
+    def load(self, checkpoint: loading.Checkpoint) -> loading.Model:
+        """Load a checkpoint's weights onto the run's mesh."""
+        return checkpoint.load(self.mesh, append_eos=self.config.data.append_eos)
+
+    def sampling(self, n: int = 1) -> Sampling:
+        """Return how the stages of this run sample: n completions of each prompt."""
+        block = self.config.sampling
+        return Sampling(
+            block.max_new_tokens, n=n, seed=self.config.seed, batch_size=block.batch_size
         )
 
     def eos_id(self, tokenizer) -> int | None:
@@ -142,7 +154,7 @@ class Run:
             )
         write_json(path, ledger | dict(fingerprint=fingerprint))
 
-    def record_weights(self, stage: str, **models: loading.Pretrained | None) -> None:
+    def record_weights(self, stage: str, **models: loading.Checkpoint | None) -> None:
         """Writes weights.json: path and fingerprint of the models of ours, by role, that the stage
         reads again when it goes on. A stage of which one has changed since it began is refused.
         """

@@ -26,30 +26,25 @@ def pairs_stage(run: Run, stage: str) -> dict:
     """Preference pairs sampled from the model that the stages before made, labelled by the true
     reward.
     """
-    model, block = run.initial(stage), run.config.pairs
-    found = run.load_prompts(model.tokenizer)
+    initial, block = run.initial(stage), run.config.pairs
+    found = run.load_prompts(initial.tokenizer)
     if len(found["train"]) < block.prompts:
         raise ValueError(
             f"config.pairs.prompts = {block.prompts}, but there are {len(found['train'])} training "
             "prompts: lower it, or take more rows (config.data.train_split, config.data.max_rows)."
         )
-    run.record_weights(stage, policy=model, reward=run.reward_model("true"))
+    run.record_weights(stage, policy=initial, reward=run.reward_model("true"))
     chosen = np.random.default_rng(run.config.seed).permutation(len(found["train"]))[
         : block.prompts
     ]
     held_out = found["eval"].take(range(min(preference_pairs.EVAL_PROMPTS, len(found["eval"]))))
     return preference_pairs.make_pairs(
-        model.config,
-        run.mesh,
-        model.load(run.mesh),
+        run.load(initial),
         dict(train=found["train"].take(chosen), eval=held_out),
-        model.tokenizer,
         run.reward("true"),
-        block,
-        run.config.sampling,
-        seed=run.config.seed,
-        eos_id=run.eos_id(model.tokenizer),
-        folder=run.folder(stage),
+        block.labels,
+        run.sampling(n=block.completions),
+        run.folder(stage),
     )
 
 
@@ -63,14 +58,13 @@ def evaluate_stage(run: Run, stage: str) -> dict:
             return toy_report.write(
                 run.folder(stage),
                 run.folder(trained),
-                start,
-                start.load(run.mesh),
+                run.load(start),
                 run.config.reward.kind,
                 beta,
             )
-    end = loading.open_model(str(run.folder(trained) / "hf"), dtype=run.config.model.dtype)
-    measure, reference = policy_measure(run, start), start.load(run.mesh)
-    values, rows = measure(end.load(run.mesh), reference)
+    end = loading.open_checkpoint(str(run.folder(trained) / "hf"), dtype=run.config.model.dtype)
+    measure, reference = policy_measure(run, start), start.load_params(run.mesh)
+    values, rows = measure(end.load_params(run.mesh), reference)
     _, before = measure(reference, reference)
     say(reward_kl.side_by_side(rows[: run.config.evaluate.show], before))
     write_lines(run.folder(stage) / "completions.jsonl", rows)
@@ -81,24 +75,19 @@ def evaluate_stage(run: Run, stage: str) -> dict:
 
 def best_of_n_stage(run: Run, stage: str) -> dict:
     """The best of N completions of the model that the stages before made, for each N."""
-    model, block = run.initial(stage), run.config.best_of_n
-    held_out = run.eval_prompts(stage, model.tokenizer)
+    initial, block = run.initial(stage), run.config.best_of_n
+    held_out = run.eval_prompts(stage, initial.tokenizer)
     run.record_weights(
-        stage, policy=model, reward=run.reward_model(block.reward), true=run.reward_model("true")
+        stage, policy=initial, reward=run.reward_model(block.reward), true=run.reward_model("true")
     )
     return best_of_n.write(
         run.folder(stage),
-        model.config,
-        run.mesh,
-        model.load(run.mesh),
+        run.load(initial),
         held_out,
-        model.tokenizer,
         run.reward("true"),
         run.reward(block.reward),
-        counts=block.n,
-        sampling=run.config.sampling,
-        seed=run.config.seed,
-        eos_id=run.eos_id(model.tokenizer),
+        block.n,
+        run.sampling(),
     )
 
 

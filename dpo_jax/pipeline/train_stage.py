@@ -48,7 +48,7 @@ def train_stage(run: Run, stage: str) -> dict:
     ):  # under adapters, the base through the policy's own program: they start with no effect
         load_reference = load if lora else load_initial
     else:
-        load_reference = reference and functools.partial(reference.load, run.mesh)
+        load_reference = reference and functools.partial(reference.load_params, run.mesh)
     cache = None
     if stage == "dpo" and block.cache_reference:
         cache = ReferenceCache(
@@ -99,8 +99,7 @@ def _feed(run: Run, stage: str, job: Job, initial, reference, cache: ReferenceCa
             run.reward(job.block.reward),
             tokenizer=initial.tokenizer,
             eos_id=run.eos_id(initial.tokenizer),
-            sampling=config.sampling,
-            seed=config.seed,
+            sampling=run.sampling(),
         )
     data = run.load_data(stage, initial.tokenizer)
     initial.check(data.train)
@@ -126,7 +125,9 @@ def _reference(run: Run, stage: str, initial):
         return None
     if name == "init":
         return initial
-    other = loading.open_model(name, words=initial.tokenizer, **configs.model_options(run.config))
+    other = loading.open_checkpoint(
+        name, tokenizer=initial.tokenizer, **configs.model_options(run.config)
+    )
     if other.config.vocab != initial.config.vocab:
         raise ValueError(
             f"config.dpo.reference = {name!r} has a vocabulary of "
@@ -137,7 +138,7 @@ def _reference(run: Run, stage: str, initial):
 
 def _load(run: Run, model, initial) -> dict:
     """The initial weights, with the stage's own head, which starts from 0."""
-    params = initial.load(run.mesh)
+    params = initial.load_params(run.mesh)
     if model.head == "lm":
         return params
     placed = sharding.param_shardings(run.mesh, transformer.abstract(model))["head"]["scalar"]
@@ -184,31 +185,20 @@ def _probe(run: Run, stage: str, initial, load_initial):
         return None
     if run.config.data.source == "toy":
         with jax.set_mesh(run.mesh):
-            return toy_report.probe(initial, load_initial(), run.config.reward.kind)
+            return toy_report.probe(initial.model(load_initial(), run.mesh), run.config.reward.kind)
     measure = policy_measure(run, initial)
     return lambda params: measure(params, load_initial())[0]
 
 
-def policy_measure(run: Run, model: loading.Pretrained):
+def policy_measure(run: Run, initial: loading.Checkpoint):
     """(policy's weights, reference's) -> (values, rows) on the held-out prompts of the evaluate
     stage.
     """
-    held_out = run.eval_prompts("evaluate", model.tokenizer)
+    held_out = run.eval_prompts("evaluate", initial.tokenizer)
     reward = run.reward("true")
 
     def measure(params, reference):
-        return reward_kl.evaluate(
-            model.config,
-            run.mesh,
-            params,
-            reference,
-            held_out,
-            model.tokenizer,
-            reward,
-            max_new_tokens=run.config.sampling.max_new_tokens,
-            batch_size=run.config.sampling.batch_size,
-            seed=run.config.seed,
-            eos_id=run.eos_id(model.tokenizer),
-        )
+        model = initial.model(params, run.mesh, append_eos=run.config.data.append_eos)
+        return reward_kl.evaluate(model, reference, held_out, reward, run.sampling())
 
     return measure

@@ -26,7 +26,7 @@ def any_policy(path, batch_size, mesh) -> Callable:
     tokenizer's, and else on the texts, tokenised as for training, each completion with an EOS;
     special tokens are not in them.
     """
-    model = loading.open_model(path, head="score")
+    model = loading.open_checkpoint(path, head="score")
     score = _scorer(model, batch_size, mesh)
     told = []
 
@@ -79,13 +79,13 @@ def _tokenised(words, prompts: list[str], completions: list[str]) -> list[tuple]
 
 def same_policy(path, batch_size, mesh) -> Callable:
     """The reward model of this run, on the very tokens that the policy sampled."""
-    score = _scorer(loading.open_model(path, head="score"), batch_size, mesh)
+    score = _scorer(loading.open_checkpoint(path, head="score"), batch_size, mesh)
     return lambda _prompts, _completions, tokens: score(tokens)
 
 
-def _scorer(model: loading.Pretrained, batch_size: int, mesh) -> Callable:
+def _scorer(model: loading.Checkpoint, batch_size: int, mesh) -> Callable:
     """(prompt, completion) ids -> a reward model's scores."""
-    params = model.load(mesh)
+    params = model.load_params(mesh)
     shards = sharding.batch_shards(mesh)
     batch_size = -(-batch_size // shards) * shards
 

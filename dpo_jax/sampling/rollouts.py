@@ -6,34 +6,26 @@ import pathlib
 from collections.abc import Callable
 
 from dpo_jax.console import Progress, say
+from dpo_jax.models.loading import Model
 from dpo_jax.sampling import prompts as prompts_lib
 from dpo_jax.sampling import sampler
 from dpo_jax.sampling.prompts import Prompts
+from dpo_jax.sampling.sampler import Sampling
 from dpo_jax.workdir import COMPLETIONS, StageChanged, append_lines, read_lines
 
 CHUNKS = 4  # sampling batches between two writes of completions.jsonl
 
 
 def complete(
-    model,
-    mesh,
-    params,
-    prompts: Prompts,
-    tokenizer,
-    reward: Callable,
-    *,
-    n: int,
-    sampling,
-    seed: int,
-    eos_id: int | None,
-    folder: pathlib.Path,
-    temperature: float = 1.0,
+    model: Model, prompts: Prompts, reward: Callable, sampling: Sampling, folder: pathlib.Path
 ) -> list[dict]:
-    """A row for each prompt, as `score` makes them; kept in completions.jsonl from where a killed
-    run goes on.
+    """Sample completions of all prompts and give each its reward, in rows as `with_rewards` makes.
+
+    Rows are kept in the folder's completions.jsonl as they are made: a killed run resumes there.
+    The model's weights are not read where all rows are there already.
     """
-    settings = sampler.Sampling(sampling.max_new_tokens, temperature)
-    sampler.check(model, prompts.ids, settings)  # all of them, before the first is paid for
+    # All prompts are checked before the first of them costs anything.
+    sampler.check(model.config, prompts.ids, sampling)
     path = folder / COMPLETIONS
     rows = read_lines(path)
     if any(row["tokens"] != ids.tolist() for row, ids in zip(rows, prompts.ids, strict=False)):
@@ -46,22 +38,11 @@ def complete(
     if rows:
         say(f"{folder.name}: going on after {len(rows)} of {len(prompts)} prompts")
     progress = Progress(folder.name, len(rows), len(prompts), unit="prompt")
-    size = max(1, CHUNKS * sampling.batch_size // n)
+    size = max(1, CHUNKS * sampling.batch_size // sampling.n)
     for start in range(len(rows), len(prompts), size):
         chunk = prompts.take(range(start, min(start + size, len(prompts))))
-        drawn = sampler.sample(
-            model,
-            mesh,
-            params,
-            chunk.ids,
-            settings,
-            seed=seed,
-            eos_id=eos_id,
-            n=n,
-            first=start,
-            batch_size=sampling.batch_size,
-        )
-        made = score(chunk, drawn, tokenizer, reward)
+        drawn = sampler.sample(model, chunk.ids, sampling, first=start)
+        made = with_rewards(chunk, drawn, model.tokenizer, reward)
         append_lines(path, made)
         rows += made
         progress.update(len(rows), {})
@@ -69,9 +50,12 @@ def complete(
     return rows
 
 
-def score(prompts: Prompts, drawn: list[list[sampler.Completion]], tokenizer, reward) -> list[dict]:
-    """Rows of prompt, tokens and completions (text, tokens, reward), from n completions for each
-    prompt.
+def with_rewards(
+    prompts: Prompts, drawn: list[list[sampler.Completion]], tokenizer, reward: Callable
+) -> list[dict]:
+    """Return a row for each prompt: prompt, tokens and completions (text, tokens, reward).
+
+    drawn: n completions of each prompt.
     """
     n = len(drawn[0])
     flat = [completion.tokens for completions in drawn for completion in completions]

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax.models import transformer
+from dpo_jax.models.loading import Model
 from dpo_jax.models.transformer import TransformerConfig
 from dpo_jax.parallel import sharding
 from dpo_jax.parallel.sharding import BATCH, constrain
@@ -31,12 +32,15 @@ INFINITY = np.float32(np.inf).view(np.int32)  # its bits
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn."""
+    """How completions are drawn, and how many."""
 
     max_new_tokens: int
     temperature: float = 1.0  # 0: greedy
     top_k: int = 0  # draw among the k likeliest tokens; 0: all
     top_p: float = 1.0  # draw among the likeliest tokens that make up this share
+    n: int = 1  # completions of each prompt
+    seed: int = 0
+    batch_size: int = 64  # completions at a time, over all devices
 
 
 @dataclasses.dataclass
@@ -44,37 +48,27 @@ class Completion:
     """What was sampled after a prompt."""
 
     tokens: np.ndarray  # int32, EOS included where it ended by it
-    logps: (
-        np.ndarray
-    )  # float32, each token's log-prob under the model itself (temperature 1, nothing cut), nats
+    # float32 nats, of each token under the model itself: temperature 1 and nothing cut
+    log_probs: np.ndarray
     ended: bool  # by EOS, rather than by length
 
 
 def sample(
-    model: TransformerConfig,
-    mesh,
-    params,
-    prompts: list[np.ndarray],
-    sampling: Sampling,
-    *,
-    seed: int,
-    eos_id: int | None,
-    n: int = 1,
-    first: int = 0,
-    batch_size: int = 64,
+    model: Model, prompts: list[np.ndarray], sampling: Sampling, *, first: int = 0
 ) -> list[list[Completion]]:
-    """n completions of each prompt.
+    """Sample `sampling.n` completions of each prompt, token ids.
 
-    first: the index of the first prompt among those that share the seed. batch_size: rows at a
-    time, over all devices. Raises ValueError for settings or prompts that cannot be.
+    first: the index of the first prompt among those that share the seed. Raises ValueError for
+    settings or prompts that cannot be sampled.
     """
-    check(model, prompts, sampling, n=n, first=first, batch_size=batch_size)
+    check(model.config, prompts, sampling, first=first)
+    n, mesh, eos_id = sampling.n, model.mesh, model.eos_id
     shards = sharding.batch_shards(mesh)
     order = sorted(
         range(len(prompts)), key=lambda row: len(prompts[row])
     )  # like lengths share a batch: less padding
     rows = np.array([(row, number) for row in order for number in range(n)]).reshape(-1, 2)
-    batch_size = -(-min(batch_size, _power_of_2(len(rows))) // shards) * shards
+    batch_size = -(-min(sampling.batch_size, _power_of_2(len(rows))) // shards) * shards
     found = [[None] * n for _ in prompts]
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
@@ -84,11 +78,11 @@ def sample(
         batch = _batch(prompts, filled, first)
         with jax.set_mesh(mesh):
             drawn = _generate(
-                model,
+                model.config,
                 sampling.max_new_tokens,
-                params,
+                model.params,
                 sharding.shard_batch(mesh, batch, axis=0),
-                np.uint32(seed % 2**32),
+                np.uint32(sampling.seed % 2**32),
                 np.int32(NO_EOS if eos_id is None else eos_id),
                 np.float32(sampling.temperature),
                 np.int32(sampling.top_k),
@@ -100,22 +94,16 @@ def sample(
 
 
 def check(
-    model: TransformerConfig,
-    prompts: list[np.ndarray],
-    sampling: Sampling,
-    *,
-    n: int = 1,
-    first: int = 0,
-    batch_size: int = 64,
+    config: TransformerConfig, prompts: list[np.ndarray], sampling: Sampling, *, first: int = 0
 ) -> None:
-    """Raises ValueError for settings or prompts that `sample` would refuse."""
+    """Raise ValueError for settings or prompts that `sample` would refuse."""
     for name, value, least in (
         ("max_new_tokens", sampling.max_new_tokens, 1),
         ("temperature", sampling.temperature, 0),
         ("top_k", sampling.top_k, 0),
-        ("n", n, 1),
+        ("n", sampling.n, 1),
         ("first", first, 0),
-        ("batch_size", batch_size, 1),
+        ("batch_size", sampling.batch_size, 1),
     ):
         if not least <= value < np.inf:
             raise ValueError(f"{name}={value}: expected {least} or more.")
@@ -128,15 +116,18 @@ def check(
             raise ValueError(
                 f"prompt {row} is empty: it needs a token, such as BOS, to predict the first one from."
             )
-        if not 0 <= np.min(prompt) <= np.max(prompt) < model.vocab:
+        if not 0 <= np.min(prompt) <= np.max(prompt) < config.vocab:
             raise ValueError(
                 f"prompt {row} has tokens from {np.min(prompt)} to {np.max(prompt)}, but the model's "
-                f"vocabulary is 0 to {model.vocab - 1}: its tokenizer is another model's."
+                f"vocabulary is 0 to {config.vocab - 1}: its tokenizer is another model's."
             )
-        if model.learned_positions and len(prompt) + sampling.max_new_tokens > model.max_positions:
+        if (
+            config.learned_positions
+            and len(prompt) + sampling.max_new_tokens > config.max_positions
+        ):
             raise ValueError(
                 f"prompt {row} has {len(prompt)} tokens, and with max_new_tokens="
-                f"{sampling.max_new_tokens} it passes the model's {model.max_positions} positions: "
+                f"{sampling.max_new_tokens} it passes the model's {config.max_positions} positions: "
                 "shorten the prompts or max_new_tokens."
             )
 
@@ -164,7 +155,7 @@ def _power_of_2(size: int) -> int:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _generate(model, max_new_tokens, params, batch, seed, eos_id, temperature, top_k, top_p):
+def _generate(config, max_new_tokens, params, batch, seed, eos_id, temperature, top_k, top_p):
     """Tokens and their log-probs, [B, M] each; 0 behind a row's EOS."""
     tokens_BT, lengths_B = batch["tokens"], batch["lengths"]
     rows, width = tokens_BT.shape
@@ -174,8 +165,8 @@ def _generate(model, max_new_tokens, params, batch, seed, eos_id, temperature, t
         )
     )(batch["rows"], batch["numbers"])
     positions_BT = jnp.broadcast_to(jnp.arange(width), tokens_BT.shape)
-    cache = transformer.empty_cache(model, rows, width + max_new_tokens)
-    x_BTD, cache = transformer.step(model, params, tokens_BT, positions_BT, cache)
+    cache = transformer.empty_cache(config, rows, width + max_new_tokens)
+    x_BTD, cache = transformer.step(config, params, tokens_BT, positions_BT, cache)
     x_BD = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
 
     def going_on(state):
@@ -183,14 +174,16 @@ def _generate(model, max_new_tokens, params, batch, seed, eos_id, temperature, t
 
     def draw_next(state):
         m, done_B = state["m"], state["done_B"]
-        logits_BV = constrain(transformer.unembed(model, params, state["x_BD"]), BATCH, "tensor")
+        logits_BV = constrain(transformer.unembed(config, params, state["x_BD"]), BATCH, "tensor")
         keys_m_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, m)
         token_B = _draw(logits_BV, keys_m_B, temperature, top_k, top_p)
-        is_drawn_BV = jnp.arange(model.vocab) == token_B[:, None]
-        logp_B = jnp.where(is_drawn_BV, logits_BV, 0).sum(-1) - jax.nn.logsumexp(logits_BV, axis=-1)
-        token_B, logp_B = jnp.where(done_B, 0, token_B), jnp.where(done_B, 0, logp_B)
+        is_drawn_BV = jnp.arange(config.vocab) == token_B[:, None]
+        log_prob_B = jnp.where(is_drawn_BV, logits_BV, 0).sum(-1) - jax.nn.logsumexp(
+            logits_BV, axis=-1
+        )
+        token_B, log_prob_B = jnp.where(done_B, 0, token_B), jnp.where(done_B, 0, log_prob_B)
         x_B1D, cache = transformer.step(
-            model, params, token_B[:, None], (lengths_B + m)[:, None], state["cache"]
+            config, params, token_B[:, None], (lengths_B + m)[:, None], state["cache"]
         )
         return dict(
             m=m + 1,
@@ -198,7 +191,7 @@ def _generate(model, max_new_tokens, params, batch, seed, eos_id, temperature, t
             x_BD=x_B1D[:, 0],
             cache=cache,
             tokens_BM=state["tokens_BM"].at[:, m].set(token_B),
-            logps_BM=state["logps_BM"].at[:, m].set(logp_B),
+            log_probs_BM=state["log_probs_BM"].at[:, m].set(log_prob_B),
         )
 
     shape = (rows, max_new_tokens)
@@ -211,10 +204,10 @@ def _generate(model, max_new_tokens, params, batch, seed, eos_id, temperature, t
             x_BD=x_BD,
             cache=cache,
             tokens_BM=jnp.zeros(shape, jnp.int32),
-            logps_BM=jnp.zeros(shape, jnp.float32),
+            log_probs_BM=jnp.zeros(shape, jnp.float32),
         ),
     )
-    return constrain(state["tokens_BM"]), constrain(state["logps_BM"])
+    return constrain(state["tokens_BM"]), constrain(state["log_probs_BM"])
 
 
 def _draw(logits_BV, keys_B, temperature, top_k, top_p) -> jax.Array:
@@ -290,7 +283,7 @@ def _likeliest(depth_BV, weights_BV, enough) -> jax.Array:
     return depth_BV <= high_B1
 
 
-def _completion(tokens_M, logps_M, eos_id: int | None) -> Completion:
+def _completion(tokens_M, log_probs_M, eos_id: int | None) -> Completion:
     ends = np.flatnonzero(tokens_M == (NO_EOS if eos_id is None else eos_id))
     count = ends[0] + 1 if len(ends) else len(tokens_M)
-    return Completion(tokens_M[:count].copy(), logps_M[:count].copy(), bool(len(ends)))
+    return Completion(tokens_M[:count].copy(), log_probs_M[:count].copy(), bool(len(ends)))

@@ -18,11 +18,13 @@ import numpy as np
 from dpo_jax.console import say
 from dpo_jax.data import packing
 from dpo_jax.data.batches import Batches, evaluation_order, training_order
+from dpo_jax.models.loading import Model
 from dpo_jax.models.log_probs import token_logprobs
 from dpo_jax.parallel import sharding
 from dpo_jax.parallel.sharding import constrain
 from dpo_jax.sampling import rollouts, sampler
 from dpo_jax.sampling.prompts import Prompts
+from dpo_jax.sampling.sampler import Sampling
 from dpo_jax.training import losses
 from dpo_jax.training import metrics as metrics_lib
 from dpo_jax.training.loop import Job
@@ -94,13 +96,12 @@ class RolloutFeed:
         *,
         tokenizer,
         eos_id: int | None,
-        sampling,
-        seed: int,
+        sampling: Sampling,
     ):
         """Lay out the prompts of the whole stage.
 
         reward: (prompts, completions, tokens) -> rewards. eos_id: the token that ends a completion,
-        or None. sampling: the config's block.
+        or None. sampling: one completion of each prompt, at temperature 1.
         """
         block, size = job.block, len(prompts)
         self.total = block.steps or int(block.epochs * size / block.batch_size)
@@ -109,7 +110,7 @@ class RolloutFeed:
                 f"ppo: {size} prompts make no step of config.ppo.batch_size = {block.batch_size} "
                 f"in {block.epochs} epochs. Lower it, or set config.ppo.steps."
             )
-        sampler.check(job.model, prompts.ids, sampler.Sampling(sampling.max_new_tokens))
+        sampler.check(job.model, prompts.ids, sampling)
         minibatches = block.batch_size // block.minibatch_size
         self.updates = self.total * block.inner_epochs * minibatches
         self.controls = Controls(kl_coef=block.init_kl_coef).to_dict()
@@ -119,8 +120,7 @@ class RolloutFeed:
         self._tokenizer = tokenizer
         self._eos_id = eos_id
         self._sampling = sampling
-        self._seed = seed
-        self._order = training_order(size, block.batch_size, self.total, seed)
+        self._order = training_order(size, block.batch_size, self.total, sampling.seed)
         self._tokens_of_step = {}
         self._splits = dict(
             microbatches=block.minibatch_size // (block.microbatch_size or block.minibatch_size),
@@ -216,7 +216,7 @@ class RolloutFeed:
     def _minibatches(self, rollout: Rollout, controls: Controls, step: int) -> Batches:
         """Return each completion once per inner epoch, in an order of its own."""
         block = self._job.block
-        rng = np.random.default_rng([self._seed, step])
+        rng = np.random.default_rng([self._sampling.seed, step])
         epochs = [rng.permutation(block.batch_size) for _ in range(block.inner_epochs)]
         order = np.concatenate(epochs).reshape(-1, block.minibatch_size)
         return Batches(
@@ -232,18 +232,10 @@ class RolloutFeed:
         frozen = self._frozen
         params = frozen.full(trained)
         prompts = self._prompts.take(indices)
-        drawn = sampler.sample(
-            self._job.model,
-            self._job.mesh,
-            params,
-            prompts.ids,
-            sampler.Sampling(self._sampling.max_new_tokens),
-            seed=self._seed,
-            eos_id=self._eos_id,
-            first=step * len(self._order[0]),
-            batch_size=self._sampling.batch_size,
-        )
-        rows = rollouts.score(prompts, drawn, self._tokenizer, self._reward)
+        model = Model(self._job.model, params, self._tokenizer, self._job.mesh, self._eos_id)
+        first = step * len(self._order[0])
+        drawn = sampler.sample(model, prompts.ids, self._sampling, first=first)
+        rows = rollouts.with_rewards(prompts, drawn, self._tokenizer, self._reward)
         completions = [completion for (completion,) in drawn]
         examples = []
         for prompt, completion in zip(prompts.ids, completions, strict=True):
@@ -255,7 +247,7 @@ class RolloutFeed:
             examples=examples,
             rewards=np.array([row["completions"][0]["reward"] for row in rows]),
             ended=np.array([completion.ended for completion in completions]),
-            sampler_log_probs=[completion.logps for completion in completions],
+            sampler_log_probs=[completion.log_probs for completion in completions],
             log_probs=log_probs,
             reference_log_probs=reference_log_probs,
             values=values,

@@ -21,8 +21,8 @@ import numpy as np
 from dpo_jax.console import say
 from dpo_jax.data.batches import FILLER, evaluation_order
 from dpo_jax.models import attention, log_probs
-from dpo_jax.models.inference import score_rows
-from dpo_jax.models.loading import Pretrained
+from dpo_jax.models.inference import score_examples
+from dpo_jax.models.loading import Checkpoint
 from dpo_jax.models.transformer import TransformerConfig
 from dpo_jax.parallel import processes, sharding
 
@@ -33,10 +33,10 @@ WITHOUT_EFFECT = ("remat", "unroll", "max_positions")
 class ReferenceCache:
     """The kept log-probs of one reference; its weights are loaded only to compute more of them."""
 
-    def __init__(self, workdir: pathlib.Path, model: Pretrained, mesh, batch_size: int):
+    def __init__(self, workdir: pathlib.Path, checkpoint: Checkpoint, mesh, batch_size: int):
         """Keep log-probs in WORKDIR/reference, computed `batch_size` examples at a time."""
         self._root = pathlib.Path(workdir) / "reference"
-        self._model = model
+        self._checkpoint = checkpoint
         self._mesh = mesh
         shards = sharding.batch_shards(mesh)
         self._batch_size = -(-batch_size // shards) * shards
@@ -58,10 +58,8 @@ class ReferenceCache:
         say(f"reference: {len(missing)} of {len(needed)} {split} rows to compute, kept in {path}")
         order = evaluation_order(len(missing), self._batch_size)
         order = np.where(order == FILLER, FILLER, missing[order])
-        params = self._model.load(self._mesh)
-        for indices, values in score_rows(
-            "reference", self._model.config, params, self._mesh, examples, order
-        ):
+        model = self._checkpoint.load(self._mesh)
+        for indices, values in score_examples("reference", model, examples, order):
             kept[indices] = values
             _write(path, kept, indices)
         _seal(path)
@@ -69,12 +67,12 @@ class ReferenceCache:
 
     def key(self, examples) -> str:
         """Return the name of the folder for these examples."""
-        config = self._model.config
+        config = self._checkpoint.config
         with jax.set_mesh(self._mesh):
             # Kernels round differently, and a policy's log-ratios would start from that.
             kernel = attention.choose(config.attention, config.dtype, config.head_width)
         depends_on = dict(
-            weights=self._model.fingerprint(),
+            weights=self._checkpoint.fingerprint(),
             tokens=examples.fingerprint,
             model=_fields_with_effect(config) | dict(attention=kernel),
             forward=log_probs.FORWARD_VERSION,

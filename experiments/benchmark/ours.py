@@ -31,7 +31,7 @@ class Trainer:
     def __init__(self, folder: pathlib.Path, work: Work):
         self.work, config = work, run_config(folder, work)
         self.mesh = sharding.make_mesh(devices=jax.devices()[:1])
-        self.model = loading.open_model(config.model.path, dtype=work.dtype)
+        self.model = loading.open_checkpoint(config.model.path, dtype=work.dtype)
         if device.CPU:  # whose compiler gains by it
             self.model.config = dataclasses.replace(
                 self.model.config, unroll=self.model.config.layers
@@ -63,8 +63,8 @@ class Trainer:
     def _restart(self):
         self.state = self.reference = None
         with jax.set_mesh(self.mesh):
-            self.reference = None if self.work.cached else self.model.load(self.mesh)
-            self.state = self.programs.init_state(self.model.load(self.mesh))
+            self.reference = None if self.work.cached else self.model.load_params(self.mesh)
+            self.state = self.programs.init_state(self.model.load_params(self.mesh))
         self._feed = prefetch(self.load, range(self.work.steps))
 
     def _warm_up(self):

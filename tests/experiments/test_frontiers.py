@@ -15,6 +15,7 @@ from dpo_jax.parallel import sharding
 from dpo_jax.pipeline.run import Run
 from dpo_jax.rewards import make
 from dpo_jax.sampling import prompts
+from dpo_jax.sampling.sampler import Sampling
 from experiments import commands, imdb_frontier, toy_frontier
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_runs import plant
@@ -78,21 +79,15 @@ def sampled(folder, run) -> dict[str, float]:
     enumerated.
     """
     mesh = sharding.make_mesh()
-    start, end = (loading.open_model(str(folder / name / "hf")) for name in ("sft", run))
+    start, end = (loading.open_checkpoint(str(folder / name / "hf")) for name in ("sft", run))
     ids = [np.array([prompt], np.int32) for prompt in np.resize(toy.PROMPTS, 8192)]
     found = prompts.Prompts(ids, start.tokenizer.batch_decode(ids))
     values, _ = reward_kl.evaluate(
-        start.config,
-        mesh,
-        end.load(mesh),
-        start.load(mesh),
+        end.load(mesh, append_eos=False),
+        start.load_params(mesh),
         found,
-        start.tokenizer,
         make.make_reward("toy", "", 64, mesh),
-        max_new_tokens=toy.LENGTH,
-        batch_size=4096,
-        seed=0,
-        eos_id=None,
+        Sampling(toy.LENGTH, batch_size=4096),
     )
     return values
 

@@ -95,7 +95,8 @@ def test_policies_and_checkpoints_are_judged(arguments, tmp_path, monkeypatch):
     plant(run, "sft", STORIES)
     start = run.initial("sft")
     params = [
-        jax.tree.map(lambda x, scale=scale: x * scale, start.load(run.mesh)) for scale in (0.9, 0.7)
+        jax.tree.map(lambda x, scale=scale: x * scale, start.load_params(run.mesh))
+        for scale in (0.9, 0.7)
     ]
     hf.save(tmp_path / "policy", start.config, start.hf_config, params[1], start.tokenizer)
     plant(run, "dpo", tmp_path / "policy")

@@ -29,7 +29,7 @@ from tests.helpers.paths import ROOT
 from tests.helpers.tiny import tiny_config
 from tests.helpers.tiny_models import random_params
 
-SIX = Sampling(6)
+PROMPT_LIMITS = dict(max_prompt_length=64, truncate="keep_end")
 
 
 LIMITS = dict(
@@ -230,20 +230,15 @@ def score_file(model, data, out):
     )
 
 
-def sample_file(model, prompts, out, sampling=SIX, **changes):
+def sample_file(model, prompts, out, limits=PROMPT_LIMITS, **changes):
     """Two completions of each prompt, three prompts at a time."""
+    sampling = Sampling(**dict(max_new_tokens=6, n=2, batch_size=6) | changes)
     sample.sample_file(
         str(model),
         str(prompts),
         str(out),
         sharding.make_mesh(),
         sampling,
-        **dict(
-            n=2,
-            seed=0,
-            batch_size=6,
-            dtype="float32",
-            limits=dict(max_prompt_length=64, truncate="keep_end"),
-        )
-        | changes,
+        dtype="float32",
+        limits=limits,
     )

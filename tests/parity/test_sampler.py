@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from dpo_jax.models import families, hf, transformer
+from dpo_jax.models.loading import Model
 from dpo_jax.parallel import sharding
 from dpo_jax.sampling.sampler import Sampling, sample
 from tests.helpers import tiny_models
@@ -44,7 +45,7 @@ def test_greedy_is_transformers_generate(variant, tmp_path):
     params = hf.load(folder, config, sharding.param_shardings(mesh, transformer.abstract(config)))
     rng = np.random.default_rng(0)
     prompts = [rng.integers(2, 96, length).astype(np.int32) for length in (3, 11, 1, 7)]
-    ours = sample(config, mesh, params, prompts, Sampling(12, temperature=0), seed=0, eos_id=1)
+    ours = sample(Model(config, params, None, mesh, 1), prompts, Sampling(12, temperature=0))
     for prompt, (one,) in zip(prompts, ours, strict=True):
         model = tiny_models.torch_model(variant)
         with torch.no_grad():
@@ -57,4 +58,4 @@ def test_greedy_is_transformers_generate(variant, tmp_path):
             logps = model(whole).logits[0].double().log_softmax(-1)
         assert one.tokens.tolist() == whole[0, len(prompt) :].tolist()
         expected = logps[len(prompt) - 1 : -1].gather(1, whole[0, len(prompt) :, None])[:, 0]
-        np.testing.assert_allclose(one.logps, expected, atol=1e-4)
+        np.testing.assert_allclose(one.log_probs, expected, atol=1e-4)

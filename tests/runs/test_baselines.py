@@ -103,9 +103,9 @@ def test_transformers_reads_a_reward_model_with_the_same_scores(workdir):
 
 
 def test_a_reward_model_is_no_policy(workdir):
-    model = loading.open_model(str(workdir / "rm" / "hf"))
+    model = loading.open_checkpoint(str(workdir / "rm" / "hf"))
     with pytest.raises(ValueError, match="unknown: score.weight"):
-        model.load(sharding.make_mesh())
+        model.load_params(sharding.make_mesh())
 
 
 def test_the_best_of_more_is_better(workdir):

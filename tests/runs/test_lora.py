@@ -70,11 +70,11 @@ def test_what_is_exported_is_what_was_evaluated(whole, model, pairs):
     it.
     """
     merged, mesh = (
-        loading.open_model(str(whole / "hf")),
+        loading.open_checkpoint(str(whole / "hf")),
         sharding.make_mesh(devices=jax.devices()[:1]),
     )
     held_out = dataset.load(lora_config(model, pairs).data, merged.tokenizer, "pairs").eval
-    logps = score.score(merged, merged.load(mesh), mesh, held_out, 8)
+    logps = score.score(merged.load(mesh), held_out, 8)
     last = rows_without_timings(whole)[-1]
     np.testing.assert_allclose(
         logps.mean(axis=0), [last["logps_eval/chosen"], last["logps_eval/rejected"]], atol=1e-4

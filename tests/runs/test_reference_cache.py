@@ -61,7 +61,7 @@ def test_a_sweep_loads_no_reference_and_another_seed_only_adds_rows(
     before = {name: path.read_bytes() for name, path in kept(cached.parent).items()}
     scored = []
     monkeypatch.setattr(
-        reference_cache, "score_rows", lambda *args: scored.append(args) or iter(())
+        reference_cache, "score_examples", lambda *args: scored.append(args) or iter(())
     )
     run(config(model, pairs, beta=0.5, run="beta"), cached.parent)
     assert not scored and capsys.readouterr().out.count("rows are in") == 2
@@ -74,7 +74,7 @@ def test_a_sweep_loads_no_reference_and_another_seed_only_adds_rows(
 
 def test_a_killed_fill_goes_on(model, pairs, tmp_path, monkeypatch, capsys):
     few = config(model, pairs, steps=4)
-    score = reference_cache.score_rows
+    score = reference_cache.score_examples
 
     def killed(*args):
         for number, found in enumerate(score(*args)):
@@ -83,7 +83,7 @@ def test_a_killed_fill_goes_on(model, pairs, tmp_path, monkeypatch, capsys):
             yield found
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(reference_cache, "score_rows", killed)
+        patch.setattr(reference_cache, "score_examples", killed)
         run(few, tmp_path)
     half = np.load(kept(tmp_path)["train.npy"])
     assert np.isfinite(half).all(axis=1).sum() == 16  # two batches of 8
@@ -112,7 +112,7 @@ def test_the_key_is_of_all_that_the_numbers_depend_on_and_nothing_else(
     mesh = sharding.make_mesh()
 
     def key(folder, file, **options):
-        found = loading.open_model(str(folder), **options)
+        found = loading.open_checkpoint(str(folder), **options)
         data = dataset.load(dpo_config(folder, file).data, found.tokenizer, "pairs").train
         return reference_cache.ReferenceCache(tmp_path, found, mesh, 8).key(data)
 
@@ -145,15 +145,15 @@ def test_a_reference_by_path_is_kept_too(model, pairs, tmp_path, monkeypatch):
     def refused(_mesh):
         raise AssertionError("the reference's weights were loaded")
 
-    opened = loading.open_model
+    opened = loading.open_checkpoint
 
-    def open_model(path, **options):
+    def open_checkpoint(path, **options):
         made = opened(path, **options)
         if path == str(other):
-            made.load = refused
+            made.load_params = refused
         return made
 
-    monkeypatch.setattr(loading, "open_model", open_model)
+    monkeypatch.setattr(loading, "open_checkpoint", open_checkpoint)
     run(
         config(model, pairs, reference=str(other), steps=2, beta=0.3, run="again"),
         tmp_path / "cached",

@@ -9,7 +9,6 @@ import time
 import pytest
 
 from dpo_jax import sample
-from dpo_jax.sampling.sampler import Sampling
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_runs import environment, sample_file, write_pairs
 
@@ -116,7 +115,7 @@ def test_a_half_written_line_and_a_half_written_batch_are_made_again(
 
 def test_a_finished_file_is_left_alone(finished, model, pairs, capsys, monkeypatch):
     before = finished.read_bytes()
-    monkeypatch.delattr(sample.loading, "open_model")  # not even the model is needed
+    monkeypatch.delattr(sample.loading, "open_checkpoint")  # not even the model is needed
     sample_file(model, pairs, finished)
     assert finished.read_bytes() == before
     assert "finished:" in capsys.readouterr().out
@@ -125,7 +124,7 @@ def test_a_finished_file_is_left_alone(finished, model, pairs, capsys, monkeypat
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(sampling=Sampling(6, top_p=0.9)), r"  top_p: 1.0 there, 0.9 now"),
+        (dict(top_p=0.9), r"  top_p: 1.0 there, 0.9 now"),
         (dict(seed=1), r"  seed: 0 there, 1 now"),
         (
             dict(limits=dict(max_prompt_length=8, truncate="keep_end")),

@@ -9,6 +9,7 @@ import pytest
 from dpo_jax.data import toy
 from dpo_jax.evaluation import exact, reward_kl
 from dpo_jax.models import transformer
+from dpo_jax.models.loading import Model
 from dpo_jax.parallel import sharding
 from dpo_jax.rewards import make
 from dpo_jax.sampling import sampler
@@ -35,19 +36,10 @@ def prompts():
 
 @pytest.fixture(scope="module")
 def evaluated(prompts):
-    return reward_kl.evaluate(
-        CONFIG,
-        ONE_DEVICE,
-        POLICY,
-        REFERENCE,
-        prompts,
-        toy.tokenizer(),
-        make.make_reward("toy", "", 64, ONE_DEVICE),
-        max_new_tokens=LENGTH,
-        batch_size=512,
-        seed=0,
-        eos_id=None,
-    )
+    reward = make.make_reward("toy", "", 64, ONE_DEVICE)
+    model = Model(CONFIG, POLICY, toy.tokenizer(), ONE_DEVICE)
+    sampling = sampler.Sampling(LENGTH, batch_size=512)
+    return reward_kl.evaluate(model, REFERENCE, prompts, reward, sampling)
 
 
 def test_estimates_are_near_the_exact_values(evaluated):
@@ -118,9 +110,8 @@ def float64_kls(pairs) -> tuple[np.ndarray, np.ndarray]:
 def test_sequence_kls_equal_float64(mesh, max_new_tokens, batch_size):
     """Whatever the shards, the padding and the batch size, of which ten rows are no multiple."""
     pairs = [(prompt, tokens) for prompt, (tokens, _) in random_pairs(10, vocab=CONFIG.vocab)]
-    found = reward_kl.sequence_kls(
-        CONFIG, mesh, POLICY, REFERENCE, pairs, max_new_tokens, batch_size
-    )
+    model = Model(CONFIG, POLICY, None, mesh)
+    found = reward_kl.sequence_kls(model, REFERENCE, pairs, max_new_tokens, batch_size)
     for values, expected in zip(found, float64_kls(pairs), strict=True):
         assert np.ptp(expected) > 0.5
         np.testing.assert_allclose(values, expected, atol=1e-4)
@@ -128,7 +119,8 @@ def test_sequence_kls_equal_float64(mesh, max_new_tokens, batch_size):
 
 def test_a_policy_that_is_the_reference_has_no_kl():
     pairs = [(prompt, tokens) for prompt, (tokens, _) in random_pairs(10, vocab=CONFIG.vocab)]
-    for values in reward_kl.sequence_kls(CONFIG, ONE_DEVICE, POLICY, POLICY, pairs, 12, 4):
+    model = Model(CONFIG, POLICY, None, ONE_DEVICE)
+    for values in reward_kl.sequence_kls(model, POLICY, pairs, 12, 4):
         np.testing.assert_array_equal(values, 0)
 
 
@@ -142,19 +134,9 @@ def test_values_by_hand_and_later_calls_compile_nothing(monkeypatch):
             for tokens, ended in completions
         ]
         monkeypatch.setattr(sampler, "sample", lambda *_, **__: drawn)
-        return reward_kl.evaluate(
-            CONFIG,
-            ONE_DEVICE,
-            POLICY,
-            REFERENCE,
-            asked,
-            toy.tokenizer(),
-            reward,
-            max_new_tokens=12,
-            batch_size=4,
-            seed=0,
-            eos_id=7,
-        )
+        model = Model(CONFIG, POLICY, toy.tokenizer(), ONE_DEVICE, eos_id=7)
+        sampling = sampler.Sampling(12, batch_size=4)
+        return reward_kl.evaluate(model, REFERENCE, asked, reward, sampling)
 
     def reward(prompts, completions, tokens):
         assert prompts == asked.texts

@@ -66,7 +66,7 @@ def reward_model(tmp_path_factory):
     )
     params = jax.tree.map(
         lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape),
-        model.load(sharding.make_mesh()),
+        model.load_params(sharding.make_mesh()),
     )
     hf.save(folder, model.config, model.hf_config, params, tokenizer())
     return str(folder)

@@ -10,6 +10,7 @@ import pytest
 
 from dpo_jax.data import packing
 from dpo_jax.models import families, hf, transformer
+from dpo_jax.models.loading import Model
 from dpo_jax.models.log_probs import token_logprobs
 from dpo_jax.parallel import sharding
 from dpo_jax.sampling import sampler
@@ -31,14 +32,10 @@ def draw(tiny, prompts=PROMPTS, sampling=TEN, mesh=None, **options):
     serves them.
     """
     config, params = tiny
-    return sample(
-        config,
-        mesh or one_device(),
-        params,
-        prompts,
-        sampling,
-        **dict(seed=0, eos_id=1, n=3) | options,
-    )
+    model = Model(config, params, None, mesh or one_device(), options.pop("eos_id", 1))
+    first = options.pop("first", 0)
+    sampling = dataclasses.replace(sampling, **dict(n=3) | options)
+    return sample(model, prompts, sampling, first=first)
 
 
 def tokens(completions):
@@ -50,7 +47,7 @@ def assert_same(found, expected):
     assert tokens(found) == tokens(expected)
     for row, expected_row in zip(found, expected, strict=True):
         for one, expected_one in zip(row, expected_row, strict=True):
-            np.testing.assert_allclose(one.logps, expected_one.logps, atol=1e-4)
+            np.testing.assert_allclose(one.log_probs, expected_one.log_probs, atol=1e-4)
 
 
 # against transformers
@@ -62,13 +59,9 @@ def test_a_trained_models_greedy_text():
     config = families.from_hf(hf.read_config(folder))
     params = hf.load(folder, config, sharding.param_shardings(mesh, transformer.abstract(config)))
     ((one,),) = sample(
-        config,
-        mesh,
-        params,
+        Model(config, params, None, mesh, 2),
         [np.array(golden[:1])],
         Sampling(len(golden) - 1, temperature=0),
-        seed=0,
-        eos_id=2,
     )
     assert golden[:1] + one.tokens.tolist() == golden
 
@@ -86,7 +79,7 @@ def test_logps_are_the_training_paths(tiny):
     ]
     batch = jax.tree.map(lambda x: x[None], packing.pack(examples, packing.shape_of(examples)))
     expected = jax.jit(token_logprobs, static_argnums=0)(*tiny, batch)[0]
-    found = np.concatenate([one.logps for row in drawn for one in row])
+    found = np.concatenate([one.log_probs for row in drawn for one in row])
     assert found.min() < -3
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
@@ -262,8 +255,8 @@ def test_a_completion_ends_with_its_first_eos_or_by_length(tiny):
             assert (
                 one.ended == bool(len(at)) and one.tokens.tolist() == whole.tokens[:count].tolist()
             )
-            np.testing.assert_allclose(one.logps, whole.logps[:count], atol=1e-5)
-            assert one.tokens.dtype == np.int32 and one.logps.dtype == np.float32
+            np.testing.assert_allclose(one.log_probs, whole.log_probs[:count], atol=1e-5)
+            assert one.tokens.dtype == np.int32 and one.log_probs.dtype == np.float32
             ended += one.ended
     assert 0 < ended < 15
 
@@ -315,7 +308,7 @@ def test_learned_positions_end():
     (full,) = draw(
         (config, params), [np.arange(9)], Sampling(3), eos_id=None
     )  # padded to more than 12
-    assert all(len(one.tokens) == 3 and np.isfinite(one.logps).all() for one in full)
+    assert all(len(one.tokens) == 3 and np.isfinite(one.log_probs).all() for one in full)
     with pytest.raises(
         ValueError,
         match="prompt 0 has 9 tokens, and with max_new_tokens=4 it passes the model's 12",
