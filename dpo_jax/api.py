@@ -37,8 +37,8 @@ from dpo_jax.data.sources import Row
 from dpo_jax.data.tokenizer import Examples
 from dpo_jax.models import hf, loading, peft
 from dpo_jax.models import lora as adapters
-from dpo_jax.models.inference import score_rows
-from dpo_jax.models.loading import Pretrained
+from dpo_jax.models.inference import score_examples
+from dpo_jax.models.loading import Checkpoint
 from dpo_jax.models.lora import Lora
 from dpo_jax.models.transformer import TransformerConfig
 from dpo_jax.parallel import processes, sharding
@@ -91,15 +91,17 @@ def load(
     with jax.default_matmul_precision("float32"), console.quiet():
         if mesh is None or isinstance(mesh, dict):
             mesh = sharding.make_mesh(**mesh or {})
-        checkpoint = loading.open_model(str(path), tokenizer=tokenizer, dtype=dtype, **options)
-        return Model(checkpoint, checkpoint.config, checkpoint.load(mesh), mesh)
+        checkpoint = loading.open_checkpoint(
+            str(path), tokenizer_path=tokenizer, dtype=dtype, **options
+        )
+        return Model(checkpoint, checkpoint.config, checkpoint.load_params(mesh), mesh)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Model:
     """A model with its weights on a mesh, and its tokenizer. `load` makes one."""
 
-    checkpoint: Pretrained  # what it was loaded from
+    checkpoint: Checkpoint  # what it was loaded from
     config: TransformerConfig
     params: dict
     mesh: jax.sharding.Mesh
@@ -166,7 +168,7 @@ class Model:
         order = evaluation_order(len(examples), _round_up(batch_size, shards))
         found = np.zeros((len(examples), len(examples.responses[0])), np.float32)
         with _as_commands(self.mesh, verbose):
-            batches = score_rows("log-probs", self.config, self.params, self.mesh, examples, order)
+            batches = score_examples("log-probs", self._loaded(), examples, order)
             for indices, values in batches:
                 found[indices] = values
         return LogProbs(examples, found)
@@ -192,7 +194,8 @@ class Model:
         self._check_usable("lm")
         if isinstance(prompts, str):
             raise TypeError(f"generate takes a list of prompts; found the text {prompts!r}.")
-        settings = sampler.Sampling(**dict(max_new_tokens=128) | sampling)
+        sampling = dict(max_new_tokens=128) | sampling
+        settings = sampler.Sampling(**sampling, n=n, seed=seed, batch_size=batch_size)
         data = configs.default(()).data
         data.update(
             append_eos=False,
@@ -203,25 +206,14 @@ class Model:
         truncate = dataset.truncation(data, [Row(prompt, (), "") for prompt in prompts])
         ids = tokenizers.encode_prompts(list(prompts), self.tokenizer, data, truncate)
         found = Prompts(ids, self.tokenizer.batch_decode(ids, skip_special_tokens=True))
-        sampler.check(self.config, ids, settings, n=n, batch_size=batch_size)
+        sampler.check(self.config, ids, settings)
         texts = []
         chunk = max(1, batch_size // n)
         with _as_commands(self.mesh, verbose):
             progress = console.Progress("generate", 0, len(prompts), unit="prompt")
             for first in range(0, len(prompts), chunk):
                 part = found.take(range(first, min(first + chunk, len(found))))
-                drawn = sampler.sample(
-                    self.config,
-                    self.mesh,
-                    self.params,
-                    part.ids,
-                    settings,
-                    seed=seed,
-                    eos_id=self.tokenizer.eos_token_id,
-                    n=n,
-                    first=first,
-                    batch_size=batch_size,
-                )
+                drawn = sampler.sample(self._loaded(), part.ids, settings, first=first)
                 flat = [completion.tokens for of_prompt in drawn for completion in of_prompt]
                 repeated = part.take(np.repeat(np.arange(len(part)), n))
                 texts += completion_texts(repeated, flat, self.tokenizer)
@@ -236,6 +228,11 @@ class Model:
         self._check_usable(self.config.head)
         with console.quiet():
             hf.save(path, self.config, self.checkpoint.hf_config, self.params, self.tokenizer)
+
+    def _loaded(self) -> loading.Model:
+        """Return the model as sampling and inference take it."""
+        eos_id = self.tokenizer.eos_token_id
+        return loading.Model(self.config, self.params, self.tokenizer, self.mesh, eos_id)
 
     def _check_usable(self, head: str) -> None:
         """Raise where an update has deleted the weights, or the head is another one."""
