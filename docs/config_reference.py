@@ -1,0 +1,160 @@
+"""Write docs/config.md from dpo_jax/config.py: python docs/config_reference.py
+
+Every field with its default, and the comment beside it in the code. A test checks that the page is
+what this script writes.
+"""
+
+import pathlib
+import re
+import sys
+
+ROOT = pathlib.Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # to run from a clone that is not installed
+
+from dpo_jax import config as configs  # noqa: E402
+
+PAGE = ROOT / "docs" / "config.md"
+INTRO = """\
+# Config
+
+<!-- Written by `python docs/config_reference.py` from dpo_jax/config.py. Do not edit. -->
+
+A config file calls `default(stages)` and changes fields. On the command line,
+`--config.FIELD=VALUE` overrides any field:
+
+```
+python -m dpo_jax.train --config=imdb --config.dpo.beta=0.5 --config.data.max_rows=1000
+```
+
+The config has a block for each stage that the run has, and for no other. A field that does not
+exist, or that this run would not use, is refused by name. Defaults are the paper's (appendix B) or,
+where it says nothing, those of its reference code.
+
+`--config` takes a file, or the bare name of one in `configs/`; after a colon, some take a choice:
+
+| config | choices after the colon | what it is |
+|---|---|---|
+| `dpo`, `sft` | | your model and your data |
+| `toy` | a method | a complete experiment in about a minute, on generated data |
+| `imdb` | a method | controlled sentiment with gpt2-large (paper, section 6.1) |
+| `imdb_small` | a method | the same with 3.4 million weights, for 2 CPU cores |
+| `tldr` | a size, a method, or both with a comma | summarisation (section 6.2) |
+| `hh` | a method | single-turn dialogue (section 6.2) |
+
+[Methods](methods.md) lists the methods.
+"""
+BLOCKS = {  # block -> its heading and what to say about it
+    "": ("The run", ""),
+    "model": ("Model: `model`", ""),
+    "model.lora": ("Adapters: `model.lora`", "See [LoRA](lora.md)."),
+    "data": ("Data: `data`", "See [data](data.md)."),
+    "mesh": (
+        "Devices: `mesh`",
+        "The sizes multiply to the number of devices. See [planning](planning.md#choosing-a-mesh).",
+    ),
+    "log": ("Logging: `log`", ""),
+    "reward": (
+        "Reward: `reward`",
+        "For stages that sample: `pairs`, `ppo`, `best_of_n`, `evaluate`.",
+    ),
+    "sampling": ("Sampling: `sampling`", "For stages that sample."),
+    "STAGE": (
+        "Every training stage: `STAGE`",
+        "STAGE is `sft`, `preferred_ft`, `unlikelihood`, `rm`, `dpo` or `ppo`.",
+    ),
+    "sft": ("SFT: `sft`", "Also `preferred_ft`."),
+    "preferred_ft": ("Preferred-FT: `preferred_ft`", ""),
+    "unlikelihood": ("Unlikelihood: `unlikelihood`", ""),
+    "dpo": ("DPO: `dpo`", ""),
+    "rm": ("Reward model: `rm`", "Only the fields of every training stage."),
+    "ppo": ("PPO: `ppo`", ""),
+    "pairs": ("Pairs from samples: `pairs`", ""),
+    "best_of_n": ("Best of N: `best_of_n`", ""),
+    "evaluate": ("Evaluation: `evaluate`", ""),
+}
+
+
+def comments() -> dict[str, dict[str, str]]:
+    """Return block -> field -> the comment beside or above the field in config.py."""
+    found, block, above = {}, "", []
+    for line in pathlib.Path(configs.__file__).read_text().splitlines():
+        if start := re.match(
+            r"    config\.([\w.]+) = ConfigDict\(|^def _?(\w+)\(", line.strip("\n")
+        ):
+            block = start[1] or {"default": "", "training": "STAGE"}.get(start[2], start[2])
+        elif start := re.match(r"\s+config\.(reward|sampling) = ConfigDict\(", line):
+            block = start[1]
+        elif note := re.fullmatch(r"\s*# (.*)", line):
+            above.append(note[1])
+            continue
+        elif field := re.fullmatch(r"\s+(?:config\.)?(\w+) ?= ?(.+?),?(?:  # (.+))?", line):
+            text = " ".join([*above, field[3] or ""]).strip()
+            if text:
+                found.setdefault(block, {}).setdefault(field[1], text)
+        above = []
+    return found
+
+
+def defaults() -> dict[str, dict]:
+    """Return block -> field -> default, of a config that has every stage."""
+    tree = configs.default(tuple(configs.BLOCKS)).to_dict()
+    found = {"": {name: value for name, value in tree.items() if not isinstance(value, dict)}}
+    for name, block in tree.items():
+        if isinstance(block, dict):
+            found[name] = dict(block)
+    found["model.lora"] = found["model"].pop("lora")
+    return found
+
+
+def table(block: str, values: dict, notes: dict[str, str]) -> list[str]:
+    """Return the lines of a block's table."""
+    lines = ["| field | default | meaning |", "|---|---|---|"]
+    for field, note in notes.items():
+        name = f"{block}.{field}" if block else field
+        default = "by config file" if field == "stages" else f"`{shown(values[field])}`"
+        lines.append(f"| `{name}` | {default} | {note.replace('|', chr(92) + '|')} |")
+    return lines
+
+
+def shown(value) -> str:
+    """Return a default as one writes it on the command line."""
+    if isinstance(value, str):
+        return f'"{value}"'
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 10_000:
+        return f"{value:_}"
+    return repr(value)
+
+
+def page() -> str:
+    """Return the text of docs/config.md."""
+    notes, values = comments(), defaults()
+    lines = [INTRO]
+    for block, (heading, text) in BLOCKS.items():
+        lines += [f"## {heading}", ""]
+        if text:
+            lines += [text, ""]
+        if block == "STAGE":
+            common = values["dpo"]
+            lines += [*table("STAGE", common, notes["STAGE"]), ""]
+            lines += [*different_defaults(values, common, notes["STAGE"]), ""]
+        elif notes.get(block):
+            lines += [*table(block, values[block], notes[block]), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def different_defaults(values: dict, common: dict, fields) -> list[str]:
+    """Return a table of the stages whose defaults differ from the others'."""
+    lines = ["Some stages have other defaults:", "", "| stage | defaults |", "|---|---|"]
+    for stage in configs.TRAINING_STAGES:
+        changed = [
+            f"`{name}` `{shown(values[stage][name])}`"
+            for name in fields
+            if values[stage][name] != common[name]
+        ]
+        if changed:
+            lines.append(f"| `{stage}` | {', '.join(changed)} |")
+    return lines
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())

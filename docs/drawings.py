@@ -1,0 +1,203 @@
+"""Draw the pictures of docs/architecture.md: python docs/drawings.py
+
+Writes the SVG files beside this one. A test checks that they are what this script draws.
+"""
+
+import pathlib
+from html import escape
+
+HERE = pathlib.Path(__file__).parent
+FONT = "font-family='Helvetica, Arial, sans-serif'"
+INK, PAPER, LINE = "#1b1f24", "#ffffff", "#57606a"
+# Rooms of the package, from the lowest floor upwards, as in the table of architecture.md.
+COLOURS = {
+    "file": "#f6f8fa",
+    "data": "#ddf4ff",
+    "parallel": "#e6e0f8",
+    "models": "#dafbe1",
+    "training": "#fff1c2",
+}
+
+
+class Drawing:
+    """An SVG picture on white paper, so that it is readable in dark mode too."""
+
+    def __init__(self, width: int, height: int):
+        self._size = (width, height)
+        self._parts = []
+
+    def box(self, x, y, width, height, colour, dashed=False):
+        dash = " stroke-dasharray='4 3'" if dashed else ""
+        self._parts.append(
+            f"<rect x='{x}' y='{y}' width='{width}' height='{height}' rx='6' fill='{colour}' "
+            f"stroke='{LINE}'{dash}/>"
+        )
+
+    def text(self, x, y, text, size=13, bold=False, anchor="middle", colour=INK):
+        weight = " font-weight='bold'" if bold else ""
+        self._parts.append(
+            f"<text x='{x}' y='{y}' font-size='{size}'{weight} text-anchor='{anchor}' "
+            f"fill='{colour}'>{escape(text)}</text>"
+        )
+
+    def arrow(self, *points):
+        path = " ".join(f"{x},{y}" for x, y in points)
+        self._parts.append(
+            f"<polyline points='{path}' fill='none' stroke='{LINE}' stroke-width='1.6' "
+            "marker-end='url(#head)'/>"
+        )
+
+    def svg(self) -> str:
+        width, height = self._size
+        head = (
+            "<defs><marker id='head' viewBox='0 0 10 10' refX='9' refY='5' markerWidth='7' "
+            f"markerHeight='7' orient='auto'><path d='M0,0 L10,5 L0,10 z' fill='{LINE}'/></marker>"
+            "</defs>"
+        )
+        lines = [
+            f"<svg xmlns='http://www.w3.org/2000/svg' width='{width}' height='{height}' "
+            f"viewBox='0 0 {width} {height}' {FONT}>",
+            head,
+            f"<rect width='{width}' height='{height}' fill='{PAPER}'/>",
+            *self._parts,
+            "</svg>",
+        ]
+        return "\n".join(lines) + "\n"
+
+
+def way_of_a_batch() -> str:
+    """Return the way from a row of a file to metrics, with the file that does each step."""
+    drawing = Drawing(980, 470)
+    steps = [  # (room, what it is, file), in reading order
+        ("file", "a row", ["jsonl, csv, parquet, hub"]),
+        ("data", "fields", ["data/readers.py"]),
+        ("data", "prompt, responses", ["data/sources.py"]),
+        ("data", "token ids", ["data/tokenizer.py", "data/ledger.py"]),
+        ("data", "rows of step n", ["data/batches.py"]),
+        ("data", "flat batch", ["data/packing.py"]),
+        ("parallel", "batch on the mesh", ["parallel/sharding.py"]),
+        ("models", "hidden states", ["models/transformer.py", "models/attention.py"]),
+        ("models", "log-probs", ["models/log_probs.py"]),
+        ("training", "loss", ["training/objectives.py", "training/losses.py"]),
+        ("training", "update", ["training/step.py", "training/optim.py"]),
+        ("training", "metrics, checkpoints", ["training/metrics.py", "training/checkpoint.py"]),
+    ]
+    width, height, gap, columns = 200, 84, 40, 4
+    left, top = 30, 60
+    drawing.text(30, 34, "The way of a batch", size=18, bold=True, anchor="start")
+    places = []
+    for number, (room, name, files) in enumerate(steps):
+        row, column = divmod(number, columns)
+        x = left + column * (width + gap)
+        y = top + row * (height + 50)
+        places.append((x, y))
+        drawing.box(x, y, width, height, COLOURS[room])
+        drawing.text(x + width / 2, y + 28, name, size=15, bold=True)
+        for line, file in enumerate(files):
+            drawing.text(x + width / 2, y + 50 + 18 * line, file, size=12, colour=LINE)
+    for (x, y), (next_x, next_y) in zip(places, places[1:], strict=False):
+        if next_y == y:
+            drawing.arrow((x + width, y + height / 2), (next_x - 2, y + height / 2))
+        else:  # down to the start of the next line
+            below = y + height + 25
+            drawing.arrow(
+                (x + width / 2, y + height),
+                (x + width / 2, below),
+                (next_x + width / 2, below),
+                (next_x + width / 2, next_y - 2),
+            )
+    names = {
+        "data": "data/: numpy, on the host",
+        "parallel": "parallel/: the mesh",
+        "models": "models/: jitted, on the devices",
+        "training": "training/: the jitted step and its loop",
+    }
+    x = 30
+    for room, name in names.items():
+        drawing.box(x, 438, 16, 16, COLOURS[room])
+        drawing.text(x + 24, 451, name, size=12, anchor="start")
+        x += 46 + 6.6 * len(name)
+    return drawing.svg()
+
+
+def packed_batch() -> str:
+    """Return the layout of a flat batch: prompts once in the run of tokens, rows for attention."""
+    drawing = Drawing(980, 420)
+    cell = 40
+    examples = [("a", 3, 2, 4), ("b", 2, 3, 1)]  # name, tokens of prompt, chosen, rejected
+    colours = {"prompt": "#ddf4ff", "chosen": "#dafbe1", "rejected": "#ffd8d3"}
+
+    def cells(x, y, kind, label, count):
+        for index in range(count):
+            drawing.box(x + index * cell, y, cell, cell, colours[kind])
+            drawing.text(x + index * cell + cell / 2, y + 25, f"{label}{index}", size=12)
+        return x + count * cell
+
+    drawing.text(
+        30,
+        34,
+        "A flat batch: two pairs, a and b, each prompt once",
+        size=18,
+        bold=True,
+        anchor="start",
+    )
+    drawing.text(
+        30,
+        62,
+        "tokens: dense layers see one run without padding (p prompt, c chosen, r rejected)",
+        anchor="start",
+    )
+    x = 30
+    for name, prompt, chosen, rejected in examples:
+        x = cells(x, 76, "prompt", f"p{name}", prompt)
+        x = cells(x, 76, "chosen", f"c{name}", chosen)
+        x = cells(x, 76, "rejected", f"r{name}", rejected)
+
+    drawing.text(
+        30,
+        168,
+        "rows: attention sees one sequence per response, gathered by index and padded on the right",
+        anchor="start",
+    )
+    y = 182
+    longest = max(p + max(c, r) for _, p, c, r in examples)
+    for name, prompt, chosen, rejected in examples:
+        for kind, letter, count in (("chosen", "c", chosen), ("rejected", "r", rejected)):
+            end = cells(30, y, "prompt", f"p{name}", prompt)
+            end = cells(end, y, kind, f"{letter}{name}", count)
+            while end < 30 + longest * cell:
+                drawing.box(end, y, cell, cell, "#f6f8fa", dashed=True)
+                end += cell
+            y += cell + 8
+
+    x = 30 + longest * cell + 50
+    notes = [
+        ("logit_positions", "where the head runs: the token before each response token"),
+        ("segment_ids", "which response each of these belongs to"),
+        ("response_lengths", "tokens of each response"),
+        ("last_token", "where a reward model reads its reward"),
+        ("token_slots", "the places of a token in the rows"),
+        ("gather_index", "the place whose attention output the token takes"),
+    ]
+    for line, (name, meaning) in enumerate(notes):
+        drawing.text(x, 196 + 32 * line, name, bold=True, anchor="start")
+        drawing.text(x + 150, 196 + 32 * line, meaning, size=12, anchor="start")
+    drawing.text(
+        30,
+        400,
+        "The head runs at logit_positions only, in chunks: logits of all tokens never exist.",
+        anchor="start",
+    )
+    return drawing.svg()
+
+
+PICTURES = {"way_of_a_batch.svg": way_of_a_batch, "packed_batch.svg": packed_batch}
+
+
+def main():
+    for name, draw in PICTURES.items():
+        (HERE / name).write_text(draw())
+
+
+if __name__ == "__main__":
+    main()
