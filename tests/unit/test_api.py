@@ -1,0 +1,383 @@
+"""The Python interface: what its calls return, refuse and leave alone."""
+
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import dpo_jax
+from dpo_jax.parallel import sharding
+from tests.helpers.paths import ROOT
+from tests.helpers.rows import assistant, user
+
+ROWS = [
+    {"prompt": "w1 w2", "chosen": "w30 w31", "rejected": "w3"},
+    {"prompt": "w4", "chosen": "w20", "rejected": "w5 w6 w7"},
+    {"prompt": "w8 w9 w3", "chosen": "w35", "rejected": "w1 w2"},
+    {"prompt": "w2", "chosen": "w33 w34 w36", "rejected": "w9 w9"},
+]
+
+
+@pytest.fixture(scope="module")
+def loaded(model):
+    """The tiny model on one device."""
+    return dpo_jax.load(model, mesh=sharding.make_mesh(devices=jax.devices()[:1]))
+
+
+@pytest.fixture(scope="module")
+def pairs(loaded):
+    return loaded.encode(ROWS)
+
+
+def trainer_of(loaded, objective="dpo", **settings):
+    return dpo_jax.Trainer(loaded, objective, **dict(lr=0.01, warmup_steps=0) | settings)
+
+
+def run_python(code: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, check=True
+    ).stdout
+
+
+def test_import_does_not_import_jax():
+    code = """
+import sys
+import dpo_jax
+assert set(dpo_jax.__all__) <= set(dir(dpo_jax))
+print({"jax", "numpy", "transformers"} & sys.modules.keys())
+"""
+    assert run_python(code) == "set()\n"
+
+
+def test_every_name_is_there_and_no_other():
+    for name in dpo_jax.__all__:
+        assert getattr(dpo_jax, name)
+    with pytest.raises(AttributeError, match="no attribute 'Trainr'"):
+        _ = dpo_jax.Trainr
+
+
+def test_settings_of_jax_are_left_alone(loaded, pairs):
+    before = jax.config.jax_default_matmul_precision
+    trainer_of(loaded).step(pairs)
+    assert jax.config.jax_default_matmul_precision == before
+
+
+def test_products_are_float32_whatever_the_caller_has_set(loaded, pairs):
+    with jax.default_matmul_precision("bfloat16"):
+        text = jax.jit(lambda x: x @ x).lower(np.ones((2, 2))).as_text()
+        assert "precision = [DEFAULT" in text or "DEFAULT" in text
+        rough = loaded.log_probs(pairs).values
+    np.testing.assert_array_equal(rough, loaded.log_probs(pairs).values)
+
+
+def test_nothing_is_printed(loaded, pairs, capfd):
+    trainer = trainer_of(loaded)
+    trainer.step(pairs)
+    trainer.fit(pairs, batch_size=2, steps=2)
+    trainer.evaluate(pairs)
+    loaded.log_probs(pairs)
+    trainer.model.generate(["w1"], max_new_tokens=2)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_progress_is_printed_where_it_is_asked_for(loaded, pairs, capsys):
+    trainer_of(loaded).fit(pairs, batch_size=2, steps=2, verbose=True)
+    assert "dpo 2/2  loss" in capsys.readouterr().out
+
+
+def test_encoded_pairs(loaded, pairs):
+    prompt, (chosen, rejected) = pairs[0]
+    words = loaded.tokenizer
+    assert words.decode(prompt) == "<s> w1 w2"
+    assert words.decode(chosen) == "w30 w31 </s>"
+    assert words.decode(rejected) == "w3 </s>"
+    assert pairs.where == [f"rows[{i}]" for i in range(4)]
+
+
+def test_rows_may_be_any_iterable_and_of_any_source(loaded):
+    transcript = "\n\nHuman: w1\n\nAssistant:"
+    rows = ({"chosen": transcript + end, "rejected": transcript + " w9"} for end in (" w2", " w3"))
+    assert len(loaded.encode(rows, source="hh")) == 2
+
+
+def test_the_chosen_response_of_a_pair_is_a_completion(loaded, pairs):
+    completions = loaded.encode(ROWS, kind="sft")
+    assert [len(responses) for _, responses in completions] == [1] * 4
+    np.testing.assert_array_equal(completions[1][1][0], pairs[1][1][0])
+
+
+def test_chat_without_a_template_is_refused(loaded):
+    row = {"prompt": [user("w1")], "chosen": [assistant("w2")], "rejected": [assistant("w3")]}
+    with pytest.raises(ValueError, match=r"rows\[0\] holds chat messages"):
+        loaded.encode([row])
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([*ROWS, {"prompt": "w1", "chosen": "w2"}], r"rows\[4\]: a pair needs two responses"),
+        ([*ROWS, {"prompt": "w1", "chosen": "w2", "rejected": 3}], r"rows\[4\]: .*'rejected'"),
+        ([{"text": 5}], r"rows\[0\]: .*'text'"),
+        (["w1"], r"rows\[0\]: .*"),
+        ([*ROWS, {"prompt": "w1", "chosen": "w2", "rejected": "w2"}], r"rows\[4\]: .*equal"),
+        ([{"prompt": "w1", "chosen": "</s> w2", "rejected": "w2"}], r"EOS inside.*rows\[0\]"),
+        ([], "no row"),
+    ],
+)
+def test_wrong_rows_are_named(loaded, rows, message):
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        loaded.encode(rows)
+
+
+@pytest.mark.parametrize("rows", ["pairs.jsonl", ROWS[0]])
+def test_a_file_or_a_single_row_is_not_a_list_of_rows(loaded, rows):
+    with pytest.raises(TypeError, match="takes a list of rows"):
+        loaded.encode(rows)
+
+
+def test_bad_rows_can_be_left_out(loaded):
+    rows = [ROWS[0], {"prompt": "w1"}, ROWS[1], {"prompt": "w1", "chosen": "w", "rejected": "w"}]
+    kept = loaded.encode(rows, on_bad_row="drop")
+    assert kept.where == ["rows[0]", "rows[2]"]
+
+
+def test_log_probs_of_each_row_alone(loaded, pairs):
+    chosen, rejected = loaded.log_probs(pairs)
+    assert chosen.dtype == rejected.dtype == np.float32
+    for i, row in enumerate(ROWS):
+        alone = loaded.log_probs(loaded.encode([row]))
+        np.testing.assert_allclose(alone.values[0], (chosen[i], rejected[i]), rtol=1e-5)
+
+
+def test_log_probs_of_single_completions(loaded, pairs):
+    (completion,) = loaded.log_probs(loaded.encode(ROWS, kind="sft"))
+    chosen, _ = loaded.log_probs(pairs)
+    np.testing.assert_allclose(completion, chosen, rtol=1e-5)
+
+
+def test_first_loss_is_log_2_and_training_lowers_it(loaded, pairs):
+    trainer = trainer_of(loaded)
+    losses = [trainer.step(pairs)["loss/train"] for _ in range(5)]
+    assert losses[0] == pytest.approx(np.log(2), abs=1e-6)
+    assert losses == sorted(losses, reverse=True)
+    assert trainer.steps_done == 5
+
+
+def test_the_model_that_training_starts_from_stays(loaded, pairs):
+    before = loaded.log_probs(pairs).values
+    trainer = trainer_of(loaded)
+    trainer.step(pairs)
+    np.testing.assert_array_equal(loaded.log_probs(pairs).values, before)
+    assert (trainer.model.log_probs(pairs).values != before).all()
+
+
+def test_weights_that_a_step_has_replaced_are_refused(loaded, pairs, tmp_path):
+    trainer = trainer_of(loaded)
+    old = trainer.model
+    trainer.step(pairs)
+    for use in (
+        lambda: old.log_probs(pairs),
+        lambda: old.generate(["w1"], max_new_tokens=1),
+        lambda: old.save(tmp_path / "out"),
+        lambda: dpo_jax.Trainer(old, "sft"),
+    ):
+        with pytest.raises(RuntimeError, match="Use trainer.model"):
+            use()
+
+
+def test_a_donated_model_is_not_copied_and_cannot_be_used_again(model, pairs):
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    given = dpo_jax.load(model, mesh=mesh)
+    kept = given.log_probs(pairs)
+    trainer = trainer_of(given, reference_log_probs=kept, donate=True)
+    assert trainer.model.params is given.params
+    assert trainer.step(pairs)["loss/train"] == pytest.approx(np.log(2), abs=1e-5)
+    with pytest.raises(RuntimeError, match="donate=True"):
+        given.log_probs(pairs)
+
+
+def test_the_reference_cannot_be_donated(loaded):
+    with pytest.raises(ValueError, match="it is the reference too"):
+        trainer_of(loaded, donate=True)
+
+
+def test_kept_reference_log_probs_equal_a_live_reference(loaded, pairs):
+    live = trainer_of(loaded)
+    kept = trainer_of(loaded, reference_log_probs=loaded.log_probs(pairs))
+    for _ in range(3):
+        mine, its = kept.step(pairs), live.step(pairs)
+        assert mine["loss/train"] == pytest.approx(its["loss/train"], abs=1e-5)
+    assert kept.evaluate(pairs)["rewards_eval/margins"] == pytest.approx(
+        live.evaluate(pairs)["rewards_eval/margins"], abs=1e-4
+    )
+
+
+def test_kept_log_probs_are_found_by_the_tokens(loaded, pairs):
+    some = loaded.encode([ROWS[2], ROWS[0]])
+    kept = loaded.log_probs(pairs)
+    np.testing.assert_array_equal(kept.of(some), kept.values[[2, 0]])
+    other = loaded.encode([ROWS[0], {"prompt": "w1", "chosen": "w2", "rejected": "w3"}])
+    with pytest.raises(ValueError, match=r"rows\[1\] is not among the examples"):
+        trainer_of(loaded, reference_log_probs=kept).step(other)
+
+
+def test_another_model_as_reference(loaded, pairs):
+    trained = trainer_of(loaded)
+    trained.step(pairs)
+    trainer = trainer_of(loaded, reference=trained.model)
+    reference_chosen, _ = trained.model.log_probs(pairs)
+    chosen, _ = loaded.log_probs(pairs)
+    metrics = trainer.step(pairs)
+    expected = 0.1 * (chosen - reference_chosen).mean()
+    assert metrics["rewards_train/chosen"] == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("objective", ["sft", "preferred_ft", "unlikelihood", "rm", "dpo"])
+def test_every_objective_trains(loaded, objective):
+    examples = loaded.encode(ROWS, kind="sft" if objective in ("sft", "preferred_ft") else "")
+    trainer = trainer_of(loaded, objective)
+    first, *_, last = trainer.fit(examples, batch_size=4, steps=6)
+    assert last["loss/train"] < first["loss/train"]
+    assert trainer.evaluate(examples)["loss/eval"] < first["loss/train"]
+
+
+@pytest.mark.parametrize("loss", ["sigmoid_norm", "ipo", "ipo_sum", "hinge", "robust"])
+def test_losses_of_dpo_by_name(loaded, pairs, loss):
+    trainer = trainer_of(loaded, loss=loss)
+    assert np.isfinite(trainer.step(pairs)["loss/train"])
+
+
+def test_a_reward_model_has_no_log_probs(loaded, pairs):
+    trainer = trainer_of(loaded, "rm")
+    with pytest.raises(ValueError, match="head"):
+        trainer.model.log_probs(pairs)
+
+
+def test_lora(loaded, pairs, tmp_path):
+    before = loaded.log_probs(pairs).values
+    trainer = trainer_of(loaded, lora=dict(rank=2))
+    assert trainer.step(pairs)["loss/train"] == pytest.approx(np.log(2), abs=1e-6)
+    trainer.step(pairs)
+    np.testing.assert_array_equal(loaded.log_probs(pairs).values, before)
+    merged = trainer.model.log_probs(pairs).values
+    measured = trainer.evaluate(pairs)
+    assert merged[:, 0].mean() == pytest.approx(measured["logps_eval/chosen"], rel=1e-4)
+    trainer.save_adapter(tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_a_mesh_of_four_devices_gives_the_same_numbers(model, loaded, pairs):
+    on_four = dpo_jax.load(model, mesh=dict(fsdp=2, tensor=2, devices=jax.devices()[:4]))
+    np.testing.assert_allclose(
+        on_four.log_probs(pairs).values, loaded.log_probs(pairs).values, rtol=1e-4
+    )
+    mine, its = trainer_of(on_four), trainer_of(loaded)
+    for _ in range(3):
+        assert mine.step(pairs)["loss/train"] == pytest.approx(
+            its.step(pairs)["loss/train"], rel=1e-4
+        )
+
+
+def test_a_batch_that_the_mesh_does_not_divide_is_filled_up(model, loaded, pairs):
+    on_eight = dpo_jax.load(model)
+    three = loaded.encode(ROWS[:3])
+    mine, its = trainer_of(on_eight).step(three), trainer_of(loaded).step(three)
+    assert mine["logps_train/chosen"] == pytest.approx(its["logps_train/chosen"], rel=1e-5)
+    assert mine["grad_norm"] == pytest.approx(its["grad_norm"], rel=1e-4)
+
+
+def test_microbatches_do_not_change_a_step(loaded, pairs):
+    whole = trainer_of(loaded).step(pairs)
+    split = trainer_of(loaded, microbatch_size=2).step(pairs)
+    assert split["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-4)
+
+
+def test_batches_are_an_epoch_by_default_and_do_not_depend_on_the_number_of_steps(pairs):
+    epoch = dpo_jax.batches(pairs, batch_size=2)
+    assert len(epoch) == 2
+    assert sorted(epoch.order.ravel()) == [0, 1, 2, 3]
+    longer = dpo_jax.batches(pairs, batch_size=2, steps=7)
+    np.testing.assert_array_equal(longer.order[:2], epoch.order)
+    in_order = dpo_jax.batches(pairs, batch_size=2, seed=None)
+    np.testing.assert_array_equal(in_order.order, [[0, 1], [2, 3]])
+    with pytest.raises(ValueError, match="make no batch"):
+        dpo_jax.batches(pairs, batch_size=64)
+
+
+def test_fit_makes_the_steps_of_batches(loaded, pairs):
+    plan = dpo_jax.batches(pairs, batch_size=2, steps=3)
+    one = trainer_of(loaded)
+    by_hand = [one.step(batch) for batch in plan]
+    assert trainer_of(loaded).fit(pairs, batch_size=2, steps=3) == by_hand
+
+
+def test_a_schedule_needs_its_length(loaded, pairs):
+    with pytest.raises(ValueError, match="runs over steps"):
+        trainer_of(loaded, schedule="linear").step(pairs)
+    found = trainer_of(loaded, schedule="linear").fit(pairs, batch_size=2, steps=4)
+    assert [row["lr"] for row in found] == pytest.approx([0.01, 0.0075, 0.005, 0.0025])
+
+
+def test_generated_texts(loaded):
+    texts = loaded.generate(["w1 w2", "w3"], max_new_tokens=3, temperature=0.0)
+    assert len(texts) == 2
+    assert all(len(text.split()) <= 3 for text in texts)
+    several = loaded.generate(["w1 w2"], n=3, max_new_tokens=3, seed=1)
+    assert [len(of_prompt) for of_prompt in several] == [3]
+    assert several == loaded.generate(["w1 w2"], n=3, max_new_tokens=3, seed=1)
+
+
+def test_saved_weights_come_back(loaded, pairs, tmp_path):
+    trainer = trainer_of(loaded)
+    trainer.step(pairs)
+    trainer.model.save(tmp_path / "out")
+    again = dpo_jax.load(tmp_path / "out", mesh=loaded.mesh)
+    np.testing.assert_array_equal(
+        again.log_probs(pairs).values, trainer.model.log_probs(pairs).values
+    )
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m, p: dpo_jax.Trainer(m, "dpo", bta=0.5), "no setting 'bta'; did you mean beta"),
+        (lambda m, p: dpo_jax.Trainer(m, "sft", beta=0.5), "no setting 'beta'"),
+        (lambda m, p: dpo_jax.Trainer(m, "dpo", lora=dict(rnk=1)), "'rnk'; did you mean rank"),
+        (lambda m, p: m.encode(ROWS, maxlength=9), "'maxlength'; did you mean max_length"),
+        (lambda m, p: dpo_jax.Trainer(m, "dpo").step(ROWS), "takes examples of model.encode"),
+        (lambda m, p: m.generate("w1"), "takes a list of prompts"),
+    ],
+)
+def test_wrong_arguments_are_named(loaded, pairs, call, message):
+    with pytest.raises(TypeError, match=message):
+        call(loaded, pairs)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m, p: dpo_jax.Trainer(m, "dop"), "objective 'dop' is not one of"),
+        (lambda m, p: dpo_jax.Trainer(m, "ppo"), "dpo_jax.run"),
+        (lambda m, p: dpo_jax.Trainer(m, "dpo", beta=-1.0), "dpo.beta = -1.0: expected more than"),
+        (lambda m, p: dpo_jax.Trainer(m, "dpo", loss="sigmod"), "expected one of sigmoid"),
+        (lambda m, p: dpo_jax.Trainer(m, "dpo", lora=dict(rank=0)), "rank"),
+        (lambda m, p: dpo_jax.Trainer(m, "dpo", reference="PATH"), "dpo_jax.load"),
+        (lambda m, p: dpo_jax.Trainer(m, "sft", reference=m), "sft has no reference"),
+        (lambda m, p: dpo_jax.Trainer(m, "sft").step(p), "kind='sft'"),
+        (lambda m, p: dpo_jax.Trainer(m, "dpo").step(m.encode(ROWS, kind="sft")), "takes pairs"),
+        (lambda m, p: m.encode(ROWS, kind="pair"), "kind='pair'"),
+        (lambda m, p: m.generate(["w1"], temperature=-1), "temperature=-1"),
+    ],
+)
+def test_wrong_values_are_named(loaded, pairs, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(loaded, pairs)
+
+
+def test_a_loss_that_is_not_finite_names_the_rows(loaded, pairs):
+    trainer = trainer_of(loaded, optimizer="sgd", lr=1e30, max_grad_norm=0.0)
+    with pytest.raises(FloatingPointError, match=r"is (nan|inf) on the batch of rows\[0\]"):
+        for _ in range(4):
+            trainer.step(pairs)
