@@ -27,7 +27,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dpo_jax import config as configs
-from dpo_jax import console
+from dpo_jax import config_checks, console
 from dpo_jax.data import dataset, sources
 from dpo_jax.data import tokenizer as tokenizers
 from dpo_jax.data.batches import FILLER, Batches, evaluation_order, prefetch, training_order
@@ -130,6 +130,8 @@ class Model:
         Raises ValueError that names the row, as rows[2] for the third.
         """
         _check_names("encode", settings, ENCODING)
+        if kind not in ("", "pairs", "sft"):
+            raise ValueError(f"kind={kind!r}: expected 'pairs' or 'sft'.")
         if on_bad_row not in ("error", "drop"):
             raise ValueError(f"on_bad_row={on_bad_row!r}: expected 'error' or 'drop'.")
         if isinstance(rows, str | os.PathLike | dict):
@@ -367,8 +369,7 @@ class Trainer:
         model._check_usable("lm")
         self._initial = model
         self._objective = objective
-        self._block = _block(objective, settings)
-        self._lora = _check_lora(lora)
+        self._block, self._lora = _settings(objective, settings, lora)
         self._config = dataclasses.replace(model.config, head=HEADS.get(objective, "lm"))
         self._reference_log_probs = reference_log_probs
         self._steps_done = 0
@@ -655,28 +656,34 @@ def _programs(
     )
 
 
-def _block(objective: str, settings: dict) -> ConfigDict:
-    """Return the config block of an objective with these settings."""
-    names = [name for name in OBJECTIVES if name != "ppo"]
+def _settings(objective: str, settings: dict, lora: dict | None) -> tuple[ConfigDict, Lora | None]:
+    """Return the config block of an objective with these settings, and the adapters.
+
+    Raises TypeError for a setting that there is not, ValueError for a wrong value.
+    """
     if objective == "ppo":
         raise ValueError(
             "ppo samples what it learns from: run its config with dpo_jax.run(config, workdir)."
         )
+    names = [name for name in OBJECTIVES if name != "ppo"]
     if objective not in names:
         raise ValueError(f"objective {objective!r} is not one of {', '.join(names)}.")
-    block = configs.default((objective,))[objective]
+    config = configs.default((objective,))
+    block = config[objective]
     allowed = [name for name in block if name not in RUN_SETTINGS]
     _check_names(f"Trainer(model, {objective!r})", settings, allowed)
     block.update(settings)
-    return block
-
-
-def _check_lora(lora: dict | None) -> Lora | None:
-    if not lora:
-        return None
-    fields = [field.name for field in dataclasses.fields(Lora)]
-    _check_names("lora", lora, fields)
-    return Lora(**lora)
+    # Batches are as large as `step` is given them, so any size of microbatches divides them.
+    block.batch_size = block.microbatch_size or block.batch_size
+    if lora is not None:
+        _check_names("lora", lora, list(config.model.lora))
+        if lora.get("rank", 0) < 1:
+            raise ValueError(f"lora={lora!r}: expected a rank of 1 or more.")
+        config.model.lora.update(lora)
+    # The checks are those of a run, which names where its model and data are.
+    config.model.path = config.data.path = "given"
+    config_checks.validate(config)
+    return block, Lora(**config.model.lora.to_dict()) if lora else None
 
 
 def _check_names(place: str, given: Iterable[str], known: Sequence[str]) -> None:

@@ -32,7 +32,7 @@ def pairs(loaded):
 
 
 def trainer_of(loaded, objective="dpo", **settings):
-    return dpo_jax.Trainer(loaded, objective, **dict(lr=0.01, warmup_steps=0) | settings)
+    return dpo_jax.Trainer(loaded, objective, **dict(lr=1e-3, warmup_steps=0) | settings)
 
 
 def run_python(code: str) -> str:
@@ -317,7 +317,7 @@ def test_a_schedule_needs_its_length(loaded, pairs):
     with pytest.raises(ValueError, match="runs over steps"):
         trainer_of(loaded, schedule="linear").step(pairs)
     found = trainer_of(loaded, schedule="linear").fit(pairs, batch_size=2, steps=4)
-    assert [row["lr"] for row in found] == pytest.approx([0.01, 0.0075, 0.005, 0.0025])
+    assert [row["lr"] for row in found] == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
 
 
 def test_generated_texts(loaded):
