@@ -10,7 +10,7 @@
 # COMMAND on all workers, trains there, shows worker 0's log, and says how each ended. WORKDIR, and pairs and models that
 # are not on the hub, must be in storage that all workers share, or in a mounted bucket: COMMAND mounts it, where it is
 # not, and logs in where weights or metrics ask for that. --delete: gives the TPU back in the end, however that was.
-# --print, as the first argument: shows every command and runs none. sweep: experiments.sweep, not dpo_jax.train.
+# --print, as the first argument: shows every command and runs none. sweep: dpo_jax.sweep, not dpo_jax.train.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -30,7 +30,7 @@ become() {  # the last command: signals go to it
 split() {  # the launcher's own arguments into OWN, what follows them into ARGUMENTS, and MODULE
   OWN=() MODULE=dpo_jax.train
   while [[ $# -gt 0 && "$1" != sweep && "$1" != --config=* ]]; do OWN+=("$1"); shift; done
-  if [[ "${1:-}" == sweep ]]; then MODULE=experiments.sweep; shift; fi
+  if [[ "${1:-}" == sweep ]]; then MODULE=dpo_jax.sweep; shift; fi
   if [[ "${1:-}" != --config=* ]]; then usage; fi
   ARGUMENTS=("$@")
 }

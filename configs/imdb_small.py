@@ -12,8 +12,16 @@ width 192 (3.4 million weights), trained on the first 72 tokens of 75,000 review
 times. Comes out: as of configs/imdb.py.
 """
 
-from configs.imdb import STAGES
 from dpo_jax.config import default
+
+STAGES = {  # method -> what runs after sft, as in configs/imdb.py
+    "dpo": ("pairs", "dpo", "evaluate"),
+    "preferred_ft": ("pairs", "preferred_ft", "evaluate"),
+    "unlikelihood": ("pairs", "unlikelihood", "evaluate"),
+    "ppo": ("pairs", "rm", "ppo", "evaluate"),
+    "ppo_gt": ("ppo", "evaluate"),
+    "best_of_n": ("pairs", "rm", "best_of_n"),
+}
 
 
 def get_config(method="dpo"):

@@ -15,6 +15,7 @@ import json
 import pathlib
 
 import numpy as np
+from absl import flags
 
 from dpo_jax import config as configs
 from dpo_jax.console import Progress, say
@@ -167,8 +168,6 @@ def _columns(prompts: Prompts, drawn: list[list[sampler.Completion]], tokenizer)
 
 
 def main():
-    from absl import flags
-
     defaults = configs.default(()).data
     model = flags.DEFINE_string("model", None, "Folder in Hugging Face format, or hub name.")
     prompts = flags.DEFINE_string(
@@ -204,8 +203,9 @@ def main():
     )
     flags.mark_flags_as_required(["model", "prompts", "out"])
     mesh = sharding.define_flags()
-    processes.run(
-        lambda _: sample_file(
+
+    def sample_rows():
+        sample_file(
             model.value,
             prompts.value,
             out.value,
@@ -214,7 +214,8 @@ def main():
             dtype=dtype.value,
             limits={name: flag.value for name, flag in limits.items()},
         )
-    )
+
+    processes.run(sample_rows, __doc__)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import pathlib
 
 import jax
 import numpy as np
+from absl import flags
 
 from dpo_jax import config as configs
 from dpo_jax.console import say
@@ -88,8 +89,6 @@ def _write(out: str, rows, examples, log_probs) -> None:
 
 
 def main():
-    from absl import flags
-
     defaults = configs.default(()).data
     model = flags.DEFINE_string("model", None, "Folder in Hugging Face format, or hub name.")
     data = flags.DEFINE_string("data", None, "Pairs: rows of prompt, chosen, rejected.")
@@ -114,8 +113,9 @@ def main():
     limits["append_eos"] = flags.DEFINE_bool("append_eos", True, "As config.data.append_eos.")
     flags.mark_flags_as_required(["model", "data", "out"])
     mesh = sharding.define_flags()
-    processes.run(
-        lambda _: score_file(
+
+    def score_pairs():
+        score_file(
             model.value,
             data.value,
             out.value,
@@ -124,7 +124,8 @@ def main():
             dtype=dtype.value,
             limits={name: flag.value for name, flag in limits.items()},
         )
-    )
+
+    processes.run(score_pairs, __doc__)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,25 @@
-"""Trains: python -m dpo_jax.train --config=FILE [--config.FIELD=VALUE ...] --workdir=DIR
+"""Train: dpo-jax train --config=NAME [--config.FIELD=VALUE ...] [--workdir=WORKDIR]
 
-Runs the stages of the config in order, each in its own folder under WORKDIR. The same command goes
-on where an interrupted run stopped, and does nothing where all is done.
+Runs the stages of a config in order, each in its own folder under WORKDIR. The same command
+continues an interrupted run where it stopped, and does nothing once everything is done.
 """
 
+from dpo_jax import command_line
+from dpo_jax.console import say
 from dpo_jax.parallel import processes
 from dpo_jax.pipeline.stages import run_stages
 
 
 def main():
-    # Flags are made here, not on import, so that the module can be imported by others.
-    from absl import flags
-    from ml_collections import config_flags
+    config = command_line.define_config()
+    workdir = command_line.define_workdir()
 
-    config = config_flags.DEFINE_config_file("config", None, "The config file; see configs/.")
-    workdir = flags.DEFINE_string("workdir", None, "Where the run's folders are.")
-    flags.mark_flags_as_required(["config", "workdir"])
-    processes.run(lambda _: run_stages(config.value, workdir.value))
+    def train():
+        run_config, folder = config.load(), workdir.value or config.default_workdir()
+        say(f"WORKDIR is {folder}")
+        run_stages(run_config, folder)
+
+    processes.run(train, __doc__, config=config)
 
 
 if __name__ == "__main__":

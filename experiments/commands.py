@@ -1,66 +1,49 @@
-"""Command lines of experiments that make several runs of one config file.
+"""Command lines of experiments that make several runs of one config.
 
---config=FILE or FILE:SIZE, --config.FIELD=VALUE for every run that has the field
+--config=NAME or NAME:SIZE, --config.FIELD=VALUE for every run that has the field
 """
 
-import ast
-import importlib.util
-import re
 from collections.abc import Callable
 
+from ml_collections import ConfigDict
 
-def load_module(path: str):
-    """A config file as a module."""
-    spec = importlib.util.spec_from_file_location("experiment_config", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from dpo_jax import config_files
 
 
-def config_maker(path: str, arguments: list[str]) -> Callable:
-    """method -> its config, of FILE or FILE:SIZE, with the arguments, --config.FIELD=VALUE, that it
-    has a field for.
+def config_maker(choice: str, overrides: dict[str, str]) -> Callable[[str], ConfigDict]:
+    """Return a function from a method to its config, of NAME or NAME:SIZE.
 
-    Raises ValueError for an argument that is something else, or that no method has a field for.
+    overrides: field -> text; a config takes those that it has a field for. Raises ValueError for a
+    field that no method has, and where NAME already names a method.
     """
-    file, _, size = path.partition(":")
-    module, overrides = load_module(file), dict(map(_override, arguments))
+    name, _, size = choice.partition(":")
+    methods = list(config_files.load_module(config_files.find(name)).STAGES)
 
-    if named := set(size.split(",")) & set(module.STAGES):
+    named = [word for word in size.split(",") if word in methods]
+    if named:
         raise ValueError(
-            f"--config={path}: the experiment itself chooses methods: leave out {', '.join(named)}."
+            f"--config={choice}: the experiment itself chooses the methods; leave out "
+            f"{', '.join(named)}."
         )
 
-    def make(method: str):
-        config = module.get_config(",".join(filter(None, (size, method))))
-        config.update_from_flattened_dict(
-            {name: value for name, value in overrides.items() if _has(config, name)}
-        )
+    def load(method: str) -> ConfigDict:
+        words = [word for word in (size, method) if word]
+        return config_files.load(f"{name}:{','.join(words)}")
+
+    def make(method: str) -> ConfigDict:
+        config = load(method)
+        own = {
+            field: text
+            for field, text in overrides.items()
+            if config_files.has_field(config, field)
+        }
+        config_files.override(config, own)
         return config
 
-    for name in overrides:
-        if not any(_has(make(method), name) for method in module.STAGES):
-            raise ValueError(f"--config.{name}: no run of {path} has such a field.")
+    configs = [load(method) for method in methods]
+    for field in overrides:
+        if not any(config_files.has_field(config, field) for config in configs):
+            block = field.partition(".")[0]
+            nearest = next((config for config in configs if block in config), configs[0])
+            raise ValueError(config_files.unknown_field(nearest, field))
     return make
-
-
-def _override(argument: str) -> tuple[str, object]:
-    if not (found := re.fullmatch(r"--config\.([\w.]+)=(.*)", argument)):
-        raise ValueError(f"{argument}: expected --config.FIELD=VALUE, or a flag that --help names.")
-    return found[1], parsed(found[2])
-
-
-def parsed(text: str):
-    """A number, True, False or a tuple, or else the text."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
-
-
-def _has(config, name: str) -> bool:
-    for part in name.split("."):
-        if not hasattr(config, "keys") or part not in config:
-            return False
-        config = config[part]
-    return True

@@ -103,7 +103,7 @@ def _one_turn(row) -> bool:
 
 
 def main():
-    winrate.main("configs/hh.py", METHODS, lambda: (METHODS, TEMPERATURES, "dialogue"), run)
+    winrate.main(__doc__, "hh", METHODS, lambda: (METHODS, TEMPERATURES, "dialogue"), run)
 
 
 if __name__ == "__main__":

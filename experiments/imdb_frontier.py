@@ -185,23 +185,22 @@ def attempt(run_stages, config, workdir: str) -> None:
 def main():
     from absl import flags
 
+    from dpo_jax import command_line
     from dpo_jax.parallel import processes
 
-    config = flags.DEFINE_string(
-        "config", "configs/imdb.py", "The config file; its get_config takes a method."
-    )
+    config = command_line.define_config("imdb")
     workdir = flags.DEFINE_string("workdir", None, "Where the runs and the results are.")
     names = flags.DEFINE_multi_string(
         "run", ["*"], "Which runs, such as dpo_0.1 or ppo_*; may be repeated."
     )
     dry_run = flags.DEFINE_bool("dry_run", False, "Only list the runs and their cost.")
     flags.mark_flags_as_required(["workdir"])
-    processes.run(
-        lambda argv: run(
-            config_maker(config.value, argv[1:]), workdir.value, names.value, dry_run.value
-        ),
-        flags_parser=lambda argv: flags.FLAGS(argv, known_only=True),
-    )
+
+    def make_runs():
+        make_config = config_maker(config.choice, config.overrides)
+        run(make_config, workdir.value, names.value, dry_run.value)
+
+    processes.run(make_runs, __doc__, config=config)
 
 
 if __name__ == "__main__":

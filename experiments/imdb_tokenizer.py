@@ -42,21 +42,23 @@ def reviews(path: str):
 
 
 def main():
-    from absl import app, flags
+    from absl import flags
+
+    from dpo_jax import command_line
 
     data = flags.DEFINE_string("data", "stanfordnlp/imdb", "The reviews: hub name or folder.")
     out = flags.DEFINE_string("out", None, "Where the tokenizer goes; must not exist.")
     pieces = flags.DEFINE_integer("pieces", 8192, "Size of the vocabulary.")
     flags.mark_flags_as_required(["out"])
 
-    def run(_):
+    def make_tokenizer():
         if pathlib.Path(out.value).exists():
             raise FileExistsError(f"--out={out.value} exists: give another name, or remove it.")
         tokenizer = train(reviews(data.value), pieces.value)
         tokenizer.save_pretrained(out.value)
         print(f"{len(tokenizer)} pieces in {out.value}")
 
-    app.run(run)
+    command_line.run(make_tokenizer, __doc__)
 
 
 if __name__ == "__main__":

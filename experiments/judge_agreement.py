@@ -17,7 +17,6 @@ import itertools
 import json
 import pathlib
 import re
-import sys
 
 import numpy as np
 
@@ -188,7 +187,9 @@ def by_reward_model(path: str, comparisons: list[judges.Comparison]) -> list[str
 
 
 def main():
-    from absl import app, flags
+    from absl import flags
+
+    from dpo_jax import command_line
 
     votes = flags.DEFINE_string("votes", None, "Comparisons with people's votes, JSON lines.")
     workdir = flags.DEFINE_string("workdir", None, "Where the calls and the results go.")
@@ -201,17 +202,14 @@ def main():
     make = judges.define_flags()
     flags.mark_flags_as_required(["votes", "workdir"])
 
-    def start(_):
-        try:
-            chosen = {
-                name: make(model=name.rpartition(":")[0], template=name.rpartition(":")[2])
-                for name in names.value
-            }
-            run(votes.value, workdir.value, chosen, reward_models.value)
-        except (judges.BudgetExhausted, judges.ChatError) as stopped:
-            sys.exit(str(stopped))
+    def compare_judges():
+        chosen = {}
+        for name in names.value:
+            model, _, template = name.rpartition(":")
+            chosen[name] = make(model=model, template=template)
+        run(votes.value, workdir.value, chosen, reward_models.value)
 
-    app.run(start)
+    command_line.run(compare_judges, __doc__)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
+from dpo_jax import command_line
 from dpo_jax.models import transformer
 from dpo_jax.parallel import processes
 from dpo_jax.parallel.sharding import BATCH, constrain
@@ -197,7 +198,7 @@ def main():
     jax.config.update("jax_platforms", "cpu")
     processes.start()
 
-    def run(_):
+    def plan_all():
         rows = [json.loads(line) for line in OUT.read_text().splitlines()] if OUT.exists() else []
         done = {(row["name"], row["command"]) for row in rows}
         wanted = {
@@ -215,7 +216,7 @@ def main():
             OUT.write_text("".join(json.dumps(row) + "\n" for row in rows))
         print(markdown([found for name in wanted for found in rows if found["name"] == name]))
 
-    app.run(run)
+    command_line.run(plan_all, __doc__)
 
 
 if __name__ == "__main__":

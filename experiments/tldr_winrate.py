@@ -128,7 +128,7 @@ def main():
             winrate.refuse_flags("without --method=base", "base")
         run(make_config, workdir, options, dataset.value, path.value, base.value)
 
-    winrate.main("configs/tldr.py", METHODS, lambda: DATASETS[dataset.value], start)
+    winrate.main(__doc__, "tldr", METHODS, lambda: DATASETS[dataset.value], start)
 
 
 if __name__ == "__main__":

@@ -245,8 +245,9 @@ def _one_thread():
 
 
 def main():
-    from absl import app, flags
+    from absl import flags
 
+    from dpo_jax import command_line
     from dpo_jax.parallel import processes
 
     workdir = flags.DEFINE_string("workdir", None, "Where the runs and the results are.")
@@ -257,10 +258,10 @@ def main():
     flags.mark_flags_as_required(["workdir"])
     processes.start()
 
-    def start(_):
+    def make_panels():
         run(workdir.value, panels.value, jobs.value)
 
-    app.run(start)
+    command_line.run(make_panels, __doc__)
 
 
 if __name__ == "__main__":

@@ -17,14 +17,13 @@ import json
 import math
 import pathlib
 import re
-import sys
 from collections.abc import Callable
 
 import jax
 import numpy as np
 
+from dpo_jax import command_line, config_checks
 from dpo_jax import config as configs
-from dpo_jax import config_checks
 from dpo_jax.console import say
 from dpo_jax.data import dataset
 from dpo_jax.data.tokenizer import Examples, encode_row_prompts
@@ -484,24 +483,29 @@ def _lines(path: pathlib.Path) -> int:
 
 
 def refuse_flags(where: str, *names: str) -> None:
-    """app.UsageError where one of the flags is on the command line, though it would do nothing."""
-    from absl import app, flags
+    """Raise ValueError if one of the flags is on the command line, though it would do nothing."""
+    from absl import flags
 
-    if given := [f"--{name}" for name in names if flags.FLAGS[name].present]:
-        raise app.UsageError(f"{', '.join(given)} would do nothing {where}.")
+    given = [f"--{name}" for name in names if flags.FLAGS[name].present]
+    if given:
+        raise ValueError(f"{', '.join(given)} would do nothing {where}.")
 
 
-def main(default_config: str, methods: tuple[str, ...], defaults: Callable, run: Callable) -> None:
-    """The command of an experiment.
+def main(
+    description: str,
+    default_config: str,
+    methods: tuple[str, ...],
+    defaults: Callable,
+    run: Callable,
+) -> None:
+    """Run the command of an experiment.
 
     defaults: () -> methods, temperatures and template where the flags name none; run: (make_config,
     workdir, options).
     """
-    from absl import app, flags
+    from absl import flags
 
-    config = flags.DEFINE_string(
-        "config", default_config, "The config file, and after a colon a size it may have."
-    )
+    config = command_line.define_config(default_config)
     workdir = flags.DEFINE_string("workdir", None, "Where the runs and the results are.")
     method = flags.DEFINE_multi_enum(
         "method", None, methods, "Which methods; may be repeated. Default: all."
@@ -524,7 +528,7 @@ def main(default_config: str, methods: tuple[str, ...], defaults: Callable, run:
     make_judge = judges.define_flags()
     judge_flags = ["judge_model", "template", *sorted(set(flags.FLAGS) - known)]
 
-    def start(argv):
+    def start():
         own_methods, own_temperatures, own_template = defaults()
         asked_methods = tuple(method.value or own_methods)
         if judge.value == "reward":
@@ -532,7 +536,7 @@ def main(default_config: str, methods: tuple[str, ...], defaults: Callable, run:
         if "best_of_n" not in asked_methods:
             refuse_flags("without --method=best_of_n", "best_of")
         if judge.value == "chat" and not (judge_model.value or dry_run.value):
-            raise app.UsageError(
+            raise ValueError(
                 "--judge_model: the name of a chat model behind OPENAI_BASE_URL; the paper's was "
                 "gpt-4-0314. Or --judge=reward."
             )
@@ -551,9 +555,7 @@ def main(default_config: str, methods: tuple[str, ...], defaults: Callable, run:
             prompts.value,
             dry_run.value,
         )
-        try:
-            run(commands.config_maker(config.value, argv[1:]), workdir.value, options)
-        except (judges.BudgetExhausted, judges.ChatError) as stopped:
-            sys.exit(str(stopped))
+        make_config = commands.config_maker(config.choice, config.overrides)
+        run(make_config, workdir.value, options)
 
-    processes.run(start, flags_parser=lambda argv: flags.FLAGS(argv, known_only=True))
+    processes.run(start, description, config=config)

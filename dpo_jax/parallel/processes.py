@@ -18,6 +18,8 @@ import jax
 import numpy as np
 from absl import logging
 
+from dpo_jax import command_line
+
 CACHE = pathlib.Path(
     "~/.cache/dpo_jax/compiled"
 ).expanduser()  # JAX_COMPILATION_CACHE_DIR overrides it
@@ -43,30 +45,55 @@ def keep_compiled_programs() -> None:
         jax.config.update("jax_compilation_cache_dir", str(CACHE))
 
 
-def run(command: Callable[[list[str]], None], **options) -> None:
-    """Runs a command, alone or as one of several processes that run it together; ends the program.
+def run(
+    command: Callable[[], None],
+    description: str,
+    *,
+    config: command_line.ConfigFlags | None = None,
+) -> None:
+    """Run a command, alone or as one of several processes that run it together; end the program.
 
-    command: of the command line without the flags, which are defined by now. options: of absl's
-    app.run.
+    The arguments are command_line.run's. The command's own flags are defined by now, and parsed
+    when it is called.
     """
-    from absl import app, flags
+    from absl import flags
 
     coordinator = flags.DEFINE_string(
         "coordinator",
         None,
-        "HOST:PORT of process 0. Not on TPU pods and under Slurm, "
-        "where the processes find each other.",
+        "HOST:PORT of process 0. Not on TPU pods and under Slurm, where the processes find each "
+        "other.",
     )
-    count = flags.DEFINE_integer("num_processes", None, "How many there are.", lower_bound=1)
-    number = flags.DEFINE_integer("process_id", None, "Which this is, from 0.", lower_bound=0)
+    count = flags.DEFINE_integer(
+        "num_processes", None, "How many processes there are.", lower_bound=1
+    )
+    number = flags.DEFINE_integer("process_id", None, "Which one this is, from 0.", lower_bound=0)
     start()
 
-    def main(argv):
+    def run_together():
         join(coordinator.value, count.value, number.value)
-        with together():
-            command(argv)
+        with together(), _memory_errors():
+            command()
 
-    app.run(main, **options)
+    command_line.run(run_together, description, config=config)
+
+
+@contextlib.contextmanager
+def _memory_errors():
+    """Say what to do when an accelerator's memory is full, instead of jax's own words alone."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        # The status code that XLA puts first is all that tells this error from others.
+        if not str(error).startswith("RESOURCE_EXHAUSTED"):
+            raise
+        first_line = str(error).splitlines()[0]
+        raise MemoryError(
+            f"the device's memory is full ({first_line}). In training, set "
+            "config.STAGE.microbatch_size below its batch_size, or config.model.remat=full, or "
+            "split the weights over more devices by config.mesh.fsdp; `dpo-jax plan` tells in "
+            "advance what fits. In sampling and scoring, lower the batch_size."
+        ) from error
 
 
 def join(
@@ -124,27 +151,25 @@ def _gpus_of_a_lone_task() -> list[int] | None:
 
 @contextlib.contextmanager
 def together():
-    """An error in it ends this process at once, and so the others, which would wait for it; alone,
-    it is raised.
+    """End all processes when one fails: the others would wait for it for ever.
+
+    Alone, a process raises its own errors.
     """
     try:
         yield
     except SystemExit:
         if jax.process_count() > 1:
-            # all stop here, and none is gone before the others are through
+            # All of them stop here, and none leaves before the others are through.
             jax.distributed.shutdown()
         raise
-    except BaseException:
+    except BaseException as error:
         if jax.process_count() == 1:
             raise
-        traceback.print_exc()
-        print(
-            f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()} stops, and so do the "
-            "others.",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(1)
+        status = command_line.report(error)
+        who = f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}"
+        print(f"{who} stops, and so do the others.", file=sys.stderr, flush=True)
+        # sys.exit would wait for the others, which wait for this one.
+        os._exit(status)
 
 
 def wait_for_all(name: str) -> None:
@@ -173,10 +198,13 @@ def from_first(function: Callable):
 
 
 def _outcome(function: Callable) -> tuple:
-    """Its result, or its error."""
+    """Return (result, None), or (None, error)."""
     try:
         return function(), None
     except Exception as error:  # whatever it is, every process raises it
+        # The traceback does not travel, and a bug's is needed.
+        if not command_line.is_for_people(error):
+            traceback.print_exc()
         return None, error
 
 

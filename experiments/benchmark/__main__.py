@@ -22,8 +22,9 @@ import pathlib
 import sys
 import tempfile
 
-from absl import app, flags
+from absl import flags
 
+from dpo_jax import command_line
 from experiments.benchmark import report, work
 from experiments.benchmark.worker import Worker
 
@@ -121,16 +122,16 @@ def measure(options, told, sides) -> dict:
     return result
 
 
-def main(_):
+def main():
     options = flags.FLAGS
     if options.json and pathlib.Path(options.json).exists():
-        raise app.UsageError(f"--json={options.json} exists; give a new name.")
+        raise ValueError(f"--json={options.json} exists; give a new name.")
     if options.peer == "tunix" and (
         options.cached
         or options.dtype != "float32"
         or work.MODELS[options.model]["model_type"] != "llama"
     ):
-        raise app.UsageError(
+        raise ValueError(
             "--peer=tunix: it keeps no reference's log-probs, so without --cached; it computes in its "
             "weights' own dtype, so --dtype=float32; and of these models it has the Llamas, as "
             "--model=llama-tiny."
@@ -165,4 +166,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("json", "", "Where the report goes.")
     flags.DEFINE_string("profile", "", "Where a profile of two of our steps goes (a folder).")
     flags.DEFINE_boolean("stages", False, "Time the parts of our step, too.")
-    app.run(main)
+    command_line.run(main, __doc__)

@@ -114,15 +114,15 @@ def _draw_line(axes, xs: list[int], rows: list[dict], scale) -> None:
     axes.legend(frameon=False, fontsize=8)
 
 
-def main(_):
-    from absl import app, flags
+def main():
+    from absl import flags
 
     from experiments.benchmark import work
 
     options = flags.FLAGS
     out = pathlib.Path(options.out)
     if (out / "growth.json").exists():
-        raise app.UsageError(f"{out / 'growth.json'} exists; give a new --out.")
+        raise ValueError(f"{out / 'growth.json'} exists; give a new --out.")
     out.mkdir(parents=True, exist_ok=True)
     rows = []
     for line, pairs, length in points():
@@ -141,8 +141,9 @@ def main(_):
 
 
 if __name__ == "__main__":
-    from absl import app, flags
+    from absl import flags
 
+    from dpo_jax import command_line
     from dpo_jax.parallel import processes
 
     flags.DEFINE_string("out", None, "The folder for growth.json and growth.png.", required=True)
@@ -154,4 +155,4 @@ if __name__ == "__main__":
     )
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "What it computes in.")
     processes.start()
-    app.run(main)
+    command_line.run(main, __doc__)

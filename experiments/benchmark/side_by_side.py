@@ -102,15 +102,15 @@ def table(found: dict) -> str:
     )
 
 
-def main(_):
-    from absl import app, flags
+def main():
+    from absl import flags
 
     from experiments.benchmark import work
 
     options = flags.FLAGS
     out = pathlib.Path(options.out)
     if out.exists():
-        raise app.UsageError(f"{out} exists; give a new --out.")
+        raise ValueError(f"{out} exists; give a new --out.")
     found = measure(work.MODELS[options.model], options.shape, options.rounds, options.steps)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(
@@ -121,8 +121,9 @@ def main(_):
 
 
 if __name__ == "__main__":
-    from absl import app, flags
+    from absl import flags
 
+    from dpo_jax import command_line
     from dpo_jax.parallel import processes
 
     flags.DEFINE_string("out", None, "The file for the measurements.", required=True)
@@ -136,4 +137,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("rounds", 5, "Measurements of each way.", lower_bound=1)
     flags.DEFINE_integer("steps", 2, "Steps of every policy in a measurement.", lower_bound=1)
     processes.start()
-    app.run(main)
+    command_line.run(main, __doc__)

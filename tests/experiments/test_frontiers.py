@@ -16,14 +16,14 @@ from dpo_jax.pipeline.run import Run
 from dpo_jax.rewards import make
 from dpo_jax.sampling import prompts
 from dpo_jax.sampling.sampler import Sampling
-from experiments import commands, imdb_frontier, toy_frontier
+from experiments import imdb_frontier, toy_frontier
 from tests.helpers.paths import ROOT
-from tests.helpers.tiny_runs import plant
+from tests.helpers.tiny_runs import experiment_configs, plant
 
 
 @pytest.mark.parametrize("config", ["imdb", "imdb_small"])
 def test_the_papers_22_runs_are_listed_with_their_cost(config, tmp_path, capsys):
-    make_config = commands.config_maker(
+    make_config = experiment_configs(
         str(ROOT / "configs" / f"{config}.py"), ["--config.dpo.steps=7"]
     )
     imdb_frontier.run(make_config, str(tmp_path), ["*"], dry_run=True)
@@ -34,7 +34,7 @@ def test_the_papers_22_runs_are_listed_with_their_cost(config, tmp_path, capsys)
 
 
 def test_runs_are_taken_by_name(tmp_path, capsys):
-    make_config = commands.config_maker(str(ROOT / "configs" / "imdb.py"), [])
+    make_config = experiment_configs(str(ROOT / "configs" / "imdb.py"), [])
     imdb_frontier.run(make_config, str(tmp_path), ["dpo_0.1", "ppo_1*"], dry_run=True)
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
         "dpo_0.1",
@@ -47,7 +47,7 @@ def test_runs_are_taken_by_name(tmp_path, capsys):
 @pytest.mark.parametrize("module", ["imdb", "imdb_small"])
 def test_every_run_shares_the_stages_before_it(module):
     """So one SFT model, one set of pairs and one reward model serve them all."""
-    make_config = commands.config_maker(str(ROOT / "configs" / f"{module}.py"), [])
+    make_config = experiment_configs(str(ROOT / "configs" / f"{module}.py"), [])
     shared = {}
     for method, (_, values, _) in imdb_frontier.SWEEP.items():
         for value in values:

@@ -18,12 +18,12 @@ from dpo_jax.pipeline.run import Run
 from dpo_jax.training.checkpoint import Checkpoints
 from dpo_jax.training.step import TrainState
 from dpo_jax.workdir import read_lines
-from experiments import commands, hh_winrate, winrate
+from experiments import hh_winrate, winrate
 from experiments.winrate import Options
 from tests.helpers.judge_server import JudgeServer, prefers
 from tests.helpers.paths import ROOT, SHARED, STORIES, needs_shared
 from tests.helpers.tiny_hh import write_dialogues
-from tests.helpers.tiny_runs import environment, plant
+from tests.helpers.tiny_runs import environment, experiment_configs, plant
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 JUDGE = Judge(model="loopback", template="dialogue")
@@ -90,7 +90,7 @@ def test_policies_and_checkpoints_are_judged(arguments, tmp_path, monkeypatch):
     monkeypatch.setattr(
         sharding, "make_mesh", functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
     )
-    make_config = commands.config_maker("configs/hh.py", arguments)
+    make_config = experiment_configs("configs/hh.py", arguments)
     run = Run(make_config("dpo"), tmp_path, sharding.make_mesh())
     plant(run, "sft", STORIES)
     start = run.initial("sft")
@@ -181,7 +181,7 @@ def test_prompts_are_drawn_by_their_text_once_each():
 
 
 def test_the_dry_run_needs_neither_data_nor_model(tmp_path, capsys):
-    make_config = commands.config_maker("configs/hh.py", [])
+    make_config = experiment_configs("configs/hh.py", [])
     options = Options(
         hh_winrate.METHODS,
         hh_winrate.TEMPERATURES,

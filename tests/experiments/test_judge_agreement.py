@@ -133,7 +133,7 @@ def test_the_command_stops_at_its_cap_and_goes_on(tmp_path, capsys):
             env=os.environ | server.variables(),
         )
         assert (
-            done.returncode == 1
+            done.returncode == 2
             and "max_calls=15 is reached" in done.stderr
             and "Traceback" not in done.stderr
         )

@@ -11,7 +11,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from absl import app, flags
+from absl import flags
 
 from dpo_jax import config as configs
 from dpo_jax import config_checks
@@ -21,11 +21,11 @@ from dpo_jax.parallel import sharding
 from dpo_jax.pipeline.run import Run
 from dpo_jax.rewards import make
 from dpo_jax.workdir import StageChanged, read_lines
-from experiments import commands, tiny_tldr, tldr_winrate, winrate, winrate_report
+from experiments import tiny_tldr, tldr_winrate, winrate, winrate_report
 from experiments.winrate import Options
 from tests.helpers.judge_server import JudgeServer, answer, prefers, texts
 from tests.helpers.paths import ROOT
-from tests.helpers.tiny_runs import environment, plant
+from tests.helpers.tiny_runs import environment, experiment_configs, plant
 
 JUDGE = Judge(model="loopback", template="summary_concise")
 SMALL = Options(("dpo", "sft", "base", "best_of_n"), (0.0, 1.0), JUDGE, counts=(1, 3), prompts=8)
@@ -57,7 +57,7 @@ def arguments(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def make_config(arguments):
-    return commands.config_maker("configs/tldr.py:tiny", arguments)
+    return experiment_configs("configs/tldr.py:tiny", arguments)
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +219,7 @@ def test_both_orders_ask_only_what_one_has_not(finished, make_config):
 def test_completions_of_other_weights_are_refused(finished, arguments):
     """As after a stage's folder was removed, and trained again otherwise."""
     workdir, _, _ = finished
-    other = commands.config_maker("configs/tldr.py:tiny", [*arguments, "--config.dpo.beta=0.1"])
+    other = experiment_configs("configs/tldr.py:tiny", [*arguments, "--config.dpo.beta=0.1"])
     runs = {"dpo": Run(other("dpo"), workdir, sharding.make_mesh())}
     point = tldr_winrate.points(runs, SMALL)[0]
     settings = workdir / "winrate" / "tldr" / "samples" / point.folder / "settings.json"
@@ -354,7 +354,7 @@ def test_what_can_fail_fails_before_training(
     changes, argument, message, arguments, tmp_path, monkeypatch
 ):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    make_config = commands.config_maker(
+    make_config = experiment_configs(
         "configs/tldr.py:tiny", [*arguments, *filter(None, [argument])]
     )
     with pytest.raises(ValueError, match=message):
@@ -364,7 +364,7 @@ def test_what_can_fail_fails_before_training(
 
 def test_every_method_and_size_is_valid_and_shares_what_comes_before():
     for size in ("gptj", "pythia1b", "pythia2.8b", "tiny"):
-        make, shared = commands.config_maker(f"configs/tldr.py:{size}", []), {}
+        make, shared = experiment_configs(f"configs/tldr.py:{size}", []), {}
         for method in ("dpo", "preferred_ft", "ppo", "best_of_n", "rm"):
             config = winrate.config_of(make, method)
             config_checks.validate(config)
@@ -374,7 +374,7 @@ def test_every_method_and_size_is_valid_and_shares_what_comes_before():
         assert shared.keys() == {"rm"} if size == "gptj" else {"sft", "rm"}
     assert make("dpo").dpo.beta == 0.5
     with pytest.raises(ValueError, match="expected a size .gptj, .*a method .dpo, "):
-        commands.config_maker("configs/tldr.py:huge", [])("dpo")
+        experiment_configs("configs/tldr.py:huge", [])("dpo")
 
 
 def test_prompts_are_the_posts_and_pairs_the_comparisons(make_config, tmp_path):
@@ -394,24 +394,20 @@ def test_prompts_are_the_posts_and_pairs_the_comparisons(make_config, tmp_path):
 
 
 def test_arguments_reach_every_run_that_has_the_field():
-    make = commands.config_maker(
+    make = experiment_configs(
         "configs/tldr.py:tiny", ["--config.ppo.lr=1e-5", "--config.model.dtype=bfloat16"]
     )
     assert (
         make("ppo").ppo.lr == 1e-5
         and make("ppo").model.dtype == make("dpo").model.dtype == "bfloat16"
     )
-    for argument, said in (
-        ("--config.ppo.learning_rate=1", "no run of .* has such a field"),
-        ("--mehtod=dpo", "expected --config.FIELD=VALUE"),
-    ):
-        with pytest.raises(ValueError, match=said):
-            commands.config_maker("configs/tldr.py", [argument])("dpo")
+    with pytest.raises(ValueError, match="config.ppo.learning_rate: there is no such field"):
+        experiment_configs("configs/tldr.py", ["--config.ppo.learning_rate=1"])
 
 
 def test_a_base_that_is_not_known_or_not_there_is_refused(arguments, make_config, tmp_path):
     path = "--config.model.path=other/supervised"
-    other, gptj = (commands.config_maker("configs/tldr.py:gptj", given) for given in ([path], []))
+    other, gptj = (experiment_configs("configs/tldr.py:gptj", given) for given in ([path], []))
     options = Options(("base",), (0.0,), JUDGE)
     with pytest.raises(
         ValueError, match="base: what other/supervised was .* pass --base=NAME_OR_FOLDER"
@@ -431,7 +427,7 @@ def test_flags_that_do_nothing_are_refused(monkeypatch):
     monkeypatch.setattr(flags, "FLAGS", values)
     values(["program", "--path=x"])
     winrate.refuse_flags("here", "base")
-    with pytest.raises(app.UsageError, match="--path would do nothing here"):
+    with pytest.raises(ValueError, match="--path would do nothing here"):
         winrate.refuse_flags("here", "base", "path")
 
 
@@ -440,7 +436,7 @@ def test_a_method_in_the_config_is_refused():
         with pytest.raises(
             ValueError, match=f"{path}: the experiment itself chooses methods: leave out"
         ):
-            commands.config_maker(path, [])
+            experiment_configs(path, [])
 
 
 def test_rouge_by_hand():

@@ -16,8 +16,8 @@ import jax
 import numpy as np
 import pytest
 
+from dpo_jax import command_line, sample, score
 from dpo_jax import config as configs
-from dpo_jax import sample, score
 from dpo_jax.models import hf, transformer
 from dpo_jax.parallel import sharding
 from dpo_jax.pipeline.run import versions
@@ -25,6 +25,7 @@ from dpo_jax.pipeline.stages import run_stages
 from dpo_jax.sampling.sampler import Sampling
 from dpo_jax.training.metrics import TIMINGS, read_rows
 from dpo_jax.workdir import finish_stage, start_stage
+from experiments import commands
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny import tiny_config
 from tests.helpers.tiny_models import random_params
@@ -192,6 +193,12 @@ def command(
         env=env,
         **options,
     )
+
+
+def experiment_configs(choice: str, arguments=()):
+    """Return an experiment's function from a method to its config, as its command line makes it."""
+    _, overrides = command_line.split_overrides(list(arguments))
+    return commands.config_maker(choice, overrides)
 
 
 def free_port() -> int:

@@ -76,7 +76,7 @@ def test_local_and_slurm_commands():
         r"python -m dpo_jax.train --config=configs/toy.py --config.dpo.beta=0.5 --workdir=/mnt/bucket/my\ runs"
     ]
     assert printed("local", "sweep", *CONFIG)[0].startswith(
-        "python -m experiments.sweep --config=configs/toy.py "
+        "python -m dpo_jax.sweep --config=configs/toy.py "
     )
     assert printed("slurm", "--nodes=4", "--gres=gpu:8", *CONFIG)[0].startswith(
         "srun --ntasks-per-node=1 --kill-on-bad-exit=1 --nodes=4 --gres=gpu:8 python -m dpo_jax.train --config="

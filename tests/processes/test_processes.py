@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from dpo_jax import config as configs
+from dpo_jax import sweep
 from dpo_jax.parallel import processes, sharding
 from dpo_jax.pipeline.stages import run_stages
 from dpo_jax.workdir import read_lines
-from experiments import sweep
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_runs import (
     command,
@@ -137,7 +137,7 @@ def test_two_processes_make_the_sweep_of_one(model, pairs, tmp_path):
     text = "dpo.beta=0.1,1"
     out = ended(
         start(
-            "experiments.sweep",
+            "dpo_jax.sweep",
             *run_flags(model, pairs, steps=2),
             f"--workdir={tmp_path / 'both'}",
             f"--sweep={text}",

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
+from dpo_jax import sweep
 from dpo_jax.training.metrics import read_rows
-from experiments import sweep
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_runs import dpo_config, environment, on_devices
 
@@ -39,7 +39,7 @@ def test_points_are_runs_that_share_the_reference_and_the_compiled_step(
         [
             sys.executable,
             "-m",
-            "experiments.sweep",
+            "dpo_jax.sweep",
             f"--config={file}",
             f"--workdir={tmp_path}",
             "--sweep=dpo.beta=0.1,1",

@@ -7,8 +7,7 @@ import shlex
 
 import pytest
 
-from dpo_jax import config_checks
-from experiments.commands import load_module, parsed
+from dpo_jax import config_checks, config_files
 from tests.helpers.paths import ROOT
 
 README = ROOT / "README.md"
@@ -24,8 +23,8 @@ PAGES = sorted(
 GUIDES = [page for page in PAGES if ROOT / "experiments" not in page.parents]
 LAUNCH = (ROOT / "launch.sh").read_text()
 # What other changes under way will bring.
-PENDING = {"dpo_jax.sweep", "dpo_jax.runs", "python.md", "quickstart.ipynb", "api.py"}
-PENDING |= {"sweep.py", "runs.py"}
+PENDING = {"dpo_jax.runs", "python.md", "quickstart.ipynb", "api.py"}
+PENDING |= {"runs.py"}
 COMMAND = re.compile(r"(?:python -m (?:dpo_jax|experiments)\.|dpo-jax |\./launch\.sh )")
 
 
@@ -68,16 +67,6 @@ def source_of(module: str) -> str:
     return text
 
 
-def load_config(value: str):
-    """Return the config of a --config, a file or a bare name, as the command makes it."""
-    name, _, choice = value.partition(":")
-    path = ROOT / name if name.endswith(".py") else ROOT / "configs" / f"{name}.py"
-    assert path.exists(), f"--config={value}: there is no {path}"
-    module = load_module(str(path))
-    arguments = [choice] if choice else []
-    return module.get_config(*arguments).lock()
-
-
 def split(line: str) -> tuple[str, list[str]]:
     """Return the module that a command line runs, and its arguments."""
     line = re.sub(r"\$\w+", "1", line)  # a shell variable: any value
@@ -107,13 +96,13 @@ def test_command_parses(line):
         if not argument.startswith("--"):
             continue
         if name == "config":
-            config = load_config(value)
+            config = config_files.load(value).lock()
         if name.startswith("config."):
-            overrides[name.removeprefix("config.")] = parsed(value)
+            overrides[name.removeprefix("config.")] = value
         elif not (line.startswith("./launch.sh") and re.search(rf" --{name}(=\*)?\)", LAUNCH)):
             assert f'"{name}"' in source, f"{module} has no --{name}"
     if config is not None:
-        config.update_from_flattened_dict(overrides)  # KeyError: no such field
+        config_files.override(config, overrides)
     else:
         assert not overrides, "fields of a config without --config"
     if config is not None and module in ("dpo_jax.train", "dpo_jax.sweep", "dpo_jax.plan"):

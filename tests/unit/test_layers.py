@@ -9,14 +9,23 @@ from tests.helpers.paths import ROOT
 
 PACKAGE = ROOT / "dpo_jax"
 FLOORS = [  # the rooms and the files beside them, from the ground up
-    {"data", "parallel", "config", "config_checks", "console", "workdir"},
+    {
+        "data",
+        "parallel",
+        "command_line",
+        "config",
+        "config_checks",
+        "config_files",
+        "console",
+        "workdir",
+    },
     {"models"},
     {"sampling"},
     {"rewards"},
     {"training"},
     {"evaluation", "planning"},
     {"pipeline"},
-    {"train", "sample", "score", "plan", "api"},
+    {"train", "sample", "score", "plan", "sweep", "runs", "api", "__main__"},
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 FILES = sorted(

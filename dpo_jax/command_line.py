@@ -1,0 +1,299 @@
+"""The command line that all commands share: flags, config, help, and how a command ends.
+
+    --config=NAME[:METHOD] --config.FIELD=VALUE --FLAG=VALUE --debug --help
+
+A user's mistake ends a command with one paragraph on stderr and exit status 2; `--debug` adds the
+traceback. A bug keeps its traceback and exits with 1. Interrupted, a command exits with 128 + the
+signal's number. Imports no jax, so that help and listings are quick.
+"""
+
+import dataclasses
+import dis
+import pathlib
+import re
+import sys
+import traceback
+from collections.abc import Callable
+
+from absl import flags
+from absl import logging as absl_logging
+from ml_collections import ConfigDict
+
+from dpo_jax import config_files
+
+MISTAKE = 2  # exit status
+BUG = 1  # exit status
+INTERRUPTED = 128 + 2  # exit status, the shell's code for Ctrl-C
+
+# What our code raises for a person to read.
+_FOR_PEOPLE = (
+    ValueError,
+    RuntimeError,
+    ArithmeticError,
+    ImportError,
+    MemoryError,
+    flags.Error,
+)
+_BUG_NOTE = (
+    "This is a bug in dpo_jax, not a mistake of yours. Please report it, with the command and the "
+    "lines above."
+)
+_OURS = ("dpo_jax", "experiments")
+_LIBRARIES = ("absl", "jax", "ml_collections")  # they define flags of their own
+
+
+@dataclasses.dataclass
+class ConfigFlags:
+    """A command's --config and the overrides --config.FIELD=VALUE, once they are parsed."""
+
+    flag: flags.FlagHolder
+    overrides: dict[str, str] = dataclasses.field(default_factory=dict)  # field -> text
+
+    @property
+    def choice(self) -> str:
+        """NAME or FILE, with :METHOD if one was given."""
+        return self.flag.value
+
+    def load(self) -> ConfigDict:
+        """Return the config with the overrides, locked against fields that it does not have."""
+        config = config_files.load(self.choice)
+        config_files.override(config, self.overrides)
+        return config.lock()
+
+    def default_workdir(self) -> str:
+        """Return runs/NAME, with the method after a dash: runs/imdb, runs/imdb-ppo."""
+        name, _, method = self.choice.partition(":")
+        words = [pathlib.PurePath(name).stem, *method.split(",")]
+        return "runs/" + "-".join(word for word in words if word)
+
+
+def define_config(default: str | None = None) -> ConfigFlags:
+    """Define --config, and allow --config.FIELD=VALUE, for the command that is being defined."""
+    holder = flags.DEFINE_string(
+        "config",
+        default,
+        "The config: the NAME of one that comes with dpo_jax, or a FILE; then :METHOD if it has "
+        "several. --config.FIELD=VALUE changes a field.",
+    )
+    if default is None:
+        flags.mark_flag_as_required("config")
+    return ConfigFlags(holder)
+
+
+def define_workdir() -> flags.FlagHolder:
+    """Define --workdir for a command that trains; where it is empty, the config names the folder."""
+    return flags.DEFINE_string(
+        "workdir", "", "The folder of the runs. Default: runs/NAME, after the config's name."
+    )
+
+
+def run(
+    command: Callable[..., None],
+    description: str,
+    *,
+    config: ConfigFlags | None = None,
+    positional: str = "",
+) -> None:
+    """Parse the command line, run a command, and end the program.
+
+    description: the module's docstring, shown by --help. config: what define_config returned, in a
+    command that has it. positional: name of the one argument without dashes that the command takes
+    and may be given, such as WORKDIR; it is passed to the command, "" if absent.
+    """
+    flags.DEFINE_bool("debug", False, "Show the traceback of every error.")
+    absl_logging.use_absl_handler()
+    try:
+        if {"--help", "-h", "--helpfull", "--helpshort"} & set(sys.argv[1:]):
+            print(_help(description, positional))
+            sys.exit(0)
+        rest = _parse(sys.argv, config, positional)
+        command(*rest)
+    except Exception as error:
+        sys.exit(report(error))
+    except KeyboardInterrupt as interrupt:
+        sys.exit(report(interrupt))
+    sys.exit(0)
+
+
+def _parse(argv: list[str], config: ConfigFlags | None, positional: str) -> list[str]:
+    """Parse the flags; return the arguments for the command: [] or the one positional one."""
+    # Files of flags, --flagfile=FILE, may hold overrides too.
+    argv = flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
+    if config is not None:
+        argv, texts = split_overrides(argv)
+        config.overrides.update(texts)
+    try:
+        _, *extra = flags.FLAGS(argv)
+    except flags.UnrecognizedFlagError as error:
+        raise ValueError(_unknown_flag(error)) from None
+    except flags.IllegalFlagValueError as error:
+        raise ValueError(_wrong_value(error) or _say_missing()) from None
+    if len(extra) > (1 if positional else 0):
+        raise ValueError(_stray_argument(extra[-1]))
+    if positional:
+        return extra or [""]
+    return []
+
+
+def split_overrides(argv: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Take the overrides out of a command line; return the other arguments, and field -> text.
+
+    The forms are --config.FIELD=VALUE and --config.FIELD VALUE; for a field that is True or False
+    also --config.FIELD and --noconfig.FIELD.
+    """
+    others, texts = [], {}
+    position = 0
+    while position < len(argv):
+        argument = argv[position]
+        following = argv[position + 1] if position + 1 < len(argv) else None
+        position += 1
+        match = re.fullmatch(r"--?(no)?config\.([^=]+)(?:=(.*))?", argument, re.DOTALL)
+        if match is None:
+            others.append(argument)
+            continue
+        negated, field, text = match.groups()
+        if negated:
+            text = "False"
+        elif text is None and following is not None and _is_value(following):
+            text = following
+            position += 1
+        elif text is None:
+            text = "True"
+        # The last one counts, and stands where it was given.
+        texts.pop(field, None)
+        texts[field] = text
+    return others, texts
+
+
+def _is_value(argument: str) -> bool:
+    """Whether an argument is a value, negative numbers included, and no flag."""
+    return not argument.startswith("-") or re.match(r"-\.?\d", argument) is not None
+
+
+def report(error: BaseException) -> int:
+    """Print on stderr why a command ends; return its exit status.
+
+    A paragraph for a user's mistake, with --debug after the traceback; a traceback for a bug.
+    """
+    debug = "--debug" in sys.argv  # the flags may not have been parsed
+    interrupted = isinstance(error, KeyboardInterrupt)
+    mistake = is_for_people(error)
+    if debug or not (mistake or interrupted):
+        traceback.print_exception(error)
+    if interrupted:
+        text, status = "interrupted", INTERRUPTED
+    elif mistake:
+        text, status = f"error: {str(error) or type(error).__name__}", MISTAKE
+    else:
+        text, status = _BUG_NOTE, BUG
+    print(text, file=sys.stderr, flush=True)
+    return status
+
+
+def is_for_people(error: BaseException) -> bool:
+    """Return whether an error's own words tell the user what to do.
+
+    They do where a `raise` statement of ours made it, and where the machine refused something: no
+    such file, no permission, a full disk, no network. The same types from anywhere else, such as a
+    ValueError of jax's or of a zip() in our own code, are bugs.
+    """
+    if isinstance(error, OSError):
+        return True
+    return isinstance(error, _FOR_PEOPLE) and _raised_by_us(error)
+
+
+def _raised_by_us(error: BaseException) -> bool:
+    """Return whether an exception comes from a `raise` statement in the project's own code."""
+    innermost = error.__traceback__
+    if innermost is None:
+        return False
+    while innermost.tb_next is not None:
+        innermost = innermost.tb_next
+    frame = innermost.tb_frame
+    # __package__ rather than __name__, which is __main__ in a module started by python -m.
+    package = (frame.f_globals.get("__package__") or "").partition(".")[0]
+    instruction = dis.opname[frame.f_code.co_code[innermost.tb_lasti]]
+    return package in _OURS and instruction in ("RAISE_VARARGS", "RERAISE")
+
+
+def _unknown_flag(error: flags.UnrecognizedFlagError) -> str:
+    name = error.flagname
+    if name.startswith(("config.", "noconfig.")):
+        return f"--{name}: this command takes no config."
+    similar = config_files.nearest(name, _own_flags())
+    hint = f"Did you mean --{similar[0]}? " if similar else ""
+    return f"--{name}: there is no such flag. {hint}{_see_help()}"
+
+
+def _wrong_value(error: flags.IllegalFlagValueError) -> str:
+    """Say what a flag expects instead of the value it was given; "" if its value is missing."""
+    match = re.match(r"flag --(\w+)=(.*?): ", str(error), re.DOTALL)
+    if match is None:
+        return str(error)
+    name, text = match.groups()
+    if text == "None":
+        return ""
+    parser = flags.FLAGS[name].parser
+    if isinstance(parser, flags.EnumParser):
+        expected = "one of " + ", ".join(parser.enum_values)
+    else:
+        expected = parser.syntactic_help or parser.flag_type()
+    return f"--{name}={text}: expected {expected}. {_see_help()}"
+
+
+def _say_missing() -> str:
+    """Say which required flags have no value, and what each is for."""
+    missing = [flag for flag in _own_flags().values() if flag.value is None and _required(flag)]
+    lines = [f"--{flag.name} is missing: {flag.help}" for flag in missing]
+    return "\n".join([*lines, _see_help()])
+
+
+def _required(flag: flags.Flag) -> bool:
+    return any(not validator.checker(None) for validator in flag.validators)
+
+
+def _stray_argument(argument: str) -> str:
+    if argument.startswith("config.") or argument.partition("=")[0] in flags.FLAGS:
+        return f"{argument}: a flag begins with two dashes. Write --{argument}."
+    return f"{argument}: expected only flags, --NAME=VALUE. {_see_help()}"
+
+
+def _see_help() -> str:
+    return f"{_program()} --help lists the flags."
+
+
+def _program() -> str:
+    """Return how this command is started: `dpo-jax train`, or `python -m dpo_jax.train`."""
+    started = sys.modules["__main__"]
+    spec = getattr(started, "__spec__", None)
+    if spec is None or spec.name == "dpo_jax.__main__":
+        return sys.argv[0]
+    return f"python -m {spec.name.removesuffix('.__main__')}"
+
+
+def _own_flags() -> dict[str, flags.Flag]:
+    """Return the flags that the project defines, name -> flag, in the order of definition."""
+    found = {}
+    for module, defined in flags.FLAGS.flags_by_module_dict().items():
+        if module.partition(".")[0] not in _LIBRARIES:
+            found |= {flag.name: flag for flag in defined}
+    return found
+
+
+def _help(description: str, positional: str) -> str:
+    """Return the text of --help: what the command does, and its flags."""
+    # A module's docstring is wrapped at 100 columns already.
+    lines = [description.strip(), "", "Flags:"]
+    if positional:
+        lines.insert(0, f"{_program()} [{positional}]\n")
+    for name, flag in _own_flags().items():
+        lines.append(f"  --{name}: {flag.help}{_default_of(flag)}")
+    return "\n".join(lines)
+
+
+def _default_of(flag: flags.Flag) -> str:
+    if _required(flag):
+        return " (required)"
+    if flag.default in (None, "", False, []):
+        return ""
+    return f" (default: {flag.default_as_str.strip(chr(39))})"

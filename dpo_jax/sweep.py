@@ -1,0 +1,113 @@
+"""Sweep a field: dpo-jax sweep --config=NAME [--workdir=WORKDIR] --sweep=FIELD=V1,V2,...
+
+    dpo-jax sweep --config=imdb --sweep=dpo.beta=0.05,0.1,1,5
+
+Makes one run for each value, all in WORKDIR, each named after its value. Finished runs are skipped,
+and an interrupted one continues. The runs share the stages before the last training stage, the
+compiled step, and for dpo the reference's log-probs, which are computed once and kept in
+WORKDIR/reference. Other fields are set as usual, --config.FIELD=VALUE. The result is a table, and
+the curves in WORKDIR/sweep_FIELD.png.
+"""
+
+import pathlib
+from collections.abc import Iterable
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from dpo_jax import command_line, config_checks, config_files
+from dpo_jax import config as configs
+from dpo_jax.console import say
+from dpo_jax.evaluation import plots
+from dpo_jax.parallel import processes
+from dpo_jax.pipeline.stages import run_stages
+from dpo_jax.training.metrics import read_rows
+
+
+def points(config: ConfigDict, sweep: str) -> list[tuple[str, ConfigDict]]:
+    """Return (value as it was given, config of its run) for each value of FIELD=V1,V2,...
+
+    Raises ValueError if FIELD is no field of the config's last training stage, or a value is wrong.
+    """
+    field, _, values = sweep.partition("=")
+    stage, _, name = field.rpartition(".")
+    trained = [stage for stage in config.stages if stage in configs.TRAINING_STAGES]
+    if not trained:
+        raise ValueError(f"--sweep={sweep}: this config trains nothing that could be swept.")
+    last = trained[-1]
+    if stage != last or name not in config[last] or not values:
+        raise ValueError(
+            f"--sweep={sweep}: expected FIELD=V1,V2,... with a field of the last training stage, "
+            f"such as {last}.lr=1e-6,1e-5. The fields of {last} are {', '.join(config[last])}."
+        )
+    found = []
+    for value in values.split(","):
+        point = config.copy_and_resolve_references()
+        config_files.override(point, {field: value})
+        point.run = _run_name(config.run, name, value)
+        if stage == "dpo" and point.dpo.reference != "none":
+            point.dpo.cache_reference = True
+        config_checks.validate(point)
+        found.append((value, point))
+    return found
+
+
+def _run_name(run: str, name: str, value: str) -> str:
+    parts = [run, name, value]
+    return "_".join(part for part in parts if part)
+
+
+def table(field: str, runs: dict[str, list[dict]]) -> str:
+    """Return a table of what the last evaluation of each run measured."""
+    ends = {}
+    for label, rows in runs.items():
+        ends[label] = [row for row in rows if _evaluated(row)][-1]
+    first = next(iter(ends.values()))
+    names = [name for name in first if _evaluated([name])]
+    lines = [f"{field:<16}{'step':>7}" + "".join(f"{name:>26}" for name in names)]
+    for label, row in ends.items():
+        cells = "".join(f"{row[name]:>26.4g}" for name in names)
+        lines.append(f"{label:<16}{row['step']:>7}{cells}")
+    return "\n".join(lines)
+
+
+def _evaluated(names: Iterable[str]) -> bool:
+    """Whether any of these metrics was measured on held-out examples or prompts."""
+    return any("eval" in name or name.startswith("frontier/") for name in names)
+
+
+def run(config: ConfigDict, workdir: str, sweep: str) -> dict[str, list[dict]]:
+    """Make the runs that are not done; return the rows of metrics of each value's run."""
+    field = sweep.partition("=")[0]
+    stage = field.partition(".")[0]
+    runs = {}
+    for value, point in points(config, sweep):
+        say(f"--- {field} = {value}")
+        run_stages(point, workdir)
+        folder = pathlib.Path(workdir) / configs.folder_names(point)[stage]
+        runs[value] = read_rows(folder / "metrics.jsonl")
+    picture = pathlib.Path(workdir) / f"sweep_{field}.png"
+    plots.curves(picture, runs, field)
+    say(table(field, runs))
+    say(str(picture))
+    return runs
+
+
+def main():
+    config = command_line.define_config()
+    workdir = command_line.define_workdir()
+    sweep = flags.DEFINE_string(
+        "sweep", None, "FIELD=V1,V2,...: a field of the last training stage, and its values."
+    )
+    flags.mark_flags_as_required(["sweep"])
+
+    def sweep_field():
+        swept, folder = config.load(), workdir.value or config.default_workdir()
+        say(f"WORKDIR is {folder}")
+        run(swept, folder, sweep.value)
+
+    processes.run(sweep_field, __doc__, config=config)
+
+
+if __name__ == "__main__":
+    main()
