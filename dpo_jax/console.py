@@ -22,51 +22,63 @@ def quiet(is_quiet: bool = True):
 
 
 def say(text: str = "") -> None:
-    """A line for the person at the terminal, from process 0 only."""
+    """Print a line for the person at the terminal, from process 0 only."""
     if jax.process_index() == 0 and not _QUIET.get():
+        # Through tqdm, which keeps a bar below the lines.
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
 
 
 class Progress:
-    """A bar with rate, time left and a few metrics; plain lines, at most one each `seconds`, off a
-    terminal.
+    """How far long work is: a bar on a terminal, a line now and then elsewhere.
+
+    Both show the time left and a few metrics.
     """
 
     def __init__(
         self, name: str, start: int, total: int, *, unit: str = "step", seconds: float = 10.0
     ):
-        self._name, self._total, self._seconds = name, total, seconds
-        self._first, self._began, self._last = start, time.monotonic(), 0.0
+        """Begin at `start` of `total`; off a terminal, print a line every `seconds` at most."""
+        self._name = name
+        self._start = start
+        self._total = total
+        self._seconds = seconds
+        self._began = time.monotonic()
+        self._last_line = 0.0
         self._bar = None
         if jax.process_index() == 0 and sys.stderr.isatty() and not _QUIET.get():
             self._bar = tqdm(total=total, initial=start, desc=name, unit=unit, dynamic_ncols=True)
 
     def update(self, step: int, values: dict[str, float], *, always: bool = False) -> None:
-        """Shows a step's metrics; `always` prints a line however recent the last one is."""
+        """Show that `step` is done, with its metrics.
+
+        always: print a line however recent the last one is.
+        """
         text = summary(values)
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(step - self._bar.n)
             return
         now = time.monotonic()
-        if always or step == self._total or now - self._last > self._seconds:
-            self._last = now
+        if always or step == self._total or now - self._last_line > self._seconds:
+            self._last_line = now
             say(f"{self._name} {step}/{self._total}  {text}  {self._time_left(step, now)}")
 
-    def close(self):
+    def close(self) -> None:
+        """Leave the bar as it is."""
         if self._bar is not None:
             self._bar.close()
 
     def _time_left(self, step: int, now: float) -> str:
-        if step <= self._first:
+        if step <= self._start:
             return ""
-        seconds = (now - self._began) / (step - self._first) * (self._total - step)
+        seconds_per_step = (now - self._began) / (step - self._start)
+        seconds = seconds_per_step * (self._total - step)
         return f"{tqdm.format_interval(seconds)} left"
 
 
-# What the progress line shows, in order: metric -> label
-_SHOWN = {
+# What the progress line shows, in order: metric -> label. training/metrics.py says what they mean.
+SHOWN = {
     "loss/train": "loss",
     "loss/eval": "eval loss",
     "nll_per_token/train": "nll/token",
@@ -85,7 +97,9 @@ _SHOWN = {
 
 
 def summary(values: dict[str, float]) -> str:
-    """loss 0.6712  accuracy 0.61  margin 0.043 ..."""
-    return "  ".join(
-        f"{label} {values[name]:.4g}" for name, label in _SHOWN.items() if name in values
-    )
+    """Return the metrics that are shown: "loss 0.6712  accuracy 0.61  margin 0.043"."""
+    parts = []
+    for name, label in SHOWN.items():
+        if name in values:
+            parts.append(f"{label} {values[name]:.4g}")
+    return "  ".join(parts)

@@ -1,7 +1,7 @@
-"""Checkpoints by orbax (v1 API, still named experimental inside orbax; used in this file alone).
+"""Checkpoints by orbax. Its v1 API is still named experimental, and is used in this file alone.
 
-Saves are asynchronous and atomic: a kill in the middle leaves the checkpoint before it as the
-latest.
+Saves are asynchronous and atomic: a kill in the middle of one leaves the checkpoint before it as
+the latest.
 """
 
 import pathlib
@@ -9,99 +9,112 @@ import pathlib
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from dpo_jax.training.metrics import describe
 from dpo_jax.training.step import TrainState
 
 
 class Checkpoints:
-    """The checkpoints of one run: the `keep` latest and, by `best_metric` where it is not "", the
-    best one.
+    """The checkpoints of one run: the latest ones, and the best one besides.
+
+    A context: on leaving it, a save under way is waited for.
     """
 
     def __init__(self, folder, *, keep: int, best_metric: str = ""):
+        """Open the checkpoints in a folder, which is made with the first.
+
+        keep: how many of the latest are kept. best_metric: the metric of an evaluation by which the
+        best one is kept too; "": none is.
+        """
         self._best_metric = best_metric
         policies = ocp.training.preservation_policies
         kept = [policies.LatestN(keep)]
         if best_metric:
-            kept.append(
-                policies.BestN(
-                    get_metric_fn=self._rank, n=1, keep_checkpoints_without_metrics=False
-                )
+            best = policies.BestN(
+                get_metric_fn=self._rank, n=1, keep_checkpoints_without_metrics=False
             )
+            kept.append(best)
         self._checkpointer = ocp.training.Checkpointer(
-            str(pathlib.Path(folder).absolute()),  # orbax takes no other
+            _absolute(folder),
             preservation_policy=policies.AnyPreservationPolicy(kept),
             cleanup_tmp_directories=True,
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
         )
-        # At each save orbax asks jax for preemptions too, with the step. Processes agree on a number
-        # to stop at, which the loop counts up to through all stages (`loop._ASKED`): a lower one in
-        # between would let it pass that number.
+        # At each save orbax asks jax for preemptions too, with the step. Processes agree on a
+        # number to stop at, which the loop counts up to through all stages (loop._ASKED): a lower
+        # number in between would let it pass the one they agreed on.
         self._checkpointer._manager.reached_preemption = lambda step: False
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self._checkpointer.close()  # waits for a save under way
+        self._checkpointer.close()
 
     def latest(self) -> int | None:
-        """The step of the latest complete checkpoint."""
+        """Return the step of the latest complete checkpoint."""
         latest = self._checkpointer.latest
         return None if latest is None else latest.step
 
     def best(self) -> tuple[int, float] | None:
-        """Step and metric of the best checkpoint, the latest of equals: orbax keeps that one
-        too.
-        """
-        rated = [c for c in self._checkpointer.checkpoints if c.metrics is not None]
-        best = max(rated, key=lambda c: (self._rank(c.metrics), c.step), default=None)
-        return None if best is None else (best.step, best.metrics[self._best_metric])
+        """Return step and metric of the best checkpoint; of equals the latest, as orbax does."""
+        rated = [saved for saved in self._checkpointer.checkpoints if saved.metrics is not None]
+        if not rated:
+            return None
+        best = max(rated, key=lambda saved: (self._rank(saved.metrics), saved.step))
+        return best.step, best.metrics[self._best_metric]
 
     def is_better(self, value: float) -> bool:
-        """Whether a later checkpoint with this value of the metric would be the best."""
+        """Return whether a checkpoint saved now, with this value, would be the best."""
         best = self.best()
-        return best is None or self._rank({self._best_metric: value}) >= self._rank(
-            {self._best_metric: best[1]}
-        )
+        if best is None:
+            return True
+        _, best_value = best
+        return self._rank({self._best_metric: value}) >= self._rank({self._best_metric: best_value})
 
-    def save(self, step: int, state: TrainState, metrics: dict | None = None) -> None:
-        """Saves in the background, unless the step is saved already; the state may be donated right
-        after.
+    def save(self, step: int, state: TrainState, evaluation: dict | None = None) -> None:
+        """Save in the background, unless the step is saved already.
+
+        The state may be donated right after. evaluation: its metrics, where it was evaluated.
         """
-        metrics = (
-            {self._best_metric: metrics[self._best_metric]}
-            if metrics and self._best_metric
-            else None
-        )
-        if step != self.latest():
-            self._checkpointer.save_async(step, _as_dict(state), metrics=metrics, force=True)
+        if step == self.latest():
+            return
+        metrics = None
+        if evaluation and self._best_metric:
+            metrics = {self._best_metric: evaluation[self._best_metric]}
+        self._checkpointer.save_async(step, _as_dict(state), metrics=metrics, force=True)
 
     def restore(self, step: int, shapes: TrainState, shardings: TrainState) -> TrainState:
-        """The state of a step, placed by `shardings`, which may be another mesh's than it was saved
-        from.
+        """Return the state of a step, placed by `shardings`.
+
+        Those may be of another mesh than the one it was saved from.
         """
-        self._checkpointer.wait()  # its own save may still be under way
+        self._checkpointer.wait()  # the save of this step may still be under way
         placed = jax.tree.broadcast(shardings, shapes)
         return TrainState(**self._checkpointer.load(step, _as_dict(_abstract(shapes, placed))))
 
     def _rank(self, metrics) -> float:
-        """Higher is better: losses and negative log-likelihoods count negatively."""
+        """Return the metric so that higher is better."""
         value = metrics[self._best_metric]
-        return -value if self._best_metric.startswith(("loss", "nll")) else value
+        return -value if describe(self._best_metric).lower_is_better else value
 
 
 def saved_steps(folder) -> list[int]:
-    """The steps of a run's complete checkpoints, which have a number for a name."""
+    """Return the steps of a run's complete checkpoints, which have a number for a name."""
     return sorted(int(item.name) for item in pathlib.Path(folder).glob("*") if item.name.isdigit())
 
 
 def load_params(folder, step: int, shapes, shardings):
-    """The weights alone of a checkpoint, placed by `shardings`; for use when the run is over."""
+    """Return the weights alone of a checkpoint, placed by `shardings`; for use after the run."""
     abstract = _abstract(shapes, shardings)
     context = ocp.Context()
     context.pytree.loading.partial_load = True
-    with ocp.training.Checkpointer(str(pathlib.Path(folder).absolute())) as checkpointer, context:
+    with ocp.training.Checkpointer(_absolute(folder)) as checkpointer, context:
         return checkpointer.load(step, dict(params=abstract))["params"]
+
+
+def _absolute(folder) -> str:
+    """Return the path as orbax takes it, which refuses a relative one."""
+    return str(pathlib.Path(folder).absolute())
 
 
 def _abstract(shapes, shardings):
@@ -111,5 +124,8 @@ def _abstract(shapes, shardings):
 
 
 def _as_dict(state: TrainState) -> dict:
+    """Return the state as it is saved; a stage without controls has no entry for them."""
     parts = dict(step=state.step, params=state.params, opt_state=state.opt_state)
-    return parts | (dict(controls=state.controls) if state.controls else {})
+    if state.controls:
+        parts["controls"] = state.controls
+    return parts

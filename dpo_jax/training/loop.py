@@ -66,7 +66,7 @@ class Job:
         """
         # The scale of the adapters is one of the numbers.
         lora = Lora(self.lora.rank, targets=self.lora.targets) if self.lora else None
-        return _programs(
+        return stage_programs(
             self.name,
             self.block.get("loss", ""),
             self.model,
@@ -79,7 +79,20 @@ class Job:
 
 
 @functools.cache
-def _programs(name, loss, model, mesh, optimizer, weight_decay, schedule, lora) -> Programs:
+def stage_programs(
+    name: str,
+    loss: str,
+    model: TransformerConfig,
+    mesh: jax.sharding.Mesh,
+    optimizer: str,
+    weight_decay: float,
+    schedule: str,
+    lora: Lora | None,
+) -> Programs:
+    """Return the compiled functions of an objective, one and the same for equal arguments.
+
+    name: a key of OBJECTIVES. loss: which of the objective's losses; "" where it has one.
+    """
     objective = functools.partial(OBJECTIVES[name], model, loss)
     return make_programs(
         objective,

@@ -1,11 +1,12 @@
-"""Metrics: names, and the files they go to.
+"""Metrics: what each name means, and the files they go to.
 
-Every metric is a (sum, count); values add up over microbatches, shards and evaluation batches
-before they are divided. Names are the reference code's: loss/train, rewards_train/margins,
-logps_eval/chosen, ...
+While it is computed, every metric is a (sum, count): both add up over microbatches, shards and
+evaluation batches before they are divided. Names are those of the paper's reference code:
+loss/train, rewards_train/margins, logps_eval/chosen.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -14,15 +15,122 @@ import uuid
 
 import jax
 
-TIMINGS = (  # what differs between two equal runs
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """What a metric says, in which unit."""
+
+    unit: str  # "" for a number without one
+    meaning: str
+    lower_is_better: bool = False  # for keep_best
+
+
+# Every name in a metrics.jsonl; {split} is "train", the step's own batch before the update, or
+# "eval", all held-out examples.
+METRICS = {
+    "loss/{split}": Metric(
+        "",
+        "What the stage minimises, mean over examples; over tokens for ppo, and for sft with "
+        "loss=token_mean. DPO's sigmoid loss starts at log 2 = 0.6931.",
+        lower_is_better=True,
+    ),
+    "nll_per_token/{split}": Metric(
+        "nats",
+        "Of sft: negative log-likelihood of the completions, mean over their tokens.",
+        lower_is_better=True,
+    ),
+    "rewards_{split}/chosen": Metric(
+        "",
+        "Of dpo: beta times the log-ratio of policy to reference on the chosen response, the "
+        "implicit reward (eq. 5). Of rm: the reward. Mean over pairs, as all of rewards_*.",
+    ),
+    "rewards_{split}/rejected": Metric("", "The same of the rejected response."),
+    "rewards_{split}/margins": Metric(
+        "", "Chosen minus rejected reward. Above 0 where the model prefers the chosen response."
+    ),
+    "rewards_{split}/accuracies": Metric(
+        "share",
+        "Pairs whose chosen reward is the higher one. A tie is no success, so DPO starts at 0.",
+    ),
+    "logps_{split}/chosen": Metric(
+        "nats", "Log-probability of the chosen response, summed over its tokens; mean over pairs."
+    ),
+    "logps_{split}/rejected": Metric("nats", "The same of the rejected response."),
+    "lengths_{split}/chosen": Metric(
+        "tokens", "Tokens of the chosen response that are trained on."
+    ),
+    "lengths_{split}/rejected": Metric("tokens", "The same of the rejected response."),
+    "ppo_train/reward": Metric("", "Reward of the sampled completions, mean over the step's."),
+    "ppo_train/kl": Metric(
+        "nats", "Log-ratio of policy to reference, summed over a completion; mean over the step's."
+    ),
+    "ppo_train/kl_coef": Metric("", "Weight of the KL penalty in this step."),
+    "ppo_train/length": Metric("tokens", "Length of the sampled completions, mean."),
+    "ppo_train/eos_rate": Metric("share", "Completions that ended by EOS, not by length."),
+    "ppo_train/policy_loss": Metric("", "PPO's clipped policy loss, mean over tokens."),
+    "ppo_train/value_loss": Metric("", "Half the squared error of the value, mean over tokens."),
+    "ppo_train/clipped": Metric("share", "Tokens whose probability ratio is outside the clip."),
+    "ppo_train/kl_to_sampler": Metric(
+        "nats",
+        "KL to the policy that sampled the step's completions, per token (Schulman's k3 estimate).",
+    ),
+    "grad_norm": Metric("", "Norm of the gradient over all weights, before it is clipped."),
+    "param_norm": Metric("", "Norm of what is trained, after the update."),
+    "update_norm": Metric("", "Norm of the change that the update makes, learning rate included."),
+    "lr": Metric("", "Learning rate of the update, after warm-up and schedule."),
+    "counters/examples": Metric("examples", "Examples read so far."),
+    "counters/updates": Metric("updates", "Optimiser updates so far; ppo makes several a step."),
+    "step_time": Metric("seconds", "Time of the step, evaluations and checkpoints left out."),
+    "examples_per_second": Metric("examples/s", "Batch size over step_time."),
+    "tokens_per_second": Metric(
+        "tokens/s", "Real tokens read, each prompt once, or sampled (ppo), over step_time."
+    ),
+    "model_flops_utilization": Metric(
+        "share",
+        "FLOPs that the batch's real tokens need, over step_time and the peak of all devices: "
+        "padding and recomputation count as waste. Not given for ppo.",
+    ),
+    "frontier/reward": Metric(
+        "",
+        "True reward of the policy: mean over sampled completions of held-out prompts, or exact "
+        "(toy). Measured where an evaluate stage follows, as all of frontier/*.",
+    ),
+    "frontier/reward_se": Metric("", "Its standard error."),
+    "frontier/kl": Metric(
+        "nats",
+        "KL(policy || reference) of whole completions: exact over the vocabulary at each sampled "
+        "token and summed over tokens, or exact over all completions (toy).",
+    ),
+    "frontier/kl_se": Metric("nats", "Its standard error."),
+    "frontier/kl_sampled": Metric(
+        "nats", "The same KL estimated by log-ratios of the sampled tokens alone: noisier."
+    ),
+    "frontier/kl_sampled_se": Metric("nats", "Its standard error."),
+    "frontier/length": Metric("tokens", "Length of those completions, mean."),
+    "frontier/eos_rate": Metric("share", "Those completions that ended by EOS, not by length."),
+    "frontier/repetition": Metric(
+        "share", "3-grams of a completion's tokens that stood in it before, mean over completions."
+    ),
+}
+
+# What differs between two equal runs.
+TIMINGS = (
     "examples_per_second",
     "tokens_per_second",
     "step_time",
     "model_flops_utilization",
 )
 
+# Metrics of an update as a whole, which have no split.
+OF_UPDATE = ("grad_norm", "param_norm", "update_norm", "lr")
 
+_SPLIT = re.compile(r"(?<=[_/])(train|eval)(?=/|$)")
 _OF_EVALUATION = re.compile(r"_eval/|/eval$|^frontier/")
+
+
+def describe(name: str) -> Metric:
+    """Return what a metric of metrics.jsonl means; KeyError for a name that is not ours."""
+    return METRICS.get(name) or METRICS[_SPLIT.sub("{split}", name)]
 
 
 def is_evaluation(name: str) -> bool:
@@ -31,28 +139,34 @@ def is_evaluation(name: str) -> bool:
 
 
 def named(metrics: dict, split: str) -> dict[str, float]:
-    """{name: (sum, count)} -> {reference's name: mean}: `rewards/chosen` is
-    rewards_train/chosen.
+    """Return means by their names in metrics.jsonl, from {name: (sum, count)} of a step.
+
+    "rewards/chosen" becomes "rewards_train/chosen", and "loss" becomes "loss/train".
     """
     means = {}
     for name, (total, count) in jax.device_get(metrics).items():
         group, _, rest = name.partition("/")
-        if name not in ("grad_norm", "param_norm", "update_norm", "lr"):
-            name = f"{group}_{split}/{rest}" if rest else f"{name}/{split}"
-        means[name] = float(total) / float(count)
+        if name in OF_UPDATE:
+            full_name = name
+        elif rest:
+            full_name = f"{group}_{split}/{rest}"
+        else:
+            full_name = f"{name}/{split}"
+        means[full_name] = float(total) / float(count)
     return means
 
 
 def add(total: dict | None, metrics: dict) -> dict:
-    """The sums and counts of two batches together."""
-    return metrics if total is None else jax.tree.map(lambda a, b: a + b, total, metrics)
+    """Return the sums and counts of two batches together."""
+    if total is None:
+        return metrics
+    return jax.tree.map(lambda a, b: a + b, total, metrics)
 
 
 class Writer(contextlib.ExitStack):
     """Appends rows to metrics.jsonl, and to TensorBoard and Weights & Biases where asked for.
-    Process 0 only.
 
-    A context: on leaving it, what the latter two still hold is sent.
+    A context: on leaving it, what the latter two still hold is sent. Process 0 only.
     """
 
     def __init__(
@@ -63,8 +177,14 @@ class Writer(contextlib.ExitStack):
         wandb: str = "",
         config: dict | None = None,
     ):
+        """Open the files in a stage's folder.
+
+        wandb: the name of a project; "": none. config: what is shown there beside the run. Raises
+        ImportError with the package to install.
+        """
         super().__init__()
-        self._path, self._sinks = pathlib.Path(folder) / "metrics.jsonl", []
+        self._path = pathlib.Path(folder) / "metrics.jsonl"
+        self._sinks = []  # (step, values) -> None
         self._active = jax.process_index() == 0
         if self._active and tensorboard:
             self._sinks.append(self._tensorboard(folder))
@@ -72,9 +192,7 @@ class Writer(contextlib.ExitStack):
             self._sinks.append(self._wandb(wandb, folder, config or {}))
 
     def rewind(self, step: int) -> None:
-        """Drops the rows after a step, so that a resumed run writes each row once; a torn last line
-        goes too.
-        """
+        """Drop the rows after a step, which a resumed run writes again, and a torn last line."""
         if not self._active or not self._path.exists():
             return
         kept = [row for row in read_rows(self._path) if row["step"] <= step]
@@ -83,6 +201,7 @@ class Writer(contextlib.ExitStack):
         os.replace(draft, self._path)
 
     def write(self, step: int, values: dict[str, float]) -> None:
+        """Append the row of a step."""
         if not self._active:
             return
         with self._path.open("a") as file:
@@ -106,31 +225,34 @@ class Writer(contextlib.ExitStack):
 
         return write
 
-    def _wandb(self, project, folder, config):
+    def _wandb(self, project: str, folder, config: dict):
         try:
             import wandb
         except ImportError as error:
             raise ImportError("config.log.wandb needs wandb: pip install wandb") from error
         folder = pathlib.Path(folder).absolute()
-        name = (
-            folder / "wandb_id"
-        )  # so that a resumed run goes on in its own curve, and no other does
-        if not name.exists():
-            name.write_text(uuid.uuid4().hex)
+        # The id is kept with the run, so that a resumed run continues its own curve.
+        id_file = folder / "wandb_id"
+        if not id_file.exists():
+            id_file.write_text(uuid.uuid4().hex)
         run = wandb.init(
             project=project,
             name=f"{folder.parent.name}/{folder.name}",
             dir=str(folder),
             config=config,
             resume="allow",
-            id=name.read_text(),
+            id=id_file.read_text(),
         )
         self.callback(run.finish)
-        return lambda step, values: run.log(values, step=step)
+
+        def write(step, values):
+            run.log(values, step=step)
+
+        return write
 
 
 def read_rows(path) -> list[dict]:
-    """The rows of a metrics.jsonl, less a last line that a kill left half written."""
+    """Return the rows of a metrics.jsonl, less a last line that a kill left half written."""
     rows = []
     for line in pathlib.Path(path).read_text().splitlines():
         try:

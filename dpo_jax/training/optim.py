@@ -1,6 +1,6 @@
-"""Optimisers, schedules and clipping, with the learning rate and every other number traced.
+"""Optimisers, schedules and clipping, with the learning rate and the like traced.
 
-`DIRECTIONS` are optax transformations without the learning rate; the step multiplies by it, so that
+`DIRECTIONS` are optax transformations without the learning rate. The step multiplies by it, so that
 runs with different rates share one compiled program.
 """
 
@@ -11,7 +11,7 @@ import optax
 from dpo_jax.parallel import sharding
 
 DIRECTIONS = {
-    # torch's defaults, which the paper's code uses; optax's own are 0.9 and eps inside the root.
+    # The paper's code uses torch's defaults; optax's own are a decay of 0.9, and eps in the root.
     "rmsprop": lambda decay: optax.scale_by_rms(decay=0.99, eps=1e-8, eps_in_sqrt=False),
     "adamw": lambda decay: optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(decay)),
     "adafactor": lambda decay: optax.chain(
@@ -23,15 +23,15 @@ DIRECTIONS = {
 
 
 def make(name: str, weight_decay: float) -> optax.GradientTransformation:
-    """The named optimiser's update direction."""
+    """Return an optimiser's update direction, by its name in DIRECTIONS."""
     return DIRECTIONS[name](weight_decay)
 
 
 def learning_rate(schedule: str, step, *, lr, warmup_steps, steps) -> jax.Array:
-    """The rate of update `step` (from 0): linear warm-up as in the reference code, then constant or
-    down to 0.
+    """Return the rate of update `step`, counted from 0.
 
-    The last update of a run, step = steps - 1, still has a rate above 0.
+    It rises linearly over warmup_steps, as in the paper's code, then stays ("constant") or falls to
+    0 at `steps` ("linear", "cosine"). The last update, step = steps - 1, has a rate above 0.
     """
     warmup = jnp.minimum(1.0, (step + 1) / (warmup_steps + 1))
     progress = jnp.clip((step - warmup_steps) / jnp.maximum(steps - warmup_steps, 1), 0, 1)
@@ -44,16 +44,19 @@ def learning_rate(schedule: str, step, *, lr, warmup_steps, steps) -> jax.Array:
 
 
 def clip(grads, norm, max_norm):
-    """Gradients scaled down to `max_norm` as torch's clip_grad_norm_ does; 0 leaves them."""
+    """Return gradients scaled down to `max_norm`, as by torch's clip_grad_norm_; 0 leaves them.
+
+    norm: the gradients' own.
+    """
     scale = jnp.where(max_norm > 0, jnp.minimum(1.0, max_norm / (norm + 1e-6)), 1.0)
     return jax.tree.map(lambda g: g * scale, grads)
 
 
 def state_shardings(mesh, optimizer, params, param_shardings):
-    """Where the optimiser's state lives: moments with their weights, anything of another shape
-    everywhere.
+    """Return the sharding of each leaf of the optimiser's state.
 
-    Spelt out because jit of `optimizer.init` alone would leave every moment whole on every device.
+    Moments lie where their weights do, and what has another shape lies on every device. Without
+    this, jit of `optimizer.init` would put every moment whole on every device.
     """
 
     def place(moment, weight, placed):

@@ -183,6 +183,7 @@ def test_ppo_stopped_and_resumed_is_ppo_uninterrupted(workdir, method, monkeypat
     whole = run(config, workdir)
     rows = rows_without_timings(whole)
     assert [row["step"] for row in rows] == list(range(config.ppo.steps + 1))
+    assert all(metrics.describe(name).meaning for name in rows[-1].keys() - {"step"})
     updates = config.ppo.inner_epochs * config.ppo.batch_size // config.ppo.minibatch_size
     assert [row["counters/updates"] for row in rows[1:]] == [
         updates * row["step"] for row in rows[1:]

@@ -68,6 +68,8 @@ def test_a_run_leaves_what_the_readme_says(whole):
     ].keys()
     assert "loss/eval" not in rows[1]
     assert rows[6]["counters/examples"] == 48
+    for name in set().union(*read_rows(folder / "metrics.jsonl")) - {"step"}:
+        assert metrics.describe(name).meaning
     assert all(
         0 < row["model_flops_utilization"] < 1 for row in read_rows(folder / "metrics.jsonl")[1:]
     )

@@ -15,6 +15,7 @@ from dpo_jax.rewards import make
 from dpo_jax.sampling import sampler
 from dpo_jax.sampling.prompts import Prompts
 from dpo_jax.sampling.sampler import Completion
+from dpo_jax.training import metrics
 from tests.helpers.tiny import random_pairs, tiny_config
 from tests.helpers.tiny_models import random_params
 
@@ -57,6 +58,7 @@ def test_estimates_are_near_the_exact_values(evaluated):
         error = values[f"frontier/{name}_se"]
         assert 0 < error < 0.05
         assert abs(values[f"frontier/{name}"] - truth) < 3 * error, name
+    assert all(metrics.describe(name).meaning for name in values)
     assert values["frontier/kl_se"] < 0.5 * values["frontier/kl_sampled_se"]
 
 

@@ -1,13 +1,22 @@
 """Names, files and the progress line."""
 
+import dataclasses
+import functools
 import json
 import sys
 import types
 
+import jax
+import numpy as np
 import pytest
 
 from dpo_jax import console
+from dpo_jax.data.batches import Batches
+from dpo_jax.evaluation import plots
+from dpo_jax.models import transformer
 from dpo_jax.training import metrics
+from dpo_jax.training.objectives import OBJECTIVE_NUMBERS, OBJECTIVES
+from tests.helpers.tiny import random_pairs
 
 
 def test_names_are_the_reference_codes():
@@ -24,6 +33,42 @@ def test_names_are_the_reference_codes():
         "nll_per_token/eval": 1.0,
     }
     assert metrics.named({"grad_norm": (3.0, 1)}, "train") == {"grad_norm": 3.0}
+
+
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_every_metric_of_an_objective_is_described(tiny, split):
+    config, params = tiny
+    of_head = dict(rm="score", ppo="lm_value")
+    for name, objective in OBJECTIVES.items():
+        model = dataclasses.replace(config, head=of_head.get(name, "lm"))
+        measured = metrics_of(objective, model)
+        for full_name in metrics.named(dict.fromkeys(measured, (0.0, 1)), split):
+            if not (name == "ppo" and split == "eval"):  # it samples, and holds nothing out
+                assert metrics.describe(full_name).meaning, full_name
+
+
+def metrics_of(objective, model) -> list[str]:
+    """Return the names of an objective's metrics, without running it."""
+    responses = 1 if objective is OBJECTIVES["sft"] else 2
+    examples = [(prompt, both[:responses]) for prompt, both in random_pairs(2)]
+    per_token = {
+        name: [np.zeros(sum(map(len, both)), np.float32) for _, both in examples]
+        for name in ("sampled_logps", "sampled_values", "value_targets", "advantages")
+    }
+    batches = Batches(examples, np.array([[0, 1]]), scored=per_token)
+    microbatch = jax.tree.map(lambda x: x[0], batches[0])
+    hyper = dict.fromkeys(OBJECTIVE_NUMBERS, np.float32(0.5))
+    abstract = transformer.abstract(model)
+    measure = functools.partial(objective, model, "sigmoid")
+    _, found = jax.eval_shape(measure, abstract, None, hyper, microbatch)
+    return list(found)
+
+
+def test_what_is_shown_and_drawn_is_described():
+    for name in (*console.SHOWN, *plots.CURVES, *metrics.TIMINGS, *metrics.OF_UPDATE):
+        assert metrics.describe(name).meaning
+    with pytest.raises(KeyError):
+        metrics.describe("loss/test")
 
 
 def test_batches_of_unequal_size_are_weighted_by_rows():
