@@ -24,15 +24,27 @@ def test_lion_moves_by_the_sign_of_the_blended_gradient():
     np.testing.assert_array_equal(second["w"], [1, -1])
 
 
-def test_adafactor_keeps_a_row_and_a_column_and_bounds_the_update():
+def factored_update(grads):
+    """Return Adafactor's update after these gradients, as Shazeer and Stern (2018) write it."""
+    rows, columns = 0.0, 0.0
+    for step, grad in enumerate(grads, 1):
+        decay = 1 - step**-0.8
+        rows = decay * rows + (1 - decay) * (grad**2).mean(1, keepdims=True)
+        columns = decay * columns + (1 - decay) * (grad**2).mean(0, keepdims=True)
+        update = grad / np.sqrt(rows * columns / rows.mean())
+    return update / max(1.0, np.sqrt((update**2).mean()))
+
+
+def test_adafactor_equals_its_formula():
     adafactor = optim.make("adafactor", 0.0)
+    rng = np.random.default_rng(0)
+    grads = rng.normal(size=(3, 256, 130)) * np.array([1.0, 0.1, 100.0])[:, None, None]
     params = {"w": jnp.zeros((256, 130))}
     state = adafactor.init(params)
-    assert max(leaf.size for leaf in jax.tree.leaves(state)) == 256
-    direction, _ = adafactor.update(
-        {"w": jax.random.normal(jax.random.key(0), (256, 130)) * 100}, state, params
-    )
-    assert float(jnp.sqrt(jnp.mean(direction["w"] ** 2))) <= 1.0 + 1e-5
+    assert max(leaf.size for leaf in jax.tree.leaves(state)) == 256, "a row and a column are kept"
+    for grad in grads:
+        update, state = adafactor.update({"w": jnp.asarray(grad, jnp.float32)}, state, params)
+    np.testing.assert_allclose(update["w"], factored_update(grads), rtol=1e-4)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -49,30 +61,33 @@ def test_schedules(schedule):
     np.testing.assert_allclose(rate(110), 2.0 if schedule == "constant" else 0.0, atol=1e-6)
 
 
+MOMENTS = dict(rmsprop=1, adamw=2, adafactor=1, lion=1, sgd=0)  # of the shape of a weight
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_moments_live_where_their_weights_do(name):
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     params = transformer.abstract(tiny_config())
-    placed = sharding.param_shardings(mesh, params)
+    weights = flatten(params)
+    weight_shardings = flatten(sharding.param_shardings(mesh, params))
     optimizer = optim.make(name, 0.0)
-    shapes = jax.eval_shape(optimizer.init, params)
-    shardings = optim.state_shardings(mesh, optimizer, params, placed)
-    by_path = {
-        sharding.path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(placed)
-    }
+    state = flatten(jax.eval_shape(optimizer.init, params))
+    found = flatten(
+        optim.state_shardings(mesh, optimizer, params, sharding.param_shardings(mesh, params))
+    )
+    assert found.keys() == state.keys()
     moments = 0
-    placements = jax.tree_util.tree_leaves_with_path(shardings)
-    for (path, leaf), shape in zip(placements, jax.tree.leaves(shapes), strict=True):
-        name_in_params = next((n for n in by_path if sharding.path_name(path).endswith(n)), None)
-        if name_in_params and shape.shape == params_shape(params, name_in_params):
-            assert leaf == by_path[name_in_params], path
+    for path, placed in found.items():
+        weight = next((name for name in weights if path.endswith(name)), None)
+        if weight and state[path].shape == weights[weight].shape:
+            assert placed == weight_shardings[weight], path
             moments += 1
-    assert moments == {"rmsprop": 1, "adamw": 2, "lion": 1, "sgd": 0}.get(
-        name, moments / len(by_path)
-    ) * len(by_path)
+        else:
+            assert placed == sharding.replicated(mesh), path
+    assert moments == MOMENTS[name] * len(weights)
 
 
-def params_shape(params, name):
-    for key in name.split("/"):
-        params = params[key]
-    return params.shape
+def flatten(tree) -> dict:
+    """Return the leaves of a tree by the names of their paths."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {sharding.path_name(path): leaf for path, leaf in leaves}
