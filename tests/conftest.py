@@ -30,12 +30,18 @@ from tests.helpers.tiny import tiny_config  # noqa: E402
 
 # Those that take longest come first, so that no worker is left alone with one at the end.
 LONGEST = (
-    "test_toy.py",
-    "test_baselines.py",
-    "test_training.py",
-    "test_resume.py",
-    "test_step.py",
-    "test_reference_cache.py",
+    "runs/test_toy.py",
+    "runs/test_baselines.py",
+    "runs/test_training.py",
+    "runs/test_resume.py",
+    "runs/test_reference_cache.py",
+    "experiments/test_tldr_winrate.py",
+    "processes/test_processes.py",
+    "parity/test_families.py",
+    "unit/training/test_step.py",
+    "unit/evaluation/test_judge.py",
+    "unit/models/test_attention.py",
+    "unit/training/test_meshes.py",
 )
 
 
@@ -43,8 +49,8 @@ def pytest_collection_modifyitems(items):
     """Order the files: the longest first, then the others as they were found."""
 
     def place(item):
-        name = item.path.name
-        return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+        found = (n for n, name in enumerate(LONGEST) if item.path.as_posix().endswith(name))
+        return next(found, len(LONGEST))
 
     items.sort(key=place)
 

@@ -3,7 +3,7 @@
 forward_golden.json holds summed log-probs that this version gives, for every family and variant. To
 record them again, once FORWARD_VERSION is raised:
 
-    PYTHONPATH=. python tests/unit/models/test_forward_version.py
+    python -m tests.unit.models.test_forward_version
 """
 
 import json
@@ -18,7 +18,7 @@ from dpo_jax.models import families, hf, transformer
 from dpo_jax.models.log_probs import FORWARD_VERSION, response_logprobs
 from dpo_jax.parallel import sharding
 from tests.helpers import tiny_models
-from tests.helpers.paths import SHARED
+from tests.helpers.paths import STORIES
 
 GOLDEN = pathlib.Path(__file__).with_name("forward_golden.json")
 PAIRS = 3
@@ -87,14 +87,11 @@ def test_forward_version_is_raised_with_the_numbers(case):
 
 def test_forward_version_is_raised_with_the_numbers_of_real_weights():
     """The log-probs that transformers gives a greedy completion of stories260k."""
-    folder = SHARED / "stories260k"
-    if not folder.exists():
-        pytest.skip("needs stories260k")
-    golden = json.loads((folder / "golden_greedy.json").read_text())
-    config = families.from_hf(hf.read_config(folder))
+    golden = json.loads((STORIES / "golden_greedy.json").read_text())
+    config = families.from_hf(hf.read_config(STORIES))
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     placed = sharding.param_shardings(mesh, transformer.abstract(config))
-    params = hf.load(folder, config, placed)
+    params = hf.load(STORIES, config, placed)
     tokens = np.array(golden["tokens"], np.int32)
     example = (tokens[:1], (tokens[1:], tokens[1:9]))
     found = log_probs_of(config, params, [example])
