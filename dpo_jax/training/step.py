@@ -80,7 +80,7 @@ class Programs:
 
     def measure(self, params: dict, frozen: Frozen, batch) -> dict:
         """Return metrics {name: (sum, count)} of a batch of one microbatch; changes nothing."""
-        require_alive(params, "the weights")
+        require_alive(params, "what is measured")
         reference = frozen.full(frozen.reference)
         return self.eval_step(frozen.full(params), reference, frozen.hyper, batch)
 
@@ -244,7 +244,7 @@ def require_alive(params, name: str) -> None:
     for leaf in jax.tree.leaves(params):
         if isinstance(leaf, jax.Array) and leaf.is_deleted():
             raise RuntimeError(
-                f"{name} was given to an update, which deletes its arrays as it makes new ones. "
+                f"{name} went into an update, which deletes its arrays as it makes new ones. "
                 "Use what the last update returned, or copy the weights before it "
                 "(dpo_jax.training.step.copy_params)."
             )

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from dpo_jax import config as configs
+from dpo_jax.data import batches, tokenizer
+from dpo_jax.models import log_probs
 from dpo_jax.parallel import sharding
 from dpo_jax.training import loop, metrics
 from dpo_jax.training.checkpoint import Checkpoints
@@ -199,6 +201,30 @@ def test_a_reference_that_changed_under_an_unfinished_run_is_refused(pairs, tmp_
             run(config, tmp_path / "run")
         write_model(model)
         run(config, tmp_path / "run")
+
+
+def test_a_run_of_another_version_is_refused_unless_it_is_finished(
+    model, pairs, tmp_path, monkeypatch
+):
+    config = dpo_config(model, pairs, steps=2)
+    homes = dict(
+        tokenization=(tokenizer, "TOKENIZATION_VERSION"),
+        data_order=(batches, "DATA_ORDER_VERSION"),
+        forward=(log_probs, "FORWARD_VERSION"),
+    )
+    with on_devices(1):
+        folder = run(config, tmp_path)
+        versions = json.loads((folder / "config.json").read_text())["versions"]
+        assert versions == {name: getattr(*home) for name, home in homes.items()}
+        done = (folder / "done.json").read_text()
+        for name, (module, constant) in homes.items():
+            with monkeypatch.context() as patch:
+                patch.setattr(module, constant, versions[name] + 1)
+                (folder / "done.json").write_text(done)
+                run(config, tmp_path)
+                (folder / "done.json").unlink()
+                with pytest.raises(StageChanged, match=f"{name} 1 there, 2 now"):
+                    run(config, tmp_path)
 
 
 def test_an_attempt_that_failed_before_its_first_checkpoint_binds_nobody(model, pairs, tmp_path):
