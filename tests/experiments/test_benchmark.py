@@ -24,7 +24,7 @@ from tests.helpers.paths import ROOT
         ("hh", (112, 12, 384), (43, 2, 128)),
     ],
 )
-def test_rows_have_the_lengths_that_are_stated(shape, prompt, response):
+def test_rows_have_stated_lengths(shape, prompt, response):
     for lengths, (mean, least, most) in zip(
         work.lengths(shape, 4000), (prompt, response), strict=True
     ):
@@ -33,7 +33,7 @@ def test_rows_have_the_lengths_that_are_stated(shape, prompt, response):
     np.testing.assert_array_equal(work.lengths(shape, 40)[1], work.lengths(shape, 40)[1])
 
 
-def test_both_sides_read_as_many_tokens_as_the_lengths_say():
+def test_sides_read_equal_tokens():
     words = work._tokenizer(300)
     prompt_P, response_P2 = np.array([5, 1]), np.array([[3, 9], [2, 4]])
     for line, prompt, responses in zip(
@@ -51,7 +51,7 @@ def test_both_sides_read_as_many_tokens_as_the_lengths_say():
             assert len(ids) == prompt + count and ids[-1] == 0 and 0 not in ids[:-1]
 
 
-def test_losses_that_agree_pass_and_others_name_both_sides():
+def test_losses_must_agree():
     moved = [report.START, 0.71, 0.68]
     assert "1.0e-04 apart" in report.check_losses(
         dict(ours=moved, trl=[report.START, 0.71, 0.6801]), "float32"
@@ -65,7 +65,7 @@ def test_losses_that_agree_pass_and_others_name_both_sides():
         report.check_losses(dict(ours=[report.START] * 3, trl=[report.START] * 3), "float32")
 
 
-def test_the_report_is_medians_over_rounds_and_ratios_within_them():
+def test_report_of_medians_and_ratios():
     found = report.summary(
         dict(ours=[2.0, 4.0, 1.0], trl=[8.0, 40.0, 6.0]),
         pairs=16,
@@ -96,7 +96,7 @@ def test_the_report_is_medians_over_rounds_and_ratios_within_them():
     )
 
 
-def test_a_worker_that_ends_is_reported_with_what_it_printed(tmp_path):
+def test_failed_worker_is_reported(tmp_path):
     worker = Worker("nobody", sys.executable, tmp_path)
     with pytest.raises(
         RuntimeError, match="'nobody' ended with code 1, asked for 'about':\n.*nobody"
@@ -104,7 +104,7 @@ def test_a_worker_that_ends_is_reported_with_what_it_printed(tmp_path):
         worker.ask("about")
 
 
-def test_peak_memory_is_what_was_held_once():
+def test_peak_memory_by_hand():
     before = peak_resident_bytes()
     held = np.ones(max(before, 100 << 20) // 8)
     assert peak_resident_bytes() > before + held.nbytes // 4
@@ -112,7 +112,7 @@ def test_peak_memory_is_what_was_held_once():
     assert peak_resident_bytes() > before
 
 
-def test_growth_is_measured_point_by_point_and_drawn(tmp_path):
+def test_growth_is_measured_and_drawn(tmp_path):
     assert {pairs * length for line, pairs, length in growth.points() if line == "length"} == {4096}
     row = growth.measure(work.MODELS["smoke"], 2, 64, "float32")
     assert row["tokens"] == 2 * (48 + 2 * 16) and row["least"] <= row["seconds"] <= row["most"]
@@ -127,7 +127,7 @@ def test_growth_is_measured_point_by_point_and_drawn(tmp_path):
 
 
 @pytest.mark.slow
-def test_policies_side_by_side_end_where_they_do_in_turn():
+def test_side_by_side_equals_in_turn():
     found = side_by_side.measure(work.MODELS["smoke"], "imdb", rounds=1, steps=2)
     assert found["largest_difference"] < 1e-4 and len(found["ratio"]) == 1
     assert found["temporary_bytes"]["side_by_side"] > found["temporary_bytes"]["in_turn"]
@@ -142,7 +142,7 @@ def test_policies_side_by_side_end_where_they_do_in_turn():
         ["--model=llama-tiny", "--dtype=bfloat16"],
     ],
 )
-def test_tunix_is_asked_for_nothing_it_has_not(flags):
+def test_tunix_refuses_what_it_lacks(flags):
     shown = subprocess.run(
         [sys.executable, "-m", "experiments.benchmark", "--peer=tunix", *flags],
         cwd=ROOT,
@@ -160,7 +160,7 @@ def test_tunix_is_asked_for_nothing_it_has_not(flags):
     "TUNIX_PYTHON" not in os.environ,
     reason="needs a Python with Tunix, whose path is in TUNIX_PYTHON",
 )
-def test_tunix_and_we_agree(tmp_path):
+def test_tunix_agrees(tmp_path):
     file = tmp_path / "report.json"
     shown = subprocess.run(
         [
@@ -186,7 +186,7 @@ def test_tunix_and_we_agree(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cached", [False, True])
-def test_both_sides_run_and_agree(tmp_path, cached):
+def test_trl_agrees(tmp_path, cached):
     pytest.importorskip("trl", reason="the peer is TRL")
     file = tmp_path / "report.json"
     command = [

@@ -22,7 +22,7 @@ from tests.helpers.tiny_runs import experiment_configs, plant
 
 
 @pytest.mark.parametrize("config", ["imdb", "imdb_small"])
-def test_the_papers_22_runs_are_listed_with_their_cost(config, tmp_path, capsys):
+def test_imdb_frontier_dry_run(config, tmp_path, capsys):
     make_config = experiment_configs(
         str(ROOT / "configs" / f"{config}.py"), ["--config.dpo.steps=7"]
     )
@@ -33,7 +33,7 @@ def test_the_papers_22_runs_are_listed_with_their_cost(config, tmp_path, capsys)
     assert not list(tmp_path.iterdir())
 
 
-def test_runs_are_taken_by_name(tmp_path, capsys):
+def test_imdb_frontier_runs_by_name(tmp_path, capsys):
     make_config = experiment_configs(str(ROOT / "configs" / "imdb.py"), [])
     imdb_frontier.run(make_config, str(tmp_path), ["dpo_0.1", "ppo_1*"], dry_run=True)
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
@@ -45,7 +45,7 @@ def test_runs_are_taken_by_name(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("module", ["imdb", "imdb_small"])
-def test_every_run_shares_the_stages_before_it(module):
+def test_frontier_runs_share_stages(module):
     """So one SFT model, one set of pairs and one reward model serve them all."""
     make_config = experiment_configs(str(ROOT / "configs" / f"{module}.py"), [])
     shared = {}
@@ -61,7 +61,7 @@ def test_every_run_shares_the_stages_before_it(module):
     assert shared.keys() == {"sft", "pairs", "rm"}
 
 
-def test_the_toys_runs_are_valid_and_have_folders_of_their_own():
+def test_toy_frontier_runs_are_valid():
     for panel in toy_frontier.PANELS:
         runs = [
             toy_frontier.config_of(panel, method, value, 0)
@@ -92,7 +92,7 @@ def sampled(folder, run) -> dict[str, float]:
     return values
 
 
-def test_what_follows_without_training_is_inside_the_bound(tmp_path):
+def test_frontier_points_are_inside_bound(tmp_path):
     """Of a random reference and a random reward model: best of one is the reference, and nothing
     beats the bound.
     """
@@ -117,7 +117,7 @@ def test_what_follows_without_training_is_inside_the_bound(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_toy_frontier_is_where_theory_puts_it(tmp_path):
+def test_toy_frontier_equals_theory(tmp_path):
     """Panel (a), two seeds: exact facts only; which method is ahead is reported, not asserted."""
     rows = toy_frontier.run(str(tmp_path), ["a"], jobs=2)
     assert json.loads((tmp_path / "frontier.json").read_text()) == rows

@@ -85,7 +85,7 @@ def check(workdir, rows, judged):
     assert "| step | win rate |\n|---|---|\n| 0 | " in (judged / "winrate.md").read_text()
 
 
-def test_policies_and_checkpoints_are_judged(arguments, tmp_path, monkeypatch):
+def test_hh_policies_and_checkpoints_are_judged(arguments, tmp_path, monkeypatch):
     """A policy that is there, with checkpoints on its way, answers dialogues."""
     monkeypatch.setattr(
         sharding, "make_mesh", functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
@@ -122,7 +122,7 @@ def test_policies_and_checkpoints_are_judged(arguments, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_whole_of_it_from_the_command(arguments, tmp_path):
+def test_hh_winrate_command(arguments, tmp_path):
     """SFT, DPO and a reward model are trained on dialogues, judged by a chat model and by the
     reward model.
     """
@@ -150,12 +150,12 @@ def test_the_whole_of_it_from_the_command(arguments, tmp_path):
         assert bool(server.prompts) == (flags[0] != "--judge=reward")
 
 
-def test_an_answer_is_one_turn():
+def test_answer_is_one_turn():
     assert hh_winrate.answer(" Yes. \n\nHuman: And?\n\nAssistant: No.") == "Yes."
     assert hh_winrate.answer(" Yes.\n\nTwice.") == "Yes.\n\nTwice."
 
 
-def test_one_turn_is_of_prompt_and_response(monkeypatch):
+def test_shots_have_one_turn(monkeypatch):
     prompt = f"{HUMAN} Hello?{ASSISTANT}"
     one, more, long = (
         Row(prompt, (response,), "")
@@ -169,7 +169,7 @@ def test_one_turn_is_of_prompt_and_response(monkeypatch):
         hh_winrate.shots(None)
 
 
-def test_prompts_are_drawn_by_their_text_once_each():
+def test_held_out_prompts_once_each():
     rows = [Row(f"{number % 7}", (f"{number}",), "") for number in range(20)]
     found = winrate.held_out(rows, 5)
     assert len({row.prompt for row in found}) == 5
@@ -180,7 +180,7 @@ def test_prompts_are_drawn_by_their_text_once_each():
         winrate.held_out(rows, 8)
 
 
-def test_the_dry_run_needs_neither_data_nor_model(tmp_path, capsys):
+def test_hh_winrate_dry_run(tmp_path, capsys):
     make_config = experiment_configs("configs/hh.py", [])
     options = Options(
         hh_winrate.METHODS,

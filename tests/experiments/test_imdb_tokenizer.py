@@ -57,11 +57,11 @@ def run_command(*args):
     )
 
 
-def test_reads_train_and_unsupervised_as_the_source_does(reviews):
+def test_reviews_of_train_and_unsupervised(reviews):
     assert list(imdb_tokenizer.reviews(str(reviews))) == CLEAN
 
 
-def test_the_command_writes_the_same_bytes_each_time(reviews, saved, tmp_path):
+def test_command_is_deterministic(reviews, saved, tmp_path):
     out = tmp_path / "out"
     args = f"--data={reviews}", f"--out={out}", f"--pieces={PIECES}"
     ran = run_command(*args)
@@ -72,7 +72,7 @@ def test_the_command_writes_the_same_bytes_each_time(reviews, saved, tmp_path):
     assert again.returncode and "exists: give another name, or remove it" in again.stderr
 
 
-def test_size_and_special_tokens(saved):
+def test_tokenizer_size_and_special_tokens(saved):
     tokenizer = tokenizers.load(saved)
     scratch = imdb_small.get_config().model.scratch
     assert len(tokenizer) == PIECES
@@ -86,7 +86,7 @@ def test_size_and_special_tokens(saved):
     assert tokenizer("It's<|endoftext|>").input_ids == [*tokenizer("It's").input_ids, 0]
 
 
-def test_text_comes_back(saved):
+def test_tokenizer_round_trip(saved):
     tokenizer = tokenizers.load(saved)
     for text in (*CLEAN, *HARD, *REVIEWS["test"]):
         ids = tokenizer(text).input_ids
@@ -97,7 +97,7 @@ def test_text_comes_back(saved):
 
 
 @needs_shared
-def test_splits_text_as_gpt2():
+def test_tokenizer_splits_as_gpt2():
     ours, gpt2 = imdb_tokenizer.train(CLEAN, PIECES), tokenizers.load(SHARED / "gpt2-tokenizer")
     for text in (*CLEAN, *HARD):
         assert ours.backend_tokenizer.pre_tokenizer.pre_tokenize_str(

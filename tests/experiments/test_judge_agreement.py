@@ -85,13 +85,13 @@ def test_tables_by_hand():
         (row(["win"], matchup=3), "'matchup'"),
     ],
 )
-def test_votes_are_checked(line, message, tmp_path):
+def test_read_votes_checks(line, message, tmp_path):
     with pytest.raises(ValueError) as error:
         agreement.read_votes(write(tmp_path / "votes.jsonl", [ROWS[0], line]))
     assert message in str(error.value) and "votes.jsonl line 2" in str(error.value)
 
 
-def test_a_file_without_votes(tmp_path):
+def test_read_votes_of_empty_file(tmp_path):
     with pytest.raises(ValueError, match="has no rows"):
         agreement.read_votes(write(tmp_path / "votes.jsonl", []))
 
@@ -109,7 +109,7 @@ def numbered(count):
     ]
 
 
-def test_the_command_stops_at_its_cap_and_goes_on(tmp_path, capsys):
+def test_command_stops_at_cap_and_resumes(tmp_path, capsys):
     votes = write(tmp_path / "votes.jsonl", numbered(12))
     names = [
         "judge:8b:summary_simple",
@@ -155,7 +155,7 @@ def test_the_command_stops_at_its_cap_and_goes_on(tmp_path, capsys):
     assert "people, judge:8b:summary_simple" in capsys.readouterr().out
 
 
-def test_a_judge_of_positions_agrees_with_nobody(tmp_path):
+def test_judge_of_positions_agrees_with_nobody(tmp_path):
     with JudgeServer(always("A")) as server, server.environment():
         found = agreement.run(
             write(tmp_path / "votes.jsonl", numbered(6)),
@@ -167,7 +167,7 @@ def test_a_judge_of_positions_agrees_with_nobody(tmp_path):
     assert [one["second"] for one in found["all"]["agreement"]] == ["people"]
 
 
-def test_a_reward_model_as_a_judge(tmp_path):
+def test_reward_model_as_judge(tmp_path):
     """Its verdicts are those of the scores that transformers gives to prompt + answer + EOS."""
     torch = pytest.importorskip(
         "torch", reason="the independent reference is transformers with torch"

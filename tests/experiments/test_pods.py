@@ -16,7 +16,7 @@ from tests.helpers.tiny import random_pairs
 HYPER = dict(beta=0.3, label_smoothing=0.0)
 
 
-def test_the_plain_implementation_is_dpo(tiny):
+def test_plain_dpo_equals_ours(tiny):
     """Padded rows with all logits give the flat batch's loss and gradient: the plans differ in how,
     not in what.
     """
@@ -50,7 +50,7 @@ def test_the_plain_implementation_is_dpo(tiny):
     )
 
 
-def test_tables_say_what_fits_and_what_does_not():
+def test_tables_say_what_fits():
     sent = {"all-gather": dict(count=3, gib=1.25)}
     fits = dict(
         name="small",

@@ -78,7 +78,7 @@ def results(workdir):
     return workdir / "winrate" / "tldr" / "loopback-summary_concise"
 
 
-def test_every_win_rate_is_what_the_judge_said(finished):
+def test_win_rates_equal_judge(finished):
     """The judge takes the longer summary, so each verdict can be told from the texts."""
     workdir, rows, _ = finished
     assert [(winrate_report.label(row), row["temperature"]) for row in rows] == [
@@ -130,7 +130,7 @@ def test_every_win_rate_is_what_the_judge_said(finished):
     assert rows[3]["verdicts"] == rows[8]["verdicts"]  # the best of 1 is the model's own answer
 
 
-def test_a_judge_sees_the_whole_post_and_no_cue(finished):
+def test_judge_sees_whole_post(finished):
     _, _, asked = finished
     whole = {row["prompt"].removesuffix("TL;DR:").strip() for row in tiny_tldr.posts(30, 2)}
     for prompt in asked:
@@ -139,7 +139,7 @@ def test_a_judge_sees_the_whole_post_and_no_cue(finished):
         assert not any(text.startswith("TL;DR") for text in texts(prompt))
 
 
-def test_the_best_is_the_reward_models(finished):
+def test_best_of_n_by_reward_model(finished):
     """What is kept beside each of several completions is the reward model's score of its very
     tokens.
     """
@@ -162,7 +162,7 @@ def test_the_best_is_the_reward_models(finished):
     )
 
 
-def test_table_figure_and_json(finished):
+def test_report_table_figure_json(finished):
     workdir, rows, _ = finished
     folder = results(workdir)
     assert (folder / "winrate.png").read_bytes().startswith(b"\x89PNG")
@@ -194,7 +194,7 @@ def test_table_figure_and_json(finished):
     assert "| answers | T | words | rouge1 | rouge2 | rougeL | unparsable |" in table
 
 
-def test_a_finished_experiment_replays_without_a_judge(finished, make_config, monkeypatch):
+def test_finished_experiment_replays(finished, make_config, monkeypatch):
     workdir, rows, _ = finished
     for name in ("OPENAI_BASE_URL", "OPENAI_API_KEY"):
         monkeypatch.delenv(name, raising=False)
@@ -205,7 +205,7 @@ def test_a_finished_experiment_replays_without_a_judge(finished, make_config, mo
     )
 
 
-def test_both_orders_ask_only_what_one_has_not(finished, make_config):
+def test_both_orders_share_calls(finished, make_config):
     """Each question of the other order is new; a table of their own stands beside the first."""
     workdir, _, asked = finished
     both = Judge(model="loopback", template="summary_concise", orders=2)
@@ -216,7 +216,7 @@ def test_both_orders_ask_only_what_one_has_not(finished, make_config):
     assert (folder / "winrate.json").exists() and not (folder / "judgements.jsonl").exists()
 
 
-def test_completions_of_other_weights_are_refused(finished, arguments):
+def test_samples_of_other_weights_are_refused(finished, arguments):
     """As after a stage's folder was removed, and trained again otherwise."""
     workdir, _, _ = finished
     other = experiment_configs("configs/tldr.py:tiny", [*arguments, "--config.dpo.beta=0.1"])
@@ -227,7 +227,7 @@ def test_completions_of_other_weights_are_refused(finished, arguments):
         winrate._claim(settings, json.loads(settings.read_text()) | point.policy.made_by)
 
 
-def test_a_budget_ends_the_experiment_and_another_takes_it_up(finished, make_config, tmp_path):
+def test_budget_ends_and_another_resumes(finished, make_config, tmp_path):
     """What was judged within the first is drawn; nothing is judged twice."""
     workdir, rows, asked = finished
     for name in ("sft", "rm", "dpo"):
@@ -254,7 +254,7 @@ def test_a_budget_ends_the_experiment_and_another_takes_it_up(finished, make_con
 
 
 @pytest.mark.slow
-def test_killed_while_judging(finished, arguments, make_config, tmp_path):
+def test_kill_while_judging(finished, arguments, make_config, tmp_path):
     """By the command, with -9: the command goes on to the same verdicts, and no answer that was
     kept is asked again.
     """
@@ -311,7 +311,7 @@ def test_killed_while_judging(finished, arguments, make_config, tmp_path):
     )
 
 
-def test_the_dry_run_counts_runs_completions_and_calls(make_config, tmp_path, capsys):
+def test_dry_run_counts(make_config, tmp_path, capsys):
     options = Options(tldr_winrate.METHODS, (0.0, 0.25, 0.5, 0.75, 1.0), JUDGE, dry_run=True)
     assert tldr_winrate.run(make_config, str(tmp_path), options) == []
     lines = capsys.readouterr().out.splitlines()
@@ -350,9 +350,7 @@ def test_the_dry_run_counts_runs_completions_and_calls(make_config, tmp_path, ca
         (dict(temperatures=(-1.0,)), "", "--temperatures=-1.0: expected"),
     ],
 )
-def test_what_can_fail_fails_before_training(
-    changes, argument, message, arguments, tmp_path, monkeypatch
-):
+def test_errors_come_before_training(changes, argument, message, arguments, tmp_path, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     make_config = experiment_configs(
         "configs/tldr.py:tiny", [*arguments, *filter(None, [argument])]
@@ -362,7 +360,7 @@ def test_what_can_fail_fails_before_training(
     assert not list(tmp_path.iterdir())
 
 
-def test_every_method_and_size_is_valid_and_shares_what_comes_before():
+def test_configs_are_valid_and_share():
     for size in ("gptj", "pythia1b", "pythia2.8b", "tiny"):
         make, shared = experiment_configs(f"configs/tldr.py:{size}", []), {}
         for method in ("dpo", "preferred_ft", "ppo", "best_of_n", "rm"):
@@ -377,7 +375,7 @@ def test_every_method_and_size_is_valid_and_shares_what_comes_before():
         experiment_configs("configs/tldr.py:huge", [])("dpo")
 
 
-def test_prompts_are_the_posts_and_pairs_the_comparisons(make_config, tmp_path):
+def test_prompts_and_pairs_of_tldr(make_config, tmp_path):
     """PPO samples from the posts of data.sft_path, which sft learns too; the reward model reads
     data.path.
     """
@@ -393,7 +391,7 @@ def test_prompts_are_the_posts_and_pairs_the_comparisons(make_config, tmp_path):
         assert all(words.decode(prompt).endswith("TL;DR:") for prompt, _ in data.train)
 
 
-def test_arguments_reach_every_run_that_has_the_field():
+def test_arguments_reach_every_run():
     make = experiment_configs(
         "configs/tldr.py:tiny", ["--config.ppo.lr=1e-5", "--config.model.dtype=bfloat16"]
     )
@@ -405,7 +403,7 @@ def test_arguments_reach_every_run_that_has_the_field():
         experiment_configs("configs/tldr.py", ["--config.ppo.learning_rate=1"])
 
 
-def test_a_base_that_is_not_known_or_not_there_is_refused(arguments, make_config, tmp_path):
+def test_unknown_base_is_refused(arguments, make_config, tmp_path):
     path = "--config.model.path=other/supervised"
     other, gptj = (experiment_configs("configs/tldr.py:gptj", given) for given in ([path], []))
     options = Options(("base",), (0.0,), JUDGE)
@@ -420,7 +418,7 @@ def test_a_base_that_is_not_known_or_not_there_is_refused(arguments, make_config
     assert tldr_winrate.find_base(make_config("dpo"), "") == ""
 
 
-def test_flags_that_do_nothing_are_refused(monkeypatch):
+def test_useless_flags_are_refused(monkeypatch):
     values = flags.FlagValues()
     for name in ("path", "base"):
         flags.DEFINE_string(name, "", "", flag_values=values)
@@ -431,7 +429,7 @@ def test_flags_that_do_nothing_are_refused(monkeypatch):
         winrate.refuse_flags("here", "base", "path")
 
 
-def test_a_method_in_the_config_is_refused():
+def test_method_in_config_is_refused():
     for path in ("configs/hh.py:dpo", "configs/tldr.py:pythia1b,ppo"):
         with pytest.raises(
             ValueError, match=f"{path}: the experiment itself chooses methods: leave out"
@@ -449,7 +447,7 @@ def test_rouge_by_hand():
 
 
 @pytest.mark.slow
-def test_all_of_it_from_the_command(arguments, tmp_path):
+def test_tldr_winrate_command(arguments, tmp_path):
     """Every method; then news, which shares the runs, by the run's own reward model too."""
 
     def command(*flags):

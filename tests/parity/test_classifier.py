@@ -29,7 +29,7 @@ def classifier(request, tmp_path_factory):
     return folder, write_classifier(request.param, folder)
 
 
-def test_probabilities_are_those_of_transformers(classifier):
+def test_classifier_equals_transformers(classifier):
     """Texts of different lengths, padded and cut, in one order and out of it, over eight
     devices.
     """
@@ -59,7 +59,7 @@ def test_probabilities_are_those_of_transformers(classifier):
     assert np.ptp(expected) > 0.05
 
 
-def test_padding_and_neighbours_change_nothing(classifier):
+def test_classifier_ignores_neighbours(classifier):
     folder, _ = classifier
     predict = classifiers.classifier(folder, 4, sharding.make_mesh(devices=jax.devices()[:1]))
     together = predict(TEXTS)
@@ -75,7 +75,7 @@ def test_padding_and_neighbours_change_nothing(classifier):
         ({"0": "joy", "1": "anger"}, None),
     ],
 )
-def test_which_class_is_the_positive_one(classifier, tmp_path, labels, expected):
+def test_read_config_positive_class(classifier, tmp_path, labels, expected):
     fields = json.loads((classifier[0] / "config.json").read_text())
     (tmp_path / "config.json").write_text(
         json.dumps(
@@ -90,7 +90,7 @@ def test_which_class_is_the_positive_one(classifier, tmp_path, labels, expected)
         assert classifiers.read_config(tmp_path).positive == expected
 
 
-def test_tensors_that_do_not_fit_are_named(classifier, tmp_path):
+def test_load_names_wrong_tensors(classifier, tmp_path):
     """A table that is too short would otherwise be read past its end, and give scores that look
     right.
     """
@@ -132,7 +132,7 @@ def random_texts(count, longest, seed):
 
 
 @pytest.mark.parametrize("family", ["roberta", "distilbert"])
-def test_a_classifier_is_the_pipeline_of_transformers(mesh, tmp_path, family):
+def test_classifier_reward_equals_pipeline(mesh, tmp_path, family):
     """As the paper scores: the pipeline's p(positive) of prompt + completion, cut at the model's
     longest.
     """

@@ -33,7 +33,7 @@ def case(request, tmp_path_factory):
     return folder, expected, hf_config, config, hf.load(folder, config, one_device(config))
 
 
-def test_logits_are_those_of_the_torch_model(case):
+def test_logits_equal_torch(case):
     _, expected, _, config, params = case
     logits = jax.jit(transformer.logits, static_argnums=0)(config, params, TOKENS)
     assert logits.dtype == jnp.float32
@@ -41,7 +41,7 @@ def test_logits_are_those_of_the_torch_model(case):
     np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
 
 
-def test_export_gives_the_torch_model_back(case, tmp_path):
+def test_save_gives_torch_model_back(case, tmp_path):
     import torch
 
     folder, expected, hf_config, config, params = case

@@ -13,7 +13,7 @@ def untied():
     return random_model("llama2")
 
 
-def test_torch_reads_our_shards(untied, tmp_path):
+def test_transformers_reads_our_shards(untied, tmp_path):
     pytest.importorskip("torch", reason="reads an export with transformers")
     folder = save_model(untied, tmp_path / "model", max_shard_bytes=30_000)
     model, info = transformers.AutoModelForCausalLM.from_pretrained(

@@ -47,7 +47,7 @@ def torch_loss(name, chosen, rejected, counts, beta, eps):
 
 @pytest.mark.parametrize("name", PREFERENCE_LOSSES)
 @pytest.mark.parametrize("eps", [0.0, 0.2])
-def test_value_and_gradient_equal_torch(name, eps):
+def test_preference_equals_torch(name, eps):
     if eps and name not in SMOOTHED_LOSSES:
         eps = 0.0
     torch = pytest.importorskip("torch", reason="the independent reference is torch autograd")
@@ -100,7 +100,7 @@ def torch_gradient(function, *inputs):
         ),
     ],
 )
-def test_values_and_gradients_follow_torch(ours, theirs, inputs):
+def test_other_losses_equal_torch(ours, theirs, inputs):
     value, gradient = torch_gradient(theirs, *inputs)
     np.testing.assert_allclose(ours(*map(jnp.asarray, inputs)), value, rtol=2e-5, atol=1e-6)
     found = jax.grad(lambda first: ours(first, *map(jnp.asarray, inputs[1:])).sum())(

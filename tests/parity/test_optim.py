@@ -15,7 +15,7 @@ TORCH = {
 
 
 @pytest.mark.parametrize("name", TORCH)
-def test_updates_equal_torch(name):
+def test_optimizers_equal_torch(name):
     torch = pytest.importorskip("torch", reason="the independent reference is torch.optim")
     rng = np.random.default_rng(0)
     start, grads = (
@@ -34,7 +34,7 @@ def test_updates_equal_torch(name):
     np.testing.assert_allclose(params["w"], parameter.detach(), rtol=2e-5, atol=1e-6)
 
 
-def test_clipping_equals_torch():
+def test_clip_equals_torch():
     torch = pytest.importorskip(
         "torch", reason="the independent reference is torch's clip_grad_norm_"
     )

@@ -37,7 +37,7 @@ def loaded(folder, config):
 @pytest.mark.parametrize(
     "variant, targets", [("gpt2", ("v", "q", "down")), ("neox-parallel", ()), ("llama2", ())]
 )
-def test_peft_loads_the_adapter_with_the_same_logits(variant, targets, tmp_path):
+def test_peft_loads_adapter(variant, targets, tmp_path):
     """And what it merges is what we export."""
     torch = pytest.importorskip("torch", reason="the independent reference is peft with torch")
     theirs = pytest.importorskip("peft", reason="the independent reference is peft")
@@ -79,7 +79,7 @@ def test_peft_loads_the_adapter_with_the_same_logits(variant, targets, tmp_path)
     }
 
 
-def test_peft_loads_the_adapter_of_a_reward_model_with_its_head(tmp_path):
+def test_peft_loads_reward_model_adapter(tmp_path):
     torch = pytest.importorskip("torch", reason="the independent reference is peft with torch")
     theirs = pytest.importorskip("peft", reason="the independent reference is peft")
     from transformers import AutoModelForSequenceClassification

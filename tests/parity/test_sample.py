@@ -20,7 +20,7 @@ def finished(model, pairs, tmp_path_factory):
     return out
 
 
-def test_logps_are_torchs(finished, model):
+def test_sample_log_probs_equal_torch(finished, model):
     """Of the completions that ended by length, whose text is all of them."""
     torch = pytest.importorskip(
         "torch", reason="the independent reference is transformers' torch model"

@@ -35,7 +35,7 @@ def tokens(completions):
         "qwen3",
     ],
 )  # every family, and what differs in its cache
-def test_greedy_is_transformers_generate(variant, tmp_path):
+def test_sample_greedy_equals_generate(variant, tmp_path):
     """A batch of prompts of 1 to 11 tokens, so that padding, positions, windows and EOS all
     matter.
     """

@@ -16,7 +16,7 @@ def scored(tmp_path_factory):
     return folder, [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
 
 
-def test_scores_equal_torchs(scored):
+def test_score_equals_torch(scored):
     torch = pytest.importorskip(
         "torch", reason="the independent reference is transformers' torch model"
     )

@@ -96,7 +96,7 @@ def trl_run(model_path, rows, workdir):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_follows_trl_step_by_step(family, tmp_path, monkeypatch):
+def test_dpo_follows_trl(family, tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM
 
     devices = jax.devices()[:1]

@@ -49,7 +49,7 @@ assert folder.with_name("out").exists()
 """
 
 
-def test_two_processes_load_their_parts_and_export_the_whole(untied, tmp_path):
+def test_load_and_save_in_two_processes(untied, tmp_path):
     folder = save_model(untied, tmp_path / "model")
     port = free_port()
     runs = [

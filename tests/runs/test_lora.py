@@ -44,7 +44,7 @@ def whole(model, pairs, tmp_path_factory):
         return run(lora_config(model, pairs), tmp_path_factory.mktemp("whole"))
 
 
-def test_a_run_starts_at_log_2_exactly_and_learns(whole):
+def test_lora_starts_at_log_2_and_learns(whole):
     rows = rows_without_timings(whole)
     assert rows[0]["loss/eval"] == rows[1]["loss/train"] == np.float32(np.log(2))
     assert rows[1]["rewards_train/margins"] == 0
@@ -54,7 +54,7 @@ def test_a_run_starts_at_log_2_exactly_and_learns(whole):
     )
 
 
-def test_only_adapters_are_trained_and_kept(whole, model):
+def test_lora_trains_only_adapters(whole, model):
     saved = json.loads(next((whole / "checkpoints").glob("6/**/_METADATA")).read_text())[
         "tree_metadata"
     ]
@@ -65,7 +65,7 @@ def test_only_adapters_are_trained_and_kept(whole, model):
     assert changed == {name for name in before if re.search("[qv]_proj|down_proj", name)}
 
 
-def test_what_is_exported_is_what_was_evaluated(whole, model, pairs):
+def test_lora_exports_what_was_evaluated(whole, model, pairs):
     """hf/ holds the merged weights: a plain model, as `score`, `sample` and the next stage read
     it.
     """
@@ -81,7 +81,7 @@ def test_what_is_exported_is_what_was_evaluated(whole, model, pairs):
     )
 
 
-def test_the_next_run_starts_from_the_merged_weights_and_says_so(whole, pairs, tmp_path, capsys):
+def test_lora_next_run_starts_merged(whole, pairs, tmp_path, capsys):
     with on_devices(1):
         following = run(lora_config(whole / "hf", pairs, alpha=8.0, init="a_zero"), tmp_path)
     assert rows_without_timings(following)[0]["logps_eval/chosen"] == pytest.approx(
@@ -102,9 +102,7 @@ def test_the_next_run_starts_from_the_merged_weights_and_says_so(whole, pairs, t
     assert len(stored) == 2 * 3 * 2  # both factors of three layers in two blocks
 
 
-def test_a_stopped_run_goes_on_bit_for_bit_but_not_over_other_weights(
-    whole, pairs, tmp_path, monkeypatch
-):
+def test_lora_resumes_exactly(whole, pairs, tmp_path, monkeypatch):
     write, folder = metrics.Writer.write, write_model(tmp_path / "model")
 
     def stop(self, step, values):
@@ -146,9 +144,7 @@ def of_inits(whole, model, pairs, tmp_path_factory):
     ],
     ids=str,
 )
-def test_learning_does_not_depend_on_devices(
-    of_inits, model, pairs, sizes, order, tmp_path, monkeypatch
-):
+def test_lora_is_equal_on_meshes(of_inits, model, pairs, sizes, order, tmp_path, monkeypatch):
     """Nor on their order; with Adam, which makes a whole step even of a gradient that is rounding
     noise.
     """

@@ -16,7 +16,7 @@ needs_libtpu = pytest.mark.skipif(
 
 @needs_libtpu
 @pytest.mark.slow
-def test_the_command_says_what_makes_a_stage_fit():
+def test_plan_command_gives_advice():
     """Llama 3 8B on four chips of 16 GB never does: all is tried, and more chips are asked for."""
     done = command(
         "plan",
@@ -35,7 +35,7 @@ def test_the_command_says_what_makes_a_stage_fit():
 
 
 @needs_libtpu
-def test_a_step_is_compiled_for_a_tpu():
+def test_plan_command_compiles_for_tpu():
     config = scratch_config(batch_size=8)
     config.mesh.update(data=1, fsdp=4)
     config.model.dtype = "bfloat16"

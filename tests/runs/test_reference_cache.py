@@ -41,7 +41,7 @@ def cached(model, pairs, tmp_path_factory):
     return run(config(model, pairs), tmp_path_factory.mktemp("cached"))
 
 
-def test_a_run_is_the_same_with_kept_log_probs(live, cached):
+def test_cached_run_equals_live(live, cached):
     """The last evaluation batch is filled up, so fillers are in it too."""
     for mine, its in zip(rows_without_timings(cached), rows_without_timings(live), strict=True):
         assert mine.keys() == its.keys()
@@ -55,9 +55,7 @@ def test_a_run_is_the_same_with_kept_log_probs(live, cached):
         np.testing.assert_allclose(weights(cached)[name], value, atol=1e-5)
 
 
-def test_a_sweep_loads_no_reference_and_another_seed_only_adds_rows(
-    model, pairs, cached, monkeypatch, capsys
-):
+def test_cache_is_shared_by_sweep(model, pairs, cached, monkeypatch, capsys):
     before = {name: path.read_bytes() for name, path in kept(cached.parent).items()}
     scored = []
     monkeypatch.setattr(
@@ -72,7 +70,7 @@ def test_a_sweep_loads_no_reference_and_another_seed_only_adds_rows(
     assert kept(cached.parent).keys() == before.keys()
 
 
-def test_a_killed_fill_goes_on(model, pairs, tmp_path, monkeypatch, capsys):
+def test_cache_fill_resumes(model, pairs, tmp_path, monkeypatch, capsys):
     few = config(model, pairs, steps=4)
     score = reference_cache.score_examples
 
@@ -95,7 +93,7 @@ def test_a_killed_fill_goes_on(model, pairs, tmp_path, monkeypatch, capsys):
     np.testing.assert_array_equal(whole[there], half[there])
 
 
-def test_log_probs_that_are_not_the_references_stop_the_run(model, pairs, tmp_path):
+def test_cache_of_other_weights_stops_run(model, pairs, tmp_path):
     run(config(model, pairs, steps=2), tmp_path)
     path = kept(tmp_path)["train.npy"]
     np.save(path, np.load(path) + 1)
@@ -106,9 +104,7 @@ def test_log_probs_that_are_not_the_references_stop_the_run(model, pairs, tmp_pa
         run(config(model, pairs, steps=2, beta=0.5, run="again"), tmp_path)
 
 
-def test_the_key_is_of_all_that_the_numbers_depend_on_and_nothing_else(
-    model, pairs, tmp_path, monkeypatch
-):
+def test_cache_key(model, pairs, tmp_path, monkeypatch):
     mesh = sharding.make_mesh()
 
     def key(folder, file, **options):
@@ -131,7 +127,7 @@ def test_the_key_is_of_all_that_the_numbers_depend_on_and_nothing_else(
     assert len(keys) == 5
 
 
-def test_a_reference_by_path_is_kept_too(model, pairs, tmp_path, monkeypatch):
+def test_cache_of_reference_by_path(model, pairs, tmp_path, monkeypatch):
     other = write_model(tmp_path / "other", scale=5)
     expected = run(dpo_config(model, pairs, reference=str(other), steps=2), tmp_path / "live")
     found = run(config(model, pairs, reference=str(other), steps=2), tmp_path / "cached")
@@ -160,7 +156,7 @@ def test_a_reference_by_path_is_kept_too(model, pairs, tmp_path, monkeypatch):
     )
 
 
-def test_kept_log_probs_that_changed_are_refused(model, pairs, tmp_path):
+def test_changed_cache_is_refused(model, pairs, tmp_path):
     """Of a reference by path, with which a run need not start at log 2: the self-check could not
     tell.
     """

@@ -68,7 +68,7 @@ def assert_equal(folder, uninterrupted):
         np.testing.assert_array_equal(weights(folder)[name], value)
 
 
-def test_a_killed_process_goes_on_bit_for_bit(fields, tmp_path, uninterrupted, capsys):
+def test_killed_run_resumes_exactly(fields, tmp_path, uninterrupted, capsys):
     """kill -9 of the command, which can tidy up nothing."""
     flags = [f"--config.{name}={value}" for name, value in fields.items()]
     process = subprocess.Popen(
@@ -98,7 +98,7 @@ def test_a_killed_process_goes_on_bit_for_bit(fields, tmp_path, uninterrupted, c
     assert_equal(tmp_path / "dpo", uninterrupted)
 
 
-def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(fields, tmp_path, uninterrupted, capsys):
+def test_signalled_run_resumes_exactly(fields, tmp_path, uninterrupted, capsys):
     assert run_until_sigterm(13, fields, tmp_path) == 128 + signal.SIGTERM
     assert "stopped by SIGTERM after step 14, which is saved" in capsys.readouterr().out
     run_here(fields, tmp_path)
@@ -106,7 +106,7 @@ def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(fields, tmp_path, uninte
     assert_equal(tmp_path / "dpo", uninterrupted)
 
 
-def test_resuming_on_another_mesh(fields, tmp_path, uninterrupted, capsys):
+def test_run_resumes_on_another_mesh(fields, tmp_path, uninterrupted, capsys):
     run_until_sigterm(9, fields | {"mesh.fsdp": 2, "mesh.tensor": 2}, tmp_path, devices=4)
     run_here(fields, tmp_path, devices=2)
     assert "resuming after step" in capsys.readouterr().out

@@ -44,7 +44,7 @@ def unfinished(finished, tmp_path):
     return out
 
 
-def test_rows_come_back_whole_and_in_order_with_what_was_sampled(finished, pairs):
+def test_sample_rows_in_order(finished, pairs):
     added = {"completions", "logp", "tokens"}
     rows = lines(finished)
     assert [
@@ -60,7 +60,7 @@ def test_rows_come_back_whole_and_in_order_with_what_was_sampled(finished, pairs
     assert len({text for row in rows for text in row["completions"]}) > COUNT
 
 
-def test_one_completion_is_no_list(model, pairs, tmp_path):
+def test_sample_one_completion_is_text(model, pairs, tmp_path):
     sample_file(model, pairs, tmp_path / "one.jsonl", n=1)
     row = lines(tmp_path / "one.jsonl")[0]
     assert (
@@ -73,7 +73,7 @@ def test_one_completion_is_no_list(model, pairs, tmp_path):
 # going on
 
 
-def test_a_killed_command_goes_on_to_the_same_file(model, pairs, finished, tmp_path, capsys):
+def test_sample_resumes_after_kill(model, pairs, finished, tmp_path, capsys):
     out = tmp_path / "out.jsonl"
     flags = [
         f"--model={model}",
@@ -105,15 +105,13 @@ def test_a_killed_command_goes_on_to_the_same_file(model, pairs, finished, tmp_p
     assert out.read_bytes() == finished.read_bytes()
 
 
-def test_a_half_written_line_and_a_half_written_batch_are_made_again(
-    unfinished, finished, model, pairs, capsys
-):
+def test_sample_redoes_half_written(unfinished, finished, model, pairs, capsys):
     sample_file(model, pairs, unfinished)
     assert unfinished.read_bytes() == finished.read_bytes()
     assert f"going on after 3 of {COUNT} prompts" in capsys.readouterr().out
 
 
-def test_a_finished_file_is_left_alone(finished, model, pairs, capsys, monkeypatch):
+def test_sample_leaves_finished_file(finished, model, pairs, capsys, monkeypatch):
     before = finished.read_bytes()
     monkeypatch.delattr(sample.loading, "open_checkpoint")  # not even the model is needed
     sample_file(model, pairs, finished)
@@ -132,7 +130,7 @@ def test_a_finished_file_is_left_alone(finished, model, pairs, capsys, monkeypat
         ),
     ],
 )
-def test_other_settings_are_refused(unfinished, model, pairs, changes, message):
+def test_sample_refuses_other_settings(unfinished, model, pairs, changes, message):
     before = unfinished.read_bytes()
     with pytest.raises(
         ValueError, match=r"was made with other settings:\n" + message + r"\nTake the old values"
@@ -141,7 +139,7 @@ def test_other_settings_are_refused(unfinished, model, pairs, changes, message):
     assert unfinished.read_bytes() == before
 
 
-def test_other_prompts_are_refused(unfinished, model, tmp_path):
+def test_sample_refuses_other_prompts(unfinished, model, tmp_path):
     others = write_pairs(tmp_path / "others.jsonl", count=COUNT, seed=1)
     with pytest.raises(
         ValueError, match=rf"  prompts: '{COUNT} rows, sha256 \w+' there, '{COUNT} rows, sha"
@@ -149,7 +147,7 @@ def test_other_prompts_are_refused(unfinished, model, tmp_path):
         sample_file(model, others, unfinished)
 
 
-def test_another_programs_file_is_not_overwritten(model, pairs, tmp_path):
+def test_sample_refuses_other_file(model, pairs, tmp_path):
     (tmp_path / "notes.jsonl").write_text("mine\n")
     with pytest.raises(FileExistsError, match="exists, but no notes.jsonl.settings.json beside it"):
         sample_file(model, pairs, tmp_path / "notes.jsonl")
@@ -159,7 +157,7 @@ def test_another_programs_file_is_not_overwritten(model, pairs, tmp_path):
 # prompts
 
 
-def test_chat_prompts(model, tmp_path, capsys):
+def test_sample_chat_prompts(model, tmp_path, capsys):
     """Rendered by the model's template; and cut at the start, where the cue is not."""
     from transformers import AutoTokenizer
 
@@ -203,19 +201,19 @@ def test_chat_prompts(model, tmp_path, capsys):
         ("\n", "has no rows; expected lines such as"),
     ],
 )
-def test_a_bad_row_is_named(model, tmp_path, text, message):
+def test_sample_names_bad_row(model, tmp_path, text, message):
     (tmp_path / "bad.jsonl").write_text(text)
     with pytest.raises(ValueError, match=message):
         sample_file(model, tmp_path / "bad.jsonl", tmp_path / "out.jsonl")
     assert not list(tmp_path.glob("out*"))
 
 
-def test_a_missing_folder_is_named(model, pairs, tmp_path):
+def test_sample_names_missing_folder(model, pairs, tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no folder .*missing; make it first"):
         sample_file(model, pairs, tmp_path / "missing" / "out.jsonl")
 
 
-def test_prompts_beyond_the_models_length_are_told(model, tmp_path, capsys):
+def test_sample_tells_long_prompts(model, tmp_path, capsys):
     (tmp_path / "long.jsonl").write_text(json.dumps(dict(prompt=" ".join(["w1"] * 62))) + "\n")
     sample_file(model, tmp_path / "long.jsonl", tmp_path / "out.jsonl", n=1)
     assert "warning: up to 63 + 6 tokens, but the model was made for 64" in capsys.readouterr().out

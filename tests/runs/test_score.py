@@ -19,7 +19,7 @@ def scored(tmp_path_factory):
     return folder, [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
 
 
-def test_rows_come_back_whole_and_in_order(scored):
+def test_score_rows_in_order(scored):
     folder, rows = scored
     given = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
     added = {"logp_chosen", "logp_rejected", "tokens_chosen", "tokens_rejected"}
@@ -29,7 +29,7 @@ def test_rows_come_back_whole_and_in_order(scored):
     )  # EOS included
 
 
-def test_scores_are_what_training_logs(scored, tmp_path):
+def test_score_equals_training_log(scored, tmp_path):
     """The first batch's log-probs, before any update, are the scores' means over the same rows."""
     folder, rows = scored
     config = dpo_config(
@@ -52,7 +52,7 @@ def test_scores_are_what_training_logs(scored, tmp_path):
     assert min(np.abs(np.array(means) - found).max(axis=1)) < 1e-3
 
 
-def test_columns_that_json_has_not_come_back_as_text(scored, tmp_path):
+def test_score_writes_other_types_as_text(scored, tmp_path):
     folder, _ = scored
     rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
     table = {name: [row[name] for row in rows] for name in rows[0]} | {
@@ -66,7 +66,7 @@ def test_columns_that_json_has_not_come_back_as_text(scored, tmp_path):
     )
 
 
-def test_an_existing_file_is_not_overwritten(scored):
+def test_score_refuses_existing_file(scored):
     folder, _ = scored
     before = (folder / "out.jsonl").read_bytes()
     with pytest.raises(FileExistsError, match="exists: give another name"):
@@ -74,7 +74,7 @@ def test_an_existing_file_is_not_overwritten(scored):
     assert (folder / "out.jsonl").read_bytes() == before
 
 
-def test_a_folder_whose_split_has_another_name(scored, tmp_path):
+def test_score_folder_with_other_split(scored, tmp_path):
     folder, rows = scored
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "test.jsonl").write_text((folder / "pairs.jsonl").read_text())
@@ -82,7 +82,7 @@ def test_a_folder_whose_split_has_another_name(scored, tmp_path):
     assert [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()] == rows
 
 
-def test_a_bad_row_is_named(scored, tmp_path):
+def test_score_names_bad_row(scored, tmp_path):
     folder, _ = scored
     good, bad = (
         '{"prompt": "w1", "chosen": "w2", "rejected": "w3"}',

@@ -28,9 +28,7 @@ def traces():
     jax.monitoring.unregister_event_duration_listener(count)
 
 
-def test_points_are_runs_that_share_the_reference_and_the_compiled_step(
-    model, pairs, tmp_path, capsys, traces
-):
+def test_sweep_shares_reference_and_program(model, pairs, tmp_path, capsys, traces):
     config = dpo_config(model, pairs)
     with on_devices(1):
         runs = sweep.run(config, str(tmp_path), "dpo.beta=0.1,1")
@@ -72,12 +70,12 @@ def test_points_are_runs_that_share_the_reference_and_the_compiled_step(
 @pytest.mark.parametrize(
     "text", ["dpo.gamma=1,2", "data.max_length=1,2", "dpo.beta", "beta=1", "sft.lr=1,2"]
 )
-def test_what_is_no_sweep_is_refused(model, pairs, text):
+def test_points_refuses_what_is_no_sweep(model, pairs, text):
     with pytest.raises(ValueError, match="a field of the last training stage, such as dpo.lr"):
         sweep.points(dpo_config(model, pairs), text)
 
 
-def test_names_are_values_too_and_a_wrong_value_is_refused(model, pairs):
+def test_points_of_names_and_wrong_values(model, pairs):
     (first, config), (second, _) = sweep.points(dpo_config(model, pairs), "dpo.loss=sigmoid,ipo")
     assert (first, second, config.run, config.dpo.cache_reference) == (
         "sigmoid",

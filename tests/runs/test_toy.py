@@ -18,7 +18,7 @@ def workdir(tmp_path_factory):
     return folder
 
 
-def test_the_policy_reaches_the_analytic_optimum(workdir):
+def test_toy_reaches_analytic_optimum(workdir):
     found = json.loads((workdir / "evaluate" / "toy.json").read_text())
     assert found.keys() == {
         "beta",
@@ -36,7 +36,7 @@ def test_the_policy_reaches_the_analytic_optimum(workdir):
     assert found["bound_reward"] - found["reward"] == pytest.approx(found["gap"])
 
 
-def test_every_stage_leaves_its_folder(workdir):
+def test_toy_stage_folders(workdir):
     for stage, files in {
         "sft": ["metrics.jsonl", "ledger.json", "hf"],
         "pairs": ["pairs.jsonl", "ledger.json"],
@@ -49,7 +49,7 @@ def test_every_stage_leaves_its_folder(workdir):
     assert (workdir / "evaluate" / "toy.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_pairs_are_labelled_by_a_coin_that_the_reward_weighs(workdir):
+def test_toy_labels_by_bradley_terry(workdir):
     rows = [
         json.loads(line) for line in (workdir / "pairs" / "pairs.jsonl").read_text().splitlines()
     ]
@@ -59,7 +59,7 @@ def test_pairs_are_labelled_by_a_coin_that_the_reward_weighs(workdir):
     assert 0.6 < agreeing < 0.9  # not always: the labels are sampled
 
 
-def test_a_second_start_does_nothing_over(workdir, capsys):
+def test_toy_second_start_reuses_all(workdir, capsys):
     before = {path: path.stat().st_mtime for path in workdir.rglob("done.json")}
     run_stages(toy.get_config(), str(workdir))
     assert capsys.readouterr().out.count("done before") == 4

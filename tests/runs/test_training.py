@@ -36,7 +36,7 @@ def whole(model, pairs, tmp_path_factory):
     return config, run(config, tmp_path_factory.mktemp("whole"))
 
 
-def test_a_run_leaves_what_the_readme_says(whole):
+def test_run_leaves_its_files(whole):
     _, folder = whole
     names = {path.name for path in folder.iterdir()}
     assert names >= {
@@ -77,7 +77,7 @@ def test_a_run_leaves_what_the_readme_says(whole):
     )
 
 
-def test_it_starts_at_log_2_and_learns(whole):
+def test_dpo_starts_at_log_2_and_learns(whole):
     _, folder = whole
     rows = rows_without_timings(folder)
     assert abs(rows[0]["loss/eval"] - np.log(2)) < 1e-6
@@ -86,7 +86,7 @@ def test_it_starts_at_log_2_and_learns(whole):
     assert rows[6]["rewards_eval/margins"] > 0.01
 
 
-def test_a_finished_run_is_reused(whole, capsys):
+def test_finished_run_is_reused(whole, capsys):
     config, folder = whole
     before = (folder / "done.json").read_text()
     run(config, folder.parent)
@@ -98,7 +98,7 @@ def test_a_finished_run_is_reused(whole, capsys):
     "field, value",
     [("beta", 0.5), ("steps", 9), ("data__max_prompt_length", 40), ("model__dtype", "bfloat16")],
 )
-def test_a_changed_config_is_refused_by_field(whole, field, value):
+def test_changed_config_is_refused(whole, field, value):
     config, folder = whole
     changed = config.copy_and_resolve_references()
     block, _, name = field.rpartition("__")
@@ -112,7 +112,7 @@ def test_a_changed_config_is_refused_by_field(whole, field, value):
     )
 
 
-def test_a_field_that_is_newer_than_the_run_counts_as_its_default(whole):
+def test_newer_field_counts_as_default(whole):
     config, folder = whole
     written = json.loads((folder / "config.json").read_text())
     older = written | dict(
@@ -127,7 +127,7 @@ def test_a_field_that_is_newer_than_the_run_counts_as_its_default(whole):
     (folder / "config.json").write_text(json.dumps(written))
 
 
-def test_what_changes_no_result_may_change(whole):
+def test_harmless_field_may_change(whole):
     config, folder = whole
     changed = config.copy_and_resolve_references()
     changed.dpo.save_every, changed.data.show, changed.mesh.fsdp, changed.log.wandb = (
@@ -139,7 +139,7 @@ def test_what_changes_no_result_may_change(whole):
     run(changed, folder.parent)
 
 
-def test_a_sweep_shares_a_workdir_by_run_name(whole, model, pairs):
+def test_run_name_shares_workdir(whole, model, pairs):
     config, folder = whole
     swept = config.copy_and_resolve_references()
     swept.run, swept.dpo.beta = "beta05", 0.5
@@ -151,7 +151,7 @@ def test_a_sweep_shares_a_workdir_by_run_name(whole, model, pairs):
 
 
 @pytest.mark.parametrize("mesh", [dict(data=1), dict(data=2, fsdp=2, tensor=2)])
-def test_every_mesh_gives_the_same_run(whole, model, pairs, tmp_path, mesh):
+def test_dpo_is_equal_on_meshes(whole, model, pairs, tmp_path, mesh):
     with on_devices(np.prod(list(mesh.values()))):
         folder = run(
             dpo_config(model, pairs, **{f"mesh__{k}": v for k, v in mesh.items()}), tmp_path
@@ -165,7 +165,7 @@ def test_every_mesh_gives_the_same_run(whole, model, pairs, tmp_path, mesh):
         np.testing.assert_allclose(value, weights(whole[1])[name], atol=1e-5)
 
 
-def test_sft_runs_and_learns(model, pairs, tmp_path):
+def test_sft_learns(model, pairs, tmp_path):
     config = configs.default(("sft",))
     config.model.path, config.data.path = str(model), str(pairs)
     config.sft.update(
@@ -176,7 +176,7 @@ def test_sft_runs_and_learns(model, pairs, tmp_path):
     assert rows[1]["loss/train"] == pytest.approx(-rows[1]["logps_train/chosen"])
 
 
-def test_data_that_changed_under_an_unfinished_run_is_refused(model, tmp_path):
+def test_changed_data_is_refused(model, tmp_path):
     pairs = write_pairs(tmp_path / "pairs.jsonl")
     folder = run(dpo_config(model, pairs, steps=2), tmp_path / "run")
     (folder / "done.json").unlink()
@@ -186,7 +186,7 @@ def test_data_that_changed_under_an_unfinished_run_is_refused(model, tmp_path):
 
 
 @pytest.mark.parametrize("cached", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_reference_that_changed_under_an_unfinished_run_is_refused(pairs, tmp_path, cached):
+def test_changed_reference_is_refused(pairs, tmp_path, cached):
     """Even where only the reference would be read again: the policy goes on from its checkpoint."""
     model = write_model(tmp_path / "model")
     config = dpo_config(model, pairs, steps=2, cache_reference=cached)
@@ -227,7 +227,7 @@ def test_a_run_of_another_version_is_refused_unless_it_is_finished(
                     run(config, tmp_path)
 
 
-def test_an_attempt_that_failed_before_its_first_checkpoint_binds_nobody(model, pairs, tmp_path):
+def test_failed_attempt_binds_nobody(model, pairs, tmp_path):
     with pytest.raises(FileNotFoundError, match="nope.jsonl"):
         run(dpo_config(model, "nope.jsonl", steps=1), tmp_path)
     with pytest.raises(ValueError, match="does not split evenly"):
@@ -236,7 +236,7 @@ def test_an_attempt_that_failed_before_its_first_checkpoint_binds_nobody(model, 
     run(dpo_config(model, pairs, steps=1), tmp_path)
 
 
-def test_tokens_and_lengths_that_the_model_does_not_have_are_refused(model, pairs, tmp_path):
+def test_other_tokens_and_lengths_are_refused(model, pairs, tmp_path):
     config = dpo_config("", pairs, model__tokenizer=str(model))
     config.model.scratch = dict(
         model_type="gpt2", vocab_size=20, n_embd=16, n_layer=1, n_head=2, n_positions=64
@@ -253,7 +253,7 @@ def test_tokens_and_lengths_that_the_model_does_not_have_are_refused(model, pair
         run(config, tmp_path / "positions")
 
 
-def test_the_first_loss_that_is_not_finite_stops_the_run(model, pairs, tmp_path):
+def test_nan_loss_stops_run(model, pairs, tmp_path):
     config = dpo_config(
         model, pairs, lr=1e12, max_grad_norm=0.0, optimizer="sgd", save_every=1, warmup_steps=0
     )
@@ -267,14 +267,14 @@ def test_the_first_loss_that_is_not_finite_stops_the_run(model, pairs, tmp_path)
     assert not (tmp_path / "dpo" / "done.json").exists()
 
 
-def test_an_update_that_overflows_is_never_saved(model, pairs, tmp_path):
+def test_overflowing_update_is_not_saved(model, pairs, tmp_path):
     """Loss and gradient of the step are finite; the weights after it are not."""
     with pytest.raises(FloatingPointError, match="step 1: param_norm is (inf|nan)"):
         run(dpo_config(model, pairs, lr=1e38, max_grad_norm=0.0, warmup_steps=0, steps=1), tmp_path)
     assert not (tmp_path / "dpo" / "done.json").exists() and not (tmp_path / "dpo" / "hf").exists()
 
 
-def test_the_best_checkpoint_is_kept_and_exported(model, pairs, tmp_path):
+def test_keep_best_exports_best(model, pairs, tmp_path):
     config = dpo_config(
         model,
         pairs,
@@ -299,25 +299,25 @@ def test_the_best_checkpoint_is_kept_and_exported(model, pairs, tmp_path):
     assert json.loads((folder / "done.json").read_text())["evaluation"]["loss/eval"] == losses[best]
 
 
-def test_an_unknown_metric_to_keep_the_best_by_is_refused(model, pairs, tmp_path):
+def test_keep_best_refuses_unknown_metric(model, pairs, tmp_path):
     with pytest.raises(
         ValueError, match="keep_best = 'accuracy': expected a metric of the evaluation; .*loss/eval"
     ):
         run(dpo_config(model, pairs, keep_best="accuracy"), tmp_path)
 
 
-def test_a_workdir_may_be_relative(model, pairs, tmp_path, monkeypatch):
+def test_workdir_may_be_relative(model, pairs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert (run(dpo_config(model, pairs, steps=1), "runs/mine") / "done.json").exists()
 
 
-def test_two_processes_cannot_work_on_one_stage(whole):
+def test_locked_stage_is_refused(whole):
     config, folder = whole
     with lock_folder(folder), pytest.raises(RuntimeError, match="another process is at work"):
         run(config, folder.parent)
 
 
-def test_a_folder_of_something_else_is_not_touched(model, pairs, tmp_path):
+def test_other_folder_is_not_touched(model, pairs, tmp_path):
     (tmp_path / "dpo").mkdir()
     (tmp_path / "dpo" / "thesis.tex").write_text("chapter 1")
     with pytest.raises(StageChanged, match="has files but no config.json"):
@@ -333,7 +333,7 @@ def test_too_few_rows_for_a_step(model, tmp_path):
         run(config, tmp_path)
 
 
-def test_a_signal_in_the_last_step_ends_the_run_too(model, pairs, tmp_path, whole, monkeypatch):
+def test_signal_in_last_step(model, pairs, tmp_path, whole, monkeypatch):
     write = metrics.Writer.write
 
     def stop(self, step, values):
@@ -349,7 +349,7 @@ def test_a_signal_in_the_last_step_ends_the_run_too(model, pairs, tmp_path, whol
         np.testing.assert_array_equal(value, weights(whole[1])[name])
 
 
-def test_reference_by_path_and_reference_free(model, pairs, tmp_path, whole):
+def test_reference_by_path_and_none(model, pairs, tmp_path, whole):
     same = run(dpo_config(model, pairs, reference=str(model)), tmp_path / "path")
     for name, value in weights(same).items():
         np.testing.assert_array_equal(value, weights(whole[1])[name])
@@ -368,7 +368,7 @@ def test_ledger_and_shown_rows(model, pairs, tmp_path, capsys):
     assert out.count("⟦") == 4 and "</s>⟧" in out and "self-check passed" in out
 
 
-def test_the_device_never_waits_for_the_host(model, pairs, tmp_path, monkeypatch):
+def test_device_never_waits_for_host(model, pairs, tmp_path, monkeypatch):
     """A step's metrics are fetched when the next is on its way, and batches are made beside the
     loop.
     """

@@ -61,7 +61,7 @@ def valid():
         ("dpo.max_grad_norm", -1.0, "at least 0"),
     ],
 )
-def test_wrong_values_are_refused_by_field(field, value, expected):
+def test_validate_names_wrong_field(field, value, expected):
     config = valid()
     config.model.lora.rank = 4
     config_checks.validate(config)
@@ -71,7 +71,7 @@ def test_wrong_values_are_refused_by_field(field, value, expected):
     assert expected in str(error.value)
 
 
-def test_adapters_without_a_use_are_refused():
+def test_validate_refuses_unused_adapters():
     config = valid()
     config.model.lora.alpha = 32.0
     with pytest.raises(
@@ -90,7 +90,7 @@ def test_adapters_without_a_use_are_refused():
 @pytest.mark.parametrize(
     "loss", sorted(set(configs.PREFERENCE_LOSSES) - set(configs.SMOOTHED_LOSSES))
 )
-def test_label_smoothing_is_refused_where_it_would_do_nothing(loss):
+def test_validate_refuses_useless_label_smoothing(loss):
     config = valid()
     config.dpo.update(loss=loss, label_smoothing=0.1)
     with pytest.raises(ValueError, match=f"the {loss} loss has none"):
@@ -111,13 +111,13 @@ def test_defaults_are_the_papers():
     assert (data.max_length, data.max_prompt_length) == (512, 256)
 
 
-def test_a_field_of_a_stage_that_does_not_run_is_refused():
+def test_override_of_missing_stage_is_refused():
     with pytest.raises(ValueError, match="this config runs no stage sft"):
         config_files.override(config_files.load("dpo"), {"sft.lr": "1e-3"})
 
 
 @pytest.mark.parametrize("name", [path.stem for path in sorted((ROOT / "configs").glob("*.py"))])
-def test_every_config_file_is_valid_and_says_how_to_run_it(name):
+def test_config_files_are_valid(name):
     module = importlib.import_module(f"configs.{name}")
     config = module.get_config()
     if name in ("dpo", "sft"):
@@ -139,7 +139,7 @@ def test_every_field_is_explained_and_used():
         assert re.search(rf"\b{name}\b", others), f"nothing reads {name}"
 
 
-def test_a_stage_depends_on_itself_and_on_what_came_before():
+def test_dependencies_of_stage():
     config = valid()
     fields = configs.dependencies(config, "sft")
     assert "sft.lr" in fields and "model.path" in fields and "seed" in fields
@@ -190,7 +190,7 @@ def sampled(*stages):
         ("sampling.min_prefix", 9, "from 0 to sampling.max_prefix = 0"),
     ],
 )
-def test_wrong_values_of_the_sampling_stages_are_refused_by_field(field, value, expected):
+def test_validate_names_wrong_sampling_field(field, value, expected):
     block, _, name = field.rpartition(".")
     trained = block if block in configs.POLICY_STAGES else "ppo"
     stages = sorted(
@@ -204,7 +204,7 @@ def test_wrong_values_of_the_sampling_stages_are_refused_by_field(field, value, 
     assert expected in str(error.value)
 
 
-def test_stages_that_need_others():
+def test_validate_stages_that_need_others():
     with pytest.raises(ValueError, match="a stage to evaluate"):
         config_checks.validate(sampled("sft", "evaluate"))
     with pytest.raises(ValueError, match="a run of its own"):
@@ -223,7 +223,7 @@ def test_stages_that_need_others():
         (("pairs", "rm", "ppo"), "", "reward.kind", "by which the pairs are labelled"),
     ],
 )
-def test_the_rm_stands_for_a_true_reward_where_pairs_are_the_datas(stages, path, field, expected):
+def test_validate_rm_as_reward(stages, path, field, expected):
     config = sampled(*stages)
     config.reward.update(kind="rm", path=path)
     if not field:
@@ -234,7 +234,7 @@ def test_the_rm_stands_for_a_true_reward_where_pairs_are_the_datas(stages, path,
     assert expected in str(error.value)
 
 
-def test_the_toy_has_no_posts_of_its_own():
+def test_validate_toy_without_posts():
     config = configs.default(("sft",))
     config.model.scratch = dict(model_type="gpt2")
     config.data.update(source="toy", sft_path="posts")
@@ -242,7 +242,7 @@ def test_the_toy_has_no_posts_of_its_own():
         config_checks.validate(config)
 
 
-def test_what_samples_depends_on_reward_and_sampling():
+def test_dependencies_of_sampling_stage():
     assert not any(
         name.startswith(("reward.", "sampling."))
         for name in configs.dependencies(sampled("dpo"), "dpo")

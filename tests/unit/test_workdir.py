@@ -11,7 +11,7 @@ from dpo_jax.workdir import StageChanged, finish_stage, lock_folder, start_stage
 VERSIONS = dict(tokenization=1, data_order=1, forward=1)
 
 
-def test_a_stage_that_another_holds_for_a_moment_is_waited_for(tmp_path):
+def test_lock_folder_waits_a_moment(tmp_path):
     held, release = threading.Event(), threading.Event()
 
     def hold():

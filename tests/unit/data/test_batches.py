@@ -10,27 +10,27 @@ from dpo_jax.data.batches import FILLER, SHAPES, Batches, evaluation_order, pref
 from tests.helpers.tiny import random_pairs
 
 
-def test_each_epoch_holds_every_row_once_in_its_own_order():
+def test_training_order_epoch_has_each_example_once():
     order = training_order(10, 5, 6, seed=3).reshape(3, 10)
     assert all(sorted(epoch) == list(range(10)) for epoch in order)
     assert not (order[0] == order[1]).all()
 
 
-def test_a_step_does_not_depend_on_how_many_follow():
+def test_training_order_ignores_number_of_steps():
     np.testing.assert_array_equal(
         training_order(7, 4, 3, seed=0), training_order(7, 4, 30, seed=0)[:3]
     )
 
 
-def test_without_shuffle_rows_come_in_file_order():
+def test_training_order_without_shuffle():
     np.testing.assert_array_equal(training_order(5, 2, 4, None).ravel(), [0, 1, 2, 3, 4, 0, 1, 2])
 
 
-def test_seeds_differ():
+def test_training_order_differs_by_seed():
     assert not (training_order(50, 5, 10, 0) == training_order(50, 5, 10, 1)).all()
 
 
-def test_evaluation_reads_each_row_once_and_fills_up_with_nothing():
+def test_evaluation_order_fills_last_batch():
     order = evaluation_order(5, 4)
     np.testing.assert_array_equal(order, [[0, 1, 2, 3], [4, FILLER, FILLER, FILLER]])
     batch = Batches(random_pairs(5), order)[1]
@@ -38,7 +38,7 @@ def test_evaluation_reads_each_row_once_and_fills_up_with_nothing():
 
 
 @pytest.mark.parametrize("microbatches, shards", [(1, 1), (2, 1), (1, 4), (2, 4)])
-def test_a_batch_holds_the_same_rows_however_it_is_split(microbatches, shards):
+def test_batches_equal_however_split(microbatches, shards):
     examples = random_pairs(30, seed=1)
     batches = Batches(
         examples, training_order(30, 8, 5, 0), microbatches=microbatches, shards=shards
@@ -53,7 +53,7 @@ def test_a_batch_holds_the_same_rows_however_it_is_split(microbatches, shards):
         assert (batch["owner"] < responses).sum() == scored
 
 
-def test_a_run_has_few_shapes_and_every_batch_has_one_of_them():
+def test_batches_have_few_shapes():
     batches = Batches(random_pairs(200, longest=40), training_order(200, 8, 60, 0), shards=2)
     assert 1 <= len(batches.shapes) <= SHAPES
     assert all(
@@ -62,7 +62,7 @@ def test_a_run_has_few_shapes_and_every_batch_has_one_of_them():
     )
 
 
-def test_shards_get_about_as_many_tokens_each():
+def test_batches_balance_tokens_over_shards():
     batches = Batches(random_pairs(400, longest=40), training_order(400, 64, 6, 0), shards=8)
     for step in range(6):
         tokens = [
@@ -72,7 +72,7 @@ def test_shards_get_about_as_many_tokens_each():
         assert max(tokens) < 1.1 * np.mean(tokens)
 
 
-def test_what_a_batch_needs_is_its_real_rows():
+def test_batches_need_only_real_rows():
     examples = [
         (np.arange(3), (np.arange(2), np.arange(4))),
         (np.arange(1), (np.arange(1), np.arange(9))),
@@ -82,21 +82,21 @@ def test_what_a_batch_needs_is_its_real_rows():
     assert batches.tokens(0) == 20
 
 
-def test_padding_is_measured():
+def test_padding_by_hand():
     even = [(np.arange(8), (np.arange(8), np.arange(8)))] * 4
     assert Batches(even, training_order(4, 4, 1, 0)).padding() == dict(dense=0.0, attention=0.0)
     padding = Batches(random_pairs(64, longest=40), training_order(64, 8, 8, 0)).padding()
     assert 0 < padding["dense"] < 0.3 and 0 < padding["attention"] < 0.6
 
 
-def test_a_batch_that_does_not_split_is_refused_by_name():
+def test_batches_refuse_uneven_split():
     with pytest.raises(
         ValueError, match="batch of 6 rows does not split evenly into 1 microbatches over 4"
     ):
         Batches(random_pairs(6), training_order(6, 6, 1, 0), shards=4)
 
 
-def test_prefetch_keeps_order_works_ahead_and_passes_errors_on():
+def test_prefetch_order_lookahead_and_errors():
     made, threads = [], set()
 
     def make(step):

@@ -58,7 +58,7 @@ def pairs(n):
     return [{"prompt": f"prompt {i}", "chosen": "good", "rejected": "evil"} for i in range(n)]
 
 
-def test_every_row_is_accounted_for(tmp_path, letters):
+def test_load_accounts_for_every_row(tmp_path, letters):
     bad = [{"prompt": "p", "chosen": chosen, "rejected": "r"} for chosen in ("", "c<eos>", 3)]
     path = write(tmp_path / "rows.jsonl", [*pairs(100), *pairs(2), *bad])
     data = dataset.load(
@@ -82,7 +82,7 @@ def test_every_row_is_accounted_for(tmp_path, letters):
     assert train.held_out == evals.read > 0
 
 
-def test_the_ledger_as_json_and_as_a_table(tmp_path, letters):
+def test_ledger_json_and_table(tmp_path, letters):
     write(
         tmp_path / "train.jsonl",
         [
@@ -150,7 +150,7 @@ eval prompts also in train                                   2
 dropped from train: 1 x empty response (train.jsonl row 31)"""
 
 
-def test_too_many_dropped_rows_stop_the_run(tmp_path, letters):
+def test_load_stops_at_max_dropped(tmp_path, letters):
     empty, broken = (
         {"prompt": "p", "chosen": chosen, "rejected": "r"} for chosen in ("", "<eos>c")
     )
@@ -166,7 +166,7 @@ def test_too_many_dropped_rows_stop_the_run(tmp_path, letters):
     )
 
 
-def test_filtered_rows_do_not_count_as_dropped(tmp_path, letters):
+def test_load_filtered_is_not_dropped(tmp_path, letters):
     row = {
         "history": "why",
         "human_ref_A": "so",
@@ -180,7 +180,7 @@ def test_filtered_rows_do_not_count_as_dropped(tmp_path, letters):
     assert "  filtered: score ratio below 2               99             0" in data.ledger.table()
 
 
-def test_the_eval_split_is_checked_too():
+def test_ledger_checks_eval_split():
     ledger = Ledger(
         Counts(read=9, kept=9), Counts(read=4, kept=2, dropped={"r": 2}, examples={"r": ["a"]})
     )
@@ -189,7 +189,7 @@ def test_the_eval_split_is_checked_too():
     ledger.check(0.5)
 
 
-def test_dropped_rows_are_a_share_of_those_that_the_source_did_not_filter():
+def test_ledger_dropped_share_without_filtered():
     ledger = Ledger(
         Counts(read=100, filtered={"f": 90}, kept=9, dropped={"r": 1}, examples={"r": ["a"]})
     )
@@ -198,7 +198,7 @@ def test_dropped_rows_are_a_share_of_those_that_the_source_did_not_filter():
     ledger.check(0.1)
 
 
-def test_no_training_rows_is_an_error(tmp_path, letters):
+def test_load_refuses_no_training_rows(tmp_path, letters):
     path = write(tmp_path / "rows.jsonl", [])
     with pytest.raises(
         ValueError, match="no row is left to train on: 0 read, 0 filtered, 0 dropped, 0 held"
@@ -221,7 +221,7 @@ def test_no_training_rows_is_an_error(tmp_path, letters):
         ("local", "p", "keep_end", "keep_end"),
     ],
 )
-def test_auto_keeps_the_end_where_the_prompt_ends_in_a_cue(source, prompt, asked, expected):
+def test_truncation_auto_follows_cue(source, prompt, asked, expected):
     data = data_config(source=source, truncate=asked)
     assert dataset.truncation(data, [Row(prompt, ("r",), "row 1")]) == expected
 
@@ -254,7 +254,7 @@ def test_auto_keeps_the_end_where_the_prompt_ends_in_a_cue(source, prompt, asked
         ),
     ],
 )
-def test_a_cut_prompt_keeps_its_cue(tmp_path, words, source, fields, start):
+def test_load_keeps_cue_of_cut_prompt(tmp_path, words, source, fields, start):
     """To the last token, and news their lead besides; a setting that would cut it off is
     refused.
     """
@@ -283,7 +283,7 @@ def test_a_cut_prompt_keeps_its_cue(tmp_path, words, source, fields, start):
         dataset.load(data_config(**settings, truncate="keep_start"), tokenizer, "sft")
 
 
-def test_sft_and_dpo_hold_out_the_same_prompts(tmp_path, letters):
+def test_load_holds_out_same_prompts(tmp_path, letters):
     path = write(tmp_path / "rows.jsonl", pairs(200))
     config = data_config(path=path, eval_fraction=0.1)
     sft, dpo = (dataset.load(config, letters, kind) for kind in ("sft", "pairs"))
@@ -292,14 +292,14 @@ def test_sft_and_dpo_hold_out_the_same_prompts(tmp_path, letters):
     assert sft.train.fingerprint != dpo.train.fingerprint
 
 
-def test_the_same_config_gives_the_same_tokens(tmp_path, letters):
+def test_load_is_deterministic(tmp_path, letters):
     config = data_config(path=write(tmp_path / "rows.jsonl", pairs(200)), eval_fraction=0.1)
     first, second = (dataset.load(config, letters, "pairs") for _ in range(2))
     assert first.train.fingerprint == second.train.fingerprint != first.eval.fingerprint
     assert first.ledger == second.ledger and first.train.where == second.train.where
 
 
-def test_show_marks_what_is_scored(tmp_path, letters):
+def test_show_marks_completion_tokens(tmp_path, letters):
     path = write(tmp_path / "rows.jsonl", pairs(3))
     shown = dataset.show(
         dataset.load(data_config(path=path), letters, "pairs").train, letters, range(2)
@@ -317,7 +317,7 @@ def test_show_marks_what_is_scored(tmp_path, letters):
 
 
 @needs_shared
-def test_real_hh_pairs():
+def test_load_real_hh_pairs():
     tokenizer = tokenizers.load(STORIES)
     config = data_config(
         source="hh",
@@ -342,7 +342,7 @@ def test_real_hh_pairs():
 
 
 @needs_shared
-def test_real_imdb_reviews():
+def test_load_real_imdb_reviews():
     tokenizer = tokenizers.load(SHARED / "gpt2-tokenizer")
     config = data_config(
         source="imdb",

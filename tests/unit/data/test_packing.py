@@ -8,7 +8,7 @@ from dpo_jax.data import packing
 from tests.helpers.tiny import random_pairs
 
 
-def test_every_response_token_is_scored_once_and_no_prompt_token(tiny):
+def test_pack_by_hand(tiny):
     examples = [(np.array([1, 2, 3]), (np.array([4, 5]), np.array([6])))]
     batch = packing.pack(examples, packing.shape_of(examples))
     assert batch["tokens"].tolist() == [1, 2, 3, 4, 5, 6]
@@ -29,7 +29,7 @@ def needs_of(batches):
     )
 
 
-def test_shapes_cover_what_they_were_chosen_for():
+def test_choose_covers_all_batches():
     batches = [random_pairs(6, seed=s) for s in range(400)]
     needs = needs_of(batches)
     chosen = packing.choose(needs, 3)
@@ -42,11 +42,11 @@ def test_shapes_cover_what_they_were_chosen_for():
     assert padded == sorted(set(padded)) and padded[-1] < 1.04 * needs.tokens.max()
 
 
-def test_a_short_run_compiles_one_program():
+def test_choose_one_shape_for_short_run():
     assert len(packing.choose(needs_of([random_pairs(6, seed=s) for s in range(6)]), 6)) == 1
 
 
-def test_partition_is_the_cheapest_of_all():
+def test_partition_is_cheapest():
     rng = np.random.default_rng(0)
     for limit, price in ((1, 0), (2, 0), (3, 40.0), (8, 200.0)):
         sizes = rng.integers(1, 30, 9)
@@ -64,7 +64,7 @@ def test_partition_is_the_cheapest_of_all():
         assert cost(packing._partition(sizes, 2, price, limit)) == min(map(cost, every))
 
 
-def test_equal_rows_need_one_bucket():
+def test_shape_of_equal_rows():
     assert packing.shape_of([(np.arange(8), (np.arange(8), np.arange(8)))] * 4) == packing.Shape(
         96, ((8, 16),), 64
     )

@@ -42,7 +42,7 @@ from tests.helpers.rows import (
         ),
     ],
 )
-def test_a_bad_line_stops_or_is_counted(tmp_path, line, said):
+def test_bad_line_stops_or_is_counted(tmp_path, line, said):
     path = write_jsonl(tmp_path / "rows.jsonl", [PAIR, line, PAIR])
     with pytest.raises(ValueError) as error:
         read(path)
@@ -56,7 +56,7 @@ def test_a_bad_line_stops_or_is_counted(tmp_path, line, said):
     assert ledger.train.read == 3
 
 
-def test_a_bad_character_in_a_json_array_is_counted_too(tmp_path):
+def test_bad_character_in_json_array(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text(json.dumps([PAIR, PAIR | {"chosen": "\ud83d"}]))
     rows, ledger = read(path, on_bad_row="drop")
@@ -64,7 +64,7 @@ def test_a_bad_character_in_a_json_array_is_counted_too(tmp_path):
     assert ledger.train.dropped == {"half of a surrogate pair is no character": 1}
 
 
-def test_formats_agree(tmp_path):
+def test_all_formats_agree(tmp_path):
     rows = [
         {"prompt": "NA", "chosen": "1", "rejected": "null"},
         {"prompt": 'line\nbreak, "quoted"', "chosen": "007", "rejected": "é\u2028"},
@@ -88,7 +88,7 @@ def test_formats_agree(tmp_path):
         ] == rows, name
 
 
-def test_chat_rows_from_parquet_and_mixed_rows_from_json(tmp_path):
+def test_chat_rows_and_mixed_rows(tmp_path):
     chat = {"prompt": [user("q")], "chosen": [assistant("a")], "rejected": [assistant("b")]}
     write_parquet(tmp_path / "a.parquet", [chat, chat])
     (tmp_path / "b.json").write_text(json.dumps([chat, PAIR]))
@@ -97,7 +97,7 @@ def test_chat_rows_from_parquet_and_mixed_rows_from_json(tmp_path):
     assert [row.prompt for row in rows] == [[user("q")], "Name a colour."]
 
 
-def test_a_number_among_texts_is_found_in_every_format(tmp_path):
+def test_number_among_texts(tmp_path):
     rows = [PAIR, PAIR | {"rejected": 3}]
     write_jsonl(tmp_path / "a.jsonl", rows)
     (tmp_path / "b.json").write_text(json.dumps(rows))
@@ -108,7 +108,7 @@ def test_a_number_among_texts_is_found_in_every_format(tmp_path):
             read(tmp_path / name)
 
 
-def test_unreadable_files(tmp_path):
+def test_unreadable_files_are_named(tmp_path):
     (tmp_path / "latin.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
     with pytest.raises(
         ValueError, match=r"latin.jsonl is not UTF-8 text: .*0xe9. Save it as UTF-8"
@@ -149,14 +149,14 @@ def test_unreadable_files(tmp_path):
         ),
     ],
 )
-def test_splits_of_a_folder(tmp_path, files, splits):
+def test_find_splits_of_folder(tmp_path, files, splits):
     for i, name in enumerate(files):
         write_jsonl(tmp_path / name, pairs(1, f"{i}:"))
     found = readers.find_splits(str(tmp_path))
     assert {name: len(list(rows())) for name, rows in found.items()} == splits
 
 
-def test_folders_without_one_kind_of_data(tmp_path):
+def test_find_splits_refuses_mixed_folder(tmp_path):
     with pytest.raises(
         FileNotFoundError, match="holds no files; expected one kind of .jsonl, .json, .csv"
     ):
@@ -167,7 +167,7 @@ def test_folders_without_one_kind_of_data(tmp_path):
         readers.find_splits(str(tmp_path))
 
 
-def test_names_that_are_patterns_to_a_glob(tmp_path):
+def test_find_splits_of_glob_names(tmp_path):
     folder = tmp_path / ".cache" / "run[1] *"
     write_jsonl(folder / "rows.jsonl", [PAIR])
     assert len(read(folder)[0]["train"]) == 1
@@ -175,7 +175,7 @@ def test_names_that_are_patterns_to_a_glob(tmp_path):
 
 
 @needs_shared
-def test_imdb_real_files():
+def test_find_splits_of_real_imdb():
     splits = readers.find_splits(str(SHARED / "imdb"))
     assert list(splits) == ["test", "train", "unsupervised"]
     where, record = next(splits["unsupervised"]())
@@ -193,7 +193,7 @@ def test_imdb_real_files():
     assert not any("<br" in row.responses[0] for side in rows.values() for row in side)
 
 
-def test_a_hub_name_gives_numbered_rows_of_every_split(monkeypatch):
+def test_find_splits_of_hub_name(monkeypatch):
     parts = {
         "train": datasets.Dataset.from_list(pairs(1500)),
         "test": datasets.Dataset.from_list(pairs(2, "t")),
@@ -206,7 +206,7 @@ def test_a_hub_name_gives_numbered_rows_of_every_split(monkeypatch):
     assert rows["eval"][0].where == "me/mine[test] row 1"
 
 
-def test_a_hub_name_may_name_a_subset(monkeypatch):
+def test_find_splits_of_hub_subset(monkeypatch):
     """A data set that a script would make is taken from the parquet files that the hub made of
     it.
     """
@@ -230,7 +230,7 @@ def test_a_hub_name_may_name_a_subset(monkeypatch):
 
 
 @pytest.mark.parametrize("offline", ["0", "1"])
-def test_without_a_network_a_hub_name_fails_at_once(tmp_path, offline):
+def test_hub_name_without_network(tmp_path, offline):
     code = """if True:
         import time
         from dpo_jax.data import readers
@@ -264,7 +264,7 @@ def test_without_a_network_a_hub_name_fails_at_once(tmp_path, offline):
 @pytest.mark.parametrize(
     "path", ["/nowhere/rows.jsonl", "./rows", "~/nowhere", "a/b/c", "rows.jsonl", "my/rows.csv.gz"]
 )
-def test_a_path_that_can_only_be_local_never_asks_the_hub(path, monkeypatch):
+def test_find_splits_never_asks_hub_for_path(path, monkeypatch):
     monkeypatch.setattr(readers, "_hub_splits", None)
     start = time.monotonic()
     with pytest.raises(FileNotFoundError, match="no such file or folder"):

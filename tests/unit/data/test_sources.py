@@ -169,7 +169,7 @@ def test_local_chat_forms(fields, prompt, responses):
         ),
     ],
 )
-def test_local_malformed(fields, reason, found):
+def test_local_malformed_row(fields, reason, found):
     with pytest.raises(Malformed) as error:
         sources.local(fields)
     assert error.value.args == (reason, found)
@@ -186,7 +186,7 @@ def test_local_malformed(fields, reason, found):
         ({"prompt": [user("q")], "completion": []}, "empty response"),
     ],
 )
-def test_local_chat_without_a_response(fields, reason):
+def test_local_chat_without_response(fields, reason):
     with pytest.raises(Unusable, match=reason):
         sources.local(fields)
 
@@ -232,11 +232,11 @@ def test_local_chat_without_a_response(fields, reason):
         ),
     ],
 )
-def test_hh_splits_after_the_last_shared_turn(chosen, rejected, prompt, responses):
+def test_hh_splits_after_last_shared_turn(chosen, rejected, prompt, responses):
     assert sources.hh({"chosen": chosen, "rejected": rejected}) == (prompt, responses)
 
 
-def test_hh_without_a_shared_turn():
+def test_hh_without_shared_turn():
     with pytest.raises(Unusable, match="no shared assistant turn"):
         sources.hh(
             {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: z\n\nAssistant: a"}
@@ -277,7 +277,7 @@ SHP = {
 }
 
 
-def test_shp():
+def test_shp_row():
     prompt = "\n\nHuman: Why?\n\nAssistant:"
     assert sources.shp(SHP) == (prompt, (" Because.", " No idea."))
     assert sources.shp(SHP | {"labels": 0}) == (prompt, (" No idea.", " Because."))
@@ -291,7 +291,7 @@ def test_shp():
         sources.shp(SHP | {"score_ratio": "3"})
 
 
-def test_imdb():
+def test_imdb_row():
     text = "  Good.<br /><br />Really <br /> good. <br/>Yes."
     assert sources.imdb({"text": text, "label": 1}) == ("", ("Good.\n\nReally\ngood.\nYes.",))
 
@@ -323,7 +323,7 @@ def test_imdb():
         ),
     ],
 )
-def test_tldr(fields, prompt, responses):
+def test_tldr_rows(fields, prompt, responses):
     assert sources.tldr(fields) == (prompt, responses)
 
 
@@ -342,7 +342,7 @@ def test_tldr_filters(chosen, rejected, reason):
 @pytest.mark.parametrize(
     "prompt", ["Article:\nLONDON -- x\n\nTL;DR:", "TITLE: x\n\nLONDON -- x\n\nTL;DR:"]
 )
-def test_tldr_leaves_news_out(prompt):
+def test_tldr_filters_news(prompt):
     """trl-lib/tldr-preference and its forerunner have CNN/DailyMail articles among the posts of
     their validation.
     """
@@ -350,7 +350,7 @@ def test_tldr_leaves_news_out(prompt):
         sources.tldr({"prompt": prompt, "chosen": " a b c d e", "rejected": " f g h i j"})
 
 
-def test_tldr_lacks_a_summary():
+def test_tldr_without_summary():
     with pytest.raises(Malformed, match="field 'label' is missing"):
         sources.tldr({"prompt": "p"})
 
@@ -377,7 +377,7 @@ COMPARED = {  # a row of openai/summarize_from_feedback, comparisons
 }
 
 
-def test_openais_comparisons():
+def test_tldr_openai_comparisons():
     prompt = "SUBREDDIT: r/cats\n\nTITLE: My cat\n\nPOST: I lost my cat.\n\nTL;DR:"
     summaries = (" cat is gone, help me", " cat is still at home")
     assert sources.tldr(COMPARED) == (prompt, summaries)
@@ -399,12 +399,12 @@ def test_openais_comparisons():
         ({"summaries": [{"note": ""}, COMPARED["summaries"][1]]}, "field 'text' is missing"),
     ],
 )
-def test_openais_comparisons_malformed(change, reason):
+def test_tldr_openai_malformed(change, reason):
     with pytest.raises(Malformed, match=reason):
         sources.tldr(COMPARED | change)
 
 
-def test_openais_parquet_export(tmp_path):
+def test_tldr_openai_parquet(tmp_path):
     """The folders that the hub makes of it; what is left out is counted, and adds up."""
     news = COMPARED | {"batch": "cnndm0", "info": POST | {"post": None, "article": "LONDON -- x"}}
     short = COMPARED | {
@@ -425,7 +425,7 @@ def test_openais_parquet_export(tmp_path):
     assert ledger.eval.filtered == {"news article, not a Reddit post": 2} and ledger.eval.read == 3
 
 
-def test_cnn_dailymail(tmp_path):
+def test_cnn_dailymail_row(tmp_path):
     row = {
         "id": "1",
         "article": "LONDON, England (Reuters) -- It rained. \n",
@@ -445,7 +445,7 @@ def test_cnn_dailymail(tmp_path):
 # read: splits, limits, bad rows
 
 
-def test_kinds(tmp_path):
+def test_read_kinds(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", [PAIR])
     assert read(path)[0]["train"] == [
         Row("Name a colour.", (" Blue.", " Seven."), "rows.jsonl row 1")
@@ -461,7 +461,7 @@ def test_kinds(tmp_path):
         read(path, source="reddit")
 
 
-def test_a_bad_row_stops_with_file_row_field_and_example(tmp_path):
+def test_read_names_bad_row(tmp_path):
     path = write_jsonl(
         tmp_path / "rows.jsonl", [PAIR, "", {"prompt": "p", "chosen": "c", "rejected": 3}]
     )
@@ -479,7 +479,7 @@ def test_a_bad_row_stops_with_file_row_field_and_example(tmp_path):
         assert part in message
 
 
-def test_known_defects_are_counted_even_where_bad_rows_are_errors(tmp_path):
+def test_read_counts_known_defects(tmp_path):
     empty, equal = PAIR | {"chosen": " "}, PAIR | {"chosen": "Seven. "}
     path = write_jsonl(
         tmp_path / "rows.jsonl",
@@ -500,7 +500,7 @@ def test_known_defects_are_counted_even_where_bad_rows_are_errors(tmp_path):
     assert len(read(path, "sft")[0]["train"]) == 2  # equal pairs are no matter to SFT
 
 
-def test_filtered_rows_are_apart_from_dropped_ones(tmp_path):
+def test_read_filtered_apart_from_dropped(tmp_path):
     path = write_jsonl(
         tmp_path / "shp.jsonl", [SHP, SHP | {"score_ratio": 1.5}, SHP | {"human_ref_A": ""}]
     )
@@ -510,7 +510,7 @@ def test_filtered_rows_are_apart_from_dropped_ones(tmp_path):
     assert ledger.train.dropped == {"empty response": 1}
 
 
-def test_choice_of_splits(tmp_path):
+def test_read_choice_of_splits(tmp_path):
     for name, n in (("train", 4), ("extra", 3), ("validation", 2), ("test", 1)):
         write_jsonl(tmp_path / f"{name}-00000-of-00001.jsonl", pairs(n, name))
 
@@ -540,7 +540,7 @@ def test_choice_of_splits(tmp_path):
         sizes(train_split="train+test", eval_split="test")
 
 
-def test_max_rows_stops_reading(tmp_path):
+def test_read_stops_at_max_rows(tmp_path):
     rows = [*pairs(2), PAIR | {"chosen": ""}, *pairs(1, "q"), "not JSON"]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     rows, ledger = read(path, max_rows=3)
@@ -548,7 +548,7 @@ def test_max_rows_stops_reading(tmp_path):
     assert ledger.train.read == 4 and ledger.train.dropped == {"empty response": 1}
 
 
-def test_one_split_is_used_whatever_its_name_and_holds_out_prompts(tmp_path):
+def test_read_holds_out_of_only_split(tmp_path):
     rows = [row for i in range(300) for row in pairs(1, f"{i}:") * 3]  # three pairs for each prompt
     write_jsonl(tmp_path / "test.jsonl", rows)
     out, ledger = read(tmp_path, eval_fraction=0.1)
@@ -577,7 +577,7 @@ HELD_OUT = [
 ]  # of p0 to p39, those whose sha256 is in the first tenth
 
 
-def test_held_out_prompts_are_these(tmp_path):
+def test_held_out_prompts_are_pinned(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", pairs(40))
     assert [row.prompt for row in read(path, eval_fraction=0.1)[0]["eval"]] == HELD_OUT
     few = write_jsonl(tmp_path / "few.jsonl", pairs(3))
@@ -588,20 +588,20 @@ def test_held_out_prompts_are_these(tmp_path):
     assert ledger.eval.read == 1 and ledger.train.held_out == len(HELD_OUT)
 
 
-def test_rows_without_a_prompt_are_held_out_by_their_text(tmp_path):
+def test_held_out_by_text_without_prompt(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", [{"text": f"text {i}"} for i in range(100)])
     rows, ledger = read(path, "sft", eval_fraction=0.2)
     assert len(rows["train"]) + len(rows["eval"]) == 100 and 5 < len(rows["eval"]) < 40
     assert ledger.shared_prompts == 0
 
 
-def test_prompts_on_both_sides_are_counted(tmp_path):
+def test_read_counts_prompts_on_both_sides(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", pairs(4))
     write_jsonl(tmp_path / "test.jsonl", [*pairs(2), *pairs(2), *pairs(3, "new")])
     assert read(tmp_path)[1].shared_prompts == 4
 
 
-def test_imdb_is_not_read_in_its_order(tmp_path):
+def test_imdb_is_shuffled(tmp_path):
     reviews = [{"text": f"review {i}", "label": int(i >= 50)} for i in range(100)]
     write_parquet(tmp_path / "train-00000-of-00001.parquet", reviews)
     write_parquet(tmp_path / "test-00000-of-00001.parquet", reviews)

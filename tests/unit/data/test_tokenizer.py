@@ -93,7 +93,7 @@ def answer(content):
         ({"bos": "<e>", "adds_bos": False}, "", ["<e>"]),
     ],
 )
-def test_bos_is_once_before_the_prompt_and_never_in_a_response(settings, prompt, expected):
+def test_encode_bos_once_before_prompt(settings, prompt, expected):
     tokenizer = small(**settings)
     (row,), _ = encoded(tokenizer, (prompt, ("d", " e")))
     assert row == [
@@ -104,7 +104,7 @@ def test_bos_is_once_before_the_prompt_and_never_in_a_response(settings, prompt,
     assert encode_prompts([prompt], tokenizer, data_config(), "keep_start")[0].tolist() == row[0]
 
 
-def test_a_prompt_that_spells_bos_has_it_once():
+def test_encode_prompt_that_spells_bos():
     tokenizer = small(bos="<b>", adds_bos=True)
     (row,), _ = encoded(tokenizer, ("<b>c", ("d", "e")))
     assert row[0] == ids_of(tokenizer, "<b>", "c")
@@ -112,16 +112,16 @@ def test_a_prompt_that_spells_bos_has_it_once():
     assert counts.dropped == {"BOS inside the text": 1}
 
 
-def test_bos_id_0_is_a_bos():
+def test_encode_bos_id_0():
     assert ids_of(small(bos="<b>", first=None), "<b>") == [0]
 
 
-def test_pad_equal_to_eos_changes_nothing():
+def test_encode_pad_equal_to_eos():
     rows = [("c", ("d",)), ("", ("e f",))]
     assert encoded(small(pad="<e>"), *rows)[0] == encoded(small(), *rows)[0]
 
 
-def test_append_eos_off():
+def test_encode_append_eos_off():
     tokenizer = small()
     assert encoded(tokenizer, ("c", ("d",)), append_eos=False)[0] == [
         [ids_of(tokenizer, "c"), ids_of(tokenizer, "d")]
@@ -129,7 +129,7 @@ def test_append_eos_off():
     assert encoded(small(bos="<b>", eos=None), ("c", ("d",)), append_eos=False)[1].kept == 1
 
 
-def test_eos_inside_a_text_is_dropped():
+def test_encode_drops_eos_inside_text():
     rows, counts = encoded(
         small(), ("c", ("d", "e")), ("c<e>", ("d", "e")), ("c", ("d", "e<e>")), ("c", ("<e>d", "e"))
     )
@@ -138,12 +138,12 @@ def test_eos_inside_a_text_is_dropped():
     assert counts.examples == {"EOS inside the text": ["row 2", "row 3", "row 4"]}
 
 
-def test_a_response_without_tokens_is_dropped():
+def test_encode_drops_empty_response():
     rows, counts = encoded(small(), ("c", ("d", "é")), ("c", ("d", "e")))
     assert len(rows) == 1 and counts.dropped == {"response without tokens": 1}
 
 
-def test_responses_equal_in_tokens_are_dropped():
+def test_encode_drops_equal_responses():
     rows, counts = encoded(
         small(), ("c", ("d", "dé")), ("c", ("dddde", "ddddf")), max_length=5, max_prompt_length=1
     )
@@ -153,7 +153,7 @@ def test_responses_equal_in_tokens_are_dropped():
     assert counts.prompts_truncated == counts.responses_truncated == 0
 
 
-def test_prompt_and_responses_are_tokenised_apart_and_merges_counted():
+def test_encode_counts_boundary_merges():
     tokenizer = small()
     rows, counts = encoded(tokenizer, ("ca", ("b", "c")), ("a", ("ab", "b")))
     assert rows[0] == [
@@ -162,7 +162,7 @@ def test_prompt_and_responses_are_tokenised_apart_and_merges_counted():
     assert (counts.boundary_merges, counts.boundaries) == (2, 4)
 
 
-def test_merges_are_counted_on_the_first_thousand_rows(monkeypatch):
+def test_encode_counts_merges_of_first_rows(monkeypatch):
     _, counts = encoded(small(), *[("a", ("b",))] * 1200)
     assert (counts.boundary_merges, counts.boundaries, counts.kept) == (1000, 1000, 1200)
 
@@ -225,11 +225,11 @@ def rule(truncate, bos=None, max_length=10, max_prompt_length=4):
         ("keep_end", 0, [0], [[5] * 20 + [99]], [0], [[5] * 9]),
     ],
 )
-def test_cut(truncate, bos, prompt, responses, cut_prompt, cut_responses):
+def test_cut_by_hand(truncate, bos, prompt, responses, cut_prompt, cut_responses):
     assert cut(prompt, responses, rule(truncate, bos)) == (cut_prompt, cut_responses)
 
 
-def test_keep_cue_leaves_the_start_and_the_last_16():
+def test_cut_keep_cue():
     for bos, start in ((0, [0, 1, 2]), (None, [0, 1, 2])):
         rule = Rule(bos, bos is not None, 99, True, 30, 19, "keep_cue")
         assert cut(list(range(40)), [[5, 99]], rule) == ([*start, *range(24, 40)], [[5, 99]])
@@ -238,11 +238,11 @@ def test_keep_cue_leaves_the_start_and_the_last_16():
 
 
 @pytest.mark.parametrize("truncate, kept", [("keep_start", [0]), ("keep_end", [0])])
-def test_cut_to_a_prompt_of_bos_alone(truncate, kept):
+def test_cut_to_bos_alone(truncate, kept):
     assert cut([0, 1, 2, 3], [[5] * 9], rule(truncate, 0, max_prompt_length=1)) == (kept, [[5] * 9])
 
 
-def test_truncation_is_counted():
+def test_encode_counts_truncation():
     rows, counts = encoded(
         small(),
         ("c" * 20, ("d", "e")),
@@ -272,7 +272,7 @@ def test_truncation_is_counted():
     assert (counts.responses_truncated, counts.eos_lost) == (1, 0)
 
 
-def test_mean_lengths():
+def test_encode_mean_lengths():
     counts = encoded(small(), ("c", ("ddd", "e")), ("ccc", ("d", "eee")))[1]
     assert counts.mean_tokens == {
         "prompt": 2,
@@ -290,7 +290,7 @@ def test_mean_lengths():
 # chat
 
 
-def test_chat_puts_eos_once_and_drops_what_the_template_puts_behind_it():
+def test_chat_eos_once_at_end():
     tokenizer = small(bos="<b>", adds_bos=True, template=CHATML)
     (row,), counts = encoded(tokenizer, ([user("c")], (answer("d"), answer("e "))))
     # the template puts no BOS, so there is none
@@ -302,7 +302,7 @@ def test_chat_puts_eos_once_and_drops_what_the_template_puts_behind_it():
     assert counts.boundaries == 2 and counts.dropped == {}
 
 
-def test_chat_appends_eos_where_the_template_has_none():
+def test_chat_appends_missing_eos():
     tokenizer = small(bos="<b>", adds_bos=True, template=NO_EOS)
     (row,), _ = encoded(tokenizer, ([user("c")], (answer("d"),)))
     assert row == [
@@ -313,13 +313,13 @@ def test_chat_appends_eos_where_the_template_has_none():
     assert row[1] == ids_of(tokenizer, "d", "\n")
 
 
-def test_chat_keeps_the_templates_eos_even_without_append_eos():
+def test_chat_keeps_template_eos():
     tokenizer = small(template=CHATML)
     (row,), _ = encoded(tokenizer, ([user("c")], (answer("d"),)), append_eos=False)
     assert row[1] == ids_of(tokenizer, "d", "<e>")
 
 
-def test_chat_with_eos_inside_the_response_is_dropped():
+def test_chat_drops_eos_inside_response():
     rows = [
         ([user("c<e>")], (answer("d"),)),
         ([user("c")], (answer("d<e>e"),)),
@@ -330,19 +330,19 @@ def test_chat_with_eos_inside_the_response_is_dropped():
     assert counts.examples == {"EOS inside the text": ["row 2", "row 3"]}
 
 
-def test_an_empty_chat_response_is_dropped():
+def test_chat_drops_empty_response():
     counts = encoded(small(template=CHATML), ([user("c")], (answer(""),)))[1]
     assert counts.dropped == {"response without tokens": 1}
 
 
-def test_chat_prompts_to_sample_from():
+def test_encode_prompts_of_chat():
     tokenizer = small(template=CHATML)
     assert encode_prompts([[user("c")], "d"], tokenizer, data_config(), "keep_end")[
         0
     ].tolist() == ids_of(tokenizer, "u", ":", "c", "<e>", "\n", "a", ":")
 
 
-def test_prompts_to_sample_from_are_cut():
+def test_encode_prompts_cuts():
     tokenizer = small(bos="<b>", adds_bos=True)
     settings = data_config(max_prompt_length=3)
     for truncate, kept in (("keep_end", ["<b>", "e", "f"]), ("keep_start", ["<b>", "c", "d"])):
@@ -353,7 +353,7 @@ def test_prompts_to_sample_from_are_cut():
 
 
 @pytest.mark.parametrize("max_length", [5, 7, 8, 100])
-def test_prompts_of_rows_are_cut_as_in_training(max_length):
+def test_encode_row_prompts_cut_as_training(max_length):
     """Of 5 tokens where they pass max_length with the response's 2: "d" and EOS."""
     tokenizer, changes = (
         small(bos="<b>", adds_bos=True),
@@ -382,7 +382,7 @@ def test_prompts_of_rows_are_cut_as_in_training(max_length):
         ),
     ],
 )
-def test_chat_templates_that_do_not_do(template, message):
+def test_chat_refuses_template(template, message):
     with pytest.raises(ValueError, match=message):
         encoded(small(template=template), ([user("c")], (answer("d"),)))
 
@@ -412,12 +412,12 @@ def test_chat_templates_that_do_not_do(template, message):
         ),
     ],
 )
-def test_settings_that_do_not_go_together(tokenizer, changes, message):
+def test_rule_refuses_settings(tokenizer, changes, message):
     with pytest.raises(ValueError, match=message):
         encoded(small(**tokenizer), ("", ("d",)), **changes)
 
 
-def test_load_says_what_is_missing(tmp_path):
+def test_load_names_what_is_missing(tmp_path):
     with pytest.raises(
         FileNotFoundError, match="nothing' is not a folder; a tokenizer is loaded from"
     ):
@@ -428,7 +428,7 @@ def test_load_says_what_is_missing(tmp_path):
         tokenizers.load(tmp_path)
 
 
-def test_load_gives_back_what_was_saved(tmp_path):
+def test_load_what_was_saved(tmp_path):
     saved = small(bos="<b>", adds_bos=True, template=CHATML)
     saved.save_pretrained(tmp_path)
     rows = [("c", ("d", "e")), ([user("c")], (answer("d"), answer("e")))]
@@ -447,7 +447,7 @@ def test_examples_are_a_sequence():
     assert isinstance(responses, tuple)
 
 
-def test_fingerprint_sees_every_id_and_boundary():
+def test_fingerprint_sees_ids_and_boundaries():
     def examples(*rows):
         arrays = [[np.array(part, np.int32) for part in row] for row in rows]
         return Examples(
@@ -484,7 +484,7 @@ def test_fingerprint_sees_every_id_and_boundary():
         ("pythia-tokenizer", [], [0], 0),
     ],
 )
-def test_real_tokenizers(name, start, empty, eos):
+def test_encode_with_real_tokenizers(name, start, empty, eos):
     tokenizer = tokenizers.load(SHARED / name)
     text = "\n\nHuman: Hi there\n\nAssistant:"
     rows, counts = encoded(
@@ -504,7 +504,7 @@ def test_real_tokenizers(name, start, empty, eos):
 
 
 @needs_shared
-def test_a_literal_eos_in_the_text_is_found_by_real_tokenizers():
+def test_encode_literal_eos_with_real_tokenizers():
     for name, eos in (("stories260k", "</s>"), ("gpt2-tokenizer", "<|endoftext|>")):
         counts = encoded(tokenizers.load(SHARED / name), ("p", (f" a {eos} b", " c")))[1]
         assert counts.dropped == {"EOS inside the text": 1}

@@ -32,13 +32,13 @@ def reward_of(pair: dict, side: str) -> float:
 
 
 @pytest.mark.parametrize("text", ["film", " good plot not bad acting"])
-def test_text_goes_through_the_tokenizer_and_back(text):
+def test_tokenizer_round_trip(text):
     tokenizer = toy.tokenizer()
     assert tokenizer.encode(text) == ids(text)
     assert tokenizer.decode(ids(text)) == text.strip()
 
 
-def test_the_tokenizer_has_the_eight_words_and_nothing_else():
+def test_tokenizer_has_eight_words():
     tokenizer = toy.tokenizer()
     assert len(tokenizer) == len(toy.WORDS) == 8
     assert tokenizer.all_special_tokens == []
@@ -46,7 +46,7 @@ def test_the_tokenizer_has_the_eight_words_and_nothing_else():
         tokenizer.encode("film noir")
 
 
-def test_a_saved_tokenizer_is_the_same_beside_a_gpt2_config(tmp_path):
+def test_tokenizer_saved_beside_gpt2_config(tmp_path):
     """A model's folder names another tokenizer class by its model_type; the saved one must win."""
     toy.tokenizer().save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "vocab_size": 8}))
@@ -56,7 +56,7 @@ def test_a_saved_tokenizer_is_the_same_beside_a_gpt2_config(tmp_path):
     assert loaded.decode(ids("not terrible film")) == "not terrible film"
 
 
-def test_completions_are_all_numbers_of_base_eight():
+def test_completions_are_all_base_8_numbers():
     assert COMPLETIONS.shape == (8**5, 5)
     np.testing.assert_array_equal(COMPLETIONS @ 8 ** np.arange(4, -1, -1), np.arange(8**5))
 
@@ -78,18 +78,18 @@ def test_completions_are_all_numbers_of_base_eight():
         ("film plot acting bad not", -0.5),
     ],
 )
-def test_rewards_by_hand(completion, expected):
+def test_reward_by_hand(completion, expected):
     assert reward(completion) == expected
 
 
-def test_a_prompt_counts_only_by_flipping():
+def test_reward_flips_by_prompt():
     assert reward("good film film film film", "bad") == 0.5
     assert reward("good film film film film", "not") == -0.5
     assert REWARDS_PC.shape == (4, 8**5)
     assert (REWARDS_PC[0] == REWARDS_PC).all()  # no prompt is "not"
 
 
-def test_the_corpus_is_negative_and_differs_by_prompt():
+def test_corpus_is_negative_and_by_prompt():
     corpus = toy.corpus(seed=0, n=20_000)
     assert corpus.shape == (20_000, 6)
     assert set(corpus[:, 0]) == set(toy.PROMPTS)
@@ -100,7 +100,7 @@ def test_the_corpus_is_negative_and_differs_by_prompt():
     assert np.diff(np.sort(means)).min() > 0.1  # standard errors are 0.02
 
 
-def test_the_corpus_follows_its_chain():
+def test_corpus_follows_its_chain():
     corpus = toy.corpus(seed=3, n=40_000)
     rows = corpus[corpus[:, 0] == IDS["acting"]]
     before, after = rows[:, :-1].ravel(), rows[:, 1:].ravel()
@@ -111,12 +111,12 @@ def test_the_corpus_follows_its_chain():
         assert (abs(share_V - expected_VV[word]) < 5 * error_V).all()
 
 
-def test_the_corpus_depends_on_the_seed_alone():
+def test_corpus_depends_on_seed_alone():
     np.testing.assert_array_equal(toy.corpus(0, 50), toy.corpus(0, 100)[:50])
     assert (toy.corpus(0, 100) != toy.corpus(1, 100)).any()
 
 
-def test_rows_for_sft():
+def test_toy_rows_for_sft():
     rows = sources.read(data(max_rows=50), "sft", Ledger())
     assert (len(rows["train"]), len(rows["eval"])) == (50, toy.EVAL_ROWS)
     assert [row.responses for row in rows["train"]] != [row.responses for row in rows["eval"][:50]]
@@ -128,6 +128,6 @@ def test_rows_for_sft():
     assert len(toy.rows(data(max_eval_rows=3), "sft")["train"]) == toy.TRAIN_ROWS
 
 
-def test_pairs_are_another_stages_work():
+def test_toy_has_no_pairs():
     with pytest.raises(ValueError, match="`pairs` stage"):
         toy.rows(data(), "pairs")

@@ -47,7 +47,7 @@ WORD_REWARDS = np.broadcast_to(
 BETAS = (0.01, 0.1, 0.3, 1.0, 3.0, 30.0, 1000.0)
 
 
-def test_enumeration_equals_scoring_each_sequence(params, reference):
+def test_enumerate_equals_each_sequence(params, reference):
     for prompt, logps_C in zip(PROMPTS, reference, strict=True):
         tokens_CT = np.array(
             [[prompt, *words] for words in itertools.product(range(3), repeat=LENGTH)]
@@ -59,13 +59,13 @@ def test_enumeration_equals_scoring_each_sequence(params, reference):
             )  # float32, at 15 nats
 
 
-def test_probabilities_sum_to_one(reference):
+def test_enumerate_sums_to_1(reference):
     assert reference.dtype == np.float64
     np.testing.assert_allclose(np.exp(reference).sum(-1), 1, atol=1e-6)
     assert np.ptp(reference) > 2  # not about uniform
 
 
-def test_the_toys_length_is_the_default():
+def test_enumerate_default_length():
     config = dataclasses.replace(CONFIG, vocab=8, layers=1)
     params = jax.jit(transformer.init, static_argnums=0)(config, jax.random.key(0))
     logps = exact.enumerate_log_probs(config, params, toy.PROMPTS)
@@ -73,7 +73,7 @@ def test_the_toys_length_is_the_default():
     np.testing.assert_allclose(np.exp(logps).sum(-1), 1, atol=1e-6)
 
 
-def test_enumeration_on_a_mesh(params, reference):
+def test_enumerate_on_mesh(params, reference):
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     params = jax.device_put(params, sharding.param_shardings(mesh, params))
     with jax.set_mesh(mesh):
@@ -83,7 +83,7 @@ def test_enumeration_on_a_mesh(params, reference):
     )  # float32 log-probs down to -21
 
 
-def test_logits_that_see_later_words_are_found_out(params, monkeypatch):
+def test_enumerate_finds_noncausal_logits(params, monkeypatch):
     def leak(config, params, tokens_BT):
         return LOGITS(config, params, tokens_BT[:, ::-1])
 
@@ -93,7 +93,7 @@ def test_logits_that_see_later_words_are_found_out(params, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")
-def test_weights_that_are_not_finite_are_found_out(params):
+def test_enumerate_finds_nan(params):
     with pytest.raises(ArithmeticError, match="not finite"):
         exact.enumerate_log_probs(
             CONFIG, jax.tree.map(lambda x: x * np.nan, params), PROMPTS, LENGTH
@@ -117,14 +117,14 @@ def test_optimum_by_hand():
 
 
 @pytest.mark.parametrize("beta", BETAS)
-def test_kl_of_the_optimum_is_its_reward_over_beta_minus_log_z(reference, beta):
+def test_optimum_kl_identity(reference, beta):
     reward, kl = exact.optimum(reference, REWARDS, beta)
     log_z_P = np.log((np.exp(reference) * np.exp(REWARDS / beta)).sum(-1))
     assert kl == pytest.approx(reward / beta - log_z_P.mean(), abs=1e-9 * max(1, 1 / beta))
 
 
 @pytest.mark.parametrize("beta", (0.1, 0.3, 1.0, 3.0))
-def test_no_policy_near_the_optimum_has_a_better_objective(reference, beta):
+def test_optimum_is_best_nearby(reference, beta):
     """max E r - beta KL (eq. 3) is attained by the optimum."""
     reward, kl = exact.optimum(reference, REWARDS, beta)
     tilted = reference + REWARDS / beta
@@ -138,14 +138,14 @@ def test_no_policy_near_the_optimum_has_a_better_objective(reference, beta):
 
 @pytest.mark.parametrize("rewards", [REWARDS, WORD_REWARDS], ids=["all distinct", "few distinct"])
 @pytest.mark.parametrize("beta", BETAS)
-def test_the_bound_is_tight_at_each_optimum(reference, rewards, beta):
+def test_bound_is_tight_at_optimum(reference, rewards, beta):
     reward, kl = exact.optimum(reference, rewards, beta)
     gap = exact.bound(reference, rewards, kl) - reward
     assert -1e-9 < gap < 1e-5
 
 
 @pytest.mark.parametrize("rewards", [REWARDS, WORD_REWARDS], ids=["all distinct", "few distinct"])
-def test_no_policy_is_above_the_bound(reference, rewards):
+def test_bound_is_above_policies(reference, rewards):
     rng = np.random.default_rng(2)
     policies = [random_policy(rng, scale) for scale in (0.1, 1, 3, 10) for _ in range(20)]
     policies += [
@@ -157,14 +157,14 @@ def test_no_policy_is_above_the_bound(reference, rewards):
     assert (exact.bound(reference, rewards, points[:, 1]) - points[:, 0] >= -1e-6).all()
 
 
-def test_the_ends_of_the_bound(reference):
+def test_bound_ends(reference):
     """At no KL it is the reference's reward; where KL is plenty, the best completion's."""
     nothing, plenty = exact.bound(reference, REWARDS, [0, 50])
     assert nothing == pytest.approx(exact.reward_and_kl(reference, reference, REWARDS)[0], abs=1e-5)
     assert plenty == pytest.approx(REWARDS.max(-1).mean(), abs=1e-4)
 
 
-def test_the_bound_rises_and_is_concave(reference):
+def test_bound_rises_and_is_concave(reference):
     rewards = exact.bound(reference, REWARDS, np.linspace(0, 6, 200))
     assert (np.diff(rewards) > 0).sum() > 100
     assert (np.diff(rewards) > -1e-9).all()
@@ -184,7 +184,7 @@ def reward_and_kl_of(share_PC) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
-def test_best_of_n_by_going_through_all_draws(n):
+def test_best_of_n_equals_all_draws(n):
     """The first of the best is taken, which is as good as a coin where all draws are gone
     through.
     """
@@ -195,7 +195,7 @@ def test_best_of_n_by_going_through_all_draws(n):
     assert exact.best_of_n(FEW, FEW_REWARDS, n) == pytest.approx(reward_and_kl_of(share_PC))
 
 
-def test_the_ends_of_best_of_n(reference):
+def test_best_of_n_ends(reference):
     """One is the reference, very many the best completion; without ties KL is at most log n - (n -
     1) / n.
     """
@@ -215,7 +215,7 @@ def test_the_ends_of_best_of_n(reference):
 
 
 @pytest.mark.parametrize("labels", ["bradley_terry", "deterministic"])
-def test_preferred_ft_by_going_through_all_pairs(labels):
+def test_preferred_ft_equals_all_pairs(labels):
     """Draw two, leave out equal ones (and with deterministic labels equal rewards), label, keep the
     chosen.
     """
@@ -229,7 +229,7 @@ def test_preferred_ft_by_going_through_all_pairs(labels):
     assert exact.preferred_ft(FEW, FEW_REWARDS, labels) == pytest.approx(reward_and_kl_of(share_PC))
 
 
-def test_the_optimum_for_a_learned_reward_is_measured_by_the_true_one(reference):
+def test_optimum_of_learned_reward(reference):
     learned = REWARDS + np.random.default_rng(3).normal(size=REWARDS.shape)
     share_PC = np.exp(reference + learned / 0.5)
     share_PC /= share_PC.sum(-1, keepdims=True)
@@ -246,7 +246,7 @@ def test_the_optimum_for_a_learned_reward_is_measured_by_the_true_one(reference)
 
 
 @pytest.mark.parametrize("rewards", [REWARDS, WORD_REWARDS], ids=["all distinct", "few distinct"])
-def test_none_of_them_is_above_the_bound(reference, rewards):
+def test_bound_is_above_methods(reference, rewards):
     points = [exact.best_of_n(reference, rewards, n) for n in (1, 2, 16, 1000)]
     points += [
         exact.preferred_ft(reference, rewards, labels)
@@ -258,7 +258,7 @@ def test_none_of_them_is_above_the_bound(reference, rewards):
         assert exact.bound(reference, rewards, kl) - reward > -1e-6
 
 
-def test_frontier_is_drawn(reference, tmp_path):
+def test_plot_toy_frontier(reference, tmp_path):
     kls = np.linspace(0, 2, 50)
     plots.frontier(
         tmp_path / "toy.png",
@@ -340,7 +340,7 @@ def drawn(tmp_path_factory):
     return figures[0], rows
 
 
-def test_each_panel_has_its_points(drawn):
+def test_plot_panels_have_points(drawn):
     figure, rows = drawn
     assert [axes.get_title() for axes in figure.axes] == ["first", "second"]
     for axes, panel in zip(figure.axes, "ab", strict=True):
@@ -371,7 +371,7 @@ def test_each_panel_has_its_points(drawn):
     ]
 
 
-def test_labels_hide_neither_points_nor_each_other(drawn):
+def test_plot_labels_hide_nothing(drawn):
     from matplotlib.text import Text
 
     figure, _ = drawn

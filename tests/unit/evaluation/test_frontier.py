@@ -10,7 +10,7 @@ from dpo_jax.evaluation import exact, frontier
 REWARDS = np.random.default_rng(0).normal(size=(3, 40))
 
 
-def test_samples_that_are_the_whole_language_give_the_exact_frontier():
+def test_frontier_of_whole_language_is_exact():
     """Each of 40 completions once, alike under the reference: the estimate is the bound, as far as
     it goes.
     """
@@ -21,7 +21,7 @@ def test_samples_that_are_the_whole_language_give_the_exact_frontier():
     assert (np.diff(kls) >= 0).all() and len(kls) > 100
 
 
-def test_the_frontier_of_a_normal_reward():
+def test_frontier_of_normal_reward():
     """Its optimum has reward 1 / beta and KL 1 / (2 beta^2), so sqrt(2 KL) at each KL; the estimate
     is just below.
     """
@@ -32,7 +32,7 @@ def test_the_frontier_of_a_normal_reward():
     np.testing.assert_allclose(np.mean(errors, axis=0), [0, -0.02, -0.11], atol=0.03)
 
 
-def test_the_frontier_ends_where_samples_cannot_tell():
+def test_frontier_ends_where_untrusted():
     kls, _ = frontier.frontier(REWARDS)
     assert np.log(40) - 2.1 < kls[-1] <= np.log(40) - 2
     halves = np.repeat([[0.0, 1.0]], 20, axis=0).T.reshape(
@@ -43,7 +43,7 @@ def test_the_frontier_ends_where_samples_cannot_tell():
     assert kls[-1] == pytest.approx(np.log(2)) and rewards[-1] == pytest.approx(1)
 
 
-def test_too_few_samples_are_refused():
+def test_frontier_refuses_few_samples():
     with pytest.raises(ValueError, match="7 samples .* expected 8 or more"):
         frontier.frontier(REWARDS[:, :7])
     assert len(frontier.frontier(REWARDS[:, :8])[0])
@@ -51,7 +51,7 @@ def test_too_few_samples_are_refused():
 
 @pytest.mark.parametrize("n", [1, 2, 5, 8])
 @pytest.mark.parametrize("ranked_by", ["itself", "another"])
-def test_best_of_n_is_the_mean_over_all_subsets(n, ranked_by):
+def test_best_of_n_equals_all_subsets(n, ranked_by):
     rewards = REWARDS[:, :8]
     ranking = rewards if ranked_by == "itself" else REWARDS[:, 8:16]
     best = [
@@ -64,14 +64,14 @@ def test_best_of_n_is_the_mean_over_all_subsets(n, ranked_by):
     assert found["reward_se"] == pytest.approx(of_prompt.std(ddof=1) / np.sqrt(3))
 
 
-def test_best_of_n_where_rewards_tie():
+def test_best_of_n_with_ties():
     rewards = np.array([[0.0, 0.0, 1.0, 1.0, 1.0], [2.0, 2.0, 2.0, 2.0, 2.0]])
     found = frontier.best_of_n(rewards, rewards, 2)  # of 10 pairs, one is (0, 0)
     assert found["reward"] == pytest.approx((0.9 + 2) / 2)
 
 
 @pytest.mark.parametrize("n", [1, 4, 16])
-def test_the_kl_of_best_of_n(n):
+def test_best_of_n_kl(n):
     """Next to none tie among 32,768 completions alike under the reference; where some do, the KL is
     less.
     """
@@ -84,6 +84,6 @@ def test_the_kl_of_best_of_n(n):
 
 
 @pytest.mark.parametrize("n", [0, 41])
-def test_best_of_more_than_there_are_is_refused(n):
+def test_best_of_n_refuses_more_than_samples(n):
     with pytest.raises(ValueError, match=f"best of {n}: there are 40 samples"):
         frontier.best_of_n(REWARDS, REWARDS, n)

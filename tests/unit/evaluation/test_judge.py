@@ -25,7 +25,7 @@ from tests.helpers.judge_server import (
 
 
 @pytest.mark.parametrize("template", judge.TEMPLATES)
-def test_a_right_judge_is_understood_in_either_order(template, tmp_path):
+def test_compare_in_either_order(template, tmp_path):
     with JudgeServer(prefers(longer)) as server, server.environment():
         found = compare(a_judge(template=template), comparisons(16), tmp_path, quiet)
     assert found == LONGER_WINS * 4
@@ -37,7 +37,7 @@ def test_a_right_judge_is_understood_in_either_order(template, tmp_path):
     ] == f"Bearer {KEY}"
 
 
-def test_the_order_is_drawn_by_the_seed_and_the_content(tmp_path):
+def test_compare_order_by_seed_and_content(tmp_path):
     def orders(folder, rows, **fields):
         with JudgeServer(always("A")) as server, server.environment():
             compare(a_judge(**fields), rows, tmp_path / folder, quiet)
@@ -49,7 +49,7 @@ def test_the_order_is_drawn_by_the_seed_and_the_content(tmp_path):
     assert 4 < sum(by_another_seed[i] != first[i] for i in range(24)) < 20
 
 
-def test_a_judge_that_always_says_a(tmp_path):
+def test_compare_judge_always_says_a(tmp_path):
     with JudgeServer(always("A")) as server, server.environment():
         both = compare(a_judge(orders=2), comparisons(24), tmp_path, quiet)
         once = compare(a_judge(), comparisons(24), tmp_path, quiet)
@@ -58,13 +58,13 @@ def test_a_judge_that_always_says_a(tmp_path):
     assert len(server.requests) == 48  # the one order was among the two
 
 
-def test_both_orders_of_a_right_judge(tmp_path):
+def test_compare_in_both_orders(tmp_path):
     with JudgeServer(prefers(longer)) as server, server.environment():
         assert compare(a_judge(orders=2), comparisons(8), tmp_path, quiet) == LONGER_WINS * 2
     assert len(server.requests) == 16
 
 
-def test_what_needs_no_judge(tmp_path, monkeypatch):
+def test_compare_without_judge(tmp_path, monkeypatch):
     """Neither a key nor a network."""
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     rows = [("same", " same\n"), ("", "text"), ("text", "  "), ("", " ")]
@@ -77,13 +77,13 @@ def test_what_needs_no_judge(tmp_path, monkeypatch):
     assert compare(a_judge(), [], tmp_path, quiet) == []
 
 
-def test_equal_questions_are_asked_once(tmp_path):
+def test_compare_asks_equal_questions_once(tmp_path):
     with JudgeServer(prefers(longer)) as server, server.environment():
         assert compare(a_judge(), comparisons(4) * 5, tmp_path, quiet) == LONGER_WINS * 5
     assert len(server.requests) == 4
 
 
-def test_braces_in_texts_are_text(tmp_path):
+def test_compare_braces_in_texts(tmp_path):
     with JudgeServer(prefers(longer)) as server, server.environment():
         assert compare(
             a_judge(), [Comparison("{a} {x}", "{b} {", "one two three {0}")], tmp_path, quiet
@@ -94,7 +94,7 @@ def test_braces_in_texts_are_text(tmp_path):
     }
 
 
-def test_a_finished_evaluation_replays_without_network_and_key(tmp_path, monkeypatch):
+def test_compare_replays_without_network(tmp_path, monkeypatch):
     lines = []
     with JudgeServer(prefers(longer)) as server, server.environment():
         found = compare(a_judge(input_price=1.0), comparisons(12), tmp_path, lines.append)
@@ -119,7 +119,7 @@ def test_a_finished_evaluation_replays_without_network_and_key(tmp_path, monkeyp
             compare(a_judge(**other), comparisons(12), tmp_path, quiet)
 
 
-def test_an_unreadable_answer_is_asked_again_then_counted_apart(tmp_path):
+def test_compare_asks_again_if_unreadable(tmp_path):
     def behave(prompt, times):
         if asked(prompt) == 0 or (asked(prompt) == 1 and times < 2):
             return ["Both are fine.", "Better: A or B", ""][times]
@@ -134,7 +134,7 @@ def test_an_unreadable_answer_is_asked_again_then_counted_apart(tmp_path):
     ] * 4 + [1, 1, 2, 2]
 
 
-def test_one_order_that_cannot_be_read_leaves_none(tmp_path):
+def test_compare_one_unreadable_order(tmp_path):
     def behave(prompt, _times):
         return answer("A") if texts(prompt)[0].startswith("ours") else "no"
 
@@ -178,7 +178,7 @@ def test_one_order_that_cannot_be_read_leaves_none(tmp_path):
         ("Note: A", "A"),
     ],
 )
-def test_answers_are_read_strictly(text, expected):
+def test_read_choice_is_strict(text, expected):
     assert judge.read_choice(text) == expected
 
 
@@ -194,14 +194,14 @@ def test_answers_are_read_strictly(text, expected):
         ("{} {prompt} {a} {b}", "{}"),
     ],
 )
-def test_a_template_file_is_checked(text, message, tmp_path):
+def test_read_template_checks_file(text, message, tmp_path):
     (tmp_path / "mine.txt").write_text(text)
     with pytest.raises(ValueError) as error:
         a_judge(template=str(tmp_path / "mine.txt"))
     assert message in str(error.value) and "mine.txt" in str(error.value)
 
 
-def test_a_template_file_is_used_as_it_is(tmp_path):
+def test_read_template_as_it_is(tmp_path):
     path = tmp_path / "mine.txt"
     path.write_text('{{"q": {prompt}}} first={a} second={b}')
 
@@ -214,7 +214,7 @@ def test_a_template_file_is_used_as_it_is(tmp_path):
     assert server.prompts[0].startswith('{"q": post ')
 
 
-def test_a_template_that_is_not_there():
+def test_read_template_missing():
     with pytest.raises(
         ValueError, match="'sumary' is neither a file nor one of summary_simple, summary_concise, "
     ):
@@ -236,12 +236,12 @@ def test_a_template_that_is_not_there():
         (dict(input_price=-1.0), "input_price"),
     ],
 )
-def test_settings_are_checked(fields, message):
+def test_judge_checks_settings(fields, message):
     with pytest.raises(ValueError, match=message):
         a_judge(**fields)
 
 
-def test_failures_that_pass_are_tried_again(tmp_path):
+def test_compare_retries_failures(tmp_path):
     """Too many requests, a server's fault, a hang, a dropped connection: each once, then an
     answer.
     """
@@ -270,7 +270,7 @@ def test_failures_that_pass_are_tried_again(tmp_path):
     assert "calls 4 (4 retried)" in lines[-1]
 
 
-def test_a_failure_that_stays_ends_the_evaluation_and_keeps_what_was_answered(tmp_path):
+def test_compare_ends_at_lasting_failure(tmp_path):
     refusal = Status(402, dict(error=dict(message="no credit")))
 
     def behave(prompt, times):
@@ -287,7 +287,7 @@ def test_a_failure_that_stays_ends_the_evaluation_and_keeps_what_was_answered(tm
 
 
 @pytest.mark.parametrize("status", chat_api.REFUSALS)
-def test_a_question_that_is_always_refused_is_counted_apart(status, tmp_path, monkeypatch):
+def test_compare_counts_refused_questions(status, tmp_path, monkeypatch):
     """The first of all too; it is asked once, costs nothing, and the others go on."""
 
     def behave(prompt, times):
@@ -313,7 +313,7 @@ def test_a_question_that_is_always_refused_is_counted_apart(status, tmp_path, mo
 
 
 @pytest.mark.parametrize("answers", [0, 10])
-def test_an_endpoint_that_refuses_everything_ends_the_evaluation(answers, tmp_path):
+def test_compare_ends_if_all_refused(answers, tmp_path):
     """Nothing of it is kept, as the questions are not at fault; nor where it begins to after some
     answers.
     """
@@ -333,7 +333,7 @@ def test_an_endpoint_that_refuses_everything_ends_the_evaluation(answers, tmp_pa
     )
 
 
-def test_a_server_that_is_not_there(tmp_path, monkeypatch):
+def test_compare_without_server(tmp_path, monkeypatch):
     monkeypatch.setattr(chat_api, "RETRIES", 1)
     with JudgeServer(always("A")) as server:
         pass  # it is there, and closed again: its port is nobody's
@@ -344,7 +344,7 @@ def test_a_server_that_is_not_there(tmp_path, monkeypatch):
         compare(a_judge(), comparisons(2), tmp_path, quiet)
 
 
-def test_an_endless_hang_times_out(tmp_path, monkeypatch):
+def test_compare_times_out(tmp_path, monkeypatch):
     monkeypatch.setattr(chat_api, "RETRIES", 1)
     with (
         JudgeServer(lambda *_: Hang()) as server,
@@ -363,7 +363,7 @@ def test_an_endless_hang_times_out(tmp_path, monkeypatch):
         Status(200, '{"choices": [{"message": {"content": 5}}]}'),
     ],
 )
-def test_what_is_no_chat_endpoint(reply, tmp_path):
+def test_compare_with_no_chat_endpoint(reply, tmp_path):
     with (
         JudgeServer(lambda *_: reply) as server,
         server.environment(),
@@ -373,7 +373,7 @@ def test_what_is_no_chat_endpoint(reply, tmp_path):
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 400, 422])
-def test_no_error_shows_the_key(status, tmp_path):
+def test_errors_never_show_key(status, tmp_path):
     reply = Status(status, dict(error=dict(message=f"Incorrect API key provided: {KEY}", code=KEY)))
     with (
         JudgeServer(lambda *_: reply) as server,
@@ -396,7 +396,7 @@ def test_no_error_shows_the_key(status, tmp_path):
         ("sk-one\x07two-0123456", "Copy it again"),
     ],
 )
-def test_a_key_that_cannot_be_sent(key, message, tmp_path):
+def test_api_key_that_cannot_be_sent(key, message, tmp_path):
     with (
         JudgeServer(always("A")) as server,
         server.environment(key),
@@ -406,12 +406,12 @@ def test_a_key_that_cannot_be_sent(key, message, tmp_path):
     assert not key.strip() or key not in str(error.value)
 
 
-def test_a_key_with_the_end_of_its_line(tmp_path):
+def test_api_key_with_newline(tmp_path):
     with JudgeServer(prefers(longer)) as server, server.environment(KEY + "\n"):
         assert compare(a_judge(), comparisons(), tmp_path, quiet) == LONGER_WINS
 
 
-def test_max_calls_stops_before_it_is_passed(tmp_path):
+def test_max_calls_is_never_passed(tmp_path):
     with JudgeServer(prefers(longer)) as server, server.environment():
         for cap, already in [(5, 0), (5, 5), (9, 5)]:  # what earlier runs kept counts
             with pytest.raises(
@@ -424,7 +424,7 @@ def test_max_calls_stops_before_it_is_passed(tmp_path):
 
 
 @pytest.mark.parametrize("usage", [True, False])
-def test_max_cost_stops_before_it_is_passed(usage, tmp_path):
+def test_max_cost_is_never_passed(usage, tmp_path):
     """One that is not told what a call cost takes the most that it can have cost."""
     prices = dict(input_price=1000.0, output_price=100.0)
     stopped = pytest.raises(
@@ -444,7 +444,7 @@ def test_max_cost_stops_before_it_is_passed(usage, tmp_path):
     assert len(rows) == len(server.requests) < 30
 
 
-def test_requests_are_paced_and_so_are_retries(tmp_path):
+def test_requests_and_retries_are_paced(tmp_path):
     def behave(prompt, times):
         return prefers(longer)(prompt, times) if times else Status(500, "", {"Retry-After": "0.01"})
 
@@ -454,7 +454,7 @@ def test_requests_are_paced_and_so_are_retries(tmp_path):
     assert len(times) == 8 and times[-1] - times[0] > 7 * 0.5 - 0.2
 
 
-def test_concurrency_is_bounded_and_used(tmp_path):
+def test_concurrency_is_bounded(tmp_path):
     at_once, most, lock = 0, 0, threading.Lock()
 
     def behave(prompt, times):
@@ -473,7 +473,7 @@ def test_concurrency_is_bounded_and_used(tmp_path):
 
 
 @pytest.mark.parametrize("line", ["{", "[]", '{"key": "1"}', ""])
-def test_a_broken_line_is_named(line, tmp_path):
+def test_read_names_broken_line(line, tmp_path):
     with JudgeServer(prefers(longer)) as server, server.environment():
         compare(a_judge(), comparisons(), tmp_path, quiet)
     path = tmp_path / "judgements.jsonl"
@@ -485,7 +485,7 @@ def test_a_broken_line_is_named(line, tmp_path):
     assert path.read_bytes() == content
 
 
-def test_by_a_reward():
+def test_compare_by_reward():
     def reward(prompts, completions, tokens):
         assert tokens is None and len(prompts) == len(completions) == 12
         return np.array(
@@ -511,7 +511,7 @@ def test_by_a_reward():
     assert judge.compare_by_reward(lambda *_: np.zeros(0), []) == []
 
 
-def test_the_record_says_who_judged_what_and_when(tmp_path):
+def test_write_verdicts_record(tmp_path):
     settings = a_judge(seed=3, template="summary_simple")
     began = time.strftime("%Y-%m-%d %H:%M:%S")
     with JudgeServer(prefers(longer)) as server, server.environment():
@@ -546,7 +546,7 @@ def test_the_record_says_who_judged_what_and_when(tmp_path):
     assert not list(tmp_path.glob("*.draft"))
 
 
-def test_the_news_template_speaks_of_articles():
+def test_news_template_speaks_of_articles():
     news, forum = judge.TEMPLATES["news_concise"], judge.TEMPLATES["summary_concise"]
     assert (
         "post" not in news

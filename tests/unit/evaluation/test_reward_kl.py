@@ -43,7 +43,7 @@ def evaluated(prompts):
     return reward_kl.evaluate(model, REFERENCE, prompts, reward, sampling)
 
 
-def test_estimates_are_near_the_exact_values(evaluated):
+def test_evaluate_is_near_exact(evaluated):
     values, _ = evaluated
     completions_CT = np.indices((CONFIG.vocab,) * LENGTH).reshape(LENGTH, -1).T
     policy_PC, reference_PC = (
@@ -62,7 +62,7 @@ def test_estimates_are_near_the_exact_values(evaluated):
     assert values["frontier/kl_se"] < 0.5 * values["frontier/kl_sampled_se"]
 
 
-def test_rows_are_the_prompts_in_order_and_what_the_values_are_means_of(evaluated, prompts):
+def test_evaluate_rows_in_order(evaluated, prompts):
     values, rows = evaluated
     assert [row["prompt"] for row in rows] == prompts.texts
     for name in ("reward", "kl", "length"):
@@ -119,14 +119,14 @@ def test_sequence_kls_equal_float64(mesh, max_new_tokens, batch_size):
         np.testing.assert_allclose(values, expected, atol=1e-4)
 
 
-def test_a_policy_that_is_the_reference_has_no_kl():
+def test_sequence_kls_of_reference_are_0():
     pairs = [(prompt, tokens) for prompt, (tokens, _) in random_pairs(10, vocab=CONFIG.vocab)]
     model = Model(CONFIG, POLICY, None, ONE_DEVICE)
     for values in reward_kl.sequence_kls(model, POLICY, pairs, 12, 4):
         np.testing.assert_array_equal(values, 0)
 
 
-def test_values_by_hand_and_later_calls_compile_nothing(monkeypatch):
+def test_evaluate_by_hand(monkeypatch):
     words = list(toy.WORDS)
     asked = Prompts([np.array([5], np.int32), np.array([1, 6], np.int32)], ["film", "good plot"])
 
@@ -171,11 +171,11 @@ def test_values_by_hand_and_later_calls_compile_nothing(monkeypatch):
         ([1, 2, 3, 1, 2, 3], 1 / 4),
     ],
 )
-def test_repetition(tokens, share):
+def test_repetition_by_hand(tokens, share):
     assert reward_kl.repetition(np.array(tokens)) == pytest.approx(share)
 
 
-def test_the_log_shows_values_and_completions(evaluated):
+def test_evaluate_log(evaluated):
     values, rows = evaluated
     shown = reward_kl.table(values)
     assert f"{values['frontier/kl']:.4f} ± {values['frontier/kl_se']:.4f} nats" in shown

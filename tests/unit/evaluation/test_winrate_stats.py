@@ -11,7 +11,7 @@ import sklearn.metrics
 from dpo_jax.evaluation import winrate_stats
 
 
-def test_a_tie_is_half_a_win():
+def test_win_rate_tie_is_half():
     found = winrate_stats.win_rate(["win"] * 6 + ["tie"] * 2 + ["loss"] * 2 + [None])
     assert found["rate"] == 0.7
     assert [found[name] for name in ("wins", "ties", "losses", "unparsable", "n")] == [
@@ -26,7 +26,7 @@ def test_a_tie_is_half_a_win():
 
 
 @pytest.mark.parametrize("wins, n", [(0, 1), (1, 1), (0, 20), (20, 20), (143, 256)])
-def test_wilson_is_scipys(wins, n):
+def test_wilson_equals_scipy(wins, n):
     found = winrate_stats.win_rate(["win"] * wins + ["loss"] * (n - wins))
     np.testing.assert_allclose(
         [found["low"], found["high"]],
@@ -35,7 +35,7 @@ def test_wilson_is_scipys(wins, n):
     )
 
 
-def test_no_verdicts_and_strange_ones():
+def test_win_rate_of_none_or_strange():
     found = winrate_stats.win_rate([None, None])
     assert (
         found["rate"] is None
@@ -49,7 +49,7 @@ def test_no_verdicts_and_strange_ones():
 @pytest.mark.parametrize(
     "shares", [(0.5, 0.0, 0.5), (0.5, 0.3, 0.2), (0.1, 0.8, 0.1), (0.92, 0.04, 0.04)]
 )
-def test_intervals_hold_the_truth(shares):
+def test_wilson_covers_truth(shares):
     rng, n = np.random.default_rng(0), 60
     truth = shares[0] + shares[1] / 2
     counts = rng.multinomial(n, shares, size=2000)
@@ -77,7 +77,7 @@ def test_paired_by_hand():
     np.testing.assert_allclose([found["low"], found["high"]], [1 / 6 - half, 1 / 6 + half])
 
 
-def test_paired_without_ties_is_mcnemar_and_agresti_min():
+def test_paired_without_ties_is_mcnemar():
     both = (
         [("win", "win")] * 20
         + [("win", "loss")] * 10
@@ -98,19 +98,19 @@ def test_paired_without_ties_is_mcnemar_and_agresti_min():
     )
 
 
-def test_methods_that_never_differ_still_have_a_width():
+def test_paired_equal_methods_have_width():
     found = winrate_stats.paired(["win"] * 30, ["win"] * 30)
     assert found["difference"] == 0 and found["p"] == 1
     assert found["low"] == -found["high"] and 0.05 < found["high"] < 0.1
 
 
-def test_paired_of_nothing_or_of_unequal_lists():
+def test_paired_refuses_unequal_lists():
     assert winrate_stats.paired([None], ["win"])["difference"] is None
     with pytest.raises(ValueError, match="zip"):
         winrate_stats.paired(["win"], ["win", "loss"])
 
 
-def test_paired_intervals_hold_the_truth():
+def test_paired_covers_truth():
     """Two methods whose verdicts depend on each other, with ties."""
     rng, n, verdicts = (
         np.random.default_rng(1),
@@ -128,7 +128,7 @@ def test_paired_intervals_hold_the_truth():
 
 
 @pytest.mark.parametrize("better, worse", [(0, 0), (1, 0), (5, 0), (3, 9), (40, 60), (1500, 1400)])
-def test_the_sign_test_is_scipys(better, worse):
+def test_sign_test_equals_scipy(better, worse):
     expected = scipy.stats.binomtest(better, better + worse).pvalue if better + worse else 1
     assert winrate_stats.sign_test(better, worse) == pytest.approx(expected, rel=1e-9)
 
@@ -143,7 +143,7 @@ def random_raters(n, seed=0):
     return first.tolist(), second.tolist()
 
 
-def test_agreement_is_scikit_learns_kappa():
+def test_agreement_equals_scikit_learn():
     first, second = random_raters(300)
     found = winrate_stats.agreement([[pair] for pair in zip(first, second, strict=True)])
     same = int(np.sum(np.array(first) == np.array(second)))
@@ -155,7 +155,7 @@ def test_agreement_is_scikit_learns_kappa():
     assert found["kappa"] == pytest.approx(sklearn.metrics.cohen_kappa_score(first, second))
 
 
-def test_kappas_interval_is_that_of_the_delta_method():
+def test_kappa_interval_equals_delta_method():
     """The variance of kappa by its derivatives in the cells' shares (here by differences) and the
     multinomial's.
     """
@@ -204,7 +204,7 @@ def test_agreement_by_hand():
     )
 
 
-def test_more_votes_on_an_item_are_no_more_items():
+def test_agreement_counts_items_not_votes():
     """Three people who always vote alike tell as much as one."""
     items = [[pair] for pair in zip(*random_raters(50), strict=True)]
     assert winrate_stats.agreement([item * 3 for item in items]) == pytest.approx(
@@ -212,7 +212,7 @@ def test_more_votes_on_an_item_are_no_more_items():
     )
 
 
-def test_agreement_where_kappa_is_not_defined():
+def test_agreement_with_undefined_kappa():
     alike = winrate_stats.agreement([[("win", "win")]] * 5)
     assert alike["rate"] == 1 and alike["kappa"] is None and alike["kappa_low"] is None
     assert (

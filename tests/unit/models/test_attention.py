@@ -69,7 +69,7 @@ def agree(found, expected, atol):
 
 @pytest.mark.parametrize("window", [None, 1, 5, QUERY_BLOCK, QUERY_BLOCK + 30, 1000])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_a_kernel_is_the_whole_square_and_so_are_its_gradients(kernel, window):
+def test_kernels_equal_dense_attention(kernel, window):
     given = arrays(1, 2, 2 * QUERY_BLOCK + 20, 4, 2, 8)
     agree(
         value_and_gradients(KERNELS[kernel], window)(*given),
@@ -79,7 +79,7 @@ def test_a_kernel_is_the_whole_square_and_so_are_its_gradients(kernel, window):
 
 
 @pytest.mark.parametrize("length", [1, QUERY_BLOCK, SPLASH_BLOCK[4] + 1])
-def test_splash_takes_rows_of_any_length(length):
+def test_splash_rows_of_any_length(length):
     given = arrays(1, 1, length, 2, 1, 80)
     agree(
         value_and_gradients(KERNELS["splash"], None)(*given),
@@ -91,7 +91,7 @@ def test_splash_takes_rows_of_any_length(length):
 @pytest.mark.parametrize(
     "sizes", [(8, 1, 1), (2, 2, 2), (1, 2, 4), (1, 1, 8)]
 )  # 4: two devices share a key head
-def test_each_device_has_its_own_rows_and_heads(sizes):
+def test_kernels_on_meshes(sizes):
     given = arrays(4, 1, 20, 4, 2, 16)
     expected = value_and_gradients(dense_attention, None)(*given)
     mesh = sharding.make_mesh(*sizes)
@@ -113,7 +113,7 @@ def test_each_device_has_its_own_rows_and_heads(sizes):
         assert "all-gather" not in compiled.as_text()  # nothing but the loss is sent
 
 
-def test_a_policy_has_the_same_log_probs_and_gradients_by_every_kernel(tiny):
+def test_log_probs_equal_by_every_kernel(tiny):
     """Over a flat batch, whose rows share prompts, on a mesh of all three axes."""
     config, params = tiny
     examples = random_pairs(4)
@@ -142,7 +142,7 @@ def test_a_policy_has_the_same_log_probs_and_gradients_by_every_kernel(tiny):
 
 
 @pytest.mark.parametrize("sizes", [None, (1, 4, 2), (2, 2, 2)])
-def test_products_of_a_kernel_are_counted_on_all_devices(sizes):
+def test_splash_products_are_counted(sizes):
     """One block of 256 by 256 for each of 8 rows and 4 heads; plain XLA leaves out a quarter of the
     square.
     """
@@ -168,7 +168,7 @@ def products(jaxpr):
     "dtype, precision",
     [("bfloat16", jax.lax.Precision.DEFAULT), ("float32", jax.lax.Precision.HIGHEST)],
 )
-def test_splash_has_the_precision_of_its_numbers(dtype, precision):
+def test_splash_precision(dtype, precision):
     """The TPU compiler refuses it bfloat16 products at the precision that runtime.start asks of
     float32's.
     """
@@ -205,9 +205,7 @@ def on(monkeypatch, platform, kind):
         ("gpu", "NVIDIA L40S", "cudnn", "bfloat16", 64, "cudnn"),
     ],
 )
-def test_auto_is_what_is_made_for_the_device(
-    monkeypatch, platform, kind, kernel, dtype, width, expected
-):
+def test_choose_auto_by_device(monkeypatch, platform, kind, kernel, dtype, width, expected):
     on(monkeypatch, platform, kind)
     assert choose(kernel, dtype, width) == expected
 
@@ -233,13 +231,13 @@ def test_auto_is_what_is_made_for_the_device(
         ("cudnn", "gpu", "bfloat16", 20, "not bfloat16 and 20"),
     ],
 )
-def test_a_kernel_that_cannot_run_is_refused(monkeypatch, kernel, platform, dtype, width, message):
+def test_choose_refuses_kernel(monkeypatch, kernel, platform, dtype, width, message):
     on(monkeypatch, platform, "NVIDIA H200")
     with pytest.raises(ValueError, match=message):
         choose(kernel, dtype, width)
 
 
-def test_cudnn_is_called_where_it_is_chosen(monkeypatch):
+def test_cudnn_is_called(monkeypatch):
     """By what it would be given on a GPU: rows as one axis, in its layout."""
     on(monkeypatch, "gpu", "NVIDIA H200")
     given = [jnp.asarray(x, "bfloat16") for x in arrays(2, 3, 20, 4, 2, 8)[:3]]
@@ -293,7 +291,7 @@ def test_splash_under_remat_and_vmap(tiny, remat):
         ("v6e:2x2", "bfloat16", 256),
     ],
 )
-def test_the_tpu_compiler_takes_splash_for_auto(slice_, dtype, width):
+def test_tpu_compiler_takes_splash(slice_, dtype, width):
     mesh = sharding.make_mesh(1, 2, 2, devices=topologies.parse(slice_).devices())
 
     def abstract(heads):

@@ -100,14 +100,14 @@ PINNED = {
 
 
 @pytest.mark.parametrize("variant", PINNED)
-def test_parameter_paths_and_shapes_are_pinned(variant):
+def test_parameter_paths_are_pinned(variant):
     config = families.from_hf(tiny_models.hf_config(variant))
     found = traverse_util.flatten_dict(transformer.abstract(config), sep="/")
     assert {path: leaf.shape for path, leaf in found.items()} == PINNED[variant]
 
 
 @pytest.mark.parametrize("variant", tiny_models.VARIANTS)
-def test_the_table_covers_each_parameter_once_and_inverts(variant):
+def test_tensors_cover_parameters_and_invert(variant):
     hf_config = tiny_models.hf_config(variant)
     config = families.from_hf(hf_config)
     tensors = families.tensors(hf_config.model_type, config)
@@ -122,7 +122,7 @@ def test_the_table_covers_each_parameter_once_and_inverts(variant):
         np.testing.assert_array_equal(tensor.pack(unpacked), stored)
 
 
-def test_buffers_are_known_and_no_tensor_is_taken_for_one():
+def test_buffers_are_no_tensors():
     for buffer in (
         "h.0.attn.bias",
         "h.0.attn.masked_bias",
@@ -185,7 +185,7 @@ def test_buffers_are_known_and_no_tensor_is_taken_for_one():
         ("qwen3", dict(layer_types=["full_attention", "sliding_attention"]), "mix of layer_types"),
     ],
 )
-def test_what_would_compute_something_else_is_refused(variant, changes, message):
+def test_from_hf_refuses_unsupported_fields(variant, changes, message):
     hf_config = tiny_models.hf_config(variant, **changes)
     with pytest.raises(
         ValueError, match=f"config.json of this {hf_config.model_type} model: .*{message}"
@@ -193,14 +193,14 @@ def test_what_would_compute_something_else_is_refused(variant, changes, message)
         families.from_hf(hf_config)
 
 
-def test_an_unknown_family_is_refused():
+def test_from_hf_refuses_unknown_family():
     with pytest.raises(
         ValueError, match="model_type 'bert' is not supported; supported are gpt2, gptj, "
     ):
         families.from_hf(transformers.BertConfig())
 
 
-def test_rare_settings_are_read():
+def test_from_hf_rare_fields():
     windowed = tiny_models.hf_config(
         "qwen2", use_sliding_window=True, sliding_window=5, max_window_layers=0
     )
@@ -213,7 +213,7 @@ def test_rare_settings_are_read():
     )
 
 
-def test_dtype_remat_and_unroll_are_the_callers():
+def test_from_hf_passes_options():
     config = families.from_hf(
         tiny_models.hf_config("llama3"), dtype="bfloat16", remat="dots", unroll=2
     )

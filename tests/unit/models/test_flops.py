@@ -31,7 +31,7 @@ def forward_jaxpr(config, shape):
         dict(learned_positions=True, rope_width=0, qk_norm=True),
     ],
 )
-def test_what_the_model_needs_is_what_its_program_does(fields):
+def test_forward_flops_equal_program(fields):
     config = tiny_config(width=32, mlp_width=64, head_width=8, **fields)
     shape = packing.shape_of(PAIRS)
     parts, done = (
@@ -46,14 +46,14 @@ def test_what_the_model_needs_is_what_its_program_does(fields):
     assert whole / 2 < parts["attention"] < whole
 
 
-def test_a_window_bounds_what_attention_needs():
+def test_forward_flops_of_window():
     seen = [min(t + 1, 5) for t in range(12)]
     assert (
         flops._seen(12, 5) == sum(seen) and flops._seen(4, 5) == 10 and flops._seen(12, None) == 78
     )
 
 
-def test_products_are_counted_as_xla_counts_them():
+def test_product_flops_equal_xla():
     """XLA counts a loop's body once, so the layers are unrolled; it counts what is not a product
     too.
     """

@@ -62,14 +62,14 @@ def load(folder, model):
 # fetch, read_config, make_config
 
 
-def test_a_local_folder_is_not_looked_up(tmp_path):
+def test_fetch_local_folder(tmp_path):
     assert hf.fetch(str(tmp_path)) == tmp_path
 
 
 @pytest.mark.parametrize(
     "path", ["/no/such/folder", "./runs/sft/hf", "~/none", "runs/sft/hf", "runs/sft/"]
 )
-def test_a_missing_folder_is_said_to_be_missing(path):
+def test_fetch_names_missing_folder(path):
     with pytest.raises(
         FileNotFoundError, match=f"the model folder {re.escape(path)} does not exist. Pass"
     ):
@@ -88,7 +88,7 @@ def silent_hub(monkeypatch, tmp_path):
     listener.close()
 
 
-def test_a_silent_network_is_an_error_within_seconds(silent_hub):
+def test_fetch_from_silent_network(silent_hub):
     start = time.monotonic()
     with pytest.raises(
         FileNotFoundError, match="the model org/name is neither a folder .* Pass a local"
@@ -97,7 +97,7 @@ def test_a_silent_network_is_an_error_within_seconds(silent_hub):
     assert time.monotonic() - start < 10
 
 
-def test_a_cached_model_needs_no_network(silent_hub):
+def test_fetch_cached_model(silent_hub):
     cached = silent_hub / "models--org--name"
     snapshot = cached / "snapshots" / ("0" * 40)
     snapshot.mkdir(parents=True)
@@ -106,7 +106,7 @@ def test_a_cached_model_needs_no_network(silent_hub):
     assert hf.fetch("org/name") == snapshot
 
 
-def test_a_revision_stands_behind_the_name(silent_hub):
+def test_fetch_revision(silent_hub):
     cached = silent_hub / "models--org--name"
     for commit, branch in (("0" * 40, "main"), ("1" * 40, "refs/pr/5")):
         (cached / "snapshots" / commit).mkdir(parents=True)
@@ -118,7 +118,7 @@ def test_a_revision_stands_behind_the_name(silent_hub):
         hf.fetch("org/name@v2")
 
 
-def test_only_weights_configs_and_tokenizers_are_fetched():
+def test_fetch_only_what_is_read():
     def wanted(name):
         return any(fnmatch.fnmatch(name, pattern) for pattern in hf.WEIGHT_FILES + hf.OTHER_FILES)
 
@@ -153,7 +153,7 @@ def test_only_weights_configs_and_tokenizers_are_fetched():
     )
 
 
-def test_a_folder_without_config_is_an_error(tmp_path):
+def test_read_config_without_file(tmp_path):
     with pytest.raises(
         FileNotFoundError, match=rf"{tmp_path}/config.json does not exist. A model folder"
     ):
@@ -172,13 +172,13 @@ def test_a_folder_without_config_is_an_error(tmp_path):
         ('{"model_type": "gpt2", "n_embd": "wide"}', "n_embd"),
     ],
 )
-def test_a_bad_config_is_an_error_that_names_the_file(tmp_path, text, message):
+def test_read_config_names_bad_file(tmp_path, text, message):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=rf"(?s){tmp_path}/config.json: .*{message}"):
         hf.read_config(tmp_path)
 
 
-def test_a_config_from_fields():
+def test_make_config_from_fields():
     hf_config = hf.make_config({"model_type": "gpt2", "n_layer": 3, "n_embd": 24, "n_head": 2})
     assert families.from_hf(hf_config).layers == 3
     with pytest.raises(ValueError, match="transformers.GPT2Config has no field layers, width"):
@@ -191,7 +191,7 @@ def test_a_config_from_fields():
 
 
 @pytest.mark.parametrize("axes", [dict(fsdp=8), dict(data=2, fsdp=2, tensor=2), dict(data=8)])
-def test_a_sharded_load_equals_a_whole_one_and_holds_only_its_slices(untied, tmp_path, axes):
+def test_load_sharded_equals_whole(untied, tmp_path, axes):
     folder, config = save_model(untied, tmp_path / "model"), untied[1]
     shardings = placed(config, devices=8, **axes)
     params = hf.load(folder, config, shardings)
@@ -205,14 +205,14 @@ def test_a_sharded_load_equals_a_whole_one_and_holds_only_its_slices(untied, tmp
     assert kernel.addressable_shards[0].data.size == kernel.size // parts
 
 
-def test_devices_that_hold_the_same_share_one_buffer(untied):
+def test_load_shares_buffers(untied):
     for axes in (dict(fsdp=8), dict(data=8), dict(data=2, fsdp=4)):
         kernel = placed(untied[1], devices=8, **axes)["layers"]["mlp"]["up"]["kernel"]
         buffers = hf.Pieces((2, 32, 48), kernel).buffers.values()
         assert sum(buffer.size for buffer in buffers) == 2 * 32 * 48
 
 
-def test_shards_with_an_index(untied, tmp_path):
+def test_load_shards_with_index(untied, tmp_path):
     folder = save_model(untied, tmp_path / "model", max_shard_bytes=30_000)
     index = json.loads((folder / f"{FILE}.index.json").read_text())
     files = sorted(folder.glob("*.safetensors"))
@@ -233,13 +233,13 @@ def test_shards_with_an_index(untied, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
-def test_half_precision_is_read_as_float32(tied, folder, dtype):
+def test_load_half_precision(tied, folder, dtype):
     change(folder, lambda stored: {name: x.astype(dtype) for name, x in stored.items()})
     expected = jax.tree.map(lambda x: np.asarray(x).astype(dtype).astype(np.float32), tied[2])
     assert_same(load(folder, tied), expected)
 
 
-def test_a_base_model_with_buffers_and_a_copy_of_the_head_is_read(tied, folder):
+def test_load_base_model_with_buffers(tied, folder):
     def as_on_the_hub(stored):
         stored = {name.removeprefix("transformer."): x for name, x in stored.items()}
         return stored | {
@@ -252,7 +252,7 @@ def test_a_base_model_with_buffers_and_a_copy_of_the_head_is_read(tied, folder):
     assert_same(load(folder, tied), tied[2])
 
 
-def test_a_tied_head_that_differs_is_an_error(tied, folder):
+def test_load_refuses_different_tied_head(tied, folder):
     change(folder, lambda stored: stored | {"lm_head.weight": stored["transformer.wte.weight"] + 1})
     with pytest.raises(
         ValueError, match="lm_head.weight differs from transformer.wte.weight, though"
@@ -260,7 +260,7 @@ def test_a_tied_head_that_differs_is_an_error(tied, folder):
         load(folder, tied)
 
 
-def test_everything_wrong_is_in_one_error(tied, folder):
+def test_load_names_everything_wrong(tied, folder):
     def spoil(stored):
         del stored["transformer.h.1.mlp.c_fc.bias"]
         stored["transformer.wpe.weight"] = stored["transformer.wpe.weight"][:-1]
@@ -284,7 +284,7 @@ def test_everything_wrong_is_in_one_error(tied, folder):
     ]
 
 
-def test_a_tensor_in_two_shards_is_an_error(untied, tmp_path):
+def test_load_refuses_tensor_in_two_shards(untied, tmp_path):
     folder = save_model(untied, tmp_path / "model", max_shard_bytes=30_000)
     first, second = sorted(folder.glob("*.safetensors"))[:2]
     name = "model.embed_tokens.weight"
@@ -293,7 +293,7 @@ def test_a_tensor_in_two_shards_is_an_error(untied, tmp_path):
         load(folder, untied)
 
 
-def test_a_pickle_is_not_read_and_the_error_says_how_to_convert_it(tied, folder):
+def test_load_refuses_pickle(tied, folder):
     (folder / FILE).rename(folder / "pytorch_model.bin")
     with pytest.raises(
         FileNotFoundError, match=r"(?s)pytorch_model.bin would run .*safe_serialization=True"
@@ -306,7 +306,7 @@ def test_a_pickle_is_not_read_and_the_error_says_how_to_convert_it(tied, folder)
         load(folder, tied)
 
 
-def test_a_damaged_file_is_named(tied, folder):
+def test_load_names_damaged_file(tied, folder):
     (folder / FILE).write_bytes((folder / FILE).read_bytes()[:-100])
     with pytest.raises(ValueError, match=f"{folder}/model.safetensors is damaged"):
         load(folder, tied)
@@ -315,7 +315,7 @@ def test_a_damaged_file_is_named(tied, folder):
 # save
 
 
-def test_the_exported_config_says_what_was_written(untied, tmp_path):
+def test_save_config(untied, tmp_path):
     hf_config = tiny_models.hf_config(
         "llama2", dtype="bfloat16", architectures=["LlamaModel"], temperature=0.5
     )  # for which save_pretrained would refuse it
@@ -326,7 +326,7 @@ def test_the_exported_config_says_what_was_written(untied, tmp_path):
     assert hf_config.architectures == ["LlamaModel"]
 
 
-def test_sharded_parameters_export_as_whole_ones(untied, tmp_path):
+def test_save_sharded_parameters(untied, tmp_path):
     hf_config, config, params = untied
     folder = save_model(untied, tmp_path / "whole")
     params = jax.device_put(params, placed(config, devices=8, data=2, fsdp=2, tensor=2))
@@ -334,7 +334,7 @@ def test_sharded_parameters_export_as_whole_ones(untied, tmp_path):
     assert (folder / FILE).read_bytes() == (tmp_path / "sharded" / FILE).read_bytes()
 
 
-def test_a_failed_export_leaves_what_was_there(tied, folder, monkeypatch):
+def test_save_failed_leaves_old_export(tied, folder, monkeypatch):
     before = (folder / FILE).read_bytes()
     other = (*tied[:2], jax.tree.map(lambda x: x + 1, tied[2]))
     with monkeypatch.context() as patch:
@@ -349,14 +349,14 @@ def test_a_failed_export_leaves_what_was_there(tied, folder, monkeypatch):
     assert sorted(path.name for path in folder.parent.iterdir()) == ["model", "new"]
 
 
-def test_an_export_does_not_take_the_place_of_something_else(tied, tmp_path):
+def test_save_refuses_other_folder(tied, tmp_path):
     (tmp_path / "thesis.txt").write_text("dear to me")
     with pytest.raises(FileExistsError, match=f"{tmp_path} exists and is not a model folder"):
         save_model(tied, tmp_path)
     assert (tmp_path / "thesis.txt").exists()
 
 
-def test_an_export_of_other_parameters_is_refused(tied, tmp_path):
+def test_save_refuses_other_parameters(tied, tmp_path):
     hf_config, config, params = tied
     with pytest.raises(
         ValueError, match="with no place in a Hugging Face checkpoint: lora/a. Merge"
@@ -369,7 +369,7 @@ def test_an_export_of_other_parameters_is_refused(tied, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_tokenizer_is_exported_too(tmp_path):
+def test_save_tokenizer(tmp_path):
     source = STORIES
     hf_config = hf.read_config(source)
     config = families.from_hf(hf_config)

@@ -37,7 +37,7 @@ def batch(batches):
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_ratios_and_kls_equal_float64(tiny, batches, batch):
+def test_token_kls_equal_float64(tiny, batches, batch):
     config, policy = tiny
     reference = random_params(config)
     ratio_SM, kl_SM = jax.jit(token_kls, static_argnums=0)(config, policy, reference, batch)
@@ -69,14 +69,14 @@ def test_ratios_and_kls_equal_float64(tiny, batches, batch):
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_a_models_kl_to_itself_is_nothing(tiny, batch):
+def test_token_kls_to_itself_are_0(tiny, batch):
     config, policy = tiny
     for x_SM in jax.jit(token_kls, static_argnums=0)(config, policy, policy, batch):
         np.testing.assert_array_equal(x_SM, 0)
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_the_distributions_of_all_steps_are_never_in_memory(tiny, batch):
+def test_token_kls_never_make_full_logits(tiny, batch):
     config, policy = tiny
     scored = batch["targets"].shape[1]
     jaxpr = str(jax.make_jaxpr(lambda params: token_kls(config, params, params, batch))(policy))
@@ -99,7 +99,7 @@ def test_the_distributions_of_all_steps_are_never_in_memory(tiny, batch):
         ("NVIDIA L4", None),
     ],
 )
-def test_a_chunk_takes_its_share_of_the_chips_memory(tiny, monkeypatch, kind, gib):
+def test_chunk_size_by_chip_memory(tiny, monkeypatch, kind, gib):
     """The share is made so small that 128 positions fill it; unknown chips and CPUs go by a number
     of their own.
     """
@@ -143,14 +143,14 @@ def flat(examples, share_prompt=True, buckets=packing.BUCKETS, shape=None):
 
 @pytest.mark.parametrize("share_prompt", [True, False])
 @pytest.mark.parametrize("buckets", [1, 3])
-def test_flat_batch_equals_each_sequence_alone(tiny, share_prompt, buckets):
+def test_response_log_probs_equal_sequences_alone(tiny, share_prompt, buckets):
     config, params = tiny
     examples = random_pairs(5)
     found = LOGPROBS(config, params, flat(examples, share_prompt, buckets))[0]
     np.testing.assert_allclose(found, expected_logprobs(config, params, examples), atol=2e-4)
 
 
-def test_shared_prompt_and_separate_rows_have_equal_gradients(tiny):
+def test_pack_shared_equals_separate_in_gradient(tiny):
     config, params = tiny
     examples = random_pairs(4, seed=1)
 
@@ -166,7 +166,7 @@ def test_shared_prompt_and_separate_rows_have_equal_gradients(tiny):
         np.testing.assert_allclose(a, b, atol=1e-5 * largest)
 
 
-def test_padding_changes_nothing_even_in_the_gradient(tiny):
+def test_padding_changes_no_gradient(tiny):
     config, params = tiny
     examples = random_pairs(3, seed=2)
     small = packing.shape_of(examples)
@@ -188,7 +188,7 @@ def test_padding_changes_nothing_even_in_the_gradient(tiny):
         )  # float32's own error against float64 here: 2.3e-5
 
 
-def test_learned_positions_restart_at_the_end_of_the_prompt():
+def test_learned_positions_restart_after_prompt():
     config = tiny_config(learned_positions=True, rope_width=0, kv_heads=4, norm="layer")
     params = jax.jit(lambda key: jax.tree.map(lambda x: x * 8, transformer.init(config, key)))(
         jax.random.key(3)
@@ -198,7 +198,7 @@ def test_learned_positions_restart_at_the_end_of_the_prompt():
     np.testing.assert_allclose(found, expected_logprobs(config, params, examples), atol=2e-4)
 
 
-def test_chunked_head_equals_whole_head(tiny, monkeypatch):
+def test_token_log_probs_in_chunks(tiny, monkeypatch):
     config, params = tiny
     batch = flat(random_pairs(40, seed=5))
 
@@ -212,7 +212,7 @@ def test_chunked_head_equals_whole_head(tiny, monkeypatch):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-3)
 
 
-def test_full_logits_are_never_made(tiny, monkeypatch):
+def test_token_log_probs_never_make_full_logits(tiny, monkeypatch):
     config, params = tiny
     monkeypatch.setattr("dpo_jax.models.log_probs.CHUNK_LOGITS", 128 * config.vocab)
     batch = flat(random_pairs(60, seed=6))

@@ -11,7 +11,7 @@ from tests.helpers import tiny_models
     "variant, unknown, has",
     [("gpt2", "gate", "q, k, v, out, up, down"), ("llama2", "q_proj", "q, k, v, out, gate")],
 )
-def test_a_target_that_the_model_does_not_have_is_refused_by_name(variant, unknown, has):
+def test_abstract_refuses_unknown_target(variant, unknown, has):
     config = families.from_hf(tiny_models.hf_config(variant))
     with pytest.raises(
         ValueError,

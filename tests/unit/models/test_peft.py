@@ -24,7 +24,7 @@ def random_adapters(config, adapters, seed=0):
 
 
 @pytest.mark.parametrize("variant", tiny_models.VARIANTS)
-def test_what_is_stored_for_peft_is_the_same_update_of_the_stored_tensor(variant):
+def test_pack_is_same_update(variant):
     hf_config = tiny_models.hf_config(variant)
     config, adapters = families.from_hf(hf_config), Lora(3, 12.0)
     params, seen = flat(random_adapters(config, adapters)), set()

@@ -23,7 +23,7 @@ def one_device(config):
     return sharding.param_shardings(mesh, transformer.abstract(config))
 
 
-def test_a_trained_model_tells_its_published_story():
+def test_logits_of_published_story():
     folder = STORIES
     config = families.from_hf(hf.read_config(folder))
     params = hf.load(folder, config, one_device(config))
@@ -89,7 +89,7 @@ def tiny(**fields):
     return config, tiny_models.random_params(config)
 
 
-def test_the_flat_layout_equals_separate_rows():
+def test_hidden_packed_equals_separate_rows():
     config, params = tiny()
     tokens_N = jnp.array(np.random.default_rng(0).permutation(14))
     flat_ND = flat_hidden(config, params, tokens_N)
@@ -112,14 +112,14 @@ def influence(hidden, config, params, tokens_N):
     return jnp.abs(jax.jacrev(outputs)(params["embed"]["tokens"])).sum(-1)[:, tokens_N]
 
 
-def test_in_a_window_an_output_sees_as_many_tokens_back_as_its_layers_reach():
+def test_window_reaches_back_by_layers():
     config, params = tiny(window=3, **PLAIN)
     found = influence(row_hidden, config, params, jnp.arange(9))
     distance = np.arange(9)[:, None] - np.arange(9)
     np.testing.assert_array_equal(found > 0, (distance >= 0) & (distance <= 2 * (3 - 1)))
 
 
-def test_in_the_flat_layout_a_response_sees_its_prompt_and_itself_so_far():
+def test_packed_response_sees_prompt_and_itself():
     config, params = tiny(**PLAIN)
     seen = np.zeros((14, 14), bool)
     for bucket in FLAT["rows"]:
@@ -133,7 +133,7 @@ def test_in_the_flat_layout_a_response_sees_its_prompt_and_itself_so_far():
 @pytest.mark.parametrize(
     "equation", ["SND,DHC->SNHC", "SNHC,HCD->SND", "SND,DF->SNF", "SNF,FD->SND"]
 )
-def test_the_backward_pass_of_a_product_is_einsums(equation):
+def test_product_gradients_equal_einsum(equation):
     """The kernel's gradient is taken in another order of operands, by which of them is narrower."""
     rng, sizes = np.random.default_rng(0), dict(S=2, N=7, D=8, H=2, C=3, F=16)
     x, kernel = (
@@ -152,7 +152,7 @@ def test_the_backward_pass_of_a_product_is_einsums(equation):
         np.testing.assert_allclose(mine, theirs, atol=1e-5)
 
 
-def test_remat_and_unroll_change_neither_values_nor_gradients():
+def test_remat_and_unroll_change_nothing():
     config, params = tiny(**PLAIN)
     tokens_BT = jnp.array(np.random.default_rng(0).integers(0, 40, (2, 12)))
 

@@ -39,7 +39,7 @@ def compiled(config, sizes: tuple, response: int):
 GPT2 = dict(model_type="gpt2", vocab_size=128, n_embd=WIDTH, n_layer=2, n_head=4, n_positions=64)
 
 
-def test_learned_positions_travel_like_tokens(capfd):
+def test_collectives_of_learned_positions(capfd):
     """XLA warns where it copies an array to every device to bring it from one layout to another."""
     config = scratch_config()
     config.model.scratch = GPT2
@@ -65,14 +65,14 @@ def counts(sizes: tuple, **more) -> dict:
     ],
     ids=["data", "fsdp", "tensor", "all"],
 )
-def test_the_step_has_these_and_no_more(sizes, expected):
+def test_collectives_of_step(sizes, expected):
     """A count that rises is a weight or an activation that travels more often: find it before
     changing the count.
     """
     assert counts(sizes) == expected
 
 
-def test_the_head_is_gathered_once_however_many_chunks(monkeypatch):
+def test_collectives_gather_head_once(monkeypatch):
     whole = counts(FSDP)
     monkeypatch.setattr(
         log_probs, "CHUNK_LOGITS", 128 * 128
@@ -81,12 +81,12 @@ def test_the_head_is_gathered_once_however_many_chunks(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_head_split_by_tensor_stays_where_it_is_in_every_chunk(monkeypatch):
+def test_collectives_leave_split_head(monkeypatch):
     monkeypatch.setattr(log_probs, "CHUNK_LOGITS", 128 * 128)
     assert counts(TENSOR, response=400).keys() == {"all-reduce"}  # of each chunk's softmax
 
 
-def test_logits_and_tables_never_travel():
+def test_collectives_never_of_logits_or_tables():
     """A larger vocabulary costs its weights' gradients, a gather of the head for each model, and
     nothing else.
     """

@@ -16,7 +16,7 @@ from dpo_jax.parallel import hardware
         ("NVIDIA H100 80GB HBM3", "bfloat16", 989e12),
     ],
 )
-def test_utilization_is_of_all_chips_peak(kind, dtype, expected):
+def test_utilization_of_all_chips_peak(kind, dtype, expected):
     devices = np.array([types.SimpleNamespace(platform="tpu", device_kind=kind)] * 8)
     assert (
         hardware.flops_per_second(types.SimpleNamespace(devices=devices, size=8), dtype)
@@ -24,7 +24,7 @@ def test_utilization_is_of_all_chips_peak(kind, dtype, expected):
     )
 
 
-def test_other_chips_of_a_name_are_measured(monkeypatch):
+def test_peak_flops_of_other_chips_is_measured(monkeypatch):
     monkeypatch.setattr(hardware, "measured_flops_per_second", lambda dtype: 3.0)
     for kind in (
         "NVIDIA H100 PCIe",

@@ -12,7 +12,7 @@ from dpo_jax.parallel import sharding
 from tests.helpers.tiny import tiny_config
 
 
-def test_mesh_takes_the_devices_that_are_left():
+def test_make_mesh_takes_remaining_devices():
     assert dict(sharding.make_mesh(data=-1, fsdp=2, tensor=2).shape) == {
         "data": 2,
         "fsdp": 2,
@@ -36,7 +36,7 @@ def fake(number: int, hosts: int, platform="gpu", **fields):
 @pytest.mark.parametrize(
     "sizes, hosts_along", [((4, 8, 1), 0), ((1, 32, 1), 1), ((8, 2, 2), 0), ((2, 16, 1), None)]
 )
-def test_hosts_are_split_by_the_first_axis_that_can(sizes, hosts_along):
+def test_make_mesh_splits_hosts_by_first_axis(sizes, hosts_along):
     """Four hosts with eight GPUs each."""
     hosts = np.vectorize(lambda device: device.process_index)(
         sharding.arrange(sizes, [fake(number, hosts=4) for number in range(32)])
@@ -49,7 +49,7 @@ def test_hosts_are_split_by_the_first_axis_that_can(sizes, hosts_along):
         assert inside == (axis != hosts_along if hosts_along is not None else axis == 2)
 
 
-def test_hosts_that_no_axis_can_split_are_refused():
+def test_make_mesh_refuses_unsplittable_hosts():
     devices = [fake(number, hosts=3) for number in range(24)]
     assert sharding.arrange((3, 8, 1), devices).shape == (3, 8, 1)
     with pytest.raises(
@@ -59,7 +59,7 @@ def test_hosts_that_no_axis_can_split_are_refused():
 
 
 @pytest.mark.parametrize("sizes", [(1, 32, 2), (32, 2, 1), (16, 2, 2)])
-def test_an_axis_may_take_part_of_a_torus(sizes):
+def test_make_mesh_part_of_torus(sizes):
     """64 chips of a v5p, 4 x 4 x 4."""
     chips = [
         fake(number, hosts=1, platform="tpu", coords=coords, core_on_chip=0)
@@ -69,13 +69,13 @@ def test_an_axis_may_take_part_of_a_torus(sizes):
 
 
 @pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, 3, 1), (2, 2, 1)])
-def test_a_mesh_that_does_not_fit_is_refused(sizes):
+def test_make_mesh_refuses_wrong_size(sizes):
     with pytest.raises(ValueError, match="does not make up the 8 devices"):
         sharding.make_mesh(*sizes)
 
 
 @pytest.mark.parametrize("sizes", [(-1, -1, 1), (0, 1, 1)])
-def test_mesh_sizes_that_mean_nothing_are_refused(sizes):
+def test_make_mesh_refuses_meaningless_sizes(sizes):
     with pytest.raises(ValueError, match="one of them at most may be -1"):
         sharding.make_mesh(*sizes)
 
@@ -86,7 +86,7 @@ FULL = dict(norm="layer", qkv_bias=True, out_bias=True, mlp_bias=True, head_bias
 @pytest.mark.parametrize(
     "fields", [{}, FULL, dict(learned_positions=True, tied=True, kv_heads=4), dict(qk_norm=True)]
 )
-def test_every_parameter_has_a_rule_and_large_ones_are_split(fields):
+def test_rules_cover_and_split_parameters(fields):
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     params = transformer.abstract(tiny_config(**fields))
     for path, placed in jax.tree_util.tree_leaves_with_path(sharding.param_shardings(mesh, params)):
@@ -94,7 +94,7 @@ def test_every_parameter_has_a_rule_and_large_ones_are_split(fields):
             assert {"fsdp", "tensor"} <= set(placed.spec), path
 
 
-def test_adapters_are_split_as_their_kernels_and_the_rank_is_whole():
+def test_rules_split_adapters_as_kernels():
     mesh, config = sharding.make_mesh(data=2, fsdp=2, tensor=2), tiny_config()
     kernels = sharding.param_shardings(mesh, transformer.abstract(config))["layers"]
     for room, layers in sharding.param_shardings(mesh, lora.abstract(config, lora.Lora(2)))[
@@ -106,19 +106,19 @@ def test_adapters_are_split_as_their_kernels_and_the_rank_is_whole():
             assert tuple(placed["lora_b"].spec) == (None, None, *kernel[split:])
 
 
-def test_a_parameter_without_a_rule_is_an_error():
+def test_rules_refuse_unknown_parameter():
     with pytest.raises(
         ValueError, match="no sharding rule matches the parameter 'layers/router/table'"
     ):
         sharding.spec_of("layers/router/table", (2, 4, 4), sharding.make_mesh())
 
 
-def test_a_dimension_that_does_not_divide_stays_whole():
+def test_rules_keep_odd_dimension_whole():
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     assert sharding.spec_of("embed/tokens", (41, 16), mesh) == P(None, "fsdp")
 
 
-def test_shard_batch_splits_over_data_and_fsdp():
+def test_shard_batch_over_data_and_fsdp():
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     x = np.arange(24).reshape(2, 4, 3)
     placed = sharding.shard_batch(mesh, {"x": x}, axis=1)["x"]

@@ -20,7 +20,7 @@ def row(*rewards, tokens=None):
     )
 
 
-def test_all_pairs_of_a_prompt_are_labelled():
+def test_label_all_pairs_of_prompt():
     found, left_out = preference_pairs.label(
         [row(0.1, 0.4, 0.2, 0.3)], "deterministic", np.random.default_rng(0)
     )
@@ -30,7 +30,7 @@ def test_all_pairs_of_a_prompt_are_labelled():
     assert found[0]["tokens"] == [[5], [1], [0]]
 
 
-def test_ties_are_dropped_and_counted_where_labels_are_deterministic():
+def test_label_drops_ties():
     rows = [row(1, 1, 2)]
     assert preference_pairs.label(rows, "deterministic", np.random.default_rng(0))[1] == {
         "equal completions": 0,
@@ -40,14 +40,14 @@ def test_ties_are_dropped_and_counted_where_labels_are_deterministic():
     assert len(found) == 3 and not any(left_out.values())  # Bradley-Terry has an answer for ties
 
 
-def test_equal_completions_are_no_pair():
+def test_label_skips_equal_completions():
     found, left_out = preference_pairs.label(
         [row(1, 1, 2, tokens=[[7], [7], [8]])], "bradley_terry", np.random.default_rng(0)
     )
     assert len(found) == 2 and left_out["equal completions"] == 1
 
 
-def test_bradley_terry_labels_have_their_frequencies():
+def test_label_bradley_terry_frequencies():
     found, _ = preference_pairs.label(
         [row(-1, 0, 0, 1, 2)] * 1500, "bradley_terry", np.random.default_rng(1)
     )
@@ -65,7 +65,7 @@ def test_bradley_terry_labels_have_their_frequencies():
     assert abs(np.mean(first) - 0.5) < 0.1  # a tie is decided by a fair coin
 
 
-def test_labels_depend_on_the_seed_alone():
+def test_label_depends_on_seed_alone():
     def labelled(seed):
         return preference_pairs.label(
             [row(0, 0.1, 0.2)] * 20, "bradley_terry", np.random.default_rng(seed)
@@ -75,7 +75,7 @@ def test_labels_depend_on_the_seed_alone():
 
 
 @pytest.mark.parametrize("kind, responses", [("pairs", 2), ("sft", 1)])
-def test_training_reads_the_tokens_that_were_sampled(tmp_path, kind, responses):
+def test_load_sampled_tokens(tmp_path, kind, responses):
     found, _ = preference_pairs.label(
         [row(1, 2, tokens=[[3, 4], [6]])], "deterministic", np.random.default_rng(0)
     )

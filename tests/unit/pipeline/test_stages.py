@@ -6,7 +6,7 @@ from configs import imdb_small
 from dpo_jax.pipeline.stages import run_stages
 
 
-def test_a_reward_that_cannot_be_read_is_refused_before_the_first_stage(tmp_path):
+def test_run_stages_refuses_unreadable_reward(tmp_path):
     folder = tmp_path / "classifier"
     folder.mkdir()
     (folder / "pytorch_model.bin").touch()

@@ -7,7 +7,7 @@ from dpo_jax.planning import advice
 from tests.helpers.tiny_runs import scratch_config
 
 
-def test_remedies_come_one_after_the_other_until_it_fits():
+def test_advise_until_it_fits():
     config = scratch_config(batch_size=64)
     needs = iter([30.0, 20.0, 15.0])
     asked = []
@@ -31,7 +31,7 @@ def test_remedies_come_one_after_the_other_until_it_fits():
     assert list(advice.remedies(config, "dpo", 8))[-1] == {"model.lora.rank": 16}
 
 
-def test_meshes_are_those_whose_shards_split_the_batch():
+def test_meshes_split_the_batch():
     config = scratch_config(batch_size=8)
     shapes = [tuple(change.values()) for change in advice.meshes(config, "dpo", 16)]
     assert all(math.prod(shape) == 16 and 8 % (shape[0] * shape[1]) == 0 for shape in shapes)

@@ -46,7 +46,7 @@ ENTRY %main (start: (s32[], f32[6,16]), grad: f32[8,4]) -> f32[2,4] {
 """
 
 
-def test_a_program_is_read_with_its_loops():
+def test_parse_program_with_loops():
     """Three rounds of a loop to 6 by 2; a gather of 64 bytes from three others; a sum of which each
     keeps a quarter.
     """
@@ -115,7 +115,7 @@ backend_config={"known_trip_count":{"n":"6"}}
 """
 
 
-def test_a_collective_that_goes_on_during_a_loop_is_counted_once():
+def test_collectives_asynchronous_in_loop():
     """Begun before six rounds and ended after them; each round reads and writes 64 bytes of its
     own.
     """
@@ -191,7 +191,7 @@ MOVED
         ('%s = f32[6,16]{1,0} custom-call(), custom_call_target="AllocateBuffer"', 0),
     ],
 )
-def test_only_what_is_touched_is_moved(line, moved):
+def test_memory_traffic_of_instruction(line, moved):
     assert hlo.memory_traffic(MOVES.replace("MOVED", f"  ROOT {line}")) == moved
 
 
@@ -205,10 +205,10 @@ def test_only_what_is_touched_is_moved(line, moved):
         ("replica_groups=mesh['axis_0'=2,'axis_1'=64], device_ids=([64,2]T(1,0)) {'axis_1'}", 64),
     ],
 )
-def test_groups_of_devices_are_read_in_every_form(attributes, devices):
+def test_group_in_every_form(attributes, devices):
     assert hlo._group(attributes) == devices
 
 
-def test_groups_that_cannot_be_read_are_an_error():
+def test_group_refuses_unknown_form():
     with pytest.raises(ValueError, match="cannot be read: channel_id=3, replica_groups="):
         hlo._group("channel_id=3, replica_groups={}")

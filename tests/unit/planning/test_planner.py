@@ -20,7 +20,7 @@ from dpo_jax.training.step import init_state, state_shardings
 from tests.helpers.tiny_runs import SCRATCH, scratch_config
 
 
-def test_a_step_is_counted_with_what_remat_does_again():
+def test_plan_counts_remat():
     config = scratch_config(microbatch_size=4)
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     batches = planner.one_batch(config, "dpo", mesh, 16, 16)
@@ -52,7 +52,7 @@ def test_a_step_is_counted_with_what_remat_does_again():
     assert forwards("full") == pytest.approx(4 + again["layers"], rel=0.02)
 
 
-def test_memory_of_the_state_is_what_its_arrays_take_on_a_device():
+def test_plan_state_memory():
     config = scratch_config(optimizer="adamw")
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     model = planner.model_config(config, "dpo")
@@ -84,7 +84,7 @@ def test_memory_of_the_state_is_what_its_arrays_take_on_a_device():
     assert {"all-gather", "all-reduce"} <= found.keys()
 
 
-def test_a_kept_reference_costs_a_forward_pass_over_every_row():
+def test_plan_kept_reference_cost():
     config = scratch_config(steps=10, batch_size=8)
     plans = {}
     for config.dpo.cache_reference in (False, True):
@@ -99,7 +99,7 @@ def test_a_kept_reference_costs_a_forward_pass_over_every_row():
     assert again.hours - 10 * again.step_seconds / 3600 == pytest.approx(beyond / 4)
 
 
-def test_steps_and_lengths_come_from_the_config_or_are_assumed():
+def test_plan_steps_and_lengths():
     config = scratch_config(steps=0, epochs=2.0)
     assert planner.examples_and_steps(config, "dpo", Assumptions()) == (0, 0)
     assert planner.examples_and_steps(config, "dpo", Assumptions(examples=100)) == (100, 25)
@@ -126,7 +126,7 @@ def test_steps_and_lengths_come_from_the_config_or_are_assumed():
         planner.example_tokens(config, "dpo", Assumptions(prompt_tokens=20, response_tokens=13))
 
 
-def test_gpus_are_planned_by_sizes_alone_and_the_report_adds_up(tmp_path):
+def test_plan_gpus_by_sizes(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(SCRATCH))
     config = scratch_config(steps=0, batch_size=8)
     report = planner.plan(
@@ -150,7 +150,7 @@ def test_gpus_are_planned_by_sizes_alone_and_the_report_adds_up(tmp_path):
     assert [line.split()[4] for line in lines[1:]] == ["yes", "no"]
 
 
-def test_adapters_are_planned_over_a_base_that_has_no_optimiser(tmp_path):
+def test_plan_adapters(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(SCRATCH))
     config, topology = scratch_config(batch_size=8), topologies.parse("h200:8")
     config.model.path, config.model.scratch, config.dpo.optimizer = (
@@ -173,12 +173,12 @@ def test_adapters_are_planned_over_a_base_that_has_no_optimiser(tmp_path):
     assert report.hbm_gib["reference"] == pytest.approx(whole.hbm_gib["params"])
 
 
-def test_a_stage_that_is_not_planned_is_refused():
+def test_plan_refuses_other_stage():
     with pytest.raises(ValueError, match="--stage=sft: expected one of dpo"):
         planner.plan(scratch_config(), topologies.parse("h200:8"), "sft")
 
 
-def test_a_plan_is_for_the_attention_that_the_chips_have():
+def test_plan_attention_of_chips():
     """For GPUs a step is traced on CPU devices, which have no cuDNN."""
     config, gpus = scratch_config(), topologies.parse("h200:8")
     expected = planner.plan(config, gpus, "dpo")

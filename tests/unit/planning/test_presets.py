@@ -30,10 +30,10 @@ from dpo_jax.planning import presets
         ("Qwen/Qwen3-0.6B", 596_049_920),
     ],
 )
-def test_known_models_have_the_published_number_of_parameters(name, count):
+def test_find_published_parameter_counts(name, count):
     config = families.from_hf(hf.make_config(presets.find(name)))
     assert sum(leaf.size for leaf in jax.tree.leaves(transformer.abstract(config))) == count
 
 
-def test_models_that_are_not_known():
+def test_find_unknown_model():
     assert presets.find("someone/of-their-own") is None

@@ -5,7 +5,7 @@ import pytest
 from dpo_jax.planning import roofline, topologies
 
 
-def test_the_roofline_by_hand():
+def test_seconds_by_hand():
     topology = topologies.parse("v5e:4x4")
     collectives = {"all-gather": (1, 250e9), "all-reduce": (2, 50e9)}
     work = roofline.Work(flops=197e12, memory=2 * 819e9, collectives=collectives)

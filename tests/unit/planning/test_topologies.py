@@ -21,7 +21,7 @@ from dpo_jax.planning import topologies
         ("h200:8", "h200:8", 8, 1),
     ],
 )
-def test_topologies_by_every_name(text, name, chips, links):
+def test_parse_every_name(text, name, chips, links):
     topology = topologies.parse(text)
     assert (str(topology), topology.chips, topology.interconnect / topology.chip.link) == (
         name,
@@ -33,12 +33,12 @@ def test_topologies_by_every_name(text, name, chips, links):
 @pytest.mark.parametrize(
     "text", ["v5p", "v9:2x2", "v5e:2x2x2", "h200:16", "h200-8", "v5p-10", "v5p:0x2x2", "v5p:2x"]
 )
-def test_topologies_that_there_are_not(text):
+def test_parse_refuses_unknown(text):
     with pytest.raises(ValueError, match="--topology="):
         topologies.parse(text)
 
 
-def test_libtpu_of_another_jax_is_refused(monkeypatch):
+def test_check_libtpu_refuses_other_version(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match=r'pip install --no-deps "libtpu=='):
         topologies.check_libtpu()

@@ -5,7 +5,7 @@ import pytest
 from dpo_jax.rewards import classifier as classifiers
 
 
-def test_another_model_is_refused(model):
+def test_read_config_refuses_other_model(model):
     with pytest.raises(
         ValueError, match="'llama' model; a sentiment classifier here is one of roberta, distilbert"
     ):

@@ -24,7 +24,7 @@ def random_texts(count, longest, seed):
     return [" ".join(rng.choice(WORDS, rng.integers(1, longest + 1))) for _ in range(count)]
 
 
-def test_the_toy_by_hand(mesh):
+def test_toy_reward_by_hand(mesh):
     """Half the sum of wonderful 2, good 1, bad -1, terrible -2, each negated after "not", a prompt
     too.
     """
@@ -42,7 +42,7 @@ def test_the_toy_by_hand(mesh):
 
 
 @pytest.mark.parametrize("kind", ["toy", "toy_saturating"])
-def test_the_toy_of_no_texts(mesh, kind):
+def test_toy_reward_of_no_texts(mesh, kind):
     assert make.make_reward(kind, "", 8, mesh)([], [], []).shape == (0,)
 
 
@@ -79,7 +79,7 @@ def scores(mesh, folder, *rows):
     )
 
 
-def test_a_reward_model_reads_the_policys_own_tokens_where_they_are_its_own(mesh, reward_model):
+def test_reward_model_reads_own_tokens(mesh, reward_model):
     """With EOS where the policy ended, and without where it did not; an empty completion too."""
     tokens = [
         (np.array(prompt), np.array(completion))
@@ -91,9 +91,7 @@ def test_a_reward_model_reads_the_policys_own_tokens_where_they_are_its_own(mesh
     np.testing.assert_allclose(found, scores(mesh, reward_model, *tokens), rtol=1e-6)
 
 
-def test_a_reward_model_with_other_tokens_reads_the_texts_as_it_was_trained(
-    mesh, reward_model, capsys
-):
+def test_reward_model_with_other_tokenizer(mesh, reward_model, capsys):
     others = [(np.array([30]), np.array([31])), (np.array([], int), np.array([32]))]
     found = make.make_reward("model", reward_model, 8, mesh)(["w2 w3", ""], ["w4 w5", "w6"], others)
     wanted = scores(
@@ -106,7 +104,7 @@ def test_a_reward_model_with_other_tokens_reads_the_texts_as_it_was_trained(
     assert "has another tokenizer than the policy" in capsys.readouterr().out
 
 
-def test_a_reward_model_reads_texts_of_nobody_and_an_eos_that_is_not_its_own(mesh, reward_model):
+def test_reward_model_reads_texts_alone(mesh, reward_model):
     """As a judge's; and the same words by a policy that ends in another special token."""
     wanted = scores(mesh, reward_model, (np.array([0, 5, 6]), np.array([7, 8, 1])))
     for tokens in (None, [(np.array([0, 5, 6]), np.array([7, 8, 2]))]):
@@ -115,7 +113,7 @@ def test_a_reward_model_reads_texts_of_nobody_and_an_eos_that_is_not_its_own(mes
     assert make.make_reward("model", reward_model, 8, mesh)([], [], None).shape == (0,)
 
 
-def test_a_text_longer_than_a_reward_models_positions_is_refused(mesh, reward_model):
+def test_reward_model_refuses_long_text(mesh, reward_model):
     tokens = [(np.arange(2), np.arange(3)), (np.arange(4), np.arange(10))]
     with pytest.raises(
         ValueError, match="completion 2 of those .* has 14 tokens, but the model has 12 positions"
@@ -123,7 +121,7 @@ def test_a_text_longer_than_a_reward_models_positions_is_refused(mesh, reward_mo
         make.make_reward("rm", reward_model, 8, mesh)(None, None, tokens)
 
 
-def test_ngrams_read_prompt_and_completion_as_one_text(mesh, tmp_path):
+def test_ngram_reward_reads_one_text(mesh, tmp_path):
     rng = np.random.default_rng(0)
     rows = [
         dict(
@@ -143,7 +141,7 @@ def test_ngrams_read_prompt_and_completion_as_one_text(mesh, tmp_path):
     assert make.make_reward("ngram", str(tmp_path), 8, mesh) is reward
 
 
-def test_a_completion_for_each_prompt(mesh, tmp_path):
+def test_reward_needs_completion_per_prompt(mesh, tmp_path):
     (tmp_path / "train.jsonl").write_text(
         "".join(
             json.dumps(dict(text="good" if label else "bad", label=label)) + "\n"

@@ -37,7 +37,7 @@ def reviews(count, seed=0):
     return texts, labels
 
 
-def test_rows_without_a_label_are_left_out(tmp_path):
+def test_labelled_leaves_out_unlabelled(tmp_path):
     path = write(
         tmp_path,
         train=[
@@ -68,7 +68,7 @@ def test_rows_without_a_label_are_left_out(tmp_path):
         ),
     ],
 )
-def test_other_data_is_refused(tmp_path, split, rows, message):
+def test_labelled_refuses_other_data(tmp_path, split, rows, message):
     with pytest.raises(ValueError, match=message):
         ngram.labelled(write(tmp_path, train=rows), split)
 
@@ -77,7 +77,7 @@ def test_other_data_is_refused(tmp_path, split, rows, message):
     "words, sizes",
     [(0, [0]), (59, [59]), (60, [60]), (119, [119]), (120, [60, 60]), (200, [60, 60, 80])],
 )
-def test_windows_part_a_text(words, sizes):
+def test_windows_part_text(words, sizes):
     """Every word is in one window, in order, and each has the text's label."""
     text = " ".join(str(i) for i in range(words))
     pieces, labels = ngram.windows([text, "other"], np.array([True, False]))
@@ -86,7 +86,7 @@ def test_windows_part_a_text(words, sizes):
     np.testing.assert_array_equal(labels, [True] * len(sizes) + [False])
 
 
-def test_word_pairs_are_learnt_and_each_score_stands_alone():
+def test_fit_learns_word_pairs():
     predict, (texts, labels) = ngram.fit(*reviews(300)), reviews(100, seed=1)
     together = predict(texts)
     assert together.dtype == np.float64
@@ -101,12 +101,12 @@ def test_word_pairs_are_learnt_and_each_score_stands_alone():
     assert predict([]).shape == (0,)
 
 
-def test_a_second_fit_is_the_same():
+def test_fit_is_deterministic():
     texts, _ = reviews(50, seed=1)
     np.testing.assert_array_equal(ngram.fit(*reviews(300))(texts), ngram.fit(*reviews(300))(texts))
 
 
-def test_a_data_set_is_fitted_once_and_its_accuracy_shown(tmp_path, capsys):
+def test_fitted_once_with_accuracy(tmp_path, capsys):
     def rows(seed):
         return [
             dict(text=text, label=int(label))
@@ -122,7 +122,7 @@ def test_a_data_set_is_fitted_once_and_its_accuracy_shown(tmp_path, capsys):
 
 
 @needs_shared
-def test_real_reviews():
+def test_fit_real_reviews():
     """Fitted to 1,500 reviews, and tested on other 1,000."""
     texts, labels = ngram.labelled(str(SHARED / "imdb" / "plain_text"), "train")
     assert len(texts) == 25_000 and labels.mean() == 0.5

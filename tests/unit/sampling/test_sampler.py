@@ -53,7 +53,7 @@ def assert_same(found, expected):
 # against transformers
 
 
-def test_a_trained_models_greedy_text():
+def test_sample_greedy_text_of_trained_model():
     folder, mesh = STORIES, one_device()
     golden = json.loads((folder / "golden_greedy.json").read_text())["tokens"]
     config = families.from_hf(hf.read_config(folder))
@@ -69,7 +69,7 @@ def test_a_trained_models_greedy_text():
 # against the training path
 
 
-def test_logps_are_the_training_paths(tiny):
+def test_sample_log_probs_equal_training(tiny):
     drawn = draw(
         tiny, sampling=Sampling(10, temperature=1.3, top_k=30)
     )  # which the log-probs do not depend on
@@ -85,7 +85,7 @@ def test_logps_are_the_training_paths(tiny):
 
 
 @pytest.mark.parametrize("length", [1, 5])
-def test_the_cache_is_in_the_compute_dtype(tiny, length):
+def test_cache_is_in_compute_dtype(tiny, length):
     config = dataclasses.replace(tiny[0], dtype="bfloat16")
     tokens_SN = jnp.zeros((3, length), jnp.int32)
 
@@ -107,7 +107,7 @@ def drawn(tiny):
     return draw(tiny)
 
 
-def test_neighbours_batches_and_padding_do_not_matter(tiny, drawn):
+def test_sample_ignores_neighbours_and_padding(tiny, drawn):
     assert_same(
         draw(tiny, batch_size=4), drawn
     )  # short prompts by themselves, so with less padding
@@ -115,7 +115,7 @@ def test_neighbours_batches_and_padding_do_not_matter(tiny, drawn):
     assert_same(draw(tiny, n=2), [row[:2] for row in drawn])
 
 
-def test_index_number_and_seed_matter(tiny):
+def test_sample_differs_by_index_and_seed(tiny):
     same_prompt = [max(PROMPTS, key=len)] * 5
     found = {
         tuple(one.tokens)
@@ -128,7 +128,7 @@ def test_index_number_and_seed_matter(tiny):
     assert len(found) == 30
 
 
-def test_the_mesh_does_not_matter(tiny, drawn):
+def test_sample_is_equal_on_meshes(tiny, drawn):
     """Rows, weights, heads and vocabulary are split; cuts look at the whole vocabulary."""
     config, params = tiny
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
@@ -143,7 +143,7 @@ def test_the_mesh_does_not_matter(tiny, drawn):
         )
 
 
-def test_settings_compile_nothing_new(tiny, drawn):
+def test_sample_settings_compile_nothing(tiny, drawn):
     before = sampler._generate._cache_size()
     for sampling in (Sampling(10, temperature=0.5), Sampling(10, top_k=3), Sampling(10, top_p=0.5)):
         draw(tiny, sampling=sampling, seed=2**40, eos_id=None, first=7)
@@ -198,7 +198,7 @@ def exact(logits, sampling):
         dict(temperature=2.5, top_k=4, top_p=0.8),
     ],
 )
-def test_frequencies_are_the_exact_probabilities(six, fields):
+def test_sample_frequencies_are_exact(six, fields):
     """Of both tokens together, so that a step that used another's randomness would show."""
     config, params, first_logits, second_logits = six
     sampling, count = Sampling(2, **fields), 8192
@@ -220,18 +220,18 @@ def test_frequencies_are_the_exact_probabilities(six, fields):
 @pytest.mark.parametrize(
     "fields", [dict(temperature=0), dict(temperature=1e-30), dict(top_k=1), dict(top_p=1e-30)]
 )
-def test_the_likeliest_token_alone(tiny, fields):
+def test_sample_likeliest_token_alone(tiny, fields):
     greedy = draw(tiny, sampling=Sampling(10, temperature=0), seed=5)
     assert_same(draw(tiny, sampling=Sampling(10, **fields)), greedy)
 
 
-def test_top_p_of_1_keeps_the_least_likely():
+def test_top_p_1_keeps_all():
     scores = np.array([[0, -30.0, -80, -1e4]], np.float32)
     np.testing.assert_array_equal(sampler._cut(scores, 0, 1.0), scores)
     np.testing.assert_array_equal(sampler._cut(scores, 3, 1.0), [[0, -30, -80, -np.inf]])
 
 
-def test_equal_scores_stay_together():
+def test_top_k_keeps_equal_logits():
     scores = np.array([[-1, 0, -1, -2.0]], np.float32)
     np.testing.assert_array_equal(sampler._cut(scores, 2, 1.0), [[-1, 0, -1, -np.inf]])
 
@@ -239,7 +239,7 @@ def test_equal_scores_stay_together():
 # where completions end
 
 
-def test_a_completion_ends_with_its_first_eos_or_by_length(tiny):
+def test_sample_ends_by_eos_or_length(tiny):
     endless = draw(tiny, eos_id=None)
     assert all(len(one.tokens) == 10 and not one.ended for row in endless for one in row)
     eos = next(
@@ -261,7 +261,7 @@ def test_a_completion_ends_with_its_first_eos_or_by_length(tiny):
     assert 0 < ended < 15
 
 
-def test_the_loop_stops_when_all_have_ended(tiny):
+def test_sample_stops_when_all_ended(tiny):
     """Were it run to its limit, it would take minutes."""
     config, params = tiny
     silent = params | {
@@ -297,12 +297,12 @@ def test_the_loop_stops_when_all_have_ended(tiny):
         (dict(first=-1), "first=-1"),
     ],
 )
-def test_what_cannot_be_sampled_is_refused(tiny, change, message):
+def test_sampling_refuses_wrong_values(tiny, change, message):
     with pytest.raises(ValueError, match=message):
         draw(tiny, **change)
 
 
-def test_learned_positions_end():
+def test_sample_ends_with_learned_positions():
     config = tiny_config(learned_positions=True, rope_width=0, max_positions=12)
     params = tiny_models.random_params(config)
     (full,) = draw(
@@ -316,5 +316,5 @@ def test_learned_positions_end():
         draw((config, params), [np.arange(9)], Sampling(4))
 
 
-def test_no_prompts_no_completions(tiny):
+def test_sample_without_prompts(tiny):
     assert draw(tiny, []) == []

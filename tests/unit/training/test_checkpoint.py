@@ -7,7 +7,7 @@ from dpo_jax.training import step
 from dpo_jax.training.checkpoint import Checkpoints
 
 
-def test_of_equally_good_checkpoints_the_latest_is_the_best_however_often_one_is_saved(tmp_path):
+def test_best_of_equal_checkpoints_is_latest(tmp_path):
     state = step.TrainState(jnp.int32(0), {"w": jnp.zeros(2)}, ())
     for keep, all_saved in ((1, False), (1, True), (3, True)):
         with Checkpoints(
@@ -21,7 +21,7 @@ def test_of_equally_good_checkpoints_the_latest_is_the_best_however_often_one_is
             assert saved.best() == (3, 0.7)
 
 
-def test_saving_leaves_preemptions_to_the_loop(tmp_path, monkeypatch):
+def test_save_leaves_preemption_to_loop(tmp_path, monkeypatch):
     """orbax would ask jax with the step, and so move the number at which processes stop
     together.
     """

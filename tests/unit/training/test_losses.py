@@ -22,7 +22,7 @@ def loss(name, chosen=CHOSEN, rejected=REJECTED, counts=COUNTS, beta=BETA, eps=0
 
 
 @needs_shared
-def test_published_values():
+def test_losses_equal_published_values():
     golden = json.loads((SHARED / "golden" / "dpo_loss_golden.json").read_text())
     case = golden["tunix_dpo_loss_fn"]
     chosen, rejected = np.split(np.array(case["policy_logps"]) - np.array(case["ref_logps"]), 2)
@@ -40,7 +40,7 @@ def test_published_values():
     np.testing.assert_allclose(found, case["rso_hinge_gamma_0_1"], atol=1e-6)
 
 
-def test_dpo_gradient_is_the_closed_form():
+def test_sigmoid_gradient_is_closed_form():
     """d loss / d chosen = -beta sigmoid(-beta margin): beta enters once."""
     gradient = jax.grad(lambda c: loss("sigmoid", c).sum())(CHOSEN)
     np.testing.assert_allclose(
@@ -49,7 +49,7 @@ def test_dpo_gradient_is_the_closed_form():
 
 
 @pytest.mark.parametrize("name", PREFERENCE_LOSSES)
-def test_gradient_equals_finite_differences(name):
+def test_preference_gradient_equals_finite_differences(name):
     with jax.enable_x64(True):
         step = 1e-6
         gradient = jax.grad(lambda c: loss(name, c).sum())(CHOSEN)
@@ -58,7 +58,7 @@ def test_gradient_equals_finite_differences(name):
     np.testing.assert_allclose(gradient[away], slope[away], rtol=1e-5, atol=1e-7)
 
 
-def test_value_at_equal_policy_and_reference():
+def test_preference_at_zero_log_ratios():
     zeros = np.zeros(3)
     counts = np.ones((2, 3))
     for name, expected in dict(
@@ -72,21 +72,21 @@ def test_value_at_equal_policy_and_reference():
         np.testing.assert_allclose(loss(name, zeros, zeros, counts), expected, rtol=1e-6)
 
 
-def test_swapping_the_sides_mirrors_the_margin():
+def test_sigmoid_mirrors_swapped_sides():
     """sigmoid: loss(m) - loss(-m) = -beta m."""
     forward, swapped = loss("sigmoid"), loss("sigmoid", REJECTED, CHOSEN, COUNTS[::-1])
     np.testing.assert_allclose(forward - swapped, -BETA * (CHOSEN - REJECTED), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["sigmoid", "hinge", "ipo_sum", "robust"])
-def test_log_ratio_of_shared_tokens_cancels_in_summed_losses(name):
+def test_preference_cancels_shared_log_ratio(name):
     np.testing.assert_allclose(
         loss(name, CHOSEN + 5, REJECTED + 5), loss(name), rtol=1e-4, atol=1e-4
     )
 
 
 @pytest.mark.parametrize("name", ["ipo", "sigmoid_norm"])
-def test_length_normalised_losses_divide_each_side_by_its_own_length(name):
+def test_ipo_divides_by_own_length(name):
     np.testing.assert_allclose(
         loss(name, CHOSEN * COUNTS[0], REJECTED * COUNTS[1]),
         loss({"ipo": "ipo_sum", "sigmoid_norm": "sigmoid"}[name]),
@@ -95,25 +95,25 @@ def test_length_normalised_losses_divide_each_side_by_its_own_length(name):
     )
 
 
-def test_no_smoothing_is_plain_dpo():
+def test_robust_without_smoothing_is_sigmoid():
     np.testing.assert_array_equal(loss("robust"), loss("sigmoid"))
 
 
-def test_conservative_dpo_has_its_minimum_where_sigmoid_is_one_minus_eps():
+def test_sigmoid_minimum_with_smoothing():
     margins = np.linspace(-30, 30, 60001)
     values = losses.sigmoid(margins, BETA, 0.2)
     best = margins[int(np.argmin(values))]
     np.testing.assert_allclose(1 / (1 + np.exp(-BETA * best)), 0.8, atol=1e-3)
 
 
-def test_a_large_margin_does_not_underflow():
+def test_sigmoid_of_large_margin():
     found = losses.sigmoid(jnp.array([-5000.0, 5000.0], jnp.float32), 1.0)
     np.testing.assert_allclose(found, [5000.0, 0.0])
     assert np.isfinite(jax.grad(lambda m: losses.sigmoid(m, 1.0))(jnp.float32(-5000.0)))
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.7, 1.0])
-def test_advantages_are_what_their_definition_says(lam):
+def test_advantages_equal_definition(lam):
     """Sums of discounted temporal differences, row by row, with nothing behind a row's end."""
     counts = np.array([5, 1, 3])
     rewards, values = RNG.normal(size=(2, 3, 5))
@@ -129,7 +129,7 @@ def test_advantages_are_what_their_definition_says(lam):
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_with_lambda_1_an_advantage_is_the_return_less_the_value():
+def test_advantages_with_lambda_1():
     rewards, values = RNG.normal(size=(2, 4, 6))
     found = losses.advantages(jnp.asarray(rewards), jnp.asarray(values), jnp.full(4, 6), 1.0)
     np.testing.assert_allclose(found, rewards[:, ::-1].cumsum(1)[:, ::-1] - values, atol=1e-5)

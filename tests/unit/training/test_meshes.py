@@ -92,7 +92,7 @@ def of_one_device(name: str, family: str) -> tuple:
 
 
 @pytest.mark.parametrize("name, family, sizes", CASES)
-def test_a_step_is_the_same_on_any_mesh(name, family, sizes):
+def test_train_step_is_equal_on_meshes(name, family, sizes):
     config, params, expected, expected_metrics = of_one_device(name, family)
     update, metrics = stepped(name, config, params, sharding.make_mesh(*sizes))
     largest = max(abs(leaf).max() for leaf in jax.tree.leaves(expected))

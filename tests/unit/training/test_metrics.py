@@ -19,7 +19,7 @@ from dpo_jax.training.objectives import OBJECTIVE_NUMBERS, OBJECTIVES
 from tests.helpers.tiny import random_pairs
 
 
-def test_names_are_the_reference_codes():
+def test_named_as_reference_code():
     given = {
         "loss": (6.0, 3),
         "rewards/margins": (1.0, 4),
@@ -36,7 +36,7 @@ def test_names_are_the_reference_codes():
 
 
 @pytest.mark.parametrize("split", ["train", "eval"])
-def test_every_metric_of_an_objective_is_described(tiny, split):
+def test_describe_metrics_of_objectives(tiny, split):
     config, params = tiny
     of_head = dict(rm="score", ppo="lm_value")
     for name, objective in OBJECTIVES.items():
@@ -64,19 +64,19 @@ def metrics_of(objective, model) -> list[str]:
     return list(found)
 
 
-def test_what_is_shown_and_drawn_is_described():
+def test_describe_what_is_shown():
     for name in (*console.SHOWN, *plots.CURVES, *metrics.TIMINGS, *metrics.OF_UPDATE):
         assert metrics.describe(name).meaning
     with pytest.raises(KeyError):
         metrics.describe("loss/test")
 
 
-def test_batches_of_unequal_size_are_weighted_by_rows():
+def test_add_weights_by_rows():
     total = metrics.add(metrics.add(None, {"loss": (8.0, 8)}), {"loss": (4.0, 1)})
     assert metrics.named(total, "eval") == {"loss/eval": 12 / 9}
 
 
-def test_rewind_drops_later_rows_and_a_torn_line(tmp_path):
+def test_writer_rewind(tmp_path):
     writer = metrics.Writer(tmp_path)
     for step in range(5):
         writer.write(step, {"loss/train": float(step)})
@@ -93,7 +93,7 @@ def test_rewind_drops_later_rows_and_a_torn_line(tmp_path):
     ]
 
 
-def test_tensorboard_events_hold_the_values(tmp_path):
+def test_writer_tensorboard(tmp_path):
     pytest.importorskip("tensorboardX", reason="TensorBoard needs tensorboardX")
     with metrics.Writer(tmp_path, tensorboard=True) as writer:
         writer.write(7, {"rewards_train/margins": 0.5})
@@ -101,7 +101,7 @@ def test_tensorboard_events_hold_the_values(tmp_path):
     assert b"rewards_train/margins" in events
 
 
-def test_wandb_gets_the_rows_and_the_config(tmp_path, monkeypatch):
+def test_writer_wandb(tmp_path, monkeypatch):
     logged, started, finished = [], {}, []
     run = types.SimpleNamespace(
         log=lambda values, step: logged.append((step, values)), finish=lambda: finished.append(True)
@@ -125,13 +125,13 @@ def test_wandb_gets_the_rows_and_the_config(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "library, option", [("tensorboardX", dict(tensorboard=True)), ("wandb", dict(wandb="p"))]
 )
-def test_a_missing_library_is_named_at_the_start(tmp_path, monkeypatch, library, option):
+def test_writer_names_missing_library(tmp_path, monkeypatch, library, option):
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(ImportError, match=f"pip install {library}"):
         metrics.Writer(tmp_path, **option)
 
 
-def test_off_a_terminal_progress_is_plain_lines_with_the_time_left(capsys):
+def test_progress_off_a_terminal(capsys):
     progress = console.Progress("dpo", 0, 10, seconds=0)
     progress.update(
         5,

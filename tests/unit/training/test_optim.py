@@ -12,7 +12,7 @@ from dpo_jax.training import optim
 from tests.helpers.tiny import tiny_config
 
 
-def test_lion_moves_by_the_sign_of_the_blended_gradient():
+def test_lion_moves_by_sign():
     lion = optim.make("lion", 0.0)
     params = {"w": jnp.array([1.0, 1.0])}
     state = lion.init(params)
@@ -48,7 +48,7 @@ def test_adafactor_equals_its_formula():
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_schedules(schedule):
+def test_learning_rate_schedules(schedule):
     def rate(step):
         return float(
             optim.learning_rate(schedule, jnp.int32(step), lr=2.0, warmup_steps=10.0, steps=110.0)
@@ -65,7 +65,7 @@ MOMENTS = dict(rmsprop=1, adamw=2, adafactor=1, lion=1, sgd=0)  # of the shape o
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_moments_live_where_their_weights_do(name):
+def test_state_shardings_follow_weights(name):
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     params = transformer.abstract(tiny_config())
     weights = flatten(params)

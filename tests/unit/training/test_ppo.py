@@ -20,7 +20,7 @@ def rollout(counts=(4, 1, 3)):
     return ppo.Rollout([], RNG.normal(size=len(counts)), np.ones(len(counts), bool), *per_token)
 
 
-def test_targets_are_what_a_plain_loop_makes_of_them():
+def test_targets_equal_plain_loop():
     """Reward to go of -kl_coef log-ratio, the normalised reward at the end, less the value; then
     normalised.
     """
@@ -48,7 +48,7 @@ def test_targets_are_what_a_plain_loop_makes_of_them():
 
 
 @pytest.mark.parametrize("kl, factor", [(6.0, 1.0), (6.3, 1.05), (60.0, 1.2), (0.0, 0.8)])
-def test_the_penalty_goes_after_its_target(kl, factor):
+def test_adapted_kl_coef_follows_target(kl, factor):
     """At most a fifth of the way per horizon; a horizon of completions here."""
     assert ppo.adapted_kl_coef(0.5, kl, 6.0, 1000, 1000.0) == pytest.approx(0.5 * factor)
     assert ppo.adapted_kl_coef(0.5, kl, 6.0, 100, 1000.0) == pytest.approx(
@@ -57,7 +57,7 @@ def test_the_penalty_goes_after_its_target(kl, factor):
 
 
 @pytest.mark.parametrize("moved", [0.0, 0.3])
-def test_the_objective_is_that_of_a_plain_loop(tiny, moved):
+def test_ppo_objective_equals_plain_loop(tiny, moved):
     """Token by token over separate sequences in numpy: ratio, clip, value loss, and padding that
     counts for nothing.
 

@@ -44,25 +44,25 @@ def check(tiny, data, reference="same", loss="sigmoid", eos_id=EOS, exact=True, 
     return self_check.self_check(config, block, mesh, params, reference, first_batch)
 
 
-def test_a_good_batch_passes_in_one_line(tiny):
+def test_self_check_passes_good_batch(tiny):
     line = check(tiny, examples())
     assert "\n" not in line and "log-ratios 0, loss 0.6931 = log 2" in line
     assert "EOS ends 12 of 12 responses" in line and "flat batch = separate rows to" in line
 
 
-def test_other_losses_show_their_own_value(tiny):
+def test_self_check_of_other_losses(tiny):
     assert "loss 25.0000," in check(
         tiny, examples(), loss="ipo", measured=LOG_2 | {"loss/train": 25.0}
     )
 
 
 @pytest.mark.parametrize("wrong", [{"loss/train": 0.7}, {"rewards_train/margins": 1e-3}])
-def test_an_objective_that_does_not_start_at_log_2_is_stopped(tiny, wrong):
+def test_self_check_stops_wrong_start(tiny, wrong):
     with pytest.raises(self_check.SelfCheckFailed, match="expected 0.693147 and 0"):
         check(tiny, examples(), measured=LOG_2 | wrong)
 
 
-def test_another_reference_than_the_initial_weights_shows(tiny):
+def test_self_check_shows_other_reference(tiny):
     other = jax.tree.map(lambda x: x * 1.01, tiny[1])
     with pytest.raises(
         self_check.SelfCheckFailed,
@@ -72,7 +72,7 @@ def test_another_reference_than_the_initial_weights_shows(tiny):
     check(tiny, examples(), reference=other, exact=False)
 
 
-def test_a_response_without_a_token_is_named(tiny):
+def test_self_check_names_empty_response(tiny):
     data = examples()
     data.responses[3] = (data.responses[3][0], np.array([], np.int32))
     with pytest.raises(
@@ -81,7 +81,7 @@ def test_a_response_without_a_token_is_named(tiny):
         check(tiny, data)
 
 
-def test_a_batch_without_any_eos_is_refused(tiny):
+def test_self_check_refuses_missing_eos(tiny):
     data = examples()
     data.responses = [tuple(np.where(r == EOS, 2, r) for r in pair) for pair in data.responses]
     with pytest.raises(self_check.SelfCheckFailed, match="no response that ends in EOS"):
@@ -89,7 +89,7 @@ def test_a_batch_without_any_eos_is_refused(tiny):
     assert "no EOS" in check(tiny, data, eos_id=None)
 
 
-def test_a_model_that_gives_nan_is_stopped(tiny):
+def test_self_check_stops_nan(tiny):
     config, params = tiny
     broken = jax.tree.map(lambda x: x * np.nan, params)
     with pytest.raises(
@@ -98,7 +98,7 @@ def test_a_model_that_gives_nan_is_stopped(tiny):
         check((config, broken), examples())
 
 
-def test_a_wrong_layout_is_found(tiny, monkeypatch):
+def test_self_check_finds_wrong_packing(tiny, monkeypatch):
     """Positions that run on instead of restarting for the rejected response: the classical packing
     bug.
     """

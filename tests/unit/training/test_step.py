@@ -44,7 +44,7 @@ def rows(name, count=12):
     "name, loss",
     [("dpo", "sigmoid"), ("sft", "sum"), ("sft", "token_mean"), ("unlikelihood", ""), ("rm", "")],
 )
-def test_one_batch_is_the_same_in_any_number_of_microbatches(tiny, name, loss):
+def test_accumulate_any_number_of_microbatches(tiny, name, loss):
     config, params = tiny
     params = jax.tree.map(lambda x: x / 2, params)  # less steep, so that rounding stays small
     if name == "rm":
@@ -88,7 +88,7 @@ def make_step(config, params, optimizer="rmsprop"):
     )
 
 
-def test_state_is_donated_numbers_are_traced_and_the_reference_gets_no_gradient(tiny):
+def test_train_step_donates_state_and_traces_numbers(tiny):
     config, params = tiny
     mesh, state, train_step = make_step(config, jax.tree.map(np.asarray, params))
     reference = jax.device_put(params, sharding.param_shardings(mesh, params))
@@ -110,7 +110,7 @@ def test_state_is_donated_numbers_are_traced_and_the_reference_gets_no_gradient(
     assert metrics["grad_norm"][0] > 0
 
 
-def test_no_gradient_flows_into_the_reference(tiny):
+def test_reference_gets_no_gradient(tiny):
     config, params = tiny
     objective = objective_of("dpo", "sigmoid", config)
     batch = jax.tree.map(lambda x: x[0], Batches(rows("dpo"), training_order(12, 12, 1, 0))[0])
@@ -120,7 +120,7 @@ def test_no_gradient_flows_into_the_reference(tiny):
     assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(gradient))
 
 
-def test_filler_rows_count_for_nothing(tiny):
+def test_accumulate_ignores_filler_rows(tiny):
     config, params = tiny
     objective = jax.jit(objective_of("dpo", "sigmoid", config))
     examples = rows("dpo")
@@ -136,7 +136,7 @@ def test_filler_rows_count_for_nothing(tiny):
     np.testing.assert_allclose(half + other, whole, rtol=1e-5)
 
 
-def test_bfloat16_computes_on_float32(tiny):
+def test_train_step_bfloat16_on_float32(tiny):
     """Weights, moments and updates stay float32, and the gradient is float32's up to the rounding
     of 8 bits.
     """
@@ -164,7 +164,7 @@ def test_bfloat16_computes_on_float32(tiny):
     assert flat["float32"] @ flat["bfloat16"] / np.prod(norms) > 0.99
 
 
-def test_an_id_that_comes_often_has_its_gradient_added_up_in_float32(tiny):
+def test_embedding_gradient_adds_in_float32(tiny):
     """In bfloat16 a sum of ones stops at 256."""
     config, params = tiny
     model = dataclasses.replace(config, dtype="bfloat16", learned_positions=True)
