@@ -133,6 +133,7 @@ def test_win_rates_equal_judge(finished):
 def test_judge_sees_whole_post(finished):
     _, _, asked = finished
     whole = {row["prompt"].removesuffix("TL;DR:").strip() for row in tiny_tldr.posts(30, 2)}
+    assert asked
     for prompt in asked:
         post = prompt.split("Forum post:\n")[1].split("\n\nSummary A:")[0]
         assert post in whole

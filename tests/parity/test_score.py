@@ -25,6 +25,7 @@ def test_score_equals_torch(scored):
     folder, rows = scored
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     words = AutoTokenizer.from_pretrained(folder / "model")
+    assert len(rows) == 21
     for row in rows:
         for side in ("chosen", "rejected"):
             prompt = words(row["prompt"])["input_ids"]

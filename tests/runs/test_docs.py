@@ -63,6 +63,8 @@ def test_every_metric_is_explained(method, tmp_path):
     with on_devices(1):
         run_stages(config, str(tmp_path))
     explained = documented_metrics()
-    for file in tmp_path.glob("*/metrics.jsonl"):
+    files = list(tmp_path.glob("*/metrics.jsonl"))
+    assert method in {file.parent.name for file in files}
+    for file in files:
         for row in read_rows(file):
             assert not row.keys() - explained, file

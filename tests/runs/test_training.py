@@ -136,7 +136,9 @@ def test_harmless_field_may_change(whole):
         2,
         "project",
     )
+    before = (folder / "metrics.jsonl").stat().st_mtime_ns
     run(changed, folder.parent)
+    assert (folder / "metrics.jsonl").stat().st_mtime_ns == before, "the finished run is reused"
 
 
 def test_run_name_shares_workdir(whole, model, pairs):
