@@ -15,6 +15,7 @@ PAIR = {"prompt": "Name a colour.", "chosen": " Blue.", "rejected": " Seven."}
 
 
 def data_config(**changes) -> ml_collections.ConfigDict:
+    """Return the data block of a config, with these fields changed."""
     return ml_collections.ConfigDict(
         {
             "source": "local",
@@ -46,12 +47,14 @@ def write_parquet(path: Path, rows) -> Path:
 
 
 def pairs(n: int, prefix: str = "p") -> list[dict]:
+    """Return rows of n different pairs."""
     return [
         {"prompt": f"{prefix}{i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(n)
     ]
 
 
 def read(path, kind="pairs", **changes):
+    """Read a file as a run does; return the rows of each split, and the ledger."""
     ledger = Ledger()
     return sources.read(data_config(path=str(path), **changes), kind, ledger), ledger
 

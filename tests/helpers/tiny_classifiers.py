@@ -34,8 +34,9 @@ CLASSIFIERS = {
 
 
 def write_classifier(family, folder):
-    """A random classifier with a tokenizer of sixty words; every tensor is random, norms and biases
-    too.
+    """Write a random classifier with a tokenizer of sixty words; return its torch model.
+
+    Every tensor is random, norms and biases too.
     """
     import torch
     import transformers

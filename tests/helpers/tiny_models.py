@@ -1,6 +1,4 @@
-"""Tiny random transformers models, one per family and variant, that tests compare against or start
-from.
-"""
+"""Tiny random transformers models, one for each family and variant."""
 
 import functools
 import pathlib
@@ -60,15 +58,16 @@ VARIANTS = {
 
 
 def hf_config(variant: str, **changes):
-    """Its transformers config, with these fields changed."""
+    """Return a variant's transformers config, with these fields changed."""
     name, fields = VARIANTS[variant]
     return getattr(transformers, name)(**SPECIAL | fields | changes)
 
 
 @functools.cache
 def torch_model(variant: str):
-    """Its torch model in evaluation mode, every parameter random: norms and biases too. Do not
-    change it.
+    """Return a variant's torch model, every parameter random: norms and biases too.
+
+    It is in evaluation mode, and shared by all tests: do not change it.
     """
     import torch
 
@@ -84,7 +83,7 @@ def torch_model(variant: str):
 
 
 def random_params(config: TransformerConfig, seed: int = 0):
-    """Weights for a config of ours, float32 on the host, without compiling its initialisation."""
+    """Return float32 weights for a config of ours on the host, without compiling anything."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(
         lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), abstract(config)
@@ -92,7 +91,7 @@ def random_params(config: TransformerConfig, seed: int = 0):
 
 
 def write(variant: str, folder, **options) -> pathlib.Path:
-    """Saves its torch model to a folder, by `save_pretrained` with these options."""
+    """Save a variant's torch model to a folder by `save_pretrained` with these options."""
     torch_model(variant).save_pretrained(folder, **options)
     return pathlib.Path(folder)
 

@@ -1,6 +1,4 @@
-"""A tiny model and tiny preference data on disk, and runs on them, for the tests of whole
-stages.
-"""
+"""A tiny model and tiny preference data on disk, and runs on them."""
 
 import contextlib
 import dataclasses
@@ -58,7 +56,7 @@ WORDS = ["<s>", "</s>", "?", *(f"w{i}" for i in range(37))]
 
 
 def tokenizer():
-    """Forty words, BOS at a text's start."""
+    """Return a tokenizer of forty words, which puts BOS at the start of a text."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -73,8 +71,10 @@ def tokenizer():
 
 
 def write_model(folder, scale: float = 4) -> pathlib.Path:
-    """A random two-layer Llama of 40 words in Hugging Face format, its weights `scale` times as
-    large as others'.
+    """Write a random two-layer Llama of 40 words in Hugging Face format; return its folder.
+
+    Its weights are `scale` times as large as those of an initialisation, so that its log-probs are
+    far from uniform.
     """
     hf_config = hf.make_config(
         dict(
@@ -99,7 +99,7 @@ def write_model(folder, scale: float = 4) -> pathlib.Path:
 
 
 def write_pairs(path, count=60, seed=0) -> pathlib.Path:
-    """Pairs whose chosen side has the higher word numbers, so that there is something to learn."""
+    """Write pairs whose chosen side has the higher word numbers: something to learn."""
     rng = np.random.default_rng(seed)
 
     def words(low, high):
@@ -113,7 +113,10 @@ def write_pairs(path, count=60, seed=0) -> pathlib.Path:
 
 
 def dpo_config(model, pairs, **fields):
-    """A short DPO run; `fields` are of its dpo block, or dotted through __ (data__shuffle)."""
+    """Return the config of a short DPO run.
+
+    fields: of its dpo block; or of another block, written with two underscores (data__shuffle).
+    """
     config = configs.default(("dpo",))
     config.model.path, config.data.path = str(model), str(pairs)
     config.data.eval_fraction = 0.2
@@ -129,7 +132,7 @@ def dpo_config(model, pairs, **fields):
 
 
 def scratch_config(**fields):
-    """A DPO run that starts from random weights of a small Llama, which need no file."""
+    """Return the config of a DPO run from random weights of a small Llama, which need no file."""
     config = dpo_config("", "PAIRS", **fields)
     config.model.scratch.update(SCRATCH)
     config.data.update(max_length=32, max_prompt_length=16)
@@ -138,7 +141,7 @@ def scratch_config(**fields):
 
 @contextlib.contextmanager
 def on_devices(count: int):
-    """Runs in it take the first devices only; one compiles faster than eight."""
+    """Let the runs inside take the first devices only; one compiles faster than eight."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             sharding, "make_mesh", functools.partial(MAKE_MESH, devices=jax.devices()[:count])
@@ -147,19 +150,16 @@ def on_devices(count: int):
 
 
 def run(config, workdir) -> pathlib.Path:
-    """Runs all stages in this process; the folder of the last training stage."""
+    """Run all stages in this process; return the folder of the last training stage."""
     run_stages(config, str(workdir))
-    return (
-        pathlib.Path(workdir)
-        / configs.folder_names(config)[
-            [stage for stage in config.stages if stage in configs.TRAINING_STAGES][-1]
-        ]
-    )
+    trained = [stage for stage in config.stages if stage in configs.TRAINING_STAGES]
+    return pathlib.Path(workdir) / configs.folder_names(config)[trained[-1]]
 
 
 def plant(run, stage: str, model=None, **changes) -> None:
-    """Makes a stage of a Run done without training: a random model, or a folder's; changes: of its
-    config.
+    """Make a stage of a Run done without training, with a folder's model or a random one.
+
+    changes: of the random model's config.
     """
     folder, _ = start_stage(run.workdir, run.config, stage, versions())
     if model:
@@ -167,22 +167,17 @@ def plant(run, stage: str, model=None, **changes) -> None:
     else:
         start = run.initial("sft")
         shape = dataclasses.replace(start.config, **changes)
-        hf.save(
-            folder / "hf",
-            shape,
-            start.hf_config,
-            jax.device_put(random_params(shape)),
-            start.tokenizer,
-        )
+        params = jax.device_put(random_params(shape))
+        hf.save(folder / "hf", shape, start.hf_config, params, start.tokenizer)
     finish_stage(folder)
 
 
 def command(
     module: str, *flags: str, devices: int = 1, fast: bool = False, **options
 ) -> subprocess.CompletedProcess:
-    """python -m dpo_jax.MODULE FLAGS on fake CPU devices, its output captured.
+    """Run python -m dpo_jax.MODULE FLAGS on fake CPU devices; its output is captured.
 
-    fast: compiled as a user's run is, for one that is long enough to pay for it.
+    fast: compile as a user's run does. It pays off for a long run.
     """
     env = environment(devices) | (dict(XLA_FLAGS="") if fast else {})
     return subprocess.run(
@@ -202,30 +197,31 @@ def experiment_configs(choice: str, arguments=()):
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
+    """Return a port of this machine that nobody listens on."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         return free.getsockname()[1]
 
 
 def environment(devices: int = 1) -> dict:
+    """Return the environment of a command that is to see so many CPU devices."""
     return os.environ | dict(JAX_NUM_CPU_DEVICES=str(devices))
 
 
 def weights(folder) -> dict[str, np.ndarray]:
-    """The exported tensors of a run by name."""
+    """Return the exported tensors of a run by name."""
     from safetensors.numpy import load_file
 
     return load_file(pathlib.Path(folder) / "hf" / "model.safetensors")
 
 
-def rows_without_timings(folder):
-    return [
-        {k: v for k, v in row.items() if k not in TIMINGS}
-        for row in read_rows(folder / "metrics.jsonl")
-    ]
+def rows_without_timings(folder) -> list[dict]:
+    """Return the rows of metrics.jsonl without what depends on the machine's speed."""
+    rows = read_rows(folder / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if k not in TIMINGS} for row in rows]
 
 
 def score_file(model, data, out):
+    """Score a file as the command does, four pairs at a time."""
     score.score_file(
         str(model),
         str(data),
@@ -238,7 +234,7 @@ def score_file(model, data, out):
 
 
 def sample_file(model, prompts, out, limits=PROMPT_LIMITS, **changes):
-    """Two completions of each prompt, three prompts at a time."""
+    """Sample two completions of each prompt, three prompts at a time."""
     sampling = Sampling(**dict(max_new_tokens=6, n=2, batch_size=6) | changes)
     sample.sample_file(
         str(model),
