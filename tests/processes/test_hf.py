@@ -33,14 +33,13 @@ import jax
 jax.config.update("jax_num_cpu_devices", 2)
 jax.distributed.initialize(f"localhost:{sys.argv[2]}", num_processes=2, process_id=int(sys.argv[1]))
 import pathlib
+from dpo_jax.models import families, hf, transformer
 from dpo_jax.parallel import sharding
-from dpo_jax.models import families
-from dpo_jax.models import hf
-from dpo_jax.models import transformer
 folder = pathlib.Path(sys.argv[3])
 hf_config = hf.read_config(folder)
 config = families.from_hf(hf_config)
-shardings = sharding.param_shardings(sharding.make_mesh(fsdp=4, data=1), transformer.abstract(config))
+mesh = sharding.make_mesh(fsdp=4, data=1)
+shardings = sharding.param_shardings(mesh, transformer.abstract(config))
 params = hf.load(folder, config, shardings)
 kernel = params["layers"]["mlp"]["up"]["kernel"]
 assert sum(shard.data.size for shard in kernel.addressable_shards) == kernel.size // 2

@@ -24,16 +24,14 @@ from tests.helpers.paths import ROOT
 
 PROGRAM = """
 import signal, sys
-from dpo_jax.evaluation.judge import Comparison
-from dpo_jax.evaluation.judge import Judge
-from dpo_jax.evaluation.judge import compare
-# which a shell's background jobs are started without
+from dpo_jax.evaluation.judge import Judge, compare
+from tests.helpers.comparisons import comparisons
+# A shell starts jobs in the background without this handler.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 folder, count, concurrency, model = sys.argv[1:]
-lengths = [(1, 2), (5, 2), (3, 4), (9, 1)]
-rows = [Comparison(f"post {i}", "ours " * lengths[i % 4][0], "other " * lengths[i % 4][1]) for i in range(int(count))]
 assert not {"jax", "transformers", "datasets"} & sys.modules.keys()
-print(compare(Judge(model=model, template="summary_concise", concurrency=int(concurrency)), rows, folder))
+judge = Judge(model=model, template="summary_concise", concurrency=int(concurrency))
+print(compare(judge, comparisons(int(count)), folder))
 """
 
 

@@ -22,9 +22,13 @@ workers=(0 1); [ "$worker" = 0 ] && workers=(0)
 case "$3 $4" in
   "queued-resources describe") head -n 1 "$STATES"; sed -i 1d "$STATES" ;;
   "tpu-vm describe") [ -n "$READY" ] && echo READY || exit 1 ;;
-  "tpu-vm scp") for w in "${workers[@]}"; do mkdir -p "$WORKERS/$w"; cp "$5" "$WORKERS/$w/dpo_jax.tgz"; done ;;
+  "tpu-vm scp")
+    for w in "${workers[@]}"; do mkdir -p "$WORKERS/$w"; cp "$5" "$WORKERS/$w/dpo_jax.tgz"; done ;;
   "tpu-vm ssh") failed=0
-    for w in "${workers[@]}"; do (cd "$WORKERS/$w" && WORKER=$w bash -c "$command") || failed=1; done; exit $failed ;;
+    for w in "${workers[@]}"; do
+      (cd "$WORKERS/$w" && WORKER=$w bash -c "$command") || failed=1
+    done
+    exit $failed ;;
 esac
 """
 # In the place of a worker's python3: `uv venv` makes a python that says what it was asked to run,
@@ -73,13 +77,15 @@ def printed(*arguments) -> list[str]:
 
 def test_launch_local_and_slurm():
     assert printed("local", *CONFIG) == [
-        r"python -m dpo_jax.train --config=configs/toy.py --config.dpo.beta=0.5 --workdir=/mnt/bucket/my\ runs"
+        "python -m dpo_jax.train --config=configs/toy.py --config.dpo.beta=0.5 "
+        r"--workdir=/mnt/bucket/my\ runs"
     ]
     assert printed("local", "sweep", *CONFIG)[0].startswith(
         "python -m dpo_jax.sweep --config=configs/toy.py "
     )
     assert printed("slurm", "--nodes=4", "--gres=gpu:8", *CONFIG)[0].startswith(
-        "srun --ntasks-per-node=1 --kill-on-bad-exit=1 --nodes=4 --gres=gpu:8 python -m dpo_jax.train --config="
+        "srun --ntasks-per-node=1 --kill-on-bad-exit=1 --nodes=4 --gres=gpu:8 "
+        "python -m dpo_jax.train --config="
     )
 
 

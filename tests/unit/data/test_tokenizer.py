@@ -374,7 +374,8 @@ def test_encode_row_prompts_cut_as_training(max_length):
         (None, "row 1 holds chat messages, but the tokenizer has no chat template"),
         (
             "{{ messages[0].content }}{% if add_generation_prompt %}a:{% endif %}",
-            "row 1: the chat template renders the conversation otherwise than its prompt.*'ca:'; conversation: 'c'",
+            "row 1: the chat template renders the conversation otherwise than its prompt.*"
+            "'ca:'; conversation: 'c'",
         ),
         (
             "{{ raise_exception('roles must alternate') }}",

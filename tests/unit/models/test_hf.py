@@ -280,7 +280,8 @@ def test_load_names_everything_wrong(tied, folder):
         "set twice: transformer.ln_f.bias, again as transformer.ln_f.bias in model.safetensors",
         "unknown: transformer.h.2.ln_1.weight [32] in model.safetensors",
         "wrong shape: transformer.wpe.weight [63, 32] in model.safetensors, expected [64, 32]",
-        "wrong type: transformer.ln_f.weight I32 in model.safetensors, expected one of F64, F32, F16, BF16",
+        "wrong type: transformer.ln_f.weight I32 in model.safetensors, "
+        "expected one of F64, F32, F16, BF16",
     ]
 
 

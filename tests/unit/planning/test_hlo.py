@@ -1,4 +1,5 @@
-"""What is read out of a compiled program."""
+"""What is read out of a compiled program, whose text has lines of any length."""
+# ruff: noqa: E501
 
 import pytest
 
