@@ -433,7 +433,7 @@ def test_useless_flags_are_refused(monkeypatch):
 def test_method_in_config_is_refused():
     for path in ("configs/hh.py:dpo", "configs/tldr.py:pythia1b,ppo"):
         with pytest.raises(
-            ValueError, match=f"{path}: the experiment itself chooses methods: leave out"
+            ValueError, match=f"{path}: the experiment itself chooses the methods; leave out"
         ):
             experiment_configs(path, [])
 
