@@ -45,9 +45,8 @@ def test_sides_read_equal_tokens():
         row = json.loads(line)
         assert len(words(row["prompt"]).input_ids) == prompt
         for side, count in zip(("chosen", "rejected"), responses, strict=True):
-            ids = words(
-                row["prompt"] + row[side] + work.END
-            ).input_ids  # END as the peer adds it: glued to the end
+            # END as the peer adds it: glued to the end.
+            ids = words(row["prompt"] + row[side] + work.END).input_ids
             assert len(ids) == prompt + count and ids[-1] == 0 and 0 not in ids[:-1]
 
 

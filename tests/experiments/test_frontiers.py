@@ -111,9 +111,8 @@ def test_frontier_points_are_inside_bound(tmp_path):
     assert best["N=1"]["kl"] == pytest.approx(0, abs=1e-6)
     assert 0 < best["N=4"]["kl"] < np.log(4) and best["N=4"]["reward"] > best["N=1"]["reward"]
     optima = [row for row in rows if row["method"] == "rm_optimum"]
-    assert all(
-        a["kl"] < b["kl"] for a, b in zip(optima, optima[1:], strict=False)
-    )  # ever smaller beta
+    # Beta falls from one optimum to the next.
+    assert all(a["kl"] < b["kl"] for a, b in zip(optima, optima[1:], strict=False))
 
 
 @pytest.mark.slow

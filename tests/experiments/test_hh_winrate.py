@@ -77,9 +77,8 @@ def check(workdir, rows, judged):
             3 if name.startswith("base") else 1
         ] * 4
         assert all(row["prompt"].endswith(ASSISTANT) for row in found)
-    assert (
-        samples["dpo_at_2-1-1"] == samples["dpo-1-1"] != samples["dpo_at_1-1-1"]
-    )  # the last checkpoint is the export
+    # The last checkpoint is the export.
+    assert samples["dpo_at_2-1-1"] == samples["dpo-1-1"] != samples["dpo_at_1-1-1"]
     assert samples["dpo-1-1"] != samples["preferred_ft-1-1"]
     assert (judged / "winrate.png").read_bytes().startswith(b"\x89PNG")
     assert "| step | win rate |\n|---|---|\n| 0 | " in (judged / "winrate.md").read_text()
@@ -107,9 +106,8 @@ def test_hh_policies_and_checkpoints_are_judged(arguments, tmp_path, monkeypatch
     began = tmp_path / "dpo" / "config.json"
     text = began.read_text()
     began.write_text(text.replace('"save_every": 1', '"save_every": 2'))
-    assert list(winrate.at_checkpoints(run, "dpo")) == [
-        2
-    ]  # the other is of a run that was interrupted
+    # The other is of a run that was interrupted.
+    assert list(winrate.at_checkpoints(run, "dpo")) == [2]
     began.write_text(text)
     options = Options(("dpo", "preferred_ft", "base", "training"), (1.0,), JUDGE, prompts=4)
     with JudgeServer(prefers(len)) as server, server.environment():

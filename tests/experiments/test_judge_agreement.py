@@ -56,18 +56,16 @@ def test_tables_by_hand():
         (pytest.approx(4 / 7), 4),
         (pytest.approx(2 / 3), 3),
     ]
-    assert pairs["people", "people"]["kappa"] == pytest.approx(
-        1 / 3
-    )  # chance is 1/2, in whichever order people stand
+    # Chance is 1/2, in whichever order people stand.
+    assert pairs["people", "people"]["kappa"] == pytest.approx(1 / 3)
     single = found["single"]
     assert single["win_rates"][1] == dict(
         rater="first", rate=None, low=0.0, high=1.0, n=0, ties=0, unparsable=1
     )
     assert [(one["first"], one["second"]) for one in single["agreement"]] == [("people", "second")]
     shown = agreement.show(found)
-    assert (
-        len({len(line) for line in shown.split("\n\n")[0].splitlines()[1:]}) == 1
-    )  # columns stand in line
+    # Columns stand in line.
+    assert len({len(line) for line in shown.split("\n\n")[0].splitlines()[1:]}) == 1
     assert "66.7" in shown and "0.33" in shown and "--- single" in shown
 
 
@@ -111,10 +109,8 @@ def numbered(count):
 
 def test_command_stops_at_cap_and_resumes(tmp_path, capsys):
     votes = write(tmp_path / "votes.jsonl", numbered(12))
-    names = [
-        "judge:8b:summary_simple",
-        "judge:8b:summary_concise",
-    ]  # a model's name may hold a colon
+    # A model's name may hold a colon.
+    names = ["judge:8b:summary_simple", "judge:8b:summary_concise"]
     with JudgeServer(prefers(longer)) as server:
         done = subprocess.run(
             [
@@ -144,9 +140,8 @@ def test_command_stops_at_cap_and_resumes(tmp_path, capsys):
         with server.environment():
             agreement.run(votes, str(tmp_path / "out"), judges, [])
         assert len(server.requests) == len(set(server.prompts)) == 24
-    found = json.loads((tmp_path / "out" / "agreement.json").read_text())[
-        "all"
-    ]  # and now without the server
+    # And now without the server.
+    found = json.loads((tmp_path / "out" / "agreement.json").read_text())["all"]
     assert agreement.run(votes, str(tmp_path / "out"), judges, [])["all"] == found
     assert [one["rate"] for one in found["win_rates"]] == pytest.approx([0.75, 8 / 12, 8 / 12])
     assert [one["rate"] for one in found["agreement"]] == pytest.approx([0.5, 14 / 24, 14 / 24, 1])

@@ -68,9 +68,8 @@ def test_peft_loads_adapter(variant, targets, tmp_path):
     hf.save(tmp_path / "hf", config, hf_config, lora.merge(base, params, adapters))
     before, merged = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "hf"))
     their_weights = model.merge_and_unload().state_dict()
-    for name in (
-        merged.keys() & their_weights.keys()
-    ):  # transformers calls NeoX's head otherwise than its files do
+    # transformers names NeoX's head one way in the model and another in the file.
+    for name in merged.keys() & their_weights.keys():
         np.testing.assert_allclose(merged[name], their_weights[name], atol=1e-5, err_msg=name)
     changed = {name for name in merged if np.abs(merged[name] - before[name]).max() > 1e-3}
     assert {name.rpartition(".")[0] for name in changed} == {

@@ -22,6 +22,7 @@ def tokens(completions):
     return [[one.tokens.tolist() for one in row] for row in completions]
 
 
+# Every family, and what differs in its cache.
 @pytest.mark.parametrize(
     "variant",
     [
@@ -34,7 +35,7 @@ def tokens(completions):
         "qwen2",
         "qwen3",
     ],
-)  # every family, and what differs in its cache
+)
 def test_sample_greedy_equals_generate(variant, tmp_path):
     """A batch of prompts of 1 to 11 tokens, so that padding, positions, windows and EOS all
     matter.

@@ -152,10 +152,8 @@ def test_launch_tpu_whole_way(fake):
     done = launch("tpu", "pod", "us-x", "--type=v5e-16", "--delete", *CONFIG, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "waiting for pod: PROVISIONING" in done.stderr
-    for argument in (
-        "dpo_jax.train",
-        *CONFIG,
-    ):  # worker 0's log alone is shown, with the arguments as they were given
+    # Worker 0's log alone is shown, with the arguments as they were given.
+    for argument in ("dpo_jax.train", *CONFIG):
         assert f"worker 0 got: {argument}\n" in done.stdout
     assert "worker 1 got" not in done.stdout and done.stdout.count("ended with 0") == 2
     for worker in "01":

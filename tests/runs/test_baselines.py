@@ -251,9 +251,8 @@ def test_ppo_of_llama_with_reward_model(model, pairs, tmp_path):
     config.ppo.update(
         batch_size=16, minibatch_size=16, steps=3, lr=1e-3, eval_every=3, save_every=3
     )
-    config.reward.update(
-        kind="rm", path="", batch_size=16
-    )  # people's preferences: no other reward is known
+    # People's preferences: no other reward is known.
+    config.reward.update(kind="rm", path="", batch_size=16)
     config.sampling.update(max_new_tokens=6, batch_size=16)
     config.evaluate.update(prompts=12, show=2)
     with on_devices(4):
@@ -262,7 +261,6 @@ def test_ppo_of_llama_with_reward_model(model, pairs, tmp_path):
     assert rows[0]["frontier/kl"] == pytest.approx(0, abs=1e-4)
     found = result(tmp_path, "evaluate/evaluate.json")
     assert found["policy"] == "ppo" and found["frontier/kl"] > 1e-4
-    assert (
-        abs(found["frontier/kl"] - rows[-1]["frontier/kl"]) < 1e-3
-    )  # the same samples of the same policy
+    # The same samples of the same policy.
+    assert abs(found["frontier/kl"] - rows[-1]["frontier/kl"]) < 1e-3
     assert len(read_lines(tmp_path / "evaluate" / "completions.jsonl")) == 12

@@ -150,9 +150,8 @@ def test_lora_is_equal_on_meshes(of_inits, model, pairs, sizes, order, tmp_path,
     """
     devices = [jax.devices()[number] for number in order]
     monkeypatch.setattr(sharding, "make_mesh", functools.partial(MAKE_MESH, devices=devices))
-    for name, found in dict(
-        check="not checked", evaluate={}
-    ).items():  # whose programs take long to compile
+    # Their programs take long to compile.
+    for name, found in dict(check="not checked", evaluate={}).items():
         monkeypatch.setattr(data_feed.DataFeed, name, lambda *_, found=found: found)
     for init, alone in of_inits.items():
         config = lora_config(model, pairs, init=init)

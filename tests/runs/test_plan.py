@@ -42,11 +42,9 @@ def test_plan_command_compiles_for_tpu():
     report = planner.plan(config, topologies.parse("v5e:2x2"), "dpo", Assumptions(examples=80))
     assert report.compiled and report.fits and report.capacity_gib == 15.75
     params = 4 * report.parameters / 2**30
-    assert (
-        params / 4 <= report.hbm_gib["params"] < params / 3.5
-    )  # norms alone are whole on each chip
+    # Norms alone are whole on each chip.
+    assert params / 4 <= report.hbm_gib["params"] < params / 3.5
     gathered = sum(kind["gib"] for kind in report.collectives.values())
-    assert (
-        gathered > 3 * params / 2 * 3 / 4
-    )  # weights in bfloat16, forward, reference, backward; from three others
+    # Weights in bfloat16, forward, reference, backward; from three others.
+    assert gathered > 3 * params / 2 * 3 / 4
     assert report.bottleneck in report.seconds and report.chip_hours > 0

@@ -45,10 +45,8 @@ def test_cached_run_equals_live(live, cached):
     """The last evaluation batch is filled up, so fillers are in it too."""
     for mine, its in zip(rows_without_timings(cached), rows_without_timings(live), strict=True):
         assert mine.keys() == its.keys()
-        for (
-            name,
-            value,
-        ) in its.items():  # before the first update the two sides are a tie, and rounding decides
+        # Before the first update the two sides are a tie, and rounding decides.
+        for name, value in its.items():
             if mine["step"] > 1 or not name.endswith("accuracies"):
                 assert mine[name] == pytest.approx(value, abs=1e-4, rel=1e-3), name
     for name, value in weights(live).items():

@@ -54,9 +54,8 @@ def test_sample_rows_in_order(finished, pairs):
         assert all(len(row[name]) == 2 for name in added)
         for text, logp, tokens in zip(row["completions"], row["logp"], row["tokens"], strict=True):
             assert 1 <= tokens <= 6 and logp < 0
-            assert (
-                len(text.split()) <= tokens and "<" not in text
-            )  # special tokens are counted, not written
+            # Special tokens are counted, not written.
+            assert len(text.split()) <= tokens and "<" not in text
     assert len({text for row in rows for text in row["completions"]}) > COUNT
 
 

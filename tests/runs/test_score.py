@@ -24,9 +24,8 @@ def test_score_rows_in_order(scored):
     given = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
     added = {"logp_chosen", "logp_rejected", "tokens_chosen", "tokens_rejected"}
     assert [{k: v for k, v in row.items() if k not in added} for row in rows] == given
-    assert all(
-        row["tokens_chosen"] == len(row["chosen"].split()) + 1 for row in rows
-    )  # EOS included
+    # EOS included.
+    assert all(row["tokens_chosen"] == len(row["chosen"].split()) + 1 for row in rows)
 
 
 def test_score_equals_training_log(scored, tmp_path):

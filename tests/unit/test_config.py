@@ -247,8 +247,7 @@ def test_dependencies_of_sampling_stage():
         name.startswith(("reward.", "sampling."))
         for name in configs.dependencies(sampled("dpo"), "dpo")
     )
-    fields = configs.dependencies(
-        sampled("dpo", "evaluate"), "dpo"
-    )  # it is measured while it is trained
+    # It is measured while it is trained.
+    fields = configs.dependencies(sampled("dpo", "evaluate"), "dpo")
     assert {"reward.kind", "sampling.max_new_tokens", "evaluate.prompts"} <= fields.keys()
     assert "reward.kind" not in configs.dependencies(sampled("sft", "pairs", "dpo"), "sft")

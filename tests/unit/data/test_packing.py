@@ -13,11 +13,8 @@ def test_pack_by_hand(tiny):
     batch = packing.pack(examples, packing.shape_of(examples))
     assert batch["tokens"].tolist() == [1, 2, 3, 4, 5, 6]
     assert batch["positions"].tolist() == [0, 1, 2, 3, 4, 3]
-    assert batch["predict"].tolist() == [
-        2,
-        3,
-        2,
-    ]  # the prompt's last token predicts both first ones
+    # The prompt's last token predicts both first ones.
+    assert batch["predict"].tolist() == [2, 3, 2]
     assert batch["targets"].tolist() == [4, 5, 6]
     assert batch["owner"].tolist() == [0, 0, 1]
     assert batch["counts"].tolist() == [2, 1]

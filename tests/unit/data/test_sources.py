@@ -521,10 +521,8 @@ def test_read_choice_of_splits(tmp_path):
     assert sizes() == (4, 1)  # test comes before validation
     assert sizes(eval_split="validation") == (4, 2)
     assert sizes(train_split="train+extra") == (7, 1)
-    assert sizes(train_split="train+test") == (
-        5,
-        2,
-    )  # test is trained on, so validation is what is left
+    # Test is trained on, so validation is what is left.
+    assert sizes(train_split="train+test") == (5, 2)
     assert sizes(max_rows=2, eval_split="validation", max_eval_rows=1) == (2, 1)
     with pytest.raises(
         ValueError,
@@ -567,14 +565,8 @@ def test_read_holds_out_of_only_split(tmp_path):
         read(tmp_path, eval_split="test")
 
 
-HELD_OUT = [
-    "p3",
-    "p10",
-    "p12",
-    "p21",
-    "p28",
-    "p37",
-]  # of p0 to p39, those whose sha256 is in the first tenth
+# Of p0 to p39, those whose sha256 is in the first tenth.
+HELD_OUT = ["p3", "p10", "p12", "p21", "p28", "p37"]
 
 
 def test_held_out_prompts_are_pinned(tmp_path):

@@ -32,9 +32,8 @@ def small(bos=None, eos="<e>", adds_bos=False, pad=None, template=None, first="<
     specials = list(dict.fromkeys(token for token in (bos, first, eos) if token))
     vocabulary = {token: i for i, token in enumerate([*specials, *LETTERS, "ab"])}
     backend = Tokenizer(models.BPE(vocabulary, [("a", "b")]))
-    backend.pre_tokenizer = pre_tokenizers.Split(
-        "\0", "isolated"
-    )  # none: keep white space in the pieces
+    # None: keep white space in the pieces.
+    backend.pre_tokenizer = pre_tokenizers.Split("\0", "isolated")
     if adds_bos:
         backend.post_processor = processors.TemplateProcessing(
             f"{bos} $A", None, [(bos, vocabulary[bos])]

@@ -71,10 +71,8 @@ def test_completions_are_all_base_8_numbers():
         ("not good film plot acting", -0.5),
         ("good not film plot acting", 0.5),  # "not" flips the next word, not the one before
         ("not film good plot acting", 0.5),  # and only the next one
-        (
-            "not not good plot acting",
-            -0.5,
-        ),  # "not" has no weight to flip, so the second one counts as any other
+        # "not" has no weight to flip, so the second one counts as any other.
+        ("not not good plot acting", -0.5),
         ("film plot acting bad not", -0.5),
     ],
 )

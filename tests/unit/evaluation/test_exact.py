@@ -41,9 +41,8 @@ def random_policy(rng, scale: float) -> np.ndarray:
 
 RNG = np.random.default_rng(0)
 REWARDS = RNG.normal(size=(len(PROMPTS), COUNT))  # all distinct
-WORD_REWARDS = np.broadcast_to(
-    np.indices((3,) * LENGTH).sum(0).ravel() - 4.0, REWARDS.shape
-)  # few distinct
+# Few distinct.
+WORD_REWARDS = np.broadcast_to(np.indices((3,) * LENGTH).sum(0).ravel() - 4.0, REWARDS.shape)
 BETAS = (0.01, 0.1, 0.3, 1.0, 3.0, 30.0, 1000.0)
 
 
@@ -54,9 +53,8 @@ def test_enumerate_equals_each_sequence(params, reference):
         )
         logp_CTV = np.asarray(jax.nn.log_softmax(LOGITS(CONFIG, params, tokens_CT)))
         for words, logp_TV, found in zip(tokens_CT[:, 1:], logp_CTV, logps_C, strict=True):
-            assert found == pytest.approx(
-                sum(logp_TV[np.arange(LENGTH), words]), abs=1e-4
-            )  # float32, at 15 nats
+            # Float32, at 15 nats.
+            assert found == pytest.approx(sum(logp_TV[np.arange(LENGTH), words]), abs=1e-4)
 
 
 def test_enumerate_sums_to_1(reference):
@@ -78,9 +76,8 @@ def test_enumerate_on_mesh(params, reference):
     params = jax.device_put(params, sharding.param_shardings(mesh, params))
     with jax.set_mesh(mesh):
         found = exact.enumerate_log_probs(CONFIG, params, PROMPTS, LENGTH)
-    np.testing.assert_allclose(
-        found, reference, rtol=1e-5, atol=1e-5
-    )  # float32 log-probs down to -21
+    # Float32 log-probs down to -21.
+    np.testing.assert_allclose(found, reference, rtol=1e-5, atol=1e-5)
 
 
 def test_enumerate_finds_noncausal_logits(params, monkeypatch):
@@ -236,12 +233,10 @@ def test_optimum_of_learned_reward(reference):
     reward, kl = exact.optimum(reference, REWARDS, 0.5, learned)
     assert reward == pytest.approx((share_PC * REWARDS).sum(-1).mean())
     assert kl == pytest.approx((share_PC * (np.log(share_PC) - reference)).sum(-1).mean())
-    assert (
-        exact.bound(reference, REWARDS, kl) - reward > 0.1
-    )  # it is another policy than the true optimum
-    shifted = exact.optimum(
-        reference, REWARDS, 0.5, REWARDS + [[3.0], [-2.0]]
-    )  # what no preference tells
+    # It is another policy than the true optimum.
+    assert exact.bound(reference, REWARDS, kl) - reward > 0.1
+    # A constant for each prompt, which no preference shows.
+    shifted = exact.optimum(reference, REWARDS, 0.5, REWARDS + [[3.0], [-2.0]])
     assert shifted == pytest.approx(exact.optimum(reference, REWARDS, 0.5))
 
 

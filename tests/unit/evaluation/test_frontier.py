@@ -35,9 +35,8 @@ def test_frontier_of_normal_reward():
 def test_frontier_ends_where_untrusted():
     kls, _ = frontier.frontier(REWARDS)
     assert np.log(40) - 2.1 < kls[-1] <= np.log(40) - 2
-    halves = np.repeat([[0.0, 1.0]], 20, axis=0).T.reshape(
-        1, -1
-    )  # half the samples have all the reward there is
+    # Half the samples have all the reward there is.
+    halves = np.repeat([[0.0, 1.0]], 20, axis=0).T.reshape(1, -1)
     kls, rewards = frontier.frontier(halves)
     assert len(kls) == len(frontier.BETAS)  # the samples tell it all
     assert kls[-1] == pytest.approx(np.log(2)) and rewards[-1] == pytest.approx(1)

@@ -264,9 +264,8 @@ def test_compare_retries_failures(tmp_path):
     first, second = [
         request["time"] for request in server.requests if asked(request["prompt"]) == 0
     ]
-    assert (
-        second - first >= 0.8
-    )  # what Retry-After asks for; without it the first wait is 0.5 s at most
+    # What Retry-After asks for; without it the first wait is 0.5 s at most.
+    assert second - first >= 0.8
     assert "calls 4 (4 retried)" in lines[-1]
 
 
@@ -299,9 +298,8 @@ def test_compare_counts_refused_questions(status, tmp_path, monkeypatch):
     with JudgeServer(behave) as server, server.environment():
         settings = a_judge(concurrency=1, max_calls=18)  # refusals are no answers
         assert compare(settings, comparisons(20), tmp_path, lines.append) == expected
-    assert (
-        len(server.requests) == 20 and "calls 17 (0 retried)  2 refused" in lines[-1]
-    )  # the last waits for the end
+    # The last waits for the end.
+    assert len(server.requests) == 20 and "calls 17 (0 retried)  2 refused" in lines[-1]
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     assert compare(settings, comparisons(20), tmp_path, quiet) == expected
     found = judge.write_verdicts(tmp_path / "verdicts.json", settings, expected, tmp_path)
@@ -433,9 +431,8 @@ def test_max_cost_is_never_passed(usage, tmp_path):
     with JudgeServer(prefers(longer), usage=usage) as server, server.environment(), stopped:
         compare(a_judge(max_cost=2.5, **prices), comparisons(30), tmp_path, quiet)
     rows = kept(tmp_path)
-    most = [
-        (len(row["prompt"].encode()) + 64) * 1000 / 1e6 + 1024 * 100 / 1e6 for row in rows
-    ]  # a token for each byte
+    # A token for each byte.
+    most = [(len(row["prompt"].encode()) + 64) * 1000 / 1e6 + 1024 * 100 / 1e6 for row in rows]
     if usage:
         spent = sum((len(row["prompt"].split()) * 1000 + 5 * 100) / 1e6 for row in rows)
         assert 2.5 - 1.05 * max(most) < spent <= 2.5

@@ -88,9 +88,8 @@ def test_splash_rows_of_any_length(length):
     )
 
 
-@pytest.mark.parametrize(
-    "sizes", [(8, 1, 1), (2, 2, 2), (1, 2, 4), (1, 1, 8)]
-)  # 4: two devices share a key head
+# 4: two devices share a key head.
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 2, 4), (1, 1, 8)])
 def test_kernels_on_meshes(sizes):
     given = arrays(4, 1, 20, 4, 2, 16)
     expected = value_and_gradients(dense_attention, None)(*given)
@@ -136,9 +135,8 @@ def test_log_probs_equal_by_every_kernel(tiny):
             for kernel in ("xla", "splash")
         }
     for splash, xla in zip(*map(jax.tree.leaves, (found["splash"], found["xla"])), strict=True):
-        np.testing.assert_allclose(
-            splash, xla, atol=2e-5 * max(1.0, np.abs(xla).max())
-        )  # gradients of up to 75
+        # Gradients of up to 75.
+        np.testing.assert_allclose(splash, xla, atol=2e-5 * max(1.0, np.abs(xla).max()))
 
 
 @pytest.mark.parametrize("sizes", [None, (1, 4, 2), (2, 2, 2)])
@@ -176,9 +174,8 @@ def test_splash_precision(dtype, precision):
     with jax.default_matmul_precision("float32"):
         traced = value_and_gradients(KERNELS["splash"], None).trace(*given)
     found = [equation.params["precision"] for equation in products(traced.jaxpr.jaxpr)]
-    assert len(found) >= 9 and set(found) == {
-        (precision, precision)
-    }  # two, three and four in its three kernels
+    # Two, three and four in its three kernels.
+    assert len(found) >= 9 and set(found) == {(precision, precision)}
 
 
 def on(monkeypatch, platform, kind):
@@ -310,6 +307,5 @@ def test_tpu_compiler_takes_splash(slice_, dtype, width):
             .compile()
             .as_text()
         )
-    assert (
-        text.count('custom_call_target="tpu_custom_call"') == 3
-    )  # forward, queries' gradient, keys' and values'
+    # Forward, queries' gradient, keys' and values'.
+    assert text.count('custom_call_target="tpu_custom_call"') == 3

@@ -317,9 +317,10 @@ def test_load_names_damaged_file(tied, folder):
 
 
 def test_save_config(untied, tmp_path):
+    # transformers' save_pretrained would refuse to write it.
     hf_config = tiny_models.hf_config(
         "llama2", dtype="bfloat16", architectures=["LlamaModel"], temperature=0.5
-    )  # for which save_pretrained would refuse it
+    )
     folder = save_model((hf_config, *untied[1:]), tmp_path / "model")
     stored = json.loads((folder / "config.json").read_text())
     assert (stored["architectures"], stored["dtype"]) == (["LlamaForCausalLM"], "float32")

@@ -122,9 +122,8 @@ def test_chunk_size_by_chip_memory(tiny, monkeypatch, kind, gib):
 def plain_logprobs(config, params, prompt, response):
     """Log-probs of a response's tokens, from the full logits of its own sequence, in float64."""
     tokens = np.concatenate([prompt, response])
-    padded = np.pad(
-        tokens, (0, 32 - len(tokens))
-    )  # one shape, compiled once; causal, so it changes nothing
+    # One shape, compiled once; causal, so it changes nothing.
+    padded = np.pad(tokens, (0, 32 - len(tokens)))
     logits = np.asarray(LOGITS(config, params, padded[None])[0, : len(tokens)], np.float64)
     logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     return logp[np.arange(len(prompt) - 1, len(tokens) - 1), response]
@@ -183,9 +182,8 @@ def test_padding_changes_no_gradient(tiny):
     np.testing.assert_allclose(found[0], wanted[0], rtol=1e-6)
     largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(wanted[1]))
     for a, b in zip(jax.tree.leaves(found[1]), jax.tree.leaves(wanted[1]), strict=True):
-        np.testing.assert_allclose(
-            a, b, atol=3e-5 * largest
-        )  # float32's own error against float64 here: 2.3e-5
+        # Float32's own error against float64 here: 2.3e-5.
+        np.testing.assert_allclose(a, b, atol=3e-5 * largest)
 
 
 def test_learned_positions_restart_after_prompt():

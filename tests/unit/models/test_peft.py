@@ -34,10 +34,8 @@ def test_pack_is_same_update(variant):
             for number, path in enumerate(tensor.paths)
             if path.endswith("kernel") and path != "head/kernel"
         }
-        for kept in [
-            pieces,
-            dict(list(pieces.items())[-1:]),
-        ]:  # where q, k, v are one tensor: of all, of v alone
+        # Where q, k, v are one tensor: of all, of v alone.
+        for kept in [pieces, dict(list(pieces.items())[-1:])]:
             if not kept:
                 continue
             a, b = (

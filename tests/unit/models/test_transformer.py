@@ -164,14 +164,12 @@ def test_remat_and_unroll_change_nothing():
         traced = jax.jit(jax.value_and_grad(loss), static_argnums=1).trace(
             params, dataclasses.replace(config, remat=remat, unroll=unroll)
         )
-        assert bool(re.search("policy=(?!None)", str(traced.jaxpr))) == (
-            remat != "none"
-        )  # None: an activation's
+        # With the policy None it is an activation's checkpoint, not a layer's.
+        assert bool(re.search("policy=(?!None)", str(traced.jaxpr))) == (remat != "none")
         products[remat] = str(traced.jaxpr).count("dot_general")
         compiled[remat, unroll] = traced.lower().compile()(params)
-    assert (
-        products["none"] <= products["dots"] < products["full"]
-    )  # "dots" computes no linear product again
+    # "dots" computes no linear product again.
+    assert products["none"] <= products["dots"] < products["full"]
     for found in compiled.values():
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5),

@@ -74,9 +74,8 @@ def test_collectives_of_step(sizes, expected):
 
 def test_collectives_gather_head_once(monkeypatch):
     whole = counts(FSDP)
-    monkeypatch.setattr(
-        log_probs, "CHUNK_LOGITS", 128 * 128
-    )  # 800 scored positions of a shard make 7 chunks
+    # 800 scored positions of a shard make 7 chunks.
+    monkeypatch.setattr(log_probs, "CHUNK_LOGITS", 128 * 128)
     assert counts(FSDP, response=400) == whole
 
 
@@ -95,11 +94,9 @@ def test_collectives_never_of_logits_or_tables():
         return collectives(sizes, vocab=256)[kind][1] - collectives(sizes)[kind][1]
 
     table = 128 * WIDTH * 4  # bytes that the embedding, and the head, grow by
-    assert grown(TENSOR, "all-reduce") == 2 * (3 / 4) * (
-        2 * table / 2
-    )  # over the four of `data`, of half of each
+    # Over the four of `data`, of half of each.
+    assert grown(TENSOR, "all-reduce") == 2 * (3 / 4) * (2 * table / 2)
     assert grown(FSDP, "all-gather") == 2 * (7 / 8) * table
     assert grown(FSDP, "all-to-all") == 0
-    assert (
-        grown(FSDP, "all-reduce") == 2 * (7 / 8) * table
-    )  # the head's gradient; the table's is where it belongs
+    # The head's gradient; the table's is where it belongs.
+    assert grown(FSDP, "all-reduce") == 2 * (7 / 8) * table

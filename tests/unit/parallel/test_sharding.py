@@ -43,9 +43,8 @@ def test_make_mesh_splits_hosts_by_first_axis(sizes, hosts_along):
     )
     assert hosts.shape == sizes and len(set(hosts.ravel())) == 4
     for axis in range(3):
-        inside = (
-            hosts == np.take(hosts, [0], axis)
-        ).all()  # who are neighbours along it are on one host
+        # Who are neighbours along it are on one host.
+        inside = (hosts == np.take(hosts, [0], axis)).all()
         assert inside == (axis != hosts_along if hosts_along is not None else axis == 2)
 
 

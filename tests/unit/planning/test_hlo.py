@@ -56,9 +56,8 @@ def test_parse_program_with_loops():
         "collective-permute": (1, 128.0),
         "reduce-scatter": (1, 128 * 0.75),
     }
-    in_the_loop = 3 * (
-        64 + 4 + 256 + 4 + 4 + 4
-    )  # a layer and its number; what is gathered; adding to the counter
+    # A layer and its number; what is gathered; adding to the counter.
+    in_the_loop = 3 * (64 + 4 + 256 + 4 + 4 + 4)
     assert hlo.memory_traffic(HLO) == in_the_loop + (128 + 64) + (128 + 32)
 
 
@@ -164,22 +163,16 @@ MOVED
 @pytest.mark.parametrize(
     ("line", "moved"),
     [
-        (
-            "%s = f32[16]{0} fusion(%a, %b, %c), kind=kLoop, calls=%add_one",
-            64 + 64 + 4 + 64,
-        ),  # a slice in an inner fusion
-        (
-            "%s = f32[6,1,16]{2,1,0} fusion(%d, %e, %c), kind=kLoop, calls=%put",
-            64 + 4 + 64,
-        ),  # updated in place
+        # A slice in an inner fusion.
+        ("%s = f32[16]{0} fusion(%a, %b, %c), kind=kLoop, calls=%add_one", 64 + 64 + 4 + 64),
+        # Updated in place.
+        ("%s = f32[6,1,16]{2,1,0} fusion(%d, %e, %c), kind=kLoop, calls=%put", 64 + 4 + 64),
         (
             "%s = (f32[16]{0}, f32[16]{0}, u32[]) collective-permute-start(%b), source_target_pairs={{0,1}}",
             64 + 64 + 4,
         ),
-        (
-            "%s = (f32[16]{0:S(1)}, f32[16]{0}, u32[]{:S(2)}) copy-start(%b)",
-            64,
-        ),  # to or from on-chip memory
+        # To or from on-chip memory.
+        ("%s = (f32[16]{0:S(1)}, f32[16]{0}, u32[]{:S(2)}) copy-start(%b)", 64),
         (
             "%s = ((f32[6,16]{1,0}), f32[2,16]{1,0:S(1)}, s32[]) slice-start(%d), slice={[0:2], [0:16]}",
             128,

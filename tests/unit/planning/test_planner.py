@@ -39,15 +39,13 @@ def test_plan_counts_remat():
             .jaxpr.jaxpr
         )
         down = 2 * model.layers * model.width * model.mlp_width * batches.shapes[0].tokens
-        again["layers"] = (
-            1 - batches.shards * (parts["head"] + down) / forward
-        )  # no one asks for a layer's own output
+        # No one asks for a layer's own output.
+        again["layers"] = 1 - batches.shards * (parts["head"] + down) / forward
         program = make_program(config, "dpo", model, mesh, batches[0])
         return flops.of_program(program.trace().jaxpr.jaxpr) / (forward * batches.microbatches)
 
-    assert forwards("none", "none") == pytest.approx(
-        3, rel=0.02
-    )  # sums over tokens are products too
+    # Sums over tokens are products too.
+    assert forwards("none", "none") == pytest.approx(3, rel=0.02)
     assert forwards("none") == pytest.approx(4, rel=0.02)
     assert forwards("full") == pytest.approx(4 + again["layers"], rel=0.02)
 
@@ -93,9 +91,8 @@ def test_plan_kept_reference_cost():
     assert live.hours == pytest.approx(10 * live.step_seconds / 3600)
     beyond = kept.hours - 10 * kept.step_seconds / 3600
     assert 0 < beyond < 10 * live.step_seconds / 3600
-    again = planner.plan(
-        config, topologies.parse("h200:8"), "dpo", Assumptions(examples=20)
-    )  # four epochs of them, kept once
+    # Four epochs of them, kept once.
+    again = planner.plan(config, topologies.parse("h200:8"), "dpo", Assumptions(examples=20))
     assert again.hours - 10 * again.step_seconds / 3600 == pytest.approx(beyond / 4)
 
 
@@ -165,9 +162,8 @@ def test_plan_adapters(tmp_path):
     assert 0 < trained < 0.2 * whole.hbm_gib["params"]
     assert report.hbm_gib["params"] == pytest.approx(whole.hbm_gib["params"] + trained)
     assert report.hbm_gib["optimizer"] == pytest.approx(trained, rel=0.1)
-    assert (
-        0.7 < report.needed_flops_per_step / whole.needed_flops_per_step < 0.8
-    )  # 3 of 4, but for attention
+    # 3 of 4, but for attention.
+    assert 0.7 < report.needed_flops_per_step / whole.needed_flops_per_step < 0.8
     config.dpo.reference = "ANOTHER"  # which is no adapters
     report = planner.plan(config, topologies.parse("h200:8"), "dpo")
     assert report.hbm_gib["reference"] == pytest.approx(whole.hbm_gib["params"])

@@ -70,9 +70,8 @@ def test_sample_greedy_text_of_trained_model():
 
 
 def test_sample_log_probs_equal_training(tiny):
-    drawn = draw(
-        tiny, sampling=Sampling(10, temperature=1.3, top_k=30)
-    )  # which the log-probs do not depend on
+    # Which the log-probs do not depend on.
+    drawn = draw(tiny, sampling=Sampling(10, temperature=1.3, top_k=30))
     examples = [
         (prompt, tuple(one.tokens for one in row))
         for prompt, row in zip(PROMPTS, drawn, strict=True)
@@ -108,9 +107,8 @@ def drawn(tiny):
 
 
 def test_sample_ignores_neighbours_and_padding(tiny, drawn):
-    assert_same(
-        draw(tiny, batch_size=4), drawn
-    )  # short prompts by themselves, so with less padding
+    # Short prompts by themselves, so with less padding.
+    assert_same(draw(tiny, batch_size=4), drawn)
     assert_same(draw(tiny, PROMPTS[1:], first=1), drawn[1:])
     assert_same(draw(tiny, n=2), [row[:2] for row in drawn])
 
@@ -264,9 +262,8 @@ def test_sample_ends_by_eos_or_length(tiny):
 def test_sample_stops_when_all_ended(tiny):
     """Were it run to its limit, it would take minutes."""
     config, params = tiny
-    silent = params | {
-        "head": {"kernel": np.zeros((16, 40), np.float32)}
-    }  # all logits equal: the likeliest is 0
+    # All logits are equal, so the likeliest token is 0.
+    silent = params | {"head": {"kernel": np.zeros((16, 40), np.float32)}}
     found = draw((config, silent), PROMPTS[:1], Sampling(50_000, temperature=0), eos_id=0)
     assert tokens(found) == [[[0]] * 3]
 
@@ -305,9 +302,8 @@ def test_sampling_refuses_wrong_values(tiny, change, message):
 def test_sample_ends_with_learned_positions():
     config = tiny_config(learned_positions=True, rope_width=0, max_positions=12)
     params = tiny_models.random_params(config)
-    (full,) = draw(
-        (config, params), [np.arange(9)], Sampling(3), eos_id=None
-    )  # padded to more than 12
+    # Padded to more than 12.
+    (full,) = draw((config, params), [np.arange(9)], Sampling(3), eos_id=None)
     assert all(len(one.tokens) == 3 and np.isfinite(one.log_probs).all() for one in full)
     with pytest.raises(
         ValueError,

@@ -56,9 +56,8 @@ def make_batch(name: str, shards: int) -> dict:
     scored |= (
         {"sampled_logps": [values - 4.5 for values in scored["sampled_logps"]]} if scored else {}
     )
-    return Batches(examples, np.arange(16)[None], shards=shards, scored=scored)[
-        0
-    ]  # log 96 is about 4.5
+    # Log 96 is about 4.5.
+    return Batches(examples, np.arange(16)[None], shards=shards, scored=scored)[0]
 
 
 def stepped(name: str, config, params, mesh) -> tuple[dict, dict]:

@@ -18,9 +18,8 @@ def test_lion_moves_by_sign():
     state = lion.init(params)
     first, state = lion.update({"w": jnp.array([2.0, -3.0])}, state, params)
     np.testing.assert_array_equal(first["w"], [1, -1])
-    second, _ = lion.update(
-        {"w": jnp.array([-0.01, 0.01])}, state, params
-    )  # 0.9 x 0.01 x old still outweighs it
+    # 0.9 x 0.01 x old still outweighs it.
+    second, _ = lion.update({"w": jnp.array([-0.01, 0.01])}, state, params)
     np.testing.assert_array_equal(second["w"], [1, -1])
 
 
