@@ -65,7 +65,8 @@ RUN_SETTINGS = (
 )
 ENCODING = ("source", "max_length", "max_prompt_length", "truncate", "append_eos")
 SINGLE = ("sft", "preferred_ft")  # objectives of one completion for each prompt
-HEADS = {"rm": "score"}  # objective -> the head it trains, where that is not the language model's
+# objective -> the head it trains, where that is not the language model's
+HEADS = {"rm": "reward"}
 
 
 def load(
@@ -81,7 +82,7 @@ def load(
     mesh: a mesh, or sizes of its axes as in config.mesh, such as dict(fsdp=2). Axes that are not
     given are as in the commands: every other device holds a copy of the weights and takes its part
     of each batch. dtype: of products, "float32" or "bfloat16"; weights and log-probs are float32.
-    tokenizer: where it is, if not with the model. options: head="score" for a reward model, and
+    tokenizer: where it is, if not with the model. options: head="reward" for a reward model, and
     attention, remat and unroll as in config.model.
 
     Compiled programs are kept in a folder between runs, as the commands do, unless jax has been
@@ -497,7 +498,7 @@ class Trainer:
                 )
         else:
             params = copy_params(params)
-        if self._config.head == "score":
+        if self._config.head == "reward":
             head = {"scalar": np.zeros(self._config.width, np.float32)}
             return params | _place({"head": head}, mesh)
         return params

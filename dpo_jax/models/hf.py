@@ -313,7 +313,7 @@ def _export(tensor: families.Tensor, params: list[jax.Array], layer: int | None)
 def _write_config(folder: pathlib.Path, hf_config, head: str):
     hf_config = copy.deepcopy(hf_config)
     hf_config.architectures = [families.family(hf_config.model_type).architecture_with(head)]
-    if head == "score":
+    if head == "reward":
         hf_config.num_labels = 1
     hf_config.dtype = "float32"
     hf_config.to_json_file(

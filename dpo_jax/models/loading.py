@@ -104,7 +104,7 @@ def open_checkpoint(
     """Open a model in Hugging Face format by hub name or folder.
 
     tokenizer_path: where the tokenizer is, if not with the model. tokenizer: an open one to use
-    instead. options: those of `families.from_hf`; head is "score" for a reward model.
+    instead. options: those of `families.from_hf`; head is "reward" for a reward model.
     """
     folder = hf.fetch(path)
     hf_config = hf.read_config(folder)

@@ -26,7 +26,7 @@ from dpo_jax.models.transformer import TransformerConfig
 TASKS = {
     "lm": "CAUSAL_LM",
     "lm_value": "CAUSAL_LM",
-    "score": "SEQ_CLS",
+    "reward": "SEQ_CLS",
 }  # PPO's value head is left out
 
 
@@ -61,7 +61,7 @@ def save(
             stored[f"{prefix}.lora_A.weight"], stored[f"{prefix}.lora_B.weight"] = pack(
                 tensor, a, b
             )
-    if config.head == "score":
+    if config.head == "reward":
         head = families.family(hf_config.model_type).name_of("head/scalar")
         stored[f"base_model.model.{head}"] = params["head/scalar"][None]
     if jax.process_index() == 0:
@@ -125,5 +125,5 @@ def _config(config: TransformerConfig, lora: Lora, ranks: dict[str, int], base: 
         target_modules=sorted(ranks),
         rank_pattern=fused,
         alpha_pattern={module: rank * lora.scale for module, rank in fused.items()},
-        modules_to_save=["score"] if config.head == "score" else None,
+        modules_to_save=["score"] if config.head == "reward" else None,
     )

@@ -1,31 +1,35 @@
-"""One decoder for GPT-2, GPT-J, GPT-NeoX, Llama, Mistral, Qwen2 and Qwen3; the only user of
-flax.linen.
+"""One decoder for GPT-2, GPT-J, GPT-NeoX, Llama, Mistral, Qwen2 and Qwen3.
 
-Used functionally: `hidden(config, params, ...)` runs the trunk over nested dicts of arrays,
-`unembed` the head; `step` is the trunk with a cache of keys and values, to sample from. Layers are
-stacked on a leading axis and scanned. Weights are float32; the trunk computes in `config.dtype`;
-norms, rotary angles, softmax and logits are float32.
+It is used functionally: `hidden(config, params, ...)` runs the trunk over nested dicts of arrays,
+`unembed` the head, and `step` the trunk with a cache of keys and values, to sample from. Layers are
+stacked on a leading axis and scanned. Weights are float32 and the trunk computes in `config.dtype`;
+norms, rotary angles, softmax and logits are float32. Only this room uses flax.linen.
 
 Letters in array names and einsums:
-    S  shards of a batch (any leading batch axis)   N  tokens of a shard R  attention rows of a
-    shard                    T  queries of a row    U  keys of a row, slots of the cache M  scored
-    positions of a shard                  Q  responses of a shard D  width   F  feed-forward width
-    L  layers   V  vocabulary H  query heads   K  key/value heads   G  query heads per key/value
-    head   C  width of a head   r  rank of an adapter
+
+    S  shards of a batch (any leading batch axis)    N  tokens of a shard
+    R  attention rows of a shard                     T  queries of a row
+    U  keys of a row, slots of the cache             M  positions of a shard that predict
+    Q  responses of a shard                          L  layers
+    D  width                                         F  feed-forward width
+    V  vocabulary                                    H  query heads
+    K  key/value heads                               G  query heads per key/value head
+    C  width of a head                               r  rank of an adapter
 """
 
 import dataclasses
 import functools
 import math
-import re
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from dpo_jax.models.attention import attend, attend_cached
+from dpo_jax.models.linear import Linear, over_tokens
 from dpo_jax.parallel.sharding import BATCH, constrain
 
+HEADS = ("lm", "reward", "lm_value")
 ACTIVATIONS = {
     "gelu": lambda x: nn.gelu(x, approximate=False),
     "gelu_new": nn.gelu,
@@ -52,7 +56,7 @@ class Llama3RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
-    """The shape of a decoder; `models/families.py` makes it from a Hugging Face config."""
+    """What a decoder is made of; `models/families.py` reads it from a Hugging Face config."""
 
     vocab: int
     width: int
@@ -79,18 +83,21 @@ class TransformerConfig:
     mlp_bias: bool = False
     head_bias: bool = False  # GPT-J
     tied: bool = False  # the head is the token embedding
-    head: str = (
-        "lm"  # "lm"; "score", a scalar instead (reward models); "lm_value", a scalar besides (PPO)
-    )
+    # "lm"; "reward": a scalar instead of logits (reward models); "lm_value": both (PPO)
+    head: str = "lm"
     window: int | None = None  # sliding attention window
     dtype: str = "float32"  # compute dtype of the trunk
     attention: str = "auto"  # or a key of attention.KERNELS
     remat: str = "none"  # "none", or a key of REMAT_POLICIES
     unroll: int = 1  # layers that are compiled one after the other in each step of the scan
 
+    def __post_init__(self):
+        if self.head not in HEADS:
+            raise ValueError(f"head={self.head!r}: expected one of {', '.join(HEADS)}.")
+
 
 def hidden(config: TransformerConfig, params, tokens_SN, positions_SN, layout=None) -> jax.Array:
-    """The trunk's last hidden state for every token, [S, N, D] in the compute dtype.
+    """Return the trunk's last hidden state of every token, [S, N, D] in the compute dtype.
 
     layout: `attention.Layout`; without it each shard is one sequence.
     """
@@ -98,8 +105,9 @@ def hidden(config: TransformerConfig, params, tokens_SN, positions_SN, layout=No
 
 
 def empty_cache(config: TransformerConfig, rows: int, slots: int) -> dict:
-    """Room for the keys and values of `rows` sequences, slot = position: dict k, v [L, S, K, U,
-    C].
+    """Return room for the keys and values of `rows` sequences: dict k, v [L, S, K, U, C].
+
+    A token's slot is its position.
     """
     shape = (config.layers, rows, config.kv_heads, slots, config.head_width)
     return {name: _split(jnp.zeros(shape, config.dtype)) for name in ("k", "v")}
@@ -108,8 +116,7 @@ def empty_cache(config: TransformerConfig, rows: int, slots: int) -> dict:
 def step(
     config: TransformerConfig, params, tokens_SN, positions_SN, cache: dict
 ) -> tuple[jax.Array, dict]:
-    """The trunk over each row's next tokens: its last hidden states [S, N, D], and the cache with
-    these tokens in it.
+    """Run the trunk over each row's next tokens; return hidden states [S, N, D] and the new cache.
 
     Either N = 1, a token at any position; or N > 1 and the cache is empty: prompts, padded on the
     right. What padding leaves in the cache is never seen: each slot is written over before a later
@@ -120,15 +127,15 @@ def step(
 
 
 def _write(cache_LSKUC, new_LSNKC, positions_SN):
-    """The cache with the new tokens in their slots; in place inside a jit that does not use the old
-    one again.
+    """Return the cache with the new tokens in their slots.
+
+    Inside a jit that does not use the old cache again, XLA writes in place.
     """
     shards, length = positions_SN.shape
     if length > 1:
         return cache_LSKUC.at[..., :length, :].set(new_LSNKC.transpose(0, 1, 3, 2, 4))
-    return cache_LSKUC.at[:, jnp.arange(shards), :, positions_SN[:, 0]].set(
-        new_LSNKC[:, :, 0].transpose(1, 0, 2, 3)
-    )
+    new_SLKC = new_LSNKC[:, :, 0].transpose(1, 0, 2, 3)
+    return cache_LSKUC.at[:, jnp.arange(shards), :, positions_SN[:, 0]].set(new_SLKC)
 
 
 def _split(cache_LSKUC):
@@ -136,7 +143,7 @@ def _split(cache_LSKUC):
 
 
 def unembed(config: TransformerConfig, params, x_D) -> jax.Array:
-    """Float32 logits [..., V] of hidden states [..., D]."""
+    """Return float32 logits [..., V] of hidden states [..., D]."""
     dtype = jnp.dtype(config.dtype)
     if config.tied:
         equation, kernel = "...D,VD->...V", params["embed"]["tokens"]
@@ -149,30 +156,30 @@ def unembed(config: TransformerConfig, params, x_D) -> jax.Array:
 
 
 def scalar(params, x_D) -> jax.Array:
-    """Float32 scalars [...] of hidden states [..., D]: rewards ("score") or values ("lm_value")."""
+    """Return float32 scalars [...] of hidden states [..., D]: rewards, or values for PPO."""
     return jnp.einsum("...D,D->...", x_D.astype(jnp.float32), params["head"]["scalar"])
 
 
 def logits(config: TransformerConfig, params, tokens_BT) -> jax.Array:
-    """Float32 logits [B, T, V] of whole sequences, for tests and small models."""
+    """Return float32 logits [B, T, V] of whole sequences, for tests and small models."""
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
     return unembed(config, params, hidden(config, params, tokens_BT, positions_BT))
 
 
 def init(config: TransformerConfig, key: jax.Array):
-    """Random float32 weights: normal with deviation 0.02, residual outputs scaled down by depth
-    (GPT-2).
+    """Return random float32 weights, normal with deviation 0.02.
+
+    Weights that write to the residual stream are scaled down by depth (GPT-2).
     """
     tokens_SN = jnp.zeros((1, 1), jnp.int32)
-    config = dataclasses.replace(
-        config, attention="xla"
-    )  # here, where there need be no device that has another
+    # Weights may be made where there is no device that could run the config's kernel.
+    config = dataclasses.replace(config, attention="xla")
     return Transformer(config).init(key, tokens_SN, tokens_SN)["params"]
 
 
 @functools.cache
 def abstract(config: TransformerConfig):
-    """The shapes and dtypes of the weights, without making them."""
+    """Return the shapes and dtypes of the weights, without making them."""
     return jax.eval_shape(lambda: init(config, jax.random.key(0)))
 
 
@@ -184,11 +191,10 @@ class Transformer(nn.Module):
         config = self.config
         x_SND = Embed(config, name="embed")(tokens_SN, positions_SN)
         rotation = None if config.learned_positions else rotary_angles(config, positions_SN)
-        block = (
-            Block
-            if config.remat == "none"
-            else nn.remat(Block, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
-        )
+        block = Block
+        if config.remat != "none":
+            # A scan keeps the forward and backward passes apart: CSE cannot merge what it remakes.
+            block = nn.remat(Block, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
         stack = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -198,7 +204,7 @@ class Transformer(nn.Module):
             unroll=config.unroll,
         )
         x_SND, new = stack(config, name="layers")(x_SND, positions_SN, rotation, layout, cache)
-        Head(config, name="head")()
+        Head(config, name="head")()  # makes the head's weights, and computes nothing
         return Norm(config, name="norm_final")(x_SND), new
 
 
@@ -208,9 +214,8 @@ class Embed(nn.Module):
     @nn.compact
     def __call__(self, tokens_SN, positions_SN):
         config, normal = self.config, nn.initializers.normal(0.02)
-        x_SND = _look_up(
-            config, self.param("tokens", normal, (config.vocab, config.width)), tokens_SN
-        )
+        table_VD = self.param("tokens", normal, (config.vocab, config.width))
+        x_SND = _look_up(config, table_VD, tokens_SN)
         if config.learned_positions:
             table_UD = self.param("positions", normal, (config.max_positions, config.width))
             x_SND += _look_up(config, table_UD, positions_SN)
@@ -218,26 +223,25 @@ class Embed(nn.Module):
 
 
 def _look_up(config, table_VD, ids_SN):
-    """Each device takes its part of the width for all shards along fsdp: the rows travel, and not
-    the table. They are narrowed behind the gather: the gradient of an id that comes often is added
-    up in float32.
-    """
-    return constrain(table_VD[constrain(ids_SN, "data")].astype(config.dtype), "data", None, "fsdp")
+    """Return the table's rows of ids, [S, N, D] in the compute dtype."""
+    # Each device takes its part of the width for all shards along fsdp: the rows travel, and not
+    # the table.
+    rows_SND = table_VD[constrain(ids_SN, "data")]
+    # Narrowed behind the gather: the gradient of an id that comes often adds up in float32.
+    return constrain(rows_SND.astype(config.dtype), "data", None, "fsdp")
 
 
 class Head(nn.Module):
-    """Holds the heads' weights; `unembed` and `scalar` apply them, and only where they are
-    wanted.
-    """
+    """The heads' weights; `unembed` and `scalar` apply them where they are wanted."""
 
     config: TransformerConfig
 
     @nn.compact
     def __call__(self):
         config = self.config
-        if config.head != "score" and not config.tied:
+        if config.head != "reward" and not config.tied:
             self.param("kernel", nn.initializers.normal(0.02), (config.width, config.vocab))
-        if config.head != "score" and config.head_bias:
+        if config.head != "reward" and config.head_bias:
             self.param("bias", nn.initializers.zeros, (config.vocab,))
         if config.head != "lm":
             self.param("scalar", nn.initializers.zeros, (config.width,))
@@ -264,8 +268,9 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Returns its output, and, where there is a cache, the tokens' keys and values for it: dict k,
-    v [S, N, K, C].
+    """Self-attention; with a cache it returns the tokens' keys and values for it too.
+
+    These are a dict k, v [S, N, K, C].
     """
 
     config: TransformerConfig
@@ -276,38 +281,27 @@ class Attention(nn.Module):
         D, H, K, C = config.width, config.heads, config.kv_heads, config.head_width
 
         def project(name, heads):
-            return Linear("SND,DHC->SNHC", (D, heads, C), config.qkv_bias, config.dtype, name=name)(
-                x_SND
-            )
+            return Linear((D, heads, C), config.qkv_bias, config.dtype, name=name)(x_SND)
 
         q_SNHC, k_SNKC, v_SNKC = project("q", H), project("k", K), project("v", K)
         if config.qk_norm:
-            q_SNHC, k_SNKC = (
-                Norm(config, name="q_norm")(q_SNHC),
-                Norm(config, name="k_norm")(k_SNKC),
-            )
+            q_SNHC = Norm(config, name="q_norm")(q_SNHC)
+            k_SNKC = Norm(config, name="k_norm")(k_SNKC)
         if rotation is not None:
-            q_SNHC, k_SNKC = rotate(config, q_SNHC, rotation), rotate(config, k_SNKC, rotation)
-        q_SNHC, k_SNKC, v_SNKC = (
-            constrain(x, BATCH, None, "tensor") for x in (q_SNHC, k_SNKC, v_SNKC)
-        )
+            q_SNHC = rotate(config, q_SNHC, rotation)
+            k_SNKC = rotate(config, k_SNKC, rotation)
+        q_SNHC = constrain(q_SNHC, BATCH, None, "tensor")
+        k_SNKC = constrain(k_SNKC, BATCH, None, "tensor")
+        v_SNKC = constrain(v_SNKC, BATCH, None, "tensor")
+        window = config.window
         if cache is not None and x_SND.shape[1] == 1:
-            out_SNHC = attend_cached(
-                q_SNHC, k_SNKC, v_SNKC, cache, positions_SN, window=config.window
-            )
+            out_SNHC = attend_cached(q_SNHC, k_SNKC, v_SNKC, cache, positions_SN, window=window)
         else:
-            out_SNHC = attend(
-                q_SNHC, k_SNKC, v_SNKC, layout, window=config.window, kernel=config.attention
-            )
-        out_SND = Linear(
-            "SNHC,HCD->SND",
-            (H, C, D),
-            config.out_bias,
-            config.dtype,
-            scale=residual_scale(config),
-            name="out",
-        )(out_SNHC)
-        return out_SND, None if cache is None else dict(k=k_SNKC, v=v_SNKC)
+            kernel = config.attention
+            out_SNHC = attend(q_SNHC, k_SNKC, v_SNKC, layout, window=window, kernel=kernel)
+        scale = residual_scale(config)
+        out = Linear((H, C, D), config.out_bias, config.dtype, scale, name="out")
+        return out(out_SNHC), None if cache is None else dict(k=k_SNKC, v=v_SNKC)
 
 
 class Mlp(nn.Module):
@@ -317,56 +311,19 @@ class Mlp(nn.Module):
     def __call__(self, x_SND):
         config = self.config
         D, F = config.width, config.mlp_width
-        act = jax.checkpoint(
-            ACTIVATIONS[config.activation]
-        )  # else half a dozen arrays [N, F] are kept of it
+        # Recomputed in the backward pass: else half a dozen arrays [N, F] are kept of it.
+        activation = jax.checkpoint(ACTIVATIONS[config.activation])
 
         def widen(name):
-            return Linear("SND,DF->SNF", (D, F), config.mlp_bias, config.dtype, name=name)(x_SND)
+            return Linear((D, F), config.mlp_bias, config.dtype, name=name)(x_SND)
 
-        x_SNF = act(widen("gate")) * widen("up") if config.gated else act(widen("up"))
+        if config.gated:
+            x_SNF = activation(widen("gate")) * widen("up")
+        else:
+            x_SNF = activation(widen("up"))
         x_SNF = constrain(x_SNF, BATCH, None, "tensor")
-        return Linear(
-            "SNF,FD->SND",
-            (F, D),
-            config.mlp_bias,
-            config.dtype,
-            scale=residual_scale(config),
-            name="down",
-        )(x_SNF)
-
-
-class Linear(nn.Module):
-    """An einsum with a kernel, the adapter that `lora.join` may have laid beside it, and a bias
-    over new letters.
-    """
-
-    equation: str
-    shape: tuple[int, ...]
-    bias: bool
-    dtype: str
-    scale: float = 1.0  # of the initial weights
-
-    @nn.compact
-    def __call__(self, x):
-        kernel = self.param("kernel", nn.initializers.normal(0.02 * self.scale), self.shape)
-        y = product(self.equation, x, kernel.astype(self.dtype))
-        before, letters, after = re.split(",|->", self.equation)
-        old, new = (
-            "".join(letter for letter in letters if letter in side) for side in (before, after)
-        )
-        if self.has_variable("params", "lora_a"):
-            a, b = (
-                self.get_variable("params", name).astype(self.dtype)
-                for name in ("lora_a", "lora_b")
-            )
-            y += product(f"SNr,r{new}->{after}", product(f"{before},{old}r->SNr", x, a), b)
-        if not self.bias:
-            return y
-        shape = tuple(self.shape[letters.index(letter)] for letter in new)
-        return y + over_tokens(
-            self.param("bias", nn.initializers.zeros, shape).astype(self.dtype), y.shape
-        )
+        scale = residual_scale(config)
+        return Linear((F, D), config.mlp_bias, config.dtype, scale, name="down")(x_SNF)
 
 
 class Norm(nn.Module):
@@ -381,78 +338,19 @@ class Norm(nn.Module):
         if self.config.norm == "layer":
             y -= y.mean(-1, keepdims=True)
         y *= jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.config.norm_eps)
-        y *= over_tokens(self.param("scale", nn.initializers.ones, (width,)), y.shape)
+        y *= over_tokens(self.param("scale", nn.initializers.ones, (width,)), y.shape, y.dtype)
         if self.config.norm == "layer":
-            y += over_tokens(self.param("bias", nn.initializers.zeros, (width,)), y.shape)
+            y += over_tokens(self.param("bias", nn.initializers.zeros, (width,)), y.shape, y.dtype)
         return y.astype(x.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def product(equation: str, x, kernel) -> jax.Array:
-    """jnp.einsum(equation, x, kernel), with a backward pass in the order that a CPU wants.
-
-    The kernel's gradient needs one operand transposed: the narrower is, and what its elements are
-    made of is not computed again in that order, a stride apart (the barrier). A frozen kernel has
-    no gradient, and its x is not kept.
-    """
-    return jnp.einsum(equation, x, kernel)
-
-
-def _product_forward(equation, x, kernel):
-    y = jnp.einsum(
-        equation, x.value, kernel.value
-    )  # not `product`, in which remat policies see no product
-    return y, (x.value if kernel.perturbed else None, kernel.value)
-
-
-def _product_backward(equation, saved, grad):
-    x, kernel = saved
-    inputs, out = equation.split("->")
-    of_x, of_kernel = inputs.split(",")
-    if x is None:
-        return jnp.einsum(f"{out},{of_kernel}->{of_x}", grad, kernel), None
-    x, grad = jax.lax.optimization_barrier((x, grad))
-    grad_x = jnp.einsum(f"{out},{of_kernel}->{of_x}", grad, kernel)
-    over_tokens = (((0, 1), (0, 1)), ((), ()))  # S and N, the first letters of both
-    if x.size <= grad.size:
-        return grad_x, jax.lax.dot_general(x, grad, over_tokens)
-    turned = jax.lax.optimization_barrier(jax.lax.dot_general(grad, x, over_tokens))
-    return grad_x, jnp.moveaxis(turned, range(grad.ndim - 2), range(-(grad.ndim - 2), 0))
-
-
-product.defvjp(_product_forward, _product_backward, symbolic_zeros=True)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def over_tokens(weight, shape) -> jax.Array:
-    """A bias or scale, repeated over the tokens of `shape`; the gradient's sum over them is a
-    matrix product.
-
-    The CPU runs that many times faster than the sum over a leading axis that it would otherwise be.
-    """
-    return jnp.broadcast_to(weight, shape)
-
-
-def _over_tokens_forward(weight, shape):
-    return over_tokens(weight, shape), weight
-
-
-def _over_tokens_backward(shape, weight, grad):
-    tokens = grad.reshape(-1, weight.size)
-    total = jnp.dot(jnp.ones(len(tokens), grad.dtype), tokens, preferred_element_type=jnp.float32)
-    return (total.reshape(weight.shape).astype(weight.dtype),)
-
-
-over_tokens.defvjp(_over_tokens_forward, _over_tokens_backward)
-
-
 def residual_scale(config: TransformerConfig) -> float:
-    """By how much the initial weights that write to the residual stream are scaled down (GPT-2)."""
+    """Return the scale of initial weights that write to the residual stream (GPT-2)."""
     return 1 / math.sqrt(2 * config.layers)
 
 
 def rotary_angles(config: TransformerConfig, positions_SN) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines [S, N, 1, rope_width / 2] of the rotary embedding, float32."""
+    """Return cosines and sines of the rotary embedding, [S, N, 1, rope_width / 2] each, float32."""
     exponent = jnp.arange(0, config.rope_width, 2, dtype=jnp.float32) / config.rope_width
     frequency = config.rope_theta**-exponent
     if config.rope_scaling is not None:
@@ -462,7 +360,7 @@ def rotary_angles(config: TransformerConfig, positions_SN) -> tuple[jax.Array, j
 
 
 def _llama3_frequencies(frequency, scaling: Llama3RopeScaling):
-    """Slow frequencies are divided by the factor, fast ones kept, those between blended."""
+    """Divide slow frequencies by the factor, keep fast ones, and blend those between."""
     turns = scaling.original_max_positions * frequency / (2 * jnp.pi)
     blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     blend = jnp.clip(blend, 0, 1)
@@ -470,14 +368,13 @@ def _llama3_frequencies(frequency, scaling: Llama3RopeScaling):
 
 
 def rotate(config: TransformerConfig, x_SNHC, rotation) -> jax.Array:
-    """Rotates the first `rope_width` channels of each head by the token's angles."""
+    """Rotate the first `rope_width` channels of each head by the token's angles."""
     cos, sin = rotation
     turned, kept = jnp.split(x_SNHC, [config.rope_width], axis=-1)
-    a, b = (
-        (turned[..., 0::2], turned[..., 1::2])
-        if config.rope_interleaved
-        else jnp.split(turned, 2, axis=-1)
-    )
+    if config.rope_interleaved:
+        a, b = turned[..., 0::2], turned[..., 1::2]
+    else:
+        a, b = jnp.split(turned, 2, axis=-1)
     pair = (a * cos - b * sin, b * cos + a * sin)
     if config.rope_interleaved:
         turned = jnp.stack(pair, axis=-1).reshape(turned.shape)

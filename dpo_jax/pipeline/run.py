@@ -117,7 +117,7 @@ class Run:
     def reward_model(self, name: str) -> loading.Checkpoint | None:
         """The model of ours behind a stage's reward, if one is."""
         kind, path = self._reward_at(name)
-        return loading.open_checkpoint(path, head="score") if kind in ("rm", "model") else None
+        return loading.open_checkpoint(path, head="reward") if kind in ("rm", "model") else None
 
     def _reward_at(self, name: str) -> tuple[str, str]:
         block = self.config.reward

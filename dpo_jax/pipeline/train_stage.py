@@ -80,7 +80,7 @@ def train_stage(run: Run, stage: str) -> dict:
 
 
 HEADS = {
-    "rm": "score",
+    "rm": "reward",
     "ppo": "lm_value",
 }  # stage -> the head it trains, where that is not the language model's
 

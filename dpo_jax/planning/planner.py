@@ -126,7 +126,7 @@ def model_config(config: ConfigDict, stage: str, name: str = "") -> TransformerC
     name is read without its weights.
     """
     path = pathlib.Path(name or config.model.path)
-    options = dict(head="score" if stage == "rm" else "lm", **configs.model_options(config))
+    options = dict(head="reward" if stage == "rm" else "lm", **configs.model_options(config))
     if not (name or config.model.path):
         hf_config = hf.make_config(config.model.scratch.to_dict())
     elif path.is_file():

@@ -26,7 +26,7 @@ def any_policy(path, batch_size, mesh) -> Callable:
     tokenizer's, and else on the texts, tokenised as for training, each completion with an EOS;
     special tokens are not in them.
     """
-    model = loading.open_checkpoint(path, head="score")
+    model = loading.open_checkpoint(path, head="reward")
     score = _scorer(model, batch_size, mesh)
     told = []
 
@@ -79,7 +79,7 @@ def _tokenised(words, prompts: list[str], completions: list[str]) -> list[tuple]
 
 def same_policy(path, batch_size, mesh) -> Callable:
     """The reward model of this run, on the very tokens that the policy sampled."""
-    score = _scorer(loading.open_checkpoint(path, head="score"), batch_size, mesh)
+    score = _scorer(loading.open_checkpoint(path, head="reward"), batch_size, mesh)
     return lambda _prompts, _completions, tokens: score(tokens)
 
 

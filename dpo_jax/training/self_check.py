@@ -60,7 +60,7 @@ def self_check(model, block, mesh, params, reference, batch: FirstBatch) -> str:
             found.append(_check_loss(batch.metrics, block.loss, rounding))
         if batch.reference_is_init and batch.reference_log_probs is not None:
             found.append(_check_kept(packed, batch.reference_log_probs[few], model, few))
-        if model.head == "score":
+        if model.head == "reward":
             # A reward model's head starts from 0, so all rewards are equal.
             found.append(_check_loss(batch.metrics, "sigmoid", 0))
         apart = _measure(model, mesh, params, batch.examples, few, share_prompt=False)
@@ -175,7 +175,7 @@ def _values(model, params, batch):
 
     A reward model has none, and its rewards start from 0: sums of what its head reads instead.
     """
-    if model.head == "score":
+    if model.head == "reward":
         ones = {"scalar": jnp.ones(model.width)}
         return response_rewards(model, params | {"head": ones}, batch)
     return response_logprobs(model, params, batch)

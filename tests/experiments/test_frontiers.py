@@ -99,7 +99,7 @@ def test_frontier_points_are_inside_bound(tmp_path):
     config, _ = toy_frontier.config_of("a", "ppo", 3.0, 0)
     run = Run(config, tmp_path, sharding.make_mesh(devices=jax.devices()[:1]))
     plant(run, "sft")
-    plant(run, "rm", head="score")
+    plant(run, "rm", head="reward")
     rows = toy_frontier.exact_rows(tmp_path, "a", 0, [])
     assert {row["method"] for row in rows} == {
         "best_of_n",

@@ -186,7 +186,7 @@ def test_reward_model_as_judge(tmp_path):
             eos_token_id=1,
         )
     )
-    config = tiny_config(head="score")
+    config = tiny_config(head="reward")
     params = jax.jit(lambda key: jax.tree.map(lambda x: x * 8, transformer.init(config, key)))(
         jax.random.key(3)
     )

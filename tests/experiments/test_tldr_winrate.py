@@ -68,7 +68,7 @@ def finished(make_config, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
     ranker = Run(winrate.config_of(make_config, "rm"), workdir, sharding.make_mesh())
     plant(ranker, "sft")
-    plant(ranker, "rm", head="score")
+    plant(ranker, "rm", head="reward")
     with JudgeServer(prefers(len)) as server, server.environment():
         rows = tldr_winrate.run(make_config, str(workdir), SMALL)
     return workdir, rows, server.prompts

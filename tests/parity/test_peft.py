@@ -85,7 +85,7 @@ def test_peft_loads_reward_model_adapter(tmp_path):
 
     tiny_models.write("llama2", tmp_path / "base")
     hf_config = tiny_models.hf_config("llama2")
-    config, adapters = families.from_hf(hf_config, head="score"), Lora(3, 12.0, ("v", "out"))
+    config, adapters = families.from_hf(hf_config, head="reward"), Lora(3, 12.0, ("v", "out"))
     params = jax.device_put(random_adapters(config, adapters))
     base = loaded(tmp_path / "base", families.from_hf(hf_config)) | {"head": {}}
     hf.save(tmp_path / "hf", config, hf_config, lora.merge(base, params, adapters))

@@ -8,7 +8,6 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from dpo_jax.models import families, hf, transformer
 from dpo_jax.models.attention import Layout
@@ -128,28 +127,6 @@ def test_packed_response_sees_prompt_and_itself():
                 seen[row[t], row[: t + 1]] = True
     found = influence(flat_hidden, config, params, jnp.arange(14))
     np.testing.assert_array_equal(found[:13] > 0, seen[:13])  # the padding's output is nobody's
-
-
-@pytest.mark.parametrize(
-    "equation", ["SND,DHC->SNHC", "SNHC,HCD->SND", "SND,DF->SNF", "SNF,FD->SND"]
-)
-def test_product_gradients_equal_einsum(equation):
-    """The kernel's gradient is taken in another order of operands, by which of them is narrower."""
-    rng, sizes = np.random.default_rng(0), dict(S=2, N=7, D=8, H=2, C=3, F=16)
-    x, kernel = (
-        jnp.asarray(rng.normal(size=[sizes[letter] for letter in term]), jnp.float32)
-        for term in equation.split("->")[0].split(",")
-    )
-
-    def gradients(multiply):
-        return jax.grad(lambda x, kernel: jnp.sin(multiply(x, kernel)).sum(), (0, 1))(x, kernel)
-
-    for mine, theirs in zip(
-        gradients(lambda x, kernel: transformer.product(equation, x, kernel)),
-        gradients(lambda x, kernel: jnp.einsum(equation, x, kernel)),
-        strict=True,
-    ):
-        np.testing.assert_allclose(mine, theirs, atol=1e-5)
 
 
 def test_remat_and_unroll_change_nothing():

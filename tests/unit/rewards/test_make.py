@@ -62,7 +62,7 @@ def reward_model(tmp_path_factory):
             eos_token_id=1,
         ),
         0,
-        head="score",
+        head="reward",
     )
     params = jax.tree.map(
         lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape),

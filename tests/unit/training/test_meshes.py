@@ -19,7 +19,7 @@ from tests.helpers.tiny_models import hf_config, random_params
 
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4), (4, 1, 2), (2, 4, 1)]  # data, fsdp, tensor
 FAMILIES = ["gpt2", "gptj", "neox-parallel", "llama2", "qwen3", "mistral-window"]
-HEADS = {"dpo": "lm", "sft": "lm", "rm": "score", "ppo": "lm_value"}
+HEADS = {"dpo": "lm", "sft": "lm", "rm": "reward", "ppo": "lm_value"}
 FAST = ["dpo", "sft", "rm", "dpo", "ppo", "dpo"]  # of each family, so that each mesh comes once
 CASES = [
     pytest.param(

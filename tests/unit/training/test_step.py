@@ -49,7 +49,7 @@ def test_accumulate_any_number_of_microbatches(tiny, name, loss):
     params = jax.tree.map(lambda x: x / 2, params)  # less steep, so that rounding stays small
     if name == "rm":
         config, params = (
-            dataclasses.replace(config, head="score"),
+            dataclasses.replace(config, head="reward"),
             params | {"head": {"scalar": np.ones(16)}},
         )
     reference = jax.tree.map(lambda x: x * 1.05, params)

@@ -1,0 +1,80 @@
+"""Linear layers: gradients in the CPU's order and in the plain one."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpo_jax.models import linear
+
+EQUATIONS = ["SND,DHC->SNHC", "SNHC,HCD->SND", "SND,DF->SNF", "SNF,FD->SND"]
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """Trace as for a GPU; what is traced still runs here."""
+    monkeypatch.setattr(linear, "device", lambda: types.SimpleNamespace(platform="gpu"))
+
+
+def operands(equation):
+    rng, sizes = np.random.default_rng(0), dict(S=2, N=7, D=8, H=2, C=3, F=16)
+    for term in equation.split("->")[0].split(","):
+        yield jnp.asarray(rng.normal(size=[sizes[axis] for axis in term]), jnp.float32)
+
+
+def gradients(multiply, x, kernel):
+    return jax.grad(lambda x, kernel: jnp.sin(multiply(x, kernel)).sum(), (0, 1))(x, kernel)
+
+
+@pytest.mark.parametrize("equation", EQUATIONS)
+def test_product_gradients_are_einsums(equation):
+    """Whichever operand of the kernel's gradient is narrower."""
+    x, kernel = operands(equation)
+    found = gradients(lambda x, kernel: linear.product(equation, x, kernel), x, kernel)
+    expected = gradients(lambda x, kernel: jnp.einsum(equation, x, kernel), x, kernel)
+    for mine, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-5)
+
+
+def traced():
+    """Forward and backward pass of a product and a bias, as text."""
+
+    def loss(x, kernel, bias):
+        y = linear.product("SND,DF->SNF", x, kernel)
+        return (y + linear.over_tokens(bias, y.shape, y.dtype)).sum()
+
+    x, kernel = operands("SND,DF->SNF")
+    return str(jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(x, kernel, jnp.zeros(16)))
+
+
+def test_cpu_order_is_for_cpus():
+    assert "optimization_barrier" in traced() and "reduce_sum" not in traced()
+
+
+def test_other_devices_get_plain_einsums(on_gpu):
+    assert "optimization_barrier" not in traced() and "reduce_sum" in traced()
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_bias_gradient_adds_up_in_float32(platform, monkeypatch):
+    """A bfloat16 sum of ones would stop at 256."""
+    monkeypatch.setattr(linear, "device", lambda: types.SimpleNamespace(platform=platform))
+
+    def loss(bias):
+        return linear.over_tokens(bias, (1, 3000, 2), jnp.bfloat16).sum()
+
+    trace = str(jax.make_jaxpr(jax.grad(loss))(jnp.zeros(2)))
+    assert "bf16[2] = reduce_sum" not in trace
+    np.testing.assert_array_equal(jax.grad(loss)(jnp.zeros(2)), [3008, 3008])
+
+
+def test_linear_is_named_for_its_axes():
+    """The table, the kernel's shape and the bias's, for a layer that gives heads."""
+    layer = linear.Linear((8, 2, 3), True, "float32", name="q")
+    x_SND, _ = operands("SND,DF->SNF")
+    params = layer.init(jax.random.key(0), x_SND)["params"]
+    assert params["kernel"].shape == (8, 2, 3) and params["bias"].shape == (2, 3)
+    expected = jnp.einsum("SND,DHC->SNHC", x_SND, params["kernel"])
+    np.testing.assert_allclose(layer.apply({"params": params}, x_SND), expected, atol=1e-6)
