@@ -50,11 +50,14 @@ def traced():
 
 
 def test_cpu_order_is_for_cpus():
-    assert "optimization_barrier" in traced() and "reduce_sum" not in traced()
+    found = traced()
+    # One sum is the loss's own.
+    assert "optimization_barrier" in found and found.count("reduce_sum") == 1
 
 
 def test_other_devices_get_plain_einsums(on_gpu):
-    assert "optimization_barrier" not in traced() and "reduce_sum" in traced()
+    found = traced()
+    assert "optimization_barrier" not in found and found.count("reduce_sum") == 2
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
@@ -67,7 +70,7 @@ def test_bias_gradient_adds_up_in_float32(platform, monkeypatch):
 
     trace = str(jax.make_jaxpr(jax.grad(loss))(jnp.zeros(2)))
     assert "bf16[2] = reduce_sum" not in trace
-    np.testing.assert_array_equal(jax.grad(loss)(jnp.zeros(2)), [3008, 3008])
+    np.testing.assert_allclose(jax.grad(loss)(jnp.zeros(2)), 3000, rtol=0.004)
 
 
 def test_linear_is_named_for_its_axes():
