@@ -38,7 +38,7 @@ def test_named_as_reference_code():
 @pytest.mark.parametrize("split", ["train", "eval"])
 def test_describe_metrics_of_objectives(tiny, split):
     config, params = tiny
-    of_head = dict(rm="score", ppo="lm_value")
+    of_head = dict(rm="reward", ppo="lm_value")
     for name, objective in OBJECTIVES.items():
         model = dataclasses.replace(config, head=of_head.get(name, "lm"))
         measured = metrics_of(objective, model)
