@@ -32,7 +32,7 @@ FILES = sorted(
     path for path in PACKAGE.rglob("*.py") if path.parent / path.name != PACKAGE / "__init__.py"
 )
 ONLY_IN = {  # library -> the files that may import it
-    "flax.linen": {"models/transformer.py"},
+    "flax.linen": {"models/transformer.py", "models/linear.py"},
     "orbax.checkpoint": {"training/checkpoint.py"},
     "transformers": {"models/hf.py", "data/tokenizer.py", "data/toy.py"},
     "datasets": {"data/readers.py"},
