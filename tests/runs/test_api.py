@@ -1,0 +1,92 @@
+"""The Python interface gives the numbers of the commands, bit for bit."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import dpo_jax
+from dpo_jax.parallel import sharding
+from dpo_jax.training.metrics import read_rows
+from tests.helpers.tiny_runs import dpo_config, on_devices, run, score_file, weights, write_pairs
+
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder of 20 pairs to train on and 12 to evaluate on."""
+    folder = tmp_path_factory.mktemp("data")
+    write_pairs(folder / "train.jsonl", count=20)
+    write_pairs(folder / "test.jsonl", count=12, seed=1)
+    return folder
+
+
+def rows_of(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def mesh_of(devices: int, **sizes):
+    return sharding.make_mesh(**sizes, devices=jax.devices()[:devices])
+
+
+@pytest.mark.parametrize(
+    ("objective", "settings", "lora", "devices", "sizes"),
+    [
+        ("dpo", {}, None, 1, {}),
+        ("dpo", dict(loss="ipo", microbatch_size=4, optimizer="adamw"), None, 1, {}),
+        ("dpo", {}, dict(rank=2), 1, {}),
+        ("dpo", dict(microbatch_size=4), None, 4, dict(fsdp=2, tensor=2)),
+        ("sft", dict(schedule="cosine"), None, 1, {}),
+        ("unlikelihood", dict(alpha=0.2), None, 1, {}),
+        ("rm", {}, None, 1, {}),
+    ],
+    ids=["dpo", "microbatches", "lora", "mesh", "sft", "unlikelihood", "rm"],
+)
+def test_training_is_the_train_commands(
+    model, data, tmp_path, objective, settings, lora, devices, sizes
+):
+    """Metrics of each step, the evaluations, and the exported weights."""
+    config = dpo_config(model, data)
+    if objective != "dpo":
+        from dpo_jax import config as configs
+
+        config = configs.default((objective,))
+        config.model.path, config.data.path = str(model), str(data)
+    common = dict(optimizer="sgd", lr=0.05, warmup_steps=1) | settings
+    config[objective].update(
+        steps=STEPS, batch_size=8, eval_every=STEPS, save_every=STEPS, keep_best="", **common
+    )
+    config.model.lora.update(lora or {})
+    config.mesh.update(sizes)
+    with on_devices(devices):
+        folder = run(config, tmp_path)
+    first, *rows = read_rows(folder / "metrics.jsonl")
+
+    loaded = dpo_jax.load(model, mesh=mesh_of(devices, **sizes))
+    kind = "sft" if objective == "sft" else "pairs"
+    train = loaded.encode(rows_of(data / "train.jsonl"), kind=kind)
+    test = loaded.encode(rows_of(data / "test.jsonl"), kind=kind)
+    trainer = dpo_jax.Trainer(loaded, objective, lora=lora, steps=STEPS, **common)
+    size = settings.get("microbatch_size", 8)
+    before = trainer.evaluate(test, batch_size=size)
+    found = [trainer.step(batch) for batch in dpo_jax.batches(train, batch_size=8, steps=STEPS)]
+    after = trainer.evaluate(test, batch_size=size)
+    assert before.items() <= first.items()
+    for mine, its in zip(found, rows, strict=True):
+        assert mine.items() <= its.items()
+    assert after.items() <= rows[-1].items()
+    trainer.model.save(tmp_path / "mine" / "hf")
+    for name, value in weights(folder).items():
+        np.testing.assert_array_equal(weights(tmp_path / "mine")[name], value, err_msg=name)
+
+
+def test_log_probs_are_the_score_commands(model, data, tmp_path):
+    score_file(model, data / "train.jsonl", tmp_path / "scores.jsonl")
+    scores = rows_of(tmp_path / "scores.jsonl")
+    loaded = dpo_jax.load(model)
+    pairs = loaded.encode(rows_of(data / "train.jsonl"))
+    chosen, rejected = loaded.log_probs(pairs, batch_size=4)
+    assert [row["logp_chosen"] for row in scores] == chosen.tolist()
+    assert [row["logp_rejected"] for row in scores] == rejected.tolist()
