@@ -35,15 +35,14 @@ from dpo_jax.data.ledger import Counts, Filtered, Malformed, Unusable
 from dpo_jax.data.readers import fields_of
 from dpo_jax.data.sources import Row
 from dpo_jax.data.tokenizer import Examples
-from dpo_jax.models import hf, loading, peft
+from dpo_jax.models import hf, inference, loading, peft
 from dpo_jax.models import lora as adapters
-from dpo_jax.models.inference import score_examples
 from dpo_jax.models.loading import Checkpoint
 from dpo_jax.models.lora import Lora
 from dpo_jax.models.transformer import TransformerConfig
 from dpo_jax.parallel import processes, sharding
-from dpo_jax.sampling import sampler
-from dpo_jax.sampling.prompts import Prompts, completion_texts
+from dpo_jax.sampling import generation
+from dpo_jax.sampling.sampler import Sampling
 from dpo_jax.training import data_feed
 from dpo_jax.training import metrics as metrics_lib
 from dpo_jax.training.objectives import OBJECTIVES, numbers
@@ -167,14 +166,9 @@ class Model:
         completions, an array [examples] each. batch_size: examples at a time, over all devices.
         """
         self._check_usable("lm")
-        shards = sharding.batch_shards(self.mesh)
-        order = evaluation_order(len(examples), _round_up(batch_size, shards))
-        found = np.zeros((len(examples), len(examples.responses[0])), np.float32)
         with _as_commands(self.mesh, verbose):
-            batches = score_examples("log-probs", self._loaded(), examples, order)
-            for indices, values in batches:
-                found[indices] = values
-        return LogProbs(examples, found)
+            values = inference.log_probs("log-probs", self._loaded(), examples, batch_size)
+        return LogProbs(examples, values)
 
     def generate(
         self,
@@ -197,34 +191,23 @@ class Model:
         self._check_usable("lm")
         if isinstance(prompts, str):
             raise TypeError(f"generate takes a list of prompts; found the text {prompts!r}.")
-        sampling = dict(max_new_tokens=128) | sampling
-        settings = sampler.Sampling(**sampling, n=n, seed=seed, batch_size=batch_size)
-        data = configs.default(()).data
-        data.update(
-            append_eos=False,
-            truncate=truncate,
-            max_prompt_length=max_prompt_length,
-            max_length=max_prompt_length + settings.max_new_tokens,
+        if not prompts:
+            return []
+        settings = Sampling(
+            **dict(max_new_tokens=128) | sampling, n=n, seed=seed, batch_size=batch_size
         )
-        truncate = dataset.truncation(data, [Row(prompt, (), "") for prompt in prompts])
-        ids = tokenizers.encode_prompts(list(prompts), self.tokenizer, data, truncate)
-        found = Prompts(ids, self.tokenizer.batch_decode(ids, skip_special_tokens=True))
-        sampler.check(self.config, ids, settings)
+        limits = dict(max_prompt_length=max_prompt_length, truncate=truncate)
         texts = []
-        chunk = max(1, batch_size // n)
         with _as_commands(self.mesh, verbose):
+            encoded, _ = generation.encode(
+                list(prompts), self.tokenizer, self.config, settings, limits
+            )
             progress = console.Progress("generate", 0, len(prompts), unit="prompt")
-            for first in range(0, len(prompts), chunk):
-                part = found.take(range(first, min(first + chunk, len(found))))
-                drawn = sampler.sample(self._loaded(), part.ids, settings, first=first)
-                flat = [completion.tokens for of_prompt in drawn for completion in of_prompt]
-                repeated = part.take(np.repeat(np.arange(len(part)), n))
-                texts += completion_texts(repeated, flat, self.tokenizer)
-                progress.update(first + len(part), {})
+            for batch in generation.generate(self._loaded(), encoded, settings):
+                texts += [[made.text for made in completions] for completions in batch]
+                progress.update(len(texts), {})
             progress.close()
-        if n == 1:
-            return texts
-        return [texts[start : start + n] for start in range(0, len(texts), n)]
+        return texts if n > 1 else [text for (text,) in texts]
 
     def save(self, path: str | os.PathLike) -> None:
         """Write a folder in Hugging Face format: config, float32 safetensors and tokenizer."""
@@ -456,7 +439,7 @@ class Trainer:
         """Return metrics of the model as it is now, over all examples: {"loss/eval": ...}."""
         self._check_kind(examples)
         mesh = self._initial.mesh
-        size = _round_up(min(batch_size, len(examples)), sharding.batch_shards(mesh))
+        size = sharding.whole_shards(batch_size, mesh)
         order = evaluation_order(len(examples), size)
         laid_out = Batches(
             examples,
@@ -735,10 +718,6 @@ def _place(values: dict, mesh: jax.sharding.Mesh) -> dict:
 
 def _pairs_of_leaves(a, b):
     return zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=False)
-
-
-def _round_up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
 
 
 def _shown(value) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import contextvars
 import sys
 import time
+import warnings
 
 import jax
 from tqdm import tqdm
@@ -27,6 +28,14 @@ def say(text: str = "") -> None:
         # Through tqdm, which keeps a bar below the lines.
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
+
+
+def warn(text: str) -> None:
+    """Print a warning; where nothing is to be said, issue it as a Python warning."""
+    if _QUIET.get():
+        warnings.warn(text, stacklevel=2)
+    else:
+        say(f"warning: {text}")
 
 
 class Progress:

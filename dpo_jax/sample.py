@@ -14,18 +14,15 @@ import hashlib
 import json
 import pathlib
 
-import numpy as np
 from absl import flags
 
 from dpo_jax import config as configs
 from dpo_jax.console import Progress, say
-from dpo_jax.data import dataset, readers
-from dpo_jax.data.sources import Row
-from dpo_jax.data.tokenizer import encode_prompts
+from dpo_jax.data import readers
 from dpo_jax.models import loading
 from dpo_jax.parallel import processes, sharding
-from dpo_jax.sampling import sampler
-from dpo_jax.sampling.prompts import Prompts, completion_texts
+from dpo_jax.sampling import generation, sampler
+from dpo_jax.sampling.prompts import Prompts
 from dpo_jax.workdir import append_lines, differences, read_lines, write_json, write_lines
 
 
@@ -52,23 +49,21 @@ def sample_file(
         **dataclasses.asdict(sampling),
         **limits,
     )
-    chunk = max(
-        1, sampling.batch_size // sampling.n
-    )  # a batch: by whole ones, so that going on makes the batches that were to come
+    chunk = generation.prompts_at_a_time(sampling)
     start = processes.from_first(functools.partial(_begin, path, made_with, len(rows), chunk))
     processes.check_shared(path.parent)
     if start < len(rows):
         checkpoint = loading.open_checkpoint(model_path, dtype=dtype)
         prompts = _encode(rows, checkpoint, sampling, limits)
-        sampler.check(checkpoint.config, prompts.ids, sampling)
         model = checkpoint.load(mesh)
         progress = Progress("sample", start, len(rows), unit="prompt")
-        for first in range(start, len(rows), chunk):
-            part = prompts.take(range(first, min(first + chunk, len(rows))))
-            drawn = sampler.sample(model, part.ids, sampling, first=first)
-            found = _columns(part, drawn, model.tokenizer)
-            append_lines(path, [row | new for row, new in zip(rows[first:], found, strict=False)])
-            progress.update(first + len(part), {})
+        done = start
+        for generated in generation.generate(model, prompts, sampling, first=start):
+            part = rows[done : done + len(generated)]
+            added = [_fields(completions) for completions in generated]
+            append_lines(path, [row | new for row, new in zip(part, added, strict=True)])
+            done += len(part)
+            progress.update(done, {})
         progress.close()
     say(f"finished: {out} holds {len(rows)} prompts with {sampling.n} sampled for each")
 
@@ -122,49 +117,30 @@ def _begin(path: pathlib.Path, made_with: dict, total: int, chunk: int) -> int:
 def _encode(
     rows: list[dict], checkpoint: loading.Checkpoint, sampling: sampler.Sampling, limits: dict
 ) -> Prompts:
-    """The prompts as tokens, each cut to limits["max_prompt_length"], and as text."""
+    """Tokenise the prompts, each cut to limits["max_prompt_length"]; say how many may be cut."""
     texts = [row["prompt"] for row in rows]
-    data = configs.default(()).data
-    data.update(source="local", append_eos=False, **limits)
-    data.max_length = data.max_prompt_length + sampling.max_new_tokens
-    truncate = dataset.truncation(data, [Row(text, (), "") for text in texts])
-    ids = encode_prompts(texts, checkpoint.tokenizer, data, truncate)
-    longest = max(map(len, ids))
-    if longest == data.max_prompt_length:
-        full = sum(len(prompt) == longest for prompt in ids)
+    prompts, truncate = generation.encode(
+        texts, checkpoint.tokenizer, checkpoint.config, sampling, limits
+    )
+    full = sum(len(prompt) == limits["max_prompt_length"] for prompt in prompts.ids)
+    if full:
         say(
-            f"{full} of {len(ids)} prompts fill --max_prompt_length={longest}: those that were longer are cut, by "
-            f"{truncate}"
+            f"{full} of {len(prompts)} prompts fill --max_prompt_length="
+            f"{limits['max_prompt_length']}: those that were longer are cut, by {truncate}"
         )
-    if longest + sampling.max_new_tokens > checkpoint.config.max_positions:
-        say(
-            f"warning: up to {longest} + {sampling.max_new_tokens} tokens, but the model was made for "
-            f"{checkpoint.config.max_positions}"
-        )
-    return Prompts(ids, checkpoint.tokenizer.batch_decode(ids, skip_special_tokens=True))
+    return prompts
 
 
-def _columns(prompts: Prompts, drawn: list[list[sampler.Completion]], tokenizer) -> list[dict]:
-    """What is added to each row."""
-    n = len(drawn[0])
-    repeated = prompts.take([row for row in range(len(prompts)) for _ in range(n)])
-    flat = [completion for completions in drawn for completion in completions]
-    texts = completion_texts(repeated, [completion.tokens for completion in flat], tokenizer)
-    log_probs = [float(completion.log_probs.sum(dtype=np.float64)) for completion in flat]
-    counts = [len(completion.tokens) for completion in flat]
-    if n == 1:
-        return [
-            dict(completion=text, logp=log_prob, tokens=count)
-            for text, log_prob, count in zip(texts, log_probs, counts, strict=True)
-        ]
-    return [
-        dict(
-            completions=texts[start : start + n],
-            logp=log_probs[start : start + n],
-            tokens=counts[start : start + n],
-        )
-        for start in range(0, len(flat), n)
-    ]
+def _fields(completions: list[generation.Generated]) -> dict:
+    """Return what is added to a row: of one completion values, of several lists."""
+    if len(completions) == 1:
+        (made,) = completions
+        return dict(completion=made.text, logp=made.log_prob, tokens=made.tokens)
+    return dict(
+        completions=[made.text for made in completions],
+        logp=[made.log_prob for made in completions],
+        tokens=[made.tokens for made in completions],
+    )
 
 
 def main():

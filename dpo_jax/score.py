@@ -10,26 +10,13 @@ import os
 import pathlib
 
 import jax
-import numpy as np
 from absl import flags
 
 from dpo_jax import config as configs
 from dpo_jax.console import say
 from dpo_jax.data import dataset, readers
-from dpo_jax.data.batches import evaluation_order
-from dpo_jax.models import loading
-from dpo_jax.models.inference import score_examples
-from dpo_jax.models.loading import Model
+from dpo_jax.models import inference, loading
 from dpo_jax.parallel import processes, sharding
-
-
-def score(model: Model, examples, batch_size: int) -> np.ndarray:
-    """Return the summed log-probs of every example's responses, nats, [examples, responses]."""
-    found = np.zeros((len(examples), len(examples.responses[0])), np.float32)
-    order = evaluation_order(len(examples), batch_size)
-    for rows, log_probs in score_examples("score", model, examples, order):
-        found[rows] = log_probs
-    return found
 
 
 def score_file(
@@ -51,8 +38,8 @@ def score_file(
     loaded = dataset.load(data, checkpoint.tokenizer, "pairs")
     say(loaded.ledger.table())
     checkpoint.check(loaded.train)
-    shards = sharding.batch_shards(mesh)
-    log_probs = score(checkpoint.load(mesh), loaded.train, -(-batch_size // shards) * shards)
+    model = checkpoint.load(mesh)
+    log_probs = inference.log_probs("score", model, loaded.train, batch_size)
     if jax.process_index() == 0:
         splits = readers.find_splits(data_path)
         rows = (

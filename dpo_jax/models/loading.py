@@ -12,7 +12,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from dpo_jax.console import say
+from dpo_jax.console import warn
 from dpo_jax.data import packing, toy
 from dpo_jax.data import tokenizer as tokenizers
 from dpo_jax.models import families, hf, transformer
@@ -92,8 +92,8 @@ class Checkpoint:
                 f"{self.config.max_positions} positions: lower config.data.max_length "
                 "(--max_length)."
             )
-        say(
-            f"warning: rows of up to {length_P.max()} tokens, but the model was made for "
+        warn(
+            f"rows of up to {length_P.max()} tokens, but the model was made for "
             f"{self.config.max_positions}; config.data.max_length cuts them."
         )
 

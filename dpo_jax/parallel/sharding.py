@@ -110,6 +110,12 @@ def batch_shards(mesh: jax.sharding.Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH)
 
 
+def whole_shards(batch_size: int, mesh: jax.sharding.Mesh) -> int:
+    """Return the batch size rounded up to a multiple of the mesh's shards."""
+    shards = batch_shards(mesh)
+    return -(-batch_size // shards) * shards
+
+
 def device():
     """One that a step is compiled for: of the mesh's, which need not be at hand, or else of the
     default ones.

@@ -291,8 +291,7 @@ def classifier(folder, batch_size: int, mesh) -> Callable:
     config = read_config(folder)
     params = jax.device_put(load(folder, config), sharding.replicated(mesh))
     words = tokenizers.load(folder)
-    shards = sharding.batch_shards(mesh)
-    batch_size = -(-batch_size // shards) * shards
+    batch_size = sharding.whole_shards(batch_size, mesh)
 
     def predict(texts: list[str]) -> np.ndarray:
         found = np.zeros(len(texts))

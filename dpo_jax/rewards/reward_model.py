@@ -87,7 +87,7 @@ def _scorer(model: loading.Checkpoint, batch_size: int, mesh) -> Callable:
     """(prompt, completion) ids -> a reward model's scores."""
     params = model.load_params(mesh)
     shards = sharding.batch_shards(mesh)
-    batch_size = -(-batch_size // shards) * shards
+    batch_size = sharding.whole_shards(batch_size, mesh)
 
     def score(tokens) -> np.ndarray:
         if not tokens:

@@ -38,8 +38,7 @@ class ReferenceCache:
         self._root = pathlib.Path(workdir) / "reference"
         self._checkpoint = checkpoint
         self._mesh = mesh
-        shards = sharding.batch_shards(mesh)
-        self._batch_size = -(-batch_size // shards) * shards
+        self._batch_size = sharding.whole_shards(batch_size, mesh)
 
     def log_probs(self, split: str, examples, needed: np.ndarray) -> np.ndarray:
         """Return summed log-probs [examples, responses] in nats, at least those of `needed`.

@@ -9,7 +9,15 @@ import pytest
 import dpo_jax
 from dpo_jax.parallel import sharding
 from dpo_jax.training.metrics import read_rows
-from tests.helpers.tiny_runs import dpo_config, on_devices, run, score_file, weights, write_pairs
+from tests.helpers.tiny_runs import (
+    dpo_config,
+    on_devices,
+    run,
+    sample_file,
+    score_file,
+    weights,
+    write_pairs,
+)
 
 STEPS = 3
 
@@ -90,3 +98,13 @@ def test_log_probs_are_the_score_commands(model, data, tmp_path):
     chosen, rejected = loaded.log_probs(pairs, batch_size=4)
     assert [row["logp_chosen"] for row in scores] == chosen.tolist()
     assert [row["logp_rejected"] for row in scores] == rejected.tolist()
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_generated_texts_are_the_sample_commands(model, data, tmp_path, n):
+    settings = dict(max_new_tokens=6, temperature=0.9, n=n, seed=3, batch_size=8)
+    sample_file(model, data / "train.jsonl", tmp_path / "samples.jsonl", **settings)
+    sampled = rows_of(tmp_path / "samples.jsonl")
+    prompts = [row["prompt"] for row in sampled]
+    texts = dpo_jax.load(model).generate(prompts, **settings)
+    assert texts == [row["completion" if n == 1 else "completions"] for row in sampled]

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from dpo_jax import score
 from dpo_jax.data import dataset
-from dpo_jax.models import hf, loading
+from dpo_jax.models import hf, inference, loading
 from dpo_jax.parallel import sharding
 from dpo_jax.training import data_feed, metrics
 from dpo_jax.training.loop import Interrupted
@@ -74,7 +73,7 @@ def test_lora_exports_what_was_evaluated(whole, model, pairs):
         sharding.make_mesh(devices=jax.devices()[:1]),
     )
     held_out = dataset.load(lora_config(model, pairs).data, merged.tokenizer, "pairs").eval
-    logps = score.score(merged.load(mesh), held_out, 8)
+    logps = inference.log_probs("score", merged.load(mesh), held_out, 8)
     last = rows_without_timings(whole)[-1]
     np.testing.assert_allclose(
         logps.mean(axis=0), [last["logps_eval/chosen"], last["logps_eval/rejected"]], atol=1e-4

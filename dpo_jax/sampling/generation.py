@@ -1,0 +1,82 @@
+"""Text in, text out: what the command `sample` and `Model.generate` share."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+
+from dpo_jax import config as configs
+from dpo_jax.console import warn
+from dpo_jax.data import dataset
+from dpo_jax.data.sources import Row, Text
+from dpo_jax.data.tokenizer import encode_prompts
+from dpo_jax.models.loading import Model
+from dpo_jax.models.transformer import TransformerConfig
+from dpo_jax.sampling import sampler
+from dpo_jax.sampling.prompts import Prompts, completion_texts
+from dpo_jax.sampling.sampler import Sampling
+
+
+@dataclasses.dataclass(frozen=True)
+class Generated:
+    """A completion as text."""
+
+    text: str  # what follows the prompt, without EOS
+    log_prob: float  # summed over its tokens, EOS included, under the model itself, nats
+    tokens: int  # how many, EOS included
+
+
+def encode(
+    texts: list[Text], tokenizer, config: TransformerConfig, sampling: Sampling, limits: dict
+) -> tuple[Prompts, str]:
+    """Tokenise prompts, text or chat messages; return them, and which part of a long one stays.
+
+    limits: max_prompt_length and truncate, as in config.data. Raises ValueError for settings or
+    prompts that cannot be sampled from.
+    """
+    data = configs.default(()).data
+    data.update(source="local", append_eos=False, **limits)
+    data.max_length = data.max_prompt_length + sampling.max_new_tokens
+    truncate = dataset.truncation(data, [Row(text, (), "") for text in texts])
+    ids = encode_prompts(texts, tokenizer, data, truncate)
+    sampler.check(config, ids, sampling)
+    longest = max(map(len, ids))
+    if longest + sampling.max_new_tokens > config.max_positions:
+        warn(
+            f"up to {longest} + {sampling.max_new_tokens} tokens, but the model was made for "
+            f"{config.max_positions}"
+        )
+    return Prompts(ids, tokenizer.batch_decode(ids, skip_special_tokens=True)), truncate
+
+
+def prompts_at_a_time(sampling: Sampling) -> int:
+    """Return how many prompts one batch of completions takes."""
+    return max(1, sampling.batch_size // sampling.n)
+
+
+def generate(
+    model: Model, prompts: Prompts, sampling: Sampling, *, first: int = 0
+) -> Iterator[list[list[Generated]]]:
+    """Yield the completions of each prompt from `first` on, a batch of prompts at a time.
+
+    A prompt's completions depend on its place among the prompts, not on `first`.
+    """
+    size = prompts_at_a_time(sampling)
+    for start in range(first, len(prompts), size):
+        part = prompts.take(range(start, min(start + size, len(prompts))))
+        drawn = sampler.sample(model, part.ids, sampling, first=start)
+        flat = [completion for completions in drawn for completion in completions]
+        # Each completion is decoded behind its own prompt.
+        repeated = part.take(np.repeat(np.arange(len(part)), sampling.n))
+        texts = completion_texts(
+            repeated, [completion.tokens for completion in flat], model.tokenizer
+        )
+        made = [
+            Generated(
+                text,
+                float(completion.log_probs.sum(dtype=np.float64)),
+                len(completion.tokens),
+            )
+            for text, completion in zip(texts, flat, strict=True)
+        ]
+        yield [made[i : i + sampling.n] for i in range(0, len(made), sampling.n)]
