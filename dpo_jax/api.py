@@ -445,7 +445,7 @@ class Trainer:
             examples,
             order,
             shards=sharding.batch_shards(mesh),
-            per_response=self._per_response(examples),
+            reference_log_probs=self._kept_log_probs(examples),
         )
         with _as_commands(mesh, verbose):
             return data_feed.evaluate(
@@ -569,13 +569,13 @@ class Trainer:
             order,
             microbatches=microbatches,
             shards=shards,
-            per_response=self._per_response(plan.examples),
+            reference_log_probs=self._kept_log_probs(plan.examples),
         )
 
-    def _per_response(self, examples: Examples) -> dict[str, np.ndarray]:
+    def _kept_log_probs(self, examples: Examples) -> np.ndarray | None:
         if self._reference_log_probs is None:
-            return {}
-        return {"reference_logps": self._reference_log_probs.of(examples)}
+            return None
+        return self._reference_log_probs.of(examples)
 
     def _check_kind(self, examples: Examples) -> None:
         """Raise where the examples have another number of responses than the objective takes."""

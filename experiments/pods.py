@@ -99,9 +99,9 @@ def padded_rows(model, _batch, *, pairs: int, microbatches: int, length: int):
         positions_BT = jnp.broadcast_to(jnp.arange(length), tokens_BT.shape)
         x_BTD = transformer.hidden(model, params, tokens_BT, positions_BT)
         logits_BTV = constrain(transformer.unembed(model, params, x_BTD), BATCH, None, "tensor")
-        logp_BTV = jax.nn.log_softmax(logits_BTV[:, :-1])
-        logp_BT = jnp.take_along_axis(logp_BTV, tokens_BT[:, 1:, None], axis=-1)[..., 0]
-        return (logp_BT * batch["scored"][:, 1:]).sum(-1)
+        log_probs_BTV = jax.nn.log_softmax(logits_BTV[:, :-1])
+        log_probs_BT = jnp.take_along_axis(log_probs_BTV, tokens_BT[:, 1:, None], axis=-1)[..., 0]
+        return (log_probs_BT * batch["scored"][:, 1:]).sum(-1)
 
     def objective(params, reference, hyper, batch):
         ratio_B = log_probs(params, batch) - jax.lax.stop_gradient(log_probs(reference, batch))

@@ -1,41 +1,45 @@
-"""Batches as a pure function of (seed, step): no iterator, no state, the same for any number of
-processes.
+"""Batches as a pure function of (seed, step), the same for any number of processes.
 
-A batch is a dict of arrays with two leading axes: microbatches A (accumulated one after the other)
-and shards S (one per device that splits the batch). The rest is as in `packing.pack`, and `weights`
-[A, S, P] is 1 for a real example and 0 for one that only fills up the last evaluation batch.
+There is no iterator and no state: `Batches(...)[step]` is the batch of a step. Its arrays have two
+leading axes, microbatches A (accumulated one after the other) and shards S (one for each device
+that splits the batch). A microbatch on one shard is a cell; each is packed by itself.
 """
 
 import concurrent.futures
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
 from dpo_jax.data import packing
+from dpo_jax.data.packing import Batch, RolloutTargets
 
 # The version of which examples are in which batch, and where. Raise it with every change that gives
 # another order for the same seed and step: an unfinished stage is then refused, not resumed.
 DATA_ORDER_VERSION = 1
 
-SHAPES = 6  # how many shapes, so compiled programs, a run may have
-FILLER = -1  # in an order: no row, the batch is only filled up
+SHAPES = 6  # how many shapes, each a program to compile, a run may have
+FILLER = -1  # in an order: no example, the place is only filled up
 
 
 def training_order(size: int, batch_size: int, steps: int, seed: int | None) -> np.ndarray:
-    """Which row is where in each batch, [steps, batch_size]: epoch after epoch, each in an order of
-    its own.
+    """Return which example is where in each batch, [steps, batch_size].
 
-    A step's rows do not depend on `steps`. seed None keeps the data's own order.
+    Epoch follows epoch, each in an order of its own; seed None keeps the order of the data. A
+    step's examples do not depend on `steps`.
     """
     epochs = -(-steps * batch_size // size)
-    orders = [
-        np.arange(size) if seed is None else np.random.default_rng([seed, epoch]).permutation(size)
-        for epoch in range(epochs)
-    ]
+    orders = []
+    for epoch in range(epochs):
+        if seed is None:
+            orders.append(np.arange(size))
+        else:
+            orders.append(np.random.default_rng([seed, epoch]).permutation(size))
     return np.concatenate(orders)[: steps * batch_size].reshape(steps, batch_size)
 
 
 def evaluation_order(size: int, batch_size: int) -> np.ndarray:
-    """Every row once, in order; the last batch is filled up."""
+    """Return every example once, in order, [steps, batch_size]; the last batch is filled up."""
     steps = -(-size // batch_size)
     order = np.full(steps * batch_size, FILLER)
     order[:size] = np.arange(size)
@@ -43,8 +47,9 @@ def evaluation_order(size: int, batch_size: int) -> np.ndarray:
 
 
 class Batches:
-    """`batches[step]`: the batch of a step, in one of at most SHAPES shapes chosen from the whole
-    run's lengths.
+    """The batches of a run: `batches[step]` has one of at most SHAPES shapes.
+
+    The shapes are chosen from the lengths of the whole run.
     """
 
     def __init__(
@@ -55,169 +60,191 @@ class Batches:
         microbatches: int = 1,
         shards: int = 1,
         shape: packing.Shape | None = None,
-        scored: dict[str, list[np.ndarray]] | None = None,
-        per_response: dict[str, np.ndarray] | None = None,
+        reference_log_probs: np.ndarray | None = None,
+        rollout: RolloutTargets | None = None,
     ):
-        """examples: list of (prompt, responses) token ids; order: [steps, batch_size] rows of it.
+        """Lay out the batches of all steps.
 
-        shape: that of every batch, where the rows are not known when the first batch is compiled.
-        scored: name -> for each example the values [scored tokens] that go with its targets, as
-        arrays of that name. per_response: name -> values [examples, responses] that go with the
-        responses, likewise.
+        examples: a sequence of (prompt, responses) token ids. order: indices into it, or FILLER,
+        [steps, batch_size]. shape: that of every batch, where the examples are not known when the
+        program is compiled. reference_log_probs: [examples, responses]. rollout: its fields hold,
+        for each example, an array of a value for each completion token.
+
+        Raises ValueError where a batch cannot be split evenly, or does not fit into `shape`.
         """
         batch_size = order.shape[1]
         if batch_size % (microbatches * shards):
             raise ValueError(
-                f"a batch of {batch_size} rows does not split evenly into {microbatches} microbatches "
-                f"over {shards} data shards (mesh.data x mesh.fsdp): change batch_size, "
-                "microbatch_size or the mesh."
+                f"a batch of {batch_size} rows does not split evenly into {microbatches} "
+                f"microbatches over {shards} data shards (mesh.data x mesh.fsdp): change "
+                "batch_size, microbatch_size or the mesh."
             )
-        self.order, self.microbatches, self.shards = order, microbatches, shards
-        self._examples, self._scored, self.per_response = examples, scored or {}, per_response or {}
-        self._lengths = packing.lengths_of(examples)
-        self._sizes = self._lengths[0] + self._lengths[1].sum(axis=1)
+        self.order = order
+        self.microbatches = microbatches
+        self.shards = shards
+        self.reference_log_probs = reference_log_probs
+        self._rollout = rollout
+        self._examples = examples
+        self._prompt_lengths, self._response_lengths = packing.lengths_of(examples)
+        self._sizes = self._prompt_lengths + self._response_lengths.sum(axis=1)
         self._shortest = int(np.argmin(self._sizes))  # it stands in for fillers
-        self._cells_nCP = self._dealt()
+        self._cells_nCP = self._deal_to_cells()
+
         needs = self._needs()
-        self.shapes = [shape] if shape else packing.choose(needs, SHAPES)
-        met_kn = np.array([needs.met_by(shape) for shape in self.shapes])
-        if not met_kn.any(axis=0).all():
+        self.shapes = [shape] if shape else packing.choose_shapes(needs, SHAPES)
+        fits_kn = np.array([needs.met_by(shape) for shape in self.shapes])
+        fits_n = fits_kn.any(axis=0)
+        if not fits_n.all():
             raise ValueError(
-                f"the batch of step {met_kn.any(axis=0).argmin()} is larger than {self.shapes[-1]}."
+                f"the batch of step {fits_n.argmin()} is larger than {self.shapes[-1]}."
             )
-        self._shape_n = met_kn.argmax(axis=0)  # the smallest
+        self._shape_n = fits_kn.argmax(axis=0)  # the smallest that fits, as they are ascending
 
     def __len__(self) -> int:
         return len(self.order)
 
-    def __getitem__(self, step: int) -> dict:
-        cells = [
-            self._pack(cell, self.shapes[self._shape_n[step]]) for cell in self._cells_nCP[step]
-        ]
+    def __getitem__(self, step: int) -> Batch:
+        shape = self.shapes[self._shape_n[step]]
+        cells = [self._pack(cell, shape) for cell in self._cells_nCP[step]]
         return _stack(cells, (self.microbatches, self.shards))
 
-    def placed(self, step: int) -> np.ndarray:
-        """Which row (or FILLER) is at each place [A * S * P] of the batch's arrays."""
+    def indices(self, step: int) -> np.ndarray:
+        """Return the index of the example (or FILLER) at each place of a batch, [A * S * P]."""
         return self._cells_nCP[step].ravel()
 
-    def per_row(self, step: int, values_ASM) -> dict[int, np.ndarray]:
-        """Row -> its part of an array over a batch's scored positions."""
+    def per_example(self, step: int, values_ASM: np.ndarray) -> dict[int, np.ndarray]:
+        """Return each example's part of values of completion tokens, {index: [tokens]}."""
         found = {}
-        values_AM = np.reshape(values_ASM, (-1, np.shape(values_ASM)[-1]))
-        for cell, values_M in zip(self._cells_nCP[step], values_AM, strict=True):
-            ends = np.cumsum([sum(map(len, responses)) for _, responses in self._of(cell)])
-            found |= dict(zip(cell.tolist(), np.split(values_M, ends)[:-1], strict=True))
+        values_CM = np.reshape(values_ASM, (-1, np.shape(values_ASM)[-1]))
+        for cell, values_M in zip(self._cells_nCP[step], values_CM, strict=True):
+            start = 0
+            for index, stand_in in zip(cell.tolist(), self._filled(cell), strict=True):
+                end = start + self._response_lengths[stand_in].sum()
+                found[index] = values_M[start:end]
+                start = end
         return found
 
     def tokens(self, step: int) -> int:
-        """How many real tokens the model reads in a batch, each prompt once."""
-        rows = self.order[step]
-        return int(self._sizes[rows[rows != FILLER]].sum())
+        """Return how many real tokens the model reads in a batch, each prompt once."""
+        return int(self._sizes[self._real(step)].sum())
 
-    def needed(self, step: int) -> packing.Shape:
-        """A batch's real sizes: each sequence a row of its own length, no padding."""
-        rows = self.order[step]
+    def unpadded_shape(self, step: int) -> packing.Shape:
+        """Return a batch's real sizes: each sequence is a row of its own length."""
+        real = self._real(step)
         needs = packing.needs_of_lengths(
-            *(lengths[None, rows[rows != FILLER]] for lengths in self._lengths)
+            self._prompt_lengths[None, real], self._response_lengths[None, real]
         )
         return packing.Shape(
-            int(needs.tokens[0]),
-            tuple((1, int(length)) for length in needs.lengths[0]),
-            int(needs.scored[0]),
+            tokens=int(needs.tokens[0]),
+            rows=tuple((1, int(length)) for length in needs.lengths[0]),
+            completion_tokens=int(needs.completion_tokens[0]),
         )
 
     def padding(self) -> dict[str, float]:
-        """The share of padding in the dense work (tokens) and in attention (squared row lengths),
-        whole run.
+        """Return the share of padding in the whole run, {"dense": ..., "attention": ...}.
+
+        Dense work goes by tokens, attention by the squared lengths of rows.
         """
-        steps_k = np.bincount(self._shape_n, minlength=len(self.shapes)) * self._cells_nCP.shape[1]
-        dense, attention = (
-            np.dot(steps_k, [size(shape) for shape in self.shapes])
-            for size in (lambda shape: shape.tokens, lambda shape: (shape.lengths**2).sum())
-        )
-        count_r = np.bincount(self._filled(self._cells_nCP).ravel(), minlength=len(self._sizes))
-        squares_r = ((self._lengths[0][:, None] + self._lengths[1]) ** 2).sum(axis=1)
+        cells_per_step = self._cells_nCP.shape[1]
+        cells_k = np.bincount(self._shape_n, minlength=len(self.shapes)) * cells_per_step
+        dense = np.dot(cells_k, [shape.tokens for shape in self.shapes])
+        attention = np.dot(cells_k, [(shape.lengths**2).sum() for shape in self.shapes])
+
+        times_used = np.bincount(self._filled(self._cells_nCP).ravel(), minlength=len(self._sizes))
+        sequences = self._prompt_lengths[:, None] + self._response_lengths
+        real_dense = times_used @ self._sizes
+        real_attention = times_used @ (sequences**2).sum(axis=1)
         return dict(
-            dense=float(1 - count_r @ self._sizes / dense),
-            attention=float(1 - count_r @ squares_r / attention),
+            dense=float(1 - real_dense / dense),
+            attention=float(1 - real_attention / attention),
         )
 
-    def _dealt(self) -> np.ndarray:
-        """Each batch's rows, dealt to C cells, microbatches x shards, so that each gets about as
-        many tokens.
+    def _deal_to_cells(self) -> np.ndarray:
+        """Deal each batch's examples to its cells, so that each gets about as many tokens.
+
+        Returns indices [steps, cells, examples of a cell], the first cells those of the first
+        microbatch.
         """
         steps, batch_size = self.order.shape
-        by_size = np.argsort(-self._sizes[self._filled(self.order)], axis=1, kind="stable")
-        by_size = by_size.reshape(steps, -1, self.microbatches * self.shards)
-        by_size[:, 1::2] = by_size[
-            :, 1::2, ::-1
-        ]  # back and forth, so that no cell always gets the longer one
-        dealt = np.take_along_axis(
-            self.order, by_size.transpose(0, 2, 1).reshape(steps, batch_size), axis=1
-        )
-        return dealt.reshape(steps, self.microbatches * self.shards, -1)
+        cells = self.microbatches * self.shards
+        longest_first = np.argsort(-self._sizes[self._filled(self.order)], axis=1, kind="stable")
+        rounds = longest_first.reshape(steps, -1, cells)
+        # Back and forth, so that no cell always gets the longest of a round.
+        rounds[:, 1::2] = rounds[:, 1::2, ::-1]
+        places = rounds.transpose(0, 2, 1).reshape(steps, batch_size)
+        return np.take_along_axis(self.order, places, axis=1).reshape(steps, cells, -1)
 
     def _needs(self) -> packing.Needs:
-        """What the largest cell of each step needs, in tokens, in each row, and in scored
-        tokens.
-        """
+        """Return what the largest cell of each step requires."""
         steps, cells, _ = self._cells_nCP.shape
-        rows = self._filled(self._cells_nCP).reshape(steps * cells, -1)
-        needs = packing.needs_of_lengths(*(lengths[rows] for lengths in self._lengths))
+        indices = self._filled(self._cells_nCP).reshape(steps * cells, -1)
+        needs = packing.needs_of_lengths(
+            self._prompt_lengths[indices], self._response_lengths[indices]
+        )
         return packing.Needs(
-            *(
-                x.reshape(steps, cells, *x.shape[1:]).max(axis=1)
-                for x in (needs.tokens, needs.lengths, needs.scored)
-            )
+            tokens=needs.tokens.reshape(steps, cells).max(axis=1),
+            lengths=needs.lengths.reshape(steps, cells, -1).max(axis=1),
+            completion_tokens=needs.completion_tokens.reshape(steps, cells).max(axis=1),
         )
 
-    def _of(self, cell: np.ndarray) -> list:
-        return [self._examples[row] for row in self._filled(cell)]
+    def _real(self, step: int) -> np.ndarray:
+        """Return the indices of a step's examples, without fillers."""
+        indices = self.order[step]
+        return indices[indices != FILLER]
 
-    def _filled(self, rows: np.ndarray) -> np.ndarray:
-        return np.where(rows == FILLER, self._shortest, rows)
+    def _filled(self, indices: np.ndarray) -> np.ndarray:
+        """Return the indices with the shortest example for each filler."""
+        return np.where(indices == FILLER, self._shortest, indices)
 
-    def _pack(self, cell: np.ndarray, shape: packing.Shape) -> dict:
-        scored = {
-            name: np.pad(
-                values := np.concatenate([rows[row] for row in cell]),
-                (0, shape.scored - len(values)),
-            )
-            for name, rows in self._scored.items()
-        }
-        real = cell != FILLER
-        per_response = {
-            name: np.where(real[:, None], values[cell], 0).reshape(-1)
-            for name, values in self.per_response.items()
-        }
-        return (
-            packing.pack(self._of(cell), shape)
-            | scored
-            | per_response
-            | dict(weights=real.astype(np.float32))
-        )
+    def _pack(self, cell: np.ndarray, shape: packing.Shape) -> Batch:
+        """Return the arrays of one cell."""
+        is_real = cell != FILLER
+        indices = self._filled(cell)
+        batch = packing.pack([self._examples[index] for index in indices], shape)
+        batch.weights = is_real.astype(np.float32)
+        if self.reference_log_probs is not None:
+            log_probs_PK = self.reference_log_probs[indices]
+            batch.reference_log_probs = np.where(is_real[:, None], log_probs_PK, 0).ravel()
+        if self._rollout is not None:
+            batch.rollout = _gather(self._rollout, indices, shape.completion_tokens)
+        return batch
 
 
-def _stack(cells: list[dict], leading: tuple[int, int]) -> dict:
-    """One dict of arrays with the leading axes, from a dict per cell."""
+def _gather(rollout: RolloutTargets, indices: np.ndarray, size: int) -> RolloutTargets:
+    """Return the values of some examples as they stand in a batch, [size], zeros behind."""
+    gathered = {}
+    for field in dataclasses.fields(rollout):
+        of_examples = getattr(rollout, field.name)
+        values = np.concatenate([of_examples[index] for index in indices])
+        gathered[field.name] = np.pad(values, (0, size - len(values)))
+    return RolloutTargets(**gathered)
 
-    def join(*leaves):
-        return np.stack(leaves).reshape(*leading, *leaves[0].shape)
 
-    stacked = {name: join(*(cell[name] for cell in cells)) for name in cells[0] if name != "rows"}
-    rows = tuple(join(*buckets) for buckets in zip(*(cell["rows"] for cell in cells), strict=True))
-    return stacked | dict(rows=rows)
+def _stack(parts: list, leading: tuple[int, int]):
+    """Stack the batches of cells, or their fields, into one with these leading axes."""
+    first = parts[0]
+    if first is None:
+        return None
+    if isinstance(first, tuple):  # the buckets of rows
+        return tuple(_stack(list(buckets), leading) for buckets in zip(*parts, strict=True))
+    if dataclasses.is_dataclass(first):
+        fields = {}
+        for field in dataclasses.fields(first):
+            fields[field.name] = _stack([getattr(part, field.name) for part in parts], leading)
+        return type(first)(**fields)
+    return np.stack(parts).reshape(*leading, *first.shape)
 
 
-def prefetch(make, steps, ahead: int = 2):
-    """Yields (step, make(step)) in order, made by a thread `ahead` steps early; its errors surface
-    here.
+def prefetch(make: Callable, steps: Iterable[int], ahead: int = 2) -> Iterator[tuple]:
+    """Yield (step, make(step)) in order, made by a thread `ahead` steps early.
+
+    Its errors are raised here.
     """
     steps = list(steps)
     with concurrent.futures.ThreadPoolExecutor(max_workers=1) as pool:
         pending = [pool.submit(make, step) for step in steps[:ahead]]
         for i, step in enumerate(steps):
-            batch = pending.pop(0).result()
+            made = pending.pop(0).result()
             if i + ahead < len(steps):
                 pending.append(pool.submit(make, steps[i + ahead]))
-            yield step, batch
+            yield step, made

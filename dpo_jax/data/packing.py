@@ -1,30 +1,74 @@
-"""Lays examples down as one flat run of tokens per shard, with the indices to read it by.
+"""Packing: examples as one flat run of tokens, and the indices to read it by.
 
 An example is a prompt and its responses: one for SFT, two for a pair. The prompt is laid down once,
-then each response, whose positions go on from the prompt's end; examples follow each other without
-padding:
+then each response, whose positions continue from the end of the prompt. Examples follow each other
+without padding; padding comes at the end of the run. One example of a prompt P0 P1 P2, the chosen
+response C0 C1 and the rejected response R0 becomes:
 
-    tokens_N     prompt  chosen  rejected  prompt  chosen  rejected ...
-    positions_N  0 .. p  p+1 ..  p+1 ..    0 .. p  ...
+    index in the run  0      1      2      3       4       5
+    tokens_N          P0     P1     P2     C0      C1      R0
+    positions_N       0      1      2      3       4       3
 
-Attention reads whole sequences (prompt + one response) as right-padded rows: `rows` holds, for each
-length bucket, rows_RT of indices into N, `back_N` finds each token's output in the flattened rows,
-and `uses_NK` all places of a token there, as many as an example has responses (-1: there are no
-more). Log-probs are read at `predict_M` (the token before each response token) against `targets_M`,
-and belong to response `owner_M`; padding belongs to no response (owner = Q). `ends_Q` is each
-response's last token, where a reward model reads its score.
+Only completion tokens, those of the responses, are trained on. The logits that predict one are
+those of the token before it, which for the first token of each response is the last of the prompt:
 
-Letters: N tokens, K responses of an example (so places of a token), J its parts, R rows of T
-tokens, M scored positions, P examples, Q responses.
+    targets_M                              C0      C1      R0
+    logit_positions_M                      2       3       2
+    segment_ids_M                          0       0       1     the response it belongs to
+
+Attention alone reads whole sequences, a prompt and one response, as right-padded rows. Places in
+them are counted through all rows as slots. `rows` gathers tokens into slots, `gather_index` takes
+the output of each token back from its first slot, and `token_slots` says all slots of a token (-1:
+no more), which the backward pass needs: a token of the prompt is in the row of each response.
+
+    rows_RT           P0     P1     P2     C0      C1            slots 0 to 4
+                      P0     P1     P2     R0      padding       slots 5 to 9
+    gather_index_N    0      1      2      3       4       8
+    token_slots_NK    0, 5   1, 6   2, 7   3, -1   4, -1   8, -1
+
+Rows come in buckets of different lengths, so that a short sequence is not padded to the longest.
+
+Letters: N tokens of the run, M completion tokens, P examples, Q responses, K responses of an
+example, R rows of T tokens, n steps.
 """
 
 import dataclasses
 
 import numpy as np
 
-BUCKETS = 6  # at most; each more shortens rows and lengthens compilation,
-BUCKET_PRICE = 0.03  # so it must save this share of attention's work
-PROGRAM_PRICE = 10  # and a shape more, a program to compile, this many steps
+# Each bucket more shortens rows and lengthens compilation.
+BUCKETS = 6  # at most this many
+BUCKET_PRICE = 0.03  # a bucket must save this share of attention's work
+PROGRAM_PRICE = 10  # a shape is a program to compile: it must save as much work as this many steps
+
+
+@dataclasses.dataclass
+class RolloutTargets:
+    """What PPO's objective needs of each completion token, [M], or a list of such for examples."""
+
+    sampled_log_probs: np.ndarray  # under the policy that sampled the token
+    sampled_values: np.ndarray  # of the value head at that time
+    advantages: np.ndarray
+    value_targets: np.ndarray
+
+
+@dataclasses.dataclass
+class Batch:
+    """The arrays of one shard, or of microbatches and shards with two leading axes."""
+
+    tokens: np.ndarray  # int32 [N]
+    positions: np.ndarray  # int32 [N], restart with each sequence
+    rows: tuple[np.ndarray, ...]  # int32 [R, T] for each bucket, indices into N
+    gather_index: np.ndarray  # int32 [N], slots
+    token_slots: np.ndarray  # int32 [N, K], slots, or -1
+    logit_positions: np.ndarray  # int32 [M], indices into N
+    targets: np.ndarray  # int32 [M], token ids
+    segment_ids: np.ndarray  # int32 [M], indices into Q; padding has Q
+    response_lengths: np.ndarray  # int32 [Q], in tokens
+    last_token: np.ndarray  # int32 [Q], indices into N; where a reward is read
+    weights: np.ndarray  # float32 [P], 0 for an example that only fills the batch up
+    reference_log_probs: np.ndarray | None = None  # float32 [Q], where they are kept
+    rollout: RolloutTargets | None = None  # for PPO
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,184 +77,224 @@ class Shape:
 
     tokens: int  # N
     rows: tuple[tuple[int, int], ...]  # (R, T) of each bucket, longest first
-    scored: int  # M
+    completion_tokens: int  # M
 
     @property
     def lengths(self) -> np.ndarray:
-        """Of all rows, longest first."""
+        """The lengths of all rows, longest first."""
         return np.repeat([length for _, length in self.rows], [count for count, _ in self.rows])
 
 
 @dataclasses.dataclass(frozen=True)
 class Needs:
-    """What each of n steps needs of a shape."""
+    """The sizes that each of n steps requires of a shape."""
 
     tokens: np.ndarray  # [n]
-    lengths: np.ndarray  # of its rows, longest first [n, Q]
-    scored: np.ndarray  # [n]
+    lengths: np.ndarray  # of the rows, longest first [n, Q]
+    completion_tokens: np.ndarray  # [n]
 
     def met_by(self, shape: Shape) -> np.ndarray:
-        """Which steps fit into the shape [n]."""
+        """Return which steps fit into the shape, bool [n]."""
         return (
             (self.tokens <= shape.tokens)
-            & (self.scored <= shape.scored)
+            & (self.completion_tokens <= shape.completion_tokens)
             & (self.lengths <= shape.lengths).all(axis=1)
         )
 
 
-def lengths_of(examples) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of each prompt [P] and of each response [P, K]; `examples` is a list of (prompt,
-    responses).
+def pack(examples, shape: Shape, *, share_prompt: bool = True) -> Batch:
+    """Return one shard's arrays, as the module's docstring shows them.
+
+    examples: a list of (prompt, responses) of token ids, all with equally many responses.
+    share_prompt=False lays a prompt down once for each response, as examples of one response: the
+    plain layout, against which the shared one is checked.
     """
-    return (
-        np.array([len(prompt) for prompt, _ in examples]),
-        np.array([list(map(len, responses)) for _, responses in examples]),
+    if not share_prompt:
+        examples = [(prompt, (response,)) for prompt, both in examples for response in both]
+    responses_per_example = len(examples[0][1])
+    responses_in_all = len(examples) * responses_per_example
+
+    tokens_N = np.zeros(shape.tokens, np.int32)
+    positions_N = np.zeros(shape.tokens, np.int32)
+    targets_M = np.zeros(shape.completion_tokens, np.int32)
+    logit_positions_M = np.zeros(shape.completion_tokens, np.int32)
+    segment_ids_M = np.full(shape.completion_tokens, responses_in_all, np.int32)
+    response_lengths = []
+    last_tokens = []
+    sequences = []  # for each response, the indices of its prompt and of itself
+
+    laid_down = 0  # tokens of the run so far
+    trained_on = 0  # completion tokens so far
+    for prompt, responses in examples:
+        prompt_index = np.arange(laid_down, laid_down + len(prompt))
+        tokens_N[laid_down : laid_down + len(prompt)] = prompt
+        positions_N[laid_down : laid_down + len(prompt)] = np.arange(len(prompt))
+        laid_down += len(prompt)
+        last_of_prompt = laid_down - 1
+
+        for response in responses:
+            length = len(response)
+            index = np.arange(laid_down, laid_down + length)
+            tokens_N[laid_down : laid_down + length] = response
+            positions_N[laid_down : laid_down + length] = len(prompt) + np.arange(length)
+
+            completion = slice(trained_on, trained_on + length)
+            targets_M[completion] = response
+            logit_positions_M[completion] = index - 1
+            if length:  # another response may stand between the prompt and this one
+                logit_positions_M[trained_on] = last_of_prompt
+            segment_ids_M[completion] = len(sequences)
+
+            sequences.append((prompt_index, index))
+            laid_down += length
+            trained_on += length
+            response_lengths.append(length)
+            last_tokens.append(laid_down - 1)
+
+    rows, token_slots_NK = _attention_rows(sequences, responses_per_example, shape)
+    return Batch(
+        tokens=tokens_N,
+        positions=positions_N,
+        rows=rows,
+        # Any slot of a token has its output. Padding is in none, and may read any.
+        gather_index=np.maximum(token_slots_NK[:, 0], 0),
+        token_slots=token_slots_NK,
+        logit_positions=logit_positions_M,
+        targets=targets_M,
+        segment_ids=segment_ids_M,
+        response_lengths=np.array(response_lengths, np.int32),
+        last_token=np.array(last_tokens, np.int32),
+        weights=np.ones(len(examples), np.float32),
     )
 
 
-def needs_of_lengths(prompt_nP, response_nPK, *, share_prompt: bool = True) -> Needs:
-    """What steps need, from the lengths of their examples."""
-    lengths_nQ = -np.sort(-(prompt_nP[..., None] + response_nPK).reshape(len(prompt_nP), -1))
-    scored_n = response_nPK.sum(axis=(1, 2))
-    prompts_n = prompt_nP.sum(axis=1) * (1 if share_prompt else response_nPK.shape[2])
-    return Needs(prompts_n + scored_n, lengths_nQ, scored_n)
+def _attention_rows(
+    sequences: list[tuple[np.ndarray, np.ndarray]], responses_per_example: int, shape: Shape
+) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
+    """Return `rows` and `token_slots`: the sequences, longest first, dealt to the buckets.
+
+    sequences: the indices of the prompt and of the response, for each response.
+    """
+    lengths_Q = np.array([len(prompt) + len(response) for prompt, response in sequences])
+    longest_first = np.argsort(-lengths_Q, kind="stable")
+
+    rows = []
+    token_slots_NK = np.full((shape.tokens, responses_per_example), -1, np.int32)
+    first_slot = 0
+    dealt = 0
+    for count, row_length in shape.rows:
+        rows_RT = np.zeros((count, row_length), np.int32)
+        segments = longest_first[dealt : dealt + count]
+        for row, segment in zip(rows_RT, segments, strict=False):  # there may be rows to spare
+            prompt, response = sequences[segment]
+            length = len(prompt) + len(response)
+            row[: len(prompt)] = prompt
+            row[len(prompt) : length] = response
+
+            slots = np.arange(first_slot, first_slot + length)
+            nth_of_its_example = segment % responses_per_example
+            token_slots_NK[prompt, nth_of_its_example] = slots[: len(prompt)]
+            token_slots_NK[response, 0] = slots[len(prompt) :]
+            first_slot += row_length
+        first_slot += (count - len(segments)) * row_length
+        rows.append(rows_RT)
+        dealt += count
+    return tuple(rows), token_slots_NK
+
+
+def lengths_of(examples) -> tuple[np.ndarray, np.ndarray]:
+    """Return the tokens of each prompt [P] and of each response [P, K].
+
+    examples: a list of (prompt, responses).
+    """
+    prompt_lengths_P = [len(prompt) for prompt, _ in examples]
+    response_lengths_PK = [list(map(len, responses)) for _, responses in examples]
+    return np.array(prompt_lengths_P), np.array(response_lengths_PK)
+
+
+def needs_of_lengths(
+    prompt_lengths_nP: np.ndarray, response_lengths_nPK: np.ndarray, *, share_prompt: bool = True
+) -> Needs:
+    """Return what steps require, from the lengths of their examples."""
+    steps, _, responses_per_example = response_lengths_nPK.shape
+    sequences_nPK = prompt_lengths_nP[..., None] + response_lengths_nPK
+    longest_first_nQ = -np.sort(-sequences_nPK.reshape(steps, -1))
+    completion_tokens_n = response_lengths_nPK.sum(axis=(1, 2))
+    prompt_tokens_n = prompt_lengths_nP.sum(axis=1)
+    if not share_prompt:
+        prompt_tokens_n = prompt_tokens_n * responses_per_example
+    return Needs(prompt_tokens_n + completion_tokens_n, longest_first_nQ, completion_tokens_n)
 
 
 def shape_of(examples, *, share_prompt: bool = True, buckets: int = BUCKETS) -> Shape:
-    """A shape that holds the examples, rounded up."""
-    needs = needs_of_lengths(*(x[None] for x in lengths_of(examples)), share_prompt=share_prompt)
+    """Return a shape that holds the examples, rounded up."""
+    prompt_lengths_P, response_lengths_PK = lengths_of(examples)
+    needs = needs_of_lengths(
+        prompt_lengths_P[None], response_lengths_PK[None], share_prompt=share_prompt
+    )
     return _covering(needs, slice(None), buckets)
 
 
-def choose(needs: Needs, limit: int) -> list[Shape]:
-    """At most `limit` shapes, smallest first, such that each step fits into one of them; fewer for
-    a short run.
+def choose_shapes(needs: Needs, limit: int) -> list[Shape]:
+    """Return at most `limit` shapes, smallest first, so that each step fits into one of them.
 
-    They are cut by tokens so that the least is padded, a shape being worth PROGRAM_PRICE steps.
+    Steps are grouped by their tokens so that padding is least, where another shape must save the
+    work of PROGRAM_PRICE steps: a short run has few shapes.
     """
     size_n = _round_up(needs.tokens)
-    ends = _partition(size_n, 1, PROGRAM_PRICE * needs.tokens.mean(), limit)
-    return [
-        _covering(needs, (low < size_n) & (size_n <= high), BUCKETS)
-        for low, high in zip([-1, *ends], ends, strict=False)
-    ]
+    price = PROGRAM_PRICE * needs.tokens.mean()
+    shapes = []
+    above = -1
+    for size in _partition(size_n, 1, price, limit):
+        shapes.append(_covering(needs, (above < size_n) & (size_n <= size), BUCKETS))
+        above = size
+    return shapes
 
 
 def _covering(needs: Needs, some, buckets: int) -> Shape:
-    """The smallest shape, rounded up, that some of the steps fit into."""
+    """Return the smallest shape, rounded up, that some of the steps fit into."""
     lengths_Q = _round_up(needs.lengths[some].max(axis=0))
-    ends = _partition(lengths_Q, 2, BUCKET_PRICE * (lengths_Q.astype(float) ** 2).sum(), buckets)
-    bucket_Q = np.searchsorted(ends, lengths_Q)
-    rows = tuple((int((bucket_Q == i).sum()), ends[i]) for i in reversed(range(len(ends))))
+    # Attention's work in a row is its length squared.
+    price = BUCKET_PRICE * (lengths_Q.astype(float) ** 2).sum()
+    row_lengths = _partition(lengths_Q, 2, price, buckets)
+    bucket_Q = np.searchsorted(row_lengths, lengths_Q)
+    rows = []
+    for bucket in reversed(range(len(row_lengths))):
+        rows.append((int((bucket_Q == bucket).sum()), row_lengths[bucket]))
     return Shape(
-        int(_round_up(needs.tokens[some]).max()), rows, int(_round_up(needs.scored[some]).max())
+        tokens=int(_round_up(needs.tokens[some]).max()),
+        rows=tuple(rows),
+        completion_tokens=int(_round_up(needs.completion_tokens[some]).max()),
     )
 
 
-def _partition(sizes, power: int, price: float, limit: int) -> list[int]:
-    """Sizes to round up to, ascending, at most `limit`: those that make the sum of rounded sizes to
-    a power least.
+def _partition(sizes: np.ndarray, power: int, price: float, limit: int) -> list[int]:
+    """Return the sizes to round up to, ascending, at most `limit`, whose cost is least.
 
-    Each costs `price` besides.
+    The cost is the sum of all rounded sizes to a power, and `price` for each size to round up to.
     """
     size_m, count_m = np.unique(sizes, return_counts=True)
-    below_m = np.concatenate([[0], np.cumsum(count_m)])  # how many are smaller
-    best = np.concatenate(
-        [[0.0], np.full(len(size_m), np.inf)]
-    )  # by how many of size_m are dealt with
-    found = [(0.0, [])] + [(np.inf, [])] * len(size_m)
+    smaller_m = np.concatenate([[0], np.cumsum(count_m)])  # how many sizes are below size_m[i]
+    # Dynamic programming: best[i] is the least cost of the i smallest of size_m, and chosen[i] what
+    # they are rounded up to, with as many choices as rounds so far.
+    best = np.full(len(size_m) + 1, np.inf)
+    best[0] = 0.0
+    chosen = [[] for _ in best]
     for _ in range(min(limit, len(size_m))):
-        after = list(found)
+        next_best, next_chosen = best.copy(), list(chosen)
         for end in range(1, len(size_m) + 1):
-            cost = (
-                best[:end]
-                + float(size_m[end - 1]) ** power * (below_m[end] - below_m[:end])
-                + price
-            )
+            # size_m[start:end] are rounded up to the largest of them, for every start.
+            rounded = float(size_m[end - 1]) ** power * (smaller_m[end] - smaller_m[:end])
+            cost = best[:end] + rounded + price
             start = int(np.argmin(cost))
-            if cost[start] < after[end][0]:
-                after[end] = cost[start], [*found[start][1], int(size_m[end - 1])]
-        found, best = after, np.array([cost for cost, _ in after])
-    return found[-1][1]
+            if cost[start] < next_best[end]:
+                next_best[end] = cost[start]
+                next_chosen[end] = [*chosen[start], int(size_m[end - 1])]
+        best, chosen = next_best, next_chosen
+    return chosen[-1]
 
 
 def _round_up(sizes):
-    """To multiples of about a thirtieth of the size: little waste, and few shapes."""
+    """Round up to multiples of about a thirtieth of the size: little waste, and few shapes."""
     step = 2 ** np.maximum(np.ceil(np.log2(np.maximum(sizes, 1) / 32)), 0).astype(int)
     return -(-sizes // step) * step
-
-
-def pack(examples, shape: Shape, *, share_prompt=True) -> dict:
-    """One shard's arrays, as the module's docstring says; int32. Examples have equally many
-    responses, K.
-
-    share_prompt=False lays a prompt down once per response: the plain layout, to check the shared
-    one against.
-    """
-    if not share_prompt:
-        examples = [
-            (prompt, (response,)) for prompt, responses in examples for response in responses
-        ]
-    tokens = np.concatenate(
-        [part for prompt, responses in examples for part in (prompt, *responses)]
-    )
-    # Parts, the first of each example its prompt, stand one after the other; a response goes on
-    # from its prompt's end.
-    prompt_P, response_PK = lengths_of(examples)
-    length_PJ = np.concatenate([prompt_P[:, None], response_PK], axis=1)
-    start_PJ = (np.cumsum(length_PJ) - length_PJ.ravel()).reshape(length_PJ.shape)
-    prompt_Q, first_Q = (np.repeat(x_PJ[:, 0], x_PJ.shape[1] - 1) for x_PJ in (length_PJ, start_PJ))
-    count_Q, start_Q = (x_PJ[:, 1:].ravel() for x_PJ in (length_PJ, start_PJ))
-    offset_PJ = start_PJ - np.where(np.arange(length_PJ.shape[1]), length_PJ[:, :1], 0)
-    owner = np.repeat(np.arange(len(count_Q)), count_Q)
-    nth = np.arange(len(owner)) - (np.cumsum(count_Q) - count_Q)[owner]  # of its response
-    scored = start_Q[owner] + nth
-    predict = np.where(nth, scored - 1, (first_Q + prompt_Q - 1)[owner])
-    rows, back, uses = _attention_rows(
-        first_Q, prompt_Q, start_Q, count_Q, length_PJ.shape[1] - 1, shape
-    )
-    arrays = dict(
-        tokens=_padded(tokens, shape.tokens),
-        positions=_padded(
-            np.arange(len(tokens)) - np.repeat(offset_PJ.ravel(), length_PJ.ravel()), shape.tokens
-        ),
-        predict=_padded(predict, shape.scored),
-        targets=_padded(tokens[scored], shape.scored),
-        owner=_padded(owner, shape.scored, len(count_Q)),
-        counts=count_Q,
-        ends=start_Q + count_Q - 1,
-        rows=rows,
-        back=back,
-        uses=uses,
-    )
-    return {
-        name: tuple(map(np.int32, x)) if name == "rows" else x.astype(np.int32)
-        for name, x in arrays.items()
-    }
-
-
-def _attention_rows(first_Q, prompt_Q, start_Q, count_Q, responses: int, shape: Shape):
-    """`rows`, `back` and `uses`: the sequences, longest first, dealt to the shape's buckets."""
-    order = np.argsort(-(prompt_Q + count_Q), kind="stable")
-    uses_NK, rows, offset, dealt = np.full((shape.tokens, responses), -1), [], 0, 0
-    for count, length in shape.rows:
-        some_R = order[dealt : dealt + count]
-        first, prompt, start, end = (
-            x_Q[some_R, None] for x_Q in (first_Q, prompt_Q, start_Q, prompt_Q + count_Q)
-        )
-        t = np.arange(length)
-        token_RT = np.where(t < prompt, first + t, start + t - prompt)
-        real_RT = t < end
-        place_RT = offset + np.arange(len(some_R))[:, None] * length + t
-        use_RT = np.where(
-            t < prompt, some_R[:, None] % responses, 0
-        )  # a prompt's token is in each response's row
-        uses_NK[token_RT[real_RT], use_RT[real_RT]] = place_RT[real_RT]
-        rows.append(np.where(real_RT, token_RT, 0))
-        rows[-1] = np.pad(rows[-1], ((0, count - len(some_R)), (0, 0)))
-        offset, dealt = offset + count * length, dealt + count
-    return tuple(rows), np.maximum(uses_NK[:, 0], 0), uses_NK
-
-
-def _padded(x, size: int, fill: int = 0):
-    return np.pad(x, (0, size - len(x)), constant_values=fill)

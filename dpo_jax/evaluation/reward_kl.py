@@ -98,7 +98,7 @@ def sequence_kls(
             for sums_B, values_SM in zip(
                 found, _token_kls(model.config, model.params, reference, batch), strict=True
             ):
-                for row, values in batches.per_row(step, np.asarray(values_SM)[None]).items():
+                for row, values in batches.per_example(step, np.asarray(values_SM)[None]).items():
                     if row >= 0:
                         sums_B[row] = values.sum(dtype=np.float64)
     return found[0], found[1]

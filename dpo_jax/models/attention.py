@@ -2,7 +2,7 @@
 
 A batch is one flat run of tokens per shard, where a prompt is laid down once and both its responses
 follow. Attention alone sees whole sequences: it gathers them into right-padded rows, runs plain
-causal attention there, and takes each token's output back. See `data/layout.py` for the indices and
+causal attention there, and takes each token's output back. See `data/packing.py` for the indices and
 `transformer.py` for the letters in array names.
 """
 
@@ -31,12 +31,13 @@ SPLASH_BLOCK = {
 
 
 class Layout(NamedTuple):
-    """Where each shard's tokens stand in attention's rows; see `data/layout.py`."""
+    """Where each shard's tokens stand in attention's rows; see `data/packing.py`."""
 
     rows: tuple[jax.Array, ...]  # rows_SRT of each length bucket: indices into N
-    # back_SN: the place, in the concatenated, flattened rows, that a token's output is taken from
-    back: jax.Array
-    uses: jax.Array  # uses_SNK: all places of a token, -1 where there are fewer than K
+    # gather_index_SN: the slot, counted through all rows, that a token's output is taken from
+    gather_index: jax.Array
+    # token_slots_SNK: all slots of a token, -1 where there are fewer than K
+    token_slots: jax.Array
 
 
 def attend(
@@ -59,7 +60,7 @@ def attend(
     index_SP = jnp.concatenate(
         [rows_SRT.reshape(rows_SRT.shape[0], -1) for rows_SRT in layout.rows], axis=1
     )
-    spread = [_spread(x, index_SP, layout.uses) for x in (q_SNHC, k_SNKC, v_SNKC)]
+    spread = [_spread(x, index_SP, layout.token_slots) for x in (q_SNHC, k_SNKC, v_SNKC)]
     outputs, start = [], 0
     for shards, rows, length in (rows_SRT.shape for rows_SRT in layout.rows):
         end = start + rows * length
@@ -68,7 +69,7 @@ def attend(
         ]
         outputs.append(causal(*bucket).reshape(shards, rows * length, *q_SNHC.shape[2:]))
         start = end
-    return _collect(jnp.concatenate(outputs, axis=1), layout.back, index_SP)
+    return _collect(jnp.concatenate(outputs, axis=1), layout.gather_index, index_SP)
 
 
 def attend_cached(
@@ -320,19 +321,19 @@ def _attend_block(q_SRKGTC, k_SRKCU, v_SRKUC, *, offset: int, window: int | None
 
 
 @jax.custom_vjp
-def _spread(x_SN, index_SP, uses_SNK):
+def _spread(x_SN, index_SP, token_slots_SNK):
     """x[s, index[s]]: tokens to their places."""
     return _take(x_SN, index_SP)
 
 
-def _spread_forward(x_SN, index_SP, uses_SNK):
-    return _take(x_SN, index_SP), uses_SNK
+def _spread_forward(x_SN, index_SP, token_slots_SNK):
+    return _take(x_SN, index_SP), token_slots_SNK
 
 
-def _spread_backward(uses_SNK, grad_SP):
+def _spread_backward(token_slots_SNK, grad_SP):
     grad_SN = sum(
-        _masked(_take(grad_SP, uses_SNK[..., k]), uses_SNK[..., k] >= 0)
-        for k in range(uses_SNK.shape[-1])
+        _masked(_take(grad_SP, token_slots_SNK[..., k]), token_slots_SNK[..., k] >= 0)
+        for k in range(token_slots_SNK.shape[-1])
     )
     return grad_SN, None, None
 

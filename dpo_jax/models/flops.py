@@ -35,7 +35,10 @@ def forward(config: TransformerConfig, shape: Shape) -> dict[str, int]:
     return dict(
         dense=2 * layers * shape.tokens,
         attention=4 * config.layers * config.heads * config.head_width * seen,
-        head=2 * config.width * (1 if config.head == "reward" else config.vocab) * shape.scored,
+        head=2
+        * config.width
+        * (1 if config.head == "reward" else config.vocab)
+        * shape.completion_tokens,
     )
 
 

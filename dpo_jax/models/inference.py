@@ -12,7 +12,7 @@ import numpy as np
 from dpo_jax.console import Progress
 from dpo_jax.data.batches import Batches, evaluation_order, prefetch
 from dpo_jax.models.loading import Model
-from dpo_jax.models.log_probs import response_logprobs
+from dpo_jax.models.log_probs import response_log_probs
 from dpo_jax.models.transformer import TransformerConfig
 from dpo_jax.parallel import sharding
 
@@ -50,7 +50,7 @@ def score_examples(
     with jax.set_mesh(mesh):
         for step, batch in prefetch(load, range(len(batches))):
             log_probs_SQ = np.asarray(program(model.params, batch))
-            placed = batches.placed(step)
+            placed = batches.indices(step)
             real = placed >= 0
             yield placed[real], log_probs_SQ.reshape(len(placed), -1)[real]
             progress.update(step + 1, {})
@@ -61,5 +61,5 @@ def score_examples(
 def _program(config: TransformerConfig, mesh: jax.sharding.Mesh):
     """Return the jitted (params, batch) -> log-probs [shards, responses]."""
     return jax.jit(
-        functools.partial(response_logprobs, config), out_shardings=sharding.replicated(mesh)
+        functools.partial(response_log_probs, config), out_shardings=sharding.replicated(mesh)
     )

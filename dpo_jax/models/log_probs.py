@@ -32,23 +32,25 @@ CPU_CHUNK_LOGITS = 2**22  # 16 MB, which its caches hold,
 CPU_CHUNK = 512
 
 
-def response_logprobs(config: transformer.TransformerConfig, params, batch) -> jax.Array:
+def response_log_probs(config: transformer.TransformerConfig, params, batch) -> jax.Array:
     """Summed log-probability of each response given its prompt, nats, float32 [S, Q].
 
     batch: one microbatch of `data/batches.py`, arrays with leading axis S.
     """
-    logp_SM = token_logprobs(config, params, batch)
-    responses = batch["counts"].shape[-1]
-    return jax.vmap(lambda logp_M, owner_M: jax.ops.segment_sum(logp_M, owner_M, responses))(
-        logp_SM, batch["owner"]
-    )
+    log_probs_SM = token_log_probs(config, params, batch)
+    responses = batch.response_lengths.shape[-1]
+    return jax.vmap(
+        lambda log_probs_M, segment_ids_M: jax.ops.segment_sum(
+            log_probs_M, segment_ids_M, responses
+        )
+    )(log_probs_SM, batch.segment_ids)
 
 
-def token_logprobs(config: transformer.TransformerConfig, params, batch) -> jax.Array:
+def token_log_probs(config: transformer.TransformerConfig, params, batch) -> jax.Array:
     """Log-probability of each scored token, nats, float32 [S, M]; padding holds the log-prob of a
     token 0.
     """
-    return target_logprobs(config, params, scored_hidden(config, params, batch), batch["targets"])
+    return target_log_probs(config, params, completion_hidden(config, params, batch), batch.targets)
 
 
 def batch_hidden(config: transformer.TransformerConfig, params, batch) -> jax.Array:
@@ -56,23 +58,23 @@ def batch_hidden(config: transformer.TransformerConfig, params, batch) -> jax.Ar
     return transformer.hidden(
         config,
         params,
-        batch["tokens"],
-        batch["positions"],
-        Layout(batch["rows"], batch["back"], batch["uses"]),
+        batch.tokens,
+        batch.positions,
+        Layout(batch.rows, batch.gather_index, batch.token_slots),
     )
 
 
-def scored_hidden(config: transformer.TransformerConfig, params, batch) -> jax.Array:
+def completion_hidden(config: transformer.TransformerConfig, params, batch) -> jax.Array:
     """The trunk's last hidden state where each scored token is predicted, [S, M, D]."""
     x_SND = batch_hidden(config, params, batch)
-    return constrain(jnp.take_along_axis(x_SND, batch["predict"][..., None], axis=1), BATCH)
+    return constrain(jnp.take_along_axis(x_SND, batch.logit_positions[..., None], axis=1), BATCH)
 
 
-def target_logprobs(config: transformer.TransformerConfig, params, x_SMD, targets_SM) -> jax.Array:
+def target_log_probs(config: transformer.TransformerConfig, params, x_SMD, targets_SM) -> jax.Array:
     """Log-probability of each target token from the hidden state that predicts it, nats, float32
     [S, M].
     """
-    return _in_chunks(config, _target_logprobs, [(params, x_SMD)], targets_SM)
+    return _in_chunks(config, _target_log_probs, [(params, x_SMD)], targets_SM)
 
 
 def token_kls(
@@ -83,8 +85,10 @@ def token_kls(
 
     The KL is over the whole vocabulary, exact for that step. Nats, float32 [S, M] each.
     """
-    models = [(weights, scored_hidden(config, weights, batch)) for weights in (params, reference)]
-    return _in_chunks(config, _target_kls, models, batch["targets"])
+    models = [
+        (weights, completion_hidden(config, weights, batch)) for weights in (params, reference)
+    ]
+    return _in_chunks(config, _target_kls, models, batch.targets)
 
 
 def chunk_logits(chip: Chip | None) -> int:
@@ -141,14 +145,14 @@ def _of_logits(function, unembed, heads, hidden, targets_SM):
     )
 
 
-def _target_logprobs(targets_SM, logits_SMV):
+def _target_log_probs(targets_SM, logits_SMV):
     return _at(targets_SM, logits_SMV) - jax.nn.logsumexp(logits_SMV, axis=-1)
 
 
 def _target_kls(targets_SM, logits_SMV, reference_logits_SMV):
-    logp_SMV = jax.nn.log_softmax(logits_SMV)
-    ratio_SMV = logp_SMV - jax.nn.log_softmax(reference_logits_SMV)
-    return _at(targets_SM, ratio_SMV), (jnp.exp(logp_SMV) * ratio_SMV).sum(-1)
+    log_probs_SMV = jax.nn.log_softmax(logits_SMV)
+    ratio_SMV = log_probs_SMV - jax.nn.log_softmax(reference_logits_SMV)
+    return _at(targets_SM, ratio_SMV), (jnp.exp(log_probs_SMV) * ratio_SMV).sum(-1)
 
 
 def _at(targets_SM, values_SMV):

@@ -17,8 +17,15 @@ from jax.experimental import mesh_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from dpo_jax.data import packing
+
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # the axes that split a batch into shards
+
+# Batches are made of plain numpy arrays by data/, which imports no jax. They come to devices here, so
+# here jax is told, once, that it may map over their fields.
+jax.tree_util.register_dataclass(packing.RolloutTargets)
+jax.tree_util.register_dataclass(packing.Batch)
 
 # Path -> spec of the weight itself; weights under `layers/` have one more, unsplit, leading axis.
 RULES = (

@@ -184,15 +184,15 @@ def one_batch(
     responses = 1 if stage in ("sft", "preferred_ft") else 2
     prompt = np.zeros(prompt_tokens, np.int32)
     example = (prompt, (np.zeros(response_tokens, np.int32),) * responses)
-    per_response = None
+    reference_log_probs = None
     if stage == "dpo" and block.cache_reference:
-        per_response = {"reference_logps": np.zeros((block.batch_size, 2), np.float32)}
+        reference_log_probs = np.zeros((block.batch_size, 2), np.float32)
     return Batches(
         [example] * block.batch_size,
         np.arange(block.batch_size)[None],
         shards=sharding.batch_shards(mesh),
         microbatches=block.batch_size // (block.microbatch_size or block.batch_size),
-        per_response=per_response,
+        reference_log_probs=reference_log_probs,
     )
 
 

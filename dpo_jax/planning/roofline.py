@@ -90,7 +90,7 @@ def estimate(
 
     gradients = 4 * weights / split * (1 + (microbatches > 1))  # and their sum over microbatches
     gathered_layers = 2 * (weights / config.layers) * itemsize / tensor  # two are there at a time
-    logits = 4 * min(chunk_logits(chip), shape.scored * config.vocab)
+    logits = 4 * min(chunk_logits(chip), shape.completion_tokens * config.vocab)
     rows = _rows(config, shape, itemsize) / tensor
     temporaries = saved + gradients + gathered_layers + 3 * logits + rows
     return Work(flops, moved, collectives), int(temporaries)

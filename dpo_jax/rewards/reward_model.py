@@ -121,7 +121,7 @@ def _scorer(model: loading.Checkpoint, batch_size: int, mesh) -> Callable:
                 batch = sharding.shard_batch(
                     mesh, jax.tree.map(lambda x: x[0], batches[step]), axis=0
                 )
-                rows = batches.placed(step)
+                rows = batches.indices(step)
                 found[rows[rows >= 0]] = np.asarray(_scores(model.config, params, batch)).ravel()[
                     rows >= 0
                 ]

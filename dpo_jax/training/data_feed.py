@@ -64,7 +64,7 @@ class DataFeed:
             metrics=metrics_lib.named(measured, "train"),
             eos_id=self._eos_id,
             reference_is_init=self._reference_is_init,
-            reference_log_probs=self._batches.per_response.get("reference_logps"),
+            reference_log_probs=self._batches.reference_log_probs,
             show=self._show_example,
         )
         return self_check(
@@ -92,7 +92,7 @@ class DataFeed:
     def flops(self, step: int) -> int:
         return flops.of_step(
             self._job.model,
-            self._batches.needed(step),
+            self._batches.unpadded_shape(step),
             reference=self._frozen.reference is not None,
             frozen=self._job.lora is not None,
         )
@@ -124,7 +124,7 @@ class DataFeed:
             order,
             microbatches=block.batch_size // (block.microbatch_size or block.batch_size),
             shards=sharding.batch_shards(self._job.mesh),
-            per_response=self._per_response("train", self._data.train, order),
+            reference_log_probs=self._kept_log_probs("train", self._data.train, order),
         )
         padding = batches.padding()
         say(
@@ -152,13 +152,13 @@ class DataFeed:
             self._data.eval,
             order,
             shards=sharding.batch_shards(self._job.mesh),
-            per_response=self._per_response("eval", self._data.eval, order),
+            reference_log_probs=self._kept_log_probs("eval", self._data.eval, order),
         )
 
-    def _per_response(self, split: str, examples, order: np.ndarray) -> dict[str, np.ndarray]:
+    def _kept_log_probs(self, split: str, examples, order: np.ndarray) -> np.ndarray | None:
         if self._reference_log_probs is None:
-            return {}
-        return {"reference_logps": self._reference_log_probs(split, examples, order)}
+            return None
+        return self._reference_log_probs(split, examples, order)
 
 
 def evaluate(

@@ -38,14 +38,14 @@ def ipo(margin, beta, _label_smoothing=0.0) -> jax.Array:
     return jnp.square(margin - 1 / (2 * beta))
 
 
-def unlikelihood(chosen_logp, rejected_logp, alpha) -> jax.Array:
+def unlikelihood(chosen_log_prob, rejected_log_prob, alpha) -> jax.Array:
     """Likelihood of the chosen, and unlikelihood of the rejected response by a factor alpha.
 
     -log p(chosen) + alpha log p(rejected), unbounded below, as the paper describes its baseline
     (section 6.1, appendix C.3) without writing it down: the form is ours. Welleck et al. 2019 bound
     it: -log(1 - p(rejected)).
     """
-    return -chosen_logp + alpha * rejected_logp
+    return -chosen_log_prob + alpha * rejected_log_prob
 
 
 def bradley_terry(chosen_reward, rejected_reward) -> jax.Array:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax.models.log_probs import response_logprobs
+from dpo_jax.models.log_probs import response_log_probs
 from dpo_jax.models.values import response_rewards, token_values
 from dpo_jax.training import losses
 
@@ -20,9 +20,9 @@ def sft(model, loss, params, _reference, _hyper, batch):
     """Negative log-likelihood of completions: summed over tokens, mean over examples; or mean over
     all tokens.
     """
-    logp_SP, weight_SP = response_logprobs(model, params, batch), batch["weights"]
-    tokens_SP = weight_SP * batch["counts"]
-    total, examples, tokens = (-logp_SP * weight_SP).sum(), weight_SP.sum(), tokens_SP.sum()
+    log_probs_SP, weight_SP = response_log_probs(model, params, batch), batch.weights
+    tokens_SP = weight_SP * batch.response_lengths
+    total, examples, tokens = (-log_probs_SP * weight_SP).sum(), weight_SP.sum(), tokens_SP.sum()
     metrics = {
         "loss": (total, tokens if loss == "token_mean" else examples),
         "nll_per_token": (total, tokens),
@@ -35,31 +35,33 @@ def sft(model, loss, params, _reference, _hyper, batch):
 def dpo(model, loss, params, reference, hyper, batch):
     """A preference loss on pairs, mean over pairs (Rafailov et al. 2023, eq. 7).
 
-    reference: the reference's weights; None where the batch has its log-probs, `reference_logps`
-    [S, Q], or where the loss is reference-free.
+    reference: the reference's weights; None where the batch has its log-probs, or where the loss is
+    reference-free.
     """
-    counts_SP2, logp_SP2 = (
-        _paired(batch["counts"]),
-        _paired(response_logprobs(model, params, batch)),
+    counts_SP2, log_probs_SP2 = (
+        _paired(batch.response_lengths),
+        _paired(response_log_probs(model, params, batch)),
     )
-    logratio_SP2 = logp_SP2
+    logratio_SP2 = log_probs_SP2
     if reference is not None:
-        logratio_SP2 -= jax.lax.stop_gradient(_paired(response_logprobs(model, reference, batch)))
-    elif "reference_logps" in batch:
-        logratio_SP2 -= _paired(batch["reference_logps"])
+        logratio_SP2 -= jax.lax.stop_gradient(_paired(response_log_probs(model, reference, batch)))
+    elif batch.reference_log_probs is not None:
+        logratio_SP2 -= _paired(batch.reference_log_probs)
     loss_SP = losses.preference(
         loss, *_sides(logratio_SP2), *_sides(counts_SP2), hyper["beta"], hyper["label_smoothing"]
     )
-    return _pair_metrics(batch, loss_SP, rewards=hyper["beta"] * logratio_SP2, logps=logp_SP2)
+    return _pair_metrics(
+        batch, loss_SP, rewards=hyper["beta"] * logratio_SP2, log_probs=log_probs_SP2
+    )
 
 
 def unlikelihood(model, _loss, params, _reference, hyper, batch):
     """Likelihood of the chosen and unlikelihood of the rejected response, mean over pairs (the
     paper's baseline).
     """
-    logp_SP2 = _paired(response_logprobs(model, params, batch))
+    log_probs_SP2 = _paired(response_log_probs(model, params, batch))
     return _pair_metrics(
-        batch, losses.unlikelihood(*_sides(logp_SP2), hyper["alpha"]), logps=logp_SP2
+        batch, losses.unlikelihood(*_sides(log_probs_SP2), hyper["alpha"]), log_probs=log_probs_SP2
     )
 
 
@@ -72,15 +74,14 @@ def rm(model, _loss, params, _reference, _hyper, batch):
 def ppo(model, _loss, params, _reference, hyper, batch):
     """PPO's clipped policy and value losses, mean over tokens (Schulman et al. 2017).
 
-    batch holds besides, for each scored token [S, M]: `sampled_logps` and `sampled_values` of the
-    policy that sampled it, `advantages`, and `value_targets`.
+    batch.rollout holds what the loss needs of each completion token.
     """
-    logp_SM, value_SM = token_values(model, params, batch)
-    real_SM = (batch["owner"] < batch["counts"].shape[-1]).astype(jnp.float32)
-    logratio_SM = logp_SM - batch["sampled_logps"]
-    policy_SM = losses.ppo_policy(logratio_SM, batch["advantages"], hyper["clip"])
+    log_probs_SM, value_SM = token_values(model, params, batch)
+    real_SM = (batch.segment_ids < batch.response_lengths.shape[-1]).astype(jnp.float32)
+    logratio_SM = log_probs_SM - batch.rollout.sampled_log_probs
+    policy_SM = losses.ppo_policy(logratio_SM, batch.rollout.advantages, hyper["clip"])
     value_loss_SM = losses.ppo_value(
-        value_SM, batch["sampled_values"], batch["value_targets"], hyper["value_clip"]
+        value_SM, batch.rollout.sampled_values, batch.rollout.value_targets, hyper["value_clip"]
     )
     per_token = {
         "loss": policy_SM + hyper["value_coef"] * value_loss_SM,
@@ -124,12 +125,12 @@ def numbers(block, steps: int) -> dict:
     return {name: np.float32(value) for name, value in found.items()}
 
 
-def _pair_metrics(batch, loss_SP, *, rewards=None, logps=None):
+def _pair_metrics(batch, loss_SP, *, rewards=None, log_probs=None):
     """(total, count) of the loss, and the metrics of pairs by the reference code's names."""
     per_pair = {
         "loss": loss_SP,
-        "lengths/chosen": _paired(batch["counts"])[..., 0],
-        "lengths/rejected": _paired(batch["counts"])[..., 1],
+        "lengths/chosen": _paired(batch.response_lengths)[..., 0],
+        "lengths/rejected": _paired(batch.response_lengths)[..., 1],
     }
     if rewards is not None:
         chosen_SP, rejected_SP = _sides(jax.lax.stop_gradient(rewards))
@@ -139,9 +140,9 @@ def _pair_metrics(batch, loss_SP, *, rewards=None, logps=None):
             "rewards/accuracies": chosen_SP > rejected_SP,  # strict: a tie is no success
             "rewards/margins": chosen_SP - rejected_SP,
         }
-    if logps is not None:
-        per_pair |= {"logps/chosen": logps[..., 0], "logps/rejected": logps[..., 1]}
-    weight_SP = batch["weights"]
+    if log_probs is not None:
+        per_pair |= {"logps/chosen": log_probs[..., 0], "logps/rejected": log_probs[..., 1]}
+    weight_SP = batch.weights
     metrics = {
         name: ((value_SP * weight_SP).sum(), weight_SP.sum()) for name, value_SP in per_pair.items()
     }

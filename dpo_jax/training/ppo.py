@@ -19,7 +19,7 @@ from dpo_jax.console import say
 from dpo_jax.data import packing
 from dpo_jax.data.batches import Batches, evaluation_order, training_order
 from dpo_jax.models.loading import Model
-from dpo_jax.models.log_probs import token_logprobs
+from dpo_jax.models.log_probs import token_log_probs
 from dpo_jax.parallel import sharding
 from dpo_jax.parallel.sharding import constrain
 from dpo_jax.sampling import rollouts, sampler
@@ -224,7 +224,7 @@ class RolloutFeed:
             order,
             **self._splits,
             shape=self._shape,
-            scored=targets(rollout, controls, block.gae_lambda),
+            rollout=targets(rollout, controls, block.gae_lambda),
         )
 
     def _collect(self, trained: dict, step: int, indices: np.ndarray) -> Rollout:
@@ -267,7 +267,7 @@ class RolloutFeed:
             for rows, values_ASM in zip(
                 found, _measure(self._job.model, params, reference, batch), strict=True
             ):
-                rows |= batches.per_row(step, np.asarray(values_ASM))
+                rows |= batches.per_example(step, np.asarray(values_ASM))
         return [[rows[row] for row in range(len(examples))] for rows in found]
 
 
@@ -276,15 +276,15 @@ def _measure(model, params, reference, batch):
     """Log-probs under policy and reference, and values, float32 [A, S, M] each."""
 
     def one(microbatch):
-        logp_SM, value_SM = token_values(model, params, microbatch)
-        reference_SM = token_logprobs(dataclasses.replace(model, head="lm"), reference, microbatch)
-        return tuple(constrain(x_SM) for x_SM in (logp_SM, reference_SM, value_SM))
+        log_probs_SM, value_SM = token_values(model, params, microbatch)
+        reference_SM = token_log_probs(dataclasses.replace(model, head="lm"), reference, microbatch)
+        return tuple(constrain(x_SM) for x_SM in (log_probs_SM, reference_SM, value_SM))
 
     return jax.lax.map(one, batch)
 
 
-def targets(rollout: Rollout, controls: Controls, gae_lambda: float) -> dict[str, list[np.ndarray]]:
-    """Return what the objective needs for each token of each completion, {name: arrays [tokens]}.
+def targets(rollout: Rollout, controls: Controls, gae_lambda: float) -> packing.RolloutTargets:
+    """Return what the objective needs for each token of each completion, in lists of arrays.
 
     The reward of a token is minus kl_coef times its log-ratio to the reference. The last token also
     gets the completion's reward, brought to mean 0 and deviation 1 of the first step's, which are
@@ -313,8 +313,8 @@ def targets(rollout: Rollout, controls: Controls, gae_lambda: float) -> dict[str
     flat = np.concatenate(advantages)
     flat = (flat - flat.mean()) / (flat.std() + EPSILON)
     starts_of_others = np.cumsum(lengths_B)[:-1]
-    return dict(
-        sampled_logps=rollout.log_probs,
+    return packing.RolloutTargets(
+        sampled_log_probs=rollout.log_probs,
         sampled_values=rollout.values,
         value_targets=value_targets,
         advantages=np.split(flat.astype(np.float32), starts_of_others),

@@ -13,7 +13,7 @@ import numpy as np
 
 from dpo_jax.data import packing
 from dpo_jax.data.tokenizer import Examples
-from dpo_jax.models.log_probs import response_logprobs
+from dpo_jax.models.log_probs import response_log_probs
 from dpo_jax.parallel import sharding
 from dpo_jax.training.objectives import response_rewards
 
@@ -178,7 +178,7 @@ def _values(model, params, batch):
     if model.head == "reward":
         ones = {"scalar": jnp.ones(model.width)}
         return response_rewards(model, params | {"head": ones}, batch)
-    return response_logprobs(model, params, batch)
+    return response_log_probs(model, params, batch)
 
 
 def _measure(model, mesh, params, data: Examples, indices, *, share_prompt: bool) -> np.ndarray:

@@ -38,7 +38,7 @@ class Trainer:
             )
         data = dataset.load(config.data, self.model.tokenizer, "pairs").train
         order = training_order(len(data), work.pairs, len(data) // work.pairs, None)
-        self.batches = Batches(data, order, per_response=self._kept(folder, data, order))
+        self.batches = Batches(data, order, reference_log_probs=self._kept(folder, data, order))
         self.programs = make_programs(
             functools.partial(objectives.dpo, self.model.config, config.dpo.loss),
             self.model.config,
@@ -53,12 +53,12 @@ class Trainer:
         self._warm_up()
         self._restart()
 
-    def _kept(self, folder, data, order) -> dict:
+    def _kept(self, folder, data, order) -> np.ndarray | None:
         """The reference's log-probs of the rows of the steps that will be made."""
         if not self.work.cached:
-            return {}
+            return None
         cache = reference_cache.ReferenceCache(folder, self.model, self.mesh, self.work.pairs)
-        return dict(reference_logps=cache.log_probs("train", data, order[: self.work.steps]))
+        return cache.log_probs("train", data, order[: self.work.steps])
 
     def _restart(self):
         self.state = self.reference = None
@@ -108,7 +108,7 @@ class Trainer:
     def _needed(self, step: int) -> int:
         """FLOPs that the model needs for the step's real tokens."""
         return flops.of_step(
-            self.model.config, self.batches.needed(step), reference=not self.work.cached
+            self.model.config, self.batches.unpadded_shape(step), reference=not self.work.cached
         )
 
 

@@ -25,20 +25,22 @@ def measure(trainer) -> dict[str, float]:
         return log_probs.batch_hidden(model, params, first).astype(jnp.float32).sum()
 
     def head(params, x_SMD):
-        return log_probs.target_logprobs(model, params, x_SMD, first["targets"]).sum()
+        return log_probs.target_log_probs(model, params, x_SMD, first.targets).sum()
 
     with jax.set_mesh(trainer.mesh):
-        scored_SMD = jax.jit(lambda params: log_probs.scored_hidden(model, params, first))(params)
+        hidden_SMD = jax.jit(lambda params: log_probs.completion_hidden(model, params, first))(
+            params
+        )
         whole = _time(jax.jit(jax.grad(trunk)), params)
         forward = _time(jax.jit(trunk), params)
         found = dict(
             trunk_forward=forward,
             trunk_backward=whole - forward,
-            logprobs=_time(jax.jit(jax.grad(head, argnums=(0, 1))), params, scored_SMD),
+            logprobs=_time(jax.jit(jax.grad(head, argnums=(0, 1))), params, hidden_SMD),
         )
         if trainer.reference is not None:
             found["reference"] = _time(
-                jax.jit(lambda reference: log_probs.response_logprobs(model, reference, first)),
+                jax.jit(lambda reference: log_probs.response_log_probs(model, reference, first)),
                 trainer.reference,
             )
         gradients = jax.tree.map(jnp.ones_like, params)

@@ -38,8 +38,10 @@ def test_sample_log_probs_equal_torch(finished, model):
             if len(response) == 6:
                 ids = torch.tensor([prompt + response])
                 with torch.no_grad():
-                    logp = reference(ids).logits[0].double().log_softmax(-1)
-                expected = logp[len(prompt) - 1 : -1].gather(1, ids[0, len(prompt) :, None]).sum()
+                    log_probs = reference(ids).logits[0].double().log_softmax(-1)
+                expected = (
+                    log_probs[len(prompt) - 1 : -1].gather(1, ids[0, len(prompt) :, None]).sum()
+                )
                 np.testing.assert_allclose(found, expected, atol=1e-4)
                 compared += 1
     assert compared > 30

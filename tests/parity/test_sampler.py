@@ -56,7 +56,7 @@ def test_sample_greedy_equals_generate(variant, tmp_path):
                 max_new_tokens=12,
                 pad_token_id=0,
             )
-            logps = model(whole).logits[0].double().log_softmax(-1)
+            log_probs = model(whole).logits[0].double().log_softmax(-1)
         assert one.tokens.tolist() == whole[0, len(prompt) :].tolist()
-        expected = logps[len(prompt) - 1 : -1].gather(1, whole[0, len(prompt) :, None])[:, 0]
+        expected = log_probs[len(prompt) - 1 : -1].gather(1, whole[0, len(prompt) :, None])[:, 0]
         np.testing.assert_allclose(one.log_probs, expected, atol=1e-4)

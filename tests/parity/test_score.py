@@ -32,6 +32,6 @@ def test_score_equals_torch(scored):
             response = words(row[side], add_special_tokens=False)["input_ids"]
             ids = torch.tensor([prompt + response + [words.eos_token_id]])
             with torch.no_grad():
-                logp = model(ids).logits[0].double().log_softmax(-1)
-            expected = logp[len(prompt) - 1 : -1].gather(1, ids[0, len(prompt) :, None]).sum()
+                log_probs = model(ids).logits[0].double().log_softmax(-1)
+            expected = log_probs[len(prompt) - 1 : -1].gather(1, ids[0, len(prompt) :, None]).sum()
             np.testing.assert_allclose(row[f"logp_{side}"], expected, atol=1e-4)

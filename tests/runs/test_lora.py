@@ -73,10 +73,10 @@ def test_lora_exports_what_was_evaluated(whole, model, pairs):
         sharding.make_mesh(devices=jax.devices()[:1]),
     )
     held_out = dataset.load(lora_config(model, pairs).data, merged.tokenizer, "pairs").eval
-    logps = inference.log_probs("score", merged.load(mesh), held_out, 8)
+    log_probs = inference.log_probs("score", merged.load(mesh), held_out, 8)
     last = rows_without_timings(whole)[-1]
     np.testing.assert_allclose(
-        logps.mean(axis=0), [last["logps_eval/chosen"], last["logps_eval/rejected"]], atol=1e-4
+        log_probs.mean(axis=0), [last["logps_eval/chosen"], last["logps_eval/rejected"]], atol=1e-4
     )
 
 

@@ -34,7 +34,7 @@ def test_evaluation_order_fills_last_batch():
     order = evaluation_order(5, 4)
     np.testing.assert_array_equal(order, [[0, 1, 2, 3], [4, FILLER, FILLER, FILLER]])
     batch = Batches(random_pairs(5), order)[1]
-    assert batch["weights"].sum() == 1
+    assert batch.weights.sum() == 1
 
 
 @pytest.mark.parametrize("microbatches, shards", [(1, 1), (2, 1), (1, 4), (2, 4)])
@@ -45,29 +45,30 @@ def test_batches_equal_however_split(microbatches, shards):
     )
     for step in range(5):
         batch = batches[step]
-        assert batch["tokens"].shape[:2] == (microbatches, shards)
-        assert sorted(batches.placed(step)) == sorted(training_order(30, 8, 5, 0)[step])
-        scored = sum(len(r) for row in batches.order[step] for r in examples[row][1])
-        assert batch["counts"].sum() == scored
-        responses = batch["counts"].shape[-1]
-        assert (batch["owner"] < responses).sum() == scored
+        assert batch.tokens.shape[:2] == (microbatches, shards)
+        assert sorted(batches.indices(step)) == sorted(training_order(30, 8, 5, 0)[step])
+        completion_tokens = sum(len(r) for row in batches.order[step] for r in examples[row][1])
+        assert batch.response_lengths.sum() == completion_tokens
+        responses = batch.response_lengths.shape[-1]
+        assert (batch.segment_ids < responses).sum() == completion_tokens
 
 
 def test_batches_have_few_shapes():
     batches = Batches(random_pairs(200, longest=40), training_order(200, 8, 60, 0), shards=2)
     assert 1 <= len(batches.shapes) <= SHAPES
     assert all(
-        {batches[s]["tokens"].shape[-1]} <= {shape.tokens for shape in batches.shapes}
+        {batches[s].tokens.shape[-1]} <= {shape.tokens for shape in batches.shapes}
         for s in range(60)
     )
 
 
 def test_batches_balance_tokens_over_shards():
-    batches = Batches(random_pairs(400, longest=40), training_order(400, 64, 6, 0), shards=8)
+    examples = random_pairs(400, longest=40)
+    batches = Batches(examples, training_order(400, 64, 6, 0), shards=8)
     for step in range(6):
         tokens = [
-            sum(len(p) + len(a) + len(b) for p, (a, b) in batches._of(cell))
-            for cell in batches._cells_nCP[step]
+            sum(len(p) + len(a) + len(b) for p, (a, b) in (examples[i] for i in cell))
+            for cell in batches.indices(step).reshape(8, -1)
         ]
         assert max(tokens) < 1.1 * np.mean(tokens)
 
@@ -78,7 +79,7 @@ def test_batches_need_only_real_rows():
         (np.arange(1), (np.arange(1), np.arange(9))),
     ]
     batches = Batches(examples, evaluation_order(2, 3))  # one place is filled up
-    assert batches.needed(0) == packing.Shape(20, ((1, 10), (1, 7), (1, 5), (1, 2)), 16)
+    assert batches.unpadded_shape(0) == packing.Shape(20, ((1, 10), (1, 7), (1, 5), (1, 2)), 16)
     assert batches.tokens(0) == 20
 
 

@@ -11,13 +11,13 @@ from tests.helpers.tiny import random_pairs
 def test_pack_by_hand(tiny):
     examples = [(np.array([1, 2, 3]), (np.array([4, 5]), np.array([6])))]
     batch = packing.pack(examples, packing.shape_of(examples))
-    assert batch["tokens"].tolist() == [1, 2, 3, 4, 5, 6]
-    assert batch["positions"].tolist() == [0, 1, 2, 3, 4, 3]
+    assert batch.tokens.tolist() == [1, 2, 3, 4, 5, 6]
+    assert batch.positions.tolist() == [0, 1, 2, 3, 4, 3]
     # The prompt's last token predicts both first ones.
-    assert batch["predict"].tolist() == [2, 3, 2]
-    assert batch["targets"].tolist() == [4, 5, 6]
-    assert batch["owner"].tolist() == [0, 0, 1]
-    assert batch["counts"].tolist() == [2, 1]
+    assert batch.logit_positions.tolist() == [2, 3, 2]
+    assert batch.targets.tolist() == [4, 5, 6]
+    assert batch.segment_ids.tolist() == [0, 0, 1]
+    assert batch.response_lengths.tolist() == [2, 1]
 
 
 def needs_of(batches):
@@ -29,7 +29,7 @@ def needs_of(batches):
 def test_choose_covers_all_batches():
     batches = [random_pairs(6, seed=s) for s in range(400)]
     needs = needs_of(batches)
-    chosen = packing.choose(needs, 3)
+    chosen = packing.choose_shapes(needs, 3)
     assert len(chosen) == 3 and all(len(shape.lengths) == 12 for shape in chosen)
     met_by = np.array([needs.met_by(shape) for shape in chosen])
     assert met_by.any(axis=0).all() and not met_by[0].all()
@@ -40,7 +40,7 @@ def test_choose_covers_all_batches():
 
 
 def test_choose_one_shape_for_short_run():
-    assert len(packing.choose(needs_of([random_pairs(6, seed=s) for s in range(6)]), 6)) == 1
+    assert len(packing.choose_shapes(needs_of([random_pairs(6, seed=s) for s in range(6)]), 6)) == 1
 
 
 def test_partition_is_cheapest():

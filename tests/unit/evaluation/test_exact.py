@@ -47,14 +47,16 @@ BETAS = (0.01, 0.1, 0.3, 1.0, 3.0, 30.0, 1000.0)
 
 
 def test_enumerate_equals_each_sequence(params, reference):
-    for prompt, logps_C in zip(PROMPTS, reference, strict=True):
+    for prompt, log_probs_C in zip(PROMPTS, reference, strict=True):
         tokens_CT = np.array(
             [[prompt, *words] for words in itertools.product(range(3), repeat=LENGTH)]
         )
-        logp_CTV = np.asarray(jax.nn.log_softmax(LOGITS(CONFIG, params, tokens_CT)))
-        for words, logp_TV, found in zip(tokens_CT[:, 1:], logp_CTV, logps_C, strict=True):
+        log_probs_CTV = np.asarray(jax.nn.log_softmax(LOGITS(CONFIG, params, tokens_CT)))
+        for words, log_probs_TV, found in zip(
+            tokens_CT[:, 1:], log_probs_CTV, log_probs_C, strict=True
+        ):
             # Float32, at 15 nats.
-            assert found == pytest.approx(sum(logp_TV[np.arange(LENGTH), words]), abs=1e-4)
+            assert found == pytest.approx(sum(log_probs_TV[np.arange(LENGTH), words]), abs=1e-4)
 
 
 def test_enumerate_sums_to_1(reference):
@@ -66,9 +68,9 @@ def test_enumerate_sums_to_1(reference):
 def test_enumerate_default_length():
     config = dataclasses.replace(CONFIG, vocab=8, layers=1)
     params = jax.jit(transformer.init, static_argnums=0)(config, jax.random.key(0))
-    logps = exact.enumerate_log_probs(config, params, toy.PROMPTS)
-    assert logps.shape == toy.rewards(toy.PROMPTS, toy.completions()).shape
-    np.testing.assert_allclose(np.exp(logps).sum(-1), 1, atol=1e-6)
+    log_probs = exact.enumerate_log_probs(config, params, toy.PROMPTS)
+    assert log_probs.shape == toy.rewards(toy.PROMPTS, toy.completions()).shape
+    np.testing.assert_allclose(np.exp(log_probs).sum(-1), 1, atol=1e-6)
 
 
 def test_enumerate_on_mesh(params, reference):
@@ -186,9 +188,11 @@ def test_best_of_n_equals_all_draws(n):
     through.
     """
     share_PC = np.zeros(FEW.shape)
-    for share_C, logps_C, rewards_C in zip(share_PC, FEW, FEW_REWARDS, strict=True):
+    for share_C, log_probs_C, rewards_C in zip(share_PC, FEW, FEW_REWARDS, strict=True):
         for draws in itertools.product(range(6), repeat=n):
-            share_C[max(draws, key=lambda c: rewards_C[c])] += np.exp(logps_C[list(draws)].sum())
+            share_C[max(draws, key=lambda c: rewards_C[c])] += np.exp(
+                log_probs_C[list(draws)].sum()
+            )
     assert exact.best_of_n(FEW, FEW_REWARDS, n) == pytest.approx(reward_and_kl_of(share_PC))
 
 
@@ -217,11 +221,11 @@ def test_preferred_ft_equals_all_pairs(labels):
     chosen.
     """
     share_PC = np.zeros(FEW.shape)
-    for share_C, logps_C, rewards_C in zip(share_PC, FEW, FEW_REWARDS, strict=True):
+    for share_C, log_probs_C, rewards_C in zip(share_PC, FEW, FEW_REWARDS, strict=True):
         for a, b in itertools.permutations(range(6), 2):
             margin = rewards_C[a] - rewards_C[b]
             wins = 1 / (1 + np.exp(-margin)) if labels == "bradley_terry" else float(margin > 0)
-            share_C[a] += np.exp(logps_C[a] + logps_C[b]) * wins
+            share_C[a] += np.exp(log_probs_C[a] + log_probs_C[b]) * wins
     share_PC /= share_PC.sum(-1, keepdims=True)
     assert exact.preferred_ft(FEW, FEW_REWARDS, labels) == pytest.approx(reward_and_kl_of(share_PC))
 

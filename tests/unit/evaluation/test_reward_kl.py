@@ -86,8 +86,8 @@ def float64_kls(pairs) -> tuple[np.ndarray, np.ndarray]:
         whole = np.concatenate(pair)
         row[: len(whole)] = whole
     policy_BTV, reference_BTV = (
-        logp - np.logaddexp.reduce(logp, axis=-1, keepdims=True)
-        for logp in (
+        log_probs - np.logaddexp.reduce(log_probs, axis=-1, keepdims=True)
+        for log_probs in (
             np.asarray(LOGITS(CONFIG, params, tokens_BT), np.float64)
             for params in (POLICY, REFERENCE)
         )

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from dpo_jax.data import packing
 from dpo_jax.models import attention, flops, transformer
 from dpo_jax.models.attention import QUERY_BLOCK, SPLASH_BLOCK, causal_attention, choose
-from dpo_jax.models.log_probs import response_logprobs
+from dpo_jax.models.log_probs import response_log_probs
 from dpo_jax.parallel import sharding
 from dpo_jax.planning import topologies
 from tests.helpers.tiny import random_pairs
@@ -124,8 +124,12 @@ def test_log_probs_equal_by_every_kernel(tiny):
     assert len(shape.rows) > 1 or shape.rows[0][0] > 1
 
     def loss(params, kernel):
-        logp_SQ = response_logprobs(dataclasses.replace(config, attention=kernel), params, batch)
-        return (logp_SQ * jnp.array([1.0, -1.0] * (logp_SQ.shape[1] // 2))).sum(), logp_SQ
+        log_probs_SQ = response_log_probs(
+            dataclasses.replace(config, attention=kernel), params, batch
+        )
+        return (
+            log_probs_SQ * jnp.array([1.0, -1.0] * (log_probs_SQ.shape[1] // 2))
+        ).sum(), log_probs_SQ
 
     with jax.set_mesh(sharding.make_mesh(1, 2, 4)):
         found = {

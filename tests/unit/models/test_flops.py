@@ -6,7 +6,7 @@ import pytest
 
 from dpo_jax.data import packing
 from dpo_jax.models import flops, transformer
-from dpo_jax.models.log_probs import response_logprobs
+from dpo_jax.models.log_probs import response_log_probs
 from tests.helpers.tiny import tiny_config
 
 PAIRS = [
@@ -17,7 +17,7 @@ PAIRS = [
 def forward_jaxpr(config, shape):
     batch = packing.pack(PAIRS, shape)
     batch = jax.tree.map(lambda x: x[None], batch)
-    return jax.jit(lambda params: response_logprobs(config, params, batch)).trace(
+    return jax.jit(lambda params: response_log_probs(config, params, batch)).trace(
         transformer.abstract(config)
     )
 

@@ -15,7 +15,7 @@ import pytest
 
 from dpo_jax.data import packing
 from dpo_jax.models import families, hf, transformer
-from dpo_jax.models.log_probs import FORWARD_VERSION, response_logprobs
+from dpo_jax.models.log_probs import FORWARD_VERSION, response_log_probs
 from dpo_jax.parallel import sharding
 from tests.helpers import tiny_models
 from tests.helpers.paths import STORIES
@@ -66,7 +66,7 @@ def log_probs_of(config, params, examples) -> np.ndarray:
     """Return the summed log-prob of each response, [pairs, 2]."""
     batch = packing.pack(examples, packing.shape_of(examples))
     batch = jax.tree.map(lambda x: x[None], batch)
-    log_probs_SQ = jax.jit(lambda params: response_logprobs(config, params, batch))(params)
+    log_probs_SQ = jax.jit(lambda params: response_log_probs(config, params, batch))(params)
     return np.asarray(log_probs_SQ).reshape(-1, 2)
 
 

@@ -10,12 +10,12 @@ import pytest
 from dpo_jax.data import packing
 from dpo_jax.data.batches import Batches, evaluation_order
 from dpo_jax.models import log_probs, transformer
-from dpo_jax.models.log_probs import response_logprobs, token_kls, token_logprobs
+from dpo_jax.models.log_probs import response_log_probs, token_kls, token_log_probs
 from tests.helpers.tiny import random_pairs, tiny_config
 from tests.helpers.tiny_models import random_params
 
 LOGITS = jax.jit(transformer.logits, static_argnums=0)
-LOGPROBS = jax.jit(response_logprobs, static_argnums=0)
+LOG_PROBS = jax.jit(response_log_probs, static_argnums=0)
 PAIRS = random_pairs(60, seed=5)
 SHARDS = 2
 
@@ -41,7 +41,7 @@ def test_token_kls_equal_float64(tiny, batches, batch):
     config, policy = tiny
     reference = random_params(config)
     ratio_SM, kl_SM = jax.jit(token_kls, static_argnums=0)(config, policy, reference, batch)
-    assert ratio_SM.shape == kl_SM.shape == batch["targets"].shape
+    assert ratio_SM.shape == kl_SM.shape == batch.targets.shape
     rows = [
         np.concatenate([prompt, response]) for prompt, responses in PAIRS for response in responses
     ]
@@ -57,7 +57,7 @@ def test_token_kls_equal_float64(tiny, batches, batch):
     ratio_BTV = policy_BTV - reference_BTV
     kl_BT = (np.exp(policy_BTV) * ratio_BTV).sum(-1)
     assert kl_BT.min() > 0 and np.ptp(kl_BT) > 1
-    ratios, kls = (batches.per_row(0, np.asarray(x)[None]) for x in (ratio_SM, kl_SM))
+    ratios, kls = (batches.per_example(0, np.asarray(x)[None]) for x in (ratio_SM, kl_SM))
     for row, (prompt, responses) in enumerate(PAIRS):
         steps = [
             (2 * row + side, len(prompt) - 1 + t, token)
@@ -78,7 +78,7 @@ def test_token_kls_to_itself_are_0(tiny, batch):
 @pytest.mark.usefixtures("small_chunks")
 def test_token_kls_never_make_full_logits(tiny, batch):
     config, policy = tiny
-    scored = batch["targets"].shape[1]
+    scored = batch.targets.shape[1]
     jaxpr = str(jax.make_jaxpr(lambda params: token_kls(config, params, params, batch))(policy))
     chunk = -(-scored // -(-scored // 128))
     assert (
@@ -111,7 +111,7 @@ def test_chunk_size_by_chip_memory(tiny, monkeypatch, kind, gib):
     monkeypatch.setattr(log_probs, "CHUNK_LOGITS", 64 * 128 * config.vocab)
     x_SMD = np.zeros((SHARDS, 500, config.width), np.float32)
     targets_SM = np.zeros((SHARDS, 500), np.int32)
-    jaxpr = jax.make_jaxpr(lambda *arrays: log_probs.target_logprobs(config, *arrays))(
+    jaxpr = jax.make_jaxpr(lambda *arrays: log_probs.target_log_probs(config, *arrays))(
         params, x_SMD, targets_SM
     )
     assert [
@@ -119,19 +119,19 @@ def test_chunk_size_by_chip_memory(tiny, monkeypatch, kind, gib):
     ] == ([] if gib is None else [4])
 
 
-def plain_logprobs(config, params, prompt, response):
+def plain_log_probs(config, params, prompt, response):
     """Log-probs of a response's tokens, from the full logits of its own sequence, in float64."""
     tokens = np.concatenate([prompt, response])
     # One shape, compiled once; causal, so it changes nothing.
     padded = np.pad(tokens, (0, 32 - len(tokens)))
     logits = np.asarray(LOGITS(config, params, padded[None])[0, : len(tokens)], np.float64)
-    logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    return logp[np.arange(len(prompt) - 1, len(tokens) - 1), response]
+    log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    return log_probs[np.arange(len(prompt) - 1, len(tokens) - 1), response]
 
 
-def expected_logprobs(config, params, examples):
+def expected_log_probs(config, params, examples):
     return [
-        plain_logprobs(config, params, p, r).sum() for p, responses in examples for r in responses
+        plain_log_probs(config, params, p, r).sum() for p, responses in examples for r in responses
     ]
 
 
@@ -145,8 +145,8 @@ def flat(examples, share_prompt=True, buckets=packing.BUCKETS, shape=None):
 def test_response_log_probs_equal_sequences_alone(tiny, share_prompt, buckets):
     config, params = tiny
     examples = random_pairs(5)
-    found = LOGPROBS(config, params, flat(examples, share_prompt, buckets))[0]
-    np.testing.assert_allclose(found, expected_logprobs(config, params, examples), atol=2e-4)
+    found = LOG_PROBS(config, params, flat(examples, share_prompt, buckets))[0]
+    np.testing.assert_allclose(found, expected_log_probs(config, params, examples), atol=2e-4)
 
 
 def test_pack_shared_equals_separate_in_gradient(tiny):
@@ -154,7 +154,7 @@ def test_pack_shared_equals_separate_in_gradient(tiny):
     examples = random_pairs(4, seed=1)
 
     def loss(params, batch):
-        return (response_logprobs(config, params, batch)[0] * jnp.arange(1.0, 9)).sum()
+        return (response_log_probs(config, params, batch)[0] * jnp.arange(1.0, 9)).sum()
 
     shared, apart = (
         jax.jit(jax.grad(loss))(params, flat(examples, share, buckets))
@@ -170,11 +170,11 @@ def test_padding_changes_no_gradient(tiny):
     examples = random_pairs(3, seed=2)
     small = packing.shape_of(examples)
     large = packing.Shape(
-        small.tokens + 37, tuple((r, t + 11) for r, t in small.rows), small.scored + 29
+        small.tokens + 37, tuple((r, t + 11) for r, t in small.rows), small.completion_tokens + 29
     )
 
     value_and_grad = jax.jit(
-        jax.value_and_grad(lambda params, batch: response_logprobs(config, params, batch).sum())
+        jax.value_and_grad(lambda params, batch: response_log_probs(config, params, batch).sum())
     )
     found, wanted = (
         value_and_grad(params, flat(examples, shape=shape)) for shape in (large, small)
@@ -192,8 +192,8 @@ def test_learned_positions_restart_after_prompt():
         jax.random.key(3)
     )
     examples = random_pairs(3, seed=4)
-    found = LOGPROBS(config, params, flat(examples))[0]
-    np.testing.assert_allclose(found, expected_logprobs(config, params, examples), atol=2e-4)
+    found = LOG_PROBS(config, params, flat(examples))[0]
+    np.testing.assert_allclose(found, expected_log_probs(config, params, examples), atol=2e-4)
 
 
 def test_token_log_probs_in_chunks(tiny, monkeypatch):
@@ -201,11 +201,13 @@ def test_token_log_probs_in_chunks(tiny, monkeypatch):
     batch = flat(random_pairs(40, seed=5))
 
     def value_and_grad():
-        return jax.jit(jax.value_and_grad(lambda p: token_logprobs(config, p, batch).sum()))(params)
+        return jax.jit(jax.value_and_grad(lambda p: token_log_probs(config, p, batch).sum()))(
+            params
+        )
 
     whole = value_and_grad()
     monkeypatch.setattr("dpo_jax.models.log_probs.CHUNK_LOGITS", 128 * config.vocab)
-    assert batch["targets"].shape[1] > 128  # more than one chunk
+    assert batch.targets.shape[1] > 128  # more than one chunk
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(value_and_grad()), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-3)
 
@@ -214,8 +216,8 @@ def test_token_log_probs_never_make_full_logits(tiny, monkeypatch):
     config, params = tiny
     monkeypatch.setattr("dpo_jax.models.log_probs.CHUNK_LOGITS", 128 * config.vocab)
     batch = flat(random_pairs(60, seed=6))
-    scored = batch["targets"].shape[1]
-    grad = jax.grad(lambda p: token_logprobs(config, p, batch).sum())
+    scored = batch.targets.shape[1]
+    grad = jax.grad(lambda p: token_log_probs(config, p, batch).sum())
     jaxpr = str(jax.make_jaxpr(grad)(params))
     chunk = -(-scored // -(-scored // 128))
     assert (

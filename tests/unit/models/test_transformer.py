@@ -31,11 +31,13 @@ def test_logits_of_published_story():
     logits = np.asarray(
         jax.jit(transformer.logits, static_argnums=0)(config, params, tokens[None])
     )[0]
-    logps = np.asarray(jax.nn.log_softmax(logits))
+    log_probs = np.asarray(jax.nn.log_softmax(logits))
     expected = golden["logprob_of_next"]
     assert len(tokens) > 100
     np.testing.assert_array_equal(logits[:-1].argmax(-1), tokens[1:])
-    np.testing.assert_allclose(logps[np.arange(len(tokens) - 1), tokens[1:]], expected, atol=1e-4)
+    np.testing.assert_allclose(
+        log_probs[np.arange(len(tokens) - 1), tokens[1:]], expected, atol=1e-4
+    )
     np.testing.assert_allclose(logits[0], golden["first_position_logits"], atol=1e-4)
 
 
@@ -43,8 +45,8 @@ def test_logits_of_published_story():
 FLAT = dict(
     rows=([[0, 1, 2, 3, 4], [0, 1, 2, 5, 6], [7, 8, 9, 10, 11]], [[7, 8, 12]]),
     positions=[0, 1, 2, 3, 4, 3, 4, 0, 1, 2, 3, 4, 2, 0],
-    back=[0, 1, 2, 3, 4, 8, 9, 10, 11, 12, 13, 14, 17, 0],
-    uses=[
+    gather_index=[0, 1, 2, 3, 4, 8, 9, 10, 11, 12, 13, 14, 17, 0],
+    token_slots=[
         [0, 5],
         [1, 6],
         [2, 7],
@@ -71,10 +73,11 @@ def row_hidden(config, params, tokens_T):
 @functools.partial(jax.jit, static_argnums=0)
 def flat_hidden(config, params, tokens_N):
     rows = tuple(jnp.array(bucket)[None] for bucket in FLAT["rows"])
-    positions, back, uses = (jnp.array(FLAT[name])[None] for name in ("positions", "back", "uses"))
-    return transformer.hidden(config, params, tokens_N[None], positions, Layout(rows, back, uses))[
-        0
-    ]
+    positions, gather_index, token_slots = (
+        jnp.array(FLAT[name])[None] for name in ("positions", "gather_index", "token_slots")
+    )
+    layout = Layout(rows, gather_index, token_slots)
+    return transformer.hidden(config, params, tokens_N[None], positions, layout)[0]
 
 
 # Gradients of these blocks compile in half the time.

@@ -9,7 +9,7 @@ import pytest
 
 from dpo_jax import config as configs
 from dpo_jax.models import flops, transformer
-from dpo_jax.models.log_probs import response_logprobs
+from dpo_jax.models.log_probs import response_log_probs
 from dpo_jax.parallel import sharding
 from dpo_jax.planning import hlo, planner, topologies
 from dpo_jax.planning import report as report_lib
@@ -34,7 +34,7 @@ def test_plan_counts_remat():
         model = planner.model_config(config, "dpo")
         parts = flops.forward(model, batches.shapes[0])
         forward = flops.of_program(
-            jax.jit(lambda params, batch: response_logprobs(model, params, batch))
+            jax.jit(lambda params, batch: response_log_probs(model, params, batch))
             .trace(transformer.abstract(model), jax.tree.map(lambda x: x[0], batches[0]))
             .jaxpr.jaxpr
         )
@@ -74,7 +74,7 @@ def test_plan_state_memory():
     with jax.set_mesh(mesh):
         compiled = program.trace().lower().compile()
     numbers = 4 * (1 + len(program.hyper))  # the step's number, and the traced ones
-    unused = sum(leaf.nbytes for name, leaf in batch.items() if name == "ends") // 4
+    unused = batch.last_token.nbytes // 4
     assert compiled.memory_analysis().argument_size_in_bytes == pytest.approx(
         sum(planned.values()) + numbers - unused, abs=64
     )

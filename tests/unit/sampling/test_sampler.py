@@ -11,7 +11,7 @@ import pytest
 from dpo_jax.data import packing
 from dpo_jax.models import families, hf, transformer
 from dpo_jax.models.loading import Model
-from dpo_jax.models.log_probs import token_logprobs
+from dpo_jax.models.log_probs import token_log_probs
 from dpo_jax.parallel import sharding
 from dpo_jax.sampling import sampler
 from dpo_jax.sampling.sampler import Sampling, sample
@@ -77,7 +77,7 @@ def test_sample_log_probs_equal_training(tiny):
         for prompt, row in zip(PROMPTS, drawn, strict=True)
     ]
     batch = jax.tree.map(lambda x: x[None], packing.pack(examples, packing.shape_of(examples)))
-    expected = jax.jit(token_logprobs, static_argnums=0)(*tiny, batch)[0]
+    expected = jax.jit(token_log_probs, static_argnums=0)(*tiny, batch)[0]
     found = np.concatenate([one.log_probs for row in drawn for one in row])
     assert found.min() < -3
     np.testing.assert_allclose(found, expected, atol=1e-4)

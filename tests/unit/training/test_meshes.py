@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dpo_jax.data.batches import Batches
+from dpo_jax.data.packing import Batch, RolloutTargets
 from dpo_jax.models import families
 from dpo_jax.parallel import sharding
 from dpo_jax.training import optim, step
@@ -44,20 +45,20 @@ HYPER = {
 }
 
 
-def make_batch(name: str, shards: int) -> dict:
+def make_batch(name: str, shards: int) -> Batch:
     examples, rng = random_pairs(16, vocab=96, longest=8), np.random.default_rng(0)
     if name in ("sft", "ppo"):
         examples = [(prompt, responses[:1]) for prompt, responses in examples]
-    scored = {
-        kind: [rng.normal(0, 0.3, len(response)).astype(np.float32) for _, (response,) in examples]
-        for kind in ("sampled_logps", "sampled_values", "advantages", "value_targets")
-        if name == "ppo"
-    }
-    scored |= (
-        {"sampled_logps": [values - 4.5 for values in scored["sampled_logps"]]} if scored else {}
-    )
-    # Log 96 is about 4.5.
-    return Batches(examples, np.arange(16)[None], shards=shards, scored=scored)[0]
+    rollout = None
+    if name == "ppo":
+        drawn = {}
+        for field in dataclasses.fields(RolloutTargets):
+            lengths = [len(response) for _, (response,) in examples]
+            drawn[field.name] = [rng.normal(0, 0.3, n).astype(np.float32) for n in lengths]
+        rollout = RolloutTargets(**drawn)
+        # log 96 is about 4.5
+        rollout.sampled_log_probs = [values - 4.5 for values in rollout.sampled_log_probs]
+    return Batches(examples, np.arange(16)[None], shards=shards, rollout=rollout)[0]
 
 
 def stepped(name: str, config, params, mesh) -> tuple[dict, dict]:

@@ -12,6 +12,7 @@ import pytest
 
 from dpo_jax import console
 from dpo_jax.data.batches import Batches
+from dpo_jax.data.packing import RolloutTargets
 from dpo_jax.evaluation import plots
 from dpo_jax.models import transformer
 from dpo_jax.training import metrics
@@ -51,11 +52,9 @@ def metrics_of(objective, model) -> list[str]:
     """Return the names of an objective's metrics, without running it."""
     responses = 1 if objective is OBJECTIVES["sft"] else 2
     examples = [(prompt, both[:responses]) for prompt, both in random_pairs(2)]
-    per_token = {
-        name: [np.zeros(sum(map(len, both)), np.float32) for _, both in examples]
-        for name in ("sampled_logps", "sampled_values", "value_targets", "advantages")
-    }
-    batches = Batches(examples, np.array([[0, 1]]), scored=per_token)
+    of_examples = [np.zeros(sum(map(len, both)), np.float32) for _, both in examples]
+    rollout = RolloutTargets(of_examples, of_examples, of_examples, of_examples)
+    batches = Batches(examples, np.array([[0, 1]]), rollout=rollout)
     microbatch = jax.tree.map(lambda x: x[0], batches[0])
     hyper = dict.fromkeys(OBJECTIVE_NUMBERS, np.float32(0.5))
     abstract = transformer.abstract(model)

@@ -38,13 +38,13 @@ def test_targets_equal_plain_loop():
         expected.append(np.array(advantage))
     for row, advantage in enumerate(expected):
         np.testing.assert_allclose(
-            targets["value_targets"][row], advantage + found.values[row], atol=1e-5
+            targets.value_targets[row], advantage + found.values[row], atol=1e-5
         )
     flat = np.concatenate(expected)
     np.testing.assert_allclose(
-        np.concatenate(targets["advantages"]), (flat - flat.mean()) / flat.std(), atol=1e-4
+        np.concatenate(targets.advantages), (flat - flat.mean()) / flat.std(), atol=1e-4
     )
-    assert [len(row) for row in targets["advantages"]] == [4, 1, 3]
+    assert [len(row) for row in targets.advantages] == [4, 1, 3]
 
 
 @pytest.mark.parametrize("kl, factor", [(6.0, 1.0), (6.3, 1.05), (60.0, 1.2), (0.0, 0.8)])
@@ -73,45 +73,49 @@ def test_ppo_objective_equals_plain_loop(tiny, moved):
     batch = jax.tree.map(lambda x: x[None], packing.pack(rows, packing.shape_of([*rows, rows[0]])))
     hyper = dict(clip=0.2, value_clip=0.2, value_coef=0.1)
 
-    logps, values = [], []
+    log_probs, values = [], []
     for prompt, (response,) in rows:
         whole = np.concatenate([prompt, response])[None]
         hidden = transformer.hidden(config, params, whole, np.arange(whole.shape[1])[None])
         logits = np.asarray(transformer.unembed(config, params, hidden), np.float64)[0]
         at = len(prompt) - 1 + np.arange(len(response))
-        logps.append((logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True))[at, response])
+        log_probs.append(
+            (logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True))[at, response]
+        )
         values.append(np.asarray(hidden, np.float64)[0, at] @ params["head"]["scalar"])
-    logps, values = np.concatenate(logps), np.concatenate(values)
-    old_logps, old_values = (
-        logps - moved * RNG.normal(size=len(logps)),
-        values - moved * RNG.normal(size=len(logps)),
+    log_probs, values = np.concatenate(log_probs), np.concatenate(values)
+    old_log_probs, old_values = (
+        log_probs - moved * RNG.normal(size=len(log_probs)),
+        values - moved * RNG.normal(size=len(log_probs)),
     )
-    advantages, targets = RNG.normal(size=(2, len(logps)))
+    advantages, targets = RNG.normal(size=(2, len(log_probs)))
     total = clipped = distance = 0.0
-    for logp, value, old_logp, old_value, advantage, target in zip(
-        logps, values, old_logps, old_values, advantages, targets, strict=True
+    for log_prob, value, old_log_prob, old_value, advantage, target in zip(
+        log_probs, values, old_log_probs, old_values, advantages, targets, strict=True
     ):
-        ratio, near = np.exp(logp - old_logp), old_value + np.clip(value - old_value, -0.2, 0.2)
+        ratio, near = (
+            np.exp(log_prob - old_log_prob),
+            old_value + np.clip(value - old_value, -0.2, 0.2),
+        )
         total += max(-advantage * ratio, -advantage * np.clip(ratio, 0.8, 1.2))
         total += 0.1 * 0.5 * max((value - target) ** 2, (near - target) ** 2)
         clipped, distance = clipped + (abs(ratio - 1) > 0.2), distance + ratio - 1 - np.log(ratio)
 
-    room = batch["targets"].shape[1] - len(logps)
+    room = batch.targets.shape[1] - len(log_probs)
     assert room
     given = dict(
-        sampled_logps=old_logps,
+        sampled_log_probs=old_log_probs,
         sampled_values=old_values,
         advantages=advantages,
         value_targets=targets,
     )
-    batch |= {
-        name: np.pad(x, (0, room), constant_values=9).astype(np.float32)[None]
-        for name, x in given.items()
-    }
+    for name, values_M in given.items():
+        given[name] = np.pad(values_M, (0, room), constant_values=9).astype(np.float32)[None]
+    batch.rollout = packing.RolloutTargets(**given)
     (found, count), metrics = jax.jit(functools.partial(objectives.ppo, config, ""))(
         params, None, hyper, batch
     )
-    assert count == len(logps)
+    assert count == len(log_probs)
     np.testing.assert_allclose(found, total, rtol=1e-4, atol=1e-4)
-    assert metrics["ppo/clipped"] == (clipped, len(logps)) and (clipped > 0) == (moved > 0)
+    assert metrics["ppo/clipped"] == (clipped, len(log_probs)) and (clipped > 0) == (moved > 0)
     np.testing.assert_allclose(metrics["ppo/kl_to_sampler"][0], distance, rtol=1e-3, atol=1e-5)

@@ -1,5 +1,6 @@
 """The check before the first step fails when it should."""
 
+import dataclasses
 import math
 import types
 
@@ -107,7 +108,7 @@ def test_self_check_finds_wrong_packing(tiny, monkeypatch):
     def wrong(pairs, shape, *, share_prompt=True):
         batch = pack(pairs, shape, share_prompt=share_prompt)
         return (
-            batch | dict(positions=np.arange(len(batch["positions"]), dtype=np.int32))
+            dataclasses.replace(batch, positions=np.arange(len(batch.positions), dtype=np.int32))
             if share_prompt
             else batch
         )

@@ -125,13 +125,12 @@ def test_accumulate_ignores_filler_rows(tiny):
     objective = jax.jit(objective_of("dpo", "sigmoid", config))
     examples = rows("dpo")
     batch = jax.tree.map(lambda x: x[0], Batches(examples, training_order(12, 12, 1, None))[0])
-    short = batch | dict(weights=batch["weights"] * (np.arange(12) % 2))
+    short = dataclasses.replace(batch, weights=batch.weights * (np.arange(12) % 2))
     reference = jax.tree.map(lambda x: x * 1.05, params)
     (whole, count), _ = objective(params, reference, HYPER, batch)
     (half, half_count), metrics = objective(params, reference, HYPER, short)
-    (other, _), _ = objective(
-        params, reference, HYPER, batch | dict(weights=batch["weights"] - short["weights"])
-    )
+    rest = dataclasses.replace(batch, weights=batch.weights - short.weights)
+    (other, _), _ = objective(params, reference, HYPER, rest)
     assert (count, half_count) == (12, 6) and metrics["rewards/margins"][1] == 6
     np.testing.assert_allclose(half + other, whole, rtol=1e-5)
 
