@@ -27,6 +27,7 @@ class Checkpoints:
         """
         self._best_metric = best_metric
         policies = ocp.training.preservation_policies
+        # A checkpoint goes when neither policy keeps it.
         kept = [policies.LatestN(keep)]
         if best_metric:
             best = policies.BestN(
@@ -37,6 +38,7 @@ class Checkpoints:
             _absolute(folder),
             preservation_policy=policies.AnyPreservationPolicy(kept),
             cleanup_tmp_directories=True,
+            # When to save is the loop's decision.
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
         )
         # At each save orbax asks jax for preemptions too, with the step. Processes agree on a
@@ -76,6 +78,7 @@ class Checkpoints:
 
         The state may be donated right after. evaluation: its metrics, where it was evaluated.
         """
+        # A signal may come at a step that was saved as it is.
         if step == self.latest():
             return
         metrics = None
@@ -105,6 +108,7 @@ def saved_steps(folder) -> list[int]:
 
 def load_params(folder, step: int, shapes, shardings):
     """Return the weights alone of a checkpoint, placed by `shardings`; for use after the run."""
+    # Moments may be twice as large as the weights, and need not be read.
     abstract = _abstract(shapes, shardings)
     context = ocp.Context()
     context.pytree.loading.partial_load = True

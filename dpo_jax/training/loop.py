@@ -64,7 +64,7 @@ class Job:
         Stages that differ in numbers alone (beta, lr, alpha) share them, so that a sweep in one
         process compiles once.
         """
-        # The scale of the adapters is one of the numbers.
+        # The adapters' scale is one of the numbers, so it is left out here.
         lora = Lora(self.lora.rank, targets=self.lora.targets) if self.lora else None
         return stage_programs(
             self.name,
@@ -155,6 +155,7 @@ def train(job: Job, feed: Feed) -> tuple[dict, dict[str, float]]:
     loss or gradient that is not finite.
     """
     programs = job.programs
+    # What a checkpoint holds is known before anything is loaded.
     shapes = programs.abstract_state(feed.controls)
     with (
         jax.set_mesh(job.mesh),
@@ -167,11 +168,13 @@ def train(job: Job, feed: Feed) -> tuple[dict, dict[str, float]]:
         ) as checkpoints,
         contextlib.closing(feed),
     ):
+        # What no step changes: adapters' base, reference, numbers.
         base = job.load_base()
         frozen = Frozen(_hyper(job, feed.updates), job.load_reference(), base)
         first_step = checkpoints.latest() or 0
         feed.start(frozen, first_step)
 
+        # Resume, or begin and check the first batch.
         if first_step:
             say(f"{job.name}: resuming after step {first_step}")
             state = checkpoints.restore(first_step, shapes, programs.shardings)
@@ -179,17 +182,20 @@ def train(job: Job, feed: Feed) -> tuple[dict, dict[str, float]]:
             state = programs.init_state(job.load_init(), feed.controls)
             say(f"{job.name}: {feed.check(state.params)}")
 
+        # Step, log, evaluate, save.
         recorder = _Recorder(job, feed, frozen, checkpoints, writer, first_step)
         if not first_step:
             recorder.before_first(state)
         for step in range(first_step, feed.total):
             state, metrics = feed.run(state, step)
             recorder.after(step + 1, state, metrics)
+            # Asked after the last step too: a run that was told to stop exports nothing.
             signum = _asked_to_stop(signals)
             if signum:
                 recorder.interrupt(step + 1, state, signum)
         recorder.close()
 
+        # The result is the last state, or the best one that was saved.
         best = checkpoints.best() if job.block.keep_best else None
         if best is None:
             return state.params, recorder.evaluation
@@ -202,8 +208,10 @@ def train(job: Job, feed: Feed) -> tuple[dict, dict[str, float]]:
 def _hyper(job: Job, updates: int) -> dict:
     """Return the stage's traced numbers, on the mesh."""
     hyper = numbers(job.block, updates)
+    # Traced as the others, so that a sweep over alpha shares a program.
     if job.lora:
         hyper["lora_scale"] = np.float32(job.lora.scale)
+    # Placed once: numbers on the host would be sent again with every step.
     return jax.device_put(hyper, sharding.replicated(job.mesh))
 
 
@@ -229,7 +237,8 @@ class _Recorder:
         self._checkpoints = checkpoints
         self._writer = writer
         self._peak_flops = hardware.flops_per_second(job.mesh, job.model.dtype)
-        self._pending = None  # (step, its metrics on the device), not fetched yet
+        # The last step and its metrics, which are still on the device.
+        self._pending: tuple[int, dict] | None = None
         # A new run writes row 0 again, where an attempt before its first checkpoint left one.
         writer.rewind(first_step if first_step else -1)
         self._progress = Progress(job.name, first_step, feed.total)
@@ -245,6 +254,7 @@ class _Recorder:
 
     def after(self, step: int, state: TrainState, metrics: dict) -> None:
         """Log step `step`, counted from 1, and evaluate and save where it is time to."""
+        # This step is under way on the device, so fetching the one before holds nothing up.
         self._write_pending()
         self._pending = (step, metrics)
         block = self._job.block
@@ -260,12 +270,14 @@ class _Recorder:
         if evaluates:
             self.evaluation = self._evaluate(step, state)
             row |= self.evaluation
+            # The best one is saved even where no save is due.
             if block.keep_best:
                 is_best = self._checkpoints.is_better(self.evaluation[block.keep_best])
         self._write(step, row, always=evaluates)
         if saves or is_best:
             self._checkpoints.save(step, state, self.evaluation if evaluates else None)
-        self._clock = time.monotonic()  # none of this is time of the next step
+        # Evaluations and checkpoints are no part of the next step's time.
+        self._clock = time.monotonic()
 
     def interrupt(self, step: int, state: TrainState, signum: int) -> None:
         """Save, and end the run with the shell's exit code for the signal."""
@@ -304,6 +316,7 @@ class _Recorder:
         step, metrics = self._pending
         self._pending = None
         row = metrics_lib.named(metrics, "train")
+        # A finite loss may still have a gradient, or weights after the update, that are not.
         watched = {name: row[name] for name in ("loss/train", "grad_norm", "param_norm")}
         self._check_finite(step, watched)
 
@@ -320,11 +333,13 @@ class _Recorder:
             "examples_per_second": batch_size / seconds,
             "tokens_per_second": tokens / seconds,
         }
+        # The FLOPs that the tokens need, not those that were done: padding and recomputation lower it.
         if needed_flops:
             row["model_flops_utilization"] = needed_flops / seconds / self._peak_flops
         return row
 
     def _write(self, step: int, row: dict[str, float], always: bool = False) -> None:
+        # The row of an evaluation is written whatever log_every says.
         if always or step % self._job.block.log_every == 0:
             self._writer.write(step, row)
         self._progress.update(step, row, always=always)
@@ -344,6 +359,7 @@ class _Recorder:
                 self._stop_at(step, name, value)
 
     def _stop_at(self, step: int, name: str, value: float) -> None:
+        # An evaluation reads all that is held out, a step the examples of its batch.
         if metrics_lib.is_evaluation(name):
             where = "on the held-out examples"
         else:
@@ -386,6 +402,7 @@ def _catch_signals():
 
     def catch(signum, _frame):
         caught.append(signum)
+        # A step may take long, and a person who presses Ctrl-C again will not wait for its end.
         signal.signal(signal.SIGINT, before[signal.SIGINT])
 
     before = {signum: signal.signal(signum, catch) for signum in (signal.SIGTERM, signal.SIGINT)}
@@ -405,6 +422,7 @@ def _asked_to_stop(signals: list[int]) -> int | None:
     """Return the signal after which to save and stop, in every process at the same step."""
     if jax.process_count() == 1:
         return signals[0] if signals else None
+    # The signal may reach one process only: jax tells the others, and picks a step for all.
     from jax.experimental import multihost_utils
 
     stops = multihost_utils.reached_preemption_sync_point(next(_ASKED))

@@ -28,6 +28,7 @@ class Metric:
 # Every name in a metrics.jsonl; {split} is "train", the step's own batch before the update, or
 # "eval", all held-out examples.
 METRICS = {
+    # The objective.
     "loss/{split}": Metric(
         "",
         "What the stage minimises, mean over examples; over tokens for ppo, and for sft with "
@@ -39,6 +40,7 @@ METRICS = {
         "Of sft: negative log-likelihood of the completions, mean over their tokens.",
         lower_is_better=True,
     ),
+    # Pairs, and completions: a stage of single completions writes "chosen" alone.
     "rewards_{split}/chosen": Metric(
         "",
         "Of dpo: beta times the log-ratio of policy to reference on the chosen response, the "
@@ -60,6 +62,7 @@ METRICS = {
         "tokens", "Tokens of the chosen response that are trained on."
     ),
     "lengths_{split}/rejected": Metric("tokens", "The same of the rejected response."),
+    # PPO: the completions of a step, then its updates.
     "ppo_train/reward": Metric("", "Reward of the sampled completions, mean over the step's."),
     "ppo_train/kl": Metric(
         "nats", "Log-ratio of policy to reference, summed over a completion; mean over the step's."
@@ -74,10 +77,12 @@ METRICS = {
         "nats",
         "KL to the policy that sampled the step's completions, per token (Schulman's k3 estimate).",
     ),
+    # The update.
     "grad_norm": Metric("", "Norm of the gradient over all weights, before it is clipped."),
     "param_norm": Metric("", "Norm of what is trained, after the update."),
     "update_norm": Metric("", "Norm of the change that the update makes, learning rate included."),
     "lr": Metric("", "Learning rate of the update, after warm-up and schedule."),
+    # Counters and speed.
     "counters/examples": Metric("examples", "Examples read so far."),
     "counters/updates": Metric("updates", "Optimiser updates so far; ppo makes several a step."),
     "step_time": Metric("seconds", "Time of the step, evaluations and checkpoints left out."),
@@ -90,6 +95,7 @@ METRICS = {
         "FLOPs that the batch's real tokens need, over step_time and the peak of all devices: "
         "padding and recomputation count as waste. Not given for ppo.",
     ),
+    # Reward and KL of the policy.
     "frontier/reward": Metric(
         "",
         "True reward of the policy: mean over sampled completions of held-out prompts, or exact "
@@ -196,6 +202,7 @@ class Writer(contextlib.ExitStack):
         if not self._active or not self._path.exists():
             return
         kept = [row for row in read_rows(self._path) if row["step"] <= step]
+        # In one piece: a kill leaves the old rows, or the kept ones.
         draft = self._path.with_suffix(".draft")
         draft.write_text("".join(json.dumps(row) + "\n" for row in kept))
         os.replace(draft, self._path)
@@ -204,12 +211,14 @@ class Writer(contextlib.ExitStack):
         """Append the row of a step."""
         if not self._active:
             return
+        # Opened anew for each row, so that all rows are on disk whenever the process ends.
         with self._path.open("a") as file:
             file.write(json.dumps(dict(step=step, **values)) + "\n")
         for sink in self._sinks:
             sink(step, values)
 
     def _tensorboard(self, folder):
+        # Imported here: few runs write to it, and it is no dependency.
         try:
             from tensorboardX import SummaryWriter
         except ImportError as error:

@@ -33,6 +33,7 @@ def learning_rate(schedule: str, step, *, lr, warmup_steps, steps) -> jax.Array:
     It rises linearly over warmup_steps, as in the paper's code, then stays ("constant") or falls to
     0 at `steps` ("linear", "cosine"). The last update, step = steps - 1, has a rate above 0.
     """
+    # Never 0: the first update of a warm-up of n steps has 1 / (n + 1) of the rate.
     warmup = jnp.minimum(1.0, (step + 1) / (warmup_steps + 1))
     progress = jnp.clip((step - warmup_steps) / jnp.maximum(steps - warmup_steps, 1), 0, 1)
     decay = {
@@ -48,6 +49,7 @@ def clip(grads, norm, max_norm):
 
     norm: the gradients' own.
     """
+    # The 1e-6 is torch's. max_norm is traced, so no Python `if`.
     scale = jnp.where(max_norm > 0, jnp.minimum(1.0, max_norm / (norm + 1e-6)), 1.0)
     return jax.tree.map(lambda g: g * scale, grads)
 

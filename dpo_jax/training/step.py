@@ -30,21 +30,25 @@ from dpo_jax.training import optim
 class TrainState:
     """All that training changes, which is all that a checkpoint holds."""
 
-    step: jax.Array  # updates done, int32
-    params: dict  # what is trained: the weights, or adapters over frozen ones
+    # Updates done, int32; the schedule of the learning rate counts by it.
+    step: jax.Array
+    # What is trained: the weights, or adapters over frozen ones.
+    params: dict
     opt_state: optax.OptState
-    controls: dict = dataclasses.field(
-        default_factory=dict
-    )  # scalars a stage adapts: PPO's kl_coef
+    # Scalars that a stage adapts as it goes: PPO's kl_coef.
+    controls: dict = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
 class Frozen:
     """What updates read and never change."""
 
-    hyper: dict  # scalars, traced: lr, warmup_steps, steps, max_grad_norm, the objective's own
-    reference: dict | None = None  # weights, or adapters over `base`; None: there is none, or kept
-    base: dict | None = None  # weights under adapters; None: all weights are trained
+    # Scalars, traced: lr, warmup_steps, steps, max_grad_norm, lora_scale, the objective's own.
+    hyper: dict
+    # Weights, or adapters over `base`. None: there is no reference, or its log-probs are kept.
+    reference: dict | None = None
+    # Weights under the adapters. None: all weights are trained.
+    base: dict | None = None
 
     def full(self, params: dict) -> dict:
         """Return the weights to run for `params`, the trained ones or the reference's."""
@@ -74,6 +78,7 @@ class Programs:
 
         batch: on the mesh, with two leading axes, microbatches and shards. Deletes `state`.
         """
+        # jax would name a deleted buffer here, and not what deleted it.
         require_alive(state.params, "the state")
         require_apart(state.params, frozen.reference)
         return self.train_step(state, frozen.reference, frozen.hyper, batch, frozen.base)
@@ -102,6 +107,7 @@ def make_programs(
     adapters that are trained instead of the weights.
     """
     direction = optim.make(optimizer, weight_decay)
+    # Under adapters the optimiser keeps moments of the adapters alone.
     trained = lora_lib.abstract(model, lora) if lora else transformer.abstract(model)
     shardings = state_shardings(mesh, direction, trained)
     train_step = make_train_step(objective, direction, schedule, shardings)
@@ -124,6 +130,7 @@ def state_shardings(mesh, optimizer, params) -> TrainState:
 
 def init_state(optimizer, params, controls: dict, shardings: TrainState) -> TrainState:
     """Return the state before the first update, for weights that are on the mesh already."""
+    # Each device makes its own part of the moments: they are as large as the weights, or twice so.
     opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
     step = jax.device_put(jnp.zeros((), jnp.int32), shardings.step)
     return TrainState(step, params, opt_state, place_controls(controls, shardings))
@@ -157,6 +164,8 @@ def make_train_step(objective, optimizer, schedule: str, shardings: TrainState):
     """
 
     def train_step(state: TrainState, reference, hyper, batch, base=None):
+        # Adapters are laid over their base inside what is differentiated, so the gradient is of
+        # the adapters, and of nothing below them.
         def objective_of_trained(trained, reference, hyper, microbatch):
             params = full_params(base, trained, hyper)
             return objective(params, full_params(base, reference, hyper), hyper, microbatch)
@@ -175,14 +184,16 @@ def make_train_step(objective, optimizer, schedule: str, shardings: TrainState):
         )
         updates = jax.tree.map(lambda d: -lr * d, direction)
         params = optax.apply_updates(state.params, updates)
+        # Of the update as a whole, so each is a sum of one.
         metrics |= {
-            "grad_norm": (grad_norm, 1.0),  # before clipping
+            "grad_norm": (grad_norm, 1.0),
             "param_norm": (optax.tree.norm(params), 1.0),
             "update_norm": (optax.tree.norm(updates), 1.0),
             "lr": (lr, 1.0),
         }
         return TrainState(state.step + 1, params, opt_state, state.controls), metrics
 
+    # The new state takes the memory of the old one. Where metrics lie is left to the compiler.
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
 
 
@@ -193,6 +204,7 @@ def make_eval_step(objective):
     """
 
     def eval_step(params, reference, hyper, batch):
+        # The axis of microbatches is there, with one of them: nothing is accumulated here.
         microbatch = jax.tree.map(lambda x: x[0], batch)
         _, metrics = objective(params, reference, hyper, microbatch)
         return metrics
@@ -214,6 +226,8 @@ def accumulate(objective, params, reference, hyper, batch):
     however many microbatches it comes in.
     """
 
+    # The total is differentiated, not the mean: microbatches may count differently (tokens, or
+    # pairs that only fill up), and only the sum of all counts is what the loss is a mean over.
     def total_loss(params, microbatch):
         (total, count), metrics = objective(params, reference, hyper, microbatch)
         return total, (count, metrics)
@@ -228,6 +242,8 @@ def accumulate(objective, params, reference, hyper, batch):
         # No loop, so no second copy of the gradient to add to.
         grads, (count, metrics) = jax.grad(total_loss, has_aux=True)(params, first)
     else:
+        # A scan compiles one microbatch, and holds the activations of one at a time. Its carry
+        # starts from zeros, whose shapes are known without running anything.
         _, (count, metrics) = jax.eval_shape(total_loss, params, first)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (params, count, metrics))
         (grads, count, metrics), _ = jax.lax.scan(add, zeros, batch)
@@ -252,6 +268,7 @@ def require_alive(params, name: str) -> None:
 
 def require_apart(params, reference) -> None:
     """Raise ValueError where policy and reference share arrays, which an update would delete."""
+    # By identity, which is cheap: it is asked before every update.
     trained = {id(leaf) for leaf in jax.tree.leaves(params)}
     if any(id(leaf) in trained for leaf in jax.tree.leaves(reference)):
         raise ValueError(
