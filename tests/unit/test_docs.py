@@ -105,7 +105,7 @@ def test_command_parses(line):
         config_files.override(config, overrides)
     else:
         assert not overrides, "fields of a config without --config"
-    if config is not None and module in ("dpo_jax.train", "dpo_jax.plan"):
+    if config is not None and module in ("dpo_jax.train", "dpo_jax.sweep", "dpo_jax.plan"):
         config_checks.validate(config)
     for argument in arguments:
         if argument.startswith("--sweep="):
