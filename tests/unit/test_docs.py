@@ -8,6 +8,8 @@ import shlex
 import pytest
 
 from dpo_jax import config_checks, config_files
+from dpo_jax.training.metrics import METRICS
+from tests.helpers.documented import documented_metrics
 from tests.helpers.paths import ROOT
 
 README = ROOT / "README.md"
@@ -15,6 +17,7 @@ PAGES = sorted(
     [
         *ROOT.glob("*.md"),
         *(ROOT / "docs").glob("*.md"),
+        ROOT / "tests" / "README.md",
         *(ROOT / "experiments" / "results").rglob("*.md"),
         ROOT / "experiments" / "log.md",
     ]
@@ -25,7 +28,7 @@ LAUNCH = (ROOT / "launch.sh").read_text()
 # What other changes under way will bring.
 PENDING = {"dpo_jax.runs", "python.md", "quickstart.ipynb"}
 PENDING |= {"runs.py"}
-COMMAND = re.compile(r"(?:python -m (?:dpo_jax|experiments)\.|dpo-jax |\./launch\.sh )")
+COMMAND = re.compile(r"(?:python -m (?:dpo_jax|experiments|tests)\.|dpo-jax |\./launch\.sh )")
 
 
 def name_of(path: pathlib.Path) -> str:
@@ -114,6 +117,13 @@ def test_command_parses(line):
             assert name in config[block] and values
 
 
+@pytest.mark.parametrize("page", GUIDES, ids=name_of)
+def test_scripts_and_test_folders_exist(page):
+    for line in blocks(page):
+        for path in re.findall(r"python (?:-m pytest )?([\w/]+(?:\.py)?)(?= |$)", line):
+            assert (ROOT / path).exists(), line
+
+
 def test_readme_has_the_two_commands():
     text = README.read_text()
     toy = "python -m dpo_jax.train --config=configs/toy.py --workdir=runs/toy"
@@ -184,6 +194,13 @@ def test_config_reference_has_every_field():
         for field in values:
             names = (f"{block}.{field}" if block else field, f"STAGE.{field}", f"sft.{field}")
             assert any(f"| `{name}` |" in page for name in names), f"{block}.{field}"
+
+
+def test_every_metric_is_explained():
+    names = {"step"}
+    for name in METRICS:
+        names |= {name.format(split=split) for split in ("train", "eval")}
+    assert documented_metrics() == names
 
 
 def test_drawings_have_no_drift():
