@@ -45,8 +45,9 @@ from dpo_jax.sampling import generation
 from dpo_jax.sampling.sampler import Sampling
 from dpo_jax.training import data_feed
 from dpo_jax.training import metrics as metrics_lib
+from dpo_jax.training.loop import stage_programs
 from dpo_jax.training.objectives import OBJECTIVES, numbers
-from dpo_jax.training.step import Frozen, Programs, copy_params, make_programs
+from dpo_jax.training.step import Frozen, copy_params
 
 # Settings of a stage's config block that say how a run is made; here they are arguments of
 # `Trainer.fit` and `Trainer.evaluate`, or have no meaning.
@@ -360,15 +361,8 @@ class Trainer:
         self._laid_out: tuple = (None, None)  # the last plan and its Batches
         processes.keep_compiled_programs()
         with _as_commands(model.mesh):
-            self._programs = _programs(
-                objective,
-                self._block.get("loss", ""),
-                self._config,
-                model.mesh,
-                self._block.optimizer,
-                self._block.weight_decay,
-                self._block.schedule,
-                Lora(self._lora.rank, targets=self._lora.targets) if self._lora else None,
+            self._programs = stage_programs(
+                objective, self._block, self._config, model.mesh, self._lora
             )
             self._base = model.params if self._lora else None
             self._reference = self._choose_reference(reference, seed)
@@ -622,22 +616,6 @@ def _as_commands(mesh: jax.sharding.Mesh, verbose: bool = False):
         console.quiet(not verbose),
     ):
         yield
-
-
-@functools.cache
-def _programs(
-    objective: str, loss: str, config, mesh, optimizer, weight_decay, schedule, lora
-) -> Programs:
-    """Return the compiled functions, which trainers that differ in numbers alone share."""
-    return make_programs(
-        functools.partial(OBJECTIVES[objective], config, loss),
-        config,
-        mesh,
-        optimizer=optimizer,
-        weight_decay=weight_decay,
-        schedule=schedule,
-        lora=lora,
-    )
 
 
 def _settings(objective: str, settings: dict, lora: dict | None) -> tuple[ConfigDict, Lora | None]:

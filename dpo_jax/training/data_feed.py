@@ -45,16 +45,18 @@ class DataFeed:
         self._reference_log_probs = reference_log_probs
         self._batches = self._training_batches(seed)
         self._held_out = self._evaluation_batches()
+        self._ahead = None  # batches that a thread prepares
         self.total = len(self._batches)
         self.updates = self.total
         self.controls: dict[str, float] = {}
 
     def start(self, frozen: Frozen, first_step: int) -> None:
         self._frozen = frozen
+        # The thread starts with the first step: a check or an evaluation comes before it.
         self._ahead = prefetch(self._load, range(first_step, self.total))
 
     def check(self, params: dict) -> str:
-        # One microbatch of it is enough, and is what the evaluation's program takes.
+        # The metrics of its first microbatch, which is as large as a batch of the evaluation.
         first = jax.tree.map(lambda x: x[:1], self._batches[0])
         batch = sharding.shard_batch(self._job.mesh, first, axis=1)
         measured = self._job.programs.measure(params, self._frozen, batch)
@@ -90,6 +92,7 @@ class DataFeed:
         return self._batches.tokens(step)
 
     def flops(self, step: int) -> int:
+        # A kept reference costs nothing here, and under adapters no gradient of the base is made.
         return flops.of_step(
             self._job.model,
             self._batches.unpadded_shape(step),
@@ -101,7 +104,7 @@ class DataFeed:
         return [self._data.train.where[index] for index in self._batches.order[step]]
 
     def close(self) -> None:
-        if hasattr(self, "_ahead"):
+        if self._ahead is not None:
             self._ahead.close()
 
     def _load(self, step: int):
@@ -126,6 +129,7 @@ class DataFeed:
             shards=sharding.batch_shards(self._job.mesh),
             reference_log_probs=self._kept_log_probs("train", self._data.train, order),
         )
+        # Every shape is a program to compile, and padding is work for nothing: both are shown.
         padding = batches.padding()
         say(
             f"{name}: {steps} steps of {block.batch_size} from {size} rows, {len(batches.shapes)} "
@@ -147,6 +151,7 @@ class DataFeed:
         size = len(self._data.eval)
         if not size:
             return None
+        # What fits in memory with a gradient fits without one.
         order = evaluation_order(size, block.microbatch_size or block.batch_size)
         return Batches(
             self._data.eval,

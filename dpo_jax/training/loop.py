@@ -59,40 +59,38 @@ class Job:
 
     @property
     def programs(self) -> Programs:
-        """The stage's compiled functions.
+        """The stage's compiled functions."""
+        return stage_programs(self.name, self.block, self.model, self.mesh, self.lora)
 
-        Stages that differ in numbers alone (beta, lr, alpha) share them, so that a sweep in one
-        process compiles once.
-        """
-        # The adapters' scale is one of the numbers, so it is left out here.
-        lora = Lora(self.lora.rank, targets=self.lora.targets) if self.lora else None
-        return stage_programs(
-            self.name,
-            self.block.get("loss", ""),
-            self.model,
-            self.mesh,
-            self.block.optimizer,
-            self.block.weight_decay,
-            self.block.schedule,
-            lora,
-        )
+
+def stage_programs(
+    name: str,
+    block,
+    model: TransformerConfig,
+    mesh: jax.sharding.Mesh,
+    lora: Lora | None = None,
+) -> Programs:
+    """Return the compiled functions of a stage, a key of OBJECTIVES, with its config block.
+
+    Stages that differ in numbers alone (beta, lr, alpha) share them, so that a sweep in one process
+    compiles once.
+    """
+    # The adapters' scale is one of the numbers, so it is left out here.
+    adapters = Lora(lora.rank, targets=lora.targets) if lora else None
+    return _programs(
+        name,
+        block.get("loss", ""),
+        model,
+        mesh,
+        block.optimizer,
+        block.weight_decay,
+        block.schedule,
+        adapters,
+    )
 
 
 @functools.cache
-def stage_programs(
-    name: str,
-    loss: str,
-    model: TransformerConfig,
-    mesh: jax.sharding.Mesh,
-    optimizer: str,
-    weight_decay: float,
-    schedule: str,
-    lora: Lora | None,
-) -> Programs:
-    """Return the compiled functions of an objective, one and the same for equal arguments.
-
-    name: a key of OBJECTIVES. loss: which of the objective's losses; "" where it has one.
-    """
+def _programs(name, loss, model, mesh, optimizer, weight_decay, schedule, lora) -> Programs:
     objective = functools.partial(OBJECTIVES[name], model, loss)
     return make_programs(
         objective,
@@ -333,7 +331,7 @@ class _Recorder:
             "examples_per_second": batch_size / seconds,
             "tokens_per_second": tokens / seconds,
         }
-        # The FLOPs that the tokens need, not those that were done: padding and recomputation lower it.
+        # FLOPs that the tokens need, not those that were done: padding and recomputation lower it.
         if needed_flops:
             row["model_flops_utilization"] = needed_flops / seconds / self._peak_flops
         return row

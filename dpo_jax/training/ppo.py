@@ -133,7 +133,7 @@ class RolloutFeed:
         )
 
     def start(self, frozen: Frozen, first_step: int) -> None:
-        # A step depends on its number and the state alone, so there is nothing to prepare.
+        # A step depends on its number and the state alone, so nothing is prepared.
         self._frozen = frozen
 
     def check(self, params: dict) -> str:
@@ -159,6 +159,7 @@ class RolloutFeed:
         rollout = self._collect(state.params, step, self._order[step])
         self._tokens_of_step[step] = rollout.tokens
         controls = Controls.of_state(state)
+        # The policy is still the reference, so these rewards are the reference's own.
         if step == 0:
             controls = dataclasses.replace(
                 controls,
@@ -183,6 +184,7 @@ class RolloutFeed:
             "ppo/length": (rollout.tokens, block.batch_size),
             "ppo/eos_rate": (rollout.ended.sum(), block.batch_size),
         }
+        # For the next step: this one was made with the weight that its row shows.
         kl_coef = adapted_kl_coef(
             controls.kl_coef, kl, block.target_kl, block.batch_size, block.kl_horizon
         )
@@ -191,13 +193,15 @@ class RolloutFeed:
         return dataclasses.replace(state, controls=placed), metrics
 
     def evaluate(self, params: dict) -> dict[str, float]:
-        return {}  # a policy has no held-out loss; the job's probe samples from it
+        # A policy has no held-out loss. The job's probe samples from it.
+        return {}
 
     def tokens(self, step: int) -> int:
         return self._tokens_of_step[step]
 
     def flops(self, step: int) -> None:
-        return None  # most of a step is sampling
+        # Most of a step is sampling, which is bound by memory.
+        return None
 
     def examples(self, step: int) -> list[str]:
         return [f"prompt {index}" for index in self._order[step]]
@@ -233,6 +237,7 @@ class RolloutFeed:
         params = frozen.full(trained)
         prompts = self._prompts.take(indices)
         model = Model(self._job.model, params, self._tokenizer, self._job.mesh, self._eos_id)
+        # A draw depends on the prompt's number in the whole run, so a resumed run draws the same.
         first = step * len(self._order[0])
         drawn = sampler.sample(model, prompts.ids, self._sampling, first=first)
         rows = rollouts.with_rewards(prompts, drawn, self._tokenizer, self._reward)
@@ -296,6 +301,7 @@ def targets(rollout: Rollout, controls: Controls, gae_lambda: float) -> packing.
     reference_BT = _padded(rollout.reference_log_probs)
     values_BT = _padded(rollout.values)
 
+    # The KL penalty is paid where it arises, the reward when the completion is whole.
     rewards_BT = -controls.kl_coef * (log_probs_BT - reference_BT)
     last_token_B = lengths_B - 1
     normalised_B = (rollout.rewards - controls.reward_mean) / controls.reward_std
@@ -310,6 +316,7 @@ def targets(rollout: Rollout, controls: Controls, gae_lambda: float) -> packing.
         advantages.append(advantages_T[:length])
         value_targets.append(advantages_T[:length] + values_T)
 
+    # Over tokens, so that long completions weigh more, as in the loss.
     flat = np.concatenate(advantages)
     flat = (flat - flat.mean()) / (flat.std() + EPSILON)
     starts_of_others = np.cumsum(lengths_B)[:-1]

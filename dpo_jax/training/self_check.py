@@ -1,5 +1,6 @@
-"""A check of the real first batch before the first update: cheap, and it would have caught half of
-the known bugs of DPO implementations.
+"""A check of the real first batch, before the first update.
+
+It is cheap, and would have caught half of the known bugs of DPO implementations.
 """
 
 import dataclasses
@@ -14,8 +15,8 @@ import numpy as np
 from dpo_jax.data import packing
 from dpo_jax.data.tokenizer import Examples
 from dpo_jax.models.log_probs import response_log_probs
+from dpo_jax.models.values import response_rewards
 from dpo_jax.parallel import sharding
-from dpo_jax.training.objectives import response_rewards
 
 CHECKED = 8  # examples that are run through the model
 LOG_2 = math.log(2)
@@ -50,10 +51,12 @@ def self_check(model, block, mesh, params, reference, batch: FirstBatch) -> str:
     few = batch.indices[:CHECKED]
     try:
         found.append(_check_tokens(batch))
+        # Packed as in training, with each prompt once for all its responses.
         packed = _measure(model, mesh, params, batch.examples, few, share_prompt=True)
         _check_finite(packed, few)
         if batch.reference_is_init and reference is not None:
             of_reference = _measure(model, mesh, reference, batch.examples, few, share_prompt=True)
+            # Exactly 0: the same program has run on the same numbers.
             _check_ratios(packed - of_reference, few)
             # Inside one program XLA may fuse the two passes in different ways.
             rounding = block.beta * float(_tolerance(model, packed).max()) / 100
@@ -63,9 +66,11 @@ def self_check(model, block, mesh, params, reference, batch: FirstBatch) -> str:
         if model.head == "reward":
             # A reward model's head starts from 0, so all rewards are equal.
             found.append(_check_loss(batch.metrics, "sigmoid", 0))
+        # A row for each response, with its own copy of the prompt: the plain layout.
         apart = _measure(model, mesh, params, batch.examples, few, share_prompt=False)
         gap = _check_packing(packed, apart, model, few)
     except _ExampleFails as failure:
+        # Shown with its tokens: most mistakes are seen at a glance.
         where = batch.examples.where[failure.index]
         shown = batch.show(failure.index)
         raise SelfCheckFailed(f"{where} {failure.problem}\n{shown}") from None
@@ -87,6 +92,7 @@ def _check_tokens(batch: FirstBatch) -> str:
     examples = batch.examples
     responses_read = 0
     with_eos = 0
+    # All of the batch: reading tokens costs nothing.
     for index in batch.indices:
         responses = examples.responses[index]
         if len(examples.prompts[index]) == 0 or min(map(len, responses)) == 0:
@@ -96,6 +102,7 @@ def _check_tokens(batch: FirstBatch) -> str:
             with_eos += int(response[-1]) == batch.eos_id
     if batch.eos_id is None:
         return "no EOS"
+    # A response that was cut ends without EOS. All of them doing so is a mistake.
     if not with_eos:
         raise _ExampleFails(
             "and all others of the first batch have no response that ends in EOS (id "
@@ -138,6 +145,7 @@ def _check_kept(values, kept, model, indices) -> str:
 
 def _tolerance(model, log_probs) -> np.ndarray:
     """Return how far sums of log-probs may differ when they are computed in another layout."""
+    # Sums grow with the number of tokens, and so does their rounding.
     relative = 1e-4 if model.dtype == "float32" else 2e-2
     return relative * (1 + np.abs(log_probs))
 
@@ -146,6 +154,7 @@ def _check_loss(metrics, loss_name: str, rounding: float) -> str:
     """Check that at equal weights the objective's margin is 0, and DPO's loss log 2."""
     loss = metrics["loss/train"]
     margin = metrics["rewards_train/margins"]
+    # Other losses start at a value that depends on beta: it is shown, not checked.
     expected = LOG_2 if loss_name in ("sigmoid", "sigmoid_norm", "robust") else loss
     if abs(margin) > rounding or abs(loss - expected) > 1e-6 + rounding:
         raise SelfCheckFailed(
@@ -194,5 +203,6 @@ def _measure(model, mesh, params, data: Examples, indices, *, share_prompt: bool
     batch = jax.tree.map(lambda x: np.broadcast_to(x, (shards, *x.shape)), batch)
     with jax.set_mesh(mesh):
         value_SQ = _values(model, params, sharding.shard_batch(mesh, batch, axis=0))
+    # All shards hold the same examples, so this process's first one has every value.
     first_shard = np.asarray(value_SQ.addressable_shards[0].data)[0]
     return first_shard.reshape(len(indices), -1)

@@ -4,7 +4,6 @@ Metrics are fetched a step late, as in the loop.
 """
 
 import dataclasses
-import functools
 import pathlib
 import sys
 import time
@@ -19,7 +18,8 @@ from dpo_jax.data.batches import Batches, prefetch, training_order
 from dpo_jax.models import flops, loading
 from dpo_jax.parallel import processes, sharding
 from dpo_jax.training import metrics, objectives, reference_cache
-from dpo_jax.training.step import Frozen, make_programs
+from dpo_jax.training.loop import stage_programs
+from dpo_jax.training.step import Frozen
 from experiments.benchmark import device, stages
 from experiments.benchmark.work import Work
 from experiments.benchmark.worker import Turns
@@ -39,14 +39,7 @@ class Trainer:
         data = dataset.load(config.data, self.model.tokenizer, "pairs").train
         order = training_order(len(data), work.pairs, len(data) // work.pairs, None)
         self.batches = Batches(data, order, reference_log_probs=self._kept(folder, data, order))
-        self.programs = make_programs(
-            functools.partial(objectives.dpo, self.model.config, config.dpo.loss),
-            self.model.config,
-            self.mesh,
-            optimizer=config.dpo.optimizer,
-            weight_decay=config.dpo.weight_decay,
-            schedule=config.dpo.schedule,
-        )
+        self.programs = stage_programs("dpo", config.dpo, self.model.config, self.mesh)
         numbers = objectives.numbers(config.dpo, work.steps)
         self.hyper = jax.device_put(numbers, sharding.replicated(self.mesh))
         self.state = self.reference = None
