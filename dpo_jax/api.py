@@ -362,7 +362,7 @@ class Trainer:
         processes.keep_compiled_programs()
         with _as_commands(model.mesh):
             self._programs = stage_programs(
-                objective, self._block, self._config, model.mesh, self._lora
+                objective, self._block, self._config, model.mesh, lora=self._lora
             )
             self._base = model.params if self._lora else None
             self._reference = self._choose_reference(reference, seed)

@@ -60,7 +60,7 @@ class Job:
     @property
     def programs(self) -> Programs:
         """The stage's compiled functions."""
-        return stage_programs(self.name, self.block, self.model, self.mesh, self.lora)
+        return stage_programs(self.name, self.block, self.model, self.mesh, lora=self.lora)
 
 
 def stage_programs(
@@ -68,18 +68,21 @@ def stage_programs(
     block,
     model: TransformerConfig,
     mesh: jax.sharding.Mesh,
+    *,
     lora: Lora | None = None,
+    loss: Callable | None = None,
 ) -> Programs:
     """Return the compiled functions of a stage, a key of OBJECTIVES, with its config block.
 
-    Stages that differ in numbers alone (beta, lr, alpha) share them, so that a sweep in one process
-    compiles once.
+    loss: of pairs, a function in place of the one that block.loss names. Stages that differ in
+    numbers alone (beta, lr, alpha) share their functions, so that a sweep in one process compiles
+    once.
     """
     # The adapters' scale is one of the numbers, so it is left out here.
     adapters = Lora(lora.rank, targets=lora.targets) if lora else None
     return _programs(
         name,
-        block.get("loss", ""),
+        loss or block.get("loss", ""),
         model,
         mesh,
         block.optimizer,
