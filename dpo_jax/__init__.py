@@ -14,9 +14,9 @@ import importlib
 import typing
 
 if typing.TYPE_CHECKING:
-    from dpo_jax.api import LogProbs, Model, Trainer, batches, load, run
+    from dpo_jax.api import LogProbs, Model, Trainer, batches, load, load_config, run
 
-__all__ = ["LogProbs", "Model", "Trainer", "batches", "load", "run"]
+__all__ = ["LogProbs", "Model", "Trainer", "batches", "load", "load_config", "run"]
 
 
 def __getattr__(name: str):

@@ -20,14 +20,14 @@ import functools
 import math
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from dpo_jax import config as configs
-from dpo_jax import config_checks, console
+from dpo_jax import config_checks, config_files, console
 from dpo_jax.data import dataset, sources
 from dpo_jax.data import tokenizer as tokenizers
 from dpo_jax.data.batches import FILLER, Batches, evaluation_order, prefetch, training_order
@@ -41,12 +41,14 @@ from dpo_jax.models.loading import Checkpoint
 from dpo_jax.models.lora import Lora
 from dpo_jax.models.transformer import TransformerConfig
 from dpo_jax.parallel import processes, sharding
+from dpo_jax.pipeline.stages import run_stages
 from dpo_jax.sampling import generation
 from dpo_jax.sampling.sampler import Sampling
 from dpo_jax.training import data_feed
 from dpo_jax.training import metrics as metrics_lib
 from dpo_jax.training.loop import stage_programs
 from dpo_jax.training.objectives import OBJECTIVES, numbers
+from dpo_jax.training.reference_cache import ReferenceCache
 from dpo_jax.training.step import Frozen, copy_params
 
 # Settings of a stage's config block that say how a run is made; here they are arguments of
@@ -106,6 +108,7 @@ class Model:
     config: TransformerConfig
     params: dict
     mesh: jax.sharding.Mesh
+    trained: bool = False  # whether the weights are no longer the checkpoint's
 
     @property
     def tokenizer(self):
@@ -159,15 +162,26 @@ class Model:
         return examples
 
     def log_probs(
-        self, examples: Examples, *, batch_size: int = 16, verbose: bool = False
+        self,
+        examples: Examples,
+        *,
+        batch_size: int = 16,
+        keep_in: str | os.PathLike = "",
+        verbose: bool = False,
     ) -> "LogProbs":
         """Return the summed log-probs of the responses given their prompts, nats, float32.
 
         The result unpacks as `chosen, rejected` for pairs and as `completion,` for single
         completions, an array [examples] each. batch_size: examples at a time, over all devices.
+        keep_in: a folder, such as a run's WORKDIR, that they are read from where they are there,
+        and kept in otherwise, as with config.dpo.cache_reference.
         """
         self._check_usable("lm")
         with _as_commands(self.mesh, verbose):
+            if keep_in:
+                cache = ReferenceCache(keep_in, self._as_loaded(), self.mesh, batch_size)
+                every = np.arange(len(examples))
+                return LogProbs(examples, cache.log_probs("train", examples, every))
             values = inference.log_probs("log-probs", self._loaded(), examples, batch_size)
         return LogProbs(examples, values)
 
@@ -220,6 +234,15 @@ class Model:
         """Return the model as sampling and inference take it."""
         eos_id = self.tokenizer.eos_token_id
         return loading.Model(self.config, self.params, self.tokenizer, self.mesh, eos_id)
+
+    def _as_loaded(self) -> Checkpoint:
+        """Return the checkpoint with these weights for loaded; ValueError where they are others."""
+        if self.trained:
+            raise ValueError(
+                "the weights of a trained model are in no file that log-probs could be kept for: "
+                "save it, and load it again."
+            )
+        return dataclasses.replace(self.checkpoint, load_params=lambda _mesh: self.params)
 
     def _check_usable(self, head: str) -> None:
         """Raise where an update has deleted the weights, or the head is another one."""
@@ -280,12 +303,12 @@ class BatchPlan(Sequence):
     def __len__(self) -> int:
         return len(self.order)
 
-    def __getitem__(self, step: int) -> "Batch":
-        return Batch(self, range(len(self))[step])
+    def __getitem__(self, step: int) -> "PlannedBatch":
+        return PlannedBatch(self, range(len(self))[step])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Batch:
+class PlannedBatch:
     """One batch of a plan, for `Trainer.step`."""
 
     plan: BatchPlan
@@ -326,7 +349,7 @@ class Trainer:
     def __init__(
         self,
         model: Model,
-        objective: str = "dpo",
+        objective: str | Callable = "dpo",
         *,
         reference: "Model | str" = "init",
         reference_log_probs: LogProbs | None = None,
@@ -337,10 +360,12 @@ class Trainer:
     ):
         """Set up an objective on a model; nothing is compiled before the first step.
 
-        objective: "dpo", "sft", "preferred_ft", "unlikelihood" or "rm". settings: the fields of
-        that stage's config block, with its defaults: lr, beta, loss, label_smoothing, alpha,
-        optimizer, weight_decay, schedule, warmup_steps (150), max_grad_norm, microbatch_size, and
-        steps, over which a linear or cosine schedule runs (`fit` sets it).
+        objective: "dpo", "sft", "preferred_ft", "unlikelihood", "rm", or a loss of your own, a
+        function (chosen_log_ratio, rejected_log_ratio, beta) -> loss of each pair, in place of
+        DPO's. settings: the fields of that stage's config block, with its defaults: lr, beta, loss,
+        label_smoothing, alpha, optimizer, weight_decay, schedule, warmup_steps (150),
+        max_grad_norm, microbatch_size, and steps, over which a linear or cosine schedule runs
+        (`fit` sets it).
 
         reference: of dpo: "init", the model that training starts from; "none"; or another model.
         reference_log_probs: what the reference's `log_probs` returned for all examples that are
@@ -352,6 +377,11 @@ class Trainer:
         Raises ValueError or TypeError that names the setting that is wrong.
         """
         model._check_usable("lm")
+        loss = None
+        if callable(objective):
+            objective, loss = "dpo", _loss_of_pairs(objective)
+            if "loss" in settings:
+                raise ValueError("give the loss as a function or by its name, not both.")
         self._initial = model
         self._objective = objective
         self._block, self._lora = _settings(objective, settings, lora)
@@ -362,7 +392,12 @@ class Trainer:
         processes.keep_compiled_programs()
         with _as_commands(model.mesh):
             self._programs = stage_programs(
-                objective, self._block, self._config, model.mesh, lora=self._lora
+                self._objective,
+                self._block,
+                self._config,
+                model.mesh,
+                lora=self._lora,
+                loss=loss,
             )
             self._base = model.params if self._lora else None
             self._reference = self._choose_reference(reference, seed)
@@ -379,20 +414,20 @@ class Trainer:
         if self._lora:
             with _as_commands(self._initial.mesh):
                 params = adapters.merge(self._base, params, self._lora)
-        return dataclasses.replace(self._initial, config=self._config, params=params)
+        return dataclasses.replace(self._initial, config=self._config, params=params, trained=True)
 
     @property
     def steps_done(self) -> int:
         """How many updates were made."""
         return self._steps_done
 
-    def step(self, examples: Examples | Batch) -> dict[str, float]:
+    def step(self, examples: Examples | PlannedBatch) -> dict[str, float]:
         """Make one update on examples, or on a batch of `batches`; return its metrics.
 
         Metrics are those of metrics.jsonl, measured before the update: {"loss/train": ...}. Raises
         FloatingPointError where loss or gradient is not finite.
         """
-        batch = examples if isinstance(examples, Batch) else _one_batch(examples)
+        batch = examples if isinstance(examples, PlannedBatch) else _one_batch(examples)
         with _as_commands(self._initial.mesh):
             return self._finish(batch, self._update(self._placed(batch)))
 
@@ -528,7 +563,7 @@ class Trainer:
         self._steps_done += 1
         return metrics
 
-    def _finish(self, batch: Batch, metrics: dict) -> dict[str, float]:
+    def _finish(self, batch: PlannedBatch, metrics: dict) -> dict[str, float]:
         """Fetch the metrics of an update; FloatingPointError where they are not finite."""
         values = metrics_lib.named(metrics, "train")
         for name in ("loss/train", "grad_norm", "param_norm"):
@@ -541,7 +576,7 @@ class Trainer:
                 )
         return values
 
-    def _placed(self, batch: Batch):
+    def _placed(self, batch: PlannedBatch):
         """Return a batch on the mesh."""
         plan, laid_out = self._laid_out
         if plan is not batch.plan:
@@ -593,16 +628,30 @@ class Trainer:
             )
 
 
-def run(config: ConfigDict, workdir: str | os.PathLike, *, verbose: bool = False) -> dict:
+def load_config(name: str) -> ConfigDict:
+    """Return a config by the name of one that comes with the package, or by its file.
+
+    As with --config: "toy", "imdb:ppo" or "my_config.py". Its fields can be changed before `run`.
+    """
+    return config_files.load(name)
+
+
+def run(
+    config: ConfigDict,
+    workdir: str | os.PathLike,
+    *,
+    reward: Callable | None = None,
+    verbose: bool = False,
+) -> dict[str, pathlib.Path]:
     """Run the stages of a config, as the command `train` does; return the folder of each.
 
-    What is done already is not done again, and what was interrupted goes on.
+    What is done already is not done again, and what was interrupted goes on. reward: a function
+    (prompts, completions) -> numbers, lists of n texts and n numbers, in place of config.reward:
+    pairs are labelled by it, ppo maximises it, evaluate and best_of_n report it.
     """
-    from dpo_jax.pipeline.stages import run_stages
-
     processes.keep_compiled_programs()
     with jax.default_matmul_precision("float32"), console.quiet(not verbose):
-        run_stages(config, str(workdir))
+        run_stages(config, str(workdir), **(dict(reward=reward) if reward else {}))
     names = configs.folder_names(config)
     return {stage: pathlib.Path(workdir) / names[stage] for stage in config.stages}
 
@@ -616,6 +665,16 @@ def _as_commands(mesh: jax.sharding.Mesh, verbose: bool = False):
         console.quiet(not verbose),
     ):
         yield
+
+
+@functools.cache  # so that trainers with one loss share its programs
+def _loss_of_pairs(function: Callable) -> Callable:
+    """Return a function of log-ratios and beta as a loss of `losses.Pairs`."""
+
+    def loss(pairs, beta, _label_smoothing):
+        return function(pairs.chosen_log_ratios, pairs.rejected_log_ratios, beta)
+
+    return loss
 
 
 def _settings(objective: str, settings: dict, lora: dict | None) -> tuple[ConfigDict, Lora | None]:
@@ -676,7 +735,7 @@ def _parse_rows(rows: Iterable[dict], data: ConfigDict, kind: str) -> list[Row]:
     return found
 
 
-def _one_batch(examples: Examples) -> Batch:
+def _one_batch(examples: Examples) -> PlannedBatch:
     if not isinstance(examples, Examples) or not len(examples):
         raise TypeError(
             f"step takes examples of model.encode, or a batch of dpo_jax.batches; found "

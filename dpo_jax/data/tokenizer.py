@@ -43,8 +43,16 @@ class Examples:
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
-        return self.prompts[index], self.responses[index]
+    def __getitem__(self, index):
+        """Return one example, or the Examples of a slice or of a list of indices."""
+        if isinstance(index, int | np.integer):
+            return self.prompts[index], self.responses[index]
+        indices = range(len(self))[index] if isinstance(index, slice) else list(index)
+        return Examples(
+            [self.prompts[i] for i in indices],
+            [self.responses[i] for i in indices],
+            [self.where[i] for i in indices],
+        )
 
     def __iter__(self):
         return zip(self.prompts, self.responses, strict=True)

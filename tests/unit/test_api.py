@@ -214,13 +214,38 @@ def test_kept_reference_log_probs_equal_a_live_reference(loaded, pairs):
     )
 
 
+def test_slices_and_lists_of_pairs(loaded, pairs):
+    all_of_them = loaded.log_probs(pairs).values
+    for some, indices in ((pairs[1:], [1, 2, 3]), (pairs[[2, 0]], [2, 0]), (pairs[:-3], [0])):
+        assert some.where == [f"rows[{i}]" for i in indices]
+        np.testing.assert_allclose(loaded.log_probs(some).values, all_of_them[indices], rtol=1e-5)
+    trainer = trainer_of(loaded)
+    trainer.step(pairs[:2])
+    assert trainer.evaluate(pairs[2:])["lengths_eval/chosen"] == 3  # of 2 and 4 tokens
+
+
 def test_kept_log_probs_are_found_by_the_tokens(loaded, pairs):
-    some = loaded.encode([ROWS[2], ROWS[0]])
+    some = pairs[[2, 0]]
     kept = loaded.log_probs(pairs)
     np.testing.assert_array_equal(kept.of(some), kept.values[[2, 0]])
     other = loaded.encode([ROWS[0], {"prompt": "w1", "chosen": "w2", "rejected": "w3"}])
     with pytest.raises(ValueError, match=r"rows\[1\] is not among the examples"):
         trainer_of(loaded, reference_log_probs=kept).step(other)
+
+
+def test_kept_log_probs_on_disk(loaded, pairs, tmp_path, monkeypatch):
+    kept = loaded.log_probs(pairs, keep_in=tmp_path)
+    np.testing.assert_array_equal(kept.values, loaded.log_probs(pairs).values)
+    (file,) = tmp_path.glob("reference/*/train.npy")
+    monkeypatch.setattr("dpo_jax.models.inference.response_log_probs", None)  # is not run again
+    again = loaded.log_probs(pairs, keep_in=tmp_path)
+    np.testing.assert_array_equal(again.values, kept.values)
+    assert np.load(file).tolist() == kept.values.tolist()
+
+
+def test_log_probs_of_a_trained_model_are_not_kept_on_disk(loaded, pairs, tmp_path):
+    with pytest.raises(ValueError, match="save it, and load it again"):
+        trainer_of(loaded).model.log_probs(pairs, keep_in=tmp_path)
 
 
 def test_another_model_as_reference(loaded, pairs):
@@ -253,6 +278,25 @@ def test_a_reward_model_has_no_log_probs(loaded, pairs):
     trainer = trainer_of(loaded, "rm")
     with pytest.raises(ValueError, match="head"):
         trainer.model.log_probs(pairs)
+
+
+def test_a_loss_of_your_own(loaded, pairs):
+    """The built-in one as a function: the same numbers, and no program for each trainer."""
+    compiled = []
+
+    def sigmoid(chosen_log_ratio, rejected_log_ratio, beta):
+        compiled.append(beta)
+        return -jax.nn.log_sigmoid(beta * (chosen_log_ratio - rejected_log_ratio))
+
+    for beta in (0.1, 0.7):
+        mine, its = trainer_of(loaded, sigmoid, beta=beta), trainer_of(loaded, "dpo", beta=beta)
+        for _ in range(3):
+            assert mine.step(pairs)["loss/train"] == pytest.approx(
+                its.step(pairs)["loss/train"], rel=1e-6
+            )
+    assert len(compiled) == 1
+    with pytest.raises(ValueError, match="not both"):
+        trainer_of(loaded, sigmoid, loss="hinge")
 
 
 def test_lora(loaded, pairs, tmp_path):
