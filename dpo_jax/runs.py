@@ -1,0 +1,315 @@
+"""List runs: dpo-jax runs [WORKDIR]
+
+Without WORKDIR, lists the folders under runs/ that hold runs. With it, prints a line for each
+stage that has run there: the folder, the last loss and accuracy, reward and KL where they were
+measured, whether it finished or at which step it stopped, and what differs from the config's
+defaults. Reads only, and needs no device.
+
+Loss and accuracy are of the last evaluation on held-out examples; a star marks those of a training
+batch. Defaults are those of the config that comes with dpo_jax if WORKDIR bears its name
+(runs/imdb), and otherwise those of the fields themselves.
+"""
+
+import dataclasses
+import fcntl
+import json
+import pathlib
+import re
+import time
+
+from ml_collections import ConfigDict
+
+from dpo_jax import command_line, config_files
+from dpo_jax import config as configs
+
+ROOT = "runs"  # where a WORKDIR is by default
+TAIL_BYTES = 1 << 20  # of a metrics.jsonl, enough for its last evaluation
+HEADINGS = ("folder", "stage", "loss", "accuracy", "reward", "KL", "status", "changed")
+MISSING = "-"
+
+
+@dataclasses.dataclass
+class StageRun:
+    """A stage in a WORKDIR, as its files tell."""
+
+    folder: pathlib.Path
+    stage: str
+    config: ConfigDict  # the whole config that the stage was started with
+    depends_on: dict  # dotted field -> value, of what the result depends on
+    evaluation: dict[str, float]  # the last one, or {}
+    last_row: dict[str, float]  # of metrics.jsonl, or {}
+    finished: str  # date and time, or ""
+
+
+def read_stage(folder: pathlib.Path) -> StageRun:
+    """Read the files of a stage's folder; ValueError or OSError if they are not a stage's."""
+    started = _read_object(folder / "config.json")
+    for name, kind in (("stage", str), ("depends_on", dict), ("config", dict)):
+        if not isinstance(started.get(name), kind):
+            raise ValueError(f"config.json has no {name!r} of a run")
+    done = folder / "done.json"
+    result = _read_object(done) if done.exists() else {}
+    rows = _last_rows(folder / "metrics.jsonl")
+    return StageRun(
+        folder=folder,
+        stage=started["stage"],
+        config=ConfigDict(started["config"]),
+        depends_on=started["depends_on"],
+        evaluation=_evaluation(result, rows),
+        last_row=rows[-1] if rows else {},
+        finished=str(result.get("finished", "")) if done.exists() else "",
+    )
+
+
+def _read_object(path: pathlib.Path) -> dict:
+    try:
+        value = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise ValueError(f"{path.name} is not JSON") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path.name} is not a JSON object")
+    return value
+
+
+def _last_rows(path: pathlib.Path) -> list[dict]:
+    """Return the last rows of a metrics.jsonl, without the halves of rows at either end."""
+    if not path.exists():
+        return []
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(size - TAIL_BYTES, 0))
+        lines = file.read().splitlines()
+    rows = []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows
+
+
+def _evaluation(result: dict, rows: list[dict]) -> dict[str, float]:
+    """Return the metrics of the last evaluation: what done.json keeps, or else the last such row.
+
+    An evaluate stage has reward and KL in done.json itself.
+    """
+    if isinstance(result.get("evaluation"), dict):
+        return result["evaluation"]
+    if isinstance(result.get("reward"), float) and isinstance(result.get("kl"), float):
+        return {"frontier/reward": result["reward"], "frontier/kl": result["kl"]}
+    for row in reversed(rows):
+        if any("eval" in name or name.startswith("frontier/") for name in row):
+            return row
+    return {}
+
+
+def changes(run: StageRun, defaults: dict) -> dict[str, object]:
+    """Return the fields (dotted name -> value) in which a run differs from the defaults."""
+    return {
+        name: value
+        for name, value in run.depends_on.items()
+        if name != "stages" and (name not in defaults or defaults[name] != value)
+    }
+
+
+def defaults_of(run: StageRun, workdir: pathlib.Path) -> dict:
+    """Return the values that a run's fields have without overrides, dotted name -> value."""
+    stages = tuple(run.config.stages)
+    for choice in _choices(workdir.absolute().name):
+        config = config_files.load(choice)
+        if tuple(config.stages) == stages:
+            break
+    else:
+        config = configs.default(stages)
+    # As they come back from a file: a tuple as a list.
+    return json.loads(json.dumps(configs.dependencies(config, run.stage)))
+
+
+def _choices(name: str) -> list[str]:
+    """Return what --config may have been for a WORKDIR of this name: NAME with each method."""
+    shipped = [known for known in config_files.shipped_names() if re.match(rf"{known}\b", name)]
+    if not shipped:
+        return []
+    # The longest, as imdb_small is no method of imdb.
+    config = max(shipped, key=len)
+    module = config_files.load_module(config_files.find(config))
+    methods = [f"{config}:{method}" for method in getattr(module, "STAGES", {})]
+    suffix = name.removeprefix(config).strip("-").replace("-", ",")
+    given = [f"{config}:{suffix}"] if suffix and methods else []
+    found = []
+    for choice in [*given, config, *methods]:
+        try:
+            config_files.load(choice)
+        except ValueError:
+            continue
+        found.append(choice)
+    return found
+
+
+def status(run: StageRun) -> str:
+    """Say whether a stage finished, is running, or at which step it stopped."""
+    if run.finished:
+        return f"finished {run.finished[:16]}"
+    step = run.last_row.get("step")
+    block = run.config.get(run.stage)
+    total = block.get("steps", 0) if isinstance(block, ConfigDict) else 0
+    at = f" at step {step}" if step is not None else ""
+    of = f" of {total}" if at and total else ""
+    if _is_locked(run.folder / ".lock"):
+        return f"running{at}{of}"
+    saved = _last_checkpoint(run.folder)
+    resumes = f", saved at {saved}" if saved is not None and saved != step else ""
+    return f"stopped{at}{of}{resumes}" if at else "started, no step yet"
+
+
+def _is_locked(path: pathlib.Path) -> bool:
+    """Whether a process of this machine is at work in a stage's folder."""
+    if not path.exists():
+        return False
+    with path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
+
+
+def _last_checkpoint(folder: pathlib.Path) -> int | None:
+    steps = [int(path.name) for path in (folder / "checkpoints").glob("*") if path.name.isdigit()]
+    return max(steps, default=None)
+
+
+def table(workdir: pathlib.Path) -> str:
+    """Return the table of the runs in a WORKDIR, and a line for each folder that is none."""
+    runs, problems, others = [], [], []
+    for folder in sorted(path for path in workdir.iterdir() if path.is_dir()):
+        if not (folder / "config.json").exists():
+            others.append(folder.name)
+            continue
+        try:
+            runs.append(read_stage(folder))
+        except (ValueError, OSError) as error:
+            problems.append(f"{folder.name}: cannot be read: {error}")
+    runs.sort(key=_order)
+    changed = [_changes_or_none(run, workdir) for run in runs]
+    common = _common(changed)
+    rows = [HEADINGS]
+    for run, own in zip(runs, changed, strict=True):
+        rows.append([*_cells(run), _as_text(own, common)])
+
+    lines = [str(workdir)]
+    if common:
+        lines.append(f"all: {_as_text(common, {})}")
+    lines += _aligned(rows) if runs else ["no runs"]
+    lines += problems
+    if others:
+        lines.append(f"other folders: {', '.join(others)}")
+    return "\n".join(lines)
+
+
+def _order(run: StageRun) -> tuple:
+    """Order stages as they run, and names by the numbers in them: dpo-beta0.5 before dpo-beta5."""
+    stages = list(configs.BLOCKS)
+    place = stages.index(run.stage) if run.stage in stages else len(stages)
+    parts = re.split(r"(\d+(?:\.\d+)?(?:e-?\d+)?)", run.folder.name)
+    numbered = [(float(part), "") if part[:1].isdigit() else (-1.0, part) for part in parts]
+    return place, numbered
+
+
+def _changes_or_none(run: StageRun, workdir: pathlib.Path) -> dict | None:
+    """Return a run's changes, or None if its config is of another version of the program."""
+    try:
+        return changes(run, defaults_of(run, workdir))
+    except (ValueError, KeyError, AttributeError, TypeError):
+        return None
+
+
+def _common(changed: list[dict | None]) -> dict:
+    """Return the changes that all of several runs share."""
+    known = [own for own in changed if own is not None]
+    if len(known) < 2:
+        return {}
+    first, *rest = known
+    return {
+        name: value
+        for name, value in first.items()
+        if all(name in own and own[name] == value for own in rest)
+    }
+
+
+def _as_text(own: dict | None, common: dict) -> str:
+    if own is None:
+        return "a config of another version"
+    return ", ".join(f"{name}={_short(own[name])}" for name in own if name not in common)
+
+
+def _short(value) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _cells(run: StageRun) -> list[str]:
+    """Return a run's line, without what it changed."""
+    measured = {
+        "loss": ("loss/eval", "loss/train"),
+        "accuracy": ("rewards_eval/accuracies", "rewards_train/accuracies"),
+        "reward": ("frontier/reward", "ppo_train/reward"),
+        "KL": ("frontier/kl", "ppo_train/kl"),
+    }
+    cells = [run.folder.name, run.stage]
+    for held_out, training in measured.values():
+        if held_out in run.evaluation:
+            cells.append(_number(run.evaluation[held_out]))
+        elif training in run.last_row:
+            cells.append(_number(run.last_row[training]) + "*")
+        else:
+            cells.append(MISSING)
+    return [*cells, status(run)]
+
+
+def _number(value) -> str:
+    return f"{value:.4g}" if isinstance(value, int | float) else str(value)
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    """Return lines whose columns are aligned; the last column is as wide as it likes."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
+        lines.append("  ".join([*cells, row[-1]]).rstrip())
+    return lines
+
+
+def overview(root: pathlib.Path) -> str:
+    """Return a line for each WORKDIR under a folder: its name, its runs, the last change."""
+    rows = [["workdir", "runs", "finished", "last change"]]
+    for workdir in sorted(path for path in root.iterdir() if path.is_dir()):
+        started = list(workdir.glob("*/config.json"))
+        if not started:
+            continue
+        finished = [path for path in started if (path.parent / "done.json").exists()]
+        newest = max(path.parent.stat().st_mtime for path in started)
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(newest))
+        rows.append([str(workdir), str(len(started)), str(len(finished)), when])
+    if len(rows) == 1:
+        return f"no runs in {root}/"
+    return "\n".join([*_aligned(rows), "", "dpo-jax runs WORKDIR lists the runs of one."])
+
+
+def main():
+    def list_runs(workdir: str):
+        folder = pathlib.Path(workdir or ROOT)
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"{folder}: there is no such folder. Give the WORKDIR of a run; without one, the "
+                f"folders under {ROOT}/ here are listed."
+            )
+        print(table(folder) if workdir else overview(folder))
+
+    command_line.run(list_runs, __doc__, positional="WORKDIR")
+
+
+if __name__ == "__main__":
+    main()

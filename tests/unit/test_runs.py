@@ -1,0 +1,177 @@
+"""The list of runs: what each line says, and what broken or foreign folders make of it."""
+
+import fcntl
+import json
+import subprocess
+import sys
+
+import pytest
+
+from dpo_jax import config as configs
+from dpo_jax import config_files, runs
+
+
+def write_stage(workdir, folder, stage, choice="toy", *, fields=(), rows=(), done=None):
+    """Write the files of a stage as a run leaves them."""
+    config = config_files.load(choice)
+    config_files.override(config, dict(fields))
+    path = workdir / folder
+    path.mkdir(parents=True)
+    depends_on = configs.dependencies(config, stage)
+    started = dict(stage=stage, depends_on=depends_on, config=json.loads(config.to_json()))
+    (path / "config.json").write_text(json.dumps(started))
+    if rows:
+        (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if done is not None:
+        finished = done | dict(finished="2026-01-02 03:04:05")
+        (path / "done.json").write_text(json.dumps(finished))
+    return path
+
+
+def lines_of(workdir) -> dict[str, list[str]]:
+    """Return the table's lines by their first word, split where columns are."""
+    lines = [line.split() for line in runs.table(workdir).splitlines()]
+    return {words[0]: words[1:] for words in lines if words}
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    return tmp_path / "toy"
+
+
+def test_line_of_a_finished_run(workdir):
+    evaluation = {
+        "loss/eval": 0.42918,
+        "rewards_eval/accuracies": 0.81,
+        "frontier/reward": -0.39615,
+        "frontier/kl": 0.25424,
+    }
+    write_stage(
+        workdir, "dpo-beta0.5", "dpo", fields={"dpo.beta": "0.5"}, done=dict(evaluation=evaluation)
+    )
+    line = lines_of(workdir)["dpo-beta0.5"]
+    finished = ["finished", "2026-01-02", "03:04"]
+    assert line == ["dpo", "0.4292", "0.81", "-0.3961", "0.2542", *finished, "dpo.beta=0.5"]
+
+
+def test_line_of_a_stopped_run(workdir):
+    rows = [
+        {"step": 0, "loss/eval": 0.6931, "rewards_eval/accuracies": 0.0},
+        {"step": 7, "loss/train": 0.5, "rewards_train/accuracies": 0.75},
+    ]
+    folder = write_stage(workdir, "dpo", "dpo", rows=rows)
+    (folder / "checkpoints" / "5").mkdir(parents=True)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "loss/tr')  # cut off by a kill
+    line = " ".join(lines_of(workdir)["dpo"])
+    assert line == "dpo 0.6931 0 - - stopped at step 7 of 240, saved at 5"
+
+
+def test_training_values_are_marked(workdir):
+    write_stage(workdir, "rm", "rm", "toy:ppo", rows=[{"step": 3, "loss/train": 0.25}])
+    assert lines_of(workdir)["rm"][:3] == ["rm", "0.25*", "-"]
+
+
+def test_a_run_in_progress(workdir):
+    folder = write_stage(workdir, "dpo", "dpo", rows=[{"step": 3, "loss/train": 0.25}])
+    with (folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert "running at step 3 of 240" in runs.table(workdir)
+    assert "stopped at step 3 of 240" in runs.table(workdir)
+
+
+def test_stages_come_in_order_and_numbers_by_size(workdir):
+    for name in ("dpo-beta5.0", "dpo-beta0.5", "dpo-beta10.0"):
+        write_stage(workdir, name, "dpo")
+    write_stage(workdir, "sft", "sft")
+    found = [line.split()[0] for line in runs.table(workdir).splitlines()[2:]]
+    assert found == ["sft", "dpo-beta0.5", "dpo-beta5.0", "dpo-beta10.0"]
+
+
+def test_defaults_are_the_config_files_where_its_name_is_the_workdirs(workdir, tmp_path):
+    write_stage(workdir, "ppo", "ppo", "toy:ppo_gt")
+    assert "ppo.steps" not in runs.table(workdir)
+    other = tmp_path / "mine"
+    write_stage(other, "ppo", "ppo", "toy:ppo_gt")
+    assert "ppo.steps=40" in runs.table(other)
+
+
+def test_what_all_runs_changed_is_said_once(workdir):
+    shared = {"sft.lr": "0.5"}
+    write_stage(workdir, "a", "dpo", fields=shared | {"dpo.beta": "1"})
+    write_stage(workdir, "b", "dpo", fields=shared | {"dpo.beta": "3"})
+    text = runs.table(workdir)
+    assert text.count("sft.lr=0.5") == 1 and "all: sft.lr=0.5" in text
+    assert "dpo.beta=1" in text and "dpo.beta=3" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "config.json is not JSON"),
+        ("[]", "config.json is not a JSON object"),
+        ("{}", "config.json has no 'stage' of a run"),
+        ('{"model_type": "gpt2"}', "config.json has no 'stage' of a run"),
+    ],
+)
+def test_broken_and_foreign_folders_take_a_line(workdir, text, said):
+    write_stage(workdir, "sft", "sft")
+    (workdir / "broken").mkdir()
+    (workdir / "broken" / "config.json").write_text(text)
+    (workdir / "reference").mkdir()
+    (workdir / "notes.txt").write_text("mine")
+    lines = runs.table(workdir).splitlines()
+    assert f"broken: cannot be read: {said}" in lines
+    assert "other folders: reference" in lines
+    assert lines[2].startswith("sft ")
+
+
+def test_a_config_of_another_version(workdir):
+    folder = write_stage(workdir, "dpo", "dpo")
+    started = json.loads((folder / "config.json").read_text())
+    started["config"]["stages"] = ["sft", "gone"]
+    (folder / "config.json").write_text(json.dumps(started))
+    assert "a config of another version" in runs.table(workdir)
+
+
+def test_columns_are_aligned(workdir):
+    write_stage(workdir, "a_rather_long_name", "dpo", done={})
+    write_stage(workdir, "b", "dpo", done={})
+    head, first, second = runs.table(workdir).splitlines()[1:]
+    assert head.index("status") == first.index("finished") == second.index("finished")
+
+
+def command(*arguments, cwd):
+    path = config_files.SHIPPED.parent
+    return subprocess.run(
+        [sys.executable, "-c", "import dpo_jax.runs as r; r.main(); ", *arguments],
+        cwd=cwd,
+        env={"PYTHONPATH": str(path)},
+        text=True,
+        capture_output=True,
+    )
+
+
+def test_overview_of_a_folder(tmp_path):
+    write_stage(tmp_path / "runs" / "toy", "sft", "sft", done={})
+    write_stage(tmp_path / "runs" / "toy", "dpo", "dpo")
+    (tmp_path / "runs" / "empty").mkdir()
+    done = command(cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert lines[1][:3] == ["runs/toy", "2", "1"] and "empty" not in done.stdout
+
+
+def test_a_missing_workdir_is_refused(tmp_path):
+    done = command("nowhere", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: nowhere: there is no such")
+
+
+def test_nothing_is_written_and_no_jax_is_loaded(workdir):
+    write_stage(workdir, "sft", "sft", done={})
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+    code = "import sys, dpo_jax.runs; sys.exit('jax' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], cwd=config_files.SHIPPED.parent)
+    runs.table(workdir)
+    assert found.returncode == 0
+    assert before == {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
