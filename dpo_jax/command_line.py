@@ -81,7 +81,7 @@ def define_config(default: str | None = None) -> ConfigFlags:
 
 
 def define_workdir() -> flags.FlagHolder:
-    """Define --workdir for a command that trains; where it is empty, the config names the folder."""
+    """Define --workdir for a command that trains; left empty, the config names the folder."""
     return flags.DEFINE_string(
         "workdir", "", "The folder of the runs. Default: runs/NAME, after the config's name."
     )

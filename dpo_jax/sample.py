@@ -1,11 +1,11 @@
-"""Samples: python -m dpo_jax.sample --model=DIR_OR_HUB_NAME --prompts=FILE.jsonl --out=FILE.jsonl
+"""Sample completions: dpo-jax sample --model=DIR_OR_HUB_NAME --prompts=FILE.jsonl --out=FILE.jsonl
 
-Adds to each row (its `prompt` is text or chat messages) the `completion`, as text without EOS, its
-`logp` (summed, nats, under the model itself) and `tokens` (how many, EOS included); with --n above
-1 `completions`, and a list of each.
+Adds to each row, whose `prompt` is text or chat messages, the `completion` as text without EOS, its
+`logp` (summed over its tokens, nats, under the model itself) and `tokens` (how many, EOS included).
+With --n above 1 it adds `completions`, and lists of the other two.
 
-Rows are written as they are made, and the same command goes on where a killed one stopped, to the
-same file. What it was made with is kept beside it, in OUT.settings.json.
+Rows are written as they are made. The same command continues a file where a killed one stopped;
+what the file was made with is kept beside it, in OUT.settings.json.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ def sample_file(
 ) -> None:
     """Sample completions for each row of a file that is not in `out` yet.
 
-    limits: as in config.data.
+    limits: max_prompt_length and truncate, as in config.data.
     """
     rows, path = _read(prompts_path), pathlib.Path(out)
     digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
@@ -69,13 +69,13 @@ def sample_file(
 
 
 def _read(path: str) -> list[dict]:
-    """The rows of a file; ValueError naming the first line that has no prompt."""
+    """Return the rows of a file; ValueError names the first line that has no prompt."""
     rows = []
     for number, row in readers.read_jsonl(path):
         if not isinstance(row.get("prompt"), str | list):
             raise ValueError(
-                f"{path} line {number}: expected a field 'prompt', text or chat messages; found fields "
-                f"{', '.join(row) or 'none'}."
+                f"{path} line {number}: expected a field 'prompt', text or chat messages; found "
+                f"the fields {', '.join(row) or '(none)'}."
             )
         rows.append(row)
     if not rows:
@@ -86,31 +86,31 @@ def _read(path: str) -> list[dict]:
 
 
 def _begin(path: pathlib.Path, made_with: dict, total: int, chunk: int) -> int:
-    """How many rows are there already, in whole chunks; what is there beyond them is cut off."""
+    """Return how many rows are done already, in whole chunks; cut off what is beyond them."""
     if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"--out={path}: there is no folder {path.parent}; make it first.")
+        raise FileNotFoundError(f"--out={path}: there is no folder {path.parent}. Make it first.")
     beside = path.with_name(path.name + ".settings.json")
     if not path.exists():
         write_json(beside, made_with)
         return 0
     if not beside.exists():
         raise FileExistsError(
-            f"--out={path} exists, but no {beside.name} beside it that says what it was made with: "
-            "give another name, or remove it."
+            f"--out={path}: the file exists, but not {beside.name}, which would say what it was "
+            "made with. Give another name, or remove the file."
         )
     found = json.loads(beside.read_text())
     if found != made_with:
         raise ValueError(
-            f"--out={path} was made with other settings:\n"
-            + differences(found, made_with)
-            + "\nTake the old values, or give another name, or remove the file."
+            f"--out={path}: the file was made with other settings:\n"
+            f"{differences(found, made_with)}\n"
+            "Take the old values, or give another name, or remove the file."
         )
     rows = read_lines(path)
     if len(rows) == total:
         return total
     start = len(rows) // chunk * chunk
     write_lines(path, rows[:start])
-    say(f"going on after {start} of {total} prompts")
+    say(f"continuing after {start} of {total} prompts")
     return start
 
 
@@ -126,7 +126,7 @@ def _encode(
     if full:
         say(
             f"{full} of {len(prompts)} prompts fill --max_prompt_length="
-            f"{limits['max_prompt_length']}: those that were longer are cut, by {truncate}"
+            f"{limits['max_prompt_length']}; longer ones are cut by {truncate}"
         )
     return prompts
 
@@ -145,9 +145,11 @@ def _fields(completions: list[generation.Generated]) -> dict:
 
 def main():
     defaults = configs.default(()).data
-    model = flags.DEFINE_string("model", None, "Folder in Hugging Face format, or hub name.")
+    model = flags.DEFINE_string(
+        "model", None, "The model: a folder in Hugging Face format, or a hub name."
+    )
     prompts = flags.DEFINE_string(
-        "prompts", None, "Rows with a field prompt: text or chat messages."
+        "prompts", None, "JSON lines with a field prompt, text or chat messages."
     )
     out = flags.DEFINE_string("out", None, "Where the rows go; an unfinished file is completed.")
     settings = dict(
@@ -160,7 +162,7 @@ def main():
             "top_p", 1.0, "Draw among the likeliest tokens that make up this share."
         ),
         n=flags.DEFINE_integer("n", 1, "Completions per prompt.", lower_bound=1),
-        seed=flags.DEFINE_integer("seed", 0, "Of the draws."),
+        seed=flags.DEFINE_integer("seed", 0, "Seed of the draws."),
         batch_size=flags.DEFINE_integer(
             "batch_size", 64, "Completions at a time, over all devices.", lower_bound=1
         ),
@@ -174,7 +176,7 @@ def main():
             "truncate",
             "keep_end",
             configs.TRUNCATIONS,
-            "What of a longer one stays, as config.data.truncate.",
+            "Which part of a longer prompt stays, as config.data.truncate.",
         ),
     )
     flags.mark_flags_as_required(["model", "prompts", "out"])

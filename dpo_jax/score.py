@@ -1,15 +1,17 @@
-"""Scores: python -m dpo_jax.score --model=DIR_OR_HUB_NAME --data=FILE.jsonl --out=FILE.jsonl
+"""Score pairs: dpo-jax score --model=DIR_OR_HUB_NAME --data=FILE.jsonl --out=FILE.jsonl
 
-Adds to each row (prompt, chosen, rejected) `logp_chosen, logp_rejected` (summed, nats) and
-`tokens_chosen, tokens_rejected` (scored tokens, EOS included), by the very code that trains: same
-tokenisation, layout and log-probs.
+Adds to each row (prompt, chosen, rejected) `logp_chosen, logp_rejected`, the summed log-probs in
+nats, and `tokens_chosen, tokens_rejected`, the tokens they are summed over, EOS included. The
+tokens, their layout and the log-probs come from the code that trains.
 """
 
 import json
 import os
 import pathlib
+from collections.abc import Iterator
 
 import jax
+import numpy as np
 from absl import flags
 
 from dpo_jax import config as configs
@@ -22,16 +24,18 @@ from dpo_jax.parallel import processes, sharding
 def score_file(
     model_path: str, data_path: str, out: str, mesh, *, batch_size: int, dtype: str, limits: dict
 ) -> None:
-    """Reads pairs, scores them, and writes every row that could be scored, in order, with what was
-    found.
+    """Read pairs, score them, and write the rows that could be scored, in the file's order.
+
+    batch_size: pairs at a time, over all devices. limits: fields of config.data. Raises
+    FileExistsError if `out` is there already, and what reading the model and the data raises.
     """
+    folder = pathlib.Path(out).absolute().parent
     if pathlib.Path(out).exists():
-        raise FileExistsError(f"--out={out} exists: give another name, or remove it.")
-    if not pathlib.Path(out).absolute().parent.is_dir():
-        raise FileNotFoundError(
-            f"--out={out}: there is no folder {pathlib.Path(out).parent}; make it first."
-        )
-    processes.check_shared(pathlib.Path(out).parent)
+        raise FileExistsError(f"--out={out}: the file exists. Give another name, or remove it.")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--out={out}: there is no folder {folder}. Make it first.")
+    processes.check_shared(folder)
+
     checkpoint = loading.open_checkpoint(model_path, dtype=dtype)
     data = configs.default(()).data
     data.update(source="local", path=data_path, eval_fraction=0.0, **limits)
@@ -41,46 +45,54 @@ def score_file(
     model = checkpoint.load(mesh)
     log_probs = inference.log_probs("score", model, loaded.train, batch_size)
     if jax.process_index() == 0:
-        splits = readers.find_splits(data_path)
-        rows = (
-            splits["train"] if "train" in splits else next(iter(splits.values()))
-        )  # as dataset.load chose
-        _write(out, rows(), loaded.train, log_probs)
-    processes.wait_for_all("scores")  # or they would give process 0 up, and end it
+        _write(out, _rows(data_path), loaded.train, log_probs)
+    # Without this, the others would take process 0 for dead while it writes, and end it.
+    processes.wait_for_all("scores")
     left_out = loaded.ledger.train.read - len(log_probs)
+    chosen, rejected = log_probs.mean(axis=0)
     say(
         f"scored {len(log_probs)} pairs into {out}, left out {left_out} (see above); "
-        f"mean log-prob chosen {log_probs[:, 0].mean():.4g}, rejected {log_probs[:, 1].mean():.4g} nats"
+        f"mean log-prob chosen {chosen:.4g}, rejected {rejected:.4g} nats"
     )
 
 
-def _write(out: str, rows, examples, log_probs) -> None:
-    """The rows that were scored, as they were read, with the scores; a kill leaves no half-written
-    file.
-    """
-    scores = dict(zip(examples.where, zip(examples.responses, log_probs, strict=True), strict=True))
+def _rows(data_path: str) -> Iterator:
+    """Yield (where, record) of the split that dataset.load trains on: train, or the only one."""
+    splits = readers.find_splits(data_path)
+    split = "train" if "train" in splits else next(iter(splits))
+    return splits[split]()
+
+
+def _write(out: str, rows: Iterator, examples, log_probs: np.ndarray) -> None:
+    """Write the rows that were scored, as they were read, with what was found, in one piece."""
+    scored = {}
+    for where, responses, pair in zip(examples.where, examples.responses, log_probs, strict=True):
+        scored[where] = dict(
+            logp_chosen=float(pair[0]),
+            logp_rejected=float(pair[1]),
+            tokens_chosen=len(responses[0]),
+            tokens_rejected=len(responses[1]),
+        )
     draft = pathlib.Path(out + ".draft")
     with draft.open("w") as file:
         for where, record in rows:
-            if where in scores:
-                responses, (chosen, rejected) = scores[where]
-                found = dict(
-                    logp_chosen=float(chosen),
-                    logp_rejected=float(rejected),
-                    tokens_chosen=len(responses[0]),
-                    tokens_rejected=len(responses[1]),
-                )
-                # Parquet has columns that JSON has not, such as times: those are written as text.
-                file.write(json.dumps(readers.fields_of(record) | found, default=str) + "\n")
+            if where in scored:
+                row = readers.fields_of(record) | scored[where]
+                # Parquet has values that JSON lacks, such as times: those are written as text.
+                file.write(json.dumps(row, default=str) + "\n")
     os.replace(draft, out)
 
 
 def main():
     defaults = configs.default(()).data
-    model = flags.DEFINE_string("model", None, "Folder in Hugging Face format, or hub name.")
-    data = flags.DEFINE_string("data", None, "Pairs: rows of prompt, chosen, rejected.")
+    model = flags.DEFINE_string(
+        "model", None, "The model: a folder in Hugging Face format, or a hub name."
+    )
+    data = flags.DEFINE_string("data", None, "The pairs: rows of prompt, chosen, rejected.")
     out = flags.DEFINE_string("out", None, "Where the scored rows go; must not exist.")
-    batch_size = flags.DEFINE_integer("batch_size", 16, "Pairs at a time, over all devices.")
+    batch_size = flags.DEFINE_integer(
+        "batch_size", 16, "Pairs at a time, over all devices.", lower_bound=1
+    )
     dtype = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute dtype.")
     names = {
         "max_length": flags.DEFINE_integer,

@@ -99,7 +99,7 @@ def test_sample_resumes_after_kill(model, pairs, finished, tmp_path, capsys):
     assert 20 <= out.read_text().count("\n") < COUNT
     sample_file(model, pairs, out)
     told = capsys.readouterr().out
-    assert re.search(rf"going on after \d+ of {COUNT} prompts", told)
+    assert re.search(rf"continuing after \d+ of {COUNT} prompts", told)
     assert f"finished: {out} holds {COUNT} prompts with 2 sampled for each" in told
     assert out.read_bytes() == finished.read_bytes()
 
@@ -107,7 +107,7 @@ def test_sample_resumes_after_kill(model, pairs, finished, tmp_path, capsys):
 def test_sample_redoes_half_written(unfinished, finished, model, pairs, capsys):
     sample_file(model, pairs, unfinished)
     assert unfinished.read_bytes() == finished.read_bytes()
-    assert f"going on after 3 of {COUNT} prompts" in capsys.readouterr().out
+    assert f"continuing after 3 of {COUNT} prompts" in capsys.readouterr().out
 
 
 def test_sample_leaves_finished_file(finished, model, pairs, capsys, monkeypatch):
@@ -148,7 +148,7 @@ def test_sample_refuses_other_prompts(unfinished, model, tmp_path):
 
 def test_sample_refuses_other_file(model, pairs, tmp_path):
     (tmp_path / "notes.jsonl").write_text("mine\n")
-    with pytest.raises(FileExistsError, match="exists, but no notes.jsonl.settings.json beside it"):
+    with pytest.raises(FileExistsError, match="exists, but not notes.jsonl.settings.json"):
         sample_file(model, pairs, tmp_path / "notes.jsonl")
     assert (tmp_path / "notes.jsonl").read_text() == "mine\n"
 
@@ -183,9 +183,8 @@ def test_sample_chat_prompts(model, tmp_path, capsys):
         )
         found[name] = [row["completions"] for row in lines(tmp_path / f"{name}.jsonl")]
     assert found["chats"] == found["texts"]
-    assert (
-        "1 of 2 prompts fill --max_prompt_length=4: those that were longer are cut, by keep_end"
-        in (capsys.readouterr().out)
+    assert "1 of 2 prompts fill --max_prompt_length=4; longer ones are cut by keep_end" in (
+        capsys.readouterr().out
     )
 
 
@@ -208,7 +207,7 @@ def test_sample_names_bad_row(model, tmp_path, text, message):
 
 
 def test_sample_names_missing_folder(model, pairs, tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no folder .*missing; make it first"):
+    with pytest.raises(FileNotFoundError, match="there is no folder .*missing. Make it first"):
         sample_file(model, pairs, tmp_path / "missing" / "out.jsonl")
 
 

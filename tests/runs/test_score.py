@@ -68,7 +68,7 @@ def test_score_writes_other_types_as_text(scored, tmp_path):
 def test_score_refuses_existing_file(scored):
     folder, _ = scored
     before = (folder / "out.jsonl").read_bytes()
-    with pytest.raises(FileExistsError, match="exists: give another name"):
+    with pytest.raises(FileExistsError, match="the file exists. Give another name"):
         score_file(folder / "model", folder / "pairs.jsonl", folder / "out.jsonl")
     assert (folder / "out.jsonl").read_bytes() == before
 

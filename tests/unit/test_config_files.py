@@ -64,8 +64,8 @@ def test_an_unknown_method_is_refused(choice, said):
         ("import no_such_module", "mine.py line 1: ModuleNotFoundError"),
         ("def get_config():\n    return x", "mine.py line 2: NameError"),
         (
-            "from dpo_jax.config import default\ndef get_config():\n    config = default(('dpo',))\n"
-            "    config.dpo.beta = 'high'\n    return config",
+            "from dpo_jax.config import default\ndef get_config():\n"
+            "    config = default(('dpo',))\n    config.dpo.beta = 'high'\n    return config",
             "mine.py line 4: TypeError",
         ),
     ],

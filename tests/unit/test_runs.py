@@ -43,7 +43,7 @@ def test_line_of_a_finished_run(workdir):
     evaluation = {
         "loss/eval": 0.42918,
         "rewards_eval/accuracies": 0.81,
-        "frontier/reward": -0.39615,
+        "frontier/reward": -0.39614,
         "frontier/kl": 0.25424,
     }
     write_stage(
