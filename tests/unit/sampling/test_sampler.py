@@ -70,7 +70,7 @@ def test_sample_greedy_text_of_trained_model():
 
 
 def test_sample_log_probs_equal_training(tiny):
-    # Which the log-probs do not depend on.
+    # The log-probs do not depend on the temperature.
     drawn = draw(tiny, sampling=Sampling(10, temperature=1.3, top_k=30))
     examples = [
         (prompt, tuple(one.tokens for one in row))
