@@ -33,15 +33,16 @@ LONGEST = (
     "runs/test_toy.py",
     "runs/test_baselines.py",
     "runs/test_training.py",
+    "runs/test_meshes.py",
     "runs/test_resume.py",
     "runs/test_reference_cache.py",
     "experiments/test_tldr_winrate.py",
     "processes/test_processes.py",
     "parity/test_families.py",
+    "unit/test_api.py",
     "unit/training/test_step.py",
     "unit/evaluation/test_judge.py",
     "unit/models/test_attention.py",
-    "unit/training/test_meshes.py",
 )
 
 

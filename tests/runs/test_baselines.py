@@ -81,27 +81,6 @@ def test_rm_starts_at_log_2_and_learns(workdir):
     assert rows[-1]["loss/eval"] < 0.6 and rows[-1]["rewards_eval/accuracies"] > 0.65
 
 
-def test_transformers_reads_reward_model(workdir):
-    torch = pytest.importorskip(
-        "torch", reason="the independent reference is transformers with torch"
-    )
-    from transformers import AutoModelForSequenceClassification
-
-    theirs = AutoModelForSequenceClassification.from_pretrained(workdir / "rm" / "hf")
-    rng = np.random.default_rng(0)
-    tokens = [
-        (rng.integers(0, 8, 1).astype(np.int32), rng.integers(0, 8, n).astype(np.int32))
-        for n in (5, 5, 2, 4)
-    ]
-    with torch.no_grad():
-        expected = [
-            theirs(torch.tensor(np.concatenate(pair))[None].long()).logits.item() for pair in tokens
-        ]
-    score = make.make_reward("rm", str(workdir / "rm" / "hf"), 8, sharding.make_mesh())
-    np.testing.assert_allclose(score(None, None, tokens), expected, atol=1e-4)
-    assert np.ptp(expected) > 0.1
-
-
 def test_reward_model_is_no_policy(workdir):
     model = loading.open_checkpoint(str(workdir / "rm" / "hf"))
     with pytest.raises(ValueError, match="unknown: score.weight"):
