@@ -388,6 +388,7 @@ class Trainer:
         self._config = dataclasses.replace(model.config, head=HEADS.get(objective, "lm"))
         self._reference_log_probs = reference_log_probs
         self._steps_done = 0
+        self._schedule_steps = self._block.steps  # 0: not known yet
         self._laid_out: tuple = (None, None)  # the last plan and its Batches
         processes.keep_compiled_programs()
         with _as_commands(model.mesh):
@@ -424,8 +425,9 @@ class Trainer:
     def step(self, examples: Examples | PlannedBatch) -> dict[str, float]:
         """Make one update on examples, or on a batch of `batches`; return its metrics.
 
-        Metrics are those of metrics.jsonl, measured before the update: {"loss/train": ...}. Raises
-        FloatingPointError where loss or gradient is not finite.
+        Metrics are those of metrics.jsonl, measured before the update: {"loss/train": ...}.
+        Examples of new lengths may need a program of their own; the batches of one call of
+        `batches` share a few. Raises FloatingPointError where loss or gradient is not finite.
         """
         batch = examples if isinstance(examples, PlannedBatch) else _one_batch(examples)
         with _as_commands(self._initial.mesh):
@@ -545,13 +547,12 @@ class Trainer:
 
     def _frozen(self) -> Frozen:
         """Return what an update reads and never changes."""
-        steps = self._block.steps or getattr(self, "_schedule_steps", 0)
-        if self._block.schedule != "constant" and not steps:
+        if self._block.schedule != "constant" and not self._schedule_steps:
             raise ValueError(
                 f"schedule={self._block.schedule!r} runs over steps: give Trainer steps=..., or "
                 "train with fit."
             )
-        hyper = numbers(self._block, steps)
+        hyper = numbers(self._block, self._schedule_steps)
         if self._lora:
             hyper["lora_scale"] = np.float32(self._lora.scale)
         hyper = jax.device_put(hyper, sharding.replicated(self._initial.mesh))
