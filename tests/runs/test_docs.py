@@ -34,7 +34,7 @@ def test_recipe_runs_with_the_papers_defaults(trained):
     assert (folder / "mine" / "dpo" / "hf" / "model.safetensors").exists()
 
 
-def test_run_that_ends_in_its_warm_up_says_so(trained):
+def test_run_tells_if_warm_up_is_longer(trained):
     _, out = trained
     assert "config.dpo.warmup_steps = 150" in out
 

@@ -205,9 +205,7 @@ def test_changed_reference_is_refused(pairs, tmp_path, cached):
         run(config, tmp_path / "run")
 
 
-def test_a_run_of_another_version_is_refused_unless_it_is_finished(
-    model, pairs, tmp_path, monkeypatch
-):
+def test_run_of_other_version_is_refused(model, pairs, tmp_path, monkeypatch):
     config = dpo_config(model, pairs, steps=2)
     homes = dict(
         tokenization=(tokenizer, "TOKENIZATION_VERSION"),

@@ -51,20 +51,20 @@ print({"jax", "numpy", "transformers"} & sys.modules.keys())
     assert run_python(code) == "set()\n"
 
 
-def test_every_name_is_there_and_no_other():
+def test_public_names():
     for name in dpo_jax.__all__:
         assert getattr(dpo_jax, name)
     with pytest.raises(AttributeError, match="no attribute 'Trainr'"):
         _ = dpo_jax.Trainr
 
 
-def test_settings_of_jax_are_left_alone(loaded, pairs):
+def test_jax_settings_are_left_alone(loaded, pairs):
     before = jax.config.jax_default_matmul_precision
     trainer_of(loaded).step(pairs)
     assert jax.config.jax_default_matmul_precision == before
 
 
-def test_products_are_float32_whatever_the_caller_has_set(loaded, pairs):
+def test_products_are_float32(loaded, pairs):
     with jax.default_matmul_precision("bfloat16"):
         text = jax.jit(lambda x: x @ x).lower(np.ones((2, 2))).as_text()
         assert "precision = [DEFAULT" in text or "DEFAULT" in text
@@ -82,12 +82,12 @@ def test_nothing_is_printed(loaded, pairs, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_progress_is_printed_where_it_is_asked_for(loaded, pairs, capsys):
+def test_progress_is_printed_if_asked(loaded, pairs, capsys):
     trainer_of(loaded).fit(pairs, batch_size=2, steps=2, verbose=True)
     assert "dpo 2/2  loss" in capsys.readouterr().out
 
 
-def test_encoded_pairs(loaded, pairs):
+def test_encode_pairs(loaded, pairs):
     prompt, (chosen, rejected) = pairs[0]
     words = loaded.tokenizer
     assert words.decode(prompt) == "<s> w1 w2"
@@ -96,19 +96,19 @@ def test_encoded_pairs(loaded, pairs):
     assert pairs.where == [f"rows[{i}]" for i in range(4)]
 
 
-def test_rows_may_be_any_iterable_and_of_any_source(loaded):
+def test_encode_any_iterable_and_source(loaded):
     transcript = "\n\nHuman: w1\n\nAssistant:"
     rows = ({"chosen": transcript + end, "rejected": transcript + " w9"} for end in (" w2", " w3"))
     assert len(loaded.encode(rows, source="hh")) == 2
 
 
-def test_the_chosen_response_of_a_pair_is_a_completion(loaded, pairs):
+def test_encode_chosen_as_completion(loaded, pairs):
     completions = loaded.encode(ROWS, kind="sft")
     assert [len(responses) for _, responses in completions] == [1] * 4
     np.testing.assert_array_equal(completions[1][1][0], pairs[1][1][0])
 
 
-def test_chat_without_a_template_is_refused(loaded):
+def test_encode_refuses_chat_without_template(loaded):
     row = {"prompt": [user("w1")], "chosen": [assistant("w2")], "rejected": [assistant("w3")]}
     with pytest.raises(ValueError, match=r"rows\[0\] holds chat messages"):
         loaded.encode([row])
@@ -126,24 +126,24 @@ def test_chat_without_a_template_is_refused(loaded):
         ([], "no row"),
     ],
 )
-def test_wrong_rows_are_named(loaded, rows, message):
+def test_encode_names_wrong_rows(loaded, rows, message):
     with pytest.raises(ValueError, match=f"(?s){message}"):
         loaded.encode(rows)
 
 
 @pytest.mark.parametrize("rows", ["pairs.jsonl", ROWS[0]])
-def test_a_file_or_a_single_row_is_not_a_list_of_rows(loaded, rows):
+def test_encode_refuses_file_or_single_row(loaded, rows):
     with pytest.raises(TypeError, match="takes a list of rows"):
         loaded.encode(rows)
 
 
-def test_bad_rows_can_be_left_out(loaded):
+def test_encode_drops_bad_rows(loaded):
     rows = [ROWS[0], {"prompt": "w1"}, ROWS[1], {"prompt": "w1", "chosen": "w", "rejected": "w"}]
     kept = loaded.encode(rows, on_bad_row="drop")
     assert kept.where == ["rows[0]", "rows[2]"]
 
 
-def test_log_probs_of_each_row_alone(loaded, pairs):
+def test_log_probs_equal_each_row_alone(loaded, pairs):
     chosen, rejected = loaded.log_probs(pairs)
     assert chosen.dtype == rejected.dtype == np.float32
     for i, row in enumerate(ROWS):
@@ -157,7 +157,7 @@ def test_log_probs_of_single_completions(loaded, pairs):
     np.testing.assert_allclose(completion, chosen, rtol=1e-5)
 
 
-def test_first_loss_is_log_2_and_training_lowers_it(loaded, pairs):
+def test_step_starts_at_log_2_and_learns(loaded, pairs):
     trainer = trainer_of(loaded)
     losses = [trainer.step(pairs)["loss/train"] for _ in range(5)]
     assert losses[0] == pytest.approx(np.log(2), abs=1e-6)
@@ -165,7 +165,7 @@ def test_first_loss_is_log_2_and_training_lowers_it(loaded, pairs):
     assert trainer.steps_done == 5
 
 
-def test_the_model_that_training_starts_from_stays(loaded, pairs):
+def test_trainer_leaves_initial_model(loaded, pairs):
     before = loaded.log_probs(pairs).values
     trainer = trainer_of(loaded)
     trainer.step(pairs)
@@ -173,7 +173,7 @@ def test_the_model_that_training_starts_from_stays(loaded, pairs):
     assert (trainer.model.log_probs(pairs).values != before).all()
 
 
-def test_weights_that_a_step_has_replaced_are_refused(loaded, pairs, tmp_path):
+def test_replaced_weights_are_refused(loaded, pairs, tmp_path):
     trainer = trainer_of(loaded)
     old = trainer.model
     trainer.step(pairs)
@@ -187,7 +187,7 @@ def test_weights_that_a_step_has_replaced_are_refused(loaded, pairs, tmp_path):
             use()
 
 
-def test_a_donated_model_is_not_copied_and_cannot_be_used_again(model, pairs):
+def test_donated_model_is_refused(model, pairs):
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     given = dpo_jax.load(model, mesh=mesh)
     kept = given.log_probs(pairs)
@@ -198,12 +198,12 @@ def test_a_donated_model_is_not_copied_and_cannot_be_used_again(model, pairs):
         given.log_probs(pairs)
 
 
-def test_the_reference_cannot_be_donated(loaded):
+def test_reference_cannot_be_donated(loaded):
     with pytest.raises(ValueError, match="it is the reference too"):
         trainer_of(loaded, donate=True)
 
 
-def test_kept_reference_log_probs_equal_a_live_reference(loaded, pairs):
+def test_kept_log_probs_equal_live_reference(loaded, pairs):
     live = trainer_of(loaded)
     kept = trainer_of(loaded, reference_log_probs=loaded.log_probs(pairs))
     for _ in range(3):
@@ -214,7 +214,7 @@ def test_kept_reference_log_probs_equal_a_live_reference(loaded, pairs):
     )
 
 
-def test_slices_and_lists_of_pairs(loaded, pairs):
+def test_pairs_slices_and_lists(loaded, pairs):
     all_of_them = loaded.log_probs(pairs).values
     for some, indices in ((pairs[1:], [1, 2, 3]), (pairs[[2, 0]], [2, 0]), (pairs[:-3], [0])):
         assert some.where == [f"rows[{i}]" for i in indices]
@@ -224,7 +224,7 @@ def test_slices_and_lists_of_pairs(loaded, pairs):
     assert trainer.evaluate(pairs[2:])["lengths_eval/chosen"] == 3  # of 2 and 4 tokens
 
 
-def test_kept_log_probs_are_found_by_the_tokens(loaded, pairs):
+def test_kept_log_probs_found_by_tokens(loaded, pairs):
     some = pairs[[2, 0]]
     kept = loaded.log_probs(pairs)
     np.testing.assert_array_equal(kept.of(some), kept.values[[2, 0]])
@@ -243,12 +243,12 @@ def test_kept_log_probs_on_disk(loaded, pairs, tmp_path, monkeypatch):
     assert np.load(file).tolist() == kept.values.tolist()
 
 
-def test_log_probs_of_a_trained_model_are_not_kept_on_disk(loaded, pairs, tmp_path):
+def test_trained_log_probs_not_kept_on_disk(loaded, pairs, tmp_path):
     with pytest.raises(ValueError, match="save it, and load it again"):
         trainer_of(loaded).model.log_probs(pairs, keep_in=tmp_path)
 
 
-def test_another_model_as_reference(loaded, pairs):
+def test_trainer_with_another_reference(loaded, pairs):
     trained = trainer_of(loaded)
     trained.step(pairs)
     trainer = trainer_of(loaded, reference=trained.model)
@@ -260,7 +260,7 @@ def test_another_model_as_reference(loaded, pairs):
 
 
 @pytest.mark.parametrize("objective", ["sft", "preferred_ft", "unlikelihood", "rm", "dpo"])
-def test_every_objective_trains(loaded, objective):
+def test_trainer_of_every_objective(loaded, objective):
     examples = loaded.encode(ROWS, kind="sft" if objective in ("sft", "preferred_ft") else "")
     trainer = trainer_of(loaded, objective)
     first, *_, last = trainer.fit(examples, batch_size=4, steps=6)
@@ -269,18 +269,18 @@ def test_every_objective_trains(loaded, objective):
 
 
 @pytest.mark.parametrize("loss", ["sigmoid_norm", "ipo", "ipo_sum", "hinge", "robust"])
-def test_losses_of_dpo_by_name(loaded, pairs, loss):
+def test_trainer_of_every_loss(loaded, pairs, loss):
     trainer = trainer_of(loaded, loss=loss)
     assert np.isfinite(trainer.step(pairs)["loss/train"])
 
 
-def test_a_reward_model_has_no_log_probs(loaded, pairs):
+def test_reward_model_has_no_log_probs(loaded, pairs):
     trainer = trainer_of(loaded, "rm")
     with pytest.raises(ValueError, match="head"):
         trainer.model.log_probs(pairs)
 
 
-def test_a_loss_of_your_own(loaded, pairs):
+def test_trainer_with_custom_loss(loaded, pairs):
     """The built-in one as a function: the same numbers, and no program for each trainer."""
     compiled = []
 
@@ -299,7 +299,7 @@ def test_a_loss_of_your_own(loaded, pairs):
         trainer_of(loaded, sigmoid, loss="hinge")
 
 
-def test_lora(loaded, pairs, tmp_path):
+def test_trainer_with_lora(loaded, pairs, tmp_path):
     before = loaded.log_probs(pairs).values
     trainer = trainer_of(loaded, lora=dict(rank=2))
     assert trainer.step(pairs)["loss/train"] == pytest.approx(np.log(2), abs=1e-6)
@@ -312,7 +312,7 @@ def test_lora(loaded, pairs, tmp_path):
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
-def test_a_mesh_of_four_devices_gives_the_same_numbers(model, loaded, pairs):
+def test_trainer_is_equal_on_mesh(model, loaded, pairs):
     on_four = dpo_jax.load(model, mesh=dict(fsdp=2, tensor=2, devices=jax.devices()[:4]))
     np.testing.assert_allclose(
         on_four.log_probs(pairs).values, loaded.log_probs(pairs).values, rtol=1e-4
@@ -324,7 +324,7 @@ def test_a_mesh_of_four_devices_gives_the_same_numbers(model, loaded, pairs):
         )
 
 
-def test_a_batch_that_the_mesh_does_not_divide_is_filled_up(model, loaded, pairs):
+def test_step_fills_up_batch_for_mesh(model, loaded, pairs):
     on_eight = dpo_jax.load(model)
     three = loaded.encode(ROWS[:3])
     mine, its = trainer_of(on_eight).step(three), trainer_of(loaded).step(three)
@@ -332,13 +332,13 @@ def test_a_batch_that_the_mesh_does_not_divide_is_filled_up(model, loaded, pairs
     assert mine["grad_norm"] == pytest.approx(its["grad_norm"], rel=1e-4)
 
 
-def test_microbatches_do_not_change_a_step(loaded, pairs):
+def test_step_in_microbatches(loaded, pairs):
     whole = trainer_of(loaded).step(pairs)
     split = trainer_of(loaded, microbatch_size=2).step(pairs)
     assert split["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-4)
 
 
-def test_batches_are_an_epoch_by_default_and_do_not_depend_on_the_number_of_steps(pairs):
+def test_batches_are_an_epoch_by_default(pairs):
     epoch = dpo_jax.batches(pairs, batch_size=2)
     assert len(epoch) == 2
     assert sorted(epoch.order.ravel()) == [0, 1, 2, 3]
@@ -350,21 +350,21 @@ def test_batches_are_an_epoch_by_default_and_do_not_depend_on_the_number_of_step
         dpo_jax.batches(pairs, batch_size=64)
 
 
-def test_fit_makes_the_steps_of_batches(loaded, pairs):
+def test_fit_equals_steps_of_batches(loaded, pairs):
     plan = dpo_jax.batches(pairs, batch_size=2, steps=3)
     one = trainer_of(loaded)
     by_hand = [one.step(batch) for batch in plan]
     assert trainer_of(loaded).fit(pairs, batch_size=2, steps=3) == by_hand
 
 
-def test_a_schedule_needs_its_length(loaded, pairs):
+def test_schedule_needs_steps(loaded, pairs):
     with pytest.raises(ValueError, match="runs over steps"):
         trainer_of(loaded, schedule="linear").step(pairs)
     found = trainer_of(loaded, schedule="linear").fit(pairs, batch_size=2, steps=4)
     assert [row["lr"] for row in found] == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
 
 
-def test_generated_texts(loaded):
+def test_generate_texts(loaded):
     texts = loaded.generate(["w1 w2", "w3"], max_new_tokens=3, temperature=0.0)
     assert len(texts) == 2
     assert all(len(text.split()) <= 3 for text in texts)
@@ -373,7 +373,7 @@ def test_generated_texts(loaded):
     assert several == loaded.generate(["w1 w2"], n=3, max_new_tokens=3, seed=1)
 
 
-def test_saved_weights_come_back(loaded, pairs, tmp_path):
+def test_save_and_load(loaded, pairs, tmp_path):
     trainer = trainer_of(loaded)
     trainer.step(pairs)
     trainer.model.save(tmp_path / "out")
@@ -420,7 +420,7 @@ def test_wrong_values_are_named(loaded, pairs, call, message):
         call(loaded, pairs)
 
 
-def test_a_loss_that_is_not_finite_names_the_rows(loaded, pairs):
+def test_nan_loss_names_rows(loaded, pairs):
     trainer = trainer_of(loaded, optimizer="sgd", lr=1e30, max_grad_norm=0.0)
     with pytest.raises(FloatingPointError, match=r"is (nan|inf) on the batch of rows\[0\]"):
         for _ in range(4):

@@ -63,7 +63,7 @@ def test_overrides_are_taken_out(arguments, others, texts):
     assert split_overrides(arguments) == (others, texts)
 
 
-def test_the_config_is_loaded_with_the_overrides():
+def test_config_is_loaded_with_overrides():
     body = "print(config.load().dpo.beta, config.choice)"
     done = program(body, "--config.dpo.beta=0.5", "--config=toy", config=True)
     assert (done.returncode, done.stdout) == (0, "0.5 toy\n"), done.stderr
@@ -79,14 +79,14 @@ def test_the_config_is_loaded_with_the_overrides():
         "ImportError('row 3 is wrong')",
     ],
 )
-def test_an_error_that_is_raised_for_people(error):
+def test_error_for_people(error):
     assert_refused(program(f"raise {error}"), "error: row 3 is wrong\n")
     shown = program(f"raise {error}", "--debug")
     assert shown.returncode == 2 and "Traceback" in shown.stderr
     assert shown.stderr.endswith("error: row 3 is wrong\n")
 
 
-def test_a_file_that_is_not_there():
+def test_missing_file():
     assert_refused(program("open('/nowhere/at/all')"), "/nowhere/at/all")
 
 
@@ -101,13 +101,13 @@ def test_a_file_that_is_not_there():
         "assert False",
     ],
 )
-def test_a_bug_keeps_its_traceback(bug):
+def test_bug_keeps_traceback(bug):
     done = program(bug)
     assert done.returncode == 1
     assert "Traceback" in done.stderr and "This is a bug in dpo_jax" in done.stderr
 
 
-def test_an_interrupt_ends_with_the_shells_code():
+def test_interrupt_exit_code():
     done = program("raise KeyboardInterrupt")
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
     assert program("raise SystemExit(143)").returncode == 143
@@ -130,7 +130,7 @@ def test_usage_errors():
     assert_refused(program(load, "--config=toy", "--config.beta=1", config=True), "dpo.beta")
 
 
-def test_missing_and_wrong_flags_say_what_is_expected():
+def test_wrong_flags_say_what_is_expected():
     flags = (
         "from absl import flags\n"
         "flags.DEFINE_string('out', None, 'Where the rows go.', required=True)\n"
@@ -164,7 +164,7 @@ def test_help_lists_commands_and_flags(tmp_path):
 
 
 @pytest.mark.parametrize("name", dpo_jax_main.COMMANDS)
-def test_every_command_is_a_module_with_a_docstring_for_help(name):
+def test_commands_are_modules_with_docstring(name):
     source = pathlib.Path(ROOT / "dpo_jax" / f"{name}.py").read_text()
     assert f"dpo-jax {name}" in source.splitlines()[0]
 
@@ -178,7 +178,7 @@ def test_help_loads_no_jax():
     assert found.returncode == 0
 
 
-def test_is_for_people_asks_who_raised_it():
+def test_is_for_people():
     try:
         json.loads("{")
     except ValueError as error:

@@ -14,16 +14,16 @@ def empty_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("choice", ["toy", "configs/toy.py", "toy:ppo", "configs/toy.py:ppo"])
-def test_shipped_configs_are_found_from_anywhere(empty_folder, choice):
+def test_find_shipped_config_from_anywhere(empty_folder, choice):
     assert config_files.load(choice).data.source == "toy"
 
 
 @pytest.mark.parametrize("name", config_files.shipped_names())
-def test_every_shipped_config_loads_without_the_repository(empty_folder, name):
+def test_shipped_configs_load_without_repository(empty_folder, name):
     assert config_files.load(name).stages
 
 
-def test_a_file_of_the_users_own_goes_first(empty_folder):
+def test_find_own_file_first(empty_folder):
     source = "from dpo_jax.config import default\ndef get_config():\n    return default(('sft',))\n"
     (empty_folder / "configs").mkdir()
     (empty_folder / "configs" / "toy.py").write_text(source)
@@ -32,12 +32,12 @@ def test_a_file_of_the_users_own_goes_first(empty_folder):
 
 
 @pytest.mark.parametrize("name", ["tyo", "configs/nothing.py", "some/where/toy.py", ""])
-def test_an_unknown_name_lists_those_there_are(name):
+def test_find_lists_known_names(name):
     with pytest.raises(FileNotFoundError, match=f"--config={name}: .*{LISTED}"):
         config_files.load(name)
 
 
-def test_an_unknown_name_says_the_nearest():
+def test_find_names_nearest():
     with pytest.raises(FileNotFoundError, match="Did you mean --config=imdb_small"):
         config_files.load("imdb_smal")
 
@@ -50,7 +50,7 @@ def test_an_unknown_name_says_the_nearest():
         ("tldr:huge", "expected a size"),
     ],
 )
-def test_an_unknown_method_is_refused(choice, said):
+def test_load_refuses_unknown_method(choice, said):
     with pytest.raises(ValueError, match=f"--config={choice}: .*{said}"):
         config_files.load(choice)
 
@@ -70,7 +70,7 @@ def test_an_unknown_method_is_refused(choice, said):
         ),
     ],
 )
-def test_a_config_file_that_fails_is_named_with_the_line(tmp_path, source, said):
+def test_load_names_failing_line(tmp_path, source, said):
     file = tmp_path / "mine.py"
     file.write_text(source)
     with pytest.raises(ValueError, match=said):
@@ -101,18 +101,18 @@ def override(field, text, choice="toy"):
         ("model.scratch.n_embd", "64", 64),
     ],
 )
-def test_a_text_is_read_as_the_fields_type(field, text, value):
+def test_override_takes_type_of_field(field, text, value):
     found = override(field, text)
     assert found == value and type(found) is type(value)
 
 
-def test_a_tuple_of_numbers():
+def test_override_of_tuple():
     assert override("best_of_n.n", "1,4", "toy:best_of_n") == (1, 4)
     assert override("best_of_n.n", "(8, 16)", "toy:best_of_n") == (8, 16)
     assert override("best_of_n.n", "4", "toy:best_of_n") == (4,)
 
 
-def test_a_block_is_replaced_by_a_dict():
+def test_override_of_block():
     assert override("model.scratch", "{'model_type': 'llama'}").to_dict() == {"model_type": "llama"}
 
 
@@ -125,7 +125,7 @@ def test_a_block_is_replaced_by_a_dict():
         ("dpo", "x", "expected one of its fields"),
     ],
 )
-def test_a_text_of_another_type_is_refused(field, text, said):
+def test_override_refuses_other_type(field, text, said):
     with pytest.raises(ValueError, match=f"--config.{field}={text}: {said}"):
         override(field, text)
 
@@ -142,6 +142,6 @@ def test_a_text_of_another_type_is_refused(field, text, said):
         ("ppo.lr", "this config runs no stage ppo.*Its stages are sft, pairs, dpo, evaluate"),
     ],
 )
-def test_an_unknown_field_names_the_nearest(field, said):
+def test_override_names_nearest_field(field, said):
     with pytest.raises(ValueError, match=f"--config.{field}: .*{said}"):
         override(field, "1")

@@ -13,7 +13,7 @@ def requirements(name: str) -> set[str]:
     return {line for line in lines if line and not line.startswith("#")}
 
 
-def test_every_folder_with_modules_is_a_package():
+def test_packages_are_complete():
     folders = {path.parent for path in (ROOT / "dpo_jax").rglob("*.py")}
     names = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
     assert set(PROJECT["tool"]["setuptools"]["packages"]) == names | {"dpo_jax.configs"}
@@ -24,14 +24,14 @@ def test_dependencies_are_the_requirements():
     assert PROJECT["tool"]["setuptools"]["dynamic"]["dependencies"]["file"] == ["requirements.txt"]
 
 
-def test_the_test_extra_is_the_dev_requirements():
+def test_extra_is_dev_requirements():
     extras = PROJECT["project"]["optional-dependencies"]
     own = {line for line in extras["test"] if not line.startswith("dpo_jax")}
     assert own | {*extras["judge"], *extras["ngram"]} == requirements("requirements-dev.txt")
     assert "dpo_jax[judge,ngram]" in extras["test"]
 
 
-def test_extras_for_accelerators_ask_for_the_same_jax():
+def test_accelerator_extras_have_same_jax():
     (jax,) = [line for line in requirements("requirements.txt") if re.match(r"jax\W", line)]
     extras = PROJECT["project"]["optional-dependencies"]
     for name in ("tpu", "cuda13"):

@@ -39,7 +39,7 @@ def workdir(tmp_path):
     return tmp_path / "toy"
 
 
-def test_line_of_a_finished_run(workdir):
+def test_line_of_finished_run(workdir):
     evaluation = {
         "loss/eval": 0.42918,
         "rewards_eval/accuracies": 0.81,
@@ -54,7 +54,7 @@ def test_line_of_a_finished_run(workdir):
     assert line == ["dpo", "0.4292", "0.81", "-0.3961", "0.2542", *finished, "dpo.beta=0.5"]
 
 
-def test_line_of_a_stopped_run(workdir):
+def test_line_of_stopped_run(workdir):
     rows = [
         {"step": 0, "loss/eval": 0.6931, "rewards_eval/accuracies": 0.0},
         {"step": 7, "loss/train": 0.5, "rewards_train/accuracies": 0.75},
@@ -72,7 +72,7 @@ def test_training_values_are_marked(workdir):
     assert lines_of(workdir)["rm"][:3] == ["rm", "0.25*", "-"]
 
 
-def test_a_run_in_progress(workdir):
+def test_line_of_run_in_progress(workdir):
     folder = write_stage(workdir, "dpo", "dpo", rows=[{"step": 3, "loss/train": 0.25}])
     with (folder / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -80,7 +80,7 @@ def test_a_run_in_progress(workdir):
     assert "stopped at step 3 of 240" in runs.table(workdir)
 
 
-def test_stages_come_in_order_and_numbers_by_size(workdir):
+def test_lines_are_in_order(workdir):
     for name in ("dpo-beta5.0", "dpo-beta0.5", "dpo-beta10.0"):
         write_stage(workdir, name, "dpo")
     write_stage(workdir, "sft", "sft")
@@ -88,7 +88,7 @@ def test_stages_come_in_order_and_numbers_by_size(workdir):
     assert found == ["sft", "dpo-beta0.5", "dpo-beta5.0", "dpo-beta10.0"]
 
 
-def test_defaults_are_the_config_files_where_its_name_is_the_workdirs(workdir, tmp_path):
+def test_changes_against_config_file(workdir, tmp_path):
     write_stage(workdir, "ppo", "ppo", "toy:ppo_gt")
     assert "ppo.steps" not in runs.table(workdir)
     other = tmp_path / "mine"
@@ -96,7 +96,7 @@ def test_defaults_are_the_config_files_where_its_name_is_the_workdirs(workdir, t
     assert "ppo.steps=40" in runs.table(other)
 
 
-def test_what_all_runs_changed_is_said_once(workdir):
+def test_common_changes_are_said_once(workdir):
     shared = {"sft.lr": "0.5"}
     write_stage(workdir, "a", "dpo", fields=shared | {"dpo.beta": "1"})
     write_stage(workdir, "b", "dpo", fields=shared | {"dpo.beta": "3"})
@@ -114,7 +114,7 @@ def test_what_all_runs_changed_is_said_once(workdir):
         ('{"model_type": "gpt2"}', "config.json has no 'stage' of a run"),
     ],
 )
-def test_broken_and_foreign_folders_take_a_line(workdir, text, said):
+def test_line_of_broken_folder(workdir, text, said):
     write_stage(workdir, "sft", "sft")
     (workdir / "broken").mkdir()
     (workdir / "broken" / "config.json").write_text(text)
@@ -126,7 +126,7 @@ def test_broken_and_foreign_folders_take_a_line(workdir, text, said):
     assert lines[2].startswith("sft ")
 
 
-def test_a_config_of_another_version(workdir):
+def test_line_of_other_version(workdir):
     folder = write_stage(workdir, "dpo", "dpo")
     started = json.loads((folder / "config.json").read_text())
     started["config"]["stages"] = ["sft", "gone"]
@@ -152,7 +152,7 @@ def command(*arguments, cwd):
     )
 
 
-def test_overview_of_a_folder(tmp_path):
+def test_overview_of_folder(tmp_path):
     write_stage(tmp_path / "runs" / "toy", "sft", "sft", done={})
     write_stage(tmp_path / "runs" / "toy", "dpo", "dpo")
     (tmp_path / "runs" / "empty").mkdir()
@@ -162,12 +162,12 @@ def test_overview_of_a_folder(tmp_path):
     assert lines[1][:3] == ["runs/toy", "2", "1"] and "empty" not in done.stdout
 
 
-def test_a_missing_workdir_is_refused(tmp_path):
+def test_missing_workdir_is_refused(tmp_path):
     done = command("nowhere", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.startswith("error: nowhere: there is no such")
 
 
-def test_nothing_is_written_and_no_jax_is_loaded(workdir):
+def test_runs_writes_nothing_without_jax(workdir):
     write_stage(workdir, "sft", "sft", done={})
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
     code = "import sys, dpo_jax.runs; sys.exit('jax' in sys.modules)"

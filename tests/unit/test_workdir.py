@@ -38,13 +38,13 @@ def status(workdir, **versions):
     return start_stage(workdir, configs.default(("dpo",)), "dpo", VERSIONS | versions)[1]
 
 
-def test_an_unfinished_stage_of_the_same_versions_is_resumed(tmp_path):
+def test_start_stage_resumes_same_version(tmp_path):
     begin(tmp_path)
     assert status(tmp_path) == "unfinished"
 
 
 @pytest.mark.parametrize("name", VERSIONS)
-def test_an_unfinished_stage_of_another_version_is_refused_by_name(tmp_path, name):
+def test_start_stage_refuses_other_version(tmp_path, name):
     folder = begin(tmp_path)
     with pytest.raises(StageChanged, match=f"unfinished dpo stage .*: {name} 1 there, 2 now"):
         status(tmp_path, **{name: 2})
@@ -52,12 +52,12 @@ def test_an_unfinished_stage_of_another_version_is_refused_by_name(tmp_path, nam
 
 
 @pytest.mark.parametrize("name", VERSIONS)
-def test_a_finished_stage_of_another_version_is_reused(tmp_path, name):
+def test_start_stage_reuses_finished_version(tmp_path, name):
     finish_stage(begin(tmp_path))
     assert status(tmp_path, **{name: 2}) == "done"
 
 
-def test_a_stage_from_before_versions_were_written_is_of_version_1(tmp_path):
+def test_start_stage_without_version_is_1(tmp_path):
     path = begin(tmp_path) / "config.json"
     record = json.loads(path.read_text())
     del record["versions"]
@@ -67,7 +67,7 @@ def test_a_stage_from_before_versions_were_written_is_of_version_1(tmp_path):
         status(tmp_path, forward=2)
 
 
-def test_an_attempt_without_a_checkpoint_is_begun_again_in_any_version(tmp_path):
+def test_start_stage_restarts_without_checkpoint(tmp_path):
     folder = begin(tmp_path)
     (folder / "checkpoints" / "40").rmdir()
     assert status(tmp_path, forward=2) == "new"

@@ -75,17 +75,17 @@ def measured(case: str) -> np.ndarray:
     return log_probs_of(config, case_params(config), case_examples(case, config.vocab))
 
 
-def test_golden_numbers_are_of_this_version():
+def test_goldens_are_of_this_version():
     assert json.loads(GOLDEN.read_text())["version"] == FORWARD_VERSION, CHANGED
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_forward_version_is_raised_with_the_numbers(case):
+def test_forward_version_by_goldens(case):
     golden = json.loads(GOLDEN.read_text())["log_probs"][case]
     np.testing.assert_allclose(measured(case), golden, rtol=1e-5, err_msg=CHANGED)
 
 
-def test_forward_version_is_raised_with_the_numbers_of_real_weights():
+def test_forward_version_by_published_log_probs():
     """The log-probs that transformers gives a greedy completion of stories260k."""
     golden = json.loads((STORIES / "golden_greedy.json").read_text())
     config = families.from_hf(hf.read_config(STORIES))

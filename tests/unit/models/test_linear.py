@@ -29,7 +29,7 @@ def gradients(multiply, x, kernel):
 
 
 @pytest.mark.parametrize("equation", EQUATIONS)
-def test_product_gradients_are_einsums(equation):
+def test_product_gradients_equal_einsum(equation):
     """Whichever operand of the kernel's gradient is narrower."""
     x, kernel = operands(equation)
     found = gradients(lambda x, kernel: linear.product(equation, x, kernel), x, kernel)
@@ -49,19 +49,19 @@ def traced():
     return str(jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(x, kernel, jnp.zeros(16)))
 
 
-def test_cpu_order_is_for_cpus():
+def test_product_cpu_order_on_cpus():
     found = traced()
     # One sum is the loss's own.
     assert "optimization_barrier" in found and found.count("reduce_sum") == 1
 
 
-def test_other_devices_get_plain_einsums(on_gpu):
+def test_product_elsewhere_is_einsum(on_gpu):
     found = traced()
     assert "optimization_barrier" not in found and found.count("reduce_sum") == 2
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
-def test_bias_gradient_adds_up_in_float32(platform, monkeypatch):
+def test_bias_gradient_adds_in_float32(platform, monkeypatch):
     """A bfloat16 sum of ones would stop at 256."""
     monkeypatch.setattr(linear, "device", lambda: types.SimpleNamespace(platform=platform))
 
@@ -73,7 +73,7 @@ def test_bias_gradient_adds_up_in_float32(platform, monkeypatch):
     np.testing.assert_allclose(jax.grad(loss)(jnp.zeros(2)), 3000, rtol=0.004)
 
 
-def test_linear_is_named_for_its_axes():
+def test_linear_axes_by_name():
     """The table, the kernel's shape and the bias's, for a layer that gives heads."""
     layer = linear.Linear((8, 2, 3), True, "float32", name="q")
     x_SND, _ = operands("SND,DF->SNF")

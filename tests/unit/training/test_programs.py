@@ -42,7 +42,7 @@ def params(tiny):
     return copy_params(params)
 
 
-def test_an_objective_of_ones_own_is_trained(programs, params):
+def test_custom_objective_is_trained(programs, params):
     start = float(params["norm_final"]["scale"][0])
     frozen = Frozen(HYPER)
     before = metrics.named(programs.measure(params, frozen, BATCH), "eval")["loss/eval"]
@@ -54,7 +54,7 @@ def test_an_objective_of_ones_own_is_trained(programs, params):
     assert after == pytest.approx(start - 0.5 * gradient, rel=1e-5) and int(state.step) == 1
 
 
-def test_a_state_that_was_given_to_an_update_is_refused(programs, params):
+def test_update_refuses_donated_state(programs, params):
     state = programs.init_state(params)
     kept = copy_params(params)
     programs.update(state, Frozen(HYPER), BATCH)
@@ -65,7 +65,7 @@ def test_a_state_that_was_given_to_an_update_is_refused(programs, params):
     programs.measure(kept, Frozen(HYPER), BATCH)
 
 
-def test_a_reference_that_shares_the_policys_arrays_is_refused(programs, params):
+def test_update_refuses_shared_reference(programs, params):
     state = programs.init_state(params)
     with pytest.raises(ValueError, match="the reference shares arrays with the policy"):
         programs.update(state, Frozen(HYPER, reference=params), BATCH)
@@ -74,7 +74,7 @@ def test_a_reference_that_shares_the_policys_arrays_is_refused(programs, params)
     programs.update(state, Frozen(HYPER, reference), BATCH)
 
 
-def test_adapters_are_trained_over_weights_that_stay(params):
+def test_update_of_adapters_leaves_base(params):
     config = tiny_config()
     lora = Lora(2, targets=())
     programs = make_programs(squared_distance, config, MESH, optimizer="sgd", lora=lora)
@@ -89,7 +89,7 @@ def test_adapters_are_trained_over_weights_that_stay(params):
 
 
 @pytest.mark.parametrize("feed", [DataFeed, RolloutFeed])
-def test_feeds_have_the_protocols_methods(feed):
+def test_feeds_follow_protocol(feed):
     methods = [name for name, member in vars(loop.Feed).items() if inspect.isfunction(member)]
     methods = [name for name in methods if not name.startswith("_")]
     assert {"start", "check", "run", "evaluate", "close"} <= set(methods)
