@@ -1,14 +1,15 @@
-"""DPO of any model on any preference pairs.
+"""DPO of your model on your preference pairs.
 
     python -m dpo_jax.train --config=configs/dpo.py --config.model.path=MODEL \
-        --config.data.source=local --config.data.path=PAIRS --workdir=runs/mine
+        --config.data.path=PAIRS --workdir=runs/mine
 
-MODEL: a hub name or folder in Hugging Face format. PAIRS: rows of prompt, chosen, rejected (jsonl,
-json, parquet, csv or a hub dataset), or one of the known sets: --config.data.source=hh
---config.data.path=Anthropic/hh-rlhf. Hardware: anything from one CPU; weights, gradients, optimiser
-state and reference take 16 bytes per parameter over all devices. Time: the progress line says,
-after the first steps. Comes out: WORKDIR/dpo/hf, the policy in Hugging Face format, and
-WORKDIR/dpo/metrics.jsonl.
+MODEL: a Hugging Face name or folder. PAIRS: rows of prompt, chosen and rejected (jsonl, json,
+parquet, csv or a data set of the hub), or a known set, such as --config.data.source=hh
+--config.data.path=Anthropic/hh-rlhf.
+
+Hardware: from one CPU up. Weights, gradients, optimiser state and reference take 16 bytes per
+parameter, over all devices together. Time: see the progress line after the first steps.
+Writes WORKDIR/dpo/hf, the policy in Hugging Face format, and WORKDIR/dpo/metrics.jsonl.
 """
 
 from dpo_jax.config import default

@@ -1,28 +1,28 @@
-"""Single-turn dialogue (paper section 6.2): Pythia-2.8B on Anthropic-HH, SFT on chosen, then DPO
-with beta 0.1.
+"""Single-turn dialogue (paper, section 6.2): Pythia-2.8B on Anthropic HH, SFT, then DPO at beta 0.1.
 
     python -m dpo_jax.train --config=configs/hh.py --config.mesh.fsdp=-1 --config.mesh.data=1
-    --workdir=runs/hh python -m experiments.hh_winrate --config=configs/hh.py --workdir=runs/hh
-    --dry_run
+    python -m experiments.hh_winrate --config=configs/hh.py --workdir=runs/hh --dry_run
 
-After the colon a method: dpo (the default) or best_of_n (by a reward model); in one WORKDIR they
-share sft, the paper's Preferred-FT. The second command judges them, and DPO at each of its
-checkpoints, of which there is one every 300 steps: 22 GB each; --config.dpo.keep=1 leaves but the
-last. Hardware: the reference code takes 1.5 h for SFT and 2.75 h for DPO on four A100-80G; weights,
-gradients, optimiser state and reference are 45 GB over all devices. Comes out: WORKDIR/sft/hf and
-WORKDIR/dpo/hf.
+A method may follow a colon: dpo (the default) or best_of_n (by a reward model). Methods share the
+stage sft, which is the paper's Preferred-FT, if they share a --workdir. The second command judges
+the methods, and DPO at each of its checkpoints: one every 300 steps, 22 GB each
+(--config.dpo.keep=1 keeps only the last).
+
+Hardware: weights, gradients, optimiser state and reference are 45 GB over all devices. The paper's
+reference code takes 1.5 h for SFT and 2.75 h for DPO on four A100-80G.
+Writes WORKDIR/sft/hf and WORKDIR/dpo/hf.
 """
 
 from dpo_jax.config import default
 
-STAGES = {  # method -> what runs after sft
+METHODS = {  # method -> what runs after sft
     "dpo": ("dpo",),
     "best_of_n": ("rm", "best_of_n"),
 }
 
 
 def get_config(method="dpo"):
-    config = default(("sft", *STAGES[method]))
+    config = default(("sft", *METHODS[method]))
     config.model.path = "EleutherAI/pythia-2.8b"
     config.model.remat = "full"
     config.data.update(source="hh", path="Anthropic/hh-rlhf")
@@ -31,7 +31,7 @@ def get_config(method="dpo"):
         "rm": dict(optimizer="adamw", lr=3e-6, schedule="cosine", warmup_steps=0, epochs=1.0),
     }
     if method == "best_of_n":
-        config.reward.update(kind="rm", path="")  # people's preferences have no other
+        config.reward.update(kind="rm", path="")  # no true reward is known
         config.sampling.update(max_new_tokens=256)
     for stage in set(config.stages) - {"best_of_n"}:
         config[stage].update(dict(batch_size=64, microbatch_size=32) | settings.get(stage, {}))

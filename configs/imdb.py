@@ -1,37 +1,29 @@
-"""Controlled sentiment (paper section 6.1): gpt2-large on IMDb, sft -> pairs -> dpo -> evaluate,
-beta 0.1.
+"""Controlled sentiment (paper, section 6.1): gpt2-large on IMDb, DPO at beta 0.1.
 
-    python -m dpo_jax.train --config=configs/imdb.py --workdir=runs/imdb
+    python -m dpo_jax.train --config=configs/imdb.py
+    python -m dpo_jax.train --config=configs/imdb.py --config.dpo.beta=0.5
     python -m dpo_jax.train --config=configs/imdb.py:ppo --config.run=ppo_6 --workdir=runs/imdb
     python -m experiments.imdb_frontier --config=configs/imdb.py --workdir=runs/imdb
 
-After the colon a method: dpo (the default), preferred_ft, unlikelihood, ppo (on a reward model),
-ppo_gt (on the true reward) or best_of_n; in one WORKDIR they share the stages before. The third
-command is the figure's whole sweep. True reward: siebert/sentiment-roberta-large-english. Hardware:
-weights, gradients, optimiser state and reference of DPO are 12 GB over all devices. Time: not
-measured. Comes out: WORKDIR/evaluate/evaluate.json (reward, KL) and completions.jsonl, and each
-stage's hf/.
+The stages are sft, pairs (sampled, and labelled by the true reward), dpo and evaluate. A method may
+follow a colon: dpo (the default), preferred_ft, unlikelihood, ppo (on a reward model), ppo_gt (on
+the true reward) or best_of_n. Methods share the stages before if they share a --workdir, under a
+name of their own each (--config.run). The last command makes the whole sweep of figure 2.
+
+The true reward is siebert/sentiment-roberta-large-english. Hardware: weights, gradients, optimiser
+state and reference of DPO are 12 GB over all devices. Time: not measured.
+Writes WORKDIR/evaluate/evaluate.json (reward and KL) and completions.jsonl, and each stage's hf/.
 """
 
-from dpo_jax.config import default
-
-STAGES = {  # method -> what runs after sft
-    "dpo": ("pairs", "dpo", "evaluate"),
-    "preferred_ft": ("pairs", "preferred_ft", "evaluate"),
-    "unlikelihood": ("pairs", "unlikelihood", "evaluate"),
-    "ppo": ("pairs", "rm", "ppo", "evaluate"),
-    "ppo_gt": ("ppo", "evaluate"),
-    "best_of_n": ("pairs", "rm", "best_of_n"),
-}
+from dpo_jax.config import METHODS, default
 
 
 def get_config(method="dpo"):
-    config = default(("sft", *STAGES[method]))
+    config = default(("sft", *METHODS[method]))
     config.model.path = "openai-community/gpt2-large"
     config.data.update(source="imdb", path="stanfordnlp/imdb")
-    config.sampling.update(
-        max_new_tokens=60, min_prefix=2, max_prefix=8
-    )  # 25,000 prefixes, one of each review
+    # A prefix of each review: 25,000 prompts.
+    config.sampling.update(max_new_tokens=60, min_prefix=2, max_prefix=8)
     settings = {
         "sft": dict(microbatch_size=16),
         "dpo": dict(beta=0.1, eval_every=100),
@@ -39,6 +31,6 @@ def get_config(method="dpo"):
         "preferred_ft": dict(eval_every=100),
         "ppo": dict(reward="rm" if method == "ppo" else "true", eval_every=5, epochs=4.0),
     }
-    for stage in ("sft", *STAGES[method]):
+    for stage in ("sft", *METHODS[method]):
         config[stage].update(settings.get(stage, {}))
     return config

@@ -1,31 +1,22 @@
-"""Controlled sentiment at a size that two CPU cores carry: a small GPT-2 from scratch on the IMDb
-reviews.
+"""Controlled sentiment for two CPU cores: a small GPT-2, trained from scratch on the IMDb reviews.
 
     python -m experiments.imdb_tokenizer --out=runs/imdb_small/tokenizer
-    python -m dpo_jax.train --config=configs/imdb_small.py --workdir=runs/imdb_small
+    python -m dpo_jax.train --config=configs/imdb_small.py
     python -m experiments.imdb_frontier --config=configs/imdb_small.py --workdir=runs/imdb_small
 
-Reviews in a folder instead of the hub: --data=FOLDER, and --config.data.path=FOLDER
---config.reward.path=FOLDER. Methods after a colon as in configs/imdb.py. The true reward is an
-n-gram classifier fitted to the labelled reviews. A byte-level BPE of 8,192 pieces, 4 layers of
-width 192 (3.4 million weights), trained on the first 72 tokens of 75,000 reviews, two and a half
-times. Comes out: as of configs/imdb.py.
+For reviews in a folder instead of the hub, add --data=FOLDER to the first command, and
+--config.data.path=FOLDER --config.reward.path=FOLDER to the others. Methods as in configs/imdb.py.
+
+The true reward is an n-gram classifier, fitted to the labelled reviews. The model has 4 layers of
+width 192 (3.4 million weights) over a byte-level BPE of 8,192 pieces, and reads the first 72 tokens
+of 75,000 reviews two and a half times. Writes the same files as configs/imdb.py.
 """
 
-from dpo_jax.config import default
-
-STAGES = {  # method -> what runs after sft, as in configs/imdb.py
-    "dpo": ("pairs", "dpo", "evaluate"),
-    "preferred_ft": ("pairs", "preferred_ft", "evaluate"),
-    "unlikelihood": ("pairs", "unlikelihood", "evaluate"),
-    "ppo": ("pairs", "rm", "ppo", "evaluate"),
-    "ppo_gt": ("ppo", "evaluate"),
-    "best_of_n": ("pairs", "rm", "best_of_n"),
-}
+from dpo_jax.config import METHODS, default
 
 
 def get_config(method="dpo"):
-    config = default(("sft", *STAGES[method]))
+    config = default(("sft", *METHODS[method]))
     config.model.tokenizer = "runs/imdb_small/tokenizer"
     config.model.scratch = dict(
         model_type="gpt2",
@@ -89,6 +80,6 @@ def get_config(method="dpo"):
             save_every=5,
         ),
     }
-    for stage in STAGES[method]:
+    for stage in METHODS[method]:
         config[stage].update(settings.get(stage, {}))
     return config

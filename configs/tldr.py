@@ -1,27 +1,26 @@
-"""Summarisation (paper section 6.2): a model supervised on Reddit's TL;DR, then DPO on people's
-comparisons, beta 0.5.
+"""Summarisation (paper, section 6.2): DPO at beta 0.5 on human comparisons of TL;DR summaries.
 
     python -m dpo_jax.train --config=configs/tldr.py --config.mesh.fsdp=-1 --config.mesh.data=1
-    --workdir=runs/tldr python -m dpo_jax.train --config=configs/tldr.py:pythia1b,ppo
-    --workdir=runs/tldr1b python -m experiments.tldr_winrate --config=configs/tldr.py:pythia1b
-    --workdir=runs/tldr1b --dry_run
+    python -m dpo_jax.train --config=configs/tldr.py:pythia1b,ppo --workdir=runs/tldr-pythia1b
+    python -m experiments.tldr_winrate --config=configs/tldr.py:pythia1b \
+        --workdir=runs/tldr-pythia1b --dry_run
 
-After the colon a size, a method, or both with a comma. Sizes: gptj (the default, the paper's:
-GPT-J-6B, supervised by CarperAI), pythia1b, pythia2.8b (the stage sft comes first), and tiny, which
-trains on rows that experiments/tiny_tldr.py makes. Methods: dpo (the default), preferred_ft, ppo
-(on a reward model) or best_of_n; in one WORKDIR they share the stages sft and rm. The third command
-judges them all.
+A size, a method, or both with a comma may follow a colon. Sizes: gptj (the default and the paper's:
+GPT-J-6B, already supervised by CarperAI), pythia1b and pythia2.8b (which begin with the stage sft),
+and tiny, for tests, on rows that tests/helpers/tiny_tldr.py makes. Methods: dpo (the default),
+preferred_ft, ppo (on a reward model) or best_of_n. Methods share the stages sft and rm if they
+share a --workdir. The last command judges them all.
 
 Hardware: weights, gradients, optimiser state and reference of DPO are 97 GB over all devices for
-gptj, 16 GB for pythia1b, 45 GB for pythia2.8b; bfloat16 compute. Time: not measured. Comes out:
-WORKDIR/dpo/hf. Prompts are up to 512 tokens and keep their end, "TL;DR:". A hub model that has no
-safetensors is refused with the lines that convert it; then pass the converted folder as
---config.model.path.
+gptj, 16 GB for pythia1b and 45 GB for pythia2.8b, with bfloat16 compute. Time: not measured.
+Prompts have up to 512 tokens, and a cut one keeps its end, "TL;DR:". A model of the hub without
+safetensors is refused with the lines that convert it: pass the converted folder as
+--config.model.path. Writes WORKDIR/dpo/hf.
 """
 
 from dpo_jax.config import default
 
-STAGES = {  # method -> what runs after sft
+METHODS = {  # method -> what runs after sft
     "dpo": ("dpo",),
     "preferred_ft": ("preferred_ft",),
     "ppo": ("rm", "ppo"),
@@ -52,16 +51,18 @@ MODELS = {  # size -> config.model
 
 
 def get_config(choice=""):
+    """Return the config of a size, a method, or both with a comma."""
     words = [word for word in choice.split(",") if word]
     size = next((word for word in words if word in MODELS), "gptj")
-    method = next((word for word in words if word in STAGES), "dpo")
+    method = next((word for word in words if word in METHODS), "dpo")
     if set(words) - {size, method}:
         raise ValueError(
-            f"configs/tldr.py:{choice}: expected a size ({', '.join(MODELS)}), a method "
-            f"({', '.join(STAGES)}), or both with a comma."
+            f"unknown choice {choice!r}: expected a size ({', '.join(MODELS)}), a method "
+            f"({', '.join(METHODS)}), or both with a comma."
         )
-    supervised = size == "gptj"  # before it came to the hub
-    stages = (*(() if supervised else ("sft",)), *STAGES[method])
+    stages = METHODS[method]
+    if size != "gptj":  # which is on the hub supervised
+        stages = ("sft", *stages)
     config = default(stages)
     config.model.update(MODELS[size])
     config.data.update(
@@ -71,8 +72,8 @@ def get_config(choice=""):
         max_length=640,
         max_prompt_length=512,
     )
-    # The paper has settings for DPO alone: the others' are those of Huang et al. 2024 (one learning
-    # rate for all).
+    # The paper has settings for DPO alone. For the other stages they are those of Huang et al. 2024,
+    # who have one learning rate for all.
     other = dict(optimizer="adamw", lr=3e-6, schedule="cosine", warmup_steps=0)
     settings = {
         "sft": other | dict(loss="token_mean", batch_size=128, microbatch_size=32),
@@ -82,7 +83,7 @@ def get_config(choice=""):
         "ppo": dict(batch_size=512, minibatch_size=128, microbatch_size=32, lr=3e-6),
     }
     if "rm" in stages:
-        config.reward.update(kind="rm", path="")  # people's preferences have no other
+        config.reward.update(kind="rm", path="")  # no true reward is known
         config.sampling.update(max_new_tokens=53)
     for stage in stages:
         config[stage].update(settings.get(stage, {}))
@@ -92,7 +93,7 @@ def get_config(choice=""):
 
 
 def _shrink(config):
-    """To what the tests' rows and two CPU cores carry."""
+    """Shrink a config to the tests' rows and two CPU cores."""
     config.data.update(
         path="runs/tldr_tiny/comparisons",
         sft_path="runs/tldr_tiny/posts",

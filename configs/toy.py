@@ -1,29 +1,21 @@
-"""The toy of the tests and of the first two minutes: sft -> pairs -> dpo -> evaluate, on data that
-it makes.
+"""The toy: the whole pipeline, sft, pairs, dpo and evaluate, in a minute on data that it makes.
 
-    python -m dpo_jax.train --config=configs/toy.py --workdir=runs/toy
-    python -m dpo_jax.train --config=configs/toy.py:ppo --workdir=runs/toy
+    python -m dpo_jax.train --config=configs/toy.py
+    python -m dpo_jax.train --config=configs/toy.py:ppo --config.run=ppo_rm --workdir=runs/toy
 
-After the colon a method: dpo (the default), preferred_ft, unlikelihood, ppo (on a reward model),
-ppo_gt (on the true reward) or best_of_n; in one WORKDIR they share the stages before. Hardware: 2
-CPU cores, 67 s. Comes out: WORKDIR/evaluate/toy.json and toy.png, the policy's exact reward and KL
-beside the best that any policy can have; DPO within 0.03 and 0.02 of its optimum.
+A method may follow a colon: dpo (the default), preferred_ft, unlikelihood, ppo (on a reward model),
+ppo_gt (on the true reward) or best_of_n. Methods share the stages before if they share a --workdir,
+under a name of their own each (--config.run).
+
+Hardware: 2 CPU cores, 67 s. Writes WORKDIR/evaluate/toy.json and toy.png: the policy's exact reward
+and KL beside the best that any policy can have. DPO comes within 0.03 and 0.02 of its optimum.
 """
 
-from dpo_jax.config import default
-
-STAGES = {  # method -> what runs after sft
-    "dpo": ("pairs", "dpo", "evaluate"),
-    "preferred_ft": ("pairs", "preferred_ft", "evaluate"),
-    "unlikelihood": ("pairs", "unlikelihood", "evaluate"),
-    "ppo": ("pairs", "rm", "ppo", "evaluate"),
-    "ppo_gt": ("ppo", "evaluate"),
-    "best_of_n": ("pairs", "rm", "best_of_n"),
-}
+from dpo_jax.config import METHODS, default
 
 
 def get_config(method="dpo"):
-    config = default(("sft", *STAGES[method]))
+    config = default(("sft", *METHODS[method]))
     config.model.scratch = dict(
         model_type="gpt2",
         vocab_size=8,
@@ -78,6 +70,6 @@ def get_config(method="dpo"):
             save_every=20,
         ),
     }
-    for stage in STAGES[method]:
+    for stage in METHODS[method]:
         config[stage].update(settings.get(stage, {}))
     return config

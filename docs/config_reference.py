@@ -5,7 +5,6 @@ what this script writes.
 """
 
 import pathlib
-import re
 import sys
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -74,44 +73,24 @@ BLOCKS = {  # block -> its heading and what to say about it
 }
 
 
-def comments() -> dict[str, dict[str, str]]:
-    """Return block -> field -> the comment beside or above the field in config.py."""
-    found, block, above = {}, "", []
-    for line in pathlib.Path(configs.__file__).read_text().splitlines():
-        if start := re.match(
-            r"    config\.([\w.]+) = ConfigDict\(|^def _?(\w+)\(", line.strip("\n")
-        ):
-            block = start[1] or {"default": "", "training": "STAGE"}.get(start[2], start[2])
-        elif start := re.match(r"\s+config\.(reward|sampling) = ConfigDict\(", line):
-            block = start[1]
-        elif note := re.fullmatch(r"\s*# (.*)", line):
-            above.append(note[1])
-            continue
-        elif field := re.fullmatch(r"\s+(?:config\.)?(\w+) ?= ?(.+?),?(?:  # (.+))?", line):
-            text = " ".join([*above, field[3] or ""]).strip()
-            if text:
-                found.setdefault(block, {}).setdefault(field[1], text)
-        above = []
+def fields_of_blocks() -> dict[str, dict[str, tuple]]:
+    """Return block -> field -> (default, meaning), the common fields of training stages apart."""
+    found = {}
+    for dotted, default, meaning in configs.field_docs():
+        block, _, name = dotted.rpartition(".")
+        if block in configs.STAGE_FIELDS and name in configs.TRAINING:
+            block = "STAGE"
+            default, _ = configs.TRAINING[name]
+        found.setdefault(block, {})[name] = (default, meaning)
     return found
 
 
-def defaults() -> dict[str, dict]:
-    """Return block -> field -> default, of a config that has every stage."""
-    tree = configs.default(tuple(configs.BLOCKS)).to_dict()
-    found = {"": {name: value for name, value in tree.items() if not isinstance(value, dict)}}
-    for name, block in tree.items():
-        if isinstance(block, dict):
-            found[name] = dict(block)
-    found["model.lora"] = found["model"].pop("lora")
-    return found
-
-
-def table(block: str, values: dict, notes: dict[str, str]) -> list[str]:
+def table(block: str, fields: dict[str, tuple]) -> list[str]:
     """Return the lines of a block's table."""
     lines = ["| field | default | meaning |", "|---|---|---|"]
-    for field, note in notes.items():
+    for field, (value, note) in fields.items():
         name = f"{block}.{field}" if block else field
-        default = "by config file" if field == "stages" else f"`{shown(values[field])}`"
+        default = "by config file" if field == "stages" else f"`{shown(value)}`"
         lines.append(f"| `{name}` | {default} | {note.replace('|', chr(92) + '|')} |")
     return lines
 
@@ -127,29 +106,27 @@ def shown(value) -> str:
 
 def page() -> str:
     """Return the text of docs/config.md."""
-    notes, values = comments(), defaults()
+    fields = fields_of_blocks()
     lines = [INTRO]
     for block, (heading, text) in BLOCKS.items():
         lines += [f"## {heading}", ""]
         if text:
             lines += [text, ""]
+        if fields.get(block):
+            lines += [*table(block, fields[block]), ""]
         if block == "STAGE":
-            common = values["dpo"]
-            lines += [*table("STAGE", common, notes["STAGE"]), ""]
-            lines += [*different_defaults(values, common, notes["STAGE"]), ""]
-        elif notes.get(block):
-            lines += [*table(block, values[block], notes[block]), ""]
+            lines += [*different_defaults(), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def different_defaults(values: dict, common: dict, fields) -> list[str]:
+def different_defaults() -> list[str]:
     """Return a table of the stages whose defaults differ from the others'."""
     lines = ["Some stages have other defaults:", "", "| stage | defaults |", "|---|---|"]
-    for stage in configs.TRAINING_STAGES:
+    for stage, fields in configs.STAGE_FIELDS.items():
         changed = [
-            f"`{name}` `{shown(values[stage][name])}`"
-            for name in fields
-            if values[stage][name] != common[name]
+            f"`{name}` `{shown(fields[name].default)}`"
+            for name, common in configs.TRAINING.items()
+            if name in fields and fields[name].default != common.default
         ]
         if changed:
             lines.append(f"| `{stage}` | {', '.join(changed)} |")

@@ -1,14 +1,17 @@
-"""The config tree: every field with its default and meaning, its checks, and what each stage
-depends on.
+"""The config tree: every field with its default and meaning, and what each stage depends on.
 
-A config file calls `default(stages)` and changes fields. The tree holds a block for each stage it
-runs and for no other, so an override of a field that would do nothing is refused by name. Defaults
-are the paper's (appendix B) or, where it is silent, its reference code's.
+A config file calls `default(stages)` and changes fields. The tree has a block for each stage that
+the run has and for no other, so an override of a field that would do nothing is refused by name.
+Defaults are the paper's (appendix B) or, where it says nothing, those of its reference code.
 """
 
 import json
+import typing
 
 from ml_collections import ConfigDict
+
+from dpo_jax import stage_table
+from dpo_jax.stage_table import STAGES
 
 SOURCES = ("local", "hh", "shp", "imdb", "tldr", "cnn_dailymail", "toy")
 TRUNCATIONS = ("auto", "keep_start", "keep_end", "keep_cue")
@@ -18,257 +21,296 @@ REWARDS = ("classifier", "ngram", "model", "rm", "toy", "toy_saturating")
 SMOOTHED_LOSSES = ("sigmoid", "robust")  # the preference losses that use label_smoothing
 PREFERENCE_LOSSES = ("sigmoid", "sigmoid_norm", "ipo", "ipo_sum", "hinge", "robust")
 
+METHODS = {  # method -> the stages after sft, in a run that samples its own pairs (IMDb, the toy)
+    "dpo": ("pairs", "dpo", "evaluate"),
+    "preferred_ft": ("pairs", "preferred_ft", "evaluate"),
+    "unlikelihood": ("pairs", "unlikelihood", "evaluate"),
+    "ppo": ("pairs", "rm", "ppo", "evaluate"),
+    "ppo_gt": ("ppo", "evaluate"),
+    "best_of_n": ("pairs", "rm", "best_of_n"),
+}
+
+
+class Field(typing.NamedTuple):
+    """A field of the config, with one line for a person."""
+
+    default: object
+    meaning: str
+
+
+RUN = dict(
+    stages=Field((), "what runs, in this order; each stage writes to WORKDIR/NAME/"),
+    run=Field("", "folder of the last training stage; empty: the stage's name and what changed"),
+    seed=Field(0, "seed of random weights, data order and sampling"),
+)
+
+LORA = dict(
+    rank=Field(0, "rank of the adapters, trained instead of the weights; 0: no adapters"),
+    alpha=Field(16.0, "the adapters' product is scaled by alpha / rank"),
+    targets=Field((), "layers with adapters: any of q, k, v, out, gate, up, down; (): all of them"),
+    init=Field(
+        "b_zero", "factor that starts at zero: b_zero (A is random) or a_zero (B is random)"
+    ),
+)
+
+MODEL = dict(
+    path=Field(
+        "",
+        "Hugging Face name, or folder with config.json, safetensors and tokenizer; "
+        "empty: random weights of the shape model.scratch",
+    ),
+    tokenizer=Field(
+        "", "Hugging Face name or folder of the tokenizer; empty: it is with the model"
+    ),
+    scratch=Field({}, "Hugging Face config fields (model_type, n_layer, ...) of a random model"),
+    dtype=Field(
+        "float32",
+        "compute dtype, float32 or bfloat16; weights, log-probs and losses stay float32",
+    ),
+    attention=Field("auto", "attention kernel: xla, splash (TPU), cudnn (NVIDIA); auto: by device"),
+    remat=Field(
+        "none",
+        "what the backward pass recomputes: none, dots (all but matrix products) or full (all)",
+    ),
+    unroll=Field(
+        1, "layers unrolled per scan step: more is faster on a CPU, and slower to compile"
+    ),
+    lora=LORA,
+)
+
+DATA = dict(
+    source=Field("local", "format: local (your files), hh, shp, imdb, tldr, cnn_dailymail or toy"),
+    path=Field("", "hub name (owner/name or owner/name:subset), folder or file"),
+    sft_path=Field("", "data of the sft stage, and of prompts to sample from; empty: data.path"),
+    train_split=Field("train", "split to train on, or several joined by +"),
+    eval_split=Field(
+        "",
+        "split to evaluate on; empty: test or validation if there is one, else a held-out share",
+    ),
+    eval_fraction=Field(
+        0.02,
+        "share of prompts to hold out, chosen by hash, if there is only one split",
+    ),
+    max_rows=Field(0, "train on the first rows only; 0: on all"),
+    max_eval_rows=Field(256, "evaluate on the first held-out rows only; 0: on all"),
+    max_length=Field(512, "longest prompt and response together, in tokens"),
+    max_prompt_length=Field(
+        256,
+        "a prompt is cut to this many tokens if prompt and response are longer than max_length",
+    ),
+    truncate=Field(
+        "auto",
+        "part of a cut prompt to keep: keep_start, keep_end, or keep_cue (start and last 16 "
+        "tokens); auto: the source's own",
+    ),
+    append_eos=Field(True, "end each response with EOS; False only if all responses are as long"),
+    shuffle=Field(True, "shuffle before each epoch; False: keep the order of the file"),
+    on_bad_row=Field("error", "what to do about a malformed row: error (stop) or drop (count it)"),
+    max_dropped=Field(0.05, "stop if more than this share of the rows would be dropped"),
+    show=Field(0, "print this many examples as the model reads them, with the trained part marked"),
+)
+
+MESH = dict(
+    data=Field(-1, "copies of the weights; -1: all remaining devices"),
+    fsdp=Field(1, "devices that split both the weights and the batch"),
+    tensor=Field(1, "devices that split heads, feed-forward width and vocabulary"),
+)
+
+LOG = dict(
+    tensorboard=Field(
+        False, "write TensorBoard events to each stage's folder (needs tensorboardX)"
+    ),
+    wandb=Field("", "Weights & Biases project (needs wandb); empty: off"),
+)
+
+REWARD = dict(
+    kind=Field(
+        "classifier",
+        "the true reward: classifier or ngram (probability of positive), model, toy or "
+        "toy_saturating; rm (the rm stage's model) if no true reward is known",
+    ),
+    path=Field(
+        "siebert/sentiment-roberta-large-english",
+        "hub name or folder of the classifier or model; ngram: labelled texts; rm: empty",
+    ),
+    batch_size=Field(64, "texts per batch, over all devices"),
+)
+
+SAMPLING = dict(
+    max_new_tokens=Field(60, "longest completion, in tokens"),
+    min_prefix=Field(0, "prompts are the first min_prefix to max_prefix tokens of a text"),
+    max_prefix=Field(0, "see min_prefix; 0: the prompts of the data"),
+    batch_size=Field(256, "completions sampled at a time, over all devices"),
+)
+
+TRAINING = dict(  # of every stage that trains
+    batch_size=Field(64, "examples (pairs) per optimiser step, over all devices"),
+    microbatch_size=Field(
+        0, "examples per forward and backward pass, over all devices; 0: the whole batch"
+    ),
+    steps=Field(0, "optimiser steps; 0: as many as epochs gives"),
+    epochs=Field(1.0, "passes over the data, if steps is 0"),
+    optimizer=Field("rmsprop", "rmsprop (as in PyTorch), adamw, adafactor, lion or sgd"),
+    weight_decay=Field(0.0, "decoupled weight decay of adamw and lion, times the learning rate"),
+    lr=Field(1e-6, "peak learning rate"),
+    schedule=Field(
+        "constant", "learning rate after the warm-up: constant, linear or cosine (to 0)"
+    ),
+    warmup_steps=Field(150, "steps of linear warm-up, from lr / (warmup_steps + 1)"),
+    max_grad_norm=Field(10.0, "gradients are scaled down to this norm; 0: never"),
+    eval_every=Field(312, "steps between evaluations (312: 20,000 pairs); also at start and end"),
+    save_every=Field(312, "steps between checkpoints; also at the end"),
+    log_every=Field(1, "steps between rows of metrics.jsonl"),
+    keep=Field(1, "number of latest checkpoints to keep"),
+    keep_best=Field(
+        "",
+        "metric of the evaluation whose best checkpoint is kept and exported (losses: the lowest)",
+    ),
+)
+
+
+def _training(**defaults) -> dict[str, Field]:
+    """Return the fields of every training stage, with defaults of one stage's own."""
+    fields = dict(TRAINING)
+    for name, default in defaults.items():
+        fields[name] = TRAINING[name]._replace(default=default)
+    return fields
+
+
+SFT = dict(
+    loss=Field(
+        "sum", "sum of an example's token losses (the reference's), or token_mean: over all"
+    ),
+    **_training(),
+)
+
+PAIRS = dict(
+    prompts=Field(25_000, "number of prompts to sample from"),
+    completions=Field(4, "completions per prompt; every two of them make a pair"),
+    labels=Field(
+        "deterministic",
+        "deterministic: the higher reward is chosen; bradley_terry: with probability "
+        "sigmoid(difference)",
+    ),
+)
+
+PREFERRED_FT = SFT | dict(
+    seed=Field(0, "added to config.seed for the data order, by which the paper's runs differ"),
+)
+
+UNLIKELIHOOD = dict(
+    alpha=Field(0.5, "weight of the rejected response's log-prob"),
+    **_training(),
+)
+
+DPO = dict(
+    loss=Field("sigmoid", "sigmoid, sigmoid_norm, ipo (mean per token), ipo_sum, hinge or robust"),
+    beta=Field(0.1, "strength of the KL penalty"),
+    label_smoothing=Field(0.0, "assumed share of flipped labels, for sigmoid and robust only"),
+    reference=Field(
+        "init",
+        "reference model: init (the weights that the stage starts from), none "
+        "(reference-free), or a path",
+    ),
+    cache_reference=Field(
+        False,
+        "compute the reference's log-probs before training and keep them in WORKDIR/reference",
+    ),
+    **_training(),
+)
+
+PPO = dict(
+    reward=Field("rm", "reward to maximise: rm (the rm stage's model) or true (config.reward)"),
+    target_kl=Field(6.0, "KL to the reference that kl_coef adapts to, in nats per completion"),
+    init_kl_coef=Field(0.2, "initial weight of the KL penalty, on rewards of unit deviation"),
+    kl_horizon=Field(10_000, "number of completions over which kl_coef adapts"),
+    inner_epochs=Field(4, "passes over the completions of a step"),
+    minibatch_size=Field(256, "completions per optimiser update"),
+    gae_lambda=Field(0.95, "lambda of the advantage estimates; 1: returns minus values"),
+    clip=Field(0.2, "largest change of a token's probability ratio that is rewarded"),
+    value_clip=Field(0.2, "largest change of a value that is rewarded"),
+    value_coef=Field(0.1, "weight of the value loss"),
+    **_training(
+        batch_size=1024,
+        optimizer="adamw",
+        lr=1e-5,
+        warmup_steps=0,
+        max_grad_norm=1.0,
+        eval_every=10,
+        save_every=10,
+    ),
+)
+
+BEST_OF_N = dict(
+    n=Field((1, 4, 16, 64, 128), "values of N: how many completions to choose from"),
+    reward=Field("rm", "reward to choose by: rm (the rm stage's model) or true (config.reward)"),
+    prompts=Field(256, "number of held-out prompts"),
+)
+
+EVALUATE = dict(
+    prompts=Field(256, "number of held-out prompts, at each evaluation in training and at the end"),
+    show=Field(4, "completions of policy and reference to print side by side"),
+)
+
+STAGE_FIELDS = {
+    "sft": SFT,
+    "pairs": PAIRS,
+    "preferred_ft": PREFERRED_FT,
+    "unlikelihood": UNLIKELIHOOD,
+    "rm": _training(epochs=3.0, keep_best="rewards_eval/accuracies"),
+    "dpo": DPO,
+    "ppo": PPO,
+    "best_of_n": BEST_OF_N,
+    "evaluate": EVALUATE,
+}
+
 
 def default(stages: tuple[str, ...]) -> ConfigDict:
-    """The config of a run through `stages`, with the paper's values."""
-    config = ConfigDict()
-    config.stages = tuple(stages)  # what runs, in order; each writes WORKDIR/NAME/
-    # name of the last training stage's folder, so that a sweep shares a WORKDIR; "": the stage's
-    config.run = ""
-    config.seed = 0  # weights from scratch, data order, sampling
-    config.model = ConfigDict(
-        dict(
-            # Hugging Face name or folder with config.json, safetensors and tokenizer; "": from
-            # scratch
-            path="",
-            tokenizer="",  # where the tokenizer is; "": with the model
-            # Hugging Face config fields (model_type, n_layer, ...) of a model made at random
-            scratch=dict(),
-            # compute dtype: float32 or bfloat16; weights, log-probs and losses stay float32
-            dtype="float32",
-            # xla; splash on TPUs; cudnn on NVIDIA's GPUs; auto: what is made for the device
-            attention="auto",
-            # what the backward pass recomputes: none, full (all of a layer), dots (all but
-            # products)
-            remat="none",
-            unroll=1,  # layers compiled one after the other: more is faster on CPU, compiles longer
-        )
-    )
-    config.model.lora = ConfigDict(
-        dict(
-            # of low-rank adapters (LoRA), which are trained instead of the weights; 0: all weights
-            # are trained
-            rank=0,
-            alpha=16.0,  # their products are scaled by alpha / rank
-            # layers that have one, of q, k, v, out, gate, up, down; (): all that the model has
-            targets=(),
-            # which factor starts from 0: b_zero (the usual: A is random) or a_zero (B is)
-            init="b_zero",
-        )
-    )
-    config.data = ConfigDict(
-        dict(
-            source="local",  # local, hh, shp, imdb, tldr, cnn_dailymail or toy
-            path="",  # hub name (owner/name, or owner/name:subset), folder or file
-            # what sft trains on, and prompts to sample from are taken from, if not data.path
-            sft_path="",
-            train_split="train",  # a split's name, or several joined by +
-            # "": test or validation where there is one, else a held-out part of the one split
-            eval_split="",
-            # share of prompts held out, chosen by hash, where there is one split only
-            eval_fraction=0.02,
-            max_rows=0,  # train on the first rows only; 0: all
-            max_eval_rows=256,  # evaluate on the first held-out rows only; 0: all
-            max_length=512,  # longest prompt + response, tokens
-            # a prompt is cut to this where prompt + response is too long, tokens
-            max_prompt_length=256,
-            # what of a cut prompt stays: keep_start, keep_end, keep_cue (start, last 16); auto: by
-            # source
-            truncate="auto",
-            # end each response with EOS; False only where every response has one length
-            append_eos=True,
-            shuffle=True,  # a new order each epoch; False: the file's order
-            on_bad_row="error",  # a malformed row is an error, or counted and left out: drop
-            max_dropped=0.05,  # stop when more than this share of the rows would be dropped
-            show=0,  # print this many rows as the model sees them, scored tokens marked
-        )
-    )
-    config.mesh = ConfigDict(
-        dict(
-            data=-1,  # copies of the weights; -1: all devices that are left
-            fsdp=1,  # devices that split both the weights and the batch
-            tensor=1,  # devices that split heads, feed-forward width and vocabulary
-        )
-    )
-    config.log = ConfigDict(
-        dict(
-            # write TensorBoard events to each stage's folder (needs tensorboardX)
-            tensorboard=False,
-            wandb="",  # Weights & Biases project; "": off (needs wandb)
-        )
-    )
-    if set(stages) & set(SAMPLING_STAGES):
-        config.reward = ConfigDict(
-            dict(
-                # classifier or ngram (p(positive)), model, toy, toy_saturating; rm where none is
-                # known
-                kind="classifier",
-                # its hub name or folder; ngram: labelled texts; rm: none
-                path="siebert/sentiment-roberta-large-english",
-                batch_size=64,  # texts scored at a time, over all devices
-            )
-        )
-        config.sampling = ConfigDict(
-            dict(
-                max_new_tokens=60,  # longest completion, tokens
-                min_prefix=0,  # prompts are the first min_prefix to max_prefix tokens of a text
-                max_prefix=0,  # 0: prompts are the data's own
-                batch_size=256,  # completions sampled at a time, over all devices
-            )
-        )
+    """Return the config of a run through `stages`, with the paper's values.
+
+    Raises ValueError for a stage that does not exist.
+    """
     for stage in stages:
-        if stage not in BLOCKS:
-            raise ValueError(f"unknown stage {stage!r}; there are: {', '.join(BLOCKS)}.")
-        config[stage] = ConfigDict(BLOCKS[stage]())
+        if stage not in STAGES:
+            raise ValueError(f"unknown stage {stage!r}: expected one of {', '.join(STAGES)}.")
+    config = ConfigDict(_defaults(_fields(stages)))
+    config.stages = tuple(stages)
     return config
 
 
-def _training(**changed) -> dict:
-    """The fields that every training stage has; `changed`: defaults of a stage's own."""
-    return (
-        dict(
-            batch_size=64,  # rows (pairs) per optimiser step, over all devices
-            # rows per forward and backward pass, over all devices; 0: the whole batch
-            microbatch_size=0,
-            steps=0,  # optimiser steps; 0: what `epochs` makes
-            epochs=1.0,  # passes over the data, where steps is 0
-            optimizer="rmsprop",  # rmsprop (as torch's), adamw, adafactor, lion or sgd
-            weight_decay=0.0,  # of adamw and lion, times the learning rate
-            lr=1e-6,  # peak learning rate
-            schedule="constant",  # after the warm-up: constant, or linear or cosine to 0
-            warmup_steps=150,  # linear from lr / (warmup_steps + 1)
-            max_grad_norm=10.0,  # gradients are scaled down to this norm; 0: never
-            # steps between evaluations (the reference's 20,000 examples); one before step 1 and at
-            # the end
-            eval_every=312,
-            save_every=312,  # steps between checkpoints; one at the end
-            log_every=1,  # steps between rows of metrics.jsonl
-            keep=1,  # how many of the latest checkpoints to keep
-            # an evaluation metric: its best checkpoint is kept too, and exported; losses are
-            # minimised
-            keep_best="",
-        )
-        | changed
-    )
+def field_docs() -> list[tuple[str, object, str]]:
+    """Return (dotted name, default, meaning) of every field, those of all stages among them."""
+    return _flat_docs("", _fields(tuple(STAGES)))
 
 
-def _sft() -> dict:
-    return dict(
-        # per example: sum of its tokens' losses (the reference), or token_mean: over all tokens
-        loss="sum",
-        **_training(),
-    )
+def _fields(stages: tuple[str, ...]) -> dict:
+    """Return the tree of fields of a run through `stages`: Field, or a block of them, by name."""
+    fields = RUN | dict(model=MODEL, data=DATA, mesh=MESH, log=LOG)
+    if any(STAGES[stage].samples for stage in stages):
+        fields |= dict(reward=REWARD, sampling=SAMPLING)
+    return fields | {stage: STAGE_FIELDS[stage] for stage in stages}
 
 
-def _preferred_ft() -> dict:
-    return _sft() | dict(
-        # added to config.seed for the order of this stage's data: the paper's runs differ by it
-        seed=0,
-    )
+def _defaults(fields: dict) -> dict:
+    defaults = {}
+    for name, field in fields.items():
+        defaults[name] = field.default if isinstance(field, Field) else _defaults(field)
+    return defaults
 
 
-def _dpo() -> dict:
-    return dict(
-        loss="sigmoid",  # sigmoid, sigmoid_norm, ipo (per-token mean), ipo_sum, hinge or robust
-        beta=0.1,  # strength of the KL penalty
-        label_smoothing=0.0,  # assumed share of flipped labels; sigmoid and robust only
-        # init: the weights this stage starts from; none: reference-free; or a model's path
-        reference="init",
-        # compute the reference's log-probs before training and keep them in WORKDIR/reference
-        cache_reference=False,
-        **_training(),
-    )
+def _flat_docs(prefix: str, fields: dict) -> list[tuple[str, object, str]]:
+    docs = []
+    for name, field in fields.items():
+        if isinstance(field, Field):
+            docs.append((prefix + name, field.default, field.meaning))
+        else:
+            docs += _flat_docs(f"{prefix}{name}.", field)
+    return docs
 
 
-def _pairs() -> dict:
-    return dict(
-        prompts=25_000,  # how many prompts are sampled
-        completions=4,  # completions per prompt; all their pairs are labelled
-        # the higher reward is chosen; or bradley_terry: with probability sigmoid(difference)
-        labels="deterministic",
-    )
-
-
-def _unlikelihood() -> dict:
-    return dict(
-        alpha=0.5,  # weight of the rejected response's log-prob
-        **_training(),
-    )
-
-
-def _rm() -> dict:
-    return _training(epochs=3.0, keep_best="rewards_eval/accuracies")
-
-
-def _ppo() -> dict:
-    return dict(
-        reward="rm",  # what is maximised: rm (the rm stage's model) or true (config.reward)
-        target_kl=6.0,  # nats per completion, to which kl_coef adapts
-        init_kl_coef=0.2,  # weight of the KL penalty at the start, on rewards of deviation 1
-        kl_horizon=10_000,  # completions over which kl_coef adapts
-        inner_epochs=4,  # passes over each step's completions
-        minibatch_size=256,  # completions per optimiser update
-        gae_lambda=0.95,  # of the advantage estimates; 1: plain returns less the value
-        clip=0.2,  # largest change of a token's probability ratio that is rewarded
-        value_clip=0.2,  # largest change of a value that is rewarded
-        value_coef=0.1,  # weight of the value loss
-        **_training(
-            batch_size=1024,
-            optimizer="adamw",
-            lr=1e-5,
-            warmup_steps=0,
-            max_grad_norm=1.0,
-            eval_every=10,
-            save_every=10,
-        ),
-    )
-
-
-def _best_of_n() -> dict:
-    return dict(
-        n=(1, 4, 16, 64, 128),  # of how many completions the best is taken
-        reward="rm",  # by which it is the best: rm (the rm stage's model) or true (config.reward)
-        prompts=256,  # how many held-out prompts
-    )
-
-
-def _evaluate() -> dict:
-    return dict(
-        # how many held-out prompts, in training (every eval_every steps) and at the end
-        prompts=256,
-        show=4,  # completions of policy and reference that are shown side by side
-    )
-
-
-BLOCKS = {
-    "sft": _sft,
-    "pairs": _pairs,
-    "preferred_ft": _preferred_ft,
-    "unlikelihood": _unlikelihood,
-    "rm": _rm,
-    "dpo": _dpo,
-    "ppo": _ppo,
-    "best_of_n": _best_of_n,
-    "evaluate": _evaluate,
-}
-TRAINING_STAGES = ("sft", "preferred_ft", "unlikelihood", "rm", "dpo", "ppo")
-POLICY_STAGES = (
-    "preferred_ft",
-    "unlikelihood",
-    "dpo",
-    "ppo",
-)  # whose policy `evaluate` compares with where it began
-PAIR_STAGES = ("preferred_ft", "unlikelihood", "rm", "dpo")  # which train on the pairs
-SAMPLING_STAGES = (
-    "pairs",
-    "ppo",
-    "best_of_n",
-    "evaluate",
-)  # which sample completions and score them
-
-
-# What can change between two starts of a stage without changing what it makes.
-_FREE = (
+# Fields that may change between two starts of a stage: they change nothing that it makes, but for
+# the rounding of its sums. Without a block: that field of every stage.
+FREE = (
     "data.show",
     "evaluate.show",
     "model.attention",
@@ -279,49 +321,62 @@ _FREE = (
     "log_every",
     "save_every",
     "keep",
+    "cache_reference",  # the same log-probs, computed earlier
 )
 
 
 def model_options(config: ConfigDict) -> dict:
-    """How a run's models compute: options of `families.from_hf`."""
+    """Return how a run's models compute: options of `families.from_hf`."""
     return {name: config.model[name] for name in ("dtype", "attention", "remat", "unroll")}
 
 
 def folder_names(config: ConfigDict) -> dict[str, str]:
-    """Stage -> folder under WORKDIR: its name; `config.run` for the last training stage, and a
-    suffix after it.
+    """Return each stage's folder under WORKDIR.
+
+    It is the stage's name; with `config.run`, the last training stage has that name instead, and
+    each stage after it the name as a suffix.
     """
     names = {stage: stage for stage in config.stages}
     if config.run:
-        last = max(i for i, stage in enumerate(config.stages) if stage in TRAINING_STAGES)
-        for i, stage in enumerate(config.stages[last:]):
-            names[stage] = config.run if i == 0 else f"{stage}-{config.run}"
+        trained = stage_table.training_stages(config)[-1]
+        number = config.stages.index(trained)
+        names[trained] = config.run
+        for stage in config.stages[number + 1 :]:
+            names[stage] = f"{stage}-{config.run}"
     return names
 
 
 def dependencies(config: ConfigDict, stage: str) -> dict:
-    """Every field (dotted name -> value) that the stage's result depends on: its own, the model's,
-    the data's, those of the stages before it, and of sampling where any of these samples.
+    """Return every field (dotted name -> value) that the result of a stage depends on.
+
+    They are its own, the model's, the data's, those of the stages before it, and those of sampling
+    if any of these samples.
     """
-    before = config.stages[: config.stages.index(stage) + 1]
-    fields = {"seed": config.seed, "stages": list(before)}
-    blocks = ["model", "data", *before]
-    if stage in POLICY_STAGES and "evaluate" in config.stages:
-        blocks.append("evaluate")  # it measures the policy in training too
-    if set(blocks) & set(SAMPLING_STAGES):
+    number = config.stages.index(stage)
+    so_far = config.stages[: number + 1]
+    blocks = ["model", "data", *so_far]
+    if STAGES[stage].is_policy and "evaluate" in config.stages:
+        blocks.append("evaluate")  # the policy is measured while it is trained, too
+    if any(STAGES[block].samples for block in blocks if block in STAGES):
         blocks += ["reward", "sampling"]
+    fields = {"seed": config.seed, "stages": list(so_far)}
     for block in blocks:
         fields |= flat_fields(block, json.loads(config[block].to_json()))
-    return {
-        name: value
-        for name, value in fields.items()
-        if name not in _FREE and name.rpartition(".")[2] not in _FREE
-    }
+    return {name: value for name, value in fields.items() if not is_free(name)}
 
 
-def flat_fields(prefix, tree) -> dict:
+def is_free(field: str) -> bool:
+    """Return whether a field (dotted name) may change between two starts of a stage."""
+    return field in FREE or field.rpartition(".")[2] in FREE
+
+
+def flat_fields(prefix: str, tree: dict) -> dict:
+    """Return the leaves of nested dicts by dotted name, under a prefix if there is one."""
     flat = {}
     for key, value in tree.items():
         name = f"{prefix}.{key}" if prefix else key
-        flat |= flat_fields(name, value) if isinstance(value, dict) else {name: value}
+        if isinstance(value, dict):
+            flat |= flat_fields(name, value)
+        else:
+            flat[name] = value
     return flat

@@ -20,7 +20,8 @@ from collections.abc import Iterable
 
 from ml_collections import ConfigDict
 
-from dpo_jax.config import BLOCKS, flat_fields
+from dpo_jax.config import flat_fields
+from dpo_jax.stage_table import STAGES
 
 # In an installed package the configs lie inside it; in a checkout, at the top of the repository.
 _INSTALLED = pathlib.Path(__file__).parent / "configs"
@@ -101,7 +102,7 @@ def load_module(path: str | pathlib.Path) -> types.ModuleType:
 def _explain_get_config(error: Exception, choice: str, path: pathlib.Path, module) -> ValueError:
     """Return the error to show instead of one that get_config raised."""
     method = choice.partition(":")[2]
-    methods = list(getattr(module, "STAGES", {}))
+    methods = list(getattr(module, "METHODS", {}))
     if isinstance(error, KeyError) and error.args[0] == method:
         similar = nearest(method, methods)
         hint = f" Did you mean {similar[0]}?" if similar else ""
@@ -164,7 +165,7 @@ def has_field(config: ConfigDict, field: str) -> bool:
 def unknown_field(config: ConfigDict, field: str) -> str:
     """Say that a config has no such field, why, and which fields come nearest."""
     block = field.partition(".")[0]
-    if block in BLOCKS and block not in config:
+    if block in STAGES and block not in config:
         return (
             f"--config.{field}: this config runs no stage {block}, so the field would do nothing. "
             f"Its stages are {', '.join(config.stages)}."

@@ -49,7 +49,7 @@ def main():
 
     def plan():
         planned_config = config.load()
-        planned = [name for name in planned_config.stages if name in planner.STAGES]
+        planned = [name for name in planned_config.stages if name in planner.PLANNED_STAGES]
         last = planned[-1] if planned else ""
         chosen, topology = stage.value or last, topologies.parse(where.value)
         assumed = planner.Assumptions(prompt.value, response.value, rows.value, model.value)

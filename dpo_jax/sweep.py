@@ -2,10 +2,10 @@
 
     dpo-jax sweep --config=imdb --sweep=dpo.beta=0.05,0.1,1,5
 
-Makes one run for each value, all in WORKDIR, each named after its value. Finished runs are skipped,
-and an interrupted one continues. The runs share the stages before the last training stage, the
-compiled step, and for dpo the reference's log-probs, which are computed once and kept in
-WORKDIR/reference. Other fields are set as usual, --config.FIELD=VALUE. The result is a table, and
+Makes one run for each value, all in WORKDIR, each named as `dpo-jax train` names it with this value
+(dpo-beta0.05; dpo, at the config's own value). Finished runs are skipped, and an interrupted one
+continues. The runs share the stages before the last training stage, the compiled step, and for dpo
+the reference's log-probs, which are computed once and kept in WORKDIR/reference. Other fields are set as usual, --config.FIELD=VALUE. The result is a table, and
 the curves in WORKDIR/sweep_FIELD.png.
 """
 
@@ -15,23 +15,27 @@ from collections.abc import Iterable
 from absl import flags
 from ml_collections import ConfigDict
 
-from dpo_jax import command_line, config_checks, config_files
+from dpo_jax import command_line, config_checks, config_files, stage_table
 from dpo_jax import config as configs
 from dpo_jax.console import say
 from dpo_jax.evaluation import plots
 from dpo_jax.parallel import processes
 from dpo_jax.pipeline.stages import run_stages
+from dpo_jax.run_name import name_run
 from dpo_jax.training.metrics import read_rows
 
 
-def points(config: ConfigDict, sweep: str) -> list[tuple[str, ConfigDict]]:
+def points(
+    config: ConfigDict, sweep: str, base: ConfigDict | None = None
+) -> list[tuple[str, ConfigDict]]:
     """Return (value as it was given, config of its run) for each value of FIELD=V1,V2,...
 
+    base: the config file's own, without overrides: runs are named after what they change of it.
     Raises ValueError if FIELD is no field of the config's last training stage, or a value is wrong.
     """
     field, _, values = sweep.partition("=")
     stage, _, name = field.rpartition(".")
-    trained = [stage for stage in config.stages if stage in configs.TRAINING_STAGES]
+    trained = stage_table.training_stages(config)
     if not trained:
         raise ValueError(f"--sweep={sweep}: this config trains nothing that could be swept.")
     last = trained[-1]
@@ -44,17 +48,12 @@ def points(config: ConfigDict, sweep: str) -> list[tuple[str, ConfigDict]]:
     for value in values.split(","):
         point = config.copy_and_resolve_references()
         config_files.override(point, {field: value})
-        point.run = _run_name(config.run, name, value)
-        if stage == "dpo" and point.dpo.reference != "none":
-            point.dpo.cache_reference = True
+        name_run(point, base or config, swept=field)
+        if "cache_reference" in point[stage] and point[stage].reference != "none":
+            point[stage].cache_reference = True
         config_checks.validate(point)
         found.append((value, point))
     return found
-
-
-def _run_name(run: str, name: str, value: str) -> str:
-    parts = [run, name, value]
-    return "_".join(part for part in parts if part)
 
 
 def table(field: str, runs: dict[str, list[dict]]) -> str:
@@ -76,12 +75,14 @@ def _evaluated(names: Iterable[str]) -> bool:
     return any("eval" in name or name.startswith("frontier/") for name in names)
 
 
-def run(config: ConfigDict, workdir: str, sweep: str) -> dict[str, list[dict]]:
+def run(
+    config: ConfigDict, workdir: str, sweep: str, base: ConfigDict | None = None
+) -> dict[str, list[dict]]:
     """Make the runs that are not done; return the rows of metrics of each value's run."""
     field = sweep.partition("=")[0]
     stage = field.partition(".")[0]
     runs = {}
-    for value, point in points(config, sweep):
+    for value, point in points(config, sweep, base):
         say(f"--- {field} = {value}")
         run_stages(point, workdir)
         folder = pathlib.Path(workdir) / configs.folder_names(point)[stage]
@@ -104,7 +105,7 @@ def main():
     def sweep_field():
         swept, folder = config.load(), workdir.value or config.default_workdir()
         say(f"WORKDIR is {folder}")
-        run(swept, folder, sweep.value)
+        run(swept, folder, sweep.value, base=config_files.load(config.choice))
 
     processes.run(sweep_field, __doc__, config=config)
 

@@ -44,6 +44,8 @@ def start_stage(
         )  # of fields that are newer than the run
         record = json.loads(path.read_text())
         found = defaults | record["depends_on"]
+        # A folder may be from before a field was let free.
+        found = {name: value for name, value in found.items() if not configs.is_free(name)}
         if found != wanted:
             raise StageChanged(_difference(folder, stage, found, wanted))
         if (folder / "done.json").exists():

@@ -17,7 +17,7 @@ def config_maker(choice: str, overrides: dict[str, str]) -> Callable[[str], Conf
     field that no method has, and where NAME already names a method.
     """
     name, _, size = choice.partition(":")
-    methods = list(config_files.load_module(config_files.find(name)).STAGES)
+    methods = list(config_files.load_module(config_files.find(name)).METHODS)
 
     named = [word for word in size.split(",") if word in methods]
     if named:

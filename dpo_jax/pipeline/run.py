@@ -8,6 +8,7 @@ import jax
 from ml_collections import ConfigDict
 
 from dpo_jax import config as configs
+from dpo_jax import stage_table
 from dpo_jax.console import say
 from dpo_jax.data import batches, dataset
 from dpo_jax.data import tokenizer as tokenizers
@@ -18,6 +19,7 @@ from dpo_jax.rewards import make
 from dpo_jax.sampling import prompts
 from dpo_jax.sampling.prompts import Prompts
 from dpo_jax.sampling.sampler import Sampling
+from dpo_jax.stage_table import STAGES
 from dpo_jax.workdir import StageChanged, write_json
 
 
@@ -65,12 +67,13 @@ class Run:
         """The rows that a stage trains on, tokenised; the ledger is shown, and written to the
         stage's folder.
         """
-        kind = "sft" if stage in ("sft", "preferred_ft") else "pairs"
+        kind = "pairs" if STAGES[stage].responses == 2 else "sft"
         data = self.config.data
-        if stage in configs.PAIR_STAGES and "pairs" in self._before(stage):
+        if stage_table.trains_on_samples(self.config, stage):
             loaded = preference_pairs.load(self.folder("pairs"), kind)
         else:
-            loaded = dataset.load(self.sft_data() if stage == "sft" else data, tokenizer, kind)
+            block = self.sft_data() if STAGES[stage].data == "sft" else data
+            loaded = dataset.load(block, tokenizer, kind)
         say(loaded.ledger.table())
         if data.show:
             say(dataset.show(loaded.train, tokenizer, range(min(data.show, len(loaded.train)))))

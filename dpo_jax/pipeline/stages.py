@@ -9,8 +9,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from dpo_jax import config as configs
-from dpo_jax import config_checks
+from dpo_jax import config_checks, stage_table
 from dpo_jax.console import say
 from dpo_jax.evaluation import best_of_n, reward_kl, toy_report
 from dpo_jax.models import loading
@@ -19,6 +18,7 @@ from dpo_jax.pipeline import preference_pairs
 from dpo_jax.pipeline.run import Run, versions
 from dpo_jax.pipeline.train_stage import policy_measure, train_stage
 from dpo_jax.rewards import make
+from dpo_jax.stage_table import STAGES
 from dpo_jax.workdir import finish_stage, lock_folder, start_stage, write_json, write_lines
 
 
@@ -50,10 +50,10 @@ def pairs_stage(run: Run, stage: str) -> dict:
 
 def evaluate_stage(run: Run, stage: str) -> dict:
     """The trained policy's reward and KL to where it began."""
-    trained = [before for before in run.config.stages if before in configs.POLICY_STAGES][-1]
+    (trained,) = stage_table.policy_stages(run.config)
     start = run.initial(trained)
     if run.config.data.source == "toy":
-        beta = run.config.dpo.beta if trained == "dpo" else None
+        beta = run.config[trained].get("beta")
         with jax.set_mesh(run.mesh):
             return toy_report.write(
                 run.folder(stage),
@@ -91,8 +91,7 @@ def best_of_n_stage(run: Run, stage: str) -> dict:
     )
 
 
-STAGES = {
-    **dict.fromkeys(configs.TRAINING_STAGES, train_stage),
+OTHER_STAGES = {  # all that do not train
     "pairs": pairs_stage,
     "best_of_n": best_of_n_stage,
     "evaluate": evaluate_stage,
@@ -106,8 +105,8 @@ def run_stages(config: ConfigDict, workdir: str) -> None:
     config_checks.validate(config)
     processes.check_shared(workdir)
     run = Run(config, pathlib.Path(workdir), sharding.make_mesh(**config.mesh))
-    ahead = {stage for stage in config.stages if not (run.folder(stage) / "done.json").exists()}
-    if ahead & set(configs.SAMPLING_STAGES):
+    ahead = [stage for stage in config.stages if not (run.folder(stage) / "done.json").exists()]
+    if any(STAGES[stage].samples for stage in ahead):
         make.check_reward(config.reward.kind, config.reward.path)
     for stage in config.stages:
         folder = run.folder(stage)
@@ -118,6 +117,7 @@ def run_stages(config: ConfigDict, workdir: str) -> None:
             if status == "done":
                 say(f"{stage}: done before, in {folder}")
             else:
-                finish_stage(folder, **STAGES[stage](run, stage))
+                run_stage = OTHER_STAGES.get(stage, train_stage)
+                finish_stage(folder, **run_stage(run, stage))
     processes.wait_for_all("all stages")  # whose files the others may read
     say(f"all stages done, in {workdir}")

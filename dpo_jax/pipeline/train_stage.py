@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from dpo_jax import config as configs
+from dpo_jax import stage_table
 from dpo_jax.console import say
 from dpo_jax.data import dataset
 from dpo_jax.evaluation import reward_kl, toy_report
@@ -16,6 +17,7 @@ from dpo_jax.models import lora as adapters
 from dpo_jax.models.lora import Lora
 from dpo_jax.parallel import sharding
 from dpo_jax.pipeline.run import Run
+from dpo_jax.stage_table import STAGES
 from dpo_jax.training.data_feed import DataFeed
 from dpo_jax.training.loop import Job, train
 from dpo_jax.training.ppo import RolloutFeed
@@ -26,7 +28,7 @@ def train_stage(run: Run, stage: str) -> dict:
     """Trains, and exports the result to hf/, and adapters to adapter/ besides."""
     block, folder, lora = run.config[stage], run.folder(stage), run.lora()
     initial = run.initial(stage)
-    model = dataclasses.replace(initial.config, head=HEADS.get(stage, "lm"))
+    model = dataclasses.replace(initial.config, head=STAGES[stage].head)
     load = functools.partial(_load, run, model, initial)
     load_initial = functools.cache(
         load
@@ -38,7 +40,7 @@ def train_stage(run: Run, stage: str) -> dict:
         base=initial if lora else None,
         reference=reference,
         start=initial if probe else None,
-        reward=run.reward_model(block.reward) if stage == "ppo" else None,
+        reward=run.reward_model(block.reward) if STAGES[stage].samples else None,
     )
     if lora:
         _say_what_is_trained(stage, initial, adapters.abstract(model, lora))
@@ -50,7 +52,7 @@ def train_stage(run: Run, stage: str) -> dict:
     else:
         load_reference = reference and functools.partial(reference.load_params, run.mesh)
     cache = None
-    if stage == "dpo" and block.cache_reference:
+    if stage_table.keeps_reference(run.config, stage):
         cache = ReferenceCache(
             run.workdir, reference, run.mesh, block.microbatch_size or block.batch_size
         )
@@ -79,18 +81,12 @@ def train_stage(run: Run, stage: str) -> dict:
     return dict(evaluation=evaluated)
 
 
-HEADS = {
-    "rm": "reward",
-    "ppo": "lm_value",
-}  # stage -> the head it trains, where that is not the language model's
-
-
 def _feed(run: Run, stage: str, job: Job, initial, reference, cache: ReferenceCache | None):
     """Where the stage's steps come from: the policy's own completions for ppo, rows of data for all
     others.
     """
     config = run.config
-    if stage == "ppo":
+    if STAGES[stage].samples:
         prompts = run.load_prompts(initial.tokenizer)["train"]
         run.record(stage, dict(prompts=len(prompts)), prompts.fingerprint)
         return RolloutFeed(
@@ -104,9 +100,8 @@ def _feed(run: Run, stage: str, job: Job, initial, reference, cache: ReferenceCa
     data = run.load_data(stage, initial.tokenizer)
     initial.check(data.train)
     initial.check(data.eval)
-    sampled = (
-        stage in configs.PAIR_STAGES and "pairs" in config.stages
-    )  # may end by length, without EOS
+    # Sampled responses may end by their length, without EOS.
+    sampled = stage_table.trains_on_samples(config, stage)
     return DataFeed(
         job,
         data,
@@ -120,7 +115,7 @@ def _feed(run: Run, stage: str, job: Job, initial, reference, cache: ReferenceCa
 
 def _reference(run: Run, stage: str, initial):
     """The reference model of dpo and ppo: the initial weights, none, or those at a path."""
-    name = {"dpo": run.config.get("dpo", {}).get("reference"), "ppo": "init"}.get(stage, "none")
+    name = stage_table.reference_of(run.config, stage)
     if name == "none":
         return None
     if name == "init":
@@ -181,7 +176,7 @@ def _probe(run: Run, stage: str, initial, load_initial):
     """What is measured of a policy at each evaluation where an `evaluate` stage follows, or
     None.
     """
-    if "evaluate" not in run.config.stages or stage not in configs.POLICY_STAGES:
+    if "evaluate" not in run.config.stages or not STAGES[stage].is_policy:
         return None
     if run.config.data.source == "toy":
         with jax.set_mesh(run.mesh):

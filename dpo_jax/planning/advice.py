@@ -19,8 +19,8 @@ def remedies(config: ConfigDict, stage: str, chips: int) -> Iterator[dict]:
     fsdp = math.gcd(chips, block.batch_size)
     yield {"mesh.data": 1, "mesh.fsdp": fsdp, "mesh.tensor": chips // fsdp}
     yield {"model.remat": "full"}
-    if stage == "dpo" and block.reference != "none":
-        yield {"dpo.cache_reference": True}
+    if "cache_reference" in block and block.reference != "none":
+        yield {f"{stage}.cache_reference": True}
     yield {"model.dtype": "bfloat16"}
     size = block.microbatch_size or block.batch_size
     while size % 2 == 0 and size // 2 % fsdp == 0:

@@ -15,7 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dpo_jax import config as configs
-from dpo_jax import config_checks
+from dpo_jax import config_checks, stage_table
 from dpo_jax.data.batches import Batches
 from dpo_jax.models import attention, families, flops, hf, transformer
 from dpo_jax.models.transformer import TransformerConfig
@@ -25,10 +25,11 @@ from dpo_jax.planning.program import Program, make_program
 from dpo_jax.planning.report import Report
 from dpo_jax.planning.roofline import Work
 from dpo_jax.planning.topologies import Topology
+from dpo_jax.stage_table import STAGES
 
 GIB = 2**30
 # Stages whose steps read rows of data. Most of a PPO step is sampling, which is not planned.
-STAGES = tuple(stage for stage in configs.TRAINING_STAGES if stage != "ppo")
+PLANNED_STAGES = tuple(name for name, stage in STAGES.items() if stage.trains and not stage.samples)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +112,7 @@ def plan(
 
 
 def _check_stage(config: ConfigDict, stage: str) -> None:
-    planned = [name for name in config.stages if name in STAGES]
+    planned = [name for name in config.stages if name in PLANNED_STAGES]
     if stage not in planned:
         raise ValueError(
             f"--stage={stage}: expected one of {', '.join(planned)}. A ppo stage is not planned, "
@@ -126,7 +127,7 @@ def model_config(config: ConfigDict, stage: str, name: str = "") -> TransformerC
     name is read without its weights.
     """
     path = pathlib.Path(name or config.model.path)
-    options = dict(head="reward" if stage == "rm" else "lm", **configs.model_options(config))
+    options = dict(head=STAGES[stage].head, **configs.model_options(config))
     if not (name or config.model.path):
         hf_config = hf.make_config(config.model.scratch.to_dict())
     elif path.is_file():
@@ -146,7 +147,7 @@ def example_tokens(config: ConfigDict, stage: str, assumed: Assumptions) -> tupl
     data = config.data
     longest_prompt = data.max_prompt_length
     longest_response = data.max_length - data.max_prompt_length
-    if "pairs" in config.stages and stage in configs.PAIR_STAGES:
+    if stage_table.trains_on_samples(config, stage):
         longest_prompt = config.sampling.max_prefix or data.max_prompt_length
         longest_response = config.sampling.max_new_tokens
     prompt = assumed.prompt_tokens or longest_prompt
@@ -163,9 +164,11 @@ def example_tokens(config: ConfigDict, stage: str, assumed: Assumptions) -> tupl
 def examples_and_steps(config: ConfigDict, stage: str, assumed: Assumptions) -> tuple[int, int]:
     """Return the training examples and the optimiser steps of a stage, 0 if they are not known."""
     block, data = config[stage], config.data
-    path = data.sft_path if stage == "sft" and data.sft_path else data.path
+    path = data.path
+    if STAGES[stage].data == "sft" and data.sft_path:
+        path = data.sft_path
     examples = assumed.examples or presets.EXAMPLES.get(path, 0)
-    if "pairs" in config.stages and stage in configs.PAIR_STAGES:
+    if stage_table.trains_on_samples(config, stage):
         examples = config.pairs.prompts * math.comb(config.pairs.completions, 2)
     elif data.max_rows:
         examples = min(examples or data.max_rows, data.max_rows)
@@ -181,11 +184,11 @@ def one_batch(
 ) -> Batches:
     """Return one batch of examples of these lengths, laid out as the run lays out its own."""
     block = config[stage]
-    responses = 1 if stage in ("sft", "preferred_ft") else 2
     prompt = np.zeros(prompt_tokens, np.int32)
-    example = (prompt, (np.zeros(response_tokens, np.int32),) * responses)
+    response = np.zeros(response_tokens, np.int32)
+    example = (prompt, (response,) * STAGES[stage].responses)
     reference_log_probs = None
-    if stage == "dpo" and block.cache_reference:
+    if stage_table.keeps_reference(config, stage):
         reference_log_probs = np.zeros((block.batch_size, 2), np.float32)
     return Batches(
         [example] * block.batch_size,
@@ -287,7 +290,8 @@ def _with_hours(
     if not steps or not report.seconds:
         return dataclasses.replace(report, steps=steps)
     seconds = steps * report.step_seconds
-    if report.stage == "dpo" and config.dpo.cache_reference:
-        passes = min(steps, examples / config.dpo.batch_size) if examples else steps
+    if stage_table.keeps_reference(config, report.stage):
+        batch_size = config[report.stage].batch_size
+        passes = min(steps, examples / batch_size) if examples else steps
         seconds += passes * max(roofline.seconds(topology, report.dtype, forward).values())
     return dataclasses.replace(report, steps=steps, hours=seconds / 3600)

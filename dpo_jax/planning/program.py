@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
+from dpo_jax import stage_table
 from dpo_jax.models import lora as lora_lib
 from dpo_jax.models import transformer
 from dpo_jax.models.lora import Lora
@@ -99,11 +100,11 @@ def _placed_state(state: TrainState, shardings: TrainState, mesh) -> TrainState:
 
 def _reference(config: ConfigDict, stage: str, state: TrainState, base: dict | None) -> dict | None:
     """The live reference's weights; None if the stage has none or reads kept log-probs."""
-    block = config[stage]
-    if stage != "dpo" or block.reference == "none" or block.cache_reference:
+    reference = stage_table.reference_of(config, stage)
+    if reference == "none" or stage_table.keeps_reference(config, stage):
         return None
     # Under adapters the initial policy is another copy of them; a model at a path comes whole.
-    if base is not None and block.reference != "init":
+    if base is not None and reference != "init":
         return base
     return state.params
 

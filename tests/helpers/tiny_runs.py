@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from dpo_jax import command_line, sample, score
+from dpo_jax import command_line, sample, score, stage_table
 from dpo_jax import config as configs
 from dpo_jax.models import hf, transformer
 from dpo_jax.parallel import sharding
@@ -152,7 +152,7 @@ def on_devices(count: int):
 def run(config, workdir) -> pathlib.Path:
     """Run all stages in this process; return the folder of the last training stage."""
     run_stages(config, str(workdir))
-    trained = [stage for stage in config.stages if stage in configs.TRAINING_STAGES]
+    trained = stage_table.training_stages(config)
     return pathlib.Path(workdir) / configs.folder_names(config)[trained[-1]]
 
 

@@ -146,8 +146,11 @@ def test_sweep_in_two_processes(model, pairs, tmp_path):
     assert out.count("train rows to compute") == 1
     with on_devices(4):
         sweep.run(run_config(model, pairs, steps=2), str(tmp_path / "one"), text)
-    for name in ("beta_0.1", "beta_1"):
-        assert_same(tmp_path / "both" / name, tmp_path / "one" / name)
+    # Those of the command are named after all that its flags change.
+    both, one = (sorted((tmp_path / name).glob("dpo*")) for name in ("both", "one"))
+    assert [folder.name for folder in one] == ["dpo", "dpo-beta1"]
+    for folder, expected in zip(both, one, strict=True):
+        assert_same(folder, expected)
     assert (tmp_path / "both" / "sweep_dpo.beta.png").exists()
 
 

@@ -34,7 +34,7 @@ def test_sweep_shares_reference_and_program(model, pairs, tmp_path, capsys, trac
         runs = sweep.run(config, str(tmp_path), "dpo.beta=0.1,1")
     out = capsys.readouterr().out
     assert runs.keys() == {"0.1", "1"} and runs["1"] == read_rows(
-        tmp_path / "beta_1" / "metrics.jsonl"
+        tmp_path / "dpo-beta1" / "metrics.jsonl"
     )
     assert runs["0.1"][-1]["loss/eval"] != runs["1"][-1]["loss/eval"]
     assert out.count("train rows to compute") == 1 and out.count("train rows are in") == 1
@@ -76,13 +76,12 @@ def test_points_refuses_what_is_no_sweep(model, pairs, text):
 
 
 def test_points_of_names_and_wrong_values(model, pairs):
-    (first, config), (second, _) = sweep.points(dpo_config(model, pairs), "dpo.loss=sigmoid,ipo")
-    assert (first, second, config.run, config.dpo.cache_reference) == (
-        "sigmoid",
-        "ipo",
-        "loss_sigmoid",
-        True,
+    (first, config), (second, changed) = sweep.points(
+        dpo_config(model, pairs), "dpo.loss=sigmoid,ipo"
     )
+    assert (first, second) == ("sigmoid", "ipo")
+    assert (config.run, changed.run) == ("", "dpo-lossipo")  # sigmoid is the config's own
+    assert config.dpo.cache_reference and changed.dpo.cache_reference
     with pytest.raises(ValueError, match="config.dpo.beta = -1"):
         sweep.points(dpo_config(model, pairs), "dpo.beta=0.1,-1")
     none = dpo_config(model, pairs, reference="none")

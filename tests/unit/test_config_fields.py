@@ -5,6 +5,7 @@ import ast
 import pytest
 
 from dpo_jax import config as configs
+from dpo_jax import stage_table
 from tests.helpers.paths import ROOT
 
 # What modules call the block of the stage that runs, and the dict of its numbers that are traced.
@@ -74,7 +75,7 @@ def is_read(path: tuple[str, ...], found: set[tuple[str, str]]) -> bool:
     return any((receiver, field) in found for receiver in receivers)
 
 
-STAGES = tuple(configs.BLOCKS)
+STAGES = tuple(stage_table.STAGES)
 FIELDS = fields_of(configs.default(STAGES))
 READS = reads()
 

@@ -8,6 +8,7 @@ import shlex
 import pytest
 
 from dpo_jax import config_checks, config_files
+from dpo_jax.config import field_docs
 from dpo_jax.training.metrics import METRICS
 from tests.helpers.documented import documented_metrics
 from tests.helpers.paths import ROOT
@@ -190,10 +191,9 @@ def test_config_reference_has_no_drift():
 def test_config_reference_has_every_field():
     script = load_script("config_reference")
     page = script.PAGE.read_text()
-    for block, values in script.defaults().items():
-        for field in values:
-            names = (f"{block}.{field}" if block else field, f"STAGE.{field}", f"sft.{field}")
-            assert any(f"| `{name}` |" in page for name in names), f"{block}.{field}"
+    for field, _, _ in field_docs():
+        names = (field, f"STAGE.{field.rpartition('.')[2]}")
+        assert any(f"| `{name}` |" in page for name in names), field
 
 
 def test_every_metric_is_explained():

@@ -1,0 +1,75 @@
+"""The table of stages: what each one reads, trains and compares with.
+
+The config, its checks, planning and the pipeline all ask this table, so that a new stage is a line
+here, a block of fields in `config.py`, and a function in `pipeline/` or an objective in
+`training/objectives.py`.
+"""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """What is true of a stage whatever its settings."""
+
+    data: str  # sft: texts and completions; pairs: preferences; prompts: what it samples from
+    responses: int = (
+        0  # trained on per example: 1, or 2 (chosen and rejected); 0: it trains nothing
+    )
+    head: str = ""  # of the model that it trains: lm, reward or lm_value
+    reference: str = "none"  # of its loss, unless its block has a field `reference`: none or init
+    is_policy: bool = False  # what it trains is a policy that `evaluate` can measure
+
+    @property
+    def trains(self) -> bool:
+        return bool(self.head)
+
+    @property
+    def samples(self) -> bool:
+        """Whether it samples completions and asks a reward about them."""
+        return self.data == "prompts"
+
+
+STAGES = {  # in the order in which a run has them
+    "sft": Stage(data="sft", responses=1, head="lm"),
+    "pairs": Stage(data="prompts"),
+    "preferred_ft": Stage(data="pairs", responses=1, head="lm", is_policy=True),
+    "unlikelihood": Stage(data="pairs", responses=2, head="lm", is_policy=True),
+    "rm": Stage(data="pairs", responses=2, head="reward"),
+    "dpo": Stage(data="pairs", responses=2, head="lm", reference="init", is_policy=True),
+    "ppo": Stage(data="prompts", responses=1, head="lm_value", reference="init", is_policy=True),
+    "best_of_n": Stage(data="prompts"),
+    "evaluate": Stage(data="prompts"),
+}
+
+
+def training_stages(config: ConfigDict) -> list[str]:
+    """Return the stages of a run that train, in order."""
+    return [stage for stage in config.stages if STAGES[stage].trains]
+
+
+def policy_stages(config: ConfigDict) -> list[str]:
+    """Return the stages of a run that train a policy: one, in a valid config, or none."""
+    return [stage for stage in config.stages if STAGES[stage].is_policy]
+
+
+def samples(config: ConfigDict) -> bool:
+    """Return whether any stage of a run samples, and so has a reward."""
+    return any(STAGES[stage].samples for stage in config.stages)
+
+
+def trains_on_samples(config: ConfigDict, stage: str) -> bool:
+    """Return whether a stage trains on pairs that the run's own `pairs` stage made."""
+    return STAGES[stage].data == "pairs" and "pairs" in config.stages
+
+
+def reference_of(config: ConfigDict, stage: str) -> str:
+    """Return the reference of a stage's loss: "none", "init" (what it starts from), or a path."""
+    return config[stage].get("reference", STAGES[stage].reference)
+
+
+def keeps_reference(config: ConfigDict, stage: str) -> bool:
+    """Return whether the reference's log-probs are computed before training, and kept."""
+    return config[stage].get("cache_reference", False)

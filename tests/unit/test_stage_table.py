@@ -1,0 +1,35 @@
+"""The table of stages agrees with what else there is of each stage."""
+
+import pytest
+
+from dpo_jax import config as configs
+from dpo_jax import stage_table
+from dpo_jax.pipeline.stages import OTHER_STAGES
+from dpo_jax.stage_table import STAGES
+from dpo_jax.training.objectives import OBJECTIVES
+
+
+def test_every_stage_has_fields_and_something_that_runs_it():
+    trained = {name for name, stage in STAGES.items() if stage.trains}
+    assert list(configs.STAGE_FIELDS) == list(STAGES)
+    assert OBJECTIVES.keys() == trained
+    assert OTHER_STAGES.keys() == STAGES.keys() - trained
+    for name, stage in STAGES.items():
+        assert ("lr" in configs.STAGE_FIELDS[name]) == stage.trains, name
+        assert (stage.responses > 0) == stage.trains, name
+
+
+@pytest.mark.parametrize("reference", ["init", "none", "some/model"])
+def test_a_block_chooses_its_reference(reference):
+    config = configs.default(("rm", "dpo", "ppo"))
+    config.dpo.reference = reference
+    assert stage_table.reference_of(config, "dpo") == reference
+    assert stage_table.reference_of(config, "ppo") == "init"
+    assert stage_table.reference_of(config, "rm") == "none"
+
+
+def test_only_pairs_that_the_run_made_are_sampled():
+    config = configs.default(("sft", "pairs", "dpo"))
+    assert stage_table.trains_on_samples(config, "dpo")
+    assert not stage_table.trains_on_samples(config, "sft")
+    assert not stage_table.trains_on_samples(configs.default(("dpo",)), "dpo")
