@@ -1,6 +1,4 @@
-"""The benchmark: what it gives both sides, what it checks and what it reports; slow: a real run of
-it.
-"""
+"""The benchmark: equal inputs for both sides, checks and reports; slow: real runs of it."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The two frontier experiments: what they run, and on the toy what they find."""
+"""The two frontier experiments: their runs, and what the toy's finds."""
 
 import json
 

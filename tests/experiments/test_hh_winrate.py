@@ -1,6 +1,4 @@
-"""The dialogue experiment on dialogues: stories260k answers, and is judged; in the slow test
-it is trained.
-"""
+"""The dialogue experiment: stories260k answers and is judged; slow: it is trained too."""
 
 import functools
 import subprocess

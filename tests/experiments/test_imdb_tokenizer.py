@@ -1,6 +1,4 @@
-"""The tokenizer of the small IMDb run: which reviews it is trained on, and that it is a GPT-2 one
-of the asked size.
-"""
+"""The tokenizer of the small IMDb run: its training reviews, size and format."""
 
 import json
 import subprocess

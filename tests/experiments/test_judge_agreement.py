@@ -1,6 +1,4 @@
-"""Judges against people's votes: tables by hand, the command on a loopback judge, a reward model as
-one of them.
-"""
+"""Agreement of judges with people's votes: tables by hand, and the command."""
 
 import json
 import os

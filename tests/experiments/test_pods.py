@@ -1,6 +1,4 @@
-"""The plans of the pods: what they are compared with is DPO, and their tables say what the reports
-say.
-"""
+"""The plans for pods: the plain DPO that they are compared with, and their tables."""
 
 import functools
 

@@ -1,6 +1,4 @@
-"""The TL;DR experiment on a tiny model and made-up posts, with a judge on the loopback: all of it,
-and a kill.
-"""
+"""The TL;DR experiment on a tiny model and made-up posts, with a judge on the loopback."""
 
 import functools
 import json

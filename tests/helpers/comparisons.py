@@ -1,4 +1,4 @@
-"""Made-up comparisons for a judge, and what is kept of its answers."""
+"""Made-up comparisons for a judge."""
 
 from dpo_jax.evaluation import chat_api, judge
 from dpo_jax.evaluation.judge import Comparison

@@ -1,4 +1,4 @@
-"""Where the repository is, the model that comes with the tests, and real data beside it."""
+"""Paths of the repository, of the model that comes with the tests, and of real data."""
 
 import pathlib
 

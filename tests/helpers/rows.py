@@ -1,4 +1,4 @@
-"""Rows of users' files, and the reading of them."""
+"""Rows of users' files, written and read."""
 
 import gzip
 import json

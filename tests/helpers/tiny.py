@@ -1,4 +1,4 @@
-"""The smallest model and pairs of our own, which nothing on disk is needed for."""
+"""The smallest model and pairs, which need no file."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""An exported model in transformers."""
+"""Exported models in transformers."""
 
 import numpy as np
 import pytest

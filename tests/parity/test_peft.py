@@ -1,4 +1,4 @@
-"""LoRA adapters, as they are exported, in PEFT."""
+"""Exported LoRA adapters in PEFT."""
 
 import functools
 import json

@@ -1,4 +1,4 @@
-"""Reward models that we export, read by transformers."""
+"""Exported reward models in transformers."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""The log-probs of samples against transformers' torch models."""
+"""Log-probs of samples against transformers' torch models."""
 
 import json
 

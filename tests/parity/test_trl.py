@@ -1,4 +1,4 @@
-"""Twenty steps beside TRL 1.16's DPOTrainer: same model, rows, order, optimiser, lr, beta, clip."""
+"""Twenty steps beside TRL's DPOTrainer: same model, data order, optimiser and settings."""
 
 import json
 

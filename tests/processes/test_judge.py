@@ -1,4 +1,4 @@
-"""A judge's processes: killed, and two at once."""
+"""A judge in processes of its own: killed, and two at once."""
 
 import fcntl
 import os

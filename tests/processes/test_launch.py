@@ -1,6 +1,4 @@
-"""launch.sh: the commands it shows, and what it does with a python, an srun and a gcloud that stand
-in for the real.
-"""
+"""launch.sh: the commands it prints, and its runs with stand-ins for python, srun and gcloud."""
 
 import os
 import re

@@ -1,6 +1,4 @@
-"""The stages that the paper compares DPO with, end to end: on the toy, and with EOS and a reward
-model on a Llama.
-"""
+"""The paper's other methods, end to end: on the toy, and on a Llama with EOS."""
 
 import json
 import signal

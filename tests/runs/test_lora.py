@@ -1,4 +1,4 @@
-"""Runs that train adapters: what is trained, kept and exported, and on which devices."""
+"""Runs that train adapters: what is trained, kept and exported, and on which mesh."""
 
 import functools
 import json

@@ -1,4 +1,4 @@
-"""A step on any mesh is the step of one device: every objective, on every family."""
+"""A training step on any mesh equals the step on one device, for every objective and family."""
 
 import dataclasses
 import functools

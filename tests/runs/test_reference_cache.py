@@ -1,4 +1,4 @@
-"""The kept log-probs of the reference: what a run with them does, and what it does not load."""
+"""Runs with kept log-probs of the reference."""
 
 import numpy as np
 import pytest

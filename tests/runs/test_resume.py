@@ -1,4 +1,4 @@
-"""A run that is interrupted, and started again by the same command, is the run that was not."""
+"""An interrupted run that is started again equals the uninterrupted one, bit for bit."""
 
 import signal
 import subprocess

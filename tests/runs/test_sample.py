@@ -1,4 +1,4 @@
-"""The sample command: what it adds to each row, and that a killed run goes on to the same file."""
+"""The sample command: what it adds to each row, and how it resumes."""
 
 import json
 import re

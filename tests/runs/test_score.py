@@ -1,4 +1,4 @@
-"""The score command: what it adds, and that it is what training sees."""
+"""The score command: what it adds to each row."""
 
 import datetime
 import json

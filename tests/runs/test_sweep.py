@@ -1,4 +1,4 @@
-"""One command for several values of a field."""
+"""The sweep command: one run for each value of a field."""
 
 import collections
 import subprocess

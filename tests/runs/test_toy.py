@@ -1,4 +1,4 @@
-"""The main job, as the README has it: all stages of configs/toy.py, to the analytic optimum."""
+"""The README's first command: all stages of configs/toy.py reach the analytic optimum."""
 
 import json
 

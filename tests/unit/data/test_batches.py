@@ -1,4 +1,4 @@
-"""Batches are a pure function of (seed, step)."""
+"""Batches and their order, a pure function of (seed, step)."""
 
 import threading
 

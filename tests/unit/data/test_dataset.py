@@ -1,6 +1,4 @@
-"""From files to token ids with every row accounted for: the ledger, its limits, and the decoded
-view.
-"""
+"""From files to token ids: the ledger, its limits, and the decoded view."""
 
 import json
 

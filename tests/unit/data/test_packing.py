@@ -1,4 +1,4 @@
-"""Packing: the flat layout, and the few shapes that batches have."""
+"""Packing: the packed batch by hand, and the few shapes that batches have."""
 
 import itertools
 

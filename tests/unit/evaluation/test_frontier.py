@@ -1,4 +1,4 @@
-"""Estimates from samples against enumeration, subsets and closed forms."""
+"""Frontiers estimated from samples against enumeration and closed forms."""
 
 import itertools
 

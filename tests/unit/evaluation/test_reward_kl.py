@@ -1,6 +1,4 @@
-"""Sampled reward and KL against enumeration, each sequence's KL against float64, and the values by
-hand.
-"""
+"""Sampled reward and KL against enumeration, float64 and values by hand."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""Win rates and agreement against scipy, scikit-learn, published formulas and cases by hand."""
+"""Win rates and agreement against scipy, scikit-learn and published formulas."""
 
 import itertools
 import math

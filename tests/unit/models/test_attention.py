@@ -1,6 +1,4 @@
-"""Attention within rows: every kernel against plain sums, alone, on meshes and in a policy's
-log-probs.
-"""
+"""Attention within rows: every kernel against dense attention, alone and on meshes."""
 
 import contextlib
 import dataclasses

@@ -1,4 +1,4 @@
-"""FLOPs counted by hand, by the program and by XLA."""
+"""FLOPs against the program's own products and XLA's count."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""LoRA's targets."""
+"""LoRA: targets that a model does not have."""
 
 import pytest
 

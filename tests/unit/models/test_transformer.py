@@ -1,4 +1,4 @@
-"""The decoder: the flat layout against separate rows, windows, products, remat."""
+"""The decoder: packed against separate rows, windows, remat, a published text."""
 
 import dataclasses
 import functools

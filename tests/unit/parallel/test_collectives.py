@@ -1,6 +1,4 @@
-"""What crosses between devices in a compiled step of DPO: so much of each kind, and nothing that it
-can do without.
-"""
+"""What a compiled step of DPO sends between devices."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Chips: their peak and what is made of it."""
+"""Peak FLOPs of chips, and utilization."""
 
 import types
 

@@ -1,4 +1,4 @@
-"""Rules, meshes and placement."""
+"""Meshes and sharding rules."""
 
 import types
 

@@ -1,4 +1,4 @@
-"""Labels of sampled completions, and what becomes of them on the way to training."""
+"""Labels of sampled completions, and their way into training."""
 
 import collections
 import json

@@ -1,4 +1,4 @@
-"""Running stages: what is refused before the first of them."""
+"""What is refused before the first stage runs."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What would make a stage fit."""
+"""Advice: what would make a stage fit, and which meshes there are."""
 
 import math
 import types

@@ -1,4 +1,4 @@
-"""What is read out of a compiled program, whose text has lines of any length."""
+"""Reading a compiled program, whose text has lines of any length."""
 # ruff: noqa: E501
 
 import pytest

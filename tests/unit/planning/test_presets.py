@@ -1,4 +1,4 @@
-"""Models that the planner knows."""
+"""Known models by name."""
 
 import jax
 import pytest

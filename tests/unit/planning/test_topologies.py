@@ -1,4 +1,4 @@
-"""Topologies by name, and the TPU's compiler."""
+"""Topologies by name, and the TPU compiler's version."""
 
 import importlib.util
 

@@ -1,4 +1,4 @@
-"""Rewards behind their one interface: values, order, neighbours, empty lists."""
+"""Rewards behind one interface: values, order, neighbours, empty lists."""
 
 import json
 

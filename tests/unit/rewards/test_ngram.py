@@ -1,4 +1,4 @@
-"""The n-gram sentiment classifier: what it reads, how texts are cut, and what it learns."""
+"""The n-gram sentiment classifier: labels, windows, and what it learns."""
 
 import json
 

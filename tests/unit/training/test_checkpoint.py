@@ -1,4 +1,4 @@
-"""Checkpoints: which is the best, and who handles preemptions."""
+"""Checkpoints: which is the best, and who handles preemption."""
 
 import jax.numpy as jnp
 from jax.experimental import multihost_utils

@@ -1,4 +1,4 @@
-"""Names, files and the progress line."""
+"""Metrics: names, descriptions, files and the progress line."""
 
 import dataclasses
 import functools

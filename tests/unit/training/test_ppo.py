@@ -1,4 +1,4 @@
-"""PPO's own arithmetic against plain loops; whole runs are in runs/test_baselines.py."""
+"""PPO's arithmetic against plain loops; its runs are in runs/test_baselines.py."""
 
 import dataclasses
 import functools

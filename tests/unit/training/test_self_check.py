@@ -1,4 +1,4 @@
-"""The check before the first step fails when it should."""
+"""The self-check before the first step fails when it should."""
 
 import dataclasses
 import math
