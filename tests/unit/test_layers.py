@@ -17,8 +17,6 @@ FLOORS = [  # the rooms and the files beside them, from the ground up
         "config_checks",
         "config_files",
         "stage_table",
-        "config",
-        "config_checks",
         "run_name",
         "console",
         "workdir",
