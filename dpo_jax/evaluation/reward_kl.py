@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from dpo_jax.data import packing
-from dpo_jax.data.batches import Batches, evaluation_order
+from dpo_jax.models.inference import map_tokens
 from dpo_jax.models.loading import Model
 from dpo_jax.models.log_probs import token_kls
 from dpo_jax.parallel import sharding
@@ -78,30 +78,22 @@ def sequence_kls(
     Arrays have room for completions of max_new_tokens, so that what is sampled later needs no other
     program.
     """
-    mesh = model.mesh
-    shards = sharding.batch_shards(mesh)
-    batch_size = -(-min(batch_size, len(pairs)) // shards) * shards
+    batch_size = sharding.whole_shards(min(batch_size, len(pairs)), model.mesh)
     longest = (
         np.zeros(max(len(prompt) for prompt, _ in pairs), np.int32),
         (np.zeros(max_new_tokens, np.int32),),
     )
-    batches = Batches(
+    examples_per_shard = batch_size // sharding.batch_shards(model.mesh)
+    log_ratios, kls = map_tokens(
+        functools.partial(_token_kls, model.config, model.params, reference),
         [(prompt, (tokens,)) for prompt, tokens in pairs],
-        evaluation_order(len(pairs), batch_size),
-        shards=shards,
-        shape=packing.shape_of([longest] * (batch_size // shards)),
+        model.mesh,
+        batch_size=batch_size,
+        shape=packing.shape_of([longest] * examples_per_shard),
     )
-    found = np.zeros((2, len(pairs)))
-    with jax.set_mesh(mesh):
-        for step in range(len(batches)):
-            batch = sharding.shard_batch(mesh, jax.tree.map(lambda x: x[0], batches[step]), axis=0)
-            for sums_B, values_SM in zip(
-                found, _token_kls(model.config, model.params, reference, batch), strict=True
-            ):
-                for row, values in batches.per_example(step, np.asarray(values_SM)[None]).items():
-                    if row >= 0:
-                        sums_B[row] = values.sum(dtype=np.float64)
-    return found[0], found[1]
+    log_ratio_B = np.array([values.sum(dtype=np.float64) for values in log_ratios])
+    kl_B = np.array([values.sum(dtype=np.float64) for values in kls])
+    return log_ratio_B, kl_B
 
 
 @functools.partial(jax.jit, static_argnums=0)

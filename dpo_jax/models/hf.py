@@ -26,16 +26,14 @@ from dpo_jax.models.transformer import TransformerConfig
 WEIGHT_FILES = ["model.safetensors", "model-*.safetensors"]
 OTHER_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 HUB_TIMEOUT = 10  # seconds
-FLOATS = ("F64", "F32", "F16", "BF16")  # stored types that are read, all as float32
 
 
 def fetch(path, *, weights: bool = True) -> pathlib.Path:
-    """A local folder as it is; otherwise the hub's model of that name, downloaded or from the local
-    cache.
+    """Return a local folder as it is, or that of a model on the hub, downloaded or cached.
 
     A name may end in @REVISION: a branch, a commit, or a pull request's refs/pr/N. weights=False
     leaves out weights, for a tokenizer. Raises FileNotFoundError, within seconds, when there is
-    neither.
+    neither a folder nor such a model.
     """
     folder = pathlib.Path(path).expanduser()
     if folder.is_dir():
@@ -47,7 +45,7 @@ def fetch(path, *, weights: bool = True) -> pathlib.Path:
             "format, or the name of a model on the hub such as openai-community/gpt2."
         )
     try:
-        # snapshot_download alone would wait for ever on a network that does not answer.
+        # snapshot_download alone would wait forever on a network that does not answer.
         HfApi().model_info(name, revision=revision or None, timeout=HUB_TIMEOUT)
         refusal = None
     except Exception as error:  # noqa: BLE001 - whatever it was, a copy in the cache will do
@@ -62,18 +60,18 @@ def fetch(path, *, weights: bool = True) -> pathlib.Path:
     except LocalEntryNotFoundError as error:
         reason = str(refusal or error).strip().splitlines()[0]
         raise FileNotFoundError(
-            f"the model {path} is neither a folder here nor to be had from the Hugging Face hub ({reason}). "
-            "Pass a local folder in Hugging Face format, or check the spelling, the network, that you have "
-            "access to the model (HF_TOKEN), and that HF_HUB_OFFLINE is not 1."
+            f"the model {path} is not a local folder, and the Hugging Face hub does not give it "
+            f"({reason}). Pass a local folder in Hugging Face format, or check the spelling, the "
+            "network, that you have access to the model (HF_TOKEN), and that HF_HUB_OFFLINE is "
+            "not 1."
         ) from (refusal or error)
     return pathlib.Path(snapshot)
 
 
 def read_config(path):
-    """The Hugging Face config of a local folder, or of a config.json by itself.
+    """Read the Hugging Face config of a local folder, or a config.json by itself.
 
-    Raises FileNotFoundError when it has none and ValueError when transformers cannot make sense of
-    it.
+    Raises FileNotFoundError when there is none and ValueError when transformers cannot read it.
     """
     file = pathlib.Path(path)
     file = file if file.is_file() else file / "config.json"
@@ -93,22 +91,24 @@ def read_config(path):
 
 
 def make_config(fields):
-    """The Hugging Face config of a new model: its `model_type`, and fields of that type's config
-    class.
+    """Return the Hugging Face config of a new model.
 
-    Raises ValueError for an unsupported type or a field that its class does not have.
+    fields: its `model_type`, and fields of that type's config class. Raises ValueError for an
+    unsupported type or a field that its class does not have.
     """
     fields = dict(fields)
     model_type = fields.pop("model_type", None)
     families.family(model_type)
     config_class = CONFIG_MAPPING[model_type]
-    if unknown := [field for field in fields if not hasattr(config_class(), field)]:
+    defaults = config_class()
+    unknown = [field for field in fields if not hasattr(defaults, field)]
+    if unknown:
         raise ValueError(f"transformers.{config_class.__name__} has no field {', '.join(unknown)}.")
     return config_class(**fields)
 
 
 def fingerprint(path) -> str:
-    """The sha256 of a folder's weight files, in the order of their names."""
+    """Return the sha256 of a folder's weight files, in the order of their names."""
     digest = hashlib.sha256()
     for file in sorted(pathlib.Path(path).glob("*.safetensors")):
         with file.open("rb") as stream:
@@ -117,17 +117,14 @@ def fingerprint(path) -> str:
 
 
 def gathered(param: jax.Array) -> np.ndarray:
-    """All of an array on the host, float32. Every process must call it."""
-    part = (
-        param
-        if param.is_fully_addressable
-        else multihost_utils.process_allgather(param, tiled=True)
-    )
-    return np.asarray(part, np.float32)
+    """Return all of an array on the host, float32. Every process must call it."""
+    if not param.is_fully_addressable:
+        param = multihost_utils.process_allgather(param, tiled=True)
+    return np.asarray(param, np.float32)
 
 
 def load(path, config: TransformerConfig, shardings):
-    """The weights in a local folder as float32 arrays, placed by a tree of NamedShardings.
+    """Load the weights in a local folder as float32 arrays, placed by a tree of NamedShardings.
 
     Raises FileNotFoundError when files are missing, and ValueError with the name of every tensor
     that is unknown, missing, set twice, wrongly shaped or not a float.
@@ -151,20 +148,18 @@ class Pieces:
     """This process's pieces of a float32 array, filled on the host; equal pieces share a buffer."""
 
     def __init__(self, shape: tuple[int, ...], sharding: jax.sharding.Sharding):
-        self.shape, self.sharding = shape, sharding
-        self.spans = {  # of each device: (start, end) along each axis
-            device: tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
-            for device, index in sharding.addressable_devices_indices_map(shape).items()
-        }
-        self.buffers = {
-            spans: np.empty([end - start for start, end in spans], np.float32)
-            for spans in set(self.spans.values())
-        }
+        self.shape = shape
+        self.sharding = sharding
+        self.spans = {}  # device -> (start, end) of its piece along each axis
+        for device, index in sharding.addressable_devices_indices_map(shape).items():
+            spans = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
+            self.spans[device] = tuple(spans)
+        self.buffers = {}  # spans -> the piece
+        for spans in set(self.spans.values()):
+            self.buffers[spans] = np.empty([end - start for start, end in spans], np.float32)
 
     def fill(self, value: np.ndarray, layer: int | None):
-        """Copies what is held here of one layer of the array, or of the whole when `layer` is
-        None.
-        """
+        """Copy this process's part of one layer, or of the whole array when `layer` is None."""
         for spans, buffer in self.buffers.items():
             if layer is not None:
                 (first, end), *spans = spans
@@ -174,7 +169,7 @@ class Pieces:
             buffer[...] = value[tuple(slice(*span) for span in spans)]
 
     def array(self) -> jax.Array:
-        """The array, once all of it is filled."""
+        """Return the array, once all of it is filled."""
         placed = [
             jax.device_put(self.buffers[spans], device) for device, spans in self.spans.items()
         ]
@@ -190,12 +185,11 @@ def save(
     *,
     max_shard_bytes: int = 5 * 10**9,
 ):
-    """Writes a folder in Hugging Face format, float32: config.json, safetensors, the tokenizer's
-    files.
+    """Write a folder in Hugging Face format: config.json, float32 safetensors, tokenizer files.
 
     Every process must call it; the first one writes. The folder appears, or takes the place of the
     model that was there, only once it is complete. Raises ValueError when the parameters are not
-    those of the config.
+    those of the config, and FileExistsError when the folder holds something else than a model.
     """
     path, params = pathlib.Path(path), _flat(params)
     tensors = families.tensors(hf_config.model_type, config)
@@ -207,9 +201,10 @@ def save(
         for name, layer in tensor.names(config)
     )
     if jax.process_index() == 0:
-        shapes = {
-            name: tensor.shape(config) for tensor in tensors for name, _ in tensor.names(config)
-        }
+        shapes = {}
+        for tensor in tensors:
+            for name, _ in tensor.names(config):
+                shapes[name] = tensor.shape(config)
         partial = _sibling(path, "partial")
         partial.mkdir(parents=True)
         _write_config(partial, hf_config, config.head)
@@ -218,75 +213,47 @@ def save(
             tokenizer.save_pretrained(partial)
         _publish(partial, path)
     else:
-        collections.deque(exported, maxlen=0)  # takes part in the gathering
+        # The other processes take part in the gathering, and throw away what they get.
+        collections.deque(exported, maxlen=0)
     multihost_utils.sync_global_devices("hf.save")
 
 
-def _match(path: pathlib.Path, model_type: str, config: TransformerConfig) -> dict:
-    """The safetensors slice of each tensor of the config; ValueError with everything that does not
-    fit.
-    """
+def _match(folder: pathlib.Path, model_type: str, config: TransformerConfig) -> dict:
+    """Return the stored slice of each tensor of the config; ValueError with all that is wrong."""
     family = families.family(model_type)
-    required = {
-        name: list(tensor.shape(config))
-        for tensor in families.tensors(model_type, config)
-        for name, _ in tensor.names(config)
-    }
+    shapes = {}
+    for tensor in families.tensors(model_type, config):
+        for name, _ in tensor.names(config):
+            shapes[name] = list(tensor.shape(config))
     head, embedding = family.name_of("head/kernel"), family.name_of("embed/tokens")
-    shapes = required | (
-        {head: required[embedding]} if config.tied else {}
-    )  # a tied head may be stored too
-    full_names = {name.removeprefix(family.base): name for name in shapes}
-    found, problems = {}, []
-    for file, stored_name, values in safetensors_io.read(path):
-        if families.BUFFERS.search(stored_name):
-            continue
-        name, shape = full_names.get(stored_name.removeprefix(family.base)), values.get_shape()
-        if name is None:
-            problems.append(f"unknown: {stored_name} {shape} in {file}")
-            continue
-        if name in found:
-            problems.append(f"set twice: {name}, again as {stored_name} in {file}")
-        if shape != shapes[name]:
-            problems.append(
-                f"wrong shape: {stored_name} {shape} in {file}, expected {shapes[name]}"
-            )
-        if values.get_dtype() not in FLOATS:
-            problems.append(
-                f"wrong type: {stored_name} {values.get_dtype()} in {file}, "
-                f"expected one of {', '.join(FLOATS)}"
-            )
-        found[name] = values
-    problems += [
-        f"missing: {name} {shape}" for name, shape in required.items() if name not in found
-    ]
-    if not problems and config.tied and head in found and _differ(found[head], found[embedding]):
-        problems = [
-            f"{head} differs from {embedding}, though config.json says tie_word_embeddings = true"
-        ]
-    if problems:
-        summary = (
-            f"the tensors in {path} are not those of the {model_type} model in its config.json:"
-        )
-        advice = "Check that config.json belongs to these weights and that all files are there."
-        raise ValueError("\n  ".join([summary, *problems]) + f"\n{advice}")
+    optional = []
+    if config.tied:  # some checkpoints store the tied head too
+        shapes[head] = shapes[embedding]
+        optional.append(head)
+    model = f"{model_type} model"
+    found = safetensors_io.match(
+        folder, model, shapes, base=family.base, ignored=families.BUFFERS, optional=optional
+    )
+    if config.tied and head in found and _differ(found[head], found[embedding]):
+        problem = f"{head} differs from {embedding}, though config.json says they are tied"
+        raise safetensors_io.mismatch(folder, model, [f"{problem} (tie_word_embeddings = true)"])
     return found
 
 
 def _differ(a, b, rows: int = 4096) -> bool:
-    """Whether two stored matrices differ, comparing some rows at a time."""
+    """Return whether two stored matrices differ, comparing some rows at a time."""
     count = a.get_shape()[0]
     blocks = (slice(start, min(start + rows, count)) for start in range(0, count, rows))
     return any((a[block] != b[block]).any() for block in blocks)
 
 
 def _check_names(params, expected: set[str]):
-    """Refuses to write half a model, or one without the parameters that transformers has no place
-    for.
-    """
-    if missing := expected - params.keys():
+    """Refuse to write half a model, or to leave out what transformers has no place for."""
+    missing = expected - params.keys()
+    if missing:
         raise ValueError(f"parameters to export are missing: {', '.join(sorted(missing))}.")
-    if unknown := params.keys() - expected:
+    unknown = params.keys() - expected
+    if unknown:
         raise ValueError(
             "parameters with no place in a Hugging Face checkpoint: "
             f"{', '.join(sorted(unknown))}. Merge or remove them before exporting."
@@ -294,7 +261,7 @@ def _check_names(params, expected: set[str]):
 
 
 def _check_replaceable(path: pathlib.Path):
-    """Refuses to put a model in the place of something else."""
+    """Refuse to put a model in the place of something else."""
     if path.exists() and not (path / "config.json").exists():
         raise FileExistsError(
             f"{path} exists and is not a model folder; remove it or export elsewhere."
@@ -302,12 +269,10 @@ def _check_replaceable(path: pathlib.Path):
 
 
 def _export(tensor: families.Tensor, params: list[jax.Array], layer: int | None) -> np.ndarray:
-    """A checkpoint's tensor, gathered to the host from the parameters, or from one layer of
-    them.
-    """
-    return np.ascontiguousarray(
-        tensor.pack([gathered(param if layer is None else param[layer]) for param in params])
-    )
+    """Return a checkpoint's tensor, gathered to the host from parameters or one layer of them."""
+    if layer is not None:
+        params = [param[layer] for param in params]
+    return np.ascontiguousarray(tensor.pack([gathered(param) for param in params]))
 
 
 def _write_config(folder: pathlib.Path, hf_config, head: str):
@@ -316,13 +281,12 @@ def _write_config(folder: pathlib.Path, hf_config, head: str):
     if head == "reward":
         hf_config.num_labels = 1
     hf_config.dtype = "float32"
-    hf_config.to_json_file(
-        folder / "config.json"
-    )  # save_pretrained refuses some configs found on the hub
+    # Not save_pretrained, which refuses some configs that are found on the hub.
+    hf_config.to_json_file(folder / "config.json")
 
 
 def _publish(partial: pathlib.Path, path: pathlib.Path):
-    """Renames a finished folder into its place, moving the one before out of the way first."""
+    """Rename a finished folder into its place, moving the one before out of the way first."""
     former = _sibling(path, "former")
     if path.exists():
         path.rename(former)
@@ -331,9 +295,7 @@ def _publish(partial: pathlib.Path, path: pathlib.Path):
 
 
 def _sibling(path: pathlib.Path, suffix: str) -> pathlib.Path:
-    """The name of a temporary folder beside `path`, cleared of what an earlier attempt left
-    there.
-    """
+    """Return a temporary folder beside `path`, cleared of what an earlier attempt left there."""
     sibling = path.with_name(f"{path.name}.{suffix}")
     shutil.rmtree(sibling, ignore_errors=True)
     return sibling

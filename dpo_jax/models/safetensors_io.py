@@ -1,10 +1,14 @@
-"""Folders of safetensors: one file, or shards with an index. Knows names and shapes, not models."""
+"""Folders of safetensors: one file, or shards with an index.
+
+Nothing here knows what a model is: tensors have names and shapes.
+"""
 
 import itertools
 import json
 import math
 import pathlib
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
 
 import numpy as np
 import safetensors
@@ -12,26 +16,82 @@ import safetensors.numpy
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+FLOATS = ("F64", "F32", "F16", "BF16")  # stored types that are read, all as float32
 CONVERT = """On the hub, a pull request of such a model often has
-safetensors: name it, as OWNER/NAME@refs/pr/N. Or convert it once, with transformers and torch, a classifier by
-AutoModelForSequenceClassification:
+safetensors: name it, as OWNER/NAME@refs/pr/N. Or convert it once, with transformers and torch (a
+classifier with AutoModelForSequenceClassification):
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER, safe_serialization=True)
+    model = AutoModelForCausalLM.from_pretrained(FOLDER)
+    model.save_pretrained(NEW_FOLDER, safe_serialization=True)
     AutoTokenizer.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"""
 
 
 def read(folder: pathlib.Path) -> Iterator[tuple[str, str, object]]:
-    """(file name, tensor name, slice) of every stored tensor; only headers are read until a slice
-    is indexed.
+    """Yield (file name, tensor name, slice) of every stored tensor.
 
-    Raises FileNotFoundError when a file is missing and ValueError when one is damaged.
+    Only headers are read until a slice is indexed. Raises FileNotFoundError when a file is missing
+    and ValueError when one is damaged.
     """
     for file in files(folder):
         try:
             opened = safetensors.safe_open(file, framework="numpy")
         except safetensors.SafetensorError as error:
             raise ValueError(f"{file} is damaged ({error}); fetch or write it again.") from error
-        yield from ((file.name, name, opened.get_slice(name)) for name in sorted(opened.keys()))
+        for name in sorted(opened.keys()):
+            yield file.name, name, opened.get_slice(name)
+
+
+def match(
+    folder: pathlib.Path,
+    model: str,
+    shapes: dict[str, list[int]],
+    *,
+    base: str,
+    ignored: re.Pattern,
+    optional: Collection[str] = (),
+) -> dict[str, object]:
+    """Return the stored slice of each tensor of a model.
+
+    model: what the tensors should make up, for the error. shapes: name -> expected shape. base: a
+    prefix of names, which a checkpoint may leave out. ignored: names, without the prefix, that are
+    skipped. optional: names that may be missing.
+
+    Raises ValueError with the name of every tensor that is unknown, missing, set twice, wrongly
+    shaped or not a float.
+    """
+    full_names = {name.removeprefix(base): name for name in shapes}
+    found, problems = {}, []
+    for file, stored_name, values in read(folder):
+        short_name = stored_name.removeprefix(base)
+        if ignored.search(short_name):
+            continue
+        name, shape, dtype = full_names.get(short_name), values.get_shape(), values.get_dtype()
+        stored = f"{stored_name} {shape} in {file}"
+        if name is None:
+            problems.append(f"unknown: {stored}")
+            continue
+        if name in found:
+            problems.append(f"set twice: {name}, again as {stored_name} in {file}")
+        if shape != shapes[name]:
+            problems.append(f"wrong shape: {stored}, expected {shapes[name]}")
+        if dtype not in FLOATS:
+            problems.append(
+                f"wrong type: {stored_name} {dtype} in {file}, expected one of {', '.join(FLOATS)}"
+            )
+        found[name] = values
+    for name, shape in shapes.items():
+        if name not in found and name not in optional:
+            problems.append(f"missing: {name} {shape}")
+    if problems:
+        raise mismatch(folder, model, problems)
+    return found
+
+
+def mismatch(folder: pathlib.Path, model: str, problems: list[str]) -> ValueError:
+    """Return the error that tensors are not those of a model, with everything that does not fit."""
+    summary = f"the tensors in {folder} are not those of the {model} in its config.json:"
+    advice = "Check that config.json belongs to these weights and that all files are there."
+    return ValueError("\n  ".join([summary, *problems]) + f"\n{advice}")
 
 
 def write(
@@ -41,44 +101,43 @@ def write(
     *,
     max_shard_bytes: int,
 ):
-    """Writes float32 tensors that come in the order of their shapes, holding one shard of them at a
-    time.
+    """Write float32 tensors, holding one shard of them at a time.
+
+    tensors: in the order of their shapes.
     """
     shards = _shards(shapes, max_shard_bytes)
     weight_map = {}
     for number, names in enumerate(shards, start=1):
-        file = (
-            SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        )
-        safetensors.numpy.save_file(
-            dict(itertools.islice(tensors, len(names))), folder / file, metadata={"format": "pt"}
-        )  # transformers insists
+        file = SINGLE
+        if len(shards) > 1:
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        shard = dict(itertools.islice(tensors, len(names)))
+        # transformers refuses a file without this metadata.
+        safetensors.numpy.save_file(shard, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
-        index = {
-            "metadata": {"total_size": sum(map(_bytes, shapes.values()))},
-            "weight_map": weight_map,
-        }
+        metadata = {"total_size": sum(map(_bytes, shapes.values()))}
+        index = {"metadata": metadata, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The one file of the folder, or the shards that its index lists; FileNotFoundError where these
-    are not there.
+    """Return the one file of the folder, or the shards that its index lists.
+
+    Raises FileNotFoundError when there are none, or some are missing.
     """
     if (folder / SINGLE).exists():
         return [folder / SINGLE]
     if not (folder / INDEX).exists():
-        pickles = (
-            ", ".join(file.name for file in sorted(folder.glob("*.bin"))) or "pytorch_model.bin"
-        )
+        pickles = ", ".join(file.name for file in sorted(folder.glob("*.bin")))
         raise FileNotFoundError(
-            f"{folder} holds neither {SINGLE} nor {INDEX}. Loading {pickles} would run code "
-            f"from a pickle. {CONVERT}"
+            f"{folder} holds neither {SINGLE} nor {INDEX}. Loading "
+            f"{pickles or 'pytorch_model.bin'} would run code from a pickle. {CONVERT}"
         )
     weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
     shards = [folder / name for name in sorted(set(weight_map.values()))]
-    if absent := [file.name for file in shards if not file.exists()]:
+    absent = [file.name for file in shards if not file.exists()]
+    if absent:
         raise FileNotFoundError(
             f"{folder} lacks {', '.join(absent)}, which its index lists; fetch it again."
         )
@@ -86,11 +145,12 @@ def files(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _shards(shapes: dict[str, tuple[int, ...]], max_bytes: int) -> list[list[str]]:
-    """The names in order, cut wherever the next tensor would make a shard too large."""
+    """Return the names in order, cut wherever the next tensor would make a shard too large."""
     shards, filled = [[]], 0
     for name, shape in shapes.items():
         if shards[-1] and filled + _bytes(shape) > max_bytes:
-            shards, filled = [*shards, []], 0
+            shards.append([])
+            filled = 0
         shards[-1].append(name)
         filled += _bytes(shape)
     return shards

@@ -1,11 +1,10 @@
-"""Sentiment classifiers of Hugging Face, RoBERTa and DistilBERT: an encoder with a classification
-head, to score with.
+"""Sentiment classifiers of Hugging Face: the encoders RoBERTa and DistilBERT with their head.
 
-Functional; layers are stacked and scanned. Nothing is trained here, so weights lie whole on every
-device, and texts are split over the mesh.
+Nothing is trained here, so weights lie whole on every device, and texts are split over the mesh.
+Layers are stacked and scanned.
 
-Letters: B texts, T tokens, D width, F feed-forward width, H heads, C width of a head, L layers, K
-classes.
+Letters: B texts, T tokens of a text, U tokens it attends to, D width, F feed-forward width,
+H heads, C width of a head, L layers, K classes.
 """
 
 import dataclasses
@@ -18,22 +17,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dpo_jax.data import tokenizer as tokenizers
 from dpo_jax.models import hf, safetensors_io
+from dpo_jax.models.inference import map_batches
 from dpo_jax.parallel import sharding
 from dpo_jax.parallel.sharding import constrain
 
-LENGTHS = (
-    32  # texts are padded to a power of 2 times this many tokens, so that few programs are compiled
-)
+# Texts are padded to a power of 2 times this many tokens, so that few programs are compiled.
+LENGTHS = 32
 POSITIVE = re.compile("positive|pos", re.IGNORECASE)
-UNUSED = re.compile(
-    r"position_ids$|^pooler\."
-)  # tensors that some checkpoints store and no classifier reads
+# Tensors that some checkpoints store and no classifier reads.
+UNUSED = re.compile(r"position_ids$|^pooler\.")
 
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-    """The shape of a classifier."""
+    """What a classifier is made of."""
 
     family: str
     vocab: int
@@ -52,8 +51,9 @@ class EncoderConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """The names of a family's tensors. {} stands for the layer; names of pairs have a .weight and a
-    .bias.
+    """The names of a family's tensors, without `base`, which checkpoints may leave out.
+
+    {} stands for the layer. Each name but those of embeddings is a pair's: .weight and .bias.
     """
 
     base: str
@@ -114,8 +114,9 @@ FAMILIES = {
 
 
 def read_config(folder) -> EncoderConfig:
-    """The shape from config.json; ValueError where the model is none of FAMILIES or has no positive
-    class.
+    """Read the config of a classifier from its config.json.
+
+    Raises ValueError where the model is none of FAMILIES or has no positive class.
     """
     found = hf.read_config(folder)
     if found.model_type not in FAMILIES:
@@ -145,35 +146,46 @@ def read_config(folder) -> EncoderConfig:
 
 
 def _positive(folder, config) -> int:
-    """The class that stands for positive: by its name, or the second of two unnamed ones."""
+    """Return the class that stands for positive: by its name, or the second of two unnamed."""
     named = [int(index) for index, name in config.id2label.items() if POSITIVE.fullmatch(name)]
     if len(named) == 1:
         return named[0]
     if {name.lower() for name in config.id2label.values()} == {"label_0", "label_1"}:
         return 1
     raise ValueError(
-        f"{folder}: the classes are {config.id2label}; expected one named POSITIVE, or two unnamed ones."
+        f"{folder}: the classes are {config.id2label}; expected one named POSITIVE, or two unnamed "
+        "ones."
     )
 
 
 def load(folder, config: EncoderConfig):
-    """The weights as float32 arrays.
+    """Load the weights as float32 arrays on the host.
 
     Raises ValueError with the name of every tensor that is unknown, missing, set twice, wrongly
     shaped or not a float.
     """
-    family, stored = FAMILIES[config.family], _match(pathlib.Path(folder), config)
+    family = FAMILIES[config.family]
+    stored = safetensors_io.match(
+        pathlib.Path(folder),
+        f"{config.family} classifier",
+        _shapes(config),
+        base=family.base,
+        ignored=UNUSED,
+    )
+
+    def read(name):
+        return np.asarray(stored[name][:], np.float32)
 
     def pair(name):
-        return dict(weight=stored[f"{name}.weight"].T, bias=stored[f"{name}.bias"])
+        return dict(weight=read(f"{name}.weight").T, bias=read(f"{name}.bias"))
 
-    tokens, positions = (stored[name] for name in family.embeddings)
-    layers = [
-        {part: pair(family.layer.format(layer) + name) for part, name in family.parts.items()}
-        for layer in range(config.layers)
-    ]
+    tokens, positions = (read(name) for name in family.embeddings)
+    layers = []
+    for layer in range(config.layers):
+        prefix = family.layer.format(layer)
+        layers.append({part: pair(prefix + name) for part, name in family.parts.items()})
     return dict(
-        tokens=tokens + sum(stored[name][0] for name in family.constants),
+        tokens=tokens + sum(read(name)[0] for name in family.constants),
         positions=positions,
         norm=pair(family.embedding_norm),
         head=pair(family.head[0]),
@@ -182,41 +194,10 @@ def load(folder, config: EncoderConfig):
     )
 
 
-def _match(folder: pathlib.Path, config: EncoderConfig) -> dict[str, np.ndarray]:
-    """The stored tensors by name; ValueError with everything that does not fit."""
-    shapes, found, problems = _shapes(config), {}, []
-    for file, stored_name, values in safetensors_io.read(folder):
-        name, shape = stored_name.removeprefix(FAMILIES[config.family].base), values.get_shape()
-        if UNUSED.search(name):
-            continue
-        if name not in shapes:
-            problems.append(f"unknown: {stored_name} {shape} in {file}")
-            continue
-        if name in found:
-            problems.append(f"set twice: {name}, again as {stored_name} in {file}")
-        if shape != shapes[name]:
-            problems.append(
-                f"wrong shape: {stored_name} {shape} in {file}, expected {shapes[name]}"
-            )
-        if values.get_dtype() not in hf.FLOATS:
-            problems.append(
-                f"wrong type: {stored_name} {values.get_dtype()} in {file}, "
-                f"expected one of {', '.join(hf.FLOATS)}"
-            )
-        found[name] = np.asarray(values[:], np.float32)
-    problems = [
-        f"missing: {name} {shape}" for name, shape in shapes.items() if name not in found
-    ] + problems
-    if problems:
-        summary = f"the tensors in {folder} are not those of the {config.family} classifier in its config.json:"
-        advice = "Check that config.json belongs to these weights and that all files are there."
-        raise ValueError("\n  ".join([summary, *problems]) + f"\n{advice}")
-    return found
-
-
 def _shapes(config: EncoderConfig) -> dict[str, list[int]]:
-    """The shape of each tensor of a checkpoint, by its name without the base."""
+    """Return the shape of each tensor of a checkpoint, by its name without the base."""
     family, D, F = FAMILIES[config.family], config.width, config.mlp_width
+    of_part = dict(norm_attention=[D], norm_mlp=[D], up=[F, D], down=[D, F])  # others are [D, D]
     weights = {
         family.embedding_norm: [D],
         family.head[0]: [D, D],
@@ -224,21 +205,19 @@ def _shapes(config: EncoderConfig) -> dict[str, list[int]]:
     }
     for layer in range(config.layers):
         for part, name in family.parts.items():
-            shape = {"up": [F, D], "down": [D, F], "norm_attention": [D], "norm_mlp": [D]}.get(
-                part, [D, D]
-            )
-            weights[family.layer.format(layer) + name] = shape
-    rows = [config.vocab, config.max_tokens + config.first_position]
-    return (
-        {name: [count, D] for name, count in zip(family.embeddings, rows, strict=True)}
-        | {name: [config.token_types, D] for name in family.constants}
-        | {f"{name}.weight": shape for name, shape in weights.items()}
-        | {f"{name}.bias": shape[:1] for name, shape in weights.items()}
-    )
+            weights[family.layer.format(layer) + name] = of_part.get(part, [D, D])
+    tokens, positions = family.embeddings
+    shapes = {tokens: [config.vocab, D], positions: [config.max_tokens + config.first_position, D]}
+    for name in family.constants:
+        shapes[name] = [config.token_types, D]
+    for name, shape in weights.items():
+        shapes[f"{name}.weight"] = shape
+        shapes[f"{name}.bias"] = shape[:1]
+    return shapes
 
 
 def logits(config: EncoderConfig, params, tokens_BT, lengths_B) -> jax.Array:
-    """Class logits, float32 [B, K], of texts padded on the right."""
+    """Return class logits, float32 [B, K], of texts padded on the right."""
     family = FAMILIES[config.family]
     real_BT = jnp.arange(tokens_BT.shape[1]) < lengths_B[:, None]
     positions_TD = params["positions"][config.first_position :][: tokens_BT.shape[1]]
@@ -252,16 +231,14 @@ def logits(config: EncoderConfig, params, tokens_BT, lengths_B) -> jax.Array:
         scores_BHTU = jnp.einsum("BTHC,BUHC->BHTU", q_BTHC, k_BTHC) * q_BTHC.shape[-1] ** -0.5
         scores_BHTU = jnp.where(real_BT[:, None, None], scores_BHTU, jnp.finfo(jnp.float32).min)
         out_BTHC = jnp.einsum("BHTU,BUHC->BTHC", jax.nn.softmax(scores_BHTU), v_BTHC)
-        x_BTD = _norm(
-            config,
-            layer["norm_attention"],
-            x_BTD + _linear(layer["out"], out_BTHC.reshape(x_BTD.shape)),
-        )
+        attended_BTD = _linear(layer["out"], out_BTHC.reshape(x_BTD.shape))
+        x_BTD = _norm(config, layer["norm_attention"], x_BTD + attended_BTD)
         x_BTF = jax.nn.gelu(_linear(layer["up"], x_BTD), approximate=False)
         return _norm(config, layer["norm_mlp"], x_BTD + _linear(layer["down"], x_BTF)), None
 
     x_BTD, _ = jax.lax.scan(block, x_BTD, params["layers"])
-    return _linear(params["out"], family.head_activation(_linear(params["head"], x_BTD[:, 0])))
+    pooled_BD = family.head_activation(_linear(params["head"], x_BTD[:, 0]))
+    return _linear(params["out"], pooled_BD)
 
 
 def _linear(weights, x_BTD):
@@ -281,44 +258,47 @@ def _positive_probability(config, params, batch):
 
 
 def classifier(folder, batch_size: int, mesh) -> Callable:
-    """A function from texts to the probability that each is positive, float64 [n].
+    """Return a function from texts to the probability that each is positive, float64 [n].
 
     A text with more tokens than the model has positions is cut. batch_size: texts at a time, over
     all devices.
     """
-    from dpo_jax.data import tokenizer as tokenizers
-
     config = read_config(folder)
     params = jax.device_put(load(folder, config), sharding.replicated(mesh))
-    words = tokenizers.load(folder)
+    tokenizer = tokenizers.load(folder)
     batch_size = sharding.whole_shards(batch_size, mesh)
+    function = functools.partial(_positive_probability, config, params)
 
     def predict(texts: list[str]) -> np.ndarray:
         found = np.zeros(len(texts))
-        ids = words(texts, truncation=True, max_length=config.max_tokens).input_ids if texts else []
-        order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
-        with jax.set_mesh(mesh):
-            for start in range(0, len(order), batch_size):
-                rows = order[start : start + batch_size]
-                batch = sharding.shard_batch(
-                    mesh, _padded([ids[row] for row in rows], batch_size, config), axis=0
-                )
-                found[rows] = np.asarray(_positive_probability(config, params, batch))[: len(rows)]
+        if not texts:
+            return found
+        ids = tokenizer(texts, truncation=True, max_length=config.max_tokens).input_ids
+        # Texts of like length share a batch: less padding.
+        order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
+        batches = [order[start : start + batch_size] for start in range(0, len(ids), batch_size)]
+
+        def load_batch(step):
+            return _padded([ids[index] for index in batches[step]], batch_size, config)
+
+        for step, values_B in map_batches(function, load_batch, len(batches), mesh):
+            indices = batches[step]
+            found[indices] = values_B[: len(indices)]
         return found
 
     return predict
 
 
 def _padded(ids: list[list[int]], batch_size: int, config: EncoderConfig) -> dict:
-    """Texts [B, T] padded on the right, and their lengths; rows that fill up the batch have one
-    token.
+    """Return texts [B, T] padded on the right, and their lengths.
+
+    Rows that only fill up the batch have one token.
     """
     longest = max(map(len, ids))
     width = min(LENGTHS << max((longest - 1) // LENGTHS, 0).bit_length(), config.max_tokens)
     tokens_BT = np.full((batch_size, width), config.pad, np.int32)
     for line, row in zip(tokens_BT, ids, strict=False):
         line[: len(row)] = row
-    return dict(
-        tokens=tokens_BT,
-        lengths=np.array([*map(len, ids), *[1] * (batch_size - len(ids))], np.int32),
-    )
+    lengths_B = np.ones(batch_size, np.int32)
+    lengths_B[: len(ids)] = [len(row) for row in ids]
+    return dict(tokens=tokens_BT, lengths=lengths_B)

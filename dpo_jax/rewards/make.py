@@ -1,8 +1,10 @@
-"""Rewards: prompts and completions to scores, behind one interface.
+"""Rewards: prompts and completions to numbers, behind one interface.
 
-A reward is a callable (prompts, completions, tokens) -> float64 [n], all lists of n: the texts, and
-(prompt, completion) as the policy's ids, which reward models read, or None where no policy of ours
-made them.
+A reward is a function (prompts, completions, tokens) -> float64 [n]. All three are lists of n: the
+texts, and (prompt, completion) as the policy's ids, which reward models read. tokens is None where
+no policy of ours made the completions.
+
+`make_reward` makes those that a config names, `from_function` one of your own.
 """
 
 import functools
@@ -17,62 +19,85 @@ from dpo_jax.rewards import classifier, reward_model
 
 @functools.cache
 def make_reward(kind: str, path: str, batch_size: int, mesh) -> Callable:
-    """A reward by config.reward.kind, or "rm" for the rm stage's model; made once in a process.
+    """Return a reward by config.reward.kind, or "rm" for the rm stage's model.
 
-    Raises FileNotFoundError or ValueError where the path holds no such reward.
+    It is made once in a process. Raises FileNotFoundError or ValueError where the path holds no
+    such reward.
     """
-    return KINDS[kind](path, batch_size, mesh)
+    if kind in toy.REWARDS:
+        return _toy(kind)
+    if kind == "classifier":
+        return _of_text(classifier.classifier(hf.fetch(path), batch_size, mesh))
+    if kind == "ngram":
+        from dpo_jax.rewards import ngram  # needs scikit-learn, which takes a second to import
+
+        return _of_text(ngram.fitted(path))
+    if kind == "model":
+        return reward_model.any_policy(path, batch_size, mesh)
+    if kind == "rm":
+        return reward_model.same_policy(path, batch_size, mesh)
+    raise ValueError(f"there is no reward of kind {kind!r}.")
+
+
+def from_function(function: Callable) -> Callable:
+    """Return the reward that a function from prompts and completions to numbers gives.
+
+    function: (prompts, completions), two lists of n texts -> n numbers. Raises ValueError when it
+    returns anything else, or a number that is not finite.
+    """
+    name = getattr(function, "__name__", repr(function))
+
+    def reward(prompts, completions, _tokens) -> np.ndarray:
+        rewards = np.asarray(function(list(prompts), list(completions)), np.float64)
+        if rewards.shape != (len(prompts),):
+            raise ValueError(
+                f"the reward function {name} returned an array of shape {rewards.shape} for "
+                f"{len(prompts)} completions: expected a number for each of them."
+            )
+        wrong = np.flatnonzero(~np.isfinite(rewards))
+        if len(wrong):
+            first = int(wrong[0])
+            raise ValueError(
+                f"the reward function {name} returned {rewards[first]} for the completion "
+                f"{completions[first]!r} of the prompt {prompts[first]!r}: expected a finite "
+                "number."
+            )
+        return rewards
+
+    return reward
 
 
 def check_reward(kind: str, path: str) -> None:
-    """Fetches what a reward will read, before hours go into the stages that come first;
-    FileNotFoundError likewise.
+    """Fetch what a reward reads, before hours go into the stages that come first.
+
+    Raises FileNotFoundError where there is none.
     """
     if kind in ("classifier", "model"):
         safetensors_io.files(hf.fetch(path))
 
 
-def _toy(kind: str) -> Callable:
-    """One of the toy's rules, on its words."""
-    words = list(toy.WORDS)
+def _of_text(positive: Callable) -> Callable:
+    """Return the probability that prompt + completion, as one text, is positive."""
 
-    def reward(prompts, completions, _tokens):
-        if not prompts:
-            return np.zeros(0)
-        prompts_P, which_B = np.unique(prompts, return_inverse=True)
-        ids_P = np.array([words.index(prompt.strip()) for prompt in prompts_P])
-        ids_BT = np.array([[words.index(word) for word in text.split()] for text in completions])
-        return toy.REWARDS[kind](ids_P, ids_BT)[which_B, np.arange(len(ids_BT))].astype(np.float64)
+    def reward(prompts, completions, _tokens) -> np.ndarray:
+        texts = [prompt + text for prompt, text in zip(prompts, completions, strict=True)]
+        return positive(texts)
 
     return reward
 
 
-def _classifier(path, batch_size, mesh) -> Callable:
-    """The probability that prompt + completion is positive, by a sentiment classifier of Hugging
-    Face.
-    """
-    positive = classifier.classifier(hf.fetch(path), batch_size, mesh)
-    return lambda prompts, completions, _tokens: positive(_joined(prompts, completions))
+def _toy(kind: str) -> Callable:
+    """Return one of the toy's rules, on its words."""
+    words = list(toy.WORDS)
 
+    def reward(prompts, completions, _tokens) -> np.ndarray:
+        if not prompts:
+            return np.zeros(0)
+        # The rule takes every prompt with every completion: each prompt is given once.
+        prompts_P, which_B = np.unique(prompts, return_inverse=True)
+        ids_P = np.array([words.index(prompt.strip()) for prompt in prompts_P])
+        ids_BT = np.array([[words.index(word) for word in text.split()] for text in completions])
+        rewards_PB = toy.REWARDS[kind](ids_P, ids_BT)
+        return rewards_PB[which_B, np.arange(len(ids_BT))].astype(np.float64)
 
-def _ngram(path, _batch_size, _mesh) -> Callable:
-    """The probability that prompt + completion is positive, by an n-gram model fitted to labelled
-    texts.
-    """
-    from dpo_jax.rewards import ngram  # needs scikit-learn, which takes a second to import
-
-    positive = ngram.fitted(path)
-    return lambda prompts, completions, _tokens: positive(_joined(prompts, completions))
-
-
-def _joined(prompts, completions) -> list[str]:
-    return [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-
-
-KINDS = {
-    "classifier": _classifier,
-    "ngram": _ngram,
-    "model": reward_model.any_policy,
-    "rm": reward_model.same_policy,
-    **{kind: lambda _path, _batch_size, _mesh, kind=kind: _toy(kind) for kind in toy.REWARDS},
-}
+    return reward

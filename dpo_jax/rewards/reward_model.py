@@ -1,4 +1,4 @@
-"""Reward models of ours: their score of completions, read at the last token."""
+"""Reward models of ours: the reward of a completion, read at its last token."""
 
 import functools
 from collections.abc import Callable
@@ -7,129 +7,118 @@ import jax
 import numpy as np
 
 from dpo_jax import config as configs
-from dpo_jax.console import say
+from dpo_jax.console import warn
 from dpo_jax.data import packing
-from dpo_jax.data.batches import Batches, evaluation_order
 from dpo_jax.data.tokenizer import Examples, encode_prompts
 from dpo_jax.models import loading
+from dpo_jax.models.inference import map_responses
 from dpo_jax.models.values import response_rewards
 from dpo_jax.parallel import sharding
 from dpo_jax.sampling.prompts import Prompts, completion_texts
 
-LENGTHS = (
-    32  # sequences are padded to a multiple of this many tokens, so that few programs are compiled
-)
+# Sequences are padded to a multiple of this many tokens, so that few programs are compiled.
+LENGTHS = 32
 
 
-def any_policy(path, batch_size, mesh) -> Callable:
-    """A reward model of ours: on the very tokens that the policy sampled, where they are its own
-    tokenizer's, and else on the texts, tokenised as for training, each completion with an EOS;
-    special tokens are not in them.
+def any_policy(path: str, batch_size: int, mesh) -> Callable:
+    """Return the reward of a reward model of ours, for completions of any policy.
+
+    It reads the very tokens that the policy sampled where they are its own tokenizer's. Otherwise
+    it reads the texts, tokenised as for training: without special tokens, and each completion with
+    an EOS.
     """
-    model = loading.open_checkpoint(path, head="reward")
-    score = _scorer(model, batch_size, mesh)
-    told = []
+    checkpoint = loading.open_checkpoint(path, head="reward")
+    reward_tokens = _token_reward(checkpoint, batch_size, mesh)
+    has_warned = False
 
-    def reward(prompts, completions, tokens):
-        if tokens is not None and _is_spelled(model.tokenizer, prompts, completions, tokens):
-            return score(tokens)
-        if tokens is not None and not told:
-            told.append(
-                say(
-                    f"reward: {path} has another tokenizer than the policy: the texts are tokenised anew, "
-                    "without what special tokens they had (a chat's), each with an EOS"
-                )
+    def reward(prompts, completions, tokens) -> np.ndarray:
+        nonlocal has_warned
+        if tokens is None:  # of texts that no policy of ours made
+            return reward_tokens(_tokenised(checkpoint.tokenizer, prompts, completions))
+        if _is_spelled(checkpoint.tokenizer, prompts, completions, tokens):
+            return reward_tokens(tokens)
+        if not has_warned:
+            has_warned = True
+            warn(
+                f"the reward model {path} has another tokenizer than the policy. It reads the texts, "
+                "tokenised again: without special tokens (a chat's), each with an EOS."
             )
-        return score(_tokenised(model.tokenizer, prompts, completions))
+        return reward_tokens(_tokenised(checkpoint.tokenizer, prompts, completions))
 
     return reward
 
 
-def _is_spelled(words, prompts: list[str], completions: list[str], tokens: list[tuple]) -> bool:
-    """Whether (prompt, completion) ids have these texts in a tokenizer, and completions end, if
-    they do, in its EOS.
+def same_policy(path: str, batch_size: int, mesh) -> Callable:
+    """Return the reward of this run's reward model, on the very tokens that the policy sampled."""
+    checkpoint = loading.open_checkpoint(path, head="reward")
+    reward_tokens = _token_reward(checkpoint, batch_size, mesh)
+
+    def reward(_prompts, _completions, tokens) -> np.ndarray:
+        return reward_tokens(tokens)
+
+    return reward
+
+
+def _is_spelled(tokenizer, prompts: list[str], completions: list[str], tokens: list[tuple]) -> bool:
+    """Return whether (prompt, completion) ids are a tokenizer's own for these texts.
+
+    They are where it decodes them to the texts, and a completion that ends in a special token ends
+    in its EOS.
     """
     ids = [prompt for prompt, _ in tokens]
-    read = Prompts(ids, words.batch_decode(ids, skip_special_tokens=True))
-    ends = {int(completion[-1]) for _, completion in tokens if len(completion)} & set(
-        words.all_special_ids
-    )
-    return (
-        ends <= {words.eos_token_id}
-        and read.texts == list(prompts)
-        and completion_texts(read, [completion for _, completion in tokens], words)
-        == list(completions)
-    )
+    decoded = Prompts(ids, tokenizer.batch_decode(ids, skip_special_tokens=True))
+    if decoded.texts != list(prompts):
+        return False
+    sampled = [completion for _, completion in tokens]
+    last = {int(completion[-1]) for completion in sampled if len(completion)}
+    if not last & set(tokenizer.all_special_ids) <= {tokenizer.eos_token_id}:
+        return False
+    return completion_texts(decoded, sampled, tokenizer) == list(completions)
 
 
-def _tokenised(words, prompts: list[str], completions: list[str]) -> list[tuple]:
-    """(prompt, completion) ids of texts, which are not cut."""
+def _tokenised(tokenizer, prompts: list[str], completions: list[str]) -> list[tuple]:
+    """Return (prompt, completion) ids of texts, which are not cut."""
     if not prompts:
         return []
     data = configs.default(()).data
     data.update(append_eos=True, max_length=2**30, max_prompt_length=2**29)
-    endings = words(completions, add_special_tokens=False).input_ids
-    return [
-        (prompt, np.array([*ids, words.eos_token_id], np.int32))
-        for prompt, ids in zip(
-            encode_prompts(prompts, words, data, "keep_start"), endings, strict=True
-        )
-    ]
+    prompt_ids = encode_prompts(prompts, tokenizer, data, "keep_start")
+    completion_ids = tokenizer(completions, add_special_tokens=False).input_ids
+    pairs = []
+    for prompt, ids in zip(prompt_ids, completion_ids, strict=True):
+        pairs.append((prompt, np.array([*ids, tokenizer.eos_token_id], np.int32)))
+    return pairs
 
 
-def same_policy(path, batch_size, mesh) -> Callable:
-    """The reward model of this run, on the very tokens that the policy sampled."""
-    score = _scorer(loading.open_checkpoint(path, head="reward"), batch_size, mesh)
-    return lambda _prompts, _completions, tokens: score(tokens)
-
-
-def _scorer(model: loading.Checkpoint, batch_size: int, mesh) -> Callable:
-    """(prompt, completion) ids -> a reward model's scores."""
-    params = model.load_params(mesh)
-    shards = sharding.batch_shards(mesh)
+def _token_reward(checkpoint: loading.Checkpoint, batch_size: int, mesh) -> Callable:
+    """Return a function from (prompt, completion) ids to a reward model's rewards, float64 [n]."""
+    params = checkpoint.load_params(mesh)
+    function = functools.partial(_rewards, checkpoint.config, params)
     batch_size = sharding.whole_shards(batch_size, mesh)
 
-    def score(tokens) -> np.ndarray:
+    def reward_tokens(tokens: list[tuple]) -> np.ndarray:
+        rewards = np.zeros(len(tokens))
         if not tokens:
-            return np.zeros(0)
-        model.check(
-            Examples(
-                *zip(
-                    *[
-                        (prompt, (completion,), f"completion {number} of those to score")
-                        for number, (prompt, completion) in enumerate(tokens, 1)
-                    ],
-                    strict=True,
-                )
-            )
-        )
-        longest = (
-            -(-max(len(prompt) + len(completion) for prompt, completion in tokens) // LENGTHS)
-            * LENGTHS
-        )
-        widest = (np.zeros(0, np.int32), (np.zeros(longest, np.int32),))
-        shape = packing.shape_of([widest] * (batch_size // shards))
-        batches = Batches(
-            [(prompt, (completion,)) for prompt, completion in tokens],
-            evaluation_order(len(tokens), batch_size),
-            shards=shards,
-            shape=shape,
-        )
-        found = np.zeros(len(tokens))
-        with jax.set_mesh(mesh):
-            for step in range(len(batches)):
-                batch = sharding.shard_batch(
-                    mesh, jax.tree.map(lambda x: x[0], batches[step]), axis=0
-                )
-                rows = batches.indices(step)
-                found[rows[rows >= 0]] = np.asarray(_scores(model.config, params, batch)).ravel()[
-                    rows >= 0
-                ]
-        return found
+            return rewards
+        examples = Examples()
+        for number, (prompt, completion) in enumerate(tokens, start=1):
+            examples.prompts.append(prompt)
+            examples.responses.append((completion,))
+            examples.where.append(f"completion {number} of those to score")
+        checkpoint.check(examples)
+        # Room for sequences of the longest length, so that other texts need no other program.
+        longest = max(len(prompt) + len(completion) for prompt, completion in tokens)
+        padded = -(-longest // LENGTHS) * LENGTHS
+        widest = (np.zeros(0, np.int32), (np.zeros(padded, np.int32),))
+        shape = packing.shape_of([widest] * (batch_size // sharding.batch_shards(mesh)))
+        found = map_responses(function, examples, mesh, batch_size=batch_size, shape=shape)
+        for indices, rewards_PQ in found:
+            rewards[indices] = rewards_PQ[:, 0]
+        return rewards
 
-    return score
+    return reward_tokens
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _scores(model, params, batch):
-    return sharding.constrain(response_rewards(model, params, batch))
+def _rewards(config, params, batch):
+    return sharding.constrain(response_rewards(config, params, batch))

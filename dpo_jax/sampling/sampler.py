@@ -63,12 +63,12 @@ def sample(
     """
     check(model.config, prompts, sampling, first=first)
     n, mesh, eos_id = sampling.n, model.mesh, model.eos_id
-    shards = sharding.batch_shards(mesh)
     order = sorted(
         range(len(prompts)), key=lambda row: len(prompts[row])
     )  # like lengths share a batch: less padding
     rows = np.array([(row, number) for row in order for number in range(n)]).reshape(-1, 2)
-    batch_size = -(-min(sampling.batch_size, _power_of_2(len(rows))) // shards) * shards
+    batch_size = min(sampling.batch_size, _power_of_2(len(rows)))
+    batch_size = sharding.whole_shards(batch_size, mesh)
     found = [[None] * n for _ in prompts]
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]

@@ -17,7 +17,8 @@ import numpy as np
 
 from dpo_jax.console import say
 from dpo_jax.data import packing
-from dpo_jax.data.batches import Batches, evaluation_order, training_order
+from dpo_jax.data.batches import Batches, training_order
+from dpo_jax.models.inference import map_tokens
 from dpo_jax.models.loading import Model
 from dpo_jax.models.log_probs import token_log_probs
 from dpo_jax.parallel import sharding
@@ -259,33 +260,24 @@ class RolloutFeed:
         )
 
     def _measure(self, params, reference, examples) -> list[list[np.ndarray]]:
-        """Log-probs under policy and reference, and values, of each example's tokens."""
-        batches = Batches(
+        """Return log-probs under policy and reference, and values, of each example's tokens."""
+        job = self._job
+        return map_tokens(
+            functools.partial(_measure, job.model, params, reference),
             examples,
-            evaluation_order(len(examples), self._job.block.minibatch_size),
-            **self._splits,
+            job.mesh,
+            batch_size=job.block.minibatch_size // self._splits["microbatches"],
             shape=self._shape,
         )
-        found = [{}, {}, {}]
-        for step in range(len(batches)):
-            batch = sharding.shard_batch(self._job.mesh, batches[step], axis=1)
-            for rows, values_ASM in zip(
-                found, _measure(self._job.model, params, reference, batch), strict=True
-            ):
-                rows |= batches.per_example(step, np.asarray(values_ASM))
-        return [[rows[row] for row in range(len(examples))] for rows in found]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _measure(model, params, reference, batch):
-    """Log-probs under policy and reference, and values, float32 [A, S, M] each."""
-
-    def one(microbatch):
-        log_probs_SM, value_SM = token_values(model, params, microbatch)
-        reference_SM = token_log_probs(dataclasses.replace(model, head="lm"), reference, microbatch)
-        return tuple(constrain(x_SM) for x_SM in (log_probs_SM, reference_SM, value_SM))
-
-    return jax.lax.map(one, batch)
+def _measure(config, params, reference, batch):
+    """Return log-probs under policy and reference, and values, float32 [S, M] each."""
+    log_probs_SM, values_SM = token_values(config, params, batch)
+    reference_config = dataclasses.replace(config, head="lm")
+    reference_SM = token_log_probs(reference_config, reference, batch)
+    return tuple(constrain(x_SM) for x_SM in (log_probs_SM, reference_SM, values_SM))
 
 
 def targets(rollout: Rollout, controls: Controls, gae_lambda: float) -> packing.RolloutTargets:

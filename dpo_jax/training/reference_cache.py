@@ -19,12 +19,12 @@ import jax
 import numpy as np
 
 from dpo_jax.console import say
-from dpo_jax.data.batches import FILLER, evaluation_order
+from dpo_jax.data.batches import FILLER
 from dpo_jax.models import attention, log_probs
 from dpo_jax.models.inference import score_examples
 from dpo_jax.models.loading import Checkpoint
 from dpo_jax.models.transformer import TransformerConfig
-from dpo_jax.parallel import processes, sharding
+from dpo_jax.parallel import processes
 
 # Fields of the model's config that change no log-prob: two say how it is compiled, one is a limit.
 WITHOUT_EFFECT = ("remat", "unroll", "max_positions")
@@ -38,7 +38,7 @@ class ReferenceCache:
         self._root = pathlib.Path(workdir) / "reference"
         self._checkpoint = checkpoint
         self._mesh = mesh
-        self._batch_size = sharding.whole_shards(batch_size, mesh)
+        self._batch_size = batch_size
 
     def log_probs(self, split: str, examples, needed: np.ndarray) -> np.ndarray:
         """Return summed log-probs [examples, responses] in nats, at least those of `needed`.
@@ -55,10 +55,10 @@ class ReferenceCache:
             say(f"reference: log-probs of {len(needed)} {split} rows are in {path}")
             return kept
         say(f"reference: {len(missing)} of {len(needed)} {split} rows to compute, kept in {path}")
-        order = evaluation_order(len(missing), self._batch_size)
-        order = np.where(order == FILLER, FILLER, missing[order])
         model = self._checkpoint.load(self._mesh)
-        for indices, values in score_examples("reference", model, examples, order):
+        for indices, values in score_examples(
+            "reference", model, examples, self._batch_size, missing
+        ):
             kept[indices] = values
             _write(path, kept, indices)
         _seal(path)
