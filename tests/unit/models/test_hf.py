@@ -91,7 +91,7 @@ def silent_hub(monkeypatch, tmp_path):
 def test_fetch_from_silent_network(silent_hub):
     start = time.monotonic()
     with pytest.raises(
-        FileNotFoundError, match="the model org/name is neither a folder .* Pass a local"
+        FileNotFoundError, match="the model org/name is not a local folder.* Pass a local"
     ):
         hf.fetch("org/name")
     assert time.monotonic() - start < 10
@@ -114,7 +114,7 @@ def test_fetch_revision(silent_hub):
         (cached / "refs" / branch).write_text(commit)
     assert hf.fetch("org/name@refs/pr/5") == cached / "snapshots" / ("1" * 40)
     assert hf.fetch("org/name@" + "0" * 40) == cached / "snapshots" / ("0" * 40)
-    with pytest.raises(FileNotFoundError, match="the model org/name@v2 is neither"):
+    with pytest.raises(FileNotFoundError, match="the model org/name@v2 is not a local folder"):
         hf.fetch("org/name@v2")
 
 

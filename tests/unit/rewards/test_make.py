@@ -150,3 +150,31 @@ def test_reward_needs_completion_per_prompt(mesh, tmp_path):
     )
     with pytest.raises(ValueError, match="zip"):
         make.make_reward("ngram", str(tmp_path), 8, mesh)(["one", "two"], ["one"], None)
+
+
+def test_reward_from_function():
+    reward = make.from_function(lambda prompts, completions: [len(text) for text in completions])
+    found = reward(["a", "b"], [" one", ""], [(np.array([1]), np.array([2]))] * 2)
+    assert found.dtype == np.float64 and found.tolist() == [4.0, 0.0]
+    assert reward([], [], None).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    "returned, message",
+    [
+        ([1.0], r"measure returned an array of shape \(1,\) for 2 completions"),
+        (1.0, r"shape \(\) for 2 completions: expected a number for each"),
+        ([0.0, np.nan], "returned nan for the completion 'y' of the prompt 'b'"),
+    ],
+)
+def test_reward_from_function_refuses(returned, message):
+    def measure(prompts, completions):
+        return returned
+
+    with pytest.raises(ValueError, match=message):
+        make.from_function(measure)(["a", "b"], ["x", "y"], None)
+
+
+def test_unknown_kind_of_reward(mesh):
+    with pytest.raises(ValueError, match="no reward of kind 'taste'"):
+        make.make_reward("taste", "", 8, mesh)
