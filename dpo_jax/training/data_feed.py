@@ -173,8 +173,12 @@ def evaluate(
 
     batches: of one microbatch each; examples that only fill up the last one count for nothing.
     """
+    # Adapters are laid over their base once, not for each batch.
+    full = frozen.full(params)
+    reference = frozen.full(frozen.reference)
     total = None
     for step in range(len(batches)):
         batch = sharding.shard_batch(mesh, batches[step], axis=1)
-        total = metrics_lib.add(total, programs.measure(params, frozen, batch))
+        measured = programs.eval_step(full, reference, frozen.hyper, batch)
+        total = metrics_lib.add(total, measured)
     return metrics_lib.named(total, "eval")

@@ -299,7 +299,7 @@ class _Recorder:
     def _evaluate(self, step: int, state: TrainState) -> dict[str, float]:
         values = self._feed.evaluate(state.params)
         if self._job.probe:
-            values |= self._job.probe(self._frozen.full(state.params))
+            values = values | self._job.probe(self._frozen.full(state.params))
         self._check_finite(step, values)
         self._check_keep_best(values)
         return values
