@@ -52,7 +52,7 @@ def mesh_of(devices: int, **sizes):
     ],
     ids=["dpo", "microbatches", "lora", "mesh", "sft", "unlikelihood", "rm"],
 )
-def test_training_is_the_train_commands(
+def test_trainer_equals_train_command(
     model, data, tmp_path, objective, settings, lora, devices, sizes
 ):
     """Metrics of each step, the evaluations, and the exported weights."""
@@ -90,7 +90,7 @@ def test_training_is_the_train_commands(
         np.testing.assert_array_equal(weights(tmp_path / "mine")[name], value, err_msg=name)
 
 
-def test_log_probs_are_the_score_commands(model, data, tmp_path):
+def test_log_probs_equal_score_command(model, data, tmp_path):
     score_file(model, data / "train.jsonl", tmp_path / "scores.jsonl")
     scores = rows_of(tmp_path / "scores.jsonl")
     loaded = dpo_jax.load(model)
@@ -101,7 +101,7 @@ def test_log_probs_are_the_score_commands(model, data, tmp_path):
 
 
 @pytest.mark.parametrize("n", [1, 3])
-def test_generated_texts_are_the_sample_commands(model, data, tmp_path, n):
+def test_generate_equals_sample_command(model, data, tmp_path, n):
     settings = dict(max_new_tokens=6, temperature=0.9, n=n, seed=3, batch_size=8)
     sample_file(model, data / "train.jsonl", tmp_path / "samples.jsonl", **settings)
     sampled = rows_of(tmp_path / "samples.jsonl")

@@ -45,7 +45,7 @@ def shortened(run):
     return short_run
 
 
-def test_the_readmes_lines(tmp_path, monkeypatch):
+def test_readme_python_runs(tmp_path, monkeypatch):
     """The ten lines, with words in place of the dots."""
     (code,) = [block for block in blocks("README.md") if "import dpo_jax" in block]
     words = dict(prompt="Once upon a time", chosen=" there was a dog.", rejected=" a a a")
@@ -61,7 +61,7 @@ def test_the_readmes_lines(tmp_path, monkeypatch):
     assert (tmp_path / "OUT" / "model.safetensors").exists()
 
 
-def test_every_example_of_the_page(tmp_path, monkeypatch, capsys):
+def test_python_page_examples_run(tmp_path, monkeypatch, capsys):
     rows = [{"prompt": f"Once upon a time {i}", "completion": " there was."} for i in range(200)]
     (tmp_path / "PROMPTS.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setattr("dpo_jax.api.run", shortened(dpo_jax.run))

@@ -34,7 +34,7 @@ for cell in json.load(open(sys.argv[1]))["cells"]:
 """
 
 
-def test_the_notebook_runs(tmp_path):
+def test_notebook_runs(tmp_path):
     """In Jupyter where it is installed; else its code, cell by cell."""
     code = AS_JUPYTER if HAS_JUPYTER else AS_SCRIPT
     env = os.environ | dict(
@@ -64,6 +64,6 @@ def test_the_notebook_runs(tmp_path):
     assert not list(tmp_path.iterdir())  # it writes to a folder of its own
 
 
-def test_no_outputs_are_committed():
+def test_notebook_has_no_outputs():
     cells = json.loads(NOTEBOOK.read_text())["cells"]
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)

@@ -127,14 +127,14 @@ def test_config_files_are_valid(name):
     assert f"--config=configs/{name}.py" in module.__doc__
 
 
-def test_every_field_is_explained():
+def test_field_docs_explain_every_field():
     docs = configs.field_docs()
     assert len(docs) > 140
     for field, _, meaning in docs:
         assert len(meaning) > 10 and not meaning.endswith("."), field
 
 
-def test_the_fields_that_are_documented_are_those_of_the_config():
+def test_field_docs_equal_defaults():
     """Every default of the whole tree is in field_docs, and nothing else is."""
     tree = configs.default(tuple(STAGES)).to_dict()
     tree["model"]["scratch"] = None  # its own fields are Hugging Face's

@@ -43,7 +43,7 @@ def named(swept="", **overrides) -> str:
         (dict(dpo__beta=0.5, run="mine"), "mine"),
     ],
 )
-def test_a_run_is_named_after_what_changes_its_result(overrides, name):
+def test_run_name_of_overrides(overrides, name):
     assert named(**overrides) == name
 
 
@@ -62,18 +62,18 @@ def test_a_run_is_named_after_what_changes_its_result(overrides, name):
         (dict(log__wandb="project"), "dpo-beta0.5"),
     ],
 )
-def test_only_the_last_training_stage_is_named(other, name):
+def test_run_name_of_last_stage_only(other, name):
     assert named(dpo__beta=0.5, **other) == name
 
 
-def test_a_sweep_names_its_runs_by_the_same_rule():
+def test_run_name_in_sweep():
     assert named("dpo.beta", dpo__beta=0.5) == "dpo-beta0.5"
     assert named("dpo.beta", dpo__beta=0.5, data__max_rows=10) == "dpo-beta0.5"
     assert named("dpo.beta", dpo__beta=0.5, run="mine") == "mine-beta0.5"
     assert named("dpo.steps", dpo__steps=7) == "dpo-steps7"
 
 
-def test_the_stages_after_have_the_name_as_a_suffix():
+def test_run_name_as_suffix():
     config = base()
     config.dpo.beta = 0.5
     name_run(config, base())

@@ -9,7 +9,7 @@ from dpo_jax.stage_table import STAGES
 from dpo_jax.training.objectives import OBJECTIVES
 
 
-def test_every_stage_has_fields_and_something_that_runs_it():
+def test_stages_have_fields_and_runner():
     trained = {name for name, stage in STAGES.items() if stage.trains}
     assert list(configs.STAGE_FIELDS) == list(STAGES)
     assert OBJECTIVES.keys() == trained
@@ -20,7 +20,7 @@ def test_every_stage_has_fields_and_something_that_runs_it():
 
 
 @pytest.mark.parametrize("reference", ["init", "none", "some/model"])
-def test_a_block_chooses_its_reference(reference):
+def test_reference_by_block(reference):
     config = configs.default(("rm", "dpo", "ppo"))
     config.dpo.reference = reference
     assert stage_table.reference_of(config, "dpo") == reference
@@ -28,7 +28,7 @@ def test_a_block_chooses_its_reference(reference):
     assert stage_table.reference_of(config, "rm") == "none"
 
 
-def test_only_pairs_that_the_run_made_are_sampled():
+def test_sampled_pairs_of_run_alone():
     config = configs.default(("sft", "pairs", "dpo"))
     assert stage_table.trains_on_samples(config, "dpo")
     assert not stage_table.trains_on_samples(config, "sft")
