@@ -1,5 +1,6 @@
 """README and docs/: commands parse, links resolve, generated pages are fresh, metrics explained."""
 
+import dataclasses
 import importlib.util
 import pathlib
 import re
@@ -9,6 +10,7 @@ import pytest
 
 from dpo_jax import config_checks, config_files
 from dpo_jax.config import field_docs
+from dpo_jax.data.packing import Batch
 from dpo_jax.training.metrics import METRICS
 from tests.helpers.documented import documented_metrics
 from tests.helpers.paths import ROOT
@@ -28,7 +30,7 @@ GUIDES = [page for page in PAGES if ROOT / "experiments" not in page.parents]
 LAUNCH = (ROOT / "launch.sh").read_text()
 # What other changes under way will bring.
 PENDING = {"dpo_jax.runs", "python.md", "quickstart.ipynb"}
-PENDING |= {"runs.py"}
+PENDING |= {"runs.py", "run_name.py", "stage_table.py"}
 COMMAND = re.compile(r"(?:python -m (?:dpo_jax|experiments|tests)\.|dpo-jax |\./launch\.sh )")
 
 
@@ -168,6 +170,21 @@ def test_files_named_in_the_text_exist(page):
         assert any(place.exists() for place in [*places, *in_rooms]), name
 
 
+def test_architecture_names_every_room_and_file_beside_them():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    for path in (ROOT / "dpo_jax").iterdir():
+        if path.is_dir() and (path / "__init__.py").exists():
+            assert f"`{path.name}/`" in text, path.name
+        elif path.suffix == ".py" and path.name != "__init__.py":
+            assert f"`{path.name}`" in text, path.name
+
+
+def test_readme_maps_every_room():
+    text = README.read_text()
+    for path in (ROOT / "dpo_jax").iterdir():
+        assert not (path / "__init__.py").exists() or f" {path.name}/ " in text, path.name
+
+
 def test_index_names_every_page():
     text = (ROOT / "docs" / "index.md").read_text()
     for page in (ROOT / "docs").glob("*.md"):
@@ -207,6 +224,13 @@ def test_drawings_have_no_drift():
     script = load_script("drawings")
     for name, draw in script.PICTURES.items():
         assert (script.HERE / name).read_text() == draw(), "run: python docs/drawings.py"
+
+
+def test_drawing_names_the_fields_of_a_batch():
+    fields = {field.name for field in dataclasses.fields(Batch)}
+    text = (ROOT / "docs" / "packed_batch.svg").read_text()
+    named = set(re.findall(r">(\w+_\w+)<", text))
+    assert named and named <= fields
 
 
 def test_drawings_name_files_that_exist():
