@@ -1,7 +1,7 @@
 """Write docs/config.md from dpo_jax/config.py: python docs/config_reference.py
 
-Every field with its default, and the comment beside it in the code. A test checks that the page is
-what this script writes.
+Every field with its default and its meaning, from config.field_docs(). A test checks that the page
+is what this script writes.
 """
 
 import pathlib
@@ -61,7 +61,7 @@ BLOCKS = {  # block -> its heading and what to say about it
         "Every training stage: `STAGE`",
         "STAGE is `sft`, `preferred_ft`, `unlikelihood`, `rm`, `dpo` or `ppo`.",
     ),
-    "sft": ("SFT: `sft`", "Also `preferred_ft`."),
+    "sft": ("SFT: `sft`", ""),
     "preferred_ft": ("Preferred-FT: `preferred_ft`", ""),
     "unlikelihood": ("Unlikelihood: `unlikelihood`", ""),
     "dpo": ("DPO: `dpo`", ""),
