@@ -1,16 +1,16 @@
-"""Judges against people and each other: python -m experiments.judge_agreement --votes=FILE.jsonl
---workdir=DIR \\
-    --judge=gpt-4:summary_simple --judge=gpt-4:summary_concise --reward_model=runs/tldr/rm/hf
+"""Compare judges with people and with each other, as in the paper's human study (table 2).
 
-The paper's human study (table 2). Each row of FILE is a comparison and people's votes on it, as
-verdicts on `ours`; `matchup` is optional and makes a table of its own:
+    python -m experiments.judge_agreement --votes=FILE.jsonl --workdir=DIR \\
+        --judge=gpt-4:summary_simple --judge=gpt-4:summary_concise --reward_model=runs/tldr/rm/hf
 
-    {"prompt": "...", "ours": "...", "other": "...", "votes": ["win", "loss"], "matchup": "DPO,
-    PPO"}
+Each row of FILE is a comparison with people's votes on it, as verdicts on `ours`. `matchup` is
+optional; each matchup gets a table of its own:
 
-A judge is MODEL:TEMPLATE, behind OPENAI_BASE_URL and OPENAI_API_KEY. Writes DIR/agreement.json, the
-verdicts of each judge, and DIR/judgements.jsonl, which the same command goes on from. As in the
-paper, agreement leaves ties out.
+    {"prompt": "...", "ours": "...", "other": "...", "votes": ["win"], "matchup": "DPO, PPO"}
+
+A judge is MODEL:TEMPLATE, behind OPENAI_BASE_URL and OPENAI_API_KEY. Writes DIR/agreement.json and
+the verdicts of each judge. DIR/judgements.jsonl keeps every answer, so an interrupted command
+resumes. As in the paper, agreement leaves ties out.
 """
 
 import itertools
@@ -28,26 +28,21 @@ PEOPLE = "people"
 
 
 def read_votes(path: str) -> list[dict]:
-    """The rows of a file of votes; ValueError naming the line and the field that is not as it
-    should be.
-    """
+    """Read the rows of a file of votes; ValueError names the line and the field that is wrong."""
     rows = []
     for number, row in read_jsonl(path):
         row.setdefault("matchup", "all")
         for name in ("prompt", "ours", "other", "matchup"):
             if not isinstance(row.get(name), str):
                 raise ValueError(
-                    f"{path} line {number}: expected a field {name!r}, text; found {row.get(name)!r:.80}."
+                    f"{path} line {number}: expected a field {name!r}, text; found "
+                    f"{row.get(name)!r:.80}."
                 )
-        votes = row.get("votes")
-        if (
-            not isinstance(votes, list)
-            or not votes
-            or any(vote not in list(winrate_stats.POINTS) for vote in votes)
-        ):
+        votes, allowed = row.get("votes"), list(winrate_stats.POINTS)
+        if not isinstance(votes, list) or not votes or any(vote not in allowed for vote in votes):
             raise ValueError(
-                f"{path} line {number}: expected a field 'votes', a list of {', '.join(winrate_stats.POINTS)}; "
-                f"found {votes!r:.80}."
+                f"{path} line {number}: expected a field 'votes', a list of "
+                f"{', '.join(allowed)}; found {votes!r:.80}."
             )
         rows.append(row)
     if not rows:
@@ -56,116 +51,111 @@ def read_votes(path: str) -> list[dict]:
 
 
 def tables(rows: list[dict], verdicts: dict[str, list[str | None]]) -> dict[str, dict]:
-    """matchup -> win rates of ours by each rater, and agreement of every two; verdicts: judge ->
-    one for each row.
+    """Return for each matchup the win rates by each rater and the agreement of every two raters.
+
+    verdicts: judge -> one for each row.
     """
     found = {}
     for matchup in dict.fromkeys(row["matchup"] for row in rows):
         which = [number for number, row in enumerate(rows) if row["matchup"] == matchup]
         said = {PEOPLE: [rows[number]["votes"] for number in which]}
-        said |= {name: [[given[number]] for number in which] for name, given in verdicts.items()}
-        found[matchup] = dict(
-            win_rates=[dict(rater=rater) | _win_rate(items) for rater, items in said.items()],
-            agreement=[
-                row
-                for first, second in itertools.combinations_with_replacement(said, 2)
-                if first != second or first == PEOPLE
-                if (row := _agreement(first, said[first], second, said[second]))["n"]
-            ],
-        )
+        for name, given in verdicts.items():
+            said[name] = [[given[number]] for number in which]
+        agreement = []
+        for first, second in itertools.combinations_with_replacement(said, 2):
+            if first == second and first != PEOPLE:
+                continue  # a judge has one verdict an item, so nothing to compare with
+            row = _agreement(first, said[first], second, said[second])
+            if row["n"]:
+                agreement.append(row)
+        win_rates = [dict(rater=rater) | _win_rate(items) for rater, items in said.items()]
+        found[matchup] = dict(win_rates=win_rates, agreement=agreement)
     return found
 
 
 def _win_rate(items: list[list[str | None]]) -> dict:
-    """Mean over comparisons of the share of verdicts that are wins, a tie a half, with Wilson's
-    interval.
-    """
+    """The mean win rate over comparisons with Wilson's interval; a tie counts as half a win."""
     given = [[winrate_stats.POINTS[verdict] for verdict in item if verdict] for item in items]
-    scores = [np.mean(item) for item in given if item]
-    low, high = winrate_stats.wilson(sum(scores), len(scores))
-    counts = {
-        name: sum(item.count(verdict) for item in items)
-        for name, verdict in [("ties", "tie"), ("unparsable", None)]
-    }
+    shares = [np.mean(item) for item in given if item]
+    low, high = winrate_stats.wilson(sum(shares), len(shares))
     return dict(
-        rate=float(np.mean(scores)) if scores else None, low=low, high=high, n=len(scores), **counts
+        rate=float(np.mean(shares)) if shares else None,
+        low=low,
+        high=high,
+        n=len(shares),
+        ties=sum(item.count("tie") for item in items),
+        unparsable=sum(item.count(None) for item in items),
     )
 
 
 def _agreement(first: str, of_first: list, second: str, of_second: list) -> dict:
-    """Agreement of two raters, or of people among themselves, who have no order: each two of them
-    count both ways.
+    """The agreement of two raters, or of people among themselves.
+
+    People have no order, so each two of them count both ways.
     """
-    decided = [
-        [[verdict for verdict in item if verdict in ("win", "loss")] for item in items]
-        for items in (of_first, of_second)
-    ]
+    first_decided = [_decided(item) for item in of_first]
+    second_decided = [_decided(item) for item in of_second]
     if first == second:
-        pairs = [list(itertools.permutations(item, 2)) for item in decided[0]]
+        pairs = [list(itertools.permutations(item, 2)) for item in first_decided]
     else:
-        pairs = [list(itertools.product(*items)) for items in zip(*decided, strict=True)]
+        both = zip(first_decided, second_decided, strict=True)
+        pairs = [list(itertools.product(*items)) for items in both]
     return dict(first=first, second=second) | winrate_stats.agreement(pairs)
 
 
+def _decided(item: list[str | None]) -> list[str]:
+    """The verdicts that are neither a tie nor missing."""
+    return [verdict for verdict in item if verdict in ("win", "loss")]
+
+
 def show(found: dict[str, dict]) -> str:
-    """The tables, as text; rates in percent."""
+    """Return the tables as text, rates in percent."""
     lines = []
     for matchup, table in found.items():
         rates = [["win rate of ours", "%", "95 %", "n", "ties", "unparsable"]]
-        rates += [
-            [
-                row["rater"],
-                *_cells(row, "rate", "low", "high", 100),
-                str(row["n"]),
-                str(row["ties"]),
-                str(row["unparsable"]),
-            ]
-            for row in table["win_rates"]
-        ]
+        for row in table["win_rates"]:
+            counts = [str(row[name]) for name in ("n", "ties", "unparsable")]
+            rates.append([row["rater"], *_cells(row, "rate", "low", "high", 100), *counts])
         agreement = [["agreement", "%", "95 %", "n", "kappa", "95 %"]]
-        agreement += [
-            [
-                f"{row['first']}, {row['second']}",
-                *_cells(row, "rate", "low", "high", 100),
-                str(row["n"]),
-                *_cells(row, "kappa", "kappa_low", "kappa_high", 1),
-            ]
-            for row in table["agreement"]
-        ]
+        for row in table["agreement"]:
+            rate = _cells(row, "rate", "low", "high", 100)
+            kappa = _cells(row, "kappa", "kappa_low", "kappa_high", 1)
+            agreement.append([f"{row['first']}, {row['second']}", *rate, str(row["n"]), *kappa])
         lines += [f"--- {matchup}", *_aligned(rates), "", *_aligned(agreement), ""]
     return "\n".join(lines)
 
 
 def _cells(row: dict, value: str, low: str, high: str, times: int) -> list[str]:
-    """A number and its interval, "-" where there is none."""
+    """A number and its interval as two cells, "-" if there is none."""
     form = "{:.1f}" if times == 100 else "{:.2f}"
-    found, *ends = [
+    shown = [
         None if row[name] is None else form.format(times * row[name]) for name in (value, low, high)
     ]
-    return [found or "-", "-" if None in ends else " to ".join(ends)]
+    number, *ends = shown
+    return [number or "-", "-" if None in ends else " to ".join(ends)]
 
 
 def _aligned(rows: list[list[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        f"{row[0]:<{widths[0]}}"
-        + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
-        for row in rows
-    ]
+    """Lines whose columns are aligned, the first one on the left."""
+    first_width, *widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for name, *cells in rows:
+        aligned = [f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)]
+        lines.append("  ".join([f"{name:<{first_width}}", *aligned]))
+    return lines
 
 
 def run(
     votes: str, workdir: str, chosen: dict[str, judges.Judge], reward_models: list[str]
 ) -> dict[str, dict]:
-    """Asks all judges about all rows and compares them; chosen: name -> judge."""
+    """Ask all judges about all rows and compare them. chosen: name -> judge."""
     rows, folder, verdicts = read_votes(votes), pathlib.Path(workdir), {}
     comparisons = [judges.Comparison(row["prompt"], row["ours"], row["other"]) for row in rows]
     for name, judge in chosen.items():
         print(f"{name}: {len(comparisons)} comparisons", flush=True)
         verdicts[name] = judges.compare(judge, comparisons, folder)
-        judges.write_verdicts(
-            folder / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', name)}.json", judge, verdicts[name], folder
-        )
+        file_name = re.sub(r"[^A-Za-z0-9.-]+", "_", name) + ".json"
+        judges.write_verdicts(folder / file_name, judge, verdicts[name], folder)
     for path in reward_models:
         verdicts[path] = by_reward_model(path, comparisons)
     found = tables(rows, verdicts)
@@ -176,7 +166,7 @@ def run(
 
 
 def by_reward_model(path: str, comparisons: list[judges.Comparison]) -> list[str]:
-    """The verdicts of a reward model of ours."""
+    """Return the verdicts of a reward model that dpo_jax trained."""
     from dpo_jax.parallel import processes, sharding
     from dpo_jax.rewards import make
 
@@ -191,13 +181,13 @@ def main():
 
     from dpo_jax import command_line
 
-    votes = flags.DEFINE_string("votes", None, "Comparisons with people's votes, JSON lines.")
-    workdir = flags.DEFINE_string("workdir", None, "Where the calls and the results go.")
+    votes = flags.DEFINE_string("votes", None, "JSON lines of comparisons with people's votes.")
+    workdir = flags.DEFINE_string("workdir", None, "Folder for the calls and the results.")
     names = flags.DEFINE_multi_string(
-        "judge", [], "MODEL:TEMPLATE, a name or a file; may be repeated."
+        "judge", [], "MODEL:TEMPLATE, the template a name or a file; may be repeated."
     )
     reward_models = flags.DEFINE_multi_string(
-        "reward_model", [], "Folder of a reward model of ours; may be repeated."
+        "reward_model", [], "Folder of a reward model that dpo_jax trained; may be repeated."
     )
     make = judges.define_flags()
     flags.mark_flags_as_required(["votes", "workdir"])

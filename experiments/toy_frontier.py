@@ -1,11 +1,14 @@
-"""The reward/KL frontier of every method on the toy, exact: python -m experiments.toy_frontier
---workdir=DIR
+"""Draw the exact reward/KL frontier of every method on the toy.
 
-All completions are enumerated, so each policy's reward and KL, and the highest reward at a KL, are
-exact (the paper's figure 2, left, has samples). Panels: (a) additive reward, Bradley-Terry labels,
-two seeds; (b) deterministic labels; (c) a reward that saturates. Every run is an ordinary run of
-dpo_jax.train in DIR/PANEL-SEED, so what is finished is reused; runs of one process share their
-compiled steps. Writes DIR/frontier.json, a row per run and checkpoint, and DIR/frontier.png.
+    python -m experiments.toy_frontier --workdir=DIR
+
+All completions are enumerated, so the rewards, the KLs and the highest reward at each KL are exact
+(the paper's figure 2, left, relies on samples). Panels: (a) additive reward, Bradley-Terry labels,
+two seeds; (b) deterministic labels; (c) a reward that saturates.
+
+Every run is an ordinary run of dpo_jax.train in DIR/PANEL-SEED, so finished runs are reused. Runs
+of one process share their compiled steps. Writes DIR/frontier.json, with a row per run and
+checkpoint, and DIR/frontier.png.
 """
 
 import contextlib
@@ -18,32 +21,29 @@ import time
 
 import numpy as np
 
-PANELS = {  # panel -> (title, labels, reward, seeds)
+# Panel -> (title, labels, reward, seeds).
+PANELS = {
     "a": ("(a) additive reward, Bradley-Terry labels", "bradley_terry", "toy", (0, 1)),
     "b": ("(b) additive reward, deterministic labels", "deterministic", "toy", (0,)),
     "c": ("(c) saturating reward, Bradley-Terry labels", "bradley_terry", "toy_saturating", (0,)),
 }
-SWEEPS = {  # method -> (field, values, how a value is written)
+# Method -> (swept field, its values, how a value is written).
+SWEEPS = {
     "dpo": ("dpo.beta", (5.0, 2.0, 1.0, 0.5, 0.25, 0.1, 0.05), "β={:g}"),
     "unlikelihood": ("unlikelihood.alpha", (0.05, 0.1, 0.5, 1.0), "α={:g}"),
     "preferred_ft": (None, (None,), ""),
     "ppo": ("ppo.target_kl", (0.5, 1.0, 3.0, 6.0), "target {:g}"),
     "ppo_gt": ("ppo.target_kl", (0.5, 1.0, 3.0, 6.0), "target {:g}"),
 }
-STEPS = {
-    "dpo": 240,
-    "unlikelihood": 240,
-    "preferred_ft": 240,
-    "rm": 240,
-    "ppo": 27,
-}  # evaluated at each third
+# Stage -> steps; each is evaluated after every third of them.
+STEPS = {"dpo": 240, "unlikelihood": 240, "preferred_ft": 240, "rm": 240, "ppo": 27}
 BEST_OF = (1, 4, 16, 64, 128)
-RM_BETAS = (5.0, 2.0, 1.0, 0.5, 0.25)  # of the optimal policies for the learned reward
+RM_BETAS = (5.0, 2.0, 1.0, 0.5, 0.25)  # for the optimal policies of the learned reward
 CURVE_POINTS = 200
 
 
 def config_of(panel: str, method: str, value: float | None, seed: int):
-    """The config of one run, and the stage that trains it."""
+    """Return the config of one run, and the stage that trains it."""
     from configs import toy
 
     _, labels, reward, _ = PANELS[panel]
@@ -57,19 +57,19 @@ def config_of(panel: str, method: str, value: float | None, seed: int):
             steps=STEPS[stage], eval_every=STEPS[stage] // 3, save_every=STEPS[stage], log_every=10
         )
     if method == "dpo":
-        config.dpo.cache_reference = True  # its seven runs share it
+        config.dpo.cache_reference = True  # the seven runs share the reference's log-probs
     field, _, _ = SWEEPS[method]
     stage = "ppo" if method == "ppo_gt" else method
     if field:
         config[stage][field.partition(".")[2]] = value
-    config.run = method + ("" if value is None else f"_{value:g}")
+    config.run = method if value is None else f"{method}_{value:g}"
     if config.run in config:  # a stage's own name
         config.run += "_run"
     return config, stage
 
 
 def run_seed(workdir: str, panel: str, seed: int) -> list[dict]:
-    """All runs of a panel with one seed, and what follows from its reference without training."""
+    """Make all runs of a panel with one seed; return their rows and those that need no training."""
     from dpo_jax import config as configs
     from dpo_jax.pipeline.stages import run_stages
     from dpo_jax.training.metrics import read_rows
@@ -77,41 +77,39 @@ def run_seed(workdir: str, panel: str, seed: int) -> list[dict]:
     folder = pathlib.Path(workdir) / f"{panel}-{seed}"
     rows = []
     sweeps = list(SWEEPS.items())
-    for method, (_, values, label) in (
-        sweeps[::-1] if seed % 2 else sweeps
-    ):  # two seeds at once compile half each
+    if seed % 2:
+        sweeps.reverse()  # two seeds at a time then compile half of the programs each
+    for method, (_, values, label) in sweeps:
         for value in values:
             began = time.monotonic()
             config, stage = config_of(panel, method, value, seed)
             with contextlib.redirect_stdout(io.StringIO()):
                 run_stages(config, str(folder))
             trained = folder / configs.folder_names(config)[stage]
-            found = [
-                dict(
-                    panel=panel,
-                    method=method,
-                    parameter=label.format(value) if value else "",
-                    seed=seed,
-                    step=row["step"],
-                    reward=row["frontier/reward"],
-                    kl=row["frontier/kl"],
-                    **({"beta": value} if method == "dpo" else {}),
+            parameter = label.format(value) if value else ""
+            about = dict(panel=panel, method=method, parameter=parameter, seed=seed)
+            for row in read_rows(trained / "metrics.jsonl"):
+                if row["step"] == 0 or "frontier/kl" not in row:
+                    continue
+                measured = dict(
+                    step=row["step"], reward=row["frontier/reward"], kl=row["frontier/kl"]
                 )
-                for row in read_rows(trained / "metrics.jsonl")
-                if row["step"] and "frontier/kl" in row
-            ]
-            rows += found
+                if method == "dpo":
+                    measured["beta"] = value
+                rows.append(about | measured)
+            last, seconds = rows[-1], time.monotonic() - began
             print(
-                f"{panel} seed {seed}: {method} {found[-1]['parameter']:<12} reward {found[-1]['reward']:.3f}  "
-                f"KL {found[-1]['kl']:.3f}  ({time.monotonic() - began:.0f} s)",
+                f"{panel} seed {seed}: {method} {parameter:<12} reward {last['reward']:.3f}  "
+                f"KL {last['kl']:.3f}  ({seconds:.0f} s)",
                 flush=True,
             )
     return rows + exact_rows(folder, panel, seed, rows)
 
 
 def exact_rows(folder: pathlib.Path, panel: str, seed: int, runs: list[dict]) -> list[dict]:
-    """Best of N, the optima for the learned reward, and of each run its gap to the bound (in
-    place).
+    """Return rows of best of N, of the learned reward's optima and of Preferred-FT's closed form.
+
+    Adds to every row, those of `runs` too, its gap to the bound.
     """
     from dpo_jax.data import toy
     from dpo_jax.evaluation import exact
@@ -124,84 +122,73 @@ def exact_rows(folder: pathlib.Path, panel: str, seed: int, runs: list[dict]) ->
     sft = loading.open_checkpoint(str(folder / "sft" / "hf"))
     reference_PC, rewards_PC = exact_reference(sft.load(mesh), PANELS[panel][2])
     prompts_P, ids_CT = toy.PROMPTS, toy.completions()
-    score = make.make_reward("rm", str(folder / "rm" / "hf"), 4096, mesh)
-    learned_PC = np.stack(
-        [
-            score(
-                (), (), [(np.array([prompt], np.int32), ids_T) for ids_T in ids_CT.astype(np.int32)]
-            )
-            for prompt in prompts_P
-        ]
-    )
-    points = [
-        ("best_of_n", f"N={n}", exact.best_of_n(reference_PC, rewards_PC, n)) for n in BEST_OF
-    ]
-    points += [
-        ("rm_optimum", f"β={beta:g}", exact.optimum(reference_PC, rewards_PC, beta, learned_PC))
-        for beta in RM_BETAS
-    ]
-    points.append(
-        (
-            "preferred_ft_closed_form",
-            "",
-            exact.preferred_ft(reference_PC, rewards_PC, PANELS[panel][1]),
-        )
-    )
-    found = [
-        dict(
-            panel=panel, method=method, parameter=parameter, seed=seed, step=0, reward=reward, kl=kl
-        )
-        for method, parameter, (reward, kl) in points
-    ]
-    for row in [*runs, *found]:
-        row["gap"] = float(exact.bound(reference_PC, rewards_PC, [row["kl"]])[0]) - row["reward"]
+    learned_reward = make.make_reward("rm", str(folder / "rm" / "hf"), 4096, mesh)
+    learned = []
+    for prompt in prompts_P:
+        prompt_ids = np.array([prompt], np.int32)
+        tokens = [(prompt_ids, ids_T) for ids_T in ids_CT.astype(np.int32)]
+        learned.append(learned_reward((), (), tokens))
+    learned_PC = np.stack(learned)
+
+    points = []
+    for n in BEST_OF:
+        points.append(("best_of_n", f"N={n}", exact.best_of_n(reference_PC, rewards_PC, n)))
+    for beta in RM_BETAS:
+        optimum = exact.optimum(reference_PC, rewards_PC, beta, learned_PC)
+        points.append(("rm_optimum", f"β={beta:g}", optimum))
+    closed_form = exact.preferred_ft(reference_PC, rewards_PC, PANELS[panel][1])
+    points.append(("preferred_ft_closed_form", "", closed_form))
+
+    rows = []
+    for method, parameter, (reward, kl) in points:
+        about = dict(panel=panel, method=method, parameter=parameter, seed=seed)
+        rows.append(about | dict(step=0, reward=reward, kl=kl))
+    for row in [*runs, *rows]:
+        bound = float(exact.bound(reference_PC, rewards_PC, [row["kl"]])[0])
+        row["gap"] = bound - row["reward"]
         if row["method"] == "dpo":
-            row["analytic_reward"], row["analytic_kl"] = exact.optimum(
-                reference_PC, rewards_PC, row.pop("beta")
-            )
-    return found
+            reward, kl = exact.optimum(reference_PC, rewards_PC, row.pop("beta"))
+            row["analytic_reward"], row["analytic_kl"] = reward, kl
+    return rows
 
 
 def curve(workdir: str, panel: str, largest: float) -> tuple[np.ndarray, np.ndarray]:
-    """The bound of a panel's first seed up to a KL."""
+    """Return KLs up to `largest` and the bound at them, for a panel's first seed."""
     from dpo_jax.evaluation import exact
     from dpo_jax.evaluation.toy_report import exact_reference
     from dpo_jax.models import loading
     from dpo_jax.parallel import sharding
 
-    sft = loading.open_checkpoint(
-        str(pathlib.Path(workdir) / f"{panel}-{PANELS[panel][3][0]}" / "sft" / "hf")
-    )
-    reference_PC, rewards_PC = exact_reference(sft.load(sharding.make_mesh()), PANELS[panel][2])
+    _, _, reward, seeds = PANELS[panel]
+    folder = pathlib.Path(workdir) / f"{panel}-{seeds[0]}"
+    sft = loading.open_checkpoint(str(folder / "sft" / "hf"))
+    reference_PC, rewards_PC = exact_reference(sft.load(sharding.make_mesh()), reward)
     kls = largest * np.linspace(0, 1, CURVE_POINTS) ** 2
     return kls, exact.bound(reference_PC, rewards_PC, kls)
 
 
 def table(rows: list[dict]) -> str:
-    """The end of each run, by panel and gap."""
+    """Return the last row of each run as a table."""
     last = {}
     for row in rows:
         last[row["panel"], row["method"], row["parameter"], row["seed"]] = row
-    lines = [
-        f"{'panel':<6}{'method':<26}{'':<12}{'seed':>4}{'reward':>9}{'KL':>9}{'gap':>9}   optimum for its β"
-    ]
-    for row in sorted(
-        last.values(), key=lambda row: (row["panel"], row["method"], row["seed"], row["kl"])
-    ):
-        analytic = (
-            f"   {row['analytic_reward']:.3f} / {row['analytic_kl']:.3f}"
-            if "analytic_kl" in row
-            else ""
-        )
-        lines.append(
-            f"{row['panel']:<6}{row['method']:<26}{row['parameter']:<12}{row['seed']:>4}{row['reward']:>9.3f}"
-            f"{row['kl']:>9.3f}{row['gap']:>9.4f}{analytic}"
-        )
+
+    def place(row):
+        return row["panel"], row["method"], row["seed"], row["kl"]
+
+    heading = f"{'panel':<6}{'method':<26}{'':<12}{'seed':>4}{'reward':>9}{'KL':>9}{'gap':>9}"
+    lines = [f"{heading}   optimum for its β"]
+    for row in sorted(last.values(), key=place):
+        line = f"{row['panel']:<6}{row['method']:<26}{row['parameter']:<12}{row['seed']:>4}"
+        line += f"{row['reward']:>9.3f}{row['kl']:>9.3f}{row['gap']:>9.4f}"
+        if "analytic_kl" in row:
+            line += f"   {row['analytic_reward']:.3f} / {row['analytic_kl']:.3f}"
+        lines.append(line)
     return "\n".join(lines)
 
 
 def run(workdir: str, panels: list[str], jobs: int) -> list[dict]:
-    """Runs the panels, a process for each seed, and writes frontier.json and frontier.png."""
+    """Run the panels, one process per seed; write frontier.json and frontier.png."""
     from dpo_jax.evaluation import plots
 
     began = time.monotonic()
@@ -209,16 +196,15 @@ def run(workdir: str, panels: list[str], jobs: int) -> list[dict]:
     if jobs == 1:
         found = [run_seed(*task) for task in tasks]
     else:
-        with multiprocessing.get_context("spawn").Pool(
-            jobs, initializer=_one_thread, maxtasksperchild=1
-        ) as pool:
+        spawn = multiprocessing.get_context("spawn")
+        with spawn.Pool(jobs, initializer=_one_thread, maxtasksperchild=1) as pool:
             found = pool.starmap(run_seed, tasks, chunksize=1)
     rows = [row for part in found for row in part]
     (pathlib.Path(workdir) / "frontier.json").write_text(json.dumps(rows, indent=1) + "\n")
-    curves = {
-        panel: curve(workdir, panel, 1.05 * max(row["kl"] for row in rows if row["panel"] == panel))
-        for panel in panels
-    }
+    curves = {}
+    for panel in panels:
+        largest = max(row["kl"] for row in rows if row["panel"] == panel)
+        curves[panel] = curve(workdir, panel, 1.05 * largest)
     plots.panels(
         pathlib.Path(workdir) / "frontier.png",
         rows,
@@ -232,13 +218,13 @@ def run(workdir: str, panels: list[str], jobs: int) -> list[dict]:
 
 
 def _one_thread():
-    """These steps are too small to share between cores: a process each is faster. Nor does fusion
-    pay for its compilation, which would be a third of the time.
+    """Give a process one thread: these steps are too small to share between cores.
+
+    Nor does fusion pay for its compilation here, which would take a third of the time.
     """
-    os.environ["XLA_FLAGS"] = (
-        os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
-        " --xla_cpu_use_fusion_emitters=false"
-    )
+    given = os.environ.get("XLA_FLAGS", "")
+    ours = "--xla_cpu_multi_thread_eigen=false --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] = f"{given} {ours}"
     from dpo_jax.parallel import processes
 
     processes.start()
@@ -250,11 +236,11 @@ def main():
     from dpo_jax import command_line
     from dpo_jax.parallel import processes
 
-    workdir = flags.DEFINE_string("workdir", None, "Where the runs and the results are.")
+    workdir = flags.DEFINE_string("workdir", None, "Folder of the runs and the results.")
     panels = flags.DEFINE_multi_enum(
-        "panel", list(PANELS), list(PANELS), "Which panels; may be repeated."
+        "panel", list(PANELS), list(PANELS), "A panel to make; may be repeated. Default: all."
     )
-    jobs = flags.DEFINE_integer("jobs", 2, "Processes.")
+    jobs = flags.DEFINE_integer("jobs", 2, "Number of processes.")
     flags.mark_flags_as_required(["workdir"])
     processes.start()
 

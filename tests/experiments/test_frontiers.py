@@ -40,7 +40,7 @@ def test_imdb_frontier_runs_by_name(tmp_path, capsys):
         "dpo_0.1",
         "ppo_12",
     ]
-    with pytest.raises(ValueError, match="--run=dpo_7 is none of the runs: dpo_0.05, "):
+    with pytest.raises(ValueError, match="--run=dpo_7 matches no run. The runs are: dpo_0.05, "):
         imdb_frontier.run(make_config, str(tmp_path), ["dpo_7"], dry_run=True)
 
 
