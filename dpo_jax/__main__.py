@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-from dpo_jax import config_files
+from dpo_jax import command_line, config_files
 
 COMMANDS = {
     "train": "train a model: all stages of a config, one after the other",
@@ -20,7 +20,10 @@ def main():
     """Start the command that the first argument names."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in HELP:
-        print(usage())
+        try:
+            print(usage(), flush=True)
+        except BrokenPipeError:
+            command_line.end_by_broken_pipe()
         sys.exit(0)
     if name not in COMMANDS:
         similar = config_files.nearest(name, COMMANDS)

@@ -9,6 +9,7 @@ signal's number. Imports no jax, so that help and listings are quick.
 
 import dataclasses
 import dis
+import os
 import pathlib
 import re
 import sys
@@ -24,6 +25,7 @@ from dpo_jax import config_files
 MISTAKE = 2  # exit status
 BUG = 1  # exit status
 INTERRUPTED = 128 + 2  # exit status, the shell's code for Ctrl-C
+BROKEN_PIPE = 128 + 13  # exit status, likewise
 
 # What our code raises for a person to read.
 _FOR_PEOPLE = (
@@ -104,15 +106,25 @@ def run(
     absl_logging.use_absl_handler()
     try:
         if {"--help", "-h", "--helpfull", "--helpshort"} & set(sys.argv[1:]):
-            print(_help(description, positional))
+            print(_help(description, positional), flush=True)
             sys.exit(0)
         rest = _parse(sys.argv, config, positional)
         command(*rest)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        end_by_broken_pipe()
     except Exception as error:
         sys.exit(report(error))
     except KeyboardInterrupt as interrupt:
         sys.exit(report(interrupt))
     sys.exit(0)
+
+
+def end_by_broken_pipe() -> None:
+    """End the program quietly: who reads its output has gone, as in `dpo-jax runs | head -1`."""
+    # Python would write what is left at exit, and complain.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(BROKEN_PIPE)
 
 
 def _parse(argv: list[str], config: ConfigFlags | None, positional: str) -> list[str]:

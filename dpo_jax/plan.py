@@ -46,6 +46,8 @@ def main():
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", topologies.MACHINE)
     processes.start()
+    # Programs for chips that are not here cannot be read back from the cache of compiled programs.
+    jax.config.update("jax_enable_compilation_cache", False)
 
     def plan():
         planned_config = config.load()

@@ -149,7 +149,13 @@ def _markdown(block: list[tuple]) -> str:
 
 def rouge(answers: list[str], references: list[str]) -> dict[str, float]:
     """Mean F-measures, without stemming, by Google's library."""
-    from rouge_score.rouge_scorer import RougeScorer
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise ImportError(
+            "ROUGE needs rouge-score, which is an extra: "
+            'pip install "dpo_jax[judge]" (or pip install rouge-score).'
+        ) from error
 
     scorer = RougeScorer(ROUGE)
     scores = [

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
+import importlib.util
 import json
 import os
 import pathlib
@@ -181,9 +182,10 @@ class Calls:
 
     async def _send(self, prompt: str) -> dict:
         """Make one call: its answer, usage and the model's full name, or why it was refused."""
+        client = self._client = self._client or self._connect()
+
         import openai
 
-        client = self._client = self._client or self._connect()
         try:
             reply = await client.chat.completions.create(
                 model=self._endpoint.model,
@@ -209,10 +211,12 @@ class Calls:
         raise failure
 
     def _connect(self):
+        key = api_key()
+
         import openai
 
         return openai.AsyncOpenAI(
-            api_key=api_key(),
+            api_key=key,
             timeout=self._endpoint.timeout,
             max_retries=RETRIES,
             http_client=openai.DefaultAsyncHttpxClient(event_hooks=dict(request=[self._pace])),
@@ -300,7 +304,15 @@ def _usage(reply) -> dict | None:
 
 
 def api_key() -> str:
-    """Return the key; ValueError (which does not show it) if it is missing or cannot be sent."""
+    """Return the key; ValueError (which does not show it) if it is missing or cannot be sent.
+
+    Raises ImportError if the package that would send it is missing.
+    """
+    if importlib.util.find_spec("openai") is None:
+        raise ImportError(
+            "a chat model as judge needs the package openai, which is an extra: "
+            'pip install "dpo_jax[judge]" (or pip install openai).'
+        )
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     if not key:
         raise ValueError(

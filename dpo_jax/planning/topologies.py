@@ -78,9 +78,13 @@ class Topology:
         Raises RuntimeError with what to install, ValueError if the compiler knows no such slice.
         """
         check_libtpu()
-        # Ask no metadata server for a TPU, and take no lock that another process may hold.
+        # Ask no metadata server for a TPU, and take no lock that another process may hold. The type
+        # changes nothing in what is compiled; without one libtpu prints a warning.
         quiet = dict(
-            TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", ALLOW_MULTIPLE_LIBTPU_LOAD="1"
+            TPU_SKIP_MDS_QUERY="1",
+            TPU_WORKER_HOSTNAMES="localhost",
+            TPU_ACCELERATOR_TYPE="v5litepod-8",
+            ALLOW_MULTIPLE_LIBTPU_LOAD="1",
         )
         for name, value in quiet.items():
             os.environ.setdefault(name, value)

@@ -68,8 +68,14 @@ def windows(texts: list[str], labels: np.ndarray) -> tuple[list[str], np.ndarray
 
 def fit(texts: list[str], labels: np.ndarray) -> Callable:
     """A function from texts to the probability that each is positive, float64 [n]."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
+    try:
+        from sklearn.feature_extraction.text import TfidfVectorizer
+        from sklearn.linear_model import LogisticRegression
+    except ImportError as error:
+        raise ImportError(
+            "config.reward.kind='ngram' needs scikit-learn, which is an extra: "
+            'pip install "dpo_jax[ngram]" (or pip install scikit-learn).'
+        ) from error
 
     pieces, of_text = windows(texts, labels)
     vectorizer = TfidfVectorizer(

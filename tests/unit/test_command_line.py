@@ -163,6 +163,14 @@ def test_help_lists_commands_and_flags(tmp_path):
     assert "[WORKDIR]" in shown and "--debug" in shown
 
 
+@pytest.mark.parametrize("command", ["--help", "runs --help"])
+def test_a_reader_that_leaves_is_no_error(command):
+    line = f"{sys.executable} -m dpo_jax {command} | true"
+    for _ in range(3):  # who is first is a matter of chance
+        done = subprocess.run(line, shell=True, cwd=ROOT, text=True, capture_output=True)
+        assert done.stderr == ""
+
+
 @pytest.mark.parametrize("name", dpo_jax_main.COMMANDS)
 def test_commands_are_modules_with_docstring(name):
     source = pathlib.Path(ROOT / "dpo_jax" / f"{name}.py").read_text()
