@@ -11,12 +11,21 @@ See `dpo_jax.api`. Importing the package imports neither jax nor anything that u
 """
 
 import importlib
+import logging
 import typing
 
 if typing.TYPE_CHECKING:
     from dpo_jax.api import LogProbs, Model, Trainer, batches, load, load_config, run
 
 __all__ = ["LogProbs", "Model", "Trainer", "batches", "load", "load_config", "run"]
+
+
+def _not_about_torch(record: logging.LogRecord) -> bool:
+    return "PyTorch was not found" not in record.getMessage()
+
+
+# On import, transformers warns if there is no PyTorch. Only its tokenizers and configs are used.
+logging.getLogger("transformers").addFilter(_not_about_torch)
 
 
 def __getattr__(name: str):

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 
 from dpo_jax import command_line, config_files
 from dpo_jax import config as configs
+from dpo_jax.stage_table import STAGES
 
 ROOT = "runs"  # where a WORKDIR is by default
 TAIL_BYTES = 1 << 20  # of a metrics.jsonl, enough for its last evaluation
@@ -135,7 +136,7 @@ def _choices(name: str) -> list[str]:
     # The longest, as imdb_small is no method of imdb.
     config = max(shipped, key=len)
     module = config_files.load_module(config_files.find(config))
-    methods = [f"{config}:{method}" for method in getattr(module, "STAGES", {})]
+    methods = [f"{config}:{method}" for method in getattr(module, "METHODS", {})]
     suffix = name.removeprefix(config).strip("-").replace("-", ",")
     given = [f"{config}:{suffix}"] if suffix and methods else []
     found = []
@@ -211,7 +212,7 @@ def table(workdir: pathlib.Path) -> str:
 
 def _order(run: StageRun) -> tuple:
     """Order stages as they run, and names by the numbers in them: dpo-beta0.5 before dpo-beta5."""
-    stages = list(configs.BLOCKS)
+    stages = list(STAGES)
     place = stages.index(run.stage) if run.stage in stages else len(stages)
     parts = re.split(r"(\d+(?:\.\d+)?(?:e-?\d+)?)", run.folder.name)
     numbered = [(float(part), "") if part[:1].isdigit() else (-1.0, part) for part in parts]

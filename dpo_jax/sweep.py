@@ -5,8 +5,9 @@
 Makes one run for each value, all in WORKDIR, each named as `dpo-jax train` names it with this value
 (dpo-beta0.05; dpo, at the config's own value). Finished runs are skipped, and an interrupted one
 continues. The runs share the stages before the last training stage, the compiled step, and for dpo
-the reference's log-probs, which are computed once and kept in WORKDIR/reference. Other fields are set as usual, --config.FIELD=VALUE. The result is a table, and
-the curves in WORKDIR/sweep_FIELD.png.
+the reference's log-probs, which are computed once and kept in WORKDIR/reference. Other fields are
+set as usual, --config.FIELD=VALUE. The result is a table, and the curves in
+WORKDIR/sweep_FIELD.png.
 """
 
 import pathlib
