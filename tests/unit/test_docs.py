@@ -94,7 +94,7 @@ def test_command_parses(line):
     source, config, overrides = source_of(module), None, {}
     for argument in arguments:
         name, _, value = argument.removeprefix("--").partition("=")
-        if not argument.startswith("--"):
+        if not argument.startswith("--") or argument == "--help":
             continue
         if name == "config":
             config = config_files.load(value).lock()
