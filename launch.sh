@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# Trains on this machine, on a TPU pod, or under Slurm; the same command again goes on where it stopped.
+# Trains on this machine, on a TPU pod, or under Slurm. The same command again continues where it stopped.
 #
 #   ./launch.sh local [sweep] --config=FILE [--config.FIELD=VALUE ...] --workdir=DIR
 #   ./launch.sh tpu NAME ZONE [--type=v5e-16] [--spot] [--version=IMAGE] [--setup=COMMAND] [--delete]\
 #            [sweep] --config=FILE ...
 #   ./launch.sh slurm [SRUN OPTIONS] [sweep] --config=FILE ...
 #
-# tpu: takes the TPU of that name, or asks for one of --type and waits; copies this tree (but for runs), installs, runs
-# COMMAND on all workers, trains there, shows worker 0's log, and says how each ended. WORKDIR, and pairs and models that
-# are not on the hub, must be in storage that all workers share, or in a mounted bucket: COMMAND mounts it, where it is
-# not, and logs in where weights or metrics ask for that. --delete: gives the TPU back in the end, however that was.
-# --print, as the first argument: shows every command and runs none. sweep: dpo_jax.sweep, not dpo_jax.train.
+# tpu: uses the TPU of that name, or requests one of --type and waits for it. It copies this tree (without runs/),
+# installs the requirements, runs COMMAND on all workers, trains there, shows worker 0's log, and says how each worker
+# ended. WORKDIR, and pairs and models that are not on the hub, must be in storage that all workers share, or in a mounted
+# bucket; COMMAND can mount it, and log in where weights or metrics ask for that. --delete gives the TPU back at the end,
+# however the run ended.
+# sweep starts dpo_jax.sweep instead of dpo_jax.train. --print, as the first argument, shows every command and runs none.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -19,15 +20,15 @@ if [[ "${1:-}" == --print ]]; then PRINT=yes; shift; fi
 
 usage() { sed -n '4,7s/^#   //p' "$0" >&2; exit 2; }
 
-run() {  # a command, or with --print its line
+run() {  # runs a command, or with --print shows it
   if [[ -n "$PRINT" ]]; then (printf '%q ' "$@" | sed 's/ $//'; echo); else "$@"; fi
 }
 
-become() {  # the last command: signals go to it
+become() {  # runs the last command in place of this shell, so that signals reach it
   if [[ -n "$PRINT" ]]; then run "$@"; else exec "$@"; fi
 }
 
-split() {  # the launcher's own arguments into OWN, what follows them into ARGUMENTS, and MODULE
+split() {  # puts the launcher's own arguments into OWN, those of the command into ARGUMENTS, and sets MODULE
   OWN=() MODULE=dpo_jax.train
   while [[ $# -gt 0 && "$1" != sweep && "$1" != --config=* ]]; do OWN+=("$1"); shift; done
   if [[ "${1:-}" == sweep ]]; then MODULE=dpo_jax.sweep; shift; fi
@@ -35,16 +36,16 @@ split() {  # the launcher's own arguments into OWN, what follows them into ARGUM
   ARGUMENTS=("$@")
 }
 
-state() {  # of the queued resource: empty where there is none
+state() {  # the state of the queued resource, empty if there is none
   [[ -n "$PRINT" ]] || gcloud compute tpus queued-resources describe "$NAME" --zone="$ZONE" \
     --format='value(state.state)' 2>/dev/null || true
 }
 
-acquire() {  # a TPU that is there, whatever was there before
+acquire() {  # makes sure that the TPU is there, whatever was there before
   if [[ -z "$PRINT" && "$(gcloud compute tpus tpu-vm describe "$NAME" --zone="$ZONE" --format='value(state)' \
       2>/dev/null)" == READY ]]; then echo "$NAME is there" >&2; return; fi
   local found; found="$(state)"
-  if [[ "$found" == SUSPENDED || "$found" == FAILED ]]; then  # preempted, or never came
+  if [[ "$found" == SUSPENDED || "$found" == FAILED ]]; then  # preempted, or never granted
     run gcloud compute tpus queued-resources delete "$NAME" --zone="$ZONE" --force --quiet
     found=""
   fi
@@ -66,7 +67,7 @@ acquire() {  # a TPU that is there, whatever was there before
   done
 }
 
-on() {  # WORKERS COMMAND: a command on workers of the TPU
+on() {  # on WORKERS COMMAND: runs a command on workers of the TPU
   run gcloud compute tpus tpu-vm ssh "$NAME" --zone="$ZONE" --worker="$1" --command="$2"
 }
 
@@ -85,7 +86,7 @@ tpu() {
       *) echo "launch.sh tpu does not know $option" >&2; usage ;;
     esac
   done
-  TYPE="${TYPE/#v5e-/v5litepod-}"  # Google Cloud's name of it
+  TYPE="${TYPE/#v5e-/v5litepod-}"  # Google Cloud's name for it
   case "$TYPE" in
     v5litepod-*) VERSION="${VERSION:-v2-alpha-tpuv5-lite}" ;;
     v5p-*) VERSION="${VERSION:-v2-alpha-tpuv5}" ;;
@@ -104,14 +105,14 @@ tpu() {
     python3 -m uv venv -q --allow-existing --python 3.11 .venv &&
     python3 -m uv pip install -q -p .venv -r requirements.txt "jax[tpu]"'
   local command; command="$(printf '%q ' .venv/bin/python -m "$MODULE" "${ARGUMENTS[@]}")"
-  # It outlives a connection that breaks; the same command then finds it running, and only looks on.
+  # The run outlives a broken connection; the same command then finds it running, and only shows its log.
   on all "cd dpo_jax && if ! kill -0 \$(cat pid 2>/dev/null) 2>/dev/null; then rm -f status
     { ${SETUP:-true}
     } || exit 1
     nohup sh -c $(printf '%q' "$command; echo \$? >status") >log 2>&1 </dev/null & echo \$! >pid; fi"
   on 0 "cd dpo_jax && tail -n +1 -F --pid=\$(cat pid) log" ||
     { trap - EXIT; echo "the connection broke; the same command looks on" >&2; exit 1; }  # and it is not deleted
-  # shellcheck disable=SC2016  # what it names is on the workers
+  # shellcheck disable=SC2016  # the variables are the workers'
   on all 'cd dpo_jax && while kill -0 $(cat pid) 2>/dev/null; do sleep 1; done
     echo "$(hostname) ended with $(cat status)"; [ "$(cat status)" = 0 ] || { tail -n 20 log; exit 1; }'
 }

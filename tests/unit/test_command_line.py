@@ -70,6 +70,20 @@ def test_config_is_loaded_with_overrides():
 
 
 @pytest.mark.parametrize(
+    ("choice", "folder"),
+    [
+        ("imdb", "runs/imdb"),
+        ("configs/imdb.py", "runs/imdb"),
+        ("imdb:ppo", "runs/imdb-ppo"),
+        ("/some/where/mine.py:a,b", "runs/mine-a-b"),
+    ],
+)
+def test_the_default_workdir_is_the_configs_name(choice, folder):
+    done = program("print(config.default_workdir())", f"--config={choice}", config=True)
+    assert done.stdout == f"{folder}\n", done.stderr
+
+
+@pytest.mark.parametrize(
     "error",
     [
         "ValueError('row 3 is wrong')",
