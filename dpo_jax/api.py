@@ -44,10 +44,9 @@ from dpo_jax.parallel import processes, sharding
 from dpo_jax.pipeline.stages import run_stages
 from dpo_jax.sampling import generation
 from dpo_jax.sampling.sampler import Sampling
-from dpo_jax.training import data_feed
+from dpo_jax.training import data_feed, objectives
 from dpo_jax.training import metrics as metrics_lib
 from dpo_jax.training.loop import stage_programs
-from dpo_jax.training.objectives import OBJECTIVES, numbers
 from dpo_jax.training.reference_cache import ReferenceCache
 from dpo_jax.training.step import Frozen, copy_params
 
@@ -552,7 +551,7 @@ class Trainer:
                 f"schedule={self._block.schedule!r} runs over steps: give Trainer steps=..., or "
                 "train with fit."
             )
-        hyper = numbers(self._block, self._schedule_steps)
+        hyper = objectives.numbers(self._block, self._schedule_steps)
         if self._lora:
             hyper["lora_scale"] = np.float32(self._lora.scale)
         hyper = jax.device_put(hyper, sharding.replicated(self._initial.mesh))
@@ -687,7 +686,7 @@ def _settings(objective: str, settings: dict, lora: dict | None) -> tuple[Config
         raise ValueError(
             "ppo samples what it learns from: run its config with dpo_jax.run(config, workdir)."
         )
-    names = [name for name in OBJECTIVES if name != "ppo"]
+    names = [name for name in objectives.OBJECTIVES if name != "ppo"]
     if objective not in names:
         raise ValueError(f"objective {objective!r} is not one of {', '.join(names)}.")
     config = configs.default((objective,))

@@ -24,7 +24,6 @@ from dpo_jax.parallel import processes
 from dpo_jax.parallel.sharding import BATCH, constrain
 from dpo_jax.planning import planner, roofline, topologies
 from dpo_jax.planning import report as report_lib
-from dpo_jax.training import losses
 
 OUT = pathlib.Path("experiments/results/pods.jsonl")
 BFLOAT16 = {"model.dtype": "bfloat16", "model.remat": "full"}
@@ -106,18 +105,10 @@ def padded_rows(model, _batch, *, pairs: int, microbatches: int, length: int):
     def objective(params, reference, hyper, batch):
         ratio_B = log_probs(params, batch) - jax.lax.stop_gradient(log_probs(reference, batch))
         ratio_P2 = ratio_B.reshape(-1, 2)
-        loss_P = losses.preference(
-            "sigmoid",
-            ratio_P2[:, 0],
-            ratio_P2[:, 1],
-            jnp.ones(()),
-            jnp.ones(()),
-            hyper["beta"],
-            hyper["label_smoothing"],
-        )
-        return (loss_P.sum(), jnp.float32(len(loss_P))), {
-            "loss": (loss_P.sum(), jnp.float32(len(loss_P)))
-        }
+        margin_P = ratio_P2[:, 0] - ratio_P2[:, 1]
+        loss_P = -jax.nn.log_sigmoid(hyper["beta"] * margin_P)
+        loss = (loss_P.sum(), jnp.float32(len(loss_P)))
+        return loss, {"loss": loss}
 
     return objective, dict(tokens=np.zeros(shape, np.int32), scored=np.zeros(shape, np.float32))
 

@@ -1,7 +1,6 @@
 """A stage's train step from shapes alone: the program that a plan compiles or counts."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 
@@ -17,8 +16,7 @@ from dpo_jax.models import transformer
 from dpo_jax.models.lora import Lora
 from dpo_jax.models.transformer import TransformerConfig
 from dpo_jax.parallel import sharding
-from dpo_jax.training import optim
-from dpo_jax.training.objectives import OBJECTIVES, numbers
+from dpo_jax.training import objectives, optim
 from dpo_jax.training.step import TrainState, abstract_state, make_train_step, state_shardings
 
 
@@ -76,10 +74,10 @@ def make_program(
     reference = _reference(config, stage, state, base)
 
     if objective is None:
-        objective = functools.partial(OBJECTIVES[stage], model, block.get("loss", ""))
+        objective = objectives.make(stage, model, block.get("loss", ""))
     step = make_train_step(objective, optimizer, block.schedule, shardings)
 
-    hyper = numbers(block, steps=1)
+    hyper = objectives.numbers(block, steps=1)
     if lora:
         hyper |= {"lora_scale": np.float32(1)}
     whole = sharding.replicated(mesh)

@@ -27,9 +27,9 @@ from dpo_jax.models.lora import Lora
 from dpo_jax.models.transformer import TransformerConfig
 from dpo_jax.parallel import hardware, sharding
 from dpo_jax.training import metrics as metrics_lib
+from dpo_jax.training import objectives
 from dpo_jax.training.checkpoint import Checkpoints
 from dpo_jax.training.metrics import Writer
-from dpo_jax.training.objectives import OBJECTIVES, numbers
 from dpo_jax.training.step import Frozen, Programs, TrainState, make_programs
 
 
@@ -94,7 +94,7 @@ def stage_programs(
 
 @functools.cache
 def _programs(name, loss, model, mesh, optimizer, weight_decay, schedule, lora) -> Programs:
-    objective = functools.partial(OBJECTIVES[name], model, loss)
+    objective = objectives.make(name, model, loss)
     return make_programs(
         objective,
         model,
@@ -208,7 +208,7 @@ def train(job: Job, feed: Feed) -> tuple[dict, dict[str, float]]:
 
 def _hyper(job: Job, updates: int) -> dict:
     """Return the stage's traced numbers, on the mesh."""
-    hyper = numbers(job.block, updates)
+    hyper = objectives.numbers(job.block, updates)
     # Traced as the others, so that a sweep over alpha shares a program.
     if job.lora:
         hyper["lora_scale"] = np.float32(job.lora.scale)

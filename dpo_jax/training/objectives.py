@@ -1,28 +1,42 @@
 """Objectives: what a training stage minimises, on one microbatch.
 
-An objective returns (total, count), metrics: the loss summed over what it is a mean of, and that
-count, so that microbatches, shards and evaluation batches add up exactly; metrics are {name: (sum,
-count)} likewise. `hyper` holds the stage's numbers, traced, so that a sweep never recompiles;
-`loss` is its config's choice by name. A new loss is a function in `losses.py` and a line in its
-table, or an objective here and a line in OBJECTIVES.
+An objective is a function (model, loss, params, reference, hyper, batch) -> (total, count),
+metrics. The loss is total / count: a sum and what it is a mean over, so that microbatches, shards
+and evaluation batches add up exactly. Metrics are {name: (sum, count)}, for the same reason.
+
+model: a TransformerConfig. loss: which of the objective's losses, where it has several. params,
+reference: weights. hyper: the stage's numbers, traced, so that a sweep over them compiles nothing.
+batch: a `packing.Batch` with a leading axis of shards S.
+
+A new preference loss is a function in losses.py. A new objective is a function here and its line in
+OBJECTIVES.
+
+Letters: S shards, P examples of a shard, Q responses, M completion tokens; 2: chosen, rejected.
 """
+
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dpo_jax.data.packing import Batch
 from dpo_jax.models.log_probs import response_log_probs
 from dpo_jax.models.values import response_rewards, token_values
 from dpo_jax.training import losses
 
 
-def sft(model, loss, params, _reference, _hyper, batch):
-    """Negative log-likelihood of completions: summed over tokens, mean over examples; or mean over
+def sft(model, loss, params, _reference, _hyper, batch: Batch):
+    """Negative log-likelihood of completions.
+
+    loss: "sum", over the tokens of each example, mean over examples; or "token_mean", the mean over
     all tokens.
     """
-    log_probs_SP, weight_SP = response_log_probs(model, params, batch), batch.weights
-    tokens_SP = weight_SP * batch.response_lengths
-    total, examples, tokens = (-log_probs_SP * weight_SP).sum(), weight_SP.sum(), tokens_SP.sum()
+    log_probs_SP = response_log_probs(model, params, batch)
+    total = (-log_probs_SP * batch.weights).sum()
+    examples = batch.weights.sum()
+    tokens = (batch.weights * batch.response_lengths).sum()
     metrics = {
         "loss": (total, tokens if loss == "token_mean" else examples),
         "nll_per_token": (total, tokens),
@@ -32,70 +46,74 @@ def sft(model, loss, params, _reference, _hyper, batch):
     return metrics["loss"], metrics
 
 
-def dpo(model, loss, params, reference, hyper, batch):
+def dpo(model, loss, params, reference, hyper, batch: Batch):
     """A preference loss on pairs, mean over pairs (Rafailov et al. 2023, eq. 7).
 
-    reference: the reference's weights; None where the batch has its log-probs, or where the loss is
-    reference-free.
-    """
-    counts_SP2, log_probs_SP2 = (
-        _paired(batch.response_lengths),
-        _paired(response_log_probs(model, params, batch)),
-    )
-    logratio_SP2 = log_probs_SP2
-    if reference is not None:
-        logratio_SP2 -= jax.lax.stop_gradient(_paired(response_log_probs(model, reference, batch)))
-    elif batch.reference_log_probs is not None:
-        logratio_SP2 -= _paired(batch.reference_log_probs)
-    loss_SP = losses.preference(
-        loss, *_sides(logratio_SP2), *_sides(counts_SP2), hyper["beta"], hyper["label_smoothing"]
-    )
-    return _pair_metrics(
-        batch, loss_SP, rewards=hyper["beta"] * logratio_SP2, log_probs=log_probs_SP2
-    )
-
-
-def unlikelihood(model, _loss, params, _reference, hyper, batch):
-    """Likelihood of the chosen and unlikelihood of the rejected response, mean over pairs (the
-    paper's baseline).
+    loss: a function of pairs, as losses.py describes. reference: None where the batch has its
+    log-probs, or where there is no reference.
     """
     log_probs_SP2 = _paired(response_log_probs(model, params, batch))
-    return _pair_metrics(
-        batch, losses.unlikelihood(*_sides(log_probs_SP2), hyper["alpha"]), log_probs=log_probs_SP2
+    log_ratios_SP2 = log_probs_SP2
+    if reference is not None:
+        reference_SP2 = _paired(response_log_probs(model, reference, batch))
+        log_ratios_SP2 = log_probs_SP2 - jax.lax.stop_gradient(reference_SP2)
+    elif batch.reference_log_probs is not None:
+        log_ratios_SP2 = log_probs_SP2 - _paired(batch.reference_log_probs)
+
+    lengths_SP2 = _paired(batch.response_lengths)
+    pairs = losses.Pairs(
+        chosen_log_ratios=log_ratios_SP2[..., 0],
+        rejected_log_ratios=log_ratios_SP2[..., 1],
+        chosen_log_probs=log_probs_SP2[..., 0],
+        rejected_log_probs=log_probs_SP2[..., 1],
+        chosen_lengths=lengths_SP2[..., 0],
+        rejected_lengths=lengths_SP2[..., 1],
     )
+    loss_SP = loss(pairs, hyper["beta"], hyper["label_smoothing"])
+    rewards_SP2 = hyper["beta"] * log_ratios_SP2
+    return _pair_metrics(batch, loss_SP, rewards_SP2=rewards_SP2, log_probs_SP2=log_probs_SP2)
 
 
-def rm(model, _loss, params, _reference, _hyper, batch):
+def unlikelihood(model, _loss, params, _reference, hyper, batch: Batch):
+    """Likelihood of the chosen and unlikelihood of the rejected response, mean over pairs.
+
+    A baseline of the paper.
+    """
+    log_probs_SP2 = _paired(response_log_probs(model, params, batch))
+    loss_SP = losses.unlikelihood(log_probs_SP2[..., 0], log_probs_SP2[..., 1], hyper["alpha"])
+    return _pair_metrics(batch, loss_SP, log_probs_SP2=log_probs_SP2)
+
+
+def rm(model, _loss, params, _reference, _hyper, batch: Batch):
     """A reward model's Bradley-Terry loss, mean over pairs (eq. 2)."""
     rewards_SP2 = _paired(response_rewards(model, params, batch))
-    return _pair_metrics(batch, losses.bradley_terry(*_sides(rewards_SP2)), rewards=rewards_SP2)
+    loss_SP = losses.bradley_terry(rewards_SP2[..., 0], rewards_SP2[..., 1])
+    return _pair_metrics(batch, loss_SP, rewards_SP2=rewards_SP2)
 
 
-def ppo(model, _loss, params, _reference, hyper, batch):
+def ppo(model, _loss, params, _reference, hyper, batch: Batch):
     """PPO's clipped policy and value losses, mean over tokens (Schulman et al. 2017).
 
-    batch.rollout holds what the loss needs of each completion token.
+    batch.rollout holds what was measured when the completions were sampled.
     """
-    log_probs_SM, value_SM = token_values(model, params, batch)
-    real_SM = (batch.segment_ids < batch.response_lengths.shape[-1]).astype(jnp.float32)
-    logratio_SM = log_probs_SM - batch.rollout.sampled_log_probs
-    policy_SM = losses.ppo_policy(logratio_SM, batch.rollout.advantages, hyper["clip"])
+    rollout = batch.rollout
+    log_probs_SM, values_SM = token_values(model, params, batch)
+    log_ratio_SM = log_probs_SM - rollout.sampled_log_probs
+    policy_loss_SM = losses.ppo_policy(log_ratio_SM, rollout.advantages, hyper["clip"])
     value_loss_SM = losses.ppo_value(
-        value_SM, batch.rollout.sampled_values, batch.rollout.value_targets, hyper["value_clip"]
+        values_SM, rollout.sampled_values, rollout.value_targets, hyper["value_clip"]
     )
     per_token = {
-        "loss": policy_SM + hyper["value_coef"] * value_loss_SM,
-        "ppo/policy_loss": policy_SM,
+        "loss": policy_loss_SM + hyper["value_coef"] * value_loss_SM,
+        "ppo/policy_loss": policy_loss_SM,
         "ppo/value_loss": value_loss_SM,
-        "ppo/clipped": jnp.abs(jnp.exp(logratio_SM) - 1) > hyper["clip"],
-        "ppo/kl_to_sampler": jnp.exp(logratio_SM)
-        - 1
-        - logratio_SM,  # never negative; Schulman's k3
+        "ppo/clipped": jnp.abs(jnp.exp(log_ratio_SM) - 1) > hyper["clip"],
+        # Schulman's k3 estimate, which is never negative.
+        "ppo/kl_to_sampler": jnp.exp(log_ratio_SM) - 1 - log_ratio_SM,
     }
-    metrics = {
-        name: ((value_SM * real_SM).sum(), real_SM.sum()) for name, value_SM in per_token.items()
-    }
-    return metrics["loss"], metrics
+    responses = batch.response_lengths.shape[-1]
+    completion_mask_SM = (batch.segment_ids < responses).astype(jnp.float32)
+    return _weighted(per_token, completion_mask_SM)
 
 
 OBJECTIVES = {
@@ -106,53 +124,63 @@ OBJECTIVES = {
     "dpo": dpo,
     "ppo": ppo,
 }
-OBJECTIVE_NUMBERS = (
-    "beta",
-    "label_smoothing",
-    "alpha",
-    "clip",
-    "value_clip",
-    "value_coef",
-)  # of the config's blocks
+# The fields of the stages' config blocks that are in `hyper`.
+OBJECTIVE_NUMBERS = ("beta", "label_smoothing", "alpha", "clip", "value_clip", "value_coef")
+
+
+def make(name: str, model, loss: str | Callable = "") -> Callable:
+    """Return (params, reference, hyper, batch) -> (total, count), metrics.
+
+    name: a key of OBJECTIVES. loss: the config's choice by name; for dpo also a function, as
+    losses.py describes.
+    """
+    if name == "dpo" and not callable(loss):
+        loss = losses.PREFERENCE[loss]
+    return functools.partial(OBJECTIVES[name], model, loss)
 
 
 def numbers(block, steps: int) -> dict:
-    """The numbers of a stage that are traced, not compiled in: `hyper`."""
+    """Return `hyper`: the numbers of a stage that are traced, not compiled in."""
     found = dict(
         lr=block.lr, warmup_steps=block.warmup_steps, steps=steps, max_grad_norm=block.max_grad_norm
     )
-    found |= {name: block[name] for name in OBJECTIVE_NUMBERS if name in block}
+    for name in OBJECTIVE_NUMBERS:
+        if name in block:
+            found[name] = block[name]
     return {name: np.float32(value) for name, value in found.items()}
 
 
-def _pair_metrics(batch, loss_SP, *, rewards=None, log_probs=None):
-    """(total, count) of the loss, and the metrics of pairs by the reference code's names."""
+def _pair_metrics(batch: Batch, loss_SP, *, rewards_SP2=None, log_probs_SP2=None):
+    """Return (total, count) of the loss, and metrics of pairs by the reference code's names."""
+    lengths_SP2 = _paired(batch.response_lengths)
     per_pair = {
         "loss": loss_SP,
-        "lengths/chosen": _paired(batch.response_lengths)[..., 0],
-        "lengths/rejected": _paired(batch.response_lengths)[..., 1],
+        "lengths/chosen": lengths_SP2[..., 0],
+        "lengths/rejected": lengths_SP2[..., 1],
     }
-    if rewards is not None:
-        chosen_SP, rejected_SP = _sides(jax.lax.stop_gradient(rewards))
+    if rewards_SP2 is not None:
+        rewards_SP2 = jax.lax.stop_gradient(rewards_SP2)
+        chosen_SP, rejected_SP = rewards_SP2[..., 0], rewards_SP2[..., 1]
         per_pair |= {
             "rewards/chosen": chosen_SP,
             "rewards/rejected": rejected_SP,
             "rewards/accuracies": chosen_SP > rejected_SP,  # strict: a tie is no success
             "rewards/margins": chosen_SP - rejected_SP,
         }
-    if log_probs is not None:
-        per_pair |= {"logps/chosen": log_probs[..., 0], "logps/rejected": log_probs[..., 1]}
-    weight_SP = batch.weights
-    metrics = {
-        name: ((value_SP * weight_SP).sum(), weight_SP.sum()) for name, value_SP in per_pair.items()
-    }
+    if log_probs_SP2 is not None:
+        per_pair |= {
+            "logps/chosen": log_probs_SP2[..., 0],
+            "logps/rejected": log_probs_SP2[..., 1],
+        }
+    return _weighted(per_pair, batch.weights)
+
+
+def _weighted(values: dict[str, jax.Array], weights: jax.Array):
+    """Return (total, count) of the loss, and all values as metrics {name: (sum, count)}."""
+    metrics = {name: ((value * weights).sum(), weights.sum()) for name, value in values.items()}
     return metrics["loss"], metrics
 
 
-def _paired(x_SQ):
-    """[S, Q] with chosen and rejected in turn -> [S, P, 2]."""
+def _paired(x_SQ: jax.Array) -> jax.Array:
+    """Return [S, P, 2] from [S, Q], where chosen and rejected alternate."""
     return x_SQ.reshape(x_SQ.shape[0], -1, 2)
-
-
-def _sides(x_SP2):
-    return x_SP2[..., 0], x_SP2[..., 1]

@@ -21,6 +21,7 @@ from dpo_jax.data.batches import Batches, training_order
 from dpo_jax.models.inference import map_tokens
 from dpo_jax.models.loading import Model
 from dpo_jax.models.log_probs import token_log_probs
+from dpo_jax.models.values import token_values
 from dpo_jax.parallel import sharding
 from dpo_jax.parallel.sharding import constrain
 from dpo_jax.sampling import rollouts, sampler
@@ -29,7 +30,6 @@ from dpo_jax.sampling.sampler import Sampling
 from dpo_jax.training import losses
 from dpo_jax.training import metrics as metrics_lib
 from dpo_jax.training.loop import Job
-from dpo_jax.training.objectives import token_values
 from dpo_jax.training.self_check import SelfCheckFailed
 from dpo_jax.training.step import Frozen, TrainState, place_controls
 

@@ -1,13 +1,11 @@
 """The plans for pods: the plain DPO that they are compared with, and their tables."""
 
-import functools
-
 import jax
 import numpy as np
 import pytest
 
 from dpo_jax.data.batches import Batches, training_order
-from dpo_jax.training.objectives import OBJECTIVES
+from dpo_jax.training import objectives
 from experiments import pods
 from tests.helpers.tiny import random_pairs
 
@@ -29,7 +27,7 @@ def test_plain_dpo_equals_ours(tiny):
         text = np.concatenate([prompt, response])
         batch["tokens"][0, row, : len(text)] = text
         batch["scored"][0, row, len(prompt) : len(text)] = 1
-    ours = functools.partial(OBJECTIVES["dpo"], config, "sigmoid")
+    ours = objectives.make("dpo", config, "sigmoid")
     flat = Batches(pairs, training_order(4, 4, 1, None))[0]
     found = [
         jax.jit(

@@ -21,7 +21,9 @@ BETA = 0.3
 
 
 def loss(name, chosen=CHOSEN, rejected=REJECTED, counts=COUNTS, beta=BETA, eps=0.0):
-    return losses.preference(name, jnp.asarray(chosen), jnp.asarray(rejected), *counts, beta, eps)
+    nothing = jnp.zeros(len(chosen))
+    pairs = losses.Pairs(chosen, rejected, nothing, nothing, *counts)
+    return losses.PREFERENCE[name](pairs, beta, eps)
 
 
 def torch_loss(name, chosen, rejected, counts, beta, eps):

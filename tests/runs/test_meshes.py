@@ -11,8 +11,7 @@ from dpo_jax.data.batches import Batches
 from dpo_jax.data.packing import Batch, RolloutTargets
 from dpo_jax.models import families
 from dpo_jax.parallel import sharding
-from dpo_jax.training import optim, step
-from dpo_jax.training.objectives import OBJECTIVES
+from dpo_jax.training import objectives, optim, step
 from tests.helpers.tiny import random_pairs
 from tests.helpers.tiny_models import hf_config, random_params
 
@@ -61,7 +60,7 @@ def stepped(name: str, config, params, mesh) -> tuple[dict, dict]:
     """The update of the weights in a step of gradient descent, and the metrics."""
     optimizer = optim.make("sgd", 0.0)
     shardings = step.state_shardings(mesh, optimizer, params)
-    objective = functools.partial(OBJECTIVES[name], config, "sum" if name == "sft" else "sigmoid")
+    objective = objectives.make(name, config, "sum" if name == "sft" else "sigmoid")
     train_step = step.make_train_step(objective, optimizer, "constant", shardings)
     placed = jax.device_put(params, shardings.params)
     reference = jax.tree.map(lambda x: x * 1.05, placed) if name == "dpo" else None

@@ -18,7 +18,15 @@ BETA = 0.3
 
 
 def loss(name, chosen=CHOSEN, rejected=REJECTED, counts=COUNTS, beta=BETA, eps=0.0):
-    return losses.preference(name, jnp.asarray(chosen), jnp.asarray(rejected), *counts, beta, eps)
+    nothing = jnp.zeros(len(chosen))
+    pairs = losses.Pairs(chosen, rejected, nothing, nothing, *counts)
+    return losses.PREFERENCE[name](pairs, beta, eps)
+
+
+def pairs_of_margin(margin):
+    """Pairs whose chosen log-ratio is the margin, and all else 0 or a length of 1."""
+    nothing, one = jnp.zeros_like(margin), jnp.ones_like(margin)
+    return losses.Pairs(margin, nothing, nothing, nothing, one, one)
 
 
 @needs_shared
@@ -101,15 +109,16 @@ def test_robust_without_smoothing_is_sigmoid():
 
 def test_sigmoid_minimum_with_smoothing():
     margins = np.linspace(-30, 30, 60001)
-    values = losses.sigmoid(margins, BETA, 0.2)
+    values = losses.sigmoid(pairs_of_margin(margins), BETA, 0.2)
     best = margins[int(np.argmin(values))]
     np.testing.assert_allclose(1 / (1 + np.exp(-BETA * best)), 0.8, atol=1e-3)
 
 
 def test_sigmoid_of_large_margin():
-    found = losses.sigmoid(jnp.array([-5000.0, 5000.0], jnp.float32), 1.0)
+    found = losses.sigmoid(pairs_of_margin(jnp.array([-5000.0, 5000.0], jnp.float32)), 1.0)
     np.testing.assert_allclose(found, [5000.0, 0.0])
-    assert np.isfinite(jax.grad(lambda m: losses.sigmoid(m, 1.0))(jnp.float32(-5000.0)))
+    slope = jax.grad(lambda margin: losses.sigmoid(pairs_of_margin(margin), 1.0))
+    assert np.isfinite(slope(jnp.float32(-5000.0)))
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.7, 1.0])

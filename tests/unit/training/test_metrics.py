@@ -1,7 +1,6 @@
 """Metrics: names, descriptions, files and the progress line."""
 
 import dataclasses
-import functools
 import json
 import sys
 import types
@@ -15,7 +14,7 @@ from dpo_jax.data.batches import Batches
 from dpo_jax.data.packing import RolloutTargets
 from dpo_jax.evaluation import plots
 from dpo_jax.models import transformer
-from dpo_jax.training import metrics
+from dpo_jax.training import metrics, objectives
 from dpo_jax.training.objectives import OBJECTIVE_NUMBERS, OBJECTIVES
 from tests.helpers.tiny import random_pairs
 
@@ -40,17 +39,17 @@ def test_named_as_reference_code():
 def test_describe_metrics_of_objectives(tiny, split):
     config, params = tiny
     of_head = dict(rm="reward", ppo="lm_value")
-    for name, objective in OBJECTIVES.items():
+    for name in OBJECTIVES:
         model = dataclasses.replace(config, head=of_head.get(name, "lm"))
-        measured = metrics_of(objective, model)
+        measured = metrics_of(name, model)
         for full_name in metrics.named(dict.fromkeys(measured, (0.0, 1)), split):
             if not (name == "ppo" and split == "eval"):  # it samples, and holds nothing out
                 assert metrics.describe(full_name).meaning, full_name
 
 
-def metrics_of(objective, model) -> list[str]:
+def metrics_of(name, model) -> list[str]:
     """Return the names of an objective's metrics, without running it."""
-    responses = 1 if objective is OBJECTIVES["sft"] else 2
+    responses = 1 if name in ("sft", "preferred_ft") else 2
     examples = [(prompt, both[:responses]) for prompt, both in random_pairs(2)]
     of_examples = [np.zeros(sum(map(len, both)), np.float32) for _, both in examples]
     rollout = RolloutTargets(of_examples, of_examples, of_examples, of_examples)
@@ -58,7 +57,7 @@ def metrics_of(objective, model) -> list[str]:
     microbatch = jax.tree.map(lambda x: x[0], batches[0])
     hyper = dict.fromkeys(OBJECTIVE_NUMBERS, np.float32(0.5))
     abstract = transformer.abstract(model)
-    measure = functools.partial(objective, model, "sigmoid")
+    measure = objectives.make(name, model, "sigmoid")
     _, found = jax.eval_shape(measure, abstract, None, hyper, microbatch)
     return list(found)
 

@@ -1,7 +1,6 @@
 """PPO's arithmetic against plain loops; its runs are in runs/test_baselines.py."""
 
 import dataclasses
-import functools
 
 import jax
 import numpy as np
@@ -112,9 +111,7 @@ def test_ppo_objective_equals_plain_loop(tiny, moved):
     for name, values_M in given.items():
         given[name] = np.pad(values_M, (0, room), constant_values=9).astype(np.float32)[None]
     batch.rollout = packing.RolloutTargets(**given)
-    (found, count), metrics = jax.jit(functools.partial(objectives.ppo, config, ""))(
-        params, None, hyper, batch
-    )
+    (found, count), metrics = jax.jit(objectives.make("ppo", config))(params, None, hyper, batch)
     assert count == len(log_probs)
     np.testing.assert_allclose(found, total, rtol=1e-4, atol=1e-4)
     assert metrics["ppo/clipped"] == (clipped, len(log_probs)) and (clipped > 0) == (moved > 0)

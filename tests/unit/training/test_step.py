@@ -10,9 +10,9 @@ import pytest
 
 from dpo_jax.data.batches import Batches, training_order
 from dpo_jax.models import transformer
+from dpo_jax.models.log_probs import response_log_probs
 from dpo_jax.parallel import sharding
-from dpo_jax.training import optim, step
-from dpo_jax.training.objectives import OBJECTIVES
+from dpo_jax.training import objectives, optim, step
 from tests.helpers.tiny import random_pairs
 
 HYPER = {
@@ -30,7 +30,7 @@ HYPER = {
 
 
 def objective_of(name, loss, config):
-    return functools.partial(OBJECTIVES[name], config, loss)
+    return objectives.make(name, config, loss)
 
 
 def rows(name, count=12):
@@ -175,3 +175,33 @@ def test_embedding_gradient_adds_in_float32(tiny):
 
     grads = jax.grad(total)(params)
     assert (grads["tokens"][3] == 1000).all() and (grads["positions"][3] == 1000).all()
+
+
+def test_dpo_takes_a_function_of_pairs(tiny):
+    """What a function of one's own is given: the sums over tokens, their log-ratios, lengths."""
+    config, params = tiny
+    examples = rows("dpo")
+    batch = jax.tree.map(lambda x: x[0], Batches(examples, training_order(12, 12, 1, None))[0])
+    reference = jax.tree.map(lambda x: x * 1.05, params)
+    seen = {}
+
+    def hinge_per_token(pairs, beta, label_smoothing):
+        seen.update(vars(pairs))
+        return jax.nn.relu(1 - beta * pairs.margin_per_token)
+
+    own = objectives.make("dpo", config, hinge_per_token)
+    (total, count), metrics = own(params, reference, HYPER, batch)
+    assert count == 12 and metrics["loss"][0] == total
+    sides = dict(chosen=slice(0, None, 2), rejected=slice(1, None, 2))
+    of_policy = response_log_probs(config, params, batch)[0]
+    of_reference = response_log_probs(config, reference, batch)[0]
+    expected = []
+    for side, of_side in sides.items():
+        log_ratios = of_policy[of_side] - of_reference[of_side]
+        lengths = batch.response_lengths[0][of_side]
+        np.testing.assert_allclose(seen[f"{side}_log_probs"][0], of_policy[of_side], rtol=1e-5)
+        np.testing.assert_allclose(seen[f"{side}_log_ratios"][0], log_ratios, atol=1e-4)
+        np.testing.assert_array_equal(seen[f"{side}_lengths"][0], lengths)
+        expected.append(log_ratios / lengths)
+    by_hand = np.maximum(1 - 0.3 * (expected[0] - expected[1]), 0).sum()
+    assert float(total) == pytest.approx(float(by_hand), rel=1e-4)
