@@ -41,7 +41,6 @@ _BUG_NOTE = (
     "lines above."
 )
 _OURS = ("dpo_jax", "experiments")
-_LIBRARIES = ("absl", "jax", "ml_collections")  # they define flags of their own
 
 
 @dataclasses.dataclass
@@ -287,7 +286,8 @@ def _own_flags() -> dict[str, flags.Flag]:
     """Return the flags that the project defines, name -> flag, in the order of definition."""
     found = {}
     for module, defined in flags.FLAGS.flags_by_module_dict().items():
-        if module.partition(".")[0] not in _LIBRARIES:
+        # A module started by python -m has the program's name here. Libraries define flags too.
+        if module == sys.argv[0] or module.partition(".")[0] in _OURS:
             found |= {flag.name: flag for flag in defined}
     return found
 

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -175,6 +176,13 @@ def test_help_lists_commands_and_flags(tmp_path):
     assert dpo_jax().stdout == listed.stdout
     shown = dpo_jax("runs", "--help").stdout
     assert "[WORKDIR]" in shown and "--debug" in shown
+
+
+def test_help_shows_no_flags_of_libraries():
+    shown = dpo_jax("train", "--help").stdout
+    found = set(re.findall(r"^  --(\w+)", shown, re.MULTILINE))
+    processes = {"coordinator", "num_processes", "process_id"}
+    assert found == {"config", "workdir", "debug", *processes}
 
 
 @pytest.mark.parametrize("command", ["--help", "runs --help"])
