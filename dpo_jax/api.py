@@ -44,6 +44,7 @@ from dpo_jax.parallel import processes, sharding
 from dpo_jax.pipeline.stages import run_stages
 from dpo_jax.sampling import generation
 from dpo_jax.sampling.sampler import Sampling
+from dpo_jax.stage_table import STAGES
 from dpo_jax.training import data_feed, objectives
 from dpo_jax.training import metrics as metrics_lib
 from dpo_jax.training.loop import stage_programs
@@ -65,9 +66,8 @@ RUN_SETTINGS = (
     "seed",
 )
 ENCODING = ("source", "max_length", "max_prompt_length", "truncate", "append_eos")
-SINGLE = ("sft", "preferred_ft")  # objectives of one completion for each prompt
-# objective -> the head it trains, where that is not the language model's
-HEADS = {"rm": "reward"}
+# The stages that train on given examples; ppo samples what it learns from.
+OBJECTIVES = [name for name, stage in STAGES.items() if stage.trains and not stage.samples]
 
 
 def load(
@@ -384,7 +384,7 @@ class Trainer:
         self._initial = model
         self._objective = objective
         self._block, self._lora = _settings(objective, settings, lora)
-        self._config = dataclasses.replace(model.config, head=HEADS.get(objective, "lm"))
+        self._config = dataclasses.replace(model.config, head=STAGES[self._objective].head)
         self._reference_log_probs = reference_log_probs
         self._steps_done = 0
         self._schedule_steps = self._block.steps  # 0: not known yet
@@ -500,10 +500,10 @@ class Trainer:
         """Return what is trained, in arrays that updates may delete."""
         mesh = self._initial.mesh
         if self._lora:
-            return _place(adapters.init(self._config, self._lora, seed), mesh)
+            return sharding.shard_params(mesh, adapters.init(self._config, self._lora, seed))
         params = self._initial.params
         if donate:
-            if any(leaf is other for leaf, other in _pairs_of_leaves(params, self._reference)):
+            if params is self._reference:
                 raise ValueError(
                     "donate=True deletes the weights of the model at the first step, but it is the "
                     "reference too. Give reference_log_probs=model.log_probs(...), or another "
@@ -513,7 +513,7 @@ class Trainer:
             params = copy_params(params)
         if self._config.head == "reward":
             head = {"scalar": np.zeros(self._config.width, np.float32)}
-            return params | _place({"head": head}, mesh)
+            return params | sharding.shard_params(mesh, {"head": head})
         return params
 
     def _choose_reference(self, reference, seed: int) -> dict | None:
@@ -525,7 +525,7 @@ class Trainer:
                 f"reference={reference!r}: expected 'init', 'none' or a model; "
                 f"dpo_jax.load({reference!r}) loads one."
             )
-        if self._objective != "dpo":
+        if STAGES[self._objective].reference == "none":
             if reference != "init" or self._reference_log_probs is not None:
                 raise ValueError(f"{self._objective} has no reference; dpo has.")
             return None
@@ -534,7 +534,9 @@ class Trainer:
         if reference == "init":
             # Under adapters it runs through the policy's own program, on adapters without effect.
             if self._lora:
-                return _place(adapters.init(self._config, self._lora, seed), self._initial.mesh)
+                return sharding.shard_params(
+                    self._initial.mesh, adapters.init(self._config, self._lora, seed)
+                )
             return self._initial.params
         reference._check_usable("lm")
         if reference.config.vocab != self._config.vocab:
@@ -615,7 +617,8 @@ class Trainer:
             )
         if not len(examples):
             raise ValueError("there are no examples.")
-        found, wanted = len(examples.responses[0]), 1 if self._objective in SINGLE else 2
+        found = len(examples.responses[0])
+        wanted = STAGES[self._objective].responses
         if found != wanted and wanted == 1:
             raise ValueError(
                 f"{self._objective} takes one completion for each prompt, and these are pairs: "
@@ -686,9 +689,8 @@ def _settings(objective: str, settings: dict, lora: dict | None) -> tuple[Config
         raise ValueError(
             "ppo samples what it learns from: run its config with dpo_jax.run(config, workdir)."
         )
-    names = [name for name in objectives.OBJECTIVES if name != "ppo"]
-    if objective not in names:
-        raise ValueError(f"objective {objective!r} is not one of {', '.join(names)}.")
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective {objective!r} is not one of {', '.join(OBJECTIVES)}.")
     config = configs.default((objective,))
     block = config[objective]
     allowed = [name for name in block if name not in RUN_SETTINGS]
@@ -742,19 +744,6 @@ def _one_batch(examples: Examples) -> PlannedBatch:
             f"{_shown(examples)}."
         )
     return BatchPlan(examples, np.arange(len(examples))[None])[0]
-
-
-def _place(values: dict, mesh: jax.sharding.Mesh) -> dict:
-    """Return host arrays on the mesh, placed as the weights of their names."""
-    return jax.tree.map(
-        lambda x, placed: jax.make_array_from_callback(x.shape, placed, lambda index: x[index]),
-        values,
-        sharding.param_shardings(mesh, values),
-    )
-
-
-def _pairs_of_leaves(a, b):
-    return zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=False)
 
 
 def _shown(value) -> str:

@@ -178,6 +178,15 @@ def param_shardings(mesh, params):
     )
 
 
+def shard_params(mesh, values):
+    """Return host arrays, the same on every process, on the mesh as weights of their names are."""
+    return jax.tree.map(
+        lambda x, placed: jax.make_array_from_callback(x.shape, placed, lambda index: x[index]),
+        values,
+        param_shardings(mesh, values),
+    )
+
+
 def per_shard(params, shards: int):
     """The weights with a leading axis of shards, whole on each but for the tensor axis.
 

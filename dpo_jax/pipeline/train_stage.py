@@ -143,12 +143,7 @@ def _load(run: Run, model, initial) -> dict:
 
 def _init_adapters(run: Run, model, lora: Lora) -> dict:
     """What is trained instead of the weights: the same numbers on any mesh."""
-    values = adapters.init(model, lora, run.config.seed)
-    return jax.tree.map(
-        lambda x, placed: jax.make_array_from_callback(x.shape, placed, lambda index: x[index]),
-        values,
-        sharding.param_shardings(run.mesh, values),
-    )
+    return sharding.shard_params(run.mesh, adapters.init(model, lora, run.config.seed))
 
 
 def _say_what_is_trained(stage: str, initial, shapes) -> None:
