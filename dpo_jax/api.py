@@ -650,11 +650,12 @@ def run(
 
     What is done already is not done again, and what was interrupted goes on. reward: a function
     (prompts, completions) -> numbers, lists of n texts and n numbers, in place of config.reward:
-    pairs are labelled by it, ppo maximises it, evaluate and best_of_n report it.
+    pairs are labelled by it, ppo maximises it, evaluate and best_of_n report it. A stage that is
+    done knows the function by its name: give another one another name, or another workdir.
     """
     processes.keep_compiled_programs()
     with jax.default_matmul_precision("float32"), console.quiet(not verbose):
-        run_stages(config, str(workdir), **(dict(reward=reward) if reward else {}))
+        run_stages(config, str(workdir), reward=reward)
     names = configs.folder_names(config)
     return {stage: pathlib.Path(workdir) / names[stage] for stage in config.stages}
 

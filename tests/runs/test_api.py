@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 import dpo_jax
+from dpo_jax.config import default
 from dpo_jax.parallel import sharding
 from dpo_jax.training.metrics import read_rows
+from dpo_jax.workdir import StageChanged
 from tests.helpers.tiny_runs import (
     dpo_config,
     on_devices,
@@ -58,9 +60,7 @@ def test_trainer_equals_train_command(
     """Metrics of each step, the evaluations, and the exported weights."""
     config = dpo_config(model, data)
     if objective != "dpo":
-        from dpo_jax import config as configs
-
-        config = configs.default((objective,))
+        config = default((objective,))
         config.model.path, config.data.path = str(model), str(data)
     common = dict(optimizer="sgd", lr=0.05, warmup_steps=1) | settings
     config[objective].update(
@@ -108,3 +108,42 @@ def test_generate_equals_sample_command(model, data, tmp_path, n):
     prompts = [row["prompt"] for row in sampled]
     texts = dpo_jax.load(model).generate(prompts, **settings)
     assert texts == [row["completion" if n == 1 else "completions"] for row in sampled]
+
+
+def count_w30(prompts, completions):
+    """How often a completion says w30."""
+    return [text.split().count("w30") for text in completions]
+
+
+def test_a_reward_of_your_own(model, data, tmp_path, capfd):
+    """It labels the pairs, is what PPO maximises, and what evaluate reports; all is silent."""
+    config = default(("pairs", "ppo", "evaluate"))
+    config.model.path, config.data.path = str(model), str(data)
+    config.sampling.update(max_new_tokens=6, batch_size=32)
+    config.pairs.update(prompts=8)
+    config.ppo.update(
+        reward="true", steps=2, batch_size=16, minibatch_size=8, eval_every=2, inner_epochs=1
+    )
+    config.evaluate.update(prompts=8)
+    folders = dpo_jax.run(config, tmp_path, reward=count_w30)
+    assert capfd.readouterr() == ("", "")
+    pairs = rows_of(folders["pairs"] / "pairs.jsonl")
+    assert pairs
+    for pair in pairs:
+        assert pair["reward_chosen"] == pair["chosen"].split().count("w30")
+        assert pair["reward_chosen"] > pair["reward_rejected"]
+    evaluated = rows_of(folders["evaluate"] / "completions.jsonl")
+    for row in evaluated:
+        assert row["reward"] == row["completion"].split().count("w30")
+    with pytest.raises(StageChanged, match="config.reward"):
+        dpo_jax.run(config, tmp_path, reward=lambda prompts, completions: [0.0] * len(prompts))
+    assert config.reward.kind == "classifier"  # the caller's config is left alone
+
+
+def test_a_reward_that_nothing_asks_for_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="has no use for a reward"):
+        dpo_jax.run(default(("dpo",)), tmp_path, reward=count_w30)
+    config = default(("sft", "ppo"))
+    config.reward.kind = "function"
+    with pytest.raises(ValueError, match="reward=..."):
+        dpo_jax.run(config, tmp_path)
