@@ -134,7 +134,7 @@ def _with_reward(config: ConfigDict, reward: Callable | None) -> ConfigDict:
     if reward is None:
         if "reward" in config and config.reward.kind == "function":
             raise ValueError(
-                "config.reward.kind = 'function': this run's reward is a Python function. Go on with "
+                "config.reward.kind = 'function': this run's reward is a Python function. Use "
                 "dpo_jax.run(config, workdir, reward=...)."
             )
         return config
