@@ -17,7 +17,7 @@ SOURCES = ("local", "hh", "shp", "imdb", "tldr", "cnn_dailymail", "toy")
 TRUNCATIONS = ("auto", "keep_start", "keep_end", "keep_cue")
 OPTIMIZERS = ("rmsprop", "adamw", "adafactor", "lion", "sgd")
 SCHEDULES = ("constant", "linear", "cosine")
-REWARDS = ("classifier", "ngram", "model", "rm", "toy", "toy_saturating", "function")
+REWARDS = ("classifier", "ngram", "model", "rm", "toy", "toy_saturating")
 SMOOTHED_LOSSES = ("sigmoid", "robust")  # the preference losses that use label_smoothing
 PREFERENCE_LOSSES = ("sigmoid", "sigmoid_norm", "ipo", "ipo_sum", "hinge", "robust")
 

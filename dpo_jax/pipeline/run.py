@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable
 
 import jax
 from ml_collections import ConfigDict
@@ -40,8 +39,6 @@ class Run:
     config: ConfigDict
     workdir: pathlib.Path
     mesh: jax.sharding.Mesh
-    # (prompts, completions) -> numbers, where config.reward.kind is "function"
-    reward_function: Callable | None = None
     _prompts: dict = dataclasses.field(default_factory=dict)  # read once
 
     def folder(self, stage: str) -> pathlib.Path:
@@ -118,10 +115,7 @@ class Run:
         """The reward of a stage: "true" is config.reward, "rm" the rm stage's model, which stands
         for both where no true one is known.
         """
-        kind, path = self._reward_at(name)
-        if kind == "function":
-            return make.from_function(self.reward_function)
-        return make.make_reward(kind, path, self.config.reward.batch_size, self.mesh)
+        return make.make_reward(*self._reward_at(name), self.config.reward.batch_size, self.mesh)
 
     def reward_model(self, name: str) -> loading.Checkpoint | None:
         """The model of ours behind a stage's reward, if one is."""

@@ -4,7 +4,6 @@ measure.
 
 import functools
 import pathlib
-from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -99,18 +98,13 @@ OTHER_STAGES = {  # all that do not train
 }
 
 
-def run_stages(config: ConfigDict, workdir: str, *, reward: Callable | None = None) -> None:
-    """Run every stage that is not done yet.
-
-    reward: a function (prompts, completions) -> numbers that stands for config.reward. A finished
-    stage knows it by its name. Raises ValueError for a wrong config, StageChanged for a changed
-    one.
+def run_stages(config: ConfigDict, workdir: str) -> None:
+    """Runs every stage that is not done yet; ValueError for a wrong config, StageChanged for a
+    changed one.
     """
-    config = _with_reward(config, reward)
     config_checks.validate(config)
     processes.check_shared(workdir)
-    mesh = sharding.make_mesh(**config.mesh)
-    run = Run(config, pathlib.Path(workdir), mesh, reward_function=reward)
+    run = Run(config, pathlib.Path(workdir), sharding.make_mesh(**config.mesh))
     ahead = [stage for stage in config.stages if not (run.folder(stage) / "done.json").exists()]
     if any(STAGES[stage].samples for stage in ahead):
         make.check_reward(config.reward.kind, config.reward.path)
@@ -127,22 +121,3 @@ def run_stages(config: ConfigDict, workdir: str, *, reward: Callable | None = No
                 finish_stage(folder, **run_stage(run, stage))
     processes.wait_for_all("all stages")  # whose files the others may read
     say(f"all stages done, in {workdir}")
-
-
-def _with_reward(config: ConfigDict, reward: Callable | None) -> ConfigDict:
-    """Return the config with a reward function in it by its name; ValueError where none is used."""
-    if reward is None:
-        if "reward" in config and config.reward.kind == "function":
-            raise ValueError(
-                "config.reward.kind = 'function': this run's reward is a Python function. Use "
-                "dpo_jax.run(config, workdir, reward=...)."
-            )
-        return config
-    if "reward" not in config:
-        raise ValueError(
-            "the run has no use for a reward: pairs, ppo, best_of_n and evaluate ask for one, and "
-            f"its stages are {', '.join(config.stages)}."
-        )
-    config = config.copy_and_resolve_references()
-    config.reward.update(kind="function", path=getattr(reward, "__qualname__", repr(reward)))
-    return config

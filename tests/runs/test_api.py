@@ -143,7 +143,3 @@ def test_a_reward_of_your_own(model, data, tmp_path, capfd):
 def test_a_reward_that_nothing_asks_for_is_refused(tmp_path):
     with pytest.raises(ValueError, match="has no use for a reward"):
         dpo_jax.run(default(("dpo",)), tmp_path, reward=count_w30)
-    config = default(("sft", "ppo"))
-    config.reward.kind = "function"
-    with pytest.raises(ValueError, match="reward=..."):
-        dpo_jax.run(config, tmp_path)
