@@ -193,6 +193,7 @@ def test_error_in_one_ends_all(model, pairs, tmp_path):
     assert "missing" in outs[1][1] and re.search(
         r"process 1 of 2 on \S+ stops, and so do the others", outs[1][1]
     )
+    assert second[1].returncode == 2 and "Traceback" not in outs[1][1]
     apart = start("dpo_jax.train", *flags, own=lambda index: [f"--workdir={tmp_path / str(index)}"])
     outs = [process.communicate(timeout=processes.SILENCE + 60) for process in apart]
     assert all(process.returncode for process in apart)
