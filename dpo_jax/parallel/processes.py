@@ -1,17 +1,14 @@
-"""What a command sets up before it touches a device: libraries, and the processes that run it
-together.
-"""
+"""What a command sets up before it touches a device, and the processes that run it together."""
 
 import contextlib
 import importlib.util
+import json
 import os
 import pathlib
-import pickle
 import re
 import secrets
 import socket
 import sys
-import traceback
 from collections.abc import Callable
 
 import jax
@@ -20,22 +17,17 @@ from absl import logging
 
 from dpo_jax import command_line
 
-CACHE = pathlib.Path(
-    "~/.cache/dpo_jax/compiled"
-).expanduser()  # JAX_COMPILATION_CACHE_DIR overrides it
-SILENCE = (
-    60  # seconds after which a process that gives no sign of life has ended, and so do the others
-)
+# Where compiled programs are kept; JAX_COMPILATION_CACHE_DIR overrides it.
+CACHE = pathlib.Path("~/.cache/dpo_jax/compiled").expanduser()
+# Seconds without a sign of life after which a process counts as dead, and the others end too.
+SILENCE = 60
 
 
 def start() -> None:
-    """Compiled programs are kept between runs; float32 means float32 on every backend; libraries
-    are quiet.
-    """
+    """Set up the libraries: quiet, compiled programs kept, float32 products in float32."""
     logging.set_verbosity(logging.WARNING)
     keep_compiled_programs()
-    # GPUs and TPUs would round float32 products to fewer bits; bfloat16 products stay what they
-    # are.
+    # GPUs and TPUs would round float32 products to fewer bits. bfloat16 products are not affected.
     jax.config.update("jax_default_matmul_precision", "float32")
 
 
@@ -99,10 +91,9 @@ def _memory_errors():
 def join(
     coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
 ) -> None:
-    """Makes this process one of several, by what is given, or as a TPU pod or Slurm says; else it
-    stays alone.
+    """Make this process one of several: as given, or as a TPU pod or Slurm says.
 
-    ValueError where only some are given.
+    Without any of these it stays alone. Raises ValueError where only some arguments are given.
     """
     given = dict(
         coordinator_address=coordinator, num_processes=num_processes, process_id=process_id
@@ -126,32 +117,31 @@ def _on_slurm() -> bool:
 
 
 def _on_tpu() -> bool:
-    """Whether this is a TPU's host, where jax asks for the other ones."""
+    """Return whether this is a TPU's host, where jax itself finds the other hosts."""
     wanted = "tpu" in os.environ.get("JAX_PLATFORMS", "tpu").split(",")
     found = any(pathlib.Path(device).exists() for device in ("/dev/accel0", "/dev/vfio/0"))
     return wanted and found and importlib.util.find_spec("libtpu") is not None
 
 
 def _gpus_of_a_lone_task() -> list[int] | None:
-    """All GPUs of the host, for the one Slurm task there, to which jax would give the first alone;
-    else None.
+    """Return all GPUs of the host for the one Slurm task there; None where there are more tasks.
+
+    jax would give such a task the first GPU alone.
     """
-    if not _on_slurm() or int(os.environ["SLURM_STEP_NUM_TASKS"]) != int(
-        os.environ.get("SLURM_STEP_NUM_NODES", 0)
-    ):
+    nodes = int(os.environ.get("SLURM_STEP_NUM_NODES", 0))
+    if not _on_slurm() or int(os.environ["SLURM_STEP_NUM_TASKS"]) != nodes:
         return None
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    found = (
-        given.split(",")
-        if given
-        else [name for name in os.listdir("/dev") if re.fullmatch(r"nvidia\d+", name)]
-    )
-    return list(range(len(found))) or None
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible:
+        gpus = visible.split(",")
+    else:
+        gpus = [name for name in os.listdir("/dev") if re.fullmatch(r"nvidia\d+", name)]
+    return list(range(len(gpus))) or None
 
 
 @contextlib.contextmanager
 def together():
-    """End all processes when one fails: the others would wait for it for ever.
+    """Abort all processes if one raises: the others would wait for it forever.
 
     Alone, a process raises its own errors.
     """
@@ -173,7 +163,7 @@ def together():
 
 
 def wait_for_all(name: str) -> None:
-    """Waits until every process is here: what process 0 wrote before, all can read after."""
+    """Wait until every process is here: what process 0 wrote before, all can read after."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
@@ -181,39 +171,68 @@ def wait_for_all(name: str) -> None:
 
 
 def from_first(function: Callable):
-    """What function() gives on process 0, which alone calls it, or the error that it raises there,
-    on every process.
+    """Return on every process what function() returns on process 0, which alone calls it.
+
+    The result is a numpy array, or what JSON holds. An error is raised on every process.
     """
     if jax.process_count() == 1:
         return function()
+    header, result, error = {}, None, None
+    if jax.process_index() == 0:
+        try:
+            result = function()
+        except Exception as raised:  # whatever it is, every process raises it
+            error = raised
+        header = _header(result, error)
+    header = json.loads(_broadcast(json.dumps(header).encode()))
+    if error is not None:
+        raise error  # with its own traceback, which does not travel
+    if "error" in header:
+        raise _error(**header["error"])
+    if "array" in header:
+        stored = result.tobytes() if jax.process_index() == 0 else b""
+        array = np.frombuffer(_broadcast(stored), header["array"]["dtype"])
+        return array.reshape(header["array"]["shape"]).copy()
+    return header["value"]
+
+
+def _header(result, error: Exception | None) -> dict:
+    """Return what other processes need to make the result, but for an array's bytes."""
+    if error is not None:
+        kind = type(error)
+        return dict(error=dict(module=kind.__module__, name=kind.__name__, message=str(error)))
+    if isinstance(result, np.ndarray):
+        return dict(array=dict(dtype=result.dtype.str, shape=result.shape))
+    return dict(value=result)
+
+
+def _error(module: str, name: str, message: str) -> Exception:
+    """Return another process's error; a RuntimeError where its type cannot be made from a text."""
+    kind = getattr(sys.modules.get(module), name, RuntimeError)
+    try:
+        return kind(message)
+    except TypeError:
+        return RuntimeError(f"{name}: {message}")
+
+
+def _broadcast(data: bytes) -> bytes:
+    """Return process 0's bytes on every process."""
     from jax.experimental import multihost_utils
 
-    found = pickle.dumps(_outcome(function)) if jax.process_index() == 0 else b""
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(found))))
-    sent = np.frombuffer(found.ljust(size), np.uint8)
-    result, error = pickle.loads(multihost_utils.broadcast_one_to_all(sent).tobytes())
-    if error:
-        raise error
-    return result
-
-
-def _outcome(function: Callable) -> tuple:
-    """Return (result, None), or (None, error)."""
-    try:
-        return function(), None
-    except Exception as error:  # whatever it is, every process raises it
-        # The traceback does not travel, and a bug's is needed.
-        if not command_line.is_for_people(error):
-            traceback.print_exc()
-        return None, error
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+    sent = np.frombuffer(data.ljust(size), np.uint8)
+    return multihost_utils.broadcast_one_to_all(sent).tobytes()
 
 
 def check_shared(folder: str | pathlib.Path) -> None:
-    """RuntimeError where the processes do not see the same folder; ValueError for a bucket."""
+    """Check that all processes see the same folder.
+
+    Raises RuntimeError where they do not, and ValueError for a bucket.
+    """
     if "://" in str(folder):
         raise ValueError(
-            f"{folder} is a bucket, which cannot be written to as a folder yet: mount it (by gcsfuse, "
-            "say) and give the folder where it is."
+            f"{folder} is a bucket, which cannot be written to as a folder: mount it (with "
+            "gcsfuse, say) and give the folder where it is mounted."
         )
     if jax.process_count() == 1:
         return
@@ -229,7 +248,8 @@ def check_shared(folder: str | pathlib.Path) -> None:
     if jax.process_index() == 0:
         mark.unlink()
     if not seen.all():
+        blind = int(np.argmin(seen))
         raise RuntimeError(
-            f"{folder} is not the same folder on all hosts: process {int(np.argmin(seen))} does not see "
-            "what process 0 writes there. It must be on storage that all of them share."
+            f"{folder} is not the same folder on all hosts: process {blind} does not see what "
+            "process 0 writes there. It must be on storage that all of them share."
         )

@@ -111,9 +111,8 @@ def run_stages(config: ConfigDict, workdir: str) -> None:
     for stage in config.stages:
         folder = run.folder(stage)
         with lock_folder(folder):
-            _, status = processes.from_first(
-                functools.partial(start_stage, run.workdir, config, stage, versions())
-            )
+            begin = functools.partial(start_stage, run.workdir, config, stage, versions())
+            status = processes.from_first(lambda: begin()[1])
             if status == "done":
                 say(f"{stage}: done before, in {folder}")
             else:

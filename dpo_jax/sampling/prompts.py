@@ -1,6 +1,4 @@
-"""Prompts to sample from, and completions as text: what `pairs`, `ppo`, `best_of_n` and `evaluate`
-begin with.
-"""
+"""Prompts to sample from, and completions as text."""
 
 import dataclasses
 import hashlib
@@ -24,37 +22,37 @@ class Prompts:
         numbers = np.concatenate([[len(self), *map(len, self.ids)], *self.ids])
         return hashlib.sha256(numbers.astype("<i4").tobytes()).hexdigest()
 
-    def take(self, rows) -> "Prompts":
-        return Prompts([self.ids[row] for row in rows], [self.texts[row] for row in rows])
+    def take(self, indices) -> "Prompts":
+        """Return the prompts at these indices, which may repeat."""
+        ids = [self.ids[index] for index in indices]
+        return Prompts(ids, [self.texts[index] for index in indices])
 
 
 def make(examples, tokenizer, sampling, seed: int) -> Prompts:
-    """The prompts of tokenised rows; with sampling.max_prefix, the starts of their texts instead.
+    """Return the prompts of tokenised examples; with sampling.max_prefix, starts of their texts.
 
-    A prefix has sampling.min_prefix to max_prefix tokens, each length as likely (appendix C.1),
-    behind the BOS or whatever else the tokenizer starts a text with; texts that do not go on behind
-    max_prefix tokens are left out.
+    sampling: config.sampling. A prefix has sampling.min_prefix to max_prefix tokens, each length as
+    likely (appendix C.1), behind the BOS or whatever else the tokenizer starts a text with. Texts
+    that end within max_prefix tokens are left out.
     """
-    if sampling.max_prefix:
-        lengths = np.random.default_rng(seed).integers(
-            sampling.min_prefix, sampling.max_prefix + 1, len(examples)
-        )
-        ids = [
-            np.concatenate([prompt, responses[0][:length]])
-            for (prompt, responses), length in zip(examples, lengths, strict=True)
-            if len(responses[0]) > sampling.max_prefix + 1
-        ]  # the last token may be EOS
-    else:
-        ids = examples.prompts
-    return Prompts(list(ids), tokenizer.batch_decode(ids, skip_special_tokens=True))
+    if not sampling.max_prefix:
+        ids = list(examples.prompts)
+        return Prompts(ids, tokenizer.batch_decode(ids, skip_special_tokens=True))
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(sampling.min_prefix, sampling.max_prefix + 1, len(examples))
+    ids = []
+    for (prompt, responses), length in zip(examples, lengths, strict=True):
+        text = responses[0]
+        if len(text) > sampling.max_prefix + 1:  # its last token may be EOS
+            ids.append(np.concatenate([prompt, text[:length]]))
+    return Prompts(ids, tokenizer.batch_decode(ids, skip_special_tokens=True))
 
 
 def completion_texts(prompts: Prompts, completions: list[np.ndarray], tokenizer) -> list[str]:
-    """Completions as the text that follows their prompts; they are decoded together, as some
-    tokenizers drop a text's first space.
+    """Return completions as the text that follows their prompts.
+
+    Both are decoded together: some tokenizers drop the first space of a text.
     """
-    whole = tokenizer.batch_decode(
-        [np.concatenate(pair) for pair in zip(prompts.ids, completions, strict=True)],
-        skip_special_tokens=True,
-    )
+    whole_ids = [np.concatenate(pair) for pair in zip(prompts.ids, completions, strict=True)]
+    whole = tokenizer.batch_decode(whole_ids, skip_special_tokens=True)
     return [text[len(prompt) :] for prompt, text in zip(prompts.texts, whole, strict=True)]

@@ -1,9 +1,12 @@
-"""Completions of prompts with their rewards, kept as they are made: what pairs, PPO, best of N and
-win rates begin with.
+"""Completions of prompts with their rewards, kept as they are made.
+
+Pairs, best of N and win rates begin with `complete`, PPO with `with_rewards`.
 """
 
 import pathlib
 from collections.abc import Callable
+
+import numpy as np
 
 from dpo_jax.console import Progress, say
 from dpo_jax.models.loading import Model
@@ -28,11 +31,12 @@ def complete(
     sampler.check(model.config, prompts.ids, sampling)
     path = folder / COMPLETIONS
     rows = read_lines(path)
-    if any(row["tokens"] != ids.tolist() for row, ids in zip(rows, prompts.ids, strict=False)):
-        raise StageChanged(
-            f"the prompts of {folder} have changed since its first completions were sampled. Put "
-            "the old data back, or give another --workdir."
-        )
+    for row, ids in zip(rows, prompts.ids, strict=False):
+        if row["tokens"] != ids.tolist():
+            raise StageChanged(
+                f"the prompts of {folder} have changed since its first completions were sampled. "
+                "Put the old data back, or give another --workdir."
+            )
     if len(rows) >= len(prompts):
         return rows[: len(prompts)]
     if rows:
@@ -58,15 +62,15 @@ def with_rewards(
     drawn: n completions of each prompt.
     """
     n = len(drawn[0])
-    flat = [completion.tokens for completions in drawn for completion in completions]
-    repeated = prompts.take([row for row in range(len(prompts)) for _ in range(n)])
-    texts = prompts_lib.completion_texts(repeated, flat, tokenizer)
-    rewards = reward(repeated.texts, texts, list(zip(repeated.ids, flat, strict=True)))
-    completions = [
-        dict(text=text, tokens=ids.tolist(), reward=float(value))
-        for text, ids, value in zip(texts, flat, rewards, strict=True)
-    ]
-    return [
-        dict(prompt=prompt, tokens=ids.tolist(), completions=completions[row * n : (row + 1) * n])
-        for row, (prompt, ids) in enumerate(zip(prompts.texts, prompts.ids, strict=True))
-    ]
+    sampled = [completion.tokens for completions in drawn for completion in completions]
+    repeated = prompts.take(np.repeat(np.arange(len(prompts)), n))
+    texts = prompts_lib.completion_texts(repeated, sampled, tokenizer)
+    rewards = reward(repeated.texts, texts, list(zip(repeated.ids, sampled, strict=True)))
+    completions = []
+    for text, ids, value in zip(texts, sampled, rewards, strict=True):
+        completions.append(dict(text=text, tokens=ids.tolist(), reward=float(value)))
+    rows = []
+    for index, (prompt, ids) in enumerate(zip(prompts.texts, prompts.ids, strict=True)):
+        of_prompt = completions[index * n : (index + 1) * n]
+        rows.append(dict(prompt=prompt, tokens=ids.tolist(), completions=of_prompt))
+    return rows

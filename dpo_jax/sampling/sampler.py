@@ -1,13 +1,12 @@
-"""Sampling: prefill and a compiled decode loop over a cache of keys and values, many prompts at a
-time.
+"""Sampling: prefill and a compiled decode loop over a cache of keys and values.
 
-A completion depends on its prompt, its index and the seed alone: each row has random keys of its
-own, its tokens sit at its own positions, and padding behind a prompt has no weight. Whole batches
-of rows are split over the mesh. Settings are traced and shapes are few, so that one program serves
-many calls.
+Many prompts are sampled from at a time. A completion depends on its prompt, its index and the seed
+alone: each row has random keys of its own, its tokens sit at its own positions, and padding behind
+a prompt has no weight. Batches of rows are split over the mesh. Settings are traced and shapes are
+few, so that one program serves many calls.
 
 Letters: B rows (a prompt and which of its completions), T tokens of a padded prompt, M new tokens,
-V vocabulary, in G groups of W tokens.
+D width, V vocabulary, in G groups of W tokens.
 """
 
 import dataclasses
@@ -23,10 +22,10 @@ from dpo_jax.models.transformer import TransformerConfig
 from dpo_jax.parallel import sharding
 from dpo_jax.parallel.sharding import BATCH, constrain
 
-# prompts are padded to this many tokens or a power of 2 times it, so that few programs are compiled
+# Prompts are padded to a power of 2 times this many tokens, so that few programs are compiled.
 SHORTEST = 8
-GROUP = 128  # tokens among which a draw chooses at once
-NO_EOS = -1
+GROUP = 128  # tokens of the vocabulary in a group; a draw chooses a group, then one of its tokens
+NO_EOS = -1  # a token id that is never drawn
 INFINITY = np.float32(np.inf).view(np.int32)  # its bits
 
 
@@ -50,7 +49,7 @@ class Completion:
     tokens: np.ndarray  # int32, EOS included where it ended by it
     # float32 nats, of each token under the model itself: temperature 1 and nothing cut
     log_probs: np.ndarray
-    ended: bool  # by EOS, rather than by length
+    ended: bool  # by EOS, not by length
 
 
 def sample(
@@ -62,34 +61,29 @@ def sample(
     settings or prompts that cannot be sampled.
     """
     check(model.config, prompts, sampling, first=first)
-    n, mesh, eos_id = sampling.n, model.mesh, model.eos_id
-    order = sorted(
-        range(len(prompts)), key=lambda row: len(prompts[row])
-    )  # like lengths share a batch: less padding
-    rows = np.array([(row, number) for row in order for number in range(n)]).reshape(-1, 2)
+    # Prompts of like length share a batch: less padding.
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    rows = [(index, number) for index in order for number in range(sampling.n)]
+    rows = np.array(rows).reshape(-1, 2)
     batch_size = min(sampling.batch_size, _power_of_2(len(rows)))
-    batch_size = sharding.whole_shards(batch_size, mesh)
-    found = [[None] * n for _ in prompts]
+    batch_size = sharding.whole_shards(batch_size, model.mesh)
+    found = [[None] * sampling.n for _ in prompts]
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
-        filled = part[
-            np.arange(batch_size) % len(part)
-        ]  # the last batch is filled up with rows that are thrown away
+        # The last batch is filled up with rows that are thrown away.
+        filled = part[np.arange(batch_size) % len(part)]
         batch = _batch(prompts, filled, first)
-        with jax.set_mesh(mesh):
-            drawn = _generate(
+        with jax.set_mesh(model.mesh):
+            tokens_BM, log_probs_BM = _generate(
                 model.config,
                 sampling.max_new_tokens,
                 model.params,
-                sharding.shard_batch(mesh, batch, axis=0),
-                np.uint32(sampling.seed % 2**32),
-                np.int32(NO_EOS if eos_id is None else eos_id),
-                np.float32(sampling.temperature),
-                np.int32(sampling.top_k),
-                np.float32(sampling.top_p),
+                sharding.shard_batch(model.mesh, batch, axis=0),
+                _settings(sampling, model.eos_id),
             )
-        for (row, number), *values in zip(part, *map(np.asarray, drawn), strict=False):
-            found[row][number] = _completion(*values, eos_id)
+        tokens_BM, log_probs_BM = np.asarray(tokens_BM), np.asarray(log_probs_BM)
+        for row, (index, number) in enumerate(part):
+            found[index][number] = _completion(tokens_BM[row], log_probs_BM[row], model.eos_id)
     return found
 
 
@@ -111,33 +105,34 @@ def check(
         raise ValueError(
             f"top_p={sampling.top_p}: expected more than 0, and at most 1, which keeps all tokens."
         )
-    for row, prompt in enumerate(prompts, first):
+    for index, prompt in enumerate(prompts, first):
         if not len(prompt):
             raise ValueError(
-                f"prompt {row} is empty: it needs a token, such as BOS, to predict the first one from."
+                f"prompt {index} is empty: it needs a token, such as BOS, to predict the first one "
+                "from."
             )
         if not 0 <= np.min(prompt) <= np.max(prompt) < config.vocab:
             raise ValueError(
-                f"prompt {row} has tokens from {np.min(prompt)} to {np.max(prompt)}, but the model's "
-                f"vocabulary is 0 to {config.vocab - 1}: its tokenizer is another model's."
+                f"prompt {index} has tokens from {np.min(prompt)} to {np.max(prompt)}, but the "
+                f"model's vocabulary is 0 to {config.vocab - 1}: its tokenizer is another model's."
             )
-        if (
-            config.learned_positions
-            and len(prompt) + sampling.max_new_tokens > config.max_positions
-        ):
+        length = len(prompt) + sampling.max_new_tokens
+        if config.learned_positions and length > config.max_positions:
             raise ValueError(
-                f"prompt {row} has {len(prompt)} tokens, and with max_new_tokens="
-                f"{sampling.max_new_tokens} it passes the model's {config.max_positions} positions: "
-                "shorten the prompts or max_new_tokens."
+                f"prompt {index} has {len(prompt)} tokens, and with max_new_tokens="
+                f"{sampling.max_new_tokens} it passes the model's {config.max_positions} "
+                "positions: shorten the prompts or max_new_tokens."
             )
 
 
-def _batch(prompts, rows, first: int) -> dict:
-    """Prompts [B, T] padded on the right, their lengths, and the numbers that make up each row's
-    key.
+def _batch(prompts, rows: np.ndarray, first: int) -> dict:
+    """Return prompts [B, T] padded on the right, their lengths, and the numbers of each row's key.
+
+    rows: [B, 2], the index of the prompt and the number of its completion.
     """
-    ids = [prompts[row] for row, _ in rows]
-    width = SHORTEST * _power_of_2(-(-max(map(len, ids)) // SHORTEST))
+    ids = [prompts[index] for index, _ in rows]
+    longest = max(map(len, ids))
+    width = SHORTEST * _power_of_2(-(-longest // SHORTEST))
     tokens_BT = np.zeros((len(ids), width), np.int32)
     for line, prompt in zip(tokens_BT, ids, strict=True):
         line[: len(prompt)] = prompt
@@ -149,86 +144,100 @@ def _batch(prompts, rows, first: int) -> dict:
     )
 
 
+def _settings(sampling: Sampling, eos_id: int | None) -> dict:
+    """Return the settings that are traced, so that others need no other program."""
+    return dict(
+        seed=np.uint32(sampling.seed % 2**32),
+        eos_id=np.int32(NO_EOS if eos_id is None else eos_id),
+        temperature=np.float32(sampling.temperature),
+        top_k=np.int32(sampling.top_k),
+        top_p=np.float32(sampling.top_p),
+    )
+
+
 def _power_of_2(size: int) -> int:
-    """The least power of 2 that is not below a size."""
+    """Return the least power of 2 that is not below a size."""
     return 1 << max(size - 1, 0).bit_length()
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _generate(config, max_new_tokens, params, batch, seed, eos_id, temperature, top_k, top_p):
-    """Tokens and their log-probs, [B, M] each; 0 behind a row's EOS."""
+def _generate(config, max_new_tokens, params, batch, settings):
+    """Return tokens and their log-probs, [B, M] each; 0 behind a row's EOS."""
     tokens_BT, lengths_B = batch["tokens"], batch["lengths"]
     rows, width = tokens_BT.shape
-    keys_B = jax.vmap(
-        lambda row, number: jax.random.fold_in(
-            jax.random.fold_in(jax.random.key(seed), row), number
-        )
-    )(batch["rows"], batch["numbers"])
+    keys_B = jax.vmap(_row_key, (None, 0, 0))(settings["seed"], batch["rows"], batch["numbers"])
+
+    # Prefill: all prompts at once, then the hidden state of each prompt's last token.
     positions_BT = jnp.broadcast_to(jnp.arange(width), tokens_BT.shape)
     cache = transformer.empty_cache(config, rows, width + max_new_tokens)
     x_BTD, cache = transformer.step(config, params, tokens_BT, positions_BT, cache)
     x_BD = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
 
-    def going_on(state):
+    def is_unfinished(state):
         return (state["m"] < max_new_tokens) & ~state["done_B"].all()
 
     def draw_next(state):
         m, done_B = state["m"], state["done_B"]
         logits_BV = constrain(transformer.unembed(config, params, state["x_BD"]), BATCH, "tensor")
         keys_m_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, m)
-        token_B = _draw(logits_BV, keys_m_B, temperature, top_k, top_p)
+        token_B = _draw(logits_BV, keys_m_B, settings)
+        # By comparison, not by a gather: each device looks at its own part of the vocabulary.
         is_drawn_BV = jnp.arange(config.vocab) == token_B[:, None]
-        log_prob_B = jnp.where(is_drawn_BV, logits_BV, 0).sum(-1) - jax.nn.logsumexp(
-            logits_BV, axis=-1
-        )
+        logit_B = jnp.where(is_drawn_BV, logits_BV, 0).sum(-1)
+        log_prob_B = logit_B - jax.nn.logsumexp(logits_BV, axis=-1)
         token_B, log_prob_B = jnp.where(done_B, 0, token_B), jnp.where(done_B, 0, log_prob_B)
+        positions_B1 = (lengths_B + m)[:, None]
         x_B1D, cache = transformer.step(
-            config, params, token_B[:, None], (lengths_B + m)[:, None], state["cache"]
+            config, params, token_B[:, None], positions_B1, state["cache"]
         )
         return dict(
             m=m + 1,
-            done_B=done_B | (token_B == eos_id),
+            done_B=done_B | (token_B == settings["eos_id"]),
             x_BD=x_B1D[:, 0],
             cache=cache,
             tokens_BM=state["tokens_BM"].at[:, m].set(token_B),
             log_probs_BM=state["log_probs_BM"].at[:, m].set(log_prob_B),
         )
 
-    shape = (rows, max_new_tokens)
-    state = jax.lax.while_loop(
-        going_on,
-        draw_next,
-        dict(
-            m=0,
-            done_B=jnp.zeros(rows, bool),
-            x_BD=x_BD,
-            cache=cache,
-            tokens_BM=jnp.zeros(shape, jnp.int32),
-            log_probs_BM=jnp.zeros(shape, jnp.float32),
-        ),
+    start = dict(
+        m=0,
+        done_B=jnp.zeros(rows, bool),
+        x_BD=x_BD,
+        cache=cache,
+        tokens_BM=jnp.zeros((rows, max_new_tokens), jnp.int32),
+        log_probs_BM=jnp.zeros((rows, max_new_tokens), jnp.float32),
     )
-    return constrain(state["tokens_BM"]), constrain(state["log_probs_BM"])
+    end = jax.lax.while_loop(is_unfinished, draw_next, start)
+    return constrain(end["tokens_BM"]), constrain(end["log_probs_BM"])
 
 
-def _draw(logits_BV, keys_B, temperature, top_k, top_p) -> jax.Array:
-    """A token for each row, int32 [B]."""
+def _row_key(seed, row, number):
+    """Return the key of a completion: its prompt's place, and its number among the prompt's."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), row), number)
+
+
+def _draw(logits_BV, keys_B, settings) -> jax.Array:
+    """Draw a token for each row, int32 [B]."""
+    temperature, top_k, top_p = settings["temperature"], settings["top_k"], settings["top_p"]
 
     def at_random():
         scores_BV = (logits_BV - logits_BV.max(-1, keepdims=True)) / temperature
-        scores_BV = jax.lax.cond(
-            (top_k > 0) | (top_p < 1), lambda: _cut(scores_BV, top_k, top_p), lambda: scores_BV
-        )
+        is_cut = (top_k > 0) | (top_p < 1)
+        scores_BV = jax.lax.cond(is_cut, lambda: _cut(scores_BV, top_k, top_p), lambda: scores_BV)
         return _draw_in_proportion(jnp.exp(scores_BV), keys_B)
 
-    return jax.lax.cond(temperature > 0, at_random, lambda: logits_BV.argmax(-1)).astype(jnp.int32)
+    def likeliest():
+        return logits_BV.argmax(-1)
+
+    return jax.lax.cond(temperature > 0, at_random, likeliest).astype(jnp.int32)
 
 
 def _draw_in_proportion(weights_BV, keys_B) -> jax.Array:
-    """An index for each row, each as likely as its weight: first a group of them, then one of the
-    group, [B].
+    """Draw an index for each row, each as likely as its weight, [B].
 
-    Two uniforms a row, where noise for every token would cost as much as the model; and a rare
-    token's chance is as exact as a common one's.
+    First a group of tokens is drawn, then one of the group. That takes two uniforms a row: noise
+    for every token (Gumbel's) would cost as much as the model. And the chance of a rare token is as
+    exact as that of a common one.
     """
     rows, width = weights_BV.shape
     weights_BGW = jnp.pad(weights_BV, ((0, 0), (0, -width % GROUP))).reshape(rows, -1, GROUP)
@@ -239,19 +248,20 @@ def _draw_in_proportion(weights_BV, keys_B) -> jax.Array:
 
 
 def _invert_cdf(weights_BW, uniform_B) -> jax.Array:
-    """The first index up to which more than the share uniform_B of the weights lies, [B]; never one
-    without weight.
+    """Return the first index up to which more than the share uniform_B of the weights lies, [B].
+
+    It is never one without weight.
     """
     upto_BW = jnp.where(weights_BW > 0, jnp.cumsum(weights_BW, -1), 0)
     return (upto_BW > uniform_B[:, None] * upto_BW.max(-1, keepdims=True)).argmax(-1)
 
 
 def _cut(scores_BV, top_k, top_p) -> jax.Array:
-    """The scores with -inf in place of all but the top_k highest, then of all but the fewest that
-    make up top_p.
+    """Return the scores with -inf for tokens outside of top_k, then of top_p.
 
-    scores: at most 0. As in transformers; but tokens that tie with the last one kept are kept too.
+    scores: at most 0. As in transformers, but tokens that tie with the last one kept are kept too.
     """
+    # How far a score is below 0. The bits of floats that are not negative sort as the floats do.
     depth_BV = jax.lax.bitcast_convert_type(jnp.abs(scores_BV), jnp.int32)
     kept_BV = _likeliest(depth_BV, jnp.ones_like(scores_BV), jnp.where(top_k > 0, top_k, jnp.inf))
     share_BV = jax.nn.softmax(jnp.where(kept_BV, scores_BV, -jnp.inf))
@@ -260,23 +270,21 @@ def _cut(scores_BV, top_k, top_p) -> jax.Array:
 
 
 def _likeliest(depth_BV, weights_BV, enough) -> jax.Array:
-    """Which tokens are the fewest, likeliest first, whose weights add up to enough; all, where they
-    never do.
+    """Return which tokens are the fewest, likeliest first, whose weights add up to enough.
 
-    depth: how far below the likeliest, the bits of a float as an integer, which have its order.
-    That of the last token kept is found by halving its range: a sort takes several times as long on
-    a CPU, and wants the whole vocabulary in one place.
+    All are, where they never do. depth: how far a token is below the likeliest, as an integer. The
+    depth of the last token kept is found by halving its range of 31 bits: a sort takes several
+    times as long on a CPU, and needs the whole vocabulary on one device.
     """
 
     def halve(_, ends):
         low_B1, high_B1 = ends
         middle_B1 = low_B1 + (high_B1 - low_B1) // 2
-        reached_B1 = (
-            jnp.where(depth_BV <= middle_B1, weights_BV, 0).sum(-1, keepdims=True) >= enough
-        )
-        return jnp.where(reached_B1, low_B1, middle_B1 + 1), jnp.where(
-            reached_B1, middle_B1, high_B1
-        )
+        weight_B1 = jnp.where(depth_BV <= middle_B1, weights_BV, 0).sum(-1, keepdims=True)
+        is_enough_B1 = weight_B1 >= enough
+        low_B1 = jnp.where(is_enough_B1, low_B1, middle_B1 + 1)
+        high_B1 = jnp.where(is_enough_B1, middle_B1, high_B1)
+        return low_B1, high_B1
 
     low_B1 = jnp.zeros_like(depth_BV[:, :1])
     _, high_B1 = jax.lax.fori_loop(0, 31, halve, (low_B1, low_B1 + INFINITY))
@@ -284,6 +292,7 @@ def _likeliest(depth_BV, weights_BV, enough) -> jax.Array:
 
 
 def _completion(tokens_M, log_probs_M, eos_id: int | None) -> Completion:
+    """Return what was drawn up to EOS, or all of it."""
     ends = np.flatnonzero(tokens_M == (NO_EOS if eos_id is None else eos_id))
     count = ends[0] + 1 if len(ends) else len(tokens_M)
     return Completion(tokens_M[:count].copy(), log_probs_M[:count].copy(), bool(len(ends)))

@@ -1,0 +1,29 @@
+"""What process 0 tells the others."""
+
+import json
+
+import numpy as np
+import pytest
+
+from dpo_jax.parallel import processes
+from dpo_jax.workdir import StageChanged
+
+
+@pytest.mark.parametrize(
+    "error, kind",
+    [
+        (StageChanged("--config.seed differs"), StageChanged),
+        (FileNotFoundError("no such file"), FileNotFoundError),
+        (UnicodeDecodeError("utf-8", b"x", 0, 1, "bad"), RuntimeError),  # needs five arguments
+    ],
+)
+def test_errors_travel_as_text(error, kind):
+    header = json.loads(json.dumps(processes._header(None, error)))
+    made = processes._error(**header["error"])
+    assert type(made) is kind and str(error) in str(made)
+
+
+def test_results_travel_as_json():
+    assert processes._header({"rows": [1, None]}, None) == dict(value={"rows": [1, None]})
+    header = json.loads(json.dumps(processes._header(np.zeros((2, 3), np.float32), None)))
+    assert header == dict(array=dict(dtype="<f4", shape=[2, 3]))
