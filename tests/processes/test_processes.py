@@ -131,7 +131,6 @@ def test_train_in_four_processes(model, pairs, tmp_path):
     )
 
 
-@pytest.mark.slow
 def test_sweep_in_two_processes(model, pairs, tmp_path):
     """With the reference's log-probs kept."""
     text = "dpo.beta=0.1,1"
@@ -154,7 +153,6 @@ def test_sweep_in_two_processes(model, pairs, tmp_path):
     assert (tmp_path / "both" / "sweep_dpo.beta.png").exists()
 
 
-@pytest.mark.slow
 def test_sample_in_two_processes(model, pairs, tmp_path):
     flags = [
         f"--model={model}",

@@ -187,7 +187,7 @@ def test_changed_data_is_refused(model, tmp_path):
         run(dpo_config(model, pairs, steps=2), tmp_path / "run")
 
 
-@pytest.mark.parametrize("cached", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cached", [False, True])
 def test_changed_reference_is_refused(pairs, tmp_path, cached):
     """Even where only the reference would be read again: the policy goes on from its checkpoint."""
     model = write_model(tmp_path / "model")
