@@ -193,7 +193,7 @@ def test_sample_chat_prompts(model, tmp_path, capsys):
     [
         (
             '{"prompt": "w1"}\n{"text": "w2", "id": 7}\n',
-            r"line 2: expected a field 'prompt', text or chat messages; found fields text, id",
+            r"line 2: expected a field 'prompt', text or chat messages; found the fields text, id",
         ),
         ('{"prompt": 3}\n', "line 1: expected a field 'prompt'"),
         ("\n", "has no rows; expected lines such as"),
