@@ -2,8 +2,8 @@
 
 A batch is one flat run of tokens per shard, where a prompt is laid down once and both its responses
 follow. Attention alone sees whole sequences: it gathers them into right-padded rows, runs plain
-causal attention there, and takes each token's output back. See `data/packing.py` for the indices and
-`transformer.py` for the letters in array names.
+causal attention there, and takes each token's output back. `data/packing.py` makes the indices;
+`transformer.py` lists the letters in array names.
 """
 
 import functools
@@ -17,17 +17,16 @@ from jax.sharding import PartitionSpec as P
 from dpo_jax.parallel.hardware import chip_of
 from dpo_jax.parallel.sharding import BATCH, device, fitting
 
+# kernel -> the platforms that it runs on
 KERNELS = {
     "xla": ("cpu", "gpu", "tpu"),
     "splash": ("cpu", "tpu"),
     "cudnn": ("gpu",),
-}  # and where they run
+}
 QUERY_BLOCK = 128  # queries per block; keys after a block are never touched
-SPLASH_LANES = 128  # splash's blocks are multiples of this,
-SPLASH_BLOCK = {
-    2: 1024,
-    4: 512,
-}  # and at most this, by bytes of a number: the longest that fit into on-chip memory
+SPLASH_LANES = 128  # splash's blocks are multiples of this
+# Bytes of a number -> the longest of splash's blocks that fits into on-chip memory.
+SPLASH_BLOCK = {2: 1024, 4: 512}
 
 
 class Layout(NamedTuple):
@@ -49,7 +48,7 @@ def attend(
     window: int | None = None,
     kernel: str = "auto",
 ) -> jax.Array:
-    """Attention of each token over its own sequence so far, [S, N, H, C].
+    """Return attention of each token over its own sequence so far, [S, N, H, C].
 
     Without a layout each shard's N tokens are themselves one row. `window` and `kernel` as of
     `causal_attention`.
@@ -75,12 +74,11 @@ def attend(
 def attend_cached(
     q_SNHC, k_SNKC, v_SNKC, cache: dict, positions_SN, *, window: int | None = None
 ) -> jax.Array:
-    """Attention of one new token a row (N = 1) over the cache's slots before its position, and
-    itself: [S, 1, H, C].
+    """Return attention of one new token in each row (N = 1) over the cache and itself.
 
-    cache: one layer's k, v [S, K, U, C]. It is only read, so it need not be copied: the token's own
-    key and value come besides. A slot that is not seen has a weight of exactly 0. Softmax in
-    float32.
+    The result is [S, 1, H, C]. A token sees the cache's slots before its position. cache: one
+    layer's k, v [S, K, U, C]; it is only read, so it need not be copied: the token's own key and
+    value are given besides. A slot that is not seen has a weight of exactly 0. Softmax in float32.
     """
     shards, _, heads, width = q_SNHC.shape
     kv_heads, slots = cache["k"].shape[1:3]
@@ -104,47 +102,43 @@ def attend_cached(
 def causal_attention(
     q_SRTHC, k_SRUKC, v_SRUKC, *, window: int | None = None, kernel: str = "auto"
 ) -> jax.Array:
-    """Plain causal attention within rows, [S, R, T, H, C]; softmax in float32.
+    """Return plain causal attention within rows, [S, R, T, H, C]; softmax in float32.
 
-    window: only that many latest keys are seen, the query's own included. kernel: see `choose`.
+    window: how many of the latest keys are seen, the query's own included. kernel: see `choose`.
     """
     kernel = choose(kernel, q_SRTHC.dtype, q_SRTHC.shape[-1])
     if kernel == "xla":
         return _in_blocks(q_SRTHC, k_SRUKC, v_SRUKC, window)
-    return _on_each_device(
-        dict(splash=_splash, cudnn=_cudnn)[kernel], q_SRTHC, k_SRUKC, v_SRUKC, window
-    )
+    function = _splash if kernel == "splash" else _cudnn
+    return _on_each_device(function, q_SRTHC, k_SRUKC, v_SRUKC, window)
 
 
 def choose(kernel: str, dtype, width: int) -> str:
-    """A key of KERNELS: the one named, or what `auto` stands for on the step's device; ValueError
-    if it cannot there.
+    """Return a key of KERNELS: the one named, or what `auto` stands for on the step's device.
 
-    auto: splash on a TPU; cudnn on a GPU of `topologies.CHIPS` (others may have none), for numbers
-    of 16 bits and heads of a width that every one of these takes; xla, the blocks written here,
-    elsewhere.
+    auto is splash on a TPU; cudnn on a GPU that `hardware.CHIPS` lists (others may not have it),
+    for 16-bit numbers and heads of a width that all of these take; elsewhere xla, the blocks
+    written here. Raises ValueError where the named kernel cannot run.
     """
     where, dtype = device().platform, jnp.dtype(dtype)
     if kernel == "auto":
-        fits = dtype.itemsize == 2 and width % 8 == 0 and width <= 128
-        return (
-            "splash"
-            if where == "tpu"
-            else "cudnn"
-            if where == "gpu" and fits and chip_of(device())
-            else "xla"
-        )
+        cudnn_takes_it = dtype.itemsize == 2 and width % 8 == 0 and width <= 128
+        if where == "tpu":
+            return "splash"
+        if where == "gpu" and cudnn_takes_it and chip_of(device()):
+            return "cudnn"
+        return "xla"
     check(kernel, where)
     if kernel == "cudnn" and (dtype.itemsize != 2 or width % 8 or width > 256):
         raise ValueError(
-            "config.model.attention = 'cudnn' takes model.dtype=bfloat16 and heads of a multiple of 8, up "
-            f"to 128 wide (256 on an H100 or H200), not {dtype} and {width}: take auto."
+            "config.model.attention = 'cudnn' takes model.dtype=bfloat16 and heads of a multiple "
+            f"of 8, up to 128 wide (256 on an H100 or H200), not {dtype} and {width}: take auto."
         )
     return kernel
 
 
 def check(kernel: str, where: str) -> None:
-    """ValueError where a kernel that is named does not run on a platform."""
+    """Raise ValueError where a named kernel does not run on a platform."""
     if kernel != "auto" and where not in KERNELS[kernel]:
         raise ValueError(
             f"config.model.attention = {kernel!r} runs on {' and '.join(KERNELS[kernel])}, not on "
@@ -153,8 +147,7 @@ def check(kernel: str, where: str) -> None:
 
 
 def _on_each_device(kernel, q_SRTHC, k_SRUKC, v_SRUKC, window):
-    """A kernel over each device's own rows and heads, as the compiler cannot split what it does not
-    see into.
+    """Run a kernel over each device's own rows and heads: the compiler cannot split a kernel.
 
     kernel: (q_BTHC, k_BUKC, v_BUKC, window) -> out_BTHC; B: S and R as one.
     """
@@ -166,7 +159,8 @@ def _on_each_device(kernel, q_SRTHC, k_SRUKC, v_SRUKC, window):
     mesh, heads, kv_heads = jax.sharding.get_abstract_mesh(), q_SRTHC.shape[3], k_SRUKC.shape[3]
     if mesh.empty:
         return local(q_SRTHC, k_SRUKC, v_SRUKC)
-    if heads % mesh.shape["tensor"] == 0:  # then so many key heads that each device has its own
+    if heads % mesh.shape["tensor"] == 0:
+        # Key heads are repeated until each device has its own.
         times = math.lcm(kv_heads, mesh.shape["tensor"]) // kv_heads
         k_SRUKC, v_SRUKC = (jnp.repeat(x, times, axis=3) for x in (k_SRUKC, v_SRUKC))
     specs = [
@@ -178,12 +172,9 @@ def _on_each_device(kernel, q_SRTHC, k_SRUKC, v_SRUKC, window):
 
 
 def _splash(q_BTHC, k_BUKC, v_BUKC, window):
-    """JAX's Pallas kernel for TPUs, over rows padded to what it takes; on a CPU it is interpreted,
-    slowly.
-    """
-    from jax.experimental.pallas.ops.tpu import (
-        splash_attention as splash,  # experimental: no others depend on it
-    )
+    """Run JAX's Pallas kernel for TPUs, over padded rows; on a CPU it is interpreted, slowly."""
+    # Imported here: it is experimental, and the other kernels must not depend on it.
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     length, heads, width = q_BTHC.shape[1:]
     count = -(-length // SPLASH_BLOCK[q_BTHC.dtype.itemsize])
@@ -213,9 +204,8 @@ def _splash(q_BTHC, k_BUKC, v_BUKC, window):
             )
         )(q_BHTC, k_BKUC, v_BKUC)
 
-    precision = (
-        "default" if q_BTHC.dtype == jnp.bfloat16 else "float32"
-    )  # the kernel refuses float32 for bfloat16
+    # The kernel refuses the precision float32 for bfloat16.
+    precision = "default" if q_BTHC.dtype == jnp.bfloat16 else "float32"
     heads_first = [
         jnp.pad(x, ((0, 0), (0, padded - length), (0, 0), (0, 0))).swapaxes(1, 2)
         for x in (q_BTHC * width**-0.5, k_BUKC, v_BUKC)
@@ -224,8 +214,9 @@ def _splash(q_BTHC, k_BUKC, v_BUKC, window):
 
 
 def _at_precision(precision: str, function):
-    """The function with its products at a precision, those of the backward pass too, which is
-    traced on its own.
+    """Return the function with all its products at a precision.
+
+    The backward pass is traced on its own, so it needs the precision set again.
     """
 
     @jax.custom_vjp
@@ -246,7 +237,7 @@ def _at_precision(precision: str, function):
 
 
 def _cudnn(q_BTHC, k_BUKC, v_BUKC, window, implementation="cudnn"):
-    """NVIDIA's fused kernel; its backward pass adds in an order that may change from run to run."""
+    """Run NVIDIA's fused kernel; its backward pass may add in another order from run to run."""
     return jax.nn.dot_product_attention(
         q_BTHC,
         k_BUKC,
@@ -258,7 +249,7 @@ def _cudnn(q_BTHC, k_BUKC, v_BUKC, window, implementation="cudnn"):
 
 
 def _in_blocks(q_SRTHC, k_SRUKC, v_SRUKC, window):
-    """Attention in plain XLA.
+    """Return attention in plain XLA.
 
     Blocks of queries see only the keys up to their end, so about half of the square is never
     computed, and each block is recomputed in the backward pass, so no [T, T] array is kept.
@@ -287,7 +278,7 @@ def _in_blocks(q_SRTHC, k_SRUKC, v_SRUKC, window):
 
 
 def _attend_block(q_SRKGTC, k_SRKCU, v_SRKUC, *, offset: int, window: int | None):
-    """Attention of a block of queries, the first of which sits at key `offset`."""
+    """Return attention of a block of queries, the first of which sits at key `offset`."""
     shards, rows, kv_heads, groups, length, width = q_SRKGTC.shape
     q_SRKIC = q_SRKGTC.reshape(shards, rows, kv_heads, groups * length, width)  # I: G and T as one
     scores_SRKIU = jnp.einsum(
@@ -309,9 +300,8 @@ def _attend_block(q_SRKGTC, k_SRKCU, v_SRKUC, *, offset: int, window: int | None
         v_SRKUC,
         preferred_element_type=jnp.float32,
     )
-    out_SRKIC /= weights_SRKIU.sum(
-        -1, keepdims=True
-    )  # after the product: C numbers a query to divide, not U
+    # Divided after the product: that is C numbers for each query, not U.
+    out_SRKIC /= weights_SRKIU.sum(-1, keepdims=True)
     return out_SRKIC.astype(v_SRKUC.dtype).reshape(q_SRKGTC.shape)
 
 
@@ -322,7 +312,7 @@ def _attend_block(q_SRKGTC, k_SRKCU, v_SRKUC, *, offset: int, window: int | None
 
 @jax.custom_vjp
 def _spread(x_SN, index_SP, token_slots_SNK):
-    """x[s, index[s]]: tokens to their places."""
+    """Return x[s, index[s]]: tokens at their places."""
     return _take(x_SN, index_SP)
 
 
@@ -340,7 +330,7 @@ def _spread_backward(token_slots_SNK, grad_SP):
 
 @jax.custom_vjp
 def _collect(x_SP, back_SN, index_SP):
-    """x[s, back[s]]: each token's output from one of its places."""
+    """Return x[s, back[s]]: each token's output, from one of its places."""
     return _take(x_SP, back_SN)
 
 
@@ -365,5 +355,5 @@ def _masked(x, mask):
 
 
 def _take(x, index):
-    """x[s, index[s]] for every shard s: indices of any rank into the second axis."""
+    """Return x[s, index[s]] for every shard s: indices of any rank into the second axis."""
     return jax.vmap(lambda shard, i: jnp.take(shard, i, axis=0, mode="clip"))(x, index)

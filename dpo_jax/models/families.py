@@ -3,8 +3,8 @@
 To add a family, write the function that reads its config and the table of its tensors, or take a
 relative's, and enter them in FAMILIES.
 
-Letters in the tables' patterns, beside those of `transformer.py`:  T  positions   p  parameters
-stored as one
+Letters in the tables' patterns, besides those of `transformer.py`: T positions, p parameters that
+are stored as one tensor.
 """
 
 import dataclasses
@@ -27,10 +27,10 @@ BUFFERS = re.compile(r"\b(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor of a checkpoint, or one of every layer, and the parameters that it holds.
+    """A tensor of a checkpoint, or one in every layer, and the parameters that it holds.
 
-    name: what it is called; {} stands for the layer. pattern: einops, from its axes to the
-    parameter's; a leading p on the right is one slice per path.
+    name: in the checkpoint; {} stands for the layer. pattern: einops, from its axes to the
+    parameter's; a leading p on the right is one slice for each path.
     """
 
     name: str
@@ -38,30 +38,30 @@ class Tensor:
     paths: tuple[str, ...]
 
     def names(self, config: TransformerConfig) -> Iterator[tuple[str, int | None]]:
-        """Its name in each layer, with the layer; (name, None) when it is outside of the layers."""
+        """Yield its name in each layer, with the layer; (name, None) outside of the layers."""
         if "{}" not in self.name:
             yield self.name, None
-        else:
-            yield from ((self.name.format(layer), layer) for layer in range(config.layers))
+            return
+        for layer in range(config.layers):
+            yield self.name.format(layer), layer
 
     def shape(self, config: TransformerConfig) -> tuple[int, ...]:
-        """Its shape in the checkpoint."""
+        """Return its shape in the checkpoint."""
         left, _ = self.pattern.split(" -> ")
         sizes = self._sizes(config) | {"1": 1}
         groups = [group.strip("()").split() for group in re.findall(r"\(.+?\)|\w", left)]
         return tuple(math.prod(sizes[axis] for axis in group) for group in groups)
 
     def unpack(self, config: TransformerConfig, stored: np.ndarray) -> list[np.ndarray]:
-        """The parameters it holds, in the order of its paths."""
+        """Return the parameters that it holds, in the order of its paths."""
         params = einops.rearrange(stored, self.pattern, **self._sizes(config))
         return list(params) if len(self.paths) > 1 else [params]
 
     def pack(self, params: list[np.ndarray]) -> np.ndarray:
-        """The inverse of `unpack`."""
+        """Return the tensor that holds these parameters: the inverse of `unpack`."""
         left, right = self.pattern.split(" -> ")
-        return einops.rearrange(
-            np.stack(params) if len(params) > 1 else params[0], f"{right} -> {left}"
-        )
+        stacked = np.stack(params) if len(params) > 1 else params[0]
+        return einops.rearrange(stacked, f"{right} -> {left}")
 
     def _sizes(self, config):
         sizes = {
@@ -81,26 +81,25 @@ class Tensor:
 class Family:
     architecture: str  # the class that transformers loads it as
     base: str  # prefix of the names, which checkpoints of the model without its head leave out
-    configure: (
-        Callable  # (its Hugging Face config, a config with what all families share) -> the config
-    )
+    # (its Hugging Face config, a config with what all families share) -> the config
+    configure: Callable
     tensors: tuple[Tensor, ...]
 
     def architecture_with(self, head: str) -> str:
-        """The class that transformers loads it as, with a head of this kind."""
+        """Return the class that transformers loads it as, with a head of this kind."""
         if head == "lm":
             return self.architecture
         return re.sub("LMHeadModel|ForCausalLM", "ForSequenceClassification", self.architecture)
 
     def name_of(self, path: str) -> str:
-        """The tensor that holds one parameter and nothing else."""
+        """Return the name of the tensor that holds one parameter and nothing else."""
         return next(tensor.name for tensor in self.tensors if tensor.paths == (path,))
 
 
 def from_hf(hf_config, **options) -> TransformerConfig:
-    """Our config of a model from its Hugging Face config.
+    """Return our config of a model from its Hugging Face config.
 
-    options: of ours that are no part of a model: head, dtype, attention, remat, unroll.
+    options: our fields that are no part of a checkpoint: head, dtype, attention, remat, unroll.
     Raises ValueError for a family or a setting whose maths we do not have.
     """
     configure = family(hf_config.model_type).configure
@@ -124,7 +123,7 @@ def from_hf(hf_config, **options) -> TransformerConfig:
 
 
 def family(model_type: str) -> Family:
-    """The entry of a Hugging Face `model_type`; ValueError when there is none."""
+    """Return the family of a Hugging Face `model_type`; ValueError when there is none."""
     if model_type not in FAMILIES:
         raise ValueError(
             f"config.json: model_type {model_type!r} is not supported; supported are "
@@ -135,9 +134,7 @@ def family(model_type: str) -> Family:
 
 @functools.cache
 def tensors(model_type: str, config: TransformerConfig) -> tuple[Tensor, ...]:
-    """The tensors of this config's checkpoints: the family's, less the biases and head that it has
-    not.
-    """
+    """Return the tensors of this config's checkpoints: those of the family that the model has."""
     paths = traverse_util.flatten_dict(transformer.abstract(config), sep="/")
     return tuple(
         tensor for tensor in family(model_type).tensors if paths.keys() >= set(tensor.paths)
@@ -227,8 +224,9 @@ def _qwen3(hf, config):
 
 
 def _gated(hf, config):
-    """What Llama and its relatives share; they rotate heads whole."""
-    if (share := hf.rope_parameters.get("partial_rotary_factor", 1.0)) != 1:
+    """Set what Llama and its relatives share; they rotate whole heads."""
+    share = hf.rope_parameters.get("partial_rotary_factor", 1.0)
+    if share != 1:
         raise _unsupported(hf, f"rope_parameters.partial_rotary_factor = {share}", "only 1.0 is")
     head_width = getattr(hf, "head_dim", None) or config.head_width
     return replace(
@@ -245,7 +243,7 @@ def _gated(hf, config):
 
 
 def _rope(hf, config):
-    """Rotary base and scaling, which is none or Llama 3's."""
+    """Set the rotary base and scaling, which is none or Llama 3's."""
     rope = hf.rope_parameters
     kind = rope.get("rope_type")
     if kind == "default":
@@ -265,9 +263,7 @@ def _rope(hf, config):
 
 
 def _window(hf):
-    """Qwen's sliding window, which some of its models use in some layers only: all or none is
-    supported.
-    """
+    """Return Qwen's sliding window or None; models that use it in some layers are refused."""
     kinds = set(hf.layer_types)
     if len(kinds) > 1:
         raise _unsupported(
@@ -277,7 +273,7 @@ def _window(hf):
 
 
 def _only(hf, **supported):
-    """Refuses a field with another value than the one supported."""
+    """Refuse a field with another value than the one supported."""
     for field, value in supported.items():
         found = getattr(hf, field, value)
         if found != value:
@@ -285,7 +281,7 @@ def _only(hf, **supported):
 
 
 def _check(hf, config: TransformerConfig):
-    """Refuses what no family supports."""
+    """Refuse what no family supports."""
     if config.activation not in transformer.ACTIVATIONS:
         known = ", ".join(transformer.ACTIVATIONS)
         raise _unsupported(hf, f"activation {config.activation!r}", f"{known} are")

@@ -1,7 +1,7 @@
-"""Floating-point operations of matrix products, two for each multiplication with its addition.
+"""Floating-point operations (FLOPs) of matrix products: two for a multiplication and its addition.
 
-`forward` says what a model needs, from its sizes; `of_program` counts what a traced program does,
-with what it computes again in the backward pass.
+`forward` and `of_step` say what a model needs, from its sizes. `of_program` counts what a traced
+program does, with what it computes again in the backward pass.
 """
 
 import math
@@ -16,8 +16,7 @@ from dpo_jax.parallel.sharding import path_name
 
 
 def forward(config: TransformerConfig, shape: Shape) -> dict[str, int]:
-    """Of one shard's forward pass by part: dense, on its tokens; attention, on its rows; head,
-    where it predicts.
+    """Return the FLOPs of one shard's forward pass: dense, attention and head.
 
     Attention is counted as causal: a token sees itself and those before it, within the window.
     """
@@ -50,11 +49,11 @@ def of_step(
     reference: bool = False,
     frozen: bool = False,
 ) -> int:
-    """That a training step needs: a forward pass, a backward pass of twice that, and the live
-    reference's forward.
+    """Return the FLOPs that one training step needs.
 
-    cells: shards x microbatches of that shape. frozen: under adapters, whose own work is left out,
-    weights have no gradient. What remat computes again is no need of the model's, and not in it.
+    They are a forward pass, a backward pass of twice that, and the live reference's forward pass.
+    cells: shards x microbatches of that shape. frozen: under adapters, weights have no gradient;
+    the work of the adapters themselves is left out. What remat computes again is not counted.
     """
     return cells * sum(
         (3 + reference - (frozen and part != "attention")) * size
@@ -63,10 +62,10 @@ def of_step(
 
 
 def of_program(jaxpr) -> int:
-    """Of all matrix products of a jaxpr, the body of a loop as often as it runs, on all devices
-    together.
+    """Return the FLOPs of all matrix products of a jaxpr, on all devices together.
 
-    Of a Pallas kernel all blocks are counted, those too that a mask leaves out.
+    The body of a loop counts as often as it runs. All blocks of a Pallas kernel count, also those
+    that a mask leaves out.
     """
     total = 0
     for equation in jaxpr.eqns:
@@ -89,8 +88,9 @@ def of_program(jaxpr) -> int:
 
 
 def _times(equation) -> int:
-    """How often what is inside an equation runs: steps of a loop, devices of a shard_map, blocks of
-    a kernel.
+    """Return how often the body of an equation runs.
+
+    That is the steps of a loop, the devices of a shard_map, or the blocks of a kernel.
     """
     match equation.primitive.name:
         case "scan":
@@ -103,18 +103,19 @@ def _times(equation) -> int:
 
 
 def _seen(length_R, window: int | None):
-    """Pairs of a token and one that it sees, in each row."""
+    """Return the number of pairs of a token and one that it sees, in each row."""
     window_R = np.minimum(window or length_R, length_R)
     return window_R * (window_R + 1) // 2 + (length_R - window_R) * window_R
 
 
 def _jaxprs(value) -> list:
+    """Return the jaxprs in a parameter of an equation."""
     if hasattr(value, "eqns"):
         return [value]
     if hasattr(value, "jaxpr"):
         return [value.jaxpr]
-    return (
-        [found for item in value for found in _jaxprs(item)]
-        if isinstance(value, list | tuple)
-        else []
-    )
+    found = []
+    if isinstance(value, list | tuple):
+        for item in value:
+            found += _jaxprs(item)
+    return found

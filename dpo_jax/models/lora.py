@@ -1,9 +1,8 @@
-"""LoRA (Hu et al. 2021): low-rank adapters of the layers' kernels, then the only weights that are
-trained.
+"""LoRA (Hu et al. 2021): low-rank adapters of the layers' kernels, which alone are trained.
 
 A kernel W acts as W + alpha / rank * A B. The adapters are a tree of their own, with `lora_a` [L,
 inputs, r] and `lora_b` [L, r, outputs] where the weights have `kernel`. `join` lays them beside the
-kernels of the base, which stays as it is: in `transformer.Linear` they act on the activations, so
+kernels of the base, which stays as it is: in `linear.Linear` they act on the activations, so
 neither W + A B nor a gradient of W is ever made.
 """
 
@@ -15,17 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from dpo_jax.models import transformer
+from dpo_jax.models import linear, transformer
 from dpo_jax.models.transformer import TransformerConfig
 
-LAYERS = {  # target -> its layer, and how many axes of the kernel are inputs
-    "q": ("attention/q", 1),
-    "k": ("attention/k", 1),
-    "v": ("attention/v", 1),
-    "out": ("attention/out", 2),
-    "gate": ("mlp/gate", 1),
-    "up": ("mlp/up", 1),
-    "down": ("mlp/down", 1),
+# target -> its layer
+LAYERS = {
+    "q": "attention/q",
+    "k": "attention/k",
+    "v": "attention/v",
+    "out": "attention/out",
+    "gate": "mlp/gate",
+    "up": "mlp/up",
+    "down": "mlp/down",
 }
 DRAWN = {"b_zero": "/lora_a", "a_zero": "/lora_b"}  # init -> the factor that is not 0
 
@@ -41,35 +41,35 @@ class Lora:
 
     @property
     def scale(self) -> float:
-        """What the product is multiplied by."""
+        """The factor that the product is multiplied by."""
         return self.alpha / self.rank
 
     def kernels(self, config: TransformerConfig) -> dict[str, tuple[tuple[int, ...], int]]:
-        """Path of each target's layer -> the shape of its kernel in one layer, and how many axes of
-        it are inputs.
+        """Return, by path of each target's layer, its kernel's shape and number of input axes.
 
-        Raises ValueError for a target that this model does not have.
+        The shape is that of one layer. Raises ValueError for a target that this model does not
+        have.
         """
         weights = _flat(transformer.abstract(config))
-        found = {
-            name: (f"layers/{path}", inputs)
-            for name, (path, inputs) in LAYERS.items()
-            if f"layers/{path}/kernel" in weights
-        }
-        if unknown := [name for name in self.targets if name not in found]:
+        there = [name for name, path in LAYERS.items() if f"layers/{path}/kernel" in weights]
+        unknown = [name for name in self.targets if name not in there]
+        if unknown:
             raise ValueError(
-                f"config.model.lora.targets = {self.targets!r}: this model has no {', '.join(unknown)}; "
-                f"it has {', '.join(found)}."
+                f"config.model.lora.targets = {self.targets!r}: this model has no "
+                f"{', '.join(unknown)}; it has {', '.join(there)}."
             )
-        return {
-            path: (weights[f"{path}/kernel"].shape[1:], inputs)
-            for name, (path, inputs) in found.items()
-            if name in (self.targets or found)
-        }
+        found = {}
+        for name in there:
+            if self.targets and name not in self.targets:
+                continue
+            path = f"layers/{LAYERS[name]}"
+            input_axes, _ = linear.AXES[name]
+            found[path] = (weights[f"{path}/kernel"].shape[1:], len(input_axes))
+        return found
 
 
 def abstract(config: TransformerConfig, lora: Lora) -> dict:
-    """The shapes and dtypes of what is trained: adapters, and the stage's own head."""
+    """Return shapes and dtypes of what is trained: adapters, and the stage's own head."""
     shapes = {}
     for path, (kernel, inputs) in lora.kernels(config).items():
         shapes[f"{path}/lora_a"] = (config.layers, *kernel[:inputs], lora.rank)
@@ -80,43 +80,36 @@ def abstract(config: TransformerConfig, lora: Lora) -> dict:
 
 
 def init(config: TransformerConfig, lora: Lora, seed: int) -> dict:
-    """What is trained, before the first step, on the host: adapters whose product is 0, and a head
-    that is 0.
+    """Return what is trained as it is before the first step, on the host.
 
-    The factor that is not 0 is normal, A's of deviation 1 / sqrt(inputs), B's of 1 / sqrt(rank).
+    The product of the adapters is 0, and so is the head. The factor that is not 0 is normal: A has
+    the deviation 1 / sqrt(inputs), B 1 / sqrt(rank).
     """
     rng, values = np.random.default_rng(seed), {}
     for path, leaf in _flat(abstract(config, lora)).items():
         values[path] = np.zeros(leaf.shape, np.float32)
         if path.endswith(DRAWN[lora.init]):
-            summed = (
-                math.prod(leaf.shape[1:-1]) if lora.init == "b_zero" else lora.rank
-            )  # terms of each of its outputs
-            values[path] = rng.standard_normal(leaf.shape, np.float32) / np.float32(
-                math.sqrt(summed)
-            )
+            # The number of terms in each of its outputs.
+            terms = math.prod(leaf.shape[1:-1]) if lora.init == "b_zero" else lora.rank
+            normal = rng.standard_normal(leaf.shape, np.float32)
+            values[path] = normal / np.float32(math.sqrt(terms))
     return _tree(values)
 
 
 def join(base: dict, params: dict, scale) -> dict:
-    """The weights to run: the base's, with the adapters beside the kernels, and what else `params`
-    holds in its place.
+    """Return the weights to run: the base's, with the adapters beside its kernels.
 
-    No weight of the base is copied. scale: `Lora.scale`, which may be traced.
+    What else `params` holds, a head, takes the base's place. No weight of the base is copied.
+    scale: `Lora.scale`, which may be traced.
     """
-    return _tree(
-        _flat(base)
-        | {
-            path: value * scale if path.endswith("/lora_b") else value
-            for path, value in _flat(params).items()
-        }
-    )
+    joined = _flat(base)
+    for path, value in _flat(params).items():
+        joined[path] = value * scale if path.endswith("/lora_b") else value
+    return _tree(joined)
 
 
 def merge(base: dict, params: dict, lora: Lora) -> dict:
-    """Plain weights, as of a model that was trained whole: W + scale * A B, in float32, placed as
-    the base.
-    """
+    """Return plain weights W + scale * A B, in float32, placed as the base."""
     weights, params = _flat(base), _flat(params)
     for path, a in params.items():
         layer, _, name = path.rpartition("/")

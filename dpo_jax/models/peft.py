@@ -1,9 +1,8 @@
-"""Adapters in PEFT's format: adapter_config.json and adapter_model.safetensors, beside the merged
-model.
+"""Adapters in PEFT's format: adapter_config.json and adapter_model.safetensors.
 
 Where a family stores q, k and v as one tensor, PEFT has one adapter for it. Ours become one of the
-summed rank, the A's under each other and the B's in blocks, each in the rows of its own outputs and
-the columns of its own A.
+summed rank: the A's under each other, and the B's in blocks, each in the rows of its own outputs
+and the columns of its own A.
 """
 
 import json
@@ -23,20 +22,16 @@ from dpo_jax.models.hf import gathered
 from dpo_jax.models.lora import Lora
 from dpo_jax.models.transformer import TransformerConfig
 
-TASKS = {
-    "lm": "CAUSAL_LM",
-    "lm_value": "CAUSAL_LM",
-    "reward": "SEQ_CLS",
-}  # PPO's value head is left out
+# head -> PEFT's task; PPO's value head is left out
+TASKS = {"lm": "CAUSAL_LM", "lm_value": "CAUSAL_LM", "reward": "SEQ_CLS"}
 
 
 def save(
     folder, config: TransformerConfig, hf_config, lora: Lora, params: dict, *, base: str
 ) -> None:
-    """Writes the two files, float32. Every process must call it; the first one writes.
+    """Write the two files, float32. Every process must call it; the first one writes.
 
-    params: what was trained. base: where the model is that they were trained over, a hub name or a
-    folder.
+    params: what was trained. base: the model that they were trained over, a hub name or a folder.
     """
     params = {
         path: gathered(value) for path, value in traverse_util.flatten_dict(params, sep="/").items()
@@ -78,9 +73,10 @@ def save(
 def pack(
     tensor: Tensor, a: dict[int, np.ndarray], b: dict[int, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """PEFT's lora_A [rank, inputs] and lora_B [outputs, rank] of a stored tensor in one layer.
+    """Return PEFT's lora_A [rank, inputs] and lora_B [outputs, rank] of a tensor in one layer.
 
-    a, b: of those of the tensor's parameters that have an adapter, by their place among its paths.
+    a, b: the factors of those of the tensor's parameters that have an adapter, by their place among
+    its paths.
     """
     left, right = tensor.pattern.split(" -> ")
     letters = right.removeprefix("p ").split()
@@ -99,18 +95,19 @@ def pack(
 
 
 def _module(tensor: Tensor) -> str:
-    """The end of its module's name, which tells it from the layer's others: attn.c_proj."""
+    """Return the end of its module's name, which is its own in the layer: attn.c_proj."""
     return ".".join(tensor.name.removesuffix(".weight").split("{}.")[1:])
 
 
 def _inputs_first(tensor: Tensor) -> bool:
-    """Whether it is stored [inputs, outputs], as GPT-2's."""
+    """Return whether it is stored [inputs, outputs], as GPT-2's are."""
     left, right = tensor.pattern.split(" -> ")
     first, *_, last = right.removeprefix("p ").split()
     return left.index(first) < left.index(last)
 
 
 def _config(config: TransformerConfig, lora: Lora, ranks: dict[str, int], base: str) -> dict:
+    """Return the fields of adapter_config.json; ranks: module -> rank of its adapter."""
     folder = pathlib.Path(base).expanduser()
     fused = {module: rank for module, rank in ranks.items() if rank != lora.rank}
     return dict(

@@ -1,6 +1,4 @@
-"""Chips: what each holds and does by its data sheet, which one a device is, and what matrix
-products reach on it.
-"""
+"""Chips: their data sheets, which one a device is, and what matrix products reach on it."""
 
 import functools
 import time
@@ -35,8 +33,8 @@ CHIPS = {
     "h100": Chip(80e9 / 2**30, 989e12, 67e12, 3350e9, 450e9),
     "h200": Chip(141e9 / 2**30, 989e12, 67e12, 4800e9, 450e9),
 }
-# part of jax's name of a device -> a key of CHIPS, or none, where it is another; the first that
-# fits
+# A part of jax's name of a device -> a key of CHIPS, or None where it is another chip. The first
+# that fits counts.
 KINDS = {
     "TPU v4": "v4",
     "TPU v5 lite": "v5e",
@@ -57,21 +55,22 @@ KINDS = {
 
 
 def chip_of(device) -> Chip | None:
-    """What a device of jax's is; None: a CPU, or not known here."""
-    return next(
-        (CHIPS.get(kind) for part, kind in KINDS.items() if part in device.device_kind), None
-    )
+    """Return the chip that a jax device is; None for a CPU and for what is not listed here."""
+    for part, kind in KINDS.items():
+        if part in device.device_kind:
+            return CHIPS.get(kind)
+    return None
 
 
 def flops_per_second(mesh: jax.sharding.Mesh, dtype: str) -> float:
-    """Of all devices of the mesh: their peak, or of CPUs and unknown chips what a square product
-    reaches.
+    """Return the peak FLOP/s of all devices of the mesh together.
+
+    For CPUs and unknown chips it is what a product of square matrices reaches.
     """
     device = mesh.devices.flat[0]
     if device.platform == "cpu":
-        return (
-            measured_flops_per_second(dtype) * jax.process_count()
-        )  # a process's devices share its cores
+        # The devices of a process share its cores.
+        return measured_flops_per_second(dtype) * jax.process_count()
     chip = chip_of(device)
     if chip is None:
         return measured_flops_per_second(dtype) * mesh.size
@@ -80,7 +79,7 @@ def flops_per_second(mesh: jax.sharding.Mesh, dtype: str) -> float:
 
 @functools.cache
 def measured_flops_per_second(dtype: str, size: int = 0) -> float:
-    """Of the fastest of five products of square matrices on one device."""
+    """Return the best FLOP/s over five matrix products on one device."""
     size = size or (1024 if jax.default_backend() == "cpu" else 8192)
     product = jax.jit(jnp.matmul)
     a = jnp.full((size, size), 0.5, dtype)

@@ -1,10 +1,9 @@
-"""A sentiment classifier of word n-grams: a true reward for places where no trained one can be
-downloaded.
+"""A sentiment classifier of word n-grams: a reward where no trained one can be downloaded.
 
-TF-IDF of words and word pairs with a logistic regression, fitted to labelled texts. What it will
-score are the starts of texts, so it is fitted to windows of WINDOW words as well as to whole texts.
-Fitting takes about a minute for IMDb's 25,000 reviews and is the same each time, so nothing is
-stored.
+It is TF-IDF of words and word pairs with a logistic regression, fitted to labelled texts. It is
+asked about the starts of texts, so it is fitted to windows of WINDOW words as well as to whole
+texts. Fitting takes about a minute for IMDb's 25,000 reviews and gives the same model each time, so
+nothing is stored.
 """
 
 import functools
@@ -21,7 +20,7 @@ TRAIN, TEST = "train", "test"  # splits
 
 
 def labelled(path: str, split: str) -> tuple[list[str], np.ndarray]:
-    """The texts of a split and whether each is positive; rows without a label (-1) are left out.
+    """Return the texts of a split and whether each is positive, without unlabelled rows (-1).
 
     Raises ValueError with what was found where there is no such split, or no label of either kind.
     """
@@ -31,14 +30,12 @@ def labelled(path: str, split: str) -> tuple[list[str], np.ndarray]:
             f"{path} has no split {split!r} of labelled texts; it has {', '.join(splits)}."
         )
     rows = [readers.fields_of(record) for _, record in splits[split]()]
-    wrong = next(
-        (row for row in rows if "text" not in row or row.get("label") not in (-1, 0, 1)), None
-    )
-    if wrong:
-        raise ValueError(
-            f"{path}: a row of {split!r} has the fields {', '.join(wrong)} and label "
-            f"{wrong.get('label')!r}; expected 'text' and 'label', 1 (positive), 0 or -1 (none)."
-        )
+    for row in rows:
+        if "text" not in row or row.get("label") not in (-1, 0, 1):
+            raise ValueError(
+                f"{path}: a row of {split!r} has the fields {', '.join(row)} and label "
+                f"{row.get('label')!r}; expected 'text' and 'label', 1 (positive), 0 or -1 (none)."
+            )
     kept = [row for row in rows if row["label"] >= 0]
     labels = np.array([row["label"] for row in kept], bool)
     if not labels.any() or labels.all():
@@ -47,13 +44,12 @@ def labelled(path: str, split: str) -> tuple[list[str], np.ndarray]:
 
 
 def clean(text: str) -> str:
+    """Return the text without the line breaks of HTML, which IMDb's reviews have."""
     return re.sub(r"<br\s*/?>", " ", text)
 
 
 def windows(texts: list[str], labels: np.ndarray) -> tuple[list[str], np.ndarray]:
-    """Pieces of WINDOW words of each text, with its label; what is left at the end stays with the
-    last one.
-    """
+    """Return pieces of WINDOW words of each text, with its label; the last may be longer."""
     pieces, of_text = [], []
     for text, label in zip(texts, labels, strict=True):
         words = text.split()
@@ -67,7 +63,7 @@ def windows(texts: list[str], labels: np.ndarray) -> tuple[list[str], np.ndarray
 
 
 def fit(texts: list[str], labels: np.ndarray) -> Callable:
-    """A function from texts to the probability that each is positive, float64 [n]."""
+    """Return a function from texts to the probability that each is positive, float64 [n]."""
     try:
         from sklearn.feature_extraction.text import TfidfVectorizer
         from sklearn.linear_model import LogisticRegression
@@ -99,14 +95,15 @@ def fit(texts: list[str], labels: np.ndarray) -> Callable:
 
 
 def accuracy(predict: Callable, texts: list[str], labels: np.ndarray) -> float:
-    """The share of texts on whose side of 1/2 the probability is."""
+    """Return the share of texts that a threshold of 1/2 classifies as their label says."""
     return float(((predict(texts) > 0.5) == labels).mean())
 
 
 @functools.cache
 def fitted(path: str) -> Callable:
-    """The classifier of a labelled data set (folder or hub name), once in a process; its test
-    accuracy is shown.
+    """Return the classifier of a labelled data set, a folder or hub name; show its test accuracy.
+
+    It is fitted once in a process.
     """
     predict = fit(*labelled(path, TRAIN))
     if TEST in readers.find_splits(path):

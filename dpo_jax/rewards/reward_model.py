@@ -40,8 +40,8 @@ def any_policy(path: str, batch_size: int, mesh) -> Callable:
         if not has_warned:
             has_warned = True
             warn(
-                f"the reward model {path} has another tokenizer than the policy. It reads the texts, "
-                "tokenised again: without special tokens (a chat's), each with an EOS."
+                f"the reward model {path} has another tokenizer than the policy. It reads the "
+                "texts, tokenised again: without special tokens (a chat's), each with an EOS."
             )
         return reward_tokens(_tokenised(checkpoint.tokenizer, prompts, completions))
 
