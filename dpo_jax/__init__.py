@@ -32,7 +32,11 @@ def __getattr__(name: str):
     """Import the Python interface, and jax with it, when one of its names is first used."""
     if name not in __all__:
         raise AttributeError(f"module 'dpo_jax' has no attribute {name!r}")
-    return getattr(importlib.import_module("dpo_jax.api"), name)
+    with warnings.catch_warnings():
+        # In a notebook without ipywidgets a library's import warns that bars will be plain.
+        warnings.filterwarnings("ignore", message="IProgress not found")
+        api = importlib.import_module("dpo_jax.api")
+    return getattr(api, name)
 
 
 def __dir__():

@@ -37,9 +37,10 @@ for cell in json.load(open(sys.argv[1]))["cells"]:
 def test_notebook_runs(tmp_path):
     """In Jupyter where it is installed; else its code, cell by cell."""
     code = AS_JUPYTER if HAS_JUPYTER else AS_SCRIPT
-    env = os.environ | dict(
-        PYTHONPATH=str(ROOT), MPLBACKEND="Agg", HF_HUB_OFFLINE="1", JAX_NUM_CPU_DEVICES="1"
-    )
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = os.environ | dict(PYTHONPATH=path, HF_HUB_OFFLINE="1", JAX_NUM_CPU_DEVICES="1")
+    if not HAS_JUPYTER:
+        env["MPLBACKEND"] = "Agg"  # Jupyter's own draws into the notebook
     done = subprocess.run(
         [sys.executable, "-c", code, str(NOTEBOOK)],
         cwd=tmp_path,
