@@ -13,6 +13,7 @@ See `dpo_jax.api`. Importing the package imports neither jax nor anything that u
 import importlib
 import logging
 import typing
+import warnings
 
 if typing.TYPE_CHECKING:
     from dpo_jax.api import LogProbs, Model, Trainer, batches, load, load_config, run
