@@ -31,9 +31,9 @@ from dpo_jax import config_checks, config_files, console, stage_table
 from dpo_jax.data import dataset, sources
 from dpo_jax.data import tokenizer as tokenizers
 from dpo_jax.data.batches import FILLER, Batches, evaluation_order, prefetch, training_order
-from dpo_jax.data.ledger import Counts, Filtered, Malformed, Unusable
+from dpo_jax.data.ledger import Filtered, Malformed, Unusable
 from dpo_jax.data.readers import fields_of
-from dpo_jax.data.sources import Row
+from dpo_jax.data.sources import TextExample
 from dpo_jax.data.tokenizer import Examples
 from dpo_jax.models import hf, inference, loading, peft
 from dpo_jax.models import lora as adapters
@@ -145,9 +145,8 @@ class Model:
         data = configs.default(()).data
         data.update(on_bad_row=on_bad_row, **settings)
         found = _parse_rows(rows, data, kind)
-        counts = Counts()
         truncate = dataset.truncation(data, found)
-        examples = tokenizers.encode(found, self.tokenizer, data, truncate, counts)
+        examples, counts = tokenizers.encode(found, self.tokenizer, data, truncate)
         if counts.dropped and on_bad_row == "error":
             raise ValueError(
                 "some rows cannot be used:\n  "
@@ -723,7 +722,7 @@ def _check_names(place: str, given: Iterable[str], known: Sequence[str]) -> None
             raise TypeError(f"{place} has no setting {name!r}; {hint}")
 
 
-def _parse_rows(rows: Iterable[dict], data: ConfigDict, kind: str) -> list[Row]:
+def _parse_rows(rows: Iterable[dict], data: ConfigDict, kind: str) -> list[TextExample]:
     """Return the rows as prompts and responses; ValueError names the first that is wrong."""
     source = sources.SOURCES[data.source]
     found = []
@@ -731,7 +730,8 @@ def _parse_rows(rows: Iterable[dict], data: ConfigDict, kind: str) -> list[Row]:
         try:
             prompt, responses = source.parse(fields_of(record))
             kind = kind or ("pairs" if len(responses) == 2 else "sft")
-            found.append(Row(*sources._responses(prompt, responses, kind), f"rows[{number}]"))
+            responses = sources.usable_responses(responses, kind)
+            found.append(TextExample(prompt, responses, f"rows[{number}]"))
         except (Filtered, Malformed, Unusable) as error:
             if data.on_bad_row == "drop":
                 continue

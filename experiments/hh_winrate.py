@@ -8,7 +8,6 @@ Flags: as of experiments/tldr_winrate.py.
 """
 
 from dpo_jax.data import sources
-from dpo_jax.data.ledger import Ledger
 from experiments import winrate
 from experiments.winrate import Options, Point, Task
 
@@ -38,7 +37,8 @@ def run(make_config, workdir: str, options: Options) -> list[dict]:
 def task(runs: dict, options: Options) -> Task:
     """Held-out prompts of one turn."""
     data = _all_rows(runs["dpo"])
-    rows = winrate.held_out(sources.read(data, "sft", Ledger())["eval"], options.prompts, _one_turn)
+    splits, _ = sources.read(data, "sft")
+    rows = winrate.held_out(splits["eval"], options.prompts, _one_turn)
     return Task(rows, data, shown=str.strip, read=answer)
 
 
@@ -76,9 +76,10 @@ def answer(completion: str) -> str:
 
 def shots(data) -> str:
     """Short dialogues of one turn from the training rows."""
+    splits, _ = sources.read(data, "sft")
     short = {
         row.prompt: row
-        for row in sources.read(data, "sft", Ledger())["train"]
+        for row in splits["train"]
         if _one_turn(row) and len(row.prompt + row.responses[0]) <= LONGEST_SHOT
     }
     if len(short) < SHOTS:

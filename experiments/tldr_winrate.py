@@ -11,7 +11,6 @@ and the calls. Files: experiments/winrate.py.
 """
 
 from dpo_jax.data import sources
-from dpo_jax.data.ledger import Ledger
 from dpo_jax.models import families, hf
 from dpo_jax.models.loading import open_checkpoint
 from experiments import winrate
@@ -76,7 +75,8 @@ def task(runs: dict, options: Options, dataset: str, path: str) -> Task:
     data.max_eval_rows = 0
     if dataset != "tldr":
         data.update(source=dataset, path=path, max_rows=1, train_split="train", eval_split="")
-    rows = winrate.held_out(sources.read(data, "sft", Ledger())["eval"], options.prompts)
+    splits, _ = sources.read(data, "sft")
+    rows = winrate.held_out(splits["eval"], options.prompts)
     return Task(rows, data, shown=text, read=str.strip, rouge=True)
 
 

@@ -26,7 +26,7 @@ from dpo_jax import command_line, config_checks
 from dpo_jax import config as configs
 from dpo_jax.console import say
 from dpo_jax.data import dataset
-from dpo_jax.data.tokenizer import Examples, encode_row_prompts
+from dpo_jax.data.tokenizer import Examples, encode_example_prompts
 from dpo_jax.evaluation import chat_api, winrate_stats
 from dpo_jax.evaluation import judge as judges
 from dpo_jax.evaluation.judge import Comparison
@@ -86,7 +86,7 @@ class Point:
 class Task:
     """What is asked, and how prompts and completions are read."""
 
-    rows: list  # sources.Row: a prompt, and the response that answers are compared with
+    rows: list  # sources.TextExample: a prompt, and the response that answers are compared with
     data: object  # a config's data block, by which prompts are tokenised
     shown: Callable[[str], str]  # a prompt as the judge reads it
     read: Callable[[str], str]  # a completion as the judge reads it
@@ -293,7 +293,7 @@ def sample_all(
 
 def _encode(task: Task, policy: Policy, tokenizer) -> Prompts:
     """The prompts as tokens, cut as in training, then behind the policy's shots."""
-    ids = encode_row_prompts(
+    ids = encode_example_prompts(
         task.rows, tokenizer, task.data, dataset.truncation(task.data, task.rows)
     )
     dataset.check_cue(task.data, Examples(ids, [], [row.where for row in task.rows]), tokenizer)

@@ -1,16 +1,17 @@
-"""A data set ready for batches: rows read, tokenised and accounted for."""
+"""A data set ready for batches: examples read, tokenised and accounted for."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from dpo_jax.data import sources
 from dpo_jax.data.ledger import Ledger
-from dpo_jax.data.sources import Row
+from dpo_jax.data.sources import TextExample
 from dpo_jax.data.tokenizer import CUE_TOKENS, Examples, encode
 
 
 @dataclass
 class Dataset:
-    """Tokenised rows to train and to evaluate on, and what became of all rows."""
+    """Tokenised examples to train and to evaluate on, and what became of all rows."""
 
     train: Examples
     eval: Examples
@@ -18,67 +19,82 @@ class Dataset:
 
 
 def load(data, tokenizer, kind: str) -> Dataset:
-    """Reads, tokenises and checks the data set that the config `data` names; `kind` is "sft" or
-    "pairs".
+    """Read, tokenise and check the data set that the config `data` names.
 
-    Raises ValueError or FileNotFoundError with the file, row and field, or with the reasons for
-    which too many rows were dropped.
+    kind: "sft" or "pairs". Raises ValueError or FileNotFoundError with the file, row and field, or
+    with the reasons for which too many rows were dropped.
     """
-    ledger = Ledger()
-    rows = sources.read(data, kind, ledger)
-    kept = truncation(data, [*rows["train"], *rows["eval"]])
-    train = encode(rows["train"], tokenizer, data, kept, ledger.train)
-    evals = encode(rows["eval"], tokenizer, data, kept, ledger.eval)
+    splits, ledger = sources.read(data, kind)
+    truncate = truncation(data, [*splits["train"], *splits["eval"]])
+    train, train_counts = encode(splits["train"], tokenizer, data, truncate)
+    evals, eval_counts = encode(splits["eval"], tokenizer, data, truncate)
+    ledger = Ledger(
+        train=ledger.train.plus(train_counts),
+        eval=ledger.eval.plus(eval_counts),
+        shared_prompts=ledger.shared_prompts,
+    )
     ledger.check(data.max_dropped)
     for examples in (train, evals):
         check_cue(data, examples, tokenizer)
     return Dataset(train, evals, ledger)
 
 
-def truncation(data, rows: list[Row]) -> str:
-    """Which part of a too long prompt stays: "auto" keeps the cue for the answer, where a source or
-    a chat has one.
+def truncation(data, texts: Sequence[TextExample]) -> str:
+    """Return which part of a too long prompt stays.
+
+    For data.truncate="auto" it is the part with the cue for the answer, where the source or a chat
+    has one.
     """
     if data.truncate != "auto":
         return data.truncate
-    chat = any(isinstance(row.prompt, list) for row in rows)
-    return "keep_end" if chat else sources.SOURCES[data.source].truncate
+    is_chat = any(isinstance(text.prompt, list) for text in texts)
+    return "keep_end" if is_chat else sources.SOURCES[data.source].truncate
 
 
 def check_cue(data, examples: Examples, tokenizer) -> None:
-    """ValueError where a prompt was cut and has lost the cue, without which nothing asks for the
-    answer.
+    """Check that no prompt was cut before its cue, without which nothing asks for the answer.
+
+    Raises ValueError that says how many have lost it, and which is the first.
     """
     cue = sources.SOURCES[data.source].cue.strip()
-    cut = [
-        row
-        for row, prompt in enumerate(examples.prompts)
-        if cue and len(prompt) == data.max_prompt_length
-    ]
-    if not cut:
+    if not cue:
         return
-    written = tokenizer.decode(tokenizer(cue, add_special_tokens=False).input_ids).strip()
-    ends = tokenizer.batch_decode([examples.prompts[row][-CUE_TOKENS:] for row in cut])
-    lost = [row for row, end in zip(cut, ends, strict=True) if not end.endswith(written)]
+    # Prompts that were cut are as long as is allowed. Few others are, so few are decoded.
+    longest = []
+    for index, prompt in enumerate(examples.prompts):
+        if len(prompt) == data.max_prompt_length:
+            longest.append(index)
+    if not longest:
+        return
+    # The cue as the tokenizer writes it, which may not be how the text had it.
+    cue_ids = tokenizer(cue, add_special_tokens=False).input_ids
+    written = tokenizer.decode(cue_ids).strip()
+    ends = tokenizer.batch_decode([examples.prompts[index][-CUE_TOKENS:] for index in longest])
+    lost = []
+    for index, end in zip(longest, ends, strict=True):
+        if not end.endswith(written):
+            lost.append(index)
     if lost:
         raise ValueError(
-            f"{len(lost)} prompts ({examples.where[lost[0]]} is the first) have lost their end, {cue!r}, by "
-            f"data.truncate={data.truncate!r} to data.max_prompt_length={data.max_prompt_length} tokens: take "
-            "data.truncate=auto, or a longer prompt."
+            f"{len(lost)} prompts ({examples.where[lost[0]]} is the first) have lost their end, "
+            f"{cue!r}, by data.truncate={data.truncate!r} to data.max_prompt_length="
+            f"{data.max_prompt_length} tokens: take data.truncate=auto, or a longer prompt."
         )
 
 
-def show(examples: Examples, tokenizer, rows) -> str:
-    """Rows, by index, decoded, with the tokens that are scored between ⟦ and ⟧."""
+def show(examples: Examples, tokenizer, indices: Iterable[int]) -> str:
+    """Return some examples decoded, with the tokens that are trained on between ⟦ and ⟧."""
 
-    def text(ids):
+    def decoded(ids):
         return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     blocks = []
-    for where, (prompt, responses) in ((examples.where[row], examples[row]) for row in rows):
+    for index in indices:
+        prompt, responses = examples[index]
         names = ("completion",) if len(responses) == 1 else ("chosen", "rejected")
-        lines = [f"--- {where}: prompt, {len(prompt)} tokens", text(prompt)]
+        lines = [f"--- {examples.where[index]}: prompt, {len(prompt)} tokens", decoded(prompt)]
         for name, response in zip(names, responses, strict=True):
-            lines.append(f"--- {name}, {len(response)} tokens scored\n⟦{text(response)}⟧")
+            lines.append(f"--- {name}, {len(response)} tokens trained on")
+            lines.append(f"⟦{decoded(response)}⟧")
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)

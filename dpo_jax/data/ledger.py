@@ -4,9 +4,10 @@ Rows add up in each split: read = filtered + dropped + held out + kept.
 """
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-EXAMPLES = 3  # rows named for each reason
+EXAMPLES = 3  # how many dropped rows are named for each reason
 
 
 class Filtered(Exception):
@@ -18,8 +19,9 @@ class Unusable(Exception):
 
 
 class Malformed(ValueError):
-    """This row is not in the form its source needs: stops the run, unless such rows are to be
-    dropped.
+    """This row is not in the form its source needs.
+
+    It stops the run, unless such rows are to be dropped.
     """
 
     def __init__(self, reason: str, found: str = ""):
@@ -38,38 +40,52 @@ class Counts:
     read: int = 0
     filtered: dict[str, int] = field(default_factory=dict)  # reason -> rows
     dropped: dict[str, int] = field(default_factory=dict)  # reason -> rows
-    examples: dict[str, list[str]] = field(
-        default_factory=dict
-    )  # reason -> where the first few dropped are
+    # reason -> where the first few dropped rows are
+    examples: dict[str, list[str]] = field(default_factory=dict)
     held_out: int = 0  # rows moved from train to eval
     kept: int = 0  # rows that are trained or evaluated on
     prompts_truncated: int = 0
     responses_truncated: int = 0
     eos_lost: int = 0  # responses whose end was cut off with its EOS
-    boundaries: int = 0  # prompt and response boundaries looked at
+    boundaries: int = 0  # between prompt and response, looked at in the first rows
     boundary_merges: int = 0  # of those, how many would be tokenised otherwise in one piece
     mean_tokens: dict[str, float] = field(default_factory=dict)  # of the kept rows, by part
 
-    def filter(self, reason: str):
-        """Counts a row that the source leaves out by design."""
+    def filter(self, reason: str) -> None:
+        """Count a row that the source leaves out by design."""
         self.filtered[reason] = self.filtered.get(reason, 0) + 1
 
-    def drop(self, reason: str, where: str):
-        """Counts a bad row, and remembers where the first few are."""
+    def drop(self, reason: str, where: str) -> None:
+        """Count a bad row, and remember where the first few are."""
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
-        examples = self.examples.setdefault(reason, [])
-        if len(examples) < EXAMPLES:
-            examples.append(where)
+        named = self.examples.setdefault(reason, [])
+        if len(named) < EXAMPLES:
+            named.append(where)
+
+    def plus(self, other: "Counts") -> "Counts":
+        """Return the counts of both; each row was counted as read, kept and so on by one alone."""
+        total = {}
+        for name, mine in vars(self).items():
+            theirs = getattr(other, name)
+            if not isinstance(mine, dict):
+                total[name] = mine + theirs
+                continue
+            both = dict(mine)
+            for key, value in theirs.items():
+                both[key] = both[key] + value if key in both else value
+            total[name] = both
+        for reason, named in total["examples"].items():
+            total["examples"][reason] = named[:EXAMPLES]
+        return Counts(**total)
 
     def drops(self) -> list[str]:
-        """One line for each reason that rows were dropped for."""
-        more = {
-            reason: ", ..." if count > EXAMPLES else "" for reason, count in self.dropped.items()
-        }
-        return [
-            f"{count} x {reason} ({', '.join(self.examples[reason])}{more[reason]})"
-            for reason, count in self.dropped.items()
-        ]
+        """Return one line for each reason that rows were dropped for."""
+        lines = []
+        for reason, count in self.dropped.items():
+            named = ", ".join(self.examples[reason])
+            more = ", ..." if count > EXAMPLES else ""
+            lines.append(f"{count} x {reason} ({named}{more})")
+        return lines
 
 
 @dataclass
@@ -81,51 +97,53 @@ class Ledger:
     shared_prompts: int = 0  # eval rows whose prompt is a training prompt too
 
     def to_dict(self) -> dict:
-        """The ledger as plain dicts, for a JSON file."""
+        """Return the ledger as plain dicts, for a JSON file."""
         return dataclasses.asdict(self)
 
     def table(self) -> str:
-        """The ledger for a reader: a line for each count, a column for each split, then the dropped
-        rows.
-        """
+        """Return a line for each count, with a column for each split, then the dropped rows."""
         rows = [("", "train", "eval"), *self._rows()]
         width = max(len(label) for label, _, _ in rows)
-        lines = [
-            f"{label:<{width}}  {train:>12}  {evals:>12}".rstrip() for label, train, evals in rows
-        ]
+        lines = []
+        for label, train, evals in rows:
+            lines.append(f"{label:<{width}}  {train:>12}  {evals:>12}".rstrip())
         for name, counts in (("train", self.train), ("eval", self.eval)):
             lines += [f"dropped from {name}: {line}" for line in counts.drops()]
         return "\n".join(lines)
 
-    def _rows(self):
-        """The lines of the table: (label, train, eval)."""
+    def _rows(self) -> Iterator[tuple]:
+        """Yield the lines of the table: (label, train, eval)."""
         both = self.train, self.eval
-        yield "read", *(counts.read for counts in both)
-        for reason in self.train.filtered | self.eval.filtered:
-            yield f"  filtered: {reason}", *(counts.filtered.get(reason, 0) for counts in both)
-        for reason in self.train.dropped | self.eval.dropped:
-            yield f"  dropped: {reason}", *(counts.dropped.get(reason, 0) for counts in both)
+
+        def of_both(name: str) -> list:
+            return [getattr(counts, name) for counts in both]
+
+        def by_key(name: str) -> Iterator[tuple]:
+            train, evals = of_both(name)
+            for key in train | evals:
+                yield key, (train.get(key, 0), evals.get(key, 0))
+
+        yield "read", *of_both("read")
+        for reason, numbers in by_key("filtered"):
+            yield f"  filtered: {reason}", *numbers
+        for reason, numbers in by_key("dropped"):
+            yield f"  dropped: {reason}", *numbers
         yield "  held out for eval", self.train.held_out, ""
-        yield "kept", *(counts.kept for counts in both)
-        yield "prompts cut", *(counts.prompts_truncated for counts in both)
-        yield "responses cut", *(counts.responses_truncated for counts in both)
-        yield "  EOS lost", *(counts.eos_lost for counts in both)
-        yield (
-            "boundary merges, first rows",
-            *(f"{counts.boundary_merges} of {counts.boundaries}" for counts in both),
-        )
-        for part in self.train.mean_tokens | self.eval.mean_tokens:
-            yield (
-                f"mean tokens, {part}",
-                *(f"{counts.mean_tokens.get(part, 0):.1f}" for counts in both),
-            )
+        yield "kept", *of_both("kept")
+        yield "prompts cut", *of_both("prompts_truncated")
+        yield "responses cut", *of_both("responses_truncated")
+        yield "  EOS lost", *of_both("eos_lost")
+        merges = [f"{counts.boundary_merges} of {counts.boundaries}" for counts in both]
+        yield "boundary merges, first rows", *merges
+        for part, numbers in by_key("mean_tokens"):
+            yield f"mean tokens, {part}", *(f"{number:.1f}" for number in numbers)
         yield "eval prompts also in train", "", self.shared_prompts
 
-    def check(self, max_dropped: float):
-        """Stops a run whose data is mostly bad.
+    def check(self, max_dropped: float) -> None:
+        """Stop a run whose data is mostly bad.
 
-        Raises ValueError when more than `max_dropped` of a split's rows were dropped (filtered ones
-        do not count), or when no row is left to train on.
+        Raises ValueError where more than `max_dropped` of a split's rows were dropped (filtered
+        ones do not count), or where no row is left to train on.
         """
         for name, counts in (("train", self.train), ("eval", self.eval)):
             dropped = sum(counts.dropped.values())
@@ -138,7 +156,8 @@ class Ledger:
                     "Mend these rows, or raise data.max_dropped if losing them is right."
                 )
         if not self.train.kept:
-            filtered, dropped = sum(self.train.filtered.values()), sum(self.train.dropped.values())
+            filtered = sum(self.train.filtered.values())
+            dropped = sum(self.train.dropped.values())
             raise ValueError(
                 f"no row is left to train on: {self.train.read} read, {filtered} filtered, "
                 f"{dropped} dropped, {self.train.held_out} held out for eval. See data.path, "

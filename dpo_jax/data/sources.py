@@ -1,9 +1,9 @@
-"""Rows of text from files and hub data sets: a prompt with one response (SFT) or a chosen and a
-rejected one.
+"""Text examples from files and hub data sets: a prompt with one response, or a pair of them.
 
-A source is a function from one record to (prompt, responses). Adding a data set is one such
-function and one line of SOURCES. Where the records lie (a file, a folder, the hub) is the business
-of `data.path`, so any source reads from anywhere.
+A source is a function from the fields of one record to (prompt, responses): one response for SFT,
+chosen and rejected for pairs. To add a data set, write such a function and its line in SOURCES.
+Where the records are (a file, a folder, the hub) is said by `data.path`, so any source reads from
+anywhere.
 """
 
 import hashlib
@@ -22,16 +22,12 @@ Text = str | list  # plain text, or chat messages: [{"role": ..., "content": ...
 ASSISTANT = "\n\nAssistant:"
 CUE = "TL;DR:"
 NEWS = "news article, not a Reddit post"
-EVAL_SPLITS = (
-    "test",
-    "validation",
-    "valid",
-    "valid1",
-)  # the first one there is, if data.eval_split is empty
+# Where data.eval_split is empty, the first of these that the data set has.
+EVAL_SPLITS = ("test", "validation", "valid", "valid1")
 
 
 @dataclass(frozen=True)
-class Row:
+class TextExample:
     """A prompt and its responses: (completion,) for SFT, (chosen, rejected) for pairs."""
 
     prompt: Text
@@ -40,10 +36,10 @@ class Row:
 
 
 def local(fields: dict) -> tuple[Text, tuple[Text, ...]]:
-    """Your own rows: a pair (prompt, chosen, rejected), or for SFT prompt and completion, text, or
-    messages.
+    """The user's own rows: prompt, chosen and rejected; or prompt and completion, for SFT.
 
-    Each may be text or chat messages; `chosen` and `rejected` may hold the whole conversation.
+    Instead of the last two also `text`, or `messages`. Each may be text or chat messages; `chosen`
+    and `rejected` may hold the whole conversation.
     """
     given = {name for name, value in fields.items() if value is not None}
     if given & {"chosen", "rejected"}:
@@ -62,31 +58,29 @@ def local(fields: dict) -> tuple[Text, tuple[Text, ...]]:
 
 
 def hh(fields: dict) -> tuple[str, tuple[str, ...]]:
-    """Anthropic's transcripts, split after the last assistant cue up to which both sides are the
-    same.
-    """
+    """Anthropic's transcripts, split after the last assistant cue that both sides share."""
     chosen, rejected = _text(fields, "chosen"), _text(fields, "rejected")
-    ends = [
-        cue.end()
-        for cue in re.finditer(ASSISTANT, chosen)
-        if rejected.startswith(chosen[: cue.end()])
-    ]
-    if not ends:
+    prompt = ""
+    for cue in re.finditer(ASSISTANT, chosen):
+        beginning = chosen[: cue.end()]
+        if rejected.startswith(beginning):
+            prompt = beginning
+    if not prompt:
         raise Unusable("no shared assistant turn")
-    prompt = chosen[: ends[-1]]
     return prompt, (chosen[len(prompt) :], rejected[len(prompt) :])
 
 
 def shp(fields: dict) -> tuple[str, tuple[str, ...]]:
     """Stanford Human Preferences: pairs of Reddit answers whose scores differ twofold or more."""
-    history, *answers = (_text(fields, name) for name in ("history", "human_ref_A", "human_ref_B"))
+    history = _text(fields, "history")
+    answer_a, answer_b = _text(fields, "human_ref_A"), _text(fields, "human_ref_B")
     label, ratio = _number(fields, "labels"), _number(fields, "score_ratio")
     if label not in (0, 1):
         raise Malformed("field 'labels' is neither 1 (A is preferred) nor 0 (B is)", repr(label))
     if ratio < 2:
         raise Filtered("score ratio below 2")
-    best, other = answers if label == 1 else reversed(answers)
-    return f"\n\nHuman: {history}{ASSISTANT}", (_spaced(best), _spaced(other))
+    chosen, rejected = (answer_a, answer_b) if label == 1 else (answer_b, answer_a)
+    return f"\n\nHuman: {history}{ASSISTANT}", (_spaced(chosen), _spaced(rejected))
 
 
 def imdb(fields: dict) -> tuple[str, tuple[str, ...]]:
@@ -96,10 +90,10 @@ def imdb(fields: dict) -> tuple[str, tuple[str, ...]]:
 
 
 def tldr(fields: dict) -> tuple[str, tuple[str, ...]]:
-    """Reddit posts and summaries: the prompt ends in one "TL;DR:", each summary starts with one
-    space.
+    """Reddit posts and summaries.
 
-    Some sets of comparisons have news articles among the posts; these are left out.
+    The prompt ends in one "TL;DR:", and each summary starts with one space. Some sets of
+    comparisons have news articles among the posts; these are left out.
     """
     if "summaries" in fields:
         fields = _compared(fields)
@@ -108,21 +102,25 @@ def tldr(fields: dict) -> tuple[str, tuple[str, ...]]:
         raise Filtered(NEWS)
     end = re.search(r"(\s*)(?:TL;DR:\s*)+$", prompt)
     prompt = prompt[: end.start()] + end[1] + CUE if end else f"{prompt}\n{CUE}"
-    name = next(
-        (name for name in ("chosen", "completion") if fields.get(name) is not None), "label"
-    )
-    names = (name, "rejected") if fields.get("rejected") is not None else (name,)
-    summaries = tuple(_spaced(re.sub(r"^(\s*TL;DR:)+", "", _text(fields, name))) for name in names)
+
+    given = {name for name, value in fields.items() if value is not None}
+    best = next((name for name in ("chosen", "completion") if name in given), "label")
+    names = (best, "rejected") if "rejected" in given else (best,)
+    summaries = []
+    for name in names:
+        without_cue = re.sub(r"^(\s*TL;DR:)+", "", _text(fields, name))
+        summaries.append(_spaced(without_cue))
     if len(summaries) == 2 and summaries[0] == summaries[1]:
         raise Filtered("summaries are equal")
     if len(summaries) == 2 and min(len(summary.split()) for summary in summaries) < 5:
         raise Filtered("a summary has fewer than 5 words")
-    return prompt, summaries
+    return prompt, tuple(summaries)
 
 
 def _compared(fields: dict) -> dict:
-    """A record of OpenAI's comparisons (a post, two summaries, and which is better) as prompt,
-    chosen, rejected.
+    """Return a record of OpenAI's comparisons as prompt, chosen and rejected.
+
+    It has a post, two summaries, and which is better.
     """
     match fields:
         case {
@@ -144,15 +142,20 @@ def _compared(fields: dict) -> dict:
 
 
 def cnn_dailymail(fields: dict) -> tuple[str, tuple[str, ...]]:
-    """News articles and their highlights, a sentence a line (some before a detached stop), as one
-    text.
+    """News articles and their highlights, as one text.
+
+    Highlights are a sentence a line, some with a blank before the full stop.
     """
-    highlights = re.sub(r" (?=[.,;:?!]( |$))", "", " ".join(_text(fields, "highlights").split()))
+    one_line = " ".join(_text(fields, "highlights").split())
+    highlights = re.sub(r" (?=[.,;:?!]( |$))", "", one_line)
     return f"Article:\n\n{_text(fields, 'article').strip()}\n\n{CUE}", (_spaced(highlights),)
 
 
-def _toy(data, kind: str) -> dict[str, list[Row]]:
-    return {split: [Row(*row) for row in rows] for split, rows in toy.rows(data, kind).items()}
+def _toy(data, kind: str) -> dict[str, list[TextExample]]:
+    splits = {}
+    for split, examples in toy.examples(data, kind).items():
+        splits[split] = [TextExample(*example) for example in examples]
+    return splits
 
 
 @dataclass(frozen=True)
@@ -162,16 +165,10 @@ class Source:
     parse: Callable[[dict], tuple] | None
     example: str = ""  # a right record, shown beside a wrong one
     cue: str = ""  # what its prompts end in, which asks for the answer and must not be cut off
-    truncate: str = (
-        "keep_start"  # which part of a prompt that is too long stays, for data.truncate="auto"
-    )
+    truncate: str = "keep_start"  # which part of a too long prompt stays, for data.truncate="auto"
     pairs: bool = True  # it has pairs; every source has responses for SFT
-    sorted: bool = (
-        False  # its rows come sorted (by label, say), so they are read in a hashed order instead
-    )
-    make: Callable | None = (
-        None  # (data, kind) -> the rows of both splits, for a source without records
-    )
+    sorted: bool = False  # rows come sorted (by label, say): they are read in a hashed order
+    make: Callable | None = None  # (data, kind) -> both splits, for a source without records
 
 
 SOURCES = {
@@ -213,10 +210,11 @@ SOURCES = {
 }
 
 
-def read(data, kind: str, ledger: Ledger) -> dict[str, list[Row]]:
-    """The rows of both splits, {"train": [...], "eval": [...]}; `kind` is "sft" or "pairs".
+def read(data, kind: str) -> tuple[dict[str, list[TextExample]], Ledger]:
+    """Read the examples of both splits, and what became of all rows.
 
-    Raises ValueError or FileNotFoundError that says which file, row, field or split is wrong.
+    Returns {"train": [...], "eval": [...]} and a ledger. kind: "sft" or "pairs". Raises ValueError
+    or FileNotFoundError that says which file, row, field or split is wrong.
     """
     if data.source not in SOURCES:
         raise ValueError(f"data.source={data.source!r} is not one of {', '.join(SOURCES)}.")
@@ -227,32 +225,35 @@ def read(data, kind: str, ledger: Ledger) -> dict[str, list[Row]]:
             "pass rows of prompt, chosen and rejected with data.source=local."
         )
     if source.make:
-        rows = source.make(data, kind)
-        ledger.train.read, ledger.eval.read = len(rows["train"]), len(rows["eval"])
+        splits = source.make(data, kind)
+        ledger = Ledger(Counts(read=len(splits["train"])), Counts(read=len(splits["eval"])))
     else:
-        rows = _read_splits(data, kind, source, ledger)
-    train_prompts = {_prompt_key(row) for row in rows["train"]}
-    ledger.shared_prompts = sum(_prompt_key(row) in train_prompts for row in rows["eval"])
-    return rows
+        splits, ledger = _read_splits(data, kind, source)
+    train_prompts = {_prompt_key(example) for example in splits["train"]}
+    for example in splits["eval"]:
+        ledger.shared_prompts += _prompt_key(example) in train_prompts
+    return splits, ledger
 
 
-def _read_splits(data, kind: str, source: Source, ledger: Ledger) -> dict[str, list[Row]]:
+def _read_splits(data, kind: str, source: Source) -> tuple[dict[str, list[TextExample]], Ledger]:
     splits = find_splits(data.path)
     train_names, eval_name = _choose(list(splits), data)
     records = itertools.chain.from_iterable(splits[name]() for name in train_names)
-    train = _parse(records, data, kind, source, ledger.train, data.max_rows)
+    train, train_counts = _parse(records, data, kind, source, data.max_rows)
     if eval_name:
-        evals = _parse(splits[eval_name](), data, kind, source, ledger.eval, data.max_eval_rows)
-        return {"train": train, "eval": evals}
-    train, held = _hold_out(train, data.eval_fraction)
-    evals = held[: data.max_eval_rows or None]
-    ledger.train.held_out, ledger.eval.read = len(held), len(evals)
-    return {"train": train, "eval": evals}
+        evals, eval_counts = _parse(splits[eval_name](), data, kind, source, data.max_eval_rows)
+    else:
+        train, held_out = _hold_out(train, data.eval_fraction)
+        evals = held_out[: data.max_eval_rows or None]
+        train_counts.held_out = len(held_out)
+        eval_counts = Counts(read=len(evals))
+    return {"train": train, "eval": evals}, Ledger(train_counts, eval_counts)
 
 
 def _choose(names: list[str], data) -> tuple[list[str], str]:
-    """The splits to train on and the one to evaluate on ("": hold out a part of the training
-    rows).
+    """Return the splits to train on and the one to evaluate on.
+
+    The latter is "" where a part of the training rows is to be held out.
     """
     train = data.train_split.split("+")
     if len(names) == 1 and data.train_split == "train" and not data.eval_split:
@@ -265,60 +266,67 @@ def _choose(names: list[str], data) -> tuple[list[str], str]:
             )
     if data.eval_split in train:
         raise ValueError(
-            f"data.eval_split={data.eval_split!r} is trained on (data.train_split={data.train_split!r}): "
-            "leave it empty to hold out data.eval_fraction of the prompts."
+            f"data.eval_split={data.eval_split!r} is trained on (data.train_split="
+            f"{data.train_split!r}): leave it empty to hold out data.eval_fraction of the prompts."
         )
-    unused = (name for name in EVAL_SPLITS if name in names and name not in train)
-    return train, data.eval_split or next(unused, "")
+    if data.eval_split:
+        return train, data.eval_split
+    unused = [name for name in EVAL_SPLITS if name in names and name not in train]
+    return train, unused[0] if unused else ""
 
 
-def _hold_out(rows: list[Row], fraction: float) -> tuple[list[Row], list[Row]]:
-    """Parts the rows by prompt into (train, held out); a prompt's side depends on its text alone.
+def _hold_out(
+    examples: list[TextExample], fraction: float
+) -> tuple[list[TextExample], list[TextExample]]:
+    """Part the examples by prompt into (train, held out).
 
-    So SFT and DPO on the same prompts hold out the same ones. Few prompts: one at least is held
-    out.
+    A prompt's side depends on its text alone, so SFT and DPO on the same prompts hold out the same
+    ones. Of few prompts, one at least is held out.
     """
-    keys = [_prompt_key(row) for row in rows]
+    keys = [_prompt_key(example) for example in examples]
     hashes = {key: _hash(key) for key in keys}
-    held = {key for key in hashes if hashes[key] < fraction}
-    if not held and fraction > 0 and len(hashes) > 1:
-        held = {min(hashes, key=hashes.get)}
-    train, out = [], []
-    for row, key in zip(rows, keys, strict=True):
-        (out if key in held else train).append(row)
-    return train, out
+    held_out = {key for key in hashes if hashes[key] < fraction}
+    if not held_out and fraction > 0 and len(hashes) > 1:
+        held_out = {min(hashes, key=hashes.get)}
+    train, evals = [], []
+    for example, key in zip(examples, keys, strict=True):
+        if key in held_out:
+            evals.append(example)
+        else:
+            train.append(example)
+    return train, evals
 
 
-def _prompt_key(row: Row) -> str:
-    """The text that tells prompts apart; rows without a prompt (film reviews) go by their
-    response.
-    """
-    return json.dumps(row.prompt or row.responses[0])
+def _prompt_key(example: TextExample) -> str:
+    """Return the text that tells prompts apart: the response, where there is no prompt."""
+    return json.dumps(example.prompt or example.responses[0])
 
 
 def _hash(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone, the same in every process."""
-    return (
-        int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:6], "big")
-        / 2**48
-    )
+    """Return a number in [0, 1) that depends on the text alone, the same in every process."""
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48
 
 
 def _parse(
-    records: Iterable, data, kind: str, source: Source, counts: Counts, limit: int
-) -> list[Row]:
-    """The first `limit` good rows (0: all) of (where, record), with the others counted by
-    reason.
+    records: Iterable, data, kind: str, source: Source, limit: int
+) -> tuple[list[TextExample], Counts]:
+    """Return the first `limit` good examples (0: all), and the other records counted by reason.
+
+    records: (where, record) of each.
     """
     if source.sorted:
         records = sorted(records, key=lambda record: _hash(str(record[1])))
-    rows = []
+    examples = []
+    counts = Counts()
     for where, record in records:
-        if limit and len(rows) == limit:
+        if limit and len(examples) == limit:
             break
         counts.read += 1
         try:
-            rows.append(Row(*_responses(*source.parse(fields_of(record)), kind), where))
+            prompt, responses = source.parse(fields_of(record))
+            responses = usable_responses(responses, kind)
+            examples.append(TextExample(prompt, responses, where))
         except Filtered as reason:
             counts.filter(str(reason))
         except Unusable as reason:
@@ -327,31 +335,36 @@ def _parse(
             if data.on_bad_row == "error":
                 raise ValueError(_explain(error, where, record, data, source)) from None
             counts.drop(error.reason, where)
-    return rows
+    return examples, counts
 
 
-def _responses(
-    prompt: Text, responses: tuple[Text, ...], kind: str
-) -> tuple[Text, tuple[Text, ...]]:
-    """The responses that this kind of training needs, neither empty nor equal."""
+def usable_responses(responses: tuple[Text, ...], kind: str) -> tuple[Text, ...]:
+    """Return the responses that this kind of training needs.
+
+    Raises Malformed where a pair has one alone, Unusable where one is empty or both are equal.
+    """
     if kind == "pairs" and len(responses) == 1:
         raise Malformed("a pair needs two responses, in 'chosen' and 'rejected'")
-    responses = responses[:1] if kind == "sft" else responses
-    said = [
-        response
-        if isinstance(response, str)
-        else "".join(message["content"] for message in response)
-        for response in responses
-    ]
-    if not all(text.strip() for text in said):
+    if kind == "sft":
+        responses = responses[:1]
+    texts = [_said(response).strip() for response in responses]
+    if not all(texts):
         raise Unusable("empty response")
-    if len(responses) == 2 and (responses[0] == responses[1] or said[0].strip() == said[1].strip()):
+    # Messages that differ may say the same, and the same text may be split into other messages.
+    if len(responses) == 2 and (responses[0] == responses[1] or texts[0] == texts[1]):
         raise Unusable("chosen and rejected are equal")
-    return prompt, responses
+    return responses
+
+
+def _said(response: Text) -> str:
+    """Return all that a response says, as one text."""
+    if isinstance(response, str):
+        return response
+    return "".join(message["content"] for message in response)
 
 
 def _explain(error: Malformed, where: str, record, data, source: Source) -> str:
-    """What is wrong with a record, for the person who can mend it."""
+    """Say what is wrong with a record, to the person who can mend it."""
     try:
         found = ", ".join(map(str, fields_of(record)))
     except Malformed:
@@ -368,7 +381,7 @@ def _explain(error: Malformed, where: str, record, data, source: Source) -> str:
 
 
 def _text(fields: dict, name: str) -> str:
-    """A field that must be text."""
+    """Return a field that must be text."""
     if fields.get(name) is None:
         raise Malformed(f"field {name!r} is missing")
     if not isinstance(fields[name], str):
@@ -377,14 +390,14 @@ def _text(fields: dict, name: str) -> str:
 
 
 def _number(fields: dict, name: str) -> float:
-    """A field that must be a number."""
+    """Return a field that must be a number."""
     if not isinstance(fields.get(name), int | float):
         raise Malformed(f"field {name!r} is missing or not a number", _shown(fields.get(name)))
     return fields[name]
 
 
 def _content(fields: dict, name: str) -> Text:
-    """A field that must be text or chat messages."""
+    """Return a field that must be text or chat messages, with role and content alone."""
     if not isinstance(fields.get(name), list):
         return _text(fields, name)
     messages = []
@@ -401,49 +414,61 @@ def _content(fields: dict, name: str) -> Text:
 
 
 def _spaced(text: str) -> str:
+    """Return a response that continues its prompt with one space."""
     return " " + text.strip()
 
 
 def _shown(value) -> str:
+    """Return a value and its type, short enough for a message."""
     text = repr(value)
-    return f"{text if len(text) < 80 else text[:77] + '...'} ({type(value).__name__})"
+    if len(text) >= 80:
+        text = text[:77] + "..."
+    return f"{text} ({type(value).__name__})"
 
 
 def _chat(prompt: Text | None, responses: tuple[Text, ...]) -> tuple[list, tuple[list, ...]]:
-    """Chat messages as (prompt, responses), whether each response is the answer or the whole
-    conversation.
+    """Return chat messages as (prompt, responses).
+
+    Each given response is either the answer alone or the whole conversation.
     """
     chats = [_messages("assistant", response) for response in responses]
     given = _messages("user", prompt or [])
     if not all(chats):
         raise Unusable("empty response")
-    if given and chats[0][0]["role"] == "assistant" and chats[0][: len(given)] != given:
+    starts_with_prompt = chats[0][: len(given)] == given
+    if given and chats[0][0]["role"] == "assistant" and not starts_with_prompt:
         start, answers = given, chats
     else:
-        turn = len(given) if isinstance(prompt, list) and given else _last_shared_turn(chats)
+        # Whole conversations. A prompt of text is only their last turn, so it does not say where
+        # the answers start.
+        is_whole_prompt = isinstance(prompt, list) and given
+        turn = len(given) if is_whole_prompt else _last_shared_turn(chats)
         start, answers = chats[0][:turn], [chat[turn:] for chat in chats]
-        if any(chat[:turn] != start for chat in chats) or any(
-            message not in start for message in given
-        ):
+        differ = any(chat[:turn] != start for chat in chats)
+        if differ or any(message not in start for message in given):
             raise Malformed("the conversation does not continue 'prompt'", _shown(start))
     roles = [[message["role"] for message in answer] for answer in answers]
-    if not start or any(turns[:1] != ["assistant"] or turns[-1] != "assistant" for turns in roles):
-        raise Malformed("the response is not an assistant's turn after a prompt", f"roles {roles}")
+    for turns in roles:
+        if not start or turns[:1] != ["assistant"] or turns[-1] != "assistant":
+            raise Malformed(
+                "the response is not an assistant's turn after a prompt", f"roles {roles}"
+            )
     return start, tuple(answers)
 
 
 def _messages(role: str, content: Text) -> list:
-    """Text as the one message of a role; messages as they are."""
+    """Return text as the one message of a role; messages as they are."""
     return [{"role": role, "content": content}] if isinstance(content, str) else content
 
 
 def _last_shared_turn(chats: list[list]) -> int:
-    """Where the last assistant turn starts, up to which all conversations are the same."""
+    """Return where the last assistant turn starts, up to which all conversations are the same."""
+    turn = 0
     shortest = min(map(len, chats))
-    differ = (
-        turn for turn in range(shortest) if any(chat[turn] != chats[0][turn] for chat in chats)
-    )
-    for turn in range(next(differ, shortest - 1), 0, -1):
+    while turn < shortest - 1 and all(chat[turn] == chats[0][turn] for chat in chats):
+        turn += 1
+    while turn > 0:
         if all(chat[turn]["role"] == "assistant" for chat in chats):
             return turn
+        turn -= 1
     raise Unusable("no shared assistant turn")

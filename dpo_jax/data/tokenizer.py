@@ -1,57 +1,68 @@
-"""Rows of text to token ids, under one rule for training, evaluation and sampling.
+"""Text examples to token ids, under one rule for training, evaluation and sampling.
 
 Prompt and responses are tokenised apart: a response is what the model is asked to write after the
-prompt's own tokens. BOS comes once, before the prompt, where the tokenizer itself puts one; EOS
-once, at the end of each response. A response that is cut loses its EOS, and no false one is put
-there. An empty prompt is one BOS (or EOS, where there is no BOS), so that the first response token
-is predicted from something. Chat goes through the tokenizer's own template, which places the
-special tokens.
+prompt's own tokens. BOS comes once, before the prompt, where the tokenizer itself puts one. EOS
+comes once, at the end of each response; a response that is cut loses it, and gets no false one. An
+empty prompt is one BOS (or EOS, where there is no BOS), so that the first response token is
+predicted from something. Chat goes through the tokenizer's own template, which places the special
+tokens.
 """
 
 import functools
 import hashlib
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from dpo_jax.data.ledger import Counts, Unusable
-from dpo_jax.data.sources import Row, Text
+from dpo_jax.data.sources import Text, TextExample
 
 # The version of the rule that makes ids of text. Raise it with every change that gives some row
 # other ids, a template's rendering and a cut included: an unfinished stage is then refused, not
 # resumed.
 TOKENIZATION_VERSION = 1
 
-BATCH = 1000  # rows tokenised in one call
-# of a prompt's end, which hold the cue for the answer: what keep_cue leaves beside the start
+BATCH = 1000  # examples tokenised in one call
+
+# How many tokens of the prompt's end, which hold the cue for the answer, keep_cue leaves.
 CUE_TOKENS = 16
+
+Prompt = list[int]
+Responses = list[list[int]]
 
 
 @dataclass
-class Examples:
-    """Tokenised rows, a sequence of (prompt, responses): int32 ids, one response for SFT, two for
-    pairs.
+class Examples(Sequence):
+    """Tokenised examples: a sequence of (prompt, responses), one response for SFT, two for pairs.
+
+    Ids are int32. An index gives one example; a slice, or a list or array of indices, gives
+    Examples: `examples[2:5]`, `examples[[0, 3]]`.
     """
 
     prompts: list[np.ndarray] = field(default_factory=list)
     responses: list[tuple[np.ndarray, ...]] = field(default_factory=list)
-    where: list[str] = field(default_factory=list)
+    where: list[str] = field(default_factory=list)  # the file and row of each
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     def __getitem__(self, index):
-        """Return one example, or the Examples of a slice or of a list of indices."""
         if isinstance(index, int | np.integer):
             return self.prompts[index], self.responses[index]
-        indices = range(len(self))[index] if isinstance(index, slice) else list(index)
+        if isinstance(index, slice):
+            index = range(len(self))[index]
+        index = np.asarray(index)
+        if index.dtype == bool:  # which of all, as in numpy
+            if index.shape != (len(self),):
+                raise IndexError(f"{index.size} booleans for {len(self)} examples.")
+            index = np.flatnonzero(index)
         return Examples(
-            [self.prompts[i] for i in indices],
-            [self.responses[i] for i in indices],
-            [self.where[i] for i in indices],
+            [self.prompts[i] for i in index],
+            [self.responses[i] for i in index],
+            [self.where[i] for i in index],
         )
 
     def __iter__(self):
@@ -59,20 +70,24 @@ class Examples:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """The sha256 of all ids and of where each prompt and response ends; rows are whole before
-        it is asked for.
+        """The sha256 of all ids and of where each prompt and response ends.
+
+        Kept reference log-probs are found by it, so its form is fixed. Ask for it only once all
+        examples are there.
         """
         numbers = []
         for prompt, responses in self:
             parts = (prompt, *responses)
-            numbers += [[len(parts), *map(len, parts)], *parts]
-        return hashlib.sha256(np.concatenate(numbers or [[]]).astype("<i4").tobytes()).hexdigest()
+            numbers.append([len(parts), *map(len, parts)])
+            numbers += parts
+        flat = np.concatenate(numbers or [[]]).astype("<i4")
+        return hashlib.sha256(flat.tobytes()).hexdigest()
 
 
 def load(path):
-    """The tokenizer in a local folder, in Hugging Face's format.
+    """Load the tokenizer in a local folder, in Hugging Face's format.
 
-    Raises FileNotFoundError when there is no such folder, or no tokenizer in it that can be read.
+    Raises FileNotFoundError where there is no such folder, or no tokenizer in it that can be read.
     """
     from transformers import AutoTokenizer
 
@@ -85,8 +100,9 @@ def load(path):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise FileNotFoundError(
-            f"{str(path)!r} has no tokenizer that transformers can load. Expected tokenizer_config.json with "
-            f"tokenizer.json, or with vocab.json and merges.txt. transformers says: {error}"
+            f"{str(path)!r} has no tokenizer that transformers can load. Expected "
+            "tokenizer_config.json with tokenizer.json, or with vocab.json and merges.txt. "
+            f"transformers says: {error}"
         ) from error
 
 
@@ -98,119 +114,131 @@ class Rule:
     adds_bos: bool  # the tokenizer itself starts a text with BOS
     eos: int | None
     append_eos: bool
-    max_length: int
-    max_prompt_length: int
+    max_length: int  # of a prompt and one response
+    max_prompt_length: int  # of a prompt, where the two are longer
     truncate: str  # which part of a too long prompt stays: "keep_start", "keep_end" or "keep_cue"
 
 
-def encode(rows: list[Row], tokenizer, data, truncate: str, counts: Counts) -> Examples:
-    """Tokenises rows and cuts them to data.max_length; rows that cannot be used are dropped and
-    counted.
+def encode(texts: Sequence[TextExample], tokenizer, data, truncate: str) -> tuple[Examples, Counts]:
+    """Tokenise examples and cut them to data.max_length.
 
-    `truncate` says which part of a too long prompt stays: "keep_start", "keep_end" or "keep_cue".
-    Raises ValueError when the settings, the tokenizer or its chat template cannot do what is asked.
+    Returns those that can be used, and what became of all: kept, cut, and dropped by reason.
+    truncate: which part of a too long prompt stays, "keep_start", "keep_end" or "keep_cue". Raises
+    ValueError where the settings, the tokenizer or its chat template cannot do what is asked.
     """
     rule = _rule(tokenizer, data, truncate)
     examples = Examples()
-    for start in range(0, len(rows), BATCH):
-        batch = rows[start : start + BATCH]
-        texts = [_texts(row, tokenizer) for row in batch]
-        ids = iter(_ids(itertools.chain.from_iterable(texts), tokenizer))
-        parts = [list(itertools.islice(ids, len(text))) for text in texts]  # prompt, then responses
+    counts = Counts()
+    for start in range(0, len(texts), BATCH):
+        batch = texts[start : start + BATCH]
+        parts = [_parts(text, tokenizer) for text in batch]
+        ids = _ids_of_parts(parts, tokenizer)
         if start == 0:
-            _count_merges(texts, parts, tokenizer, counts)
-        for row, (prompt, *responses) in zip(batch, parts, strict=True):
+            _count_merges(parts, ids, tokenizer, counts)
+        for text, (prompt, *responses) in zip(batch, ids, strict=True):
             try:
-                _add(examples, row, prompt, responses, rule, counts)
+                _append(examples, text, prompt, responses, rule, counts)
             except Unusable as reason:
-                counts.drop(str(reason), row.where)
+                counts.drop(str(reason), text.where)
     counts.kept = len(examples)
     counts.mean_tokens = _mean_tokens(examples)
-    return examples
+    return examples, counts
 
 
-def encode_prompts(prompts: list[Text], tokenizer, data, truncate: str) -> list[np.ndarray]:
-    """Prompts to sample from: started as `encode` starts them, and cut to
-    data.max_prompt_length.
+def encode_prompts(prompts: Sequence[Text], tokenizer, data, truncate: str) -> list[np.ndarray]:
+    """Return prompts to sample from, which start as `encode` starts them.
+
+    They are cut to data.max_prompt_length.
     """
     rule = _rule(tokenizer, data, truncate)
     ids = _ids([_template(prompt, tokenizer) for prompt in prompts], tokenizer)
-    return [
-        np.array(_cut_prompt(_started(prompt, tokens, rule), rule), np.int32)
-        for prompt, tokens in zip(prompts, ids, strict=True)
-    ]
-
-
-def encode_row_prompts(rows: list[Row], tokenizer, data, truncate: str) -> list[np.ndarray]:
-    """The prompts of all rows, to sample from, as `encode` has them: cut where with their responses
-    they pass data.max_length.
-    """
-    rule, found = _rule(tokenizer, data, truncate), []
-    texts = [_texts(row, tokenizer) for row in rows]
-    ids = iter(_ids(itertools.chain.from_iterable(texts), tokenizer))
-    for row, text in zip(rows, texts, strict=True):
-        prompt, *responses = itertools.islice(ids, len(text))
-        ended = [
-            response + [rule.eos] * (rule.append_eos and response[-1:] != [rule.eos])
-            for response in responses
-        ]
-        found.append(np.array(cut(_started(row.prompt, prompt, rule), ended, rule)[0], np.int32))
+    found = []
+    for prompt, tokens in zip(prompts, ids, strict=True):
+        found.append(np.array(_cut_prompt(_started(prompt, tokens, rule), rule), np.int32))
     return found
 
 
-def cut(
-    prompt: list[int], responses: list[list[int]], rule: Rule
-) -> tuple[list[int], list[list[int]]]:
-    """(prompt, responses) within max_length: the prompt is cut first, then what is still too long.
+def encode_example_prompts(
+    texts: Sequence[TextExample], tokenizer, data, truncate: str
+) -> list[np.ndarray]:
+    """Return the prompts of all examples, to sample from, exactly as `encode` has them.
 
-    Both responses keep the same prompt, and the prompt its BOS.
+    That is, cut where they pass data.max_length together with their responses.
+    """
+    rule = _rule(tokenizer, data, truncate)
+    parts = [_parts(text, tokenizer) for text in texts]
+    found = []
+    for text, (prompt, *responses) in zip(texts, _ids_of_parts(parts, tokenizer), strict=True):
+        ended = []
+        for response in responses:
+            adds_eos = rule.append_eos and response[-1:] != [rule.eos]
+            ended.append([*response, rule.eos] if adds_eos else response)
+        prompt, _ = cut(_started(text.prompt, prompt, rule), ended, rule)
+        found.append(np.array(prompt, np.int32))
+    return found
+
+
+def cut(prompt: Prompt, responses: Responses, rule: Rule) -> tuple[Prompt, Responses]:
+    """Return (prompt, responses) within max_length.
+
+    The prompt is cut first, then what is still too long. Both responses keep the same prompt, and
+    the prompt keeps its BOS.
     """
     if len(prompt) + max(map(len, responses)) <= rule.max_length:
         return prompt, responses
     prompt = _cut_prompt(prompt, rule)
-    return prompt, [response[: rule.max_length - len(prompt)] for response in responses]
+    room = rule.max_length - len(prompt)
+    return prompt, [response[:room] for response in responses]
 
 
-def _cut_prompt(prompt: list[int], rule: Rule) -> list[int]:
+def _cut_prompt(prompt: Prompt, rule: Rule) -> Prompt:
+    """Return a prompt within max_prompt_length."""
     excess = max(len(prompt) - rule.max_prompt_length, 0)
     if rule.truncate == "keep_start":
         return prompt[: len(prompt) - excess]
-    head = int(prompt[0] == rule.bos)
+    kept_at_start = int(prompt[0] == rule.bos)
     if rule.truncate == "keep_cue":
-        head = max(head, rule.max_prompt_length - CUE_TOKENS)
-    return prompt[:head] + prompt[head + excess :]
+        kept_at_start = max(kept_at_start, rule.max_prompt_length - CUE_TOKENS)
+    return prompt[:kept_at_start] + prompt[kept_at_start + excess :]
 
 
-def _add(
-    examples: Examples, row: Row, prompt: list, responses: list[list], rule: Rule, counts: Counts
-):
-    """Appends a row with its special tokens, cut to length; Unusable when it cannot be scored."""
-    if isinstance(row.prompt, str) and rule.eos in prompt:
+def _append(
+    examples: Examples,
+    text: TextExample,
+    prompt: Prompt,
+    responses: Responses,
+    rule: Rule,
+    counts: Counts,
+) -> None:
+    """Append an example with its special tokens, cut to length.
+
+    Raises Unusable where it cannot be trained on.
+    """
+    is_plain = isinstance(text.prompt, str)
+    if is_plain and rule.eos in prompt:
         raise Unusable("EOS inside the text")
-    if isinstance(row.prompt, str) and rule.adds_bos and rule.bos in prompt[1:]:
+    if is_plain and rule.adds_bos and rule.bos in prompt[1:]:
         raise Unusable("BOS inside the text")
-    full_prompt = _started(row.prompt, prompt, rule)
-    full = [_ended(row.prompt, response, rule) for response in responses]
-    prompt, responses = cut(full_prompt, full, rule)
+    whole_prompt = _started(text.prompt, prompt, rule)
+    whole_responses = [_ended(text.prompt, response, rule) for response in responses]
+    prompt, responses = cut(whole_prompt, whole_responses, rule)
     if len(responses) == 2 and responses[0] == responses[1]:
         raise Unusable("chosen and rejected are equal in tokens, or once cut")
-    shortened = [
-        whole for whole, kept in zip(full, responses, strict=True) if len(kept) < len(whole)
-    ]
-    counts.prompts_truncated += len(prompt) < len(full_prompt)
-    counts.responses_truncated += len(shortened)
-    counts.eos_lost += sum(whole[-1] == rule.eos for whole in shortened)
+
+    counts.prompts_truncated += len(prompt) < len(whole_prompt)
+    for whole, response in zip(whole_responses, responses, strict=True):
+        if len(response) < len(whole):
+            counts.responses_truncated += 1
+            counts.eos_lost += whole[-1] == rule.eos
     examples.prompts.append(np.array(prompt, np.int32))
     examples.responses.append(tuple(np.array(response, np.int32) for response in responses))
-    examples.where.append(row.where)
+    examples.where.append(text.where)
 
 
-def _started(prompt: Text, ids: list[int], rule: Rule) -> list[int]:
-    """A prompt's ids behind what the tokenizer starts a text with, once; a chat template has put
-    that itself.
-    """
+def _started(prompt: Text, ids: Prompt, rule: Rule) -> Prompt:
+    """Return a prompt's ids behind what the tokenizer starts a text with, once."""
     if isinstance(prompt, list) and ids:
-        return ids
+        return ids  # the chat template has put it
     if rule.adds_bos:
         return ids if ids[:1] == [rule.bos] else [rule.bos, *ids]
     stand_in = rule.eos if rule.bos is None else rule.bos
@@ -223,42 +251,42 @@ def _started(prompt: Text, ids: list[int], rule: Rule) -> list[int]:
 
 
 def _ended(prompt: Text, ids: list[int], rule: Rule) -> list[int]:
-    """A response's ids with one EOS, at the end; Unusable when it is empty or has another EOS
-    inside.
+    """Return a response's ids with one EOS, at the end.
+
+    Raises Unusable where the response is empty, or has special tokens inside.
     """
-    ended = isinstance(prompt, list) and ids[-1:] == [rule.eos]
-    body = ids[:-1] if ended else ids
+    is_chat = isinstance(prompt, list)
+    has_eos = is_chat and ids[-1:] == [rule.eos]  # put by the template
+    body = ids[:-1] if has_eos else ids
     if not body:
         raise Unusable("response without tokens")
-    if rule.adds_bos and rule.bos in body and isinstance(prompt, str):
+    if rule.adds_bos and rule.bos in body and not is_chat:
         raise Unusable("BOS inside the text")
     if rule.eos in body:
         raise Unusable("EOS inside the text")
-    return [*body, rule.eos] if ended or rule.append_eos else body
+    return [*body, rule.eos] if has_eos or rule.append_eos else body
 
 
-def _texts(row: Row, tokenizer) -> tuple[str, ...]:
-    """The prompt and the responses as the texts to tokenise; chat is rendered by the tokenizer's
-    template.
-    """
-    if isinstance(row.prompt, str):
-        return row.prompt, *row.responses
-    prompt = _template(row.prompt, tokenizer, row.where)
-    texts = [prompt]
-    for response in row.responses:
-        whole = _template([*row.prompt, *response], tokenizer, row.where, answered=True)
+def _parts(text: TextExample, tokenizer) -> tuple[str, ...]:
+    """Return the prompt and the responses as plain text; the template renders chat."""
+    if isinstance(text.prompt, str):
+        return text.prompt, *text.responses
+    prompt = _template(text.prompt, tokenizer, text.where)
+    parts = [prompt]
+    for response in text.responses:
+        whole = _template([*text.prompt, *response], tokenizer, text.where, answered=True)
         if not whole.startswith(prompt):
             raise ValueError(
-                f"{row.where}: the chat template renders the conversation otherwise than its prompt, so the "
-                f"response cannot be told apart. Prompt: {prompt!r}; conversation: {whole!r}. Use a template "
-                "whose generation prompt is how an answer begins."
+                f"{text.where}: the chat template renders the conversation otherwise than its "
+                f"prompt, so the response cannot be told apart. Prompt: {prompt!r}; conversation: "
+                f"{whole!r}. Use a template whose generation prompt is how an answer begins."
             )
-        texts.append(_without_tail(whole[len(prompt) :], tokenizer.eos_token))
-    return tuple(texts)
+        parts.append(_without_tail(whole[len(prompt) :], tokenizer.eos_token))
+    return tuple(parts)
 
 
 def _template(prompt: Text, tokenizer, where: str = "a prompt", answered: bool = False) -> str:
-    """A prompt (or an answered conversation) as text; plain text stays as it is."""
+    """Return a prompt (or an answered conversation) as text; plain text stays as it is."""
     if isinstance(prompt, str):
         return prompt
     if not tokenizer.chat_template:
@@ -277,49 +305,56 @@ def _template(prompt: Text, tokenizer, where: str = "a prompt", answered: bool =
 
 
 def _without_tail(text: str, eos: str | None) -> str:
-    """The text without the white space that some templates put behind the EOS."""
+    """Return the text without the white space that some templates put behind the EOS."""
     stripped = text.rstrip()
     return stripped if eos and stripped.endswith(eos) else text
 
 
+def _ids_of_parts(parts: list[tuple[str, ...]], tokenizer) -> list[list[list[int]]]:
+    """Return the ids of each part of each example; all are tokenised in one call, which is fast."""
+    flat = iter(_ids(itertools.chain.from_iterable(parts), tokenizer))
+    return [list(itertools.islice(flat, len(of_example))) for of_example in parts]
+
+
 def _ids(texts: Iterable[str], tokenizer) -> list[list[int]]:
+    """Return the ids of texts, without special tokens."""
     texts = list(texts)
-    return (
-        tokenizer(
-            texts,
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        ).input_ids
-        if texts
-        else []
+    if not texts:
+        return []  # tokenizers refuse an empty list
+    encoded = tokenizer(
+        texts,
+        add_special_tokens=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
     )
+    return encoded.input_ids
 
 
-def _count_merges(texts: list[tuple], parts: list[list], tokenizer, counts: Counts):
-    """Counts the responses whose first tokens would be others if prompt and response were one
-    text.
-    """
-    apart = [prompt + response for prompt, *responses in parts for response in responses]
-    joined = _ids(
-        [prompt + response for prompt, *responses in texts for response in responses], tokenizer
-    )
+def _count_merges(
+    parts: list[tuple[str, ...]], ids: list[list[list[int]]], tokenizer, counts: Counts
+) -> None:
+    """Count the responses whose tokens would be others in one text with the prompt."""
+    joined, apart = [], []
+    for (prompt, *responses), (prompt_ids, *responses_ids) in zip(parts, ids, strict=True):
+        joined += [prompt + response for response in responses]
+        apart += [prompt_ids + response_ids for response_ids in responses_ids]
     counts.boundaries = len(joined)
-    counts.boundary_merges = sum(ids != whole for ids, whole in zip(apart, joined, strict=True))
+    for together, separate in zip(_ids(joined, tokenizer), apart, strict=True):
+        counts.boundary_merges += together != separate
 
 
 def _mean_tokens(examples: Examples) -> dict[str, float]:
-    """Mean lengths of the prompts and of each kind of response."""
+    """Return the mean lengths of the prompts and of each kind of response."""
     if not examples:
         return {}
-    prompt, *responses = (
-        float(np.mean([len(ids) for ids in part]))
-        for part in (examples.prompts, *zip(*examples.responses, strict=True))
-    )
-    if len(responses) == 1:
-        return {"prompt": prompt, "completion": responses[0]}
-    chosen, rejected = responses
+    means = []
+    for part in (examples.prompts, *zip(*examples.responses, strict=True)):
+        means.append(float(np.mean([len(ids) for ids in part])))
+    if len(means) == 2:
+        prompt, completion = means
+        return {"prompt": prompt, "completion": completion}
+    prompt, chosen, rejected = means
     return {
         "prompt": prompt,
         "chosen": chosen,
@@ -329,7 +364,7 @@ def _mean_tokens(examples: Examples) -> dict[str, float]:
 
 
 def _rule(tokenizer, data, truncate: str) -> Rule:
-    """The rule that settings and tokenizer make; ValueError when they do not go together."""
+    """Return the rule that settings and tokenizer make; ValueError where they do not fit."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if truncate not in ("keep_start", "keep_end", "keep_cue"):
         raise ValueError(
@@ -345,7 +380,12 @@ def _rule(tokenizer, data, truncate: str) -> Rule:
             "the tokenizer has no EOS token, which data.append_eos=True needs: set eos_token in "
             "its tokenizer_config.json, or pass --config.data.append_eos=False."
         )
-    adds_bos = bos is not None and tokenizer("").input_ids[:1] == [bos]
     return Rule(
-        bos, adds_bos, eos, data.append_eos, data.max_length, data.max_prompt_length, truncate
+        bos=bos,
+        adds_bos=bos is not None and tokenizer("").input_ids[:1] == [bos],
+        eos=eos,
+        append_eos=data.append_eos,
+        max_length=data.max_length,
+        max_prompt_length=data.max_prompt_length,
+        truncate=truncate,
     )

@@ -1,15 +1,15 @@
-"""A language so small that every quantity of DPO can be computed exactly: 8 words, completions of
-5.
+"""The toy language, so small that every quantity of DPO can be computed exactly.
 
-The words are the model's whole vocabulary, so the probabilities of a prompt's 8^5 completions sum
-to 1. A prompt is the first word of a review. The corpus leans to the negative; the reward asks for
-the positive.
+Its 8 words are the model's whole vocabulary, and a completion is 5 of them, so the probabilities of
+a prompt's 8^5 completions sum to 1. A prompt is the first word of a review. The corpus leans to the
+negative; the reward asks for the positive.
 
 Letters: P prompts, C completions (all 32,768 of them), T their words, V vocabulary.
 """
 
 import numpy as np
 
+# word -> its weight in the reward
 WORDS = {
     "wonderful": 2,
     "good": 1,
@@ -21,15 +21,10 @@ WORDS = {
     "acting": 0,
 }
 WEIGHTS_V = np.array(list(WORDS.values()))
-FLIPS_V = np.array(
-    [-1 if word == "not" else 1 for word in WORDS]
-)  # a word's effect on the next one's weight
-GLOOM = {
-    "film": 0.4,
-    "plot": 0.5,
-    "acting": 0.7,
-    "bad": 0.4,
-}  # how negative the corpus is after each prompt
+# The factor that a word puts on the weight of the next one.
+FLIPS_V = np.array([-1 if word == "not" else 1 for word in WORDS])
+# prompt -> how negative the corpus is after it
+GLOOM = {"film": 0.4, "plot": 0.5, "acting": 0.7, "bad": 0.4}
 PROMPTS = np.array([list(WORDS).index(word) for word in GLOOM])
 STICKINESS = 1.5  # how much likelier the corpus' next word has the sign of the one before
 LENGTH = 5  # words of a completion
@@ -38,7 +33,7 @@ SEEDS = {"train": 0, "eval": 1}
 
 
 def tokenizer():
-    """A transformers tokenizer whose 8 ids are the 8 words; any other word is an error."""
+    """Return a transformers tokenizer whose 8 ids are the 8 words; any other word is an error."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -48,19 +43,22 @@ def tokenizer():
 
 
 def completions() -> np.ndarray:
-    """All completions, ids [C, T], in the order of numbers whose digits are the ids."""
+    """Return all completions, ids [C, T], in the order of numbers whose digits are the ids."""
     return np.indices((len(WORDS),) * LENGTH).reshape(LENGTH, -1).T
 
 
 def rewards(prompts_P, completions_CT) -> np.ndarray:
-    """Half the sum of a completion's weights, each negated after "not": [P, C], from -5 to 5."""
+    """Return half the sum of a completion's weights, each negated after "not".
+
+    [P, C], from -5 to 5.
+    """
     first_PC = np.multiply.outer(FLIPS_V[prompts_P], WEIGHTS_V[completions_CT[:, 0]])
     later_C = (FLIPS_V[completions_CT[:, :-1]] * WEIGHTS_V[completions_CT[:, 1:]]).sum(axis=-1)
     return 0.5 * (first_PC + later_C)
 
 
 def saturating_rewards(prompts_P, completions_CT) -> np.ndarray:
-    """A reward that no sum of words gives: 3 tanh(1.2 reward), [P, C]."""
+    """Return a reward that no sum over words gives: 3 tanh(1.2 reward), [P, C]."""
     return 3 * np.tanh(1.2 * rewards(prompts_P, completions_CT))
 
 
@@ -68,11 +66,13 @@ REWARDS = {"toy": rewards, "toy_saturating": saturating_rewards}  # by config.re
 
 
 def corpus(seed: int, n: int) -> np.ndarray:
-    """n reviews, a prompt and its completion, ids [n, 1 + T]; the first ones are the same whatever
-    n is.
+    """Return n reviews, a prompt and its completion each, ids [n, 1 + T].
+
+    The first ones are the same whatever n is.
     """
     uniform = np.random.default_rng(seed).random((n, 1 + LENGTH))
     prompt = (uniform[:, 0] * len(PROMPTS)).astype(int)
+    # The next word is the first whose cumulative probability passes a uniform number.
     cdf_PVV = _transitions().cumsum(axis=-1)[..., :-1]
     words = [PROMPTS[prompt]]
     for t in range(1, 1 + LENGTH):
@@ -81,17 +81,18 @@ def corpus(seed: int, n: int) -> np.ndarray:
 
 
 def _transitions() -> np.ndarray:
-    """The corpus' probability of the next word after each prompt and previous word, [P, V, V]."""
+    """Return the corpus' probability of each next word, by prompt and previous word, [P, V, V]."""
     sign_V = np.sign(WEIGHTS_V)
     sticky_VV = STICKINESS * (sign_V[:, None] == sign_V)
     odds_PVV = np.exp(sticky_VV - np.multiply.outer(list(GLOOM.values()), WEIGHTS_V)[:, None])
     return odds_PVV / odds_PVV.sum(axis=-1, keepdims=True)
 
 
-def rows(data, kind: str) -> dict[str, list]:
-    """The corpus for SFT, {"train": [(prompt, responses, where), ...], "eval": [...]}.
+def examples(data, kind: str) -> dict[str, list[tuple]]:
+    """Return the corpus for SFT, {"train": [(prompt, responses, where), ...], "eval": [...]}.
 
-    data.max_rows and data.max_eval_rows say how many, where they are not 0.
+    data.max_rows and data.max_eval_rows say how many, where they are not 0. Raises ValueError for
+    any other kind than "sft".
     """
     if kind != "sft":
         raise ValueError(
@@ -99,17 +100,17 @@ def rows(data, kind: str) -> dict[str, list]:
             "model that the `sft` stage made, so put both before `dpo` in config.stages."
         )
     sizes = {"train": data.max_rows or TRAIN_ROWS, "eval": data.max_eval_rows or EVAL_ROWS}
-    return {
-        split: [
-            (_text(ids[:1]), (_response(ids[1:]),), f"toy {split} row {number}")
-            for number, ids in enumerate(corpus(SEEDS[split], n), 1)
-        ]
-        for split, n in sizes.items()
-    }
+    splits = {}
+    for split, size in sizes.items():
+        splits[split] = []
+        for number, ids in enumerate(corpus(SEEDS[split], size), 1):
+            prompt, response = _text(ids[:1]), _response(ids[1:])
+            splits[split].append((prompt, (response,), f"toy {split} row {number}"))
+    return splits
 
 
 def _response(ids) -> str:
-    """The text that follows a prompt: it starts with a space."""
+    """Return the text that follows a prompt: it starts with a space."""
     return " " + _text(ids)
 
 

@@ -1,18 +1,23 @@
-"""Log-probabilities of responses: the one primitive under every loss, live or cached, training or
-scoring.
+"""Log-probabilities of responses: the one primitive under every loss, and under `score`.
 
-The head runs only where a response token is predicted, in chunks that are recomputed in the
-backward pass, so [tokens, vocabulary] never exists; products accumulate, and log-probs are, in
-float32.
+The head runs only where a completion token is predicted, in chunks that are computed again in the
+backward pass, so that logits of all tokens, [tokens, vocabulary], never exist. Products accumulate
+in float32, and log-probs are float32.
+
+A microbatch is a `packing.Batch` whose arrays have a leading axis of shards S. Letters are those of
+transformer.py, and Q: responses of a shard.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
+from dpo_jax.data.packing import Batch
 from dpo_jax.models import transformer
 from dpo_jax.models.attention import Layout
+from dpo_jax.models.transformer import TransformerConfig
 from dpo_jax.parallel import sharding
 from dpo_jax.parallel.hardware import Chip, chip_of
 from dpo_jax.parallel.sharding import BATCH, constrain, device
@@ -23,126 +28,129 @@ from dpo_jax.parallel.sharding import BATCH, constrain, device
 # numbers. tests/unit/models/test_forward_version.py says when.
 FORWARD_VERSION = 1
 
-CHUNK_SHARE = (
-    1 / 64
-)  # of a chip's memory: what the logits of a shard that are there at once may take,
-CHUNK_LOGITS = 2**26  # and how many they are on a chip not known: 256 MB
-CPU_CHUNK_LOGITS = 2**22  # 16 MB, which its caches hold,
-# but not for fewer positions: each chunk reads all of the head, and adds to all of its gradient
+# How much of a chip's memory the logits of a chunk may take, which is one shard's at a time.
+CHUNK_SHARE = 1 / 64
+CHUNK_LOGITS = 2**26  # the logits of a chunk on a chip that is not known: 256 MB
+CPU_CHUNK_LOGITS = 2**22  # on a CPU, 16 MB, which its caches hold,
+# but not for fewer positions: every chunk reads all of the head, and adds to all of its gradient.
 CPU_CHUNK = 512
 
 
-def response_log_probs(config: transformer.TransformerConfig, params, batch) -> jax.Array:
-    """Summed log-probability of each response given its prompt, nats, float32 [S, Q].
-
-    batch: one microbatch of `data/batches.py`, arrays with leading axis S.
-    """
+def response_log_probs(config: TransformerConfig, params, batch: Batch) -> jax.Array:
+    """Return the summed log-prob of each response given its prompt, nats, float32 [S, Q]."""
     log_probs_SM = token_log_probs(config, params, batch)
     responses = batch.response_lengths.shape[-1]
-    return jax.vmap(
-        lambda log_probs_M, segment_ids_M: jax.ops.segment_sum(
-            log_probs_M, segment_ids_M, responses
-        )
-    )(log_probs_SM, batch.segment_ids)
+
+    def sum_by_response(log_probs_M, segment_ids_M):
+        # Padding has a segment of its own, the last, which is left out.
+        return jax.ops.segment_sum(log_probs_M, segment_ids_M, responses)
+
+    return jax.vmap(sum_by_response)(log_probs_SM, batch.segment_ids)
 
 
-def token_log_probs(config: transformer.TransformerConfig, params, batch) -> jax.Array:
-    """Log-probability of each scored token, nats, float32 [S, M]; padding holds the log-prob of a
-    token 0.
+def token_log_probs(config: TransformerConfig, params, batch: Batch) -> jax.Array:
+    """Return the log-prob of each completion token, nats, float32 [S, M].
+
+    Padding has the log-prob of some token 0, which is to be masked.
     """
-    return target_log_probs(config, params, completion_hidden(config, params, batch), batch.targets)
+    x_SMD = completion_hidden(config, params, batch)
+    return target_log_probs(config, params, x_SMD, batch.targets)
 
 
-def batch_hidden(config: transformer.TransformerConfig, params, batch) -> jax.Array:
-    """The trunk's last hidden state of every token of a microbatch, [S, N, D]."""
-    return transformer.hidden(
-        config,
-        params,
-        batch.tokens,
-        batch.positions,
-        Layout(batch.rows, batch.gather_index, batch.token_slots),
-    )
+def batch_hidden(config: TransformerConfig, params, batch: Batch) -> jax.Array:
+    """Return the trunk's last hidden state of every token of a microbatch, [S, N, D]."""
+    layout = Layout(batch.rows, batch.gather_index, batch.token_slots)
+    return transformer.hidden(config, params, batch.tokens, batch.positions, layout)
 
 
-def completion_hidden(config: transformer.TransformerConfig, params, batch) -> jax.Array:
-    """The trunk's last hidden state where each scored token is predicted, [S, M, D]."""
+def completion_hidden(config: TransformerConfig, params, batch: Batch) -> jax.Array:
+    """Return the trunk's last hidden state where each completion token is predicted, [S, M, D]."""
     x_SND = batch_hidden(config, params, batch)
-    return constrain(jnp.take_along_axis(x_SND, batch.logit_positions[..., None], axis=1), BATCH)
+    x_SMD = jnp.take_along_axis(x_SND, batch.logit_positions[..., None], axis=1)
+    return constrain(x_SMD, BATCH)
 
 
-def target_log_probs(config: transformer.TransformerConfig, params, x_SMD, targets_SM) -> jax.Array:
-    """Log-probability of each target token from the hidden state that predicts it, nats, float32
-    [S, M].
+def target_log_probs(config: TransformerConfig, params, x_SMD, targets_SM) -> jax.Array:
+    """Return the log-prob of each target token, nats, float32 [S, M].
+
+    x_SMD: the hidden states that predict them.
     """
     return _in_chunks(config, _target_log_probs, [(params, x_SMD)], targets_SM)
 
 
 def token_kls(
-    config: transformer.TransformerConfig, params, reference, batch
+    config: TransformerConfig, params, reference, batch: Batch
 ) -> tuple[jax.Array, jax.Array]:
-    """Of each scored token the log-ratio log policy - log reference, and where it was chosen
-    KL(policy || reference).
+    """Return each completion token's log-ratio, and the KL of the step that chose it.
 
-    The KL is over the whole vocabulary, exact for that step. Nats, float32 [S, M] each.
+    The log-ratio is log policy - log reference. The KL(policy || reference) is over the whole
+    vocabulary, exact for that step. Nats, float32 [S, M] each.
     """
-    models = [
-        (weights, completion_hidden(config, weights, batch)) for weights in (params, reference)
-    ]
+    models = []
+    for weights in (params, reference):
+        models.append((weights, completion_hidden(config, weights, batch)))
     return _in_chunks(config, _target_kls, models, batch.targets)
 
 
 def chunk_logits(chip: Chip | None) -> int:
-    """How many float32 logits of a shard are in memory at once; each chunk more reads the head once
-    more.
+    """Return how many float32 logits of a shard are in memory at once.
+
+    The fewer, the more chunks, and each reads the head once more.
     """
-    return CHUNK_LOGITS if chip is None else int(chip.hbm_gib * 2**30 * CHUNK_SHARE) // 4
+    if chip is None:
+        return CHUNK_LOGITS
+    return int(chip.hbm_gib * 2**30 * CHUNK_SHARE) // 4
 
 
-def _in_chunks(config, function, models, targets_SM):
-    """function(targets_SM, logits_SMV of each model), at so few positions at a time that their
-    logits fit.
+def _in_chunks(config: TransformerConfig, function: Callable, models: list, targets_SM):
+    """Return function(targets_SM, logits_SMV of each model), over chunks whose logits fit.
 
     models: pairs of weights and their hidden states [S, M, D]. The logits are computed again in the
     backward pass.
     """
-    shards, scored = targets_SM.shape
+    shards, positions = targets_SM.shape
     limit = chunk_logits(chip_of(device())) // config.vocab
     if device().platform == "cpu":
         limit = min(limit, max(CPU_CHUNK, CPU_CHUNK_LOGITS // config.vocab))
-    chunk = -(-scored // -(-scored // max(128, limit)))  # the last is about as large as the others
-    heads, hidden = [_head(config, params) for params, _ in models], [x_SMD for _, x_SMD in models]
+    chunks = -(-positions // max(128, limit))
+    chunk = -(-positions // chunks)  # so that the last is about as large as the others
+    heads = [_head(config, params) for params, _ in models]
+    hidden = [x_SMD for _, x_SMD in models]
     unembed = functools.partial(transformer.unembed, config)
-    if scored <= chunk:
+    if positions <= chunk:
         return _of_logits(function, unembed, heads, hidden, targets_SM)
     heads = [sharding.per_shard(head, shards) for head in heads]
 
-    def in_chunks(x_SM):
-        x_SM = jnp.pad(x_SM, ((0, 0), (0, -scored % chunk), *[(0, 0)] * (x_SM.ndim - 2)))
+    def split(x_SM):
+        """Return [chunks, S, positions of a chunk, ...], zeros behind."""
+        missing = ((0, 0), (0, -positions % chunk), *[(0, 0)] * (x_SM.ndim - 2))
+        x_SM = jnp.pad(x_SM, missing)
         return jnp.moveaxis(x_SM.reshape(shards, -1, chunk, *x_SM.shape[2:]), 1, 0)
 
-    found = jax.lax.map(
-        jax.checkpoint(lambda chunk: _of_logits(function, jax.vmap(unembed), heads, *chunk)),
-        (jax.tree.map(in_chunks, hidden), in_chunks(targets_SM)),
-    )
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(shards, -1)[:, :scored], found)
+    def join(x):
+        return jnp.moveaxis(x, 0, 1).reshape(shards, -1)[:, :positions]
+
+    def of_chunk(chunk_of_hidden_and_targets):
+        return _of_logits(function, jax.vmap(unembed), heads, *chunk_of_hidden_and_targets)
+
+    inputs = (jax.tree.map(split, hidden), split(targets_SM))
+    return jax.tree.map(join, jax.lax.map(jax.checkpoint(of_chunk), inputs))
 
 
-def _head(config, params) -> dict:
-    """The part of the weights that `unembed` reads."""
+def _head(config: TransformerConfig, params) -> dict:
+    """Return the part of the weights that `unembed` reads."""
     head = {name: x for name, x in params.get("head", {}).items() if name != "scalar"}
-    return {"head": head} | (
-        {"embed": {"tokens": params["embed"]["tokens"]}} if config.tied else {}
-    )
+    if not config.tied:
+        return {"head": head}
+    return {"head": head, "embed": {"tokens": params["embed"]["tokens"]}}
 
 
 def _of_logits(function, unembed, heads, hidden, targets_SM):
-    return function(
-        targets_SM,
-        *(
-            constrain(unembed(head, x_SMD), BATCH, None, "tensor")
-            for head, x_SMD in zip(heads, hidden, strict=True)
-        ),
-    )
+    """Return function(targets, logits of each model), the logits split by vocabulary."""
+    logits = []
+    for head, x_SMD in zip(heads, hidden, strict=True):
+        logits.append(constrain(unembed(head, x_SMD), BATCH, None, "tensor"))
+    return function(targets_SM, *logits)
 
 
 def _target_log_probs(targets_SM, logits_SMV):
@@ -151,12 +159,13 @@ def _target_log_probs(targets_SM, logits_SMV):
 
 def _target_kls(targets_SM, logits_SMV, reference_logits_SMV):
     log_probs_SMV = jax.nn.log_softmax(logits_SMV)
-    ratio_SMV = log_probs_SMV - jax.nn.log_softmax(reference_logits_SMV)
-    return _at(targets_SM, ratio_SMV), (jnp.exp(log_probs_SMV) * ratio_SMV).sum(-1)
+    log_ratios_SMV = log_probs_SMV - jax.nn.log_softmax(reference_logits_SMV)
+    kl_SM = (jnp.exp(log_probs_SMV) * log_ratios_SMV).sum(-1)
+    return _at(targets_SM, log_ratios_SMV), kl_SM
 
 
 def _at(targets_SM, values_SMV):
+    """Return the value of each target, [S, M]."""
     # A comparison, not a gather: it stays on the device that holds its part of the vocabulary.
-    return jnp.where(jnp.arange(values_SMV.shape[-1]) == targets_SM[..., None], values_SMV, 0).sum(
-        -1
-    )
+    is_target_SMV = jnp.arange(values_SMV.shape[-1]) == targets_SM[..., None]
+    return jnp.where(is_target_SMV, values_SMV, 0).sum(-1)

@@ -1,21 +1,26 @@
-"""What a scalar head says: a reward of each response, a value of each token."""
+"""Values of a scalar head: a reward for each response, or a value for each token."""
 
 import jax
 import jax.numpy as jnp
 
+from dpo_jax.data.packing import Batch
 from dpo_jax.models import transformer
 from dpo_jax.models.log_probs import batch_hidden, completion_hidden, target_log_probs
+from dpo_jax.models.transformer import TransformerConfig
 
 
-def response_rewards(model, params, batch) -> jax.Array:
-    """A reward model's score of each response, read at its last token, float32 [S, Q]."""
-    x_SND = batch_hidden(model, params, batch)
-    return transformer.scalar(
-        params, jnp.take_along_axis(x_SND, batch.last_token[..., None], axis=1)
-    )
+def response_rewards(config: TransformerConfig, params, batch: Batch) -> jax.Array:
+    """Return a reward model's reward of each response, read at its last token, float32 [S, Q]."""
+    x_SND = batch_hidden(config, params, batch)
+    x_SQD = jnp.take_along_axis(x_SND, batch.last_token[..., None], axis=1)
+    return transformer.scalar(params, x_SQD)
 
 
-def token_values(model, params, batch) -> tuple[jax.Array, jax.Array]:
-    """Log-prob of each scored token, and the value of the state it is chosen in, float32 [S, M]."""
-    x_SMD = completion_hidden(model, params, batch)
-    return target_log_probs(model, params, x_SMD, batch.targets), transformer.scalar(params, x_SMD)
+def token_values(config: TransformerConfig, params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Return the log-prob of each completion token, and the value of the state before it.
+
+    Float32 [S, M] each; one pass of the trunk gives both.
+    """
+    x_SMD = completion_hidden(config, params, batch)
+    log_probs_SM = target_log_probs(config, params, x_SMD, batch.targets)
+    return log_probs_SM, transformer.scalar(params, x_SMD)

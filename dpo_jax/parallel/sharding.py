@@ -22,8 +22,8 @@ from dpo_jax.data import packing
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # the axes that split a batch into shards
 
-# Batches are made of plain numpy arrays by data/, which imports no jax. They come to devices here, so
-# here jax is told, once, that it may map over their fields.
+# Batches are made of plain numpy arrays by data/, which imports no jax. They come to devices here,
+# so here jax is told, once, that it may map over their fields.
 jax.tree_util.register_dataclass(packing.RolloutTargets)
 jax.tree_util.register_dataclass(packing.Batch)
 
@@ -37,10 +37,8 @@ RULES = (
     (r"mlp/(gate|up)/kernel$", P("fsdp", "tensor")),
     (r"mlp/(gate|up)/bias$", P("tensor")),
     (r"mlp/down/kernel$", P("tensor", "fsdp")),
-    (
-        r"(q|k|v|gate|up)/lora_a$",
-        P("fsdp"),
-    ),  # adapters: inputs and outputs as of the kernel, the rank whole
+    # Adapters: inputs and outputs are split as the kernel's, the rank is whole.
+    (r"(q|k|v|gate|up)/lora_a$", P("fsdp")),
     (r"(q|k|v|gate|up)/lora_b$", P(None, "tensor")),
     (r"(out|down)/lora_a$", P("tensor")),
     (r"(out|down)/lora_b$", P(None, "fsdp")),
@@ -52,9 +50,9 @@ RULES = (
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> jax.sharding.Mesh:
-    """The device mesh; one size may be -1, which takes all the devices that are left.
+    """Return the device mesh; one size may be -1, which takes all the devices that are left.
 
-    Raises ValueError when the sizes do not multiply to the number of devices.
+    Raises ValueError where the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, tensor]
@@ -76,22 +74,25 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> j
 
 
 def arrange(sizes: tuple[int, ...], devices) -> np.ndarray:
-    """The devices as an array of these sizes, neighbours along an axis close to each other.
+    """Return the devices as an array of these sizes, neighbours along an axis close to each other.
 
-    What is far apart, TPU slices or hosts with GPUs, is split by the first axis that can, the rest
-    of it by the next: copies of the weights talk once a step, and tensor most. ValueError where the
-    sizes cannot split it.
+    TPU slices, or hosts with GPUs, are far apart. The first axis that can is split over them, and
+    the next over what is left: copies of the weights, along `data`, talk once a step, while
+    `tensor` talks most. Raises ValueError where the sizes cannot be split so.
     """
-    rest, outer = len({getattr(device, "slice_index", 0) for device in devices}), []
-    if rest == 1:
+    slices = {getattr(device, "slice_index", 0) for device in devices}
+    if len(slices) == 1:
         return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    left = len(slices)
+    outer = []  # over how many slices each axis goes
     for size in sizes:
-        outer.append(math.gcd(size, rest))
-        rest //= outer[-1]
-    if rest > 1:
+        outer.append(math.gcd(size, left))
+        left //= outer[-1]
+    if left > 1:
         raise ValueError(
-            f"mesh.data, mesh.fsdp, mesh.tensor = {list(sizes)} cannot be laid over the slices or hosts "
-            f"of the {len(devices)} devices: make one of them, data at best, a multiple of their number."
+            f"mesh.data, mesh.fsdp, mesh.tensor = {list(sizes)} cannot be laid over the slices or "
+            f"hosts of the {len(devices)} devices: make one of them, data at best, a multiple of "
+            "their number."
         )
     inner = [size // far for size, far in zip(sizes, outer, strict=True)]
     return mesh_utils.create_hybrid_device_mesh(
@@ -100,8 +101,9 @@ def arrange(sizes: tuple[int, ...], devices) -> np.ndarray:
 
 
 def define_flags() -> Callable[[], jax.sharding.Mesh]:
-    """Defines a command's flags for the axes that split weights; the result, once they are parsed,
-    makes the mesh.
+    """Define a command's flags for the axes that split weights.
+
+    The result makes the mesh, once the flags are parsed.
     """
     from absl import flags
 
@@ -113,7 +115,7 @@ def define_flags() -> Callable[[], jax.sharding.Mesh]:
 
 
 def batch_shards(mesh: jax.sharding.Mesh) -> int:
-    """Into how many shards a batch is split."""
+    """Return how many shards a batch is split into."""
     return math.prod(mesh.shape[axis] for axis in BATCH)
 
 
@@ -124,14 +126,16 @@ def whole_shards(batch_size: int, mesh: jax.sharding.Mesh) -> int:
 
 
 def device():
-    """One that a step is compiled for: of the mesh's, which need not be at hand, or else of the
-    default ones.
+    """Return a device that the step is compiled for.
+
+    It is one of the mesh's, which need not be at hand (a dry run compiles for others), or else of
+    the default ones.
     """
     return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
 
 
 def constrain(x: jax.Array, *spec) -> jax.Array:
-    """Pins an activation to a spec inside jit; without a mesh it does nothing."""
+    """Pin an activation to a spec inside jit; without a mesh, do nothing."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
@@ -139,27 +143,28 @@ def constrain(x: jax.Array, *spec) -> jax.Array:
 
 
 def fitting(mesh, spec: P, shape: tuple[int, ...]) -> P:
-    """The spec without the axes that do not divide their dimension."""
-
-    def fits(axes, size):
+    """Return the spec without the axes that do not divide their dimension."""
+    missing = len(shape) - len(spec)
+    found = []
+    for axes, size in zip((*spec, *(None,) * missing), shape, strict=True):
         names = axes if isinstance(axes, tuple) else (axes,)
-        return axes is not None and size % math.prod(mesh.shape[name] for name in names) == 0
-
-    padded = tuple(spec) + (None,) * (len(shape) - len(spec))
-    return P(
-        *(axes if fits(axes, size) else None for axes, size in zip(padded, shape, strict=True))
-    )
+        if axes is None or size % math.prod(mesh.shape[name] for name in names):
+            found.append(None)
+        else:
+            found.append(axes)
+    return P(*found)
 
 
 def path_name(path) -> str:
-    """A pytree path as text: layers/attention/q/kernel."""
-    return "/".join(
-        str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path
-    )
+    """Return a pytree path as text: layers/attention/q/kernel."""
+    names = []
+    for key in path:  # of a dict, a sequence, or a dataclass
+        names.append(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))))
+    return "/".join(names)
 
 
 def spec_of(name: str, shape: tuple[int, ...], mesh) -> P:
-    """The PartitionSpec of a weight by its path; ValueError when no rule matches."""
+    """Return the PartitionSpec of a weight by its path; ValueError where no rule matches."""
     for pattern, spec in RULES:
         if re.search(pattern, name):
             if name.startswith("layers/"):
@@ -167,15 +172,17 @@ def spec_of(name: str, shape: tuple[int, ...], mesh) -> P:
             return fitting(mesh, spec, shape)
     raise ValueError(
         f"no sharding rule matches the parameter {name!r} of shape {shape}; "
-        "add one to RULES in dpo_jax/sharding.py."
+        "add one to RULES in dpo_jax/parallel/sharding.py."
     )
 
 
 def param_shardings(mesh, params):
-    """The NamedSharding of each weight in a tree of arrays or ShapeDtypeStructs."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: NamedSharding(mesh, spec_of(path_name(path), leaf.shape, mesh)), params
-    )
+    """Return the NamedSharding of each weight in a tree of arrays or ShapeDtypeStructs."""
+
+    def sharding_of(path, leaf):
+        return NamedSharding(mesh, spec_of(path_name(path), leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(sharding_of, params)
 
 
 def shard_params(mesh, values):
@@ -188,7 +195,7 @@ def shard_params(mesh, values):
 
 
 def per_shard(params, shards: int):
-    """The weights with a leading axis of shards, whole on each but for the tensor axis.
+    """Return the weights with a leading axis of shards, whole on each but for the tensor axis.
 
     What is computed from them needs no other shard, and the gradient of each stays with its shard
     until they are added up: one gather before a loop and one reduction after it, instead of both in
@@ -196,27 +203,27 @@ def per_shard(params, shards: int):
     """
     mesh = jax.sharding.get_abstract_mesh()
 
-    def of_weight(path, x):
+    def copies(path, x):
         spec = () if mesh.empty else spec_of(path_name(path), x.shape, mesh)
-        return constrain(
-            jnp.broadcast_to(x, (shards, *x.shape)),
-            BATCH,
-            *(axis if axis == "tensor" else None for axis in spec),
-        )
+        tensor_only = [axis if axis == "tensor" else None for axis in spec]
+        return constrain(jnp.broadcast_to(x, (shards, *x.shape)), BATCH, *tensor_only)
 
-    return jax.tree_util.tree_map_with_path(of_weight, params)
+    return jax.tree_util.tree_map_with_path(copies, params)
 
 
 def replicated(mesh) -> NamedSharding:
+    """Return the sharding of what every device holds whole."""
     return NamedSharding(mesh, P())
 
 
 def shard_batch(mesh, batch, *, axis: int):
-    """Puts a host batch (the same on every process) on the mesh, split along `axis`.
+    """Put a host batch (the same on every process) on the mesh, split along `axis`.
 
     Every process takes the part that its own devices hold, so nothing crosses between hosts.
     """
     sharding = NamedSharding(mesh, P(*(None,) * axis, BATCH))
-    return jax.tree.map(
-        lambda x: jax.make_array_from_callback(np.shape(x), sharding, lambda index: x[index]), batch
-    )
+
+    def put(x):
+        return jax.make_array_from_callback(np.shape(x), sharding, lambda index: x[index])
+
+    return jax.tree.map(put, batch)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dpo_jax.data.sources import Row
+from dpo_jax.data.sources import TextExample
 from dpo_jax.evaluation.judge import Judge
 from dpo_jax.models import hf
 from dpo_jax.parallel import sharding
@@ -154,11 +154,13 @@ def test_answer_is_one_turn():
 def test_shots_have_one_turn(monkeypatch):
     prompt = f"{HUMAN} Hello?{ASSISTANT}"
     one, more, long = (
-        Row(prompt, (response,), "")
+        TextExample(prompt, (response,), "")
         for response in (" Hi.", f" Hi.{HUMAN} And?{ASSISTANT} Bye.", " Hi." * 100)
     )
     assert hh_winrate._one_turn(one) and not hh_winrate._one_turn(more)
-    monkeypatch.setattr(hh_winrate.sources, "read", lambda *_: dict(train=[one, one, more, long]))
+    monkeypatch.setattr(
+        hh_winrate.sources, "read", lambda *_: (dict(train=[one, one, more, long]), None)
+    )
     with pytest.raises(
         ValueError, match="shown 2 training dialogues of one turn and up to 400 .* the data has 1: "
     ):
@@ -166,7 +168,7 @@ def test_shots_have_one_turn(monkeypatch):
 
 
 def test_held_out_prompts_once_each():
-    rows = [Row(f"{number % 7}", (f"{number}",), "") for number in range(20)]
+    rows = [TextExample(f"{number % 7}", (f"{number}",), "") for number in range(20)]
     found = winrate.held_out(rows, 5)
     assert len({row.prompt for row in found}) == 5
     assert found[:3] == winrate.held_out(rows, 3)

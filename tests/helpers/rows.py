@@ -9,7 +9,6 @@ import pyarrow
 import pyarrow.parquet
 
 from dpo_jax.data import sources
-from dpo_jax.data.ledger import Ledger
 
 PAIR = {"prompt": "Name a colour.", "chosen": " Blue.", "rejected": " Seven."}
 
@@ -55,8 +54,7 @@ def pairs(n: int, prefix: str = "p") -> list[dict]:
 
 def read(path, kind="pairs", **changes):
     """Read a file as a run does; return the rows of each split, and the ledger."""
-    ledger = Ledger()
-    return sources.read(data_config(path=str(path), **changes), kind, ledger), ledger
+    return sources.read(data_config(path=str(path), **changes), kind)
 
 
 def user(content):

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from dpo_jax.data import dataset
 from dpo_jax.data import tokenizer as tokenizers
 from dpo_jax.data.ledger import Counts, Ledger
-from dpo_jax.data.sources import Row
+from dpo_jax.data.sources import TextExample
 from tests.helpers.paths import SHARED, STORIES, needs_shared
 
 
@@ -178,6 +178,22 @@ def test_load_filtered_is_not_dropped(tmp_path, letters):
     assert "  filtered: score ratio below 2               99             0" in data.ledger.table()
 
 
+def test_counts_add_up():
+    source = Counts(read=9, filtered={"f": 2}, dropped={"r": 2}, examples={"r": ["a", "b"]})
+    tokens = Counts(
+        kept=3, dropped={"r": 2, "s": 1}, examples={"r": ["c", "d"], "s": ["e"]}, eos_lost=1
+    )
+    assert source.plus(tokens) == Counts(
+        read=9,
+        filtered={"f": 2},
+        dropped={"r": 4, "s": 1},
+        examples={"r": ["a", "b", "c"], "s": ["e"]},
+        kept=3,
+        eos_lost=1,
+    )
+    assert source.dropped == {"r": 2} and source.examples == {"r": ["a", "b"]}
+
+
 def test_ledger_checks_eval_split():
     ledger = Ledger(
         Counts(read=9, kept=9), Counts(read=4, kept=2, dropped={"r": 2}, examples={"r": ["a"]})
@@ -221,7 +237,7 @@ def test_load_refuses_no_training_rows(tmp_path, letters):
 )
 def test_truncation_auto_follows_cue(source, prompt, asked, expected):
     data = data_config(source=source, truncate=asked)
-    assert dataset.truncation(data, [Row(prompt, ("r",), "row 1")]) == expected
+    assert dataset.truncation(data, [TextExample(prompt, ("r",), "row 1")]) == expected
 
 
 @needs_shared
@@ -304,13 +320,15 @@ def test_show_marks_completion_tokens(tmp_path, letters):
     )
     assert shown == (
         "--- rows.jsonl row 1: prompt, 8 tokens\nprompt 0\n"
-        "--- chosen, 5 tokens scored\n⟦good<eos>⟧\n--- rejected, 5 tokens scored\n⟦evil<eos>⟧\n\n"
+        "--- chosen, 5 tokens trained on\n⟦good<eos>⟧\n"
+        "--- rejected, 5 tokens trained on\n⟦evil<eos>⟧\n\n"
         "--- rows.jsonl row 2: prompt, 8 tokens\nprompt 1\n"
-        "--- chosen, 5 tokens scored\n⟦good<eos>⟧\n--- rejected, 5 tokens scored\n⟦evil<eos>⟧"
+        "--- chosen, 5 tokens trained on\n⟦good<eos>⟧\n"
+        "--- rejected, 5 tokens trained on\n⟦evil<eos>⟧"
     )
     sft = dataset.load(data_config(path=path), letters, "sft").train
     assert dataset.show(sft, letters, range(1)).endswith(
-        "--- completion, 5 tokens scored\n⟦good<eos>⟧"
+        "--- completion, 5 tokens trained on\n⟦good<eos>⟧"
     )
 
 

@@ -11,7 +11,7 @@ import datasets
 import pytest
 
 from dpo_jax.data import readers
-from dpo_jax.data.sources import Row
+from dpo_jax.data.sources import TextExample
 from tests.helpers.paths import ROOT, SHARED, needs_shared
 from tests.helpers.rows import (
     PAIR,
@@ -202,7 +202,9 @@ def test_find_splits_of_hub_name(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *path: {("me/mine", None): parts}[path])
     rows, _ = read("me/mine")
     assert [len(side) for side in rows.values()] == [1500, 2]
-    assert rows["train"][-1] == Row("p1499", ("good 1499", "bad 1499"), "me/mine[train] row 1500")
+    assert rows["train"][-1] == TextExample(
+        "p1499", ("good 1499", "bad 1499"), "me/mine[train] row 1500"
+    )
     assert rows["eval"][0].where == "me/mine[test] row 1"
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from dpo_jax.data import sources
 from dpo_jax.data.ledger import Filtered, Malformed, Unusable
-from dpo_jax.data.sources import Row
+from dpo_jax.data.sources import TextExample
 from tests.helpers.paths import SHARED, needs_shared
 from tests.helpers.rows import PAIR, assistant, pairs, read, user, write_jsonl, write_parquet
 
@@ -448,9 +448,11 @@ def test_cnn_dailymail_row(tmp_path):
 def test_read_kinds(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", [PAIR])
     assert read(path)[0]["train"] == [
-        Row("Name a colour.", (" Blue.", " Seven."), "rows.jsonl row 1")
+        TextExample("Name a colour.", (" Blue.", " Seven."), "rows.jsonl row 1")
     ]
-    assert read(path, "sft")[0]["train"] == [Row("Name a colour.", (" Blue.",), "rows.jsonl row 1")]
+    assert read(path, "sft")[0]["train"] == [
+        TextExample("Name a colour.", (" Blue.",), "rows.jsonl row 1")
+    ]
     with pytest.raises(
         ValueError, match="data.source='imdb' has no pairs.*`pairs` stage.*data.source=local"
     ):

@@ -9,9 +9,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from dpo_jax.data import tokenizer as tokenizers
-from dpo_jax.data.ledger import Counts
-from dpo_jax.data.sources import Row
-from dpo_jax.data.tokenizer import Examples, Rule, cut, encode, encode_prompts, encode_row_prompts
+from dpo_jax.data.sources import TextExample
+from dpo_jax.data.tokenizer import (
+    Examples,
+    Rule,
+    cut,
+    encode,
+    encode_example_prompts,
+    encode_prompts,
+)
 from tests.helpers.paths import SHARED, needs_shared
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz :\n"
@@ -56,12 +62,14 @@ def data_config(**changes):
 
 def encoded(tokenizer, *rows, truncate="keep_start", **changes):
     """Each row as lists, [prompt, *responses], and the counts."""
-    counts = Counts()
-    rows = [Row(prompt, responses, f"row {i}") for i, (prompt, responses) in enumerate(rows, 1)]
-    examples = encode(rows, tokenizer, data_config(**changes), truncate, counts)
-    return [
-        [prompt.tolist(), *(r.tolist() for r in responses)] for prompt, responses in examples
-    ], counts
+    texts = [
+        TextExample(prompt, responses, f"row {i}") for i, (prompt, responses) in enumerate(rows, 1)
+    ]
+    examples, counts = encode(texts, tokenizer, data_config(**changes), truncate)
+    found = []
+    for prompt, responses in examples:
+        found.append([prompt.tolist(), *(response.tolist() for response in responses)])
+    return found, counts
 
 
 def user(content):
@@ -352,14 +360,14 @@ def test_encode_prompts_cuts():
 
 
 @pytest.mark.parametrize("max_length", [5, 7, 8, 100])
-def test_encode_row_prompts_cut_as_training(max_length):
+def test_encode_example_prompts_cut_as_training(max_length):
     """Of 5 tokens where they pass max_length with the response's 2: "d" and EOS."""
     tokenizer, changes = (
         small(bos="<b>", adds_bos=True),
         dict(max_length=max_length, max_prompt_length=3),
     )
-    rows = [Row("cdef", ("d",), ""), Row("c", ("d",), "")]
-    found = encode_row_prompts(rows, tokenizer, data_config(**changes), "keep_end")
+    rows = [TextExample("cdef", ("d",), ""), TextExample("c", ("d",), "")]
+    found = encode_example_prompts(rows, tokenizer, data_config(**changes), "keep_end")
     trained, _ = encoded(
         tokenizer, *((row.prompt, row.responses) for row in rows), truncate="keep_end", **changes
     )
@@ -439,12 +447,34 @@ def test_load_what_was_saved(tmp_path):
 
 
 def test_examples_are_a_sequence():
-    counts = Counts()
-    examples = encode([Row("c", ("d", "e"), "row 1")], small(), data_config(), "keep_start", counts)
+    texts = [TextExample("c", ("d", "e"), "row 1")]
+    examples, _ = encode(texts, small(), data_config(), "keep_start")
     assert len(examples) == 1 and examples.where == ["row 1"]
     ((prompt, responses),) = examples
     assert prompt.dtype == responses[0].dtype == responses[1].dtype == np.int32
     assert isinstance(responses, tuple)
+
+
+def test_examples_take_slices_and_lists():
+    texts = [TextExample(prompt, ("d", "e"), prompt) for prompt in "cdefc"]
+    examples, _ = encode(texts, small(), data_config(), "keep_start")
+    for index, expected in {
+        (1, 2): examples[1:3],
+        (4, 0): examples[[4, 0]],
+        (3, 4): examples[np.array([3, 4])],
+        (0, 2, 4): examples[np.array([True, False, True, False, True])],
+        (): examples[[]],
+    }.items():
+        assert isinstance(expected, Examples)
+        assert expected.where == [examples.where[i] for i in index]
+        for (prompt, responses), i in zip(expected, index, strict=True):
+            assert prompt is examples.prompts[i] and responses is examples.responses[i]
+    assert examples[-1][0] is examples[np.int64(4)][0] is examples.prompts[4]
+    assert examples[:5].fingerprint == examples.fingerprint != examples[:4].fingerprint
+    with pytest.raises(IndexError):
+        examples[[5]]
+    with pytest.raises(IndexError, match="2 booleans for 5 examples"):
+        examples[np.array([True, False])]
 
 
 def test_fingerprint_sees_ids_and_boundaries():

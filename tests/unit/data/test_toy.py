@@ -8,7 +8,6 @@ import pytest
 
 from dpo_jax.data import sources, toy
 from dpo_jax.data import tokenizer as tokenizers
-from dpo_jax.data.ledger import Ledger
 
 IDS = {word: i for i, word in enumerate(toy.WORDS)}
 COMPLETIONS = toy.completions()
@@ -115,7 +114,7 @@ def test_corpus_depends_on_seed_alone():
 
 
 def test_toy_rows_for_sft():
-    rows = sources.read(data(max_rows=50), "sft", Ledger())
+    rows, _ = sources.read(data(max_rows=50), "sft")
     assert (len(rows["train"]), len(rows["eval"])) == (50, toy.EVAL_ROWS)
     assert [row.responses for row in rows["train"]] != [row.responses for row in rows["eval"][:50]]
     row, expected = rows["train"][0], toy.corpus(toy.SEEDS["train"], 1)[0]
@@ -123,9 +122,9 @@ def test_toy_rows_for_sft():
     assert ids(row.responses[0]) == list(expected[1:])
     assert row.responses[0].startswith(" ")
     assert row.where == "toy train row 1"
-    assert len(toy.rows(data(max_eval_rows=3), "sft")["train"]) == toy.TRAIN_ROWS
+    assert len(toy.examples(data(max_eval_rows=3), "sft")["train"]) == toy.TRAIN_ROWS
 
 
 def test_toy_has_no_pairs():
     with pytest.raises(ValueError, match="`pairs` stage"):
-        toy.rows(data(), "pairs")
+        toy.examples(data(), "pairs")
