@@ -1,4 +1,4 @@
-"""Single-turn dialogue (paper, section 6.2): Pythia-2.8B on Anthropic HH, SFT, then DPO at beta 0.1.
+"""Single-turn dialogue (paper, section 6.2): Pythia-2.8B on Anthropic HH, SFT and DPO at beta 0.1.
 
     python -m dpo_jax.train --config=configs/hh.py --config.mesh.fsdp=-1 --config.mesh.data=1
     python -m experiments.hh_winrate --config=configs/hh.py --workdir=runs/hh --dry_run

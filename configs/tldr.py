@@ -72,8 +72,8 @@ def get_config(choice=""):
         max_length=640,
         max_prompt_length=512,
     )
-    # The paper has settings for DPO alone. For the other stages they are those of Huang et al. 2024,
-    # who have one learning rate for all.
+    # The paper has settings for DPO alone. The others are those of Huang et al. 2024, who
+    # have one learning rate for all.
     other = dict(optimizer="adamw", lr=3e-6, schedule="cosine", warmup_steps=0)
     settings = {
         "sft": other | dict(loss="token_mean", batch_size=128, microbatch_size=32),

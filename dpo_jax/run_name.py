@@ -22,7 +22,8 @@ def name_run(config: ConfigDict, base: ConfigDict, swept: str = "") -> None:
     the stages before), or where nothing of note differs.
 
     swept: the field of the last training stage (dotted name) that a sweep varies. A run of a sweep
-    is named whatever else differs from the file, and behind the name that is given.
+    is named behind the name that is given; and after this field alone, where the two differ in
+    something else.
     """
     trained = stage_table.training_stages(config)
     if not trained or (config.run and not swept):
@@ -30,8 +31,9 @@ def name_run(config: ConfigDict, base: ConfigDict, swept: str = "") -> None:
     stage = trained[-1]
     changed = _changed(config, base, stage)
     own = [field for field in changed if field.startswith(f"{stage}.")]
-    if len(own) < len(changed) and not swept:
-        return
+    if len(own) < len(changed):
+        # All runs of a sweep share the rest.
+        own = [swept] if swept in own else []
     named = {field: changed[field] for field in own if field == swept or is_named(field)}
     if named:
         config.run = name_of(config.run or stage, named)

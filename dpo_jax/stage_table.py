@@ -27,6 +27,11 @@ class Stage:
         return bool(self.head)
 
     @property
+    def has_preference_loss(self) -> bool:
+        """Whether its loss compares two responses under policy and reference."""
+        return self.responses == 2 and self.reference != "none"
+
+    @property
     def samples(self) -> bool:
         """Whether it samples completions and asks a reward about them."""
         return self.data == "prompts"

@@ -1,10 +1,10 @@
-"""Stage folders: which stage is done, which goes on, and which is refused because its config has
-changed.
+"""Stage folders and their files: which stage is done, resumed, or refused as its config changed.
 
-    WORKDIR/NAME/  config.json  (what the stage was started with)   done.json  (it is complete)
+    WORKDIR/NAME/  config.json  what the stage was started with     done.json  it is complete
 
-A changed stage that is done, or has a checkpoint or completions, is never retrained over, resumed
-or mixed: `start_stage` names the fields that differ and stops.
+A stage whose config has changed is never trained over, resumed or mixed once it is done or has a
+checkpoint or completions: `start_stage` names the fields that differ and stops. Files are written
+whole or not at all.
 """
 
 import contextlib
@@ -17,62 +17,100 @@ import time
 import jax
 
 from dpo_jax import config as configs
+from dpo_jax import run_name, stage_table
 
 COMPLETIONS = "completions.jsonl"  # what a stage has sampled so far
 PATIENCE = 3  # seconds to wait for a stage's folder
 
 
 class StageChanged(ValueError):
-    """A stage's folder was made with another config."""
+    """A stage's folder was made with another config, other data, other weights or other code."""
 
 
 def start_stage(
     workdir: pathlib.Path, config, stage: str, versions: dict[str, int]
 ) -> tuple[pathlib.Path, str]:
-    """Return the stage's folder and its status, "new", "unfinished" or "done". For one process.
+    """Return the stage's folder and its status: "new", "unfinished" or "done". For one process.
 
     A new folder gets its config.json. versions: of the code that a resumed stage must find as it
     was, {name: version}. Raises StageChanged where the folder was made with a config that differs
     in what the stage depends on, or is unfinished and of other versions; both are named.
     """
     folder = pathlib.Path(workdir) / configs.folder_names(config)[stage]
-    wanted = _dependencies(config, stage)
     path = folder / "config.json"
-    if path.exists() and ((folder / "done.json").exists() or _has_progress(folder)):
-        defaults = _dependencies(
-            configs.default(tuple(config.stages)), stage
-        )  # of fields that are newer than the run
+    is_done = (folder / "done.json").exists()
+    if path.exists() and (is_done or _has_progress(folder)):
         record = json.loads(path.read_text())
-        found = defaults | record["depends_on"]
-        # A folder may be from before a field was let free.
-        found = {name: value for name, value in found.items() if not configs.is_free(name)}
-        if found != wanted:
-            raise StageChanged(_difference(folder, stage, found, wanted))
-        if (folder / "done.json").exists():
+        _check_config(folder, config, stage, record["depends_on"])
+        if is_done:
             return folder, "done"  # of whatever versions: it is used as it is
         _check_versions(folder, stage, record.get("versions", {}), versions)
         return folder, "unfinished"
-    if not path.exists() and any(
-        item.suffix != ".draft" and item.name != ".lock" for item in folder.glob("*")
-    ):
+
+    # The lock is taken before, and a kill may leave a draft.
+    strange = [
+        item for item in folder.glob("*") if item.suffix != ".draft" and item.name != ".lock"
+    ]
+    if strange and not path.exists():
         raise StageChanged(
-            f"{folder} has files but no config.json, so it is not this program's: "
-            "give another --workdir, or remove it."
+            f"{folder} has files but no config.json, so it is not a stage of a run. Give another "
+            "--workdir, or remove the folder."
         )
-    # Nothing is lost by beginning anew: an attempt that failed before its first checkpoint binds
-    # nobody.
+    # An attempt that failed before its first checkpoint binds nobody: nothing is lost.
     folder.mkdir(parents=True, exist_ok=True)
-    for record in ("ledger.json", "weights.json"):
-        (folder / record).unlink(missing_ok=True)
+    for name in ("ledger.json", "weights.json"):
+        (folder / name).unlink(missing_ok=True)
     record = dict(
-        stage=stage, depends_on=wanted, versions=versions, config=json.loads(config.to_json())
+        stage=stage,
+        depends_on=_dependencies(config, stage),
+        versions=versions,
+        config=json.loads(config.to_json()),
     )
     write_json(path, record)
     return folder, "new"
 
 
+def _check_config(folder: pathlib.Path, config, stage: str, depends_on: dict) -> None:
+    """Raise StageChanged if a stage was started with a config that differs where it matters."""
+    # Fields that are newer than the folder have their defaults; others are free since.
+    defaults = _dependencies(configs.default(tuple(config.stages)), stage)
+    there = {
+        name: value for name, value in (defaults | depends_on).items() if not configs.is_free(name)
+    }
+    now = _dependencies(config, stage)
+    if there == now:
+        return
+    advice = "Take the old values, or give another --workdir"
+    name = _other_name(folder, config, stage, there, now)
+    if name:
+        advice += f" or another name, such as --config.run={name}"
+    raise StageChanged(
+        f"{folder} holds the {stage} stage of another config:\n"
+        f"{differences(there, now, 'config.')}\n"
+        f"{advice}. Or remove the folder, if it is not needed."
+    )
+
+
+def _other_name(folder: pathlib.Path, config, stage: str, there: dict, now: dict) -> str:
+    """Return a name with which the run would have a folder of its own; "" if none would help.
+
+    config.run renames the last training stage and those after it.
+    """
+    trained = stage_table.training_stages(config)
+    if not trained or config.stages.index(stage) < config.stages.index(trained[-1]):
+        return ""
+    stem = config.run or trained[-1]
+    differing = [name for name in now if name not in there or there[name] != now[name]]
+    if differing and all(name.startswith(f"{trained[-1]}.") for name in differing):
+        return run_name.name_of(stem, {name: now[name] for name in differing})
+    number = 2
+    while (folder.parent / f"{stem}-{number}").exists():
+        number += 1
+    return f"{stem}-{number}"
+
+
 def _check_versions(folder, stage: str, there: dict[str, int], now: dict[str, int]) -> None:
-    """Raise StageChanged where a stage was begun by code of other versions."""
+    """Raise StageChanged if code of other versions began the stage."""
     differing = []
     for name, version in now.items():
         begun_with = there.get(name, 1)  # stages from before versions were written
@@ -87,55 +125,56 @@ def _check_versions(folder, stage: str, there: dict[str, int], now: dict[str, in
 
 
 def _dependencies(config, stage: str) -> dict:
-    """As they come back from a file."""
+    """Return what a stage depends on, as it comes back from a file."""
     return json.loads(json.dumps(configs.dependencies(config, stage)))
 
 
 def _has_progress(folder: pathlib.Path) -> bool:
-    """Whether there is something to go on from: completions, or a checkpoint, which has a number
-    for a name once it is complete.
-    """
-    return (folder / COMPLETIONS).exists() or any(
-        item.name.isdigit() for item in (folder / "checkpoints").glob("*")
-    )
+    """Return whether there is something to resume from: completions, or a whole checkpoint."""
+    if (folder / COMPLETIONS).exists():
+        return True
+    # A checkpoint has a number for a name once it is complete.
+    return any(item.name.isdigit() for item in (folder / "checkpoints").glob("*"))
 
 
 def finish_stage(folder: pathlib.Path, **result) -> None:
-    """Marks a stage as complete, with what is worth knowing of its result."""
+    """Mark a stage as complete, with what is worth knowing of its result."""
     write_json(folder / "done.json", result | dict(finished=time.strftime("%Y-%m-%d %H:%M:%S")))
 
 
 def write_json(path: pathlib.Path, value) -> None:
-    """Writes JSON in one piece."""
+    """Write JSON in one piece."""
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def write_lines(path: pathlib.Path, rows: list[dict]) -> None:
-    """Writes JSON lines in one piece."""
+    """Write JSON lines in one piece."""
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def append_lines(path: pathlib.Path, rows: list[dict]) -> None:
-    """Appends JSON lines. Process 0 only."""
+    """Append JSON lines. Process 0 only."""
     if jax.process_index() == 0:
         with path.open("a") as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_lines(path: pathlib.Path) -> list[dict]:
-    """The JSON lines appended so far, none where there is no file; a last line that a kill cut
-    short is cut off.
+    """Return the JSON lines appended so far, none if there is no file.
+
+    A last line that a kill cut short is removed from the file.
     """
     if not path.exists():
         return []
     *whole, cut = path.read_text().split("\n")
+    rows = [json.loads(line) for line in whole]
     if cut:
-        write_lines(path, [json.loads(line) for line in whole])
-    return [json.loads(line) for line in whole]
+        write_lines(path, rows)
+    return rows
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a file in one piece: a kill leaves the old one or the new one. Process 0 only."""
+    """Write a file in one piece: a kill leaves the old one or the new one. Process 0 only."""
     if jax.process_index() == 0:
         draft = path.with_suffix(".draft")
         draft.write_text(text)
@@ -144,8 +183,9 @@ def write_text(path: pathlib.Path, text: str) -> None:
 
 @contextlib.contextmanager
 def lock_folder(folder: pathlib.Path):
-    """Holds a stage's folder for this process; the system lets go of it however the process
-    ends.
+    """Hold a stage's folder for this process; the system lets go of it however that ends.
+
+    Raises RuntimeError if another process holds it for longer than PATIENCE.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
@@ -155,9 +195,8 @@ def lock_folder(folder: pathlib.Path):
 
 
 def _take(file, folder: pathlib.Path) -> None:
-    """Another run that shares a finished stage holds it for a moment; one that works in it, for
-    long.
-    """
+    """Lock an open file, after a wait if need be."""
+    # A run that only finds the stage done holds it for a moment; one that works in it, for long.
     deadline = time.monotonic() + PATIENCE
     while True:
         try:
@@ -165,26 +204,18 @@ def _take(file, folder: pathlib.Path) -> None:
         except BlockingIOError:
             if time.monotonic() > deadline:
                 raise RuntimeError(
-                    f"another process is at work in {folder}: wait for it, "
-                    "or give another --workdir or --config.run."
+                    f"another process is at work in {folder}: wait for it, or give another "
+                    "--workdir or --config.run."
                 ) from None
             time.sleep(0.1)
 
 
 def differences(found: dict, wanted: dict, prefix: str = "") -> str:
-    """A line for each setting that is not what it was, for a person; "" where all are."""
+    """Return a line for each setting that differs, for a person; "" if none does."""
     missing = "(absent)"
-    return "\n".join(
-        f"  {prefix}{name}: {found.get(name, missing)!r} there, {wanted.get(name, missing)!r} now"
-        for name in sorted(found.keys() | wanted.keys())
-        if found.get(name, missing) != wanted.get(name, missing)
-    )
-
-
-def _difference(folder, stage, found, wanted) -> str:
-    return (
-        f"{folder} holds the {stage} stage of another config:\n"
-        + differences(found, wanted, "config.")
-        + "\nTake the old values, or give another --workdir (or --config.run=NAME where only the last training "
-        "stage differs), or remove the folder to lose it."
-    )
+    lines = []
+    for name in sorted(found.keys() | wanted.keys()):
+        there, now = found.get(name, missing), wanted.get(name, missing)
+        if there != now:
+            lines.append(f"  {prefix}{name}: {there!r} there, {now!r} now")
+    return "\n".join(lines)

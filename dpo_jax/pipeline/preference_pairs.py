@@ -1,13 +1,11 @@
-"""The `pairs` stage: completions of a model, scored by a reward, labelled as preference pairs
-(appendix C.1).
+"""The `pairs` stage: completions of a model, labelled as pairs by a reward (appendix C.1).
 
-    WORKDIR/pairs/  completions.jsonl  (each prompt's completions with their rewards, as they are
-    made)
-                    pairs.jsonl  pairs_eval.jsonl  (prompt, chosen, rejected: text, rewards and
-                    tokens)
+    WORKDIR/pairs/
+      completions.jsonl               each prompt's completions and their rewards, as they are made
+      pairs.jsonl  pairs_eval.jsonl   prompt, chosen, rejected: text, rewards and tokens
 
-Tokens are kept beside the text, so that training reads what was sampled: no EOS where a completion
-ended by length, and no other tokens for the same text.
+Tokens are kept beside the text, so that training reads exactly what was sampled: the same tokens,
+and no EOS where a completion ended by its length.
 """
 
 import functools
@@ -45,82 +43,84 @@ def make_pairs(
     sampling: Sampling,
     folder: pathlib.Path,
 ) -> dict:
-    """Samples, scores and labels; writes the files above and ledger.json, and returns the number of
-    pairs.
+    """Sample completions, give each its reward, label their pairs and write the files above.
 
-    prompts: of the splits train and eval. labels: config.pairs.labels. What completions.jsonl has
-    already is kept.
+    prompts: of the splits train and eval. labels: config.pairs.labels. Completions that
+    completions.jsonl has already are kept. Returns the number of training pairs; raises ValueError
+    where a split has none.
     """
-    both = Prompts(
-        *(
-            [*getattr(prompts["train"], part), *getattr(prompts["eval"], part)]
-            for part in ("ids", "texts")
-        )
-    )
+    train, held_out = prompts["train"], prompts["eval"]
+    both = Prompts([*train.ids, *held_out.ids], [*train.texts, *held_out.texts])
     rows = rollouts.complete(model, both, reward, sampling, folder)
-    of_splits = dict(train=rows[: len(prompts["train"])], eval=rows[len(prompts["train"]) :])
+    splits = dict(train=rows[: len(train)], eval=rows[len(train) :])
+
     ledger = {}
     for number, (split, file) in enumerate(FILES.items()):
-        of_split = of_splits[split]
-        found, left_out = label(of_split, labels, np.random.default_rng([sampling.seed, number]))
-        if not found:
+        count = len(splits[split])
+        rng = np.random.default_rng([sampling.seed, number])
+        pairs, left_out = label(splits[split], labels, rng)
+        if not pairs:
             raise ValueError(
-                f"pairs: no pair is left of {len(of_split)} prompts in {file}: {left_out}."
+                f"pairs: no pair is left of the {count} prompts of {file} ({left_out}). Sample "
+                "more prompts or completions (config.pairs.prompts, config.pairs.completions), or "
+                "use a reward that tells them apart."
             )
-        write_lines(folder / file, found)
-        agreeing = sum(pair["reward_chosen"] > pair["reward_rejected"] for pair in found)
+        write_lines(folder / file, pairs)
+        agreeing = sum(pair["reward_chosen"] > pair["reward_rejected"] for pair in pairs)
         ledger[split] = dict(
-            prompts=len(of_split),
-            completions=len(of_split) * sampling.n,
-            pairs=len(found),
+            prompts=count,
+            completions=count * sampling.n,
+            pairs=len(pairs),
             left_out=left_out,
             chosen_has_higher_reward=agreeing,
         )
         say(
-            f"pairs: {len(found)} pairs from {len(of_split)} prompts in {file}, "
-            f"{agreeing / len(found):.0%} of them with the higher reward chosen; left out: {left_out}"
+            f"pairs: {len(pairs)} pairs from {count} prompts in {file}; the chosen side has the "
+            f"higher reward in {agreeing / len(pairs):.0%}; left out: {left_out}"
         )
     write_json(folder / "ledger.json", ledger)
     return dict(pairs=ledger["train"]["pairs"])
 
 
 def label(rows: list[dict], labels: str, rng) -> tuple[list[dict], dict[str, int]]:
-    """All pairs of each prompt's completions, labelled by `labels`, and how many were left out, by
-    reason.
+    """Return all pairs of each prompt's completions, and how many were left out, by reason.
+
+    rows: as `rollouts.with_rewards` makes them. labels: a key of LABELS.
     """
-    pairs, equal, tied = [], 0, 0
+    pairs = []
+    left_out = {"equal completions": 0, "equal rewards": 0}
     for row in rows:
         for first, second in itertools.combinations(row["completions"], 2):
             margin = first["reward"] - second["reward"]
+            # Drawn for every two, so that a pair's label does not depend on the pairs before it.
             uniform = rng.random()
             if first["tokens"] == second["tokens"]:
-                equal += 1
+                left_out["equal completions"] += 1
             elif margin == 0 and labels == "deterministic":
-                tied += 1
+                left_out["equal rewards"] += 1
             else:
-                chosen, rejected = (
-                    (first, second)
-                    if uniform < LABELS[labels](np.float64(margin))
-                    else (second, first)
-                )
-                pairs.append(
-                    dict(
-                        prompt=row["prompt"],
-                        chosen=chosen["text"],
-                        rejected=rejected["text"],
-                        reward_chosen=chosen["reward"],
-                        reward_rejected=rejected["reward"],
-                        tokens=[row["tokens"], chosen["tokens"], rejected["tokens"]],
-                    )
-                )
-    return pairs, {"equal completions": equal, "equal rewards": tied}
+                chosen, rejected = first, second
+                if uniform >= LABELS[labels](np.float64(margin)):
+                    chosen, rejected = second, first
+                pairs.append(_pair(row, chosen, rejected))
+    return pairs, left_out
+
+
+def _pair(row: dict, chosen: dict, rejected: dict) -> dict:
+    """Return a row of pairs.jsonl."""
+    return dict(
+        prompt=row["prompt"],
+        chosen=chosen["text"],
+        rejected=rejected["text"],
+        reward_chosen=chosen["reward"],
+        reward_rejected=rejected["reward"],
+        tokens=[row["tokens"], chosen["tokens"], rejected["tokens"]],
+    )
 
 
 @functools.lru_cache(maxsize=1)  # the runs of a sweep in one process read them once
 def load(folder: pathlib.Path, kind: str) -> Dataset:
-    """The pairs that a finished stage made, as data to train on; of kind "sft", the chosen
-    responses.
-    """
+    """Return the pairs of a finished stage, to train on; of kind "sft", their chosen responses."""
     ledger, found = Ledger(), {}
     for split, file in FILES.items():
         examples, counts = Examples(), getattr(ledger, split)

@@ -1,8 +1,9 @@
-"""A run: its config, its folders, and what its stages begin with: model, data, prompts, reward."""
+"""A run: its config and folders, and what stages begin with: models, data, prompts, rewards."""
 
 import dataclasses
 import json
 import pathlib
+from collections.abc import Callable
 
 import jax
 from ml_collections import ConfigDict
@@ -22,6 +23,9 @@ from dpo_jax.sampling.sampler import Sampling
 from dpo_jax.stage_table import STAGES
 from dpo_jax.workdir import StageChanged, write_json
 
+# config.reward.kind where the reward is a function that was given from Python
+FUNCTION = "function"
+
 
 def versions() -> dict[str, int]:
     """Return the versions of the code that an unfinished stage must find as it was."""
@@ -39,15 +43,16 @@ class Run:
     config: ConfigDict
     workdir: pathlib.Path
     mesh: jax.sharding.Mesh
+    reward_function: Callable | None = None  # the true reward, where config.reward.kind is FUNCTION
+    loss: Callable | None = None  # replaces the loss that config.dpo.loss names
     _prompts: dict = dataclasses.field(default_factory=dict)  # read once
 
     def folder(self, stage: str) -> pathlib.Path:
+        """Return the stage's folder under WORKDIR."""
         return self.workdir / configs.folder_names(self.config)[stage]
 
     def initial(self, stage: str) -> loading.Checkpoint:
-        """What a stage starts from: the result of the sft stage before it, or the config's
-        model.
-        """
+        """Return what a stage starts from: the result of sft before it, or the config's model."""
         model = self.config.model
         options = configs.model_options(self.config)
         if "sft" in self._before(stage):
@@ -58,81 +63,90 @@ class Run:
             model.scratch.to_dict(), self.config.seed, tokenizer_path=model.tokenizer, **options
         )
 
+    def load(self, checkpoint: loading.Checkpoint) -> loading.Model:
+        """Load a checkpoint's weights onto the run's mesh."""
+        return checkpoint.load(self.mesh, append_eos=self.config.data.append_eos)
+
     def lora(self) -> Lora | None:
-        """Which adapters are trained; None: all weights are."""
+        """Return the adapters that are trained, or None where all weights are."""
         block = self.config.model.lora
         return Lora(**block.to_dict()) if block.rank else None
 
     def load_data(self, stage: str, tokenizer) -> dataset.Dataset:
-        """The rows that a stage trains on, tokenised; the ledger is shown, and written to the
-        stage's folder.
+        """Read and tokenise the examples that a stage trains on.
+
+        Shows the ledger, writes it to the stage's folder, and refuses a resumed stage whose data
+        has changed.
         """
         kind = "pairs" if STAGES[stage].responses == 2 else "sft"
-        data = self.config.data
         if stage_table.trains_on_samples(self.config, stage):
             loaded = preference_pairs.load(self.folder("pairs"), kind)
+        elif STAGES[stage].data == "sft":
+            loaded = dataset.load(self.sft_data(), tokenizer, kind)
         else:
-            block = self.sft_data() if STAGES[stage].data == "sft" else data
-            loaded = dataset.load(block, tokenizer, kind)
+            loaded = dataset.load(self.config.data, tokenizer, kind)
+
         say(loaded.ledger.table())
-        if data.show:
-            say(dataset.show(loaded.train, tokenizer, range(min(data.show, len(loaded.train)))))
-        self.record(
-            stage, loaded.ledger.to_dict(), [loaded.train.fingerprint, loaded.eval.fingerprint]
-        )
+        shown = min(self.config.data.show, len(loaded.train))
+        if shown:
+            say(dataset.show(loaded.train, tokenizer, range(shown)))
+        fingerprints = [loaded.train.fingerprint, loaded.eval.fingerprint]
+        self.record(stage, loaded.ledger.to_dict(), fingerprints)
         return loaded
 
     def sft_data(self) -> ConfigDict:
-        """The data block of what sft trains on and of the prompts: the pairs', or that of a set of
-        its own.
-        """
+        """Return the data block of sft and of prompts: config.data, at data.sft_path if given."""
         data = self.config.data.copy_and_resolve_references()
         if data.sft_path:
+            # The split to evaluate on is the other data set's.
             data.update(path=data.sft_path, eval_split="")
         return data
 
     def load_prompts(self, tokenizer) -> dict[str, Prompts]:
-        """The prompts to sample from, of the splits train and eval."""
+        """Return the prompts to sample from, of the splits train and eval."""
         if not self._prompts:
             loaded = dataset.load(self.sft_data(), tokenizer, "sft")
-            self._prompts = {
-                split: prompts.make(examples, tokenizer, self.config.sampling, self.config.seed)
-                for split, examples in (("train", loaded.train), ("eval", loaded.eval))
-            }
+            for split, examples in (("train", loaded.train), ("eval", loaded.eval)):
+                self._prompts[split] = prompts.make(
+                    examples, tokenizer, self.config.sampling, self.config.seed
+                )
         return self._prompts
 
     def eval_prompts(self, stage: str, tokenizer) -> Prompts:
-        """The first held-out prompts, as many as the stage's block says."""
-        found, wanted = self.load_prompts(tokenizer)["eval"], self.config[stage].prompts
-        if len(found) < wanted:
+        """Return the first held-out prompts, as many as the stage's block asks for."""
+        held_out = self.load_prompts(tokenizer)["eval"]
+        wanted = self.config[stage].prompts
+        if len(held_out) < wanted:
             raise ValueError(
-                f"config.{stage}.prompts = {wanted}, but there are {len(found)} held-out prompts: lower "
-                "it, or hold out more rows (config.data.max_eval_rows)."
+                f"config.{stage}.prompts = {wanted}, but there are only {len(held_out)} held-out "
+                f"prompts. Lower it, or hold out more (config.data.max_eval_rows = "
+                f"{self.config.data.max_eval_rows})."
             )
-        return found.take(range(wanted))
+        return held_out.take(range(wanted))
 
-    def reward(self, name: str):
-        """The reward of a stage: "true" is config.reward, "rm" the rm stage's model, which stands
-        for both where no true one is known.
+    def reward(self, name: str) -> Callable:
+        """Return a stage's reward: "true" (config.reward) or "rm" (the rm stage's model).
+
+        Where no true reward is known, config.reward.kind is rm, and both are that model.
         """
-        return make.make_reward(*self._reward_at(name), self.config.reward.batch_size, self.mesh)
+        kind, path = self._reward_at(name)
+        if kind == FUNCTION:
+            return self.reward_function
+        return make.make_reward(kind, path, self.config.reward.batch_size, self.mesh)
 
     def reward_model(self, name: str) -> loading.Checkpoint | None:
-        """The model of ours behind a stage's reward, if one is."""
+        """Return the model behind a stage's reward, or None where it is not one of ours."""
         kind, path = self._reward_at(name)
-        return loading.open_checkpoint(path, head="reward") if kind in ("rm", "model") else None
+        if kind in ("rm", "model"):
+            return loading.open_checkpoint(path, head="reward")
+        return None
 
     def _reward_at(self, name: str) -> tuple[str, str]:
+        """Return the kind and the path of a stage's reward."""
         block = self.config.reward
-        return (
-            ("rm", str(self.folder("rm") / "hf"))
-            if "rm" in (name, block.kind)
-            else (block.kind, block.path)
-        )
-
-    def load(self, checkpoint: loading.Checkpoint) -> loading.Model:
-        """Load a checkpoint's weights onto the run's mesh."""
-        return checkpoint.load(self.mesh, append_eos=self.config.data.append_eos)
+        if name == "rm" or block.kind == "rm":
+            return "rm", str(self.folder("rm") / "hf")
+        return block.kind, block.path
 
     def sampling(self, n: int = 1) -> Sampling:
         """Return how the stages of this run sample: n completions of each prompt."""
@@ -142,40 +156,41 @@ class Run:
         )
 
     def eos_id(self, tokenizer) -> int | None:
-        """What ends a completion."""
+        """Return the token that ends a completion, if one does."""
         return tokenizer.eos_token_id if self.config.data.append_eos else None
 
     def record(self, stage: str, ledger: dict, fingerprint) -> None:
-        """Writes ledger.json; an unfinished stage whose data has changed since it began is
-        refused.
-        """
+        """Write ledger.json; raise StageChanged where the data of a resumed stage has changed."""
         path = self.folder(stage) / "ledger.json"
         if path.exists() and json.loads(path.read_text())["fingerprint"] != fingerprint:
             raise StageChanged(
-                f"the data of {self.folder(stage)} has changed since the stage began: its tokens are not those that "
-                "the checkpoint was trained on. Put the old data back, or give another --workdir."
+                f"The data of {self.folder(stage)} has changed since the stage began: its tokens "
+                "are not those that the checkpoint was trained on. Put the old data back, or give "
+                "another --workdir."
             )
         write_json(path, ledger | dict(fingerprint=fingerprint))
 
-    def record_weights(self, stage: str, **models: loading.Checkpoint | None) -> None:
-        """Writes weights.json: path and fingerprint of the models of ours, by role, that the stage
-        reads again when it goes on. A stage of which one has changed since it began is refused.
+    def record_weights(self, stage: str, **checkpoints: loading.Checkpoint | None) -> None:
+        """Write weights.json: path and fingerprint of each model, by its role in the stage.
+
+        They are those that the stage reads again when it is resumed. Raises StageChanged where one
+        of them has changed since the stage began.
         """
         path = self.folder(stage) / "weights.json"
-        found = {
-            role: dict(path=model.path, fingerprint=model.fingerprint())
-            for role, model in models.items()
-            if model
-        }
+        now = {}
+        for role, checkpoint in checkpoints.items():
+            if checkpoint:
+                now[role] = dict(path=checkpoint.path, fingerprint=checkpoint.fingerprint())
         before = json.loads(path.read_text()) if path.exists() else {}
-        for role, model in found.items():
-            if before.get(role, model)["fingerprint"] != model["fingerprint"]:
+        for role, weights in now.items():
+            if role in before and before[role]["fingerprint"] != weights["fingerprint"]:
                 raise StageChanged(
-                    f"the weights at {model['path']} have changed since {path.parent} began with them (as its {role}): "
-                    "put the old ones back, or give another --workdir."
+                    f"The weights at {weights['path']} have changed since {path.parent} began with "
+                    f"them (as its {role}). Put the old ones back, or give another --workdir."
                 )
-        if found:
-            write_json(path, found)
+        if now:
+            write_json(path, now)
 
     def _before(self, stage: str) -> tuple[str, ...]:
+        """Return the stages before a stage."""
         return self.config.stages[: self.config.stages.index(stage)]

@@ -1,9 +1,12 @@
-"""The stages of a run, one after the other: those that train, and those that sample, compare and
-measure.
+"""A run from its first stage to its last: those that train, and those that sample or measure.
+
+`train_stage.py` has the stages that train; the others are here. What is true of a stage whatever
+its settings is in `stage_table.py`.
 """
 
 import functools
 import pathlib
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -15,32 +18,30 @@ from dpo_jax.evaluation import best_of_n, reward_kl, toy_report
 from dpo_jax.models import loading
 from dpo_jax.parallel import processes, sharding
 from dpo_jax.pipeline import preference_pairs
-from dpo_jax.pipeline.run import Run, versions
-from dpo_jax.pipeline.train_stage import policy_measure, train_stage
+from dpo_jax.pipeline.run import FUNCTION, Run, versions
+from dpo_jax.pipeline.train_stage import is_measured_exactly, policy_measure, train_stage
 from dpo_jax.rewards import make
 from dpo_jax.stage_table import STAGES
 from dpo_jax.workdir import finish_stage, lock_folder, start_stage, write_json, write_lines
 
 
 def pairs_stage(run: Run, stage: str) -> dict:
-    """Preference pairs sampled from the model that the stages before made, labelled by the true
-    reward.
-    """
+    """Sample from the model that the stages before made, and label pairs by the true reward."""
     initial, block = run.initial(stage), run.config.pairs
-    found = run.load_prompts(initial.tokenizer)
-    if len(found["train"]) < block.prompts:
+    prompts = run.load_prompts(initial.tokenizer)
+    count = len(prompts["train"])
+    if count < block.prompts:
         raise ValueError(
-            f"config.pairs.prompts = {block.prompts}, but there are {len(found['train'])} training "
-            "prompts: lower it, or take more rows (config.data.train_split, config.data.max_rows)."
+            f"config.pairs.prompts = {block.prompts}, but there are only {count} training prompts. "
+            "Lower it, or read more rows (config.data.train_split, config.data.max_rows)."
         )
     run.record_weights(stage, policy=initial, reward=run.reward_model("true"))
-    chosen = np.random.default_rng(run.config.seed).permutation(len(found["train"]))[
-        : block.prompts
-    ]
-    held_out = found["eval"].take(range(min(preference_pairs.EVAL_PROMPTS, len(found["eval"]))))
+
+    chosen = np.random.default_rng(run.config.seed).permutation(count)[: block.prompts]
+    held_out = min(preference_pairs.EVAL_PROMPTS, len(prompts["eval"]))
     return preference_pairs.make_pairs(
         run.load(initial),
-        dict(train=found["train"].take(chosen), eval=held_out),
+        dict(train=prompts["train"].take(chosen), eval=prompts["eval"].take(range(held_out))),
         run.reward("true"),
         block.labels,
         run.sampling(n=block.completions),
@@ -49,24 +50,25 @@ def pairs_stage(run: Run, stage: str) -> dict:
 
 
 def evaluate_stage(run: Run, stage: str) -> dict:
-    """The trained policy's reward and KL to where it began."""
+    """Measure the trained policy's reward, and its KL to where it began."""
     (trained,) = stage_table.policy_stages(run.config)
     start = run.initial(trained)
-    if run.config.data.source == "toy":
-        beta = run.config[trained].get("beta")
+    if is_measured_exactly(run):
         with jax.set_mesh(run.mesh):
             return toy_report.write(
                 run.folder(stage),
                 run.folder(trained),
                 run.load(start),
                 run.config.reward.kind,
-                beta,
+                run.config[trained].get("beta"),
             )
     end = loading.open_checkpoint(str(run.folder(trained) / "hf"), dtype=run.config.model.dtype)
-    measure, reference = policy_measure(run, start), start.load_params(run.mesh)
+    measure = policy_measure(run, start)
+    reference = start.load_params(run.mesh)
     values, rows = measure(end.load_params(run.mesh), reference)
-    _, before = measure(reference, reference)
-    say(reward_kl.side_by_side(rows[: run.config.evaluate.show], before))
+    _, reference_rows = measure(reference, reference)
+
+    say(reward_kl.side_by_side(rows[: run.config.evaluate.show], reference_rows))
     write_lines(run.folder(stage) / "completions.jsonl", rows)
     write_json(run.folder(stage) / "evaluate.json", dict(policy=trained, **values))
     say(reward_kl.table(values))
@@ -74,7 +76,7 @@ def evaluate_stage(run: Run, stage: str) -> dict:
 
 
 def best_of_n_stage(run: Run, stage: str) -> dict:
-    """The best of N completions of the model that the stages before made, for each N."""
+    """Choose the best of N completions of the model that the stages before made, for each N."""
     initial, block = run.initial(stage), run.config.best_of_n
     held_out = run.eval_prompts(stage, initial.tokenizer)
     run.record_weights(
@@ -98,25 +100,75 @@ OTHER_STAGES = {  # all that do not train
 }
 
 
-def run_stages(config: ConfigDict, workdir: str) -> None:
-    """Runs every stage that is not done yet; ValueError for a wrong config, StageChanged for a
-    changed one.
+def run_stages(
+    config: ConfigDict,
+    workdir: str,
+    *,
+    reward: Callable | None = None,
+    loss: Callable | None = None,
+) -> None:
+    """Run every stage of a config that is not done yet, each in its folder under WORKDIR.
+
+    reward: a function from prompts and completions (lists of n texts) to n numbers, instead of
+    config.reward. loss: a function of `losses.Pairs`, beta and label_smoothing, instead of the one
+    that config.dpo.loss names; it is not recorded, so a stage that is resumed or reused does not
+    notice another one. Raises ValueError for a wrong config, and StageChanged where a stage's
+    folder was made with another one.
     """
     config_checks.validate(config)
     processes.check_shared(workdir)
-    run = Run(config, pathlib.Path(workdir), sharding.make_mesh(**config.mesh))
+    config = _with_reward(config, reward)
+    run = Run(
+        config,
+        pathlib.Path(workdir),
+        sharding.make_mesh(**config.mesh),
+        # Made once, as best_of_n asks whether two rewards are one.
+        reward_function=make.from_function(reward) if reward else None,
+        loss=loss,
+    )
+
+    # A reward that cannot be read is better known before hours of training than after.
     ahead = [stage for stage in config.stages if not (run.folder(stage) / "done.json").exists()]
     if any(STAGES[stage].samples for stage in ahead):
         make.check_reward(config.reward.kind, config.reward.path)
     for stage in config.stages:
-        folder = run.folder(stage)
-        with lock_folder(folder):
-            begin = functools.partial(start_stage, run.workdir, config, stage, versions())
-            status = processes.from_first(lambda: begin()[1])
-            if status == "done":
-                say(f"{stage}: done before, in {folder}")
-            else:
-                run_stage = OTHER_STAGES.get(stage, train_stage)
-                finish_stage(folder, **run_stage(run, stage))
-    processes.wait_for_all("all stages")  # whose files the others may read
+        _run_stage(run, stage)
+    processes.wait_for_all("all stages")  # the others may read what process 0 wrote
     say(f"all stages done, in {workdir}")
+
+
+def _run_stage(run: Run, stage: str) -> None:
+    """Run a stage unless it is done, alone in its folder."""
+    folder = run.folder(stage)
+    with lock_folder(folder):
+        begin = functools.partial(start_stage, run.workdir, run.config, stage, versions())
+        status = processes.from_first(lambda: begin()[1])
+        if status == "done":
+            say(f"{stage}: done before, in {folder}")
+            return
+        make_result = OTHER_STAGES.get(stage, train_stage)
+        finish_stage(folder, **make_result(run, stage))
+
+
+def _with_reward(config: ConfigDict, reward: Callable | None) -> ConfigDict:
+    """Return the config with the name of a reward function in it, if one is given.
+
+    So it is written down, and a stage that another reward has begun or finished is refused. Raises
+    ValueError where a function is given that no stage asks, or none where the config has one.
+    """
+    if reward is None:
+        if "reward" in config and config.reward.kind == FUNCTION:
+            raise ValueError(
+                "config.reward.kind = 'function': this run's reward is a Python function. Continue "
+                "it with dpo_jax.run(config, workdir, reward=...)."
+            )
+        return config
+    if not stage_table.samples(config):
+        raise ValueError(
+            "the run has no use for a reward: pairs, ppo, best_of_n and evaluate ask for one, and "
+            f"its stages are {', '.join(config.stages)}."
+        )
+    name = getattr(reward, "__qualname__", type(reward).__qualname__)
+    config = config.copy_and_resolve_references()
+    config.reward.update(kind=FUNCTION, path=name)
+    return config

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -10,111 +11,200 @@ import numpy as np
 from dpo_jax import config as configs
 from dpo_jax import stage_table
 from dpo_jax.console import say
-from dpo_jax.data import dataset
+from dpo_jax.data import dataset, toy
 from dpo_jax.evaluation import reward_kl, toy_report
 from dpo_jax.models import hf, loading, peft, transformer
 from dpo_jax.models import lora as adapters
+from dpo_jax.models.loading import Checkpoint
 from dpo_jax.models.lora import Lora
+from dpo_jax.models.transformer import TransformerConfig
 from dpo_jax.parallel import sharding
 from dpo_jax.pipeline.run import Run
 from dpo_jax.stage_table import STAGES
 from dpo_jax.training.data_feed import DataFeed
-from dpo_jax.training.loop import Job, train
+from dpo_jax.training.loop import Feed, Job, train
 from dpo_jax.training.ppo import RolloutFeed
 from dpo_jax.training.reference_cache import ReferenceCache
 
 
+@dataclasses.dataclass(frozen=True)
+class Models:
+    """The models of a training stage, and how their weights come onto the run's mesh."""
+
+    run: Run
+    initial: Checkpoint  # what training starts from
+    config: TransformerConfig  # of the model that is trained: the initial one, with another head
+    reference: Checkpoint | None  # the initial one itself, another, or none
+    lora: Lora | None
+
+    @functools.cached_property
+    def initial_params(self) -> dict:
+        """The initial weights, one copy for all that only read them.
+
+        What is trained is a copy of its own, as a training step deletes the weights before it.
+        """
+        return self.load_initial()
+
+    def load_initial(self) -> dict:
+        """Load the initial weights, with the stage's own head, which starts from zero."""
+        params = self.initial.load_params(self.run.mesh)
+        if self.config.head == "lm":
+            return params
+        placed = sharding.param_shardings(self.run.mesh, transformer.abstract(self.config))
+        zeros = np.zeros(self.config.width, np.float32)
+        head = {"scalar": jax.device_put(zeros, placed["head"]["scalar"])}
+        if self.config.head == "lm_value":
+            head |= params.get("head", {})  # the language model's, if it is not tied
+        return params | {"head": head}
+
+    def load_trained(self) -> dict:
+        """Load what is trained: the initial weights, or adapters, the same on any mesh."""
+        if not self.lora:
+            return self.load_initial()
+        values = adapters.init(self.config, self.lora, self.run.config.seed)
+        return sharding.shard_params(self.run.mesh, values)
+
+    def load_reference(self) -> dict | None:
+        """Load the weights of the reference, or its adapters."""
+        if self.reference is None:
+            return None
+        if self.reference is not self.initial:
+            return self.reference.load_params(self.run.mesh)
+        if self.lora:
+            # Adapters that have no effect yet: the base through the policy's own program.
+            return self.load_trained()
+        return self.initial_params
+
+    def load_base(self) -> dict | None:
+        """Load the frozen weights under the adapters."""
+        return self.initial_params if self.lora else None
+
+
 def train_stage(run: Run, stage: str) -> dict:
-    """Trains, and exports the result to hf/, and adapters to adapter/ besides."""
-    block, folder, lora = run.config[stage], run.folder(stage), run.lora()
+    """Train a model and export it to hf/, and its adapters to adapter/ besides."""
+    block, table = run.config[stage], STAGES[stage]
     initial = run.initial(stage)
-    model = dataclasses.replace(initial.config, head=STAGES[stage].head)
-    load = functools.partial(_load, run, model, initial)
-    load_initial = functools.cache(
-        load
-    )  # reference, probe and adapters share it; what is trained is another copy
-    reference = _reference(run, stage, initial)
-    probe = _probe(run, stage, initial, load_initial)
+    models = Models(
+        run,
+        initial,
+        config=dataclasses.replace(initial.config, head=table.head),
+        reference=_reference(run, stage, initial),
+        lora=run.lora(),
+    )
+    probe = _probe(run, stage, models)
     run.record_weights(
         stage,
-        base=initial if lora else None,
-        reference=reference,
+        base=initial if models.lora else None,
+        reference=models.reference,
         start=initial if probe else None,
-        reward=run.reward_model(block.reward) if STAGES[stage].samples else None,
+        reward=run.reward_model(block.reward) if table.samples else None,
     )
-    if lora:
-        _say_what_is_trained(stage, initial, adapters.abstract(model, lora))
-        load = functools.partial(_init_adapters, run, model, lora)
-    if (
-        reference is initial
-    ):  # under adapters, the base through the policy's own program: they start with no effect
-        load_reference = load if lora else load_initial
-    else:
-        load_reference = reference and functools.partial(reference.load_params, run.mesh)
+    if models.lora:
+        _say_what_is_trained(stage, models)
     cache = None
     if stage_table.keeps_reference(run.config, stage):
-        cache = ReferenceCache(
-            run.workdir, reference, run.mesh, block.microbatch_size or block.batch_size
-        )
+        batch_size = block.microbatch_size or block.batch_size
+        cache = ReferenceCache(run.workdir, models.reference, run.mesh, batch_size)
+
+    loss = run.loss if table.has_preference_loss else None
+    if loss:
+        # Without a name the self-check shows the first loss, and expects none.
+        block = block.copy_and_resolve_references()
+        block.loss = ""
     job = Job(
         name=stage,
-        folder=folder,
+        folder=run.folder(stage),
         block=block,
-        model=model,
+        model=models.config,
         mesh=run.mesh,
-        load_init=load,
-        load_reference=load_reference if reference and not cache else lambda: None,
+        load_init=models.load_trained,
+        # With kept log-probs the reference itself is not needed.
+        load_reference=(lambda: None) if cache else models.load_reference,
         log=run.config.log,
         config=json.loads(run.config.to_json()),
         probe=probe,
-        lora=lora,
-        load_base=load_initial if lora else lambda: None,
+        lora=models.lora,
+        load_base=models.load_base,
+        loss=loss,
     )
-    params, evaluated = train(job, _feed(run, stage, job, initial, reference, cache))
-    if lora:
-        peft.save(folder / "adapter", model, initial.hf_config, lora, params, base=initial.path)
-        params = adapters.merge(load_initial(), params, lora)
-    if model.head == "lm_value":
-        model, params = initial.config, _without_value(initial.config, params)
-    hf.save(folder / "hf", model, initial.hf_config, params, initial.tokenizer)
-    say(f"{stage}: exported to {folder / 'hf'}")
-    return dict(evaluation=evaluated)
+    if table.samples:
+        feed = _rollout_feed(run, job, initial)
+    else:
+        feed = _data_feed(run, job, models, cache)
+    params, evaluation = train(job, feed)
+    _export(job, models, params)
+    return dict(evaluation=evaluation)
 
 
-def _feed(run: Run, stage: str, job: Job, initial, reference, cache: ReferenceCache | None):
-    """Where the stage's steps come from: the policy's own completions for ppo, rows of data for all
-    others.
-    """
-    config = run.config
-    if STAGES[stage].samples:
-        prompts = run.load_prompts(initial.tokenizer)["train"]
-        run.record(stage, dict(prompts=len(prompts)), prompts.fingerprint)
-        return RolloutFeed(
-            job,
-            prompts,
-            run.reward(job.block.reward),
-            tokenizer=initial.tokenizer,
-            eos_id=run.eos_id(initial.tokenizer),
-            sampling=run.sampling(),
-        )
-    data = run.load_data(stage, initial.tokenizer)
+def _rollout_feed(run: Run, job: Job, initial: Checkpoint) -> Feed:
+    """Return the feed of a stage that learns from the policy's own completions."""
+    prompts = run.load_prompts(initial.tokenizer)["train"]
+    run.record(job.name, dict(prompts=len(prompts)), prompts.fingerprint)
+    return RolloutFeed(
+        job,
+        prompts,
+        run.reward(job.block.reward),
+        tokenizer=initial.tokenizer,
+        eos_id=run.eos_id(initial.tokenizer),
+        sampling=run.sampling(),
+    )
+
+
+def _data_feed(run: Run, job: Job, models: Models, cache: ReferenceCache | None) -> Feed:
+    """Return the feed of a stage that learns from examples of data."""
+    initial = models.initial
+    data = run.load_data(job.name, initial.tokenizer)
     initial.check(data.train)
     initial.check(data.eval)
+
+    seed = None
+    if run.config.data.shuffle:
+        seed = run.config.seed + job.block.get("seed", 0)
     # Sampled responses may end by their length, without EOS.
-    sampled = stage_table.trains_on_samples(config, stage)
+    sampled = stage_table.trains_on_samples(run.config, job.name)
     return DataFeed(
         job,
         data,
-        seed=config.seed + job.block.get("seed", 0) if config.data.shuffle else None,
+        seed=seed,
         eos_id=None if sampled else run.eos_id(initial.tokenizer),
-        reference_is_init=reference is initial,
+        reference_is_init=models.reference is initial,
         reference_log_probs=cache.log_probs if cache else None,
         show_example=lambda index: dataset.show(data.train, initial.tokenizer, [index]),
     )
 
 
-def _reference(run: Run, stage: str, initial):
-    """The reference model of dpo and ppo: the initial weights, none, or those at a path."""
+def _export(job: Job, models: Models, params: dict) -> None:
+    """Write what was trained: adapters as such, and the whole model in Hugging Face format."""
+    initial, config = models.initial, models.config
+    if models.lora:
+        peft.save(
+            job.folder / "adapter",
+            config,
+            initial.hf_config,
+            models.lora,
+            params,
+            base=initial.path,
+        )
+        params = adapters.merge(models.initial_params, params, models.lora)
+    if config.head == "lm_value":
+        # The policy alone is exported, in the initial model's own shape.
+        config = initial.config
+        params = _without_value_head(config, params)
+    hf.save(job.folder / "hf", config, initial.hf_config, params, initial.tokenizer)
+    say(f"{job.name}: exported to {job.folder / 'hf'}")
+
+
+def _without_value_head(config: TransformerConfig, params: dict) -> dict:
+    """Return a policy's weights without PPO's value head."""
+    shapes = transformer.abstract(config)
+    policy = {name: params[name] for name in shapes if name != "head"}
+    if "head" in shapes:
+        policy["head"] = {part: params["head"][part] for part in shapes["head"]}
+    return policy
+
+
+def _reference(run: Run, stage: str, initial: Checkpoint) -> Checkpoint | None:
+    """Return the reference of a stage's loss: what training starts from, another model, or none."""
     name = stage_table.reference_of(run.config, stage)
     if name == "none":
         return None
@@ -125,65 +215,52 @@ def _reference(run: Run, stage: str, initial):
     )
     if other.config.vocab != initial.config.vocab:
         raise ValueError(
-            f"config.dpo.reference = {name!r} has a vocabulary of "
-            f"{other.config.vocab}, the policy one of {initial.config.vocab}: they cannot be compared."
+            f"config.{stage}.reference = {name!r} has a vocabulary of {other.config.vocab}, the "
+            f"policy one of {initial.config.vocab}: they cannot be compared. Give a reference with "
+            "the policy's vocabulary."
         )
     return other
 
 
-def _load(run: Run, model, initial) -> dict:
-    """The initial weights, with the stage's own head, which starts from 0."""
-    params = initial.load_params(run.mesh)
-    if model.head == "lm":
-        return params
-    placed = sharding.param_shardings(run.mesh, transformer.abstract(model))["head"]["scalar"]
-    head = {"scalar": jax.device_put(np.zeros(model.width, np.float32), placed)}
-    return params | {"head": head | (params.get("head", {}) if model.head == "lm_value" else {})}
-
-
-def _init_adapters(run: Run, model, lora: Lora) -> dict:
-    """What is trained instead of the weights: the same numbers on any mesh."""
-    return sharding.shard_params(run.mesh, adapters.init(model, lora, run.config.seed))
-
-
-def _say_what_is_trained(stage: str, initial, shapes) -> None:
-    size, whole = (
-        sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (shapes, initial.shapes)
-    )
+def _say_what_is_trained(stage: str, models: Models) -> None:
+    initial = models.initial
+    shapes = adapters.abstract(models.config, models.lora)
+    trained = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    whole = sum(leaf.size for leaf in jax.tree.leaves(initial.shapes))
     say(
-        f"{stage}: LoRA trains {size:,} numbers over the {whole:,} of {initial.path} "
+        f"{stage}: LoRA trains {trained:,} numbers over the {whole:,} of {initial.path} "
         f"(sha256 {initial.fingerprint()[:16]})"
     )
 
 
-def _without_value(model, params):
-    """A policy's weights without PPO's value head."""
-    shapes = transformer.abstract(model)
-    return {
-        name: params[name]
-        if name != "head"
-        else {part: params["head"][part] for part in shapes["head"]}
-        for name in shapes
-    }
+def _probe(run: Run, stage: str, models: Models) -> Callable | None:
+    """Return what measures a policy at each evaluation, params -> {name: value}.
 
-
-def _probe(run: Run, stage: str, initial, load_initial):
-    """What is measured of a policy at each evaluation where an `evaluate` stage follows, or
-    None.
+    None where no `evaluate` stage will measure the policy, either.
     """
     if "evaluate" not in run.config.stages or not STAGES[stage].is_policy:
         return None
-    if run.config.data.source == "toy":
+    initial = models.initial
+    if is_measured_exactly(run):
         with jax.set_mesh(run.mesh):
-            return toy_report.probe(initial.model(load_initial(), run.mesh), run.config.reward.kind)
+            reference = initial.model(models.initial_params, run.mesh)
+            return toy_report.probe(reference, run.config.reward.kind)
     measure = policy_measure(run, initial)
-    return lambda params: measure(params, load_initial())[0]
+
+    def probe(params) -> dict[str, float]:
+        values, _ = measure(params, models.initial_params)
+        return values
+
+    return probe
 
 
-def policy_measure(run: Run, initial: loading.Checkpoint):
-    """(policy's weights, reference's) -> (values, rows) on the held-out prompts of the evaluate
-    stage.
-    """
+def is_measured_exactly(run: Run) -> bool:
+    """Return whether reward and KL are exact, as on the toy under a reward of its own."""
+    return run.config.data.source == "toy" and run.config.reward.kind in toy.REWARDS
+
+
+def policy_measure(run: Run, initial: Checkpoint) -> Callable:
+    """Return (policy's weights, reference's) -> (values, rows), on evaluate's held-out prompts."""
     held_out = run.eval_prompts("evaluate", initial.tokenizer)
     reward = run.reward("true")
 

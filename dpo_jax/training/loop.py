@@ -56,11 +56,14 @@ class Job:
     probe: Callable | None = None  # full weights -> {name: value}, measured at each evaluation
     lora: Lora | None = None  # the adapters that are trained; None: all weights are
     load_base: Callable = lambda: None  # () -> the frozen weights under the adapters, on the mesh
+    loss: Callable | None = None  # of pairs, instead of the one that block.loss names
 
     @property
     def programs(self) -> Programs:
         """The stage's compiled functions."""
-        return stage_programs(self.name, self.block, self.model, self.mesh, lora=self.lora)
+        return stage_programs(
+            self.name, self.block, self.model, self.mesh, lora=self.lora, loss=self.loss
+        )
 
 
 def stage_programs(

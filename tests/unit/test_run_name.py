@@ -68,7 +68,8 @@ def test_run_name_of_last_stage_only(other, name):
 
 def test_run_name_in_sweep():
     assert named("dpo.beta", dpo__beta=0.5) == "dpo-beta0.5"
-    assert named("dpo.beta", dpo__beta=0.5, data__max_rows=10) == "dpo-beta0.5"
+    assert named("dpo.beta", dpo__beta=0.5, dpo__lr=1e-5) == "dpo-beta0.5-lr1e-05"
+    assert named("dpo.beta", dpo__beta=0.5, dpo__lr=1e-5, data__max_rows=10) == "dpo-beta0.5"
     assert named("dpo.beta", dpo__beta=0.5, run="mine") == "mine-beta0.5"
     assert named("dpo.steps", dpo__steps=7) == "dpo-steps7"
 

@@ -72,3 +72,37 @@ def test_start_stage_restarts_without_checkpoint(tmp_path):
     (folder / "checkpoints" / "40").rmdir()
     assert status(tmp_path, forward=2) == "new"
     assert json.loads((folder / "config.json").read_text())["versions"]["forward"] == 2
+
+
+def test_start_stage_suggests_another_name(tmp_path):
+    begin(tmp_path)
+    config = configs.default(("dpo",))
+    config.dpo.steps = 20
+    with pytest.raises(StageChanged) as error:
+        start_stage(tmp_path, config, "dpo", VERSIONS)
+    assert "config.dpo.steps: 0 there, 20 now" in str(error.value)
+    assert "another --workdir or another name, such as --config.run=dpo-steps20." in str(
+        error.value
+    )
+    config.seed = 1
+    (tmp_path / "dpo-2").mkdir()
+    with pytest.raises(StageChanged, match="--config.run=dpo-3[.]"):
+        start_stage(tmp_path, config, "dpo", VERSIONS)
+
+
+def test_start_stage_suggests_no_useless_name(tmp_path):
+    """The folder of a stage before the last training stage has no other name."""
+    config = configs.default(("sft", "dpo"))
+    folder, _ = start_stage(tmp_path, config, "sft", VERSIONS)
+    finish_stage(folder)
+    config.sft.lr = 1.0
+    with pytest.raises(StageChanged, match="or give another --workdir[.] Or remove"):
+        start_stage(tmp_path, config, "sft", VERSIONS)
+
+
+def test_start_stage_ignores_a_field_that_was_not_free_before(tmp_path):
+    folder = begin(tmp_path)
+    record = json.loads((folder / "config.json").read_text())
+    record["depends_on"]["dpo.cache_reference"] = True
+    (folder / "config.json").write_text(json.dumps(record))
+    assert status(tmp_path) == "unfinished"

@@ -1,0 +1,85 @@
+"""A reward and a loss of one's own, as functions, through the stages of a run."""
+
+import json
+
+import pytest
+
+from configs import toy
+from dpo_jax.pipeline.stages import run_stages
+from dpo_jax.training.losses import PREFERENCE
+from dpo_jax.training.metrics import read_rows
+from dpo_jax.workdir import StageChanged, read_lines
+from tests.helpers.tiny_runs import dpo_config, on_devices, rows_without_timings, run
+
+
+def distinct_words(prompts, completions):
+    """More distinct words are better."""
+    return [len(set(completion.split())) for completion in completions]
+
+
+def as_many_words(prompts, completions):
+    return [1.0] * len(completions)
+
+
+def short(method: str):
+    """The toy, a few steps of each stage."""
+    config = toy.get_config(method)
+    for stage, fields in dict(
+        sft=dict(steps=2, save_every=2, eval_every=2),
+        pairs=dict(prompts=40, labels="deterministic"),
+        dpo=dict(steps=2, batch_size=32, save_every=2, eval_every=2),
+        ppo=dict(steps=1, batch_size=64, minibatch_size=32, save_every=1, eval_every=1),
+        evaluate=dict(prompts=8),
+    ).items():
+        if stage in config.stages:
+            config[stage].update(fields)
+    return config
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("functions")
+    with on_devices(1):
+        run_stages(short("dpo"), str(folder), reward=distinct_words)
+    return folder
+
+
+def test_reward_function_labels_and_measures(workdir):
+    pairs = read_lines(workdir / "pairs" / "pairs.jsonl")
+    assert pairs
+    for pair in pairs:
+        texts = [pair["chosen"], pair["rejected"]]
+        assert [pair["reward_chosen"], pair["reward_rejected"]] == distinct_words(None, texts)
+        assert pair["reward_chosen"] > pair["reward_rejected"]
+    for row in read_lines(workdir / "evaluate" / "completions.jsonl"):
+        assert [row["reward"]] == distinct_words(None, [row["completion"]])
+    values = json.loads((workdir / "evaluate" / "evaluate.json").read_text())
+    assert 1 <= values["frontier/reward"] <= 5
+    assert "frontier/reward" in read_rows(workdir / "dpo" / "metrics.jsonl")[-1]
+
+
+def test_ppo_maximises_reward_function(workdir):
+    config = short("ppo_gt")
+    config.run = "ppo_f"
+    with on_devices(1):
+        run_stages(config, str(workdir), reward=distinct_words)
+    assert 1 <= read_rows(workdir / "ppo_f" / "metrics.jsonl")[-1]["ppo_train/reward"] <= 5
+
+
+@pytest.mark.parametrize("reward", [None, as_many_words])
+def test_another_reward_is_refused(workdir, reward):
+    with on_devices(1), pytest.raises(StageChanged, match="config.reward.* there, .* now"):
+        run_stages(short("dpo"), str(workdir), reward=reward)
+
+
+def test_loss_function(model, pairs, tmp_path):
+    """It replaces config.dpo.loss, in training and in evaluation."""
+    config = dpo_config(model, pairs, steps=2)
+    with on_devices(1):
+        for name in ("hinge", "ipo"):
+            run_stages(config, str(tmp_path / name), loss=PREFERENCE[name])
+        config.dpo.loss = "hinge"
+        by_name = run(config, tmp_path / "name")
+    rows = rows_without_timings(by_name)
+    assert rows_without_timings(tmp_path / "hinge" / "dpo") == rows
+    assert rows_without_timings(tmp_path / "ipo" / "dpo")[1]["loss/train"] != rows[1]["loss/train"]
