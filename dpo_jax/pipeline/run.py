@@ -164,7 +164,7 @@ class Run:
         path = self.folder(stage) / "ledger.json"
         if path.exists() and json.loads(path.read_text())["fingerprint"] != fingerprint:
             raise StageChanged(
-                f"The data of {self.folder(stage)} has changed since the stage began: its tokens "
+                f"the data of {self.folder(stage)} has changed since the stage began: its tokens "
                 "are not those that the checkpoint was trained on. Put the old data back, or give "
                 "another --workdir."
             )
@@ -185,7 +185,7 @@ class Run:
         for role, weights in now.items():
             if role in before and before[role]["fingerprint"] != weights["fingerprint"]:
                 raise StageChanged(
-                    f"The weights at {weights['path']} have changed since {path.parent} began with "
+                    f"the weights at {weights['path']} have changed since {path.parent} began with "
                     f"them (as its {role}). Put the old ones back, or give another --workdir."
                 )
         if now:
