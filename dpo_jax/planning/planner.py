@@ -223,8 +223,7 @@ def _compiled(program: Program, traced, topology: Topology, flops_per_chip: floa
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        needed = _needed_bytes(str(error))
-        return arguments | dict(temporaries=max(needed - total, 0)), None
+        return arguments | dict(temporaries=_refused_temporaries(str(error), total)), None
     analysis, text = compiled.memory_analysis(), compiled.as_text()
     used = (
         analysis.argument_size_in_bytes
@@ -262,14 +261,19 @@ def _estimated(
     return arguments | dict(temporaries=temporaries), work
 
 
-def _needed_bytes(error: str) -> int:
-    """Read from the compiler's refusal how many bytes the program would have needed."""
-    found = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+\w* hbm", error)
-    if not found:
-        raise RuntimeError(
-            f"the TPU compiler refused the program without saying how much memory it needs: {error}"
-        )
-    number, unit = found.groups()
+def _refused_temporaries(error: str, argument_bytes: int) -> int:
+    """Read from the compiler's refusal how many bytes of temporaries the program would take."""
+    size = r"([\d.]+)([KMGT])"
+    if found := re.search(rf"HLO temporaries \({size}\) exceeds", error):
+        return _in_bytes(*found.groups())
+    if found := re.search(rf"Used {size} of [\d.]+\w* hbm", error):
+        return max(_in_bytes(*found.groups()) - argument_bytes, 0)
+    raise RuntimeError(
+        f"the TPU compiler refused the program without saying how much memory it needs: {error}"
+    )
+
+
+def _in_bytes(number: str, unit: str) -> int:
     return int(float(number) * 1024 ** ("KMGT".index(unit) + 1))
 
 

@@ -187,3 +187,19 @@ def test_plan_attention_of_chips():
         config.model.attention = kernel
         with pytest.raises(ValueError, match=message):
             planner.plan(config, topology, "dpo")
+
+
+@pytest.mark.parametrize(
+    ("refusal", "temporaries"),
+    [
+        ("the total memory required for HLO temporaries (3.5G) exceeds available HBM (1G).", 3.5),
+        ("Used 6.5G of 15.75G hbm. Exceeded hbm capacity", 4.5),
+    ],
+)
+def test_refused_temporaries_are_read_from_the_compiler(refusal, temporaries):
+    assert planner._refused_temporaries(refusal, 2 * 2**30) == temporaries * 2**30
+
+
+def test_refused_temporaries_without_a_number():
+    with pytest.raises(RuntimeError, match="without saying how much memory"):
+        planner._refused_temporaries("RESOURCE_EXHAUSTED", 0)
