@@ -1,6 +1,6 @@
-"""Command lines of experiments that make several runs of one config.
+"""Make the configs of an experiment that runs several methods of one config.
 
---config=NAME or NAME:SIZE, --config.FIELD=VALUE for every run that has the field
+--config=NAME or --config=NAME:SIZE, then --config.FIELD=VALUE for every run that has the field
 """
 
 from collections.abc import Callable
@@ -11,10 +11,10 @@ from dpo_jax import config_files
 
 
 def config_maker(choice: str, overrides: dict[str, str]) -> Callable[[str], ConfigDict]:
-    """Return a function from a method to its config, of NAME or NAME:SIZE.
+    """Return a function from a method to its config, for the choice NAME or NAME:SIZE.
 
-    overrides: field -> text; a config takes those that it has a field for. Raises ValueError for a
-    field that no method has, and where NAME already names a method.
+    overrides: field -> text; each config takes those whose field it has. Raises ValueError for a
+    field that no method has, and for a choice that already names a method.
     """
     name, _, size = choice.partition(":")
     methods = list(config_files.load_module(config_files.find(name)).METHODS)
@@ -27,23 +27,25 @@ def config_maker(choice: str, overrides: dict[str, str]) -> Callable[[str], Conf
         )
 
     def load(method: str) -> ConfigDict:
-        words = [word for word in (size, method) if word]
+        words = [size, method] if size else [method]
         return config_files.load(f"{name}:{','.join(words)}")
 
     def make(method: str) -> ConfigDict:
         config = load(method)
-        own = {
-            field: text
-            for field, text in overrides.items()
-            if config_files.has_field(config, field)
-        }
+        own = {}
+        for field, text in overrides.items():
+            if config_files.has_field(config, field):
+                own[field] = text
         config_files.override(config, own)
         return config
 
+    # A field that one method lacks may be another's, but one that all lack is a mistake.
     configs = [load(method) for method in methods]
     for field in overrides:
-        if not any(config_files.has_field(config, field) for config in configs):
-            block = field.partition(".")[0]
-            nearest = next((config for config in configs if block in config), configs[0])
-            raise ValueError(config_files.unknown_field(nearest, field))
+        if any(config_files.has_field(config, field) for config in configs):
+            continue
+        block = field.partition(".")[0]
+        with_block = [config for config in configs if block in config]
+        nearest = with_block[0] if with_block else configs[0]
+        raise ValueError(config_files.unknown_field(nearest, field))
     return make

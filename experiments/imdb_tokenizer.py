@@ -1,24 +1,26 @@
-"""Trains a tokenizer on film reviews: python -m experiments.imdb_tokenizer --data=DIR_OR_HUB_NAME
---out=DIR
+"""Train a tokenizer on film reviews.
 
-A byte-level BPE as GPT-2's, of 8,192 pieces, from the train and unsupervised reviews, in Hugging
-Face format. The same reviews give the same tokenizer.
+    python -m experiments.imdb_tokenizer --data=FOLDER_OR_HUB_NAME --out=DIR
+
+The tokenizer is a byte-level BPE like GPT-2's with 8,192 tokens. It is trained on the train and
+unsupervised reviews and written to DIR in Hugging Face format. The same reviews always give the
+same tokenizer.
 """
 
-import itertools
 import pathlib
+from collections.abc import Iterable, Iterator
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from dpo_jax.data import readers, sources
 
-END = "<|endoftext|>"  # between texts, as GPT-2's: before a review and after it
+END = "<|endoftext|>"  # before and after each review, as in GPT-2
 SPLITS = ("train", "unsupervised")
 
 
-def train(texts, pieces: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of `pieces` pieces, END among them."""
+def train(texts: Iterable[str], pieces: int) -> PreTrainedTokenizerFast:
+    """Return a byte-level BPE tokenizer with `pieces` tokens, END included."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -26,6 +28,7 @@ def train(texts, pieces: int) -> PreTrainedTokenizerFast:
         vocab_size=pieces,
         special_tokens=[END],
         show_progress=False,
+        # All 256 bytes, so that any text can be written, whatever the reviews contain.
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(texts, trainer)
@@ -34,11 +37,13 @@ def train(texts, pieces: int) -> PreTrainedTokenizerFast:
     )
 
 
-def reviews(path: str):
-    """The texts that a policy is trained on, as the imdb source reads them."""
+def reviews(path: str) -> Iterator[str]:
+    """Yield the texts that a policy is trained on, cleaned as the imdb source cleans them."""
     splits = readers.find_splits(path)
-    rows = itertools.chain.from_iterable(splits[name]() for name in SPLITS)
-    return (sources.imdb(readers.fields_of(record))[1][0] for _, record in rows)
+    for name in SPLITS:
+        for _, record in splits[name]():
+            _, responses = sources.imdb(readers.fields_of(record))
+            yield responses[0]
 
 
 def main():
@@ -46,8 +51,10 @@ def main():
 
     from dpo_jax import command_line
 
-    data = flags.DEFINE_string("data", "stanfordnlp/imdb", "The reviews: hub name or folder.")
-    out = flags.DEFINE_string("out", None, "Where the tokenizer goes; must not exist.")
+    data = flags.DEFINE_string(
+        "data", "stanfordnlp/imdb", "The reviews: a hub name or a local folder."
+    )
+    out = flags.DEFINE_string("out", None, "Folder for the tokenizer. It must not exist yet.")
     pieces = flags.DEFINE_integer("pieces", 8192, "Size of the vocabulary.")
     flags.mark_flags_as_required(["out"])
 

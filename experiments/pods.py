@@ -1,9 +1,13 @@
-"""The plans of experiments/results/pods.md: python -m experiments.pods [--only=NAME ...]
+"""Plan large runs on TPU pods, for the tables of experiments/results/pods.md.
 
-Each run is planned by the TPU compiler as `dpo_jax.plan` does, and beside it what a plain
-implementation would take: two padded rows a pair, the logits of every token, a live reference; one
-of them also on 16 to 512 chips. One row of pods.jsonl each; those that are there, by the same
-command, are not planned again.
+    python -m experiments.pods [--only=NAME ...]
+
+Each run is planned by the TPU compiler, as `dpo_jax.plan` does, and so is a plain implementation of
+the same run: two padded rows per pair, the logits of every token, a live reference. One of the runs
+is also planned on 16 to 512 chips.
+
+Writes a row per plan to experiments/results/pods.jsonl and prints the tables. A plan whose command
+is already there is not made again.
 """
 
 import dataclasses
@@ -31,46 +35,41 @@ BFLOAT16 = {"model.dtype": "bfloat16", "model.remat": "full"}
 
 @dataclasses.dataclass(frozen=True)
 class Pod:
-    """A run on a topology: a config of configs/, fields of it, and what is assumed."""
+    """A run on a topology: a config of configs/, changes of its fields, and its examples."""
 
     config: str
     topology: str
     fields: dict
-    rows: int = 0
+    examples: int = 0  # 0: the config tells
 
     def changed(self, plain: bool) -> dict:
-        """What its config is not without this; ours keeps the reference's log-probs."""
-        return (
-            {"mesh.data": 1, "mesh.fsdp": -1}
-            | BFLOAT16
-            | self.fields
-            | {"dpo.cache_reference": not plain}
-        )
+        """Return the fields that differ from the config; only our step caches the reference."""
+        mesh = {"mesh.data": 1, "mesh.fsdp": -1}
+        return mesh | BFLOAT16 | self.fields | {"dpo.cache_reference": not plain}
 
     def command(self, plain: bool) -> str:
-        """The plan of our step of its config; the plain step has no command but this module's."""
-        own = [f"--config.{name}={value}" for name, value in self.changed(plain).items()]
-        more = [f"--rows={self.rows}"] * bool(self.rows)
-        return " ".join(
-            [
-                "python -m dpo_jax.plan",
-                f"--config=configs/{self.config}.py",
-                f"--topology={self.topology}",
-                *own,
-                *more,
-            ]
-        )
+        """Return the command that plans our step of this config.
+
+        For the plain step it only identifies the plan: no command but this module's makes it.
+        """
+        words = [
+            "python -m dpo_jax.plan",
+            f"--config=configs/{self.config}.py",
+            f"--topology={self.topology}",
+        ]
+        for name, value in self.changed(plain).items():
+            words.append(f"--config.{name}={value}")
+        if self.examples:
+            words.append(f"--rows={self.examples}")
+        return " ".join(words)
 
 
-def llama(size: str, topology: str, **fields) -> Pod:
-    """DPO of Llama 3 on 60,000 pairs of up to 512 tokens."""
-    named = {name.replace("__", "."): value for name, value in fields.items()}
-    return Pod(
-        "dpo",
-        topology,
-        {"model.path": f"llama-3-{size}", "data.path": "PAIRS"} | named,
-        rows=60_000,
-    )
+def llama(size: str, topology: str, tensor: int = 1) -> Pod:
+    """Return DPO of Llama 3 on 60,000 pairs of up to 512 tokens."""
+    fields = {"model.path": f"llama-3-{size}", "data.path": "PAIRS"}
+    if tensor > 1:
+        fields["mesh.tensor"] = tensor
+    return Pod("dpo", topology, fields, examples=60_000)
 
 
 PODS = {
@@ -78,19 +77,48 @@ PODS = {
     "pythia-2.8b hh": Pod("hh", "v5e-16", {}),
     "llama-3-8b": llama("8b", "v5p-16"),
     "llama-3-8b v5e": llama("8b", "v5e-64"),
-    "llama-3-70b": llama("70b", "v5p-256", mesh__tensor=2),
+    "llama-3-70b": llama("70b", "v5p-256", tensor=2),
 }
-# The same run, its batch still 64 pairs, on more and more chips than the 8 of v5p-16.
+# Chips -> the same run with the same batch of 64 pairs, on more chips than the 8 of v5p-16. A v5p
+# is named by its cores, two per chip. With more chips than pairs, the weights are split further.
 GROWTH = {
-    chips: llama("8b", f"v5p-{2 * chips}", **({"mesh__tensor": tensor} if tensor > 1 else {}))
-    for chips, tensor in {16: 1, 32: 1, 64: 1, 128: 2, 256: 4, 512: 8}.items()
+    16: llama("8b", "v5p-32"),
+    32: llama("8b", "v5p-64"),
+    64: llama("8b", "v5p-128"),
+    128: llama("8b", "v5p-256", tensor=2),
+    256: llama("8b", "v5p-512", tensor=4),
+    512: llama("8b", "v5p-1024", tensor=8),
 }
+# The columns of the two tables.
+TAKES = (
+    "run",
+    "topology",
+    "mesh",
+    "GiB a chip",
+    "least s a step",
+    "without overlap",
+    "bottleneck",
+    "chip-hours",
+)
+LIMITS = (
+    "run",
+    "products s",
+    "memory s",
+    "interconnect s",
+    "all-gather GiB",
+    "reduce-scatter GiB",
+    "all-reduce GiB",
+    "collective-permute GiB",
+)
+COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "collective-permute")
 
 
 def padded_rows(model, _batch, *, pairs: int, microbatches: int, length: int):
-    """(objective, batch) of a plain DPO: each response a row with its prompt, padded to the
-    longest; full logits.
+    """Return (objective, batch) of a plain DPO, in place of the planner's own.
+
+    Each response is a row with its prompt, padded to the longest, and all logits are kept.
     """
+    # Chosen and rejected follow each other, so that ratio_B folds into pairs below.
     shape = (microbatches, 2 * pairs // microbatches, length)
 
     def log_probs(params, batch):
@@ -100,7 +128,7 @@ def padded_rows(model, _batch, *, pairs: int, microbatches: int, length: int):
         logits_BTV = constrain(transformer.unembed(model, params, x_BTD), BATCH, None, "tensor")
         log_probs_BTV = jax.nn.log_softmax(logits_BTV[:, :-1])
         log_probs_BT = jnp.take_along_axis(log_probs_BTV, tokens_BT[:, 1:, None], axis=-1)[..., 0]
-        return (log_probs_BT * batch["scored"][:, 1:]).sum(-1)
+        return (log_probs_BT * batch["completion_mask"][:, 1:]).sum(-1)
 
     def objective(params, reference, hyper, batch):
         ratio_B = log_probs(params, batch) - jax.lax.stop_gradient(log_probs(reference, batch))
@@ -110,24 +138,30 @@ def padded_rows(model, _batch, *, pairs: int, microbatches: int, length: int):
         loss = (loss_P.sum(), jnp.float32(len(loss_P)))
         return loss, {"loss": loss}
 
-    return objective, dict(tokens=np.zeros(shape, np.int32), scored=np.zeros(shape, np.float32))
+    return objective, dict(
+        tokens=np.zeros(shape, np.int32), completion_mask=np.zeros(shape, np.float32)
+    )
 
 
-def row(pod: Pod, plain: bool) -> dict:
-    """The report of a pod, by our step or by the plain one."""
+def plan(pod: Pod, plain: bool) -> dict:
+    """Plan our step of a run, or the plain one; print the plan and return its row."""
+    started = time.monotonic()
     config = importlib.import_module(f"configs.{pod.config}").get_config()
     config.update_from_flattened_dict(pod.changed(plain))
-    topology, started = topologies.parse(pod.topology), time.monotonic()
+    topology = topologies.parse(pod.topology)
     instead = None
     if plain:
-        block = config.dpo
+        pairs = config.dpo.batch_size
+        prompt_length, response_length = planner.example_tokens(
+            config, "dpo", planner.Assumptions()
+        )
         instead = functools.partial(
             padded_rows,
-            pairs=block.batch_size,
-            length=sum(planner.example_tokens(config, "dpo", planner.Assumptions())),
-            microbatches=block.batch_size // (block.microbatch_size or block.batch_size),
+            pairs=pairs,
+            microbatches=pairs // (config.dpo.microbatch_size or pairs),
+            length=prompt_length + response_length,
         )
-    assumed = planner.Assumptions(examples=pod.rows)
+    assumed = planner.Assumptions(examples=pod.examples)
     report = planner.plan(config, topology, "dpo", assumed, instead)
     print(report_lib.table(report), flush=True)
     seconds = time.monotonic() - started
@@ -135,77 +169,78 @@ def row(pod: Pod, plain: bool) -> dict:
 
 
 def markdown(rows: list[dict]) -> str:
-    """The tables of pods.md: what each run takes, and what of it by kind."""
-    return "\n".join([*_table(TAKES, rows, _takes), "", *_table(LIMITS, rows, _limits)])
+    """Return the tables of pods.md: what each run takes, and what limits it."""
+    takes = [TAKES, ["---"] * len(TAKES), *map(_takes, rows)]
+    limits = [LIMITS, ["---"] * len(LIMITS), *map(_limits, rows)]
+    lines = []
+    for cells in takes:
+        lines.append(f"| {' | '.join(cells)} |")
+    lines.append("")
+    for cells in limits:
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
-TAKES = "run, topology, mesh, GiB a chip, least s a step, without overlap, bottleneck, chip-hours"
-LIMITS = (
-    "run, products s, memory s, interconnect s, all-gather GiB, reduce-scatter GiB, all-reduce GiB, "
-    "collective-permute GiB"
-)
-
-
-def _table(heads: str, rows: list[dict], cells) -> list[str]:
-    heads = heads.split(", ")
-    return [f"| {' | '.join(line)} |" for line in (heads, ["---"] * len(heads), *map(cells, rows))]
-
-
-def _takes(found: dict) -> list[str]:
-    mesh = " x ".join(f"{axis} {size}" for axis, size in found["mesh"].items() if size > 1)
-    memory = f"{found['hbm_gib_per_chip']:.1f} of {found['capacity_gib']:.1f}" + (
-        "" if found["fits"] else ": no"
-    )
-    if not found["seconds"]:
-        return [found["name"], found["topology"], mesh, memory, *["-"] * 4]
-    return [
-        found["name"],
-        found["topology"],
-        mesh,
-        memory,
-        f"{found['step_seconds']:.3g}",
-        f"{found['step_seconds_without_overlap']:.3g}",
-        roofline.PARTS[found["bottleneck"]],
-        f"{found['chip_hours']:.1f}",
+def _takes(row: dict) -> list[str]:
+    """Return the cells of a row in the first table."""
+    mesh = " x ".join(f"{axis} {size}" for axis, size in row["mesh"].items() if size > 1)
+    memory = f"{row['hbm_gib_per_chip']:.1f} of {row['capacity_gib']:.1f}"
+    if not row["fits"]:
+        memory += ": no"
+    cells = [row["name"], row["topology"], mesh, memory]
+    if not row["seconds"]:  # nothing is known of the time of a step that does not fit
+        return cells + ["-"] * (len(TAKES) - len(cells))
+    return cells + [
+        f"{row['step_seconds']:.3g}",
+        f"{row['step_seconds_without_overlap']:.3g}",
+        roofline.PARTS[row["bottleneck"]],
+        f"{row['chip_hours']:.1f}",
     ]
 
 
-def _limits(found: dict) -> list[str]:
-    sent = found["collectives"] or {}
-    return [
-        found["name"],
-        *(f"{found['seconds'][part]:.3g}" if found["seconds"] else "-" for part in roofline.PARTS),
-        *(
-            f"{sent.get(kind, dict(gib=0))['gib']:.1f}"
-            for kind in ("all-gather", "reduce-scatter", "all-reduce", "collective-permute")
-        ),
-    ]
+def _limits(row: dict) -> list[str]:
+    """Return the cells of a row in the second table."""
+    cells = [row["name"]]
+    for part in roofline.PARTS:
+        cells.append(f"{row['seconds'][part]:.3g}" if row["seconds"] else "-")
+    sent = row["collectives"] or {}
+    for kind in COLLECTIVES:
+        gib = sent[kind]["gib"] if kind in sent else 0
+        cells.append(f"{gib:.1f}")
+    return cells
+
+
+def all_plans() -> dict[str, tuple[Pod, bool]]:
+    """Return name -> (run, whether by the plain step), in the order of the tables."""
+    plans = {f"{name}, ours": (pod, False) for name, pod in PODS.items()}
+    plans |= {f"{name}, plain": (pod, True) for name, pod in PODS.items()}
+    plans |= {f"llama-3-8b on {chips}": (pod, False) for chips, pod in GROWTH.items()}
+    return plans
 
 
 def main():
     only = flags.DEFINE_multi_string(
-        "only", [], "Plan these names alone, as they stand in pods.jsonl."
+        "only", [], "Plan only the runs of these names, as in pods.jsonl. Default: all."
     )
-    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_platforms", "cpu")  # the TPU compiler needs no TPU
     processes.start()
 
     def plan_all():
-        rows = [json.loads(line) for line in OUT.read_text().splitlines()] if OUT.exists() else []
-        done = {(row["name"], row["command"]) for row in rows}
-        wanted = {
-            f"{name}, {kind}": (pod, kind == "plain")
-            for kind in ("ours", "plain")
-            for name, pod in PODS.items()
-        }
-        wanted |= {f"llama-3-8b on {chips}": (pod, False) for chips, pod in GROWTH.items()}
-        for name, (pod, plain) in wanted.items():
-            if (name, pod.command(plain)) in done or only.value and name not in only.value:
+        rows = {}
+        if OUT.exists():
+            rows = {row["name"]: row for row in map(json.loads, OUT.read_text().splitlines())}
+        plans = all_plans()
+        for name, (pod, plain) in plans.items():
+            command = pod.command(plain)
+            planned = name in rows and rows[name]["command"] == command
+            if planned or (only.value and name not in only.value):
                 continue
-            print(f"{name}: {pod.command(plain)}", flush=True)
-            report = dict(name=name) | row(pod, plain)
-            rows = [*(old for old in rows if old["name"] != name), report]
-            OUT.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        print(markdown([found for name in wanted for found in rows if found["name"] == name]))
+            print(f"{name}: {command}", flush=True)
+            rows.pop(name, None)  # a new plan goes to the end of the file
+            rows[name] = dict(name=name) | plan(pod, plain)
+            # After each plan, as one takes minutes.
+            OUT.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
+        print(markdown([rows[name] for name in plans if name in rows]))
 
     command_line.run(plan_all, __doc__)
 

@@ -26,7 +26,7 @@ def test_plain_dpo_equals_ours(tiny):
     ):
         text = np.concatenate([prompt, response])
         batch["tokens"][0, row, : len(text)] = text
-        batch["scored"][0, row, len(prompt) : len(text)] = 1
+        batch["completion_mask"][0, row, len(prompt) : len(text)] = 1
     ours = objectives.make("dpo", config, "sigmoid")
     flat = Batches(pairs, training_order(4, 4, 1, None))[0]
     found = [
