@@ -27,7 +27,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dpo_jax import config as configs
-from dpo_jax import config_checks, config_files, console, stage_table
+from dpo_jax import config_checks, config_files, console
 from dpo_jax.data import dataset, sources
 from dpo_jax.data import tokenizer as tokenizers
 from dpo_jax.data.batches import FILLER, Batches, evaluation_order, prefetch, training_order
@@ -643,6 +643,7 @@ def run(
     workdir: str | os.PathLike,
     *,
     reward: Callable | None = None,
+    loss: Callable | None = None,
     verbose: bool = False,
 ) -> dict[str, pathlib.Path]:
     """Run the stages of a config, as the command `train` does; return the folder of each.
@@ -650,16 +651,12 @@ def run(
     What is done already is not done again, and what was interrupted goes on. reward: a function
     (prompts, completions) -> numbers, lists of n texts and n numbers, in place of config.reward:
     pairs are labelled by it, ppo maximises it, evaluate and best_of_n report it. A stage that is
-    done knows the function by its name: give another one another name, or another workdir.
+    done knows the function by its name: give another one another name, or another workdir. loss: a
+    loss of your own for dpo, as in `Trainer`; no stage knows which it was.
     """
-    if reward and not stage_table.samples(config):
-        raise ValueError(
-            "the run has no use for a reward: pairs, ppo, best_of_n and evaluate ask for one, and "
-            f"its stages are {', '.join(config.stages)}."
-        )
     processes.keep_compiled_programs()
     with jax.default_matmul_precision("float32"), console.quiet(not verbose):
-        run_stages(config, str(workdir), **(dict(reward=reward) if reward else {}))
+        run_stages(config, str(workdir), reward=reward, loss=_loss_of_pairs(loss) if loss else None)
     names = configs.folder_names(config)
     return {stage: pathlib.Path(workdir) / names[stage] for stage in config.stages}
 

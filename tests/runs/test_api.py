@@ -141,5 +141,7 @@ def test_a_reward_of_your_own(model, data, tmp_path, capfd):
 
 
 def test_a_reward_that_nothing_asks_for_is_refused(tmp_path):
+    config = default(("dpo",))
+    config.model.path = config.data.path = "PATH"
     with pytest.raises(ValueError, match="has no use for a reward"):
-        dpo_jax.run(default(("dpo",)), tmp_path, reward=count_w30)
+        dpo_jax.run(config, tmp_path, reward=count_w30)
