@@ -10,7 +10,7 @@ from tests.helpers.tiny import random_pairs
 
 def test_pack_by_hand(tiny):
     examples = [(np.array([1, 2, 3]), (np.array([4, 5]), np.array([6])))]
-    batch = packing.pack(examples, packing.shape_of(examples))
+    batch = packing.pack(examples, packing.Shape(6, ((2, 5),), 3))
     assert batch.tokens.tolist() == [1, 2, 3, 4, 5, 6]
     assert batch.positions.tolist() == [0, 1, 2, 3, 4, 3]
     # The prompt's last token predicts both first ones.
@@ -18,6 +18,13 @@ def test_pack_by_hand(tiny):
     assert batch.targets.tolist() == [4, 5, 6]
     assert batch.segment_ids.tolist() == [0, 0, 1]
     assert batch.response_lengths.tolist() == [2, 1]
+    assert batch.last_token.tolist() == [4, 5]
+    assert batch.weights.tolist() == [1]
+    # One bucket of two rows of 5: a prompt's token has a slot in each.
+    (rows_RT,) = batch.rows
+    assert rows_RT.tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 5, 0]]
+    assert batch.gather_index.tolist() == [0, 1, 2, 3, 4, 8]
+    assert batch.token_slots.tolist() == [[0, 5], [1, 6], [2, 7], [3, -1], [4, -1], [8, -1]]
 
 
 def needs_of(batches):

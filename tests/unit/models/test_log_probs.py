@@ -22,7 +22,7 @@ SHARDS = 2
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """So small that the scored tokens of a shard need several."""
+    """So small that the completion tokens of a shard need several."""
     monkeypatch.setattr("dpo_jax.models.log_probs.CHUNK_LOGITS", 1)
 
 
@@ -78,12 +78,12 @@ def test_token_kls_to_itself_are_0(tiny, batch):
 @pytest.mark.usefixtures("small_chunks")
 def test_token_kls_never_make_full_logits(tiny, batch):
     config, policy = tiny
-    scored = batch.targets.shape[1]
+    positions = batch.targets.shape[1]
     jaxpr = str(jax.make_jaxpr(lambda params: token_kls(config, params, params, batch))(policy))
-    chunk = -(-scored // -(-scored // 128))
+    chunk = -(-positions // -(-positions // 128))
     assert (
-        scored > 256
-        and f"{scored},{config.vocab}]" not in jaxpr
+        positions > 256
+        and f"{positions},{config.vocab}]" not in jaxpr
         and f"{chunk},{config.vocab}]" in jaxpr
     )
 
@@ -216,12 +216,12 @@ def test_token_log_probs_never_make_full_logits(tiny, monkeypatch):
     config, params = tiny
     monkeypatch.setattr("dpo_jax.models.log_probs.CHUNK_LOGITS", 128 * config.vocab)
     batch = flat(random_pairs(60, seed=6))
-    scored = batch.targets.shape[1]
+    positions = batch.targets.shape[1]
     grad = jax.grad(lambda p: token_log_probs(config, p, batch).sum())
     jaxpr = str(jax.make_jaxpr(grad)(params))
-    chunk = -(-scored // -(-scored // 128))
+    chunk = -(-positions // -(-positions // 128))
     assert (
-        scored > 256
-        and f"{scored},{config.vocab}]" not in jaxpr
+        positions > 256
+        and f"{positions},{config.vocab}]" not in jaxpr
         and f"{chunk},{config.vocab}]" in jaxpr
     )
