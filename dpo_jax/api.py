@@ -417,7 +417,7 @@ class Trainer:
 
     @property
     def steps_done(self) -> int:
-        """How many updates were made."""
+        """Return the number of updates made so far."""
         return self._steps_done
 
     def step(self, examples: Examples | PlannedBatch) -> dict[str, float]:

@@ -177,7 +177,7 @@ def split_overrides(argv: list[str]) -> tuple[list[str], dict[str, str]]:
 
 
 def _is_value(argument: str) -> bool:
-    """Whether an argument is a value, negative numbers included, and no flag."""
+    """Return True if an argument is a value (a negative number is one) rather than a flag."""
     return not argument.startswith("-") or re.match(r"-\.?\d", argument) is not None
 
 

@@ -1,4 +1,4 @@
-"""What a person at the terminal sees: lines, and the progress of long work."""
+"""Output for a person at the terminal: lines, and the progress of long work."""
 
 import contextlib
 import contextvars
@@ -39,7 +39,7 @@ def warn(text: str) -> None:
 
 
 class Progress:
-    """How far long work is: a bar on a terminal, a line now and then elsewhere.
+    """Progress of long work: a bar on a terminal, a line now and then elsewhere.
 
     Both show the time left and a few metrics.
     """

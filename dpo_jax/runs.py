@@ -166,7 +166,7 @@ def status(run: StageRun) -> str:
 
 
 def _is_locked(path: pathlib.Path) -> bool:
-    """Whether a process of this machine is at work in a stage's folder."""
+    """Return True if a process of this machine holds a stage's folder."""
     if not path.exists():
         return False
     with path.open() as file:

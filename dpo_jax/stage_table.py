@@ -12,12 +12,10 @@ from ml_collections import ConfigDict
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """What is true of a stage whatever its settings."""
+    """The properties of a stage that no setting changes."""
 
     data: str  # sft: texts and completions; pairs: preferences; prompts: what it samples from
-    responses: int = (
-        0  # trained on per example: 1, or 2 (chosen and rejected); 0: it trains nothing
-    )
+    responses: int = 0  # per example: 1, or 2 (chosen and rejected); 0: it does not train
     head: str = ""  # of the model that it trains: lm, reward or lm_value
     reference: str = "none"  # of its loss, unless its block has a field `reference`: none or init
     is_policy: bool = False  # what it trains is a policy that `evaluate` can measure
@@ -28,16 +26,17 @@ class Stage:
 
     @property
     def has_preference_loss(self) -> bool:
-        """Whether its loss compares two responses under policy and reference."""
+        """True if the loss compares two responses under policy and reference."""
         return self.responses == 2 and self.reference != "none"
 
     @property
     def samples(self) -> bool:
-        """Whether it samples completions and asks a reward about them."""
+        """True if the stage samples completions and asks a reward about them."""
         return self.data == "prompts"
 
 
-STAGES = {  # in the order in which a run has them
+# In the order in which a run has them.
+STAGES = {
     "sft": Stage(data="sft", responses=1, head="lm"),
     "pairs": Stage(data="prompts"),
     "preferred_ft": Stage(data="pairs", responses=1, head="lm", is_policy=True),

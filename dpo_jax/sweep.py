@@ -72,7 +72,7 @@ def table(field: str, runs: dict[str, list[dict]]) -> str:
 
 
 def _evaluated(names: Iterable[str]) -> bool:
-    """Whether any of these metrics was measured on held-out examples or prompts."""
+    """Return True if any of these metrics was measured on held-out examples or prompts."""
     return any("eval" in name or name.startswith("frontier/") for name in names)
 
 

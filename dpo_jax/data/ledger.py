@@ -1,4 +1,4 @@
-"""What became of every row: read, left out by design, dropped, cut, kept.
+"""Account for every row: read, left out by design, dropped, cut or kept.
 
 Rows add up in each split: read = filtered + dropped + held out + kept.
 """

@@ -44,7 +44,7 @@ PROGRAM_PRICE = 10  # a shape is a program to compile: it must save as much work
 
 @dataclasses.dataclass
 class RolloutTargets:
-    """What PPO's objective needs of each completion token, [M], or a list of such for examples."""
+    """PPO's inputs for each completion token [M], or a list of such arrays, one per example."""
 
     sampled_log_probs: np.ndarray  # under the policy that sampled the token
     sampled_values: np.ndarray  # of the value head at that time

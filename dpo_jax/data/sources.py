@@ -160,7 +160,7 @@ def _toy(data, kind: str) -> dict[str, list[TextExample]]:
 
 @dataclass(frozen=True)
 class Source:
-    """How a record becomes (prompt, responses), and what is special about the data set."""
+    """A data set's parser, from a record to (prompt, responses), and its peculiarities."""
 
     parse: Callable[[dict], tuple] | None
     example: str = ""  # a right record, shown beside a wrong one

@@ -108,7 +108,7 @@ def load(path):
 
 @dataclass(frozen=True)
 class Rule:
-    """How the ids of a text become a prompt or a response: special tokens, and room."""
+    """The rule by which ids become a prompt or a response: special tokens and lengths."""
 
     bos: int | None
     adds_bos: bool  # the tokenizer itself starts a text with BOS

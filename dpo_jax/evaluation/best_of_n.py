@@ -1,7 +1,6 @@
-"""The `best_of_n` stage: the completion that a reward ranks highest among N of a policy, for each
-N.
+"""The `best_of_n` stage: of N completions, take the one that a reward ranks highest.
 
-Letters: P prompts, M samples of each, as many as the largest N.
+Letters: P prompts, M samples per prompt, as many as the largest N.
 """
 
 import dataclasses
@@ -29,25 +28,25 @@ def write(
     counts: Sequence[int],
     sampling: Sampling,
 ) -> dict:
-    """Samples as many as the largest N for each prompt; writes best_of_n.json and
-    completions.jsonl.
+    """Sample as many completions as the largest N; write best_of_n.json and completions.jsonl.
 
-    true, ranking: rewards; the true one of the best by the ranking one is reported. counts: the
-    values of N, each estimated from all samples.
+    ranking: the reward that picks the best completion. true: the reward that is reported for it.
+    counts: the values of N, each estimated from all samples.
     """
     sampling = dataclasses.replace(sampling, n=max(counts))
     rows = rollouts.complete(model, prompts, true, sampling, folder)
-    asked = [row["prompt"] for row in rows for _ in row["completions"]]
-    texts = [completion["text"] for row in rows for completion in row["completions"]]
-    tokens = [
-        (np.array(row["tokens"], np.int32), np.array(completion["tokens"], np.int32))
-        for row in rows
-        for completion in row["completions"]
-    ]
-    true_PM = np.array(
-        [[completion["reward"] for completion in row["completions"]] for row in rows]
-    )
-    ranked_PM = true_PM if ranking is true else ranking(asked, texts, tokens).reshape(true_PM.shape)
+    prompt_texts, texts, tokens, true_rewards = [], [], [], []
+    for row in rows:
+        prompt_ids = np.array(row["tokens"], np.int32)
+        for completion in row["completions"]:
+            prompt_texts.append(row["prompt"])
+            texts.append(completion["text"])
+            tokens.append((prompt_ids, np.array(completion["tokens"], np.int32)))
+            true_rewards.append(completion["reward"])
+    true_PM = np.array(true_rewards).reshape(len(rows), -1)
+    ranked_PM = true_PM
+    if ranking is not true:
+        ranked_PM = ranking(prompt_texts, texts, tokens).reshape(true_PM.shape)
     result = [dict(n=n) | frontier.best_of_n(true_PM, ranked_PM, n) for n in counts]
     write_json(folder / "best_of_n.json", result)
     for row in result:

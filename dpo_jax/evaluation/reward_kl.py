@@ -1,11 +1,10 @@
-"""What a policy is worth: its completions' true reward, and how far it is from the reference (the
-paper's figure 2).
+"""Measure a policy's true reward and its KL to the reference, as in the paper's figure 2.
 
-The sequence KL is estimated twice from the same samples: by the sum of the exact KLs of the steps
-at the sampled prefixes (the paper's footnote 3, and the less noisy), and by the sum of the sampled
+The sequence KL is estimated twice from the same samples: by the sum of the exact per-step KLs at
+the sampled prefixes (the paper's footnote 3; the less noisy one), and by the sum of the sampled
 tokens' log-ratios.
 
-Letters: B completions, one of each prompt; else as in transformer.py.
+Letters: B completions, one per prompt; others as in transformer.py.
 """
 
 import functools
@@ -25,18 +24,17 @@ from dpo_jax.sampling import sampler
 from dpo_jax.sampling.prompts import Prompts
 from dpo_jax.sampling.sampler import Sampling
 
-GRAM = 3  # of the repetition rate
+GRAM = 3  # tokens of the n-grams whose repetition is measured
 
 
 def evaluate(
     model: Model, reference, prompts: Prompts, reward: Callable, sampling: Sampling
 ) -> tuple[dict[str, float], list[dict]]:
-    """Samples a completion of each prompt at temperature 1; returns values and a row for each
-    completion.
+    """Sample a completion of each prompt; return the measured values and a row per completion.
 
-    values: frontier/reward, /kl (exact per step), /kl_sampled (log-ratios), each with its standard
-    error (_se), /length (tokens), /eos_rate and /repetition. reference: its weights. sampling: one
-    completion of each prompt, at temperature 1.
+    reference: its weights. sampling: one completion per prompt, at temperature 1. The values are
+    frontier/reward, /kl (exact per step) and /kl_sampled (log-ratios), each with its standard error
+    (_se), and /length (tokens), /eos_rate and /repetition.
     """
     drawn = [completion for (completion,) in sampler.sample(model, prompts.ids, sampling)]
     tokens = [completion.tokens for completion in drawn]
@@ -56,33 +54,28 @@ def evaluate(
     values = {f"frontier/{name}": float(values_B.mean()) for name, values_B in found.items()}
     for name in ("reward", "kl", "kl_sampled"):
         values[f"frontier/{name}_se"] = float(found[name].std(ddof=1) / np.sqrt(len(tokens)))
-    rows = [
-        dict(
-            prompt=prompt,
-            completion=text,
-            reward=float(found["reward"][row]),
-            kl=float(found["kl"][row]),
-            length=len(tokens[row]),
+    rows = []
+    for index, (prompt, text) in enumerate(zip(prompts.texts, texts, strict=True)):
+        measured = dict(
+            reward=float(found["reward"][index]),
+            kl=float(found["kl"][index]),
+            length=len(tokens[index]),
         )
-        for row, (prompt, text) in enumerate(zip(prompts.texts, texts, strict=True))
-    ]
+        rows.append(dict(prompt=prompt, completion=text) | measured)
     return values, rows
 
 
 def sequence_kls(
     model: Model, reference, pairs, max_new_tokens: int, batch_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Of each (prompt, completion) ids the summed log-ratio, and the summed KLs of the steps, nats
-    [B] each.
+    """Return each completion's summed log-ratio and its summed per-step KLs, nats [B] each.
 
-    Arrays have room for completions of max_new_tokens, so that what is sampled later needs no other
-    program.
+    pairs: (prompt, completion) as ids. Arrays have room for completions of max_new_tokens, so that
+    later samples need no new program.
     """
     batch_size = sharding.whole_shards(min(batch_size, len(pairs)), model.mesh)
-    longest = (
-        np.zeros(max(len(prompt) for prompt, _ in pairs), np.int32),
-        (np.zeros(max_new_tokens, np.int32),),
-    )
+    longest_prompt = np.zeros(max(len(prompt) for prompt, _ in pairs), np.int32)
+    longest = (longest_prompt, (np.zeros(max_new_tokens, np.int32),))
     examples_per_shard = batch_size // sharding.batch_shards(model.mesh)
     log_ratios, kls = map_tokens(
         functools.partial(_token_kls, model.config, model.params, reference),
@@ -102,23 +95,20 @@ def _token_kls(config, params, reference, batch):
 
 
 def repetition(tokens) -> float:
-    """The share of a completion's 3-grams of tokens that have stood in it before; 0 where it is
-    shorter.
-    """
+    """Return the share of a completion's token 3-grams that repeat an earlier one."""
     grams = [tuple(tokens[i : i + GRAM]) for i in range(len(tokens) - GRAM + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def table(values: dict[str, float]) -> str:
-    """The values of an evaluation, for a person."""
+    """Return the values of an evaluation as a table for a person."""
 
     def line(name, label, unit=""):
+        text = f"{label:<34}{values[f'frontier/{name}']:>10.4f}"
         error = values.get(f"frontier/{name}_se")
-        return (
-            f"{label:<34}{values[f'frontier/{name}']:>10.4f}"
-            + (f" ± {error:.4f}" if error else "")
-            + unit
-        )
+        if error:
+            text += f" ± {error:.4f}"
+        return text + unit
 
     return "\n".join(
         [
@@ -133,7 +123,7 @@ def table(values: dict[str, float]) -> str:
 
 
 def side_by_side(rows: list[dict], reference_rows: list[dict]) -> str:
-    """Completions of the policy under those of the reference, for the same prompts."""
+    """Return completions of the policy beside those of the reference, for the same prompts."""
     blocks = []
     for row, other in zip(rows, reference_rows, strict=False):
         blocks += [

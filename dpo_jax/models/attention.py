@@ -30,7 +30,7 @@ SPLASH_BLOCK = {2: 1024, 4: 512}
 
 
 class Layout(NamedTuple):
-    """Where each shard's tokens stand in attention's rows; see `data/packing.py`."""
+    """The place of each shard's tokens in attention's rows; see `data/packing.py`."""
 
     rows: tuple[jax.Array, ...]  # rows_SRT of each length bucket: indices into N
     # gather_index_SN: the slot, counted through all rows, that a token's output is taken from

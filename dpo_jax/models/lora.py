@@ -32,7 +32,7 @@ DRAWN = {"b_zero": "/lora_a", "a_zero": "/lora_b"}  # init -> the factor that is
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    """Which adapters there are: config.model.lora."""
+    """The adapters of a model, as config.model.lora says."""
 
     rank: int
     alpha: float = 16.0

@@ -56,7 +56,7 @@ class Llama3RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
-    """What a decoder is made of; `models/families.py` reads it from a Hugging Face config."""
+    """The architecture of a decoder; `models/families.py` reads it from a Hugging Face config."""
 
     vocab: int
     width: int

@@ -1,4 +1,4 @@
-"""What a command sets up before it touches a device, and the processes that run it together."""
+"""Set up a command before it touches a device, and the processes that run it together."""
 
 import contextlib
 import importlib.util

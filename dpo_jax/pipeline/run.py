@@ -38,7 +38,7 @@ def versions() -> dict[str, int]:
 
 @dataclasses.dataclass
 class Run:
-    """What the stages of a run share."""
+    """The state that the stages of a run share."""
 
     config: ConfigDict
     workdir: pathlib.Path

@@ -34,7 +34,7 @@ PLANNED_STAGES = tuple(name for name, stage in STAGES.items() if stage.trains an
 
 @dataclasses.dataclass(frozen=True)
 class Assumptions:
-    """What a plan assumes where it has neither data nor a model's folder.
+    """Assumptions of a plan that has neither data nor a model's folder.
 
     0 or "" stands for what the config says.
     """

@@ -16,7 +16,7 @@ class Advice:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a stage costs on a topology.
+    """The cost of a stage on a topology.
 
     Times come from the roofline, so they are the least possible. A program that does not fit has
     no times: its `seconds` and `collectives` are None.

@@ -21,7 +21,7 @@ PARTS = {"compute": "products", "memory": "memory bandwidth", "interconnect": "i
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What one device does in a step."""
+    """The work of one device in a step."""
 
     flops: float
     memory: float  # bytes read and written
@@ -103,7 +103,7 @@ def forward(config: TransformerConfig, mesh: dict, microbatches: int, *, flops: 
 
 
 def _weights(config: TransformerConfig) -> int:
-    """How many numbers the weights hold."""
+    """Return the number of parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(transformer.abstract(config)))
 
 

@@ -32,7 +32,7 @@ UNUSED = re.compile(r"position_ids$|^pooler\.")
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-    """What a classifier is made of."""
+    """The architecture of a classifier."""
 
     family: str
     vocab: int

@@ -31,7 +31,7 @@ INFINITY = np.float32(np.inf).view(np.int32)  # its bits
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How completions are drawn, and how many."""
+    """Settings of sampling: how completions are drawn, and how many."""
 
     max_new_tokens: int
     temperature: float = 1.0  # 0: greedy
@@ -44,7 +44,7 @@ class Sampling:
 
 @dataclasses.dataclass
 class Completion:
-    """What was sampled after a prompt."""
+    """One sampled completion of a prompt."""
 
     tokens: np.ndarray  # int32, EOS included where it ended by it
     # float32 nats, of each token under the model itself: temperature 1 and nothing cut

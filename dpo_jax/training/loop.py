@@ -110,7 +110,7 @@ def _programs(name, loss, model, mesh, optimizer, weight_decay, schedule, lora) 
 
 
 class Feed(typing.Protocol):
-    """Where a stage's steps come from.
+    """The source of a stage's steps.
 
     `train` calls `start`, then `check` if the run is new, then `run` for each step in turn with
     `evaluate` in between, and `close` at the end, also after an error.
@@ -220,7 +220,7 @@ def _hyper(job: Job, updates: int) -> dict:
 
 
 class _Recorder:
-    """What follows each step: a row of metrics, the progress line, evaluations and checkpoints.
+    """Follows each step up with a row of metrics, progress, evaluations and checkpoints.
 
     A step's metrics are fetched once the next step has been dispatched, so that the device never
     waits for the host; only before an evaluation or a checkpoint are they needed at once.

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-    """What a preference loss may read of pairs; all arrays have one value for each pair."""
+    """The inputs of a preference loss; every array has one value per pair."""
 
     chosen_log_ratios: jax.Array
     rejected_log_ratios: jax.Array

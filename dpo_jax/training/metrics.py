@@ -18,7 +18,7 @@ import jax
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """What a metric says, in which unit."""
+    """The meaning of a metric, and its unit."""
 
     unit: str  # "" for a number without one
     meaning: str

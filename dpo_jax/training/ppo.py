@@ -53,7 +53,7 @@ class Rollout:
 
     @property
     def tokens(self) -> int:
-        """How many tokens were sampled."""
+        """Return the number of sampled tokens."""
         return sum(map(len, self.log_probs))
 
     def kl(self) -> float:

@@ -41,7 +41,7 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class Frozen:
-    """What updates read and never change."""
+    """The inputs that updates read and never change."""
 
     # Scalars, traced: lr, warmup_steps, steps, max_grad_norm, lora_scale, the objective's own.
     hyper: dict
