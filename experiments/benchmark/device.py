@@ -1,5 +1,6 @@
-"""What a side that runs on jax measures of its device. Imports no more of dpo_jax than a peer's
-Python can.
+"""Measure the device of a side that runs on jax.
+
+A peer's Python imports this too, so it imports nothing of dpo_jax that needs more than jax.
 """
 
 import jax
@@ -11,10 +12,13 @@ CPU = jax.default_backend() == "cpu"
 
 
 def ceiling(dtype: str) -> float:
-    """FLOP/s of the fastest of five square matrix products, measured anew at each call."""
-    return measured_flops_per_second.__wrapped__(dtype, 2048 if CPU else 8192)
+    """Return the FLOP/s of the fastest of five square matrix products."""
+    measure_anew = measured_flops_per_second.__wrapped__  # the function itself keeps its answer
+    return measure_anew(dtype, 2048 if CPU else 8192)
 
 
 def peak_bytes() -> int:
-    """The most memory held so far: the process's on a CPU, else the device's."""
-    return peak_resident_bytes() if CPU else jax.devices()[0].memory_stats()["peak_bytes_in_use"]
+    """Return the most memory held so far: the process's on a CPU, else the device's."""
+    if CPU:
+        return peak_resident_bytes()
+    return jax.devices()[0].memory_stats()["peak_bytes_in_use"]

@@ -1,6 +1,6 @@
-"""Our side: the update and the batches of the training loop, on one device.
+"""Our side of the benchmark: the training loop's update and batches, on one device.
 
-Metrics are fetched a step late, as in the loop.
+Metrics are fetched one step late, as in the loop.
 """
 
 import dataclasses
@@ -26,19 +26,21 @@ from experiments.benchmark.worker import Turns
 
 
 class Trainer:
-    """A DPO run that is made a few steps at a time."""
+    """A DPO run that makes a few steps at a time."""
 
     def __init__(self, folder: pathlib.Path, work: Work):
-        self.work, config = work, run_config(folder, work)
+        config = run_config(folder, work)
+        self.work = work
         self.mesh = sharding.make_mesh(devices=jax.devices()[:1])
         self.model = loading.open_checkpoint(config.model.path, dtype=work.dtype)
-        if device.CPU:  # whose compiler gains by it
-            self.model.config = dataclasses.replace(
-                self.model.config, unroll=self.model.config.layers
-            )
+        if device.CPU:
+            # The CPU's compiler makes a faster program of unrolled layers.
+            layers = self.model.config.layers
+            self.model.config = dataclasses.replace(self.model.config, unroll=layers)
         data = dataset.load(config.data, self.model.tokenizer, "pairs").train
         order = training_order(len(data), work.pairs, len(data) // work.pairs, None)
-        self.batches = Batches(data, order, reference_log_probs=self._kept(folder, data, order))
+        reference_log_probs = self._reference_log_probs(folder, data, order)
+        self.batches = Batches(data, order, reference_log_probs=reference_log_probs)
         self.programs = stage_programs("dpo", config.dpo, self.model.config, self.mesh)
         numbers = objectives.numbers(config.dpo, work.steps)
         self.hyper = jax.device_put(numbers, sharding.replicated(self.mesh))
@@ -46,14 +48,16 @@ class Trainer:
         self._warm_up()
         self._restart()
 
-    def _kept(self, folder, data, order) -> np.ndarray | None:
-        """The reference's log-probs of the rows of the steps that will be made."""
+    def _reference_log_probs(self, folder, data, order) -> np.ndarray | None:
+        """Return the reference's log-probs for the steps that will be made, if they are cached."""
         if not self.work.cached:
             return None
         cache = reference_cache.ReferenceCache(folder, self.model, self.mesh, self.work.pairs)
         return cache.log_probs("train", data, order[: self.work.steps])
 
     def _restart(self):
+        """Begin the run anew from the weights on disk."""
+        # Free the old arrays first, so that peak memory holds one copy.
         self.state = self.reference = None
         with jax.set_mesh(self.mesh):
             self.reference = None if self.work.cached else self.model.load_params(self.mesh)
@@ -61,51 +65,62 @@ class Trainer:
         self._feed = prefetch(self.load, range(self.work.steps))
 
     def _warm_up(self):
-        """Compiles for each shape of the steps that will be made; what it trains is thrown away."""
+        """Compile the step for each shape of the steps that will be made; the caller restarts."""
         self._restart()
-        shapes = {
-            str(jax.tree.map(np.shape, self.batches[step])): step for step in range(self.work.steps)
-        }
-        for step in shapes.values():
+        steps_by_shape = {}
+        for step in range(self.work.steps):
+            shape = str(jax.tree.map(np.shape, self.batches[step]))
+            steps_by_shape[shape] = step
+        for step in steps_by_shape.values():
             self._update(self.load(step))
-        jax.block_until_ready(self.state)  # or it would go on in the first step that is timed
+        # Else the last update would still run in the first step that is timed.
+        jax.block_until_ready(self.state)
 
     def load(self, step: int) -> dict:
-        """A step's batch on the mesh."""
+        """Return a step's batch on the mesh."""
         return sharding.shard_batch(self.mesh, self.batches[step], axis=1)
 
     def _update(self, batch) -> dict:
+        """Make one update; return its metrics, still on the device."""
         frozen = Frozen(self.hyper, self.reference)
         with jax.set_mesh(self.mesh):
             self.state, measured = self.programs.update(self.state, frozen, batch)
         return measured
 
     def steps(self, count: int) -> dict:
-        """Makes the next steps: seconds, losses, and the tokens and FLOPs that they need."""
-        losses, done, pending, began = [], [], None, time.perf_counter()
+        """Make the next steps; return their seconds, losses, and needed tokens and FLOPs."""
+        began = time.perf_counter()
+        losses, done = [], []
+        pending = None  # the metrics of the step before, fetched while the next one runs
         for _ in range(count):
             step, batch = next(self._feed)
             measured = self._update(batch)
-            losses += [] if pending is None else [metrics.named(pending, "train")["loss/train"]]
+            if pending is not None:
+                losses.append(_loss(pending))
             pending = measured
             done.append(step)
-        losses.append(metrics.named(pending, "train")["loss/train"])
+        losses.append(_loss(pending))
         jax.block_until_ready(self.state)
+        seconds = time.perf_counter() - began
         return dict(
-            seconds=time.perf_counter() - began,
+            seconds=seconds,
             losses=losses,
             tokens=sum(map(self.batches.tokens, done)),
             flops=sum(map(self._needed, done)),
         )
 
     def _needed(self, step: int) -> int:
-        """FLOPs that the model needs for the step's real tokens."""
-        return flops.of_step(
-            self.model.config, self.batches.unpadded_shape(step), reference=not self.work.cached
-        )
+        """Return the FLOPs that the model needs for a step's real tokens."""
+        shape = self.batches.unpadded_shape(step)
+        return flops.of_step(self.model.config, shape, reference=not self.work.cached)
+
+
+def _loss(measured: dict) -> float:
+    return metrics.named(measured, "train")["loss/train"]
 
 
 def run_config(folder: pathlib.Path, work: Work):
+    """Return the config of a DPO run on the benchmark's folder."""
     config = configs.default(("dpo",))
     config.model.update(path=str(folder / "model"), dtype=work.dtype)
     config.data.update(
@@ -124,7 +139,7 @@ def run_config(folder: pathlib.Path, work: Work):
 
 
 def profile(trainer: Trainer, folder: str, count: int) -> dict:
-    """The next steps under jax's profiler, whose trace goes to the folder."""
+    """Make the next steps under jax's profiler, which writes its trace to the folder."""
     with jax.profiler.trace(folder):
         return trainer.steps(count)
 
@@ -133,21 +148,36 @@ def main():
     folder = pathlib.Path(sys.argv[1])
     processes.start()
     work = Work.read(folder)
-    turns = Turns(
-        about=lambda: dict(
+    # Before the trainer, whose libraries may print to stdout.
+    turns = Turns()
+    trainer = Trainer(folder, work)
+
+    def about():
+        return dict(
             version=f"dpo_jax, jax {jax.__version__}",
             device=jax.devices()[0].device_kind,
             shapes=len(trainer.batches.shapes),
             padding=trainer.batches.padding(),
-        ),
-        ceiling=lambda: dict(flops_per_second=device.ceiling(work.dtype)),
-        peak=lambda: dict(bytes=device.peak_bytes()),
-        stages=lambda: stages.measure(trainer),
-        profile=lambda folder, count: profile(trainer, folder, count),
+        )
+
+    def ceiling():
+        return dict(flops_per_second=device.ceiling(work.dtype))
+
+    def peak():
+        return dict(bytes=device.peak_bytes())
+
+    def measure_stages():
+        return stages.measure(trainer)
+
+    def profile_steps(folder, count):
+        return profile(trainer, folder, count)
+
+    turns.answers = dict(
+        about=about, ceiling=ceiling, peak=peak, stages=measure_stages, profile=profile_steps
     )
-    trainer = Trainer(folder, work)
     while True:
-        turns.answer(trainer.steps(turns.wait()))
+        count = turns.wait()
+        turns.answer(trainer.steps(count))
 
 
 if __name__ == "__main__":

@@ -1,27 +1,32 @@
-"""What a benchmark found: checked losses, medians and spreads, as a table and JSON."""
+"""Check the losses of a benchmark's sides, and report medians and spreads as a table and JSON."""
 
 import statistics
 
 START = 0.693147  # log 2, every run's first loss
-TOLERANCE = {"float32": 5e-4, "bfloat16": 3e-2}  # of a loss, nats
+TOLERANCE = {"float32": 5e-4, "bfloat16": 3e-2}  # between two sides' losses, in nats
 
 
 def check_losses(found: dict[str, list[float]], dtype: str) -> str:
-    """A line to show; ValueError where the sides differ, or have not moved far enough from log 2 to
-    tell.
+    """Return a line that compares the sides' losses.
+
+    found: side -> losses of the same steps, ours first. Raises ValueError if the sides differ, or
+    if the losses have not moved far enough from log 2 to tell.
     """
     (ours, losses), *others = found.items()
-    tolerance, lines = TOLERANCE[dtype], [f"losses of {ours}: {_numbers(losses)}"]
+    tolerance = TOLERANCE[dtype]
+    lines = [f"losses of {ours}: {_numbers(losses)}"]
     if max(abs(loss - START) for loss in losses) < 3 * tolerance:
         raise ValueError(
-            f"{lines[0]}: they stay at log 2, so they cannot tell whether the sides do the same work."
+            f"{lines[0]}: they stay at log 2, so they cannot tell whether the sides do the same "
+            "work."
         )
     for name, other in others:
         gaps = [abs(a - b) for a, b in zip(losses, other, strict=True)]
         lines.append(
             f"of {name}: {_numbers(other)}, {max(gaps):.1e} apart at most (tolerance {tolerance:g})"
         )
-        if not all(gap <= tolerance for gap in gaps):  # nor is nan
+        agree = all(gap <= tolerance for gap in gaps)  # false for nan
+        if not agree:
             raise ValueError("the sides do not do the same work: " + "; ".join(lines))
     return "; ".join(lines)
 
@@ -35,10 +40,10 @@ def summary(
     peak_bytes: dict[str, int],
     ceiling: float,
 ) -> dict:
-    """The report's numbers, medians over rounds and [least, most].
+    """Return the report's numbers: medians over rounds, with [least, most].
 
-    rounds: side -> seconds of each round, ours first. pairs of a round; tokens and FLOPs that its
-    rows need.
+    rounds: side -> seconds of each round, ours first. pairs: in each round. tokens, flops: what the
+    rows of each round need. ceiling: FLOP/s that the machine can reach.
     """
     found = {}
     for name, seconds in rounds.items():
@@ -49,47 +54,50 @@ def summary(
         )
         rates["ceiling_share"] = [rate / ceiling for rate in rates["model_flops_per_second"]]
         found[name] = {rate: statistics.median(values) for rate, values in rates.items()}
-        found[name] |= dict(
-            peak_bytes=peak_bytes[name],
-            spread={rate: [min(values), max(values)] for rate, values in rates.items()},
-        )
+        spread = {rate: [min(values), max(values)] for rate, values in rates.items()}
+        found[name] |= dict(peak_bytes=peak_bytes[name], spread=spread)
+
     ours, *others = rounds
     if others:
-        ratios = [
-            b / a for a, b in zip(rounds[ours], rounds[others[0]], strict=True)
-        ]  # of the same round
+        (peer,) = others
+        # Within a round, as the machine's load differs between rounds.
+        ratios = [theirs / own for own, theirs in zip(rounds[ours], rounds[peer], strict=True)]
         found |= dict(
             ratio=statistics.median(ratios),
             ratio_spread=[min(ratios), max(ratios)],
-            memory_ratio=peak_bytes[ours] / peak_bytes[others[0]],
+            memory_ratio=peak_bytes[ours] / peak_bytes[peer],
         )
     return found
 
 
 def table(found: dict, sides: list[str]) -> str:
-    """The numbers for a person: median (least to most)."""
+    """Return the numbers as a table: median (least to most)."""
+    # Title -> (rate, unit).
     columns = {
         "pairs/s": ("pairs_per_second", 1),
         "real tokens/s": ("tokens_per_second", 1),
         "model GFLOP/s": ("model_flops_per_second", 1e-9),
         "share of ceiling": ("ceiling_share", 1),
     }
-    lines = [f"{'':<8}" + "".join(f"{title:>34}" for title in columns) + f"{'peak memory':>14}"]
+    titles = "".join(f"{title:>34}" for title in columns)
+    lines = [f"{'':<8}{titles}{'peak memory':>14}"]
     for side in sides:
-        values, cells = found[side], []
-        for name, scale in columns.values():
-            least, most = values["spread"][name]
-            cells.append(f"{values[name] * scale:.3g} ({least * scale:.3g} to {most * scale:.3g})")
+        values = found[side]
+        line = f"{side:<8}"
+        for rate, scale in columns.values():
+            least, most = values["spread"][rate]
+            cell = f"{values[rate] * scale:.3g} ({least * scale:.3g} to {most * scale:.3g})"
+            line += f"{cell:>34}"
         memory = f"{values['peak_bytes'] / 2**30:.2f} GiB"
-        lines.append(f"{side:<8}" + "".join(f"{cell:>34}" for cell in cells) + f"{memory:>14}")
+        lines.append(f"{line}{memory:>14}")
     if "ratio" in found:
         least, most = found["ratio_spread"]
         lines.append(
-            f"{sides[0]} makes {found['ratio']:.2f} ({least:.2f} to {most:.2f}) times the pairs of {sides[1]} "
-            f"with {found['memory_ratio']:.2f} of its memory"
+            f"{sides[0]} makes {found['ratio']:.2f} ({least:.2f} to {most:.2f}) times the pairs of "
+            f"{sides[1]} with {found['memory_ratio']:.2f} of its memory"
         )
     return "\n".join(lines)
 
 
-def _numbers(values) -> str:
+def _numbers(values: list[float]) -> str:
     return ", ".join(f"{value:.5f}" for value in values)

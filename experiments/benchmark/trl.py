@@ -1,9 +1,8 @@
-"""A peer's side: TRL's DPOTrainer in its own training loop, held up by a callback while it is not
-its turn.
+"""TRL's side of the benchmark: its DPOTrainer in its own loop, held by a callback between turns.
 
-Its best settings: scaled-dot-product attention (flash-attn where it is installed), bfloat16
-autocast on a GPU, and with `cached` its precomputed reference. Run in the Python that has it;
-imports nothing of dpo_jax.
+It has TRL's best settings: scaled-dot-product attention (flash-attn where installed), bfloat16
+autocast on a GPU, and with `cached` its precomputed reference. It runs in the Python that has TRL
+and imports nothing of dpo_jax.
 """
 
 import importlib.util
@@ -23,24 +22,30 @@ GPU = torch.cuda.is_available()
 
 
 class Held(TrainerCallback):
-    """Lets the trainer make the steps that are asked for, and answers with their time and losses.
+    """Let the trainer make the steps that are asked for; answer with their time and losses.
 
-    A step's time is from where it begins to where the next begins, so its input is in it.
+    A step's time lasts from its beginning to the beginning of the next, so it includes the input.
     """
 
     def __init__(self, turns: Turns):
-        self._turns, self._left, self._began, self._losses = turns, None, 0.0, []
+        self._turns = turns
+        self._left = None  # steps still to make in this turn; None before the first turn
+        self._began = 0.0
+        self._losses = []
 
     def on_step_begin(self, args, state, control, **_):
         if not self._left:
-            self._synchronise()
-            if self._left is not None:
-                self._turns.answer(
-                    dict(seconds=time.perf_counter() - self._began, losses=self._losses)
-                )
-            self._left, self._losses = self._turns.wait(), []
-            self._began = time.perf_counter()
+            self._change_turns()
         self._left -= 1
+
+    def _change_turns(self):
+        """Answer for the steps that were made, if any, and wait for the next."""
+        self._synchronise()
+        if self._left is not None:
+            seconds = time.perf_counter() - self._began
+            self._turns.answer(dict(seconds=seconds, losses=self._losses))
+        self._left, self._losses = self._turns.wait(), []
+        self._began = time.perf_counter()
 
     def on_log(self, args, state, control, logs=None, **_):
         if "loss" in logs:
@@ -52,10 +57,11 @@ class Held(TrainerCallback):
 
 
 def make_trainer(folder: pathlib.Path, work: Work, callback) -> trl.DPOTrainer:
+    """Return a trainer on the benchmark's folder, with the settings of our side."""
     options = trl.DPOConfig(
         output_dir=str(folder / "trl"),
         per_device_train_batch_size=work.pairs,
-        max_steps=work.steps + 1,
+        max_steps=work.steps + 1,  # the last one begins, to answer for the one before
         learning_rate=work.lr,
         beta=work.beta,
         optim="rmsprop",
@@ -90,9 +96,10 @@ def make_trainer(folder: pathlib.Path, work: Work, callback) -> trl.DPOTrainer:
 
 
 def ceiling(dtype: str) -> float:
-    """FLOP/s of the fastest of five square matrix products."""
+    """Return the FLOP/s of the fastest of five square matrix products."""
     size, device = (8192, "cuda") if GPU else (2048, "cpu")
-    a, b = (torch.randn(size, size, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
+    a = torch.randn(size, size, device=device, dtype=getattr(torch, dtype))
+    b = torch.randn(size, size, device=device, dtype=getattr(torch, dtype))
     seconds = []
     for _ in range(6):  # the first warms up
         began = time.perf_counter()
@@ -106,16 +113,20 @@ def ceiling(dtype: str) -> float:
 def main():
     folder = pathlib.Path(sys.argv[1])
     work = Work.read(folder)
-    turns = Turns(
-        about=lambda: dict(
+
+    def about():
+        return dict(
             version=f"TRL {trl.__version__}, torch {torch.__version__}",
             threads=torch.get_num_threads(),
-        ),
-        ceiling=lambda: dict(flops_per_second=ceiling(work.dtype)),
-        peak=lambda: dict(
-            bytes=torch.cuda.max_memory_allocated() if GPU else peak_resident_bytes()
-        ),
-    )
+        )
+
+    def flops_per_second():
+        return dict(flops_per_second=ceiling(work.dtype))
+
+    def peak():
+        return dict(bytes=torch.cuda.max_memory_allocated() if GPU else peak_resident_bytes())
+
+    turns = Turns(about=about, ceiling=flops_per_second, peak=peak)
     make_trainer(folder, work, Held(turns)).train()
 
 
