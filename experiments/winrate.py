@@ -1,13 +1,12 @@
-"""Judged win rates against the responses of a data set: what tldr_winrate and hh_winrate share.
+"""Judge win rates against a data set's own responses: shared by tldr_winrate and hh_winrate.
 
     WORKDIR/winrate/TASK/samples/POLICY-TEMPERATURE-N/  settings.json  completions.jsonl
-    WORKDIR/winrate/TASK/JUDGE/  judgements.jsonl  verdicts/  winrate.json  winrate.md
-    winrate.png WORKDIR/winrate/TASK/JUDGE-both_orders/  the same of --orders=2, but for
-    judgements.jsonl, which both share
+    WORKDIR/winrate/TASK/JUDGE/  judgements.jsonl  verdicts/  winrate.json  winrate.md  winrate.png
+    WORKDIR/winrate/TASK/JUDGE-both_orders/  the same with --orders=2, without judgements.jsonl
 
-Each policy answers the same prompts, and a judge compares each answer with the data's own. What was
-trained, sampled or judged is kept: the same command goes on where it was stopped, and asks nothing
-twice.
+All policies answer the same prompts, and a judge compares each answer with the data's own response.
+What was trained, sampled or judged is kept, so an interrupted command resumes and no question is
+asked twice. Both orders share the judge's answers in judgements.jsonl.
 """
 
 import dataclasses
@@ -26,6 +25,7 @@ from dpo_jax import command_line, config_checks
 from dpo_jax import config as configs
 from dpo_jax.console import say
 from dpo_jax.data import dataset
+from dpo_jax.data.sources import TextExample
 from dpo_jax.data.tokenizer import Examples, encode_example_prompts
 from dpo_jax.evaluation import chat_api, winrate_stats
 from dpo_jax.evaluation import judge as judges
@@ -47,50 +47,53 @@ from experiments import commands, winrate_report
 class Policy:
     """A model whose answers are judged."""
 
-    name: str  # of the folders of its completions
-    made_by: dict  # all that its weights depend on: completions of other weights are refused
-    open: Callable  # () -> loading.Checkpoint
-    shots: Callable[[], str] = str  # the text before each prompt, none
+    name: str  # begins the names of its completions' folders
+    made_by: dict  # all that its weights depend on; completions of other weights are refused
+    open: Callable[[], loading.Checkpoint]
+    shots: Callable[[], str] = str  # returns the text to put before each prompt; by default none
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """A win rate to find: of a policy's answers at a temperature, each the best of n by the reward
-    model.
+    """A win rate to find, of a policy's answers at a temperature.
+
+    Each answer is the best of n completions by the reward model.
     """
 
     method: str
     policy: Policy
     temperature: float
     n: int = 1
-    samples: int = 1  # completions of each prompt; the best is taken of the first n
-    step: int | None = None  # of training, where that is what varies
+    samples: int = 1  # completions of each prompt; the first n of them count
+    step: int | None = None  # of training, if that is what varies
 
     @property
     def folder(self) -> str:
-        """Where its completions are, which it may share with others."""
+        """The name of its completions' folder, which points may share."""
         return f"{self.policy.name}-{self.temperature:g}-{self.samples}"
 
     @property
     def name(self) -> str:
+        """The name of its file of verdicts."""
         best = f"-best_of_{self.n}" if self.method == "best_of_n" else ""
         return f"{self.policy.name}-{self.temperature:g}{best}"
 
     @property
     def answers(self) -> tuple:
-        """What decides its answers: points that share it share them."""
-        return self.policy.name, self.temperature, self.n if self.samples > 1 else 1
+        """A key that is equal for points with the same answers."""
+        n = self.n if self.samples > 1 else 1
+        return self.policy.name, self.temperature, n
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What is asked, and how prompts and completions are read."""
+    """The prompts to answer, and how the judge reads prompts and completions."""
 
-    rows: list  # sources.TextExample: a prompt, and the response that answers are compared with
-    data: object  # a config's data block, by which prompts are tokenised
-    shown: Callable[[str], str]  # a prompt as the judge reads it
-    read: Callable[[str], str]  # a completion as the judge reads it
-    rouge: bool = False  # measured beside
+    examples: list[TextExample]  # prompts, and the responses that answers are compared with
+    data: object  # a config's data block, which says how prompts are tokenised
+    shown: Callable[[str], str]  # prompt -> the prompt as the judge reads it
+    read: Callable[[str], str]  # completion -> the answer as the judge reads it
+    rouge: bool = False  # whether ROUGE against the responses is measured too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,15 +109,12 @@ class Options:
 
     def __post_init__(self):
         if min(self.counts, default=0) < 1 or len(set(self.counts)) < len(self.counts):
-            raise ValueError(
-                f"--best_of={','.join(map(str, self.counts))}: expected numbers of 1 or more, each once."
-            )
-        if not self.temperatures or not all(
-            0 <= temperature < math.inf for temperature in self.temperatures
-        ):
-            raise ValueError(
-                f"--temperatures={','.join(map(str, self.temperatures))}: expected numbers of 0 or more."
-            )
+            given = ",".join(map(str, self.counts))
+            raise ValueError(f"--best_of={given}: expected numbers of 1 or more, each once.")
+        in_range = [0 <= temperature < math.inf for temperature in self.temperatures]
+        if not in_range or not all(in_range):
+            given = ",".join(map(str, self.temperatures))
+            raise ValueError(f"--temperatures={given}: expected numbers of 0 or more.")
 
 
 def run(
@@ -127,110 +127,118 @@ def run(
     make_task: Callable,
     make_points: Callable,
 ) -> list[dict]:
-    """Trains, samples and judges what is not there yet, and reports; with dry_run, says what it
-    would do.
+    """Train, sample and judge what is missing, report, and return a row for each point.
 
-    make_config: method -> config. trains: the methods whose results are needed; the reward model
-    and the supervised model besides, where options ask for them. Runs have that of "dpo" always, by
-    which the rest goes, trained or not. make_task, make_points: (runs, options) -> Task,
-    list[Point], of method -> Run. Returns a row for each point; raises BudgetExhausted or ChatError
-    after the report of what was judged until then.
+    With dry_run, only say what would be done. make_config: method -> config. trains: the methods
+    whose results are needed; the reward model and the supervised model are added if options ask for
+    them. make_task, make_points: (runs, options) -> Task and list[Point], where runs are method ->
+    Run and always include "dpo", trained or not.
+
+    Raises BudgetExhausted or ChatError, after reporting what was judged until then.
     """
     if options.judge is None or "best_of_n" in options.methods:
         trains = ("rm", *trains)
     if not trains and set(options.methods) != {"base"}:
         trains = ("sft",)
-    found = {method: config_of(make_config, method) for method in ("dpo", *trains)}
-    trains = [method for method in trains if found[method].stages]
-    for config in [found["dpo"], *(found[method] for method in trains)]:
+    configs_by_method = {method: config_of(make_config, method) for method in ("dpo", *trains)}
+    trains = [method for method in trains if configs_by_method[method].stages]
+    for method in ("dpo", *trains):
+        config = configs_by_method[method]
         config_checks.validate(config)
         if config.run:
             raise ValueError(
-                f"--config.run={config.run}: it would rename a folder of every method, which share the "
-                "stages before: give another --workdir instead."
+                f"--config.run={config.run}: it would rename a folder of every method, but the "
+                "methods share their first stages. Give another --workdir instead."
             )
-    mesh = sharding.make_mesh(**found["dpo"].mesh)
-    runs = {method: Run(config, pathlib.Path(workdir), mesh) for method, config in found.items()}
+    mesh = sharding.make_mesh(**configs_by_method["dpo"].mesh)
+    runs = {}
+    for method, config in configs_by_method.items():
+        runs[method] = Run(config, pathlib.Path(workdir), mesh)
+
     folder = pathlib.Path(workdir) / "winrate" / name
-    calls_in = folder / judge_name(options.judge)
-    both = options.judge is not None and options.judge.orders == 2
-    judged_in = calls_in.with_name(calls_in.name + "-both_orders" * both)
-    left = Left(
-        {method: runs[method] for method in trains},
-        make_points(runs, options),
-        options,
-        folder / "samples",
-    )
+    sampled_in = folder / "samples"
+    calls_in = judged_in = folder / judge_name(options.judge)
+    if options.judge is not None and options.judge.orders == 2:
+        judged_in = calls_in.with_name(f"{calls_in.name}-both_orders")
+    trained_runs = {method: runs[method] for method in trains}
+    left = Left(trained_runs, make_points(runs, options), options, sampled_in)
     if options.dry_run:
         say(plan(left, options, calls_in))
         return []
+
     processes.check_shared(workdir)
-    task = make_task(runs, options)  # before training, as it may find too few prompts
+    # Before training, as the data may have too few prompts and the key may be missing.
+    task = make_task(runs, options)
     if options.judge and left.any() and jax.process_index() == 0:
-        chat_api.api_key()  # asked for before training, as it may be missing
+        chat_api.api_key()
     for method in trains:
-        run_stages(found[method], workdir)
-    points = make_points(runs, options)
-    samples = sample_all(task, points, folder / "samples", runs, make_config("best_of_n").sampling)
-    rows, stopped = judge_all(
-        task, points, samples, _judge(options.judge, task, runs, calls_in), judged_in
-    )
-    winrate_report.write(name, len(task.rows), rows, judged_in, complete=not stopped)
+        run_stages(configs_by_method[method], workdir)
+    points = make_points(runs, options)  # again, as training has left checkpoints
+    samples = sample_all(task, points, sampled_in, runs, make_config("best_of_n").sampling)
+    judge = _make_judge(options.judge, task, runs, calls_in)
+    rows, stopped = judge_all(task, points, samples, judge, judged_in)
+    winrate_report.write(name, len(task.examples), rows, judged_in, complete=not stopped)
     if stopped:
         raise stopped
     return rows
 
 
 def config_of(make_config: Callable, method: str):
-    """The config of a method; of "rm", best_of_n's without its last stage, which samples at one
-    temperature only; of "sft", the stage sft alone, if any.
+    """Return the config of a method, or of the stages that end with "rm" or "sft".
+
+    "rm" is best_of_n's config without its last stage, which samples at one temperature only; "sft"
+    is dpo's without the stage dpo, which may leave none.
     """
-    config = make_config({"rm": "best_of_n", "sft": "dpo"}.get(method, method))
-    if method in ("rm", "sft"):
+    if method == "rm":
+        config = make_config("best_of_n")
         config.stages = config.stages[:-1]
+    elif method == "sft":
+        config = make_config("dpo")
+        config.stages = config.stages[:-1]
+    else:
+        config = make_config(method)
     return config
 
 
 def trained(run: Run, stage: str) -> Policy:
-    """The result of a training stage."""
-    return Policy(
-        stage,
-        configs.dependencies(run.config, stage),
-        lambda: loading.open_checkpoint(
-            str(run.folder(stage) / "hf"), dtype=run.config.model.dtype
-        ),
-    )
+    """Return the policy that a training stage results in."""
+
+    def open_result():
+        folder = run.folder(stage) / "hf"
+        return loading.open_checkpoint(str(folder), dtype=run.config.model.dtype)
+
+    return Policy(stage, configs.dependencies(run.config, stage), open_result)
 
 
 def start(run: Run, stage: str, name: str, shots: Callable[[], str] = str) -> Policy:
-    """What a training stage starts from."""
+    """Return the policy that a training stage starts from."""
     model = run.config.model
-    after_sft = "sft" in run.config.stages and stage != "sft"
-    made_by = (
-        configs.dependencies(run.config, "sft")
-        if after_sft
-        else dict(
+    if "sft" in run.config.stages and stage != "sft":
+        made_by = configs.dependencies(run.config, "sft")
+    else:
+        made_by = dict(
             path=model.path,
             scratch=model.scratch.to_dict(),
             dtype=model.dtype,
             seed=run.config.seed,
         )
-    )
-    return Policy(name, made_by, lambda: run.initial(stage), shots)
+    return Policy(name, made_by, functools.partial(run.initial, stage), shots)
 
 
 def at_checkpoints(run: Run, stage: str) -> dict[int, Policy]:
-    """The policy at each checkpoint that training has kept, by step; without those that an
-    interruption left.
+    """Return step -> policy for the checkpoints that training has kept.
+
+    Checkpoints that only an interruption left are not among them.
     """
     folder = run.folder(stage) / "checkpoints"
-    if not (steps := checkpoint.saved_steps(folder)):
+    steps = checkpoint.saved_steps(folder)
+    if not steps:
         return {}
-    every = json.loads((run.folder(stage) / "config.json").read_text())["config"][stage][
-        "save_every"
-    ]
+    written = json.loads((run.folder(stage) / "config.json").read_text())
+    save_every = written["config"][stage]["save_every"]
+    made_by = configs.dependencies(run.config, stage)
 
-    def opened(step):
+    def open_at(step):
         initial = run.initial(stage)
 
         def load_params(mesh):
@@ -239,92 +247,111 @@ def at_checkpoints(run: Run, stage: str) -> dict[int, Policy]:
 
         return dataclasses.replace(initial, load_params=load_params)
 
-    made_by = configs.dependencies(run.config, stage)
-    return {
-        step: Policy(
-            f"{stage}_at_{step}", made_by | dict(checkpoint=step), functools.partial(opened, step)
-        )
-        for step in steps
-        if step % every == 0 or step == steps[-1]
-    }
+    policies = {}
+    for step in steps:
+        if step % save_every == 0 or step == steps[-1]:
+            opened = functools.partial(open_at, step)
+            policies[step] = Policy(f"{stage}_at_{step}", made_by | dict(checkpoint=step), opened)
+    return policies
 
 
 def best_of_n(policy: Policy, temperature: float, counts: tuple[int, ...]) -> list[Point]:
-    """A point for each N; without randomness all completions are one."""
-    return [
-        Point("best_of_n", policy, temperature, n, max(counts) if temperature else 1)
-        for n in counts
-    ]
+    """Return a point for each N, all with the same completions."""
+    # At temperature 0 all completions of a prompt are the same, so one will do.
+    samples = max(counts) if temperature else 1
+    return [Point("best_of_n", policy, temperature, n, samples) for n in counts]
 
 
-def held_out(rows: list, count: int, keep: Callable = lambda row: True) -> list:
-    """`count` of the rows to keep, each with a prompt of its own, in the order of the prompts'
-    hashes.
+def held_out(
+    examples: list[TextExample], count: int, keep: Callable = lambda example: True
+) -> list[TextExample]:
+    """Return `count` of the examples to keep, with different prompts, ordered by the prompts' hash.
+
+    The order is random but always the same, so that more prompts include fewer.
     """
-    found = {row.prompt: row for row in rows if keep(row)}
+    found = {example.prompt: example for example in examples if keep(example)}
     if len(found) < count:
         raise ValueError(
-            f"--prompts={count}, but the data has {len(found)} held-out prompts that will do: lower it."
+            f"--prompts={count}, but the data has only {len(found)} suitable held-out prompts. "
+            "Lower it."
         )
-    return [
-        found[prompt]
-        for prompt in sorted(found, key=lambda text: hashlib.sha256(text.encode()).digest())[:count]
-    ]
+    prompts = sorted(found, key=lambda prompt: hashlib.sha256(prompt.encode()).digest())
+    return [found[prompt] for prompt in prompts[:count]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A policy that is open, with the task's prompts in its tokens."""
+
+    checkpoint: loading.Checkpoint
+    prompts: Prompts
+    load_params: Callable  # mesh -> params, read from disk once
 
 
 def sample_all(
     task: Task, points: list[Point], folder: pathlib.Path, runs: dict, sampling
 ) -> dict[str, list[dict]]:
-    """Point.folder -> a row for each prompt, as rollouts.complete makes them. A policy is loaded
-    once, if at all.
+    """Return Point.folder -> a row for each prompt, as rollouts.complete makes them.
+
+    The weights of a policy are read at most once.
     """
-    found = {}
-    for policy in {point.policy.name: point.policy for point in points}.values():
-        opened = policy.open()
-        prompts = _encode(task, policy, opened.tokenizer)
-        load = functools.cache(opened.load_params)
+    policies = {point.policy.name: point.policy for point in points}
+    samples = {}
+    for policy in policies.values():
+        opened = _open(policy, task)
         for point in points:
-            if point.policy.name == policy.name and point.folder not in found:
-                found[point.folder] = _sample(
-                    point, folder / point.folder, runs, sampling, opened, prompts, load
+            if point.policy.name == policy.name and point.folder not in samples:
+                samples[point.folder] = _sample(
+                    point, opened, runs, sampling, folder / point.folder
                 )
-    return found
+    return samples
 
 
-def _encode(task: Task, policy: Policy, tokenizer) -> Prompts:
-    """The prompts as tokens, cut as in training, then behind the policy's shots."""
-    ids = encode_example_prompts(
-        task.rows, tokenizer, task.data, dataset.truncation(task.data, task.rows)
-    )
-    dataset.check_cue(task.data, Examples(ids, [], [row.where for row in task.rows]), tokenizer)
-    if shots := policy.shots():
-        shown = tokenizer(shots, add_special_tokens=False).input_ids
-        ids = [np.insert(prompt, int(prompt[0] == tokenizer.bos_token_id), shown) for prompt in ids]
-    return Prompts(ids, tokenizer.batch_decode(ids, skip_special_tokens=True))
+def _open(policy: Policy, task: Task) -> Opened:
+    """Open a policy and encode the prompts, cut as in training, after the policy's shots."""
+    opened = policy.open()
+    tokenizer = opened.tokenizer
+    truncate = dataset.truncation(task.data, task.examples)
+    ids = encode_example_prompts(task.examples, tokenizer, task.data, truncate)
+    where = [example.where for example in task.examples]
+    dataset.check_cue(task.data, Examples(ids, [], where), tokenizer)
+    shots = policy.shots()
+    if shots:
+        shot_ids = tokenizer(shots, add_special_tokens=False).input_ids
+        for number, prompt in enumerate(ids):
+            # A BOS stays in front of all.
+            place = 1 if prompt[0] == tokenizer.bos_token_id else 0
+            ids[number] = np.insert(prompt, place, shot_ids)
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return Opened(opened, Prompts(ids, texts), functools.cache(opened.load_params))
 
 
-def _sample(point: Point, folder, runs, sampling, opened, prompts, load) -> list[dict]:
-    """The completions of a point, from where a killed run goes on; scored where the best is to be
-    taken.
+def _sample(point: Point, opened: Opened, runs: dict, sampling, folder) -> list[dict]:
+    """Sample a point's completions, or what a killed run left of them; return a row per prompt.
+
+    Where the best of several will be taken, the reward model gives them their rewards.
     """
     run = runs["dpo"]
+    prompts, ranked = opened.prompts, point.samples > 1
     settings = point.policy.made_by | dict(
         temperature=point.temperature,
         samples=point.samples,
         max_new_tokens=sampling.max_new_tokens,
         seed=run.config.seed,
     )
-    reward = _no_reward
-    if point.samples > 1:
-        ranker = configs.dependencies(runs["rm"].config, "rm")
-        settings |= {f"reward model's {name}": value for name, value in ranker.items()}
+    if ranked:
+        reward_model = configs.dependencies(runs["rm"].config, "rm")
+        settings |= {f"reward model's {name}": value for name, value in reward_model.items()}
     with lock_folder(folder):
+        # Through JSON, so that they compare equal to what is read from the file.
         _claim(folder / "settings.json", json.loads(json.dumps(settings)))
-        missing = _lines(folder / COMPLETIONS) < len(prompts)
-        if missing and point.samples > 1:
-            reward = runs["rm"].reward("rm")
-        params = load(run.mesh) if missing else None
-        model = opened.model(params, run.mesh, append_eos=run.config.data.append_eos)
+        reward, params = _no_reward, None
+        if _lines(folder / COMPLETIONS) < len(prompts):
+            params = opened.load_params(run.mesh)
+            if ranked:
+                reward = runs["rm"].reward("rm")
+        append_eos = run.config.data.append_eos
+        model = opened.checkpoint.model(params, run.mesh, append_eos=append_eos)
         settings = Sampling(
             sampling.max_new_tokens,
             point.temperature,
@@ -336,46 +363,56 @@ def _sample(point: Point, folder, runs, sampling, opened, prompts, load) -> list
 
 
 def _no_reward(prompts, _completions, _tokens) -> np.ndarray:
+    """Return a reward of 0 for each completion, where there is only one to choose from."""
     return np.zeros(len(prompts))
 
 
 def _claim(path: pathlib.Path, settings: dict) -> None:
-    """Writes the settings of completions; StageChanged where there are some that were made with
-    others.
-    """
-    if path.exists() and (changed := differences(json.loads(path.read_text()), settings)):
-        raise StageChanged(
-            f"{path.parent} holds completions made with other settings:\n{changed}\n"
-            "Take the old values, or remove the folder to lose it."
-        )
+    """Write the settings of completions; raise StageChanged if they were made with others."""
+    if path.exists():
+        changed = differences(json.loads(path.read_text()), settings)
+        if changed:
+            raise StageChanged(
+                f"{path.parent} holds completions made with other settings:\n{changed}\n"
+                "Use the old values, or remove the folder to sample again."
+            )
     write_json(path, settings)
 
 
 def judge_name(judge: judges.Judge | None) -> str:
-    """The folder of a judge's calls, of either order: those of one are among those of both."""
+    """Return the name of the folder that keeps a judge's answers, in one order or both."""
     if judge is None:
         return "reward_model"
+    template = pathlib.Path(judge.template).stem
     warm = f"-{judge.temperature:g}" if judge.temperature else ""
-    return re.sub(r"[^\w.-]", "_", f"{judge.model}-{pathlib.Path(judge.template).stem}{warm}")
+    return re.sub(r"[^\w.-]", "_", f"{judge.model}-{template}{warm}")
 
 
-def _judge(judge: judges.Judge | None, task: Task, runs: dict, calls: pathlib.Path) -> Callable:
-    """(comparisons, file) -> who judged, verdicts and win rate, which are written to the file."""
+def _make_judge(
+    judge: judges.Judge | None, task: Task, runs: dict, calls: pathlib.Path
+) -> Callable[[list[Comparison], pathlib.Path], dict]:
+    """Return (comparisons, file) -> result: who judged, verdicts and win rate.
+
+    The result is also written to the file. calls: the folder that keeps the judge's answers.
+    """
 
     def by_chat(comparisons, path):
-        shown = [dataclasses.replace(one, prompt=task.shown(one.prompt)) for one in comparisons]
-        return processes.from_first(
-            lambda: judges.write_verdicts(
-                path, judge, judges.compare(judge, shown, calls, say), calls
-            )
-        )
+        shown = []
+        for comparison in comparisons:
+            prompt = task.shown(comparison.prompt)
+            shown.append(dataclasses.replace(comparison, prompt=prompt))
+
+        def ask():
+            verdicts = judges.compare(judge, shown, calls, say)
+            return judges.write_verdicts(path, judge, verdicts, calls)
+
+        return processes.from_first(ask)
 
     @functools.cache
     def reward():
         run = runs["rm"]
-        return make.make_reward(
-            "model", str(run.folder("rm") / "hf"), run.config.reward.batch_size, run.mesh
-        )
+        folder = run.folder("rm") / "hf"
+        return make.make_reward("model", str(folder), run.config.reward.batch_size, run.mesh)
 
     def by_reward(comparisons, path):
         verdicts = judges.compare_by_reward(reward(), comparisons)
@@ -388,98 +425,105 @@ def _judge(judge: judges.Judge | None, task: Task, runs: dict, calls: pathlib.Pa
 
 def judge_all(
     task: Task, points: list[Point], samples: dict, judge: Callable, folder: pathlib.Path
-) -> tuple:
-    """A row for each point: the point, what was judged, what else was measured; and the error that
-    ended them early, a budget that is spent or an endpoint that fails, or None.
+) -> tuple[list[dict], Exception | None]:
+    """Return a row for each point, and the error that ended the judging early, or None.
+
+    A row has the point, its win rate and verdicts, and what else was measured of its answers. The
+    error is that of a spent budget or a failing endpoint.
     """
     (folder / "verdicts").mkdir(parents=True, exist_ok=True)
-    references, rows = [row.responses[0] for row in task.rows], []
+    references = [example.responses[0] for example in task.examples]
+    rows = []
     for number, point in enumerate(points, 1):
-        answers = [
-            task.read(
-                max(row["completions"][: point.n], key=lambda completion: completion["reward"])[
-                    "text"
-                ]
-            )
-            for row in samples[point.folder]
-        ]
-        comparisons = [
-            Comparison(row.prompt, " " + answer, reference)
-            for row, answer, reference in zip(task.rows, answers, references, strict=True)
-        ]
+        answers = _answers(task, point, samples[point.folder])
+        comparisons = []
+        for example, answer, reference in zip(task.examples, answers, references, strict=True):
+            # After a space, as the data's responses follow their prompts.
+            comparisons.append(Comparison(example.prompt, " " + answer, reference))
         try:
             result = judge(comparisons, folder / "verdicts" / f"{point.name}.json")
         except (judges.BudgetExhausted, judges.ChatError) as error:
             say(f"stopped after {number - 1} of {len(points)} win rates")
             return rows, error
         say(f"{number}/{len(points)} {point.name}: {winrate_report.cell(result)}")
-        rows.append(
-            dict(
-                method=point.method,
-                temperature=point.temperature,
-                best_of=point.n,
-                step=point.step,
-                **{name: result.pop(name) for name in winrate_report.RATES},
-                verdicts=result.pop("verdicts"),
-                judged=result,
-                words=float(np.mean([len(answer.split()) for answer in answers])),
-                **(winrate_report.rouge(answers, references) if task.rouge else {}),
-            )
+        row = dict(
+            method=point.method,
+            temperature=point.temperature,
+            best_of=point.n,
+            step=point.step,
+            **{name: result.pop(name) for name in winrate_report.RATES},
+            verdicts=result.pop("verdicts"),
+            judged=result,  # what is left says who judged
+            words=float(np.mean([len(answer.split()) for answer in answers])),
         )
+        if task.rouge:
+            row |= winrate_report.rouge(answers, references)
+        rows.append(row)
     return rows, None
 
 
+def _answers(task: Task, point: Point, samples: list[dict]) -> list[str]:
+    """Return a point's answers: of the first n completions, the one with the highest reward."""
+    answers = []
+    for sampled in samples:
+        best = max(sampled["completions"][: point.n], key=lambda one: one["reward"])
+        answers.append(task.read(best["text"]))
+    return answers
+
+
 class Left:
-    """What there is to do before the judge is asked: stages by method, and completions by
-    folder.
+    """What is left to do before the judge is asked.
+
+    stages: method -> stages to train. completions: folder -> number of completions to sample.
     """
 
     def __init__(self, runs: dict, points: list[Point], options: Options, sampled: pathlib.Path):
         self.points = points
-        self.stages = {
-            method: [
-                stage
-                for stage in run.config.stages
-                if not (run.folder(stage) / "done.json").exists()
-            ]
-            for method, run in runs.items()
-        }
-        self.completions = {
-            point.folder: max(options.prompts - _lines(sampled / point.folder / COMPLETIONS), 0)
-            * point.samples
-            for point in points
-        }
+        self.stages = {}
+        for method, run in runs.items():
+            unfinished = []
+            for stage in run.config.stages:
+                if not (run.folder(stage) / "done.json").exists():
+                    unfinished.append(stage)
+            self.stages[method] = unfinished
+        self.completions = {}
+        for point in points:
+            missing = options.prompts - _lines(sampled / point.folder / COMPLETIONS)
+            self.completions[point.folder] = max(missing, 0) * point.samples
 
     def any(self) -> bool:
+        """Return whether there is anything to train or to sample."""
         return any(self.stages.values()) or any(self.completions.values())
 
 
 def plan(left: Left, options: Options, calls: pathlib.Path) -> str:
-    """What there is to do, for a person."""
-    lines = [
-        f"{'train ' + method:<32}{'stages ' + ', '.join(names) if names else 'done'}"
-        for method, names in left.stages.items()
-    ]
-    lines += [
-        f"{'sample ' + folder:<32}{f'{count:,} completions' if count else 'done'}"
-        for folder, count in left.completions.items()
-    ]
+    """Return what is left to do as text, with the number of the judge's calls."""
+    lines = []
+    for method, names in left.stages.items():
+        todo = f"stages {', '.join(names)}" if names else "done"
+        lines.append(f"{'train ' + method:<32}{todo}")
+    for folder, count in left.completions.items():
+        todo = f"{count:,} completions" if count else "done"
+        lines.append(f"{'sample ' + folder:<32}{todo}")
     if "training" in options.methods and not any(point.step for point in left.points):
         lines.append("over training: not counted, as there are no checkpoints yet")
     if options.judge:
-        questions = (
-            len({point.answers for point in left.points}) * options.prompts * options.judge.orders
-        )
+        title = f"judge {len(left.points)} win rates"
+        different = {point.answers for point in left.points}
+        questions = len(different) * options.prompts * options.judge.orders
+        kept = _lines(calls / judges.JUDGEMENTS)
         lines.append(
-            f"{'judge ' + str(len(left.points)) + ' win rates':<32}{questions:,} questions, up to "
-            f"{judges.ATTEMPTS} calls each; {_lines(calls / judges.JUDGEMENTS):,} calls are kept"
+            f"{title:<32}{questions:,} questions, up to {judges.ATTEMPTS} calls each; "
+            f"{kept:,} calls are kept"
         )
     return "\n".join(lines)
 
 
 def _lines(path: pathlib.Path) -> int:
-    """How many whole lines a file has, which another process may be writing."""
-    return path.read_bytes().count(b"\n") if path.exists() else 0
+    """Return how many whole lines a file has; another process may be writing the next."""
+    if not path.exists():
+        return 0
+    return path.read_bytes().count(b"\n")
 
 
 def refuse_flags(where: str, *names: str) -> None:
@@ -500,27 +544,29 @@ def main(
 ) -> None:
     """Run the command of an experiment.
 
-    defaults: () -> methods, temperatures and template where the flags name none; run: (make_config,
-    workdir, options).
+    defaults: () -> (methods, temperatures, template), for those that no flag names. run:
+    (make_config, workdir, options) -> None.
     """
     from absl import flags
 
     config = command_line.define_config(default_config)
-    workdir = flags.DEFINE_string("workdir", None, "Where the runs and the results are.")
+    workdir = flags.DEFINE_string("workdir", None, "Folder of the runs and the results.")
     method = flags.DEFINE_multi_enum(
-        "method", None, methods, "Which methods; may be repeated. Default: all."
+        "method", None, methods, "A method to judge; may be repeated. Default: all."
     )
-    temperatures = flags.DEFINE_list("temperatures", None, "Of the policies. Default: the paper's.")
+    temperatures = flags.DEFINE_list(
+        "temperatures", None, "Sampling temperatures of the policies. Default: the paper's."
+    )
     counts = flags.DEFINE_list("best_of", list(map(str, Options.counts)), "The N of best of N.")
     prompts = flags.DEFINE_integer(
-        "prompts", Options.prompts, "How many held-out prompts.", lower_bound=1
+        "prompts", Options.prompts, "How many held-out prompts to answer.", lower_bound=1
     )
     judge = flags.DEFINE_enum(
-        "judge", "chat", ["chat", "reward"], "A chat model, or the run's reward model."
+        "judge", "chat", ["chat", "reward"], "The judge: a chat model, or the run's reward model."
     )
     judge_model = flags.DEFINE_string("judge_model", None, "The chat model's name at its endpoint.")
     template = flags.DEFINE_string(
-        "template", None, f"A file, or one of {', '.join(judges.TEMPLATES)}."
+        "template", None, f"The judge's prompt: a file, or one of {', '.join(judges.TEMPLATES)}."
     )
     dry_run = flags.DEFINE_bool("dry_run", False, "Only list what would be done, and its cost.")
     flags.mark_flags_as_required(["workdir"])
@@ -528,33 +574,31 @@ def main(
     make_judge = judges.define_flags()
     judge_flags = ["judge_model", "template", *sorted(set(flags.FLAGS) - known)]
 
-    def start():
-        own_methods, own_temperatures, own_template = defaults()
-        asked_methods = tuple(method.value or own_methods)
+    def judge_asked_for(default_template: str) -> judges.Judge | None:
         if judge.value == "reward":
             refuse_flags("with --judge=reward", *judge_flags)
-        if "best_of_n" not in asked_methods:
-            refuse_flags("without --method=best_of_n", "best_of")
-        if judge.value == "chat" and not (judge_model.value or dry_run.value):
+            return None
+        if not (judge_model.value or dry_run.value):
             raise ValueError(
-                "--judge_model: the name of a chat model behind OPENAI_BASE_URL; the paper's was "
-                "gpt-4-0314. Or --judge=reward."
+                "--judge_model is missing: give the name of a chat model behind OPENAI_BASE_URL "
+                "(the paper's was gpt-4-0314), or use --judge=reward."
             )
-        asked = (
-            None
-            if judge.value == "reward"
-            else make_judge(
-                model=judge_model.value or "JUDGE", template=template.value or own_template
-            )
+        return make_judge(
+            model=judge_model.value or "JUDGE", template=template.value or default_template
         )
+
+    def start():
+        default_methods, default_temperatures, default_template = defaults()
         options = Options(
-            asked_methods,
-            tuple(map(float, temperatures.value or own_temperatures)),
-            asked,
-            tuple(map(int, counts.value)),
-            prompts.value,
-            dry_run.value,
+            methods=tuple(method.value or default_methods),
+            temperatures=tuple(map(float, temperatures.value or default_temperatures)),
+            judge=judge_asked_for(default_template),
+            counts=tuple(map(int, counts.value)),
+            prompts=prompts.value,
+            dry_run=dry_run.value,
         )
+        if "best_of_n" not in options.methods:
+            refuse_flags("without --method=best_of_n", "best_of")
         make_config = commands.config_maker(config.choice, config.overrides)
         run(make_config, workdir.value, options)
 

@@ -1,4 +1,4 @@
-"""What the win-rate experiments write of their rows: a table, a figure, and all in JSON."""
+"""Report win rates as a table, a figure and JSON."""
 
 import pathlib
 
@@ -13,27 +13,26 @@ RATES = ("rate", "low", "high", "wins", "ties", "losses", "unparsable", "n")
 def write(
     task: str, prompts: int, rows: list[dict], folder: pathlib.Path, *, complete: bool
 ) -> None:
-    """Writes winrate.json, winrate.md and winrate.png.
+    """Write winrate.json, winrate.md and winrate.png, and print the table.
 
-    rows: as winrate_stats.judge_all makes them; complete: whether they are all that was asked for.
+    rows: as winrate.judge_all makes them. complete: whether they are all that was asked for.
     """
     if not rows:
         return
     paired = against(rows, "dpo")
-    write_json(
-        folder / "winrate.json",
-        dict(
-            task=task,
-            prompts=prompts,
-            complete=complete,
-            judged=rows[-1]["judged"],
-            paired=paired,
-            rows=[
-                {name: value for name, value in row.items() if name not in ("judged", "verdicts")}
-                for row in rows
-            ],
-        ),
+    written = []
+    for row in rows:
+        # The verdicts have files of their own, and the judge is the same for all rows.
+        written.append({name: row[name] for name in row if name not in ("judged", "verdicts")})
+    result = dict(
+        task=task,
+        prompts=prompts,
+        complete=complete,
+        judged=rows[-1]["judged"],
+        paired=paired,
+        rows=written,
     )
+    write_json(folder / "winrate.json", result)
     text = table(rows, paired)
     write_text(folder / "winrate.md", text)
     plots.win_rates(folder / "winrate.png", panels(rows))
@@ -41,114 +40,123 @@ def write(
 
 
 def label(row: dict) -> str:
-    return f"best of {row['best_of']}" if row["method"] == "best_of_n" else row["method"]
+    """Return a method's name in tables and figures."""
+    if row["method"] == "best_of_n":
+        return f"best of {row['best_of']}"
+    return row["method"]
 
 
 def cell(result: dict) -> str:
-    """A win rate and its interval."""
-    return _interval(result, "rate")
+    """Return a win rate and its interval as text."""
+    return _with_interval(result, "rate")
 
 
-def _interval(result: dict, name: str) -> str:
+def _with_interval(result: dict, name: str) -> str:
     value = result[name]
-    return "none" if value is None else f"{value:.3f} [{result['low']:.3f}, {result['high']:.3f}]"
+    if value is None:
+        return "none"
+    return f"{value:.3f} [{result['low']:.3f}, {result['high']:.3f}]"
 
 
 def against(rows: list[dict], method: str) -> list[dict]:
-    """A method beside each other one at the same temperature, prompt by prompt."""
+    """Compare a method with each other one, prompt by prompt, at the same temperature."""
     rows = [row for row in rows if row["step"] is None]
-    ours = {row["temperature"]: row["verdicts"] for row in rows if row["method"] == method}
-    return [
-        dict(
-            first=method,
-            second=label(row),
-            temperature=row["temperature"],
-            **winrate_stats.paired(ours[row["temperature"]], row["verdicts"]),
-        )
-        for row in rows
-        if row["method"] != method and row["temperature"] in ours
-    ]
+    verdicts = {row["temperature"]: row["verdicts"] for row in rows if row["method"] == method}
+    found = []
+    for row in rows:
+        temperature = row["temperature"]
+        if row["method"] == method or temperature not in verdicts:
+            continue
+        about = dict(first=method, second=label(row), temperature=temperature)
+        found.append(about | winrate_stats.paired(verdicts[temperature], row["verdicts"]))
+    return found
 
 
 def panels(rows: list[dict]) -> dict[str, tuple[str, list[dict]]]:
-    """Title -> (what varies, rows to draw): all methods, the N of best of N, and steps, where there
-    are some.
-    """
-    steps = [
-        row | dict(x=row["step"], label=row["method"]) for row in rows if row["step"] is not None
-    ]
-    rows = [
-        row | dict(x=row["temperature"], label=label(row)) for row in rows if row["step"] is None
-    ]
-    best = [row for row in rows if row["method"] == "best_of_n"]
-    most = max((row["best_of"] for row in best), default=1)
+    """Return title -> (what varies, rows to draw), for the panels that have rows."""
+    by_method, best_of_n, over_training = [], [], []
+    for row in rows:
+        if row["step"] is not None:
+            over_training.append(row | dict(x=row["step"], label=row["method"]))
+            continue
+        drawn = row | dict(x=row["temperature"], label=label(row))
+        if row["method"] == "best_of_n":
+            best_of_n.append(drawn)
+        by_method.append(drawn)
+    # Of best of N, the other methods are drawn beside the largest N only.
+    most = max((row["best_of"] for row in best_of_n), default=1)
+    by_method = [row for row in by_method if row["method"] != "best_of_n" or row["best_of"] == most]
     found = {
-        "by method": (
-            "temperature",
-            [row for row in rows if row not in best or row["best_of"] == most],
-        ),
-        "best of N": ("temperature", best),
-        "over training": ("step", steps),
+        "by method": ("temperature", by_method),
+        "best of N": ("temperature", best_of_n),
+        "over training": ("step", over_training),
     }
-    return {title: panel for title, panel in found.items() if panel[1]}
+    return {title: (varies, drawn) for title, (varies, drawn) in found.items() if drawn}
 
 
 def table(rows: list[dict], paired: list[dict]) -> str:
-    """In Markdown: win rates by method and temperature, and by step; methods beside each other on
-    the same prompts; then what else was measured of the answers.
+    """Return the tables in Markdown, those that have rows.
+
+    Win rates by method and temperature, and by step; methods compared on the same prompts; then
+    what else was measured of the answers.
     """
-    plain, steps = (
-        [row for row in rows if (row["step"] is None) == whole] for whole in (True, False)
-    )
-    temperatures = sorted({row["temperature"] for row in plain})
-    cells = {(label(row), row["temperature"]): cell(row) for row in plain}
-    measured = [name for name in ("words", *ROUGE) if name in rows[0]]
-    blocks = [
-        [
-            ("win rate", *(f"T={temperature:g}" for temperature in temperatures)),
-            *(
-                (name, *(cells.get((name, temperature), "") for temperature in temperatures))
-                for name in dict.fromkeys(map(label, plain))
-            ),
-        ],
-        [("step", "win rate"), *((str(row["step"]), cell(row)) for row in steps)],
-        [
-            ("beside", "T", "difference of win rates", "better on", "worse on", "p"),
-            *(
-                (
-                    f"{pair['first']} - {pair['second']}",
-                    f"{pair['temperature']:g}",
-                    _interval(pair, "difference"),
-                    str(pair["better"]),
-                    str(pair["worse"]),
-                    f"{pair['p']:.2g}",
-                )
-                for pair in paired
-            ),
-        ],
-        [
-            ("answers", "T", *measured, "unparsable"),
-            *(
-                (
-                    label(row),
-                    f"{row['temperature']:g}",
-                    *(f"{row[name]:.3g}" for name in measured),
-                    str(row["unparsable"]),
-                )
-                for row in plain
-            ),
-        ],
+    at_end = [row for row in rows if row["step"] is None]
+    over_training = [row for row in rows if row["step"] is not None]
+    tables = [
+        _by_temperature(at_end),
+        [("step", "win rate"), *((str(row["step"]), cell(row)) for row in over_training)],
+        _comparisons(paired),
+        _measured(at_end, [name for name in ("words", *ROUGE) if name in rows[0]]),
     ]
-    return "\n".join(_markdown(block) for block in blocks if len(block) > 1)
+    return "\n".join(_markdown(lines) for lines in tables if len(lines) > 1)
 
 
-def _markdown(block: list[tuple]) -> str:
-    head, *rows = ["| " + " | ".join(row) + " |" for row in block]
-    return "\n".join([head, "|" + "---|" * len(block[0]), *rows]) + "\n"
+# The lines of a table are tuples of cells, its heads first.
+Lines = list[tuple[str, ...]]
+
+
+def _by_temperature(rows: list[dict]) -> Lines:
+    temperatures = sorted({row["temperature"] for row in rows})
+    cells = {(label(row), row["temperature"]): cell(row) for row in rows}
+    names = dict.fromkeys(map(label, rows))  # each once, in their order
+    lines = [("win rate", *(f"T={temperature:g}" for temperature in temperatures))]
+    for name in names:
+        found = [cells.get((name, temperature), "") for temperature in temperatures]
+        lines.append((name, *found))
+    return lines
+
+
+def _comparisons(paired: list[dict]) -> Lines:
+    lines = [("beside", "T", "difference of win rates", "better on", "worse on", "p")]
+    for pair in paired:
+        line = (
+            f"{pair['first']} - {pair['second']}",
+            f"{pair['temperature']:g}",
+            _with_interval(pair, "difference"),
+            str(pair["better"]),
+            str(pair["worse"]),
+            f"{pair['p']:.2g}",
+        )
+        lines.append(line)
+    return lines
+
+
+def _measured(rows: list[dict], names: list[str]) -> Lines:
+    lines = [("answers", "T", *names, "unparsable")]
+    for row in rows:
+        values = [f"{row[name]:.3g}" for name in names]
+        lines.append((label(row), f"{row['temperature']:g}", *values, str(row["unparsable"])))
+    return lines
+
+
+def _markdown(lines: Lines) -> str:
+    head, *rows = ["| " + " | ".join(cells) + " |" for cells in lines]
+    rule = "|" + "---|" * len(lines[0])
+    return "\n".join([head, rule, *rows]) + "\n"
 
 
 def rouge(answers: list[str], references: list[str]) -> dict[str, float]:
-    """Mean F-measures, without stemming, by Google's library."""
+    """Return the mean ROUGE F-measures, without stemming, by Google's library."""
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
@@ -158,8 +166,10 @@ def rouge(answers: list[str], references: list[str]) -> dict[str, float]:
         ) from error
 
     scorer = RougeScorer(ROUGE)
-    scores = [
-        scorer.score(reference, answer)
-        for answer, reference in zip(answers, references, strict=True)
-    ]
-    return {name: sum(score[name].fmeasure for score in scores) / len(scores) for name in ROUGE}
+    measured = []
+    for answer, reference in zip(answers, references, strict=True):
+        measured.append(scorer.score(reference, answer))
+    means = {}
+    for name in ROUGE:
+        means[name] = sum(one[name].fmeasure for one in measured) / len(measured)
+    return means

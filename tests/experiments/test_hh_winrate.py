@@ -173,7 +173,7 @@ def test_held_out_prompts_once_each():
     assert len({row.prompt for row in found}) == 5
     assert found[:3] == winrate.held_out(rows, 3)
     with pytest.raises(
-        ValueError, match="--prompts=8, but the data has 7 held-out prompts that will do"
+        ValueError, match="--prompts=8, but the data has only 7 suitable held-out prompts"
     ):
         winrate.held_out(rows, 8)
 

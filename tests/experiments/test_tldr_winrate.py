@@ -341,7 +341,7 @@ def test_dry_run_counts(make_config, tmp_path, capsys):
 @pytest.mark.parametrize(
     "changes, argument, message",
     [
-        (dict(prompts=99), "", "--prompts=99, but the data has 30 held-out"),
+        (dict(prompts=99), "", "--prompts=99, but the data has only 30 suitable held-out"),
         (dict(), "", "OPENAI_API_KEY is not set"),
         (dict(), "--config.run=x", "--config.run=x: it would rename"),
         (dict(counts=(1, 0)), "", "--best_of=1,0: expected"),
@@ -407,7 +407,7 @@ def test_unknown_base_is_refused(arguments, make_config, tmp_path):
     other, gptj = (experiment_configs("configs/tldr.py:gptj", given) for given in ([path], []))
     options = Options(("base",), (0.0,), JUDGE)
     with pytest.raises(
-        ValueError, match="base: what other/supervised was .* pass --base=NAME_OR_FOLDER"
+        ValueError, match="base: what other/supervised was .* Pass --base=NAME_OR_FOLDER"
     ):
         tldr_winrate.run(other, str(tmp_path), options)
     for unknown in (other, make_config):
