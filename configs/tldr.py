@@ -7,7 +7,7 @@
 
 A size, a method, or both with a comma may follow a colon. Sizes: gptj (the default and the paper's:
 GPT-J-6B, already supervised by CarperAI), pythia1b and pythia2.8b (which begin with the stage sft),
-and tiny, for tests, on rows that tests/helpers/tiny_tldr.py makes. Methods: dpo (the default),
+and tiny, for tests, on rows that experiments/tiny_tldr.py makes. Methods: dpo (the default),
 preferred_ft, ppo (on a reward model) or best_of_n. Methods share the stages sft and rm if they
 share a --workdir. The last command judges them all.
 

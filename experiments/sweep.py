@@ -1,4 +1,4 @@
-"""Says where the sweep is now: dpo-jax sweep, or python -m dpo_jax.sweep."""
+"""Tell who starts the sweep here that it is a command of the package now: dpo-jax sweep."""
 
 import sys
 

@@ -141,15 +141,10 @@ def run(
     if not trains and set(options.methods) != {"base"}:
         trains = ("sft",)
     configs_by_method = {method: config_of(make_config, method) for method in ("dpo", *trains)}
+    # A config without the stage sft leaves nothing to train for "sft".
     trains = [method for method in trains if configs_by_method[method].stages]
     for method in ("dpo", *trains):
-        config = configs_by_method[method]
-        config_checks.validate(config)
-        if config.run:
-            raise ValueError(
-                f"--config.run={config.run}: it would rename a folder of every method, but the "
-                "methods share their first stages. Give another --workdir instead."
-            )
+        _check(configs_by_method[method])
     mesh = sharding.make_mesh(**configs_by_method["dpo"].mesh)
     runs = {}
     for method, config in configs_by_method.items():
@@ -181,6 +176,16 @@ def run(
     if stopped:
         raise stopped
     return rows
+
+
+def _check(config) -> None:
+    """Raise ValueError if a config has mistakes, or a name for its run."""
+    config_checks.validate(config)
+    if config.run:
+        raise ValueError(
+            f"--config.run={config.run}: it would rename a folder of every method, but the "
+            "methods share their first stages. Give another --workdir instead."
+        )
 
 
 def config_of(make_config: Callable, method: str):
@@ -256,7 +261,7 @@ def at_checkpoints(run: Run, stage: str) -> dict[int, Policy]:
 
 
 def best_of_n(policy: Policy, temperature: float, counts: tuple[int, ...]) -> list[Point]:
-    """Return a point for each N, all with the same completions."""
+    """Return a point for each N; they share their completions."""
     # At temperature 0 all completions of a prompt are the same, so one will do.
     samples = max(counts) if temperature else 1
     return [Point("best_of_n", policy, temperature, n, samples) for n in counts]
@@ -438,7 +443,7 @@ def judge_all(
         answers = _answers(task, point, samples[point.folder])
         comparisons = []
         for example, answer, reference in zip(task.examples, answers, references, strict=True):
-            # After a space, as the data's responses follow their prompts.
+            # Task.read strips answers, but responses follow their prompts after a space.
             comparisons.append(Comparison(example.prompt, " " + answer, reference))
         try:
             result = judge(comparisons, folder / "verdicts" / f"{point.name}.json")
