@@ -13,7 +13,6 @@ from ml_collections import ConfigDict
 from dpo_jax import stage_table
 from dpo_jax.stage_table import STAGES
 
-SOURCES = ("local", "hh", "shp", "imdb", "tldr", "cnn_dailymail", "toy")
 TRUNCATIONS = ("auto", "keep_start", "keep_end", "keep_cue")
 OPTIMIZERS = ("rmsprop", "adamw", "adafactor", "lion", "sgd")
 SCHEDULES = ("constant", "linear", "cosine")

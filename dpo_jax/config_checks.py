@@ -11,11 +11,11 @@ from dpo_jax.config import (
     REWARDS,
     SCHEDULES,
     SMOOTHED_LOSSES,
-    SOURCES,
     TRUNCATIONS,
     default,
     flat_fields,
 )
+from dpo_jax.data.sources import SOURCES
 from dpo_jax.stage_table import STAGES
 
 ALLOWED = {  # field -> its values; STAGE stands for every training stage
@@ -23,7 +23,7 @@ ALLOWED = {  # field -> its values; STAGE stands for every training stage
     "model.attention": ("auto", "xla", "splash", "cudnn"),
     "model.remat": ("none", "full", "dots"),
     "model.lora.init": ("b_zero", "a_zero"),
-    "data.source": SOURCES,
+    "data.source": tuple(SOURCES),
     "data.truncate": TRUNCATIONS,
     "data.on_bad_row": ("error", "drop"),
     "reward.kind": REWARDS,

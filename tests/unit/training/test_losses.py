@@ -56,6 +56,10 @@ def test_sigmoid_gradient_is_closed_form():
     )
 
 
+def test_config_names_every_preference_loss():
+    assert set(losses.PREFERENCE) == set(PREFERENCE_LOSSES)
+
+
 @pytest.mark.parametrize("name", PREFERENCE_LOSSES)
 def test_preference_gradient_equals_finite_differences(name):
     with jax.enable_x64(True):
