@@ -2,8 +2,19 @@
 
 A batch is one flat run of tokens per shard, where a prompt is laid down once and both its responses
 follow. Attention alone sees whole sequences: it gathers them into right-padded rows, runs plain
-causal attention there, and takes each token's output back. `data/packing.py` makes the indices;
-`transformer.py` lists the letters in array names.
+causal attention there, and takes each token's output back. For a prompt P, the chosen response C
+and the rejected response R:
+
+    run of tokens     P0 P1 P2 C0 C1 R0
+    attention's rows  P0 P1 P2 C0 C1        each token sees itself and what stands to its left
+                      P0 P1 P2 R0 .         so R0 never sees C0 and C1
+    slots             0  1  2  3  4         places in the rows, counted from the first row to the
+                      5  6  7  8  9         last; P0 stands in slots 0 and 5
+
+`data/packing.py` makes the indices; `transformer.py` lists the letters in array names, and here
+also:
+
+    Z  slots of a shard, all rows end to end         B  S and R as one axis
 """
 
 import functools
@@ -12,7 +23,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
+from jax.sharding import PartitionSpec
 
 from dpo_jax.parallel.hardware import chip_of
 from dpo_jax.parallel.sharding import BATCH, device, fitting
@@ -55,20 +66,33 @@ def attend(
     """
     causal = functools.partial(causal_attention, window=window, kernel=kernel)
     if layout is None:
-        return causal(q_SNHC[:, None], k_SNKC[:, None], v_SNKC[:, None])[:, 0]
-    index_SP = jnp.concatenate(
-        [rows_SRT.reshape(rows_SRT.shape[0], -1) for rows_SRT in layout.rows], axis=1
-    )
-    spread = [_spread(x, index_SP, layout.token_slots) for x in (q_SNHC, k_SNKC, v_SNKC)]
-    outputs, start = [], 0
-    for shards, rows, length in (rows_SRT.shape for rows_SRT in layout.rows):
-        end = start + rows * length
-        bucket = [
-            x_SP[:, start:end].reshape(shards, rows, length, *x_SP.shape[2:]) for x_SP in spread
-        ]
-        outputs.append(causal(*bucket).reshape(shards, rows * length, *q_SNHC.shape[2:]))
+        out_SRNHC = causal(q_SNHC[:, None], k_SNKC[:, None], v_SNKC[:, None])
+        return out_SRNHC[:, 0]
+
+    index_SZ = _end_to_end(layout.rows)
+    q_SZHC = _spread(q_SNHC, index_SZ, layout.token_slots)
+    k_SZKC = _spread(k_SNKC, index_SZ, layout.token_slots)
+    v_SZKC = _spread(v_SNKC, index_SZ, layout.token_slots)
+
+    # All buckets are gathered at once, but each has rows of its own length, so each is a call.
+    outputs = []
+    start = 0
+    for rows_SRT in layout.rows:
+        end = start + rows_SRT[0].size
+        q_SRTHC = q_SZHC[:, start:end].reshape(*rows_SRT.shape, *q_SZHC.shape[2:])
+        k_SRTKC = k_SZKC[:, start:end].reshape(*rows_SRT.shape, *k_SZKC.shape[2:])
+        v_SRTKC = v_SZKC[:, start:end].reshape(*rows_SRT.shape, *v_SZKC.shape[2:])
+        out_SRTHC = causal(q_SRTHC, k_SRTKC, v_SRTKC)
+        outputs.append(out_SRTHC.reshape(q_SZHC[:, start:end].shape))
         start = end
-    return _collect(jnp.concatenate(outputs, axis=1), layout.gather_index, index_SP)
+    out_SZHC = jnp.concatenate(outputs, axis=1)
+    return _collect(out_SZHC, layout.gather_index, index_SZ)
+
+
+def _end_to_end(rows: tuple[jax.Array, ...]) -> jax.Array:
+    """Return the token in each slot, [S, Z]: the rows of all buckets, one after the other."""
+    flat = [rows_SRT.reshape(rows_SRT.shape[0], -1) for rows_SRT in rows]
+    return jnp.concatenate(flat, axis=1)
 
 
 def attend_cached(
@@ -78,12 +102,15 @@ def attend_cached(
 
     The result is [S, 1, H, C]. A token sees the cache's slots before its position. cache: one
     layer's k, v [S, K, U, C]; it is only read, so it need not be copied: the token's own key and
-    value are given besides. A slot that is not seen has a weight of exactly 0. Softmax in float32.
+    value are separate arguments. A slot that is not seen has a weight of exactly 0. Softmax in
+    float32.
     """
     shards, _, heads, width = q_SNHC.shape
     kv_heads, slots = cache["k"].shape[1:3]
     dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    # Query heads in groups that share a key head: the cache is not repeated for each of them.
     q_SKGC = (q_SNHC * width**-0.5).reshape(shards, kv_heads, heads // kv_heads, width)
+    # A token's slot is its position. Its own slot is not written yet, so distance 0 is not seen.
     distance_SU = positions_SN - jnp.arange(slots)
     seen_SU = distance_SU > 0
     if window is not None:
@@ -91,11 +118,13 @@ def attend_cached(
     scores_SKGU = dot("SKGC,SKUC->SKGU", q_SKGC, cache["k"])
     scores_SKGU = jnp.where(seen_SU[:, None, None], scores_SKGU, jnp.finfo(jnp.float32).min)
     own_SKGN = dot("SKGC,SNKC->SKGN", q_SKGC, k_SNKC)
-    weights_SKGU = jax.nn.softmax(jnp.concatenate([scores_SKGU, own_SKGN], axis=-1)).astype(
-        v_SNKC.dtype
-    )
-    out_SKGC = dot("SKGU,SKUC->SKGC", weights_SKGU[..., :slots], cache["v"])
-    out_SKGC += dot("SKGN,SNKC->SKGC", weights_SKGU[..., slots:], v_SNKC)
+    # One softmax over the cache and the token itself, which comes last.
+    weights = jax.nn.softmax(jnp.concatenate([scores_SKGU, own_SKGN], axis=-1))
+    weights = weights.astype(v_SNKC.dtype)
+    weights_SKGU = weights[..., :slots]
+    weights_SKGN = weights[..., slots:]
+    out_SKGC = dot("SKGU,SKUC->SKGC", weights_SKGU, cache["v"])
+    out_SKGC += dot("SKGN,SNKC->SKGC", weights_SKGN, v_SNKC)
     return out_SKGC.astype(v_SNKC.dtype).reshape(q_SNHC.shape)
 
 
@@ -120,8 +149,10 @@ def choose(kernel: str, dtype, width: int) -> str:
     for 16-bit numbers and heads of a width that all of these take; elsewhere xla, the blocks
     written here. Raises ValueError where the named kernel cannot run.
     """
-    where, dtype = device().platform, jnp.dtype(dtype)
+    where = device().platform
+    dtype = jnp.dtype(dtype)
     if kernel == "auto":
+        # Heads up to 256 wide run on an H100 and an H200 only, so auto stays with 128.
         cudnn_takes_it = dtype.itemsize == 2 and width % 8 == 0 and width <= 128
         if where == "tpu":
             return "splash"
@@ -149,26 +180,33 @@ def check(kernel: str, where: str) -> None:
 def _on_each_device(kernel, q_SRTHC, k_SRUKC, v_SRUKC, window):
     """Run a kernel over each device's own rows and heads: the compiler cannot split a kernel.
 
-    kernel: (q_BTHC, k_BUKC, v_BUKC, window) -> out_BTHC; B: S and R as one.
+    kernel: (q_BTHC, k_BUKC, v_BUKC, window) -> out_BTHC.
     """
 
     def local(q_SRTHC, k_SRUKC, v_SRUKC):
-        rows = [x.reshape(-1, *x.shape[2:]) for x in (q_SRTHC, k_SRUKC, v_SRUKC)]
-        return kernel(*rows, window).reshape(q_SRTHC.shape)
+        q_BTHC = q_SRTHC.reshape(-1, *q_SRTHC.shape[2:])
+        k_BUKC = k_SRUKC.reshape(-1, *k_SRUKC.shape[2:])
+        v_BUKC = v_SRUKC.reshape(-1, *v_SRUKC.shape[2:])
+        return kernel(q_BTHC, k_BUKC, v_BUKC, window).reshape(q_SRTHC.shape)
 
-    mesh, heads, kv_heads = jax.sharding.get_abstract_mesh(), q_SRTHC.shape[3], k_SRUKC.shape[3]
+    mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return local(q_SRTHC, k_SRUKC, v_SRUKC)
+
+    heads = q_SRTHC.shape[3]
+    kv_heads = k_SRUKC.shape[3]
     if heads % mesh.shape["tensor"] == 0:
         # Key heads are repeated until each device has its own.
         times = math.lcm(kv_heads, mesh.shape["tensor"]) // kv_heads
-        k_SRUKC, v_SRUKC = (jnp.repeat(x, times, axis=3) for x in (k_SRUKC, v_SRUKC))
-    specs = [
-        fitting(mesh, P(BATCH, None, None, "tensor"), x.shape) for x in (q_SRTHC, k_SRUKC, v_SRUKC)
-    ]
-    return jax.shard_map(local, in_specs=tuple(specs), out_specs=specs[0], check_vma=False)(
-        q_SRTHC, k_SRUKC, v_SRUKC
-    )
+        k_SRUKC = jnp.repeat(k_SRUKC, times, axis=3)
+        v_SRUKC = jnp.repeat(v_SRUKC, times, axis=3)
+
+    # An axis that a device count does not divide stays whole on every device (`fitting`).
+    wanted = PartitionSpec(BATCH, None, None, "tensor")
+    specs = tuple(fitting(mesh, wanted, x.shape) for x in (q_SRTHC, k_SRUKC, v_SRUKC))
+    # Varying axes are not checked: kernels do not say how their outputs vary over the mesh.
+    split = jax.shard_map(local, in_specs=specs, out_specs=specs[0], check_vma=False)
+    return split(q_SRTHC, k_SRUKC, v_SRUKC)
 
 
 def _splash(q_BTHC, k_BUKC, v_BUKC, window):
@@ -177,15 +215,16 @@ def _splash(q_BTHC, k_BUKC, v_BUKC, window):
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     length, heads, width = q_BTHC.shape[1:]
+    # As few blocks as fit on the chip, all equally long, so that the last is not mostly padding.
     count = -(-length // SPLASH_BLOCK[q_BTHC.dtype.itemsize])
     block = -(-length // (count * SPLASH_LANES)) * SPLASH_LANES
     padded = count * block
     square = (padded, padded)
-    mask = (
-        splash.CausalMask(square)
-        if window is None
-        else splash.LocalMask(square, (window - 1, 0), 0)
-    )
+    # Padding comes after all tokens, so a causal mask hides it from them.
+    if window is None:
+        mask = splash.CausalMask(square)
+    else:
+        mask = splash.LocalMask(square, (window - 1, 0), 0)
     blocks = splash.BlockSizes(
         block_q=block,
         block_kv=block,
@@ -196,21 +235,25 @@ def _splash(q_BTHC, k_BUKC, v_BUKC, window):
     )
 
     def attend_rows(q_BHTC, k_BKUC, v_BKUC):
-        return jax.vmap(
-            splash.make_splash_mha_single_device(
-                splash.MultiHeadMask([mask] * heads),
-                block_sizes=blocks,
-                interpret=device().platform == "cpu",
-            )
-        )(q_BHTC, k_BKUC, v_BKUC)
+        kernel = splash.make_splash_mha_single_device(
+            splash.MultiHeadMask([mask] * heads),
+            block_sizes=blocks,
+            interpret=device().platform == "cpu",
+        )
+        return jax.vmap(kernel)(q_BHTC, k_BKUC, v_BKUC)
+
+    def padded_heads_first(x):
+        return jnp.pad(x, ((0, 0), (0, padded - length), (0, 0), (0, 0))).swapaxes(1, 2)
 
     # The kernel refuses the precision float32 for bfloat16.
     precision = "default" if q_BTHC.dtype == jnp.bfloat16 else "float32"
-    heads_first = [
-        jnp.pad(x, ((0, 0), (0, padded - length), (0, 0), (0, 0))).swapaxes(1, 2)
-        for x in (q_BTHC * width**-0.5, k_BUKC, v_BUKC)
-    ]
-    return _at_precision(precision, attend_rows)(*heads_first).swapaxes(1, 2)[:, :length]
+    # The kernel does not scale the queries.
+    out_BHTC = _at_precision(precision, attend_rows)(
+        padded_heads_first(q_BTHC * width**-0.5),
+        padded_heads_first(k_BUKC),
+        padded_heads_first(v_BUKC),
+    )
+    return out_BHTC.swapaxes(1, 2)[:, :length]
 
 
 def _at_precision(precision: str, function):
@@ -267,12 +310,16 @@ def _in_blocks(q_SRTHC, k_SRUKC, v_SRUKC, window):
     blocks = []
     for start in range(0, length, QUERY_BLOCK):
         end = min(start + QUERY_BLOCK, length)
+        # The first key that the block's first query sees.
         first = 0 if window is None else max(0, start - window + 1)
         block = functools.partial(_attend_block, offset=start - first, window=window)
-        block = jax.checkpoint(block) if length > QUERY_BLOCK else block
-        blocks.append(
-            block(q_SRKGTC[..., start:end, :], k_SRKCU[..., first:end], v_SRKUC[..., first:end, :])
-        )
+        if length > QUERY_BLOCK:
+            # A single block is not recomputed: its scores are small.
+            block = jax.checkpoint(block)
+        q_block = q_SRKGTC[..., start:end, :]
+        k_block = k_SRKCU[..., first:end]
+        v_block = v_SRKUC[..., first:end, :]
+        blocks.append(block(q_block, k_block, v_block))
     out_SRKGTC = blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=4)
     return out_SRKGTC.transpose(0, 1, 4, 2, 3, 5).reshape(q_SRTHC.shape)
 
@@ -280,20 +327,22 @@ def _in_blocks(q_SRTHC, k_SRUKC, v_SRUKC, window):
 def _attend_block(q_SRKGTC, k_SRKCU, v_SRKUC, *, offset: int, window: int | None):
     """Return attention of a block of queries, the first of which sits at key `offset`."""
     shards, rows, kv_heads, groups, length, width = q_SRKGTC.shape
-    q_SRKIC = q_SRKGTC.reshape(shards, rows, kv_heads, groups * length, width)  # I: G and T as one
+    # I: G and T as one. The queries of all heads that share a key head are one matrix.
+    q_SRKIC = q_SRKGTC.reshape(shards, rows, kv_heads, groups * length, width)
     scores_SRKIU = jnp.einsum(
         "SRKIC,SRKCU->SRKIU", q_SRKIC, k_SRKCU, preferred_element_type=jnp.float32
     )
-    distance_TU = offset + jnp.arange(length)[:, None] - jnp.arange(k_SRKCU.shape[-1])[None, :]
+    query_T1 = offset + jnp.arange(length)[:, None]
+    key_1U = jnp.arange(k_SRKCU.shape[-1])[None, :]
+    distance_TU = query_T1 - key_1U
     seen_TU = distance_TU >= 0
     if window is not None:
         seen_TU &= distance_TU < window
-    scores_SRKIU = jnp.where(
-        jnp.tile(seen_TU, (groups, 1)), scores_SRKIU, jnp.finfo(jnp.float32).min
-    )
-    weights_SRKIU = jnp.exp(
-        scores_SRKIU - jax.lax.stop_gradient(scores_SRKIU.max(-1, keepdims=True))
-    )
+    seen_IU = jnp.tile(seen_TU, (groups, 1))
+    scores_SRKIU = jnp.where(seen_IU, scores_SRKIU, jnp.finfo(jnp.float32).min)
+    # The highest score is taken off against overflow. It cancels, so it needs no gradient.
+    highest_SRKI1 = jax.lax.stop_gradient(scores_SRKIU.max(-1, keepdims=True))
+    weights_SRKIU = jnp.exp(scores_SRKIU - highest_SRKI1)
     out_SRKIC = jnp.einsum(
         "SRKIU,SRKUC->SRKIC",
         weights_SRKIU.astype(v_SRKUC.dtype),
@@ -306,44 +355,47 @@ def _attend_block(q_SRKGTC, k_SRKCU, v_SRKUC, *, offset: int, window: int | None
 
 
 # Tokens to rows and back are gathers whose transposes are gathers too: scatters would be slow on a
-# CPU, and on a GPU would add in an order that changes from run to run. P: places in the flattened
-# rows.
+# CPU, and on a GPU would add in an order that changes from run to run. So each backward pass is
+# written out below. Indices have no gradient: None.
 
 
 @jax.custom_vjp
-def _spread(x_SN, index_SP, token_slots_SNK):
-    """Return x[s, index[s]]: tokens at their places."""
-    return _take(x_SN, index_SP)
+def _spread(x_SN, index_SZ, token_slots_SNK):
+    """Return x[s, index[s]]: the token of each slot."""
+    return _take(x_SN, index_SZ)
 
 
-def _spread_forward(x_SN, index_SP, token_slots_SNK):
-    return _take(x_SN, index_SP), token_slots_SNK
+def _spread_forward(x_SN, index_SZ, token_slots_SNK):
+    return _take(x_SN, index_SZ), token_slots_SNK
 
 
-def _spread_backward(token_slots_SNK, grad_SP):
-    grad_SN = sum(
-        _masked(_take(grad_SP, token_slots_SNK[..., k]), token_slots_SNK[..., k] >= 0)
-        for k in range(token_slots_SNK.shape[-1])
-    )
+def _spread_backward(token_slots_SNK, grad_SZ):
+    # A token of the prompt is in a slot of each response's row: the gradients of all its slots add
+    # up. A token in fewer slots than K has -1 for the others, which give nothing.
+    grad_SN = 0
+    for k in range(token_slots_SNK.shape[-1]):
+        slot_SN = token_slots_SNK[..., k]
+        grad_SN += _masked(_take(grad_SZ, slot_SN), slot_SN >= 0)
     return grad_SN, None, None
 
 
 @jax.custom_vjp
-def _collect(x_SP, back_SN, index_SP):
-    """Return x[s, back[s]]: each token's output, from one of its places."""
-    return _take(x_SP, back_SN)
+def _collect(x_SZ, gather_index_SN, index_SZ):
+    """Return x[s, gather_index[s]]: each token's output, from one of its slots."""
+    return _take(x_SZ, gather_index_SN)
 
 
-def _collect_forward(x_SP, back_SN, index_SP):
-    return _take(x_SP, back_SN), (back_SN, index_SP)
+def _collect_forward(x_SZ, gather_index_SN, index_SZ):
+    return _take(x_SZ, gather_index_SN), (gather_index_SN, index_SZ)
 
 
 def _collect_backward(indices, grad_SN):
-    back_SN, index_SP = indices
-    taken_SP = _take(back_SN, index_SP) == jnp.arange(
-        index_SP.shape[1]
-    )  # a token is taken from one place only
-    return _masked(_take(grad_SN, index_SP), taken_SP), None, None
+    gather_index_SN, index_SZ = indices
+    # A token's output is taken from one of its slots, so that slot alone has a gradient: the slot
+    # to which its own token goes back.
+    read_slot_SZ = _take(gather_index_SN, index_SZ)
+    is_read_SZ = read_slot_SZ == jnp.arange(index_SZ.shape[1])
+    return _masked(_take(grad_SN, index_SZ), is_read_SZ), None, None
 
 
 _spread.defvjp(_spread_forward, _spread_backward)
@@ -351,9 +403,16 @@ _collect.defvjp(_collect_forward, _collect_backward)
 
 
 def _masked(x, mask):
-    return jnp.where(mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim)), x, 0)
+    """Return x, and 0 where the mask of its leading axes is False."""
+    trailing = (1,) * (x.ndim - mask.ndim)
+    return jnp.where(mask.reshape(mask.shape + trailing), x, 0)
 
 
 def _take(x, index):
     """Return x[s, index[s]] for every shard s: indices of any rank into the second axis."""
-    return jax.vmap(lambda shard, i: jnp.take(shard, i, axis=0, mode="clip"))(x, index)
+
+    def take_from_shard(shard, shard_index):
+        # -1 stands for no slot. It is clipped to 0, and masked by whoever takes it.
+        return jnp.take(shard, shard_index, axis=0, mode="clip")
+
+    return jax.vmap(take_from_shard)(x, index)
