@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import inspect
 import math
 import os
 import pathlib
@@ -45,7 +46,7 @@ from dpo_jax.pipeline.stages import run_stages
 from dpo_jax.sampling import generation
 from dpo_jax.sampling.sampler import Sampling
 from dpo_jax.stage_table import STAGES
-from dpo_jax.training import data_feed, objectives
+from dpo_jax.training import data_feed, losses, objectives
 from dpo_jax.training import metrics as metrics_lib
 from dpo_jax.training.loop import stage_programs
 from dpo_jax.training.reference_cache import ReferenceCache
@@ -650,9 +651,9 @@ def run(
 
     What is done already is not done again, and what was interrupted goes on. reward: a function
     (prompts, completions) -> numbers, lists of n texts and n numbers, in place of config.reward:
-    pairs are labelled by it, ppo maximises it, evaluate and best_of_n report it. A stage that is
-    done knows the function by its name: give another one another name, or another workdir. loss: a
-    loss of your own for dpo, as in `Trainer`; no stage knows which it was.
+    pairs are labelled by it, ppo maximises it, evaluate and best_of_n report it. loss: a loss of
+    your own for dpo, as in `Trainer`. Stages know both functions by their names: give another
+    function another name, or the run another config.run or workdir.
     """
     processes.keep_compiled_programs()
     with jax.default_matmul_precision("float32"), console.quiet(not verbose):
@@ -674,11 +675,28 @@ def _as_commands(mesh: jax.sharding.Mesh, verbose: bool = False):
 
 @functools.cache  # so that trainers with one loss share its programs
 def _loss_of_pairs(function: Callable) -> Callable:
-    """Return a function of log-ratios and beta as a loss of `losses.Pairs`."""
+    """Return a function of log-ratios and beta as a loss of `losses.Pairs`.
+
+    Raises TypeError where it does not take three arguments.
+    """
+    name = losses.name_of(function)
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # some built-in functions have none
+        signature = None
+    if signature is not None:
+        try:
+            signature.bind("chosen_log_ratio", "rejected_log_ratio", "beta")
+        except TypeError:
+            raise TypeError(
+                f"the loss function {name} takes {signature}; expected (chosen_log_ratio, "
+                "rejected_log_ratio, beta)."
+            ) from None
 
     def loss(pairs, beta, _label_smoothing):
         return function(pairs.chosen_log_ratios, pairs.rejected_log_ratios, beta)
 
+    loss.__qualname__ = name
     return loss
 
 

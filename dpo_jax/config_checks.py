@@ -36,6 +36,7 @@ ALLOWED = {  # field -> its values; STAGE stands for every training stage
     "STAGE.optimizer": OPTIMIZERS,
     "STAGE.schedule": SCHEDULES,
 }
+FUNCTIONS = {"dpo.loss": "loss", "reward.kind": "reward"}  # field -> argument of dpo_jax.run
 LEAST = {  # field -> its lowest value
     "model.unroll": 1,
     "model.lora.rank": 0,
@@ -134,7 +135,11 @@ def _validate_alone(field: str, value):
         rules.append(f"STAGE.{name}")
     for rule in rules:
         if rule in ALLOWED and value not in ALLOWED[rule]:
-            _fail(field, value, "one of " + ", ".join(ALLOWED[rule]))
+            expected = "one of " + ", ".join(ALLOWED[rule])
+            # A run that was given a function has recorded it in such a field.
+            if field in FUNCTIONS and str(value).startswith("function"):
+                expected += f"; a function is given by dpo_jax.run(..., {FUNCTIONS[field]}=...)"
+            _fail(field, value, expected)
         if rule in LEAST and value < LEAST[rule]:
             _fail(field, value, f"at least {LEAST[rule]}")
 

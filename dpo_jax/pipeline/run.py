@@ -23,7 +23,8 @@ from dpo_jax.sampling.sampler import Sampling
 from dpo_jax.stage_table import STAGES
 from dpo_jax.workdir import StageChanged, write_json
 
-# config.reward.kind where the reward is a function that was given from Python
+# Recorded for functions that were given from Python: as config.reward.kind, and in config.dpo.loss
+# before the function's name.
 FUNCTION = "function"
 
 

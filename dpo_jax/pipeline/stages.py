@@ -22,6 +22,7 @@ from dpo_jax.pipeline.run import FUNCTION, Run, versions
 from dpo_jax.pipeline.train_stage import is_measured_exactly, policy_measure, train_stage
 from dpo_jax.rewards import make
 from dpo_jax.stage_table import STAGES
+from dpo_jax.training import losses
 from dpo_jax.workdir import finish_stage, lock_folder, start_stage, write_json, write_lines
 
 
@@ -111,13 +112,13 @@ def run_stages(
 
     reward: a function from prompts and completions (lists of n texts) to n numbers, instead of
     config.reward. loss: a function of `losses.Pairs`, beta and label_smoothing, instead of the one
-    that config.dpo.loss names; it is not recorded, so a stage that is resumed or reused does not
-    notice another one. Raises ValueError for a wrong config, and StageChanged where a stage's
-    folder was made with another one.
+    that config.dpo.loss names. Both are recorded by name, so a stage that was made with another one
+    is refused. Raises ValueError for a wrong config, and StageChanged where a stage's folder was
+    made with another one.
     """
     config_checks.validate(config)
     processes.check_shared(workdir)
-    config = _with_reward(config, reward)
+    config = _with_loss(_with_reward(config, reward), loss)
     run = Run(
         config,
         pathlib.Path(workdir),
@@ -154,21 +155,32 @@ def _with_reward(config: ConfigDict, reward: Callable | None) -> ConfigDict:
     """Return the config with the name of a reward function in it, if one is given.
 
     So it is written down, and a stage that another reward has begun or finished is refused. Raises
-    ValueError where a function is given that no stage asks, or none where the config has one.
+    ValueError where a function is given that no stage asks.
     """
     if reward is None:
-        if "reward" in config and config.reward.kind == FUNCTION:
-            raise ValueError(
-                "config.reward.kind = 'function': this run's reward is a Python function. Continue "
-                "it with dpo_jax.run(config, workdir, reward=...)."
-            )
         return config
     if not stage_table.samples(config):
         raise ValueError(
             "the run has no use for a reward: pairs, ppo, best_of_n and evaluate ask for one, and "
             f"its stages are {', '.join(config.stages)}."
         )
-    name = getattr(reward, "__qualname__", type(reward).__qualname__)
     config = config.copy_and_resolve_references()
-    config.reward.update(kind=FUNCTION, path=name)
+    config.reward.update(kind=FUNCTION, path=losses.name_of(reward))
+    return config
+
+
+def _with_loss(config: ConfigDict, loss: Callable | None) -> ConfigDict:
+    """Return the config with the name of a loss function in it, if one is given.
+
+    It is recorded for the same purpose as a reward's. Raises ValueError where no stage uses it.
+    """
+    if loss is None:
+        return config
+    if "dpo" not in config.stages:
+        raise ValueError(
+            "the run has no use for a loss: dpo alone takes one, and its stages are "
+            f"{', '.join(config.stages)}."
+        )
+    config = config.copy_and_resolve_references()
+    config.dpo.loss = f"{FUNCTION}:{losses.name_of(loss)}"
     return config

@@ -106,11 +106,6 @@ def train_stage(run: Run, stage: str) -> dict:
         batch_size = block.microbatch_size or block.batch_size
         cache = ReferenceCache(run.workdir, models.reference, run.mesh, batch_size)
 
-    loss = run.loss if table.has_preference_loss else None
-    if loss:
-        # Without a name the self-check shows the first loss, and expects none.
-        block = block.copy_and_resolve_references()
-        block.loss = ""
     job = Job(
         name=stage,
         folder=run.folder(stage),
@@ -125,7 +120,7 @@ def train_stage(run: Run, stage: str) -> dict:
         probe=probe,
         lora=models.lora,
         load_base=models.load_base,
-        loss=loss,
+        loss=run.loss if table.has_preference_loss else None,
     )
     if table.samples:
         feed = _rollout_feed(run, job, initial)

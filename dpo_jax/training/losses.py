@@ -23,6 +23,7 @@ the reference's; `beta` times it is the implicit reward (Rafailov et al. 2023, e
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -92,6 +93,11 @@ def ipo_sum(pairs: Pairs, beta, label_smoothing=0.0) -> jax.Array:
     """IPO on the margin of sums over tokens, as the paper has it."""
     del label_smoothing
     return jnp.square(pairs.margin - 1 / (2 * beta))
+
+
+def name_of(function: Callable) -> str:
+    """Return the name by which messages and a run's record know a function of the caller's."""
+    return getattr(function, "__qualname__", type(function).__qualname__)
 
 
 # config.dpo.loss -> the loss

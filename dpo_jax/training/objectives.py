@@ -50,7 +50,8 @@ def dpo(model, loss, params, reference, hyper, batch: Batch):
     """A preference loss on pairs, mean over pairs (Rafailov et al. 2023, eq. 7).
 
     loss: a function of pairs, as losses.py describes. reference: None where the batch has its
-    log-probs, or where there is no reference.
+    log-probs, or where there is no reference. Raises ValueError where the loss has another shape
+    than the pairs.
     """
     log_probs_SP2 = _paired(response_log_probs(model, params, batch))
     log_ratios_SP2 = log_probs_SP2
@@ -70,6 +71,13 @@ def dpo(model, loss, params, reference, hyper, batch: Batch):
         rejected_lengths=lengths_SP2[..., 1],
     )
     loss_SP = loss(pairs, hyper["beta"], hyper["label_smoothing"])
+    # Any other shape would be broadcast to the pairs, and train on something else without a word.
+    expected = pairs.chosen_log_ratios.shape
+    if jnp.shape(loss_SP) != expected:
+        raise ValueError(
+            f"the loss function {losses.name_of(loss)} returned shape {jnp.shape(loss_SP)}, "
+            f"expected one value per pair, {expected}."
+        )
     rewards_SP2 = hyper["beta"] * log_ratios_SP2
     return _pair_metrics(batch, loss_SP, rewards_SP2=rewards_SP2, log_probs_SP2=log_probs_SP2)
 

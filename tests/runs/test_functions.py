@@ -5,6 +5,7 @@ import json
 import pytest
 
 from configs import toy
+from dpo_jax.config import default
 from dpo_jax.pipeline.stages import run_stages
 from dpo_jax.training.losses import PREFERENCE
 from dpo_jax.training.metrics import read_rows
@@ -70,6 +71,41 @@ def test_ppo_maximises_reward_function(workdir):
 def test_another_reward_is_refused(workdir, reward):
     with on_devices(1), pytest.raises(StageChanged, match="config.reward.* there, .* now"):
         run_stages(short("dpo"), str(workdir), reward=reward)
+
+
+def one_minus_margin(pairs, beta, _label_smoothing):
+    return 1.0 - beta * pairs.margin
+
+
+@pytest.mark.parametrize("other", [PREFERENCE["ipo"], None])
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_another_loss_is_refused(model, pairs, tmp_path, other, is_finished):
+    """By name, whether the stage is done or would be resumed."""
+    config = dpo_config(model, pairs, steps=2)
+    done = tmp_path / "dpo" / "done.json"
+    with on_devices(1):
+        run_stages(config, str(tmp_path), loss=one_minus_margin)
+        if not is_finished:
+            done.unlink()
+        with pytest.raises(StageChanged, match=r"config\.dpo\.loss: 'function:one_minus_margin' t"):
+            run_stages(config, str(tmp_path), loss=other)
+        run_stages(config, str(tmp_path), loss=one_minus_margin)
+    assert done.exists()
+    assert config.dpo.loss == "sigmoid"  # the caller's config is left alone
+
+
+def test_recorded_loss_is_no_value_of_a_config(model, pairs, tmp_path):
+    config = dpo_config(model, pairs, steps=2)
+    config.dpo.loss = "function:one_minus_margin"
+    with pytest.raises(ValueError, match=r"dpo.loss = 'function.*given by dpo_jax.run\(.*loss="):
+        run_stages(config, str(tmp_path))
+
+
+def test_loss_that_no_stage_uses_is_refused(tmp_path):
+    config = default(("sft",))
+    config.model.path = config.data.path = "PATH"
+    with pytest.raises(ValueError, match="has no use for a loss"):
+        run_stages(config, str(tmp_path), loss=one_minus_margin)
 
 
 def test_loss_function(model, pairs, tmp_path):

@@ -299,6 +299,26 @@ def test_trainer_with_custom_loss(loaded, pairs):
         trainer_of(loaded, sigmoid, loss="hinge")
 
 
+def test_custom_loss_of_another_shape_is_refused(loaded, pairs):
+    def mean_hinge(chosen_log_ratio, rejected_log_ratio, beta):
+        return jax.nn.relu(1 - beta * (chosen_log_ratio - rejected_log_ratio)).mean()
+
+    message = r"mean_hinge returned shape \(\), expected one value per pair, \(1, 4\)"
+    with pytest.raises(ValueError, match=message):
+        trainer_of(loaded, mean_hinge).step(pairs)
+
+
+def test_custom_loss_of_other_arguments_is_refused(loaded, tmp_path):
+    def of_margin(margin, beta):
+        return -beta * margin
+
+    message = r"of_margin takes \(margin, beta\); expected \(chosen_log_ratio, "
+    with pytest.raises(TypeError, match=message):
+        trainer_of(loaded, of_margin)
+    with pytest.raises(TypeError, match=message):
+        dpo_jax.run(dpo_jax.load_config("toy"), tmp_path, loss=of_margin)
+
+
 def test_trainer_with_lora(loaded, pairs, tmp_path):
     before = loaded.log_probs(pairs).values
     trainer = trainer_of(loaded, lora=dict(rank=2))
