@@ -9,7 +9,8 @@ parquet, csv or a data set of the hub), or a known set, such as --config.data.so
 
 Hardware: from one CPU up. Weights, gradients, optimiser state and reference take 16 bytes per
 parameter, over all devices together. Time: see the progress line after the first steps.
-Writes WORKDIR/dpo/hf, the policy in Hugging Face format, and WORKDIR/dpo/metrics.jsonl.
+Writes WORKDIR/dpo/hf, the policy in Hugging Face format, and WORKDIR/dpo/metrics.jsonl; where a
+field of dpo is changed, dpo is followed by its name and value, as in WORKDIR/dpo-beta0.5.
 """
 
 from dpo_jax.config import default

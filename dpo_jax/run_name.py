@@ -1,4 +1,4 @@
-"""Names of runs: a folder of its own for a run that changes only its last training stage."""
+"""Names of runs: a folder of its own for each setting of the last training stage."""
 
 import re
 
@@ -17,24 +17,26 @@ LONGEST_VALUE = 60  # characters of a value in a name; the end of a path tells m
 def name_run(config: ConfigDict, base: ConfigDict, swept: str = "") -> None:
     """Set config.run to a name for what the last training stage changes, such as dpo-beta0.5.
 
-    base: the config file's own config, without overrides. The name is left as it is where one is
-    given, where the two differ in anything else that the stage depends on (so that it cannot share
-    the stages before), or where nothing of note differs.
+    base: the config file's own config, without overrides. Fields of other blocks are not part of
+    the name: `workdir.start_stage` refuses a WORKDIR whose earlier stages differ. The name is left
+    as it is where one is given, or where no field that is part of it has changed.
 
-    swept: the field of the last training stage (dotted name) that a sweep varies. A run of a sweep
-    is named behind the name that is given; and after this field alone, where the two differ in
-    something else.
+    swept: the field of the last training stage (dotted name) that a sweep varies. It is always part
+    of the name, and a name that is given becomes the first part of each run's.
     """
     trained = stage_table.training_stages(config)
     if not trained or (config.run and not swept):
         return
     stage = trained[-1]
-    changed = _changed(config, base, stage)
-    own = [field for field in changed if field.startswith(f"{stage}.")]
-    if len(own) < len(changed):
-        # All runs of a sweep share the rest.
-        own = [swept] if swept in own else []
-    named = {field: changed[field] for field in own if field == swept or is_named(field)}
+    if stage not in base:
+        return
+    named = {}
+    # A config's own order of fields, whatever the order of the overrides.
+    for name in configs.STAGE_FIELDS[stage]:
+        field = f"{stage}.{name}"
+        value = config[stage][name]
+        if value != base[stage][name] and (field == swept or is_named(field)):
+            named[field] = value
     if named:
         config.run = name_of(config.run or stage, named)
 
@@ -50,19 +52,6 @@ def name_of(stem: str, fields: dict) -> str:
 def is_named(field: str) -> bool:
     """Return whether a field (dotted name) of a training stage is part of its run's name."""
     return field.rpartition(".")[2] not in UNNAMED and not configs.is_free(field)
-
-
-def _changed(config: ConfigDict, base: ConfigDict, stage: str) -> dict:
-    """Return the fields that the stage depends on and that differ from the base, in their order."""
-    if stage not in base.stages:
-        return configs.dependencies(config, stage)
-    before = configs.dependencies(base, stage)
-    now = configs.dependencies(config, stage)
-    fields = [field for field in now if field not in before or now[field] != before[field]]
-    # A config's own order of fields, whatever the order of the overrides.
-    order = [field for field, _, _ in configs.field_docs()]
-    fields.sort(key=lambda field: order.index(field) if field in order else len(order))
-    return {field: now[field] for field in fields}
 
 
 def _text(value) -> str:

@@ -28,6 +28,7 @@ from tests.helpers.tiny_runs import (
 )
 
 STEPS = 6
+NAME = "trained"  # of every run, so that its folder does not follow from the fields
 
 
 def start(
@@ -69,17 +70,20 @@ def ended(processes: list[subprocess.Popen]) -> str:
 
 
 def run_config(model, pairs, mesh=(2, 2, 1), **fields):
-    return dpo_config(
+    config = dpo_config(
         model,
         pairs,
         **{f"mesh__{axis}": size for axis, size in zip(sharding.AXES, mesh, strict=True)},
         **fields,
     )
+    config.run = NAME
+    return config
 
 
 def run_flags(model, pairs, **fields) -> list[str]:
     """The command line of that config."""
-    config, flags = run_config(model, pairs, **fields), ["--config=configs/dpo.py"]
+    config = run_config(model, pairs, **fields)
+    flags = ["--config=configs/dpo.py", f"--config.run={NAME}"]
     for name in ("model", "data", "mesh", "dpo"):
         usual = configs.default(("dpo",))[name]
         flags += [
@@ -102,7 +106,7 @@ def start_run(workdir, model, pairs, processes: int = 2, **fields) -> list[subpr
 def alone(workdir, model, pairs, devices: int = 4, **fields):
     with on_devices(devices):
         run(run_config(model, pairs, **fields), workdir)
-    return workdir / "dpo"
+    return workdir / NAME
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +131,7 @@ def test_train_in_four_processes(model, pairs, tmp_path):
         start_run(tmp_path / "run", model, pairs, processes=4, **fields)
     )
     assert_same(
-        tmp_path / "run" / "dpo", alone(tmp_path / "alone", model, pairs, devices=8, **fields)
+        tmp_path / "run" / NAME, alone(tmp_path / "alone", model, pairs, devices=8, **fields)
     )
 
 
@@ -144,8 +148,11 @@ def test_sweep_in_two_processes(model, pairs, tmp_path):
     )
     assert out.count("train rows to compute") == 1
     with on_devices(4):
-        sweep.run(run_config(model, pairs, steps=2), str(tmp_path / "one"), text)
-    for name in ("dpo", "dpo-beta1"):
+        config, base = run_config(model, pairs, steps=2), configs.default(("dpo",))
+        sweep.run(config, str(tmp_path / "one"), text, base=base)
+    names = {path.parent.name for path in (tmp_path / "one").glob("*/done.json")}
+    assert len(names) == 2
+    for name in names:
         assert_same(tmp_path / "both" / name, tmp_path / "one" / name)
     assert (tmp_path / "both" / "sweep_dpo.beta.png").exists()
 
@@ -201,7 +208,7 @@ def test_error_in_one_ends_all(model, pairs, tmp_path):
 def test_kill_of_one_ends_all(whole, model, pairs, tmp_path):
     fields = dict(steps=STEPS, save_every=1)
     first, second = start_run(tmp_path / "run", model, pairs, **fields)
-    checkpoints, deadline = tmp_path / "run" / "dpo" / "checkpoints", time.monotonic() + 300
+    checkpoints, deadline = tmp_path / "run" / NAME / "checkpoints", time.monotonic() + 300
     while not (checkpoints / "2").exists():
         assert first.poll() is None and time.monotonic() < deadline, first.communicate()
         time.sleep(0.01)
@@ -210,7 +217,7 @@ def test_kill_of_one_ends_all(whole, model, pairs, tmp_path):
     _, errors = first.communicate(timeout=processes.SILENCE + 60)
     assert first.returncode != 0 and time.monotonic() - began < processes.SILENCE + 30
     assert "process 0 of 2" in errors or "another task died" in errors
-    assert not (tmp_path / "run" / "dpo" / "done.json").exists()
+    assert not (tmp_path / "run" / NAME / "done.json").exists()
     assert_same(alone(tmp_path / "run", model, pairs, **fields), whole)
 
 
@@ -221,7 +228,7 @@ def test_preempted_run_resumes(model, pairs, tmp_path, times):
     well.
     """
     fields = dict(steps=400, save_every=1000 if times == 1 else 3, eval_every=1000, log_every=1)
-    rows, stopped = tmp_path / "run" / "dpo" / "metrics.jsonl", 0
+    rows, stopped = tmp_path / "run" / NAME / "metrics.jsonl", 0
     for _ in range(times):
         both, deadline = start_run(tmp_path / "run", model, pairs, **fields), time.monotonic() + 300
         while not rows.exists() or len(rows.read_text().splitlines()) < stopped + 4:

@@ -31,7 +31,7 @@ def trained(tmp_path_factory):
 def test_recipe_runs_with_the_papers_defaults(trained):
     folder, out = trained
     assert "self-check passed" in out and "all stages done" in out
-    assert (folder / "mine" / "dpo" / "hf" / "model.safetensors").exists()
+    assert (folder / "mine" / "dpo-batch_size16" / "hf" / "model.safetensors").exists()
 
 
 def test_run_tells_if_warm_up_is_longer(trained):
@@ -43,7 +43,7 @@ def test_trained_model_can_score(trained):
     folder, _ = trained
     done = command(
         "score",
-        f"--model={folder / 'mine' / 'dpo' / 'hf'}",
+        f"--model={folder / 'mine' / 'dpo-batch_size16' / 'hf'}",
         f"--data={folder / 'PAIRS.jsonl'}",
         f"--out={folder / 'scored.jsonl'}",
     )

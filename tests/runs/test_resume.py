@@ -70,6 +70,7 @@ def assert_equal(folder, uninterrupted):
 
 def test_killed_run_resumes_exactly(fields, tmp_path, uninterrupted, capsys):
     """kill -9 of the command, which can tidy up nothing."""
+    fields = fields | {"run": "killed"}
     flags = [f"--config.{name}={value}" for name, value in fields.items()]
     process = subprocess.Popen(
         [
@@ -86,16 +87,16 @@ def test_killed_run_resumes_exactly(fields, tmp_path, uninterrupted, capsys):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
-    path = tmp_path / "dpo" / "metrics.jsonl"
+    path = tmp_path / "killed" / "metrics.jsonl"
     while not path.exists() or not any(row["step"] >= 13 for row in read_rows(path)):
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.02)
     process.kill()
     process.communicate()
-    assert process.returncode == -9 and not (tmp_path / "dpo" / "done.json").exists()
+    assert process.returncode == -9 and not (tmp_path / "killed" / "done.json").exists()
     run_here(fields, tmp_path)
     assert "resuming after step" in capsys.readouterr().out
-    assert_equal(tmp_path / "dpo", uninterrupted)
+    assert_equal(tmp_path / "killed", uninterrupted)
 
 
 def test_signalled_run_resumes_exactly(fields, tmp_path, uninterrupted, capsys):

@@ -1,4 +1,4 @@
-"""Names of runs that change only their last training stage."""
+"""Names of runs: what they change in their last training stage."""
 
 import pytest
 
@@ -48,28 +48,44 @@ def test_run_name_of_overrides(overrides, name):
 
 
 @pytest.mark.parametrize(
-    "other, name",
+    "other",
     [
-        # These change the stages before, or what is measured: another --workdir is needed.
-        (dict(seed=1), ""),
-        (dict(sft__lr=1e-5), ""),
-        (dict(data__max_rows=10), ""),
-        (dict(model__dtype="bfloat16"), ""),
-        (dict(evaluate__prompts=8), ""),
-        # These change nothing that is made.
-        (dict(mesh__fsdp=2), "dpo-beta0.5"),
-        (dict(model__attention="xla"), "dpo-beta0.5"),
-        (dict(log__wandb="project"), "dpo-beta0.5"),
+        dict(model__path="other", data__path="other.jsonl"),
+        dict(seed=1),
+        dict(sft__lr=1e-5),
+        dict(data__max_rows=10),
+        dict(model__dtype="bfloat16"),
+        dict(evaluate__prompts=8),
+        dict(mesh__fsdp=2),
+        dict(model__attention="xla"),
+        dict(log__wandb="project"),
     ],
 )
-def test_run_name_of_last_stage_only(other, name):
-    assert named(dpo__beta=0.5, **other) == name
+def test_run_name_is_of_last_stage_alone(other):
+    assert named(**other) == ""
+    assert named(dpo__beta=0.5, **other) == "dpo-beta0.5"
+
+
+def test_run_name_of_stage_that_base_has_not():
+    config = base()
+    config.dpo.beta = 0.5
+    name_run(config, configs.default(("sft",)))
+    assert config.run == ""
+
+
+def test_run_name_of_shortened_stages():
+    config = base()
+    config.stages = ("sft",)
+    config.sft.lr, config.dpo.beta = 1e-5, 0.5
+    name_run(config, base())
+    assert config.run == "sft-lr1e-05"
 
 
 def test_run_name_in_sweep():
     assert named("dpo.beta", dpo__beta=0.5) == "dpo-beta0.5"
     assert named("dpo.beta", dpo__beta=0.5, dpo__lr=1e-5) == "dpo-beta0.5-lr1e-05"
-    assert named("dpo.beta", dpo__beta=0.5, dpo__lr=1e-5, data__max_rows=10) == "dpo-beta0.5"
+    assert named("dpo.beta", dpo__beta=0.5, data__max_rows=10) == "dpo-beta0.5"
+    assert named("dpo.beta", dpo__lr=1e-5, data__max_rows=10) == "dpo-lr1e-05"
     assert named("dpo.beta", dpo__beta=0.5, run="mine") == "mine-beta0.5"
     assert named("dpo.steps", dpo__steps=7) == "dpo-steps7"
 
