@@ -139,6 +139,9 @@ def _parse(argv: list[str], config: ConfigFlags | None, positional: str) -> list
         raise ValueError(_unknown_flag(error)) from None
     except flags.IllegalFlagValueError as error:
         raise ValueError(_wrong_value(error) or _say_missing()) from None
+    except flags.Error as error:
+        # absl has no type of its own for the mistake that is left: a flag without its value.
+        raise ValueError(_no_value(argv[-1], error)) from None
     if len(extra) > (1 if positional else 0):
         raise ValueError(_stray_argument(extra[-1]))
     if positional:
@@ -252,10 +255,18 @@ def _wrong_value(error: flags.IllegalFlagValueError) -> str:
     return f"--{name}={text}: expected {expected}. {_see_help()}"
 
 
+def _no_value(last: str, error: flags.Error) -> str:
+    """Say that the last argument is a flag without its value; absl's own words for the rest."""
+    name = last.lstrip("-")
+    if not last.startswith("-") or name not in flags.FLAGS:
+        return str(error)
+    return f"--{name} needs a value: --{name}=VALUE. {_see_help()}"
+
+
 def _say_missing() -> str:
     """Say which required flags have no value, and what each is for."""
     missing = [flag for flag in _own_flags().values() if flag.value is None and _required(flag)]
-    lines = [f"--{flag.name} is missing: {flag.help}" for flag in missing]
+    lines = [f"--{flag.name} is required: {flag.help}" for flag in missing]
     return "\n".join([*lines, _see_help()])
 
 

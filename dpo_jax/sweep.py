@@ -32,8 +32,10 @@ def points(
     """Return (value as it was given, config of its run) for each value of FIELD=V1,V2,...
 
     base: the config file's own, without overrides: runs are named after what they change of it.
-    Raises ValueError if FIELD is no field of the config's last training stage, or a value is wrong.
+    Raises ValueError if the config or a value is wrong, or FIELD is no field of the config's last
+    training stage.
     """
+    config_checks.validate(config)
     field, _, values = sweep.partition("=")
     stage, _, name = field.rpartition(".")
     trained = stage_table.training_stages(config)

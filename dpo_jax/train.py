@@ -4,7 +4,7 @@ Runs the stages of a config in order, each in its own folder under WORKDIR. The 
 continues an interrupted run where it stopped, and does nothing once everything is done.
 """
 
-from dpo_jax import command_line, config_files
+from dpo_jax import command_line, config_checks, config_files
 from dpo_jax.console import say
 from dpo_jax.parallel import processes
 from dpo_jax.pipeline.stages import run_stages
@@ -17,6 +17,7 @@ def main():
 
     def train():
         run_config, folder = config.load(), workdir.value or config.default_workdir()
+        config_checks.validate(run_config)  # a name is made of stages that are known to be right
         name_run(run_config, base=config_files.load(config.choice))
         say(f"WORKDIR is {folder}")
         run_stages(run_config, folder)

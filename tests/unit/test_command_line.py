@@ -134,7 +134,13 @@ def test_usage_errors():
     assert_refused(dpo_jax("runs", "--debg"), "--debg: there is no such flag. Did you mean --debug")
     assert_refused(dpo_jax("runs", "--debug=x"), "--debug=x: expected")
     assert_refused(program("pass", "--conifg=toy", config=True), "Did you mean --config?")
-    assert_refused(program("pass", config=True), "--config is missing")
+    assert_refused(program("pass", config=True), "--config is required: The config")
+    assert_refused(
+        program("pass", "--config", config=True), "--config needs a value: --config=VALUE"
+    )
+    assert_refused(
+        dpo_jax("train", "--config=toy", "--workdir"), "--workdir needs a value: --workdir=VALUE"
+    )
     assert_refused(
         program("pass", "--config=toy", "config.dpo.beta=0.5", config=True),
         "a flag begins with two dashes. Write --config.dpo.beta=0.5",
@@ -143,6 +149,19 @@ def test_usage_errors():
     load = "config.load()"
     assert_refused(program(load, "--config=tyo", config=True), "toy")
     assert_refused(program(load, "--config=toy", "--config.beta=1", config=True), "dpo.beta")
+
+
+@pytest.mark.parametrize(
+    ("stages", "said"),
+    [
+        ("('dpo','foo')", "config.stages = 'foo': expected one of sft, pairs"),
+        ("('sft','dpo')", "config.stages = 'sft': expected a stage that this config file has"),
+    ],
+)
+def test_wrong_stages_are_refused(stages, said):
+    flags = ["--config=dpo", f"--config.stages={stages}", "--workdir=/nowhere/at/all"]
+    assert_refused(dpo_jax("train", *flags), said)
+    assert_refused(dpo_jax("sweep", *flags, "--sweep=dpo.beta=1,2"), said)
 
 
 def test_wrong_flags_say_what_is_expected():
@@ -160,7 +179,7 @@ def test_wrong_flags_say_what_is_expected():
         )
 
     missing = start()
-    assert_refused(missing, "--out is missing: Where the rows go.")
+    assert_refused(missing, "--out is required: Where the rows go.")
     assert "--n" not in missing.stderr
     assert_refused(start("--out=x", "--dtype=c"), "--dtype=c: expected one of a, b")
     assert_refused(start("--out=x", "--n=0"), "--n=0: expected a positive integer")
