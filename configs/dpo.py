@@ -4,13 +4,14 @@
         --config.data.path=PAIRS --workdir=runs/mine
 
 MODEL: a Hugging Face name or folder. PAIRS: rows of prompt, chosen and rejected (jsonl, json,
-parquet, csv or a data set of the hub), or a known set, such as --config.data.source=hh
+parquet, csv or a data set on the hub), or a known data set, such as --config.data.source=hh
 --config.data.path=Anthropic/hh-rlhf.
 
-Hardware: from one CPU up. Weights, gradients, optimiser state and reference take 16 bytes per
-parameter, over all devices together. Time: see the progress line after the first steps.
-Writes WORKDIR/dpo/hf, the policy in Hugging Face format, and WORKDIR/dpo/metrics.jsonl; where a
-field of dpo is changed, dpo is followed by its name and value, as in WORKDIR/dpo-beta0.5.
+Hardware: one CPU or more. Weights, gradients, optimiser state and reference take 16 bytes per
+parameter in total (split over the devices with mesh.fsdp). Time: the progress line shows an
+estimate after the first steps.
+Writes WORKDIR/dpo/hf, the policy in Hugging Face format, and WORKDIR/dpo/metrics.jsonl. If you
+change a field of dpo, its name and value are added to the folder, as in WORKDIR/dpo-beta0.5.
 """
 
 from dpo_jax.config import default

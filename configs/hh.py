@@ -3,14 +3,14 @@
     python -m dpo_jax.train --config=configs/hh.py --config.mesh.fsdp=-1 --config.mesh.data=1
     python -m experiments.hh_winrate --config=configs/hh.py --workdir=runs/hh --dry_run
 
-A method may follow a colon: dpo (the default) or best_of_n (by a reward model). Methods share the
-stage sft, which is the paper's Preferred-FT, if they share a --workdir. The second command judges
-the methods, and DPO at each of its checkpoints: one every 300 steps, 22 GB each
+You can add a method after a colon: dpo (the default) or best_of_n (ranked by a reward model).
+Methods with the same --workdir share the sft stage, which is the paper's Preferred-FT. The second
+command judges the methods, and DPO at each of its checkpoints: one every 300 steps, 22 GB each
 (--config.dpo.keep=1 keeps only the last).
 
-Hardware: weights, gradients, optimiser state and reference are 45 GB over all devices. The paper's
-reference code takes 1.5 h for SFT and 2.75 h for DPO on four A100-80G.
-Writes WORKDIR/sft/hf and WORKDIR/dpo/hf.
+Hardware: weights, gradients, optimiser state and reference take 45 GB in total. The paper's
+reference code takes 1.5 h for SFT and 2.75 h for DPO on four A100-80G. Writes WORKDIR/sft/hf and
+WORKDIR/dpo/hf.
 """
 
 from dpo_jax.config import default

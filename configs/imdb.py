@@ -5,14 +5,14 @@
     python -m dpo_jax.train --config=configs/imdb.py:ppo --config.run=ppo_6 --workdir=runs/imdb
     python -m experiments.imdb_frontier --config=configs/imdb.py --workdir=runs/imdb
 
-The stages are sft, pairs (sampled, and labelled by the true reward), dpo and evaluate. A method may
-follow a colon: dpo (the default), preferred_ft, unlikelihood, ppo (on a reward model), ppo_gt (on
-the true reward) or best_of_n. Methods share the stages before if they share a --workdir, under a
-name of their own each (--config.run). The last command makes the whole sweep of figure 2.
+The stages are sft, pairs (sampled, and labelled by the true reward), dpo and evaluate. You can add
+a method after a colon: dpo (the default), preferred_ft, unlikelihood, ppo (on a reward model),
+ppo_gt (on the true reward) or best_of_n. Methods with the same --workdir share the earlier stages;
+give each its own name (--config.run). The last command runs the whole sweep of figure 2.
 
 The true reward is siebert/sentiment-roberta-large-english. Hardware: weights, gradients, optimiser
-state and reference of DPO are 12 GB over all devices. Time: not measured.
-Writes WORKDIR/evaluate/evaluate.json (reward and KL) and completions.jsonl, and each stage's hf/.
+state and reference of DPO take 12 GB in total. Time: not measured. Writes
+WORKDIR/evaluate/evaluate.json (reward and KL) and completions.jsonl, and each stage's hf/.
 """
 
 from dpo_jax.config import METHODS, default

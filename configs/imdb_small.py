@@ -5,11 +5,12 @@
     python -m experiments.imdb_frontier --config=configs/imdb_small.py --workdir=runs/imdb_small
 
 For reviews in a folder instead of the hub, add --data=FOLDER to the first command, and
---config.data.path=FOLDER --config.reward.path=FOLDER to the others. Methods as in configs/imdb.py.
+--config.data.path=FOLDER --config.reward.path=FOLDER to the others. The methods are those of
+configs/imdb.py.
 
 The true reward is an n-gram classifier, fitted to the labelled reviews. The model has 4 layers of
-width 192 (3.4 million weights) over a byte-level BPE of 8,192 pieces, and reads the first 72 tokens
-of 75,000 reviews two and a half times. Writes the same files as configs/imdb.py.
+width 192 (3.4 million weights) over a byte-level BPE of 8,192 pieces, and is trained for 2.5 epochs
+on the first 72 tokens of 75,000 reviews. Writes the same files as configs/imdb.py.
 """
 
 from dpo_jax.config import METHODS, default

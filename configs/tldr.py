@@ -5,16 +5,16 @@
     python -m experiments.tldr_winrate --config=configs/tldr.py:pythia1b \
         --workdir=runs/tldr-pythia1b --dry_run
 
-A size, a method, or both with a comma may follow a colon. Sizes: gptj (the default and the paper's:
-GPT-J-6B, already supervised by CarperAI), pythia1b and pythia2.8b (which begin with the stage sft),
-and tiny, for tests, on rows that experiments/tiny_tldr.py makes. Methods: dpo (the default),
-preferred_ft, ppo (on a reward model) or best_of_n. Methods share the stages sft and rm if they
-share a --workdir. The last command judges them all.
+You can add a size, a method, or both, separated by a comma, after a colon. Sizes: gptj (the default
+and the paper's: GPT-J-6B, already supervised by CarperAI), pythia1b and pythia2.8b (which begin
+with the stage sft), and tiny, for tests, on rows that experiments/tiny_tldr.py makes. Methods: dpo
+(the default), preferred_ft, ppo (on a reward model) or best_of_n. Methods with the same --workdir
+share the stages sft and rm. The last command judges them all.
 
-Hardware: weights, gradients, optimiser state and reference of DPO are 97 GB over all devices for
-gptj, 16 GB for pythia1b and 45 GB for pythia2.8b, with bfloat16 compute. Time: not measured.
-Prompts have up to 512 tokens, and a cut one keeps its end, "TL;DR:". A model of the hub without
-safetensors is refused with the lines that convert it: pass the converted folder as
+Hardware: weights, gradients, optimiser state and reference of DPO take 97 GB in total for gptj, 16
+GB for pythia1b and 45 GB for pythia2.8b, with bfloat16 compute. Time: not measured. Prompts have up
+to 512 tokens; if one is cut, its end ("TL;DR:") is kept. A hub model without safetensors is
+refused, and the error says how to convert it; then pass the converted folder as
 --config.model.path. Writes WORKDIR/dpo/hf.
 """
 
