@@ -31,7 +31,15 @@ from dpo_jax import config as configs
 from dpo_jax import config_checks, config_files, console
 from dpo_jax.data import dataset, sources
 from dpo_jax.data import tokenizer as tokenizers
-from dpo_jax.data.batches import FILLER, Batches, evaluation_order, prefetch, training_order
+from dpo_jax.data.batches import (
+    FILLER,
+    Batches,
+    evaluation_order,
+    microbatch_size_of,
+    prefetch,
+    steps_of,
+    training_order,
+)
 from dpo_jax.data.ledger import Filtered, Malformed, Unusable
 from dpo_jax.data.readers import fields_of
 from dpo_jax.data.sources import TextExample
@@ -329,7 +337,7 @@ def batches(
 
     The shapes of all batches are chosen together, so that few programs are compiled.
     """
-    steps = steps or int(epochs * len(examples) / batch_size)
+    steps = steps_of(len(examples), batch_size, steps=steps, epochs=epochs)
     if not steps:
         raise ValueError(
             f"{len(examples)} examples make no batch of batch_size={batch_size} in epochs={epochs}:"
@@ -717,7 +725,7 @@ def _settings(objective: str, settings: dict, lora: dict | None) -> tuple[Config
     _check_names(f"Trainer(model, {objective!r})", settings, allowed)
     block.update(settings)
     # Batches are as large as `step` is given them, so any size of microbatches divides them.
-    block.batch_size = block.microbatch_size or block.batch_size
+    block.batch_size = microbatch_size_of(block)
     if lora is not None:
         _check_names("lora", lora, list(config.model.lora))
         if lora.get("rank", 0) < 1:

@@ -20,6 +20,7 @@ import pathlib
 
 import numpy as np
 
+from dpo_jax.data.batches import steps_of
 from experiments.commands import config_maker
 
 # Method -> (swept field, its values, how a value is written).
@@ -64,14 +65,14 @@ def cost(config, stage: str) -> str:
     """Say what a run has to do after the stages that it shares with others."""
     block, sampling = config[stage], config.sampling
     if stage == "ppo":
-        steps = block.steps or int(block.epochs * REVIEWS / block.batch_size)
+        steps = steps_of(REVIEWS, block.batch_size, steps=block.steps, epochs=block.epochs)
         return (
             f"{steps} steps: {steps * block.batch_size:,} completions of up to "
             f"{sampling.max_new_tokens} tokens, {block.inner_epochs} passes over each"
         )
     size = 1 + sampling.max_prefix + sampling.max_new_tokens  # BOS, the prompt, the completion
     pairs = config.pairs.prompts * math.comb(config.pairs.completions, 2)
-    steps = block.steps or int(block.epochs * pairs / block.batch_size)
+    steps = steps_of(pairs, block.batch_size, steps=block.steps, epochs=block.epochs)
     return f"{steps} steps: {steps * block.batch_size:,} pairs of up to {size} tokens"
 
 

@@ -23,6 +23,7 @@ import numpy as np
 from absl import flags
 
 from dpo_jax import command_line
+from dpo_jax.data.batches import microbatches_of
 from dpo_jax.models import transformer
 from dpo_jax.parallel import processes
 from dpo_jax.parallel.sharding import BATCH, constrain
@@ -158,7 +159,7 @@ def plan(pod: Pod, plain: bool) -> dict:
         instead = functools.partial(
             padded_rows,
             pairs=pairs,
-            microbatches=pairs // (config.dpo.microbatch_size or pairs),
+            microbatches=microbatches_of(config.dpo),
             length=prompt_length + response_length,
         )
     assumed = planner.Assumptions(examples=pod.examples)

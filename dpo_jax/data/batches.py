@@ -22,6 +22,32 @@ SHAPES = 6  # how many shapes, each a program to compile, a run may have
 FILLER = -1  # in an order: no example, the place is only filled up
 
 
+def steps_of(size: int, batch_size: int, *, steps: int, epochs: float) -> int:
+    """Return how many steps a run makes of so many examples: `steps`, or those of its epochs.
+
+    An epoch's last examples make no step where they are fewer than a batch.
+    """
+    return steps or int(epochs * size / batch_size)
+
+
+def microbatch_size_of(block) -> int:
+    """Return how many examples a forward and backward pass takes, over all devices.
+
+    block: a training stage's config block.
+    """
+    return block.microbatch_size or _update_size(block)
+
+
+def microbatches_of(block) -> int:
+    """Return how many microbatches one optimiser update adds up."""
+    return _update_size(block) // microbatch_size_of(block)
+
+
+def _update_size(block) -> int:
+    # PPO makes several updates of a batch, each on a minibatch.
+    return block.get("minibatch_size", block.batch_size)
+
+
 def training_order(size: int, batch_size: int, steps: int, seed: int | None) -> np.ndarray:
     """Return which example is where in each batch, [steps, batch_size].
 

@@ -12,6 +12,7 @@ from dpo_jax import config as configs
 from dpo_jax import stage_table
 from dpo_jax.console import say
 from dpo_jax.data import dataset, toy
+from dpo_jax.data.batches import microbatch_size_of
 from dpo_jax.evaluation import reward_kl, toy_report
 from dpo_jax.models import hf, loading, peft, transformer
 from dpo_jax.models import lora as adapters
@@ -103,7 +104,7 @@ def train_stage(run: Run, stage: str) -> dict:
         _say_what_is_trained(stage, models)
     cache = None
     if stage_table.keeps_reference(run.config, stage):
-        batch_size = block.microbatch_size or block.batch_size
+        batch_size = microbatch_size_of(block)
         cache = ReferenceCache(run.workdir, models.reference, run.mesh, batch_size)
 
     job = Job(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 from ml_collections import ConfigDict
 
+from dpo_jax.data.batches import microbatch_size_of
 from dpo_jax.planning.report import Advice, Report
 
 GPUS_PER_MACHINE = 8  # tensor parallelism stays within a machine
@@ -22,7 +23,7 @@ def remedies(config: ConfigDict, stage: str, chips: int) -> Iterator[dict]:
     if "cache_reference" in block and block.reference != "none":
         yield {f"{stage}.cache_reference": True}
     yield {"model.dtype": "bfloat16"}
-    size = block.microbatch_size or block.batch_size
+    size = microbatch_size_of(block)
     while size % 2 == 0 and size // 2 % fsdp == 0:
         size //= 2
         yield {f"{stage}.microbatch_size": size}
@@ -59,7 +60,7 @@ def advise(
 
 def meshes(config: ConfigDict, stage: str, chips: int) -> Iterator[dict]:
     """Yield every mesh of the chips whose shards split a microbatch evenly."""
-    microbatch_size = config[stage].microbatch_size or config[stage].batch_size
+    microbatch_size = microbatch_size_of(config[stage])
     for tensor in (1, 2, 4, GPUS_PER_MACHINE):
         for fsdp in range(1, chips + 1):
             splits_chips = chips % (fsdp * tensor) == 0
@@ -74,7 +75,7 @@ def sweep_mesh(
     """Return the report of each mesh; ValueError if no mesh splits the microbatch evenly."""
     changes = list(meshes(config, stage, chips))
     if not changes:
-        size = config[stage].microbatch_size or config[stage].batch_size
+        size = microbatch_size_of(config[stage])
         raise ValueError(
             f"no mesh of {chips} chips splits a microbatch of {size} examples evenly. Make "
             f"config.{stage}.microbatch_size (or batch_size) a multiple of {chips}."

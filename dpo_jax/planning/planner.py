@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from dpo_jax import config as configs
 from dpo_jax import config_checks, stage_table
-from dpo_jax.data.batches import Batches
+from dpo_jax.data.batches import Batches, microbatches_of, steps_of
 from dpo_jax.models import attention, families, flops, hf, transformer
 from dpo_jax.models.transformer import TransformerConfig
 from dpo_jax.parallel import sharding
@@ -172,7 +172,8 @@ def examples_and_steps(config: ConfigDict, stage: str, assumed: Assumptions) -> 
         examples = config.pairs.prompts * math.comb(config.pairs.completions, 2)
     elif data.max_rows:
         examples = min(examples or data.max_rows, data.max_rows)
-    return examples, block.steps or int(block.epochs * examples / block.batch_size)
+    steps = steps_of(examples, block.batch_size, steps=block.steps, epochs=block.epochs)
+    return examples, steps
 
 
 def one_batch(
@@ -194,7 +195,7 @@ def one_batch(
         [example] * block.batch_size,
         np.arange(block.batch_size)[None],
         shards=sharding.batch_shards(mesh),
-        microbatches=block.batch_size // (block.microbatch_size or block.batch_size),
+        microbatches=microbatches_of(block),
         reference_log_probs=reference_log_probs,
     )
 

@@ -6,7 +6,15 @@ import jax
 import numpy as np
 
 from dpo_jax.console import say
-from dpo_jax.data.batches import Batches, evaluation_order, prefetch, training_order
+from dpo_jax.data.batches import (
+    Batches,
+    evaluation_order,
+    microbatch_size_of,
+    microbatches_of,
+    prefetch,
+    steps_of,
+    training_order,
+)
 from dpo_jax.data.dataset import Dataset
 from dpo_jax.models import flops
 from dpo_jax.parallel import sharding
@@ -114,7 +122,7 @@ class DataFeed:
     def _training_batches(self, seed: int | None) -> Batches:
         name, block = self._job.name, self._job.block
         size = len(self._data.train)
-        steps = block.steps or int(block.epochs * size / block.batch_size)
+        steps = steps_of(size, block.batch_size, steps=block.steps, epochs=block.epochs)
         if not steps or not size:
             raise ValueError(
                 f"{name}: {size} training rows make no step of config.{name}.batch_size = "
@@ -125,7 +133,7 @@ class DataFeed:
         batches = Batches(
             self._data.train,
             order,
-            microbatches=block.batch_size // (block.microbatch_size or block.batch_size),
+            microbatches=microbatches_of(block),
             shards=sharding.batch_shards(self._job.mesh),
             reference_log_probs=self._kept_log_probs("train", self._data.train, order),
         )
@@ -152,7 +160,7 @@ class DataFeed:
         if not size:
             return None
         # What fits in memory with a gradient fits without one.
-        order = evaluation_order(size, block.microbatch_size or block.batch_size)
+        order = evaluation_order(size, microbatch_size_of(block))
         return Batches(
             self._data.eval,
             order,

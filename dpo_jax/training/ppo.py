@@ -17,7 +17,13 @@ import numpy as np
 
 from dpo_jax.console import say
 from dpo_jax.data import packing
-from dpo_jax.data.batches import Batches, training_order
+from dpo_jax.data.batches import (
+    Batches,
+    microbatch_size_of,
+    microbatches_of,
+    steps_of,
+    training_order,
+)
 from dpo_jax.models.inference import map_tokens
 from dpo_jax.models.loading import Model
 from dpo_jax.models.log_probs import token_log_probs
@@ -105,7 +111,7 @@ class RolloutFeed:
         or None. sampling: one completion of each prompt, at temperature 1.
         """
         block, size = job.block, len(prompts)
-        self.total = block.steps or int(block.epochs * size / block.batch_size)
+        self.total = steps_of(size, block.batch_size, steps=block.steps, epochs=block.epochs)
         if not self.total or not size:
             raise ValueError(
                 f"ppo: {size} prompts make no step of config.ppo.batch_size = {block.batch_size} "
@@ -124,7 +130,7 @@ class RolloutFeed:
         self._order = training_order(size, block.batch_size, self.total, sampling.seed)
         self._tokens_of_step = {}
         self._splits = dict(
-            microbatches=block.minibatch_size // (block.microbatch_size or block.minibatch_size),
+            microbatches=microbatches_of(block),
             shards=sharding.batch_shards(job.mesh),
         )
         self._shape = self._largest_shape()
@@ -266,7 +272,7 @@ class RolloutFeed:
             functools.partial(_measure, job.model, params, reference),
             examples,
             job.mesh,
-            batch_size=job.block.minibatch_size // self._splits["microbatches"],
+            batch_size=microbatch_size_of(job.block),
             shape=self._shape,
         )
 

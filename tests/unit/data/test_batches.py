@@ -4,10 +4,43 @@ import threading
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from dpo_jax.data import packing
-from dpo_jax.data.batches import FILLER, SHAPES, Batches, evaluation_order, prefetch, training_order
+from dpo_jax.data.batches import (
+    FILLER,
+    SHAPES,
+    Batches,
+    evaluation_order,
+    microbatch_size_of,
+    microbatches_of,
+    prefetch,
+    steps_of,
+    training_order,
+)
 from tests.helpers.tiny import random_pairs
+
+
+def test_steps_of_whole_batches():
+    assert steps_of(10, 4, steps=0, epochs=1.0) == 2
+    assert steps_of(10, 4, steps=0, epochs=2.0) == 5
+    assert steps_of(3, 4, steps=0, epochs=1.0) == 0
+    assert steps_of(10, 4, steps=7, epochs=1.0) == 7
+
+
+@pytest.mark.parametrize(
+    "fields, size, number",
+    [
+        (dict(batch_size=8, microbatch_size=0), 8, 1),
+        (dict(batch_size=8, microbatch_size=2), 2, 4),
+        (dict(batch_size=8, minibatch_size=4, microbatch_size=0), 4, 1),
+        (dict(batch_size=8, minibatch_size=4, microbatch_size=2), 2, 2),
+    ],
+)
+def test_microbatches_of_update(fields, size, number):
+    block = ConfigDict(fields)
+    assert microbatch_size_of(block) == size
+    assert microbatches_of(block) == number
 
 
 def test_training_order_epoch_has_each_example_once():
