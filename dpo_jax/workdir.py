@@ -39,6 +39,7 @@ def start_stage(
     folder = pathlib.Path(workdir) / configs.folder_names(config)[stage]
     path = folder / "config.json"
     is_done = (folder / "done.json").exists()
+    # Only then is there something that another config would spoil.
     if path.exists() and (is_done or _has_progress(folder)):
         record = json.loads(path.read_text())
         _check_config(folder, config, stage, record["depends_on"])
@@ -60,6 +61,7 @@ def start_stage(
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("ledger.json", "weights.json"):
         (folder / name).unlink(missing_ok=True)
+    # Written before the stage writes anything, so that all that is there is of a known config.
     record = dict(
         stage=stage,
         depends_on=_dependencies(config, stage),
@@ -97,10 +99,12 @@ def _other_name(folder: pathlib.Path, config, stage: str, there: dict, now: dict
     config.run renames the last training stage and those after it.
     """
     trained = stage_table.training_stages(config)
+    # An earlier stage's folder would not be renamed by config.run.
     if not trained or config.stages.index(stage) < config.stages.index(trained[-1]):
         return ""
     stem = config.run or trained[-1]
     differing = [name for name in now if name not in there or there[name] != now[name]]
+    # A name that says what differs tells more than a number.
     if differing and all(name.startswith(f"{trained[-1]}.") for name in differing):
         return run_name.name_of(stem, {name: now[name] for name in differing})
     number = 2
@@ -126,6 +130,7 @@ def _check_versions(folder, stage: str, there: dict[str, int], now: dict[str, in
 
 def _dependencies(config, stage: str) -> dict:
     """Return what a stage depends on, as it comes back from a file."""
+    # Tuples become lists, or they would differ from what was read.
     return json.loads(json.dumps(configs.dependencies(config, stage)))
 
 
@@ -155,6 +160,7 @@ def write_lines(path: pathlib.Path, rows: list[dict]) -> None:
 def append_lines(path: pathlib.Path, rows: list[dict]) -> None:
     """Append JSON lines. Process 0 only."""
     if jax.process_index() == 0:
+        # Appending may be cut short by a kill; `read_lines` copes with that.
         with path.open("a") as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -166,6 +172,7 @@ def read_lines(path: pathlib.Path) -> list[dict]:
     """
     if not path.exists():
         return []
+    # Each whole line ends in a newline, so what follows the last newline was cut.
     *whole, cut = path.read_text().split("\n")
     rows = [json.loads(line) for line in whole]
     if cut:
@@ -176,6 +183,7 @@ def read_lines(path: pathlib.Path) -> list[dict]:
 def write_text(path: pathlib.Path, text: str) -> None:
     """Write a file in one piece: a kill leaves the old one or the new one. Process 0 only."""
     if jax.process_index() == 0:
+        # A rename within a folder is atomic.
         draft = path.with_suffix(".draft")
         draft.write_text(text)
         os.replace(draft, path)
@@ -189,6 +197,7 @@ def lock_folder(folder: pathlib.Path):
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
+        # One process takes the lock for all: the others would be refused.
         if jax.process_index() == 0:
             _take(file, folder)
         yield

@@ -54,12 +54,14 @@ def training_order(size: int, batch_size: int, steps: int, seed: int | None) -> 
     Epoch follows epoch, each in an order of its own; seed None keeps the order of the data. A
     step's examples do not depend on `steps`.
     """
+    # Batches run on across epochs, so no example is dropped at an epoch's end.
     epochs = -(-steps * batch_size // size)
     orders = []
     for epoch in range(epochs):
         if seed is None:
             orders.append(np.arange(size))
         else:
+            # Seeded by the epoch as well: a resumed run makes any epoch without those before it.
             orders.append(np.random.default_rng([seed, epoch]).permutation(size))
     return np.concatenate(orders)[: steps * batch_size].reshape(steps, batch_size)
 
@@ -111,6 +113,7 @@ class Batches:
         self.reference_log_probs = reference_log_probs
         self._rollout = rollout
         self._examples = examples
+        # Lengths alone decide all shapes, so batches are packed only when they are asked for.
         self._prompt_lengths, self._response_lengths = packing.lengths_of(examples)
         self._sizes = self._prompt_lengths + self._response_lengths.sum(axis=1)
         self._shortest = int(np.argmin(self._sizes))  # it stands in for fillers
@@ -118,6 +121,7 @@ class Batches:
 
         needs = self._needs()
         self.shapes = [shape] if shape else packing.choose_shapes(needs, SHAPES)
+        # k: shapes, n: steps.
         fits_kn = np.array([needs.met_by(shape) for shape in self.shapes])
         fits_n = fits_kn.any(axis=0)
         if not fits_n.all():
@@ -144,6 +148,7 @@ class Batches:
         values_CM = np.reshape(values_ASM, (-1, np.shape(values_ASM)[-1]))
         for cell, values_M in zip(self._cells_nCP[step], values_CM, strict=True):
             start = 0
+            # A filler's part is that of the example which stands in for it.
             for index, stand_in in zip(cell.tolist(), self._filled(cell), strict=True):
                 end = start + self._response_lengths[stand_in].sum()
                 found[index] = values_M[start:end]
@@ -172,6 +177,7 @@ class Batches:
         Dense work goes by tokens, attention by the squared lengths of rows.
         """
         cells_per_step = self._cells_nCP.shape[1]
+        # How many cells have each shape.
         cells_k = np.bincount(self._shape_n, minlength=len(self.shapes)) * cells_per_step
         dense = np.dot(cells_k, [shape.tokens for shape in self.shapes])
         attention = np.dot(cells_k, [(shape.lengths**2).sum() for shape in self.shapes])
@@ -193,6 +199,8 @@ class Batches:
         """
         steps, batch_size = self.order.shape
         cells = self.microbatches * self.shards
+        # Devices wait for the one with the most tokens, and a cell is padded to the largest of its
+        # step. So examples are dealt like cards, the longest first.
         longest_first = np.argsort(-self._sizes[self._filled(self.order)], axis=1, kind="stable")
         rounds = longest_first.reshape(steps, -1, cells)
         # Back and forth, so that no cell always gets the longest of a round.
@@ -208,6 +216,7 @@ class Batches:
             self._prompt_lengths[indices], self._response_lengths[indices]
         )
         return packing.Needs(
+            # All cells of a step share one shape, for they are stacked into one array.
             tokens=needs.tokens.reshape(steps, cells).max(axis=1),
             lengths=needs.lengths.reshape(steps, cells, -1).max(axis=1),
             completion_tokens=needs.completion_tokens.reshape(steps, cells).max(axis=1),
@@ -227,6 +236,7 @@ class Batches:
         is_real = cell != FILLER
         indices = self._filled(cell)
         batch = packing.pack([self._examples[index] for index in indices], shape)
+        # A filler is computed like the others, and counts nothing in losses and metrics.
         batch.weights = is_real.astype(np.float32)
         if self.reference_log_probs is not None:
             log_probs_PK = self.reference_log_probs[indices]
@@ -237,7 +247,7 @@ class Batches:
 
 
 def _gather(rollout: RolloutTargets, indices: np.ndarray, size: int) -> RolloutTargets:
-    """Return the values of some examples as they stand in a batch, [size], zeros behind."""
+    """Return the values of some examples as they stand in a batch, [size], padded with zeros."""
     gathered = {}
     for field in dataclasses.fields(rollout):
         of_examples = getattr(rollout, field.name)
@@ -267,6 +277,7 @@ def prefetch(make: Callable, steps: Iterable[int], ahead: int = 2) -> Iterator[t
     Its errors are raised here.
     """
     steps = list(steps)
+    # A thread is enough: numpy packs while the device computes. One, so that the order is kept.
     with concurrent.futures.ThreadPoolExecutor(max_workers=1) as pool:
         pending = [pool.submit(make, step) for step in steps[:ahead]]
         for i, step in enumerate(steps):

@@ -98,6 +98,7 @@ class Needs:
         return (
             (self.tokens <= shape.tokens)
             & (self.completion_tokens <= shape.completion_tokens)
+            # Both are sorted, so it is enough that each fits into the row of its own rank.
             & (self.lengths <= shape.lengths).all(axis=1)
         )
 
@@ -110,6 +111,7 @@ def pack(examples, shape: Shape, *, share_prompt: bool = True) -> Batch:
     plain layout, against which the shared one is checked.
     """
     if not share_prompt:
+        # Each response becomes an example of its own, with its own copy of the prompt.
         examples = [(prompt, (response,)) for prompt, both in examples for response in both]
     responses_per_example = len(examples[0][1])
     responses_in_all = len(examples) * responses_per_example
@@ -118,6 +120,7 @@ def pack(examples, shape: Shape, *, share_prompt: bool = True) -> Batch:
     positions_N = np.zeros(shape.tokens, np.int32)
     targets_M = np.zeros(shape.completion_tokens, np.int32)
     logit_positions_M = np.zeros(shape.completion_tokens, np.int32)
+    # Padding has a segment past the last response, so that no sum counts it.
     segment_ids_M = np.full(shape.completion_tokens, responses_in_all, np.int32)
     response_lengths = []
     last_tokens = []
@@ -140,6 +143,8 @@ def pack(examples, shape: Shape, *, share_prompt: bool = True) -> Batch:
 
             completion = slice(trained_on, trained_on + length)
             targets_M[completion] = response
+            # Each token is predicted by the one before it in its sequence, here its neighbour in
+            # the run.
             logit_positions_M[completion] = index - 1
             if length:  # another response may stand between the prompt and this one
                 logit_positions_M[trained_on] = last_of_prompt
@@ -176,6 +181,7 @@ def _attention_rows(
     sequences: the indices of the prompt and of the response, for each response.
     """
     lengths_Q = np.array([len(prompt) + len(response) for prompt, response in sequences])
+    # Buckets are ordered the same way. Stable, so that equal lengths keep their order everywhere.
     longest_first = np.argsort(-lengths_Q, kind="stable")
 
     rows = []
@@ -183,6 +189,7 @@ def _attention_rows(
     first_slot = 0
     dealt = 0
     for count, row_length in shape.rows:
+        # Padding reads token 0, which is as good as any: causal attention never looks to the right.
         rows_RT = np.zeros((count, row_length), np.int32)
         segments = longest_first[dealt : dealt + count]
         for row, segment in zip(rows_RT, segments, strict=False):  # there may be rows to spare
@@ -192,10 +199,14 @@ def _attention_rows(
             row[len(prompt) : length] = response
 
             slots = np.arange(first_slot, first_slot + length)
+            # The n-th response of an example fills column n of its prompt's slots, so none is
+            # overwritten.
             nth_of_its_example = segment % responses_per_example
             token_slots_NK[prompt, nth_of_its_example] = slots[: len(prompt)]
+            # A response's token is in one row alone.
             token_slots_NK[response, 0] = slots[len(prompt) :]
             first_slot += row_length
+        # Rows to spare have slots too.
         first_slot += (count - len(segments)) * row_length
         rows.append(rows_RT)
         dealt += count
@@ -241,6 +252,7 @@ def choose_shapes(needs: Needs, limit: int) -> list[Shape]:
     Steps are grouped by their tokens so that padding is least, where another shape must save the
     work of PROGRAM_PRICE steps: a short run has few shapes.
     """
+    # Tokens stand for all work here; lengths and completion tokens grow with them.
     size_n = _round_up(needs.tokens)
     price = PROGRAM_PRICE * needs.tokens.mean()
     shapes = []
@@ -273,6 +285,7 @@ def _partition(sizes: np.ndarray, power: int, price: float, limit: int) -> list[
 
     The cost is the sum of all rounded sizes to a power, and `price` for each size to round up to.
     """
+    # Rounded sizes are few, so the search below is short.
     size_m, count_m = np.unique(sizes, return_counts=True)
     smaller_m = np.concatenate([[0], np.cumsum(count_m)])  # how many sizes are below size_m[i]
     # Dynamic programming: best[i] is the least cost of the i smallest of size_m, and chosen[i] what
@@ -296,5 +309,6 @@ def _partition(sizes: np.ndarray, power: int, price: float, limit: int) -> list[
 
 def _round_up(sizes):
     """Round up to multiples of about a thirtieth of the size: little waste, and few shapes."""
+    # Steps are powers of 2 so that sizes of different batches meet at the same values.
     step = 2 ** np.maximum(np.ceil(np.log2(np.maximum(sizes, 1) / 32)), 0).astype(int)
     return -(-sizes // step) * step

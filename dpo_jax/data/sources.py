@@ -41,6 +41,7 @@ def local(fields: dict) -> tuple[Text, tuple[Text, ...]]:
     Instead of the last two also `text`, or `messages`. Each may be text or chat messages; `chosen`
     and `rejected` may hold the whole conversation.
     """
+    # Tables have a null where a row lacks a field.
     given = {name for name, value in fields.items() if value is not None}
     if given & {"chosen", "rejected"}:
         names = ("chosen", "rejected") if "rejected" in given else ("chosen",)
@@ -49,6 +50,7 @@ def local(fields: dict) -> tuple[Text, tuple[Text, ...]]:
     if not names:
         raise Malformed("none of the fields 'chosen', 'completion', 'messages', 'text' is there")
     responses = tuple(_content(fields, name) for name in names)
+    # The whole text is the completion, of an empty prompt.
     if names == ("text",):
         return "", responses
     prompt = _content(fields, "prompt") if "prompt" in given else None
@@ -60,6 +62,7 @@ def local(fields: dict) -> tuple[Text, tuple[Text, ...]]:
 def hh(fields: dict) -> tuple[str, tuple[str, ...]]:
     """Anthropic's transcripts, split after the last assistant cue that both sides share."""
     chosen, rejected = _text(fields, "chosen"), _text(fields, "rejected")
+    # Transcripts differ in their last turn, so the last cue they share starts it.
     prompt = ""
     for cue in re.finditer(ASSISTANT, chosen):
         beginning = chosen[: cue.end()]
@@ -74,7 +77,8 @@ def shp(fields: dict) -> tuple[str, tuple[str, ...]]:
     """Stanford Human Preferences: pairs of Reddit answers whose scores differ twofold or more."""
     history = _text(fields, "history")
     answer_a, answer_b = _text(fields, "human_ref_A"), _text(fields, "human_ref_B")
-    label, ratio = _number(fields, "labels"), _number(fields, "score_ratio")
+    label = _number(fields, "labels")
+    ratio = _number(fields, "score_ratio")
     if label not in (0, 1):
         raise Malformed("field 'labels' is neither 1 (A is preferred) nor 0 (B is)", repr(label))
     if ratio < 2:
@@ -100,10 +104,13 @@ def tldr(fields: dict) -> tuple[str, tuple[str, ...]]:
     prompt = _text(fields, "prompt").rstrip()
     if re.match(r"\s*(Article|TITLE):", prompt):  # a post starts with its subreddit
         raise Filtered(NEWS)
+    # The blank space before the cue is kept as it was; several cues become one.
     end = re.search(r"(\s*)(?:TL;DR:\s*)+$", prompt)
     prompt = prompt[: end.start()] + end[1] + CUE if end else f"{prompt}\n{CUE}"
 
     given = {name for name, value in fields.items() if value is not None}
+    # Three layouts of the data set are about: pairs, completions, and the reference summaries
+    # ("label").
     best = next((name for name in ("chosen", "completion") if name in given), "label")
     names = (best, "rejected") if "rejected" in given else (best,)
     summaries = []
@@ -146,6 +153,7 @@ def cnn_dailymail(fields: dict) -> tuple[str, tuple[str, ...]]:
 
     Highlights are a sentence a line, some with a blank before the full stop.
     """
+    # The summary is to be one line, as TL;DR's are.
     one_line = " ".join(_text(fields, "highlights").split())
     highlights = re.sub(r" (?=[.,;:?!]( |$))", "", one_line)
     return f"Article:\n\n{_text(fields, 'article').strip()}\n\n{CUE}", (_spaced(highlights),)
@@ -229,6 +237,7 @@ def read(data, kind: str) -> tuple[dict[str, list[TextExample]], Ledger]:
         ledger = Ledger(Counts(read=len(splits["train"])), Counts(read=len(splits["eval"])))
     else:
         splits, ledger = _read_splits(data, kind, source)
+    # Counted and shown, not removed: some data sets repeat prompts between their splits.
     train_prompts = {_prompt_key(example) for example in splits["train"]}
     for example in splits["eval"]:
         ledger.shared_prompts += _prompt_key(example) in train_prompts
@@ -244,6 +253,7 @@ def _read_splits(data, kind: str, source: Source) -> tuple[dict[str, list[TextEx
         evals, eval_counts = _parse(splits[eval_name](), data, kind, source, data.max_eval_rows)
     else:
         train, held_out = _hold_out(train, data.eval_fraction)
+        # All that is held out is kept from training, even if the evaluation reads fewer.
         evals = held_out[: data.max_eval_rows or None]
         train_counts.held_out = len(held_out)
         eval_counts = Counts(read=len(evals))
@@ -256,6 +266,7 @@ def _choose(names: list[str], data) -> tuple[list[str], str]:
     The latter is "" where a part of the training rows is to be held out.
     """
     train = data.train_split.split("+")
+    # A single file has one split, whatever it is called: the default name then means that one.
     if len(names) == 1 and data.train_split == "train" and not data.eval_split:
         train = names
     for name in (*train, data.eval_split or train[0]):
@@ -281,8 +292,9 @@ def _hold_out(
     """Part the examples by prompt into (train, held out).
 
     A prompt's side depends on its text alone, so SFT and DPO on the same prompts hold out the same
-    ones. Of few prompts, one at least is held out.
+    ones. Of few prompts, at least one is held out.
     """
+    # By prompt, not by row: no prompt is both trained on and evaluated.
     keys = [_prompt_key(example) for example in examples]
     hashes = {key: _hash(key) for key in keys}
     held_out = {key for key in hashes if hashes[key] < fraction}
@@ -299,11 +311,13 @@ def _hold_out(
 
 def _prompt_key(example: TextExample) -> str:
     """Return the text that tells prompts apart: the response, where there is no prompt."""
+    # JSON, for a prompt may be a list of messages.
     return json.dumps(example.prompt or example.responses[0])
 
 
 def _hash(text: str) -> float:
     """Return a number in [0, 1) that depends on the text alone, the same in every process."""
+    # Not hash(), which differs from process to process. Broken text may hold lone surrogates.
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:6], "big") / 2**48
 
@@ -320,6 +334,7 @@ def _parse(
     examples = []
     counts = Counts()
     for where, record in records:
+        # Before the row is counted as read: rows after the last one needed are not looked at.
         if limit and len(examples) == limit:
             break
         counts.read += 1
@@ -328,6 +343,7 @@ def _parse(
             responses = usable_responses(responses, kind)
             examples.append(TextExample(prompt, responses, where))
         except Filtered as reason:
+            # Left out on purpose by the source's rule, which is no fault of the row.
             counts.filter(str(reason))
         except Unusable as reason:
             counts.drop(str(reason), where)
@@ -346,6 +362,7 @@ def usable_responses(responses: tuple[Text, ...], kind: str) -> tuple[Text, ...]
     if kind == "pairs" and len(responses) == 1:
         raise Malformed("a pair needs two responses, in 'chosen' and 'rejected'")
     if kind == "sft":
+        # Of a pair, SFT trains on the chosen one.
         responses = responses[:1]
     texts = [_said(response).strip() for response in responses]
     if not all(texts):
@@ -436,6 +453,7 @@ def _chat(prompt: Text | None, responses: tuple[Text, ...]) -> tuple[list, tuple
     if not all(chats):
         raise Unusable("empty response")
     starts_with_prompt = chats[0][: len(given)] == given
+    # An assistant's turn first, and no prompt in it: the responses are answers alone.
     if given and chats[0][0]["role"] == "assistant" and not starts_with_prompt:
         start, answers = given, chats
     else:
@@ -448,6 +466,7 @@ def _chat(prompt: Text | None, responses: tuple[Text, ...]) -> tuple[list, tuple
         if differ or any(message not in start for message in given):
             raise Malformed("the conversation does not continue 'prompt'", _shown(start))
     roles = [[message["role"] for message in answer] for answer in answers]
+    # What is trained on is what an assistant says, from its first turn to its last.
     for turns in roles:
         if not start or turns[:1] != ["assistant"] or turns[-1] != "assistant":
             raise Malformed(
@@ -465,8 +484,10 @@ def _last_shared_turn(chats: list[list]) -> int:
     """Return where the last assistant turn starts, up to which all conversations are the same."""
     turn = 0
     shortest = min(map(len, chats))
+    # The last message of each is never shared: something must be left to answer.
     while turn < shortest - 1 and all(chat[turn] == chats[0][turn] for chat in chats):
         turn += 1
+    # Back to where every conversation has an assistant's turn.
     while turn > 0:
         if all(chat[turn]["role"] == "assistant" for chat in chats):
             return turn

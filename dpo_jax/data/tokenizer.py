@@ -78,6 +78,7 @@ class Examples(Sequence):
         numbers = []
         for prompt, responses in self:
             parts = (prompt, *responses)
+            # Lengths come before the ids: else [1 2][3] and [1][2 3] would be the same.
             numbers.append([len(parts), *map(len, parts)])
             numbers += parts
         flat = np.concatenate(numbers or [[]]).astype("<i4")
@@ -133,6 +134,7 @@ def encode(texts: Sequence[TextExample], tokenizer, data, truncate: str) -> tupl
         batch = texts[start : start + BATCH]
         parts = [_parts(text, tokenizer) for text in batch]
         ids = _ids_of_parts(parts, tokenizer)
+        # The first batch is sample enough for a warning, and the merges cost as much as tokenising.
         if start == 0:
             _count_merges(parts, ids, tokenizer, counts)
         for text, (prompt, *responses) in zip(batch, ids, strict=True):
@@ -169,6 +171,8 @@ def encode_example_prompts(
     parts = [_parts(text, tokenizer) for text in texts]
     found = []
     for text, (prompt, *responses) in zip(texts, _ids_of_parts(parts, tokenizer), strict=True):
+        # EOS counts in the length by which a prompt is cut, so it is added first. Unlike `_ended`,
+        # this drops no example: each prompt here is wanted.
         ended = []
         for response in responses:
             adds_eos = rule.append_eos and response[-1:] != [rule.eos]
@@ -184,6 +188,7 @@ def cut(prompt: Prompt, responses: Responses, rule: Rule) -> tuple[Prompt, Respo
     The prompt is cut first, then what is still too long. Both responses keep the same prompt, and
     the prompt keeps its BOS.
     """
+    # By the longer response, so that both answer the same prompt.
     if len(prompt) + max(map(len, responses)) <= rule.max_length:
         return prompt, responses
     prompt = _cut_prompt(prompt, rule)
@@ -196,8 +201,10 @@ def _cut_prompt(prompt: Prompt, rule: Rule) -> Prompt:
     excess = max(len(prompt) - rule.max_prompt_length, 0)
     if rule.truncate == "keep_start":
         return prompt[: len(prompt) - excess]
+    # The end is kept, and BOS, which says that a text starts here.
     kept_at_start = int(prompt[0] == rule.bos)
     if rule.truncate == "keep_cue":
+        # The start and the cue are kept, and the middle is cut: an article's lead says most.
         kept_at_start = max(kept_at_start, rule.max_prompt_length - CUE_TOKENS)
     return prompt[:kept_at_start] + prompt[kept_at_start + excess :]
 
@@ -214,6 +221,8 @@ def _append(
 
     Raises Unusable where it cannot be trained on.
     """
+    # In plain text a special token would end or start a text that goes on. In chat the template
+    # places them, between turns too.
     is_plain = isinstance(text.prompt, str)
     if is_plain and rule.eos in prompt:
         raise Unusable("EOS inside the text")
@@ -222,6 +231,7 @@ def _append(
     whole_prompt = _started(text.prompt, prompt, rule)
     whole_responses = [_ended(text.prompt, response, rule) for response in responses]
     prompt, responses = cut(whole_prompt, whole_responses, rule)
+    # They may differ only behind the cut. Equal responses have no gradient.
     if len(responses) == 2 and responses[0] == responses[1]:
         raise Unusable("chosen and rejected are equal in tokens, or once cut")
 
@@ -229,6 +239,8 @@ def _append(
     for whole, response in zip(whole_responses, responses, strict=True):
         if len(response) < len(whole):
             counts.responses_truncated += 1
+            # A cut response does not end here, so it gets no EOS that would teach the policy to
+            # stop.
             counts.eos_lost += whole[-1] == rule.eos
     examples.prompts.append(np.array(prompt, np.int32))
     examples.responses.append(tuple(np.array(response, np.int32) for response in responses))
@@ -241,6 +253,7 @@ def _started(prompt: Text, ids: Prompt, rule: Rule) -> Prompt:
         return ids  # the chat template has put it
     if rule.adds_bos:
         return ids if ids[:1] == [rule.bos] else [rule.bos, *ids]
+    # GPT-2's kind of tokenizer adds no BOS, so only an empty prompt gets one.
     stand_in = rule.eos if rule.bos is None else rule.bos
     if not ids and stand_in is None:
         raise ValueError(
@@ -281,6 +294,8 @@ def _parts(text: TextExample, tokenizer) -> tuple[str, ...]:
                 f"prompt, so the response cannot be told apart. Prompt: {prompt!r}; conversation: "
                 f"{whole!r}. Use a template whose generation prompt is how an answer begins."
             )
+        # What the template adds after the prompt is the response, with the tokens that end its
+        # turn.
         parts.append(_without_tail(whole[len(prompt) :], tokenizer.eos_token))
     return tuple(parts)
 
@@ -323,6 +338,8 @@ def _ids(texts: Iterable[str], tokenizer) -> list[list[int]]:
         return []  # tokenizers refuse an empty list
     encoded = tokenizer(
         texts,
+        # The rule above places BOS and EOS. A chat template has put its own into the text, where
+        # the tokenizer still finds them.
         add_special_tokens=False,
         return_attention_mask=False,
         return_token_type_ids=False,
@@ -340,6 +357,8 @@ def _count_merges(
         joined += [prompt + response for response in responses]
         apart += [prompt_ids + response_ids for response_ids in responses_ids]
     counts.boundaries = len(joined)
+    # A merge across the boundary makes tokens that a sampled response never has; it is counted, to
+    # warn.
     for together, separate in zip(_ids(joined, tokenizer), apart, strict=True):
         counts.boundary_merges += together != separate
 
@@ -382,6 +401,8 @@ def _rule(tokenizer, data, truncate: str) -> Rule:
         )
     return Rule(
         bos=bos,
+        # Asked of the tokenizer itself: the settings by which one adds BOS differ from class to
+        # class.
         adds_bos=bos is not None and tokenizer("").input_ids[:1] == [bos],
         eos=eos,
         append_eos=data.append_eos,

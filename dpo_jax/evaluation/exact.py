@@ -36,9 +36,11 @@ def enumerate_log_probs(
     prompt is enough. Nothing is renormalised: ArithmeticError if the probabilities of a prompt's
     completions do not sum to 1.
     """
+    # All words in all places but the last, in the order of base-V numbers.
     contexts_XT = np.indices((config.vocab,) * (length - 1)).reshape(length - 1, -1).T
     tokens_PXT = np.stack([np.insert(contexts_XT, 0, prompt, axis=1) for prompt in prompts_P])
     prompts, contexts, words = tokens_PXT.shape
+    # Float64 from here on: sums over thousands of completions would lose digits in float32.
     logits_BTV = np.asarray(_logits(config, params, tokens_PXT.reshape(-1, words)), np.float64)
     log_probs_PXTV = _log_softmax(logits_BTV.reshape(prompts, contexts, words, config.vocab))
     # The words of a context are predicted at all positions but the last, and any word at the last.
@@ -72,7 +74,9 @@ def optimum(
     learned_PC: rewards that the policy is the optimum of, if it is measured by others (the true
     ones, rewards_PC).
     """
+    # The optimum is for the learned rewards, but measured by the true ones.
     aimed_PC = rewards_PC if learned_PC is None else learned_PC
+    # In logs, so that small betas do not overflow; the softmax divides by Z.
     optimum_PC = _log_softmax(reference_log_probs_PC + aimed_PC / beta)
     return reward_and_kl(optimum_PC, reference_log_probs_PC, rewards_PC)
 
@@ -84,8 +88,10 @@ def best_of_n(reference_log_probs_PC, rewards_PC, n: int) -> tuple[float, float]
     sample's reward. Completions of equal reward share that probability as the reference does.
     """
     values_U, log_share_PU = _reward_distribution(reference_log_probs_PC, rewards_PC)
+    # F(r). Clipped, for rounding may take the last above 1.
     up_to_PU = np.exp(log_share_PU).cumsum(axis=-1).clip(0, 1)
     chance_PU = np.diff(up_to_PU**n, axis=-1, prepend=0)
+    # A reward of no chance adds nothing to the KL: 0 log 0 = 0.
     with np.errstate(divide="ignore", invalid="ignore"):
         log_weight_PU = np.where(chance_PU > 0, np.log(chance_PU) - log_share_PU, 0)
     reward_P = (chance_PU * values_U).sum(axis=-1)
@@ -105,7 +111,9 @@ def preferred_ft(reference_log_probs_PC, rewards_PC, labels: str) -> tuple[float
     if labels == "deterministic":
         wins_UU = (margin_UU > 0).astype(float)
     else:
+        # Bradley-Terry (eq. 1); a pair of equal rewards is a coin toss.
         wins_UU = 1 / (1 + np.exp(-margin_UU))
+    # By distinct rewards rather than by completions: few by few, not thousands by thousands.
     wins_PU = share_PU @ wins_UU.T
     index_PC = np.searchsorted(values_U, rewards_PC)
     wins_PC = np.take_along_axis(wins_PU, index_PC, axis=-1)
@@ -134,6 +142,7 @@ def _reward_distribution(reference_log_probs_PC, rewards_PC) -> tuple[np.ndarray
     values_U, index_PC = np.unique(rewards_PC, return_inverse=True)
     shares = []
     for index_C, log_probs_C in zip(index_PC, reference_log_probs_PC, strict=True):
+        # The reference's probability of each reward, prompt by prompt.
         shares.append(np.bincount(index_C, np.exp(log_probs_C), len(values_U)))
     with np.errstate(divide="ignore"):  # no completion of a prompt may have some reward
         log_share_PU = np.log(np.stack(shares))

@@ -128,12 +128,14 @@ def panels(
 
     figure = Figure(figsize=(6.2 * len(titles), 6.2), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    legend, ends = {}, {}
+    legend = {}
+    large_points = {}
     for number, (panel, title) in enumerate(titles.items(), 1):
         axes = figure.add_subplot(1, len(titles), number, title=title)
         _draw_curve(axes, *curves[panel], curve_name)
-        ends[axes] = _draw_methods(axes, [row for row in rows if row["panel"] == panel])
-        _scale(axes, ends[axes], curves[panel])
+        of_panel = [row for row in rows if row["panel"] == panel]
+        large_points[axes] = _draw_methods(axes, of_panel)
+        _scale(axes, large_points[axes], curves[panel])
         legend |= dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
     figure.legend(
         legend.values(),
@@ -146,8 +148,8 @@ def panels(
     # Labels can be placed only when everything else is.
     figure.canvas.draw()
     figure.set_layout_engine("none")
-    for panel, axes in zip(titles, ends, strict=True):
-        _label(axes, ends[axes], curves[panel])
+    for panel, axes in zip(titles, large_points, strict=True):
+        _label(axes, large_points[axes], curves[panel])
     _save(figure, path)
 
 
@@ -199,7 +201,7 @@ def _draw_curve(axes, kls, rewards, name: str) -> None:
 
 def _draw_methods(axes, rows: list[dict]) -> list[tuple]:
     """Draw each method's runs; return (kl, reward, parameter or "", colour) of large points."""
-    ends = []
+    large_points = []
     for method, (color, marker, name) in STYLES.items():
         whole = dict(linestyle="", color=color, marker=marker, markersize=7, alpha=0.85, label=name)
         runs = {}
@@ -236,8 +238,9 @@ def _draw_methods(axes, rows: list[dict]) -> list[tuple]:
                         zorder=6,
                         label=f"{name}: optimum for its β",
                     )
-            ends += [(row["kl"], row["reward"], row["parameter"], color) for row in last]
-    return ends
+            for row in last:
+                large_points.append((row["kl"], row["reward"], row["parameter"], color))
+    return large_points
 
 
 def _scale(axes, points: list[tuple], curve: tuple) -> None:
@@ -272,12 +275,15 @@ def _label(axes, points: list[tuple], curve: tuple) -> None:
     from matplotlib.patheffects import withStroke
     from matplotlib.text import Text
 
+    # Everything is compared on the screen: a label's size is in points, whatever the axes' scales.
     pixels = axes.figure.dpi / 72  # per typographic point
+    # This is why the figure must be drawn first: before, the scales are not settled.
     marks = axes.transData.transform([point[:2] for point in points])
     line = axes.transData.transform(np.transpose(curve))
     taken = np.concatenate([_boxes(marks, MARK * pixels), _boxes(line, pixels)])
     labelled = {point[2:]: point for point in points if point[2]}  # the last seed's point
     for kl, reward, text, color in labelled.values():
+        # First at its point, to learn its size, then moved to the best place.
         label = axes.annotate(
             text,
             (kl, reward),
@@ -291,10 +297,14 @@ def _label(axes, points: list[tuple], curve: tuple) -> None:
             arrowprops=dict(arrowstyle="-", color=color, linewidth=0.4, shrinkA=0, shrinkB=MARK),
         )
         half = Text.get_window_extent(label).size / 2
+        # By half the label's size, so that it touches its point's surroundings with an edge or a
+        # corner.
         shifts = np.array([(right, up) * (half + gap * pixels) for right, up, gap in PLACES])
         boxes = _boxes(axes.transData.transform((kl, reward)) + shifts, half)
+        # The first of equals, which is the nearest.
         best = np.argmin([_hidden(box, taken, axes.bbox.extents) for box in boxes])
         label.set_position(shifts[best] / pixels)
+        # Later labels keep clear of this one.
         taken = np.concatenate([taken, boxes[best : best + 1]])
 
 
@@ -305,6 +315,7 @@ def _boxes(centers, half) -> np.ndarray:
 
 def _hidden(box, taken, frame) -> float:
     """Square pixels of the boxes `taken` that a label hides; infinite if it leaves the frame."""
+    # A label across the frame would lie over the ticks, or be cut off.
     if (box[:2] < frame[:2]).any() or (box[2:] > frame[2:]).any():
         return np.inf
     sides = np.minimum(box[2:], taken[:, 2:]) - np.maximum(box[:2], taken[:, :2])

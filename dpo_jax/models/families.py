@@ -1,4 +1,4 @@
-"""Model families: a Hugging Face config to ours, and one table of tensors read in both directions.
+"""Model families: how each reads a Hugging Face config, and one table of its tensors both ways.
 
 To add a family, write the function that reads its config and the table of its tensors, or take a
 relative's, and enter them in FAMILIES.
@@ -48,6 +48,7 @@ class Tensor:
     def shape(self, config: TransformerConfig) -> tuple[int, ...]:
         """Return its shape in the checkpoint."""
         left, _ = self.pattern.split(" -> ")
+        # A classifier's head is stored as [1, D]: einops writes that axis as 1.
         sizes = self._sizes(config) | {"1": 1}
         groups = [group.strip("()").split() for group in re.findall(r"\(.+?\)|\w", left)]
         return tuple(math.prod(sizes[axis] for axis in group) for group in groups)
@@ -61,6 +62,7 @@ class Tensor:
         """Return the tensor that holds these parameters: the inverse of `unpack`."""
         left, right = self.pattern.split(" -> ")
         stacked = np.stack(params) if len(params) > 1 else params[0]
+        # Read from right to left, the pattern is its own inverse.
         return einops.rearrange(stacked, f"{right} -> {left}")
 
     def _sizes(self, config):
@@ -103,8 +105,11 @@ def from_hf(hf_config, **options) -> TransformerConfig:
     Raises ValueError for a family or a setting whose maths we do not have.
     """
     configure = family(hf_config.model_type).configure
+    # Quantised weights are stored as integers and scales, which only their own kernels read.
     _only(hf_config, quantization_config=None)
     width, heads = hf_config.hidden_size, hf_config.num_attention_heads
+    # What most families say under the same names, or leave to a default; `configure` replaces the
+    # rest.
     shared = TransformerConfig(
         vocab=hf_config.vocab_size,
         width=width,
@@ -117,6 +122,7 @@ def from_hf(hf_config, **options) -> TransformerConfig:
         tied=hf_config.tie_word_embeddings,
         **options,
     )
+    # The family's own fields come last, and are checked as a whole.
     config = configure(hf_config, shared)
     _check(hf_config, config)
     return config
@@ -135,17 +141,27 @@ def family(model_type: str) -> Family:
 @functools.cache
 def tensors(model_type: str, config: TransformerConfig) -> tuple[Tensor, ...]:
     """Return the tensors of this config's checkpoints: those of the family that the model has."""
+    # A table lists all that its family may have. A model lacks some: the head if it is tied, or
+    # biases.
     paths = traverse_util.flatten_dict(transformer.abstract(config), sep="/")
     return tuple(
         tensor for tensor in family(model_type).tensors if paths.keys() >= set(tensor.paths)
     )
 
 
+# A field of the config may change the maths and no shape: the weights would load, and the numbers
+# be wrong. Such a field is either used below, or refused where it has a value that the decoder does
+# not compute.
+
+
 def _gpt2(hf, config):
     _only(
         hf,
+        # Scores are always divided by the root of the head's width.
         scale_attn_weights=True,
+        # They are not divided by the layer's number as well.
         scale_attn_by_inverse_layer_idx=False,
+        # There is no encoder to attend to.
         add_cross_attention=False,
     )
     return replace(
@@ -155,6 +171,7 @@ def _gpt2(hf, config):
         learned_positions=True,
         activation=hf.activation_function,
         gated=False,
+        # None stands for four times the width.
         mlp_width=hf.n_inner or config.mlp_width,
         qkv_bias=True,
         out_bias=True,
@@ -163,6 +180,8 @@ def _gpt2(hf, config):
 
 
 def _gptj(hf, config):
+    # GPT-J alone rotates neighbouring channels, has a bias in the head, and gives attention and MLP
+    # one and the same norm. Its attention has no biases.
     return replace(
         config,
         norm="layer",
@@ -180,12 +199,14 @@ def _gptj(hf, config):
 
 
 def _gpt_neox(hf, config):
+    # Pythia rotates the first quarter of each head. int() rounds down, as transformers does.
     rope_width = int(config.head_width * hf.rope_parameters.get("partial_rotary_factor", 1.0))
     return replace(
         _rope(hf, config),
         rope_width=rope_width,
         norm="layer",
         norm_eps=hf.layer_norm_eps,
+        # Unlike GPT-J's, its MLP has a norm of its own.
         parallel=hf.use_parallel_residual,
         activation=hf.hidden_act,
         gated=False,
@@ -194,6 +215,9 @@ def _gpt_neox(hf, config):
         out_bias=hf.attention_bias,
         mlp_bias=True,
     )
+
+
+# The relatives of Llama differ in biases, in the window and in norms of queries and keys.
 
 
 def _llama(hf, config):
@@ -210,6 +234,7 @@ def _mistral(hf, config):
 
 
 def _qwen2(hf, config):
+    # Biases of q, k and v alone, which no field says: they are part of the architecture.
     return replace(_gated(hf, config), qkv_bias=True, window=_window(hf))
 
 
@@ -226,8 +251,10 @@ def _qwen3(hf, config):
 def _gated(hf, config):
     """Set what Llama and its relatives share; they rotate whole heads."""
     share = hf.rope_parameters.get("partial_rotary_factor", 1.0)
+    # Weights for a part of each head would load all the same, and be rotated wrongly.
     if share != 1:
         raise _unsupported(hf, f"rope_parameters.partial_rotary_factor = {share}", "only 1.0 is")
+    # Some models have heads whose widths do not add up to the model's (Qwen3).
     head_width = getattr(hf, "head_dim", None) or config.head_width
     return replace(
         _rope(hf, config),
@@ -264,6 +291,7 @@ def _rope(hf, config):
 
 def _window(hf):
     """Return Qwen's sliding window or None; models that use it in some layers are refused."""
+    # Layers are scanned, so all of them run the same code, with one window.
     kinds = set(hf.layer_types)
     if len(kinds) > 1:
         raise _unsupported(
@@ -285,16 +313,19 @@ def _check(hf, config: TransformerConfig):
     if config.activation not in transformer.ACTIVATIONS:
         known = ", ".join(transformer.ACTIVATIONS)
         raise _unsupported(hf, f"activation {config.activation!r}", f"{known} are")
+    # Where head_dim is given, the heads need not divide the width.
     if config.width % config.heads and getattr(hf, "head_dim", None) is None:
         raise _unsupported(
             hf, f"a width of {config.width} in {config.heads} heads", "it must be a multiple"
         )
+    # Each key head serves the same number of query heads.
     if config.heads % config.kv_heads:
         raise _unsupported(
             hf,
             f"num_key_value_heads = {config.kv_heads}",
             f"it must divide num_attention_heads = {config.heads}",
         )
+    # Channels are rotated in pairs.
     if config.rope_width % 2 or config.rope_width > config.head_width:
         raise _unsupported(
             hf,
@@ -313,7 +344,8 @@ def _table(*rows) -> tuple[Tensor, ...]:
     return tuple(Tensor(name, pattern, tuple(paths)) for name, pattern, *paths in rows)
 
 
-GPT2_TENSORS = _table(  # kernels are stored [in, out]; everywhere else they are [out, in]
+# GPT-2 stores kernels [inputs, outputs]; all others store them [outputs, inputs].
+GPT2_TENSORS = _table(
     ("transformer.wte.weight", "V D -> V D", "embed/tokens"),
     ("transformer.wpe.weight", "T D -> T D", "embed/positions"),
     ("transformer.h.{}.ln_1.weight", "D -> D", "layers/norm_attention/scale"),
@@ -365,6 +397,8 @@ GPTJ_TENSORS = _table(
     ("lm_head.bias", "V -> V", "head/bias"),
 )
 
+# Its q, k and v are one tensor, and alternate head by head: (H p C). GPT-2's are one after another:
+# (p H C).
 GPT_NEOX_TENSORS = _table(
     ("gpt_neox.embed_in.weight", "V D -> V D", "embed/tokens"),
     ("gpt_neox.layers.{}.input_layernorm.weight", "D -> D", "layers/norm_attention/scale"),
@@ -401,7 +435,8 @@ GPT_NEOX_TENSORS = _table(
     ("score.weight", "1 D -> D", "head/scalar"),
 )
 
-LLAMA_TENSORS = _table(  # Mistral and Qwen too
+# Mistral's and Qwen's too. Rows for what a model lacks are left out by `tensors`.
+LLAMA_TENSORS = _table(
     ("model.embed_tokens.weight", "V D -> V D", "embed/tokens"),
     ("model.layers.{}.input_layernorm.weight", "D -> D", "layers/norm_attention/scale"),
     ("model.layers.{}.self_attn.q_proj.weight", "(H C) D -> D H C", "layers/attention/q/kernel"),

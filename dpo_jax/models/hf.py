@@ -60,7 +60,7 @@ def fetch(path, *, weights: bool = True) -> pathlib.Path:
     except LocalEntryNotFoundError as error:
         reason = str(refusal or error).strip().splitlines()[0]
         raise FileNotFoundError(
-            f"the model {path} is not a local folder, and the Hugging Face hub does not give it "
+            f"the model {path} is not a local folder, and could not be fetched from the hub "
             f"({reason}). Pass a local folder in Hugging Face format, or check the spelling, the "
             "network, that you have access to the model (HF_TOKEN), and that HF_HUB_OFFLINE is "
             "not 1."
@@ -118,6 +118,7 @@ def fingerprint(path) -> str:
 
 def gathered(param: jax.Array) -> np.ndarray:
     """Return all of an array on the host, float32. Every process must call it."""
+    # Split over processes: no host has all of it yet.
     if not param.is_fully_addressable:
         param = multihost_utils.process_allgather(param, tiled=True)
     return np.asarray(param, np.float32)
@@ -132,9 +133,11 @@ def load(path, config: TransformerConfig, shardings):
     path = pathlib.Path(path)
     model_type = read_config(path).model_type
     stored = _match(path, model_type, config)
-    shapes, shardings = _flat(transformer.abstract(config)), _flat(shardings)
+    shapes = _flat(transformer.abstract(config))
+    shardings = _flat(shardings)
     params = {}
     for tensor in families.tensors(model_type, config):
+        # A stored tensor may hold several parameters, as GPT-2's holds q, k and v.
         pieces = [Pieces(shapes[param].shape, shardings[param]) for param in tensor.paths]
         for name, layer in tensor.names(config):
             values = tensor.unpack(config, stored[name][:])
@@ -152,6 +155,7 @@ class Pieces:
         self.sharding = sharding
         self.spans = {}  # device -> (start, end) of its piece along each axis
         for device, index in sharding.addressable_devices_indices_map(shape).items():
+            # Slices as numbers, so that equal pieces of several devices are found to be equal.
             spans = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
             self.spans[device] = tuple(spans)
         self.buffers = {}  # spans -> the piece
@@ -166,6 +170,7 @@ class Pieces:
                 if not first <= layer < end:
                     continue
                 buffer = buffer[layer - first]
+            # Converts to float32 on the way, whatever is stored.
             buffer[...] = value[tuple(slice(*span) for span in spans)]
 
     def array(self) -> jax.Array:
@@ -191,20 +196,26 @@ def save(
     model that was there, only once it is complete. Raises ValueError when the parameters are not
     those of the config, and FileExistsError when the folder holds something else than a model.
     """
-    path, params = pathlib.Path(path), _flat(params)
+    path = pathlib.Path(path)
+    params = _flat(params)
     tensors = families.tensors(hf_config.model_type, config)
     _check_names(params, {param for tensor in tensors for param in tensor.paths})
     _check_replaceable(path)
-    exported = (
-        (name, _export(tensor, [params[param] for param in tensor.paths], layer))
-        for tensor in tensors
-        for name, layer in tensor.names(config)
-    )
+
+    # One tensor at a time, gathered as it is asked for: the host never holds the whole model.
+    def export_all():
+        for tensor in tensors:
+            held = [params[param] for param in tensor.paths]
+            for name, layer in tensor.names(config):
+                yield name, _export(tensor, held, layer)
+
+    exported = export_all()
     if jax.process_index() == 0:
         shapes = {}
         for tensor in tensors:
             for name, _ in tensor.names(config):
                 shapes[name] = tensor.shape(config)
+        # Written beside its place, and renamed once complete: nobody finds half a model.
         partial = _sibling(path, "partial")
         partial.mkdir(parents=True)
         _write_config(partial, hf_config, config.head)
@@ -234,6 +245,7 @@ def _match(folder: pathlib.Path, model_type: str, config: TransformerConfig) -> 
     found = safetensors_io.match(
         folder, model, shapes, base=family.base, ignored=families.BUFFERS, optional=optional
     )
+    # A fine-tuned head that is not the embedding would be lost without a word.
     if config.tied and head in found and _differ(found[head], found[embedding]):
         problem = f"{head} differs from {embedding}, though config.json says they are tied"
         raise safetensors_io.mismatch(folder, model, [f"{problem} (tie_word_embeddings = true)"])
@@ -243,6 +255,7 @@ def _match(folder: pathlib.Path, model_type: str, config: TransformerConfig) -> 
 def _differ(a, b, rows: int = 4096) -> bool:
     """Return whether two stored matrices differ, comparing some rows at a time."""
     count = a.get_shape()[0]
+    # In blocks, since an embedding may be gigabytes.
     blocks = (slice(start, min(start + rows, count)) for start in range(0, count, rows))
     return any((a[block] != b[block]).any() for block in blocks)
 
@@ -276,9 +289,11 @@ def _export(tensor: families.Tensor, params: list[jax.Array], layer: int | None)
 
 
 def _write_config(folder: pathlib.Path, hf_config, head: str):
+    # The caller's own config stays as it is.
     hf_config = copy.deepcopy(hf_config)
     hf_config.architectures = [families.family(hf_config.model_type).architecture_with(head)]
     if head == "reward":
+        # transformers makes a classifier of two labels unless it is told.
         hf_config.num_labels = 1
     hf_config.dtype = "float32"
     # Not save_pretrained, which refuses some configs that are found on the hub.
@@ -287,6 +302,7 @@ def _write_config(folder: pathlib.Path, hf_config, head: str):
 
 def _publish(partial: pathlib.Path, path: pathlib.Path):
     """Rename a finished folder into its place, moving the one before out of the way first."""
+    # A folder cannot be replaced by a rename, as a file can.
     former = _sibling(path, "former")
     if path.exists():
         path.rename(former)

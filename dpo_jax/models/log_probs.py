@@ -31,13 +31,15 @@ FORWARD_VERSION = 1
 # How much of a chip's memory the logits of a chunk may take, which is one shard's at a time.
 CHUNK_SHARE = 1 / 64
 CHUNK_LOGITS = 2**26  # the logits of a chunk on a chip that is not known: 256 MB
-CPU_CHUNK_LOGITS = 2**22  # on a CPU, 16 MB, which its caches hold,
-# but not for fewer positions: every chunk reads all of the head, and adds to all of its gradient.
+# On a CPU 16 MB, which its caches hold, but not for fewer positions than CPU_CHUNK: every chunk
+# reads all of the head, and adds to all of its gradient.
+CPU_CHUNK_LOGITS = 2**22
 CPU_CHUNK = 512
 
 
 def response_log_probs(config: TransformerConfig, params, batch: Batch) -> jax.Array:
     """Return the summed log-prob of each response given its prompt, nats, float32 [S, Q]."""
+    # Logits are taken at all completion tokens of a shard, whichever response they belong to.
     log_probs_SM = token_log_probs(config, params, batch)
     responses = batch.response_lengths.shape[-1]
 
@@ -109,36 +111,44 @@ def _in_chunks(config: TransformerConfig, function: Callable, models: list, targ
     backward pass.
     """
     shards, positions = targets_SM.shape
+    # In positions: each has a logit for every token of the vocabulary.
     limit = chunk_logits(chip_of(device())) // config.vocab
     if device().platform == "cpu":
         limit = min(limit, max(CPU_CHUNK, CPU_CHUNK_LOGITS // config.vocab))
+    # Never below 128, or the product with the head would be too thin to be fast.
     chunks = -(-positions // max(128, limit))
     chunk = -(-positions // chunks)  # so that the last is about as large as the others
     heads = [_head(config, params) for params, _ in models]
     hidden = [x_SMD for _, x_SMD in models]
     unembed = functools.partial(transformer.unembed, config)
+    # One chunk: no loop, and the logits may be kept for the backward pass.
     if positions <= chunk:
         return _of_logits(function, unembed, heads, hidden, targets_SM)
+    # Gathered once, before the loop, and not once in each of its rounds.
     heads = [sharding.per_shard(head, shards) for head in heads]
 
     def split(x_SM):
-        """Return [chunks, S, positions of a chunk, ...], zeros behind."""
+        """Return [chunks, S, positions of a chunk, ...], padded with zeros."""
+        # `lax.map` wants chunks of one size, on the first axis.
         missing = ((0, 0), (0, -positions % chunk), *[(0, 0)] * (x_SM.ndim - 2))
         x_SM = jnp.pad(x_SM, missing)
         return jnp.moveaxis(x_SM.reshape(shards, -1, chunk, *x_SM.shape[2:]), 1, 0)
 
     def join(x):
+        # What came of the padding is cut off.
         return jnp.moveaxis(x, 0, 1).reshape(shards, -1)[:, :positions]
 
     def of_chunk(chunk_of_hidden_and_targets):
         return _of_logits(function, jax.vmap(unembed), heads, *chunk_of_hidden_and_targets)
 
+    # Without the checkpoint the loop would keep the logits of all its chunks.
     inputs = (jax.tree.map(split, hidden), split(targets_SM))
     return jax.tree.map(join, jax.lax.map(jax.checkpoint(of_chunk), inputs))
 
 
 def _head(config: TransformerConfig, params) -> dict:
     """Return the part of the weights that `unembed` reads."""
+    # Only these weights are laid out anew for the chunks: the scalar head and the trunk are not.
     head = {name: x for name, x in params.get("head", {}).items() if name != "scalar"}
     if not config.tied:
         return {"head": head}
@@ -149,17 +159,20 @@ def _of_logits(function, unembed, heads, hidden, targets_SM):
     """Return function(targets, logits of each model), the logits split by vocabulary."""
     logits = []
     for head, x_SMD in zip(heads, hidden, strict=True):
+        # Split by vocabulary: each device makes its part of the logits, and none is gathered.
         logits.append(constrain(unembed(head, x_SMD), BATCH, None, "tensor"))
     return function(targets_SM, *logits)
 
 
 def _target_log_probs(targets_SM, logits_SMV):
+    # Not log_softmax, which would make another array as large as the logits.
     return _at(targets_SM, logits_SMV) - jax.nn.logsumexp(logits_SMV, axis=-1)
 
 
 def _target_kls(targets_SM, logits_SMV, reference_logits_SMV):
     log_probs_SMV = jax.nn.log_softmax(logits_SMV)
     log_ratios_SMV = log_probs_SMV - jax.nn.log_softmax(reference_logits_SMV)
+    # The expectation is over the policy: sum of p (log p - log q).
     kl_SM = (jnp.exp(log_probs_SMV) * log_ratios_SMV).sum(-1)
     return _at(targets_SM, log_ratios_SMV), kl_SM
 

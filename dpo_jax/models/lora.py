@@ -51,6 +51,7 @@ class Lora:
         have.
         """
         weights = _flat(transformer.abstract(config))
+        # Not every model has all of them: GPT-2's MLP has no gate.
         there = [name for name, path in LAYERS.items() if f"layers/{path}/kernel" in weights]
         unknown = [name for name in self.targets if name not in there]
         if unknown:
@@ -74,6 +75,7 @@ def abstract(config: TransformerConfig, lora: Lora) -> dict:
     for path, (kernel, inputs) in lora.kernels(config).items():
         shapes[f"{path}/lora_a"] = (config.layers, *kernel[:inputs], lora.rank)
         shapes[f"{path}/lora_b"] = (config.layers, lora.rank, *kernel[inputs:])
+    # A scalar head starts from 0, with nothing to adapt: it is trained itself.
     if config.head != "lm":
         shapes["head/scalar"] = (config.width,)
     return _tree({path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()})
@@ -85,7 +87,8 @@ def init(config: TransformerConfig, lora: Lora, seed: int) -> dict:
     The product of the adapters is 0, and so is the head. The factor that is not 0 is normal: A has
     the deviation 1 / sqrt(inputs), B 1 / sqrt(rank).
     """
-    rng, values = np.random.default_rng(seed), {}
+    rng = np.random.default_rng(seed)
+    values = {}
     for path, leaf in _flat(abstract(config, lora)).items():
         values[path] = np.zeros(leaf.shape, np.float32)
         if path.endswith(DRAWN[lora.init]):
@@ -104,17 +107,20 @@ def join(base: dict, params: dict, scale) -> dict:
     """
     joined = _flat(base)
     for path, value in _flat(params).items():
+        # The scale goes into B, so that `Linear` needs to know of none.
         joined[path] = value * scale if path.endswith("/lora_b") else value
     return _tree(joined)
 
 
 def merge(base: dict, params: dict, lora: Lora) -> dict:
     """Return plain weights W + scale * A B, in float32, placed as the base."""
-    weights, params = _flat(base), _flat(params)
+    weights = _flat(base)
+    params = _flat(params)
     for path, a in params.items():
         layer, _, name = path.rpartition("/")
         if name == "lora_a":
             kernel = weights[f"{layer}/kernel"]
+            # Each device adds its own part: a merged kernel lies as the base's does.
             add = jax.jit(_add_product, out_shardings=kernel.sharding)
             weights[f"{layer}/kernel"] = add(kernel, a, params[f"{layer}/lora_b"], lora.scale)
         elif name != "lora_b":
@@ -123,6 +129,7 @@ def merge(base: dict, params: dict, lora: Lora) -> dict:
 
 
 def _add_product(kernel, a, b, scale):
+    # Over the layers. At the highest precision, for this product is part of the weights for good.
     product = jax.vmap(lambda a, b: jnp.tensordot(a, b, 1, precision="highest"))(a, b)
     return kernel + scale * product
 

@@ -36,8 +36,11 @@ def save(
     params = {
         path: gathered(value) for path, value in traverse_util.flatten_dict(params, sep="/").items()
     }
-    stored, ranks, fan_in_fan_out = {}, {}, False
+    stored = {}
+    ranks = {}
+    fan_in_fan_out = False
     for tensor in families.tensors(hf_config.model_type, config):
+        # Which of the tensor's parameters have an adapter: q and v of q, k, v, perhaps.
         pieces = {
             number: path.removesuffix("kernel")
             for number, path in enumerate(tensor.paths)
@@ -45,17 +48,16 @@ def save(
         }
         if not pieces:
             continue
+        # PEFT has one adapter here, of the summed rank.
         ranks[_module(tensor)] = len(pieces) * lora.rank
         fan_in_fan_out = _inputs_first(tensor)  # of all alike
         for name, layer in tensor.names(config):
-            a, b = (
-                {number: params[path + factor][layer] for number, path in pieces.items()}
-                for factor in ("lora_a", "lora_b")
-            )
+            a = {number: params[path + "lora_a"][layer] for number, path in pieces.items()}
+            b = {number: params[path + "lora_b"][layer] for number, path in pieces.items()}
+            of_inputs, of_outputs = pack(tensor, a, b)
             prefix = "base_model.model." + name.removesuffix(".weight")
-            stored[f"{prefix}.lora_A.weight"], stored[f"{prefix}.lora_B.weight"] = pack(
-                tensor, a, b
-            )
+            stored[f"{prefix}.lora_A.weight"] = of_inputs
+            stored[f"{prefix}.lora_B.weight"] = of_outputs
     if config.head == "reward":
         head = families.family(hf_config.model_type).name_of("head/scalar")
         stored[f"base_model.model.{head}"] = params["head/scalar"][None]
@@ -80,12 +82,16 @@ def pack(
     """
     left, right = tensor.pattern.split(" -> ")
     letters = right.removeprefix("p ").split()
+    # Input axes of the parameter: all of A's but the rank, which is its last.
     count = next(iter(a.values())).ndim - 1
     inputs, outputs = " ".join(letters[:count]), " ".join(letters[count:])
+    # The output axes as the checkpoint stores them: p may stand before or among them.
     stored_outputs = next(
         group for group in re.findall(r"\(.+?\)|\w", left) if letters[-1] in group
     ).strip("()")
+    # All A's under each other, [n * rank, inputs].
     of_inputs = einops.rearrange(list(a.values()), f"n {inputs} r -> (n r) ({inputs})")
+    # Each B only in the columns of its own A. Parameters without an adapter have rows of zeros.
     blocks = np.zeros((len(tensor.paths), len(b), *next(iter(b.values())).shape), np.float32)
     for column, (row, factor) in enumerate(b.items()):
         blocks[row, column] = factor
@@ -109,6 +115,8 @@ def _inputs_first(tensor: Tensor) -> bool:
 def _config(config: TransformerConfig, lora: Lora, ranks: dict[str, int], base: str) -> dict:
     """Return the fields of adapter_config.json; ranks: module -> rank of its adapter."""
     folder = pathlib.Path(base).expanduser()
+    # PEFT scales by alpha / rank, so a module of another rank needs an alpha of its own for the
+    # same scale.
     fused = {module: rank for module, rank in ranks.items() if rank != lora.rank}
     return dict(
         peft_type="LORA",

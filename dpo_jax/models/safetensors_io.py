@@ -59,17 +59,22 @@ def match(
     Raises ValueError with the name of every tensor that is unknown, missing, set twice, wrongly
     shaped or not a float.
     """
+    # Checkpoints of a model without its head leave the prefix out. Names are compared without it.
     full_names = {name.removeprefix(base): name for name in shapes}
-    found, problems = {}, []
+    found = {}
+    problems = []
     for file, stored_name, values in read(folder):
         short_name = stored_name.removeprefix(base)
         if ignored.search(short_name):
             continue
-        name, shape, dtype = full_names.get(short_name), values.get_shape(), values.get_dtype()
+        name = full_names.get(short_name)
+        shape = values.get_shape()
+        dtype = values.get_dtype()
         stored = f"{stored_name} {shape} in {file}"
         if name is None:
             problems.append(f"unknown: {stored}")
             continue
+        # Once with the prefix and once without, or in two shards.
         if name in found:
             problems.append(f"set twice: {name}, again as {stored_name} in {file}")
         if shape != shapes[name]:
@@ -79,6 +84,7 @@ def match(
                 f"wrong type: {stored_name} {dtype} in {file}, expected one of {', '.join(FLOATS)}"
             )
         found[name] = values
+    # Everything is checked before the error, which then names all that is wrong at once.
     for name, shape in shapes.items():
         if name not in found and name not in optional:
             problems.append(f"missing: {name} {shape}")
@@ -111,6 +117,7 @@ def write(
         file = SINGLE
         if len(shards) > 1:
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        # Only these are taken from the iterator, so only one shard is in memory.
         shard = dict(itertools.islice(tensors, len(names)))
         # transformers refuses a file without this metadata.
         safetensors.numpy.save_file(shard, folder / file, metadata={"format": "pt"})
@@ -134,6 +141,7 @@ def files(folder: pathlib.Path) -> list[pathlib.Path]:
             f"{folder} holds neither {SINGLE} nor {INDEX}. Loading "
             f"{pickles or 'pytorch_model.bin'} would run code from a pickle. {CONVERT}"
         )
+    # Not every *.safetensors file there: a folder may hold the remains of other exports.
     weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
     shards = [folder / name for name in sorted(set(weight_map.values()))]
     absent = [file.name for file in shards if not file.exists()]
@@ -146,8 +154,10 @@ def files(folder: pathlib.Path) -> list[pathlib.Path]:
 
 def _shards(shapes: dict[str, tuple[int, ...]], max_bytes: int) -> list[list[str]]:
     """Return the names in order, cut wherever the next tensor would make a shard too large."""
-    shards, filled = [[]], 0
+    shards = [[]]
+    filled = 0
     for name, shape in shapes.items():
+        # A tensor larger than a shard gets one of its own.
         if shards[-1] and filled + _bytes(shape) > max_bytes:
             shards.append([])
             filled = 0

@@ -38,6 +38,9 @@ ACTIVATIONS = {
     "relu": nn.relu,
     "silu": nn.silu,
 }
+# What the forward pass keeps of a layer beyond its input; the rest is computed again when the
+# backward pass needs it. full: nothing, the least memory for about a third more work. dots: the
+# outputs of matrix products with weights, so that mostly cheap elementwise work is repeated.
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -101,6 +104,7 @@ def hidden(config: TransformerConfig, params, tokens_SN, positions_SN, layout=No
 
     layout: `attention.Layout`; without it each shard is one sequence.
     """
+    # The second result is for a cache, of which there is none.
     return Transformer(config).apply({"params": params}, tokens_SN, positions_SN, layout)[0]
 
 
@@ -134,6 +138,8 @@ def _write(cache_LSKUC, new_LSNKC, positions_SN):
     shards, length = positions_SN.shape
     if length > 1:
         return cache_LSKUC.at[..., :length, :].set(new_LSNKC.transpose(0, 1, 3, 2, 4))
+    # Each row is at a position of its own. Indexing by two arrays with a slice between puts the
+    # rows first, as numpy does.
     new_SLKC = new_LSNKC[:, :, 0].transpose(1, 0, 2, 3)
     return cache_LSKUC.at[:, jnp.arange(shards), :, positions_SN[:, 0]].set(new_SLKC)
 
@@ -144,6 +150,8 @@ def _split(cache_LSKUC):
 
 def unembed(config: TransformerConfig, params, x_D) -> jax.Array:
     """Return float32 logits [..., V] of hidden states [..., D]."""
+    # Both operands in the compute dtype, where accelerators are fast, but a float32 sum: rounded
+    # logits would show in the log-probs.
     dtype = jnp.dtype(config.dtype)
     if config.tied:
         equation, kernel = "...D,VD->...V", params["embed"]["tokens"]
@@ -157,6 +165,7 @@ def unembed(config: TransformerConfig, params, x_D) -> jax.Array:
 
 def scalar(params, x_D) -> jax.Array:
     """Return float32 scalars [...] of hidden states [..., D]: rewards, or values for PPO."""
+    # In float32: it is one product a token, and rewards are compared by small differences.
     return jnp.einsum("...D,D->...", x_D.astype(jnp.float32), params["head"]["scalar"])
 
 
@@ -190,11 +199,14 @@ class Transformer(nn.Module):
     def __call__(self, tokens_SN, positions_SN, layout=None, cache=None):
         config = self.config
         x_SND = Embed(config, name="embed")(tokens_SN, positions_SN)
+        # The angles are the same in all layers, so they are computed once.
         rotation = None if config.learned_positions else rotary_angles(config, positions_SN)
         block = Block
         if config.remat != "none":
             # A scan keeps the forward and backward passes apart: CSE cannot merge what it remakes.
             block = nn.remat(Block, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
+        # One layer is compiled, whatever their number. Parameters and the cache are split along the
+        # layers; positions, angles and layout are the same for each.
         stack = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -239,6 +251,7 @@ class Head(nn.Module):
     @nn.compact
     def __call__(self):
         config = self.config
+        # A reward model has no use for logits, so it has no such weights.
         if config.head != "reward" and not config.tied:
             self.param("kernel", nn.initializers.normal(0.02), (config.width, config.vocab))
         if config.head != "reward" and config.head_bias:
@@ -253,6 +266,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x_SND, positions_SN, rotation, layout, cache):
         config = self.config
+        # Norms come before attention and MLP, and the residual passes both by (pre-norm).
         normed_SND = Norm(config, name="norm_attention")(x_SND)
         attended_SND, new = Attention(config, name="attention")(
             normed_SND, positions_SN, rotation, layout, cache
@@ -260,10 +274,12 @@ class Block(nn.Module):
         if config.parallel:
             if not config.shared_norm:
                 normed_SND = Norm(config, name="norm_mlp")(x_SND)
+            # The MLP does not see what attention adds: both read the same input.
             x_SND = x_SND + attended_SND + Mlp(config, name="mlp")(normed_SND)
         else:
             x_SND = x_SND + attended_SND
             x_SND = x_SND + Mlp(config, name="mlp")(Norm(config, name="norm_mlp")(x_SND))
+        # Whole along the width again: `tensor` splits only what is inside attention and the MLP.
         return constrain(x_SND, BATCH), new
 
 
@@ -284,16 +300,20 @@ class Attention(nn.Module):
             return Linear((D, heads, C), config.qkv_bias, config.dtype, name=name)(x_SND)
 
         q_SNHC, k_SNKC, v_SNKC = project("q", H), project("k", K), project("v", K)
+        # Before the rotation, which leaves lengths as they are (Qwen3).
         if config.qk_norm:
             q_SNHC = Norm(config, name="q_norm")(q_SNHC)
             k_SNKC = Norm(config, name="k_norm")(k_SNKC)
         if rotation is not None:
             q_SNHC = rotate(config, q_SNHC, rotation)
             k_SNKC = rotate(config, k_SNKC, rotation)
+        # Heads are split, so that attention needs nothing from another device.
         q_SNHC = constrain(q_SNHC, BATCH, None, "tensor")
         k_SNKC = constrain(k_SNKC, BATCH, None, "tensor")
         v_SNKC = constrain(v_SNKC, BATCH, None, "tensor")
         window = config.window
+        # One new token reads the cache. A prompt starts from an empty one, so it is plain attention
+        # over itself.
         if cache is not None and x_SND.shape[1] == 1:
             out_SNHC = attend_cached(q_SNHC, k_SNKC, v_SNKC, cache, positions_SN, window=window)
         else:
@@ -337,6 +357,8 @@ class Norm(nn.Module):
         y = x.astype(jnp.float32)
         if self.config.norm == "layer":
             y -= y.mean(-1, keepdims=True)
+        # The mean is taken off by now for layer norm, so this is the deviation; for RMS norm it is
+        # not.
         y *= jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.config.norm_eps)
         y *= over_tokens(self.param("scale", nn.initializers.ones, (width,)), y.shape, y.dtype)
         if self.config.norm == "layer":
@@ -351,6 +373,7 @@ def residual_scale(config: TransformerConfig) -> float:
 
 def rotary_angles(config: TransformerConfig, positions_SN) -> tuple[jax.Array, jax.Array]:
     """Return cosines and sines of the rotary embedding, [S, N, 1, rope_width / 2] each, float32."""
+    # Float32 whatever the compute dtype: bfloat16 cannot tell large positions apart.
     exponent = jnp.arange(0, config.rope_width, 2, dtype=jnp.float32) / config.rope_width
     frequency = config.rope_theta**-exponent
     if config.rope_scaling is not None:
@@ -361,6 +384,7 @@ def rotary_angles(config: TransformerConfig, positions_SN) -> tuple[jax.Array, j
 
 def _llama3_frequencies(frequency, scaling: Llama3RopeScaling):
     """Divide slow frequencies by the factor, keep fast ones, and blend those between."""
+    # How often each frequency turns over the length that the model was first trained on.
     turns = scaling.original_max_positions * frequency / (2 * jnp.pi)
     blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     blend = jnp.clip(blend, 0, 1)
@@ -370,7 +394,9 @@ def _llama3_frequencies(frequency, scaling: Llama3RopeScaling):
 def rotate(config: TransformerConfig, x_SNHC, rotation) -> jax.Array:
     """Rotate the first `rope_width` channels of each head by the token's angles."""
     cos, sin = rotation
+    # GPT-NeoX and GPT-J rotate the first channels alone; the others carry no position.
     turned, kept = jnp.split(x_SNHC, [config.rope_width], axis=-1)
+    # Which channels make a pair is a convention of the weights, so it must be the checkpoint's.
     if config.rope_interleaved:
         a, b = turned[..., 0::2], turned[..., 1::2]
     else:
@@ -380,4 +406,5 @@ def rotate(config: TransformerConfig, x_SNHC, rotation) -> jax.Array:
         turned = jnp.stack(pair, axis=-1).reshape(turned.shape)
     else:
         turned = jnp.concatenate(pair, axis=-1)
+    # The float32 angles have widened the pairs.
     return jnp.concatenate([turned.astype(x_SNHC.dtype), kept], axis=-1)

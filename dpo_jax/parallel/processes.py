@@ -33,6 +33,7 @@ def start() -> None:
 
 def keep_compiled_programs() -> None:
     """Keep compiled programs between runs, in CACHE unless jax has been told where."""
+    # A user's own choice comes first, by variable or in code.
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ and not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(CACHE))
 
@@ -103,6 +104,7 @@ def join(
         raise ValueError(
             "--coordinator, --num_processes and --process_id go together: give all three, or none."
         )
+    # On Slurm and TPU pods jax fills in what is None here.
     if all(some) or _on_slurm() or _on_tpu():
         jax.distributed.initialize(
             **given,
@@ -118,6 +120,7 @@ def _on_slurm() -> bool:
 
 def _on_tpu() -> bool:
     """Return whether this is a TPU's host, where jax itself finds the other hosts."""
+    # All three: a host may have the library without chips, or chips that it is told not to use.
     wanted = "tpu" in os.environ.get("JAX_PLATFORMS", "tpu").split(",")
     found = any(pathlib.Path(device).exists() for device in ("/dev/accel0", "/dev/vfio/0"))
     return wanted and found and importlib.util.find_spec("libtpu") is not None
@@ -129,8 +132,10 @@ def _gpus_of_a_lone_task() -> list[int] | None:
     jax would give such a task the first GPU alone.
     """
     nodes = int(os.environ.get("SLURM_STEP_NUM_NODES", 0))
+    # With several tasks on a host each takes the GPU of its own number, which is jax's default.
     if not _on_slurm() or int(os.environ["SLURM_STEP_NUM_TASKS"]) != nodes:
         return None
+    # Ids count within the visible GPUs, so only their number matters.
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible:
         gpus = visible.split(",")
@@ -177,13 +182,16 @@ def from_first(function: Callable):
     """
     if jax.process_count() == 1:
         return function()
-    header, result, error = {}, None, None
+    header = {}
+    result = None
+    error = None
     if jax.process_index() == 0:
         try:
             result = function()
         except Exception as raised:  # whatever it is, every process raises it
             error = raised
         header = _header(result, error)
+    # Not pickle: JSON holds only data, whoever sends it.
     header = json.loads(_broadcast(json.dumps(header).encode()))
     if error is not None:
         raise error  # with its own traceback, which does not travel
@@ -192,6 +200,7 @@ def from_first(function: Callable):
     if "array" in header:
         stored = result.tobytes() if jax.process_index() == 0 else b""
         array = np.frombuffer(_broadcast(stored), header["array"]["dtype"])
+        # frombuffer gives a read-only view.
         return array.reshape(header["array"]["shape"]).copy()
     return header["value"]
 
@@ -219,6 +228,8 @@ def _broadcast(data: bytes) -> bytes:
     """Return process 0's bytes on every process."""
     from jax.experimental import multihost_utils
 
+    # All processes must pass arrays of the same shape, so the length goes first. Those of the
+    # others do not matter.
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
     sent = np.frombuffer(data.ljust(size), np.uint8)
     return multihost_utils.broadcast_one_to_all(sent).tobytes()
@@ -238,6 +249,7 @@ def check_shared(folder: str | pathlib.Path) -> None:
         return
     from jax.experimental import multihost_utils
 
+    # A name that no earlier run has left there.
     token = int(multihost_utils.broadcast_one_to_all(np.uint32(secrets.randbits(32))))
     mark = pathlib.Path(folder) / f".seen-{token}"
     if jax.process_index() == 0:

@@ -28,6 +28,11 @@ jax.tree_util.register_dataclass(packing.RolloutTargets)
 jax.tree_util.register_dataclass(packing.Batch)
 
 # Path -> spec of the weight itself; weights under `layers/` have one more, unsplit, leading axis.
+#
+# `tensor` splits what a layer makes inside (heads, feed-forward width) and the vocabulary: q, k, v,
+# gate and up by their outputs, out and down by their inputs. So all that a layer sends along it are
+# the sums of partial results after `out` and after `down`. `fsdp` splits the other large axis, for
+# memory alone: it is gathered before use. Norms and biases along the width are small, and whole.
 RULES = (
     (r"embed/tokens$", P("tensor", "fsdp")),
     (r"embed/positions$", P(None, "fsdp")),
@@ -45,6 +50,7 @@ RULES = (
     (r"head/kernel$", P("fsdp", "tensor")),
     (r"head/bias$", P("tensor")),
     (r"head/scalar$", P("fsdp")),
+    # All that is left: norms, and the biases of `out` and `down`.
     (r"(scale|bias)$", P(None)),
 )
 
@@ -59,9 +65,10 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> j
     given = math.prod(size for size in sizes if size != -1)
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise ValueError(
-            f"mesh.data, mesh.fsdp, mesh.tensor = {sizes}: one of them at most may be -1, "
+            f"mesh.data, mesh.fsdp, mesh.tensor = {sizes}: at most one may be -1, "
             "the others are 1 or more."
         )
+    # Where the others do not divide the devices, -1 stays, and the message below shows it.
     if -1 in sizes and len(devices) % given == 0:
         sizes[sizes.index(-1)] = len(devices) // given
     if math.prod(sizes) != len(devices):
@@ -69,6 +76,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> j
             f"mesh.data x mesh.fsdp x mesh.tensor = {sizes} does not make up the {len(devices)} "
             "devices found. Change one of them, or set one to -1."
         )
+    # Auto: the compiler chooses layouts between the ones that `constrain` pins.
     types = (jax.sharding.AxisType.Auto,) * len(AXES)
     return jax.sharding.Mesh(arrange(tuple(sizes), devices), AXES, axis_types=types)
 
@@ -80,9 +88,11 @@ def arrange(sizes: tuple[int, ...], devices) -> np.ndarray:
     the next over what is left: copies of the weights, along `data`, talk once a step, while
     `tensor` talks most. Raises ValueError where the sizes cannot be split so.
     """
+    # CPUs and single TPU slices have no such attribute.
     slices = {getattr(device, "slice_index", 0) for device in devices}
     if len(slices) == 1:
         return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    # The outermost axis takes as many of the slices as it can.
     left = len(slices)
     outer = []  # over how many slices each axis goes
     for size in sizes:
@@ -131,6 +141,7 @@ def device():
     It is one of the mesh's, which need not be at hand (a dry run compiles for others), or else of
     the default ones.
     """
+    # Asked while the step is traced: a kernel is chosen for the device it will run on.
     return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
 
 
@@ -144,9 +155,11 @@ def constrain(x: jax.Array, *spec) -> jax.Array:
 
 def fitting(mesh, spec: P, shape: tuple[int, ...]) -> P:
     """Return the spec without the axes that do not divide their dimension."""
+    # A spec may be shorter than the shape: the axes it leaves out are whole.
     missing = len(shape) - len(spec)
     found = []
     for axes, size in zip((*spec, *(None,) * missing), shape, strict=True):
+        # A dimension may be split by several mesh axes together, as BATCH does.
         names = axes if isinstance(axes, tuple) else (axes,)
         if axes is None or size % math.prod(mesh.shape[name] for name in names):
             found.append(None)
@@ -205,6 +218,7 @@ def per_shard(params, shards: int):
 
     def copies(path, x):
         spec = () if mesh.empty else spec_of(path_name(path), x.shape, mesh)
+        # Gathered over fsdp, but still split by `tensor`, along which logits are split too.
         tensor_only = [axis if axis == "tensor" else None for axis in spec]
         return constrain(jnp.broadcast_to(x, (shards, *x.shape)), BATCH, *tensor_only)
 

@@ -67,6 +67,7 @@ class Instruction(NamedTuple):
 
 def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
     """Return the instructions of each computation, and the name of the entry computation."""
+    # A computation is a header that ends in {, then a line for each instruction.
     found, entry, current = {}, "", None
     for line in text.splitlines():
         if header := re.match(r"(ENTRY )?%?([\w.-]+) .*\{$", line):
@@ -87,6 +88,8 @@ def trips(computations, entry: str) -> dict[str, int]:
             for called, count in _calls(computations, instruction):
                 visit(called, times * count)
 
+    # A computation called from several places runs as often as all of them together. Fusions are
+    # left out: their instructions move nothing by themselves, only the fusion does.
     visit(entry, 1)
     return found
 
@@ -147,9 +150,11 @@ def memory_traffic(text: str) -> float:
 
 
 def _instruction(name: str, rest: str) -> Instruction:
+    # A tuple's type is in parentheses and has blanks inside; any other ends at the first blank.
     end = _closing(rest) if rest.startswith("(") else rest.index(" ") - 1
     kind, rest = rest[: end + 1], rest[end + 1 :].strip()
     opcode, _, rest = rest.partition("(")
+    # Operands may have parentheses of their own, in their types.
     end = _closing("(" + rest) - 1
     return Instruction(name, kind, opcode, rest[:end], rest[end + 1 :])
 
@@ -169,6 +174,7 @@ def _calls(computations, instruction: Instruction):
     if instruction.opcode == "while":
         body = re.search(r"body=%?([\w.-]+)", instruction.attributes)[1]
         condition = re.search(r"condition=%?([\w.-]+)", instruction.attributes)[1]
+        # Where the compiler has worked out the count, it writes it down.
         known = re.search(r"known_trip_count\D*(\d+)", instruction.attributes)
         if known:
             yield body, int(known[1])
@@ -191,6 +197,7 @@ def _trip_count(body: list[Instruction], condition: list[Instruction]) -> int:
     # The condition reads the counter out of the loop's tuple of state, at this index.
     indices = (re.search(r"index=(\d+)", instruction.attributes) for instruction in condition)
     counter = next(int(index[1]) for index in indices if index)
+    # The condition compares the counter with the bound, which is taken to be its largest constant.
     bound = max(_constants(condition).values())
     by_name = {instruction.name: instruction for instruction in body}
     update = by_name[body[-1].operands[counter]]
@@ -224,10 +231,12 @@ def _moved(computations, instruction: Instruction, types: dict[str, str]) -> int
     kind, opcode = instruction.type, instruction.opcode
     if opcode in FREE or opcode.endswith(("-done", "-update")):
         return 0
+    # These calls reserve or rename memory, or are promises to the compiler.
     if any(f'custom_call_target="{call}"' in instruction.attributes for call in FREE_CALLS):
         return 0
     read = [_size(types[operand], memory=True) for operand in instruction.operands]
     written = _sizes(kind, memory=True)
+    # Asynchronous instructions come as a -start and a -done. All traffic is counted at the start.
     if opcode == "slice-start":
         # Its type lists the operands, then the slice, then what else it needs.
         place = len(read)
@@ -236,10 +245,13 @@ def _moved(computations, instruction: Instruction, types: dict[str, str]) -> int
         return sum(written)  # its type holds both operand and result
     if opcode in SLICES:
         read = [min(read[0], _size(kind))]
+    # It writes into its operand in place: only the update moves.
     elif opcode == "dynamic-update-slice":
         updated = _size(types[instruction.operands[1]])
         read, written = [read[1]], [min(updated, written[0])]
     elif opcode == "fusion":
+        # A fusion's inner values stay in registers; only operands and results move, and of those
+        # maybe only slices.
         read, written = _moved_by_fusion(computations, instruction, read, written)
     return sum(read) + sum(written)
 
@@ -249,7 +261,10 @@ def _moved_by_fusion(computations, fusion: Instruction, read: list[int], written
     body = _called(computations, fusion)
     parameters = _parameters(body)
     root = body[-1]
+    # A fusion of several results ends in a tuple of them.
     results = root.operands if root.opcode == "tuple" else [root.name] * len(written)
+    # The smaller of two bounds: an operand in on-chip memory counts as 0, a sliced one as its
+    # slices.
     read = [
         min(size, _read(computations, body, name))
         for size, name in zip(read, parameters, strict=True)
@@ -270,6 +285,7 @@ def _read(computations, body: list[Instruction], name: str) -> float:
         places = [place for place, operand in enumerate(use.operands) if operand == name]
         if use.opcode in SLICES and places == [0]:
             total += _size(use.type)
+        # A bitcast is the same bytes under another shape: look at who reads it.
         elif use.opcode == "bitcast" and use is not body[-1]:
             total += _read(computations, body, use.name)
         elif use.opcode == "fusion":
@@ -279,6 +295,7 @@ def _read(computations, body: list[Instruction], name: str) -> float:
         elif use.opcode == "dynamic-update-slice" and places == [0]:
             continue  # updated in place: it is written elsewhere, and not read
         else:
+            # Anything else reads all of it. The caller takes the operand's size.
             return math.inf
     return total
 
@@ -291,6 +308,7 @@ def _written(computations, body: list[Instruction], name: str) -> int:
         return _written(computations, body, made.operands[0])
     if made.opcode == "dynamic-update-slice":
         return _size(by_name[made.operands[1]].type)
+    # A nested fusion of one result: what it writes is what its own root writes.
     if made.opcode == "fusion" and not made.type.startswith("("):
         inner = _called(computations, made)
         return _written(computations, inner, inner[-1].name)
@@ -307,15 +325,19 @@ def _without_carried(
     root = body[-1]
     idle = {instruction.name for instruction in body if instruction.opcode in RECEIVED}
     idle.add(root.name)
+    # An operand is such a buffer if nothing but collectives and the root uses it.
     buffers = set()
     if root.opcode in ("tuple", "custom-call"):
         for place, name in enumerate(_parameters(body)):
             users = {instruction.name for instruction in body if name in instruction.operands}
             if users <= idle:
                 buffers.add(place)
+    # The fusion says which results are its operands' memory: a buffer among them is handed on
+    # unwritten.
     aliases = re.findall(r"\{(\d*)\}: \((\d+), \{\}\)", fusion.attributes)
     handed_on = {int(result or 0) for result, operand in aliases if int(operand) in buffers}
     written = [0 if place in handed_on else size for place, size in enumerate(written)]
+    # Where the collective starts here, it does read what it will send.
     if "AsyncCollectiveStart" not in root.attributes:
         read = [0 if place in buffers else size for place, size in enumerate(read)]
     return read, written
@@ -356,6 +378,8 @@ def _sizes(kind: str, memory: bool = False) -> list[int]:
 
 def _group(attributes: str) -> int:
     """Devices that take part in a collective together; 1 if it names pairs instead."""
+    # XLA writes groups in three ways: as lists {{0,1},{2,3}}, as [groups,size], or as axes of a
+    # mesh.
     if lists := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
         return len(lists[1].split(","))
     if iota := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):

@@ -65,18 +65,24 @@ def estimate(
     weights = _weights(config)
     fsdp, tensor, data = mesh["fsdp"], mesh["tensor"], mesh["data"]
     split = fsdp * tensor  # devices that share the weights
+    # One shard's tokens: the batch is split over data and fsdp, and a device holds one shard of it.
     layer_input = shape.tokens * config.width * itemsize
+    # With full remat a layer keeps its input alone, and computes the rest again.
     kept_inputs = 1 if config.remat == "full" else _kept(config)
     saved = config.layers * layer_input * kept_inputs  # for the backward pass
 
     once = forward(config, mesh, microbatches, flops=flops)
     collectives = {}
     if fsdp > 1:
+        # fsdp splits the weights, so each pass gathers them, and the backward pass once more. 0:
+        # how many collectives that takes is the compiler's choice; only bytes are estimated.
         _, gathered = once.collectives["all-gather"]
         collectives["all-gather"] = (0, (forwards + 1) * gathered)
         collectives["reduce-scatter"] = (0, gathered)  # the gradients are as large as the weights
     reduced = 0.0
     if data > 1:
+        # float32 gradients, 4 bytes each. An all-reduce receives twice its size: it scatters the
+        # sums, then gathers them.
         reduced += microbatches * 2 * weights * 4 / split * (1 - 1 / data)
     if tensor > 1:
         # After attention and after the MLP, forward and backward.
@@ -86,10 +92,15 @@ def estimate(
         collectives["all-reduce"] = (0, reduced)
 
     passes = forwards + 2  # the backward pass reads a layer's weights for both of its products
+    # Each array is counted as often as it is written or read. Kept activations 4 times: they and
+    # their gradients, out and in. The state twice: the update rewrites it. Float32 gradients 3
+    # times, 12 bytes a weight: made, then read for their norm and by the update.
     moved = passes * once.memory + microbatches * 4 * saved + 2 * state + 12 * weights / split
 
     gradients = 4 * weights / split * (1 + (microbatches > 1))  # and their sum over microbatches
     gathered_layers = 2 * (weights / config.layers) * itemsize / tensor  # two are there at a time
+    # float32, 4 bytes each. Three arrays of this size are counted: the logits, the softmax's own,
+    # and the gradient.
     logits = 4 * min(chunk_logits(chip), shape.completion_tokens * config.vocab)
     rows = _rows(config, shape, itemsize) / tensor
     temporaries = saved + gradients + gathered_layers + 3 * logits + rows
@@ -98,6 +109,7 @@ def estimate(
 
 def forward(config: TransformerConfig, mesh: dict, microbatches: int, *, flops: float) -> Work:
     """Estimate the work of a forward pass: each microbatch gathers and reads the weights."""
+    # Every device reads all layers' gathered weights, which only `tensor` keeps split.
     read = microbatches * _weights(config) * _itemsize(config) / mesh["tensor"]
     return Work(flops, read, {"all-gather": (0, read * (1 - 1 / mesh["fsdp"]))})
 
@@ -115,6 +127,8 @@ def _itemsize(config: TransformerConfig) -> int:
 def _kept(config: TransformerConfig) -> float:
     """Widths of a layer's input that it keeps for the backward pass without remat."""
     heads = (2 * config.heads + 2 * config.kv_heads) * config.head_width
+    # About 4 arrays of the input's own width; queries, keys, values and outputs twice; and the
+    # MLP's inner arrays: up, its activation and, in a gated one, the gate.
     return 4 + (2 * heads + (3 if config.gated else 2) * config.mlp_width) / config.width
 
 
@@ -122,4 +136,5 @@ def _rows(config: TransformerConfig, shape: Shape, itemsize: int) -> float:
     """Bytes of queries, keys, values and outputs in attention's rows, with their gradients."""
     places = sum(count * length for count, length in shape.rows)
     heads = 2 * config.heads + 2 * config.kv_heads
+    # Twice: for the gradients.
     return 2 * places * heads * config.head_width * itemsize

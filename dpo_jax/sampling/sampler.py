@@ -1,8 +1,8 @@
 """Sampling: prefill and a compiled decode loop over a cache of keys and values.
 
 Many prompts are sampled from at a time. A completion depends on its prompt, its index and the seed
-alone: each row has random keys of its own, its tokens sit at its own positions, and padding behind
-a prompt has no weight. Batches of rows are split over the mesh. Settings are traced and shapes are
+alone: each row has random keys of its own, its tokens sit at its own positions, and padding after a
+prompt has no weight. Batches of rows are split over the mesh. Settings are traced and shapes are
 few, so that one program serves many calls.
 
 Letters: B rows (a prompt and which of its completions), T tokens of a padded prompt, M new tokens,
@@ -63,8 +63,10 @@ def sample(
     check(model.config, prompts, sampling, first=first)
     # Prompts of like length share a batch: less padding.
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    # All completions of a prompt stand together.
     rows = [(index, number) for index in order for number in range(sampling.n)]
     rows = np.array(rows).reshape(-1, 2)
+    # A few rows need no large batch; powers of 2, so that few programs are compiled.
     batch_size = min(sampling.batch_size, _power_of_2(len(rows)))
     batch_size = sharding.whole_shards(batch_size, model.mesh)
     found = [[None] * sampling.n for _ in prompts]
@@ -81,7 +83,8 @@ def sample(
                 sharding.shard_batch(model.mesh, batch, axis=0),
                 _settings(sampling, model.eos_id),
             )
-        tokens_BM, log_probs_BM = np.asarray(tokens_BM), np.asarray(log_probs_BM)
+        tokens_BM = np.asarray(tokens_BM)
+        log_probs_BM = np.asarray(log_probs_BM)
         for row, (index, number) in enumerate(part):
             found[index][number] = _completion(tokens_BM[row], log_probs_BM[row], model.eos_id)
     return found
@@ -106,17 +109,20 @@ def check(
             f"top_p={sampling.top_p}: expected more than 0, and at most 1, which keeps all tokens."
         )
     for index, prompt in enumerate(prompts, first):
+        # A completion's first token is predicted from the prompt's last.
         if not len(prompt):
             raise ValueError(
                 f"prompt {index} is empty: it needs a token, such as BOS, to predict the first one "
                 "from."
             )
+        # A lookup out of range would not fail: jax clips it to another token.
         if not 0 <= np.min(prompt) <= np.max(prompt) < config.vocab:
             raise ValueError(
                 f"prompt {index} has tokens from {np.min(prompt)} to {np.max(prompt)}, but the "
                 f"model's vocabulary is 0 to {config.vocab - 1}: its tokenizer is another model's."
             )
         length = len(prompt) + sampling.max_new_tokens
+        # Learned positions are a table with an end. Rotary ones have none.
         if config.learned_positions and length > config.max_positions:
             raise ValueError(
                 f"prompt {index} has {len(prompt)} tokens, and with max_new_tokens="
@@ -131,6 +137,7 @@ def _batch(prompts, rows: np.ndarray, first: int) -> dict:
     rows: [B, 2], the index of the prompt and the number of its completion.
     """
     ids = [prompts[index] for index, _ in rows]
+    # Widths double, so a hundred lengths of prompts need a handful of programs.
     longest = max(map(len, ids))
     width = SHORTEST * _power_of_2(-(-longest // SHORTEST))
     tokens_BT = np.zeros((len(ids), width), np.int32)
@@ -148,6 +155,7 @@ def _settings(sampling: Sampling, eos_id: int | None) -> dict:
     """Return the settings that are traced, so that others need no other program."""
     return dict(
         seed=np.uint32(sampling.seed % 2**32),
+        # No token is -1, so without an EOS no row is ever done early.
         eos_id=np.int32(NO_EOS if eos_id is None else eos_id),
         temperature=np.float32(sampling.temperature),
         top_k=np.int32(sampling.top_k),
@@ -162,30 +170,41 @@ def _power_of_2(size: int) -> int:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _generate(config, max_new_tokens, params, batch, settings):
-    """Return tokens and their log-probs, [B, M] each; 0 behind a row's EOS."""
-    tokens_BT, lengths_B = batch["tokens"], batch["lengths"]
+    """Return tokens and their log-probs, [B, M] each; 0 after a row's EOS."""
+    tokens_BT = batch["tokens"]
+    lengths_B = batch["lengths"]
     rows, width = tokens_BT.shape
     keys_B = jax.vmap(_row_key, (None, 0, 0))(settings["seed"], batch["rows"], batch["numbers"])
 
     # Prefill: all prompts at once, then the hidden state of each prompt's last token.
     positions_BT = jnp.broadcast_to(jnp.arange(width), tokens_BT.shape)
+    # Room for all that may come, since a compiled loop cannot grow it.
     cache = transformer.empty_cache(config, rows, width + max_new_tokens)
     x_BTD, cache = transformer.step(config, params, tokens_BT, positions_BT, cache)
     x_BD = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
 
     def is_unfinished(state):
+        # Once all rows have ended there is nothing left to draw.
         return (state["m"] < max_new_tokens) & ~state["done_B"].all()
 
     def draw_next(state):
-        m, done_B = state["m"], state["done_B"]
+        m = state["m"]
+        done_B = state["done_B"]
         logits_BV = constrain(transformer.unembed(config, params, state["x_BD"]), BATCH, "tensor")
+        # From the row's key and the token's number alone: other rows of the batch make no
+        # difference.
         keys_m_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, m)
         token_B = _draw(logits_BV, keys_m_B, settings)
         # By comparison, not by a gather: each device looks at its own part of the vocabulary.
         is_drawn_BV = jnp.arange(config.vocab) == token_B[:, None]
         logit_B = jnp.where(is_drawn_BV, logits_BV, 0).sum(-1)
+        # Under the model itself, before temperature and cuts, since that is what training compares
+        # with.
         log_prob_B = logit_B - jax.nn.logsumexp(logits_BV, axis=-1)
-        token_B, log_prob_B = jnp.where(done_B, 0, token_B), jnp.where(done_B, 0, log_prob_B)
+        # Rows that have ended go on in the loop with token 0, which nobody reads.
+        token_B = jnp.where(done_B, 0, token_B)
+        log_prob_B = jnp.where(done_B, 0, log_prob_B)
+        # Right after the prompt's own end: the padding's slots are written over.
         positions_B1 = (lengths_B + m)[:, None]
         x_B1D, cache = transformer.step(
             config, params, token_B[:, None], positions_B1, state["cache"]
@@ -218,10 +237,14 @@ def _row_key(seed, row, number):
 
 def _draw(logits_BV, keys_B, settings) -> jax.Array:
     """Draw a token for each row, int32 [B]."""
-    temperature, top_k, top_p = settings["temperature"], settings["top_k"], settings["top_p"]
+    temperature = settings["temperature"]
+    top_k = settings["top_k"]
+    top_p = settings["top_p"]
 
     def at_random():
+        # The maximum is taken off so that exp below is at most 1. It changes no probability.
         scores_BV = (logits_BV - logits_BV.max(-1, keepdims=True)) / temperature
+        # Cutting searches the vocabulary, so it is skipped where it would cut nothing.
         is_cut = (top_k > 0) | (top_p < 1)
         scores_BV = jax.lax.cond(is_cut, lambda: _cut(scores_BV, top_k, top_p), lambda: scores_BV)
         return _draw_in_proportion(jnp.exp(scores_BV), keys_B)
@@ -240,8 +263,11 @@ def _draw_in_proportion(weights_BV, keys_B) -> jax.Array:
     exact as that of a common one.
     """
     rows, width = weights_BV.shape
+    # Padding has no weight, so it is never drawn.
     weights_BGW = jnp.pad(weights_BV, ((0, 0), (0, -width % GROUP))).reshape(rows, -1, GROUP)
     uniforms_2B = jax.vmap(lambda key: jax.random.uniform(key, 2), out_axes=1)(keys_B)
+    # P(token) = P(group) P(token | group). Within a group of 128, float32 sums lose little; a sum
+    # over the whole vocabulary would swallow the smallest weights.
     group_B = _invert_cdf(weights_BGW.sum(-1), uniforms_2B[0])
     within_BW = jnp.take_along_axis(weights_BGW, group_B[:, None, None], axis=1)[:, 0]
     return group_B * GROUP + _invert_cdf(within_BW, uniforms_2B[1])
@@ -252,6 +278,7 @@ def _invert_cdf(weights_BW, uniform_B) -> jax.Array:
 
     It is never one without weight.
     """
+    # 0 where there is no weight: the strict comparison below never picks such an index.
     upto_BW = jnp.where(weights_BW > 0, jnp.cumsum(weights_BW, -1), 0)
     return (upto_BW > uniform_B[:, None] * upto_BW.max(-1, keepdims=True)).argmax(-1)
 
@@ -263,7 +290,10 @@ def _cut(scores_BV, top_k, top_p) -> jax.Array:
     """
     # How far a score is below 0. The bits of floats that are not negative sort as the floats do.
     depth_BV = jax.lax.bitcast_convert_type(jnp.abs(scores_BV), jnp.int32)
+    # Infinity is never reached, so it keeps all tokens. Weights of 1 count tokens; for top_p the
+    # weights are probabilities.
     kept_BV = _likeliest(depth_BV, jnp.ones_like(scores_BV), jnp.where(top_k > 0, top_k, jnp.inf))
+    # Shares are among those that top_k has left, as in transformers.
     share_BV = jax.nn.softmax(jnp.where(kept_BV, scores_BV, -jnp.inf))
     kept_BV &= _likeliest(depth_BV, share_BV, jnp.where(top_p < 1, top_p, jnp.inf))
     return jnp.where(kept_BV, scores_BV, -jnp.inf)
@@ -277,8 +307,8 @@ def _likeliest(depth_BV, weights_BV, enough) -> jax.Array:
     times as long on a CPU, and needs the whole vocabulary on one device.
     """
 
-    def halve(_, ends):
-        low_B1, high_B1 = ends
+    def halve(_, bounds):
+        low_B1, high_B1 = bounds
         middle_B1 = low_B1 + (high_B1 - low_B1) // 2
         weight_B1 = jnp.where(depth_BV <= middle_B1, weights_BV, 0).sum(-1, keepdims=True)
         is_enough_B1 = weight_B1 >= enough
@@ -286,6 +316,7 @@ def _likeliest(depth_BV, weights_BV, enough) -> jax.Array:
         high_B1 = jnp.where(is_enough_B1, middle_B1, high_B1)
         return low_B1, high_B1
 
+    # Bits of floats from 0 to infinity: 31 halvings leave one of them.
     low_B1 = jnp.zeros_like(depth_BV[:, :1])
     _, high_B1 = jax.lax.fori_loop(0, 31, halve, (low_B1, low_B1 + INFINITY))
     return depth_BV <= high_B1
@@ -293,6 +324,8 @@ def _likeliest(depth_BV, weights_BV, enough) -> jax.Array:
 
 def _completion(tokens_M, log_probs_M, eos_id: int | None) -> Completion:
     """Return what was drawn up to EOS, or all of it."""
-    ends = np.flatnonzero(tokens_M == (NO_EOS if eos_id is None else eos_id))
-    count = ends[0] + 1 if len(ends) else len(tokens_M)
-    return Completion(tokens_M[:count].copy(), log_probs_M[:count].copy(), bool(len(ends)))
+    eos_places = np.flatnonzero(tokens_M == (NO_EOS if eos_id is None else eos_id))
+    has_ended = len(eos_places) > 0
+    count = eos_places[0] + 1 if has_ended else len(tokens_M)
+    # Copies, or each completion would keep the whole batch's arrays in memory.
+    return Completion(tokens_M[:count].copy(), log_probs_M[:count].copy(), has_ended)

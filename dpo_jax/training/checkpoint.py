@@ -14,7 +14,7 @@ from dpo_jax.training.step import TrainState
 
 
 class Checkpoints:
-    """The checkpoints of one run: the latest ones, and the best one besides.
+    """The checkpoints of one run: the latest ones, and also the best one.
 
     A context: on leaving it, a save under way is waited for.
     """
@@ -30,6 +30,7 @@ class Checkpoints:
         # A checkpoint goes when neither policy keeps it.
         kept = [policies.LatestN(keep)]
         if best_metric:
+            # Checkpoints between two evaluations have no metric, and are no candidates.
             best = policies.BestN(
                 get_metric_fn=self._rank, n=1, keep_checkpoints_without_metrics=False
             )
@@ -59,6 +60,7 @@ class Checkpoints:
 
     def best(self) -> tuple[int, float] | None:
         """Return step and metric of the best checkpoint; of equals the latest, as orbax does."""
+        # Only checkpoints that were saved with an evaluation have metrics.
         rated = [saved for saved in self._checkpointer.checkpoints if saved.metrics is not None]
         if not rated:
             return None
@@ -71,6 +73,7 @@ class Checkpoints:
         if best is None:
             return True
         _, best_value = best
+        # Equal is better too, since `best` takes the latest of equals.
         return self._rank({self._best_metric: value}) >= self._rank({self._best_metric: best_value})
 
     def save(self, step: int, state: TrainState, evaluation: dict | None = None) -> None:
@@ -92,6 +95,7 @@ class Checkpoints:
         Those may be of another mesh than the one it was saved from.
         """
         self._checkpointer.wait()  # the save of this step may still be under way
+        # One sharding stands for all controls; orbax wants one for each.
         placed = jax.tree.broadcast(shardings, shapes)
         return TrainState(**self._checkpointer.load(step, _as_dict(_abstract(shapes, placed))))
 
@@ -111,6 +115,7 @@ def load_params(folder, step: int, shapes, shardings):
     # Moments may be twice as large as the weights, and need not be read.
     abstract = _abstract(shapes, shardings)
     context = ocp.Context()
+    # Without it orbax wants a place for all that was saved.
     context.pytree.loading.partial_load = True
     with ocp.training.Checkpointer(_absolute(folder)) as checkpointer, context:
         return checkpointer.load(step, dict(params=abstract))["params"]

@@ -11,9 +11,13 @@ import optax
 from dpo_jax.parallel import sharding
 
 DIRECTIONS = {
-    # The paper's code uses torch's defaults; optax's own are a decay of 0.9, and eps in the root.
+    # The paper's code uses torch's defaults. optax's differ twice: its decay is 0.9, and it divides
+    # by sqrt(mean + eps) where torch divides by sqrt(mean) + eps, which matters while gradients are
+    # tiny.
+    # Weight decay is not part of it: torch's default is 0.
     "rmsprop": lambda decay: optax.scale_by_rms(decay=0.99, eps=1e-8, eps_in_sqrt=False),
     "adamw": lambda decay: optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(decay)),
+    # Its usual clipping of each weight's update to a root mean square of 1 belongs to it.
     "adafactor": lambda decay: optax.chain(
         optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)
     ),
@@ -35,6 +39,7 @@ def learning_rate(schedule: str, step, *, lr, warmup_steps, steps) -> jax.Array:
     """
     # Never 0: the first update of a warm-up of n steps has 1 / (n + 1) of the rate.
     warmup = jnp.minimum(1.0, (step + 1) / (warmup_steps + 1))
+    # All of these are traced, so that runs of other lengths and rates share the program.
     progress = jnp.clip((step - warmup_steps) / jnp.maximum(steps - warmup_steps, 1), 0, 1)
     decay = {
         "constant": 1.0,
@@ -61,6 +66,7 @@ def state_shardings(mesh, optimizer, params, param_shardings):
     this, jit of `optimizer.init` would put every moment whole on every device.
     """
 
+    # Adafactor's factored moments are rows and columns: they have another shape than the weight.
     def place(moment, weight, placed):
         return placed if moment.shape == weight.shape else sharding.replicated(mesh)
 

@@ -106,6 +106,7 @@ def make_programs(
     objectives.py with model and loss filled in. optimizer, schedule: names from optim.py. lora: the
     adapters that are trained instead of the weights.
     """
+    # The optimiser without its learning rate, which is an input of the program.
     direction = optim.make(optimizer, weight_decay)
     # Under adapters the optimiser keeps moments of the adapters alone.
     trained = lora_lib.abstract(model, lora) if lora else transformer.abstract(model)
@@ -171,6 +172,7 @@ def make_train_step(objective, optimizer, schedule: str, shardings: TrainState):
             return objective(params, full_params(base, reference, hyper), hyper, microbatch)
 
         grads, metrics = accumulate(objective_of_trained, state.params, reference, hyper, batch)
+        # Measured before clipping: it is what clipping is judged by.
         grad_norm = optax.tree.norm(grads)
         grads = optim.clip(grads, grad_norm, hyper["max_grad_norm"])
         direction, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -214,6 +216,7 @@ def make_eval_step(objective):
 
 def full_params(base, params, hyper):
     """Return the weights to run: `params` themselves, or adapters laid over a frozen base."""
+    # None: there is no reference to lay over the base.
     if base is None or params is None:
         return params
     return lora_lib.join(base, params, hyper["lora_scale"])
@@ -229,11 +232,13 @@ def accumulate(objective, params, reference, hyper, batch):
     # The total is differentiated, not the mean: microbatches may count differently (tokens, or
     # pairs that only fill up), and only the sum of all counts is what the loss is a mean over.
     def total_loss(params, microbatch):
+        # The count depends on the data alone, so it needs no gradient.
         (total, count), metrics = objective(params, reference, hyper, microbatch)
         return total, (count, metrics)
 
     def add(carry, microbatch):
         grads, (count, metrics) = jax.grad(total_loss, has_aux=True)(params, microbatch)
+        # Metrics are (sum, count) too, so they add up in the same way.
         return jax.tree.map(jnp.add, carry, (grads, count, metrics)), None
 
     first = jax.tree.map(lambda x: x[0], batch)
@@ -247,6 +252,7 @@ def accumulate(objective, params, reference, hyper, batch):
         _, (count, metrics) = jax.eval_shape(total_loss, params, first)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (params, count, metrics))
         (grads, count, metrics), _ = jax.lax.scan(add, zeros, batch)
+    # The gradient of total / count, since the count is a constant.
     return jax.tree.map(lambda g: g / count, grads), metrics
 
 

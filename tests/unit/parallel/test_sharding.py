@@ -75,7 +75,7 @@ def test_make_mesh_refuses_wrong_size(sizes):
 
 @pytest.mark.parametrize("sizes", [(-1, -1, 1), (0, 1, 1)])
 def test_make_mesh_refuses_meaningless_sizes(sizes):
-    with pytest.raises(ValueError, match="one of them at most may be -1"):
+    with pytest.raises(ValueError, match="at most one may be -1"):
         sharding.make_mesh(*sizes)
 
 
