@@ -25,11 +25,11 @@ A config file calls `default(stages)` and changes fields. On the command line,
 python -m dpo_jax.train --config=imdb --config.dpo.beta=0.5 --config.data.max_rows=1000
 ```
 
-The config has a block for each stage that the run has, and for no other. A field that does not
-exist, or that this run would not use, is refused by name. Defaults are the paper's (appendix B) or,
-where it says nothing, those of its reference code.
+The config has a block for each stage of the run, and no others. If you set a field that does not
+exist, or that this run would not use, the command stops with an error that names it. Defaults are
+the paper's (appendix B) or, where the paper does not say, those of its reference code.
 
-`--config` takes a file, or the bare name of one in `configs/`; after a colon, some take a choice:
+`--config` takes a file, or just the name of one in `configs/`. Some accept a choice after a colon:
 
 | config | choices after the colon | what it is |
 |---|---|---|
@@ -37,7 +37,7 @@ where it says nothing, those of its reference code.
 | `toy` | a method | a complete experiment in about a minute, on generated data |
 | `imdb` | a method | controlled sentiment with gpt2-large (paper, section 6.1) |
 | `imdb_small` | a method | the same with 3.4 million weights, for 2 CPU cores |
-| `tldr` | a size, a method, or both with a comma | summarisation (section 6.2) |
+| `tldr` | a size, a method, or both, separated by a comma | summarisation (section 6.2) |
 | `hh` | a method | single-turn dialogue (section 6.2) |
 
 [Methods](methods.md) lists the methods.
@@ -49,14 +49,15 @@ BLOCKS = {  # block -> its heading and what to say about it
     "data": ("Data: `data`", "See [data](data.md)."),
     "mesh": (
         "Devices: `mesh`",
-        "The sizes multiply to the number of devices. See [planning](planning.md#choosing-a-mesh).",
+        "The product of the sizes must be the number of devices; one of them may be -1, for all "
+        "remaining devices. See [planning](planning.md#choosing-a-mesh).",
     ),
     "log": ("Logging: `log`", ""),
     "reward": (
         "Reward: `reward`",
-        "For stages that sample: `pairs`, `ppo`, `best_of_n`, `evaluate`.",
+        "For the stages that sample: `pairs`, `ppo`, `best_of_n`, `evaluate`.",
     ),
-    "sampling": ("Sampling: `sampling`", "For stages that sample."),
+    "sampling": ("Sampling: `sampling`", "For the stages that sample."),
     "STAGE": (
         "Every training stage: `STAGE`",
         "STAGE is `sft`, `preferred_ft`, `unlikelihood`, `rm`, `dpo` or `ppo`.",

@@ -9,7 +9,7 @@ from html import escape
 HERE = pathlib.Path(__file__).parent
 FONT = "font-family='Helvetica, Arial, sans-serif'"
 INK, PAPER, LINE = "#1b1f24", "#ffffff", "#57606a"
-# Rooms of the package, from the lowest floor upwards, as in the table of architecture.md.
+# Packages, from the lowest level upwards, as in the table of architecture.md.
 COLOURS = {
     "file": "#f6f8fa",
     "data": "#ddf4ff",
@@ -66,15 +66,15 @@ class Drawing:
 
 
 def way_of_a_batch() -> str:
-    """Return the way from a row of a file to metrics, with the file that does each step."""
+    """Return the steps from a row of a file to metrics, with the file that does each step."""
     drawing = Drawing(980, 470)
-    steps = [  # (room, what it is, file), in reading order
+    steps = [  # (package, what it is, file), in reading order
         ("file", "a row", ["jsonl, csv, parquet, hub"]),
         ("data", "fields", ["data/readers.py"]),
         ("data", "prompt, responses", ["data/sources.py"]),
         ("data", "token ids", ["data/tokenizer.py", "data/ledger.py"]),
         ("data", "rows of step n", ["data/batches.py"]),
-        ("data", "flat batch", ["data/packing.py"]),
+        ("data", "packed batch", ["data/packing.py"]),
         ("parallel", "batch on the mesh", ["parallel/sharding.py"]),
         ("models", "hidden states", ["models/transformer.py", "models/attention.py"]),
         ("models", "log-probs", ["models/log_probs.py"]),
@@ -84,14 +84,14 @@ def way_of_a_batch() -> str:
     ]
     width, height, gap, columns = 200, 84, 40, 4
     left, top = 30, 60
-    drawing.text(30, 34, "The way of a batch", size=18, bold=True, anchor="start")
+    drawing.text(30, 34, "How a batch moves through the code", size=18, bold=True, anchor="start")
     places = []
-    for number, (room, name, files) in enumerate(steps):
+    for number, (package, name, files) in enumerate(steps):
         row, column = divmod(number, columns)
         x = left + column * (width + gap)
         y = top + row * (height + 50)
         places.append((x, y))
-        drawing.box(x, y, width, height, COLOURS[room])
+        drawing.box(x, y, width, height, COLOURS[package])
         drawing.text(x + width / 2, y + 28, name, size=15, bold=True)
         for line, file in enumerate(files):
             drawing.text(x + width / 2, y + 50 + 18 * line, file, size=12, colour=LINE)
@@ -108,20 +108,20 @@ def way_of_a_batch() -> str:
             )
     names = {
         "data": "data/: numpy, on the host",
-        "parallel": "parallel/: the mesh",
+        "parallel": "parallel/: the device mesh",
         "models": "models/: jitted, on the devices",
         "training": "training/: the jitted step and its loop",
     }
     x = 30
-    for room, name in names.items():
-        drawing.box(x, 438, 16, 16, COLOURS[room])
+    for package, name in names.items():
+        drawing.box(x, 438, 16, 16, COLOURS[package])
         drawing.text(x + 24, 451, name, size=12, anchor="start")
         x += 46 + 6.6 * len(name)
     return drawing.svg()
 
 
 def packed_batch() -> str:
-    """Return the layout of a flat batch: prompts once in the run of tokens, rows for attention."""
+    """Return the layout of a flat batch: each prompt once among the tokens, rows for attention."""
     drawing = Drawing(980, 420)
     cell = 40
     examples = [("a", 3, 2, 4), ("b", 2, 3, 1)]  # name, tokens of prompt, chosen, rejected
@@ -136,7 +136,7 @@ def packed_batch() -> str:
     drawing.text(
         30,
         34,
-        "A flat batch: two pairs, a and b, each prompt once",
+        "A packed batch: two pairs, a and b, with each prompt only once",
         size=18,
         bold=True,
         anchor="start",
@@ -144,7 +144,7 @@ def packed_batch() -> str:
     drawing.text(
         30,
         62,
-        "tokens: dense layers see one run without padding (p prompt, c chosen, r rejected)",
+        "tokens: dense layers see one flat sequence (p: prompt, c: chosen, r: rejected)",
         anchor="start",
     )
     x = 30
@@ -156,7 +156,7 @@ def packed_batch() -> str:
     drawing.text(
         30,
         168,
-        "rows: attention sees one sequence per response, gathered by index and padded on the right",
+        "rows: attention sees one row per response, gathered by index and padded on the right",
         anchor="start",
     )
     y = 182
@@ -172,12 +172,12 @@ def packed_batch() -> str:
 
     x = 30 + longest * cell + 50
     notes = [
-        ("logit_positions", "where the head runs: the token before each response token"),
+        ("logit_positions", "where the output head runs: the token before each response token"),
         ("segment_ids", "which response each of these belongs to"),
         ("response_lengths", "tokens of each response"),
         ("last_token", "where a reward model reads its reward"),
-        ("token_slots", "the places of a token in the rows"),
-        ("gather_index", "the place whose attention output the token takes"),
+        ("token_slots", "where a token is in the rows"),
+        ("gather_index", "the place that the token takes its attention output from"),
     ]
     for line, (name, meaning) in enumerate(notes):
         drawing.text(x, 196 + 32 * line, name, bold=True, anchor="start")
@@ -185,7 +185,7 @@ def packed_batch() -> str:
     drawing.text(
         30,
         400,
-        "The head runs at logit_positions only, in chunks: logits of all tokens never exist.",
+        "The head runs only at logit_positions, in chunks; logits of all tokens are never in memory.",
         anchor="start",
     )
     return drawing.svg()

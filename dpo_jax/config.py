@@ -39,7 +39,11 @@ class Field(typing.NamedTuple):
 
 RUN = dict(
     stages=Field((), "what runs, in this order; each stage writes to WORKDIR/NAME/"),
-    run=Field("", "folder of the last training stage; empty: the stage's name and what changed"),
+    run=Field(
+        "",
+        "folder name of the last training stage; empty: the stage's name, plus whatever was "
+        "changed",
+    ),
     seed=Field(0, "seed of random weights, data order and sampling"),
 )
 
@@ -48,7 +52,7 @@ LORA = dict(
     alpha=Field(16.0, "the adapters' product is scaled by alpha / rank"),
     targets=Field((), "layers with adapters: any of q, k, v, out, gate, up, down; (): all of them"),
     init=Field(
-        "b_zero", "factor that starts at zero: b_zero (A is random) or a_zero (B is random)"
+        "b_zero", "which factor starts at zero: b_zero (A is random) or a_zero (B is random)"
     ),
 )
 
@@ -58,9 +62,7 @@ MODEL = dict(
         "Hugging Face name, or folder with config.json, safetensors and tokenizer; "
         "empty: random weights of the shape model.scratch",
     ),
-    tokenizer=Field(
-        "", "Hugging Face name or folder of the tokenizer; empty: it is with the model"
-    ),
+    tokenizer=Field("", "Hugging Face name or folder of the tokenizer; empty: the model's own"),
     scratch=Field({}, "Hugging Face config fields (model_type, n_layer, ...) of a random model"),
     dtype=Field(
         "float32",
@@ -71,16 +73,16 @@ MODEL = dict(
         "none",
         "what the backward pass recomputes: none, dots (all but matrix products) or full (all)",
     ),
-    unroll=Field(
-        1, "layers unrolled per scan step: more is faster on a CPU, and slower to compile"
-    ),
+    unroll=Field(1, "layers unrolled per scan step: more is faster on a CPU but slower to compile"),
     lora=LORA,
 )
 
 DATA = dict(
     source=Field("local", "format: local (your files), hh, shp, imdb, tldr, cnn_dailymail or toy"),
     path=Field("", "hub name (owner/name or owner/name:subset), folder or file"),
-    sft_path=Field("", "data of the sft stage, and of prompts to sample from; empty: data.path"),
+    sft_path=Field(
+        "", "data for the sft stage and for the prompts to sample from; empty: data.path"
+    ),
     train_split=Field("train", "split to train on, or several joined by +"),
     eval_split=Field(
         "",
@@ -88,10 +90,11 @@ DATA = dict(
     ),
     eval_fraction=Field(
         0.02,
-        "share of prompts to hold out, chosen by hash, if there is only one split",
+        "approximate share of prompts to hold out, chosen by hash, if there is no test or "
+        "validation split",
     ),
-    max_rows=Field(0, "train on the first rows only; 0: on all"),
-    max_eval_rows=Field(256, "evaluate on the first held-out rows only; 0: on all"),
+    max_rows=Field(0, "train on this many rows only, the first ones; 0: on all"),
+    max_eval_rows=Field(256, "evaluate on this many held-out rows only, the first ones; 0: on all"),
     max_length=Field(512, "longest prompt and response together, in tokens"),
     max_prompt_length=Field(
         256,
@@ -102,7 +105,10 @@ DATA = dict(
         "part of a cut prompt to keep: keep_start, keep_end, or keep_cue (start and last 16 "
         "tokens); auto: the source's own",
     ),
-    append_eos=Field(True, "end each response with EOS; False only if all responses are as long"),
+    append_eos=Field(
+        True,
+        "end each response with EOS; set to False only if all responses have the same length",
+    ),
     shuffle=Field(True, "shuffle before each epoch; False: keep the order of the file"),
     on_bad_row=Field("error", "what to do about a malformed row: error (stop) or drop (count it)"),
     max_dropped=Field(0.05, "stop if more than this share of the rows would be dropped"),
@@ -110,7 +116,10 @@ DATA = dict(
 )
 
 MESH = dict(
-    data=Field(-1, "copies of the weights; -1: all remaining devices"),
+    data=Field(
+        -1,
+        "number of copies of the weights (the batch is split over them); -1: all remaining devices",
+    ),
     fsdp=Field(1, "devices that split both the weights and the batch"),
     tensor=Field(1, "devices that split heads, feed-forward width and vocabulary"),
 )
@@ -147,10 +156,12 @@ TRAINING = dict(  # of every stage that trains
     microbatch_size=Field(
         0, "examples per forward and backward pass, over all devices; 0: the whole batch"
     ),
-    steps=Field(0, "optimiser steps; 0: as many as epochs gives"),
+    steps=Field(0, "optimiser steps; 0: as given by epochs"),
     epochs=Field(1.0, "passes over the data, if steps is 0"),
     optimizer=Field("rmsprop", "rmsprop (as in PyTorch), adamw, adafactor, lion or sgd"),
-    weight_decay=Field(0.0, "decoupled weight decay of adamw and lion, times the learning rate"),
+    weight_decay=Field(
+        0.0, "decoupled weight decay of adamw and lion; multiplied by the learning rate"
+    ),
     lr=Field(1e-6, "peak learning rate"),
     schedule=Field(
         "constant", "learning rate after the warm-up: constant, linear or cosine (to 0)"
@@ -163,7 +174,8 @@ TRAINING = dict(  # of every stage that trains
     keep=Field(1, "number of latest checkpoints to keep"),
     keep_best=Field(
         "",
-        "metric of the evaluation whose best checkpoint is kept and exported (losses: the lowest)",
+        "keep and export the checkpoint with the best value of this evaluation metric (the lowest, "
+        "for losses)",
     ),
 )
 
@@ -194,7 +206,7 @@ PAIRS = dict(
 )
 
 PREFERRED_FT = SFT | dict(
-    seed=Field(0, "added to config.seed for the data order, by which the paper's runs differ"),
+    seed=Field(0, "added to config.seed for the data order; the paper's runs differ only in this"),
 )
 
 UNLIKELIHOOD = dict(
@@ -220,14 +232,20 @@ DPO = dict(
 
 PPO = dict(
     reward=Field("rm", "reward to maximise: rm (the rm stage's model) or true (config.reward)"),
-    target_kl=Field(6.0, "KL to the reference that kl_coef adapts to, in nats per completion"),
-    init_kl_coef=Field(0.2, "initial weight of the KL penalty, on rewards of unit deviation"),
+    target_kl=Field(
+        6.0,
+        "target KL to the reference, in nats per completion; kl_coef adapts to reach it",
+    ),
+    init_kl_coef=Field(
+        0.2,
+        "initial weight of the KL penalty; rewards are scaled to unit standard deviation",
+    ),
     kl_horizon=Field(10_000, "number of completions over which kl_coef adapts"),
     inner_epochs=Field(4, "passes over the completions of a step"),
     minibatch_size=Field(256, "completions per optimiser update"),
-    gae_lambda=Field(0.95, "lambda of the advantage estimates; 1: returns minus values"),
-    clip=Field(0.2, "largest change of a token's probability ratio that is rewarded"),
-    value_clip=Field(0.2, "largest change of a value that is rewarded"),
+    gae_lambda=Field(0.95, "lambda of generalised advantage estimation; 1: returns minus values"),
+    clip=Field(0.2, "clipping range of a token's probability ratio: 1 ± clip"),
+    value_clip=Field(0.2, "clipping range of the change of a value"),
     value_coef=Field(0.1, "weight of the value loss"),
     **_training(
         batch_size=1024,
