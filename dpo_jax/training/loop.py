@@ -32,6 +32,8 @@ from dpo_jax.training.checkpoint import Checkpoints
 from dpo_jax.training.metrics import Writer
 from dpo_jax.training.step import Frozen, Programs, TrainState, make_programs
 
+NAMED = 3  # examples of a batch that an error message names
+
 
 class Interrupted(SystemExit):
     """The run was asked to stop, by SIGTERM or Ctrl-C, and has saved a checkpoint."""
@@ -368,7 +370,7 @@ class _Recorder:
             where = "on the held-out examples"
         else:
             examples = self._feed.examples(max(step - 1, 0))
-            where = f"on the batch of {', '.join(examples)}"
+            where = f"on the batch of {_first_few(examples)}"
         latest = self._checkpoints.latest()
         if latest:
             kept = f"The last good checkpoint, step {latest}, is kept."
@@ -390,6 +392,13 @@ def _evaluations(folder: pathlib.Path) -> dict[int, dict[str, float]]:
         if values:
             evaluations[row["step"]] = values
     return evaluations
+
+
+def _first_few(examples: list[str]) -> str:
+    """Return the first NAMED examples by name, and how many more there are."""
+    text = ", ".join(examples[:NAMED])
+    more = len(examples) - NAMED
+    return f"{text} and {more} more" if more > 0 else text
 
 
 @contextlib.contextmanager
