@@ -33,7 +33,7 @@ def load(data, tokenizer, kind: str) -> Dataset:
         eval=ledger.eval.plus(eval_counts),
         shared_prompts=ledger.shared_prompts,
     )
-    ledger.check(data.max_dropped)
+    ledger.check(data.max_dropped, data.path)
     for examples in (train, evals):
         check_cue(data, examples, tokenizer)
     return Dataset(train, evals, ledger)

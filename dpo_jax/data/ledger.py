@@ -139,12 +139,14 @@ class Ledger:
             yield f"mean tokens, {part}", *(f"{number:.1f}" for number in numbers)
         yield "eval prompts also in train", "", self.shared_prompts
 
-    def check(self, max_dropped: float) -> None:
+    def check(self, max_dropped: float, path: str) -> None:
         """Stop a run whose data is mostly bad.
 
         Raises ValueError where more than `max_dropped` of a split's rows were dropped (filtered
-        ones do not count), or where no row is left to train on.
+        ones do not count), or where no row is left to train on. path: of the data, for the message.
         """
+        if not self.train.read:
+            raise ValueError(f"{path} has no rows to train on.")
         for name, counts in (("train", self.train), ("eval", self.eval)):
             dropped = sum(counts.dropped.values())
             judged = counts.read - sum(counts.filtered.values())

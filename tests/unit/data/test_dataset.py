@@ -199,7 +199,7 @@ def test_ledger_checks_eval_split():
         Counts(read=9, kept=9), Counts(read=4, kept=2, dropped={"r": 2}, examples={"r": ["a"]})
     )
     with pytest.raises(ValueError, match=r"2 of 4 eval rows \(50.0%\) had to be dropped"):
-        ledger.check(0.05)
+        ledger.check(0.05, "rows.jsonl")
     ledger.check(0.5)
 
 
@@ -208,16 +208,22 @@ def test_ledger_dropped_share_without_filtered():
         Counts(read=100, filtered={"f": 90}, kept=9, dropped={"r": 1}, examples={"r": ["a"]})
     )
     with pytest.raises(ValueError, match=r"1 of 10 train rows \(10.0%\) had to be dropped"):
-        ledger.check(0.09)
-    ledger.check(0.1)
+        ledger.check(0.09, "rows.jsonl")
+    ledger.check(0.1, "rows.jsonl")
 
 
 def test_load_refuses_no_training_rows(tmp_path, letters):
     path = write(tmp_path / "rows.jsonl", [])
-    with pytest.raises(
-        ValueError, match="no row is left to train on: 0 read, 0 filtered, 0 dropped, 0 held"
-    ):
+    with pytest.raises(ValueError, match=f"^{path} has no rows"):
         dataset.load(data_config(path=path), letters, "pairs")
+
+
+def test_load_refuses_when_no_training_row_is_left(tmp_path, letters):
+    path = write(tmp_path / "rows.jsonl", pairs(2))
+    with pytest.raises(
+        ValueError, match="no row is left to train on: 2 read, 0 filtered, 0 dropped, 2 held"
+    ):
+        dataset.load(data_config(path=path, eval_fraction=0.999), letters, "pairs")
 
 
 @pytest.mark.parametrize(
