@@ -23,6 +23,22 @@ COMPLETIONS = "completions.jsonl"  # what a stage has sampled so far
 PATIENCE = 3  # seconds to wait for a stage's folder
 
 
+def make_workdir(workdir: pathlib.Path) -> None:
+    """Make WORKDIR if it is not there; OSError names the flag where that cannot be done."""
+    try:
+        pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise NotADirectoryError(
+            f"--workdir={workdir}: expected a folder, and there is a file of this name, or in the "
+            "place of a folder above it. Give another --workdir."
+        ) from None
+    except OSError as error:
+        raise OSError(
+            f"--workdir={workdir}: this folder cannot be made ({error.strerror}). Give one that "
+            "you may write to."
+        ) from error
+
+
 class StageChanged(ValueError):
     """A stage's folder was made with another config, other data, other weights or other code."""
 

@@ -77,7 +77,7 @@ def read_config(path):
     file = file if file.is_file() else file / "config.json"
     if not file.exists():
         raise FileNotFoundError(
-            f"{file} does not exist. A model folder in Hugging Face format holds "
+            f"{file.resolve()} does not exist. A model folder in Hugging Face format holds "
             "config.json, model.safetensors and the tokenizer's files."
         )
     try:

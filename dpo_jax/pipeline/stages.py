@@ -23,7 +23,14 @@ from dpo_jax.pipeline.train_stage import is_measured_exactly, policy_measure, tr
 from dpo_jax.rewards import make
 from dpo_jax.stage_table import STAGES
 from dpo_jax.training import losses
-from dpo_jax.workdir import finish_stage, lock_folder, start_stage, write_json, write_lines
+from dpo_jax.workdir import (
+    finish_stage,
+    lock_folder,
+    make_workdir,
+    start_stage,
+    write_json,
+    write_lines,
+)
 
 
 def pairs_stage(run: Run, stage: str) -> dict:
@@ -118,6 +125,7 @@ def run_stages(
     """
     config_checks.validate(config)
     processes.check_shared(workdir)
+    processes.from_first(lambda: make_workdir(workdir))
     config = _with_loss(_with_reward(config, reward), loss)
     run = Run(
         config,

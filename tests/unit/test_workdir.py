@@ -6,9 +6,28 @@ import threading
 import pytest
 
 from dpo_jax import config as configs
-from dpo_jax.workdir import StageChanged, finish_stage, lock_folder, start_stage
+from dpo_jax.workdir import StageChanged, finish_stage, lock_folder, make_workdir, start_stage
 
 VERSIONS = dict(tokenization=1, data_order=1, forward=1)
+
+
+def test_make_workdir(tmp_path):
+    make_workdir(tmp_path / "runs" / "mine")
+    make_workdir(tmp_path / "runs" / "mine")
+    assert (tmp_path / "runs" / "mine").is_dir()
+
+
+@pytest.mark.parametrize("below", ["", "/mine"])
+def test_make_workdir_refuses_a_file(tmp_path, below):
+    (tmp_path / "FILE").write_text("")
+    workdir = f"{tmp_path}/FILE{below}"
+    with pytest.raises(NotADirectoryError, match=f"^--workdir={workdir}: expected a folder"):
+        make_workdir(workdir)
+
+
+def test_make_workdir_says_what_the_system_refused():
+    with pytest.raises(OSError, match=r"^--workdir=/proc/x: this folder cannot be made \(No such"):
+        make_workdir("/proc/x")
 
 
 def test_lock_folder_waits_a_moment(tmp_path):

@@ -160,6 +160,12 @@ def test_read_config_without_file(tmp_path):
         hf.read_config(tmp_path)
 
 
+def test_read_config_names_the_resolved_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=rf"^{tmp_path}/config.json does not exist"):
+        hf.read_config(".")
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
