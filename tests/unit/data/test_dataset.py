@@ -200,7 +200,7 @@ def test_ledger_checks_eval_split():
     )
     with pytest.raises(ValueError, match=r"2 of 4 eval rows \(50.0%\) had to be dropped"):
         ledger.check(0.05, "rows.jsonl")
-    ledger.check(0.5)
+    ledger.check(0.5, "rows.jsonl")
 
 
 def test_ledger_dropped_share_without_filtered():
