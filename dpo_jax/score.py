@@ -6,7 +6,6 @@ tokens, their layout and the log-probs come from the code that trains.
 """
 
 import json
-import os
 import pathlib
 from collections.abc import Iterator
 
@@ -19,6 +18,7 @@ from dpo_jax.console import say
 from dpo_jax.data import dataset, readers
 from dpo_jax.models import inference, loading
 from dpo_jax.parallel import processes, sharding
+from dpo_jax.whole_file import whole_file
 
 
 def score_file(
@@ -73,14 +73,12 @@ def _write(out: str, rows: Iterator, examples, log_probs: np.ndarray) -> None:
             tokens_chosen=len(responses[0]),
             tokens_rejected=len(responses[1]),
         )
-    draft = pathlib.Path(out + ".draft")
-    with draft.open("w") as file:
+    with whole_file(out) as draft, draft.open("w") as file:
         for where, record in rows:
             if where in scored:
                 row = readers.fields_of(record) | scored[where]
                 # Parquet has values that JSON lacks, such as times: those are written as text.
                 file.write(json.dumps(row, default=str) + "\n")
-    os.replace(draft, out)
 
 
 def main():

@@ -10,7 +10,6 @@ whole or not at all.
 import contextlib
 import fcntl
 import json
-import os
 import pathlib
 import time
 
@@ -18,6 +17,7 @@ import jax
 
 from dpo_jax import config as configs
 from dpo_jax import run_name, stage_table
+from dpo_jax.whole_file import whole_file
 
 COMPLETIONS = "completions.jsonl"  # what a stage has sampled so far
 PATIENCE = 3  # seconds to wait for a stage's folder
@@ -199,10 +199,8 @@ def read_lines(path: pathlib.Path) -> list[dict]:
 def write_text(path: pathlib.Path, text: str) -> None:
     """Write a file in one piece: a kill leaves the old one or the new one. Process 0 only."""
     if jax.process_index() == 0:
-        # A rename within a folder is atomic.
-        draft = path.with_suffix(".draft")
-        draft.write_text(text)
-        os.replace(draft, path)
+        with whole_file(path) as draft:
+            draft.write_text(text)
 
 
 @contextlib.contextmanager

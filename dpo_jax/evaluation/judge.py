@@ -13,7 +13,6 @@ import collections
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
 import re
 import string
@@ -25,6 +24,7 @@ from tqdm import tqdm
 
 from dpo_jax.evaluation import chat_api, winrate_stats
 from dpo_jax.evaluation.chat_api import BudgetExhausted, ChatError
+from dpo_jax.whole_file import whole_file
 
 __all__ = [
     "BudgetExhausted",
@@ -215,9 +215,8 @@ def write_verdicts(
         **winrate_stats.win_rate(verdicts),
         verdicts=verdicts,
     )
-    draft = pathlib.Path(path).with_suffix(".draft")
-    draft.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(draft, path)
+    with whole_file(path) as draft:
+        draft.write_text(json.dumps(result, indent=1) + "\n")
     return result
 
 

@@ -8,12 +8,13 @@ loss/train, rewards_train/margins, logps_eval/chosen.
 import contextlib
 import dataclasses
 import json
-import os
 import pathlib
 import re
 import uuid
 
 import jax
+
+from dpo_jax.whole_file import whole_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,10 +203,8 @@ class Writer(contextlib.ExitStack):
         if not self._active or not self._path.exists():
             return
         kept = [row for row in read_rows(self._path) if row["step"] <= step]
-        # In one piece: a kill leaves the old rows, or the kept ones.
-        draft = self._path.with_suffix(".draft")
-        draft.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        os.replace(draft, self._path)
+        with whole_file(self._path) as draft:
+            draft.write_text("".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Append the row of a step."""

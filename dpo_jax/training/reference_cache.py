@@ -12,7 +12,6 @@ between, it continues where it was.
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
 
 import jax
@@ -25,6 +24,7 @@ from dpo_jax.models.inference import score_examples
 from dpo_jax.models.loading import Checkpoint
 from dpo_jax.models.transformer import TransformerConfig
 from dpo_jax.parallel import processes
+from dpo_jax.whole_file import whole_file
 
 # Fields of the model's config that change no log-prob: two say how it is compiled, one is a limit.
 WITHOUT_EFFECT = ("remat", "unroll", "max_positions")
@@ -122,11 +122,8 @@ def _write(path: pathlib.Path, values: np.ndarray, indices: np.ndarray) -> None:
         return
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Another run may be about to make the file too, so each writes a draft of its own.
-        draft = path.with_suffix(f".{os.getpid()}.draft")
-        with draft.open("wb") as file:
+        with whole_file(path) as draft, draft.open("wb") as file:
             np.save(file, np.full_like(values, np.nan))
-        os.replace(draft, path)
     path.with_suffix(".sha256").unlink(missing_ok=True)  # until this fill is finished too
     file_array = np.lib.format.open_memmap(path, mode="r+")
     file_array[indices] = values[indices]

@@ -20,6 +20,7 @@ FLOORS = [  # the rooms and the files beside them, from the ground up
         "run_name",
         "console",
         "workdir",
+        "whole_file",
     },
     {"models"},
     {"sampling"},
