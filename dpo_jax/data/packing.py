@@ -213,6 +213,14 @@ def _attention_rows(
     return tuple(rows), token_slots_NK
 
 
+def pad_right(rows, width: int, fill=0, dtype=np.int32) -> np.ndarray:
+    """Return rows of different lengths as one array [B, width], filled up on the right."""
+    padded_BT = np.full((len(rows), width), fill, dtype)
+    for padded_T, row in zip(padded_BT, rows, strict=True):
+        padded_T[: len(row)] = row
+    return padded_BT
+
+
 def lengths_of(examples) -> tuple[np.ndarray, np.ndarray]:
     """Return the tokens of each prompt [P] and of each response [P, K].
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax.data import tokenizer as tokenizers
+from dpo_jax.data.packing import pad_right
 from dpo_jax.models import hf, safetensors_io
 from dpo_jax.models.inference import map_batches
 from dpo_jax.parallel import sharding
@@ -294,11 +295,8 @@ def _padded(ids: list[list[int]], batch_size: int, config: EncoderConfig) -> dic
 
     Rows that only fill up the batch have one token.
     """
+    filled = ids + [[config.pad]] * (batch_size - len(ids))
     longest = max(map(len, ids))
     width = min(LENGTHS << max((longest - 1) // LENGTHS, 0).bit_length(), config.max_tokens)
-    tokens_BT = np.full((batch_size, width), config.pad, np.int32)
-    for line, row in zip(tokens_BT, ids, strict=False):
-        line[: len(row)] = row
-    lengths_B = np.ones(batch_size, np.int32)
-    lengths_B[: len(ids)] = [len(row) for row in ids]
-    return dict(tokens=tokens_BT, lengths=lengths_B)
+    lengths = [len(row) for row in filled]
+    return dict(tokens=pad_right(filled, width, config.pad), lengths=np.array(lengths, np.int32))

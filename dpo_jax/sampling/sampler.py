@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dpo_jax.data.packing import pad_right
 from dpo_jax.models import transformer
 from dpo_jax.models.loading import Model
 from dpo_jax.models.transformer import TransformerConfig
@@ -140,11 +141,8 @@ def _batch(prompts, rows: np.ndarray, first: int) -> dict:
     # Widths double, so a hundred lengths of prompts need a handful of programs.
     longest = max(map(len, ids))
     width = SHORTEST * _power_of_2(-(-longest // SHORTEST))
-    tokens_BT = np.zeros((len(ids), width), np.int32)
-    for line, prompt in zip(tokens_BT, ids, strict=True):
-        line[: len(prompt)] = prompt
     return dict(
-        tokens=tokens_BT,
+        tokens=pad_right(ids, width),
         lengths=np.array([len(prompt) for prompt in ids], np.int32),
         rows=(rows[:, 0] + first).astype(np.uint32),
         numbers=rows[:, 1].astype(np.uint32),

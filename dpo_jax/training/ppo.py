@@ -295,9 +295,10 @@ def targets(rollout: Rollout, controls: Controls, gae_lambda: float) -> packing.
     all tokens of the step.
     """
     lengths_B = np.array([len(log_probs) for log_probs in rollout.log_probs])
-    log_probs_BT = _padded(rollout.log_probs)
-    reference_BT = _padded(rollout.reference_log_probs)
-    values_BT = _padded(rollout.values)
+    longest = lengths_B.max()
+    log_probs_BT = packing.pad_right(rollout.log_probs, longest, dtype=np.float32)
+    reference_BT = packing.pad_right(rollout.reference_log_probs, longest, dtype=np.float32)
+    values_BT = packing.pad_right(rollout.values, longest, dtype=np.float32)
 
     # The KL penalty is paid where it arises, the reward when the completion is whole.
     rewards_BT = -controls.kl_coef * (log_probs_BT - reference_BT)
@@ -341,11 +342,3 @@ def adapted_kl_coef(
 def _largest_gap(some: list[np.ndarray], others: list[np.ndarray]) -> float:
     """Return the largest difference between two lists of arrays."""
     return max(np.abs(a - b).max() for a, b in zip(some, others, strict=True))
-
-
-def _padded(rows: list[np.ndarray]) -> np.ndarray:
-    """Return arrays of different lengths as one [B, T], with zeros at their ends."""
-    padded_BT = np.zeros((len(rows), max(map(len, rows))), np.float32)
-    for padded_T, row in zip(padded_BT, rows, strict=True):
-        padded_T[: len(row)] = row
-    return padded_BT

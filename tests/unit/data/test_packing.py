@@ -72,3 +72,11 @@ def test_shape_of_equal_rows():
     assert packing.shape_of([(np.arange(8), (np.arange(8), np.arange(8)))] * 4) == packing.Shape(
         96, ((8, 16),), 64
     )
+
+
+def test_pad_right_keeps_rows_and_fills_the_rest():
+    rows = [[1, 2, 3], [], np.array([4])]
+    np.testing.assert_array_equal(
+        packing.pad_right(rows, 4, fill=9), [[1, 2, 3, 9], [9, 9, 9, 9], [4, 9, 9, 9]]
+    )
+    assert packing.pad_right([[0.5]], 2, dtype=np.float32).tolist() == [[0.5, 0.0]]
