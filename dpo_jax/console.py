@@ -86,7 +86,8 @@ class Progress:
         return f"{tqdm.format_interval(seconds)} left"
 
 
-# What the progress line shows, in order: metric -> label. training/metrics.py says what they mean.
+# What the progress line shows, in order: metric -> label. training/metric_names.py says what they
+# mean.
 SHOWN = {
     "loss/train": "loss",
     "loss/eval": "eval loss",

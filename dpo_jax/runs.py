@@ -2,8 +2,8 @@
 
 Without WORKDIR, lists the folders under runs/ that hold runs. With it, prints a line for each
 stage that has run there: the folder, the last loss and accuracy, reward and KL where they were
-measured, whether it finished or at which step it stopped, and what differs from the config's
-defaults. Reads only, and needs no device.
+measured, whether it finished or at which step it stopped, and which of its fields differ from the
+config's defaults. Reads only, and needs no device.
 
 Loss and accuracy are of the last evaluation on held-out examples; a star marks those of a training
 batch. Defaults are those of the config that comes with dpo_jax if WORKDIR bears its name
@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from dpo_jax import command_line, config_files
 from dpo_jax import config as configs
 from dpo_jax.stage_table import STAGES
+from dpo_jax.training.metric_names import is_evaluation
 
 ROOT = "runs"  # where a WORKDIR is by default
 TAIL_BYTES = 1 << 20  # of a metrics.jsonl, enough for its last evaluation
@@ -48,6 +49,8 @@ def read_stage(folder: pathlib.Path) -> StageRun:
     for name, kind in (("stage", str), ("depends_on", dict), ("config", dict)):
         if not isinstance(started.get(name), kind):
             raise ValueError(f"config.json has no {name!r} of a run")
+    if not isinstance(started["config"].get("stages"), list):
+        raise ValueError("config.json has no 'stages' of a run")
     done = folder / "done.json"
     result = _read_object(done) if done.exists() else {}
     rows = _last_rows(folder / "metrics.jsonl")
@@ -101,7 +104,7 @@ def _evaluation(result: dict, rows: list[dict]) -> dict[str, float]:
     if isinstance(result.get("reward"), float) and isinstance(result.get("kl"), float):
         return {"frontier/reward": result["reward"], "frontier/kl": result["kl"]}
     for row in reversed(rows):
-        if any("eval" in name or name.startswith("frontier/") for name in row):
+        if any(is_evaluation(name) for name in row):
             return row
     return {}
 
@@ -197,7 +200,8 @@ def table(workdir: pathlib.Path) -> str:
     changed = [_changes_or_none(run, workdir) for run in runs]
     common = _common(changed)
     rows = [HEADINGS]
-    for run, own in zip(runs, changed, strict=True):
+    for run, differing in zip(runs, changed, strict=True):
+        own = None if differing is None else _of_its_row(differing, run.stage)
         rows.append([*_cells(run), _as_text(own, common)])
 
     lines = [str(workdir)]
@@ -223,7 +227,7 @@ def _changes_or_none(run: StageRun, workdir: pathlib.Path) -> dict | None:
     """Return a run's changes, or None if its config is of another version of the program."""
     try:
         return changes(run, defaults_of(run, workdir))
-    except (ValueError, KeyError, AttributeError, TypeError):
+    except (ValueError, KeyError):
         return None
 
 
@@ -238,6 +242,16 @@ def _common(changed: list[dict | None]) -> dict:
         for name, value in first.items()
         if all(name in own and own[name] == value for own in rest)
     }
+
+
+def _of_its_row(changed: dict, stage: str) -> dict:
+    """Return a stage's changes, less those of the fields of other stages, which have own rows."""
+    kept = {}
+    for name, value in changed.items():
+        block = name.partition(".")[0]
+        if block == stage or block not in STAGES:
+            kept[name] = value
+    return kept
 
 
 def _as_text(own: dict | None, common: dict) -> str:

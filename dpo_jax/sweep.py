@@ -11,18 +11,18 @@ WORKDIR/sweep_FIELD.png.
 """
 
 import pathlib
-from collections.abc import Iterable
 
 from absl import flags
 from ml_collections import ConfigDict
 
 from dpo_jax import command_line, config_checks, config_files, stage_table
 from dpo_jax import config as configs
-from dpo_jax.console import say
+from dpo_jax.console import SHOWN, say
 from dpo_jax.evaluation import plots
 from dpo_jax.parallel import processes
 from dpo_jax.pipeline.stages import run_stages
 from dpo_jax.run_name import name_run
+from dpo_jax.training.metric_names import is_evaluation
 from dpo_jax.training.metrics import read_rows
 
 
@@ -60,22 +60,19 @@ def points(
 
 
 def table(field: str, runs: dict[str, list[dict]]) -> str:
-    """Return a table of what the last evaluation of each run measured."""
+    """Return a table of the last evaluation of each run, with the metrics that training shows."""
     ends = {}
-    for label, rows in runs.items():
-        ends[label] = [row for row in rows if _evaluated(row)][-1]
+    for value, rows in runs.items():
+        ends[value] = [row for row in rows if any(map(is_evaluation, row))][-1]
     first = next(iter(ends.values()))
-    names = [name for name in first if _evaluated([name])]
-    lines = [f"{field:<16}{'step':>7}" + "".join(f"{name:>26}" for name in names)]
-    for label, row in ends.items():
-        cells = "".join(f"{row[name]:>26.4g}" for name in names)
-        lines.append(f"{label:<16}{row['step']:>7}{cells}")
+    names = [name for name in SHOWN if name in first and is_evaluation(name)]
+    widths = {name: max(len(SHOWN[name]), 8) + 2 for name in names}
+    heads = "".join(f"{SHOWN[name]:>{widths[name]}}" for name in names)
+    lines = [f"{field:<16}{'step':>7}{heads}"]
+    for value, row in ends.items():
+        cells = "".join(f"{row[name]:>{widths[name]}.4g}" for name in names)
+        lines.append(f"{value:<16}{row['step']:>7}{cells}")
     return "\n".join(lines)
-
-
-def _evaluated(names: Iterable[str]) -> bool:
-    """Return True if any of these metrics was measured on held-out examples or prompts."""
-    return any("eval" in name or name.startswith("frontier/") for name in names)
 
 
 def run(

@@ -9,7 +9,7 @@ import pathlib
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from dpo_jax.training.metrics import describe
+from dpo_jax.training.metric_names import describe
 from dpo_jax.training.step import TrainState
 
 

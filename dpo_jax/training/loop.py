@@ -29,6 +29,7 @@ from dpo_jax.parallel import hardware, sharding
 from dpo_jax.training import metrics as metrics_lib
 from dpo_jax.training import objectives
 from dpo_jax.training.checkpoint import Checkpoints
+from dpo_jax.training.metric_names import is_evaluation
 from dpo_jax.training.metrics import Writer
 from dpo_jax.training.step import Frozen, Programs, TrainState, make_programs
 
@@ -366,7 +367,7 @@ class _Recorder:
 
     def _stop_at(self, step: int, name: str, value: float) -> None:
         # An evaluation reads all that is held out, a step the examples of its batch.
-        if metrics_lib.is_evaluation(name):
+        if is_evaluation(name):
             where = "on the held-out examples"
         else:
             examples = self._feed.examples(max(step - 1, 0))
@@ -388,7 +389,7 @@ def _evaluations(folder: pathlib.Path) -> dict[int, dict[str, float]]:
     rows = metrics_lib.read_rows(path) if path.exists() else []
     evaluations = {}
     for row in rows:
-        values = {name: value for name, value in row.items() if metrics_lib.is_evaluation(name)}
+        values = {name: value for name, value in row.items() if is_evaluation(name)}
         if values:
             evaluations[row["step"]] = values
     return evaluations

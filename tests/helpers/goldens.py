@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 
-from dpo_jax.training.metrics import TIMINGS
+from dpo_jax.training.metric_names import TIMINGS
 from tests.helpers.paths import ROOT, SHARED, STORIES
 from tests.helpers.tiny_hh import write_dialogues
 

@@ -21,7 +21,8 @@ from dpo_jax.parallel import sharding
 from dpo_jax.pipeline.run import versions
 from dpo_jax.pipeline.stages import run_stages
 from dpo_jax.sampling.sampler import Sampling
-from dpo_jax.training.metrics import TIMINGS, read_rows
+from dpo_jax.training.metric_names import TIMINGS
+from dpo_jax.training.metrics import read_rows
 from dpo_jax.workdir import finish_stage, start_stage
 from experiments import commands
 from tests.helpers.paths import ROOT

@@ -13,7 +13,8 @@ from dpo_jax.parallel import sharding
 from dpo_jax.pipeline.run import Run
 from dpo_jax.pipeline.stages import run_stages
 from dpo_jax.rewards import make
-from dpo_jax.training import metrics
+from dpo_jax.training import metric_names
+from dpo_jax.training.metrics import read_rows
 from dpo_jax.training.loop import Interrupted
 from dpo_jax.workdir import StageChanged, read_lines
 from tests.helpers.tiny_runs import dpo_config, on_devices, rows_without_timings, run, weights
@@ -160,14 +161,14 @@ def test_ppo_resumes_exactly(workdir, method, monkeypatch):
     whole = run(config, workdir)
     rows = rows_without_timings(whole)
     assert [row["step"] for row in rows] == list(range(config.ppo.steps + 1))
-    assert all(metrics.describe(name).meaning for name in rows[-1].keys() - {"step"})
+    assert all(metric_names.describe(name).meaning for name in rows[-1].keys() - {"step"})
     updates = config.ppo.inner_epochs * config.ppo.batch_size // config.ppo.minibatch_size
     assert [row["counters/updates"] for row in rows[1:]] == [
         updates * row["step"] for row in rows[1:]
     ]
     assert all(
         row["tokens_per_second"] * row["step_time"] == pytest.approx(row["ppo_train/length"] * 64)
-        for row in metrics.read_rows(whole / "metrics.jsonl")[1:]
+        for row in read_rows(whole / "metrics.jsonl")[1:]
     )
     coefficients = [row["ppo_train/kl_coef"] for row in rows[1:]]
     assert len(set(coefficients)) == config.ppo.steps and abs(rows[1]["ppo_train/kl"]) < 1e-4

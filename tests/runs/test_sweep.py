@@ -41,7 +41,7 @@ def test_sweep_shares_reference_and_program(model, pairs, tmp_path, capsys, trac
     assert traces["train_step"] == 1, "the second run has the first one's program"
     lines = out.splitlines()
     head = next(i for i, line in enumerate(lines) if line.startswith("dpo.beta "))
-    assert "rewards_eval/accuracies" in lines[head] and [
+    assert lines[head].split("  ")[-3:] == ["eval loss", "eval accuracy", "eval margin"] and [
         line.split()[0] for line in lines[head + 1 : head + 3]
     ] == ["0.1", "1"]
     assert (tmp_path / "sweep_dpo.beta.png").read_bytes().startswith(b"\x89PNG")
@@ -65,6 +65,18 @@ def test_sweep_shares_reference_and_program(model, pairs, tmp_path, capsys, trac
         env=environment(1),
     )
     assert (again.returncode, again.stderr) == (0, "") and again.stdout.count("done before") == 2
+
+
+def test_table_shows_labelled_metrics_of_last_evaluation():
+    first = {"step": 0, "loss/eval": 0.6931, "rewards_eval/accuracies": 0.0}
+    last = {"step": 9, "loss/eval": 0.5, "rewards_eval/accuracies": 0.75, "logps_eval/chosen": -9.0}
+    frontier = {"frontier/reward": 1.25, "frontier/kl": 3.0, "frontier/reward_se": 0.1}
+    training = {"step": 9, "loss/train": 0.4, "lr": 1e-6}
+    text = sweep.table("dpo.beta", {"0.1": [first, last | frontier | training, training]})
+    assert text.splitlines() == [
+        "dpo.beta           step  eval loss  eval accuracy  eval reward   eval KL",
+        "0.1                   9        0.5           0.75         1.25         3",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from dpo_jax import config as configs
 from dpo_jax.data import batches, tokenizer
 from dpo_jax.models import log_probs
 from dpo_jax.parallel import sharding
-from dpo_jax.training import loop, metrics
+from dpo_jax.training import loop, metric_names, metrics
 from dpo_jax.training.checkpoint import Checkpoints
 from dpo_jax.training.loop import Interrupted
 from dpo_jax.training.metrics import read_rows
@@ -71,7 +71,7 @@ def test_run_leaves_its_files(whole):
     assert "loss/eval" not in rows[1]
     assert rows[6]["counters/examples"] == 48
     for name in set().union(*read_rows(folder / "metrics.jsonl")) - {"step"}:
-        assert metrics.describe(name).meaning
+        assert metric_names.describe(name).meaning
     assert all(
         0 < row["model_flops_utilization"] < 1 for row in read_rows(folder / "metrics.jsonl")[1:]
     )

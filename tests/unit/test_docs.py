@@ -11,7 +11,7 @@ import pytest
 from dpo_jax import config as configs
 from dpo_jax import config_checks, config_files
 from dpo_jax.data.packing import Batch
-from dpo_jax.training.metrics import METRICS
+from dpo_jax.training.metric_names import METRICS
 from tests.helpers.documented import documented_metrics
 from tests.helpers.paths import ROOT
 

@@ -96,6 +96,23 @@ def test_changes_against_config_file(workdir, tmp_path):
     assert "ppo.steps=40" in runs.table(other)
 
 
+def test_changed_field_is_in_the_row_of_its_stage(workdir):
+    fields = {"dpo.beta": "3", "sft.lr": "0.5", "evaluate.prompts": "8", "seed": "7"}
+    for stage in ("sft", "dpo", "evaluate"):
+        write_stage(workdir, stage, stage, fields=fields)
+    write_stage(workdir, "dpo-other", "dpo")
+    lines = lines_of(workdir)
+    changed = {}
+    for name in ("sft", "dpo", "dpo-other", "evaluate"):
+        changed[name] = [word for word in lines[name] if "=" in word]
+    assert changed == {
+        "sft": ["seed=7,", "sft.lr=0.5"],
+        "dpo": ["seed=7,", "dpo.beta=3"],
+        "dpo-other": [],
+        "evaluate": ["seed=7,", "evaluate.prompts=8"],
+    }
+
+
 def test_common_changes_are_said_once(workdir):
     shared = {"sft.lr": "0.5"}
     write_stage(workdir, "a", "dpo", fields=shared | {"dpo.beta": "1"})
@@ -112,6 +129,10 @@ def test_common_changes_are_said_once(workdir):
         ("[]", "config.json is not a JSON object"),
         ("{}", "config.json has no 'stage' of a run"),
         ('{"model_type": "gpt2"}', "config.json has no 'stage' of a run"),
+        (
+            '{"stage": "sft", "depends_on": {}, "config": {"stages": 3}}',
+            "config.json has no 'stages' of a run",
+        ),
     ],
 )
 def test_line_of_broken_folder(workdir, text, said):

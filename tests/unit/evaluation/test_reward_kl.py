@@ -13,7 +13,7 @@ from dpo_jax.rewards import make
 from dpo_jax.sampling import sampler
 from dpo_jax.sampling.prompts import Prompts
 from dpo_jax.sampling.sampler import Completion
-from dpo_jax.training import metrics
+from dpo_jax.training import metric_names
 from tests.helpers.tiny import random_pairs, tiny_config
 from tests.helpers.tiny_models import random_params
 
@@ -56,7 +56,7 @@ def test_evaluate_is_near_exact(evaluated):
         error = values[f"frontier/{name}_se"]
         assert 0 < error < 0.05
         assert abs(values[f"frontier/{name}"] - truth) < 3 * error, name
-    assert all(metrics.describe(name).meaning for name in values)
+    assert all(metric_names.describe(name).meaning for name in values)
     assert values["frontier/kl_se"] < 0.5 * values["frontier/kl_sampled_se"]
 
 

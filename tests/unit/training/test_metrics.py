@@ -14,7 +14,7 @@ from dpo_jax.data.batches import Batches
 from dpo_jax.data.packing import RolloutTargets
 from dpo_jax.evaluation import plots
 from dpo_jax.models import transformer
-from dpo_jax.training import metrics, objectives
+from dpo_jax.training import metric_names, metrics, objectives
 from dpo_jax.training.objectives import OBJECTIVE_NUMBERS, OBJECTIVES
 from tests.helpers.tiny import random_pairs
 
@@ -44,7 +44,7 @@ def test_describe_metrics_of_objectives(tiny, split):
         measured = metrics_of(name, model)
         for full_name in metrics.named(dict.fromkeys(measured, (0.0, 1)), split):
             if not (name == "ppo" and split == "eval"):  # it samples, and holds nothing out
-                assert metrics.describe(full_name).meaning, full_name
+                assert metric_names.describe(full_name).meaning, full_name
 
 
 def metrics_of(name, model) -> list[str]:
@@ -63,10 +63,10 @@ def metrics_of(name, model) -> list[str]:
 
 
 def test_describe_what_is_shown():
-    for name in (*console.SHOWN, *plots.CURVES, *metrics.TIMINGS, *metrics.OF_UPDATE):
-        assert metrics.describe(name).meaning
+    for name in (*console.SHOWN, *plots.CURVES, *metric_names.TIMINGS, *metric_names.OF_UPDATE):
+        assert metric_names.describe(name).meaning
     with pytest.raises(KeyError):
-        metrics.describe("loss/test")
+        metric_names.describe("loss/test")
 
 
 def test_add_weights_by_rows():
