@@ -14,8 +14,8 @@ from dpo_jax.pipeline.run import Run
 from dpo_jax.pipeline.stages import run_stages
 from dpo_jax.rewards import make
 from dpo_jax.training import metric_names
-from dpo_jax.training.metrics import read_rows
 from dpo_jax.training.loop import Interrupted
+from dpo_jax.training.metrics import read_rows
 from dpo_jax.workdir import StageChanged, read_lines
 from tests.helpers.tiny_runs import dpo_config, on_devices, rows_without_timings, run, weights
 
