@@ -19,9 +19,10 @@ import difflib
 import functools
 import inspect
 import math
+import numbers
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -75,8 +76,18 @@ RUN_SETTINGS = (
     "seed",
 )
 ENCODING = ("source", "max_length", "max_prompt_length", "truncate", "append_eos")
+SAMPLING = dict(max_new_tokens=128, temperature=1.0, top_k=0, top_p=1.0)  # generate's defaults
 # The stages that train on given examples; ppo samples what it learns from.
 OBJECTIVES = [name for name, stage in STAGES.items() if stage.trains and not stage.samples]
+
+# The type of an argument's default, what may stand for it, and its name in messages. In this order,
+# as True is an int too.
+TYPES = (
+    (bool, bool, "True or False"),
+    (int, numbers.Integral, "a whole number"),
+    (float, numbers.Real, "a number"),
+    (str, str, "text"),
+)
 
 
 def load(
@@ -96,8 +107,23 @@ def load(
     attention, remat and unroll as in config.model.
 
     Compiled programs are kept in a folder between runs, as the commands do, unless jax has been
-    told where to keep them. Raises FileNotFoundError or ValueError that says what is wrong.
+    told where to keep them. Raises FileNotFoundError, TypeError or ValueError that says what is
+    wrong.
     """
+    known = configs.model_options(configs.default(()))
+    _check_names("load", options, [name for name in ("head", *known) if name != "dtype"])
+    _check_choice("load", "head", options.get("head", "lm"), ("lm", "reward"))
+    _check_fields("load", "model", options | dict(dtype=dtype), known)
+    if isinstance(mesh, dict):
+        _check_names("load(mesh=dict(...))", mesh, [*configs.default(()).mesh, "devices"])
+        for axis, size in mesh.items():
+            if axis != "devices":
+                _check_type("load", f"mesh.{axis}", size, 1)
+    elif mesh is not None and not isinstance(mesh, jax.sharding.Mesh):
+        raise TypeError(
+            f"load: mesh={_shown(mesh)}: expected a jax mesh, or sizes of its axes such as "
+            "dict(fsdp=2)."
+        )
     processes.keep_compiled_programs()
     with jax.default_matmul_precision("float32"), console.quiet():
         if mesh is None or isinstance(mesh, dict):
@@ -141,18 +167,18 @@ class Model:
 
         Raises ValueError that names the row, as rows[2] for the third.
         """
+        data = configs.default(()).data
         _check_names("encode", settings, ENCODING)
-        if kind not in ("", "pairs", "sft"):
-            raise ValueError(f"kind={kind!r}: expected 'pairs' or 'sft'.")
-        if on_bad_row not in ("error", "drop"):
-            raise ValueError(f"on_bad_row={on_bad_row!r}: expected 'error' or 'drop'.")
+        _check_choice("encode", "source", settings.get("source", "local"), tuple(sources.SOURCES))
+        _check_fields("encode", "data", settings, data)
+        _check_choice("encode", "kind", kind, ("", "pairs", "sft"))
+        _check_choice("encode", "on_bad_row", on_bad_row, ("error", "drop"))
         if isinstance(rows, str | os.PathLike | dict):
             raise TypeError(
                 f"encode takes a list of rows such as {sources.SOURCES['local'].example}; found "
                 f"{_shown(rows)}. To read a file: [json.loads(line) for line in open(FILE)]."
             )
-        data = configs.default(()).data
-        data.update(on_bad_row=on_bad_row, **settings)
+        data.update(on_bad_row=on_bad_row, **_as_typed(settings, data))
         found = _parse_rows(rows, data, kind)
         truncate = dataset.truncation(data, found)
         examples, counts = tokenizers.encode(found, self.tokenizer, data, truncate)
@@ -160,7 +186,7 @@ class Model:
             raise ValueError(
                 "some rows cannot be used:\n  "
                 + "\n  ".join(counts.drops())
-                + "\nMend these rows, or leave them out with on_bad_row='drop'."
+                + "\nFix these rows, or leave them out with on_bad_row='drop'."
             )
         if not len(examples):
             raise ValueError("there is no row to encode.")
@@ -183,6 +209,8 @@ class Model:
         keep_in: a folder, such as a run's WORKDIR, that they are read from where they are there,
         and kept in otherwise, as with config.dpo.cache_reference.
         """
+        _check_examples("log_probs", examples)
+        _check_number("log_probs", "batch_size", batch_size, least=1)
         self._check_usable("lm")
         with _as_commands(self.mesh, verbose):
             if keep_in:
@@ -213,22 +241,29 @@ class Model:
         self._check_usable("lm")
         if isinstance(prompts, str):
             raise TypeError(f"generate takes a list of prompts; found the text {prompts!r}.")
+        _check_names("generate", sampling, list(SAMPLING))
+        for name, value in sampling.items():
+            _check_type("generate", name, value, SAMPLING[name])
+        for name, value in dict(n=n, batch_size=batch_size).items():
+            _check_number("generate", name, value, least=1)
+        _check_type("generate", "seed", seed, 0)
+        data = configs.default(()).data
+        limits = dict(max_prompt_length=max_prompt_length, truncate=truncate)
+        _check_fields("generate", "data", limits, data)
+        limits = _as_typed(limits, data)
         if not prompts:
             return []
-        settings = Sampling(
-            **dict(max_new_tokens=128) | sampling, n=n, seed=seed, batch_size=batch_size
-        )
-        limits = dict(max_prompt_length=max_prompt_length, truncate=truncate)
+        settings = Sampling(**SAMPLING | sampling, n=n, seed=seed, batch_size=batch_size)
         texts = []
         with _as_commands(self.mesh, verbose):
             encoded, _ = generation.encode(
                 list(prompts), self.tokenizer, self.config, settings, limits
             )
             progress = console.Progress("generate", 0, len(prompts), unit="prompt")
-            for batch in generation.generate(self._loaded(), encoded, settings):
-                texts += [[made.text for made in completions] for completions in batch]
-                progress.update(len(texts), {})
-            progress.close()
+            with contextlib.closing(progress):
+                for batch in generation.generate(self._loaded(), encoded, settings):
+                    texts += [[made.text for made in completions] for completions in batch]
+                    progress.update(len(texts), {})
         return texts if n > 1 else [text for (text,) in texts]
 
     def save(self, path: str | os.PathLike) -> None:
@@ -265,12 +300,15 @@ class Model:
             )
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class LogProbs:
     """Summed log-probs of examples under a model, nats; unpacks as `chosen, rejected`."""
 
     examples: Examples
     values: np.ndarray  # float32 [examples, responses]
+
+    def __repr__(self) -> str:
+        return f"LogProbs({self.examples!r})"
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return iter(self.values.T)
@@ -300,12 +338,16 @@ def _key(example: tuple) -> tuple:
     return tuple(part.tobytes() for part in (prompt, *responses))
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class BatchPlan(Sequence):
     """The batches of a run of steps, laid out when a trainer takes them. `batches` makes one."""
 
     examples: Examples
     order: np.ndarray  # [steps, batch size], indices of examples
+
+    def __repr__(self) -> str:
+        steps, batch_size = self.order.shape
+        return f"BatchPlan({steps} batches of {batch_size} from {self.examples!r})"
 
     def __len__(self) -> int:
         return len(self.order)
@@ -337,8 +379,14 @@ def batches(
 
     The shapes of all batches are chosen together, so that few programs are compiled.
     """
+    _check_examples("batches", examples)
+    _check_number("batches", "batch_size", batch_size, least=1)
+    _check_number("batches", "steps", steps, least=0)
+    _check_type("batches", "epochs", epochs, 1.0)
+    if seed is not None:
+        _check_type("batches", "seed", seed, 0)
     steps = steps_of(len(examples), batch_size, steps=steps, epochs=epochs)
-    if not steps:
+    if steps < 1:  # of too few examples, or of epochs below 0
         raise ValueError(
             f"{len(examples)} examples make no batch of batch_size={batch_size} in epochs={epochs}:"
             " lower batch_size, or give steps."
@@ -383,6 +431,15 @@ class Trainer:
 
         Raises ValueError or TypeError that names the setting that is wrong.
         """
+        if not isinstance(model, Model):
+            hint = f"; dpo_jax.load({model!r}) loads one" if isinstance(model, str) else ""
+            raise TypeError(f"Trainer takes a model of dpo_jax.load; found {_shown(model)}{hint}.")
+        if reference_log_probs is not None and not isinstance(reference_log_probs, LogProbs):
+            raise TypeError(
+                "Trainer: reference_log_probs takes what model.log_probs(examples) returns; found "
+                f"{_shown(reference_log_probs)}."
+            )
+        _check_type("Trainer", "seed", seed, 0)
         model._check_usable("lm")
         loss = None
         if callable(objective):
@@ -411,12 +468,19 @@ class Trainer:
             self._reference = self._choose_reference(reference, seed)
             self._state = self._programs.init_state(self._initial_params(seed, donate))
 
+    def __repr__(self) -> str:
+        adapters_shown = f", lora rank {self._lora.rank}" if self._lora else ""
+        return (
+            f"Trainer({self._initial!r}, {self._objective!r}{adapters_shown}, "
+            f"{self._steps_done} steps done)"
+        )
+
     @property
     def model(self) -> Model:
         """The trained model after the last step, with adapters merged into its weights.
 
         Without adapters these are the trainer's own arrays, which the next step replaces: ask for
-        `trainer.model` anew after it.
+        `trainer.model` again after it.
         """
         params = self._state.params
         if self._lora:
@@ -460,15 +524,17 @@ class Trainer:
         found, pending = [], None
         with _as_commands(self._initial.mesh, verbose):
             progress = console.Progress(self._objective, 0, len(plan))
-            for step, placed in prefetch(lambda step: self._placed(plan[step]), range(len(plan))):
-                metrics = self._update(placed)
-                if pending is not None:
-                    found.append(self._finish(*pending))
-                    progress.update(len(found), found[-1])
-                pending = (plan[step], metrics)
-            found.append(self._finish(*pending))
-            progress.update(len(found), found[-1])
-            progress.close()
+            ahead = prefetch(lambda step: self._placed(plan[step]), range(len(plan)))
+            # A loss that is not finite ends the loop early: the bar and the thread end with it.
+            with contextlib.closing(progress), contextlib.closing(ahead):
+                for step, placed in ahead:
+                    metrics = self._update(placed)
+                    if pending is not None:
+                        found.append(self._finish(*pending))
+                        progress.update(len(found), found[-1])
+                    pending = (plan[step], metrics)
+                found.append(self._finish(*pending))
+                progress.update(len(found), found[-1])
         return found
 
     def evaluate(
@@ -476,6 +542,7 @@ class Trainer:
     ) -> dict[str, float]:
         """Return metrics of the model as it is now, over all examples: {"loss/eval": ...}."""
         self._check_kind(examples)
+        _check_number("evaluate", "batch_size", batch_size, least=1)
         mesh = self._initial.mesh
         size = sharding.whole_shards(batch_size, mesh)
         order = evaluation_order(len(examples), size)
@@ -528,6 +595,10 @@ class Trainer:
         """Return the reference's weights, or its adapters where it is the base itself."""
         if self._reference_log_probs is not None and reference != "init":
             raise ValueError("give reference or reference_log_probs, not both.")
+        if not isinstance(reference, str | Model):
+            raise TypeError(
+                f"Trainer: reference={_shown(reference)}: expected 'init', 'none' or a model."
+            )
         if isinstance(reference, str) and reference not in ("init", "none"):
             raise ValueError(
                 f"reference={reference!r}: expected 'init', 'none' or a model; "
@@ -582,7 +653,7 @@ class Trainer:
                 where = ", ".join(batch.plan.examples.where[i] for i in order if i != FILLER)
                 raise FloatingPointError(
                     f"{name} is {values[name]} on the batch of {where}: the weights are lost. "
-                    "Start anew with a lower lr or max_grad_norm, or leave out a bad row."
+                    "Start again with a lower lr or max_grad_norm, or leave out a bad row."
                 )
         return values
 
@@ -657,7 +728,7 @@ def run(
 ) -> dict[str, pathlib.Path]:
     """Run the stages of a config, as the command `train` does; return the folder of each.
 
-    What is done already is not done again, and what was interrupted goes on. reward: a function
+    Finished stages are reused; an interrupted one resumes. reward: a function
     (prompts, completions) -> numbers, lists of n texts and n numbers, in place of config.reward:
     pairs are labelled by it, ppo maximises it, evaluate and best_of_n report it. loss: a loss of
     your own for dpo, as in `Trainer`. Stages know both functions by their names: give another
@@ -722,15 +793,20 @@ def _settings(objective: str, settings: dict, lora: dict | None) -> tuple[Config
     config = configs.default((objective,))
     block = config[objective]
     allowed = [name for name in block if name not in RUN_SETTINGS]
-    _check_names(f"Trainer(model, {objective!r})", settings, allowed)
-    block.update(settings)
+    call = f"Trainer(model, {objective!r})"
+    _check_names(call, settings, allowed)
+    _check_fields(call, objective, settings, block)
+    block.update(_as_typed(settings, block))
     # Batches are as large as `step` is given them, so any size of microbatches divides them.
     block.batch_size = microbatch_size_of(block)
     if lora is not None:
+        if not isinstance(lora, dict):
+            raise TypeError(f"lora={_shown(lora)}: expected a dict such as dict(rank=16).")
         _check_names("lora", lora, list(config.model.lora))
+        _check_fields(f"{call}, lora", "model.lora", lora, config.model.lora)
         if lora.get("rank", 0) < 1:
             raise ValueError(f"lora={lora!r}: expected a rank of 1 or more.")
-        config.model.lora.update(lora)
+        config.model.lora.update(_as_typed(lora, config.model.lora))
     # The checks are those of a run, which names where its model and data are.
     config.model.path = config.data.path = "given"
     config_checks.validate(config)
@@ -738,11 +814,65 @@ def _settings(objective: str, settings: dict, lora: dict | None) -> tuple[Config
 
 
 def _check_names(place: str, given: Iterable[str], known: Sequence[str]) -> None:
+    """Raise TypeError at the first name that is not known."""
     for name in given:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(known)}."
             raise TypeError(f"{place} has no setting {name!r}; {hint}")
+
+
+def _check_fields(call: str, block: str, given: dict, defaults: Mapping) -> None:
+    """Check arguments that are fields of a config block as a run's config is checked.
+
+    Raises TypeError where a value is not of the type of its default, and ValueError where the field
+    does not take it.
+    """
+    for name, value in given.items():
+        if name not in defaults:
+            continue
+        _check_type(call, name, value, defaults[name])
+        expected = config_checks.expected_instead(f"{block}.{name}", value)
+        if expected:
+            raise ValueError(f"{call}: {name}={value!r}: expected {expected}.")
+
+
+def _check_number(call: str, name: str, value, *, least: int) -> None:
+    """Raise TypeError where an argument is no whole number, ValueError where it is too low."""
+    _check_type(call, name, value, least)
+    if value < least:
+        raise ValueError(f"{call}: {name}={value!r}: expected at least {least}.")
+
+
+def _check_choice(call: str, name: str, value, choices: tuple[str, ...]) -> None:
+    """Raise ValueError where an argument is none of its choices; "" is one that is not told."""
+    if value not in choices:
+        shown = ", ".join(repr(choice) for choice in choices if choice)
+        raise ValueError(f"{call}: {name}={value!r}: expected one of {shown}.")
+
+
+def _check_type(call: str, name: str, value, default) -> None:
+    """Raise TypeError where an argument cannot stand in the place of its default."""
+    for kind, accepted, expected in TYPES:
+        if isinstance(default, kind):
+            is_truth = isinstance(value, bool) and kind is not bool  # which Python has as a number
+            if not isinstance(value, accepted) or is_truth:
+                raise TypeError(f"{call}: {name}={_shown(value)}: expected {expected}.")
+            return
+
+
+def _as_typed(given: dict, defaults: Mapping) -> dict:
+    """Return numbers of numpy as Python's own, the only ones that a config takes."""
+    found = {}
+    for name, value in given.items():
+        default = defaults[name]
+        found[name] = type(default)(value) if isinstance(default, int | float) else value
+    return found
+
+
+def _check_examples(call: str, examples) -> None:
+    if not isinstance(examples, Examples):
+        raise TypeError(f"{call} takes examples of model.encode; found {_shown(examples)}.")
 
 
 def _parse_rows(rows: Iterable[dict], data: ConfigDict, kind: str) -> list[TextExample]:

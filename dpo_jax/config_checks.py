@@ -128,7 +128,16 @@ def _validate_run(config):
 
 
 def _validate_alone(field: str, value):
-    """Check a field, BLOCK.NAME, for values that are wrong whatever the other fields are."""
+    expected = expected_instead(field, value)
+    if expected:
+        _fail(field, value, expected)
+
+
+def expected_instead(field: str, value) -> str:
+    """Return what a field, BLOCK.NAME, expects instead of the value; "" if the value may stand.
+
+    It is about the field alone, whatever the others are, and takes a value of the field's type.
+    """
     block, _, name = field.partition(".")
     rules = [field]
     if block in STAGES and STAGES[block].trains:
@@ -139,9 +148,10 @@ def _validate_alone(field: str, value):
             # A run that was given a function has recorded it in such a field.
             if field in FUNCTIONS and str(value).startswith("function"):
                 expected += f"; a function is given by dpo_jax.run(..., {FUNCTIONS[field]}=...)"
-            _fail(field, value, expected)
+            return expected
         if rule in LEAST and value < LEAST[rule]:
-            _fail(field, value, f"at least {LEAST[rule]}")
+            return f"at least {LEAST[rule]}"
+    return ""
 
 
 def _validate_model(model):

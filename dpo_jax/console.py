@@ -33,7 +33,11 @@ def say(text: str = "") -> None:
 def warn(text: str) -> None:
     """Print a warning; where nothing is to be said, issue it as a Python warning."""
     if _QUIET.get():
-        warnings.warn(text, stacklevel=2)
+        # The place that is shown is the caller's own line, the first outside of this package.
+        frame, level = sys._getframe(1), 2
+        while frame.f_back and frame.f_globals.get("__name__", "").startswith("dpo_jax."):
+            frame, level = frame.f_back, level + 1
+        warnings.warn(text, stacklevel=level)
     else:
         say(f"warning: {text}")
 

@@ -155,7 +155,7 @@ class Ledger:
                 raise ValueError(
                     f"{dropped} of {judged} {name} rows ({dropped / judged:.1%}) had to be "
                     f"dropped; data.max_dropped allows {max_dropped:.1%}:{reasons}\n"
-                    "Mend these rows, or raise data.max_dropped if losing them is right."
+                    "Fix these rows, or raise data.max_dropped if losing them is right."
                 )
         if not self.train.kept:
             filtered = sum(self.train.filtered.values())

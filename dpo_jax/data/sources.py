@@ -392,7 +392,7 @@ def _explain(error: Malformed, where: str, record, data, source: Source) -> str:
             f"  data.path: {data.path}",
             f"  fields found: {found or 'none'}",
             f"  a right row for data.source={data.source}: {source.example}",
-            "Mend the row, or drop and count such rows with --config.data.on_bad_row=drop.",
+            "Fix the row, or drop and count such rows with --config.data.on_bad_row=drop.",
         ]
     )
 

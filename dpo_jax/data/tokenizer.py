@@ -34,7 +34,7 @@ Prompt = list[int]
 Responses = list[list[int]]
 
 
-@dataclass
+@dataclass(repr=False)
 class Examples(Sequence):
     """Tokenised examples: a sequence of (prompt, responses), one response for SFT, two for pairs.
 
@@ -45,6 +45,10 @@ class Examples(Sequence):
     prompts: list[np.ndarray] = field(default_factory=list)
     responses: list[tuple[np.ndarray, ...]] = field(default_factory=list)
     where: list[str] = field(default_factory=list)  # the file and row of each
+
+    def __repr__(self) -> str:
+        is_pairs = len(self) and len(self.responses[0]) == 2
+        return f"Examples({len(self)} {'pairs' if is_pairs else 'completions'})"
 
     def __len__(self) -> int:
         return len(self.prompts)

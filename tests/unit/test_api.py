@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 
 import jax
 import numpy as np
@@ -45,7 +46,7 @@ def test_import_does_not_import_jax():
     code = """
 import sys
 import dpo_jax
-assert set(dpo_jax.__all__) <= set(dir(dpo_jax))
+assert set(dpo_jax.__all__) == set(dir(dpo_jax))
 print({"jax", "numpy", "transformers"} & sys.modules.keys())
 """
     assert run_python(code) == "set()\n"
@@ -412,6 +413,32 @@ def test_save_and_load(loaded, pairs, tmp_path):
         (lambda m, p: m.encode(ROWS, maxlength=9), "'maxlength'; did you mean max_length"),
         (lambda m, p: dpo_jax.Trainer(m, "dpo").step(ROWS), "takes examples of model.encode"),
         (lambda m, p: m.generate("w1"), "takes a list of prompts"),
+        (lambda m, p: m.generate(["w1"], temperatur=1), "'temperatur'; did you mean temperature"),
+        (lambda m, p: m.generate(["w1"], top_k="x"), r"generate: top_k='x' \(str\): .* whole n"),
+        (lambda m, p: m.generate(["w1"], n=1.5), r"generate: n=1.5 \(float\): expected a whole n"),
+        (lambda m, p: m.generate(["w1"], max_prompt_length=""), "generate: max_prompt_length=''"),
+        (lambda m, p: m.encode(ROWS, max_length="x"), "encode: max_length='x'.* a whole number"),
+        (lambda m, p: m.encode(ROWS, append_eos=1), r"append_eos=1 \(int\): .* True or False"),
+        (lambda m, p: m.log_probs(ROWS), "log_probs takes examples of model.encode; found"),
+        (lambda m, p: m.log_probs(p, batch_size="8"), r"log_probs: batch_size='8' \(str\)"),
+        (lambda m, p: dpo_jax.batches(ROWS), "batches takes examples of model.encode; found"),
+        (lambda m, p: dpo_jax.batches(p, seed="x"), r"batches: seed='x' \(str\)"),
+        (lambda m, p: dpo_jax.batches(p, epochs=""), r"batches: epochs='' .*expected a number"),
+        (lambda m, p: dpo_jax.Trainer("x"), r"Trainer takes a model .* dpo_jax.load\('x'\) loads"),
+        (lambda m, p: dpo_jax.Trainer(m, lr="x"), r"'dpo'\): lr='x' \(str\): expected a number"),
+        (lambda m, p: dpo_jax.Trainer(m, warmup_steps=True), r"warmup_steps=True \(bool\)"),
+        (lambda m, p: dpo_jax.Trainer(m, lora=8), r"lora=8 \(int\): expected a dict"),
+        (lambda m, p: dpo_jax.Trainer(m, lora=dict(rank="8")), r"lora: rank='8' \(str\)"),
+        (lambda m, p: dpo_jax.Trainer(m, reference=3), r"reference=3 \(int\): expected 'init'"),
+        (
+            lambda m, p: dpo_jax.Trainer(m, reference_log_probs=np.zeros((4, 2))),
+            "reference_log_probs takes what model.log_probs",
+        ),
+        (lambda m, p: dpo_jax.load("P", attenton="xla"), "load has .*'attenton'; .* attention"),
+        (lambda m, p: dpo_jax.load("P", mesh=dict(fsd=1)), "mesh.* no setting 'fsd'; .* fsdp"),
+        (lambda m, p: dpo_jax.load("P", mesh=dict(fsdp="2")), r"load: mesh.fsdp='2' \(str\)"),
+        (lambda m, p: dpo_jax.load("P", mesh=2), r"load: mesh=2 \(int\): expected a jax mesh"),
+        (lambda m, p: dpo_jax.load("P", unroll="x"), r"load: unroll='x' \(str\)"),
     ],
 )
 def test_wrong_arguments_are_named(loaded, pairs, call, message):
@@ -433,11 +460,69 @@ def test_wrong_arguments_are_named(loaded, pairs, call, message):
         (lambda m, p: dpo_jax.Trainer(m, "dpo").step(m.encode(ROWS, kind="sft")), "takes pairs"),
         (lambda m, p: m.encode(ROWS, kind="pair"), "kind='pair'"),
         (lambda m, p: m.generate(["w1"], temperature=-1), "temperature=-1"),
+        (lambda m, p: m.generate(["w1"], n=0), "generate: n=0: expected at least 1"),
+        (lambda m, p: m.generate(["w1"], truncate="x"), "truncate='x': expected one of auto"),
+        (lambda m, p: m.encode(ROWS, source="hhh"), "source='hhh': expected one of 'local', 'hh'"),
+        (lambda m, p: m.encode(ROWS, max_length=1), "encode: max_length=1: expected at least 2"),
+        (lambda m, p: m.log_probs(p, batch_size=0), "log_probs: batch_size=0: expected at least 1"),
+        (lambda m, p: dpo_jax.batches(p, batch_size=0), "batches: batch_size=0: expected at least"),
+        (lambda m, p: dpo_jax.batches(p, steps=-1), "batches: steps=-1: expected at least 0"),
+        (lambda m, p: dpo_jax.batches(p, batch_size=1, epochs=-1), "make no batch"),
+        (lambda m, p: dpo_jax.Trainer(m).evaluate(p, batch_size=0), "evaluate: batch_size=0"),
+        (lambda m, p: dpo_jax.Trainer(m, steps=-1), r"'dpo'\): steps=-1: expected at least 0"),
+        (
+            lambda m, p: dpo_jax.load("P", dtype="float16"),
+            "'float16': expected one of float32, bfl",
+        ),
+        (
+            lambda m, p: dpo_jax.load("P", attention="flash"),
+            "load: attention='flash': .* auto, xla",
+        ),
+        (lambda m, p: dpo_jax.load("P", remat="some"), "load: remat='some': expected one of none"),
+        (lambda m, p: dpo_jax.load("P", unroll=0), "load: unroll=0: expected at least 1"),
+        (lambda m, p: dpo_jax.load("P", head="value"), "head='value': expected one of 'lm', 'rewa"),
     ],
 )
 def test_wrong_values_are_named(loaded, pairs, call, message):
     with pytest.raises(ValueError, match=message):
         call(loaded, pairs)
+
+
+def test_numbers_of_numpy_are_taken(loaded, pairs):
+    trainer = trainer_of(loaded, beta=np.float32(0.5), warmup_steps=np.int64(2), lr=1)
+    plain = trainer_of(loaded, beta=0.5, warmup_steps=2, lr=1.0)
+    assert trainer.step(pairs) == plain.step(pairs)
+
+
+def test_representations_are_short(loaded, pairs):
+    assert repr(pairs) == "Examples(4 pairs)"
+    assert repr(loaded.encode(ROWS, kind="sft")) == "Examples(4 completions)"
+    assert repr(dpo_jax.batches(pairs, batch_size=2)) == (
+        "BatchPlan(2 batches of 2 from Examples(4 pairs))"
+    )
+    assert repr(loaded.log_probs(pairs)) == "LogProbs(Examples(4 pairs))"
+    trainer = trainer_of(loaded, lora=dict(rank=2))
+    trainer.step(pairs)
+    assert repr(trainer) == f"Trainer({loaded!r}, 'dpo', lora rank 2, 1 steps done)"
+
+
+def test_warnings_name_the_callers_line(loaded):
+    with pytest.warns(UserWarning, match="but the model was made for") as caught:
+        loaded.generate(["w1"], max_new_tokens=loaded.config.max_positions)
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_fit_that_fails_closes_bar_and_thread(loaded, pairs, monkeypatch):
+    closed = []
+    monkeypatch.setattr("dpo_jax.console.Progress.close", lambda self: closed.append(self))
+    before = threading.active_count()
+    trainer = trainer_of(loaded, optimizer="sgd", lr=1e30, max_grad_norm=0.0)
+    with pytest.raises(FloatingPointError) as caught:
+        trainer.fit(pairs, batch_size=2, steps=9)
+    # `caught` holds the frames of the loop, as a notebook does: only closing ends the thread.
+    assert caught.tb
+    assert len(closed) == 1
+    assert threading.active_count() == before
 
 
 def test_nan_loss_names_rows(loaded, pairs):

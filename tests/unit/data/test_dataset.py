@@ -160,7 +160,7 @@ def test_load_stops_at_max_dropped(tmp_path, letters):
         "5 of 100 train rows (5.0%) had to be dropped; data.max_dropped allows 4.0%:\n"
         "  4 x empty response (rows.jsonl row 96, rows.jsonl row 97, rows.jsonl row 98, ...)\n"
         "  1 x EOS inside the text (rows.jsonl row 100)\n"
-        "Mend these rows, or raise data.max_dropped if losing them is right."
+        "Fix these rows, or raise data.max_dropped if losing them is right."
     )
 
 
