@@ -17,6 +17,7 @@ import pathlib
 from absl import flags
 
 from dpo_jax import config as configs
+from dpo_jax import device_command
 from dpo_jax.console import Progress, say
 from dpo_jax.data import readers
 from dpo_jax.models import loading
@@ -193,7 +194,7 @@ def main():
             limits={name: flag.value for name, flag in limits.items()},
         )
 
-    processes.run(sample_rows, __doc__)
+    device_command.run(sample_rows, __doc__)
 
 
 if __name__ == "__main__":

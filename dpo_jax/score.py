@@ -14,6 +14,7 @@ import numpy as np
 from absl import flags
 
 from dpo_jax import config as configs
+from dpo_jax import device_command
 from dpo_jax.console import say
 from dpo_jax.data import dataset, readers
 from dpo_jax.models import inference, loading
@@ -122,7 +123,7 @@ def main():
             limits={name: flag.value for name, flag in limits.items()},
         )
 
-    processes.run(score_pairs, __doc__)
+    device_command.run(score_pairs, __doc__)
 
 
 if __name__ == "__main__":

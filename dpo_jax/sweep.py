@@ -15,11 +15,10 @@ import pathlib
 from absl import flags
 from ml_collections import ConfigDict
 
-from dpo_jax import command_line, config_checks, config_files, stage_table
+from dpo_jax import command_line, config_checks, config_files, device_command, stage_table
 from dpo_jax import config as configs
 from dpo_jax.console import SHOWN, say
 from dpo_jax.evaluation import plots
-from dpo_jax.parallel import processes
 from dpo_jax.pipeline.stages import run_stages
 from dpo_jax.run_name import name_run
 from dpo_jax.training.metric_names import is_evaluation
@@ -107,7 +106,7 @@ def main():
         say(f"WORKDIR is {folder}")
         run(swept, folder, sweep.value, base=config_files.load(config.choice))
 
-    processes.run(sweep_field, __doc__, config=config)
+    device_command.run(sweep_field, __doc__, config=config)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,8 @@ Runs the stages of a config in order, each in its own folder under WORKDIR. The 
 continues an interrupted run where it stopped, and does nothing once everything is done.
 """
 
-from dpo_jax import command_line, config_checks, config_files
+from dpo_jax import command_line, config_checks, config_files, device_command
 from dpo_jax.console import say
-from dpo_jax.parallel import processes
 from dpo_jax.pipeline.stages import run_stages
 from dpo_jax.run_name import name_run
 
@@ -22,7 +21,7 @@ def main():
         say(f"WORKDIR is {folder}")
         run_stages(run_config, folder)
 
-    processes.run(train, __doc__, config=config)
+    device_command.run(train, __doc__, config=config)
 
 
 if __name__ == "__main__":

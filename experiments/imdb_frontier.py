@@ -169,8 +169,7 @@ def attempt(run_stages, config, workdir: str) -> None:
 def main():
     from absl import flags
 
-    from dpo_jax import command_line
-    from dpo_jax.parallel import processes
+    from dpo_jax import command_line, device_command
 
     config = command_line.define_config("imdb")
     workdir = flags.DEFINE_string("workdir", None, "Folder of the runs and the results.")
@@ -184,7 +183,7 @@ def main():
         make_config = config_maker(config.choice, config.overrides)
         run(make_config, workdir.value, names.value, dry_run.value)
 
-    processes.run(make_runs, __doc__, config=config)
+    device_command.run(make_runs, __doc__, config=config)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from dpo_jax import command_line, config_checks
+from dpo_jax import command_line, config_checks, device_command
 from dpo_jax import config as configs
 from dpo_jax.console import say
 from dpo_jax.data import dataset
@@ -607,4 +607,4 @@ def main(
         make_config = commands.config_maker(config.choice, config.overrides)
         run(make_config, workdir.value, options)
 
-    processes.run(start, description, config=config)
+    device_command.run(start, description, config=config)

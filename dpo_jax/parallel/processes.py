@@ -1,4 +1,4 @@
-"""Set up a command before it touches a device, and the processes that run it together."""
+"""Set up jax before it touches a device, and the processes that run a command together."""
 
 import contextlib
 import importlib.util
@@ -14,8 +14,6 @@ from collections.abc import Callable
 import jax
 import numpy as np
 from absl import logging
-
-from dpo_jax import command_line
 
 # Where compiled programs are kept; JAX_COMPILATION_CACHE_DIR overrides it.
 CACHE = pathlib.Path("~/.cache/dpo_jax/compiled").expanduser()
@@ -36,57 +34,6 @@ def keep_compiled_programs() -> None:
     # A user's own choice comes first, by variable or in code.
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ and not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(CACHE))
-
-
-def run(
-    command: Callable[[], None],
-    description: str,
-    *,
-    config: command_line.ConfigFlags | None = None,
-) -> None:
-    """Run a command, alone or as one of several processes that run it together; end the program.
-
-    The arguments are command_line.run's. The command's own flags are defined by now, and parsed
-    when it is called.
-    """
-    from absl import flags
-
-    coordinator = flags.DEFINE_string(
-        "coordinator",
-        None,
-        "HOST:PORT of process 0. Not on TPU pods and under Slurm, where the processes find each "
-        "other.",
-    )
-    count = flags.DEFINE_integer(
-        "num_processes", None, "How many processes there are.", lower_bound=1
-    )
-    number = flags.DEFINE_integer("process_id", None, "Which one this is, from 0.", lower_bound=0)
-    start()
-
-    def run_together():
-        join(coordinator.value, count.value, number.value)
-        with together(), _memory_errors():
-            command()
-
-    command_line.run(run_together, description, config=config)
-
-
-@contextlib.contextmanager
-def _memory_errors():
-    """Say what to do when an accelerator's memory is full, instead of jax's own words alone."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        # The status code that XLA puts first is all that tells this error from others.
-        if not str(error).startswith("RESOURCE_EXHAUSTED"):
-            raise
-        first_line = str(error).splitlines()[0]
-        raise MemoryError(
-            f"the device's memory is full ({first_line}). In training, set "
-            "config.STAGE.microbatch_size below its batch_size, or config.model.remat=full, or "
-            "split the weights over more devices by config.mesh.fsdp; `dpo-jax plan` tells in "
-            "advance what fits. In sampling and scoring, lower the batch_size."
-        ) from error
 
 
 def join(
@@ -145,10 +92,10 @@ def _gpus_of_a_lone_task() -> list[int] | None:
 
 
 @contextlib.contextmanager
-def together():
+def together(report: Callable[[BaseException], int]):
     """Abort all processes if one raises: the others would wait for it forever.
 
-    Alone, a process raises its own errors.
+    report: prints an error, and returns the exit status. Alone, a process raises its own errors.
     """
     try:
         yield
@@ -160,7 +107,7 @@ def together():
     except BaseException as error:
         if jax.process_count() == 1:
             raise
-        status = command_line.report(error)
+        status = report(error)
         who = f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}"
         print(f"{who} stops, and so do the others.", file=sys.stderr, flush=True)
         # sys.exit would wait for the others, which wait for this one.

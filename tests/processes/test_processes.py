@@ -262,5 +262,5 @@ def test_bucket_workdir_is_refused(model, pairs):
 
 
 def test_single_process_raises_own_errors():
-    with pytest.raises(KeyError), processes.together():
+    with pytest.raises(KeyError), processes.together(lambda error: 1):
         raise KeyError("mine")

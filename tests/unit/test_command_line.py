@@ -6,10 +6,11 @@ import re
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from dpo_jax import __main__ as dpo_jax_main
-from dpo_jax import command_line
+from dpo_jax import command_line, device_command
 from dpo_jax.command_line import split_overrides
 from tests.helpers.paths import ROOT
 
@@ -25,7 +26,7 @@ def program(body: str, *arguments, config=False):
     """Run a command of the project whose body is given, in a process of its own."""
     source = f"""
 import sys
-from dpo_jax import command_line
+from dpo_jax import command_line, device_command
 __package__ = "experiments"
 config = command_line.define_config() if {config} else None
 def body():
@@ -233,3 +234,13 @@ def test_is_for_people():
     except ValueError as error:
         assert not command_line.is_for_people(error)
     assert not command_line.is_for_people(ValueError("never raised"))
+
+
+def test_full_memory_is_explained():
+    full = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.\n at layer 3"
+    with pytest.raises(MemoryError, match=r"is full \(RESOURCE_EXHAUSTED: .* 9 bytes.\)\. In"):
+        with device_command.explain_full_memory():
+            raise jax.errors.JaxRuntimeError(full)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        with device_command.explain_full_memory():
+            raise jax.errors.JaxRuntimeError("INTERNAL: RESOURCE_EXHAUSTED elsewhere")

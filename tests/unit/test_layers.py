@@ -13,6 +13,7 @@ FLOORS = [  # the rooms and the files beside them, from the ground up
         "data",
         "parallel",
         "command_line",
+        "device_command",
         "config",
         "config_checks",
         "config_files",
