@@ -7,9 +7,10 @@
 
 You can add a size, a method, or both, separated by a comma, after a colon. Sizes: gptj (the default
 and the paper's: GPT-J-6B, already supervised by CarperAI), pythia1b and pythia2.8b (which begin
-with the stage sft), and tiny, for tests, on rows that experiments/tiny_tldr.py makes. Methods: dpo
-(the default), preferred_ft, ppo (on a reward model) or best_of_n. Methods with the same --workdir
-share the stages sft and rm. The last command judges them all.
+with the stage sft), and tiny, for tests, on rows that `python -m experiments.tiny_tldr
+runs/tldr_tiny` makes. Methods: dpo (the default), preferred_ft, ppo (on a reward model) or
+best_of_n. Methods with the same --workdir share the stages sft and rm. The last command judges them
+all.
 
 Hardware: weights, gradients, optimiser state and reference of DPO take 97 GB in total for gptj, 16
 GB for pythia1b and 45 GB for pythia2.8b, with bfloat16 compute. Time: not measured. Prompts have up

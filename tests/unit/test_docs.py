@@ -1,5 +1,6 @@
-"""README and docs/: commands parse, links resolve, generated pages are fresh, metrics explained."""
+"""README, docs/ and configs: commands parse, links resolve, generated pages are fresh."""
 
+import ast
 import dataclasses
 import importlib.util
 import pathlib
@@ -27,6 +28,7 @@ PAGES = sorted(
 )
 # Pages that show commands to a reader; the others record what was run at some time.
 GUIDES = [page for page in PAGES if ROOT / "experiments" not in page.parents]
+CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
 LAUNCH = (ROOT / "launch.sh").read_text()
 COMMAND = re.compile(r"(?:python -m (?:dpo_jax|experiments|tests)\.|dpo-jax |\./launch\.sh )")
 
@@ -41,13 +43,24 @@ def blocks(page: pathlib.Path) -> list[str]:
     return [line for block in found for line in re.sub(r"\s*\\\n\s*", " ", block).splitlines()]
 
 
+def docstring(file: pathlib.Path) -> str:
+    return ast.get_docstring(ast.parse(file.read_text()))
+
+
+def indented(text: str) -> list[str]:
+    """Return the indented lines of a docstring, in which continued ones are joined already."""
+    return [" ".join(line.split()) for line in text.splitlines() if line.startswith("    ")]
+
+
 def commands() -> list:
-    """Return every command of the project that a guide shows, in a block or in a sentence."""
+    """Return every command of the project that a guide or a config shows, wherever in it."""
     found = []
-    for page in GUIDES:
-        text = page.read_text()
+    for page in [*GUIDES, *CONFIGS]:
+        is_config = page.suffix == ".py"
+        text = docstring(page) if is_config else page.read_text()
+        shown = indented(text) if is_config else blocks(page)
         in_sentences = re.findall(r"`((?:python -m |dpo-jax |\./launch\.sh )[^`]+)`", text)
-        for line in [*blocks(page), *in_sentences]:
+        for line in [*shown, *in_sentences]:
             line = line.replace("\n", " ").rpartition("&& ")[2].strip()
             if COMMAND.match(line):
                 found.append(pytest.param(line, id=f"{name_of(page)}: {line[:60]}"))
@@ -120,6 +133,14 @@ def test_scripts_and_test_folders_exist(page):
     for line in blocks(page):
         for path in re.findall(r"python (?:-m pytest )?([\w/]+(?:\.py)?)(?= |$)", line):
             assert (ROOT / path).exists(), line
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=name_of)
+def test_paths_in_config_docstrings_exist(file):
+    for path in re.findall(
+        r"\b(?:configs|docs|dpo_jax|experiments|tests)/[\w/.]*\w", docstring(file)
+    ):
+        assert (ROOT / path).exists(), path
 
 
 def test_readme_has_the_two_commands():
