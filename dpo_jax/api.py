@@ -734,6 +734,11 @@ def run(
     your own for dpo, as in `Trainer`. Stages know both functions by their names: give another
     function another name, or the run another config.run or workdir.
     """
+    if not isinstance(config, ConfigDict):
+        raise TypeError(f"run takes a config of dpo_jax.load_config; found {_shown(config)}.")
+    for name, function in dict(reward=reward, loss=loss).items():
+        if function is not None and not callable(function):
+            raise TypeError(f"run: {name}={_shown(function)}: expected a function.")
     processes.keep_compiled_programs()
     with jax.default_matmul_precision("float32"), console.quiet(not verbose):
         run_stages(config, str(workdir), reward=reward, loss=_loss_of_pairs(loss) if loss else None)
