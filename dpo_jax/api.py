@@ -521,7 +521,8 @@ class Trainer:
         plan = batches(examples, batch_size=batch_size, steps=steps, epochs=epochs, seed=seed)
         if not self._block.steps:
             self._schedule_steps = self._steps_done + len(plan)
-        found, pending = [], None
+        found = []
+        pending = None
         with _as_commands(self._initial.mesh, verbose):
             progress = console.Progress(self._objective, 0, len(plan))
             ahead = prefetch(lambda step: self._placed(plan[step]), range(len(plan)))

@@ -25,7 +25,7 @@ from dpo_jax import config_files
 MISTAKE = 2  # exit status
 BUG = 1  # exit status
 INTERRUPTED = 128 + 2  # exit status, the shell's code for Ctrl-C
-BROKEN_PIPE = 128 + 13  # exit status, likewise
+BROKEN_PIPE = 128 + 13  # exit status, the shell's code for SIGPIPE
 
 # What our code raises for a person to read.
 _FOR_PEOPLE = (
@@ -155,7 +155,8 @@ def split_overrides(argv: list[str]) -> tuple[list[str], dict[str, str]]:
     The forms are --config.FIELD=VALUE and --config.FIELD VALUE; for a field that is True or False
     also --config.FIELD and --noconfig.FIELD.
     """
-    others, texts = [], {}
+    others = []
+    texts = {}
     position = 0
     while position < len(argv):
         argument = argv[position]

@@ -251,7 +251,8 @@ def _validate_reward_choice(config, stage):
 
 
 def _validate_sampling(config):
-    reward, sampling = config.reward, config.sampling
+    reward = config.reward
+    sampling = config.sampling
     on_toy = config.data.source == "toy"
     if reward.kind.startswith("toy") != on_toy:
         expected = "'toy' or 'toy_saturating' with data.source='toy', and only there"

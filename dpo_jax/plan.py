@@ -31,7 +31,9 @@ def main():
         "prompt_tokens", 0, "Tokens of each prompt. Default: the longest that the config allows."
     )
     response = flags.DEFINE_integer(
-        "response_tokens", 0, "Tokens of each response. Default: likewise."
+        "response_tokens",
+        0,
+        "Tokens of each response. Default: the longest that the config allows.",
     )
     rows = flags.DEFINE_integer(
         "rows", 0, "Training rows, if the config gives no steps and the data set is not known."
@@ -53,7 +55,8 @@ def main():
         planned_config = config.load()
         planned = [name for name in planned_config.stages if name in planner.PLANNED_STAGES]
         last = planned[-1] if planned else ""
-        chosen, topology = stage.value or last, topologies.parse(where.value)
+        chosen = stage.value or last
+        topology = topologies.parse(where.value)
         assumed = planner.Assumptions(prompt.value, response.value, rows.value, model.value)
         replan = functools.partial(planner.plan, topology=topology, stage=chosen, assumed=assumed)
         if sweep.value:
@@ -65,7 +68,8 @@ def main():
             if not report.fits:
                 found = advice.advise(planned_config, chosen, report, replan)
                 report = dataclasses.replace(report, advice=found)
-            values, text = report.to_dict(), report_lib.table(report)
+            values = report.to_dict()
+            text = report_lib.table(report)
         print(json.dumps(values) if as_json.value else text)
 
     command_line.run(plan, __doc__, config=config)

@@ -99,10 +99,16 @@ def _evaluation(result: dict, rows: list[dict]) -> dict[str, float]:
 
     An evaluate stage has reward and KL in done.json itself.
     """
-    if isinstance(result.get("evaluation"), dict):
-        return result["evaluation"]
-    if isinstance(result.get("reward"), float) and isinstance(result.get("kl"), float):
-        return {"frontier/reward": result["reward"], "frontier/kl": result["kl"]}
+    evaluation = result.get("evaluation")
+    if isinstance(evaluation, dict):
+        return evaluation
+
+    reward = result.get("reward")
+    kl = result.get("kl")
+    if isinstance(reward, float) and isinstance(kl, float):
+        return {"frontier/reward": reward, "frontier/kl": kl}
+
+    # A stage that is not done yet has no done.json; its rows tell how it is getting on.
     for row in reversed(rows):
         if any(is_evaluation(name) for name in row):
             return row
@@ -187,7 +193,9 @@ def _last_checkpoint(folder: pathlib.Path) -> int | None:
 
 def table(workdir: pathlib.Path) -> str:
     """Return the table of the runs in a WORKDIR, and a line for each folder that is none."""
-    runs, problems, others = [], [], []
+    runs = []
+    problems = []
+    others = []
     for folder in sorted(path for path in workdir.iterdir() if path.is_dir()):
         if not (folder / "config.json").exists():
             others.append(folder.name)

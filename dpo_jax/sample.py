@@ -41,7 +41,8 @@ def sample_file(
 
     limits: max_prompt_length and truncate, as in config.data.
     """
-    rows, path = _read(prompts_path), pathlib.Path(out)
+    rows = _read(prompts_path)
+    path = pathlib.Path(out)
     digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
     made_with = dict(
         model=model_path,

@@ -60,15 +60,16 @@ def points(
 
 def table(field: str, runs: dict[str, list[dict]]) -> str:
     """Return a table of the last evaluation of each run, with the metrics that training shows."""
-    ends = {}
+    last_evaluations = {}
     for value, rows in runs.items():
-        ends[value] = [row for row in rows if any(map(is_evaluation, row))][-1]
-    first = next(iter(ends.values()))
+        evaluations = [row for row in rows if any(map(is_evaluation, row))]
+        last_evaluations[value] = evaluations[-1]
+    first = next(iter(last_evaluations.values()))
     names = [name for name in SHOWN if name in first and is_evaluation(name)]
     widths = {name: max(len(SHOWN[name]), 8) + 2 for name in names}
     heads = "".join(f"{SHOWN[name]:>{widths[name]}}" for name in names)
     lines = [f"{field:<16}{'step':>7}{heads}"]
-    for value, row in ends.items():
+    for value, row in last_evaluations.items():
         cells = "".join(f"{row[name]:>{widths[name]}.4g}" for name in names)
         lines.append(f"{value:<16}{row['step']:>7}{cells}")
     return "\n".join(lines)
@@ -102,7 +103,8 @@ def main():
     flags.mark_flags_as_required(["sweep"])
 
     def sweep_field():
-        swept, folder = config.load(), workdir.value or config.default_workdir()
+        swept = config.load()
+        folder = workdir.value or config.default_workdir()
         say(f"WORKDIR is {folder}")
         run(swept, folder, sweep.value, base=config_files.load(config.choice))
 

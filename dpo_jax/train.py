@@ -15,7 +15,8 @@ def main():
     workdir = command_line.define_workdir()
 
     def train():
-        run_config, folder = config.load(), workdir.value or config.default_workdir()
+        run_config = config.load()
+        folder = workdir.value or config.default_workdir()
         config_checks.validate(run_config)  # a name is made of stages that are known to be right
         name_run(run_config, base=config_files.load(config.choice))
         say(f"WORKDIR is {folder}")

@@ -69,10 +69,10 @@ def check_cue(data, examples: Examples, tokenizer) -> None:
     # The cue as the tokenizer writes it, which may not be how the text had it.
     cue_ids = tokenizer(cue, add_special_tokens=False).input_ids
     written = tokenizer.decode(cue_ids).strip()
-    ends = tokenizer.batch_decode([examples.prompts[index][-CUE_TOKENS:] for index in longest])
+    tails = [examples.prompts[index][-CUE_TOKENS:] for index in longest]
     lost = []
-    for index, end in zip(longest, ends, strict=True):
-        if not end.endswith(written):
+    for index, tail in zip(longest, tokenizer.batch_decode(tails), strict=True):
+        if not tail.endswith(written):
             lost.append(index)
     if lost:
         raise ValueError(

@@ -142,8 +142,8 @@ def _hub_splits(path: str) -> Splits:
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise FileNotFoundError(
-            f"data.path={path!r}: no such file or folder here, and the Hugging Face hub does not "
-            f"give such a data set ({reason}). Without a network, download it elsewhere and pass "
+            f"data.path={path!r}: no such file or folder here, and it could not be "
+            f"fetched from the hub ({reason}). Without a network, download it elsewhere and pass "
             "the folder as --config.data.path=FOLDER; HF_HUB_OFFLINE=1 takes it from the hub's "
             "cache here."
         ) from error

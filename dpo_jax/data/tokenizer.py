@@ -235,7 +235,7 @@ def _append(
     whole_prompt = _started(text.prompt, prompt, rule)
     whole_responses = [_ended(text.prompt, response, rule) for response in responses]
     prompt, responses = cut(whole_prompt, whole_responses, rule)
-    # They may differ only behind the cut. Equal responses have no gradient.
+    # They may differ only after the cut. Equal responses have no gradient.
     if len(responses) == 2 and responses[0] == responses[1]:
         raise Unusable("chosen and rejected are equal in tokens, or once cut")
 
@@ -252,7 +252,7 @@ def _append(
 
 
 def _started(prompt: Text, ids: Prompt, rule: Rule) -> Prompt:
-    """Return a prompt's ids behind what the tokenizer starts a text with, once."""
+    """Return a prompt's ids after what the tokenizer starts a text with, once."""
     if isinstance(prompt, list) and ids:
         return ids  # the chat template has put it
     if rule.adds_bos:
@@ -324,7 +324,7 @@ def _template(prompt: Text, tokenizer, where: str = "a prompt", answered: bool =
 
 
 def _without_tail(text: str, eos: str | None) -> str:
-    """Return the text without the white space that some templates put behind the EOS."""
+    """Return the text without the white space that some templates put after the EOS."""
     stripped = text.rstrip()
     return stripped if eos and stripped.endswith(eos) else text
 

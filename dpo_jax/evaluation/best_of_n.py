@@ -35,7 +35,10 @@ def write(
     """
     sampling = dataclasses.replace(sampling, n=max(counts))
     rows = rollouts.complete(model, prompts, true, sampling, folder)
-    prompt_texts, texts, tokens, true_rewards = [], [], [], []
+    prompt_texts = []
+    texts = []
+    tokens = []
+    true_rewards = []
     for row in rows:
         prompt_ids = np.array(row["tokens"], np.int32)
         for completion in row["completions"]:

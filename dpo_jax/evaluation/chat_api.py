@@ -86,7 +86,9 @@ class Calls:
     """Answers of an endpoint: from the file where they are kept, else by a call. See `opened`."""
 
     def __init__(self, endpoint: Endpoint, file, rows: list[dict]):
-        self._endpoint, self._file, self._client = endpoint, file, None
+        self._endpoint = endpoint
+        self._file = file
+        self._client = None
         self._answers = {row["key"]: row["answer"] for row in rows}
         answered = [row for row in rows if row["answer"] is not None]
         # Whether this model has answered anything: a refusal is then the question's fault.

@@ -280,7 +280,8 @@ def read_choice(answer: str) -> str | None:
 async def _ask_all(judge: Judge, questions: list, path: pathlib.Path, show: Callable) -> dict:
     """Ask all questions: (comparison, order) -> verdict. After a failure no new call is made."""
     template = read_template(judge.template)
-    waiting, found = collections.deque(questions), {}
+    waiting = collections.deque(questions)
+    found = {}
     has_prices = bool(judge.input_price or judge.output_price)
     async with chat_api.opened(judge, path) as calls:
         report = _Report(show, calls, len(questions), has_prices)
@@ -326,11 +327,15 @@ class _Report:
     def __init__(
         self, show: Callable[[str], None], calls: chat_api.Calls, total: int, priced: bool
     ):
-        self._show, self._calls, self._total, self._priced = show, calls, total, priced
+        self._show = show
+        self._calls = calls
+        self._total = total
+        self._priced = priced
         self._began = self._last = time.monotonic()
 
     def __call__(self, done: int) -> None:
-        now, calls = time.monotonic(), self._calls
+        now = time.monotonic()
+        calls = self._calls
         if done < self._total and now - self._last < PROGRESS_SECONDS:
             return
         self._last = now

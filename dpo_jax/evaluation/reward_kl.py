@@ -36,6 +36,7 @@ def evaluate(
     frontier/reward, /kl (exact per step) and /kl_sampled (log-ratios), each with its standard error
     (_se), and /length (tokens), /eos_rate and /repetition.
     """
+    # sampling.n is 1.
     drawn = [completion for (completion,) in sampler.sample(model, prompts.ids, sampling)]
     tokens = [completion.tokens for completion in drawn]
     texts = prompts_lib.completion_texts(prompts, tokens, model.tokenizer)
@@ -74,6 +75,7 @@ def sequence_kls(
     later samples need no new program.
     """
     batch_size = sharding.whole_shards(min(batch_size, len(pairs)), model.mesh)
+    # A made-up batch of the longest sequences gives the shape.
     longest_prompt = np.zeros(max(len(prompt) for prompt, _ in pairs), np.int32)
     longest = (longest_prompt, (np.zeros(max_new_tokens, np.int32),))
     examples_per_shard = batch_size // sharding.batch_shards(model.mesh)
@@ -84,6 +86,7 @@ def sequence_kls(
         batch_size=batch_size,
         shape=packing.shape_of([longest] * examples_per_shard),
     )
+    # Float64: hundreds of small terms of either sign.
     log_ratio_B = np.array([values.sum(dtype=np.float64) for values in log_ratios])
     kl_B = np.array([values.sum(dtype=np.float64) for values in kls])
     return log_ratio_B, kl_B
@@ -96,6 +99,7 @@ def _token_kls(config, params, reference, batch):
 
 def repetition(tokens) -> float:
     """Return the share of a completion's token 3-grams that repeat an earlier one."""
+    # Repetition is how a policy that over-optimises often falls apart.
     grams = [tuple(tokens[i : i + GRAM]) for i in range(len(tokens) - GRAM + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 

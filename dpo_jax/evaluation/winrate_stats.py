@@ -39,6 +39,7 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
     if not n:
         return 0.0, 1.0
     share = successes / n
+    # Pulled towards 1/2, so that it stays within [0, 1] and has a width even at 0 or n wins.
     centre = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
     half = Z * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2)) / (1 + Z**2 / n)
     return max(0.0, float(centre - half)), min(1.0, float(centre + half))
@@ -58,6 +59,7 @@ def paired(first: list[str | None], second: list[str | None]) -> dict:
     differences_N = _points([a for a, _ in kept]) - _points([b for _, b in kept])
     n = len(kept)
     better, worse = int((differences_N > 0).sum()), int((differences_N < 0).sum())
+    # Two prompts more, whose differences cancel: n + 2 below, and 1 more in the sum of squares.
     centre = differences_N.sum() / (n + 2)
     half = Z * math.sqrt((((differences_N**2).sum() + 1) / (n + 2) - centre**2) / (n + 2))
     return dict(
@@ -105,7 +107,9 @@ def agreement(pairs: list[list[tuple[str, str]]]) -> dict:
 
 def _kappa_interval(total_LL, counts_NLL) -> tuple[float | None, float | None, float | None]:
     """Cohen's kappa and its jackknife interval; None for what is not defined."""
-    kappa, n = float(_kappa(total_LL)), len(counts_NLL)
+    kappa = float(_kappa(total_LL))
+    n = len(counts_NLL)
+    # The jackknife: kappa without each item in turn.
     without_N = _kappa(total_LL - counts_NLL)
     if math.isnan(kappa):
         return None, None, None
@@ -121,6 +125,7 @@ def _kappa(counts_LL) -> np.ndarray:
         shares = counts_LL / counts_LL.sum(axis=(-2, -1), keepdims=True)
         observed = np.trace(shares, axis1=-2, axis2=-1)
         chance = (shares.sum(axis=-1) * shares.sum(axis=-2)).sum(axis=-1)
+        # Where chance agreement is certain, kappa would be 0 / 0.
         return np.where(chance < 1 - 1e-12, (observed - chance) / (1 - chance), np.nan)
 
 

@@ -3,7 +3,7 @@
 To add a family, write the function that reads its config and the table of its tensors, or take a
 relative's, and enter them in FAMILIES.
 
-Letters in the tables' patterns, besides those of `transformer.py`: T positions, p parameters that
+Letters in the tables' patterns, with those of `transformer.py`: T positions, p parameters that
 are stored as one tensor.
 """
 
@@ -107,7 +107,8 @@ def from_hf(hf_config, **options) -> TransformerConfig:
     configure = family(hf_config.model_type).configure
     # Quantised weights are stored as integers and scales, which only their own kernels read.
     _only(hf_config, quantization_config=None)
-    width, heads = hf_config.hidden_size, hf_config.num_attention_heads
+    width = hf_config.hidden_size
+    heads = hf_config.num_attention_heads
     # What most families say under the same names, or leave to a default; `configure` replaces the
     # rest.
     shared = TransformerConfig(

@@ -24,11 +24,13 @@ def forward(config: TransformerConfig, shape: Shape) -> dict[str, int]:
         path_name(path): leaf.size
         for path, leaf in jax.tree_util.tree_leaves_with_path(transformer.abstract(config))
     }
+    # Norms and biases are left out: they are no products.
     layers = sum(
         size
         for name, size in kernels.items()
         if name.startswith("layers/") and name.endswith("kernel")
     )
+    # Two products, queries with keys and weights with values, of 2 FLOPs each: 4 for every pair.
     count_R, length_R = np.array(shape.rows).T
     seen = int(count_R @ _seen(length_R, config.window))
     return dict(
@@ -56,6 +58,8 @@ def of_step(
     the work of the adapters themselves is left out. What remat computes again is not counted.
     """
     return cells * sum(
+        # Frozen weights save one of the three: their own gradient. Attention has no weights to save
+        # on.
         (3 + reference - (frozen and part != "attention")) * size
         for part, size in forward(config, shape).items()
     )
@@ -70,6 +74,7 @@ def of_program(jaxpr) -> int:
     total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
+            # 2 FLOPs for each number of the result and each term of its sum.
             (contracted, _), _ = equation.params["dimension_numbers"]
             sizes = equation.invars[0].aval.shape
             total += (
@@ -80,6 +85,7 @@ def of_program(jaxpr) -> int:
         inner = [
             of_program(found) for value in equation.params.values() for found in _jaxprs(value)
         ]
+        # One branch runs; the dearest is counted.
         if equation.primitive.name == "cond":
             total += max(inner)
         else:
@@ -104,6 +110,7 @@ def _times(equation) -> int:
 
 def _seen(length_R, window: int | None):
     """Return the number of pairs of a token and one that it sees, in each row."""
+    # The first tokens see 1, 2, 3, ... up to the window; all later ones see the whole window.
     window_R = np.minimum(window or length_R, length_R)
     return window_R * (window_R + 1) // 2 + (length_R - window_R) * window_R
 

@@ -68,6 +68,7 @@ def map_responses(
     batches = _lay_out(examples, mesh, batch_size, indices, shape)
     for step, values_SQ in map_batches(function, _loader(batches), len(batches), mesh, name):
         placed = batches.indices(step)
+        # Fillers and the order of cells are undone here, so callers see only their own examples.
         is_real = placed != FILLER
         yield placed[is_real], values_SQ.reshape(len(placed), -1)[is_real]
 
@@ -112,6 +113,7 @@ def map_batches(
 
     for step, batch in prefetch(place, range(count)):
         with jax.set_mesh(mesh):
+            # np.asarray waits for the device. Meanwhile the thread packs the next batches.
             values = jax.tree.map(np.asarray, function(batch))
         yield step, values
         if progress:
@@ -123,6 +125,7 @@ def map_batches(
 def _lay_out(examples, mesh, batch_size: int, indices, shape: Shape | None) -> Batches:
     """Return the batches of the examples, each once and in order."""
     count = len(examples) if indices is None else len(indices)
+    # The order counts within `indices`; then it is turned into indices of the examples.
     order = evaluation_order(count, sharding.whole_shards(batch_size, mesh))
     if indices is not None:
         order = np.where(order == FILLER, FILLER, indices[order])

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from dpo_jax.parallel.sharding import device
 
-# Layer -> the axes of its input and of its output, behind the tokens' axes S and N. Its kernel has
+# Layer -> the axes of its input and of its output, after the tokens' axes S and N. Its kernel has
 # the input's axes first: q's is [D, H, C], out's [H, C, D].
 AXES = {
     "q": ("D", "HC"),

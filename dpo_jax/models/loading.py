@@ -76,6 +76,7 @@ class Checkpoint:
         length_P = prompt_P + response_PK.max(axis=1)
         size_P = prompt_P + response_PK.sum(axis=1)
         parts = [part for prompt, responses in examples for part in (prompt, *responses)]
+        # reduceat takes where each example starts in the run of all tokens.
         largest_P = np.maximum.reduceat(np.concatenate(parts), np.cumsum(size_P) - size_P)
         if largest_P.max() >= self.config.vocab:
             first = int(np.argmax(largest_P >= self.config.vocab))
@@ -138,10 +139,12 @@ def from_scratch(fields: dict, seed: int, *, tokenizer_path: str = "", **options
 
     def load_params(mesh):
         placed = sharding.param_shardings(mesh, transformer.abstract(config))
+        # Each device makes its own part: a large model is never whole anywhere.
         make = jax.jit(lambda key: transformer.init(config, key), out_shardings=placed)
         return make(jax.random.key(seed))
 
     def fingerprint():
+        # The same seed and sizes give the same weights, so nothing needs to be read.
         return f"seed {seed} of {sorted(fields.items())}"
 
     return Checkpoint(config, hf_config, tokenizer, "", load_params, fingerprint)

@@ -148,7 +148,7 @@ def _in_chunks(config: TransformerConfig, function: Callable, models: list, targ
 
 def _head(config: TransformerConfig, params) -> dict:
     """Return the part of the weights that `unembed` reads."""
-    # Only these weights are laid out anew for the chunks: the scalar head and the trunk are not.
+    # Only these weights are laid out again for the chunks: the scalar head and the trunk are not.
     head = {name: x for name, x in params.get("head", {}).items() if name != "scalar"}
     if not config.tied:
         return {"head": head}

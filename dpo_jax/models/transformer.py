@@ -225,7 +225,8 @@ class Embed(nn.Module):
 
     @nn.compact
     def __call__(self, tokens_SN, positions_SN):
-        config, normal = self.config, nn.initializers.normal(0.02)
+        config = self.config
+        normal = nn.initializers.normal(0.02)
         table_VD = self.param("tokens", normal, (config.vocab, config.width))
         x_SND = _look_up(config, table_VD, tokens_SN)
         if config.learned_positions:
@@ -239,7 +240,7 @@ def _look_up(config, table_VD, ids_SN):
     # Each device takes its part of the width for all shards along fsdp: the rows travel, and not
     # the table.
     rows_SND = table_VD[constrain(ids_SN, "data")]
-    # Narrowed behind the gather: the gradient of an id that comes often adds up in float32.
+    # Narrowed after the gather: the gradient of an id that comes often adds up in float32.
     return constrain(rows_SND.astype(config.dtype), "data", None, "fsdp")
 
 
@@ -357,8 +358,7 @@ class Norm(nn.Module):
         y = x.astype(jnp.float32)
         if self.config.norm == "layer":
             y -= y.mean(-1, keepdims=True)
-        # The mean is taken off by now for layer norm, so this is the deviation; for RMS norm it is
-        # not.
+        # In a layer norm the mean is off by now, so this is the variance. An RMS norm keeps it in.
         y *= jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.config.norm_eps)
         y *= over_tokens(self.param("scale", nn.initializers.ones, (width,)), y.shape, y.dtype)
         if self.config.norm == "layer":

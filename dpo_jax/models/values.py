@@ -1,4 +1,4 @@
-"""Values of a scalar head: a reward for each response, or a value for each token."""
+"""Outputs of a scalar head: a reward for each response, or a value for each completion token."""
 
 import jax
 import jax.numpy as jnp

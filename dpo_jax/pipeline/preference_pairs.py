@@ -121,9 +121,11 @@ def _pair(row: dict, chosen: dict, rejected: dict) -> dict:
 @functools.lru_cache(maxsize=1)  # the runs of a sweep in one process read them once
 def load(folder: pathlib.Path, kind: str) -> Dataset:
     """Return the pairs of a finished stage, to train on; of kind "sft", their chosen responses."""
-    ledger, found = Ledger(), {}
+    ledger = Ledger()
+    found = {}
     for split, file in FILES.items():
-        examples, counts = Examples(), getattr(ledger, split)
+        examples = Examples()
+        counts = getattr(ledger, split)
         for number, row in readers.read_jsonl(folder / file):
             prompt, *responses = (np.array(ids, np.int32) for ids in row["tokens"])
             examples.prompts.append(prompt)

@@ -56,6 +56,7 @@ class Run:
         """Return what a stage starts from: the result of sft before it, or the config's model."""
         model = self.config.model
         options = configs.model_options(self.config)
+        # The SFT model carries its tokenizer with it, whatever config.model.tokenizer says.
         if "sft" in self._before(stage):
             return loading.open_checkpoint(str(self.folder("sft") / "hf"), **options)
         if model.path:
@@ -136,7 +137,7 @@ class Run:
         return make.make_reward(kind, path, self.config.reward.batch_size, self.mesh)
 
     def reward_model(self, name: str) -> loading.Checkpoint | None:
-        """Return the model behind a stage's reward, or None where it is not one of ours."""
+        """Return the model behind a stage's reward, or None where dpo_jax did not train it."""
         kind, path = self._reward_at(name)
         if kind in ("rm", "model"):
             return loading.open_checkpoint(path, head="reward")
@@ -145,6 +146,7 @@ class Run:
     def _reward_at(self, name: str) -> tuple[str, str]:
         """Return the kind and the path of a stage's reward."""
         block = self.config.reward
+        # The run's own reward model, trained by an earlier stage.
         if name == "rm" or block.kind == "rm":
             return "rm", str(self.folder("rm") / "hf")
         return block.kind, block.path
@@ -178,6 +180,7 @@ class Run:
         of them has changed since the stage began.
         """
         path = self.folder(stage) / "weights.json"
+        # By fingerprint, not by path: a folder may be overwritten between two attempts.
         now = {}
         for role, checkpoint in checkpoints.items():
             if checkpoint:

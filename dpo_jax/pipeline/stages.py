@@ -35,7 +35,8 @@ from dpo_jax.workdir import (
 
 def pairs_stage(run: Run, stage: str) -> dict:
     """Sample from the model that the stages before made, and label pairs by the true reward."""
-    initial, block = run.initial(stage), run.config.pairs
+    initial = run.initial(stage)
+    block = run.config.pairs
     prompts = run.load_prompts(initial.tokenizer)
     count = len(prompts["train"])
     if count < block.prompts:
@@ -45,6 +46,7 @@ def pairs_stage(run: Run, stage: str) -> dict:
         )
     run.record_weights(stage, policy=initial, reward=run.reward_model("true"))
 
+    # A random choice: the first prompts of a data set may be alike.
     chosen = np.random.default_rng(run.config.seed).permutation(count)[: block.prompts]
     held_out = min(preference_pairs.EVAL_PROMPTS, len(prompts["eval"]))
     return preference_pairs.make_pairs(
@@ -70,10 +72,12 @@ def evaluate_stage(run: Run, stage: str) -> dict:
                 run.config.reward.kind,
                 run.config[trained].get("beta"),
             )
+    # The exported model, not a checkpoint: adapters are merged there.
     end = loading.open_checkpoint(str(run.folder(trained) / "hf"), dtype=run.config.model.dtype)
     measure = policy_measure(run, start)
     reference = start.load_params(run.mesh)
     values, rows = measure(end.load_params(run.mesh), reference)
+    # For the table side by side. The same seed, so the two differ by their weights alone.
     _, reference_rows = measure(reference, reference)
 
     say(reward_kl.side_by_side(rows[: run.config.evaluate.show], reference_rows))
@@ -85,7 +89,8 @@ def evaluate_stage(run: Run, stage: str) -> dict:
 
 def best_of_n_stage(run: Run, stage: str) -> dict:
     """Choose the best of N completions of the model that the stages before made, for each N."""
-    initial, block = run.initial(stage), run.config.best_of_n
+    initial = run.initial(stage)
+    block = run.config.best_of_n
     held_out = run.eval_prompts(stage, initial.tokenizer)
     run.record_weights(
         stage, policy=initial, reward=run.reward_model(block.reward), true=run.reward_model("true")
@@ -151,6 +156,7 @@ def _run_stage(run: Run, stage: str) -> None:
     folder = run.folder(stage)
     with lock_folder(folder):
         begin = functools.partial(start_stage, run.workdir, run.config, stage, versions())
+        # Process 0 decides for all, for it alone writes there.
         status = processes.from_first(lambda: begin()[1])
         if status == "done":
             say(f"{stage}: done before, in {folder}")

@@ -82,8 +82,9 @@ class Models:
 
 
 def train_stage(run: Run, stage: str) -> dict:
-    """Train a model and export it to hf/, and its adapters to adapter/ besides."""
-    block, table = run.config[stage], STAGES[stage]
+    """Train a model and export it to hf/, and its adapters also to adapter/."""
+    block = run.config[stage]
+    table = STAGES[stage]
     initial = run.initial(stage)
     models = Models(
         run,
@@ -171,7 +172,8 @@ def _data_feed(run: Run, job: Job, models: Models, cache: ReferenceCache | None)
 
 def _export(job: Job, models: Models, params: dict) -> None:
     """Write what was trained: adapters as such, and the whole model in Hugging Face format."""
-    initial, config = models.initial, models.config
+    initial = models.initial
+    config = models.config
     if models.lora:
         peft.save(
             job.folder / "adapter",

@@ -17,6 +17,8 @@ GPUS_PER_MACHINE = 8  # tensor parallelism stays within a machine
 def remedies(config: ConfigDict, stage: str, chips: int) -> Iterator[dict]:
     """Yield changes that save memory, each made on top of those before: dotted field -> value."""
     block = config[stage]
+    # fsdp first: it splits weights, their state and the batch, at less traffic than tensor. What
+    # the batch does not divide is left to tensor.
     fsdp = math.gcd(chips, block.batch_size)
     yield {"mesh.data": 1, "mesh.fsdp": fsdp, "mesh.tensor": chips // fsdp}
     yield {"model.remat": "full"}
@@ -24,6 +26,7 @@ def remedies(config: ConfigDict, stage: str, chips: int) -> Iterator[dict]:
         yield {f"{stage}.cache_reference": True}
     yield {"model.dtype": "bfloat16"}
     size = microbatch_size_of(block)
+    # Smaller microbatches give the same update in more turns, but must still split over fsdp.
     while size % 2 == 0 and size // 2 % fsdp == 0:
         size //= 2
         yield {f"{stage}.microbatch_size": size}
@@ -38,8 +41,11 @@ def advise(
 
     report: the plan that does not fit. replan: config -> its report.
     """
-    config, flags, tries = copy.deepcopy(config), {}, []
+    config = copy.deepcopy(config)
+    flags = {}
+    tries = []
     for remedy in remedies(config, stage, report.chips):
+        # What the config says already needs no plan of its own.
         change = {name: x for name, x in remedy.items() if config_value(config, name) != x}
         if not change:
             continue

@@ -68,7 +68,9 @@ class Instruction(NamedTuple):
 def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
     """Return the instructions of each computation, and the name of the entry computation."""
     # A computation is a header that ends in {, then a line for each instruction.
-    found, entry, current = {}, "", None
+    found = {}
+    entry = ""
+    current = None
     for line in text.splitlines():
         if header := re.match(r"(ENTRY )?%?([\w.-]+) .*\{$", line):
             current = found.setdefault(header[2], [])
@@ -152,7 +154,8 @@ def memory_traffic(text: str) -> float:
 def _instruction(name: str, rest: str) -> Instruction:
     # A tuple's type is in parentheses and has blanks inside; any other ends at the first blank.
     end = _closing(rest) if rest.startswith("(") else rest.index(" ") - 1
-    kind, rest = rest[: end + 1], rest[end + 1 :].strip()
+    kind = rest[: end + 1]
+    rest = rest[end + 1 :].strip()
     opcode, _, rest = rest.partition("(")
     # Operands may have parentheses of their own, in their types.
     end = _closing("(" + rest) - 1
@@ -228,7 +231,8 @@ def _fused(computations, name: str) -> list[str]:
 
 def _moved(computations, instruction: Instruction, types: dict[str, str]) -> int:
     """Bytes that an instruction reads from main memory and writes to it."""
-    kind, opcode = instruction.type, instruction.opcode
+    kind = instruction.type
+    opcode = instruction.opcode
     if opcode in FREE or opcode.endswith(("-done", "-update")):
         return 0
     # These calls reserve or rename memory, or are promises to the compiler.
@@ -245,10 +249,11 @@ def _moved(computations, instruction: Instruction, types: dict[str, str]) -> int
         return sum(written)  # its type holds both operand and result
     if opcode in SLICES:
         read = [min(read[0], _size(kind))]
-    # It writes into its operand in place: only the update moves.
     elif opcode == "dynamic-update-slice":
+        # It writes into its operand in place: only the update moves.
         updated = _size(types[instruction.operands[1]])
-        read, written = [read[1]], [min(updated, written[0])]
+        read = [read[1]]
+        written = [min(updated, written[0])]
     elif opcode == "fusion":
         # A fusion's inner values stay in registers; only operands and results move, and of those
         # maybe only slices.
@@ -285,8 +290,8 @@ def _read(computations, body: list[Instruction], name: str) -> float:
         places = [place for place, operand in enumerate(use.operands) if operand == name]
         if use.opcode in SLICES and places == [0]:
             total += _size(use.type)
-        # A bitcast is the same bytes under another shape: look at who reads it.
         elif use.opcode == "bitcast" and use is not body[-1]:
+            # The same bytes under another shape: look at who reads them.
             total += _read(computations, body, use.name)
         elif use.opcode == "fusion":
             inner = _called(computations, use)

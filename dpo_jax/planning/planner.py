@@ -1,4 +1,4 @@
-"""The dry run of a training stage: what its step costs on chips that are not at hand.
+"""The dry run of a training stage: what its step costs on hardware you do not have.
 
 The step is compiled from shapes alone by the real TPU compiler, on any machine. GPUs have no such
 compiler here, so their costs are estimated from the sizes.
@@ -126,17 +126,23 @@ def model_config(config: ConfigDict, stage: str, name: str = "") -> TransformerC
     name: a well-known model or a config.json instead of the run's own model. A folder or a hub
     name is read without its weights.
     """
-    path = pathlib.Path(name or config.model.path)
-    options = dict(head=STAGES[stage].head, **configs.model_options(config))
-    if not (name or config.model.path):
-        hf_config = hf.make_config(config.model.scratch.to_dict())
-    elif path.is_file():
-        hf_config = hf.read_config(path)
-    elif not path.is_dir() and (fields := presets.find(str(path))):
-        hf_config = hf.make_config(fields)
-    else:
-        hf_config = hf.read_config(hf.fetch(path, weights=False))
-    return families.from_hf(hf_config, **options)
+    hf_config = _hf_config(config, name or config.model.path)
+    options = configs.model_options(config)
+    return families.from_hf(hf_config, head=STAGES[stage].head, **options)
+
+
+def _hf_config(config: ConfigDict, wanted: str):
+    """Return the Hugging Face config of a folder, a file, a well-known or hub name; "": scratch."""
+    if not wanted:
+        return hf.make_config(config.model.scratch.to_dict())
+    path = pathlib.Path(wanted)
+    if path.is_file():
+        return hf.read_config(path)
+    # A folder of a well-known model's name comes first: it may hold another model.
+    preset = None if path.is_dir() else presets.find(str(path))
+    if preset:
+        return hf.make_config(preset)
+    return hf.read_config(hf.fetch(path, weights=False))
 
 
 def example_tokens(config: ConfigDict, stage: str, assumed: Assumptions) -> tuple[int, int]:
@@ -163,7 +169,8 @@ def example_tokens(config: ConfigDict, stage: str, assumed: Assumptions) -> tupl
 
 def examples_and_steps(config: ConfigDict, stage: str, assumed: Assumptions) -> tuple[int, int]:
     """Return the training examples and the optimiser steps of a stage, 0 if they are not known."""
-    block, data = config[stage], config.data
+    block = config[stage]
+    data = config.data
     path = data.path
     if STAGES[stage].data == "sft" and data.sft_path:
         path = data.sft_path
@@ -225,7 +232,8 @@ def _compiled(program: Program, traced, topology: Topology, flops_per_chip: floa
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return arguments | dict(temporaries=_refused_temporaries(str(error), total)), None
-    analysis, text = compiled.memory_analysis(), compiled.as_text()
+    analysis = compiled.memory_analysis()
+    text = compiled.as_text()
     used = (
         analysis.argument_size_in_bytes
         + analysis.output_size_in_bytes

@@ -45,7 +45,7 @@ class EncoderConfig:
     token_types: int  # rows of the embeddings that are the same for every token
     norm_eps: float
     max_tokens: int
-    first_position: int  # RoBERTa's positions begin behind its padding token's
+    first_position: int  # RoBERTa's positions begin after its padding token's
     positive: int  # which class is the positive one
     pad: int
 
@@ -197,7 +197,9 @@ def load(folder, config: EncoderConfig):
 
 def _shapes(config: EncoderConfig) -> dict[str, list[int]]:
     """Return the shape of each tensor of a checkpoint, by its name without the base."""
-    family, D, F = FAMILIES[config.family], config.width, config.mlp_width
+    family = FAMILIES[config.family]
+    D = config.width
+    F = config.mlp_width
     of_part = dict(norm_attention=[D], norm_mlp=[D], up=[F, D], down=[D, F])  # others are [D, D]
     weights = {
         family.embedding_norm: [D],

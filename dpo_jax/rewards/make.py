@@ -2,7 +2,7 @@
 
 A reward is a function (prompts, completions, tokens) -> float64 [n]. All three are lists of n: the
 texts, and (prompt, completion) as the policy's ids, which reward models read. tokens is None where
-no policy of ours made the completions.
+the completions are not a policy's samples.
 
 `make_reward` makes those that a config names, `from_function` one of your own.
 """
@@ -96,7 +96,10 @@ def _toy(kind: str) -> Callable:
         # The rule takes every prompt with every completion: each prompt is given once.
         prompts_P, which_B = np.unique(prompts, return_inverse=True)
         ids_P = np.array([words.index(prompt.strip()) for prompt in prompts_P])
-        ids_BT = np.array([[words.index(word) for word in text.split()] for text in completions])
+        ids = []
+        for text in completions:
+            ids.append([words.index(word) for word in text.split()])
+        ids_BT = np.array(ids)
         rewards_PB = toy.REWARDS[kind](ids_P, ids_BT)
         return rewards_PB[which_B, np.arange(len(ids_BT))].astype(np.float64)
 

@@ -16,7 +16,8 @@ from dpo_jax.console import say
 from dpo_jax.data import readers
 
 WINDOW = 60  # words
-TRAIN, TEST = "train", "test"  # splits
+TRAIN = "train"
+TEST = "test"
 
 
 def labelled(path: str, split: str) -> tuple[list[str], np.ndarray]:
@@ -36,6 +37,7 @@ def labelled(path: str, split: str) -> tuple[list[str], np.ndarray]:
                 f"{path}: a row of {split!r} has the fields {', '.join(row)} and label "
                 f"{row.get('label')!r}; expected 'text' and 'label', 1 (positive), 0 or -1 (none)."
             )
+    # IMDb has unlabelled reviews too, marked -1.
     kept = [row for row in rows if row["label"] >= 0]
     labels = np.array([row["label"] for row in kept], bool)
     if not labels.any() or labels.all():
@@ -50,16 +52,17 @@ def clean(text: str) -> str:
 
 def windows(texts: list[str], labels: np.ndarray) -> tuple[list[str], np.ndarray]:
     """Return pieces of WINDOW words of each text, with its label; the last may be longer."""
-    pieces, of_text = [], []
+    pieces = []
+    of_pieces = []
     for text, label in zip(texts, labels, strict=True):
         words = text.split()
         starts = range(0, max(len(words) - WINDOW, 0) + 1, WINDOW)
-        pieces += [
-            " ".join(words[start : None if start == starts[-1] else start + WINDOW])
-            for start in starts
-        ]
-        of_text += [label] * len(starts)
-    return pieces, np.array(of_text)
+        for start in starts:
+            # The last takes what is left: a few words alone would say little.
+            end = len(words) if start == starts[-1] else start + WINDOW
+            pieces.append(" ".join(words[start:end]))
+            of_pieces.append(label)
+    return pieces, np.array(of_pieces)
 
 
 def fit(texts: list[str], labels: np.ndarray) -> Callable:
@@ -73,7 +76,7 @@ def fit(texts: list[str], labels: np.ndarray) -> Callable:
             'pip install "dpo_jax[ngram]" (or pip install scikit-learn).'
         ) from error
 
-    pieces, of_text = windows(texts, labels)
+    pieces, of_pieces = windows(texts, labels)
     vectorizer = TfidfVectorizer(
         ngram_range=(1, 2),
         min_df=5,
@@ -82,7 +85,7 @@ def fit(texts: list[str], labels: np.ndarray) -> Callable:
         token_pattern=r"\b\w[\w']*\b",
     )
     features = vectorizer.fit_transform([*texts, *pieces])
-    classifier = LogisticRegression(C=4.0, max_iter=200).fit(features, [*labels, *of_text])
+    classifier = LogisticRegression(C=4.0, max_iter=200).fit(features, [*labels, *of_pieces])
     positive = list(classifier.classes_).index(True)
 
     def predict(texts: list[str]) -> np.ndarray:

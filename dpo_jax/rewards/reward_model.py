@@ -1,4 +1,4 @@
-"""Reward models of ours: the reward of a completion, read at its last token."""
+"""Reward models trained with dpo_jax: the reward of a completion, read at its last token."""
 
 import functools
 from collections.abc import Callable
@@ -21,7 +21,7 @@ LENGTHS = 32
 
 
 def any_policy(path: str, batch_size: int, mesh) -> Callable:
-    """Return the reward of a reward model of ours, for completions of any policy.
+    """Return the reward of a model trained with dpo_jax, for completions of any policy.
 
     It reads the very tokens that the policy sampled where they are its own tokenizer's. Otherwise
     it reads the texts, tokenised as for training: without special tokens, and each completion with
@@ -33,7 +33,7 @@ def any_policy(path: str, batch_size: int, mesh) -> Callable:
 
     def reward(prompts, completions, tokens) -> np.ndarray:
         nonlocal has_warned
-        if tokens is None:  # of texts that no policy of ours made
+        if tokens is None:  # texts that are not a policy's samples
             return reward_tokens(_tokenised(checkpoint.tokenizer, prompts, completions))
         if _is_spelled(checkpoint.tokenizer, prompts, completions, tokens):
             return reward_tokens(tokens)

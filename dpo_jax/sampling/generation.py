@@ -66,7 +66,7 @@ def generate(
         part = prompts.take(range(start, min(start + size, len(prompts))))
         drawn = sampler.sample(model, part.ids, sampling, first=start)
         flat = [completion for completions in drawn for completion in completions]
-        # Each completion is decoded behind its own prompt.
+        # Each completion is decoded after its own prompt.
         repeated = part.take(np.repeat(np.arange(len(part)), sampling.n))
         texts = completion_texts(
             repeated, [completion.tokens for completion in flat], model.tokenizer

@@ -32,7 +32,7 @@ def make(examples, tokenizer, sampling, seed: int) -> Prompts:
     """Return the prompts of tokenised examples; with sampling.max_prefix, starts of their texts.
 
     sampling: config.sampling. A prefix has sampling.min_prefix to max_prefix tokens, each length as
-    likely (appendix C.1), behind the BOS or whatever else the tokenizer starts a text with. Texts
+    likely (appendix C.1), after the BOS or whatever else the tokenizer starts a text with. Texts
     that end within max_prefix tokens are left out.
     """
     if not sampling.max_prefix:

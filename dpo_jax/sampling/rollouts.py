@@ -40,7 +40,7 @@ def complete(
     if len(rows) >= len(prompts):
         return rows[: len(prompts)]
     if rows:
-        say(f"{folder.name}: going on after {len(rows)} of {len(prompts)} prompts")
+        say(f"{folder.name}: resuming after {len(rows)} of {len(prompts)} prompts")
     progress = Progress(folder.name, len(rows), len(prompts), unit="prompt")
     size = max(1, CHUNKS * sampling.batch_size // sampling.n)
     for start in range(len(rows), len(prompts), size):

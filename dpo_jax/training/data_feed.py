@@ -120,7 +120,8 @@ class DataFeed:
         return sharding.shard_batch(self._job.mesh, self._batches[step], axis=1)
 
     def _training_batches(self, seed: int | None) -> Batches:
-        name, block = self._job.name, self._job.block
+        name = self._job.name
+        block = self._job.block
         size = len(self._data.train)
         steps = steps_of(size, block.batch_size, steps=block.steps, epochs=block.epochs)
         if not steps or not size:

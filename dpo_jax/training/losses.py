@@ -72,6 +72,7 @@ def robust(pairs: Pairs, beta, label_smoothing=0.0) -> jax.Array:
     label_smoothing: the share of labels that are flipped, less than 0.5.
     """
     scaled = beta * pairs.margin
+    # This weighting of both orders undoes, in expectation, what flipped labels do to the loss.
     right = -(1 - label_smoothing) * jax.nn.log_sigmoid(scaled)
     flipped = label_smoothing * jax.nn.log_sigmoid(-scaled)
     return (right + flipped) / (1 - 2 * label_smoothing)
@@ -132,6 +133,7 @@ def ppo_policy(log_ratio, advantage, clip) -> jax.Array:
     log_ratio: log-prob under the policy minus that under the policy that sampled.
     """
     ratio = jnp.exp(log_ratio)
+    # The larger loss of the two: clipping may take away an incentive, and never adds one.
     return jnp.maximum(-advantage * ratio, -advantage * jnp.clip(ratio, 1 - clip, 1 + clip))
 
 
@@ -140,6 +142,7 @@ def ppo_value(value, sampled_value, target, clip) -> jax.Array:
 
     The value may move by `clip` from what it was at sampling; beyond that it has no gradient.
     """
+    # As in the policy's loss, the larger of the two counts.
     clipped = sampled_value + jnp.clip(value - sampled_value, -clip, clip)
     return 0.5 * jnp.maximum(jnp.square(value - target), jnp.square(clipped - target))
 
@@ -152,9 +155,11 @@ def advantages(rewards_BT, values_BT, lengths_B, lam) -> jax.Array:
     steps_T = jnp.arange(rewards_BT.shape[1])
     is_token_BT = steps_T < lengths_B[:, None]
     has_next_BT = steps_T + 1 < lengths_B[:, None]
+    # After the last token the episode is over: its next value is 0.
     next_values_BT = jnp.pad(values_BT, ((0, 0), (0, 1)))[:, 1:] * has_next_BT
     delta_BT = (rewards_BT + next_values_BT - values_BT) * is_token_BT
 
+    # From the end backwards: A_t = delta_t + lam A_(t+1).
     def add_later(later_B, delta_B):
         advantage_B = delta_B + lam * later_B
         return advantage_B, advantage_B

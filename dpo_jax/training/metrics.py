@@ -80,7 +80,7 @@ class Writer(contextlib.ExitStack):
         """Append the row of a step."""
         if not self._active:
             return
-        # Opened anew for each row, so that all rows are on disk whenever the process ends.
+        # Opened again for each row, so that all rows are on disk whenever the process ends.
         with self._path.open("a") as file:
             file.write(json.dumps(dict(step=step, **values)) + "\n")
         for sink in self._sinks:

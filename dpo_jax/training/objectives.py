@@ -34,6 +34,7 @@ def sft(model, loss, params, _reference, _hyper, batch: Batch):
     all tokens.
     """
     log_probs_SP = response_log_probs(model, params, batch)
+    # One response an example, so Q and P are one axis.
     total = (-log_probs_SP * batch.weights).sum()
     examples = batch.weights.sum()
     tokens = (batch.weights * batch.response_lengths).sum()
@@ -54,6 +55,7 @@ def dpo(model, loss, params, reference, hyper, batch: Batch):
     than the pairs.
     """
     log_probs_SP2 = _paired(response_log_probs(model, params, batch))
+    # Without a reference the log-ratio is the log-prob itself.
     log_ratios_SP2 = log_probs_SP2
     if reference is not None:
         reference_SP2 = _paired(response_log_probs(model, reference, batch))
@@ -78,6 +80,7 @@ def dpo(model, loss, params, reference, hyper, batch: Batch):
             f"the loss function {losses.name_of(loss)} returned shape {jnp.shape(loss_SP)}, "
             f"expected one value per pair, {expected}."
         )
+    # The implicit rewards of eq. 5, for the metrics alone.
     rewards_SP2 = hyper["beta"] * log_ratios_SP2
     return _pair_metrics(batch, loss_SP, rewards_SP2=rewards_SP2, log_probs_SP2=log_probs_SP2)
 
@@ -104,6 +107,7 @@ def ppo(model, _loss, params, _reference, hyper, batch: Batch):
 
     batch.rollout holds what was measured when the completions were sampled.
     """
+    # Fixed numbers of the sampling policy, through which no gradient goes.
     rollout = batch.rollout
     log_probs_SM, values_SM = token_values(model, params, batch)
     log_ratio_SM = log_probs_SM - rollout.sampled_log_probs
@@ -120,6 +124,7 @@ def ppo(model, _loss, params, _reference, hyper, batch: Batch):
         "ppo/kl_to_sampler": jnp.exp(log_ratio_SM) - 1 - log_ratio_SM,
     }
     responses = batch.response_lengths.shape[-1]
+    # Padding has a segment past the last response.
     completion_mask_SM = (batch.segment_ids < responses).astype(jnp.float32)
     return _weighted(per_token, completion_mask_SM)
 

@@ -110,7 +110,8 @@ class RolloutFeed:
         reward: (prompts, completions, tokens) -> rewards. eos_id: the token that ends a completion,
         or None. sampling: one completion of each prompt, at temperature 1.
         """
-        block, size = job.block, len(prompts)
+        block = job.block
+        size = len(prompts)
         self.total = steps_of(size, block.batch_size, steps=block.steps, epochs=block.epochs)
         if not self.total or not size:
             raise ValueError(

@@ -48,8 +48,10 @@ class ReferenceCache:
         """
         path = self._root / self.key(examples) / f"{split}.npy"
         shape = (len(examples), len(examples.responses[0]))
+        # One process reads: others might see another state of a file that is being filled.
         kept = processes.from_first(lambda: _read(path, shape))
         needed = np.unique(needed[needed != FILLER])
+        # An earlier run may have computed some of them, or been killed in the middle.
         missing = needed[np.isnan(kept[needed]).any(axis=1)]
         if not len(missing):
             say(f"reference: log-probs of {len(needed)} {split} rows are in {path}")
@@ -60,6 +62,7 @@ class ReferenceCache:
             "reference", model, examples, self._batch_size, missing
         ):
             kept[indices] = values
+            # After each batch, so that a kill costs one batch.
             _write(path, kept, indices)
         _seal(path)
         return kept
@@ -70,6 +73,8 @@ class ReferenceCache:
         with jax.set_mesh(self._mesh):
             # Kernels round differently, and a policy's log-ratios would start from that.
             kernel = attention.choose(config.attention, config.dtype, config.head_width)
+        # Everything that moves a log-prob: a changed input gives another folder, and never old
+        # numbers.
         depends_on = dict(
             weights=self._checkpoint.fingerprint(),
             tokens=examples.fingerprint,
@@ -125,6 +130,7 @@ def _write(path: pathlib.Path, values: np.ndarray, indices: np.ndarray) -> None:
         with whole_file(path) as draft, draft.open("wb") as file:
             np.save(file, np.full_like(values, np.nan))
     path.with_suffix(".sha256").unlink(missing_ok=True)  # until this fill is finished too
+    # Only these rows are written: another run may be filling the rest at the same time.
     file_array = np.lib.format.open_memmap(path, mode="r+")
     file_array[indices] = values[indices]
     file_array.flush()

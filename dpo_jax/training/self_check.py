@@ -42,7 +42,7 @@ class FirstBatch:
 def self_check(model, block, mesh, params, reference, batch: FirstBatch) -> str:
     """Check the first batch; return a line to show, or raise SelfCheckFailed showing the example.
 
-    Every response has a token to train on, and one at least ends in EOS; log-probs are finite; the
+    Every response has a token to train on, and at least one ends in EOS; log-probs are finite; the
     packed batch gives those of separate rows; and where policy and reference start equal, they are
     equal in both and the loss is what it must be. block: the stage's config block. params,
     reference: full weights; the reference may be None.
@@ -88,7 +88,7 @@ class _ExampleFails(Exception):
 
 
 def _check_tokens(batch: FirstBatch) -> str:
-    """Check that every response has a token to train on, and one at least ends in EOS."""
+    """Check that every response has a token to train on, and at least one ends in EOS."""
     examples = batch.examples
     responses_read = 0
     with_eos = 0

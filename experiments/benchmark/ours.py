@@ -56,7 +56,7 @@ class Trainer:
         return cache.log_probs("train", data, order[: self.work.steps])
 
     def _restart(self):
-        """Begin the run anew from the weights on disk."""
+        """Begin the run again from the weights on disk."""
         # Free the old arrays first, so that peak memory holds one copy.
         self.state = self.reference = None
         with jax.set_mesh(self.mesh):

@@ -85,7 +85,7 @@ def _stack(trees: list):
 
 
 def _temporary_bytes(program, state, hyper, batch) -> int:
-    """Return the bytes that a compiled step needs besides its inputs and outputs."""
+    """Return the bytes that a compiled step needs in addition to its inputs and outputs."""
     compiled = program.lower(state, None, hyper, batch).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
