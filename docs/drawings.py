@@ -185,7 +185,8 @@ def packed_batch() -> str:
     drawing.text(
         30,
         400,
-        "The head runs only at logit_positions, in chunks; logits of all tokens are never in memory.",
+        "The head runs only at logit_positions, in chunks; "
+        "logits of all tokens are never in memory.",
         anchor="start",
     )
     return drawing.svg()
