@@ -208,9 +208,9 @@ def report(error: BaseException) -> int:
 def is_for_people(error: BaseException) -> bool:
     """Return whether an error's own words tell the user what to do.
 
-    They do where a `raise` statement of ours made it, and where the machine refused something: no
-    such file, no permission, a full disk, no network. The same types from anywhere else, such as a
-    ValueError of jax's or of a zip() in our own code, are bugs.
+    They do where a `raise` statement in dpo_jax made it, and where the machine refused something:
+    no such file, no permission, a full disk, no network. The same types from anywhere else, such as
+    a ValueError of jax's or of a zip() in our own code, are bugs.
     """
     if isinstance(error, OSError):
         return True

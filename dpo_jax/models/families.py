@@ -99,10 +99,10 @@ class Family:
 
 
 def from_hf(hf_config, **options) -> TransformerConfig:
-    """Return our config of a model from its Hugging Face config.
+    """Return the TransformerConfig of a model from its Hugging Face config.
 
-    options: our fields that are no part of a checkpoint: head, dtype, attention, remat, unroll.
-    Raises ValueError for a family or a setting whose maths we do not have.
+    options: fields that are not part of a checkpoint: head, dtype, attention, remat, unroll.
+    Raises ValueError for a family or a setting whose maths this decoder does not have.
     """
     configure = family(hf_config.model_type).configure
     # Quantised weights are stored as integers and scales, which only their own kernels read.
