@@ -128,19 +128,20 @@ def end_by_broken_pipe() -> None:
 
 def _parse(argv: list[str], config: ConfigFlags | None, positional: str) -> list[str]:
     """Parse the flags; return the arguments for the command: [] or the one positional one."""
-    # Files of flags, --flagfile=FILE, may hold overrides too.
-    argv = flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
-    if config is not None:
-        argv, texts = split_overrides(argv)
-        config.overrides.update(texts)
     try:
+        # Files of flags, --flagfile=FILE, may hold overrides too.
+        argv = flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
+        if config is not None:
+            argv, texts = split_overrides(argv)
+            config.overrides.update(texts)
         _, *extra = flags.FLAGS(argv)
     except flags.UnrecognizedFlagError as error:
         raise ValueError(_unknown_flag(error)) from None
     except flags.IllegalFlagValueError as error:
         raise ValueError(_wrong_value(error) or _say_missing()) from None
     except flags.Error as error:
-        # absl has no type of its own for the mistake that is left: a flag without its value.
+        # What is left is a file of flags that cannot be read, or a flag without its value: absl has
+        # no type of its own for the latter.
         raise ValueError(_no_value(argv[-1], error)) from None
     if len(extra) > (1 if positional else 0):
         raise ValueError(_stray_argument(extra[-1]))

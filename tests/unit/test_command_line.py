@@ -134,6 +134,7 @@ def test_usage_errors():
     assert_refused(dpo_jax("runs", "a", "b"), "b: expected only flags")
     assert_refused(dpo_jax("runs", "--debg"), "--debg: there is no such flag. Did you mean --debug")
     assert_refused(dpo_jax("runs", "--debug=x"), "--debug=x: expected")
+    assert_refused(dpo_jax("runs", "--flagfile=/no/such"), "Unable to open flagfile", "/no/such")
     assert_refused(program("pass", "--conifg=toy", config=True), "Did you mean --config?")
     assert_refused(program("pass", config=True), "--config is required: The config")
     assert_refused(
