@@ -144,22 +144,28 @@ def override(config: ConfigDict, texts: dict[str, str]) -> dict[str, object]:
 
 def value_of(config: ConfigDict, field: str):
     """Return the value of a dotted field; ValueError names the nearest fields if there is none."""
-    value = config
-    for part in field.split("."):
-        if not isinstance(value, ConfigDict) or part not in value:
-            raise ValueError(unknown_field(config, field))
-        value = value[part]
+    value = _find(config, field)
+    if value is _ABSENT:
+        raise ValueError(unknown_field(config, field))
     return value
 
 
 def has_field(config: ConfigDict, field: str) -> bool:
     """Return whether a config has a dotted field."""
+    return _find(config, field) is not _ABSENT
+
+
+_ABSENT = object()  # None may be a field's value
+
+
+def _find(config: ConfigDict, field: str):
+    """Return the value of a dotted field, or _ABSENT."""
     value = config
     for part in field.split("."):
         if not isinstance(value, ConfigDict) or part not in value:
-            return False
+            return _ABSENT
         value = value[part]
-    return True
+    return value
 
 
 def unknown_field(config: ConfigDict, field: str) -> str:

@@ -1,13 +1,13 @@
 """Changes that make a stage fit, and a comparison of meshes: plans of changed configs."""
 
 import copy
-import functools
 import math
 import sys
 from collections.abc import Callable, Iterator
 
 from ml_collections import ConfigDict
 
+from dpo_jax import config_files
 from dpo_jax.data.batches import microbatch_size_of
 from dpo_jax.planning.report import Advice, Report
 
@@ -46,7 +46,10 @@ def advise(
     tries = []
     for remedy in remedies(config, stage, report.chips):
         # What the config says already needs no plan of its own.
-        change = {name: x for name, x in remedy.items() if config_value(config, name) != x}
+        change = {}
+        for name, value in remedy.items():
+            if config_files.value_of(config, name) != value:
+                change[name] = value
         if not change:
             continue
         config.update_from_flattened_dict(change)
@@ -92,11 +95,6 @@ def sweep_mesh(
         changed.update_from_flattened_dict(change)
         reports.append(_replan(replan, changed, change))
     return reports
-
-
-def config_value(config: ConfigDict, name: str):
-    """Return the value of a dotted field."""
-    return functools.reduce(lambda block, part: block[part], name.split("."), config)
 
 
 def _replan(replan: Callable[[ConfigDict], Report], config: ConfigDict, change: dict) -> Report:
