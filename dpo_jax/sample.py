@@ -104,8 +104,8 @@ def _begin(path: pathlib.Path, made_with: dict, total: int, chunk: int) -> int:
     if found != made_with:
         raise ValueError(
             f"--out={path}: the file was made with other settings:\n"
-            f"{differences(found, made_with)}\n"
-            "Take the old values, or give another name, or remove the file."
+            f"{differences(found, made_with, place='the file')}\n"
+            "Use the old values, or give another name, or remove the file."
         )
     rows = read_lines(path)
     if len(rows) == total:

@@ -98,7 +98,7 @@ def _check_config(folder: pathlib.Path, config, stage: str, depends_on: dict) ->
     now = _dependencies(config, stage)
     if there == now:
         return
-    advice = "Take the old values, or give another --workdir"
+    advice = "Use the old values, or give another --workdir"
     name = _other_name(folder, config, stage, there, now)
     if name:
         advice += f" or another name, such as --config.run={name}"
@@ -135,7 +135,7 @@ def _check_versions(folder, stage: str, there: dict[str, int], now: dict[str, in
     for name, version in now.items():
         begun_with = there.get(name, 1)  # stages from before versions were written
         if begun_with != version:
-            differing.append(f"{name} {begun_with} there, {version} now")
+            differing.append(f"{name} {begun_with} in the folder, {version} now")
     if differing:
         raise StageChanged(
             f"{folder} holds an unfinished {stage} stage that another version of dpo_jax began: "
@@ -233,12 +233,15 @@ def _take(file, folder: pathlib.Path) -> None:
             time.sleep(0.1)
 
 
-def differences(found: dict, wanted: dict, prefix: str = "") -> str:
-    """Return a line for each setting that differs, for a person; "" if none does."""
+def differences(found: dict, wanted: dict, prefix: str = "", place: str = "the folder") -> str:
+    """Return a line for each setting that differs, for a person; "" if none does.
+
+    place: where the found settings are.
+    """
     missing = "(absent)"
     lines = []
     for name in sorted(found.keys() | wanted.keys()):
         there, now = found.get(name, missing), wanted.get(name, missing)
         if there != now:
-            lines.append(f"  {prefix}{name}: {there!r} there, {now!r} now")
+            lines.append(f"  {prefix}{name}: {there!r} in {place}, {now!r} now")
     return "\n".join(lines)

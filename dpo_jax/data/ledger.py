@@ -1,6 +1,6 @@
 """Account for every row: read, left out by design, dropped, cut or kept.
 
-Rows add up in each split: read = filtered + dropped + held out + kept.
+Rows add up in each split: rows = filtered + dropped + held out + kept.
 """
 
 import dataclasses
@@ -123,7 +123,7 @@ class Ledger:
             for key in train | evals:
                 yield key, (train.get(key, 0), evals.get(key, 0))
 
-        yield "read", *of_both("read")
+        yield "rows", *of_both("read")
         for reason, numbers in by_key("filtered"):
             yield f"  filtered: {reason}", *numbers
         for reason, numbers in by_key("dropped"):

@@ -140,9 +140,11 @@ class DataFeed:
         )
         # Every shape is a program to compile, and padding is work for nothing: both are shown.
         padding = batches.padding()
+        count = len(batches.shapes)
+        shapes = f"{count} shape" if count == 1 else f"{count} shapes"
         say(
-            f"{name}: {steps} steps of {block.batch_size} from {size} rows, {len(batches.shapes)} "
-            f"shapes, padding {padding['dense']:.1%} of tokens, {padding['attention']:.1%} of "
+            f"{name}: {steps} steps of {block.batch_size} from {size} rows, {shapes}, "
+            f"padding {padding['dense']:.1%} of tokens, {padding['attention']:.1%} of "
             "attention"
         )
         if block.warmup_steps >= steps:
@@ -150,7 +152,7 @@ class DataFeed:
             say(
                 f"{name}: the run ends before its warm-up (config.{name}.warmup_steps = "
                 f"{block.warmup_steps}), so the learning rate only reaches {reached:.0%} of "
-                f"{block.lr:g}. Lower warmup_steps, unless this is meant."
+                f"{block.lr:g}. Lower warmup_steps, unless this is intended."
             )
         return batches
 

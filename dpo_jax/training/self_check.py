@@ -74,7 +74,7 @@ def self_check(model, block, mesh, params, reference, batch: FirstBatch) -> str:
         where = batch.examples.where[failure.index]
         shown = batch.show(failure.index)
         raise SelfCheckFailed(f"{where} {failure.problem}\n{shown}") from None
-    found.append(f"flat batch = separate rows to {gap:.1g} nats")
+    found.append(f"packed batch matches separate rows (largest difference {gap:.1g} nats)")
     return "self-check passed: " + ", ".join(found)
 
 
@@ -171,8 +171,8 @@ def _check_packing(packed, apart, model, indices) -> float:
     excess = gap - _tolerance(model, apart)
     if (excess > 0).any():
         raise _ExampleFails(
-            f"differs by {gap.max():.3g} nats between the flat batch and separate padded rows: the "
-            "attention layout is wrong.",
+            f"differs by {gap.max():.3g} nats between the packed batch and separate padded rows: "
+            "the attention layout is wrong.",
             indices[int(excess.max(axis=1).argmax())],
         )
     return float(gap.max())

@@ -222,7 +222,7 @@ def test_samples_of_other_weights_are_refused(finished, arguments):
     runs = {"dpo": Run(other("dpo"), workdir, sharding.make_mesh())}
     point = tldr_winrate.points(runs, SMALL)[0]
     settings = workdir / "winrate" / "tldr" / "samples" / point.folder / "settings.json"
-    with pytest.raises(StageChanged, match="dpo.beta: 0.5 there, 0.1 now"):
+    with pytest.raises(StageChanged, match="dpo.beta: 0.5 in the folder, 0.1 now"):
         winrate._claim(settings, json.loads(settings.read_text()) | point.policy.made_by)
 
 

@@ -126,7 +126,7 @@ def test_pairs_resume_after_kill(workdir, tmp_path, monkeypatch):
     )
     changed = config.copy_and_resolve_references()
     changed.pairs.completions = 3
-    with pytest.raises(StageChanged, match="config.pairs.completions: 4 there, 3 now"):
+    with pytest.raises(StageChanged, match="config.pairs.completions: 4 in the folder, 3 now"):
         run_stages(changed, str(tmp_path / "killed"))  # what was sampled is neither mixed nor lost
     other = config.copy_and_resolve_references()
     with (

@@ -121,18 +121,18 @@ def test_sample_leaves_finished_file(finished, model, pairs, capsys, monkeypatch
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(top_p=0.9), r"  top_p: 1.0 there, 0.9 now"),
-        (dict(seed=1), r"  seed: 0 there, 1 now"),
+        (dict(top_p=0.9), r"  top_p: 1.0 in the file, 0.9 now"),
+        (dict(seed=1), r"  seed: 0 in the file, 1 now"),
         (
             dict(limits=dict(max_prompt_length=8, truncate="keep_end")),
-            r"  max_prompt_length: 64 there, 8 now",
+            r"  max_prompt_length: 64 in the file, 8 now",
         ),
     ],
 )
 def test_sample_refuses_other_settings(unfinished, model, pairs, changes, message):
     before = unfinished.read_bytes()
     with pytest.raises(
-        ValueError, match=r"was made with other settings:\n" + message + r"\nTake the old values"
+        ValueError, match=r"was made with other settings:\n" + message + r"\nUse the old values"
     ):
         sample_file(model, pairs, unfinished, **changes)
     assert unfinished.read_bytes() == before
@@ -141,7 +141,7 @@ def test_sample_refuses_other_settings(unfinished, model, pairs, changes, messag
 def test_sample_refuses_other_prompts(unfinished, model, tmp_path):
     others = write_pairs(tmp_path / "others.jsonl", count=COUNT, seed=1)
     with pytest.raises(
-        ValueError, match=rf"  prompts: '{COUNT} rows, sha256 \w+' there, '{COUNT} rows, sha"
+        ValueError, match=rf"  prompts: '{COUNT} rows, sha256 \w+' in the file, '{COUNT} rows, sha"
     ):
         sample_file(model, others, unfinished)
 

@@ -64,7 +64,7 @@ def test_sweep_shares_reference_and_program(model, pairs, tmp_path, capsys, trac
         capture_output=True,
         env=environment(1),
     )
-    assert (again.returncode, again.stderr) == (0, "") and again.stdout.count("done before") == 2
+    assert (again.returncode, again.stderr) == (0, "") and again.stdout.count("already done") == 2
 
 
 def test_table_shows_labelled_metrics_of_last_evaluation():

@@ -62,5 +62,5 @@ def test_toy_labels_by_bradley_terry(workdir):
 def test_toy_second_start_reuses_all(workdir, capsys):
     before = {path: path.stat().st_mtime for path in workdir.rglob("done.json")}
     run_stages(toy.get_config(), str(workdir))
-    assert capsys.readouterr().out.count("done before") == 4
+    assert capsys.readouterr().out.count("already done") == 4
     assert before == {path: path.stat().st_mtime for path in workdir.rglob("done.json")}

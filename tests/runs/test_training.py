@@ -90,7 +90,7 @@ def test_finished_run_is_reused(whole, capsys):
     config, folder = whole
     before = (folder / "done.json").read_text()
     run(config, folder.parent)
-    assert "dpo: done before" in capsys.readouterr().out
+    assert "dpo: already done" in capsys.readouterr().out
     assert (folder / "done.json").read_text() == before
 
 
@@ -107,7 +107,7 @@ def test_changed_config_is_refused(whole, field, value):
         run(changed, folder.parent)
     text = str(error.value)
     assert (
-        re.search(rf"config\.{block or 'dpo'}\.{name}: .* there, .*{value}.* now", text)
+        re.search(rf"config\.{block or 'dpo'}\.{name}: .* in the folder, .*{value}.* now", text)
         and "--config.run=" in text
     )
 
@@ -122,7 +122,9 @@ def test_newer_field_counts_as_default(whole):
     run(config, folder.parent)
     changed = config.copy_and_resolve_references()
     changed.data.truncate = "keep_end"
-    with pytest.raises(StageChanged, match="config.data.truncate: 'auto' there, 'keep_end' now"):
+    with pytest.raises(
+        StageChanged, match="config.data.truncate: 'auto' in the folder, 'keep_end' now"
+    ):
         run(changed, folder.parent)
     (folder / "config.json").write_text(json.dumps(written))
 
@@ -223,7 +225,7 @@ def test_run_of_other_version_is_refused(model, pairs, tmp_path, monkeypatch):
                 (folder / "done.json").write_text(done)
                 run(config, tmp_path)
                 (folder / "done.json").unlink()
-                with pytest.raises(StageChanged, match=f"{name} 1 there, 2 now"):
+                with pytest.raises(StageChanged, match=f"{name} 1 in the folder, 2 now"):
                     run(config, tmp_path)
 
 

@@ -65,7 +65,7 @@ def test_start_stage_resumes_same_version(tmp_path):
 @pytest.mark.parametrize("name", VERSIONS)
 def test_start_stage_refuses_other_version(tmp_path, name):
     folder = begin(tmp_path)
-    with pytest.raises(StageChanged, match=f"unfinished dpo stage .*: {name} 1 there, 2 now"):
+    with pytest.raises(StageChanged, match=f"unfinished dpo .*: {name} 1 in the folder, 2 now"):
         status(tmp_path, **{name: 2})
     assert (folder / "checkpoints" / "40").exists()
 
@@ -82,7 +82,7 @@ def test_start_stage_without_version_is_1(tmp_path):
     del record["versions"]
     path.write_text(json.dumps(record))
     assert status(tmp_path) == "unfinished"
-    with pytest.raises(StageChanged, match="forward 1 there, 2 now"):
+    with pytest.raises(StageChanged, match="forward 1 in the folder, 2 now"):
         status(tmp_path, forward=2)
 
 
@@ -99,7 +99,7 @@ def test_start_stage_suggests_another_name(tmp_path):
     config.dpo.steps = 20
     with pytest.raises(StageChanged) as error:
         start_stage(tmp_path, config, "dpo", VERSIONS)
-    assert "config.dpo.steps: 0 there, 20 now" in str(error.value)
+    assert "config.dpo.steps: 0 in the folder, 20 now" in str(error.value)
     assert "another --workdir or another name, such as --config.run=dpo-steps20." in str(
         error.value
     )

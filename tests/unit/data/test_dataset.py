@@ -132,7 +132,7 @@ def test_ledger_json_and_table(tmp_path, letters):
 
 TABLE = """\
                                            train          eval
-read                                          32             2
+rows                                          32             2
   dropped: empty response                      1             0
   held out for eval                            0
 kept                                          31             2

@@ -48,7 +48,7 @@ def check(tiny, data, reference="same", loss="sigmoid", eos_id=EOS, exact=True, 
 def test_self_check_passes_good_batch(tiny):
     line = check(tiny, examples())
     assert "\n" not in line and "log-ratios 0, loss 0.6931 = log 2" in line
-    assert "EOS ends 12 of 12 responses" in line and "flat batch = separate rows to" in line
+    assert "EOS ends 12 of 12 responses" in line and "packed batch matches separate rows" in line
 
 
 def test_self_check_of_other_losses(tiny):
