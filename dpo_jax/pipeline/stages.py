@@ -44,6 +44,7 @@ def pairs_stage(run: Run, stage: str) -> dict:
             f"config.pairs.prompts = {block.prompts}, but there are only {count} training prompts. "
             "Lower it, or read more rows (config.data.train_split, config.data.max_rows)."
         )
+    _check_eval_prompts(run, initial.tokenizer)
     run.record_weights(stage, policy=initial, reward=run.reward_model("true"))
 
     # A random choice: the first prompts of a data set may be alike.
@@ -57,6 +58,17 @@ def pairs_stage(run: Run, stage: str) -> dict:
         run.sampling(n=block.completions),
         run.folder(stage),
     )
+
+
+def _check_eval_prompts(run: Run, tokenizer) -> None:
+    """Raise ValueError if a later stage needs more held-out prompts than the data has.
+
+    Sampling the pairs and training on them may take hours, so this comes before.
+    """
+    for stage in ("best_of_n", "evaluate"):
+        is_exact = stage == "evaluate" and is_measured_exactly(run)
+        if stage in run.config.stages and not is_exact:
+            run.eval_prompts(stage, tokenizer)
 
 
 def evaluate_stage(run: Run, stage: str) -> dict:
@@ -159,7 +171,7 @@ def _run_stage(run: Run, stage: str) -> None:
         # Process 0 decides for all, for it alone writes there.
         status = processes.from_first(lambda: begin()[1])
         if status == "done":
-            say(f"{stage}: done before, in {folder}")
+            say(f"{stage}: already done, in {folder}")
             return
         make_result = OTHER_STAGES.get(stage, train_stage)
         finish_stage(folder, **make_result(run, stage))

@@ -1,6 +1,7 @@
 """A reward and a loss of one's own, as functions, through the stages of a run."""
 
 import json
+import shutil
 
 import pytest
 
@@ -59,6 +60,19 @@ def test_reward_function_labels_and_measures(workdir):
     assert "frontier/reward" in read_rows(workdir / "dpo" / "metrics.jsonl")[-1]
 
 
+def test_too_few_held_out_prompts_are_refused_before_sampling(workdir, tmp_path):
+    shutil.copytree(workdir / "sft", tmp_path / "sft")
+    config = short("dpo")
+    config.evaluate.prompts = 100_000
+    with (
+        on_devices(1),
+        pytest.raises(ValueError, match=r"evaluate.prompts = 100000, but there are only \d+ held"),
+    ):
+        run_stages(config, str(tmp_path), reward=distinct_words)
+    assert not (tmp_path / "pairs" / "pairs.jsonl").exists()
+    assert not (tmp_path / "dpo").exists()
+
+
 def test_ppo_maximises_reward_function(workdir):
     config = short("ppo_gt")
     config.run = "ppo_f"
@@ -69,7 +83,7 @@ def test_ppo_maximises_reward_function(workdir):
 
 @pytest.mark.parametrize("reward", [None, as_many_words])
 def test_another_reward_is_refused(workdir, reward):
-    with on_devices(1), pytest.raises(StageChanged, match="config.reward.* there, .* now"):
+    with on_devices(1), pytest.raises(StageChanged, match="config.reward.* in the folder, .* now"):
         run_stages(short("dpo"), str(workdir), reward=reward)
 
 
@@ -87,7 +101,7 @@ def test_another_loss_is_refused(model, pairs, tmp_path, other, is_finished):
         run_stages(config, str(tmp_path), loss=one_minus_margin)
         if not is_finished:
             done.unlink()
-        with pytest.raises(StageChanged, match=r"config\.dpo\.loss: 'function:one_minus_margin' t"):
+        with pytest.raises(StageChanged, match=r"config\.dpo\.loss: 'function:one_minus_margin' i"):
             run_stages(config, str(tmp_path), loss=other)
         run_stages(config, str(tmp_path), loss=one_minus_margin)
     assert done.exists()
