@@ -121,7 +121,7 @@ def way_of_a_batch() -> str:
 
 
 def packed_batch() -> str:
-    """Return the layout of a packed batch: each prompt once among the tokens, rows for attention."""
+    """Return the layout of a packed batch: each prompt once in the tokens, rows for attention."""
     drawing = Drawing(980, 420)
     cell = 40
     examples = [("a", 3, 2, 4), ("b", 2, 3, 1)]  # name, tokens of prompt, chosen, rejected
