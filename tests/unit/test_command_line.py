@@ -239,9 +239,9 @@ def test_is_for_people():
 
 def test_full_memory_is_explained():
     full = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.\n at layer 3"
-    with pytest.raises(MemoryError, match=r"is full \(RESOURCE_EXHAUSTED: .* 9 bytes.\)\. In"):
-        with device_command.explain_full_memory():
-            raise jax.errors.JaxRuntimeError(full)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
-        with device_command.explain_full_memory():
-            raise jax.errors.JaxRuntimeError("INTERNAL: RESOURCE_EXHAUSTED elsewhere")
+    message = r"is full \(RESOURCE_EXHAUSTED: .* 9 bytes.\)\. In"
+    with pytest.raises(MemoryError, match=message), device_command.explain_full_memory():
+        raise jax.errors.JaxRuntimeError(full)
+    unknown = pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL")
+    with unknown, device_command.explain_full_memory():
+        raise jax.errors.JaxRuntimeError("INTERNAL: RESOURCE_EXHAUSTED elsewhere")
