@@ -15,7 +15,6 @@ and programs are the same. Nothing is printed without `verbose=True`.
 
 import contextlib
 import dataclasses
-import difflib
 import functools
 import inspect
 import math
@@ -43,7 +42,7 @@ from dpo_jax.data.batches import (
 )
 from dpo_jax.data.ledger import Filtered, Malformed, Unusable
 from dpo_jax.data.readers import fields_of
-from dpo_jax.data.sources import TextExample
+from dpo_jax.data.sources import TextExample, shown
 from dpo_jax.data.tokenizer import Examples
 from dpo_jax.models import hf, inference, loading, peft
 from dpo_jax.models import lora as adapters
@@ -121,7 +120,7 @@ def load(
                 _check_type("load", f"mesh.{axis}", size, 1)
     elif mesh is not None and not isinstance(mesh, jax.sharding.Mesh):
         raise TypeError(
-            f"load: mesh={_shown(mesh)}: expected a jax mesh, or sizes of its axes such as "
+            f"load: mesh={shown(mesh)}: expected a jax mesh, or sizes of its axes such as "
             "dict(fsdp=2)."
         )
     processes.keep_compiled_programs()
@@ -176,7 +175,7 @@ class Model:
         if isinstance(rows, str | os.PathLike | dict):
             raise TypeError(
                 f"encode takes a list of rows such as {sources.SOURCES['local'].example}; found "
-                f"{_shown(rows)}. To read a file: [json.loads(line) for line in open(FILE)]."
+                f"{shown(rows)}. To read a file: [json.loads(line) for line in open(FILE)]."
             )
         data.update(on_bad_row=on_bad_row, **_as_typed(settings, data))
         found = _parse_rows(rows, data, kind)
@@ -433,11 +432,11 @@ class Trainer:
         """
         if not isinstance(model, Model):
             hint = f"; dpo_jax.load({model!r}) loads one" if isinstance(model, str) else ""
-            raise TypeError(f"Trainer takes a model of dpo_jax.load; found {_shown(model)}{hint}.")
+            raise TypeError(f"Trainer takes a model of dpo_jax.load; found {shown(model)}{hint}.")
         if reference_log_probs is not None and not isinstance(reference_log_probs, LogProbs):
             raise TypeError(
                 "Trainer: reference_log_probs takes what model.log_probs(examples) returns; found "
-                f"{_shown(reference_log_probs)}."
+                f"{shown(reference_log_probs)}."
             )
         _check_type("Trainer", "seed", seed, 0)
         model._check_usable("lm")
@@ -598,7 +597,7 @@ class Trainer:
             raise ValueError("give reference or reference_log_probs, not both.")
         if not isinstance(reference, str | Model):
             raise TypeError(
-                f"Trainer: reference={_shown(reference)}: expected 'init', 'none' or a model."
+                f"Trainer: reference={shown(reference)}: expected 'init', 'none' or a model."
             )
         if isinstance(reference, str) and reference not in ("init", "none"):
             raise ValueError(
@@ -693,7 +692,7 @@ class Trainer:
         if not isinstance(examples, Examples):
             raise TypeError(
                 f"expected examples of model.encode, or a batch of dpo_jax.batches; found "
-                f"{_shown(examples)}."
+                f"{shown(examples)}."
             )
         if not len(examples):
             raise ValueError("there are no examples.")
@@ -736,10 +735,10 @@ def run(
     function another name, or the run another config.run or workdir.
     """
     if not isinstance(config, ConfigDict):
-        raise TypeError(f"run takes a config of dpo_jax.load_config; found {_shown(config)}.")
+        raise TypeError(f"run takes a config of dpo_jax.load_config; found {shown(config)}.")
     for name, function in dict(reward=reward, loss=loss).items():
         if function is not None and not callable(function):
-            raise TypeError(f"run: {name}={_shown(function)}: expected a function.")
+            raise TypeError(f"run: {name}={shown(function)}: expected a function.")
     processes.keep_compiled_programs()
     with jax.default_matmul_precision("float32"), console.quiet(not verbose):
         run_stages(config, str(workdir), reward=reward, loss=_loss_of_pairs(loss) if loss else None)
@@ -807,7 +806,7 @@ def _settings(objective: str, settings: dict, lora: dict | None) -> tuple[Config
     block.batch_size = microbatch_size_of(block)
     if lora is not None:
         if not isinstance(lora, dict):
-            raise TypeError(f"lora={_shown(lora)}: expected a dict such as dict(rank=16).")
+            raise TypeError(f"lora={shown(lora)}: expected a dict such as dict(rank=16).")
         _check_names("lora", lora, list(config.model.lora))
         _check_fields(f"{call}, lora", "model.lora", lora, config.model.lora)
         if lora.get("rank", 0) < 1:
@@ -823,7 +822,7 @@ def _check_names(place: str, given: Iterable[str], known: Sequence[str]) -> None
     """Raise TypeError at the first name that is not known."""
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
+            near = config_files.nearest(name, known)
             hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(known)}."
             raise TypeError(f"{place} has no setting {name!r}; {hint}")
 
@@ -853,8 +852,8 @@ def _check_number(call: str, name: str, value, *, least: int) -> None:
 def _check_choice(call: str, name: str, value, choices: tuple[str, ...]) -> None:
     """Raise ValueError where an argument is none of its choices; "" is one that is not told."""
     if value not in choices:
-        shown = ", ".join(repr(choice) for choice in choices if choice)
-        raise ValueError(f"{call}: {name}={value!r}: expected one of {shown}.")
+        allowed = ", ".join(repr(choice) for choice in choices if choice)
+        raise ValueError(f"{call}: {name}={value!r}: expected one of {allowed}.")
 
 
 def _check_type(call: str, name: str, value, default) -> None:
@@ -863,7 +862,7 @@ def _check_type(call: str, name: str, value, default) -> None:
         if isinstance(default, kind):
             is_truth = isinstance(value, bool) and kind is not bool  # which Python has as a number
             if not isinstance(value, accepted) or is_truth:
-                raise TypeError(f"{call}: {name}={_shown(value)}: expected {expected}.")
+                raise TypeError(f"{call}: {name}={shown(value)}: expected {expected}.")
             return
 
 
@@ -878,7 +877,7 @@ def _as_typed(given: dict, defaults: Mapping) -> dict:
 
 def _check_examples(call: str, examples) -> None:
     if not isinstance(examples, Examples):
-        raise TypeError(f"{call} takes examples of model.encode; found {_shown(examples)}.")
+        raise TypeError(f"{call} takes examples of model.encode; found {shown(examples)}.")
 
 
 def _parse_rows(rows: Iterable[dict], data: ConfigDict, kind: str) -> list[TextExample]:
@@ -894,7 +893,7 @@ def _parse_rows(rows: Iterable[dict], data: ConfigDict, kind: str) -> list[TextE
         except (Filtered, Malformed, Unusable) as error:
             if data.on_bad_row == "drop":
                 continue
-            fields = ", ".join(map(str, record)) if isinstance(record, dict) else _shown(record)
+            fields = ", ".join(map(str, record)) if isinstance(record, dict) else shown(record)
             raise ValueError(
                 f"rows[{number}]: {error}.\n  fields found: {fields or 'none'}\n"
                 f"  a right row: {source.example}"
@@ -906,11 +905,6 @@ def _one_batch(examples: Examples) -> PlannedBatch:
     if not isinstance(examples, Examples) or not len(examples):
         raise TypeError(
             f"step takes examples of model.encode, or a batch of dpo_jax.batches; found "
-            f"{_shown(examples)}."
+            f"{shown(examples)}."
         )
     return BatchPlan(examples, np.arange(len(examples))[None])[0]
-
-
-def _shown(value) -> str:
-    text = repr(value)
-    return f"{text if len(text) < 80 else text[:77] + '...'} ({type(value).__name__})"

@@ -402,14 +402,14 @@ def _text(fields: dict, name: str) -> str:
     if fields.get(name) is None:
         raise Malformed(f"field {name!r} is missing")
     if not isinstance(fields[name], str):
-        raise Malformed(f"field {name!r} is not text", _shown(fields[name]))
+        raise Malformed(f"field {name!r} is not text", shown(fields[name]))
     return fields[name]
 
 
 def _number(fields: dict, name: str) -> float:
     """Return a field that must be a number."""
     if not isinstance(fields.get(name), int | float):
-        raise Malformed(f"field {name!r} is missing or not a number", _shown(fields.get(name)))
+        raise Malformed(f"field {name!r} is missing or not a number", shown(fields.get(name)))
     return fields[name]
 
 
@@ -425,7 +425,7 @@ def _content(fields: dict, name: str) -> Text:
             case _:
                 raise Malformed(
                     f"field {name!r} holds more than messages, each a role and a content in text",
-                    _shown(message),
+                    shown(message),
                 )
     return messages
 
@@ -435,7 +435,7 @@ def _spaced(text: str) -> str:
     return " " + text.strip()
 
 
-def _shown(value) -> str:
+def shown(value) -> str:
     """Return a value and its type, short enough for a message."""
     text = repr(value)
     if len(text) >= 80:
@@ -464,7 +464,7 @@ def _chat(prompt: Text | None, responses: tuple[Text, ...]) -> tuple[list, tuple
         start, answers = chats[0][:turn], [chat[turn:] for chat in chats]
         differ = any(chat[:turn] != start for chat in chats)
         if differ or any(message not in start for message in given):
-            raise Malformed("the conversation does not continue 'prompt'", _shown(start))
+            raise Malformed("the conversation does not continue 'prompt'", shown(start))
     roles = [[message["role"] for message in answer] for answer in answers]
     # What is trained on is what an assistant says, from its first turn to its last.
     for turns in roles:
