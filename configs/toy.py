@@ -7,9 +7,9 @@ You can add a method after a colon: dpo (the default), preferred_ft, unlikelihoo
 model), ppo_gt (on the true reward) or best_of_n. Methods with the same --workdir share the earlier
 stages; give each its own name (--config.run).
 
-Hardware: 2 CPU cores, 67 s. Writes WORKDIR/evaluate/toy.json and toy.png: the policy's exact reward
-and KL, and the highest reward attainable at that KL. DPO comes within 0.03 (reward) and 0.02 (KL)
-of its optimum.
+Hardware: 2 CPU cores, 22 to 67 s. Writes WORKDIR/evaluate/toy.json and toy.png: the policy's exact
+reward and KL, and the highest reward attainable at that KL. DPO comes within 0.03 (reward) and
+0.02 (KL) of its optimum.
 """
 
 from dpo_jax.config import METHODS, default
