@@ -215,7 +215,7 @@ class RolloutFeed:
         return [f"prompt {index}" for index in self._order[step]]
 
     def close(self) -> None:
-        pass
+        """Do nothing: this feed holds neither threads nor files."""
 
     def _largest_shape(self) -> packing.Shape:
         """Return a shape that any minibatch fits: completions are not known when it is compiled."""

@@ -168,22 +168,9 @@ def test_reward_model_as_judge(tmp_path):
     import transformers
 
     from dpo_jax.models import hf, transformer
-    from tests.helpers.tiny_runs import tokenizer
+    from tests.helpers.tiny_runs import tiny_hf_config, tokenizer
 
-    hf_config = hf.make_config(
-        dict(
-            model_type="llama",
-            vocab_size=40,
-            hidden_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            intermediate_size=32,
-            max_position_embeddings=64,
-            bos_token_id=0,
-            eos_token_id=1,
-        )
-    )
+    hf_config = tiny_hf_config()
     config = tiny_config(head="reward")
     params = jax.jit(lambda key: jax.tree.map(lambda x: x * 8, transformer.init(config, key)))(
         jax.random.key(3)

@@ -71,13 +71,9 @@ def tokenizer():
     )
 
 
-def write_model(folder, scale: float = 4) -> pathlib.Path:
-    """Write a random two-layer Llama of 40 words in Hugging Face format; return its folder.
-
-    Its weights are `scale` times as large as those of an initialisation, so that its log-probs are
-    far from uniform.
-    """
-    hf_config = hf.make_config(
+def tiny_hf_config():
+    """Return the Hugging Face config of a two-layer Llama of 40 words."""
+    return hf.make_config(
         dict(
             model_type="llama",
             vocab_size=40,
@@ -91,6 +87,15 @@ def write_model(folder, scale: float = 4) -> pathlib.Path:
             eos_token_id=1,
         )
     )
+
+
+def write_model(folder, scale: float = 4) -> pathlib.Path:
+    """Write a random two-layer Llama of 40 words in Hugging Face format; return its folder.
+
+    Its weights are `scale` times as large as those of an initialisation, so that its log-probs are
+    far from uniform.
+    """
+    hf_config = tiny_hf_config()
     config = tiny_config()
     params = jax.jit(lambda key: jax.tree.map(lambda x: x * scale, transformer.init(config, key)))(
         jax.random.key(0)
