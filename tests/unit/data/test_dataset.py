@@ -2,7 +2,6 @@
 
 import json
 
-import ml_collections
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -11,29 +10,15 @@ from dpo_jax.data import dataset
 from dpo_jax.data import tokenizer as tokenizers
 from dpo_jax.data.ledger import Counts, Ledger
 from dpo_jax.data.sources import TextExample
+from tests.helpers import rows
 from tests.helpers.paths import SHARED, STORIES, needs_shared
 
+# What tokenising reads of the data block, besides what reading rows does.
+ENCODING = dict(max_length=40, max_prompt_length=20, truncate="auto", append_eos=True, show=0)
 
-def data_config(**changes) -> ml_collections.ConfigDict:
-    return ml_collections.ConfigDict(
-        {
-            "source": "local",
-            "path": "",
-            "train_split": "train",
-            "eval_split": "",
-            "eval_fraction": 0.0,
-            "max_rows": 0,
-            "max_eval_rows": 0,
-            "max_length": 40,
-            "max_prompt_length": 20,
-            "truncate": "auto",
-            "append_eos": True,
-            "on_bad_row": "error",
-            "max_dropped": 0.05,
-            "show": 0,
-        }
-        | changes
-    )
+
+def data_config(**changes):
+    return rows.data_config(**ENCODING | changes)
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +32,8 @@ def letters():
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
 
 
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+def write(path, records):
+    path.write_text("".join(json.dumps(row) + "\n" for row in records))
     return str(path)
 
 
