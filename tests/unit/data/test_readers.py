@@ -8,6 +8,7 @@ import sys
 import time
 
 import datasets
+import pyarrow
 import pytest
 
 from dpo_jax.data import readers
@@ -130,7 +131,7 @@ def test_unreadable_files_are_named(tmp_path):
         (["one.jsonl", "two.jsonl"], {"train": 2}),
         (["train/one.jsonl", "train/two.jsonl", "dev/one.jsonl"], {"train": 2, "validation": 1}),
         (["my_training_set.jsonl", "my-eval-set.jsonl"], {"train": 1, "test": 1}),
-        (["train.jsonl", "valid1.jsonl", "valid2.jsonl"], {"train": 1, "valid1": 1, "valid2": 1}),
+        (["train.jsonl", "valid1.jsonl", "valid2.jsonl"], {"train": 1, "validation": 2}),
         (
             [
                 "x/train-00000-of-00002.jsonl",
@@ -154,6 +155,238 @@ def test_find_splits_of_folder(tmp_path, files, splits):
         write_jsonl(tmp_path / name, pairs(1, f"{i}:"))
     found = readers.find_splits(str(tmp_path))
     assert {name: len(list(rows())) for name, rows in found.items()} == splits
+
+
+# The files of a folder that `datasets` parts into splits too; it is asked in the test.
+AS_DATASETS = [
+    "prefs.train prefs.test",
+    "train_prefs test_prefs",
+    "v1.0-train v1.0-test",
+    "v1.0-train",
+    "pairs.v2.train pairs.v2.dev",
+    "train.v1.2 test.v1.2",
+    "2024-05-train 2024-05-test",
+    "data/train-00000-of-00001 data/test-00000-of-00001",
+    "data/train-00000-of-00001-0123abcd data/validation-00000-of-00001-0123abcd",
+    "data/train_prefs-00000-of-00002 data/train_prefs-00001-of-00002 "
+    "data/test_prefs-00000-of-00001 data/train_sft-00000-of-00001",
+    "data/unsupervised-00000-of-00001 data/train-00000-of-00001",
+    "train-00000-of-00001 dev-00000-of-00001",
+    "train/a train/b test/a",
+    "train/data-00000-of-00001 test/data-00000-of-00001",
+    "train/part-00000-of-00002 train/part-00001-of-00002 valid/part-00000-of-00001",
+    "helpful/train helpful/test harmless/train",
+    "set-train/rows set-test/rows",
+    "x/train_v1/rows x/test_v1/rows",
+    "train validation test",
+    "train val",
+    "train valid",
+    "training testing",
+    "train evaluation",
+    "train1 train2 test1",
+    "train valid1 valid2",
+    "my_train my_eval",
+    "a b",
+    "pretrain latest",
+    "trainset testset",
+    "__cache/train rows",
+    ".hidden/train rows",
+]
+
+
+@pytest.mark.parametrize("names", AS_DATASETS)
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+def test_find_splits_as_datasets_does(tmp_path, names, suffix):
+    for name in names.split():
+        write_jsonl(tmp_path / (name + suffix), [{"file": name}])
+    patterns = datasets.data_files.get_data_patterns(str(tmp_path))
+    expected = {}
+    for split, files in datasets.data_files.DataFilesDict.from_patterns(
+        patterns, str(tmp_path)
+    ).items():
+        expected[str(split)] = sorted(
+            os.path.relpath(file, tmp_path.resolve()).removesuffix(suffix) for file in files
+        )
+    found = {}
+    for split, rows in readers.find_splits(str(tmp_path)).items():
+        found[split] = sorted(readers.fields_of(record)["file"] for _, record in rows())
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    "names, splits",
+    [
+        # `datasets` matches lower case alone, and would train on both.
+        ("Train Test", {"train": ["Train"], "test": ["Test"]}),
+        # It passes over files that no name tells the split of; here they have to be asked for.
+        ("train extra", {"train": ["train"], "extra": ["extra"]}),
+        # It puts the folder's name above the file's, and would find a test split alone.
+        ("eval_runs/train eval_runs/dev", {"train": ["eval_runs/train"], "validation": [""]}),
+        # Its name is no split's for `datasets`, which stops.
+        ("data/v1.0-train-00000-of-00001", {"train": ["data/v1.0-train-00000-of-00001"]}),
+    ],
+)
+def test_find_splits_where_datasets_does_otherwise(tmp_path, names, splits):
+    for name in names.split():
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"file": name}])
+    found = readers.find_splits(str(tmp_path))
+    assert sorted(found) == sorted(splits)
+    rows = [readers.fields_of(record)["file"] for _, record in found["train"]()]
+    assert rows == splits["train"]
+
+
+def test_find_splits_refuses_name_of_two_splits(tmp_path):
+    write_jsonl(tmp_path / "train_test.jsonl", [PAIR])
+    with pytest.raises(FileNotFoundError, match="train_test.jsonl: its name says train and test"):
+        readers.find_splits(str(tmp_path))
+
+
+def test_save_to_disk(tmp_path):
+    train = datasets.Dataset.from_list(pairs(1500))
+    # Rows chosen and put in another order are written in that order; a cached file is no data.
+    train = train.select(range(1499, -1, -1))
+    train.save_to_disk(tmp_path / "one", num_shards=3)
+    (tmp_path / "one" / "cache-0123.arrow").write_bytes(b"")
+    parts = datasets.DatasetDict(train=train, test=datasets.Dataset.from_list(pairs(2, "t")))
+    parts.save_to_disk(tmp_path / "both")
+    rows, _ = read(tmp_path / "one")
+    assert [row.prompt for row in rows["train"]] == [f"p{i}" for i in range(1499, -1, -1)]
+    assert rows["train"][0].where == "data-00000-of-00003.arrow row 1"
+    rows, _ = read(tmp_path / "both")
+    assert [len(rows["train"]), len(rows["eval"])] == [1500, 2]
+    assert rows["eval"][0].where == "test/data-00000-of-00001.arrow row 1"
+    [arrow] = (tmp_path / "both" / "test").glob("*.arrow")
+    assert [row.prompt for row in read(arrow)[0]["train"]] == ["t0", "t1"]
+
+
+def test_arrow_file_format(tmp_path):
+    table = pyarrow.Table.from_pylist(pairs(3))
+    with pyarrow.ipc.new_file(str(tmp_path / "rows.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    assert len(read(tmp_path / "rows.arrow")[0]["train"]) == 3
+
+
+@pytest.mark.parametrize("name", ["ROWS.JSONL", "rows.ndjson", "Rows.JSONL.GZ", "rows.NDJSON"])
+def test_names_of_json_lines(tmp_path, name):
+    written = write_jsonl(tmp_path / ("a.gz" if name.lower().endswith("gz") else "a"), pairs(2))
+    written.rename(tmp_path / name)
+    for path in (tmp_path, tmp_path / name):
+        assert [row.where for row in read(path)[0]["train"]] == [f"{name} row 1", f"{name} row 2"]
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_rows_in_a_json_object(tmp_path, indent):
+    path = tmp_path / "rows.json"
+    wrapped = {"version": "1", "tags": ["a"], "data": pairs(2), "more": {"rows": 2}}
+    path.write_text(json.dumps(wrapped, indent=indent))
+    assert [row.prompt for row in read(path)[0]["train"]] == ["p0", "p1"]
+    path.write_text(json.dumps({"train": pairs(2), "test": pairs(1)}, indent=indent))
+    with pytest.raises(ValueError, match="holds several lists of rows, train, test: save each"):
+        read(path)
+    # One row of chat is a row, though its messages are a list of objects.
+    chat = {"prompt": [user("q")], "chosen": [assistant("a")], "rejected": [assistant("b")]}
+    path.write_text(json.dumps(chat, indent=indent))
+    assert [row.prompt for row in read(path)[0]["train"]] == [[user("q")]]
+
+
+def test_json_array_across_pieces(tmp_path, monkeypatch):
+    rows = [*pairs(3), {"prompt": '[{,}]\\"\n' * 40, "chosen": "é\u2028", "rejected": "]"}]
+    path = tmp_path / "rows.json"
+    for piece in (1, 7, 64, 1 << 20):
+        monkeypatch.setattr(readers, "CHUNK", piece)
+        for indent in (None, 2):
+            path.write_text(json.dumps(rows, indent=indent))
+            assert [fields for _, fields in readers.read_rows(path)] == rows
+        for text, said in [
+            ('[{"a": 1},\n{"a": 2}\n{"a": 3}]', "Expecting ',' delimiter at line 3"),
+            ('[{"a": 1},\n{"a": 2},\n]', "a comma before the end of the array at line 3"),
+            ('[{"a": 1},\n{"a": 2}]\n[]', "text after the end of the array at line 3"),
+            ('[{"a": 1},\n{"a": tru}]', "Expecting value at line 2"),
+        ]:
+            path.write_text(text)
+            with pytest.raises(ValueError, match=f"rows.json is not JSON: {said}"):
+                list(readers.read_rows(path))
+    path.write_text("[]")
+    assert list(readers.read_rows(path)) == []
+
+
+@pytest.mark.parametrize("write", [json.dumps, repr])
+def test_chat_lists_in_csv(tmp_path, write):
+    chat = [user('it\'s "q"\n'), assistant(None) | {"tool_calls": [{"id": 1}]}, assistant("a")]
+    structured = '{"role": "nurse", "age": 3}'
+    with open(tmp_path / "rows.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, ["chosen", "rejected"])
+        writer.writeheader()
+        writer.writerow({"chosen": write(chat), "rejected": structured})
+    [(_, fields)] = readers.read_rows(tmp_path / "rows.csv")
+    assert fields == {"chosen": chat, "rejected": structured}
+
+
+def test_chat_lists_in_csv_that_cannot_be_read(tmp_path):
+    # As pandas writes an array of messages.
+    cell = "\"[{'content': 'q', 'role': 'user'}\n {'content': 'a', 'role': 'assistant'}]\""
+    (tmp_path / "rows.csv").write_text(f"prompt,chosen,rejected\np,{cell},r\n")
+    with pytest.raises(ValueError, match="row 1: field 'chosen' holds chat messages as text that"):
+        read(tmp_path / "rows.csv")
+
+
+def test_csv_row_with_too_many_cells(tmp_path):
+    (tmp_path / "rows.csv").write_text("prompt,chosen,rejected\np,yes, a lot,no\n")
+    with pytest.raises(ValueError, match="row 1: the row has more cells than .*found .'no'"):
+        read(tmp_path / "rows.csv")
+
+
+def test_read_rows_of_any_format(tmp_path):
+    rows = [{"prompt": "p", "id": 1}, {"prompt": "q", "id": 2}]
+    write_parquet(tmp_path / "a.parquet", rows)
+    (tmp_path / "b.json").write_text(json.dumps(rows))
+    write_jsonl(tmp_path / "c" / "rows.jsonl", rows)
+    for path in (tmp_path / "a.parquet", tmp_path / "b.json", tmp_path / "c"):
+        assert [fields for _, fields in readers.read_rows(path)] == rows
+    assert next(readers.read_rows(tmp_path / "b.json"))[0] == "b.json row 1"
+    write_jsonl(tmp_path / "d" / "train.jsonl", rows)
+    write_jsonl(tmp_path / "d" / "test.jsonl", rows)
+    with pytest.raises(FileNotFoundError, match="holds the splits test, train; pass the file"):
+        next(readers.read_rows(tmp_path / "d"))
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        next(readers.read_rows(tmp_path / "none.csv"))
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.parquet", "rows.arrow"])
+def test_local_files_never_use_the_network(tmp_path, name):
+    code = f"""if True:
+        import socket
+        def refuse(*address):
+            raise SystemExit(f"looked up {{address}}")
+        socket.getaddrinfo = refuse
+        from dpo_jax.data import readers
+        print(len(list(readers.read_rows({str(tmp_path / name)!r}))))
+    """
+    table = datasets.Dataset.from_list(pairs(3))
+    if name.endswith("jsonl"):
+        write_jsonl(tmp_path / name, pairs(3))
+    elif name.endswith("csv"):
+        table.to_csv(tmp_path / name)
+    elif name.endswith("parquet"):
+        table.to_parquet(tmp_path / name)
+    else:
+        table.save_to_disk(tmp_path / "set")
+        (tmp_path / "set" / "data-00000-of-00001.arrow").rename(tmp_path / name)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "3", done.stderr
+
+
+def test_types_that_datasets_wrote(tmp_path):
+    """Columns whose stored form is not their value are read as `datasets` reads them."""
+    features = datasets.Features(
+        {"calls": datasets.List(datasets.Json()), "turns": {"role": datasets.Value("string")}}
+    )
+    rows = [{"calls": [{"a": 1}, {"b": [2]}], "turns": {"role": "user"}}]
+    table = datasets.Dataset.from_list(rows, features=features)
+    table.to_parquet(tmp_path / "rows.parquet")
+    table.save_to_disk(tmp_path / "set")
+    for path in (tmp_path / "rows.parquet", tmp_path / "set"):
+        assert [fields for _, fields in readers.read_rows(path)] == rows
 
 
 def test_find_splits_refuses_mixed_folder(tmp_path):
