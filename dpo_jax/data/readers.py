@@ -206,16 +206,25 @@ def find_splits(path: str) -> Splits:
     local = Path(path).expanduser()
     if local.exists():
         return local_splits(local)
+    folder, _, subset = path.rpartition(":")
+    if folder and Path(folder).expanduser().is_dir():
+        return local_splits(Path(folder).expanduser(), subset)
     if path[0] in "/.~" or path.count("/") > 1 or _format(local) in READERS:
         raise FileNotFoundError(f"data.path={path!r}: no such file or folder.")
     return _hub_splits(path)
 
 
-def local_splits(path: Path) -> Splits:
-    """Return the splits of a file or a folder, which may have been made by `save_to_disk`."""
+def local_splits(path: Path, subset: str = "") -> Splits:
+    """Return the splits of a file or a folder, which may have been made by `save_to_disk`.
+
+    subset: one of those that the folder's README.md declares, as those of the hub's sets do.
+    """
     if path.is_file():
         return {"train": functools.partial(_records, [path], path.parent)}
-    if (path / "dataset_dict.json").is_file():
+    declared = _declared_files(path, subset)
+    if declared:
+        files = declared
+    elif (path / "dataset_dict.json").is_file():
         names = _json_of(path / "dataset_dict.json")["splits"]
         files = {name: _saved_files(path / name) for name in names}
     elif (path / "state.json").is_file():
@@ -223,6 +232,57 @@ def local_splits(path: Path) -> Splits:
     else:
         files = _split_files(path)
     return {name: functools.partial(_records, files[name], path) for name in files}
+
+
+def _declared_files(folder: Path, subset: str) -> dict[str, list[Path]]:
+    """Return the files of each split of a subset that a folder's README.md declares, if any.
+
+    Raises FileNotFoundError where it declares several and none was asked for, or another one.
+    """
+    declared = _declared_subsets(folder / "README.md")
+    names = ", ".join(declared)
+    if subset and subset not in declared:
+        raise FileNotFoundError(
+            f"data.path='{folder}:{subset}': README.md in the folder declares "
+            f"{'the subsets ' + names if names else 'no subsets'}."
+        )
+    if not declared:
+        return {}
+    defaults = [name for name in declared if declared[name].get("default") or name == "default"]
+    chosen = subset or next(iter(defaults or declared))
+    if len(declared) > 1 and not subset and not defaults:
+        raise FileNotFoundError(
+            f"data.path={str(folder)!r} holds the subsets {names}: pass the one to read, "
+            f"such as {folder}:{chosen}."
+        )
+    from datasets.data_files import DataFilesDict, sanitize_patterns
+
+    base = (folder / declared[chosen].get("data_dir", "")).resolve()
+    files = {}
+    for split, patterns in sanitize_patterns(declared[chosen]["data_files"]).items():
+        try:
+            found = DataFilesDict.from_patterns({split: patterns}, str(base))
+        except FileNotFoundError:
+            continue  # a split that was not downloaded
+        files[split] = [folder / Path(file).relative_to(folder.resolve()) for file in found[split]]
+    return files
+
+
+def _declared_subsets(readme: Path) -> dict[str, dict]:
+    """Return what the metadata of a README.md, as the hub has it, says of each subset's files."""
+    if not readme.is_file():
+        return {}
+    from huggingface_hub import metadata_load
+
+    try:
+        card = metadata_load(readme) or {}
+    except Exception:  # a README.md that is not in the hub's form declares nothing
+        return {}
+    declared = {}
+    for settings in card.get("configs") or []:
+        if "data_files" in settings:
+            declared[settings.get("config_name", "default")] = settings
+    return declared
 
 
 def _saved_files(folder: Path) -> list[Path]:

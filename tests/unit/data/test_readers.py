@@ -241,6 +241,48 @@ def test_find_splits_refuses_name_of_two_splits(tmp_path):
         readers.find_splits(str(tmp_path))
 
 
+CARD = """---
+license: mit
+configs:
+- config_name: preference
+  data_files:
+  - split: train
+    path: "preference/a*.jsonl"
+  - split: heldout
+    path: ["preference/b.jsonl", "preference/c.jsonl"]
+- config_name: edits
+  data_files: "edits/*"
+---
+# A set with a card
+"""
+
+
+def test_find_splits_that_a_card_declares(tmp_path):
+    for name in ("preference/a1", "preference/a2", "preference/b", "preference/c", "edits/d"):
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"file": name}])
+    (tmp_path / "README.md").write_text(CARD)
+
+    def splits_of(path):
+        found = {}
+        for split, rows in readers.find_splits(str(path)).items():
+            found[split] = [readers.fields_of(record)["file"] for _, record in rows()]
+        return found
+
+    with pytest.raises(FileNotFoundError, match="holds the subsets preference, edits: pass the"):
+        readers.find_splits(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=":other': README.md in the folder declares the"):
+        readers.find_splits(f"{tmp_path}:other")
+    assert splits_of(f"{tmp_path}:preference") == {
+        "train": ["preference/a1", "preference/a2"],
+        "heldout": ["preference/b", "preference/c"],
+    }
+    assert splits_of(f"{tmp_path}:edits") == {"train": ["edits/d"]}
+    (tmp_path / "README.md").write_text(CARD.replace("edits\n", "edits\n  default: true\n"))
+    assert splits_of(tmp_path) == {"train": ["edits/d"]}
+    [rows] = readers.find_splits(str(tmp_path)).values()
+    assert next(rows())[0] == "edits/d.jsonl row 1"
+
+
 def test_save_to_disk(tmp_path):
     train = datasets.Dataset.from_list(pairs(1500))
     # Rows chosen and put in another order are written in that order; a cached file is no data.
