@@ -29,7 +29,7 @@ from ml_collections import ConfigDict
 
 from dpo_jax import config as configs
 from dpo_jax import config_checks, config_files, console
-from dpo_jax.data import dataset, sources
+from dpo_jax.data import dataset, sources, splits
 from dpo_jax.data import tokenizer as tokenizers
 from dpo_jax.data.batches import (
     FILLER,
@@ -40,10 +40,10 @@ from dpo_jax.data.batches import (
     steps_of,
     training_order,
 )
+from dpo_jax.data.examples import Example, Examples
 from dpo_jax.data.ledger import Filtered, Malformed, Unusable
 from dpo_jax.data.readers import fields_of
-from dpo_jax.data.sources import TextExample, shown
-from dpo_jax.data.tokenizer import Examples
+from dpo_jax.data.rows import TextExample, shown
 from dpo_jax.models import hf, inference, loading, peft
 from dpo_jax.models import lora as adapters
 from dpo_jax.models.loading import Checkpoint
@@ -332,9 +332,9 @@ class LogProbs:
         return {_key(example): i for i, example in enumerate(self.examples)}
 
 
-def _key(example: tuple) -> tuple:
-    prompt, responses = example
-    return tuple(part.tobytes() for part in (prompt, *responses))
+def _key(example: Example) -> tuple:
+    parts = (example.prompt, *example.responses, *(example.completion_masks or ()))
+    return tuple(part.tobytes() for part in parts)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -886,10 +886,9 @@ def _parse_rows(rows: Iterable[dict], data: ConfigDict, kind: str) -> list[TextE
     found = []
     for number, record in enumerate(rows):
         try:
-            prompt, responses = source.parse(fields_of(record))
-            kind = kind or ("pairs" if len(responses) == 2 else "sft")
-            responses = sources.usable_responses(responses, kind)
-            found.append(TextExample(prompt, responses, f"rows[{number}]"))
+            row = source.parse(fields_of(record))
+            kind = kind or ("pairs" if row.pairs else "sft")
+            found += splits.examples_of(row, kind, data.turns, f"rows[{number}]")
         except (Filtered, Malformed, Unusable) as error:
             if data.on_bad_row == "drop":
                 continue

@@ -109,6 +109,19 @@ DATA = dict(
         True,
         "end each response with EOS; set to False only if all responses have the same length",
     ),
+    columns=Field(
+        "",
+        "names of your columns, where they are others: prompt=question,chosen=chosen_response",
+    ),
+    turns=Field(
+        "all",
+        "what SFT trains on in rows of whole conversations: all assistant turns, or the last one",
+    ),
+    template=Field({}, "options of the chat template, such as enable_thinking"),
+    ignore=Field(
+        (), "parts of chat rows to leave out although the chat template does not render them"
+    ),
+    mix=Field("", "several data sets instead of path, each with a count or a share of its rows"),
     shuffle=Field(True, "shuffle before each epoch; False: keep the order of the file"),
     on_bad_row=Field("error", "what to do about a malformed row: error (stop) or drop (count it)"),
     max_dropped=Field(0.05, "stop if more than this share of the rows would be dropped"),

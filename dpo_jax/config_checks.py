@@ -26,6 +26,7 @@ ALLOWED = {  # field -> its values; STAGE stands for every training stage
     "data.source": tuple(SOURCES),
     "data.truncate": TRUNCATIONS,
     "data.on_bad_row": ("error", "drop"),
+    "data.turns": ("all", "last"),
     "reward.kind": REWARDS,
     "ppo.reward": ("rm", "true"),
     "best_of_n.reward": ("rm", "true"),

@@ -8,7 +8,8 @@ people chose. DPO is also judged at each checkpoint that its training kept (conf
 config.dpo.keep), at temperature 1. Flags and files are those of experiments.tldr_winrate.
 """
 
-from dpo_jax.data import sources
+from dpo_jax.data import splits
+from dpo_jax.data.rows import TextExample
 from experiments import winrate
 from experiments.winrate import Options, Point, Task
 
@@ -31,8 +32,8 @@ def run(make_config, workdir: str, options: Options) -> list[dict]:
 def task(runs: dict, options: Options) -> Task:
     """Return the task: held-out dialogues of one turn."""
     data = _data(runs["dpo"])
-    splits, _ = sources.read(data, "sft")
-    examples = winrate.held_out(splits["eval"], options.prompts, _one_turn)
+    texts, _ = splits.read(data, "sft")
+    examples = winrate.held_out(texts["eval"], options.prompts, _one_turn)
     return Task(examples, data, shown=str.strip, read=answer)
 
 
@@ -68,9 +69,9 @@ def answer(completion: str) -> str:
 
 def shots(data) -> str:
     """Return short dialogues of one turn from the training examples, as one text."""
-    splits, _ = sources.read(data, "sft")
+    texts, _ = splits.read(data, "sft")
     short = {}
-    for example in splits["train"]:
+    for example in texts["train"]:
         length = len(example.prompt + example.responses[0])
         if _one_turn(example) and length <= LONGEST_SHOT:
             short[example.prompt] = example
@@ -91,7 +92,7 @@ def _data(run):
     return data
 
 
-def _one_turn(example: sources.TextExample) -> bool:
+def _one_turn(example: TextExample) -> bool:
     return example.prompt.count(HUMAN) == 1 and HUMAN not in example.responses[0]
 
 

@@ -15,7 +15,8 @@ are listed in experiments/winrate.py.
 
 import functools
 
-from dpo_jax.data import sources
+from dpo_jax.data import splits
+from dpo_jax.data.sources import CUE
 from dpo_jax.models import families, hf
 from dpo_jax.models.loading import open_checkpoint
 from experiments import winrate
@@ -88,14 +89,14 @@ def task(runs: dict, options: Options, dataset: str, path: str) -> Task:
     data.max_eval_rows = 0
     if dataset != "tldr":
         data.update(source=dataset, path=path, max_rows=1, train_split="train", eval_split="")
-    splits, _ = sources.read(data, "sft")
-    examples = winrate.held_out(splits["eval"], options.prompts)
+    texts, _ = splits.read(data, "sft")
+    examples = winrate.held_out(texts["eval"], options.prompts)
     return Task(examples, data, shown=text, read=str.strip, rouge=True)
 
 
 def text(prompt: str) -> str:
     """Return a post or an article without the words that are there for the model."""
-    return prompt.removeprefix("Article:").removesuffix(sources.CUE).strip()
+    return prompt.removeprefix("Article:").removesuffix(CUE).strip()
 
 
 def points(runs: dict, options: Options, base: str = "") -> list[Point]:

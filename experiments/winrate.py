@@ -25,8 +25,9 @@ from dpo_jax import command_line, config_checks, device_command
 from dpo_jax import config as configs
 from dpo_jax.console import say
 from dpo_jax.data import dataset
-from dpo_jax.data.sources import TextExample
-from dpo_jax.data.tokenizer import Examples, encode_example_prompts
+from dpo_jax.data.examples import Examples
+from dpo_jax.data.rows import TextExample
+from dpo_jax.data.tokenizer import encode_example_prompts
 from dpo_jax.evaluation import chat_api, winrate_stats
 from dpo_jax.evaluation import judge as judges
 from dpo_jax.evaluation.judge import Comparison

@@ -93,7 +93,7 @@ class Batches:
     ):
         """Lay out the batches of all steps.
 
-        examples: a sequence of (prompt, responses) token ids. order: indices into it, or FILLER,
+        examples: a sequence of `Example`. order: indices into it, or FILLER,
         [steps, batch_size]. shape: that of every batch, where the examples are not known when the
         program is compiled. reference_log_probs: [examples, responses]. rollout: its fields hold,
         for each example, an array of a value for each completion token.
@@ -114,8 +114,8 @@ class Batches:
         self._rollout = rollout
         self._examples = examples
         # Lengths alone decide all shapes, so batches are packed only when they are asked for.
-        self._prompt_lengths, self._response_lengths = packing.lengths_of(examples)
-        self._sizes = self._prompt_lengths + self._response_lengths.sum(axis=1)
+        self._lengths = packing.lengths_of(examples)
+        self._sizes = self._lengths.prompt + self._lengths.response.sum(axis=1)
         self._shortest = int(np.argmin(self._sizes))  # it stands in for fillers
         self._cells_nCP = self._deal_to_cells()
 
@@ -150,7 +150,7 @@ class Batches:
             start = 0
             # A filler's part is that of the example which stands in for it.
             for index, stand_in in zip(cell.tolist(), self._filled(cell), strict=True):
-                end = start + self._response_lengths[stand_in].sum()
+                end = start + self._lengths.completion[stand_in].sum()
                 found[index] = values_M[start:end]
                 start = end
         return found
@@ -162,9 +162,7 @@ class Batches:
     def unpadded_shape(self, step: int) -> packing.Shape:
         """Return a batch's real sizes: each sequence is a row of its own length."""
         real = self._real(step)
-        needs = packing.needs_of_lengths(
-            self._prompt_lengths[None, real], self._response_lengths[None, real]
-        )
+        needs = packing.needs_of_lengths(self._lengths[None, real])
         return packing.Shape(
             tokens=int(needs.tokens[0]),
             rows=tuple((1, int(length)) for length in needs.lengths[0]),
@@ -183,7 +181,7 @@ class Batches:
         attention = np.dot(cells_k, [(shape.lengths**2).sum() for shape in self.shapes])
 
         times_used = np.bincount(self._filled(self._cells_nCP).ravel(), minlength=len(self._sizes))
-        sequences = self._prompt_lengths[:, None] + self._response_lengths
+        sequences = self._lengths.prompt[:, None] + self._lengths.response
         real_dense = times_used @ self._sizes
         real_attention = times_used @ (sequences**2).sum(axis=1)
         return dict(
@@ -212,9 +210,7 @@ class Batches:
         """Return what the largest cell of each step requires."""
         steps, cells, _ = self._cells_nCP.shape
         indices = self._filled(self._cells_nCP).reshape(steps * cells, -1)
-        needs = packing.needs_of_lengths(
-            self._prompt_lengths[indices], self._response_lengths[indices]
-        )
+        needs = packing.needs_of_lengths(self._lengths[indices])
         return packing.Needs(
             # All cells of a step share one shape, for they are stacked into one array.
             tokens=needs.tokens.reshape(steps, cells).max(axis=1),

@@ -3,10 +3,13 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from dpo_jax.data import sources
+import numpy as np
+
+from dpo_jax.data import sources, splits
+from dpo_jax.data.examples import Examples
 from dpo_jax.data.ledger import Ledger
-from dpo_jax.data.sources import TextExample
-from dpo_jax.data.tokenizer import CUE_TOKENS, Examples, encode
+from dpo_jax.data.rows import TextExample
+from dpo_jax.data.tokenizer import CUE_TOKENS, encode
 
 
 @dataclass
@@ -24,10 +27,10 @@ def load(data, tokenizer, kind: str) -> Dataset:
     kind: "sft" or "pairs". Raises ValueError or FileNotFoundError with the file, row and field, or
     with the reasons for which too many rows were dropped.
     """
-    splits, ledger = sources.read(data, kind)
-    truncate = truncation(data, [*splits["train"], *splits["eval"]])
-    train, train_counts = encode(splits["train"], tokenizer, data, truncate)
-    evals, eval_counts = encode(splits["eval"], tokenizer, data, truncate)
+    texts, ledger = splits.read(data, kind)
+    truncate = truncation(data, [*texts["train"], *texts["eval"]])
+    train, train_counts = encode(texts["train"], tokenizer, data, truncate)
+    evals, eval_counts = encode(texts["eval"], tokenizer, data, truncate)
     ledger = Ledger(
         train=ledger.train.plus(train_counts),
         eval=ledger.eval.plus(eval_counts),
@@ -90,11 +93,20 @@ def show(examples: Examples, tokenizer, indices: Iterable[int]) -> str:
 
     blocks = []
     for index in indices:
-        prompt, responses = examples[index]
-        names = ("completion",) if len(responses) == 1 else ("chosen", "rejected")
+        example = examples[index]
+        prompt = example.prompt
+        names = ("completion",) if len(example.responses) == 1 else ("chosen", "rejected")
         lines = [f"--- {examples.where[index]}: prompt, {len(prompt)} tokens", decoded(prompt)]
-        for name, response in zip(names, responses, strict=True):
-            lines.append(f"--- {name}, {len(response)} tokens trained on")
-            lines.append(f"⟦{decoded(response)}⟧")
+        masks = example.completion_masks or [np.ones(len(ids), bool) for ids in example.responses]
+        for name, response, mask in zip(names, example.responses, masks, strict=True):
+            lines.append(f"--- {name}, {mask.sum()} tokens trained on")
+            text = ""
+            # Marked run by run: a turn of a user or a tool may stand between two of an assistant.
+            borders = np.flatnonzero(np.diff(mask)) + 1
+            for run, trained_on in zip(
+                np.split(response, borders), np.split(mask, borders), strict=True
+            ):
+                text += f"⟦{decoded(run)}⟧" if trained_on.any() else decoded(run)
+            lines.append(text)
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)

@@ -1,16 +1,17 @@
 """Packing: examples as one flat run of tokens, and the indices to read it by.
 
-An example is a prompt and its responses: one for SFT, two for a pair. The prompt is laid down once,
-then each response, whose positions continue from the end of the prompt. Examples follow each other
-without padding; padding comes at the end of the run. One example of a prompt P0 P1 P2, the chosen
-response C0 C1 and the rejected response R0 becomes:
+An `Example` is a prompt and its responses: one for SFT, two for a pair. The prompt is laid down
+once, then each response, whose positions continue from the end of the prompt. Examples follow each
+other without padding; padding comes at the end of the run. One example of a prompt P0 P1 P2, the
+chosen response C0 C1 and the rejected response R0 becomes:
 
     index in the run  0      1      2      3       4       5
     tokens_N          P0     P1     P2     C0      C1      R0
     positions_N       0      1      2      3       4       3
 
-Only completion tokens, those of the responses, are trained on. The logits that predict one are
-those of the token before it, which for the first token of each response is the last of the prompt:
+Only completion tokens are trained on: those of the responses, without what a mask leaves out, such
+as a tool's turn within an answer. The logits that predict one are those of the token before it,
+which for the first token of each response is the last of the prompt:
 
     targets_M                              C0      C1      R0
     logit_positions_M                      2       3       2
@@ -35,6 +36,8 @@ example, R rows of T tokens, n steps.
 import dataclasses
 
 import numpy as np
+
+from dpo_jax.data.examples import Example
 
 # Each bucket more shortens rows and lengthens compilation.
 BUCKETS = 6  # at most this many
@@ -64,7 +67,7 @@ class Batch:
     logit_positions: np.ndarray  # int32 [M], indices into N
     targets: np.ndarray  # int32 [M], token ids
     segment_ids: np.ndarray  # int32 [M], indices into Q; padding has Q
-    response_lengths: np.ndarray  # int32 [Q], in tokens
+    response_lengths: np.ndarray  # int32 [Q], in completion tokens
     last_token: np.ndarray  # int32 [Q], indices into N; where a reward is read
     weights: np.ndarray  # float32 [P], 0 for an example that only fills the batch up
     reference_log_probs: np.ndarray | None = None  # float32 [Q], where they are kept
@@ -106,14 +109,14 @@ class Needs:
 def pack(examples, shape: Shape, *, share_prompt: bool = True) -> Batch:
     """Return one shard's arrays, as the module's docstring shows them.
 
-    examples: a list of (prompt, responses) of token ids, all with equally many responses.
+    examples: a list of `Example`, all with equally many responses.
     share_prompt=False lays a prompt down once for each response, as examples of one response: the
     plain layout, against which the shared one is checked.
     """
     if not share_prompt:
         # Each response becomes an example of its own, with its own copy of the prompt.
-        examples = [(prompt, (response,)) for prompt, both in examples for response in both]
-    responses_per_example = len(examples[0][1])
+        examples = [alone for example in examples for alone in _apart(example)]
+    responses_per_example = len(examples[0].responses)
     responses_in_all = len(examples) * responses_per_example
 
     tokens_N = np.zeros(shape.tokens, np.int32)
@@ -128,32 +131,38 @@ def pack(examples, shape: Shape, *, share_prompt: bool = True) -> Batch:
 
     laid_down = 0  # tokens of the run so far
     trained_on = 0  # completion tokens so far
-    for prompt, responses in examples:
+    for example in examples:
+        prompt = example.prompt
         prompt_index = np.arange(laid_down, laid_down + len(prompt))
         tokens_N[laid_down : laid_down + len(prompt)] = prompt
         positions_N[laid_down : laid_down + len(prompt)] = np.arange(len(prompt))
         laid_down += len(prompt)
         last_of_prompt = laid_down - 1
 
-        for response in responses:
+        masks = example.completion_masks or (None,) * responses_per_example
+        for response, mask in zip(example.responses, masks, strict=True):
             length = len(response)
             index = np.arange(laid_down, laid_down + length)
             tokens_N[laid_down : laid_down + length] = response
             positions_N[laid_down : laid_down + length] = len(prompt) + np.arange(length)
 
-            completion = slice(trained_on, trained_on + length)
-            targets_M[completion] = response
             # Each token is predicted by the one before it in its sequence, here its neighbour in
             # the run.
-            logit_positions_M[completion] = index - 1
+            predicted_from = index - 1
             if length:  # another response may stand between the prompt and this one
-                logit_positions_M[trained_on] = last_of_prompt
+                predicted_from[0] = last_of_prompt
+            if mask is None:
+                mask = np.ones(length, bool)
+            completion_length = int(mask.sum())
+            completion = slice(trained_on, trained_on + completion_length)
+            targets_M[completion] = response[mask]
+            logit_positions_M[completion] = predicted_from[mask]
             segment_ids_M[completion] = len(sequences)
 
             sequences.append((prompt_index, index))
             laid_down += length
-            trained_on += length
-            response_lengths.append(length)
+            trained_on += completion_length
+            response_lengths.append(completion_length)
             last_tokens.append(laid_down - 1)
 
     rows, token_slots_NK = _attention_rows(sequences, responses_per_example, shape)
@@ -171,6 +180,16 @@ def pack(examples, shape: Shape, *, share_prompt: bool = True) -> Batch:
         last_token=np.array(last_tokens, np.int32),
         weights=np.ones(len(examples), np.float32),
     )
+
+
+def _apart(example: Example) -> list[Example]:
+    """Return an example for each response, with the whole prompt."""
+    masks = example.completion_masks
+    apart = []
+    for number, response in enumerate(example.responses):
+        mask = None if masks is None else (masks[number],)
+        apart.append(Example(example.prompt, (response,), mask))
+    return apart
 
 
 def _attention_rows(
@@ -221,36 +240,44 @@ def pad_right(rows, width: int, fill=0, dtype=np.int32) -> np.ndarray:
     return padded_BT
 
 
-def lengths_of(examples) -> tuple[np.ndarray, np.ndarray]:
-    """Return the tokens of each prompt [P] and of each response [P, K].
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+    """The tokens of examples [P], or of the examples of some steps [n, P], by part."""
 
-    examples: a list of (prompt, responses).
-    """
-    prompt_lengths_P = [len(prompt) for prompt, _ in examples]
-    response_lengths_PK = [list(map(len, responses)) for _, responses in examples]
-    return np.array(prompt_lengths_P), np.array(response_lengths_PK)
+    prompt: np.ndarray  # [P]
+    response: np.ndarray  # [P, K]
+    completion: np.ndarray  # [P, K], tokens of the responses that are trained on
+
+    def __getitem__(self, indices) -> "Lengths":
+        return Lengths(self.prompt[indices], self.response[indices], self.completion[indices])
 
 
-def needs_of_lengths(
-    prompt_lengths_nP: np.ndarray, response_lengths_nPK: np.ndarray, *, share_prompt: bool = True
-) -> Needs:
-    """Return what steps require, from the lengths of their examples."""
-    steps, _, responses_per_example = response_lengths_nPK.shape
-    sequences_nPK = prompt_lengths_nP[..., None] + response_lengths_nPK
+def lengths_of(examples) -> Lengths:
+    """Return the lengths of a sequence of `Example`."""
+    prompt, response, completion = [], [], []
+    for example in examples:
+        prompt.append(len(example.prompt))
+        response.append([len(ids) for ids in example.responses])
+        completion.append(example.completion_lengths())
+    return Lengths(np.array(prompt), np.array(response), np.array(completion))
+
+
+def needs_of_lengths(lengths: Lengths, *, share_prompt: bool = True) -> Needs:
+    """Return what steps require, from the lengths of their examples [n, P]."""
+    steps, _, responses_per_example = lengths.response.shape
+    sequences_nPK = lengths.prompt[..., None] + lengths.response
     longest_first_nQ = -np.sort(-sequences_nPK.reshape(steps, -1))
-    completion_tokens_n = response_lengths_nPK.sum(axis=(1, 2))
-    prompt_tokens_n = prompt_lengths_nP.sum(axis=1)
+    response_tokens_n = lengths.response.sum(axis=(1, 2))
+    completion_tokens_n = lengths.completion.sum(axis=(1, 2))
+    prompt_tokens_n = lengths.prompt.sum(axis=1)
     if not share_prompt:
         prompt_tokens_n = prompt_tokens_n * responses_per_example
-    return Needs(prompt_tokens_n + completion_tokens_n, longest_first_nQ, completion_tokens_n)
+    return Needs(prompt_tokens_n + response_tokens_n, longest_first_nQ, completion_tokens_n)
 
 
 def shape_of(examples, *, share_prompt: bool = True, buckets: int = BUCKETS) -> Shape:
     """Return a shape that holds the examples, rounded up."""
-    prompt_lengths_P, response_lengths_PK = lengths_of(examples)
-    needs = needs_of_lengths(
-        prompt_lengths_P[None], response_lengths_PK[None], share_prompt=share_prompt
-    )
+    needs = needs_of_lengths(lengths_of(examples)[None], share_prompt=share_prompt)
     return _covering(needs, slice(None), buckets)
 
 

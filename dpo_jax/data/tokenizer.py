@@ -8,17 +8,16 @@ predicted from something. Chat goes through the tokenizer's own template, which 
 tokens.
 """
 
-import functools
-import hashlib
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from dpo_jax.data.examples import Examples
 from dpo_jax.data.ledger import Counts, Unusable
-from dpo_jax.data.sources import Text, TextExample
+from dpo_jax.data.rows import Text, TextExample
 
 # The version of the rule that makes ids of text. Raise it with every change that gives some row
 # other ids, a template's rendering and a cut included: an unfinished stage is then refused, not
@@ -32,61 +31,6 @@ CUE_TOKENS = 16
 
 Prompt = list[int]
 Responses = list[list[int]]
-
-
-@dataclass(repr=False)
-class Examples(Sequence):
-    """Tokenised examples: a sequence of (prompt, responses), one response for SFT, two for pairs.
-
-    Ids are int32. An index gives one example; a slice, or a list or array of indices, gives
-    Examples: `examples[2:5]`, `examples[[0, 3]]`.
-    """
-
-    prompts: list[np.ndarray] = field(default_factory=list)
-    responses: list[tuple[np.ndarray, ...]] = field(default_factory=list)
-    where: list[str] = field(default_factory=list)  # the file and row of each
-
-    def __repr__(self) -> str:
-        is_pairs = len(self) and len(self.responses[0]) == 2
-        return f"Examples({len(self)} {'pairs' if is_pairs else 'completions'})"
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    def __getitem__(self, index):
-        if isinstance(index, int | np.integer):
-            return self.prompts[index], self.responses[index]
-        if isinstance(index, slice):
-            index = range(len(self))[index]
-        index = np.asarray(index)
-        if index.dtype == bool:  # which of all, as in numpy
-            if index.shape != (len(self),):
-                raise IndexError(f"{index.size} booleans for {len(self)} examples.")
-            index = np.flatnonzero(index)
-        return Examples(
-            [self.prompts[i] for i in index],
-            [self.responses[i] for i in index],
-            [self.where[i] for i in index],
-        )
-
-    def __iter__(self):
-        return zip(self.prompts, self.responses, strict=True)
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """The sha256 of all ids and of where each prompt and response ends.
-
-        Kept reference log-probs are found by it, so its form is fixed. Ask for it only once all
-        examples are there.
-        """
-        numbers = []
-        for prompt, responses in self:
-            parts = (prompt, *responses)
-            # Lengths come before the ids: else [1 2][3] and [1][2 3] would be the same.
-            numbers.append([len(parts), *map(len, parts)])
-            numbers += parts
-        flat = np.concatenate(numbers or [[]]).astype("<i4")
-        return hashlib.sha256(flat.tobytes()).hexdigest()
 
 
 def load(path):
@@ -246,9 +190,7 @@ def _append(
             # A cut response does not end here, so it gets no EOS that would teach the policy to
             # stop.
             counts.eos_lost += whole[-1] == rule.eos
-    examples.prompts.append(np.array(prompt, np.int32))
-    examples.responses.append(tuple(np.array(response, np.int32) for response in responses))
-    examples.where.append(text.where)
+    examples.append(prompt, responses, text.where)
 
 
 def _started(prompt: Text, ids: Prompt, rule: Rule) -> Prompt:

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from dpo_jax.data import packing
+from dpo_jax.data.examples import Example
 from dpo_jax.models.inference import map_tokens
 from dpo_jax.models.loading import Model
 from dpo_jax.models.log_probs import token_kls
@@ -77,11 +78,11 @@ def sequence_kls(
     batch_size = sharding.whole_shards(min(batch_size, len(pairs)), model.mesh)
     # A made-up batch of the longest sequences gives the shape.
     longest_prompt = np.zeros(max(len(prompt) for prompt, _ in pairs), np.int32)
-    longest = (longest_prompt, (np.zeros(max_new_tokens, np.int32),))
+    longest = Example(longest_prompt, (np.zeros(max_new_tokens, np.int32),))
     examples_per_shard = batch_size // sharding.batch_shards(model.mesh)
     log_ratios, kls = map_tokens(
         functools.partial(_token_kls, model.config, model.params, reference),
-        [(prompt, (tokens,)) for prompt, tokens in pairs],
+        [Example(prompt, (tokens,)) for prompt, tokens in pairs],
         model.mesh,
         batch_size=batch_size,
         shape=packing.shape_of([longest] * examples_per_shard),

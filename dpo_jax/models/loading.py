@@ -72,10 +72,10 @@ class Checkpoint:
         if not len(examples):
             return
         # One pass over all tokens: the largest id of each example, its prompt and responses.
-        prompt_P, response_PK = packing.lengths_of(examples)
-        length_P = prompt_P + response_PK.max(axis=1)
-        size_P = prompt_P + response_PK.sum(axis=1)
-        parts = [part for prompt, responses in examples for part in (prompt, *responses)]
+        lengths = packing.lengths_of(examples)
+        length_P = lengths.prompt + lengths.response.max(axis=1)
+        size_P = lengths.prompt + lengths.response.sum(axis=1)
+        parts = [part for example in examples for part in (example.prompt, *example.responses)]
         # reduceat takes where each example starts in the run of all tokens.
         largest_P = np.maximum.reduceat(np.concatenate(parts), np.cumsum(size_P) - size_P)
         if largest_P.max() >= self.config.vocab:

@@ -18,8 +18,8 @@ import numpy as np
 from dpo_jax.console import say
 from dpo_jax.data import readers
 from dpo_jax.data.dataset import Dataset
+from dpo_jax.data.examples import Examples
 from dpo_jax.data.ledger import Ledger
-from dpo_jax.data.tokenizer import Examples
 from dpo_jax.models.loading import Model
 from dpo_jax.sampling import rollouts
 from dpo_jax.sampling.prompts import Prompts
@@ -127,10 +127,9 @@ def load(folder: pathlib.Path, kind: str) -> Dataset:
         examples = Examples()
         counts = getattr(ledger, split)
         for number, row in readers.read_jsonl(folder / file):
-            prompt, *responses = (np.array(ids, np.int32) for ids in row["tokens"])
-            examples.prompts.append(prompt)
-            examples.responses.append(tuple(responses[:1] if kind == "sft" else responses))
-            examples.where.append(f"{file} row {number}")
+            prompt, *responses = row["tokens"]
+            wanted = responses[:1] if kind == "sft" else responses
+            examples.append(prompt, wanted, f"{file} row {number}")
         counts.read = counts.kept = len(examples)
         found[split] = examples
     return Dataset(found["train"], found["eval"], ledger)

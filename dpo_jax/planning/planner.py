@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from dpo_jax import config as configs
 from dpo_jax import config_checks, stage_table
 from dpo_jax.data.batches import Batches, microbatches_of, steps_of
+from dpo_jax.data.examples import Example
 from dpo_jax.models import attention, families, flops, hf, transformer
 from dpo_jax.models.transformer import TransformerConfig
 from dpo_jax.parallel import sharding
@@ -194,7 +195,7 @@ def one_batch(
     block = config[stage]
     prompt = np.zeros(prompt_tokens, np.int32)
     response = np.zeros(response_tokens, np.int32)
-    example = (prompt, (response,) * STAGES[stage].responses)
+    example = Example(prompt, (response,) * STAGES[stage].responses)
     reference_log_probs = None
     if stage_table.keeps_reference(config, stage):
         reference_log_probs = np.zeros((block.batch_size, 2), np.float32)

@@ -9,7 +9,8 @@ import numpy as np
 from dpo_jax import config as configs
 from dpo_jax.console import warn
 from dpo_jax.data import packing
-from dpo_jax.data.tokenizer import Examples, encode_prompts
+from dpo_jax.data.examples import Example, Examples
+from dpo_jax.data.tokenizer import encode_prompts
 from dpo_jax.models import loading
 from dpo_jax.models.inference import map_responses
 from dpo_jax.models.values import response_rewards
@@ -102,14 +103,12 @@ def _token_reward(checkpoint: loading.Checkpoint, batch_size: int, mesh) -> Call
             return rewards
         examples = Examples()
         for number, (prompt, completion) in enumerate(tokens, start=1):
-            examples.prompts.append(prompt)
-            examples.responses.append((completion,))
-            examples.where.append(f"completion {number} of those to score")
+            examples.append(prompt, (completion,), f"completion {number} of those to score")
         checkpoint.check(examples)
         # Room for sequences of the longest length, so that other texts need no other program.
         longest = max(len(prompt) + len(completion) for prompt, completion in tokens)
         padded = -(-longest // LENGTHS) * LENGTHS
-        widest = (np.zeros(0, np.int32), (np.zeros(padded, np.int32),))
+        widest = Example(np.zeros(0, np.int32), (np.zeros(padded, np.int32),))
         shape = packing.shape_of([widest] * (batch_size // sharding.batch_shards(mesh)))
         found = map_responses(function, examples, mesh, batch_size=batch_size, shape=shape)
         for indices, rewards_PQ in found:

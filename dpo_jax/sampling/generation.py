@@ -8,7 +8,7 @@ import numpy as np
 from dpo_jax import config as configs
 from dpo_jax.console import warn
 from dpo_jax.data import dataset
-from dpo_jax.data.sources import Text, TextExample
+from dpo_jax.data.rows import Text, TextExample
 from dpo_jax.data.tokenizer import encode_prompts
 from dpo_jax.models.loading import Model
 from dpo_jax.models.transformer import TransformerConfig

@@ -41,10 +41,10 @@ def make(examples, tokenizer, sampling, seed: int) -> Prompts:
     rng = np.random.default_rng(seed)
     lengths = rng.integers(sampling.min_prefix, sampling.max_prefix + 1, len(examples))
     ids = []
-    for (prompt, responses), length in zip(examples, lengths, strict=True):
-        text = responses[0]
+    for example, length in zip(examples, lengths, strict=True):
+        text = example.responses[0]
         if len(text) > sampling.max_prefix + 1:  # its last token may be EOS
-            ids.append(np.concatenate([prompt, text[:length]]))
+            ids.append(np.concatenate([example.prompt, text[:length]]))
     return Prompts(ids, tokenizer.batch_decode(ids, skip_special_tokens=True))
 
 

@@ -24,6 +24,7 @@ from dpo_jax.data.batches import (
     steps_of,
     training_order,
 )
+from dpo_jax.data.examples import Example
 from dpo_jax.models.inference import map_tokens
 from dpo_jax.models.loading import Model
 from dpo_jax.models.log_probs import token_log_probs
@@ -49,7 +50,7 @@ _advantages = jax.jit(losses.advantages)
 class Rollout:
     """A step's completions and what was measured on them; per-token lists hold arrays [tokens]."""
 
-    examples: list  # (prompt, (completion,))
+    examples: list[Example]  # prompt and completion
     rewards: np.ndarray  # [B], what is maximised
     ended: np.ndarray  # [B], by EOS rather than by length
     sampler_log_probs: list[np.ndarray]  # under the policy, by the program that sampled
@@ -223,7 +224,7 @@ class RolloutFeed:
         completion = np.zeros(self._sampling.max_new_tokens, np.int32)
         splits = self._splits["microbatches"] * self._splits["shards"]
         examples_in_cell = max(self._job.block.minibatch_size // splits, 1)
-        return packing.shape_of([(prompt, (completion,))] * examples_in_cell)
+        return packing.shape_of([Example(prompt, (completion,))] * examples_in_cell)
 
     def _minibatches(self, rollout: Rollout, controls: Controls, step: int) -> Batches:
         """Return each completion once per inner epoch, in an order of its own."""
@@ -252,7 +253,7 @@ class RolloutFeed:
         completions = [completion for (completion,) in drawn]
         examples = []
         for prompt, completion in zip(prompts.ids, completions, strict=True):
-            examples.append((prompt, (completion.tokens,)))
+            examples.append(Example(prompt, (completion.tokens,)))
         log_probs, reference_log_probs, values = self._measure(
             params, frozen.full(frozen.reference), examples
         )

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax.data import packing
-from dpo_jax.data.tokenizer import Examples
+from dpo_jax.data.examples import Examples
 from dpo_jax.models.log_probs import response_log_probs
 from dpo_jax.models.values import response_rewards
 from dpo_jax.parallel import sharding
@@ -94,8 +94,9 @@ def _check_tokens(batch: FirstBatch) -> str:
     with_eos = 0
     # All of the batch: reading tokens costs nothing.
     for index in batch.indices:
-        responses = examples.responses[index]
-        if len(examples.prompts[index]) == 0 or min(map(len, responses)) == 0:
+        example = examples[index]
+        responses = example.responses
+        if len(example.prompt) == 0 or min(example.completion_lengths()) == 0:
             raise _ExampleFails("has an empty prompt, or a response without a token.", index)
         responses_read += len(responses)
         for response in responses:
@@ -195,7 +196,7 @@ def _measure(model, mesh, params, data: Examples, indices, *, share_prompt: bool
 
     Each shard of the mesh holds all of them, so any number of examples will do.
     """
-    examples = [(data.prompts[index], data.responses[index]) for index in indices]
+    examples = [data[index] for index in indices]
     buckets = 2 if share_prompt else 1
     shape = packing.shape_of(examples, share_prompt=share_prompt, buckets=buckets)
     batch = packing.pack(examples, shape, share_prompt=share_prompt)

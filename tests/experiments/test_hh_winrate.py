@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dpo_jax.data.sources import TextExample
+from dpo_jax.data.rows import TextExample
 from dpo_jax.evaluation.judge import Judge
 from dpo_jax.models import hf
 from dpo_jax.parallel import sharding

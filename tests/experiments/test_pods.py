@@ -22,7 +22,7 @@ def test_plain_dpo_equals_ours(tiny):
     pairs = random_pairs(4, longest=8)
     plain, batch = pods.padded_rows(config, None, pairs=4, microbatches=1, length=24)
     for row, (prompt, response) in enumerate(
-        (prompt, response) for prompt, both in pairs for response in both
+        (pair.prompt, response) for pair in pairs for response in pair.responses
     ):
         text = np.concatenate([prompt, response])
         batch["tokens"][0, row, : len(text)] = text

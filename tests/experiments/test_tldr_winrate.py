@@ -387,7 +387,7 @@ def test_prompts_and_pairs_of_tldr(make_config, tmp_path):
         run.folder(stage).mkdir()
         data = run.load_data(stage, words)
         assert len(data.train) == count and {len(texts) for _, texts in data.train} == {responses}
-        assert all(words.decode(prompt).endswith("TL;DR:") for prompt, _ in data.train)
+        assert all(words.decode(prompt).endswith("TL;DR:") for prompt in data.train.prompts)
 
 
 def test_arguments_reach_every_run():

@@ -8,7 +8,7 @@ import ml_collections
 import pyarrow
 import pyarrow.parquet
 
-from dpo_jax.data import sources
+from dpo_jax.data import splits
 
 PAIR = {"prompt": "Name a colour.", "chosen": " Blue.", "rejected": " Seven."}
 
@@ -25,6 +25,7 @@ def data_config(**changes) -> ml_collections.ConfigDict:
             "max_rows": 0,
             "max_eval_rows": 0,
             "on_bad_row": "error",
+            "turns": "all",
             "max_dropped": 0.05,
         }
         | changes
@@ -54,7 +55,7 @@ def pairs(n: int, prefix: str = "p") -> list[dict]:
 
 def read(path, kind="pairs", **changes):
     """Read a file as a run does; return the rows of each split, and the ledger."""
-    return sources.read(data_config(path=str(path), **changes), kind)
+    return splits.read(data_config(path=str(path), **changes), kind)
 
 
 def user(content):

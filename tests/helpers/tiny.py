@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from dpo_jax.data.examples import Example
 from dpo_jax.models.transformer import TransformerConfig
 
 
@@ -21,11 +22,11 @@ def tiny_config(**fields) -> TransformerConfig:
     return TransformerConfig(**sizes | fields)
 
 
-def random_pairs(count, seed=0, vocab=40, longest=12) -> list:
-    """Return pairs (prompt, (chosen, rejected)) of random lengths, 1 to `longest` tokens each."""
+def random_pairs(count, seed=0, vocab=40, longest=12) -> list[Example]:
+    """Return pairs of random lengths: prompt, chosen and rejected of 1 to `longest` tokens each."""
     rng = np.random.default_rng(seed)
 
     def tokens():
         return rng.integers(0, vocab, rng.integers(1, longest + 1)).astype(np.int32)
 
-    return [(tokens(), (tokens(), tokens())) for _ in range(count)]
+    return [Example(tokens(), (tokens(), tokens())) for _ in range(count)]

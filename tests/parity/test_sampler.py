@@ -11,7 +11,7 @@ from dpo_jax.sampling.sampler import Sampling, sample
 from tests.helpers import tiny_models
 from tests.helpers.tiny import random_pairs
 
-PROMPTS = [prompt for prompt, _ in random_pairs(5)]  # of 1 to 11 tokens
+PROMPTS = [pair.prompt for pair in random_pairs(5)]  # of 1 to 11 tokens
 
 
 def one_device():

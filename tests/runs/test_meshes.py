@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dpo_jax.data.batches import Batches
+from dpo_jax.data.examples import Example
 from dpo_jax.data.packing import Batch, RolloutTargets
 from dpo_jax.models import families
 from dpo_jax.parallel import sharding
@@ -43,12 +44,12 @@ HYPER = {
 def make_batch(name: str, shards: int) -> Batch:
     examples, rng = random_pairs(16, vocab=96, longest=8), np.random.default_rng(0)
     if name in ("sft", "ppo"):
-        examples = [(prompt, responses[:1]) for prompt, responses in examples]
+        examples = [Example(pair.prompt, pair.responses[:1]) for pair in examples]
     rollout = None
     if name == "ppo":
         drawn = {}
         for field in dataclasses.fields(RolloutTargets):
-            lengths = [len(response) for _, (response,) in examples]
+            lengths = [len(example.responses[0]) for example in examples]
             drawn[field.name] = [rng.normal(0, 0.3, n).astype(np.float32) for n in lengths]
         rollout = RolloutTargets(**drawn)
         # log 96 is about 4.5

@@ -89,7 +89,7 @@ def test_progress_is_printed_if_asked(loaded, pairs, capsys):
 
 
 def test_encode_pairs(loaded, pairs):
-    prompt, (chosen, rejected) = pairs[0]
+    prompt, (chosen, rejected) = pairs[0].prompt, pairs[0].responses
     words = loaded.tokenizer
     assert words.decode(prompt) == "<s> w1 w2"
     assert words.decode(chosen) == "w30 w31 </s>"
@@ -105,8 +105,8 @@ def test_encode_any_iterable_and_source(loaded):
 
 def test_encode_chosen_as_completion(loaded, pairs):
     completions = loaded.encode(ROWS, kind="sft")
-    assert [len(responses) for _, responses in completions] == [1] * 4
-    np.testing.assert_array_equal(completions[1][1][0], pairs[1][1][0])
+    assert [len(example.responses) for example in completions] == [1] * 4
+    np.testing.assert_array_equal(completions[1].responses[0], pairs[1].responses[0])
 
 
 def test_encode_refuses_chat_without_template(loaded):

@@ -138,8 +138,9 @@ def test_field_docs_equal_defaults():
     """Every default of the whole tree is in field_docs, and nothing else is."""
     tree = configs.default(tuple(STAGES)).to_dict()
     tree["model"]["scratch"] = None  # its own fields are Hugging Face's
+    tree["data"]["template"] = None  # and these the chat template's
     docs = {field: default for field, default, _ in configs.field_docs()}
-    docs |= {"model.scratch": None, "stages": tuple(STAGES)}
+    docs |= {"model.scratch": None, "data.template": None, "stages": tuple(STAGES)}
     assert configs.flat_fields("", tree) == docs
 
 

@@ -58,8 +58,8 @@ def fields_of(block, names=()) -> list[tuple[str, ...]]:
     """Return the path of every field: ("model", "lora", "rank")."""
     found = []
     for name, value in block.items():
-        # The fields of model.scratch are Hugging Face's.
-        if hasattr(value, "items") and name != "scratch":
+        # The fields of model.scratch are Hugging Face's, those of data.template the template's.
+        if hasattr(value, "items") and name not in ("scratch", "template"):
             found += fields_of(value, (*names, name))
         else:
             found.append((*names, name))

@@ -18,6 +18,7 @@ from dpo_jax.data.batches import (
     steps_of,
     training_order,
 )
+from dpo_jax.data.examples import Example
 from tests.helpers.tiny import random_pairs
 
 
@@ -80,7 +81,9 @@ def test_batches_equal_however_split(microbatches, shards):
         batch = batches[step]
         assert batch.tokens.shape[:2] == (microbatches, shards)
         assert sorted(batches.indices(step)) == sorted(training_order(30, 8, 5, 0)[step])
-        completion_tokens = sum(len(r) for row in batches.order[step] for r in examples[row][1])
+        completion_tokens = sum(
+            len(r) for row in batches.order[step] for r in examples[row].responses
+        )
         assert batch.response_lengths.sum() == completion_tokens
         responses = batch.response_lengths.shape[-1]
         assert (batch.segment_ids < responses).sum() == completion_tokens
@@ -100,7 +103,7 @@ def test_batches_balance_tokens_over_shards():
     batches = Batches(examples, training_order(400, 64, 6, 0), shards=8)
     for step in range(6):
         tokens = [
-            sum(len(p) + len(a) + len(b) for p, (a, b) in (examples[i] for i in cell))
+            sum(len(ids) for i in cell for ids in (examples[i].prompt, *examples[i].responses))
             for cell in batches.indices(step).reshape(8, -1)
         ]
         assert max(tokens) < 1.1 * np.mean(tokens)
@@ -108,8 +111,8 @@ def test_batches_balance_tokens_over_shards():
 
 def test_batches_need_only_real_rows():
     examples = [
-        (np.arange(3), (np.arange(2), np.arange(4))),
-        (np.arange(1), (np.arange(1), np.arange(9))),
+        Example(np.arange(3), (np.arange(2), np.arange(4))),
+        Example(np.arange(1), (np.arange(1), np.arange(9))),
     ]
     batches = Batches(examples, evaluation_order(2, 3))  # one place is filled up
     assert batches.unpadded_shape(0) == packing.Shape(20, ((1, 10), (1, 7), (1, 5), (1, 2)), 16)
@@ -117,7 +120,7 @@ def test_batches_need_only_real_rows():
 
 
 def test_padding_by_hand():
-    even = [(np.arange(8), (np.arange(8), np.arange(8)))] * 4
+    even = [Example(np.arange(8), (np.arange(8), np.arange(8)))] * 4
     assert Batches(even, training_order(4, 4, 1, 0)).padding() == dict(dense=0.0, attention=0.0)
     padding = Batches(random_pairs(64, longest=40), training_order(64, 8, 8, 0)).padding()
     assert 0 < padding["dense"] < 0.3 and 0 < padding["attention"] < 0.6

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from dpo_jax.data import dataset
 from dpo_jax.data import tokenizer as tokenizers
 from dpo_jax.data.ledger import Counts, Ledger
-from dpo_jax.data.sources import TextExample
+from dpo_jax.data.rows import TextExample
 from tests.helpers import rows
 from tests.helpers.paths import SHARED, STORIES, needs_shared
 
@@ -293,7 +293,7 @@ def test_load_holds_out_same_prompts(tmp_path, letters):
     config = data_config(path=path, eval_fraction=0.1)
     sft, dpo = (dataset.load(config, letters, kind) for kind in ("sft", "pairs"))
     assert sft.eval.where == dpo.eval.where and len(dpo.eval) > 5
-    assert [len(responses) for _, responses in sft.eval] == [1] * len(sft.eval)
+    assert [len(example.responses) for example in sft.eval] == [1] * len(sft.eval)
     assert sft.train.fingerprint != dpo.train.fingerprint
 
 
@@ -339,13 +339,15 @@ def test_load_real_hh_pairs():
     assert (train.read, train.held_out, train.kept, evals.kept) == (2312, 56, 2252, 56)
     assert (train.prompts_truncated, train.responses_truncated, train.eos_lost) == (637, 296, 296)
     assert train.mean_tokens["chosen"] == pytest.approx(91.8, abs=0.05)
-    lengths = [len(prompt) + max(map(len, responses)) for prompt, responses in data.train]
+    lengths = [len(pair.prompt) + max(map(len, pair.responses)) for pair in data.train]
     assert max(lengths) == 512
-    for prompt, responses in data.train:
+    for pair in data.train:
+        prompt, responses = pair.prompt, pair.responses
         assert prompt[0] == 1 and not any(1 in response for response in responses)
         assert all((response == 2).sum() <= 1 and 2 not in response[:-1] for response in responses)
     # auto keeps the end, where the cue is: no prompt has lost it
-    assert all(tokenizer.decode(prompt[-40:]).endswith("Assistant:") for prompt, _ in data.train)
+    for prompt in data.train.prompts:
+        assert tokenizer.decode(prompt[-40:]).endswith("Assistant:")
 
 
 @needs_shared
@@ -361,6 +363,6 @@ def test_load_real_imdb_reviews():
     )
     data = dataset.load(config, tokenizer, "sft")
     assert (len(data.train), len(data.eval)) == (50, 10)
-    assert all(prompt.tolist() == [50256] for prompt, _ in data.train)
-    assert max(len(review) for _, (review,) in data.train) == 63
+    assert all(prompt.tolist() == [50256] for prompt in data.train.prompts)
+    assert max(len(review) for (review,) in data.train.responses) == 63
     assert data.ledger.shared_prompts == 0

@@ -5,11 +5,12 @@ import itertools
 import numpy as np
 
 from dpo_jax.data import packing
+from dpo_jax.data.examples import Example
 from tests.helpers.tiny import random_pairs
 
 
 def test_pack_by_hand(tiny):
-    examples = [(np.array([1, 2, 3]), (np.array([4, 5]), np.array([6])))]
+    examples = [Example(np.array([1, 2, 3]), (np.array([4, 5]), np.array([6])))]
     batch = packing.pack(examples, packing.Shape(6, ((2, 5),), 3))
     assert batch.tokens.tolist() == [1, 2, 3, 4, 5, 6]
     assert batch.positions.tolist() == [0, 1, 2, 3, 4, 3]
@@ -27,9 +28,35 @@ def test_pack_by_hand(tiny):
     assert batch.token_slots.tolist() == [[0, 5], [1, 6], [2, 7], [3, -1], [4, -1], [8, -1]]
 
 
+def test_pack_leaves_masked_tokens_untrained():
+    """A turn of a tool within an answer is read like the rest, and nothing predicts it."""
+    chosen, rejected = np.array([4, 5, 6, 7]), np.array([8, 9])
+    masks = (np.array([True, False, False, True]), np.array([True, True]))
+    example = Example(np.array([1, 2, 3]), (chosen, rejected), masks)
+    shape = packing.shape_of([example])
+    assert (shape.tokens, shape.completion_tokens) == (9, 4)
+    batch = packing.pack([example], shape)
+    assert batch.tokens.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert batch.positions.tolist() == [0, 1, 2, 3, 4, 5, 6, 3, 4]
+    assert batch.targets.tolist() == [4, 7, 8, 9]
+    assert batch.logit_positions.tolist() == [2, 5, 2, 7]
+    assert batch.segment_ids.tolist() == [0, 0, 1, 1]
+    assert batch.response_lengths.tolist() == [2, 2]
+    assert batch.last_token.tolist() == [6, 8]
+    all_trained_on = Example(example.prompt, (chosen, rejected))
+    plain = packing.pack([all_trained_on], packing.Shape(9, shape.rows, 6))
+    for masked_rows, rows in zip(batch.rows, plain.rows, strict=True):
+        assert masked_rows.tolist() == rows.tolist()
+
+
 def needs_of(batches):
+    lengths = [packing.lengths_of(batch) for batch in batches]
     return packing.needs_of_lengths(
-        *map(np.stack, zip(*map(packing.lengths_of, batches), strict=True))
+        packing.Lengths(
+            prompt=np.stack([of_batch.prompt for of_batch in lengths]),
+            response=np.stack([of_batch.response for of_batch in lengths]),
+            completion=np.stack([of_batch.completion for of_batch in lengths]),
+        )
     )
 
 
@@ -69,9 +96,8 @@ def test_partition_is_cheapest():
 
 
 def test_shape_of_equal_rows():
-    assert packing.shape_of([(np.arange(8), (np.arange(8), np.arange(8)))] * 4) == packing.Shape(
-        96, ((8, 16),), 64
-    )
+    example = Example(np.arange(8), (np.arange(8), np.arange(8)))
+    assert packing.shape_of([example] * 4) == packing.Shape(96, ((8, 16),), 64)
 
 
 def test_pad_right_keeps_rows_and_fills_the_rest():

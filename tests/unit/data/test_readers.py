@@ -12,7 +12,7 @@ import pyarrow
 import pytest
 
 from dpo_jax.data import readers
-from dpo_jax.data.sources import TextExample
+from dpo_jax.data.rows import TextExample
 from tests.helpers.paths import ROOT, SHARED, needs_shared
 from tests.helpers.rows import (
     PAIR,

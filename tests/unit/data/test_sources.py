@@ -4,19 +4,23 @@ import pytest
 
 from dpo_jax.data import sources
 from dpo_jax.data.ledger import Filtered, Malformed, Unusable
-from dpo_jax.data.sources import TextExample
+from dpo_jax.data.rows import TextExample
 from tests.helpers.paths import SHARED, needs_shared
 from tests.helpers.rows import PAIR, assistant, pairs, read, user, write_jsonl, write_parquet
 
 # local
 
 
+def parts(row):
+    return row.prompt, row.responses
+
+
 def test_local_text_forms():
-    assert sources.local(PAIR) == ("Name a colour.", (" Blue.", " Seven."))
-    assert sources.local({"prompt": "p", "completion": "c"}) == ("p", ("c",))
-    assert sources.local({"prompt": "p", "chosen": "c"}) == ("p", ("c",))
-    assert sources.local({"text": "t", "completion": None}) == ("", ("t",))
-    assert sources.local(PAIR | {"prompt": ""}) == ("", (" Blue.", " Seven."))
+    assert parts(sources.local(PAIR)) == ("Name a colour.", (" Blue.", " Seven."))
+    assert parts(sources.local({"prompt": "p", "completion": "c"})) == ("p", ("c",))
+    assert parts(sources.local({"prompt": "p", "chosen": "c"})) == ("p", ("c",))
+    assert parts(sources.local({"text": "t", "completion": None})) == ("", ("t",))
+    assert parts(sources.local(PAIR | {"prompt": ""})) == ("", (" Blue.", " Seven."))
 
 
 ASKED = [{"role": "system", "content": "s"}, user("q")]
@@ -100,20 +104,20 @@ ASKED = [{"role": "system", "content": "s"}, user("q")]
         ),
         (
             {"messages": [user("q"), assistant("a"), user("r"), assistant("x")]},
-            [user("q"), assistant("a"), user("r")],
-            ([assistant("x")],),
+            [],
+            ([user("q"), assistant("a"), user("r"), assistant("x")],),
         ),
         ({"prompt": [user("q")], "completion": [assistant("a")]}, [user("q")], ([assistant("a")],)),
         # parquet fills what a message lacks with None, and other keys are not rendered
         (
             {"messages": [user("q") | {"name": None}, assistant("a") | {"name": "bot"}]},
-            [user("q")],
-            ([assistant("a")],),
+            [],
+            ([user("q"), assistant("a")],),
         ),
     ],
 )
 def test_local_chat_forms(fields, prompt, responses):
-    assert sources.local(fields) == (prompt, responses)
+    assert parts(sources.local(fields)) == (prompt, responses)
 
 
 @pytest.mark.parametrize(
@@ -143,11 +147,6 @@ def test_local_chat_forms(fields, prompt, responses):
             {"messages": [{"role": "user", "content": None}]},
             "field 'messages' holds more than messages, each a role and a content in text",
             "{'role': 'user', 'content': None} (dict)",
-        ),
-        (
-            {"messages": [user("q"), assistant("a"), user("r")]},
-            "the response is not an assistant's turn after a prompt",
-            "roles [['assistant', 'user']]",
         ),
         (
             {
@@ -182,7 +181,6 @@ def test_local_malformed_row(fields, reason, found):
             {"chosen": [user("q"), assistant("a")], "rejected": [user("z"), assistant("a")]},
             "no shared assistant turn",
         ),
-        ({"messages": [assistant("a")]}, "no shared assistant turn"),
         ({"prompt": [user("q")], "completion": []}, "empty response"),
     ],
 )
@@ -233,7 +231,7 @@ def test_local_chat_without_response(fields, reason):
     ],
 )
 def test_hh_splits_after_last_shared_turn(chosen, rejected, prompt, responses):
-    assert sources.hh({"chosen": chosen, "rejected": rejected}) == (prompt, responses)
+    assert parts(sources.hh({"chosen": chosen, "rejected": rejected})) == (prompt, responses)
 
 
 def test_hh_without_shared_turn():
@@ -279,8 +277,8 @@ SHP = {
 
 def test_shp_row():
     prompt = "\n\nHuman: Why?\n\nAssistant:"
-    assert sources.shp(SHP) == (prompt, (" Because.", " No idea."))
-    assert sources.shp(SHP | {"labels": 0}) == (prompt, (" No idea.", " Because."))
+    assert parts(sources.shp(SHP)) == (prompt, (" Because.", " No idea."))
+    assert parts(sources.shp(SHP | {"labels": 0})) == (prompt, (" No idea.", " Because."))
     with pytest.raises(Filtered, match="score ratio below 2"):
         sources.shp(SHP | {"score_ratio": 1.99})
     with pytest.raises(Malformed, match="field 'labels' is neither 1 .* nor 0 .*; found 2"):
@@ -293,7 +291,10 @@ def test_shp_row():
 
 def test_imdb_row():
     text = "  Good.<br /><br />Really <br /> good. <br/>Yes."
-    assert sources.imdb({"text": text, "label": 1}) == ("", ("Good.\n\nReally\ngood.\nYes.",))
+    assert parts(sources.imdb({"text": text, "label": 1})) == (
+        "",
+        ("Good.\n\nReally\ngood.\nYes.",),
+    )
 
 
 @pytest.mark.parametrize(
@@ -324,7 +325,7 @@ def test_imdb_row():
     ],
 )
 def test_tldr_rows(fields, prompt, responses):
-    assert sources.tldr(fields) == (prompt, responses)
+    assert parts(sources.tldr(fields)) == (prompt, responses)
 
 
 @pytest.mark.parametrize(
@@ -380,8 +381,8 @@ COMPARED = {  # a row of openai/summarize_from_feedback, comparisons
 def test_tldr_openai_comparisons():
     prompt = "SUBREDDIT: r/cats\n\nTITLE: My cat\n\nPOST: I lost my cat.\n\nTL;DR:"
     summaries = (" cat is gone, help me", " cat is still at home")
-    assert sources.tldr(COMPARED) == (prompt, summaries)
-    assert sources.tldr(COMPARED | {"choice": 0}) == (prompt, summaries[::-1])
+    assert parts(sources.tldr(COMPARED)) == (prompt, summaries)
+    assert parts(sources.tldr(COMPARED | {"choice": 0})) == (prompt, summaries[::-1])
     article = POST | {"post": None, "subreddit": None, "article": "LONDON -- x"}
     with pytest.raises(Filtered, match="news article"):
         sources.tldr(COMPARED | {"info": article, "batch": "batch0_cnndm"})
@@ -433,7 +434,7 @@ def test_cnn_dailymail_row(tmp_path):
     }
     prompt = "Article:\n\nLONDON, England (Reuters) -- It rained.\n\nTL;DR:"
     summary = " It rained in London, again. U.S. envoy: 3.5 inches. No end in sight"
-    assert sources.cnn_dailymail(row) == (prompt, (summary,))
+    assert parts(sources.cnn_dailymail(row)) == (prompt, (summary,))
     for name in ("train-00000-of-00003", "train-00001-of-00003", "test-00000-of-00001"):
         write_parquet(tmp_path / "3.0.0" / f"{name}.parquet", [row])
     rows, _ = read(tmp_path / "3.0.0", "sft", source="cnn_dailymail")

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from dpo_jax.data import tokenizer as tokenizers
-from dpo_jax.data.sources import TextExample
+from dpo_jax.data.rows import TextExample
 from dpo_jax.data.tokenizer import (
     Examples,
     Rule,
@@ -67,8 +67,9 @@ def encoded(tokenizer, *rows, truncate="keep_start", **changes):
     ]
     examples, counts = encode(texts, tokenizer, data_config(**changes), truncate)
     found = []
-    for prompt, responses in examples:
-        found.append([prompt.tolist(), *(response.tolist() for response in responses)])
+    for example in examples:
+        responses = [response.tolist() for response in example.responses]
+        found.append([example.prompt.tolist(), *responses])
     return found, counts
 
 
@@ -450,7 +451,8 @@ def test_examples_are_a_sequence():
     texts = [TextExample("c", ("d", "e"), "row 1")]
     examples, _ = encode(texts, small(), data_config(), "keep_start")
     assert len(examples) == 1 and examples.where == ["row 1"]
-    ((prompt, responses),) = examples
+    prompt, responses = examples[0].prompt, examples[0].responses
+    assert len(examples) == 1
     assert prompt.dtype == responses[0].dtype == responses[1].dtype == np.int32
     assert isinstance(responses, tuple)
 
@@ -467,9 +469,12 @@ def test_examples_take_slices_and_lists():
     }.items():
         assert isinstance(expected, Examples)
         assert expected.where == [examples.where[i] for i in index]
-        for (prompt, responses), i in zip(expected, index, strict=True):
-            assert prompt is examples.prompts[i] and responses is examples.responses[i]
-    assert examples[-1][0] is examples[np.int64(4)][0] is examples.prompts[4]
+        for example, i in zip(expected, index, strict=True):
+            np.testing.assert_array_equal(example.prompt, examples.prompts[i])
+            for response, same in zip(example.responses, examples.responses[i], strict=True):
+                np.testing.assert_array_equal(response, same)
+    for last in (examples[-1], examples[np.int64(4)]):
+        np.testing.assert_array_equal(last.prompt, examples.prompts[4])
     assert examples[:5].fingerprint == examples.fingerprint != examples[:4].fingerprint
     with pytest.raises(IndexError):
         examples[[5]]

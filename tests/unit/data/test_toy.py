@@ -6,7 +6,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from dpo_jax.data import sources, toy
+from dpo_jax.data import splits, toy
 from dpo_jax.data import tokenizer as tokenizers
 
 IDS = {word: i for i, word in enumerate(toy.WORDS)}
@@ -114,7 +114,7 @@ def test_corpus_depends_on_seed_alone():
 
 
 def test_toy_rows_for_sft():
-    rows, _ = sources.read(data(max_rows=50), "sft")
+    rows, _ = splits.read(data(max_rows=50), "sft")
     assert (len(rows["train"]), len(rows["eval"])) == (50, toy.EVAL_ROWS)
     assert [row.responses for row in rows["train"]] != [row.responses for row in rows["eval"][:50]]
     row, expected = rows["train"][0], toy.corpus(toy.SEEDS["train"], 1)[0]

@@ -109,7 +109,7 @@ def float64_kls(pairs) -> tuple[np.ndarray, np.ndarray]:
 )
 def test_sequence_kls_equal_float64(mesh, max_new_tokens, batch_size):
     """Whatever the shards, the padding and the batch size, of which ten rows are no multiple."""
-    pairs = [(prompt, tokens) for prompt, (tokens, _) in random_pairs(10, vocab=CONFIG.vocab)]
+    pairs = [(pair.prompt, pair.responses[0]) for pair in random_pairs(10, vocab=CONFIG.vocab)]
     model = Model(CONFIG, POLICY, None, mesh)
     found = reward_kl.sequence_kls(model, REFERENCE, pairs, max_new_tokens, batch_size)
     for values, expected in zip(found, float64_kls(pairs), strict=True):
@@ -118,7 +118,7 @@ def test_sequence_kls_equal_float64(mesh, max_new_tokens, batch_size):
 
 
 def test_sequence_kls_of_reference_are_0():
-    pairs = [(prompt, tokens) for prompt, (tokens, _) in random_pairs(10, vocab=CONFIG.vocab)]
+    pairs = [(pair.prompt, pair.responses[0]) for pair in random_pairs(10, vocab=CONFIG.vocab)]
     model = Model(CONFIG, POLICY, None, ONE_DEVICE)
     for values in reward_kl.sequence_kls(model, POLICY, pairs, 12, 4):
         np.testing.assert_array_equal(values, 0)

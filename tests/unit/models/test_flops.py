@@ -5,12 +5,14 @@ import numpy as np
 import pytest
 
 from dpo_jax.data import packing
+from dpo_jax.data.examples import Example
 from dpo_jax.models import flops, transformer
 from dpo_jax.models.log_probs import response_log_probs
 from tests.helpers.tiny import tiny_config
 
 PAIRS = [
-    (np.arange(p), (np.arange(c), np.arange(r))) for p, c, r in [(5, 7, 3), (9, 2, 6), (4, 4, 4)]
+    Example(np.arange(p), (np.arange(c), np.arange(r)))
+    for p, c, r in [(5, 7, 3), (9, 2, 6), (4, 4, 4)]
 ]
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from dpo_jax.data import packing
+from dpo_jax.data.examples import Example
 from dpo_jax.models import families, hf, transformer
 from dpo_jax.models.log_probs import FORWARD_VERSION, response_log_probs
 from dpo_jax.parallel import sharding
@@ -47,7 +48,7 @@ def case_examples(case: str, vocab: int) -> list:
     def tokens():
         return rng.randint(0, vocab, rng.randint(longest // 2, longest + 1)).astype(np.int32)
 
-    return [(tokens(), (tokens(), tokens())) for _ in range(PAIRS)]
+    return [Example(tokens(), (tokens(), tokens())) for _ in range(PAIRS)]
 
 
 def case_params(config: transformer.TransformerConfig) -> dict:
@@ -93,7 +94,7 @@ def test_forward_version_by_published_log_probs():
     placed = sharding.param_shardings(mesh, transformer.abstract(config))
     params = hf.load(STORIES, config, placed)
     tokens = np.array(golden["tokens"], np.int32)
-    example = (tokens[:1], (tokens[1:], tokens[1:9]))
+    example = Example(tokens[:1], (tokens[1:], tokens[1:9]))
     found = log_probs_of(config, params, [example])
     of_next = golden["logprob_of_next"]
     expected = [[sum(of_next), sum(of_next[:8])]]

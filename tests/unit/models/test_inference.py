@@ -11,7 +11,7 @@ from tests.helpers.tiny import random_pairs
 
 EXAMPLES = random_pairs(11, seed=3)
 # Each response's value is the sum of its ids, each token's value its id.
-SUMS = np.array([[tokens.sum() for tokens in responses] for _, responses in EXAMPLES])
+SUMS = np.array([[tokens.sum() for tokens in pair.responses] for pair in EXAMPLES])
 
 
 @pytest.fixture(params=[1, 4])
@@ -54,9 +54,9 @@ def test_tokens(mesh):
         return targets, -targets
 
     same, negative = map_tokens(function, EXAMPLES, mesh, batch_size=5)
-    for index, (_, responses) in enumerate(EXAMPLES):
-        np.testing.assert_array_equal(same[index], np.concatenate(responses))
-        np.testing.assert_array_equal(negative[index], -np.concatenate(responses))
+    for index, pair in enumerate(EXAMPLES):
+        np.testing.assert_array_equal(same[index], np.concatenate(pair.responses))
+        np.testing.assert_array_equal(negative[index], -np.concatenate(pair.responses))
 
 
 def test_batches_come_in_order_with_progress(capsys):

@@ -43,7 +43,7 @@ def test_token_kls_equal_float64(tiny, batches, batch):
     ratio_SM, kl_SM = jax.jit(token_kls, static_argnums=0)(config, policy, reference, batch)
     assert ratio_SM.shape == kl_SM.shape == batch.targets.shape
     rows = [
-        np.concatenate([prompt, response]) for prompt, responses in PAIRS for response in responses
+        np.concatenate([pair.prompt, response]) for pair in PAIRS for response in pair.responses
     ]
     tokens_BT = np.array([np.pad(row, (0, 24 - len(row))) for row in rows])
     logits = jax.jit(transformer.logits, static_argnums=0)
@@ -58,7 +58,7 @@ def test_token_kls_equal_float64(tiny, batches, batch):
     kl_BT = (np.exp(policy_BTV) * ratio_BTV).sum(-1)
     assert kl_BT.min() > 0 and np.ptp(kl_BT) > 1
     ratios, kls = (batches.per_example(0, np.asarray(x)[None]) for x in (ratio_SM, kl_SM))
-    for row, (prompt, responses) in enumerate(PAIRS):
+    for row, (prompt, responses) in enumerate((pair.prompt, pair.responses) for pair in PAIRS):
         steps = [
             (2 * row + side, len(prompt) - 1 + t, token)
             for side, response in enumerate(responses)
@@ -131,7 +131,9 @@ def plain_log_probs(config, params, prompt, response):
 
 def expected_log_probs(config, params, examples):
     return [
-        plain_log_probs(config, params, p, r).sum() for p, responses in examples for r in responses
+        plain_log_probs(config, params, example.prompt, r).sum()
+        for example in examples
+        for r in example.responses
     ]
 
 

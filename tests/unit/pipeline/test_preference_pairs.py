@@ -82,6 +82,7 @@ def test_load_sampled_tokens(tmp_path, kind, responses):
     for file in preference_pairs.FILES.values():
         (tmp_path / file).write_text("".join(json.dumps(pair) + "\n" for pair in found))
     loaded = preference_pairs.load(tmp_path, kind)
-    prompt, tokens = loaded.train[0]
-    assert prompt.tolist() == [5] and [ids.tolist() for ids in tokens] == [[6], [3, 4]][:responses]
+    example = loaded.train[0]
+    assert example.prompt.tolist() == [5]
+    assert [ids.tolist() for ids in example.responses] == [[6], [3, 4]][:responses]
     assert loaded.ledger.train.kept == loaded.ledger.eval.kept == 1

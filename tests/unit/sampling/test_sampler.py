@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dpo_jax.data import packing
+from dpo_jax.data.examples import Example
 from dpo_jax.models import families, hf, transformer
 from dpo_jax.models.loading import Model
 from dpo_jax.models.log_probs import token_log_probs
@@ -19,7 +20,7 @@ from tests.helpers import tiny_models
 from tests.helpers.paths import STORIES
 from tests.helpers.tiny import random_pairs, tiny_config
 
-PROMPTS = [prompt for prompt, _ in random_pairs(5)]  # of 1 to 11 tokens
+PROMPTS = [pair.prompt for pair in random_pairs(5)]  # of 1 to 11 tokens
 TEN = Sampling(10)
 
 
@@ -73,7 +74,7 @@ def test_sample_log_probs_equal_training(tiny):
     # The log-probs do not depend on the temperature.
     drawn = draw(tiny, sampling=Sampling(10, temperature=1.3, top_k=30))
     examples = [
-        (prompt, tuple(one.tokens for one in row))
+        Example(prompt, tuple(one.tokens for one in row))
         for prompt, row in zip(PROMPTS, drawn, strict=True)
     ]
     batch = jax.tree.map(lambda x: x[None], packing.pack(examples, packing.shape_of(examples)))

@@ -11,6 +11,7 @@ import pytest
 
 from dpo_jax import console
 from dpo_jax.data.batches import Batches
+from dpo_jax.data.examples import Example
 from dpo_jax.data.packing import RolloutTargets
 from dpo_jax.evaluation import plots
 from dpo_jax.models import transformer
@@ -50,8 +51,9 @@ def test_describe_metrics_of_objectives(tiny, split):
 def metrics_of(name, model) -> list[str]:
     """Return the names of an objective's metrics, without running it."""
     responses = 1 if name in ("sft", "preferred_ft") else 2
-    examples = [(prompt, both[:responses]) for prompt, both in random_pairs(2)]
-    of_examples = [np.zeros(sum(map(len, both)), np.float32) for _, both in examples]
+    examples = [Example(pair.prompt, pair.responses[:responses]) for pair in random_pairs(2)]
+    sizes = [sum(example.completion_lengths()) for example in examples]
+    of_examples = [np.zeros(size, np.float32) for size in sizes]
     rollout = RolloutTargets(of_examples, of_examples, of_examples, of_examples)
     batches = Batches(examples, np.array([[0, 1]]), rollout=rollout)
     microbatch = jax.tree.map(lambda x: x[0], batches[0])

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from dpo_jax.data import packing
+from dpo_jax.data.examples import Example
 from dpo_jax.models import transformer
 from dpo_jax.training import objectives, ppo
 from tests.helpers.tiny import random_pairs
@@ -68,12 +69,13 @@ def test_ppo_objective_equals_plain_loop(tiny, moved):
     params = params | {
         "head": params["head"] | {"scalar": RNG.normal(size=config.width).astype(np.float32)}
     }
-    rows = [(prompt, responses[:1]) for prompt, responses in random_pairs(5)]
+    rows = [Example(pair.prompt, pair.responses[:1]) for pair in random_pairs(5)]
     batch = jax.tree.map(lambda x: x[None], packing.pack(rows, packing.shape_of([*rows, rows[0]])))
     hyper = dict(clip=0.2, value_clip=0.2, value_coef=0.1)
 
     log_probs, values = [], []
-    for prompt, (response,) in rows:
+    for row in rows:
+        prompt, (response,) = row.prompt, row.responses
         whole = np.concatenate([prompt, response])[None]
         hidden = transformer.hidden(config, params, whole, np.arange(whole.shape[1])[None])
         logits = np.asarray(transformer.unembed(config, params, hidden), np.float64)[0]

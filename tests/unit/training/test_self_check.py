@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from dpo_jax.data.tokenizer import Examples
+from dpo_jax.data.examples import Examples
 from dpo_jax.parallel import sharding
 from dpo_jax.training import self_check
 from tests.helpers.tiny import random_pairs
@@ -19,8 +19,8 @@ EOS = 1
 def examples(count=6):
     pairs = random_pairs(count, longest=8)
     return Examples(
-        [np.r_[0, p].astype(np.int32) for p, _ in pairs],
-        [tuple(np.r_[r, EOS].astype(np.int32) for r in responses) for _, responses in pairs],
+        [np.r_[0, pair.prompt].astype(np.int32) for pair in pairs],
+        [tuple(np.r_[r, EOS].astype(np.int32) for r in pair.responses) for pair in pairs],
         [f"rows.jsonl row {i + 1}" for i in range(count)],
     )
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dpo_jax.data.batches import Batches, training_order
+from dpo_jax.data.examples import Example
 from dpo_jax.models import transformer
 from dpo_jax.models.log_probs import response_log_probs
 from dpo_jax.parallel import sharding
@@ -35,7 +36,7 @@ def objective_of(name, loss, config):
 
 def rows(name, count=12):
     pairs = random_pairs(count, longest=8)
-    return pairs if name != "sft" else [(prompt, responses[:1]) for prompt, responses in pairs]
+    return pairs if name != "sft" else [Example(pair.prompt, pair.responses[:1]) for pair in pairs]
 
 
 @pytest.mark.parametrize(
