@@ -68,31 +68,55 @@ class Rule:
     truncate: str  # which part of a too long prompt stays: "keep_start", "keep_end" or "keep_cue"
 
 
-def encode(texts: Sequence[TextExample], tokenizer, data, truncate: str) -> tuple[Examples, Counts]:
+def encode(texts: Iterable[TextExample], tokenizer, data, truncate: str) -> tuple[Examples, Counts]:
     """Tokenise examples and cut them to data.max_length.
 
     Returns those that can be used, and what became of all: kept, cut, and dropped by reason.
     truncate: which part of a too long prompt stays, "keep_start", "keep_end" or "keep_cue". Raises
     ValueError where the settings, the tokenizer or its chat template cannot do what is asked.
     """
-    rule = _rule(tokenizer, data, truncate)
-    examples = Examples()
-    counts = Counts()
-    for start in range(0, len(texts), BATCH):
-        batch = texts[start : start + BATCH]
-        parts = [_parts(text, tokenizer) for text in batch]
-        ids = _ids_of_parts(parts, tokenizer)
+    encoder = Encoder(tokenizer, data, truncate)
+    for text in texts:
+        encoder.add(text)
+    return encoder.finish()
+
+
+class Encoder:
+    """`encode` for examples that come one by one, of which few are in memory as text."""
+
+    def __init__(self, tokenizer, data, truncate: str):
+        self._tokenizer = tokenizer
+        self._rule = _rule(tokenizer, data, truncate)
+        self._examples = Examples()
+        self._counts = Counts()
+        self._waiting: list[TextExample] = []  # for enough to tokenise in one call, which is fast
+
+    def add(self, text: TextExample) -> None:
+        """Add an example."""
+        self._waiting.append(text)
+        if len(self._waiting) == BATCH:
+            self._encode_waiting()
+
+    def finish(self) -> tuple[Examples, Counts]:
+        """Return all examples that can be used, and what became of those that were added."""
+        self._encode_waiting()
+        self._counts.kept = len(self._examples)
+        self._counts.mean_tokens = _mean_tokens(self._examples)
+        return self._examples, self._counts
+
+    def _encode_waiting(self) -> None:
+        batch = self._waiting
+        self._waiting = []
+        parts = [_parts(text, self._tokenizer) for text in batch]
+        ids = _ids_of_parts(parts, self._tokenizer)
         # The first batch is sample enough for a warning, and the merges cost as much as tokenising.
-        if start == 0:
-            _count_merges(parts, ids, tokenizer, counts)
+        if not self._counts.boundaries:
+            _count_merges(parts, ids, self._tokenizer, self._counts)
         for text, (prompt, *responses) in zip(batch, ids, strict=True):
             try:
-                _append(examples, text, prompt, responses, rule, counts)
+                _append(self._examples, text, prompt, responses, self._rule, self._counts)
             except Unusable as reason:
-                counts.drop(str(reason), text.where)
-    counts.kept = len(examples)
-    counts.mean_tokens = _mean_tokens(examples)
-    return examples, counts
+                self._counts.drop(str(reason), text.where)
 
 
 def encode_prompts(prompts: Sequence[Text], tokenizer, data, truncate: str) -> list[np.ndarray]:
