@@ -29,6 +29,18 @@ The config has a block for each stage of the run, and no others. If you set a fi
 exist, or that this run would not use, the command stops with an error that names it. Defaults are
 the paper's (appendix B) or, where the paper does not say, those of its reference code.
 
+The fields of `data.template` and `model.scratch` are not dpo_jax's, but the chat template's and
+Hugging Face's, so you can set any of them, one by one or all together:
+
+```
+--config.data.template.enable_thinking=False --config.data.template.date_string="26 Jul 2024"
+--config.data.template="enable_thinking=False,date_string=26 Jul 2024"
+--config.data.template='{"enable_thinking": false, "date_string": "26 Jul 2024"}'
+```
+
+A value is a number, `True`, `False`, `None`, a list or a dict if it reads as one, and text
+otherwise.
+
 `--config` takes a file, or just the name of one in `configs/`. Some accept a choice after a colon:
 
 | config | choices after the colon | what it is |

@@ -117,7 +117,9 @@ DATA = dict(
         "all",
         "what SFT trains on in rows of whole conversations: all assistant turns, or the last one",
     ),
-    template=Field({}, "options of the chat template, such as enable_thinking"),
+    template=Field(
+        {}, "options of the chat template: --config.data.template.enable_thinking=False"
+    ),
     ignore=Field(
         (), "parts of chat rows to leave out although the chat template does not render them"
     ),
@@ -353,6 +355,10 @@ FREE = (
     "keep",
     "cache_reference",  # the same log-probs, computed earlier
 )
+
+
+# Blocks whose fields are not ours, but Hugging Face's and the chat template's: they take any.
+OPEN_BLOCKS = ("model.scratch", "data.template")
 
 
 def model_options(config: ConfigDict) -> dict:

@@ -4,6 +4,8 @@
     configs/toy.py:ppo   a file; what follows the colon is passed to its get_config
     --config.FIELD=VALUE an override: the text is read as the type that the field has
 
+Fields of OPEN_BLOCKS are not ours, so any name may be set: --config.data.template.date_string=...
+
 Every mistake is a ValueError or FileNotFoundError that names the file or the field, says what was
 expected, and lists the nearest names.
 """
@@ -12,6 +14,7 @@ import ast
 import difflib
 import importlib.util
 import inspect
+import json
 import pathlib
 import re
 import traceback
@@ -20,7 +23,7 @@ from collections.abc import Iterable
 
 from ml_collections import ConfigDict
 
-from dpo_jax.config import flat_fields
+from dpo_jax.config import OPEN_BLOCKS, flat_fields
 from dpo_jax.stage_table import STAGES
 
 # In an installed package the configs lie inside it; in a checkout, at the top of the repository.
@@ -136,10 +139,19 @@ def override(config: ConfigDict, texts: dict[str, str]) -> dict[str, object]:
     """
     values = {}
     for field, text in texts.items():
-        current = value_of(config, field)
-        values[field] = parse_value(field, text, current)
+        if is_new_option(config, field):
+            values[field] = parse_option(text)
+        else:
+            current = value_of(config, field)
+            values[field] = parse_value(field, text, current)
         _set(config, field, values[field])
     return values
+
+
+def is_new_option(config: ConfigDict, field: str) -> bool:
+    """Return whether a field (dotted name) is one that an open block does not have yet."""
+    block, _, name = field.rpartition(".")
+    return block in OPEN_BLOCKS and name.isidentifier() and not has_field(config, field)
 
 
 def value_of(config: ConfigDict, field: str):
@@ -190,9 +202,12 @@ def nearest_fields(config: ConfigDict, field: str) -> list[str]:
     """Return up to three fields of a config that someone may have meant, the likeliest first."""
     block, _, word = field.rpartition(".")
     known = list(flat_fields("", config.to_dict()))
+    # An option of a block whose name is not quite right.
+    found = [f"{name}.{word}" for name in nearest(block, OPEN_BLOCKS)]
+    known += [name for name in OPEN_BLOCKS if name not in known]
     last_words = {name: name.rpartition(".")[2] for name in known}
     # The same name in another block first: dpo.beta for beta.
-    found = [name for name in known if last_words[name] == word]
+    found += [name for name in known if last_words[name] == word]
     # Then names that look like it, in the block that was given if there is one.
     near = [name for name in known if name.startswith(f"{block}.")] or known
     for last_word in nearest(word, {last_words[name] for name in near}):
@@ -218,7 +233,7 @@ def parse_value(field: str, text: str, current):
             return float(text)
         if isinstance(current, tuple):
             return _parse_tuple(text)
-        return _parse_block(text)
+        return ConfigDict(parse_options(text))
     except (ValueError, SyntaxError):
         raise ValueError(
             f"--config.{field}={text}: expected {_EXPECTED[_kind(current)]}. Its value is "
@@ -231,7 +246,7 @@ _EXPECTED = {
     int: "a whole number",
     float: "a number",
     tuple: "values with commas between them",
-    ConfigDict: "one of its fields, --config.BLOCK.FIELD=VALUE, or a Python dict",
+    ConfigDict: "one of its fields, --config.BLOCK.FIELD=VALUE, or FIELD=VALUE,..., or a dict",
 }
 
 
@@ -261,11 +276,39 @@ def _parse_tuple(text: str) -> tuple:
     return tuple(value) if isinstance(value, tuple | list) else (value,)
 
 
-def _parse_block(text: str) -> ConfigDict:
-    value = ast.literal_eval(text)
-    if not isinstance(value, dict):
-        raise ValueError(text)
-    return ConfigDict(value)
+def parse_options(text: str) -> dict:
+    """Read options from `NAME=VALUE,NAME=VALUE`, or from a dict as Python or JSON writes one.
+
+    Raises ValueError where the text is neither.
+    """
+    if not text.strip():
+        return {}
+    if text.lstrip().startswith("{"):
+        options = parse_option(text)
+        if not isinstance(options, dict):
+            raise ValueError(text)
+        return options
+    options = {}
+    for part in text.split(","):
+        name, equals, value = part.partition("=")
+        if not equals or not name.strip().isidentifier():
+            raise ValueError(text)
+        options[name.strip()] = parse_option(value)
+    return options
+
+
+def parse_option(text: str):
+    """Read a value of no known type: a Python or JSON literal, true or false, else plain text."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for parse in (ast.literal_eval, json.loads):
+        try:
+            value = parse(text)
+            json.dumps(value)  # a config is kept as JSON, which has no sets and no bytes
+            return value
+        except (ValueError, SyntaxError, TypeError):
+            continue
+    return text
 
 
 def _set(config: ConfigDict, field: str, value) -> None:

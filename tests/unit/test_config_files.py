@@ -99,6 +99,15 @@ def override(field, text, choice="toy"):
         ("model.lora.targets", "('q',)", ("q",)),
         ("model.lora.targets", "q", ("q",)),
         ("model.scratch.n_embd", "64", 64),
+        # options that the block does not have yet
+        ("data.template.enable_thinking", "False", False),
+        ("data.template.enable_thinking", "true", True),
+        ("data.template.date_string", "26 Jul 2024", "26 Jul 2024"),
+        ("data.template.date_string", "2024-10-26", "2024-10-26"),
+        ("data.template.budget", "12", 12),
+        ("data.template.documents", '["a", null]', ["a", None]),
+        ("data.template.letters", "{'a', 'b'}", "{'a', 'b'}"),  # JSON has no sets
+        ("model.scratch.rope_theta", "1e6", 1e6),
     ],
 )
 def test_override_takes_type_of_field(field, text, value):
@@ -117,12 +126,36 @@ def test_override_of_block():
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "{'enable_thinking': False, 'date_string': '26 Jul 2024'}",
+        '{"enable_thinking": false, "date_string": "26 Jul 2024"}',
+        "enable_thinking=False,date_string=26 Jul 2024",
+    ],
+)
+def test_override_of_template(text):
+    expected = {"enable_thinking": False, "date_string": "26 Jul 2024"}
+    assert override("data.template", text).to_dict() == expected
+    assert override("data.template", "").to_dict() == {}
+
+
+def test_override_of_template_replaces_options_of_file():
+    config = config_files.load("toy")
+    config.data.template = {"enable_thinking": True, "budget": 3}
+    config_files.override(config, {"data.template.enable_thinking": "False"})
+    assert config.data.template.to_dict() == {"enable_thinking": False, "budget": 3}
+    config_files.override(config, {"data.template": "budget=4"})
+    assert config.data.template.to_dict() == {"budget": 4}
+
+
+@pytest.mark.parametrize(
     ("field", "text", "said"),
     [
         ("dpo.beta", "high", "expected a number. Its value is 2.0 now"),
         ("dpo.steps", "1e3", "expected a whole number"),
         ("dpo.cache_reference", "maybe", "expected True or False"),
         ("dpo", "x", "expected one of its fields"),
+        ("data.template", "enable_thinking", "expected one of its fields"),
     ],
 )
 def test_override_refuses_other_type(field, text, said):
@@ -139,6 +172,9 @@ def test_override_refuses_other_type(field, text, said):
         ("max_lenght", "Did you mean data.max_length"),
         ("dppo.lr", "Did you mean dpo.lr or sft.lr"),
         ("dpo.lr.peak", "no such field"),
+        ("data.templates.enable_thinking", "Did you mean data.template.enable_thinking"),
+        ("data.tempalte", "Did you mean data.template"),
+        ("data.template.a.b", "no such field"),
         ("ppo.lr", "this config runs no stage ppo.*Its stages are sft, pairs, dpo, evaluate"),
     ],
 )
