@@ -44,7 +44,7 @@ from dpo_jax.data.examples import Example, Examples
 from dpo_jax.data.ledger import Filtered, Malformed, Unusable
 from dpo_jax.data.readers import fields_of
 from dpo_jax.data.rows import TextExample, shown
-from dpo_jax.models import hf, inference, loading, peft
+from dpo_jax.models import export, hf, inference, loading, peft
 from dpo_jax.models import lora as adapters
 from dpo_jax.models.loading import Checkpoint
 from dpo_jax.models.lora import Lora
@@ -265,16 +265,25 @@ class Model:
                     progress.update(len(texts), {})
         return texts if n > 1 else [text for (text,) in texts]
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Write a folder in Hugging Face format: config, float32 safetensors and tokenizer."""
+    def save(self, path: str | os.PathLike, *, dtype: str = "source") -> None:
+        """Write a folder in Hugging Face format, which keeps what the model's source had.
+
+        dtype: of the stored weights: "float32", "bfloat16", or "source", the type in which those
+        that were loaded are stored.
+        """
         self._check_usable(self.config.head)
+        _check_choice("save", "dtype", dtype, configs.EXPORT_DTYPES)
+        source = self.checkpoint.source
+        options = export.Options(source.dtype if dtype == "source" else dtype)
+        hf_config = self.checkpoint.hf_config
         with console.quiet():
-            hf.save(path, self.config, self.checkpoint.hf_config, self.params, self.tokenizer)
+            hf.save(path, self.config, hf_config, self.params, self.tokenizer, source, options)
 
     def _loaded(self) -> loading.Model:
         """Return the model as sampling and inference take it."""
-        eos_id = self.tokenizer.eos_token_id
-        return loading.Model(self.config, self.params, self.tokenizer, self.mesh, eos_id)
+        model = self.checkpoint.model(self.params, self.mesh)
+        # A head may have been put on it since it was loaded.
+        return dataclasses.replace(model, config=self.config)
 
     def _as_loaded(self) -> Checkpoint:
         """Return the checkpoint with these weights for loaded; ValueError where they are others."""

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from dpo_jax import stage_table
 from dpo_jax.stage_table import STAGES
 
+EXPORT_DTYPES = ("source", "float32", "bfloat16")
 TRUNCATIONS = ("auto", "keep_start", "keep_end", "keep_cue")
 OPTIMIZERS = ("rmsprop", "adamw", "adafactor", "lion", "sgd")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -144,6 +145,14 @@ LOG = dict(
         False, "write TensorBoard events to each stage's folder (needs tensorboardX)"
     ),
     wandb=Field("", "Weights & Biases project (needs wandb); empty: off"),
+)
+
+EXPORT = dict(
+    dtype=Field(
+        "source",
+        "type of the weights in hf/ of the last training stage: source (as model.path stores "
+        "them), float32 or bfloat16; earlier stages keep float32, which later ones start from",
+    ),
 )
 
 REWARD = dict(
@@ -317,7 +326,7 @@ def field_docs() -> list[tuple[str, object, str]]:
 
 def _fields(stages: tuple[str, ...]) -> dict:
     """Return the tree of fields of a run through `stages`: Field, or a block of them, by name."""
-    fields = RUN | dict(model=MODEL, data=DATA, mesh=MESH, log=LOG)
+    fields = RUN | dict(model=MODEL, data=DATA, mesh=MESH, log=LOG, export=EXPORT)
     if any(STAGES[stage].samples for stage in stages):
         fields |= dict(reward=REWARD, sampling=SAMPLING)
     return fields | {stage: STAGE_FIELDS[stage] for stage in stages}

@@ -6,6 +6,7 @@ from ml_collections import ConfigDict
 
 from dpo_jax import stage_table
 from dpo_jax.config import (
+    EXPORT_DTYPES,
     OPTIMIZERS,
     PREFERENCE_LOSSES,
     REWARDS,
@@ -27,6 +28,7 @@ ALLOWED = {  # field -> its values; STAGE stands for every training stage
     "data.truncate": TRUNCATIONS,
     "data.on_bad_row": ("error", "drop"),
     "data.turns": ("all", "last"),
+    "export.dtype": EXPORT_DTYPES,
     "reward.kind": REWARDS,
     "ppo.reward": ("rm", "true"),
     "best_of_n.reward": ("rm", "true"),

@@ -5,7 +5,6 @@ part of them and one stored tensor, whatever the size of the model.
 """
 
 import collections
-import copy
 import hashlib
 import json
 import pathlib
@@ -20,10 +19,10 @@ from huggingface_hub.errors import LocalEntryNotFoundError, StrictDataclassError
 from jax.experimental import multihost_utils
 from transformers import CONFIG_MAPPING, AutoConfig
 
-from dpo_jax.models import families, safetensors_io, transformer
+from dpo_jax.models import export, families, safetensors_io, transformer
 from dpo_jax.models.transformer import TransformerConfig
 
-WEIGHT_FILES = ["model.safetensors", "model-*.safetensors"]
+WEIGHT_FILES = ["model.safetensors", "model-*.safetensors", "adapter_model.safetensors"]
 OTHER_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 HUB_TIMEOUT = 10  # seconds
 
@@ -124,15 +123,19 @@ def gathered(param: jax.Array) -> np.ndarray:
     return np.asarray(param, np.float32)
 
 
-def load(path, config: TransformerConfig, shardings):
+def load(path, config: TransformerConfig, shardings, adapters=()):
     """Load the weights in a local folder as float32 arrays, placed by a tree of NamedShardings.
 
-    Raises FileNotFoundError when files are missing, and ValueError with the name of every tensor
-    that is unknown, missing, set twice, wrongly shaped or not a float.
+    adapters: peft.Adapters to merge into them, the first one first. Raises FileNotFoundError when
+    files are missing, and ValueError with the name of every tensor that is unknown, missing, set
+    twice, wrongly shaped or not a float.
     """
     path = pathlib.Path(path)
     model_type = read_config(path).model_type
-    stored = _match(path, model_type, config)
+    for adapter in adapters:
+        adapter.check(model_type, config)
+    replaced = {name for adapter in adapters for name in adapter.replaced}
+    stored = _match(path, model_type, config, replaced)
     shapes = _flat(transformer.abstract(config))
     shardings = _flat(shardings)
     params = {}
@@ -140,7 +143,10 @@ def load(path, config: TransformerConfig, shardings):
         # A stored tensor may hold several parameters, as GPT-2's holds q, k and v.
         pieces = [Pieces(shapes[param].shape, shardings[param]) for param in tensor.paths]
         for name, layer in tensor.names(config):
-            values = tensor.unpack(config, stored[name][:])
+            values = stored[name][:] if name in stored else None
+            for adapter in adapters:
+                values = adapter.merge(tensor, name, values)
+            values = tensor.unpack(config, values)
             for piece, value in zip(pieces, values, strict=True):
                 piece.fill(value, layer)
         params |= {param: piece.array() for param, piece in zip(tensor.paths, pieces, strict=True)}
@@ -187,15 +193,18 @@ def save(
     hf_config,
     params,
     tokenizer=None,
-    *,
-    max_shard_bytes: int = 5 * 10**9,
+    source: export.Source | None = None,
+    options: export.Options | None = None,
 ):
-    """Write a folder in Hugging Face format: config.json, float32 safetensors, tokenizer files.
+    """Write a folder in Hugging Face format: config, safetensors, tokenizer, generation config.
 
-    Every process must call it; the first one writes. The folder appears, or takes the place of the
-    model that was there, only once it is complete. Raises ValueError when the parameters are not
-    those of the config, and FileExistsError when the folder holds something else than a model.
+    source: where the model came from, whose files are kept where they still hold. Every process
+    must call it; the first one writes. The folder appears, or takes the place of the model that
+    was there, only once it is complete. Raises ValueError when the parameters are not those of the
+    config, and FileExistsError when the folder holds something else than a model.
     """
+    source = source or export.Source()
+    options = options or export.Options()
     path = pathlib.Path(path)
     params = _flat(params)
     tensors = families.tensors(hf_config.model_type, config)
@@ -207,7 +216,7 @@ def save(
         for tensor in tensors:
             held = [params[param] for param in tensor.paths]
             for name, layer in tensor.names(config):
-                yield name, _export(tensor, held, layer)
+                yield name, _rounded(name, _export(tensor, held, layer), options.dtype)
 
     exported = export_all()
     if jax.process_index() == 0:
@@ -218,10 +227,22 @@ def save(
         # Written beside its place, and renamed once complete: nobody finds half a model.
         partial = _sibling(path, "partial")
         partial.mkdir(parents=True)
-        _write_config(partial, hf_config, config.head)
-        safetensors_io.write(partial, shapes, exported, max_shard_bytes=max_shard_bytes)
+        safetensors_io.write(
+            partial,
+            shapes,
+            exported,
+            itemsize=jax.numpy.dtype(options.dtype).itemsize,
+            max_shard_bytes=options.max_shard_bytes,
+        )
+        fields = export.config_fields(hf_config, config.head, options.dtype)
+        export.write_fields(partial / "config.json", fields)
+        # A reward model generates nothing.
+        if config.head != "reward":
+            export.write_generation_config(partial, source, hf_config, tokenizer)
         if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
+            export.write_tokenizer(partial, source, tokenizer)
+        if options.card:
+            (partial / "README.md").write_text(options.card, encoding="utf-8")
         _publish(partial, path)
     else:
         # The other processes take part in the gathering, and throw away what they get.
@@ -229,17 +250,26 @@ def save(
     multihost_utils.sync_global_devices("hf.save")
 
 
-def _match(folder: pathlib.Path, model_type: str, config: TransformerConfig) -> dict:
-    """Return the stored slice of each tensor of the config; ValueError with all that is wrong."""
+def _match(
+    folder: pathlib.Path, model_type: str, config: TransformerConfig, replaced: set[str]
+) -> dict:
+    """Return the stored slice of each tensor of the config; ValueError with all that is wrong.
+
+    replaced: names of tensors that adapters bring with them, which the folder need not have.
+    """
     family = families.family(model_type)
     shapes = {}
     for tensor in families.tensors(model_type, config):
         for name, _ in tensor.names(config):
             shapes[name] = list(tensor.shape(config))
     head, embedding = family.name_of("head/kernel"), family.name_of("embed/tokens")
-    optional = []
+    optional = list(replaced)
     if config.tied:  # some checkpoints store the tied head too
         shapes[head] = shapes[embedding]
+        optional.append(head)
+    elif config.head == "reward" and replaced:
+        # The base under a reward model's adapter is a language model, whose head is not read.
+        shapes[head] = [config.vocab, config.width]
         optional.append(head)
     model = f"{model_type} model"
     found = safetensors_io.match(
@@ -288,16 +318,17 @@ def _export(tensor: families.Tensor, params: list[jax.Array], layer: int | None)
     return np.ascontiguousarray(tensor.pack([gathered(param) for param in params]))
 
 
-def _write_config(folder: pathlib.Path, hf_config, head: str):
-    # The caller's own config stays as it is.
-    hf_config = copy.deepcopy(hf_config)
-    hf_config.architectures = [families.family(hf_config.model_type).architecture_with(head)]
-    if head == "reward":
-        # transformers makes a classifier of two labels unless it is told.
-        hf_config.num_labels = 1
-    hf_config.dtype = "float32"
-    # Not save_pretrained, which refuses some configs that are found on the hub.
-    hf_config.to_json_file(folder / "config.json")
+def _rounded(name: str, values: np.ndarray, dtype: str) -> np.ndarray:
+    """Return float32 values in the type that is stored; ValueError where they do not fit."""
+    with np.errstate(over="ignore"):
+        rounded = values.astype(jax.numpy.dtype(dtype), copy=False)
+    # float16 ends at 65,504.
+    if dtype == "float16" and np.isinf(rounded).any():
+        raise ValueError(
+            f"{name} has numbers up to {np.abs(values).max():.3g}, which float16 cannot hold. "
+            "Export in another type: --config.export.dtype=float32 or bfloat16."
+        )
+    return rounded
 
 
 def _publish(partial: pathlib.Path, path: pathlib.Path):

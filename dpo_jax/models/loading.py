@@ -7,6 +7,8 @@ are made at random.
 
 import dataclasses
 import functools
+import hashlib
+import pathlib
 from collections.abc import Callable
 
 import jax
@@ -15,9 +17,14 @@ import numpy as np
 from dpo_jax.console import warn
 from dpo_jax.data import packing, toy
 from dpo_jax.data import tokenizer as tokenizers
-from dpo_jax.models import families, hf, transformer
+from dpo_jax.models import export, families, hf, peft, safetensors_io, transformer
+from dpo_jax.models.export import Source
+from dpo_jax.models.peft import Adapter
 from dpo_jax.models.transformer import TransformerConfig
 from dpo_jax.parallel import processes, sharding
+
+# How safetensors calls the types that an export can have. Others are read, and exported as float32.
+STORED_DTYPES = {"BF16": "bfloat16", "F16": "float16"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +36,12 @@ class Model:
     tokenizer: object
     mesh: jax.sharding.Mesh
     eos_id: int | None = None  # the token that ends a completion; None: only its length does
+    other_eos_ids: tuple[int, ...] = ()  # more tokens that end one, where eos_id does
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Every token that ends a completion; (): only its length does."""
+        return () if self.eos_id is None else (self.eos_id, *self.other_eos_ids)
 
     def with_params(self, params: dict) -> "Model":
         """Return the same model with other weights."""
@@ -45,6 +58,7 @@ class Checkpoint:
     path: str  # a hub name or a folder; "" for random weights
     load_params: Callable  # mesh -> the weights, placed on it
     fingerprint: Callable  # () -> a string that only these weights have
+    source: Source = Source()  # what an export keeps of where the model came from
 
     @property
     def shapes(self):
@@ -61,7 +75,8 @@ class Checkpoint:
     def model(self, params: dict, mesh: jax.sharding.Mesh, *, append_eos: bool = True) -> Model:
         """Return this model with weights that were made elsewhere, such as trained ones."""
         eos_id = self.tokenizer.eos_token_id if append_eos else None
-        return Model(self.config, params, self.tokenizer, mesh, eos_id)
+        others = tuple(token for token in self.source.eos_ids() if token != eos_id)
+        return Model(self.config, params, self.tokenizer, mesh, eos_id, others)
 
     def check(self, examples) -> None:
         """Check that the model can read every example.
@@ -104,38 +119,84 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Open a model in Hugging Face format by hub name or folder.
 
+    A folder with a LoRA adapter stands for its base with the adapter merged into it.
     tokenizer_path: where the tokenizer is, if not with the model. tokenizer: an open one to use
     instead. options: those of `families.from_hf`; head is "reward" for a reward model.
     """
-    folder = hf.fetch(path)
+    folder, adapters = find(path)
     hf_config = hf.read_config(folder)
     config = families.from_hf(hf_config, **options)
+    tokenizer_folder = None
     if tokenizer is None:
-        tokenizer_folder = hf.fetch(tokenizer_path, weights=False) if tokenizer_path else folder
+        tokenizer_folder = _tokenizer_folder(folder, adapters)
+        if tokenizer_path:
+            tokenizer_folder = hf.fetch(tokenizer_path, weights=False)
         tokenizer = tokenizers.load(tokenizer_folder)
 
     def load_params(mesh):
         placed = sharding.param_shardings(mesh, transformer.abstract(config))
-        return hf.load(folder, config, placed)
+        return hf.load(folder, config, placed, adapters)
 
     @functools.cache  # it reads all of the weights
     def fingerprint():
-        return processes.from_first(lambda: hf.fingerprint(folder))
+        return processes.from_first(lambda: _fingerprint(folder, adapters))
 
-    return Checkpoint(config, hf_config, tokenizer, path, load_params, fingerprint)
+    source = Source(folder, tokenizer_folder, _stored_dtype(folder))
+    return Checkpoint(config, hf_config, tokenizer, path, load_params, fingerprint, source)
+
+
+def find(path: str, *, weights: bool = True) -> tuple[pathlib.Path, tuple[Adapter, ...]]:
+    """Return the local folder of a model, and the adapters to merge into it, the first one first.
+
+    weights=False fetches and opens no weights. Raises FileNotFoundError where there is no such
+    model, and ValueError where an adapter cannot be merged.
+    """
+    folder = hf.fetch(path, weights=weights)
+    adapters = []
+    # An adapter may have been trained over another one.
+    while peft.is_adapter(folder):
+        if folder in [adapter.folder for adapter in adapters]:
+            raise ValueError(f"the adapter {folder} is its own base (base_model_name_or_path).")
+        adapter = peft.read(folder, weights=weights)
+        adapters.insert(0, adapter)
+        folder = hf.fetch(adapter.base, weights=weights)
+    return folder, tuple(adapters)
+
+
+def _tokenizer_folder(folder: pathlib.Path, adapters: tuple[Adapter, ...]) -> pathlib.Path:
+    """Return the last adapter's folder that has a tokenizer, or else the model's."""
+    for adapter in reversed(adapters):
+        if (adapter.folder / export.TOKENIZER_CONFIG).exists():
+            return adapter.folder
+    return folder
+
+
+def _fingerprint(folder: pathlib.Path, adapters: tuple[Adapter, ...]) -> str:
+    """Return the sha256 of a folder's weights; with adapters, that of all together."""
+    weights = hf.fingerprint(folder)
+    if not adapters:
+        return weights
+    parts = [weights, *(adapter.fingerprint for adapter in adapters)]
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
+
+def _stored_dtype(folder: pathlib.Path) -> str:
+    """Return the type that most of a folder's weights are stored in, one of export.DTYPES."""
+    return STORED_DTYPES.get(safetensors_io.stored_dtype(folder), "float32")
 
 
 def from_scratch(fields: dict, seed: int, *, tokenizer_path: str = "", **options) -> Checkpoint:
     """Make a random model of the family and sizes that fields of a Hugging Face config give.
 
-    Without tokenizer_path its tokenizer is the toy's.
+    Without tokenizer_path its tokenizer is the toy's. The ids of BOS and EOS in its config are the
+    tokenizer's, unless the fields give others.
     """
-    hf_config = hf.make_config(fields)
+    tokenizer_folder = hf.fetch(tokenizer_path, weights=False) if tokenizer_path else None
+    tokenizer = tokenizers.load(tokenizer_folder) if tokenizer_folder else toy.tokenizer()
+    # Those of the config's class are another tokenizer's: `generate` would stop at some word.
+    special = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    hf_config = hf.make_config(special | dict(fields))
     config = families.from_hf(hf_config, **options)
-    if tokenizer_path:
-        tokenizer = tokenizers.load(hf.fetch(tokenizer_path, weights=False))
-    else:
-        tokenizer = toy.tokenizer()
 
     def load_params(mesh):
         placed = sharding.param_shardings(mesh, transformer.abstract(config))
@@ -147,4 +208,5 @@ def from_scratch(fields: dict, seed: int, *, tokenizer_path: str = "", **options
         # The same seed and sizes give the same weights, so nothing needs to be read.
         return f"seed {seed} of {sorted(fields.items())}"
 
-    return Checkpoint(config, hf_config, tokenizer, "", load_params, fingerprint)
+    source = Source(tokenizer_folder=tokenizer_folder)
+    return Checkpoint(config, hf_config, tokenizer, "", load_params, fingerprint, source)

@@ -1,22 +1,26 @@
-"""Adapters in PEFT's format: adapter_config.json and adapter_model.safetensors.
+"""Adapters in PEFT's format, out and in: adapter_config.json and adapter_model.safetensors.
 
+`save` writes what was trained here; `read` opens any LoRA adapter, to be merged into its base.
 Where a family stores q, k and v as one tensor, PEFT has one adapter for it. Ours become one of the
 summed rank: the A's under each other, and the B's in blocks, each in the rows of its own outputs
 and the columns of its own A.
 """
 
+import dataclasses
+import hashlib
 import json
+import math
 import pathlib
 import re
 
 import einops
 import jax
 import numpy as np
-import safetensors.numpy
+import safetensors
 from flax import traverse_util
 from jax.experimental import multihost_utils
 
-from dpo_jax.models import families
+from dpo_jax.models import families, safetensors_io
 from dpo_jax.models.families import Tensor
 from dpo_jax.models.hf import gathered
 from dpo_jax.models.lora import Lora
@@ -24,14 +28,29 @@ from dpo_jax.models.transformer import TransformerConfig
 
 # head -> PEFT's task; PPO's value head is left out
 TASKS = {"lm": "CAUSAL_LM", "lm_value": "CAUSAL_LM", "reward": "SEQ_CLS"}
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."  # of every name in WEIGHTS
+# Fields of CONFIG by which an adapter is more than W + scale * B A where they are set.
+UNSUPPORTED = (
+    "use_dora",
+    "lora_bias",
+    "layer_replication",
+    "trainable_token_indices",
+    "target_parameters",
+    "alora_invocation_tokens",
+)
+# Ways of starting that change the base's own weights too.
+CHANGING_INITS = ("pissa", "olora", "loftq", "corda")
 
 
 def save(
-    folder, config: TransformerConfig, hf_config, lora: Lora, params: dict, *, base: str
+    folder, config: TransformerConfig, hf_config, lora: Lora, params: dict, *, base: str, card=""
 ) -> None:
     """Write the two files, float32. Every process must call it; the first one writes.
 
     params: what was trained. base: the model that they were trained over, a hub name or a folder.
+    card: the text of README.md; "": none.
     """
     params = {
         path: gathered(value) for path, value in traverse_util.flatten_dict(params, sep="/").items()
@@ -64,11 +83,11 @@ def save(
     if jax.process_index() == 0:
         folder = pathlib.Path(folder)
         folder.mkdir(exist_ok=True)
-        safetensors.numpy.save_file(
-            stored, folder / "adapter_model.safetensors", metadata={"format": "pt"}
-        )
+        safetensors_io.save_file(stored, folder / WEIGHTS)
         fields = _config(config, lora, ranks, base) | dict(fan_in_fan_out=fan_in_fan_out)
-        (folder / "adapter_config.json").write_text(json.dumps(fields, indent=2) + "\n")
+        (folder / CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
+        if card:
+            (folder / "README.md").write_text(card, encoding="utf-8")
     multihost_utils.sync_global_devices("peft.save")
 
 
@@ -131,4 +150,172 @@ def _config(config: TransformerConfig, lora: Lora, ranks: dict[str, int], base: 
         rank_pattern=fused,
         alpha_pattern={module: rank * lora.scale for module, rank in fused.items()},
         modules_to_save=["score"] if config.head == "reward" else None,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter in a folder, whose tensors are read as they are merged."""
+
+    folder: pathlib.Path
+    base: str  # the model that it changes, a hub name or an absolute path
+    config: dict  # the fields of adapter_config.json
+    stored: dict  # name without PREFIX -> slice of the stored tensor
+
+    @property
+    def replaced(self) -> set[str]:
+        """The names of the tensors that it holds whole, such as a reward model's head."""
+        return {name for name in self.stored if not re.search(r"\.lora_[AB]\.weight$", name)}
+
+    @property
+    def fingerprint(self) -> str:
+        """The sha256 of its two files."""
+        digest = hashlib.sha256((self.folder / CONFIG).read_bytes())
+        with (self.folder / WEIGHTS).open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+        return digest.hexdigest()
+
+    def check(self, model_type: str, config: TransformerConfig) -> None:
+        """Raise ValueError that names every tensor with no place in the model."""
+        known = set()
+        for tensor in families.tensors(model_type, config):
+            for name, _ in tensor.names(config):
+                module = name.removesuffix(".weight")
+                known |= {name, f"{module}.lora_A.weight", f"{module}.lora_B.weight"}
+        unknown = sorted(self.stored.keys() - known)
+        if unknown:
+            raise self.refusal(
+                f"it changes {', '.join(unknown[:3])}{' ...' * (len(unknown) > 3)}, which dpo_jax "
+                f"cannot merge into this {model_type} model"
+            )
+
+    def merge(self, tensor: Tensor, name: str, values: np.ndarray | None) -> np.ndarray:
+        """Return one tensor of the base with the adapter in it, float32.
+
+        values: the tensor as the base stores it; None where the base has none. Raises ValueError
+        where the shapes do not fit.
+        """
+        if name in self.stored:
+            found = np.asarray(self.stored[name][:], np.float32)
+            self._check_shape(name, found.shape, found.shape if values is None else values.shape)
+            return found
+        module = name.removesuffix(".weight")
+        if f"{module}.lora_A.weight" not in self.stored:
+            return values
+        a = np.asarray(self.stored[f"{module}.lora_A.weight"][:], np.float32)  # [rank, inputs]
+        b = np.asarray(self.stored[f"{module}.lora_B.weight"][:], np.float32)  # [outputs, rank]
+        update = b @ a
+        if _inputs_first(tensor):
+            update = update.T
+        self._check_shape(name, update.shape, values.shape)
+        return np.asarray(values, np.float32) + self._scale(module, len(a)) * update
+
+    def refusal(self, reason: str) -> ValueError:
+        """Return an error that says why it cannot be merged here, and the command that can."""
+        return ValueError(
+            f"the adapter {self.folder} cannot be merged over {self.base}: {reason}. Merge it with "
+            "peft, and give the folder that it writes instead:\n    "
+            'python -c "from peft import AutoPeftModelForCausalLM as M; '
+            f"M.from_pretrained('{self.folder}').merge_and_unload().save_pretrained('MERGED')\""
+        )
+
+    def _scale(self, module: str, rank: int) -> np.float32:
+        """Return the factor of B A: alpha / rank, or alpha / sqrt(rank) with use_rslora."""
+        alpha = self.config["lora_alpha"]
+        # A pattern is a regular expression for the end of a module's name.
+        for pattern, value in (self.config.get("alpha_pattern") or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                alpha = value
+                break
+        divisor = math.sqrt(rank) if self.config.get("use_rslora") else rank
+        return np.float32(alpha / divisor)
+
+    def _check_shape(self, name: str, found: tuple, expected: tuple) -> None:
+        if tuple(found) != tuple(expected):
+            raise self.refusal(
+                f"its {name} has the shape {list(found)}, and the base's has {list(expected)}"
+            )
+
+
+def is_adapter(folder: pathlib.Path) -> bool:
+    """Return whether a folder holds an adapter and no whole model."""
+    if not (folder / CONFIG).exists():
+        return False
+    has_weights = (folder / safetensors_io.SINGLE).exists()
+    has_shards = (folder / safetensors_io.INDEX).exists()
+    return not (folder / "config.json").exists() or not (has_weights or has_shards)
+
+
+def read(folder: pathlib.Path, *, weights: bool = True) -> Adapter:
+    """Open an adapter's folder; only the headers of its tensors are read.
+
+    weights=False leaves them out. Raises ValueError where the adapter is of a kind that cannot be
+    merged, or its base is not named in a way that holds from everywhere.
+    """
+    fields = json.loads((folder / CONFIG).read_text())
+    adapter = Adapter(folder, _base(folder, fields), fields, _stored(folder) if weights else {})
+    kind = fields.get("peft_type")
+    if kind != "LORA":
+        raise adapter.refusal(f"peft_type is {kind!r}, and only 'LORA' is known")
+    bias = fields.get("bias") or "none"
+    if bias != "none":
+        raise adapter.refusal(f"it was trained with bias = {bias!r}")
+    for name in UNSUPPORTED:
+        if fields.get(name):
+            raise adapter.refusal(f"it was trained with {name} = {fields[name]!r}")
+    init = str(fields.get("init_lora_weights", True)).lower()
+    if init.startswith(CHANGING_INITS):
+        raise adapter.refusal(f"it was begun with init_lora_weights = {init!r}")
+    return adapter
+
+
+def _stored(folder: pathlib.Path) -> dict:
+    """Return the slices of an adapter's tensors, by name without PREFIX."""
+    file = folder / WEIGHTS
+    if not file.exists():
+        pickle = (folder / "adapter_model.bin").exists()
+        raise FileNotFoundError(
+            f"{folder} has {CONFIG} but no {WEIGHTS}"
+            + (
+                ". Loading adapter_model.bin would run code from a pickle: load it with peft once, "
+                "and save it with safe_serialization=True."
+                if pickle
+                else "; fetch or write it again."
+            )
+        )
+    try:
+        opened = safetensors.safe_open(file, framework="numpy")
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{file} is damaged ({error}); fetch or write it again.") from error
+    names = sorted(opened.keys())
+    return {name.removeprefix(PREFIX): opened.get_slice(name) for name in names}
+
+
+def _base(folder: pathlib.Path, fields: dict) -> str:
+    """Return the model that an adapter changes: a hub name, or the path of a folder that is there.
+
+    Raises ValueError with the line to type where there is none, or where its path is relative: to
+    what, nobody knows.
+    """
+    name = fields.get("base_model_name_or_path") or ""
+    base = pathlib.Path(name).expanduser()
+    file = folder / CONFIG
+    if name and base.is_absolute():
+        if base.is_dir():
+            return str(base)
+        problem, known = f"the folder {name}, which does not exist", "/PATH/TO/BASE"
+    elif name and (base.is_dir() or (folder / base).is_dir()):
+        found = base if base.is_dir() else folder / base
+        problem, known = f"the relative path {name}", str(found.resolve())
+    elif re.fullmatch(r"[\w-][\w.-]*(/\w[\w.-]*)?", name):
+        revision = fields.get("revision")
+        return f"{name}@{revision}" if revision else name
+    else:
+        problem = f"the relative path {name}" if name else "no model"
+        known = "/PATH/TO/BASE"
+    raise ValueError(
+        f"the adapter {folder} names {problem}, as its base (base_model_name_or_path). Give the "
+        "base's absolute path or its name on the hub, by this line, and run the command again:\n"
+        f'    sed -i \'s|"base_model_name_or_path": [^,]*|"base_model_name_or_path": '
+        f'"{known}"|\' {file}'
     )

@@ -105,13 +105,15 @@ def write(
     shapes: dict[str, tuple[int, ...]],
     tensors: Iterator[tuple[str, np.ndarray]],
     *,
+    itemsize: int,
     max_shard_bytes: int,
 ):
-    """Write float32 tensors, holding one shard of them at a time.
+    """Write tensors, holding one shard of them at a time.
 
-    tensors: in the order of their shapes.
+    tensors: in the order of their shapes. itemsize: bytes of each of their numbers.
     """
-    shards = _shards(shapes, max_shard_bytes)
+    sizes = {name: math.prod(shape) * itemsize for name, shape in shapes.items()}
+    shards = _shards(sizes, max_shard_bytes)
     weight_map = {}
     for number, names in enumerate(shards, start=1):
         file = SINGLE
@@ -119,13 +121,32 @@ def write(
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         # Only these are taken from the iterator, so only one shard is in memory.
         shard = dict(itertools.islice(tensors, len(names)))
-        # transformers refuses a file without this metadata.
-        safetensors.numpy.save_file(shard, folder / file, metadata={"format": "pt"})
+        save_file(shard, folder / file)
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
-        metadata = {"total_size": sum(map(_bytes, shapes.values()))}
+        metadata = {"total_size": sum(sizes.values())}
         index = {"metadata": metadata, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def save_file(tensors: dict[str, np.ndarray], file: pathlib.Path) -> None:
+    """Write one safetensors file, with the permissions that any new file gets."""
+    # The library makes its files readable by their owner alone, whatever the umask says.
+    file.touch()
+    mode = file.stat().st_mode
+    # transformers refuses a file without this metadata.
+    safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod(mode)
+
+
+def stored_dtype(folder: pathlib.Path) -> str:
+    """Return the type that most numbers of a folder's tensors are stored in, F32 for one."""
+    counts = dict.fromkeys(FLOATS, 0)
+    for _, _, values in read(folder):
+        dtype = values.get_dtype()
+        if dtype in counts:
+            counts[dtype] += math.prod(values.get_shape())
+    return max(counts, key=counts.get)
 
 
 def files(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -152,19 +173,15 @@ def files(folder: pathlib.Path) -> list[pathlib.Path]:
     return shards
 
 
-def _shards(shapes: dict[str, tuple[int, ...]], max_bytes: int) -> list[list[str]]:
+def _shards(sizes: dict[str, int], max_bytes: int) -> list[list[str]]:
     """Return the names in order, cut wherever the next tensor would make a shard too large."""
     shards = [[]]
     filled = 0
-    for name, shape in shapes.items():
+    for name, size in sizes.items():
         # A tensor larger than a shard gets one of its own.
-        if shards[-1] and filled + _bytes(shape) > max_bytes:
+        if shards[-1] and filled + size > max_bytes:
             shards.append([])
             filled = 0
         shards[-1].append(name)
-        filled += _bytes(shape)
+        filled += size
     return shards
-
-
-def _bytes(shape: tuple[int, ...]) -> int:
-    return math.prod(shape) * np.dtype(np.float32).itemsize

@@ -188,7 +188,7 @@ def _export(job: Job, models: Models, params: dict) -> None:
         # The policy alone is exported, in the initial model's own shape.
         config = initial.config
         params = _without_value_head(config, params)
-    hf.save(job.folder / "hf", config, initial.hf_config, params, initial.tokenizer)
+    hf.save(job.folder / "hf", config, initial.hf_config, params, initial.tokenizer, initial.source)
     say(f"{job.name}: exported to {job.folder / 'hf'}")
 
 

@@ -18,7 +18,7 @@ from dpo_jax import config as configs
 from dpo_jax import config_checks, stage_table
 from dpo_jax.data.batches import Batches, microbatches_of, steps_of
 from dpo_jax.data.examples import Example
-from dpo_jax.models import attention, families, flops, hf, transformer
+from dpo_jax.models import attention, families, flops, hf, loading, transformer
 from dpo_jax.models.transformer import TransformerConfig
 from dpo_jax.parallel import sharding
 from dpo_jax.planning import hlo, presets, roofline
@@ -143,7 +143,8 @@ def _hf_config(config: ConfigDict, wanted: str):
     preset = None if path.is_dir() else presets.find(str(path))
     if preset:
         return hf.make_config(preset)
-    return hf.read_config(hf.fetch(path, weights=False))
+    folder, _ = loading.find(wanted, weights=False)
+    return hf.read_config(folder)
 
 
 def example_tokens(config: ConfigDict, stage: str, assumed: Assumptions) -> tuple[int, int]:

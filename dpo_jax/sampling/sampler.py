@@ -50,7 +50,7 @@ class Completion:
     tokens: np.ndarray  # int32, EOS included where it ended by it
     # float32 nats, of each token under the model itself: temperature 1 and nothing cut
     log_probs: np.ndarray
-    ended: bool  # by EOS, not by length
+    ended: bool  # by EOS or another of the model's stop_ids, not by length
 
 
 def sample(
@@ -82,12 +82,12 @@ def sample(
                 sampling.max_new_tokens,
                 model.params,
                 sharding.shard_batch(model.mesh, batch, axis=0),
-                _settings(sampling, model.eos_id),
+                _settings(sampling, model.stop_ids),
             )
         tokens_BM = np.asarray(tokens_BM)
         log_probs_BM = np.asarray(log_probs_BM)
         for row, (index, number) in enumerate(part):
-            found[index][number] = _completion(tokens_BM[row], log_probs_BM[row], model.eos_id)
+            found[index][number] = _completion(tokens_BM[row], log_probs_BM[row], model.stop_ids)
     return found
 
 
@@ -149,12 +149,12 @@ def _batch(prompts, rows: np.ndarray, first: int) -> dict:
     )
 
 
-def _settings(sampling: Sampling, eos_id: int | None) -> dict:
+def _settings(sampling: Sampling, stop_ids: tuple[int, ...]) -> dict:
     """Return the settings that are traced, so that others need no other program."""
     return dict(
         seed=np.uint32(sampling.seed % 2**32),
         # No token is -1, so without an EOS no row is ever done early.
-        eos_id=np.int32(NO_EOS if eos_id is None else eos_id),
+        stop_ids=np.array(stop_ids or [NO_EOS], np.int32),
         temperature=np.float32(sampling.temperature),
         top_k=np.int32(sampling.top_k),
         top_p=np.float32(sampling.top_p),
@@ -209,7 +209,7 @@ def _generate(config, max_new_tokens, params, batch, settings):
         )
         return dict(
             m=m + 1,
-            done_B=done_B | (token_B == settings["eos_id"]),
+            done_B=done_B | (token_B[:, None] == settings["stop_ids"]).any(-1),
             x_BD=x_B1D[:, 0],
             cache=cache,
             tokens_BM=state["tokens_BM"].at[:, m].set(token_B),
@@ -320,9 +320,9 @@ def _likeliest(depth_BV, weights_BV, enough) -> jax.Array:
     return depth_BV <= high_B1
 
 
-def _completion(tokens_M, log_probs_M, eos_id: int | None) -> Completion:
-    """Return what was drawn up to EOS, or all of it."""
-    eos_places = np.flatnonzero(tokens_M == (NO_EOS if eos_id is None else eos_id))
+def _completion(tokens_M, log_probs_M, stop_ids: tuple[int, ...]) -> Completion:
+    """Return what was drawn up to a token that ends it, or all of it."""
+    eos_places = np.flatnonzero(np.isin(tokens_M, stop_ids))
     has_ended = len(eos_places) > 0
     count = eos_places[0] + 1 if has_ended else len(tokens_M)
     # Copies, or each completion would keep the whole batch's arrays in memory.

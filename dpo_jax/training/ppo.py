@@ -104,12 +104,13 @@ class RolloutFeed:
         *,
         tokenizer,
         eos_id: int | None,
+        other_eos_ids: tuple[int, ...] = (),
         sampling: Sampling,
     ):
         """Lay out the prompts of the whole stage.
 
-        reward: (prompts, completions, tokens) -> rewards. eos_id: the token that ends a completion,
-        or None. sampling: one completion of each prompt, at temperature 1.
+        reward: (prompts, completions, tokens) -> rewards. eos_id, other_eos_ids: the tokens that
+        end a completion, as in `Model`. sampling: one completion of each prompt, at temperature 1.
         """
         block = job.block
         size = len(prompts)
@@ -128,6 +129,7 @@ class RolloutFeed:
         self._reward = reward
         self._tokenizer = tokenizer
         self._eos_id = eos_id
+        self._other_eos_ids = other_eos_ids
         self._sampling = sampling
         self._order = training_order(size, block.batch_size, self.total, sampling.seed)
         self._tokens_of_step = {}
@@ -245,7 +247,14 @@ class RolloutFeed:
         frozen = self._frozen
         params = frozen.full(trained)
         prompts = self._prompts.take(indices)
-        model = Model(self._job.model, params, self._tokenizer, self._job.mesh, self._eos_id)
+        model = Model(
+            self._job.model,
+            params,
+            self._tokenizer,
+            self._job.mesh,
+            self._eos_id,
+            self._other_eos_ids,
+        )
         # A draw depends on the prompt's number in the whole run, so a resumed run draws the same.
         first = step * len(self._order[0])
         drawn = sampler.sample(model, prompts.ids, self._sampling, first=first)

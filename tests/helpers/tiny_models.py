@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import transformers
 
-from dpo_jax.models import families, hf, transformer
+from dpo_jax.models import export, families, hf, transformer
 from dpo_jax.models.transformer import TransformerConfig, abstract
 from dpo_jax.parallel import sharding
 
@@ -110,7 +110,7 @@ def random_model(variant: str):
 
 
 def save_model(model, path, **options) -> pathlib.Path:
-    """Write what `random_model` returned to a folder by our own export."""
+    """Write what `random_model` returned to a folder by our own export, with these options."""
     theirs, config, params = model
-    hf.save(path, config, theirs, params, **options)
+    hf.save(path, config, theirs, params, options=export.Options(**options))
     return path

@@ -33,7 +33,7 @@ import jax
 jax.config.update("jax_num_cpu_devices", 2)
 jax.distributed.initialize(f"localhost:{sys.argv[2]}", num_processes=2, process_id=int(sys.argv[1]))
 import pathlib
-from dpo_jax.models import families, hf, transformer
+from dpo_jax.models import export, families, hf, transformer
 from dpo_jax.parallel import sharding
 folder = pathlib.Path(sys.argv[3])
 hf_config = hf.read_config(folder)
@@ -43,7 +43,8 @@ shardings = sharding.param_shardings(mesh, transformer.abstract(config))
 params = hf.load(folder, config, shardings)
 kernel = params["layers"]["mlp"]["up"]["kernel"]
 assert sum(shard.data.size for shard in kernel.addressable_shards) == kernel.size // 2
-hf.save(folder.with_name("out"), config, hf_config, params, max_shard_bytes=30_000)
+options = export.Options(max_shard_bytes=30_000)
+hf.save(folder.with_name("out"), config, hf_config, params, options=options)
 assert folder.with_name("out").exists()
 """
 
