@@ -65,6 +65,12 @@ class Checkpoint:
         """The shapes and dtypes of the weights, as a tree of ShapeDtypeStructs."""
         return transformer.abstract(self.config)
 
+    @property
+    def other_eos_ids(self) -> tuple[int, ...]:
+        """The tokens beside the tokenizer's EOS at which the source's `generate` stops."""
+        eos_id = self.tokenizer.eos_token_id
+        return tuple(token for token in self.source.eos_ids() if token != eos_id)
+
     def load(self, mesh: jax.sharding.Mesh, *, append_eos: bool = True) -> Model:
         """Load the weights onto a mesh.
 
@@ -75,8 +81,7 @@ class Checkpoint:
     def model(self, params: dict, mesh: jax.sharding.Mesh, *, append_eos: bool = True) -> Model:
         """Return this model with weights that were made elsewhere, such as trained ones."""
         eos_id = self.tokenizer.eos_token_id if append_eos else None
-        others = tuple(token for token in self.source.eos_ids() if token != eos_id)
-        return Model(self.config, params, self.tokenizer, mesh, eos_id, others)
+        return Model(self.config, params, self.tokenizer, mesh, eos_id, self.other_eos_ids)
 
     def check(self, examples) -> None:
         """Check that the model can read every example.

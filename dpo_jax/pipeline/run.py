@@ -15,7 +15,7 @@ from dpo_jax.data import batches, dataset
 from dpo_jax.data import tokenizer as tokenizers
 from dpo_jax.models import loading, log_probs
 from dpo_jax.models.lora import Lora
-from dpo_jax.pipeline import preference_pairs
+from dpo_jax.pipeline import exports, preference_pairs
 from dpo_jax.rewards import make
 from dpo_jax.sampling import prompts
 from dpo_jax.sampling.prompts import Prompts
@@ -58,7 +58,12 @@ class Run:
         options = configs.model_options(self.config)
         # The SFT model carries its tokenizer with it, whatever config.model.tokenizer says.
         if "sft" in self._before(stage):
-            return loading.open_checkpoint(str(self.folder("sft") / "hf"), **options)
+            folder = self.folder("sft")
+            checkpoint = loading.open_checkpoint(str(folder / "hf"), **options)
+            # The SFT model is stored exactly, in float32, whatever the type of its own source.
+            dtype = exports.source_dtype(folder) or checkpoint.source.dtype
+            source = dataclasses.replace(checkpoint.source, dtype=dtype)
+            return dataclasses.replace(checkpoint, source=source)
         if model.path:
             return loading.open_checkpoint(model.path, tokenizer_path=model.tokenizer, **options)
         return loading.from_scratch(

@@ -17,7 +17,7 @@ from dpo_jax.console import say
 from dpo_jax.evaluation import best_of_n, reward_kl, toy_report
 from dpo_jax.models import loading
 from dpo_jax.parallel import processes, sharding
-from dpo_jax.pipeline import preference_pairs
+from dpo_jax.pipeline import exports, preference_pairs
 from dpo_jax.pipeline.run import FUNCTION, Run, versions
 from dpo_jax.pipeline.train_stage import is_measured_exactly, policy_measure, train_stage
 from dpo_jax.rewards import make
@@ -171,8 +171,12 @@ def _run_stage(run: Run, stage: str) -> None:
         # Process 0 decides for all, for it alone writes there.
         status = processes.from_first(lambda: begin()[1])
         if status == "done":
-            say(f"{stage}: already done, in {folder}")
-            return
+            outdated = functools.partial(exports.is_out_of_date, run.config, stage, folder)
+            if not processes.from_first(outdated):
+                say(f"{stage}: already done, in {folder}")
+                return
+            # Its last checkpoint is there, so that nothing is trained.
+            say(f"{stage}: already done; its hf/ is written again, in another type of weights")
         make_result = OTHER_STAGES.get(stage, train_stage)
         finish_stage(folder, **make_result(run, stage))
 

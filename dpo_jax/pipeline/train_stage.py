@@ -14,12 +14,14 @@ from dpo_jax.console import say
 from dpo_jax.data import dataset, toy
 from dpo_jax.data.batches import microbatch_size_of
 from dpo_jax.evaluation import reward_kl, toy_report
-from dpo_jax.models import hf, loading, peft, transformer
+from dpo_jax.models import export, hf, loading, peft, transformer
 from dpo_jax.models import lora as adapters
 from dpo_jax.models.loading import Checkpoint
 from dpo_jax.models.lora import Lora
 from dpo_jax.models.transformer import TransformerConfig
 from dpo_jax.parallel import sharding
+from dpo_jax.pipeline import exports
+from dpo_jax.pipeline.model_card import ModelCard
 from dpo_jax.pipeline.run import Run
 from dpo_jax.stage_table import STAGES
 from dpo_jax.training.data_feed import DataFeed
@@ -129,8 +131,9 @@ def train_stage(run: Run, stage: str) -> dict:
     else:
         feed = _data_feed(run, job, models, cache)
     params, evaluation = train(job, feed)
-    _export(job, models, params)
-    return dict(evaluation=evaluation)
+    _export(job, models, params, evaluation)
+    record = exports.record(run.config, stage, initial.source.dtype)
+    return {"evaluation": evaluation, exports.RECORD: record}
 
 
 def _rollout_feed(run: Run, job: Job, initial: Checkpoint) -> Feed:
@@ -143,6 +146,7 @@ def _rollout_feed(run: Run, job: Job, initial: Checkpoint) -> Feed:
         run.reward(job.block.reward),
         tokenizer=initial.tokenizer,
         eos_id=run.eos_id(initial.tokenizer),
+        other_eos_ids=initial.other_eos_ids,
         sampling=run.sampling(),
     )
 
@@ -170,10 +174,13 @@ def _data_feed(run: Run, job: Job, models: Models, cache: ReferenceCache | None)
     )
 
 
-def _export(job: Job, models: Models, params: dict) -> None:
+def _export(job: Job, models: Models, params: dict, evaluation: dict[str, float]) -> None:
     """Write what was trained: adapters as such, and the whole model in Hugging Face format."""
     initial = models.initial
     config = models.config
+    run_config = models.run.config
+    dtype = exports.dtype_of(run_config, job.name, initial.source.dtype)
+    card = ModelCard(run_config, job.name, job.folder, initial.fingerprint(), evaluation, dtype)
     if models.lora:
         peft.save(
             job.folder / "adapter",
@@ -182,14 +189,23 @@ def _export(job: Job, models: Models, params: dict) -> None:
             models.lora,
             params,
             base=initial.path,
+            card=card.adapter_text(),
         )
         params = adapters.merge(models.initial_params, params, models.lora)
     if config.head == "lm_value":
         # The policy alone is exported, in the initial model's own shape.
         config = initial.config
         params = _without_value_head(config, params)
-    hf.save(job.folder / "hf", config, initial.hf_config, params, initial.tokenizer, initial.source)
-    say(f"{job.name}: exported to {job.folder / 'hf'}")
+    hf.save(
+        job.folder / "hf",
+        config,
+        initial.hf_config,
+        params,
+        initial.tokenizer,
+        initial.source,
+        export.Options(dtype, card.text()),
+    )
+    say(f"{job.name}: exported to {job.folder / 'hf'}, weights in {dtype}")
 
 
 def _without_value_head(config: TransformerConfig, params: dict) -> dict:

@@ -1,0 +1,74 @@
+"""In which type a stage's hf/ is stored, what done.json keeps of it, and when it is written again.
+
+hf/ of a run's last training stage is for others: its weights are stored in config.export.dtype.
+Those before it are what later stages start from, and stay in float32, so that a run of several
+stages rounds nothing on its way.
+"""
+
+import json
+import pathlib
+
+from ml_collections import ConfigDict
+
+from dpo_jax import stage_table
+from dpo_jax.workdir import StageChanged
+
+RECORD = "export"  # its key in done.json
+
+
+def dtype_of(config: ConfigDict, stage: str, source: str) -> str:
+    """Return the type in which a stage's weights are stored. source: that of model.path's."""
+    if not _is_last(config, stage):
+        return "float32"
+    asked = config.export.dtype
+    return source if asked == "source" else asked
+
+
+def record(config: ConfigDict, stage: str, source: str) -> dict[str, str]:
+    """Return what done.json keeps: the type, what was asked for, and the source's."""
+    stored = dtype_of(config, stage, source)
+    return dict(asked=config.export.dtype, dtype=stored, source=source)
+
+
+def is_out_of_date(config: ConfigDict, stage: str, folder: pathlib.Path) -> bool:
+    """Return whether a finished stage's hf/ is stored otherwise than this config needs it.
+
+    It is where the stage was the last one of its run, so that its weights were rounded, and is an
+    earlier one now; and where config.export.dtype has been changed. Raises StageChanged where there
+    is no checkpoint to write it from.
+    """
+    kept = _read(folder)
+    # Stages that do not train have none, nor have those from before it was written.
+    if not kept:
+        return False
+    # What an earlier run kept exact is not rounded before somebody asks for it.
+    if _is_last(config, stage) and config.export.dtype == kept["asked"]:
+        return False
+    wanted = dtype_of(config, stage, kept["source"])
+    if wanted == kept["dtype"]:
+        return False
+    checkpoints = folder / "checkpoints"
+    if not any(item.name.isdigit() for item in checkpoints.glob("*")):
+        raise StageChanged(
+            f"{folder / 'hf'} is stored in {kept['dtype']}, and this run needs it in {wanted}: "
+            "later stages start from exact weights, and config.export.dtype is for the last "
+            f"one. It cannot be written again, as {checkpoints} is gone. Give another --workdir."
+        )
+    return True
+
+
+def source_dtype(folder: pathlib.Path) -> str:
+    """Return in which type the model was stored that a finished stage started from; "" if unknown.
+
+    That stage's own hf/ is in float32.
+    """
+    return _read(folder).get("source", "")
+
+
+def _read(folder: pathlib.Path) -> dict[str, str]:
+    done = folder / "done.json"
+    return json.loads(done.read_text()).get(RECORD, {}) if done.exists() else {}
+
+
+def _is_last(config: ConfigDict, stage: str) -> bool:
+    return stage == stage_table.training_stages(config)[-1]

@@ -1,0 +1,228 @@
+"""Model cards: README.md of hf/ and adapter/, which the hub shows, and reads the head of.
+
+A card says what the model was trained from and on, with fingerprints, by which recipe, how it was
+evaluated, and how it is loaded.
+"""
+
+import dataclasses
+import json
+import pathlib
+import re
+
+from ml_collections import ConfigDict
+
+from dpo_jax import stage_table
+from dpo_jax.config import flat_fields
+from dpo_jax.stage_table import STAGES
+
+METHODS = {  # stage -> how a card calls it
+    "sft": "supervised fine-tuning",
+    "preferred_ft": "supervised fine-tuning on the chosen responses",
+    "unlikelihood": "unlikelihood training",
+    "rm": "reward modelling",
+    "dpo": "Direct Preference Optimization (DPO)",
+    "ppo": "Proximal Policy Optimization (PPO)",
+}
+# Fields of a stage's block that say nothing of what was learned.
+LEFT_OUT = ("eval_every", "save_every", "log_every", "keep", "microbatch_size", "cache_reference")
+# Fields of the data block that say what was read; the last ones only where they are set.
+DATA = ("source", "path")
+DATA_IF_SET = ("mix", "sft_path", "train_split", "eval_split", "max_rows")
+
+LOADING = {
+    "lm": """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("MODEL")
+tokenizer = AutoTokenizer.from_pretrained("MODEL")
+```
+
+```
+vllm serve MODEL
+python -m dpo_jax.sample --model=MODEL --prompts=PROMPTS.jsonl --out=SAMPLES.jsonl
+```
+""",
+    "reward": """\
+```python
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+model = AutoModelForSequenceClassification.from_pretrained("MODEL")
+tokenizer = AutoTokenizer.from_pretrained("MODEL")
+```
+
+In dpo_jax it is a reward: `--config.reward.kind=model --config.reward.path=MODEL`.
+""",
+    "adapter": """\
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}), "MODEL")
+```
+
+In dpo_jax an adapter stands for its base with the adapter merged into it:
+
+```
+python -m dpo_jax.sample --model=MODEL --prompts=PROMPTS.jsonl --out=SAMPLES.jsonl
+```
+""",
+    "reward_adapter": """\
+```python
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
+
+base = AutoModelForSequenceClassification.from_pretrained({base}, num_labels=1)
+model = PeftModel.from_pretrained(base, "MODEL")
+```
+""",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelCard:
+    """What is told of a trained model."""
+
+    config: ConfigDict  # the run's
+    stage: str
+    folder: pathlib.Path  # the stage's, with ledger.json
+    fingerprint: str  # of the weights that training started from
+    evaluation: dict[str, float]  # metric -> value, at the end of training
+    dtype: str  # of the stored weights
+
+    def text(self) -> str:
+        """Return the card of the whole model."""
+        kind = "reward" if STAGES[self.stage].head == "reward" else "lm"
+        return self._card("transformers", LOADING[kind])
+
+    def adapter_text(self) -> str:
+        """Return the card of the adapters alone."""
+        is_reward = STAGES[self.stage].head == "reward"
+        loading = LOADING["reward_adapter" if is_reward else "adapter"]
+        return self._card("peft", loading.format(base=json.dumps(self._base)))
+
+    @property
+    def _base(self) -> str:
+        return self.config.model.path
+
+    def _card(self, library: str, loading: str) -> str:
+        base = self._base or "random weights"
+        name = pathlib.PurePath(base).name
+        parts = [
+            self._front_matter(library),
+            f"# {name}, {METHODS[self.stage]}",
+            f"{self._summary()} In the commands below, MODEL stands for this folder, or for its "
+            "name on the hub.",
+            "## Base model",
+            _table([("model", base), ("stored in", self.dtype), *self._start()]),
+            "## Data",
+            _table(self._data()),
+            "## Recipe",
+            _table(self._recipe()),
+        ]
+        if self.evaluation:
+            rows = [(metric, f"{value:.6g}") for metric, value in self.evaluation.items()]
+            parts += ["## Results", "At the end of training, on what was held out:", _table(rows)]
+        parts += ["## Loading", loading]
+        return "\n\n".join(part.strip() for part in parts) + "\n"
+
+    def _front_matter(self, library: str) -> str:
+        """Return the head that the hub reads, in YAML."""
+        is_reward = STAGES[self.stage].head == "reward"
+        fields = {}
+        # The hub knows models and data sets by their names on it, and by no path.
+        if _is_hub_name(self._base):
+            fields["base_model"] = self._base.partition("@")[0]
+            fields["base_model_relation"] = "adapter" if library == "peft" else "finetune"
+        data_sets = [name.partition(":")[0] for name in self._paths() if _is_hub_name(name)]
+        if data_sets:
+            fields["datasets"] = data_sets
+        fields["library_name"] = library
+        fields["pipeline_tag"] = "text-classification" if is_reward else "text-generation"
+        fields["tags"] = ["dpo_jax", self.stage, *(["lora"] if self._has_lora else [])]
+        # JSON is YAML, and quotes whatever needs it.
+        lines = [f"{name}: {json.dumps(value)}" for name, value in fields.items()]
+        return "\n".join(["---", *lines, "---"])
+
+    @property
+    def _has_lora(self) -> bool:
+        return bool(self.config.model.lora.rank)
+
+    def _summary(self) -> str:
+        stages = self._stages()
+        before = f" after {' and '.join(stages[:-1])}" if len(stages) > 1 else ""
+        adapters = ", by LoRA" if self._has_lora else ""
+        return f"Trained with dpo_jax: {METHODS[self.stage]} (`{self.stage}`{before}){adapters}."
+
+    def _stages(self) -> list[str]:
+        """Return the stages that trained, up to this one."""
+        trained = stage_table.training_stages(self.config)
+        # Not a reward model before a policy: the policy does not start from it.
+        lineage = [stage for stage in trained if stage in ("sft", self.stage)]
+        return lineage[: lineage.index(self.stage) + 1]
+
+    def _start(self) -> list[tuple[str, str]]:
+        kind = "the sft stage's weights" if len(self._stages()) > 1 else "its weights"
+        return [(f"fingerprint of {kind}", f"sha256 {self.fingerprint}")]
+
+    def _paths(self) -> list[str]:
+        data = self.config.data
+        return [name for name in (data.path, data.sft_path) if name]
+
+    def _data(self) -> list[tuple[str, str]]:
+        """Return what was read, how much of it, and the fingerprints of its tokens."""
+        data = self.config.data
+        rows = [(name, str(data[name])) for name in DATA if data[name]]
+        rows += [(name, str(data[name])) for name in DATA_IF_SET if data.get(name)]
+        if stage_table.trains_on_samples(self.config, self.stage):
+            rows.append(("pairs", "sampled from the model before this stage, and labelled"))
+        ledger = json.loads((self.folder / "ledger.json").read_text())
+        for split in ("train", "eval"):
+            if split in ledger:
+                rows.append((f"examples ({split})", f"{ledger[split]['kept']:,}"))
+        if "prompts" in ledger:
+            rows.append(("prompts", f"{ledger['prompts']:,}"))
+        fingerprints = ledger["fingerprint"]
+        if isinstance(fingerprints, str):
+            fingerprints = [fingerprints]
+        for split, fingerprint in zip(("train", "eval"), fingerprints, strict=False):
+            rows.append((f"fingerprint of the tokens ({split})", f"sha256 {fingerprint}"))
+        return rows
+
+    def _recipe(self) -> list[tuple[str, str]]:
+        """Return the settings of each stage up to this one, and those that they share."""
+        rows = []
+        for stage in self._stages():
+            fields = flat_fields(stage, self.config[stage].to_dict())
+            for name, value in fields.items():
+                if name.rpartition(".")[2] not in LEFT_OUT:
+                    rows.append((name, _shown(value)))
+        shared = flat_fields("model", self.config.model.to_dict())
+        for name, value in shared.items():
+            is_lora = name.startswith("model.lora.") and self._has_lora
+            if name == "model.dtype" or is_lora:
+                rows.append((name, _shown(value)))
+        for name in ("max_length", "max_prompt_length", "truncate"):
+            rows.append((f"data.{name}", _shown(self.config.data[name])))
+        rows.append(("seed", _shown(self.config.seed)))
+        return rows
+
+
+def _is_hub_name(name: str) -> bool:
+    """Return whether a path names something on the hub, OWNER/NAME, with what may follow."""
+    if pathlib.Path(name).expanduser().exists():
+        return False
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*([@:].+)?", name) is not None
+
+
+def _table(rows: list[tuple[str, str]]) -> str:
+    lines = ["| | |", "|---|---|"]
+    for name, value in rows:
+        # A bar would end the cell.
+        value = value.replace("|", "\\|").replace("\n", " ")
+        lines.append(f"| {name} | {value} |")
+    return "\n".join(lines)
+
+
+def _shown(value) -> str:
+    return str(value) if value != "" else "(none)"
