@@ -319,8 +319,10 @@ def _open(policy: Policy, task: Task) -> Opened:
     tokenizer = opened.tokenizer
     truncate = dataset.truncation(task.data, task.examples)
     ids = encode_example_prompts(task.examples, tokenizer, task.data, truncate)
-    where = [example.where for example in task.examples]
-    dataset.check_cue(task.data, Examples(ids, [], where), tokenizer)
+    prompts = Examples()
+    for prompt, example in zip(ids, task.examples, strict=True):
+        prompts.append(prompt, (), example.where)
+    dataset.check_cue(task.data, prompts, tokenizer)
     shots = policy.shots()
     if shots:
         shot_ids = tokenizer(shots, add_special_tokens=False).input_ids

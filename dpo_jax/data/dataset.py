@@ -63,10 +63,8 @@ def check_cue(data, examples: Examples, tokenizer) -> None:
     if not cue:
         return
     # Prompts that were cut are as long as is allowed. Few others are, so few are decoded.
-    longest = []
-    for index, prompt in enumerate(examples.prompts):
-        if len(prompt) == data.max_prompt_length:
-            longest.append(index)
+    prompt_lengths_P, _, _ = examples.lengths()
+    longest = np.flatnonzero(prompt_lengths_P == data.max_prompt_length).tolist()
     if not longest:
         return
     # The cue as the tokenizer writes it, which may not be how the text had it.

@@ -1,13 +1,24 @@
-"""Tokenised examples: prompts and responses in token ids."""
+"""Tokenised examples: prompts and responses in token ids, in memory or in a file.
+
+The ids of all examples stand in one run. A small set keeps it in memory; a larger one keeps it in a
+temporary file, from which an example is read when it is asked for, so that memory does not grow
+with the set. Only a few numbers for each example stay: where it starts, and how long its parts are.
+"""
 
 import functools
 import hashlib
+import os
+import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 Masks = tuple[np.ndarray, ...]
+
+# How many numbers of a run stay in memory; 4 million token ids are 16 MB.
+IN_MEMORY = 1 << 22
+BLOCK = 1000  # examples read at a time, where all are
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,22 +41,22 @@ class Example:
         return [int(mask.sum()) for mask in self.completion_masks]
 
 
-@dataclass(repr=False)
 class Examples(Sequence):
-    """A sequence of `Example`, and where each comes from.
+    """A sequence of `Example`, all with as many responses, and where each comes from.
 
     An index gives one example; a slice, or a list or array of indices, gives Examples:
-    `examples[2:5]`, `examples[[0, 3]]`.
+    `examples[2:5]`, `examples[[0, 3]]`. They share their ids with the whole.
     """
 
-    prompts: list[np.ndarray] = field(default_factory=list)
-    responses: list[tuple[np.ndarray, ...]] = field(default_factory=list)
-    where: list[str] = field(default_factory=list)  # the file and row of each
-    completion_masks: list[Masks | None] = field(default_factory=list)
-
-    def __post_init__(self):
-        if not self.completion_masks:
-            self.completion_masks = [None] * len(self.prompts)
+    def __init__(self):
+        self._ids = Run(np.int32, IN_MEMORY)
+        self._masks = Run(np.bool_, IN_MEMORY)
+        self._starts = Run(np.int64)  # where each example starts in the run of ids
+        self._mask_starts = Run(np.int64)  # and in the run of masks; -1: it has none
+        self._lengths = Run(np.int32)  # of its prompt and each response: 1 + responses numbers
+        self._completion_lengths = Run(np.int32)  # responses numbers
+        self._parts = 0  # of each example, a prompt and its responses; 0 while there is none
+        self.where = Places()  # the file and row of each
 
     def append(
         self,
@@ -54,39 +65,66 @@ class Examples(Sequence):
         where: str,
         completion_masks: Masks | None = None,
     ) -> None:
-        """Append an example; ids become int32 arrays."""
-        self.prompts.append(np.asarray(prompt, np.int32))
-        self.responses.append(tuple(np.asarray(ids, np.int32) for ids in responses))
+        """Append an example; ids become int32.
+
+        Raises ValueError where it has not as many responses as those before it.
+        """
+        example = Example(prompt, tuple(responses), completion_masks)
+        lengths = [len(prompt), *map(len, responses)]
+        self._parts = self._parts or len(lengths)
+        if len(lengths) != self._parts:
+            raise ValueError(
+                f"{where} has {len(lengths) - 1} responses; those before it have {self._parts - 1}."
+            )
+        self._starts.append(self._ids.end)
+        for ids in (prompt, *responses):
+            self._ids.extend(ids)
+        self._mask_starts.append(self._masks.end if completion_masks else -1)
+        for mask in completion_masks or ():
+            self._masks.extend(mask)
+        self._lengths.extend(lengths)
+        self._completion_lengths.extend(example.completion_lengths())
         self.where.append(where)
-        self.completion_masks.append(completion_masks)
 
     def __repr__(self) -> str:
-        is_pairs = len(self) and len(self.responses[0]) == 2
-        return f"Examples({len(self)} {'pairs' if is_pairs else 'completions'})"
+        return f"Examples({len(self)} {'pairs' if self._parts == 3 else 'completions'})"
 
     def __len__(self) -> int:
-        return len(self.prompts)
+        return len(self.where)
 
     def __getitem__(self, index):
         if isinstance(index, int | np.integer):
-            return Example(self.prompts[index], self.responses[index], self.completion_masks[index])
+            return self._example(range(len(self))[index])
         if isinstance(index, slice):
-            index = range(len(self))[index]
+            index = np.arange(len(self))[index]
         index = np.asarray(index)
         if index.dtype == bool:  # which of all, as in numpy
             if index.shape != (len(self),):
                 raise IndexError(f"{index.size} booleans for {len(self)} examples.")
             index = np.flatnonzero(index)
-        return Examples(
-            [self.prompts[i] for i in index],
-            [self.responses[i] for i in index],
-            [self.where[i] for i in index],
-            [self.completion_masks[i] for i in index],
-        )
+        return self._some(index.astype(int))
 
     def __iter__(self) -> Iterator[Example]:
         for index in range(len(self)):
-            yield self[index]
+            yield self._example(index)
+
+    @property
+    def prompts(self) -> "_PartOfEach":
+        """The prompts, as a sequence."""
+        return _PartOfEach(self, "prompt")
+
+    @property
+    def responses(self) -> "_PartOfEach":
+        """The responses, as a sequence of tuples."""
+        return _PartOfEach(self, "responses")
+
+    def lengths(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the tokens of prompts [P] and responses [P, K], and those trained on [P, K]."""
+        if not len(self):
+            return np.zeros(0, int), np.zeros((0, 0), int), np.zeros((0, 0), int)
+        lengths = _table(self._lengths, len(self)).astype(int)
+        completion_PK = _table(self._completion_lengths, len(self)).astype(int)
+        return lengths[:, 0], lengths[:, 1:], completion_PK
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -95,8 +133,9 @@ class Examples(Sequence):
         Kept reference log-probs are found by it, so its form is fixed. Ask for it only once all
         examples are there.
         """
+        digest = hashlib.sha256()
         numbers = []
-        for example in self:
+        for number, example in enumerate(self, 1):
             parts = (example.prompt, *example.responses)
             # Lengths come before the ids: else [1 2][3] and [1][2 3] would be the same.
             numbers.append([len(parts), *map(len, parts)])
@@ -105,5 +144,183 @@ class Examples(Sequence):
             for mask in example.completion_masks or ():
                 numbers.append([-1])
                 numbers.append(mask)
-        flat = np.concatenate(numbers or [[]]).astype("<i4")
-        return hashlib.sha256(flat.tobytes()).hexdigest()
+            if number % BLOCK == 0 or number == len(self):
+                digest.update(np.concatenate(numbers).astype("<i4").tobytes())
+                numbers = []
+        return digest.hexdigest()
+
+    def _example(self, index: int) -> Example:
+        lengths = self._lengths.take(index * self._parts, (index + 1) * self._parts)
+        start = self._starts[index]
+        prompt, *responses = _parted(self._ids.take(start, start + lengths.sum()), lengths)
+        mask_start = self._mask_starts[index]
+        if mask_start < 0:
+            return Example(prompt, tuple(responses))
+        masks = self._masks.take(mask_start, mask_start + lengths[1:].sum())
+        return Example(prompt, tuple(responses), tuple(_parted(masks, lengths[1:])))
+
+    def _some(self, index: np.ndarray) -> "Examples":
+        """Return the examples at these indices, which share the runs of ids and masks."""
+        some = Examples()
+        some._ids = self._ids
+        some._masks = self._masks
+        some._parts = self._parts
+        some._starts.extend(self._starts.all()[index])
+        some._mask_starts.extend(self._mask_starts.all()[index])
+        for name in ("_lengths", "_completion_lengths"):
+            rows = _table(getattr(self, name), len(self))[index]
+            getattr(some, name).extend(rows.ravel())
+        some.where = self.where.some(index)
+        return some
+
+
+def _table(run: "Run", examples: int) -> np.ndarray:
+    """Return a run of as many numbers for each example as an array [P, numbers]."""
+    return run.all().reshape(examples, run.end // max(examples, 1))
+
+
+def _parted(values: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+    """Return consecutive parts of these lengths."""
+    parts = []
+    start = 0
+    for length in lengths.tolist():
+        parts.append(values[start : start + length])
+        start += length
+    return parts
+
+
+class _PartOfEach(Sequence):
+    """The same part of each example."""
+
+    def __init__(self, examples: Examples, name: str):
+        self._examples = examples
+        self._name = name
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index):
+        if isinstance(index, int | np.integer):
+            return getattr(self._examples[index], self._name)
+        return [getattr(example, self._name) for example in self._examples[index]]
+
+
+class Places(Sequence):
+    """Where examples come from, "FILE row NUMBER": files once each, and a number for each."""
+
+    def __init__(self):
+        self._labels: dict[str, int] = {}  # label -> its number, in order
+        self._names: list[str] = []
+        self._label_ids = Run(np.int32)
+        self._numbers = Run(np.int64)  # -1: the label says all
+
+    def append(self, where: str) -> None:
+        """Append one."""
+        label, _, digits = where.rpartition(" row ")
+        # Only what is written back as it was.
+        is_numbered = digits.isascii() and digits.isdigit() and str(int(digits)) == digits
+        if not label or not is_numbered:
+            label = where
+        if label not in self._labels:
+            self._labels[label] = len(self._names)
+            self._names.append(label)
+        self._label_ids.append(self._labels[label])
+        self._numbers.append(-1 if label is where else int(digits))
+
+    def some(self, index: np.ndarray) -> "Places":
+        """Return those at these indices."""
+        places = Places()
+        # Not the dict itself: it grows with what is appended.
+        places._labels = dict(self._labels)
+        places._names = list(self._names)
+        places._label_ids.extend(self._label_ids.all()[index])
+        places._numbers.extend(self._numbers.all()[index])
+        return places
+
+    def __len__(self) -> int:
+        return self._numbers.end
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        index = range(len(self))[index]
+        label = self._names[self._label_ids[index]]
+        number = self._numbers[index]
+        return label if number < 0 else f"{label} row {number}"
+
+    def __eq__(self, other) -> bool:
+        return list(self) == list(other)
+
+
+class Run:
+    """Numbers one after the other, which only grow at their end.
+
+    limit: how many may be in memory; the others are in a temporary file, which the system deletes
+    when the run is let go of, or the process ends.
+    """
+
+    def __init__(self, dtype, limit: int | None = None):
+        self._kept = np.empty(16, dtype)  # the last ones, and room for more
+        self._count = 0  # of those in `_kept`
+        self._written = 0  # how many are in the file
+        self._file = None
+        self._limit = limit
+
+    @property
+    def end(self) -> int:
+        """How many there are."""
+        return self._written + self._count
+
+    def append(self, value) -> None:
+        """Append one number."""
+        self.extend([value])
+
+    def extend(self, values) -> None:
+        """Append numbers."""
+        if self._limit and self._count + len(values) > self._limit:
+            self._write()
+        needed = self._count + len(values)
+        if needed > len(self._kept):
+            # Twice as much, so that all appending together copies each number about once.
+            larger = np.empty(2 * needed, self._kept.dtype)
+            larger[: self._count] = self._kept[: self._count]
+            self._kept = larger
+        self._kept[self._count : needed] = values
+        self._count = needed
+
+    def all(self) -> np.ndarray:
+        """Return all numbers of a run without a limit, or of one that is small."""
+        return self.take(0, self.end)
+
+    def __getitem__(self, index: int) -> int:
+        return int(self.take(index, index + 1)[0])
+
+    def take(self, start: int, stop: int) -> np.ndarray:
+        """Return the numbers from start to stop, which are not to be written to."""
+        if start >= self._written:
+            return self._kept[start - self._written : stop - self._written]
+        if stop > self._written:
+            self._write()
+        # Read rather than mapped: mapped pages count as the process's own memory. It is as fast, as
+        # the system caches the file.
+        size = self._kept.itemsize
+        data = os.pread(self._file.fileno(), (stop - start) * size, start * size)
+        return np.frombuffer(data, self._kept.dtype)
+
+    def _write(self) -> None:
+        """Move what is in memory into the file."""
+        try:
+            if self._file is None:
+                # Not closed here: the examples are read from it as long as they are there.
+                self._file = tempfile.TemporaryFile(prefix="dpo_jax-")  # noqa: SIM115
+            self._file.write(self._kept[: self._count].data)
+            self._file.flush()
+        except OSError as error:
+            raise OSError(
+                f"token ids are kept in a file in {tempfile.gettempdir()}, where writing fails: "
+                f"{error}. Make room there, or set TMPDIR to another folder."
+            ) from error
+        self._written += self._count
+        self._count = 0
+        # Arrays that were handed out still show the memory, so others get new memory.
+        self._kept = np.empty(min(len(self._kept), self._limit or 16), self._kept.dtype)

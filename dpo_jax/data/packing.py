@@ -37,7 +37,7 @@ import dataclasses
 
 import numpy as np
 
-from dpo_jax.data.examples import Example
+from dpo_jax.data.examples import Example, Examples
 
 # Each bucket more shortens rows and lengthens compilation.
 BUCKETS = 6  # at most this many
@@ -254,6 +254,8 @@ class Lengths:
 
 def lengths_of(examples) -> Lengths:
     """Return the lengths of a sequence of `Example`."""
+    if isinstance(examples, Examples):
+        return Lengths(*examples.lengths())
     prompt, response, completion = [], [], []
     for example in examples:
         prompt.append(len(example.prompt))

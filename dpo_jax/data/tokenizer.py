@@ -337,9 +337,8 @@ def _mean_tokens(examples: Examples) -> dict[str, float]:
     """Return the mean lengths of the prompts and of each kind of response."""
     if not examples:
         return {}
-    means = []
-    for part in (examples.prompts, *zip(*examples.responses, strict=True)):
-        means.append(float(np.mean([len(ids) for ids in part])))
+    prompt_P, response_PK, _ = examples.lengths()
+    means = [float(prompt_P.mean()), *response_PK.mean(axis=0).tolist()]
     if len(means) == 2:
         prompt, completion = means
         return {"prompt": prompt, "completion": completion}

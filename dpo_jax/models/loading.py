@@ -91,13 +91,9 @@ class Checkpoint:
         """
         if not len(examples):
             return
-        # One pass over all tokens: the largest id of each example, its prompt and responses.
         lengths = packing.lengths_of(examples)
         length_P = lengths.prompt + lengths.response.max(axis=1)
-        size_P = lengths.prompt + lengths.response.sum(axis=1)
-        parts = [part for example in examples for part in (example.prompt, *example.responses)]
-        # reduceat takes where each example starts in the run of all tokens.
-        largest_P = np.maximum.reduceat(np.concatenate(parts), np.cumsum(size_P) - size_P)
+        largest_P = np.array([_largest_id(example) for example in examples])
         if largest_P.max() >= self.config.vocab:
             first = int(np.argmax(largest_P >= self.config.vocab))
             raise ValueError(
@@ -117,6 +113,10 @@ class Checkpoint:
             f"rows of up to {length_P.max()} tokens, but the model was made for "
             f"{self.config.max_positions}; config.data.max_length cuts them."
         )
+
+
+def _largest_id(example) -> int:
+    return max(int(ids.max(initial=0)) for ids in (example.prompt, *example.responses))
 
 
 def open_checkpoint(

@@ -483,15 +483,14 @@ def test_examples_take_slices_and_lists():
 
 
 def test_fingerprint_sees_ids_and_boundaries():
-    def examples(*rows):
-        arrays = [[np.array(part, np.int32) for part in row] for row in rows]
-        return Examples(
-            [row[0] for row in arrays], [tuple(row[1:]) for row in arrays], ["here"] * len(rows)
-        )
+    def examples(*rows, where="here"):
+        made = Examples()
+        for prompt, *responses in rows:
+            made.append(prompt, responses, where)
+        return made
 
     base = examples([[1, 2], [3], [4, 5]], [[6], [7], [8]])
-    same = examples([[1, 2], [3], [4, 5]], [[6], [7], [8]])
-    same.where = ["elsewhere"] * 2
+    same = examples([[1, 2], [3], [4, 5]], [[6], [7], [8]], where="elsewhere")
     assert base.fingerprint == same.fingerprint
     # caches are found by it, so its form is fixed: for each row the number of parts, their lengths,
     # their ids

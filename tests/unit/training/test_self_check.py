@@ -16,13 +16,15 @@ from tests.helpers.tiny import random_pairs
 EOS = 1
 
 
-def examples(count=6):
-    pairs = random_pairs(count, longest=8)
-    return Examples(
-        [np.r_[0, pair.prompt].astype(np.int32) for pair in pairs],
-        [tuple(np.r_[r, EOS].astype(np.int32) for r in pair.responses) for pair in pairs],
-        [f"rows.jsonl row {i + 1}" for i in range(count)],
-    )
+def examples(count=6, responses_of=lambda number, responses: responses):
+    """Return random pairs; responses_of: (row, responses with EOS) -> those to take instead."""
+    made = Examples()
+    for number, pair in enumerate(random_pairs(count, longest=8), 1):
+        responses = [np.r_[response, EOS] for response in pair.responses]
+        made.append(
+            np.r_[0, pair.prompt], responses_of(number, responses), f"rows.jsonl row {number}"
+        )
+    return made
 
 
 LOG_2 = {"loss/train": math.log(2), "rewards_train/margins": 0.0}
@@ -74,8 +76,10 @@ def test_self_check_shows_other_reference(tiny):
 
 
 def test_self_check_names_empty_response(tiny):
-    data = examples()
-    data.responses[3] = (data.responses[3][0], np.array([], np.int32))
+    def responses_of(number, responses):
+        return (responses[0], []) if number == 4 else responses
+
+    data = examples(responses_of=responses_of)
     with pytest.raises(
         self_check.SelfCheckFailed, match="rows.jsonl row 4 has .* a response without a token"
     ):
@@ -83,8 +87,10 @@ def test_self_check_names_empty_response(tiny):
 
 
 def test_self_check_refuses_missing_eos(tiny):
-    data = examples()
-    data.responses = [tuple(np.where(r == EOS, 2, r) for r in pair) for pair in data.responses]
+    def responses_of(number, responses):
+        return [np.where(response == EOS, 2, response) for response in responses]
+
+    data = examples(responses_of=responses_of)
     with pytest.raises(self_check.SelfCheckFailed, match="no response that ends in EOS"):
         check(tiny, data)
     assert "no EOS" in check(tiny, data, eos_id=None)
