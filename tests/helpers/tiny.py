@@ -30,3 +30,30 @@ def random_pairs(count, seed=0, vocab=40, longest=12) -> list[Example]:
         return rng.integers(0, vocab, rng.integers(1, longest + 1)).astype(np.int32)
 
     return [Example(tokens(), (tokens(), tokens())) for _ in range(count)]
+
+
+def masked_pairs(count, seed=0, **sizes) -> list[Example]:
+    """Return random pairs with a mask for each response, True at its last token at least."""
+    rng = np.random.default_rng([seed, 1])
+
+    def mask(response):
+        drawn = rng.random(len(response)) < 0.5
+        drawn[-1] = True  # an answer ends in an assistant's turn
+        return drawn
+
+    examples = []
+    for pair in random_pairs(count, seed, **sizes):
+        masks = tuple(mask(response) for response in pair.responses)
+        examples.append(Example(pair.prompt, pair.responses, masks))
+    return examples
+
+
+def first_responses(examples: list[Example]) -> list[Example]:
+    """Return the same prompts with the first of their responses alone."""
+    alone = []
+    for example in examples:
+        masks = example.completion_masks
+        alone.append(
+            Example(example.prompt, example.responses[:1], None if masks is None else masks[:1])
+        )
+    return alone

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 
 from dpo_jax.data.batches import Batches
-from dpo_jax.data.examples import Example
 from dpo_jax.data.packing import Batch, RolloutTargets
 from dpo_jax.models import families
 from dpo_jax.parallel import sharding
 from dpo_jax.training import objectives, optim, step
-from tests.helpers.tiny import random_pairs
+from tests.helpers.tiny import first_responses, masked_pairs, random_pairs
 from tests.helpers.tiny_models import hf_config, random_params
 
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4), (4, 1, 2), (2, 4, 1)]  # data, fsdp, tensor
@@ -41,15 +40,15 @@ HYPER = {
 }
 
 
-def make_batch(name: str, shards: int) -> Batch:
-    examples, rng = random_pairs(16, vocab=96, longest=8), np.random.default_rng(0)
+def make_batch(name: str, shards: int, make_pairs=random_pairs) -> Batch:
+    examples, rng = make_pairs(16, vocab=96, longest=8), np.random.default_rng(0)
     if name in ("sft", "ppo"):
-        examples = [Example(pair.prompt, pair.responses[:1]) for pair in examples]
+        examples = first_responses(examples)
     rollout = None
     if name == "ppo":
         drawn = {}
         for field in dataclasses.fields(RolloutTargets):
-            lengths = [len(example.responses[0]) for example in examples]
+            lengths = [example.completion_lengths()[0] for example in examples]
             drawn[field.name] = [rng.normal(0, 0.3, n).astype(np.float32) for n in lengths]
         rollout = RolloutTargets(**drawn)
         # log 96 is about 4.5
@@ -57,7 +56,7 @@ def make_batch(name: str, shards: int) -> Batch:
     return Batches(examples, np.arange(16)[None], shards=shards, rollout=rollout)[0]
 
 
-def stepped(name: str, config, params, mesh) -> tuple[dict, dict]:
+def stepped(name: str, config, params, mesh, make_pairs=random_pairs) -> tuple[dict, dict]:
     """The update of the weights in a step of gradient descent, and the metrics."""
     optimizer = optim.make("sgd", 0.0)
     shardings = step.state_shardings(mesh, optimizer, params)
@@ -65,7 +64,8 @@ def stepped(name: str, config, params, mesh) -> tuple[dict, dict]:
     train_step = step.make_train_step(objective, optimizer, "constant", shardings)
     placed = jax.device_put(params, shardings.params)
     reference = jax.tree.map(lambda x: x * 1.05, placed) if name == "dpo" else None
-    batch = sharding.shard_batch(mesh, make_batch(name, sharding.batch_shards(mesh)), axis=1)
+    made = make_batch(name, sharding.batch_shards(mesh), make_pairs)
+    batch = sharding.shard_batch(mesh, made, axis=1)
     with jax.set_mesh(mesh):
         state, metrics = train_step(
             step.init_state(optimizer, placed, {}, shardings), reference, HYPER, batch
@@ -77,20 +77,19 @@ def stepped(name: str, config, params, mesh) -> tuple[dict, dict]:
 
 
 @functools.cache
-def of_one_device(name: str, family: str) -> tuple:
+def of_one_device(name: str, family: str, make_pairs=random_pairs) -> tuple:
     config = dataclasses.replace(families.from_hf(hf_config(family)), head=HEADS[name])
     params = random_params(config)
     return (
         config,
         params,
-        *stepped(name, config, params, sharding.make_mesh(devices=jax.devices()[:1])),
+        *stepped(name, config, params, sharding.make_mesh(devices=jax.devices()[:1]), make_pairs),
     )
 
 
-@pytest.mark.parametrize("name, family, sizes", CASES)
-def test_train_step_is_equal_on_meshes(name, family, sizes):
-    config, params, expected, expected_metrics = of_one_device(name, family)
-    update, metrics = stepped(name, config, params, sharding.make_mesh(*sizes))
+def check_on_mesh(name, family, sizes, make_pairs=random_pairs):
+    config, params, expected, expected_metrics = of_one_device(name, family, make_pairs)
+    update, metrics = stepped(name, config, params, sharding.make_mesh(*sizes), make_pairs)
     largest = max(abs(leaf).max() for leaf in jax.tree.leaves(expected))
     assert largest > 1e-4
     for path, leaf in jax.tree_util.tree_leaves_with_path(update):
@@ -101,3 +100,15 @@ def test_train_step_is_equal_on_meshes(name, family, sizes):
     assert metrics.keys() == expected_metrics.keys()
     for key, value in expected_metrics.items():
         np.testing.assert_allclose(metrics[key], value, rtol=2e-5, atol=1e-5, err_msg=key)
+
+
+@pytest.mark.parametrize("name, family, sizes", CASES)
+def test_train_step_is_equal_on_meshes(name, family, sizes):
+    check_on_mesh(name, family, sizes)
+
+
+@pytest.mark.parametrize(
+    "name, sizes", [("dpo", (8, 1, 1)), ("sft", (2, 2, 2)), ("ppo", (2, 2, 2))]
+)
+def test_train_step_with_masks_is_equal_on_meshes(name, sizes):
+    check_on_mesh(name, "llama2", sizes, make_pairs=masked_pairs)
