@@ -891,20 +891,21 @@ def _check_examples(call: str, examples) -> None:
 
 def _parse_rows(rows: Iterable[dict], data: ConfigDict, kind: str) -> list[TextExample]:
     """Return the rows as prompts and responses; ValueError names the first that is wrong."""
-    source = sources.SOURCES[data.source]
+    source, parse = sources.SOURCES[data.source], sources.parser(data)
     found = []
     for number, record in enumerate(rows):
         try:
-            row = source.parse(fields_of(record))
+            row = parse(fields_of(record))
             kind = kind or ("pairs" if row.pairs else "sft")
             found += splits.examples_of(row, kind, data.turns, f"rows[{number}]")
         except (Filtered, Malformed, Unusable) as error:
             if data.on_bad_row == "drop":
                 continue
             fields = ", ".join(map(str, record)) if isinstance(record, dict) else shown(record)
+            example = isinstance(error, Malformed) and error.example or source.example
             raise ValueError(
                 f"rows[{number}]: {error}.\n  fields found: {fields or 'none'}\n"
-                f"  a right row: {source.example}"
+                f"  a right row: {example}"
             ) from None
     return found
 

@@ -27,6 +27,7 @@ class Malformed(ValueError):
     def __init__(self, reason: str, found: str = ""):
         super().__init__(reason, found)
         self.reason = reason  # the same for all such rows, so that they can be counted
+        self.example = ""  # a right row, where the row's shape is known
 
     def __str__(self) -> str:
         reason, found = self.args
@@ -38,6 +39,8 @@ class Counts:
     """The counts of one split."""
 
     read: int = 0
+    # what rows were recognised as -> rows, of those that are in a known shape
+    shapes: dict[str, int] = field(default_factory=dict)
     filtered: dict[str, int] = field(default_factory=dict)  # reason -> rows
     dropped: dict[str, int] = field(default_factory=dict)  # reason -> rows
     # reason -> where the first few dropped rows are
@@ -50,6 +53,11 @@ class Counts:
     boundaries: int = 0  # between prompt and response, looked at in the first rows
     boundary_merges: int = 0  # of those, how many would be tokenised otherwise in one piece
     mean_tokens: dict[str, float] = field(default_factory=dict)  # of the kept rows, by part
+
+    def recognise(self, shape: str) -> None:
+        """Count a row of a shape; "" where its source has one alone."""
+        if shape:
+            self.shapes[shape] = self.shapes.get(shape, 0) + 1
 
     def filter(self, reason: str) -> None:
         """Count a row that the source leaves out by design."""
@@ -124,6 +132,8 @@ class Ledger:
                 yield key, (train.get(key, 0), evals.get(key, 0))
 
         yield "rows", *of_both("read")
+        for shape, numbers in by_key("shapes"):
+            yield f"  recognised as: {shape}", *numbers
         for reason, numbers in by_key("filtered"):
             yield f"  filtered: {reason}", *numbers
         for reason, numbers in by_key("dropped"):

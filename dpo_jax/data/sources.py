@@ -5,12 +5,14 @@ Where the records are (a file, a folder, the hub) is said by `data.path`, so any
 anywhere.
 """
 
+import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from dpo_jax.data.ledger import Filtered, Malformed, Unusable
-from dpo_jax.data.rows import ONE_PAIR, Row, local, number_field, text_field
+from dpo_jax.data.rows import ONE_PAIR, Row, text_field
+from dpo_jax.data.shapes import local, parse_columns, shp
 
 ASSISTANT = "\n\nAssistant:"
 CUE = "TL;DR:"
@@ -29,21 +31,6 @@ def hh(fields: dict) -> Row:
     if not prompt:
         raise Unusable("no shared assistant turn")
     return Row(prompt, (chosen[len(prompt) :], rejected[len(prompt) :]), ONE_PAIR)
-
-
-def shp(fields: dict) -> Row:
-    """Stanford Human Preferences: pairs of Reddit answers whose scores differ twofold or more."""
-    history = text_field(fields, "history")
-    answer_a, answer_b = text_field(fields, "human_ref_A"), text_field(fields, "human_ref_B")
-    label = number_field(fields, "labels")
-    ratio = number_field(fields, "score_ratio")
-    if label not in (0, 1):
-        raise Malformed("field 'labels' is neither 1 (A is preferred) nor 0 (B is)", repr(label))
-    if ratio < 2:
-        raise Filtered("score ratio below 2")
-    chosen, rejected = (answer_a, answer_b) if label == 1 else (answer_b, answer_a)
-    prompt = f"\n\nHuman: {history}{ASSISTANT}"
-    return Row(prompt, (_spaced(chosen), _spaced(rejected)), ONE_PAIR)
 
 
 def imdb(fields: dict) -> Row:
@@ -173,3 +160,19 @@ SOURCES = {
     ),
     "toy": Source(None),
 }
+
+
+def parser(data) -> Callable[[dict], Row]:
+    """Return the function that reads a record's fields as the config `data` says.
+
+    Raises ValueError where data.columns is wrong, or set for a source other than local.
+    """
+    columns = parse_columns(data.columns)
+    if data.source == "local":
+        return functools.partial(local, columns=columns, ignore=tuple(data.ignore))
+    if columns:
+        raise ValueError(
+            f"data.columns={data.columns!r} is for data.source=local; the columns of "
+            f"data.source={data.source} are known."
+        )
+    return SOURCES[data.source].parse

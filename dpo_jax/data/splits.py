@@ -5,7 +5,7 @@ import itertools
 import json
 from collections.abc import Iterable
 
-from dpo_jax.data import toy
+from dpo_jax.data import sources, toy
 from dpo_jax.data.ledger import Counts, Filtered, Ledger, Malformed, Unusable
 from dpo_jax.data.readers import fields_of, find_splits
 from dpo_jax.data.rows import Row, Text, TextExample
@@ -13,6 +13,8 @@ from dpo_jax.data.sources import SOURCES, Source
 
 # Where data.eval_split is empty, the first of these that the data set has.
 EVAL_SPLITS = ("test", "validation", "valid", "valid1")
+# What an assistant's message may say beside its content.
+SAID_BESIDE = ("reasoning_content", "reasoning", "thinking", "tool_calls")
 
 
 def read(data, kind: str) -> tuple[dict[str, list[TextExample]], Ledger]:
@@ -128,6 +130,7 @@ def _parse(
     """
     if source.sorted:
         records = sorted(records, key=lambda record: _hash(str(record[1])))
+    parse = sources.parser(data)
     examples = []
     counts = Counts()
     for where, record in records:
@@ -136,7 +139,9 @@ def _parse(
             break
         counts.read += 1
         try:
-            examples += examples_of(source.parse(fields_of(record)), kind, data.turns, where)
+            row = parse(fields_of(record))
+            counts.recognise(row.shape)
+            examples += examples_of(row, kind, data.turns, where)
         except Filtered as reason:
             # Left out on purpose by the source's rule, which is no fault of the row.
             counts.filter(str(reason))
@@ -164,7 +169,11 @@ def examples_of(row: Row, kind: str, turns: str, where: str) -> list[TextExample
         _check_usable((response,))
         return [TextExample(prompt, (response,), where, row.tools)]
     if row.label is not None:
-        raise Malformed("a pair needs two responses; this row has one, with a label")
+        raise Malformed(
+            "a pair needs two responses, and a row of one completion with a label has half of it; "
+            "join a completion labelled true and one labelled false of the same prompt as 'chosen' "
+            "and 'rejected', or train SFT, on those labelled true"
+        )
     if not row.pairs:
         raise Malformed("a pair needs two responses, in 'chosen' and 'rejected'")
     examples = []
@@ -199,10 +208,16 @@ def _check_usable(responses: tuple[Text, ...]) -> None:
 
 
 def _said(response: Text) -> str:
-    """Return all that a response says, as one text."""
+    """Return all that a response says, as one text: its calls of tools and its reasoning too."""
     if isinstance(response, str):
         return response
-    return "".join(message.get("content", "") for message in response)
+    parts = []
+    for message in response:
+        parts.append(message.get("content", ""))
+        for key in SAID_BESIDE:
+            if message.get(key):
+                parts.append(json.dumps(message[key], sort_keys=True))
+    return "".join(parts)
 
 
 def _explain(error: Malformed, where: str, record, data, source: Source) -> str:
@@ -216,7 +231,7 @@ def _explain(error: Malformed, where: str, record, data, source: Source) -> str:
             f"{where}: {error}.",
             f"  data.path: {data.path}",
             f"  fields found: {found or 'none'}",
-            f"  a right row for data.source={data.source}: {source.example}",
+            f"  a right row for {error.example or f'data.source={data.source}: {source.example}'}",
             "Fix the row, or drop and count such rows with --config.data.on_bad_row=drop.",
         ]
     )

@@ -25,6 +25,8 @@ def data_config(**changes) -> ml_collections.ConfigDict:
             "max_rows": 0,
             "max_eval_rows": 0,
             "on_bad_row": "error",
+            "columns": "",
+            "ignore": (),
             "turns": "all",
             "max_dropped": 0.05,
         }

@@ -79,6 +79,7 @@ def test_ledger_json_and_table(tmp_path, letters):
     assert json.loads(json.dumps(data.ledger.to_dict())) == {
         "train": {
             "read": 32,
+            "shapes": {"TRL pairs, text": 32},
             "filtered": {},
             "dropped": {"empty response": 1},
             "examples": {"empty response": ["train.jsonl row 31"]},
@@ -98,6 +99,7 @@ def test_ledger_json_and_table(tmp_path, letters):
         },
         "eval": {
             "read": 2,
+            "shapes": {"TRL pairs, text": 2},
             "filtered": {},
             "dropped": {},
             "examples": {},
@@ -118,6 +120,7 @@ def test_ledger_json_and_table(tmp_path, letters):
 TABLE = """\
                                            train          eval
 rows                                          32             2
+  recognised as: TRL pairs, text              32             2
   dropped: empty response                      1             0
   held out for eval                            0
 kept                                          31             2

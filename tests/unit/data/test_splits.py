@@ -33,5 +33,5 @@ def test_unpaired_rows():
     with pytest.raises(Filtered, match="not liked"):
         examples_of(Row("p", ("a",), label=False), "sft", "all", "row 1")
     assert examples_of(Row("p", ("a",), label=True), "sft", "all", "row 1")
-    with pytest.raises(Malformed, match="one, with a label"):
+    with pytest.raises(Malformed, match="one completion with a label"):
         examples_of(Row("p", ("a",), label=True), "pairs", "all", "row 1")

@@ -1,0 +1,997 @@
+"""The user's own rows: the shapes that preference data comes in, told apart by their fields.
+
+`SHAPES` lists them, each with the fields that identify it and the function that reads it. To add a
+shape, write such a function and its line in the table.
+"""
+
+import dataclasses
+import functools
+import itertools
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from dpo_jax.data.conversations import (
+    as_messages,
+    content_field,
+    is_chat,
+    is_said,
+    last_turn,
+    read_messages,
+    same_messages,
+    says_turn,
+    split_chat,
+    split_system,
+    squeezed,
+    untabled,
+)
+from dpo_jax.data.ledger import Filtered, Malformed
+from dpo_jax.data.rows import (
+    ONE_PAIR,
+    Row,
+    Text,
+    json_of,
+    number_field,
+    number_of,
+    shown,
+    text_field,
+    truth_field,
+)
+
+# Text that asks for an answer, at the start of a line or as a chat format's own marker. Where a
+# row's prompt is inside its answers, they begin after the last one that they share.
+CUE = re.compile(
+    r"(?:^|\n)[ \t]*(?:#+ |\*\*)?"
+    r"(?:assistant|bot|chatbot|ai|gpt|chatgpt|model|answer|a|response|output|tl;dr)[ \t]?:(?:\*\*)?"
+    r"|<\|assistant\|>\n?|<\|im_start\|>assistant\n?|<start_of_turn>model\n?|\[/INST\]"
+    r"|<\|start_header_id\|>assistant<\|end_header_id\|>\n*",
+    re.IGNORECASE,
+)
+# What may stand behind and before a question that a text answer repeats.
+CUE_NEXT = re.compile(rf"\s*(?:{CUE.pattern})", re.IGNORECASE)
+ASKER = re.compile(
+    r"\s*(?:#+ |\*\*)?(?:user|human|question|q|instruction|prompt|input)[ \t]?:(?:\*\*)?\s*",
+    re.IGNORECASE,
+)
+# Fewer shared words than this at the start of two answers are chance, not a prompt.
+FEWEST_WORDS = 3
+# Fields that say something to a model. Where a shape does not use one, and it says what is not in
+# the row anyway, the row is refused.
+CONTENT = (
+    *("prompt", "question", "instruction", "input", "context", "history", "text", "completion"),
+    *("messages", "conversations", "system", "system_prompt", "tools", "functions"),
+    *("image", "images", "video", "videos", "audio", "audios"),
+)
+SYSTEM = ("system", "system_prompt")
+# Of these, a row that has several leaves open which one is meant; data.columns says it.
+ALTERNATIVES = {
+    *("prompt", "question", "instruction", "text", "completion", "messages", "conversations")
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A kind of row: the fields that identify it, and the function that reads them."""
+
+    name: str  # as the ledger calls it
+    needs: tuple[str, ...]
+    read: Callable[[dict], Row]
+    example: str  # a right row, shown beside a wrong one
+    also: tuple[str, ...] = ()  # fields that it uses where they are there
+    without: tuple[str, ...] = ()  # fields that a row of this shape does not have
+    # What the values must be, where the names of the fields do not tell two shapes apart.
+    fits: Callable[[dict], bool] | None = None
+
+    @property
+    def uses(self) -> set[str]:
+        """All fields that it reads."""
+        return {*self.needs, *self.also}
+
+
+def local(fields: dict, columns: dict | None = None, ignore: tuple = ()) -> Row:
+    """Return a row of the user's own data, in whichever of SHAPES it is.
+
+    columns: our name of a field -> the user's. ignore: fields to leave out. Raises Malformed where
+    the row has no known shape, or more than one.
+    """
+    fields = _renamed(fields, columns or {}, ignore)
+    given = {}
+    for name, value in fields.items():
+        # Tables have a null where a row lacks a field.
+        if value is not None:
+            given[name] = untabled(name, value) if name in _known_names() else value
+    fields = given
+    shape = _recognised(fields, tuple(columns or ()))
+    try:
+        row = _with_system_and_tools(shape.read(fields), fields)
+        is_settled = bool(ALTERNATIVES & set(columns or ()))
+        _check_unused(row, fields, {*shape.uses, *(ALTERNATIVES if is_settled else ())}, shape.name)
+    except Malformed as error:
+        error.example = f"{shape.name}: {shape.example}"
+        raise
+    kind = "chat" if isinstance(row.responses[0], list) else "text"
+    return dataclasses.replace(row, shape=f"{shape.name}{row.shape}, {kind}")
+
+
+def parse_columns(text: str) -> dict[str, str]:
+    """Return the map of data.columns: our name of a field -> the user's.
+
+    Raises ValueError for what is not NAME=COLUMN, and for a name that no shape uses.
+    """
+    known = _known_names()
+    columns = {}
+    for item in filter(None, re.split(r"[,\s]+", text)):
+        name, _, column = item.partition("=")
+        if not name or not column:
+            raise ValueError(
+                f"data.columns={text!r}: {item!r} is not NAME=COLUMN, as in "
+                "prompt=question,chosen=chosen_response."
+            )
+        if name not in known:
+            raise ValueError(
+                f"data.columns={text!r}: {name!r} is no name of a field; the usual ones are "
+                "prompt, question, chosen, rejected, completion, messages, text, system, tools, "
+                f"label; others: {', '.join(sorted(known))}."
+            )
+        if name in columns:
+            raise ValueError(f"data.columns={text!r} names {name!r} twice.")
+        columns[name] = column
+    return columns
+
+
+@functools.cache
+def _known_names() -> frozenset[str]:
+    """Return the names of all fields that some shape reads."""
+    names = {*CONTENT}
+    for shape in SHAPES:
+        names |= shape.uses
+    return frozenset(names)
+
+
+def _renamed(fields: dict, columns: dict, ignore: tuple) -> dict:
+    """Return the fields under our names, without those to ignore."""
+    found = {}
+    for name, column in columns.items():
+        try:
+            found[name] = fields[column] if column in fields else _inside(fields, column)
+        except (KeyError, IndexError, TypeError):
+            raise Malformed(
+                f"data.columns takes {name!r} from a column {column!r}, which is not there",
+                ", ".join(map(str, fields)),
+            ) from None
+    for name, value in fields.items():
+        if name not in found and name not in columns.values() and name not in ignore:
+            found[name] = value
+    return found
+
+
+def _inside(fields: dict, path: str):
+    """Return the value at a dotted path, such as input.messages or choices.0.text."""
+    value = fields
+    for part in path.split("."):
+        value = value[int(part)] if isinstance(value, list) else value[part]
+    return value
+
+
+def _recognised(fields: dict, mapped: tuple[str, ...]) -> Shape:
+    """Return the one shape that a row has.
+
+    mapped: names that data.columns gives, which the shape must use. Raises Malformed where no shape
+    fits the row, or several do.
+    """
+    shapes = []
+    for shape in _shapes_with(frozenset(fields), mapped):
+        if shape.fits is None or shape.fits(fields):
+            shapes.append(shape)
+    # A shape with more of the row's fields says more about it than one with a part of them.
+    best = []
+    for shape in shapes:
+        if not any(set(shape.needs) < set(other.needs) for other in shapes):
+            best.append(shape)
+    if len(best) == 1:
+        return best[0]
+    if best:
+        raise Malformed(_ambiguous(best))
+    raise _unrecognised(fields)
+
+
+@functools.lru_cache(maxsize=1024)
+def _shapes_with(names: frozenset, mapped: tuple[str, ...]) -> tuple[Shape, ...]:
+    """Return the shapes that a row with these fields may have."""
+    chosen_by_user = set(mapped) - {*SYSTEM, "tools"}
+    found = []
+    for shape in SHAPES:
+        # What the user names explicitly overrides which shape comes before another.
+        is_excluded = not chosen_by_user and not names.isdisjoint(shape.without)
+        if names.issuperset(shape.needs) and not is_excluded and chosen_by_user <= shape.uses:
+            found.append(shape)
+    return tuple(found)
+
+
+def _ambiguous(shapes: list[Shape]) -> str:
+    """Say which shapes fit a row, and what to type for each."""
+    lines = []
+    for shape in shapes:
+        others = set()
+        for other in shapes:
+            if other is not shape:
+                others |= other.uses
+        own = [name for name in shape.needs if name not in others] or list(shape.needs)
+        line = ",".join(f"{name}={name}" for name in own)
+        lines.append(f"--config.data.columns={line} for {shape.name}")
+    names = " and ".join(shape.name for shape in shapes)
+    return f"the row could be {names}; choose with {', or '.join(lines)}"
+
+
+def _unrecognised(fields: dict) -> Malformed:
+    """Return the error that says which shapes a row is nearest to, and what it lacks."""
+    started = []
+    for shape in SHAPES:
+        lacking = [name for name in shape.needs if name not in fields]
+        present = len(shape.needs) - len(lacking)
+        is_excluded = any(name in fields for name in shape.without)
+        if present and not is_excluded:
+            started.append((present, -len(lacking), shape, lacking))
+    nearness = max((each[:2] for each in started), default=None)
+    hints = []
+    for *near, shape, lacking in started:
+        if tuple(near) != nearness:
+            continue
+        lacks = f"without {' and '.join(map(repr, lacking))}" if lacking else "but for the values"
+        hints.append(f"{shape.name}, {lacks}")
+    nearest = f"; nearest: {'; '.join(hints[:3])}" if hints else ""
+    error = Malformed(f"no known shape of row{nearest}", ", ".join(map(str, fields)))
+    error.example = (
+        f"{SHAPES[0].name}: {SHAPES[0].example}\n"
+        "  if your columns have other names: --config.data.columns=prompt=COLUMN,chosen=COLUMN,"
+        "rejected=COLUMN"
+    )
+    return error
+
+
+def _with_system_and_tools(row: Row, fields: dict) -> Row:
+    """Return a row with its column of system text as the system turn, and with its tools.
+
+    Text rows that have such a column become chat: there is no other place for it.
+    """
+    tools = row.tools or _tools(fields.get("tools"))
+    columns = [name for name in SYSTEM if name in fields]
+    if len(columns) > 1 and fields["system"] != fields["system_prompt"]:
+        raise Malformed("the fields 'system' and 'system_prompt' differ")
+    if tools:
+        columns.append("tools")
+    if not columns:
+        return row
+    system = text_field(fields, columns[0]) if columns[0] in SYSTEM else ""
+    if isinstance(row.prompt, str):
+        if not row.prompt:
+            if not system and not tools:
+                return row
+            raise Malformed(
+                f"text without a prompt has no place for field {columns[0]!r}; use chat messages, "
+                f"or leave it out with --config.data.ignore={columns[0]}"
+            )
+        responses = tuple(as_messages("assistant", response) for response in row.responses)
+        row = dataclasses.replace(
+            row,
+            prompt=as_messages("user", row.prompt),
+            responses=responses,
+            shape=f"{row.shape}, with column {' and '.join(columns)}",
+        )
+    row = dataclasses.replace(row, tools=tools)
+    if not system.strip():
+        return row
+    # A conversation whole, where the prompt is not told from the response, starts in the response.
+    start = row.prompt or row.responses[0]
+    given, _ = split_system(start)
+    if given:
+        if squeezed(given[0].get("content", "")) != squeezed(system):
+            raise Malformed("field 'system' differs from the system turn in the messages")
+        return row
+    turn = [{"role": "system", "content": system}]
+    if row.prompt:
+        return dataclasses.replace(row, prompt=turn + row.prompt)
+    return dataclasses.replace(row, responses=(turn + row.responses[0],))
+
+
+def _tools(value) -> list | None:
+    """Return the definitions in a row's column of tools, a list or its JSON text."""
+    if isinstance(value, str) and value.strip():
+        value = json_of(value, "field 'tools'")
+    if not value:
+        return None
+    tools = value if isinstance(value, list) else [value]
+    # Some sets hold each definition as JSON text.
+    tools = [json_of(tool, "field 'tools'") if isinstance(tool, str) else tool for tool in tools]
+    if not all(isinstance(tool, dict) for tool in tools):
+        raise Malformed("field 'tools' is not a list of definitions, each an object", shown(value))
+    return tools
+
+
+def _check_unused(row: Row, fields: dict, used: set[str], shape: str) -> None:
+    """Raise Malformed where a field that is not used says something that the row does not say."""
+    for name in CONTENT:
+        value = fields.get(name)
+        is_used = name in used or name in SYSTEM or name == "tools"
+        if is_used or not value or _restates(row, name, value):
+            continue
+        raise Malformed(
+            f"field {name!r} has content that rows of {shape} do not use; name it in "
+            f"data.columns, or leave it out with --config.data.ignore={name}",
+            shown(value),
+        )
+
+
+def _restates(row: Row, name: str, value) -> bool:
+    """Return whether another field says only what the row says already."""
+    for response in row.responses:
+        conversation = [*as_messages("user", row.prompt), *as_messages("assistant", response)]
+        if isinstance(value, str) and is_said(value, conversation):
+            return True
+        # The conversation rendered as text, or its prompt with something around it.
+        if name in ("prompt", "text") and isinstance(value, str) and says_turn(value, conversation):
+            return True
+        if is_chat(value):
+            _, given = split_system(read_messages(value, name))
+            _, turns = split_system(conversation)
+            if same_messages(given, turns[: len(given)]):
+                return True
+    return False
+
+
+def _texts(*names: str) -> Callable[[dict], bool]:
+    """Return the test whether all of these fields are text."""
+
+    def fits(fields: dict) -> bool:
+        return all(isinstance(fields[name], str) for name in names)
+
+    return fits
+
+
+def _chats(*names: str) -> Callable[[dict], bool]:
+    """Return the test whether all of these fields are chat messages."""
+
+    def fits(fields: dict) -> bool:
+        return all(is_chat(fields[name]) for name in names)
+
+    return fits
+
+
+def _lists(*names: str) -> Callable[[dict], bool]:
+    """Return the test whether all of these fields are lists that are no messages."""
+
+    def fits(fields: dict) -> bool:
+        return all(isinstance(fields[name], list) and not is_chat(fields[name]) for name in names)
+
+    return fits
+
+
+def _are_answers(fields: dict) -> bool:
+    """Return whether both sides are answers alone, not whole conversations."""
+    for name in ("chosen", "rejected"):
+        answer = content_field(fields, name)
+        if isinstance(answer, list) and answer[0]["role"] != "assistant":
+            return False
+    return True
+
+
+def _answered(*names: str) -> Callable[[dict], Row]:
+    """Return the reader of rows whose answers are in these fields, and their prompt in `prompt`.
+
+    Without that field the answers are whole conversations.
+    """
+
+    def read(fields: dict) -> Row:
+        prompt = content_field(fields, "prompt") if "prompt" in fields else None
+        responses = tuple(content_field(fields, name) for name in names)
+        pairs = ONE_PAIR if len(responses) == 2 else ()
+        if any(isinstance(part, list) for part in (prompt, *responses)):
+            return Row(*split_chat(prompt, responses), pairs)
+        return _text_row(text_field(fields, "prompt"), responses, pairs)
+
+    return read
+
+
+def _prompt_inside(fields: dict) -> Row:
+    """Read a pair whose prompt is what both answers begin with."""
+    chosen, rejected = content_field(fields, "chosen"), content_field(fields, "rejected")
+    if isinstance(chosen, list) or isinstance(rejected, list):
+        return Row(*split_chat(None, (chosen, rejected)), ONE_PAIR)
+    end = _shared_prompt(chosen, rejected)
+    return Row(chosen[:end], (chosen[end:], rejected[end:]), ONE_PAIR)
+
+
+def _labelled(*names: str) -> Callable[[dict], Row]:
+    """Return the reader of unpaired rows: an answer, and whether it was liked."""
+    read_answer = _answered(*names)
+
+    def read(fields: dict) -> Row:
+        return dataclasses.replace(read_answer(fields), label=truth_field(fields, "label"))
+
+    return read
+
+
+def _whole_text(fields: dict) -> Row:
+    """Read a text that is trained on as a whole."""
+    return Row("", (text_field(fields, "text"),))
+
+
+def _conversation(name: str) -> Callable[[dict], Row]:
+    """Return the reader of rows of a conversation in this field."""
+
+    def read(fields: dict) -> Row:
+        return Row(*split_chat(None, (read_messages(fields[name], name),)))
+
+    return read
+
+
+def _continued(name: str) -> Callable[[dict], Row]:
+    """Return the reader of rows of messages so far, in a field, and two answers to them."""
+
+    def read(fields: dict) -> Row:
+        asked = read_messages(fields[name], name)
+        answers = (content_field(fields, "chosen"), content_field(fields, "rejected"))
+        return Row(*split_chat(asked, answers), ONE_PAIR)
+
+    return read
+
+
+def _swift(fields: dict) -> Row:
+    """Read ms-swift's rows: a conversation, and another answer in the place of its last one."""
+    messages = read_messages(fields["messages"], "messages")
+    last = messages[-1]["role"] if messages else "none"
+    if last != "assistant":
+        raise Malformed("field 'messages' does not end in an assistant's turn", f"role {last}")
+    turn = last_turn(messages)
+    rejected = as_messages("assistant", content_field(fields, "rejected_response"))
+    return Row(*split_chat(messages[:turn], (messages[turn:], rejected)), ONE_PAIR)
+
+
+def _swift_messages(fields: dict) -> Row:
+    """Read ms-swift's rows of two whole conversations."""
+    chosen = read_messages(fields["messages"], "messages")
+    rejected = read_messages(fields["rejected_messages"], "rejected_messages")
+    return Row(*split_chat(None, (chosen, rejected)), ONE_PAIR)
+
+
+def _openai(fields: dict) -> Row:
+    """Read the rows of OpenAI's preference fine-tuning."""
+    given = fields["input"]
+    if not isinstance(given, dict) or "messages" not in given:
+        raise Malformed("field 'input' is not an object with 'messages'", shown(given))
+    asked = read_messages(given["messages"], "input.messages")
+    answers = (
+        content_field(fields, "preferred_output"),
+        content_field(fields, "non_preferred_output"),
+    )
+    return Row(*split_chat(asked, answers), ONE_PAIR, tools=_tools(given.get("tools")))
+
+
+def _replies(question: str, chosen: str, rejected: str) -> Callable[[dict], Row]:
+    """Return the reader of rows of a question and two bare replies to it, in these fields."""
+
+    def read(fields: dict) -> Row:
+        replies = (text_field(fields, chosen), text_field(fields, rejected))
+        return _reply_row(text_field(fields, question), replies)
+
+    return read
+
+
+def _alpaca(*names: str) -> Callable[[dict], Row]:
+    """Return the reader of rows of an instruction, an input to it, and replies in these fields."""
+
+    def read(fields: dict) -> Row:
+        question = text_field(fields, "instruction")
+        if fields.get("input"):
+            question = f"{question}\n{text_field(fields, 'input')}"
+        replies = tuple(text_field(fields, name) for name in names)
+        row = _reply_row(question, replies, ONE_PAIR if len(replies) == 2 else ())
+        earlier = []
+        for turn in fields.get("history") or []:
+            match turn:
+                case [str(asked), str(answer)]:
+                    earlier += [*as_messages("user", asked), *as_messages("assistant", answer)]
+                case _:
+                    raise Malformed(
+                        "field 'history' is not a list of [question, answer]", shown(turn)
+                    )
+        return dataclasses.replace(row, prompt=earlier + row.prompt)
+
+    return read
+
+
+def _distilabel(fields: dict) -> Row:
+    """Read the rows of distilabel's own pairs."""
+    if fields.get("status") == "tie":
+        raise Filtered("a tie: no answer is better")
+    return _replies("input", "chosen", "rejected")(fields)
+
+
+def _generations(fields: dict) -> Row:
+    """Read an instruction with several rated generations."""
+    scores = fields.get("ratings", fields.get("rating"))
+    generations = fields["generations"]
+    if not isinstance(scores, list) or len(scores) != len(generations):
+        raise Malformed("the fields 'generations' and 'ratings' have different lengths")
+    question = text_field(fields, "instruction")
+    return _ranked_row(as_messages("user", question), zip(generations, scores, strict=True))
+
+
+def _ultrafeedback(fields: dict) -> Row:
+    """Read UltraFeedback's full rows: an instruction and completions with scores."""
+    question = text_field(fields, "instruction")
+    completions = fields["completions"]
+    # Some copies of the set lack the overall scores.
+    has_overall = any("overall_score" in completion for completion in completions)
+    score = "overall_score" if has_overall else "fine-grained_score"
+    scored = []
+    for completion in completions:
+        scored.append((text_field(completion, "response"), completion.get(score)))
+    row = _ranked_row(as_messages("user", question), scored)
+    return dataclasses.replace(row, shape=f"{row.shape} by {score}")
+
+
+def _nectar(fields: dict) -> Row:
+    """Read Nectar's rows: a transcript as the prompt, and answers with ranks, 1 the best."""
+    # The transcript ends in a space, which belongs to the answer.
+    prompt = text_field(fields, "prompt").rstrip()
+    ranked = []
+    for answer in fields["answers"]:
+        rank = number_of(answer.get("rank"))
+        text = " " + text_field(answer, "answer").strip()
+        ranked.append((text, None if rank is None else -rank))
+    return _ranked_row(prompt, ranked)
+
+
+def _helpsteer3(fields: dict) -> Row:
+    """Read HelpSteer3's rows: a negative preference is for response 1, 0 for neither."""
+    context = content_field(fields, "context")
+    preference = number_field(fields, "overall_preference")
+    return _either(context, fields, ("response1", "response2"), -preference)
+
+
+def _helpsteer2(fields: dict) -> Row:
+    """Read HelpSteer2's preferences: a negative strength is for response 1, 0 for neither."""
+    preference = number_field(fields, "preference_strength")
+    prompt = text_field(fields, "prompt")
+    return _either(prompt, fields, ("response_1", "response_2"), -preference)
+
+
+def _pku(fields: dict) -> Row:
+    """Read PKU-SafeRLHF's rows by which response is better; which is safer is another label."""
+    better = fields["better_response_id"]
+    if better not in (0, 1):
+        raise Malformed("field 'better_response_id' is neither 0 nor 1", shown(better))
+    prompt = text_field(fields, "prompt")
+    return _either(prompt, fields, ("response_0", "response_1"), 1 if better == 0 else -1)
+
+
+def shp(fields: dict) -> Row:
+    """Stanford Human Preferences: pairs of Reddit answers whose scores differ twofold or more."""
+    history = text_field(fields, "history")
+    answer_a, answer_b = text_field(fields, "human_ref_A"), text_field(fields, "human_ref_B")
+    label = number_field(fields, "labels")
+    ratio = number_field(fields, "score_ratio")
+    if label not in (0, 1):
+        raise Malformed("field 'labels' is neither 1 (A is preferred) nor 0 (B is)", repr(label))
+    if ratio < 2:
+        raise Filtered("score ratio below 2")
+    chosen, rejected = (answer_a, answer_b) if label == 1 else (answer_b, answer_a)
+    prompt = f"\n\nHuman: {history}\n\nAssistant:"
+    return Row(prompt, (" " + chosen.strip(), " " + rejected.strip()), ONE_PAIR)
+
+
+def _arena(fields: dict) -> Row:
+    """Read votes on two conversations."""
+    winner = text_field(fields, "winner")
+    chats = []
+    for name in ("conversation_a", "conversation_b"):
+        chats.append(read_messages(fields[name], name))
+    if winner not in ("model_a", "model_b"):
+        if winner.startswith("tie") or winner == "both_bad":
+            raise Filtered("a tie: no answer is better")
+        raise Malformed("field 'winner' is none of model_a, model_b, tie, both_bad", shown(winner))
+    chosen, rejected = chats if winner == "model_a" else reversed(chats)
+    return Row(*split_chat(None, (chosen, rejected)), ONE_PAIR)
+
+
+def _arena_texts(fields: dict) -> Row:
+    """Read votes whose turns are lists of texts, as JSON: prompts, and answers of two models."""
+    turns = {}
+    for name in ("prompt", "response_a", "response_b"):
+        turns[name] = json_of(text_field(fields, name), f"field {name!r}")
+    chats = []
+    for name in ("response_a", "response_b"):
+        chat = []
+        for asked, answer in zip(turns["prompt"], turns[name], strict=True):
+            chat += [*as_messages("user", asked or ""), *as_messages("assistant", answer or "")]
+        chats.append(chat)
+    a_wins, b_wins = truth_field(fields, "winner_model_a"), truth_field(fields, "winner_model_b")
+    if a_wins == b_wins:
+        raise Filtered("a tie: no answer is better")
+    chosen, rejected = chats if a_wins else reversed(chats)
+    return Row(*split_chat(None, (chosen, rejected)), ONE_PAIR)
+
+
+def _reward_bench_2(fields: dict) -> Row:
+    """Read RewardBench 2: some right answers, and some wrong ones, in every pair of both."""
+    right, wrong = fields["chosen"], fields["rejected"]
+    pairs = itertools.product(range(len(right)), range(len(right), len(right) + len(wrong)))
+    return _reply_row(text_field(fields, "prompt"), (*right, *wrong), tuple(pairs))
+
+
+def _text_row(prompt: str, responses: tuple[str, ...], pairs: tuple) -> Row:
+    """Return a row of text; a prompt that its responses repeat is cut from them."""
+    end = _repeated(prompt, responses)
+    if not end:
+        return Row(prompt, responses, pairs)
+    shape = ", the prompt cut from the answers that repeat it"
+    prompt = responses[0][:end]
+    return Row(prompt, tuple(response[end:] for response in responses), pairs, shape=shape)
+
+
+def _reply_row(question: str, replies: tuple[str, ...], pairs: tuple = ONE_PAIR) -> Row:
+    """Return a chat row of a question and bare replies to it."""
+    shape = ""
+    end = _repeated(question, replies)
+    if end:
+        replies = tuple(reply[end:].lstrip() for reply in replies)
+        shape = ", the prompt cut from the answers that repeat it"
+    answers = tuple(as_messages("assistant", reply) for reply in replies)
+    return Row(as_messages("user", question), answers, pairs, shape=shape)
+
+
+def _either(prompt: Text, fields: dict, names: tuple[str, str], first_is_better: float) -> Row:
+    """Return a chat row of two replies, of which the first is better, the other (< 0), or none."""
+    first, second = (text_field(fields, name) for name in names)
+    if first_is_better == 0:
+        raise Filtered("a tie: no answer is better")
+    replies = (first, second) if first_is_better > 0 else (second, first)
+    if isinstance(prompt, str):
+        return _reply_row(prompt, replies)
+    return Row(*split_chat(prompt, replies), ONE_PAIR)
+
+
+def _ranked_row(prompt: Text, scored: Iterable[tuple[str, object]]) -> Row:
+    """Return a row of several answers, best first, with a pair of any two whose scores differ."""
+    ranked = []
+    for text, score in scored:
+        number = number_of(score)
+        if number is not None and isinstance(text, str):
+            ranked.append((number, text))
+    ranked.sort(key=lambda answer: -answer[0])
+    pairs = []
+    for (i, better), (j, worse) in itertools.combinations(enumerate(ranked), 2):
+        # Two models may say the same.
+        if better[0] > worse[0] and better[1].strip() != worse[1].strip():
+            pairs.append((i, j))
+    if not pairs:
+        raise Filtered("a tie: no answer is better")
+    texts = [text for _, text in ranked]
+    if isinstance(prompt, list):
+        texts = [as_messages("assistant", text) for text in texts]
+    return Row(prompt, tuple(texts), tuple(pairs), shape=f", {len(ranked)} scored answers")
+
+
+def _repeated(prompt: str, responses: tuple[str, ...]) -> int:
+    """Return where the responses start behind a prompt that all of them repeat, or else 0."""
+    said = prompt.rstrip()
+    # Short prompts are how many an answer begins.
+    is_long = len(prompt.split()) >= FEWEST_WORDS or prompt.endswith("\n")
+    if not said or not is_long:
+        return 0
+    if all(response.startswith(prompt) for response in responses):
+        return len(prompt)
+    if all(response.startswith(said) for response in responses):
+        return len(said)
+    # A transcript: "User: ", the prompt, "Bot:" and the answer.
+    asker = ASKER.match(responses[0])
+    if asker and responses[0].startswith(said, asker.end()):
+        asked = responses[0][: asker.end() + len(said)]
+        cue = CUE_NEXT.match(responses[0], len(asked))
+        end = cue.end() if cue else len(asked)
+        if all(response.startswith(responses[0][:end]) for response in responses):
+            return end
+    return 0
+
+
+def _shared_prompt(chosen: str, rejected: str) -> int:
+    """Return where the answers start in two texts that begin with the same prompt."""
+    shared = _shared_length(chosen, rejected)
+    cues = list(CUE.finditer(chosen, 0, shared))
+    if cues:
+        return cues[-1].end()
+    # Answers may begin with the same letters: a word is not cut.
+    end = shared
+    while end and (_in_word(chosen, end) or _in_word(rejected, end)):
+        end -= 1
+    # A space before the answer is the answer's, as tokenizers have it.
+    if end and chosen[end - 1] == " ":
+        end -= 1
+    if len(chosen[:end].split()) < FEWEST_WORDS:
+        raise Malformed(
+            "there is no field 'prompt', and 'chosen' and 'rejected' do not begin with the same "
+            "prompt",
+            f"{shown(chosen)} and {shown(rejected)}",
+        )
+    return end
+
+
+def _shared_length(this: str, that: str) -> int:
+    """Return how many characters two texts share at their start."""
+    least, most = 0, min(len(this), len(that))
+    while least < most:
+        middle = (least + most + 1) // 2
+        if this[:middle] == that[:middle]:
+            least = middle
+        else:
+            most = middle - 1
+    return least
+
+
+def _in_word(text: str, place: int) -> bool:
+    """Return whether a place in a text is between two letters or digits of a word."""
+    around = text[place - 1 : place + 1]
+    # Scripts without spaces, from here on, have no other words than their characters.
+    return len(around) == 2 and all(each.isalnum() and each < "\u2e80" for each in around)
+
+
+# How messages stand in the examples.
+ASKED = '[{"role": "user", "content": "Why?"}]'
+ANSWER = '{"role": "assistant", "content": "So."}'
+OTHER = '{"role": "assistant", "content": "No."}'
+WHOLE = f'[{{"role": "user", "content": "Why?"}}, {ANSWER}]'
+PAIR = ("chosen", "rejected")
+SHAPES = (
+    Shape(
+        "TRL pairs",
+        ("prompt", *PAIR),
+        _answered(*PAIR),
+        '{"prompt": "Name a colour.", "chosen": " Blue.", "rejected": " Seven."}, or each a list '
+        "of chat messages",
+    ),
+    Shape(
+        "UltraFeedback binarized",
+        ("prompt", *PAIR, "score_chosen", "score_rejected"),
+        _answered(*PAIR),
+        f'{{"prompt": "Why?", "chosen": {WHOLE}, "rejected": [...], "score_chosen": 8.0, '
+        '"score_rejected": 5.0}',
+    ),
+    Shape(
+        "TRL prompt and completion",
+        ("prompt", "completion"),
+        _answered("completion"),
+        '{"prompt": "Name a colour.", "completion": " Blue."}, or each a list of chat messages',
+        without=PAIR,
+    ),
+    Shape(
+        "TRL pairs with the prompt inside",
+        PAIR,
+        _prompt_inside,
+        f'{{"chosen": {WHOLE}, "rejected": [...]}}, or two texts that begin with the same prompt',
+    ),
+    Shape(
+        "prompt and chosen",
+        ("prompt", "chosen"),
+        _answered("chosen"),
+        '{"prompt": "Name a colour.", "chosen": " Blue."}',
+        without=("rejected",),
+    ),
+    Shape(
+        "chosen conversations",
+        ("chosen",),
+        _answered("chosen"),
+        f'{{"chosen": {WHOLE}}}',
+        without=("prompt", "rejected"),
+        fits=_chats("chosen"),
+    ),
+    Shape(
+        "completion conversations",
+        ("completion",),
+        _answered("completion"),
+        f'{{"completion": {WHOLE}}}',
+        without=("prompt", *PAIR),
+        fits=_chats("completion"),
+    ),
+    Shape(
+        "KTO rows",
+        ("prompt", "completion", "label"),
+        _labelled("completion"),
+        '{"prompt": "Name a colour.", "completion": " Blue.", "label": true}',
+        without=PAIR,
+    ),
+    Shape(
+        "KTO messages",
+        ("messages", "label"),
+        _labelled("messages"),
+        f'{{"messages": {WHOLE}, "label": true}}',
+        also=("prompt",),
+        without=(*PAIR, "completion"),
+    ),
+    Shape(
+        "messages",
+        ("messages",),
+        _answered("messages"),
+        f'{{"messages": {WHOLE}}}',
+        also=("prompt",),
+        without=(*PAIR, "completion"),
+    ),
+    Shape(
+        "text",
+        ("text",),
+        _whole_text,
+        '{"text": "Once upon a time."}',
+        without=(*PAIR, "completion", "messages", "conversations", "instruction"),
+    ),
+    # ShareGPT's names, which LLaMA-Factory reads too
+    Shape(
+        "ShareGPT conversations",
+        ("conversations",),
+        _conversation("conversations"),
+        '{"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]}',
+        without=PAIR,
+    ),
+    Shape(
+        "conversations",
+        ("conversation",),
+        _conversation("conversation"),
+        f'{{"conversation": {WHOLE}}}',
+        without=PAIR,
+        fits=_chats("conversation"),
+    ),
+    Shape(
+        "ShareGPT ranking",
+        ("conversations", *PAIR),
+        _continued("conversations"),
+        '{"conversations": [{"from": "human", "value": "Why?"}], "chosen": {"from": "gpt", '
+        '"value": "So."}, "rejected": {"from": "gpt", "value": "No."}}',
+        fits=_are_answers,
+    ),
+    # axolotl's chat_template.default
+    Shape(
+        "messages and two answers",
+        ("messages", *PAIR),
+        _continued("messages"),
+        f'{{"messages": {ASKED}, "chosen": {ANSWER}, "rejected": {OTHER}}}',
+        fits=_are_answers,
+    ),
+    Shape(
+        "ms-swift",
+        ("messages", "rejected_response"),
+        _swift,
+        f'{{"messages": {WHOLE}, "rejected_response": "No."}}',
+    ),
+    Shape(
+        "ms-swift conversations",
+        ("messages", "rejected_messages"),
+        _swift_messages,
+        f'{{"messages": {WHOLE}, "rejected_messages": [...]}}',
+    ),
+    Shape(
+        "OpenAI preferences",
+        ("input", "preferred_output", "non_preferred_output"),
+        _openai,
+        f'{{"input": {{"messages": {ASKED}, "tools": []}}, "preferred_output": [{ANSWER}], '
+        f'"non_preferred_output": [{OTHER}]}}',
+    ),
+    # questions and bare replies: chat by their nature
+    Shape(
+        "orca_dpo_pairs",
+        ("question", *PAIR),
+        _replies("question", *PAIR),
+        '{"system": "", "question": "Why?", "chosen": "So.", "rejected": "No."}',
+        fits=_texts("question", *PAIR),
+    ),
+    Shape(
+        "distilabel",
+        ("input", *PAIR),
+        _distilabel,
+        '{"system": "", "input": "Why?", "chosen": "So.", "rejected": "No."}',
+        without=("instruction",),
+        fits=_texts("input", *PAIR),
+    ),
+    Shape(
+        "Alpaca pairs",
+        ("instruction", *PAIR),
+        _alpaca(*PAIR),
+        '{"instruction": "Answer.", "input": "Why?", "chosen": "So.", "rejected": "No."}',
+        also=("input", "history"),
+        fits=_texts("instruction", *PAIR),
+    ),
+    Shape(
+        "Alpaca",
+        ("instruction", "output"),
+        _alpaca("output"),
+        '{"instruction": "Answer.", "input": "Why?", "output": "So."}',
+        also=("input", "history"),
+        without=PAIR,
+        fits=_texts("instruction", "output"),
+    ),
+    Shape(
+        "Argilla binarized",
+        ("instruction", "chosen_response", "rejected_response"),
+        _replies("instruction", "chosen_response", "rejected_response"),
+        '{"instruction": "Why?", "chosen_response": "So.", "rejected_response": "No."}',
+    ),
+    Shape(
+        "stack-exchange-paired",
+        ("question", "response_j", "response_k"),
+        _replies("question", "response_j", "response_k"),
+        '{"question": "Why?", "response_j": "So.", "response_k": "No."}',
+    ),
+    Shape(
+        "UltraFeedback",
+        ("instruction", "completions"),
+        _ultrafeedback,
+        '{"instruction": "Why?", "completions": [{"response": "So.", "overall_score": 8.0}, '
+        '{"response": "No.", "overall_score": 2.0}]}',
+        without=PAIR,
+    ),
+    Shape(
+        "distilabel ratings",
+        ("instruction", "generations", "ratings"),
+        _generations,
+        '{"instruction": "Why?", "generations": ["So.", "No."], "ratings": [5, 1]}',
+        without=PAIR,
+    ),
+    Shape(
+        "HelpSteer3",
+        ("context", "response1", "response2", "overall_preference"),
+        _helpsteer3,
+        f'{{"context": {ASKED}, "response1": "So.", "response2": "No.", "overall_preference": -2}}',
+    ),
+    Shape(
+        "HelpSteer2 preferences",
+        ("prompt", "response_1", "response_2", "preference_strength"),
+        _helpsteer2,
+        '{"prompt": "Why?", "response_1": "So.", "response_2": "No.", "preference_strength": -2}',
+    ),
+    Shape(
+        "Nectar",
+        ("prompt", "answers"),
+        _nectar,
+        r'{"prompt": "\n\nHuman: Why?\n\nAssistant: ", "answers": [{"answer": "So.", "rank": 1}, '
+        '{"answer": "No.", "rank": 2}]}',
+    ),
+    Shape(
+        "PKU-SafeRLHF by better_response_id",
+        ("prompt", "response_0", "response_1", "better_response_id"),
+        _pku,
+        '{"prompt": "Why?", "response_0": "So.", "response_1": "No.", "better_response_id": 0}',
+    ),
+    Shape(
+        "SHP",
+        ("history", "human_ref_A", "human_ref_B", "labels", "score_ratio"),
+        shp,
+        '{"history": "Why?", "human_ref_A": "Because.", "human_ref_B": "No idea.", "labels": 1, '
+        '"score_ratio": 3.0}',
+    ),
+    Shape(
+        "arena votes",
+        ("conversation_a", "conversation_b", "winner"),
+        _arena,
+        f'{{"conversation_a": {WHOLE}, "conversation_b": [...], "winner": "model_a"}}',
+    ),
+    Shape(
+        "arena votes as text",
+        ("prompt", "response_a", "response_b", "winner_model_a", "winner_model_b"),
+        _arena_texts,
+        r'{"prompt": "[\"Why?\"]", "response_a": "[\"So.\"]", "response_b": "[\"No.\"]", '
+        '"winner_model_a": 1, "winner_model_b": 0}',
+    ),
+    Shape(
+        "RewardBench",
+        ("prompt", *PAIR, "chosen_model", "rejected_model", "subset"),
+        _replies("prompt", *PAIR),
+        '{"prompt": "Why?", "chosen": "So.", "chosen_model": "a", "rejected": "No.", '
+        '"rejected_model": "b", "subset": "alpacaeval-easy"}',
+        fits=_texts("prompt", *PAIR),
+    ),
+    Shape(
+        "RewardBench 2",
+        ("prompt", *PAIR, "subset"),
+        _reward_bench_2,
+        '{"prompt": "Why?", "chosen": ["So."], "rejected": ["No.", "Hm."], "subset": "Focus"}',
+        fits=_lists(*PAIR),
+    ),
+)

@@ -1,0 +1,983 @@
+"""The shapes of the user's own rows: what each becomes, and which are refused with which words."""
+
+import json
+
+import pytest
+
+from dpo_jax.data.ledger import Filtered, Malformed, Unusable
+from dpo_jax.data.rows import Row
+from dpo_jax.data.shapes import SHAPES, local, parse_columns
+from tests.helpers.rows import PAIR, assistant, read, user, write_jsonl, write_parquet
+
+PAIRED = ((0, 1),)
+
+
+def system(content):
+    return {"role": "system", "content": content}
+
+
+def chat(asked, *answers, pairs=PAIRED, **more):
+    """Return the row of a question and answers to it, each one message."""
+    responses = tuple([assistant(answer)] for answer in answers)
+    return Row([user(asked)], responses, pairs, **more)
+
+
+WHY, SO, NO = "Why is that?", "So it is.", "No idea."
+WHOLE = [user(WHY), assistant(SO)]
+WHOLE_NO = [user(WHY), assistant(NO)]
+SHAREGPT = [{"from": "human", "value": WHY}, {"from": "gpt", "value": SO}]
+TOOL = {"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}}
+
+
+def text_row(*responses, pairs=PAIRED, shape, prompt="Q: why?\nA:"):
+    return Row(prompt, responses, pairs, shape=f"{shape}, text")
+
+
+# one of each shape
+
+
+@pytest.mark.parametrize(
+    "fields, row",
+    [
+        (
+            {"prompt": "Q: why?\nA:", "chosen": " So.", "rejected": " No."},
+            text_row(" So.", " No.", shape="TRL pairs"),
+        ),
+        (
+            {"prompt": [user(WHY)], "chosen": [assistant(SO)], "rejected": [assistant(NO)]},
+            chat(WHY, SO, NO, shape="TRL pairs, chat"),
+        ),
+        (
+            {
+                "prompt": WHY,
+                "prompt_id": "1",
+                "chosen": WHOLE,
+                "rejected": WHOLE_NO,
+                "messages": WHOLE,
+                "score_chosen": 8.0,
+                "score_rejected": 5.0,
+            },
+            chat(WHY, SO, NO, shape="UltraFeedback binarized, chat"),
+        ),
+        (
+            {"prompt": "Q: why?\nA:", "completion": " So."},
+            text_row(" So.", pairs=(), shape="TRL prompt and completion"),
+        ),
+        (
+            {"prompt": [user(WHY)], "completion": [assistant(SO)]},
+            chat(WHY, SO, pairs=(), shape="TRL prompt and completion, chat"),
+        ),
+        (
+            {"chosen": "User: why?\nBot: So.", "rejected": "User: why?\nBot: No."},
+            text_row(
+                " So.",
+                " No.",
+                shape="TRL pairs with the prompt inside",
+                prompt="User: why?\nBot:",
+            ),
+        ),
+        (
+            {"chosen": WHOLE, "rejected": WHOLE_NO},
+            chat(WHY, SO, NO, shape="TRL pairs with the prompt inside, chat"),
+        ),
+        (
+            {"prompt": "Q: why?\nA:", "chosen": " So."},
+            text_row(" So.", pairs=(), shape="prompt and chosen"),
+        ),
+        ({"chosen": WHOLE}, Row([], (WHOLE,), shape="chosen conversations, chat")),
+        ({"completion": WHOLE}, Row([], (WHOLE,), shape="completion conversations, chat")),
+        (
+            {"prompt": "Q: why?\nA:", "completion": " So.", "label": True},
+            Row("Q: why?\nA:", (" So.",), label=True, shape="KTO rows, text"),
+        ),
+        (
+            {"messages": WHOLE, "label": False},
+            Row([], (WHOLE,), label=False, shape="KTO messages, chat"),
+        ),
+        ({"messages": WHOLE}, Row([], (WHOLE,), shape="messages, chat")),
+        ({"text": "Once."}, Row("", ("Once.",), shape="text, text")),
+        ({"conversations": SHAREGPT}, Row([], (WHOLE,), shape="ShareGPT conversations, chat")),
+        ({"conversation": WHOLE}, Row([], (WHOLE,), shape="conversations, chat")),
+        (
+            {
+                "conversations": SHAREGPT[:1],
+                "chosen": SHAREGPT[1],
+                "rejected": {"from": "gpt", "value": NO},
+            },
+            chat(WHY, SO, NO, shape="ShareGPT ranking, chat"),
+        ),
+        (
+            {"messages": [user(WHY)], "chosen": assistant(SO), "rejected": assistant(NO)},
+            chat(WHY, SO, NO, shape="messages and two answers, chat"),
+        ),
+        (
+            {"messages": WHOLE, "rejected_response": NO},
+            chat(WHY, SO, NO, shape="ms-swift, chat"),
+        ),
+        (
+            {"messages": WHOLE, "rejected_messages": WHOLE_NO},
+            chat(WHY, SO, NO, shape="ms-swift conversations, chat"),
+        ),
+        (
+            {
+                "input": {"messages": [user(WHY)], "tools": [TOOL], "parallel_tool_calls": True},
+                "preferred_output": [assistant(SO)],
+                "non_preferred_output": [assistant(NO)],
+            },
+            chat(WHY, SO, NO, tools=[TOOL], shape="OpenAI preferences, chat"),
+        ),
+        (
+            {"system": "", "question": WHY, "chosen": SO, "rejected": NO},
+            chat(WHY, SO, NO, shape="orca_dpo_pairs, chat"),
+        ),
+        (
+            {
+                "system": "",
+                "input": WHY,
+                "chosen": SO,
+                "rejected": NO,
+                "generations": [SO, NO],
+                "order": ["a", "b"],
+                "rating": [9.0, 2.0],
+                "status": "unchanged",
+            },
+            chat(WHY, SO, NO, shape="distilabel, chat"),
+        ),
+        (
+            {"instruction": "Answer.", "input": WHY, "chosen": SO, "rejected": NO},
+            chat(f"Answer.\n{WHY}", SO, NO, shape="Alpaca pairs, chat"),
+        ),
+        (
+            {
+                "instruction": WHY,
+                "input": "",
+                "output": SO,
+                "history": [["Hi", "Hello."]],
+                "text": f"### Instruction: {WHY}\n### Response: {SO}",
+            },
+            Row(
+                [user("Hi"), assistant("Hello."), user(WHY)],
+                ([assistant(SO)],),
+                shape="Alpaca, chat",
+            ),
+        ),
+        (
+            {"source": "x", "instruction": WHY, "chosen_response": SO, "rejected_response": NO},
+            chat(WHY, SO, NO, shape="Argilla binarized, chat"),
+        ),
+        (
+            {"qid": 1, "question": WHY, "response_j": SO, "response_k": NO},
+            chat(WHY, SO, NO, shape="stack-exchange-paired, chat"),
+        ),
+        (
+            {
+                "instruction": WHY,
+                "completions": [
+                    {"response": "b", "overall_score": 6.0, "fine-grained_score": 1.0},
+                    {"response": "a", "overall_score": 8.0, "fine-grained_score": 1.0},
+                    {"response": "c", "overall_score": 6.0, "fine-grained_score": 1.0},
+                    {"response": "d", "overall_score": 1.0, "fine-grained_score": 1.0},
+                ],
+            },
+            chat(
+                WHY,
+                *"abcd",
+                pairs=((0, 1), (0, 2), (0, 3), (1, 3), (2, 3)),
+                shape="UltraFeedback, 4 scored answers by overall_score, chat",
+            ),
+        ),
+        (
+            {
+                "instruction": WHY,
+                "generations": [NO, SO, "lost"],
+                "ratings": ["2", "5", "N/A"],
+            },
+            chat(WHY, SO, NO, shape="distilabel ratings, 2 scored answers, chat"),
+        ),
+        (
+            {
+                "domain": "general",
+                "context": [user(WHY)],
+                "response1": NO,
+                "response2": SO,
+                "overall_preference": 2,
+            },
+            chat(WHY, SO, NO, shape="HelpSteer3, chat"),
+        ),
+        (
+            {"prompt": WHY, "response_1": SO, "response_2": NO, "preference_strength": -1},
+            chat(WHY, SO, NO, shape="HelpSteer2 preferences, chat"),
+        ),
+        (
+            {
+                "prompt": "\n\nHuman: Why?\n\nAssistant: ",
+                "answers": [
+                    {"answer": "b", "rank": 2.0, "model": "m"},
+                    {"answer": "a", "rank": 1.0, "model": "m"},
+                    {"answer": "c", "rank": 3.0, "model": "m"},
+                ],
+            },
+            Row(
+                "\n\nHuman: Why?\n\nAssistant:",
+                (" a", " b", " c"),
+                ((0, 1), (0, 2), (1, 2)),
+                shape="Nectar, 3 scored answers, text",
+            ),
+        ),
+        (
+            {
+                "prompt": WHY,
+                "response_0": NO,
+                "response_1": SO,
+                "better_response_id": 1,
+                "safer_response_id": 0,
+            },
+            chat(WHY, SO, NO, shape="PKU-SafeRLHF by better_response_id, chat"),
+        ),
+        (
+            {
+                "history": "Why?",
+                "human_ref_A": NO,
+                "human_ref_B": SO,
+                "labels": 0,
+                "score_ratio": 3.0,
+            },
+            text_row(f" {SO}", f" {NO}", shape="SHP", prompt="\n\nHuman: Why?\n\nAssistant:"),
+        ),
+        (
+            {
+                "model_a": "a",
+                "conversation_a": WHOLE_NO,
+                "conversation_b": WHOLE,
+                "winner": "model_b",
+            },
+            chat(WHY, SO, NO, shape="arena votes, chat"),
+        ),
+        (
+            {
+                "prompt": json.dumps(["Hi", WHY]),
+                "response_a": json.dumps(["Hello.", SO]),
+                "response_b": json.dumps(["Yes?", NO]),
+                "winner_model_a": 1,
+                "winner_model_b": 0,
+                "winner_tie": 0,
+            },
+            Row(
+                [user("Hi")],
+                (
+                    [assistant("Hello."), user(WHY), assistant(SO)],
+                    [assistant("Yes?"), user(WHY), assistant(NO)],
+                ),
+                PAIRED,
+                shape="arena votes as text, chat",
+            ),
+        ),
+        (
+            {
+                "prompt": WHY,
+                "chosen": SO,
+                "chosen_model": "a",
+                "rejected": NO,
+                "rejected_model": "b",
+                "subset": "alpacaeval-easy",
+                "id": 0,
+            },
+            chat(WHY, SO, NO, shape="RewardBench, chat"),
+        ),
+        (
+            {"prompt": WHY, "chosen": ["a", "b"], "rejected": ["c", "d"], "subset": "Focus"},
+            chat(
+                WHY,
+                *"abcd",
+                pairs=((0, 2), (0, 3), (1, 2), (1, 3)),
+                shape="RewardBench 2, chat",
+            ),
+        ),
+    ],
+)
+def test_recognised_shape(fields, row):
+    assert local(fields) == row
+
+
+def test_examples_of_all_shapes_are_right_rows():
+    for shape in SHAPES:
+        text = shape.example.split("}, or ")[0] if "}, or " in shape.example else shape.example
+        text = text if text.endswith("}") else text + "}"
+        other = json.dumps(WHOLE_NO)
+        fields = json.loads(text.replace("[...]", other).replace("Why?", WHY))
+        row = local(fields)
+        assert row.shape.startswith(shape.name), shape.name
+
+
+# prompts and answers, as text and as messages
+
+
+ASKED = [system("s"), user("q")]
+
+
+@pytest.mark.parametrize(
+    "fields, prompt, responses",
+    [
+        # the answers alone, as messages or as text, behind a prompt of either form
+        (
+            {"prompt": ASKED, "chosen": [assistant("a")], "rejected": [assistant("b")]},
+            ASKED,
+            ([assistant("a")], [assistant("b")]),
+        ),
+        (
+            {"prompt": ASKED, "chosen": "a", "rejected": "b"},
+            ASKED,
+            ([assistant("a")], [assistant("b")]),
+        ),
+        (
+            {"prompt": "q", "chosen": [assistant("a")], "rejected": [assistant("b")]},
+            [user("q")],
+            ([assistant("a")], [assistant("b")]),
+        ),
+        (
+            {"prompt": user("q"), "chosen": assistant("a"), "rejected": assistant("b")},
+            [user("q")],
+            ([assistant("a")], [assistant("b")]),
+        ),
+        # whole conversations, with the prompt, with its text, or without it
+        (
+            {
+                "prompt": ASKED,
+                "chosen": [*ASKED, assistant("a")],
+                "rejected": [*ASKED, assistant("b")],
+            },
+            ASKED,
+            ([assistant("a")], [assistant("b")]),
+        ),
+        # one whole, one alone
+        (
+            {"prompt": ASKED, "chosen": [*ASKED, assistant("a")], "rejected": [assistant("b")]},
+            ASKED,
+            ([assistant("a")], [assistant("b")]),
+        ),
+        (
+            {
+                "prompt": "q",
+                "chosen": [user("q"), assistant("a")],
+                "rejected": [user("q"), assistant("b")],
+            },
+            [user("q")],
+            ([assistant("a")], [assistant("b")]),
+        ),
+        (
+            {"chosen": [*ASKED, assistant("a")], "rejected": [*ASKED, assistant("b")]},
+            ASKED,
+            ([assistant("a")], [assistant("b")]),
+        ),
+        # the system turn on one side only
+        (
+            {
+                "prompt": [user("q")],
+                "chosen": [*ASKED, assistant("a")],
+                "rejected": [*ASKED, assistant("b")],
+            },
+            ASKED,
+            ([assistant("a")], [assistant("b")]),
+        ),
+        (
+            {
+                "prompt": ASKED,
+                "chosen": [user("q"), assistant("a")],
+                "rejected": [user("q"), assistant("b")],
+            },
+            ASKED,
+            ([assistant("a")], [assistant("b")]),
+        ),
+        # a prompt of text that is the turn but for white space, or has more around it, or is a
+        # part of the turn, or all turns
+        (
+            {
+                "prompt": " q\n ",
+                "chosen": [user("q"), assistant("a")],
+                "rejected": [user("q"), assistant("b")],
+            },
+            [user("q")],
+            ([assistant("a")], [assistant("b")]),
+        ),
+        (
+            {
+                "prompt": "system: s. the question",
+                "chosen": [user("the  question"), assistant("a")],
+                "rejected": [user("the  question"), assistant("b")],
+            },
+            [user("the  question")],
+            ([assistant("a")], [assistant("b")]),
+        ),
+        (
+            {
+                "prompt": "the question",
+                "chosen": [user("Here is the question."), assistant("a")],
+                "rejected": [user("Here is the question."), assistant("b")],
+            },
+            [user("Here is the question.")],
+            ([assistant("a")], [assistant("b")]),
+        ),
+        # a conversation that the assistant opens, whole and as its answer alone
+        (
+            {
+                "prompt": [assistant("hi"), user("q")],
+                "chosen": [assistant("hi"), user("q"), assistant("a")],
+                "rejected": [assistant("hi"), user("q"), assistant("b")],
+            },
+            [assistant("hi"), user("q")],
+            ([assistant("a")], [assistant("b")]),
+        ),
+        (
+            {
+                "prompt": "q",
+                "chosen": [assistant("hi"), user("q"), assistant("a")],
+                "rejected": [assistant("hi"), user("q"), assistant("b")],
+            },
+            [assistant("hi"), user("q")],
+            ([assistant("a")], [assistant("b")]),
+        ),
+        (
+            {"prompt": [assistant("hi"), user("q")], "completion": [assistant("a")]},
+            [assistant("hi"), user("q")],
+            ([assistant("a")],),
+        ),
+        # messages that have the better answer already
+        (
+            {
+                "messages": [user("q"), assistant("a")],
+                "chosen": assistant("a"),
+                "rejected": assistant("b"),
+            },
+            [user("q")],
+            ([assistant("a")], [assistant("b")]),
+        ),
+        # several turns: the last shared one is where the response starts
+        (
+            {
+                "chosen": [user("q"), assistant("a"), user("r"), assistant("x")],
+                "rejected": [user("q"), assistant("a"), user("r"), assistant("y")],
+            },
+            [user("q"), assistant("a"), user("r")],
+            ([assistant("x")], [assistant("y")]),
+        ),
+        # they part at the first answer: answers of several turns
+        (
+            {
+                "chosen": [user("q"), assistant("a"), user("r"), assistant("x")],
+                "rejected": [user("q"), assistant("b"), user("r"), assistant("y")],
+            },
+            [user("q")],
+            (
+                [assistant("a"), user("r"), assistant("x")],
+                [assistant("b"), user("r"), assistant("y")],
+            ),
+        ),
+        # they part at a user's turn: back to the assistant's turn before it
+        (
+            {
+                "chosen": [user("q"), assistant("a"), user("r"), assistant("x")],
+                "rejected": [user("q"), assistant("a"), user("s"), assistant("y")],
+            },
+            [user("q")],
+            (
+                [assistant("a"), user("r"), assistant("x")],
+                [assistant("a"), user("s"), assistant("y")],
+            ),
+        ),
+        # one side is the beginning of the other
+        (
+            {
+                "chosen": [user("q"), assistant("a")],
+                "rejected": [user("q"), assistant("a"), user("r"), assistant("y")],
+            },
+            [user("q")],
+            ([assistant("a")], [assistant("a"), user("r"), assistant("y")]),
+        ),
+        # tools' turns inside the answers, behind a prompt of text
+        (
+            {
+                "prompt": "q",
+                "chosen": [assistant("wait"), {"role": "tool", "content": "9"}, assistant("a")],
+                "rejected": [assistant("b")],
+            },
+            [user("q")],
+            (
+                [assistant("wait"), {"role": "tool", "content": "9"}, assistant("a")],
+                [assistant("b")],
+            ),
+        ),
+        # whole conversations for SFT are split by data.turns, unless a prompt says where
+        (
+            {"messages": [user("q"), assistant("a"), user("r"), assistant("x")]},
+            [],
+            ([user("q"), assistant("a"), user("r"), assistant("x")],),
+        ),
+        ({"prompt": [user("q")], "completion": [assistant("a")]}, [user("q")], ([assistant("a")],)),
+        (
+            {"prompt": "q", "messages": [user("q"), assistant("a")]},
+            [user("q")],
+            ([assistant("a")],),
+        ),
+        # text
+        (PAIR, "Name a colour.", (" Blue.", " Seven.")),
+        (PAIR | {"prompt": ""}, "", (" Blue.", " Seven.")),
+        ({"text": "t", "completion": None}, "", ("t",)),
+    ],
+)
+def test_prompts_and_answers(fields, prompt, responses):
+    row = local(fields)
+    assert (row.prompt, row.responses) == (prompt, responses)
+
+
+# messages
+
+
+@pytest.mark.parametrize(
+    "message, expected",
+    [
+        # other names of roles, in any case
+        ({"role": "Human", "content": "x"}, user("x")),
+        ({"role": "Assistant", "content": "x"}, assistant("x")),
+        ({"from": "gpt", "value": "x"}, assistant("x")),
+        ({"from": "system", "value": "x"}, system("x")),
+        ({"from": "observation", "value": "x"}, {"role": "tool", "content": "x"}),
+        ({"role": "bot", "content": "x"}, assistant("x")),
+        ({"role": "developer", "content": "x"}, {"role": "developer", "content": "x"}),
+        (
+            {"role": "function", "name": "now", "content": "x"},
+            {"role": "tool", "name": "now", "content": "x"},
+        ),
+        # other keys stay, but for nulls, at any depth, and empty lists of calls
+        (
+            {"role": "assistant", "content": "x", "reasoning_content": "r", "name": None},
+            assistant("x") | {"reasoning_content": "r"},
+        ),
+        ({"role": "assistant", "content": "x", "tool_calls": []}, assistant("x")),
+        (
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [{"function": {"name": "now", "arguments": {"a": 1, "b": None}}}],
+            },
+            {
+                "role": "assistant",
+                "tool_calls": [{"function": {"name": "now", "arguments": {"a": 1}}}],
+            },
+        ),
+        (
+            {"role": "assistant", "content": "", "tool_calls": '[{"function": {"name": "now"}}]'},
+            assistant("") | {"tool_calls": [{"function": {"name": "now"}}]},
+        ),
+        (
+            {"role": "tool", "content": "9", "tool_call_id": "1"},
+            {"role": "tool", "content": "9", "tool_call_id": "1"},
+        ),
+        # a call as a turn of its own
+        (
+            {"from": "function_call", "value": '{"name": "now", "arguments": {"a": 1}}'},
+            assistant("")
+            | {
+                "tool_calls": [
+                    {"type": "function", "function": {"name": "now", "arguments": {"a": 1}}}
+                ]
+            },
+        ),
+        # content in parts
+        (
+            {
+                "role": "user",
+                "content": [
+                    {"type": "text", "text": "a", "image": None},
+                    {"type": "text", "text": "b"},
+                ],
+            },
+            user("ab"),
+        ),
+    ],
+)
+def test_message(message, expected):
+    row = local({"prompt": [user("q"), message], "completion": [assistant("a")]})
+    assert row.prompt == [user("q"), expected]
+
+
+@pytest.mark.parametrize(
+    "message, said",
+    [
+        ("hello", "field 'prompt' holds something else than messages"),
+        ({"role": "narrator", "content": "x"}, "a message whose role is none of system, developer"),
+        ({"role": "narrator", "content": "x"}, "found 'narrator' (str)"),
+        ({"role": "user", "content": None}, "field 'prompt' has a message without content"),
+        ({"role": "user", "content": 3}, "has a message whose content is not text; found 3 (int)"),
+        (
+            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "u"}}]},
+            "a part of type 'image_url'; only text can be used",
+        ),
+        (
+            {"from": "function_call", "value": "now()"},
+            "a function_call turn of field 'prompt' is not JSON; found 'now()' (str)",
+        ),
+    ],
+)
+def test_message_refused(message, said):
+    with pytest.raises(Malformed) as error:
+        local({"prompt": [message], "completion": [assistant("a")]})
+    assert said in str(error.value)
+
+
+def test_messages_from_tables(tmp_path):
+    # datasets' Sequence of structs, and structs that lack keys
+    whole = {"role": ["user", "assistant"], "content": [WHY, SO]}
+    other = {"role": ["user", "assistant"], "content": [WHY, NO]}
+    assert local({"chosen": whole, "rejected": other}).responses == (
+        [assistant(SO)],
+        [assistant(NO)],
+    )
+    rows = [
+        {"messages": [user("q"), assistant("a") | {"name": "x"}]},
+        {"messages": [user("r"), assistant("b")]},
+    ]
+    splits, _ = read(write_parquet(tmp_path / "rows.parquet", rows), "sft")
+    assert [example.responses for example in splits["train"]] == [
+        ([assistant("a") | {"name": "x"}],),
+        ([assistant("b")],),
+    ]
+
+
+# columns of system text and tools
+
+
+def test_system_column():
+    fields = {"system": "Be brief.", "prompt": WHY, "chosen": SO, "rejected": NO}
+    row = local(fields)
+    assert row.prompt == [system("Be brief."), user(WHY)]
+    assert row.responses == ([assistant(SO)], [assistant(NO)])
+    assert row.shape == "TRL pairs, with column system, chat"
+    # chat whatever the row's system text is, so that all rows of a set are alike
+    assert local(fields | {"system": ""}).prompt == [user(WHY)]
+    assert local(fields | {"system": None}).prompt == WHY
+    assert local(fields, ignore=("system",)).prompt == WHY
+    assert local({"system_prompt": "s", "question": WHY, "chosen": SO, "rejected": NO}).prompt == [
+        system("s"),
+        user(WHY),
+    ]
+    # a conversation whole
+    assert local({"system": "s", "messages": WHOLE}).responses == ([system("s"), *WHOLE],)
+    # it may repeat the turn that is there, and not contradict it
+    turned = {"system": "s", "prompt": [system("s"), user("q")], "completion": [assistant("a")]}
+    assert local(turned).prompt == [system("s"), user("q")]
+    with pytest.raises(Malformed, match="'system' differs from the system turn"):
+        local(turned | {"system": "t"})
+    with pytest.raises(Malformed, match=r"no place for field 'system'.*data.ignore=system"):
+        local({"system": "s", "text": "t"})
+
+
+@pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL]), [json.dumps(TOOL)], TOOL])
+def test_tools_column(tools):
+    row = local({"tools": tools, "prompt": [user("q")], "completion": [assistant("a")]})
+    assert row.tools == [TOOL]
+    row = local({"tools": tools, "prompt": WHY, "chosen": SO, "rejected": NO})
+    assert (row.tools, row.prompt) == ([TOOL], [user(WHY)])
+
+
+def test_tools_column_without_tools():
+    for nothing in ([], "", "[]", None):
+        assert local(PAIR | {"tools": nothing}).tools is None
+        assert local(PAIR | {"tools": nothing}).prompt == PAIR["prompt"]
+    # tables put nulls where a definition lacks a key
+    row = local({"tools": [TOOL | {"strict": None}], "messages": WHOLE})
+    assert row.tools == [TOOL]
+    with pytest.raises(Malformed, match="field 'tools' is not JSON"):
+        local({"tools": "now()", "messages": WHOLE})
+    with pytest.raises(Malformed, match="not a list of definitions"):
+        local({"tools": [3], "messages": WHOLE})
+
+
+# text that holds its prompt
+
+
+@pytest.mark.parametrize(
+    "prompt, chosen, rejected, expected",
+    [
+        # the prompt as it is, without its line end, and in a transcript
+        (
+            "Why is that?\n",
+            "Why is that?\nSo.",
+            "Why is that?\nNo.",
+            ("Why is that?\n", "So.", "No."),
+        ),
+        (
+            "Why is that?",
+            "Why is that? So.",
+            "Why is that?\nNo.",
+            ("Why is that?", " So.", "\nNo."),
+        ),
+        (
+            "Why is that?\n",
+            "Why is that? So.",
+            "Why is that? No.",
+            ("Why is that?", " So.", " No."),
+        ),
+        (
+            "Why is that?",
+            "User: Why is that?\nBot: So.",
+            "User: Why is that?\nBot: No.",
+            ("User: Why is that?\nBot:", " So.", " No."),
+        ),
+        # one answer that repeats the question, and answers that begin as a short prompt does
+        ("Why is that?", "Why is that? So.", "No.", ("Why is that?", "Why is that? So.", "No.")),
+        ("Hi", "Hi there.", "Hi!", ("Hi", "Hi there.", "Hi!")),
+        ("", "So.", "No.", ("", "So.", "No.")),
+    ],
+)
+def test_answers_that_repeat_the_prompt(prompt, chosen, rejected, expected):
+    row = local({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    assert (row.prompt, *row.responses) == expected
+    is_cut = expected != (prompt, chosen, rejected)
+    assert ("cut from the answers" in row.shape) == is_cut
+
+
+def test_replies_that_repeat_the_question():
+    row = local({"question": WHY, "chosen": f"{WHY}\n{SO}", "rejected": f"{WHY}\n{NO}"})
+    assert row.responses == ([assistant(SO)], [assistant(NO)])
+
+
+@pytest.mark.parametrize(
+    "chosen, rejected, prompt",
+    [
+        # after the last cue that they share, also where the answers begin alike
+        ("User: why?\nBot: So so.", "User: why?\nBot: So it is.", "User: why?\nBot:"),
+        (
+            "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant: x",
+            "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant: y",
+            "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant:",
+        ),
+        (
+            "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant: x",
+            "\n\nHuman: q\n\nAssistant: b",
+            "\n\nHuman: q\n\nAssistant:",
+        ),
+        (
+            "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\nSo.",
+            "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\nSome.",
+            "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n",
+        ),
+        ("[INST] why? [/INST] So.", "[INST] why? [/INST] No.", "[INST] why? [/INST]"),
+        ("### Question\nWhy?\n### Response: So.", "### Question\nWhy?\n### Response: No.", None),
+        # without a cue, where they part, but not inside a word; the space is the answer's
+        ("The sea is blue", "The sea is green", "The sea is"),
+        ("The sea is blue", "The sea is black", "The sea is"),
+        ("Tell me a tale.\nOnce", "Tell me a tale.\nNever", "Tell me a tale.\n"),
+        ("ten and two are 12", "ten and two are 13", "ten and two are"),
+        ("为什么? 讲 天空 是蓝色", "为什么? 讲 天空 是绿色", "为什么? 讲 天空 是"),
+    ],
+)
+def test_prompt_inside_text(chosen, rejected, prompt):
+    row = local({"chosen": chosen, "rejected": rejected})
+    assert (row.prompt + row.responses[0], row.prompt + row.responses[1]) == (chosen, rejected)
+    assert row.prompt == (prompt or "### Question\nWhy?\n### Response:")
+
+
+# columns and what is in them
+
+
+def test_columns():
+    fields = {"q": WHY, "good": SO, "bad": NO, "deep": {"messages": [user(WHY)]}, "id": 3}
+    text = parse_columns("prompt=q, chosen=good,rejected=bad")
+    assert text == {"prompt": "q", "chosen": "good", "rejected": "bad"}
+    assert local(fields, text) == Row(WHY, (SO, NO), PAIRED, shape="TRL pairs, text")
+    # bare replies to a question are chat
+    replies = parse_columns("question=q,chosen=good,rejected=bad")
+    assert local(fields, replies).prompt == [user(WHY)]
+    deep = parse_columns("prompt=deep.messages,chosen=good,rejected=bad")
+    assert local(fields, deep).responses == ([assistant(SO)], [assistant(NO)])
+    # a field that keeps its name, and one that another takes the place of
+    part = parse_columns("prompt=question,chosen=chosen_response")
+    given = {"question": WHY, "chosen_response": SO, "rejected": NO, "prompt": "other"}
+    assert local(given, part) == Row(WHY, (SO, NO), PAIRED, shape="TRL pairs, text")
+    safer = {"response_0": SO, "response_1": NO, "better_response_id": 1, "safer_response_id": 0}
+    row = local({"prompt": WHY} | safer, parse_columns("better_response_id=safer_response_id"))
+    assert row.responses == ([assistant(SO)], [assistant(NO)])
+
+
+def test_columns_refused():
+    with pytest.raises(ValueError, match=r"'promt' is no name of a field.*prompt, question"):
+        parse_columns("promt=question")
+    with pytest.raises(ValueError, match="'prompt' is not NAME=COLUMN"):
+        parse_columns("prompt")
+    with pytest.raises(ValueError, match="names 'prompt' twice"):
+        parse_columns("prompt=a,prompt=b")
+    with pytest.raises(Malformed, match="column 'q', which is not there; found question, chosen"):
+        local({"question": WHY, "chosen": SO}, {"prompt": "q"})
+
+
+def test_columns_are_for_local_rows(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"q": WHY, "chosen": SO, "rejected": NO}])
+    splits, ledger = read(path, columns="question=q")
+    assert splits["train"][0].prompt == [user(WHY)]
+    assert ledger.train.shapes == {"orca_dpo_pairs, chat": 1}
+    assert "recognised as: orca_dpo_pairs, chat" in ledger.table()
+    with pytest.raises(ValueError, match="data.columns='prompt=q' is for data.source=local"):
+        read(path, source="hh", columns="prompt=q")
+
+
+def test_ambiguous_row():
+    fields = {"prompt": "Q: why?", "question": "Why?", "chosen": SO, "rejected": NO}
+    with pytest.raises(Malformed) as error:
+        local(fields)
+    assert str(error.value) == (
+        "the row could be TRL pairs and orca_dpo_pairs; choose with "
+        "--config.data.columns=prompt=prompt for TRL pairs, or "
+        "--config.data.columns=question=question for orca_dpo_pairs"
+    )
+    assert local(fields, parse_columns("prompt=prompt")).prompt == "Q: why?"
+    assert local(fields, parse_columns("question=question")).prompt == [user("Why?")]
+    assert local(fields, ignore=("question",)).prompt == "Q: why?"
+
+
+@pytest.mark.parametrize(
+    "fields, name",
+    [
+        (PAIR | {"images": ["sea.png"]}, "images"),
+        (PAIR | {"context": "The sea is far."}, "context"),
+        (PAIR | {"history": [["a", "b"]]}, "history"),
+        ({"text": "Once.", "prompt": "Tell a tale."}, "prompt"),
+        ({"chosen": WHOLE, "rejected": WHOLE_NO, "question": "Who?"}, "question"),
+        (
+            {"prompt": WHY, "chosen": WHOLE, "rejected": WHOLE_NO, "messages": [user("x")]},
+            "messages",
+        ),
+    ],
+)
+def test_content_that_no_one_reads(fields, name):
+    with pytest.raises(Malformed, match=f"field '{name}' has content.*data.ignore={name}"):
+        local(fields)
+    assert local(fields, ignore=(name,))
+    # empty, or said already
+    assert local(fields | {name: ""})
+
+
+def test_content_said_already():
+    assert local({"text": "Tell a tale. Once.", "prompt": "Tell a tale."}).responses
+    assert local({"messages": WHOLE, "text": f"[INST] {WHY} [/INST] {SO}"}).responses == (WHOLE,)
+    assert local({"chosen": WHOLE, "rejected": WHOLE_NO, "question": WHY}).prompt == [user(WHY)]
+
+
+# rows that cannot be used
+
+
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        (
+            {"prompt": "p"},
+            "no known shape of row; nearest: TRL prompt and completion, without 'completion'; "
+            "prompt and chosen, without 'chosen'; Nectar, without 'answers'; found prompt",
+        ),
+        ({"a": 1}, "no known shape of row; found a"),
+        (
+            {"prompt": "p", "chosen": None, "rejected": "r"},
+            "no known shape of row; nearest: TRL pairs, without 'chosen'; found prompt, rejected",
+        ),
+        (
+            {"chosen": "c", "rejected": "r"},
+            "there is no field 'prompt', and 'chosen' and 'rejected' do not begin with the same "
+            "prompt; found 'c' (str) and 'r' (str)",
+        ),
+        ({"prompt": "p", "chosen": "c", "rejected": 3}, "'rejected' is not text; found 3 (int)"),
+        ({"prompt": 3, "chosen": "c", "rejected": "r"}, "'prompt' is not text; found 3 (int)"),
+        (
+            {"prompt": "p", "completion": {"a": 1}},
+            "'completion' is not text; found {'a': 1} (dict)",
+        ),
+        (
+            {"prompt": "z", "chosen": WHOLE, "rejected": WHOLE_NO},
+            "field 'prompt' says something else than the conversation; found 'z' (str); the user "
+            "says 'Why is that?' (str)",
+        ),
+        (
+            {"prompt": [user("z")], "chosen": WHOLE, "rejected": WHOLE_NO},
+            "the conversation does not continue 'prompt'",
+        ),
+        (
+            {"prompt": [user("q")], "completion": [assistant("a"), user("r")]},
+            "a response does not begin and end with an assistant's turn; found roles "
+            "['assistant', 'user']",
+        ),
+        (
+            {"prompt": "p", "completion": "c", "label": "sports"},
+            "field 'label' is neither true nor false",
+        ),
+        (
+            {"conversation_a": WHOLE, "conversation_b": WHOLE_NO, "winner": "me"},
+            "field 'winner' is none of model_a, model_b, tie, both_bad; found 'me' (str)",
+        ),
+        (
+            {"prompt": WHY, "response_0": SO, "response_1": NO, "better_response_id": -1},
+            "field 'better_response_id' is neither 0 nor 1; found -1 (int)",
+        ),
+        (
+            {"messages": [user("q")], "rejected_response": "r"},
+            "does not end in an assistant's turn",
+        ),
+    ],
+)
+def test_malformed_row(fields, said):
+    with pytest.raises(Malformed) as error:
+        local(fields)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "fields, reason",
+    [
+        (
+            {"chosen": [user("q"), assistant("a")], "rejected": [user("z"), assistant("a")]},
+            "no shared assistant turn",
+        ),
+        ({"prompt": [user("q")], "completion": []}, "empty response"),
+    ],
+)
+def test_unusable_row(fields, reason):
+    with pytest.raises(Unusable, match=reason):
+        local(fields)
+
+
+TIES = [
+    {"context": [user(WHY)], "response1": SO, "response2": NO, "overall_preference": 0},
+    {"conversation_a": WHOLE, "conversation_b": WHOLE_NO, "winner": "tie (bothbad)"},
+    {"conversation_a": WHOLE, "conversation_b": WHOLE_NO, "winner": "both_bad"},
+    {
+        "instruction": WHY,
+        "completions": [
+            {"response": "a", "overall_score": 1},
+            {"response": "b", "overall_score": 1},
+        ],
+    },
+    {"input": WHY, "chosen": SO, "rejected": NO, "status": "tie"},
+]
+
+
+@pytest.mark.parametrize("fields", TIES)
+def test_ties_are_filtered(fields):
+    with pytest.raises(Filtered, match="a tie: no answer is better"):
+        local(fields)
+
+
+def test_read_says_what_is_right(tmp_path):
+    row = {"prompt": WHY, "response_0": SO, "response_1": NO, "better_response_id": 2}
+    with pytest.raises(ValueError) as error:
+        read(write_jsonl(tmp_path / "rows.jsonl", [row]))
+    assert (
+        'a right row for PKU-SafeRLHF by better_response_id: {"prompt": "Why?", "response_0"'
+    ) in str(error.value)
+
+
+@pytest.mark.parametrize("label", [False, 0, "False", "0"])
+def test_labelled_rows_for_sft(tmp_path, label):
+    rows = [
+        {"prompt": "p", "completion": "bad", "label": label},
+        {"prompt": "p", "completion": "good", "label": not json.loads(str(label).lower())},
+    ]
+    splits, ledger = read(write_jsonl(tmp_path / "rows.jsonl", rows), "sft")
+    assert [example.responses for example in splits["train"]] == [("good",)]
+    assert sum(ledger.train.filtered.values()) == 1
