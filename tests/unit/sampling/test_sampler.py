@@ -33,7 +33,8 @@ def draw(tiny, prompts=PROMPTS, sampling=TEN, mesh=None, **options):
     serves them.
     """
     config, params = tiny
-    model = Model(config, params, None, mesh or one_device(), options.pop("eos_id", 1))
+    ends = options.pop("eos_id", 1), options.pop("other_eos_ids", ())
+    model = Model(config, params, None, mesh or one_device(), *ends)
     first = options.pop("first", 0)
     sampling = dataclasses.replace(sampling, **dict(n=3) | options)
     return sample(model, prompts, sampling, first=first)
@@ -258,6 +259,28 @@ def test_sample_ends_by_eos_or_length(tiny):
             assert one.tokens.dtype == np.int32 and one.log_probs.dtype == np.float32
             ended += one.ended
     assert 0 < ended < 15
+
+
+def test_sample_ends_by_any_of_several_tokens(tiny):
+    endless = draw(tiny, eos_id=None)
+    drawn = [token for row in endless for one in row for token in one.tokens.tolist()]
+    # The three that come most often: each ends some completion first.
+    stops = sorted(set(drawn), key=drawn.count)[-3:]
+    ended_by = set()
+    found = draw(tiny, eos_id=stops[0], other_eos_ids=tuple(stops[1:]))
+    for row, endless_row in zip(found, endless, strict=True):
+        for one, whole in zip(row, endless_row, strict=True):
+            at = np.flatnonzero(np.isin(whole.tokens, stops))
+            count = at[0] + 1 if len(at) else 10
+            assert one.ended == bool(len(at))
+            assert one.tokens.tolist() == whole.tokens[:count].tolist()
+            if one.ended:
+                ended_by.add(int(one.tokens[-1]))
+    assert ended_by == set(stops)
+
+
+def test_sample_without_eos_ends_by_length_alone(tiny):
+    assert tokens(draw(tiny, eos_id=None, other_eos_ids=(3,))) == tokens(draw(tiny, eos_id=None))
 
 
 def test_sample_stops_when_all_ended(tiny):
