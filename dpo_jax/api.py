@@ -902,7 +902,9 @@ def _parse_rows(rows: Iterable[dict], data: ConfigDict, kind: str) -> list[TextE
             if data.on_bad_row == "drop":
                 continue
             fields = ", ".join(map(str, record)) if isinstance(record, dict) else shown(record)
-            example = isinstance(error, Malformed) and error.example or source.example
+            example = source.example
+            if isinstance(error, Malformed) and error.example:
+                example = error.example
             raise ValueError(
                 f"rows[{number}]: {error}.\n  fields found: {fields or 'none'}\n"
                 f"  a right row: {example}"

@@ -122,7 +122,8 @@ DATA = dict(
         {}, "options of the chat template: --config.data.template.enable_thinking=False"
     ),
     ignore=Field(
-        (), "parts of chat rows to leave out although the chat template does not render them"
+        (),
+        "columns of rows, and keys of chat messages, to leave out although they have content",
     ),
     mix=Field("", "several data sets instead of path, each with a count or a share of its rows"),
     shuffle=Field(True, "shuffle before each epoch; False: keep the order of the file"),

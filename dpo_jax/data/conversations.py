@@ -162,15 +162,15 @@ def split_chat(prompt: Text | None, responses: tuple[Text, ...]) -> tuple[list, 
     if not all(chats):
         raise Unusable("empty response")
     if not prompt:
-        if len(chats) == 1:
-            # Where the response starts is a question of config.data.turns.
-            return [], tuple(chats)
-        turn = last_shared_turn(chats)
+        # Where the response of one conversation starts is a question of config.data.turns.
+        turn = last_shared_turn(chats) if len(chats) > 1 else 0
         start, answers = chats[0][:turn], [chat[turn:] for chat in chats]
     elif isinstance(prompt, list):
         start, answers = _after_messages(prompt, chats)
     else:
         start, answers = _after_text(prompt, chats)
+    if not start:
+        return [], tuple(answers)
     for answer in answers:
         roles = [message["role"] for message in answer]
         # What is trained on is what an assistant says, from its first turn to its last.
@@ -214,11 +214,8 @@ def _after_text(prompt: str, chats: list[list]) -> tuple[list, list[list]]:
     # Conversations that have no turn but the assistant's and its tools' are answers alone.
     if all(chat[0]["role"] == "assistant" and not _asks(chat) for chat in chats):
         return as_messages("user", prompt), chats
-    # A text does not say where the answers start: it may be the last turn, or all of them.
-    if len(chats) == 1:
-        turn = last_turn(chats[0])
-    else:
-        turn = last_shared_turn(chats)
+    # A text does not say where the answers start: it may be the first turn, the last, or all.
+    turn = last_turn(chats[0]) if len(chats) == 1 else last_shared_turn(chats)
     start = chats[0][:turn]
     if not is_said(prompt, start) and not says_turn(prompt, start):
         asked = [message.get("content", "") for message in start if message["role"] == "user"]
@@ -226,6 +223,8 @@ def _after_text(prompt: str, chats: list[list]) -> tuple[list, list[list]]:
             "field 'prompt' says something else than the conversation",
             f"{shown(prompt)}; the user says {shown(asked[-1] if asked else '')}",
         )
+    if len(chats) == 1:
+        return [], chats
     return start, [chat[turn:] for chat in chats]
 
 

@@ -55,11 +55,13 @@ ASKER = re.compile(
 )
 # Fewer shared words than this at the start of two answers are chance, not a prompt.
 FEWEST_WORDS = 3
+CJK = "\u2e80"  # the first character of the scripts of China, Japan and Korea
 # Fields that say something to a model. Where a shape does not use one, and it says what is not in
 # the row anyway, the row is refused.
 CONTENT = (
     *("prompt", "question", "instruction", "input", "context", "history", "text", "completion"),
     *("messages", "conversations", "system", "system_prompt", "tools", "functions"),
+    *("documents", "reasoning_content", "thinking"),
     *("image", "images", "video", "videos", "audio", "audios"),
 )
 SYSTEM = ("system", "system_prompt")
@@ -110,7 +112,7 @@ def local(fields: dict, columns: dict | None = None, ignore: tuple = ()) -> Row:
         error.example = f"{shape.name}: {shape.example}"
         raise
     kind = "chat" if isinstance(row.responses[0], list) else "text"
-    return dataclasses.replace(row, shape=f"{shape.name}{row.shape}, {kind}")
+    return dataclasses.replace(_with_label(row, fields), shape=f"{shape.name}{row.shape}, {kind}")
 
 
 def parse_columns(text: str) -> dict[str, str]:
@@ -292,6 +294,19 @@ def _with_system_and_tools(row: Row, fields: dict) -> Row:
     if row.prompt:
         return dataclasses.replace(row, prompt=turn + row.prompt)
     return dataclasses.replace(row, responses=(turn + row.responses[0],))
+
+
+def _with_label(row: Row, fields: dict) -> Row:
+    """Return a row of one answer with its label, where a field beside it says yes or no.
+
+    KTO's own rows have theirs already; other labels are classes, which say nothing of the answer.
+    """
+    if row.pairs or row.label is not None or row.prompt == "":
+        return row
+    for name in ("label", "kto_tag"):
+        if isinstance(fields.get(name), bool):
+            return dataclasses.replace(row, label=fields[name])
+    return row
 
 
 def _tools(value) -> list | None:
@@ -653,11 +668,14 @@ def _either(prompt: Text, fields: dict, names: tuple[str, str], first_is_better:
 
 
 def _ranked_row(prompt: Text, scored: Iterable[tuple[str, object]]) -> Row:
-    """Return a row of several answers, best first, with a pair of any two whose scores differ."""
+    """Return a row of several answers, best first, with a pair of any two whose scores differ.
+
+    Answers that are empty or have no score are left out.
+    """
     ranked = []
     for text, score in scored:
         number = number_of(score)
-        if number is not None and isinstance(text, str):
+        if number is not None and isinstance(text, str) and text.strip():
             ranked.append((number, text))
     ranked.sort(key=lambda answer: -answer[0])
     pairs = []
@@ -677,8 +695,7 @@ def _repeated(prompt: str, responses: tuple[str, ...]) -> int:
     """Return where the responses start behind a prompt that all of them repeat, or else 0."""
     said = prompt.rstrip()
     # Short prompts are how many an answer begins.
-    is_long = len(prompt.split()) >= FEWEST_WORDS or prompt.endswith("\n")
-    if not said or not is_long:
+    if not said or not (_is_long(said) or prompt.endswith("\n")):
         return 0
     if all(response.startswith(prompt) for response in responses):
         return len(prompt)
@@ -708,13 +725,21 @@ def _shared_prompt(chosen: str, rejected: str) -> int:
     # A space before the answer is the answer's, as tokenizers have it.
     if end and chosen[end - 1] == " ":
         end -= 1
-    if len(chosen[:end].split()) < FEWEST_WORDS:
+    if not _is_long(chosen[:end]):
         raise Malformed(
             "there is no field 'prompt', and 'chosen' and 'rejected' do not begin with the same "
             "prompt",
             f"{shown(chosen)} and {shown(rejected)}",
         )
     return end
+
+
+def _is_long(text: str) -> bool:
+    """Return whether a text is too long for two others to begin with it by chance."""
+    if len(text.split()) >= FEWEST_WORDS:
+        return True
+    # Scripts that write words without spaces.
+    return sum(letter >= CJK for letter in text) >= 2 * FEWEST_WORDS
 
 
 def _shared_length(this: str, that: str) -> int:
@@ -732,8 +757,8 @@ def _shared_length(this: str, that: str) -> int:
 def _in_word(text: str, place: int) -> bool:
     """Return whether a place in a text is between two letters or digits of a word."""
     around = text[place - 1 : place + 1]
-    # Scripts without spaces, from here on, have no other words than their characters.
-    return len(around) == 2 and all(each.isalnum() and each < "\u2e80" for each in around)
+    # Scripts without spaces have no other words than their characters.
+    return len(around) == 2 and all(each.isalnum() and each < CJK for each in around)
 
 
 # How messages stand in the examples.
@@ -817,7 +842,7 @@ SHAPES = (
         without=(*PAIR, "completion"),
     ),
     Shape(
-        "text",
+        "whole texts",
         ("text",),
         _whole_text,
         '{"text": "Once upon a time."}',

@@ -185,15 +185,19 @@ def examples_of(row: Row, kind: str, turns: str, where: str) -> list[TextExample
 
 
 def _split_conversation(messages: list, turns: str) -> tuple[list, list]:
-    """Part a conversation before its first assistant turn, or before its last one.
+    """Part a conversation before the first assistant turn that answers, or before the last one.
 
     turns: "all" or "last". Raises Malformed where it does not end in an assistant's turn after
     another's.
     """
     roles = [message["role"] for message in messages]
-    if roles[-1:] != ["assistant"] or roles[0] == "assistant":
-        raise Malformed("the conversation does not end in an assistant's turn", f"roles {roles}")
-    start = roles.index("assistant") if turns == "all" else len(roles) - 1
+    # A greeting with which the assistant opens answers nothing.
+    asked = roles.index("user") if "user" in roles else len(roles)
+    if roles[-1:] != ["assistant"] or "assistant" not in roles[asked:]:
+        raise Malformed(
+            "the conversation does not end in an assistant's turn after a user's", f"roles {roles}"
+        )
+    start = roles.index("assistant", asked) if turns == "all" else len(roles) - 1
     return messages[:start], messages[start:]
 
 

@@ -95,7 +95,7 @@ def text_row(*responses, pairs=PAIRED, shape, prompt="Q: why?\nA:"):
             Row([], (WHOLE,), label=False, shape="KTO messages, chat"),
         ),
         ({"messages": WHOLE}, Row([], (WHOLE,), shape="messages, chat")),
-        ({"text": "Once."}, Row("", ("Once.",), shape="text, text")),
+        ({"text": "Once."}, Row("", ("Once.",), shape="whole texts, text")),
         ({"conversations": SHAREGPT}, Row([], (WHOLE,), shape="ShareGPT conversations, chat")),
         ({"conversation": WHOLE}, Row([], (WHOLE,), shape="conversations, chat")),
         (
@@ -515,6 +515,12 @@ ASKED = [system("s"), user("q")]
         ({"prompt": [user("q")], "completion": [assistant("a")]}, [user("q")], ([assistant("a")],)),
         (
             {"prompt": "q", "messages": [user("q"), assistant("a")]},
+            [],
+            ([user("q"), assistant("a")],),
+        ),
+        ({"prompt": "q", "messages": [assistant("a")]}, [user("q")], ([assistant("a")],)),
+        (
+            {"prompt": [user("q")], "messages": [user("q"), assistant("a")]},
             [user("q")],
             ([assistant("a")],),
         ),
@@ -726,6 +732,12 @@ def test_tools_column_without_tools():
         # one answer that repeats the question, and answers that begin as a short prompt does
         ("Why is that?", "Why is that? So.", "No.", ("Why is that?", "Why is that? So.", "No.")),
         ("Hi", "Hi there.", "Hi!", ("Hi", "Hi there.", "Hi!")),
+        (
+            "天空是什么颜色",
+            "天空是什么颜色: 蓝",
+            "天空是什么颜色: 绿",
+            ("天空是什么颜色", ": 蓝", ": 绿"),
+        ),
         ("", "So.", "No.", ("", "So.", "No.")),
     ],
 )
@@ -970,6 +982,14 @@ def test_read_says_what_is_right(tmp_path):
     assert (
         'a right row for PKU-SafeRLHF by better_response_id: {"prompt": "Why?", "response_0"'
     ) in str(error.value)
+
+
+def test_label_beside_an_answer():
+    assert local({"instruction": WHY, "output": SO, "kto_tag": False}).label is False
+    assert local({"conversations": SHAREGPT, "label": True}).label is True
+    # a class of the text, or of the conversation
+    assert local({"text": "A film.", "label": True}).label is None
+    assert local({"conversations": SHAREGPT, "label": "sports"}).label is None
 
 
 @pytest.mark.parametrize("label", [False, 0, "False", "0"])
