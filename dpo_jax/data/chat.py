@@ -1,0 +1,645 @@
+"""Conversations as text: everything that knows chat templates.
+
+A tokenizer's chat template is a program that writes messages as text. It may write a conversation
+differently from its beginning: it may move the system text, write today's date, or leave out the
+reasoning of earlier turns. This file renders a prompt and its responses, finds which part of the
+text each assistant turn is, and refuses what a template silently leaves out. Templates are treated
+as black boxes: where a turn starts and ends is found by rendering other conversations.
+"""
+
+import datetime
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from dpo_jax.data.ledger import Malformed
+
+# A template reads reasoning from one of these keys.
+REASONING = ("reasoning_content", "reasoning", "thinking")
+# Text that no message holds, and that templates neither strip nor escape.
+PROBE = "Zq9xJv3kProbe"
+# How far into its turn an answer's text may begin, in characters, after what ends the prompt.
+LONGEST_LEAD = 64
+
+Message = dict
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Response:
+    """A response as text, to be read after its prompt."""
+
+    text: str
+    # The parts that are trained on, as (start, end) in characters of the text. None: all of it.
+    spans: tuple[Span, ...] | None = None
+    other_turns: int = 0  # turns of users and tools inside it, which are not trained on
+    is_laid_behind: bool = False  # the template writes prompt and response differently in one piece
+    reasoning_left_out: int = 0  # turns before the last whose reasoning the template leaves out
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A prompt and its responses as text."""
+
+    prompt: str
+    responses: tuple[Response, ...]
+    reasoning_left_out: int = 0  # turns of the prompt whose reasoning the template leaves out
+
+
+@dataclass(frozen=True)
+class Chat:
+    """The settings by which conversations become text, with a tokenizer's chat template.
+
+    options: what the template is to be given, such as enable_thinking. ignore: keys of messages
+    that a template may leave out. date: the day that templates take for today.
+    """
+
+    tokenizer: object
+    options: dict = field(default_factory=dict)
+    ignore: tuple[str, ...] = ()
+    date: datetime.date = field(default_factory=datetime.date.today)
+    # What each kind of message loses in rendering: few kinds are met, and many messages.
+    _lost: dict = field(default_factory=dict, repr=False, compare=False)
+
+    def prompt(self, messages: Sequence[Message], tools: list | None = None) -> str:
+        """Return a prompt's text, which ends where an answer begins.
+
+        Raises Malformed where the template refuses it, or leaves out something that it holds.
+        """
+        return self.example(messages, (), tools).prompt
+
+    def example(
+        self,
+        prompt: Sequence[Message],
+        responses: Sequence[Sequence[Message]],
+        tools: list | None = None,
+    ) -> Rendered:
+        """Return a prompt and its responses as text.
+
+        A response's text continues the prompt's: together they are the conversation as the template
+        writes it, up to the white space that some templates put after the last EOS. Where the
+        template writes the prompt differently once it is answered, the response is what the
+        template writes from the answer on.
+
+        Raises Malformed where the template refuses the conversation or leaves out something that it
+        holds, and where a response cannot be found in it.
+        """
+        tools = tools or None  # some templates write about tools where the list is empty
+        first_error = None
+        for form in _forms([*prompt, *(message for response in responses for message in response)]):
+            try:
+                return self._example(
+                    [form.apply(message) for message in prompt],
+                    [[form.apply(message) for message in response] for response in responses],
+                    tools,
+                )
+            except _Refused as error:
+                # The first form is the row's own, so its error is the one to show.
+                first_error = first_error or error
+        raise Malformed("the chat template refuses this conversation", str(first_error))
+
+    def _example(self, prompt: list, responses: list[list], tools: list | None) -> Rendered:
+        prompt_text = self._render(prompt, tools, cue=True)
+        _check_arguments(prompt, prompt_text)
+        self._check_tools(prompt, tools, prompt_text)
+        left_out = 0
+        for index in range(len(prompt)):
+            left_out += self._check(prompt, index, tools, prompt_text, is_answer=False)
+        found = [self._response(prompt, response, tools, prompt_text) for response in responses]
+        return Rendered(prompt_text, tuple(found), left_out)
+
+    def _response(
+        self, prompt: list, response: list, tools: list | None, prompt_text: str
+    ) -> Response:
+        """Return the text of a response and which parts of it are trained on."""
+        messages = [*prompt, *response]
+        whole = self._render(messages, tools)
+        _check_arguments(response, whole)
+        left_out = 0
+        for index in range(len(prompt), len(messages)):
+            left_out += self._check(messages, index, tools, whole, is_answer=True)
+
+        is_laid_behind = not whole.startswith(prompt_text)
+        if is_laid_behind:
+            start, cue = self._start(messages, len(prompt), tools, whole, prompt_text)
+        else:
+            start, cue = len(prompt_text), ""
+        end = start + len(self._without_tail(whole[start:]))
+        if cue and _reasoning(response[0]):
+            # The cue may open the thinking that the response's text opens too, or be an empty
+            # thinking block, which contradicts the reasoning that follows.
+            if not whole[start:].startswith(cue.strip()):
+                raise Malformed(
+                    "the chat template's generation prompt ends otherwise than the response's "
+                    "reasoning begins; see data.template",
+                    repr(cue),
+                )
+        if cue.strip() and whole[start:].startswith(cue.strip()):
+            start += len(cue) if whole[start:].startswith(cue) else len(cue.strip())
+
+        text = whole[start:end]
+        if len(response) == 1:
+            return Response(text, None, 0, is_laid_behind, left_out)
+        spans = self._spans(messages, len(prompt), tools, whole, (start, end))
+        others = sum(message["role"] != "assistant" for message in response)
+        return Response(text, spans, others, is_laid_behind, left_out)
+
+    def _without_tail(self, text: str) -> str:
+        """Return the text without the white space that some templates put after the EOS."""
+        return without_tail(text, self.tokenizer.eos_token)
+
+    # where turns start and end
+
+    def _spans(
+        self, messages: list, first: int, tools: list | None, whole: str, answer: Span
+    ) -> tuple[Span, ...]:
+        """Return the parts of an answer of several turns that are an assistant's, from its start.
+
+        answer: where it starts and ends in the whole.
+        """
+        spans = self._marked_spans(messages, tools, whole, answer)
+        if not spans:
+            spans = self._found_spans(messages, first, tools, whole, answer)
+        return tuple((start - answer[0], end - answer[0]) for start, end in spans)
+
+    def _marked_spans(
+        self, messages: list, tools: list | None, whole: str, answer: Span
+    ) -> list[Span]:
+        """Return the parts of the answer that the template itself marks as generated, if any."""
+        template = self.tokenizer.get_chat_template(tools=tools)
+        template = self.options.get("chat_template", template)
+        if not re.search(r"\{%-?\s*generation\s*-?%\}", template):
+            return []
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        options = {**self.tokenizer.special_tokens_map, **self._options()}
+        options["chat_template"] = template
+        (text,), (marks,) = render_jinja_template(
+            [messages], tools=tools, return_assistant_tokens_mask=True, **options
+        )
+        if text != whole:
+            return []
+        answer_start, answer_end = answer
+        spans = []
+        for start, end in marks:
+            # The generation prompt may hold the beginning of what is marked, such as "<think>".
+            start, end = max(start, answer_start), min(end, answer_end)
+            if start < end:
+                spans.append((start, end))
+        if spans and messages[-1]["role"] == "assistant":
+            # Some templates leave the token that ends a turn outside of the mark. At the end of the
+            # answer it is trained on in any case, as it is in an answer of one turn.
+            spans[-1] = spans[-1][0], answer_end
+        return spans
+
+    def _found_spans(
+        self, messages: list, first: int, tools: list | None, whole: str, answer: Span
+    ) -> list[Span]:
+        """Return where each assistant turn of the answer starts and ends in the whole."""
+        answer_start, answer_end = answer
+        spans = []
+        last_end = answer_start
+        for turn in range(first, len(messages)):
+            if messages[turn]["role"] != "assistant":
+                continue
+            start = answer_start
+            if turn > first:
+                before = self._render(messages[:turn], tools, cue=True)
+                start, _ = self._start(messages, turn, tools, whole, before)
+            end = answer_end
+            if turn < len(messages) - 1:
+                end = self._end(messages, turn, tools, whole)
+                end = start + len(self._without_tail(whole[start:end]))
+            if not last_end <= start <= end <= answer_end:
+                raise _not_found(turn)
+            spans.append((start, end))
+            last_end = end
+        return spans
+
+    def _start(
+        self, messages: list, turn: int, tools: list | None, whole: str, before: str
+    ) -> tuple[int, str]:
+        """Return where a turn's own text starts in the whole, and the cue that it lacks there.
+
+        before: the conversation before the turn, with the generation prompt, whose end is the cue
+        where the whole has less of it, as in "<think>" at the end of a prompt.
+        """
+        if whole.startswith(before):
+            return len(before), ""
+        # Only what the turn says is another text: what comes before it is the same.
+        probed = [*messages]
+        probed[turn] = {"role": messages[turn]["role"], "content": PROBE}
+        text = self._render(probed, tools)
+        lead, found, _ = text.partition(PROBE)
+        if not found:
+            raise _not_found(turn)
+        # Both `before` and `lead` end in the turn's header, but for a cue in `before`, or for white
+        # space in `lead` that the template puts before the answer: the longest common end tells.
+        best, cue, start = 0, "", len(lead)
+        for length in range(min(LONGEST_LEAD, len(lead)) + 1):
+            common = _common_end(lead[: len(lead) - length], before)
+            if common > best:
+                best, cue, start = common, "", len(lead) - length
+        for length in range(1, min(LONGEST_LEAD, len(before)) + 1):
+            common = _common_end(lead, before[: len(before) - length])
+            if common > best:
+                best, cue, start = common, before[len(before) - length :], len(lead)
+        if not best or whole[:start] != lead[:start]:
+            raise _not_found(turn)
+        return start, cue
+
+    def _end(self, messages: list, turn: int, tools: list | None, whole: str) -> int:
+        """Return where a turn that others follow ends in the whole."""
+        until = messages[: turn + 1]
+        alone = self._render(until, tools)
+        if whole.startswith(alone):
+            return len(alone)
+        # A template may end a conversation with a token that it has not between turns.
+        open_text = self._without_cue(until, tools)
+        if open_text and whole.startswith(open_text):
+            return len(open_text)
+        # Or it writes the last turn otherwise than an earlier one, as with an empty thinking block.
+        # What follows the turn's text is then compared.
+        replaced = {**messages[turn], "content": PROBE}
+        plain = {"role": messages[turn]["role"], "content": PROBE}
+        for message in (replaced, plain):
+            probed = [*messages]
+            probed[turn] = message
+            try:
+                _, _, after = self._render(probed, tools).partition(PROBE)
+                _, _, closing = self._render(probed[: turn + 1], tools).partition(PROBE)
+                _, _, opening = self._without_cue(probed[: turn + 1], tools).partition(PROBE)
+            except _Refused:
+                continue
+            for tail in (closing, opening):
+                following = after[len(tail) :]
+                if tail and following and after.startswith(tail) and whole.endswith(following):
+                    return len(whole) - len(following)
+        raise _not_found(turn)
+
+    def _without_cue(self, messages: list, tools: list | None) -> str:
+        """Return a conversation to be continued, without the generation prompt; "" if unknown."""
+        question = [message for message in messages if message["role"] in ("system", "user")][:2]
+        open_text = self._render(messages, tools, cue=True)
+        try:
+            asked = self._render(question, tools, cue=True)
+            closed = self._render(question, tools)
+        except _Refused:
+            return ""
+        # What only the first of the two has is the generation prompt. A token that ends the second
+        # starts as it does, often with "<": the longest end that both texts can spare is taken.
+        common = len(_common_start(asked, closed))
+        while common and not open_text.endswith(asked[common:]):
+            common -= 1
+        for special in self._special_tokens():
+            at = asked.rfind(special, 0, common + len(special))
+            if at != -1 and at < common < at + len(special):
+                common = at
+        cue = asked[common:]
+        return open_text.removesuffix(cue) if open_text.endswith(cue) else ""
+
+    # what a template leaves out
+
+    def _check(
+        self, messages: list, index: int, tools: list | None, text: str, is_answer: bool
+    ) -> int:
+        """Check that the text has what a message holds; return 1 if it lacks only old reasoning.
+
+        Raises Malformed that names the key that is lost.
+        """
+        message = messages[index]
+        lost = self._lost_keys(messages, index, tools, is_answer)
+        lost = lost | self._lost_here(messages, index, tools, text, is_answer)
+        lost = lost - set(self.ignore)
+        # Some rows have the same text under two names, and a template reads one of them.
+        written = [value for key, value in message.items() if key not in lost]
+        lost = {key for key in lost if message.get(key) not in written}
+        role = message["role"]
+        # A result's name is that of the call before it.
+        if role not in ("system", "user", "assistant"):
+            lost = lost - {"name"}
+        # Templates leave the reasoning of earlier turns out by design.
+        is_last = is_answer and index == len(messages) - 1
+        left_out = 0
+        if not is_last and lost & set(REASONING):
+            left_out = 1
+            lost = lost - set(REASONING)
+        if lost:
+            key = sorted(lost)[0]
+            a_role = f"an {role}" if role[:1] in "aeiou" else f"a {role}"
+            shown = message.get(key, message.get("content"))
+            raise Malformed(
+                f"the chat template does not write {key!r} of {a_role} message "
+                f"(use a template that does, or pass --config.data.ignore={key})",
+                _shown(shown),
+            )
+        return left_out
+
+    def _lost_keys(
+        self, messages: list, index: int, tools: list | None, is_answer: bool
+    ) -> frozenset:
+        """Return the keys that the template does not write for this kind of message."""
+        message = messages[index]
+        held = {key: value for key, value in message.items() if _holds(key, value)}
+        around = []
+        for neighbour in (index - 1, index + 1):
+            inside = 0 <= neighbour < len(messages)
+            around.append(messages[neighbour]["role"] if inside else "")
+        kinds = tuple((key, type(value).__name__) for key, value in sorted(held.items()))
+        calls = len(held.get("tool_calls", ()))
+        kind = (message["role"], kinds, calls, *around, bool(tools), is_answer)
+        if kind not in self._lost:
+            whole = self._render(messages, tools, cue=not is_answer)
+            lost = set()
+            for key, value in held.items():
+                if not self._writes(messages, index, tools, key, value, whole, not is_answer):
+                    lost.add(key)
+            self._lost[kind] = frozenset(lost)
+        return self._lost[kind]
+
+    def _writes(self, messages, index, tools, key, value, whole: str, cue: bool) -> bool:
+        """Return whether the template writes a key of a message."""
+        probes = _probes(key, value)
+        texts = []
+        for probed in probes:
+            replaced = _replaced(messages, index, key, probed)
+            texts.append(self._render_or_none(replaced, tools, cue))
+        if probes and all(text is None or PROBE in text for text in texts):
+            return True
+        # Not as it is; but perhaps in another form.
+        try:
+            text = self._render(_replaced(messages, index, key, None), tools, cue=cue)
+        except _Refused:
+            return True  # the template needs it
+        return text != whole
+
+    def _lost_here(
+        self, messages: list, index: int, tools: list | None, text: str, is_answer: bool
+    ) -> set[str]:
+        """Return the keys whose own text the template leaves out of this message.
+
+        A template may cut text by what it says, as up to "</think>".
+        """
+        message = messages[index]
+        content = message.get("content")
+        lost = set()
+        if isinstance(content, str) and content.strip() not in text:
+            reasoning, mark, said = content.rpartition("</think>")
+            if mark and reasoning.replace("<think>", "").strip():
+                without = _replaced(messages, index, "content", said)
+                if self._render_or_none(without, tools, not is_answer) == text:
+                    lost.add("reasoning")
+                content = said
+            for line in content.splitlines():
+                if line.strip() and not _is_in(line.strip(), text):
+                    without = _replaced(messages, index, "content", content.replace(line, "", 1))
+                    if self._render_or_none(without, tools, not is_answer) == text:
+                        lost.add("content")
+        for key in ("tool_calls", *REASONING):
+            value = message.get(key)
+            if value and not all(_is_in(leaf, text) for leaf in _leaves(value)):
+                without = _replaced(messages, index, key, None)
+                if self._render_or_none(without, tools, not is_answer) == text:
+                    lost.add(key)
+        return lost
+
+    def _check_tools(self, prompt: list, tools: list | None, text: str) -> None:
+        """Check that the template writes the definitions of tools; raises Malformed."""
+        if not tools or "tools" in self.ignore:
+            return
+        roles = "tools", *(message["role"] for message in prompt)
+        if roles not in self._lost:
+            self._lost[roles] = self._render_or_none(prompt, None, True) == text
+        names = [tool.get("function", tool).get("name") for tool in tools if isinstance(tool, dict)]
+        names_found = all(_is_in(name, text) for name in names if isinstance(name, str))
+        if self._lost[roles] or not names_found:
+            raise Malformed(
+                "the chat template does not write the row's tools (use a template that does, or "
+                "pass --config.data.ignore=tools)",
+                ", ".join(map(str, names)),
+            )
+
+    # rendering
+
+    def _render(self, messages: list, tools: list | None, *, cue: bool = False) -> str:
+        """Return messages as the template writes them; cue: with the generation prompt."""
+        if not (self.tokenizer.chat_template or self.options.get("chat_template")):
+            raise ValueError(
+                "the rows hold chat messages, but the tokenizer has no chat template. Use a model "
+                "with one (chat_template.jinja beside tokenizer_config.json), or plain text."
+            )
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, tools=tools, tokenize=False, add_generation_prompt=cue, **self._options()
+            )
+        except Exception as error:  # whatever the template raises: it is a program of its own
+            raise _Refused(str(error)) from error
+
+    def _render_or_none(self, messages: list, tools: list | None, cue: bool) -> str | None:
+        """Return messages as text; None where the template refuses them."""
+        try:
+            return self._render(messages, tools, cue=cue)
+        except _Refused:
+            return None
+
+    def _options(self) -> dict:
+        """Return the template's options, with the date in place of the clock."""
+        return {"strftime_now": self.date.strftime, **self.options}
+
+    def _special_tokens(self) -> list[str]:
+        """Return the tokenizer's special tokens, as text."""
+        added = self.tokenizer.added_tokens_decoder.values()
+        return [token.content for token in added if token.special]
+
+
+class _Refused(Exception):
+    """The template raises an error for a conversation."""
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How a tool call's arguments, and content that is not there, are given to the template."""
+
+    arguments: str = ""  # "text", "object", or "" for as they are
+    fills_content: bool = False
+
+    def apply(self, message: Message) -> Message:
+        """Return a message in this form."""
+        if not message.get("tool_calls"):
+            return message
+        message = dict(message)
+        if self.fills_content:
+            message.setdefault("content", "")
+        if self.arguments:
+            message["tool_calls"] = [self._call(call) for call in message["tool_calls"]]
+        return message
+
+    def _call(self, call: dict) -> dict:
+        if not isinstance(call, dict):
+            return call
+        if isinstance(call.get("function"), dict):
+            return {**call, "function": self._call(call["function"])}
+        arguments = call.get("arguments")
+        if self.arguments == "text" and isinstance(arguments, dict | list):
+            return {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}
+        if self.arguments == "object" and isinstance(arguments, str):
+            return {**call, "arguments": _parsed(arguments)}
+        return call
+
+
+def _forms(messages: list[Message]) -> Iterator[_Form]:
+    """Yield the forms in which a template may take these messages, their own form first.
+
+    Rows come with a call's arguments as an object or as its JSON, and with null content or none at
+    all beside calls. Some templates take only one of these.
+    """
+    yield _Form()
+    if not any(message.get("tool_calls") for message in messages):
+        return
+    for arguments in ("", "object", "text"):
+        for fills_content in (False, True):
+            if arguments or fills_content:
+                yield _Form(arguments, fills_content)
+
+
+def _parsed(arguments: str):
+    """Return the JSON object in a text; the text where it holds none."""
+    try:
+        value = json.loads(arguments)
+    except ValueError:
+        return arguments
+    return value if isinstance(value, dict) else arguments
+
+
+def _check_arguments(messages: list[Message], text: str) -> None:
+    """Raise _Refused where the template has quoted arguments that are JSON already."""
+    for message in messages:
+        for call in message.get("tool_calls") or ():
+            arguments = _function(call).get("arguments")
+            if isinstance(arguments, str) and isinstance(_parsed(arguments), dict):
+                if arguments not in text and json.dumps(arguments)[1:-1] in text:
+                    raise _Refused("arguments of a tool call would be JSON inside a JSON string")
+
+
+def _function(call) -> dict:
+    """Return a tool call's name and arguments, which most rows have under "function"."""
+    if not isinstance(call, dict):
+        return {}
+    function = call.get("function", call)
+    return function if isinstance(function, dict) else {}
+
+
+def _reasoning(message: Message) -> str:
+    """Return a message's reasoning, "" where it has none."""
+    return next((message[key] for key in REASONING if message.get(key)), "")
+
+
+def _holds(key: str, value) -> bool:
+    """Return whether a key of a message carries content; role and ids do not."""
+    if key in ("role", "id") or key.endswith("_id"):
+        return False
+    return value is not None and not (isinstance(value, str | list | dict) and not value)
+
+
+def _probes(key: str, value) -> list:
+    """Return values like this one that hold the probe, each of which a template must write."""
+    if key == "tool_calls" and isinstance(value, list):
+        probes = []
+        for index, call in enumerate(value):
+            for probed in _probed_calls(call):
+                probes.append([*value[:index], probed, *value[index + 1 :]])
+        return probes
+    return [PROBE] if isinstance(value, str) else []
+
+
+def _probed_calls(call) -> list[dict]:
+    """Return a tool call twice, with the probe as its name and in its arguments."""
+    function = _function(call)
+    probed = [{**function, "name": PROBE}]
+    if isinstance(function.get("arguments"), str):
+        probed.append({**function, "arguments": json.dumps({PROBE: PROBE})})
+    elif function.get("arguments"):
+        probed.append({**function, "arguments": {PROBE: PROBE}})
+    if isinstance(call, dict) and "function" in call:
+        return [{**call, "function": function} for function in probed]
+    return probed
+
+
+def _leaves(value) -> Iterator[str]:
+    """Yield the texts inside of a value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            if _holds(key, inner) and key != "type":
+                yield from _leaves(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _leaves(inner)
+
+
+def _is_in(piece: str, text: str) -> bool:
+    """Return whether a text has a piece, stripped, as it is or as in JSON."""
+    piece = piece.strip()
+    if piece in text:
+        return True
+    return any(json.dumps(piece, ensure_ascii=ascii)[1:-1] in text for ascii in (False, True))
+
+
+def _replaced(messages: list[Message], index: int, key: str, value) -> list[Message]:
+    """Return messages with another value for a key of one of them; None: without it."""
+    message = {**messages[index], key: value}
+    if value is None:
+        del message[key]
+        if key == "content":
+            message[key] = ""
+    return [*messages[:index], message, *messages[index + 1 :]]
+
+
+def _common_start(text: str, other: str) -> str:
+    """Return the longest text with which both start."""
+    length = 0
+    for mine, theirs in zip(text, other, strict=False):
+        if mine != theirs:
+            break
+        length += 1
+    return text[:length]
+
+
+def _common_end(text: str, other: str) -> int:
+    """Return the length of the longest text in which both end."""
+    length = 0
+    for mine, theirs in zip(reversed(text), reversed(other), strict=False):
+        if mine != theirs:
+            break
+        length += 1
+    return length
+
+
+def _not_found(turn: int) -> Malformed:
+    return Malformed(
+        "the chat template writes the conversation so that an assistant turn cannot be told apart "
+        "(use a template with {% generation %} marks, or rows of one answer each)",
+        f"message {turn + 1}",
+    )
+
+
+def _shown(value) -> str:
+    """Return a value, short enough for a message."""
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return repr(text if len(text) < 80 else text[:77] + "...")
+
+
+def without_tail(text: str, eos: str | None) -> str:
+    """Return the text without the white space after the EOS at its end."""
+    stripped = text.rstrip()
+    return stripped if eos and stripped.endswith(eos) else text
+
+
+def texts_of(messages: Iterable[Message]) -> Iterator[str]:
+    """Yield all that messages say: content, reasoning, tool calls and names."""
+    for message in messages:
+        for key, value in message.items():
+            if key != "role" and _holds(key, value):
+                yield from _leaves(value)
