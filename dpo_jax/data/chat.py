@@ -17,6 +17,8 @@ from dpo_jax.data.ledger import Malformed
 
 # A template reads reasoning from one of these keys.
 REASONING = ("reasoning_content", "reasoning", "thinking")
+# How templates ask for today's date.
+TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 # Text that no message holds, and that templates neither strip nor escape.
 PROBE = "Zq9xJv3kProbe"
 # How far into its turn an answer's text may begin, in characters, after what ends the prompt.
@@ -44,6 +46,7 @@ class Rendered:
 
     prompt: str
     responses: tuple[Response, ...]
+    is_chat: bool = False
     reasoning_left_out: int = 0  # turns of the prompt whose reasoning the template leaves out
 
 
@@ -61,6 +64,16 @@ class Chat:
     date: datetime.date = field(default_factory=datetime.date.today)
     # What each kind of message loses in rendering: few kinds are met, and many messages.
     _lost: dict = field(default_factory=dict, repr=False, compare=False)
+    _templates: dict = field(default_factory=dict, repr=False, compare=False)
+    _patterns: list = field(default_factory=list, repr=False, compare=False)
+
+    def check(self, where: str) -> None:
+        """Raise ValueError where there is no template to write the messages at `where` with."""
+        if not (self.tokenizer.chat_template or self.options.get("chat_template")):
+            raise ValueError(
+                f"{where} holds chat messages, but the tokenizer has no chat template. Use a model "
+                "with one (chat_template.jinja beside tokenizer_config.json), or plain text."
+            )
 
     def prompt(self, messages: Sequence[Message], tools: list | None = None) -> str:
         """Return a prompt's text, which ends where an answer begins.
@@ -107,7 +120,7 @@ class Chat:
         for index in range(len(prompt)):
             left_out += self._check(prompt, index, tools, prompt_text, is_answer=False)
         found = [self._response(prompt, response, tools, prompt_text) for response in responses]
-        return Rendered(prompt_text, tuple(found), left_out)
+        return Rendered(prompt_text, tuple(found), True, left_out)
 
     def _response(
         self, prompt: list, response: list, tools: list | None, prompt_text: str
@@ -126,17 +139,8 @@ class Chat:
         else:
             start, cue = len(prompt_text), ""
         end = start + len(self._without_tail(whole[start:]))
-        if cue and _reasoning(response[0]):
-            # The cue may open the thinking that the response's text opens too, or be an empty
-            # thinking block, which contradicts the reasoning that follows.
-            if not whole[start:].startswith(cue.strip()):
-                raise Malformed(
-                    "the chat template's generation prompt ends otherwise than the response's "
-                    "reasoning begins; see data.template",
-                    repr(cue),
-                )
-        if cue.strip() and whole[start:].startswith(cue.strip()):
-            start += len(cue) if whole[start:].startswith(cue) else len(cue.strip())
+        if cue.strip():
+            start += self._cue_length(response[0], cue, whole[start:end])
 
         text = whole[start:end]
         if len(response) == 1:
@@ -144,6 +148,23 @@ class Chat:
         spans = self._spans(messages, len(prompt), tools, whole, (start, end))
         others = sum(message["role"] != "assistant" for message in response)
         return Response(text, spans, others, is_laid_behind, left_out)
+
+    def _cue_length(self, message: Message, cue: str, text: str) -> int:
+        """Return the length of the cue that an answer's text starts with: it is not to be doubled.
+
+        Raises Malformed where the cue closes the thinking that the text begins with.
+        """
+        for same in (cue, cue.strip()):
+            if text.startswith(same):
+                return len(same)
+        reasoning = _reasoning(message).strip()
+        if reasoning and reasoning in text:
+            raise Malformed(
+                "the generation prompt of the chat template ends otherwise than the reasoning of "
+                "the response begins (see data.template, which may turn thinking on)",
+                repr(cue),
+            )
+        return 0
 
     def _without_tail(self, text: str) -> str:
         """Return the text without the white space that some templates put after the EOS."""
@@ -167,14 +188,12 @@ class Chat:
         self, messages: list, tools: list | None, whole: str, answer: Span
     ) -> list[Span]:
         """Return the parts of the answer that the template itself marks as generated, if any."""
-        template = self.tokenizer.get_chat_template(tools=tools)
-        template = self.options.get("chat_template", template)
+        template = self._template(tools)
         if not re.search(r"\{%-?\s*generation\s*-?%\}", template):
             return []
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        options = {**self.tokenizer.special_tokens_map, **self._options()}
-        options["chat_template"] = template
+        options = self.tokenizer.special_tokens_map | self.options | {"chat_template": template}
         (text,), (marks,) = render_jinja_template(
             [messages], tools=tools, return_assistant_tokens_mask=True, **options
         )
@@ -268,13 +287,14 @@ class Chat:
             probed[turn] = message
             try:
                 _, _, after = self._render(probed, tools).partition(PROBE)
-                _, _, closing = self._render(probed[: turn + 1], tools).partition(PROBE)
-                _, _, opening = self._without_cue(probed[: turn + 1], tools).partition(PROBE)
+                until = probed[: turn + 1]
+                alone = (self._render(until, tools), self._without_cue(until, tools))
             except _Refused:
                 continue
-            for tail in (closing, opening):
+            for text in alone:
+                _, found, tail = text.partition(PROBE)
                 following = after[len(tail) :]
-                if tail and following and after.startswith(tail) and whole.endswith(following):
+                if found and following and after.startswith(tail) and whole.endswith(following):
                     return len(whole) - len(following)
         raise _not_found(turn)
 
@@ -424,14 +444,10 @@ class Chat:
 
     def _render(self, messages: list, tools: list | None, *, cue: bool = False) -> str:
         """Return messages as the template writes them; cue: with the generation prompt."""
-        if not (self.tokenizer.chat_template or self.options.get("chat_template")):
-            raise ValueError(
-                "the rows hold chat messages, but the tokenizer has no chat template. Use a model "
-                "with one (chat_template.jinja beside tokenizer_config.json), or plain text."
-            )
+        options = self.options | {"chat_template": self._template(tools)}
         try:
             return self.tokenizer.apply_chat_template(
-                messages, tools=tools, tokenize=False, add_generation_prompt=cue, **self._options()
+                messages, tools=tools, tokenize=False, add_generation_prompt=cue, **options
             )
         except Exception as error:  # whatever the template raises: it is a program of its own
             raise _Refused(str(error)) from error
@@ -443,9 +459,27 @@ class Chat:
         except _Refused:
             return None
 
-    def _options(self) -> dict:
-        """Return the template's options, with the date in place of the clock."""
-        return {"strftime_now": self.date.strftime, **self.options}
+    def _template(self, tools: list | None) -> str:
+        """Return the template, with the date written in where it asks for today's."""
+        has_tools = bool(
+            tools
+        )  # some tokenizers have another template for conversations with tools
+        if has_tools not in self._templates:
+            named = self.options.get("chat_template")
+            template = self.tokenizer.get_chat_template(named, tools)
+            self._templates[has_tools] = TODAY.sub(self._written_date, template)
+        return self._templates[has_tools]
+
+    def _written_date(self, call: re.Match) -> str:
+        """Return a template's string that is the date, in the format of a call for today's."""
+        return json.dumps(self.date.strftime(call[2]), ensure_ascii=False)
+
+    def spells_special(self, messages: Iterable[Message]) -> bool:
+        """Return whether what messages say spells a special token of the tokenizer."""
+        if not self._patterns:
+            tokens = "|".join(map(re.escape, filter(None, self._special_tokens())))
+            self._patterns.append(re.compile(tokens or "(?!)"))
+        return any(self._patterns[0].search(text) for text in _texts(messages))
 
     def _special_tokens(self) -> list[str]:
         """Return the tokenizer's special tokens, as text."""
@@ -517,9 +551,9 @@ def _check_arguments(messages: list[Message], text: str) -> None:
     for message in messages:
         for call in message.get("tool_calls") or ():
             arguments = _function(call).get("arguments")
-            if isinstance(arguments, str) and isinstance(_parsed(arguments), dict):
-                if arguments not in text and json.dumps(arguments)[1:-1] in text:
-                    raise _Refused("arguments of a tool call would be JSON inside a JSON string")
+            is_json = isinstance(arguments, str) and isinstance(_parsed(arguments), dict)
+            if is_json and arguments not in text and json.dumps(arguments)[1:-1] in text:
+                raise _Refused("arguments of a tool call would be JSON inside a JSON string")
 
 
 def _function(call) -> dict:
@@ -637,7 +671,7 @@ def without_tail(text: str, eos: str | None) -> str:
     return stripped if eos and stripped.endswith(eos) else text
 
 
-def texts_of(messages: Iterable[Message]) -> Iterator[str]:
+def _texts(messages: Iterable[Message]) -> Iterator[str]:
     """Yield all that messages say: content, reasoning, tool calls and names."""
     for message in messages:
         for key, value in message.items():

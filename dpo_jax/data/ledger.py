@@ -7,6 +7,12 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+# What is counted of chat rows, shown where there is any: label -> field of Counts.
+CHAT_LINES = {
+    "responses laid behind the prompt": "laid_behind",
+    "turns in responses not trained on": "other_turns",
+    "reasoning left out by the template": "reasoning_left_out",
+}
 EXAMPLES = 3  # how many dropped rows are named for each reason
 
 
@@ -50,8 +56,15 @@ class Counts:
     prompts_truncated: int = 0
     responses_truncated: int = 0
     eos_lost: int = 0  # responses whose end was cut off with its EOS
-    boundaries: int = 0  # between prompt and response, looked at in the first rows
-    boundary_merges: int = 0  # of those, how many would be tokenised otherwise in one piece
+    boundaries: int = 0  # between prompt and response
+    boundary_merges: int = 0  # of those, how many lie within a token of the two as one text
+    merge_example: str = ""  # how the tokens differ at the first of them
+    laid_behind: int = (
+        0  # responses that the chat template does not write straight after the prompt
+    )
+    other_turns: int = 0  # turns of users and tools in responses, which are not trained on
+    reasoning_left_out: int = 0  # turns whose reasoning the chat template leaves out by design
+    warnings: list[str] = field(default_factory=list)  # what a person should look at
     mean_tokens: dict[str, float] = field(default_factory=dict)  # of the kept rows, by part
 
     def recognise(self, shape: str) -> None:
@@ -75,6 +88,9 @@ class Counts:
         total = {}
         for name, mine in vars(self).items():
             theirs = getattr(other, name)
+            if name == "merge_example":
+                total[name] = mine or theirs
+                continue
             if not isinstance(mine, dict):
                 total[name] = mine + theirs
                 continue
@@ -117,6 +133,8 @@ class Ledger:
             lines.append(f"{label:<{width}}  {train:>12}  {evals:>12}".rstrip())
         for name, counts in (("train", self.train), ("eval", self.eval)):
             lines += [f"dropped from {name}: {line}" for line in counts.drops()]
+        for name, counts in (("train", self.train), ("eval", self.eval)):
+            lines += [f"warning, {name}: {line}" for line in counts.warnings]
         return "\n".join(lines)
 
     def _rows(self) -> Iterator[tuple]:
@@ -144,7 +162,11 @@ class Ledger:
         yield "responses cut", *of_both("responses_truncated")
         yield "  EOS lost", *of_both("eos_lost")
         merges = [f"{counts.boundary_merges} of {counts.boundaries}" for counts in both]
-        yield "boundary merges, first rows", *merges
+        yield "boundary merges", *merges
+        for label, name in CHAT_LINES.items():
+            numbers = of_both(name)
+            if any(numbers):
+                yield label, *numbers
         for part, numbers in by_key("mean_tokens"):
             yield f"mean tokens, {part}", *(f"{number:.1f}" for number in numbers)
         yield "eval prompts also in train", "", self.shared_prompts

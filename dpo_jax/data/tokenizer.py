@@ -1,13 +1,14 @@
 """Text examples to token ids, under one rule for training, evaluation and sampling.
 
-Prompt and responses are tokenised apart: a response is what the model is asked to write after the
-prompt's own tokens. BOS comes once, before the prompt, where the tokenizer itself puts one. EOS
-comes once, at the end of each response; a response that is cut loses it, and gets no false one. An
-empty prompt is one BOS (or EOS, where there is no BOS), so that the first response token is
-predicted from something. Chat goes through the tokenizer's own template, which places the special
-tokens.
+The ids of a prompt and of the answer after it are those of the two as one text, wherever the
+tokenizer allows a cut between them; where a token would reach across, each has its own ids. BOS
+comes once, before the prompt, where the tokenizer itself puts one. EOS comes once, at the end of
+each response; a response that is cut loses it, and gets no false one. An empty prompt is one BOS
+(or EOS, where there is no BOS), so that the first response token is predicted from something.
+Chat goes through the tokenizer's own template (`chat.py`), which places the special tokens.
 """
 
+import datetime
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,19 +16,24 @@ from pathlib import Path
 
 import numpy as np
 
-from dpo_jax.data.examples import Examples
-from dpo_jax.data.ledger import Counts, Unusable
+from dpo_jax.data.chat import Chat, Rendered, Response, without_tail
+from dpo_jax.data.examples import Examples, Masks
+from dpo_jax.data.ledger import Counts, Malformed, Unusable
 from dpo_jax.data.rows import Text, TextExample
 
 # The version of the rule that makes ids of text. Raise it with every change that gives some row
 # other ids, a template's rendering and a cut included: an unfinished stage is then refused, not
 # resumed.
-TOKENIZATION_VERSION = 1
+TOKENIZATION_VERSION = 2
 
 BATCH = 1000  # examples tokenised in one call
 
 # How many tokens of the prompt's end, which hold the cue for the answer, keep_cue leaves.
 CUE_TOKENS = 16
+
+# A warning is due where more than this share of so many boundaries or more lies within a token.
+MERGED_SHARE = 0.9
+MERGED_BOUNDARIES = 10
 
 Prompt = list[int]
 Responses = list[list[int]]
@@ -68,14 +74,25 @@ class Rule:
     truncate: str  # which part of a too long prompt stays: "keep_start", "keep_end" or "keep_cue"
 
 
-def encode(texts: Iterable[TextExample], tokenizer, data, truncate: str) -> tuple[Examples, Counts]:
+def encode(
+    texts: Iterable[TextExample],
+    tokenizer,
+    data,
+    truncate: str,
+    *,
+    date: datetime.date | None = None,
+    keep_all: bool = False,
+) -> tuple[Examples, Counts]:
     """Tokenise examples and cut them to data.max_length.
 
     Returns those that can be used, and what became of all: kept, cut, and dropped by reason.
-    truncate: which part of a too long prompt stays, "keep_start", "keep_end" or "keep_cue". Raises
-    ValueError where the settings, the tokenizer or its chat template cannot do what is asked.
+    truncate: which part of a too long prompt stays, "keep_start", "keep_end" or "keep_cue". date:
+    what chat templates take for today; None: today. keep_all: keep what cannot be trained on too,
+    such as equal or empty responses, to score it. Raises ValueError where the settings, the
+    tokenizer or its chat template cannot do what is asked, and for the first row that the template
+    refuses, unless data.on_bad_row is "drop".
     """
-    encoder = Encoder(tokenizer, data, truncate)
+    encoder = Encoder(tokenizer, data, truncate, date=date, keep_all=keep_all)
     for text in texts:
         encoder.add(text)
     return encoder.finish()
@@ -84,74 +101,154 @@ def encode(texts: Iterable[TextExample], tokenizer, data, truncate: str) -> tupl
 class Encoder:
     """`encode` for examples that come one by one, of which few are in memory as text."""
 
-    def __init__(self, tokenizer, data, truncate: str):
+    def __init__(
+        self,
+        tokenizer,
+        data,
+        truncate: str,
+        *,
+        date: datetime.date | None = None,
+        keep_all: bool = False,
+    ):
         self._tokenizer = tokenizer
         self._rule = _rule(tokenizer, data, truncate)
+        self._chat = chat_of(tokenizer, data, date)
+        self._stops_at_bad_row = data.on_bad_row == "error"
+        self._keep_all = keep_all
         self._examples = Examples()
         self._counts = Counts()
-        self._waiting: list[TextExample] = []  # for enough to tokenise in one call, which is fast
+        # Enough to tokenise in one call, which is fast.
+        self._waiting: list[tuple[TextExample, Rendered]] = []
 
     def add(self, text: TextExample) -> None:
         """Add an example."""
-        self._waiting.append(text)
+        try:
+            if not self._keep_all:
+                _check_specials(text, self._chat)
+            rendered = _render(text, self._chat)
+        except Unusable as reason:
+            self._counts.drop(str(reason), text.where)
+            return
+        except Malformed as error:
+            if self._stops_at_bad_row:
+                raise _refusal(text, error) from error
+            self._counts.drop(error.reason, text.where)
+            return
+        self._waiting.append((text, rendered))
         if len(self._waiting) == BATCH:
             self._encode_waiting()
 
     def finish(self) -> tuple[Examples, Counts]:
         """Return all examples that can be used, and what became of those that were added."""
         self._encode_waiting()
+        _warn_of_merges(self._counts)
         self._counts.kept = len(self._examples)
         self._counts.mean_tokens = _mean_tokens(self._examples)
         return self._examples, self._counts
 
     def _encode_waiting(self) -> None:
-        batch = self._waiting
+        waiting = self._waiting
         self._waiting = []
-        parts = [_parts(text, self._tokenizer) for text in batch]
-        ids = _ids_of_parts(parts, self._tokenizer)
-        # The first batch is sample enough for a warning, and the merges cost as much as tokenising.
-        if not self._counts.boundaries:
-            _count_merges(parts, ids, self._tokenizer, self._counts)
-        for text, (prompt, *responses) in zip(batch, ids, strict=True):
+        batch = _tokenise([rendered for _, rendered in waiting], self._tokenizer, self._counts)
+        for (text, rendered), tokens in zip(waiting, batch, strict=True):
             try:
-                _append(self._examples, text, prompt, responses, self._rule, self._counts)
+                self._append(tokens, text.where)
+                _count_turns(rendered, self._counts)
             except Unusable as reason:
                 self._counts.drop(str(reason), text.where)
 
+    def _append(self, tokens: "_Tokens", where: str) -> None:
+        """Append an example with its special tokens, cut to length.
 
-def encode_prompts(prompts: Sequence[Text], tokenizer, data, truncate: str) -> list[np.ndarray]:
+        Raises Unusable where it cannot be trained on, unless all are to be kept.
+        """
+        rule, counts = self._rule, self._counts
+        whole_prompt, whole_responses, whole_masks = _with_ends(tokens, rule, self._keep_all)
+        prompt, responses = cut(whole_prompt, whole_responses, rule)
+        masks = _cut_masks(whole_masks, responses)
+        if not self._keep_all:
+            # They may differ only after the cut. Equal responses have no gradient.
+            if len(responses) == 2 and responses[0] == responses[1]:
+                raise Unusable("chosen and rejected are equal in tokens, or once cut")
+            if masks and not all(mask.any() for mask in masks):
+                raise Unusable("no assistant turn is left, once cut")
+
+        counts.prompts_truncated += len(prompt) < len(whole_prompt)
+        for whole, response in zip(whole_responses, responses, strict=True):
+            if len(response) < len(whole):
+                counts.responses_truncated += 1
+                # A cut response does not end here, so it gets no EOS that would teach the policy to
+                # stop.
+                counts.eos_lost += whole[-1] == rule.eos
+        self._examples.append(prompt, responses, where, masks)
+
+
+def encode_prompts(
+    prompts: Sequence[Text],
+    tokenizer,
+    data,
+    truncate: str,
+    *,
+    tools: Sequence[list | None] | None = None,
+    date: datetime.date | None = None,
+) -> list[np.ndarray]:
     """Return prompts to sample from, which start as `encode` starts them.
 
-    They are cut to data.max_prompt_length.
+    They are cut to data.max_prompt_length. tools: for each prompt the definitions of the tools that
+    the model may call. Raises ValueError for a prompt that the chat template refuses.
     """
     rule = _rule(tokenizer, data, truncate)
-    ids = _ids([_template(prompt, tokenizer) for prompt in prompts], tokenizer)
+    chat = chat_of(tokenizer, data, date)
+    tools = tools or [None] * len(prompts)
+    rendered = []
+    for number, (prompt, known_tools) in enumerate(zip(prompts, tools, strict=True), start=1):
+        rendered.append(_render_prompt(prompt, known_tools, chat, f"prompt {number}"))
     found = []
-    for prompt, tokens in zip(prompts, ids, strict=True):
-        found.append(np.array(_cut_prompt(_started(prompt, tokens, rule), rule), np.int32))
+    for prompt, ids in zip(prompts, _ids(rendered, tokenizer), strict=True):
+        ids = _started(ids, rule, isinstance(prompt, list))
+        found.append(np.array(_cut_prompt(ids, rule), np.int32))
     return found
 
 
 def encode_example_prompts(
-    texts: Sequence[TextExample], tokenizer, data, truncate: str
+    texts: Sequence[TextExample],
+    tokenizer,
+    data,
+    truncate: str,
+    *,
+    date: datetime.date | None = None,
 ) -> list[np.ndarray]:
     """Return the prompts of all examples, to sample from, exactly as `encode` has them.
 
     That is, cut where they pass data.max_length together with their responses.
     """
     rule = _rule(tokenizer, data, truncate)
-    parts = [_parts(text, tokenizer) for text in texts]
+    chat = chat_of(tokenizer, data, date)
     found = []
-    for text, (prompt, *responses) in zip(texts, _ids_of_parts(parts, tokenizer), strict=True):
-        # EOS counts in the length by which a prompt is cut, so it is added first. Unlike `_ended`,
-        # this drops no example: each prompt here is wanted.
-        ended = []
-        for response in responses:
-            adds_eos = rule.append_eos and response[-1:] != [rule.eos]
-            ended.append([*response, rule.eos] if adds_eos else response)
-        prompt, _ = cut(_started(text.prompt, prompt, rule), ended, rule)
-        found.append(np.array(prompt, np.int32))
+    for start in range(0, len(texts), BATCH):
+        rendered = []
+        for text in texts[start : start + BATCH]:
+            try:
+                rendered.append(_render(text, chat))
+            except Malformed as error:
+                raise _refusal(text, error) from error
+        for tokens in _tokenise(rendered, tokenizer, Counts()):
+            # EOS counts in the length by which a prompt is cut, so it is added first. No example is
+            # dropped: each prompt here is wanted.
+            prompt, responses, _ = _with_ends(tokens, rule, keep_all=True)
+            prompt, _ = cut(prompt, responses, rule)
+            found.append(np.array(prompt, np.int32))
     return found
+
+
+def chat_of(tokenizer, data, date: datetime.date | None = None) -> Chat:
+    """Return how conversations become text under the settings of `data`."""
+    return Chat(
+        tokenizer,
+        options=data.template.to_dict(),
+        ignore=tuple(data.ignore),
+        date=date or datetime.date.today(),
+    )
 
 
 def cut(prompt: Prompt, responses: Responses, rule: Rule) -> tuple[Prompt, Responses]:
@@ -181,48 +278,59 @@ def _cut_prompt(prompt: Prompt, rule: Rule) -> Prompt:
     return prompt[:kept_at_start] + prompt[kept_at_start + excess :]
 
 
-def _append(
-    examples: Examples,
-    text: TextExample,
-    prompt: Prompt,
-    responses: Responses,
-    rule: Rule,
-    counts: Counts,
-) -> None:
-    """Append an example with its special tokens, cut to length.
+@dataclass(frozen=True)
+class _Tokens:
+    """The ids of a prompt and its responses, as far as the text holds them."""
 
-    Raises Unusable where it cannot be trained on.
+    prompt: Prompt
+    responses: Responses
+    masks: list[list[bool] | None]  # for each response which tokens are trained on; None: all
+    is_chat: bool
+
+
+def _cut_masks(masks: list[list[bool] | None], responses: Responses) -> Masks | None:
+    """Return the masks of responses that are cut; None where all tokens are trained on."""
+    if all(mask is None for mask in masks):
+        return None
+    found = []
+    for mask, response in zip(masks, responses, strict=True):
+        mask = np.ones(len(response), bool) if mask is None else np.array(mask, bool)
+        found.append(mask[: len(response)])
+    return None if all(mask.all() for mask in found) else tuple(found)
+
+
+def _with_ends(
+    tokens: _Tokens, rule: Rule, keep_all: bool
+) -> tuple[Prompt, Responses, list[list[bool] | None]]:
+    """Return (prompt, responses, masks) with BOS before and EOS behind.
+
+    Raises Unusable for a response without tokens, unless all are to be kept.
     """
-    # In plain text a special token would end or start a text that goes on. In chat the template
-    # places them, between turns too.
-    is_plain = isinstance(text.prompt, str)
-    if is_plain and rule.eos in prompt:
-        raise Unusable("EOS inside the text")
-    if is_plain and rule.adds_bos and rule.bos in prompt[1:]:
-        raise Unusable("BOS inside the text")
-    whole_prompt = _started(text.prompt, prompt, rule)
-    whole_responses = [_ended(text.prompt, response, rule) for response in responses]
-    prompt, responses = cut(whole_prompt, whole_responses, rule)
-    # They may differ only after the cut. Equal responses have no gradient.
-    if len(responses) == 2 and responses[0] == responses[1]:
-        raise Unusable("chosen and rejected are equal in tokens, or once cut")
-
-    counts.prompts_truncated += len(prompt) < len(whole_prompt)
-    for whole, response in zip(whole_responses, responses, strict=True):
-        if len(response) < len(whole):
-            counts.responses_truncated += 1
-            # A cut response does not end here, so it gets no EOS that would teach the policy to
-            # stop.
-            counts.eos_lost += whole[-1] == rule.eos
-    examples.append(prompt, responses, text.where)
+    prompt = _started(tokens.prompt, rule, tokens.is_chat)
+    responses = []
+    masks = []
+    for response, mask in zip(tokens.responses, tokens.masks, strict=True):
+        # The text may have its own BOS, as "<s>[INST] ..." has.
+        if not tokens.prompt and response[:1] == prompt:
+            response = response[1:]
+        has_eos = bool(response) and response[-1] == rule.eos
+        is_empty = len(response) == has_eos
+        if is_empty and not keep_all:
+            raise Unusable("response without tokens")
+        if not has_eos and rule.eos is not None and (rule.append_eos or is_empty):
+            response = [*response, rule.eos]
+            mask = None if mask is None else [*mask, True]
+        responses.append(response)
+        masks.append(mask)
+    return prompt, responses, masks
 
 
-def _started(prompt: Text, ids: Prompt, rule: Rule) -> Prompt:
+def _started(ids: Prompt, rule: Rule, is_chat: bool) -> Prompt:
     """Return a prompt's ids after what the tokenizer starts a text with, once."""
-    if isinstance(prompt, list) and ids:
+    if ids and is_chat:
         return ids  # the chat template has put it
-    if rule.adds_bos:
-        return ids if ids[:1] == [rule.bos] else [rule.bos, *ids]
+    if ids and rule.adds_bos:
+        return ids if ids[0] == rule.bos else [rule.bos, *ids]
     # GPT-2's kind of tokenizer adds no BOS, so only an empty prompt gets one.
     stand_in = rule.eos if rule.bos is None else rule.bos
     if not ids and stand_in is None:
@@ -233,72 +341,180 @@ def _started(prompt: Text, ids: Prompt, rule: Rule) -> Prompt:
     return ids or [stand_in]
 
 
-def _ended(prompt: Text, ids: list[int], rule: Rule) -> list[int]:
-    """Return a response's ids with one EOS, at the end.
+# text
 
-    Raises Unusable where the response is empty, or has special tokens inside.
+
+def _render(text: TextExample, chat: Chat) -> Rendered:
+    """Return an example as text; the chat template writes messages.
+
+    Raises Malformed where the template cannot, ValueError where there is none.
     """
-    is_chat = isinstance(prompt, list)
-    has_eos = is_chat and ids[-1:] == [rule.eos]  # put by the template
-    body = ids[:-1] if has_eos else ids
-    if not body:
-        raise Unusable("response without tokens")
-    if rule.adds_bos and rule.bos in body and not is_chat:
-        raise Unusable("BOS inside the text")
-    if rule.eos in body:
-        raise Unusable("EOS inside the text")
-    return [*body, rule.eos] if has_eos or rule.append_eos else body
+    if isinstance(text.prompt, list):
+        chat.check(text.where)
+        return chat.example(text.prompt, text.responses, text.tools)
+    eos = chat.tokenizer.eos_token
+    # A text may end in its own EOS, and in white space after it.
+    responses = [Response(without_tail(response, eos)) for response in text.responses]
+    return Rendered(text.prompt, tuple(responses))
 
 
-def _parts(text: TextExample, tokenizer) -> tuple[str, ...]:
-    """Return the prompt and the responses as plain text; the template renders chat."""
-    if isinstance(text.prompt, str):
-        return text.prompt, *text.responses
-    prompt = _template(text.prompt, tokenizer, text.where)
-    parts = [prompt]
-    for response in text.responses:
-        whole = _template([*text.prompt, *response], tokenizer, text.where, answered=True)
-        if not whole.startswith(prompt):
-            raise ValueError(
-                f"{text.where}: the chat template renders the conversation otherwise than its "
-                f"prompt, so the response cannot be told apart. Prompt: {prompt!r}; conversation: "
-                f"{whole!r}. Use a template whose generation prompt is how an answer begins."
-            )
-        # What the template adds after the prompt is the response, with the tokens that end its
-        # turn.
-        parts.append(_without_tail(whole[len(prompt) :], tokenizer.eos_token))
-    return tuple(parts)
-
-
-def _template(prompt: Text, tokenizer, where: str = "a prompt", answered: bool = False) -> str:
-    """Return a prompt (or an answered conversation) as text; plain text stays as it is."""
+def _render_prompt(prompt: Text, tools: list | None, chat: Chat, where: str) -> str:
+    """Return a prompt as text; ValueError where the chat template refuses it."""
     if isinstance(prompt, str):
         return prompt
-    if not tokenizer.chat_template:
-        raise ValueError(
-            f"{where} holds chat messages, but the tokenizer has no chat template. Use a model "
-            "with one (chat_template.jinja beside tokenizer_config.json), or plain text."
-        )
+    chat.check(where)
     try:
-        return tokenizer.apply_chat_template(
-            prompt, tokenize=False, add_generation_prompt=not answered
+        return chat.prompt(prompt, tools)
+    except Malformed as error:
+        raise ValueError(f"{where}: {error}.") from error
+
+
+def _check_specials(text: TextExample, chat: Chat) -> None:
+    """Check that no chat message spells a special token, which would end a turn or start one.
+
+    Raises Unusable. Plain text may hold them: its format is the user's own.
+    """
+    if isinstance(text.prompt, list):
+        for messages in (text.prompt, *text.responses):
+            if chat.spells_special(messages):
+                raise Unusable("special token inside a message")
+
+
+def _refusal(text: TextExample, error: Malformed) -> ValueError:
+    """Return the error for a row that the chat template cannot write, for a person."""
+    return ValueError(
+        f"{text.where}: {error}.\n"
+        "Fix the row, or drop and count such rows with --config.data.on_bad_row=drop."
+    )
+
+
+def _count_turns(rendered: Rendered, counts: Counts) -> None:
+    """Count what is not trained on as it stands in the row."""
+    counts.reasoning_left_out += rendered.reasoning_left_out
+    for response in rendered.responses:
+        counts.laid_behind += response.is_laid_behind
+        counts.other_turns += response.other_turns
+        counts.reasoning_left_out += response.reasoning_left_out
+
+
+# ids
+
+
+@dataclass
+class _Answer:
+    """A response after its prompt, as text and as ids."""
+
+    prompt: str
+    prompt_ids: Prompt
+    response: Response
+    joint_ids: list[int]  # of prompt and response as one text
+    ids: list[int]
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether a token of the joint text reaches from the prompt into the response."""
+        return self.joint_ids[: len(self.prompt_ids)] != self.prompt_ids
+
+
+def _tokenise(batch: list[Rendered], tokenizer, counts: Counts) -> list[_Tokens]:
+    """Return the ids of rendered examples; all are tokenised in a few calls, which is fast.
+
+    Counts the boundaries that lie within a token of the joint text.
+    """
+    prompts_ids = _ids([example.prompt for example in batch], tokenizer)
+    joined = []
+    for example in batch:
+        joined += [example.prompt + response.text for response in example.responses]
+    joint_ids = iter(_ids(joined, tokenizer))
+
+    answers = []
+    for example, prompt_ids in zip(batch, prompts_ids, strict=True):
+        for response in example.responses:
+            ids = next(joint_ids)
+            rest = ids[len(prompt_ids) :]
+            answers.append(_Answer(example.prompt, prompt_ids, response, ids, rest))
+    # A token across the boundary is one that a sampled response never has.
+    merged = [answer for answer in answers if answer.is_merged]
+    alone = _ids_inside([answer.response.text for answer in merged], tokenizer)
+    for answer, ids in zip(merged, alone, strict=True):
+        answer.ids = ids
+    counts.boundaries += len(answers)
+    counts.boundary_merges += len(merged)
+    if merged and not counts.merge_example:
+        counts.merge_example = _merge_example(merged[0], tokenizer)
+
+    masks = iter(_masks(answers, tokenizer))
+    left = iter(answers)
+    found = []
+    for example, prompt_ids in zip(batch, prompts_ids, strict=True):
+        count = len(example.responses)
+        ids = [answer.ids for answer in itertools.islice(left, count)]
+        found.append(
+            _Tokens(prompt_ids, ids, list(itertools.islice(masks, count)), example.is_chat)
         )
-    except Exception as error:  # whatever the template raises: it is a program of its own
-        raise ValueError(
-            f"{where}: the chat template refuses this conversation: {error}"
-        ) from error
+    return found
 
 
-def _without_tail(text: str, eos: str | None) -> str:
-    """Return the text without the white space that some templates put after the EOS."""
-    stripped = text.rstrip()
-    return stripped if eos and stripped.endswith(eos) else text
+def _masks(answers: list[_Answer], tokenizer) -> list[list[bool] | None]:
+    """Return for each answer which of its tokens are trained on; None: all of them."""
+    several = [answer for answer in answers if answer.response.spans is not None]
+    pieces = [_pieces(answer.response) for answer in several]
+    pieces_ids = iter(_ids_inside(itertools.chain.from_iterable(pieces), tokenizer))
+    masks = {}
+    for answer, texts in zip(several, pieces, strict=True):
+        # Where the ids of the pieces are those of the whole, their counts say where each starts.
+        positions = {0: 0}
+        end = 0
+        together = []
+        for text in texts:
+            end += len(text)
+            together += next(pieces_ids)
+            positions[end] = len(together)
+        if together != answer.ids:
+            positions = _positions(answer, positions, tokenizer)
+        mask = [False] * len(answer.ids)
+        for start, end in answer.response.spans:
+            for index in range(positions[start], positions[end]):
+                mask[index] = True
+        masks[id(answer)] = mask
+    return [masks.get(id(answer)) for answer in answers]
 
 
-def _ids_of_parts(parts: list[tuple[str, ...]], tokenizer) -> list[list[list[int]]]:
-    """Return the ids of each part of each example; all are tokenised in one call, which is fast."""
-    flat = iter(_ids(itertools.chain.from_iterable(parts), tokenizer))
-    return [list(itertools.islice(flat, len(of_example))) for of_example in parts]
+def _pieces(response: Response) -> list[str]:
+    """Return a response's text, cut where a part that is trained on starts or ends."""
+    edges = {0, len(response.text)}
+    for span in response.spans:
+        edges.update(span)
+    return [response.text[start:end] for start, end in itertools.pairwise(sorted(edges))]
+
+
+def _positions(answer: _Answer, edges: Iterable[int], tokenizer) -> dict[int, int]:
+    """Return for each edge in an answer's text how many of its tokens come before it.
+
+    A token that reaches across an edge counts as after it.
+    """
+    edges = list(edges)
+    text = answer.response.text
+    if answer.is_merged:
+        before = _ids_inside([text[:edge] for edge in edges], tokenizer)
+        skipped = 0
+    else:
+        before = _ids([answer.prompt + text[:edge] for edge in edges], tokenizer)
+        skipped = len(answer.prompt_ids)
+    positions = {}
+    for edge, ids in zip(edges, before, strict=True):
+        positions[edge] = _common_start(ids[skipped:], answer.ids)
+    return positions
+
+
+def _common_start(ids: list[int], others: list[int]) -> int:
+    """Return with how many same ids both start."""
+    count = 0
+    for mine, theirs in zip(ids, others, strict=False):
+        if mine != theirs:
+            break
+        count += 1
+    return count
 
 
 def _ids(texts: Iterable[str], tokenizer) -> list[list[int]]:
@@ -308,8 +524,8 @@ def _ids(texts: Iterable[str], tokenizer) -> list[list[int]]:
         return []  # tokenizers refuse an empty list
     encoded = tokenizer(
         texts,
-        # The rule above places BOS and EOS. A chat template has put its own into the text, where
-        # the tokenizer still finds them.
+        # The rule above places BOS and EOS. What the texts spell themselves, as those of a chat
+        # template do, the tokenizer still finds.
         add_special_tokens=False,
         return_attention_mask=False,
         return_token_type_ids=False,
@@ -318,19 +534,45 @@ def _ids(texts: Iterable[str], tokenizer) -> list[list[int]]:
     return encoded.input_ids
 
 
-def _count_merges(
-    parts: list[tuple[str, ...]], ids: list[list[list[int]]], tokenizer, counts: Counts
-) -> None:
-    """Count the responses whose tokens would be others in one text with the prompt."""
-    joined, apart = [], []
-    for (prompt, *responses), (prompt_ids, *responses_ids) in zip(parts, ids, strict=True):
-        joined += [prompt + response for response in responses]
-        apart += [prompt_ids + response_ids for response_ids in responses_ids]
-    counts.boundaries = len(joined)
-    # A merge across the boundary makes tokens that a sampled response never has; it is counted, to
-    # warn.
-    for together, separate in zip(_ids(joined, tokenizer), apart, strict=True):
-        counts.boundary_merges += together != separate
+def _ids_inside(texts: Iterable[str], tokenizer) -> list[list[int]]:
+    """Return the ids of texts that continue others.
+
+    That is without the space that SentencePiece's kind of tokenizer puts before every text.
+    """
+    texts = list(texts)
+    newline, letter, both = _ids(["\n", "a", "\na"], tokenizer)
+    alone = _ids(texts, tokenizer)
+    if both == [*newline, *letter]:
+        return alone
+    found = []
+    after_newline = _ids(["\n" + text for text in texts], tokenizer)
+    for ids, ids_alone in zip(after_newline, alone, strict=True):
+        is_apart = ids[: len(newline)] == newline
+        found.append(ids[len(newline) :] if is_apart else ids_alone)
+    return found
+
+
+def _merge_example(answer: _Answer, tokenizer) -> str:
+    """Return how the tokens differ at a boundary that lies within a token."""
+    start = max(_common_start(answer.prompt_ids, answer.joint_ids) - 1, 0)
+    joint = tokenizer.convert_ids_to_tokens(answer.joint_ids[start : start + 4])
+    prompt_end = tokenizer.convert_ids_to_tokens(answer.prompt_ids[start:])
+    response_start = tokenizer.convert_ids_to_tokens(answer.ids[:3])
+    return (
+        f"{answer.prompt[-20:]!r} and then {answer.response.text[:20]!r} is tokenised as "
+        f"{prompt_end} and {response_start}, but as one text as {joint}"
+    )
+
+
+def _warn_of_merges(counts: Counts) -> None:
+    """Add a warning where nearly all boundaries lie within a token."""
+    merges, boundaries = counts.boundary_merges, counts.boundaries
+    if boundaries >= MERGED_BOUNDARIES and merges > MERGED_SHARE * boundaries:
+        counts.warnings.append(
+            f"{merges} of {boundaries} responses would merge with the end of their prompt into "
+            f"other tokens: {counts.merge_example}. Text usually continues with a space at the "
+            "start of the response, not at the end of the prompt."
+        )
 
 
 def _mean_tokens(examples: Examples) -> dict[str, float]:

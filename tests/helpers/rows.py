@@ -28,6 +28,8 @@ def data_config(**changes) -> ml_collections.ConfigDict:
             "columns": "",
             "ignore": (),
             "turns": "all",
+            "template": {},
+            "ignore": (),
             "max_dropped": 0.05,
         }
         | changes

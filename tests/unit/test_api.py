@@ -123,7 +123,7 @@ def test_encode_refuses_chat_without_template(loaded):
         ([{"text": 5}], r"rows\[0\]: .*'text'"),
         (["w1"], r"rows\[0\]: .*"),
         ([*ROWS, {"prompt": "w1", "chosen": "w2", "rejected": "w2"}], r"rows\[4\]: .*equal"),
-        ([{"prompt": "w1", "chosen": "</s> w2", "rejected": "w2"}], r"EOS inside.*rows\[0\]"),
+        ([{"prompt": "w1", "chosen": "</s>", "rejected": "w2"}], r"without tokens.*rows\[0\]"),
         ([], "no row"),
     ],
 )

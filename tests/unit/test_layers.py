@@ -38,7 +38,7 @@ FILES = sorted(
 ONLY_IN = {  # library -> the files that may import it
     "flax.linen": {"models/transformer.py", "models/linear.py"},
     "orbax.checkpoint": {"training/checkpoint.py"},
-    "transformers": {"models/hf.py", "data/tokenizer.py", "data/toy.py"},
+    "transformers": {"models/hf.py", "data/chat.py", "data/tokenizer.py", "data/toy.py"},
     "datasets": {"data/readers.py"},
     "optax": {"training/optim.py", "training/step.py"},
     "matplotlib": {"evaluation/plots.py"},

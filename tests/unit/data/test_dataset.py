@@ -42,7 +42,7 @@ def pairs(n):
 
 
 def test_load_accounts_for_every_row(tmp_path, letters):
-    bad = [{"prompt": "p", "chosen": chosen, "rejected": "r"} for chosen in ("", "c<eos>", 3)]
+    bad = [{"prompt": "p", "chosen": chosen, "rejected": "r"} for chosen in ("", "é", 3)]
     path = write(tmp_path / "rows.jsonl", [*pairs(100), *pairs(2), *bad])
     data = dataset.load(
         data_config(path=path, eval_fraction=0.1, on_bad_row="drop"), letters, "pairs"
@@ -51,9 +51,9 @@ def test_load_accounts_for_every_row(tmp_path, letters):
     assert train.dropped == {
         "empty response": 1,
         "field 'chosen' is not text": 1,
-        "EOS inside the text": 1,
+        "response without tokens": 1,
     }
-    assert train.examples["EOS inside the text"] == ["rows.jsonl row 104"]
+    assert train.examples["response without tokens"] == ["rows.jsonl row 104"]
     assert (
         train.read == 105
         and train.kept == len(data.train)
@@ -90,6 +90,7 @@ def test_ledger_json_and_table(tmp_path, letters):
             "eos_lost": 1,
             "boundaries": 62,
             "boundary_merges": 0,
+            **NO_CHAT,
             "mean_tokens": {
                 "prompt": pytest.approx((10 * 8 + 20 * 9 + 20) / 31),
                 "chosen": pytest.approx((30 * 5 + 2) / 31),
@@ -110,6 +111,7 @@ def test_ledger_json_and_table(tmp_path, letters):
             "eos_lost": 0,
             "boundaries": 4,
             "boundary_merges": 0,
+            **NO_CHAT,
             "mean_tokens": {"prompt": 8, "chosen": 5, "rejected": 5, "chosen minus rejected": 0},
         },
         "shared_prompts": 2,
@@ -117,6 +119,13 @@ def test_ledger_json_and_table(tmp_path, letters):
     assert data.ledger.table() == TABLE
 
 
+NO_CHAT = {
+    "merge_example": "",
+    "laid_behind": 0,
+    "other_turns": 0,
+    "reasoning_left_out": 0,
+    "warnings": [],
+}
 TABLE = """\
                                            train          eval
 rows                                          32             2
@@ -127,7 +136,7 @@ kept                                          31             2
 prompts cut                                    1             0
 responses cut                                  1             0
   EOS lost                                     1             0
-boundary merges, first rows              0 of 62        0 of 4
+boundary merges                          0 of 62        0 of 4
 mean tokens, prompt                          9.0           8.0
 mean tokens, chosen                          4.9           5.0
 mean tokens, rejected                        5.5           5.0
@@ -137,9 +146,7 @@ dropped from train: 1 x empty response (train.jsonl row 31)"""
 
 
 def test_load_stops_at_max_dropped(tmp_path, letters):
-    empty, broken = (
-        {"prompt": "p", "chosen": chosen, "rejected": "r"} for chosen in ("", "<eos>c")
-    )
+    empty, broken = ({"prompt": "p", "chosen": chosen, "rejected": "r"} for chosen in ("", "é"))
     path = write(tmp_path / "rows.jsonl", [*pairs(95), empty, empty, empty, empty, broken])
     assert len(dataset.load(data_config(path=path, max_dropped=0.05), letters, "pairs").train) == 95
     with pytest.raises(ValueError) as error:
@@ -147,7 +154,7 @@ def test_load_stops_at_max_dropped(tmp_path, letters):
     assert str(error.value) == (
         "5 of 100 train rows (5.0%) had to be dropped; data.max_dropped allows 4.0%:\n"
         "  4 x empty response (rows.jsonl row 96, rows.jsonl row 97, rows.jsonl row 98, ...)\n"
-        "  1 x EOS inside the text (rows.jsonl row 100)\n"
+        "  1 x response without tokens (rows.jsonl row 100)\n"
         "Fix these rows, or raise data.max_dropped if losing them is right."
     )
 
@@ -340,8 +347,8 @@ def test_load_real_hh_pairs():
     data = dataset.load(config, tokenizer, "pairs")
     train, evals = data.ledger.train, data.ledger.eval
     assert (train.read, train.held_out, train.kept, evals.kept) == (2312, 56, 2252, 56)
-    assert (train.prompts_truncated, train.responses_truncated, train.eos_lost) == (637, 296, 296)
-    assert train.mean_tokens["chosen"] == pytest.approx(91.8, abs=0.05)
+    assert (train.prompts_truncated, train.responses_truncated, train.eos_lost) == (636, 295, 295)
+    assert train.mean_tokens["chosen"] == pytest.approx(90.9, abs=0.05)
     lengths = [len(pair.prompt) + max(map(len, pair.responses)) for pair in data.train]
     assert max(lengths) == 512
     for pair in data.train:

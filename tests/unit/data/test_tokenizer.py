@@ -56,7 +56,14 @@ def ids_of(tokenizer, *tokens):
 
 
 def data_config(**changes):
-    fields = {"max_length": 100, "max_prompt_length": 50, "append_eos": True}
+    fields = {
+        "max_length": 100,
+        "max_prompt_length": 50,
+        "append_eos": True,
+        "on_bad_row": "error",
+        "template": {},
+        "ignore": (),
+    }
     return ml_collections.ConfigDict(fields | changes)
 
 
@@ -116,8 +123,10 @@ def test_encode_prompt_that_spells_bos():
     tokenizer = small(bos="<b>", adds_bos=True)
     (row,), _ = encoded(tokenizer, ("<b>c", ("d", "e")))
     assert row[0] == ids_of(tokenizer, "<b>", "c")
-    _, counts = encoded(tokenizer, ("c<b>d", ("d", "e")))
-    assert counts.dropped == {"BOS inside the text": 1}
+    # The format of a text is the user's own, as in "<s>[INST] ... </s><s>[INST] ...".
+    (row,), _ = encoded(tokenizer, ("c<b>d", ("d", "e<b>e")))
+    assert row[0] == ids_of(tokenizer, "<b>", "c", "<b>", "d")
+    assert row[2] == ids_of(tokenizer, "e", "<b>", "e", "<e>")
 
 
 def test_encode_bos_id_0():
@@ -137,13 +146,35 @@ def test_encode_append_eos_off():
     assert encoded(small(bos="<b>", eos=None), ("c", ("d",)), append_eos=False)[1].kept == 1
 
 
-def test_encode_drops_eos_inside_text():
-    rows, counts = encoded(
-        small(), ("c", ("d", "e")), ("c<e>", ("d", "e")), ("c", ("d", "e<e>")), ("c", ("<e>d", "e"))
-    )
-    assert len(rows) == counts.kept == 1
-    assert counts.dropped == {"EOS inside the text": 3}
-    assert counts.examples == {"EOS inside the text": ["row 2", "row 3", "row 4"]}
+@pytest.mark.parametrize("append_eos", [True, False])
+def test_encode_text_in_chat_format_stands(append_eos):
+    """EOS may be anywhere in text; one at the end, before white space, is the response's own."""
+    tokenizer = small()
+    (row,), counts = encoded(tokenizer, ("c<e>d", ("d<e>f<e>\n", "e<e>")), append_eos=append_eos)
+    assert row == [
+        ids_of(tokenizer, "c", "<e>", "d"),
+        ids_of(tokenizer, "d", "<e>", "f", "<e>"),
+        ids_of(tokenizer, "e", "<e>"),
+    ]
+    assert counts.dropped == {}
+
+
+@pytest.mark.parametrize(
+    "settings, start",
+    [
+        ({"bos": "<b>", "adds_bos": True}, "<b>"),
+        ({"bos": "<b>", "adds_bos": False}, "<b>"),
+        ({"bos": "<e>", "adds_bos": False}, "<e>"),
+        ({"bos": None}, "<e>"),
+    ],
+)
+def test_encode_sft_text_with_its_own_bos_and_eos(settings, start):
+    tokenizer = small(**settings)
+    text = f"{start}c d<e>\n"
+    (row,), _ = encoded(tokenizer, ("", (text,)))
+    joint = tokenizer(text.strip(), add_special_tokens=False).input_ids
+    assert row[0] + row[1] == joint == ids_of(tokenizer, start, "c", " ", "d", "<e>")
+    assert row[0] == ids_of(tokenizer, start)
 
 
 def test_encode_drops_empty_response():
@@ -170,9 +201,17 @@ def test_encode_counts_boundary_merges():
     assert (counts.boundary_merges, counts.boundaries) == (2, 4)
 
 
-def test_encode_counts_merges_of_first_rows(monkeypatch):
-    _, counts = encoded(small(), *[("a", ("b",))] * 1200)
-    assert (counts.boundary_merges, counts.boundaries, counts.kept) == (1000, 1000, 1200)
+def test_encode_warns_of_merges():
+    _, counts = encoded(small(), *[("ca", ("b",))] * 1200)
+    assert (counts.boundary_merges, counts.boundaries, counts.kept) == (1200, 1200, 1200)
+    assert counts.warnings == [
+        "1200 of 1200 responses would merge with the end of their prompt into other tokens: 'ca' "
+        "and then 'b' is tokenised as ['c', 'a'] and ['b'], but as one text as ['c', 'ab']. Text "
+        "usually continues with a space at the start of the response, not at the end of the prompt."
+    ]
+    assert encoded(small(), *[("ca", ("b",))] * 9)[1].warnings == []
+    rows = [("ca", ("b",))] * 9 + [("c", ("b",))]
+    assert encoded(small(), *rows)[1].warnings == []
 
 
 # truncation
@@ -327,15 +366,16 @@ def test_chat_keeps_template_eos():
     assert row[1] == ids_of(tokenizer, "d", "<e>")
 
 
-def test_chat_drops_eos_inside_response():
+def test_chat_drops_special_tokens_in_messages():
+    call = {"function": {"name": "c", "arguments": {"d": "<e>"}}}
     rows = [
         ([user("c<e>")], (answer("d"),)),
-        ([user("c")], (answer("d<e>e"),)),
-        ([user("c")], ([*answer("d"), user("e"), *answer("f")],)),
+        ([user("c")], (answer("d<p>e"),)),
+        ([user("c")], ([{"role": "assistant", "content": "c", "tool_calls": [call]}],)),
+        ([user("c")], (answer("<d>"),)),  # is none
     ]
-    counts = encoded(small(template=CHATML), *rows)[1]
-    assert counts.kept == 1 and counts.dropped == {"EOS inside the text": 2}
-    assert counts.examples == {"EOS inside the text": ["row 2", "row 3"]}
+    counts = encoded(small(pad="<p>", template=CHATML), *rows)[1]
+    assert counts.kept == 1 and counts.dropped == {"special token inside a message": 3}
 
 
 def test_chat_drops_empty_response():
@@ -382,12 +422,11 @@ def test_encode_example_prompts_cut_as_training(max_length):
         (None, "row 1 holds chat messages, but the tokenizer has no chat template"),
         (
             "{{ messages[0].content }}{% if add_generation_prompt %}a:{% endif %}",
-            "row 1: the chat template renders the conversation otherwise than its prompt.*"
-            "'ca:'; conversation: 'c'",
+            "row 1: the chat template does not write 'content' of an assistant message .*found 'd'",
         ),
         (
             "{{ raise_exception('roles must alternate') }}",
-            "row 1: the chat template refuses this conversation: roles must alternate",
+            "row 1: the chat template refuses this conversation; found roles must alternate",
         ),
     ],
 )
@@ -532,13 +571,19 @@ def test_encode_with_real_tokenizers(name, start, empty, eos):
         assert [part.count(eos) for part in row[1:]] == [1, 1] and all(
             part[-1] == eos for part in row[1:]
         )
-    assert tokenizer.decode(rows[0][0][len(start) :], clean_up_tokenization_spaces=False) == text
-    assert tokenizer.decode(rows[0][1][:-1], clean_up_tokenization_spaces=False) == " Hello."
+    whole = rows[0][0][len(start) :] + rows[0][1][:-1]
+    assert whole == tokenizer.encode(text + " Hello.", add_special_tokens=False)
+    assert tokenizer.decode(whole, clean_up_tokenization_spaces=False) == text + " Hello."
     assert counts.dropped == {} and counts.boundaries == 4
 
 
 @needs_shared
-def test_encode_literal_eos_with_real_tokenizers():
-    for name, eos in (("stories260k", "</s>"), ("gpt2-tokenizer", "<|endoftext|>")):
-        counts = encoded(tokenizers.load(SHARED / name), ("p", (f" a {eos} b", " c")))[1]
-        assert counts.dropped == {"EOS inside the text": 1}
+@pytest.mark.parametrize(
+    "name, eos", [("stories260k", "</s>"), ("gpt2-tokenizer", "<|endoftext|>")]
+)
+def test_encode_literal_eos_with_real_tokenizers(name, eos):
+    tokenizer = tokenizers.load(SHARED / name)
+    (row,), _ = encoded(tokenizer, (f"p{eos}", (f" a {eos} b", f" c{eos}\n")))
+    id_ = tokenizer.eos_token_id
+    assert [part.count(id_) for part in row] == [1, 2, 1]
+    assert row[0][-1] == row[1][-1] == row[2][-1] == id_
