@@ -29,7 +29,6 @@ def data_config(**changes) -> ml_collections.ConfigDict:
             "ignore": (),
             "turns": "all",
             "template": {},
-            "ignore": (),
             "max_dropped": 0.05,
         }
         | changes
