@@ -122,6 +122,18 @@ def wait_for_all(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def at_the_end(function: Callable[[], None]) -> None:
+    """Call a function on process 0 when all work is done; the others need not wait for it.
+
+    It may take longer than a process may be silent, as an upload does.
+    """
+    if jax.process_count() > 1:
+        # All let go of each other here, so that the others can end.
+        jax.distributed.shutdown()
+    if jax.process_index() == 0:
+        function()
+
+
 def from_first(function: Callable):
     """Return on every process what function() returns on process 0, which alone calls it.
 
