@@ -24,31 +24,26 @@ ROLES = {
 }
 # Roles of turns in which the assistant calls a tool, as JSON text.
 CALLS = ("function_call", "tool_call")
+# Keys of messages and of scored answers, by which a struct of lists is known.
+STRUCT_KEYS = {"role", "from", "answer", "response"}
 
 
-def untabled(name: str, value):
-    """Return a field's value as the row had it before it was put into a table.
+def untabled(value):
+    """Return a value as the row had it before it was put into a table, at any depth.
 
     A struct of lists becomes a list of structs; nulls, which tables put where a key is absent, are
     left out.
     """
-    if isinstance(value, dict) and value.keys() & {"role", "from", "answer", "response"}:
-        lists = [part for part in value.values() if part is not None]
-        if lists and all(isinstance(part, list) for part in lists):
-            if len({len(part) for part in lists}) > 1:
-                raise Malformed(f"field {name!r} has lists of different lengths", shown(value))
-            keys = [key for key in value if value[key] is not None]
-            value = [dict(zip(keys, parts, strict=True)) for parts in zip(*lists, strict=True)]
-    return _without_nulls(value)
-
-
-def _without_nulls(value):
-    """Return a value without the keys whose value is null, at any depth."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
     if isinstance(value, list):
-        return [_without_nulls(part) for part in value]
-    return value
+        return [untabled(part) for part in value]
+    if not isinstance(value, dict):
+        return value
+    given = {key: untabled(part) for key, part in value.items() if part is not None}
+    if not given.keys() & STRUCT_KEYS or not all(isinstance(p, list) for p in given.values()):
+        return given
+    if len({len(part) for part in given.values()}) > 1:
+        return given
+    return [dict(zip(given, parts, strict=True)) for parts in zip(*given.values(), strict=True)]
 
 
 def is_chat(value) -> bool:
@@ -93,6 +88,9 @@ def _message(message, name: str) -> dict:
             found[key] = value
     if role in CALLS:
         return _call(found, name)
+    if isinstance(found.get("function_call"), dict):
+        # OpenAI's older name of a single call.
+        found["tool_calls"] = [{"type": "function", "function": found.pop("function_call")}]
     if isinstance(found.get("tool_calls"), str):
         found["tool_calls"] = json_of(found["tool_calls"], f"'tool_calls' in field {name!r}")
     known = ROLES.get(role.strip().lower()) if isinstance(role, str) else None

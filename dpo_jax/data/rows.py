@@ -48,10 +48,11 @@ def text_field(fields: dict, name: str) -> str:
 
 
 def number_field(fields: dict, name: str) -> float:
-    """Return a field that must be a number."""
-    if not isinstance(fields.get(name), int | float):
+    """Return a field that must be a number, which a table of text has as text."""
+    number = number_of(fields.get(name))
+    if number is None:
         raise Malformed(f"field {name!r} is missing or not a number", shown(fields.get(name)))
-    return fields[name]
+    return number
 
 
 def shown(value) -> str:

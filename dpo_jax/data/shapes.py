@@ -60,11 +60,11 @@ CJK = "\u2e80"  # the first character of the scripts of China, Japan and Korea
 # the row anyway, the row is refused.
 CONTENT = (
     *("prompt", "question", "instruction", "input", "context", "history", "text", "completion"),
-    *("messages", "conversations", "system", "system_prompt", "tools", "functions"),
-    *("documents", "reasoning_content", "thinking"),
+    *("messages", "conversations", "system", "system_prompt", "system_message", "tools"),
+    *("functions", "documents", "reasoning_content", "thinking", "chat_template_kwargs"),
     *("image", "images", "video", "videos", "audio", "audios"),
 )
-SYSTEM = ("system", "system_prompt")
+SYSTEM = ("system", "system_prompt", "system_message")
 # Of these, a row that has several leaves open which one is meant; data.columns says it.
 ALTERNATIVES = {
     *("prompt", "question", "instruction", "text", "completion", "messages", "conversations")
@@ -101,7 +101,7 @@ def local(fields: dict, columns: dict | None = None, ignore: tuple = ()) -> Row:
     for name, value in fields.items():
         # Tables have a null where a row lacks a field.
         if value is not None:
-            given[name] = untabled(name, value) if name in _known_names() else value
+            given[name] = untabled(value) if name in _known_names() else value
     fields = given
     shape = _recognised(fields, tuple(columns or ()))
     try:
@@ -200,7 +200,7 @@ def _recognised(fields: dict, mapped: tuple[str, ...]) -> Shape:
 @functools.lru_cache(maxsize=1024)
 def _shapes_with(names: frozenset, mapped: tuple[str, ...]) -> tuple[Shape, ...]:
     """Return the shapes that a row with these fields may have."""
-    chosen_by_user = set(mapped) - {*SYSTEM, "tools"}
+    chosen_by_user = set(mapped) - {*SYSTEM, "tools", "functions"}
     found = []
     for shape in SHAPES:
         # What the user names explicitly overrides which shape comes before another.
@@ -256,44 +256,48 @@ def _with_system_and_tools(row: Row, fields: dict) -> Row:
 
     Text rows that have such a column become chat: there is no other place for it.
     """
-    tools = row.tools or _tools(fields.get("tools"))
-    columns = [name for name in SYSTEM if name in fields]
-    if len(columns) > 1 and fields["system"] != fields["system_prompt"]:
-        raise Malformed("the fields 'system' and 'system_prompt' differ")
-    if tools:
-        columns.append("tools")
-    if not columns:
+    tools = row.tools or _tools(fields)
+    system = _system(fields)
+    if system is None and not tools:
         return row
-    system = text_field(fields, columns[0]) if columns[0] in SYSTEM else ""
     if isinstance(row.prompt, str):
-        if not row.prompt:
-            if not system and not tools:
-                return row
+        columns = [name for name in (*SYSTEM, "tools", "functions") if fields.get(name) is not None]
+        if not row.prompt and (system or tools):
             raise Malformed(
                 f"text without a prompt has no place for field {columns[0]!r}; use chat messages, "
                 f"or leave it out with --config.data.ignore={columns[0]}"
             )
-        responses = tuple(as_messages("assistant", response) for response in row.responses)
+        if not row.prompt:
+            return row
         row = dataclasses.replace(
             row,
             prompt=as_messages("user", row.prompt),
-            responses=responses,
+            responses=tuple(as_messages("assistant", response) for response in row.responses),
             shape=f"{row.shape}, with column {' and '.join(columns)}",
         )
     row = dataclasses.replace(row, tools=tools)
-    if not system.strip():
+    if not system:
         return row
-    # A conversation whole, where the prompt is not told from the response, starts in the response.
-    start = row.prompt or row.responses[0]
-    given, _ = split_system(start)
+    # A whole conversation, where the prompt is not told from the response, is the response.
+    given, _ = split_system(row.prompt or row.responses[0])
     if given:
         if squeezed(given[0].get("content", "")) != squeezed(system):
-            raise Malformed("field 'system' differs from the system turn in the messages")
+            raise Malformed("the column of system text differs from the messages' system turn")
         return row
-    turn = [{"role": "system", "content": system}]
+    turn = as_messages("system", system)
     if row.prompt:
         return dataclasses.replace(row, prompt=turn + row.prompt)
     return dataclasses.replace(row, responses=(turn + row.responses[0],))
+
+
+def _system(fields: dict) -> str | None:
+    """Return the text in a row's column of system text, "" if that is blank; None without one."""
+    texts = [text_field(fields, name) for name in SYSTEM if name in fields]
+    if not texts:
+        return None
+    if len(set(texts)) > 1:
+        raise Malformed(f"the fields {' and '.join(n for n in SYSTEM if n in fields)} differ")
+    return texts[0] if texts[0].strip() else ""
 
 
 def _with_label(row: Row, fields: dict) -> Row:
@@ -309,25 +313,37 @@ def _with_label(row: Row, fields: dict) -> Row:
     return row
 
 
-def _tools(value) -> list | None:
-    """Return the definitions in a row's column of tools, a list or its JSON text."""
+def _tools(holder: dict) -> list | None:
+    """Return the definitions of tools that a row holds, as a list or its JSON text."""
+    tools = _definitions(holder, "tools")
+    functions = _definitions(holder, "functions")  # OpenAI's older name
+    found = [*tools, *({"type": "function", "function": function} for function in functions)]
+    return found or None
+
+
+def _definitions(holder: dict, name: str) -> list[dict]:
+    value = holder.get(name)
     if isinstance(value, str) and value.strip():
-        value = json_of(value, "field 'tools'")
+        value = json_of(value, f"field {name!r}")
     if not value:
-        return None
-    tools = value if isinstance(value, list) else [value]
-    # Some sets hold each definition as JSON text.
-    tools = [json_of(tool, "field 'tools'") if isinstance(tool, str) else tool for tool in tools]
-    if not all(isinstance(tool, dict) for tool in tools):
-        raise Malformed("field 'tools' is not a list of definitions, each an object", shown(value))
-    return tools
+        return []
+    found = []
+    for each in value if isinstance(value, list) else [value]:
+        # Some sets hold each definition as JSON text.
+        definition = json_of(each, f"field {name!r}") if isinstance(each, str) else each
+        if not isinstance(definition, dict):
+            raise Malformed(
+                f"field {name!r} is not a list of definitions, each an object", shown(each)
+            )
+        found.append(definition)
+    return found
 
 
 def _check_unused(row: Row, fields: dict, used: set[str], shape: str) -> None:
     """Raise Malformed where a field that is not used says something that the row does not say."""
     for name in CONTENT:
         value = fields.get(name)
-        is_used = name in used or name in SYSTEM or name == "tools"
+        is_used = name in used or name in (*SYSTEM, "tools", "functions")
         if is_used or not value or _restates(row, name, value):
             continue
         raise Malformed(
@@ -385,7 +401,8 @@ def _are_answers(fields: dict) -> bool:
     """Return whether both sides are answers alone, not whole conversations."""
     for name in ("chosen", "rejected"):
         answer = content_field(fields, name)
-        if isinstance(answer, list) and answer[0]["role"] != "assistant":
+        is_chat_answer = isinstance(answer, list) and answer
+        if is_chat_answer and answer[0]["role"] != "assistant":
             return False
     return True
 
@@ -451,6 +468,14 @@ def _continued(name: str) -> Callable[[dict], Row]:
     return read
 
 
+def _records(fields: dict, name: str) -> list[dict]:
+    """Return a field that must be a list of objects."""
+    value = fields[name]
+    if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
+        raise Malformed(f"field {name!r} is not a list of objects", shown(value))
+    return value
+
+
 def _swift(fields: dict) -> Row:
     """Read ms-swift's rows: a conversation, and another answer in the place of its last one."""
     messages = read_messages(fields["messages"], "messages")
@@ -479,7 +504,7 @@ def _openai(fields: dict) -> Row:
         content_field(fields, "preferred_output"),
         content_field(fields, "non_preferred_output"),
     )
-    return Row(*split_chat(asked, answers), ONE_PAIR, tools=_tools(given.get("tools")))
+    return Row(*split_chat(asked, answers), ONE_PAIR, tools=_tools(given))
 
 
 def _replies(question: str, chosen: str, rejected: str) -> Callable[[dict], Row]:
@@ -502,6 +527,8 @@ def _alpaca(*names: str) -> Callable[[dict], Row]:
         replies = tuple(text_field(fields, name) for name in names)
         row = _reply_row(question, replies, ONE_PAIR if len(replies) == 2 else ())
         earlier = []
+        if not isinstance(fields.get("history", []), list):
+            raise Malformed("field 'history' is not a list", shown(fields["history"]))
         for turn in fields.get("history") or []:
             match turn:
                 case [str(asked), str(answer)]:
@@ -524,10 +551,15 @@ def _distilabel(fields: dict) -> Row:
 
 def _generations(fields: dict) -> Row:
     """Read an instruction with several rated generations."""
-    scores = fields.get("ratings", fields.get("rating"))
-    generations = fields["generations"]
-    if not isinstance(scores, list) or len(scores) != len(generations):
-        raise Malformed("the fields 'generations' and 'ratings' have different lengths")
+    generations, scores = fields["generations"], fields["ratings"]
+    for name in ("generations", "ratings"):
+        if not isinstance(fields[name], list):
+            raise Malformed(f"field {name!r} is not a list", shown(fields[name]))
+    if len(scores) != len(generations):
+        raise Malformed(
+            "the fields 'generations' and 'ratings' have different lengths",
+            f"{len(generations)} and {len(scores)}",
+        )
     question = text_field(fields, "instruction")
     return _ranked_row(as_messages("user", question), zip(generations, scores, strict=True))
 
@@ -535,7 +567,7 @@ def _generations(fields: dict) -> Row:
 def _ultrafeedback(fields: dict) -> Row:
     """Read UltraFeedback's full rows: an instruction and completions with scores."""
     question = text_field(fields, "instruction")
-    completions = fields["completions"]
+    completions = _records(fields, "completions")
     # Some copies of the set lack the overall scores.
     has_overall = any("overall_score" in completion for completion in completions)
     score = "overall_score" if has_overall else "fine-grained_score"
@@ -551,7 +583,7 @@ def _nectar(fields: dict) -> Row:
     # The transcript ends in a space, which belongs to the answer.
     prompt = text_field(fields, "prompt").rstrip()
     ranked = []
-    for answer in fields["answers"]:
+    for answer in _records(fields, "answers"):
         rank = number_of(answer.get("rank"))
         text = " " + text_field(answer, "answer").strip()
         ranked.append((text, None if rank is None else -rank))
@@ -574,7 +606,7 @@ def _helpsteer2(fields: dict) -> Row:
 
 def _pku(fields: dict) -> Row:
     """Read PKU-SafeRLHF's rows by which response is better; which is safer is another label."""
-    better = fields["better_response_id"]
+    better = number_field(fields, "better_response_id")
     if better not in (0, 1):
         raise Malformed("field 'better_response_id' is neither 0 nor 1", shown(better))
     prompt = text_field(fields, "prompt")
@@ -614,12 +646,23 @@ def _arena_texts(fields: dict) -> Row:
     """Read votes whose turns are lists of texts, as JSON: prompts, and answers of two models."""
     turns = {}
     for name in ("prompt", "response_a", "response_b"):
-        turns[name] = json_of(text_field(fields, name), f"field {name!r}")
+        turns[name] = fields[name]
+        if isinstance(fields[name], str):
+            turns[name] = json_of(fields[name], f"field {name!r}")
+        if not isinstance(turns[name], list) or len(turns[name]) != len(turns["prompt"]):
+            raise Malformed(
+                f"field {name!r} is not a list of texts, one a turn of 'prompt'",
+                shown(fields[name]),
+            )
     chats = []
     for name in ("response_a", "response_b"):
         chat = []
         for asked, answer in zip(turns["prompt"], turns[name], strict=True):
-            chat += [*as_messages("user", asked or ""), *as_messages("assistant", answer or "")]
+            # A turn may be null, where a model said nothing.
+            chat += [
+                {"role": "user", "content": str(asked or "")},
+                {"role": "assistant", "content": str(answer or "")},
+            ]
         chats.append(chat)
     a_wins, b_wins = truth_field(fields, "winner_model_a"), truth_field(fields, "winner_model_b")
     if a_wins == b_wins:
@@ -631,6 +674,11 @@ def _arena_texts(fields: dict) -> Row:
 def _reward_bench_2(fields: dict) -> Row:
     """Read RewardBench 2: some right answers, and some wrong ones, in every pair of both."""
     right, wrong = fields["chosen"], fields["rejected"]
+    for text in (*right, *wrong):
+        if not isinstance(text, str):
+            raise Malformed(
+                "the fields 'chosen' and 'rejected' are not lists of texts", shown(text)
+            )
     pairs = itertools.product(range(len(right)), range(len(right), len(right) + len(wrong)))
     return _reply_row(text_field(fields, "prompt"), (*right, *wrong), tuple(pairs))
 

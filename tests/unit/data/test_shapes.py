@@ -1,5 +1,6 @@
 """The shapes of the user's own rows: what each becomes, and which are refused with which words."""
 
+import contextlib
 import json
 
 import pytest
@@ -299,14 +300,34 @@ def test_recognised_shape(fields, row):
     assert local(fields) == row
 
 
-def test_examples_of_all_shapes_are_right_rows():
-    for shape in SHAPES:
-        text = shape.example.split("}, or ")[0] if "}, or " in shape.example else shape.example
-        text = text if text.endswith("}") else text + "}"
-        other = json.dumps(WHOLE_NO)
-        fields = json.loads(text.replace("[...]", other).replace("Why?", WHY))
-        row = local(fields)
-        assert row.shape.startswith(shape.name), shape.name
+def fields_of_example(shape):
+    """Return the row that a shape's error messages show as a right one."""
+    text = shape.example
+    if "}, or " in text:
+        text = text[: text.index("}, or ") + 1]
+    return json.loads(text.replace("[...]", json.dumps(WHOLE_NO)).replace("Why?", WHY))
+
+
+SHAPE = pytest.mark.parametrize("shape", SHAPES, ids=[shape.name for shape in SHAPES])
+
+
+@SHAPE
+def test_example_is_right_row(shape):
+    row = local(fields_of_example(shape))
+    assert row.shape.startswith(shape.name)
+
+
+JUNK = (3, -1, True, "", "x", [], [3], ["x"], [[]], [None], {}, {"a": 1}, {"role": "user"}, [{}])
+
+
+@SHAPE
+def test_junk_is_refused_with_words(shape):
+    """No value of any field ends in a traceback of our own."""
+    right = fields_of_example(shape)
+    for name in right:
+        for junk in JUNK:
+            with contextlib.suppress(Malformed, Unusable, Filtered):
+                local(right | {name: junk})
 
 
 # prompts and answers, as text and as messages
@@ -671,7 +692,7 @@ def test_system_column():
     # it may repeat the turn that is there, and not contradict it
     turned = {"system": "s", "prompt": [system("s"), user("q")], "completion": [assistant("a")]}
     assert local(turned).prompt == [system("s"), user("q")]
-    with pytest.raises(Malformed, match="'system' differs from the system turn"):
+    with pytest.raises(Malformed, match="system text differs from the messages' system turn"):
         local(turned | {"system": "t"})
     with pytest.raises(Malformed, match=r"no place for field 'system'.*data.ignore=system"):
         local({"system": "s", "text": "t"})
@@ -683,6 +704,15 @@ def test_tools_column(tools):
     assert row.tools == [TOOL]
     row = local({"tools": tools, "prompt": WHY, "chosen": SO, "rejected": NO})
     assert (row.tools, row.prompt) == ([TOOL], [user(WHY)])
+
+
+def test_functions_column():
+    function = TOOL["function"]
+    called = {"role": "assistant", "function_call": {"name": "now", "arguments": "{}"}}
+    row = local({"functions": [function], "prompt": [user("q")], "completion": [called]})
+    assert row.tools == [TOOL]
+    calls = [{"type": "function", "function": {"name": "now", "arguments": "{}"}}]
+    assert row.responses == ([{"role": "assistant", "tool_calls": calls}],)
 
 
 def test_tools_column_without_tools():
@@ -925,7 +955,7 @@ def test_content_said_already():
         ),
         (
             {"prompt": WHY, "response_0": SO, "response_1": NO, "better_response_id": -1},
-            "field 'better_response_id' is neither 0 nor 1; found -1 (int)",
+            "field 'better_response_id' is neither 0 nor 1; found -1.0 (float)",
         ),
         (
             {"messages": [user("q")], "rejected_response": "r"},

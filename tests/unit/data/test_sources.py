@@ -105,9 +105,11 @@ def test_shp_row():
     with pytest.raises(Malformed, match="field 'labels' is neither 1 .* nor 0 .*; found 2"):
         sources.shp(SHP | {"labels": 2})
     with pytest.raises(
-        Malformed, match="field 'score_ratio' is missing or not a number; found '3'"
+        Malformed, match="field 'score_ratio' is missing or not a number; found 'three'"
     ):
-        sources.shp(SHP | {"score_ratio": "3"})
+        sources.shp(SHP | {"score_ratio": "three"})
+    # tables of text have numbers as text
+    assert sources.shp(SHP | {"score_ratio": "2.0", "labels": "1"}) == sources.shp(SHP)
 
 
 def test_imdb_row():
