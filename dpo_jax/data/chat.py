@@ -72,7 +72,9 @@ class Chat:
         if not (self.tokenizer.chat_template or self.options.get("chat_template")):
             raise ValueError(
                 f"{where} holds chat messages, but the tokenizer has no chat template. Use a model "
-                "with one (chat_template.jinja beside tokenizer_config.json), or plain text."
+                "with one (chat_template.jinja beside tokenizer_config.json), or plain text: a "
+                "column of questions is read as text where it is named as the prompt, "
+                "--config.data.columns=prompt=COLUMN."
             )
 
     def prompt(self, messages: Sequence[Message], tools: list | None = None) -> str:

@@ -26,6 +26,8 @@ ROLES = {
 CALLS = ("function_call", "tool_call")
 # Keys of messages and of scored answers, by which a struct of lists is known.
 STRUCT_KEYS = {"role", "from", "answer", "response"}
+# Keys by which some sets say whether a turn is trained on. The assistant's turns are, others not.
+TRAINED = ("weight", "train", "training", "loss")
 
 
 def untabled(value):
@@ -78,21 +80,8 @@ def _message(message, name: str) -> dict:
     role_key = "role" if "role" in message else "from"
     content_key = "content" if "content" in message else "value"
     role = message.get(role_key)
-    found = {"role": role}
-    if content_key in message:
-        found["content"] = _text_of(message[content_key], name)
-    for key, value in message.items():
-        # OpenAI's rows and tables have empty lists of calls.
-        is_nothing = value is None or (key == "tool_calls" and not value)
-        if key not in (role_key, content_key) and not is_nothing:
-            found[key] = value
     if role in CALLS:
-        return _call(found, name)
-    if isinstance(found.get("function_call"), dict):
-        # OpenAI's older name of a single call.
-        found["tool_calls"] = [{"type": "function", "function": found.pop("function_call")}]
-    if isinstance(found.get("tool_calls"), str):
-        found["tool_calls"] = json_of(found["tool_calls"], f"'tool_calls' in field {name!r}")
+        return _call(role, message.get(content_key), name)
     known = ROLES.get(role.strip().lower()) if isinstance(role, str) else None
     if role == "function" and "name" in message:
         known = "tool"  # what a function returned, as OpenAI's older rows call it
@@ -102,7 +91,20 @@ def _message(message, name: str) -> dict:
             f"{', '.join(dict.fromkeys(ROLES.values()))} (or human, gpt, ...)",
             shown(role),
         )
-    found["role"] = known
+    found = {"role": known}
+    if message.get(content_key) is not None:
+        found["content"] = _text_of(message[content_key], name)
+    for key, value in message.items():
+        # OpenAI's rows and tables have empty lists of calls.
+        is_nothing = value is None or (key == "tool_calls" and not value)
+        says_the_usual = key in TRAINED and (known != "assistant" or value)
+        if key not in (role_key, content_key) and not is_nothing and not says_the_usual:
+            found[key] = value
+    if isinstance(found.get("function_call"), dict):
+        # OpenAI's older name of a single call.
+        found["tool_calls"] = [{"type": "function", "function": found.pop("function_call")}]
+    if isinstance(found.get("tool_calls"), str):
+        found["tool_calls"] = json_of(found["tool_calls"], f"'tool_calls' in field {name!r}")
     if len(found) == 1:
         raise Malformed(f"field {name!r} has a message without content", shown(message))
     return found
@@ -130,14 +132,14 @@ def _text_of(content, name: str) -> str:
     return "".join(texts)
 
 
-def _call(message: dict, name: str) -> dict:
+def _call(role: str, content, name: str) -> dict:
     """Return a turn that is a tool call in JSON text as an assistant's message with tool_calls."""
-    calls = json_of(message.get("content"), f"a {message['role']} turn of field {name!r}")
+    calls = json_of(content, f"a {role} turn of field {name!r}")
     found = []
     for call in calls if isinstance(calls, list) else [calls]:
         if not isinstance(call, dict) or "name" not in call:
             raise Malformed(
-                f"field {name!r} has a {message['role']} turn that is not a call, "
+                f"field {name!r} has a {role} turn that is not a call, "
                 '{"name": ..., "arguments": ...}',
                 shown(call),
             )

@@ -122,8 +122,8 @@ def parse_columns(text: str) -> dict[str, str]:
     """
     known = _known_names()
     columns = {}
-    for item in filter(None, re.split(r"[,\s]+", text)):
-        name, _, column = item.partition("=")
+    for item in filter(None, map(str.strip, text.split(","))):
+        name, _, column = map(str.strip, item.partition("="))
         if not name or not column:
             raise ValueError(
                 f"data.columns={text!r}: {item!r} is not NAME=COLUMN, as in "
@@ -138,6 +138,8 @@ def parse_columns(text: str) -> dict[str, str]:
         if name in columns:
             raise ValueError(f"data.columns={text!r} names {name!r} twice.")
         columns[name] = column
+    if not any(set(columns) - {*SYSTEM, "tools", "functions"} <= shape.uses for shape in SHAPES):
+        raise ValueError(f"data.columns={text!r}: no kind of row has all of {', '.join(columns)}.")
     return columns
 
 
@@ -156,7 +158,7 @@ def _renamed(fields: dict, columns: dict, ignore: tuple) -> dict:
     for name, column in columns.items():
         try:
             found[name] = fields[column] if column in fields else _inside(fields, column)
-        except (KeyError, IndexError, TypeError):
+        except (KeyError, IndexError, TypeError, ValueError):
             raise Malformed(
                 f"data.columns takes {name!r} from a column {column!r}, which is not there",
                 ", ".join(map(str, fields)),
@@ -370,6 +372,9 @@ def _restates(row: Row, name: str, value) -> bool:
     return False
 
 
+# ---- tests of values, where the names of the fields do not tell two shapes apart
+
+
 def _texts(*names: str) -> Callable[[dict], bool]:
     """Return the test whether all of these fields are text."""
 
@@ -405,6 +410,9 @@ def _are_answers(fields: dict) -> bool:
         if is_chat_answer and answer[0]["role"] != "assistant":
             return False
     return True
+
+
+# ---- readers of prompts and answers, as text or as chat messages
 
 
 def _answered(*names: str) -> Callable[[dict], Row]:
@@ -466,6 +474,9 @@ def _continued(name: str) -> Callable[[dict], Row]:
         return Row(*split_chat(asked, answers), ONE_PAIR)
 
     return read
+
+
+# ---- readers of known sets, and of what other tools read
 
 
 def _records(fields: dict, name: str) -> list[dict]:
@@ -683,6 +694,9 @@ def _reward_bench_2(fields: dict) -> Row:
     return _reply_row(text_field(fields, "prompt"), (*right, *wrong), tuple(pairs))
 
 
+# ---- rows of answers
+
+
 def _text_row(prompt: str, responses: tuple[str, ...], pairs: tuple) -> Row:
     """Return a row of text; a prompt that its responses repeat is cut from them."""
     end = _repeated(prompt, responses)
@@ -809,12 +823,15 @@ def _in_word(text: str, place: int) -> bool:
     return len(around) == 2 and all(each.isalnum() and each < CJK for each in around)
 
 
+# ---- the table
+
 # How messages stand in the examples.
 ASKED = '[{"role": "user", "content": "Why?"}]'
 ANSWER = '{"role": "assistant", "content": "So."}'
 OTHER = '{"role": "assistant", "content": "No."}'
 WHOLE = f'[{{"role": "user", "content": "Why?"}}, {ANSWER}]'
 PAIR = ("chosen", "rejected")
+
 SHAPES = (
     Shape(
         "TRL pairs",

@@ -580,6 +580,10 @@ def test_prompts_and_answers(fields, prompt, responses):
             assistant("x") | {"reasoning_content": "r"},
         ),
         ({"role": "assistant", "content": "x", "tool_calls": []}, assistant("x")),
+        # whether a turn is trained on, where that is as it would be
+        ({"from": "human", "value": "x", "weight": 0.0}, user("x")),
+        ({"from": "gpt", "value": "x", "weight": 1.0}, assistant("x")),
+        ({"from": "gpt", "value": "x", "weight": 0.0}, assistant("x") | {"weight": 0.0}),
         (
             {
                 "role": "assistant",
@@ -826,6 +830,7 @@ def test_columns():
     fields = {"q": WHY, "good": SO, "bad": NO, "deep": {"messages": [user(WHY)]}, "id": 3}
     text = parse_columns("prompt=q, chosen=good,rejected=bad")
     assert text == {"prompt": "q", "chosen": "good", "rejected": "bad"}
+    assert parse_columns("prompt=The question") == {"prompt": "The question"}
     assert local(fields, text) == Row(WHY, (SO, NO), PAIRED, shape="TRL pairs, text")
     # bare replies to a question are chat
     replies = parse_columns("question=q,chosen=good,rejected=bad")
@@ -846,6 +851,8 @@ def test_columns_refused():
         parse_columns("promt=question")
     with pytest.raises(ValueError, match="'prompt' is not NAME=COLUMN"):
         parse_columns("prompt")
+    with pytest.raises(ValueError, match="no kind of row has all of text, rejected"):
+        parse_columns("text=a,rejected=b")
     with pytest.raises(ValueError, match="names 'prompt' twice"):
         parse_columns("prompt=a,prompt=b")
     with pytest.raises(Malformed, match="column 'q', which is not there; found question, chosen"):
