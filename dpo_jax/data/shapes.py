@@ -465,12 +465,12 @@ def _conversation(name: str) -> Callable[[dict], Row]:
     return read
 
 
-def _continued(name: str) -> Callable[[dict], Row]:
-    """Return the reader of rows of messages so far, in a field, and two answers to them."""
+def _continued(name: str, chosen: str, rejected: str) -> Callable[[dict], Row]:
+    """Return the reader of rows of messages so far and two answers to them, in these fields."""
 
     def read(fields: dict) -> Row:
         asked = read_messages(fields[name], name)
-        answers = (content_field(fields, "chosen"), content_field(fields, "rejected"))
+        answers = (content_field(fields, chosen), content_field(fields, rejected))
         return Row(*split_chat(asked, answers), ONE_PAIR)
 
     return read
@@ -644,13 +644,24 @@ def _arena(fields: dict) -> Row:
     winner = text_field(fields, "winner")
     chats = []
     for name in ("conversation_a", "conversation_b"):
-        chats.append(read_messages(fields[name], name))
+        chat = read_messages(fields[name], name)
+        chats.append(chat[: _end_of_turn(chat, fields.get("turn"))])
     if winner not in ("model_a", "model_b"):
         if winner.startswith("tie") or winner == "both_bad":
             raise Filtered("a tie: no answer is better")
         raise Malformed("field 'winner' is none of model_a, model_b, tie, both_bad", shown(winner))
     chosen, rejected = chats if winner == "model_a" else reversed(chats)
     return Row(*split_chat(None, (chosen, rejected)), ONE_PAIR)
+
+
+def _end_of_turn(chat: list[dict], turn) -> int:
+    """Return where a conversation's answer number `turn` ends, which MT-bench's votes are about."""
+    answers = 0
+    for end, message in enumerate(chat, 1):
+        answers += message["role"] == "assistant"
+        if answers == turn:
+            return end
+    return len(chat)
 
 
 def _arena_texts(fields: dict) -> Row:
@@ -670,10 +681,8 @@ def _arena_texts(fields: dict) -> Row:
         chat = []
         for asked, answer in zip(turns["prompt"], turns[name], strict=True):
             # A turn may be null, where a model said nothing.
-            chat += [
-                {"role": "user", "content": str(asked or "")},
-                {"role": "assistant", "content": str(answer or "")},
-            ]
+            chat += as_messages("user", str(asked or ""))
+            chat += as_messages("assistant", str(answer or ""))
         chats.append(chat)
     a_wins, b_wins = truth_field(fields, "winner_model_a"), truth_field(fields, "winner_model_b")
     if a_wins == b_wins:
@@ -790,7 +799,7 @@ def _shared_prompt(chosen: str, rejected: str) -> int:
     if not _is_long(chosen[:end]):
         raise Malformed(
             "there is no field 'prompt', and 'chosen' and 'rejected' do not begin with the same "
-            "prompt",
+            "prompt; if a column has it, name it with --config.data.columns=prompt=COLUMN",
             f"{shown(chosen)} and {shown(rejected)}",
         )
     return end
@@ -932,7 +941,7 @@ SHAPES = (
     Shape(
         "ShareGPT ranking",
         ("conversations", *PAIR),
-        _continued("conversations"),
+        _continued("conversations", *PAIR),
         '{"conversations": [{"from": "human", "value": "Why?"}], "chosen": {"from": "gpt", '
         '"value": "So."}, "rejected": {"from": "gpt", "value": "No."}}',
         fits=_are_answers,
@@ -941,9 +950,16 @@ SHAPES = (
     Shape(
         "messages and two answers",
         ("messages", *PAIR),
-        _continued("messages"),
+        _continued("messages", *PAIR),
         f'{{"messages": {ASKED}, "chosen": {ANSWER}, "rejected": {OTHER}}}',
         fits=_are_answers,
+    ),
+    # When2Call's
+    Shape(
+        "messages and two responses",
+        ("messages", "chosen_response", "rejected_response"),
+        _continued("messages", "chosen_response", "rejected_response"),
+        f'{{"messages": {ASKED}, "chosen_response": {ANSWER}, "rejected_response": {OTHER}}}',
     ),
     Shape(
         "ms-swift",

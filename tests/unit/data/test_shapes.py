@@ -112,6 +112,15 @@ def text_row(*responses, pairs=PAIRED, shape, prompt="Q: why?\nA:"):
             chat(WHY, SO, NO, shape="messages and two answers, chat"),
         ),
         (
+            {
+                "messages": [user(WHY)],
+                "chosen_response": assistant(SO),
+                "rejected_response": assistant(NO),
+                "tools": [json.dumps(TOOL)],
+            },
+            chat(WHY, SO, NO, tools=[TOOL], shape="messages and two responses, chat"),
+        ),
+        (
             {"messages": WHOLE, "rejected_response": NO},
             chat(WHY, SO, NO, shape="ms-swift, chat"),
         ),
@@ -251,6 +260,16 @@ def text_row(*responses, pairs=PAIRED, shape, prompt="Q: why?\nA:"):
                 "conversation_a": WHOLE_NO,
                 "conversation_b": WHOLE,
                 "winner": "model_b",
+            },
+            chat(WHY, SO, NO, shape="arena votes, chat"),
+        ),
+        # a vote on the first turn
+        (
+            {
+                "conversation_a": [*WHOLE, user("And?"), assistant("x")],
+                "conversation_b": [*WHOLE_NO, user("And?"), assistant("x")],
+                "winner": "model_a",
+                "turn": 1,
             },
             chat(WHY, SO, NO, shape="arena votes, chat"),
         ),
@@ -930,7 +949,8 @@ def test_content_said_already():
         (
             {"chosen": "c", "rejected": "r"},
             "there is no field 'prompt', and 'chosen' and 'rejected' do not begin with the same "
-            "prompt; found 'c' (str) and 'r' (str)",
+            "prompt; if a column has it, name it with --config.data.columns=prompt=COLUMN; found "
+            "'c' (str) and 'r' (str)",
         ),
         ({"prompt": "p", "chosen": "c", "rejected": 3}, "'rejected' is not text; found 3 (int)"),
         ({"prompt": 3, "chosen": "c", "rejected": "r"}, "'prompt' is not text; found 3 (int)"),
