@@ -179,7 +179,7 @@ class Model:
             )
         data.update(on_bad_row=on_bad_row, **_as_typed(settings, data))
         found = _parse_rows(rows, data, kind)
-        truncate = dataset.truncation(data, found)
+        truncate = dataset.truncation(data)
         examples, counts = tokenizers.encode(found, self.tokenizer, data, truncate)
         if counts.dropped and on_bad_row == "error":
             raise ValueError(

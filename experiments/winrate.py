@@ -317,7 +317,7 @@ def _open(policy: Policy, task: Task) -> Opened:
     """Open a policy and encode the prompts, cut as in training, after the policy's shots."""
     opened = policy.open()
     tokenizer = opened.tokenizer
-    truncate = dataset.truncation(task.data, task.examples)
+    truncate = dataset.truncation(task.data)
     ids = encode_example_prompts(task.examples, tokenizer, task.data, truncate)
     prompts = Examples()
     for prompt, example in zip(ids, task.examples, strict=True):

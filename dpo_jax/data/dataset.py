@@ -1,6 +1,6 @@
 """A data set ready for batches: examples read, tokenised and accounted for."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,8 +8,7 @@ import numpy as np
 from dpo_jax.data import sources, splits
 from dpo_jax.data.examples import Examples
 from dpo_jax.data.ledger import Ledger
-from dpo_jax.data.rows import TextExample
-from dpo_jax.data.tokenizer import CUE_TOKENS, encode
+from dpo_jax.data.tokenizer import CUE_TOKENS, Encoder
 
 
 @dataclass
@@ -21,37 +20,44 @@ class Dataset:
     ledger: Ledger
 
 
-def load(data, tokenizer, kind: str) -> Dataset:
-    """Read, tokenise and check the data set that the config `data` names.
+def load(data, tokenizer, kind: str, *, keep_all: bool = False) -> Dataset:
+    """Read, tokenise and check the data that the config `data` names.
 
-    kind: "sft" or "pairs". Raises ValueError or FileNotFoundError with the file, row and field, or
+    kind: "sft" or "pairs". keep_all: keep rows that teach nothing, those with an empty response or
+    two equal ones. Raises ValueError or FileNotFoundError with the file, row and field, or
     with the reasons for which too many rows were dropped.
     """
-    texts, ledger = splits.read(data, kind)
-    truncate = truncation(data, [*texts["train"], *texts["eval"]])
-    train, train_counts = encode(texts["train"], tokenizer, data, truncate)
-    evals, eval_counts = encode(texts["eval"], tokenizer, data, truncate)
-    ledger = Ledger(
-        train=ledger.train.plus(train_counts),
-        eval=ledger.eval.plus(eval_counts),
-        shared_prompts=ledger.shared_prompts,
-    )
+    examples = {"train": Examples(), "eval": Examples()}
+    ledgers = {}
+    for part in splits.parts(data, kind, keep_all=keep_all):
+        ledgers[part.name] = part.ledger
+        first = {split: len(examples[split]) for split in examples}
+        _encode_part(part, tokenizer, examples, keep_all)
+        for split in examples:
+            check_cue(part.data, examples[split][first[split] :], tokenizer)
+    ledger = Ledger.of_parts(ledgers)
     ledger.check(data.max_dropped, data.path)
-    for examples in (train, evals):
-        check_cue(data, examples, tokenizer)
-    return Dataset(train, evals, ledger)
+    return Dataset(examples["train"], examples["eval"], ledger)
 
 
-def truncation(data, texts: Sequence[TextExample]) -> str:
-    """Return which part of a too long prompt stays.
+def _encode_part(part: splits.Part, tokenizer, into: dict[str, Examples], keep_all: bool) -> None:
+    """Append the examples of a data set, and complete its ledger."""
+    # Each example is tokenised soon after it is read, so that few texts are in memory.
+    truncate = truncation(part.data)
+    encoders = {}
+    for split, examples in into.items():
+        encoders[split] = Encoder(tokenizer, part.data, truncate, into=examples, keep_all=keep_all)
+    for split, text in part.examples():
+        encoders[split].add(text)
+    ledger = part.ledger
+    _, train = encoders["train"].finish()
+    _, evals = encoders["eval"].finish()
+    ledger.train, ledger.eval = ledger.train.plus(train), ledger.eval.plus(evals)
 
-    For data.truncate="auto" it is the part with the cue for the answer, where the source or a chat
-    has one.
-    """
-    if data.truncate != "auto":
-        return data.truncate
-    is_chat = any(isinstance(text.prompt, list) for text in texts)
-    return "keep_end" if is_chat else sources.SOURCES[data.source].truncate
+
+def truncation(data) -> str:
+    """Return which part of a too long prompt stays: for data.truncate="auto" the source's own."""
+    return sources.SOURCES[data.source].truncate if data.truncate == "auto" else data.truncate
 
 
 def check_cue(data, examples: Examples, tokenizer) -> None:

@@ -1,6 +1,6 @@
 """Account for every row: read, left out by design, dropped, cut or kept.
 
-Rows add up in each split: rows = filtered + dropped + held out + kept.
+Rows add up in each split: rows + further pairs = filtered + dropped + held out + not drawn + kept.
 """
 
 import dataclasses
@@ -51,7 +51,9 @@ class Counts:
     dropped: dict[str, int] = field(default_factory=dict)  # reason -> rows
     # reason -> where the first few dropped rows are
     examples: dict[str, list[str]] = field(default_factory=dict)
+    further_pairs: int = 0  # of rows that have several; one is counted by `read`
     held_out: int = 0  # rows moved from train to eval
+    not_drawn: int = 0  # rows that a mixture leaves out, which takes a part of each set
     kept: int = 0  # rows that are trained or evaluated on
     prompts_truncated: int = 0
     responses_truncated: int = 0
@@ -100,7 +102,18 @@ class Counts:
             total[name] = both
         for reason, named in total["examples"].items():
             total["examples"][reason] = named[:EXAMPLES]
+        total["mean_tokens"] = self._mean_tokens_with(other)
         return Counts(**total)
+
+    def _mean_tokens_with(self, other: "Counts") -> dict[str, float]:
+        """Return the means over the kept rows of both."""
+        if not (self.mean_tokens and other.mean_tokens):
+            return dict(self.mean_tokens or other.mean_tokens)
+        means = {}
+        for part, mean in self.mean_tokens.items():
+            tokens = mean * self.kept + other.mean_tokens[part] * other.kept
+            means[part] = tokens / (self.kept + other.kept)
+        return means
 
     def drops(self) -> list[str]:
         """Return one line for each reason that rows were dropped for."""
@@ -119,10 +132,27 @@ class Ledger:
     train: Counts = field(default_factory=Counts)
     eval: Counts = field(default_factory=Counts)
     shared_prompts: int = 0  # eval rows whose prompt is a training prompt too
+    parts: dict[str, "Ledger"] = field(default_factory=dict)  # of a mixture: by data set
+
+    @classmethod
+    def of_parts(cls, parts: dict[str, "Ledger"]) -> "Ledger":
+        """Return the ledger of some data sets together, by name; of one, its own."""
+        if len(parts) == 1:
+            return next(iter(parts.values()))
+        total = cls(parts=parts)
+        for part in parts.values():
+            total.train = total.train.plus(part.train)
+            total.eval = total.eval.plus(part.eval)
+            total.shared_prompts += part.shared_prompts
+        return total
 
     def to_dict(self) -> dict:
         """Return the ledger as plain dicts, for a JSON file."""
-        return dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
+        values["parts"] = {name: part.to_dict() for name, part in self.parts.items()}
+        if not self.parts:
+            del values["parts"]
+        return values
 
     def table(self) -> str:
         """Return a line for each count, with a column for each split, then the dropped rows."""
@@ -135,6 +165,8 @@ class Ledger:
             lines += [f"dropped from {name}: {line}" for line in counts.drops()]
         for name, counts in (("train", self.train), ("eval", self.eval)):
             lines += [f"warning, {name}: {line}" for line in counts.warnings]
+        for name, part in self.parts.items():
+            lines += ["", f"of these, {name}", part.table()]
         return "\n".join(lines)
 
     def _rows(self) -> Iterator[tuple]:
@@ -150,6 +182,8 @@ class Ledger:
                 yield key, (train.get(key, 0), evals.get(key, 0))
 
         yield "rows", *of_both("read")
+        if any(of_both("further_pairs")):
+            yield "further pairs of the same rows", *of_both("further_pairs")
         for shape, numbers in by_key("shapes"):
             yield f"  recognised as: {shape}", *numbers
         for reason, numbers in by_key("filtered"):
@@ -157,6 +191,8 @@ class Ledger:
         for reason, numbers in by_key("dropped"):
             yield f"  dropped: {reason}", *numbers
         yield "  held out for eval", self.train.held_out, ""
+        if any(of_both("not_drawn")):
+            yield "  not drawn for the mixture", *of_both("not_drawn")
         yield "kept", *of_both("kept")
         yield "prompts cut", *of_both("prompts_truncated")
         yield "responses cut", *of_both("responses_truncated")
@@ -177,11 +213,16 @@ class Ledger:
         Raises ValueError where more than `max_dropped` of a split's rows were dropped (filtered
         ones do not count), or where no row is left to train on. path: of the data, for the message.
         """
+        for name, part in self.parts.items():
+            try:
+                part.check(max_dropped, name)
+            except ValueError as error:
+                raise ValueError(f"data.mix: {name}: {error}") from None
         if not self.train.read:
             raise ValueError(f"{path} has no rows to train on.")
         for name, counts in (("train", self.train), ("eval", self.eval)):
             dropped = sum(counts.dropped.values())
-            judged = counts.read - sum(counts.filtered.values())
+            judged = counts.read + counts.further_pairs - sum(counts.filtered.values())
             reasons = "".join(f"\n  {line}" for line in counts.drops())
             if dropped > max_dropped * judged:
                 raise ValueError(

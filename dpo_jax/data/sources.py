@@ -118,7 +118,8 @@ class Source:
     parse: Callable[[dict], Row] | None  # None: the data is generated
     example: str = ""  # a right record, shown beside a wrong one
     cue: str = ""  # what its prompts end in, which asks for the answer and must not be cut off
-    truncate: str = "keep_start"  # which part of a too long prompt stays, for data.truncate="auto"
+    # Which part of a too long prompt stays, for data.truncate="auto": the end, where the question is.
+    truncate: str = "keep_end"
     pairs: bool = True  # it has pairs; every source has responses for SFT
     sorted: bool = False  # rows come sorted (by label, say): they are read in a hashed order
 
@@ -143,7 +144,9 @@ SOURCES = {
         cue=ASSISTANT,
         truncate="keep_end",
     ),
-    "imdb": Source(imdb, '{"text": "A fine film."}', pairs=False, sorted=True),
+    "imdb": Source(
+        imdb, '{"text": "A fine film."}', truncate="keep_start", pairs=False, sorted=True
+    ),
     "tldr": Source(
         tldr,
         r'{"prompt": "POST: ...\n\nTL;DR:", "chosen": " A good summary.", '
@@ -158,7 +161,7 @@ SOURCES = {
         truncate="keep_cue",
         pairs=False,
     ),
-    "toy": Source(None),
+    "toy": Source(None, truncate="keep_start"),
 }
 
 

@@ -1,11 +1,22 @@
-"""The examples of a data set, in two splits: which rows are trained on, and which are held out."""
+"""The examples of a data set, in two splits: which rows are trained on, and which are held out.
 
+Rows are read one after the other and none is kept, but for sources whose rows come sorted: these
+are in memory, to be put in another order.
+"""
+
+import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable
+import os
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
 
-from dpo_jax.data import sources, toy
+import numpy as np
+
+from dpo_jax.data import mixtures, sources, toy
 from dpo_jax.data.ledger import Counts, Filtered, Ledger, Malformed, Unusable
 from dpo_jax.data.readers import fields_of, find_splits
 from dpo_jax.data.rows import Row, Text, TextExample
@@ -16,47 +27,165 @@ EVAL_SPLITS = ("test", "validation", "valid", "valid1")
 # What an assistant's message may say beside its content.
 SAID_BESIDE = ("reasoning_content", "reasoning", "thinking", "tool_calls")
 
+# (split, example) of each example, where split is "train" or "eval"
+SplitExamples = Iterator[tuple[str, TextExample]]
 
-def read(data, kind: str) -> tuple[dict[str, list[TextExample]], Ledger]:
+
+@dataclass
+class Part:
+    """One of the data sets that are read, and what became of its rows."""
+
+    data: object  # its config block
+    read: Callable[[Ledger], SplitExamples]
+    name: str = ""  # in a mixture
+    # Filled as examples are read, and complete when the last one is.
+    ledger: Ledger = field(default_factory=Ledger)
+
+    def examples(self) -> SplitExamples:
+        """Read the examples, which can be done once."""
+        return self.read(self.ledger)
+
+
+def read(data, kind: str, *, keep_all: bool = False) -> tuple[dict[str, list[TextExample]], Ledger]:
     """Read the examples of both splits, and what became of all rows.
 
-    Returns {"train": [...], "eval": [...]} and a ledger. kind: "sft" or "pairs". Raises ValueError
-    or FileNotFoundError that says which file, row, field or split is wrong.
+    Returns {"train": [...], "eval": [...]} and a ledger. Otherwise as `parts`.
+    """
+    examples = {"train": [], "eval": []}
+    ledgers = {}
+    for part in parts(data, kind, keep_all=keep_all):
+        for split, example in part.examples():
+            examples[split].append(example)
+        ledgers[part.name] = part.ledger
+    return examples, Ledger.of_parts(ledgers)
+
+
+def parts(data, kind: str, *, keep_all: bool = False) -> list[Part]:
+    """Return the data sets to read: the one at data.path, or those of data.mix.
+
+    kind: "sft" or "pairs". keep_all: keep pairs with an empty response, or with two equal ones.
+    Raises ValueError or FileNotFoundError that says which file, row, field or split is wrong; so
+    does reading the examples.
     """
     if data.source not in SOURCES:
         raise ValueError(f"data.source={data.source!r} is not one of {', '.join(SOURCES)}.")
-    source = SOURCES[data.source]
-    if kind == "pairs" and not source.pairs:
+    if data.mix:
+        return _parts_of_mixture(data, kind, keep_all)
+    _check_kind(data, kind)
+    return [Part(data, functools.partial(_read_set, _Reading(data, kind, keep_all)))]
+
+
+def _check_kind(data, kind: str) -> None:
+    if kind == "pairs" and not SOURCES[data.source].pairs:
         raise ValueError(
             f"data.source={data.source!r} has no pairs. Make them with the `pairs` stage, or "
             "pass rows of prompt, chosen and rejected with data.source=local."
         )
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """How records become examples."""
+
+    data: object
+    kind: str
+    keep_all: bool
+    # In a mixture, whose sets may have files of the same name: what goes before theirs.
+    folder: str = ""
+
+    def splits(self) -> tuple[Iterable, Callable[[], Iterable] | None]:
+        """Return the records to train on, and what reads those to evaluate on, if there are any."""
+        splits = find_splits(self.data.path)
+        train_names, eval_name = _choose(list(splits), self.data)
+        train = itertools.chain.from_iterable(splits[name]() for name in train_names)
+        return train, splits[eval_name] if eval_name else None
+
+    def rows(
+        self, records: Iterable, counts: Counts, limit: int = 0
+    ) -> Iterator[tuple[dict, list[TextExample]]]:
+        """Yield the fields and the examples of each good row, and count the others by reason.
+
+        records: (where, record) of each. limit: of examples, 0 for none; the row that passes it is
+        the last.
+        """
+        data = self.data
+        source = SOURCES[data.source]
+        parse = sources.parser(data)
+        if source.sorted:
+            records = sorted(records, key=lambda record: _hash(str(record[1])))
+        found = 0
+        for where, record in records:
+            # Before the row is counted as read: rows after the last one needed are not looked at.
+            if limit and found >= limit:
+                break
+            counts.read += 1
+            if self.folder:
+                where = os.path.join(self.folder, where)
+            try:
+                fields = fields_of(record)
+                row = parse(fields)
+                counts.recognise(row.shape)
+                examples = examples_of(row, self.kind, data.turns, where, keep_all=self.keep_all)
+            except Filtered as reason:
+                # Left out on purpose by the source's rule, which is no fault of the row.
+                counts.filter(str(reason))
+            except Unusable as reason:
+                counts.drop(str(reason), where)
+            except Malformed as error:
+                if data.on_bad_row == "error":
+                    raise ValueError(_explain(error, where, record, data, source)) from None
+                counts.drop(error.reason, where)
+            else:
+                counts.further_pairs += len(examples) - 1
+                found += len(examples)
+                yield fields, examples
+
+
+def _read_set(reading: _Reading, ledger: Ledger) -> SplitExamples:
+    """Yield the examples of one data set, and fill its ledger."""
+    data = reading.data
     if data.source == "toy":
-        splits = _toy_splits(data, kind)
-        ledger = Ledger(Counts(read=len(splits["train"])), Counts(read=len(splits["eval"])))
-    else:
-        splits, ledger = _read_splits(data, kind, source)
+        yield from _count_shared_prompts(_toy_examples(data, reading.kind, ledger), ledger)
+        return
+    train, evals = reading.splits()
+    train = _flat(reading.rows(train, ledger.train, data.max_rows))
+    if evals:
+        evals = _flat(reading.rows(evals(), ledger.eval, data.max_eval_rows))
+        both = itertools.chain(
+            zip(itertools.repeat("train"), train), zip(itertools.repeat("eval"), evals)
+        )
+        yield from _count_shared_prompts(both, ledger)
+        return
+    for split, example in _hold_out(train, data.eval_fraction):
+        if split == "eval":
+            # All that is held out is kept from training, even if the evaluation reads fewer.
+            ledger.train.held_out += 1
+            if data.max_eval_rows and ledger.eval.read == data.max_eval_rows:
+                continue
+            ledger.eval.read += 1
+        yield split, example
+
+
+def _flat(rows: Iterable[tuple[dict, list[TextExample]]]) -> Iterator[TextExample]:
+    for _, examples in rows:
+        yield from examples
+
+
+def _toy_examples(data, kind: str, ledger: Ledger) -> SplitExamples:
+    for split, examples in toy.examples(data, kind).items():
+        for example in examples:
+            getattr(ledger, split).read += 1
+            yield split, TextExample(*example)
+
+
+def _count_shared_prompts(examples: SplitExamples, ledger: Ledger) -> SplitExamples:
+    """Yield all examples, and count those to evaluate on whose prompt is trained on."""
+    hashes = {"train": array("Q"), "eval": array("Q")}
+    for split, example in examples:
+        hashes[split].append(_prompt_hash(example))
+        yield split, example
     # Counted and shown, not removed: some data sets repeat prompts between their splits.
-    train_prompts = {_prompt_key(example) for example in splits["train"]}
-    for example in splits["eval"]:
-        ledger.shared_prompts += _prompt_key(example) in train_prompts
-    return splits, ledger
-
-
-def _read_splits(data, kind: str, source: Source) -> tuple[dict[str, list[TextExample]], Ledger]:
-    splits = find_splits(data.path)
-    train_names, eval_name = _choose(list(splits), data)
-    records = itertools.chain.from_iterable(splits[name]() for name in train_names)
-    train, train_counts = _parse(records, data, kind, source, data.max_rows)
-    if eval_name:
-        evals, eval_counts = _parse(splits[eval_name](), data, kind, source, data.max_eval_rows)
-    else:
-        train, held_out = _hold_out(train, data.eval_fraction)
-        # All that is held out is kept from training, even if the evaluation reads fewer.
-        evals = held_out[: data.max_eval_rows or None]
-        train_counts.held_out = len(held_out)
-        eval_counts = Counts(read=len(evals))
-    return {"train": train, "eval": evals}, Ledger(train_counts, eval_counts)
+    ledger.shared_prompts += int(np.isin(hashes["eval"], hashes["train"]).sum())
 
 
 def _choose(names: list[str], data) -> tuple[list[str], str]:
@@ -85,80 +214,214 @@ def _choose(names: list[str], data) -> tuple[list[str], str]:
     return train, unused[0] if unused else ""
 
 
-def _hold_out(
-    examples: list[TextExample], fraction: float
-) -> tuple[list[TextExample], list[TextExample]]:
-    """Part the examples by prompt into (train, held out).
+def _hold_out(examples: Iterable[TextExample], fraction: float) -> SplitExamples:
+    """Part the examples by prompt into "train" and "eval".
 
     A prompt's side depends on its text alone, so SFT and DPO on the same prompts hold out the same
-    ones. Of few prompts, at least one is held out.
+    ones. Of few prompts, at least one is held out; a fraction of 0 holds out none.
     """
-    # By prompt, not by row: no prompt is both trained on and evaluated.
-    keys = [_prompt_key(example) for example in examples]
-    hashes = {key: _hash(key) for key in keys}
-    held_out = {key for key in hashes if hashes[key] < fraction}
-    if not held_out and fraction > 0 and len(hashes) > 1:
-        held_out = {min(hashes, key=hashes.get)}
-    train, evals = [], []
-    for example, key in zip(examples, keys, strict=True):
-        if key in held_out:
-            evals.append(example)
-        else:
-            train.append(example)
-    return train, evals
+    # Until a prompt is held out, it may be that none is, and that the least has to be.
+    waiting = []
+    is_any_held_out = not fraction
+    for example in examples:
+        # By prompt, not by row: no prompt is both trained on and evaluated.
+        place = _place(_prompt_hash(example))
+        waiting.append((place, example))
+        is_any_held_out |= place < fraction
+        if is_any_held_out:
+            for place, example in waiting:
+                yield ("eval" if place < fraction else "train"), example
+            waiting = []
+    places = {place for place, _ in waiting}
+    held_out = min(places) if len(places) > 1 else None
+    for place, example in waiting:
+        yield ("eval" if place == held_out else "train"), example
 
 
-def _prompt_key(example: TextExample) -> str:
-    """Return the text that tells prompts apart: the response, where there is no prompt."""
+def _prompt_hash(example: TextExample) -> int:
+    """Return 8 bytes that tell prompts apart: the response, where there is no prompt."""
     # JSON, for a prompt may be a list of messages.
-    return json.dumps(example.prompt or example.responses[0])
+    return _hash_bytes(json.dumps(example.prompt or example.responses[0]))
+
+
+def _row_hash(fields: dict) -> int:
+    """Return 8 bytes that tell rows apart, whatever the order of their fields."""
+    return _hash_bytes(json.dumps(fields, sort_keys=True, default=str))
 
 
 def _hash(text: str) -> float:
     """Return a number in [0, 1) that depends on the text alone, the same in every process."""
+    return _place(_hash_bytes(text))
+
+
+def _place(hashed: int) -> float:
+    # 6 of the 8 bytes: a float holds no more.
+    return (hashed >> 16) / 2**48
+
+
+def _hash_bytes(text: str) -> int:
     # Not hash(), which differs from process to process. Broken text may hold lone surrogates.
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest[:6], "big") / 2**48
+    return int.from_bytes(digest[:8], "big")
 
 
-def _parse(
-    records: Iterable, data, kind: str, source: Source, limit: int
-) -> tuple[list[TextExample], Counts]:
-    """Return the first `limit` good examples (0: all), and the other records counted by reason.
+@dataclass
+class _Survey:
+    """What a first pass over a set of a mixture finds out: hashes of its good rows, uint64."""
 
-    records: (where, record) of each.
-    """
-    if source.sorted:
-        records = sorted(records, key=lambda record: _hash(str(record[1])))
-    parse = sources.parser(data)
-    examples = []
-    counts = Counts()
-    for where, record in records:
-        # Before the row is counted as read: rows after the last one needed are not looked at.
-        if limit and len(examples) >= limit:
-            break
-        counts.read += 1
-        try:
-            row = parse(fields_of(record))
-            counts.recognise(row.shape)
-            examples += examples_of(row, kind, data.turns, where)
-        except Filtered as reason:
-            # Left out on purpose by the source's rule, which is no fault of the row.
-            counts.filter(str(reason))
-        except Unusable as reason:
-            counts.drop(str(reason), where)
-        except Malformed as error:
-            if data.on_bad_row == "error":
-                raise ValueError(_explain(error, where, record, data, source)) from None
-            counts.drop(error.reason, where)
-    return examples, counts
+    reading: _Reading
+    ingredient: mixtures.Ingredient
+    train_rows: np.ndarray
+    train_prompts: np.ndarray
+    # Of the rows to evaluate on: of a split of their own, or held out from the training rows.
+    eval_rows: np.ndarray
+    eval_prompts: np.ndarray
+    has_eval_split: bool
+    train: mixtures.Draw | None = None  # which rows are trained on,
+    eval: mixtures.Draw | None = None  # and evaluated on
 
 
-def examples_of(row: Row, kind: str, turns: str, where: str) -> list[TextExample]:
+def _parts_of_mixture(data, kind: str, keep_all: bool) -> list[Part]:
+    """Return the sets of data.mix; each is read twice, first to find out what is in it."""
+    if data.path or data.max_rows:
+        name = "path" if data.path else "max_rows"
+        raise ValueError(
+            f"data.mix and data.{name}={data[name]!r} cannot both be set: a mixture says itself "
+            f"which sets are read, and how much of each. Pass --config.data.{name}= to clear it."
+        )
+    surveys = []
+    for ingredient in mixtures.parse(data.mix, SOURCES):
+        set_data = data.copy_and_resolve_references()
+        set_data.update(
+            mix="",
+            path=ingredient.path,
+            source=ingredient.source or data.source,
+            train_split=ingredient.split or data.train_split,
+        )
+        if set_data.source != "local":
+            set_data.columns = ""
+        if set_data.source == "toy":
+            raise ValueError("data.mix: the toy makes its own data, and is in no mixture.")
+        _check_kind(set_data, kind)
+        reading = _Reading(set_data, kind, keep_all, _folder_of(ingredient.path))
+        surveys.append(_survey(reading, ingredient))
+
+    eval_prompts = np.unique(np.concatenate([survey.eval_prompts for survey in surveys]))
+    for survey in surveys:
+        may_train = ~np.isin(survey.train_prompts, eval_prompts)
+        survey.train = mixtures.draw(survey.train_rows[may_train], survey.ingredient)
+    _draw_evaluation(surveys, data.max_eval_rows)
+
+    evaluated_on = set(eval_prompts.tolist())
+    found = []
+    for survey in surveys:
+        read_drawn = functools.partial(_drawn_examples, survey, evaluated_on)
+        found.append(Part(survey.reading.data, read_drawn, survey.ingredient.name))
+    return found
+
+
+def _survey(reading: _Reading, ingredient: mixtures.Ingredient) -> _Survey:
+    train, evals = reading.splits()
+    train_rows, train_prompts = _hashes(reading, train)
+    if evals:
+        eval_rows, eval_prompts = _hashes(reading, evals())
+    else:
+        is_held_out = _held_out(train_prompts, reading.data.eval_fraction)
+        eval_rows, eval_prompts = train_rows[is_held_out], train_prompts[is_held_out]
+    return _Survey(
+        reading, ingredient, train_rows, train_prompts, eval_rows, eval_prompts, bool(evals)
+    )
+
+
+def _hashes(reading: _Reading, records: Iterable) -> tuple[np.ndarray, np.ndarray]:
+    """Return the hashes of the good rows and of their prompts."""
+    rows, prompts = array("Q"), array("Q")
+    for fields, examples in reading.rows(records, Counts()):
+        rows.append(_row_hash(fields))
+        # The pairs of a row have one prompt.
+        prompts.append(_prompt_hash(examples[0]))
+    return np.array(rows, np.uint64), np.array(prompts, np.uint64)
+
+
+def _held_out(prompts: np.ndarray, fraction: float) -> np.ndarray:
+    """Return which prompts are held out, as `_hold_out` does."""
+    place = (prompts >> np.uint64(16)) / 2**48
+    is_held_out = place < fraction
+    if fraction and not is_held_out.any() and len(np.unique(place)) > 1:
+        is_held_out = place == place.min()
+    return is_held_out
+
+
+def _draw_evaluation(surveys: list[_Survey], max_rows: int) -> None:
+    """Draw at most `max_rows` rows to evaluate on (0: all), as many of each set as its share."""
+    # A set of which half is trained on comes up half as often: its hashes count twice.
+    scaled = []
+    for survey in surveys:
+        share = max(survey.train.limit / 2.0**64, 2.0**-64)
+        scaled.append(survey.eval_rows / 2.0**64 / share)
+    everything = np.concatenate(scaled)
+    for survey in surveys:
+        survey.eval = mixtures.Draw(2**64, 0)
+    if not max_rows or len(everything) <= max_rows:
+        return
+    limit = np.partition(everything, max_rows - 1)[max_rows - 1]
+    left = max_rows - int((everything < limit).sum())
+    for survey, of_set in zip(surveys, scaled, strict=True):
+        # Copies of one row have the same hash, so some of them may be taken and others not.
+        count = int((of_set < limit).sum())
+        at_limit = min(left, int((of_set == limit).sum()))
+        left -= at_limit
+        survey.eval = mixtures.Draw(0, 0)
+        if count + at_limit:
+            survey.eval = mixtures.smallest(survey.eval_rows, count + at_limit)
+
+
+def _drawn_examples(survey: _Survey, evaluated_on: set[int], ledger: Ledger) -> SplitExamples:
+    reading = survey.reading
+    train, evals = reading.splits()
+    own_prompts = set() if evals else set(survey.eval_prompts.tolist())
+    for fields, examples in reading.rows(train, ledger.train):
+        prompt = _prompt_hash(examples[0])
+        if prompt in own_prompts:
+            ledger.train.held_out += len(examples)
+            ledger.eval.read += 1
+            ledger.eval.further_pairs += len(examples) - 1
+            yield from _drawn(survey.eval, "eval", fields, examples, ledger.eval)
+        elif prompt in evaluated_on:
+            for _ in examples:
+                ledger.train.filter("evaluated on: its prompt is in an evaluation split")
+        else:
+            yield from _drawn(survey.train, "train", fields, examples, ledger.train)
+    if evals:
+        for fields, examples in reading.rows(evals(), ledger.eval):
+            yield from _drawn(survey.eval, "eval", fields, examples, ledger.eval)
+
+
+def _drawn(draw: mixtures.Draw, split: str, fields: dict, examples: list, counts: Counts):
+    """Yield (split, example) of a row's examples if the row is drawn; else count them."""
+    if draw.takes(_row_hash(fields)):
+        for example in examples:
+            yield split, example
+    else:
+        counts.not_drawn += len(examples)
+
+
+def _folder_of(path: str) -> str:
+    """Return the folder that a set's files are named from; "" for a set of the hub."""
+    for candidate in (path, path.rpartition(":")[0]):
+        if candidate and Path(candidate).expanduser().is_dir():
+            return candidate
+    return os.path.dirname(path) if Path(path).expanduser().is_file() else ""
+
+
+def examples_of(
+    row: Row, kind: str, turns: str, where: str, *, keep_all: bool = False
+) -> list[TextExample]:
     """Return the examples of a row: its pairs, or for SFT its best response.
 
     turns: as config.data.turns. Raises Malformed where this kind of training lacks a response,
-    Unusable where one is empty or both of a pair are equal, Filtered where SFT has no use of it.
+    Filtered where SFT has no use of it, and, unless keep_all, Unusable where a response is empty or
+    both of a pair are equal.
     """
     if kind == "sft":
         if row.label is False:
@@ -166,7 +429,8 @@ def examples_of(row: Row, kind: str, turns: str, where: str) -> list[TextExample
         prompt, response = row.prompt, row.responses[0]
         if prompt == []:
             prompt, response = _split_conversation(response, turns)
-        _check_usable((response,))
+        if not keep_all:
+            _check_usable((response,))
         return [TextExample(prompt, (response,), where, row.tools)]
     if row.label is not None:
         raise Malformed(
@@ -179,7 +443,8 @@ def examples_of(row: Row, kind: str, turns: str, where: str) -> list[TextExample
     examples = []
     for chosen, rejected in row.pairs:
         responses = (row.responses[chosen], row.responses[rejected])
-        _check_usable(responses)
+        if not keep_all:
+            _check_usable(responses)
         examples.append(TextExample(row.prompt, responses, where, row.tools))
     return examples
 
@@ -239,10 +504,3 @@ def _explain(error: Malformed, where: str, record, data, source: Source) -> str:
             "Fix the row, or drop and count such rows with --config.data.on_bad_row=drop.",
         ]
     )
-
-
-def _toy_splits(data, kind: str) -> dict[str, list[TextExample]]:
-    splits = {}
-    for split, examples in toy.examples(data, kind).items():
-        splits[split] = [TextExample(*example) for example in examples]
-    return splits

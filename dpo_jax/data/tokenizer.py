@@ -107,15 +107,18 @@ class Encoder:
         data,
         truncate: str,
         *,
+        into: Examples | None = None,
         date: datetime.date | None = None,
         keep_all: bool = False,
     ):
+        """Make an encoder; into: examples to append to, if not to new ones."""
         self._tokenizer = tokenizer
         self._rule = _rule(tokenizer, data, truncate)
         self._chat = chat_of(tokenizer, data, date)
         self._stops_at_bad_row = data.on_bad_row == "error"
         self._keep_all = keep_all
-        self._examples = Examples()
+        self._examples = Examples() if into is None else into
+        self._first = len(self._examples)  # the index of the first that is added here
         self._counts = Counts()
         # Enough to tokenise in one call, which is fast.
         self._waiting: list[tuple[TextExample, Rendered]] = []
@@ -142,8 +145,8 @@ class Encoder:
         """Return all examples that can be used, and what became of those that were added."""
         self._encode_waiting()
         _warn_of_merges(self._counts)
-        self._counts.kept = len(self._examples)
-        self._counts.mean_tokens = _mean_tokens(self._examples)
+        self._counts.kept = len(self._examples) - self._first
+        self._counts.mean_tokens = _mean_tokens(self._examples[self._first :])
         return self._examples, self._counts
 
     def _encode_waiting(self) -> None:

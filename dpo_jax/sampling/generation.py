@@ -8,7 +8,7 @@ import numpy as np
 from dpo_jax import config as configs
 from dpo_jax.console import warn
 from dpo_jax.data import dataset
-from dpo_jax.data.rows import Text, TextExample
+from dpo_jax.data.rows import Text
 from dpo_jax.data.tokenizer import encode_prompts
 from dpo_jax.models.loading import Model
 from dpo_jax.models.transformer import TransformerConfig
@@ -37,7 +37,7 @@ def encode(
     data = configs.default(()).data
     data.update(source="local", append_eos=False, **limits)
     data.max_length = data.max_prompt_length + sampling.max_new_tokens
-    truncate = dataset.truncation(data, [TextExample(text, (), "") for text in texts])
+    truncate = dataset.truncation(data)
     ids = encode_prompts(texts, tokenizer, data, truncate)
     sampler.check(config, ids, sampling)
     longest = max(map(len, ids))

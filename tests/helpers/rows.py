@@ -30,6 +30,7 @@ def data_config(**changes) -> ml_collections.ConfigDict:
             "turns": "all",
             "template": {},
             "max_dropped": 0.05,
+            "mix": "",
         }
         | changes
     )

@@ -9,7 +9,6 @@ from transformers import PreTrainedTokenizerFast
 from dpo_jax.data import dataset
 from dpo_jax.data import tokenizer as tokenizers
 from dpo_jax.data.ledger import Counts, Ledger
-from dpo_jax.data.rows import TextExample
 from tests.helpers import rows
 from tests.helpers.paths import SHARED, STORIES, needs_shared
 
@@ -222,23 +221,34 @@ def test_load_refuses_when_no_training_row_is_left(tmp_path, letters):
 
 
 @pytest.mark.parametrize(
-    "source, prompt, asked, expected",
+    "source, asked, expected",
     [
-        ("local", "p", "auto", "keep_start"),
-        ("local", [{"role": "user", "content": "p"}], "auto", "keep_end"),
-        ("hh", "p", "auto", "keep_end"),
-        ("shp", "p", "auto", "keep_end"),
-        ("tldr", "p", "auto", "keep_end"),
-        ("cnn_dailymail", "p", "auto", "keep_cue"),
-        ("imdb", "", "auto", "keep_start"),
-        ("toy", "p", "auto", "keep_start"),
-        ("hh", "p", "keep_start", "keep_start"),
-        ("local", "p", "keep_end", "keep_end"),
+        ("local", "auto", "keep_end"),
+        ("hh", "auto", "keep_end"),
+        ("shp", "auto", "keep_end"),
+        ("tldr", "auto", "keep_end"),
+        ("cnn_dailymail", "auto", "keep_cue"),
+        ("imdb", "auto", "keep_start"),
+        ("toy", "auto", "keep_start"),
+        ("hh", "keep_start", "keep_start"),
+        ("local", "keep_start", "keep_start"),
     ],
 )
-def test_truncation_auto_follows_cue(source, prompt, asked, expected):
-    data = data_config(source=source, truncate=asked)
-    assert dataset.truncation(data, [TextExample(prompt, ("r",), "row 1")]) == expected
+def test_truncation_auto_follows_source(source, asked, expected):
+    assert dataset.truncation(data_config(source=source, truncate=asked)) == expected
+
+
+def test_question_at_the_end_is_kept(tmp_path, letters):
+    rows = [
+        {"prompt": "context " * 20 + question, "chosen": "yes", "rejected": "no"}
+        for question in ("is it so", "or not so")
+    ]
+    path = write(tmp_path / "rows.jsonl", rows)
+    data = dataset.load(data_config(path=path), letters, "pairs")
+    assert [letters.decode(prompt)[-9:] for prompt in data.train.prompts] == [
+        " is it so",
+        "or not so",
+    ]
 
 
 @needs_shared

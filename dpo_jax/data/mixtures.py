@@ -1,0 +1,115 @@
+"""Mixtures of data sets: what `data.mix` says, and which rows of each set are drawn.
+
+A mixture is a list of sets, parted by commas, each with the amount of it to train on:
+
+    helpful.jsonl=1000, hh@Anthropic/hh-rlhf=50%, owner/name:subset[train_prefs]
+
+that is, [SOURCE@]PATH[:SUBSET][[SPLIT]][=ROWS or =SHARE%]. Without an amount, a set is taken whole.
+
+Rows are drawn by a hash of what they say, so the same ones are drawn whatever the order of a file
+or of the sets, and a larger amount contains the smaller one. No prompt is trained on that any of
+the sets evaluates on.
+"""
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+
+GRAMMAR = "[SOURCE@]PATH[:SUBSET][[SPLIT]][=ROWS or =SHARE%]"
+SET = re.compile(r"(?:(?P<source>\w+)@)?(?P<path>[^=,\[\]]+?)\s*(?:\[(?P<split>[^\[\]]+)\])?")
+AMOUNT = re.compile(r"(?P<rows>\d+)|(?P<percent>\d+(?:\.\d+)?)\s*%")
+
+
+@dataclass(frozen=True)
+class Ingredient:
+    """A set of a mixture, and how much of it is trained on: rows, or a share, or else all."""
+
+    name: str  # as it is written, without the amount
+    source: str  # "": the config's
+    path: str
+    split: str  # "": the config's
+    rows: int | None = None
+    share: float = 1.0
+
+
+def parse(mix: str, sources: Collection[str]) -> list[Ingredient]:
+    """Return the sets of a mixture, as `data.mix` says them.
+
+    sources: the known ones. Raises ValueError naming the entry that is wrong.
+    """
+    ingredients = []
+    for entry in mix.split(","):
+        ingredient = _ingredient(entry.strip(), sources)
+        if any(ingredient.name == other.name for other in ingredients):
+            raise _wrong(entry, "this set is named twice")
+        ingredients.append(ingredient)
+    return ingredients
+
+
+def _ingredient(entry: str, sources: Collection[str]) -> Ingredient:
+    name, has_amount, amount = (part.strip() for part in entry.partition("="))
+    found = SET.fullmatch(name)
+    if not found:
+        raise _wrong(entry, "a path with none of , = [ ] is expected; rename it or make a link")
+    source = found["source"] or ""
+    if source and source not in sources:
+        raise _wrong(entry, f"{source!r} is none of the sources {', '.join(sources)}")
+    ingredient = dict(name=name, source=source, path=found["path"], split=found["split"] or "")
+    if not has_amount:
+        return Ingredient(**ingredient)
+    said = AMOUNT.fullmatch(amount)
+    if not said:
+        raise _wrong(entry, "the amount is a number of rows (=1000) or a share (=50%)")
+    if said["rows"]:
+        rows = int(said["rows"])
+        if not rows:
+            raise _wrong(entry, "0 rows are none: leave the set out")
+        return Ingredient(**ingredient, rows=rows)
+    share = float(said["percent"]) / 100
+    if not 0 < share <= 1:
+        raise _wrong(entry, "a share is more than 0% and at most 100%")
+    return Ingredient(**ingredient, share=share)
+
+
+def _wrong(entry: str, reason: str) -> ValueError:
+    return ValueError(
+        f"data.mix: {entry.strip()!r}: {reason}. Sets are parted by commas, each {GRAMMAR}."
+    )
+
+
+@dataclass
+class Draw:
+    """Which rows are taken, by their hashes: those below `limit`, and some of those at it."""
+
+    limit: int
+    at_limit: int  # how many more of those whose hash is `limit`: copies of the same row
+
+    def takes(self, row_hash: int) -> bool:
+        """Return whether a row is taken; each is to be asked for once."""
+        if row_hash == self.limit and self.at_limit:
+            self.at_limit -= 1
+            return True
+        return row_hash < self.limit
+
+
+def draw(row_hashes: np.ndarray, ingredient: Ingredient) -> Draw:
+    """Return which of a set's rows are trained on.
+
+    row_hashes: uint64, of all that may be. Raises ValueError where they are too few.
+    """
+    if ingredient.rows is None:
+        return Draw(int(ingredient.share * 2**64), 0)
+    if ingredient.rows > len(row_hashes):
+        raise ValueError(
+            f"data.mix: {ingredient.name} has {len(row_hashes)} rows to train on, without those "
+            f"that are dropped or held out; {ingredient.rows} were asked for."
+        )
+    return smallest(row_hashes, ingredient.rows)
+
+
+def smallest(hashes: np.ndarray, count: int) -> Draw:
+    """Return the draw of the `count` smallest hashes."""
+    limit = np.partition(hashes, count - 1)[count - 1]
+    return Draw(int(limit), count - int((hashes < limit).sum()))
