@@ -80,9 +80,13 @@ MODEL = dict(
 
 DATA = dict(
     source=Field("local", "format: local (your files), hh, shp, imdb, tldr, cnn_dailymail or toy"),
-    path=Field("", "hub name (owner/name or owner/name:subset), folder or file"),
+    path=Field(
+        "",
+        "file (JSON, JSON lines, CSV, Parquet, Arrow; .gz too), folder of such files or of "
+        "save_to_disk, or hub name (owner/name or owner/name:subset)",
+    ),
     sft_path=Field(
-        "", "data for the sft stage and for the prompts to sample from; empty: data.path"
+        "", "data for the sft stage and for the prompts to sample from; empty: path or mix"
     ),
     train_split=Field("train", "split to train on, or several joined by +"),
     eval_split=Field(
@@ -92,7 +96,7 @@ DATA = dict(
     eval_fraction=Field(
         0.02,
         "approximate share of prompts to hold out, chosen by hash, if there is no test or "
-        "validation split",
+        "validation split; 0: none",
     ),
     max_rows=Field(0, "train on this many rows only, the first ones; 0: on all"),
     max_eval_rows=Field(256, "evaluate on this many held-out rows only, the first ones; 0: on all"),
@@ -104,7 +108,7 @@ DATA = dict(
     truncate=Field(
         "auto",
         "part of a cut prompt to keep: keep_start, keep_end, or keep_cue (start and last 16 "
-        "tokens); auto: the source's own",
+        "tokens); auto: keep_end, if the source has no other",
     ),
     append_eos=Field(
         True,
@@ -125,7 +129,12 @@ DATA = dict(
         (),
         "columns of rows, and keys of chat messages, to leave out although they have content",
     ),
-    mix=Field("", "several data sets instead of path, each with a count or a share of its rows"),
+    mix=Field(
+        "",
+        "several data sets instead of path, parted by commas, each with a number of rows or a "
+        "share (else all of it) and perhaps its source and split: "
+        "helpful.jsonl=1000, hh@Anthropic/hh-rlhf=50%, owner/name:subset[train]=10000",
+    ),
     shuffle=Field(True, "shuffle before each epoch; False: keep the order of the file"),
     on_bad_row=Field("error", "what to do about a malformed row: error (stop) or drop (count it)"),
     max_dropped=Field(0.05, "stop if more than this share of the rows would be dropped"),

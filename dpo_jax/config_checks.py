@@ -16,6 +16,7 @@ from dpo_jax.config import (
     default,
     flat_fields,
 )
+from dpo_jax.data import mixtures
 from dpo_jax.data.sources import SOURCES
 from dpo_jax.stage_table import STAGES
 
@@ -179,16 +180,22 @@ def _validate_lora(config):
 
 
 def _validate_data(data):
-    if data.source != "toy" and not data.path:
-        _fail("data.path", data.path, "a hub name, a folder or a file")
-    for field in ("path", "sft_path"):
+    if data.source != "toy" and not data.path and not data.mix:
+        _fail("data.path", data.path, "a hub name, a folder or a file (or several, as data.mix)")
+    if data.mix and data.path:
+        _fail("data.mix", data.mix, "empty, as data.path is set: give one of them")
+    mixtures.parse(data.mix, SOURCES)
+    if data.mix and data.max_rows:
+        expected = "0, as data.mix says how many rows are read of each set"
+        _fail("data.max_rows", data.max_rows, expected)
+    for field in ("path", "sft_path", "mix"):
         if data.source == "toy" and data[field]:
             _fail(f"data.{field}", data[field], "empty: the toy makes its own data")
     if not 0 < data.max_prompt_length < data.max_length:
         expected = f"between 1 and data.max_length - 1 = {data.max_length - 1}"
         _fail("data.max_prompt_length", data.max_prompt_length, expected)
-    if not 0 < data.eval_fraction < 1:
-        _fail("data.eval_fraction", data.eval_fraction, "between 0 and 1")
+    if not 0 <= data.eval_fraction < 1:
+        _fail("data.eval_fraction", data.eval_fraction, "from 0 (hold out none) to below 1")
     if not 0 <= data.max_dropped <= 1:
         _fail("data.max_dropped", data.max_dropped, "between 0 and 1")
 

@@ -37,10 +37,11 @@ class Ingredient:
 def parse(mix: str, sources: Collection[str]) -> list[Ingredient]:
     """Return the sets of a mixture, as `data.mix` says them.
 
-    sources: the known ones. Raises ValueError naming the entry that is wrong.
+    sources: the known ones. An empty mixture has no sets. Raises ValueError naming the entry that
+    is wrong.
     """
     ingredients = []
-    for entry in mix.split(","):
+    for entry in mix.split(",") if mix.strip() else ():
         ingredient = _ingredient(entry.strip(), sources)
         if any(ingredient.name == other.name for other in ingredients):
             raise _wrong(entry, "this set is named twice")

@@ -118,7 +118,7 @@ class Source:
     parse: Callable[[dict], Row] | None  # None: the data is generated
     example: str = ""  # a right record, shown beside a wrong one
     cue: str = ""  # what its prompts end in, which asks for the answer and must not be cut off
-    # Which part of a too long prompt stays, for data.truncate="auto": the end, where the question is.
+    # Which part of a too long prompt stays, for data.truncate="auto": the end has the question.
     truncate: str = "keep_end"
     pairs: bool = True  # it has pairs; every source has responses for SFT
     sorted: bool = False  # rows come sorted (by label, say): they are read in a hashed order

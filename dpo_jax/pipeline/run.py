@@ -106,7 +106,7 @@ class Run:
         data = self.config.data.copy_and_resolve_references()
         if data.sft_path:
             # The split to evaluate on is the other data set's.
-            data.update(path=data.sft_path, eval_split="")
+            data.update(path=data.sft_path, mix="", eval_split="")
         return data
 
     def load_prompts(self, tokenizer) -> dict[str, Prompts]:

@@ -43,7 +43,8 @@ def valid():
         ("data.truncate", "middle", "one of auto"),
         ("data.on_bad_row", "ignore", "one of error, drop"),
         ("data.max_prompt_length", 512, "between 1 and"),
-        ("data.eval_fraction", 1.0, "between 0 and 1"),
+        ("data.eval_fraction", 1.0, "from 0 (hold out none) to below 1"),
+        ("data.mix", "other.jsonl=10", "empty, as data.path is set"),
         ("data.max_dropped", 5.0, "between 0 and 1"),
         ("data.max_rows", -1, "at least 0"),
         ("sft.loss", "mean", "one of sum, token_mean"),
@@ -240,6 +241,19 @@ def test_validate_rm_as_reward(stages, path, field, expected):
     with pytest.raises(ValueError, match=re.escape(f"config.{field} = ")) as error:
         config_checks.validate(config)
     assert expected in str(error.value)
+
+
+def test_validate_mixture():
+    config = configs.default(("dpo",))
+    config.model.path = "gpt2"
+    config.data.mix = "a.jsonl=10, hh@b.jsonl=5%"
+    config_checks.validate(config)
+    config.data.max_rows = 7
+    with pytest.raises(ValueError, match="config.data.max_rows = 7: expected 0, as data.mix"):
+        config_checks.validate(config)
+    config.data.update(max_rows=0, mix="a.jsonl=0")
+    with pytest.raises(ValueError, match="data.mix: 'a.jsonl=0': 0 rows are none"):
+        config_checks.validate(config)
 
 
 def test_validate_toy_without_posts():

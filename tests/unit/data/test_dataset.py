@@ -3,13 +3,12 @@
 import json
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from dpo_jax.data import dataset
 from dpo_jax.data import tokenizer as tokenizers
 from dpo_jax.data.ledger import Counts, Ledger
 from tests.helpers import rows
+from tests.helpers.letters import letters_tokenizer
 from tests.helpers.paths import SHARED, STORIES, needs_shared
 
 # What tokenising reads of the data block, besides what reading rows does.
@@ -23,12 +22,7 @@ def data_config(**changes):
 @pytest.fixture(scope="module")
 def letters():
     """A tokenizer whose tokens are letters."""
-    tokens = ["<eos>", *"abcdefghijklmnopqrstuvwxyz0123456789 "]
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    backend = Tokenizer(models.BPE(vocabulary, []))
-    backend.pre_tokenizer = pre_tokenizers.Split("\0", "isolated")
-    backend.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+    return letters_tokenizer()
 
 
 def write(path, records):
@@ -82,7 +76,9 @@ def test_ledger_json_and_table(tmp_path, letters):
             "filtered": {},
             "dropped": {"empty response": 1},
             "examples": {"empty response": ["train.jsonl row 31"]},
+            "further_pairs": 0,
             "held_out": 0,
+            "not_drawn": 0,
             "kept": 31,
             "prompts_truncated": 1,
             "responses_truncated": 1,
@@ -103,7 +99,9 @@ def test_ledger_json_and_table(tmp_path, letters):
             "filtered": {},
             "dropped": {},
             "examples": {},
+            "further_pairs": 0,
             "held_out": 0,
+            "not_drawn": 0,
             "kept": 2,
             "prompts_truncated": 0,
             "responses_truncated": 0,

@@ -23,7 +23,8 @@ def reward(completion: str, prompt="film") -> float:
 
 
 def data(**fields) -> ml_collections.ConfigDict:
-    return ml_collections.ConfigDict(dict(source="toy", max_rows=0, max_eval_rows=0) | fields)
+    defaults = dict(source="toy", mix="", max_rows=0, max_eval_rows=0)
+    return ml_collections.ConfigDict(defaults | fields)
 
 
 def reward_of(pair: dict, side: str) -> float:

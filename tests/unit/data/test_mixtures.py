@@ -1,0 +1,213 @@
+"""Mixtures: what data.mix says, which rows are drawn, and that no prompt crosses over."""
+
+import collections
+import random
+
+import pytest
+
+from dpo_jax.data import dataset, mixtures, splits
+from dpo_jax.data.sources import SOURCES
+from tests.helpers.letters import letters_tokenizer
+from tests.helpers.rows import data_config, pairs, write_jsonl, write_parquet
+
+
+def rows(count, prefix, shared=()):
+    """Return pairs with prompts of their own, and pairs with these prompts."""
+    found = pairs(count, prefix)
+    for number, prompt in enumerate(shared):
+        found.append({"prompt": prompt, "chosen": f"yes {prefix}{number}", "rejected": "no"})
+    return found
+
+
+def read(mix, **changes):
+    """Return the examples of each split, and the ledger."""
+    return splits.read(data_config(mix=mix, **{"eval_fraction": 0.1} | changes), "pairs")
+
+
+def said(examples):
+    return collections.Counter((example.prompt, *example.responses) for example in examples)
+
+
+@pytest.mark.parametrize(
+    "entry, expected",
+    [
+        ("a/b.jsonl", mixtures.Ingredient("a/b.jsonl", "", "a/b.jsonl", "")),
+        (" a.jsonl = 1000 ", mixtures.Ingredient("a.jsonl", "", "a.jsonl", "", rows=1000)),
+        (
+            "hh@Anthropic/hh-rlhf=50%",
+            mixtures.Ingredient("hh@Anthropic/hh-rlhf", "hh", "Anthropic/hh-rlhf", "", share=0.5),
+        ),
+        (
+            "own/name:small[train_prefs]=12.5 %",
+            mixtures.Ingredient(
+                "own/name:small[train_prefs]", "", "own/name:small", "train_prefs", share=0.125
+            ),
+        ),
+        ("my data/x", mixtures.Ingredient("my data/x", "", "my data/x", "")),
+        ("/home/me@here/x.csv", mixtures.Ingredient(*["/home/me@here/x.csv", ""] * 2)),
+    ],
+)
+def test_entry(entry, expected):
+    assert mixtures.parse(f"{entry}, other.jsonl", SOURCES)[0] == expected
+
+
+@pytest.mark.parametrize(
+    "mix, reason",
+    [
+        ("a.jsonl=some", "the amount is a number of rows"),
+        ("a.jsonl=-3", "the amount is a number of rows"),
+        ("a.jsonl=0.5", "the amount is a number of rows"),
+        ("a.jsonl=0", "0 rows are none"),
+        ("a.jsonl=0%", "a share is more than 0% and at most 100%"),
+        ("a.jsonl=150%", "a share is more than 0% and at most 100%"),
+        ("a=b.jsonl=10", "the amount is a number of rows"),
+        ("a.jsonl,,b.jsonl", "a path with none of"),
+        ("=10", "a path with none of"),
+        ("a[train", "a path with none of"),
+        ("hhh@a.jsonl", "'hhh' is none of the sources local, hh"),
+        ("a.jsonl=1, a.jsonl=2", "this set is named twice"),
+    ],
+)
+def test_wrong_mixture(mix, reason):
+    with pytest.raises(ValueError, match="data.mix: ") as error:
+        mixtures.parse(mix, SOURCES)
+    assert reason in str(error.value) and mixtures.GRAMMAR in str(error.value)
+
+
+def test_counts_and_shares(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", rows(500, "a"))
+    write_parquet(tmp_path / "b.parquet", rows(1000, "b"))
+    write_jsonl(tmp_path / "c.jsonl", rows(50, "c"))
+    mix = f"{tmp_path}/a.jsonl=100, {tmp_path}/b.parquet=30%, {tmp_path}/c.jsonl"
+    examples, ledger = read(mix)
+    of_set = collections.Counter(example.prompt[0] for example in examples["train"])
+    held_out = ledger.train.held_out
+    assert of_set["a"] == 100
+    assert 200 < of_set["b"] < 340  # of about 900
+    assert of_set["c"] == 50 - ledger.parts[f"{tmp_path}/c.jsonl"].train.held_out
+    assert held_out == len(examples["eval"]) == ledger.eval.read and 100 < held_out < 210
+    # Every row of every set is somewhere.
+    read_of = [part.train.read for part in ledger.parts.values()]
+    assert read_of == [500, 1000, 50] and ledger.train.read == 1550
+    assert len(examples["train"]) + held_out + ledger.train.not_drawn == 1550
+    wheres = {example.where.rpartition(" row ")[0] for example in examples["train"]}
+    assert wheres == {f"{tmp_path}/{name}" for name in ("a.jsonl", "b.parquet", "c.jsonl")}
+
+
+def test_draw_ignores_order_and_grows(tmp_path):
+    of_a, of_b = rows(300, "a"), rows(300, "b")
+    write_jsonl(tmp_path / "a.jsonl", of_a)
+    write_jsonl(tmp_path / "b.jsonl", of_b)
+    first, _ = read(f"{tmp_path}/a.jsonl=50, {tmp_path}/b.jsonl=20%", max_eval_rows=20)
+    # The files the other way round, in another format, their fields too; the sets the other way.
+    random.Random(0).shuffle(of_a)
+    turned = [dict(reversed(row.items())) for row in of_a]
+    write_parquet(tmp_path / "a.parquet", turned)
+    write_jsonl(tmp_path / "b.jsonl", of_b[::-1])
+    second, _ = read(f"{tmp_path}/b.jsonl=20%, {tmp_path}/a.parquet=50", max_eval_rows=20)
+    for split in ("train", "eval"):
+        assert said(first[split]) == said(second[split])
+    assert len(first["eval"]) == 20
+    more, _ = read(f"{tmp_path}/a.jsonl=80, {tmp_path}/b.jsonl=40%", max_eval_rows=20)
+    assert said(first["train"]) < said(more["train"])
+
+
+def test_copies_of_a_row_are_counted(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", rows(5, "a") * 10)
+    for count in (1, 7, 23):
+        examples, _ = read(f"{tmp_path}/a.jsonl={count}", eval_fraction=0.0)
+        assert len(examples["train"]) == count
+
+
+def test_no_prompt_crosses(tmp_path):
+    """What one set evaluates on, another does not train on, whichever way they hold out."""
+    prompts = [f"s{i}" for i in range(200)]
+    write_jsonl(tmp_path / "x" / "train.jsonl", rows(100, "x", prompts))
+    write_jsonl(tmp_path / "x" / "test.jsonl", rows(20, "t", prompts[:40]))
+    write_jsonl(tmp_path / "y.jsonl", rows(100, "y", prompts))
+    for mix in (f"{tmp_path}/x, {tmp_path}/y.jsonl", f"{tmp_path}/y.jsonl=60%, {tmp_path}/x=80"):
+        examples, ledger = read(mix)
+        train = {example.prompt for example in examples["train"]}
+        held_out = {example.prompt for example in examples["eval"]}
+        assert not train & held_out and not train & set(prompts[:40])
+        assert {prompt[0] for prompt in held_out} == {"s", "t", "y"}
+        assert ledger.shared_prompts == 0
+        [x] = [part for name, part in ledger.parts.items() if name.endswith("/x")]
+        # Its own 40, and what is held out of y.
+        reason = "evaluated on: its prompt is in an evaluation split"
+        assert x.train.filtered[reason] > 40
+
+
+def test_evaluation_is_drawn_by_share(tmp_path):
+    for name in "ab":
+        write_jsonl(tmp_path / name / "train.jsonl", rows(100, name))
+        write_jsonl(tmp_path / name / "test.jsonl", rows(400, f"{name}t"))
+    examples, ledger = read(f"{tmp_path}/a, {tmp_path}/b=25%", max_eval_rows=100)
+    of_set = collections.Counter(example.prompt[0] for example in examples["eval"])
+    assert len(examples["eval"]) == 100 and 65 < of_set["a"] < 92
+    assert ledger.eval.read == 800 and ledger.eval.not_drawn == 700
+    assert len(read(f"{tmp_path}/a, {tmp_path}/b=25%")[0]["eval"]) == 800
+
+
+def test_sources_splits_and_rows_of_several_pairs(tmp_path):
+    transcripts = []
+    for number in range(40):
+        prompt = f"\n\nHuman: {number}\n\nAssistant:"
+        transcripts.append({"chosen": f"{prompt} yes", "rejected": f"{prompt} no"})
+    write_jsonl(tmp_path / "hh" / "train_prefs.jsonl", transcripts)
+    write_jsonl(tmp_path / "hh" / "extra.jsonl", transcripts[:5])
+    write_jsonl(tmp_path / "own.jsonl", rows(40, "p"))
+    mix = f"hh@{tmp_path}/hh[extra]=3, {tmp_path}/own.jsonl=50%"
+    examples, _ = read(mix, eval_fraction=0.0)
+    assert [example.prompt[:9] for example in examples["train"][:4]] == ["\n\nHuman: "] * 3 + [
+        examples["train"][3].prompt
+    ]
+    assert not examples["eval"]
+
+
+def test_too_few_rows(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [*rows(9, "a"), {"prompt": "", "chosen": "", "rejected": ""}])
+    with pytest.raises(ValueError, match="a.jsonl has 9 rows to train on, .*; 10 were asked for"):
+        read(f"{tmp_path}/a.jsonl=10", eval_fraction=0.0)
+
+
+def test_path_beside_mixture(tmp_path):
+    with pytest.raises(ValueError, match="data.mix and data.path='b.jsonl' cannot both be set"):
+        read("a.jsonl", path="b.jsonl")
+    with pytest.raises(ValueError, match="the toy makes its own data"):
+        read("toy@a.jsonl")
+    with pytest.raises(ValueError, match="'imdb' has no pairs"):
+        read("imdb@a.jsonl")
+
+
+def test_load_mixture(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", rows(60, "a"))
+    bad = {"prompt": "p", "chosen": "same", "rejected": "same"}
+    write_jsonl(tmp_path / "b.jsonl", [*rows(60, "b"), bad])
+    mix = f"{tmp_path}/a.jsonl=20, {tmp_path}/b.jsonl"
+    settings = dict(max_length=40, max_prompt_length=20, truncate="auto", append_eos=True)
+    data = data_config(mix=mix, eval_fraction=0.2, **settings)
+    loaded = dataset.load(data, letters_tokenizer(), "pairs")
+    assert len(loaded.train) == loaded.ledger.train.kept
+    a, b = loaded.ledger.parts.values()
+    assert a.train.kept == 20 and b.train.dropped == {"chosen and rejected are equal": 1}
+    assert a.eval.kept + b.eval.kept == len(loaded.eval) == loaded.ledger.eval.kept
+    for counts in (a.train, b.train, a.eval, b.eval, loaded.ledger.train, loaded.ledger.eval):
+        left_out = sum(counts.filtered.values()) + sum(counts.dropped.values())
+        left_out += counts.held_out + counts.not_drawn
+        assert counts.read + counts.further_pairs == left_out + counts.kept
+    prompt, _, _ = loaded.train.lengths()
+    assert loaded.ledger.train.mean_tokens["prompt"] == pytest.approx(prompt.mean())
+    table = loaded.ledger.table()
+    assert f"of these, {tmp_path}/a.jsonl\n" in table and "not drawn for the mixture" in table
+    assert set(loaded.ledger.to_dict()["parts"]) == {f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl"}
+
+
+def test_mostly_bad_set_of_a_large_mixture(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", rows(500, "a"))
+    bad = {"prompt": "p", "chosen": "same", "rejected": "same"}
+    write_jsonl(tmp_path / "b.jsonl", [*rows(2, "b"), bad])
+    settings = dict(max_length=40, max_prompt_length=20, truncate="auto", append_eos=True)
+    data = data_config(mix=f"{tmp_path}/a.jsonl, {tmp_path}/b.jsonl", **settings)
+    with pytest.raises(ValueError, match="data.mix: .*b.jsonl: 1 of 3 train rows"):
+        dataset.load(data, letters_tokenizer(), "pairs")
