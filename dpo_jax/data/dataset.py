@@ -1,5 +1,6 @@
 """A data set ready for batches: examples read, tokenised and accounted for."""
 
+import datetime
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -20,39 +21,40 @@ class Dataset:
     ledger: Ledger
 
 
-def load(data, tokenizer, kind: str, *, keep_all: bool = False) -> Dataset:
+def load(
+    data, tokenizer, kind: str, *, date: datetime.date | None = None, keep_all: bool = False
+) -> Dataset:
     """Read, tokenise and check the data that the config `data` names.
 
-    kind: "sft" or "pairs". keep_all: keep rows that teach nothing, those with an empty response or
-    two equal ones. Raises ValueError or FileNotFoundError with the file, row and field, or
-    with the reasons for which too many rows were dropped.
+    kind: "sft" or "pairs". date: what chat templates take for today; None: today. keep_all: keep
+    rows that teach nothing, those with an empty response or two equal ones. Raises ValueError or
+    FileNotFoundError with the file, row and field, or with the reasons for which too many rows were
+    dropped.
     """
     examples = {"train": Examples(), "eval": Examples()}
     ledgers = {}
     for part in splits.parts(data, kind, keep_all=keep_all):
-        ledgers[part.name] = part.ledger
-        first = {split: len(examples[split]) for split in examples}
-        _encode_part(part, tokenizer, examples, keep_all)
-        for split in examples:
-            check_cue(part.data, examples[split][first[split] :], tokenizer)
+        truncate = truncation(part.data)
+        first, encoders = {}, {}
+        for split, into in examples.items():
+            first[split] = len(into)
+            encoders[split] = Encoder(
+                tokenizer, part.data, truncate, into=into, date=date, keep_all=keep_all
+            )
+        # Each example is tokenised soon after it is read, so that few texts are in memory.
+        for split, text in part.examples():
+            encoders[split].add(text)
+        ledger = part.ledger
+        _, train_counts = encoders["train"].finish()
+        _, eval_counts = encoders["eval"].finish()
+        ledger.train = ledger.train.plus(train_counts)
+        ledger.eval = ledger.eval.plus(eval_counts)
+        ledgers[part.name] = ledger
+        for split, of_all in examples.items():
+            check_cue(part.data, of_all[first[split] :], tokenizer)
     ledger = Ledger.of_parts(ledgers)
-    ledger.check(data.max_dropped, data.path)
+    ledger.check(data.max_dropped, data.path or data.mix)
     return Dataset(examples["train"], examples["eval"], ledger)
-
-
-def _encode_part(part: splits.Part, tokenizer, into: dict[str, Examples], keep_all: bool) -> None:
-    """Append the examples of a data set, and complete its ledger."""
-    # Each example is tokenised soon after it is read, so that few texts are in memory.
-    truncate = truncation(part.data)
-    encoders = {}
-    for split, examples in into.items():
-        encoders[split] = Encoder(tokenizer, part.data, truncate, into=examples, keep_all=keep_all)
-    for split, text in part.examples():
-        encoders[split].add(text)
-    ledger = part.ledger
-    _, train = encoders["train"].finish()
-    _, evals = encoders["eval"].finish()
-    ledger.train, ledger.eval = ledger.train.plus(train), ledger.eval.plus(evals)
 
 
 def truncation(data) -> str:
