@@ -348,10 +348,11 @@ def _check_unused(row: Row, fields: dict, used: set[str], shape: str) -> None:
         is_used = name in used or name in (*SYSTEM, "tools", "functions")
         if is_used or not value or _restates(row, name, value):
             continue
+        way = f"leave it out with --config.data.ignore={name} if no answer depends on it"
+        if name in ALTERNATIVES:
+            way += f", or read the row by it with --config.data.columns={name}={name}"
         raise Malformed(
-            f"field {name!r} has content that rows of {shape} do not use; name it in "
-            f"data.columns, or leave it out with --config.data.ignore={name}",
-            shown(value),
+            f"field {name!r} has content that rows of {shape} do not use; {way}", shown(value)
         )
 
 
