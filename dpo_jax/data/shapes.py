@@ -712,7 +712,7 @@ def _text_row(prompt: str, responses: tuple[str, ...], pairs: tuple) -> Row:
     end = _repeated(prompt, responses)
     if not end:
         return Row(prompt, responses, pairs)
-    shape = ", the prompt cut from the answers that repeat it"
+    shape = ", repeated prompts cut"
     prompt = responses[0][:end]
     return Row(prompt, tuple(response[end:] for response in responses), pairs, shape=shape)
 
@@ -723,7 +723,7 @@ def _reply_row(question: str, replies: tuple[str, ...], pairs: tuple = ONE_PAIR)
     end = _repeated(question, replies)
     if end:
         replies = tuple(reply[end:].lstrip() for reply in replies)
-        shape = ", the prompt cut from the answers that repeat it"
+        shape = ", repeated prompts cut"
     answers = tuple(as_messages("assistant", reply) for reply in replies)
     return Row(as_messages("user", question), answers, pairs, shape=shape)
 
@@ -760,7 +760,7 @@ def _ranked_row(prompt: Text, scored: Iterable[tuple[str, object]]) -> Row:
     texts = [text for _, text in ranked]
     if isinstance(prompt, list):
         texts = [as_messages("assistant", text) for text in texts]
-    return Row(prompt, tuple(texts), tuple(pairs), shape=f", {len(ranked)} scored answers")
+    return Row(prompt, tuple(texts), tuple(pairs), shape=f", {len(ranked)} completions")
 
 
 def _repeated(prompt: str, responses: tuple[str, ...]) -> int:

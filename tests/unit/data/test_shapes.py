@@ -193,7 +193,7 @@ def text_row(*responses, pairs=PAIRED, shape, prompt="Q: why?\nA:"):
                 WHY,
                 *"abcd",
                 pairs=((0, 1), (0, 2), (0, 3), (1, 3), (2, 3)),
-                shape="UltraFeedback, 4 scored answers by overall_score, chat",
+                shape="UltraFeedback, 4 completions by overall_score, chat",
             ),
         ),
         (
@@ -202,7 +202,7 @@ def text_row(*responses, pairs=PAIRED, shape, prompt="Q: why?\nA:"):
                 "generations": [NO, SO, "lost"],
                 "ratings": ["2", "5", "N/A"],
             },
-            chat(WHY, SO, NO, shape="distilabel ratings, 2 scored answers, chat"),
+            chat(WHY, SO, NO, shape="distilabel ratings, 2 completions, chat"),
         ),
         (
             {
@@ -231,7 +231,7 @@ def text_row(*responses, pairs=PAIRED, shape, prompt="Q: why?\nA:"):
                 "\n\nHuman: Why?\n\nAssistant:",
                 (" a", " b", " c"),
                 ((0, 1), (0, 2), (1, 2)),
-                shape="Nectar, 3 scored answers, text",
+                shape="Nectar, 3 completions, text",
             ),
         ),
         (
@@ -798,7 +798,7 @@ def test_answers_that_repeat_the_prompt(prompt, chosen, rejected, expected):
     row = local({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     assert (row.prompt, *row.responses) == expected
     is_cut = expected != (prompt, chosen, rejected)
-    assert ("cut from the answers" in row.shape) == is_cut
+    assert ("repeated prompts cut" in row.shape) == is_cut
 
 
 def test_replies_that_repeat_the_question():
