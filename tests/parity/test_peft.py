@@ -9,7 +9,7 @@ import pytest
 from flax import traverse_util
 from safetensors.numpy import load_file
 
-from dpo_jax.models import families, hf, lora, peft, transformer
+from dpo_jax.models import families, hf, loading, lora, peft, transformer
 from dpo_jax.models.lora import Lora
 from dpo_jax.parallel import sharding
 from tests.helpers import tiny_models
@@ -107,3 +107,50 @@ def test_peft_loads_reward_model_adapter(tmp_path):
         ).logits
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-4)
     assert np.abs(expected).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    "variant, fields",
+    [
+        ("gpt2", dict(target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)),
+        ("neox-parallel", dict(target_modules=["query_key_value"], use_rslora=True)),
+        (
+            "llama3",
+            dict(
+                target_modules="all-linear",
+                rank_pattern={"q_proj": 2, "model.layers.1.mlp.up_proj": 5},
+                alpha_pattern={"q_proj": 32},
+            ),
+        ),
+        ("llama2", dict(target_modules=["v_proj"], modules_to_save=["lm_head", "embed_tokens"])),
+        ("qwen3", dict(target_modules=["q_proj", "o_proj"], layers_to_transform=[1])),
+    ],
+)
+def test_adapter_of_peft_is_merged_as_peft_does(variant, fields, tmp_path):
+    torch = pytest.importorskip("torch", reason="the independent reference is peft with torch")
+    theirs = pytest.importorskip("peft", reason="the independent reference is peft")
+    import transformers
+
+    base = tiny_models.write(variant, tmp_path / "base")
+    model = theirs.get_peft_model(
+        transformers.AutoModelForCausalLM.from_pretrained(base),
+        theirs.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=12, **fields),
+    )
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(tmp_path / "adapter")
+    ids = np.random.default_rng(0).integers(0, 96, (2, 12))
+    with torch.no_grad():
+        expected = model.eval()(torch.tensor(ids)).logits.numpy()
+        before = transformers.AutoModelForCausalLM.from_pretrained(base)(torch.tensor(ids)).logits
+
+    folder, adapters = loading.find(str(tmp_path / "adapter"))
+    assert folder == base
+    config = families.from_hf(hf.read_config(folder))
+    params = hf.load(folder, config, tiny_models.placed(config), adapters)
+    found = jax.jit(functools.partial(transformer.logits, config))(params, ids)
+    np.testing.assert_allclose(found, expected, atol=2e-4)
+    assert np.abs(expected - before.numpy()).max() > 0.01
