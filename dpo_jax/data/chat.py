@@ -8,6 +8,7 @@ as black boxes: where a turn starts and ends is found by rendering other convers
 """
 
 import datetime
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -101,22 +102,25 @@ class Chat:
         holds, and where a response cannot be found in it.
         """
         tools = tools or None  # some templates write about tools where the list is empty
+        messages = [*prompt, *itertools.chain.from_iterable(responses)]
         first_error = None
-        for form in _forms([*prompt, *(message for response in responses for message in response)]):
+        for form in _forms(messages):
             try:
                 return self._example(
                     [form.apply(message) for message in prompt],
                     [[form.apply(message) for message in response] for response in responses],
                     tools,
                 )
-            except _Refused as error:
+            except (_Refused, _ContentLost) as error:
                 # The first form is the row's own, so its error is the one to show.
                 first_error = first_error or error
+        if isinstance(first_error, Malformed):
+            raise first_error
         raise Malformed("the chat template refuses this conversation", str(first_error))
 
     def _example(self, prompt: list, responses: list[list], tools: list | None) -> Rendered:
         prompt_text = self._render(prompt, tools, cue=True)
-        _check_arguments(prompt, prompt_text)
+        _check_form(prompt, prompt_text)
         self._check_tools(prompt, tools, prompt_text)
         left_out = 0
         for index in range(len(prompt)):
@@ -130,7 +134,7 @@ class Chat:
         """Return the text of a response and which parts of it are trained on."""
         messages = [*prompt, *response]
         whole = self._render(messages, tools)
-        _check_arguments(response, whole)
+        _check_form(response, whole)
         left_out = 0
         for index in range(len(prompt), len(messages)):
             left_out += self._check(messages, index, tools, whole, is_answer=True)
@@ -161,11 +165,7 @@ class Chat:
                 return len(same)
         reasoning = _reasoning(message).strip()
         if reasoning and reasoning in text:
-            raise Malformed(
-                "the generation prompt of the chat template ends otherwise than the reasoning of "
-                "the response begins (see data.template, which may turn thinking on)",
-                repr(cue),
-            )
+            raise _contradicts(cue)
         return 0
 
     def _without_tail(self, text: str) -> str:
@@ -250,25 +250,52 @@ class Chat:
             return len(before), ""
         # Only what the turn says is another text: what comes before it is the same.
         probed = [*messages]
-        probed[turn] = {"role": messages[turn]["role"], "content": PROBE}
+        probed[turn] = _plain(messages[turn])
         text = self._render(probed, tools)
         lead, found, _ = text.partition(PROBE)
         if not found:
             raise _not_found(turn)
-        # Both `before` and `lead` end in the turn's header, but for a cue in `before`, or for white
-        # space in `lead` that the template puts before the answer: the longest common end tells.
-        best, cue, start = 0, "", len(lead)
+        length, cue = self._alignment(lead, before)
+        start = len(lead) - length
+        if whole[:start] == lead[:start]:
+            return start, cue
+        if _reasoning(messages[turn]):
+            raise _contradicts(before[-LONGEST_LEAD:])
+        raise _not_found(turn)
+
+    def _alignment(self, lead: str, before: str) -> tuple[int, str]:
+        """Return how many characters at the end of `lead` are an answer's, and the cue it lacks.
+
+        lead: a conversation with an answer, up to what the answer says. before: the same
+        conversation with the generation prompt. Both end in the header of the answer's turn, but
+        for what the template writes in one of them only: a cue in `before`, or the white space or
+        empty thinking block in `lead` before what an answer says.
+        """
+        same = self._not_inside_token(before, len(_common_start(lead, before)))
+        if max(len(lead), len(before)) - same <= LONGEST_LEAD:
+            return len(lead) - same, before[same:]
+        # The conversations differ in their middle. The longest end that they share tells.
+        best, found = 0, (0, "")
         for length in range(min(LONGEST_LEAD, len(lead)) + 1):
             common = _common_end(lead[: len(lead) - length], before)
             if common > best:
-                best, cue, start = common, "", len(lead) - length
+                best, found = common, (length, "")
         for length in range(1, min(LONGEST_LEAD, len(before)) + 1):
             common = _common_end(lead, before[: len(before) - length])
             if common > best:
-                best, cue, start = common, before[len(before) - length :], len(lead)
-        if not best or whole[:start] != lead[:start]:
-            raise _not_found(turn)
-        return start, cue
+                best, found = common, (0, before[len(before) - length :])
+        return found
+
+    def _not_inside_token(self, text: str, cut: int) -> int:
+        """Return a cut in a text, moved before the added token that it would split.
+
+        What two texts share may end inside of one, since many tokens begin with "<|".
+        """
+        for token in self.tokenizer.added_tokens_encoder:
+            at = text.rfind(token, 0, cut + len(token))
+            if at != -1 and at < cut < at + len(token):
+                return at
+        return cut
 
     def _end(self, messages: list, turn: int, tools: list | None, whole: str) -> int:
         """Return where a turn that others follow ends in the whole."""
@@ -282,9 +309,7 @@ class Chat:
             return len(open_text)
         # Or it writes the last turn otherwise than an earlier one, as with an empty thinking block.
         # What follows the turn's text is then compared.
-        replaced = {**messages[turn], "content": PROBE}
-        plain = {"role": messages[turn]["role"], "content": PROBE}
-        for message in (replaced, plain):
+        for message in (_saying(messages[turn], PROBE), _plain(messages[turn])):
             probed = [*messages]
             probed[turn] = message
             try:
@@ -309,16 +334,11 @@ class Chat:
             closed = self._render(question, tools)
         except _Refused:
             return ""
-        # What only the first of the two has is the generation prompt. A token that ends the second
-        # starts as it does, often with "<": the longest end that both texts can spare is taken.
-        common = len(_common_start(asked, closed))
-        while common and not open_text.endswith(asked[common:]):
-            common -= 1
-        for special in self._special_tokens():
-            at = asked.rfind(special, 0, common + len(special))
-            if at != -1 and at < common < at + len(special):
-                common = at
-        cue = asked[common:]
+        # What only the first of the two has is the generation prompt. The second may have an EOS.
+        same = len(closed.removesuffix(self.tokenizer.eos_token or ""))
+        if not asked.startswith(closed[:same]):
+            same = self._not_inside_token(asked, len(_common_start(asked, closed)))
+        cue = asked[same:]
         return open_text.removesuffix(cue) if open_text.endswith(cue) else ""
 
     # what a template leaves out
@@ -351,7 +371,8 @@ class Chat:
             key = sorted(lost)[0]
             a_role = f"an {role}" if role[:1] in "aeiou" else f"a {role}"
             shown = message.get(key, message.get("content"))
-            raise Malformed(
+            error = _ContentLost if key == "content" else Malformed
+            raise error(
                 f"the chat template does not write {key!r} of {a_role} message "
                 f"(use a template that does, or pass --config.data.ignore={key})",
                 _shown(shown),
@@ -389,7 +410,10 @@ class Chat:
             texts.append(self._render_or_none(replaced, tools, cue))
         if probes and all(text is None or PROBE in text for text in texts):
             return True
-        # Not as it is; but perhaps in another form.
+        # Not as it is; but perhaps in another form, which differs from text to text.
+        if isinstance(value, str):
+            other = _replaced(messages, index, key, PROBE[::-1])
+            return self._render_or_none(other, tools, cue) != texts[0]
         try:
             text = self._render(_replaced(messages, index, key, None), tools, cue=cue)
         except _Refused:
@@ -404,18 +428,19 @@ class Chat:
         A template may cut text by what it says, as up to "</think>".
         """
         message = messages[index]
-        content = message.get("content")
+        content = _content(message)
         lost = set()
-        if isinstance(content, str) and content.strip() not in text:
+        if content.strip() not in text:
             reasoning, mark, said = content.rpartition("</think>")
             if mark and reasoning.replace("<think>", "").strip():
-                without = _replaced(messages, index, "content", said)
+                without = _with(messages, index, _saying(message, said))
                 if self._render_or_none(without, tools, not is_answer) == text:
                     lost.add("reasoning")
                 content = said
             for line in content.splitlines():
                 if line.strip() and not _is_in(line.strip(), text):
-                    without = _replaced(messages, index, "content", content.replace(line, "", 1))
+                    rest = content.replace(line, "", 1)
+                    without = _with(messages, index, _saying(message, rest))
                     if self._render_or_none(without, tools, not is_answer) == text:
                         lost.add("content")
         for key in ("tool_calls", *REASONING):
@@ -493,15 +518,22 @@ class _Refused(Exception):
     """The template raises an error for a conversation."""
 
 
+class _ContentLost(Malformed):
+    """The template leaves out what a message says: it may take content in another form."""
+
+
 @dataclass(frozen=True)
 class _Form:
     """How a tool call's arguments, and content that is not there, are given to the template."""
 
     arguments: str = ""  # "text", "object", or "" for as they are
     fills_content: bool = False
+    as_parts: bool = False  # content as a list of parts, as templates of vision models take it
 
     def apply(self, message: Message) -> Message:
         """Return a message in this form."""
+        if self.as_parts and isinstance(message.get("content"), str):
+            message = {**message, "content": _parts(message["content"])}
         if not message.get("tool_calls"):
             return message
         message = dict(message)
@@ -531,12 +563,34 @@ def _forms(messages: list[Message]) -> Iterator[_Form]:
     all beside calls. Some templates take only one of these.
     """
     yield _Form()
-    if not any(message.get("tool_calls") for message in messages):
-        return
-    for arguments in ("", "object", "text"):
-        for fills_content in (False, True):
-            if arguments or fills_content:
-                yield _Form(arguments, fills_content)
+    if any(message.get("tool_calls") for message in messages):
+        for arguments in ("", "object", "text"):
+            for fills_content in (False, True):
+                if arguments or fills_content:
+                    yield _Form(arguments, fills_content)
+    yield _Form(as_parts=True)
+
+
+def _parts(text: str) -> list[dict]:
+    """Return text as content in parts."""
+    return [{"type": "text", "text": text}]
+
+
+def _content(message: Message) -> str:
+    """Return what a message says."""
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else content[0]["text"]
+
+
+def _saying(message: Message, text: str) -> Message:
+    """Return a message that says something else, in the form of its content."""
+    is_text = isinstance(message.get("content", ""), str)
+    return {**message, "content": text if is_text else _parts(text)}
+
+
+def _plain(message: Message) -> Message:
+    """Return a message that says the probe and holds nothing else."""
+    return {"role": message["role"], "content": _saying(message, PROBE)["content"]}
 
 
 def _parsed(arguments: str):
@@ -548,9 +602,12 @@ def _parsed(arguments: str):
     return value if isinstance(value, dict) else arguments
 
 
-def _check_arguments(messages: list[Message], text: str) -> None:
-    """Raise _Refused where the template has quoted arguments that are JSON already."""
+def _check_form(messages: list[Message], text: str) -> None:
+    """Raise _Refused where the template has written a form as data, not what it holds."""
     for message in messages:
+        content = message.get("content")
+        if isinstance(content, list) and ("'type': 'text'" in text or '"type": "text"' in text):
+            raise _Refused("content would be written as a list")
         for call in message.get("tool_calls") or ():
             arguments = _function(call).get("arguments")
             is_json = isinstance(arguments, str) and isinstance(_parsed(arguments), dict)
@@ -568,7 +625,11 @@ def _function(call) -> dict:
 
 def _reasoning(message: Message) -> str:
     """Return a message's reasoning, "" where it has none."""
-    return next((message[key] for key in REASONING if message.get(key)), "")
+    for key in REASONING:
+        if message.get(key):
+            return str(message[key])
+    before, mark, _ = _content(message).partition("</think>")
+    return before.replace("<think>", "") if mark else ""
 
 
 def _holds(key: str, value) -> bool:
@@ -586,6 +647,8 @@ def _probes(key: str, value) -> list:
             for probed in _probed_calls(call):
                 probes.append([*value[:index], probed, *value[index + 1 :]])
         return probes
+    if key == "content" and isinstance(value, list):
+        return [_parts(PROBE)]
     return [PROBE] if isinstance(value, str) else []
 
 
@@ -630,6 +693,11 @@ def _replaced(messages: list[Message], index: int, key: str, value) -> list[Mess
         del message[key]
         if key == "content":
             message[key] = ""
+    return _with(messages, index, message)
+
+
+def _with(messages: list[Message], index: int, message: Message) -> list[Message]:
+    """Return messages with another one at a place."""
     return [*messages[:index], message, *messages[index + 1 :]]
 
 
@@ -651,6 +719,14 @@ def _common_end(text: str, other: str) -> int:
             break
         length += 1
     return length
+
+
+def _contradicts(cue: str) -> Malformed:
+    return Malformed(
+        "the generation prompt of the chat template ends otherwise than the reasoning of the "
+        "response begins (see data.template, which may turn thinking on)",
+        repr(cue),
+    )
 
 
 def _not_found(turn: int) -> Malformed:
