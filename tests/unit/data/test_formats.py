@@ -177,6 +177,14 @@ def test_answers_that_repeat_the_prompt(tmp_path):
     assert "repeat" in data.ledger.table()
 
 
+def test_question_at_the_end_of_a_long_prompt(tmp_path):
+    # The common form of retrieval: long context, question and cue last.
+    context = "The shop opens at nine. " * 40
+    rows = [{"prompt": f"{context}\nWhen?\nAnswer:", "chosen": " At nine.", "rejected": " No."}]
+    (texts,) = seen(tmp_path, rows, chatml(), max_length=100, max_prompt_length=50)
+    assert texts[0].endswith("\nWhen?\nAnswer:")
+
+
 # tools and reasoning
 
 
