@@ -110,7 +110,7 @@ def test_command_parses(line):
         if not argument.startswith("--") or argument == "--help":
             continue
         if name == "config":
-            config = config_files.load(value).lock()
+            config = config_files.load(value)
         if name.startswith("config."):
             overrides[name.removeprefix("config.")] = value
         elif not (line.startswith("./launch.sh") and re.search(rf" --{name}(=\*)?\)", LAUNCH)):
