@@ -188,6 +188,7 @@ def _after_messages(prompt: list, chats: list[list]) -> tuple[list, list[list]]:
     if asked and asked[-1]["role"] == "assistant" and same_messages(asked[-1:], chats[0]):
         asked = asked[:-1]
     answers = []
+    # One side may be whole, and the other the answer alone.
     for chat in chats:
         system, turns = split_system(chat)
         if asked and same_messages(asked, turns[: len(asked)]):
@@ -205,6 +206,7 @@ def _after_messages(prompt: list, chats: list[list]) -> tuple[list, list[list]]:
                 "the conversation and 'prompt' have different system turns",
                 f"{shown(system[0].get('content'))} and {shown(given[0].get('content'))}",
             )
+        # The system turn may be in one of them alone.
         given = given or system
     return [*given, *asked], answers
 

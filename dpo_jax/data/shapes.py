@@ -163,6 +163,7 @@ def _renamed(fields: dict, columns: dict, ignore: tuple) -> dict:
                 f"data.columns takes {name!r} from a column {column!r}, which is not there",
                 ", ".join(map(str, fields)),
             ) from None
+    # A mapped column is read under our name alone, and takes the place of one that has that name.
     for name, value in fields.items():
         if name not in found and name not in columns.values() and name not in ignore:
             found[name] = value
@@ -220,6 +221,7 @@ def _ambiguous(shapes: list[Shape]) -> str:
         for other in shapes:
             if other is not shape:
                 others |= other.uses
+        # A field that the others do not use says which shape is meant.
         own = [name for name in shape.needs if name not in others] or list(shape.needs)
         line = ",".join(f"{name}={name}" for name in own)
         lines.append(f"--config.data.columns={line} for {shape.name}")
@@ -236,6 +238,7 @@ def _unrecognised(fields: dict) -> Malformed:
         is_excluded = any(name in fields for name in shape.without)
         if present and not is_excluded:
             started.append((present, -len(lacking), shape, lacking))
+    # The nearest have most of the row's fields, and of these lack the fewest.
     nearness = max((each[:2] for each in started), default=None)
     hints = []
     for *near, shape, lacking in started:
@@ -309,7 +312,7 @@ def _with_label(row: Row, fields: dict) -> Row:
     """
     if row.pairs or row.label is not None or row.prompt == "":
         return row
-    for name in ("label", "kto_tag"):
+    for name in ("label", "kto_tag"):  # the latter is LLaMA-Factory's
         if isinstance(fields.get(name), bool):
             return dataclasses.replace(row, label=fields[name])
     return row
@@ -359,12 +362,14 @@ def _check_unused(row: Row, fields: dict, used: set[str], shape: str) -> None:
 def _restates(row: Row, name: str, value) -> bool:
     """Return whether another field says only what the row says already."""
     for response in row.responses:
+        # Text rows too: what matters is what is said.
         conversation = [*as_messages("user", row.prompt), *as_messages("assistant", response)]
         if isinstance(value, str) and is_said(value, conversation):
             return True
         # The conversation rendered as text, or its prompt with something around it.
         if name in ("prompt", "text") and isinstance(value, str) and says_turn(value, conversation):
             return True
+        # The conversation, or its beginning. The system turn may be in one of them alone.
         if is_chat(value):
             _, given = split_system(read_messages(value, name))
             _, turns = split_system(conversation)
@@ -534,6 +539,7 @@ def _alpaca(*names: str) -> Callable[[dict], Row]:
 
     def read(fields: dict) -> Row:
         question = text_field(fields, "instruction")
+        # The set has an empty text where an instruction needs no input.
         if fields.get("input"):
             question = f"{question}\n{text_field(fields, 'input')}"
         replies = tuple(text_field(fields, name) for name in names)
@@ -556,6 +562,7 @@ def _alpaca(*names: str) -> Callable[[dict], Row]:
 
 def _distilabel(fields: dict) -> Row:
     """Read the rows of distilabel's own pairs."""
+    # The set keeps its ties, with the answers in the order of the set that it was made from.
     if fields.get("status") == "tie":
         raise Filtered("a tie: no answer is better")
     return _replies("input", "chosen", "rejected")(fields)
@@ -597,7 +604,9 @@ def _nectar(fields: dict) -> Row:
     ranked = []
     for answer in _records(fields, "answers"):
         rank = number_of(answer.get("rank"))
+        # As a transcript goes on.
         text = " " + text_field(answer, "answer").strip()
+        # A score: higher is better.
         ranked.append((text, None if rank is None else -rank))
     return _ranked_row(prompt, ranked)
 
@@ -606,6 +615,7 @@ def _helpsteer3(fields: dict) -> Row:
     """Read HelpSteer3's rows: a negative preference is for response 1, 0 for neither."""
     context = content_field(fields, "context")
     preference = number_field(fields, "overall_preference")
+    # Theirs is how much better the second is, from -3 to 3.
     return _either(context, fields, ("response1", "response2"), -preference)
 
 
@@ -648,6 +658,7 @@ def _arena(fields: dict) -> Row:
         chat = read_messages(fields[name], name)
         chats.append(chat[: _end_of_turn(chat, fields.get("turn"))])
     if winner not in ("model_a", "model_b"):
+        # The sets have "tie", "tie (bothbad)" and "both_bad".
         if winner.startswith("tie") or winner == "both_bad":
             raise Filtered("a tie: no answer is better")
         raise Malformed("field 'winner' is none of model_a, model_b, tie, both_bad", shown(winner))
@@ -713,6 +724,7 @@ def _text_row(prompt: str, responses: tuple[str, ...], pairs: tuple) -> Row:
     if not end:
         return Row(prompt, responses, pairs)
     shape = ", repeated prompts cut"
+    # The answers' own: what stands around the prompt in them is the text that they continue.
     prompt = responses[0][:end]
     return Row(prompt, tuple(response[end:] for response in responses), pairs, shape=shape)
 
@@ -722,6 +734,7 @@ def _reply_row(question: str, replies: tuple[str, ...], pairs: tuple = ONE_PAIR)
     shape = ""
     end = _repeated(question, replies)
     if end:
+        # A turn of its own does not need the white space between the two.
         replies = tuple(reply[end:].lstrip() for reply in replies)
         shape = ", repeated prompts cut"
     answers = tuple(as_messages("assistant", reply) for reply in replies)
@@ -749,6 +762,7 @@ def _ranked_row(prompt: Text, scored: Iterable[tuple[str, object]]) -> Row:
         number = number_of(score)
         if number is not None and isinstance(text, str) and text.strip():
             ranked.append((number, text))
+    # Answers with equal scores stay in the row's order.
     ranked.sort(key=lambda answer: -answer[0])
     pairs = []
     for (i, better), (j, worse) in itertools.combinations(enumerate(ranked), 2):
@@ -787,10 +801,11 @@ def _repeated(prompt: str, responses: tuple[str, ...]) -> int:
 def _shared_prompt(chosen: str, rejected: str) -> int:
     """Return where the answers start in two texts that begin with the same prompt."""
     shared = _shared_length(chosen, rejected)
+    # Answers may begin with the same words, so the last cue they share says more than these.
     cues = list(CUE.finditer(chosen, 0, shared))
     if cues:
         return cues[-1].end()
-    # Answers may begin with the same letters: a word is not cut.
+    # Without one, where they part; but answers may begin with the same letters.
     end = shared
     while end and (_in_word(chosen, end) or _in_word(rejected, end)):
         end -= 1
