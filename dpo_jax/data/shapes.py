@@ -524,26 +524,29 @@ def _openai(fields: dict) -> Row:
     return Row(*split_chat(asked, answers), ONE_PAIR, tools=_tools(given))
 
 
-def _replies(question: str, chosen: str, rejected: str) -> Callable[[dict], Row]:
-    """Return the reader of rows of a question and two bare replies to it, in these fields."""
+def _replies(question: str, *names: str) -> Callable[[dict], Row]:
+    """Return the reader of rows of a question and bare replies to it, in these fields."""
 
     def read(fields: dict) -> Row:
-        replies = (text_field(fields, chosen), text_field(fields, rejected))
+        replies = tuple(text_field(fields, name) for name in names)
         return _reply_row(text_field(fields, question), replies)
 
     return read
 
 
-def _alpaca(*names: str) -> Callable[[dict], Row]:
-    """Return the reader of rows of an instruction, an input to it, and replies in these fields."""
+def _alpaca(instruction: str, *names: str) -> Callable[[dict], Row]:
+    """Return the reader of rows of an instruction, an input to it, earlier turns, and replies.
+
+    instruction, names: the fields of the instruction and of the replies.
+    """
 
     def read(fields: dict) -> Row:
-        question = text_field(fields, "instruction")
+        question = text_field(fields, instruction)
         # The set has an empty text where an instruction needs no input.
         if fields.get("input"):
             question = f"{question}\n{text_field(fields, 'input')}"
         replies = tuple(text_field(fields, name) for name in names)
-        row = _reply_row(question, replies, ONE_PAIR if len(replies) == 2 else ())
+        row = _reply_row(question, replies)
         earlier = []
         if not isinstance(fields.get("history", []), list):
             raise Malformed("field 'history' is not a list", shown(fields["history"]))
@@ -729,8 +732,10 @@ def _text_row(prompt: str, responses: tuple[str, ...], pairs: tuple) -> Row:
     return Row(prompt, tuple(response[end:] for response in responses), pairs, shape=shape)
 
 
-def _reply_row(question: str, replies: tuple[str, ...], pairs: tuple = ONE_PAIR) -> Row:
-    """Return a chat row of a question and bare replies to it."""
+def _reply_row(question: str, replies: tuple[str, ...], pairs: tuple | None = None) -> Row:
+    """Return a chat row of a question and bare replies to it; two of them are a pair."""
+    if pairs is None:
+        pairs = ONE_PAIR if len(replies) == 2 else ()
     shape = ""
     end = _repeated(question, replies)
     if end:
@@ -1015,7 +1020,7 @@ SHAPES = (
     Shape(
         "Alpaca pairs",
         ("instruction", *PAIR),
-        _alpaca(*PAIR),
+        _alpaca("instruction", *PAIR),
         '{"instruction": "Answer.", "input": "Why?", "chosen": "So.", "rejected": "No."}',
         also=("input", "history"),
         fits=_texts("instruction", *PAIR),
@@ -1023,11 +1028,35 @@ SHAPES = (
     Shape(
         "Alpaca",
         ("instruction", "output"),
-        _alpaca("output"),
+        _alpaca("instruction", "output"),
         '{"instruction": "Answer.", "input": "Why?", "output": "So."}',
         also=("input", "history"),
         without=PAIR,
         fits=_texts("instruction", "output"),
+    ),
+    Shape(
+        "question and completion",
+        ("question", "completion"),
+        _replies("question", "completion"),
+        '{"question": "Why?", "completion": "So."}',
+        without=(*PAIR, "prompt"),
+        fits=_texts("question", "completion"),
+    ),
+    # ms-swift's rows of text
+    Shape(
+        "query and two responses",
+        ("query", "response", "rejected_response"),
+        _alpaca("query", "response", "rejected_response"),
+        '{"query": "Why?", "response": "So.", "rejected_response": "No."}',
+        also=("history",),
+    ),
+    Shape(
+        "query and response",
+        ("query", "response"),
+        _alpaca("query", "response"),
+        '{"query": "Why?", "response": "So."}',
+        also=("history",),
+        without=PAIR,
     ),
     Shape(
         "Argilla binarized",

@@ -172,6 +172,18 @@ def text_row(*responses, pairs=PAIRED, shape, prompt="Q: why?\nA:"):
             ),
         ),
         (
+            {"question": WHY, "completion": SO},
+            chat(WHY, SO, pairs=(), shape="question and completion, chat"),
+        ),
+        (
+            {"query": WHY, "response": SO, "rejected_response": NO, "history": None},
+            chat(WHY, SO, NO, shape="query and two responses, chat"),
+        ),
+        (
+            {"query": WHY, "response": SO},
+            chat(WHY, SO, pairs=(), shape="query and response, chat"),
+        ),
+        (
             {"source": "x", "instruction": WHY, "chosen_response": SO, "rejected_response": NO},
             chat(WHY, SO, NO, shape="Argilla binarized, chat"),
         ),
