@@ -6,6 +6,7 @@ import sys
 from dpo_jax import command_line, config_files
 
 COMMANDS = {
+    "data": "look at a data set: what it is read as, lengths, repeats, what a cut costs",
     "train": "train a model: all stages of a config, one after the other",
     "sweep": "train at several values of a field, and compare them",
     "runs": "list the runs of a folder: what differs, how they ended",
@@ -13,6 +14,8 @@ COMMANDS = {
     "score": "log-probs of a file of preference pairs under a model",
     "plan": "memory, time and cost of a run on TPUs or GPUs, before it starts",
 }
+# The command's module, where it has another name: dpo_jax.data is the package of all data code.
+MODULES = {"data": "data_report"}
 HELP = ("help", "--help", "-h")
 
 
@@ -35,7 +38,7 @@ def main():
         sys.exit(2)
     # A command reads sys.argv, and says this name in its messages.
     sys.argv = [f"dpo-jax {name}", *sys.argv[2:]]
-    importlib.import_module(f"dpo_jax.{name}").main()
+    importlib.import_module(f"dpo_jax.{MODULES.get(name, name)}").main()
 
 
 def usage() -> str:

@@ -1,14 +1,16 @@
 """A data set ready for batches: examples read, tokenised and accounted for."""
 
 import datetime
-from collections.abc import Iterable
+import itertools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
 from dpo_jax.data import sources, splits
-from dpo_jax.data.examples import Examples
+from dpo_jax.data.examples import Example, Examples
 from dpo_jax.data.ledger import Ledger
+from dpo_jax.data.rows import TextExample
 from dpo_jax.data.tokenizer import CUE_TOKENS, Encoder
 
 
@@ -21,6 +23,15 @@ class Dataset:
     ledger: Ledger
 
 
+@dataclass
+class LoadedPart:
+    """One of the data sets that were loaded, and which of all examples are its own."""
+
+    data: object  # its config block
+    ledger: Ledger
+    own: dict[str, slice]  # split -> of its examples
+
+
 def load(
     data, tokenizer, kind: str, *, date: datetime.date | None = None, keep_all: bool = False
 ) -> Dataset:
@@ -31,8 +42,31 @@ def load(
     FileNotFoundError with the file, row and field, or with the reasons for which too many rows were
     dropped.
     """
+    examples, parts = load_parts(data, tokenizer, kind, date=date, keep_all=keep_all)
+    for part in parts.values():
+        for split, of_all in examples.items():
+            check_cue(part.data, of_all[part.own[split]], tokenizer)
+    ledger = Ledger.of_parts({name: part.ledger for name, part in parts.items()})
+    ledger.check(data.max_dropped, data.path or data.mix)
+    return Dataset(examples["train"], examples["eval"], ledger)
+
+
+def load_parts(
+    data,
+    tokenizer,
+    kind: str,
+    *,
+    date: datetime.date | None = None,
+    keep_all: bool = False,
+    watch: Callable[[str, TextExample], None] | None = None,
+) -> tuple[dict[str, Examples], dict[str, LoadedPart]]:
+    """Read and tokenise the data that the config `data` names, as `load` does.
+
+    Returns the examples of each split, and the data sets that they are from, by name. watch: called
+    with the split of each example and its text.
+    """
     examples = {"train": Examples(), "eval": Examples()}
-    ledgers = {}
+    parts = {}
     for part in splits.parts(data, kind, keep_all=keep_all):
         truncate = truncation(part.data)
         first, encoders = {}, {}
@@ -43,18 +77,17 @@ def load(
             )
         # Each example is tokenised soon after it is read, so that few texts are in memory.
         for split, text in part.examples():
+            if watch is not None:
+                watch(split, text)
             encoders[split].add(text)
         ledger = part.ledger
         _, train_counts = encoders["train"].finish()
         _, eval_counts = encoders["eval"].finish()
         ledger.train = ledger.train.plus(train_counts)
         ledger.eval = ledger.eval.plus(eval_counts)
-        ledgers[part.name] = ledger
-        for split, of_all in examples.items():
-            check_cue(part.data, of_all[first[split] :], tokenizer)
-    ledger = Ledger.of_parts(ledgers)
-    ledger.check(data.max_dropped, data.path or data.mix)
-    return Dataset(examples["train"], examples["eval"], ledger)
+        own = {split: slice(first[split], len(into)) for split, into in examples.items()}
+        parts[part.name] = LoadedPart(part.data, ledger, own)
+    return examples, parts
 
 
 def truncation(data) -> str:
@@ -93,26 +126,44 @@ def check_cue(data, examples: Examples, tokenizer) -> None:
 
 def show(examples: Examples, tokenizer, indices: Iterable[int]) -> str:
     """Return some examples decoded, with the tokens that are trained on between ⟦ and ⟧."""
-
-    def decoded(ids):
-        return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
     blocks = []
     for index in indices:
         example = examples[index]
-        prompt = example.prompt
         names = ("completion",) if len(example.responses) == 1 else ("chosen", "rejected")
-        lines = [f"--- {examples.where[index]}: prompt, {len(prompt)} tokens", decoded(prompt)]
-        masks = example.completion_masks or [np.ones(len(ids), bool) for ids in example.responses]
-        for name, response, mask in zip(names, example.responses, masks, strict=True):
-            lines.append(f"--- {name}, {mask.sum()} tokens trained on")
-            text = ""
-            # Marked run by run: a turn of a user or a tool may stand between two of an assistant.
-            borders = np.flatnonzero(np.diff(mask)) + 1
-            for run, trained_on in zip(
-                np.split(response, borders), np.split(mask, borders), strict=True
-            ):
-                text += f"⟦{decoded(run)}⟧" if trained_on.any() else decoded(run)
-            lines.append(text)
+        prompt, *responses = decoded(example, tokenizer)
+        ((prompt_text, _),) = prompt
+        lines = [f"--- {examples.where[index]}: prompt, {len(example.prompt)} tokens", prompt_text]
+        for name, runs, count in zip(names, responses, example.completion_lengths(), strict=True):
+            lines.append(f"--- {name}, {count} tokens trained on")
+            lines.append("".join(f"⟦{text}⟧" if marked else text for text, marked in runs))
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
+
+
+def decoded(example: Example, tokenizer) -> list[list[tuple[str, bool]]]:
+    """Return the text of the prompt and of each response, special tokens included.
+
+    Each is a list of (text, whether it is trained on): a turn of a user or a tool may stand between
+    two of an assistant.
+    """
+
+    def decode(ids):
+        return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    prompt = decode(example.prompt)
+    found = [[(prompt, False)]]
+    masks = example.completion_masks or [np.ones(len(ids), bool) for ids in example.responses]
+    for response, mask in zip(example.responses, masks, strict=True):
+        runs = []
+        before = prompt
+        ends = [*(np.flatnonzero(np.diff(mask)) + 1), len(response)]
+        for start, end in itertools.pairwise([0, *ends]):
+            # After all that comes before it, for some tokenizers write no space where a text
+            # begins.
+            until = decode(np.concatenate([example.prompt, response[:end]]))
+            is_continued = until.startswith(before)
+            text = until[len(before) :] if is_continued else decode(response[start:end])
+            runs.append((text, bool(mask[start:end].any())))
+            before = until
+        found.append(runs)
+    return found

@@ -96,7 +96,7 @@ class _Reading:
     def splits(self) -> tuple[Iterable, Callable[[], Iterable] | None]:
         """Return the records to train on, and what reads those to evaluate on, if there are any."""
         splits = find_splits(self.data.path)
-        train_names, eval_name = _choose(list(splits), self.data)
+        train_names, eval_name = choose(list(splits), self.data)
         train = itertools.chain.from_iterable(splits[name]() for name in train_names)
         return train, splits[eval_name] if eval_name else None
 
@@ -182,13 +182,13 @@ def _count_shared_prompts(examples: SplitExamples, ledger: Ledger) -> SplitExamp
     """Yield all examples, and count those to evaluate on whose prompt is trained on."""
     hashes = {"train": array("Q"), "eval": array("Q")}
     for split, example in examples:
-        hashes[split].append(_prompt_hash(example))
+        hashes[split].append(prompt_hash(example))
         yield split, example
     # Counted and shown, not removed: some data sets repeat prompts between their splits.
     ledger.shared_prompts += int(np.isin(hashes["eval"], hashes["train"]).sum())
 
 
-def _choose(names: list[str], data) -> tuple[list[str], str]:
+def choose(names: list[str], data) -> tuple[list[str], str]:
     """Return the splits to train on and the one to evaluate on.
 
     The latter is "" where a part of the training rows is to be held out.
@@ -225,7 +225,7 @@ def _hold_out(examples: Iterable[TextExample], fraction: float) -> SplitExamples
     is_any_held_out = not fraction
     for example in examples:
         # By prompt, not by row: no prompt is both trained on and evaluated.
-        place = _place(_prompt_hash(example))
+        place = _place(prompt_hash(example))
         waiting.append((place, example))
         is_any_held_out |= place < fraction
         if is_any_held_out:
@@ -238,7 +238,7 @@ def _hold_out(examples: Iterable[TextExample], fraction: float) -> SplitExamples
         yield ("eval" if place == held_out else "train"), example
 
 
-def _prompt_hash(example: TextExample) -> int:
+def prompt_hash(example: TextExample) -> int:
     """Return 8 bytes that tell prompts apart: the response, where there is no prompt."""
     # JSON, for a prompt may be a list of messages.
     return _hash_bytes(json.dumps(example.prompt or example.responses[0]))
@@ -339,7 +339,7 @@ def _hashes(reading: _Reading, records: Iterable) -> tuple[np.ndarray, np.ndarra
     for fields, examples in reading.rows(records, Counts()):
         rows.append(_row_hash(fields))
         # The pairs of a row have one prompt.
-        prompts.append(_prompt_hash(examples[0]))
+        prompts.append(prompt_hash(examples[0]))
     return np.array(rows, np.uint64), np.array(prompts, np.uint64)
 
 
@@ -381,7 +381,7 @@ def _drawn_examples(survey: _Survey, evaluated_on: set[int], ledger: Ledger) -> 
     train, evals = reading.splits()
     own_prompts = set() if evals else set(survey.eval_prompts.tolist())
     for fields, examples in reading.rows(train, ledger.train):
-        prompt = _prompt_hash(examples[0])
+        prompt = prompt_hash(examples[0])
         if prompt in own_prompts:
             ledger.train.held_out += len(examples)
             ledger.eval.read += 1

@@ -165,25 +165,58 @@ class Encoder:
 
         Raises Unusable where it cannot be trained on, unless all are to be kept.
         """
-        rule, counts = self._rule, self._counts
-        whole_prompt, whole_responses, whole_masks = _with_ends(tokens, rule, self._keep_all)
-        prompt, responses = cut(whole_prompt, whole_responses, rule)
-        masks = _cut_masks(whole_masks, responses)
-        if not self._keep_all:
-            # They may differ only after the cut. Equal responses have no gradient.
-            if len(responses) == 2 and responses[0] == responses[1]:
-                raise Unusable("chosen and rejected are equal in tokens, or once cut")
-            if masks and not all(mask.any() for mask in masks):
-                raise Unusable("no assistant turn is left, once cut")
+        whole = _with_ends(tokens, self._rule, self._keep_all)
+        _append_cut(self._examples, whole, where, self._rule, self._counts, self._keep_all)
 
-        counts.prompts_truncated += len(prompt) < len(whole_prompt)
-        for whole, response in zip(whole_responses, responses, strict=True):
-            if len(response) < len(whole):
-                counts.responses_truncated += 1
-                # A cut response does not end here, so it gets no EOS that would teach the policy to
-                # stop.
-                counts.eos_lost += whole[-1] == rule.eos
-        self._examples.append(prompt, responses, where, masks)
+
+def cut_examples(whole: Examples, tokenizer, data, truncate: str, *, into: Examples) -> Counts:
+    """Cut examples that were encoded at no limit to data.max_length, and append them to others.
+
+    Returns what the cut does to them, in the counts that `encode` has of it.
+    """
+    rule = _rule(tokenizer, data, truncate)
+    first = len(into)
+    counts = Counts()
+    for example, where in zip(whole, whole.where, strict=True):
+        responses = [ids.tolist() for ids in example.responses]
+        masks = list(example.completion_masks or [None] * len(responses))
+        try:
+            parts = (example.prompt.tolist(), responses, masks)
+            _append_cut(into, parts, where, rule, counts, keep_all=False)
+        except Unusable as reason:
+            counts.drop(str(reason), where)
+    counts.kept = len(into) - first
+    counts.mean_tokens = _mean_tokens(into[first:])
+    return counts
+
+
+def _append_cut(
+    examples: Examples,
+    whole: tuple[Prompt, Responses, list],
+    where: str,
+    rule: Rule,
+    counts: Counts,
+    keep_all: bool,
+) -> None:
+    """Append a (prompt, responses, masks), cut to length; raise Unusable as `Encoder` does."""
+    whole_prompt, whole_responses, whole_masks = whole
+    prompt, responses = cut(whole_prompt, whole_responses, rule)
+    masks = _cut_masks(whole_masks, responses)
+    if not keep_all:
+        # They may differ only after the cut. Equal responses have no gradient.
+        if len(responses) == 2 and responses[0] == responses[1]:
+            raise Unusable("chosen and rejected are equal in tokens, or once cut")
+        if masks and not all(mask.any() for mask in masks):
+            raise Unusable("no assistant turn is left, once cut")
+
+    counts.prompts_truncated += len(prompt) < len(whole_prompt)
+    for before, response in zip(whole_responses, responses, strict=True):
+        if len(response) < len(before):
+            counts.responses_truncated += 1
+            # A cut response does not end here, so it gets no EOS that would teach the policy to
+            # stop.
+            counts.eos_lost += before[-1] == rule.eos
+    examples.append(prompt, responses, where, masks)
 
 
 def encode_prompts(
@@ -543,6 +576,8 @@ def _ids_inside(texts: Iterable[str], tokenizer) -> list[list[int]]:
     That is without the space that SentencePiece's kind of tokenizer puts before every text.
     """
     texts = list(texts)
+    if not texts:
+        return []  # not every tokenizer has ids for what is asked below: the toy's has 8 words
     newline, letter, both = _ids(["\n", "a", "\na"], tokenizer)
     alone = _ids(texts, tokenizer)
     if both == [*newline, *letter]:

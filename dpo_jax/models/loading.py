@@ -133,7 +133,7 @@ def open_checkpoint(
     config = families.from_hf(hf_config, **options)
     tokenizer_folder = None
     if tokenizer is None:
-        tokenizer_folder = _tokenizer_folder(folder, adapters)
+        tokenizer_folder = folder_of_tokenizer(folder, adapters)
         if tokenizer_path:
             tokenizer_folder = hf.fetch(tokenizer_path, weights=False)
         tokenizer = tokenizers.load(tokenizer_folder)
@@ -168,7 +168,7 @@ def find(path: str, *, weights: bool = True) -> tuple[pathlib.Path, tuple[Adapte
     return folder, tuple(adapters)
 
 
-def _tokenizer_folder(folder: pathlib.Path, adapters: tuple[Adapter, ...]) -> pathlib.Path:
+def folder_of_tokenizer(folder: pathlib.Path, adapters: tuple[Adapter, ...]) -> pathlib.Path:
     """Return the last adapter's folder that has a tokenizer, or else the model's."""
     for adapter in reversed(adapters):
         if (adapter.folder / export.TOKENIZER_CONFIG).exists():

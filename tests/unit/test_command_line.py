@@ -216,7 +216,8 @@ def test_a_reader_that_leaves_is_no_error(command):
 
 @pytest.mark.parametrize("name", dpo_jax_main.COMMANDS)
 def test_commands_are_modules_with_docstring(name):
-    source = pathlib.Path(ROOT / "dpo_jax" / f"{name}.py").read_text()
+    module = dpo_jax_main.MODULES.get(name, name)
+    source = pathlib.Path(ROOT / "dpo_jax" / f"{module}.py").read_text()
     assert f"dpo-jax {name}" in source.splitlines()[0]
 
 

@@ -6,7 +6,8 @@ import ml_collections
 import numpy as np
 import pytest
 
-from dpo_jax.data import splits, toy
+from dpo_jax import config_files
+from dpo_jax.data import dataset, splits, toy
 from dpo_jax.data import tokenizer as tokenizers
 
 IDS = {word: i for i, word in enumerate(toy.WORDS)}
@@ -129,3 +130,11 @@ def test_toy_rows_for_sft():
 def test_toy_has_no_pairs():
     with pytest.raises(ValueError, match="`pairs` stage"):
         toy.examples(data(), "pairs")
+
+
+def test_corpus_is_tokenised():
+    config = config_files.load("toy")
+    config.data.update(max_rows=10, max_eval_rows=5)
+    loaded = dataset.load(config.data, toy.tokenizer(), "sft")
+    assert (len(loaded.train), len(loaded.eval)) == (10, 5)
+    assert loaded.train[0].responses[0].tolist() == toy.corpus(0, 1)[0, 1:].tolist()

@@ -1,0 +1,428 @@
+"""What a data set looks like to a model: lengths, repeats, overlap, and what a cut would cost.
+
+`take` reads and tokenises the rows as training does. Of each text it keeps a few hashes and
+lengths, so that memory hardly grows with the data set.
+"""
+
+import dataclasses
+import hashlib
+import json
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dpo_jax.data import dataset, readers, sources, splits
+from dpo_jax.data.examples import Examples
+from dpo_jax.data.ledger import Counts, Ledger
+from dpo_jax.data.rows import Text, TextExample
+from dpo_jax.data.tokenizer import cut_examples
+
+LIMITS = (512, 1024, 2048)  # values of max_length whose cost is measured
+UNCUT = 1 << 30  # tokens: more than any row has
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What the training rows lose where they are cut to a length."""
+
+    max_length: int
+    max_prompt_length: int
+    rows: int  # that lose a token, or are dropped
+    prompts: int  # that lose a token
+    responses: int  # that lose a token, and so their EOS
+    dropped: int  # rows whose responses are equal once they are cut
+    tokens: int  # that are no longer read
+    share_of_rows: float
+    share_of_responses: float
+    share_of_tokens: float
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """Prompts and rows that are there more than once."""
+
+    eval_prompts_in_train: int  # eval rows whose prompt is a training prompt too
+    eval_prompts_nearly_in_train: int  # likewise, whatever the case and the white space
+    train_rows_repeated: int  # training rows that are equal to an earlier one
+    train_pairs_reversed: int  # pairs whose responses another pair has the other way round
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a row's text."""
+
+    text: str
+    is_trained_on: bool
+
+
+@dataclass(frozen=True)
+class ShownRow:
+    """A row as the model reads it: the pieces of each part, by the part's name."""
+
+    where: str
+    parts: dict[str, tuple[Piece, ...]]
+    tokens: dict[str, int]  # of each part; empty without a tokenizer
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What was found in a data set."""
+
+    kind: str  # "pairs" or "sft"
+    unit: str  # of lengths: "tokens" or "characters"
+    truncate: tuple[str, ...]  # which part of a cut prompt stays; of a mixture, several
+    uses: dict[str, str]  # split -> "train", "eval", or "" where it is not used
+    ledger: Ledger
+    lengths: dict[str, np.ndarray]  # of each training row before a cut, by part
+    trained_on: float  # share of the responses' tokens
+    rows_per_prompt: np.ndarray  # for each training prompt; empty where rows have no prompt
+    repeats: Repeats
+    cuts: list[Cut]  # at LIMITS and at data.max_length; none without a tokenizer
+    rows: list[ShownRow]
+    refusal: str = ""  # why training would stop at these rows, in its own words
+
+    def cut_at(self, max_length: int) -> Cut:
+        """Return what a cut to one of the measured lengths costs."""
+        (found,) = [cut for cut in self.cuts if cut.max_length == max_length]
+        return found
+
+
+def find_kind(data) -> str:
+    """Return what the rows are: "pairs", or "sft" where they have no two responses."""
+    if not sources.SOURCES[data.source].pairs:
+        return "sft"
+    # The first row tells; where it is bad, the first good one.
+    for kind, on_bad_row in (("pairs", "error"), ("sft", "error"), ("pairs", "drop")):
+        first = data.copy_and_resolve_references()
+        first.update(max_rows=1, max_eval_rows=1, eval_fraction=0.0, on_bad_row=on_bad_row)
+        try:
+            texts, _ = splits.read(first, kind)
+        except ValueError:
+            continue
+        if any(True for _ in texts["train"]):
+            return kind
+    return "sft"
+
+
+def take(data, kind: str, tokenizer=None, *, shown: int = 3) -> Survey:
+    """Read and tokenise a data set as training does, and measure it.
+
+    data: the config's block. kind: "pairs" or "sft". tokenizer: the tokenizer; None: lengths are
+    in characters. shown: how many rows to show. Rows at which training would stop are dropped and
+    counted, and the survey has training's words for it. Raises what `dataset.load` raises for data
+    of which no row can be used.
+    """
+    try:
+        return _take(data, kind, tokenizer, shown)
+    except ValueError as error:
+        refusal = error
+    lenient = data.copy_and_resolve_references()
+    lenient.update(on_bad_row="drop", max_dropped=1.0)
+    try:
+        found = _take(lenient, kind, tokenizer, shown, must_keep_cue=False)
+    except ValueError:
+        # The settings are wrong, or no row is right: what training says explains it best.
+        raise refusal from None
+    return dataclasses.replace(found, refusal=str(refusal))
+
+
+def _take(data, kind: str, tokenizer, shown: int, *, must_keep_cue: bool = True) -> Survey:
+    seen = {split: _Seen(shown) for split in ("train", "eval")}
+
+    def watch(split: str, example: TextExample) -> None:
+        seen[split].add(example)
+
+    if tokenizer is None:
+        ledger = _read_texts(data, kind, watch)
+        lengths = seen["train"].lengths()
+        trained_on = 1.0
+        truncate = ()
+        cuts = []
+        rows = [_text_row(example) for example in seen["train"].kept()]
+    else:
+        # Tokenised once, whole, for the rows are to be cut to several lengths.
+        examples, parts = dataset.load_parts(
+            _at_length(data, UNCUT, UNCUT - 1), tokenizer, kind, watch=watch
+        )
+        whole = examples["train"]
+        kept, ledger = _cut_as_trained(examples, parts, data, tokenizer, must_keep_cue)
+        ledger.check(data.max_dropped, data.path or data.mix)
+        prompt_P, response_PK, trained_on_PK = whole.lengths()
+        names = _part_names(response_PK.shape[1])
+        lengths = dict(zip(names, [prompt_P, *response_PK.T], strict=True))
+        trained_on = float(trained_on_PK.sum() / response_PK.sum())
+        truncate = tuple(sorted({dataset.truncation(part.data) for part in parts.values()}))
+        cuts = _cuts(whole, list(parts.values()), data, tokenizer)
+        rows = [_token_row(kept, index, tokenizer) for index in _spread(len(kept), shown)]
+    return Survey(
+        kind=kind,
+        unit="tokens" if tokenizer is not None else "characters",
+        truncate=truncate,
+        uses={} if data.mix else _uses(data),
+        ledger=ledger,
+        lengths=lengths,
+        trained_on=trained_on,
+        rows_per_prompt=seen["train"].rows_per_prompt(),
+        repeats=_repeats(seen["train"], seen["eval"]),
+        cuts=cuts,
+        rows=rows,
+    )
+
+
+def _at_length(data, max_length: int, max_prompt_length: int):
+    """Return the settings with another length."""
+    settings = data.copy_and_resolve_references()
+    settings.update(max_length=max_length, max_prompt_length=max_prompt_length)
+    return settings
+
+
+def _uses(data) -> dict[str, str]:
+    """Return what each split of the data is used for: "train", "eval", or ""."""
+    if data.source == "toy":
+        return {"train": "train", "eval": "eval"}
+    names = list(readers.find_splits(data.path))
+    train_names, eval_name = splits.choose(names, data)
+    uses = dict.fromkeys(names, "")
+    uses |= dict.fromkeys(train_names, "train")
+    if eval_name:
+        uses[eval_name] = "eval"
+    return uses
+
+
+# ---- what training reads
+
+
+def _read_texts(data, kind: str, watch: Callable[[str, TextExample], None]) -> Ledger:
+    """Read the examples without tokenising them; return the ledger, in which all are kept."""
+    ledgers = {}
+    for part in splits.parts(data, kind):
+        for split, example in part.examples():
+            watch(split, example)
+            getattr(part.ledger, split).kept += 1
+        ledgers[part.name] = part.ledger
+    ledger = Ledger.of_parts(ledgers)
+    ledger.check(data.max_dropped, data.path or data.mix)
+    return ledger
+
+
+def _cut_as_trained(
+    examples: dict[str, Examples],
+    parts: dict[str, dataset.LoadedPart],
+    data,
+    tokenizer,
+    must_keep_cue: bool,
+) -> tuple[Examples, Ledger]:
+    """Cut whole examples to the length that is set; return those to train on, and the ledger."""
+    kept = {split: Examples() for split in examples}
+    for part in parts.values():
+        settings = _at_length(part.data, data.max_length, data.max_prompt_length)
+        for split, into in kept.items():
+            first = len(into)
+            whole = examples[split][part.own[split]]
+            truncate = dataset.truncation(part.data)
+            counts = cut_examples(whole, tokenizer, settings, truncate, into=into)
+            # All that the cut keeps was counted as kept before.
+            before = dataclasses.replace(getattr(part.ledger, split), kept=0, mean_tokens={})
+            setattr(part.ledger, split, before.plus(counts))
+            if must_keep_cue:
+                dataset.check_cue(settings, into[first:], tokenizer)
+    return kept["train"], Ledger.of_parts({name: part.ledger for name, part in parts.items()})
+
+
+# ---- lengths, and what a cut costs
+
+
+def _part_names(responses: int) -> tuple[str, ...]:
+    return ("prompt", "chosen", "rejected") if responses == 2 else ("prompt", "completion")
+
+
+def _cuts(whole: Examples, parts: list[dataset.LoadedPart], data, tokenizer) -> list[Cut]:
+    """Return what a cut to LIMITS and to the length that is set costs, the shortest first."""
+    # The prompt gets half of a length, as it does by default.
+    limits = {max_length: max_length // 2 for max_length in LIMITS}
+    limits[data.max_length] = data.max_prompt_length
+    cuts = []
+    for max_length in sorted(limits):
+        cuts.append(_cut(whole, parts, (max_length, limits[max_length]), tokenizer))
+    return cuts
+
+
+def _cut(
+    whole: Examples, parts: list[dataset.LoadedPart], limits: tuple[int, int], tokenizer
+) -> Cut:
+    """Return what a cut to (max_length, max_prompt_length) costs."""
+    max_length, max_prompt_length = limits
+    prompt_P, response_PK, _ = whole.lengths()
+    is_long_P = prompt_P + response_PK.max(axis=1) > max_length  # the others stay as they are
+    counts = Counts()
+    kept = Examples()
+    for part in parts:
+        own = np.arange(len(whole))[part.own["train"]]
+        long = whole[own[is_long_P[own]]]
+        settings = _at_length(part.data, max_length, max_prompt_length)
+        truncate = dataset.truncation(part.data)
+        counts = counts.plus(cut_examples(long, tokenizer, settings, truncate, into=kept))
+    tokens = int(prompt_P.sum() + response_PK.sum())
+    tokens_of_long = int(prompt_P[is_long_P].sum() + response_PK[is_long_P].sum())
+    tokens_of_kept = 0
+    if len(kept):
+        kept_prompt_P, kept_response_PK, _ = kept.lengths()
+        tokens_of_kept = int(kept_prompt_P.sum() + kept_response_PK.sum())
+    rows = int(is_long_P.sum())
+    lost = tokens_of_long - tokens_of_kept
+    return Cut(
+        max_length=max_length,
+        max_prompt_length=max_prompt_length,
+        rows=rows,
+        prompts=counts.prompts_truncated,
+        responses=counts.responses_truncated,
+        dropped=sum(counts.dropped.values()),
+        tokens=lost,
+        share_of_rows=rows / len(whole),
+        share_of_responses=counts.responses_truncated / response_PK.size,
+        share_of_tokens=lost / tokens,
+    )
+
+
+# ---- rows to show
+
+
+def _spread(size: int, count: int) -> list[int]:
+    """Return up to `count` indices, from the first to the last of so many examples."""
+    return np.linspace(0, size - 1, min(size, count)).astype(int).tolist()
+
+
+def _token_row(examples: Examples, index: int, tokenizer) -> ShownRow:
+    """Return an example as its tokens say it."""
+    example = examples[index]
+    names = _part_names(len(example.responses))
+    parts = {}
+    for name, runs in zip(names, dataset.decoded(example, tokenizer), strict=True):
+        parts[name] = tuple(Piece(text, is_trained_on) for text, is_trained_on in runs)
+    counts = [len(example.prompt), *example.completion_lengths()]
+    tokens = dict(zip(names, counts, strict=True))
+    return ShownRow(examples.where[index], parts, tokens)
+
+
+def _text_row(example: TextExample) -> ShownRow:
+    """Return an example as its text says it, before any chat template."""
+    names = _part_names(len(example.responses))
+    parts = {"prompt": tuple(_pieces(example.prompt, ()))}
+    for name, response in zip(names[1:], example.responses, strict=True):
+        parts[name] = tuple(_pieces(response, ("assistant",)))
+    return ShownRow(example.where, parts, {})
+
+
+def _pieces(text: Text, roles: Sequence[str]) -> Iterator[Piece]:
+    """Yield the pieces of a text, or of the turns of a conversation; roles: who is trained on."""
+    if isinstance(text, str):
+        yield Piece(text, bool(roles))
+        return
+    for index, message in enumerate(text):
+        gap = "\n" if index else ""
+        yield Piece(f"{gap}{message['role']}: ", False)
+        yield Piece(_plain([message]), message["role"] in roles)
+
+
+def _plain(text: Text) -> str:
+    """Return all that a text or a conversation says: contents, calls of tools and reasoning."""
+    if isinstance(text, str):
+        return text
+    said = []
+    for message in text:
+        for key, value in message.items():
+            if key != "role":
+                said.append(value if isinstance(value, str) else json.dumps(value, default=str))
+    return "\n".join(said)
+
+
+# ---- repeats, by hashes
+
+
+class _Seen:
+    """What is kept of the texts of a split: hashes and lengths, and a few whole rows."""
+
+    def __init__(self, shown: int):
+        self._shown = shown
+        self._prompts = array("Q")
+        self._nearly = array("Q")  # of the prompts, whatever the case and the white space
+        self._rows = array("Q")
+        self._reversed = array("Q")  # of the rows, with their responses the other way round
+        self._lengths = array("Q")  # of the parts of each row, one after the other
+        self._parts = 0  # of a row
+        self._without_prompt = 0
+        self._kept: list[TextExample] = []
+        self._stride = 1  # between rows that are kept
+
+    def add(self, example: TextExample) -> None:
+        """Look at an example."""
+        index = len(self._rows)
+        prompt = json.dumps(example.prompt or example.responses[0])
+        self._without_prompt += not example.prompt
+        self._prompts.append(splits.prompt_hash(example))
+        words = _plain(example.prompt or example.responses[0]).lower().split()
+        self._nearly.append(_hash(" ".join(words)))
+        responses = [_plain(response) for response in example.responses]
+        self._rows.append(_hash(json.dumps([prompt, *responses])))
+        self._reversed.append(_hash(json.dumps([prompt, *reversed(responses)])))
+        self._parts = 1 + len(responses)
+        self._lengths.extend(map(len, (_plain(example.prompt), *responses)))
+
+        # Every so many rows one is kept, and every other one let go of where they become many.
+        if self._shown and index % self._stride == 0:
+            self._kept.append(example)
+        if len(self._kept) > 2 * self._shown:
+            self._kept = self._kept[::2]
+            self._stride *= 2
+
+    def lengths(self) -> dict[str, np.ndarray]:
+        """Return the lengths of each row in characters, by part."""
+        lengths = np.array(self._lengths, int).reshape(-1, self._parts)
+        return dict(zip(_part_names(self._parts - 1), lengths.T, strict=True))
+
+    def kept(self) -> list[TextExample]:
+        """Return the rows to show, from all over the split."""
+        return [self._kept[index] for index in _spread(len(self._kept), self._shown)]
+
+    def rows_per_prompt(self) -> np.ndarray:
+        """Return how many rows each prompt has; nothing where rows have no prompt."""
+        if self._without_prompt == len(self._rows):
+            return np.zeros(0, int)
+        return np.unique(self.prompts, return_counts=True)[1]
+
+    @property
+    def prompts(self) -> np.ndarray:
+        return np.array(self._prompts)
+
+    @property
+    def nearly(self) -> np.ndarray:
+        return np.array(self._nearly)
+
+    @property
+    def rows(self) -> np.ndarray:
+        return np.array(self._rows)
+
+    @property
+    def reversed(self) -> np.ndarray:
+        return np.array(self._reversed)
+
+
+def _repeats(train: _Seen, evals: _Seen) -> Repeats:
+    reversed_pairs = np.isin(train.reversed, train.rows)
+    # A row whose reverse is itself is one completion, or a pair of equal responses.
+    reversed_pairs &= train.reversed != train.rows
+    return Repeats(
+        eval_prompts_in_train=int(np.isin(evals.prompts, train.prompts).sum()),
+        eval_prompts_nearly_in_train=int(np.isin(evals.nearly, train.nearly).sum()),
+        train_rows_repeated=len(train.rows) - len(np.unique(train.rows)),
+        train_pairs_reversed=int(reversed_pairs.sum()),
+    )
+
+
+def _hash(text: str) -> int:
+    """Return 64 bits that tell texts apart."""
+    # Broken text may hold lone surrogates.
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big")

@@ -1,0 +1,672 @@
+"""Look at a data set before training on it: dpo-jax data PATH [--model=DIR_OR_HUB_NAME]
+
+Shows what PATH was recognised as, what became of every row, how long prompts and responses are, how
+many rows a prompt has, what is there twice, what a cut to a length would cost, a few rows with the
+tokens that are trained on between ⟦ and ⟧, and the command to train with. Rows are read and
+tokenised by the code that trains. Without a model, lengths are in characters. Needs no device.
+
+--config=NAME shows what a run with that config reads; --config.data.FIELD=VALUE works as in
+training, and the usual fields have a flag of their own: --source=hh, --max_length=1024.
+"""
+
+import dataclasses
+import json
+import os
+import shlex
+import sys
+import textwrap
+
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
+
+from dpo_jax import command_line, config_checks, config_files, stage_table
+from dpo_jax import config as configs
+from dpo_jax.data import batches, survey, toy
+from dpo_jax.data import tokenizer as tokenizers
+from dpo_jax.data.ledger import CHAT_LINES, Counts
+from dpo_jax.data.survey import Cut, Piece, ShownRow, Survey
+from dpo_jax.stage_table import STAGES
+from dpo_jax.whole_file import whole_file
+
+KINDS = ("auto", "pairs", "sft")
+# Fields of config.data that have a flag of their own.
+FIELDS = (
+    *("source", "columns", "ignore", "turns", "mix"),
+    *("train_split", "eval_split", "max_rows"),
+    *("max_length", "max_prompt_length", "truncate"),
+)
+# Counts by reason, as the report calls them: label -> field of Counts.
+KEYED = {"recognised as": "shapes", "left out": "filtered", "dropped": "dropped"}
+FEW_CUT = 0.05  # a share of rows that may be cut for the sake of shorter rows
+LENGTH_BIAS = 0.2  # a difference of mean lengths, as a share, that is worth a warning
+MANY = 0.5  # a share of responses that is worth a warning if they lose their end
+
+WIDTH = 100  # of the report, in characters
+HEIGHTS = " ▁▂▃▄▅▆▇█"  # of a histogram's columns
+COLUMNS = 32  # of a histogram
+BAR = 30  # characters of the longest bar
+GROUPS = ((1, 1), (2, 2), (3, 5), (6, None))  # of prompts, by how many rows they have
+SHOWN_START, SHOWN_END = 300, 200  # characters that are shown of a longer text
+BOLD, GREEN, DIM, PLAIN = "\033[1m", "\033[32m", "\033[2m", "\033[0m"
+
+
+# ---- the report
+
+
+@dataclasses.dataclass(frozen=True)
+class Advice:
+    """What to type, and what to know before."""
+
+    command: list[str]  # the words of a command line
+    reasons: list[str]
+    warnings: list[str]
+
+
+class Style:
+    """How text is set off: in colours on a terminal, and plain elsewhere."""
+
+    def __init__(self, has_colours: bool):
+        self._has_colours = has_colours
+
+    def heading(self, text: str) -> str:
+        return self._colour(BOLD, text)
+
+    def aside(self, text: str) -> str:
+        return self._colour(DIM, text)
+
+    def marked(self, text: str) -> str:
+        """Return a text that is trained on, between its marks."""
+        return self._colour(GREEN, f"⟦{text}⟧")
+
+    def _colour(self, code: str, text: str) -> str:
+        return f"{code}{text}{PLAIN}" if self._has_colours else text
+
+
+def report(found: Survey, title: str, advice: Advice, style: Style) -> str:
+    """Return the report as text."""
+    blocks = [
+        [style.heading(title), *_splits(found)],
+        _sets(found, style),
+        _rows(found, style),
+        _lengths(found, style),
+        _prompts(found, style),
+        _repeats(found, style),
+        _cuts(found, style),
+        *[_shown(row, style) for row in found.rows],
+        [style.heading("To train on it"), *_command(advice.command), *_notes(advice.reasons)],
+        [line for warning in advice.warnings for line in _wrapped(f"warning: {warning}")],
+    ]
+    return "\n\n".join("\n".join(block) for block in blocks if block)
+
+
+def _sets(found: Survey, style: Style) -> list[str]:
+    """Return the table of the sets of a mixture; nothing where there is one set."""
+    rows = []
+    for name, ledger in found.ledger.parts.items():
+        counts = [ledger.train.kept, ledger.train.not_drawn, ledger.eval.kept]
+        rows.append([name, *map(_number, counts)])
+    headings = ["Sets", "trained on", "not drawn", "evaluated on"]
+    return _table(headings, rows, style) if rows else []
+
+
+def _splits(found: Survey) -> list[str]:
+    """Return the line that says what each split is used for; nothing in a mixture."""
+    if not found.uses:
+        return []
+    says = {"train": "trained on", "eval": "evaluated on", "": "not used"}
+    uses = [f"{split} ({says[use]})" for split, use in found.uses.items()]
+    if found.ledger.train.held_out:
+        uses.append("a part of its prompts is held out to evaluate on")
+    elif "eval" not in found.uses.values():
+        uses.append("nothing is held out to evaluate on")
+    return ["splits: " + ", ".join(uses)]
+
+
+def _rows(found: Survey, style: Style) -> list[str]:
+    """Return the table of what became of the rows."""
+    train, evals = found.ledger.train, found.ledger.eval
+    lines = [("read", train.read, evals.read)]
+    if train.further_pairs or evals.further_pairs:
+        lines.append(("further pairs of the same rows", train.further_pairs, evals.further_pairs))
+    for label, name in KEYED.items():
+        lines += _by_key(label, getattr(train, name), getattr(evals, name))
+    if train.held_out:
+        lines.append(("  held out to evaluate on", train.held_out, ""))
+    if train.not_drawn or evals.not_drawn:
+        lines.append(("  not drawn for the mixture", train.not_drawn, evals.not_drawn))
+    lines.append(("kept", train.kept, evals.kept))
+    for label, name in CHAT_LINES.items():
+        if getattr(train, name) or getattr(evals, name):
+            lines.append((f"  {label}", getattr(train, name), getattr(evals, name)))
+    table = _table(["Rows", "train", "eval"], [[*map(_number, line)] for line in lines], style)
+    for counts in (train, evals):
+        for line in counts.drops():
+            table += _wrapped(f"dropped: {line}")
+    return table
+
+
+def _by_key(label: str, train: dict[str, int], evals: dict[str, int]) -> list[tuple]:
+    return [(f"  {label}: {key}", train.get(key, 0), evals.get(key, 0)) for key in train | evals]
+
+
+def _lengths(found: Survey, style: Style) -> list[str]:
+    """Return a histogram of each part's lengths, with one axis, and the mean difference."""
+    everything = np.concatenate(list(found.lengths.values()))
+    end = _axis_end(float(np.quantile(everything, 0.99)))
+    beyond = "+" if everything.max() > end else ""
+    axis = f"0{f'{end:,}{beyond}':>{COLUMNS - 1}}"
+    headings = [f"Lengths, {found.unit}", axis, "median", "95 %", "longest"]
+    rows = []
+    for part, lengths in found.lengths.items():
+        numbers = [np.median(lengths), np.quantile(lengths, 0.95), lengths.max()]
+        rows.append(
+            [part, histogram(lengths, end), *[_number(round(number)) for number in numbers]]
+        )
+    table = _table(headings, rows, style)
+    if found.trained_on < 1:
+        table += _wrapped(
+            f"{_share(found.trained_on)} of the tokens of the responses are trained on; the others "
+            "are turns of users and tools"
+        )
+    if found.kind == "pairs":
+        chosen, rejected = found.lengths["chosen"], found.lengths["rejected"]
+        table += _wrapped(
+            f"chosen minus rejected: {np.mean(chosen - rejected):+,.1f} {found.unit} on average; "
+            f"chosen is the longer one in {_share(np.mean(chosen > rejected))} of the pairs, the "
+            f"shorter one in {_share(np.mean(chosen < rejected))}"
+        )
+    return table
+
+
+def histogram(lengths: np.ndarray, end: int) -> str:
+    """Return a text of COLUMNS blocks: how many lengths are in each part of 0 to `end`.
+
+    The last block has all that are longer, too.
+    """
+    column_P = np.minimum(lengths * COLUMNS // end, COLUMNS - 1)
+    counts = np.bincount(column_P, minlength=COLUMNS)
+    # A column that is not empty is never invisible.
+    heights = np.ceil(counts / counts.max() * (len(HEIGHTS) - 1)).astype(int)
+    return "".join(HEIGHTS[height] for height in heights)
+
+
+def _axis_end(length: float) -> int:
+    """Return a round number that is at least as large, and at least COLUMNS."""
+    end = COLUMNS
+    while end < length:
+        end *= 2
+    # Three quarters are round enough, too, and leave less of the axis empty.
+    return end * 3 // 4 if end > COLUMNS and end * 3 // 4 >= length else end
+
+
+def _prompts(found: Survey, style: Style) -> list[str]:
+    """Return how many prompts have how many rows."""
+    counts = found.rows_per_prompt
+    noun = "pairs" if found.kind == "pairs" else "completions"
+    if not len(counts):
+        return ["the rows have no prompts"]
+    if counts.max() == 1:
+        return [f"{_plural(len(counts), 'prompt')}, each with one row"]
+    groups = []
+    for least, most in GROUPS:
+        has = (counts >= least) & (counts <= (most or counts.max()))
+        label = f"{least} or more" if most is None else f"{least} to {most}"
+        if has.any():
+            groups.append((str(least) if least == most else label, int(has.sum())))
+    largest = max(prompts for _, prompts in groups)
+    rows = []
+    for label, prompts in groups:
+        bar = "█" * -(-prompts * BAR // largest)
+        rows.append([f"  {label}", _number(prompts), bar])
+    table = _table([f"{noun.capitalize()} of a prompt", "prompts", ""], rows, style)
+    table.append(f"{len(counts):,} prompts have {counts.sum():,} {noun}, {counts.max():,} at most")
+    return table
+
+
+def _repeats(found: Survey, style: Style) -> list[str]:
+    """Return the table of what is there more than once."""
+    repeats = found.repeats
+    evals = found.ledger.eval.kept
+    train = found.ledger.train.kept
+    rows = []
+    if evals:
+        nearly = repeats.eval_prompts_nearly_in_train
+        rows = [
+            ["eval rows whose prompt is trained on", _of(repeats.eval_prompts_in_train, evals)],
+            ["  the same, but for case and white space", _of(nearly, evals)],
+        ]
+    rows.append(["training rows equal to an earlier one", _of(repeats.train_rows_repeated, train)])
+    if found.kind == "pairs":
+        label = "training pairs that are there the other way round, too"
+        rows.append([label, _of(repeats.train_pairs_reversed, train)])
+    return _table(["Repeats", "rows"], rows, style)
+
+
+def _of(count: int, total: int) -> str:
+    return f"{count:,} of {total:,} ({_share(count / total)})" if count else "none"
+
+
+def _cuts(found: Survey, style: Style) -> list[str]:
+    """Return the table of what a cut to each length costs."""
+    if not found.cuts:
+        return _wrapped(
+            "Pass --model=DIR_OR_HUB_NAME to see tokens: lengths in tokens, what a cut costs, and "
+            "rows as the model reads them."
+        )
+    shortest = found.cuts[0]
+    if not shortest.rows:
+        return [f"no row is longer than {shortest.max_length} tokens: nothing is cut"]
+    rows = []
+    for cut in found.cuts:
+        rows.append(
+            [
+                f"{cut.max_length} (prompt {cut.max_prompt_length})",
+                _with_share(cut.rows, cut.share_of_rows),
+                _number(cut.prompts),
+                _with_share(cut.responses, cut.share_of_responses),
+                _with_share(cut.tokens, cut.share_of_tokens),
+            ]
+        )
+    headings = ["Cut to max_length", "rows cut", "prompts", "responses, no EOS", "tokens lost"]
+    table = _table(headings, rows, style)
+    stays = {
+        "keep_start": "the beginning of the prompt stays",
+        "keep_end": "the end of the prompt stays",
+        "keep_cue": "the beginning and the last few tokens of the prompt stay",
+    }
+    kept = [f"{stays[truncate]} (data.truncate={truncate})" for truncate in found.truncate]
+    table += _wrapped(
+        "where a row is longer, its prompt is cut to the length in brackets, then the responses; "
+        + ", or ".join(kept)
+    )
+    return table
+
+
+def _with_share(count: int, share: float) -> str:
+    return f"{count:,} ({_share(share)})" if count else "0"
+
+
+def _shown(row: ShownRow, style: Style) -> list[str]:
+    """Return a row's parts, with what is trained on between marks."""
+    lines = [style.heading(row.where)]
+    for part, pieces in row.parts.items():
+        label = part
+        if row.tokens:
+            what = "" if part == "prompt" else " trained on"
+            label += f", {_plural(row.tokens[part], 'token')}{what}"
+        lines.append(style.aside(f"--- {label}"))
+        lines.append("".join(_piece(piece, style) for piece in pieces))
+    return lines
+
+
+def _piece(piece: Piece, style: Style) -> str:
+    """Return a piece's text, with the middle left out where it is long."""
+    text = piece.text
+    left_out = len(text) - SHOWN_START - SHOWN_END
+    if left_out > 0:
+        note = style.aside(f" [... {left_out:,} characters ...] ")
+        text = text[:SHOWN_START] + note + text[-SHOWN_END:]
+    return style.marked(text) if piece.is_trained_on else text
+
+
+def _notes(texts: list[str]) -> list[str]:
+    """Return the lines of notes, each indented."""
+    lines = []
+    for text in texts:
+        lines += textwrap.wrap(text, WIDTH, initial_indent="  ", subsequent_indent="    ")
+    return lines
+
+
+def _wrapped(text: str) -> list[str]:
+    """Return a text as lines of at most WIDTH, all but the first indented."""
+    lines = []
+    for line in text.splitlines():
+        own = line[: len(line) - len(line.lstrip())]
+        lines += textwrap.wrap(
+            line,
+            WIDTH,
+            initial_indent="  " if lines and not own else "",
+            subsequent_indent=f"{own}  ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    return lines
+
+
+def _command(words: list[str]) -> list[str]:
+    """Return a command line, broken where it is too long."""
+    lines = []
+    line = ""
+    for word in words:
+        if line and len(line) + len(word) > WIDTH - 4:
+            lines.append(f"{line} \\")
+            line = "   "
+        line = f"{line} {word}" if line else word
+    return [*lines, line]
+
+
+def _table(headings: list[str], rows: list[list[str]], style: Style) -> list[str]:
+    """Return aligned lines: the first column and histograms to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
+    lines = []
+    for cells in (headings, *rows):
+        aligned = [cells[0].ljust(widths[0])]
+        for cell, width in zip(cells[1:], widths[1:], strict=True):
+            is_drawn = cell and not set(cell) - set(HEIGHTS)
+            aligned.append(cell.ljust(width) if is_drawn else cell.rjust(width))
+        lines.append("  ".join(aligned).rstrip())
+    return [style.heading(lines[0]), *lines[1:]]
+
+
+def _number(value) -> str:
+    return f"{value:,}" if isinstance(value, int | np.integer) else value
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def _share(share: float) -> str:
+    percent = 100 * float(share)
+    if 0 < percent < 0.1:
+        return "< 0.1 %"
+    return f"{percent:.1f} %" if percent < 10 else f"{percent:.0f} %"
+
+
+# ---- advice
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What the user said, and what is known of the model."""
+
+    choice: str  # of a config, as --config takes it; "" if none was named
+    config: ConfigDict  # with all that the user set
+    texts: dict[str, str]  # field -> its text, of all that the user set
+    positions: int = 0  # of the model; 0: unknown
+
+
+def advise(found: Survey, setup: Setup) -> Advice:
+    """Return the command to train with, the reasons for its flags, and what to know before."""
+    flags_to_add = {}
+    reasons = []
+    if found.cuts:
+        _choose_length(found, setup, flags_to_add, reasons)
+    if found.refusal:
+        _allow_drops(found, setup, flags_to_add, reasons)
+    if not setup.choice:
+        _fit_steps(found, setup, flags_to_add, reasons)
+    model = setup.config.model
+    lacks_model = not model.path and not model.scratch
+    texts = {"model.path": "MODEL"} if lacks_model else {}
+    texts |= setup.texts | flags_to_add
+    choice = setup.choice or {"pairs": "dpo", "sft": "sft"}[found.kind]
+    command = ["python", "-m", "dpo_jax.train", f"--config={choice}"]
+    command += [shlex.quote(f"--config.{field}={text}") for field, text in texts.items()]
+    return Advice(command, reasons, _warnings(found, setup))
+
+
+def _choose_length(found: Survey, setup: Setup, texts: dict, reasons: list) -> None:
+    """Add data.max_length, where the default cuts more than few rows and a longer one does not."""
+    if "data.max_length" in setup.texts:
+        return
+    now = found.cut_at(setup.config.data.max_length)
+    longest = setup.positions or found.cuts[-1].max_length
+    possible = [cut for cut in found.cuts if cut.max_length <= longest]
+    if now in possible and now.share_of_rows <= FEW_CUT:
+        return
+    if now in possible and now is possible[-1]:
+        # A longer one would be as bad, or the model cannot read it.
+        limit = f"the model has {setup.positions} positions" if setup.positions else "see above"
+        reasons.append(f"max_length stays {now.max_length}: {limit}; it cuts {_cut_share(now)}")
+        return
+    if not possible:
+        texts["data.max_length"] = str(setup.positions)
+        texts["data.max_prompt_length"] = str(setup.positions // 2)
+        reasons.append(f"max_length={setup.positions}: the model has no more positions")
+        return
+    enough = [cut for cut in possible if cut.share_of_rows <= FEW_CUT]
+    chosen = enough[0] if enough else possible[-1]
+    texts["data.max_length"] = str(chosen.max_length)
+    texts["data.max_prompt_length"] = str(chosen.max_prompt_length)
+    reasons.append(
+        f"max_length={chosen.max_length}: it cuts {_cut_share(chosen)} of the rows, "
+        f"{now.max_length} cuts {_cut_share(now)}"
+    )
+
+
+def _cut_share(cut: Cut) -> str:
+    return _share(cut.share_of_rows) if cut.rows else "none"
+
+
+def _allow_drops(found: Survey, setup: Setup, texts: dict, reasons: list) -> None:
+    """Add what lets training drop the rows at which it would stop."""
+    data = setup.config.data
+    if data.on_bad_row == "error":
+        texts["data.on_bad_row"] = "drop"
+        reasons.append("on_bad_row=drop: training stops at a bad row otherwise (see below)")
+    share = max(_dropped_share(found.ledger.train), _dropped_share(found.ledger.eval))
+    if share > data.max_dropped:
+        texts["data.max_dropped"] = f"{np.ceil(share * 100) / 100:g}"
+        reasons.append(
+            f"max_dropped: {_share(share)} of the rows of a split are dropped; first make sure "
+            "that losing them is right"
+        )
+
+
+def _dropped_share(counts: Counts) -> float:
+    judged = counts.read - sum(counts.filtered.values())
+    return sum(counts.dropped.values()) / max(judged, 1)
+
+
+def _fit_steps(found: Survey, setup: Setup, texts: dict, reasons: list) -> None:
+    """Add a batch, a warm-up and evaluations that fit into the run, where the data is small."""
+    stage = {"pairs": "dpo", "sft": "sft"}[found.kind]
+    block = configs.default((stage,))[stage]
+    rows = found.ledger.train.kept
+    batch_size = block.batch_size
+    if rows < batch_size:
+        batch_size = min(8, rows)
+        texts[f"{stage}.batch_size"] = str(batch_size)
+        reasons.append(f"batch_size={batch_size}: there are only {_plural(rows, 'row')}")
+    steps = batches.steps_of(rows, batch_size, steps=block.steps, epochs=block.epochs)
+    if steps <= block.warmup_steps:
+        texts[f"{stage}.warmup_steps"] = str(steps // 10)
+        reasons.append(
+            f"warmup_steps={steps // 10}: the default, {block.warmup_steps}, is no shorter than "
+            f"the run, {_plural(steps, 'step')}"
+        )
+    if steps <= block.eval_every:
+        every = max(steps // 4, 1)
+        texts[f"{stage}.eval_every"] = str(every)
+        reasons.append(f"eval_every={every}: a few evaluations within {_plural(steps, 'step')}")
+
+
+def _warnings(found: Survey, setup: Setup) -> list[str]:
+    """Return what may be wrong with the data or the settings."""
+    data = setup.config.data
+    train = found.ledger.train
+    warnings = list(train.warnings)
+    if found.refusal:
+        warnings.append(f"training would stop at these rows: {found.refusal}")
+    if not data.append_eos:
+        warnings.append(
+            "data.append_eos=False: responses have no EOS, unless the text has it, so the model "
+            "does not learn to stop"
+        )
+    if found.cuts:
+        now = found.cut_at(data.max_length)
+        if now.share_of_responses > MANY:
+            warnings.append(
+                f"{_share(now.share_of_responses)} of the responses lose their end, and with it "
+                f"their EOS, at data.max_length={data.max_length}"
+            )
+    if setup.positions and data.max_length > setup.positions and "data.max_length" in setup.texts:
+        warnings.append(
+            f"data.max_length={data.max_length}, but the model has {setup.positions} positions"
+        )
+    if found.kind == "pairs":
+        chosen, rejected = np.mean(found.lengths["chosen"]), np.mean(found.lengths["rejected"])
+        if abs(chosen - rejected) > LENGTH_BIAS * max(rejected, 1):
+            longer = "longer" if chosen > rejected else "shorter"
+            warnings.append(
+                f"chosen responses are {_share(abs(chosen / max(rejected, 1) - 1))} {longer} than "
+                "rejected ones on average: DPO will learn length, too"
+            )
+    if found.repeats.eval_prompts_in_train:
+        warnings.append(
+            "some prompts are both trained and evaluated on, so the evaluation is too good"
+        )
+    if found.repeats.train_pairs_reversed:
+        warnings.append(
+            "some pairs contradict another one, whose responses are the other way round"
+        )
+    return warnings
+
+
+# ---- the command
+
+
+def look(setup: Setup, kind: str, tokenizer, *, shown: int) -> tuple[Survey, Advice]:
+    """Survey the data that a config names; return what was found, and advice."""
+    config = setup.config
+    data = config.data
+    if kind == "auto" and setup.choice:
+        kind = _kind_of_run(config)
+    elif kind == "auto":
+        kind = survey.find_kind(data)
+    if kind == "sft" and data.sft_path and "data.path" not in setup.texts:
+        data = data.copy_and_resolve_references()
+        data.update(path=data.sft_path, eval_split="")
+    found = survey.take(data, kind, tokenizer, shown=shown)
+    return found, advise(found, setup)
+
+
+def _kind_of_run(config: ConfigDict) -> str:
+    """Return "pairs" if a stage of the run reads pairs from the data, else "sft"."""
+    for stage in config.stages:
+        if STAGES[stage].data == "pairs" and not stage_table.trains_on_samples(config, stage):
+            return "pairs"
+    return "sft"
+
+
+def to_dict(found: Survey, advice: Advice) -> dict:
+    """Return the numbers of a report as plain values, for a JSON file."""
+    lengths = {}
+    for part, of_rows in found.lengths.items():
+        lengths[part] = dict(
+            mean=float(np.mean(of_rows)),
+            median=float(np.median(of_rows)),
+            quantile_95=float(np.quantile(of_rows, 0.95)),
+            longest=int(of_rows.max()),
+        )
+    rows, prompts = np.unique(found.rows_per_prompt, return_counts=True)
+    return dict(
+        kind=found.kind,
+        splits=found.uses,
+        ledger=found.ledger.to_dict(),
+        unit=found.unit,
+        lengths=lengths,
+        prompts_by_rows=dict(zip(map(str, rows), prompts.tolist(), strict=True)),
+        repeats=dataclasses.asdict(found.repeats),
+        truncate=found.truncate,
+        cuts=[dataclasses.asdict(cut) for cut in found.cuts],
+        command=" ".join(advice.command),
+        reasons=advice.reasons,
+        warnings=advice.warnings,
+    )
+
+
+def open_tokenizer(model_path: str, tokenizer_path: str) -> tuple[object, int]:
+    """Return (tokenizer, positions) of a model; no weights are read.
+
+    positions: how many the model has, 0 where its folder does not say. Raises FileNotFoundError
+    where there is no such model or tokenizer, ValueError where it is of no supported family.
+    """
+    # Imported here, for it takes a second that a look at texts alone does not need.
+    from dpo_jax.models import families, hf, loading
+
+    positions = 0
+    folder = None
+    if model_path:
+        model_folder, adapters = loading.find(model_path, weights=False)
+        folder = loading.folder_of_tokenizer(model_folder, adapters)
+        # A folder with a tokenizer alone is enough to look.
+        if (model_folder / "config.json").exists():
+            positions = families.from_hf(hf.read_config(model_folder)).max_positions
+    if tokenizer_path:
+        folder = hf.fetch(tokenizer_path, weights=False)
+    return tokenizers.load(folder), positions
+
+
+def main():
+    config_flags = command_line.define_config("")
+    model = flags.DEFINE_string(
+        "model", "", "The model: a folder in Hugging Face format, or a hub name."
+    )
+    tokenizer = flags.DEFINE_string(
+        "tokenizer", "", "A tokenizer other than the model's: a folder, or a hub name."
+    )
+    kind = flags.DEFINE_enum(
+        "kind", "auto", KINDS, "What to read rows as; auto: pairs where they have two responses."
+    )
+    fields = {}
+    for name in FIELDS:
+        meaning = configs.DATA[name].meaning
+        fields[name] = flags.DEFINE_string(name, None, f"As config.data.{name}: {meaning}.")
+    shown = flags.DEFINE_integer("show", 3, "How many rows to show.", lower_bound=0)
+    out = flags.DEFINE_string("json", "", "A file to write the numbers to, as JSON.")
+
+    def show_data(path: str):
+        given = {"model.path": model.value, "model.tokenizer": tokenizer.value, "data.path": path}
+        texts = {field: text for field, text in given.items() if text}
+        for name, flag in fields.items():
+            if flag.value is not None:
+                texts[f"data.{name}"] = flag.value
+        config_flags.overrides.update(texts)
+        config = _load_config(config_flags)
+        setup = Setup(config_flags.choice, config, config_flags.overrides)
+        opened = None
+        if config.data.source == "toy":
+            opened = toy.tokenizer()
+        elif config.model.path or config.model.tokenizer:
+            opened, positions = open_tokenizer(config.model.path, config.model.tokenizer)
+            setup = dataclasses.replace(setup, positions=positions)
+        found, advice = look(setup, kind.value, opened, shown=shown.value)
+
+        has_colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        print(report(found, _title(found, config), advice, Style(has_colours)))
+        if out.value:
+            with whole_file(out.value) as draft:
+                draft.write_text(json.dumps(to_dict(found, advice), indent=2) + "\n")
+
+    command_line.run(show_data, __doc__, config=config_flags, positional="PATH")
+
+
+def _load_config(config_flags: command_line.ConfigFlags) -> ConfigDict:
+    """Return the config that was named, or else configs/dpo.py, with all that the user set."""
+    config = config_files.load(config_flags.choice or "dpo")
+    config_files.override(config, config_flags.overrides)
+    if not (config.data.path or config.data.mix or config.data.source == "toy"):
+        raise ValueError(
+            "no data: give the PATH of a file, a folder or a data set on the hub, or --config=NAME."
+        )
+    whole = config.copy_and_resolve_references()
+    if not whole.model.scratch:
+        # A look needs no model, but a run does.
+        whole.model.path = whole.model.path or "MODEL"
+    config_checks.validate(whole)
+    return config
+
+
+def _title(found: Survey, config: ConfigDict) -> str:
+    data = config.data
+    what = {"pairs": "preference pairs", "sft": "completions"}[found.kind]
+    title = f"{data.path or data.mix or data.source}: {what}, source {data.source}"
+    model = config.model.tokenizer or config.model.path
+    return f"{title}, tokens of {model}" if model else title
+
+
+if __name__ == "__main__":
+    main()
