@@ -8,6 +8,7 @@ whole or not at all.
 """
 
 import contextlib
+import datetime
 import fcntl
 import json
 import pathlib
@@ -80,12 +81,40 @@ def start_stage(
     # Written before the stage writes anything, so that all that is there is of a known config.
     record = dict(
         stage=stage,
+        date=_date_of_others(folder, stage) or datetime.date.today().isoformat(),
         depends_on=_dependencies(config, stage),
         versions=versions,
         config=json.loads(config.to_json()),
     )
     write_json(path, record)
     return folder, "new"
+
+
+def start_date(folder: pathlib.Path) -> datetime.date:
+    """Return the day that chat templates take for today in a stage, whenever it is resumed.
+
+    It is the day on which the stage was started, or that of the first run of this stage in the same
+    WORKDIR: runs that are compared read the same tokens, and share kept reference log-probs.
+    """
+    record = json.loads((folder / "config.json").read_text())
+    # Stages from before the date was written.
+    return datetime.date.fromisoformat(record.get("date") or datetime.date.today().isoformat())
+
+
+def _date_of_others(folder: pathlib.Path, stage: str) -> str:
+    """Return the date of the first run of a stage beside this folder; "" if there is none."""
+    dates = []
+    for path in folder.parent.glob("*/config.json"):
+        other = path.parent
+        if other == folder or not ((other / "done.json").exists() or _has_progress(other)):
+            continue
+        try:
+            record = json.loads(path.read_text())
+        except ValueError:  # a folder that somebody put there
+            continue
+        if isinstance(record, dict) and record.get("stage") == stage:
+            dates.append(record.get("date", ""))
+    return min(filter(None, dates), default="")
 
 
 def _check_config(folder: pathlib.Path, config, stage: str, depends_on: dict) -> None:

@@ -1,6 +1,7 @@
 """A run: its config and folders, and what stages begin with: models, data, prompts, rewards."""
 
 import dataclasses
+import datetime
 import json
 import pathlib
 from collections.abc import Callable
@@ -46,7 +47,9 @@ class Run:
     mesh: jax.sharding.Mesh
     reward_function: Callable | None = None  # the true reward, where config.reward.kind is FUNCTION
     loss: Callable | None = None  # replaces the loss that config.dpo.loss names
-    _prompts: dict = dataclasses.field(default_factory=dict)  # read once
+    # What chat templates take for today: the day on which the stage at work was started.
+    date: datetime.date = dataclasses.field(default_factory=datetime.date.today)
+    _prompts: dict = dataclasses.field(default_factory=dict)  # by date; read once
 
     def folder(self, stage: str) -> pathlib.Path:
         """Return the stage's folder under WORKDIR."""
@@ -89,9 +92,9 @@ class Run:
         if stage_table.trains_on_samples(self.config, stage):
             loaded = preference_pairs.load(self.folder("pairs"), kind)
         elif STAGES[stage].data == "sft":
-            loaded = dataset.load(self.sft_data(), tokenizer, kind)
+            loaded = dataset.load(self.sft_data(), tokenizer, kind, date=self.date)
         else:
-            loaded = dataset.load(self.config.data, tokenizer, kind)
+            loaded = dataset.load(self.config.data, tokenizer, kind, date=self.date)
 
         say(loaded.ledger.table())
         shown = min(self.config.data.show, len(loaded.train))
@@ -111,13 +114,15 @@ class Run:
 
     def load_prompts(self, tokenizer) -> dict[str, Prompts]:
         """Return the prompts to sample from, of the splits train and eval."""
-        if not self._prompts:
-            loaded = dataset.load(self.sft_data(), tokenizer, "sft")
+        if self.date not in self._prompts:
+            loaded = dataset.load(self.sft_data(), tokenizer, "sft", date=self.date)
+            found = {}
             for split, examples in (("train", loaded.train), ("eval", loaded.eval)):
-                self._prompts[split] = prompts.make(
+                found[split] = prompts.make(
                     examples, tokenizer, self.config.sampling, self.config.seed
                 )
-        return self._prompts
+            self._prompts[self.date] = found
+        return self._prompts[self.date]
 
     def eval_prompts(self, stage: str, tokenizer) -> Prompts:
         """Return the first held-out prompts, as many as the stage's block asks for."""

@@ -4,6 +4,7 @@
 its settings is in `stage_table.py`.
 """
 
+import datetime
 import functools
 import pathlib
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from dpo_jax.workdir import (
     finish_stage,
     lock_folder,
     make_workdir,
+    start_date,
     start_stage,
     write_json,
     write_lines,

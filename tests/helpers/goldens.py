@@ -207,9 +207,9 @@ def content(path: pathlib.Path):
     if path.name == "metrics.jsonl":
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         return [digest({k: v for k, v in row.items() if k not in TIMINGS}) for row in rows]
-    if path.name == "done.json":
+    if path.name in ("done.json", "config.json"):
         record = json.loads(path.read_text())
-        return {name: value for name, value in record.items() if name != "finished"}
+        return {name: value for name, value in record.items() if name not in ("finished", "date")}
     if path.suffix == ".png":
         return "picture"  # matplotlib writes its version and the date into it
     data = path.read_bytes()

@@ -6,7 +6,15 @@ import threading
 import pytest
 
 from dpo_jax import config as configs
-from dpo_jax.workdir import StageChanged, finish_stage, lock_folder, make_workdir, start_stage
+from dpo_jax.workdir import (
+    StageChanged,
+    finish_stage,
+    lock_folder,
+    make_workdir,
+    start_date,
+    start_stage,
+)
+from tests.helpers.clock import set_today
 
 VERSIONS = dict(tokenization=1, data_order=1, forward=1)
 
@@ -125,3 +133,58 @@ def test_start_stage_ignores_a_field_that_was_not_free_before(tmp_path):
     record["depends_on"]["dpo.cache_reference"] = True
     (folder / "config.json").write_text(json.dumps(record))
     assert status(tmp_path) == "unfinished"
+
+
+# the date that chat templates take for today
+
+
+def date_of(workdir, run="", stage="dpo"):
+    """Start a stage of a run, or start it again; return its date."""
+    config = configs.default(("sft", "dpo"))
+    config.run = run
+    folder, _ = start_stage(workdir, config, stage, VERSIONS)
+    return start_date(folder).isoformat()
+
+
+def test_date_is_that_of_the_start(tmp_path, monkeypatch):
+    set_today(monkeypatch, "2026-11-26")
+    assert date_of(tmp_path) == "2026-11-26"
+    (tmp_path / "dpo" / "checkpoints" / "40").mkdir(parents=True)
+    set_today(monkeypatch, "2026-11-27")
+    assert date_of(tmp_path) == "2026-11-26"
+    # A stage that has nothing to resume from starts anew.
+    (tmp_path / "dpo" / "checkpoints" / "40").rmdir()
+    assert date_of(tmp_path) == "2026-11-27"
+
+
+def test_date_of_a_later_stage_is_its_own(tmp_path, monkeypatch):
+    set_today(monkeypatch, "2026-11-26")
+    assert date_of(tmp_path, stage="sft") == "2026-11-26"
+    finish_stage(tmp_path / "sft")
+    set_today(monkeypatch, "2026-11-27")
+    assert date_of(tmp_path) == "2026-11-27"
+
+
+def test_date_is_shared_by_runs_of_a_stage(tmp_path, monkeypatch):
+    """A sweep's runs read the same tokens, on whichever days they are started."""
+    set_today(monkeypatch, "2026-11-26")
+    assert date_of(tmp_path, run="failed") == "2026-11-26"  # and has made nothing
+    set_today(monkeypatch, "2026-11-27")
+    assert date_of(tmp_path, run="first") == "2026-11-27"
+    finish_stage(tmp_path / "first")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "config.json").write_text("mine")
+    (tmp_path / "notes" / "done.json").write_text("mine")
+    set_today(monkeypatch, "2026-11-28")
+    assert date_of(tmp_path, run="second") == "2026-11-27"
+    assert date_of(tmp_path, stage="sft") == "2026-11-28"
+
+
+def test_date_of_a_folder_without_one(tmp_path, monkeypatch):
+    path = begin(tmp_path) / "config.json"
+    record = json.loads(path.read_text())
+    del record["date"]
+    path.write_text(json.dumps(record))
+    today = set_today(monkeypatch, "2026-11-26")
+    assert start_date(path.parent) == today
+    assert date_of(tmp_path, run="second") == "2026-11-26"
