@@ -19,7 +19,7 @@ import numpy as np
 from dpo_jax.data.chat import Chat, Rendered, Response, without_tail
 from dpo_jax.data.examples import Examples, Masks
 from dpo_jax.data.ledger import Counts, Malformed, Unusable
-from dpo_jax.data.rows import Text, TextExample
+from dpo_jax.data.rows import TextExample
 
 # The version of the rule that makes ids of text. Raise it with every change that gives some row
 # other ids, a template's rendering and a cut included: an unfinished stage is then refused, not
@@ -220,28 +220,24 @@ def _append_cut(
 
 
 def encode_prompts(
-    prompts: Sequence[Text],
+    texts: Sequence[TextExample],
     tokenizer,
     data,
     truncate: str,
     *,
-    tools: Sequence[list | None] | None = None,
     date: datetime.date | None = None,
 ) -> list[np.ndarray]:
     """Return prompts to sample from, which start as `encode` starts them.
 
-    They are cut to data.max_prompt_length. tools: for each prompt the definitions of the tools that
-    the model may call. Raises ValueError for a prompt that the chat template refuses.
+    texts: of which the responses do not matter. Prompts are cut to data.max_prompt_length. Raises
+    ValueError for one that the chat template refuses.
     """
     rule = _rule(tokenizer, data, truncate)
     chat = chat_of(tokenizer, data, date)
-    tools = tools or [None] * len(prompts)
-    rendered = []
-    for number, (prompt, known_tools) in enumerate(zip(prompts, tools, strict=True), start=1):
-        rendered.append(_render_prompt(prompt, known_tools, chat, f"prompt {number}"))
+    rendered = [_render_prompt(text, chat) for text in texts]
     found = []
-    for prompt, ids in zip(prompts, _ids(rendered, tokenizer), strict=True):
-        ids = _started(ids, rule, isinstance(prompt, list))
+    for text, ids in zip(texts, _ids(rendered, tokenizer), strict=True):
+        ids = _started(ids, rule, isinstance(text.prompt, list))
         found.append(np.array(_cut_prompt(ids, rule), np.int32))
     return found
 
@@ -394,15 +390,14 @@ def _render(text: TextExample, chat: Chat) -> Rendered:
     return Rendered(text.prompt, tuple(responses))
 
 
-def _render_prompt(prompt: Text, tools: list | None, chat: Chat, where: str) -> str:
+def _render_prompt(text: TextExample, chat: Chat) -> str:
     """Return a prompt as text; ValueError where the chat template refuses it."""
-    if isinstance(prompt, str):
-        return prompt
-    chat.check(where)
+    if isinstance(text.prompt, str):
+        return text.prompt
     try:
-        return chat.prompt(prompt, tools)
+        return chat.prompt(text.prompt, text.tools)
     except Malformed as error:
-        raise ValueError(f"{where}: {error}.") from error
+        raise ValueError(f"{text.where}: {error}.") from error
 
 
 def _check_specials(text: TextExample, chat: Chat) -> None:
@@ -420,7 +415,7 @@ def _refusal(text: TextExample, error: Malformed) -> ValueError:
     """Return the error for a row that the chat template cannot write, for a person."""
     return ValueError(
         f"{text.where}: {error}.\n"
-        "Fix the row, or drop and count such rows with --config.data.on_bad_row=drop."
+        "Fix the row, or drop and count such rows with data.on_bad_row=drop."
     )
 
 

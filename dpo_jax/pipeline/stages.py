@@ -179,6 +179,8 @@ def _run_stage(run: Run, stage: str) -> None:
                 return
             # Its last checkpoint is there, so that nothing is trained.
             say(f"{stage}: already done; its hf/ is written again, in another type of weights")
+        date = processes.from_first(lambda: start_date(folder).isoformat())
+        run.date = datetime.date.fromisoformat(date)
         make_result = OTHER_STAGES.get(stage, train_stage)
         finish_stage(folder, **make_result(run, stage))
 

@@ -10,7 +10,8 @@ from dpo_jax import config as configs
 from dpo_jax.console import warn
 from dpo_jax.data import packing
 from dpo_jax.data.examples import Example, Examples
-from dpo_jax.data.tokenizer import encode_prompts
+from dpo_jax.data.rows import TextExample
+from dpo_jax.data.tokenizer import encode
 from dpo_jax.models import loading
 from dpo_jax.models.inference import map_responses
 from dpo_jax.models.values import response_rewards
@@ -78,17 +79,16 @@ def _is_spelled(tokenizer, prompts: list[str], completions: list[str], tokens: l
 
 
 def _tokenised(tokenizer, prompts: list[str], completions: list[str]) -> list[tuple]:
-    """Return (prompt, completion) ids of texts, which are not cut."""
+    """Return (prompt, completion) ids of texts, encoded as for training, and not cut."""
     if not prompts:
         return []
     data = configs.default(()).data
     data.update(append_eos=True, max_length=2**30, max_prompt_length=2**29)
-    prompt_ids = encode_prompts(prompts, tokenizer, data, "keep_start")
-    completion_ids = tokenizer(completions, add_special_tokens=False).input_ids
-    pairs = []
-    for prompt, ids in zip(prompt_ids, completion_ids, strict=True):
-        pairs.append((prompt, np.array([*ids, tokenizer.eos_token_id], np.int32)))
-    return pairs
+    texts = []
+    for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True), 1):
+        texts.append(TextExample(prompt, (completion,), f"completion {number}"))
+    examples, _ = encode(texts, tokenizer, data, "keep_start", keep_all=True)
+    return [(example.prompt, example.responses[0]) for example in examples]
 
 
 def _token_reward(checkpoint: loading.Checkpoint, batch_size: int, mesh) -> Callable:

@@ -1,6 +1,7 @@
 """Text in, text out: what the command `sample` and `Model.generate` share."""
 
 import dataclasses
+import datetime
 from collections.abc import Iterator
 
 import numpy as np
@@ -8,7 +9,7 @@ import numpy as np
 from dpo_jax import config as configs
 from dpo_jax.console import warn
 from dpo_jax.data import dataset
-from dpo_jax.data.rows import Text
+from dpo_jax.data.rows import TextExample
 from dpo_jax.data.tokenizer import encode_prompts
 from dpo_jax.models.loading import Model
 from dpo_jax.models.transformer import TransformerConfig
@@ -27,18 +28,24 @@ class Generated:
 
 
 def encode(
-    texts: list[Text], tokenizer, config: TransformerConfig, sampling: Sampling, limits: dict
+    texts: list[TextExample],
+    tokenizer,
+    config: TransformerConfig,
+    sampling: Sampling,
+    settings: dict,
+    date: datetime.date | None = None,
 ) -> tuple[Prompts, str]:
-    """Tokenise prompts, text or chat messages; return them, and which part of a long one stays.
+    """Tokenise prompts; return them, and which part of a long one stays.
 
-    limits: max_prompt_length and truncate, as in config.data. Raises ValueError for settings or
-    prompts that cannot be sampled from.
+    texts: of which the responses do not matter. settings: fields of config.data. date: what chat
+    templates take for today; None: today. Raises ValueError for settings or prompts that cannot be
+    sampled from.
     """
     data = configs.default(()).data
-    data.update(source="local", append_eos=False, **limits)
+    data.update(source="local", append_eos=False, **settings)
     data.max_length = data.max_prompt_length + sampling.max_new_tokens
     truncate = dataset.truncation(data)
-    ids = encode_prompts(texts, tokenizer, data, truncate)
+    ids = encode_prompts(texts, tokenizer, data, truncate, date=date)
     sampler.check(config, ids, sampling)
     longest = max(map(len, ids))
     if longest + sampling.max_new_tokens > config.max_positions:

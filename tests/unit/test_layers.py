@@ -14,6 +14,7 @@ FLOORS = [  # the rooms and the files beside them, from the ground up
         "parallel",
         "command_line",
         "device_command",
+        "data_flags",
         "config",
         "config_checks",
         "config_files",

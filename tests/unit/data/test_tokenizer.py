@@ -67,6 +67,11 @@ def data_config(**changes):
     return ml_collections.ConfigDict(fields | changes)
 
 
+def unanswered(*prompts):
+    """Prompts without responses, to sample from."""
+    return [TextExample(prompt, (), f"row {i}") for i, prompt in enumerate(prompts, 1)]
+
+
 def encoded(tokenizer, *rows, truncate="keep_start", **changes):
     """Each row as lists, [prompt, *responses], and the counts."""
     texts = [
@@ -116,7 +121,8 @@ def test_encode_bos_once_before_prompt(settings, prompt, expected):
         ids_of(tokenizer, "d", "<e>"),
         ids_of(tokenizer, " ", "e", "<e>"),
     ]
-    assert encode_prompts([prompt], tokenizer, data_config(), "keep_start")[0].tolist() == row[0]
+    (asked,) = encode_prompts(unanswered(prompt), tokenizer, data_config(), "keep_start")
+    assert asked.tolist() == row[0]
 
 
 def test_encode_prompt_that_spells_bos():
@@ -385,18 +391,24 @@ def test_chat_drops_empty_response():
 
 def test_encode_prompts_of_chat():
     tokenizer = small(template=CHATML)
-    assert encode_prompts([[user("c")], "d"], tokenizer, data_config(), "keep_end")[
-        0
-    ].tolist() == ids_of(tokenizer, "u", ":", "c", "<e>", "\n", "a", ":")
+    prompts = unanswered([user("c")], "d")
+    chat, text = encode_prompts(prompts, tokenizer, data_config(), "keep_end")
+    assert chat.tolist() == ids_of(tokenizer, "u", ":", "c", "<e>", "\n", "a", ":")
+    assert text.tolist() == ids_of(tokenizer, "d")
+
+
+def test_encode_prompts_names_the_row():
+    tokenizer = small(template="{{ raise_exception('no') }}")
+    with pytest.raises(ValueError, match="^row 2: the chat template refuses .*no"):
+        encode_prompts(unanswered("d", [user("c")]), tokenizer, data_config(), "keep_end")
 
 
 def test_encode_prompts_cuts():
     tokenizer = small(bos="<b>", adds_bos=True)
     settings = data_config(max_prompt_length=3)
     for truncate, kept in (("keep_end", ["<b>", "e", "f"]), ("keep_start", ["<b>", "c", "d"])):
-        assert encode_prompts(["cdef"], tokenizer, settings, truncate)[0].tolist() == ids_of(
-            tokenizer, *kept
-        )
+        (ids,) = encode_prompts(unanswered("cdef"), tokenizer, settings, truncate)
+        assert ids.tolist() == ids_of(tokenizer, *kept)
     assert encode_prompts([], tokenizer, settings, "keep_end") == []
 
 

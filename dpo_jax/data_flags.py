@@ -1,0 +1,82 @@
+"""Flags of commands that read data without a config: each is a field of config.data by its name."""
+
+import datetime
+from collections.abc import Callable
+
+from absl import flags
+
+from dpo_jax import config as configs
+from dpo_jax.config_checks import ALLOWED
+from dpo_jax.config_files import parse_options
+
+
+class _OptionsParser(flags.ArgumentParser):
+    """Reads options as --config.data.template does."""
+
+    syntactic_help = "NAME=VALUE, several with commas between them, or a dict"
+
+    def parse(self, argument: str | dict) -> dict:
+        return argument if isinstance(argument, dict) else parse_options(argument)
+
+
+class _DateParser(flags.ArgumentParser):
+    """Reads a day."""
+
+    syntactic_help = "a day such as 2026-11-26"
+
+    def parse(self, argument: str) -> datetime.date:
+        return datetime.date.fromisoformat(argument)
+
+
+def define(*names: str, **defaults) -> Callable[[], dict]:
+    """Define --NAME for some fields of config.data; return a function that gives their values.
+
+    Call it once the flags are parsed. defaults: of fields whose default differs from the config's.
+    """
+    block = configs.default(()).data
+    holders = {}
+    for name in (*names, *defaults):
+        default = defaults.get(name, block[name])
+        holders[name] = _define(name, default, configs.DATA[name].meaning)
+
+    def values() -> dict:
+        found = {}
+        for name, holder in holders.items():
+            is_list = isinstance(holder.value, list)
+            found[name] = tuple(holder.value) if is_list else holder.value
+        return found
+
+    return values
+
+
+def define_date() -> flags.FlagHolder:
+    """Define --date, which chat templates take for today."""
+    return flags.DEFINE(
+        _DateParser(), "date", None, "The day that chat templates take for today. Default: today."
+    )
+
+
+def define_split() -> flags.FlagHolder:
+    """Define --split, of data that has several."""
+    return flags.DEFINE_string(
+        "split", "", "The split to read. Default: train, or the only one that there is."
+    )
+
+
+def _define(name: str, default, meaning: str) -> flags.FlagHolder:
+    """Define a flag of the type that the default has."""
+    allowed = ALLOWED.get(f"data.{name}")
+    help_text = f"As config.data.{name}: {meaning}."
+    if allowed:
+        return flags.DEFINE_enum(name, default, allowed, help_text)
+    if isinstance(default, bool):
+        return flags.DEFINE_bool(name, default, help_text)
+    if isinstance(default, int):
+        return flags.DEFINE_integer(name, default, help_text)
+    if isinstance(default, float):
+        return flags.DEFINE_float(name, default, help_text)
+    if isinstance(default, str):
+        return flags.DEFINE_string(name, default, help_text)
+    if isinstance(default, tuple):
+        return flags.DEFINE_list(name, list(default), help_text)
+    return flags.DEFINE(_OptionsParser(), name, default.to_dict(), help_text)
