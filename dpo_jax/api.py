@@ -15,6 +15,7 @@ and programs are the same. Nothing is printed without `verbose=True`.
 
 import contextlib
 import dataclasses
+import datetime
 import functools
 import inspect
 import math
@@ -74,7 +75,10 @@ RUN_SETTINGS = (
     "cache_reference",
     "seed",
 )
-ENCODING = ("source", "max_length", "max_prompt_length", "truncate", "append_eos")
+ENCODING = (
+    *("source", "max_length", "max_prompt_length", "truncate", "append_eos"),
+    *("columns", "turns", "template", "ignore"),
+)
 SAMPLING = dict(max_new_tokens=128, temperature=1.0, top_k=0, top_p=1.0)  # generate's defaults
 # The stages that train on given examples; ppo samples what it learns from.
 OBJECTIVES = [name for name, stage in STAGES.items() if stage.trains and not stage.samples]
@@ -86,6 +90,8 @@ TYPES = (
     (int, numbers.Integral, "a whole number"),
     (float, numbers.Real, "a number"),
     (str, str, "text"),
+    (tuple, (tuple, list), "a list"),
+    (ConfigDict, Mapping, "a dict"),
 )
 
 
@@ -154,15 +160,23 @@ class Model:
         return f"Model({self.checkpoint.path!r}, {size:,} weights{', ' + axes if axes else ''})"
 
     def encode(
-        self, rows: Iterable[dict], *, kind: str = "", on_bad_row: str = "error", **settings
+        self,
+        rows: Iterable[dict],
+        *,
+        kind: str = "",
+        on_bad_row: str = "error",
+        date: datetime.date | None = None,
+        **settings,
     ) -> Examples:
         """Tokenise rows of prompt, chosen and rejected, or of prompt and completion.
 
-        Each field is text or a list of chat messages, as in the files that the commands read.
-        kind: "pairs", "sft", or "" for what the first row is; "sft" takes the chosen response of a
-        pair. on_bad_row: "drop" leaves out rows that cannot be used; `where` of the result names
-        those that stay. settings: source, max_length, max_prompt_length, truncate and append_eos,
-        as in config.data.
+        Rows are in any shape that the commands read, as text or chat messages, with `tools` and
+        `system`. kind: "pairs", "sft", or "" for what the first row is; "sft" takes the chosen
+        response of a pair. on_bad_row: "drop" leaves out rows that cannot be used; `where` of the
+        result names those that stay, once for each pair of a row that gives several. date: what
+        chat templates take for today; None: today. settings: source, max_length,
+        max_prompt_length, truncate, append_eos, columns, turns, ignore and template, as in
+        config.data, such as template=dict(enable_thinking=False).
 
         Raises ValueError that names the row, as rows[2] for the third.
         """
@@ -180,7 +194,7 @@ class Model:
         data.update(on_bad_row=on_bad_row, **_as_typed(settings, data))
         found = _parse_rows(rows, data, kind)
         truncate = dataset.truncation(data)
-        examples, counts = tokenizers.encode(found, self.tokenizer, data, truncate)
+        examples, counts = tokenizers.encode(found, self.tokenizer, data, truncate, date=date)
         if counts.dropped and on_bad_row == "error":
             raise ValueError(
                 "some rows cannot be used:\n  "
@@ -228,14 +242,20 @@ class Model:
         batch_size: int = 64,
         max_prompt_length: int = 256,
         truncate: str = "keep_end",
+        tools: list[dict] | None = None,
+        template: dict | None = None,
+        ignore: Sequence[str] = (),
+        date: datetime.date | None = None,
         verbose: bool = False,
         **sampling,
     ) -> list:
         """Sample completions of prompts, each text or chat messages; return their texts.
 
-        n: completions of each prompt; above 1 the result is a list of lists. sampling:
-        max_new_tokens (128), temperature (1.0; 0 takes the likeliest token), top_k and top_p. As
-        the command `sample`: a completion depends on its prompt, its index and the seed alone.
+        n: completions of each prompt; above 1 the result is a list of lists. tools: definitions of
+        those that the model may call, for all prompts. template, ignore: as in config.data. date:
+        what chat templates take for today; None: today. sampling: max_new_tokens (128),
+        temperature (1.0; 0 takes the likeliest token), top_k and top_p. As the command `sample`: a
+        completion depends on its prompt, its index and the seed alone.
         """
         self._check_usable("lm")
         if isinstance(prompts, str):
@@ -247,16 +267,29 @@ class Model:
             _check_number("generate", name, value, least=1)
         _check_type("generate", "seed", seed, 0)
         data = configs.default(()).data
-        limits = dict(max_prompt_length=max_prompt_length, truncate=truncate)
-        _check_fields("generate", "data", limits, data)
-        limits = _as_typed(limits, data)
+        encoding = dict(
+            max_prompt_length=max_prompt_length,
+            truncate=truncate,
+            template=template or {},
+            ignore=ignore,
+        )
+        _check_fields("generate", "data", encoding, data)
+        encoding = _as_typed(encoding, data)
         if not prompts:
             return []
+        asked = []
+        for number, prompt in enumerate(prompts):
+            if not isinstance(prompt, str | list):
+                raise TypeError(
+                    f"generate: prompts[{number}]={shown(prompt)}: expected text or a list of chat "
+                    "messages."
+                )
+            asked.append(TextExample(prompt, (), f"prompts[{number}]", tools))
         settings = Sampling(**SAMPLING | sampling, n=n, seed=seed, batch_size=batch_size)
         texts = []
         with _as_commands(self.mesh, verbose):
             encoded, _ = generation.encode(
-                list(prompts), self.tokenizer, self.config, settings, limits
+                asked, self.tokenizer, self.config, settings, encoding, date
             )
             progress = console.Progress("generate", 0, len(prompts), unit="prompt")
             with contextlib.closing(progress):
@@ -876,11 +909,12 @@ def _check_type(call: str, name: str, value, default) -> None:
 
 
 def _as_typed(given: dict, defaults: Mapping) -> dict:
-    """Return numbers of numpy as Python's own, the only ones that a config takes."""
+    """Return numbers of numpy as Python's own, and lists as tuples, as a config has them."""
     found = {}
     for name, value in given.items():
         default = defaults[name]
-        found[name] = type(default)(value) if isinstance(default, int | float) else value
+        is_number = isinstance(default, int | float)
+        found[name] = type(default)(value) if is_number or isinstance(default, tuple) else value
     return found
 
 
@@ -895,7 +929,8 @@ def _parse_rows(rows: Iterable[dict], data: ConfigDict, kind: str) -> list[TextE
     found = []
     for number, record in enumerate(rows):
         try:
-            row = parse(fields_of(record))
+            # A copy: chat messages that a field holds as text are parsed in place.
+            row = parse(fields_of(dict(record) if isinstance(record, dict) else record))
             kind = kind or ("pairs" if row.pairs else "sft")
             found += splits.examples_of(row, kind, data.turns, f"rows[{number}]")
         except (Filtered, Malformed, Unusable) as error:

@@ -1,14 +1,16 @@
-"""Sample completions: dpo-jax sample --model=DIR_OR_HUB_NAME --prompts=FILE.jsonl --out=FILE.jsonl
+"""Sample completions: dpo-jax sample --model=DIR_OR_HUB_NAME --prompts=FILE --out=FILE.jsonl
 
-Adds to each row, whose `prompt` is text or chat messages, the `completion` as text without EOS, its
-`logp` (summed over its tokens, nats, under the model itself) and `tokens` (how many, EOS included).
-With --n above 1 it adds `completions`, and lists of the other two.
+Adds to each row the `completion` as text without EOS, its `logp` (summed over its tokens, nats,
+under the model itself) and `tokens` (how many, EOS included). With --n above 1 it adds
+`completions`, and lists of the other two. Rows are in any format and shape that training reads;
+they need a prompt, and no answers.
 
 Rows are written as they are made. The same command continues a file where a killed one stopped;
 what the file was made with is kept beside it, in OUT.settings.json.
 """
 
 import dataclasses
+import datetime
 import functools
 import hashlib
 import json
@@ -17,90 +19,122 @@ import pathlib
 from absl import flags
 
 from dpo_jax import config as configs
-from dpo_jax import device_command
+from dpo_jax import data_flags, device_command
 from dpo_jax.console import Progress, say
-from dpo_jax.data import readers
+from dpo_jax.data import every_row
+from dpo_jax.data.rows import TextExample
+from dpo_jax.data.tokenizer import TOKENIZATION_VERSION
 from dpo_jax.models import loading
 from dpo_jax.parallel import processes, sharding
 from dpo_jax.sampling import generation, sampler
 from dpo_jax.sampling.prompts import Prompts
 from dpo_jax.workdir import append_lines, differences, read_lines, write_json, write_lines
 
+FIELDS = ("max_prompt_length", "columns", "template", "ignore")  # of config.data, each a flag
 
-def sample_file(
-    model_path: str,
-    prompts_path: str,
-    out: str,
-    mesh,
-    sampling: sampler.Sampling,
-    *,
-    dtype: str,
-    limits: dict,
-) -> None:
-    """Sample completions for each row of a file that is not in `out` yet.
 
-    limits: max_prompt_length and truncate, as in config.data.
-    """
-    rows = _read(prompts_path)
-    path = pathlib.Path(out)
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the command line asks for."""
+
+    model: str
+    prompts: str
+    out: str
+    sampling: sampler.Sampling
+    split: str = ""
+    date: datetime.date | None = None  # what chat templates take for today; None: today
+    dtype: str = "float32"
+    settings: dict = dataclasses.field(default_factory=dict)  # fields of config.data
+
+
+def sample_file(options: Options, mesh) -> None:
+    """Sample completions for each row of a file that is not in the output yet."""
+    rows, prompts = _read(options)
+    path = pathlib.Path(options.out)
     digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
     made_with = dict(
-        model=model_path,
+        model=options.model,
         prompts=f"{len(rows)} rows, sha256 {digest[:16]}",
-        dtype=dtype,
-        **dataclasses.asdict(sampling),
-        **limits,
+        dtype=options.dtype,
+        tokenization=TOKENIZATION_VERSION,
+        **dataclasses.asdict(options.sampling),
+        **options.settings,
     )
+    sampling = options.sampling
     chunk = generation.prompts_at_a_time(sampling)
-    start = processes.from_first(functools.partial(_begin, path, made_with, len(rows), chunk))
+    begin = functools.partial(_begin, path, made_with, options.date, len(rows), chunk)
+    start, date = processes.from_first(begin)
     processes.check_shared(path.parent)
     if start < len(rows):
-        checkpoint = loading.open_checkpoint(model_path, dtype=dtype)
-        prompts = _encode(rows, checkpoint, sampling, limits)
+        checkpoint = loading.open_checkpoint(options.model, dtype=options.dtype)
+        encoded, truncate = generation.encode(
+            prompts,
+            checkpoint.tokenizer,
+            checkpoint.config,
+            sampling,
+            options.settings,
+            datetime.date.fromisoformat(date),
+        )
+        _say_cut(encoded, options.settings, truncate)
         model = checkpoint.load(mesh)
         progress = Progress("sample", start, len(rows), unit="prompt")
         done = start
-        for generated in generation.generate(model, prompts, sampling, first=start):
+        for generated in generation.generate(model, encoded, sampling, first=start):
             part = rows[done : done + len(generated)]
             added = [_fields(completions) for completions in generated]
             append_lines(path, [row | new for row, new in zip(part, added, strict=True)])
             done += len(part)
             progress.update(done, {})
         progress.close()
-    say(f"finished: {out} holds {len(rows)} prompts with {sampling.n} sampled for each")
+    say(f"finished: {path} holds {len(rows)} prompts with {sampling.n} sampled for each")
 
 
-def _read(path: str) -> list[dict]:
-    """Return the rows of a file; ValueError names the first line that has no prompt."""
+def _read(options: Options) -> tuple[list[dict], list[TextExample]]:
+    """Return the rows of a file, and their prompts; ValueError names the first without one."""
+    data = configs.default(()).data
+    data.update(**options.settings)
     rows = []
-    for number, row in readers.read_jsonl(path):
-        if not isinstance(row.get("prompt"), str | list):
-            raise ValueError(
-                f"{path} line {number}: expected a field 'prompt', text or chat messages; found "
-                f"the fields {', '.join(row) or '(none)'}."
-            )
-        rows.append(row)
+    prompts = []
+    for where, fields in every_row.read(options.prompts, options.split):
+        # Parquet has values that JSON lacks, such as times: those are written as text.
+        rows.append(json.loads(json.dumps(fields, default=str)))
+        prompts.append(every_row.prompt(fields, data, where))
     if not rows:
         raise ValueError(
-            f'{path} has no rows; expected lines such as {{"prompt": "Name a colour."}}.'
+            f'{options.prompts} has no rows; expected rows such as {{"prompt": "Name a colour."}}.'
         )
-    return rows
+    return rows, prompts
 
 
-def _begin(path: pathlib.Path, made_with: dict, total: int, chunk: int) -> int:
-    """Return how many rows are done already, in whole chunks; cut off what is beyond them."""
+def _begin(
+    path: pathlib.Path,
+    made_with: dict,
+    date: datetime.date | None,
+    total: int,
+    chunk: int,
+) -> tuple[int, str]:
+    """Return how many rows are done already, in whole chunks, and the date of the file.
+
+    Rows beyond whole chunks are cut off. A file keeps the date with which it was begun, unless
+    another one is asked for, which is refused.
+    """
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"--out={path}: there is no folder {path.parent}. Make it first.")
     beside = path.with_name(path.name + ".settings.json")
+    # As it comes back from a file: tuples become lists.
+    made_with = json.loads(json.dumps(made_with))
     if not path.exists():
-        write_json(beside, made_with)
-        return 0
+        day = (date or datetime.date.today()).isoformat()
+        write_json(beside, made_with | dict(date=day))
+        return 0, day
     if not beside.exists():
         raise FileExistsError(
             f"--out={path}: the file exists, but not {beside.name}, which would say what it was "
             "made with. Give another name, or remove the file."
         )
     found = json.loads(beside.read_text())
+    day = date.isoformat() if date else found.get("date", datetime.date.today().isoformat())
+    made_with["date"] = day
     if found != made_with:
         raise ValueError(
             f"--out={path}: the file was made with other settings:\n"
@@ -109,28 +143,22 @@ def _begin(path: pathlib.Path, made_with: dict, total: int, chunk: int) -> int:
         )
     rows = read_lines(path)
     if len(rows) == total:
-        return total
+        return total, day
     start = len(rows) // chunk * chunk
     write_lines(path, rows[:start])
     say(f"continuing after {start} of {total} prompts")
-    return start
+    return start, day
 
 
-def _encode(
-    rows: list[dict], checkpoint: loading.Checkpoint, sampling: sampler.Sampling, limits: dict
-) -> Prompts:
-    """Tokenise the prompts, each cut to limits["max_prompt_length"]; say how many may be cut."""
-    texts = [row["prompt"] for row in rows]
-    prompts, truncate = generation.encode(
-        texts, checkpoint.tokenizer, checkpoint.config, sampling, limits
-    )
-    full = sum(len(prompt) == limits["max_prompt_length"] for prompt in prompts.ids)
+def _say_cut(prompts: Prompts, settings: dict, truncate: str) -> None:
+    """Say how many prompts may be cut."""
+    limit = settings["max_prompt_length"]
+    full = sum(len(prompt) == limit for prompt in prompts.ids)
     if full:
         say(
-            f"{full} of {len(prompts)} prompts fill --max_prompt_length="
-            f"{limits['max_prompt_length']}; longer ones are cut by {truncate}"
+            f"{full} of {len(prompts)} prompts fill --max_prompt_length={limit}; longer ones are "
+            f"cut by {truncate}"
         )
-    return prompts
 
 
 def _fields(completions: list[generation.Generated]) -> dict:
@@ -146,12 +174,13 @@ def _fields(completions: list[generation.Generated]) -> dict:
 
 
 def main():
-    defaults = configs.default(()).data
     model = flags.DEFINE_string(
         "model", None, "The model: a folder in Hugging Face format, or a hub name."
     )
     prompts = flags.DEFINE_string(
-        "prompts", None, "JSON lines with a field prompt, text or chat messages."
+        "prompts",
+        None,
+        "Rows with a prompt: a file in any format that training reads, a folder or a hub name.",
     )
     out = flags.DEFINE_string("out", None, "Where the rows go; an unfinished file is completed.")
     settings = dict(
@@ -170,30 +199,24 @@ def main():
         ),
     )
     dtype = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute dtype.")
-    limits = dict(
-        max_prompt_length=flags.DEFINE_integer(
-            "max_prompt_length", defaults.max_prompt_length, "A prompt is cut to this, tokens."
-        ),
-        truncate=flags.DEFINE_enum(
-            "truncate",
-            "keep_end",
-            configs.TRUNCATIONS,
-            "Which part of a longer prompt stays, as config.data.truncate.",
-        ),
-    )
+    split = data_flags.define_split()
+    date = data_flags.define_date()
+    data_settings = data_flags.define(*FIELDS, truncate="keep_end")
     flags.mark_flags_as_required(["model", "prompts", "out"])
     mesh = sharding.define_flags()
 
     def sample_rows():
-        sample_file(
-            model.value,
-            prompts.value,
-            out.value,
-            mesh(),
-            sampler.Sampling(**{name: flag.value for name, flag in settings.items()}),
+        options = Options(
+            model=model.value,
+            prompts=prompts.value,
+            out=out.value,
+            sampling=sampler.Sampling(**{name: flag.value for name, flag in settings.items()}),
+            split=split.value,
+            date=date.value,
             dtype=dtype.value,
-            limits={name: flag.value for name, flag in limits.items()},
+            settings=data_settings(),
         )
+        sample_file(options, mesh())
 
     device_command.run(sample_rows, __doc__)
 

@@ -1,129 +1,315 @@
-"""Score pairs: dpo-jax score --model=DIR_OR_HUB_NAME --data=FILE.jsonl --out=FILE.jsonl
+"""Score pairs: dpo-jax score --model=DIR_OR_HUB_NAME --data=FILE --out=FILE.jsonl
 
 Adds to each row (prompt, chosen, rejected) `logp_chosen, logp_rejected`, the summed log-probs in
-nats, and `tokens_chosen, tokens_rejected`, the tokens they are summed over, EOS included. The
-tokens, their layout and the log-probs come from the code that trains.
+nats, and `tokens_chosen, tokens_rejected`, the tokens they are summed over, EOS included. A row of
+one completion gets `logp, tokens`; a row that gives several pairs a line for each, with the pair's
+`chosen` and `rejected`. The tokens, their layout and the log-probs come from the code that trains.
+
+No row is left out: one that cannot be scored says why in `unscored`. At the end stands how often
+chosen is more likely than rejected. With --reference, a second model scores the same tokens:
+`reference_logp_chosen, reference_logp_rejected`.
 """
 
+import dataclasses
+import datetime
 import json
 import pathlib
-from collections.abc import Iterator
 
 import jax
 import numpy as np
 from absl import flags
 
 from dpo_jax import config as configs
-from dpo_jax import device_command
+from dpo_jax import data_flags, device_command
 from dpo_jax.console import say
-from dpo_jax.data import dataset, readers
+from dpo_jax.data import dataset, every_row
+from dpo_jax.data.examples import Examples
+from dpo_jax.data.ledger import Counts, Filtered, Ledger, Malformed
+from dpo_jax.data.tokenizer import Encoder
 from dpo_jax.models import inference, loading
 from dpo_jax.parallel import processes, sharding
 from dpo_jax.whole_file import whole_file
 
+FIELDS = (  # of config.data, each a flag
+    "max_length",
+    "max_prompt_length",
+    "truncate",
+    "append_eos",
+    "columns",
+    "turns",
+    "template",
+    "ignore",
+    "on_bad_row",
+    "max_dropped",
+)
+SIDES = {1: ("",), 2: ("_chosen", "_rejected")}  # responses -> what the names of the fields end in
+# What the report is made of.
+PAIR_FIELDS = {
+    *("logp_chosen", "logp_rejected", "tokens_chosen", "tokens_rejected"),
+    *("reference_logp_chosen", "reference_logp_rejected", "subset"),
+}
+ADVICE = "Fix the row, or let such rows be written without scores with --on_bad_row=drop."
 
-def score_file(
-    model_path: str, data_path: str, out: str, mesh, *, batch_size: int, dtype: str, limits: dict
-) -> None:
-    """Read pairs, score them, and write the rows that could be scored, in the file's order.
 
-    batch_size: pairs at a time, over all devices. limits: fields of config.data. Raises
-    FileExistsError if `out` is there already, and what reading the model and the data raises.
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the command line asks for."""
+
+    model: str
+    data: str
+    out: str
+    reference: str = ""  # another model, or none
+    split: str = ""
+    date: datetime.date | None = None  # what chat templates take for today; None: today
+    batch_size: int = 16  # pairs at a time, over all devices
+    dtype: str = "float32"
+    settings: dict = dataclasses.field(default_factory=dict)  # fields of config.data
+
+
+@dataclasses.dataclass
+class Encoded:
+    """What there is to score in a file, and why nothing else is."""
+
+    pairs: Examples
+    completions: Examples
+    unscored: dict[str, str]  # where -> reason
+    counts: Counts
+
+
+def score_file(options: Options, mesh) -> None:
+    """Score the rows of a file, and write them all, in the file's order.
+
+    Raises FileExistsError if the file to write is there already, and what reading the model and the
+    data raises.
     """
-    folder = pathlib.Path(out).absolute().parent
-    if pathlib.Path(out).exists():
+    out = pathlib.Path(options.out)
+    folder = out.absolute().parent
+    if out.exists():
         raise FileExistsError(f"--out={out}: the file exists. Give another name, or remove it.")
     if not folder.is_dir():
         raise FileNotFoundError(f"--out={out}: there is no folder {folder}. Make it first.")
     processes.check_shared(folder)
 
-    checkpoint = loading.open_checkpoint(model_path, dtype=dtype)
+    checkpoint = loading.open_checkpoint(options.model, dtype=options.dtype)
     data = configs.default(()).data
-    data.update(source="local", path=data_path, eval_fraction=0.0, **limits)
-    loaded = dataset.load(data, checkpoint.tokenizer, "pairs")
-    say(loaded.ledger.table())
-    checkpoint.check(loaded.train)
-    model = checkpoint.load(mesh)
-    log_probs = inference.log_probs("score", model, loaded.train, batch_size)
+    data.update(source="local", path=options.data, **options.settings)
+    encoded = _encode(options, data, checkpoint.tokenizer)
+    ledger = Ledger(train=encoded.counts)
+    say(ledger.table())
+    ledger.check(data.max_dropped, options.data)
+    scores = _scores(options, encoded, checkpoint, "", mesh)
+    if options.reference:
+        reference = loading.open_checkpoint(
+            options.reference, dtype=options.dtype, tokenizer=checkpoint.tokenizer
+        )
+        if reference.config.vocab != checkpoint.config.vocab:
+            raise ValueError(
+                f"--reference={options.reference} has a vocabulary of {reference.config.vocab}, "
+                f"the model one of {checkpoint.config.vocab}: they cannot be compared."
+            )
+        of_reference = _scores(options, encoded, reference, "reference_", mesh)
+        for where, fields in of_reference.items():
+            scores[where] |= fields
+
     if jax.process_index() == 0:
-        _write(out, _rows(data_path), loaded.train, log_probs)
+        scored = _write(options, data, scores, encoded.unscored)
     # Without this, the others would take process 0 for dead while it writes, and end it.
     processes.wait_for_all("scores")
-    left_out = loaded.ledger.train.read - len(log_probs)
-    chosen, rejected = log_probs.mean(axis=0)
-    say(
-        f"scored {len(log_probs)} pairs into {out}, left out {left_out} (see above); "
-        f"mean log-prob chosen {chosen:.4g}, rejected {rejected:.4g} nats"
-    )
+    if jax.process_index() == 0:
+        say(_summary(encoded, out))
+        say(report(scored))
 
 
-def _rows(data_path: str) -> Iterator:
-    """Yield (where, record) of the split that dataset.load trains on: train, or the only one."""
-    splits = readers.find_splits(data_path)
-    split = "train" if "train" in splits else next(iter(splits))
-    return splits[split]()
+def _summary(encoded: Encoded, out: pathlib.Path) -> str:
+    counted = []
+    for examples, name in ((encoded.pairs, "pairs"), (encoded.completions, "completions")):
+        if len(examples):
+            counted.append(f"{len(examples)} {name}")
+    told = f"scored {' and '.join(counted) or 'nothing'} into {out}"
+    if encoded.unscored:
+        told += f"; {len(encoded.unscored)} rows could not be scored (see above)"
+    return told
 
 
-def _write(out: str, rows: Iterator, examples, log_probs: np.ndarray) -> None:
-    """Write the rows that were scored, as they were read, with what was found, in one piece."""
-    scored = {}
-    for where, responses, pair in zip(examples.where, examples.responses, log_probs, strict=True):
-        scored[where] = dict(
-            logp_chosen=float(pair[0]),
-            logp_rejected=float(pair[1]),
-            tokens_chosen=len(responses[0]),
-            tokens_rejected=len(responses[1]),
-        )
-    with whole_file(out) as draft, draft.open("w") as file:
-        for where, record in rows:
-            if where in scored:
-                row = readers.fields_of(record) | scored[where]
+def _encode(options: Options, data, tokenizer) -> Encoded:
+    """Read and tokenise all that can be scored; ValueError names a row that cannot be read."""
+    truncate = dataset.truncation(data)
+    encoders = {}
+    for responses in SIDES:
+        encoders[responses] = Encoder(tokenizer, data, truncate, date=options.date, keep_all=True)
+    counts = Counts()
+    unscored = {}
+    added = []
+    for where, fields in every_row.read(options.data, options.split):
+        counts.read += 1
+        try:
+            examples = every_row.answered(fields, data, where)
+        except every_row.REFUSALS as error:
+            if isinstance(error, Malformed) and data.on_bad_row == "error":
+                raise every_row.explained(error, where, fields, ADVICE) from None
+            unscored[where] = str(error)
+            if isinstance(error, Filtered):
+                counts.filter(str(error))
+            else:
+                counts.drop(getattr(error, "reason", str(error)), where)
+            continue
+        counts.further_pairs += len(examples) - 1
+        for example in examples:
+            encoders[len(example.responses)].add(example)
+            added.append(example.where)
+
+    completions, of_completions = encoders[1].finish()
+    pairs, of_pairs = encoders[2].finish()
+    # What the chat template refuses is left out by the encoder.
+    kept = {*pairs.where, *completions.where}
+    for where in added:
+        if where not in kept:
+            unscored[where] = "the chat template cannot write it"
+    # The lengths of pairs are shown, where there are any.
+    of_pairs.mean_tokens = of_pairs.mean_tokens or of_completions.mean_tokens
+    of_completions.mean_tokens = {}
+    counts = counts.plus(of_pairs).plus(of_completions)
+    return Encoded(pairs, completions, unscored, counts)
+
+
+def _scores(
+    options: Options, encoded: Encoded, checkpoint: loading.Checkpoint, prefix: str, mesh
+) -> dict[str, dict]:
+    """Return where -> the fields that a model adds to what stands there.
+
+    prefix: of their names.
+    """
+    found = {}
+    model = None
+    for examples in (encoded.pairs, encoded.completions):
+        if not len(examples):
+            continue
+        checkpoint.check(examples)
+        model = model or checkpoint.load(mesh)
+        log_probs = inference.log_probs("score", model, examples, options.batch_size)
+        for index, example in enumerate(examples):
+            sides = SIDES[len(example.responses)]
+            fields = {}
+            for side, log_prob in zip(sides, log_probs[index], strict=True):
+                fields[f"{prefix}logp{side}"] = float(log_prob)
+            if not prefix:
+                lengths = example.completion_lengths()
+                fields |= {f"tokens{side}": n for side, n in zip(sides, lengths, strict=True)}
+            found[examples.where[index]] = fields
+    return found
+
+
+def _write(options: Options, data, scores: dict[str, dict], unscored: dict[str, str]) -> list[dict]:
+    """Write every row as it was read, with what was found, in one piece.
+
+    Returns what was written of each pair: its scores, and the row's subset if it has one.
+    """
+    pairs = []
+    with whole_file(options.out) as draft, draft.open("w") as file:
+        for where, fields in every_row.read(options.data, options.split):
+            for line in _lines(where, fields, data, scores, unscored):
                 # Parquet has values that JSON lacks, such as times: those are written as text.
-                file.write(json.dumps(row, default=str) + "\n")
+                file.write(json.dumps(line, default=str) + "\n")
+                if "logp_chosen" in line:
+                    pairs.append({name: line[name] for name in line if name in PAIR_FIELDS})
+    return pairs
+
+
+def _lines(
+    where: str, fields: dict, data, scores: dict[str, dict], unscored: dict[str, str]
+) -> list[dict]:
+    """Return the lines of a row: itself with its scores, or one for each of its pairs."""
+    if where in scores:
+        return [fields | scores[where]]
+    if where in unscored:
+        return [fields | {"unscored": unscored[where]}]
+    lines = []
+    for example in every_row.answered(fields, data, where):
+        chosen, rejected = example.responses
+        found = scores.get(example.where) or {"unscored": unscored[example.where]}
+        lines.append(fields | {"chosen": chosen, "rejected": rejected} | found)
+    return lines
+
+
+def report(pairs: list[dict]) -> str:
+    """Return how often chosen is more likely than rejected, in all pairs and in each subset.
+
+    pairs: scores as they are written, with `subset` where the row has one. An equal pair is no
+    success, as in training's accuracies. "" where there are no pairs.
+    """
+    if not pairs:
+        return ""
+    chosen, rejected = (
+        np.mean([pair[f"logp_{side}"] for pair in pairs]) for side in ("chosen", "rejected")
+    )
+    by_subset = {"all": pairs}
+    for pair in pairs:
+        if isinstance(pair.get("subset"), str):
+            by_subset.setdefault(f"  {pair['subset']}", []).append(pair)
+    lines = [f"mean log-prob chosen {chosen:.4g}, rejected {rejected:.4g} nats"]
+    rates = {name: _rates(of_subset) for name, of_subset in by_subset.items()}
+    width = max(len(name) for name in ("chosen is more likely", *rates))
+    heads = "".join(f"{head:>16}" for head in rates["all"])
+    lines.append(f"{'chosen is more likely':<{width}}{'pairs':>8}{heads}")
+    for name, of_subset in rates.items():
+        cells = "".join(f"{rate:>16.1%}" for rate in of_subset.values())
+        lines.append(f"{name:<{width}}{len(by_subset[name]):>8}{cells}")
+    return "\n".join(lines)
+
+
+def _rates(pairs: list[dict]) -> dict[str, float]:
+    """Return the share of pairs whose chosen side is more likely, by each way to compare them."""
+    log_probs = _of_sides(pairs, "logp")
+    lengths = np.maximum(_of_sides(pairs, "tokens"), 1)
+    compared = {"in sum": log_probs, "per token": log_probs / lengths}
+    if "reference_logp_chosen" in pairs[0]:
+        ratios = log_probs - _of_sides(pairs, "reference_logp")
+        compared |= {"than reference": ratios, "per token, too": ratios / lengths}
+    return {name: float(np.mean(value[0] > value[1])) for name, value in compared.items()}
+
+
+def _of_sides(pairs: list[dict], name: str) -> np.ndarray:
+    """Return a number of both sides, [2, pairs]."""
+    sides = SIDES[2]
+    return np.array([[pair[f"{name}{side}"] for pair in pairs] for side in sides], np.float64)
 
 
 def main():
-    defaults = configs.default(()).data
     model = flags.DEFINE_string(
         "model", None, "The model: a folder in Hugging Face format, or a hub name."
     )
-    data = flags.DEFINE_string("data", None, "The pairs: rows of prompt, chosen, rejected.")
+    data = flags.DEFINE_string(
+        "data", None, "The rows: a file in any format that training reads, a folder or a hub name."
+    )
     out = flags.DEFINE_string("out", None, "Where the scored rows go; must not exist.")
+    reference = flags.DEFINE_string(
+        "reference", "", "Another model to score the same tokens, such as DPO's reference."
+    )
+    split = data_flags.define_split()
+    date = data_flags.define_date()
     batch_size = flags.DEFINE_integer(
         "batch_size", 16, "Pairs at a time, over all devices.", lower_bound=1
     )
     dtype = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute dtype.")
-    names = {
-        "max_length": flags.DEFINE_integer,
-        "max_prompt_length": flags.DEFINE_integer,
-        "max_dropped": flags.DEFINE_float,
-    }
-    limits = {
-        name: define(name, defaults[name], f"As config.data.{name}.")
-        for name, define in names.items()
-    }
-    limits["truncate"] = flags.DEFINE_enum(
-        "truncate", "auto", configs.TRUNCATIONS, "As config.data.truncate."
-    )
-    limits["on_bad_row"] = flags.DEFINE_enum(
-        "on_bad_row", "error", ["error", "drop"], "As config.data.on_bad_row."
-    )
-    limits["append_eos"] = flags.DEFINE_bool("append_eos", True, "As config.data.append_eos.")
+    settings = data_flags.define(*FIELDS)
     flags.mark_flags_as_required(["model", "data", "out"])
     mesh = sharding.define_flags()
 
-    def score_pairs():
-        score_file(
-            model.value,
-            data.value,
-            out.value,
-            mesh(),
+    def score_rows():
+        options = Options(
+            model=model.value,
+            data=data.value,
+            out=out.value,
+            reference=reference.value,
+            split=split.value,
+            date=date.value,
             batch_size=batch_size.value,
             dtype=dtype.value,
-            limits={name: flag.value for name, flag in limits.items()},
+            settings=settings(),
         )
+        score_file(options, mesh())
 
-    device_command.run(score_pairs, __doc__)
+    device_command.run(score_rows, __doc__)
 
 
 if __name__ == "__main__":

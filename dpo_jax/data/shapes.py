@@ -25,7 +25,7 @@ from dpo_jax.data.conversations import (
     squeezed,
     untabled,
 )
-from dpo_jax.data.ledger import Filtered, Malformed
+from dpo_jax.data.ledger import Filtered, Malformed, Unusable
 from dpo_jax.data.rows import (
     ONE_PAIR,
     Row,
@@ -65,6 +65,9 @@ CONTENT = (
     *("image", "images", "video", "videos", "audio", "audios"),
 )
 SYSTEM = ("system", "system_prompt", "system_message")
+# Where a row that is only to be answered has its prompt: the first of these that it has.
+PROMPTS = ("prompt", "messages", "conversations", "conversation", "question", "instruction")
+STAND_IN = "An answer."  # in its place
 # Of these, a row that has several leaves open which one is meant; data.columns says it.
 ALTERNATIVES = {
     *("prompt", "question", "instruction", "text", "completion", "messages", "conversations")
@@ -96,13 +99,7 @@ def local(fields: dict, columns: dict | None = None, ignore: tuple = ()) -> Row:
     columns: our name of a field -> the user's. ignore: fields to leave out. Raises Malformed where
     the row has no known shape, or more than one.
     """
-    fields = _renamed(fields, columns or {}, ignore)
-    given = {}
-    for name, value in fields.items():
-        # Tables have a null where a row lacks a field.
-        if value is not None:
-            given[name] = untabled(value) if name in _known_names() else value
-    fields = given
+    fields = _given(fields, columns or {}, ignore)
     shape = _recognised(fields, tuple(columns or ()))
     try:
         row = _with_system_and_tools(shape.read(fields), fields)
@@ -113,6 +110,54 @@ def local(fields: dict, columns: dict | None = None, ignore: tuple = ()) -> Row:
         raise
     kind = "chat" if isinstance(row.responses[0], list) else "text"
     return dataclasses.replace(_with_label(row, fields), shape=f"{shape.name}{row.shape}, {kind}")
+
+
+def local_prompt(fields: dict, columns: dict | None = None, ignore: tuple = ()) -> Row:
+    """Return a row of the user's own data for its prompt alone, with no responses.
+
+    It may be in any of SHAPES, have no answer, or answers that cannot be trained on. The prompt of
+    a conversation ends before its last answer. Arguments and errors as of `local`.
+    """
+    try:
+        row = local(fields, columns, ignore)
+        is_text_alone = not row.prompt and isinstance(row.responses[0], str)
+    except (Filtered, Malformed, Unusable):
+        row = None
+        is_text_alone = False
+    if row is None or is_text_alone:
+        row = local(_answered_by_stand_in(_given(fields, columns or {}, ignore)))
+    prompt = row.prompt
+    if prompt == []:
+        prompt = row.responses[0]
+        if prompt[-1]["role"] == "assistant":
+            prompt = prompt[: last_turn(prompt)]
+    return Row(prompt, (), tools=row.tools)
+
+
+def _answered_by_stand_in(fields: dict) -> dict:
+    """Return a row's prompt, system text and tools, with an answer that stands in for any other.
+
+    Raises Malformed where there is no prompt.
+    """
+    asked = next((name for name in PROMPTS if name in fields), None)
+    if asked is None:
+        names = ", ".join(map(repr, PROMPTS))
+        raise Malformed(f"none of the fields {names} is there", ", ".join(map(str, fields)))
+    beside = (*SYSTEM, "tools", *(("input",) if asked == "instruction" else ()))
+    kept = {name: fields[name] for name in beside if name in fields}
+    question = fields[asked]
+    # These two are bare questions, which become a user's turn.
+    if asked == "instruction":
+        return kept | {"instruction": question, "output": STAND_IN}
+    if asked == "question":
+        return kept | {"question": question, "chosen": STAND_IN, "rejected": f"No {STAND_IN}"}
+    if not isinstance(question, str):
+        messages = read_messages(question, asked)
+        # A conversation in one field may have its answer already.
+        if asked != "prompt" and messages and messages[-1]["role"] == "assistant":
+            messages = messages[: last_turn(messages)]
+        question = messages
+    return kept | {"prompt": question, "completion": STAND_IN}
 
 
 def parse_columns(text: str) -> dict[str, str]:
@@ -150,6 +195,16 @@ def _known_names() -> frozenset[str]:
     for shape in SHAPES:
         names |= shape.uses
     return frozenset(names)
+
+
+def _given(fields: dict, columns: dict, ignore: tuple) -> dict:
+    """Return the fields that have a value, under our names, without those to ignore."""
+    given = {}
+    for name, value in _renamed(fields, columns, ignore).items():
+        # Tables have a null where a row lacks a field.
+        if value is not None:
+            given[name] = untabled(value) if name in _known_names() else value
+    return given
 
 
 def _renamed(fields: dict, columns: dict, ignore: tuple) -> dict:

@@ -29,19 +29,9 @@ from tests.helpers.paths import ROOT
 from tests.helpers.tiny import tiny_config
 from tests.helpers.tiny_models import random_params
 
-PROMPT_LIMITS = dict(max_prompt_length=64, truncate="keep_end")
-
-
-LIMITS = dict(
-    max_length=512,
-    max_prompt_length=256,
-    truncate="auto",
-    on_bad_row="error",
-    max_dropped=0.05,
-    append_eos=True,
+PROMPT_SETTINGS = dict(
+    max_prompt_length=64, truncate="keep_end", columns="", template={}, ignore=()
 )
-
-
 MAKE_MESH = sharding.make_mesh
 SCRATCH = dict(
     model_type="llama",
@@ -226,28 +216,24 @@ def rows_without_timings(folder) -> list[dict]:
     return [{k: v for k, v in row.items() if k not in TIMINGS} for row in rows]
 
 
-def score_file(model, data, out):
-    """Score a file as the command does, four pairs at a time."""
-    score.score_file(
-        str(model),
-        str(data),
-        str(out),
-        sharding.make_mesh(),
-        batch_size=4,
-        dtype="float32",
-        limits=LIMITS,
-    )
+def score_file(model, data, out, **options):
+    """Score a file as the command does, four pairs at a time; options: of score.Options."""
+    given = dict(batch_size=4) | options
+    score.score_file(score.Options(str(model), str(data), str(out), **given), sharding.make_mesh())
 
 
-def sample_file(model, prompts, out, limits=PROMPT_LIMITS, **changes):
-    """Sample two completions of each prompt, three prompts at a time."""
+def sample_file(model, prompts, out, settings=None, options=None, **changes):
+    """Sample two completions of each prompt, three prompts at a time.
+
+    settings: fields of config.data. options: of sample.Options. changes: of the sampling.
+    """
     sampling = Sampling(**dict(max_new_tokens=6, n=2, batch_size=6) | changes)
-    sample.sample_file(
+    asked = sample.Options(
         str(model),
         str(prompts),
         str(out),
-        sharding.make_mesh(),
         sampling,
-        dtype="float32",
-        limits=limits,
+        settings=PROMPT_SETTINGS | (settings or {}),
+        **options or {},
     )
+    sample.sample_file(asked, sharding.make_mesh())

@@ -124,7 +124,7 @@ def test_sample_leaves_finished_file(finished, model, pairs, capsys, monkeypatch
         (dict(top_p=0.9), r"  top_p: 1.0 in the file, 0.9 now"),
         (dict(seed=1), r"  seed: 0 in the file, 1 now"),
         (
-            dict(limits=dict(max_prompt_length=8, truncate="keep_end")),
+            dict(settings=dict(max_prompt_length=8)),
             r"  max_prompt_length: 64 in the file, 8 now",
         ),
     ],
@@ -174,14 +174,15 @@ def test_sample_chat_prompts(model, tmp_path, capsys):
     texts = [dict(prompt=text) for text in ("w3 w4 w36", "w5 w36")]  # what is left of them
     found = {}
     for name, rows in (("chats", chats), ("texts", texts)):
-        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        prompts, out = tmp_path / f"{name}.jsonl", tmp_path / f"{name}_out.jsonl"
+        prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
         sample_file(
             chatty,
-            tmp_path / name,
-            tmp_path / f"{name}.jsonl",
-            limits=dict(max_prompt_length=4, truncate="auto"),
+            prompts,
+            out,
+            settings=dict(max_prompt_length=4, truncate="auto"),
         )
-        found[name] = [row["completions"] for row in lines(tmp_path / f"{name}.jsonl")]
+        found[name] = [row["completions"] for row in lines(out)]
     assert found["chats"] == found["texts"]
     assert "1 of 2 prompts fill --max_prompt_length=4; longer ones are cut by keep_end" in (
         capsys.readouterr().out
@@ -193,10 +194,10 @@ def test_sample_chat_prompts(model, tmp_path, capsys):
     [
         (
             '{"prompt": "w1"}\n{"text": "w2", "id": 7}\n',
-            r"line 2: expected a field 'prompt', text or chat messages; found the fields text, id",
+            r"row 2: none of the fields 'prompt', 'messages', .* is there; found text, id",
         ),
-        ('{"prompt": 3}\n', "line 1: expected a field 'prompt'"),
-        ("\n", "has no rows; expected lines such as"),
+        ('{"prompt": 3}\n', "row 1: field 'prompt'"),
+        ("\n", "has no rows; expected rows such as"),
     ],
 )
 def test_sample_names_bad_row(model, tmp_path, text, message):
