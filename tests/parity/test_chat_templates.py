@@ -17,6 +17,7 @@ import pytest
 
 pytest.importorskip("trl", reason="the templates are those of TRL")
 
+from dpo_jax.data.rows import TextExample
 from dpo_jax.data.tokenizer import encode, encode_prompts
 from tests.helpers.chat_tokenizers import FOLDER, make_tokenizer, template_of
 from tests.helpers.rows import assistant, data_config, read, user, write_jsonl
@@ -368,7 +369,8 @@ def test_sampled_prompt_as_transformers(name, case):
     tokenizer = tokenizer_of(name)
     prompt, *_, tools = case_of(name, case)
     settings = data_config(**LONG)
-    (ids,) = encode_prompts([prompt], tokenizer, settings, "keep_end", tools=[tools])
+    asked = TextExample(prompt, (), "row 1", tools)
+    (ids,) = encode_prompts([asked], tokenizer, settings, "keep_end")
     _, expected = rendered(tokenizer, prompt, tools, add_generation_prompt=True)
     assert ids.tolist() == expected
 
