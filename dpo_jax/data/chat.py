@@ -63,10 +63,7 @@ class Chat:
     options: dict = field(default_factory=dict)
     ignore: tuple[str, ...] = ()
     date: datetime.date = field(default_factory=datetime.date.today)
-    # What each kind of message loses in rendering: few kinds are met, and many messages.
-    _lost: dict = field(default_factory=dict, repr=False, compare=False)
-    _templates: dict = field(default_factory=dict, repr=False, compare=False)
-    _patterns: list = field(default_factory=list, repr=False, compare=False)
+    _known: "_Known" = field(default_factory=lambda: _Known(), repr=False, compare=False)
 
     def check(self, where: str) -> None:
         """Raise ValueError where there is no template to write the messages at `where` with."""
@@ -182,8 +179,10 @@ class Chat:
         answer: where it starts and ends in the whole.
         """
         spans = self._marked_spans(messages, tools, whole, answer)
-        if not spans:
-            spans = self._found_spans(messages, first, tools, whole, answer)
+        try:
+            spans = spans or self._found_spans(messages, first, tools, whole, answer)
+        except _Refused as error:  # the template cannot write the beginning alone
+            raise _not_found(first) from error
         return tuple((start - answer[0], end - answer[0]) for start, end in spans)
 
     def _marked_spans(
@@ -255,7 +254,11 @@ class Chat:
         lead, found, _ = text.partition(PROBE)
         if not found:
             raise _not_found(turn)
-        length, cue = self._alignment(lead, before)
+        said = _content(messages[turn - 1])
+        aligned = self._alignment(lead, before, said)
+        if aligned is None:
+            raise _not_found(turn)
+        length, cue = aligned
         start = len(lead) - length
         if whole[:start] == lead[:start]:
             return start, cue
@@ -263,28 +266,36 @@ class Chat:
             raise _contradicts(before[-LONGEST_LEAD:])
         raise _not_found(turn)
 
-    def _alignment(self, lead: str, before: str) -> tuple[int, str]:
+    def _alignment(self, lead: str, before: str, said: str) -> tuple[int, str] | None:
         """Return how many characters at the end of `lead` are an answer's, and the cue it lacks.
 
         lead: a conversation with an answer, up to what the answer says. before: the same
         conversation with the generation prompt. Both end in the header of the answer's turn, but
         for what the template writes in one of them only: a cue in `before`, or the white space or
-        empty thinking block in `lead` before what an answer says.
+        empty thinking block in `lead` before what an answer says. said: by the message before.
+        Returns None where they have no such header.
         """
         same = self._not_inside_token(before, len(_common_start(lead, before)))
-        if max(len(lead), len(before)) - same <= LONGEST_LEAD:
-            return len(lead) - same, before[same:]
-        # The conversations differ in their middle. The longest end that they share tells.
-        best, found = 0, (0, "")
+        by_start = len(lead) - same, before[same:]
+        if same in (len(lead), len(before)):
+            return by_start
+        # The conversations differ in their middle, or both write something of their own before the
+        # answer. In the first case they share their end, and in it what is said last.
+        best, by_end = 0, (0, "")
         for length in range(min(LONGEST_LEAD, len(lead)) + 1):
             common = _common_end(lead[: len(lead) - length], before)
             if common > best:
-                best, found = common, (length, "")
+                best, by_end = common, (length, "")
         for length in range(1, min(LONGEST_LEAD, len(before)) + 1):
             common = _common_end(lead, before[: len(before) - length])
             if common > best:
-                best, found = common, (0, before[len(before) - length :])
-        return found
+                best, by_end = common, (0, before[len(before) - length :])
+        end = len(before) - len(by_end[1])
+        last_words = said.strip()[-LONGEST_LEAD:]
+        if last_words and last_words in before[end - best : end]:
+            return by_end
+        is_near = max(len(lead), len(before)) - same <= LONGEST_LEAD
+        return by_start if is_near and (not last_words or last_words in before[:same]) else None
 
     def _not_inside_token(self, text: str, cut: int) -> int:
         """Return a cut in a text, moved before the added token that it would split.
@@ -369,7 +380,7 @@ class Chat:
             lost = lost - set(REASONING)
         if lost:
             key = sorted(lost)[0]
-            a_role = f"an {role}" if role[:1] in "aeiou" else f"a {role}"
+            a_role = f"an {role}" if role[:1] in "aeio" else f"a {role}"
             shown = message.get(key, message.get("content"))
             error = _ContentLost if key == "content" else Malformed
             raise error(
@@ -392,14 +403,14 @@ class Chat:
         kinds = tuple((key, type(value).__name__) for key, value in sorted(held.items()))
         calls = len(held.get("tool_calls", ()))
         kind = (message["role"], kinds, calls, *around, bool(tools), is_answer)
-        if kind not in self._lost:
+        if kind not in self._known.lost_keys:
             whole = self._render(messages, tools, cue=not is_answer)
             lost = set()
             for key, value in held.items():
                 if not self._writes(messages, index, tools, key, value, whole, not is_answer):
                     lost.add(key)
-            self._lost[kind] = frozenset(lost)
-        return self._lost[kind]
+            self._known.lost_keys[kind] = frozenset(lost)
+        return self._known.lost_keys[kind]
 
     def _writes(self, messages, index, tools, key, value, whole: str, cue: bool) -> bool:
         """Return whether the template writes a key of a message."""
@@ -455,12 +466,12 @@ class Chat:
         """Check that the template writes the definitions of tools; raises Malformed."""
         if not tools or "tools" in self.ignore:
             return
-        roles = "tools", *(message["role"] for message in prompt)
-        if roles not in self._lost:
-            self._lost[roles] = self._render_or_none(prompt, None, True) == text
+        roles = tuple(message["role"] for message in prompt)
+        if roles not in self._known.loses_tools:
+            self._known.loses_tools[roles] = self._render_or_none(prompt, None, True) == text
         names = [tool.get("function", tool).get("name") for tool in tools if isinstance(tool, dict)]
         names_found = all(_is_in(name, text) for name in names if isinstance(name, str))
-        if self._lost[roles] or not names_found:
+        if self._known.loses_tools[roles] or not names_found:
             raise Malformed(
                 "the chat template does not write the row's tools (use a template that does, or "
                 "pass --config.data.ignore=tools)",
@@ -488,14 +499,13 @@ class Chat:
 
     def _template(self, tools: list | None) -> str:
         """Return the template, with the date written in where it asks for today's."""
-        has_tools = bool(
-            tools
-        )  # some tokenizers have another template for conversations with tools
-        if has_tools not in self._templates:
+        # Some tokenizers have another template for conversations with tools.
+        has_tools = bool(tools)
+        if has_tools not in self._known.templates:
             named = self.options.get("chat_template")
             template = self.tokenizer.get_chat_template(named, tools)
-            self._templates[has_tools] = TODAY.sub(self._written_date, template)
-        return self._templates[has_tools]
+            self._known.templates[has_tools] = TODAY.sub(self._written_date, template)
+        return self._known.templates[has_tools]
 
     def _written_date(self, call: re.Match) -> str:
         """Return a template's string that is the date, in the format of a call for today's."""
@@ -503,15 +513,22 @@ class Chat:
 
     def spells_special(self, messages: Iterable[Message]) -> bool:
         """Return whether what messages say spells a special token of the tokenizer."""
-        if not self._patterns:
-            tokens = "|".join(map(re.escape, filter(None, self._special_tokens())))
-            self._patterns.append(re.compile(tokens or "(?!)"))
-        return any(self._patterns[0].search(text) for text in _texts(messages))
+        if self._known.specials is None:
+            added = self.tokenizer.added_tokens_decoder.values()
+            specials = [re.escape(token.content) for token in added if token.special]
+            self._known.specials = re.compile("|".join(specials) or "(?!)")  # (?!): nothing
+        return any(self._known.specials.search(text) for text in _texts(messages))
 
-    def _special_tokens(self) -> list[str]:
-        """Return the tokenizer's special tokens, as text."""
-        added = self.tokenizer.added_tokens_decoder.values()
-        return [token.content for token in added if token.special]
+
+@dataclass
+class _Known:
+    """What was found out about a template, so that it is asked once for many conversations."""
+
+    templates: dict[bool, str] = field(default_factory=dict)  # by whether there are tools
+    specials: re.Pattern | None = None  # all special tokens
+    # What each kind of message loses in rendering: few kinds are met, and many messages.
+    lost_keys: dict[tuple, frozenset] = field(default_factory=dict)
+    loses_tools: dict[tuple, bool] = field(default_factory=dict)  # by the roles of the prompt
 
 
 class _Refused(Exception):
