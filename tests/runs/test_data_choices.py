@@ -1,0 +1,47 @@
+"""Whole runs on data chosen in other ways: nothing held out, and mixtures of sets."""
+
+import json
+
+import pytest
+
+from dpo_jax import config as configs
+from dpo_jax.training.metric_names import is_evaluation
+from tests.helpers.tiny_runs import dpo_config, on_devices, rows_without_timings, run, write_pairs
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [("sft",), ("preferred_ft",), ("unlikelihood",), ("dpo",), ("rm", "ppo")],
+    ids="_".join,
+)
+def test_training_without_held_out_rows(model, pairs, tmp_path, stages):
+    config = configs.default(stages)
+    config.model.path, config.data.path = str(model), str(pairs)
+    config.data.eval_fraction = 0.0
+    for stage in stages:
+        config[stage].update(batch_size=8, steps=2, warmup_steps=0, eval_every=1, save_every=2)
+    if "ppo" in stages:
+        config.ppo.minibatch_size = 8
+        config.reward.kind, config.sampling.max_new_tokens = "rm", 4
+    with on_devices(1):
+        folder = run(config, tmp_path)
+    rows = rows_without_timings(folder)
+    assert [row["step"] for row in rows][-1] == 2
+    assert not any(is_evaluation(name) for row in rows for name in row)
+    ledger = json.loads((folder / "ledger.json").read_text())
+    if "train" in ledger:  # of rows, not of prompts alone
+        assert ledger["train"]["kept"] == ledger["train"]["read"] == 60
+        assert ledger["eval"]["kept"] == ledger["train"]["held_out"] == 0
+
+
+def test_run_on_mixture(model, pairs, tmp_path):
+    other = write_pairs(tmp_path / "other.jsonl", seed=1)
+    config = dpo_config(model, "", data__mix=f"{pairs}=20, {other}=50%", steps=2)
+    with on_devices(1):
+        folder = run(config, tmp_path / "run")
+    ledger = json.loads((folder / "ledger.json").read_text())
+    parts = [ledger["parts"][name] for name in (str(pairs), str(other))]
+    assert parts[0]["train"]["kept"] == 20 and 10 < parts[1]["train"]["kept"] < 40
+    kept = sum(part["train"]["kept"] for part in parts)
+    assert ledger["train"]["kept"] == kept and ledger["shared_prompts"] == 0
+    assert rows_without_timings(folder)[0]["loss/eval"] == pytest.approx(0.6931, abs=1e-4)
