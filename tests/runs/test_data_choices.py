@@ -22,7 +22,8 @@ def test_training_without_held_out_rows(model, pairs, tmp_path, stages):
         config[stage].update(batch_size=8, steps=2, warmup_steps=0, eval_every=1, save_every=2)
     if "ppo" in stages:
         config.ppo.minibatch_size = 8
-        config.reward.kind, config.sampling.max_new_tokens = "rm", 4
+        config.reward.update(kind="rm", path="")
+        config.sampling.max_new_tokens = 4
     with on_devices(1):
         folder = run(config, tmp_path)
     rows = rows_without_timings(folder)
