@@ -256,6 +256,12 @@ class _Recorder:
     def before_first(self, state: TrainState) -> None:
         """Evaluate what training starts from, and write it as row 0."""
         self.evaluation = self._evaluate(0, state)
+        name, keep_best = self._job.name, self._job.block.keep_best
+        if keep_best and not self.evaluation:
+            say(
+                f"{name}: no example is held out, so the last step is kept, not the best by "
+                f"config.{name}.keep_best = {keep_best!r}"
+            )
         self._write(0, self.evaluation, always=True)
         self._clock = time.monotonic()
 
@@ -278,11 +284,13 @@ class _Recorder:
             self.evaluation = self._evaluate(step, state)
             row |= self.evaluation
             # The best one is saved even where no save is due.
-            if block.keep_best:
+            if block.keep_best and self.evaluation:
                 is_best = self._checkpoints.is_better(self.evaluation[block.keep_best])
         self._write(step, row, always=evaluates)
         if saves or is_best:
-            self._checkpoints.save(step, state, self.evaluation if evaluates else None)
+            # Without held-out examples there is nothing to compare checkpoints by.
+            measured = self.evaluation if evaluates and self.evaluation else None
+            self._checkpoints.save(step, state, measured)
         # Evaluations and checkpoints are no part of the next step's time.
         self._clock = time.monotonic()
 
@@ -353,8 +361,8 @@ class _Recorder:
 
     def _check_keep_best(self, evaluation: dict[str, float]) -> None:
         name = self._job.block.keep_best
-        if name and name not in evaluation:
-            known = ", ".join(sorted(evaluation)) or "none, as no example is held out"
+        if name and evaluation and name not in evaluation:
+            known = ", ".join(sorted(evaluation))
             raise ValueError(
                 f"config.{self._job.name}.keep_best = {name!r}: expected a metric of the "
                 f"evaluation; there are: {known}"
