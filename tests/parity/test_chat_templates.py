@@ -7,9 +7,10 @@ trained on comes from the text (what stands between an assistant's header and th
 and, for TRL's training templates, from transformers' assistant mask.
 """
 
+import dataclasses
+import datetime
 import json
 import re
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -50,7 +51,7 @@ CHATML = (
 NO_TOOLS = {"tools", "tool call", "bare tool call", "tool use in the answer"}
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Template:
     """What the tests know of a template, beside the template itself."""
 
@@ -158,6 +159,16 @@ TEMPLATES = {
         reasoning="thinking",
     ),
     "lfm2": _im(bos="<|startoftext|>", refuses=NO_TOOLS_OR_REASONING),
+    "lfm2_v2": _im(bos="<|startoftext|>", refuses=REASONING),
+    # The generation prompt opens the thinking, which an answer without any closes at once.
+    "nemotron_3_nano": Template("<|im_end|>", r"<\|im_start\|>assistant\n<think>", r"<\|im_end\|>"),
+    "cohere2": Template(
+        "<|END_OF_TURN_TOKEN|>",
+        r"<\|START_OF_TURN_TOKEN\|><\|CHATBOT_TOKEN\|><\|START_RESPONSE\|>",
+        r"<\|END_OF_TURN_TOKEN\|>",
+        bos="<BOS_TOKEN>",
+        refuses=NO_TOOLS_OR_REASONING,
+    ),
     "mistral v0.3": Template(
         "</s>",
         r"\[/INST\]",
@@ -391,12 +402,56 @@ def test_refused_by_name(tmp_path, name, case, kind):
     assert re.search("the chat template (does not write|refuses)", message), message
 
 
+CALLS = [pair for pair in HOLDS if "tool" in pair[1] or "call" in pair[1]]
+
+
+@pytest.mark.parametrize("name, case", CALLS)
+def test_calls_in_the_form_of_the_row(tmp_path, name, case):
+    """Arguments as an object or as JSON text, and null content, are the same to every template."""
+    tokenizer = tokenizer_of(name)
+    *parts, tools = CASES[case]
+    known = TEMPLATES[name]
+    references = []
+    for form in (dict, str):
+        other = dataclasses.replace(known, arguments=form)
+        prompt, chosen, rejected = ([as_read(turn, other) for turn in part] for part in parts)
+        for message in (*prompt, *chosen, *rejected):
+            if form is str and not message["content"]:
+                message["content"] = None  # OpenAI's form
+        row = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "tools": tools}
+        example, _ = encoded_row(tmp_path, tokenizer, row, "pairs")
+        references.append([part.tolist() for part in (example.prompt, *example.responses)])
+    assert references[0] == references[1]
+
+
+DAY = datetime.date(2026, 1, 5)
+
+
+@pytest.mark.parametrize("name, written", [("llama3_2", "05 Jan 2026"), ("gptoss", "2026-01-05")])
+def test_date_of_the_template_is_given(name, written):
+    """The day that is kept with a stage, not today's: else a run would not resume tomorrow."""
+    tokenizer = tokenizer_of(name)
+    example = TextExample([QUESTION], ([GOOD],), "FILE row 1")
+    examples, _ = encode([example], tokenizer, data_config(**LONG), "keep_end", date=DAY)
+    (sampled,) = encode_prompts([[QUESTION]], tokenizer, data_config(**LONG), "keep_end", date=DAY)
+    text = tokenizer.decode(examples[0].prompt)
+    today, _ = rendered(tokenizer, [QUESTION], None, add_generation_prompt=True)
+    assert written in text and written not in today
+    assert examples[0].prompt.tolist() == sampled.tolist()
+    if name == "llama3_2":
+        dated, ids = rendered(
+            tokenizer, [QUESTION], None, add_generation_prompt=True, date_string=written
+        )
+        assert examples[0].prompt.tolist() == ids and text == dated
+
+
 # TRL's own tokenisation of the same rows
 
 # TRL drops the end of these prompts, "<think>" or the system text, for the answer's sake: the model
 # is then trained on a context that it never sees. Ours keeps the prompt.
 CUT_BY_TRL = {("deepseek_r1_distill", case) for case in CASES}
-CUT_BY_TRL |= {("deepseekv3", case) for case in CASES} | {("mistral v0.3", "system")}
+CUT_BY_TRL |= {(name, case) for name in ("deepseekv3", "nemotron_3_nano") for case in CASES}
+CUT_BY_TRL |= {("mistral v0.3", "system")}
 # Rows with tools go through Arrow in TRL, which gives every message null calls: templates that ask
 # whether a message has the key then fail. Those rows are compared with transformers' ids alone.
 TRL_CASES = [case for case in CASES if CASES[case][-1] is None and "definitions" not in case]
