@@ -5,6 +5,7 @@ it. Its rows are read as a run reads them, and the text of the token ids is comp
 and each response, whose tokens that are trained on stand between ⟦ and ⟧.
 """
 
+import csv
 import json
 
 import numpy as np
@@ -533,17 +534,11 @@ def test_folders_of_save_to_disk(tmp_path):
 @pytest.mark.parametrize("write", [json.dumps, repr])
 def test_chat_lists_in_csv(tmp_path, write):
     # to_csv of pandas (repr), and lists as JSON: never trained on as text.
-    import csv
-
     path = tmp_path / "rows.csv"
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["prompt", "chosen", "rejected"])
         chats = [[user(QUESTION), assistant(answer)] for answer in (GOOD, BAD)]
         writer.writerow([QUESTION, *map(write, chats)])
-    try:
-        texts = shown(load(path, chatml()).train[0], chatml())
-    except ValueError as error:
-        assert write is repr and "row 1" in str(error)
-    else:
-        assert texts == (ASKED, "⟦Blue.<|im_end|>⟧", "⟦Seven.<|im_end|>⟧")
+    texts = shown(load(path, chatml()).train[0], chatml())
+    assert texts == (ASKED, "⟦Blue.<|im_end|>⟧", "⟦Seven.<|im_end|>⟧")
