@@ -433,7 +433,8 @@ def test_date_of_the_template_is_given(name, written):
     tokenizer = tokenizer_of(name)
     example = TextExample([QUESTION], ([GOOD],), "FILE row 1")
     examples, _ = encode([example], tokenizer, data_config(**LONG), "keep_end", date=DAY)
-    (sampled,) = encode_prompts([[QUESTION]], tokenizer, data_config(**LONG), "keep_end", date=DAY)
+    asked = TextExample([QUESTION], (), "FILE row 1")
+    (sampled,) = encode_prompts([asked], tokenizer, data_config(**LONG), "keep_end", date=DAY)
     text = tokenizer.decode(examples[0].prompt)
     today, _ = rendered(tokenizer, [QUESTION], None, add_generation_prompt=True)
     assert written in text and written not in today
