@@ -5,9 +5,9 @@ nats, and `tokens_chosen, tokens_rejected`, the tokens they are summed over, EOS
 one completion gets `logp, tokens`; a row that gives several pairs a line for each, with the pair's
 `chosen` and `rejected`. The tokens, their layout and the log-probs come from the code that trains.
 
-No row is left out: one that cannot be scored says why in `unscored`. At the end stands how often
-chosen is more likely than rejected. With --reference, a second model scores the same tokens:
-`reference_logp_chosen, reference_logp_rejected`.
+No row is left out: one that cannot be scored says why in `unscored`. The last lines say how often
+chosen is more likely than rejected, in each `subset` too. With --reference a second model scores
+the same tokens: `reference_logp_chosen, reference_logp_rejected`.
 """
 
 import dataclasses
@@ -246,14 +246,17 @@ def report(pairs: list[dict]) -> str:
     for pair in pairs:
         if isinstance(pair.get("subset"), str):
             by_subset.setdefault(f"  {pair['subset']}", []).append(pair)
-    lines = [f"mean log-prob chosen {chosen:.4g}, rejected {rejected:.4g} nats"]
     rates = {name: _rates(of_subset) for name, of_subset in by_subset.items()}
-    width = max(len(name) for name in ("chosen is more likely", *rates))
-    heads = "".join(f"{head:>16}" for head in rates["all"])
-    lines.append(f"{'chosen is more likely':<{width}}{'pairs':>8}{heads}")
+    title = "chosen more likely than rejected, by"
+    width = max(len(name) for name in (title, *rates))
+    lines = [f"mean log-prob chosen {chosen:.4g}, rejected {rejected:.4g} nats"]
+    heads = ("pairs", *rates["all"])
+    lines.append("  ".join([f"{title:<{width}}", *(f"{head:>9}" for head in heads)]))
     for name, of_subset in rates.items():
-        cells = "".join(f"{rate:>16.1%}" for rate in of_subset.values())
-        lines.append(f"{name:<{width}}{len(by_subset[name]):>8}{cells}")
+        cells = [f"{len(by_subset[name]):>9}"]
+        for head, rate in of_subset.items():
+            cells.append(f"{rate:>{max(len(head), 9)}.1%}")
+        lines.append("  ".join([f"{name:<{width}}", *cells]))
     return "\n".join(lines)
 
 
@@ -261,10 +264,10 @@ def _rates(pairs: list[dict]) -> dict[str, float]:
     """Return the share of pairs whose chosen side is more likely, by each way to compare them."""
     log_probs = _of_sides(pairs, "logp")
     lengths = np.maximum(_of_sides(pairs, "tokens"), 1)
-    compared = {"in sum": log_probs, "per token": log_probs / lengths}
+    compared = {"log-prob": log_probs, "per token": log_probs / lengths}
     if "reference_logp_chosen" in pairs[0]:
         ratios = log_probs - _of_sides(pairs, "reference_logp")
-        compared |= {"than reference": ratios, "per token, too": ratios / lengths}
+        compared |= {"log-ratio": ratios, "log-ratio per token": ratios / lengths}
     return {name: float(np.mean(value[0] > value[1])) for name, value in compared.items()}
 
 

@@ -1,7 +1,10 @@
 """The sample command: what it adds to each row, and how it resumes."""
 
+import csv
+import datetime
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -9,7 +12,10 @@ import time
 import pytest
 
 from dpo_jax import sample
+from dpo_jax.sampling import generation
+from tests.helpers.clock import set_today
 from tests.helpers.paths import ROOT
+from tests.helpers.rows import write_jsonl, write_parquet
 from tests.helpers.tiny_runs import environment, sample_file, write_pairs
 
 COUNT = 600
@@ -216,3 +222,133 @@ def test_sample_tells_long_prompts(model, tmp_path, capsys):
     (tmp_path / "long.jsonl").write_text(json.dumps(dict(prompt=" ".join(["w1"] * 62))) + "\n")
     sample_file(model, tmp_path / "long.jsonl", tmp_path / "out.jsonl", n=1)
     assert "warning: up to 63 + 6 tokens, but the model was made for 64" in capsys.readouterr().out
+
+
+# rows of any format and shape
+
+
+@pytest.fixture(scope="module")
+def chat_model(model, tmp_path_factory):
+    """The model with a template that writes tools, roles and the day of the month as words."""
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    shutil.copytree(model, folder)
+    words = AutoTokenizer.from_pretrained(folder)
+    words.chat_template = (
+        "{{ '<s> w' + strftime_now('%d') }}{% if not quiet %}{{ ' w1' }}{% endif %}"
+        "{% for tool in tools or [] %}{{ ' ' + tool.function.name }}{% endfor %}"
+        "{% for m in messages %}{{ (' w10 ' if m.role == 'system' else ' w11 ') + m.content }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ ' w12' }}{% endif %}"
+    )
+    words.save_pretrained(folder)
+    return folder
+
+
+def sampled_prompt(monkeypatch, model, path, out, **asked):
+    """The ids of the prompts that a file is sampled from, as words."""
+    from transformers import AutoTokenizer
+
+    seen = []
+    generate = generation.generate
+
+    def watched(loaded, prompts, *args, **kwargs):
+        seen.extend(prompts.ids)
+        return generate(loaded, prompts, *args, **kwargs)
+
+    monkeypatch.setattr(generation, "generate", watched)
+    sample_file(model, path, out, n=1, **asked)
+    return AutoTokenizer.from_pretrained(model).batch_decode(seen)
+
+
+TOOLS = [{"type": "function", "function": {"name": "w7", "parameters": {"type": "object"}}}]
+ASKED = {"prompt": [dict(role="user", content="w3")], "system": "w2", "tools": TOOLS, "id": 7}
+
+
+def test_sample_rows_of_every_shape(chat_model, tmp_path, monkeypatch):
+    said = dict(role="user", content="w3"), dict(role="assistant", content="w4")
+    rows = [
+        ASKED,
+        dict(prompt="w3", system="w2"),
+        dict(messages=list(said)),
+        dict(messages=[*said, dict(role="user", content="w5")]),
+        dict(instruction="w3", output="w4", dataset="helpful_base"),
+        dict(prompt=said[:1], chosen=said[1:], rejected=said[1:]),
+        dict(prompt="w3", chosen="", rejected=None),
+    ]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    asked = dict(options=dict(date=datetime.date(2026, 11, 26)))
+    found = sampled_prompt(monkeypatch, chat_model, path, tmp_path / "out.jsonl", **asked)
+    assert found == [
+        "<s> w26 w1 w7 w10 w2 w11 w3 w12",
+        "<s> w26 w1 w10 w2 w11 w3 w12",
+        "<s> w26 w1 w11 w3 w12",
+        "<s> w26 w1 w11 w3 w11 w4 w11 w5 w12",
+        "<s> w26 w1 w11 w3 w12",
+        "<s> w26 w1 w11 w3 w12",
+        "<s> w3",
+    ]
+    for row, kept in zip(rows, lines(tmp_path / "out.jsonl"), strict=True):
+        assert kept.items() >= json.loads(json.dumps(row)).items()
+
+
+def write_csv(path, rows):
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        for row in rows:
+            writer.writerow(
+                {k: v if isinstance(v, str | int) else json.dumps(v) for k, v in row.items()}
+            )
+
+
+@pytest.mark.parametrize("form", ["parquet", "json", "csv"])
+def test_sample_files_of_every_format(chat_model, tmp_path, monkeypatch, form):
+    path = tmp_path / f"rows.{form}"
+    if form == "parquet":
+        write_parquet(path, [ASKED])
+    elif form == "json":
+        path.write_text(json.dumps([ASKED]))
+    else:
+        write_csv(path, [ASKED])
+    asked = dict(options=dict(date=datetime.date(2026, 11, 26)))
+    found = sampled_prompt(monkeypatch, chat_model, path, tmp_path / "out.jsonl", **asked)
+    assert found == ["<s> w26 w1 w7 w10 w2 w11 w3 w12"]
+    (row,) = lines(tmp_path / "out.jsonl")
+    assert row["prompt"] == ASKED["prompt"] and isinstance(row["completion"], str)
+
+
+def test_sample_with_columns_and_template(chat_model, tmp_path, monkeypatch):
+    asked = dict(role="user", content="w3")
+    path = write_jsonl(tmp_path / "rows.jsonl", [dict(query=[asked], tools=TOOLS)])
+    found = sampled_prompt(
+        monkeypatch,
+        chat_model,
+        path,
+        tmp_path / "out.jsonl",
+        settings=dict(columns="prompt=query", template=dict(quiet=True), ignore=("tools",)),
+        options=dict(date=datetime.date(2026, 11, 26)),
+    )
+    assert found == ["<s> w26 w11 w3 w12"]
+    settings = json.loads((tmp_path / "out.jsonl.settings.json").read_text())
+    assert settings["template"] == dict(quiet=True) and settings["ignore"] == ["tools"]
+
+
+def test_sample_continues_with_its_date(chat_model, tmp_path, monkeypatch):
+    """A file that is continued on another day has the prompts with which it was begun."""
+    path = write_jsonl(tmp_path / "rows.jsonl", [ASKED] * 12)
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    set_today(monkeypatch, "2026-11-26")
+    sample_file(chat_model, path, whole)
+    out.write_text("".join(whole.read_text().splitlines(keepends=True)[:6]))
+    for name in ("whole", "out"):
+        settings = (tmp_path / "whole.jsonl.settings.json").read_text()
+        (tmp_path / f"{name}.jsonl.settings.json").write_text(settings)
+    set_today(monkeypatch, "2026-11-27")
+    sample_file(chat_model, path, out)
+    assert out.read_bytes() == whole.read_bytes()
+    sample_file(chat_model, path, tmp_path / "tomorrow.jsonl")
+    assert (tmp_path / "tomorrow.jsonl").read_bytes() != whole.read_bytes()
+    other = dict(date=datetime.date(2026, 11, 27))
+    with pytest.raises(ValueError, match="  date: '2026-11-26' in the file, '2026-11-27' now"):
+        sample_file(chat_model, path, out, options=other)

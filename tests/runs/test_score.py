@@ -8,6 +8,7 @@ import pyarrow.parquet
 import pytest
 
 from dpo_jax.training.metrics import read_rows
+from tests.helpers.rows import write_jsonl
 from tests.helpers.tiny_runs import dpo_config, run, score_file, write_model, write_pairs
 
 
@@ -91,3 +92,126 @@ def test_score_names_bad_row(scored, tmp_path):
     with pytest.raises(ValueError, match="bad.jsonl row 2"):
         score_file(folder / "model", tmp_path / "bad.jsonl", tmp_path / "out.jsonl")
     assert not (tmp_path / "out.jsonl").exists()
+
+
+# every row is kept
+
+
+def score_rows(folder, tmp_path, rows, **options):
+    """Score rows; return the lines written."""
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    score_file(folder / "model", tmp_path / "rows.jsonl", tmp_path / "out.jsonl", **options)
+    return [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+
+
+def test_score_equal_and_empty_answers(scored, tmp_path):
+    """They teach nothing, and have log-probs like any other."""
+    folder, _ = scored
+    rows = [
+        dict(prompt="w1", chosen="w2 w3", rejected="w2 w3"),
+        dict(prompt="w1", chosen="w2 w3", rejected=""),
+        dict(prompt="w1", chosen="", rejected=""),
+    ]
+    equal, half, empty = score_rows(folder, tmp_path, rows)
+    assert equal["logp_chosen"] == equal["logp_rejected"] == pytest.approx(half["logp_chosen"])
+    assert equal["tokens_chosen"] == 3 and half["tokens_rejected"] == 1  # EOS alone
+    assert empty["logp_chosen"] == pytest.approx(half["logp_rejected"], abs=1e-4)
+
+
+def test_score_completions(scored, tmp_path, capsys):
+    """Rows of one completion, liked or not, beside pairs."""
+    folder, _ = scored
+    rows = [
+        dict(prompt="w1", completion="w2 w3"),
+        dict(prompt="w1", chosen="w2 w3", rejected="w4"),
+        dict(prompt="w1", completion="w4", label=False),
+    ]
+    liked, pair, other = score_rows(folder, tmp_path, rows)
+    assert liked["logp"] == pytest.approx(pair["logp_chosen"], abs=1e-4) and liked["tokens"] == 3
+    assert other["logp"] == pytest.approx(pair["logp_rejected"], abs=1e-4)
+    assert "scored 1 pairs and 2 completions" in capsys.readouterr().out
+
+
+def test_score_several_pairs_of_a_row(scored, tmp_path):
+    """A line for each, with the pair's own answers."""
+    folder, _ = scored
+    answers = [dict(answer="w3", rank=2), dict(answer="w2", rank=1), dict(answer="w4", rank=3)]
+    rows = [dict(prompt="w1", answers=answers, id=7), dict(prompt="w1", chosen="w2", rejected="w3")]
+    *lines, pair = score_rows(folder, tmp_path, rows)
+    said = [(line["chosen"], line["rejected"]) for line in lines]
+    assert len(lines) == 3 and all(line["id"] == 7 for line in lines)
+    assert [tuple(map(str.strip, texts)) for texts in said] == [
+        ("w2", "w3"),
+        ("w2", "w4"),
+        ("w3", "w4"),
+    ]
+    assert lines[0]["logp_chosen"] == lines[1]["logp_chosen"]
+    assert lines[0]["logp_chosen"] == pytest.approx(pair["logp_chosen"], abs=1e-4)
+
+
+def test_score_says_why_a_row_is_unscored(scored, tmp_path, capsys):
+    folder, _ = scored
+    rows = [
+        dict(prompt="w1", chosen="w2", rejected="w3"),
+        dict(prompt="w1", chosen="w2", rejected=4),
+        dict(prompt="w1", answers=[dict(answer="w3", rank=1), dict(answer="w4", rank=1)]),
+    ]
+    with pytest.raises(ValueError, match="rows.jsonl row 2: .*\n.*\n.*\n.*--on_bad_row=drop"):
+        score_rows(folder, tmp_path, rows)
+    settings = dict(on_bad_row="drop", max_dropped=0.5)
+    good, bad, tie = score_rows(folder, tmp_path, rows, settings=settings)
+    assert "unscored" not in good and good["logp_chosen"] < 0
+    assert "'rejected' is not text" in bad["unscored"] and bad["rejected"] == 4
+    assert tie["unscored"] and tie["answers"] == rows[2]["answers"]
+    assert "scored 1 pairs into" in capsys.readouterr().out
+
+
+def test_score_reports_accuracy(scored, tmp_path, capsys):
+    """In all pairs and in each subset, in sum, per token and against a reference."""
+    folder, _ = scored
+    rows = []
+    for number, subset in enumerate(["easy", "hard", "easy", "hard", "hard", "easy"]):
+        chosen, rejected = f"w{number} w{number + 9}", f"w{30 - number}"
+        rows.append(dict(prompt="w1", chosen=chosen, rejected=rejected, subset=subset))
+    other = write_model(tmp_path / "other", scale=5)
+    capsys.readouterr()
+    lines = score_rows(folder, tmp_path, rows, reference=str(other))
+    told = capsys.readouterr().out.splitlines()
+
+    def rates(some):
+        sums = np.array([[line["logp_chosen"], line["logp_rejected"]] for line in some])
+        lengths = np.array([[line["tokens_chosen"], line["tokens_rejected"]] for line in some])
+        theirs = np.array(
+            [[line["reference_logp_chosen"], line["reference_logp_rejected"]] for line in some]
+        )
+        compared = (sums, sums / lengths, sums - theirs, (sums - theirs) / lengths)
+        return [f"{(values[:, 0] > values[:, 1]).mean():.1%}" for values in compared]
+
+    heads = "chosen more likely than rejected, by pairs log-prob per token log-ratio"
+    title = told.index(next(line for line in told if line.split()[:2] == ["chosen", "more"]))
+    assert " ".join(told[title].split()).startswith(heads)
+    subsets = dict(all=lines)
+    for name in ("easy", "hard"):
+        subsets[name] = [line for line in lines if line["subset"] == name]
+    for row, (name, some) in zip(told[title + 1 :], subsets.items(), strict=True):
+        assert row.split() == [name, str(len(some)), *rates(some)]
+    # The other model is a model of its own.
+    score_file(other, tmp_path / "rows.jsonl", tmp_path / "other.jsonl")
+    its = [json.loads(line) for line in (tmp_path / "other.jsonl").read_text().splitlines()]
+    assert [line["logp_chosen"] for line in its] == [
+        line["reference_logp_chosen"] for line in lines
+    ]
+
+
+def test_score_of_one_split(scored, tmp_path):
+    folder, rows = scored
+    text = (folder / "pairs.jsonl").read_text()
+    (tmp_path / "data").mkdir()
+    for name in ("filtered", "raw"):
+        (tmp_path / "data" / f"{name}-00000-of-00001.jsonl").write_text(text)
+    with pytest.raises(ValueError, match="has the splits filtered, raw: choose one by --split"):
+        score_file(folder / "model", tmp_path / "data", tmp_path / "out.jsonl")
+    with pytest.raises(ValueError, match="--split=test: .* has no such split; it has filtered"):
+        score_file(folder / "model", tmp_path / "data", tmp_path / "out.jsonl", split="test")
+    score_file(folder / "model", tmp_path / "data", tmp_path / "out.jsonl", split="raw")
+    assert [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()] == rows
