@@ -65,7 +65,7 @@ BLOCKS = {  # block -> its heading and what to say about it
         "remaining devices. See [planning](planning.md#choosing-a-mesh).",
     ),
     "log": ("Logging: `log`", ""),
-    "export": ("Exports: `export`", ""),
+    "export": ("Exports: `export`", "See [exports](exports.md)."),
     "reward": (
         "Reward: `reward`",
         "For the stages that sample: `pairs`, `ppo`, `best_of_n`, `evaluate`.",

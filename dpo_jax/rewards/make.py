@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 
 from dpo_jax.data import toy
-from dpo_jax.models import hf, safetensors_io
+from dpo_jax.models import hf, loading, safetensors_io
 from dpo_jax.rewards import classifier, reward_model
 
 
@@ -72,8 +72,11 @@ def check_reward(kind: str, path: str) -> None:
 
     Raises FileNotFoundError where there is none.
     """
-    if kind in ("classifier", "model"):
+    if kind == "classifier":
         safetensors_io.files(hf.fetch(path))
+    if kind == "model":
+        folder, _ = loading.find(path)  # the base's, where the path is an adapter's
+        safetensors_io.files(folder)
 
 
 def _of_text(positive: Callable) -> Callable:

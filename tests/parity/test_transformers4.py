@@ -30,26 +30,28 @@ pytestmark = pytest.mark.skipif(
 NEW_TOKENS = 12
 CHAT = [{"role": "user", "content": "w14 w25"}]
 
-# Run by either Python: what a folder's model and tokenizer do, in JSON.
+# Run by either Python: what each folder's model and tokenizer do, in JSON.
 LOOK = """
 import json, sys
 import torch, transformers
-folder, ids, chat, new_tokens = json.loads(sys.argv[1])
-model, told = transformers.AutoModelForCausalLM.from_pretrained(
-    folder, attn_implementation="eager", dtype=torch.float32, output_loading_info=True
-)
-with torch.no_grad():
-    logits = model.eval()(torch.tensor([ids])).logits[0]
-found = dict(
-    version=transformers.__version__,
-    logits=logits.tolist(),
-    told={name: sorted(map(str, value)) for name, value in told.items()},
-    config_dtype=str(transformers.AutoConfig.from_pretrained(folder).dtype),
-)
-if chat:
+
+def look(folder, ids, chat, new_tokens):
+    model, told = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="eager", dtype=torch.float32, output_loading_info=True
+    )
+    with torch.no_grad():
+        logits = model.eval()(torch.tensor([ids])).logits[0]
+    found = dict(
+        version=transformers.__version__,
+        logits=logits.tolist(),
+        told={name: sorted(map(str, value)) for name, value in told.items()},
+        config_dtype=str(transformers.AutoConfig.from_pretrained(folder).dtype),
+    )
+    if not chat:
+        return found
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     answer = model.generate(torch.tensor([ids]), max_new_tokens=new_tokens)[0, len(ids):]
-    found |= dict(
+    return found | dict(
         answer=answer.tolist(),
         stops=model.generation_config.eos_token_id,
         tokenizer_class=type(tokenizer).__name__,
@@ -57,24 +59,31 @@ if chat:
         rendered=tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True),
         ids=tokenizer("<|begin_of_text|> w1 w57 <|eot_id|> <|assistant|> ??").input_ids,
     )
-print(json.dumps(found))
+
+print(json.dumps([look(*asked) for asked in json.loads(sys.argv[1])]))
 """
 
 
-def look(python: str, folder, ids, chat=None) -> dict:
-    """Return what a version of transformers finds in a folder."""
-    asked = json.dumps([str(folder), list(map(int, ids)), chat, NEW_TOKENS])
+def look(python: str, folders, ids, chat=None) -> list[dict]:
+    """Return what a version of transformers finds in each folder."""
+    ids = list(map(int, ids))
+    asked = json.dumps([[str(folder), ids, chat, NEW_TOKENS] for folder in folders])
     done = subprocess.run([python, "-c", LOOK, asked], text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def in_both(folder, ids, chat=None) -> tuple[dict, dict]:
-    """Return what transformers 4 and 5 find."""
-    four = look(os.environ[OTHER], folder, ids, chat)
-    five = look(sys.executable, folder, ids, chat)
-    assert four["version"].startswith("4.57") and five["version"].startswith("5.")
-    return four, five
+def in_both(folders, ids, chat=None) -> list[tuple[dict, dict]]:
+    """Return what transformers 4 and 5 find in each folder."""
+    found = []
+    for four, five in zip(
+        look(os.environ[OTHER], folders, ids, chat),
+        look(sys.executable, folders, ids, chat),
+        strict=True,
+    ):
+        assert four["version"].startswith("4.57") and five["version"].startswith("5.")
+        found.append((four, five))
+    return found
 
 
 def assert_same_model(four: dict, five: dict) -> None:
@@ -84,11 +93,22 @@ def assert_same_model(four: dict, five: dict) -> None:
         assert not any(found["told"].values()), found["told"]  # keys missing, unexpected, ...
 
 
-@pytest.mark.parametrize("variant", tiny_models.VARIANTS)
-def test_logits_are_equal(variant, tmp_path):
-    folder = tiny_models.save_model(tiny_models.random_model(variant), tmp_path / "hf")
+@pytest.fixture(scope="module")
+def variants(tmp_path_factory):
+    """Variant -> what the two versions find in its export."""
+    place = tmp_path_factory.mktemp("variants")
+    folders = [
+        tiny_models.save_model(tiny_models.random_model(variant), place / variant)
+        for variant in tiny_models.VARIANTS
+    ]
     # Long enough that rotations of another base, or another window, would show.
-    assert_same_model(*in_both(folder, np.random.default_rng(0).integers(2, 96, 40)))
+    ids = np.random.default_rng(0).integers(2, 96, 40)
+    return dict(zip(tiny_models.VARIANTS, in_both(folders, ids), strict=True))
+
+
+@pytest.mark.parametrize("variant", tiny_models.VARIANTS)
+def test_logits_are_equal(variant, variants):
+    assert_same_model(*variants[variant])
 
 
 @pytest.fixture(scope="module")
@@ -110,8 +130,8 @@ def test_chat_model_stops_where_its_source_does(dtype, source, tmp_path):
         opened.source,
         Options(dtype),
     )
-    before = look(os.environ[OTHER], source, chat_model.PROMPT, CHAT)
-    four, five = in_both(tmp_path / "hf", chat_model.PROMPT, CHAT)
+    (before,) = look(os.environ[OTHER], [source], chat_model.PROMPT, CHAT)
+    ((four, five),) = in_both([tmp_path / "hf"], chat_model.PROMPT, CHAT)
     assert_same_model(four, five)
     np.testing.assert_allclose(four["logits"], before["logits"], atol=1e-5)
     for name in ("stops", "answer", "rendered", "ids"):
@@ -138,7 +158,7 @@ def test_tokenizer_that_transformers_5_saved(source, tmp_path):
         opened.tokenizer,
         opened.source,
     )
-    four, five = in_both(tmp_path / "hf", chat_model.PROMPT, CHAT)
+    ((four, five),) = in_both([tmp_path / "hf"], chat_model.PROMPT, CHAT)
     assert four["rendered"] == five["rendered"] and five["rendered"].endswith("w0")
     assert four["ids"] == five["ids"]
     assert set(chat_model.HEADERS) <= set(four["special"])

@@ -154,6 +154,23 @@ def test_adapter_brings_whole_tensors(base, adapter):
     np.testing.assert_array_equal(params["head"]["kernel"], head.T)
 
 
+@pytest.mark.parametrize("variant", ["llama2", "llama3", "gpt2"])
+def test_adapter_of_reward_model(variant, tmp_path):
+    """Its head comes with it; the base is a language model, tied or not."""
+    theirs, _, params = model = tiny_models.random_model(variant)
+    folder = tiny_models.save_model(model, tmp_path / "base")
+    config = families.from_hf(theirs, head="reward")
+    adapters = Lora(3, 12.0)
+    trained = jax.device_put(random_adapters(config, adapters))
+    peft.save(tmp_path / "adapter", config, theirs, adapters, trained, base=str(folder))
+    _, found = loading.find(str(tmp_path / "adapter"))
+    merged = hf.load(folder, config, tiny_models.placed(config), found)
+    body = {name: value for name, value in params.items() if name != "head"}
+    expected = lora.merge(body, trained, adapters)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), merged, expected)
+    assert np.abs(merged["head"]["scalar"]).max() > 0.1
+
+
 def test_adapter_over_an_adapter(base, adapter, tmp_path):
     second = write_adapter(tmp_path / "second", adapter, targets=("q",))
     assert json.loads((second / "adapter_config.json").read_text())[
