@@ -279,21 +279,17 @@ class Chat:
         by_start = len(lead) - same, before[same:]
         if same in (len(lead), len(before)):
             return by_start
+        last_words = said.strip()[-LONGEST_LEAD:]
         # The conversations differ in their middle, or both write something of their own before the
         # answer. In the first case they share their end, and in it what is said last.
-        best, by_end = 0, (0, "")
-        for length in range(min(LONGEST_LEAD, len(lead)) + 1):
-            common = _common_end(lead[: len(lead) - length], before)
-            if common > best:
-                best, by_end = common, (length, "")
-        for length in range(1, min(LONGEST_LEAD, len(before)) + 1):
-            common = _common_end(lead, before[: len(before) - length])
-            if common > best:
-                best, by_end = common, (0, before[len(before) - length :])
-        end = len(before) - len(by_end[1])
-        last_words = said.strip()[-LONGEST_LEAD:]
-        if last_words and last_words in before[end - best : end]:
-            return by_end
+        for length in range(LONGEST_LEAD + 1):
+            for in_lead, in_before in ((length, 0), (0, length)):
+                shared_lead = lead[: max(len(lead) - in_lead, 0)]
+                shared_before = before[: max(len(before) - in_before, 0)]
+                common = _common_end(shared_lead, shared_before)
+                shared = shared_before[len(shared_before) - common :]
+                if last_words and last_words in shared:
+                    return len(lead) - len(shared_lead), before[len(shared_before) :]
         is_near = max(len(lead), len(before)) - same <= LONGEST_LEAD
         return by_start if is_near and (not last_words or last_words in before[:same]) else None
 
@@ -414,17 +410,16 @@ class Chat:
 
     def _writes(self, messages, index, tools, key, value, whole: str, cue: bool) -> bool:
         """Return whether the template writes a key of a message."""
-        probes = _probes(key, value)
-        texts = []
-        for probed in probes:
-            replaced = _replaced(messages, index, key, probed)
-            texts.append(self._render_or_none(replaced, tools, cue))
-        if probes and all(text is None or PROBE in text for text in texts):
+        probes = _probes(key, value, PROBE)
+        for probed, other in zip(probes, _probes(key, value, PROBE[::-1]), strict=True):
+            text = self._render_or_none(_replaced(messages, index, key, probed), tools, cue)
+            if text is None or PROBE in text:
+                continue
+            # It may be written in another form, which then differs from text to text.
+            if self._render_or_none(_replaced(messages, index, key, other), tools, cue) == text:
+                return False
+        if probes:
             return True
-        # Not as it is; but perhaps in another form, which differs from text to text.
-        if isinstance(value, str):
-            other = _replaced(messages, index, key, PROBE[::-1])
-            return self._render_or_none(other, tools, cue) != texts[0]
         try:
             text = self._render(_replaced(messages, index, key, None), tools, cue=cue)
         except _Refused:
@@ -444,9 +439,10 @@ class Chat:
         if content.strip() not in text:
             reasoning, mark, said = content.rpartition("</think>")
             if mark and reasoning.replace("<think>", "").strip():
-                without = _with(messages, index, _saying(message, said))
-                if self._render_or_none(without, tools, not is_answer) == text:
-                    lost.add("reasoning")
+                for rest in (said, said.lstrip()):
+                    without = _with(messages, index, _saying(message, rest))
+                    if self._render_or_none(without, tools, not is_answer) == text:
+                        lost.add("reasoning")
                 content = said
             for line in content.splitlines():
                 if line.strip() and not _is_in(line.strip(), text):
@@ -656,27 +652,27 @@ def _holds(key: str, value) -> bool:
     return value is not None and not (isinstance(value, str | list | dict) and not value)
 
 
-def _probes(key: str, value) -> list:
+def _probes(key: str, value, probe: str) -> list:
     """Return values like this one that hold the probe, each of which a template must write."""
     if key == "tool_calls" and isinstance(value, list):
         probes = []
         for index, call in enumerate(value):
-            for probed in _probed_calls(call):
+            for probed in _probed_calls(call, probe):
                 probes.append([*value[:index], probed, *value[index + 1 :]])
         return probes
     if key == "content" and isinstance(value, list):
-        return [_parts(PROBE)]
-    return [PROBE] if isinstance(value, str) else []
+        return [_parts(probe)]
+    return [probe] if isinstance(value, str) else []
 
 
-def _probed_calls(call) -> list[dict]:
-    """Return a tool call twice, with the probe as its name and in its arguments."""
+def _probed_calls(call, probe: str) -> list[dict]:
+    """Return a tool call with the probe as its name, and one with it in its arguments."""
     function = _function(call)
-    probed = [{**function, "name": PROBE}]
+    probed = [{**function, "name": probe}]
     if isinstance(function.get("arguments"), str):
-        probed.append({**function, "arguments": json.dumps({PROBE: PROBE})})
+        probed.append({**function, "arguments": json.dumps({probe: probe})})
     elif function.get("arguments"):
-        probed.append({**function, "arguments": {PROBE: PROBE}})
+        probed.append({**function, "arguments": {probe: probe}})
     if isinstance(call, dict) and "function" in call:
         return [{**call, "function": function} for function in probed]
     return probed

@@ -1,0 +1,577 @@
+"""Chat templates: turns found, nothing lost, dates fixed; ids beside transformers and TRL."""
+
+import datetime
+
+import pytest
+import trl.data_utils
+
+from dpo_jax.data.chat import Chat
+from dpo_jax.data.ledger import Malformed
+from dpo_jax.data.rows import TextExample
+from dpo_jax.data.tokenizer import encode, encode_prompts
+from tests.helpers.chat_tokenizers import make_tokenizer, template_of
+from tests.unit.data import test_tokenizer
+
+EOS = {
+    "qwen2_5": "<|im_end|>",
+    "qwen2_5_training": "<|im_end|>",
+    "qwen3": "<|im_end|>",
+    "qwen3_training": "<|im_end|>",
+    "qwen3_5_nothink": "<|im_end|>",
+    "llama3": "<|eot_id|>",
+    "llama3_training": "<|eot_id|>",
+    "llama3_2": "<|eot_id|>",
+    "gemma3": "<end_of_turn>",
+    "gemma4": "<turn|>",
+    "gemma4_v5": "<turn|>",
+    "gemma_training": "<end_of_turn>",
+    "phi3": "<|endoftext|>",
+    "gptoss": "<|return|>",
+    "glm4moe": "<|user|>",
+    "lfm2": "<|im_end|>",
+    "cohere2": "<|END_OF_TURN_TOKEN|>",
+    "deepseek_r1_distill": "<｜end▁of▁sentence｜>",
+    "deepseekv3_training": "<｜end▁of▁sentence｜>",
+    "nemotron_3_nano": "<|im_end|>",
+    "idefics3": "<end_of_utterance>",
+}
+# The system text goes with the last user turn, so that it moves when the conversation goes on.
+MOVING_SYSTEM = """\
+{%- set system = messages[0].content + '\\n\\n' if messages[0].role == 'system' else '' %}
+{{- bos_token }}
+{%- for message in messages if message.role != 'system' %}
+    {%- if message.role == 'user' %}
+        {{- '[INST] ' + (system if loop.last else '') + message.content + '[/INST]' }}
+    {%- else %}
+        {{- ' ' + message.content + eos_token }}
+    {%- endif %}
+{%- endfor %}"""
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "get_weather",
+            "description": "The weather of a place",
+            "parameters": {
+                "type": "object",
+                "properties": {"place": {"type": "string", "description": "Which place"}},
+                "required": ["place"],
+            },
+        },
+    }
+]
+CALL = {"id": "call_1", "type": "function", "function": {"name": "get_weather"}}
+CALL["function"]["arguments"] = {"place": "Paris"}
+RESULT = {"role": "tool", "name": "get_weather", "tool_call_id": "call_1", "content": "9 degrees"}
+
+
+def data_config(**changes):
+    return test_tokenizer.data_config(**{"max_length": 4000, "max_prompt_length": 3000} | changes)
+
+
+def system(content):
+    return {"role": "system", "content": content}
+
+
+def user(content="Name a colour."):
+    return {"role": "user", "content": content}
+
+
+def said(content, **more):
+    return {"role": "assistant", "content": content, **more}
+
+
+def called(*calls):
+    return {"role": "assistant", "tool_calls": list(calls)}
+
+
+SEVERAL = [said("Blue, mostly."), user("And then?"), said("Grey."), user("Sure?"), said("<b>Yes")]
+
+
+def tokenizer_of(name, **more):
+    return make_tokenizer(template_of(name), EOS[name], "<s>", **more)
+
+
+def chat_of(name, **settings):
+    return Chat(tokenizer_of(name), date=datetime.date(2026, 1, 2), **settings)
+
+
+def marked(response):
+    """The text of a response, with what is trained on between ⟦ and ⟧."""
+    text = response.text
+    for start, end in reversed(response.spans or [(0, len(text))]):
+        text = text[:start] + "⟦" + text[start:end] + "⟧" + text[end:]
+    return text
+
+
+def rendered(chat, prompt, *responses, tools=None):
+    example = chat.example(prompt, responses, tools)
+    return example.prompt, *(marked(response) for response in example.responses)
+
+
+# beside transformers and TRL
+
+
+@pytest.mark.parametrize("kind", ["bytes", "llama2", "metaspace"])
+@pytest.mark.parametrize(
+    "name", ["qwen2_5", "qwen3", "llama3", "gemma3", "phi3", "lfm2", "cohere2", "gptoss", "glm4moe"]
+)
+@pytest.mark.parametrize(
+    "prompt",
+    [[user()], [system("Be brief."), user()], [user(), said("Grey."), user("Sure?")]],
+    ids=["one", "system", "several"],
+)
+def test_ids_are_those_of_transformers_and_trl(name, prompt, kind):
+    tokenizer = tokenizer_of(name, kind=kind)
+    answers = [[said("Blue, mostly.")], [said("It rains.")]]
+    row = TextExample(prompt, tuple(answers), "row 1")
+    examples, counts = encode([row], tokenizer, data_config(), "keep_start")
+    (example,) = examples
+    assert (counts.boundary_merges, counts.laid_behind) == (0, 0)
+
+    prompt_ids = trl.data_utils._tokenize(tokenizer, prompt, add_generation_prompt=True)
+    (same,) = encode_prompts([row], tokenizer, data_config(), "keep_start")
+    assert example.prompt.tolist() == prompt_ids["input_ids"] == same.tolist()
+    for response, answer in zip(example.responses, answers, strict=True):
+        whole = trl.data_utils._tokenize(tokenizer, [*prompt, *answer])["input_ids"]
+        ids = [*example.prompt, *response]
+        eos = tokenizer.eos_token_id
+        # Only the EOS of a template that has none is added, and white space after it left off.
+        assert ids[-1] == eos and ids.count(eos) - whole.count(eos) in (0, 1)
+        common = trl.data_utils.common_prefix_length(ids, whole)
+        assert common >= len(ids) - 1 and not tokenizer.decode(whole[common:]).strip()
+
+
+@pytest.mark.parametrize("kind", ["bytes", "llama2", "metaspace"])
+@pytest.mark.parametrize("name", ["qwen2_5_training", "llama3_training", "qwen3_training"])
+def test_masks_are_those_of_transformers(name, kind):
+    tokenizer = tokenizer_of(name, kind=kind)
+    row = TextExample([user()], (SEVERAL,), "row 1")
+    (example,), counts = encode([row], tokenizer, data_config(), "keep_start")
+    whole = tokenizer.apply_chat_template(
+        [user(), *SEVERAL], return_dict=True, return_assistant_tokens_mask=True
+    )
+    start = len(example.prompt)
+    ids, mask = whole["input_ids"][start:], whole["assistant_masks"][start:]
+    (response,), (found,) = example.responses, example.completion_masks
+    assert response.tolist() == ids[: len(response)]
+    assert found.tolist() == [bool(trained) for trained in mask[: len(response)]]
+    assert counts.other_turns == 2
+
+
+@pytest.mark.parametrize("kind", ["bytes", "llama2", "metaspace"])
+@pytest.mark.parametrize(
+    "name", ["qwen2_5", "qwen3", "llama3", "gemma3", "gemma4", "phi3", "gptoss", "glm4moe"]
+)
+def test_masks_cover_what_assistants_say(name, kind):
+    tokenizer = tokenizer_of(name, kind=kind)
+    row = TextExample([user()], (SEVERAL, [said("No")]), "row 1")
+    (example,), counts = encode([row], tokenizer, data_config(), "keep_start")
+    mask, whole_mask = example.completion_masks
+    response = example.responses[0]
+    trained, context = tokenizer.decode(response[mask]), tokenizer.decode(response[~mask])
+    assert whole_mask.all() and counts.other_turns == 2
+    for message in SEVERAL:
+        inside, outside = trained, context
+        if message["role"] == "user":
+            inside, outside = context, trained
+        # Decoders of SentencePiece's kind lose the first space of a text.
+        content = message["content"].replace(" ", "")
+        assert content in inside.replace(" ", "") and content not in outside.replace(" ", "")
+
+
+# where turns start and end
+
+
+def test_turns_of_marks_and_of_prefixes_are_the_same():
+    for name in ("qwen2_5_training", "llama3_training", "gemma_training"):
+        chat = chat_of(name)
+        messages = [user(), *SEVERAL]
+        whole = chat._render(messages, None)
+        start = len(chat._render([user()], None, cue=True))
+        answer = start, start + len(chat._without_tail(whole[start:]))
+        marks = chat._marked_spans(messages, None, whole, answer)
+        found = chat._found_spans(messages, 1, None, whole, answer)
+        # A mark may have the white space after the EOS.
+        texts = [whole[a:b].strip() for a, b in marks]
+        assert texts == [whole[a:b] for a, b in found] and len(texts) == 3
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        (
+            "qwen3",  # an earlier turn has no thinking block, the last has
+            "⟦Blue.<|im_end|>⟧\n<|im_start|>user\nMore?<|im_end|>\n<|im_start|>assistant\n"
+            "⟦<think>\n\n</think>\n\nGrey.<|im_end|>⟧",
+        ),
+        (
+            "phi3",  # EOS only at the end
+            "⟦Blue.<|end|>\n⟧<|user|>\nMore?<|end|>\n<|assistant|>\n⟦Grey.<|end|>\n<|endoftext|>⟧",
+        ),
+        (
+            "gptoss",  # one token ends a turn, another the conversation
+            "⟦<|channel|>final<|message|>Blue.<|end|>⟧<|start|>user<|message|>More?<|end|>"
+            "<|start|>assistant⟦<|channel|>final<|message|>Grey.<|return|>⟧",
+        ),
+        (
+            "glm4moe",  # no token ends a turn
+            "⟦\n<think></think>\nBlue.⟧<|user|>\nMore?<|assistant|>⟦\n<think></think>\nGrey.⟧",
+        ),
+    ],
+)
+def test_turns_of_templates_that_write_the_last_one_differently(name, expected):
+    answer = [said("Blue."), user("More?"), said("Grey.")]
+    _, response = rendered(chat_of(name), [user()], answer)
+    assert response == expected
+
+
+def test_turns_with_tools_between():
+    answer = [called(CALL, CALL), RESULT, RESULT, said("Nine."), user(), called(CALL), RESULT]
+    answer += [said("Nine again.")]
+    _, response = rendered(chat_of("qwen3"), [user()], answer, tools=TOOLS)
+    call = '<tool_call>\n{"name": "get_weather", "arguments": {"place": "Paris"}}\n</tool_call>'
+    result = "\n<tool_response>\n9 degrees\n</tool_response>"
+    assert response == (
+        f"⟦{call}\n{call}<|im_end|>⟧\n<|im_start|>user{result}{result}<|im_end|>\n"
+        "<|im_start|>assistant\n⟦Nine.<|im_end|>⟧\n"
+        "<|im_start|>user\nName a colour.<|im_end|>\n"
+        f"<|im_start|>assistant\n⟦{call}<|im_end|>⟧\n<|im_start|>user{result}<|im_end|>\n"
+        "<|im_start|>assistant\n⟦<think>\n\n</think>\n\nNine again.<|im_end|>⟧"
+    )
+
+
+def test_turn_that_holds_the_results_of_its_calls():
+    _, response = rendered(
+        chat_of("gemma4"), [user()], [called(CALL), RESULT, said("Nine.")], tools=TOOLS
+    )
+    assert response == (
+        '⟦<|tool_call>call:get_weather{place:<|"|>Paris<|"|>}<tool_call|><|tool_response>⟧'
+        'response:get_weather{value:<|"|>9 degrees<|"|>}<tool_response|>⟦Nine.<turn|>⟧'
+    )
+
+
+def test_turns_that_cannot_be_told_apart():
+    backwards = (
+        "{% for message in messages | reverse %}{{ message.role + ': ' + message.content + '\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    chat = Chat(make_tokenizer(backwards, "</s>"))
+    for answer in ([said("Blue.")], [said("Blue."), user("More?"), said("Grey.")]):
+        with pytest.raises(Malformed, match="an assistant turn cannot be told apart.*message 2"):
+            chat.example([user()], [answer])
+
+
+# answers behind their prompt
+
+
+@pytest.mark.parametrize(
+    "prompt, expected",
+    [
+        ([user("A")], "<s>[INST] A[/INST]"),
+        ([system("Be brief."), user("A")], "<s>[INST] Be brief.\n\nA[/INST]"),
+        (
+            [system("Be brief."), user("A"), said("B"), user("A")],
+            "<s>[INST] A[/INST] B</s>[INST] Be brief.\n\nA[/INST]",
+        ),
+    ],
+)
+def test_answer_behind_a_prompt_whose_system_text_moves(prompt, expected):
+    chat = Chat(make_tokenizer(MOVING_SYSTEM, "</s>", "<s>"))
+    several = [said("C"), user("D"), said("E")]
+    found = chat.example(prompt, [[said("B [x]")], several])
+    assert found.prompt == expected
+    assert [marked(response) for response in found.responses] == [
+        "⟦ B [x]</s>⟧",
+        "⟦ C</s>⟧[INST] D[/INST]⟦ E</s>⟧",
+    ]
+    moves = prompt[0]["role"] == "system"
+    assert [response.is_laid_behind for response in found.responses] == [moves, moves]
+
+
+def test_answer_behind_a_thinking_cue():
+    found = rendered(chat_of("deepseek_r1_distill"), [user("A")], [said("B")], [said("<thinly>")])
+    eos = EOS["deepseek_r1_distill"]
+    assert found == (
+        "<s><｜User｜>A<｜Assistant｜><think>\n",
+        f"⟦B{eos}⟧",
+        f"⟦<thinly>{eos}⟧",
+    )
+
+
+def test_answer_begins_where_a_thinking_block_differs_from_the_cue():
+    found = rendered(
+        chat_of("nemotron_3_nano"),
+        [user("A")],
+        [said("B")],
+        [said("C", reasoning_content="Because.")],
+    )
+    assert found[0].endswith("<|im_start|>assistant\n<think>\n")
+    assert found[1:] == ("⟦</think>B<|im_end|>⟧", "⟦Because.\n</think>\nC<|im_end|>⟧")
+
+
+def test_cue_is_not_doubled():
+    template = (
+        "{% for m in messages %}{{ '<' + m.role + '>' }}"
+        "{% if m.role == 'assistant' and not loop.last %}{{ '<think>' }}{% endif %}"
+        "{{ m.content + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<assistant><think>' }}{% endif %}"
+    )
+    chat = Chat(make_tokenizer(template, "</s>"))
+    answers = [[said("<think>Hm.</think>B")], [said("C")]]
+    assert rendered(chat, [user("A")], *answers) == (
+        "<user>A</s><assistant><think>",
+        "⟦Hm.</think>B</s>⟧",
+        "⟦C</s>⟧",
+    )
+
+
+def test_options_turn_thinking_off():
+    on, off = chat_of("qwen3"), chat_of("qwen3", options={"enable_thinking": False})
+    block = "<think>\n\n</think>\n\n"
+    assert rendered(on, [user()], [said("B")])[1] == f"⟦{block}B<|im_end|>⟧"
+    prompt, response = rendered(off, [user()], [said("B")])
+    assert prompt.endswith(f"<|im_start|>assistant\n{block}") and response == "⟦B<|im_end|>⟧"
+
+
+def test_reasoning_after_an_empty_thinking_block():
+    chat = chat_of("qwen3_5_nothink")
+    with pytest.raises(Malformed, match="generation prompt .* data.template, which may turn"):
+        chat.example([user()], [[said("B", reasoning_content="Because.")]])
+
+
+def test_template_as_an_option():
+    chat = chat_of("llama3", options={"chat_template": template_of("qwen2_5")})
+    assert rendered(chat, [user()], [said("B")])[1] == "⟦B<|im_end|>\n⟧"
+
+
+# the date
+
+
+@pytest.mark.parametrize(
+    "name, expected", [("llama3_2", "Today Date: 02 Jan 2026\n"), ("gptoss", "date: 2026-01-02\n")]
+)
+def test_date_is_fixed(name, expected):
+    chat = chat_of(name)
+    assert expected in chat.prompt([user()])
+    assert chat.prompt([user()]) == chat_of(name).prompt([user()])
+    today = Chat(chat.tokenizer).prompt([user()])
+    assert today == chat.tokenizer.apply_chat_template(
+        [user()], tokenize=False, add_generation_prompt=True
+    )
+
+
+def test_date_as_an_option():
+    chat = chat_of("llama3_2", options={"date_string": "some day"})
+    assert "Today Date: some day\n" in chat.prompt([user()])
+
+
+# what a template leaves out
+
+
+@pytest.mark.parametrize(
+    "name, answer, tools, message, ignore",
+    [
+        ("llama3", said("B"), TOOLS, "does not write the row's tools .*get_weather", "tools"),
+        ("llama3", called(CALL), None, "does not write 'tool_calls' of an assist", "tool_calls"),
+        ("lfm2", called(CALL), TOOLS, "does not write 'tool_calls' of an assist", "tool_calls"),
+        ("llama3_2", said("I look.", tool_calls=[CALL]), TOOLS, "'content' .*I look", "content"),
+        ("llama3", said("B", reasoning_content="Hm."), None, "'reasoning_content' .*'Hm", None),
+        ("gemma3", said("B", thinking="Hm."), None, "'thinking' of an assistant .*'Hm", None),
+        ("deepseek_r1_distill", said("<think>\nHm.\n</think>\nB"), None, "'reasoning'", None),
+        ("llama3", said("B", weight=0), None, "'weight' of an assistant message .*'0'", "weight"),
+        ("llama3", said("B", name="Ann"), None, "'name' of an assistant message .*'Ann'", "name"),
+    ],
+)
+def test_refuses_what_is_left_out(name, answer, tools, message, ignore):
+    with pytest.raises(Malformed, match=message) as error:
+        chat_of(name).example([user()], [[answer]], tools)
+    ignore = ignore or str(error.value).split("config.data.ignore=")[1].split(")")[0]
+    chat_of(name, ignore=(ignore,)).example([user()], [[said("C")], [answer]], tools)
+
+
+def test_refuses_by_each_message_that_is_left_out():
+    """Text that stands elsewhere in the conversation does not hide that it is left out here."""
+    chat = chat_of("gemma4_v5")  # a result without a call is not written
+    with pytest.raises(Malformed, match="does not write 'content' of a tool message"):
+        chat.example([user("B"), said("A"), {"role": "tool", "content": "B"}], [[said("C")]])
+    # A second call is not written, though its text is that of the first.
+    with pytest.raises(Malformed, match="'tool_calls' of an assistant message"):
+        chat_of("gptoss").example([user()], [[called(CALL, CALL)]], TOOLS)
+
+
+def test_empty_keys_and_ids_are_nothing():
+    empty = {"tool_calls": [], "reasoning_content": "", "name": None, "refusal": None, "id": "m1"}
+    answer = said("B", **empty, tool_call_id="c1")
+    prompt, response = rendered(chat_of("llama3"), [{**user(), **empty}], [answer])
+    assert (prompt, response) == rendered(chat_of("llama3"), [user()], [said("B")])
+    named = [user(), called(CALL), RESULT]  # the result's name is that of the call
+    assert "9 degrees" in chat_of("llama3_2").prompt(named, TOOLS)
+
+
+def test_the_same_text_under_two_names():
+    answer = said("B", reasoning_content="Hm.", reasoning="Hm.")
+    assert "Hm." in rendered(chat_of("qwen3"), [user()], [answer])[1]
+
+
+@pytest.mark.parametrize(
+    "earlier", [said("B", reasoning_content="Hm."), said("<think>\nHm.\n</think>\n\nB")]
+)
+def test_reasoning_of_earlier_turns_is_counted(earlier):
+    chat = chat_of("qwen3")
+    last = said("C", reasoning_content="So.")
+    found = chat.example([user()], [[earlier, user("More?"), last], [last]])
+    assert [response.reasoning_left_out for response in found.responses] == [1, 0]
+    assert "Hm." not in found.responses[0].text and "So." in found.responses[0].text
+    found = chat.example([user(), earlier, user("More?")], [[last]])
+    assert (found.reasoning_left_out, found.responses[0].reasoning_left_out) == (1, 0)
+
+
+def test_content_in_other_words_is_content():
+    shouting = (
+        "{% for m in messages %}{{ '<' + m.role + '>' + m.content | upper + eos_token }}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+    )
+    chat = Chat(make_tokenizer(shouting, "</s>"))
+    assert rendered(chat, [user("Why?")], [said("So.\nYes.")])[1] == "⟦SO.\nYES.</s>⟧"
+
+
+def test_escaped_content_is_content():
+    result = {**RESULT, "content": 'He said "nine"\nor é'}
+    prompt = chat_of("gptoss").prompt([user(), called(CALL), result], TOOLS)
+    assert r'"He said \"nine\"\nor é"' in prompt
+
+
+# forms of messages
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama3_2", "gemma4_v5", "glm4moe"])
+def test_arguments_as_json_text(name):
+    text = {**CALL, "function": {"name": "get_weather", "arguments": '{"place": "Paris"}'}}
+    for prompt, answer in (([user()], called(text)), ([user(), called(text), RESULT], said("B"))):
+        as_object = [called(CALL) if "tool_calls" in message else message for message in prompt]
+        same = called(CALL) if "tool_calls" in answer else answer
+        chat = chat_of(name)
+        found = rendered(chat, prompt, [answer], tools=TOOLS)
+        assert found == rendered(chat, as_object, [same], tools=TOOLS)
+
+
+def test_arguments_as_object_where_the_template_takes_text():
+    template = (
+        "{% for m in messages %}{{ '<' + m.role + '>' + m.content }}{% for call in m.tool_calls %}"
+        "{{ '(' + call.function.name + ' ' + call.function.arguments + ')' }}{% endfor %}"
+        "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+    )
+    chat = Chat(make_tokenizer(template, "</s>"))
+    _, response = rendered(chat, [user()], [called(CALL)])
+    assert response == '⟦(get_weather {"place": "Paris"})</s>⟧'
+
+
+def test_content_as_parts_for_templates_of_vision_models():
+    found = rendered(chat_of("idefics3"), [user("A")], [said("B"), user("C"), said("D")])
+    assert found == (
+        "<|begin_of_text|>User: A<end_of_utterance>\nAssistant:",
+        "⟦ B<end_of_utterance>⟧\nUser: C<end_of_utterance>\nAssistant:⟦ D<end_of_utterance>⟧",
+    )
+
+
+def test_template_of_its_own_for_tools():
+    tokenizer = tokenizer_of("llama3")
+    tokenizer.chat_template = {"default": template_of("llama3"), "tool_use": template_of("qwen3")}
+    chat = Chat(tokenizer)
+    assert "<tools>" in chat.prompt([user()], TOOLS)
+    assert "<|start_header_id|>" in chat.prompt([user()], []) == chat.prompt([user()])
+
+
+# in the encoder
+
+
+def encoded(tokenizer, *rows, keep_all=False, **changes):
+    texts = [TextExample(*row[:2], f"row {i}", *row[2:]) for i, row in enumerate(rows, start=1)]
+    settings = data_config(**changes)
+    return encode(texts, tokenizer, settings, "keep_end", keep_all=keep_all)
+
+
+def test_encode_drops_or_refuses_what_the_template_refuses():
+    tokenizer = tokenizer_of("gemma_training")
+    rows = [
+        ([user()], ([said("B")], [said("C")])),
+        ([user(), user()], ([said("B")], [said("C")])),
+        ([system("Be brief."), user()], ([said("B")], [said("C")])),
+        ([user()], ([said("B", thinking="Hm.")], [said("C")])),
+    ]
+    with pytest.raises(ValueError, match="row 2: the chat template refuses .*roles must alternate"):
+        encoded(tokenizer, *rows)
+    examples, counts = encoded(tokenizer, *rows, on_bad_row="drop")
+    lost = next(reason for reason in counts.dropped if "'thinking'" in reason)
+    assert len(examples) == counts.kept == 1
+    assert counts.examples == {
+        "the chat template refuses this conversation": ["row 2", "row 3"],
+        lost: ["row 4"],
+    }
+
+
+def test_encode_counts_what_is_not_trained_on():
+    prompt = [user(), said("A", reasoning_content="Hm."), user()]
+    row = (prompt, (SEVERAL, [said("C")]))
+    counts = encoded(tokenizer_of("qwen3"), row)[1]
+    assert (counts.laid_behind, counts.other_turns, counts.reasoning_left_out) == (0, 2, 1)
+    assert counts.boundaries == 2
+    counts = encoded(tokenizer_of("deepseek_r1_distill"), ([user()], ([said("B")],)))[1]
+    assert counts.laid_behind == 1
+
+
+def test_encode_mask_follows_the_cut():
+    tokenizer = tokenizer_of("qwen2_5")
+    long = [said("B"), user("Paris " * 50), said("C")]
+    (example,), counts = encoded(tokenizer, ([user()], (long,)))
+    size = len(example.prompt)
+    limits = {"max_length": size + 30, "max_prompt_length": size}
+    (cut,), counts = encoded(tokenizer, ([user()], (long,)), **limits)
+    (mask,), (whole) = cut.completion_masks, example.completion_masks[0]
+    assert len(mask) == 30 and mask.tolist() == whole[:30].tolist()
+    assert (counts.responses_truncated, counts.eos_lost) == (1, 1)
+
+
+def test_encode_drops_where_no_assistant_turn_is_left():
+    tokenizer = tokenizer_of("qwen2_5_training")
+    rows = [([user()], ([user("Paris " * 50), said("B")],))]
+    _, counts = encoded(tokenizer, *rows, max_prompt_length=20, max_length=40)
+    assert counts.dropped == {"no assistant turn is left, once cut": 1}
+
+
+def test_encode_keeps_all_for_scoring():
+    tokenizer = tokenizer_of("qwen2_5")
+    eos = tokenizer.eos_token_id
+    rows = [
+        ([user()], ([said("B")], [said("B")])),
+        ([user()], ([said("")], [said("B")])),
+        ("A", ("", "B")),
+        ("A", ("<|im_end|>", "B")),
+        ([user("<|im_end|>")], ([said("B")], [said("C")])),
+    ]
+    assert encoded(tokenizer, *rows)[1].dropped == {
+        "chosen and rejected are equal in tokens, or once cut": 1,
+        "response without tokens": 3,
+        "special token inside a message": 1,
+    }
+    examples, counts = encoded(tokenizer, *rows, keep_all=True)
+    assert len(examples) == counts.kept == 5 and counts.dropped == {}
+    assert [example.responses[0].tolist() for example in examples][1:4] == [[eos]] * 3
+    examples, _ = encoded(tokenizer, rows[2], keep_all=True, append_eos=False)
+    assert examples[0].responses[0].tolist() == [eos]
+
+
+def test_encode_prompts_with_tools_is_as_encode():
+    tokenizer = tokenizer_of("qwen3")
+    rows = [([user()], ([called(CALL)],), TOOLS), ([user()], ([said("B")],)), ("A", ("B",))]
+    examples, _ = encoded(tokenizer, *rows)
+    texts = [TextExample(prompt, (), "", *tools) for prompt, _, *tools in rows]
+    settings = data_config()
+    prompts = encode_prompts(texts, tokenizer, settings, "keep_end")
+    for example, prompt in zip(examples, prompts, strict=True):
+        assert example.prompt.tolist() == prompt.tolist()
+    texts = [TextExample([user()], (), "row 7", TOOLS)]
+    with pytest.raises(ValueError, match="row 7: the chat template does not write the row's tools"):
+        encode_prompts(texts, tokenizer_of("llama3"), settings, "keep_end")
