@@ -40,6 +40,7 @@ FIELDS = (
 KEYED = {"recognised as": "shapes", "left out": "filtered", "dropped": "dropped"}
 FEW_CUT = 0.05  # a share of rows that may be cut for the sake of shorter rows
 LENGTH_BIAS = 0.2  # a difference of mean lengths, as a share, that is worth a warning
+MANY_REPEATED = 0.05  # a share of training rows that is worth a warning
 MANY = 0.5  # a share of responses that is worth a warning if they lose their end
 
 WIDTH = 100  # of the report, in characters
@@ -164,17 +165,19 @@ def _lengths(found: Survey, style: Style) -> list[str]:
             [part, histogram(lengths, end), *[_number(round(number)) for number in numbers]]
         )
     table = _table(headings, rows, style)
-    if found.trained_on < 1:
+    trained_on = sum(int(lengths.sum()) for lengths in found.trained_on.values())
+    share = trained_on / sum(int(found.lengths[part].sum()) for part in found.trained_on)
+    if share < 1:
         table += _wrapped(
-            f"{_share(found.trained_on)} of the tokens of the responses are trained on; the others "
-            "are turns of users and tools"
+            f"{_share(share)} of the tokens of the responses are trained on; the others are turns "
+            "of users and tools"
         )
     if found.kind == "pairs":
-        chosen, rejected = found.lengths["chosen"], found.lengths["rejected"]
+        chosen, rejected = found.trained_on["chosen"], found.trained_on["rejected"]
         table += _wrapped(
-            f"chosen minus rejected: {np.mean(chosen - rejected):+,.1f} {found.unit} on average; "
-            f"chosen is the longer one in {_share(np.mean(chosen > rejected))} of the pairs, the "
-            f"shorter one in {_share(np.mean(chosen < rejected))}"
+            f"chosen minus rejected: {np.mean(chosen - rejected):+,.1f} {found.unit} trained on, "
+            f"on average; chosen is the longer one in {_share(np.mean(chosen > rejected))} of the "
+            f"pairs, the shorter one in {_share(np.mean(chosen < rejected))}"
         )
     return table
 
@@ -227,6 +230,8 @@ def _prompts(found: Survey, style: Style) -> list[str]:
 def _repeats(found: Survey, style: Style) -> list[str]:
     """Return the table of what is there more than once."""
     repeats = found.repeats
+    if not any(dataclasses.astuple(repeats)):
+        return ["no prompt is in both splits, and no training row is there twice or reversed"]
     evals = found.ledger.eval.kept
     train = found.ledger.train.kept
     rows = []
@@ -507,7 +512,7 @@ def _warnings(found: Survey, setup: Setup) -> list[str]:
             f"data.max_length={data.max_length}, but the model has {setup.positions} positions"
         )
     if found.kind == "pairs":
-        chosen, rejected = np.mean(found.lengths["chosen"]), np.mean(found.lengths["rejected"])
+        chosen, rejected = (np.mean(lengths) for lengths in found.trained_on.values())
         if abs(chosen - rejected) > LENGTH_BIAS * max(rejected, 1):
             longer = "longer" if chosen > rejected else "shorter"
             warnings.append(
@@ -518,6 +523,9 @@ def _warnings(found: Survey, setup: Setup) -> list[str]:
         warnings.append(
             "some prompts are both trained and evaluated on, so the evaluation is too good"
         )
+    if found.repeats.train_rows_repeated > MANY_REPEATED * found.ledger.train.kept:
+        share = found.repeats.train_rows_repeated / found.ledger.train.kept
+        warnings.append(f"{_share(share)} of the training rows repeat an earlier one")
     if found.repeats.train_pairs_reversed:
         warnings.append(
             "some pairs contradict another one, whose responses are the other way round"

@@ -76,7 +76,7 @@ class Survey:
     uses: dict[str, str]  # split -> "train", "eval", or "" where it is not used
     ledger: Ledger
     lengths: dict[str, np.ndarray]  # of each training row before a cut, by part
-    trained_on: float  # share of the responses' tokens
+    trained_on: dict[str, np.ndarray]  # how much of each response is trained on, by part
     rows_per_prompt: np.ndarray  # for each training prompt; empty where rows have no prompt
     repeats: Repeats
     cuts: list[Cut]  # at LIMITS and at data.max_length; none without a tokenizer
@@ -137,7 +137,7 @@ def _take(data, kind: str, tokenizer, shown: int, *, must_keep_cue: bool = True)
     if tokenizer is None:
         ledger = _read_texts(data, kind, watch)
         lengths = seen["train"].lengths()
-        trained_on = 1.0
+        trained_on = {name: lengths[name] for name in lengths if name != "prompt"}
         truncate = ()
         cuts = []
         rows = [_text_row(example) for example in seen["train"].kept()]
@@ -152,7 +152,7 @@ def _take(data, kind: str, tokenizer, shown: int, *, must_keep_cue: bool = True)
         prompt_P, response_PK, trained_on_PK = whole.lengths()
         names = _part_names(response_PK.shape[1])
         lengths = dict(zip(names, [prompt_P, *response_PK.T], strict=True))
-        trained_on = float(trained_on_PK.sum() / response_PK.sum())
+        trained_on = dict(zip(names[1:], trained_on_PK.T, strict=True))
         truncate = tuple(sorted({dataset.truncation(part.data) for part in parts.values()}))
         cuts = _cuts(whole, list(parts.values()), data, tokenizer)
         rows = [_token_row(kept, index, tokenizer) for index in _spread(len(kept), shown)]

@@ -245,7 +245,11 @@ def test_shown_rows_have_marks_and_special_tokens(tmp_path):
     assert [text.split() for text in marked] == [["w3", "w4", "</s>"], ["w6", "</s>"]]
     (unmarked,) = re.findall("⟧(.*?)⟦", lines[start + 4])
     assert unmarked.split() == ["w1", "w5", "w1"]
-    assert found.trained_on == pytest.approx(5 / 8)
+    assert (found.trained_on["completion"].tolist(), found.lengths["completion"].tolist()) == (
+        [5],
+        [8],
+    )
+    assert any("62 % of the tokens of the responses are trained on" in line for line in lines)
 
 
 def test_chat_rows_without_a_tokenizer(tmp_path):
@@ -310,7 +314,7 @@ def a_survey(*, lengths=((4, 5),), cuts=(), kept=20_000, unit="tokens", **fields
         uses={"train": "train"},
         ledger=Ledger(train=Counts(read=kept, kept=kept)),
         lengths={"prompt": np.array([3]), "chosen": chosen, "rejected": rejected},
-        trained_on=1.0,
+        trained_on={"chosen": chosen, "rejected": rejected},
         rows_per_prompt=np.ones(1, int),
         repeats=Repeats(0, 0, 0, 0),
         cuts=measured,
@@ -323,7 +327,7 @@ def test_length_bias_is_said():
     found = a_survey(lengths=[(10, 5), (8, 8), (3, 4), (9, 1)])
     (line,) = [line for line in lines_of(found) if line.startswith("chosen minus rejected")]
     assert line.startswith(
-        "chosen minus rejected: +3.0 tokens on average; chosen is the longer one"
+        "chosen minus rejected: +3.0 tokens trained on, on average; chosen is the longer"
     )
     text = " ".join(lines_of(found))
     assert "in 50 % of the pairs, the shorter one in 25 %" in " ".join(text.split())
