@@ -34,7 +34,7 @@ def task(runs: dict, options: Options) -> Task:
     data = _data(runs["dpo"])
     texts, _ = splits.read(data, "sft")
     examples = winrate.held_out(texts["eval"], options.prompts, _one_turn)
-    return Task(examples, data, shown=str.strip, read=answer)
+    return Task(examples, data, shown=str.strip, read=answer, date=winrate.date_of(runs["dpo"]))
 
 
 def points(runs: dict, options: Options) -> list[Point]:
@@ -72,6 +72,11 @@ def shots(data) -> str:
     texts, _ = splits.read(data, "sft")
     short = {}
     for example in texts["train"]:
+        if isinstance(example.prompt, list):
+            raise ValueError(
+                "the base model is shown training dialogues as text, and the data has chat "
+                "messages: choose methods without base by --method."
+            )
         length = len(example.prompt + example.responses[0])
         if _one_turn(example) and length <= LONGEST_SHOT:
             short[example.prompt] = example
@@ -93,6 +98,9 @@ def _data(run):
 
 
 def _one_turn(example: TextExample) -> bool:
+    if isinstance(example.prompt, list):
+        asked = [message for message in example.prompt if message["role"] == "user"]
+        return len(asked) == 1 and len(example.responses[0]) == 1
     return example.prompt.count(HUMAN) == 1 and HUMAN not in example.responses[0]
 
 

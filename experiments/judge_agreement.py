@@ -8,6 +8,8 @@ optional; each matchup gets a table of its own:
 
     {"prompt": "...", "ours": "...", "other": "...", "votes": ["win"], "matchup": "DPO, PPO"}
 
+The first three are text or chat messages.
+
 A judge is MODEL:TEMPLATE, behind OPENAI_BASE_URL and OPENAI_API_KEY. Writes DIR/agreement.json and
 the verdicts of each judge. DIR/judgements.jsonl keeps every answer, so an interrupted command
 resumes. As in the paper, agreement leaves ties out.
@@ -20,6 +22,7 @@ import re
 
 import numpy as np
 
+from dpo_jax.data.conversations import content_field, reply, transcript
 from dpo_jax.data.readers import read_jsonl
 from dpo_jax.evaluation import judge as judges
 from dpo_jax.evaluation import winrate_stats
@@ -32,6 +35,10 @@ def read_votes(path: str) -> list[dict]:
     rows = []
     for number, row in read_jsonl(path):
         row.setdefault("matchup", "all")
+        for name in ("prompt", "ours", "other"):
+            if isinstance(row.get(name), list):
+                messages = content_field(row, name)
+                row[name] = transcript(messages) if name == "prompt" else reply(messages)
         for name in ("prompt", "ours", "other", "matchup"):
             if not isinstance(row.get(name), str):
                 raise ValueError(

@@ -91,7 +91,8 @@ def task(runs: dict, options: Options, dataset: str, path: str) -> Task:
         data.update(source=dataset, path=path, max_rows=1, train_split="train", eval_split="")
     texts, _ = splits.read(data, "sft")
     examples = winrate.held_out(texts["eval"], options.prompts)
-    return Task(examples, data, shown=text, read=str.strip, rouge=True)
+    date = winrate.date_of(runs["dpo"])
+    return Task(examples, data, shown=text, read=str.strip, date=date, rouge=True)
 
 
 def text(prompt: str) -> str:

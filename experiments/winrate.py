@@ -10,6 +10,7 @@ asked twice. Both orders share the judge's answers in judgements.jsonl.
 """
 
 import dataclasses
+import datetime
 import functools
 import hashlib
 import json
@@ -25,6 +26,7 @@ from dpo_jax import command_line, config_checks, device_command
 from dpo_jax import config as configs
 from dpo_jax.console import say
 from dpo_jax.data import dataset
+from dpo_jax.data.conversations import reply, transcript
 from dpo_jax.data.examples import Examples
 from dpo_jax.data.rows import TextExample
 from dpo_jax.data.tokenizer import encode_example_prompts
@@ -40,7 +42,14 @@ from dpo_jax.sampling import rollouts
 from dpo_jax.sampling.prompts import Prompts
 from dpo_jax.sampling.sampler import Sampling
 from dpo_jax.training import checkpoint
-from dpo_jax.workdir import COMPLETIONS, StageChanged, differences, lock_folder, write_json
+from dpo_jax.workdir import (
+    COMPLETIONS,
+    StageChanged,
+    differences,
+    lock_folder,
+    start_date,
+    write_json,
+)
 from experiments import commands, winrate_report
 
 
@@ -94,6 +103,7 @@ class Task:
     data: object  # a config's data block, which says how prompts are tokenised
     shown: Callable[[str], str]  # prompt -> the prompt as the judge reads it
     read: Callable[[str], str]  # completion -> the answer as the judge reads it
+    date: datetime.date  # what chat templates take for today
     rouge: bool = False  # whether ROUGE against the responses is measured too
 
 
@@ -261,6 +271,17 @@ def at_checkpoints(run: Run, stage: str) -> dict[int, Policy]:
     return policies
 
 
+def date_of(run: Run) -> datetime.date:
+    """Return the day that chat templates take for today: that of the run's first stage, if begun.
+
+    So prompts stay the same when a command goes on on another day.
+    """
+    for stage in run.config.stages:
+        if (run.folder(stage) / "config.json").exists():
+            return start_date(run.folder(stage))
+    return run.date
+
+
 def best_of_n(policy: Policy, temperature: float, counts: tuple[int, ...]) -> list[Point]:
     """Return a point for each N; they share their completions."""
     # At temperature 0 all completions of a prompt are the same, so one will do.
@@ -275,7 +296,11 @@ def held_out(
 
     The order is random but always the same, so that more prompts include fewer.
     """
-    found = {example.prompt: example for example in examples if keep(example)}
+    found = {}
+    for example in examples:
+        if keep(example):
+            is_text = isinstance(example.prompt, str)
+            found[example.prompt if is_text else json.dumps(example.prompt)] = example
     if len(found) < count:
         raise ValueError(
             f"--prompts={count}, but the data has only {len(found)} suitable held-out prompts. "
@@ -318,7 +343,7 @@ def _open(policy: Policy, task: Task) -> Opened:
     opened = policy.open()
     tokenizer = opened.tokenizer
     truncate = dataset.truncation(task.data)
-    ids = encode_example_prompts(task.examples, tokenizer, task.data, truncate)
+    ids = encode_example_prompts(task.examples, tokenizer, task.data, truncate, date=task.date)
     prompts = Examples()
     for prompt, example in zip(ids, task.examples, strict=True):
         prompts.append(prompt, (), example.where)
@@ -407,7 +432,7 @@ def _make_judge(
     def by_chat(comparisons, path):
         shown = []
         for comparison in comparisons:
-            prompt = task.shown(comparison.prompt)
+            prompt = task.shown(transcript(comparison.prompt))
             shown.append(dataclasses.replace(comparison, prompt=prompt))
 
         def ask():
@@ -440,14 +465,15 @@ def judge_all(
     error is that of a spent budget or a failing endpoint.
     """
     (folder / "verdicts").mkdir(parents=True, exist_ok=True)
-    references = [example.responses[0] for example in task.examples]
+    references = [reply(example.responses[0]) for example in task.examples]
     rows = []
     for number, point in enumerate(points, 1):
         answers = _answers(task, point, samples[point.folder])
         comparisons = []
         for example, answer, reference in zip(task.examples, answers, references, strict=True):
-            # Task.read strips answers, but responses follow their prompts after a space.
-            comparisons.append(Comparison(example.prompt, " " + answer, reference))
+            # Task.read strips answers, but in text responses follow their prompts after a space.
+            space = " " if isinstance(example.prompt, str) else ""
+            comparisons.append(Comparison(example.prompt, space + answer, reference))
         try:
             result = judge(comparisons, folder / "verdicts" / f"{point.name}.json")
         except (judges.BudgetExhausted, judges.ChatError) as error:

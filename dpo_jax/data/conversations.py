@@ -1,5 +1,7 @@
 """Chat messages in a row: under whatever names, and parted into prompt and answers."""
 
+import json
+
 from dpo_jax.data.ledger import Malformed, Unusable
 from dpo_jax.data.rows import Text, json_of, shown, text_field
 
@@ -292,3 +294,29 @@ def says_turn(text: str, messages: list) -> bool:
 def squeezed(text: str) -> str:
     """Return a text with one space wherever it has white space."""
     return " ".join(text.split())
+
+
+def transcript(text: Text) -> str:
+    """Return a conversation as a person reads it, each turn after its role; text as it is.
+
+    Reasoning is left out, and what a tool is called with is JSON.
+    """
+    if isinstance(text, str):
+        return text
+    turns = [f"{message['role'].capitalize()}: {_said(message)}" for message in text]
+    return "\n\n".join(turns)
+
+
+def reply(text: Text) -> str:
+    """Return a response as a person reads it: one turn without its role; text as it is."""
+    if isinstance(text, list) and len(text) == 1:
+        return _said(text[0])
+    return transcript(text)
+
+
+def _said(message: dict) -> str:
+    """Return what a message says: its content and its calls of tools."""
+    parts = [message.get("content", "").strip()]
+    for call in message.get("tool_calls", ()):
+        parts.append(json.dumps(call.get("function", call), ensure_ascii=False))
+    return "\n".join(part for part in parts if part)

@@ -9,8 +9,9 @@ import numpy as np
 from dpo_jax import config as configs
 from dpo_jax.console import warn
 from dpo_jax.data import packing
+from dpo_jax.data.conversations import as_messages
 from dpo_jax.data.examples import Example, Examples
-from dpo_jax.data.rows import TextExample
+from dpo_jax.data.rows import Text, TextExample
 from dpo_jax.data.tokenizer import encode
 from dpo_jax.models import loading
 from dpo_jax.models.inference import map_responses
@@ -78,15 +79,20 @@ def _is_spelled(tokenizer, prompts: list[str], completions: list[str], tokens: l
     return completion_texts(decoded, sampled, tokenizer) == list(completions)
 
 
-def _tokenised(tokenizer, prompts: list[str], completions: list[str]) -> list[tuple]:
-    """Return (prompt, completion) ids of texts, encoded as for training, and not cut."""
+def _tokenised(tokenizer, prompts: list[Text], completions: list[str]) -> list[tuple]:
+    """Return (prompt, completion) ids of texts, encoded as for training, and not cut.
+
+    After a prompt of chat messages the completion is the assistant's turn.
+    """
     if not prompts:
         return []
     data = configs.default(()).data
     data.update(append_eos=True, max_length=2**30, max_prompt_length=2**29)
     texts = []
     for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True), 1):
-        texts.append(TextExample(prompt, (completion,), f"completion {number}"))
+        is_chat = isinstance(prompt, list)
+        response = as_messages("assistant", completion) if is_chat else completion
+        texts.append(TextExample(prompt, (response,), f"completion {number}"))
     examples, _ = encode(texts, tokenizer, data, "keep_start", keep_all=True)
     return [(example.prompt, example.responses[0]) for example in examples]
 

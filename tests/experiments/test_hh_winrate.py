@@ -1,6 +1,7 @@
 """The dialogue experiment: stories260k answers and is judged; slow: it is trained too."""
 
 import functools
+import re
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from dpo_jax.data import tokenizer as tokenizers
 from dpo_jax.data.rows import TextExample
 from dpo_jax.evaluation.judge import Judge
 from dpo_jax.models import hf
@@ -18,10 +20,18 @@ from dpo_jax.training.step import TrainState
 from dpo_jax.workdir import read_lines
 from experiments import hh_winrate, winrate
 from experiments.winrate import Options
+from tests.helpers.clock import set_today
 from tests.helpers.judge_server import JudgeServer, prefers
 from tests.helpers.paths import ROOT, SHARED, STORIES, needs_shared
+from tests.helpers.rows import assistant, user, write_jsonl
 from tests.helpers.tiny_hh import write_dialogues
-from tests.helpers.tiny_runs import environment, experiment_configs, plant
+from tests.helpers.tiny_runs import (
+    environment,
+    experiment_configs,
+    plant,
+    tokenizer,
+    write_model,
+)
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 JUDGE = Judge(model="loopback", template="dialogue")
@@ -115,6 +125,85 @@ def test_hh_policies_and_checkpoints_are_judged(arguments, tmp_path, monkeypatch
         assert (
             prompt.split("Conversation:\n")[1].count("Human:") == 1 and "\n\nReply A:\n" in prompt
         )
+
+
+# Special tokens are words of the tiny tokenizer, so that prompts can be read off their ids.
+CHAT = (
+    "{{ '<s> w' + strftime_now('%d') }}{% if not quiet %}{{ ' w1' }}{% endif %}"
+    "{% for tool in tools or [] %}{{ ' ' + tool.function.name }}{% endfor %}"
+    "{% for m in messages %}{{ ' w11 ' + m.content }}"
+    "{% if m.role == 'assistant' %}{{ ' </s>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ ' w11' }}{% endif %}"
+)
+TOOLS = [{"type": "function", "function": {"name": "w7", "parameters": {"type": "object"}}}]
+
+
+def chat_rows(count):
+    """Dialogues of one turn with tools, and some of two turns, which are left out."""
+    rows = []
+    for number in range(count):
+        asked = [user(f"w{number % 30} w{number % 7}")]
+        if number % 4 == 0:
+            asked = [*asked, assistant("w2"), user("w3")]
+        chosen, rejected = assistant("w4 w5"), assistant("w6")
+        rows.append(dict(prompt=asked, chosen=[chosen], rejected=[rejected], tools=TOOLS))
+    return rows
+
+
+@pytest.mark.parametrize("judge", [JUDGE, None])
+def test_hh_chat_rows_are_judged_as_text(tmp_path, monkeypatch, judge):
+    """The policy reads them through its template, a judge as a transcript; on two days."""
+    monkeypatch.setattr(
+        sharding, "make_mesh", functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
+    )
+    model = write_model(tmp_path / "model")
+    words = tokenizer()
+    words.chat_template = CHAT
+    words.save_pretrained(model)
+    fields = FIELDS | {
+        "model.path": model,
+        "data.source": "local",
+        "data.path": write_jsonl(tmp_path / "chats.jsonl", chat_rows(60)),
+        "data.template": "quiet=True",
+        "data.max_eval_rows": 40,
+        "data.max_length": 48,
+        "data.max_prompt_length": 32,
+    }
+    make_config = experiment_configs(
+        "configs/hh.py", [f"--config.{name}={value}" for name, value in fields.items()]
+    )
+    set_today(monkeypatch, "2026-11-26")
+    run = Run(make_config("dpo"), tmp_path, sharding.make_mesh())
+    plant(run, "sft", model)
+    plant(run, "dpo", model)
+    if judge is None:
+        ranker = Run(winrate.config_of(make_config, "rm"), tmp_path, sharding.make_mesh())
+        plant(ranker, "rm", head="reward")
+        saved = tokenizers.load(model)
+        saved.save_pretrained(tmp_path / "rm" / "hf")
+    with JudgeServer(prefers(len)) as server, server.environment():
+        for day, methods in (("2026-11-26", ("dpo",)), ("2026-11-27", ("dpo", "preferred_ft"))):
+            set_today(monkeypatch, day)
+            options = Options(methods, (1.0,), judge, prompts=4)
+            rows = hh_winrate.run(make_config, str(tmp_path), options)
+    assert [row["method"] for row in rows] == ["dpo", "preferred_ft"]
+    for name in ("dpo-1-1", "preferred_ft-1-1"):
+        sampled = read_lines(tmp_path / "winrate" / "hh" / "samples" / name / "completions.jsonl")
+        for row in sampled:
+            spelled = words.decode(row["tokens"])
+            assert re.fullmatch(r"<s> w26 w7 w11 w\d+ w\d+ w11", spelled)
+    for prompt in server.prompts:
+        asked = prompt.split("Conversation:\n")[1]
+        assert re.match(r"User: w\d+ w\d+\n\nReply A:\n", asked)
+    assert bool(server.prompts) == (judge is not None)
+
+
+def test_hh_base_needs_text(tmp_path):
+    path = write_jsonl(tmp_path / "chats.jsonl", chat_rows(20))
+    data = experiment_configs("configs/hh.py", [f"--config.data.path={path}"])("dpo").data
+    data.source = "local"
+    with pytest.raises(ValueError, match="as text, and the data has chat messages"):
+        hh_winrate.shots(data)
 
 
 @pytest.mark.slow

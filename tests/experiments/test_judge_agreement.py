@@ -87,6 +87,18 @@ def test_read_votes_checks(line, message, tmp_path):
     assert message in str(error.value) and "votes.jsonl line 2" in str(error.value)
 
 
+def test_read_votes_of_chat_messages(tmp_path):
+    """Judges read them as text."""
+    call = dict(name="find", arguments=dict(city="Rome"))
+    prompt = [dict(role="system", content="Be short."), dict(role="user", content="Where?")]
+    ours = [dict(role="assistant", content="Here.")]
+    other = [dict(role="assistant", content="", tool_calls=[dict(function=call)])]
+    line = dict(prompt=prompt, ours=ours, other=other, votes=["win"])
+    (row,) = agreement.read_votes(write(tmp_path / "votes.jsonl", [line]))
+    assert row["prompt"] == "System: Be short.\n\nUser: Where?"
+    assert row["ours"] == "Here." and json.loads(row["other"]) == call
+
+
 def test_read_votes_of_empty_file(tmp_path):
     with pytest.raises(ValueError, match="has no rows"):
         agreement.read_votes(write(tmp_path / "votes.jsonl", []))

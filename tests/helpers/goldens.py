@@ -207,7 +207,7 @@ def content(path: pathlib.Path):
     if path.name == "metrics.jsonl":
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         return [digest({k: v for k, v in row.items() if k not in TIMINGS}) for row in rows]
-    if path.name in ("done.json", "config.json"):
+    if path.name in ("done.json", "config.json") or path.name.endswith(".settings.json"):
         record = json.loads(path.read_text())
         return {name: value for name, value in record.items() if name not in ("finished", "date")}
     if path.suffix == ".png":
