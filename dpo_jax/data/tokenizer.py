@@ -31,6 +31,9 @@ BATCH = 1000  # examples tokenised in one call
 # How many tokens of the prompt's end, which hold the cue for the answer, keep_cue leaves.
 CUE_TOKENS = 16
 
+# What a text is put behind, to see its tokens inside of a text.
+TEXT_STARTS = ("\n", "a", "(")
+
 # A warning is due where more than this share of so many boundaries or more lies within a token.
 MERGED_SHARE = 0.9
 MERGED_BOUNDARIES = 10
@@ -577,12 +580,19 @@ def _ids_inside(texts: Iterable[str], tokenizer) -> list[list[int]]:
     alone = _ids(texts, tokenizer)
     if both == [*newline, *letter]:
         return alone
-    found = []
-    after_newline = _ids(["\n" + text for text in texts], tokenizer)
-    for ids, ids_alone in zip(after_newline, alone, strict=True):
-        is_apart = ids[: len(newline)] == newline
-        found.append(ids[len(newline) :] if is_apart else ids_alone)
-    return found
+    found = dict(enumerate(alone))
+    left = range(len(texts))
+    for start in TEXT_STARTS:
+        (start_ids,) = _ids([start], tokenizer)
+        merged = []
+        for index, ids in zip(left, _ids([start + texts[i] for i in left], tokenizer), strict=True):
+            # A token may reach from this start into the text; from another one it does not.
+            if ids[: len(start_ids)] == start_ids:
+                found[index] = ids[len(start_ids) :]
+            else:
+                merged.append(index)
+        left = merged
+    return list(found.values())
 
 
 def _merge_example(answer: _Answer, tokenizer) -> str:

@@ -158,6 +158,19 @@ def test_one_space_where_the_answer_has_one(tmp_path, kind):
     assert data.ledger.train.boundary_merges == 0
 
 
+@pytest.mark.parametrize("kind", ["llama2", "metaspace"])
+@pytest.mark.parametrize("answer", ["\n\nnine", "\nnine", "nine"])
+def test_no_space_where_a_token_would_reach_across(tmp_path, kind, answer):
+    # Where prompt and answer would merge, the answer stands alone, and still without the space.
+    tokenizer = plain(kind)
+    rows = [{"prompt": "It is\n", "chosen": answer, "rejected": " green."}]
+    ((_, chosen, _),) = seen(tmp_path, rows, tokenizer)
+    data = load(tmp_path / "rows.jsonl", tokenizer)
+    assert data.ledger.train.boundary_merges == answer.startswith("\n")
+    ids = data.train[0].responses[0]
+    assert "".join(tokenizer.convert_ids_to_tokens(ids)) == f"{answer}</s>"
+
+
 def test_prompt_inside_the_answers(tmp_path):
     # unsloth-zoo#830: TRL's implicit prompt, as text.
     start = "User: Name a colour.\nBot:"
