@@ -375,14 +375,14 @@ class Chat:
             left_out = 1
             lost = lost - set(REASONING)
         if lost:
-            key = sorted(lost)[0]
+            keys = sorted(lost)
+            names = ", ".join(map(repr, keys))
             a_role = f"an {role}" if role[:1] in "aeio" else f"a {role}"
-            shown = message.get(key, message.get("content"))
-            error = _ContentLost if key == "content" else Malformed
+            error = _ContentLost if "content" in lost else Malformed
             raise error(
-                f"the chat template does not write {key!r} of {a_role} message "
-                f"(use a template that does, or pass --config.data.ignore={key})",
-                _shown(shown),
+                f"the chat template does not write {names} of {a_role} message "
+                f"(use a template that does, or pass --config.data.ignore={','.join(keys)})",
+                _shown(message.get(keys[0], message.get("content"))),
             )
         return left_out
 

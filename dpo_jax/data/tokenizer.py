@@ -387,6 +387,7 @@ def _render(text: TextExample, chat: Chat) -> Rendered:
     if isinstance(text.prompt, list):
         chat.check(text.where)
         return chat.example(text.prompt, text.responses, text.tools)
+    _check_no_tools(text, chat)
     eos = chat.tokenizer.eos_token
     # A text may end in its own EOS, and in white space after it.
     responses = [Response(without_tail(response, eos)) for response in text.responses]
@@ -395,12 +396,23 @@ def _render(text: TextExample, chat: Chat) -> Rendered:
 
 def _render_prompt(text: TextExample, chat: Chat) -> str:
     """Return a prompt as text; ValueError where the chat template refuses it."""
-    if isinstance(text.prompt, str):
-        return text.prompt
     try:
+        if isinstance(text.prompt, str):
+            _check_no_tools(text, chat)
+            return text.prompt
+        chat.check(text.where)
         return chat.prompt(text.prompt, text.tools)
     except Malformed as error:
         raise ValueError(f"{text.where}: {error}.") from error
+
+
+def _check_no_tools(text: TextExample, chat: Chat) -> None:
+    """Check that plain text has no tools beside it, which nothing would write; raise Malformed."""
+    if text.tools and "tools" not in chat.ignore:
+        raise Malformed(
+            "the row has tools, which a chat template writes, but its prompt is text (give the "
+            "prompt as messages, or pass --config.data.ignore=tools)"
+        )
 
 
 def _check_specials(text: TextExample, chat: Chat) -> None:

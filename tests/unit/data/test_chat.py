@@ -400,6 +400,12 @@ def test_refuses_by_each_message_that_is_left_out():
         chat_of("gptoss").example([user()], [[called(CALL, CALL)]], TOOLS)
 
 
+def test_names_all_keys_that_are_left_out():
+    message = {**user(), "language": "English", "toxic": False}
+    with pytest.raises(Malformed, match="'language', 'toxic' of a user .*ignore=language,toxic"):
+        chat_of("llama3").prompt([message])
+
+
 def test_empty_keys_and_ids_are_nothing():
     empty = {"tool_calls": [], "reasoning_content": "", "name": None, "refusal": None, "id": "m1"}
     answer = said("B", **empty, tool_call_id="c1")
@@ -510,6 +516,21 @@ def test_encode_drops_or_refuses_what_the_template_refuses():
         "the chat template refuses this conversation": ["row 2", "row 3"],
         lost: ["row 4"],
     }
+
+
+def test_encode_refuses_tools_beside_text():
+    tokenizer = tokenizer_of("qwen3")
+    with pytest.raises(ValueError, match="row 1: the row has tools, .* but its prompt is text"):
+        encoded(tokenizer, ("A", ("B",), TOOLS))
+    with pytest.raises(ValueError, match="row 1: the row has tools, .* but its prompt is text"):
+        encode_prompts([TextExample("A", (), "row 1", TOOLS)], tokenizer, data_config(), "keep_end")
+    assert len(encoded(tokenizer, ("A", ("B",), TOOLS), ignore=("tools",))[0]) == 1
+
+
+def test_encode_prompts_needs_a_template():
+    tokenizer = make_tokenizer("", "</s>")
+    with pytest.raises(ValueError, match="row 1 holds chat messages, but the tokenizer has no cha"):
+        encode_prompts([TextExample([user()], (), "row 1")], tokenizer, data_config(), "keep_end")
 
 
 def test_encode_counts_what_is_not_trained_on():
