@@ -122,9 +122,7 @@ DATA = dict(
         "all",
         "what SFT trains on in rows of whole conversations: all assistant turns, or the last one",
     ),
-    template=Field(
-        {}, "options of the chat template: --config.data.template.enable_thinking=False"
-    ),
+    template=Field({}, "options of the chat template, such as enable_thinking=False"),
     ignore=Field(
         (),
         "columns of rows, and keys of chat messages, to leave out although they have content",
