@@ -144,6 +144,55 @@ def test_encode_drops_bad_rows(loaded):
     assert kept.where == ["rows[0]", "rows[2]"]
 
 
+def test_encode_all_pairs_of_a_row(loaded):
+    answers = [{"answer": f"w{number}", "rank": number} for number in (2, 1, 3)]
+    rows = [ROWS[0], {"prompt": "w1", "answers": answers}, ROWS[1]]
+    pairs = loaded.encode(rows)
+    assert pairs.where == ["rows[0]", *["rows[1]"] * 3, "rows[2]"]
+    said = [[loaded.tokenizer.decode(ids) for ids in pairs[i].responses] for i in (1, 2, 3)]
+    assert said == [["w1 </s>", "w2 </s>"], ["w1 </s>", "w3 </s>"], ["w2 </s>", "w3 </s>"]]
+
+
+def test_encode_leaves_the_rows_as_they_are(loaded):
+    """Chat messages that a field holds as JSON text are parsed in a copy."""
+    row = {"prompt": "w1", "chosen": '[{"role": "assistant", "content": "w2"}]', "rejected": "w3"}
+    given = dict(row)
+    with pytest.raises(ValueError, match="no chat template"):
+        loaded.encode([row])
+    assert row == given
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(template="loud=True"), "template='loud=True' .*expected a dict"),
+        (dict(ignore="name"), "ignore='name' .*expected a list"),
+        (dict(columns=["prompt"]), "columns=.*expected text"),
+        (dict(turns=3), "turns=3 .*expected text"),
+    ],
+)
+def test_encode_refuses_other_types(loaded, settings, message):
+    with pytest.raises(TypeError, match=f"encode: {message}"):
+        loaded.encode(ROWS, **settings)
+
+
+def test_encode_refuses_unknown_turns(loaded):
+    with pytest.raises(ValueError, match="turns='first': expected one of all, last"):
+        loaded.encode(ROWS, turns="first")
+
+
+def test_encode_renames_columns(loaded, pairs):
+    rows = [dict(question=row["prompt"]) | row for row in ROWS]
+    for row in rows:
+        del row["prompt"]
+    assert loaded.encode(rows, columns="prompt=question").fingerprint == pairs.fingerprint
+
+
+def test_generate_names_a_wrong_prompt(loaded):
+    with pytest.raises(TypeError, match=r"prompts\[1\]=.*: expected text or a list of chat"):
+        loaded.generate(["w1", dict(role="user")])
+
+
 def test_log_probs_equal_each_row_alone(loaded, pairs):
     chosen, rejected = loaded.log_probs(pairs)
     assert chosen.dtype == rejected.dtype == np.float32
