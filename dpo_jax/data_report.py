@@ -49,6 +49,7 @@ COLUMNS = 32  # of a histogram
 BAR = 30  # characters of the longest bar
 GROUPS = ((1, 1), (2, 2), (3, 5), (6, None))  # of prompts, by how many rows they have
 SHOWN_START, SHOWN_END = 300, 200  # characters that are shown of a longer text
+PROGRESS_EVERY = 1000  # rows
 BOLD, GREEN, DIM, PLAIN = "\033[1m", "\033[32m", "\033[2m", "\033[0m"
 
 
@@ -547,8 +548,18 @@ def look(setup: Setup, kind: str, tokenizer, *, shown: int) -> tuple[Survey, Adv
     if kind == "sft" and data.sft_path and "data.path" not in setup.texts:
         data = data.copy_and_resolve_references()
         data.update(path=data.sft_path, eval_split="")
-    found = survey.take(data, kind, tokenizer, shown=shown)
+    found = survey.take(data, kind, tokenizer, shown=shown, progress=_show_progress)
+    _show_progress(0)
     return found, advise(found, setup)
+
+
+def _show_progress(rows: int) -> None:
+    """Say on a terminal how many rows are read; 0 clears the line."""
+    if rows % PROGRESS_EVERY or not sys.stderr.isatty():
+        return
+    said = f"{rows:,} rows" if rows else ""
+    sys.stderr.write(f"\r{said:<{WIDTH // 2}}\r")
+    sys.stderr.flush()
 
 
 def _kind_of_run(config: ConfigDict) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dpo_jax.data import dataset, readers, sources, splits
+from dpo_jax.data import dataset, mixtures, readers, sources, splits
 from dpo_jax.data.examples import Examples
 from dpo_jax.data.ledger import Counts, Ledger
 from dpo_jax.data.rows import Text, TextExample
@@ -91,48 +91,70 @@ class Survey:
 
 def find_kind(data) -> str:
     """Return what the rows are: "pairs", or "sft" where they have no two responses."""
-    if not sources.SOURCES[data.source].pairs:
-        return "sft"
+    data = data.copy_and_resolve_references()
+    data.eval_fraction = 0.0  # else the first row waits until it is known which are held out
+    if data.mix:
+        # The first set tells.
+        first = mixtures.parse(data.mix, sources.SOURCES)[0]
+        data.update(mix="", path=first.path, source=first.source or data.source)
+        data.train_split = first.split or data.train_split
     # The first row tells; where it is bad, the first good one.
     for kind, on_bad_row in (("pairs", "error"), ("sft", "error"), ("pairs", "drop")):
-        first = data.copy_and_resolve_references()
-        first.update(max_rows=1, max_eval_rows=1, eval_fraction=0.0, on_bad_row=on_bad_row)
+        data.on_bad_row = on_bad_row
         try:
-            texts, _ = splits.read(first, kind)
+            (part,) = splits.parts(data, kind)
+            for _ in part.examples():
+                return kind
         except ValueError:
             continue
-        if any(True for _ in texts["train"]):
-            return kind
     return "sft"
 
 
-def take(data, kind: str, tokenizer=None, *, shown: int = 3) -> Survey:
+def take(
+    data,
+    kind: str,
+    tokenizer=None,
+    *,
+    shown: int = 3,
+    progress: Callable[[int], None] | None = None,
+) -> Survey:
     """Read and tokenise a data set as training does, and measure it.
 
     data: the config's block. kind: "pairs" or "sft". tokenizer: the tokenizer; None: lengths are
-    in characters. shown: how many rows to show. Rows at which training would stop are dropped and
-    counted, and the survey has training's words for it. Raises what `dataset.load` raises for data
-    of which no row can be used.
+    in characters. shown: how many rows to show. progress: called with the number of rows that are
+    read so far. Rows at which training would stop are dropped and counted, and the survey has
+    training's words for it. Raises what `dataset.load` raises for data of which no row can be used.
     """
+    showing = _Showing(shown, progress)
     try:
-        return _take(data, kind, tokenizer, shown)
+        return _take(data, kind, tokenizer, showing)
     except ValueError as error:
         refusal = error
     lenient = data.copy_and_resolve_references()
     lenient.update(on_bad_row="drop", max_dropped=1.0)
     try:
-        found = _take(lenient, kind, tokenizer, shown, must_keep_cue=False)
+        found = _take(lenient, kind, tokenizer, showing, must_keep_cue=False)
     except ValueError:
         # The settings are wrong, or no row is right: what training says explains it best.
         raise refusal from None
     return dataclasses.replace(found, refusal=str(refusal))
 
 
-def _take(data, kind: str, tokenizer, shown: int, *, must_keep_cue: bool = True) -> Survey:
-    seen = {split: _Seen(shown) for split in ("train", "eval")}
+@dataclass(frozen=True)
+class _Showing:
+    """What a person is to see of the rows, and meanwhile."""
+
+    rows: int
+    progress: Callable[[int], None] | None
+
+
+def _take(data, kind: str, tokenizer, showing: _Showing, *, must_keep_cue: bool = True) -> Survey:
+    seen = {split: _Seen(showing.rows) for split in ("train", "eval")}
 
     def watch(split: str, example: TextExample) -> None:
         seen[split].add(example)
+        if showing.progress is not None:
+            showing.progress(sum(map(len, seen.values())))
 
     if tokenizer is None:
         ledger = _read_texts(data, kind, watch)
@@ -155,7 +177,7 @@ def _take(data, kind: str, tokenizer, shown: int, *, must_keep_cue: bool = True)
         trained_on = dict(zip(names[1:], trained_on_PK.T, strict=True))
         truncate = tuple(sorted({dataset.truncation(part.data) for part in parts.values()}))
         cuts = _cuts(whole, list(parts.values()), data, tokenizer)
-        rows = [_token_row(kept, index, tokenizer) for index in _spread(len(kept), shown)]
+        rows = [_token_row(kept, index, tokenizer) for index in _spread(len(kept), showing.rows)]
     return Survey(
         kind=kind,
         unit="tokens" if tokenizer is not None else "characters",
@@ -355,6 +377,9 @@ class _Seen:
         self._without_prompt = 0
         self._kept: list[TextExample] = []
         self._stride = 1  # between rows that are kept
+
+    def __len__(self) -> int:
+        return len(self._rows)
 
     def add(self, example: TextExample) -> None:
         """Look at an example."""

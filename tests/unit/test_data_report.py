@@ -198,6 +198,45 @@ def test_kind_is_found(tmp_path):
     assert kind_of({"prompt": "a"}, pair) == "pairs"  # the first row is broken
     assert kind_of(row("a", "b", "b"), pair) == "pairs"
     assert kind_of({"text": "a"}, source="imdb") == "sft"
+    completions = write_jsonl(tmp_path / "b.jsonl", [completion])
+    both = write_jsonl(tmp_path / "c.jsonl", [pair])
+    for mix, kind in ((f"{both}=1,{completions}", "pairs"), (f"{completions},{both}", "sft")):
+        assert survey.find_kind(settings("", mix=mix)) == kind
+
+
+def test_mixture(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", word_pairs(20))
+    write_jsonl(tmp_path / "b.jsonl", [row(f"w3 w{i}", "w1", "w2") for i in range(10)])
+    mix = f"{tmp_path}/a.jsonl=8,{tmp_path}/b.jsonl"
+    found = look("", tokenizer(), mix=mix)
+    loaded = dataset.load(settings("", mix=mix), tokenizer(), "pairs")
+    assert found.ledger == loaded.ledger
+    assert found.lengths["prompt"].tolist() == loaded.train.lengths()[0].tolist()
+    lines = [line.split() for line in lines_of(found)]
+    start = next(i for i, line in enumerate(lines) if line[:1] == ["Sets"])
+    assert lines[start + 1 : start + 3] == [
+        [f"{tmp_path}/a.jsonl", "8", "12", "0"],
+        [f"{tmp_path}/b.jsonl", "10", "0", "0"],
+    ]
+
+
+def test_cuts_of_a_mixture_are_each_set_s_own(tmp_path):
+    article = dict(article=words(700), highlights="w1")
+    write_jsonl(tmp_path / "a.jsonl", [article])
+    write_jsonl(tmp_path / "b.jsonl", [dict(prompt=words(700), completion="w1")])
+    mix = f"cnn_dailymail@{tmp_path}/a.jsonl,{tmp_path}/b.jsonl"
+    found = look("", tokenizer(), kind="sft", mix=mix)
+    assert found.truncate == ("keep_cue", "keep_end")
+    assert (found.cut_at(512).rows, found.cut_at(512).prompts) == (2, 2)
+    text = " ".join(" ".join(lines_of(found)).split())
+    assert "or the end of the prompt stays (data.truncate=keep_end)" in text
+
+
+def test_progress_is_said_row_by_row(tmp_path):
+    said = []
+    path = write_jsonl(tmp_path / "a.jsonl", pairs(3))
+    survey.take(settings(path), "pairs", progress=said.append)
+    assert said == [1, 2, 3]
 
 
 def test_bad_rows_are_counted_with_the_words_of_training(tmp_path):
