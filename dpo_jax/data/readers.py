@@ -58,6 +58,7 @@ SPACE = re.compile(r"\s*")
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 BATCH = 1000  # rows of a table read at a time
 CHUNK = 1 << 20  # characters of a JSON array read at a time
+LONGEST_ROW = 1 << 24  # characters of a row of JSON lines in a file that ends in .json
 
 
 def read_rows(path) -> Iterator[tuple[str, dict]]:
@@ -452,86 +453,96 @@ def _not_utf8(file: Path, error: UnicodeDecodeError) -> ValueError:
 def _json_records(file: Path) -> Iterator[Record]:
     """Yield the records of a JSON array, of JSON lines under the name .json, or of one object.
 
-    Arrays and lines are read as they come. An object that spans lines is read as a whole: it is one
-    row, or holds the rows in its one list of objects, beside a version and the like.
+    An object is one row, or it holds the rows in its one list of objects, beside a version and the
+    like. Raises ValueError naming the line where the text is not JSON.
     """
-    first = ""
-    for first in _lines(file):
-        if first.strip():
-            break
-    if first.lstrip().startswith("["):
-        yield from _array_records(file)
-        return
-    try:
-        json.loads(first)
-    except json.JSONDecodeError:
-        is_lines = False
-    else:
-        # A line that is an object of its own, and more below it.
-        is_lines = _has_more_than_one_line(file)
-    if is_lines:
+    window = _Window(file)
+    mark = window.mark()
+    if mark == "{" and _is_json_lines(file):
         yield from _lines(file)
         return
-    text = "".join(_lines(file))
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.msg != "Extra data":  # that is, more than one value: JSON lines
-            raise ValueError(f"{file} is not JSON: {error.msg} at line {error.lineno}.") from None
-        yield from _lines(file)
+    if mark == "{":
+        yield from _records_of_object(file)
         return
-    if isinstance(content, dict):
-        yield from _wrapped_rows(file, content)
-    else:
-        yield content
+    yield from _elements(window)
+    _check_end(window)
 
 
-def _has_more_than_one_line(file: Path) -> bool:
-    found = 0
-    for line in _lines(file):
-        found += bool(line.strip())
-        if found > 1:
-            return True
-    return False
+def _is_json_lines(file: Path) -> bool:
+    """Return whether the first line is an object of its own, and there is more than this line."""
+    with _open_text(file) as text:
+        first = ""
+        while not first.strip():
+            # An object in one line may be the whole file; no row is as long as this.
+            first = text.readline(LONGEST_ROW)
+        try:
+            _, end = json.JSONDecoder().raw_decode(first.lstrip())
+        except json.JSONDecodeError:
+            return False
+        if first.lstrip()[end:].strip():
+            return True  # a line with something wrong behind its object
+        return any(line.strip() for line in text)
 
 
-def _wrapped_rows(file: Path, content: dict) -> list:
-    """Return the rows in the one list of objects of an object, or else the object as one row.
+def _records_of_object(file: Path) -> Iterator[Record]:
+    """Yield the rows in the one list of objects of an object, or else the object as one row.
 
     Raises ValueError where it has several such lists: {"train": [...], "test": [...]}.
     """
-    lists = {}
-    for name, value in content.items():
-        is_objects = isinstance(value, list) and value and all(isinstance(x, dict) for x in value)
+    firsts: dict[str, object] = {}  # the first element of each list
+    no_rows = set()  # lists that hold something else than rows
+    for name, is_element, value in _walk_object(file):
+        if is_element:
+            firsts.setdefault(name, value)
+            if not isinstance(value, dict):
+                no_rows.add(name)
+    names = []
+    for name, first in firsts.items():
         # Messages and tools are lists of objects in a row.
-        if is_objects and not any(key in value[0] for key in ("role", "from", "function")):
-            lists[name] = value
-    if len(lists) > 1:
+        if name not in no_rows and not any(key in first for key in ("role", "from", "function")):
+            names.append(name)
+    if len(names) > 1:
         raise ValueError(
-            f"{file} holds several lists of rows, {', '.join(lists)}: save each as a file of its "
-            f"own, such as {next(iter(lists))}.json."
+            f"{file} holds several lists of rows, {', '.join(names)}: save each as a file of its "
+            f"own, such as {names[0]}.json."
         )
-    for rows in lists.values():
-        return rows
-    return [content]
+    if not names:
+        yield _Window(file).element()
+        return
+    for name, is_element, value in _walk_object(file):
+        if is_element and name == names[0]:
+            yield value
 
 
-def _array_records(file: Path) -> Iterator[Record]:
-    """Yield the elements of a JSON array, of which a few at a time are in memory.
-
-    Raises ValueError naming the line where the text is not JSON.
-    """
+def _walk_object(file: Path) -> Iterator[tuple[str, bool, object]]:
+    """Yield (name, False, value) of each value in an object, (name, True, element) of its lists."""
     window = _Window(file)
+    window.skip("{")
+    while window.mark() != "}":
+        name = window.element()
+        window.skip(":")
+        if window.mark() == "[":
+            for element in _elements(window):
+                yield name, True, element
+        else:
+            yield name, False, window.element()
+        window.skip_comma("}")
+    window.skip("}")
+    _check_end(window)
+
+
+def _elements(window: "_Window") -> Iterator:
+    """Yield the elements of a JSON array, of which a few at a time are in memory."""
     window.skip("[")
     while window.mark() != "]":
         yield window.element()
-        if window.mark() != "]":
-            window.skip(",")
-            if window.mark() == "]":
-                raise window.error("a comma before the end of the array")
+        window.skip_comma("]")
     window.skip("]")
+
+
+def _check_end(window: "_Window") -> None:
     if window.mark():
-        raise window.error("text after the end of the array")
+        raise window.error("text after the end")
 
 
 class _Window:
@@ -558,6 +569,14 @@ class _Window:
         if self.mark() != mark:
             raise self.error(f"Expecting {mark!r} delimiter")
         self._start += 1
+
+    def skip_comma(self, end: str) -> None:
+        """Take a comma, unless the array or object ends here; none may stand before its end."""
+        if self.mark() == end:
+            return
+        self.skip(",")
+        if self.mark() == end:
+            raise self.error("a comma before the end")
 
     def element(self):
         """Return the next value."""

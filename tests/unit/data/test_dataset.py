@@ -1,6 +1,8 @@
 """From files to token ids: the ledger, its limits, and the decoded view."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -9,7 +11,7 @@ from dpo_jax.data import tokenizer as tokenizers
 from dpo_jax.data.ledger import Counts, Ledger
 from tests.helpers import rows
 from tests.helpers.letters import letters_tokenizer
-from tests.helpers.paths import SHARED, STORIES, needs_shared
+from tests.helpers.paths import ROOT, SHARED, STORIES, needs_shared
 
 # What tokenising reads of the data block, besides what reading rows does.
 ENCODING = dict(max_length=40, max_prompt_length=20, truncate="auto", append_eos=True, show=0)
@@ -384,3 +386,48 @@ def test_load_real_imdb_reviews():
     assert all(prompt.tolist() == [50256] for prompt in data.train.prompts)
     assert max(len(review) for (review,) in data.train.responses) == 63
     assert data.ledger.shared_prompts == 0
+
+
+PEAK_MEMORY = """if True:
+    import re, sys
+    from dpo_jax.data import dataset, examples
+    from tests.helpers.letters import letters_tokenizer
+    from tests.unit.data.test_dataset import data_config
+    examples.IN_MEMORY = 1 << 18
+    data = data_config(path=sys.argv[1], eval_fraction=0.05, max_length=600, max_prompt_length=400)
+    loaded = dataset.load(data, letters_tokenizer(), "pairs")
+    loaded.train.fingerprint
+    # Not ru_maxrss, which starts at what the parent process had.
+    peak = re.search("VmHWM: *([0-9]+) kB", open("/proc/self/status").read().replace("\\t", " "))
+    print(len(loaded.train) + len(loaded.eval), int(peak[1]) // 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".json"])
+def test_memory_does_not_grow_with_rows(tmp_path, suffix):
+    """12,000 rows more, which as text and ids take about 60 MB."""
+    peaks = []
+    for count in (4_000, 16_000):
+        records = []
+        for number in range(count):
+            prompt = f"{number} is a long question with many words " * 8
+            records.append({"prompt": prompt, "chosen": "yes it is " * 9, "rejected": "no " * 40})
+        path = tmp_path / f"rows{count}{suffix}"
+        if suffix == ".parquet":
+            rows.write_parquet(path, records)
+        elif suffix == ".json":
+            path.write_text(json.dumps({"version": 1, "data": records}))
+        else:
+            rows.write_jsonl(path, records)
+        done = subprocess.run(
+            [sys.executable, "-c", PEAK_MEMORY, str(path)],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+        )
+        assert done.returncode == 0, done.stderr
+        kept, peak = map(int, done.stdout.split())
+        assert kept == count
+        peaks.append(peak)
+    assert peaks[1] - peaks[0] < 30, peaks

@@ -319,9 +319,12 @@ def test_names_of_json_lines(tmp_path, name):
 @pytest.mark.parametrize("indent", [None, 1])
 def test_rows_in_a_json_object(tmp_path, indent):
     path = tmp_path / "rows.json"
-    wrapped = {"version": "1", "tags": ["a"], "data": pairs(2), "more": {"rows": 2}}
+    wrapped = {"version": "1", "tags": ["a"], "data": pairs(2), "more": {"rows": 2}, "none": []}
     path.write_text(json.dumps(wrapped, indent=indent))
     assert [row.prompt for row in read(path)[0]["train"]] == ["p0", "p1"]
+    path.write_text(json.dumps(wrapped, indent=indent)[:-3])
+    with pytest.raises(ValueError, match=r"rows.json is not JSON: Expecting .* at line \d+"):
+        read(path)
     path.write_text(json.dumps({"train": pairs(2), "test": pairs(1)}, indent=indent))
     with pytest.raises(ValueError, match="holds several lists of rows, train, test: save each"):
         read(path)
@@ -341,8 +344,8 @@ def test_json_array_across_pieces(tmp_path, monkeypatch):
             assert [fields for _, fields in readers.read_rows(path)] == rows
         for text, said in [
             ('[{"a": 1},\n{"a": 2}\n{"a": 3}]', "Expecting ',' delimiter at line 3"),
-            ('[{"a": 1},\n{"a": 2},\n]', "a comma before the end of the array at line 3"),
-            ('[{"a": 1},\n{"a": 2}]\n[]', "text after the end of the array at line 3"),
+            ('[{"a": 1},\n{"a": 2},\n]', "a comma before the end at line 3"),
+            ('[{"a": 1},\n{"a": 2}]\n[]', "text after the end at line 3"),
             ('[{"a": 1},\n{"a": tru}]', "Expecting value at line 2"),
         ]:
             path.write_text(text)
