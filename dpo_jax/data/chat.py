@@ -100,7 +100,7 @@ class Chat:
         """
         tools = tools or None  # some templates write about tools where the list is empty
         messages = [*prompt, *itertools.chain.from_iterable(responses)]
-        first_error = None
+        refused = lost = None
         for form in _forms(messages):
             try:
                 return self._example(
@@ -108,12 +108,15 @@ class Chat:
                     [[form.apply(message) for message in response] for response in responses],
                     tools,
                 )
-            except (_Refused, _ContentLost) as error:
-                # The first form is the row's own, so its error is the one to show.
-                first_error = first_error or error
-        if isinstance(first_error, Malformed):
-            raise first_error
-        raise Malformed("the chat template refuses this conversation", str(first_error))
+            # The first form is the row's own, so its error is the one to show.
+            except _Refused as error:
+                refused = refused or error
+            except _ContentLost as error:
+                lost = lost or error
+        # Where the template takes a form, what is wrong with that form says more.
+        if lost:
+            raise lost
+        raise Malformed("the chat template refuses this conversation", str(refused))
 
     def _example(self, prompt: list, responses: list[list], tools: list | None) -> Rendered:
         prompt_text = self._render(prompt, tools, cue=True)
@@ -220,6 +223,7 @@ class Chat:
         answer_start, answer_end = answer
         spans = []
         last_end = answer_start
+        previous = first - 1
         for turn in range(first, len(messages)):
             if messages[turn]["role"] != "assistant":
                 continue
@@ -233,8 +237,14 @@ class Chat:
                 end = start + len(self._without_tail(whole[start:end]))
             if not last_end <= start <= end <= answer_end:
                 raise _not_found(turn)
+            # A template may write the text beside a call after the call's result: what users and
+            # tools say has to stand between the turns, or it would be trained on.
+            others = messages[previous + 1 : turn]
+            if not _stands_between(others, whole[last_end:start], whole[answer_start:answer_end]):
+                raise _not_found(turn)
             spans.append((start, end))
             last_end = end
+            previous = turn
         return spans
 
     def _start(
@@ -697,6 +707,20 @@ def _is_in(piece: str, text: str) -> bool:
     if piece in text:
         return True
     return any(json.dumps(piece, ensure_ascii=ascii)[1:-1] in text for ascii in (False, True))
+
+
+def _stands_between(messages: list[Message], gap: str, answer: str) -> bool:
+    """Return whether what these messages say stands in a gap between an answer's turns.
+
+    What the answer has nowhere as it is, is written in another form, and cannot be looked for.
+    """
+    for message in messages:
+        said = _content(message)
+        if said.strip() and not gap.strip():
+            return False
+        if _is_in(said, answer) and not _is_in(said, gap):
+            return False
+    return True
 
 
 def _replaced(messages: list[Message], index: int, key: str, value) -> list[Message]:

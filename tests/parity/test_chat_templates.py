@@ -402,6 +402,19 @@ def test_refused_by_name(tmp_path, name, case, kind):
     assert re.search("the chat template (does not write|refuses)", message), message
 
 
+@pytest.mark.parametrize("name", ["gemma4_v3", "gemma4_v5", "diffusion_gemma"])
+def test_text_that_moves_behind_a_result_is_refused(tmp_path, name):
+    """Gemma 4 writes the text beside a call after the call's result, which would be trained on."""
+    tokenizer = make_tokenizer(template_of(name), "<turn|>", "<bos>")
+    row = {"prompt": [QUESTION], "rejected": [BAD], "tools": TOOLS}
+    answers = {"": [call(""), RESULT, GOOD], "Wait.": [call("Wait."), RESULT, GOOD]}
+    example, _ = encoded_row(tmp_path, tokenizer, row | {"chosen": answers[""]}, "pairs")
+    masked = example.responses[0][~example.completion_masks[0]]
+    assert RESULT["content"] in tokenizer.decode(masked)
+    with pytest.raises(ValueError, match="an assistant turn cannot be told apart"):
+        encoded_row(tmp_path, tokenizer, row | {"chosen": answers["Wait."]}, "pairs")
+
+
 CALLS = [pair for pair in HOLDS if "tool" in pair[1] or "call" in pair[1]]
 
 
