@@ -27,7 +27,16 @@ METHODS = {  # stage -> how a card calls it
 LEFT_OUT = ("eval_every", "save_every", "log_every", "keep", "microbatch_size", "cache_reference")
 # Fields of the data block that say what was read; the last ones only where they are set.
 DATA = ("source", "path")
-DATA_IF_SET = ("mix", "sft_path", "train_split", "eval_split", "max_rows")
+DATA_IF_SET = (
+    "mix",
+    "sft_path",
+    "train_split",
+    "eval_split",
+    "max_rows",
+    "columns",
+    "ignore",
+    "template",
+)
 
 LOADING = {
     "lm": """\
@@ -107,7 +116,9 @@ class ModelCard:
 
     def _card(self, library: str, loading: str) -> str:
         base = self._base or "random weights"
-        name = pathlib.PurePath(base).name
+        path = pathlib.PurePath(base)
+        # An export's folder is called hf, whatever it holds: its stage's name says more.
+        name = path.parent.name if path.name == "hf" else path.name
         parts = [
             self._front_matter(library),
             f"# {name}, {METHODS[self.stage]}",
@@ -172,8 +183,8 @@ class ModelCard:
     def _data(self) -> list[tuple[str, str]]:
         """Return what was read, how much of it, and the fingerprints of its tokens."""
         data = self.config.data
-        rows = [(name, str(data[name])) for name in DATA if data[name]]
-        rows += [(name, str(data[name])) for name in DATA_IF_SET if data.get(name)]
+        told = [name for name in (*DATA, *DATA_IF_SET) if data[name]]
+        rows = [(f"data.{name}", _shown(data[name])) for name in told]
         if stage_table.trains_on_samples(self.config, self.stage):
             rows.append(("pairs", "sampled from the model before this stage, and labelled"))
         ledger = json.loads((self.folder / "ledger.json").read_text())
@@ -225,4 +236,8 @@ def _table(rows: list[tuple[str, str]]) -> str:
 
 
 def _shown(value) -> str:
+    if isinstance(value, ConfigDict):
+        return json.dumps(value.to_dict())
+    if isinstance(value, tuple | list):
+        return ", ".join(map(str, value)) or "(none)"
     return str(value) if value != "" else "(none)"
