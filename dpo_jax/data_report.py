@@ -12,6 +12,7 @@ training, and the usual fields have a flag of their own: --source=hh, --max_leng
 import dataclasses
 import json
 import os
+import pathlib
 import shlex
 import sys
 import textwrap
@@ -30,6 +31,7 @@ from dpo_jax.stage_table import STAGES
 from dpo_jax.whole_file import whole_file
 
 KINDS = ("auto", "pairs", "sft")
+STAGE_OF = {"pairs": "dpo", "sft": "sft"}  # the stage that trains on rows of a kind, and its config
 # Fields of config.data that have a flag of their own.
 FIELDS = (
     *("source", "columns", "ignore", "turns", "mix"),
@@ -49,6 +51,8 @@ COLUMNS = 32  # of a histogram
 BAR = 30  # characters of the longest bar
 GROUPS = ((1, 1), (2, 2), (3, 5), (6, None))  # of prompts, by how many rows they have
 SHOWN_START, SHOWN_END = 300, 200  # characters that are shown of a longer text
+# Other control characters than tab and newline, as a terminal would obey them: their pictures.
+VISIBLE = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n"}
 PROGRESS_EVERY = 1000  # rows
 BOLD, GREEN, DIM, PLAIN = "\033[1m", "\033[32m", "\033[2m", "\033[0m"
 
@@ -238,8 +242,10 @@ def _repeats(found: Survey, style: Style) -> list[str]:
     rows = []
     if evals:
         nearly = repeats.eval_prompts_nearly_in_train
+        has_prompts = len(found.rows_per_prompt)
+        label = f"eval rows {'whose prompt is' if has_prompts else 'that are'} trained on"
         rows = [
-            ["eval rows whose prompt is trained on", _of(repeats.eval_prompts_in_train, evals)],
+            [label, _of(repeats.eval_prompts_in_train, evals)],
             ["  the same, but for case and white space", _of(nearly, evals)],
         ]
     rows.append(["training rows equal to an earlier one", _of(repeats.train_rows_repeated, train)])
@@ -308,7 +314,7 @@ def _shown(row: ShownRow, style: Style) -> list[str]:
 
 def _piece(piece: Piece, style: Style) -> str:
     """Return a piece's text, with the middle left out where it is long."""
-    text = piece.text
+    text = piece.text.translate(VISIBLE).encode("utf-8", "replace").decode()
     left_out = len(text) - SHOWN_START - SHOWN_END
     if left_out > 0:
         note = style.aside(f" [... {left_out:,} characters ...] ")
@@ -375,7 +381,9 @@ def _plural(count: int, noun: str) -> str:
 
 def _share(share: float) -> str:
     percent = 100 * float(share)
-    if 0 < percent < 0.1:
+    if percent == 0:
+        return "0 %"
+    if percent < 0.1:
         return "< 0.1 %"
     return f"{percent:.1f} %" if percent < 10 else f"{percent:.0f} %"
 
@@ -401,13 +409,12 @@ def advise(found: Survey, setup: Setup) -> Advice:
         _choose_length(found, setup, flags_to_add, reasons)
     if found.refusal:
         _allow_drops(found, setup, flags_to_add, reasons)
-    if not setup.choice:
-        _fit_steps(found, setup, flags_to_add, reasons)
+    _fit_steps(found, setup, flags_to_add, reasons)
     model = setup.config.model
     lacks_model = not model.path and not model.scratch
     texts = {"model.path": "MODEL"} if lacks_model else {}
     texts |= setup.texts | flags_to_add
-    choice = setup.choice or {"pairs": "dpo", "sft": "sft"}[found.kind]
+    choice = setup.choice or STAGE_OF[found.kind]
     command = ["python", "-m", "dpo_jax.train", f"--config={choice}"]
     command += [shlex.quote(f"--config.{field}={text}") for field, text in texts.items()]
     return Advice(command, reasons, _warnings(found, setup))
@@ -424,8 +431,12 @@ def _choose_length(found: Survey, setup: Setup, texts: dict, reasons: list) -> N
         return
     if now in possible and now is possible[-1]:
         # A longer one would be as bad, or the model cannot read it.
-        limit = f"the model has {setup.positions} positions" if setup.positions else "see above"
-        reasons.append(f"max_length stays {now.max_length}: {limit}; it cuts {_cut_share(now)}")
+        limit = "a longer one cuts as many"
+        if setup.positions:
+            limit = f"the model has {setup.positions} positions"
+        reasons.append(
+            f"max_length stays {now.max_length}, which cuts {_cut_share(now)} of the rows: {limit}"
+        )
         return
     if not possible:
         texts["data.max_length"] = str(setup.positions)
@@ -468,25 +479,31 @@ def _dropped_share(counts: Counts) -> float:
 
 def _fit_steps(found: Survey, setup: Setup, texts: dict, reasons: list) -> None:
     """Add a batch, a warm-up and evaluations that fit into the run, where the data is small."""
-    stage = {"pairs": "dpo", "sft": "sft"}[found.kind]
-    block = configs.default((stage,))[stage]
+    stage = STAGE_OF[found.kind]
+    config = setup.config
+    if not setup.choice and stage not in config.stages:
+        config = configs.default((stage,))
+    if stage not in config.stages or STAGES[stage].data != found.kind:
+        return
+    block = config[stage].copy_and_resolve_references()
+
+    def add(name: str, value: int, reason: str) -> None:
+        # What the user has set stays.
+        if f"{stage}.{name}" not in setup.texts:
+            texts[f"{stage}.{name}"] = str(value)
+            reasons.append(f"{name}={value}: {reason}")
+            block[name] = value
+
     rows = found.ledger.train.kept
-    batch_size = block.batch_size
-    if rows < batch_size:
-        batch_size = min(8, rows)
-        texts[f"{stage}.batch_size"] = str(batch_size)
-        reasons.append(f"batch_size={batch_size}: there are only {_plural(rows, 'row')}")
-    steps = batches.steps_of(rows, batch_size, steps=block.steps, epochs=block.epochs)
+    if rows < block.batch_size:
+        add("batch_size", min(8, rows), f"there are only {_plural(rows, 'row')}")
+    steps = batches.steps_of(rows, block.batch_size, steps=block.steps, epochs=block.epochs)
+    length = _plural(steps, "step")
     if steps <= block.warmup_steps:
-        texts[f"{stage}.warmup_steps"] = str(steps // 10)
-        reasons.append(
-            f"warmup_steps={steps // 10}: the default, {block.warmup_steps}, is no shorter than "
-            f"the run, {_plural(steps, 'step')}"
-        )
+        reason = f"the run has {length}, and the default is {block.warmup_steps}"
+        add("warmup_steps", steps // 10, reason)
     if steps <= block.eval_every:
-        every = max(steps // 4, 1)
-        texts[f"{stage}.eval_every"] = str(every)
-        reasons.append(f"eval_every={every}: a few evaluations within {_plural(steps, 'step')}")
+        add("eval_every", max(steps // 4, 1), f"a few evaluations within {length}")
 
 
 def _warnings(found: Survey, setup: Setup) -> list[str]:
@@ -638,6 +655,7 @@ def main():
     out = flags.DEFINE_string("json", "", "A file to write the numbers to, as JSON.")
 
     def show_data(path: str):
+        _check_folder(out.value)
         given = {"model.path": model.value, "model.tokenizer": tokenizer.value, "data.path": path}
         texts = {field: text for field, text in given.items() if text}
         for name, flag in fields.items():
@@ -661,6 +679,13 @@ def main():
                 draft.write_text(json.dumps(to_dict(found, advice), indent=2) + "\n")
 
     command_line.run(show_data, __doc__, config=config_flags, positional="PATH")
+
+
+def _check_folder(out: str) -> None:
+    """Raise FileNotFoundError where a file cannot be written for want of its folder."""
+    folder = pathlib.Path(out).absolute().parent
+    if out and not folder.is_dir():
+        raise FileNotFoundError(f"--json={out}: there is no folder {folder}. Make it first.")
 
 
 def _load_config(config_flags: command_line.ConfigFlags) -> ConfigDict:

@@ -98,6 +98,8 @@ def find_kind(data) -> str:
         first = mixtures.parse(data.mix, sources.SOURCES)[0]
         data.update(mix="", path=first.path, source=first.source or data.source)
         data.train_split = first.split or data.train_split
+    if data.source in sources.SOURCES and not sources.SOURCES[data.source].pairs:
+        return "sft"
     # The first row tells; where it is bad, the first good one.
     for kind, on_bad_row in (("pairs", "error"), ("sft", "error"), ("pairs", "drop")):
         data.on_bad_row = on_bad_row

@@ -45,9 +45,10 @@ def look(path, model=None, kind="pairs", shown=3, **changes) -> Survey:
     return survey.take(settings(path, **changes), kind, model, shown=shown)
 
 
-def setup(found_config=None, choice="", positions=0, **texts) -> data_report.Setup:
-    """Return what a user has set: fields of config.data by name."""
-    texts = {f"data.{name}": text for name, text in texts.items()}
+def setup(choice="", positions=0, dpo=(), **data) -> data_report.Setup:
+    """Return what a user has set: fields of config.data and of config.dpo, as texts by name."""
+    texts = {f"data.{name}": text for name, text in data.items()}
+    texts |= {f"dpo.{name}": text for name, text in dict(dpo).items()}
     config = config_files.load(choice or "dpo")
     config_files.override(config, texts)
     return data_report.Setup(choice, config, texts, positions)
@@ -414,6 +415,23 @@ def test_recommended_steps_fit_the_data(rows):
     assert config.dpo.eval_every < max(steps, 2)
     is_default = config.dpo.to_dict() == config_files.load("dpo").dpo.to_dict()
     assert is_default == (rows > 312 * 64)
+
+
+def test_steps_that_the_user_set_stay():
+    def flags_of(choice="", **texts):
+        command = data_report.advise(a_survey(kept=1000), setup(choice, dpo=texts)).command
+        return [word.removeprefix("--config.dpo.") for word in command if "dpo." in word]
+
+    assert flags_of() == ["warmup_steps=1", "eval_every=3"]
+    assert flags_of(warmup_steps="2") == ["warmup_steps=2", "eval_every=3"]
+    # 1000 steps, longer than warm-up and eval_every.
+    assert flags_of(batch_size="1") == ["batch_size=1"]
+    assert flags_of(choice="dpo", steps="400") == ["steps=400"]
+
+
+def test_control_characters_are_visible():
+    style = data_report.Style(True)
+    assert data_report._piece(survey.Piece("a\x1b[2J\r\n\tb\ud800", False), style) == "a␛[2J␍\n\tb?"
 
 
 def test_command_has_what_the_user_set():
