@@ -26,7 +26,7 @@ from dpo_jax import command_line, config_checks, device_command
 from dpo_jax import config as configs
 from dpo_jax.console import say
 from dpo_jax.data import dataset
-from dpo_jax.data.conversations import reply, transcript
+from dpo_jax.data.conversations import as_messages, reply, transcript
 from dpo_jax.data.examples import Examples
 from dpo_jax.data.rows import TextExample
 from dpo_jax.data.tokenizer import encode_example_prompts
@@ -37,7 +37,7 @@ from dpo_jax.models import loading
 from dpo_jax.parallel import processes, sharding
 from dpo_jax.pipeline.run import Run
 from dpo_jax.pipeline.stages import run_stages
-from dpo_jax.rewards import make
+from dpo_jax.rewards import reward_model
 from dpo_jax.sampling import rollouts
 from dpo_jax.sampling.prompts import Prompts
 from dpo_jax.sampling.sampler import Sampling
@@ -432,7 +432,7 @@ def _make_judge(
     def by_chat(comparisons, path):
         shown = []
         for comparison in comparisons:
-            prompt = task.shown(transcript(comparison.prompt))
+            prompt = task.shown(comparison.prompt)
             shown.append(dataclasses.replace(comparison, prompt=prompt))
 
         def ask():
@@ -445,10 +445,21 @@ def _make_judge(
     def reward():
         run = runs["rm"]
         folder = run.folder("rm") / "hf"
-        return make.make_reward("model", str(folder), run.config.reward.batch_size, run.mesh)
+        size = run.config.reward.batch_size
+        return reward_model.of_examples(str(folder), size, run.mesh, task.data, task.date)
+
+    def reward_of_answers(_prompts, answers, _tokens):
+        # The examples' own prompts, which may be messages with tools. All of our answers come
+        # first, then all others.
+        texts = []
+        for example, answer in zip(task.examples * 2, answers, strict=True):
+            is_chat = isinstance(example.prompt, list)
+            response = as_messages("assistant", answer) if is_chat else answer
+            texts.append(dataclasses.replace(example, responses=(response,)))
+        return reward()(texts)
 
     def by_reward(comparisons, path):
-        verdicts = judges.compare_by_reward(reward(), comparisons)
+        verdicts = judges.compare_by_reward(reward_of_answers, comparisons)
         result = dict(judge="reward model", **winrate_stats.win_rate(verdicts), verdicts=verdicts)
         write_json(path, result)
         return result
@@ -473,7 +484,8 @@ def judge_all(
         for example, answer, reference in zip(task.examples, answers, references, strict=True):
             # Task.read strips answers, but in text responses follow their prompts after a space.
             space = " " if isinstance(example.prompt, str) else ""
-            comparisons.append(Comparison(example.prompt, space + answer, reference))
+            prompt = transcript(example.prompt)
+            comparisons.append(Comparison(prompt, space + answer, reference))
         try:
             result = judge(comparisons, folder / "verdicts" / f"{point.name}.json")
         except (judges.BudgetExhausted, judges.ChatError) as error:

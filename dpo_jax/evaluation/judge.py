@@ -108,7 +108,7 @@ TEMPLATES = {
 class Comparison:
     """One question: is `ours` better than `other` as an answer to `prompt`?"""
 
-    prompt: str  # a reward model may be given chat messages
+    prompt: str
     ours: str
     other: str
 

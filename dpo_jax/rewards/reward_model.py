@@ -1,5 +1,6 @@
 """Reward models trained with dpo_jax: the reward of a completion, read at its last token."""
 
+import datetime
 import functools
 from collections.abc import Callable
 
@@ -9,9 +10,8 @@ import numpy as np
 from dpo_jax import config as configs
 from dpo_jax.console import warn
 from dpo_jax.data import packing
-from dpo_jax.data.conversations import as_messages
 from dpo_jax.data.examples import Example, Examples
-from dpo_jax.data.rows import Text, TextExample
+from dpo_jax.data.rows import TextExample
 from dpo_jax.data.tokenizer import encode
 from dpo_jax.models import loading
 from dpo_jax.models.inference import map_responses
@@ -37,7 +37,7 @@ def any_policy(path: str, batch_size: int, mesh) -> Callable:
     def reward(prompts, completions, tokens) -> np.ndarray:
         nonlocal has_warned
         if tokens is None:  # texts that are not a policy's samples
-            return reward_tokens(_tokenised(checkpoint.tokenizer, prompts, completions))
+            return reward_tokens(_tokenised(checkpoint.tokenizer, _of_texts(prompts, completions)))
         if _is_spelled(checkpoint.tokenizer, prompts, completions, tokens):
             return reward_tokens(tokens)
         if not has_warned:
@@ -46,7 +46,22 @@ def any_policy(path: str, batch_size: int, mesh) -> Callable:
                 f"the reward model {path} has another tokenizer than the policy. It reads the "
                 "texts, tokenised again: without special tokens (a chat's), each with an EOS."
             )
-        return reward_tokens(_tokenised(checkpoint.tokenizer, prompts, completions))
+        return reward_tokens(_tokenised(checkpoint.tokenizer, _of_texts(prompts, completions)))
+
+    return reward
+
+
+def of_examples(path: str, batch_size: int, mesh, data, date: datetime.date) -> Callable:
+    """Return the reward of a model trained with dpo_jax, of examples with one response each.
+
+    Chat messages go through the model's own template. data: the data block of the config that the
+    examples were read by. date: what templates take for today.
+    """
+    checkpoint = loading.open_checkpoint(path, head="reward")
+    reward_tokens = _token_reward(checkpoint, batch_size, mesh)
+
+    def reward(texts: list[TextExample]) -> np.ndarray:
+        return reward_tokens(_tokenised(checkpoint.tokenizer, texts, data, date))
 
     return reward
 
@@ -79,21 +94,27 @@ def _is_spelled(tokenizer, prompts: list[str], completions: list[str], tokens: l
     return completion_texts(decoded, sampled, tokenizer) == list(completions)
 
 
-def _tokenised(tokenizer, prompts: list[Text], completions: list[str]) -> list[tuple]:
-    """Return (prompt, completion) ids of texts, encoded as for training, and not cut.
-
-    After a prompt of chat messages the completion is the assistant's turn.
-    """
-    if not prompts:
-        return []
-    data = configs.default(()).data
-    data.update(append_eos=True, max_length=2**30, max_prompt_length=2**29)
+def _of_texts(prompts: list[str], completions: list[str]) -> list[TextExample]:
+    """Return an example for each prompt and completion."""
     texts = []
     for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True), 1):
-        is_chat = isinstance(prompt, list)
-        response = as_messages("assistant", completion) if is_chat else completion
-        texts.append(TextExample(prompt, (response,), f"completion {number}"))
-    examples, _ = encode(texts, tokenizer, data, "keep_start", keep_all=True)
+        texts.append(TextExample(prompt, (completion,), f"completion {number}"))
+    return texts
+
+
+def _tokenised(
+    tokenizer, texts: list[TextExample], data=None, date: datetime.date | None = None
+) -> list[tuple]:
+    """Return (prompt, completion) ids of examples, encoded as for training, and not cut.
+
+    data: a config's data block; without one its defaults. date: what chat templates take for today.
+    """
+    if not texts:
+        return []
+    settings = (data or configs.default(()).data).copy_and_resolve_references()
+    # An example that is dropped would have no reward.
+    settings.update(append_eos=True, max_length=2**30, max_prompt_length=2**29, on_bad_row="error")
+    examples, _ = encode(texts, tokenizer, settings, "keep_start", date=date, keep_all=True)
     return [(example.prompt, example.responses[0]) for example in examples]
 
 

@@ -15,6 +15,7 @@ from dpo_jax.evaluation.judge import Judge
 from dpo_jax.models import hf
 from dpo_jax.parallel import sharding
 from dpo_jax.pipeline.run import Run
+from dpo_jax.rewards import reward_model
 from dpo_jax.training.checkpoint import Checkpoints
 from dpo_jax.training.step import TrainState
 from dpo_jax.workdir import read_lines
@@ -181,6 +182,14 @@ def test_hh_chat_rows_are_judged_as_text(tmp_path, monkeypatch, judge):
         plant(ranker, "rm", head="reward")
         saved = tokenizers.load(model)
         saved.save_pretrained(tmp_path / "rm" / "hf")
+    ranked = []
+    tokenised = reward_model._tokenised
+
+    def watched(*args):
+        ranked.extend(tokenised(*args))
+        return tokenised(*args)
+
+    monkeypatch.setattr(reward_model, "_tokenised", watched)
     with JudgeServer(prefers(len)) as server, server.environment():
         for day, methods in (("2026-11-26", ("dpo",)), ("2026-11-27", ("dpo", "preferred_ft"))):
             set_today(monkeypatch, day)
@@ -195,7 +204,11 @@ def test_hh_chat_rows_are_judged_as_text(tmp_path, monkeypatch, judge):
     for prompt in server.prompts:
         asked = prompt.split("Conversation:\n")[1]
         assert re.match(r"User: w\d+ w\d+\n\nReply A:\n", asked)
-    assert bool(server.prompts) == (judge is not None)
+    # A reward model reads the messages, through its own template.
+    for prompt, answer in ranked:
+        assert re.fullmatch(r"<s> w26 w7 w11 w\d+ w\d+ w11", words.decode(prompt))
+        assert words.decode(answer).endswith("</s>")
+    assert bool(server.prompts) == (judge is not None) == (not ranked)
 
 
 def test_hh_base_needs_text(tmp_path):
@@ -248,7 +261,7 @@ def test_shots_have_one_turn(monkeypatch):
     )
     assert hh_winrate._one_turn(one) and not hh_winrate._one_turn(more)
     monkeypatch.setattr(
-        hh_winrate.sources, "read", lambda *_: (dict(train=[one, one, more, long]), None)
+        hh_winrate.splits, "read", lambda *_: (dict(train=[one, one, more, long]), None)
     )
     with pytest.raises(
         ValueError, match="shown 2 training dialogues of one turn and up to 400 .* the data has 1: "

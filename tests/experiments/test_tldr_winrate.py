@@ -386,7 +386,8 @@ def test_prompts_and_pairs_of_tldr(make_config, tmp_path):
     for stage, count, responses in (("sft", 120, 1), ("rm", 80, 2)):
         run.folder(stage).mkdir()
         data = run.load_data(stage, words)
-        assert len(data.train) == count and {len(texts) for _, texts in data.train} == {responses}
+        assert len(data.train) == count
+        assert {len(example.responses) for example in data.train} == {responses}
         assert all(words.decode(prompt).endswith("TL;DR:") for prompt in data.train.prompts)
 
 
