@@ -233,7 +233,7 @@ class Chat:
                 start, _ = self._start(messages, turn, tools, whole, before)
             end = answer_end
             if turn < len(messages) - 1:
-                end = self._end(messages, turn, tools, whole)
+                end = self._end(messages, turn, tools, whole, start)
                 end = start + len(self._without_tail(whole[start:end]))
             if not last_end <= start <= end <= answer_end:
                 raise _not_found(turn)
@@ -314,8 +314,28 @@ class Chat:
                 return at
         return cut
 
-    def _end(self, messages: list, turn: int, tools: list | None, whole: str) -> int:
-        """Return where a turn that others follow ends in the whole."""
+    def _end(self, messages: list, turn: int, tools: list | None, whole: str, start: int) -> int:
+        """Return where a turn that others follow ends in the whole.
+
+        start: where its text starts.
+        """
+        message = messages[turn]
+        content = _content(message).strip()
+        said_at = whole.find(content, start, start + LONGEST_LEAD + len(content))
+        # What ends a turn of the same kind ends this one, which saves rendering it again.
+        kind = (messages[turn + 1]["role"], bool(tools))
+        is_plain = bool(content) and said_at >= 0 and not message.get("tool_calls")
+        tail = self._known.tails.get(kind)
+        # Without a tail to be seen, the same words elsewhere could be mistaken for the turn's.
+        if is_plain and tail and whole.startswith(tail, said_at + len(content)):
+            return said_at + len(content) + len(tail)
+        end = self._rendered_end(messages, turn, tools, whole)
+        if is_plain and end >= said_at + len(content):
+            self._known.tails[kind] = whole[said_at + len(content) : end]
+        return end
+
+    def _rendered_end(self, messages: list, turn: int, tools: list | None, whole: str) -> int:
+        """Return where a turn that others follow ends, found by rendering its beginning alone."""
         until = messages[: turn + 1]
         alone = self._render(until, tools)
         if whole.startswith(alone):
@@ -534,6 +554,7 @@ class _Known:
     specials: re.Pattern | None = None  # all special tokens
     # What each kind of message loses in rendering: few kinds are met, and many messages.
     lost_keys: dict[tuple, frozenset] = field(default_factory=dict)
+    tails: dict[tuple, str] = field(default_factory=dict)  # what ends a turn, by what follows it
     loses_tools: dict[tuple, bool] = field(default_factory=dict)  # by the roles of the prompt
 
 
