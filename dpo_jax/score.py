@@ -91,22 +91,17 @@ def score_file(options: Options, mesh) -> None:
     processes.check_shared(folder)
 
     checkpoint = loading.open_checkpoint(options.model, dtype=options.dtype)
+    reference = _open_reference(options, checkpoint) if options.reference else None
     data = configs.default(()).data
     data.update(source="local", path=options.data, **options.settings)
     encoded = _encode(options, data, checkpoint.tokenizer)
     ledger = Ledger(train=encoded.counts)
     say(ledger.table())
     ledger.check(data.max_dropped, options.data)
+
+    # One model after the other, so that the weights of one alone are in memory.
     scores = _scores(options, encoded, checkpoint, "", mesh)
-    if options.reference:
-        reference = loading.open_checkpoint(
-            options.reference, dtype=options.dtype, tokenizer=checkpoint.tokenizer
-        )
-        if reference.config.vocab != checkpoint.config.vocab:
-            raise ValueError(
-                f"--reference={options.reference} has a vocabulary of {reference.config.vocab}, "
-                f"the model one of {checkpoint.config.vocab}: they cannot be compared."
-            )
+    if reference:
         of_reference = _scores(options, encoded, reference, "reference_", mesh)
         for where, fields in of_reference.items():
             scores[where] |= fields
@@ -120,7 +115,21 @@ def score_file(options: Options, mesh) -> None:
         say(report(scored))
 
 
+def _open_reference(options: Options, checkpoint: loading.Checkpoint) -> loading.Checkpoint:
+    """Open the second model, which reads the tokens of the first; ValueError where it cannot."""
+    reference = loading.open_checkpoint(
+        options.reference, dtype=options.dtype, tokenizer=checkpoint.tokenizer
+    )
+    if reference.config.vocab != checkpoint.config.vocab:
+        raise ValueError(
+            f"--reference={options.reference} has a vocabulary of {reference.config.vocab}, the "
+            f"model one of {checkpoint.config.vocab}: they cannot be compared."
+        )
+    return reference
+
+
 def _summary(encoded: Encoded, out: pathlib.Path) -> str:
+    """Say what was scored."""
     counted = []
     for examples, name in ((encoded.pairs, "pairs"), (encoded.completions, "completions")):
         if len(examples):
@@ -134,6 +143,7 @@ def _summary(encoded: Encoded, out: pathlib.Path) -> str:
 def _encode(options: Options, data, tokenizer) -> Encoded:
     """Read and tokenise all that can be scored; ValueError names a row that cannot be read."""
     truncate = dataset.truncation(data)
+    # Pairs and completions apart: examples that are laid out together have equally many responses.
     encoders = {}
     for responses in SIDES:
         encoders[responses] = Encoder(tokenizer, data, truncate, date=options.date, keep_all=True)
@@ -185,14 +195,14 @@ def _scores(
         if not len(examples):
             continue
         checkpoint.check(examples)
-        model = model or checkpoint.load(mesh)
+        model = model or checkpoint.load(mesh)  # its weights are read once
         log_probs = inference.log_probs("score", model, examples, options.batch_size)
         for index, example in enumerate(examples):
             sides = SIDES[len(example.responses)]
             fields = {}
             for side, log_prob in zip(sides, log_probs[index], strict=True):
                 fields[f"{prefix}logp{side}"] = float(log_prob)
-            if not prefix:
+            if not prefix:  # both models read the same tokens
                 lengths = example.completion_lengths()
                 fields |= {f"tokens{side}": n for side, n in zip(sides, lengths, strict=True)}
             found[examples.where[index]] = fields

@@ -3,13 +3,23 @@
 import datetime
 import json
 
+import jax
 import numpy as np
 import pyarrow.parquet
 import pytest
 
+from dpo_jax.models import families, hf
 from dpo_jax.training.metrics import read_rows
 from tests.helpers.rows import write_jsonl
-from tests.helpers.tiny_runs import dpo_config, run, score_file, write_model, write_pairs
+from tests.helpers.tiny_models import random_params
+from tests.helpers.tiny_runs import (
+    dpo_config,
+    run,
+    score_file,
+    scratch_config,
+    write_model,
+    write_pairs,
+)
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +211,18 @@ def test_score_reports_accuracy(scored, tmp_path, capsys):
     assert [line["logp_chosen"] for line in its] == [
         line["reference_logp_chosen"] for line in lines
     ]
+
+
+def test_score_refuses_reference_of_another_vocabulary(scored, tmp_path):
+    folder, _ = scored
+    shape, other = scratch_config().model.scratch.to_dict(), tmp_path / "other"
+    config = families.from_hf(hf.make_config(shape))
+    hf.save(other, config, hf.make_config(shape), jax.device_put(random_params(config)))
+    with pytest.raises(ValueError, match="other has a vocabulary of 128, .*one of 40"):
+        score_file(
+            folder / "model", folder / "pairs.jsonl", tmp_path / "out.jsonl", reference=str(other)
+        )
+    assert not (tmp_path / "out.jsonl").exists()
 
 
 def test_score_of_one_split(scored, tmp_path):
