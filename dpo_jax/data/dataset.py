@@ -32,17 +32,14 @@ class LoadedPart:
     own: dict[str, slice]  # split -> of its examples
 
 
-def load(
-    data, tokenizer, kind: str, *, date: datetime.date | None = None, keep_all: bool = False
-) -> Dataset:
+def load(data, tokenizer, kind: str, *, date: datetime.date | None = None) -> Dataset:
     """Read, tokenise and check the data that the config `data` names.
 
-    kind: "sft" or "pairs". date: what chat templates take for today; None: today. keep_all: keep
-    rows that teach nothing, those with an empty response or two equal ones. Raises ValueError or
-    FileNotFoundError with the file, row and field, or with the reasons for which too many rows were
-    dropped.
+    kind: "sft" or "pairs". date: what chat templates take for today; None: today. Raises ValueError
+    or FileNotFoundError with the file, row and field, or with the reasons for which too many rows
+    were dropped.
     """
-    examples, parts = load_parts(data, tokenizer, kind, date=date, keep_all=keep_all)
+    examples, parts = load_parts(data, tokenizer, kind, date=date)
     for part in parts.values():
         for split, of_all in examples.items():
             check_cue(part.data, of_all[part.own[split]], tokenizer)
@@ -57,7 +54,6 @@ def load_parts(
     kind: str,
     *,
     date: datetime.date | None = None,
-    keep_all: bool = False,
     watch: Callable[[str, TextExample], None] | None = None,
 ) -> tuple[dict[str, Examples], dict[str, LoadedPart]]:
     """Read and tokenise the data that the config `data` names, as `load` does.
@@ -67,14 +63,12 @@ def load_parts(
     """
     examples = {"train": Examples(), "eval": Examples()}
     parts = {}
-    for part in splits.parts(data, kind, keep_all=keep_all):
+    for part in splits.parts(data, kind):
         truncate = truncation(part.data)
         first, encoders = {}, {}
         for split, into in examples.items():
             first[split] = len(into)
-            encoders[split] = Encoder(
-                tokenizer, part.data, truncate, into=into, date=date, keep_all=keep_all
-            )
+            encoders[split] = Encoder(tokenizer, part.data, truncate, into=into, date=date)
         # Each example is tokenised soon after it is read, so that few texts are in memory.
         for split, text in part.examples():
             if watch is not None:

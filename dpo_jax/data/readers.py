@@ -61,29 +61,6 @@ CHUNK = 1 << 20  # characters of a JSON array read at a time
 LONGEST_ROW = 1 << 24  # characters of a row of JSON lines in a file that ends in .json
 
 
-def read_rows(path) -> Iterator[tuple[str, dict]]:
-    """Yield (where, fields) of each row of a file in any format, or of a folder with one split.
-
-    where: the file and the row, counted from 1; blank lines are skipped, but counted. Raises
-    FileNotFoundError where nothing can be read there, and ValueError naming a row that is not an
-    object.
-    """
-    local = Path(path).expanduser()
-    if not local.exists():
-        raise FileNotFoundError(f"{str(path)!r}: no such file.")
-    splits = local_splits(local)
-    if len(splits) > 1:
-        raise FileNotFoundError(
-            f"{str(path)!r} holds the splits {', '.join(splits)}; pass the file of one of them."
-        )
-    for rows in splits.values():
-        for where, record in rows():
-            try:
-                yield where, fields_of(record)
-            except Malformed as error:
-                raise ValueError(f"{where}: {error}.") from None
-
-
 def read_jsonl(path) -> Iterator[tuple[int, dict]]:
     """Yield the objects of a JSON lines file (.gz too) with their line numbers, from 1.
 

@@ -46,33 +46,32 @@ class Part:
         return self.read(self.ledger)
 
 
-def read(data, kind: str, *, keep_all: bool = False) -> tuple[dict[str, list[TextExample]], Ledger]:
+def read(data, kind: str) -> tuple[dict[str, list[TextExample]], Ledger]:
     """Read the examples of both splits, and what became of all rows.
 
     Returns {"train": [...], "eval": [...]} and a ledger. Otherwise as `parts`.
     """
     examples = {"train": [], "eval": []}
     ledgers = {}
-    for part in parts(data, kind, keep_all=keep_all):
+    for part in parts(data, kind):
         for split, example in part.examples():
             examples[split].append(example)
         ledgers[part.name] = part.ledger
     return examples, Ledger.of_parts(ledgers)
 
 
-def parts(data, kind: str, *, keep_all: bool = False) -> list[Part]:
+def parts(data, kind: str) -> list[Part]:
     """Return the data sets to read: the one at data.path, or those of data.mix.
 
-    kind: "sft" or "pairs". keep_all: keep pairs with an empty response, or with two equal ones.
-    Raises ValueError or FileNotFoundError that says which file, row, field or split is wrong; so
-    does reading the examples.
+    kind: "sft" or "pairs". Raises ValueError or FileNotFoundError that says which file, row, field
+    or split is wrong; so does reading the examples.
     """
     if data.source not in SOURCES:
         raise ValueError(f"data.source={data.source!r} is not one of {', '.join(SOURCES)}.")
     if data.mix:
-        return _parts_of_mixture(data, kind, keep_all)
+        return _parts_of_mixture(data, kind)
     _check_kind(data, kind)
-    return [Part(data, functools.partial(_read_set, _Reading(data, kind, keep_all)))]
+    return [Part(data, functools.partial(_read_set, _Reading(data, kind)))]
 
 
 def _check_kind(data, kind: str) -> None:
@@ -89,7 +88,6 @@ class _Reading:
 
     data: object
     kind: str
-    keep_all: bool
     # In a mixture, whose sets may have files of the same name: what goes before theirs.
     folder: str = ""
 
@@ -125,7 +123,7 @@ class _Reading:
                 fields = fields_of(record)
                 row = parse(fields)
                 counts.recognise(row.shape)
-                examples = examples_of(row, self.kind, data.turns, where, keep_all=self.keep_all)
+                examples = examples_of(row, self.kind, data.turns, where)
             except Filtered as reason:
                 # Left out on purpose by the source's rule, which is no fault of the row.
                 counts.filter(str(reason))
@@ -276,12 +274,11 @@ class _Survey:
     # Of the rows to evaluate on: of a split of their own, or held out from the training rows.
     eval_rows: np.ndarray
     eval_prompts: np.ndarray
-    has_eval_split: bool
     train: mixtures.Draw | None = None  # which rows are trained on,
     eval: mixtures.Draw | None = None  # and evaluated on
 
 
-def _parts_of_mixture(data, kind: str, keep_all: bool) -> list[Part]:
+def _parts_of_mixture(data, kind: str) -> list[Part]:
     """Return the sets of data.mix; each is read twice, first to find out what is in it."""
     if data.path or data.max_rows:
         name = "path" if data.path else "max_rows"
@@ -303,7 +300,7 @@ def _parts_of_mixture(data, kind: str, keep_all: bool) -> list[Part]:
         if set_data.source == "toy":
             raise ValueError("data.mix: the toy makes its own data, and is in no mixture.")
         _check_kind(set_data, kind)
-        reading = _Reading(set_data, kind, keep_all, _folder_of(ingredient.path))
+        reading = _Reading(set_data, kind, _folder_of(ingredient.path))
         surveys.append(_survey(reading, ingredient))
 
     eval_prompts = np.unique(np.concatenate([survey.eval_prompts for survey in surveys]))
@@ -328,9 +325,7 @@ def _survey(reading: _Reading, ingredient: mixtures.Ingredient) -> _Survey:
     else:
         is_held_out = _held_out(train_prompts, reading.data.eval_fraction)
         eval_rows, eval_prompts = train_rows[is_held_out], train_prompts[is_held_out]
-    return _Survey(
-        reading, ingredient, train_rows, train_prompts, eval_rows, eval_prompts, bool(evals)
-    )
+    return _Survey(reading, ingredient, train_rows, train_prompts, eval_rows, eval_prompts)
 
 
 def _hashes(reading: _Reading, records: Iterable) -> tuple[np.ndarray, np.ndarray]:

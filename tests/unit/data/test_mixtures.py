@@ -149,7 +149,7 @@ def test_evaluation_is_drawn_by_share(tmp_path):
     assert len(read(f"{tmp_path}/a, {tmp_path}/b=25%")[0]["eval"]) == 800
 
 
-def test_sources_splits_and_rows_of_several_pairs(tmp_path):
+def test_sources_and_splits(tmp_path):
     transcripts = []
     for number in range(40):
         prompt = f"\n\nHuman: {number}\n\nAssistant:"
@@ -159,10 +159,39 @@ def test_sources_splits_and_rows_of_several_pairs(tmp_path):
     write_jsonl(tmp_path / "own.jsonl", rows(40, "p"))
     mix = f"hh@{tmp_path}/hh[extra]=3, {tmp_path}/own.jsonl=50%"
     examples, _ = read(mix, eval_fraction=0.0)
-    assert [example.prompt[:9] for example in examples["train"][:4]] == ["\n\nHuman: "] * 3 + [
-        examples["train"][3].prompt
-    ]
+    of_source = [example.prompt.startswith("\n\nHuman: ") for example in examples["train"]]
+    assert sum(of_source) == 3 and of_source[:3] == [True] * 3 and 10 < len(of_source) < 33
+    assert examples["train"][0].responses == (" yes", " no")
     assert not examples["eval"]
+    with pytest.raises(ValueError, match="has no split 'other'; it has extra, train"):
+        read(f"{tmp_path}/hh[other]")
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_rows_of_several_pairs(tmp_path, mixed):
+    """A row is drawn, or held out, with all its pairs; the ledger still adds up."""
+    scored = []
+    for number in range(60):
+        completions = []
+        for score in range(1 + number % 4):
+            completions.append({"response": f"a{score} of {number}", "overall_score": score})
+        scored.append({"instruction": f"q{number}", "completions": completions})
+    path = write_jsonl(tmp_path / "scored.jsonl", scored)
+    where = dict(mix=f"{path}=20") if mixed else dict(path=str(path))
+    settings = dict(max_length=40, max_prompt_length=20, truncate="auto", append_eos=True)
+    data = data_config(**where, eval_fraction=0.2, on_bad_row="drop", max_dropped=0.5, **settings)
+    tokenizer = letters_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }} {% endfor %}"
+    loaded = dataset.load(data, tokenizer, "pairs")
+    pairs_of_row = collections.Counter(loaded.train.where)
+    assert set(pairs_of_row.values()) <= {1, 3, 6} and 6 in pairs_of_row.values()
+    if mixed:
+        assert len(pairs_of_row) == 20
+    assert not set(loaded.train.where) & set(loaded.eval.where)
+    for counts in (loaded.ledger.train, loaded.ledger.eval):
+        left_out = sum(counts.filtered.values()) + sum(counts.dropped.values())
+        left_out += counts.held_out + counts.not_drawn
+        assert counts.read + counts.further_pairs == left_out + counts.kept
 
 
 def test_too_few_rows(tmp_path):

@@ -11,7 +11,7 @@ import datasets
 import pyarrow
 import pytest
 
-from dpo_jax.data import readers
+from dpo_jax.data import every_row, readers
 from dpo_jax.data.rows import TextExample
 from tests.helpers.paths import ROOT, SHARED, needs_shared
 from tests.helpers.rows import (
@@ -341,7 +341,7 @@ def test_json_array_across_pieces(tmp_path, monkeypatch):
         monkeypatch.setattr(readers, "CHUNK", piece)
         for indent in (None, 2):
             path.write_text(json.dumps(rows, indent=indent))
-            assert [fields for _, fields in readers.read_rows(path)] == rows
+            assert [fields for _, fields in every_row.read(path)] == rows
         for text, said in [
             ('[{"a": 1},\n{"a": 2}\n{"a": 3}]', "Expecting ',' delimiter at line 3"),
             ('[{"a": 1},\n{"a": 2},\n]', "a comma before the end at line 3"),
@@ -350,9 +350,9 @@ def test_json_array_across_pieces(tmp_path, monkeypatch):
         ]:
             path.write_text(text)
             with pytest.raises(ValueError, match=f"rows.json is not JSON: {said}"):
-                list(readers.read_rows(path))
+                list(every_row.read(path))
     path.write_text("[]")
-    assert list(readers.read_rows(path)) == []
+    assert list(every_row.read(path)) == []
 
 
 @pytest.mark.parametrize("write", [json.dumps, repr])
@@ -363,7 +363,7 @@ def test_chat_lists_in_csv(tmp_path, write):
         writer = csv.DictWriter(file, ["chosen", "rejected"])
         writer.writeheader()
         writer.writerow({"chosen": write(chat), "rejected": structured})
-    [(_, fields)] = readers.read_rows(tmp_path / "rows.csv")
+    [(_, fields)] = every_row.read(tmp_path / "rows.csv")
     assert fields == {"chosen": chat, "rejected": structured}
 
 
@@ -381,22 +381,6 @@ def test_csv_row_with_too_many_cells(tmp_path):
         read(tmp_path / "rows.csv")
 
 
-def test_read_rows_of_any_format(tmp_path):
-    rows = [{"prompt": "p", "id": 1}, {"prompt": "q", "id": 2}]
-    write_parquet(tmp_path / "a.parquet", rows)
-    (tmp_path / "b.json").write_text(json.dumps(rows))
-    write_jsonl(tmp_path / "c" / "rows.jsonl", rows)
-    for path in (tmp_path / "a.parquet", tmp_path / "b.json", tmp_path / "c"):
-        assert [fields for _, fields in readers.read_rows(path)] == rows
-    assert next(readers.read_rows(tmp_path / "b.json"))[0] == "b.json row 1"
-    write_jsonl(tmp_path / "d" / "train.jsonl", rows)
-    write_jsonl(tmp_path / "d" / "test.jsonl", rows)
-    with pytest.raises(FileNotFoundError, match="holds the splits test, train; pass the file"):
-        next(readers.read_rows(tmp_path / "d"))
-    with pytest.raises(FileNotFoundError, match="no such file"):
-        next(readers.read_rows(tmp_path / "none.csv"))
-
-
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.parquet", "rows.arrow"])
 def test_local_files_never_use_the_network(tmp_path, name):
     code = f"""if True:
@@ -404,8 +388,8 @@ def test_local_files_never_use_the_network(tmp_path, name):
         def refuse(*address):
             raise SystemExit(f"looked up {{address}}")
         socket.getaddrinfo = refuse
-        from dpo_jax.data import readers
-        print(len(list(readers.read_rows({str(tmp_path / name)!r}))))
+        from dpo_jax.data import every_row
+        print(len(list(every_row.read({str(tmp_path / name)!r}))))
     """
     table = datasets.Dataset.from_list(pairs(3))
     if name.endswith("jsonl"):
@@ -431,7 +415,7 @@ def test_types_that_datasets_wrote(tmp_path):
     table.to_parquet(tmp_path / "rows.parquet")
     table.save_to_disk(tmp_path / "set")
     for path in (tmp_path / "rows.parquet", tmp_path / "set"):
-        assert [fields for _, fields in readers.read_rows(path)] == rows
+        assert [fields for _, fields in every_row.read(path)] == rows
 
 
 def test_find_splits_refuses_mixed_folder(tmp_path):
