@@ -127,6 +127,8 @@ def write_generation_config(folder: pathlib.Path, source: Source, hf_config, tok
         if value is not None:
             fields.setdefault(name, value)
     fields["eos_token_id"] = [*stops, eos]
+    # By this mark `generate` would go back to what config.json says.
+    fields.pop("_from_model_config", None)
     write_fields(folder / GENERATION, fields)
 
 

@@ -112,7 +112,8 @@ def test_generation_config_stops_at_eos(in_config, in_generation, expected, open
     place = tmp_path / "source"
     place.mkdir()
     if in_generation is not None:
-        fields = dict(eos_token_id=in_generation, temperature=0.6)
+        # transformers marks so what it made of config.json, and would make it again.
+        fields = dict(eos_token_id=in_generation, temperature=0.6, _from_model_config=True)
         (place / "generation_config.json").write_text(json.dumps(fields))
     config = tiny_models.hf_config("llama2", eos_token_id=in_config)
     export.write_generation_config(tmp_path, Source(place), config, opened.tokenizer)
@@ -123,6 +124,7 @@ def test_generation_config_stops_at_eos(in_config, in_generation, expected, open
     found = read(file)
     assert found["eos_token_id"] == expected
     assert found.get("temperature") == (0.6 if in_generation is not None else None)
+    assert "_from_model_config" not in found
 
 
 def test_generation_config_of_reward_model_is_left_out(opened, tmp_path):
