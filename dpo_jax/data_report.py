@@ -43,7 +43,7 @@ KEYED = {"recognised as": "shapes", "left out": "filtered", "dropped": "dropped"
 FEW_CUT = 0.05  # a share of rows that may be cut for the sake of shorter rows
 LENGTH_BIAS = 0.2  # a difference of mean lengths, as a share, that is worth a warning
 MANY_REPEATED = 0.05  # a share of training rows that is worth a warning
-MANY = 0.5  # a share of responses that is worth a warning if they lose their end
+MANY = 0.5  # a share of rows that is worth a warning if they are cut
 
 WIDTH = 100  # of the report, in characters
 HEIGHTS = " ▁▂▃▄▅▆▇█"  # of a histogram's columns
@@ -158,6 +158,8 @@ def _by_key(label: str, train: dict[str, int], evals: dict[str, int]) -> list[tu
 
 def _lengths(found: Survey, style: Style) -> list[str]:
     """Return a histogram of each part's lengths, with one axis, and the mean difference."""
+    # One axis for all parts, so that they can be compared. A few very long rows must not squeeze
+    # the others into one column: the last column stands for all that is beyond the axis.
     everything = np.concatenate(list(found.lengths.values()))
     end = _axis_end(float(np.quantile(everything, 0.99)))
     beyond = "+" if everything.max() > end else ""
@@ -170,6 +172,7 @@ def _lengths(found: Survey, style: Style) -> list[str]:
             [part, histogram(lengths, end), *[_number(round(number)) for number in numbers]]
         )
     table = _table(headings, rows, style)
+    # In answers of several turns, what users and tools say is read, but not trained on.
     trained_on = sum(int(lengths.sum()) for lengths in found.trained_on.values())
     share = trained_on / sum(int(found.lengths[part].sum()) for part in found.trained_on)
     if share < 1:
@@ -225,6 +228,7 @@ def _prompts(found: Survey, style: Style) -> list[str]:
     largest = max(prompts for _, prompts in groups)
     rows = []
     for label, prompts in groups:
+        # Rounded up: a group that is not empty has a bar.
         bar = "█" * -(-prompts * BAR // largest)
         rows.append([f"  {label}", _number(prompts), bar])
     table = _table([f"{noun.capitalize()} of a prompt", "prompts", ""], rows, style)
@@ -266,6 +270,7 @@ def _cuts(found: Survey, style: Style) -> list[str]:
             "Pass --model=DIR_OR_HUB_NAME to see tokens: lengths in tokens, what a cut costs, and "
             "rows as the model reads them."
         )
+    # They are in ascending order: where the shortest cuts nothing, none does.
     shortest = found.cuts[0]
     if not shortest.rows:
         return [f"no row is longer than {shortest.max_length} tokens: nothing is cut"]
@@ -417,7 +422,8 @@ def advise(found: Survey, setup: Setup) -> Advice:
     choice = setup.choice or STAGE_OF[found.kind]
     command = ["python", "-m", "dpo_jax.train", f"--config={choice}"]
     command += [shlex.quote(f"--config.{field}={text}") for field, text in texts.items()]
-    return Advice(command, reasons, _warnings(found, setup))
+    max_length = int(texts.get("data.max_length", setup.config.data.max_length))
+    return Advice(command, reasons, _warnings(found, setup, max_length))
 
 
 def _choose_length(found: Survey, setup: Setup, texts: dict, reasons: list) -> None:
@@ -425,6 +431,7 @@ def _choose_length(found: Survey, setup: Setup, texts: dict, reasons: list) -> N
     if "data.max_length" in setup.texts:
         return
     now = found.cut_at(setup.config.data.max_length)
+    # Without a model's folder its positions are unknown, and the longest measured length will do.
     longest = setup.positions or found.cuts[-1].max_length
     possible = [cut for cut in found.cuts if cut.max_length <= longest]
     if now in possible and now.share_of_rows <= FEW_CUT:
@@ -443,6 +450,7 @@ def _choose_length(found: Survey, setup: Setup, texts: dict, reasons: list) -> N
         texts["data.max_prompt_length"] = str(setup.positions // 2)
         reasons.append(f"max_length={setup.positions}: the model has no more positions")
         return
+    # The shortest that is good enough: attention and memory grow with the longest row.
     enough = [cut for cut in possible if cut.share_of_rows <= FEW_CUT]
     chosen = enough[0] if enough else possible[-1]
     texts["data.max_length"] = str(chosen.max_length)
@@ -465,6 +473,7 @@ def _allow_drops(found: Survey, setup: Setup, texts: dict, reasons: list) -> Non
         reasons.append("on_bad_row=drop: training stops at a bad row otherwise (see below)")
     share = max(_dropped_share(found.ledger.train), _dropped_share(found.ledger.eval))
     if share > data.max_dropped:
+        # Rounded up to a whole percent: the share itself is a long number.
         texts["data.max_dropped"] = f"{np.ceil(share * 100) / 100:g}"
         reasons.append(
             f"max_dropped: {_share(share)} of the rows of a split are dropped; first make sure "
@@ -473,6 +482,7 @@ def _allow_drops(found: Survey, setup: Setup, texts: dict, reasons: list) -> Non
 
 
 def _dropped_share(counts: Counts) -> float:
+    # As the ledger judges: rows that a source leaves out by design are not held against the data.
     judged = counts.read - sum(counts.filtered.values())
     return sum(counts.dropped.values()) / max(judged, 1)
 
@@ -506,10 +516,14 @@ def _fit_steps(found: Survey, setup: Setup, texts: dict, reasons: list) -> None:
         add("eval_every", max(steps // 4, 1), f"a few evaluations within {length}")
 
 
-def _warnings(found: Survey, setup: Setup) -> list[str]:
-    """Return what may be wrong with the data or the settings."""
+def _warnings(found: Survey, setup: Setup, max_length: int) -> list[str]:
+    """Return what may be wrong with the data or the settings.
+
+    max_length: that of the command which is recommended.
+    """
     data = setup.config.data
     train = found.ledger.train
+    # The tokenizer's own, about boundaries that lie within tokens, come first.
     warnings = list(train.warnings)
     if found.refusal:
         warnings.append(f"training would stop at these rows: {found.refusal}")
@@ -518,16 +532,16 @@ def _warnings(found: Survey, setup: Setup) -> list[str]:
             "data.append_eos=False: responses have no EOS, unless the text has it, so the model "
             "does not learn to stop"
         )
-    if found.cuts:
-        now = found.cut_at(data.max_length)
-        if now.share_of_responses > MANY:
+    for cut in found.cuts:
+        if cut.max_length == max_length and cut.share_of_rows > MANY:
             warnings.append(
-                f"{_share(now.share_of_responses)} of the responses lose their end, and with it "
-                f"their EOS, at data.max_length={data.max_length}"
+                f"{_share(cut.share_of_rows)} of the rows are cut at data.max_length={max_length}, "
+                f"and {_share(cut.share_of_responses)} of the responses lose their end and its EOS"
             )
-    if setup.positions and data.max_length > setup.positions and "data.max_length" in setup.texts:
+    # A length that the user has not set is lowered to the model's.
+    if setup.positions and max_length > setup.positions:
         warnings.append(
-            f"data.max_length={data.max_length}, but the model has {setup.positions} positions"
+            f"data.max_length={max_length}, but the model has {setup.positions} positions"
         )
     if found.kind == "pairs":
         chosen, rejected = (np.mean(lengths) for lengths in found.trained_on.values())
@@ -562,6 +576,7 @@ def look(setup: Setup, kind: str, tokenizer, *, shown: int) -> tuple[Survey, Adv
         kind = _kind_of_run(config)
     elif kind == "auto":
         kind = survey.find_kind(data)
+    # The sft stage of a run reads its own data, where the config has some.
     if kind == "sft" and data.sft_path and "data.path" not in setup.texts:
         data = data.copy_and_resolve_references()
         data.update(path=data.sft_path, eval_split="")
@@ -656,6 +671,7 @@ def main():
 
     def show_data(path: str):
         _check_folder(out.value)
+        # The flags are short forms of fields, so that the same checks and messages hold for both.
         given = {"model.path": model.value, "model.tokenizer": tokenizer.value, "data.path": path}
         texts = {field: text for field, text in given.items() if text}
         for name, flag in fields.items():
@@ -665,6 +681,7 @@ def main():
         config = _load_config(config_flags)
         setup = Setup(config_flags.choice, config, config_flags.overrides)
         opened = None
+        # The toy's words are its tokens, whatever the model.
         if config.data.source == "toy":
             opened = toy.tokenizer()
         elif config.model.path or config.model.tokenizer:
@@ -672,6 +689,7 @@ def main():
             setup = dataclasses.replace(setup, positions=positions)
         found, advice = look(setup, kind.value, opened, shown=shown.value)
 
+        # https://no-color.org: whoever sets the variable wants none.
         has_colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
         print(report(found, _title(found, config), advice, Style(has_colours)))
         if out.value:

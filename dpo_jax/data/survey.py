@@ -98,6 +98,8 @@ def find_kind(data) -> str:
         first = mixtures.parse(data.mix, sources.SOURCES)[0]
         data.update(mix="", path=first.path, source=first.source or data.source)
         data.train_split = first.split or data.train_split
+        if data.source != "local":
+            data.columns = ""  # they are of the local sets
     if data.source in sources.SOURCES and not sources.SOURCES[data.source].pairs:
         return "sft"
     # The first row tells; where it is bad, the first good one.
@@ -243,6 +245,7 @@ def _cut_as_trained(
     for part in parts.values():
         settings = _at_length(part.data, data.max_length, data.max_prompt_length)
         for split, into in kept.items():
+            # The sets of a mixture follow one another in the examples of a split.
             first = len(into)
             whole = examples[split][part.own[split]]
             truncate = dataset.truncation(part.data)
@@ -294,6 +297,7 @@ def _cut(
     if len(kept):
         kept_prompt_P, kept_response_PK, _ = kept.lengths()
         tokens_of_kept = int(kept_prompt_P.sum() + kept_response_PK.sum())
+    # A dropped row loses all of its tokens.
     rows = int(is_long_P.sum())
     lost = tokens_of_long - tokens_of_kept
     return Cut(
@@ -389,6 +393,7 @@ class _Seen:
         prompt = json.dumps(example.prompt or example.responses[0])
         self._without_prompt += not example.prompt
         self._prompts.append(splits.prompt_hash(example))
+        # Without the roles of a chat, so that the same text in another form counts as nearly equal.
         words = _plain(example.prompt or example.responses[0]).lower().split()
         self._nearly.append(_hash(" ".join(words)))
         responses = [_plain(response) for response in example.responses]

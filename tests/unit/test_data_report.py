@@ -400,6 +400,10 @@ def test_recommended_length(shares, positions, added):
     # Who has chosen a length keeps it.
     kept = data_report.advise(found, setup(positions=positions, max_length="512"))
     assert [word for word in kept.command if "length" in word] == ["--config.data.max_length=512"]
+    text = " ".join(kept.warnings)
+    assert ("90 % of the rows are cut at data.max_length=512" in text) == (shares[0] == 0.9)
+    assert ("but the model has 400 positions" in text) == (positions == 400)
+    assert not any("positions" in warning for warning in advice.warnings)
 
 
 @pytest.mark.parametrize("rows", [1, 7, 63, 64, 2000, 9600, 9664, 30_000])
