@@ -164,7 +164,10 @@ def find(path: str, *, weights: bool = True) -> tuple[pathlib.Path, tuple[Adapte
             raise ValueError(f"the adapter {folder} is its own base (base_model_name_or_path).")
         adapter = peft.read(folder, weights=weights)
         adapters.insert(0, adapter)
-        folder = hf.fetch(adapter.base, weights=weights)
+        try:
+            folder = hf.fetch(adapter.base, weights=weights)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"the base of the adapter {adapter.folder}: {error}") from error
     return folder, tuple(adapters)
 
 

@@ -272,17 +272,13 @@ def read(folder: pathlib.Path, *, weights: bool = True) -> Adapter:
 def _stored(folder: pathlib.Path) -> dict:
     """Return the slices of an adapter's tensors, by name without PREFIX."""
     file = folder / WEIGHTS
-    if not file.exists():
-        pickle = (folder / "adapter_model.bin").exists()
+    if (folder / "adapter_model.bin").exists() and not file.exists():
         raise FileNotFoundError(
-            f"{folder} has {CONFIG} but no {WEIGHTS}"
-            + (
-                ". Loading adapter_model.bin would run code from a pickle: load it with peft once, "
-                "and save it with safe_serialization=True."
-                if pickle
-                else "; fetch or write it again."
-            )
+            f"{folder} has {CONFIG} but no {WEIGHTS}. Loading adapter_model.bin would run code from "
+            "a pickle: load it with peft once, and save it with safe_serialization=True."
         )
+    if not file.exists():
+        raise FileNotFoundError(f"{folder} has {CONFIG} but no {WEIGHTS}; fetch or write it again.")
     try:
         opened = safetensors.safe_open(file, framework="numpy")
     except safetensors.SafetensorError as error:
@@ -294,28 +290,32 @@ def _stored(folder: pathlib.Path) -> dict:
 def _base(folder: pathlib.Path, fields: dict) -> str:
     """Return the model that an adapter changes: a hub name, or the path of a folder that is there.
 
-    Raises ValueError with the line to type where there is none, or where its path is relative: to
-    what, nobody knows.
+    Raises ValueError with the line to type where it is not given, gone, or a relative path, which
+    means something else in every folder.
     """
     name = fields.get("base_model_name_or_path") or ""
     base = pathlib.Path(name).expanduser()
-    file = folder / CONFIG
-    if name and base.is_absolute():
-        if base.is_dir():
-            return str(base)
-        problem, known = f"the folder {name}, which does not exist", "/PATH/TO/BASE"
-    elif name and (base.is_dir() or (folder / base).is_dir()):
-        found = base if base.is_dir() else folder / base
-        problem, known = f"the relative path {name}", str(found.resolve())
+    beside = folder / name  # where a relative path may lead as well
+    if name and base.is_absolute() and base.is_dir():
+        return str(base)
+
+    to_type = "/PATH/TO/BASE"
+    if not name:
+        problem = "not given"
+    elif base.is_absolute():
+        problem = f"the folder {name}, which does not exist"
+    elif base.is_dir() or beside.is_dir():
+        problem = f"the relative path {name}"
+        to_type = str((base if base.is_dir() else beside).resolve())
     elif re.fullmatch(r"[\w-][\w.-]*(/\w[\w.-]*)?", name):
+        # A name on the hub.
         revision = fields.get("revision")
         return f"{name}@{revision}" if revision else name
     else:
-        problem = f"the relative path {name}" if name else "no model"
-        known = "/PATH/TO/BASE"
+        problem = f"the relative path {name}"
+    key = '"base_model_name_or_path"'
     raise ValueError(
-        f"the adapter {folder} names {problem}, as its base (base_model_name_or_path). Give the "
-        "base's absolute path or its name on the hub, by this line, and run the command again:\n"
-        f'    sed -i \'s|"base_model_name_or_path": [^,]*|"base_model_name_or_path": '
-        f'"{known}"|\' {file}'
+        f"the base of the adapter {folder} (base_model_name_or_path) is {problem}. Give its "
+        "absolute path or its name on the hub with this line, and run the command again:\n"
+        f"    sed -i 's|{key}: [^,]*|{key}: \"{to_type}\"|' {folder / CONFIG}"
     )

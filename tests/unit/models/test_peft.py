@@ -269,7 +269,7 @@ def test_adapter_without_weights_is_refused(adapter):
         ("../base", "the relative path ../base"),
         ("owner/base", "the relative path owner/base"),  # a folder, not a name on the hub
         ("/no/such/folder", "the folder /no/such/folder, which does not exist"),
-        (None, "no model"),
+        (None, "is not given"),
         ("a/b/c", "the relative path a/b/c"),
     ],
 )
