@@ -78,4 +78,5 @@ def explained(error: Exception, where: str, fields: dict, advice: str = "") -> V
         lines.append(f"  a right row: {example}")
     if advice:
         lines.append(advice)
-    return ValueError("\n".join(lines))
+    # These commands have the fields as flags of their own.
+    return ValueError("\n".join(lines).replace("--config.data.", "--"))

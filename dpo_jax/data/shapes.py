@@ -68,6 +68,15 @@ SYSTEM = ("system", "system_prompt", "system_message")
 # Where a row that is only to be answered has its prompt: the first of these that it has.
 PROMPTS = ("prompt", "messages", "conversations", "conversation", "question", "instruction")
 STAND_IN = "An answer."  # in its place
+ANSWERS = ("completion", "text", "reasoning_content", "thinking")  # of CONTENT: no part of a prompt
+# Fields that say which answer is better -> a value with which it is not a tie.
+DECIDED = {
+    "overall_preference": 1,
+    "preference_strength": 1,
+    "score_ratio": 9.0,
+    "winner": "model_a",
+    "winner_model_a": 1,
+}
 # Of these, a row that has several leaves open which one is meant; data.columns says it.
 ALTERNATIVES = {
     *("prompt", "question", "instruction", "text", "completion", "messages", "conversations")
@@ -118,12 +127,16 @@ def local_prompt(fields: dict, columns: dict | None = None, ignore: tuple = ()) 
     It may be in any of SHAPES, have no answer, or answers that cannot be trained on. The prompt of
     a conversation ends before its last answer. Arguments and errors as of `local`.
     """
-    try:
-        row = local(fields, columns, ignore)
-        is_text_alone = not row.prompt and isinstance(row.responses[0], str)
-    except (Filtered, Malformed, Unusable):
-        row = None
-        is_text_alone = False
+    row = None
+    # A tie leaves no pair; had it been decided, the prompt would be the same.
+    decided = {name: value for name, value in DECIDED.items() if name in fields}
+    for attempt in (fields, fields | decided):
+        try:
+            row = local(attempt, columns, ignore)
+            break
+        except (Filtered, Malformed, Unusable):
+            continue
+    is_text_alone = row and not row.prompt and isinstance(row.responses[0], str)
     if row is None or is_text_alone:
         row = local(_answered_by_stand_in(_given(fields, columns or {}, ignore)))
     prompt = row.prompt
@@ -139,12 +152,18 @@ def _answered_by_stand_in(fields: dict) -> dict:
 
     Raises Malformed where there is no prompt.
     """
-    asked = next((name for name in PROMPTS if name in fields), None)
-    if asked is None:
+    found = [name for name in PROMPTS if name in fields]
+    # Messages first: beside them a text is one of their turns.
+    found.sort(key=lambda name: isinstance(fields[name], str))
+    if not found:
         names = ", ".join(map(repr, PROMPTS))
         raise Malformed(f"none of the fields {names} is there", ", ".join(map(str, fields)))
-    beside = (*SYSTEM, "tools", *(("input",) if asked == "instruction" else ()))
-    kept = {name: fields[name] for name in beside if name in fields}
+    asked = found[0]
+    # Whatever else says something to a model stays, so that nothing is left out silently.
+    kept = {}
+    for name in CONTENT:
+        if name in fields and name not in (asked, *ANSWERS):
+            kept[name] = fields[name]
     question = fields[asked]
     # These two are bare questions, which become a user's turn.
     if asked == "instruction":

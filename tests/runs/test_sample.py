@@ -11,7 +11,9 @@ import time
 
 import pytest
 
+from dpo_jax import config as configs
 from dpo_jax import sample
+from dpo_jax.data import every_row
 from dpo_jax.sampling import generation
 from tests.helpers.clock import set_today
 from tests.helpers.paths import ROOT
@@ -290,6 +292,32 @@ def test_sample_rows_of_every_shape(chat_model, tmp_path, monkeypatch):
     ]
     for row, kept in zip(rows, lines(tmp_path / "out.jsonl"), strict=True):
         assert kept.items() >= json.loads(json.dumps(row)).items()
+
+
+@pytest.mark.parametrize(
+    "row, asked",
+    [
+        (dict(messages=[dict(role="user", content="w3")], prompt="w3"), "chat"),
+        (dict(context=[dict(role="user", content="w3")], response1="w1", response2="w2"), "chat"),
+        (dict(prompt="w3", answers=[dict(answer="w1", rank=1), dict(answer="w2", rank=1)]), "text"),
+        (dict(prompt="w3", chosen=[dict(role="narrator", content="w1")], rejected="w2"), "text"),
+    ],
+)
+def test_prompt_of_rows_whose_answers_are_no_use(row, asked):
+    if "context" in row:
+        row["overall_preference"] = 0  # a tie
+    found = every_row.prompt(row, configs.default(()).data, "row 1")
+    assert found.prompt == ([dict(role="user", content="w3")] if asked == "chat" else "w3")
+
+
+def test_prompt_leaves_nothing_out_silently():
+    """What an answer may depend on is refused by its name, with the flag that leaves it out."""
+    data = configs.default(()).data
+    row = dict(prompt="w3", context="w1 w2 w4", completion="w5")
+    with pytest.raises(ValueError, match="^row 1: field 'context' has content .* --ignore=context"):
+        every_row.prompt(row, data, "row 1")
+    data.ignore = ("context",)
+    assert every_row.prompt(row, data, "row 1").prompt == "w3"
 
 
 def write_csv(path, rows):
