@@ -274,8 +274,8 @@ def _stored(folder: pathlib.Path) -> dict:
     file = folder / WEIGHTS
     if (folder / "adapter_model.bin").exists() and not file.exists():
         raise FileNotFoundError(
-            f"{folder} has {CONFIG} but no {WEIGHTS}. Loading adapter_model.bin would run code from "
-            "a pickle: load it with peft once, and save it with safe_serialization=True."
+            f"{folder} has {CONFIG} but no {WEIGHTS}. Loading adapter_model.bin would run code "
+            "from a pickle: load it with peft once, and save it with safe_serialization=True."
         )
     if not file.exists():
         raise FileNotFoundError(f"{folder} has {CONFIG} but no {WEIGHTS}; fetch or write it again.")
