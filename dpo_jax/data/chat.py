@@ -119,6 +119,7 @@ class Chat:
         raise Malformed("the chat template refuses this conversation", str(refused))
 
     def _example(self, prompt: list, responses: list[list], tools: list | None) -> Rendered:
+        """Return a prompt and its responses as text; raise _Refused for a form not understood."""
         prompt_text = self._render(prompt, tools, cue=True)
         _check_form(prompt, prompt_text)
         self._check_tools(prompt, tools, prompt_text)
@@ -432,14 +433,17 @@ class Chat:
         if kind not in self._known.lost_keys:
             whole = self._render(messages, tools, cue=not is_answer)
             lost = set()
-            for key, value in held.items():
-                if not self._writes(messages, index, tools, key, value, whole, not is_answer):
+            for key in held:
+                if not self._writes(messages, index, key, tools, whole, cue=not is_answer):
                     lost.add(key)
             self._known.lost_keys[kind] = frozenset(lost)
         return self._known.lost_keys[kind]
 
-    def _writes(self, messages, index, tools, key, value, whole: str, cue: bool) -> bool:
-        """Return whether the template writes a key of a message."""
+    def _writes(
+        self, messages: list, index: int, key: str, tools: list | None, whole: str, *, cue: bool
+    ) -> bool:
+        """Return whether the template writes a key of a message; whole: what it writes of all."""
+        value = messages[index][key]
         probes = _probes(key, value, PROBE)
         for probed, other in zip(probes, _probes(key, value, PROBE[::-1]), strict=True):
             text = self._render_or_none(_replaced(messages, index, key, probed), tools, cue)
