@@ -7,12 +7,14 @@ Parquet and Arrow files go through `datasets`, which knows the column types it h
 """
 
 import ast
+import contextlib
 import csv
 import functools
 import gzip
 import json
 import re
 import sys
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TextIO
@@ -407,24 +409,27 @@ def _numbered(label: str, values: Callable[[], Iterable[Record]]) -> Iterator[tu
 
 def _lines(file: Path) -> Iterator[str]:
     """Yield the lines of a text file, plain or gzip, with their line ends."""
-    try:
-        with _open_text(file) as text:
-            yield from text
-    except UnicodeDecodeError as error:
-        raise _not_utf8(file, error) from None
-    except (gzip.BadGzipFile, EOFError) as error:
-        raise ValueError(f"{file} is not a whole gzip file: {error}.") from None
+    with _opened(file) as text:
+        yield from text
 
 
-def _open_text(file: Path) -> TextIO:
-    """Open a text file, plain or gzip; a byte order mark is passed over, all line ends are \\n."""
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[TextIO]:
+    """Open a text file, plain or gzip; a byte order mark is passed over, all line ends are \\n.
+
+    Raises ValueError where what is read is not UTF-8, or not gzip.
+    """
     opener = gzip.open if file.name.lower().endswith(".gz") else open
-    return opener(file, "rt", encoding="utf-8-sig")
-
-
-def _not_utf8(file: Path, error: UnicodeDecodeError) -> ValueError:
-    byte = error.object[error.start]
-    return ValueError(f"{file} is not UTF-8 text: {error.reason}, {byte:#x}. Save it as UTF-8.")
+    try:
+        with opener(file, "rt", encoding="utf-8-sig") as text:
+            yield text
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise ValueError(
+            f"{file} is not UTF-8 text: {error.reason}, {byte:#x}. Save it as UTF-8."
+        ) from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{file} is not a whole gzip file: {error}.") from None
 
 
 def _json_records(file: Path) -> Iterator[Record]:
@@ -447,7 +452,7 @@ def _json_records(file: Path) -> Iterator[Record]:
 
 def _is_json_lines(file: Path) -> bool:
     """Return whether the first line is an object of its own, and there is more than this line."""
-    with _open_text(file) as text:
+    with _opened(file) as text:
         first = ""
         while not first.strip():
             # An object in one line may be the whole file; no row is as long as this.
@@ -591,12 +596,9 @@ class _Window:
 
 def _pieces(file: Path) -> Iterator[str]:
     """Yield a text file in pieces of CHUNK characters."""
-    try:
-        with _open_text(file) as text:
-            while piece := text.read(CHUNK):
-                yield piece
-    except UnicodeDecodeError as error:
-        raise _not_utf8(file, error) from None
+    with _opened(file) as text:
+        while piece := text.read(CHUNK):
+            yield piece
 
 
 def _csv_records(file: Path, delimiter: str = ",") -> Iterator[Record]:

@@ -244,7 +244,16 @@ def prompt_hash(example: TextExample) -> int:
 
 def _row_hash(fields: dict) -> int:
     """Return 8 bytes that tell rows apart, whatever the order of their fields."""
-    return _hash_bytes(json.dumps(fields, sort_keys=True, default=str))
+    return _hash_bytes(json.dumps(_without_nulls(fields), sort_keys=True, default=str))
+
+
+def _without_nulls(value):
+    """Return a value without empty fields: tables have a null where JSON leaves a field out."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
+    if isinstance(value, list):
+        return [_without_nulls(part) for part in value]
+    return value
 
 
 def _hash(text: str) -> float:

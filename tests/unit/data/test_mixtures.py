@@ -101,7 +101,7 @@ def test_draw_ignores_order_and_grows(tmp_path):
     first, _ = read(f"{tmp_path}/a.jsonl=50, {tmp_path}/b.jsonl=20%", max_eval_rows=20)
     # The files the other way round, in another format, their fields too; the sets the other way.
     random.Random(0).shuffle(of_a)
-    turned = [dict(reversed(row.items())) for row in of_a]
+    turned = [dict(reversed(row.items())) | {"note": None} for row in of_a]
     write_parquet(tmp_path / "a.parquet", turned)
     write_jsonl(tmp_path / "b.jsonl", of_b[::-1])
     second, _ = read(f"{tmp_path}/b.jsonl=20%, {tmp_path}/a.parquet=50", max_eval_rows=20)

@@ -1,6 +1,7 @@
 """Files and folders: formats, splits, the hub, and lines that cannot be read."""
 
 import csv
+import gzip
 import json
 import os
 import subprocess
@@ -118,6 +119,11 @@ def test_unreadable_files_are_named(tmp_path):
     (tmp_path / "cut.json").write_text('[{"text": "a"},\n{"text":')
     with pytest.raises(ValueError, match="cut.json is not JSON: Expecting value at line 2"):
         read(tmp_path / "cut.json", "sft")
+    whole = gzip.compress(b'[{"text": "a"}]' * 1000)
+    for name, content in (("a.jsonl.gz", b"{}"), ("b.json.gz", b"[]"), ("c.json.gz", whole[:-20])):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name} is not a whole gzip file"):
+            read(tmp_path / name, "sft")
     (tmp_path / "rows.txt").write_text("hello")
     with pytest.raises(ValueError, match="rows.txt' is none of .jsonl, .json, .csv, .parquet"):
         read(tmp_path / "rows.txt", "sft")
