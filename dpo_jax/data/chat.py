@@ -429,7 +429,9 @@ class Chat:
             around.append(messages[neighbour]["role"] if inside else "")
         kinds = tuple((key, type(value).__name__) for key, value in sorted(held.items()))
         calls = len(held.get("tool_calls", ()))
-        kind = (message["role"], kinds, calls, *around, bool(tools), is_answer)
+        # What a template writes of a turn may depend on whether a question or an answer follows.
+        later = frozenset(message["role"] for message in messages[index + 1 :])
+        kind = (message["role"], kinds, calls, *around, later, bool(tools), is_answer)
         if kind not in self._known.lost_keys:
             whole = self._render(messages, tools, cue=not is_answer)
             lost = set()

@@ -433,6 +433,24 @@ def test_reasoning_of_earlier_turns_is_counted(earlier):
     assert (found.reasoning_left_out, found.responses[0].reasoning_left_out) == (1, 0)
 
 
+def test_what_is_left_out_may_depend_on_what_follows():
+    thinks = {**called(CALL), "reasoning_content": "Hm."}
+    steps = [thinks, RESULT, {**called(CALL), "reasoning_content": "So."}, RESULT]
+    chat = chat_of("qwen3")
+    for _ in range(2):  # whichever comes first
+        asked_again = chat.example([user(), *steps, said("Nine."), user()], [[said("B")]], TOOLS)
+        assert asked_again.reasoning_left_out == 2 and "So." not in asked_again.prompt
+        goes_on = chat.example([user(), *steps], [[said("Nine.")]], TOOLS)
+        assert goes_on.reasoning_left_out == 0 and "So." in goes_on.prompt
+    # gpt-oss writes text beside a call only where no final answer follows.
+    prompt = [user(), said("I look.", tool_calls=[CALL]), RESULT]
+    chat = chat_of("gptoss")
+    for _ in range(2):
+        with pytest.raises(Malformed, match="'content' of an assistant message"):
+            chat.prompt([*prompt, said("Nine."), user()], TOOLS)
+        assert "I look." in chat.prompt(prompt, TOOLS)
+
+
 def test_content_in_other_words_is_content():
     shouting = (
         "{% for m in messages %}{{ '<' + m.role + '>' + m.content | upper + eos_token }}"
