@@ -18,8 +18,32 @@ from dpo_jax.data.ledger import Malformed
 
 # A template reads reasoning from one of these keys.
 REASONING = ("reasoning_content", "reasoning", "thinking")
-# How templates ask for today's date.
-TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
+# Takes the place of transformers' function that gives templates today's date: a macro of the same
+# name, so that it does not matter how a template calls it. Templates get no functions from outside,
+# so the macro looks up each directive, such as "%d", in a table. The newline at the end is trimmed.
+FIXED_DATE = """\
+{%- macro strftime_now(format) -%}
+    {%- set directives = DIRECTIVES -%}
+    {%- set read = namespace(directive='') -%}
+    {%- for character in format -%}
+        {%- if read.directive or character == '%' -%}
+            {%- set read.directive = read.directive + character -%}
+            {%- if read.directive in directives -%}
+                {{- directives[read.directive] -}}
+                {%- set read.directive = '' -%}
+            {%- endif -%}
+        {%- else -%}
+            {{- character -}}
+        {%- endif -%}
+    {%- endfor -%}
+    {%- if read.directive -%}
+        {{- raise_exception('unknown format of a date: ' + format) -}}
+    {%- endif -%}
+{%- endmacro %}
+"""
+# What may stand between "%" and a letter: "-" for no leading zeros, and the like.
+DATE_FLAGS = ("", "-", "_", "0", "^", "#", "E", "O")
+DATE_LETTERS = "aAbBcCdDeFgGhHIjklmMnpPrRsStTuUVwWxXyYzZf"
 # Text that no message holds, and that templates neither strip nor escape.
 PROBE = "Zq9xJv3kProbe"
 # How far into its turn an answer's text may begin, in characters, after what ends the prompt.
@@ -536,12 +560,10 @@ class Chat:
         if has_tools not in self._known.templates:
             named = self.options.get("chat_template")
             template = self.tokenizer.get_chat_template(named, tools)
-            self._known.templates[has_tools] = TODAY.sub(self._written_date, template)
+            if "strftime_now" in template:
+                template = _fixed_date(self.date) + template
+            self._known.templates[has_tools] = template
         return self._known.templates[has_tools]
-
-    def _written_date(self, call: re.Match) -> str:
-        """Return a template's string that is the date, in the format of a call for today's."""
-        return json.dumps(self.date.strftime(call[2]), ensure_ascii=False)
 
     def spells_special(self, messages: Iterable[Message]) -> bool:
         """Return whether what messages say spells a special token of the tokenizer."""
@@ -619,6 +641,14 @@ def _forms(messages: list[Message]) -> Iterator[_Form]:
                 if arguments or fills_content:
                     yield _Form(arguments, fills_content)
     yield _Form(as_parts=True)
+
+
+def _fixed_date(date: datetime.date) -> str:
+    """Return what stands before a template, so that it takes this day for today."""
+    directives = {"%%": "%"}
+    for flag, letter in itertools.product(DATE_FLAGS, DATE_LETTERS):
+        directives[f"%{flag}{letter}"] = date.strftime(f"%{flag}{letter}")
+    return FIXED_DATE.replace("DIRECTIVES", json.dumps(directives))
 
 
 def _parts(text: str) -> list[dict]:

@@ -361,6 +361,40 @@ def test_date_is_fixed(name, expected):
     )
 
 
+@pytest.mark.parametrize(
+    "call, expected",
+    [
+        ("strftime_now('%d %B %Y')", "02 January 2026"),
+        ("strftime_now(format='%d %B %Y')", "02 January 2026"),
+        ("strftime_now(pattern)", "Friday"),
+        ("strftime_now('%d/%m'|string)", "02/01"),
+        ("strftime_now('%d ' + '%B')", "02 January"),
+        ("strftime_now('%-d \\'%y, 100%%')", "2 '26, 100%"),
+        ("(now('%Y') if strftime_now is defined else 'never')", "2026"),
+        ("today()", "Jan 02"),
+    ],
+)
+def test_date_is_fixed_however_it_is_asked_for(call, expected):
+    template = (
+        "\n{% macro today() %}{{ strftime_now('%b %d') }}{% endmacro %}"
+        "{% set pattern = '%A' %}{% set now = strftime_now %}"
+        "{{ 'Today: ' + CALL + '.' }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    tokenizer = make_tokenizer(template.replace("CALL", call), "</s>")
+    prompt = Chat(tokenizer, date=datetime.date(2026, 1, 2)).prompt([user("A")])
+    assert prompt == f"\nToday: {expected}.A"
+    # Nothing but the day is another: it is transformers' own text where the day is today.
+    assert Chat(tokenizer).prompt([user("A")]) == tokenizer.apply_chat_template(
+        [user("A")], tokenize=False, add_generation_prompt=True
+    )
+
+
+def test_date_in_an_unknown_format_is_refused():
+    template = "{{ strftime_now('%Q') }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    with pytest.raises(Malformed, match="unknown format of a date: %Q"):
+        Chat(make_tokenizer(template, "</s>")).prompt([user("A")])
+
+
 def test_date_as_an_option():
     chat = chat_of("llama3_2", options={"date_string": "some day"})
     assert "Today Date: some day\n" in chat.prompt([user()])
