@@ -30,14 +30,16 @@ class Malformed(ValueError):
     It stops the run, unless such rows are to be dropped.
     """
 
-    def __init__(self, reason: str, found: str = ""):
-        super().__init__(reason, found)
+    def __init__(self, reason: str, found: str = "", advice: str = ""):
+        super().__init__(reason, found, advice)
         self.reason = reason  # the same for all such rows, so that they can be counted
         self.example = ""  # a right row, where the row's shape is known
 
     def __str__(self) -> str:
-        reason, found = self.args
-        return f"{reason}; found {found}" if found else reason
+        # What to do is said where the run stops, and not in the ledger's lines.
+        reason, found, advice = self.args
+        parts = [reason, advice, found and f"found {found}"]
+        return "; ".join(filter(None, parts))
 
 
 @dataclass
@@ -61,9 +63,8 @@ class Counts:
     boundaries: int = 0  # between prompt and response
     boundary_merges: int = 0  # of those, how many lie within a token of the two as one text
     merge_example: str = ""  # how the tokens differ at the first of them
-    laid_behind: int = (
-        0  # responses that the chat template does not write straight after the prompt
-    )
+    # responses that the chat template does not write straight after the prompt
+    laid_behind: int = 0
     other_turns: int = 0  # turns of users and tools in responses, which are not trained on
     reasoning_left_out: int = 0  # turns whose reasoning the chat template leaves out by design
     warnings: list[str] = field(default_factory=list)  # what a person should look at

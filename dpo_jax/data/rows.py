@@ -72,9 +72,9 @@ def truth_field(fields: dict, name: str) -> bool:
     if isinstance(value, str) and value.strip().lower() in words:
         return words[value.strip().lower()]
     raise Malformed(
-        f"field {name!r} is neither true nor false; where it is about something else, leave it out "
-        f"with --config.data.ignore={name}",
+        f"field {name!r} is neither true nor false",
         shown(value),
+        f"where it is about something else, leave it out with --config.data.ignore={name}",
     )
 
 

@@ -270,7 +270,7 @@ def _recognised(fields: dict, mapped: tuple[str, ...]) -> Shape:
     if len(best) == 1:
         return best[0]
     if best:
-        raise Malformed(_ambiguous(best))
+        raise _ambiguous(best)
     raise _unrecognised(fields)
 
 
@@ -287,8 +287,8 @@ def _shapes_with(names: frozenset, mapped: tuple[str, ...]) -> tuple[Shape, ...]
     return tuple(found)
 
 
-def _ambiguous(shapes: list[Shape]) -> str:
-    """Say which shapes fit a row, and what to type for each."""
+def _ambiguous(shapes: list[Shape]) -> Malformed:
+    """Return the error that says which shapes fit a row, and what to type for each."""
     lines = []
     for shape in shapes:
         others = set()
@@ -300,7 +300,7 @@ def _ambiguous(shapes: list[Shape]) -> str:
         line = ",".join(f"{name}={name}" for name in own)
         lines.append(f"--config.data.columns={line} for {shape.name}")
     names = " and ".join(shape.name for shape in shapes)
-    return f"the row could be {names}; choose with {', or '.join(lines)}"
+    return Malformed(f"the row could be {names}", advice=f"choose with {', or '.join(lines)}")
 
 
 def _unrecognised(fields: dict) -> Malformed:
@@ -320,8 +320,8 @@ def _unrecognised(fields: dict) -> Malformed:
             continue
         lacks = f"without {' and '.join(map(repr, lacking))}" if lacking else "but for the values"
         hints.append(f"{shape.name}, {lacks}")
-    nearest = f"; nearest: {'; '.join(hints[:3])}" if hints else ""
-    error = Malformed(f"no known shape of row{nearest}", ", ".join(map(str, fields)))
+    nearest = f"nearest: {'; '.join(hints[:3])}" if hints else ""
+    error = Malformed("no known shape of row", ", ".join(map(str, fields)), nearest)
     error.example = (
         f"{SHAPES[0].name}: {SHAPES[0].example}\n"
         "  if your columns have other names: --config.data.columns=prompt=COLUMN,chosen=COLUMN,"
@@ -343,8 +343,8 @@ def _with_system_and_tools(row: Row, fields: dict) -> Row:
         columns = [name for name in (*SYSTEM, "tools", "functions") if fields.get(name) is not None]
         if not row.prompt and (system or tools):
             raise Malformed(
-                f"text without a prompt has no place for field {columns[0]!r}; use chat messages, "
-                f"or leave it out with --config.data.ignore={columns[0]}"
+                f"text without a prompt has no place for field {columns[0]!r}",
+                advice=f"use chat messages, or leave it out with --config.data.ignore={columns[0]}",
             )
         if not row.prompt:
             return row
@@ -429,7 +429,7 @@ def _check_unused(row: Row, fields: dict, used: set[str], shape: str) -> None:
         if name in ALTERNATIVES:
             way += f", or read the row by it with --config.data.columns={name}={name}"
         raise Malformed(
-            f"field {name!r} has content that rows of {shape} do not use; {way}", shown(value)
+            f"field {name!r} has content that rows of {shape} do not use", shown(value), way
         )
 
 
@@ -894,8 +894,9 @@ def _shared_prompt(chosen: str, rejected: str) -> int:
     if not _is_long(chosen[:end]):
         raise Malformed(
             "there is no field 'prompt', and 'chosen' and 'rejected' do not begin with the same "
-            "prompt; if a column has it, name it with --config.data.columns=prompt=COLUMN",
+            "prompt",
             f"{shown(chosen)} and {shown(rejected)}",
+            "if a column has it, name it with --config.data.columns=prompt=COLUMN",
         )
     return end
 

@@ -438,9 +438,9 @@ def examples_of(
         return [TextExample(prompt, (response,), where, row.tools)]
     if row.label is not None:
         raise Malformed(
-            "a pair needs two responses, and a row of one completion with a label has half of it; "
-            "join a completion labelled true and one labelled false of the same prompt as 'chosen' "
-            "and 'rejected', or train SFT, on those labelled true"
+            "a pair needs two responses, and a row of one completion with a label has half of it",
+            advice="join a completion labelled true and one labelled false of the same prompt as "
+            "'chosen' and 'rejected', or train SFT, on those labelled true",
         )
     if not row.pairs:
         raise Malformed("a pair needs two responses, in 'chosen' and 'rejected'")

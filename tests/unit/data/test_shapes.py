@@ -936,6 +936,17 @@ def test_content_that_no_one_reads(fields, name):
     assert local(fields | {name: ""})
 
 
+def test_advice_is_not_in_the_reason(tmp_path):
+    """What to do is said where the run stops; a line of the ledger is short."""
+    rows = [PAIR, PAIR | {"images": ["sea.png"]}, {"prompt": "p"}]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    _, ledger = read(path, on_bad_row="drop")
+    reason = "field 'images' has content that rows of TRL pairs do not use"
+    assert ledger.train.dropped == {reason: 1, "no known shape of row": 1}
+    with pytest.raises(ValueError, match=f"row 2: {reason}; .*--config.data.ignore=images"):
+        read(path)
+
+
 def test_content_said_already():
     assert local({"text": "Tell a tale. Once.", "prompt": "Tell a tale."}).responses
     assert local({"messages": WHOLE, "text": f"[INST] {WHY} [/INST] {SO}"}).responses == (WHOLE,)
