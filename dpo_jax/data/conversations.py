@@ -32,22 +32,29 @@ STRUCT_KEYS = {"role", "from", "answer", "response"}
 TRAINED = ("weight", "train", "training", "loss")
 
 
-def untabled(value):
-    """Return a value as the row had it before it was put into a table, at any depth.
+def list_of_structs(value):
+    """Return a field's list of messages or answers, which may stand as a struct of lists.
 
-    A struct of lists becomes a list of structs; nulls, which tables put where a key is absent, are
-    left out.
+    Tables of `datasets` have them so: {"role": ["user", ...], "content": ["Why?", ...]}. Any other
+    value is returned as it is.
     """
-    if isinstance(value, list):
-        return [untabled(part) for part in value]
-    if not isinstance(value, dict):
+    if not isinstance(value, dict) or not value.keys() & STRUCT_KEYS:
         return value
-    given = {key: untabled(part) for key, part in value.items() if part is not None}
-    if not given.keys() & STRUCT_KEYS or not all(isinstance(p, list) for p in given.values()):
-        return given
-    if len({len(part) for part in given.values()}) > 1:
-        return given
-    return [dict(zip(given, parts, strict=True)) for parts in zip(*given.values(), strict=True)]
+    lists = without_nulls(value)
+    lengths = set()
+    for part in lists.values():
+        # A single message, or an object of another kind.
+        if not isinstance(part, list):
+            return value
+        lengths.add(len(part))
+    if len(lengths) != 1:
+        return value
+    return [dict(zip(lists, parts, strict=True)) for parts in zip(*lists.values(), strict=True)]
+
+
+def without_nulls(struct: dict) -> dict:
+    """Return a struct without its empty keys. What is inside its values stays."""
+    return {key: part for key, part in struct.items() if part is not None}
 
 
 def is_chat(value) -> bool:
@@ -78,6 +85,7 @@ def _message(message, name: str) -> dict:
             f"field {name!r} holds something else than messages, each with 'role' and 'content'",
             shown(message),
         )
+    message = without_nulls(message)
     # ShareGPT calls them from and value.
     role_key = "role" if "role" in message else "from"
     content_key = "content" if "content" in message else "value"
@@ -94,11 +102,11 @@ def _message(message, name: str) -> dict:
             shown(role),
         )
     found = {"role": known}
-    if message.get(content_key) is not None:
+    if content_key in message:
         found["content"] = _text_of(message[content_key], name)
     for key, value in message.items():
         # OpenAI's rows and tables have empty lists of calls.
-        is_nothing = value is None or (key == "tool_calls" and not value)
+        is_nothing = key == "tool_calls" and not value
         says_the_usual = key in TRAINED and (known != "assistant" or value)
         if key not in (role_key, content_key) and not is_nothing and not says_the_usual:
             found[key] = value
@@ -107,9 +115,23 @@ def _message(message, name: str) -> dict:
         found["tool_calls"] = [{"type": "function", "function": found.pop("function_call")}]
     if isinstance(found.get("tool_calls"), str):
         found["tool_calls"] = json_of(found["tool_calls"], f"'tool_calls' in field {name!r}")
+    if isinstance(found.get("tool_calls"), list):
+        found["tool_calls"] = [_call_without_nulls(call) for call in found["tool_calls"]]
     if len(found) == 1:
         raise Malformed(f"field {name!r} has a message without content", shown(message))
     return found
+
+
+def _call_without_nulls(call):
+    """Return a call of a tool without empty keys; its arguments are as the row has them."""
+    if not isinstance(call, dict):
+        return call  # which the chat template refuses
+    if "arguments" in call and call["arguments"] is None:
+        call = call | {"arguments": {}}
+    call = without_nulls(call)
+    if isinstance(call.get("function"), dict):
+        call["function"] = _call_without_nulls(call["function"])
+    return call
 
 
 def _text_of(content, name: str) -> str:
@@ -121,7 +143,7 @@ def _text_of(content, name: str) -> str:
     texts = []
     for part in content:
         if isinstance(part, dict) and isinstance(part.get("text"), str):
-            kind = part.get("type", "text")
+            kind = part.get("type") or "text"
             # A part of another kind may have a text beside what it shows.
             if kind in ("text", "input_text", "output_text"):
                 texts.append(part["text"])

@@ -647,8 +647,28 @@ def _batched(dataset) -> Iterator[Record]:
 
 
 def _rows_of(columns: dict[str, list]) -> Iterator[Record]:
+    """Yield the rows of a table's columns, without the nulls that a table puts into structs.
+
+    All structs of a column have the same keys, so the arguments of every tool call have those of
+    all tools, null where a call does not use them. A null that a row had itself looks the same.
+    """
     for values in zip(*columns.values(), strict=True):
-        yield dict(zip(columns, values, strict=True))
+        row = {}
+        for name, value in zip(columns, values, strict=True):
+            row[name] = _without_nulls(value)
+        yield row
+
+
+def _without_nulls(value):
+    """Return a value of a table without the empty keys of its structs, at any depth."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
+    if isinstance(value, list):
+        # All have one type, and lists of numbers may be long.
+        first = next((part for part in value if part is not None), None)
+        if isinstance(first, dict | list):
+            return [_without_nulls(part) for part in value]
+    return value
 
 
 # The suffix of a file -> the function that reads its records.

@@ -17,13 +17,14 @@ from dpo_jax.data.conversations import (
     is_chat,
     is_said,
     last_turn,
+    list_of_structs,
     read_messages,
     same_messages,
     says_turn,
     split_chat,
     split_system,
     squeezed,
-    untabled,
+    without_nulls,
 )
 from dpo_jax.data.ledger import Filtered, Malformed, Unusable
 from dpo_jax.data.rows import (
@@ -77,6 +78,8 @@ DECIDED = {
     "winner": "model_a",
     "winner_model_a": 1,
 }
+# Fields of objects that are used exactly as the row has them, whatever their keys are called.
+NO_MESSAGES = ("tools", "functions", "chat_template_kwargs")
 # Of these, a row that has several leaves open which one is meant; data.columns says it.
 ALTERNATIVES = {
     *("prompt", "question", "instruction", "text", "completion", "messages", "conversations")
@@ -222,7 +225,7 @@ def _given(fields: dict, columns: dict, ignore: tuple) -> dict:
     for name, value in _renamed(fields, columns, ignore).items():
         # Tables have a null where a row lacks a field.
         if value is not None:
-            given[name] = untabled(value) if name in _known_names() else value
+            given[name] = value if name in NO_MESSAGES else list_of_structs(value)
     return given
 
 
@@ -564,7 +567,7 @@ def _records(fields: dict, name: str) -> list[dict]:
     value = fields[name]
     if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
         raise Malformed(f"field {name!r} is not a list of objects", shown(value))
-    return value
+    return [without_nulls(each) for each in value]
 
 
 def _swift(fields: dict) -> Row:
@@ -590,7 +593,7 @@ def _openai(fields: dict) -> Row:
     given = fields["input"]
     if not isinstance(given, dict) or "messages" not in given:
         raise Malformed("field 'input' is not an object with 'messages'", shown(given))
-    asked = read_messages(given["messages"], "input.messages")
+    asked = read_messages(list_of_structs(given["messages"]), "input.messages")
     answers = (
         content_field(fields, "preferred_output"),
         content_field(fields, "non_preferred_output"),

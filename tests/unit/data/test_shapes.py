@@ -605,7 +605,7 @@ def test_prompts_and_answers(fields, prompt, responses):
             {"role": "function", "name": "now", "content": "x"},
             {"role": "tool", "name": "now", "content": "x"},
         ),
-        # other keys stay, but for nulls, at any depth, and empty lists of calls
+        # other keys stay, but for nulls and empty lists of calls
         (
             {"role": "assistant", "content": "x", "reasoning_content": "r", "name": None},
             assistant("x") | {"reasoning_content": "r"},
@@ -619,11 +619,11 @@ def test_prompts_and_answers(fields, prompt, responses):
             {
                 "role": "assistant",
                 "content": None,
-                "tool_calls": [{"function": {"name": "now", "arguments": {"a": 1, "b": None}}}],
+                "tool_calls": [{"id": None, "function": {"name": "now", "arguments": None}}],
             },
             {
                 "role": "assistant",
-                "tool_calls": [{"function": {"name": "now", "arguments": {"a": 1}}}],
+                "tool_calls": [{"function": {"name": "now", "arguments": {}}}],
             },
         ),
         (
@@ -705,6 +705,49 @@ def test_messages_from_tables(tmp_path):
     ]
 
 
+# What lists of messages look like as structs of lists, and what nulls look like in a table.
+ARGUMENTS = [
+    {"from": ["A"], "to": ["B"]},
+    {"role": ["x", "y"], "answer": ["z", "w"]},
+    {"place": "Paris", "unit": None, "when": {"day": None}, "list": [None, {"from": None}]},
+]
+
+
+@pytest.mark.parametrize("arguments", ARGUMENTS)
+def test_arguments_and_schemas_stay_as_they_are(tmp_path, arguments):
+    function = {"name": "mail", "arguments": arguments}
+    answer = {"role": "assistant", "tool_calls": [{"type": "function", "function": function}]}
+    tool = {"type": "function", "function": {"name": "mail", "parameters": arguments}}
+    row = {"prompt": [user("q")], "chosen": [answer], "rejected": [assistant("a")], "tools": [tool]}
+    in_openai = {
+        "input": {"messages": [user("q")], "tools": [tool]},
+        "preferred_output": [answer],
+        "non_preferred_output": [assistant("a")],
+    }
+    rows = [row, row | {"tools": json.dumps([tool])}, in_openai]
+    splits, _ = read(write_jsonl(tmp_path / "rows.jsonl", rows))
+    for example in splits["train"]:
+        assert example.responses == ([answer], [assistant("a")])
+        assert example.tools == [tool]
+
+
+def test_arguments_in_tables(tmp_path):
+    """A table has the keys of all calls in each of them; those that a call lacks are not its."""
+    rows = []
+    for arguments in ({"place": "Paris"}, {"from": ["A"], "to": ["B"]}):
+        call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+        parameters = {"properties": {name: {"type": "string"} for name in arguments}}
+        answer = {"role": "assistant", "content": "", "tool_calls": [call]}
+        tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+        # One definition has a key that the other lacks.
+        strictness = {"strict": True} if rows else {}
+        rows.append({"messages": [user("q"), answer], "tools": [tool | strictness]})
+    splits, _ = read(write_parquet(tmp_path / "rows.parquet", rows), "sft")
+    for example, row in zip(splits["train"], rows, strict=True):
+        assert example.responses == (row["messages"][1:],)
+        assert example.tools == row["tools"]
+
+
 # columns of system text and tools
 
 
@@ -754,9 +797,6 @@ def test_tools_column_without_tools():
     for nothing in ([], "", "[]", None):
         assert local(PAIR | {"tools": nothing}).tools is None
         assert local(PAIR | {"tools": nothing}).prompt == PAIR["prompt"]
-    # tables put nulls where a definition lacks a key
-    row = local({"tools": [TOOL | {"strict": None}], "messages": WHOLE})
-    assert row.tools == [TOOL]
     with pytest.raises(Malformed, match="field 'tools' is not JSON"):
         local({"tools": "now()", "messages": WHOLE})
     with pytest.raises(Malformed, match="not a list of definitions"):
