@@ -36,6 +36,8 @@ class TextExample:
     responses: tuple[Text, ...]
     where: str  # the file or data set, and the row in it counted from 1
     tools: list | None = None
+    # Of a conversation, config.data.turns says how much of it is the prompt.
+    is_conversation: bool = False
 
 
 def text_field(fields: dict, name: str) -> str:

@@ -215,8 +215,8 @@ def choose(names: list[str], data) -> tuple[list[str], str]:
 def _hold_out(examples: Iterable[TextExample], fraction: float) -> SplitExamples:
     """Part the examples by prompt into "train" and "eval".
 
-    A prompt's side depends on its text alone, so SFT and DPO on the same prompts hold out the same
-    ones. Of few prompts, at least one is held out; a fraction of 0 holds out none.
+    A prompt's side depends on its question alone, so SFT and DPO on the same prompts hold out the
+    same ones. Of few prompts, at least one is held out; a fraction of 0 holds out none.
     """
     # Until a prompt is held out, it may be that none is, and that the least has to be.
     waiting = []
@@ -237,9 +237,35 @@ def _hold_out(examples: Iterable[TextExample], fraction: float) -> SplitExamples
 
 
 def prompt_hash(example: TextExample) -> int:
-    """Return 8 bytes that tell prompts apart: the response, where there is no prompt."""
-    # JSON, for a prompt may be a list of messages.
-    return _hash_bytes(json.dumps(example.prompt or example.responses[0]))
+    """Return 8 bytes that tell prompts apart, whatever form they are in."""
+    # JSON, for it may be a list of messages.
+    return _hash_bytes(json.dumps(question(example)))
+
+
+def question(example: TextExample) -> Text:
+    """Return what tells an example's prompt from others; where there is none, the response.
+
+    Text is itself. A chat is its turns up to the last thing that a user says, without system text
+    and tools, and where that is one message, its text: so a question is the same in every form. In
+    a whole conversation it does not depend on how much of it config.data.turns takes as the prompt.
+    """
+    if not example.prompt or isinstance(example.prompt, str):
+        return example.prompt or example.responses[0]
+    messages = list(example.prompt)
+    if example.is_conversation:
+        messages += example.responses[0]
+    turns = []
+    end = 0
+    for message in messages:
+        role = message["role"]
+        if role in ("system", "developer"):
+            continue
+        turns.append({"role": role, "content": message.get("content", "")})
+        if role == "user":
+            end = len(turns)
+    # What comes after it, such as calls of tools, may be in one row's prompt and another's answer.
+    asked = turns[:end] or turns
+    return asked[0]["content"] if len(asked) == 1 else asked
 
 
 def _row_hash(fields: dict) -> int:
@@ -431,11 +457,12 @@ def examples_of(
         if row.label is False:
             raise Filtered("label is false: an answer that was not liked")
         prompt, response = row.prompt, row.responses[0]
-        if prompt == []:
+        is_conversation = prompt == []
+        if is_conversation:
             prompt, response = _split_conversation(response, turns)
         if not keep_all:
             _check_usable((response,))
-        return [TextExample(prompt, (response,), where, row.tools)]
+        return [TextExample(prompt, (response,), where, row.tools, is_conversation)]
     if row.label is not None:
         raise Malformed(
             "a pair needs two responses, and a row of one completion with a label has half of it",

@@ -394,7 +394,7 @@ class _Seen:
         self._without_prompt += not example.prompt
         self._prompts.append(splits.prompt_hash(example))
         # Without the roles of a chat, so that the same text in another form counts as nearly equal.
-        words = _plain(example.prompt or example.responses[0]).lower().split()
+        words = _plain(splits.question(example)).lower().split()
         self._nearly.append(_hash(" ".join(words)))
         responses = [_plain(response) for response in example.responses]
         self._rows.append(_hash(json.dumps([prompt, *responses])))

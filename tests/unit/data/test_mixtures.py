@@ -8,7 +8,7 @@ import pytest
 from dpo_jax.data import dataset, mixtures, splits
 from dpo_jax.data.sources import SOURCES
 from tests.helpers.letters import letters_tokenizer
-from tests.helpers.rows import data_config, pairs, write_jsonl, write_parquet
+from tests.helpers.rows import data_config, pairs, user, write_jsonl, write_parquet
 
 
 def rows(count, prefix, shared=()):
@@ -136,6 +136,30 @@ def test_no_prompt_crosses(tmp_path):
         # Its own 40, and what is held out of y.
         reason = "evaluated on: its prompt is in an evaluation split"
         assert x.train.filtered[reason] > 40
+
+
+def test_no_prompt_crosses_between_forms(tmp_path):
+    """A question is the same as text, as a user's turn, and with a system text before it."""
+    answers = {"chosen": "yes", "rejected": "no"}
+    forms = {
+        "texts": lambda asked: {"prompt": asked},
+        "replies": lambda asked: {"question": asked},
+        "with_system": lambda asked: {"system": "Be brief.", "question": asked},
+        "chats": lambda asked: {"prompt": [user(asked)]},
+    }
+    for name, form in forms.items():
+        rows_of_form = [form(f"q{number}") | answers for number in range(200)]
+        write_jsonl(tmp_path / name / "train.jsonl", rows_of_form)
+    # One has a split to evaluate on; the others hold out a part of theirs.
+    test = [{"prompt": f"q{number}", **answers} for number in range(30)]
+    write_jsonl(tmp_path / "texts" / "test.jsonl", test)
+    examples, ledger = read(",".join(str(tmp_path / name) for name in forms))
+    train, held_out = (
+        {splits.question(example) for example in examples[split]} for split in ("train", "eval")
+    )
+    assert not train & held_out and len(train | held_out) == 200
+    assert {f"q{number}" for number in range(30)} < held_out
+    assert ledger.shared_prompts == 0
 
 
 def test_evaluation_is_drawn_by_share(tmp_path):

@@ -3,9 +3,9 @@
 import pytest
 
 from dpo_jax.data.ledger import Filtered, Malformed
-from dpo_jax.data.rows import Row
-from dpo_jax.data.splits import examples_of
-from tests.helpers.rows import assistant, user
+from dpo_jax.data.rows import Row, TextExample
+from dpo_jax.data.splits import examples_of, prompt_hash, question
+from tests.helpers.rows import assistant, read, user, write_jsonl
 
 CHAT = [user("q"), assistant("a"), user("r"), assistant("x")]
 
@@ -35,3 +35,89 @@ def test_unpaired_rows():
     assert examples_of(Row("p", ("a",), label=True), "sft", "all", "row 1")
     with pytest.raises(Malformed, match="one completion with a label"):
         examples_of(Row("p", ("a",), label=True), "pairs", "all", "row 1")
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize(
+    "prompt, expected",
+    [
+        ("q", "q"),
+        ([user("q")], "q"),
+        ([SYSTEM, user("q")], "q"),
+        ([{"role": "developer", "content": "Be brief."}, user("q") | {"name": "Tom"}], "q"),
+        (
+            [user("q"), {"role": "assistant", "tool_calls": []}, {"role": "tool", "content": "9"}],
+            "q",
+        ),
+        ([SYSTEM, *CHAT[:3]], CHAT[:3]),
+        ([user("q"), SYSTEM], "q"),
+        ([assistant("Hello."), user("q")], [assistant("Hello."), user("q")]),
+    ],
+)
+def test_question_in_every_form(prompt, expected):
+    assert question(TextExample(prompt, ("a",), "row 1")) == expected
+
+
+def test_hash_of_text_is_fixed():
+    """Which prompts of a set of text are held out never changes."""
+    assert prompt_hash(TextExample("q", ("a",), "")) == 0x90EDBA1C9D0BB14E
+    assert prompt_hash(TextExample("", ("a",), "")) == 0xAC8D8342BBB2362D
+
+
+def held_out(path, kind, **changes):
+    """Return the first questions of the rows that are held out, and of those trained on."""
+    splits, _ = read(path, kind, eval_fraction=0.2, **changes)
+    found = []
+    for split in ("eval", "train"):
+        firsts = set()
+        for example in splits[split]:
+            prompt = example.prompt
+            said = (
+                [prompt]
+                if isinstance(prompt, str)
+                else [turn.get("content", "") for turn in prompt]
+            )
+            firsts.add(next(text for text in said if text.startswith("q")))
+        found.append(firsts)
+    return found
+
+
+def test_sft_holds_out_what_dpo_does(tmp_path):
+    """Conversations are held out by one rule, whatever is the prompt in each kind of training."""
+    pairs, chats, agents, agent_chats = [], [], [], []
+    call = {"type": "function", "function": {"name": "now", "arguments": {}}}
+    calls = [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "9"}]
+    for number in range(100):
+        start = [SYSTEM, user(f"q{number}"), assistant("a"), user(f"r{number}")]
+        chosen = [*start, assistant("yes")]
+        pairs.append({"chosen": chosen, "rejected": [*start, assistant("no")]})
+        chats.append({"messages": chosen})
+        # One answer calls a tool, which the other does not.
+        chosen = [*start, *calls, assistant("yes")]
+        agents.append({"chosen": chosen, "rejected": [*start, assistant("no")]})
+        agent_chats.append({"messages": chosen})
+    for of_pairs, of_chats in ((pairs, chats), (agents, agent_chats)):
+        pairs_path = write_jsonl(tmp_path / "pairs.jsonl", of_pairs)
+        chats_path = write_jsonl(tmp_path / "chats.jsonl", of_chats)
+        evaluated, trained = held_out(pairs_path, "pairs")
+        assert 5 < len(evaluated) < 40 and not evaluated & trained
+        for turns in ("all", "last"):
+            assert held_out(pairs_path, "sft", turns=turns) == [evaluated, trained]
+            assert held_out(chats_path, "sft", turns=turns) == [evaluated, trained]
+
+
+def test_same_questions_are_held_out_in_every_form(tmp_path):
+    texts, replies, with_system = [], [], []
+    for number in range(100):
+        answers = {"chosen": "yes", "rejected": "no"}
+        texts.append({"prompt": f"q{number}", **answers})
+        replies.append({"question": f"q{number}", **answers})
+        with_system.append({"system": "Be brief.", "question": f"q{number}", **answers})
+    paths = []
+    for name, rows in (("texts", texts), ("replies", replies), ("system", with_system)):
+        paths.append(write_jsonl(tmp_path / f"{name}.jsonl", rows))
+    expected = held_out(paths[0], "pairs")
+    for path in paths:
+        assert held_out(path, "pairs") == held_out(path, "sft") == expected
