@@ -240,7 +240,7 @@ class Model:
         n: int = 1,
         seed: int = 0,
         batch_size: int = 64,
-        max_prompt_length: int = 256,
+        max_prompt_length: int = 0,
         truncate: str = "keep_end",
         tools: list[dict] | None = None,
         template: dict | None = None,
@@ -251,11 +251,13 @@ class Model:
     ) -> list:
         """Sample completions of prompts, each text or chat messages; return their texts.
 
-        n: completions of each prompt; above 1 the result is a list of lists. tools: definitions of
-        those that the model may call, for all prompts. template, ignore: as in config.data. date:
-        what chat templates take for today; None: today. sampling: max_new_tokens (128),
-        temperature (1.0; 0 takes the likeliest token), top_k and top_p. As the command `sample`: a
-        completion depends on its prompt, its index and the seed alone.
+        n: completions of each prompt; above 1 the result is a list of lists. max_prompt_length:
+        tokens that a prompt is cut to; 0 cuts only what the model has no positions for. truncate:
+        which part of it stays. tools: definitions of those that the model may call, for all
+        prompts. template, ignore: as in config.data. date: what chat templates take for today;
+        None: today. sampling: max_new_tokens (128), temperature (1.0; 0 takes the likeliest token),
+        top_k and top_p. As the command `sample`: a completion depends on its prompt, its index and
+        the seed alone.
         """
         self._check_usable("lm")
         if isinstance(prompts, str):
@@ -288,7 +290,7 @@ class Model:
         settings = Sampling(**SAMPLING | sampling, n=n, seed=seed, batch_size=batch_size)
         texts = []
         with _as_commands(self.mesh, verbose):
-            encoded, _ = generation.encode(
+            encoded = generation.encode(
                 asked, self.tokenizer, self.config, settings, encoding, date
             )
             progress = console.Progress("generate", 0, len(prompts), unit="prompt")

@@ -1,13 +1,18 @@
 """Flags of commands that read data without a config: each is a field of config.data by its name."""
 
+import contextlib
 import datetime
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator, Sequence
 
 from absl import flags
 
 from dpo_jax import config as configs
 from dpo_jax.config_checks import ALLOWED
 from dpo_jax.config_files import parse_options
+
+# A field of config.data as messages name it; not a file such as "my.data.path".
+FIELD = re.compile(r"(?<![\w./-])(?:--)?(?:config\.)?data\.(?P<name>[a-z_]+)\b")
 
 
 class _OptionsParser(flags.ArgumentParser):
@@ -47,6 +52,33 @@ def define(*names: str, **defaults) -> Callable[[], dict]:
         return found
 
     return values
+
+
+@contextlib.contextmanager
+def named(names: Sequence[str], path: str) -> Iterator[None]:
+    """Make the errors of a command name the flags that it has, instead of fields of a config.
+
+    names: the fields of config.data that are flags. path: the flag that stands for data.path.
+    """
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        text = in_flags(str(error), names, path)
+        if text == str(error):
+            raise
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(text) from error
+
+
+def in_flags(text: str, names: Sequence[str], path: str) -> str:
+    """Return a text in which fields of config.data are called by their flags, as in `named`."""
+    flag_of = dict(zip(names, names, strict=True)) | {"path": path}
+
+    def flag(found: re.Match) -> str:
+        name = found["name"]
+        return f"--{flag_of[name]}" if name in flag_of else found[0]
+
+    return FIELD.sub(flag, text)
 
 
 def define_date() -> flags.FlagHolder:

@@ -34,7 +34,7 @@ KINDS = ("auto", "pairs", "sft")
 STAGE_OF = {"pairs": "dpo", "sft": "sft"}  # the stage that trains on rows of a kind, and its config
 # Fields of config.data that have a flag of their own.
 FIELDS = (
-    *("source", "columns", "ignore", "turns", "mix"),
+    *("source", "columns", "ignore", "turns", "mix", "on_bad_row"),
     *("train_split", "eval_split", "max_rows"),
     *("max_length", "max_prompt_length", "truncate"),
 )
@@ -430,6 +430,13 @@ def _choose_length(found: Survey, setup: Setup, texts: dict, reasons: list) -> N
     """Add data.max_length, where the default cuts more than few rows and a longer one does not."""
     if "data.max_length" in setup.texts:
         return
+    if not found.chat_lengths.are_nearly_whole(setup.config.data):
+        max_length, max_prompt_length = found.chat_lengths.enough(setup.config.data)
+        if max_length <= (setup.positions or max_length):
+            texts["data.max_length"] = str(max_length)
+            texts["data.max_prompt_length"] = str(max_prompt_length)
+            reasons.append(f"max_length={max_length}: shorter ones cut chat prompts (see below)")
+            return
     now = found.cut_at(setup.config.data.max_length)
     # Without a model's folder its positions are unknown, and the longest measured length will do.
     longest = setup.positions or found.cuts[-1].max_length

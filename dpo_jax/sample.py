@@ -27,10 +27,10 @@ from dpo_jax.data.tokenizer import TOKENIZATION_VERSION
 from dpo_jax.models import loading
 from dpo_jax.parallel import processes, sharding
 from dpo_jax.sampling import generation, sampler
-from dpo_jax.sampling.prompts import Prompts
 from dpo_jax.workdir import append_lines, differences, read_lines, write_json, write_lines
 
-FIELDS = ("max_prompt_length", "columns", "template", "ignore")  # of config.data, each a flag
+FIELDS = ("columns", "template", "ignore")  # of config.data, each a flag as it is there
+OWN_FIELDS = ("max_prompt_length", "truncate")  # with other defaults
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +47,7 @@ class Options:
     settings: dict = dataclasses.field(default_factory=dict)  # fields of config.data
 
 
+@data_flags.named((*FIELDS, *OWN_FIELDS), path="prompts")
 def sample_file(options: Options, mesh) -> None:
     """Sample completions for each row of a file that is not in the output yet."""
     rows, prompts = _read(options)
@@ -67,7 +68,7 @@ def sample_file(options: Options, mesh) -> None:
     processes.check_shared(path.parent)
     if start < len(rows):
         checkpoint = loading.open_checkpoint(options.model, dtype=options.dtype)
-        encoded, truncate = generation.encode(
+        encoded = generation.encode(
             prompts,
             checkpoint.tokenizer,
             checkpoint.config,
@@ -75,7 +76,6 @@ def sample_file(options: Options, mesh) -> None:
             options.settings,
             datetime.date.fromisoformat(date),
         )
-        _say_cut(encoded, options.settings, truncate)
         model = checkpoint.load(mesh)
         progress = Progress("sample", start, len(rows), unit="prompt")
         done = start
@@ -150,17 +150,6 @@ def _begin(
     return start, day
 
 
-def _say_cut(prompts: Prompts, settings: dict, truncate: str) -> None:
-    """Say how many prompts may be cut."""
-    limit = settings["max_prompt_length"]
-    full = sum(len(prompt) == limit for prompt in prompts.ids)
-    if full:
-        say(
-            f"{full} of {len(prompts)} prompts fill --max_prompt_length={limit}; longer ones are "
-            f"cut by {truncate}"
-        )
-
-
 def _fields(completions: list[generation.Generated]) -> dict:
     """Return what is added to a row: of one completion values, of several lists."""
     if len(completions) == 1:
@@ -202,6 +191,13 @@ def main():
     split = data_flags.define_split()
     date = data_flags.define_date()
     data_settings = data_flags.define(*FIELDS, truncate="keep_end")
+    max_prompt_length = flags.DEFINE_integer(
+        "max_prompt_length",
+        0,
+        "Tokens that a prompt is cut to; 0: the model's positions without --max_new_tokens, so "
+        "that only what the model cannot read is cut.",
+        lower_bound=0,
+    )
     flags.mark_flags_as_required(["model", "prompts", "out"])
     mesh = sharding.define_flags()
 
@@ -214,7 +210,7 @@ def main():
             split=split.value,
             date=date.value,
             dtype=dtype.value,
-            settings=data_settings(),
+            settings=dict(max_prompt_length=max_prompt_length.value, **data_settings()),
         )
         sample_file(options, mesh())
 

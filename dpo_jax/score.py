@@ -24,7 +24,7 @@ from dpo_jax import data_flags, device_command
 from dpo_jax.console import say
 from dpo_jax.data import dataset, every_row
 from dpo_jax.data.examples import Examples
-from dpo_jax.data.ledger import Counts, Filtered, Ledger, Malformed
+from dpo_jax.data.ledger import CHAT_LINES, Counts, Malformed
 from dpo_jax.data.tokenizer import Encoder
 from dpo_jax.models import inference, loading
 from dpo_jax.parallel import processes, sharding
@@ -40,7 +40,6 @@ FIELDS = (  # of config.data, each a flag
     "template",
     "ignore",
     "on_bad_row",
-    "max_dropped",
 )
 SIDES = {1: ("",), 2: ("_chosen", "_rejected")}  # responses -> what the names of the fields end in
 # What the report is made of.
@@ -76,6 +75,7 @@ class Encoded:
     counts: Counts
 
 
+@data_flags.named(FIELDS, path="data")
 def score_file(options: Options, mesh) -> None:
     """Score the rows of a file, and write them all, in the file's order.
 
@@ -95,9 +95,7 @@ def score_file(options: Options, mesh) -> None:
     data = configs.default(()).data
     data.update(source="local", path=options.data, **options.settings)
     encoded = _encode(options, data, checkpoint.tokenizer)
-    ledger = Ledger(train=encoded.counts)
-    say(ledger.table())
-    ledger.check(data.max_dropped, options.data)
+    say(account(encoded.counts))
 
     # One model after the other, so that the weights of one alone are in memory.
     scores = _scores(options, encoded, checkpoint, "", mesh)
@@ -153,20 +151,20 @@ def _encode(options: Options, data, tokenizer) -> Encoded:
     for where, fields in every_row.read(options.data, options.split):
         counts.read += 1
         try:
-            examples = every_row.answered(fields, data, where)
+            examples = every_row.answered(fields, data, where, counts)
         except every_row.REFUSALS as error:
             if isinstance(error, Malformed) and data.on_bad_row == "error":
                 raise every_row.explained(error, where, fields, ADVICE) from None
-            unscored[where] = str(error)
-            if isinstance(error, Filtered):
-                counts.filter(str(error))
-            else:
-                counts.drop(getattr(error, "reason", str(error)), where)
+            unscored[where] = data_flags.in_flags(str(error), FIELDS, "data")
+            # A tie and a broken row are one thing here: nothing to score.
+            counts.drop(getattr(error, "reason", str(error)), where)
             continue
         counts.further_pairs += len(examples) - 1
         for example in examples:
             encoders[len(example.responses)].add(example)
             added.append(example.where)
+    if not counts.read:
+        raise ValueError(f"{options.data} has no rows to score.")
 
     completions, of_completions = encoders[1].finish()
     pairs, of_pairs = encoders[2].finish()
@@ -180,6 +178,31 @@ def _encode(options: Options, data, tokenizer) -> Encoded:
     of_completions.mean_tokens = {}
     counts = counts.plus(of_pairs).plus(of_completions)
     return Encoded(pairs, completions, unscored, counts)
+
+
+def account(counts: Counts) -> str:
+    """Return what became of the rows, a line for each count that is not 0."""
+    unscored = sum(counts.dropped.values())
+    numbers = {"rows": counts.read}
+    for shape, count in counts.shapes.items():
+        numbers[f"  recognised as: {shape}"] = count
+    numbers["further pairs of the same rows"] = counts.further_pairs
+    numbers["not to be scored"] = unscored
+    numbers["to score"] = counts.kept
+    numbers["prompts cut"] = counts.prompts_truncated
+    numbers["responses cut"] = counts.responses_truncated
+    numbers["boundary merges"] = counts.boundary_merges
+    for label, name in CHAT_LINES.items():
+        numbers[label] = getattr(counts, name)
+    shown = {label: f"{count}" for label, count in numbers.items() if count}
+    for part, mean in counts.mean_tokens.items():
+        shown[f"mean tokens, {part}"] = f"{mean:.1f}"
+    width = max(map(len, shown))
+    number_width = max(map(len, shown.values()))
+    lines = [f"{label:<{width}}  {text:>{number_width}}" for label, text in shown.items()]
+    lines += [f"not to be scored: {line}" for line in counts.drops()]
+    lines += [f"warning: {line}" for line in counts.warnings]
+    return data_flags.in_flags("\n".join(lines), FIELDS, "data")
 
 
 def _scores(

@@ -11,7 +11,7 @@ from dpo_jax.data import sources, splits
 from dpo_jax.data.examples import Example, Examples
 from dpo_jax.data.ledger import Ledger
 from dpo_jax.data.rows import TextExample
-from dpo_jax.data.tokenizer import CUE_TOKENS, Encoder
+from dpo_jax.data.tokenizer import CUE_TOKENS, ChatLengths, Encoder
 
 
 @dataclass
@@ -30,6 +30,7 @@ class LoadedPart:
     data: object  # its config block
     ledger: Ledger
     own: dict[str, slice]  # split -> of its examples
+    chat_lengths: dict[str, ChatLengths]  # split -> of its chat prompts, before a cut
 
 
 def load(data, tokenizer, kind: str, *, date: datetime.date | None = None) -> Dataset:
@@ -80,7 +81,8 @@ def load_parts(
         ledger.train = ledger.train.plus(train_counts)
         ledger.eval = ledger.eval.plus(eval_counts)
         own = {split: slice(first[split], len(into)) for split, into in examples.items()}
-        parts[part.name] = LoadedPart(part.data, ledger, own)
+        chat_lengths = {split: encoder.chat_lengths for split, encoder in encoders.items()}
+        parts[part.name] = LoadedPart(part.data, ledger, own, chat_lengths)
     return examples, parts
 
 

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from dpo_jax.data import sources
-from dpo_jax.data.ledger import Filtered, Malformed, Unusable
+from dpo_jax.data.ledger import Counts, Filtered, Malformed, Unusable
 from dpo_jax.data.readers import fields_of, find_splits
 from dpo_jax.data.rows import TextExample
 from dpo_jax.data.shapes import local_prompt, parse_columns
@@ -47,13 +47,16 @@ def prompt(fields: dict, data, where: str) -> TextExample:
     return TextExample(row.prompt, (), where, row.tools)
 
 
-def answered(fields: dict, data, where: str) -> list[TextExample]:
+def answered(fields: dict, data, where: str, counts: Counts | None = None) -> list[TextExample]:
     """Return what there is to score in a row: its pairs, or its one completion.
 
     Each has a place of its own: that of the row, and of several pairs also their number. Equal and
-    empty answers are as good as others. Raises one of REFUSALS where there is nothing.
+    empty answers are as good as others. counts: counts what the row is recognised as. Raises one of
+    REFUSALS where there is nothing.
     """
     row = sources.parser(data)(fields)
+    if counts is not None:
+        counts.recognise(row.shape)
     if len(row.responses) == 1:
         # Whether the completion was liked does not matter here.
         row = dataclasses.replace(row, label=None)
@@ -78,5 +81,4 @@ def explained(error: Exception, where: str, fields: dict, advice: str = "") -> V
         lines.append(f"  a right row: {example}")
     if advice:
         lines.append(advice)
-    # These commands have the fields as flags of their own.
-    return ValueError("\n".join(lines).replace("--config.data.", "--"))
+    return ValueError("\n".join(lines))

@@ -17,7 +17,7 @@ from dpo_jax.data import dataset, mixtures, readers, sources, splits
 from dpo_jax.data.examples import Examples
 from dpo_jax.data.ledger import Counts, Ledger
 from dpo_jax.data.rows import Text, TextExample
-from dpo_jax.data.tokenizer import cut_examples
+from dpo_jax.data.tokenizer import ChatLengths, cut_examples
 
 LIMITS = (512, 1024, 2048)  # values of max_length whose cost is measured
 UNCUT = 1 << 30  # tokens: more than any row has
@@ -81,6 +81,8 @@ class Survey:
     repeats: Repeats
     cuts: list[Cut]  # at LIMITS and at data.max_length; none without a tokenizer
     rows: list[ShownRow]
+    # Of the training prompts that are chat, before a cut; none without a tokenizer.
+    chat_lengths: ChatLengths = dataclasses.field(default_factory=ChatLengths)
     refusal: str = ""  # why training would stop at these rows, in its own words
 
     def cut_at(self, max_length: int) -> Cut:
@@ -160,6 +162,7 @@ def _take(data, kind: str, tokenizer, showing: _Showing, *, must_keep_cue: bool 
         if showing.progress is not None:
             showing.progress(sum(map(len, seen.values())))
 
+    chat_lengths = ChatLengths()
     if tokenizer is None:
         ledger = _read_texts(data, kind, watch)
         lengths = seen["train"].lengths()
@@ -181,6 +184,8 @@ def _take(data, kind: str, tokenizer, showing: _Showing, *, must_keep_cue: bool 
         trained_on = dict(zip(names[1:], trained_on_PK.T, strict=True))
         truncate = tuple(sorted({dataset.truncation(part.data) for part in parts.values()}))
         cuts = _cuts(whole, list(parts.values()), data, tokenizer)
+        for part in parts.values():
+            chat_lengths.extend(part.chat_lengths["train"])
         rows = [_token_row(kept, index, tokenizer) for index in _spread(len(kept), showing.rows)]
     return Survey(
         kind=kind,
@@ -194,6 +199,7 @@ def _take(data, kind: str, tokenizer, showing: _Showing, *, must_keep_cue: bool 
         repeats=_repeats(seen["train"], seen["eval"]),
         cuts=cuts,
         rows=rows,
+        chat_lengths=chat_lengths,
     )
 
 
@@ -250,6 +256,9 @@ def _cut_as_trained(
             whole = examples[split][part.own[split]]
             truncate = dataset.truncation(part.data)
             counts = cut_examples(whole, tokenizer, settings, truncate, into=into)
+            cut_chats = part.chat_lengths[split].warning(settings, truncate)
+            if cut_chats:
+                counts.warnings.append(cut_chats)
             # All that the cut keeps was counted as kept before.
             before = dataclasses.replace(getattr(part.ledger, split), kept=0, mean_tokens={})
             setattr(part.ledger, split, before.plus(counts))

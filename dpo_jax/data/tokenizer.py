@@ -10,6 +10,7 @@ Chat goes through the tokenizer's own template (`chat.py`), which places the spe
 
 import datetime
 import itertools
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,16 @@ TEXT_STARTS = ("\n", "a", "(")
 # A warning is due where more than this share of so many boundaries or more lies within a token.
 MERGED_SHARE = 0.9
 MERGED_BOUNDARIES = 10
+
+# What a chat prompt loses where it is cut.
+CHAT_LOSES = {
+    "keep_start": "the end: the last turns, and the cue for the answer",
+    "keep_end": "the start: system text and tool definitions",
+    "keep_cue": "the middle: turns, or tool definitions",
+}
+# Lengths are recommended that leave this share of the chat prompts whole, in steps of so many.
+LEFT_WHOLE = 0.99
+LENGTH_STEP = 64
 
 Prompt = list[int]
 Responses = list[list[int]]
@@ -123,6 +134,7 @@ class Encoder:
         self._examples = Examples() if into is None else into
         self._first = len(self._examples)  # the index of the first that is added here
         self._counts = Counts()
+        self.chat_lengths = ChatLengths()  # of what was added, before the cut
         # Enough to tokenise in one call, which is fast.
         self._waiting: list[tuple[TextExample, Rendered]] = []
 
@@ -148,6 +160,9 @@ class Encoder:
         """Return all examples that can be used, and what became of those that were added."""
         self._encode_waiting()
         _warn_of_merges(self._counts)
+        cut_chats = self.chat_lengths.warning(self._rule, self._rule.truncate)
+        if cut_chats:
+            self._counts.warnings.append(cut_chats)
         self._counts.kept = len(self._examples) - self._first
         self._counts.mean_tokens = _mean_tokens(self._examples[self._first :])
         return self._examples, self._counts
@@ -170,6 +185,68 @@ class Encoder:
         """
         whole = _with_ends(tokens, self._rule, self._keep_all)
         _append_cut(self._examples, whole, where, self._rule, self._counts, self._keep_all)
+        if tokens.is_chat:
+            prompt, responses, _ = whole
+            self.chat_lengths.add(len(prompt), max(map(len, responses)))
+
+
+class ChatLengths:
+    """The lengths of chat prompts before a cut, which may take what their answers need."""
+
+    def __init__(self):
+        self._prompts = array("q")
+        self._totals = array("q")  # of each prompt and its longer response
+
+    def add(self, prompt: int, response: int) -> None:
+        """Add the tokens of a prompt and of its longer response."""
+        self._prompts.append(prompt)
+        self._totals.append(prompt + response)
+
+    def extend(self, others: "ChatLengths") -> None:
+        """Add all lengths of others."""
+        self._prompts.extend(others._prompts)
+        self._totals.extend(others._totals)
+
+    def count_cut(self, limits) -> int:
+        """Return how many prompts are cut to limits.max_length and max_prompt_length."""
+        is_long_P = np.array(self._totals) > limits.max_length
+        is_cut_P = is_long_P & (np.array(self._prompts) > limits.max_prompt_length)
+        return int(is_cut_P.sum())
+
+    def are_nearly_whole(self, limits) -> bool:
+        """Return whether no more prompts are cut than `enough` allows for."""
+        return self.count_cut(limits) <= (1 - LEFT_WHOLE) * len(self._prompts)
+
+    def warning(self, limits, truncate: str) -> str:
+        """Return a warning that says how many prompts are cut, and what helps; "" if none is."""
+        cut_prompts = self.count_cut(limits)
+        if not cut_prompts:
+            return ""
+        max_length, max_prompt_length = self.enough(limits)
+        return (
+            f"{cut_prompts:,} of {len(self._prompts):,} chat prompts are cut to "
+            f"{limits.max_prompt_length} tokens, and lose {CHAT_LOSES[truncate]}. Pass "
+            f"--config.data.max_length={max_length} "
+            f"--config.data.max_prompt_length={max_prompt_length}."
+        )
+
+    def enough(self, limits) -> tuple[int, int]:
+        """Return (max_length, max_prompt_length) that leave nearly all prompts whole.
+
+        limits: those that cut too many; where nearly all prompts are whole already, all are meant.
+        """
+        for share in (LEFT_WHOLE, 1.0):
+            max_prompt_length = _rounded_up(np.quantile(self._prompts, share, method="higher"))
+            max_length = _rounded_up(np.quantile(self._totals, share, method="higher"))
+            if max_length > limits.max_length or max_prompt_length > limits.max_prompt_length:
+                break
+        # A prompt that is as long as allowed leaves room for a response.
+        max_prompt_length = max(max_prompt_length, limits.max_prompt_length)
+        return max(max_length, max_prompt_length + LENGTH_STEP), max_prompt_length
+
+
+def _rounded_up(length: float) -> int:
+    return int(-(-length // LENGTH_STEP)) * LENGTH_STEP
 
 
 def cut_examples(whole: Examples, tokenizer, data, truncate: str, *, into: Examples) -> Counts:
@@ -229,19 +306,23 @@ def encode_prompts(
     truncate: str,
     *,
     date: datetime.date | None = None,
+    counts: Counts | None = None,
 ) -> list[np.ndarray]:
     """Return prompts to sample from, which start as `encode` starts them.
 
-    texts: of which the responses do not matter. Prompts are cut to data.max_prompt_length. Raises
-    ValueError for one that the chat template refuses.
+    texts: examples whose responses are ignored. Prompts are cut to data.max_prompt_length. counts:
+    counts those that are cut. Raises ValueError for one that the chat template refuses.
     """
     rule = _rule(tokenizer, data, truncate)
     chat = chat_of(tokenizer, data, date)
     rendered = [_render_prompt(text, chat) for text in texts]
     found = []
     for text, ids in zip(texts, _ids(rendered, tokenizer), strict=True):
-        ids = _started(ids, rule, isinstance(text.prompt, list))
-        found.append(np.array(_cut_prompt(ids, rule), np.int32))
+        whole = _started(ids, rule, isinstance(text.prompt, list))
+        prompt = _cut_prompt(whole, rule)
+        if counts is not None:
+            counts.prompts_truncated += len(prompt) < len(whole)
+        found.append(np.array(prompt, np.int32))
     return found
 
 

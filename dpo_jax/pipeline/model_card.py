@@ -12,8 +12,11 @@ import re
 from ml_collections import ConfigDict
 
 from dpo_jax import stage_table
-from dpo_jax.config import flat_fields
+from dpo_jax.config import DATA, flat_fields
+from dpo_jax.data import mixtures
+from dpo_jax.data.sources import SOURCES
 from dpo_jax.stage_table import STAGES
+from dpo_jax.workdir import start_date
 
 METHODS = {  # stage -> how a card calls it
     "sft": "supervised fine-tuning",
@@ -25,18 +28,8 @@ METHODS = {  # stage -> how a card calls it
 }
 # Fields of a stage's block that say nothing of what was learned.
 LEFT_OUT = ("eval_every", "save_every", "log_every", "keep", "microbatch_size", "cache_reference")
-# Fields of the data block that say what was read; the last ones only where they are set.
-DATA = ("source", "path")
-DATA_IF_SET = (
-    "mix",
-    "sft_path",
-    "train_split",
-    "eval_split",
-    "max_rows",
-    "columns",
-    "ignore",
-    "template",
-)
+# Fields of the data block that change no token and no row.
+LEFT_OUT_OF_DATA = ("max_dropped", "show")
 
 LOADING = {
     "lm": """\
@@ -94,7 +87,7 @@ class ModelCard:
 
     config: ConfigDict  # the run's
     stage: str
-    folder: pathlib.Path  # the stage's, with ledger.json
+    folder: pathlib.Path  # the stage's, with ledger.json and config.json
     fingerprint: str  # of the weights that training started from
     evaluation: dict[str, float]  # metric -> value, at the end of training
     dtype: str  # of the stored weights
@@ -145,7 +138,9 @@ class ModelCard:
         if _is_hub_name(self._base):
             fields["base_model"] = self._base.partition("@")[0]
             fields["base_model_relation"] = "adapter" if library == "peft" else "finetune"
-        data_sets = [name.partition(":")[0] for name in self._paths() if _is_hub_name(name)]
+        hub_names = [name.partition(":")[0] for name in self._paths() if _is_hub_name(name)]
+        # Two subsets are one data set on the hub.
+        data_sets = list(dict.fromkeys(hub_names))
         if data_sets:
             fields["datasets"] = data_sets
         fields["library_name"] = library
@@ -178,13 +173,19 @@ class ModelCard:
 
     def _paths(self) -> list[str]:
         data = self.config.data
-        return [name for name in (data.path, data.sft_path) if name]
+        mixed = [ingredient.path for ingredient in mixtures.parse(data.mix, SOURCES)]
+        return [name for name in (data.path, data.sft_path, *mixed) if name]
 
     def _data(self) -> list[tuple[str, str]]:
-        """Return what was read, how much of it, and the fingerprints of its tokens."""
+        """Return what was read and how, how much of it, and the fingerprints of its tokens."""
         data = self.config.data
-        told = [name for name in (*DATA, *DATA_IF_SET) if data[name]]
-        rows = [(f"data.{name}", _shown(data[name])) for name in told]
+        rows = []
+        for name in DATA:
+            is_empty = data[name] in ("", ()) or data[name] == ConfigDict()
+            if name not in LEFT_OUT_OF_DATA and not is_empty:
+                rows.append((f"data.{name}", _shown(data[name])))
+        # Some chat templates write it.
+        rows.append(("date for chat templates", start_date(self.folder).isoformat()))
         if stage_table.trains_on_samples(self.config, self.stage):
             rows.append(("pairs", "sampled from the model before this stage, and labelled"))
         ledger = json.loads((self.folder / "ledger.json").read_text())
@@ -213,8 +214,6 @@ class ModelCard:
             is_lora = name.startswith("model.lora.") and self._has_lora
             if name == "model.dtype" or is_lora:
                 rows.append((name, _shown(value)))
-        for name in ("max_length", "max_prompt_length", "truncate"):
-            rows.append((f"data.{name}", _shown(self.config.data[name])))
         rows.append(("seed", _shown(self.config.seed)))
         return rows
 

@@ -9,8 +9,9 @@ import numpy as np
 from dpo_jax import config as configs
 from dpo_jax.console import warn
 from dpo_jax.data import dataset
+from dpo_jax.data.ledger import Counts
 from dpo_jax.data.rows import TextExample
-from dpo_jax.data.tokenizer import encode_prompts
+from dpo_jax.data.tokenizer import CHAT_LOSES, encode_prompts
 from dpo_jax.models.loading import Model
 from dpo_jax.models.transformer import TransformerConfig
 from dpo_jax.sampling import sampler
@@ -34,26 +35,47 @@ def encode(
     sampling: Sampling,
     settings: dict,
     date: datetime.date | None = None,
-) -> tuple[Prompts, str]:
-    """Tokenise prompts; return them, and which part of a long one stays.
+) -> Prompts:
+    """Tokenise prompts, and warn where some are cut.
 
-    texts: of which the responses do not matter. settings: fields of config.data. date: what chat
-    templates take for today; None: today. Raises ValueError for settings or prompts that cannot be
-    sampled from.
+    texts: examples whose responses are ignored. settings: fields of config.data;
+    max_prompt_length=0 cuts only what the model has no positions for, as training cuts no prompt
+    that fits with its response. date: what chat templates take for today; None: today. Raises
+    ValueError for settings or prompts that cannot be sampled from.
     """
     data = configs.default(()).data
     data.update(source="local", append_eos=False, **settings)
+    if not data.max_prompt_length:
+        data.max_prompt_length = _room(config, sampling)
     data.max_length = data.max_prompt_length + sampling.max_new_tokens
     truncate = dataset.truncation(data)
-    ids = encode_prompts(texts, tokenizer, data, truncate, date=date)
+    counts = Counts()
+    ids = encode_prompts(texts, tokenizer, data, truncate, date=date, counts=counts)
     sampler.check(config, ids, sampling)
+    if counts.prompts_truncated:
+        warn(_cut_warning(texts, counts.prompts_truncated, data.max_prompt_length, truncate))
     longest = max(map(len, ids))
     if longest + sampling.max_new_tokens > config.max_positions:
         warn(
             f"up to {longest} + {sampling.max_new_tokens} tokens, but the model was made for "
             f"{config.max_positions}"
         )
-    return Prompts(ids, tokenizer.batch_decode(ids, skip_special_tokens=True)), truncate
+    return Prompts(ids, tokenizer.batch_decode(ids, skip_special_tokens=True))
+
+
+def _room(config: TransformerConfig, sampling: Sampling) -> int:
+    """Return how many tokens a prompt may have, so that a completion fits behind it."""
+    room = config.max_positions - sampling.max_new_tokens
+    # Where nothing fits, the prompt is not to blame: the sampler says what is wrong.
+    return room if room > 0 else config.max_positions
+
+
+def _cut_warning(texts: list[TextExample], count: int, limit: int, truncate: str) -> str:
+    """Return what to say of prompts that were cut."""
+    told = f"{count} of {len(texts)} prompts are cut to max_prompt_length={limit} ({truncate})"
+    if any(isinstance(text.prompt, list) for text in texts):
+        told += f"; chat prompts lose {CHAT_LOSES[truncate]}"
+    return told
 
 
 def prompts_at_a_time(sampling: Sampling) -> int:

@@ -135,7 +135,7 @@ def test_all_readers_have_the_same_tokens(chat_model, chats, tmp_path, monkeypat
         str(chat_model), str(chats), "", Sampling(6), settings=PROMPT_SETTINGS | ENCODING
     )
     _, texts = sample._read(asked)
-    sampled, _ = generation.encode(
+    sampled = generation.encode(
         texts, checkpoint.tokenizer, checkpoint.config, Sampling(6), asked.settings, DAY
     )
     assert ids(sampled.ids) == prompts
@@ -200,3 +200,48 @@ def test_run_learns_from_masked_answers(live):
     assert last["loss/eval"] < first["loss/eval"] < 0.6932
     ledger = json.loads((live / "ledger.json").read_text())
     assert ledger["train"]["other_turns"] == ledger["train"]["kept"] > 0
+
+
+def test_refusals_name_the_flags_of_the_command(chat_model, tmp_path):
+    """The template does not write reasoning."""
+    thought = assistant("w3") | dict(reasoning_content="w4")
+    rows = [dict(prompt=[user("w1")], chosen=[thought], rejected=[assistant("w5")])] * 2
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    message = r"--ignore=reasoning_content.*\n.*with --on_bad_row=drop"
+    with pytest.raises(ValueError, match=message) as told:
+        score_file(chat_model, path, tmp_path / "out.jsonl")
+    assert "data." not in str(told.value)
+    score_file(chat_model, path, tmp_path / "out.jsonl", settings=dict(on_bad_row="drop"))
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert all("unscored" in line for line in lines) and len(lines) == 2
+
+
+def test_prompts_that_training_leaves_whole_are_sampled_whole(chat_model, chats):
+    """Longer than max_prompt_length, and yet not cut: with its response each fits."""
+    checkpoint = loading.open_checkpoint(str(chat_model))
+    data = data_of(chats)
+    data.update(max_length=40, max_prompt_length=4)
+    trained_on = dataset.load(data, checkpoint.tokenizer, "pairs", date=DAY).train
+    settings = dict(max_prompt_length=0, truncate="keep_end", columns="") | ENCODING
+    asked = sample.Options(str(chat_model), str(chats), "", Sampling(6), settings=settings)
+    _, texts = sample._read(asked)
+    sampled = generation.encode(
+        texts, checkpoint.tokenizer, checkpoint.config, Sampling(6), settings, DAY
+    )
+    assert min(map(len, sampled.ids)) > 4 and ids(sampled.ids) == ids(trained_on.prompts)
+
+
+def test_cut_chat_prompts_are_told(chat_model, chats):
+    """They lose their start, and the message has lengths at which they do not."""
+    checkpoint = loading.open_checkpoint(str(chat_model))
+    data = data_of(chats)
+    data.update(max_length=12, max_prompt_length=6)
+    found = dataset.load(data, checkpoint.tokenizer, "pairs", date=DAY)
+    (warning,) = found.ledger.train.warnings
+    assert warning == (
+        "40 of 40 chat prompts are cut to 6 tokens, and lose the start: system text and tool "
+        "definitions. Pass --config.data.max_length=128 --config.data.max_prompt_length=64."
+    )
+    data.update(max_length=128, max_prompt_length=64)
+    found = dataset.load(data, checkpoint.tokenizer, "pairs", date=DAY)
+    assert not found.ledger.train.warnings and not found.ledger.train.prompts_truncated

@@ -192,9 +192,10 @@ def test_sample_chat_prompts(model, tmp_path, capsys):
         )
         found[name] = [row["completions"] for row in lines(out)]
     assert found["chats"] == found["texts"]
-    assert "1 of 2 prompts fill --max_prompt_length=4; longer ones are cut by keep_end" in (
-        capsys.readouterr().out
-    )
+    told = capsys.readouterr().out
+    assert "warning: 1 of 2 prompts are cut to max_prompt_length=4 (keep_end); chat prompts" in told
+    # The texts are as long as that, and not cut.
+    assert told.count("are cut to") == 1
 
 
 @pytest.mark.parametrize(
@@ -224,6 +225,27 @@ def test_sample_tells_long_prompts(model, tmp_path, capsys):
     (tmp_path / "long.jsonl").write_text(json.dumps(dict(prompt=" ".join(["w1"] * 62))) + "\n")
     sample_file(model, tmp_path / "long.jsonl", tmp_path / "out.jsonl", n=1)
     assert "warning: up to 63 + 6 tokens, but the model was made for 64" in capsys.readouterr().out
+
+
+def test_sample_cuts_only_what_the_model_cannot_read(model, tmp_path, capsys, monkeypatch):
+    """By default: training too cuts no prompt that fits."""
+    texts = (" ".join(["w1"] * 40), " ".join(["w1"] * 70))
+    write_jsonl(tmp_path / "long.jsonl", [dict(prompt=text) for text in texts])
+    path, out = tmp_path / "long.jsonl", tmp_path / "out.jsonl"
+    seen = sampled_prompt(monkeypatch, model, path, out, settings=dict(max_prompt_length=0))
+    fits, cut = (ids.split() for ids in seen)
+    assert fits == ["<s>", *["w1"] * 40]
+    assert len(cut) == 64 - 6 and cut[0] == "<s>"  # 64 positions, 6 of them for the completion
+    assert "1 of 2 prompts are cut to max_prompt_length=58" in capsys.readouterr().out
+
+
+def test_sample_names_its_own_flags(model, tmp_path):
+    write_jsonl(tmp_path / "rows.jsonl", [dict(prompt="w1", images=["a"])])
+    with pytest.raises(ValueError, match="with --ignore=images") as told:
+        sample_file(model, tmp_path / "rows.jsonl", tmp_path / "out.jsonl")
+    assert "data." not in str(told.value)
+    with pytest.raises(FileNotFoundError, match="^--prompts='.*missing"):
+        sample_file(model, tmp_path / "missing", tmp_path / "out.jsonl")
 
 
 # rows of any format and shape
@@ -314,7 +336,9 @@ def test_prompt_leaves_nothing_out_silently():
     """What an answer may depend on is refused by its name, with the flag that leaves it out."""
     data = configs.default(()).data
     row = dict(prompt="w3", context="w1 w2 w4", completion="w5")
-    with pytest.raises(ValueError, match="^row 1: field 'context' has content .* --ignore=context"):
+    with pytest.raises(
+        ValueError, match="^row 1: field 'context' has content .* --config.data.ignore=context"
+    ):
         every_row.prompt(row, data, "row 1")
     data.ignore = ("context",)
     assert every_row.prompt(row, data, "row 1").prompt == "w3"

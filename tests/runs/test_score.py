@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import re
 
 import jax
 import numpy as np
@@ -168,12 +169,36 @@ def test_score_says_why_a_row_is_unscored(scored, tmp_path, capsys):
     ]
     with pytest.raises(ValueError, match="rows.jsonl row 2: .*\n.*\n.*\n.*--on_bad_row=drop"):
         score_rows(folder, tmp_path, rows)
-    settings = dict(on_bad_row="drop", max_dropped=0.5)
+    settings = dict(on_bad_row="drop")  # whatever their share is
     good, bad, tie = score_rows(folder, tmp_path, rows, settings=settings)
     assert "unscored" not in good and good["logp_chosen"] < 0
     assert "'rejected' is not text" in bad["unscored"] and bad["rejected"] == 4
     assert tie["unscored"] and tie["answers"] == rows[2]["answers"]
-    assert "scored 1 pairs into" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "scored 1 pairs into" in told
+    assert "not to be scored: 1 x field 'rejected' is not text (rows.jsonl row 2)" in told
+    # There is one split, and nothing is held out.
+    assert re.search(r"^rows +3$", told, re.M) and "eval" not in told
+
+
+def test_score_keeps_all_rows_however_many_are_bad(scored, tmp_path, capsys):
+    folder, _ = scored
+    rows = [dict(prompt="w1", chosen="w2", rejected=number) for number in range(3)]
+    lines = score_rows(folder, tmp_path, rows, settings=dict(on_bad_row="drop"))
+    assert [line["rejected"] for line in lines] == [0, 1, 2]
+    assert all("'rejected' is not text" in line["unscored"] for line in lines)
+    assert "scored nothing into" in capsys.readouterr().out
+
+
+def test_score_names_its_own_flags(scored, tmp_path):
+    """A message for training names fields of a config, which these commands do not have."""
+    folder, _ = scored
+    row = dict(prompt="w1", chosen="w2", rejected="w3", images=["a"])
+    with pytest.raises(ValueError, match="with --ignore=images") as told:
+        score_rows(folder, tmp_path, [row])
+    assert "data." not in str(told.value)
+    with pytest.raises(FileNotFoundError, match="^--data='.*missing"):
+        score_file(folder / "model", tmp_path / "missing", tmp_path / "out.jsonl")
 
 
 def test_score_reports_accuracy(scored, tmp_path, capsys):

@@ -26,6 +26,7 @@ def card(tmp_path, stages=("dpo",), stage="dpo", adapter=False, **fields) -> str
             block = block[part]
         block[field] = value
     (tmp_path / "ledger.json").write_text(json.dumps(LEDGER))
+    (tmp_path / "config.json").write_text(json.dumps(dict(date="2026-11-26")))
     made = ModelCard(config, stage, tmp_path, "f" * 64, {"loss/eval": 0.512345678}, "bfloat16")
     return made.adapter_text() if adapter else made.text()
 
@@ -95,6 +96,35 @@ def test_card_tells_data_recipe_and_results(tmp_path):
     ):
         assert told in text, told
     assert "eval_every" not in text
+
+
+def test_card_has_what_the_tokens_depend_on(tmp_path):
+    text = card(
+        tmp_path,
+        data__template=dict(enable_thinking=False),
+        data__ignore=("images",),
+        data__turns="last",
+        data__append_eos=False,
+        data__max_length=640,
+    )
+    for told in (
+        '| data.template | {"enable_thinking": false} |',
+        "| data.ignore | images |",
+        "| data.turns | last |",
+        "| data.append_eos | False |",
+        "| data.max_length | 640 |",
+        "| data.eval_fraction | 0.02 |",
+        "| date for chat templates | 2026-11-26 |",
+    ):
+        assert told in text, told
+    assert "data.columns" not in text  # empty
+
+
+def test_card_of_a_mixture(tmp_path):
+    mix = "local.jsonl=10, hh@org/helpful=50%, org/pairs:a[train]=5, org/pairs:b"
+    text = card(tmp_path, data__path="", data__mix=mix)
+    assert head(text)["datasets"] == ["org/helpful", "org/pairs"]
+    assert f"| data.mix | {mix} |" in text
 
 
 def test_card_of_reward_model(tmp_path):
