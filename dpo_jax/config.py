@@ -129,7 +129,7 @@ DATA = dict(
     ),
     mix=Field(
         "",
-        "several data sets instead of path, parted by commas, each with a number of rows or a "
+        "several data sets instead of path, separated by commas, each with a number of rows or a "
         "share (else all of it) and perhaps its source and split: "
         "helpful.jsonl=1000, hh@Anthropic/hh-rlhf=50%, owner/name:subset[train]=10000",
     ),

@@ -105,6 +105,15 @@ def test_recommended_command_runs(folder):
     }
 
 
+def test_bad_rows_may_be_dropped(folder):
+    """With the flag that `score` has, too."""
+    write_jsonl(folder / "BAD.jsonl", [*stories(20, seed=3), dict(prompt="Once", chosen=3)])
+    done = run(folder, "BAD.jsonl", "--on_bad_row=drop", "--config.data.max_dropped=0.1")
+    assert done.returncode == 0, done.stderr
+    told = " ".join(done.stdout.replace("\\\n", " ").split())
+    assert "--config.data.on_bad_row=drop" in told and "training would stop" not in told
+
+
 def test_errors_are_a_paragraph(folder):
     for arguments, said in [
         (("nosuch.jsonl",), "nosuch.jsonl"),

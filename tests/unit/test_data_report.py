@@ -363,6 +363,29 @@ def a_survey(*, lengths=((4, 5),), cuts=(), kept=20_000, unit="tokens", **fields
     )
 
 
+def test_cut_chat_prompts(tmp_path):
+    """They are told in training's words, with the lengths that the command then has."""
+    rows = []
+    for number in range(20):
+        asked = user(words(600, first=number))
+        rows.append(dict(prompt=[asked], chosen=[assistant("w1")], rejected=[assistant("w2")]))
+    path = write_jsonl(tmp_path / "chats.jsonl", rows)
+    model = tokenizer()
+    model.chat_template = CHAT
+    found = look(path, model)
+    assert found.ledger == dataset.load(settings(path), model, "pairs").ledger
+    advice = data_report.advise(found, setup(path=str(path)))
+    assert advice.warnings[0] == (
+        "20 of 20 chat prompts are cut to 256 tokens, and lose the start: system text and tool "
+        "definitions. Pass --config.data.max_length=704 --config.data.max_prompt_length=640."
+    )
+    text = " ".join(advice.command)
+    assert "--config.data.max_length=704 --config.data.max_prompt_length=640" in text
+    longer = dict(max_length=704, max_prompt_length=640)
+    found = look(path, model, **longer)
+    assert not found.ledger.train.prompts_truncated and not found.ledger.train.warnings
+
+
 def test_length_bias_is_said():
     found = a_survey(lengths=[(10, 5), (8, 8), (3, 4), (9, 1)])
     (line,) = [line for line in lines_of(found) if line.startswith("chosen minus rejected")]
