@@ -531,7 +531,7 @@ def _warnings(found: Survey, setup: Setup, max_length: int) -> list[str]:
     data = setup.config.data
     train = found.ledger.train
     # The tokenizer's own, about boundaries that lie within tokens, come first.
-    warnings = list(train.warnings)
+    warnings = train.all_warnings()
     if found.refusal:
         warnings.append(f"training would stop at these rows: {found.refusal}")
     if not data.append_eos:

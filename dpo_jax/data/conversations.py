@@ -208,8 +208,8 @@ def split_chat(prompt: Text | None, responses: tuple[Text, ...]) -> tuple[list, 
 def _after_messages(prompt: list, chats: list[list]) -> tuple[list, list[list]]:
     """Return (prompt, answers) of conversations that may begin with the prompt's messages."""
     given, asked = split_system(prompt)
-    # Some sets have the better answer in the prompt already.
-    if asked and asked[-1]["role"] == "assistant" and same_messages(asked[-1:], chats[0]):
+    # Some sets have one of the answers in the prompt already.
+    if asked and any(same_messages(asked[-1:], chat) for chat in chats):
         asked = asked[:-1]
     answers = []
     # One side may be whole, and the other the answer alone.

@@ -50,6 +50,8 @@ class Counts:
     # what rows were recognised as -> rows, of those that are in a known shape
     shapes: dict[str, int] = field(default_factory=dict)
     filtered: dict[str, int] = field(default_factory=dict)  # reason -> rows
+    doubts: dict[str, int] = field(default_factory=dict)  # reason to look at them -> rows, kept
+    flags: dict[str, int] = field(default_factory=dict)  # "FIELD: true" or "FIELD: false" -> rows
     dropped: dict[str, int] = field(default_factory=dict)  # reason -> rows
     # reason -> where the first few dropped rows are
     examples: dict[str, list[str]] = field(default_factory=dict)
@@ -70,10 +72,14 @@ class Counts:
     warnings: list[str] = field(default_factory=list)  # what a person should look at
     mean_tokens: dict[str, float] = field(default_factory=dict)  # of the kept rows, by part
 
-    def recognise(self, shape: str) -> None:
-        """Count a row of a shape; "" where its source has one alone."""
-        if shape:
-            self.shapes[shape] = self.shapes.get(shape, 0) + 1
+    def recognise(self, row) -> None:
+        """Count a row by its shape, "" where its source has one alone, and what is odd about it."""
+        if row.shape:
+            self.shapes[row.shape] = self.shapes.get(row.shape, 0) + 1
+        for doubt in row.doubts:
+            self.doubts[doubt] = self.doubts.get(doubt, 0) + 1
+        for flag in row.flags:
+            self.flags[flag] = self.flags.get(flag, 0) + 1
 
     def filter(self, reason: str) -> None:
         """Count a row that the source leaves out by design."""
@@ -115,6 +121,32 @@ class Counts:
             tokens = mean * self.kept + other.mean_tokens[part] * other.kept
             means[part] = tokens / (self.kept + other.kept)
         return means
+
+    def all_warnings(self) -> list[str]:
+        """Return what a person should look at, of single rows and of all together."""
+        lines = list(self.warnings)
+        texts, chats = (
+            sum(count for shape, count in self.shapes.items() if shape.endswith(f", {kind}"))
+            for kind in ("text", "chat")
+        )
+        if texts and chats:
+            lines.append(
+                f"mixes text and chat rows: {texts} are text, which is trained on as it stands, "
+                f"and {chats} are chat, which goes through the chat template"
+            )
+        for doubt, count in self.doubts.items():
+            lines.append(f"{doubt} ({count} rows)")
+        for flag, count in self.flags.items():
+            name, _, value = flag.rpartition(": ")
+            others = self.flags.get(f"{name}: true", 0)
+            # A column that never changes tells no answer from another.
+            if value == "false" and others:
+                lines.append(
+                    f"field {name!r} is false in {count} rows and true in {others}, and is not "
+                    "read; if it says which answers are good, pass "
+                    f"--config.data.columns=label={name}, else --config.data.ignore={name}"
+                )
+        return lines
 
     def drops(self) -> list[str]:
         """Return one line for each reason that rows were dropped for."""
@@ -165,7 +197,7 @@ class Ledger:
         for name, counts in (("train", self.train), ("eval", self.eval)):
             lines += [f"dropped from {name}: {line}" for line in counts.drops()]
         for name, counts in (("train", self.train), ("eval", self.eval)):
-            lines += [f"warning, {name}: {line}" for line in counts.warnings]
+            lines += [f"warning, {name}: {line}" for line in counts.all_warnings()]
         for name, part in self.parts.items():
             lines += ["", f"of these, {name}", part.table()]
         return "\n".join(lines)

@@ -10,6 +10,11 @@ from dpo_jax.data.ledger import Malformed
 # message have a value.
 Text = str | list
 ONE_PAIR = ((0, 1),)
+# Words for yes and no, and for answers that somebody liked or did not.
+TRUTHS = {
+    **dict.fromkeys(("true", "yes", "desirable", "liked", "good", "chosen"), True),
+    **dict.fromkeys(("false", "no", "undesirable", "disliked", "bad", "rejected"), False),
+}
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,8 @@ class Row:
     tools: list | None = None  # definitions of the tools that the model may call
     label: bool | None = None  # of unpaired rows: whether the response was liked
     shape: str = ""  # what the row was recognised as
+    doubts: tuple[str, ...] = ()  # what to warn of, although the row is used
+    flags: tuple[str, ...] = ()  # of one answer: fields beside it that say true or false
 
 
 @dataclass(frozen=True)
@@ -67,17 +74,23 @@ def shown(value) -> str:
 
 def truth_field(fields: dict, name: str) -> bool:
     """Return a field that says yes or no."""
-    value = fields[name]
-    if isinstance(value, int | float) and value in (0, 1):
-        return bool(value)
-    words = {"true": True, "1": True, "false": False, "0": False}
-    if isinstance(value, str) and value.strip().lower() in words:
-        return words[value.strip().lower()]
+    truth = truth_of(fields[name])
+    if truth is not None:
+        return truth
     raise Malformed(
         f"field {name!r} is neither true nor false",
-        shown(value),
+        shown(fields[name]),
         f"where it is about something else, leave it out with --config.data.ignore={name}",
     )
+
+
+def truth_of(value) -> bool | None:
+    """Return what a value that says yes or no says; None where it says neither."""
+    if isinstance(value, str) and value.strip().lower() in TRUTHS:
+        return TRUTHS[value.strip().lower()]
+    # Tables of text, and those that have some nulls, hold 1 as 1.0.
+    number = number_of(value)
+    return bool(number) if number in (0, 1) else None
 
 
 def number_of(value) -> float | None:

@@ -37,6 +37,7 @@ from dpo_jax.data.rows import (
     shown,
     text_field,
     truth_field,
+    truth_of,
 )
 
 # Text that asks for an answer, at the start of a line or as a chat format's own marker. Where a
@@ -66,6 +67,22 @@ CONTENT = (
     *("image", "images", "video", "videos", "audio", "audios"),
 )
 SYSTEM = ("system", "system_prompt", "system_message")
+TOOLS = ("tools", "functions")
+# Fields that may stand beside those of any shape.
+BESIDE = (*SYSTEM, *TOOLS, "label")
+# Fields beside one answer that say whether it was liked, whatever their values are.
+LIKED = ("kto_tag", "is_desirable", "desirable", "is_liked", "liked", "is_preferred", "thumbs_up")
+# Fields that say so only where they are true or false; else they are classes or comments.
+MAYBE_LIKED = ("label", "preference", "preferred", "feedback")
+SCORE_WORDS = (
+    *("score", "avg_score", "average_score", "mean_score", "overall_score", "reward", "quality"),
+    *("rating", "avg_rating", "average_rating", "mean_rating", "overall_rating"),
+)
+# Fields with the scores of chosen and rejected: a pair may contradict them.
+SCORES = (
+    *((f"{word}_chosen", f"{word}_rejected") for word in SCORE_WORDS),
+    *((f"chosen_{word}", f"rejected_{word}") for word in SCORE_WORDS),
+)
 # Where a row that is only to be answered has its prompt: the first of these that it has.
 PROMPTS = ("prompt", "messages", "conversations", "conversation", "question", "instruction")
 STAND_IN = "An answer."  # in its place
@@ -120,8 +137,14 @@ def local(fields: dict, columns: dict | None = None, ignore: tuple = ()) -> Row:
     except Malformed as error:
         error.example = f"{shape.name}: {shape.example}"
         raise
+    row = _with_label(row, fields)
     kind = "chat" if isinstance(row.responses[0], list) else "text"
-    return dataclasses.replace(_with_label(row, fields), shape=f"{shape.name}{row.shape}, {kind}")
+    return dataclasses.replace(
+        row,
+        shape=f"{shape.name}{row.shape}, {kind}",
+        doubts=tuple(_doubts(row, fields)),
+        flags=tuple(_flags(row, fields, shape.uses)),
+    )
 
 
 def local_prompt(fields: dict, columns: dict | None = None, ignore: tuple = ()) -> Row:
@@ -205,7 +228,7 @@ def parse_columns(text: str) -> dict[str, str]:
         if name in columns:
             raise ValueError(f"data.columns={text!r} names {name!r} twice.")
         columns[name] = column
-    if not any(set(columns) - {*SYSTEM, "tools", "functions"} <= shape.uses for shape in SHAPES):
+    if not any(set(columns) - {*BESIDE} <= shape.uses for shape in SHAPES):
         raise ValueError(f"data.columns={text!r}: no kind of row has all of {', '.join(columns)}.")
     return columns
 
@@ -220,11 +243,14 @@ def _known_names() -> frozenset[str]:
 
 
 def _given(fields: dict, columns: dict, ignore: tuple) -> dict:
-    """Return the fields that have a value, under our names, without those to ignore."""
+    """Return the fields that have a value, under our names, without those to ignore.
+
+    Columns of system text and tools are returned without one, too: they make all rows chat.
+    """
     given = {}
     for name, value in _renamed(fields, columns, ignore).items():
         # Tables have a null where a row lacks a field.
-        if value is not None:
+        if value is not None or name in (*SYSTEM, *TOOLS):
             given[name] = value if name in NO_MESSAGES else list_of_structs(value)
     return given
 
@@ -280,7 +306,7 @@ def _recognised(fields: dict, mapped: tuple[str, ...]) -> Shape:
 @functools.lru_cache(maxsize=1024)
 def _shapes_with(names: frozenset, mapped: tuple[str, ...]) -> tuple[Shape, ...]:
     """Return the shapes that a row with these fields may have."""
-    chosen_by_user = set(mapped) - {*SYSTEM, "tools", "functions"}
+    chosen_by_user = set(mapped) - {*BESIDE}
     found = []
     for shape in SHAPES:
         # What the user names explicitly overrides which shape comes before another.
@@ -336,18 +362,20 @@ def _unrecognised(fields: dict) -> Malformed:
 def _with_system_and_tools(row: Row, fields: dict) -> Row:
     """Return a row with its column of system text as the system turn, and with its tools.
 
-    Text rows that have such a column become chat: there is no other place for it.
+    Text rows that have such a column become chat, for there is no other place for it; also where it
+    is empty, so that all rows of a file are read alike.
     """
+    columns = [name for name in (*SYSTEM, *TOOLS) if name in fields]
+    if not columns:
+        return row
     tools = row.tools or _tools(fields)
     system = _system(fields)
-    if system is None and not tools:
-        return row
     if isinstance(row.prompt, str):
-        columns = [name for name in (*SYSTEM, "tools", "functions") if fields.get(name) is not None]
         if not row.prompt and (system or tools):
+            filled = [name for name in columns if fields[name]][0]
             raise Malformed(
-                f"text without a prompt has no place for field {columns[0]!r}",
-                advice=f"use chat messages, or leave it out with --config.data.ignore={columns[0]}",
+                f"text without a prompt has no place for field {filled!r}",
+                advice=f"use chat messages, or leave it out with --config.data.ignore={filled}",
             )
         if not row.prompt:
             return row
@@ -374,7 +402,7 @@ def _with_system_and_tools(row: Row, fields: dict) -> Row:
 
 def _system(fields: dict) -> str | None:
     """Return the text in a row's column of system text, "" if that is blank; None without one."""
-    texts = [text_field(fields, name) for name in SYSTEM if name in fields]
+    texts = [text_field(fields, name) for name in SYSTEM if fields.get(name) is not None]
     if not texts:
         return None
     if len(set(texts)) > 1:
@@ -383,16 +411,68 @@ def _system(fields: dict) -> str | None:
 
 
 def _with_label(row: Row, fields: dict) -> Row:
-    """Return a row of one answer with its label, where a field beside it says yes or no.
+    """Return a row of one answer with its label, where fields beside it say yes or no.
 
-    KTO's own rows have theirs already; other labels are classes, which say nothing of the answer.
+    KTO's own rows have theirs already; words of another kind are classes, which say nothing of the
+    answer. Raises Malformed for a number that is neither 0 nor 1, or where two fields differ.
     """
-    if row.pairs or row.label is not None or row.prompt == "":
+    if row.pairs or row.prompt == "":
         return row
-    for name in ("label", "kto_tag"):  # the latter is LLaMA-Factory's
-        if isinstance(fields.get(name), bool):
-            return dataclasses.replace(row, label=fields[name])
-    return row
+    labels = {} if row.label is None else {"label": row.label}
+    for name in (*LIKED, *MAYBE_LIKED):
+        value = fields.get(name)
+        if value is None or value == "" or name in labels:
+            continue
+        is_class = truth_of(value) is None and number_of(value) is None
+        if name in LIKED or not is_class:
+            labels[name] = truth_field(fields, name)
+    if len(set(labels.values())) > 1:
+        raise Malformed(
+            f"the fields {' and '.join(map(repr, labels))} differ in whether the answer was liked",
+            advice="leave out those that say something else with --config.data.ignore",
+        )
+    return dataclasses.replace(row, label=next(iter(labels.values()), None))
+
+
+def _doubts(row: Row, fields: dict) -> Iterable[str]:
+    """Yield what a person should look at in a row that says two things."""
+    if row.pairs == ONE_PAIR:
+        for names in SCORES:
+            chosen, rejected = (number_of(fields.get(name)) for name in names)
+            if chosen is None or rejected is None:
+                continue
+            if chosen < rejected:
+                yield f"{names[0]!r} is below {names[1]!r}, which contradicts the pair"
+            elif chosen == rejected:
+                yield f"{names[0]!r} equals {names[1]!r}, by which the pair is a tie"
+    if row.prompt:
+        asked = _last_words(row.prompt)
+        answers = [_last_words(response) for response in row.responses]
+        if any(_ends_in(asked, answer) for answer in answers):
+            yield "the prompt ends in one of its answers, which may be meant to follow it"
+
+
+def _last_words(text: Text) -> str:
+    """Return a text, or what the last message says, without the white space around it."""
+    return (text if isinstance(text, str) else text[-1].get("content", "")).strip()
+
+
+def _ends_in(text: str, end: str) -> bool:
+    """Return whether a text ends in another, and not within a word."""
+    start = len(text) - len(end)
+    return bool(end) and text.endswith(end) and not (start and _in_word(text, start))
+
+
+def _flags(row: Row, fields: dict, used: set[str]) -> Iterable[str]:
+    """Yield "FIELD: true" or "FIELD: false" of the fields beside one answer that no one reads."""
+    if row.pairs or row.prompt == "" or row.label is not None:
+        return
+    for name, value in fields.items():
+        is_truth = isinstance(value, bool)
+        # As tables of text have it.
+        is_truth |= isinstance(value, str) and value.strip().lower() in ("true", "false")
+        if is_truth and name not in used:
+            yield f"{name}: {str(truth_of(value)).lower()}"
 
 
 def _tools(holder: dict) -> list | None:

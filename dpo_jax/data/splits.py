@@ -122,7 +122,7 @@ class _Reading:
             try:
                 fields = fields_of(record)
                 row = parse(fields)
-                counts.recognise(row.shape)
+                counts.recognise(row)
                 examples = examples_of(row, self.kind, data.turns, where)
             except Filtered as reason:
                 # Left out on purpose by the source's rule, which is no fault of the row.

@@ -7,7 +7,7 @@ import pytest
 
 from dpo_jax.data.ledger import Filtered, Malformed, Unusable
 from dpo_jax.data.rows import Row
-from dpo_jax.data.shapes import SHAPES, local, parse_columns
+from dpo_jax.data.shapes import SHAPES, local, local_prompt, parse_columns
 from tests.helpers.rows import PAIR, assistant, read, user, write_jsonl, write_parquet
 
 PAIRED = ((0, 1),)
@@ -759,7 +759,7 @@ def test_system_column():
     assert row.shape == "TRL pairs, with column system, chat"
     # chat whatever the row's system text is, so that all rows of a set are alike
     assert local(fields | {"system": ""}).prompt == [user(WHY)]
-    assert local(fields | {"system": None}).prompt == WHY
+    assert local(fields | {"system": None}).prompt == [user(WHY)]
     assert local(fields, ignore=("system",)).prompt == WHY
     assert local({"system_prompt": "s", "question": WHY, "chosen": SO, "rejected": NO}).prompt == [
         system("s"),
@@ -796,7 +796,10 @@ def test_functions_column():
 def test_tools_column_without_tools():
     for nothing in ([], "", "[]", None):
         assert local(PAIR | {"tools": nothing}).tools is None
-        assert local(PAIR | {"tools": nothing}).prompt == PAIR["prompt"]
+        # chat like the rows of the file that have some
+        assert local(PAIR | {"tools": nothing}).prompt == [user(PAIR["prompt"])]
+        assert local(PAIR | {"tools": nothing}, ignore=("tools",)).prompt == PAIR["prompt"]
+        assert local({"text": "Once.", "tools": nothing}).responses == ("Once.",)
     with pytest.raises(Malformed, match="field 'tools' is not JSON"):
         local({"tools": "now()", "messages": WHOLE})
     with pytest.raises(Malformed, match="not a list of definitions"):
@@ -1102,6 +1105,130 @@ def test_read_says_what_is_right(tmp_path):
     assert (
         'a right row for PKU-SafeRLHF by better_response_id: {"prompt": "Why?", "response_0"'
     ) in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["system", "tools"])
+def test_column_that_some_rows_fill(tmp_path, name):
+    filled = {"system": "Be brief.", "tools": json.dumps([TOOL])}[name]
+    rows = [PAIR | {name: value} for value in (None, "", filled)]
+    # a table: all rows have the column
+    splits, ledger = read(write_parquet(tmp_path / "rows.parquet", rows))
+    assert [example.prompt[-1] for example in splits["train"]] == [user(PAIR["prompt"])] * 3
+    assert "mixes" not in ledger.table()
+    # prompts alone, as `sample` reads them
+    for row in rows:
+        assert local_prompt({"prompt": "q", name: row[name]}).prompt[-1] == user("q")
+    # JSON lines, where some lack it
+    _, ledger = read(write_jsonl(tmp_path / "rows.jsonl", [PAIR, PAIR, *rows]))
+    assert (
+        "warning, train: mixes text and chat rows: 2 are text, which is trained on as it stands, "
+        "and 3 are chat, which goes through the chat template"
+    ) in ledger.table()
+
+
+def test_pairs_that_contradict_their_scores(tmp_path):
+    rows = [
+        PAIR | {"score_chosen": 3, "score_rejected": 7},
+        PAIR | {"score_chosen": "2.5", "score_rejected": "7.0"},
+        PAIR | {"score_chosen": 7.0, "score_rejected": 7.0},
+        PAIR | {"chosen_avg_rating": 1.0, "rejected_avg_rating": 2.0},
+        PAIR | {"score_chosen": 7.0, "score_rejected": 3.0, "chosen_length": 1},
+        PAIR | {"score_chosen": None, "score_rejected": 3.0},
+    ]
+    splits, ledger = read(write_jsonl(tmp_path / "rows.jsonl", rows))
+    assert len(splits["train"]) == 6
+    assert list(ledger.train.doubts.values()) == [2, 1, 1]
+    table = ledger.table()
+    below = "'score_chosen' is below 'score_rejected', which contradicts the pair"
+    assert f"warning, train: {below} (2 rows)" in table
+    assert "'chosen_avg_rating' is below 'rejected_avg_rating'" in table
+    assert "'score_chosen' equals 'score_rejected', by which the pair is a tie (1 rows)" in table
+
+
+@pytest.mark.parametrize(
+    "fields, is_doubtful",
+    [
+        ({"prompt": "Q: Why?\nA: No.", "chosen": " So.", "rejected": " No."}, True),
+        ({"prompt": "Q: Why?\nA: So.", "chosen": " So.", "rejected": " No."}, True),
+        ({"prompt": "Q: Why?\nA: So. ", "completion": "So."}, True),
+        ({"prompt": "Is it a tiger", "chosen": "ger", "rejected": "No."}, False),
+        ({"prompt": "Q: Why?\nA:", "chosen": " So.", "rejected": " No."}, False),
+        ({"prompt": [user("Yes or No."), assistant(SO), user("q")], "completion": "x"}, False),
+    ],
+)
+def test_prompt_that_ends_in_an_answer(fields, is_doubtful):
+    ends = ("the prompt ends in one of its answers, which may be meant to follow it",)
+    assert local(fields).doubts == (ends if is_doubtful else ())
+
+
+def test_prompt_that_ends_in_the_rejected_turn():
+    for last in (SO, NO):
+        row = local(
+            {
+                "prompt": [*WHOLE[:1], assistant(last)],
+                "chosen": [assistant(SO)],
+                "rejected": [assistant(NO)],
+            }
+        )
+        assert (row.prompt, row.responses) == ([user(WHY)], ([assistant(SO)], [assistant(NO)]))
+        assert row.doubts == ()
+
+
+LIKES = [("kto_tag", 0), ("kto_tag", "false"), ("is_desirable", False), ("desirable", "False")]
+LIKES += [("label", "False"), ("label", 0), ("liked", "no"), ("preference", 0.0)]
+LIKES += [("label", "undesirable"), ("feedback", "bad"), ("thumbs_up", 0)]
+
+
+@pytest.mark.parametrize("name, value", LIKES)
+def test_disliked_answers_are_not_trained_on(tmp_path, name, value):
+    answers = [
+        {"instruction": WHY, "output": SO},
+        {"query": WHY, "response": SO},
+        {"conversations": SHAREGPT},
+        {"prompt": "p", "completion": "c"},
+        {"messages": WHOLE},
+    ]
+    for answer in answers:
+        assert local(answer | {name: value}).label is False
+    path = tmp_path / "rows.csv"
+    path.write_text(f"instruction,output,{name}\nq,a,True\nq,b,{value}\nq,c,\n")
+    splits, ledger = read(path, "sft")
+    assert [example.responses for example in splits["train"]] == [
+        ([assistant("a")],),
+        ([assistant("c")],),
+    ]
+    assert sum(ledger.train.filtered.values()) == 1
+
+
+def test_labels_that_say_something_else():
+    answer = {"instruction": WHY, "output": SO}
+    for value in (-1, 2, "0.5", 3.0):
+        with pytest.raises(Malformed, match="'label' is neither true nor false.*ignore=label"):
+            local(answer | {"label": value})
+    with pytest.raises(Malformed, match="'kto_tag' is neither true nor false"):
+        local(answer | {"kto_tag": "sports"})
+    with pytest.raises(Malformed, match="'kto_tag' and 'label' differ in whether the answer"):
+        local(answer | {"kto_tag": True, "label": False})
+    assert local(answer | {"kto_tag": False}, parse_columns("label=kto_tag")).label is False
+    # of pairs, they say nothing
+    assert local(PAIR | {"label": 0, "kto_tag": 0}).label is None
+
+
+def test_column_that_looks_like_a_label(tmp_path):
+    rows = [{"instruction": WHY, "output": SO, "correct": i > 1, "old": False} for i in range(5)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    splits, ledger = read(path, "sft")
+    assert len(splits["train"]) == 5
+    assert [line for line in ledger.train.all_warnings() if "old" in line] == []
+    assert (
+        "field 'correct' is false in 2 rows and true in 3, and is not read; if it says which "
+        "answers are good, pass --config.data.columns=label=correct, else "
+        "--config.data.ignore=correct"
+    ) in ledger.train.all_warnings()
+    splits, ledger = read(path, "sft", columns="label=correct")
+    assert (len(splits["train"]), ledger.train.all_warnings()) == (3, [])
+    _, ledger = read(path, "sft", ignore=("correct",))
+    assert ledger.train.all_warnings() == []
 
 
 def test_label_beside_an_answer():
