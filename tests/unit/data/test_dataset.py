@@ -119,6 +119,8 @@ def test_ledger_json_and_table(tmp_path, letters):
 
 
 NO_CHAT = {
+    "doubts": {},
+    "flags": {},
     "merge_example": "",
     "laid_behind": 0,
     "other_turns": 0,
