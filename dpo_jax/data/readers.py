@@ -7,11 +7,14 @@ Parquet and Arrow files go through `datasets`, which knows the column types it h
 """
 
 import ast
+import bz2
 import contextlib
 import csv
 import functools
 import gzip
+import hashlib
 import json
+import lzma
 import re
 import sys
 import zlib
@@ -38,7 +41,10 @@ SPLIT_WORDS = {
     "eval": "test",
     "evaluation": "test",
 }
-SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}(-\w+)?")  # how the hub names the files of a split
+# How the hub names the files of a split.
+SHARD = re.compile(r"(?P<split>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})(-\w+)?")
+# How it names them in the branch of its own Parquet files: CONFIG/SPLIT/0000.parquet.
+CONVERTED = re.compile(r"\d{4,}\.parquet")
 SPLIT_NAME = re.compile(r"\w+(\.\w+)*")
 # Files that describe a data set and hold none of its rows.
 DESCRIPTIONS = {
@@ -50,12 +56,33 @@ DESCRIPTIONS = {
 }
 # What the shards of a set with one split are called.
 SHARD_WORDS = {"data", "part", "shard", "chunk", "file", "dataset"}
+# What `datasets` writes beside a saved set: what `map` and `filter` have cached.
+CACHE = re.compile(r"(cache-|tmp).*\.arrow")
+# Names that tell of a split, but in no word of their own: testset, my_valdata, traindata.
+EVALUATION = "testing|test|validation|valid|val|dev|evaluation|eval|holdout|heldout"
+JOINED_EVALUATION = re.compile(
+    rf"(my|our|the|all|full)?({EVALUATION})"
+    r"(sets?|data|dataset|split|part|files?|pairs|prefs|rows|examples|samples)?"
+)
+ENDS_OF_EVALUATION = re.compile(rf"({EVALUATION}).*|.*({EVALUATION})")
+ENDS_OF_TRAINING = re.compile(r"train.*|(?!pre|post).*train(ing)?")
+HELD_OUT = re.compile(r"h(o|e)ld[-_. ]?out")
+ORDINARY_WORDS = {"latest", "contest"}
 # How chat messages (or one message) start when they are written as text, in JSON or Python.
 MESSAGES = re.compile(r"""\s*\[?\s*\{\s*['"]\w+['"]\s*:""")
 MESSAGE_KEYS = (
     re.compile(r"""['"](role|from)['"]\s*:"""),
     re.compile(r"""['"](content|value|tool_calls)['"]\s*:"""),
 )
+# Compressed text that is read as it is: the suffix -> its name, and what opens it.
+COMPRESSIONS = {
+    ".gz": ("gzip", gzip.open),
+    ".bz2": ("bzip2", bz2.open),
+    ".xz": ("xz", lzma.open),
+}
+# Suffixes of files that have to be unpacked first.
+PACKED = {".zst", ".zip", ".lz4", ".tar", ".tgz", ".7z", ".rar"}
+TABLES = {".parquet", ".arrow"}
 SPACE = re.compile(r"\s*")
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 BATCH = 1000  # rows of a table read at a time
@@ -99,6 +126,8 @@ def fields_of(record: Record) -> dict:
             "the row has more cells than the first line has names; quote texts with commas",
             repr(record[None])[:80],
         )
+    if len(record) > 1 and all(name == value for name, value in record.items()):
+        raise Malformed("the row repeats the names of the columns; remove it from the file")
     if may_have_surrogates:
         for text in _texts_of(record):
             _check_surrogates(text)
@@ -197,54 +226,91 @@ def find_splits(path: str) -> Splits:
 def local_splits(path: Path, subset: str = "") -> Splits:
     """Return the splits of a file or a folder, which may have been made by `save_to_disk`.
 
-    subset: one of those that the folder's README.md declares, as those of the hub's sets do.
+    subset: one of those that the folder has, as sets of the hub do: they are declared in its
+    README.md, or are the CONFIG of files that are laid out as CONFIG/SPLIT/0000.parquet.
     """
     if path.is_file():
         return {"train": functools.partial(_records, [path], path.parent)}
-    declared = _declared_files(path, subset)
+    declared = _declared_subsets(path / "README.md")
     if declared:
-        files = declared
-    elif (path / "dataset_dict.json").is_file():
+        chosen = _choose_subset(list(declared), path, subset, _defaults(declared))
+        files = _declared_files(path, chosen, declared[chosen])
+        if files:
+            return _reads(files, path, [_check_copies])
+        if subset or len(declared) > 1:
+            raise FileNotFoundError(
+                f"data.path='{path}:{chosen}': none of the files that README.md declares for this "
+                "subset are in the folder. Download them too."
+            )
+        subset = ""
+    if (path / "dataset_dict.json").is_file():
         names = _json_of(path / "dataset_dict.json")["splits"]
         files = {name: _saved_files(path / name) for name in names}
     elif (path / "state.json").is_file():
         files = {"train": _saved_files(path)}
     else:
-        files = _split_files(path)
-    return {name: functools.partial(_records, files[name], path) for name in files}
+        return _reads(_split_files(path, subset), path, [_check_shards, _check_copies])
+    if subset:
+        _choose_subset([], path, subset)
+    return _reads(files, path)
 
 
-def _declared_files(folder: Path, subset: str) -> dict[str, list[Path]]:
-    """Return the files of each split of a subset that a folder's README.md declares, if any.
+def _reads(files: dict[str, list[Path]], folder: Path, checks: Iterable[Callable] = ()) -> Splits:
+    """Return the function that reads the files of each split, once they pass the checks."""
+    return {name: functools.partial(_records, files[name], folder, checks) for name in files}
 
-    Raises FileNotFoundError where it declares several and none was asked for, or another one.
+
+def _choose_subset(
+    names: list[str], folder: Path, subset: str, defaults: Iterable[str] = ()
+) -> str:
+    """Return the subset to read: the one asked for, the default, or the only one.
+
+    Raises FileNotFoundError where there are several and none was asked for, or another one.
     """
-    declared = _declared_subsets(folder / "README.md")
-    names = ", ".join(declared)
-    if subset and subset not in declared:
+    listed = ", ".join(names)
+    if subset and subset not in names:
         raise FileNotFoundError(
-            f"data.path='{folder}:{subset}': README.md in the folder declares "
-            f"{'the subsets ' + names if names else 'no subsets'}."
+            f"data.path='{folder}:{subset}': the folder has no such subset; it has "
+            f"{listed or 'none, and README.md in it declares none'}."
         )
-    if not declared:
-        return {}
-    defaults = [name for name in declared if declared[name].get("default") or name == "default"]
-    chosen = subset or next(iter(defaults or declared))
-    if len(declared) > 1 and not subset and not defaults:
+    chosen = subset or next(iter(defaults), names[0])
+    if len(names) > 1 and not subset and chosen not in defaults:
         raise FileNotFoundError(
-            f"data.path={str(folder)!r} holds the subsets {names}: pass the one to read, "
+            f"data.path={str(folder)!r} holds the subsets {listed}: pass the one to read, "
             f"such as {folder}:{chosen}."
         )
+    return chosen
+
+
+def _defaults(declared: dict[str, dict]) -> list[str]:
+    return [name for name in declared if declared[name].get("default") or name == "default"]
+
+
+def _declared_files(folder: Path, subset: str, settings: dict) -> dict[str, list[Path]]:
+    """Return the files of each split of a subset, as a folder's README.md declares them."""
     from datasets.data_files import DataFilesDict, sanitize_patterns
 
-    base = (folder / declared[chosen].get("data_dir", "")).resolve()
+    base = (folder / settings.get("data_dir", "")).resolve()
+    if not base.is_relative_to(folder.resolve()) or not base.is_dir():
+        raise FileNotFoundError(
+            f"data.path='{folder}:{subset}': README.md declares this subset in the folder "
+            f"{settings['data_dir']!r}, which is not in {folder}."
+        )
+    if "data_files" not in settings:
+        # By the names of the files in its folder.
+        found = _split_files(folder / base.relative_to(folder.resolve()))
+        for files in found.values():
+            _check_shards(files, folder)
+        return found
     files = {}
-    for split, patterns in sanitize_patterns(declared[chosen]["data_files"]).items():
+    for split, patterns in sanitize_patterns(settings["data_files"]).items():
         try:
             found = DataFilesDict.from_patterns({split: patterns}, str(base))
         except FileNotFoundError:
             continue  # a split that was not downloaded
-        files[split] = [folder / Path(file).relative_to(folder.resolve()) for file in found[split]]
+        inside = [folder / Path(file).relative_to(folder.resolve()) for file in found[split]]
+        if inside:
+            files[split] = inside
     return files
 
 
@@ -260,7 +326,7 @@ def _declared_subsets(readme: Path) -> dict[str, dict]:
         return {}
     declared = {}
     for settings in card.get("configs") or []:
-        if "data_files" in settings:
+        if "data_files" in settings or settings.get("data_dir"):
             declared[settings.get("config_name", "default")] = settings
     return declared
 
@@ -307,32 +373,24 @@ def _hub_splits(path: str) -> Splits:
     return found
 
 
-def _split_files(folder: Path) -> dict[str, list[Path]]:
-    """Return the data files of a folder and the folders in it, by split."""
-    inside = []
-    for file in sorted(folder.rglob("*")):
-        parts = file.relative_to(folder).parts
-        # The names that `datasets` passes over too.
-        is_hidden = any(part.startswith(".") for part in parts)
-        is_hidden |= any(part.startswith("__") for part in parts[:-1])
-        if file.is_file() and not is_hidden and file.name not in DESCRIPTIONS:
-            inside.append(file)
-    formats_inside = {_format(file) for file in inside}
-    formats = [suffix for suffix in READERS if suffix in formats_inside]
-    if len(formats) > 1 and ".json" in formats:
-        formats.remove(".json")  # settings and notes beside the data
-    if len(formats) != 1:
-        raise FileNotFoundError(
-            f"data.path={str(folder)!r} holds {' and '.join(formats) or 'no'} files; expected one "
-            f"kind of {', '.join(READERS)} (.gz too). Pass the folder or the file with the data."
-        )
-    names = {}
-    for file in inside:
-        if _format(file) == formats[0]:
-            names[file] = _split_name(file, folder)
+def _split_files(folder: Path, subset: str = "") -> dict[str, list[Path]]:
+    """Return the data files of a folder and the folders in it, by split.
+
+    Raises FileNotFoundError where it has none, or it is not clear which splits they are of.
+    """
+    files = _data_files(folder)
+    if all(CONVERTED.fullmatch(file.name) for file in files):
+        converted = _converted_files(files, folder, subset)
+        if converted:
+            return converted
+    if subset:
+        _choose_subset([], folder, subset)
+    names = {file: _split_name(file, folder) for file in files}
     # Where no name says anything, all files are for training. Beside files that are named, one that
     # is not is a split of its own, which has to be asked for.
     nothing_is_named = not any(names.values())
+    if nothing_is_named and len(files) > 1:
+        _refuse_joined_names(files, folder)
     splits: dict[str, list[Path]] = {}
     for file, name in names.items():
         if not name:
@@ -341,13 +399,192 @@ def _split_files(folder: Path) -> dict[str, list[Path]]:
     return splits
 
 
+def _data_files(folder: Path) -> list[Path]:
+    """Return the files with rows in a folder and the folders in it, which are of one format."""
+    inside = []
+    for file in sorted(folder.rglob("*")):
+        parts = file.relative_to(folder).parts
+        # The names that `datasets` passes over too.
+        is_hidden = any(part.startswith(".") for part in parts)
+        is_hidden |= any(part.startswith("__") for part in parts[:-1])
+        if is_hidden or not file.is_file() or file.name in DESCRIPTIONS or _is_cache(file):
+            continue
+        inside.append(file)
+    packed = [file for file in inside if _is_packed(file)]
+    formats_inside = {_format(file) for file in inside if file not in packed}
+    formats = [suffix for suffix in READERS if suffix in formats_inside]
+    for file in packed:
+        # What has been unpacked already is there without its last suffix.
+        has_rows = Path(file.stem).suffix.lower() in READERS
+        if not formats or (has_rows and not file.with_suffix("").exists()):
+            raise FileNotFoundError(_unpack(file))
+    if len(formats) > 1 and ".json" in formats:
+        formats.remove(".json")  # settings and notes beside the data
+    if len(formats) != 1:
+        raise FileNotFoundError(
+            f"data.path={str(folder)!r} holds {' and '.join(formats) or 'no'} files; expected one "
+            f"kind of {', '.join(READERS)} (text also as {', '.join(COMPRESSIONS)}). Pass the "
+            "folder or the file with the data."
+        )
+    return [file for file in inside if _format(file) == formats[0] and file not in packed]
+
+
+def _is_cache(file: Path) -> bool:
+    """Return whether an Arrow file is no data: a cache, or not of the set saved in its folder."""
+    if file.suffix != ".arrow":
+        return False
+    if CACHE.fullmatch(file.name):
+        return True
+    is_saved = (file.parent / "state.json").is_file()
+    return is_saved and file not in _saved_files(file.parent)
+
+
+def _is_packed(file: Path) -> bool:
+    """Return whether a file has to be unpacked first."""
+    if _format(file) in PACKED:
+        return True
+    return _format(file) in TABLES and file.suffix.lower() in COMPRESSIONS
+
+
+def _unpack(file: Path) -> str:
+    return (
+        f"{file} is a packed file, which is not read as it is. Unpack it, and pass the file or the "
+        f"folder that comes out; text files may be compressed as {', '.join(COMPRESSIONS)}."
+    )
+
+
+def _converted_files(files: list[Path], folder: Path, subset: str) -> dict[str, list[Path]]:
+    """Return the files of each split in the layout of the hub's branch refs/convert/parquet.
+
+    It is CONFIG/SPLIT/0000.parquet, or SPLIT/0000.parquet where `folder` is that of a CONFIG.
+    Returns {} for files in another layout.
+    """
+    places = {file: file.relative_to(folder).parts for file in files}
+    depths = {len(parts) for parts in places.values()}
+    # A large set is converted in part, into partial-SPLIT.
+    names = {file: file.parent.name.removeprefix("partial-") for file in files}
+    if not all(SPLIT_NAME.fullmatch(name) for name in names.values()):
+        return {}
+    if depths not in ({2}, {3}) or not any(_splits_in(name) for name in names.values()):
+        return {}
+    if depths == {3} or subset:
+        configs = sorted({parts[0] for parts in places.values()}) if depths == {3} else []
+        chosen = _choose_subset(configs, folder, subset, {"default"} & set(configs))
+        files = [file for file in files if places[file][0] == chosen]
+    splits: dict[str, list[Path]] = {}
+    for file in files:
+        name = SPLIT_WORDS.get(names[file], names[file])
+        splits.setdefault(name, []).append(file)
+    return splits
+
+
+def _refuse_joined_names(files: list[Path], folder: Path) -> None:
+    """Raise FileNotFoundError for names that look like splits', of files with no split's name.
+
+    `datasets` would train on all of them: testset.jsonl and data_holdout.jsonl too.
+    """
+    of_training = []
+    of_evaluation = []  # surely
+    may_be_of_evaluation = []
+    for file in files:
+        place = file.relative_to(folder).with_name(_stem(file))
+        words = [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", str(place))]
+        words = [word for word in words if word not in ORDINARY_WORDS]
+        if HELD_OUT.search(str(place).lower()) or any(map(JOINED_EVALUATION.fullmatch, words)):
+            of_evaluation.append(file)
+        elif any(map(ENDS_OF_EVALUATION.fullmatch, words)):
+            may_be_of_evaluation.append(file)
+        if any(map(ENDS_OF_TRAINING.fullmatch, words)):
+            of_training.append(file)
+    # Words such as "values" alone say little: they do beside a name with "train".
+    if of_training:
+        of_evaluation += [file for file in may_be_of_evaluation if file not in of_training]
+    if of_evaluation:
+        raise FileNotFoundError(
+            f"data.path={str(folder)!r}: {of_evaluation[0].relative_to(folder)} looks like a file "
+            "to evaluate on, but no file here has the name of a split as a word of its own, so "
+            "all would be trained on. Name the files train and test, such as my_train.jsonl and "
+            "my_test.jsonl, or pass the one to train on as data.path."
+        )
+
+
+def _check_shards(files: list[Path], folder: Path) -> None:
+    """Raise FileNotFoundError where shards of a split are missing, or rows are there twice.
+
+    Twice means by their names: as train.jsonl and train.jsonl.gz, or whole and in shards.
+    """
+    sets: dict[tuple[Path, str], dict[tuple[int, int], Path]] = {}
+    for file in files:
+        shard = SHARD.fullmatch(_stem(file))
+        name = shard["split"] if shard else _stem(file)
+        # A file that is no shard counts as the only one of a set of its own.
+        place = (int(shard["number"]), int(shard["total"])) if shard else (0, 0)
+        found = sets.setdefault((file.parent, name), {})
+        others = [found[other] for other in found if other == place or other[1] != place[1]]
+        if others:
+            raise FileNotFoundError(
+                f"{others[0].relative_to(folder)} and {file.relative_to(folder)} in {folder} hold "
+                "the same rows by their names, which would be read twice. Remove one of the two, "
+                "or rename it if it holds other rows."
+            )
+        found[place] = file
+    for found in sets.values():
+        total = max(total for _, total in found)
+        missing = [number for number in range(total) if (number, total) not in found]
+        if missing:
+            first = next(iter(found.values())).relative_to(folder)
+            numbers = ", ".join(f"{number:05}" for number in missing[:5])
+            more = ", ..." if len(missing) > 5 else ""
+            raise FileNotFoundError(
+                f"{folder}: of the {total} files that {first} is one of, {len(missing)} are "
+                f"missing ({numbers}{more}). Download them too; to use these alone, rename them "
+                f"without -of-{total:05}."
+            )
+
+
+def _check_copies(files: list[Path], folder: Path) -> None:
+    """Raise ValueError where two files are equal: their rows would be read twice."""
+    of_size: dict[int, list[Path]] = {}
+    for file in files:
+        of_size.setdefault(file.stat().st_size, []).append(file)
+    for size, alike in of_size.items():
+        if len(alike) < 2 or not size:
+            continue
+        # Most files differ early, and then need not be read whole.
+        for length in (CHUNK, size):
+            of_digest: dict[bytes, list[Path]] = {}
+            for file in alike:
+                of_digest.setdefault(_digest(file, length), []).append(file)
+            alike = [file for same in of_digest.values() if len(same) > 1 for file in same]
+        if alike:
+            first, second = next(same for same in of_digest.values() if len(same) > 1)[:2]
+            raise ValueError(
+                f"{first.relative_to(folder)} and {second.relative_to(folder)} in {folder} are "
+                "the same file twice. Remove one of the two: its rows would count double."
+            )
+
+
+def _digest(file: Path, length: int) -> bytes:
+    """Return a digest of the first `length` bytes of a file."""
+    digest = hashlib.sha256()
+    left = length
+    with file.open("rb") as opened:
+        while left > 0:
+            piece = opened.read(min(CHUNK, left))
+            if not piece:
+                break
+            digest.update(piece)
+            left -= len(piece)
+    return digest.digest()
+
+
 def _split_name(file: Path, folder: Path) -> str:
     """Return the split that a file's name stands for, or else a folder around it, or else "".
 
     Raises FileNotFoundError where the file's own name stands for several.
     """
     shard = SHARD.fullmatch(_stem(file))
-    stem = shard[1] if shard else _stem(file)
+    stem = shard["split"] if shard else _stem(file)
     own = _splits_in(stem)
     # The hub's shards say their split in full: train_sft, train_prefs, unsupervised.
     if shard and SPLIT_NAME.fullmatch(stem):
@@ -383,21 +620,51 @@ def _splits_in(name: str) -> list[str]:
 
 def _stem(file: Path) -> str:
     """Return the name of a file without the suffixes that say its format."""
-    return Path(re.sub(r"\.gz$", "", file.name, flags=re.IGNORECASE)).stem
+    return Path(_uncompressed(file)).stem
 
 
 def _format(file: Path) -> str:
     """Return the suffix of a file that says its format, below .gz, in lower case."""
-    return Path(file.name.lower().removesuffix(".gz")).suffix
+    return Path(_uncompressed(file)).suffix.lower()
 
 
-def _records(files: list[Path], folder: Path) -> Iterator[tuple[str, Record]]:
-    """Yield (where, record) of each row of some files, named by their place in the folder."""
+def _uncompressed(file: Path) -> str:
+    """Return the name of a file without .gz and the like."""
+    return file.stem if file.suffix.lower() in COMPRESSIONS else file.name
+
+
+def _records(
+    files: list[Path], folder: Path, checks: Iterable[Callable] = ()
+) -> Iterator[tuple[str, Record]]:
+    """Yield (where, record) of each row of some files, named by their place in the folder.
+
+    checks: of the files, before the first is read. Raises ValueError for a file that is no data
+    file or is empty, and where there is no row in any.
+    """
+    for check in checks:
+        check(files, folder)
+    is_any_row = False
     for file in files:
+        if _is_packed(file):
+            raise ValueError(_unpack(file))
         if _format(file) not in READERS:
-            raise ValueError(f"data.path={str(file)!r} is none of {', '.join(READERS)} (.gz too).")
+            raise ValueError(
+                f"data.path={str(file)!r} is none of {', '.join(READERS)} (text also as "
+                f"{', '.join(COMPRESSIONS)})."
+            )
+        if not file.stat().st_size:
+            raise _no_rows(file)
         read = functools.partial(READERS[_format(file)], file)
-        yield from _numbered(str(file.relative_to(folder)), read)
+        for row in _numbered(str(file.relative_to(folder)), read):
+            is_any_row = True
+            yield row
+    if not is_any_row:
+        raise _no_rows(files[0] if files else folder)
+
+
+def _no_rows(file: Path) -> ValueError:
+    row = {"prompt": "Name a colour.", "chosen": " Blue.", "rejected": " Seven."}
+    return ValueError(f"{file} has no rows; expected rows such as {json.dumps(row)}.")
 
 
 def _numbered(label: str, values: Callable[[], Iterable[Record]]) -> Iterator[tuple[str, Record]]:
@@ -417,9 +684,9 @@ def _lines(file: Path) -> Iterator[str]:
 def _opened(file: Path) -> Iterator[TextIO]:
     """Open a text file, plain or gzip; a byte order mark is passed over, all line ends are \\n.
 
-    Raises ValueError where what is read is not UTF-8, or not gzip.
+    Raises ValueError where what is read is not UTF-8, or not what its suffix says (.gz and others).
     """
-    opener = gzip.open if file.name.lower().endswith(".gz") else open
+    compression, opener = COMPRESSIONS.get(file.suffix.lower(), ("", open))
     try:
         with opener(file, "rt", encoding="utf-8-sig") as text:
             yield text
@@ -428,8 +695,11 @@ def _opened(file: Path) -> Iterator[TextIO]:
         raise ValueError(
             f"{file} is not UTF-8 text: {error.reason}, {byte:#x}. Save it as UTF-8."
         ) from None
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{file} is not a whole gzip file: {error}.") from None
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        # Of a file that cannot be opened, the system says why, and has a number for it.
+        if not compression or getattr(error, "errno", None) is not None:
+            raise
+        raise ValueError(f"{file} is not a whole {compression} file: {error}.") from None
 
 
 def _json_records(file: Path) -> Iterator[Record]:
@@ -603,29 +873,64 @@ def _pieces(file: Path) -> Iterator[str]:
 
 def _csv_records(file: Path, delimiter: str = ",") -> Iterator[Record]:
     csv.field_size_limit(sys.maxsize)
-    return csv.DictReader(_lines(file), delimiter=delimiter)
+    reader = csv.DictReader(_lines(file), delimiter=delimiter)
+    try:
+        _check_columns(file, reader.fieldnames or ())
+        yield from reader
+    except csv.Error as error:
+        raise ValueError(f"{file} line {reader.line_num} is not CSV: {error}.") from None
+
+
+def _check_columns(file: Path, names: Iterable[str]) -> None:
+    """Raise ValueError where two columns have one name: only one of them would be read."""
+    seen = set()
+    for name in names:
+        # Spreadsheets leave empty columns behind the last one.
+        if name and name in seen:
+            raise ValueError(f"{file} has two columns named {name!r}. Rename or remove one.")
+        seen.add(name)
 
 
 def _parquet_records(file: Path) -> Iterator[Record]:
     import pyarrow.parquet
 
-    # Without the buffers, a whole row group would be read, which may be the whole file.
-    table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=CHUNK)
-    return _table_rows(table.schema_arrow, table.iter_batches(batch_size=BATCH))
+    with _naming_damage(file, "Parquet"):
+        # Without the buffers, a whole row group would be read, which may be the whole file.
+        table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=CHUNK)
+        _check_columns(file, table.schema_arrow.names)
+        yield from _table_rows(table.schema_arrow, table.iter_batches(batch_size=BATCH))
 
 
 def _arrow_records(file: Path) -> Iterator[Record]:
     """Yield the rows of an Arrow file of either kind: streams (as `datasets` writes) and files."""
     import pyarrow
 
-    with pyarrow.OSFile(str(file)) as opened:
+    with _naming_damage(file, "Arrow"), pyarrow.OSFile(str(file)) as opened:
         try:
             stream = pyarrow.ipc.open_stream(opened)
             batches = iter(stream)
         except pyarrow.ArrowInvalid:
             stream = pyarrow.ipc.open_file(opened)
             batches = (stream.get_batch(i) for i in range(stream.num_record_batches))
+        _check_columns(file, stream.schema.names)
         yield from _table_rows(stream.schema, batches)
+
+
+@contextlib.contextmanager
+def _naming_damage(file: Path, kind: str) -> Iterator[None]:
+    """Raise ValueError that names the file where its content is not of this kind, or damaged."""
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError) as error:
+        # Of a file that cannot be opened, the system says why, and has a number for it.
+        if getattr(error, "errno", None) is not None:
+            raise
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ValueError(
+            f"{file} is no whole {kind} file: {reason}. Download or write it again."
+        ) from None
 
 
 def _table_rows(schema, batches: Iterable) -> Iterator[Record]:

@@ -1,8 +1,10 @@
 """Files and folders: formats, splits, the hub, and lines that cannot be read."""
 
+import bz2
 import csv
 import gzip
 import json
+import lzma
 import os
 import subprocess
 import sys
@@ -194,7 +196,6 @@ AS_DATASETS = [
     "my_train my_eval",
     "a b",
     "pretrain latest",
-    "trainset testset",
     "__cache/train rows",
     ".hidden/train rows",
 ]
@@ -268,15 +269,11 @@ def test_find_splits_that_a_card_declares(tmp_path):
         write_jsonl(tmp_path / f"{name}.jsonl", [{"file": name}])
     (tmp_path / "README.md").write_text(CARD)
 
-    def splits_of(path):
-        found = {}
-        for split, rows in readers.find_splits(str(path)).items():
-            found[split] = [readers.fields_of(record)["file"] for _, record in rows()]
-        return found
-
     with pytest.raises(FileNotFoundError, match="holds the subsets preference, edits: pass the"):
         readers.find_splits(str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=":other': README.md in the folder declares the"):
+    with pytest.raises(
+        FileNotFoundError, match=":other': the folder has no such subset; it has pre"
+    ):
         readers.find_splits(f"{tmp_path}:other")
     assert splits_of(f"{tmp_path}:preference") == {
         "train": ["preference/a1", "preference/a2"],
@@ -287,6 +284,241 @@ def test_find_splits_that_a_card_declares(tmp_path):
     assert splits_of(tmp_path) == {"train": ["edits/d"]}
     [rows] = readers.find_splits(str(tmp_path)).values()
     assert next(rows())[0] == "edits/d.jsonl row 1"
+
+
+def splits_of(path):
+    """Return the names in the rows of each split."""
+    found = {}
+    for split, rows in readers.find_splits(str(path)).items():
+        found[split] = [readers.fields_of(record)["file"] for _, record in rows()]
+    return found
+
+
+def write_named(folder, names):
+    """Write files of one row each, which has the name of the file."""
+    for name in names.split():
+        write = write_parquet if name.endswith(".parquet") else write_jsonl
+        write(folder / name, [{"file": name}])
+
+
+def test_card_that_declares_folders(tmp_path):
+    write_named(tmp_path, "one/train.jsonl one/test.jsonl two/rows.jsonl")
+    card = "---\nconfigs:\n- config_name: one\n  data_dir: one\n"
+    (tmp_path / "README.md").write_text(card + "---\n")
+    of_one = {"train": ["one/train.jsonl"], "test": ["one/test.jsonl"]}
+    assert splits_of(tmp_path) == splits_of(f"{tmp_path}:one") == of_one
+    (tmp_path / "README.md").write_text(card + "- config_name: two\n  data_dir: two\n---\n")
+    with pytest.raises(FileNotFoundError, match="holds the subsets one, two: pass the one to read"):
+        readers.find_splits(str(tmp_path))
+    assert splits_of(f"{tmp_path}:two") == {"train": ["two/rows.jsonl"]}
+    assert splits_of(f"{tmp_path}:one") == of_one
+    (tmp_path / "README.md").write_text(card.replace("dir: one", "dir: gone") + "---\n")
+    with pytest.raises(FileNotFoundError, match="declares this subset in the folder 'gone', which"):
+        readers.find_splits(str(tmp_path))
+
+
+def test_card_of_files_that_are_not_there(tmp_path):
+    write_named(tmp_path, "edits/d.jsonl")
+    (tmp_path / "README.md").write_text(CARD)
+    with pytest.raises(FileNotFoundError, match="none of the files that README.md declares"):
+        readers.find_splits(f"{tmp_path}:preference")
+
+
+@pytest.mark.parametrize(
+    "names, found",
+    [
+        ("trainset testset", "testset"),
+        ("mytrain mytest", "mytest"),
+        ("trainData testData", "testData"),
+        ("TrainSet TestSet", "TestSet"),
+        ("trainA trainB testA", "testA"),
+        ("data data_holdout", "data_holdout"),
+        ("data heldout", "heldout"),
+        ("pairs held-out-pairs", "held-out-pairs"),
+        ("pairs devset", "devset"),
+        ("hhtrain shpeval", "shpeval"),
+        ("trainset/a evalset/a", "evalset/a"),
+    ],
+)
+def test_names_that_look_like_splits(tmp_path, names, found):
+    for name in names.split():
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"file": name}])
+    with pytest.raises(FileNotFoundError, match=f"{found}.jsonl looks like a file to evaluate on"):
+        readers.find_splits(str(tmp_path))
+    # The advice: pass the one to train on.
+    first = names.split()[0]
+    assert splits_of(tmp_path / f"{first}.jsonl") == {"train": [first]}
+
+
+@pytest.mark.parametrize("names", ["latest contest", "values more", "trainA trainB", "trains rows"])
+def test_names_that_only_resemble_splits(tmp_path, names):
+    for name in names.split():
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"file": name}])
+    assert splits_of(tmp_path) == {"train": sorted(names.split())}
+
+
+def test_layout_of_converted_sets(tmp_path):
+    """The hub's branch refs/convert/parquet: CONFIG/SPLIT/0000.parquet."""
+    files = "train_prefs/0000.parquet train_prefs/0001.parquet train_sft/0000.parquet "
+    files += "partial-test_prefs/0000.parquet unsupervised/0000.parquet"
+    write_named(tmp_path / "one" / "default", files)
+    expected = {
+        "train_prefs": ["train_prefs/0000.parquet", "train_prefs/0001.parquet"],
+        "train_sft": ["train_sft/0000.parquet"],
+        "test_prefs": ["partial-test_prefs/0000.parquet"],
+        "unsupervised": ["unsupervised/0000.parquet"],
+    }
+    for path in ("one/default", "one", "one:default"):
+        assert splits_of(tmp_path / path) == expected
+    with pytest.raises(FileNotFoundError, match=":other': the folder has no such subset; it has d"):
+        readers.find_splits(f"{tmp_path}/one:other")
+    write_named(tmp_path / "two", "en/train/0000.parquet de/train/0000.parquet de/val/0000.parquet")
+    with pytest.raises(FileNotFoundError, match="holds the subsets de, en: pass the one to read"):
+        readers.find_splits(str(tmp_path / "two"))
+    assert splits_of(f"{tmp_path}/two:de") == {
+        "train": ["de/train/0000.parquet"],
+        "validation": ["de/val/0000.parquet"],
+    }
+    # Numbered files of which no folder names a split are parts of one.
+    write_named(tmp_path / "three", "a/0000.parquet b/0000.parquet")
+    assert list(splits_of(tmp_path / "three")) == ["train"]
+
+
+def test_missing_shards(tmp_path):
+    write_named(tmp_path, "train-00000-of-00003.jsonl train-00002-of-00003.jsonl test.jsonl")
+    splits = readers.find_splits(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"of the 3 files that train-00000-of-00003.jsonl "):
+        list(splits["train"]())
+    with pytest.raises(FileNotFoundError, match=r"1 are missing \(00001\). Download them too"):
+        list(splits["train"]())
+    assert len(list(splits["test"]())) == 1
+    assert len(list(readers.find_splits(f"{tmp_path}/train-00000-of-00003.jsonl")["train"]())) == 1
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        "train.jsonl train.jsonl.gz",
+        "data/train.parquet data/train-00000-of-00001.parquet",
+        "train-00000-of-00001.jsonl train-00000-of-00002.jsonl train-00001-of-00002.jsonl",
+        "train-00000-of-00001-0a.jsonl train-00000-of-00001-1b.jsonl",
+    ],
+)
+def test_rows_twice_by_name(tmp_path, names):
+    write_named(tmp_path, names)
+    with pytest.raises(FileNotFoundError, match="hold the same rows by their names"):
+        splits_of(tmp_path)
+
+
+def test_equal_files(tmp_path, monkeypatch):
+    for name in ("train-1.jsonl", "train-2.jsonl", "test.jsonl"):
+        write_jsonl(tmp_path / name, pairs(50))
+    # The same size, the same start, and another end.
+    write_jsonl(tmp_path / "train-2.jsonl", [*pairs(49), pairs(50)[-1] | {"chosen": "evil 49"}])
+    for chunk in (64, 1 << 20):
+        monkeypatch.setattr(readers, "CHUNK", chunk)
+        assert len(list(readers.find_splits(str(tmp_path))["train"]())) == 100
+    write_jsonl(tmp_path / "train (copy).jsonl", pairs(50))
+    with pytest.raises(ValueError, match=r"copy\).jsonl and train-1.jsonl .* are the same file"):
+        list(readers.find_splits(str(tmp_path))["train"]())
+
+
+@pytest.mark.parametrize("suffix", [".bz2", ".xz"])
+def test_other_compressions(tmp_path, suffix):
+    opener = {".bz2": bz2, ".xz": lzma}[suffix]
+    (tmp_path / "f").mkdir()
+    whole = opener.compress("".join(json.dumps(row) + "\n" for row in pairs(99)).encode())
+    file = tmp_path / "f" / f"train.jsonl{suffix}"
+    file.write_bytes(whole)
+    for path in (tmp_path / "f", file):
+        rows = read(path)[0]["train"]
+        assert rows[98].where == f"train.jsonl{suffix} row 99" and rows[98].prompt == "p98"
+    for content in (whole[:-20], b"no archive", whole[:20] + b"x" * 30 + whole[50:]):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=f"train.jsonl{suffix} is not a whole"):
+            read(file)
+
+
+def test_packed_files(tmp_path):
+    for name in ("a/train.jsonl.zst", "b/rows.zip", "c/train.parquet.gz", "d/rows.tar.gz"):
+        file = tmp_path / name
+        file.parent.mkdir()
+        file.write_bytes(b"packed")
+        with pytest.raises(FileNotFoundError, match=f"{file.name} is a packed file.*Unpack it"):
+            readers.find_splits(str(file.parent))
+        with pytest.raises(ValueError, match=f"{file.name} is a packed file"):
+            read(file)
+    # What has been unpacked is read, and so is what stands beside pictures.
+    write_jsonl(tmp_path / "a" / "train.jsonl", [PAIR])
+    write_jsonl(tmp_path / "b" / "train.jsonl", [PAIR])
+    assert len(read(tmp_path / "a")[0]["train"]) == len(read(tmp_path / "b")[0]["train"]) == 1
+    (tmp_path / "a" / "test.jsonl.zst").write_bytes(b"packed")
+    with pytest.raises(FileNotFoundError, match="test.jsonl.zst is a packed file"):
+        readers.find_splits(str(tmp_path / "a"))
+
+
+@pytest.mark.parametrize("suffix", readers.READERS)
+def test_empty_files(tmp_path, suffix):
+    write_jsonl(tmp_path / "f" / "more.jsonl", [PAIR])
+    file = tmp_path / "f" / f"rows{suffix}"
+    file.write_bytes(b"")
+    with pytest.raises(ValueError, match=rf"rows\{suffix} has no rows; expected rows such as"):
+        read(file)
+    if suffix == ".jsonl":
+        with pytest.raises(ValueError, match=r"rows.jsonl has no rows"):
+            read(tmp_path / "f")
+
+
+def test_files_without_rows(tmp_path):
+    schema = pyarrow.schema([("prompt", pyarrow.string())])
+    pyarrow.parquet.write_table(schema.empty_table(), tmp_path / "a.parquet")
+    with pyarrow.ipc.new_stream(str(tmp_path / "b.arrow"), schema):
+        pass
+    (tmp_path / "c.json").write_text("[]")
+    (tmp_path / "d.csv").write_text("prompt,chosen,rejected\n")
+    write_jsonl(tmp_path / "e.jsonl", ["", ""])
+    write_jsonl(tmp_path / "f.jsonl.gz", [])
+    for file in tmp_path.iterdir():
+        with pytest.raises(ValueError, match=f"{file.name} has no rows"):
+            read(file)
+        with pytest.raises(ValueError, match=f"{file.name} has no rows"):
+            list(every_row.read(str(file)))
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_damaged_tables(tmp_path, suffix):
+    file = tmp_path / f"rows{suffix}"
+    table = pyarrow.Table.from_pylist(pairs(3000))
+    if suffix == ".parquet":
+        pyarrow.parquet.write_table(table, file, compression="snappy", row_group_size=1000)
+    else:
+        with pyarrow.ipc.new_stream(str(file), table.schema) as writer:
+            writer.write_table(table, max_chunksize=1000)
+    whole = file.read_bytes()
+    middle = len(whole) // 2
+    damaged = [b"x" * 100, b"PAR1" + b"x" * 100, whole[:middle], whole[:-5]]
+    if suffix == ".arrow":
+        damaged = damaged[:3]
+    else:
+        damaged.append(whole[:100] + b"\xff" * 3000 + whole[3100:])
+    for content in damaged:
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"rows\{suffix} is no whole .* file: .*again"):
+            read(file)
+
+
+def test_caches_beside_saved_sets(tmp_path):
+    for split, count in (("train", 3), ("test", 1)):
+        datasets.Dataset.from_list(pairs(count, split)).save_to_disk(tmp_path / split)
+    saved = datasets.load_from_disk(str(tmp_path / "train"))
+    saved.map(lambda row: row | {"chosen": "cached"})
+    assert list((tmp_path / "train").glob("cache-*.arrow"))
+    whole = (tmp_path / "train" / "data-00000-of-00001.arrow").read_bytes()
+    for name in ("train/tmp0a1b.arrow", "tmpx.arrow", "train/data-00000-of-00002.arrow"):
+        (tmp_path / name).write_bytes(whole)
+    rows, _ = read(tmp_path)
+    assert [row.responses[0] for row in rows["train"]] == ["good 0", "good 1", "good 2"]
+    assert len(rows["eval"]) == 1
 
 
 def test_save_to_disk(tmp_path):
@@ -357,8 +589,6 @@ def test_json_array_across_pieces(tmp_path, monkeypatch):
             path.write_text(text)
             with pytest.raises(ValueError, match=f"rows.json is not JSON: {said}"):
                 list(every_row.read(path))
-    path.write_text("[]")
-    assert list(every_row.read(path)) == []
 
 
 @pytest.mark.parametrize("write", [json.dumps, repr])
@@ -379,6 +609,29 @@ def test_chat_lists_in_csv_that_cannot_be_read(tmp_path):
     (tmp_path / "rows.csv").write_text(f"prompt,chosen,rejected\np,{cell},r\n")
     with pytest.raises(ValueError, match="row 1: field 'chosen' holds chat messages as text that"):
         read(tmp_path / "rows.csv")
+
+
+def test_columns_of_one_name(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,chosen,chosen,rejected\nq,a,c,b\n")
+    (tmp_path / "b.tsv").write_text("prompt\tchosen\trejected\tprompt\nq\ta\tb\tc\n")
+    table = pyarrow.table([["a"], ["b"]], names=["chosen", "chosen"])
+    pyarrow.parquet.write_table(table, tmp_path / "c.parquet")
+    with pyarrow.ipc.new_stream(str(tmp_path / "d.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    for file in tmp_path.iterdir():
+        with pytest.raises(ValueError, match=f"{file.name} has two columns named '(chosen|prompt)"):
+            read(file)
+    # Spreadsheets leave empty columns.
+    (tmp_path / "e.csv").write_text("prompt,chosen,rejected,,\nq,a,b,,\n")
+    assert read(tmp_path / "e.csv")[0]["train"][0].responses == ("a", "b")
+
+
+def test_repeated_header(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,chosen,rejected\nq,a,b\nprompt,chosen,rejected\n")
+    with pytest.raises(ValueError, match="a.csv row 2: the row repeats the names of the columns"):
+        read(tmp_path / "a.csv")
+    rows, ledger = read(tmp_path / "a.csv", on_bad_row="drop")
+    assert len(rows["train"]) == 1 and sum(ledger.train.dropped.values()) == 1
 
 
 def test_csv_row_with_too_many_cells(tmp_path):

@@ -258,8 +258,8 @@ def test_cnn_dailymail_row(tmp_path):
     prompt = "Article:\n\nLONDON, England (Reuters) -- It rained.\n\nTL;DR:"
     summary = " It rained in London, again. U.S. envoy: 3.5 inches. No end in sight"
     assert parts(sources.cnn_dailymail(row)) == (prompt, (summary,))
-    for name in ("train-00000-of-00003", "train-00001-of-00003", "test-00000-of-00001"):
-        write_parquet(tmp_path / "3.0.0" / f"{name}.parquet", [row])
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001"):
+        write_parquet(tmp_path / "3.0.0" / f"{name}.parquet", [row | {"id": name}])
     rows, _ = read(tmp_path / "3.0.0", "sft", source="cnn_dailymail")
     assert [len(side) for side in rows.values()] == [2, 1]
     with pytest.raises(ValueError, match="'cnn_dailymail' has no pairs"):
