@@ -98,15 +98,25 @@ def _rope_of_transformers_4(hf_config) -> dict:
 def read_generation_config(folder: pathlib.Path | None) -> dict:
     """Return the fields of a folder's generation_config.json, {} where there is none.
 
-    Raises ValueError where it is not JSON.
+    Raises ValueError where it is not JSON, or eos_token_id is neither an id nor a list of ids.
     """
     file = folder / GENERATION if folder else None
     if file is None or not file.exists():
         return {}
     try:
-        return json.loads(file.read_text())
+        fields = json.loads(file.read_text())
     except ValueError as error:
         raise ValueError(f"{file} is not JSON ({error}); fetch or write it again.") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{file} is not a JSON object; fetch or write it again.")
+    found = fields.get("eos_token_id")
+    # Not isinstance, by which true would be 1.
+    if not all(type(value) is int for value in _as_ids(found)):
+        raise ValueError(
+            f"eos_token_id in {file} is {json.dumps(found)}; expected the id of a token, such as "
+            "2, or a list of ids, such as [2, 7]. Write it as a number, without quotes."
+        )
+    return fields
 
 
 def write_generation_config(folder: pathlib.Path, source: Source, hf_config, tokenizer) -> None:

@@ -131,11 +131,18 @@ def load(path, config: TransformerConfig, shardings, adapters=()):
     twice, wrongly shaped or not a float.
     """
     path = pathlib.Path(path)
-    model_type = read_config(path).model_type
+    hf_config = read_config(path)
+    model_type = hf_config.model_type
+    tied = hf_config.tie_word_embeddings
     for adapter in adapters:
         adapter.check(model_type, config)
     replaced = {name for adapter in adapters for name in adapter.replaced}
-    stored = _match(path, model_type, config, replaced)
+    stored = _match(path, model_type, config, replaced, tied=tied)
+    family = families.family(model_type)
+    head, embedding = family.name_of("head/kernel"), family.name_of("embed/tokens")
+    if tied and embedding in stored and head not in stored:
+        # Read only where an adapter parts the two: a tied config has no tensor for the head.
+        stored[head] = stored[embedding]
     shapes = _flat(transformer.abstract(config))
     shardings = _flat(shardings)
     params = {}
@@ -251,11 +258,17 @@ def save(
 
 
 def _match(
-    folder: pathlib.Path, model_type: str, config: TransformerConfig, replaced: set[str]
+    folder: pathlib.Path,
+    model_type: str,
+    config: TransformerConfig,
+    replaced: set[str],
+    *,
+    tied: bool,
 ) -> dict:
     """Return the stored slice of each tensor of the config; ValueError with all that is wrong.
 
-    replaced: names of tensors that adapters bring with them, which the folder need not have.
+    replaced: names of tensors that adapters bring with them, which the folder need not have. tied:
+    whether the folder's head is its embedding; the config's is not where an adapter parts them.
     """
     family = families.family(model_type)
     shapes = {}
@@ -264,7 +277,7 @@ def _match(
             shapes[name] = list(tensor.shape(config))
     head, embedding = family.name_of("head/kernel"), family.name_of("embed/tokens")
     optional = list(replaced)
-    if config.tied:  # some checkpoints store the tied head too
+    if tied:  # some checkpoints store the tied head too
         shapes[head] = shapes[embedding]
         optional.append(head)
     elif config.head == "reward" and replaced:
@@ -276,18 +289,10 @@ def _match(
         folder, model, shapes, base=family.base, ignored=families.BUFFERS, optional=optional
     )
     # A fine-tuned head that is not the embedding would be lost without a word.
-    if config.tied and head in found and _differ(found[head], found[embedding]):
+    if tied and head in found and safetensors_io.differ(found[head], found[embedding]):
         problem = f"{head} differs from {embedding}, though config.json says they are tied"
         raise safetensors_io.mismatch(folder, model, [f"{problem} (tie_word_embeddings = true)"])
     return found
-
-
-def _differ(a, b, rows: int = 4096) -> bool:
-    """Return whether two stored matrices differ, comparing some rows at a time."""
-    count = a.get_shape()[0]
-    # In blocks, since an embedding may be gigabytes.
-    blocks = (slice(start, min(start + rows, count)) for start in range(0, count, rows))
-    return any((a[block] != b[block]).any() for block in blocks)
 
 
 def _check_names(params, expected: set[str]):

@@ -130,6 +130,10 @@ def open_checkpoint(
     """
     folder, adapters = find(path)
     hf_config = hf.read_config(folder)
+    # A reward model has no language model's head that could be tied.
+    has_tied_head = hf_config.tie_word_embeddings and options.get("head") != "reward"
+    if has_tied_head and any(adapter.unties(hf_config.model_type) for adapter in adapters):
+        hf_config.tie_word_embeddings = False
     config = families.from_hf(hf_config, **options)
     tokenizer_folder = None
     if tokenizer is None:
@@ -147,6 +151,9 @@ def open_checkpoint(
         return processes.from_first(lambda: _fingerprint(folder, adapters))
 
     source = Source(folder, tokenizer_folder, _stored_dtype(folder))
+    if config.head != "reward":
+        # Read here so that a wrong file is refused before training, not by the export.
+        source.eos_ids()
     return Checkpoint(config, hf_config, tokenizer, path, load_params, fingerprint, source)
 
 
@@ -157,17 +164,24 @@ def find(path: str, *, weights: bool = True) -> tuple[pathlib.Path, tuple[Adapte
     model, and ValueError where an adapter cannot be merged.
     """
     folder = hf.fetch(path, weights=weights)
+    name = str(path)
     adapters = []
     # An adapter may have been trained over another one.
     while peft.is_adapter(folder):
         if folder in [adapter.folder for adapter in adapters]:
             raise ValueError(f"the adapter {folder} is its own base (base_model_name_or_path).")
+        peft.check_base(folder, name)
         adapter = peft.read(folder, weights=weights)
         adapters.insert(0, adapter)
+        name = adapter.base
         try:
-            folder = hf.fetch(adapter.base, weights=weights)
+            folder = hf.fetch(name, weights=weights)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"the base of the adapter {adapter.folder}: {error}") from error
+        # The adapter lies in the folder of its base, as transformers allows.
+        is_beside_base = folder.resolve() == adapter.folder.resolve()
+        if is_beside_base and (folder / "config.json").exists():
+            break
     return folder, tuple(adapters)
 
 

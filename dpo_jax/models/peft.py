@@ -40,6 +40,8 @@ UNSUPPORTED = (
     "target_parameters",
     "alora_invocation_tokens",
 )
+# Ends of the names of tensors that change a tensor of the base, rather than replace it.
+UPDATES = re.compile(r"\.(lora_[AB]\.weight|lora_embedding_[AB]|base_layer\.weight)$")
 # Ways of starting that change the base's own weights too.
 CHANGING_INITS = ("pissa", "olora", "loftq", "corda")
 
@@ -165,7 +167,7 @@ class Adapter:
     @property
     def replaced(self) -> set[str]:
         """The names of the tensors that it holds whole, such as a reward model's head."""
-        return {name for name in self.stored if not re.search(r"\.lora_[AB]\.weight$", name)}
+        return {name for name in self.stored if not UPDATES.search(name)}
 
     @property
     def fingerprint(self) -> str:
@@ -181,13 +183,40 @@ class Adapter:
         for tensor in families.tensors(model_type, config):
             for name, _ in tensor.names(config):
                 module = name.removesuffix(".weight")
-                known |= {name, f"{module}.lora_A.weight", f"{module}.lora_B.weight"}
+                known |= {name, f"{module}.base_layer.weight"}
+                known |= {f"{module}.lora_A.weight", f"{module}.lora_B.weight"}
+                if tensor.paths[0].startswith("embed/"):
+                    known |= {f"{module}.lora_embedding_A", f"{module}.lora_embedding_B"}
+        if config.tied and config.head != "reward" and not self.unties(model_type):
+            # Then it is a copy of the embedding.
+            known.add(families.family(model_type).name_of("head/kernel"))
         unknown = sorted(self.stored.keys() - known)
         if unknown:
             raise self.refusal(
                 f"it changes {', '.join(unknown[:3])}{' ...' * (len(unknown) > 3)}, which dpo_jax "
                 f"cannot merge into this {model_type} model"
             )
+
+    def unties(self, model_type: str) -> bool:
+        """Return whether the head and the input embedding of a tied base differ with the adapter.
+
+        peft changes the one of the two that the adapter names, and leaves the other as it was.
+        """
+        family = families.family(model_type)
+        embedding, head = family.name_of("embed/tokens"), family.name_of("head/kernel")
+        if head in self.stored:
+            # With ensure_weight_tying both are stored, and equal.
+            both = embedding in self.stored
+            return not both or safetensors_io.differ(self.stored[head], self.stored[embedding])
+        modules = [name.removesuffix(".weight") for name in (embedding, head)]
+        if any(f"{module}.lora_A.weight" in self.stored for module in modules):
+            return True
+        if any(f"{module}.lora_embedding_A" in self.stored for module in modules):
+            return True
+        # A whole embedding that modules_to_save does not name is loaded into both.
+        saved = self.config.get("modules_to_save") or ()
+        named = any(f".{modules[0]}".endswith(f".{name}") for name in saved)
+        return named and embedding in self.stored
 
     def merge(self, tensor: Tensor, name: str, values: np.ndarray | None) -> np.ndarray:
         """Return one tensor of the base with the adapter in it, float32.
@@ -200,23 +229,49 @@ class Adapter:
             self._check_shape(name, found.shape, found.shape if values is None else values.shape)
             return found
         module = name.removesuffix(".weight")
-        if f"{module}.lora_A.weight" not in self.stored:
+        if f"{module}.base_layer.weight" in self.stored:
+            values = self._base_layer(module, values)
+        if f"{module}.lora_embedding_A" in self.stored:
+            first, second, transposed = "lora_embedding_A", "lora_embedding_B", True
+        elif f"{module}.lora_A.weight" in self.stored:
+            first, second, transposed = "lora_A.weight", "lora_B.weight", _inputs_first(tensor)
+        else:
             return values
-        a = np.asarray(self.stored[f"{module}.lora_A.weight"][:], np.float32)  # [rank, inputs]
-        b = np.asarray(self.stored[f"{module}.lora_B.weight"][:], np.float32)  # [outputs, rank]
+        a = np.asarray(self.stored[f"{module}.{first}"][:], np.float32)  # [rank, inputs]
+        b = np.asarray(self.stored[f"{module}.{second}"][:], np.float32)  # [outputs, rank]
         update = b @ a
-        if _inputs_first(tensor):
+        if transposed:
             update = update.T
         self._check_shape(name, update.shape, values.shape)
         return np.asarray(values, np.float32) + self._scale(module, len(a)) * update
 
     def refusal(self, reason: str) -> ValueError:
         """Return an error that says why it cannot be merged here, and the command that can."""
+        problem = f"the adapter {self.folder} cannot be merged over {self.base}: {reason}."
+        if self.folder.resolve() == pathlib.Path(self.base).resolve():
+            # transformers, by which peft loads the base, would load the adapter with it.
+            return ValueError(
+                f"{problem} Move its two files, {CONFIG} and {WEIGHTS}, to a folder of their own, "
+                "and give that folder instead."
+            )
+        is_classifier = self.config.get("task_type") == "SEQ_CLS"
+        model_class = "SequenceClassification" if is_classifier else "CausalLM"
+        labels = ", num_labels=1" if is_classifier else ""
+        # peft writes no tokenizer: it is the adapter's own, or else the base's.
+        tokenizer = f"'{self.base}'"
+        if (self.folder / "tokenizer_config.json").exists():
+            tokenizer = f"'{self.folder}'"
+        elif not pathlib.Path(self.base).is_dir():
+            name, _, revision = self.base.partition("@")
+            tokenizer = f"'{name}'" + (f", revision='{revision}'" if revision else "")
         return ValueError(
-            f"the adapter {self.folder} cannot be merged over {self.base}: {reason}. Merge it with "
-            "peft, and give the folder that it writes instead:\n    "
-            'python -c "from peft import AutoPeftModelForCausalLM as M; '
-            f"M.from_pretrained('{self.folder}').merge_and_unload().save_pretrained('MERGED')\""
+            f"{problem} Merge it with peft, and give the folder MERGED that these lines write "
+            "instead:\n"
+            f'    python -c "from peft import AutoPeftModelFor{model_class} as M; '
+            f"M.from_pretrained('{self.folder}'{labels})"
+            ".merge_and_unload().save_pretrained('MERGED')\"\n"
+            '    python -c "from transformers import AutoTokenizer as T; '
+            f"T.from_pretrained({tokenizer}).save_pretrained('MERGED')\""
         )
 
     def _scale(self, module: str, rank: int) -> np.float32:
@@ -230,6 +285,18 @@ class Adapter:
         divisor = math.sqrt(rank) if self.config.get("use_rslora") else rank
         return np.float32(alpha / divisor)
 
+    def _base_layer(self, module: str, values: np.ndarray) -> np.ndarray:
+        """Return the base's matrix as the adapter stores it, beside its LoRA of head or embedding.
+
+        values: the matrix of the base. Raises ValueError where they differ by more than rounding.
+        """
+        name = f"{module}.base_layer.weight"
+        found = np.asarray(self.stored[name][:], np.float32)
+        self._check_shape(name, found.shape, values.shape)
+        if not np.allclose(found, np.asarray(values, np.float32), rtol=0.01, atol=1e-6):
+            raise self.refusal(f"its {name} differs from {module}.weight of the base")
+        return found
+
     def _check_shape(self, name: str, found: tuple, expected: tuple) -> None:
         if tuple(found) != tuple(expected):
             raise self.refusal(
@@ -238,12 +305,30 @@ class Adapter:
 
 
 def is_adapter(folder: pathlib.Path) -> bool:
-    """Return whether a folder holds an adapter and no whole model."""
-    if not (folder / CONFIG).exists():
-        return False
+    """Return whether a folder holds an adapter, perhaps beside a whole model."""
+    return (folder / CONFIG).exists()
+
+
+def check_base(folder: pathlib.Path, name: str) -> None:
+    """Raise ValueError where a folder holds a whole model beside an adapter of another one.
+
+    name: that by which the folder was found, a path or a name on the hub.
+    """
     has_weights = (folder / safetensors_io.SINGLE).exists()
     has_shards = (folder / safetensors_io.INDEX).exists()
-    return not (folder / "config.json").exists() or not (has_weights or has_shards)
+    is_model = (folder / "config.json").exists() and (has_weights or has_shards)
+    base = _fields(folder).get("base_model_name_or_path") or ""
+    own_path = pathlib.Path(base).expanduser()
+    is_own_path = own_path.is_absolute() and own_path.resolve() == folder.resolve()
+    is_own = is_own_path or base == name.partition("@")[0]
+    if is_model and not is_own:
+        raise ValueError(
+            f"{folder} holds a whole model and an adapter ({CONFIG}) of {base or 'no named base'}: "
+            f"it is not clear which is meant. For the model alone, move {CONFIG} and {WEIGHTS} "
+            "out of the folder. For the adapter over its base, move the two to a folder of their "
+            "own, and give that. For the adapter over the model beside it, set "
+            f"base_model_name_or_path in {CONFIG} to {folder.absolute()}"
+        )
 
 
 def read(folder: pathlib.Path, *, weights: bool = True) -> Adapter:
@@ -252,7 +337,7 @@ def read(folder: pathlib.Path, *, weights: bool = True) -> Adapter:
     weights=False leaves them out. Raises ValueError where the adapter is of a kind that cannot be
     merged, or its base is not named in a way that holds from everywhere.
     """
-    fields = json.loads((folder / CONFIG).read_text())
+    fields = _fields(folder)
     adapter = Adapter(folder, _base(folder, fields), fields, _stored(folder) if weights else {})
     kind = fields.get("peft_type")
     if kind != "LORA":
@@ -267,6 +352,18 @@ def read(folder: pathlib.Path, *, weights: bool = True) -> Adapter:
     if init.startswith(CHANGING_INITS):
         raise adapter.refusal(f"it was begun with init_lora_weights = {init!r}")
     return adapter
+
+
+def _fields(folder: pathlib.Path) -> dict:
+    """Return the fields of adapter_config.json; ValueError where it cannot be read."""
+    file = folder / CONFIG
+    try:
+        fields = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON ({error}); fetch or write it again.") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{file} is not a JSON object; fetch or write it again.")
+    return fields
 
 
 def _stored(folder: pathlib.Path) -> dict:

@@ -139,6 +139,16 @@ def save_file(tensors: dict[str, np.ndarray], file: pathlib.Path) -> None:
     file.chmod(mode)
 
 
+def differ(a, b, rows: int = 4096) -> bool:
+    """Return whether two stored matrices differ, comparing some rows at a time."""
+    if a.get_shape() != b.get_shape():
+        return True
+    count = a.get_shape()[0]
+    # In blocks, since an embedding may be gigabytes.
+    blocks = (slice(start, min(start + rows, count)) for start in range(0, count, rows))
+    return any((a[block] != b[block]).any() for block in blocks)
+
+
 def stored_dtype(folder: pathlib.Path) -> str:
     """Return the type that most numbers of a folder's tensors are stored in, F32 for one."""
     counts = dict.fromkeys(FLOATS, 0)

@@ -2,6 +2,9 @@
 
 import functools
 import json
+import shlex
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -9,10 +12,11 @@ import pytest
 from flax import traverse_util
 from safetensors.numpy import load_file
 
+from dpo_jax.data import toy
 from dpo_jax.models import families, hf, loading, lora, peft, transformer
 from dpo_jax.models.lora import Lora
 from dpo_jax.parallel import sharding
-from tests.helpers import tiny_models
+from tests.helpers import tiny_models, tiny_runs
 
 
 def flat(tree):
@@ -154,3 +158,131 @@ def test_adapter_of_peft_is_merged_as_peft_does(variant, fields, tmp_path):
     found = jax.jit(functools.partial(transformer.logits, config))(params, ids)
     np.testing.assert_allclose(found, expected, atol=2e-4)
     assert np.abs(expected - before.numpy()).max() > 0.01
+
+
+EMBEDDING = {"llama2": "embed_tokens", "qwen3": "embed_tokens", "gpt2": "wte"}
+
+
+@pytest.mark.filterwarnings("ignore")  # peft warns of tied modules
+@pytest.mark.parametrize("variant", ["qwen3", "gpt2", "llama2"])  # the last one is not tied
+@pytest.mark.parametrize(
+    "saved, targets, tied_by_peft",
+    [
+        ("E", "", False),
+        ("H", "", False),
+        ("EH", "", False),
+        ("E", "", True),
+        ("", "H", False),
+        ("", "E", False),
+        ("", "EH", False),
+        ("E", "H", False),
+    ],
+)
+def test_embedding_and_head_are_parted_as_peft_does(
+    saved, targets, tied_by_peft, variant, tmp_path
+):
+    """Of a tied base peft changes the one that is named, and so do we; E and H stand for the two.
+
+    What is exported then is what peft has in memory.
+    """
+    torch = pytest.importorskip("torch", reason="the independent reference is peft with torch")
+    theirs = pytest.importorskip("peft", reason="the independent reference is peft")
+    import transformers
+
+    modules = {"E": EMBEDDING[variant], "H": "lm_head"}
+    base = tiny_models.write(variant, tmp_path / "base")
+    projection = "c_attn" if variant == "gpt2" else "q_proj"
+    model = theirs.get_peft_model(
+        transformers.AutoModelForCausalLM.from_pretrained(base),
+        theirs.LoraConfig(
+            task_type="CAUSAL_LM",
+            r=4,
+            lora_alpha=12,
+            target_modules=[projection, *(modules[letter] for letter in targets)],
+            modules_to_save=[modules[letter] for letter in saved] or None,
+            ensure_weight_tying=tied_by_peft,
+        ),
+    )
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(tmp_path / "adapter")
+    # As it is loaded again, which is not always as it was in training.
+    loaded = theirs.PeftModel.from_pretrained(
+        transformers.AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter"
+    ).eval()
+    ids = np.random.default_rng(0).integers(0, 96, (2, 12))
+    with torch.no_grad():
+        expected = loaded(torch.tensor(ids)).logits.numpy()
+
+    checkpoint = loading.open_checkpoint(str(tmp_path / "adapter"), tokenizer=toy.tokenizer())
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    params = checkpoint.load_params(mesh)
+    found = jax.jit(functools.partial(transformer.logits, checkpoint.config))(params, ids)
+    np.testing.assert_allclose(found, expected, atol=2e-4)
+
+    hf.save(tmp_path / "hf", checkpoint.config, checkpoint.hf_config, params)
+    exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    with torch.no_grad():
+        np.testing.assert_allclose(exported(torch.tensor(ids)).logits, expected, atol=2e-4)
+    stays_tied = tied_by_peft and variant == "qwen3"  # peft ties modules of few names
+    assert checkpoint.config.tied == stays_tied
+    written = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert written["tie_word_embeddings"] == stays_tied
+
+
+def test_adapter_beside_its_base_is_read_as_transformers_does(tmp_path):
+    torch = pytest.importorskip("torch", reason="the independent reference is transformers")
+    theirs = pytest.importorskip("peft", reason="the independent reference is peft")
+    import transformers
+
+    folder = tiny_models.write("llama2", tmp_path / "model")
+    model = theirs.get_peft_model(
+        transformers.AutoModelForCausalLM.from_pretrained(folder),
+        theirs.LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=False),
+    )
+    model.save_pretrained(folder)  # beside the base, whose config.json and weights stay
+    ids = np.random.default_rng(0).integers(0, 96, (2, 12))
+    with torch.no_grad():
+        both = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        expected = both(torch.tensor(ids)).logits.numpy()
+        alone = tiny_models.torch_model("llama2")(torch.tensor(ids)).logits.numpy()
+    assert np.abs(expected - alone).max() > 0.01
+
+    found_folder, adapters = loading.find(str(folder))
+    assert found_folder == folder
+    config = families.from_hf(hf.read_config(folder))
+    params = hf.load(folder, config, tiny_models.placed(config), adapters)
+    found = jax.jit(functools.partial(transformer.logits, config))(params, ids)
+    np.testing.assert_allclose(found, expected, atol=2e-4)
+
+
+def test_lines_of_advice_write_a_folder_that_loads(tmp_path):
+    """Of an adapter that we do not merge: peft does, and the tokenizer comes with it."""
+    torch = pytest.importorskip("torch", reason="the independent reference is peft with torch")
+    theirs = pytest.importorskip("peft", reason="the independent reference is peft")
+    import transformers
+
+    base = tiny_runs.write_model(tmp_path / "base")
+    model = theirs.get_peft_model(
+        transformers.AutoModelForCausalLM.from_pretrained(base),
+        theirs.LoraConfig(task_type="CAUSAL_LM", r=4, use_dora=True, init_lora_weights=False),
+    )
+    model.save_pretrained(tmp_path / "adapter")
+    ids = np.random.default_rng(0).integers(0, 40, (2, 12))
+    with torch.no_grad():
+        expected = model.eval()(torch.tensor(ids)).logits.numpy()
+    with pytest.raises(ValueError, match="use_dora = True") as raised:
+        loading.open_checkpoint(str(tmp_path / "adapter"))
+    lines = [line for line in str(raised.value).splitlines() if line.startswith("    python -c")]
+    assert len(lines) == 2
+    for line in lines:
+        _, *arguments = shlex.split(line)
+        subprocess.run([sys.executable, *arguments], cwd=tmp_path, check=True)
+
+    checkpoint = loading.open_checkpoint(str(tmp_path / "MERGED"))
+    params = checkpoint.load_params(sharding.make_mesh(devices=jax.devices()[:1]))
+    found = jax.jit(functools.partial(transformer.logits, checkpoint.config))(params, ids)
+    np.testing.assert_allclose(found, expected, atol=2e-4)

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 
 import jax
 import ml_dtypes
@@ -138,6 +140,19 @@ def test_generation_config_that_is_no_json(tmp_path):
     (tmp_path / "generation_config.json").write_text("{")
     with pytest.raises(ValueError, match=f"{tmp_path}/generation_config.json is not JSON"):
         export.read_generation_config(tmp_path)
+
+
+@pytest.mark.parametrize("written", ['"3"', '["3", 1]', "true", "2.0", '{"a": 1}', "[[1]]"])
+def test_eos_that_is_no_id_is_refused(written, source, tmp_path):
+    """On opening: an export would hold it, and `generate` stumble over it."""
+    folder = tmp_path / "model"
+    shutil.copytree(source, folder)
+    file = folder / "generation_config.json"
+    file.write_text(f'{{"eos_token_id": {written}}}')
+    with pytest.raises(ValueError, match=re.escape(f"eos_token_id in {file} is {written}; exp")):
+        loading.open_checkpoint(str(folder))
+    # A reward model generates nothing.
+    loading.open_checkpoint(str(folder), head="reward")
 
 
 def test_model_stops_where_the_source_does(opened):

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 
 import jax
@@ -227,20 +228,64 @@ def test_adapter_s_own_tokenizer_comes_first(base, adapter):
         (dict(trainable_token_indices=[1]), r"trainable_token_indices = \[1\]"),
     ],
 )
-def test_adapter_of_another_kind_is_refused(fields, message, adapter):
+def test_adapter_of_another_kind_is_refused(fields, message, base, adapter):
     change(adapter, **fields)
     with pytest.raises(ValueError, match=message) as raised:
         loading.open_checkpoint(str(adapter))
-    assert f"M.from_pretrained('{adapter}').merge_and_unload()" in str(raised.value)
+    lines = str(raised.value).splitlines()[1:]
+    assert f"M.from_pretrained('{adapter}').merge_and_unload().save_pretrained('ME" in lines[0]
+    assert f"T.from_pretrained('{base}').save_pretrained('MERGED')" in lines[1]
+
+
+def test_advice_names_the_tokenizer_that_is_used(adapter):
+    """The adapter's own comes before its base's; a name on the hub has its revision."""
+    change(adapter, base_model_name_or_path="owner/base", revision="v2", peft_type="IA3")
+    expected = "T.from_pretrained('owner/base', revision='v2').save_pretrained('MERGED')"
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        peft.read(adapter)
+    tiny_runs.tokenizer().save_pretrained(adapter)
+    expected = f"T.from_pretrained('{adapter}').save_pretrained('MERGED')"
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        peft.read(adapter)
+
+
+def test_advice_for_a_classifier(adapter):
+    change(adapter, use_dora=True, task_type="SEQ_CLS")
+    expected = f"M.from_pretrained('{adapter}', num_labels=1).merge_and_unload()"
+    with pytest.raises(ValueError, match=re.escape(expected)) as raised:
+        peft.read(adapter)
+    assert "AutoPeftModelForSequenceClassification as M" in str(raised.value)
 
 
 def test_adapter_with_other_tensors_is_refused(adapter):
     file = adapter / "adapter_model.safetensors"
     stored = load_file(file)
-    stored["base_model.model.model.embed_tokens.lora_embedding_A"] = np.ones((2, 2), np.float32)
+    stored["base_model.model.model.vision.q_proj.lora_A.weight"] = np.ones((2, 2), np.float32)
     save_file(stored, file)
-    with pytest.raises(ValueError, match="changes model.embed_tokens.lora_embedding_A, which"):
+    with pytest.raises(ValueError, match="changes model.vision.q_proj.lora_A.weight, which"):
         loading.open_checkpoint(str(adapter)).load_params(one_device())
+
+
+def test_adapter_with_another_base_layer_is_refused(base, adapter):
+    """peft stores the head's matrix beside a LoRA of it, which is the base's but for rounding."""
+    file = adapter / "adapter_model.safetensors"
+    plain = load_file(file)
+    name = "lm_head.base_layer.weight"
+    head = stored_weights(base)["lm_head.weight"]
+    save_file(plain | {f"base_model.model.{name}": head.astype(np.float16)}, file)
+    params = loading.open_checkpoint(str(adapter)).load_params(one_device())
+    np.testing.assert_allclose(params["head"]["kernel"], head.T, rtol=1e-3, atol=1e-6)
+    save_file(plain | {f"base_model.model.{name}": 2 * head}, file)
+    with pytest.raises(ValueError, match=f"{name} differs from lm_head.weight of the base"):
+        loading.open_checkpoint(str(adapter)).load_params(one_device())
+
+
+def test_adapter_config_that_is_no_json(adapter):
+    file = adapter / "adapter_config.json"
+    for text, problem in (("{", "is not JSON"), ("[]", "is not a JSON object")):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=f"{re.escape(str(file))} {problem}"):
+            loading.find(str(adapter))
 
 
 def test_adapter_of_another_shape_is_refused(adapter, tmp_path):
@@ -295,3 +340,46 @@ def test_adapter_without_base_names_line_to_type(
 def test_adapter_over_a_model_on_the_hub(adapter, monkeypatch):
     change(adapter, base_model_name_or_path="owner/base-7b", revision="v2")
     assert peft.read(adapter).base == "owner/base-7b@v2"
+
+
+# an adapter beside a whole model
+
+
+@pytest.fixture
+def both(base, adapter, tmp_path):
+    """A folder with a whole model and an adapter of another one."""
+    folder = tmp_path / "both"
+    shutil.copytree(base, folder)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(adapter / name, folder)
+    return folder
+
+
+def test_adapter_beside_its_base_is_merged(base, adapter, both):
+    change(both, base_model_name_or_path=str(both))
+    folder, adapters = loading.find(str(both))
+    assert (folder, [found.folder for found in adapters]) == (both, [both])
+    expected = loading.open_checkpoint(str(adapter)).load_params(one_device())
+    found = loading.open_checkpoint(str(both))
+    jax.tree.map(np.testing.assert_array_equal, found.load_params(one_device()), expected)
+    # The base's files are the same in both folders, and so is what the adapter does.
+    assert found.fingerprint() != loading.open_checkpoint(str(base)).fingerprint()
+
+
+def test_adapter_beside_another_model_is_refused(base, both):
+    with pytest.raises(ValueError, match="it is not clear which is meant") as raised:
+        loading.open_checkpoint(str(both))
+    message = str(raised.value)
+    assert f"an adapter (adapter_config.json) of {base}: " in message
+    # Each reading by its line: the adapter beside, and the model alone.
+    change(both, base_model_name_or_path=message.rpartition(" to ")[2])
+    assert len(loading.find(str(both))[1]) == 1
+    (both / "adapter_config.json").unlink()
+    assert loading.find(str(both)) == (both, ())
+
+
+def test_adapter_of_another_kind_beside_its_base_is_refused(both):
+    """peft would load the adapter along with the base, and then once more."""
+    change(both, base_model_name_or_path=str(both), use_dora=True)
+    with pytest.raises(ValueError, match="use_dora = True. Move its two files, adapter_config"):
+        loading.open_checkpoint(str(both))
