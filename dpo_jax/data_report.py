@@ -475,7 +475,7 @@ def _cut_share(cut: Cut) -> str:
 def _allow_drops(found: Survey, setup: Setup, texts: dict, reasons: list) -> None:
     """Add what lets training drop the rows at which it would stop."""
     data = setup.config.data
-    if data.on_bad_row == "error":
+    if found.stops_at_row:
         texts["data.on_bad_row"] = "drop"
         reasons.append("on_bad_row=drop: training stops at a bad row otherwise (see below)")
     share = max(_dropped_share(found.ledger.train), _dropped_share(found.ledger.eval))

@@ -11,14 +11,20 @@ or of the sets, and a larger amount contains the smaller one. No prompt is train
 the sets evaluates on.
 """
 
+import itertools
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 GRAMMAR = "[SOURCE@]PATH[:SUBSET][[SPLIT]][=ROWS or =SHARE%]"
 SET = re.compile(r"(?:(?P<source>\w+)@)?(?P<path>[^=,\[\]]+?)\s*(?:\[(?P<split>[^\[\]]+)\])?")
+# What an amount that is written with commas falls into.
+AMOUNT_ENDS = re.compile(r"=\s*\d{1,3}\s*$")
+THOUSANDS = re.compile(r"\s*\d{3}\s*")
+DECIMALS = re.compile(r"\s*\d+\s*%\s*")
 AMOUNT = re.compile(r"(?P<rows>\d+)|(?P<percent>\d+(?:\.\d+)?)\s*%")
 
 
@@ -41,12 +47,49 @@ def parse(mix: str, sources: Collection[str]) -> list[Ingredient]:
     is wrong.
     """
     ingredients = []
-    for entry in mix.split(",") if mix.strip() else ():
+    entries = mix.split(",") if mix.strip() else []
+    for number, entry in enumerate(entries):
+        if number and AMOUNT_ENDS.search(entries[number - 1]):
+            _refuse_comma(entries[number - 1].strip(), entries[number:])
         ingredient = _ingredient(entry.strip(), sources)
-        if any(ingredient.name == other.name for other in ingredients):
-            raise _wrong(entry, "this set is named twice")
+        for other in ingredients:
+            if _overlap(ingredient, other):
+                name = "" if ingredient.name == other.name else f", also as {other.name!r}"
+                raise _wrong(entry, f"this set is named twice{name}")
         ingredients.append(ingredient)
     return ingredients
+
+
+def _refuse_comma(before: str, following: list[str]) -> None:
+    """Raise ValueError where an amount is parted by a comma of its own: =1,000 or =12,5%."""
+    if THOUSANDS.fullmatch(following[0]):
+        groups = itertools.takewhile(THOUSANDS.fullmatch, following)
+        digits = [group.strip() for group in groups]
+        whole = ",".join([before, *digits])
+        raise _wrong(whole, f"write the number without commas: {before}{''.join(digits)}")
+    if DECIMALS.fullmatch(following[0]):
+        share = following[0].strip()
+        raise _wrong(f"{before},{share}", f"write the share with a point: {before}.{share}")
+
+
+def _overlap(one: Ingredient, other: Ingredient) -> bool:
+    """Return whether two sets are the same rows, however their path is written."""
+    if _place(one.path) != _place(other.path):
+        return False
+    if Path(one.path).expanduser().is_file():
+        return True  # a file has one split, whatever it is called
+    # Without a split, the training split is meant.
+    splits = set((one.split or "train").split("+"))
+    return not splits.isdisjoint((other.split or "train").split("+"))
+
+
+def _place(path: str) -> tuple[str, str]:
+    """Return the file or folder that a path leads to, and the subset of it."""
+    folder, _, subset = path.rpartition(":")
+    for name, part in ((path, ""), (folder, subset)):
+        if name and Path(name).expanduser().exists():
+            return str(Path(name).expanduser().resolve()), part
+    return path, ""
 
 
 def _ingredient(entry: str, sources: Collection[str]) -> Ingredient:
@@ -62,7 +105,10 @@ def _ingredient(entry: str, sources: Collection[str]) -> Ingredient:
         return Ingredient(**ingredient)
     said = AMOUNT.fullmatch(amount)
     if not said:
-        raise _wrong(entry, "the amount is a number of rows (=1000) or a share (=50%)")
+        raise _wrong(
+            entry,
+            "the amount is a number of rows (=1000) or a share (=50%), in digits alone",
+        )
     if said["rows"]:
         rows = int(said["rows"])
         if not rows:
@@ -98,10 +144,18 @@ class Draw:
 def draw(row_hashes: np.ndarray, ingredient: Ingredient) -> Draw:
     """Return which of a set's rows are trained on.
 
-    row_hashes: uint64, of all that may be. Raises ValueError where they are too few.
+    row_hashes: uint64, of all that may be. Raises ValueError where they are too few, or where none
+    is in the share.
     """
     if ingredient.rows is None:
-        return Draw(int(ingredient.share * 2**64), 0)
+        limit = int(ingredient.share * 2**64)
+        if ingredient.share < 1 and len(row_hashes) and not (row_hashes < limit).any():
+            raise ValueError(
+                f"data.mix: {ingredient.share:.6%} of {ingredient.name} are none of its "
+                f"{len(row_hashes)} rows to train on. Ask for a number of rows, as in "
+                f"{ingredient.name}=1, or leave the set out."
+            )
+        return Draw(limit, 0)
     if ingredient.rows > len(row_hashes):
         raise ValueError(
             f"data.mix: {ingredient.name} has {len(row_hashes)} rows to train on, without those "

@@ -84,6 +84,7 @@ class Survey:
     # Of the training prompts that are chat, before a cut; none without a tokenizer.
     chat_lengths: ChatLengths = dataclasses.field(default_factory=ChatLengths)
     refusal: str = ""  # why training would stop at these rows, in its own words
+    stops_at_row: bool = False  # whether at a bad row, and not because too many are dropped
 
     def cut_at(self, max_length: int) -> Cut:
         """Return what a cut to one of the measured lengths costs."""
@@ -136,14 +137,18 @@ def take(
         return _take(data, kind, tokenizer, showing)
     except ValueError as error:
         refusal = error
-    lenient = data.copy_and_resolve_references()
-    lenient.update(on_bad_row="drop", max_dropped=1.0)
-    try:
-        found = _take(lenient, kind, tokenizer, showing, must_keep_cue=False)
-    except ValueError:
-        # The settings are wrong, or no row is right: what training says explains it best.
-        raise refusal from None
-    return dataclasses.replace(found, refusal=str(refusal))
+    # First with the rows that training drops anyway: these may only be too many.
+    for on_bad_row in (data.on_bad_row, "drop"):
+        lenient = data.copy_and_resolve_references()
+        lenient.update(on_bad_row=on_bad_row, max_dropped=1.0)
+        try:
+            found = _take(lenient, kind, tokenizer, showing, must_keep_cue=False)
+        except ValueError:
+            continue
+        stops = on_bad_row != data.on_bad_row
+        return dataclasses.replace(found, refusal=str(refusal), stops_at_row=stops)
+    # The settings are wrong, or no row is right: what training says explains it best.
+    raise refusal
 
 
 @dataclass(frozen=True)

@@ -254,6 +254,16 @@ def test_bad_rows_are_counted_with_the_words_of_training(tmp_path):
     assert any("training would stop" in warning for warning in advice.warnings)
 
 
+def test_too_many_rows_that_are_dropped_anyway(tmp_path):
+    """Equal answers never stop training by themselves: on_bad_row=drop would change nothing."""
+    same = {"prompt": "a", "chosen": "w1", "rejected": "w1"}
+    path = write_jsonl(tmp_path / "a.jsonl", [*pairs(3), same, *pairs(3, prefix="q")])
+    advice = data_report.advise(look(path), setup(path=str(path)))
+    assert "on_bad_row" not in advice.command
+    assert "--config.data.max_dropped=0.15" in advice.command
+    assert not any("on_bad_row" in reason for reason in advice.reasons)
+
+
 def test_data_without_a_good_row_is_refused_in_the_words_of_training(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"colour": "red"}, {"colour": "blue"}])
     with pytest.raises(ValueError, match="a.jsonl row 1"):

@@ -66,12 +66,43 @@ def test_entry(entry, expected):
         ("a[train", "a path with none of"),
         ("hhh@a.jsonl", "'hhh' is none of the sources local, hh"),
         ("a.jsonl=1, a.jsonl=2", "this set is named twice"),
+        ("owner/name[train], owner/name", "this set is named twice, also as 'owner/name[train]'"),
+        ("owner/name[test+train], owner/name[train]", "this set is named twice, also as"),
+        ("a.jsonl=1,000", "write the number without commas: a.jsonl=1000."),
+        ("a.jsonl=1, 000, b.jsonl", "write the number without commas: a.jsonl=1000."),
+        ("my rows/a.jsonl=1,000,000", "without commas: my rows/a.jsonl=1000000."),
+        ("a.jsonl=12,5%, b.jsonl", "write the share with a point: a.jsonl=12.5%."),
+        ("a.jsonl=1_000", "in digits alone"),
+        ("a.jsonl=5k", "in digits alone"),
     ],
 )
 def test_wrong_mixture(mix, reason):
     with pytest.raises(ValueError, match="data.mix: ") as error:
         mixtures.parse(mix, SOURCES)
     assert reason in str(error.value) and mixtures.GRAMMAR in str(error.value)
+
+
+def test_one_file_by_several_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "a.jsonl", rows(30, "a"))
+    write_jsonl(tmp_path / "sub" / "train.jsonl", rows(30, "a"))
+    write_jsonl(tmp_path / "sub" / "test.jsonl", rows(30, "b"))
+    (tmp_path / "link.jsonl").symlink_to("a.jsonl")
+    for other in ("./a.jsonl", str(tmp_path / "a.jsonl"), "sub/../a.jsonl", "link.jsonl"):
+        with pytest.raises(ValueError, match="named twice, also as 'a.jsonl=5'|also as 'a.jsonl'"):
+            read(f"a.jsonl=5, {other}=5")
+    with pytest.raises(ValueError, match="named twice, also as 'a.jsonl'"):
+        read("a.jsonl, a.jsonl[train]")
+    with pytest.raises(ValueError, match="named twice, also as 'sub'"):
+        read("sub, ./sub[train]")
+    # Two splits of one set are two sets.
+    assert len(mixtures.parse("sub[train], sub[test]", SOURCES)) == 2
+
+
+def test_share_without_a_row(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", rows(20, "a"))
+    with pytest.raises(ValueError, match=r"0.001000% of .*a.jsonl are none of its 20 rows"):
+        read(f"{tmp_path}/a.jsonl=0.001%", eval_fraction=0.0)
 
 
 def test_counts_and_shares(tmp_path):
