@@ -7,6 +7,7 @@ text each assistant turn is, and refuses what a template silently leaves out. Te
 as black boxes: where a turn starts and ends is found by rendering other conversations.
 """
 
+import dataclasses
 import datetime
 import itertools
 import json
@@ -44,6 +45,12 @@ FIXED_DATE = """\
 # What may stand between "%" and a letter: "-" for no leading zeros, and the like.
 DATE_FLAGS = ("", "-", "_", "0", "^", "#", "E", "O")
 DATE_LETTERS = "aAbBcCdDeFgGhHIjklmMnpPrRsStTuUVwWxXyYzZf"
+# How the generation prompts of some templates end: in a mark that opens the thinking.
+OPENED = re.compile(
+    r"[<\[](?!/)(?!\W*end)[^<>\[\]]*(think|thought|reason)[^<>\[\]]*[>\]]\s*$", re.I
+)
+# A mark that closes it.
+CLOSING = re.compile(r"[<\[]\W*(/|end)[^<>\[\]]*(think|thought|reason)[^<>\[\]]*[>\]]", re.I)
 # Text that no message holds, and that templates neither strip nor escape.
 PROBE = "Zq9xJv3kProbe"
 # How far into its turn an answer's text may begin, in characters, after what ends the prompt.
@@ -62,6 +69,7 @@ class Response:
     spans: tuple[Span, ...] | None = None
     other_turns: int = 0  # turns of users and tools inside it, which are not trained on
     is_laid_behind: bool = False  # the template writes prompt and response differently in one piece
+    is_inside_thinking: bool = False  # the prompt opens the thinking, and the response is all in it
     reasoning_left_out: int = 0  # turns before the last whose reasoning the template leaves out
 
 
@@ -73,6 +81,8 @@ class Rendered:
     responses: tuple[Response, ...]
     is_chat: bool = False
     reasoning_left_out: int = 0  # turns of the prompt whose reasoning the template leaves out
+    is_developer_system: bool = False  # a developer's messages are written as the system's
+    is_without_cue: bool = False  # without the mark that opens the thinking before an answer
 
 
 @dataclass(frozen=True)
@@ -118,30 +128,53 @@ class Chat:
         A response's text continues the prompt's: together they are the conversation as the template
         writes it, up to the white space that some templates put after the last EOS. Where the
         template writes the prompt differently once it is answered, the response is what the
-        template writes from the answer on.
+        template writes from the answer on. The prompt is then the one to sample from, unless it
+        ends in a mark that opens the thinking and a response is of several turns, which the
+        template writes without the mark: then all responses follow the prompt without it.
 
         Raises Malformed where the template refuses the conversation or leaves out something that it
         holds, and where a response cannot be found in it.
         """
-        tools = tools or None  # some templates write about tools where the list is empty
+        tools = _listed_tools(tools)
+        prompt = _listed_calls(prompt)
+        responses = [_listed_calls(response) for response in responses]
         messages = [*prompt, *itertools.chain.from_iterable(responses)]
-        refused = lost = None
-        for form in _forms(messages):
+        errors = []
+        for form in _forms(messages, tools, self._content_as_parts()):
             try:
-                return self._example(
+                rendered = self._example(
                     [form.apply(message) for message in prompt],
                     [[form.apply(message) for message in response] for response in responses],
-                    tools,
+                    form.apply_to_tools(tools),
                 )
-            # The first form is the row's own, so its error is the one to show.
-            except _Refused as error:
-                refused = refused or error
-            except _ContentLost as error:
-                lost = lost or error
-        # Where the template takes a form, what is wrong with that form says more.
-        if lost:
-            raise lost
-        raise Malformed("the chat template refuses this conversation", str(refused))
+            except (_Refused, Malformed) as error:
+                errors.append(error)
+                continue
+            return dataclasses.replace(rendered, is_developer_system=form.developer_is_system)
+        # The first form is the row's own, or the only one for the template. Where the template
+        # refuses it and takes another, what is wrong with that one says more.
+        for error in errors:
+            if isinstance(error, Malformed):
+                raise error
+        raise Malformed(
+            "the chat template refuses this conversation",
+            str(errors[0]),
+            "change the row to what the template takes, or use a template that takes the row",
+        )
+
+    def _content_as_parts(self) -> bool | None:
+        """Return whether the template takes content as a list of parts; None: cannot be told.
+
+        Templates of vision models take parts, some of them nothing else.
+        """
+        if self._known.takes_parts is None:
+            takes_parts = None
+            for content, answer in ((PROBE, False), (_parts(PROBE), True)):
+                text = self._render_or_none([{"role": "user", "content": content}], None, True)
+                if takes_parts is None and text and PROBE in text:
+                    takes_parts = answer
+            self._known.takes_parts = (takes_parts,)
+        return self._known.takes_parts[0]
 
     def _example(self, prompt: list, responses: list[list], tools: list | None) -> Rendered:
         """Return a prompt and its responses as text; raise _Refused for a form not understood."""
@@ -151,15 +184,47 @@ class Chat:
         left_out = 0
         for index in range(len(prompt)):
             left_out += self._check(prompt, index, tools, prompt_text, is_answer=False)
-        found = [self._response(prompt, response, tools, prompt_text) for response in responses]
-        return Rendered(prompt_text, tuple(found), True, left_out)
+        wholes = [self._render([*prompt, *response], tools) for response in responses]
+        shared = self._shared_prompt(prompt, responses, tools, prompt_text, wholes)
+        found = []
+        for response, whole in zip(responses, wholes, strict=True):
+            found.append(self._response(prompt, response, tools, shared, whole))
+        return Rendered(
+            prompt=shared,
+            responses=tuple(found),
+            is_chat=True,
+            reasoning_left_out=left_out,
+            is_without_cue=shared != prompt_text,
+        )
+
+    def _shared_prompt(
+        self, prompt: list, responses: list[list], tools: list | None, text: str, wholes: list[str]
+    ) -> str:
+        """Return the prompt's text that all responses follow.
+
+        text: of the prompt to sample from. It may end in a mark that opens the thinking, which the
+        template writes before the last turn of a conversation alone. Behind it, an earlier turn
+        would be trained on as thinking.
+        """
+        if not OPENED.search(text):
+            return text
+        for response, whole in zip(responses, wholes, strict=True):
+            turns = sum(message["role"] == "assistant" for message in response)
+            if turns < 2 or response[0]["role"] != "assistant" or whole.startswith(text):
+                continue
+            start, cue = self._start([*prompt, *response], len(prompt), tools, whole, text)
+            if OPENED.search(cue) and text == whole[:start] + cue:
+                return whole[:start]
+        return text
 
     def _response(
-        self, prompt: list, response: list, tools: list | None, prompt_text: str
+        self, prompt: list, response: list, tools: list | None, prompt_text: str, whole: str
     ) -> Response:
-        """Return the text of a response and which parts of it are trained on."""
+        """Return the text of a response and which parts of it are trained on.
+
+        whole: prompt and response as the template writes them.
+        """
         messages = [*prompt, *response]
-        whole = self._render(messages, tools)
         _check_form(response, whole)
         left_out = 0
         for index in range(len(prompt), len(messages)):
@@ -168,6 +233,7 @@ class Chat:
         is_laid_behind = not whole.startswith(prompt_text)
         if is_laid_behind:
             start, cue = self._start(messages, len(prompt), tools, whole, prompt_text)
+            self._check_places(messages, len(prompt), tools, start)
         else:
             start, cue = len(prompt_text), ""
         end = start + len(self._without_tail(whole[start:]))
@@ -175,11 +241,17 @@ class Chat:
             start += self._cue_length(response[0], cue, whole[start:end])
 
         text = whole[start:end]
-        if len(response) == 1:
-            return Response(text, None, 0, is_laid_behind, left_out)
-        spans = self._spans(messages, len(prompt), tools, whole, (start, end))
-        others = sum(message["role"] != "assistant" for message in response)
-        return Response(text, spans, others, is_laid_behind, left_out)
+        spans = None
+        if len(response) > 1:
+            spans = self._spans(messages, len(prompt), tools, whole, (start, end))
+        return Response(
+            text=text,
+            spans=spans,
+            other_turns=sum(message["role"] != "assistant" for message in response),
+            is_laid_behind=is_laid_behind,
+            is_inside_thinking=bool(OPENED.search(prompt_text) and not CLOSING.search(text)),
+            reasoning_left_out=left_out,
+        )
 
     def _cue_length(self, message: Message, cue: str, text: str) -> int:
         """Return the length of the cue that an answer's text starts with: it is not to be doubled.
@@ -416,7 +488,7 @@ class Chat:
         message = messages[index]
         lost = self._lost_keys(messages, index, tools, is_answer)
         lost = lost | self._lost_here(messages, index, tools, text, is_answer)
-        lost = lost - set(self.ignore)
+        lost = lost - (set(self.ignore) - {"content"})
         # Some rows have the same text under two names, and a template reads one of them.
         written = [value for key, value in message.items() if key not in lost]
         lost = {key for key in lost if message.get(key) not in written}
@@ -424,23 +496,36 @@ class Chat:
         # A result's name is that of the call before it.
         if role not in ("system", "user", "assistant"):
             lost = lost - {"name"}
-        # Templates leave the reasoning of earlier turns out by design.
-        is_last = is_answer and index == len(messages) - 1
+        # Templates leave the reasoning of earlier turns out by design. Where it is to be trained
+        # on, that takes a template which writes it as long as the turn is the last one.
+        reasoning = lost & set(REASONING)
+        is_trained = is_answer and role == "assistant"
         left_out = 0
-        if not is_last and lost & set(REASONING):
+        if reasoning and not (is_trained and self._never_writes(messages, index, tools, reasoning)):
             left_out = 1
-            lost = lost - set(REASONING)
+            lost = lost - reasoning
         if lost:
             keys = sorted(lost)
             names = ", ".join(map(repr, keys))
-            a_role = f"an {role}" if role[:1] in "aeio" else f"a {role}"
-            error = _ContentLost if "content" in lost else Malformed
-            raise error(
-                f"the chat template does not write {names} of {a_role} message "
-                f"(use a template that does, or pass --config.data.ignore={','.join(keys)})",
+            # To train without what is said is no way out.
+            advice = "use a template that does" if "content" in lost else _way_out(keys)
+            raise Malformed(
+                f"the chat template does not write {names} of {_a(role)} message",
                 _shown(message.get(keys[0], message.get("content"))),
+                advice,
             )
         return left_out
+
+    def _never_writes(self, messages: list, index: int, tools: list | None, keys: set[str]) -> bool:
+        """Return whether the template leaves out these keys of a turn that is the last one too."""
+        until = messages[: index + 1]
+        try:
+            text = self._render(until, tools)
+            lost = self._lost_keys(until, index, tools, is_answer=True)
+        except _Refused:
+            return False
+        lost = lost | self._lost_here(until, index, tools, text, is_answer=True)
+        return keys <= lost
 
     def _lost_keys(
         self, messages: list, index: int, tools: list | None, is_answer: bool
@@ -519,6 +604,32 @@ class Chat:
                     lost.add(key)
         return lost
 
+    def _check_places(self, messages: list, first: int, tools: list | None, start: int) -> None:
+        """Check that nothing of a response is written before its start; raises Malformed.
+
+        It would be lost there, since the prompt's text does not have it. first: the index of the
+        response's first message.
+        """
+        if len(messages) == first + 1:
+            return
+        roles = tuple(message["role"] for message in messages)
+        kind = (roles, first, bool(tools))
+        if kind not in self._known.moved:
+            moved = []
+            for index in range(first, len(messages)):
+                probed = _with(messages, index, _saying(messages[index], PROBE))
+                text = self._render_or_none(probed, tools, False) or ""
+                if 0 <= text.find(PROBE) < start:
+                    moved.append(index)
+            self._known.moved[kind] = tuple(moved)
+        for index in self._known.moved[kind]:
+            raise Malformed(
+                f"the chat template moves {_a(roles[index])} message of a response to before the "
+                "prompt",
+                _shown(messages[index].get("content")),
+                "put it into the prompt, or use a template that writes it in its place",
+            )
+
     def _check_tools(self, prompt: list, tools: list | None, text: str) -> None:
         """Check that the template writes the definitions of tools; raises Malformed."""
         if not tools or "tools" in self.ignore:
@@ -526,13 +637,13 @@ class Chat:
         roles = tuple(message["role"] for message in prompt)
         if roles not in self._known.loses_tools:
             self._known.loses_tools[roles] = self._render_or_none(prompt, None, True) == text
-        names = [tool.get("function", tool).get("name") for tool in tools if isinstance(tool, dict)]
+        names = [_function(tool).get("name") for tool in tools]
         names_found = all(_is_in(name, text) for name in names if isinstance(name, str))
         if self._known.loses_tools[roles] or not names_found:
             raise Malformed(
-                "the chat template does not write the row's tools (use a template that does, or "
-                "pass --config.data.ignore=tools)",
+                "the chat template does not write the row's tools",
                 ", ".join(map(str, names)),
+                _way_out(["tools"]),
             )
 
     # rendering
@@ -581,9 +692,12 @@ class _Known:
 
     templates: dict[bool, str] = field(default_factory=dict)  # by whether there are tools
     specials: re.Pattern | None = None  # all special tokens
+    takes_parts: tuple[bool | None] | None = None  # content as a list of parts
     # What each kind of message loses in rendering: few kinds are met, and many messages.
     lost_keys: dict[tuple, frozenset] = field(default_factory=dict)
     tails: dict[tuple, str] = field(default_factory=dict)  # what ends a turn, by what follows it
+    # Which messages of a response are written before it, by the roles of prompt and response.
+    moved: dict[tuple, tuple[int, ...]] = field(default_factory=dict)
     loses_tools: dict[tuple, bool] = field(default_factory=dict)  # by the roles of the prompt
 
 
@@ -591,57 +705,132 @@ class _Refused(Exception):
     """The template raises an error for a conversation."""
 
 
-class _ContentLost(Malformed):
-    """The template leaves out what a message says: it may take content in another form."""
-
-
 @dataclass(frozen=True)
 class _Form:
-    """How a tool call's arguments, and content that is not there, are given to the template."""
+    """How what a row holds is given to the template."""
 
-    arguments: str = ""  # "text", "object", or "" for as they are
-    fills_content: bool = False
-    as_parts: bool = False  # content as a list of parts, as templates of vision models take it
+    arguments: str = ""  # of calls: "text", "object", or "" for as they are
+    fills_content: bool = False  # "" where a message with calls has no content
+    wraps_functions: bool = False  # calls and tools without "function" are put into one
+    developer_is_system: bool = False
+    as_parts: bool = False  # content as a list of parts
 
     def apply(self, message: Message) -> Message:
         """Return a message in this form."""
-        if self.as_parts and isinstance(message.get("content"), str):
-            message = {**message, "content": _parts(message["content"])}
-        if not message.get("tool_calls"):
-            return message
         message = dict(message)
-        if self.fills_content:
-            message.setdefault("content", "")
-        if self.arguments:
+        if self.as_parts and isinstance(message.get("content"), str):
+            message["content"] = _parts(message["content"])
+        if self.developer_is_system and message["role"] == "developer":
+            message["role"] = "system"
+        if message.get("tool_calls"):
+            if self.fills_content:
+                message.setdefault("content", "")
             message["tool_calls"] = [self._call(call) for call in message["tool_calls"]]
         return message
 
+    def apply_to_tools(self, tools: list | None) -> list | None:
+        """Return definitions of tools in this form."""
+        if tools and self.wraps_functions:
+            return [_wrapped(tool) for tool in tools]
+        return tools
+
     def _call(self, call: dict) -> dict:
-        if not isinstance(call, dict):
-            return call
+        if self.wraps_functions:
+            call = _wrapped(call)
         if isinstance(call.get("function"), dict):
-            return {**call, "function": self._call(call["function"])}
-        arguments = call.get("arguments")
+            return {**call, "function": self._function(call["function"])}
+        return self._function(call)
+
+    def _function(self, function: dict) -> dict:
+        arguments = function.get("arguments")
         if self.arguments == "text" and isinstance(arguments, dict | list):
-            return {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}
+            return {**function, "arguments": json.dumps(arguments, ensure_ascii=False)}
         if self.arguments == "object" and isinstance(arguments, str):
-            return {**call, "arguments": _parsed(arguments)}
-        return call
+            return {**function, "arguments": _parsed(arguments)}
+        return function
 
 
-def _forms(messages: list[Message]) -> Iterator[_Form]:
+def _forms(
+    messages: list[Message], tools: list | None, takes_parts: bool | None
+) -> Iterator[_Form]:
     """Yield the forms in which a template may take these messages, their own form first.
 
-    Rows come with a call's arguments as an object or as its JSON, and with null content or none at
-    all beside calls. Some templates take only one of these.
+    Rows come with a call's arguments as an object or as its JSON, with null content or none at all
+    beside calls, with calls in a "function" or bare, and with system texts of a developer. Some
+    templates take only one of these. takes_parts: whether content is to be a list; None: unknown.
     """
-    yield _Form()
-    if any(message.get("tool_calls") for message in messages):
-        for arguments in ("", "object", "text"):
-            for fills_content in (False, True):
-                if arguments or fills_content:
-                    yield _Form(arguments, fills_content)
-    yield _Form(as_parts=True)
+    calls = [call for message in messages for call in message.get("tool_calls") or ()]
+    is_bare = any("function" not in entry for entry in (*calls, *(tools or ())))
+    is_developers = any(message["role"] == "developer" for message in messages)
+    for as_parts in (False, True) if takes_parts is None else (takes_parts,):
+        for developer_is_system in (False, True)[: 1 + is_developers]:
+            for wraps_functions in (False, True)[: 1 + is_bare]:
+                for arguments in ("", "object", "text")[: 3 if calls else 1]:
+                    for fills_content in (False, True)[: 2 if calls else 1]:
+                        yield _Form(
+                            arguments,
+                            fills_content,
+                            wraps_functions,
+                            developer_is_system,
+                            as_parts,
+                        )
+
+
+def _wrapped(entry: dict) -> dict:
+    """Return a call or a definition of a tool with what says which function in "function"."""
+    if "function" in entry:
+        return entry
+    function = {key: value for key, value in entry.items() if key not in ("type", "id")}
+    outer = {key: entry[key] for key in ("type", "id") if key in entry}
+    return {"type": "function", **outer, "function": function}
+
+
+def _listed_calls(messages: Sequence[Message]) -> list[Message]:
+    """Return messages whose tool calls are a list of objects; raises Malformed for other calls.
+
+    One call may stand without a list, and the list as JSON. A call without arguments has {}.
+    """
+    found = []
+    for message in messages:
+        calls = message.get("tool_calls")
+        if calls is None or calls == "" or calls == []:
+            found.append(message)
+            continue
+        listed = _parsed(calls, list | dict) if isinstance(calls, str) else calls
+        if isinstance(listed, dict):
+            listed = [listed]
+        are_objects = isinstance(listed, list) and all(isinstance(call, dict) for call in listed)
+        if not are_objects or not all(map(_function, listed)):
+            raise Malformed(
+                f"'tool_calls' of {_a(message['role'])} message is not a list of calls",
+                _shown(calls),
+                'a call is {"type": "function", "function": {"name": ..., "arguments": {...}}}',
+            )
+        found.append({**message, "tool_calls": [_with_arguments(call) for call in listed]})
+    return found
+
+
+def _with_arguments(call: dict) -> dict:
+    """Return a call in which arguments that are null or blank are {}."""
+    if "function" in call:
+        return {**call, "function": _with_arguments(call["function"])}
+    arguments = call.get("arguments", "" if set(call) <= {"name", "type", "id"} else {})
+    is_blank = arguments is None or (isinstance(arguments, str) and not arguments.strip())
+    return {**call, "arguments": {}} if is_blank else call
+
+
+def _listed_tools(tools) -> list | None:
+    """Return definitions of tools as a list, None where there are none; raises Malformed."""
+    if not tools:
+        return None  # some templates write about tools where the list is empty
+    listed = [tools] if isinstance(tools, dict) else tools
+    if not isinstance(listed, list) or not all(map(_function, listed)):
+        raise Malformed(
+            "'tools' is not a list of definitions",
+            _shown(tools),
+            'a definition is {"type": "function", "function": {"name": ..., "parameters": {...}}}',
+        )
+    return listed
 
 
 def _fixed_date(date: datetime.date) -> str:
@@ -674,13 +863,13 @@ def _plain(message: Message) -> Message:
     return {"role": message["role"], "content": _saying(message, PROBE)["content"]}
 
 
-def _parsed(arguments: str):
-    """Return the JSON object in a text; the text where it holds none."""
+def _parsed(text: str, kind=dict):
+    """Return the JSON object in a text, or what else of a kind; the text where it holds none."""
     try:
-        value = json.loads(arguments)
+        value = json.loads(text)
     except ValueError:
-        return arguments
-    return value if isinstance(value, dict) else arguments
+        return text
+    return value if isinstance(value, kind) else text
 
 
 def _check_form(messages: list[Message], text: str) -> None:
@@ -818,17 +1007,31 @@ def _common_end(text: str, other: str) -> int:
 
 def _contradicts(cue: str) -> Malformed:
     return Malformed(
-        "the generation prompt of the chat template ends otherwise than the reasoning of the "
-        "response begins (see data.template, which may turn thinking on)",
+        "the prompt already closes the thinking, but the response has reasoning",
         repr(cue),
+        "let the template think, as many do with --config.data.template.enable_thinking=True",
+    )
+
+
+def _a(role: str) -> str:
+    """Return a role with its article."""
+    return f"an {role}" if role[:1] in "aeio" else f"a {role}"
+
+
+def _way_out(keys: list[str]) -> str:
+    """Return what to do about keys that a template does not write."""
+    names = ",".join(keys)
+    return (
+        f"use a template that does, or leave it out with ignore={names} "
+        f"(--config.data.ignore={names} in training, --ignore={names} for score and sample)"
     )
 
 
 def _not_found(turn: int) -> Malformed:
     return Malformed(
-        "the chat template writes the conversation so that an assistant turn cannot be told apart "
-        "(use a template with {% generation %} marks, or rows of one answer each)",
+        "the chat template writes the conversation so that an assistant turn cannot be told apart",
         f"message {turn + 1}",
+        "use a template with {% generation %} marks, or rows of one answer each",
     )
 
 

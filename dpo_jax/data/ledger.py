@@ -9,7 +9,10 @@ from dataclasses import dataclass, field
 
 # What is counted of chat rows, shown where there is any: label -> field of Counts.
 CHAT_LINES = {
-    "responses laid behind the prompt": "laid_behind",
+    "responses rendered behind the prompt": "laid_behind",
+    "prompts without the thinking mark": "without_cue",
+    "responses inside the thinking": "inside_thinking",
+    "developer messages as system": "developer_is_system",
     "turns in responses not trained on": "other_turns",
     "reasoning left out by the template": "reasoning_left_out",
 }
@@ -67,6 +70,9 @@ class Counts:
     merge_example: str = ""  # how the tokens differ at the first of them
     # responses that the chat template does not write straight after the prompt
     laid_behind: int = 0
+    without_cue: int = 0  # prompts without the mark that opens the thinking before an answer
+    inside_thinking: int = 0  # responses in the thinking that the prompt opens
+    developer_is_system: int = 0  # rows whose developer's messages are written as the system's
     other_turns: int = 0  # turns of users and tools in responses, which are not trained on
     reasoning_left_out: int = 0  # turns whose reasoning the chat template leaves out by design
     warnings: list[str] = field(default_factory=list)  # what a person should look at

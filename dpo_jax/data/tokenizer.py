@@ -160,6 +160,7 @@ class Encoder:
         """Return all examples that can be used, and what became of those that were added."""
         self._encode_waiting()
         _warn_of_merges(self._counts)
+        _warn_of_thinking(self._counts)
         cut_chats = self.chat_lengths.warning(self._rule, self._rule.truncate)
         if cut_chats:
             self._counts.warnings.append(cut_chats)
@@ -491,8 +492,9 @@ def _check_no_tools(text: TextExample, chat: Chat) -> None:
     """Check that plain text has no tools beside it, which nothing would write; raise Malformed."""
     if text.tools and "tools" not in chat.ignore:
         raise Malformed(
-            "the row has tools, which a chat template writes, but its prompt is text (give the "
-            "prompt as messages, or pass --config.data.ignore=tools)"
+            "the row has tools, which a chat template writes, but its prompt is text",
+            advice="give the prompt as messages, or leave the tools out with ignore=tools "
+            "(--config.data.ignore=tools in training, --ignore=tools for score and sample)",
         )
 
 
@@ -511,15 +513,19 @@ def _refusal(text: TextExample, error: Malformed) -> ValueError:
     """Return the error for a row that the chat template cannot write, for a person."""
     return ValueError(
         f"{text.where}: {error}.\n"
-        "Fix the row, or drop and count such rows with data.on_bad_row=drop."
+        "Fix the row, or drop and count such rows with on_bad_row=drop "
+        "(--config.data.on_bad_row=drop in training, --on_bad_row=drop for score)."
     )
 
 
 def _count_turns(rendered: Rendered, counts: Counts) -> None:
     """Count what is not trained on as it stands in the row."""
     counts.reasoning_left_out += rendered.reasoning_left_out
+    counts.without_cue += rendered.is_without_cue
+    counts.developer_is_system += rendered.is_developer_system
     for response in rendered.responses:
         counts.laid_behind += response.is_laid_behind
+        counts.inside_thinking += response.is_inside_thinking
         counts.other_turns += response.other_turns
         counts.reasoning_left_out += response.reasoning_left_out
 
@@ -708,6 +714,18 @@ def _warn_of_merges(counts: Counts) -> None:
             f"{merges} of {boundaries} responses would merge with the end of their prompt into "
             f"other tokens: {counts.merge_example}. Text usually continues with a space at the "
             "start of the response, not at the end of the prompt."
+        )
+
+
+def _warn_of_thinking(counts: Counts) -> None:
+    """Add a warning where responses are trained on as thinking."""
+    if counts.inside_thinking:
+        counts.warnings.append(
+            f"{counts.inside_thinking} response(s) follow a prompt in which the chat template "
+            "opens the thinking, and do not close it: the model learns to write them as thinking. "
+            "Give the rows reasoning that the template writes, use a template that closes the "
+            "thinking, or turn thinking off, as many templates do with "
+            "template.enable_thinking=False."
         )
 
 

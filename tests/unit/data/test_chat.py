@@ -1,6 +1,7 @@
 """Chat templates: turns found, nothing lost, dates fixed; ids beside transformers and TRL."""
 
 import datetime
+import json
 
 import pytest
 import trl.data_utils
@@ -17,6 +18,7 @@ EOS = {
     "qwen2_5_training": "<|im_end|>",
     "qwen3": "<|im_end|>",
     "qwen3_training": "<|im_end|>",
+    "qwen3_5_think": "<|im_end|>",
     "qwen3_5_nothink": "<|im_end|>",
     "llama3": "<|eot_id|>",
     "llama3_training": "<|eot_id|>",
@@ -310,6 +312,35 @@ def test_answer_begins_where_a_thinking_block_differs_from_the_cue():
     assert found[1:] == ("⟦</think>B<|im_end|>⟧", "⟦Because.\n</think>\nC<|im_end|>⟧")
 
 
+@pytest.mark.parametrize("name", ["deepseek_r1_distill", "deepseekv3_training", "qwen3_5_think"])
+def test_several_turns_do_not_begin_inside_the_thinking(name):
+    """The template writes earlier turns without the mark that its generation prompt ends in."""
+    chat = chat_of(name)
+    several = [said("B"), user("C"), said("D")]
+    whole = chat._render([user("A"), *several], None)
+    found = chat.example([user("A")], [several, [said("E")]])
+    assert found.is_without_cue and "<think>" not in found.prompt
+    for response, messages in zip(found.responses, (several, [said("E")]), strict=True):
+        # Both answers follow the same prompt, and are what the template writes.
+        whole = chat._render([user("A"), *messages], None)
+        assert found.prompt + response.text == chat._without_tail(whole)
+        assert not response.is_laid_behind and not response.is_inside_thinking
+    assert marked(found.responses[0]).startswith("⟦B")
+    alone = chat.example([user("A")], [[said("E")]])
+    assert alone.prompt == found.prompt + "<think>\n" == chat.prompt([user("A")])
+    assert alone.responses[0].is_inside_thinking == (name != "qwen3_5_think")
+
+
+def test_system_text_that_moves_out_of_the_answer_is_refused():
+    chat = chat_of("deepseek_r1_distill")
+    answer = [said("B"), system("Be brief."), user("C"), said("D")]
+    with pytest.raises(Malformed, match="moves a system message of a response .*'Be brief.'"):
+        chat.example([user("A")], [answer])
+    # In the prompt, it stands at the front as well, and nothing is lost.
+    found = chat.example([user("A"), said("B"), system("Be brief."), user("C")], [[said("D")]])
+    assert found.prompt.startswith("<s>Be brief.")
+
+
 def test_cue_is_not_doubled():
     template = (
         "{% for m in messages %}{{ '<' + m.role + '>' }}"
@@ -336,7 +367,7 @@ def test_options_turn_thinking_off():
 
 def test_reasoning_after_an_empty_thinking_block():
     chat = chat_of("qwen3_5_nothink")
-    with pytest.raises(Malformed, match="generation prompt .* data.template, which may turn"):
+    with pytest.raises(Malformed, match="already closes the thinking.*enable_thinking=True"):
         chat.example([user()], [[said("B", reasoning_content="Because.")]])
 
 
@@ -406,22 +437,30 @@ def test_date_as_an_option():
 @pytest.mark.parametrize(
     "name, answer, tools, message, ignore",
     [
-        ("llama3", said("B"), TOOLS, "does not write the row's tools .*get_weather", "tools"),
+        ("llama3", said("B"), TOOLS, "does not write the row's tools.*get_weather", "tools"),
         ("llama3", called(CALL), None, "does not write 'tool_calls' of an assist", "tool_calls"),
         ("lfm2", called(CALL), TOOLS, "does not write 'tool_calls' of an assist", "tool_calls"),
-        ("llama3_2", said("I look.", tool_calls=[CALL]), TOOLS, "'content' .*I look", "content"),
         ("llama3", said("B", reasoning_content="Hm."), None, "'reasoning_content' .*'Hm", None),
         ("gemma3", said("B", thinking="Hm."), None, "'thinking' of an assistant .*'Hm", None),
         ("deepseek_r1_distill", said("<think>\nHm.\n</think>\nB"), None, "'reasoning'", None),
-        ("llama3", said("B", weight=0), None, "'weight' of an assistant message .*'0'", "weight"),
-        ("llama3", said("B", name="Ann"), None, "'name' of an assistant message .*'Ann'", "name"),
+        ("llama3", said("B", weight=0), None, "'weight' of an assistant message.*'0'", "weight"),
+        ("llama3", said("B", name="Ann"), None, "'name' of an assistant message.*'Ann'", "name"),
     ],
 )
 def test_refuses_what_is_left_out(name, answer, tools, message, ignore):
     with pytest.raises(Malformed, match=message) as error:
         chat_of(name).example([user()], [[answer]], tools)
-    ignore = ignore or str(error.value).split("config.data.ignore=")[1].split(")")[0]
+    ignore = ignore or str(error.value).split("config.data.ignore=")[1].split()[0]
     chat_of(name, ignore=(ignore,)).example([user()], [[said("C")], [answer]], tools)
+
+
+def test_what_a_message_says_cannot_be_ignored():
+    answer = said("I look.", tool_calls=[CALL])
+    for ignore in ((), ("content",)):
+        chat = chat_of("llama3_2", ignore=ignore)
+        with pytest.raises(Malformed, match="does not write 'content' .*I look") as error:
+            chat.example([user()], [[answer]], TOOLS)
+        assert "ignore=" not in str(error.value)
 
 
 def test_refuses_by_each_message_that_is_left_out():
@@ -465,6 +504,23 @@ def test_reasoning_of_earlier_turns_is_counted(earlier):
     assert "Hm." not in found.responses[0].text and "So." in found.responses[0].text
     found = chat.example([user(), earlier, user("More?")], [[last]])
     assert (found.reasoning_left_out, found.responses[0].reasoning_left_out) == (1, 0)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "llama3", "gemma3", "phi3", "deepseek_r1_distill"])
+@pytest.mark.parametrize("key", ["reasoning_content", ""])
+def test_reasoning_of_a_trained_turn_that_is_never_written(name, key):
+    thinks = said("B", reasoning_content="Hm.") if key else said("<think>\nHm.\n</think>\n\nB")
+    chat = chat_of(name)
+    answer = [thinks, user("More?"), said("C")]
+    if not key and name != "deepseek_r1_distill":
+        # It is content, and written as such.
+        assert "Hm." in chat.example([user()], [answer]).responses[0].text
+        return
+    with pytest.raises(Malformed, match="does not write '(reasoning|reasoning_content)' of an ass"):
+        chat.example([user()], [answer])
+    chat_of(name, ignore=(key or "reasoning",)).example([user()], [answer])
+    # In the prompt it is not trained on.
+    assert chat.example([user(), thinks, user()], [[said("C")]]).reasoning_left_out == 1
 
 
 def test_what_is_left_out_may_depend_on_what_follows():
@@ -534,6 +590,71 @@ def test_content_as_parts_for_templates_of_vision_models():
     )
 
 
+@pytest.mark.parametrize(
+    "calls",
+    [
+        CALL,
+        json.dumps([CALL]),
+        [CALL["function"]],
+        [{"function": {"name": "get_weather", "arguments": '{"place": "Paris"}'}}],
+    ],
+)
+@pytest.mark.parametrize("name", ["qwen3", "llama3_2", "glm4moe", "gptoss"])
+def test_other_forms_of_calls(name, calls):
+    answer = {"role": "assistant", "content": None, "tool_calls": calls}
+    del answer["content"]
+    found = rendered(chat_of(name), [user()], [answer], tools=TOOLS)
+    assert found == rendered(chat_of(name), [user()], [called(CALL)], tools=TOOLS)
+
+
+@pytest.mark.parametrize("arguments", [{"arguments": None}, {"arguments": ""}, {}])
+def test_call_without_arguments(arguments):
+    calls = {"function": {"name": "get_weather", **arguments}}
+    _, response = rendered(chat_of("qwen3"), [user()], [called(calls)], tools=TOOLS)
+    assert '{"name": "get_weather", "arguments": {}}' in response
+
+
+@pytest.mark.parametrize("calls", [-1.5, True, "get_weather()", ["f(x=1)"], [[]], [{}]])
+def test_calls_that_are_none(calls):
+    answer = {"role": "assistant", "content": "B", "tool_calls": calls}
+    with pytest.raises(Malformed, match="'tool_calls' of an assistant message is not a list of ca"):
+        chat_of("qwen3").example([user()], [[answer]])
+
+
+@pytest.mark.parametrize("tools", [["get"], 3, [{"function": "get"}], "get", [None]])
+def test_tools_that_are_none(tools):
+    with pytest.raises(Malformed, match="'tools' is not a list of definitions"):
+        chat_of("qwen3").prompt([user()], tools)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama3_2", "glm4moe", "gptoss"])
+def test_bare_tools(name):
+    assert "get_weather" in chat_of(name).prompt([user()], [TOOLS[0]["function"]])
+
+
+def test_developer_is_the_system_where_there_is_none():
+    messages = [{"role": "developer", "content": "Be brief."}, user()]
+    found = chat_of("qwen3").example(messages, [[said("B")]])
+    assert found.prompt == chat_of("qwen3").prompt([system("Be brief."), user()])
+    assert found.is_developer_system
+    # Where the template writes one, it stays.
+    assert not chat_of("gptoss").example(messages, [[said("B")]]).is_developer_system
+    with pytest.raises(Malformed, match="refuses this conversation.*change the row"):
+        chat_of("gemma_training").prompt(messages)
+
+
+def test_the_error_is_that_of_the_form_that_the_template_takes():
+    """A form that it does not take would lose the question."""
+    chat = chat_of("qwen3")
+    broken = {**CALL, "function": {"name": "get_weather", "arguments": [1]}, "index": "first"}
+    answer = {"role": "assistant", "name": "Ann", "tool_calls": [broken]}
+    with pytest.raises(Malformed, match="does not write 'name' of an assistant message"):
+        chat.example([user()], [[answer]])
+    twice = [user("A"), user("B")]
+    with pytest.raises(Malformed, match="refuses this conversation.*roles must alternate"):
+        chat_of("gemma3").prompt(twice)
+
+
 def test_template_of_its_own_for_tools():
     tokenizer = tokenizer_of("llama3")
     tokenizer.chat_template = {"default": template_of("llama3"), "tool_use": template_of("qwen3")}
@@ -592,7 +713,22 @@ def test_encode_counts_what_is_not_trained_on():
     assert (counts.laid_behind, counts.other_turns, counts.reasoning_left_out) == (0, 2, 1)
     assert counts.boundaries == 2
     counts = encoded(tokenizer_of("deepseek_r1_distill"), ([user()], ([said("B")],)))[1]
-    assert counts.laid_behind == 1
+    assert (counts.laid_behind, counts.inside_thinking, counts.without_cue) == (1, 1, 0)
+    (warning,) = counts.warnings
+    assert warning.startswith("1 response(s) follow a prompt in which the chat template opens the")
+    counts = encoded(tokenizer_of("deepseek_r1_distill"), ([user()], (SEVERAL,)))[1]
+    assert (counts.laid_behind, counts.inside_thinking, counts.without_cue) == (0, 0, 1)
+    assert counts.warnings == []
+    developer = [{"role": "developer", "content": "Be brief."}, user()]
+    counts = encoded(tokenizer_of("qwen3"), (developer, ([said("B")],)))[1]
+    assert counts.developer_is_system == 1
+
+
+def test_encode_drops_by_a_short_reason():
+    row = ([user()], ([called(CALL)], [said("B")]))
+    counts = encoded(tokenizer_of("llama3"), row, on_bad_row="drop")[1]
+    reason = "the chat template does not write 'tool_calls' of an assistant message"
+    assert counts.dropped == {reason: 1}
 
 
 def test_encode_mask_follows_the_cut():

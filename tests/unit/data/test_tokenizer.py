@@ -434,11 +434,11 @@ def test_encode_example_prompts_cut_as_training(max_length):
         (None, "row 1 holds chat messages, but the tokenizer has no chat template"),
         (
             "{{ messages[0].content }}{% if add_generation_prompt %}a:{% endif %}",
-            "row 1: the chat template does not write 'content' of an assistant message .*found 'd'",
+            "row 1: the chat template does not write 'content' of an assistant message.*found 'd'",
         ),
         (
             "{{ raise_exception('roles must alternate') }}",
-            "row 1: the chat template refuses this conversation; found roles must alternate",
+            "row 1: the chat template refuses this conversation.*found roles must alternate",
         ),
     ],
 )
