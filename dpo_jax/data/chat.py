@@ -106,7 +106,7 @@ class Chat:
                 f"{where} holds chat messages, but the tokenizer has no chat template. Use a model "
                 "with one (chat_template.jinja beside tokenizer_config.json), or plain text: a "
                 "column of questions is read as text where it is named as the prompt, "
-                "--config.data.columns=prompt=COLUMN. A column of system text or of tools makes all "
+                "--config.data.columns=prompt=COLUMN. A column of system text or tools makes all "
                 "rows chat: leave it out with --config.data.ignore=system,tools."
             )
 

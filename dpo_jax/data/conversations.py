@@ -57,6 +57,11 @@ def without_nulls(struct: dict) -> dict:
     return {key: part for key, part in struct.items() if part is not None}
 
 
+def is_role(value) -> bool:
+    """Return whether a value is a role that a chat message may have, under any of its names."""
+    return isinstance(value, str) and value.strip().lower() in {*ROLES, *CALLS, "function"}
+
+
 def is_chat(value) -> bool:
     """Return whether a value is chat messages, or one of them."""
     messages = value if isinstance(value, list) else [value]
@@ -100,6 +105,8 @@ def _message(message, name: str) -> dict:
             f"field {name!r} has a message whose role is none of "
             f"{', '.join(dict.fromkeys(ROLES.values()))} (or human, gpt, ...)",
             shown(role),
+            "if this is a text that is meant as it stands, such as an answer in JSON, write the "
+            "row as chat messages, whose content is never read as anything else",
         )
     found = {"role": known}
     if content_key in message:
@@ -110,6 +117,9 @@ def _message(message, name: str) -> dict:
         says_the_usual = key in TRAINED and (known != "assistant" or value)
         if key not in (role_key, content_key) and not is_nothing and not says_the_usual:
             found[key] = value
+    if isinstance(found.get("function_call"), str):
+        call = json_of(found["function_call"], f"'function_call' in field {name!r}")
+        found["function_call"] = call
     if isinstance(found.get("function_call"), dict):
         # OpenAI's older name of a single call.
         found["tool_calls"] = [{"type": "function", "function": found.pop("function_call")}]
@@ -117,6 +127,9 @@ def _message(message, name: str) -> dict:
         found["tool_calls"] = json_of(found["tool_calls"], f"'tool_calls' in field {name!r}")
     if isinstance(found.get("tool_calls"), list):
         found["tool_calls"] = [_call_without_nulls(call) for call in found["tool_calls"]]
+    if isinstance(found.get("refusal"), str) and not found.get("content"):
+        # OpenAI's answers have either.
+        found["content"] = found.pop("refusal")
     if len(found) == 1:
         raise Malformed(f"field {name!r} has a message without content", shown(message))
     return found
@@ -149,6 +162,9 @@ def _text_of(content, name: str) -> str:
                 texts.append(part["text"])
                 continue
         kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "refusal" and isinstance(part.get("refusal"), str):
+            texts.append(part["refusal"])
+            continue
         raise Malformed(
             f"field {name!r} has a message with a part of type {kind!r}; only text can be used",
             shown(part),

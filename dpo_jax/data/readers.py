@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TextIO
 
+from dpo_jax.data.conversations import is_role
 from dpo_jax.data.ledger import Malformed
 
 Record = dict | str  # the fields, or a line of JSON that holds them
@@ -162,6 +163,10 @@ def _messages(name: str, text: str) -> str | list | dict:
             return text
         is_openai = "role" in message and ("content" in message or "tool_calls" in message)
         if not is_openai and not ("from" in message and "value" in message):
+            return text
+        role = message.get("role") or message.get("from")
+        # A list that is not read stops the run; one object may be anything that has a role.
+        if isinstance(value, dict) and not is_role(role):
             return text
     return value
 

@@ -1,5 +1,6 @@
 """A row of data as all sources give it, and the values of a record's fields."""
 
+import ast
 import json
 import math
 from dataclasses import dataclass
@@ -100,6 +101,25 @@ def number_of(value) -> float | None:
     except (TypeError, ValueError):
         return None
     return None if math.isnan(number) else number
+
+
+def list_of(value) -> list | None:
+    """Return a list, or what a text says that is one in JSON or as Python writes it; else None."""
+    if isinstance(value, list):
+        return value
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return None
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        try:
+            found = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            return None
+        # NumPy writes no commas, and Python joins two texts with none between them.
+        if repr(found) != value.strip():
+            return None
+    return found if isinstance(found, list) else None
 
 
 def json_of(text, what: str):

@@ -32,6 +32,7 @@ from dpo_jax.data.rows import (
     Row,
     Text,
     json_of,
+    list_of,
     number_field,
     number_of,
     shown,
@@ -60,11 +61,17 @@ FEWEST_WORDS = 3
 CJK = "\u2e80"  # the first character of the scripts of China, Japan and Korea
 # Fields that say something to a model. Where a shape does not use one, and it says what is not in
 # the row anyway, the row is refused.
+REASONING = (
+    *("reasoning_content", "reasoning", "thinking", "thinking_content", "thinking_process"),
+    *("thinking_trajectory", "thinking_trajectories", "thoughts", "chain_of_thought", "cot"),
+    *("reasoning_trace", "rationale", "rationales"),
+)
 CONTENT = (
     *("prompt", "question", "instruction", "input", "context", "history", "text", "completion"),
     *("messages", "conversations", "system", "system_prompt", "system_message", "tools"),
-    *("functions", "documents", "reasoning_content", "thinking", "chat_template_kwargs"),
+    *("functions", "documents", "chat_template_kwargs"),
     *("image", "images", "video", "videos", "audio", "audios"),
+    *REASONING,
 )
 SYSTEM = ("system", "system_prompt", "system_message")
 TOOLS = ("tools", "functions")
@@ -85,8 +92,10 @@ SCORES = (
 )
 # Where a row that is only to be answered has its prompt: the first of these that it has.
 PROMPTS = ("prompt", "messages", "conversations", "conversation", "question", "instruction")
+DELIMITERS = {";": "semicolons", "\t": "tabs", "|": "bars", ",": "commas"}
+TIE = "a tie: no answer is better"
 STAND_IN = "An answer."  # in its place
-ANSWERS = ("completion", "text", "reasoning_content", "thinking")  # of CONTENT: no part of a prompt
+ANSWERS = ("completion", "text", *REASONING)  # of CONTENT: no part of a prompt
 # Fields that say which answer is better -> a value with which it is not a tie.
 DECIDED = {
     "overall_preference": 1,
@@ -198,6 +207,8 @@ def _answered_by_stand_in(fields: dict) -> dict:
         return kept | {"question": question, "chosen": STAND_IN, "rejected": f"No {STAND_IN}"}
     if not isinstance(question, str):
         messages = read_messages(question, asked)
+        if not messages:
+            raise Malformed(f"field {asked!r} is an empty list of messages")
         # A conversation in one field may have its answer already.
         if asked != "prompt" and messages and messages[-1]["role"] == "assistant":
             messages = messages[: last_turn(messages)]
@@ -299,8 +310,26 @@ def _recognised(fields: dict, mapped: tuple[str, ...]) -> Shape:
     if len(best) == 1:
         return best[0]
     if best:
+        different = _without_repeats(fields, mapped)
+        if len(different) < len(fields):
+            return _recognised(different, mapped)
         raise _ambiguous(best)
     raise _unrecognised(fields)
+
+
+def _without_repeats(fields: dict, mapped: tuple[str, ...]) -> dict:
+    """Return the fields without questions that say what `prompt` says, or another one before it."""
+    different = {}
+    for name, value in fields.items():
+        is_question = name in PROMPTS and name not in mapped and isinstance(value, str)
+        if not is_question or name == "prompt":
+            different[name] = value
+            continue
+        others = [fields.get("prompt"), *(different.get(other) for other in PROMPTS)]
+        texts = [squeezed(other) for other in others if isinstance(other, str)]
+        if squeezed(value) not in texts:
+            different[name] = value
+    return different
 
 
 @functools.lru_cache(maxsize=1024)
@@ -350,6 +379,7 @@ def _unrecognised(fields: dict) -> Malformed:
         lacks = f"without {' and '.join(map(repr, lacking))}" if lacking else "but for the values"
         hints.append(f"{shape.name}, {lacks}")
     nearest = f"nearest: {'; '.join(hints[:3])}" if hints else ""
+    nearest = _hint_of_names(fields) or nearest
     error = Malformed("no known shape of row", ", ".join(map(str, fields)), nearest)
     error.example = (
         f"{SHAPES[0].name}: {SHAPES[0].example}\n"
@@ -357,6 +387,31 @@ def _unrecognised(fields: dict) -> Malformed:
         "rejected=COLUMN"
     )
     return error
+
+
+def _hint_of_names(fields: dict) -> str:
+    """Return what is wrong with the names of the fields, if they would be right but for it."""
+    names = [name for name in fields if isinstance(name, str)]
+    for delimiter, called in DELIMITERS.items():
+        if len(names) == 1 and delimiter in names[0]:
+            return (
+                f"the columns seem to be separated by {called}; a .csv file has commas and a .tsv "
+                "file has tabs"
+            )
+    plain = {name.strip().lower(): name for name in names}
+    if not _shapes_with(frozenset(plain), ()):
+        return ""
+    padded = [name for name in names if name != name.strip()]
+    if padded:
+        return f"take the white space from the names {', '.join(map(repr, padded))}"
+    used = set().union(*(shape.uses for shape in _shapes_with(frozenset(plain), ())))
+    renamed = [f"{ours}={name}" for ours, name in plain.items() if ours != name and ours in used]
+    if not renamed:
+        return ""
+    return (
+        "names of fields are in lower case; read these by --config.data.columns="
+        f"{','.join(renamed)}"
+    )
 
 
 def _with_system_and_tools(row: Row, fields: dict) -> Row:
@@ -445,11 +500,19 @@ def _doubts(row: Row, fields: dict) -> Iterable[str]:
                 yield f"{names[0]!r} is below {names[1]!r}, which contradicts the pair"
             elif chosen == rejected:
                 yield f"{names[0]!r} equals {names[1]!r}, by which the pair is a tie"
+    said = [_last_words(response) for response in row.responses]
+    if all(_is_list_of_texts(answer) for answer in said):
+        yield "the answers are lists that are written as text, and are used as such text"
     if row.prompt:
         asked = _last_words(row.prompt)
-        answers = [_last_words(response) for response in row.responses]
-        if any(_ends_in(asked, answer) for answer in answers):
+        if any(_ends_in(asked, answer) for answer in said):
             yield "the prompt ends in one of its answers, which may be meant to follow it"
+
+
+def _is_list_of_texts(text: str) -> bool:
+    """Return whether a text is a list of texts, as tables of text have lists."""
+    found = list_of(text)
+    return bool(found) and all(isinstance(part, str) for part in found)
 
 
 def _last_words(text: Text) -> str:
@@ -509,6 +572,11 @@ def _check_unused(row: Row, fields: dict, used: set[str], shape: str) -> None:
         if is_used or not value or _restates(row, name, value):
             continue
         way = f"leave it out with --config.data.ignore={name} if no answer depends on it"
+        if name in REASONING:
+            way = (
+                "to train on it, write the answers as messages, with the key 'reasoning_content'; "
+                f"else leave it out with --config.data.ignore={name}"
+            )
         if name in ALTERNATIVES:
             way += f", or read the row by it with --config.data.columns={name}={name}"
         raise Malformed(
@@ -560,7 +628,8 @@ def _lists(*names: str) -> Callable[[dict], bool]:
     """Return the test whether all of these fields are lists that are no messages."""
 
     def fits(fields: dict) -> bool:
-        return all(isinstance(fields[name], list) and not is_chat(fields[name]) for name in names)
+        values = [list_of(fields[name]) for name in names]
+        return all(value is not None and not is_chat(value) for value in values)
 
     return fits
 
@@ -587,12 +656,22 @@ def _answered(*names: str) -> Callable[[dict], Row]:
     def read(fields: dict) -> Row:
         prompt = content_field(fields, "prompt") if "prompt" in fields else None
         responses = tuple(content_field(fields, name) for name in names)
+        # With it, the answers are whole conversations.
+        if prompt == [] and not all(_is_conversation(response) for response in responses):
+            raise Malformed("field 'prompt' is an empty list of messages")
         pairs = ONE_PAIR if len(responses) == 2 else ()
         if any(isinstance(part, list) for part in (prompt, *responses)):
             return Row(*split_chat(prompt, responses), pairs)
         return _text_row(text_field(fields, "prompt"), responses, pairs)
 
     return read
+
+
+def _is_conversation(response: Text) -> bool:
+    """Return whether a response has a turn to which it answers."""
+    if isinstance(response, str):
+        return False
+    return not response or any(message["role"] == "user" for message in response)
 
 
 def _prompt_inside(fields: dict) -> Row:
@@ -724,15 +803,15 @@ def _distilabel(fields: dict) -> Row:
     """Read the rows of distilabel's own pairs."""
     # The set keeps its ties, with the answers in the order of the set that it was made from.
     if fields.get("status") == "tie":
-        raise Filtered("a tie: no answer is better")
+        raise Filtered(TIE)
     return _replies("input", "chosen", "rejected")(fields)
 
 
 def _generations(fields: dict) -> Row:
     """Read an instruction with several rated generations."""
-    generations, scores = fields["generations"], fields["ratings"]
-    for name in ("generations", "ratings"):
-        if not isinstance(fields[name], list):
+    generations, scores = (list_of(fields[name]) for name in ("generations", "ratings"))
+    for name, value in (("generations", generations), ("ratings", scores)):
+        if value is None:
             raise Malformed(f"field {name!r} is not a list", shown(fields[name]))
     if len(scores) != len(generations):
         raise Malformed(
@@ -820,7 +899,7 @@ def _arena(fields: dict) -> Row:
     if winner not in ("model_a", "model_b"):
         # The sets have "tie", "tie (bothbad)" and "both_bad".
         if winner.startswith("tie") or winner == "both_bad":
-            raise Filtered("a tie: no answer is better")
+            raise Filtered(TIE)
         raise Malformed("field 'winner' is none of model_a, model_b, tie, both_bad", shown(winner))
     chosen, rejected = chats if winner == "model_a" else reversed(chats)
     return Row(*split_chat(None, (chosen, rejected)), ONE_PAIR)
@@ -858,14 +937,14 @@ def _arena_texts(fields: dict) -> Row:
         chats.append(chat)
     a_wins, b_wins = truth_field(fields, "winner_model_a"), truth_field(fields, "winner_model_b")
     if a_wins == b_wins:
-        raise Filtered("a tie: no answer is better")
+        raise Filtered(TIE)
     chosen, rejected = chats if a_wins else reversed(chats)
     return Row(*split_chat(None, (chosen, rejected)), ONE_PAIR)
 
 
 def _reward_bench_2(fields: dict) -> Row:
     """Read RewardBench 2: some right answers, and some wrong ones, in every pair of both."""
-    right, wrong = fields["chosen"], fields["rejected"]
+    right, wrong = list_of(fields["chosen"]), list_of(fields["rejected"])
     for text in (*right, *wrong):
         if not isinstance(text, str):
             raise Malformed(
@@ -907,7 +986,7 @@ def _either(prompt: Text, fields: dict, names: tuple[str, str], first_is_better:
     """Return a chat row of two replies, of which the first is better, the other (< 0), or none."""
     first, second = (text_field(fields, name) for name in names)
     if first_is_better == 0:
-        raise Filtered("a tie: no answer is better")
+        raise Filtered(TIE)
     replies = (first, second) if first_is_better > 0 else (second, first)
     if isinstance(prompt, str):
         return _reply_row(prompt, replies)
@@ -920,10 +999,18 @@ def _ranked_row(prompt: Text, scored: Iterable[tuple[str, object]]) -> Row:
     Answers that are empty or have no score are left out.
     """
     ranked = []
+    answers = 0
     for text, score in scored:
         number = number_of(score)
-        if number is not None and isinstance(text, str) and text.strip():
+        if not isinstance(text, str) or not text.strip():
+            continue
+        answers += 1
+        if number is not None:
             ranked.append((number, text))
+    if answers < 2:
+        raise Filtered("fewer than two answers")
+    if len(ranked) < 2:
+        raise Unusable("fewer than two answers have a score")
     # Answers with equal scores stay in the row's order.
     ranked.sort(key=lambda answer: -answer[0])
     pairs = []
@@ -931,8 +1018,10 @@ def _ranked_row(prompt: Text, scored: Iterable[tuple[str, object]]) -> Row:
         # Two models may say the same.
         if better[0] > worse[0] and better[1].strip() != worse[1].strip():
             pairs.append((i, j))
+    if not pairs and ranked[0][0] > ranked[-1][0]:
+        raise Unusable("answers with different scores are equal")
     if not pairs:
-        raise Filtered("a tie: no answer is better")
+        raise Filtered(TIE)
     texts = [text for _, text in ranked]
     if isinstance(prompt, list):
         texts = [as_messages("assistant", text) for text in texts]
@@ -1174,6 +1263,7 @@ SHAPES = (
         '{"system": "", "input": "Why?", "chosen": "So.", "rejected": "No."}',
         without=("instruction",),
         fits=_texts("input", *PAIR),
+        also=("rationale", "rationales"),  # a judge's, of the scores
     ),
     Shape(
         "Alpaca pairs",
@@ -1242,6 +1332,7 @@ SHAPES = (
         _generations,
         '{"instruction": "Why?", "generations": ["So.", "No."], "ratings": [5, 1]}',
         without=PAIR,
+        also=("rationale", "rationales"),  # a judge's, of the scores
     ),
     Shape(
         "HelpSteer3",

@@ -1231,6 +1231,149 @@ def test_column_that_looks_like_a_label(tmp_path):
     assert ledger.train.all_warnings() == []
 
 
+@pytest.mark.parametrize(
+    "name", ["reasoning", "rationale", "thinking", "thinking_trajectories", "chain_of_thought"]
+)
+def test_reasoning_in_a_column_is_not_dropped(name):
+    for fields in ({"prompt": "p", "completion": "c"}, PAIR, {"instruction": "i", "output": "o"}):
+        with pytest.raises(Malformed, match=f"'{name}' has content.*'reasoning_content'.*ignore="):
+            local(fields | {name: "Since it is so."})
+        assert local(fields | {name: "Since it is so."}, ignore=(name,))
+        assert local(fields | {name: None})
+    # its prompt is the same
+    assert local_prompt({"prompt": "p", name: "Since it is so."}).prompt == "p"
+
+
+def test_rationale_of_a_judge():
+    fields = {"input": WHY, "chosen": SO, "rejected": NO, "rationale": "The first is right."}
+    assert local(fields).shape == "distilabel, chat"
+
+
+@pytest.mark.parametrize(
+    "scores, error, said",
+    [
+        ([3, 3], Filtered, "a tie: no answer is better"),
+        ([None, None], Unusable, "fewer than two answers have a score"),
+        ([3, None], Unusable, "fewer than two answers have a score"),
+        ([3], Filtered, "fewer than two answers"),
+    ],
+)
+def test_rows_without_a_better_answer(scores, error, said):
+    completions = [{"response": f"a{i}", "overall_score": score} for i, score in enumerate(scores)]
+    with pytest.raises(error) as raised:
+        local({"instruction": WHY, "completions": completions})
+    assert str(raised.value) == said
+
+
+def test_equal_answers_with_different_scores():
+    completions = [{"response": "a", "overall_score": score} for score in (1, 2)]
+    with pytest.raises(Unusable, match="answers with different scores are equal"):
+        local({"instruction": WHY, "completions": completions})
+
+
+def test_function_call_as_text():
+    call = {"name": "now", "arguments": "{}"}
+    called = {"role": "assistant", "content": "", "function_call": json.dumps(call)}
+    row = local({"prompt": [user("q")], "completion": [called]})
+    calls = [{"type": "function", "function": call}]
+    assert row.responses == ([assistant("") | {"tool_calls": calls}],)
+    with pytest.raises(Malformed, match="'function_call' in field 'completion' is not JSON"):
+        local({"prompt": [user("q")], "completion": [called | {"function_call": "now()"}]})
+
+
+def test_refusal_is_the_answer():
+    for content in (None, "", [{"type": "refusal", "refusal": "I cannot."}]):
+        refused = {"role": "assistant", "content": content, "refusal": "I cannot."}
+        if content:
+            del refused["refusal"]
+        row = local({"prompt": [user("q")], "completion": [refused]})
+        assert row.responses == ([assistant("I cannot.")],)
+
+
+def test_lists_in_tables_of_text(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text(
+        'instruction,generations,ratings\nq,"[""a"",""b""]","[1,5]"\nr,"[\'c\', \'d\']","[5, 1]"\n'
+    )
+    splits, _ = read(path)
+    assert [example.responses for example in splits["train"]] == [
+        ([assistant("b")], [assistant("a")]),
+        ([assistant("c")], [assistant("d")]),
+    ]
+    with pytest.raises(Malformed, match="field 'generations' is not a list"):
+        # as NumPy writes it
+        local({"instruction": "q", "generations": "['a' 'b']", "ratings": [1, 2]})
+    # RewardBench 2
+    row = local({"prompt": WHY, "chosen": "['a']", "rejected": "['c', 'd']", "subset": "Focus"})
+    assert row == chat(WHY, *"acd", pairs=((0, 1), (0, 2)), shape="RewardBench 2, chat")
+    row = local({"prompt": WHY, "chosen": "['a']", "rejected": "['c']"})
+    assert (row.responses, len(row.doubts)) == (("['a']", "['c']"), 1)
+    assert "lists that are written as text" in row.doubts[0]
+    # a list of other things, or on one side alone, is an answer
+    assert local({"prompt": WHY, "chosen": "['a']", "rejected": "No."}).doubts == ()
+    assert local({"prompt": WHY, "chosen": "[1, 2]", "rejected": "[2, 3]"}).doubts == ()
+
+
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        (
+            {"Prompt": "p", "CHOSEN": "c", "rejected": "r"},
+            "names of fields are in lower case; read these by "
+            "--config.data.columns=prompt=Prompt,chosen=CHOSEN;",
+        ),
+        (
+            {"prompt": "p", " chosen": "c", "rejected ": "r"},
+            "take the white space from the names ' chosen', 'rejected '",
+        ),
+        ({"prompt;chosen;rejected": "p;c;r"}, "the columns seem to be separated by semicolons"),
+        ({"prompt\tchosen\trejected": "p"}, "the columns seem to be separated by tabs"),
+    ],
+)
+def test_names_that_are_nearly_right(fields, said):
+    with pytest.raises(Malformed) as error:
+        local(fields)
+    assert said in str(error.value)
+
+
+def test_prompts_that_say_the_same():
+    fields = {"prompt": WHY, "question": f" {WHY}", "chosen": SO, "rejected": NO}
+    assert local(fields).prompt == WHY
+    assert local(fields | {"instruction": WHY}).prompt == WHY
+    assert local(fields, parse_columns("question=question")).prompt == [user(f" {WHY}")]
+
+
+def test_prompt_without_messages():
+    for fields in (
+        {"prompt": [], "chosen": SO, "rejected": NO},
+        {"prompt": [], "chosen": [assistant(SO)], "rejected": [assistant(NO)]},
+        {"prompt": [], "completion": SO},
+    ):
+        with pytest.raises(Malformed, match="field 'prompt' is an empty list of messages"):
+            local(fields)
+        with pytest.raises(Malformed, match="field 'prompt' is an empty list of messages"):
+            local_prompt(fields)
+    # the prompt is in the conversations
+    assert local({"prompt": [], "chosen": WHOLE, "rejected": WHOLE_NO}).prompt == [user(WHY)]
+
+
+def test_answers_in_json(tmp_path):
+    asked = {"prompt": "Give JSON.", "rejected": "no"}
+    one = json.dumps({"role": "admin", "content": "x"})
+    rows = [asked | {"chosen": one}]
+    splits, _ = read(write_jsonl(tmp_path / "rows.jsonl", rows))
+    assert splits["train"][0].responses == (one, "no")
+    # what may be a broken table of conversations stops, and the way out is named
+    several = json.dumps([{"role": "admin", "content": "x"}])
+    path = write_jsonl(tmp_path / "rows.jsonl", [asked | {"chosen": several}])
+    with pytest.raises(ValueError, match="meant as it stands.*write the row as chat messages"):
+        read(path)
+    messages = {"prompt": [user("Give JSON.")], "rejected": [assistant("no")]}
+    rows = [messages | {"chosen": [assistant(several)]}]
+    splits, _ = read(write_jsonl(tmp_path / "rows.jsonl", rows))
+    assert splits["train"][0].responses[0] == [assistant(several)]
+
+
 def test_label_beside_an_answer():
     assert local({"instruction": WHY, "output": SO, "kto_tag": False}).label is False
     assert local({"conversations": SHAREGPT, "label": True}).label is True
