@@ -56,7 +56,7 @@ def answered(fields: dict, data, where: str, counts: Counts | None = None) -> li
     """
     row = sources.parser(data)(fields)
     if counts is not None:
-        counts.recognise(row.shape)
+        counts.recognise(row)
     if len(row.responses) == 1:
         # Whether the completion was liked does not matter here.
         row = dataclasses.replace(row, label=None)
