@@ -82,8 +82,8 @@ DATA = dict(
     source=Field("local", "format: local (your files), hh, shp, imdb, tldr, cnn_dailymail or toy"),
     path=Field(
         "",
-        "file (JSON, JSON lines, CSV, Parquet, Arrow; .gz too), folder of such files or of "
-        "save_to_disk, or hub name (owner/name or owner/name:subset)",
+        "file (JSON, JSON lines, CSV, Parquet, Arrow; text .gz, .bz2, .xz too), folder of such "
+        "files or of save_to_disk, or hub name (owner/name or owner/name:subset)",
     ),
     sft_path=Field(
         "", "data for the sft stage and for the prompts to sample from; empty: path or mix"

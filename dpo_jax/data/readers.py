@@ -62,7 +62,7 @@ CACHE = re.compile(r"(cache-|tmp).*\.arrow")
 # Names that tell of a split, but in no word of their own: testset, my_valdata, traindata.
 EVALUATION = "testing|test|validation|valid|val|dev|evaluation|eval|holdout|heldout"
 JOINED_EVALUATION = re.compile(
-    rf"(my|our|the|all|full)?({EVALUATION})"
+    rf"(my|our|the|all|full)?({EVALUATION}|tst|unseen|held)"
     r"(sets?|data|dataset|split|part|files?|pairs|prefs|rows|examples|samples)?"
 )
 ENDS_OF_EVALUATION = re.compile(rf"({EVALUATION}).*|.*({EVALUATION})")
@@ -201,11 +201,21 @@ def _texts_of(value) -> Iterator[str]:
 def _parsed(line: str):
     """Return what a line of JSON holds."""
     try:
-        return json.loads(line)
+        return json.loads(line, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         raise Malformed(
             "the line is not JSON", f"{error.msg} at character {error.pos + 1}"
         ) from None
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict:
+    """Return a JSON object; raise Malformed where a key is there twice: one would be lost."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise Malformed("a key is twice in one object", repr(twice))
+    return value
 
 
 def find_splits(path: str) -> Splits:
@@ -811,7 +821,7 @@ class _Window:
         self._text = ""
         self._start = 0  # of what is still to be taken from the text
         self._line = 1  # on which the text starts
-        self._decoder = json.JSONDecoder()
+        self._decoder = json.JSONDecoder(object_pairs_hook=_object)
 
     def mark(self) -> str:
         """Return the next character that is no white space, or "" at the end of the file."""
@@ -842,6 +852,8 @@ class _Window:
             try:
                 element, self._start = self._decoder.raw_decode(self._text, self._start)
                 return element
+            except Malformed as error:
+                raise self.error(str(error)) from None
             except json.JSONDecodeError as error:
                 # Either it is not JSON, or its end is not in memory yet.
                 if not self._grow():

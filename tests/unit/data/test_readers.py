@@ -337,6 +337,8 @@ def test_card_of_files_that_are_not_there(tmp_path):
         ("pairs held-out-pairs", "held-out-pairs"),
         ("pairs devset", "devset"),
         ("hhtrain shpeval", "shpeval"),
+        ("pairs_trn pairs_tst", "pairs_tst"),
+        ("pairs unseenPairs", "unseenPairs"),
         ("trainset/a evalset/a", "evalset/a"),
     ],
 )
@@ -624,6 +626,16 @@ def test_columns_of_one_name(tmp_path):
     # Spreadsheets leave empty columns.
     (tmp_path / "e.csv").write_text("prompt,chosen,rejected,,\nq,a,b,,\n")
     assert read(tmp_path / "e.csv")[0]["train"][0].responses == ("a", "b")
+
+
+def test_key_twice_in_an_object(tmp_path):
+    line = '{"prompt": "q", "chosen": "a", "chosen": "c", "rejected": "b"}'
+    path = write_jsonl(tmp_path / "a.jsonl", [PAIR, line])
+    with pytest.raises(ValueError, match="a.jsonl row 2: a key is twice in one object; found 'ch"):
+        read(path)
+    (tmp_path / "b.json").write_text(f"[{json.dumps(PAIR)},\n{line}]")
+    with pytest.raises(ValueError, match="b.json .*a key is twice in one object; .* at line 2"):
+        read(tmp_path / "b.json")
 
 
 def test_repeated_header(tmp_path):
