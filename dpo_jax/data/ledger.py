@@ -17,6 +17,8 @@ CHAT_LINES = {
     "reasoning left out by the template": "reasoning_left_out",
 }
 EXAMPLES = 3  # how many dropped rows are named for each reason
+COLUMN = 12  # characters of a column of the table
+WIDEST = 100  # characters of a table with a column for each set of a mixture
 
 
 class Filtered(Exception):
@@ -194,19 +196,41 @@ class Ledger:
         return values
 
     def table(self) -> str:
-        """Return a line for each count, with a column for each split, then the dropped rows."""
+        """Return a line for each count, with a column for each split, then the dropped rows.
+
+        A mixture also has a column for the training rows of each set. Of more sets than there is
+        room for, each has a table of its own.
+        """
         rows = [("", "train", "eval"), *self._rows()]
-        width = max(len(label) for label, _, _ in rows)
-        lines = []
-        for label, train, evals in rows:
-            lines.append(f"{label:<{width}}  {train:>12}  {evals:>12}".rstrip())
+        lines = _aligned(rows, [COLUMN, COLUMN])
+        of_sets = self._columns_of_sets() if self.parts else []
+        has_room = bool(of_sets) and max(map(len, of_sets)) <= WIDEST
+        if has_room:
+            lines = of_sets
         for name, counts in (("train", self.train), ("eval", self.eval)):
             lines += [f"dropped from {name}: {line}" for line in counts.drops()]
         for name, counts in (("train", self.train), ("eval", self.eval)):
             lines += [f"warning, {name}: {line}" for line in counts.all_warnings()]
-        for name, part in self.parts.items():
-            lines += ["", f"of these, {name}", part.table()]
+        if not has_room:
+            for name, part in self.parts.items():
+                lines += ["", f"of these, {name}", part.table()]
         return "\n".join(lines)
+
+    def _columns_of_sets(self) -> list[str]:
+        """Return the lines of the table with a column for each set, then what these are."""
+        rows = [["", "train", "eval"], *map(list, self._rows())]
+        notes = []
+        for number, (name, part) in enumerate(self.parts.items(), 1):
+            train_of = {label: train for label, train, _ in part._rows()}
+            rows[0].append(f"[{number}]")
+            for row in rows[1:]:
+                # A set has no line for what is not in it.
+                row.append(train_of.get(row[0], 0))
+            notes.append(f"[{number}] training rows of {name}")
+        widths = []
+        for column in list(zip(*rows, strict=True))[1:]:
+            widths.append(max(len(str(cell)) for cell in column) + 1)
+        return [*_aligned(rows, widths), *notes]
 
     def _rows(self) -> Iterator[tuple]:
         """Yield the lines of the table: (label, train, eval)."""
@@ -277,3 +301,15 @@ class Ledger:
                 f"{dropped} dropped, {self.train.held_out} held out for eval. See data.path, "
                 "data.train_split, data.max_rows and data.eval_fraction."
             )
+
+
+def _aligned(rows: list, widths: list[int]) -> list[str]:
+    """Return the lines of a table: labels, and columns of these widths."""
+    width = max(len(row[0]) for row in rows)
+    lines = []
+    for label, *cells in rows:
+        columns = [f"{label:<{width}}"]
+        for cell, cell_width in zip(cells, widths, strict=True):
+            columns.append(f"{cell:>{cell_width}}")
+        lines.append("  ".join(columns).rstrip())
+    return lines

@@ -1,6 +1,6 @@
 """Mixtures of data sets: what `data.mix` says, and which rows of each set are drawn.
 
-A mixture is a list of sets, parted by commas, each with the amount of it to train on:
+A mixture is a list of sets, separated by commas, each with the amount of it to train on:
 
     helpful.jsonl=1000, hh@Anthropic/hh-rlhf=50%, owner/name:subset[train_prefs]
 
@@ -122,7 +122,7 @@ def _ingredient(entry: str, sources: Collection[str]) -> Ingredient:
 
 def _wrong(entry: str, reason: str) -> ValueError:
     return ValueError(
-        f"data.mix: {entry.strip()!r}: {reason}. Sets are parted by commas, each {GRAMMAR}."
+        f"data.mix: {entry.strip()!r}: {reason}. Sets are separated by commas, each {GRAMMAR}."
     )
 
 

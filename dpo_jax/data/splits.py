@@ -419,7 +419,7 @@ def _drawn_examples(survey: _Survey, evaluated_on: set[int], ledger: Ledger) -> 
             yield from _drawn(survey.eval, "eval", fields, examples, ledger.eval)
         elif prompt in evaluated_on:
             for _ in examples:
-                ledger.train.filter("evaluated on: its prompt is in an evaluation split")
+                ledger.train.filter("its prompt is evaluated on")
         else:
             yield from _drawn(survey.train, "train", fields, examples, ledger.train)
     if evals:

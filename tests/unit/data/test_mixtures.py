@@ -6,6 +6,7 @@ import random
 import pytest
 
 from dpo_jax.data import dataset, mixtures, splits
+from dpo_jax.data.ledger import Counts, Ledger
 from dpo_jax.data.sources import SOURCES
 from tests.helpers.letters import letters_tokenizer
 from tests.helpers.rows import data_config, pairs, user, write_jsonl, write_parquet
@@ -165,7 +166,7 @@ def test_no_prompt_crosses(tmp_path):
         assert ledger.shared_prompts == 0
         [x] = [part for name, part in ledger.parts.items() if name.endswith("/x")]
         # Its own 40, and what is held out of y.
-        reason = "evaluated on: its prompt is in an evaluation split"
+        reason = "its prompt is evaluated on"
         assert x.train.filtered[reason] > 40
 
 
@@ -283,8 +284,26 @@ def test_load_mixture(tmp_path):
     prompt, _, _ = loaded.train.lengths()
     assert loaded.ledger.train.mean_tokens["prompt"] == pytest.approx(prompt.mean())
     table = loaded.ledger.table()
-    assert f"of these, {tmp_path}/a.jsonl\n" in table and "not drawn for the mixture" in table
+    lines = table.splitlines()
+    assert lines[0].split() == ["train", "eval", "[1]", "[2]"]
+    kept = [loaded.ledger.train.kept, loaded.ledger.eval.kept, 20, b.train.kept]
+    assert ["kept", *map(str, kept)] in [line.split() for line in lines]
+    # A count that one set alone has
+    label = "  dropped: chosen and rejected are equal"
+    [dropped] = [line.removeprefix(label) for line in lines if line.startswith(label)]
+    assert dropped.split() == ["1", "0", "0", "1"]
+    assert f"[1] training rows of {tmp_path}/a.jsonl" in lines
+    assert max(map(len, lines[: lines.index(f"[1] training rows of {tmp_path}/a.jsonl")])) <= 100
     assert set(loaded.ledger.to_dict()["parts"]) == {f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl"}
+
+
+def test_table_of_many_sets():
+    """Sets whose columns do not fit have a table each."""
+    parts = {f"{number}.jsonl": Ledger(Counts(read=number)) for number in range(20)}
+    lines = Ledger.of_parts(parts).table().splitlines()
+    assert lines[0].split() == ["train", "eval"] and lines[1].split() == ["rows", "190", "0"]
+    own = lines.index("of these, 7.jsonl")
+    assert lines[own + 2].split() == ["rows", "7", "0"]
 
 
 def test_mostly_bad_set_of_a_large_mixture(tmp_path):
