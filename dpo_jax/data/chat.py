@@ -51,6 +51,22 @@ OPENED = re.compile(
 )
 # A mark that closes it.
 CLOSING = re.compile(r"[<\[]\W*(/|end)[^<>\[\]]*(think|thought|reason)[^<>\[\]]*[>\]]", re.I)
+# What the template is given in any case, and how it is set, or what would break the rendering.
+GIVEN = {
+    "messages": "these are the row's",
+    "conversation": "the messages are the row's",
+    "tools": "these are the row's, from its column 'tools'",
+    "add_generation_prompt": "the prompt ends where an answer begins, with what opens its turn",
+    "continue_final_message": "the prompt ends where an answer begins",
+    "strftime_now": "templates take the day on which the stage began for today",
+    "raise_exception": "templates refuse a conversation by it",
+} | dict.fromkeys(
+    (
+        *("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+        *("return_assistant_tokens_mask", "tokenizer_kwargs", "sanitize_control_tokens"),
+    ),
+    "it is about tokens, which data's other fields set",
+)
 # Text that no message holds, and that templates neither strip nor escape.
 PROBE = "Zq9xJv3kProbe"
 # How far into its turn an answer's text may begin, in characters, after what ends the prompt.
@@ -100,7 +116,10 @@ class Chat:
     _known: "_Known" = field(default_factory=lambda: _Known(), repr=False, compare=False)
 
     def check(self, where: str) -> None:
-        """Raise ValueError where there is no template to write the messages at `where` with."""
+        """Check that there is a template to write the messages at `where` with.
+
+        Raises ValueError where there is none, and for an option that the template does not read.
+        """
         if not (self.tokenizer.chat_template or self.options.get("chat_template")):
             raise ValueError(
                 f"{where} holds chat messages, but the tokenizer has no chat template. Use a model "
@@ -109,6 +128,36 @@ class Chat:
                 "--config.data.columns=prompt=COLUMN. A column of system text or tools makes all "
                 "rows chat: leave it out with --config.data.ignore=system,tools."
             )
+        if not self._known.has_checked_options:
+            self._check_options()
+            self._known.has_checked_options = True
+
+    def _check_options(self) -> None:
+        """Check that the template reads the options; raises ValueError, or it would ignore them."""
+        for name in self.options:
+            if name in GIVEN:
+                raise ValueError(f"data.template.{name} cannot be set: {GIVEN[name]}.")
+        read = set()
+        meant = set()
+        for template in self._templates():
+            variables, assigned = _variables(template)
+            read |= variables
+            meant |= variables - assigned
+        unknown = sorted(set(self.options) - read - {"chat_template"})
+        if unknown:
+            own = meant - set(GIVEN) - set(self.tokenizer.special_tokens_map)
+            raise ValueError(
+                f"data.template.{unknown[0]}: the chat template does not read {unknown[0]!r}. "
+                f"Options that it reads: {', '.join(sorted(own)) or 'none'}."
+            )
+
+    def _templates(self) -> list[str]:
+        """Return the template, or all of a tokenizer with several: some are for tools alone."""
+        named = self.options.get("chat_template")
+        known = self.tokenizer.chat_template
+        if isinstance(known, dict) and not named:
+            return list(known.values())
+        return [self.tokenizer.get_chat_template(named, None)]
 
     def prompt(self, messages: Sequence[Message], tools: list | None = None) -> str:
         """Return a prompt's text, which ends where an answer begins.
@@ -692,6 +741,7 @@ class _Known:
 
     templates: dict[bool, str] = field(default_factory=dict)  # by whether there are tools
     specials: re.Pattern | None = None  # all special tokens
+    has_checked_options: bool = False
     takes_parts: tuple[bool | None] | None = None  # content as a list of parts
     # What each kind of message loses in rendering: few kinds are met, and many messages.
     lost_keys: dict[tuple, frozenset] = field(default_factory=dict)
@@ -831,6 +881,30 @@ def _listed_tools(tools) -> list | None:
             'a definition is {"type": "function", "function": {"name": ..., "parameters": {...}}}',
         )
     return listed
+
+
+def _variables(template: str) -> tuple[set[str], set[str]]:
+    """Return the names that a template may read from outside, and those that are its own.
+
+    It may read its own names before it sets them, by mistake or to keep what is given.
+    """
+    import jinja2.meta
+
+    # These tags are transformers' own, which jinja2 does not know.
+    plain = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)
+    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
+    try:
+        tree = environment.parse(plain)
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(f"the chat template cannot be read: {error}.") from error
+    names = jinja2.meta.find_undeclared_variables(tree) - set(environment.globals)
+    assigned = {node.name for node in tree.find_all(jinja2.nodes.Name) if node.ctx == "store"}
+    # What it asks to be defined, or gives a default, is an option.
+    for node in tree.find_all((jinja2.nodes.Test, jinja2.nodes.Filter)):
+        is_asked = node.name in ("defined", "undefined", "none", "default", "d")
+        if is_asked and isinstance(node.node, jinja2.nodes.Name):
+            assigned.discard(node.node.name)
+    return names, assigned
 
 
 def _fixed_date(date: datetime.date) -> str:
@@ -1021,10 +1095,7 @@ def _a(role: str) -> str:
 def _way_out(keys: list[str]) -> str:
     """Return what to do about keys that a template does not write."""
     names = ",".join(keys)
-    return (
-        f"use a template that does, or leave it out with ignore={names} "
-        f"(--config.data.ignore={names} in training, --ignore={names} for score and sample)"
-    )
+    return f"use a template that does, or leave it out with --config.data.ignore={names}"
 
 
 def _not_found(turn: int) -> Malformed:

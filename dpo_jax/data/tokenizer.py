@@ -493,8 +493,8 @@ def _check_no_tools(text: TextExample, chat: Chat) -> None:
     if text.tools and "tools" not in chat.ignore:
         raise Malformed(
             "the row has tools, which a chat template writes, but its prompt is text",
-            advice="give the prompt as messages, or leave the tools out with ignore=tools "
-            "(--config.data.ignore=tools in training, --ignore=tools for score and sample)",
+            advice="give the prompt as messages, or leave the tools out with "
+            "--config.data.ignore=tools",
         )
 
 
@@ -513,8 +513,7 @@ def _refusal(text: TextExample, error: Malformed) -> ValueError:
     """Return the error for a row that the chat template cannot write, for a person."""
     return ValueError(
         f"{text.where}: {error}.\n"
-        "Fix the row, or drop and count such rows with on_bad_row=drop "
-        "(--config.data.on_bad_row=drop in training, --on_bad_row=drop for score)."
+        "Fix the row, or drop and count such rows with --config.data.on_bad_row=drop."
     )
 
 
@@ -725,7 +724,7 @@ def _warn_of_thinking(counts: Counts) -> None:
             "opens the thinking, and do not close it: the model learns to write them as thinking. "
             "Give the rows reasoning that the template writes, use a template that closes the "
             "thinking, or turn thinking off, as many templates do with "
-            "template.enable_thinking=False."
+            "data.template.enable_thinking=False."
         )
 
 

@@ -371,6 +371,53 @@ def test_reasoning_after_an_empty_thinking_block():
         chat.example([user()], [[said("B", reasoning_content="Because.")]])
 
 
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        (
+            "qwen3",
+            {"enable_thinkng": False},
+            "not read 'enable_thinkng'. .* reads: enable_thinking.",
+        ),
+        ("zephyr", {"enable_thinking": False}, "not read 'enable_thinking'. .* reads: none."),
+        ("qwen3", {"tools": []}, "data.template.tools cannot be set: these are the row's"),
+        ("qwen3", {"messages": []}, "data.template.messages cannot be set: these are the row's"),
+        ("qwen3", {"add_generation_prompt": True}, "prompt cannot be set: the prompt ends where"),
+        ("qwen3", {"continue_final_message": True}, "message cannot be set: the prompt ends where"),
+        ("qwen3", {"max_length": 3}, "max_length cannot be set: it is about tokens"),
+    ],
+)
+def test_refuses_options_that_the_template_does_not_read(name, options, message):
+    zephyr = "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
+    tokenizer = make_tokenizer(zephyr, "</s>") if name == "zephyr" else tokenizer_of(name)
+    settings = data_config(template=options)
+    with pytest.raises(ValueError, match=message):
+        encode([TextExample([user()], ([said("B")],), "row 1")], tokenizer, settings, "keep_end")
+    with pytest.raises(ValueError, match=message):
+        encode_prompts([TextExample([user()], (), "row 1")], tokenizer, settings, "keep_end")
+
+
+@pytest.mark.parametrize(
+    "name, option",
+    [
+        ("qwen3", "enable_thinking"),
+        ("qwen3_training", "enable_thinking"),
+        ("llama3_2", "date_string"),
+        ("gptoss", "reasoning_effort"),
+        ("gemma3", "bos_token"),
+        ("qwen3", "chat_template"),
+    ],
+)
+def test_options_that_the_template_reads(name, option):
+    chat_of(name, options={option: template_of(name)}).check("row 1")
+    tokenizer = tokenizer_of("llama3")
+    tokenizer.chat_template = {"default": template_of("llama3"), "tool_use": template_of("qwen3")}
+    Chat(tokenizer, options={"enable_thinking": True}).check("row 1")
+    with pytest.raises(ValueError, match="does not read 'enable_thinking'"):
+        named = {"enable_thinking": True, "chat_template": "default"}
+        Chat(tokenizer, options=named).check("row 1")
+
+
 def test_template_as_an_option():
     chat = chat_of("llama3", options={"chat_template": template_of("qwen2_5")})
     assert rendered(chat, [user()], [said("B")])[1] == "⟦B<|im_end|>\n⟧"
@@ -450,7 +497,7 @@ def test_date_as_an_option():
 def test_refuses_what_is_left_out(name, answer, tools, message, ignore):
     with pytest.raises(Malformed, match=message) as error:
         chat_of(name).example([user()], [[answer]], tools)
-    ignore = ignore or str(error.value).split("config.data.ignore=")[1].split()[0]
+    ignore = ignore or str(error.value).split("config.data.ignore=")[1].split(";")[0]
     chat_of(name, ignore=(ignore,)).example([user()], [[said("C")], [answer]], tools)
 
 
