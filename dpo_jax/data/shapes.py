@@ -137,11 +137,14 @@ def local(fields: dict, columns: dict | None = None, ignore: tuple = ()) -> Row:
     columns: our name of a field -> the user's. ignore: fields to leave out. Raises Malformed where
     the row has no known shape, or more than one.
     """
-    fields = _given(fields, columns or {}, ignore)
-    shape = _recognised(fields, tuple(columns or ()))
+    columns = columns or {}
+    fields, shape, is_text = _renamed_and_recognised(fields, columns, ignore)
     try:
-        row = _with_system_and_tools(shape.read(fields), fields)
-        is_settled = bool(ALTERNATIVES & set(columns or ()))
+        row = shape.read(fields)
+        if is_text:
+            row = _as_text(row)
+        row = _with_system_and_tools(row, fields)
+        is_settled = bool(ALTERNATIVES & set(columns))
         _check_unused(row, fields, {*shape.uses, *(ALTERNATIVES if is_settled else ())}, shape.name)
     except Malformed as error:
         error.example = f"{shape.name}: {shape.example}"
@@ -154,6 +157,43 @@ def local(fields: dict, columns: dict | None = None, ignore: tuple = ()) -> Row:
         doubts=tuple(_doubts(row, fields)),
         flags=tuple(_flags(row, fields, shape.uses)),
     )
+
+
+def _renamed_and_recognised(fields: dict, columns: dict, ignore: tuple) -> tuple[dict, Shape, bool]:
+    """Return a row under our names, its shape, and whether its question is to be read as text.
+
+    The latter is asked for by data.columns=prompt=COLUMN where the shape knows COLUMN by its own
+    name, as "instruction" beside UltraFeedback's completions.
+    """
+    renamed = _given(fields, columns, ignore)
+    try:
+        return renamed, _recognised(renamed, tuple(columns)), False
+    except Malformed as error:
+        column = columns.get("prompt")
+        if column not in fields:
+            raise
+        others = {name: each for name, each in columns.items() if name != "prompt"}
+        as_they_are = _given(fields, others, ignore)
+        try:
+            shape = _recognised(as_they_are, tuple(others))
+        except Malformed:
+            raise error from None
+        if column not in shape.needs:
+            raise
+        return as_they_are, shape, True
+
+
+def _as_text(row: Row) -> Row:
+    """Return a chat row of a question and replies as text.
+
+    Raises Malformed where it has other turns too.
+    """
+    texts = []
+    for part in (row.prompt, *row.responses):
+        if isinstance(part, list) and (len(part) != 1 or part[0].keys() != {"role", "content"}):
+            raise Malformed("a conversation of several turns cannot be read as a prompt of text")
+        texts.append(part if isinstance(part, str) else part[0]["content"])
+    return dataclasses.replace(row, prompt=texts[0], responses=tuple(texts[1:]))
 
 
 def local_prompt(fields: dict, columns: dict | None = None, ignore: tuple = ()) -> Row:
@@ -959,27 +999,25 @@ def _reward_bench_2(fields: dict) -> Row:
 
 def _text_row(prompt: str, responses: tuple[str, ...], pairs: tuple) -> Row:
     """Return a row of text; a prompt that its responses repeat is cut from them."""
-    end = _repeated(prompt, responses)
-    if not end:
-        return Row(prompt, responses, pairs)
-    shape = ", repeated prompts cut"
-    # The answers' own: what stands around the prompt in them is the text that they continue.
-    prompt = responses[0][:end]
-    return Row(prompt, tuple(response[end:] for response in responses), pairs, shape=shape)
+    ends, shape = _repeats(prompt, responses)
+    if all(ends):
+        # The answers' own: what stands around the prompt in them is the text that they continue.
+        prompt = responses[0][: ends[0]]
+    rests = [response[end:] for response, end in zip(responses, ends, strict=True)]
+    return Row(prompt, tuple(rests), pairs, shape=shape)
 
 
 def _reply_row(question: str, replies: tuple[str, ...], pairs: tuple | None = None) -> Row:
     """Return a chat row of a question and bare replies to it; two of them are a pair."""
     if pairs is None:
         pairs = ONE_PAIR if len(replies) == 2 else ()
-    shape = ""
-    end = _repeated(question, replies)
-    if end:
+    ends, shape = _repeats(question, replies)
+    answers = []
+    for reply, end in zip(replies, ends, strict=True):
         # A turn of its own does not need the white space between the two.
-        replies = tuple(reply[end:].lstrip() for reply in replies)
-        shape = ", repeated prompts cut"
-    answers = tuple(as_messages("assistant", reply) for reply in replies)
-    return Row(as_messages("user", question), answers, pairs, shape=shape)
+        rest = reply[end:].lstrip() if end else reply
+        answers.append(as_messages("assistant", rest))
+    return Row(as_messages("user", question), tuple(answers), pairs, shape=shape)
 
 
 def _either(prompt: Text, fields: dict, names: tuple[str, str], first_is_better: float) -> Row:
@@ -1026,6 +1064,26 @@ def _ranked_row(prompt: Text, scored: Iterable[tuple[str, object]]) -> Row:
     if isinstance(prompt, list):
         texts = [as_messages("assistant", text) for text in texts]
     return Row(prompt, tuple(texts), tuple(pairs), shape=f", {len(ranked)} completions")
+
+
+def _repeats(prompt: str, responses: tuple[str, ...]) -> tuple[list[int], str]:
+    """Return where each response starts behind the prompt, 0 where it does not repeat it.
+
+    Also returns what the ledger says of it: "" where none does.
+    """
+    end = _repeated(prompt, responses)
+    if end:
+        return [end] * len(responses), ", repeated prompts cut"
+    ends = []
+    for response in responses:
+        end = _repeated(prompt, (response,))
+        # "The sea is" is not repeated by "The sea isn't", nor "a sea" by "a season".
+        ends.append(0 if _in_word(response, end) else end)
+    if not any(ends):
+        return ends, ""
+    # Such as a whole text of a model beside an answer alone. Left as it is, the pair would teach
+    # whether to repeat the prompt.
+    return ends, ", prompt cut from the answer that repeats it"
 
 
 def _repeated(prompt: str, responses: tuple[str, ...]) -> int:

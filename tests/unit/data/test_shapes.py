@@ -837,8 +837,29 @@ def test_tools_column_without_tools():
             "User: Why is that?\nBot: No.",
             ("User: Why is that?\nBot:", " So.", " No."),
         ),
-        # one answer that repeats the question, and answers that begin as a short prompt does
-        ("Why is that?", "Why is that? So.", "No.", ("Why is that?", "Why is that? So.", "No.")),
+        # one answer that repeats the question
+        ("Why is that?", "Why is that? So.", "No.", ("Why is that?", " So.", "No.")),
+        ("Why is that?\n", "So.", "Why is that?\nNo.", ("Why is that?\n", "So.", "No.")),
+        (
+            "Why is that?\n",
+            "So.",
+            "User: Why is that?\nBot: No.",
+            ("Why is that?\n", "So.", " No."),
+        ),
+        # each in its own way
+        (
+            "Why is that?",
+            "Why is that? So.",
+            "User: Why is that?\nBot: No.",
+            ("Why is that?", " So.", " No."),
+        ),
+        # answers that begin as a prompt does
+        (
+            "Tell of a sea",
+            "Tell of a season? So.",
+            "No.",
+            ("Tell of a sea", "Tell of a season? So.", "No."),
+        ),
         ("Hi", "Hi there.", "Hi!", ("Hi", "Hi there.", "Hi!")),
         (
             "天空是什么颜色",
@@ -853,12 +874,15 @@ def test_answers_that_repeat_the_prompt(prompt, chosen, rejected, expected):
     row = local({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     assert (row.prompt, *row.responses) == expected
     is_cut = expected != (prompt, chosen, rejected)
-    assert ("repeated prompts cut" in row.shape) == is_cut
+    assert (" cut" in row.shape) == is_cut
 
 
 def test_replies_that_repeat_the_question():
     row = local({"question": WHY, "chosen": f"{WHY}\n{SO}", "rejected": f"{WHY}\n{NO}"})
     assert row.responses == ([assistant(SO)], [assistant(NO)])
+    row = local({"question": WHY, "chosen": SO, "rejected": f"{WHY}\n{NO}"})
+    assert row.responses == ([assistant(SO)], [assistant(NO)])
+    assert row.shape == "orca_dpo_pairs, prompt cut from the answer that repeats it, chat"
 
 
 @pytest.mark.parametrize(
@@ -918,6 +942,38 @@ def test_columns():
     safer = {"response_0": SO, "response_1": NO, "better_response_id": 1, "safer_response_id": 0}
     row = local({"prompt": WHY} | safer, parse_columns("better_response_id=safer_response_id"))
     assert row.responses == ([assistant(SO)], [assistant(NO)])
+
+
+@pytest.mark.parametrize(
+    "fields, responses",
+    [
+        (
+            {
+                "completions": [
+                    {"response": NO, "overall_score": 2.0},
+                    {"response": SO, "overall_score": 8.0},
+                ]
+            },
+            (SO, NO),
+        ),
+        ({"generations": [SO, NO], "ratings": [5, 1]}, (SO, NO)),
+        ({"chosen_response": SO, "rejected_response": NO}, (SO, NO)),
+        ({"output": SO}, (SO,)),
+    ],
+)
+def test_question_of_known_shape_as_text(fields, responses):
+    """The error of a model without a chat template suggests it, for rows of any shape."""
+    row = local({"instruction": WHY} | fields, parse_columns("prompt=instruction"))
+    assert (row.prompt, row.responses) == (WHY, responses)
+    assert row.shape.endswith(", text")
+    with pytest.raises(Malformed, match="no known shape of row"):
+        local({"instruction": WHY, "source": "x"} | fields, parse_columns("prompt=source"))
+
+
+def test_conversation_is_not_read_as_text():
+    earlier = {"instruction": WHY, "output": SO, "history": [["a", "b"]]}
+    with pytest.raises(Malformed, match="several turns cannot be read as a prompt of text"):
+        local(earlier, parse_columns("prompt=instruction"))
 
 
 def test_columns_refused():
