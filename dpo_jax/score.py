@@ -3,7 +3,8 @@
 Adds to each row (prompt, chosen, rejected) `logp_chosen, logp_rejected`, the summed log-probs in
 nats, and `tokens_chosen, tokens_rejected`, the tokens they are summed over, EOS included. A row of
 one completion gets `logp, tokens`; a row that gives several pairs a line for each, with the pair's
-`chosen` and `rejected`. The tokens, their layout and the log-probs come from the code that trains.
+`chosen` and `rejected`, and a row whose answers tie one for each answer, as `completion`. The
+tokens, their layout and the log-probs come from the code that trains.
 
 No row is left out: one that cannot be scored says why in `unscored`. The last lines say how often
 chosen is more likely than rejected, in each `subset` too. With --reference a second model scores
@@ -201,7 +202,7 @@ def account(counts: Counts) -> str:
     number_width = max(map(len, shown.values()))
     lines = [f"{label:<{width}}  {text:>{number_width}}" for label, text in shown.items()]
     lines += [f"not to be scored: {line}" for line in counts.drops()]
-    lines += [f"warning: {line}" for line in counts.warnings]
+    lines += [f"warning: {line}" for line in counts.all_warnings()]
     return data_flags.in_flags("\n".join(lines), FIELDS, "data")
 
 
@@ -258,9 +259,10 @@ def _lines(
         return [fields | {"unscored": unscored[where]}]
     lines = []
     for example in every_row.answered(fields, data, where):
-        chosen, rejected = example.responses
+        # The row's pairs, or the answers of a tie.
+        names = ("chosen", "rejected") if len(example.responses) == 2 else ("completion",)
         found = scores.get(example.where) or {"unscored": unscored[example.where]}
-        lines.append(fields | {"chosen": chosen, "rejected": rejected} | found)
+        lines.append(fields | dict(zip(names, example.responses, strict=True)) | found)
     return lines
 
 

@@ -4,9 +4,10 @@ import dataclasses
 from collections.abc import Iterator
 
 from dpo_jax.data import sources
-from dpo_jax.data.ledger import Counts, Filtered, Malformed, Unusable
+from dpo_jax.data.conversations import is_chat, without_nulls
+from dpo_jax.data.ledger import Counts, Filtered, Malformed, Tie, Unusable
 from dpo_jax.data.readers import fields_of, find_splits
-from dpo_jax.data.rows import TextExample
+from dpo_jax.data.rows import Row, TextExample
 from dpo_jax.data.shapes import local_prompt, parse_columns
 from dpo_jax.data.splits import examples_of
 
@@ -50,11 +51,17 @@ def prompt(fields: dict, data, where: str) -> TextExample:
 def answered(fields: dict, data, where: str, counts: Counts | None = None) -> list[TextExample]:
     """Return what there is to score in a row: its pairs, or its one completion.
 
-    Each has a place of its own: that of the row, and of several pairs also their number. Equal and
-    empty answers are as good as others. counts: counts what the row is recognised as. Raises one of
-    REFUSALS where there is nothing.
+    Each has a place of its own: that of the row, and of several pairs also their number. Of a tie,
+    each answer is a completion of its own. Equal and empty answers are as good as others.
+    counts: counts what the row is recognised as. Raises one of REFUSALS where there is nothing.
     """
-    row = sources.parser(data)(fields)
+    parse = sources.parser(data)
+    try:
+        row = parse({name: _with_content(value) for name, value in fields.items()})
+    except Tie as tie:
+        if tie.row is None:
+            raise
+        return _answers(tie.row, data, where)
     if counts is not None:
         counts.recognise(row)
     if len(row.responses) == 1:
@@ -68,6 +75,29 @@ def answered(fields: dict, data, where: str, counts: Counts | None = None) -> li
     for number, example in enumerate(examples, 1):
         numbered.append(dataclasses.replace(example, where=f"{where} pair {number}"))
     return numbered
+
+
+def _answers(row: Row, data, where: str) -> list[TextExample]:
+    """Return each answer of a row as a completion."""
+    examples = []
+    for number, response in enumerate(row.responses, 1):
+        alone = dataclasses.replace(row, responses=(response,))
+        place = f"{where} answer {number}"
+        examples += examples_of(alone, "sft", data.turns, place, keep_all=True)
+    return examples
+
+
+def _with_content(value):
+    """Return a field's value; of messages that end in one without content, with an empty one."""
+    messages = value if isinstance(value, list) else [value]
+    if not messages or not is_chat(messages[-1]):
+        return value
+    last = without_nulls(messages[-1])
+    # A message that has its role alone, which a file for training is not to have.
+    if len(last) > 1 or len(last) == len(messages[-1]):
+        return value
+    messages = [*messages[:-1], messages[-1] | {"value" if "from" in last else "content": ""}]
+    return messages if isinstance(value, list) else messages[0]
 
 
 def explained(error: Exception, where: str, fields: dict, advice: str = "") -> ValueError:

@@ -25,6 +25,14 @@ class Filtered(Exception):
     """The source's own rule leaves this row out: counted by reason, not held against the data."""
 
 
+class Tie(Filtered):
+    """No answer of a row is better than another."""
+
+    def __init__(self, row=None):
+        super().__init__("a tie: no answer is better")
+        self.row = row  # its prompt and answers, without pairs, where they can be scored
+
+
 class Unusable(Exception):
     """This row has a known defect: dropped and counted by reason."""
 

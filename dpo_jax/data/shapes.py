@@ -26,7 +26,7 @@ from dpo_jax.data.conversations import (
     squeezed,
     without_nulls,
 )
-from dpo_jax.data.ledger import Filtered, Malformed, Unusable
+from dpo_jax.data.ledger import Filtered, Malformed, Tie, Unusable
 from dpo_jax.data.rows import (
     ONE_PAIR,
     Row,
@@ -93,7 +93,6 @@ SCORES = (
 # Where a row that is only to be answered has its prompt: the first of these that it has.
 PROMPTS = ("prompt", "messages", "conversations", "conversation", "question", "instruction")
 DELIMITERS = {";": "semicolons", "\t": "tabs", "|": "bars", ",": "commas"}
-TIE = "a tie: no answer is better"
 STAND_IN = "An answer."  # in its place
 ANSWERS = ("completion", "text", *REASONING)  # of CONTENT: no part of a prompt
 # Fields that say which answer is better -> a value with which it is not a tie.
@@ -140,10 +139,12 @@ def local(fields: dict, columns: dict | None = None, ignore: tuple = ()) -> Row:
     columns = columns or {}
     fields, shape, is_text = _renamed_and_recognised(fields, columns, ignore)
     try:
-        row = shape.read(fields)
-        if is_text:
-            row = _as_text(row)
-        row = _with_system_and_tools(row, fields)
+        try:
+            row = shape.read(fields)
+        except Tie as tie:
+            tie.row = tie.row and _completed(tie.row, fields, is_text)
+            raise
+        row = _completed(row, fields, is_text)
         is_settled = bool(ALTERNATIVES & set(columns))
         _check_unused(row, fields, {*shape.uses, *(ALTERNATIVES if is_settled else ())}, shape.name)
     except Malformed as error:
@@ -157,6 +158,13 @@ def local(fields: dict, columns: dict | None = None, ignore: tuple = ()) -> Row:
         doubts=tuple(_doubts(row, fields)),
         flags=tuple(_flags(row, fields, shape.uses)),
     )
+
+
+def _completed(row: Row, fields: dict, is_text: bool) -> Row:
+    """Return a row with its system turn and tools, as text if that is how it is to be read."""
+    if is_text:
+        row = _as_text(row)
+    return _with_system_and_tools(row, fields)
 
 
 def _renamed_and_recognised(fields: dict, columns: dict, ignore: tuple) -> tuple[dict, Shape, bool]:
@@ -843,7 +851,7 @@ def _distilabel(fields: dict) -> Row:
     """Read the rows of distilabel's own pairs."""
     # The set keeps its ties, with the answers in the order of the set that it was made from.
     if fields.get("status") == "tie":
-        raise Filtered(TIE)
+        raise Tie
     return _replies("input", "chosen", "rejected")(fields)
 
 
@@ -939,7 +947,7 @@ def _arena(fields: dict) -> Row:
     if winner not in ("model_a", "model_b"):
         # The sets have "tie", "tie (bothbad)" and "both_bad".
         if winner.startswith("tie") or winner == "both_bad":
-            raise Filtered(TIE)
+            raise Tie
         raise Malformed("field 'winner' is none of model_a, model_b, tie, both_bad", shown(winner))
     chosen, rejected = chats if winner == "model_a" else reversed(chats)
     return Row(*split_chat(None, (chosen, rejected)), ONE_PAIR)
@@ -977,7 +985,7 @@ def _arena_texts(fields: dict) -> Row:
         chats.append(chat)
     a_wins, b_wins = truth_field(fields, "winner_model_a"), truth_field(fields, "winner_model_b")
     if a_wins == b_wins:
-        raise Filtered(TIE)
+        raise Tie
     chosen, rejected = chats if a_wins else reversed(chats)
     return Row(*split_chat(None, (chosen, rejected)), ONE_PAIR)
 
@@ -1023,9 +1031,10 @@ def _reply_row(question: str, replies: tuple[str, ...], pairs: tuple | None = No
 def _either(prompt: Text, fields: dict, names: tuple[str, str], first_is_better: float) -> Row:
     """Return a chat row of two replies, of which the first is better, the other (< 0), or none."""
     first, second = (text_field(fields, name) for name in names)
+    replies = (first, second) if first_is_better >= 0 else (second, first)
     if first_is_better == 0:
-        raise Filtered(TIE)
-    replies = (first, second) if first_is_better > 0 else (second, first)
+        answers = tuple(as_messages("assistant", reply) for reply in replies)
+        raise Tie(Row(as_messages("user", prompt), answers))
     if isinstance(prompt, str):
         return _reply_row(prompt, replies)
     return Row(*split_chat(prompt, replies), ONE_PAIR)
@@ -1058,11 +1067,11 @@ def _ranked_row(prompt: Text, scored: Iterable[tuple[str, object]]) -> Row:
             pairs.append((i, j))
     if not pairs and ranked[0][0] > ranked[-1][0]:
         raise Unusable("answers with different scores are equal")
-    if not pairs:
-        raise Filtered(TIE)
     texts = [text for _, text in ranked]
     if isinstance(prompt, list):
         texts = [as_messages("assistant", text) for text in texts]
+    if not pairs:
+        raise Tie(Row(prompt, tuple(texts)))
     return Row(prompt, tuple(texts), tuple(pairs), shape=f", {len(ranked)} completions")
 
 

@@ -170,12 +170,15 @@ def test_score_says_why_a_row_is_unscored(scored, tmp_path, capsys):
     with pytest.raises(ValueError, match="rows.jsonl row 2: .*\n.*\n.*\n.*--on_bad_row=drop"):
         score_rows(folder, tmp_path, rows)
     settings = dict(on_bad_row="drop")  # whatever their share is
-    good, bad, tie = score_rows(folder, tmp_path, rows, settings=settings)
+    good, bad, *tie = score_rows(folder, tmp_path, rows, settings=settings)
     assert "unscored" not in good and good["logp_chosen"] < 0
     assert "'rejected' is not text" in bad["unscored"] and bad["rejected"] == 4
-    assert tie["unscored"] and tie["answers"] == rows[2]["answers"]
+    # No answer is better, so there is no pair: each is a completion.
+    assert [line["completion"].strip() for line in tie] == ["w3", "w4"]
+    assert tie[0]["logp"] == pytest.approx(good["logp_rejected"], abs=1e-4)
+    assert all(line["answers"] == rows[2]["answers"] for line in tie)
     told = capsys.readouterr().out
-    assert "scored 1 pairs into" in told
+    assert "scored 1 pairs and 2 completions into" in told
     assert "not to be scored: 1 x field 'rejected' is not text (rows.jsonl row 2)" in told
     # There is one split, and nothing is held out.
     assert re.search(r"^rows +3$", told, re.M) and "eval" not in told

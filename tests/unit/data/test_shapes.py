@@ -5,10 +5,11 @@ import json
 
 import pytest
 
+from dpo_jax.data import every_row
 from dpo_jax.data.ledger import Filtered, Malformed, Unusable
 from dpo_jax.data.rows import Row
 from dpo_jax.data.shapes import SHAPES, local, local_prompt, parse_columns
-from tests.helpers.rows import PAIR, assistant, read, user, write_jsonl, write_parquet
+from tests.helpers.rows import PAIR, assistant, data_config, read, user, write_jsonl, write_parquet
 
 PAIRED = ((0, 1),)
 
@@ -1428,6 +1429,38 @@ def test_answers_in_json(tmp_path):
     rows = [messages | {"chosen": [assistant(several)]}]
     splits, _ = read(write_jsonl(tmp_path / "rows.jsonl", rows))
     assert splits["train"][0].responses[0] == [assistant(several)]
+
+
+def test_every_answer_is_scored():
+    data = data_config()
+    nothing = {"role": "assistant", "content": None}
+    fields = {"prompt": [user(WHY)], "chosen": [nothing], "rejected": [assistant(NO)]}
+    (pair,) = every_row.answered(fields, data, "row 1")
+    assert pair.responses == ([assistant("")], [assistant(NO)])
+    (pair,) = every_row.answered(fields | {"chosen": nothing}, data, "row 1")
+    assert pair.responses == ([assistant("")], [assistant(NO)])
+    (pair,) = every_row.answered(
+        {"chosen": [user(WHY), {"from": "gpt", "value": None}], "rejected": WHOLE_NO}, data, "row 1"
+    )
+    assert pair.responses == ([assistant("")], [assistant(NO)])
+    # a turn of a user who says nothing is still wrong
+    with pytest.raises(Malformed, match="a message without content"):
+        wrong = fields | {"prompt": [{"role": "user", "content": None}, user(WHY)]}
+        every_row.answered(wrong, data, "row 1")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"instruction": WHY, "generations": [SO, NO], "ratings": [1, 1]},
+        {"prompt": WHY, "response_1": SO, "response_2": NO, "preference_strength": 0},
+    ],
+)
+def test_answers_of_a_tie_are_scored(fields):
+    answers = every_row.answered(fields | {"system": "s"}, data_config(), "row 1")
+    assert [answer.where for answer in answers] == ["row 1 answer 1", "row 1 answer 2"]
+    assert [answer.prompt for answer in answers] == [[system("s"), user(WHY)]] * 2
+    assert [answer.responses for answer in answers] == [([assistant(SO)],), ([assistant(NO)],)]
 
 
 def test_label_beside_an_answer():
