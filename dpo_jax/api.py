@@ -204,6 +204,9 @@ class Model:
         if not len(examples):
             raise ValueError("there is no row to encode.")
         with console.quiet():
+            for warning in counts.warnings:
+                # Fields of a config are settings of this call.
+                console.warn(warning.replace("--config.data.", ""))
             self.checkpoint.check(examples)
         return examples
 

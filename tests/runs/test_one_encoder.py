@@ -245,3 +245,7 @@ def test_cut_chat_prompts_are_told(chat_model, chats):
     data.update(max_length=128, max_prompt_length=64)
     found = dataset.load(data, checkpoint.tokenizer, "pairs", date=DAY)
     assert not found.ledger.train.warnings and not found.ledger.train.prompts_truncated
+    rows = [json.loads(line) for line in chats.read_text().splitlines()]
+    model = dpo_jax.load(chat_model)
+    with pytest.warns(UserWarning, match=r"^40 of 40 chat .* Pass max_length=128 max_prompt_len"):
+        model.encode(rows, date=DAY, max_length=12, max_prompt_length=6, **ENCODING)
