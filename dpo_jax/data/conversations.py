@@ -57,6 +57,19 @@ def without_nulls(struct: dict) -> dict:
     return {key: part for key, part in struct.items() if part is not None}
 
 
+def is_trained_on(message: dict) -> bool:
+    """Return whether a message says nothing against being trained on."""
+    return all(message.get(key, True) for key in TRAINED)
+
+
+def as_context(messages: list) -> list:
+    """Return messages that are only read, without keys that say whether they are trained on."""
+    found = []
+    for message in messages:
+        found.append({key: value for key, value in message.items() if key not in TRAINED})
+    return found
+
+
 def is_role(value) -> bool:
     """Return whether a value is a role that a chat message may have, under any of its names."""
     return isinstance(value, str) and value.strip().lower() in {*ROLES, *CALLS, "function"}

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from dpo_jax.data import mixtures, sources, toy
+from dpo_jax.data.conversations import as_context, is_trained_on
 from dpo_jax.data.ledger import Counts, Filtered, Ledger, Malformed, Unusable
 from dpo_jax.data.readers import fields_of, find_splits
 from dpo_jax.data.rows import Row, Text, TextExample
@@ -460,6 +461,8 @@ def examples_of(
         is_conversation = prompt == []
         if is_conversation:
             prompt, response = _split_conversation(response, turns)
+        if isinstance(prompt, list):
+            prompt = as_context(prompt)
         if not keep_all:
             _check_usable((response,))
         return [TextExample(prompt, (response,), where, row.tools, is_conversation)]
@@ -472,19 +475,20 @@ def examples_of(
     if not row.pairs:
         raise Malformed("a pair needs two responses, in 'chosen' and 'rejected'")
     examples = []
+    prompt = as_context(row.prompt) if isinstance(row.prompt, list) else row.prompt
     for chosen, rejected in row.pairs:
         responses = (row.responses[chosen], row.responses[rejected])
         if not keep_all:
             _check_usable(responses)
-        examples.append(TextExample(row.prompt, responses, where, row.tools))
+        examples.append(TextExample(prompt, responses, where, row.tools))
     return examples
 
 
 def _split_conversation(messages: list, turns: str) -> tuple[list, list]:
     """Part a conversation before the first assistant turn that answers, or before the last one.
 
-    turns: "all" or "last". Raises Malformed where it does not end in an assistant's turn after
-    another's.
+    turns: "all" or "last". The first turns of "all" are prompt, too, where their weight is 0.
+    Raises Malformed where it does not end in an assistant's turn after another's.
     """
     roles = [message["role"] for message in messages]
     # A greeting with which the assistant opens answers nothing.
@@ -493,7 +497,12 @@ def _split_conversation(messages: list, turns: str) -> tuple[list, list]:
         raise Malformed(
             "the conversation does not end in an assistant's turn after a user's", f"roles {roles}"
         )
-    start = roles.index("assistant", asked) if turns == "all" else len(roles) - 1
+    start = len(roles) - 1
+    if turns == "all":
+        answers = [turn for turn in range(asked, len(roles)) if roles[turn] == "assistant"]
+        trained = [turn for turn in answers if is_trained_on(messages[turn])]
+        # With none, the last one is the response, of which the chat template refuses the weight.
+        start = trained[0] if trained else start
     return messages[:start], messages[start:]
 
 

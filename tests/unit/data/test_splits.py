@@ -16,6 +16,21 @@ def test_conversation_for_sft(turns, start):
     assert (example.prompt, example.responses) == (CHAT[:start], (CHAT[start:],))
 
 
+def test_turns_with_weight_0():
+    """OpenAI's rows say so of turns that are not trained on; the first ones are context."""
+    first, last = assistant("a") | {"weight": 0}, assistant("x") | {"weight": 0}
+    chat = [user("q"), first, user("r"), assistant("x")]
+    for turns in ("all", "last"):
+        (example,) = examples_of(Row([], (chat,)), "sft", turns, "row 1")
+        assert (example.prompt, example.responses) == (CHAT[:3], (CHAT[3:],))
+    row = Row(chat[:3], ([assistant("x")], [assistant("y")]), pairs=((0, 1),))
+    assert examples_of(row, "pairs", "all", "row 1")[0].prompt == CHAT[:3]
+    # Between others it stays, for the chat template to refuse.
+    chat = [*CHAT[:3], last, user("s"), assistant("y")]
+    (example,) = examples_of(Row([], (chat,)), "sft", "all", "row 1")
+    assert example.responses == (chat[1:],)
+
+
 @pytest.mark.parametrize("messages", [[], [assistant("a")], [user("q")], [user("q"), user("r")]])
 def test_conversation_without_answer(messages):
     with pytest.raises(Malformed, match="does not end in an assistant's turn"):
