@@ -9,6 +9,7 @@ as black boxes: where a turn starts and ends is found by rendering other convers
 
 import dataclasses
 import datetime
+import difflib
 import itertools
 import json
 import re
@@ -51,6 +52,8 @@ OPENED = re.compile(
 )
 # A mark that closes it.
 CLOSING = re.compile(r"[<\[]\W*(/|end)[^<>\[\]]*(think|thought|reason)[^<>\[\]]*[>\]]", re.I)
+# What rows often hold that a template does not write.
+IGNORED = ("tools", "tool_calls", "name", "system", "reasoning", *REASONING)
 # What the template is given in any case, and how it is set, or what would break the rendering.
 GIVEN = {
     "messages": "these are the row's",
@@ -151,6 +154,17 @@ class Chat:
                 f"Options that it reads: {', '.join(sorted(own)) or 'none'}."
             )
 
+    def misspelt_ignore(self) -> list[str]:
+        """Return warnings of names to ignore that no message had, and that look misspelt."""
+        warnings = []
+        for name in self.ignore:
+            like = difflib.get_close_matches(name, IGNORED, n=1, cutoff=0.75)
+            if like and name not in IGNORED and name not in self._known.ignored:
+                warnings.append(
+                    f"data.ignore has {name!r}, which no message has; did you mean {like[0]!r}?"
+                )
+        return warnings
+
     def _templates(self) -> list[str]:
         """Return the template, or all of a tokenizer with several: some are for tools alone."""
         named = self.options.get("chat_template")
@@ -188,6 +202,8 @@ class Chat:
         prompt = _listed_calls(prompt)
         responses = [_listed_calls(response) for response in responses]
         messages = [*prompt, *itertools.chain.from_iterable(responses)]
+        for message in messages:
+            self._known.ignored.update(name for name in self.ignore if name in message)
         errors = []
         for form in _forms(messages, tools, self._content_as_parts()):
             try:
@@ -742,6 +758,7 @@ class _Known:
     templates: dict[bool, str] = field(default_factory=dict)  # by whether there are tools
     specials: re.Pattern | None = None  # all special tokens
     has_checked_options: bool = False
+    ignored: set[str] = field(default_factory=set)  # names to ignore that messages had
     takes_parts: tuple[bool | None] | None = None  # content as a list of parts
     # What each kind of message loses in rendering: few kinds are met, and many messages.
     lost_keys: dict[tuple, frozenset] = field(default_factory=dict)

@@ -161,6 +161,7 @@ class Encoder:
         self._encode_waiting()
         _warn_of_merges(self._counts)
         _warn_of_thinking(self._counts)
+        self._counts.warnings += self._chat.misspelt_ignore()
         cut_chats = self.chat_lengths.warning(self._rule, self._rule.truncate)
         if cut_chats:
             self._counts.warnings.append(cut_chats)

@@ -771,6 +771,14 @@ def test_encode_counts_what_is_not_trained_on():
     assert counts.developer_is_system == 1
 
 
+def test_encode_warns_of_a_misspelt_name_to_ignore():
+    tokenizer = tokenizer_of("llama3")
+    row = ([user()], ([said("B", names="Ann")], [said("C")]))
+    counts = encoded(tokenizer, row, ignore=("tolls", "names", "weight"))[1]
+    warning = "data.ignore has 'tolls', which no message has; did you mean 'tools'?"
+    assert counts.warnings == [warning]
+
+
 def test_encode_drops_by_a_short_reason():
     row = ([user()], ([called(CALL)], [said("B")]))
     counts = encoded(tokenizer_of("llama3"), row, on_bad_row="drop")[1]
