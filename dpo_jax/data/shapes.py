@@ -541,6 +541,9 @@ def _doubts(row: Row, fields: dict) -> Iterable[str]:
     """Yield what a person should look at in a row that says two things."""
     if row.pairs == ONE_PAIR:
         for names in SCORES:
+            # Most rows have none of them.
+            if names[0] not in fields or names[1] not in fields:
+                continue
             chosen, rejected = (number_of(fields.get(name)) for name in names)
             if chosen is None or rejected is None:
                 continue
