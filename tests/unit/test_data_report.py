@@ -63,7 +63,7 @@ def lines_of(found: Survey, **options) -> list[str]:
 
 
 def test_lengths_are_those_of_training(tmp_path):
-    path = write_jsonl(tmp_path / "a.jsonl", [row(words(3), words(5), words(2)), *word_pairs(4)])
+    path = write_jsonl(tmp_path / "a.jsonl", [row(words(3), words(5, first=9), words(2)), *word_pairs(4)])
     model = tokenizer()
     found = look(path, model)
     loaded = dataset.load(settings(path), model, "pairs")
@@ -106,7 +106,7 @@ def test_cost_of_a_cut(tmp_path):
     # With BOS and EOS: 601 + 101 tokens, 101 + 601, 11 + 6, and 6 tokens of the other responses.
     rows = [
         row(words(600), words(100), words(5)),
-        row(words(100), words(600), words(5)),
+        row(words(100), words(600, first=9), words(5)),
         row(words(10), words(5), words(5, first=9)),
     ]
     found = look(write_jsonl(tmp_path / "a.jsonl", rows), tokenizer())
