@@ -63,7 +63,9 @@ def lines_of(found: Survey, **options) -> list[str]:
 
 
 def test_lengths_are_those_of_training(tmp_path):
-    path = write_jsonl(tmp_path / "a.jsonl", [row(words(3), words(5, first=9), words(2)), *word_pairs(4)])
+    path = write_jsonl(
+        tmp_path / "a.jsonl", [row(words(3), words(5, first=9), words(2)), *word_pairs(4)]
+    )
     model = tokenizer()
     found = look(path, model)
     loaded = dataset.load(settings(path), model, "pairs")
