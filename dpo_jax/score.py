@@ -144,8 +144,11 @@ def _encode(options: Options, data, tokenizer) -> Encoded:
     truncate = dataset.truncation(data)
     # Pairs and completions apart: examples that are laid out together have equally many responses.
     encoders = {}
+    # The encoder stops at what the chat template refuses, and says why.
+    strict = data.copy_and_resolve_references()
+    strict.on_bad_row = "error"
     for responses in SIDES:
-        encoders[responses] = Encoder(tokenizer, data, truncate, date=options.date, keep_all=True)
+        encoders[responses] = Encoder(tokenizer, strict, truncate, date=options.date, keep_all=True)
     counts = Counts()
     unscored = {}
     added = []
@@ -162,18 +165,26 @@ def _encode(options: Options, data, tokenizer) -> Encoded:
             continue
         counts.further_pairs += len(examples) - 1
         for example in examples:
-            encoders[len(example.responses)].add(example)
+            try:
+                encoders[len(example.responses)].add(example)
+            except ValueError as error:
+                refusal = error.__cause__
+                # Other errors are about the model or the settings.
+                if data.on_bad_row == "error" or not isinstance(refusal, Malformed):
+                    raise
+                unscored[example.where] = data_flags.in_flags(str(refusal), FIELDS, "data")
+                counts.drop(refusal.reason, example.where)
+                continue
             added.append(example.where)
     if not counts.read:
         raise ValueError(f"{options.data} has no rows to score.")
 
     completions, of_completions = encoders[1].finish()
     pairs, of_pairs = encoders[2].finish()
-    # What the chat template refuses is left out by the encoder.
     kept = {*pairs.where, *completions.where}
     for where in added:
         if where not in kept:
-            unscored[where] = "the chat template cannot write it"
+            unscored[where] = "it cannot be tokenised"
     # The lengths of pairs are shown, where there are any.
     of_pairs.mean_tokens = of_pairs.mean_tokens or of_completions.mean_tokens
     of_completions.mean_tokens = {}

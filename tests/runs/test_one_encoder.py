@@ -213,7 +213,10 @@ def test_refusals_name_the_flags_of_the_command(chat_model, tmp_path):
     assert "data." not in str(told.value)
     score_file(chat_model, path, tmp_path / "out.jsonl", settings=dict(on_bad_row="drop"))
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert all("unscored" in line for line in lines) and len(lines) == 2
+    assert len(lines) == 2
+    for line in lines:
+        assert "does not write 'reasoning_content'" in line["unscored"]
+        assert "--ignore=reasoning_content" in line["unscored"]
 
 
 def test_prompts_that_training_leaves_whole_are_sampled_whole(chat_model, chats):
