@@ -225,7 +225,8 @@ def test_run_of_other_version_is_refused(model, pairs, tmp_path, monkeypatch):
                 (folder / "done.json").write_text(done)
                 run(config, tmp_path)
                 (folder / "done.json").unlink()
-                with pytest.raises(StageChanged, match=f"{name} 1 in the folder, 2 now"):
+                found = f"{name} {versions[name]} in the folder, {versions[name] + 1} now"
+                with pytest.raises(StageChanged, match=found):
                     run(config, tmp_path)
 
 
