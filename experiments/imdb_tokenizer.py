@@ -42,8 +42,7 @@ def reviews(path: str) -> Iterator[str]:
     splits = readers.find_splits(path)
     for name in SPLITS:
         for _, record in splits[name]():
-            _, responses = sources.imdb(readers.fields_of(record))
-            yield responses[0]
+            yield sources.imdb(readers.fields_of(record)).responses[0]
 
 
 def main():
