@@ -11,8 +11,11 @@ from dpo_jax import config as configs
 from dpo_jax.config_checks import ALLOWED
 from dpo_jax.config_files import parse_options
 
-# A field of config.data as messages name it; not a file such as "my.data.path".
-FIELD = re.compile(r"(?<![\w./-])(?:--)?(?:config\.)?data\.(?P<name>[a-z_]+)\b")
+# A field of config.data as messages name it, or an option of data.template; not a file such as
+# "my.data.path", nor what a row says in quotes.
+FIELD = re.compile(
+    r"(?<![\w./'\"-])(?:--)?(?:config\.)?data\.(?P<name>[a-z_]+)\b(?:\.(?P<option>[a-z_]+)(?==))?"
+)
 
 
 class _OptionsParser(flags.ArgumentParser):
@@ -76,7 +79,10 @@ def in_flags(text: str, names: Sequence[str], path: str) -> str:
 
     def flag(found: re.Match) -> str:
         name = found["name"]
-        return f"--{flag_of[name]}" if name in flag_of else found[0]
+        if name not in flag_of:
+            return found[0]
+        option = found["option"]
+        return f"--{flag_of[name]}={option}" if option else f"--{flag_of[name]}"
 
     return FIELD.sub(flag, text)
 

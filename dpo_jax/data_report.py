@@ -513,7 +513,7 @@ def _fit_steps(found: Survey, setup: Setup, texts: dict, reasons: list) -> None:
 
     rows = found.ledger.train.kept
     if rows < block.batch_size:
-        add("batch_size", min(8, rows), f"there are only {_plural(rows, 'row')}")
+        add("batch_size", min(8, rows), f"the data has {_plural(rows, 'row')}")
     steps = batches.steps_of(rows, block.batch_size, steps=block.steps, epochs=block.epochs)
     length = _plural(steps, "step")
     if steps <= block.warmup_steps:

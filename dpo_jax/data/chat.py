@@ -16,6 +16,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from dpo_jax.data.conversations import TRAINED
 from dpo_jax.data.ledger import Malformed
 
 # A template reads reasoning from one of these keys.
@@ -573,7 +574,13 @@ class Chat:
             keys = sorted(lost)
             names = ", ".join(map(repr, keys))
             # To train without what is said is no way out.
-            advice = "use a template that does" if "content" in lost else _way_out(keys)
+            if "content" in lost:
+                advice = "use a template that does"
+            elif lost & set(TRAINED):
+                # Left out, the turn would be trained on after all.
+                advice = "leave out this turn and those before it, or end the row before it"
+            else:
+                advice = _way_out(keys)
             raise Malformed(
                 f"the chat template does not write {names} of {_a(role)} message",
                 _shown(message.get(keys[0], message.get("content"))),

@@ -25,6 +25,9 @@ from dpo_jax.data.sources import SOURCES, Source
 
 # Where data.eval_split is empty, the first of these that the data set has.
 EVAL_SPLITS = ("test", "validation", "valid", "valid1")
+# A longer system text, in characters, is taken for what the question is about, not for a manner to
+# answer in.
+LONGEST_MANNER = 200
 # What an assistant's message may say beside its content.
 SAID_BESIDE = ("reasoning_content", "reasoning", "thinking", "tool_calls")
 
@@ -246,9 +249,10 @@ def prompt_hash(example: TextExample) -> int:
 def question(example: TextExample) -> Text:
     """Return what tells an example's prompt from others; where there is none, the response.
 
-    Text is itself. A chat is its turns up to the last thing that a user says, without system text
-    and tools, and where that is one message, its text: so a question is the same in every form. In
-    a whole conversation it does not depend on how much of it config.data.turns takes as the prompt.
+    Text is itself. A chat is its turns up to the last thing that a user says, without tools and
+    short system texts, and where that is one message, its text: so a question is the same in every
+    form. In a whole conversation it does not depend on how much of it config.data.turns takes as
+    the prompt.
     """
     if not example.prompt or isinstance(example.prompt, str):
         return example.prompt or example.responses[0]
@@ -259,9 +263,11 @@ def question(example: TextExample) -> Text:
     end = 0
     for message in messages:
         role = message["role"]
-        if role in ("system", "developer"):
+        content = message.get("content", "")
+        # "Be brief." makes no other question of it; a document to answer about does.
+        if role in ("system", "developer") and len(content) <= LONGEST_MANNER:
             continue
-        turns.append({"role": role, "content": message.get("content", "")})
+        turns.append({"role": role, "content": content})
         if role == "user":
             end = len(turns)
     # What comes after it, such as calls of tools, may be in one row's prompt and another's answer.

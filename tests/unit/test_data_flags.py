@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from dpo_jax import data_flags
 from tests.helpers.paths import ROOT
 
 PROGRAM = """
@@ -71,3 +72,12 @@ def test_flags_take_the_types_of_the_config():
 def test_flags_refuse_other_types(flag, said):
     done = program(flag)
     assert done.returncode == 2 and done.stderr.startswith(f"error: {flag}: {said}"), done.stderr
+
+
+def test_options_of_the_template_are_named_as_the_flag_takes_them():
+    names = ["template", "ignore"]
+    advice = "pass --config.data.template.enable_thinking=True, or --config.data.ignore=tools"
+    expected = "pass --template=enable_thinking=True, or --ignore=tools"
+    assert data_flags.in_flags(advice, names, "data") == expected
+    # What a row says stays.
+    assert data_flags.in_flags("found {'data.path': 1}", names, "data") == "found {'data.path': 1}"

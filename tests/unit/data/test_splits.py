@@ -53,6 +53,7 @@ def test_unpaired_rows():
 
 
 SYSTEM = {"role": "system", "content": "Be brief."}
+DOCUMENT = {"role": "system", "content": "It rained in London again. " * 20}
 
 
 @pytest.mark.parametrize(
@@ -68,6 +69,7 @@ SYSTEM = {"role": "system", "content": "Be brief."}
         ),
         ([SYSTEM, *CHAT[:3]], CHAT[:3]),
         ([user("q"), SYSTEM], "q"),
+        ([DOCUMENT, user("q")], [DOCUMENT, user("q")]),
         ([assistant("Hello."), user("q")], [assistant("Hello."), user("q")]),
     ],
 )
