@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 from dpo_jax.data.conversations import TRAINED
 from dpo_jax.data.ledger import Malformed
+from dpo_jax.data.rows import shared_length
 
 # A template reads reasoning from one of these keys.
 REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -449,7 +450,7 @@ class Chat:
         empty thinking block in `lead` before what an answer says. said: by the message before.
         Returns None where they have no such header.
         """
-        same = self._not_inside_token(before, len(_common_start(lead, before)))
+        same = self._not_inside_token(before, shared_length(lead, before))
         by_start = len(lead) - same, before[same:]
         if same in (len(lead), len(before)):
             return by_start
@@ -460,7 +461,7 @@ class Chat:
             for in_lead, in_before in ((length, 0), (0, length)):
                 shared_lead = lead[: max(len(lead) - in_lead, 0)]
                 shared_before = before[: max(len(before) - in_before, 0)]
-                common = _common_end(shared_lead, shared_before)
+                common = shared_length(shared_lead[::-1], shared_before[::-1])
                 shared = shared_before[len(shared_before) - common :]
                 if last_words and last_words in shared:
                     return len(lead) - len(shared_lead), before[len(shared_before) :]
@@ -538,7 +539,7 @@ class Chat:
         # What only the first of the two has is the generation prompt. The second may have an EOS.
         same = len(closed.removesuffix(self.tokenizer.eos_token or ""))
         if not asked.startswith(closed[:same]):
-            same = self._not_inside_token(asked, len(_common_start(asked, closed)))
+            same = self._not_inside_token(asked, shared_length(asked, closed))
         cue = asked[same:]
         return open_text.removesuffix(cue) if open_text.endswith(cue) else ""
 
@@ -573,7 +574,7 @@ class Chat:
         if lost:
             keys = sorted(lost)
             names = ", ".join(map(repr, keys))
-            # To train without what is said is no way out.
+            # Ignored, the message would be trained on without what it says.
             if "content" in lost:
                 advice = "use a template that does"
             elif lost & set(TRAINED):
@@ -1081,26 +1082,6 @@ def _replaced(messages: list[Message], index: int, key: str, value) -> list[Mess
 def _with(messages: list[Message], index: int, message: Message) -> list[Message]:
     """Return messages with another one at a place."""
     return [*messages[:index], message, *messages[index + 1 :]]
-
-
-def _common_start(text: str, other: str) -> str:
-    """Return the longest text with which both start."""
-    length = 0
-    for mine, theirs in zip(text, other, strict=False):
-        if mine != theirs:
-            break
-        length += 1
-    return text[:length]
-
-
-def _common_end(text: str, other: str) -> int:
-    """Return the length of the longest text in which both end."""
-    length = 0
-    for mine, theirs in zip(reversed(text), reversed(other), strict=False):
-        if mine != theirs:
-            break
-        length += 1
-    return length
 
 
 def _contradicts(cue: str) -> Malformed:

@@ -128,3 +128,15 @@ def json_of(text, what: str):
         return json.loads(text)
     except (TypeError, json.JSONDecodeError):
         raise Malformed(f"{what} is not JSON", shown(text)) from None
+
+
+def shared_length(this: str | list, that: str | list) -> int:
+    """Return how many characters, or other parts, two sequences share at their start."""
+    least, most = 0, min(len(this), len(that))
+    while least < most:
+        middle = (least + most + 1) // 2
+        if this[:middle] == that[:middle]:
+            least = middle
+        else:
+            most = middle - 1
+    return least

@@ -35,6 +35,7 @@ from dpo_jax.data.rows import (
     list_of,
     number_field,
     number_of,
+    shared_length,
     shown,
     text_field,
     truth_field,
@@ -1121,7 +1122,7 @@ def _repeated(prompt: str, responses: tuple[str, ...]) -> int:
 
 def _shared_prompt(chosen: str, rejected: str) -> int:
     """Return where the answers start in two texts that begin with the same prompt."""
-    shared = _shared_length(chosen, rejected)
+    shared = shared_length(chosen, rejected)
     # Answers may begin with the same words, so the last cue they share says more than these.
     cues = list(CUE.finditer(chosen, 0, shared))
     if cues:
@@ -1149,18 +1150,6 @@ def _is_long(text: str) -> bool:
         return True
     # Scripts that write words without spaces.
     return sum(letter >= CJK for letter in text) >= 2 * FEWEST_WORDS
-
-
-def _shared_length(this: str, that: str) -> int:
-    """Return how many characters two texts share at their start."""
-    least, most = 0, min(len(this), len(that))
-    while least < most:
-        middle = (least + most + 1) // 2
-        if this[:middle] == that[:middle]:
-            least = middle
-        else:
-            most = middle - 1
-    return least
 
 
 def _in_word(text: str, place: int) -> bool:

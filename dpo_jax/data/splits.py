@@ -243,7 +243,7 @@ def _hold_out(examples: Iterable[TextExample], fraction: float) -> SplitExamples
 def prompt_hash(example: TextExample) -> int:
     """Return 8 bytes that tell prompts apart, whatever form they are in."""
     # JSON, for it may be a list of messages.
-    return _hash_bytes(json.dumps(question(example)))
+    return hash64(json.dumps(question(example)))
 
 
 def question(example: TextExample) -> Text:
@@ -277,7 +277,7 @@ def question(example: TextExample) -> Text:
 
 def _row_hash(fields: dict) -> int:
     """Return 8 bytes that tell rows apart, whatever the order of their fields."""
-    return _hash_bytes(json.dumps(_without_nulls(fields), sort_keys=True, default=str))
+    return hash64(json.dumps(_without_nulls(fields), sort_keys=True, default=str))
 
 
 def _without_nulls(value):
@@ -291,7 +291,7 @@ def _without_nulls(value):
 
 def _hash(text: str) -> float:
     """Return a number in [0, 1) that depends on the text alone, the same in every process."""
-    return _place(_hash_bytes(text))
+    return _place(hash64(text))
 
 
 def _place(hashed: int) -> float:
@@ -299,7 +299,8 @@ def _place(hashed: int) -> float:
     return (hashed >> 16) / 2**48
 
 
-def _hash_bytes(text: str) -> int:
+def hash64(text: str) -> int:
+    """Return 8 bytes that tell texts apart, the same in every process."""
     # Not hash(), which differs from process to process. Broken text may hold lone surrogates.
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big")

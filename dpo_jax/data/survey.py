@@ -5,7 +5,6 @@ lengths, so that memory hardly grows with the data set.
 """
 
 import dataclasses
-import hashlib
 import json
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -409,10 +408,10 @@ class _Seen:
         self._prompts.append(splits.prompt_hash(example))
         # Without the roles of a chat, so that the same text in another form counts as nearly equal.
         words = _plain(splits.question(example)).lower().split()
-        self._nearly.append(_hash(" ".join(words)))
+        self._nearly.append(splits.hash64(" ".join(words)))
         responses = [_plain(response) for response in example.responses]
-        self._rows.append(_hash(json.dumps([prompt, *responses])))
-        self._reversed.append(_hash(json.dumps([prompt, *reversed(responses)])))
+        self._rows.append(splits.hash64(json.dumps([prompt, *responses])))
+        self._reversed.append(splits.hash64(json.dumps([prompt, *reversed(responses)])))
         self._parts = 1 + len(responses)
         self._lengths.extend(map(len, (_plain(example.prompt), *responses)))
 
@@ -465,10 +464,3 @@ def _repeats(train: _Seen, evals: _Seen) -> Repeats:
         train_rows_repeated=len(train.rows) - len(np.unique(train.rows)),
         train_pairs_reversed=int(reversed_pairs.sum()),
     )
-
-
-def _hash(text: str) -> int:
-    """Return 64 bits that tell texts apart."""
-    # Broken text may hold lone surrogates.
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "big")

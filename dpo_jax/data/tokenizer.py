@@ -20,7 +20,7 @@ import numpy as np
 from dpo_jax.data.chat import Chat, Rendered, Response, without_tail
 from dpo_jax.data.examples import Examples, Masks
 from dpo_jax.data.ledger import Counts, Malformed, Unusable
-from dpo_jax.data.rows import TextExample
+from dpo_jax.data.rows import TextExample, shared_length
 
 # The version of the rule that makes ids of text. Raise it with every change that gives some row
 # other ids, a template's rendering and a cut included: an unfinished stage is then refused, not
@@ -636,18 +636,8 @@ def _positions(answer: _Answer, edges: Iterable[int], tokenizer) -> dict[int, in
         skipped = len(answer.prompt_ids)
     positions = {}
     for edge, ids in zip(edges, before, strict=True):
-        positions[edge] = _common_start(ids[skipped:], answer.ids)
+        positions[edge] = shared_length(ids[skipped:], answer.ids)
     return positions
-
-
-def _common_start(ids: list[int], others: list[int]) -> int:
-    """Return with how many same ids both start."""
-    count = 0
-    for mine, theirs in zip(ids, others, strict=False):
-        if mine != theirs:
-            break
-        count += 1
-    return count
 
 
 def _ids(texts: Iterable[str], tokenizer) -> list[list[int]]:
@@ -696,7 +686,7 @@ def _ids_inside(texts: Iterable[str], tokenizer) -> list[list[int]]:
 
 def _merge_example(answer: _Answer, tokenizer) -> str:
     """Return how the tokens differ at a boundary that lies within a token."""
-    start = max(_common_start(answer.prompt_ids, answer.joint_ids) - 1, 0)
+    start = max(shared_length(answer.prompt_ids, answer.joint_ids) - 1, 0)
     joint = tokenizer.convert_ids_to_tokens(answer.joint_ids[start : start + 4])
     prompt_end = tokenizer.convert_ids_to_tokens(answer.prompt_ids[start:])
     response_start = tokenizer.convert_ids_to_tokens(answer.ids[:3])

@@ -95,6 +95,17 @@ def _rope_of_transformers_4(hf_config) -> dict:
     return fields
 
 
+def read_fields(file: pathlib.Path) -> dict:
+    """Return the fields of a file beside a model; ValueError where it is not a JSON object."""
+    try:
+        fields = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON ({error}); fetch or write it again.") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{file} is not a JSON object; fetch or write it again.")
+    return fields
+
+
 def read_generation_config(folder: pathlib.Path | None) -> dict:
     """Return the fields of a folder's generation_config.json, {} where there is none.
 
@@ -103,12 +114,7 @@ def read_generation_config(folder: pathlib.Path | None) -> dict:
     file = folder / GENERATION if folder else None
     if file is None or not file.exists():
         return {}
-    try:
-        fields = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({error}); fetch or write it again.") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{file} is not a JSON object; fetch or write it again.")
+    fields = read_fields(file)
     found = fields.get("eos_token_id")
     # Not isinstance, by which true would be 1.
     if not all(type(value) is int for value in _as_ids(found)):

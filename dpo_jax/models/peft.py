@@ -21,6 +21,7 @@ from flax import traverse_util
 from jax.experimental import multihost_utils
 
 from dpo_jax.models import families, safetensors_io
+from dpo_jax.models.export import read_fields
 from dpo_jax.models.families import Tensor
 from dpo_jax.models.hf import gathered
 from dpo_jax.models.lora import Lora
@@ -317,7 +318,7 @@ def check_base(folder: pathlib.Path, name: str) -> None:
     has_weights = (folder / safetensors_io.SINGLE).exists()
     has_shards = (folder / safetensors_io.INDEX).exists()
     is_model = (folder / "config.json").exists() and (has_weights or has_shards)
-    base = _fields(folder).get("base_model_name_or_path") or ""
+    base = read_fields(folder / CONFIG).get("base_model_name_or_path") or ""
     own_path = pathlib.Path(base).expanduser()
     is_own_path = own_path.is_absolute() and own_path.resolve() == folder.resolve()
     is_own = is_own_path or base == name.partition("@")[0]
@@ -337,7 +338,7 @@ def read(folder: pathlib.Path, *, weights: bool = True) -> Adapter:
     weights=False leaves them out. Raises ValueError where the adapter is of a kind that cannot be
     merged, or its base is not named in a way that holds from everywhere.
     """
-    fields = _fields(folder)
+    fields = read_fields(folder / CONFIG)
     adapter = Adapter(folder, _base(folder, fields), fields, _stored(folder) if weights else {})
     kind = fields.get("peft_type")
     if kind != "LORA":
@@ -352,18 +353,6 @@ def read(folder: pathlib.Path, *, weights: bool = True) -> Adapter:
     if init.startswith(CHANGING_INITS):
         raise adapter.refusal(f"it was begun with init_lora_weights = {init!r}")
     return adapter
-
-
-def _fields(folder: pathlib.Path) -> dict:
-    """Return the fields of adapter_config.json; ValueError where it cannot be read."""
-    file = folder / CONFIG
-    try:
-        fields = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({error}); fetch or write it again.") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{file} is not a JSON object; fetch or write it again.")
-    return fields
 
 
 def _stored(folder: pathlib.Path) -> dict:

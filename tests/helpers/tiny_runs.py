@@ -79,18 +79,21 @@ def tiny_hf_config():
     )
 
 
-def write_model(folder, scale: float = 4) -> pathlib.Path:
+def write_model(folder, scale: float = 4, *, chat_template: str = "") -> pathlib.Path:
     """Write a random two-layer Llama of 40 words in Hugging Face format; return its folder.
 
     Its weights are `scale` times as large as those of an initialisation, so that its log-probs are
-    far from uniform.
+    far from uniform. chat_template: of its tokenizer, which else has none.
     """
     hf_config = tiny_hf_config()
     config = tiny_config()
     params = jax.jit(lambda key: jax.tree.map(lambda x: x * scale, transformer.init(config, key)))(
         jax.random.key(0)
     )
-    hf.save(folder, config, hf_config, params, tokenizer())
+    words = tokenizer()
+    if chat_template:
+        words.chat_template = chat_template
+    hf.save(folder, config, hf_config, params, words)
     return pathlib.Path(folder)
 
 

@@ -113,6 +113,18 @@ def test_peft_loads_reward_model_adapter(tmp_path):
     assert np.abs(expected).max() > 0.1
 
 
+def save_random_adapter(model, folder):
+    """Give all that an adapter of peft trains random values, and save it."""
+    import torch
+
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(folder)
+
+
 @pytest.mark.parametrize(
     "variant, fields",
     [
@@ -140,12 +152,7 @@ def test_adapter_of_peft_is_merged_as_peft_does(variant, fields, tmp_path):
         transformers.AutoModelForCausalLM.from_pretrained(base),
         theirs.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=12, **fields),
     )
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    model.save_pretrained(tmp_path / "adapter")
+    save_random_adapter(model, tmp_path / "adapter")
     ids = np.random.default_rng(0).integers(0, 96, (2, 12))
     with torch.no_grad():
         expected = model.eval()(torch.tensor(ids)).logits.numpy()
@@ -203,12 +210,7 @@ def test_embedding_and_head_are_parted_as_peft_does(
             ensure_weight_tying=tied_by_peft,
         ),
     )
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    model.save_pretrained(tmp_path / "adapter")
+    save_random_adapter(model, tmp_path / "adapter")
     # As it is loaded again, which is not always as it was in training.
     loaded = theirs.PeftModel.from_pretrained(
         transformers.AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter"

@@ -16,7 +16,6 @@ from tests.helpers.tiny_runs import (
     on_devices,
     rows_without_timings,
     run,
-    tokenizer,
     weights,
     write_model,
     write_pairs,
@@ -31,11 +30,7 @@ DATED = (
 
 @pytest.fixture(scope="module")
 def dated_model(tmp_path_factory):
-    folder = write_model(tmp_path_factory.mktemp("model") / "model")
-    words = tokenizer()
-    words.chat_template = DATED
-    words.save_pretrained(folder)
-    return folder
+    return write_model(tmp_path_factory.mktemp("model") / "model", chat_template=DATED)
 
 
 @pytest.fixture(scope="module")

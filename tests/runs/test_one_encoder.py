@@ -26,7 +26,6 @@ from tests.helpers.tiny_runs import (
     run,
     sample_file,
     score_file,
-    tokenizer,
     weights,
     write_model,
 )
@@ -79,11 +78,7 @@ def chat_rows(count=40, seed=0):
 
 @pytest.fixture(scope="module")
 def chat_model(tmp_path_factory):
-    folder = write_model(tmp_path_factory.mktemp("model") / "model")
-    words = tokenizer()
-    words.chat_template = TEMPLATE
-    words.save_pretrained(folder)
-    return folder
+    return write_model(tmp_path_factory.mktemp("model") / "model", chat_template=TEMPLATE)
 
 
 @pytest.fixture(scope="module")
