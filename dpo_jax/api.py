@@ -417,11 +417,14 @@ def batches(
     steps: int = 0,
     epochs: float = 1.0,
     seed: int | None = 0,
+    order: str = "prompts",
+    group_pairs: int = 32,
 ) -> BatchPlan:
     """Return the batches that a training command takes, for `Trainer.step`, in its order.
 
     steps: how many; 0: as many as `epochs` passes make. seed: as config.seed; None keeps the order
-    of the examples, as config.data.shuffle=False. A batch's examples do not depend on `steps`.
+    of the examples, as config.data.shuffle=False. order, group_pairs: as config.data.order and
+    config.data.group_pairs. A batch's examples do not depend on `steps`.
 
     The shapes of all batches are chosen together, so that few programs are compiled.
     """
@@ -431,13 +434,16 @@ def batches(
     _check_type("batches", "epochs", epochs, 1.0)
     if seed is not None:
         _check_type("batches", "seed", seed, 0)
+    _check_choice("batches", "order", order, ("prompts", "pairs"))
+    _check_number("batches", "group_pairs", group_pairs, least=1)
     steps = steps_of(len(examples), batch_size, steps=steps, epochs=epochs)
     if steps < 1:  # of too few examples, or of epochs below 0
         raise ValueError(
             f"{len(examples)} examples make no batch of batch_size={batch_size} in epochs={epochs}:"
             " lower batch_size, or give steps."
         )
-    return BatchPlan(examples, training_order(len(examples), batch_size, steps, seed))
+    groups = examples.groups(group_pairs) if order == "prompts" else None
+    return BatchPlan(examples, training_order(len(examples), batch_size, steps, seed, groups))
 
 
 class Trainer:

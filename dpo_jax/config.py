@@ -133,6 +133,11 @@ DATA = dict(
         "share (else all of it) and perhaps its source and split: "
         "helpful.jsonl=1000, hh@Anthropic/hh-rlhf=50%, owner/name:subset[train]=10000",
     ),
+    order=Field(
+        "prompts",
+        "what is shuffled: prompts (all pairs of a prompt stay together) or pairs (each alone)",
+    ),
+    group_pairs=Field(32, "most pairs of a prompt that stay together"),
     shuffle=Field(True, "shuffle before each epoch; False: keep the order of the file"),
     on_bad_row=Field("error", "what to do about a malformed row: error (stop) or drop (count it)"),
     max_dropped=Field(0.05, "stop if more than this share of the rows would be dropped"),

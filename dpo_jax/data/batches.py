@@ -16,7 +16,7 @@ from dpo_jax.data.packing import Batch, RolloutTargets
 
 # The version of which examples are in which batch, and where. Raise it with every change that gives
 # another order for the same seed and step: an unfinished stage is then refused, not resumed.
-DATA_ORDER_VERSION = 1
+DATA_ORDER_VERSION = 2
 
 SHAPES = 6  # how many shapes, each a program to compile, a run may have
 FILLER = -1  # in an order: no example, the place is only filled up
@@ -48,21 +48,33 @@ def _update_size(block) -> int:
     return block.get("minibatch_size", block.batch_size)
 
 
-def training_order(size: int, batch_size: int, steps: int, seed: int | None) -> np.ndarray:
+def training_order(
+    size: int,
+    batch_size: int,
+    steps: int,
+    seed: int | None,
+    groups: np.ndarray | None = None,
+) -> np.ndarray:
     """Return which example is where in each batch, [steps, batch_size].
 
-    Epoch follows epoch, each in an order of its own; seed None keeps the order of the data. A
-    step's examples do not depend on `steps`.
+    Epoch follows epoch, each in an order of its own; seed None keeps the order of the data. groups:
+    the number of each example's group, from 0: groups are shuffled, and the examples of a group
+    stay together, in the data's order, as in the paper's reference code; None shuffles examples. A
+    batch's end may cut a group. A step's examples do not depend on `steps`.
     """
+    if groups is None:
+        groups = np.arange(size)
     # Batches run on across epochs, so no example is dropped at an epoch's end.
     epochs = -(-steps * batch_size // size)
     orders = []
     for epoch in range(epochs):
         if seed is None:
             orders.append(np.arange(size))
-        else:
-            # Seeded by the epoch as well: a resumed run makes any epoch without those before it.
-            orders.append(np.random.default_rng([seed, epoch]).permutation(size))
+            continue
+        # Seeded by the epoch as well: a resumed run makes any epoch without those before it.
+        shuffled = np.random.default_rng([seed, epoch]).permutation(groups.max() + 1)
+        place_of_group = np.argsort(shuffled)
+        orders.append(np.argsort(place_of_group[groups], kind="stable"))
     return np.concatenate(orders)[: steps * batch_size].reshape(steps, batch_size)
 
 
@@ -87,6 +99,7 @@ class Batches:
         *,
         microbatches: int = 1,
         shards: int = 1,
+        share: bool = True,
         shape: packing.Shape | None = None,
         reference_log_probs: np.ndarray | None = None,
         rollout: RolloutTargets | None = None,
@@ -94,7 +107,8 @@ class Batches:
         """Lay out the batches of all steps.
 
         examples: a sequence of `Example`. order: indices into it, or FILLER,
-        [steps, batch_size]. shape: that of every batch, where the examples are not known when the
+        [steps, batch_size]. share: whether examples of a cell share prompts and responses, as in
+        `packing.pack`. shape: that of every batch, where the examples are not known when the
         program is compiled. reference_log_probs: [examples, responses]. rollout: its fields hold,
         for each example, an array of a value for each completion token.
 
@@ -114,12 +128,11 @@ class Batches:
         self._rollout = rollout
         self._examples = examples
         # Lengths alone decide all shapes, so batches are packed only when they are asked for.
-        self._lengths = packing.lengths_of(examples)
-        self._sizes = self._lengths.prompt + self._lengths.response.sum(axis=1)
-        self._shortest = int(np.argmin(self._sizes))  # it stands in for fillers
-        self._cells_nCP = self._deal_to_cells()
+        self._share = share
+        self._sizes = packing.sizes_of(examples, share=share)
+        self._cells_nCP = self._deal_to_cells(shape.examples if shape else batch_size)
 
-        needs = self._needs()
+        needs = self._needs(self._cells_nCP).largest_of(self._cells_nCP.shape[1])
         self.shapes = [shape] if shape else packing.choose_shapes(needs, SHAPES)
         # k: shapes, n: steps.
         fits_kn = np.array([needs.met_by(shape) for shape in self.shapes])
@@ -143,30 +156,42 @@ class Batches:
         return self._cells_nCP[step].ravel()
 
     def per_example(self, step: int, values_ASM: np.ndarray) -> dict[int, np.ndarray]:
-        """Return each example's part of values of completion tokens, {index: [tokens]}."""
+        """Return each example's part of values of completion tokens, {index: [tokens]}.
+
+        Examples that share responses have no parts of their own: see `share`.
+        """
+        assert not self._share
         found = {}
         values_CM = np.reshape(values_ASM, (-1, np.shape(values_ASM)[-1]))
         for cell, values_M in zip(self._cells_nCP[step], values_CM, strict=True):
             start = 0
-            # A filler's part is that of the example which stands in for it.
-            for index, stand_in in zip(cell.tolist(), self._filled(cell), strict=True):
-                end = start + self._lengths.completion[stand_in].sum()
+            for index in cell[cell != FILLER].tolist():
+                end = start + self._sizes.completion[index].sum()
                 found[index] = values_M[start:end]
                 start = end
         return found
 
     def tokens(self, step: int) -> int:
-        """Return how many real tokens the model reads in a batch, each prompt once."""
-        return int(self._sizes[self._real(step)].sum())
+        """Return how many real tokens the model reads in a batch."""
+        return int(self._needs(self._cells_nCP[[step]]).tokens.sum())
+
+    def tokens_in_all(self) -> tuple[int, int]:
+        """Return how many real tokens all batches have, and how many if no example shared any."""
+        real = self.order[self.order != FILLER]
+        tokens = self._needs(self._cells_nCP).tokens.sum()
+        return int(tokens), int(self._sizes.apart[real].sum())
 
     def unpadded_shape(self, step: int) -> packing.Shape:
-        """Return a batch's real sizes: each sequence is a row of its own length."""
-        real = self._real(step)
-        needs = packing.needs_of_lengths(self._lengths[None, real])
+        """Return a batch's real sizes, over all cells: each sequence is a row of its own length."""
+        needs = self._needs(self._cells_nCP[[step]])
+        lengths = needs.lengths[needs.lengths > 0]
         return packing.Shape(
-            tokens=int(needs.tokens[0]),
-            rows=tuple((1, int(length)) for length in needs.lengths[0]),
-            completion_tokens=int(needs.completion_tokens[0]),
+            tokens=int(needs.tokens.sum()),
+            rows=tuple((1, int(length)) for length in -np.sort(-lengths)),
+            completion_tokens=int(needs.completion_tokens.sum()),
+            examples=int(needs.examples.sum()),
+            responses=len(lengths),
+            rows_per_prompt=int(needs.rows_per_prompt.max()),
         )
 
     def padding(self) -> dict[str, float]:
@@ -179,67 +204,101 @@ class Batches:
         cells_k = np.bincount(self._shape_n, minlength=len(self.shapes)) * cells_per_step
         dense = np.dot(cells_k, [shape.tokens for shape in self.shapes])
         attention = np.dot(cells_k, [(shape.lengths**2).sum() for shape in self.shapes])
-
-        times_used = np.bincount(self._filled(self._cells_nCP).ravel(), minlength=len(self._sizes))
-        sequences = self._lengths.prompt[:, None] + self._lengths.response
-        real_dense = times_used @ self._sizes
-        real_attention = times_used @ (sequences**2).sum(axis=1)
+        needs = self._needs(self._cells_nCP)
         return dict(
-            dense=float(1 - real_dense / dense),
-            attention=float(1 - real_attention / attention),
+            dense=float(1 - needs.tokens.sum() / dense),
+            attention=float(1 - (needs.lengths.astype(float) ** 2).sum() / attention),
         )
 
-    def _deal_to_cells(self) -> np.ndarray:
+    def _deal_to_cells(self, most: int) -> np.ndarray:
         """Deal each batch's examples to its cells, so that each gets about as many tokens.
 
-        Returns indices [steps, cells, examples of a cell], the first cells those of the first
-        microbatch.
+        Examples of a prompt stay together where that is no more than a cell's part. Returns indices
+        [steps, cells, most examples of a cell], FILLER where a cell has fewer; the first cells are
+        those of the first microbatch. most: examples that a cell may hold.
         """
-        steps, batch_size = self.order.shape
         cells = self.microbatches * self.shards
-        # Devices wait for the one with the most tokens, and a cell is padded to the largest of its
-        # step. So examples are dealt like cards, the longest first.
-        longest_first = np.argsort(-self._sizes[self._filled(self.order)], axis=1, kind="stable")
-        rounds = longest_first.reshape(steps, -1, cells)
-        # Back and forth, so that no cell always gets the longest of a round.
-        rounds[:, 1::2] = rounds[:, 1::2, ::-1]
-        places = rounds.transpose(0, 2, 1).reshape(steps, batch_size)
-        return np.take_along_axis(self.order, places, axis=1).reshape(steps, cells, -1)
+        if cells == 1:
+            return self.order[:, None]
+        dealt = []
+        for examples in self.order:
+            dealt.append(_deal(examples[examples != FILLER], self._sizes, cells, most))
+        held = max(len(cell) for of_step in dealt for cell in of_step)
+        cells_nCP = np.full((len(self.order), cells, held), FILLER)
+        for step, of_step in enumerate(dealt):
+            for number, cell in enumerate(of_step):
+                cells_nCP[step, number, : len(cell)] = cell
+        return cells_nCP
 
-    def _needs(self) -> packing.Needs:
-        """Return what the largest cell of each step requires."""
-        steps, cells, _ = self._cells_nCP.shape
-        indices = self._filled(self._cells_nCP).reshape(steps * cells, -1)
-        needs = packing.needs_of_lengths(self._lengths[indices])
-        return packing.Needs(
-            # All cells of a step share one shape, for they are stacked into one array.
-            tokens=needs.tokens.reshape(steps, cells).max(axis=1),
-            lengths=needs.lengths.reshape(steps, cells, -1).max(axis=1),
-            completion_tokens=needs.completion_tokens.reshape(steps, cells).max(axis=1),
-        )
-
-    def _real(self, step: int) -> np.ndarray:
-        """Return the indices of a step's examples, without fillers."""
-        indices = self.order[step]
-        return indices[indices != FILLER]
-
-    def _filled(self, indices: np.ndarray) -> np.ndarray:
-        """Return the indices with the shortest example for each filler."""
-        return np.where(indices == FILLER, self._shortest, indices)
+    def _needs(self, cells_nCP: np.ndarray) -> packing.Needs:
+        """Return what each cell requires, one after the other."""
+        cells_XP = cells_nCP.reshape(-1, cells_nCP.shape[-1])
+        return packing.needs_of_cells(self._sizes, cells_XP, share=self._share)
 
     def _pack(self, cell: np.ndarray, shape: packing.Shape) -> Batch:
         """Return the arrays of one cell."""
-        is_real = cell != FILLER
-        indices = self._filled(cell)
-        batch = packing.pack([self._examples[index] for index in indices], shape)
-        # A filler is computed like the others, and counts nothing in losses and metrics.
-        batch.weights = is_real.astype(np.float32)
+        indices = cell[cell != FILLER]
+        batch = packing.pack(
+            [self._examples[index] for index in indices],
+            shape,
+            share=self._share,
+            responses_per_example=self._sizes.response.shape[1],
+        )
         if self.reference_log_probs is not None:
-            log_probs_PK = self.reference_log_probs[indices]
-            batch.reference_log_probs = np.where(is_real[:, None], log_probs_PK, 0).ravel()
+            log_probs_PK = np.zeros(batch.response_index.shape, np.float32)
+            log_probs_PK[: len(indices)] = self.reference_log_probs[indices]
+            batch.reference_log_probs = log_probs_PK
         if self._rollout is not None:
             batch.rollout = _gather(self._rollout, indices, shape.completion_tokens)
         return batch
+
+
+def _deal(indices: np.ndarray, sizes: packing.Sizes, cells: int, most: int) -> list[np.ndarray]:
+    """Return the examples of each cell of one batch, at most `most` each.
+
+    Devices wait for the cell with the most tokens, and all are padded to it. So the largest groups
+    of examples that share a prompt are dealt first, each to the cell that has the least so far.
+    """
+    batch = sizes[indices]
+    # Groups are numbered by their first example, so that equal sizes keep the order of the batch.
+    _, first, number = np.unique(batch.prompt_id, return_index=True, return_inverse=True)
+    group_P = np.argsort(np.argsort(first))[number]
+    size_G = _tokens_of_groups(group_P, batch)
+    # A group that is more than a cell's part of all would leave others waiting, so it is cut.
+    part = size_G.sum() / cells
+    pieces_G = np.ceil(size_G / part).astype(int)
+    piece_P = np.zeros(len(indices), int)
+    pieces = 0
+    for group, count in enumerate(pieces_G.tolist()):
+        members = np.flatnonzero(group_P == group)
+        for piece in np.array_split(members, min(count, len(members))):
+            piece_P[piece] = pieces
+            pieces += 1
+
+    size_G = _tokens_of_groups(piece_P, batch)
+    loads = np.zeros(cells, int)
+    dealt = [[] for _ in range(cells)]
+    for piece in np.argsort(-size_G, kind="stable"):
+        members = indices[piece_P == piece].tolist()
+        room = np.array([len(cell) + len(members) <= most for cell in dealt])
+        cell = int(np.where(room, loads, np.inf).argmin())
+        loads[cell] += size_G[piece]
+        dealt[cell] += members
+    return [np.array(cell, int) for cell in dealt]
+
+
+def _tokens_of_groups(group_P: np.ndarray, sizes: packing.Sizes) -> np.ndarray:
+    """Return the tokens of each group of examples of one prompt, what they share once."""
+    group_PK = np.broadcast_to(group_P[:, None], sizes.response.shape)
+    order = np.lexsort((sizes.response_id.ravel(), group_PK.ravel()))
+    group_Q = group_PK.ravel()[order]
+    id_Q = sizes.response_id.ravel()[order]
+    is_new_Q = np.ones(len(order), bool)
+    is_new_Q[1:] = (group_Q[1:] != group_Q[:-1]) | (id_Q[1:] != id_Q[:-1])
+    tokens_Q = sizes.response.ravel()[order] * is_new_Q
+    response_tokens_G = np.bincount(group_Q, weights=tokens_Q).astype(int)
+    _, first = np.unique(group_P, return_index=True)
+    return sizes.prompt[first] + response_tokens_G
 
 
 def _gather(rollout: RolloutTargets, indices: np.ndarray, size: int) -> RolloutTargets:

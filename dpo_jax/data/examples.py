@@ -40,6 +40,20 @@ class Example:
             return [len(response) for response in self.responses]
         return [int(mask.sum()) for mask in self.completion_masks]
 
+    def identities(self) -> list[int]:
+        """Return a number of the prompt and of each response, equal for what is equal.
+
+        Responses are equal where their prompts are equal too. 64 bits of a hash: that two different
+        ones have the same number is unlikely, and does no harm but to sizes that are planned by it.
+        """
+        prompt = self.prompt.tobytes()
+        numbers = [_hash(prompt)]
+        masks = self.completion_masks or (None,) * len(self.responses)
+        for ids, mask in zip(self.responses, masks, strict=True):
+            marked = b"" if mask is None else mask.tobytes()
+            numbers.append(_hash(prompt, ids.tobytes(), marked))
+        return numbers
+
 
 class Examples(Sequence):
     """A sequence of `Example`, all with as many responses, and where each comes from.
@@ -55,6 +69,8 @@ class Examples(Sequence):
         self._mask_starts = Run(np.int64)  # and in the run of masks; -1: it has none
         self._lengths = Run(np.int32)  # of its prompt and each response: 1 + responses numbers
         self._completion_lengths = Run(np.int32)  # responses numbers
+        self._identities = Run(np.int64)  # see Example.identities: 1 + responses numbers
+        self._sets = Run(np.int64)  # what was sampled together; -1: told by the prompt
         self._parts = 0  # of each example, a prompt and its responses; 0 while there is none
         self.where = Places()  # the file and row of each
 
@@ -64,12 +80,20 @@ class Examples(Sequence):
         responses: Sequence[Sequence[int]],
         where: str,
         completion_masks: Masks | None = None,
+        sampled_set: int | None = None,
     ) -> None:
         """Append an example; ids become int32.
 
+        sampled_set: the number of the set of completions that the responses were sampled with.
+        Without it, examples of equal prompts belong together.
+
         Raises ValueError where it has not as many responses as those before it.
         """
-        example = Example(prompt, tuple(responses), completion_masks)
+        example = Example(
+            np.asarray(prompt, np.int32),
+            tuple(np.asarray(ids, np.int32) for ids in responses),
+            completion_masks,
+        )
         lengths = [len(prompt), *map(len, responses)]
         self._parts = self._parts or len(lengths)
         if len(lengths) != self._parts:
@@ -84,6 +108,8 @@ class Examples(Sequence):
             self._masks.extend(mask)
         self._lengths.extend(lengths)
         self._completion_lengths.extend(example.completion_lengths())
+        self._identities.extend(example.identities())
+        self._sets.append(-1 if sampled_set is None else sampled_set)
         self.where.append(where)
 
     def __repr__(self) -> str:
@@ -126,6 +152,33 @@ class Examples(Sequence):
         completion_PK = _table(self._completion_lengths, len(self)).astype(int)
         return lengths[:, 0], lengths[:, 1:], completion_PK
 
+    def identities(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the `Example.identities` of prompts [P] and responses [P, K]."""
+        if not len(self):
+            return np.zeros(0, int), np.zeros((0, 0), int)
+        identities = _table(self._identities, len(self))
+        return identities[:, 0], identities[:, 1:]
+
+    def groups(self, most: int) -> np.ndarray:
+        """Return the number of each example's group, [P], counted in the order of the data.
+
+        A group is what the data makes one: examples of a set of completions that were sampled
+        together, else those of a prompt; at most `most` examples, so that larger ones are cut.
+        """
+        prompt_id, _ = self.identities()
+        together = np.stack([prompt_id, self._sets.all()])
+        _, number_P = np.unique(together, axis=1, return_inverse=True)
+        # How many examples of the same number stand before each.
+        order = np.argsort(number_P, kind="stable")
+        sorted_numbers = number_P[order]
+        starts = np.searchsorted(sorted_numbers, sorted_numbers)
+        nth_P = np.empty(len(self), int)
+        nth_P[order] = np.arange(len(self)) - starts
+        _, first, number_P = np.unique(
+            np.stack([number_P, nth_P // most]), axis=1, return_index=True, return_inverse=True
+        )
+        return np.argsort(np.argsort(first))[number_P]
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """The sha256 of all ids, of where each part ends, and of what is not trained on.
@@ -167,11 +220,21 @@ class Examples(Sequence):
         some._parts = self._parts
         some._starts.extend(self._starts.all()[index])
         some._mask_starts.extend(self._mask_starts.all()[index])
-        for name in ("_lengths", "_completion_lengths"):
+        some._sets.extend(self._sets.all()[index])
+        for name in ("_lengths", "_completion_lengths", "_identities"):
             rows = _table(getattr(self, name), len(self))[index]
             getattr(some, name).extend(rows.ravel())
         some.where = self.where.some(index)
         return some
+
+
+def _hash(*parts: bytes) -> int:
+    """Return a number of 64 bits that depends on the parts alone, the same in every process."""
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return int.from_bytes(digest.digest(), "little", signed=True)
 
 
 def _table(run: "Run", examples: int) -> np.ndarray:

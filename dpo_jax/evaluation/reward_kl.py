@@ -85,7 +85,7 @@ def sequence_kls(
         [Example(prompt, (tokens,)) for prompt, tokens in pairs],
         model.mesh,
         batch_size=batch_size,
-        shape=packing.shape_of([longest] * examples_per_shard),
+        shape=packing.shape_of([longest] * examples_per_shard, share=False),
     )
     # Float64: hundreds of small terms of either sign.
     log_ratio_B = np.array([values.sum(dtype=np.float64) for values in log_ratios])

@@ -14,7 +14,7 @@ from dpo_jax.console import Progress
 from dpo_jax.data.batches import FILLER, Batches, evaluation_order, prefetch
 from dpo_jax.data.packing import Shape
 from dpo_jax.models.loading import Model
-from dpo_jax.models.log_probs import response_log_probs
+from dpo_jax.models.log_probs import by_example, response_log_probs
 from dpo_jax.parallel import sharding
 from dpo_jax.parallel.sharding import constrain
 
@@ -45,7 +45,7 @@ def score_examples(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _response_log_probs(config, params, batch):
-    return constrain(response_log_probs(config, params, batch))
+    return constrain(by_example(response_log_probs(config, params, batch), batch))
 
 
 def map_responses(
@@ -60,17 +60,20 @@ def map_responses(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield (indices, values [examples, responses]) of a function of responses, batch by batch.
 
-    function: batch -> values [S, Q], whole on every device. examples: sequence of (prompt,
+    function: batch -> values [S, P, K], whole on every device. examples: sequence of (prompt,
     responses). batch_size: examples at a time over all devices, rounded up to whole shards.
     indices: the examples to take, in this order; all, if not given. shape: of every shard's part of
     a batch, if not chosen from the lengths. name: of the progress line; "" shows none.
     """
-    batches = _lay_out(examples, mesh, batch_size, indices, shape)
-    for step, values_SQ in map_batches(function, _loader(batches), len(batches), mesh, name):
+    # A shape that is given may not count on what is shared.
+    batches = _lay_out(examples, mesh, batch_size, indices, shape, share=shape is None)
+    for step, values_SPK in map_batches(function, _loader(batches), len(batches), mesh, name):
         placed = batches.indices(step)
         # Fillers and the order of cells are undone here, so callers see only their own examples.
         is_real = placed != FILLER
-        yield placed[is_real], values_SQ.reshape(len(placed), -1)[is_real]
+        # A shape may have room for more examples than any of these cells holds.
+        values_SPK = values_SPK[:, : len(placed) // len(values_SPK)]
+        yield placed[is_real], values_SPK.reshape(len(placed), -1)[is_real]
 
 
 def map_tokens(
@@ -86,7 +89,7 @@ def map_tokens(
     function: batch -> a tuple of values [S, M], whole on every device; the result has a list of
     examples for each of them. Otherwise as `map_responses`.
     """
-    batches = _lay_out(examples, mesh, batch_size, None, shape)
+    batches = _lay_out(examples, mesh, batch_size, None, shape, share=False)
     of_outputs = {}
     for step, outputs in map_batches(function, _loader(batches), len(batches), mesh):
         for output, values_SM in enumerate(outputs):
@@ -122,14 +125,17 @@ def map_batches(
         progress.close()
 
 
-def _lay_out(examples, mesh, batch_size: int, indices, shape: Shape | None) -> Batches:
+def _lay_out(
+    examples, mesh, batch_size: int, indices, shape: Shape | None, *, share: bool
+) -> Batches:
     """Return the batches of the examples, each once and in order."""
     count = len(examples) if indices is None else len(indices)
     # The order counts within `indices`; then it is turned into indices of the examples.
     order = evaluation_order(count, sharding.whole_shards(batch_size, mesh))
     if indices is not None:
         order = np.where(order == FILLER, FILLER, indices[order])
-    return Batches(examples, order, shards=sharding.batch_shards(mesh), shape=shape)
+    shards = sharding.batch_shards(mesh)
+    return Batches(examples, order, shards=shards, share=share, shape=shape)
 
 
 def _loader(batches: Batches) -> Callable:

@@ -91,8 +91,8 @@ class Checkpoint:
         """
         if not len(examples):
             return
-        lengths = packing.lengths_of(examples)
-        length_P = lengths.prompt + lengths.response.max(axis=1)
+        sizes = packing.sizes_of(examples)
+        length_P = sizes.prompt + sizes.response.max(axis=1)
         largest_P = np.array([_largest_id(example) for example in examples])
         if largest_P.max() >= self.config.vocab:
             first = int(np.argmax(largest_P >= self.config.vocab))

@@ -50,6 +50,14 @@ def response_log_probs(config: TransformerConfig, params, batch: Batch) -> jax.A
     return jax.vmap(sum_by_response)(log_probs_SM, batch.segment_ids)
 
 
+def by_example(values_SQ: jax.Array, batch: Batch) -> jax.Array:
+    """Return the values of each example's responses, [S, P, K], from those of distinct ones."""
+    shards = len(values_SQ)
+    index_SI = batch.response_index.reshape(shards, -1)
+    values_SI = jnp.take_along_axis(values_SQ, index_SI, axis=1)
+    return values_SI.reshape(batch.response_index.shape)
+
+
 def token_log_probs(config: TransformerConfig, params, batch: Batch) -> jax.Array:
     """Return the log-prob of each completion token, nats, float32 [S, M].
 

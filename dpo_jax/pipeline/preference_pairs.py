@@ -89,7 +89,7 @@ def label(rows: list[dict], labels: str, rng) -> tuple[list[dict], dict[str, int
     """
     pairs = []
     left_out = {"equal completions": 0, "equal rewards": 0}
-    for row in rows:
+    for number, row in enumerate(rows):
         for first, second in itertools.combinations(row["completions"], 2):
             margin = first["reward"] - second["reward"]
             # Drawn for every two, so that a pair's label does not depend on the pairs before it.
@@ -102,11 +102,11 @@ def label(rows: list[dict], labels: str, rng) -> tuple[list[dict], dict[str, int
                 chosen, rejected = first, second
                 if uniform >= LABELS[labels](np.float64(margin)):
                     chosen, rejected = second, first
-                pairs.append(_pair(row, chosen, rejected))
+                pairs.append(_pair(number, row, chosen, rejected))
     return pairs, left_out
 
 
-def _pair(row: dict, chosen: dict, rejected: dict) -> dict:
+def _pair(number: int, row: dict, chosen: dict, rejected: dict) -> dict:
     """Return a row of pairs.jsonl."""
     return dict(
         prompt=row["prompt"],
@@ -115,6 +115,7 @@ def _pair(row: dict, chosen: dict, rejected: dict) -> dict:
         reward_chosen=chosen["reward"],
         reward_rejected=rejected["reward"],
         tokens=[row["tokens"], chosen["tokens"], rejected["tokens"]],
+        sampled_set=number,
     )
 
 
@@ -129,7 +130,8 @@ def load(folder: pathlib.Path, kind: str) -> Dataset:
         for number, row in readers.read_jsonl(folder / file):
             prompt, *responses = row["tokens"]
             wanted = responses[:1] if kind == "sft" else responses
-            examples.append(prompt, wanted, f"{file} row {number}")
+            where = f"{file} row {number}"
+            examples.append(prompt, wanted, where, sampled_set=row.get("sampled_set"))
         counts.read = counts.kept = len(examples)
         found[split] = examples
     return Dataset(found["train"], found["eval"], ledger)

@@ -167,6 +167,7 @@ def _data_feed(run: Run, job: Job, models: Models, cache: ReferenceCache | None)
         job,
         data,
         seed=seed,
+        group_pairs=run.config.data.group_pairs if run.config.data.order == "prompts" else 0,
         eos_id=None if sampled else run.eos_id(initial.tokenizer),
         reference_is_init=models.reference is initial,
         reference_log_probs=cache.log_probs if cache else None,

@@ -203,6 +203,7 @@ def one_batch(
     return Batches(
         [example] * block.batch_size,
         np.arange(block.batch_size)[None],
+        share=False,  # the same made-up example stands for different ones
         shards=sharding.batch_shards(mesh),
         microbatches=microbatches_of(block),
         reference_log_probs=reference_log_probs,

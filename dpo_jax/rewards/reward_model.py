@@ -15,6 +15,7 @@ from dpo_jax.data.rows import TextExample
 from dpo_jax.data.tokenizer import encode
 from dpo_jax.models import loading
 from dpo_jax.models.inference import map_responses
+from dpo_jax.models.log_probs import by_example
 from dpo_jax.models.values import response_rewards
 from dpo_jax.parallel import sharding
 from dpo_jax.sampling.prompts import Prompts, completion_texts
@@ -136,7 +137,8 @@ def _token_reward(checkpoint: loading.Checkpoint, batch_size: int, mesh) -> Call
         longest = max(len(prompt) + len(completion) for prompt, completion in tokens)
         padded = -(-longest // LENGTHS) * LENGTHS
         widest = Example(np.zeros(0, np.int32), (np.zeros(padded, np.int32),))
-        shape = packing.shape_of([widest] * (batch_size // sharding.batch_shards(mesh)))
+        count = batch_size // sharding.batch_shards(mesh)
+        shape = packing.shape_of([widest] * count, share=False)
         found = map_responses(function, examples, mesh, batch_size=batch_size, shape=shape)
         for indices, rewards_PQ in found:
             rewards[indices] = rewards_PQ[:, 0]
@@ -147,4 +149,4 @@ def _token_reward(checkpoint: loading.Checkpoint, batch_size: int, mesh) -> Call
 
 @functools.partial(jax.jit, static_argnums=0)
 def _rewards(config, params, batch):
-    return sharding.constrain(response_rewards(config, params, batch))
+    return sharding.constrain(by_example(response_rewards(config, params, batch), batch))

@@ -33,6 +33,7 @@ class DataFeed:
         data: Dataset,
         *,
         seed: int | None,
+        group_pairs: int,
         eos_id: int | None,
         reference_is_init: bool,
         show_example: Callable[[int], str],
@@ -40,10 +41,11 @@ class DataFeed:
     ):
         """Lay out the batches of the whole stage.
 
-        seed: of the data order; None keeps the data's own. eos_id: the token that responses end in,
-        or None. reference_is_init: whether the reference is the initial policy. show_example: index
-        of a training example -> its text, with what is trained on marked. reference_log_probs:
-        (split, examples, order) -> the reference's kept log-probs [examples, responses].
+        seed: of the data order; None keeps the data's own. group_pairs: most examples of a prompt
+        that stay together; 0 shuffles each alone. eos_id: the token that responses end in, or None.
+        reference_is_init: whether the reference is the initial policy. show_example: index of a
+        training example -> its text, with what is trained on marked. reference_log_probs: (split,
+        examples, order) -> the reference's kept log-probs [examples, responses].
         """
         self._job = job
         self._data = data
@@ -51,7 +53,7 @@ class DataFeed:
         self._reference_is_init = reference_is_init
         self._show_example = show_example
         self._reference_log_probs = reference_log_probs
-        self._batches = self._training_batches(seed)
+        self._batches = self._training_batches(seed, group_pairs)
         self._held_out = self._evaluation_batches()
         self._ahead = None  # batches that a thread prepares
         self.total = len(self._batches)
@@ -119,7 +121,7 @@ class DataFeed:
         """Return the batch of a step, on the mesh; called in a thread of its own."""
         return sharding.shard_batch(self._job.mesh, self._batches[step], axis=1)
 
-    def _training_batches(self, seed: int | None) -> Batches:
+    def _training_batches(self, seed: int | None, group_pairs: int) -> Batches:
         name = self._job.name
         block = self._job.block
         size = len(self._data.train)
@@ -130,7 +132,8 @@ class DataFeed:
                 f"{block.batch_size} in {block.epochs} epochs. Lower it, or set "
                 f"config.{name}.steps."
             )
-        order = training_order(size, block.batch_size, steps, seed)
+        groups = self._data.train.groups(group_pairs) if group_pairs else None
+        order = training_order(size, block.batch_size, steps, seed, groups)
         batches = Batches(
             self._data.train,
             order,
@@ -147,6 +150,12 @@ class DataFeed:
             f"padding {padding['dense']:.1%} of tokens, {padding['attention']:.1%} of "
             "attention"
         )
+        tokens, apart = batches.tokens_in_all()
+        if tokens < apart:
+            say(
+                f"{name}: reads {tokens / len(batches):,.0f} tokens a step, as rows share prompts "
+                f"and responses; one row at a time it would be {apart / len(batches):,.0f}"
+            )
         if block.warmup_steps >= steps:
             reached = steps / (block.warmup_steps + 1)
             say(

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax.data.packing import Batch
-from dpo_jax.models.log_probs import response_log_probs
+from dpo_jax.models.log_probs import by_example, response_log_probs
 from dpo_jax.models.values import response_rewards, token_values
 from dpo_jax.training import losses
 
@@ -33,11 +33,11 @@ def sft(model, loss, params, _reference, _hyper, batch: Batch):
     loss: "sum", over the tokens of each example, mean over examples; or "token_mean", the mean over
     all tokens.
     """
-    log_probs_SP = response_log_probs(model, params, batch)
-    # One response an example, so Q and P are one axis.
+    log_probs_SP = by_example(response_log_probs(model, params, batch), batch)[..., 0]
+    lengths_SP = by_example(batch.response_lengths, batch)[..., 0]
     total = (-log_probs_SP * batch.weights).sum()
     examples = batch.weights.sum()
-    tokens = (batch.weights * batch.response_lengths).sum()
+    tokens = (batch.weights * lengths_SP).sum()
     metrics = {
         "loss": (total, tokens if loss == "token_mean" else examples),
         "nll_per_token": (total, tokens),
@@ -54,16 +54,16 @@ def dpo(model, loss, params, reference, hyper, batch: Batch):
     log-probs, or where there is no reference. Raises ValueError where the loss has another shape
     than the pairs.
     """
-    log_probs_SP2 = _paired(response_log_probs(model, params, batch))
+    log_probs_SP2 = by_example(response_log_probs(model, params, batch), batch)
     # Without a reference the log-ratio is the log-prob itself.
     log_ratios_SP2 = log_probs_SP2
     if reference is not None:
-        reference_SP2 = _paired(response_log_probs(model, reference, batch))
+        reference_SP2 = by_example(response_log_probs(model, reference, batch), batch)
         log_ratios_SP2 = log_probs_SP2 - jax.lax.stop_gradient(reference_SP2)
     elif batch.reference_log_probs is not None:
-        log_ratios_SP2 = log_probs_SP2 - _paired(batch.reference_log_probs)
+        log_ratios_SP2 = log_probs_SP2 - batch.reference_log_probs
 
-    lengths_SP2 = _paired(batch.response_lengths)
+    lengths_SP2 = by_example(batch.response_lengths, batch)
     pairs = losses.Pairs(
         chosen_log_ratios=log_ratios_SP2[..., 0],
         rejected_log_ratios=log_ratios_SP2[..., 1],
@@ -90,14 +90,14 @@ def unlikelihood(model, _loss, params, _reference, hyper, batch: Batch):
 
     A baseline of the paper.
     """
-    log_probs_SP2 = _paired(response_log_probs(model, params, batch))
+    log_probs_SP2 = by_example(response_log_probs(model, params, batch), batch)
     loss_SP = losses.unlikelihood(log_probs_SP2[..., 0], log_probs_SP2[..., 1], hyper["alpha"])
     return _pair_metrics(batch, loss_SP, log_probs_SP2=log_probs_SP2)
 
 
 def rm(model, _loss, params, _reference, _hyper, batch: Batch):
     """A reward model's Bradley-Terry loss, mean over pairs (eq. 2)."""
-    rewards_SP2 = _paired(response_rewards(model, params, batch))
+    rewards_SP2 = by_example(response_rewards(model, params, batch), batch)
     loss_SP = losses.bradley_terry(rewards_SP2[..., 0], rewards_SP2[..., 1])
     return _pair_metrics(batch, loss_SP, rewards_SP2=rewards_SP2)
 
@@ -165,7 +165,7 @@ def numbers(block, steps: int) -> dict:
 
 def _pair_metrics(batch: Batch, loss_SP, *, rewards_SP2=None, log_probs_SP2=None):
     """Return (total, count) of the loss, and metrics of pairs by the reference code's names."""
-    lengths_SP2 = _paired(batch.response_lengths)
+    lengths_SP2 = by_example(batch.response_lengths, batch)
     per_pair = {
         "loss": loss_SP,
         "lengths/chosen": lengths_SP2[..., 0],
@@ -192,8 +192,3 @@ def _weighted(values: dict[str, jax.Array], weights: jax.Array):
     """Return (total, count) of the loss, and all values as metrics {name: (sum, count)}."""
     metrics = {name: ((value * weights).sum(), weights.sum()) for name, value in values.items()}
     return metrics["loss"], metrics
-
-
-def _paired(x_SQ: jax.Array) -> jax.Array:
-    """Return [S, P, 2] from [S, Q], where chosen and rejected alternate."""
-    return x_SQ.reshape(x_SQ.shape[0], -1, 2)

@@ -226,7 +226,7 @@ class RolloutFeed:
         completion = np.zeros(self._sampling.max_new_tokens, np.int32)
         splits = self._splits["microbatches"] * self._splits["shards"]
         examples_in_cell = max(self._job.block.minibatch_size // splits, 1)
-        return packing.shape_of([Example(prompt, (completion,))] * examples_in_cell)
+        return packing.shape_of([Example(prompt, (completion,))] * examples_in_cell, share=False)
 
     def _minibatches(self, rollout: Rollout, controls: Controls, step: int) -> Batches:
         """Return each completion once per inner epoch, in an order of its own."""
@@ -238,6 +238,7 @@ class RolloutFeed:
             rollout.examples,
             order,
             **self._splits,
+            share=False,
             shape=self._shape,
             rollout=targets(rollout, controls, block.gae_lambda),
         )

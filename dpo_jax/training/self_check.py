@@ -14,7 +14,7 @@ import numpy as np
 
 from dpo_jax.data import packing
 from dpo_jax.data.examples import Examples
-from dpo_jax.models.log_probs import response_log_probs
+from dpo_jax.models.log_probs import by_example, response_log_probs
 from dpo_jax.models.values import response_rewards
 from dpo_jax.parallel import sharding
 
@@ -52,10 +52,10 @@ def self_check(model, block, mesh, params, reference, batch: FirstBatch) -> str:
     try:
         found.append(_check_tokens(batch))
         # Packed as in training, with each prompt once for all its responses.
-        packed = _measure(model, mesh, params, batch.examples, few, share_prompt=True)
+        packed = _measure(model, mesh, params, batch.examples, few, share=True)
         _check_finite(packed, few)
         if batch.reference_is_init and reference is not None:
-            of_reference = _measure(model, mesh, reference, batch.examples, few, share_prompt=True)
+            of_reference = _measure(model, mesh, reference, batch.examples, few, share=True)
             # Exactly 0: the same program has run on the same numbers.
             _check_ratios(packed - of_reference, few)
             # Inside one program XLA may fuse the two passes in different ways.
@@ -67,7 +67,7 @@ def self_check(model, block, mesh, params, reference, batch: FirstBatch) -> str:
             # A reward model's head starts from 0, so all rewards are equal.
             found.append(_check_loss(batch.metrics, "sigmoid", 0))
         # A row for each response, with its own copy of the prompt: the plain layout.
-        apart = _measure(model, mesh, params, batch.examples, few, share_prompt=False)
+        apart = _measure(model, mesh, params, batch.examples, few, share=False)
         gap = _check_packing(packed, apart, model, few)
     except _ExampleFails as failure:
         # Shown with its tokens: most mistakes are seen at a glance.
@@ -181,29 +181,30 @@ def _check_packing(packed, apart, model, indices) -> float:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _values(model, params, batch):
-    """Return the responses' log-probs.
+    """Return the log-probs of each example's responses [S, P, K].
 
     A reward model has none, and its rewards start from 0: sums of what its head reads instead.
     """
     if model.head == "reward":
         ones = {"scalar": jnp.ones(model.width)}
-        return response_rewards(model, params | {"head": ones}, batch)
-    return response_log_probs(model, params, batch)
+        values_SQ = response_rewards(model, params | {"head": ones}, batch)
+    else:
+        values_SQ = response_log_probs(model, params, batch)
+    return by_example(values_SQ, batch)
 
 
-def _measure(model, mesh, params, data: Examples, indices, *, share_prompt: bool) -> np.ndarray:
+def _measure(model, mesh, params, data: Examples, indices, *, share: bool) -> np.ndarray:
     """Return a value of each response of the examples, [examples, responses].
 
     Each shard of the mesh holds all of them, so any number of examples will do.
     """
     examples = [data[index] for index in indices]
-    buckets = 2 if share_prompt else 1
-    shape = packing.shape_of(examples, share_prompt=share_prompt, buckets=buckets)
-    batch = packing.pack(examples, shape, share_prompt=share_prompt)
+    buckets = 2 if share else 1
+    shape = packing.shape_of(examples, share=share, buckets=buckets)
+    batch = packing.pack(examples, shape, share=share)
     shards = sharding.batch_shards(mesh)
     batch = jax.tree.map(lambda x: np.broadcast_to(x, (shards, *x.shape)), batch)
     with jax.set_mesh(mesh):
-        value_SQ = _values(model, params, sharding.shard_batch(mesh, batch, axis=0))
+        value_SPK = _values(model, params, sharding.shard_batch(mesh, batch, axis=0))
     # All shards hold the same examples, so this process's first one has every value.
-    first_shard = np.asarray(value_SQ.addressable_shards[0].data)[0]
-    return first_shard.reshape(len(indices), -1)
+    return np.asarray(value_SPK.addressable_shards[0].data)[0]

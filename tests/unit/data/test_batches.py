@@ -64,6 +64,23 @@ def test_training_order_differs_by_seed():
     assert not (training_order(50, 5, 10, 0) == training_order(50, 5, 10, 1)).all()
 
 
+def test_training_order_keeps_groups_together():
+    groups = np.array([0, 1, 0, 2, 1, 2, 3, 3, 3])
+    order = training_order(9, 9, 4, 0, groups)
+    for epoch in order:
+        assert sorted(epoch) == list(range(9))
+        for group in range(4):
+            places = np.flatnonzero(groups[epoch] == group)
+            assert (np.diff(places) == 1).all()  # side by side
+            members = epoch[places]
+            assert (np.diff(members) > 0).all()  # in the data's order
+    assert len({tuple(epoch) for epoch in order}) > 1
+    # A group of its own for each: what shuffling examples gives.
+    np.testing.assert_array_equal(
+        training_order(9, 3, 5, 7, np.arange(9)), training_order(9, 3, 5, 7)
+    )
+
+
 def test_evaluation_order_fills_last_batch():
     order = evaluation_order(5, 4)
     np.testing.assert_array_equal(order, [[0, 1, 2, 3], [4, FILLER, FILLER, FILLER]])
@@ -80,13 +97,19 @@ def test_batches_equal_however_split(microbatches, shards):
     for step in range(5):
         batch = batches[step]
         assert batch.tokens.shape[:2] == (microbatches, shards)
-        assert sorted(batches.indices(step)) == sorted(training_order(30, 8, 5, 0)[step])
-        completion_tokens = sum(
-            len(r) for row in batches.order[step] for r in examples[row].responses
-        )
-        assert batch.response_lengths.sum() == completion_tokens
+        placed = batches.indices(step)
+        assert sorted(placed[placed != FILLER]) == sorted(training_order(30, 8, 5, 0)[step])
+        completion_tokens = 0
+        for cell in placed.reshape(microbatches * shards, -1):
+            # A response that comes twice, as at an epoch's end, is there once.
+            distinct = {}
+            for row in cell[cell != FILLER]:
+                for response in examples[row].responses:
+                    distinct[examples[row].prompt.tobytes(), response.tobytes()] = len(response)
+            completion_tokens += sum(distinct.values())
         responses = batch.response_lengths.shape[-1]
         assert (batch.segment_ids < responses).sum() == completion_tokens
+        assert batch.weights.sum() == 8
 
 
 def test_batches_have_few_shapes():
@@ -104,7 +127,7 @@ def test_batches_balance_tokens_over_shards():
     for step in range(6):
         tokens = [
             sum(len(ids) for i in cell for ids in (examples[i].prompt, *examples[i].responses))
-            for cell in batches.indices(step).reshape(8, -1)
+            for cell in (cell[cell != FILLER] for cell in batches.indices(step).reshape(8, -1))
         ]
         assert max(tokens) < 1.1 * np.mean(tokens)
 
@@ -115,7 +138,14 @@ def test_batches_need_only_real_rows():
         Example(np.arange(1), (np.arange(1), np.arange(9))),
     ]
     batches = Batches(examples, evaluation_order(2, 3))  # one place is filled up
-    assert batches.unpadded_shape(0) == packing.Shape(20, ((1, 10), (1, 7), (1, 5), (1, 2)), 16)
+    assert batches.unpadded_shape(0) == packing.Shape(
+        20,
+        ((1, 10), (1, 7), (1, 5), (1, 2)),
+        16,
+        examples=2,
+        responses=4,
+        rows_per_prompt=2,
+    )
     assert batches.tokens(0) == 20
 
 

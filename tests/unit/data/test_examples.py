@@ -133,3 +133,13 @@ def test_file_is_deleted(monkeypatch, tmp_path):
     assert run.all().tolist() == list(range(20))
     # It has no name: nothing is left behind, however the process ends.
     assert list(tmp_path.iterdir()) == []
+
+
+def test_groups_by_prompt_or_sampled_set():
+    examples = Examples()
+    for prompt, sampled_set in [(1, None), (2, None), (1, None), (1, None), (1, 5), (1, 5), (2, 6)]:
+        examples.append([prompt], ([3], [4]), "here", sampled_set=sampled_set)
+    assert examples.groups(10).tolist() == [0, 1, 0, 0, 2, 2, 3]
+    assert examples.groups(2).tolist() == [0, 1, 0, 2, 3, 3, 4]  # a large one is cut
+    assert examples.groups(1).tolist() == list(range(7))
+    assert examples[[6, 0, 2]].groups(10).tolist() == [0, 1, 1]

@@ -1,5 +1,6 @@
 """Packing: the packed batch by hand, and the few shapes that batches have."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -11,7 +12,9 @@ from tests.helpers.tiny import random_pairs
 
 def test_pack_by_hand(tiny):
     examples = [Example(np.array([1, 2, 3]), (np.array([4, 5]), np.array([6])))]
-    batch = packing.pack(examples, packing.Shape(6, ((2, 5),), 3))
+    batch = packing.pack(
+        examples, packing.Shape(6, ((2, 5),), 3, examples=1, responses=2, rows_per_prompt=2)
+    )
     assert batch.tokens.tolist() == [1, 2, 3, 4, 5, 6]
     assert batch.positions.tolist() == [0, 1, 2, 3, 4, 3]
     # The prompt's last token predicts both first ones.
@@ -44,20 +47,15 @@ def test_pack_leaves_masked_tokens_untrained():
     assert batch.response_lengths.tolist() == [2, 2]
     assert batch.last_token.tolist() == [6, 8]
     all_trained_on = Example(example.prompt, (chosen, rejected))
-    plain = packing.pack([all_trained_on], packing.Shape(9, shape.rows, 6))
+    plain = packing.pack([all_trained_on], dataclasses.replace(shape, completion_tokens=6))
     for masked_rows, rows in zip(batch.rows, plain.rows, strict=True):
         assert masked_rows.tolist() == rows.tolist()
 
 
 def needs_of(batches):
-    lengths = [packing.lengths_of(batch) for batch in batches]
-    return packing.needs_of_lengths(
-        packing.Lengths(
-            prompt=np.stack([of_batch.prompt for of_batch in lengths]),
-            response=np.stack([of_batch.response for of_batch in lengths]),
-            completion=np.stack([of_batch.completion for of_batch in lengths]),
-        )
-    )
+    examples = [example for batch in batches for example in batch]
+    cells = np.arange(len(examples)).reshape(len(batches), -1)
+    return packing.needs_of_cells(packing.sizes_of(examples), cells)
 
 
 def test_choose_covers_all_batches():
@@ -97,7 +95,9 @@ def test_partition_is_cheapest():
 
 def test_shape_of_equal_rows():
     example = Example(np.arange(8), (np.arange(8), np.arange(8)))
-    assert packing.shape_of([example] * 4) == packing.Shape(96, ((8, 16),), 64)
+    assert packing.shape_of([example] * 4) == packing.Shape(
+        16, ((1, 16),), 8, examples=4, responses=1, rows_per_prompt=1
+    )
 
 
 def test_pad_right_keeps_rows_and_fills_the_rest():

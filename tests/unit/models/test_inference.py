@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dpo_jax.models.inference import map_batches, map_responses, map_tokens
+from dpo_jax.models.log_probs import by_example
 from dpo_jax.parallel import sharding
 from tests.helpers.tiny import random_pairs
 
@@ -24,7 +25,8 @@ def response_sums(batch):
     def of_shard(targets_M, segment_ids_M):
         return jax.ops.segment_sum(targets_M, segment_ids_M, batch.response_lengths.shape[-1])
 
-    return sharding.constrain(jax.vmap(of_shard)(batch.targets, batch.segment_ids))
+    sums_SQ = jax.vmap(of_shard)(batch.targets, batch.segment_ids)
+    return sharding.constrain(by_example(sums_SQ, batch))
 
 
 def test_responses_of_all_examples(mesh):

@@ -1,5 +1,6 @@
 """Log-probs of responses against each sequence alone; per-token KLs against float64."""
 
+import dataclasses
 import types
 
 import jax
@@ -28,7 +29,8 @@ def small_chunks(monkeypatch):
 
 @pytest.fixture(scope="module")
 def batches():
-    return Batches(PAIRS, evaluation_order(len(PAIRS), len(PAIRS)), shards=SHARDS)
+    order = evaluation_order(len(PAIRS), len(PAIRS))
+    return Batches(PAIRS, order, shards=SHARDS, share=False)
 
 
 @pytest.fixture(scope="module")
@@ -137,17 +139,17 @@ def expected_log_probs(config, params, examples):
     ]
 
 
-def flat(examples, share_prompt=True, buckets=packing.BUCKETS, shape=None):
-    shape = shape or packing.shape_of(examples, share_prompt=share_prompt, buckets=buckets)
-    return jax.tree.map(lambda x: x[None], packing.pack(examples, shape, share_prompt=share_prompt))
+def flat(examples, share=True, buckets=packing.BUCKETS, shape=None):
+    shape = shape or packing.shape_of(examples, share=share, buckets=buckets)
+    return jax.tree.map(lambda x: x[None], packing.pack(examples, shape, share=share))
 
 
-@pytest.mark.parametrize("share_prompt", [True, False])
+@pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("buckets", [1, 3])
-def test_response_log_probs_equal_sequences_alone(tiny, share_prompt, buckets):
+def test_response_log_probs_equal_sequences_alone(tiny, share, buckets):
     config, params = tiny
     examples = random_pairs(5)
-    found = LOG_PROBS(config, params, flat(examples, share_prompt, buckets))[0]
+    found = LOG_PROBS(config, params, flat(examples, share, buckets))[0]
     np.testing.assert_allclose(found, expected_log_probs(config, params, examples), atol=2e-4)
 
 
@@ -171,8 +173,11 @@ def test_padding_changes_no_gradient(tiny):
     config, params = tiny
     examples = random_pairs(3, seed=2)
     small = packing.shape_of(examples)
-    large = packing.Shape(
-        small.tokens + 37, tuple((r, t + 11) for r, t in small.rows), small.completion_tokens + 29
+    large = dataclasses.replace(
+        small,
+        tokens=small.tokens + 37,
+        rows=tuple((r, t + 11) for r, t in small.rows),
+        completion_tokens=small.completion_tokens + 29,
     )
 
     value_and_grad = jax.jit(

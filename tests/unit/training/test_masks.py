@@ -174,7 +174,11 @@ def test_values_of_completion_tokens_find_their_examples(models):
             drawn.append(rng.normal(size=example.completion_lengths()[0]).astype(np.float32))
         targets[field.name] = drawn
     batches = Batches(
-        singles, evaluation_order(12, 16), shards=2, rollout=RolloutTargets(**targets)
+        singles,
+        evaluation_order(12, 16),
+        shards=2,
+        share=False,
+        rollout=RolloutTargets(**targets),
     )
     rollout = batches[0].rollout
     for name, expected in targets.items():

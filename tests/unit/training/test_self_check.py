@@ -111,11 +111,11 @@ def test_self_check_finds_wrong_packing(tiny, monkeypatch):
     """
     pack = self_check.packing.pack
 
-    def wrong(pairs, shape, *, share_prompt=True):
-        batch = pack(pairs, shape, share_prompt=share_prompt)
+    def wrong(pairs, shape, *, share=True):
+        batch = pack(pairs, shape, share=share)
         return (
             dataclasses.replace(batch, positions=np.arange(len(batch.positions), dtype=np.int32))
-            if share_prompt
+            if share
             else batch
         )
 

@@ -1,0 +1,114 @@
+"""Pairs that share prompts and responses give what the same pairs give laid down apart."""
+
+import dataclasses
+import itertools
+
+import jax
+import numpy as np
+import pytest
+
+from dpo_jax.data import packing
+from dpo_jax.data.batches import FILLER, Batches, training_order
+from dpo_jax.data.examples import Example
+from dpo_jax.training import objectives, step
+from tests.helpers.tiny import random_pairs
+from tests.unit.training.test_step import HYPER
+
+
+def groups(prompts: int = 3, completions: int = 4, seed: int = 0) -> list[Example]:
+    """Return all pairs of some completions of each prompt, the prompts one after the other."""
+    drawn = random_pairs(prompts * completions, seed=seed, longest=8)
+    pairs = []
+    for first in range(0, len(drawn), completions):
+        prompt = np.concatenate([[first], drawn[first].prompt]).astype(np.int32)
+        answers = []
+        for number in range(completions):
+            # A number of its own makes each differ.
+            answers.append(np.r_[drawn[first + number].responses[0], number].astype(np.int32))
+        for chosen, rejected in itertools.combinations(answers, 2):
+            pairs.append(Example(prompt, (chosen, rejected)))
+    return pairs
+
+
+def test_pack_lays_down_each_part_once():
+    pairs = groups(2, 3)
+    shape = packing.shape_of(pairs)
+    batch = packing.pack(pairs, shape)
+    prompts = {pair.prompt.tobytes(): pair.prompt for pair in pairs}
+    answers = {}
+    for pair in pairs:
+        for answer in pair.responses:
+            answers[pair.prompt.tobytes(), answer.tobytes()] = answer
+    tokens = sum(map(len, prompts.values())) + sum(map(len, answers.values()))
+    laid_down = (batch.token_slots[:, 0] >= 0).sum()
+    assert len(prompts) == 2 and len(answers) == shape.responses == 6 and laid_down == tokens
+    assert shape.rows_per_prompt == 3
+    for number, pair in enumerate(pairs):
+        for side, answer in enumerate(pair.responses):
+            segment = batch.response_index[number, side]
+            of_answer = batch.segment_ids == segment
+            np.testing.assert_array_equal(batch.targets[of_answer], answer)
+
+
+@pytest.mark.parametrize("splits", [(1, 1), (2, 1), (1, 3), (2, 3)])
+@pytest.mark.parametrize(
+    "name, loss",
+    [
+        ("dpo", "sigmoid"),
+        ("dpo", "ipo"),
+        ("dpo", "kept"),
+        ("sft", "sum"),
+        ("sft", "token_mean"),
+        ("unlikelihood", ""),
+        ("rm", ""),
+    ],
+)
+def test_shared_equals_apart(tiny, name, loss, splits):
+    config, params = tiny
+    params = jax.tree.map(lambda x: x / 2, params)  # less steep, so that rounding stays small
+    reference = jax.tree.map(lambda x: x * 1.05, params)
+    pairs = groups()
+    kept = None
+    if name == "rm":
+        config = dataclasses.replace(config, head="reward")
+        params = params | {"head": {"scalar": np.ones(16)}}
+    if name == "sft":
+        pairs = [Example(pair.prompt, pair.responses[:1]) for pair in pairs]
+    if loss == "kept":
+        reference, loss = None, "sigmoid"
+        kept = np.random.default_rng(0).normal(-20, 1, (len(pairs), 2)).astype(np.float32)
+    objective = objectives.make(name, config, loss)
+    gradient = jax.jit(
+        lambda params, batch: step.accumulate(objective, params, reference, HYPER, batch)
+    )
+    order = training_order(len(pairs), len(pairs), 1, 0)
+    apart = Batches(pairs, order, share=False, reference_log_probs=kept)
+    microbatches, shards = splits
+    shared = Batches(
+        pairs, order, microbatches=microbatches, shards=shards, reference_log_probs=kept
+    )
+    placed = shared.indices(0)
+    assert sorted(placed[placed != FILLER]) == list(range(len(pairs)))
+    tokens, tokens_apart = shared.tokens_in_all()
+    assert shared.tokens(0) == tokens < 0.8 * tokens_apart < apart.tokens(0)
+
+    wanted, expected = gradient(params, apart[0])
+    found, metrics = gradient(params, shared[0])
+    largest = max(float(abs(leaf).max()) for leaf in jax.tree.leaves(wanted))
+    for of_apart, of_shared in zip(jax.tree.leaves(wanted), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(of_shared, of_apart, atol=1e-5 * largest)
+    for key, (total, count) in expected.items():
+        assert float(metrics[key][1]) == float(count), key
+        np.testing.assert_allclose(metrics[key][0], total, rtol=2e-5, atol=1e-5, err_msg=key)
+
+
+def test_groups_stay_together_where_cells_are_full():
+    pairs = groups(6, 4)
+    batches = Batches(pairs, training_order(36, 36, 1, 0), shards=3)
+    for cell in batches.indices(0).reshape(3, -1):
+        prompts = {pairs[index].prompt.tobytes() for index in cell[cell != FILLER]}
+        assert len(prompts) == 2
+    # One group for four cells: each has some of it.
+    batches = Batches(groups(1, 4), training_order(6, 4, 1, None), shards=4)
+    held = (batches.indices(0).reshape(4, -1) != FILLER).sum(axis=1)
+    assert held.tolist() == [1, 1, 1, 1]
