@@ -68,12 +68,12 @@ def map_responses(
     # A shape that is given may not count on what is shared.
     batches = _lay_out(examples, mesh, batch_size, indices, shape, share=shape is None)
     for step, values_SPK in map_batches(function, _loader(batches), len(batches), mesh, name):
-        placed = batches.indices(step)
-        # Fillers and the order of cells are undone here, so callers see only their own examples.
-        is_real = placed != FILLER
-        # A shape may have room for more examples than any of these cells holds.
-        values_SPK = values_SPK[:, : len(placed) // len(values_SPK)]
-        yield placed[is_real], values_SPK.reshape(len(placed), -1)[is_real]
+        # Cells hold unequal numbers of examples, which come first. What is padded has none.
+        placed_SP = batches.indices(step).reshape(len(values_SPK), -1)
+        held = min(placed_SP.shape[1], values_SPK.shape[1])
+        placed_SP = placed_SP[:, :held]
+        is_real_SP = placed_SP != FILLER
+        yield placed_SP[is_real_SP], values_SPK[:, :held][is_real_SP]
 
 
 def map_tokens(
