@@ -134,7 +134,7 @@ DATA = dict(
         "helpful.jsonl=1000, hh@Anthropic/hh-rlhf=50%, owner/name:subset[train]=10000",
     ),
     order=Field(
-        "prompts",
+        "pairs",
         "what is shuffled: prompts (all pairs of a prompt stay together) or pairs (each alone)",
     ),
     group_pairs=Field(32, "most pairs of a prompt that stay together"),

@@ -5,6 +5,20 @@ import numpy as np
 from dpo_jax.data.examples import Example
 from dpo_jax.models.transformer import TransformerConfig
 
+# The numbers of a training stage, as the step takes them.
+HYPER = {
+    name: np.float32(value)
+    for name, value in dict(
+        lr=0.1,
+        warmup_steps=0,
+        steps=10,
+        max_grad_norm=1.0,
+        beta=0.3,
+        label_smoothing=0.0,
+        alpha=0.5,
+    ).items()
+}
+
 
 def tiny_config(**fields) -> TransformerConfig:
     """Return the shape of a two-layer rotary decoder with 40 tokens."""

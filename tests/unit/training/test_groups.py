@@ -11,8 +11,7 @@ from dpo_jax.data import packing
 from dpo_jax.data.batches import FILLER, Batches, training_order
 from dpo_jax.data.examples import Example
 from dpo_jax.training import objectives, step
-from tests.helpers.tiny import random_pairs
-from tests.unit.training.test_step import HYPER
+from tests.helpers.tiny import HYPER, random_pairs
 
 
 def groups(prompts: int = 3, completions: int = 4, seed: int = 0) -> list[Example]:

@@ -14,20 +14,7 @@ from dpo_jax.models import transformer
 from dpo_jax.models.log_probs import response_log_probs
 from dpo_jax.parallel import sharding
 from dpo_jax.training import objectives, optim, step
-from tests.helpers.tiny import random_pairs
-
-HYPER = {
-    name: np.float32(value)
-    for name, value in dict(
-        lr=0.1,
-        warmup_steps=0,
-        steps=10,
-        max_grad_norm=1.0,
-        beta=0.3,
-        label_smoothing=0.0,
-        alpha=0.5,
-    ).items()
-}
+from tests.helpers.tiny import HYPER, random_pairs
 
 
 def objective_of(name, loss, config):
