@@ -603,6 +603,7 @@ class Trainer:
             examples,
             order,
             shards=sharding.batch_shards(mesh),
+            window=self._config.window,
             reference_log_probs=self._kept_log_probs(examples),
         )
         with _as_commands(mesh, verbose):
@@ -732,6 +733,7 @@ class Trainer:
             order,
             microbatches=microbatches,
             shards=shards,
+            window=self._config.window,
             reference_log_probs=self._kept_log_probs(plan.examples),
         )
 

@@ -100,6 +100,7 @@ class Batches:
         microbatches: int = 1,
         shards: int = 1,
         share: bool = True,
+        window: int | None = None,
         shape: packing.Shape | None = None,
         reference_log_probs: np.ndarray | None = None,
         rollout: RolloutTargets | None = None,
@@ -108,9 +109,10 @@ class Batches:
 
         examples: a sequence of `Example`. order: indices into it, or FILLER,
         [steps, batch_size]. share: whether examples of a cell share prompts and responses, as in
-        `packing.pack`. shape: that of every batch, where the examples are not known when the
-        program is compiled. reference_log_probs: [examples, responses]. rollout: its fields hold,
-        for each example, an array of a value for each completion token.
+        `packing.pack`. window: of the model's attention. shape: that of every batch, where the
+        examples are not known when the program is compiled. reference_log_probs: [examples,
+        responses]. rollout: its fields hold, for each example, an array of a value for each
+        completion token.
 
         Raises ValueError where a batch cannot be split evenly, or does not fit into `shape`.
         """
@@ -132,10 +134,17 @@ class Batches:
         self._sizes = packing.sizes_of(examples, share=share)
         self._cells_nCP = self._deal_to_cells(shape.examples if shape else batch_size)
 
-        needs = self._needs(self._cells_nCP).largest_of(self._cells_nCP.shape[1])
-        self.shapes = [shape] if shape else packing.choose_shapes(needs, SHAPES)
-        # k: shapes, n: steps.
-        fits_kn = np.array([needs.met_by(shape) for shape in self.shapes])
+        needs = self._needs(self._cells_nCP)
+        cells = self._cells_nCP.shape[1]
+        if shape:
+            self.shapes = [shape]
+        else:
+            self.shapes = packing.choose_shapes(
+                needs, SHAPES, cells=cells, share=share, window=window
+            )
+        # k: shapes, n: steps, C: cells. A step's cells have one shape.
+        fits_knC = np.array([needs.met_by(shape).reshape(-1, cells) for shape in self.shapes])
+        fits_kn = fits_knC.all(axis=2)
         fits_n = fits_kn.any(axis=0)
         if not fits_n.all():
             raise ValueError(
@@ -181,34 +190,26 @@ class Batches:
         tokens = self._needs(self._cells_nCP).tokens.sum()
         return int(tokens), int(self._sizes.apart[real].sum())
 
-    def unpadded_shape(self, step: int) -> packing.Shape:
-        """Return a batch's real sizes, over all cells: each sequence is a row of its own length."""
-        needs = self._needs(self._cells_nCP[[step]])
-        lengths = needs.lengths[needs.lengths > 0]
-        return packing.Shape(
-            tokens=int(needs.tokens.sum()),
-            rows=tuple((1, int(length)) for length in -np.sort(-lengths)),
-            completion_tokens=int(needs.completion_tokens.sum()),
-            examples=int(needs.examples.sum()),
-            responses=len(lengths),
-            rows_per_prompt=int(needs.rows_per_prompt.max()),
-        )
+    def contents(self, step: int) -> packing.Contents:
+        """Return what the model reads in a batch, over all cells and without padding."""
+        return self._needs(self._cells_nCP[[step]]).contents
 
     def padding(self) -> dict[str, float]:
         """Return the share of padding in the whole run, {"dense": ..., "attention": ...}.
 
-        Dense work goes by tokens, attention by the squared lengths of rows.
+        Dense work goes by tokens, attention by scores, pairs of a query and a key.
         """
-        cells_per_step = self._cells_nCP.shape[1]
-        # How many cells have each shape.
-        cells_k = np.bincount(self._shape_n, minlength=len(self.shapes)) * cells_per_step
-        dense = np.dot(cells_k, [shape.tokens for shape in self.shapes])
-        attention = np.dot(cells_k, [(shape.lengths**2).sum() for shape in self.shapes])
-        needs = self._needs(self._cells_nCP)
-        return dict(
-            dense=float(1 - needs.tokens.sum() / dense),
-            attention=float(1 - (needs.lengths.astype(float) ** 2).sum() / attention),
-        )
+        needed = dict(dense=0, attention=0)
+        computed = dict(dense=0, attention=0)
+        for number, shape in enumerate(self.shapes):
+            cells_nCP = self._cells_nCP[self._shape_n == number]
+            needs = self._needs(cells_nCP)
+            needed["dense"] += int(needs.tokens.sum())
+            needed["attention"] += needs.scores(shape.responses_per_row)
+            cells = cells_nCP.shape[0] * cells_nCP.shape[1]
+            computed["dense"] += cells * shape.tokens
+            computed["attention"] += cells * shape.scores
+        return {kind: 1 - needed[kind] / computed[kind] for kind in needed}
 
     def _deal_to_cells(self, most: int) -> np.ndarray:
         """Deal each batch's examples to its cells, so that each gets about as many tokens.
@@ -316,8 +317,10 @@ def _stack(parts: list, leading: tuple[int, int]):
     first = parts[0]
     if first is None:
         return None
+    if isinstance(first, packing.Rows):
+        return packing.Rows(*[_stack(list(field), leading) for field in zip(*parts, strict=True)])
     if isinstance(first, tuple):  # the buckets of rows
-        return tuple(_stack(list(buckets), leading) for buckets in zip(*parts, strict=True))
+        return tuple(_stack(list(bucket), leading) for bucket in zip(*parts, strict=True))
     if dataclasses.is_dataclass(first):
         fields = {}
         for field in dataclasses.fields(first):

@@ -21,25 +21,41 @@ which for the first token of each response is the last of the prompt:
     logit_positions_M                      2      3      2      2
     segment_ids_M                          0      0      1      2   the response it belongs to
 
-Attention alone reads whole sequences, a prompt and one response, as right-padded rows. Places in
-them are counted through all rows as slots. `rows` gathers tokens into slots, `gather_index` takes
-the output of each token back from its first slot, and `token_slots` says all slots of a token (-1:
-no more), which the backward pass needs: a token of the prompt is in the row of each response.
+Attention alone reads rows. A row is a prompt and responses to it, each padded on the right: the
+prompt attends to itself, and each response to the prompt and to itself (`models/attention.py`).
+Places in rows are counted through all of them as slots, in each bucket its prompts first:
 
-    rows_RT           P0     P1     P2     C0     C1            slots 0 to 4
-                      P0     P1     P2     R0     padding       slots 5 to 9
-                      P0     P1     P2     B0     padding       slots 10 to 14
-    gather_index_N    0      1      2      3      4      8      13
-    token_slots_NJ    0,5,10 1,6,11 2,7,12 3      4      8      13
+    prompts_RU        P0 P1 P2             slots 0 to 2
+    responses_RAT     C0 C1                slots 3, 4
+                      R0 padding           slots 5, 6
+                      B0 padding           slots 7, 8
 
-Rows come in buckets of different lengths, so that a short sequence is not padded to the longest.
+`token_slots` says where each token is, and -1 where there is nothing. A prompt of more than A
+responses is in as many rows as they take, so its tokens are in J slots; attention's output is taken
+from the first, and the backward pass needs them all.
+
+    token_slots_NJ    0  1  2  3  4  5  7
+
+Where prompts are short, or a model's window is shorter than a sequence, rows are whole instead:
+each is one sequence, a prompt with one response, and stands as a response without a prompt (U = 0).
+
+    responses_RAT     P0 P1 P2 C0 C1       slots 0 to 4
+                      P0 P1 P2 R0 padding  slots 5 to 9
+                      P0 P1 P2 B0 padding  slots 10 to 14
+    token_slots_NJ    0,5,10 1,6,11 2,7,12 3 4 8 13
+
+Rows come in buckets of different lengths, so that a short one is not padded to the longest.
 
 Letters: N tokens of the run, M completion tokens, P examples, K responses of an example, Q distinct
-responses, R rows of T tokens, J rows that a token is in, n steps.
+responses, R rows, U tokens of a row's prompt, A responses of a row, T tokens of each, J slots of a
+token, X cells (the shards of the microbatches of all steps), I the responses of a cell's examples.
 """
 
 import collections
 import dataclasses
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -49,6 +65,13 @@ from dpo_jax.data.examples import Examples
 BUCKETS = 6  # at most this many
 BUCKET_PRICE = 0.03  # a bucket must save this share of attention's work
 PROGRAM_PRICE = 10  # a shape is a program to compile: it must save as much work as this many steps
+# Rows in two parts must leave less than this share of whole rows' scores. Both took as long where a
+# fifth was saved (2 CPU cores): of prompts of 16 tokens and responses of 64, at any number of them.
+TWO_PARTS_SHARE = 0.8
+MOST_RESPONSES = 32  # of a row
+# Causal attention is computed in blocks of queries of about this size, and only keys beyond a block
+# are left out. Work is counted in scores: pairs of a query and a key.
+BLOCK = 128
 
 
 @dataclasses.dataclass
@@ -61,14 +84,21 @@ class RolloutTargets:
     value_targets: np.ndarray
 
 
+class Rows(NamedTuple):
+    """The tokens of a bucket of attention's rows, as indices into N."""
+
+    prompts: np.ndarray  # int32 [R, U]; U = 0 in whole rows
+    prompt_lengths: np.ndarray  # int32 [R]
+    responses: np.ndarray  # int32 [R, A, T]
+
+
 @dataclasses.dataclass
 class Batch:
     """The arrays of one shard, or of microbatches and shards with two leading axes."""
 
     tokens: np.ndarray  # int32 [N]
     positions: np.ndarray  # int32 [N], restart with each sequence
-    rows: tuple[np.ndarray, ...]  # int32 [R, T] for each bucket, indices into N
-    gather_index: np.ndarray  # int32 [N], slots
+    rows: tuple["Rows", ...]  # of each bucket
     token_slots: np.ndarray  # int32 [N, J], slots, or -1
     logit_positions: np.ndarray  # int32 [M], indices into N
     targets: np.ndarray  # int32 [M], token ids
@@ -81,60 +111,156 @@ class Batch:
     rollout: RolloutTargets | None = None  # for PPO
 
 
+class RowShape(NamedTuple):
+    """The static sizes of a bucket of attention's rows."""
+
+    rows: int  # R
+    prompt: int  # U, tokens
+    responses: int  # A
+    response: int  # T, tokens of each
+
+    @property
+    def scores(self) -> int:
+        """The scores that attention computes in the bucket."""
+        return int(self.rows * _scores(self.prompt, self.responses, self.response))
+
+
 @dataclasses.dataclass(frozen=True)
 class Shape:
     """The static sizes of one shard's arrays."""
 
     tokens: int  # N
-    rows: tuple[tuple[int, int], ...]  # (R, T) of each bucket, longest first
+    rows: tuple[RowShape, ...]  # of each bucket, longest first
+    responses_per_row: int  # most of any bucket; 0: rows are whole sequences
     completion_tokens: int  # M
     examples: int  # P
     responses: int  # Q
-    rows_per_prompt: int  # J
+    slots_per_token: int  # J
 
     @property
-    def lengths(self) -> np.ndarray:
-        """The lengths of all rows, longest first."""
-        return np.repeat([length for _, length in self.rows], [count for count, _ in self.rows])
+    def scores(self) -> int:
+        """The scores that attention computes."""
+        return sum(bucket.scores for bucket in self.rows)
+
+    @property
+    def contents(self) -> "Contents":
+        """What fills the shape."""
+        rows, prompt, responses, response = np.array(self.rows).T
+        return Contents(
+            tokens=self.tokens,
+            completion_tokens=self.completion_tokens,
+            prompt=np.repeat(prompt, rows),
+            context=np.repeat(prompt, rows * responses),
+            response=np.repeat(response, rows * responses),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """What is read, whatever the layout: sizes in tokens."""
+
+    tokens: int
+    completion_tokens: int
+    prompt: np.ndarray  # of each distinct prompt
+    context: np.ndarray  # of each distinct response: its prompt
+    response: np.ndarray  # of each distinct response
 
 
 @dataclasses.dataclass(frozen=True)
 class Needs:
-    """The sizes that each of n steps requires of a shape."""
+    """The sizes that each of X cells requires of a shape.
 
-    tokens: np.ndarray  # [n]
-    lengths: np.ndarray  # of the rows, longest first, then zeros [n, Q]
-    completion_tokens: np.ndarray  # [n]
-    examples: np.ndarray  # [n]
-    rows_per_prompt: np.ndarray  # [n]
+    Responses of a cell come by prompt, the longest first, and zeros where there are no more.
+    """
+
+    tokens: np.ndarray  # [X]
+    completion_tokens: np.ndarray  # [X]
+    examples: np.ndarray  # [X]
+    prompt: np.ndarray  # tokens of each response's prompt [X, I]
+    response: np.ndarray  # tokens of each response [X, I]
+    number: np.ndarray  # of the response among those to its prompt, from 0 [X, I]
+    siblings: np.ndarray  # how many there are to its prompt, itself included; 0: no response [X, I]
+
+    def __getitem__(self, cells) -> "Needs":
+        return Needs(**{name: values[cells] for name, values in vars(self).items()})
 
     @property
     def responses(self) -> np.ndarray:
-        """How many distinct responses there are, each with a row of its own [n]."""
-        return (self.lengths > 0).sum(axis=1)
+        """How many distinct responses there are [X]."""
+        return (self.siblings > 0).sum(axis=1)
+
+    @property
+    def contents(self) -> Contents:
+        """What all cells read together."""
+        is_there = self.siblings > 0
+        return Contents(
+            tokens=int(self.tokens.sum()),
+            completion_tokens=int(self.completion_tokens.sum()),
+            prompt=self.prompt[is_there & (self.number == 0)],
+            context=self.prompt[is_there],
+            response=self.response[is_there],
+        )
+
+    def rows(self, responses_per_row: int) -> np.ndarray:
+        """Return the rows of each cell, longest first: U, A and T, or zeros [X, rows, 3]."""
+        if not responses_per_row:  # whole
+            is_row = self.siblings > 0
+            prompt = np.zeros_like(self.prompt)
+            responses = is_row.astype(int)
+            response = self.prompt + self.response
+        else:
+            # A row starts with every so many responses to a prompt, and the first is its longest.
+            is_row = (self.siblings > 0) & (self.number % responses_per_row == 0)
+            prompt = self.prompt
+            responses = np.minimum(self.siblings - self.number, responses_per_row)
+            response = self.response
+        # One key for all three sorts much faster than three.
+        key = (prompt * LENGTH_LIMIT + response) * LENGTH_LIMIT + responses
+        key = -np.sort(-np.where(is_row, key, 0), axis=1)
+        most = int((key > 0).sum(axis=1).max(initial=1))
+        key = key[:, :most]
+        prompt, response = np.divmod(key // LENGTH_LIMIT, LENGTH_LIMIT)
+        return np.stack([prompt, key % LENGTH_LIMIT, response], axis=-1)
+
+    def scores(self, responses_per_row: int) -> int:
+        """Return the scores that attention would compute in rows without padding, in all cells."""
+        return int(_scores(*np.moveaxis(self.rows(responses_per_row), -1, 0)).sum())
+
+    def slots_per_token(self, responses_per_row: int) -> np.ndarray:
+        """Return how many slots a token has at most [X]."""
+        most = self.siblings.max(axis=1, initial=1)
+        return np.maximum(-(-most // max(responses_per_row, 1)), 1)
 
     def met_by(self, shape: Shape) -> np.ndarray:
-        """Return which steps fit into the shape, bool [n]."""
+        """Return which cells fit into the shape, bool [X]."""
+        rows = self.rows(shape.responses_per_row)
+        room = [[bucket[1:]] * bucket.rows for bucket in shape.rows]
+        room = np.array(sum(room, [])).reshape(-1, 3)
         # Rows of the shape, or zeros where it has fewer.
-        lengths = np.zeros(max(self.lengths.shape[1], len(shape.lengths)), int)
-        lengths[: len(shape.lengths)] = shape.lengths
+        missing = max(rows.shape[1] - len(room), 0)
+        room = np.pad(room, ((0, missing), (0, 0)))[: rows.shape[1]]
         return (
             (self.tokens <= shape.tokens)
             & (self.completion_tokens <= shape.completion_tokens)
             & (self.examples <= shape.examples)
             & (self.responses <= shape.responses)
-            & (self.rows_per_prompt <= shape.rows_per_prompt)
-            # Both are sorted, so it is enough that each fits into the row of its own rank.
-            & (self.lengths <= lengths[: self.lengths.shape[1]]).all(axis=1)
+            & (self.slots_per_token(shape.responses_per_row) <= shape.slots_per_token)
+            # Both are sorted, and each row goes to that of its own rank.
+            & (rows <= room).all(axis=(1, 2))
         )
 
-    def largest_of(self, cells: int) -> "Needs":
-        """Return what the largest of every `cells` consecutive ones require, one after another."""
 
-        def largest(x):
-            return x.reshape(-1, cells, *x.shape[1:]).max(axis=1)
+# Lengths, and responses of a prompt, are below it, so that three of them make one int64.
+LENGTH_LIMIT = 2**20
 
-        return Needs(**{name: largest(values) for name, values in vars(self).items()})
+
+def _scores(prompt, responses, response):
+    """Return the scores of a row: its prompt over itself, its responses over it and themselves."""
+
+    def causal(length):
+        return length * (length + np.minimum(length, BLOCK)) // 2
+
+    return causal(prompt) + responses * (response * prompt + causal(response))
 
 
 def pack(
@@ -160,7 +286,8 @@ def pack(
     response_index_PK = np.zeros((shape.examples, responses_per_example), np.int32)
     weights_P = np.zeros(shape.examples, np.float32)
     weights_P[: len(examples)] = 1
-    sequences = []  # for each response, the indices of its prompt and of itself
+    prompts_Q = []  # for each response, the indices of its prompt
+    responses_Q = []  # and of itself
 
     laid_down = 0  # tokens of the run so far
     trained_on = 0  # completion tokens so far
@@ -202,22 +329,25 @@ def pack(
             completion = slice(trained_on, trained_on + completion_length)
             targets_M[completion] = response[mask]
             logit_positions_M[completion] = predicted_from[mask]
-            segment = len(sequences)
+            segment = len(responses_Q)
             segment_ids_M[completion] = segment
             trained_on += completion_length
 
             response_lengths_Q[segment] = completion_length
             last_token_Q[segment] = laid_down - 1
             response_index_PK[number, side] = segments[key] = segment
-            sequences.append((prompt_index, index))
+            prompts_Q.append(prompt_index)
+            responses_Q.append(index)
 
-    rows, token_slots_NJ = _attention_rows(sequences, shape)
+    if shape.responses_per_row:
+        rows = _rows_in_two_parts(prompts_Q, responses_Q, shape.responses_per_row)
+    else:
+        rows = _whole_rows(prompts_Q, responses_Q)
+    buckets, token_slots_NJ = _attention_rows(rows, shape)
     return Batch(
         tokens=tokens_N,
         positions=positions_N,
-        rows=rows,
-        # Any slot of a token has its output. Padding is in none, and may read any.
-        gather_index=np.maximum(token_slots_NJ[:, 0], 0),
+        rows=buckets,
         token_slots=token_slots_NJ,
         logit_positions=logit_positions_M,
         targets=targets_M,
@@ -229,45 +359,70 @@ def pack(
     )
 
 
-def _attention_rows(
-    sequences: list[tuple[np.ndarray, np.ndarray]], shape: Shape
-) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
-    """Return `rows` and `token_slots`: the sequences, longest first, dealt to the buckets.
+def _whole_rows(prompts_Q: list, responses_Q: list) -> list[tuple]:
+    """Return rows (prompt, responses), indices of tokens: each sequence as one response."""
+    no_prompt = np.zeros(0, int)
+    sequences = [np.concatenate(parts) for parts in zip(prompts_Q, responses_Q, strict=True)]
+    return [(no_prompt, [sequence]) for sequence in sequences]
 
-    sequences: the indices of the prompt and of the response, for each response.
-    """
-    lengths_Q = np.array([len(prompt) + len(response) for prompt, response in sequences], int)
-    # Buckets are ordered the same way. Stable, so that equal lengths keep their order everywhere.
-    longest_first = np.argsort(-lengths_Q, kind="stable")
 
+def _rows_in_two_parts(prompts_Q: list, responses_Q: list, responses_per_row: int) -> list[tuple]:
+    """Return rows (prompt, responses), indices of tokens: a prompt and responses to it."""
+    responses_of = collections.defaultdict(list)
+    prompt_of = {}
+    for prompt, response in zip(prompts_Q, responses_Q, strict=True):
+        start = int(prompt[0])  # where a prompt starts stands for it
+        prompt_of[start] = prompt
+        responses_of[start].append(response)
     rows = []
-    token_slots_NJ = np.full((shape.tokens, shape.rows_per_prompt), -1, np.int32)
-    rows_of_prompt = collections.Counter()  # by where a prompt starts: rows that it is in so far
-    first_slot = 0
-    dealt = 0
-    for count, row_length in shape.rows:
-        # Padding reads token 0, which is as good as any: causal attention never looks to the right.
-        rows_RT = np.zeros((count, row_length), np.int32)
-        segments = longest_first[dealt : dealt + count]
-        for row, segment in zip(rows_RT, segments, strict=False):  # there may be rows to spare
-            prompt, response = sequences[segment]
-            length = len(prompt) + len(response)
-            row[: len(prompt)] = prompt
-            row[len(prompt) : length] = response
+    for start, responses in responses_of.items():
+        longest_first = sorted(responses, key=len, reverse=True)
+        for first in range(0, len(responses), responses_per_row):
+            rows.append((prompt_of[start], longest_first[first : first + responses_per_row]))
+    return rows
 
-            slots = np.arange(first_slot, first_slot + length)
-            # A prompt is in the row of each of its responses; a response in one row alone.
-            if len(prompt):
-                nth_row = rows_of_prompt[prompt[0]]
-                token_slots_NJ[prompt, nth_row] = slots[: len(prompt)]
-                rows_of_prompt[prompt[0]] += 1
-            token_slots_NJ[response, 0] = slots[len(prompt) :]
-            first_slot += row_length
-        # Rows to spare have slots too.
-        first_slot += (count - len(segments)) * row_length
-        rows.append(rows_RT)
-        dealt += count
-    return tuple(rows), token_slots_NJ
+
+def _attention_rows(rows: list[tuple], shape: Shape) -> tuple[tuple[Rows, ...], np.ndarray]:
+    """Return a batch's `rows` and `token_slots`: the rows, longest first, dealt to the buckets.
+
+    rows: (prompt, responses), indices of tokens, with the longest response first.
+    """
+
+    def size(row):
+        prompt, responses = row
+        return len(prompt), len(responses[0]), len(responses)
+
+    # As `Needs.rows` sorts them, so that each fits into the row of its rank.
+    rows = sorted(rows, key=size, reverse=True)
+    token_slots_NJ = np.full((shape.tokens, shape.slots_per_token), -1, np.int32)
+    buckets = []
+    first_slot = 0
+    for bucket in shape.rows:
+        # Padding reads token 0, which is as good as any: no token sees it.
+        prompts_RU = np.zeros((bucket.rows, bucket.prompt), np.int32)
+        prompt_lengths_R = np.zeros(bucket.rows, np.int32)
+        responses_RAT = np.zeros((bucket.rows, bucket.responses, bucket.response), np.int32)
+        prompt_slots_RU = first_slot + np.arange(prompts_RU.size).reshape(prompts_RU.shape)
+        first_slot += prompts_RU.size
+        response_slots_RAT = first_slot + np.arange(responses_RAT.size).reshape(responses_RAT.shape)
+        first_slot += responses_RAT.size
+
+        dealt, rows = rows[: bucket.rows], rows[bucket.rows :]
+        for row, (prompt, responses) in enumerate(dealt):  # there may be rows to spare
+            prompts_RU[row, : len(prompt)] = prompt
+            prompt_lengths_R[row] = len(prompt)
+            _add_slots(token_slots_NJ, prompt, prompt_slots_RU[row])
+            for place, response in enumerate(responses):
+                responses_RAT[row, place, : len(response)] = response
+                _add_slots(token_slots_NJ, response, response_slots_RAT[row, place])
+        buckets.append(Rows(prompts_RU, prompt_lengths_R, responses_RAT))
+    return tuple(buckets), token_slots_NJ
+
+
+def _add_slots(token_slots_NJ: np.ndarray, tokens: np.ndarray, slots: np.ndarray) -> None:
+    """Note a slot of each token, in the first place that is free; spare slots are padding's."""
+    taken = (token_slots_NJ[tokens] >= 0).sum(axis=1)
+    token_slots_NJ[tokens, taken] = slots[: len(tokens)]
 
 
 def pad_right(rows, width: int, fill=0, dtype=np.int32) -> np.ndarray:
@@ -322,31 +477,40 @@ def needs_of_cells(sizes: Sizes, cells_XP: np.ndarray, *, share: bool = True) ->
 
     cells_XP: indices of the examples of each cell, or NOBODY. share: as in `pack`.
     """
+    cells = len(cells_XP)
+    responses_per_example = sizes.response.shape[1]
     is_there_XP = cells_XP != NOBODY
-    is_there_XPK = np.broadcast_to(
-        is_there_XP[..., None], (*cells_XP.shape, sizes.response.shape[1])
-    )
     of_cells = sizes[np.where(is_there_XP, cells_XP, 0)]
+    # By the responses of a cell, one after the other.
+    is_there_XI = np.repeat(is_there_XP, responses_per_example, axis=1)
+    prompt_XI = np.repeat(of_cells.prompt, responses_per_example, axis=1)
+    prompt_id_XI = np.repeat(of_cells.prompt_id, responses_per_example, axis=1)
+    response_XI = of_cells.response.reshape(cells, -1)
+    completion_XI = of_cells.completion.reshape(cells, -1)
     if share:
-        is_new_prompt_XP = _is_first(of_cells.prompt_id, is_there_XP)
-        cells = len(cells_XP)
-        flat_ids = of_cells.response_id.reshape(cells, -1)
-        is_new_XPK = _is_first(flat_ids, is_there_XPK.reshape(cells, -1)).reshape(
-            is_there_XPK.shape
-        )
-        prompt_tokens_X = (of_cells.prompt * is_new_prompt_XP).sum(axis=1)
+        is_new_XI = _is_first(of_cells.response_id.reshape(cells, -1), is_there_XI)
     else:
-        is_new_XPK = is_there_XPK
-        prompt_tokens_X = (of_cells.prompt[..., None] * is_there_XPK).sum(axis=(1, 2))
-    sequences_XPK = (of_cells.prompt[..., None] + of_cells.response) * is_new_XPK
-    longest_first_XQ = -np.sort(-sequences_XPK.reshape(len(cells_XP), -1))
-    most = int((longest_first_XQ > 0).sum(axis=1).max(initial=1))
+        is_new_XI = is_there_XI
+        # Every response has a prompt of its own.
+        prompt_id_XI = np.broadcast_to(np.arange(prompt_id_XI.shape[1]), prompt_id_XI.shape)
+
+    # The distinct ones come first, by prompt, then the longest first.
+    order_XI = np.lexsort((-response_XI, prompt_id_XI, ~is_new_XI), axis=1)
+    is_new_XI = np.take_along_axis(is_new_XI, order_XI, axis=1)
+    prompt_id_XI = np.take_along_axis(prompt_id_XI, order_XI, axis=1)
+    prompt_XI = np.take_along_axis(prompt_XI, order_XI, axis=1) * is_new_XI
+    response_XI = np.take_along_axis(response_XI, order_XI, axis=1) * is_new_XI
+    completion_XI = np.take_along_axis(completion_XI, order_XI, axis=1) * is_new_XI
+    number_XI, siblings_XI = _numbered(prompt_id_XI, is_new_XI)
+    prompt_tokens_X = (prompt_XI * (number_XI == 0)).sum(axis=1)
     return Needs(
-        tokens=prompt_tokens_X + (of_cells.response * is_new_XPK).sum(axis=(1, 2)),
-        lengths=longest_first_XQ[:, :most],
-        completion_tokens=(of_cells.completion * is_new_XPK).sum(axis=(1, 2)),
+        tokens=prompt_tokens_X + response_XI.sum(axis=1),
+        completion_tokens=completion_XI.sum(axis=1),
         examples=is_there_XP.sum(axis=1),
-        rows_per_prompt=_most_alike(of_cells.prompt_id, is_new_XPK.sum(axis=-1), share),
+        prompt=prompt_XI,
+        response=response_XI,
+        number=number_XI,
+        siblings=siblings_XI,
     )
 
 
@@ -361,94 +525,150 @@ def _is_first(ids_XI: np.ndarray, is_there_XI: np.ndarray) -> np.ndarray:
     return found_XI & is_there_XI
 
 
-def _most_alike(prompt_id_XP: np.ndarray, responses_XP: np.ndarray, share: bool) -> np.ndarray:
-    """Return the most responses that a prompt of each cell has.
+def _numbered(ids_XI: np.ndarray, is_there_XI: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return each one's number among its equals, and how many they are, or zeros.
 
-    responses_XP: distinct responses that each example brings.
+    ids_XI: equals stand together, and those that are there before the others.
     """
-    if not share:
-        return np.minimum(responses_XP.max(axis=1, initial=1), 1)
-    order_XP = np.argsort(prompt_id_XP, axis=1, kind="stable")
-    sorted_XP = np.take_along_axis(prompt_id_XP, order_XP, axis=1)
-    upto_XP = np.cumsum(np.take_along_axis(responses_XP, order_XP, axis=1), axis=1)
-    starts_XP = np.ones(sorted_XP.shape, bool)
-    starts_XP[:, 1:] = sorted_XP[:, 1:] != sorted_XP[:, :-1]
-    # What had been counted where the current prompt starts, carried along.
-    before_XP = np.pad(upto_XP, ((0, 0), (1, 0)))[:, :-1]
-    before_XP = np.maximum.accumulate(np.where(starts_XP, before_XP, 0), axis=1)
-    return np.maximum((upto_XP - before_XP).max(axis=1, initial=1), 1)
+    places_I = np.arange(ids_XI.shape[1])
+    starts_XI = np.ones(ids_XI.shape, bool)
+    starts_XI[:, 1:] = (ids_XI[:, 1:] != ids_XI[:, :-1]) | ~is_there_XI[:, 1:]
+    # Where the run of equals starts, carried to the right, and where the next starts, to the left.
+    start_XI = np.maximum.accumulate(np.where(starts_XI, places_I, 0), axis=1)
+    next_XI = np.full(ids_XI.shape, ids_XI.shape[1])
+    next_XI[:, :-1] = np.where(starts_XI[:, 1:], places_I[1:], ids_XI.shape[1])
+    next_XI = np.minimum.accumulate(next_XI[:, ::-1], axis=1)[:, ::-1]
+    return (places_I - start_XI) * is_there_XI, (next_XI - start_XI) * is_there_XI
 
 
-def shape_of(examples, *, share: bool = True, buckets: int = BUCKETS) -> Shape:
-    """Return a shape that holds the examples, rounded up; share as in `pack`."""
+def shape_of(
+    examples, *, share: bool = True, buckets: int = BUCKETS, window: int | None = None
+) -> Shape:
+    """Return a shape that holds the examples, rounded up; share as in `pack`.
+
+    window: how far the model's attention looks back, as in `choose_shapes`.
+    """
     one_cell = np.arange(len(examples))[None]
     needs = needs_of_cells(sizes_of(examples, share=share), one_cell, share=share)
-    return _covering(needs, slice(None), buckets)
+    return _covering(needs, buckets, window, share)
 
 
-def choose_shapes(needs: Needs, limit: int) -> list[Shape]:
+def choose_shapes(
+    needs: Needs, limit: int, *, cells: int = 1, share: bool = True, window: int | None = None
+) -> list[Shape]:
     """Return at most `limit` shapes, smallest first, so that each step fits into one of them.
 
     Steps are grouped by their tokens so that padding is least, where another shape must save the
-    work of PROGRAM_PRICE steps: a short run has few shapes.
+    work of PROGRAM_PRICE steps: a short run has few shapes. cells: of each step, one after another;
+    all have one shape. share: as in `pack`. window: how far the model's attention looks back; None:
+    to the start.
     """
     # Tokens stand for all work here; lengths and completion tokens grow with them.
-    size_n = _round_up(needs.tokens)
-    price = PROGRAM_PRICE * needs.tokens.mean()
+    tokens_n = needs.tokens.reshape(-1, cells).max(axis=1)
+    size_n = _round_up(tokens_n)
+    size_m, count_m = np.unique(size_n, return_counts=True)
+    steps_below_m = np.concatenate([[0], np.cumsum(count_m)])
+    price = PROGRAM_PRICE * tokens_n.mean()
+
+    def cost(end):
+        # All steps of sizes [start:end] are padded to the largest of them.
+        return size_m[end - 1] * (steps_below_m[end] - steps_below_m[:end]) + price
+
     shapes = []
-    above = -1
-    for size in _partition(size_n, 1, price, limit):
-        shapes.append(_covering(needs, (above < size_n) & (size_n <= size), BUCKETS))
-        above = size
+    for start, end in _cut(len(size_m), cost, limit):
+        some_n = (size_m[start] <= size_n) & (size_n <= size_m[end - 1])
+        shapes.append(_covering(needs[np.repeat(some_n, cells)], BUCKETS, window, share))
     return shapes
 
 
-def _covering(needs: Needs, some, buckets: int) -> Shape:
-    """Return the smallest shape, rounded up, that some of the steps fit into."""
-    lengths_Q = needs.lengths[some].max(axis=0)
-    lengths_Q = _round_up(lengths_Q[lengths_Q > 0])
-    # Attention's work in a row is its length squared.
-    price = BUCKET_PRICE * (lengths_Q.astype(float) ** 2).sum()
-    row_lengths = _partition(lengths_Q, 2, price, buckets)
-    bucket_Q = np.searchsorted(row_lengths, lengths_Q)
-    rows = []
-    for bucket in reversed(range(len(row_lengths))):
-        rows.append((int((bucket_Q == bucket).sum()), row_lengths[bucket]))
+def _covering(needs: Needs, buckets: int, window: int | None, share: bool) -> Shape:
+    """Return the smallest shape, rounded up, that all cells fit into."""
+    responses_per_row, rows_R3 = _choose_rows(needs, window, MOST_RESPONSES if share else 0)
     return Shape(
-        tokens=int(_round_up(needs.tokens[some]).max()),
-        rows=tuple(rows),
-        completion_tokens=int(_round_up(needs.completion_tokens[some]).max()),
-        examples=int(needs.examples[some].max()),
-        responses=len(lengths_Q),
-        rows_per_prompt=int(needs.rows_per_prompt[some].max()),
+        tokens=int(_round_up(needs.tokens).max()),
+        rows=_in_buckets(rows_R3, buckets),
+        responses_per_row=responses_per_row,
+        completion_tokens=int(_round_up(needs.completion_tokens).max()),
+        examples=int(needs.examples.max()),
+        responses=int(needs.responses.max()),
+        slots_per_token=int(needs.slots_per_token(responses_per_row).max()),
     )
 
 
-def _partition(sizes: np.ndarray, power: int, price: float, limit: int) -> list[int]:
-    """Return the sizes to round up to, ascending, at most `limit`, whose cost is least.
+def _choose_rows(needs: Needs, window: int | None, most: int) -> tuple[int, np.ndarray]:
+    """Return the responses per row that need the fewest scores, and the rows that hold all cells.
 
-    The cost is the sum of all rounded sizes to a power, and `price` for each size to round up to.
+    The rows are U, A and T, rounded up [R, 3]. Whole rows (0 responses) are taken where two parts
+    save too little, or where a sequence is longer than the window: how far a response looks back
+    into its prompt would depend on the prompt's length. most: responses of a row; 0: whole rows
+    only.
     """
-    # Rounded sizes are few, so the search below is short.
-    size_m, count_m = np.unique(sizes, return_counts=True)
-    smaller_m = np.concatenate([[0], np.cumsum(count_m)])  # how many sizes are below size_m[i]
-    # Dynamic programming: best[i] is the least cost of the i smallest of size_m, and chosen[i] what
-    # they are rounded up to, with as many choices as rounds so far.
-    best = np.full(len(size_m) + 1, np.inf)
+
+    def covering(responses_per_row):
+        rows_R3 = needs.rows(responses_per_row).max(axis=0)
+        rows_R3[:, [0, 2]] = _round_up(rows_R3[:, [0, 2]])
+        return rows_R3, _scores(*rows_R3.T).sum()
+
+    chosen = 0
+    rows_R3, scores = covering(0)
+    limit = TWO_PARTS_SHARE * scores
+    most = min(int(needs.siblings.max(initial=0)), most)
+    for responses_per_row in range(1, most + 1):
+        in_parts_R3, scores = covering(responses_per_row)
+        # As attention sees them: padded.
+        longest = in_parts_R3[:, 0].max() + in_parts_R3[:, 2].max()
+        is_seen_whole = window is None or longest <= window
+        if scores < limit and is_seen_whole:
+            chosen, rows_R3, limit = responses_per_row, in_parts_R3, scores
+    return chosen, rows_R3
+
+
+def _in_buckets(rows_R3: np.ndarray, limit: int) -> tuple[RowShape, ...]:
+    """Return at most `limit` buckets that hold the rows, in their order, with the fewest scores.
+
+    rows_R3: U, A and T of each row, longest first. A bucket has the largest of each of its rows.
+    """
+    price = BUCKET_PRICE * _scores(*rows_R3.T).sum()
+    # Equal neighbours are taken together, so the search below is short.
+    is_new_R = np.ones(len(rows_R3), bool)
+    is_new_R[1:] = (rows_R3[1:] != rows_R3[:-1]).any(axis=1)
+    first_m = np.append(np.flatnonzero(is_new_R), len(rows_R3))
+    size_m3 = rows_R3[first_m[:-1]]
+
+    def cost(end):
+        # Sizes [start:end] are padded to the largest of each.
+        largest_m3 = np.maximum.accumulate(size_m3[:end][::-1], axis=0)[::-1]
+        return _scores(*largest_m3.T) * (first_m[end] - first_m[:end]) + price
+
+    buckets = []
+    for start, end in _cut(len(size_m3), cost, limit):
+        prompt, responses, response = size_m3[start:end].max(axis=0).tolist()
+        rows = int(first_m[end] - first_m[start])
+        buckets.append(RowShape(rows, prompt, responses, response))
+    return tuple(buckets)
+
+
+def _cut(count: int, cost: Callable, limit: int) -> list[tuple[int, int]]:
+    """Return the parts (start, end) of 0 to `count`, at most `limit`, whose cost is least.
+
+    cost: the end of a part -> its cost for every start before that, [end].
+    """
+    # Dynamic programming: best[i] is the least cost of the first i, and starts[i] where the parts
+    # of them begin, with as many parts as rounds so far.
+    best = np.full(count + 1, np.inf)
     best[0] = 0.0
-    chosen = [[] for _ in best]
-    for _ in range(min(limit, len(size_m))):
-        next_best, next_chosen = best.copy(), list(chosen)
-        for end in range(1, len(size_m) + 1):
-            # size_m[start:end] are rounded up to the largest of them, for every start.
-            rounded = float(size_m[end - 1]) ** power * (smaller_m[end] - smaller_m[:end])
-            cost = best[:end] + rounded + price
-            start = int(np.argmin(cost))
-            if cost[start] < next_best[end]:
-                next_best[end] = cost[start]
-                next_chosen[end] = [*chosen[start], int(size_m[end - 1])]
-        best, chosen = next_best, next_chosen
-    return chosen[-1]
+    starts = [[] for _ in best]
+    costs = [cost(end) for end in range(1, count + 1)]
+    for _ in range(min(limit, count)):
+        next_best, next_starts = best.copy(), list(starts)
+        for end in range(1, count + 1):
+            total = best[:end] + costs[end - 1]
+            start = int(np.argmin(total))
+            if total[start] < next_best[end]:
+                next_best[end] = total[start]
+                next_starts[end] = [*starts[start], start]
+        best, starts = next_best, next_starts
+    return list(itertools.pairwise([*starts[-1], count]))
 
 
 def _round_up(sizes):

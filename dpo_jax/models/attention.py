@@ -1,20 +1,26 @@
 """Causal attention over rows gathered from a flat run of tokens.
 
-A batch is one flat run of tokens per shard, where a prompt is laid down once and both its responses
-follow. Attention alone sees whole sequences: it gathers them into right-padded rows, runs plain
-causal attention there, and takes each token's output back. For a prompt P, the chosen response C
-and the rejected response R:
+A batch is one flat run of tokens per shard, where a prompt is laid down once and its responses
+follow. Attention alone sees sequences. It gathers tokens into rows, each with a prompt and
+responses to it, padded on the right, and works in two parts: the prompt attends to itself, and each
+response to the prompt and to itself, so that no query is computed twice. For a prompt P and the
+responses C and R:
 
-    run of tokens     P0 P1 P2 C0 C1 R0
-    attention's rows  P0 P1 P2 C0 C1        each token sees itself and what stands to its left
-                      P0 P1 P2 R0 .         so R0 never sees C0 and C1
-    slots             0  1  2  3  4         places in the rows, counted from the first row to the
-                      5  6  7  8  9         last; P0 stands in slots 0 and 5
+    run of tokens   P0 P1 P2 C0 C1 R0
+    prompts         P0 P1 P2              each token sees itself and what stands to its left
+    responses       C0 C1                 sees P0 P1 P2 as well
+                    R0 .                  so does R0, which never sees C0 and C1
+    slots           0  1  2               places in the rows, counted from the first to the last
+                    3  4
+                    5  6
 
-`data/packing.py` makes the indices; `transformer.py` lists the letters in array names, and here
-also:
+Where prompts are short, rows are whole sequences: responses without a prompt, each of which starts
+with its own copy of P0 P1 P2. `data/packing.py` chooses, and makes the indices; `transformer.py`
+lists the letters in array names, and here also:
 
-    Z  slots of a shard, all rows end to end         B  S and R as one axis
+    Z  slots of a shard, all rows end to end         U  tokens of a row's prompt
+    A  responses of a row                            T  tokens of each response
+    B  S and R as one axis
 """
 
 import functools
@@ -25,6 +31,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from dpo_jax.data.packing import Rows
 from dpo_jax.parallel.hardware import chip_of
 from dpo_jax.parallel.sharding import BATCH, device, fitting
 
@@ -43,11 +50,16 @@ SPLASH_BLOCK = {2: 1024, 4: 512}
 class Layout(NamedTuple):
     """The place of each shard's tokens in attention's rows; see `data/packing.py`."""
 
-    rows: tuple[jax.Array, ...]  # rows_SRT of each length bucket: indices into N
-    # gather_index_SN: the slot, counted through all rows, that a token's output is taken from
-    gather_index: jax.Array
-    # token_slots_SNK: all slots of a token, -1 where there are fewer than K
-    token_slots: jax.Array
+    rows: tuple[Rows, ...]  # of each bucket, indices into N with a leading axis of shards
+    token_slots: jax.Array  # token_slots_SNJ: all slots of a token, -1 where there are fewer than J
+
+
+class Prompts(NamedTuple):
+    """The keys and values of rows' prompts, which all responses of a row see."""
+
+    k: jax.Array  # k_SRUKC
+    v: jax.Array  # v_SRUKC
+    lengths: jax.Array  # lengths_SR: how many of U are there
 
 
 def attend(
@@ -62,36 +74,58 @@ def attend(
     """Return attention of each token over its own sequence so far, [S, N, H, C].
 
     Without a layout each shard's N tokens are themselves one row. `window` and `kernel` as of
-    `causal_attention`.
+    `attend_rows`.
     """
-    causal = functools.partial(causal_attention, window=window, kernel=kernel)
+    shards, _, heads, width = q_SNHC.shape
+    over_rows = functools.partial(attend_rows, window=window, kernel=kernel)
     if layout is None:
-        out_SRNHC = causal(q_SNHC[:, None], k_SNKC[:, None], v_SNKC[:, None])
-        return out_SRNHC[:, 0]
+        # One row with one response.
+        out_SRATHC = over_rows(*[x[:, None, None] for x in (q_SNHC, k_SNKC, v_SNKC)])
+        return out_SRATHC[:, 0, 0]
 
     index_SZ = _end_to_end(layout.rows)
-    q_SZHC = _spread(q_SNHC, index_SZ, layout.token_slots)
+    first_slot_SNJ = layout.token_slots[..., :1]
+    # A query's output is taken from its first slot, so that slot alone has a gradient.
+    q_SZHC = _spread(q_SNHC, index_SZ, first_slot_SNJ)
     k_SZKC = _spread(k_SNKC, index_SZ, layout.token_slots)
     v_SZKC = _spread(v_SNKC, index_SZ, layout.token_slots)
 
-    # All buckets are gathered at once, but each has rows of its own length, so each is a call.
+    # All buckets are gathered at once, but each has rows of its own sizes, so each is a call.
     outputs = []
     start = 0
-    for rows_SRT in layout.rows:
-        end = start + rows_SRT[0].size
-        q_SRTHC = q_SZHC[:, start:end].reshape(*rows_SRT.shape, *q_SZHC.shape[2:])
-        k_SRTKC = k_SZKC[:, start:end].reshape(*rows_SRT.shape, *k_SZKC.shape[2:])
-        v_SRTKC = v_SZKC[:, start:end].reshape(*rows_SRT.shape, *v_SZKC.shape[2:])
-        out_SRTHC = causal(q_SRTHC, k_SRTKC, v_SRTKC)
-        outputs.append(out_SRTHC.reshape(q_SZHC[:, start:end].shape))
-        start = end
+    for rows in layout.rows:
+        prompts = None
+        if rows.prompts.size:
+            q_SRUHC, k_SRUKC, v_SRUKC = [
+                _slots(x_SZ, start, rows.prompts.shape) for x_SZ in (q_SZHC, k_SZKC, v_SZKC)
+            ]
+            # A prompt attends as the only response to no prompt.
+            out_SRAUHC = over_rows(q_SRUHC[:, :, None], k_SRUKC[:, :, None], v_SRUKC[:, :, None])
+            outputs.append(out_SRAUHC.reshape(shards, -1, heads, width))
+            prompts = Prompts(k_SRUKC, v_SRUKC, rows.prompt_lengths)
+            start += rows.prompts[0].size
+        q_SRATHC, k_SRATKC, v_SRATKC = [
+            _slots(x_SZ, start, rows.responses.shape) for x_SZ in (q_SZHC, k_SZKC, v_SZKC)
+        ]
+        out_SRATHC = over_rows(q_SRATHC, k_SRATKC, v_SRATKC, prompts)
+        outputs.append(out_SRATHC.reshape(shards, -1, heads, width))
+        start += rows.responses[0].size
     out_SZHC = jnp.concatenate(outputs, axis=1)
-    return _collect(out_SZHC, layout.gather_index, index_SZ)
+    return _collect(out_SZHC, first_slot_SNJ[..., 0], index_SZ)
 
 
-def _end_to_end(rows: tuple[jax.Array, ...]) -> jax.Array:
-    """Return the token in each slot, [S, Z]: the rows of all buckets, one after the other."""
-    flat = [rows_SRT.reshape(rows_SRT.shape[0], -1) for rows_SRT in rows]
+def _slots(x_SZ, start: int, shape: tuple[int, ...]):
+    """Return a part of the slots as an array of this shape, and of the trailing axes of x."""
+    end = start + math.prod(shape[1:])
+    return x_SZ[:, start:end].reshape(*shape, *x_SZ.shape[2:])
+
+
+def _end_to_end(rows: tuple[Rows, ...]) -> jax.Array:
+    """Return the token in each slot, [S, Z]: of each bucket the prompts, then the responses."""
+    flat = []
+    for bucket in rows:
+        for tokens in (bucket.prompts, bucket.responses):
+            flat.append(tokens.reshape(tokens.shape[0], -1))
     return jnp.concatenate(flat, axis=1)
 
 
@@ -128,18 +162,35 @@ def attend_cached(
     return out_SKGC.astype(v_SNKC.dtype).reshape(q_SNHC.shape)
 
 
-def causal_attention(
-    q_SRTHC, k_SRUKC, v_SRUKC, *, window: int | None = None, kernel: str = "auto"
+def attend_rows(
+    q_SRATHC,
+    k_SRATKC,
+    v_SRATKC,
+    prompts: Prompts | None = None,
+    *,
+    window: int | None = None,
+    kernel: str = "auto",
 ) -> jax.Array:
-    """Return plain causal attention within rows, [S, R, T, H, C]; softmax in float32.
+    """Return attention of each response over its row's prompt, and over itself, causally.
 
+    The result is [S, R, A, T, H, C]; softmax in float32. prompts: None where there are none.
     window: how many of the latest keys are seen, the query's own included. kernel: see `choose`.
+
+    Raises ValueError where a response could be further from its prompt than the window reaches.
     """
-    kernel = choose(kernel, q_SRTHC.dtype, q_SRTHC.shape[-1])
+    kernel = choose(kernel, q_SRATHC.dtype, q_SRATHC.shape[-1])
+    if prompts is not None and window is not None:
+        longest = prompts.k.shape[2] + q_SRATHC.shape[3]
+        if longest > window:
+            raise ValueError(
+                f"rows of {longest} tokens in two parts cannot have a window of {window}: give "
+                "Batches the model's window."
+            )
+        window = None
     if kernel == "xla":
-        return _in_blocks(q_SRTHC, k_SRUKC, v_SRUKC, window)
+        return _in_blocks(q_SRATHC, k_SRATKC, v_SRATKC, prompts, window)
     function = _splash if kernel == "splash" else _cudnn
-    return _on_each_device(function, q_SRTHC, k_SRUKC, v_SRUKC, window)
+    return _on_each_device(function, q_SRATHC, k_SRATKC, v_SRATKC, prompts, window)
 
 
 def choose(kernel: str, dtype, width: int) -> str:
@@ -177,83 +228,135 @@ def check(kernel: str, where: str) -> None:
         )
 
 
-def _on_each_device(kernel, q_SRTHC, k_SRUKC, v_SRUKC, window):
+def _on_each_device(kernel, q_SRATHC, k_SRATKC, v_SRATKC, prompts: Prompts | None, window):
     """Run a kernel over each device's own rows and heads: the compiler cannot split a kernel.
 
-    kernel: (q_BTHC, k_BUKC, v_BUKC, window) -> out_BTHC.
+    kernel: (q_BTHC, k_BUKC, v_BUKC, seen_BU, window) -> out_BTHC, where the queries are those of
+    the last T keys, and seen_BU says which keys before those are there; None: T = U.
     """
 
-    def local(q_SRTHC, k_SRUKC, v_SRUKC):
-        q_BTHC = q_SRTHC.reshape(-1, *q_SRTHC.shape[2:])
-        k_BUKC = k_SRUKC.reshape(-1, *k_SRUKC.shape[2:])
-        v_BUKC = v_SRUKC.reshape(-1, *v_SRUKC.shape[2:])
-        return kernel(q_BTHC, k_BUKC, v_BUKC, window).reshape(q_SRTHC.shape)
+    def local(q_SRATHC, k_SRATKC, v_SRATKC, prompts):
+        # Each response is a row of its own, with its own copy of the prompt's keys.
+        q_BTHC = q_SRATHC.reshape(-1, *q_SRATHC.shape[3:])
+        k_BUKC, v_BUKC, seen_BU = _with_prompts(k_SRATKC, v_SRATKC, prompts)
+        return kernel(q_BTHC, k_BUKC, v_BUKC, seen_BU, window).reshape(q_SRATHC.shape)
 
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return local(q_SRTHC, k_SRUKC, v_SRUKC)
+        return local(q_SRATHC, k_SRATKC, v_SRATKC, prompts)
 
-    heads = q_SRTHC.shape[3]
-    kv_heads = k_SRUKC.shape[3]
+    heads = q_SRATHC.shape[4]
+    kv_heads = k_SRATKC.shape[4]
     if heads % mesh.shape["tensor"] == 0:
         # Key heads are repeated until each device has its own.
         times = math.lcm(kv_heads, mesh.shape["tensor"]) // kv_heads
-        k_SRUKC = jnp.repeat(k_SRUKC, times, axis=3)
-        v_SRUKC = jnp.repeat(v_SRUKC, times, axis=3)
+        k_SRATKC = jnp.repeat(k_SRATKC, times, axis=4)
+        v_SRATKC = jnp.repeat(v_SRATKC, times, axis=4)
+        if prompts is not None:
+            k_SRUKC = jnp.repeat(prompts.k, times, axis=3)
+            v_SRUKC = jnp.repeat(prompts.v, times, axis=3)
+            prompts = Prompts(k_SRUKC, v_SRUKC, prompts.lengths)
 
-    # An axis that a device count does not divide stays whole on every device (`fitting`).
-    wanted = PartitionSpec(BATCH, None, None, "tensor")
-    specs = tuple(fitting(mesh, wanted, x.shape) for x in (q_SRTHC, k_SRUKC, v_SRUKC))
+    def spec(x):
+        # Shards first, heads last but one. An axis that a device count does not divide stays whole
+        # on every device (`fitting`).
+        wanted = [BATCH, *[None] * (x.ndim - 1)]
+        if x.ndim > 2:  # not the lengths
+            wanted[-2] = "tensor"
+        return fitting(mesh, PartitionSpec(*wanted), x.shape)
+
+    arguments = (q_SRATHC, k_SRATKC, v_SRATKC, prompts)
+    specs = jax.tree.map(spec, arguments)
     # Varying axes are not checked: kernels do not say how their outputs vary over the mesh.
     split = jax.shard_map(local, in_specs=specs, out_specs=specs[0], check_vma=False)
-    return split(q_SRTHC, k_SRUKC, v_SRUKC)
+    return split(*arguments)
 
 
-def _splash(q_BTHC, k_BUKC, v_BUKC, window):
+def _with_prompts(k_SRATKC, v_SRATKC, prompts: Prompts | None):
+    """Return keys and values of each response with those of its prompt before, and which are there.
+
+    k_BUKC, v_BUKC, and seen_BU of the prompt's part; None without prompts.
+    """
+    rows = k_SRATKC.shape[:3]
+
+    def one_axis(x_SRA):
+        return x_SRA.reshape(-1, *x_SRA.shape[3:])
+
+    if prompts is None:
+        return one_axis(k_SRATKC), one_axis(v_SRATKC), None
+
+    def joined(prompt_SRUKC, own_SRATKC):
+        copies_SRAUKC = jnp.broadcast_to(prompt_SRUKC[:, :, None], rows + prompt_SRUKC.shape[2:])
+        return one_axis(jnp.concatenate([copies_SRAUKC, own_SRATKC], axis=3))
+
+    places_U = jnp.arange(prompts.k.shape[2])
+    seen_SRU = places_U < prompts.lengths[..., None]
+    seen_BU = one_axis(jnp.broadcast_to(seen_SRU[:, :, None], (*rows, len(places_U))))
+    return joined(prompts.k, k_SRATKC), joined(prompts.v, v_SRATKC), seen_BU
+
+
+def _splash(q_BTHC, k_BUKC, v_BUKC, seen_BU, window):
     """Run JAX's Pallas kernel for TPUs, over padded rows; on a CPU it is interpreted, slowly."""
     # Imported here: it is experimental, and the other kernels must not depend on it.
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     length, heads, width = q_BTHC.shape[1:]
-    # As few blocks as fit on the chip, all equally long, so that the last is not mostly padding.
-    count = -(-length // SPLASH_BLOCK[q_BTHC.dtype.itemsize])
-    block = -(-length // (count * SPLASH_LANES)) * SPLASH_LANES
-    padded = count * block
-    square = (padded, padded)
-    # Padding comes after all tokens, so a causal mask hides it from them.
+    prompt_length = k_BUKC.shape[1] - length
+    longest_block = SPLASH_BLOCK[q_BTHC.dtype.itemsize]
+    queries, query_block = _blocks(length, longest_block)
+    # The prompt keeps its place before the padding of the response.
+    keys, key_block = _blocks(prompt_length + queries, longest_block)
+    # All padding of responses comes after their tokens, so a causal mask hides it from them.
     if window is None:
-        mask = splash.CausalMask(square)
+        mask = splash.CausalMask((queries, keys), offset=prompt_length)
     else:
-        mask = splash.LocalMask(square, (window - 1, 0), 0)
+        mask = splash.LocalMask((queries, keys), (window - 1, 0), prompt_length)
     blocks = splash.BlockSizes(
-        block_q=block,
-        block_kv=block,
-        block_q_dkv=block,
-        block_kv_dkv=block,
-        block_q_dq=block,
-        block_kv_dq=block,
+        block_q=query_block,
+        block_kv=key_block,
+        block_q_dkv=query_block,
+        block_kv_dkv=key_block,
+        block_q_dq=query_block,
+        block_kv_dq=key_block,
     )
 
-    def attend_rows(q_BHTC, k_BKUC, v_BKUC):
+    def padded_heads_first(x, wanted):
+        return jnp.pad(x, ((0, 0), (0, wanted - x.shape[1]), (0, 0), (0, 0))).swapaxes(1, 2)
+
+    # The kernel does not scale the queries.
+    arrays = [padded_heads_first(q_BTHC * width**-0.5, queries)]
+    arrays += [padded_heads_first(x_BUKC, keys) for x_BUKC in (k_BUKC, v_BUKC)]
+    if seen_BU is not None:
+        # A query sees keys of its own segment: 1, and 0 where a prompt is padded.
+        is_there_BU = jnp.pad(seen_BU, ((0, 0), (0, keys - prompt_length)), constant_values=True)
+        segments = splash.SegmentIds(
+            q=jnp.ones((len(seen_BU), queries), jnp.int32), kv=is_there_BU.astype(jnp.int32)
+        )
+        arrays.append(segments)
+
+    def attend_rows(*arrays):
+        # Made here: the backward pass is traced on its own, and may not read what another made.
         kernel = splash.make_splash_mha_single_device(
             splash.MultiHeadMask([mask] * heads),
             block_sizes=blocks,
             interpret=device().platform == "cpu",
         )
-        return jax.vmap(kernel)(q_BHTC, k_BKUC, v_BKUC)
-
-    def padded_heads_first(x):
-        return jnp.pad(x, ((0, 0), (0, padded - length), (0, 0), (0, 0))).swapaxes(1, 2)
+        return jax.vmap(kernel)(*arrays)
 
     # The kernel refuses the precision float32 for bfloat16.
     precision = "default" if q_BTHC.dtype == jnp.bfloat16 else "float32"
-    # The kernel does not scale the queries.
-    out_BHTC = _at_precision(precision, attend_rows)(
-        padded_heads_first(q_BTHC * width**-0.5),
-        padded_heads_first(k_BUKC),
-        padded_heads_first(v_BUKC),
-    )
+    out_BHTC = _at_precision(precision, attend_rows)(*arrays)
     return out_BHTC.swapaxes(1, 2)[:, :length]
+
+
+def _blocks(length: int, longest: int) -> tuple[int, int]:
+    """Return a length that splash takes, and that of its blocks.
+
+    As few blocks as fit on the chip, all equally long, so that the last is not mostly padding.
+    """
+    count = -(-length // longest)
+    block = -(-length // (count * SPLASH_LANES)) * SPLASH_LANES
+    return count * block, block
 
 
 def _at_precision(precision: str, function):
@@ -279,79 +382,112 @@ def _at_precision(precision: str, function):
     return at_precision
 
 
-def _cudnn(q_BTHC, k_BUKC, v_BUKC, window, implementation="cudnn"):
+def _cudnn(q_BTHC, k_BUKC, v_BUKC, seen_BU, window, implementation="cudnn"):
     """Run NVIDIA's fused kernel; its backward pass may add in another order from run to run."""
+    mask_B1TU = None
+    if seen_BU is not None:
+        # Causal counts from the first key, which would be the prompt's.
+        length = q_BTHC.shape[1]
+        own_TT = jnp.tril(jnp.ones((length, length), bool))
+        seen_BTU = jnp.broadcast_to(seen_BU[:, None], (len(seen_BU), length, seen_BU.shape[1]))
+        own_BTT = jnp.broadcast_to(own_TT, (len(seen_BU), length, length))
+        mask_B1TU = jnp.concatenate([seen_BTU, own_BTT], axis=2)[:, None]
     return jax.nn.dot_product_attention(
         q_BTHC,
         k_BUKC,
         v_BUKC,
-        is_causal=True,
+        mask=mask_B1TU,
+        is_causal=seen_BU is None,
         implementation=implementation,
         local_window_size=None if window is None else (window - 1, 0),
     )
 
 
-def _in_blocks(q_SRTHC, k_SRUKC, v_SRUKC, window):
+def _in_blocks(q_SRATHC, k_SRATKC, v_SRATKC, prompts: Prompts | None, window):
     """Return attention in plain XLA.
 
     Blocks of queries see only the keys up to their end, so about half of the square is never
     computed, and each block is recomputed in the backward pass, so no [T, T] array is kept.
     """
-    shards, rows, length, heads, width = q_SRTHC.shape
-    kv_heads = k_SRUKC.shape[3]
+    shards, rows, responses, length, heads, width = q_SRATHC.shape
+    kv_heads = k_SRATKC.shape[4]
     # Heads first, keys transposed: each block is then two batched matrix products with nothing to
     # shuffle, which the CPU runs about twice as fast as the same products over [T, H, C].
-    q_SRTKGC = (q_SRTHC * width**-0.5).reshape(
-        shards, rows, length, kv_heads, heads // kv_heads, width
+    q_SRATKGC = (q_SRATHC * width**-0.5).reshape(
+        shards, rows, responses, length, kv_heads, heads // kv_heads, width
     )
-    q_SRKGTC = q_SRTKGC.transpose(0, 1, 3, 4, 2, 5)
-    k_SRKCU = k_SRUKC.transpose(0, 1, 3, 4, 2)
-    v_SRKUC = v_SRUKC.transpose(0, 1, 3, 2, 4)
+    q_SRKAGTC = q_SRATKGC.transpose(0, 1, 4, 2, 5, 3, 6)
+    k_SRKACT = k_SRATKC.transpose(0, 1, 4, 2, 5, 3)
+    v_SRKATC = v_SRATKC.transpose(0, 1, 4, 2, 3, 5)
+    of_prompts = None
+    keys = length
+    if prompts is not None:
+        k_SRKCU = prompts.k.transpose(0, 1, 3, 4, 2)
+        v_SRKUC = prompts.v.transpose(0, 1, 3, 2, 4)
+        keys += k_SRKCU.shape[-1]
+        of_prompts = (k_SRKCU, v_SRKUC, prompts.lengths)
     blocks = []
     for start in range(0, length, QUERY_BLOCK):
         end = min(start + QUERY_BLOCK, length)
         # The first key that the block's first query sees.
         first = 0 if window is None else max(0, start - window + 1)
         block = functools.partial(_attend_block, offset=start - first, window=window)
-        if length > QUERY_BLOCK:
+        if keys > QUERY_BLOCK:
             # A single block is not recomputed: its scores are small.
             block = jax.checkpoint(block)
-        q_block = q_SRKGTC[..., start:end, :]
-        k_block = k_SRKCU[..., first:end]
-        v_block = v_SRKUC[..., first:end, :]
-        blocks.append(block(q_block, k_block, v_block))
-    out_SRKGTC = blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=4)
-    return out_SRKGTC.transpose(0, 1, 4, 2, 3, 5).reshape(q_SRTHC.shape)
+        q_block = q_SRKAGTC[..., start:end, :]
+        k_block = k_SRKACT[..., first:end]
+        v_block = v_SRKATC[..., first:end, :]
+        blocks.append(block(q_block, k_block, v_block, of_prompts))
+    out_SRKAGTC = blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=5)
+    return out_SRKAGTC.transpose(0, 1, 3, 5, 2, 4, 6).reshape(q_SRATHC.shape)
 
 
-def _attend_block(q_SRKGTC, k_SRKCU, v_SRKUC, *, offset: int, window: int | None):
-    """Return attention of a block of queries, the first of which sits at key `offset`."""
-    shards, rows, kv_heads, groups, length, width = q_SRKGTC.shape
+def _attend_block(q_SRKAGTC, k_SRKACU, v_SRKAUC, prompts, *, offset: int, window: int | None):
+    """Return attention of a block of queries, the first of which sits at its own key `offset`.
+
+    U: here the response's keys up to the block's end. prompts: k_SRKCW, v_SRKWC and lengths_SR of
+    the rows' prompts, W tokens each, which all queries see; or None.
+    """
+    shards, rows, kv_heads, responses, groups, length, width = q_SRKAGTC.shape
     # I: G and T as one. The queries of all heads that share a key head are one matrix.
-    q_SRKIC = q_SRKGTC.reshape(shards, rows, kv_heads, groups * length, width)
-    scores_SRKIU = jnp.einsum(
-        "SRKIC,SRKCU->SRKIU", q_SRKIC, k_SRKCU, preferred_element_type=jnp.float32
-    )
+    q_SRKAIC = q_SRKAGTC.reshape(shards, rows, kv_heads, responses, groups * length, width)
+    dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    unseen = jnp.finfo(jnp.float32).min
+    scores_SRKAIU = dot("SRKAIC,SRKACU->SRKAIU", q_SRKAIC, k_SRKACU)
     query_T1 = offset + jnp.arange(length)[:, None]
-    key_1U = jnp.arange(k_SRKCU.shape[-1])[None, :]
+    key_1U = jnp.arange(k_SRKACU.shape[-1])[None, :]
     distance_TU = query_T1 - key_1U
     seen_TU = distance_TU >= 0
     if window is not None:
         seen_TU &= distance_TU < window
     seen_IU = jnp.tile(seen_TU, (groups, 1))
-    scores_SRKIU = jnp.where(seen_IU, scores_SRKIU, jnp.finfo(jnp.float32).min)
+    scores_SRKAIU = jnp.where(seen_IU, scores_SRKAIU, unseen)
+    highest_SRKAI1 = scores_SRKAIU.max(-1, keepdims=True)
+    if prompts is not None:
+        k_SRKCW, v_SRKWC, lengths_SR = prompts
+        # The queries of all responses are one matrix: they see the same keys, which stay in one
+        # place, however many responses there are.
+        q_SRKJC = q_SRKAIC.reshape(shards, rows, kv_heads, -1, width)
+        scores_SRKJW = dot("SRKJC,SRKCW->SRKJW", q_SRKJC, k_SRKCW)
+        seen_SRW = jnp.arange(k_SRKCW.shape[-1]) < lengths_SR[..., None]
+        scores_SRKJW = jnp.where(seen_SRW[:, :, None, None], scores_SRKJW, unseen)
+        highest_SRKJ1 = scores_SRKJW.max(-1, keepdims=True)
+        highest_SRKAI1 = jnp.maximum(highest_SRKAI1, highest_SRKJ1.reshape(highest_SRKAI1.shape))
     # The highest score is taken off against overflow. It cancels, so it needs no gradient.
-    highest_SRKI1 = jax.lax.stop_gradient(scores_SRKIU.max(-1, keepdims=True))
-    weights_SRKIU = jnp.exp(scores_SRKIU - highest_SRKI1)
-    out_SRKIC = jnp.einsum(
-        "SRKIU,SRKUC->SRKIC",
-        weights_SRKIU.astype(v_SRKUC.dtype),
-        v_SRKUC,
-        preferred_element_type=jnp.float32,
-    )
-    # Divided after the product: that is C numbers for each query, not U.
-    out_SRKIC /= weights_SRKIU.sum(-1, keepdims=True)
-    return out_SRKIC.astype(v_SRKUC.dtype).reshape(q_SRKGTC.shape)
+    highest_SRKAI1 = jax.lax.stop_gradient(highest_SRKAI1)
+    weights_SRKAIU = jnp.exp(scores_SRKAIU - highest_SRKAI1)
+    out_SRKAIC = dot("SRKAIU,SRKAUC->SRKAIC", weights_SRKAIU.astype(v_SRKAUC.dtype), v_SRKAUC)
+    total_SRKAI1 = weights_SRKAIU.sum(-1, keepdims=True)
+    if prompts is not None:
+        highest_SRKJ1 = highest_SRKAI1.reshape(highest_SRKJ1.shape)
+        weights_SRKJW = jnp.exp(scores_SRKJW - highest_SRKJ1)
+        out_SRKJC = dot("SRKJW,SRKWC->SRKJC", weights_SRKJW.astype(v_SRKWC.dtype), v_SRKWC)
+        out_SRKAIC += out_SRKJC.reshape(out_SRKAIC.shape)
+        total_SRKAI1 += weights_SRKJW.sum(-1, keepdims=True).reshape(total_SRKAI1.shape)
+    # Divided after the product: that is C numbers for each query, not one for each key.
+    out_SRKAIC /= total_SRKAI1
+    return out_SRKAIC.astype(v_SRKAUC.dtype).reshape(q_SRKAGTC.shape)
 
 
 # Tokens to rows and back are gathers whose transposes are gathers too: scatters would be slow on a
@@ -360,40 +496,40 @@ def _attend_block(q_SRKGTC, k_SRKCU, v_SRKUC, *, offset: int, window: int | None
 
 
 @jax.custom_vjp
-def _spread(x_SN, index_SZ, token_slots_SNK):
+def _spread(x_SN, index_SZ, token_slots_SNJ):
     """Return x[s, index[s]]: the token of each slot."""
     return _take(x_SN, index_SZ)
 
 
-def _spread_forward(x_SN, index_SZ, token_slots_SNK):
-    return _take(x_SN, index_SZ), token_slots_SNK
+def _spread_forward(x_SN, index_SZ, token_slots_SNJ):
+    return _take(x_SN, index_SZ), token_slots_SNJ
 
 
-def _spread_backward(token_slots_SNK, grad_SZ):
+def _spread_backward(token_slots_SNJ, grad_SZ):
     # A token of the prompt is in a slot of each response's row: the gradients of all its slots add
-    # up. A token in fewer slots than K has -1 for the others, which give nothing.
+    # up. A token in fewer slots than J has -1 for the others, which give nothing.
     grad_SN = 0
-    for k in range(token_slots_SNK.shape[-1]):
-        slot_SN = token_slots_SNK[..., k]
+    for j in range(token_slots_SNJ.shape[-1]):
+        slot_SN = token_slots_SNJ[..., j]
         grad_SN += _masked(_take(grad_SZ, slot_SN), slot_SN >= 0)
     return grad_SN, None, None
 
 
 @jax.custom_vjp
-def _collect(x_SZ, gather_index_SN, index_SZ):
-    """Return x[s, gather_index[s]]: each token's output, from one of its slots."""
-    return _take(x_SZ, gather_index_SN)
+def _collect(x_SZ, first_slot_SN, index_SZ):
+    """Return x[s, first_slot[s]]: each token's output, from the first of its slots."""
+    return _take(x_SZ, first_slot_SN)
 
 
-def _collect_forward(x_SZ, gather_index_SN, index_SZ):
-    return _take(x_SZ, gather_index_SN), (gather_index_SN, index_SZ)
+def _collect_forward(x_SZ, first_slot_SN, index_SZ):
+    return _take(x_SZ, first_slot_SN), (first_slot_SN, index_SZ)
 
 
 def _collect_backward(indices, grad_SN):
-    gather_index_SN, index_SZ = indices
+    first_slot_SN, index_SZ = indices
     # A token's output is taken from one of its slots, so that slot alone has a gradient: the slot
     # to which its own token goes back.
-    read_slot_SZ = _take(gather_index_SN, index_SZ)
+    read_slot_SZ = _take(first_slot_SN, index_SZ)
     is_read_SZ = read_slot_SZ == jnp.arange(index_SZ.shape[1])
     return _masked(_take(grad_SN, index_SZ), is_read_SZ), None, None
 

@@ -9,14 +9,14 @@ import math
 import jax
 import numpy as np
 
-from dpo_jax.data.packing import Shape
+from dpo_jax.data.packing import Contents
 from dpo_jax.models import transformer
 from dpo_jax.models.transformer import TransformerConfig
 from dpo_jax.parallel.sharding import path_name
 
 
-def forward(config: TransformerConfig, shape: Shape) -> dict[str, int]:
-    """Return the FLOPs of one shard's forward pass: dense, attention and head.
+def forward(config: TransformerConfig, contents: Contents) -> dict[str, int]:
+    """Return the FLOPs of a forward pass over some contents: dense, attention and head.
 
     Attention is counted as causal: a token sees itself and those before it, within the window.
     """
@@ -31,21 +31,24 @@ def forward(config: TransformerConfig, shape: Shape) -> dict[str, int]:
         if name.startswith("layers/") and name.endswith("kernel")
     )
     # Two products, queries with keys and weights with values, of 2 FLOPs each: 4 for every pair.
-    count_R, length_R = np.array(shape.rows).T
-    seen = int(count_R @ _seen(length_R, config.window))
+    window = config.window
+    seen = _seen(contents.prompt, window).sum()
+    # Of a response alone: its prompt's own are counted once for all.
+    seen += _seen(contents.context + contents.response, window).sum()
+    seen = int(seen - _seen(contents.context, window).sum())
     return dict(
-        dense=2 * layers * shape.tokens,
+        dense=2 * layers * contents.tokens,
         attention=4 * config.layers * config.heads * config.head_width * seen,
         head=2
         * config.width
         * (1 if config.head == "reward" else config.vocab)
-        * shape.completion_tokens,
+        * contents.completion_tokens,
     )
 
 
 def of_step(
     config: TransformerConfig,
-    shape: Shape,
+    contents: Contents,
     *,
     cells: int = 1,
     reference: bool = False,
@@ -54,14 +57,14 @@ def of_step(
     """Return the FLOPs that one training step needs.
 
     They are a forward pass, a backward pass of twice that, and the live reference's forward pass.
-    cells: shards x microbatches of that shape. frozen: under adapters, weights have no gradient;
+    cells: shards x microbatches of such contents. frozen: under adapters, weights have no gradient;
     the work of the adapters themselves is left out. What remat computes again is not counted.
     """
     return cells * sum(
         # Frozen weights save one of the three: their own gradient. Attention has no weights to save
         # on.
         (3 + reference - (frozen and part != "attention")) * size
-        for part, size in forward(config, shape).items()
+        for part, size in forward(config, contents).items()
     )
 
 
@@ -108,11 +111,12 @@ def _times(equation) -> int:
     return 1
 
 
-def _seen(length_R, window: int | None):
-    """Return the number of pairs of a token and one that it sees, in each row."""
+def _seen(lengths, window: int | None):
+    """Return the number of pairs of a token and one that it sees, in sequences of such lengths."""
     # The first tokens see 1, 2, 3, ... up to the window; all later ones see the whole window.
-    window_R = np.minimum(window or length_R, length_R)
-    return window_R * (window_R + 1) // 2 + (length_R - window_R) * window_R
+    seen_at_most = np.minimum(window or lengths, lengths)
+    later = lengths - seen_at_most
+    return seen_at_most * (seen_at_most + 1) // 2 + later * seen_at_most
 
 
 def _jaxprs(value) -> list:

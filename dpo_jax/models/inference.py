@@ -39,7 +39,13 @@ def score_examples(
     """
     function = functools.partial(_response_log_probs, model.config, model.params)
     return map_responses(
-        function, examples, model.mesh, batch_size=batch_size, indices=indices, name=name
+        function,
+        examples,
+        model.mesh,
+        batch_size=batch_size,
+        indices=indices,
+        window=model.config.window,
+        name=name,
     )
 
 
@@ -55,6 +61,7 @@ def map_responses(
     *,
     batch_size: int,
     indices: np.ndarray | None = None,
+    window: int | None = None,
     shape: Shape | None = None,
     name: str = "",
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -62,11 +69,12 @@ def map_responses(
 
     function: batch -> values [S, P, K], whole on every device. examples: sequence of (prompt,
     responses). batch_size: examples at a time over all devices, rounded up to whole shards.
-    indices: the examples to take, in this order; all, if not given. shape: of every shard's part of
+    indices: the examples to take, in this order; all, if not given. window: of the attention of the
+    model that the function runs. shape: of every shard's part of
     a batch, if not chosen from the lengths. name: of the progress line; "" shows none.
     """
     # A shape that is given may not count on what is shared.
-    batches = _lay_out(examples, mesh, batch_size, indices, shape, share=shape is None)
+    batches = _lay_out(examples, mesh, batch_size, indices, shape, window, share=shape is None)
     for step, values_SPK in map_batches(function, _loader(batches), len(batches), mesh, name):
         # Cells hold unequal numbers of examples, which come first. What is padded has none.
         placed_SP = batches.indices(step).reshape(len(values_SPK), -1)
@@ -89,7 +97,7 @@ def map_tokens(
     function: batch -> a tuple of values [S, M], whole on every device; the result has a list of
     examples for each of them. Otherwise as `map_responses`.
     """
-    batches = _lay_out(examples, mesh, batch_size, None, shape, share=False)
+    batches = _lay_out(examples, mesh, batch_size, None, shape, None, share=False)
     of_outputs = {}
     for step, outputs in map_batches(function, _loader(batches), len(batches), mesh):
         for output, values_SM in enumerate(outputs):
@@ -126,7 +134,14 @@ def map_batches(
 
 
 def _lay_out(
-    examples, mesh, batch_size: int, indices, shape: Shape | None, *, share: bool
+    examples,
+    mesh,
+    batch_size: int,
+    indices,
+    shape: Shape | None,
+    window: int | None,
+    *,
+    share: bool,
 ) -> Batches:
     """Return the batches of the examples, each once and in order."""
     count = len(examples) if indices is None else len(indices)
@@ -135,7 +150,7 @@ def _lay_out(
     if indices is not None:
         order = np.where(order == FILLER, FILLER, indices[order])
     shards = sharding.batch_shards(mesh)
-    return Batches(examples, order, shards=shards, share=share, shape=shape)
+    return Batches(examples, order, shards=shards, share=share, window=window, shape=shape)
 
 
 def _loader(batches: Batches) -> Callable:

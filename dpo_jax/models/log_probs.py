@@ -69,7 +69,7 @@ def token_log_probs(config: TransformerConfig, params, batch: Batch) -> jax.Arra
 
 def batch_hidden(config: TransformerConfig, params, batch: Batch) -> jax.Array:
     """Return the trunk's last hidden state of every token of a microbatch, [S, N, D]."""
-    layout = Layout(batch.rows, batch.gather_index, batch.token_slots)
+    layout = Layout(batch.rows, batch.token_slots)
     return transformer.hidden(config, params, batch.tokens, batch.positions, layout)
 
 

@@ -81,7 +81,7 @@ def plan(
     cells = batches.microbatches * batches.shards
     needed_flops = flops.of_step(
         model,
-        batches.shapes[0],
+        batches.shapes[0].contents,
         cells=cells,
         reference=program.reference is not None,
         frozen=program.base is not None,
@@ -105,7 +105,7 @@ def plan(
         collectives=_in_gib(work) if work else None,
         seconds=roofline.seconds(topology, model.dtype, work) if work else None,
     )
-    forward_flops = sum(flops.forward(model, batches.shapes[0]).values())
+    forward_flops = sum(flops.forward(model, batches.shapes[0].contents).values())
     forward = roofline.forward(
         model, dict(mesh.shape), batches.microbatches, flops=cells * forward_flops / topology.chips
     )

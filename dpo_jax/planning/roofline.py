@@ -134,7 +134,9 @@ def _kept(config: TransformerConfig) -> float:
 
 def _rows(config: TransformerConfig, shape: Shape, itemsize: int) -> float:
     """Bytes of queries, keys, values and outputs in attention's rows, with their gradients."""
-    places = sum(count * length for count, length in shape.rows)
+    places = sum(
+        bucket.rows * (bucket.prompt + bucket.responses * bucket.response) for bucket in shape.rows
+    )
     heads = 2 * config.heads + 2 * config.kv_heads
     # Twice: for the gradients.
     return 2 * places * heads * config.head_width * itemsize

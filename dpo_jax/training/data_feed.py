@@ -105,7 +105,7 @@ class DataFeed:
         # A kept reference costs nothing here, and under adapters no gradient of the base is made.
         return flops.of_step(
             self._job.model,
-            self._batches.unpadded_shape(step),
+            self._batches.contents(step),
             reference=self._frozen.reference is not None,
             frozen=self._job.lora is not None,
         )
@@ -139,6 +139,7 @@ class DataFeed:
             order,
             microbatches=microbatches_of(block),
             shards=sharding.batch_shards(self._job.mesh),
+            window=self._job.model.window,
             reference_log_probs=self._kept_log_probs("train", self._data.train, order),
         )
         # Every shape is a program to compile, and padding is work for nothing: both are shown.
@@ -177,6 +178,7 @@ class DataFeed:
             self._data.eval,
             order,
             shards=sharding.batch_shards(self._job.mesh),
+            window=self._job.model.window,
             reference_log_probs=self._kept_log_probs("eval", self._data.eval, order),
         )
 

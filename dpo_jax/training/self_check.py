@@ -200,7 +200,7 @@ def _measure(model, mesh, params, data: Examples, indices, *, share: bool) -> np
     """
     examples = [data[index] for index in indices]
     buckets = 2 if share else 1
-    shape = packing.shape_of(examples, share=share, buckets=buckets)
+    shape = packing.shape_of(examples, share=share, buckets=buckets, window=model.window)
     batch = packing.pack(examples, shape, share=share)
     shards = sharding.batch_shards(mesh)
     batch = jax.tree.map(lambda x: np.broadcast_to(x, (shards, *x.shape)), batch)

@@ -111,8 +111,8 @@ class Trainer:
 
     def _needed(self, step: int) -> int:
         """Return the FLOPs that the model needs for a step's real tokens."""
-        shape = self.batches.unpadded_shape(step)
-        return flops.of_step(self.model.config, shape, reference=not self.work.cached)
+        contents = self.batches.contents(step)
+        return flops.of_step(self.model.config, contents, reference=not self.work.cached)
 
 
 def _loss(measured: dict) -> float:

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from dpo_jax.data import packing
 from dpo_jax.data.batches import (
     FILLER,
     SHAPES,
@@ -138,14 +137,11 @@ def test_batches_need_only_real_rows():
         Example(np.arange(1), (np.arange(1), np.arange(9))),
     ]
     batches = Batches(examples, evaluation_order(2, 3))  # one place is filled up
-    assert batches.unpadded_shape(0) == packing.Shape(
-        20,
-        ((1, 10), (1, 7), (1, 5), (1, 2)),
-        16,
-        examples=2,
-        responses=4,
-        rows_per_prompt=2,
-    )
+    contents = batches.contents(0)
+    assert (contents.tokens, contents.completion_tokens) == (20, 16)
+    assert sorted(contents.prompt) == [1, 3]
+    found = sorted(zip(contents.context.tolist(), contents.response.tolist(), strict=True))
+    assert found == [(1, 1), (1, 9), (3, 2), (3, 4)]
     assert batches.tokens(0) == 20
 
 

@@ -13,7 +13,16 @@ from tests.helpers.tiny import random_pairs
 def test_pack_by_hand(tiny):
     examples = [Example(np.array([1, 2, 3]), (np.array([4, 5]), np.array([6])))]
     batch = packing.pack(
-        examples, packing.Shape(6, ((2, 5),), 3, examples=1, responses=2, rows_per_prompt=2)
+        examples,
+        packing.Shape(
+            6,
+            (packing.RowShape(rows=2, prompt=0, responses=1, response=5),),
+            0,
+            3,
+            examples=1,
+            responses=2,
+            slots_per_token=2,
+        ),
     )
     assert batch.tokens.tolist() == [1, 2, 3, 4, 5, 6]
     assert batch.positions.tolist() == [0, 1, 2, 3, 4, 3]
@@ -25,9 +34,9 @@ def test_pack_by_hand(tiny):
     assert batch.last_token.tolist() == [4, 5]
     assert batch.weights.tolist() == [1]
     # One bucket of two rows of 5: a prompt's token has a slot in each.
-    (rows_RT,) = batch.rows
-    assert rows_RT.tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 5, 0]]
-    assert batch.gather_index.tolist() == [0, 1, 2, 3, 4, 8]
+    (rows,) = batch.rows
+    assert rows.prompts.size == 0
+    assert rows.responses.tolist() == [[[0, 1, 2, 3, 4]], [[0, 1, 2, 5, 0]]]
     assert batch.token_slots.tolist() == [[0, 5], [1, 6], [2, 7], [3, -1], [4, -1], [8, -1]]
 
 
@@ -49,7 +58,7 @@ def test_pack_leaves_masked_tokens_untrained():
     all_trained_on = Example(example.prompt, (chosen, rejected))
     plain = packing.pack([all_trained_on], dataclasses.replace(shape, completion_tokens=6))
     for masked_rows, rows in zip(batch.rows, plain.rows, strict=True):
-        assert masked_rows.tolist() == rows.tolist()
+        assert masked_rows.responses.tolist() == rows.responses.tolist()
 
 
 def needs_of(batches):
@@ -62,7 +71,7 @@ def test_choose_covers_all_batches():
     batches = [random_pairs(6, seed=s) for s in range(400)]
     needs = needs_of(batches)
     chosen = packing.choose_shapes(needs, 3)
-    assert len(chosen) == 3 and all(len(shape.lengths) == 12 for shape in chosen)
+    assert len(chosen) == 3 and all(shape.responses == 12 for shape in chosen)
     met_by = np.array([needs.met_by(shape) for shape in chosen])
     assert met_by.any(axis=0).all() and not met_by[0].all()
     for step, batch in enumerate(batches[:40]):
@@ -75,28 +84,49 @@ def test_choose_one_shape_for_short_run():
     assert len(packing.choose_shapes(needs_of([random_pairs(6, seed=s) for s in range(6)]), 6)) == 1
 
 
-def test_partition_is_cheapest():
+def test_cut_is_cheapest():
     rng = np.random.default_rng(0)
     for limit, price in ((1, 0), (2, 0), (3, 40.0), (8, 200.0)):
         sizes = rng.integers(1, 30, 9)
-        levels = np.unique(sizes)
 
-        def cost(ends, sizes=sizes, price=price):
-            ends = np.array(sorted(ends))
-            return (ends[np.searchsorted(ends, sizes)] ** 2).sum() + price * len(ends)
+        def cost(start, end, sizes=sizes, price=price):
+            return (end - start) * sizes[start:end].max() ** 2 + price
 
-        every = [
-            (*some, levels[-1])
-            for count in range(limit)
-            for some in itertools.combinations(levels[:-1], count)
-        ]
-        assert cost(packing._partition(sizes, 2, price, limit)) == min(map(cost, every))
+        every = []
+        for count in range(limit):
+            for inner in itertools.combinations(range(1, 9), count):
+                parts = itertools.pairwise([0, *inner, 9])
+                every.append(sum(cost(start, end) for start, end in parts))
+
+        def costs(end, cost=cost):
+            return np.array([cost(start, end) for start in range(end)])
+
+        parts = packing._cut(9, costs, limit)
+        assert [start for start, _ in parts] == [0, *[end for _, end in parts[:-1]]]
+        assert parts[-1][1] == 9 and len(parts) <= limit
+        assert sum(cost(start, end) for start, end in parts) == min(every)
 
 
 def test_shape_of_equal_rows():
-    example = Example(np.arange(8), (np.arange(8), np.arange(8)))
-    assert packing.shape_of([example] * 4) == packing.Shape(
-        16, ((1, 16),), 8, examples=4, responses=1, rows_per_prompt=1
+    """Equal pairs are one prompt and one response; apart, each response has its own prompt."""
+    pair = Example(np.arange(8), (np.arange(8), np.arange(8)))
+    assert packing.shape_of([pair] * 4) == packing.Shape(
+        tokens=16,
+        rows=(packing.RowShape(rows=1, prompt=8, responses=1, response=8),),
+        responses_per_row=1,
+        completion_tokens=8,
+        examples=4,
+        responses=1,
+        slots_per_token=1,
+    )
+    assert packing.shape_of([pair] * 4, share=False) == packing.Shape(
+        tokens=128,
+        rows=(packing.RowShape(rows=8, prompt=0, responses=1, response=16),),
+        responses_per_row=0,
+        completion_tokens=64,
+        examples=4,
+        responses=8,
+        slots_per_token=1,
     )
 
 

@@ -14,21 +14,36 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dpo_jax.data import packing
+from dpo_jax.data.examples import Example
 from dpo_jax.models import attention, flops, transformer
-from dpo_jax.models.attention import QUERY_BLOCK, SPLASH_BLOCK, causal_attention, choose
+from dpo_jax.models.attention import QUERY_BLOCK, SPLASH_BLOCK, Layout, attend, attend_rows, choose
 from dpo_jax.models.log_probs import response_log_probs
 from dpo_jax.parallel import sharding
 from dpo_jax.planning import topologies
 from tests.helpers.tiny import random_pairs
 
+
+def cudnn_call(q, k, v, prompts=None, window=None):
+    """The one call of cuDNN, made of plain XLA: whether it says what we mean. It needs a GPU."""
+    kernel = functools.partial(attention._cudnn, implementation="xla")
+    return attention._on_each_device(kernel, q, k, v, prompts, window)
+
+
 KERNELS = {
-    "xla": functools.partial(causal_attention, kernel="xla"),
-    "splash": functools.partial(causal_attention, kernel="splash"),  # interpreted on a CPU
-    # The one call of it, where cuDNN is: whether it says what we mean. cuDNN itself needs a GPU.
-    "cudnn's call": lambda q, k, v, window: attention._on_each_device(
-        functools.partial(attention._cudnn, implementation="xla"), q, k, v, window
-    ),
+    "xla": functools.partial(attend_rows, kernel="xla"),
+    "splash": functools.partial(attend_rows, kernel="splash"),  # interpreted on a CPU
+    "cudnn's call": cudnn_call,
 }
+
+
+def causal_attention(q_SRTHC, k_SRUKC, v_SRUKC, window=None, kernel=attend_rows):
+    """Rows of one sequence each."""
+    rows = [x[:, :, None] for x in (q_SRTHC, k_SRUKC, v_SRUKC)]
+    return kernel(*rows, window=window)[:, :, 0]
+
+
+def of_rows(name):
+    return functools.partial(causal_attention, kernel=KERNELS[name])
 
 
 def dense_attention(q_SRTHC, k_SRUKC, v_SRUKC, window):
@@ -70,9 +85,95 @@ def agree(found, expected, atol):
 def test_kernels_equal_dense_attention(kernel, window):
     given = arrays(1, 2, 2 * QUERY_BLOCK + 20, 4, 2, 8)
     agree(
-        value_and_gradients(KERNELS[kernel], window)(*given),
+        value_and_gradients(of_rows(kernel), window)(*given),
         value_and_gradients(dense_attention, window)(*given),
         atol=2e-5,
+    )
+
+
+def grouped(prompt_lengths, response_lengths, seed=0):
+    """Return examples of one response each, of prompts that share it with no other."""
+    rng = np.random.default_rng(seed)
+    examples = []
+    for number, (prompt_length, lengths) in enumerate(
+        zip(prompt_lengths, response_lengths, strict=True)
+    ):
+        prompt = np.r_[number, rng.integers(0, 40, prompt_length)][:prompt_length]
+        for length in lengths:
+            response = rng.integers(0, 40, length)
+            examples.append(Example(prompt.astype(np.int32), (response.astype(np.int32),)))
+    return examples
+
+
+GROUPS = {
+    "short": grouped([7, 3, 1, 12], [(2, 5, 3), (4,), (3, 1), (6, 6, 1, 2, 2)]),
+    "long": grouped([300, 140, 20], [(150, 20), (30, 31, 2), (140,)]),
+}
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize("responses_per_row", [0, 1, 2, 8])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_rows_equal_each_sequence_alone(monkeypatch, kernel, responses_per_row, groups):
+    """A flat run in rows of any layout gives what dense attention gives each sequence."""
+    monkeypatch.setattr(packing, "TWO_PARTS_SHARE", 100 if responses_per_row else 0)
+    monkeypatch.setattr(packing, "MOST_RESPONSES", responses_per_row)
+    examples = GROUPS[groups]
+    shape = packing.shape_of(examples)
+    assert (shape.responses_per_row > 0) == (responses_per_row > 0)
+    assert shape.responses_per_row <= responses_per_row
+    batch = packing.pack(examples, shape)
+    one_shard = jax.tree.map(lambda x: x[None], batch)
+    layout = Layout(one_shard.rows, one_shard.token_slots)
+    q, k, v, weights = [x[:, 0] for x in arrays(1, 1, shape.tokens, 4, 2, 8)]
+    is_token = batch.token_slots[:, 0] >= 0
+    weights *= is_token[:, None, None]
+
+    # The index of each sequence's tokens in the run, by content: responses follow their prompts.
+    first_of_prompt = {}
+    sequences = []
+    laid_down = 0
+    for example in examples:
+        key = example.prompt.tobytes()
+        if key not in first_of_prompt:
+            first_of_prompt[key] = laid_down
+            laid_down += len(example.prompt)
+        prompt = first_of_prompt[key] + np.arange(len(example.prompt))
+        response = laid_down + np.arange(len(example.responses[0]))
+        laid_down += len(response)
+        sequences.append((prompt, response))
+
+    def each_alone(q, k, v, window):
+        out = jnp.zeros_like(q)
+        for prompt, response in sequences:
+            index = np.r_[prompt, response]
+            row = [x[:, None, index] for x in (q, k, v)]
+            out = out.at[:, index].set(dense_attention(*row, window)[:, 0])
+        return out
+
+    def in_rows(q, k, v, window):
+        monkeypatch.setattr(
+            attention,
+            "attend_rows",
+            lambda q, k, v, prompts=None, **_: KERNELS[kernel](q, k, v, prompts),
+        )
+        return jnp.where(is_token[:, None, None], attend(q, k, v, layout), 0)
+
+    agree(
+        value_and_gradients(in_rows, None)(q, k, v, weights),
+        value_and_gradients(each_alone, None)(q, k, v, weights),
+        atol=5e-5,
+    )
+
+
+def test_window_in_two_parts_is_refused():
+    q, k, v, _ = [x[:, :, None] for x in arrays(1, 2, 4, 2, 2, 8)]
+    prompts = attention.Prompts(k[:, :, 0], v[:, :, 0], jnp.array([[4, 2]]))
+    with pytest.raises(ValueError, match="rows of 8 tokens in two parts .* a window of 7"):
+        attend_rows(q, k, v, prompts, window=7)
+    # One that no row reaches changes nothing.
+    np.testing.assert_array_equal(
+        attend_rows(q, k, v, prompts, window=8), attend_rows(q, k, v, prompts)
     )
 
 
@@ -80,7 +181,7 @@ def test_kernels_equal_dense_attention(kernel, window):
 def test_splash_rows_of_any_length(length):
     given = arrays(1, 1, length, 2, 1, 80)
     agree(
-        value_and_gradients(KERNELS["splash"], None)(*given),
+        value_and_gradients(of_rows("splash"), None)(*given),
         value_and_gradients(dense_attention, None)(*given),
         atol=5e-5,
     )
@@ -102,7 +203,7 @@ def test_kernels_on_meshes(sizes):
             )
             for x in given
         ]
-        compiled = value_and_gradients(KERNELS["splash"], None).lower(*placed).compile()
+        compiled = value_and_gradients(of_rows("splash"), None).lower(*placed).compile()
         (_, out), _ = found = compiled(*placed)
     agree(found, expected, atol=2e-5)
     if sizes == (2, 2, 2):
@@ -150,7 +251,7 @@ def test_splash_products_are_counted(sizes):
     mesh = sharding.make_mesh(*sizes) if sizes else sharding.make_mesh()
     for kernel, share in (("splash", 1), ("xla", 3 / 4)):
         with jax.set_mesh(mesh) if sizes else contextlib.nullcontext():
-            traced = jax.jit(functools.partial(causal_attention, kernel=kernel)).trace(*given)
+            traced = jax.jit(of_rows(kernel)).trace(*given)
         assert flops.of_program(traced.jaxpr.jaxpr) == share * 2 * 2 * 8 * 4 * 256 * 256 * 8
 
 
@@ -174,7 +275,7 @@ def test_splash_precision(dtype, precision):
     """
     given = [jnp.asarray(x, dtype) for x in arrays(1, 1, 20, 2, 1, 8)]
     with jax.default_matmul_precision("float32"):
-        traced = value_and_gradients(KERNELS["splash"], None).trace(*given)
+        traced = value_and_gradients(of_rows("splash"), None).trace(*given)
     found = [equation.params["precision"] for equation in products(traced.jaxpr.jaxpr)]
     # Two, three and four in its three kernels.
     assert len(found) >= 9 and set(found) == {(precision, precision)}
@@ -252,7 +353,7 @@ def test_cudnn_is_called(monkeypatch):
         (
             (6, 20, 4, 8),
             (6, 20, 2, 8),
-            dict(is_causal=True, implementation="cudnn", local_window_size=(4, 0)),
+            dict(mask=None, is_causal=True, implementation="cudnn", local_window_size=(4, 0)),
         )
     ]
 

@@ -37,12 +37,15 @@ def test_forward_flops_equal_program(fields):
     config = tiny_config(width=32, mlp_width=64, head_width=8, **fields)
     shape = packing.shape_of(PAIRS)
     parts, done = (
-        flops.forward(config, shape),
+        flops.forward(config, shape.contents),
         flops.of_program(forward_jaxpr(config, shape).jaxpr.jaxpr),
     )
     # A row shorter than a block of queries is computed whole; of that square, causal attention
     # needs a half.
-    square = sum(count * length**2 for count, length in shape.rows)
+    square = sum(
+        rows * (prompt**2 + responses * response * (prompt + response))
+        for rows, prompt, responses, response in shape.rows
+    )
     whole = 4 * config.layers * config.heads * config.head_width * square
     assert done == parts["dense"] + parts["head"] + whole
     assert whole / 2 < parts["attention"] < whole

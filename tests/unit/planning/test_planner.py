@@ -32,7 +32,7 @@ def test_plan_counts_remat():
         """
         config.model.remat, config.dpo.reference = remat, reference
         model = planner.model_config(config, "dpo")
-        parts = flops.forward(model, batches.shapes[0])
+        parts = flops.forward(model, batches.shapes[0].contents)
         forward = flops.of_program(
             jax.jit(lambda params, batch: response_log_probs(model, params, batch))
             .trace(transformer.abstract(model), jax.tree.map(lambda x: x[0], batches[0]))

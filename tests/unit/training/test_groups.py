@@ -41,7 +41,7 @@ def test_pack_lays_down_each_part_once():
     tokens = sum(map(len, prompts.values())) + sum(map(len, answers.values()))
     laid_down = (batch.token_slots[:, 0] >= 0).sum()
     assert len(prompts) == 2 and len(answers) == shape.responses == 6 and laid_down == tokens
-    assert shape.rows_per_prompt == 3
+    assert shape.slots_per_token == (1 if shape.responses_per_row else 3)
     for number, pair in enumerate(pairs):
         for side, answer in enumerate(pair.responses):
             segment = batch.response_index[number, side]
