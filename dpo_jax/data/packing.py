@@ -65,9 +65,10 @@ from dpo_jax.data.examples import Examples
 BUCKETS = 6  # at most this many
 BUCKET_PRICE = 0.03  # a bucket must save this share of attention's work
 PROGRAM_PRICE = 10  # a shape is a program to compile: it must save as much work as this many steps
-# Rows in two parts must leave less than this share of whole rows' scores. Both took as long where a
-# fifth was saved (2 CPU cores): of prompts of 16 tokens and responses of 64, at any number of them.
-TWO_PARTS_SHARE = 0.8
+# Rows of less than whole sequences, and of fewer responses than a prompt has, must leave less than
+# this share of the scores. Both parts took as long as whole rows where a fifth was saved (2 CPU
+# cores): prompts of 16 tokens and responses of 64, at any number of them.
+WORTH_IT = 0.8
 MOST_RESPONSES = 32  # of a row
 # Causal attention is computed in blocks of queries of about this size, and only keys beyond a block
 # are left out. Work is counted in scores: pairs of a query and a key.
@@ -596,7 +597,7 @@ def _covering(needs: Needs, buckets: int, window: int | None, share: bool) -> Sh
 
 
 def _choose_rows(needs: Needs, window: int | None, most: int) -> tuple[int, np.ndarray]:
-    """Return the responses per row that need the fewest scores, and the rows that hold all cells.
+    """Return the responses per row that need few scores, and the rows that hold all cells.
 
     The rows are U, A and T, rounded up [R, 3]. Whole rows (0 responses) are taken where two parts
     save too little, or where a sequence is longer than the window: how far a response looks back
@@ -610,16 +611,15 @@ def _choose_rows(needs: Needs, window: int | None, most: int) -> tuple[int, np.n
         return rows_R3, _scores(*rows_R3.T).sum()
 
     chosen = 0
-    rows_R3, scores = covering(0)
-    limit = TWO_PARTS_SHARE * scores
+    rows_R3, least = covering(0)
     most = min(int(needs.siblings.max(initial=0)), most)
-    for responses_per_row in range(1, most + 1):
+    for responses_per_row in range(most, 0, -1):
         in_parts_R3, scores = covering(responses_per_row)
         # As attention sees them: padded.
         longest = in_parts_R3[:, 0].max() + in_parts_R3[:, 2].max()
         is_seen_whole = window is None or longest <= window
-        if scores < limit and is_seen_whole:
-            chosen, rows_R3, limit = responses_per_row, in_parts_R3, scores
+        if is_seen_whole and scores < WORTH_IT * least:
+            chosen, rows_R3, least = responses_per_row, in_parts_R3, scores
     return chosen, rows_R3
 
 

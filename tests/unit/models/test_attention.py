@@ -116,12 +116,15 @@ GROUPS = {
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_rows_equal_each_sequence_alone(monkeypatch, kernel, responses_per_row, groups):
     """A flat run in rows of any layout gives what dense attention gives each sequence."""
-    monkeypatch.setattr(packing, "TWO_PARTS_SHARE", 100 if responses_per_row else 0)
-    monkeypatch.setattr(packing, "MOST_RESPONSES", responses_per_row)
+
+    def choose_rows(needs, window, most):
+        return responses_per_row, needs.rows(responses_per_row).max(axis=0)
+
+    monkeypatch.setattr(packing, "_choose_rows", choose_rows)
     examples = GROUPS[groups]
     shape = packing.shape_of(examples)
-    assert (shape.responses_per_row > 0) == (responses_per_row > 0)
-    assert shape.responses_per_row <= responses_per_row
+    most = max(bucket.responses for bucket in shape.rows)
+    assert most == min(max(responses_per_row, 1), 5 if groups == "short" else 3)
     batch = packing.pack(examples, shape)
     one_shard = jax.tree.map(lambda x: x[None], batch)
     layout = Layout(one_shard.rows, one_shard.token_slots)

@@ -176,7 +176,12 @@ def test_padding_changes_no_gradient(tiny):
     large = dataclasses.replace(
         small,
         tokens=small.tokens + 37,
-        rows=tuple((r, t + 11) for r, t in small.rows),
+        rows=tuple(
+            bucket._replace(
+                prompt=bucket.prompt and bucket.prompt + 5, response=bucket.response + 11
+            )
+            for bucket in small.rows
+        ),
         completion_tokens=small.completion_tokens + 29,
     )
 

@@ -8,7 +8,9 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from dpo_jax.data.packing import Rows
 from dpo_jax.models import families, hf, transformer
 from dpo_jax.models.attention import Layout
 from dpo_jax.parallel import sharding
@@ -41,28 +43,55 @@ def test_logits_of_published_story():
     np.testing.assert_allclose(logits[0], golden["first_position_logits"], atol=1e-4)
 
 
-# two pairs of prompt, chosen, rejected: lengths 3, 2, 2 and 2, 3, 1; then a token of padding
-FLAT = dict(
-    rows=([[0, 1, 2, 3, 4], [0, 1, 2, 5, 6], [7, 8, 9, 10, 11]], [[7, 8, 12]]),
-    positions=[0, 1, 2, 3, 4, 3, 4, 0, 1, 2, 3, 4, 2, 0],
-    gather_index=[0, 1, 2, 3, 4, 8, 9, 10, 11, 12, 13, 14, 17, 0],
-    token_slots=[
-        [0, 5],
-        [1, 6],
-        [2, 7],
-        [3, -1],
-        [4, -1],
-        [8, -1],
-        [9, -1],
-        [10, 15],
-        [11, 16],
-        [12, -1],
-        [13, -1],
-        [14, -1],
-        [17, -1],
-        [-1, -1],
-    ],
-)
+# Two pairs of prompt, chosen, rejected: lengths 3, 2, 2 and 2, 3, 1; then a token of padding.
+SEQUENCES = [[0, 1, 2, 3, 4], [0, 1, 2, 5, 6], [7, 8, 9, 10, 11], [7, 8, 12]]
+POSITIONS = [0, 1, 2, 3, 4, 3, 4, 0, 1, 2, 3, 4, 2, 0]
+
+
+def whole_rows(sequences):
+    count = len(sequences)
+    return Rows(
+        prompts=np.zeros((1, count, 0), int),
+        prompt_lengths=np.zeros((1, count), int),
+        responses=np.array(sequences)[None, :, None],
+    )
+
+
+LAYOUTS = {
+    # Two buckets, of rows of 5 and of 3.
+    "whole": Layout(
+        rows=(whole_rows(SEQUENCES[:3]), whole_rows(SEQUENCES[3:])),
+        token_slots=np.array(
+            [
+                [0, 5],
+                [1, 6],
+                [2, 7],
+                [3, -1],
+                [4, -1],
+                [8, -1],
+                [9, -1],
+                [10, 15],
+                [11, 16],
+                [12, -1],
+                [13, -1],
+                [14, -1],
+                [17, -1],
+                [-1, -1],
+            ]
+        )[None],
+    ),
+    # One bucket: prompts of up to 3 tokens, two responses of up to 3 each.
+    "two parts": Layout(
+        rows=(
+            Rows(
+                prompts=np.array([[[0, 1, 2], [7, 8, 0]]]),
+                prompt_lengths=np.array([[3, 2]]),
+                responses=np.array([[[[3, 4, 0], [5, 6, 0]], [[9, 10, 11], [12, 0, 0]]]]),
+            ),
+        ),
+        token_slots=np.array([0, 1, 2, 6, 7, 9, 10, 3, 4, 12, 13, 14, 15, -1])[None, :, None],
+    ),
+}
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -70,14 +99,10 @@ def row_hidden(config, params, tokens_T):
     return transformer.hidden(config, params, tokens_T[None], jnp.arange(len(tokens_T))[None])[0]
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def flat_hidden(config, params, tokens_N):
-    rows = tuple(jnp.array(bucket)[None] for bucket in FLAT["rows"])
-    positions, gather_index, token_slots = (
-        jnp.array(FLAT[name])[None] for name in ("positions", "gather_index", "token_slots")
-    )
-    layout = Layout(rows, gather_index, token_slots)
-    return transformer.hidden(config, params, tokens_N[None], positions, layout)[0]
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def flat_hidden(config, params, tokens_N, layout):
+    positions = jnp.array(POSITIONS)[None]
+    return transformer.hidden(config, params, tokens_N[None], positions, LAYOUTS[layout])[0]
 
 
 # Gradients of these blocks compile in half the time.
@@ -91,15 +116,15 @@ def tiny(**fields):
     return config, tiny_models.random_params(config)
 
 
-def test_hidden_packed_equals_separate_rows():
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_hidden_packed_equals_separate_rows(layout):
     config, params = tiny()
     tokens_N = jnp.array(np.random.default_rng(0).permutation(14))
-    flat_ND = flat_hidden(config, params, tokens_N)
-    for bucket in FLAT["rows"]:
-        for row in map(np.array, bucket):
-            np.testing.assert_allclose(
-                flat_ND[row], row_hidden(config, params, tokens_N[row]), atol=1e-5
-            )
+    flat_ND = flat_hidden(config, params, tokens_N, layout)
+    for row in map(np.array, SEQUENCES):
+        np.testing.assert_allclose(
+            flat_ND[row], row_hidden(config, params, tokens_N[row]), atol=1e-5
+        )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -121,14 +146,18 @@ def test_window_reaches_back_by_layers():
     np.testing.assert_array_equal(found > 0, (distance >= 0) & (distance <= 2 * (3 - 1)))
 
 
-def test_packed_response_sees_prompt_and_itself():
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_packed_response_sees_prompt_and_itself(layout):
     config, params = tiny(**PLAIN)
     seen = np.zeros((14, 14), bool)
-    for bucket in FLAT["rows"]:
-        for row in map(np.array, bucket):
-            for t in range(len(row)):
-                seen[row[t], row[: t + 1]] = True
-    found = influence(flat_hidden, config, params, jnp.arange(14))
+    for row in map(np.array, SEQUENCES):
+        for t in range(len(row)):
+            seen[row[t], row[: t + 1]] = True
+
+    def hidden(config, params, tokens_N):
+        return flat_hidden(config, params, tokens_N, layout)
+
+    found = influence(hidden, config, params, jnp.arange(14))
     np.testing.assert_array_equal(found[:13] > 0, seen[:13])  # the padding's output is nobody's
 
 
