@@ -35,6 +35,14 @@ def main():
         0,
         "Tokens of each response. Default: the longest that the config allows.",
     )
+    pairs = flags.DEFINE_integer(
+        "pairs_per_prompt", 0, "Pairs of each prompt. Default: as the run samples them, else 1."
+    )
+    responses = flags.DEFINE_integer(
+        "responses_per_prompt",
+        0,
+        "Distinct responses to each prompt. Default: as few as make its pairs.",
+    )
     rows = flags.DEFINE_integer(
         "rows", 0, "Training rows, if the config gives no steps and the data set is not known."
     )
@@ -57,7 +65,14 @@ def main():
         last = planned[-1] if planned else ""
         chosen = stage.value or last
         topology = topologies.parse(where.value)
-        assumed = planner.Assumptions(prompt.value, response.value, rows.value, model.value)
+        assumed = planner.Assumptions(
+            prompt_tokens=prompt.value,
+            response_tokens=response.value,
+            examples=rows.value,
+            model=model.value,
+            pairs_per_prompt=pairs.value,
+            responses_per_prompt=responses.value,
+        )
         replan = functools.partial(planner.plan, topology=topology, stage=chosen, assumed=assumed)
         if sweep.value:
             reports = advice.sweep_mesh(planned_config, chosen, topology.chips, replan)

@@ -3,8 +3,9 @@
     python -m experiments.pods [--only=NAME ...]
 
 Each run is planned by the TPU compiler, as `dpo_jax.plan` does, and so is a plain implementation of
-the same run: two padded rows per pair, the logits of every token, a live reference. One of the runs
-is also planned on 16 to 512 chips.
+the same run: two padded rows per pair, the logits of every token, a live reference. Runs on data
+with several pairs a prompt are planned with and without what these share. One of the runs is also
+planned on 16 to 512 chips.
 
 Writes a row per plan to experiments/results/pods.jsonl and prints the tables. A plan whose command
 is already there is not made again.
@@ -27,7 +28,7 @@ from dpo_jax.data.batches import microbatches_of
 from dpo_jax.models import transformer
 from dpo_jax.parallel import processes
 from dpo_jax.parallel.sharding import BATCH, constrain
-from dpo_jax.planning import planner, roofline, topologies
+from dpo_jax.planning import groups, planner, roofline, topologies
 from dpo_jax.planning import report as report_lib
 
 OUT = pathlib.Path("experiments/results/pods.jsonl")
@@ -42,6 +43,16 @@ class Pod:
     topology: str
     fields: dict
     examples: int = 0  # 0: the config tells
+    pairs: int = 0  # of a prompt; 0: the config tells
+    responses: int = 0
+
+    @property
+    def assumed(self) -> planner.Assumptions:
+        return planner.Assumptions(
+            examples=self.examples,
+            pairs_per_prompt=self.pairs,
+            responses_per_prompt=self.responses,
+        )
 
     def changed(self, plain: bool) -> dict:
         """Return the fields that differ from the config; only our step caches the reference."""
@@ -62,6 +73,9 @@ class Pod:
             words.append(f"--config.{name}={value}")
         if self.examples:
             words.append(f"--rows={self.examples}")
+        if self.pairs:
+            words.append(f"--pairs_per_prompt={self.pairs}")
+            words.append(f"--responses_per_prompt={self.responses}")
         return " ".join(words)
 
 
@@ -73,12 +87,30 @@ def llama(size: str, topology: str, tensor: int = 1) -> Pod:
     return Pod("dpo", topology, fields, examples=60_000)
 
 
+# A batch of TL;DR is one microbatch: of two on 16 chips, each cell would hold half of the pairs of
+# a prompt.
+TLDR = {"dpo.microbatch_size": 0}
+IN_GROUPS = {"data.order": "prompts"}
+APART = {"data.order": "pairs"}
 PODS = {
-    "gpt-j-6b tl;dr": Pod("tldr", "v4-32", {}),
+    "gpt-j-6b tl;dr": Pod("tldr", "v4-32", TLDR | APART),
+    "gpt2-large imdb": Pod("imdb", "v5e-8", {"dpo.batch_size": 96} | APART),
     "pythia-2.8b hh": Pod("hh", "v5e-16", {}),
     "llama-3-8b": llama("8b", "v5p-16"),
     "llama-3-8b v5e": llama("8b", "v5e-64"),
     "llama-3-70b": llama("70b", "v5p-256", tensor=2),
+}
+# The same with prompts that have several pairs: TL;DR with 4 of 5 summaries, which is a guess, and
+# IMDb with the 6 of the paper's 4 completions.
+GROUPS = {
+    "gpt-j-6b tl;dr, ours, 4 pairs a prompt": Pod(
+        "tldr", "v4-32", TLDR | IN_GROUPS, pairs=4, responses=5
+    ),
+    "gpt2-large imdb, ours, 6 pairs a prompt": Pod(
+        "imdb", "v5e-8", {"dpo.batch_size": 96} | IN_GROUPS
+    ),
+    "gpt2-large imdb, 64 pairs on 64": Pod("imdb", "v5e-64", IN_GROUPS),
+    "gpt2-large imdb, 384 pairs on 64": Pod("imdb", "v5e-64", {"dpo.batch_size": 384} | IN_GROUPS),
 }
 # Chips -> the same run with the same batch of 64 pairs, on more chips than the 8 of v5p-16. A v5p
 # is named by its cores, two per chip. With more chips than pairs, the weights are split further.
@@ -95,6 +127,8 @@ TAKES = (
     "run",
     "topology",
     "mesh",
+    "pairs a step",
+    "tokens a step",
     "GiB a chip",
     "least s a step",
     "without overlap",
@@ -110,8 +144,9 @@ LIMITS = (
     "reduce-scatter GiB",
     "all-reduce GiB",
     "collective-permute GiB",
+    "all-to-all GiB",
 )
-COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "collective-permute")
+COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "collective-permute", "all-to-all")
 
 
 def padded_rows(model, _batch, *, pairs: int, microbatches: int, length: int):
@@ -152,21 +187,20 @@ def plan(pod: Pod, plain: bool) -> dict:
     topology = topologies.parse(pod.topology)
     instead = None
     if plain:
-        pairs = config.dpo.batch_size
-        prompt_length, response_length = planner.example_tokens(
-            config, "dpo", planner.Assumptions()
-        )
+        group = groups.group_of(config, "dpo", pod.assumed)
         instead = functools.partial(
             padded_rows,
-            pairs=pairs,
+            pairs=config.dpo.batch_size,
             microbatches=microbatches_of(config.dpo),
-            length=prompt_length + response_length,
+            length=group.prompt_tokens + group.response_tokens,
         )
-    assumed = planner.Assumptions(examples=pod.examples)
-    report = planner.plan(config, topology, "dpo", assumed, instead)
+    report = planner.plan(config, topology, "dpo", pod.assumed, instead)
     print(report_lib.table(report), flush=True)
+    row = report.to_dict()
+    if plain:  # which shares nothing: each response has a row of the full length
+        row["sharing"] = dict(tokens=2 * config.dpo.batch_size * instead.keywords["length"])
     seconds = time.monotonic() - started
-    return report.to_dict() | dict(command=pod.command(plain), compile_seconds=seconds)
+    return row | dict(command=pod.command(plain), compile_seconds=seconds)
 
 
 def markdown(rows: list[dict]) -> str:
@@ -188,7 +222,14 @@ def _takes(row: dict) -> list[str]:
     memory = f"{row['hbm_gib_per_chip']:.1f} of {row['capacity_gib']:.1f}"
     if not row["fits"]:
         memory += ": no"
-    cells = [row["name"], row["topology"], mesh, memory]
+    cells = [
+        row["name"],
+        row["topology"],
+        mesh,
+        str(row["batch_size"]),
+        f"{row['sharing']['tokens']:,.0f}",
+        memory,
+    ]
     if not row["seconds"]:  # nothing is known of the time of a step that does not fit
         return cells + ["-"] * (len(TAKES) - len(cells))
     return cells + [
@@ -214,6 +255,7 @@ def _limits(row: dict) -> list[str]:
 def all_plans() -> dict[str, tuple[Pod, bool]]:
     """Return name -> (run, whether by the plain step), in the order of the tables."""
     plans = {f"{name}, ours": (pod, False) for name, pod in PODS.items()}
+    plans |= {name: (pod, False) for name, pod in GROUPS.items()}
     plans |= {f"{name}, plain": (pod, True) for name, pod in PODS.items()}
     plans |= {f"llama-3-8b on {chips}": (pod, False) for chips, pod in GROWTH.items()}
     return plans

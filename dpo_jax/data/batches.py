@@ -19,6 +19,8 @@ from dpo_jax.data.packing import Batch, RolloutTargets
 DATA_ORDER_VERSION = 2
 
 SHAPES = 6  # how many shapes, each a program to compile, a run may have
+LOST_OF_SHARED = 0.1  # more than this share of what could be shared is reported as lost ...
+LOST_OF_READ = 0.05  # ... if it is more than this share of the tokens that are read
 FILLER = -1  # in an order: no example, the place is only filled up
 
 
@@ -41,6 +43,35 @@ def microbatch_size_of(block) -> int:
 def microbatches_of(block) -> int:
     """Return how many microbatches one optimiser update adds up."""
     return _update_size(block) // microbatch_size_of(block)
+
+
+def sizes_for_whole_groups(block, shards: int, pairs: int) -> dict[str, int]:
+    """Return the fields of a stage to raise so that each cell holds whole groups: name -> size.
+
+    block: a training stage's config block, which stays as it is. shards: that split a batch. pairs:
+    examples of a group. Empty where cells do so already.
+    """
+    of_shards = shards * pairs
+    microbatch_size = -(-microbatch_size_of(block) // of_shards) * of_shards
+    batch_size = -(-block.batch_size // microbatch_size) * microbatch_size
+    found = {}
+    if batch_size != block.batch_size:
+        found["batch_size"] = batch_size
+    # 0 stands for the whole batch.
+    if block.microbatch_size not in (0, microbatch_size):
+        found["microbatch_size"] = microbatch_size
+    return found
+
+
+def is_sharing_lost(tokens: float, apart: float, whole: float) -> bool:
+    """Return whether the cells of a layout read notably more than a single cell would.
+
+    tokens: that they read. apart: that they would read if no example shared any. whole: that a
+    single cell would read.
+    """
+    lost = tokens - whole
+    # The first share says that much of what could be shared is lost; the second, that it matters.
+    return lost > LOST_OF_SHARED * (apart - whole) and lost > LOST_OF_READ * tokens
 
 
 def _update_size(block) -> int:
@@ -189,6 +220,10 @@ class Batches:
         real = self.order[self.order != FILLER]
         tokens = self._needs(self._cells_nCP).tokens.sum()
         return int(tokens), int(self._sizes.apart[real].sum())
+
+    def tokens_in_one_cell(self) -> int:
+        """Return how many real tokens all batches would have if each were a single cell."""
+        return int(self._needs(self.order[:, None]).tokens.sum())
 
     def contents(self, step: int) -> packing.Contents:
         """Return what the model reads in a batch, over all cells and without padding."""

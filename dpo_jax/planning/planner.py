@@ -11,17 +11,15 @@ import re
 from collections.abc import Callable
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from dpo_jax import config as configs
 from dpo_jax import config_checks, stage_table
-from dpo_jax.data.batches import Batches, microbatches_of, steps_of
-from dpo_jax.data.examples import Example
+from dpo_jax.data.batches import Batches, steps_of
 from dpo_jax.models import attention, families, flops, hf, loading, transformer
 from dpo_jax.models.transformer import TransformerConfig
 from dpo_jax.parallel import sharding
-from dpo_jax.planning import hlo, presets, roofline
+from dpo_jax.planning import groups, hlo, presets, roofline
 from dpo_jax.planning.program import Program, make_program
 from dpo_jax.planning.report import Report
 from dpo_jax.planning.roofline import Work
@@ -44,6 +42,8 @@ class Assumptions:
     response_tokens: int = 0  # of each response
     examples: int = 0  # in the training data
     model: str = ""  # a name in planning/presets.py, or the path of a config.json
+    pairs_per_prompt: int = 0
+    responses_per_prompt: int = 0  # that the pairs are made of
 
 
 def plan(
@@ -66,8 +66,8 @@ def plan(
     if not on_tpu:  # the step is traced on CPU devices, which lack the GPU's kernel
         model = dataclasses.replace(model, attention="xla")
     mesh = _mesh(config, topology)
-    prompt_tokens, response_tokens = example_tokens(config, stage, assumed)
-    batches = one_batch(config, stage, mesh, prompt_tokens, response_tokens)
+    group = groups.group_of(config, stage, assumed)
+    batches = groups.lay_out(config, stage, group, sharding.batch_shards(mesh), model.window)
     objective, batch = instead(model, batches[0]) if instead else (None, batches[0])
     program = make_program(config, stage, model, mesh, batch, objective)
 
@@ -78,14 +78,14 @@ def plan(
     else:
         memory, work = _estimated(program, model, batches, topology, flops_per_chip)
 
-    cells = batches.microbatches * batches.shards
-    needed_flops = flops.of_step(
-        model,
-        batches.shapes[0].contents,
-        cells=cells,
-        reference=program.reference is not None,
-        frozen=program.base is not None,
-    )
+    needed_flops = 0.0
+    for step in range(len(batches)):
+        needed_flops += flops.of_step(
+            model,
+            batches.contents(step),
+            reference=program.reference is not None,
+            frozen=program.base is not None,
+        )
     report = Report(
         stage=stage,
         topology=str(topology),
@@ -95,16 +95,20 @@ def plan(
         dtype=model.dtype,
         batch_size=config[stage].batch_size,
         microbatches=batches.microbatches,
-        prompt_tokens=prompt_tokens,
-        response_tokens=response_tokens,
+        prompt_tokens=group.prompt_tokens,
+        response_tokens=group.response_tokens,
+        pairs_per_prompt=group.pairs,
+        responses_per_prompt=group.responses,
+        sharing=groups.sharing(config, stage, model, group, batches),
         compiled=on_tpu,
         capacity_gib=topology.chip.hbm_gib,
         hbm_gib={kind: size / GIB for kind, size in memory.items()},
         flops_per_step=flops_per_chip * topology.chips,
-        needed_flops_per_step=needed_flops,
+        needed_flops_per_step=needed_flops / len(batches),
         collectives=_in_gib(work) if work else None,
         seconds=roofline.seconds(topology, model.dtype, work) if work else None,
     )
+    cells = batches.microbatches * batches.shards
     forward_flops = sum(flops.forward(model, batches.shapes[0].contents).values())
     forward = roofline.forward(
         model, dict(mesh.shape), batches.microbatches, flops=cells * forward_flops / topology.chips
@@ -147,28 +151,6 @@ def _hf_config(config: ConfigDict, wanted: str):
     return hf.read_config(folder)
 
 
-def example_tokens(config: ConfigDict, stage: str, assumed: Assumptions) -> tuple[int, int]:
-    """Return the tokens of each prompt and response: as assumed, or the longest that are allowed.
-
-    Raises ValueError if the two are longer than config.data.max_length.
-    """
-    data = config.data
-    longest_prompt = data.max_prompt_length
-    longest_response = data.max_length - data.max_prompt_length
-    if stage_table.trains_on_samples(config, stage):
-        longest_prompt = config.sampling.max_prefix or data.max_prompt_length
-        longest_response = config.sampling.max_new_tokens
-    prompt = assumed.prompt_tokens or longest_prompt
-    response = assumed.response_tokens or longest_response
-    if prompt + response > data.max_length:
-        raise ValueError(
-            f"a prompt of {prompt} tokens and a response of {response} make {prompt + response}, "
-            f"but examples are cut to config.data.max_length = {data.max_length}. Lower "
-            "--prompt_tokens or --response_tokens, or raise config.data.max_length."
-        )
-    return prompt, response
-
-
 def examples_and_steps(config: ConfigDict, stage: str, assumed: Assumptions) -> tuple[int, int]:
     """Return the training examples and the optimiser steps of a stage, 0 if they are not known."""
     block = config[stage]
@@ -183,31 +165,6 @@ def examples_and_steps(config: ConfigDict, stage: str, assumed: Assumptions) -> 
         examples = min(examples or data.max_rows, data.max_rows)
     steps = steps_of(examples, block.batch_size, steps=block.steps, epochs=block.epochs)
     return examples, steps
-
-
-def one_batch(
-    config: ConfigDict,
-    stage: str,
-    mesh: jax.sharding.Mesh,
-    prompt_tokens: int,
-    response_tokens: int,
-) -> Batches:
-    """Return one batch of examples of these lengths, laid out as the run lays out its own."""
-    block = config[stage]
-    prompt = np.zeros(prompt_tokens, np.int32)
-    response = np.zeros(response_tokens, np.int32)
-    example = Example(prompt, (response,) * STAGES[stage].responses)
-    reference_log_probs = None
-    if stage_table.keeps_reference(config, stage):
-        reference_log_probs = np.zeros((block.batch_size, 2), np.float32)
-    return Batches(
-        [example] * block.batch_size,
-        np.arange(block.batch_size)[None],
-        share=False,  # the same made-up example stands for different ones
-        shards=sharding.batch_shards(mesh),
-        microbatches=microbatches_of(block),
-        reference_log_probs=reference_log_probs,
-    )
 
 
 def _mesh(config: ConfigDict, topology: Topology) -> jax.sharding.Mesh:

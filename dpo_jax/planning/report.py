@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from dpo_jax.data.batches import is_sharing_lost
 from dpo_jax.planning import roofline
 
 
@@ -12,6 +13,33 @@ class Advice:
     fits: bool
     flags: str
     tries: list[dict]  # flags, fits, hbm_gib_per_chip of each attempt, in order
+
+
+@dataclasses.dataclass(frozen=True)
+class Suggestion:
+    """Flags that let the pairs of a prompt share more."""
+
+    flags: str
+    tokens_per_pair: float  # that the cells compute now, with their padding
+    then: float  # and with the flags
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharing:
+    """The tokens of a step: what the pairs of a prompt share on a mesh, and what is lost."""
+
+    tokens: float  # that are read
+    apart: float  # that would be, one pair at a time
+    whole: float  # that would be if a batch were a single cell
+    computed: int  # with the padding of all cells
+    pairs_together: int  # pairs of a prompt that follow each other in the order of the data
+    cells: int  # microbatches x shards
+    suggestions: list[Suggestion] = dataclasses.field(default_factory=list)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether cells read notably more than one cell would."""
+        return is_sharing_lost(self.tokens, self.apart, self.whole)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +60,9 @@ class Report:
     microbatches: int
     prompt_tokens: int
     response_tokens: int
+    pairs_per_prompt: int
+    responses_per_prompt: int
+    sharing: Sharing
     compiled: bool  # by the TPU compiler; otherwise estimated from the sizes
     capacity_gib: float  # memory of a chip
     hbm_gib: dict[str, float]  # memory that the step takes on a chip, by kind
@@ -87,7 +118,7 @@ class Report:
 
 def table(report: Report) -> str:
     """Return the report as lines for a person."""
-    lines = [*_header(report), "", *_memory(report), "", *_work(report)]
+    lines = [*_header(report), *_tokens(report), "", *_memory(report), "", *_work(report)]
     if report.advice:
         lines += ["", *_advice(report.advice)]
     if report.seconds:
@@ -100,9 +131,51 @@ def _header(report: Report) -> list[str]:
     return [
         f"{report.stage} of {report.parameters / 1e9:.2f} billion parameters in {report.dtype} "
         f"on {report.topology}, {report.chips} chips: {mesh}",
-        f"{report.batch_size} examples a step in {report.microbatches} microbatches; assumed: "
-        f"prompts of {report.prompt_tokens} tokens, responses of {report.response_tokens}",
+        f"{report.batch_size} examples a step in {_count(report.microbatches, 'microbatch')}; "
+        f"assumed: prompts of {report.prompt_tokens} tokens, responses of {report.response_tokens},"
+        f" {_count(report.pairs_per_prompt, 'pair')} of {report.responses_per_prompt} responses a "
+        "prompt",
     ]
+
+
+def _tokens(report: Report) -> list[str]:
+    sharing = report.sharing
+    line = f"reads {sharing.tokens:,.0f} tokens a step; one pair at a time {sharing.apart:,.0f}"
+    lines = [line]
+    if sharing.pairs_together < report.pairs_per_prompt:
+        lines.append(
+            f"only {_count(sharing.pairs_together, 'pair')} of a prompt follow each other, by "
+            "config.data.order and data.group_pairs, so no more are shared"
+        )
+    if sharing.suggestions:
+        held = report.batch_size / sharing.cells
+        lines.append(
+            f"each of {sharing.cells} cells (shard x microbatch) has room for {held:g} pairs, but "
+            f"{sharing.pairs_together} of a prompt belong together, so"
+        )
+        if sharing.is_lost:
+            lines.append(
+                "  sharing is lost: if all pairs of a step were in one cell, "
+                f"{sharing.whole:,.0f} tokens would be read"
+            )
+        else:
+            lines.append(
+                "  cells are uneven, and wait for the fullest: with padding a step takes "
+                f"{sharing.computed:,} tokens"
+            )
+        lines.append("to make a pair less work:")
+    for suggestion in sharing.suggestions:
+        lines.append(
+            f"  {suggestion.flags}  ({suggestion.then:,.0f} tokens a pair instead of "
+            f"{suggestion.tokens_per_pair:,.0f}, with padding)"
+        )
+    return lines
+
+
+def _count(number: int, noun: str) -> str:
+    if number == 1:
+        return f"1 {noun}"
+    return f"{number} {noun}{'es' if noun.endswith('ch') else 's'}"
 
 
 def _memory(report: Report) -> list[str]:

@@ -9,9 +9,11 @@ from dpo_jax.console import say
 from dpo_jax.data.batches import (
     Batches,
     evaluation_order,
+    is_sharing_lost,
     microbatch_size_of,
     microbatches_of,
     prefetch,
+    sizes_for_whole_groups,
     steps_of,
     training_order,
 )
@@ -157,6 +159,8 @@ class DataFeed:
                 f"{name}: reads {tokens / len(batches):,.0f} tokens a step, as rows share prompts "
                 f"and responses; one row at a time it would be {apart / len(batches):,.0f}"
             )
+        if groups is not None:
+            _say_what_cells_lose(name, block, batches, groups)
         if block.warmup_steps >= steps:
             reached = steps / (block.warmup_steps + 1)
             say(
@@ -186,6 +190,33 @@ class DataFeed:
         if self._reference_log_probs is None:
             return None
         return self._reference_log_probs(split, examples, order)
+
+
+def _say_what_cells_lose(name: str, block, batches: Batches, groups: np.ndarray) -> None:
+    """Say where cells are too small for the rows of a prompt, and at which sizes they are not.
+
+    block: the stage's. groups: the number of each example's group.
+    """
+    cells = batches.microbatches * batches.shards
+    rows_of_groups = np.bincount(groups)
+    if cells == 1 or rows_of_groups.max() == 1:
+        return
+    tokens, apart = batches.tokens_in_all()
+    whole = batches.tokens_in_one_cell()
+    if not is_sharing_lost(tokens, apart, whole):
+        return
+    steps = len(batches)
+    rows = round(rows_of_groups.mean())
+    message = (
+        f"{name}: the {cells} cells of a step (microbatches x data shards) have "
+        f"{block.batch_size / cells:g} rows each, and a prompt has about {rows}, so much is read "
+        f"again: {tokens / steps:,.0f} tokens a step instead of {whole / steps:,.0f}"
+    )
+    sizes = sizes_for_whole_groups(block, batches.shards, rows)
+    if sizes:
+        flags = " ".join(f"--config.{name}.{field}={size}" for field, size in sizes.items())
+        message += f". Whole prompts would fit with {flags}"
+    say(message)
 
 
 def evaluate(

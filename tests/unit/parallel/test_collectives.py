@@ -7,7 +7,8 @@ import pytest
 
 from dpo_jax.models import log_probs
 from dpo_jax.parallel import sharding
-from dpo_jax.planning import hlo, planner
+from dpo_jax.planning import groups, hlo, planner
+from dpo_jax.planning.groups import Group
 from dpo_jax.planning.program import make_program
 from tests.helpers.tiny_runs import scratch_config
 
@@ -29,7 +30,7 @@ def collectives(sizes: tuple, response: int = 16, vocab: int = 128) -> dict:
 
 def compiled(config, sizes: tuple, response: int):
     mesh, model = sharding.make_mesh(**dict(sizes)), planner.model_config(config, "dpo")
-    batch = planner.one_batch(config, "dpo", mesh, 16, response)[0]
+    batch = groups.lay_out(config, "dpo", Group(16, response), sharding.batch_shards(mesh))[0]
     with jax.set_mesh(mesh):
         return make_program(config, "dpo", model, mesh, batch).trace().lower().compile()
 

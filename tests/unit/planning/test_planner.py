@@ -11,8 +11,9 @@ from dpo_jax import config as configs
 from dpo_jax.models import flops, transformer
 from dpo_jax.models.log_probs import response_log_probs
 from dpo_jax.parallel import sharding
-from dpo_jax.planning import hlo, planner, topologies
+from dpo_jax.planning import groups, hlo, planner, topologies
 from dpo_jax.planning import report as report_lib
+from dpo_jax.planning.groups import Group
 from dpo_jax.planning.planner import Assumptions
 from dpo_jax.planning.program import make_program
 from dpo_jax.training import optim
@@ -23,7 +24,7 @@ from tests.helpers.tiny_runs import SCRATCH, scratch_config
 def test_plan_counts_remat():
     config = scratch_config(microbatch_size=4)
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
-    batches = planner.one_batch(config, "dpo", mesh, 16, 16)
+    batches = groups.lay_out(config, "dpo", Group(16, 16), sharding.batch_shards(mesh))
     again = {}
 
     def forwards(remat, reference="init"):
@@ -54,7 +55,7 @@ def test_plan_state_memory():
     config = scratch_config(optimizer="adamw")
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     model = planner.model_config(config, "dpo")
-    batch = planner.one_batch(config, "dpo", mesh, 16, 16)[0]
+    batch = groups.lay_out(config, "dpo", Group(16, 16), sharding.batch_shards(mesh))[0]
     program = make_program(config, "dpo", model, mesh, batch)
     planned = program.argument_bytes()
     optimizer = optim.make("adamw", 0.0)
@@ -96,7 +97,7 @@ def test_plan_kept_reference_cost():
     assert again.hours - 10 * again.step_seconds / 3600 == pytest.approx(beyond / 4)
 
 
-def test_plan_steps_and_lengths():
+def test_plan_steps():
     config = scratch_config(steps=0, epochs=2.0)
     assert planner.examples_and_steps(config, "dpo", Assumptions()) == (0, 0)
     assert planner.examples_and_steps(config, "dpo", Assumptions(examples=100)) == (100, 25)
@@ -112,15 +113,6 @@ def test_plan_steps_and_lengths():
     ]
     config.data.sft_path = ""
     assert planner.examples_and_steps(config, "sft", Assumptions())[0] == 92_534
-    config = scratch_config(steps=0, epochs=2.0)
-    assert planner.example_tokens(config, "dpo", Assumptions()) == (16, 16)
-    assert planner.example_tokens(
-        config, "dpo", Assumptions(prompt_tokens=20, response_tokens=5)
-    ) == (20, 5)
-    with pytest.raises(
-        ValueError, match="make 33, but examples are cut to config.data.max_length = 32"
-    ):
-        planner.example_tokens(config, "dpo", Assumptions(prompt_tokens=20, response_tokens=13))
 
 
 def test_plan_gpus_by_sizes(tmp_path):

@@ -1,0 +1,245 @@
+"""The examples that a plan makes up, and what they share on a mesh.
+
+A prompt with several pairs is read once, and so is each of its responses, but only within a cell: a
+microbatch on one shard. Where a cell holds fewer pairs than a prompt has, sharing is lost.
+"""
+
+import copy
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from dpo_jax import stage_table
+from dpo_jax.data.batches import (
+    Batches,
+    microbatch_size_of,
+    microbatches_of,
+    sizes_for_whole_groups,
+)
+from dpo_jax.data.examples import Examples
+from dpo_jax.models.transformer import TransformerConfig
+from dpo_jax.planning.report import Sharing, Suggestion
+from dpo_jax.stage_table import STAGES
+
+# A made-up run has no more steps than this. Its batches are cut from groups at the same places over
+# and over, and so few steps never pay for a second shape.
+MOST_STEPS = 8
+MOST_TENSOR = 8  # tensor parallelism stays within a machine
+# A suggestion must save this share of what the cells compute.
+WORTH_SAYING = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """A prompt and its pairs, all of the same lengths."""
+
+    prompt_tokens: int
+    response_tokens: int
+    pairs: int = 1
+    responses: int = 2
+
+    def __post_init__(self):
+        most = math.comb(self.responses, 2)
+        if not self.responses <= 2 * self.pairs <= 2 * most:
+            raise ValueError(
+                f"{self.pairs} pairs a prompt cannot be made of {self.responses} responses, which "
+                f"make {-(-self.responses // 2)} to {most}. Change --pairs_per_prompt or "
+                "--responses_per_prompt."
+            )
+
+    def index_pairs(self) -> list[tuple[int, int]]:
+        """Return the pairs as indices of responses; every response is in one of them."""
+        candidates = list(itertools.combinations(range(self.responses), 2))
+        chosen = []
+        used = set()
+        for _ in range(self.pairs):
+            # The first of those that bring in most responses.
+            best = max(candidates, key=lambda pair: len(set(pair) - used))
+            candidates.remove(best)
+            chosen.append(best)
+            used |= set(best)
+        return sorted(chosen)
+
+
+def group_of(config: ConfigDict, stage: str, assumed) -> Group:
+    """Return the prompts and pairs that a stage trains on: as assumed, or as the config says.
+
+    assumed: `planner.Assumptions`. Lengths that neither tells are the longest that are allowed. A
+    run that samples its own pairs makes them of every two completions of a prompt; other data is
+    taken to have one pair a prompt.
+
+    Raises ValueError if prompt and response are longer than config.data.max_length.
+    """
+    data = config.data
+    longest_prompt = data.max_prompt_length
+    longest_response = data.max_length - data.max_prompt_length
+    pairs = assumed.pairs_per_prompt
+    responses = assumed.responses_per_prompt
+    if stage_table.trains_on_samples(config, stage):
+        longest_prompt = config.sampling.max_prefix or data.max_prompt_length
+        longest_response = config.sampling.max_new_tokens
+        if not pairs:
+            responses = responses or config.pairs.completions
+    prompt = assumed.prompt_tokens or longest_prompt
+    response = assumed.response_tokens or longest_response
+    if prompt + response > data.max_length:
+        raise ValueError(
+            f"a prompt of {prompt} tokens and a response of {response} make {prompt + response}, "
+            f"but examples are cut to config.data.max_length = {data.max_length}. Lower "
+            "--prompt_tokens or --response_tokens, or raise config.data.max_length."
+        )
+    if STAGES[stage].data == "sft":  # a text or a completion of its own for each prompt
+        return Group(prompt, response)
+    if not pairs:
+        pairs = math.comb(responses, 2) if responses else 1
+    if not responses:
+        responses = _fewest_responses(pairs)
+    return Group(prompt, response, pairs, responses)
+
+
+def _fewest_responses(pairs: int) -> int:
+    """Return of how many responses so many pairs can be made."""
+    responses = 2
+    while math.comb(responses, 2) < pairs:
+        responses += 1
+    return responses
+
+
+def pairs_together(config: ConfigDict, group: Group) -> int:
+    """Return how many pairs of a prompt follow each other in the run's order of the data."""
+    if not config.data.shuffle:
+        return group.pairs  # as in the file, which is taken to have them together
+    if config.data.order == "prompts":
+        return min(group.pairs, config.data.group_pairs)
+    return 1
+
+
+def lay_out(
+    config: ConfigDict, stage: str, group: Group, shards: int, window: int | None = None
+) -> Batches:
+    """Return batches of made-up examples, laid out as the run lays out its own.
+
+    shards: that split a batch. window: of the model's attention.
+    """
+    block = config[stage]
+    batch_size = block.batch_size
+    together = pairs_together(config, group)
+    # After so many steps a batch begins with a prompt again.
+    steps = min(together // math.gcd(batch_size, together), MOST_STEPS)
+    size = steps * batch_size
+    reference_log_probs = None
+    if stage_table.keeps_reference(config, stage):
+        reference_log_probs = np.zeros((size, 2), np.float32)
+    return Batches(
+        _made_up_examples(group, together, size, STAGES[stage].responses),
+        np.arange(size).reshape(steps, batch_size),
+        microbatches=microbatches_of(block),
+        shards=shards,
+        window=window,
+        reference_log_probs=reference_log_probs,
+    )
+
+
+def _made_up_examples(group: Group, together: int, size: int, responses: int) -> Examples:
+    """Return so many examples of whole groups, one after the other.
+
+    together: pairs of a prompt that follow each other; a prompt's others are so far away that they
+    count as another prompt's. responses: of an example; 1: the chosen one of each pair.
+    """
+    examples = Examples()
+    # Texts are told apart by their tokens: each consists of its own number.
+    numbers = itertools.count()
+    pairs = group.index_pairs()
+    while True:
+        for first in range(0, len(pairs), together):
+            prompt = np.full(group.prompt_tokens, next(numbers))
+            for pair in pairs[first : first + together]:
+                if len(examples) == size:
+                    return examples
+                texts = [np.full(group.response_tokens, index) for index in pair[:responses]]
+                examples.append(prompt, texts, "made up")
+
+
+def sharing(
+    config: ConfigDict, stage: str, model: TransformerConfig, group: Group, batches: Batches
+) -> Sharing:
+    """Return what the made-up examples share in a layout, and what would let them share more."""
+    steps = len(batches)
+    tokens, apart = batches.tokens_in_all()
+    whole = batches.tokens_in_one_cell()
+    return Sharing(
+        tokens=tokens / steps,
+        apart=apart / steps,
+        whole=whole / steps,
+        computed=_computed(batches),
+        pairs_together=pairs_together(config, group),
+        cells=batches.microbatches * batches.shards,
+        suggestions=_suggestions(config, stage, model, group, batches),
+    )
+
+
+def _computed(batches: Batches) -> int:
+    """Return the tokens of all cells of a step, with their padding: the work of a step."""
+    return batches.microbatches * batches.shards * batches.shapes[-1].tokens
+
+
+def _suggestions(
+    config: ConfigDict, stage: str, model: TransformerConfig, group: Group, batches: Batches
+) -> list[Suggestion]:
+    """Return other sizes and meshes at which a pair is less work; each is tried out.
+
+    There is at most one of each kind: microbatches alone, which change no update; the batch; and
+    the mesh.
+    """
+    if pairs_together(config, group) == 1:
+        return []
+    here = _computed(batches) / config[stage].batch_size
+    suggestions = []
+    for changes in (
+        _larger_microbatches(config, stage, batches.shards),
+        _whole_groups(config, stage, group, batches.shards),
+        _fewer_shards(config, model, batches.shards),
+    ):
+        best = here
+        suggestion = None
+        for change, shards in changes:
+            changed = copy.deepcopy(config)
+            changed.update_from_flattened_dict(change)
+            other = lay_out(changed, stage, group, shards, model.window)
+            per_pair = _computed(other) / changed[stage].batch_size
+            # The smallest change comes first; a larger one must be worth it.
+            if per_pair < (1 - WORTH_SAYING) * best:
+                best = per_pair
+                flags = " ".join(f"--config.{name}={value}" for name, value in change.items())
+                suggestion = Suggestion(flags, here, per_pair)
+        if suggestion:
+            suggestions.append(suggestion)
+    return suggestions
+
+
+def _larger_microbatches(config: ConfigDict, stage: str, shards: int) -> Iterator[tuple]:
+    """Yield (change, shards) of the same batch in fewer microbatches, the smallest change first."""
+    batch_size = config[stage].batch_size
+    for size in range(microbatch_size_of(config[stage]) + 1, batch_size + 1):
+        if batch_size % size == 0 and size % shards == 0:
+            yield {f"{stage}.microbatch_size": size}, shards
+
+
+def _whole_groups(config: ConfigDict, stage: str, group: Group, shards: int) -> Iterator[tuple]:
+    """Yield (change, shards) of the batch that gives each cell whole groups."""
+    sizes = sizes_for_whole_groups(config[stage], shards, pairs_together(config, group))
+    if "batch_size" in sizes:  # microbatches alone are another kind
+        yield {f"{stage}.{name}": size for name, size in sizes.items()}, shards
+
+
+def _fewer_shards(config: ConfigDict, model: TransformerConfig, shards: int) -> Iterator[tuple]:
+    """Yield (change, shards) of meshes whose tensor axis takes chips from the batch's axes."""
+    tensor = 2 * config.mesh.tensor
+    while tensor <= MOST_TENSOR and shards % 2 == 0 and model.heads % tensor == 0:
+        shards //= 2
+        yield {"mesh.data": 1, "mesh.fsdp": shards, "mesh.tensor": tensor}, shards
+        tensor *= 2

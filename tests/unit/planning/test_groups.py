@@ -1,0 +1,192 @@
+"""The examples that a plan makes up: what a prompt's pairs share, and where it is lost."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from dpo_jax import config as configs
+from dpo_jax.planning import groups, planner, topologies
+from dpo_jax.planning import report as report_lib
+from dpo_jax.planning.groups import Group
+from dpo_jax.planning.planner import Assumptions
+from dpo_jax.training.data_feed import DataFeed
+from tests.helpers.tiny_runs import dpo_config, on_devices, run, scratch_config, write_model
+
+IMDB = Group(prompt_tokens=8, response_tokens=60, pairs=6, responses=4)
+TLDR = Group(prompt_tokens=512, response_tokens=128, pairs=4, responses=5)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "responses"), [(1, 2), (6, 4), (4, 5), (3, 5), (2, 4), (5, 4), (10, 5)]
+)
+def test_group_uses_every_response(pairs, responses):
+    found = Group(1, 1, pairs, responses).index_pairs()
+    assert len(set(found)) == pairs
+    assert all(first < second for first, second in found)
+    assert set(itertools.chain(*found)) == set(range(responses))
+
+
+@pytest.mark.parametrize(("pairs", "responses"), [(7, 4), (2, 5), (2, 2)])
+def test_group_that_cannot_be(pairs, responses):
+    with pytest.raises(ValueError, match=f"{pairs} pairs a prompt cannot be made of {responses}"):
+        Group(1, 1, pairs, responses)
+
+
+def test_group_of_config():
+    config = scratch_config()
+    assert groups.group_of(config, "dpo", Assumptions()) == Group(16, 16, 1, 2)
+    lengths = Assumptions(prompt_tokens=20, response_tokens=5)
+    assert groups.group_of(config, "dpo", lengths) == Group(20, 5)
+    with pytest.raises(
+        ValueError, match="make 33, but examples are cut to config.data.max_length = 32"
+    ):
+        groups.group_of(config, "dpo", Assumptions(prompt_tokens=20, response_tokens=13))
+    for assumed, pairs, responses in (
+        (Assumptions(pairs_per_prompt=4), 4, 4),
+        (Assumptions(responses_per_prompt=4), 6, 4),
+        (Assumptions(pairs_per_prompt=4, responses_per_prompt=5), 4, 5),
+    ):
+        assert groups.group_of(config, "dpo", assumed) == Group(16, 16, pairs, responses)
+
+
+def test_group_of_sampled_pairs():
+    """A run that samples its pairs says how many there are. Texts of its sft stage stand alone."""
+    config = configs.default(("sft", "pairs", "dpo"))
+    config.sampling.update(max_prefix=8, max_new_tokens=60)
+    assert groups.group_of(config, "dpo", Assumptions()) == IMDB
+    config.pairs.completions = 3
+    assert groups.group_of(config, "dpo", Assumptions()) == Group(8, 60, 3, 3)
+    assert groups.group_of(config, "dpo", Assumptions(pairs_per_prompt=1)) == Group(8, 60, 1, 2)
+    assert groups.group_of(config, "sft", Assumptions(pairs_per_prompt=6)).pairs == 1
+
+
+def tokens(group, **changes):
+    """Return the tokens that a step of 12 pairs reads."""
+    config = scratch_config(**dict(batch_size=12, data__order="prompts") | changes)
+    batches = groups.lay_out(config, "dpo", group, shards=1)
+    read, apart = batches.tokens_in_all()
+    assert apart == 12 * len(batches) * (group.prompt_tokens + 2 * group.response_tokens)
+    return read / len(batches)
+
+
+def test_layout_follows_order_of_data():
+    assert tokens(IMDB) == 2 * (8 + 4 * 60)
+    assert tokens(TLDR) == 3 * (512 + 5 * 128)
+    assert tokens(IMDB, data__order="pairs") == 12 * (8 + 2 * 60)
+    # Two halves of a prompt's pairs, which are 0-1 0-2 0-3 and 1-2 1-3 2-3, are far apart.
+    assert tokens(IMDB, data__group_pairs=3) == 2 * (8 + 4 * 60) + 2 * (8 + 3 * 60)
+    # As in the file.
+    assert tokens(IMDB, data__order="pairs", data__shuffle=False) == tokens(IMDB)
+    # 5 batches hold 12 prompts, and the end of 4 batches cuts one, which is then read twice.
+    five = Group(8, 60, pairs=5, responses=10)
+    assert tokens(five) == (12 * (8 + 10 * 60) + 4 * 8) / 5
+
+
+def test_layout_of_one_response():
+    """Preferred-FT reads the chosen response of each pair: 0 0 0 1 1 2."""
+    config = configs.default(("sft", "pairs", "preferred_ft"))
+    config.data.order = "prompts"
+    config.preferred_ft.batch_size = 12
+    batches = groups.lay_out(config, "preferred_ft", IMDB, shards=1)
+    assert batches.tokens_in_all() == (2 * (8 + 3 * 60), 12 * (8 + 60))
+
+
+def sharing(group, shards, **changes):
+    config = scratch_config(**dict(data__order="prompts") | changes)
+    model = planner.model_config(config, "dpo")
+    batches = groups.lay_out(config, "dpo", group, shards)
+    return groups.sharing(config, "dpo", model, group, batches)
+
+
+def test_sharing_on_a_mesh():
+    """64 pairs on 64 chips share nothing, 384 do."""
+    lost = sharing(IMDB, 64, batch_size=64)
+    assert lost.tokens == lost.apart == 64 * (8 + 2 * 60)
+    assert lost.whole < 0.4 * lost.tokens and lost.is_lost
+    flags = [suggestion.flags for suggestion in lost.suggestions]
+    assert flags == [
+        "--config.dpo.batch_size=384",
+        "--config.mesh.data=1 --config.mesh.fsdp=16 --config.mesh.tensor=4",
+    ]
+
+    whole = sharing(IMDB, 64, batch_size=384)
+    assert whole.tokens == whole.whole == 64 * (8 + 4 * 60)
+    assert not whole.suggestions and not whole.is_lost
+    assert lost.suggestions[0].then == whole.computed / 384
+    assert lost.suggestions[0].tokens_per_pair == lost.computed / 64
+
+
+def test_sharing_over_microbatches():
+    """Larger microbatches come first, as they change no update."""
+    found = sharing(TLDR, 16, batch_size=64, microbatch_size=32)
+    assert found.cells == 32 and found.is_lost
+    assert found.suggestions[0].flags == "--config.dpo.microbatch_size=64"
+    assert sharing(TLDR, 16, batch_size=64, microbatch_size=64).tokens == 16 * (512 + 5 * 128)
+
+
+def test_sharing_in_uneven_cells():
+    """8 pairs a cell hold a whole prompt of 6, but some hold two."""
+    found = sharing(IMDB, 8, batch_size=64)
+    assert found.tokens == found.whole and not found.is_lost
+    assert found.computed > 1.2 * found.tokens
+    assert found.suggestions[0].flags == "--config.dpo.batch_size=96"
+
+
+@pytest.mark.parametrize("changes", [{}, dict(data__order="pairs")])
+def test_nothing_to_suggest(changes):
+    group = IMDB if changes else Group(16, 16)
+    found = sharing(group, 8, batch_size=8, **changes)
+    assert not found.suggestions and found.tokens == found.apart == found.whole
+
+
+def test_report_says_what_is_lost():
+    config = scratch_config(batch_size=8, data__order="prompts")
+    six = Assumptions(pairs_per_prompt=6)
+    report = planner.plan(config, topologies.parse("h200:8"), "dpo", six)
+    text = report_lib.table(report)
+    assert "6 pairs of 4 responses a prompt" in text
+    read = f"{report.sharing.tokens:.0f}"
+    assert f"reads {read} tokens a step; one pair at a time 384\n" in text
+    assert "each of 8 cells (shard x microbatch) has room for 1 pairs, but 6" in text
+    assert "sharing is lost" in text and "--config.dpo.batch_size=48" in text
+    assert json.loads(json.dumps(report.to_dict())) == report.to_dict()
+
+    config.data.order = "pairs"
+    text = report_lib.table(planner.plan(config, topologies.parse("h200:8"), "dpo", six))
+    assert "only 1 pair of a prompt follow each other" in text and "lost" not in text
+
+
+def test_plan_reads_what_the_run_reads(tmp_path, monkeypatch, capsys):
+    """Twelve prompts with 6 pairs of 4 responses, on two devices."""
+    rows = []
+    for number in range(12):
+        prompt = f"w{number} w1 w2"
+        texts = [f"w{number} w{response} w3 w4" for response in range(4)]
+        for chosen, rejected in itertools.combinations(texts, 2):
+            rows.append(dict(prompt=prompt, chosen=chosen, rejected=rejected))
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = dpo_config(
+        write_model(tmp_path / "model"), tmp_path / "pairs.jsonl", data__order="prompts"
+    )
+    read = []
+    lengths = set()
+
+    def record(self, step):
+        read.append(self._batches.tokens(step))
+        prompt_P, response_PK, _ = self._data.train.lengths()
+        lengths.update(zip(prompt_P.tolist(), response_PK[:, 0].tolist(), strict=True))
+        return read[-1]
+
+    monkeypatch.setattr(DataFeed, "tokens", record)
+    with on_devices(2):
+        run(config, tmp_path / "run")
+    [(prompt_tokens, response_tokens)] = lengths
+    assumed = Assumptions(prompt_tokens, response_tokens, pairs_per_prompt=6)
+    report = planner.plan(config, topologies.parse("h200:2"), "dpo", assumed)
+    assert report.sharing.cells == 2 and len(read) == 6
+    assert report.sharing.tokens == np.mean(read) < report.sharing.apart
+    # Four rows of each cell cut prompts of six.
+    assert report.sharing.is_lost
+    assert "of a step (microbatches x data shards) have 4 rows each" in capsys.readouterr().out
