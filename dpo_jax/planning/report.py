@@ -148,9 +148,10 @@ def _tokens(report: Report) -> list[str]:
             "config.data.order and data.group_pairs, so no more are shared"
         )
     if sharing.suggestions:
-        held = report.batch_size / sharing.cells
+        room = report.batch_size / sharing.cells
         lines.append(
-            f"each of {sharing.cells} cells (shard x microbatch) has room for {held:g} pairs, but "
+            f"each of {sharing.cells} cells (shard x microbatch) has room for "
+            f"{room:g} {'pair' if room == 1 else 'pairs'}, but "
             f"{sharing.pairs_together} of a prompt belong together, so"
         )
         if sharing.is_lost:

@@ -133,10 +133,14 @@ def _kept(config: TransformerConfig) -> float:
 
 
 def _rows(config: TransformerConfig, shape: Shape, itemsize: int) -> float:
-    """Bytes of queries, keys, values and outputs in attention's rows, with their gradients."""
-    places = sum(
-        bucket.rows * (bucket.prompt + bucket.responses * bucket.response) for bucket in shape.rows
-    )
-    heads = 2 * config.heads + 2 * config.kv_heads
+    """Return the bytes of queries, keys, values and outputs in attention's rows, with gradients."""
+    queries = 0  # tokens that attend
+    keys = 0  # tokens that they see
+    for bucket in shape.rows:
+        responses = bucket.rows * bucket.responses
+        queries += bucket.rows * bucket.prompt + responses * bucket.response
+        # Kernels give each response its own copy of the prompt's keys and values.
+        keys += bucket.rows * bucket.prompt + responses * (bucket.prompt + bucket.response)
+    places = 2 * config.heads * queries + 2 * config.kv_heads * keys
     # Twice: for the gradients.
-    return 2 * places * heads * config.head_width * itemsize
+    return 2 * places * config.head_width * itemsize

@@ -380,9 +380,33 @@ def test_splash_under_remat_and_vmap(tiny, remat):
         assert np.abs(splash - xla).max() <= 0.06 * np.abs(xla).max()  # bfloat16: 8 bits
 
 
-@pytest.mark.skipif(
+needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler, libtpu (no TPU)"
 )
+
+
+def count_kernels(slice_, loss, *arrays) -> int:
+    """Return the Pallas kernels of a loss and its gradient, as compiled for a slice of a TPU.
+
+    arrays: (shape, dtype) of each argument. Shards come first; heads, where there are any, come
+    last but one.
+    """
+    mesh = sharding.make_mesh(1, 2, 2, devices=topologies.parse(slice_).devices())
+    abstract = []
+    for shape, dtype in arrays:
+        spec = [sharding.BATCH, *[None] * (len(shape) - 1)]
+        if len(shape) > 2:
+            spec[-2] = "tensor"
+        split = NamedSharding(mesh, P(*spec))
+        abstract.append(jax.ShapeDtypeStruct(shape, dtype, sharding=split))
+    of_floats = [i for i, (_, dtype) in enumerate(arrays) if dtype != "int32"]
+    step = jax.jit(jax.value_and_grad(loss, argnums=of_floats))
+    with jax.set_mesh(mesh), jax.default_matmul_precision("float32"):  # as runtime.start says
+        text = step.lower(*abstract).compile().as_text()
+    return text.count('custom_call_target="tpu_custom_call"')
+
+
+@needs_libtpu
 @pytest.mark.parametrize(
     "slice_, dtype, width",
     [
@@ -395,23 +419,35 @@ def test_splash_under_remat_and_vmap(tiny, remat):
     ],
 )
 def test_tpu_compiler_takes_splash(slice_, dtype, width):
-    mesh = sharding.make_mesh(1, 2, 2, devices=topologies.parse(slice_).devices())
-
-    def abstract(heads):
-        shape = (2, 1, SPLASH_BLOCK[jnp.dtype(dtype).itemsize], heads, width)  # the largest block
-        return jax.ShapeDtypeStruct(
-            shape, dtype, sharding=NamedSharding(mesh, P(sharding.BATCH, None, None, "tensor"))
-        )
+    length = SPLASH_BLOCK[jnp.dtype(dtype).itemsize]  # the largest block
 
     def loss(q, k, v):
         return causal_attention(q, k, v).astype(jnp.float32).sum()
 
-    with jax.set_mesh(mesh), jax.default_matmul_precision("float32"):  # as runtime.start says
-        text = (
-            jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
-            .lower(abstract(4), abstract(2), abstract(2))
-            .compile()
-            .as_text()
-        )
+    q, k = [((2, 1, length, heads, width), dtype) for heads in (4, 2)]
     # Forward, queries' gradient, keys' and values'.
-    assert text.count('custom_call_target="tpu_custom_call"') == 3
+    assert count_kernels(slice_, loss, q, k, k) == 3
+
+
+@needs_libtpu
+@pytest.mark.parametrize("width", [64, 80, 128, 256])
+@pytest.mark.parametrize("slice_", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_tpu_compiler_takes_rows_in_two_parts(slice_, width):
+    """Rows of a prompt with three responses; where most memory is needed, in several blocks too."""
+    dtype = "bfloat16" if width != 80 else "float32"
+    longest = SPLASH_BLOCK[jnp.dtype(dtype).itemsize]
+
+    def loss(q, k, v, prompt_k, prompt_v, lengths):
+        prompts = attention.Prompts(prompt_k, prompt_v, lengths)
+        return attend_rows(q, k, v, prompts).astype(jnp.float32).sum()
+
+    lengths_of_parts = [(512, 128)]
+    if width == 256:
+        lengths_of_parts.append((longest + 70, longest + 6))
+    for prompt, response in lengths_of_parts:
+        q, k = [((2, 2, 3, response, heads, width), dtype) for heads in (4, 2)]
+        prompt_k = ((2, 2, prompt, 2, width), dtype)
+        lengths = ((2, 2), "int32")
+        found = count_kernels(slice_, loss, q, k, k, prompt_k, prompt_k, lengths)
+        # As above: a prompt's keys stand before a response's own, in the same three kernels.
+        assert found == 3, (prompt, response)

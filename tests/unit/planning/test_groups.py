@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from dpo_jax import config as configs
+from dpo_jax.data.packing import Contents
+from dpo_jax.models import flops
 from dpo_jax.planning import groups, planner, topologies
 from dpo_jax.planning import report as report_lib
 from dpo_jax.planning.groups import Group
@@ -141,6 +143,25 @@ def test_nothing_to_suggest(changes):
     assert not found.suggestions and found.tokens == found.apart == found.whole
 
 
+def test_plan_needs_flops_of_what_is_read():
+    """Two prompts of 16 tokens with 6 pairs of 4 responses of 16."""
+    config = scratch_config(batch_size=12, data__order="prompts")
+    six = Assumptions(pairs_per_prompt=6)
+    report = planner.plan(config, topologies.parse("h200:1"), "dpo", six)
+    contents = Contents(
+        tokens=2 * (16 + 4 * 16),
+        completion_tokens=2 * 4 * 16,
+        prompt=np.full(2, 16),
+        context=np.full(8, 16),
+        response=np.full(8, 16),
+    )
+    model = planner.model_config(config, "dpo")
+    assert report.needed_flops_per_step == flops.of_step(model, contents, reference=True)
+    assert report.sharing.computed == report.sharing.tokens == contents.tokens
+    # No padding: what is not needed is above the diagonal of attention, and sums over tokens.
+    assert 1 < report.flops_per_step / report.needed_flops_per_step < 1.15
+
+
 def test_report_says_what_is_lost():
     config = scratch_config(batch_size=8, data__order="prompts")
     six = Assumptions(pairs_per_prompt=6)
@@ -149,7 +170,7 @@ def test_report_says_what_is_lost():
     assert "6 pairs of 4 responses a prompt" in text
     read = f"{report.sharing.tokens:.0f}"
     assert f"reads {read} tokens a step; one pair at a time 384\n" in text
-    assert "each of 8 cells (shard x microbatch) has room for 1 pairs, but 6" in text
+    assert "each of 8 cells (shard x microbatch) has room for 1 pair, but 6" in text
     assert "sharing is lost" in text and "--config.dpo.batch_size=48" in text
     assert json.loads(json.dumps(report.to_dict())) == report.to_dict()
 

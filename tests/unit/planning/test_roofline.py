@@ -2,7 +2,9 @@
 
 import pytest
 
-from dpo_jax.planning import roofline, topologies
+from dpo_jax.data import packing
+from dpo_jax.planning import groups, planner, roofline, topologies
+from tests.helpers.tiny_runs import SCRATCH, scratch_config
 
 
 def test_seconds_by_hand():
@@ -13,3 +15,21 @@ def test_seconds_by_hand():
         compute=1.0, memory=2.0, interconnect=3.0
     )
     assert roofline.seconds(topology, "float32", work)["compute"] == pytest.approx(6.0)
+
+
+def test_rows_in_two_parts_by_hand():
+    """A prompt of 64 tokens with four responses of 32, as two parts and as whole rows of 96."""
+    config = scratch_config(batch_size=6, data__order="prompts")
+    model = planner.model_config(config, "dpo")
+    group = groups.Group(64, 32, pairs=6, responses=4)
+    [shape] = groups.lay_out(config, "dpo", group, shards=1).shapes
+    assert shape.rows == (packing.RowShape(1, 64, 4, 32),)
+    heads, kv_heads = SCRATCH["num_attention_heads"], SCRATCH["num_key_value_heads"]
+    queries = 64 + 4 * 32
+    keys = 64 + 4 * (64 + 32)
+    numbers = 2 * heads * queries + 2 * kv_heads * keys
+    assert roofline._rows(model, shape, 4) == 2 * numbers * 16 * 4
+
+    [whole] = groups.lay_out(config, "dpo", group, shards=1, window=80).shapes
+    assert whole.rows == (packing.RowShape(4, 0, 1, 96),)
+    assert roofline._rows(model, whole, 4) == 2 * (2 * heads + 2 * kv_heads) * 4 * 96 * 16 * 4
