@@ -46,12 +46,24 @@ def test_plain_dpo_equals_ours(tiny):
     )
 
 
+def test_commands_tell_groups():
+    """The plan command of a run with groups says what the prompts are taken to have."""
+    tldr = pods.GROUPS["gpt-j-6b tl;dr, ours, 4 pairs a prompt"].command(plain=False)
+    assert tldr.endswith("--pairs_per_prompt=4 --responses_per_prompt=5")
+    assert "--config.data.order=prompts" in tldr
+    imdb = pods.GROUPS["gpt2-large imdb, 384 pairs on 64"].command(plain=False)
+    assert "--pairs_per_prompt" not in imdb  # the config says it
+    assert "--config.dpo.batch_size=384" in imdb
+
+
 def test_tables_say_what_fits():
     sent = {"all-gather": dict(count=3, gib=1.25)}
     fits = dict(
         name="small",
         topology="v5e:2x2",
         mesh=dict(data=1, fsdp=2, tensor=2),
+        batch_size=64,
+        sharing=dict(tokens=81920.0),
         hbm_gib_per_chip=4.04,
         capacity_gib=15.75,
         fits=True,
@@ -67,10 +79,11 @@ def test_tables_say_what_fits():
         table.splitlines()[2:] for table in pods.markdown([fits, not_so]).split("\n\n")
     )
     assert takes == [
-        "| small | v5e:2x2 | fsdp 2 x tensor 2 | 4.0 of 15.8 | 0.5 | 0.9 | products | 1.3 |",
-        "| large | v5e:2x2 | fsdp 2 x tensor 2 | 4.0 of 15.8: no | - | - | - | - |",
+        "| small | v5e:2x2 | fsdp 2 x tensor 2 | 64 | 81,920 | 4.0 of 15.8 | 0.5 | 0.9 | products "
+        "| 1.3 |",
+        "| large | v5e:2x2 | fsdp 2 x tensor 2 | 64 | 81,920 | 4.0 of 15.8: no | - | - | - | - |",
     ]
     assert limits == [
-        "| small | 0.5 | 0.3 | 0.1 | 1.2 | 0.0 | 0.0 | 0.0 |",
-        "| large | - | - | - | 0.0 | 0.0 | 0.0 | 0.0 |",
+        "| small | 0.5 | 0.3 | 0.1 | 1.2 | 0.0 | 0.0 | 0.0 | 0.0 |",
+        "| large | - | - | - | 0.0 | 0.0 | 0.0 | 0.0 | 0.0 |",
     ]
