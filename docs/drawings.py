@@ -121,10 +121,9 @@ def way_of_a_batch() -> str:
 
 
 def packed_batch() -> str:
-    """Return the layout of a packed batch: each prompt once in the tokens, rows for attention."""
-    drawing = Drawing(980, 420)
+    """Return the layout of a packed batch: prompts and responses once, and rows for attention."""
+    drawing = Drawing(980, 500)
     cell = 40
-    examples = [("a", 3, 2, 4), ("b", 2, 3, 1)]  # name, tokens of prompt, chosen, rejected
     colours = {"prompt": "#ddf4ff", "chosen": "#dafbe1", "rejected": "#ffd8d3"}
 
     def cells(x, y, kind, label, count):
@@ -133,10 +132,14 @@ def packed_batch() -> str:
             drawing.text(x + index * cell + cell / 2, y + 25, f"{label}{index}", size=12)
         return x + count * cell
 
+    def padding(x, y, count):
+        for index in range(count):
+            drawing.box(x + index * cell, y, cell, cell, "#f6f8fa", dashed=True)
+
     drawing.text(
         30,
         34,
-        "A packed batch: two pairs, a and b, with each prompt only once",
+        "A packed batch: two pairs of one prompt, p with c over r and b over r",
         size=18,
         bold=True,
         anchor="start",
@@ -144,47 +147,48 @@ def packed_batch() -> str:
     drawing.text(
         30,
         62,
-        "tokens: dense layers see one flat sequence (p: prompt, c: chosen, r: rejected)",
+        "tokens: dense layers see one flat sequence, each prompt and each response once",
         anchor="start",
     )
-    x = 30
-    for name, prompt, chosen, rejected in examples:
-        x = cells(x, 76, "prompt", f"p{name}", prompt)
-        x = cells(x, 76, "chosen", f"c{name}", chosen)
-        x = cells(x, 76, "rejected", f"r{name}", rejected)
+    end = cells(30, 76, "prompt", "p", 4)
+    end = cells(end, 76, "chosen", "c", 3)
+    end = cells(end, 76, "rejected", "r", 2)
+    cells(end, 76, "chosen", "b", 3)
 
     drawing.text(
         30,
         168,
-        "rows: attention sees one row per response, gathered by index and padded on the right",
+        "attention, first part: prompts, padded to the longest",
         anchor="start",
     )
-    y = 182
-    longest = max(p + max(c, r) for _, p, c, r in examples)
-    for name, prompt, chosen, rejected in examples:
-        for kind, letter, count in (("chosen", "c", chosen), ("rejected", "r", rejected)):
-            end = cells(30, y, "prompt", f"p{name}", prompt)
-            end = cells(end, y, kind, f"{letter}{name}", count)
-            while end < 30 + longest * cell:
-                drawing.box(end, y, cell, cell, "#f6f8fa", dashed=True)
-                end += cell
-            y += cell + 8
+    end = cells(30, 182, "prompt", "p", 4)
+    padding(end, 182, 1)
+    drawing.text(30, 264, "attention, second part: responses to each prompt", anchor="start")
+    top = 278
+    responses = (("chosen", "c", 3), ("rejected", "r", 2), ("chosen", "b", 3))
+    for kind, letter, count in responses:
+        end = cells(30, top, kind, letter, count)
+        padding(end, top, 3 - count)
+        top += cell + 8
+    see_prompt = "each sees the whole prompt,"
+    drawing.text(30 + 3 * cell + 16, 332, see_prompt, size=12, anchor="start")
+    drawing.text(30 + 3 * cell + 16, 350, "and itself from left to right", size=12, anchor="start")
 
-    x = 30 + longest * cell + 50
+    x = 440
     notes = [
-        ("logit_positions", "where the output head runs: the token before each response token"),
+        ("response_index", "for each pair, which responses are chosen and rejected"),
+        ("logit_positions", "where the output head runs: before each response token"),
         ("segment_ids", "which response each of these belongs to"),
         ("response_lengths", "tokens of each response"),
         ("last_token", "where a reward model reads its reward"),
-        ("token_slots", "where a token is in the rows"),
-        ("gather_index", "the place that the token takes its attention output from"),
+        ("token_slots", "where a token is in attention's rows"),
     ]
     for line, (name, meaning) in enumerate(notes):
         drawing.text(x, 196 + 32 * line, name, bold=True, anchor="start")
         drawing.text(x + 150, 196 + 32 * line, meaning, size=12, anchor="start")
     drawing.text(
         30,
-        400,
+        470,
         "The head runs only at logit_positions, in chunks; "
         "logits of all tokens are never in memory.",
         anchor="start",
