@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 
 from dpo_jax.data import packing
+from dpo_jax.data.ledger import Reading
 from dpo_jax.data.packing import Batch, RolloutTargets
 
 # The version of which examples are in which batch, and where. Raise it with every change that gives
@@ -109,12 +110,29 @@ def training_order(
     return np.concatenate(orders)[: steps * batch_size].reshape(steps, batch_size)
 
 
-def evaluation_order(size: int, batch_size: int) -> np.ndarray:
-    """Return every example once, in order, [steps, batch_size]; the last batch is filled up."""
-    steps = -(-size // batch_size)
-    order = np.full(steps * batch_size, FILLER)
-    order[:size] = np.arange(size)
-    return order.reshape(steps, batch_size)
+def evaluation_order(size: int, batch_size: int, groups: np.ndarray | None = None) -> np.ndarray:
+    """Return every example once, [steps, batch_size]; batches are filled up with FILLER.
+
+    groups: the number of each example's group, at most batch_size examples each. A group is in one
+    batch, so that its prompt is read once, and groups keep their order. None keeps the data's.
+    """
+    if groups is None:
+        groups = np.arange(size)
+    places_P = np.argsort(groups, kind="stable")
+    batches = []
+    room = 0
+    start = 0
+    for count in np.bincount(groups).tolist():
+        if count > room:
+            batches.append([])
+            room = batch_size
+        batches[-1].extend(places_P[start : start + count])
+        start += count
+        room -= count
+    order = np.full((len(batches), batch_size), FILLER)
+    for step, batch in enumerate(batches):
+        order[step, : len(batch)] = batch
+    return order
 
 
 class Batches:
@@ -143,7 +161,7 @@ class Batches:
         `packing.pack`. window: of the model's attention. shape: that of every batch, where the
         examples are not known when the program is compiled. reference_log_probs: [examples,
         responses]. rollout: its fields hold, for each example, an array of a value for each
-        completion token.
+        completion token; its examples are laid down apart, as each has values of its own.
 
         Raises ValueError where a batch cannot be split evenly, or does not fit into `shape`.
         """
@@ -154,6 +172,7 @@ class Batches:
                 f"microbatches over {shards} data shards (mesh.data x mesh.fsdp): change "
                 "batch_size, microbatch_size or the mesh."
             )
+        assert rollout is None or not share, "targets of a rollout are laid down apart"
         self.order = order
         self.microbatches = microbatches
         self.shards = shards
@@ -195,31 +214,40 @@ class Batches:
         """Return the index of the example (or FILLER) at each place of a batch, [A * S * P]."""
         return self._cells_nCP[step].ravel()
 
-    def per_example(self, step: int, values_ASM: np.ndarray) -> dict[int, np.ndarray]:
+    def per_example(self, step: int, batch: Batch, values_ASM: np.ndarray) -> dict[int, np.ndarray]:
         """Return each example's part of values of completion tokens, {index: [tokens]}.
 
-        Examples that share responses have no parts of their own: see `share`.
+        batch: that of the step, which says where each response's tokens are. A part has those of
+        the example's responses, one after the other, whether other examples share them or not.
         """
-        assert not self._share
         found = {}
-        values_CM = np.reshape(values_ASM, (-1, np.shape(values_ASM)[-1]))
-        for cell, values_M in zip(self._cells_nCP[step], values_CM, strict=True):
-            start = 0
-            for index in cell[cell != FILLER].tolist():
-                end = start + self._sizes.completion[index].sum()
-                found[index] = values_M[start:end]
-                start = end
+        cells = len(self._cells_nCP[step])
+        values_CM = np.reshape(values_ASM, (cells, -1))
+        segment_ids_CM = np.reshape(batch.segment_ids, (cells, -1))
+        index_CPK = np.reshape(batch.response_index, (cells, *batch.response_index.shape[-2:]))
+        for number, cell in enumerate(self._cells_nCP[step]):
+            # A response's tokens stand together, and segments are in ascending order.
+            segments = np.arange(batch.response_lengths.shape[-1] + 1)
+            starts_Q = np.searchsorted(segment_ids_CM[number], segments)
+            for place, index in enumerate(cell[cell != FILLER].tolist()):
+                parts = []
+                for response in index_CPK[number, place]:
+                    parts.append(values_CM[number, starts_Q[response] : starts_Q[response + 1]])
+                found[index] = np.concatenate(parts)
         return found
 
     def tokens(self, step: int) -> int:
         """Return how many real tokens the model reads in a batch."""
         return int(self._needs(self._cells_nCP[[step]]).tokens.sum())
 
-    def tokens_in_all(self) -> tuple[int, int]:
+    def reading(self) -> Reading:
         """Return how many real tokens all batches have, and how many if no example shared any."""
         real = self.order[self.order != FILLER]
-        tokens = self._needs(self._cells_nCP).tokens.sum()
-        return int(tokens), int(self._sizes.apart[real].sum())
+        return Reading(
+            examples=len(real),
+            tokens=int(self._needs(self._cells_nCP).tokens.sum()),
+            tokens_one_at_a_time=int(self._sizes.apart[real].sum()),
+        )
 
     def tokens_in_one_cell(self) -> int:
         """Return how many real tokens all batches would have if each were a single cell."""
@@ -316,10 +344,15 @@ def _deal(indices: np.ndarray, sizes: packing.Sizes, cells: int, most: int) -> l
     dealt = [[] for _ in range(cells)]
     for piece in np.argsort(-size_G, kind="stable"):
         members = indices[piece_P == piece].tolist()
-        room = np.array([len(cell) + len(members) <= most for cell in dealt])
-        cell = int(np.where(room, loads, np.inf).argmin())
-        loads[cell] += size_G[piece]
-        dealt[cell] += members
+        parts = [members]
+        if min(map(len, dealt)) + len(members) > most:
+            # No cell has room for all of them, but there is room for each.
+            parts = [[member] for member in members]
+        for together in parts:
+            has_room = np.array([len(cell) + len(together) <= most for cell in dealt])
+            cell = int(np.where(has_room, loads, np.inf).argmin())
+            loads[cell] += size_G[piece] * len(together) // len(members)
+            dealt[cell] += together
     return [np.array(cell, int) for cell in dealt]
 
 

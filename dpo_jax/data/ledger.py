@@ -174,6 +174,22 @@ class Counts:
         return lines
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How many tokens a run reads: examples of a batch share prompts and responses."""
+
+    examples: int  # as often as they are read
+    tokens: int
+    tokens_one_at_a_time: int  # if each example were read alone, its prompt once
+
+    def told(self, name: str) -> str:
+        """Return it as a sentence; name: what an example is called, "pair" or "row"."""
+        told = f"{self.tokens:,} tokens are read for {self.examples:,} {name}s"
+        if self.tokens < self.tokens_one_at_a_time:
+            told += f"; one {name} at a time it would be {self.tokens_one_at_a_time:,}"
+        return told
+
+
 @dataclass
 class Ledger:
     """The counts of both splits."""

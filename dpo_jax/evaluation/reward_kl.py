@@ -85,6 +85,7 @@ def sequence_kls(
         [Example(prompt, (tokens,)) for prompt, tokens in pairs],
         model.mesh,
         batch_size=batch_size,
+        # Prompts have one completion each, so there is nothing to share.
         shape=packing.shape_of([longest] * examples_per_shard, share=False),
     )
     # Float64: hundreds of small terms of either sign.

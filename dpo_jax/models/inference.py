@@ -12,6 +12,7 @@ import numpy as np
 
 from dpo_jax.console import Progress
 from dpo_jax.data.batches import FILLER, Batches, evaluation_order, prefetch
+from dpo_jax.data.examples import Examples
 from dpo_jax.data.packing import Shape
 from dpo_jax.models.loading import Model
 from dpo_jax.models.log_probs import by_example, response_log_probs
@@ -19,34 +20,80 @@ from dpo_jax.parallel import sharding
 from dpo_jax.parallel.sharding import constrain
 
 
-def log_probs(name: str, model: Model, examples, batch_size: int) -> np.ndarray:
+def log_probs(name: str, model: Model, examples: Examples, batch_size: int) -> np.ndarray:
     """Return the summed log-probs of all responses, nats, float32 [examples, responses].
 
-    name: of the progress line. batch_size: examples at a time, over all devices.
+    Equal responses of equal prompts have the same number. name: of the progress line. batch_size:
+    examples at a time, over all devices.
     """
-    found = np.zeros((len(examples), len(examples.responses[0])), np.float32)
-    for indices, values in score_examples(name, model, examples, batch_size):
-        found[indices] = values
-    return found
+    found_PK = np.zeros((len(examples), len(examples.responses[0])), np.float32)
+    responses = DistinctResponses(examples)
+    for places, values in score_responses(name, model, responses, batch_size):
+        found_PK.ravel()[places] = values
+    return found_PK
 
 
-def score_examples(
-    name: str, model: Model, examples, batch_size: int, indices: np.ndarray | None = None
+class DistinctResponses:
+    """The distinct responses of examples, each of which is computed once, and where they stand."""
+
+    def __init__(self, examples: Examples, wanted_PK: np.ndarray | None = None):
+        """Take the responses of all examples, or those wanted, bool [examples, responses]."""
+        _, ids_PK = examples.identities()
+        _, number_I = np.unique(ids_PK, return_inverse=True)
+        number_I = number_I.ravel()
+        # Every place that a response stands in, wanted or not, so that all get the same number.
+        self._places = np.argsort(number_I, kind="stable")
+        self._starts = np.searchsorted(
+            number_I[self._places], np.arange(number_I.max(initial=0) + 2)
+        )
+        wanted = np.arange(ids_PK.size) if wanted_PK is None else np.flatnonzero(wanted_PK)
+        _, first = np.unique(number_I[wanted], return_index=True)
+        # In the order of the data, as an example's responses are laid down.
+        first = wanted[np.sort(first)]
+        self._numbers = number_I[first]
+        self.responses_per_example = ids_PK.shape[1]
+        self.alone = Examples()  # each as an example of its own
+        for place in first.tolist():
+            index, side = divmod(place, self.responses_per_example)
+            example = examples[index]
+            masks = example.completion_masks
+            self.alone.append(
+                example.prompt,
+                example.responses[side : side + 1],
+                examples.where[index],
+                masks and masks[side : side + 1],
+            )
+
+    def __len__(self) -> int:
+        return len(self.alone)
+
+    def places(self, response: int) -> np.ndarray:
+        """Return where a response stands: indices into a flat [examples, responses]."""
+        number = self._numbers[response]
+        return self._places[self._starts[number] : self._starts[number + 1]]
+
+
+def score_responses(
+    name: str, model: Model, responses: DistinctResponses, batch_size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield (indices, summed log-probs [examples, responses], nats) batch by batch.
+    """Yield (places, summed log-probs, nats) batch by batch, as in `DistinctResponses.places`.
 
-    name: of the progress line. batch_size, indices: as in `map_responses`.
+    Responses to a prompt are computed together, and each once. name: of the progress line.
+    batch_size: examples at a time, over all devices.
     """
     function = functools.partial(_response_log_probs, model.config, model.params)
-    return map_responses(
+    found = map_responses(
         function,
-        examples,
+        responses.alone,
         model.mesh,
-        batch_size=batch_size,
-        indices=indices,
+        batch_size=batch_size * responses.responses_per_example,
         window=model.config.window,
         name=name,
     )
+    for indices, values_P1 in found:
+        places = [responses.places(index) for index in indices.tolist()]
+        counts = [len(of_response) for of_response in places]
+        yield np.concatenate(places), np.repeat(values_P1[:, 0], counts)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -56,26 +103,31 @@ def _response_log_probs(config, params, batch):
 
 def map_responses(
     function: Callable,
-    examples,
+    examples: Examples,
     mesh: jax.sharding.Mesh,
     *,
     batch_size: int,
-    indices: np.ndarray | None = None,
     window: int | None = None,
     shape: Shape | None = None,
     name: str = "",
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield (indices, values [examples, responses]) of a function of responses, batch by batch.
 
-    function: batch -> values [S, P, K], whole on every device. examples: sequence of (prompt,
-    responses). batch_size: examples at a time over all devices, rounded up to whole shards.
-    indices: the examples to take, in this order; all, if not given. window: of the attention of the
-    model that the function runs. shape: of every shard's part of
-    a batch, if not chosen from the lengths. name: of the progress line; "" shows none.
+    Examples of a prompt are in one batch where they fit, and share it. function: batch -> values
+    [S, P, K], whole on every device. batch_size: examples at a time over all devices, rounded up to
+    whole shards. window: of the attention of the model that the function runs. shape: of every
+    shard's part of a batch, if not chosen from the lengths; it must have room for what is shared
+    (`Shape.slots_per_token`). name: of the progress line; "" shows none.
     """
-    # A shape that is given may not count on what is shared.
-    batches = _lay_out(examples, mesh, batch_size, indices, shape, window, share=shape is None)
-    for step, values_SPK in map_batches(function, _loader(batches), len(batches), mesh, name):
+    batch_size = sharding.whole_shards(batch_size, mesh)
+    order = evaluation_order(len(examples), batch_size, examples.groups(batch_size))
+    shards = sharding.batch_shards(mesh)
+    batches = Batches(examples, order, shards=shards, window=window, shape=shape)
+
+    def load(step):
+        return _without_microbatches(batches[step])
+
+    for step, values_SPK in map_batches(function, load, len(batches), mesh, name):
         # Cells hold unequal numbers of examples, which come first. What is padded has none.
         placed_SP = batches.indices(step).reshape(len(values_SPK), -1)
         held = min(placed_SP.shape[1], values_SPK.shape[1])
@@ -94,15 +146,29 @@ def map_tokens(
 ) -> list[list[np.ndarray]]:
     """Return values of a function of completion tokens, for each example an array [tokens].
 
-    function: batch -> a tuple of values [S, M], whole on every device; the result has a list of
-    examples for each of them. Otherwise as `map_responses`.
+    examples: a sequence of `Example`, taken in this order. function: batch -> a tuple of values
+    [S, M], whole on every device; the result has a list of examples for each of them. shape: as in
+    `map_responses`, but of examples that share nothing. Otherwise as `map_responses`.
     """
-    batches = _lay_out(examples, mesh, batch_size, None, shape, None, share=False)
+    batches = Batches(
+        examples,
+        evaluation_order(len(examples), sharding.whole_shards(batch_size, mesh)),
+        shards=sharding.batch_shards(mesh),
+        share=shape is None,
+        shape=shape,
+    )
+    packed = {}  # batches that are on their way, by step: they say whose the values are
+
+    def load(step):
+        packed[step] = _without_microbatches(batches[step])
+        return packed[step]
+
     of_outputs = {}
-    for step, outputs in map_batches(function, _loader(batches), len(batches), mesh):
+    for step, outputs in map_batches(function, load, len(batches), mesh):
+        batch = packed.pop(step)
         for output, values_SM in enumerate(outputs):
             of_example = of_outputs.setdefault(output, {})
-            of_example |= batches.per_example(step, values_SM[None])
+            of_example |= batches.per_example(step, batch, values_SM)
     return [
         [of_example[index] for index in range(len(examples))] for of_example in of_outputs.values()
     ]
@@ -133,29 +199,6 @@ def map_batches(
         progress.close()
 
 
-def _lay_out(
-    examples,
-    mesh,
-    batch_size: int,
-    indices,
-    shape: Shape | None,
-    window: int | None,
-    *,
-    share: bool,
-) -> Batches:
-    """Return the batches of the examples, each once and in order."""
-    count = len(examples) if indices is None else len(indices)
-    # The order counts within `indices`; then it is turned into indices of the examples.
-    order = evaluation_order(count, sharding.whole_shards(batch_size, mesh))
-    if indices is not None:
-        order = np.where(order == FILLER, FILLER, indices[order])
-    shards = sharding.batch_shards(mesh)
-    return Batches(examples, order, shards=shards, share=share, window=window, shape=shape)
-
-
-def _loader(batches: Batches) -> Callable:
-    def load(step):
-        # Without the axis of microbatches: there is one.
-        return jax.tree.map(lambda x: x[0], batches[step])
-
-    return load
+def _without_microbatches(batch):
+    """Return a batch of one microbatch without the axis of microbatches."""
+    return jax.tree.map(lambda x: x[0], batch)

@@ -14,6 +14,7 @@ from dpo_jax import stage_table
 from dpo_jax.console import say
 from dpo_jax.data import batches, dataset
 from dpo_jax.data import tokenizer as tokenizers
+from dpo_jax.data.ledger import Reading
 from dpo_jax.models import loading, log_probs
 from dpo_jax.models.lora import Lora
 from dpo_jax.pipeline import exports, preference_pairs
@@ -182,6 +183,14 @@ class Run:
                 "another --workdir."
             )
         write_json(path, ledger | dict(fingerprint=fingerprint))
+
+    def record_reading(self, stage: str, reading: Reading) -> None:
+        """Add to ledger.json how many tokens the stage reads."""
+        if jax.process_index():  # process 0 wrote the file
+            return
+        path = self.folder(stage) / "ledger.json"
+        ledger = json.loads(path.read_text())
+        write_json(path, ledger | dict(reading=dataclasses.asdict(reading)))
 
     def record_weights(self, stage: str, **checkpoints: loading.Checkpoint | None) -> None:
         """Write weights.json: path and fingerprint of each model, by its role in the stage.

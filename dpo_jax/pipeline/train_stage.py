@@ -163,7 +163,7 @@ def _data_feed(run: Run, job: Job, models: Models, cache: ReferenceCache | None)
         seed = run.config.seed + job.block.get("seed", 0)
     # Sampled responses may end by their length, without EOS.
     sampled = stage_table.trains_on_samples(run.config, job.name)
-    return DataFeed(
+    feed = DataFeed(
         job,
         data,
         seed=seed,
@@ -173,6 +173,8 @@ def _data_feed(run: Run, job: Job, models: Models, cache: ReferenceCache | None)
         reference_log_probs=cache.log_probs if cache else None,
         show_example=lambda index: dataset.show(data.train, initial.tokenizer, [index]),
     )
+    run.record_reading(job.name, feed.reading)
+    return feed
 
 
 def _export(job: Job, models: Models, params: dict, evaluation: dict[str, float]) -> None:

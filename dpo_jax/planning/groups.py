@@ -169,11 +169,11 @@ def sharing(
 ) -> Sharing:
     """Return what the made-up examples share in a layout, and what would let them share more."""
     steps = len(batches)
-    tokens, apart = batches.tokens_in_all()
+    reading = batches.reading()
     whole = batches.tokens_in_one_cell()
     return Sharing(
-        tokens=tokens / steps,
-        apart=apart / steps,
+        tokens=reading.tokens / steps,
+        apart=reading.tokens_one_at_a_time / steps,
         whole=whole / steps,
         computed=_computed(batches),
         pairs_together=pairs_together(config, group),

@@ -1,7 +1,10 @@
 """Reward models trained with dpo_jax: the reward of a completion, read at its last token."""
 
+import dataclasses
 import datetime
 import functools
+import itertools
+import math
 from collections.abc import Callable
 
 import jax
@@ -20,7 +23,7 @@ from dpo_jax.models.values import response_rewards
 from dpo_jax.parallel import sharding
 from dpo_jax.sampling.prompts import Prompts, completion_texts
 
-# Sequences are padded to a multiple of this many tokens, so that few programs are compiled.
+# Lengths are rounded up to a multiple of this many tokens, so that few programs are compiled.
 LENGTHS = 32
 
 
@@ -123,28 +126,71 @@ def _token_reward(checkpoint: loading.Checkpoint, batch_size: int, mesh) -> Call
     """Return a function from (prompt, completion) ids to a reward model's rewards, float64 [n]."""
     params = checkpoint.load_params(mesh)
     function = functools.partial(_rewards, checkpoint.config, params)
-    batch_size = sharding.whole_shards(batch_size, mesh)
+    shards = sharding.batch_shards(mesh)
+    in_shard = sharding.whole_shards(batch_size, mesh) // shards
 
     def reward_tokens(tokens: list[tuple]) -> np.ndarray:
-        rewards = np.zeros(len(tokens))
         if not tokens:
-            return rewards
+            return np.zeros(0)
+        # Completions of a prompt that stand together are one example, which reads it once.
+        n = _completions_per_prompt(tokens, in_shard)
         examples = Examples()
-        for number, (prompt, completion) in enumerate(tokens, start=1):
-            examples.append(prompt, (completion,), f"completion {number} of those to score")
+        for first in range(0, len(tokens), n):
+            prompt, _ = tokens[first]
+            completions = [completion for _, completion in tokens[first : first + n]]
+            examples.append(prompt, completions, f"completion {first + 1} of those to score")
         checkpoint.check(examples)
-        # Room for sequences of the longest length, so that other texts need no other program.
-        longest = max(len(prompt) + len(completion) for prompt, completion in tokens)
-        padded = -(-longest // LENGTHS) * LENGTHS
-        widest = Example(np.zeros(0, np.int32), (np.zeros(padded, np.int32),))
-        count = batch_size // sharding.batch_shards(mesh)
-        shape = packing.shape_of([widest] * count, share=False)
-        found = map_responses(function, examples, mesh, batch_size=batch_size, shape=shape)
-        for indices, rewards_PQ in found:
-            rewards[indices] = rewards_PQ[:, 0]
-        return rewards
+        shape = _shape_of_any(examples, in_shard // n, checkpoint.config.window)
+        found = map_responses(
+            function, examples, mesh, batch_size=in_shard // n * shards, shape=shape
+        )
+        rewards_PK = np.zeros((len(examples), n))
+        for indices, values_PK in found:
+            rewards_PK[indices] = values_PK
+        return rewards_PK.ravel()
 
     return reward_tokens
+
+
+def _completions_per_prompt(tokens: list[tuple], most: int) -> int:
+    """Return how many completions of a prompt make an example: a divisor of all that there are.
+
+    tokens: (prompt, completion) ids. Only completions that follow one another count. most: of them.
+    """
+    prompts = [prompt.tobytes() for prompt, _ in tokens]
+    n = math.gcd(*[len(list(equal)) for _, equal in itertools.groupby(prompts)])
+    return max(divisor for divisor in range(1, min(n, most) + 1) if n % divisor == 0)
+
+
+def _shape_of_any(examples: Examples, count: int, window: int | None) -> packing.Shape:
+    """Return a shape for any batch of `count` examples with prompts and completions like these.
+
+    It has room for the longest, rounded up, so that other texts need no other program.
+    """
+
+    def round_up(length):
+        return -(-int(length) // LENGTHS) * LENGTHS
+
+    prompt_P, response_PK, _ = examples.lengths()
+    responses = response_PK.shape[1]
+    if responses == 1:
+        # Nothing is shared, so only the whole length counts.
+        longest = (0, round_up((prompt_P + response_PK[:, 0]).max()))
+    else:
+        longest = (round_up(prompt_P.max()), round_up(response_PK.max()))
+    made_up = []
+    for number in range(count):
+        # All differ, as in the batch that needs the most.
+        prompt, *completions = [
+            np.full(longest[min(part, 1)], number * responses + part, np.int32)
+            for part in range(1 + responses)
+        ]
+        made_up.append(Example(prompt, tuple(completions)))
+    # In one bucket all rows are as long as the longest.
+    shape = packing.shape_of(made_up, buckets=1, window=window)
+    # Several examples may be of one prompt, which is then in as many rows as they take.
+    rows_of_prompt = -(-count * responses // max(shape.responses_per_row, 1))
+    return dataclasses.replace(shape, slots_per_token=rows_of_prompt)
 
 
 @functools.partial(jax.jit, static_argnums=0)

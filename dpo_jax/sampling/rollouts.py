@@ -42,7 +42,8 @@ def complete(
     if rows:
         say(f"{folder.name}: resuming after {len(rows)} of {len(prompts)} prompts")
     progress = Progress(folder.name, len(rows), len(prompts), unit="prompt")
-    size = max(1, CHUNKS * sampling.batch_size // sampling.n)
+    # Whole batches: a batch has all completions of its prompts.
+    size = CHUNKS * max(1, sampling.batch_size // sampling.n)
     for start in range(len(rows), len(prompts), size):
         chunk = prompts.take(range(start, min(start + size, len(prompts))))
         drawn = sampler.sample(model, chunk.ids, sampling, first=start)

@@ -1,12 +1,13 @@
 """Sampling: prefill and a compiled decode loop over a cache of keys and values.
 
-Many prompts are sampled from at a time. A completion depends on its prompt, its index and the seed
-alone: each row has random keys of its own, its tokens sit at its own positions, and padding after a
-prompt has no weight. Batches of rows are split over the mesh. Settings are traced and shapes are
-few, so that one program serves many calls.
+Many prompts are sampled from at a time, and each is read once for its completions of a batch. A
+completion depends on its prompt, its index and the seed alone: each row has random keys of its own,
+its tokens sit at its own positions, and padding after a prompt has no weight. Batches of rows are
+split over the mesh. Settings are traced and shapes are few, so that one program serves many calls.
 
-Letters: B rows (a prompt and which of its completions), T tokens of a padded prompt, M new tokens,
-D width, V vocabulary, in G groups of W tokens.
+Letters: P prompts, n completions of each, B = P n rows (a prompt and which of its completions), T
+tokens of a padded prompt, M new tokens, D width, V vocabulary, in G groups of W tokens. The cache's
+letters are those of transformer.py.
 """
 
 import dataclasses
@@ -64,18 +65,16 @@ def sample(
     check(model.config, prompts, sampling, first=first)
     # Prompts of like length share a batch: less padding.
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    # All completions of a prompt stand together.
-    rows = [(index, number) for index in order for number in range(sampling.n)]
-    rows = np.array(rows).reshape(-1, 2)
-    # A few rows need no large batch; powers of 2, so that few programs are compiled.
-    batch_size = min(sampling.batch_size, _power_of_2(len(rows)))
-    batch_size = sharding.whole_shards(batch_size, model.mesh)
+    count, n = _batch_sizes(len(prompts), sampling, sharding.batch_shards(model.mesh))
+    # A prompt of more than n completions comes several times.
+    starts = [(index, number) for index in order for number in range(0, sampling.n, n)]
+    starts = np.array(starts).reshape(-1, 2)
     found = [[None] * sampling.n for _ in prompts]
-    for start in range(0, len(rows), batch_size):
-        part = rows[start : start + batch_size]
-        # The last batch is filled up with rows that are thrown away.
-        filled = part[np.arange(batch_size) % len(part)]
-        batch = _batch(prompts, filled, first)
+    for start in range(0, len(starts), count):
+        part = starts[start : start + count]
+        # The last batch is filled up with prompts whose completions are thrown away.
+        filled = part[np.arange(count) % len(part)]
+        batch = _batch(prompts, filled, n, first)
         with jax.set_mesh(model.mesh):
             tokens_BM, log_probs_BM = _generate(
                 model.config,
@@ -86,9 +85,31 @@ def sample(
             )
         tokens_BM = np.asarray(tokens_BM)
         log_probs_BM = np.asarray(log_probs_BM)
-        for row, (index, number) in enumerate(part):
-            found[index][number] = _completion(tokens_BM[row], log_probs_BM[row], model.stop_ids)
+        for place, (index, first_number) in enumerate(part):
+            # The last ones of a prompt may be more than were asked for.
+            for number in range(first_number, min(first_number + n, sampling.n)):
+                row = place * n + number - first_number
+                found[index][number] = _completion(
+                    tokens_BM[row], log_probs_BM[row], model.stop_ids
+                )
     return found
+
+
+def _batch_sizes(prompts: int, sampling: Sampling, shards: int) -> tuple[int, int]:
+    """Return how many prompts a batch has, and how many completions of each.
+
+    prompts: how many there are in all. shards: of a batch, each with whole prompts.
+    """
+    # Of the rows of a shard: all completions of a prompt where they fit, and shards share out the
+    # completions of few prompts.
+    rows = min(sampling.batch_size, prompts * sampling.n)
+    most = max(1, rows // shards)
+    parts = -(-sampling.n // most)
+    n = -(-sampling.n // parts)
+    count = max(1, sampling.batch_size // (n * shards)) * shards
+    # A few prompts need no large batch; powers of 2, so that few programs are compiled.
+    needed = -(-_power_of_2(prompts * parts) // shards) * shards
+    return min(count, needed), n
 
 
 def check(
@@ -132,20 +153,20 @@ def check(
             )
 
 
-def _batch(prompts, rows: np.ndarray, first: int) -> dict:
-    """Return prompts [B, T] padded on the right, their lengths, and the numbers of each row's key.
+def _batch(prompts, starts: np.ndarray, n: int, first: int) -> dict:
+    """Return prompts [P, T] padded on the right, their lengths, and the numbers of each row's key.
 
-    rows: [B, 2], the index of the prompt and the number of its completion.
+    starts: [P, 2], the index of the prompt and the number of the first of its n completions.
     """
-    ids = [prompts[index] for index, _ in rows]
+    ids = [prompts[index] for index, _ in starts]
     # Widths double, so a hundred lengths of prompts need a handful of programs.
     longest = max(map(len, ids))
     width = SHORTEST * _power_of_2(-(-longest // SHORTEST))
     return dict(
         tokens=pad_right(ids, width),
         lengths=np.array([len(prompt) for prompt in ids], np.int32),
-        rows=(rows[:, 0] + first).astype(np.uint32),
-        numbers=rows[:, 1].astype(np.uint32),
+        rows=(starts[:, 0] + first).astype(np.uint32),
+        numbers=(starts[:, 1:] + np.arange(n)).astype(np.uint32),
     )
 
 
@@ -169,17 +190,23 @@ def _power_of_2(size: int) -> int:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _generate(config, max_new_tokens, params, batch, settings):
     """Return tokens and their log-probs, [B, M] each; 0 after a row's EOS."""
-    tokens_BT = batch["tokens"]
-    lengths_B = batch["lengths"]
-    rows, width = tokens_BT.shape
-    keys_B = jax.vmap(_row_key, (None, 0, 0))(settings["seed"], batch["rows"], batch["numbers"])
+    tokens_PT = batch["tokens"]
+    prompts, width = tokens_PT.shape
+    n = batch["numbers"].shape[1]
+    rows = prompts * n
+    lengths_B = jnp.repeat(batch["lengths"], n)
+    rows_B = jnp.repeat(batch["rows"], n)
+    numbers_B = batch["numbers"].ravel()
+    keys_B = jax.vmap(_row_key, (None, 0, 0))(settings["seed"], rows_B, numbers_B)
 
-    # Prefill: all prompts at once, then the hidden state of each prompt's last token.
-    positions_BT = jnp.broadcast_to(jnp.arange(width), tokens_BT.shape)
-    # Room for all that may come, since a compiled loop cannot grow it.
-    cache = transformer.empty_cache(config, rows, width + max_new_tokens)
-    x_BTD, cache = transformer.step(config, params, tokens_BT, positions_BT, cache)
-    x_BD = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
+    # Prefill: each prompt once, then the hidden state of its last token.
+    positions_PT = jnp.broadcast_to(jnp.arange(width), tokens_PT.shape)
+    cache = transformer.empty_cache(config, prompts, width)
+    x_PTD, cache = transformer.step(config, params, tokens_PT, positions_PT, cache)
+    x_PD = jnp.take_along_axis(x_PTD, (batch["lengths"] - 1)[:, None, None], axis=1)[:, 0]
+    # All completions of a prompt begin with its keys and values.
+    x_BD = jnp.repeat(x_PD, n, axis=0)
+    cache = {name: _with_room(x_LPKUC, n, max_new_tokens) for name, x_LPKUC in cache.items()}
 
     def is_unfinished(state):
         # Once all rows have ended there is nothing left to draw.
@@ -226,6 +253,14 @@ def _generate(config, max_new_tokens, params, batch, settings):
     )
     end = jax.lax.while_loop(is_unfinished, draw_next, start)
     return constrain(end["tokens_BM"]), constrain(end["log_probs_BM"])
+
+
+def _with_room(cache_LPKUC, n: int, slots: int) -> jax.Array:
+    """Return the cache of the prompts' n rows each, [L, B, K, U, C], with room for more slots."""
+    # A compiled loop cannot grow it, so there is room for all that may come.
+    cache_LBKUC = jnp.repeat(cache_LPKUC, n, axis=1)
+    cache_LBKUC = jnp.pad(cache_LBKUC, ((0, 0), (0, 0), (0, 0), (0, slots), (0, 0)))
+    return constrain(cache_LBKUC, None, BATCH, "tensor")
 
 
 def _row_key(seed, row, number):

@@ -56,6 +56,9 @@ class DataFeed:
         self._show_example = show_example
         self._reference_log_probs = reference_log_probs
         self._batches = self._training_batches(seed, group_pairs)
+        self.reading = self._batches.reading()
+        is_pairs = len(data.train.responses[0]) == 2
+        say(f"{job.name}: {self.reading.told('pair' if is_pairs else 'row')}")
         self._held_out = self._evaluation_batches()
         self._ahead = None  # batches that a thread prepares
         self.total = len(self._batches)
@@ -153,12 +156,6 @@ class DataFeed:
             f"padding {padding['dense']:.1%} of tokens, {padding['attention']:.1%} of "
             "attention"
         )
-        tokens, apart = batches.tokens_in_all()
-        if tokens < apart:
-            say(
-                f"{name}: reads {tokens / len(batches):,.0f} tokens a step, as rows share prompts "
-                f"and responses; one row at a time it would be {apart / len(batches):,.0f}"
-            )
         if groups is not None:
             _say_what_cells_lose(name, block, batches, groups)
         if block.warmup_steps >= steps:
@@ -177,7 +174,8 @@ class DataFeed:
         if not size:
             return None
         # What fits in memory with a gradient fits without one.
-        order = evaluation_order(size, microbatch_size_of(block))
+        batch_size = microbatch_size_of(block)
+        order = evaluation_order(size, batch_size, self._data.eval.groups(batch_size))
         return Batches(
             self._data.eval,
             order,
@@ -201,16 +199,16 @@ def _say_what_cells_lose(name: str, block, batches: Batches, groups: np.ndarray)
     rows_of_groups = np.bincount(groups)
     if cells == 1 or rows_of_groups.max() == 1:
         return
-    tokens, apart = batches.tokens_in_all()
+    reading = batches.reading()
     whole = batches.tokens_in_one_cell()
-    if not is_sharing_lost(tokens, apart, whole):
+    if not is_sharing_lost(reading.tokens, reading.tokens_one_at_a_time, whole):
         return
     steps = len(batches)
     rows = round(rows_of_groups.mean())
     message = (
         f"{name}: the {cells} cells of a step (microbatches x data shards) have "
         f"{block.batch_size / cells:g} rows each, and a prompt has about {rows}, so much is read "
-        f"again: {tokens / steps:,.0f} tokens a step instead of {whole / steps:,.0f}"
+        f"again: {reading.tokens / steps:,.0f} tokens a step instead of {whole / steps:,.0f}"
     )
     sizes = sizes_for_whole_groups(block, batches.shards, rows)
     if sizes:

@@ -226,6 +226,7 @@ class RolloutFeed:
         completion = np.zeros(self._sampling.max_new_tokens, np.int32)
         splits = self._splits["microbatches"] * self._splits["shards"]
         examples_in_cell = max(self._job.block.minibatch_size // splits, 1)
+        # A step has one completion of each prompt, so there is nothing to share.
         return packing.shape_of([Example(prompt, (completion,))] * examples_in_cell, share=False)
 
     def _minibatches(self, rollout: Rollout, controls: Controls, step: int) -> Batches:

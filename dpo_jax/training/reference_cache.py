@@ -5,8 +5,8 @@
 
 KEY is a hash of what the numbers depend on, and of nothing else: the reference's weights and shape,
 the tokens, the forward pass (FORWARD_VERSION, dtype, attention kernel). So beta, learning rate,
-seed, mesh and the run's name share one. A run computes what it needs and does not find; killed in
-between, it continues where it was.
+seed, mesh and the run's name share one. A run computes what it needs and does not find, each
+distinct response to a prompt once; killed in between, it continues where it was.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ import numpy as np
 from dpo_jax.console import say
 from dpo_jax.data.batches import FILLER
 from dpo_jax.models import attention, log_probs
-from dpo_jax.models.inference import score_examples
+from dpo_jax.models.inference import DistinctResponses, score_responses
 from dpo_jax.models.loading import Checkpoint
 from dpo_jax.models.transformer import TransformerConfig
 from dpo_jax.parallel import processes
@@ -52,18 +52,21 @@ class ReferenceCache:
         kept = processes.from_first(lambda: _read(path, shape))
         needed = np.unique(needed[needed != FILLER])
         # An earlier run may have computed some of them, or been killed in the middle.
-        missing = needed[np.isnan(kept[needed]).any(axis=1)]
-        if not len(missing):
+        missing_PK = np.zeros(shape, bool)
+        missing_PK[needed] = np.isnan(kept[needed])
+        if not missing_PK.any():
             say(f"reference: log-probs of {len(needed)} {split} rows are in {path}")
             return kept
-        say(f"reference: {len(missing)} of {len(needed)} {split} rows to compute, kept in {path}")
+        responses = DistinctResponses(examples, missing_PK)
+        say(
+            f"reference: {missing_PK.any(axis=1).sum()} of {len(needed)} {split} rows to compute, "
+            f"{len(responses)} distinct responses, kept in {path}"
+        )
         model = self._checkpoint.load(self._mesh)
-        for indices, values in score_examples(
-            "reference", model, examples, self._batch_size, missing
-        ):
-            kept[indices] = values
+        for places, values in score_responses("reference", model, responses, self._batch_size):
+            kept.ravel()[places] = values
             # After each batch, so that a kill costs one batch.
-            _write(path, kept, indices)
+            _write(path, kept, places)
         _seal(path)
         return kept
 
@@ -118,10 +121,10 @@ def _seal(path: pathlib.Path) -> None:
         path.with_suffix(".sha256").write_text(digest)
 
 
-def _write(path: pathlib.Path, values: np.ndarray, indices: np.ndarray) -> None:
-    """Write some rows of an array to its file, in place. Process 0 only.
+def _write(path: pathlib.Path, values: np.ndarray, places: np.ndarray) -> None:
+    """Write some numbers of an array to its file, in place. Process 0 only.
 
-    A kill leaves whole rows, or nan.
+    places: indices into the flat array. A kill leaves whole numbers, or nan.
     """
     if jax.process_index():
         return
@@ -130,7 +133,7 @@ def _write(path: pathlib.Path, values: np.ndarray, indices: np.ndarray) -> None:
         with whole_file(path) as draft, draft.open("wb") as file:
             np.save(file, np.full_like(values, np.nan))
     path.with_suffix(".sha256").unlink(missing_ok=True)  # until this fill is finished too
-    # Only these rows are written: another run may be filling the rest at the same time.
+    # Only these numbers are written: another run may be filling the rest at the same time.
     file_array = np.lib.format.open_memmap(path, mode="r+")
-    file_array[indices] = values[indices]
+    file_array.reshape(-1)[places] = values.ravel()[places]
     file_array.flush()

@@ -59,7 +59,7 @@ def test_token_kls_equal_float64(tiny, batches, batch):
     ratio_BTV = policy_BTV - reference_BTV
     kl_BT = (np.exp(policy_BTV) * ratio_BTV).sum(-1)
     assert kl_BT.min() > 0 and np.ptp(kl_BT) > 1
-    ratios, kls = (batches.per_example(0, np.asarray(x)[None]) for x in (ratio_SM, kl_SM))
+    ratios, kls = (batches.per_example(0, batch, np.asarray(x)) for x in (ratio_SM, kl_SM))
     for row, (prompt, responses) in enumerate((pair.prompt, pair.responses) for pair in PAIRS):
         steps = [
             (2 * row + side, len(prompt) - 1 + t, token)

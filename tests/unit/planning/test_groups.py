@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from dpo_jax import config as configs
+from dpo_jax.data.ledger import Reading
 from dpo_jax.data.packing import Contents
 from dpo_jax.models import flops
 from dpo_jax.planning import groups, planner, topologies
@@ -68,9 +69,10 @@ def tokens(group, **changes):
     """Return the tokens that a step of 12 pairs reads."""
     config = scratch_config(**dict(batch_size=12, data__order="prompts") | changes)
     batches = groups.lay_out(config, "dpo", group, shards=1)
-    read, apart = batches.tokens_in_all()
-    assert apart == 12 * len(batches) * (group.prompt_tokens + 2 * group.response_tokens)
-    return read / len(batches)
+    reading = batches.reading()
+    pair_tokens = group.prompt_tokens + 2 * group.response_tokens
+    assert reading.tokens_one_at_a_time == 12 * len(batches) * pair_tokens
+    return reading.tokens / len(batches)
 
 
 def test_layout_follows_order_of_data():
@@ -92,7 +94,8 @@ def test_layout_of_one_response():
     config.data.order = "prompts"
     config.preferred_ft.batch_size = 12
     batches = groups.lay_out(config, "preferred_ft", IMDB, shards=1)
-    assert batches.tokens_in_all() == (2 * (8 + 3 * 60), 12 * (8 + 60))
+    expected = Reading(examples=12, tokens=2 * (8 + 3 * 60), tokens_one_at_a_time=12 * (8 + 60))
+    assert batches.reading() == expected
 
 
 def sharing(group, shards, **changes):

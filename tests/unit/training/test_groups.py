@@ -88,8 +88,10 @@ def test_shared_equals_apart(tiny, name, loss, splits):
     )
     placed = shared.indices(0)
     assert sorted(placed[placed != FILLER]) == list(range(len(pairs)))
-    tokens, tokens_apart = shared.tokens_in_all()
-    assert shared.tokens(0) == tokens < 0.8 * tokens_apart < apart.tokens(0)
+    reading = shared.reading()
+    assert reading.examples == len(pairs)
+    assert shared.tokens(0) == reading.tokens < 0.8 * reading.tokens_one_at_a_time
+    assert reading.tokens_one_at_a_time < apart.tokens(0)
 
     wanted, expected = gradient(params, apart[0])
     found, metrics = gradient(params, shared[0])

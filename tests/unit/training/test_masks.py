@@ -180,12 +180,12 @@ def test_values_of_completion_tokens_find_their_examples(models):
         share=False,
         rollout=RolloutTargets(**targets),
     )
-    rollout = batches[0].rollout
+    batch = batches[0]
     for name, expected in targets.items():
-        found = batches.per_example(0, getattr(rollout, name))
+        found = batches.per_example(0, batch, getattr(batch.rollout, name))
         for index, values in enumerate(expected):
             np.testing.assert_array_equal(found[index], values)
-    ids = batches.per_example(0, batches[0].targets)
+    ids = batches.per_example(0, batch, batch.targets)
     for index, example in enumerate(singles):
         expected = example.responses[0][example.completion_masks[0]]
         np.testing.assert_array_equal(ids[index], expected)
