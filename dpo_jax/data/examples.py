@@ -43,8 +43,8 @@ class Example:
     def identities(self) -> list[int]:
         """Return a number of the prompt and of each response, equal for what is equal.
 
-        Responses are equal where their prompts are equal too. 64 bits of a hash: that two different
-        ones have the same number is unlikely, and does no harm but to sizes that are planned by it.
+        Responses are equal where their prompts are equal too. With 64 bits of a hash, two different
+        ones among ten million have the same number with a probability of 3 in a million.
         """
         prompt = self.prompt.tobytes()
         numbers = [_hash(prompt)]

@@ -1,5 +1,8 @@
 """Runs with kept log-probs of the reference."""
 
+import itertools
+import json
+
 import numpy as np
 import pytest
 
@@ -10,6 +13,7 @@ from dpo_jax.training import reference_cache
 from dpo_jax.training.self_check import SelfCheckFailed
 from tests.helpers.tiny_runs import (
     dpo_config,
+    on_devices,
     rows_without_timings,
     run,
     weights,
@@ -57,7 +61,7 @@ def test_cache_is_shared_by_sweep(model, pairs, cached, monkeypatch, capsys):
     before = {name: path.read_bytes() for name, path in kept(cached.parent).items()}
     scored = []
     monkeypatch.setattr(
-        reference_cache, "score_examples", lambda *args: scored.append(args) or iter(())
+        reference_cache, "score_responses", lambda *args: scored.append(args) or iter(())
     )
     run(config(model, pairs, beta=0.5, run="beta"), cached.parent)
     assert not scored and capsys.readouterr().out.count("rows are in") == 2
@@ -70,7 +74,7 @@ def test_cache_is_shared_by_sweep(model, pairs, cached, monkeypatch, capsys):
 
 def test_cache_fill_resumes(model, pairs, tmp_path, monkeypatch, capsys):
     few = config(model, pairs, steps=4)
-    score = reference_cache.score_examples
+    score = reference_cache.score_responses
 
     def killed(*args):
         for number, found in enumerate(score(*args)):
@@ -79,16 +83,91 @@ def test_cache_fill_resumes(model, pairs, tmp_path, monkeypatch, capsys):
             yield found
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(reference_cache, "score_examples", killed)
+        patch.setattr(reference_cache, "score_responses", killed)
         run(few, tmp_path)
     half = np.load(kept(tmp_path)["train.npy"])
     assert np.isfinite(half).all(axis=1).sum() == 16  # two batches of 8
     capsys.readouterr()
     run(few, tmp_path)
-    assert "reference: 16 of 32 train rows to compute" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "reference: 16 of 32 train rows to compute, 32 distinct responses" in shown
     whole = np.load(kept(tmp_path)["train.npy"])
     there = np.isfinite(half).all(axis=1)
     np.testing.assert_array_equal(whole[there], half[there])
+    run(few, tmp_path / "uninterrupted")
+    uninterrupted = np.load(kept(tmp_path / "uninterrupted")["train.npy"])
+    np.testing.assert_allclose(whole, uninterrupted, rtol=1e-6)
+
+
+def write_groups(path, prompts=6, completions=4):
+    """Write all pairs of some completions of each prompt; those of a prompt are far apart."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for number in range(prompts):
+        words = [f"w{word}" for word in rng.integers(0, 37, 9)]
+        answers = [f"{' '.join(words[: 2 + i])} w{30 + i}" for i in range(completions)]
+        for chosen, rejected in itertools.combinations(answers, 2):
+            prompt = " ".join([f"w{number}", *words])
+            rows.append(dict(prompt=prompt, chosen=chosen, rejected=rejected))
+    order = rng.permutation(len(rows))
+    path.write_text("".join(json.dumps(rows[index]) + "\n" for index in order))
+    return path
+
+
+@pytest.fixture
+def one_device():
+    with on_devices(1):
+        yield
+
+
+@pytest.mark.usefixtures("one_device")
+def test_each_response_to_a_prompt_is_computed_once(model, tmp_path, monkeypatch, capsys):
+    """36 pairs of 24 responses, in a fill that is killed, and goes on with other pairs."""
+    grouped = write_groups(tmp_path / "groups.jsonl")
+    fields = dict(data__eval_fraction=0.0, data__order="prompts", batch_size=6, microbatch_size=3)
+    live = run(dpo_config(model, grouped, steps=6, **fields), tmp_path / "live")
+    computed = []
+    score = reference_cache.score_responses
+
+    def recorded(*args):
+        for places, values in score(*args):
+            computed.append(len(set(values.tolist())))
+            yield places, values
+
+    monkeypatch.setattr(reference_cache, "score_responses", recorded)
+    whole = run(config(model, grouped, steps=6, **fields), tmp_path / "whole")
+    assert sum(computed) == 24
+    values = np.load(kept(tmp_path / "whole")["train.npy"])
+    # Of 72 numbers as many are distinct as there are responses.
+    assert values.shape == (36, 2) and len(np.unique(values)) == 24
+    losses = []
+    for folder in (whole, live):
+        rows = rows_without_timings(folder)
+        losses.append([row["loss/train"] for row in rows if "loss/train" in row])
+    assert len(losses[0]) == 6
+    np.testing.assert_allclose(*losses, atol=1e-5)
+
+    computed.clear()
+    capsys.readouterr()
+    run(config(model, grouped, steps=2, **fields), tmp_path / "parts")
+    first = sum(computed)
+    assert 0 < first < 24
+    run(config(model, grouped, run="longer", steps=6, **fields), tmp_path / "parts")
+    assert sum(computed) == 24
+    np.testing.assert_allclose(
+        np.load(kept(tmp_path / "parts")["train.npy"]), values, rtol=1e-5, atol=1e-5
+    )
+    shown = capsys.readouterr().out
+    assert f"{24 - first} distinct responses" in shown
+
+    # What is read, in the run's first lines and in its ledger.
+    reading = json.loads((whole / "ledger.json").read_text())["reading"]
+    assert reading["examples"] == 36
+    assert reading["tokens"] < 0.8 * reading["tokens_one_at_a_time"]
+    assert (
+        f"dpo: {reading['tokens']:,} tokens are read for 36 pairs; one pair at a time it would be "
+        f"{reading['tokens_one_at_a_time']:,}"
+    ) in shown
 
 
 def test_cache_of_other_weights_stops_run(model, pairs, tmp_path):

@@ -1,11 +1,13 @@
 """Batches and their order, a pure function of (seed, step)."""
 
+import dataclasses
 import threading
 
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from dpo_jax.data import packing
 from dpo_jax.data.batches import (
     FILLER,
     SHAPES,
@@ -85,6 +87,28 @@ def test_evaluation_order_fills_last_batch():
     np.testing.assert_array_equal(order, [[0, 1, 2, 3], [4, FILLER, FILLER, FILLER]])
     batch = Batches(random_pairs(5), order)[1]
     assert batch.weights.sum() == 1
+
+
+def test_evaluation_order_keeps_groups_whole():
+    groups = np.array([0, 1, 0, 2, 1, 1, 3])
+    order = evaluation_order(7, 4, groups)
+    assert order.tolist() == [[0, 2, FILLER, FILLER], [1, 4, 5, 3], [6, *[FILLER] * 3]]
+    # A group for each example: the data's order.
+    np.testing.assert_array_equal(evaluation_order(7, 4, np.arange(7)), evaluation_order(7, 4))
+
+
+def test_group_is_dealt_out_where_no_cell_has_room_for_it():
+    """Two large examples come first, one in each cell, and two of a prompt are left."""
+    prompts = [[1], [2], [3], [3]]
+    lengths = [9, 9, 2, 2]
+    examples = []
+    for number, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
+        response = np.full(length, number, np.int32)
+        examples.append(Example(np.array(prompt, np.int32), (response,)))
+    shape = packing.shape_of(examples[:2], share=False)
+    shape = dataclasses.replace(shape, slots_per_token=2)
+    batches = Batches(examples, np.arange(4)[None], shards=2, shape=shape)
+    assert sorted(map(sorted, batches.indices(0).reshape(2, 2).tolist())) == [[0, 2], [1, 3]]
 
 
 @pytest.mark.parametrize("microbatches, shards", [(1, 1), (2, 1), (1, 4), (2, 4)])

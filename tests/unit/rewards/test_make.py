@@ -6,9 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from dpo_jax.models import hf, loading
+from dpo_jax.models import hf, inference, loading
 from dpo_jax.parallel import sharding
 from dpo_jax.rewards import make, ngram
+from dpo_jax.rewards import reward_model as reward_model_lib
 from tests.helpers.tiny_runs import tokenizer
 
 WORDS = [f"w{i}" for i in range(50)]
@@ -89,6 +90,60 @@ def test_reward_model_reads_own_tokens(mesh, reward_model):
         ["w2 w3", "w6", ""], [" w4 w5", " w7", ""], tokens
     )
     np.testing.assert_allclose(found, scores(mesh, reward_model, *tokens), rtol=1e-6)
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_completions_of_a_prompt_read_it_once(reward_model, monkeypatch, devices):
+    """Four of each; one prompt comes twice, with another between."""
+    mesh = sharding.make_mesh(devices=jax.devices()[:devices])
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(2, 40, length).astype(np.int32) for length in (6, 1, 3, 6, 4)]
+    prompts.insert(3, prompts[0])
+    tokens = []
+    for prompt in prompts:
+        for _ in range(4):
+            tokens.append((prompt, rng.integers(2, 40, rng.integers(1, 7)).astype(np.int32)))
+    tokens[1] = tokens[0]  # two that are equal
+    batches = []
+    make_batches = inference.Batches
+
+    def recorded(*args, **options):
+        batches.append(make_batches(*args, **options))
+        return batches[-1]
+
+    monkeypatch.setattr(inference, "Batches", recorded)
+    reward = reward_model_lib.same_policy(reward_model, 16, mesh)
+    found = reward(None, None, tokens)
+    alone = np.concatenate([reward(None, None, [one]) for one in tokens])
+    np.testing.assert_allclose(found, alone, rtol=1e-5, atol=1e-6)
+    assert np.ptp(found) > 0.01 and found[0] == found[1]
+    together = batches[0].reading()
+    assert together.examples == 6  # prompts with four completions each
+    # A batch of one device has the prompt that comes twice once.
+    distinct = sum(len(prompt) for prompt in prompts) - len(prompts[0]) * (devices == 1)
+    read = sum(len(completion) for _, completion in tokens) - len(tokens[0][1])
+    assert together.tokens == distinct + read
+    # Texts of other lengths need no other program.
+    compiled = reward_model_lib._rewards._cache_size()
+    others = [(prompt[:2], completion[:3]) for prompt, completion in tokens]
+    others[:4] = [(prompts[0][:3], completion) for _, completion in tokens[4:8]]
+    np.testing.assert_allclose(
+        reward(None, None, others),
+        np.concatenate([reward(None, None, [one]) for one in others]),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+    assert reward_model_lib._rewards._cache_size() == compiled
+
+
+def test_completions_per_prompt():
+    def runs(*lengths):
+        return [(np.array([i]), np.array([1])) for i, n in enumerate(lengths) for _ in range(n)]
+
+    assert reward_model_lib._completions_per_prompt(runs(4, 4, 8), most=16) == 4
+    assert reward_model_lib._completions_per_prompt(runs(4, 6), most=16) == 2
+    assert reward_model_lib._completions_per_prompt(runs(4, 1), most=16) == 1
+    assert reward_model_lib._completions_per_prompt(runs(12, 12), most=5) == 4
 
 
 def test_reward_model_with_other_tokenizer(mesh, reward_model, capsys):

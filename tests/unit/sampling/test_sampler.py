@@ -150,6 +150,43 @@ def test_sample_settings_compile_nothing(tiny, drawn):
     assert sampler._generate._cache_size() == before
 
 
+@pytest.mark.parametrize(
+    "prompts, n, batch_size, shards, expected",
+    [
+        (100, 1, 64, 1, (64, 1)),
+        (100, 4, 64, 1, (16, 4)),
+        (100, 6, 64, 1, (10, 6)),
+        (3, 4, 64, 1, (4, 4)),  # a power of 2
+        (100, 10, 4, 1, (1, 4)),  # in three parts, of 4, 4 and 2
+        (100, 4, 64, 8, (16, 4)),
+        (100, 4, 8, 8, (8, 1)),  # one row in each shard
+        (1, 8, 64, 4, (4, 2)),  # four shards share out the completions of one prompt
+        (2, 1, 64, 4, (4, 1)),
+    ],
+)
+def test_batch_sizes(prompts, n, batch_size, shards, expected):
+    sampling = Sampling(10, n=n, batch_size=batch_size)
+    assert sampler._batch_sizes(prompts, sampling, shards) == expected
+
+
+@pytest.mark.parametrize("batch_size, expected", [(64, 1), (12, 1), (4, 2)])
+def test_prompt_is_read_once_for_its_completions(tiny, monkeypatch, batch_size, expected):
+    """With room for four completions of the six, it is read twice."""
+    read = []
+    generate = sampler._generate
+
+    def recorded(config, max_new_tokens, params, batch, settings):
+        read.extend(np.asarray(batch["rows"]).tolist())
+        return generate(config, max_new_tokens, params, batch, settings)
+
+    monkeypatch.setattr(sampler, "_generate", recorded)
+    found = draw(tiny, PROMPTS[:4], n=6, batch_size=batch_size)
+    assert sorted(read) == sorted([0, 1, 2, 3] * expected)
+    # As in batches of one row, where nothing is shared.
+    alone = draw(tiny, PROMPTS[:4], n=6, batch_size=1)
+    assert_same(found, alone)
+
+
 # how tokens are drawn
 
 
