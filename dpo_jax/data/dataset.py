@@ -68,6 +68,7 @@ def load_parts(
         truncate = truncation(part.data)
         first, encoders = {}, {}
         for split, into in examples.items():
+            into.begin_data_set()
             first[split] = len(into)
             encoders[split] = Encoder(tokenizer, part.data, truncate, into=into, date=date)
         # Each example is tokenised soon after it is read, so that few texts are in memory.

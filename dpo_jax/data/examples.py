@@ -70,7 +70,9 @@ class Examples(Sequence):
         self._lengths = Run(np.int32)  # of its prompt and each response: 1 + responses numbers
         self._completion_lengths = Run(np.int32)  # responses numbers
         self._identities = Run(np.int64)  # see Example.identities: 1 + responses numbers
-        self._sets = Run(np.int64)  # what was sampled together; -1: told by the prompt
+        self._sampled_sets = Run(np.int64)  # -1: not sampled in a set
+        self._data_sets = Run(np.int32)  # which data set of a mixture each is from
+        self._data_set = 0  # that of the examples appended next
         self._parts = 0  # of each example, a prompt and its responses; 0 while there is none
         self.where = Places()  # the file and row of each
 
@@ -84,8 +86,8 @@ class Examples(Sequence):
     ) -> None:
         """Append an example; ids become int32.
 
-        sampled_set: the number of the set of completions that the responses were sampled with.
-        Without it, examples of equal prompts belong together.
+        sampled_set: the number of the set of completions that the responses were sampled with,
+        if any. It decides what belongs together: see `groups`.
 
         Raises ValueError where it has not as many responses as those before it.
         """
@@ -109,8 +111,13 @@ class Examples(Sequence):
         self._lengths.extend(lengths)
         self._completion_lengths.extend(example.completion_lengths())
         self._identities.extend(example.identities())
-        self._sets.append(-1 if sampled_set is None else sampled_set)
+        self._sampled_sets.append(-1 if sampled_set is None else sampled_set)
+        self._data_sets.append(self._data_set)
         self.where.append(where)
+
+    def begin_data_set(self) -> None:
+        """Begin the next data set of a mixture: no group has examples of two data sets."""
+        self._data_set += 1
 
     def __repr__(self) -> str:
         return f"Examples({len(self)} {'pairs' if self._parts == 3 else 'completions'})"
@@ -162,11 +169,16 @@ class Examples(Sequence):
     def groups(self, most: int) -> np.ndarray:
         """Return the number of each example's group, [P], counted in the order of the data.
 
-        A group is what the data makes one: examples of a set of completions that were sampled
-        together, else those of a prompt; at most `most` examples, so that larger ones are cut.
+        A group is a set of completions that were sampled together, or else the pairs of one prompt
+        from one data set. Single completions that were not sampled together are a group each. No
+        group has more than `most` examples: a larger one is cut into several.
         """
-        prompt_id, _ = self.identities()
-        together = np.stack([prompt_id, self._sets.all()])
+        prompt_id_P, _ = self.identities()
+        sampled_set_P = self._sampled_sets.all().copy()
+        # Texts without a prompt would make one group of a whole file, perhaps sorted by label.
+        is_alone_P = (sampled_set_P < 0) & (self._parts == 2)
+        sampled_set_P[is_alone_P] = -2 - np.flatnonzero(is_alone_P)
+        together = np.stack([prompt_id_P, sampled_set_P, self._data_sets.all()])
         _, number_P = np.unique(together, axis=1, return_inverse=True)
         # How many examples of the same number stand before each.
         order = np.argsort(number_P, kind="stable")
@@ -220,7 +232,8 @@ class Examples(Sequence):
         some._parts = self._parts
         some._starts.extend(self._starts.all()[index])
         some._mask_starts.extend(self._mask_starts.all()[index])
-        some._sets.extend(self._sets.all()[index])
+        some._sampled_sets.extend(self._sampled_sets.all()[index])
+        some._data_sets.extend(self._data_sets.all()[index])
         for name in ("_lengths", "_completion_lengths", "_identities"):
             rows = _table(getattr(self, name), len(self))[index]
             getattr(some, name).extend(rows.ravel())

@@ -111,6 +111,21 @@ def write_pairs(path, count=60, seed=0) -> pathlib.Path:
     return pathlib.Path(path)
 
 
+def write_groups(path, pairs) -> pathlib.Path:
+    """Write three pairs of three answers for each prompt of some pairs, far apart in the file."""
+    rounds = [[], [], []]
+    for line in pathlib.Path(pairs).read_text().splitlines():
+        row = json.loads(line)
+        prompt, first, last = row["prompt"], row["chosen"], row["rejected"]
+        third = f"w20 {prompt}"
+        answers = ((first, last), (first, third), (third, last))
+        for rows, (chosen, rejected) in zip(rounds, answers, strict=True):
+            rows.append(dict(prompt=prompt, chosen=chosen, rejected=rejected))
+    lines = [json.dumps(row) + "\n" for rows in rounds for row in rows]
+    pathlib.Path(path).write_text("".join(lines))
+    return pathlib.Path(path)
+
+
 def dpo_config(model, pairs, **fields):
     """Return the config of a short DPO run.
 

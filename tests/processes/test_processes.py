@@ -25,6 +25,7 @@ from tests.helpers.tiny_runs import (
     rows_without_timings,
     run,
     weights,
+    write_groups,
 )
 
 STEPS = 6
@@ -126,7 +127,9 @@ def assert_same(found, expected):
 
 
 def test_train_in_four_processes(model, pairs, tmp_path):
-    fields = dict(mesh=(2, 2, 2), steps=STEPS)
+    """With pairs that share prompts, whole prompts shuffled."""
+    pairs = write_groups(tmp_path / "groups.jsonl", pairs)
+    fields = dict(mesh=(2, 2, 2), steps=STEPS, data__order="prompts")
     assert "self-check passed" in ended(
         start_run(tmp_path / "run", model, pairs, processes=4, **fields)
     )

@@ -18,7 +18,14 @@ from dpo_jax.training.loop import Interrupted
 from dpo_jax.training.metrics import read_rows
 from tests.helpers.paths import ROOT
 from tests.helpers.rows import write_jsonl
-from tests.helpers.tiny_runs import environment, on_devices, rows_without_timings, run, weights
+from tests.helpers.tiny_runs import (
+    environment,
+    on_devices,
+    rows_without_timings,
+    run,
+    weights,
+    write_groups,
+)
 
 FIELDS = {
     "data.eval_fraction": 0.2,
@@ -110,6 +117,20 @@ def test_signalled_run_resumes_exactly(fields, tmp_path, uninterrupted, capsys):
     run_here(fields, tmp_path)
     assert "resuming after step 14" in capsys.readouterr().out
     assert_equal(tmp_path / "dpo", uninterrupted)
+
+
+def test_run_resumes_within_group(fields, tmp_path, capsys):
+    """Whole prompts are shuffled, and a batch's end cuts a prompt's pairs: still bit for bit."""
+    path = write_groups(tmp_path / "groups.jsonl", fields["data.path"])
+    fields = fields | {"data.path": str(path), "data.order": "prompts", "dpo.steps": 12}
+
+    whole = run_here(fields, tmp_path / "whole")
+    run_until_sigterm(6, fields, tmp_path / "killed")
+    killed = run_here(fields, tmp_path / "killed")
+    assert "resuming after step 7" in capsys.readouterr().out
+    assert_equal(killed, whole)
+    alone = run_here(fields | {"data.order": "pairs"}, tmp_path / "alone")
+    assert rows_without_timings(alone) != rows_without_timings(whole)
 
 
 # Writes the day of the month as a word, as the templates of Llama 3.2 and others write the date.

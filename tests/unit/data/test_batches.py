@@ -19,7 +19,7 @@ from dpo_jax.data.batches import (
     steps_of,
     training_order,
 )
-from dpo_jax.data.examples import Example
+from dpo_jax.data.examples import Example, Examples
 from tests.helpers.tiny import random_pairs
 
 
@@ -80,6 +80,66 @@ def test_training_order_keeps_groups_together():
     np.testing.assert_array_equal(
         training_order(9, 3, 5, 7, np.arange(9)), training_order(9, 3, 5, 7)
     )
+
+
+def groups_of(prompts, pairs, most=100):
+    """Return the pairs of some prompts, dealt in turn, and the group of each."""
+    examples = Examples()
+    for pair in range(pairs):
+        for prompt in range(prompts):
+            chosen, rejected = [prompt, 2 * pair], [prompt, 2 * pair + 1]
+            examples.append([prompt] * 5, (chosen, rejected), f"file row {len(examples) + 1}")
+    return examples, examples.groups(most)
+
+
+def test_batch_end_cuts_group():
+    examples, groups = groups_of(prompts=5, pairs=6)
+    order = training_order(30, 8, 6, 0, groups)
+    assert order.shape == (6, 8)  # as many pairs as asked for, whatever the groups
+    in_turn = groups[order.ravel()][:30].reshape(5, 6)
+    assert (in_turn == in_turn[:, :1]).all() and sorted(in_turn[:, 0]) == list(range(5))
+    # The second batch has the last 4 pairs of a group and the first 4 of another.
+    assert (groups[order[1]] == np.repeat([in_turn[1, 0], in_turn[2, 0]], 4)).all()
+    batches = Batches(examples, order)
+    for step in range(3):
+        parts = len(set(groups[order[step]]))
+        # Each part of a group has its prompt of 5 tokens, and both responses of its pairs.
+        assert batches.tokens(step) == parts * 5 + 8 * 4
+        assert batches[step].weights.sum() == 8
+
+
+def test_large_group_is_cut_and_its_parts_shuffled():
+    _, groups = groups_of(prompts=2, pairs=10, most=4)
+    order = training_order(20, 20, 8, 0, groups)
+    sizes = []
+    for epoch in order:
+        # Where the group changes.
+        ends = np.flatnonzero(np.diff(groups[epoch])) + 1
+        sizes.append(tuple(np.diff([0, *ends, 20]).tolist()))
+        assert sorted(sizes[-1]) == [2, 2, 4, 4, 4, 4]
+    assert len(set(sizes)) > 1
+    # Parts of one prompt do not all stay side by side.
+    prompts = order % 2
+    assert (np.diff(prompts, axis=1) != 0).sum(axis=1).max() > 1
+
+
+@pytest.mark.parametrize("seed", [0, 11])
+def test_order_of_groups_is_known_from_seed_and_step(seed):
+    _, groups = groups_of(prompts=7, pairs=3)
+    whole = training_order(21, 4, 40, seed, groups)
+    np.testing.assert_array_equal(whole[:9], training_order(21, 4, 9, seed, groups))
+    np.testing.assert_array_equal(whole, training_order(21, 4, 40, seed, groups))
+    assert not (whole == training_order(21, 4, 40, seed + 1, groups)).all()
+
+
+@pytest.mark.parametrize("microbatches, shards", [(1, 1), (2, 1), (1, 4), (2, 2)])
+def test_step_has_same_pairs_on_any_mesh(microbatches, shards):
+    examples, groups = groups_of(prompts=5, pairs=6)
+    order = training_order(30, 8, 8, 3, groups)
+    batches = Batches(examples, order, microbatches=microbatches, shards=shards)
+    for step in range(8):
+        placed = batches.indices(step)
+        assert sorted(placed[placed != FILLER]) == sorted(order[step])
 
 
 def test_evaluation_order_fills_last_batch():

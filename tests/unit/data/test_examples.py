@@ -143,3 +143,22 @@ def test_groups_by_prompt_or_sampled_set():
     assert examples.groups(2).tolist() == [0, 1, 0, 2, 3, 3, 4]  # a large one is cut
     assert examples.groups(1).tolist() == list(range(7))
     assert examples[[6, 0, 2]].groups(10).tolist() == [0, 1, 1]
+
+
+def test_groups_are_of_one_data_set():
+    examples = Examples()
+    for prompt in (1, 2, 1):
+        examples.append([prompt], ([3], [4]), "a.jsonl row 1")
+    examples.begin_data_set()
+    for prompt in (1, 2, 1):
+        examples.append([prompt], ([5], [6]), "b.jsonl row 1")
+    assert examples.groups(10).tolist() == [0, 1, 0, 2, 3, 2]
+    assert examples[[0, 3, 5, 2]].groups(10).tolist() == [0, 1, 1, 0]
+
+
+def test_single_completions_are_alone_unless_sampled_together():
+    examples = Examples()
+    for sampled_set in (None, None, 3, None, 3):
+        examples.append([], ([7],), "here", sampled_set=sampled_set)
+    assert examples.groups(10).tolist() == [0, 1, 2, 3, 2]
+    assert Examples().groups(10).tolist() == []

@@ -297,6 +297,33 @@ def test_load_mixture(tmp_path):
     assert set(loaded.ledger.to_dict()["parts"]) == {f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl"}
 
 
+def test_prompts_of_two_sets_are_two_groups(tmp_path):
+    for name in ("a", "b"):
+        answers = [f"good {name}{number}" for number in range(3)]
+        records = []
+        for prompt in ("one", "two"):
+            for answer in answers:
+                records.append({"prompt": prompt, "chosen": answer, "rejected": "no"})
+        write_jsonl(tmp_path / f"{name}.jsonl", records)
+    settings = dict(max_length=40, max_prompt_length=20, truncate="auto", append_eos=True)
+    mix = f"{tmp_path}/a.jsonl, {tmp_path}/b.jsonl"
+    data = data_config(mix=mix, eval_fraction=0.0, **settings)
+    train = dataset.load(data, letters_tokenizer(), "pairs").train
+    found = collections.defaultdict(set)
+    for number, group in enumerate(train.groups(32).tolist()):
+        file, _, _ = train.where[number].rpartition(" row ")
+        found[file, train.prompts[number].tobytes()].add(group)
+    # Four groups of three pairs: two prompts of two files.
+    assert len(found) == 4 and all(len(groups) == 1 for groups in found.values())
+    assert len(set.union(*found.values())) == 4
+    alone = dataset.load(
+        data_config(path=f"{tmp_path}/a.jsonl", **settings, eval_fraction=0.0),
+        letters_tokenizer(),
+        "pairs",
+    ).train
+    assert alone.groups(32).tolist() == [0, 0, 0, 1, 1, 1]
+
+
 def test_table_of_many_sets():
     """Sets whose columns do not fit have a table each."""
     parts = {f"{number}.jsonl": Ledger(Counts(read=number)) for number in range(20)}
