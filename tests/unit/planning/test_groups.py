@@ -63,6 +63,11 @@ def test_group_of_sampled_pairs():
     assert groups.group_of(config, "dpo", Assumptions()) == Group(8, 60, 3, 3)
     assert groups.group_of(config, "dpo", Assumptions(pairs_per_prompt=1)) == Group(8, 60, 1, 2)
     assert groups.group_of(config, "sft", Assumptions(pairs_per_prompt=6)).pairs == 1
+    # So do chosen responses from a file; those of the run's own pairs were sampled together.
+    from_file = configs.default(("preferred_ft",))
+    assert groups.group_of(from_file, "preferred_ft", Assumptions(pairs_per_prompt=6)).pairs == 1
+    sampled = configs.default(("sft", "pairs", "preferred_ft"))
+    assert groups.group_of(sampled, "preferred_ft", Assumptions()).pairs == 6
 
 
 def tokens(group, **changes):
