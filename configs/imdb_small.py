@@ -29,7 +29,6 @@ def get_config(method="dpo"):
         bos_token_id=0,
         eos_token_id=0,
     )
-    config.model.unroll = 4
     config.data.update(
         source="imdb",
         path="stanfordnlp/imdb",

@@ -74,7 +74,11 @@ MODEL = dict(
         "none",
         "what the backward pass recomputes: none, dots (all but matrix products) or full (all)",
     ),
-    unroll=Field(1, "layers unrolled per scan step: more is faster on a CPU but slower to compile"),
+    unroll=Field(
+        0,
+        "layers unrolled per scan step: more is faster on a CPU but slower to compile; 0: all of "
+        "up to 12 layers on a CPU, else 1",
+    ),
     lora=LORA,
 )
 

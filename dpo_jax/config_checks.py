@@ -43,7 +43,7 @@ ALLOWED = {  # field -> its values; STAGE stands for every training stage
 }
 FUNCTIONS = {"dpo.loss": "loss", "reward.kind": "reward"}  # field -> argument of dpo_jax.run
 LEAST = {  # field -> its lowest value
-    "model.unroll": 1,
+    "model.unroll": 0,
     "model.lora.rank": 0,
     "data.max_length": 2,
     "data.max_rows": 0,

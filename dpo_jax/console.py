@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 import sys
+import threading
 import time
 import warnings
 
@@ -10,6 +11,12 @@ import jax
 from tqdm import tqdm
 
 _QUIET = contextvars.ContextVar("quiet", default=False)
+
+# What jax tells its listeners: a program is lowered, so that XLA begins to compile it, and XLA is
+# done. Both come from the thread that asked for the program.
+LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"
+COMPILED = "/jax/core/compile/backend_compile_duration"
+LONG_COMPILE = 3.0  # seconds; a program that compiles faster is not mentioned
 
 
 @contextlib.contextmanager
@@ -88,6 +95,83 @@ class Progress:
         seconds_per_step = (now - self._began) / (step - self._start)
         seconds = seconds_per_step * (self._total - step)
         return f"{tqdm.format_interval(seconds)} left"
+
+
+@contextlib.contextmanager
+def compile_times(name: str):
+    """Show how long XLA has been compiling within: "dpo: compiling: 12 s".
+
+    On a terminal a line of its own counts the seconds, below the others, and goes away at the end.
+    Everywhere a line then says how long the program took to compile. Programs that take less than
+    LONG_COMPILE are not mentioned.
+    """
+    if jax.process_index() or _QUIET.get():
+        yield
+        return
+    watch = CompileWatch(name)
+    stop = threading.Event()
+
+    def tick_until_stopped():
+        while not stop.wait(1.0):
+            watch.tick()
+
+    # The compiler holds up the thread that asked for the program, so another one counts.
+    ticking = threading.Thread(target=tick_until_stopped, daemon=True)
+    jax.monitoring.register_event_duration_secs_listener(watch.hear)
+    if sys.stderr.isatty():
+        ticking.start()
+    try:
+        yield
+    finally:
+        jax.monitoring.unregister_event_duration_listener(watch.hear)
+        stop.set()
+        if ticking.ident is not None:
+            ticking.join()
+        watch.close()
+
+
+class CompileWatch:
+    """The time that XLA takes to compile the programs of one thread, the one that makes this."""
+
+    def __init__(self, name: str):
+        self._name = name
+        self._thread = threading.get_ident()
+        self._lock = threading.Lock()  # the thread that ticks reads what the other one writes
+        self._began: float | None = None  # when XLA began; None: it is not at work
+        self._line: tqdm | None = None
+
+    def hear(self, event: str, seconds: float, **_) -> None:
+        """Take one of jax's events; they come from every thread that compiles."""
+        if threading.get_ident() != self._thread:
+            return
+        if event == LOWERED:
+            with self._lock:
+                self._began = time.monotonic()
+        elif event == COMPILED:
+            self.close()
+            if seconds >= LONG_COMPILE:
+                say(f"{self._name}: compiling took {seconds:.0f} s")
+
+    def tick(self) -> None:
+        """Show the seconds since XLA began, if it is at work for long."""
+        with self._lock:
+            if self._began is None:
+                return
+            seconds = time.monotonic() - self._began
+            if seconds < LONG_COMPILE:
+                return
+            if self._line is None:
+                # A bar without a bar: tqdm keeps it below other bars and what `say` prints.
+                self._line = tqdm(bar_format="{desc}", leave=False)
+            self._line.set_description_str(f"{self._name}: compiling: {seconds:.0f} s")
+
+    def close(self) -> None:
+        """Take the line away: nothing is compiled any more, or it failed."""
+        with self._lock:
+            self._began = None
+            if self._line is not None:
+                self._line.close()
+                self._line = None
 
 
 # What the progress line shows, in order: metric -> label. training/metric_names.py says what they

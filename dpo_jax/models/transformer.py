@@ -27,9 +27,13 @@ import jax.numpy as jnp
 
 from dpo_jax.models.attention import attend, attend_cached
 from dpo_jax.models.linear import Linear, over_tokens
-from dpo_jax.parallel.sharding import BATCH, constrain
+from dpo_jax.parallel.sharding import BATCH, constrain, device
 
 HEADS = ("lm", "reward", "lm_value")
+# On a CPU a scan copies what each layer keeps for the backward pass into one array, and out again;
+# unrolled layers keep it where it is. Deeper models would take too long to compile. On TPUs and
+# GPUs it was not measured, and the scan stays.
+MOST_UNROLLED = 12
 ACTIVATIONS = {
     "gelu": lambda x: nn.gelu(x, approximate=False),
     "gelu_new": nn.gelu,
@@ -92,7 +96,9 @@ class TransformerConfig:
     dtype: str = "float32"  # compute dtype of the trunk
     attention: str = "auto"  # or a key of attention.KERNELS
     remat: str = "none"  # "none", or a key of REMAT_POLICIES
-    unroll: int = 1  # layers that are compiled one after the other in each step of the scan
+    # Layers that are compiled one after the other in each step of the scan; 0: by device and depth,
+    # as `unrolled_layers` chooses.
+    unroll: int = 0
 
     def __post_init__(self):
         if self.head not in HEADS:
@@ -181,8 +187,9 @@ def init(config: TransformerConfig, key: jax.Array):
     Weights that write to the residual stream are scaled down by depth (GPT-2).
     """
     tokens_SN = jnp.zeros((1, 1), jnp.int32)
-    # Weights may be made where there is no device that could run the config's kernel.
-    config = dataclasses.replace(config, attention="xla")
+    # Weights may be made where there is no device that could run the config's kernel. The forward
+    # pass is thrown away, so that there is nothing to gain from unrolling it.
+    config = dataclasses.replace(config, attention="xla", unroll=1)
     return Transformer(config).init(key, tokens_SN, tokens_SN)["params"]
 
 
@@ -213,7 +220,7 @@ class Transformer(nn.Module):
             split_rngs={"params": True},
             in_axes=(*[nn.broadcast] * 3, 0),
             length=config.layers,
-            unroll=config.unroll,
+            unroll=unrolled_layers(config),
         )
         x_SND, new = stack(config, name="layers")(x_SND, positions_SN, rotation, layout, cache)
         Head(config, name="head")()  # makes the head's weights, and computes nothing
@@ -364,6 +371,17 @@ class Norm(nn.Module):
         if self.config.norm == "layer":
             y += over_tokens(self.param("bias", nn.initializers.zeros, (width,)), y.shape, y.dtype)
         return y.astype(x.dtype)
+
+
+def unrolled_layers(config: TransformerConfig) -> int:
+    """Return how many layers a step of the scan over layers runs: config.unroll, or by device.
+
+    Asked while a program is traced, for the device that it will run on.
+    """
+    if config.unroll:
+        return config.unroll
+    is_shallow = config.layers <= MOST_UNROLLED
+    return config.layers if device().platform == "cpu" and is_shallow else 1
 
 
 def residual_scale(config: TransformerConfig) -> float:

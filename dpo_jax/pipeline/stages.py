@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dpo_jax import config_checks, stage_table
-from dpo_jax.console import say
+from dpo_jax.console import compile_times, say
 from dpo_jax.evaluation import best_of_n, reward_kl, toy_report
 from dpo_jax.models import loading
 from dpo_jax.parallel import processes, sharding
@@ -182,7 +182,9 @@ def _run_stage(run: Run, stage: str) -> None:
         date = processes.from_first(lambda: start_date(folder).isoformat())
         run.date = datetime.date.fromisoformat(date)
         make_result = OTHER_STAGES.get(stage, train_stage)
-        finish_stage(folder, **make_result(run, stage))
+        with compile_times(stage):
+            result = make_result(run, stage)
+        finish_stage(folder, **result)
 
 
 def _with_reward(config: ConfigDict, reward: Callable | None) -> ConfigDict:

@@ -1,5 +1,6 @@
 """Steps on the examples of a data set: each is one update on one batch."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -19,11 +20,16 @@ from dpo_jax.data.batches import (
 )
 from dpo_jax.data.dataset import Dataset
 from dpo_jax.models import flops
-from dpo_jax.parallel import sharding
+from dpo_jax.models.transformer import TransformerConfig
+from dpo_jax.parallel import hardware, sharding
 from dpo_jax.training import metrics as metrics_lib
 from dpo_jax.training.loop import Job
 from dpo_jax.training.self_check import FirstBatch, self_check
 from dpo_jax.training.step import Frozen, Programs, TrainState
+
+# Tokens x layers x width of a microbatch from which huge pages make a CPU's steps faster: a step
+# then takes blocks of more than 32 MB, which glibc gives back to Linux after every step.
+GAINS_BY_HUGE_PAGES = 500_000
 
 
 class DataFeed:
@@ -158,6 +164,9 @@ class DataFeed:
         )
         if groups is not None:
             _say_what_cells_lose(name, block, batches, groups)
+        most_tokens = max(shape.tokens for shape in batches.shapes)
+        if gains_by_huge_pages(self._job.model, self._job.mesh, most_tokens):
+            say_how_to_get_huge_pages(name)
         if block.warmup_steps >= steps:
             reached = steps / (block.warmup_steps + 1)
             say(
@@ -215,6 +224,25 @@ def _say_what_cells_lose(name: str, block, batches: Batches, groups: np.ndarray)
         flags = " ".join(f"--config.{name}.{field}={size}" for field, size in sizes.items())
         message += f". Whole prompts would fit with {flags}"
     say(message)
+
+
+def gains_by_huge_pages(model: TransformerConfig, mesh: jax.sharding.Mesh, tokens: int) -> bool:
+    """Return whether steps on `tokens` tokens would be faster with huge pages, and could have them.
+
+    They do nothing for an accelerator, and for steps whose memory glibc keeps anyway.
+    """
+    is_cpu = mesh.devices.flat[0].platform == "cpu"
+    is_large = tokens * model.layers * model.width >= GAINS_BY_HUGE_PAGES
+    return is_cpu and is_large and hardware.lacks_huge_pages()
+
+
+@functools.cache  # once in a process, whatever it trains
+def say_how_to_get_huge_pages(stage: str) -> None:
+    """Say what huge pages bring, and the line to type."""
+    say(
+        f"{stage}: huge pages would make steps faster on this CPU, by up to a fifth: type "
+        f"`export {hardware.HUGE_PAGES}` and start again"
+    )
 
 
 def evaluate(

@@ -1,6 +1,7 @@
-"""The clock, moved to another day."""
+"""The clock, moved to another day, or forward by hand."""
 
 import datetime
+import time
 
 
 def set_today(monkeypatch, day: str) -> datetime.date:
@@ -14,3 +15,15 @@ def set_today(monkeypatch, day: str) -> datetime.date:
 
     monkeypatch.setattr(datetime, "date", Date)
     return today
+
+
+class Seconds:
+    """What `time.monotonic` returns, moved by hand."""
+
+    def __init__(self, monkeypatch):
+        self._now = 1000.0
+        monkeypatch.setattr(time, "monotonic", lambda: self._now)
+
+    def pass_by(self, seconds: float) -> None:
+        """Move the clock forward."""
+        self._now += seconds

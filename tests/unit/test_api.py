@@ -533,7 +533,7 @@ def test_wrong_arguments_are_named(loaded, pairs, call, message):
             "load: attention='flash': .* auto, xla",
         ),
         (lambda m, p: dpo_jax.load("P", remat="some"), "load: remat='some': expected one of none"),
-        (lambda m, p: dpo_jax.load("P", unroll=0), "load: unroll=0: expected at least 1"),
+        (lambda m, p: dpo_jax.load("P", unroll=-1), "load: unroll=-1: expected at least 0"),
         (lambda m, p: dpo_jax.load("P", head="value"), "head='value': expected one of 'lm', 'rewa"),
     ],
 )

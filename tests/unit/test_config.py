@@ -34,7 +34,7 @@ def valid():
         ("model.dtype", "float16", "one of float32, bfloat16"),
         ("model.attention", "flash", "one of auto, xla, splash, cudnn"),
         ("model.remat", "some", "one of none, full, dots"),
-        ("model.unroll", 0, "at least 1"),
+        ("model.unroll", -1, "at least 0"),
         ("model.lora.rank", -1, "at least 0"),
         ("model.lora.alpha", 0.0, "more than 0"),
         ("model.lora.init", "zero", "one of b_zero, a_zero"),

@@ -161,6 +161,36 @@ def test_packed_response_sees_prompt_and_itself(layout):
     np.testing.assert_array_equal(found[:13] > 0, seen[:13])  # the padding's output is nobody's
 
 
+@pytest.mark.parametrize(
+    ("layers", "unroll", "expected"), [(2, 0, 2), (12, 0, 12), (13, 0, 1), (12, 1, 1), (24, 4, 4)]
+)
+def test_layers_are_unrolled_on_a_cpu_up_to_a_depth(layers, unroll, expected):
+    config = tiny_config(layers=layers, unroll=unroll)
+    assert scan_step_layers(config) == expected
+
+
+def scan_step_layers(config) -> int:
+    """Return how many layers the traced trunk runs in a step of its scan."""
+    tokens = jnp.zeros((1, 4), jnp.int32)
+    trunk = functools.partial(transformer.logits, config)
+    (scan,) = [
+        equation
+        for equation in jax.make_jaxpr(trunk)(transformer.abstract(config), tokens).eqns
+        if equation.primitive.name == "scan"
+    ]
+    return scan.params["unroll"]
+
+
+def test_layers_are_not_unrolled_for_another_device(monkeypatch):
+    class Tpu:
+        platform = "tpu"
+
+    # What a plan compiles for, on a machine that has CPUs alone.
+    monkeypatch.setattr(transformer, "device", Tpu)
+    assert transformer.unrolled_layers(tiny_config()) == 1
+    assert transformer.unrolled_layers(tiny_config(unroll=2)) == 2
+
+
 def test_remat_and_unroll_change_nothing():
     config, params = tiny(**PLAIN)
     tokens_BT = jnp.array(np.random.default_rng(0).integers(0, 40, (2, 12)))

@@ -1,4 +1,4 @@
-"""Peak FLOPs of chips, and utilization."""
+"""Peak FLOPs of chips, utilization, huge pages."""
 
 import types
 
@@ -37,3 +37,27 @@ def test_peak_flops_of_other_chips_is_measured(monkeypatch):
             hardware.flops_per_second(types.SimpleNamespace(devices=devices, size=2), "bfloat16")
             == 6
         )
+
+
+@pytest.mark.parametrize(
+    ("libc", "tunables", "mode", "lacks"),
+    [
+        (("glibc", "2.36"), "", "always [madvise] never", True),
+        (("glibc", "2.35"), "glibc.malloc.check=3", "always [madvise] never", True),
+        (("glibc", "2.36"), "glibc.malloc.hugetlb=1", "always [madvise] never", False),
+        (("glibc", "2.36"), "", "always madvise [never]", False),
+        (("glibc", "2.36"), "", "[always] madvise never", False),
+        (("glibc", "2.36"), "", None, False),
+        (("glibc", "2.34"), "", "always [madvise] never", False),
+        (("", ""), "", "always [madvise] never", False),  # musl, macOS
+    ],
+)
+def test_huge_pages_are_lacking_where_malloc_could_have_them(
+    monkeypatch, tmp_path, libc, tunables, mode, lacks
+):
+    monkeypatch.setattr(hardware.platform, "libc_ver", lambda: libc)
+    monkeypatch.setenv("GLIBC_TUNABLES", tunables)
+    monkeypatch.setattr(hardware, "HUGE_PAGES_MODE", tmp_path / "enabled")
+    if mode:
+        (tmp_path / "enabled").write_text(mode + "\n")
+    assert hardware.lacks_huge_pages() is lacks

@@ -1,0 +1,38 @@
+"""When a run says that huge pages would help."""
+
+import types
+
+import numpy as np
+import pytest
+
+from dpo_jax.parallel import hardware
+from dpo_jax.training import data_feed
+from tests.helpers.tiny import tiny_config
+
+ENOUGH = data_feed.GAINS_BY_HUGE_PAGES // (2 * 100)  # tokens, with two layers of width 100
+
+
+@pytest.mark.parametrize(
+    ("platform", "tokens", "lacks", "gains"),
+    [
+        ("cpu", ENOUGH, True, True),
+        ("cpu", ENOUGH - 1, True, False),
+        ("cpu", ENOUGH, False, False),
+        ("tpu", 10**9, True, False),
+        ("gpu", 10**9, True, False),
+    ],
+)
+def test_huge_pages_are_for_large_steps_on_a_cpu(monkeypatch, platform, tokens, lacks, gains):
+    monkeypatch.setattr(hardware, "lacks_huge_pages", lambda: lacks)
+    device = types.SimpleNamespace(platform=platform)
+    mesh = types.SimpleNamespace(devices=np.array([device]))
+    model = tiny_config(width=100)
+    assert data_feed.gains_by_huge_pages(model, mesh, tokens) is gains
+
+
+def test_huge_pages_are_mentioned_once_with_the_line_to_type(capsys):
+    data_feed.say_how_to_get_huge_pages.cache_clear()
+    data_feed.say_how_to_get_huge_pages("sft")
+    data_feed.say_how_to_get_huge_pages("sft")
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "`export GLIBC_TUNABLES=glibc.malloc.hugetlb=1`" in line
