@@ -98,10 +98,10 @@ def sample(
 def _batch_sizes(prompts: int, sampling: Sampling, shards: int) -> tuple[int, int]:
     """Return how many prompts a batch has, and how many completions of each.
 
-    prompts: how many there are in all. shards: of a batch, each with whole prompts.
+    prompts: how many there are in all. shards: how many a batch is split into.
     """
-    # Of the rows of a shard: all completions of a prompt where they fit, and shards share out the
-    # completions of few prompts.
+    # A shard has room for all completions of a prompt, or the prompt comes several times. It also
+    # does where there are few, so that no shard is without work.
     rows = min(sampling.batch_size, prompts * sampling.n)
     most = max(1, rows // shards)
     parts = -(-sampling.n // most)
