@@ -1,20 +1,24 @@
 """Measure our training step beside a peer's: same weights, rows, batch size and optimiser.
 
     python -m experiments.benchmark --shape=tldr --model=gpt2-tiny --peer=trl --peer_python=PATH
-    [--cached]
+    [--pairs_per_prompt=4 --responses=5] [--cached] [--plain] [--compiled]
 
 PATH is a Python that has the peer. For TRL, pip install -r requirements-dev.txt into any Python;
 the default is this one. For Tunix (--peer=tunix --model=llama-tiny), pip install google-tunix into
 a fresh one, as it wants older packages than ours; Tunix trains no GPT-2 and cannot cache the
 reference's log-probs.
 
-The sides are processes that take turns: each waits while the other works. Their losses must first
-agree on CHECKED steps, which are not timed. A step's time includes forward, backward, optimiser and
-input. Tokens and FLOPs are those that the rows need, with a prompt counted once per pair, and are
-the same for both sides. The ceiling is the fastest square matrix product that either side's library
-makes here (2048 wide on a CPU, 8192 on a GPU). Peak memory is the process's on a CPU (VmHWM) and
-the device's on a GPU. With bfloat16, the default on a GPU, both sides compute in bfloat16 on
-float32 weights. Both use huge pages.
+Pairs come in groups: each prompt has as many responses and pairs as asked for, as sampled and
+labelled sets have. The best response is paired with each of the others, then the second, and so on.
+All sides read the same rows in the same order, and a step has whole groups.
+
+The sides are processes that take turns: each waits while the others work. Their losses must first
+agree on steps that are not timed. A step's time includes forward, backward, optimiser and input.
+Tokens and FLOPs are those that the rows need, with each prompt and response of a step counted once,
+and are the same for all sides. The ceiling is the fastest square matrix product that any side's
+library makes here (2048 wide on a CPU, 8192 on a GPU). Peak memory is the process's on a CPU
+(VmHWM) and the device's on a GPU. With bfloat16, the default on a GPU, all sides compute in
+bfloat16 on float32 weights. All use huge pages.
 """
 
 import json
@@ -29,24 +33,36 @@ from dpo_jax import command_line
 from experiments.benchmark import report, work
 from experiments.benchmark.worker import Worker
 
-CHECKED = 3  # steps whose losses are compared
 PROFILED = 2  # steps in a profile
 PEERS = ("trl", "tunix", "none")
-ASKED = ("shape", "model", "peer", "dtype", "pairs", "rounds", "steps", "cached")
-# Above this load per core, other programs slow the two sides unequally.
+ASKED = (
+    *("shape", "pairs_per_prompt", "responses", "model", "peer", "dtype", "cached", "compiled"),
+    *("pairs", "checked", "rounds", "steps"),
+)
+LEAST_PAIRS = 8  # of a step, unless asked otherwise
+# Above this load per core, other programs slow the sides unequally.
 BUSY = 1.5
 
 
 def run(options, folder: pathlib.Path) -> dict:
-    """Write the inputs to a folder, measure both sides and return the report."""
+    """Write the inputs to a folder, measure all sides and return the report."""
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # this process only makes weights
-    steps = CHECKED + options.rounds * options.steps
+    steps = options.checked + options.rounds * options.steps
     if options.profile:
         steps += PROFILED
-    told = work.Work(pairs=options.pairs, steps=steps, cached=options.cached, dtype=options.dtype)
-    work.write(folder, told, work.MODELS[options.model], *work.lengths(options.shape))
+    told = work.Work(
+        pairs=options.pairs,
+        steps=steps,
+        cached=options.cached,
+        dtype=options.dtype,
+        compiled=options.compiled,
+    )
+    prompts = -(-work.ROWS // options.pairs_per_prompt)
+    prompt_G, response_GR = work.lengths(options.shape, prompts, options.responses)
+    model = work.MODELS[options.model]
+    work.write(folder, told, model, prompt_G, response_GR, options.pairs_per_prompt)
     print(
         "weights and rows are written; the sides load them, and ours compiles a program for each "
         "shape",
@@ -73,6 +89,8 @@ def start(options, folder: pathlib.Path) -> list[Worker]:
         GLIBC_TUNABLES="glibc.malloc.hugetlb=1",
     )
     sides = [Worker("ours", sys.executable, folder, **environment)]
+    if options.plain:
+        sides.append(Worker("plain", sys.executable, folder, **environment))
     if options.peer != "none":
         sides.append(Worker(options.peer, options.peer_python, folder, **environment))
     return sides
@@ -80,12 +98,14 @@ def start(options, folder: pathlib.Path) -> list[Worker]:
 
 def measure(options, told: work.Work, sides: list[Worker]) -> dict:
     """Check that the sides agree, time them in turns, and return the report."""
+    here = machine()
+    print(f"machine: {here}", flush=True)
     about = {}
     for side in sides:
         about[side.name] = side.ask("about")
         print(f"{side.name}: {about[side.name]}", flush=True)
 
-    losses = {side.name: side.ask("steps", count=CHECKED)["losses"] for side in sides}
+    losses = {side.name: side.ask("steps", count=options.checked)["losses"] for side in sides}
     check = report.check_losses(losses, told.dtype)
     print(check, flush=True)
 
@@ -122,6 +142,7 @@ def measure(options, told: work.Work, sides: list[Worker]) -> dict:
             "unequally: measure again"
         )
     result |= dict(
+        machine=here,
         about=about,
         load=load,
         losses=check,
@@ -136,6 +157,35 @@ def measure(options, told: work.Work, sides: list[Worker]) -> dict:
         sides[0].ask("profile", folder=os.path.abspath(options.profile), count=PROFILED)
         print(f"profile of {PROFILED} steps in {options.profile}")
     return result
+
+
+def machine() -> dict:
+    """Return the CPU's name, its cores, the memory, and the CPU's instructions for bfloat16."""
+    fields = {}
+    for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        fields.setdefault(name.strip(), value.strip())  # of the first core
+    instructions = fields.get("flags", "").split()
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return dict(
+        cpu=fields.get("model name", "unknown"),
+        cores=len(os.sched_getaffinity(0)),
+        memory_gib=round(memory_bytes / 2**30, 1),
+        bfloat16=[name for name in ("amx_bf16", "avx512_bf16") if name in instructions],
+    )
+
+
+def check_pairs(options) -> None:
+    """Fill in the pairs of a step, and raise ValueError for pairs that cannot be made."""
+    work.pairs_of_prompt(options.responses, options.pairs_per_prompt)
+    if options.pairs is None:
+        prompts = -(-LEAST_PAIRS // options.pairs_per_prompt)
+        options.pairs = prompts * options.pairs_per_prompt
+    if options.pairs % options.pairs_per_prompt:
+        raise ValueError(
+            f"--pairs={options.pairs}: a step has whole groups, so it takes a multiple of "
+            f"--pairs_per_prompt={options.pairs_per_prompt}."
+        )
 
 
 def check_tunix(options) -> None:
@@ -153,6 +203,11 @@ def main():
     options = flags.FLAGS
     if options.json and pathlib.Path(options.json).exists():
         raise ValueError(f"--json={options.json} exists; give a new name.")
+    check_pairs(options)
+    if options.compiled and options.peer != "trl":
+        raise ValueError(
+            f"--compiled is for --peer=trl; there is no use of it with {options.peer}."
+        )
     if options.peer == "tunix":
         check_tunix(options)
     with tempfile.TemporaryDirectory(prefix="dpo_jax_benchmark_") as folder:
@@ -170,17 +225,32 @@ def define_flags():
     )
     flags.DEFINE_enum("peer", "trl", PEERS, "The peer to measure beside us; none: ours alone.")
     flags.DEFINE_string("peer_python", sys.executable, "The Python that has the peer.")
-    flags.DEFINE_integer("pairs", 8, "Pairs per step.", lower_bound=1)
+    flags.DEFINE_integer("responses", 2, "Responses to each prompt.", lower_bound=2)
+    flags.DEFINE_integer("pairs_per_prompt", 1, "Pairs of its responses.", lower_bound=1)
+    flags.DEFINE_integer(
+        "pairs",
+        None,
+        "Pairs per step, a multiple of --pairs_per_prompt. Default: the smallest that is at least "
+        f"{LEAST_PAIRS}.",
+        lower_bound=1,
+    )
+    flags.DEFINE_integer(
+        "checked", 3, "Steps whose losses are compared before any is timed.", lower_bound=2
+    )
     flags.DEFINE_integer("rounds", 3, "How often the sides take turns.", lower_bound=1)
     flags.DEFINE_integer("steps", 2, "Steps per round.", lower_bound=1)
     flags.DEFINE_boolean(
-        "cached", False, "Both sides compute the reference's log-probs before the first step."
+        "cached", False, "All sides compute the reference's log-probs before the first step."
     )
+    flags.DEFINE_boolean(
+        "plain", False, "Also measure ours with separate rows, which share no prompt or response."
+    )
+    flags.DEFINE_boolean("compiled", False, "TRL runs its model under torch.compile.")
     flags.DEFINE_enum(
         "dtype",
         "bfloat16" if on_gpu else "float32",
         list(report.TOLERANCE),
-        "The dtype that both sides compute in.",
+        "The dtype that all sides compute in.",
     )
     flags.DEFINE_string("json", "", "File for the report; it must not exist. Default: none.")
     flags.DEFINE_string("profile", "", "Folder for a profile of two of our steps. Default: none.")

@@ -35,12 +35,12 @@ def measure(model: dict, pairs: int, length: int, dtype: str) -> dict:
     from experiments.benchmark import ours, work
 
     told = work.Work(pairs=pairs, steps=STEPS, cached=False, dtype=dtype)
-    prompt_P = np.full(pairs * STEPS, length * 3 // 4)
-    response_P2 = np.full((pairs * STEPS, 2), length // 4)
+    prompt_G = np.full(pairs * STEPS, length * 3 // 4)
+    response_G2 = np.full((pairs * STEPS, 2), length // 4)
     longest = model | dict(n_positions=max(LENGTHS))
     with tempfile.TemporaryDirectory(prefix="dpo_jax_growth_") as folder:
         folder = pathlib.Path(folder)
-        work.write(folder, told, longest, prompt_P, response_P2)
+        work.write(folder, told, longest, prompt_G, response_G2)
         trainer = ours.Trainer(folder, told)
         found = [trainer.steps(1) for _ in range(STEPS)]
     seconds = [step["seconds"] for step in found]

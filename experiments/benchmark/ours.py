@@ -1,6 +1,6 @@
 """Our side of the benchmark: the training loop's update and batches, on one device.
 
-Metrics are fetched one step late, as in the loop.
+Metrics are fetched one step late, as in the loop. `plain.py` is the same with separate rows.
 """
 
 import dataclasses
@@ -28,7 +28,11 @@ from experiments.benchmark.worker import Turns
 class Trainer:
     """A DPO run that makes a few steps at a time."""
 
-    def __init__(self, folder: pathlib.Path, work: Work):
+    def __init__(self, folder: pathlib.Path, work: Work, *, share: bool = True):
+        """Load the model and the rows, and compile the step for each shape.
+
+        share: whether the pairs of a batch share prompts and responses, as in `Batches`.
+        """
         config = run_config(folder, work)
         self.work = work
         self.mesh = sharding.make_mesh(devices=jax.devices()[:1])
@@ -39,8 +43,15 @@ class Trainer:
             self.model.config = dataclasses.replace(self.model.config, unroll=layers)
         data = dataset.load(config.data, self.model.tokenizer, "pairs").train
         order = training_order(len(data), work.pairs, len(data) // work.pairs, None)
-        reference_log_probs = self._reference_log_probs(folder, data, order)
-        self.batches = Batches(data, order, reference_log_probs=reference_log_probs)
+        # Each side keeps its own, as the sides start together.
+        kept = folder / ("shared" if share else "plain")
+        self.batches = Batches(
+            data,
+            order,
+            share=share,
+            window=self.model.config.window,
+            reference_log_probs=self._reference_log_probs(kept, data, order),
+        )
         self.programs = stage_programs("dpo", config.dpo, self.model.config, self.mesh)
         numbers = objectives.numbers(config.dpo, work.steps)
         self.hyper = jax.device_put(numbers, sharding.replicated(self.mesh))
@@ -48,11 +59,11 @@ class Trainer:
         self._warm_up()
         self._restart()
 
-    def _reference_log_probs(self, folder, data, order) -> np.ndarray | None:
+    def _reference_log_probs(self, kept: pathlib.Path, data, order) -> np.ndarray | None:
         """Return the reference's log-probs for the steps that will be made, if they are cached."""
         if not self.work.cached:
             return None
-        cache = reference_cache.ReferenceCache(folder, self.model, self.mesh, self.work.pairs)
+        cache = reference_cache.ReferenceCache(kept, self.model, self.mesh, self.work.pairs)
         return cache.log_probs("train", data, order[: self.work.steps])
 
     def _restart(self):
@@ -144,20 +155,23 @@ def profile(trainer: Trainer, folder: str, count: int) -> dict:
         return trainer.steps(count)
 
 
-def main():
+def main(*, share: bool = True):
     folder = pathlib.Path(sys.argv[1])
     processes.start()
     work = Work.read(folder)
     # Before the trainer, whose libraries may print to stdout.
     turns = Turns()
-    trainer = Trainer(folder, work)
+    trainer = Trainer(folder, work, share=share)
 
     def about():
+        tokens, tokens_apart = trainer.batches.tokens_in_all()
         return dict(
             version=f"dpo_jax, jax {jax.__version__}",
             device=jax.devices()[0].device_kind,
             shapes=len(trainer.batches.shapes),
             padding=trainer.batches.padding(),
+            tokens_per_step=tokens / len(trainer.batches),
+            tokens_per_step_apart=tokens_apart / len(trainer.batches),
         )
 
     def ceiling():

@@ -43,7 +43,8 @@ def summary(
     """Return the report's numbers: medians over rounds, with [least, most].
 
     rounds: side -> seconds of each round, ours first. pairs: in each round. tokens, flops: what the
-    rows of each round need. ceiling: FLOP/s that the machine can reach.
+    rows of each round need. ceiling: FLOP/s that the machine can reach. "ratios" has, for each
+    other side, how many times its pairs/s ours are, and our share of its memory.
     """
     found = {}
     for name, seconds in rounds.items():
@@ -58,14 +59,14 @@ def summary(
         found[name] |= dict(peak_bytes=peak_bytes[name], spread=spread)
 
     ours, *others = rounds
-    if others:
-        (peer,) = others
+    found["ratios"] = {}
+    for name in others:
         # Within a round, as the machine's load differs between rounds.
-        ratios = [theirs / own for own, theirs in zip(rounds[ours], rounds[peer], strict=True)]
-        found |= dict(
-            ratio=statistics.median(ratios),
-            ratio_spread=[min(ratios), max(ratios)],
-            memory_ratio=peak_bytes[ours] / peak_bytes[peer],
+        ratios = [theirs / own for own, theirs in zip(rounds[ours], rounds[name], strict=True)]
+        found["ratios"][name] = dict(
+            pairs_per_second=statistics.median(ratios),
+            spread=[min(ratios), max(ratios)],
+            peak_bytes=peak_bytes[ours] / peak_bytes[name],
         )
     return found
 
@@ -90,11 +91,11 @@ def table(found: dict, sides: list[str]) -> str:
             line += f"{cell:>34}"
         memory = f"{values['peak_bytes'] / 2**30:.2f} GiB"
         lines.append(f"{line}{memory:>14}")
-    if "ratio" in found:
-        least, most = found["ratio_spread"]
+    for name, ratio in found["ratios"].items():
+        least, most = ratio["spread"]
         lines.append(
-            f"{sides[0]} makes {found['ratio']:.2f} ({least:.2f} to {most:.2f}) times the pairs of "
-            f"{sides[1]} with {found['memory_ratio']:.2f} of its memory"
+            f"{sides[0]} makes {ratio['pairs_per_second']:.2f} ({least:.2f} to {most:.2f}) times "
+            f"the pairs of {name} with {ratio['peak_bytes']:.2f} of its memory"
         )
     return "\n".join(lines)
 

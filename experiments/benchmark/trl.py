@@ -1,8 +1,8 @@
 """TRL's side of the benchmark: its DPOTrainer in its own loop, held by a callback between turns.
 
-It has TRL's best settings: scaled-dot-product attention (flash-attn where installed), bfloat16
-autocast on a GPU, and with `cached` its precomputed reference. It runs in the Python that has TRL
-and imports nothing of dpo_jax.
+It has TRL's best settings: scaled-dot-product attention (flash-attn where installed), autocast
+where it computes in bfloat16, with `cached` its precomputed reference, and with `compiled`
+torch.compile. It runs in the Python that has TRL and imports nothing of dpo_jax.
 """
 
 import importlib.util
@@ -74,6 +74,7 @@ def make_trainer(folder: pathlib.Path, work: Work, callback) -> trl.DPOTrainer:
         save_strategy="no",
         bf16=work.dtype == "bfloat16",
         fp16=False,
+        torch_compile=work.compiled,
         gradient_checkpointing=False,
         max_length=None,
         precompute_ref_log_probs=work.cached,

@@ -4,6 +4,8 @@
 
 The sizes of the model and the lengths of the rows are those of real ones. The model is in Hugging
 Face format. Its tokenizer has a word for each id of the vocabulary, so nothing comes from a hub.
+
+Letters: G prompts, R responses to a prompt.
 """
 
 import dataclasses
@@ -15,7 +17,8 @@ import numpy as np
 
 from dpo_jax.planning import presets
 
-ROWS = 4096  # in the file; static shapes are chosen from all, though only the first steps are made
+# In the file, one per pair. Shapes are chosen from all, though only the first steps are made.
+ROWS = 4096
 END = "</s>"  # id 0, which ends every response
 TINY_GPT2 = dict(model_type="gpt2", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
 TINY_LLAMA = dict(
@@ -60,6 +63,7 @@ class Work:
     steps: int  # the most that will be made
     cached: bool  # whether the reference's log-probs are computed before the first step
     dtype: str
+    compiled: bool = False  # whether TRL runs its model under torch.compile
     lr: float = 1e-4  # large enough for a few steps to show in the loss
     beta: float = 0.1
     max_grad_norm: float = 10.0
@@ -88,68 +92,99 @@ class Between:
         return np.clip(lengths.round().astype(int), self.least, self.most)
 
 
-def tldr(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
+def tldr(rng: np.random.Generator, prompts: int, responses: int) -> tuple[np.ndarray, np.ndarray]:
     """Return lengths like TL;DR's: posts of about 380 tokens and summaries of about 50."""
-    prompt_P = Between(100, 512).clip(rng.normal(380, 80, count))
-    response_P2 = Between(10, 100).clip(rng.normal(50, 15, (count, 2)))
-    return prompt_P, response_P2
+    prompt_G = Between(100, 512).clip(rng.normal(380, 80, prompts))
+    response_GR = Between(10, 100).clip(rng.normal(50, 15, (prompts, responses)))
+    return prompt_G, response_GR
 
 
-def imdb(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
+def imdb(rng: np.random.Generator, prompts: int, responses: int) -> tuple[np.ndarray, np.ndarray]:
     """Return lengths like IMDb's: beginnings of 4 to 8 tokens and completions of 60."""
-    prompt_P = rng.integers(4, 9, count)
-    response_P2 = np.full((count, 2), 60)
-    return prompt_P, response_P2
+    prompt_G = rng.integers(4, 9, prompts)
+    response_GR = np.full((prompts, responses), 60)
+    return prompt_G, response_GR
 
 
-def hh(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
+def hh(rng: np.random.Generator, prompts: int, responses: int) -> tuple[np.ndarray, np.ndarray]:
     """Return lengths like those of Anthropic's harmless-base in Pythia's tokens, log-normal.
 
     Dialogues have a median of 80 tokens and answers of 31. In the data the means are 118 and 46,
     and the standard deviations 93 and 43.
     """
-    prompt_P = Between(12, 384).clip(rng.lognormal(4.39, 0.95, count))
-    response_P2 = Between(2, 128).clip(rng.lognormal(3.44, 0.89, (count, 2)))
-    return prompt_P, response_P2
+    prompt_G = Between(12, 384).clip(rng.lognormal(4.39, 0.95, prompts))
+    response_GR = Between(2, 128).clip(rng.lognormal(3.44, 0.89, (prompts, responses)))
+    return prompt_G, response_GR
 
 
 SHAPES = {"tldr": tldr, "imdb": imdb, "hh": hh}
 
 
-def lengths(shape: str, count: int = ROWS, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Return the tokens of each prompt [P] and of each response [P, 2], END included."""
-    return SHAPES[shape](np.random.default_rng(seed), count)
+def lengths(
+    shape: str, prompts: int, responses: int = 2, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the tokens of each prompt [G] and of each response [G, R], END included."""
+    return SHAPES[shape](np.random.default_rng(seed), prompts, responses)
+
+
+def pairs_of_prompt(responses: int, pairs: int) -> list[tuple[int, int]]:
+    """Return the chosen and the rejected response of each pair of a prompt.
+
+    Responses count from the best. The best is preferred to each of the others, then the second to
+    each after it, and so on, until there are enough pairs. Raises ValueError where the responses
+    make fewer pairs, or where the pairs would leave a response out.
+    """
+    all_pairs = list(itertools.combinations(range(responses), 2))
+    if not responses - 1 <= pairs <= len(all_pairs):
+        raise ValueError(
+            f"--responses={responses} --pairs_per_prompt={pairs}: {responses} responses make at "
+            f"most {len(all_pairs)} pairs, and {responses - 1} are needed so that each response is "
+            "in one. Change one of the two."
+        )
+    return all_pairs[:pairs]
 
 
 def write(
-    folder: pathlib.Path, work: Work, model: dict, prompt_P, response_P2, seed: int = 0
+    folder: pathlib.Path,
+    work: Work,
+    model: dict,
+    prompt_G,
+    response_GR,
+    pairs_per_prompt: int = 1,
+    seed: int = 0,
 ) -> None:
-    """Write the folder for a model with these config fields and rows of these lengths. Uses jax."""
+    """Write the folder for a model with these config fields and texts of these lengths. Uses jax.
+
+    The pairs of a prompt, as `pairs_of_prompt` makes them, are consecutive rows.
+    """
     vocab = _write_model(folder / "model", model, seed)
     data = folder / "data"
     data.mkdir(parents=True)
-    lines = _rows(np.random.default_rng([seed, 1]), prompt_P, response_P2, vocab)
+    rng = np.random.default_rng([seed, 1])
+    lines = _rows(rng, prompt_G, response_GR, pairs_per_prompt, vocab)
     (data / "train.jsonl").write_text("".join(lines))
     # An eval split of its own, so that no row of the others is held out for it.
     (data / "test.jsonl").write_text(lines[0])
     (folder / "work.json").write_text(json.dumps(dataclasses.asdict(work)))
 
 
-def _rows(rng: np.random.Generator, prompt_P, response_P2, vocab: int) -> list[str]:
+def _rows(
+    rng: np.random.Generator, prompt_G, response_GR, pairs_per_prompt: int, vocab: int
+) -> list[str]:
     """Return a line of JSON for each pair, of random words."""
 
     def words(count):
         return " ".join(f"w{i}" for i in rng.integers(1, vocab, count))
 
+    pairs = pairs_of_prompt(response_GR.shape[1], pairs_per_prompt)
     lines = []
-    for prompt, (chosen, rejected) in zip(prompt_P, response_P2, strict=True):
+    for prompt_length, response_lengths in zip(prompt_G, response_GR, strict=True):
+        prompt = words(prompt_length)
         # The tokenizer adds END, so a response has one word less.
-        row = dict(
-            prompt=words(prompt),
-            chosen=" " + words(chosen - 1),
-            rejected=" " + words(rejected - 1),
-        )
-        lines.append(json.dumps(row) + "\n")
+        responses = [" " + words(length - 1) for length in response_lengths]
+        for chosen, rejected in pairs:
+            row = dict(prompt=prompt, chosen=responses[chosen], rejected=responses[rejected])
+            lines.append(json.dumps(row) + "\n")
     return lines
 
 
