@@ -6,12 +6,15 @@ import os
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
-from experiments.benchmark import growth, report, side_by_side, work
+from experiments.benchmark import growth, ours, report, side_by_side, work
 from experiments.benchmark.worker import Worker, peak_resident_bytes
 from tests.helpers.paths import ROOT
+
+TUNIX_LACKS = "without --cached; it computes in its weights' own dtype"
 
 
 @pytest.mark.parametrize(
@@ -24,28 +27,57 @@ from tests.helpers.paths import ROOT
 )
 def test_rows_have_stated_lengths(shape, prompt, response):
     for lengths, (mean, least, most) in zip(
-        work.lengths(shape, 4000), (prompt, response), strict=True
+        work.lengths(shape, 4000, 3), (prompt, response), strict=True
     ):
         assert abs(lengths.mean() - mean) < 0.05 * mean
         assert least <= lengths.min() and lengths.max() <= most
-    np.testing.assert_array_equal(work.lengths(shape, 40)[1], work.lengths(shape, 40)[1])
+    prompt_G, response_GR = work.lengths(shape, 40, 3)
+    assert prompt_G.shape == (40,) and response_GR.shape == (40, 3)
+    np.testing.assert_array_equal(response_GR, work.lengths(shape, 40, 3)[1])
 
 
 def test_sides_read_equal_tokens():
     words = work._tokenizer(300)
-    prompt_P, response_P2 = np.array([5, 1]), np.array([[3, 9], [2, 4]])
-    for line, prompt, responses in zip(
-        work._rows(np.random.default_rng(0), prompt_P, response_P2, 300),
-        prompt_P,
-        response_P2,
-        strict=True,
-    ):
+    prompt_G, response_G3 = np.array([5, 1]), np.array([[3, 9, 7], [2, 4, 8]])
+    lines = work._rows(np.random.default_rng(0), prompt_G, response_G3, 2, 300)
+    # The best response, the first, is preferred to both others.
+    expected = [(5, 3, 9), (5, 3, 7), (1, 2, 4), (1, 2, 8)]
+    for line, (prompt, *responses) in zip(lines, expected, strict=True):
         row = json.loads(line)
         assert len(words(row["prompt"]).input_ids) == prompt
         for side, count in zip(("chosen", "rejected"), responses, strict=True):
             # END as the peer adds it: glued to the end.
             ids = words(row["prompt"] + row[side] + work.END).input_ids
             assert len(ids) == prompt + count and ids[-1] == 0 and 0 not in ids[:-1]
+
+
+def test_pairs_of_a_prompt():
+    assert work.pairs_of_prompt(2, 1) == [(0, 1)]
+    assert work.pairs_of_prompt(5, 4) == [(0, 1), (0, 2), (0, 3), (0, 4)]
+    assert work.pairs_of_prompt(4, 6) == [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
+    with pytest.raises(ValueError, match="4 responses make at most 6 pairs, and 3 are needed"):
+        work.pairs_of_prompt(4, 7)
+    with pytest.raises(ValueError, match="and 4 are needed so that each response is in one"):
+        work.pairs_of_prompt(5, 3)
+
+
+def test_pairs_of_a_prompt_share_it(tmp_path):
+    told = work.Work(pairs=12, steps=1, cached=False, dtype="float32")
+    prompt_G, response_GR = work.lengths("imdb", 2, 4)
+    work.write(tmp_path, told, work.MODELS["smoke"], prompt_G, response_GR, pairs_per_prompt=6)
+    rows = work.read_rows(tmp_path, told)
+    assert len({row["prompt"] for row in rows[:6]}) == 1
+    assert len({row[side] for row in rows[:6] for side in ("chosen", "rejected")}) == 4
+
+    shared = ours.Trainer(tmp_path, told)
+    plain = ours.Trainer(tmp_path, told, share=False)
+    assert shared.batches.tokens(0) == prompt_G.sum() + 8 * 60
+    assert plain.batches.tokens(0) == 12 * prompt_G.sum() + 24 * 60
+    assert shared.steps(1)["losses"] == pytest.approx(plain.steps(1)["losses"], abs=1e-6)
+    for of_shared, of_plain in zip(
+        jax.tree.leaves(shared.state.params), jax.tree.leaves(plain.state.params), strict=True
+    ):
+        np.testing.assert_allclose(of_shared, of_plain, atol=1e-5)
 
 
 def test_losses_must_agree():
@@ -64,12 +96,12 @@ def test_losses_must_agree():
 
 def test_report_of_medians_and_ratios():
     found = report.summary(
-        dict(ours=[2.0, 4.0, 1.0], trl=[8.0, 40.0, 6.0]),
+        dict(ours=[2.0, 4.0, 1.0], plain=[4.0, 12.0, 1.5], trl=[8.0, 40.0, 6.0]),
         pairs=16,
         tokens=[400, 800, 100],
         flops=[10, 20, 30],
         ceiling=100.0,
-        peak_bytes=dict(ours=1 << 30, trl=4 << 30),
+        peak_bytes=dict(ours=1 << 30, plain=2 << 30, trl=4 << 30),
     )
     assert found["ours"]["pairs_per_second"] == 8 and found["trl"]["pairs_per_second"] == 2
     assert found["ours"]["tokens_per_second"] == 200  # of 200, 200 and 100
@@ -77,8 +109,9 @@ def test_report_of_medians_and_ratios():
         0.05,
         0.3,
     ]
-    assert (
-        found["ratio"] == 6 and found["ratio_spread"] == [4, 10] and found["memory_ratio"] == 0.25
+    assert found["ratios"] == dict(
+        plain=dict(pairs_per_second=2, spread=[1.5, 3], peak_bytes=0.5),
+        trl=dict(pairs_per_second=6, spread=[4, 10], peak_bytes=0.25),
     )
     assert found["ours"].keys() >= {
         "pairs_per_second",
@@ -86,11 +119,15 @@ def test_report_of_medians_and_ratios():
         "peak_bytes",
         "ceiling_share",
     }
-    table = report.table(found, ["ours", "trl"])
+    table = report.table(found, ["ours", "plain", "trl"])
     assert (
         "8 (4 to 16)" in table
         and "6.00 (4.00 to 10.00) times the pairs of trl with 0.25 of its memory" in table
     )
+    alone = report.summary(
+        dict(ours=[2.0]), pairs=1, tokens=[1], flops=[1], peak_bytes=dict(ours=1), ceiling=1.0
+    )
+    assert alone["ratios"] == {} and len(report.table(alone, ["ours"]).splitlines()) == 2
 
 
 def test_failed_worker_is_reported(tmp_path):
@@ -132,24 +169,24 @@ def test_side_by_side_equals_in_turn():
 
 
 @pytest.mark.parametrize(
-    "flags",
+    "flags, message",
     [
-        ["--cached", "--model=llama-tiny"],
-        ["--model=gpt2-tiny"],
-        ["--model=llama-tiny", "--dtype=bfloat16"],
+        (["--peer=tunix", "--cached", "--model=llama-tiny"], TUNIX_LACKS),
+        (["--peer=tunix", "--model=gpt2-tiny"], TUNIX_LACKS),
+        (["--peer=tunix", "--model=llama-tiny", "--dtype=bfloat16"], TUNIX_LACKS),
+        (["--peer=none", "--compiled"], "--compiled is for --peer=trl"),
+        (["--pairs_per_prompt=6", "--responses=3"], "3 responses make at most 3 pairs"),
+        (["--pairs_per_prompt=6", "--responses=4", "--pairs=8"], "takes a multiple of"),
     ],
 )
-def test_tunix_refuses_what_it_lacks(flags):
+def test_flags_that_are_refused(flags, message):
     shown = subprocess.run(
-        [sys.executable, "-m", "experiments.benchmark", "--peer=tunix", *flags],
+        [sys.executable, "-m", "experiments.benchmark", *flags],
         cwd=ROOT,
         text=True,
         capture_output=True,
     )
-    assert (
-        shown.returncode
-        and "without --cached; it computes in its weights' own dtype" in shown.stdout + shown.stderr
-    )
+    assert shown.returncode and message in shown.stdout + shown.stderr
 
 
 @pytest.mark.slow
@@ -178,7 +215,10 @@ def test_tunix_agrees(tmp_path):
         capture_output=True,
     )
     assert shown.returncode == 0, shown.stderr
-    assert json.loads(file.read_text())["ratio"] > 0 and "of tunix: 0.69315" in shown.stdout
+    assert (
+        json.loads(file.read_text())["ratios"]["tunix"]["pairs_per_second"] > 0
+        and "of tunix: 0.69315" in shown.stdout
+    )
 
 
 @pytest.mark.slow
@@ -192,9 +232,12 @@ def test_trl_agrees(tmp_path, cached):
         "experiments.benchmark",
         "--model=smoke",
         "--shape=hh",
-        "--pairs=3",
+        "--pairs=6",
+        "--pairs_per_prompt=3",
+        "--responses=3",
         "--rounds=1",
         "--steps=2",
+        "--plain",
         f"--cached={cached}",
         f"--json={file}",
         "--stages",
@@ -204,12 +247,17 @@ def test_trl_agrees(tmp_path, cached):
     found = json.loads(file.read_text())
     assert all(
         found[side][name] > 0
-        for side in ("ours", "trl")
+        for side in ("ours", "plain", "trl")
         for name in ("pairs_per_second", "tokens_per_second", "peak_bytes", "ceiling_share")
     )
-    assert found["ratio"] == pytest.approx(
-        found["ours"]["pairs_per_second"] / found["trl"]["pairs_per_second"]
+    for side in ("plain", "trl"):
+        assert found["ratios"][side]["pairs_per_second"] == pytest.approx(
+            found["ours"]["pairs_per_second"] / found[side]["pairs_per_second"]
+        )
+    tokens, apart = (
+        found["about"]["ours"][name] for name in ("tokens_per_step", "tokens_per_step_apart")
     )
+    assert tokens < apart
     assert ("reference" in found["stages"]) is not cached
     assert "tolerance" in found["losses"] and "times the pairs of trl" in shown.stdout
     again = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
