@@ -42,6 +42,8 @@ ASKED = (
 LEAST_PAIRS = 8  # of a step, unless asked otherwise
 # Above this load per core, other programs slow the sides unequally.
 BUSY = 1.5
+# They save page faults to the side that allocates much. All sides have them, as a user should.
+HUGE_PAGES = "glibc.malloc.hugetlb=1"
 
 
 def run(options, folder: pathlib.Path) -> dict:
@@ -85,8 +87,7 @@ def start(options, folder: pathlib.Path) -> list[Worker]:
         HF_DATASETS_CACHE=str(folder / "cache"),
         HF_HUB_OFFLINE="1",
         TOKENIZERS_PARALLELISM="false",
-        # Huge pages, which save page faults to the side that allocates much.
-        GLIBC_TUNABLES="glibc.malloc.hugetlb=1",
+        GLIBC_TUNABLES=HUGE_PAGES,
     )
     sides = [Worker("ours", sys.executable, folder, **environment)]
     if options.plain:
@@ -143,6 +144,7 @@ def measure(options, told: work.Work, sides: list[Worker]) -> dict:
         )
     result |= dict(
         machine=here,
+        glibc_tunables=HUGE_PAGES,
         about=about,
         load=load,
         losses=check,

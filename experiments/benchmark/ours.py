@@ -3,7 +3,6 @@
 Metrics are fetched one step late, as in the loop. `plain.py` is the same with separate rows.
 """
 
-import dataclasses
 import pathlib
 import sys
 import time
@@ -37,10 +36,6 @@ class Trainer:
         self.work = work
         self.mesh = sharding.make_mesh(devices=jax.devices()[:1])
         self.model = loading.open_checkpoint(config.model.path, dtype=work.dtype)
-        if device.CPU:
-            # The CPU's compiler makes a faster program of unrolled layers.
-            layers = self.model.config.layers
-            self.model.config = dataclasses.replace(self.model.config, unroll=layers)
         data = dataset.load(config.data, self.model.tokenizer, "pairs").train
         order = training_order(len(data), work.pairs, len(data) // work.pairs, None)
         # Each side keeps its own, as the sides start together.
