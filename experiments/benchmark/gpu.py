@@ -62,7 +62,6 @@ VERSIONS = {
     "multiprocess": "0.70.19",
     "orbax-checkpoint": "0.12.8",
     "trl": "1.16.0",
-    "xxhash": "3.6.0",
 }
 # For a machine with Python 3.12 on x86-64, from a machine with any other.
 DOWNLOAD = (
@@ -318,6 +317,7 @@ class Day:
 
     def _run_checks(self) -> dict:
         path = self.out / "checks.json"
+        print("checks: kernels and a training step against the CPU's numbers", flush=True)
         command = ["-m", "experiments.benchmark.gpu_checks", f"--out={path}", *self.sizes.checks]
         seconds = self.sizes.checks_seconds
         found = self._process(command, "checks.log", seconds, self._other_half).finish()
