@@ -598,7 +598,8 @@ class Trainer:
         _check_number("evaluate", "batch_size", batch_size, least=1)
         mesh = self._initial.mesh
         size = sharding.whole_shards(batch_size, mesh)
-        order = evaluation_order(len(examples), size, examples.groups(size))
+        prompt_ids, _ = examples.identities()
+        order = evaluation_order(len(examples), size, prompt_ids)
         laid_out = Batches(
             examples,
             order,

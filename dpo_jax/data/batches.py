@@ -110,25 +110,34 @@ def training_order(
     return np.concatenate(orders)[: steps * batch_size].reshape(steps, batch_size)
 
 
-def evaluation_order(size: int, batch_size: int, groups: np.ndarray | None = None) -> np.ndarray:
+def evaluation_order(
+    size: int, batch_size: int, prompt_ids: np.ndarray | None = None
+) -> np.ndarray:
     """Return every example once, [steps, batch_size]; batches are filled up with FILLER.
 
-    groups: the number of each example's group, at most batch_size examples each. A group is in one
-    batch, so that its prompt is read once, and groups keep their order. None keeps the data's.
+    prompt_ids: of each example, as `Examples.identities` gives them. Examples of a prompt are in
+    one batch, so that it is read once; only more than batch_size are cut. None keeps the data's
+    order.
     """
-    if groups is None:
-        groups = np.arange(size)
-    places_P = np.argsort(groups, kind="stable")
+    if prompt_ids is None:
+        prompt_ids = np.arange(size)
+    # Prompts, too, keep the order of the data.
+    _, first, number_P = np.unique(prompt_ids, return_index=True, return_inverse=True)
+    rank_P = np.argsort(np.argsort(first))[number_P]
+    order_P = np.argsort(rank_P, kind="stable")
     batches = []
     room = 0
     start = 0
-    for count in np.bincount(groups).tolist():
-        if count > room:
-            batches.append([])
-            room = batch_size
-        batches[-1].extend(places_P[start : start + count])
-        start += count
-        room -= count
+    for count in np.bincount(rank_P).tolist():
+        end = start + count
+        while start < end:
+            if room < min(end - start, batch_size):
+                batches.append([])
+                room = batch_size
+            taken = min(end - start, batch_size)
+            batches[-1].extend(order_P[start : start + taken])
+            start += taken
+            room -= taken
     order = np.full((len(batches), batch_size), FILLER)
     for step, batch in enumerate(batches):
         order[step, : len(batch)] = batch

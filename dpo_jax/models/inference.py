@@ -120,7 +120,8 @@ def map_responses(
     (`Shape.slots_per_token`). name: of the progress line; "" shows none.
     """
     batch_size = sharding.whole_shards(batch_size, mesh)
-    order = evaluation_order(len(examples), batch_size, examples.groups(batch_size))
+    prompt_ids, _ = examples.identities()
+    order = evaluation_order(len(examples), batch_size, prompt_ids)
     shards = sharding.batch_shards(mesh)
     batches = Batches(examples, order, shards=shards, window=window, shape=shape)
 

@@ -184,7 +184,8 @@ class DataFeed:
             return None
         # What fits in memory with a gradient fits without one.
         batch_size = microbatch_size_of(block)
-        order = evaluation_order(size, batch_size, self._data.eval.groups(batch_size))
+        prompt_ids, _ = self._data.eval.identities()
+        order = evaluation_order(size, batch_size, prompt_ids)
         return Batches(
             self._data.eval,
             order,

@@ -149,12 +149,15 @@ def test_evaluation_order_fills_last_batch():
     assert batch.weights.sum() == 1
 
 
-def test_evaluation_order_keeps_groups_whole():
-    groups = np.array([0, 1, 0, 2, 1, 1, 3])
-    order = evaluation_order(7, 4, groups)
+def test_evaluation_order_keeps_prompts_whole():
+    prompt_ids = np.array([90, -7, 90, 20, -7, -7, 30])
+    order = evaluation_order(7, 4, prompt_ids)
     assert order.tolist() == [[0, 2, FILLER, FILLER], [1, 4, 5, 3], [6, *[FILLER] * 3]]
-    # A group for each example: the data's order.
-    np.testing.assert_array_equal(evaluation_order(7, 4, np.arange(7)), evaluation_order(7, 4))
+    # A prompt for each example: the data's order.
+    np.testing.assert_array_equal(evaluation_order(7, 4, -np.arange(7)), evaluation_order(7, 4))
+    # One prompt for all: the data's order, too.
+    np.testing.assert_array_equal(evaluation_order(7, 3, np.zeros(7)), evaluation_order(7, 3))
+    assert evaluation_order(0, 4).shape == evaluation_order(0, 4, np.zeros(0, int)).shape == (0, 4)
 
 
 def test_group_is_dealt_out_where_no_cell_has_room_for_it():

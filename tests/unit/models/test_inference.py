@@ -124,17 +124,28 @@ def test_log_probs_of_each_distinct_response_once(tiny, mesh, monkeypatch):
     config, params = tiny
     model = Model(config, params, None, mesh)
     examples = pairs_of_prompts()
-    computed = []
-    score = inference.map_responses
+    readings = []
+    make_batches = inference.Batches
 
-    def counted(*args, **options):
-        for indices, values in score(*args, **options):
-            computed.append(values.size)
-            yield indices, values
+    def recorded(*args, **options):
+        batches = make_batches(*args, **options)
+        readings.append(batches.reading())
+        return batches
 
-    monkeypatch.setattr(inference, "map_responses", counted)
-    found = inference.log_probs("", model, examples, 6)
-    assert sum(computed) == 5 * 4
+    with monkeypatch.context() as patch:
+        patch.setattr(inference, "Batches", recorded)
+        found = inference.log_probs("", model, examples, 6)
+    distinct = {}
+    for pair in examples:
+        distinct[pair.prompt.tobytes()] = len(pair.prompt)
+        for response in pair.responses:
+            distinct[pair.prompt.tobytes(), response.tobytes()] = len(response)
+    assert len(distinct) == 5 + 5 * 4
+    (reading,) = readings
+    assert reading.examples == 5 * 4
+    # Several devices share out the responses of a prompt, where they have more than their part.
+    if len(mesh.devices.ravel()) == 1:
+        assert reading.tokens == sum(distinct.values())
     # Equal responses have the same number, to the bit.
     numbers = {}
     for index, pair in enumerate(examples):
