@@ -392,7 +392,9 @@ def line_of(case: dict) -> str:
     """Return a case's measurements in a line."""
     text = f"{case['name']:<36}"
     if "report" not in case:
-        return text + case["ended"]
+        # The last line is the error's own.
+        why = case.get("last_lines", [""])[-1:]
+        return f"{text}{case['ended']}: {''.join(why)[:200]}"
     report = case["report"]
     for side in report["about"]:
         rates = report[side]
@@ -427,8 +429,9 @@ def table(summary: dict) -> str:
         lines.append("benchmark:")
         lines += [f"  {line_of(case)}" for case in summary["benchmark"]["cases"]]
     for name, part in summary.items():
-        for line in part.get("last_lines", []):
-            lines.append(f"  {name}.log: {line[:160]}")
+        # pytest's summary is above; without one the log says why.
+        if not part.get("counts"):
+            lines += [f"  {name}.log: {line[:160]}" for line in part.get("last_lines", [])]
     return "\n".join(lines)
 
 

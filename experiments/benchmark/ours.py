@@ -159,14 +159,15 @@ def main(*, share: bool = True):
     trainer = Trainer(folder, work, share=share)
 
     def about():
-        tokens, tokens_apart = trainer.batches.tokens_in_all()
+        reading = trainer.batches.reading()
+        steps = len(trainer.batches)
         return dict(
             version=f"dpo_jax, jax {jax.__version__}",
             device=jax.devices()[0].device_kind,
             shapes=len(trainer.batches.shapes),
             padding=trainer.batches.padding(),
-            tokens_per_step=tokens / len(trainer.batches),
-            tokens_per_step_apart=tokens_apart / len(trainer.batches),
+            tokens_per_step=reading.tokens / steps,
+            tokens_per_step_apart=reading.tokens_one_at_a_time / steps,
         )
 
     def ceiling():
