@@ -36,8 +36,18 @@ from experiments.benchmark.worker import Worker
 PROFILED = 2  # steps in a profile
 PEERS = ("trl", "tunix", "none")
 ASKED = (
-    *("shape", "pairs_per_prompt", "responses", "model", "peer", "dtype", "cached", "compiled"),
-    *("pairs", "checked", "rounds", "steps"),
+    "shape",
+    "pairs_per_prompt",
+    "responses",
+    "model",
+    "peer",
+    "dtype",
+    "cached",
+    "compiled",
+    "pairs",
+    "checked",
+    "rounds",
+    "steps",
 )
 LEAST_PAIRS = 8  # of a step, unless asked otherwise
 # Above this load per core, other programs slow the sides unequally.
@@ -207,9 +217,7 @@ def main():
         raise ValueError(f"--json={options.json} exists; give a new name.")
     check_pairs(options)
     if options.compiled and options.peer != "trl":
-        raise ValueError(
-            f"--compiled is for --peer=trl; there is no use of it with {options.peer}."
-        )
+        raise ValueError(f"--compiled is for --peer=trl, not for {options.peer}: leave it out.")
     if options.peer == "tunix":
         check_tunix(options)
     with tempfile.TemporaryDirectory(prefix="dpo_jax_benchmark_") as folder:
