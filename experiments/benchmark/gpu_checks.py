@@ -268,14 +268,16 @@ def checks(tiny: bool) -> list[tuple]:
             (check_step, "step of smoke, groups", small("smoke", 1), True, 1),
         ]
     found = []
+    # The longest first. One model's updates and separate rows will do.
+    for name, layers in MODELS.items():
+        model = small(name, layers)
+        updates = UPDATES if name == "gpt2" else 0
+        found.append((check_step, f"step of {name}, groups", model, True, updates))
+        if updates:
+            found.append((check_step, f"step of {name}, separate rows", model, False, 0))
     for width in WIDTHS:
         for name, rows in ROWS.items():
             found.append((check_kernel, f"attention, heads of {width}, {name}", rows, width))
-    for name, layers in MODELS.items():
-        model = small(name, layers)
-        updates = UPDATES if name == "gpt2" else 0  # one model's will do
-        found.append((check_step, f"step of {name}, groups", model, True, updates))
-        found.append((check_step, f"step of {name}, separate rows", model, False, 0))
     return found
 
 
@@ -286,7 +288,7 @@ def main():
     compared = sides(gpu)
     began = time.perf_counter()
     # Most of the time goes into compiling, on one core each.
-    with concurrent.futures.ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) // 2)) as pool:
+    with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         running = []
         for function, *arguments in checks(options.tiny):
             running.append(pool.submit(function, *arguments, cpu, compared, report))

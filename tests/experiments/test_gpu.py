@@ -107,7 +107,7 @@ def test_unknown_parts_and_full_folders_are_refused(tmp_path, capsys):
     for arguments, message in (
         (["--parts=tests,sweep"], "unknown: sweep"),
         (["--models=gpt5"], "unknown: gpt5"),
-        ([f"--out={tmp_path}"], "has files already"),
+        ([f"--out={tmp_path}"], "has a summary.json already"),
     ):
         with pytest.raises(SystemExit):
             gpu.parse(arguments)
