@@ -112,6 +112,7 @@ def chunk_logits(chip: Chip | None) -> int:
     return int(chip.hbm_gib * 2**30 * CHUNK_SHARE) // 4
 
 
+@jax.named_scope("head")
 def _in_chunks(config: TransformerConfig, function: Callable, models: list, targets_SM):
     """Return function(targets_SM, logits_SMV of each model), over chunks whose logits fit.
 

@@ -172,27 +172,28 @@ def make_train_step(objective, optimizer, schedule: str, shardings: TrainState):
             return objective(params, full_params(base, reference, hyper), hyper, microbatch)
 
         grads, metrics = accumulate(objective_of_trained, state.params, reference, hyper, batch)
-        # Measured before clipping: it is what clipping is judged by.
-        grad_norm = optax.tree.norm(grads)
-        grads = optim.clip(grads, grad_norm, hyper["max_grad_norm"])
-        direction, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        # The rate is applied here, not in the optimiser, so that it can be traced.
-        lr = optim.learning_rate(
-            schedule,
-            state.step,
-            lr=hyper["lr"],
-            warmup_steps=hyper["warmup_steps"],
-            steps=hyper["steps"],
-        )
-        updates = jax.tree.map(lambda d: -lr * d, direction)
-        params = optax.apply_updates(state.params, updates)
-        # Of the update as a whole, so each is a sum of one.
-        metrics |= {
-            "grad_norm": (grad_norm, 1.0),
-            "param_norm": (optax.tree.norm(params), 1.0),
-            "update_norm": (optax.tree.norm(updates), 1.0),
-            "lr": (lr, 1.0),
-        }
+        with jax.named_scope("optimizer"):
+            # Measured before clipping: it is what clipping is judged by.
+            grad_norm = optax.tree.norm(grads)
+            grads = optim.clip(grads, grad_norm, hyper["max_grad_norm"])
+            direction, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            # The rate is applied here, not in the optimiser, so that it can be traced.
+            lr = optim.learning_rate(
+                schedule,
+                state.step,
+                lr=hyper["lr"],
+                warmup_steps=hyper["warmup_steps"],
+                steps=hyper["steps"],
+            )
+            updates = jax.tree.map(lambda d: -lr * d, direction)
+            params = optax.apply_updates(state.params, updates)
+            # Of the update as a whole, so each is a sum of one.
+            metrics |= {
+                "grad_norm": (grad_norm, 1.0),
+                "param_norm": (optax.tree.norm(params), 1.0),
+                "update_norm": (optax.tree.norm(updates), 1.0),
+                "lr": (lr, 1.0),
+            }
         return TrainState(state.step + 1, params, opt_state, state.controls), metrics
 
     # The new state takes the memory of the old one. Where metrics lie is left to the compiler.
