@@ -169,14 +169,14 @@ def times(events: list[Event], kind_of: dict[str, str]) -> dict[str, float]:
     at_work = collections.defaultdict(list)  # thread -> events, the innermost last
     seconds = collections.Counter()
     last_product = "other"
-    before = 0.0
+    before = marks[0][0]
     for now, begins, number in marks:
         innermost = [stack[-1] for stack in at_work.values() if stack]
         busy = [kind_of[events[i].instruction] for i in innermost if _has_kind(events[i], kind_of)]
         # Between two steps nothing is open.
         if innermost and not busy:
             busy = [last_product]
-        for kind in busy:
+        for kind in busy if now > before else []:
             seconds[kind] += (now - before) / len(busy) / 1e9
         stack = at_work[events[number].thread]
         if begins:
@@ -212,6 +212,12 @@ def measure(folder: pathlib.Path, told) -> dict[str, float]:
     from experiments.benchmark import ours
 
     trainer = ours.Trainer(folder, told)
+    shapes = len(trainer.batches.shapes)
+    if shapes > 1:
+        raise ValueError(
+            f"these rows make {shapes} programs, whose instructions have the same names in a "
+            "profile: give another --pairs."
+        )
     state, reference, hyper = trainer.state, trainer.reference, trainer.hyper
     with jax.set_mesh(trainer.mesh):
         lowered = trainer.programs.train_step.lower(state, reference, hyper, trainer.load(0), None)
@@ -237,7 +243,6 @@ def main():
 
     options = flags.FLAGS
     told = work.Work(pairs=options.pairs, steps=STEPS, cached=options.cached, dtype="float32")
-    # One shape: a profile of several programs could not tell their instructions apart.
     prompts = options.pairs // options.pairs_per_prompt * STEPS
     lengths = work.lengths(options.shape, prompts, options.responses)
     with tempfile.TemporaryDirectory(prefix="dpo_jax_profile_") as folder:
