@@ -99,7 +99,7 @@ class Batch:
 
     tokens: np.ndarray  # int32 [N]
     positions: np.ndarray  # int32 [N], restart with each sequence
-    rows: tuple["Rows", ...]  # of each bucket
+    rows: tuple[Rows, ...]  # of each bucket
     token_slots: np.ndarray  # int32 [N, J], slots, or -1
     logit_positions: np.ndarray  # int32 [M], indices into N
     targets: np.ndarray  # int32 [M], token ids

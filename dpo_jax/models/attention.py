@@ -320,12 +320,9 @@ def _splash(q_BTHC, k_BUKC, v_BUKC, seen_BU, window):
         block_kv_dq=key_block,
     )
 
-    def padded_heads_first(x, wanted):
-        return jnp.pad(x, ((0, 0), (0, wanted - x.shape[1]), (0, 0), (0, 0))).swapaxes(1, 2)
-
-    # The kernel does not scale the queries.
-    arrays = [padded_heads_first(q_BTHC * width**-0.5, queries)]
-    arrays += [padded_heads_first(x_BUKC, keys) for x_BUKC in (k_BUKC, v_BUKC)]
+    # Heads first. The kernel does not scale the queries.
+    arrays = [_lengthened(q_BTHC * width**-0.5, queries).swapaxes(1, 2)]
+    arrays += [_lengthened(x_BUKC, keys).swapaxes(1, 2) for x_BUKC in (k_BUKC, v_BUKC)]
     if seen_BU is not None:
         # A query sees keys of its own segment: 1, and 0 where a prompt is padded.
         is_there_BU = jnp.pad(seen_BU, ((0, 0), (0, keys - prompt_length)), constant_values=True)
@@ -384,15 +381,24 @@ def _at_precision(precision: str, function):
 
 def _cudnn(q_BTHC, k_BUKC, v_BUKC, seen_BU, window, implementation="cudnn"):
     """Run NVIDIA's fused kernel; its backward pass may add in another order from run to run."""
+    length = q_BTHC.shape[1]
+    prompt_length = k_BUKC.shape[1] - length
+    # Its backward pass takes even lengths only. What is added comes last, so that no query sees it.
+    queries = length + length % 2
+    keys = prompt_length + queries
+    keys += keys % 2
+    q_BTHC = _lengthened(q_BTHC, queries)
+    k_BUKC = _lengthened(k_BUKC, keys)
+    v_BUKC = _lengthened(v_BUKC, keys)
     mask_B1TU = None
     if seen_BU is not None:
         # Causal counts from the first key, which would be the prompt's.
-        length = q_BTHC.shape[1]
-        own_TT = jnp.tril(jnp.ones((length, length), bool))
-        seen_BTU = jnp.broadcast_to(seen_BU[:, None], (len(seen_BU), length, seen_BU.shape[1]))
-        own_BTT = jnp.broadcast_to(own_TT, (len(seen_BU), length, length))
-        mask_B1TU = jnp.concatenate([seen_BTU, own_BTT], axis=2)[:, None]
-    return jax.nn.dot_product_attention(
+        own_TU = jnp.arange(queries)[:, None] >= jnp.arange(keys - prompt_length)
+        rows = len(seen_BU)
+        seen_BTU = jnp.broadcast_to(seen_BU[:, None], (rows, queries, prompt_length))
+        own_BTU = jnp.broadcast_to(own_TU, (rows, *own_TU.shape))
+        mask_B1TU = jnp.concatenate([seen_BTU, own_BTU], axis=2)[:, None]
+    out_BTHC = jax.nn.dot_product_attention(
         q_BTHC,
         k_BUKC,
         v_BUKC,
@@ -401,6 +407,12 @@ def _cudnn(q_BTHC, k_BUKC, v_BUKC, seen_BU, window, implementation="cudnn"):
         implementation=implementation,
         local_window_size=None if window is None else (window - 1, 0),
     )
+    return out_BTHC[:, :length]
+
+
+def _lengthened(x_BTHC, length: int):
+    """Return rows padded with zeros to a length."""
+    return jnp.pad(x_BTHC, ((0, 0), (0, length - x_BTHC.shape[1]), (0, 0), (0, 0)))
 
 
 def _in_blocks(q_SRATHC, k_SRATKC, v_SRATKC, prompts: Prompts | None, window):

@@ -361,6 +361,32 @@ def test_cudnn_is_called(monkeypatch):
     ]
 
 
+@pytest.mark.parametrize("prompt, response", [(3, 5), (4, 5), (3, 4), (4, 4), (0, 5)])
+def test_cudnn_is_called_with_even_lengths(monkeypatch, prompt, response):
+    """Its backward pass takes no others."""
+    on(monkeypatch, "gpu", "NVIDIA H200")
+    q, k, v, _ = arrays(2, 3, response, 4, 2, 8)
+    _, k_SRUKC, v_SRUKC, _ = arrays(2, 3, prompt, 4, 2, 8, seed=1)
+    prompts = None
+    if prompt:
+        prompts = attention.Prompts(k_SRUKC, v_SRUKC, jnp.array([[1, 2, 3], [3, 2, 1]]))
+    rows = [jnp.asarray(x[:, :, None]) for x in (q, k, v)]
+    expected = attend_rows(*rows, prompts, kernel="xla")
+    seen = []
+    attention_of_jax = jax.nn.dot_product_attention
+
+    def cudnn(q_BTHC, k_BUKC, v_BUKC, *, implementation, **options):
+        seen.append((q_BTHC.shape[1] % 2, k_BUKC.shape[1] % 2))
+        assert not prompt or options["mask"].any(axis=-1).all(), "a query that sees no key"
+        return attention_of_jax(q_BTHC, k_BUKC, v_BUKC, **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", cudnn)
+    monkeypatch.setattr(attention, "choose", lambda kernel, *_: kernel)
+    found = attend_rows(*rows, prompts, kernel="cudnn")
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert seen == [(0, 0)]
+
+
 @pytest.mark.parametrize("remat", ["none", "full", "dots"])
 def test_splash_under_remat_and_vmap(tiny, remat):
     """bfloat16, whole sequences; two sets of weights under vmap, as policies side by side have."""
