@@ -9,7 +9,7 @@ of a prompt together. Within a seed nothing else differs. Three parts:
     toy   configs/toy.py at four betas: exact reward and KL. 6 pairs of each sampled set.
     imdb  --model, fine-tuned on --reviews, continues their beginnings; labels are those of the
           n-gram reward. 6 pairs a prompt, as in the paper's section 6.1. Reward and KL are sampled.
-    hh    --model on --hh. Nearly every prompt has one pair, so the orders only differ by chance.
+    hh    --model on --hh. Nearly every prompt has one pair, so "prompts" is just another shuffle.
 
 --part picks parts; runs that are done are not made again. Writes DIR/PART.jsonl, with a row per run
 and evaluation, then DIR/data_order.json, which has mean, spread and paired differences of each
@@ -51,6 +51,7 @@ class Task:
     batch_size: int
     steps: int
     evaluate_at: tuple[int, ...]
+    arms: tuple[str, ...] = tuple(ARMS)
     measure: Callable | None = None  # trained model -> {name: value}
 
 
@@ -61,7 +62,8 @@ def run_task(task: Task, rows: list[dict], path: pathlib.Path) -> None:
     start = dict(part=task.part, seed=task.seed, arm=START, step=0)
     if task.measure and not any(start.items() <= row.items() for row in rows):
         add_rows([start | task.measure(task.model)], rows, path)
-    for arm, (order, shift) in ARMS.items():
+    for arm in task.arms:
+        order, shift = ARMS[arm]
         about = dict(part=task.part, seed=task.seed, beta=task.settings["beta"], arm=arm)
         if any(about.items() <= row.items() and row["step"] == task.steps for row in rows):
             continue
@@ -261,6 +263,7 @@ def run_hh(model_path: str, file: str, seed: int, rows: list[dict], path: pathli
         batch_size=32,
         steps=60,
         evaluate_at=(30, 60),
+        arms=("pairs", "prompts"),
     )
     run_task(task, rows, path)
 
@@ -369,6 +372,8 @@ def draw(path: pathlib.Path, found: dict[str, dict]) -> None:
                 by_arm = found[name]
                 seeds = by_arm.get(arm, {}).keys() & by_arm[BASE].keys()
                 changes = [by_arm[arm][seed] - by_arm[BASE][seed] for seed in sorted(seeds)]
+                if not changes:
+                    continue
                 at = x + 0.24 * (place - 0.5)
                 label = arm if x == 0 else None
                 axes.plot([at] * len(changes), changes, "o", color=color, alpha=0.7, label=label)
