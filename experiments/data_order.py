@@ -28,6 +28,8 @@ import numpy as np
 PARTS = ("toy", "imdb", "hh")
 # Arm -> (config.data.order, what is added to the seed of the order).
 ARMS = {"pairs": ("pairs", 0), "pairs, shuffled anew": ("pairs", 1000), "prompts": ("prompts", 0)}
+CONTROL = "pairs, shuffled anew"
+CONTROL_SEEDS = 3  # chance is measured with the first seeds alone
 BASE = "pairs"  # the arm that the others are compared with
 START = "start"  # stands for the arm in rows of the initial policy
 
@@ -51,7 +53,6 @@ class Task:
     batch_size: int
     steps: int
     evaluate_at: tuple[int, ...]
-    arms: tuple[str, ...] = tuple(ARMS)
     measure: Callable | None = None  # trained model -> {name: value}
 
 
@@ -62,8 +63,9 @@ def run_task(task: Task, rows: list[dict], path: pathlib.Path) -> None:
     start = dict(part=task.part, seed=task.seed, arm=START, step=0)
     if task.measure and not any(start.items() <= row.items() for row in rows):
         add_rows([start | task.measure(task.model)], rows, path)
-    for arm in task.arms:
-        order, shift = ARMS[arm]
+    for arm, (order, shift) in ARMS.items():
+        if arm == CONTROL and (task.seed >= CONTROL_SEEDS or task.part == "hh"):
+            continue
         about = dict(part=task.part, seed=task.seed, beta=task.settings["beta"], arm=arm)
         if any(about.items() <= row.items() and row["step"] == task.steps for row in rows):
             continue
@@ -263,7 +265,6 @@ def run_hh(model_path: str, file: str, seed: int, rows: list[dict], path: pathli
         batch_size=32,
         steps=60,
         evaluate_at=(30, 60),
-        arms=("pairs", "prompts"),
     )
     run_task(task, rows, path)
 
