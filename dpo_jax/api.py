@@ -417,7 +417,7 @@ def batches(
     steps: int = 0,
     epochs: float = 1.0,
     seed: int | None = 0,
-    order: str = "pairs",
+    order: str = "prompts",
     group_pairs: int = 32,
 ) -> BatchPlan:
     """Return the batches that a training command takes, for `Trainer.step`, in its order.

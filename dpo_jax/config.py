@@ -138,10 +138,10 @@ DATA = dict(
         "helpful.jsonl=1000, hh@Anthropic/hh-rlhf=50%, owner/name:subset[train]=10000",
     ),
     order=Field(
-        "pairs",
-        "what is shuffled: prompts (all pairs of a prompt stay together) or pairs (each alone)",
+        "prompts",
+        "what is shuffled: prompts (the pairs of a prompt stay together) or pairs (each alone)",
     ),
-    group_pairs=Field(32, "most pairs of a prompt that stay together"),
+    group_pairs=Field(32, "most pairs that stay together; more of a prompt are cut into several"),
     shuffle=Field(True, "shuffle before each epoch; False: keep the order of the file"),
     on_bad_row=Field("error", "what to do about a malformed row: error (stop) or drop (count it)"),
     max_dropped=Field(0.05, "stop if more than this share of the rows would be dropped"),

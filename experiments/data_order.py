@@ -13,7 +13,7 @@ of a prompt together. Within a seed nothing else differs. Three parts:
 
 --part picks parts; runs that are done are not made again. Writes DIR/PART.jsonl, with a row per run
 and evaluation, then DIR/data_order.json, which has mean, spread and paired differences of each
-measure, and DIR/data_order.png. One CPU core: toy 12 minutes, imdb 12, hh 6.
+measure, and DIR/data_order.png. On one CPU core, toy takes about 12 minutes.
 """
 
 import dataclasses
