@@ -35,12 +35,20 @@ CHUNK_LOGITS = 2**26  # the logits of a chunk on a chip that is not known: 256 M
 # reads all of the head, and adds to all of its gradient.
 CPU_CHUNK_LOGITS = 2**22
 CPU_CHUNK = 512
+# Without a gradient there is nothing to add to, and reading the head costs less than writing more
+# logits than the caches hold.
+CPU_CHUNK_FORWARD = 128
 
 
-def response_log_probs(config: TransformerConfig, params, batch: Batch) -> jax.Array:
-    """Return the summed log-prob of each response given its prompt, nats, float32 [S, Q]."""
+def response_log_probs(
+    config: TransformerConfig, params, batch: Batch, *, gradient: bool = True
+) -> jax.Array:
+    """Return the summed log-prob of each response given its prompt, nats, float32 [S, Q].
+
+    gradient: False says that none will be taken, as of a reference, and only affects the speed.
+    """
     # Logits are taken at all completion tokens of a shard, whichever response they belong to.
-    log_probs_SM = token_log_probs(config, params, batch)
+    log_probs_SM = token_log_probs(config, params, batch, gradient=gradient)
     responses = batch.response_lengths.shape[-1]
 
     def sum_by_response(log_probs_M, segment_ids_M):
@@ -58,13 +66,16 @@ def by_example(values_SQ: jax.Array, batch: Batch) -> jax.Array:
     return values_SI.reshape(batch.response_index.shape)
 
 
-def token_log_probs(config: TransformerConfig, params, batch: Batch) -> jax.Array:
+def token_log_probs(
+    config: TransformerConfig, params, batch: Batch, *, gradient: bool = True
+) -> jax.Array:
     """Return the log-prob of each completion token, nats, float32 [S, M].
 
-    Padding has the log-prob of some token 0, which is to be masked.
+    Padding has the log-prob of some token 0, which is to be masked. gradient: as in
+    `response_log_probs`.
     """
     x_SMD = completion_hidden(config, params, batch)
-    return target_log_probs(config, params, x_SMD, batch.targets)
+    return target_log_probs(config, params, x_SMD, batch.targets, gradient=gradient)
 
 
 def batch_hidden(config: TransformerConfig, params, batch: Batch) -> jax.Array:
@@ -80,12 +91,15 @@ def completion_hidden(config: TransformerConfig, params, batch: Batch) -> jax.Ar
     return constrain(x_SMD, BATCH)
 
 
-def target_log_probs(config: TransformerConfig, params, x_SMD, targets_SM) -> jax.Array:
+def target_log_probs(
+    config: TransformerConfig, params, x_SMD, targets_SM, *, gradient: bool = True
+) -> jax.Array:
     """Return the log-prob of each target token, nats, float32 [S, M].
 
-    x_SMD: the hidden states that predict them.
+    x_SMD: the hidden states that predict them. gradient: as in `response_log_probs`.
     """
-    return _in_chunks(config, _target_log_probs, [(params, x_SMD)], targets_SM)
+    models = [(params, x_SMD)]
+    return _in_chunks(config, _target_log_probs, models, targets_SM, gradient=gradient)
 
 
 def token_kls(
@@ -113,7 +127,9 @@ def chunk_logits(chip: Chip | None) -> int:
 
 
 @jax.named_scope("head")
-def _in_chunks(config: TransformerConfig, function: Callable, models: list, targets_SM):
+def _in_chunks(
+    config: TransformerConfig, function: Callable, models: list, targets_SM, gradient: bool = True
+):
     """Return function(targets_SM, logits_SMV of each model), over chunks whose logits fit.
 
     models: pairs of weights and their hidden states [S, M, D]. The logits are computed again in the
@@ -123,7 +139,8 @@ def _in_chunks(config: TransformerConfig, function: Callable, models: list, targ
     # In positions: each has a logit for every token of the vocabulary.
     limit = chunk_logits(chip_of(device())) // config.vocab
     if device().platform == "cpu":
-        limit = min(limit, max(CPU_CHUNK, CPU_CHUNK_LOGITS // config.vocab))
+        least = CPU_CHUNK if gradient else CPU_CHUNK_FORWARD
+        limit = min(limit, max(least, CPU_CHUNK_LOGITS // config.vocab))
     # Never below 128, or the product with the head would be too thin to be fast.
     chunks = -(-positions // max(128, limit))
     chunk = -(-positions // chunks)  # so that the last is about as large as the others

@@ -60,7 +60,8 @@ def dpo(model, loss, params, reference, hyper, batch: Batch):
     if reference is not None:
         # The name is for profiles, as is the optimiser's in step.py and the head's in log_probs.py.
         with jax.named_scope("reference"):
-            reference_SP2 = by_example(response_log_probs(model, reference, batch), batch)
+            reference_SQ = response_log_probs(model, reference, batch, gradient=False)
+            reference_SP2 = by_example(reference_SQ, batch)
         log_ratios_SP2 = log_probs_SP2 - jax.lax.stop_gradient(reference_SP2)
     elif batch.reference_log_probs is not None:
         log_ratios_SP2 = log_probs_SP2 - batch.reference_log_probs
