@@ -1,14 +1,12 @@
 """Measure what the order of the data does to learning: whole prompts or single pairs shuffled.
 
-    python -m experiments.data_order --workdir=DIR --model=STORIES260K --reviews=IMDB --hh=HH
+    python -m experiments.data_order --workdir=DIR --model=STORIES260K --hh=HH
 
 Trains DPO on the same pairs, from the same model, in three orders: config.data.order "pairs"; the
 same with another shuffle, which shows what chance alone does; and "prompts", which keeps all pairs
-of a prompt together. Within a seed nothing else differs. Three parts:
+of a prompt together. Within a seed nothing else differs. Two parts:
 
     toy   configs/toy.py at four betas: exact reward and KL. 6 pairs of each sampled set.
-    imdb  --model, fine-tuned on --reviews, continues their beginnings; labels are those of the
-          n-gram reward. 6 pairs a prompt, as in the paper's section 6.1. Reward and KL are sampled.
     hh    --model on --hh. Nearly every prompt has one pair, so "prompts" is just another shuffle.
 
 --part picks parts; runs that are done are not made again. Writes DIR/PART.jsonl, with a row per run
@@ -25,7 +23,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-PARTS = ("toy", "imdb", "hh")
+PARTS = ("toy", "hh")
 # Arm -> (config.data.order, what is added to the seed of the order).
 ARMS = {"pairs": ("pairs", 0), "pairs, shuffled anew": ("pairs", 1000), "prompts": ("prompts", 0)}
 CONTROL = "pairs, shuffled anew"
@@ -35,8 +33,6 @@ START = "start"  # stands for the arm in rows of the initial policy
 
 TOY_BETAS = (2.0, 1.0, 0.5, 0.25)
 TOY_KLS = (0.25, 1.0, 2.5, 5.0)  # at which rewards are compared
-IMDB_KLS = (0.5, 1.0, 2.0)
-IMDB_PROMPTS = 256  # held out; a completion of each is sampled at each evaluation
 HH_HELD_OUT = 256
 
 
@@ -160,84 +156,6 @@ def run_toy(folder: pathlib.Path, seed: int, rows: list[dict], path: pathlib.Pat
         run_task(task, rows, path)
 
 
-def imdb_config(model: str, reviews: str):
-    """Return the config of the small IMDb task: a fine-tuned --model and its sampled pairs."""
-    from dpo_jax.config import default
-
-    config = default(("sft", "pairs"))
-    config.model.path = model
-    config.data.update(
-        source="imdb",
-        path=reviews,
-        max_rows=25_000,
-        max_eval_rows=IMDB_PROMPTS + 100,
-        max_length=72,
-        max_prompt_length=32,
-        append_eos=False,  # nearly all reviews are longer
-    )
-    config.sft.update(
-        loss="token_mean",
-        batch_size=64,
-        steps=400,
-        optimizer="adamw",
-        lr=2e-3,
-        schedule="cosine",
-        warmup_steps=50,
-        max_grad_norm=1.0,
-        eval_every=200,
-        save_every=400,
-    )
-    config.reward.update(kind="ngram", path=reviews)
-    config.sampling.update(max_new_tokens=60, min_prefix=4, max_prefix=12)
-    config.pairs.prompts = 1000
-    return config
-
-
-def run_imdb(folder: pathlib.Path, config, seed: int, rows: list[dict], path: pathlib.Path) -> None:
-    """Run the IMDb task: one SFT model for all seeds, pairs of each seed's own."""
-    import dpo_jax
-    from dpo_jax.evaluation import reward_kl
-    from dpo_jax.pipeline import preference_pairs
-    from dpo_jax.pipeline.run import Run
-
-    sft = config.copy_and_resolve_references()
-    sft.stages = ("sft",)
-    dpo_jax.run(sft, folder / "imdb")
-    config = config.copy_and_resolve_references()
-    config.seed = seed
-    config.stages = ("pairs",)
-    config.model.path = str(folder / "imdb" / "sft" / "hf")
-    workdir = folder / f"imdb-{seed}"
-    dpo_jax.run(config, workdir)
-    data = preference_pairs.load(workdir / "pairs", "pairs")
-    model = dpo_jax.load(config.model.path)
-
-    run = Run(config, workdir, model.mesh)
-    # The first held-out prompts are those of the held-out pairs.
-    prompts = run.load_prompts(model.tokenizer)["eval"].take(range(100, 100 + IMDB_PROMPTS))
-    reward = run.reward("true")
-    sampling = run.sampling()
-
-    def measure(trained):
-        policy = model.checkpoint.model(trained.params, model.mesh)
-        values, _ = reward_kl.evaluate(policy, model.params, prompts, reward, sampling)
-        return dict(reward=values["frontier/reward"], kl=values["frontier/kl"])
-
-    task = Task(
-        part="imdb",
-        seed=seed,
-        model=model,
-        train=data.train,
-        held_out=data.eval,
-        settings=dict(beta=0.1, lr=1e-4, warmup_steps=20),
-        batch_size=64,
-        steps=93,  # an epoch
-        evaluate_at=(31, 62, 93),
-        measure=measure,
-    )
-    run_task(task, rows, path)
-
-
 def run_hh(model_path: str, file: str, seed: int, rows: list[dict], path: pathlib.Path) -> None:
     """Run HH: an epoch over the rows that are not held out, cut to 128 tokens."""
     import dpo_jax
@@ -270,7 +188,7 @@ def run_hh(model_path: str, file: str, seed: int, rows: list[dict], path: pathli
 
 
 def at_kl(rows: list[dict], kl: float) -> float:
-    """Return the reward of a frontier at a KL, interpolated between its runs or evaluations."""
+    """Return the reward of a frontier at a KL, interpolated between its runs."""
     ordered = sorted(rows, key=_kl)
     # Near the reference a frontier goes as the root of the KL.
     roots = np.sqrt([row["kl"] for row in ordered])
@@ -304,12 +222,11 @@ def measures(rows: list[dict]) -> dict[str, dict]:
             beta = f" beta {row['beta']:g}" if part == "toy" else ""
             for name in names:
                 add(f"{part}{beta}: {name}", row, row[name])
-        # The toy's frontier is drawn by beta, that of the IMDb task by the steps of a run.
-        frontier, kls = dict(toy=(ends, TOY_KLS), imdb=(of_part, IMDB_KLS)).get(part, ((), ()))
-        for kl in kls:
+        # The toy's frontier: the initial policy, then one policy for each beta.
+        for kl in TOY_KLS if part == "toy" else ():
             for row in ends:
                 alike = []
-                for other in (*frontier, *starts):
+                for other in (*ends, *starts):
                     if other["seed"] == row["seed"] and other["arm"] in (row["arm"], START):
                         alike.append(other)
                 add(f"{part}: reward at KL {kl:g}", row, at_kl(alike, kl))
@@ -359,7 +276,6 @@ def draw(path: pathlib.Path, found: dict[str, dict]) -> None:
 
     groups = {
         "toy: reward at equal KL": [name for name in found if name.startswith("toy: reward at")],
-        "imdb: reward at equal KL": [name for name in found if name.startswith("imdb: reward at")],
         "held-out accuracy": [name for name in found if name.endswith(": accuracy")],
     }
     groups = {title: names for title, names in groups.items() if names}
@@ -387,7 +303,7 @@ def draw(path: pathlib.Path, found: dict[str, dict]) -> None:
     figure.savefig(path, dpi=130)
 
 
-def run(folder: pathlib.Path, parts: list[str], seeds: int, model: str, reviews: str, hh: str):
+def run(folder: pathlib.Path, parts: list[str], seeds: int, model: str, hh: str):
     """Make the runs that are not done, then write the summary and the figure."""
     folder.mkdir(parents=True, exist_ok=True)
     for part in parts:
@@ -396,8 +312,6 @@ def run(folder: pathlib.Path, parts: list[str], seeds: int, model: str, reviews:
         for seed in range(seeds):
             if part == "toy":
                 run_toy(folder, seed, rows, path)
-            elif part == "imdb":
-                run_imdb(folder, imdb_config(model, reviews), seed, rows, path)
             else:
                 run_hh(model, hh, seed, rows, path)
     rows = [row for part in PARTS for row in read(folder / f"{part}.jsonl")]
@@ -423,8 +337,7 @@ def main():
     workdir = flags.DEFINE_string("workdir", None, "Folder of the runs and the results.")
     parts = flags.DEFINE_multi_enum("part", list(PARTS), PARTS, "A part to run. Default: all.")
     seeds = flags.DEFINE_integer("seeds", 5, "How many seeds.")
-    model = flags.DEFINE_string("model", "", "stories260k in Hugging Face format: imdb and hh.")
-    reviews = flags.DEFINE_string("reviews", "stanfordnlp/imdb", "The reviews: imdb.")
+    model = flags.DEFINE_string("model", "", "stories260k in Hugging Face format: hh.")
     hh = flags.DEFINE_string("hh", "Anthropic/hh-rlhf", "The pairs: hh.")
     flags.mark_flags_as_required(["workdir"])
     # One thread: the steps are too small to share between cores, and seeds can run beside others.
@@ -437,7 +350,6 @@ def main():
             parts.value,
             seeds.value,
             model.value,
-            reviews.value,
             hh.value,
         )
 
