@@ -76,8 +76,8 @@ MODEL = dict(
     ),
     unroll=Field(
         0,
-        "layers unrolled per scan step: more is faster on a CPU but slower to compile; 0: all of "
-        "up to 12 layers on a CPU, else 1",
+        "layers unrolled per scan step: may be faster on a CPU, but is slower to compile; 0: all of "
+        "up to 6 layers on a CPU, else 1",
     ),
     lora=LORA,
 )

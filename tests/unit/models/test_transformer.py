@@ -162,7 +162,7 @@ def test_packed_response_sees_prompt_and_itself(layout):
 
 
 @pytest.mark.parametrize(
-    ("layers", "unroll", "expected"), [(2, 0, 2), (12, 0, 12), (13, 0, 1), (12, 1, 1), (24, 4, 4)]
+    ("layers", "unroll", "expected"), [(2, 0, 2), (6, 0, 6), (7, 0, 1), (6, 1, 1), (24, 4, 4)]
 )
 def test_layers_are_unrolled_on_a_cpu_up_to_a_depth(layers, unroll, expected):
     config = tiny_config(layers=layers, unroll=unroll)
