@@ -76,7 +76,7 @@ MODEL = dict(
     ),
     unroll=Field(
         0,
-        "layers unrolled per scan step: may be faster on a CPU, but is slower to compile; 0: all of "
+        "layers unrolled per scan step: may be faster on a CPU, but slower to compile; 0: all of "
         "up to 6 layers on a CPU, else 1",
     ),
     lora=LORA,
