@@ -383,6 +383,9 @@ FREE = (
 )
 
 
+# Fields that only change what is trained on examples of which several may belong together.
+GROUPING = ("data.order", "data.group_pairs")
+
 # Blocks whose fields are not ours, but Hugging Face's and the chat template's: they take any.
 OPEN_BLOCKS = ("model.scratch", "data.template")
 
@@ -412,7 +415,8 @@ def dependencies(config: ConfigDict, stage: str) -> dict:
     """Return every field (dotted name -> value) that the result of a stage depends on.
 
     They are its own, the model's, the data's, those of the stages before it, and those of sampling
-    if any of these samples.
+    if any of these samples. How pairs are grouped (GROUPING) counts from the first stage that
+    trains in groups.
     """
     number = config.stages.index(stage)
     so_far = config.stages[: number + 1]
@@ -424,7 +428,17 @@ def dependencies(config: ConfigDict, stage: str) -> dict:
     fields = {"seed": config.seed, "stages": list(so_far)}
     for block in blocks:
         fields |= flat_fields(block, json.loads(config[block].to_json()))
-    return {name: value for name, value in fields.items() if not is_free(name)}
+    return {name: value for name, value in fields.items() if may_matter(config, stage, name)}
+
+
+def may_matter(config: ConfigDict, stage: str, field: str) -> bool:
+    """Return whether a field (dotted name) that a stage or one before it reads may change it."""
+    if is_free(field):
+        return False
+    if field not in GROUPING:
+        return True
+    so_far = config.stages[: config.stages.index(stage) + 1]
+    return any(stage_table.trains_in_groups(config, name) for name in so_far)
 
 
 def is_free(field: str) -> bool:

@@ -69,6 +69,14 @@ def trains_on_samples(config: ConfigDict, stage: str) -> bool:
     return STAGES[stage].data == "pairs" and "pairs" in config.stages
 
 
+def trains_in_groups(config: ConfigDict, stage: str) -> bool:
+    """Return whether a stage trains on examples of which several may belong together.
+
+    Single completions do only where they were sampled together: see `Examples.groups`.
+    """
+    return STAGES[stage].responses == 2 or trains_on_samples(config, stage)
+
+
 def reference_of(config: ConfigDict, stage: str) -> str:
     """Return the reference of a stage's loss: "none", "init" (what it starts from), or a path."""
     return config[stage].get("reference", STAGES[stage].reference)

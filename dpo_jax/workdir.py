@@ -119,10 +119,12 @@ def _date_of_others(folder: pathlib.Path, stage: str) -> str:
 
 def _check_config(folder: pathlib.Path, config, stage: str, depends_on: dict) -> None:
     """Raise StageChanged if a stage was started with a config that differs where it matters."""
-    # Fields that are newer than the folder have their defaults; others are free since.
+    # Fields that are newer than the folder have their defaults; others no longer matter.
     defaults = _dependencies(configs.default(tuple(config.stages)), stage)
     there = {
-        name: value for name, value in (defaults | depends_on).items() if not configs.is_free(name)
+        name: value
+        for name, value in (defaults | depends_on).items()
+        if configs.may_matter(config, stage, name)
     }
     now = _dependencies(config, stage)
     if there == now:

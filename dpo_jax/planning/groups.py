@@ -92,8 +92,7 @@ def group_of(config: ConfigDict, stage: str, assumed) -> Group:
             f"but examples are cut to config.data.max_length = {data.max_length}. Lower "
             "--prompt_tokens or --response_tokens, or raise config.data.max_length."
         )
-    # Single completions stay together only if they were sampled together: `Examples.groups`.
-    if STAGES[stage].responses == 1 and not stage_table.trains_on_samples(config, stage):
+    if not stage_table.trains_in_groups(config, stage):
         return Group(prompt, response)
     if not pairs:
         pairs = math.comb(responses, 2) if responses else 1

@@ -1,6 +1,7 @@
 """The paper's other methods, end to end: on the toy, and on a Llama with EOS."""
 
 import json
+import shutil
 import signal
 
 import numpy as np
@@ -92,6 +93,39 @@ def test_best_of_n_of_more_is_better(workdir):
     assert (one["kl"], four["kl"]) == (0, pytest.approx(np.log(4) - 3 / 4))
     rows = read_lines(workdir / "best_of_n" / "completions.jsonl")
     assert len(rows) == 64 and all(len(row["completions"]) == 4 for row in rows)
+
+
+def test_other_order_trains_on_same_pairs(workdir, tmp_path, capsys):
+    """The stages that read no pairs are reused; what trains on them is refused, or made anew."""
+    for name in ("sft", "pairs"):
+        shutil.copytree(workdir / name, tmp_path / name)
+    # As in a folder from before the field was left out of these stages.
+    path = tmp_path / "sft" / "config.json"
+    record = json.loads(path.read_text())
+    assert "data.order" not in record["depends_on"]
+    record["depends_on"]["data.order"] = "pairs"
+    path.write_text(json.dumps(record))
+
+    config = toy_config("dpo", dpo=dict(steps=4, eval_every=4, save_every=4))
+    config.stages = ("sft", "pairs", "dpo")
+    config.data.order = "pairs"
+    pairs_alone = run(config, tmp_path)
+    for field, value in (("order", "prompts"), ("group_pairs", 8)):
+        changed = config.copy_and_resolve_references()
+        changed.data[field] = value
+        with pytest.raises(
+            StageChanged, match=f"the dpo stage.*\n.*config.data.{field}: .*{value}"
+        ):
+            run(changed, tmp_path)
+    capsys.readouterr()
+    config.data.order = "prompts"
+    config.run = "in_groups"
+    in_groups = run(config, tmp_path)
+    printed = capsys.readouterr().out
+    for name in ("sft", "pairs"):
+        assert f"{name}: already done" in printed
+    assert in_groups.name == "in_groups"
+    assert rows_without_timings(in_groups) != rows_without_timings(pairs_alone)
 
 
 def test_pairs_resume_after_kill(workdir, tmp_path, monkeypatch):

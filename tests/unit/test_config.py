@@ -154,6 +154,30 @@ def test_dependencies_of_stage():
     assert configs.dependencies(config, "dpo").keys() > fields.keys()
 
 
+@pytest.mark.parametrize(
+    "stages, first",
+    [
+        (("sft", *configs.METHODS["dpo"]), "dpo"),
+        (("sft", *configs.METHODS["preferred_ft"]), "preferred_ft"),
+        (("sft", *configs.METHODS["unlikelihood"]), "unlikelihood"),
+        (("sft", *configs.METHODS["ppo"]), "rm"),
+        (("sft", *configs.METHODS["best_of_n"]), "rm"),
+        (("sft", *configs.METHODS["ppo_gt"]), None),
+        (("sft", "best_of_n"), None),
+        # The completions of a file are not in sets.
+        (("preferred_ft",), None),
+    ],
+)
+def test_grouping_counts_from_first_stage_that_reads_it(stages, first):
+    config = configs.default(stages)
+    counts = [stage for stage in stages if "data.order" in configs.dependencies(config, stage)]
+    assert counts == list(stages[stages.index(first) :] if first else ())
+    for stage in stages:
+        fields = configs.dependencies(config, stage).keys()
+        assert ("data.group_pairs" in fields) == (stage in counts)
+        assert "data.shuffle" in fields
+
+
 def test_folder_names():
     config = configs.default(("sft", "pairs", "dpo", "evaluate"))
     assert configs.folder_names(config) == {name: name for name in config.stages}
