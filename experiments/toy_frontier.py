@@ -12,6 +12,7 @@ checkpoint, and DIR/frontier.png.
 """
 
 import contextlib
+import importlib.metadata
 import io
 import json
 import multiprocessing
@@ -223,7 +224,10 @@ def _one_thread():
     Nor does fusion pay for its compilation here, which would take a third of the time.
     """
     given = os.environ.get("XLA_FLAGS", "")
-    ours = "--xla_cpu_multi_thread_eigen=false --xla_cpu_use_fusion_emitters=false"
+    ours = "--xla_cpu_multi_thread_eigen=false"
+    # XLA ends a process whose flags it does not know, and newer versions do not know this one.
+    if importlib.metadata.version("jaxlib").startswith("0.10."):
+        ours += " --xla_cpu_use_fusion_emitters=false"
     os.environ["XLA_FLAGS"] = f"{given} {ours}"
     from dpo_jax.parallel import processes
 
