@@ -16,7 +16,8 @@ _QUIET = contextvars.ContextVar("quiet", default=False)
 # done. Both come from the thread that asked for the program.
 LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"
 COMPILED = "/jax/core/compile/backend_compile_duration"
-LONG_COMPILE = 3.0  # seconds; a program that compiles faster is not mentioned
+LONG_COMPILE = 3.0  # seconds that XLA is at work before a terminal shows it
+LOGGED_COMPILE = 10.0  # seconds; a program that compiles faster leaves no line behind
 
 
 @contextlib.contextmanager
@@ -102,8 +103,9 @@ def compile_times(name: str):
     """Show how long XLA has been compiling within: "dpo: compiling: 12 s".
 
     On a terminal a line of its own counts the seconds, below the others, and goes away at the end.
-    Everywhere a line then says how long the program took to compile. Programs that take less than
-    LONG_COMPILE are not mentioned.
+    Everywhere a line then says how long the program took: "dpo: compiling train_step took 17 s".
+    A program that takes less than LONG_COMPILE is not shown; one of less than LOGGED_COMPILE leaves
+    no line.
     """
     if jax.process_index() or _QUIET.get():
         yield
@@ -140,8 +142,11 @@ class CompileWatch:
         self._began: float | None = None  # when XLA began; None: it is not at work
         self._line: tqdm | None = None
 
-    def hear(self, event: str, seconds: float, **_) -> None:
-        """Take one of jax's events; they come from every thread that compiles."""
+    def hear(self, event: str, seconds: float, fun_name: str = "", **_) -> None:
+        """Take one of jax's events; they come from every thread that compiles.
+
+        fun_name: the program's, as jax gives it: "jit(train_step)".
+        """
         if threading.get_ident() != self._thread:
             return
         if event == LOWERED:
@@ -149,8 +154,9 @@ class CompileWatch:
                 self._began = time.monotonic()
         elif event == COMPILED:
             self.close()
-            if seconds >= LONG_COMPILE:
-                say(f"{self._name}: compiling took {seconds:.0f} s")
+            if seconds >= LOGGED_COMPILE:
+                program = _function_of(fun_name)
+                say(f"{self._name}: compiling {program} took {seconds:.0f} s")
 
     def tick(self) -> None:
         """Show the seconds since XLA began, if it is at work for long."""
@@ -172,6 +178,12 @@ class CompileWatch:
             if self._line is not None:
                 self._line.close()
                 self._line = None
+
+
+def _function_of(fun_name: str) -> str:
+    """Return the function that a program is of: "jit(_train_step)" -> "train_step"."""
+    inner = fun_name.rpartition("(")[2].removesuffix(")").removeprefix("jit_").strip("_")
+    return inner or "a program"
 
 
 # What the progress line shows, in order: metric -> label. training/metric_names.py says what they

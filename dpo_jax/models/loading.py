@@ -222,9 +222,12 @@ def from_scratch(fields: dict, seed: int, *, tokenizer_path: str = "", **options
 
     def load_params(mesh):
         placed = sharding.param_shardings(mesh, transformer.abstract(config))
+
+        def init(key):
+            return transformer.init(config, key)
+
         # Each device makes its own part: a large model is never whole anywhere.
-        make = jax.jit(lambda key: transformer.init(config, key), out_shardings=placed)
-        return make(jax.random.key(seed))
+        return jax.jit(init, out_shardings=placed)(jax.random.key(seed))
 
     def fingerprint():
         # The same seed and sizes give the same weights, so nothing needs to be read.

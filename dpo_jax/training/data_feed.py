@@ -166,7 +166,7 @@ class DataFeed:
             _say_what_cells_lose(name, block, batches, groups)
         most_tokens = max(shape.tokens for shape in batches.shapes)
         if gains_by_huge_pages(self._job.model, self._job.mesh, most_tokens):
-            say_how_to_get_huge_pages(name)
+            say_how_to_get_huge_pages()
         if block.warmup_steps >= steps:
             reached = steps / (block.warmup_steps + 1)
             say(
@@ -238,10 +238,10 @@ def gains_by_huge_pages(model: TransformerConfig, mesh: jax.sharding.Mesh, token
 
 
 @functools.cache  # once in a process, whatever it trains
-def say_how_to_get_huge_pages(stage: str) -> None:
+def say_how_to_get_huge_pages() -> None:
     """Say what huge pages bring, and the line to type."""
     say(
-        f"{stage}: huge pages would make steps faster on this CPU, by up to a fifth: type "
+        "huge pages would shorten steps on this CPU by a fifth to a quarter: type "
         f"`export {hardware.HUGE_PAGES}` and start again"
     )
 

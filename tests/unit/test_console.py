@@ -20,7 +20,10 @@ class Terminal(io.StringIO):
 
 def compile_something():
     # A new function, so that no earlier program of it is at hand.
-    jax.jit(lambda x: jnp.sin(x) * 3)(jnp.ones(3))
+    def sine(x):
+        return jnp.sin(x) * 3
+
+    jax.jit(sine)(jnp.ones(3))
 
 
 def test_compiling_ticks_on_a_terminal_and_goes_away(monkeypatch, capsys):
@@ -40,13 +43,25 @@ def test_compiling_ticks_on_a_terminal_and_goes_away(monkeypatch, capsys):
     assert "dpo: compiling: 12 s" in terminal.getvalue()
     assert "dpo: compiling: 13 s" in terminal.getvalue()
     assert "\n" not in terminal.getvalue()
-    watch.hear(console.COMPILED, 13.4)
+    watch.hear(console.COMPILED, 13.4, fun_name="jit(train_step)", other="kept")
     assert terminal.getvalue().rpartition("13 s")[2].strip() == ""
-    assert capsys.readouterr().out == "dpo: compiling took 13 s\n"
+    assert capsys.readouterr().out == "dpo: compiling train_step took 13 s\n"
     shown = terminal.getvalue()
     clock.pass_by(60)
     watch.tick()  # nothing is compiled
     assert terminal.getvalue() == shown
+
+
+@pytest.mark.parametrize(
+    ("fun_name", "function"),
+    [("jit(_sample)", "sample"), ("jit_eval_step", "eval_step"), ("", "a program")],
+)
+def test_line_names_the_program_if_it_took_long(capsys, fun_name, function):
+    watch = console.CompileWatch("dpo")
+    for seconds in (console.LOGGED_COMPILE - 0.1, 17.0):
+        watch.hear(console.LOWERED, 0.1)
+        watch.hear(console.COMPILED, seconds, fun_name=fun_name)
+    assert capsys.readouterr().out == f"dpo: compiling {function} took 17 s\n"
 
 
 def test_short_programs_and_other_threads_are_not_mentioned(monkeypatch, capsys):
@@ -72,7 +87,7 @@ def test_short_programs_and_other_threads_are_not_mentioned(monkeypatch, capsys)
 
 @pytest.mark.parametrize("stream", [io.StringIO, Terminal])
 def test_compile_times_hears_of_jax_and_leaves_nothing_behind(monkeypatch, capsys, stream):
-    monkeypatch.setattr(console, "LONG_COMPILE", 0.0)
+    monkeypatch.setattr(console, "LOGGED_COMPILE", 0.0)
     monkeypatch.setattr("sys.stderr", stream())
     threads = threading.active_count()
     with pytest.raises(KeyError), console.compile_times("sft"):
@@ -81,13 +96,13 @@ def test_compile_times_hears_of_jax_and_leaves_nothing_behind(monkeypatch, capsy
         compile_something()
         raise KeyError
     assert threading.active_count() == threads
-    assert "sft: compiling took 0 s\n" in capsys.readouterr().out
+    assert "sft: compiling sine took 0 s\n" in capsys.readouterr().out
     compile_something()
     assert capsys.readouterr().out == ""
 
 
 def test_compile_times_is_quiet(monkeypatch, capsys):
-    monkeypatch.setattr(console, "LONG_COMPILE", 0.0)
+    monkeypatch.setattr(console, "LOGGED_COMPILE", 0.0)
     with console.quiet(), console.compile_times("sft"):
         compile_something()
     assert capsys.readouterr().out == ""

@@ -5,9 +5,11 @@ import types
 import numpy as np
 import pytest
 
+from dpo_jax import config as configs
 from dpo_jax.parallel import hardware
 from dpo_jax.training import data_feed
 from tests.helpers.tiny import tiny_config
+from tests.helpers.tiny_runs import on_devices, run, write_model, write_pairs
 
 ENOUGH = data_feed.GAINS_BY_HUGE_PAGES // (2 * 100)  # tokens, with two layers of width 100
 
@@ -30,9 +32,19 @@ def test_huge_pages_are_for_large_steps_on_a_cpu(monkeypatch, platform, tokens, 
     assert data_feed.gains_by_huge_pages(model, mesh, tokens) is gains
 
 
-def test_huge_pages_are_mentioned_once_with_the_line_to_type(capsys):
+def test_huge_pages_are_mentioned_once_in_a_run_of_two_stages(tmp_path, monkeypatch, capsys):
     data_feed.say_how_to_get_huge_pages.cache_clear()
-    data_feed.say_how_to_get_huge_pages("sft")
-    data_feed.say_how_to_get_huge_pages("sft")
-    (line,) = capsys.readouterr().out.splitlines()
+    monkeypatch.setattr(data_feed, "gains_by_huge_pages", lambda *_: True)
+    pairs = write_pairs(tmp_path / "pairs.jsonl", 10)
+    config = configs.default(("sft", "dpo"))
+    config.model.path = str(write_model(tmp_path / "model"))
+    config.data.path = str(pairs)
+    for stage in config.stages:
+        config[stage].update(batch_size=4, steps=1)
+    with on_devices(1):
+        run(config, tmp_path / "run")
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("sft: ") for line in lines)
+    assert any(line.startswith("dpo: ") for line in lines)
+    (line,) = [line for line in lines if "huge pages" in line]
     assert "`export GLIBC_TUNABLES=glibc.malloc.hugetlb=1`" in line
