@@ -7,6 +7,7 @@ that splits the batch). A microbatch on one shard is a cell; each is packed by i
 
 import concurrent.futures
 import dataclasses
+import heapq
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -339,30 +340,64 @@ def _deal(indices: np.ndarray, sizes: packing.Sizes, cells: int, most: int) -> l
     size_G = _tokens_of_groups(group_P, batch)
     # A group that is more than a cell's part of all would leave others waiting, so it is cut.
     part = size_G.sum() / cells
-    pieces_G = np.ceil(size_G / part).astype(int)
-    piece_P = np.zeros(len(indices), int)
-    pieces = 0
-    for group, count in enumerate(pieces_G.tolist()):
-        members = np.flatnonzero(group_P == group)
-        for piece in np.array_split(members, min(count, len(members))):
-            piece_P[piece] = pieces
-            pieces += 1
+    pieces_G = np.minimum(np.ceil(size_G / part).astype(int), np.bincount(group_P))
+    if pieces_G.max(initial=1) > 1:
+        group_P = _cut_groups(group_P, pieces_G)
+        size_G = _tokens_of_groups(group_P, batch)
 
-    size_G = _tokens_of_groups(piece_P, batch)
-    loads = np.zeros(cells, int)
+    may_be_full = len(indices) > most
+    sorted_indices = indices[np.argsort(group_P, kind="stable")].tolist()
+    ends = np.cumsum(np.bincount(group_P)).tolist()
+    sizes_of_groups = size_G.tolist()
     dealt = [[] for _ in range(cells)]
-    for piece in np.argsort(-size_G, kind="stable"):
-        members = indices[piece_P == piece].tolist()
+    # (tokens, number) of each cell: the one with the least comes first.
+    loads = [(0, number) for number in range(cells)]
+    for group in np.argsort(-size_G, kind="stable").tolist():
+        start = ends[group - 1] if group else 0
+        members = sorted_indices[start : ends[group]]
         parts = [members]
-        if min(map(len, dealt)) + len(members) > most:
+        if may_be_full and min(map(len, dealt)) + len(members) > most:
             # No cell has room for all of them, but there is room for each.
             parts = [[member] for member in members]
         for together in parts:
-            has_room = np.array([len(cell) + len(together) <= most for cell in dealt])
-            cell = int(np.where(has_room, loads, np.inf).argmin())
-            loads[cell] += size_G[piece] * len(together) // len(members)
+            # Cells without room for these are set aside until one with room has been found.
+            full = []
+            while may_be_full and len(loads) > 1:
+                _, cell = loads[0]
+                if len(dealt[cell]) + len(together) <= most:
+                    break
+                full.append(heapq.heappop(loads))
+            load, cell = loads[0]
             dealt[cell] += together
+            load += sizes_of_groups[group] * len(together) // len(members)
+            heapq.heapreplace(loads, (load, cell))
+            for waiting in full:
+                heapq.heappush(loads, waiting)
     return [np.array(cell, int) for cell in dealt]
+
+
+def _cut_groups(group_P: np.ndarray, pieces_G: np.ndarray) -> np.ndarray:
+    """Return the number of each example's piece, where each group is cut into so many, evenly.
+
+    Pieces come in the order of the groups. Examples of a group keep their order, and its first
+    pieces have one more where they cannot all have as many.
+    """
+    count_G = np.bincount(group_P)
+    order = np.argsort(group_P, kind="stable")
+    rank_P = np.empty(len(group_P), int)
+    rank_P[order] = np.arange(len(group_P)) - np.repeat(np.cumsum(count_G) - count_G, count_G)
+    in_piece_G, one_more_G = np.divmod(count_G, pieces_G)
+    in_piece_P = in_piece_G[group_P]
+    one_more_P = one_more_G[group_P]
+    # Examples in the pieces that have one more; those after them are counted from there.
+    in_larger_P = one_more_P * (in_piece_P + 1)
+    piece_of_group_P = np.where(
+        rank_P < in_larger_P,
+        rank_P // (in_piece_P + 1),
+        one_more_P + (rank_P - in_larger_P) // in_piece_P,
+    )
+    first_piece_G = np.cumsum(pieces_G) - pieces_G
+    return first_piece_G[group_P] + piece_of_group_P
 
 
 def _tokens_of_groups(group_P: np.ndarray, sizes: packing.Sizes) -> np.ndarray:

@@ -12,6 +12,7 @@ from dpo_jax.data.batches import (
     FILLER,
     SHAPES,
     Batches,
+    _deal,
     evaluation_order,
     microbatch_size_of,
     microbatches_of,
@@ -172,6 +173,60 @@ def test_group_is_dealt_out_where_no_cell_has_room_for_it():
     shape = dataclasses.replace(shape, slots_per_token=2)
     batches = Batches(examples, np.arange(4)[None], shards=2, shape=shape)
     assert sorted(map(sorted, batches.indices(0).reshape(2, 2).tolist())) == [[0, 2], [1, 3]]
+
+
+def dealt_plainly(examples, indices, cells, most):
+    """Return which examples are in each cell, one group after the other in plain loops."""
+
+    def tokens(members):
+        prompts, responses = {}, {}
+        for index in members:
+            prompt = examples[index].prompt.tobytes()
+            prompts[prompt] = len(examples[index].prompt)
+            for response in examples[index].responses:
+                responses[prompt, response.tobytes()] = len(response)
+        return sum(prompts.values()) + sum(responses.values())
+
+    groups = {}
+    for index in indices:
+        groups.setdefault(examples[index].prompt.tobytes(), []).append(index)
+    part = sum(tokens(members) for members in groups.values()) / cells
+    pieces = []
+    for members in groups.values():
+        count = min(int(np.ceil(tokens(members) / part)), len(members))
+        pieces += [piece.tolist() for piece in np.array_split(members, count)]
+    dealt = [[] for _ in range(cells)]
+    loads = [0] * cells
+    for piece in sorted(pieces, key=tokens, reverse=True):  # which keeps the order of equals
+        fits_one = any(len(cell) + len(piece) <= most for cell in dealt)
+        for together in [piece] if fits_one else [[index] for index in piece]:
+            free = [n for n in range(cells) if len(dealt[n]) + len(together) <= most]
+            chosen = min(free, key=lambda n: loads[n])
+            dealt[chosen] += together
+            loads[chosen] += tokens(piece) * len(together) // len(piece)
+    return dealt
+
+
+@pytest.mark.parametrize("room", ["tight", "wide"])
+@pytest.mark.parametrize("cells", [2, 5, 8])
+@pytest.mark.parametrize("prompts", [1, 3, 12, 40])
+def test_dealt_as_by_plain_rule(prompts, cells, room):
+    """Groups of equal and unequal sizes, some to be cut, some with equal responses."""
+    rng = np.random.default_rng(prompts + cells)
+    texts = [rng.integers(0, 9, rng.integers(1, 12)) for _ in range(prompts)]
+    examples = Examples()
+    for _ in range(40):
+        # A third of all are of the first prompt.
+        prompt = texts[rng.integers(prompts) * (rng.random() < 0.67)]
+        responses = [rng.integers(0, 3, rng.integers(1, 5)) for _ in range(2)]
+        examples.append(prompt, responses, "here")
+    sizes = packing.sizes_of(examples)
+    most = 40 // cells if room == "tight" else 40
+    for seed in range(5):
+        indices = np.random.default_rng(seed).permutation(40)
+        found = _deal(indices, sizes, cells, most)
+        wanted = dealt_plainly(examples, indices.tolist(), cells, most)
+        assert [cell.tolist() for cell in found] == wanted
 
 
 @pytest.mark.parametrize("microbatches, shards", [(1, 1), (2, 1), (1, 4), (2, 4)])
