@@ -56,6 +56,20 @@ def stories_config(folder):
     return small_config(path)
 
 
+def check_sharing(name, readings):
+    """Check that one arm shares what its pairs have in common, and that the other shares nothing.
+
+    readings: the tokens that each layout read, as ledger.json has them.
+    """
+    shared, separate = readings["shared"], readings["separate"]
+    assert shared["examples"] == separate["examples"]
+    assert shared["tokens_one_at_a_time"] == separate["tokens_one_at_a_time"]
+    # A prompt stands before each of its responses, where even a pair alone reads it once.
+    assert separate["tokens"] > separate["tokens_one_at_a_time"]
+    if name != "hh":  # whose prompts may all be different
+        assert shared["tokens"] < 0.9 * shared["tokens_one_at_a_time"]
+
+
 @pytest.mark.parametrize("name", ["toy", "hh", "stories260k"])
 def test_shared_runs_equal_separate_ones(name, tmp_path, monkeypatch):
     if name == "toy":
@@ -72,6 +86,7 @@ def test_shared_runs_equal_separate_ones(name, tmp_path, monkeypatch):
     # SGD, whose updates follow the gradient: RMSprop makes even rounding noise a real step.
     config.dpo.update(optimizer="sgd", lr=0.05 if name == "toy" else 1e-3)
     rows = {}
+    readings = {}
     for layout in ("shared", "separate"):
         if layout == "separate":
             separate = functools.partial(Batches, share=False)
@@ -79,6 +94,8 @@ def test_shared_runs_equal_separate_ones(name, tmp_path, monkeypatch):
         with on_devices(2):
             folder = run(config, tmp_path / layout)
         rows[layout] = rows_without_timings(folder)
+        readings[layout] = json.loads((folder / "ledger.json").read_text())["reading"]
+    check_sharing(name, readings)
     assert len(rows["shared"]) > STEPS
     for shared, separate in zip(rows["shared"], rows["separate"], strict=True):
         assert shared.keys() == separate.keys()
