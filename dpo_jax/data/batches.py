@@ -267,6 +267,12 @@ class Batches:
         """Return what the model reads in a batch, over all cells and without padding."""
         return self._needs(self._cells_nCP[[step]]).contents
 
+    def most_prompts(self) -> int:
+        """Return how many distinct prompts a cell has at most."""
+        needs = self._needs(self._cells_nCP)
+        is_first = (needs.siblings > 0) & (needs.number == 0)
+        return int(is_first.sum(axis=1).max())
+
     def padding(self) -> dict[str, float]:
         """Return the share of padding in the whole run, {"dense": ..., "attention": ...}.
 

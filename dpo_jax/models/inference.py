@@ -108,21 +108,27 @@ def map_responses(
     *,
     batch_size: int,
     window: int | None = None,
-    shape: Shape | None = None,
+    shape_for: Callable[[int], Shape] | None = None,
     name: str = "",
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield (indices, values [examples, responses]) of a function of responses, batch by batch.
 
     Examples of a prompt are in one batch where they fit, and share it. function: batch -> values
     [S, P, K], whole on every device. batch_size: examples at a time over all devices, rounded up to
-    whole shards. window: of the attention of the model that the function runs. shape: of every
-    shard's part of a batch, if not chosen from the lengths; it must have room for what is shared
-    (`Shape.slots_per_token`). name: of the progress line; "" shows none.
+    whole shards. window: of the attention of the model that the function runs. shape_for: the most
+    prompts of a shard's part of a batch -> the shape of all parts, if not chosen from the lengths.
+    It must have room for as many examples as evenly dealt batches have, whatever they share. name:
+    of the progress line; "" shows none.
     """
     batch_size = sharding.whole_shards(batch_size, mesh)
     prompt_ids, _ = examples.identities()
     order = evaluation_order(len(examples), batch_size, prompt_ids)
     shards = sharding.batch_shards(mesh)
+    shape = None
+    if shape_for:
+        # How many prompts a shard has is known once the examples are dealt to them.
+        roomy = shape_for(batch_size // shards)
+        shape = shape_for(Batches(examples, order, shards=shards, shape=roomy).most_prompts())
     batches = Batches(examples, order, shards=shards, window=window, shape=shape)
 
     def load(step):
@@ -148,8 +154,9 @@ def map_tokens(
     """Return values of a function of completion tokens, for each example an array [tokens].
 
     examples: a sequence of `Example`, taken in this order. function: batch -> a tuple of values
-    [S, M], whole on every device; the result has a list of examples for each of them. shape: as in
-    `map_responses`, but of examples that share nothing. Otherwise as `map_responses`.
+    [S, M], whole on every device; the result has a list of examples for each of them. shape: of
+    every shard's part of a batch, if not chosen from the lengths; examples then share nothing.
+    Otherwise as `map_responses`.
     """
     batches = Batches(
         examples,

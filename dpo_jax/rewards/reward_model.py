@@ -3,8 +3,6 @@
 import dataclasses
 import datetime
 import functools
-import itertools
-import math
 from collections.abc import Callable
 
 import jax
@@ -13,7 +11,7 @@ import numpy as np
 from dpo_jax import config as configs
 from dpo_jax.console import warn
 from dpo_jax.data import packing
-from dpo_jax.data.examples import Example, Examples
+from dpo_jax.data.examples import Examples
 from dpo_jax.data.rows import TextExample
 from dpo_jax.data.tokenizer import encode
 from dpo_jax.models import loading
@@ -132,65 +130,94 @@ def _token_reward(checkpoint: loading.Checkpoint, batch_size: int, mesh) -> Call
     def reward_tokens(tokens: list[tuple]) -> np.ndarray:
         if not tokens:
             return np.zeros(0)
-        # Completions of a prompt that stand together are one example, which reads it once.
-        n = _completions_per_prompt(tokens, in_shard)
+        # Completions of a prompt are in one batch, which reads it once.
         examples = Examples()
-        for first in range(0, len(tokens), n):
-            prompt, _ = tokens[first]
-            completions = [completion for _, completion in tokens[first : first + n]]
-            examples.append(prompt, completions, f"completion {first + 1} of those to score")
+        for number, (prompt, completion) in enumerate(tokens, 1):
+            examples.append(prompt, (completion,), f"completion {number} of those to score")
         checkpoint.check(examples)
-        shape = _shape_of_any(examples, in_shard // n, checkpoint.config.window)
+        longest = _Longest.of(examples)
+
+        def shape_for(prompts: int) -> packing.Shape:
+            return _shape_of_any(longest, prompts, in_shard, checkpoint.config.window)
+
         found = map_responses(
-            function, examples, mesh, batch_size=in_shard // n * shards, shape=shape
+            function, examples, mesh, batch_size=in_shard * shards, shape_for=shape_for
         )
-        rewards_PK = np.zeros((len(examples), n))
-        for indices, values_PK in found:
-            rewards_PK[indices] = values_PK
-        return rewards_PK.ravel()
+        rewards_P = np.zeros(len(examples))
+        for indices, values_P1 in found:
+            rewards_P[indices] = values_P1[:, 0]
+        return rewards_P
 
     return reward_tokens
 
 
-def _completions_per_prompt(tokens: list[tuple], most: int) -> int:
-    """Return how many completions of a prompt make an example: a divisor of all that there are.
+@dataclasses.dataclass(frozen=True)
+class _Longest:
+    """The longest parts of some examples, in tokens, rounded up to multiples of LENGTHS."""
 
-    tokens: (prompt, completion) ids. Only completions that follow one another count. most: of them.
+    prompt: int
+    completion: int
+    whole: int  # both together
+    has_empty_prompt: bool
+
+    @classmethod
+    def of(cls, examples: Examples) -> "_Longest":
+        """Return those of examples of one completion each."""
+
+        def round_up(lengths):
+            return max(-(-int(lengths.max()) // LENGTHS), 1) * LENGTHS
+
+        prompt_P, completion_P1, _ = examples.lengths()
+        completion_P = completion_P1[:, 0]
+        return cls(
+            prompt=round_up(prompt_P),
+            completion=round_up(completion_P),
+            whole=round_up(prompt_P + completion_P),
+            has_empty_prompt=not prompt_P.all(),
+        )
+
+
+def _shape_of_any(
+    longest: _Longest, prompts: int, completions: int, window: int | None
+) -> packing.Shape:
+    """Return a shape for any completions of so many prompts at most, however many each has.
+
+    window: of the model's attention. Lengths and prompts are rounded up, so that other texts need
+    few other programs.
     """
-    prompts = [prompt.tobytes() for prompt, _ in tokens]
-    n = math.gcd(*[len(list(equal)) for _, equal in itertools.groupby(prompts)])
-    return max(divisor for divisor in range(1, min(n, most) + 1) if n % divisor == 0)
+    # To 1, 2, 3, 4, 6, 8, 12, 16, 24 and so on.
+    step = 1 << max(prompts.bit_length() - 2, 0)
+    prompts = min(-(-prompts // step) * step, completions)
+    tokens = min(
+        prompts * longest.prompt + completions * longest.completion, completions * longest.whole
+    )
+    rows = packing.RowShape(completions, 0, 1, longest.whole)
+    responses_per_row = 0
+    slots_per_token = completions  # all may be of one prompt
 
-
-def _shape_of_any(examples: Examples, count: int, window: int | None) -> packing.Shape:
-    """Return a shape for any batch of `count` examples with prompts and completions like these.
-
-    It has room for the longest, rounded up, so that other texts need no other program.
-    """
-
-    def round_up(length):
-        return -(-int(length) // LENGTHS) * LENGTHS
-
-    prompt_P, response_PK, _ = examples.lengths()
-    responses = response_PK.shape[1]
-    if responses == 1:
-        # Nothing is shared, so only the whole length counts.
-        longest = (0, round_up((prompt_P + response_PK[:, 0]).max()))
-    else:
-        longest = (round_up(prompt_P.max()), round_up(response_PK.max()))
-    made_up = []
-    for number in range(count):
-        # All differ, as in the batch that needs the most.
-        prompt, *completions = [
-            np.full(longest[min(part, 1)], number * responses + part, np.int32)
-            for part in range(1 + responses)
-        ]
-        made_up.append(Example(prompt, tuple(completions)))
-    # In one bucket all rows are as long as the longest.
-    shape = packing.shape_of(made_up, buckets=1, window=window)
-    # Several examples may be of one prompt, which is then in as many rows as they take.
-    rows_of_prompt = -(-count * responses // max(shape.responses_per_row, 1))
-    return dataclasses.replace(shape, slots_per_token=rows_of_prompt)
+    # As many as there are on average; each prompt may have one row that is not full.
+    in_row = min(-(-completions // prompts), packing.MOST_RESPONSES)
+    rows_of_prompts = prompts + (completions - prompts) // in_row
+    in_parts = packing.RowShape(rows_of_prompts, longest.prompt, in_row, longest.completion)
+    is_seen_whole = window is None or longest.prompt + longest.completion <= window
+    if (
+        in_row > 1
+        and is_seen_whole
+        and not longest.has_empty_prompt
+        and in_parts.scores < packing.WORTH_IT * rows.scores
+    ):
+        rows = in_parts
+        responses_per_row = in_row
+        slots_per_token = -(-completions // in_row)
+    return packing.Shape(
+        tokens=tokens,
+        rows=(rows,),
+        responses_per_row=responses_per_row,
+        completion_tokens=completions * longest.completion,
+        examples=completions,
+        responses=completions,
+        slots_per_token=slots_per_token,
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -6,6 +6,9 @@ import jax
 import numpy as np
 import pytest
 
+from dpo_jax.data import packing
+from dpo_jax.data.batches import Batches
+from dpo_jax.data.examples import Examples
 from dpo_jax.models import hf, inference, loading
 from dpo_jax.parallel import sharding
 from dpo_jax.rewards import make, ngram
@@ -118,15 +121,17 @@ def test_completions_of_a_prompt_read_it_once(reward_model, monkeypatch, devices
     np.testing.assert_allclose(found, alone, rtol=1e-5, atol=1e-6)
     assert np.ptp(found) > 0.01 and found[0] == found[1]
     together = batches[0].reading()
-    assert together.examples == 6  # prompts with four completions each
-    # A batch of one device has the prompt that comes twice once.
-    distinct = sum(len(prompt) for prompt in prompts) - len(prompts[0]) * (devices == 1)
+    assert together.examples == 24
+    # The prompt that comes twice is read once, as are completions that are equal.
+    distinct = sum(len(prompt) for prompt in prompts) - len(prompts[0])
     read = sum(len(completion) for _, completion in tokens) - len(tokens[0][1])
-    assert together.tokens == distinct + read
+    if devices == 1:
+        assert together.tokens == distinct + read
+    else:  # devices have prompts in common, so that they have equally much to do
+        assert distinct + read <= together.tokens < 0.9 * together.tokens_one_at_a_time
     # Texts of other lengths need no other program.
     compiled = reward_model_lib._rewards._cache_size()
     others = [(prompt[:2], completion[:3]) for prompt, completion in tokens]
-    others[:4] = [(prompts[0][:3], completion) for _, completion in tokens[4:8]]
     np.testing.assert_allclose(
         reward(None, None, others),
         np.concatenate([reward(None, None, [one]) for one in others]),
@@ -136,14 +141,64 @@ def test_completions_of_a_prompt_read_it_once(reward_model, monkeypatch, devices
     assert reward_model_lib._rewards._cache_size() == compiled
 
 
-def test_completions_per_prompt():
-    def runs(*lengths):
-        return [(np.array([i]), np.array([1])) for i, n in enumerate(lengths) for _ in range(n)]
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_unequal_numbers_of_completions(mesh, reward_model, monkeypatch, in_parts):
+    """Four of one prompt, one of another and three of a third, in turn."""
+    monkeypatch.setattr(reward_model_lib, "LENGTHS", 2)
+    # Rows of texts as short as these are whole, unless parts are taken at any price.
+    monkeypatch.setattr(packing, "WORTH_IT", 10 if in_parts else 0)
+    lengths = (9, 4, 7)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(2, 40, length).astype(np.int32) for length in lengths]
+    tokens = []
+    for number in (0, 1, 2, 0, 2, 2, 0, 0):
+        completion = np.append(len(tokens) + 2, rng.integers(2, 40, len(tokens) % 3))
+        tokens.append((prompts[number], completion.astype(np.int32)))
+    recorded = []
+    make_batches = inference.Batches
 
-    assert reward_model_lib._completions_per_prompt(runs(4, 4, 8), most=16) == 4
-    assert reward_model_lib._completions_per_prompt(runs(4, 6), most=16) == 2
-    assert reward_model_lib._completions_per_prompt(runs(4, 1), most=16) == 1
-    assert reward_model_lib._completions_per_prompt(runs(12, 12), most=5) == 4
+    def record(*args, **options):
+        recorded.append(make_batches(*args, **options))
+        return recorded[-1]
+
+    monkeypatch.setattr(inference, "Batches", record)
+    one_device = sharding.make_mesh(devices=jax.devices()[:1])
+    found = reward_model_lib.same_policy(reward_model, 8, one_device)(None, None, tokens)
+    np.testing.assert_allclose(found, scores(mesh, reward_model, *tokens), rtol=1e-6, atol=1e-6)
+    batches = recorded[1]
+    assert len(batches) == 1
+    assert batches.tokens(0) == sum(lengths) + sum(len(completion) for _, completion in tokens)
+    (shape,) = batches.shapes
+    assert shape.tokens == 3 * 10 + 8 * 4
+    assert (shape.responses_per_row > 0) == in_parts
+
+
+@pytest.mark.parametrize("window", [None, 60])
+@pytest.mark.parametrize("prompt_tokens", [8, 200])
+def test_shape_holds_completions_of_any_prompts(window, prompt_tokens):
+    rng = np.random.default_rng(0)
+    # The number of each completion's prompt.
+    owners = [np.zeros(80, int), np.arange(80), np.repeat(np.arange(4), 20), np.arange(80) % 7]
+    owners += [np.sort(rng.integers(0, rng.integers(1, 80), 80)) for _ in range(30)]
+    owners += [np.maximum(np.arange(80) - 76, 0), np.arange(80) // 27]
+    shapes = set()
+    for owner in owners:
+        examples = Examples()
+        for number, prompt in enumerate(owner):
+            examples.append([prompt] * prompt_tokens, ([number] * 32,), "here")
+        longest = reward_model_lib._Longest.of(examples)
+        prompts = len(set(owner.tolist()))
+        shape = reward_model_lib._shape_of_any(longest, prompts, 80, window)
+        # It raises where the batch does not fit.
+        batches = Batches(examples, np.arange(80)[None], shape=shape)
+        assert batches[0].weights.sum() == 80
+        shapes.add(shape)
+    # Of at most 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64 and 80 prompts.
+    assert 5 <= len(shapes) <= 13
+    in_parts = [shape for shape in shapes if shape.responses_per_row]
+    assert bool(in_parts) == (window is None)
+    # Where nothing is shared, rows are whole.
+    assert all(shape.responses_per_row > 1 for shape in in_parts)
 
 
 def test_reward_model_with_other_tokenizer(mesh, reward_model, capsys):
