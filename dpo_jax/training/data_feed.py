@@ -1,5 +1,6 @@
 """Steps on the examples of a data set: each is one update on one batch."""
 
+import copy
 import functools
 from collections.abc import Callable
 
@@ -30,6 +31,10 @@ from dpo_jax.training.step import Frozen, Programs, TrainState
 # Tokens x layers x width of a microbatch from which huge pages make a CPU's steps faster: a step
 # then takes blocks of more than 32 MB, which glibc gives back to Linux after every step.
 GAINS_BY_HUGE_PAGES = 500_000
+# Other sizes, or another order, must save this share of the tokens to be mentioned. They are tried
+# on the first steps of a run.
+WORTH_SAYING = 0.1
+TRIED_STEPS = 100
 
 
 class DataFeed:
@@ -41,6 +46,7 @@ class DataFeed:
         data: Dataset,
         *,
         seed: int | None,
+        shuffled: str,
         group_pairs: int,
         eos_id: int | None,
         reference_is_init: bool,
@@ -49,11 +55,12 @@ class DataFeed:
     ):
         """Lay out the batches of the whole stage.
 
-        seed: of the data order; None keeps the data's own. group_pairs: most examples of a prompt
-        that stay together; 0 shuffles each alone. eos_id: the token that responses end in, or None.
-        reference_is_init: whether the reference is the initial policy. show_example: index of a
-        training example -> its text, with what is trained on marked. reference_log_probs: (split,
-        examples, order) -> the reference's kept log-probs [examples, responses].
+        seed: of the data order; None keeps the data's own. shuffled: "prompts" shuffles groups, and
+        "pairs" each example alone. group_pairs: most examples of a group. eos_id: the token that
+        responses end in, or None. reference_is_init: whether the reference is the initial policy.
+        show_example: index of a training example -> its text, with what is trained on marked.
+        reference_log_probs: (split, examples, order) -> the reference's kept log-probs [examples,
+        responses].
         """
         self._job = job
         self._data = data
@@ -61,7 +68,7 @@ class DataFeed:
         self._reference_is_init = reference_is_init
         self._show_example = show_example
         self._reference_log_probs = reference_log_probs
-        self._batches = self._training_batches(seed, group_pairs)
+        self._batches = self._training_batches(seed, shuffled, group_pairs)
         self.reading = self._batches.reading()
         is_pairs = len(data.train.responses[0]) == 2
         say(f"{job.name}: {self.reading.told('pair' if is_pairs else 'row')}")
@@ -132,7 +139,7 @@ class DataFeed:
         """Return the batch of a step, on the mesh; called in a thread of its own."""
         return sharding.shard_batch(self._job.mesh, self._batches[step], axis=1)
 
-    def _training_batches(self, seed: int | None, group_pairs: int) -> Batches:
+    def _training_batches(self, seed: int | None, shuffled: str, group_pairs: int) -> Batches:
         name = self._job.name
         block = self._job.block
         size = len(self._data.train)
@@ -143,8 +150,9 @@ class DataFeed:
                 f"{block.batch_size} in {block.epochs} epochs. Lower it, or set "
                 f"config.{name}.steps."
             )
-        groups = self._data.train.groups(group_pairs) if group_pairs else None
-        order = training_order(size, block.batch_size, steps, seed, groups)
+        groups = self._data.train.groups(group_pairs)
+        is_grouped = shuffled == "prompts"
+        order = training_order(size, block.batch_size, steps, seed, groups if is_grouped else None)
         batches = Batches(
             self._data.train,
             order,
@@ -162,8 +170,10 @@ class DataFeed:
             f"padding {padding['dense']:.1%} of tokens, {padding['attention']:.1%} of "
             "attention"
         )
-        if groups is not None:
-            _say_what_cells_lose(name, block, batches, groups)
+        if is_grouped:
+            say_what_cells_lose(name, block, batches, self._data.train, groups)
+        elif seed is not None and groups.max() + 1 < size:
+            say_what_groups_save(name, batches, self._data.train, groups, seed)
         most_tokens = max(shape.tokens for shape in batches.shapes)
         if gains_by_huge_pages(self._job.model, self._job.mesh, most_tokens):
             say_how_to_get_huge_pages()
@@ -200,31 +210,113 @@ class DataFeed:
         return self._reference_log_probs(split, examples, order)
 
 
-def _say_what_cells_lose(name: str, block, batches: Batches, groups: np.ndarray) -> None:
+def say_what_cells_lose(name: str, block, batches: Batches, examples, groups: np.ndarray) -> None:
     """Say where cells are too small for the rows of a prompt, and at which sizes they are not.
 
-    block: the stage's. groups: the number of each example's group.
+    block: the stage's. examples: those of the batches. groups: the number of each one's group.
     """
     cells = batches.microbatches * batches.shards
-    rows_of_groups = np.bincount(groups)
-    if cells == 1 or rows_of_groups.max() == 1:
-        return
-    reading = batches.reading()
-    whole = batches.tokens_in_one_cell()
-    if not is_sharing_lost(reading.tokens, reading.tokens_one_at_a_time, whole):
+    most_rows = int(np.bincount(groups).max())
+    if cells == 1 or most_rows == 1 or not _is_lost(batches):
         return
     steps = len(batches)
-    rows = round(rows_of_groups.mean())
-    message = (
-        f"{name}: the {cells} cells of a step (microbatches x data shards) have "
-        f"{block.batch_size / cells:g} rows each, and a prompt has about {rows}, so much is read "
-        f"again: {reading.tokens / steps:,.0f} tokens a step instead of {whole / steps:,.0f}"
+    room = block.batch_size / cells
+    rows = "1 row" if room == 1 else f"{room:g} rows"
+    message = f"{name}: the {cells} cells of a step (microbatches x data shards) have {rows}"
+    if room < most_rows:
+        message += f" each, and prompts have up to {most_rows}"
+    else:
+        # Cells get about as many tokens each, which cuts a prompt that has many of a step's.
+        message += " on average, as they are filled evenly"
+    message += (
+        f", so prompts are read more than once: {batches.reading().tokens / steps:,.0f} tokens a "
+        f"step instead of {batches.tokens_in_one_cell() / steps:,.0f}"
     )
-    sizes = sizes_for_whole_groups(block, batches.shards, rows)
-    if sizes:
-        flags = " ".join(f"--config.{name}.{field}={size}" for field, size in sizes.items())
-        message += f". Whole prompts would fit with {flags}"
     say(message)
+
+    here = _tried(examples, batches, block)
+    found = {}  # the smallest change comes first; a larger one must be worth it
+    best = here
+    for size in range(microbatch_size_of(block) + 1, block.batch_size + 1):
+        if block.batch_size % size or size % batches.shards:
+            continue
+        sizes = {"microbatch_size": size}
+        other = _tried(examples, batches, block, sizes)
+        if _tokens_per_row(other) < (1 - WORTH_SAYING) * _tokens_per_row(best):
+            best = other
+            found = sizes
+    if found:
+        effect = "changes no update, takes more memory"
+        say(f"{name}: {_flags(name, found)} {effect}, and {_told(best, here)}")
+    sizes = sizes_for_whole_groups(block, batches.shards, most_rows)
+    if "batch_size" not in sizes or sizes["batch_size"] > batches.order.size:
+        return
+    if found and not _is_lost(best):
+        return
+    other = _tried(examples, batches, block, sizes)
+    if _tokens_per_row(other) < (1 - WORTH_SAYING) * _tokens_per_row(best):
+        say(f"{name}: {_flags(name, sizes)} makes fewer updates an epoch, and {_told(other, here)}")
+
+
+def say_what_groups_save(name: str, batches: Batches, examples, groups, seed: int) -> None:
+    """Say what the other order of the data would read, where that is notably less.
+
+    batches: whose examples are shuffled one by one. groups: the number of each example's group.
+    """
+    steps = min(len(batches), TRIED_STEPS)
+    grouped = Batches(
+        examples,
+        training_order(len(examples), batches.order.shape[1], steps, seed, groups),
+        microbatches=batches.microbatches,
+        shards=batches.shards,
+    )
+    reading = batches.reading()
+    # The first steps of the other order have other examples, perhaps longer ones.
+    share = grouped.reading().tokens / grouped.reading().tokens_one_at_a_time
+    tokens = share * reading.tokens_one_at_a_time
+    if tokens <= (1 - WORTH_SAYING) * reading.tokens:
+        say(
+            f"{name}: --config.data.order=prompts would keep the rows of a prompt together, and "
+            f"read about {tokens / len(batches):,.0f} tokens a step instead of "
+            f"{reading.tokens / len(batches):,.0f}"
+        )
+
+
+def _tried(examples, batches: Batches, block, sizes: dict[str, int] | None = None) -> Batches:
+    """Return the first of some batches as they would be with other sizes of a stage's block."""
+    changed = copy.deepcopy(block)
+    changed.update(sizes or {})
+    batch_size = changed.batch_size
+    # Batches are cut from one stream of examples, whatever their size.
+    stream = batches.order.ravel()
+    steps = min(len(stream) // batch_size, TRIED_STEPS)
+    return Batches(
+        examples,
+        stream[: steps * batch_size].reshape(steps, batch_size),
+        microbatches=microbatches_of(changed),
+        shards=batches.shards,
+    )
+
+
+def _is_lost(batches: Batches) -> bool:
+    reading = batches.reading()
+    whole = batches.tokens_in_one_cell()
+    return is_sharing_lost(reading.tokens, reading.tokens_one_at_a_time, whole)
+
+
+def _tokens_per_row(batches: Batches) -> float:
+    return batches.reading().tokens / batches.order.size
+
+
+def _flags(name: str, sizes: dict[str, int]) -> str:
+    return " ".join(f"--config.{name}.{field}={size}" for field, size in sizes.items())
+
+
+def _told(other: Batches, here: Batches) -> str:
+    return (
+        f"reads about {_tokens_per_row(other):,.0f} tokens a row instead of "
+        f"{_tokens_per_row(here):,.0f}"
+    )
 
 
 def gains_by_huge_pages(model: TransformerConfig, mesh: jax.sharding.Mesh, tokens: int) -> bool:
