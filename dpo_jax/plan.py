@@ -36,12 +36,16 @@ def main():
         "Tokens of each response. Default: the longest that the config allows.",
     )
     pairs = flags.DEFINE_integer(
-        "pairs_per_prompt", 0, "Pairs of each prompt. Default: as the run samples them, else 1."
+        "pairs_per_prompt",
+        None,
+        "Pairs of each prompt. Default: as the run samples them, else 1.",
+        lower_bound=1,
     )
     responses = flags.DEFINE_integer(
         "responses_per_prompt",
-        0,
+        None,
         "Distinct responses to each prompt. Default: as few as make its pairs.",
+        lower_bound=2,
     )
     rows = flags.DEFINE_integer(
         "rows", 0, "Training rows, if the config gives no steps and the data set is not known."
@@ -70,8 +74,8 @@ def main():
             response_tokens=response.value,
             examples=rows.value,
             model=model.value,
-            pairs_per_prompt=pairs.value,
-            responses_per_prompt=responses.value,
+            pairs_per_prompt=pairs.value or 0,
+            responses_per_prompt=responses.value or 0,
         )
         replan = functools.partial(planner.plan, topology=topology, stage=chosen, assumed=assumed)
         if sweep.value:

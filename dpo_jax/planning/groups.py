@@ -43,6 +43,11 @@ class Group:
     responses: int = 2
 
     def __post_init__(self):
+        if self.pairs < 1 or self.responses < 2:
+            raise ValueError(
+                f"{self.pairs} pairs of {self.responses} responses a prompt: expected at least 1 "
+                "pair (--pairs_per_prompt) and 2 responses (--responses_per_prompt)."
+            )
         most = math.comb(self.responses, 2)
         if not self.responses <= 2 * self.pairs <= 2 * most:
             raise ValueError(
@@ -72,7 +77,8 @@ def group_of(config: ConfigDict, stage: str, assumed) -> Group:
     run that samples its own pairs makes them of every two completions of a prompt; other data is
     taken to have one pair a prompt.
 
-    Raises ValueError if prompt and response are longer than config.data.max_length.
+    Raises ValueError if prompt and response are longer than config.data.max_length, or if pairs are
+    assumed of a stage whose examples stand alone.
     """
     data = config.data
     longest_prompt = data.max_prompt_length
@@ -93,6 +99,11 @@ def group_of(config: ConfigDict, stage: str, assumed) -> Group:
             "--prompt_tokens or --response_tokens, or raise config.data.max_length."
         )
     if not stage_table.trains_in_groups(config, stage):
+        if pairs or responses:
+            raise ValueError(
+                f"--pairs_per_prompt and --responses_per_prompt say nothing about the stage {stage}"
+                ", which trains on single responses, each with its own prompt. Leave them out."
+            )
         return Group(prompt, response)
     if not pairs:
         pairs = math.comb(responses, 2) if responses else 1
@@ -192,30 +203,43 @@ def _suggestions(
 ) -> list[Suggestion]:
     """Return other sizes and meshes at which a pair is less work; each is tried out.
 
-    There is at most one of each kind: microbatches alone, which change no update; the batch; and
-    the mesh.
+    There is at most one of each kind: the order of the data; microbatches alone, which change no
+    update; the batch; and the mesh. Where the order is of pairs, the others come on top of it.
     """
-    if pairs_together(config, group) == 1:
-        return []
     here = _computed(batches) / config[stage].batch_size
+    grouped = config
+    by_order = {}
+    kinds = []  # of changes, and the tokens a pair that they must beat
+    start = here
+    if config.data.shuffle and config.data.order == "pairs":
+        by_order = {"data.order": "prompts"}
+        grouped = copy.deepcopy(config)
+        grouped.update_from_flattened_dict(by_order)
+        kinds.append(([({}, batches.shards)], here))
+        in_groups = lay_out(grouped, stage, group, batches.shards, model.window)
+        start = _computed(in_groups) / config[stage].batch_size
+    if pairs_together(grouped, group) == 1:
+        return []
+    kinds += [
+        (_larger_microbatches(grouped, stage, batches.shards), start),
+        (_whole_groups(grouped, stage, group, batches.shards), start),
+        (_fewer_shards(grouped, model, batches.shards), start),
+    ]
     suggestions = []
-    for changes in (
-        _larger_microbatches(config, stage, batches.shards),
-        _whole_groups(config, stage, group, batches.shards),
-        _fewer_shards(config, model, batches.shards),
-    ):
-        best = here
+    for changes, best in kinds:
         suggestion = None
         for change, shards in changes:
-            changed = copy.deepcopy(config)
+            changed = copy.deepcopy(grouped)
             changed.update_from_flattened_dict(change)
             other = lay_out(changed, stage, group, shards, model.window)
             per_pair = _computed(other) / changed[stage].batch_size
             # The smallest change comes first; a larger one must be worth it.
             if per_pair < (1 - WORTH_SAYING) * best:
                 best = per_pair
-                flags = " ".join(f"--config.{name}={value}" for name, value in change.items())
-                suggestion = Suggestion(flags, here, per_pair)
+                fields = by_order | change
+                flags = " ".join(f"--config.{name}={value}" for name, value in fields.items())
+                tokens = other.reading().tokens / len(other)
+                suggestion = Suggestion(flags, here, per_pair, tokens)
         if suggestion:
             suggestions.append(suggestion)
     return suggestions

@@ -4,6 +4,7 @@ import dataclasses
 
 from dpo_jax.data.batches import is_sharing_lost
 from dpo_jax.planning import roofline
+from dpo_jax.stage_table import STAGES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Suggestion:
     flags: str
     tokens_per_pair: float  # that the cells compute now, with their padding
     then: float  # and with the flags
+    tokens: float  # that a step reads then
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,30 +135,51 @@ def _header(report: Report) -> list[str]:
         f"on {report.topology}, {report.chips} chips: {mesh}",
         f"{report.batch_size} examples a step in {_count(report.microbatches, 'microbatch')}; "
         f"assumed: prompts of {report.prompt_tokens} tokens, responses of {report.response_tokens},"
-        f" {_count(report.pairs_per_prompt, 'pair')} of {report.responses_per_prompt} responses a "
-        "prompt",
+        f" {_responses_of_prompt(report)}",
     ]
+
+
+def _responses_of_prompt(report: Report) -> str:
+    examples = _count(report.pairs_per_prompt, _example(report))
+    if STAGES[report.stage].responses == 2:
+        return f"{examples} of {report.responses_per_prompt} responses a prompt"
+    if report.pairs_per_prompt == 1:
+        return "1 response a prompt"
+    # The chosen responses of pairs: those of the same response are rows of their own.
+    return f"{examples} of single responses a prompt"
+
+
+def _example(report: Report) -> str:
+    """Return the name of an example: "pair", or "row" where it has a single response."""
+    return "pair" if STAGES[report.stage].responses == 2 else "row"
 
 
 def _tokens(report: Report) -> list[str]:
     sharing = report.sharing
-    line = f"reads {sharing.tokens:,.0f} tokens a step; one pair at a time {sharing.apart:,.0f}"
+    example = _example(report)
+    line = (
+        f"reads {sharing.tokens:,.0f} tokens a step; one {example} at a time {sharing.apart:,.0f}"
+    )
     lines = [line]
     if sharing.pairs_together < report.pairs_per_prompt:
-        lines.append(
-            f"only {_count(sharing.pairs_together, 'pair')} of a prompt follow each other, by "
-            "config.data.order and data.group_pairs, so no more are shared"
-        )
-    if sharing.suggestions:
+        if sharing.pairs_together == 1:
+            apart = f"the {example}s of a prompt are shuffled apart, so they share nothing"
+        else:
+            apart = (
+                f"no more than {sharing.pairs_together} {example}s of a prompt stay together "
+                "(config.data.group_pairs), so no more share it"
+            )
+        lines.append(apart)
+    if sharing.suggestions and sharing.pairs_together > 1:
         room = report.batch_size / sharing.cells
         lines.append(
             f"each of {sharing.cells} cells (shard x microbatch) has room for "
-            f"{room:g} {'pair' if room == 1 else 'pairs'}, but "
+            f"{room:g} {example if room == 1 else example + 's'}, but "
             f"{sharing.pairs_together} of a prompt belong together, so"
         )
         if sharing.is_lost:
             lines.append(
-                "  sharing is lost: if all pairs of a step were in one cell, "
+                f"  sharing is lost: if all {example}s of a step were in one cell, "
                 f"{sharing.whole:,.0f} tokens would be read"
             )
         else:
@@ -164,11 +187,12 @@ def _tokens(report: Report) -> list[str]:
                 "  cells are uneven, and wait for the fullest: with padding a step takes "
                 f"{sharing.computed:,} tokens"
             )
-        lines.append("to make a pair less work:")
+    if sharing.suggestions:
+        lines.append(f"to make a {example} less work:")
     for suggestion in sharing.suggestions:
         lines.append(
-            f"  {suggestion.flags}  ({suggestion.then:,.0f} tokens a pair instead of "
-            f"{suggestion.tokens_per_pair:,.0f}, with padding)"
+            f"  {suggestion.flags}  (reads {suggestion.tokens:,.0f} tokens a step; with padding "
+            f"{suggestion.then:,.0f} a {example} instead of {suggestion.tokens_per_pair:,.0f})"
         )
     return lines
 

@@ -48,3 +48,13 @@ def test_plan_command_compiles_for_tpu():
     # Weights in bfloat16, forward, reference, backward; from three others.
     assert gathered > 3 * params / 2 * 3 / 4
     assert report.bottleneck in report.seconds and report.chip_hours > 0
+
+
+@pytest.mark.parametrize(
+    ("flag", "least"),
+    [("--pairs_per_prompt=-1", "a positive integer"), ("--responses_per_prompt=1", "integer >= 2")],
+)
+def test_plan_command_refuses_too_few(flag, least):
+    done = command("plan", "--config=imdb", "--topology=h200:8", flag)
+    assert done.returncode == 2
+    assert f"error: {flag}: expected {least}." in done.stderr

@@ -15,7 +15,14 @@ from dpo_jax.planning import report as report_lib
 from dpo_jax.planning.groups import Group
 from dpo_jax.planning.planner import Assumptions
 from dpo_jax.training.data_feed import DataFeed
-from tests.helpers.tiny_runs import dpo_config, on_devices, run, scratch_config, write_model
+from tests.helpers.tiny_runs import (
+    SCRATCH,
+    dpo_config,
+    on_devices,
+    run,
+    scratch_config,
+    write_model,
+)
 
 IMDB = Group(prompt_tokens=8, response_tokens=60, pairs=6, responses=4)
 TLDR = Group(prompt_tokens=512, response_tokens=128, pairs=4, responses=5)
@@ -34,6 +41,12 @@ def test_group_uses_every_response(pairs, responses):
 @pytest.mark.parametrize(("pairs", "responses"), [(7, 4), (2, 5), (2, 2)])
 def test_group_that_cannot_be(pairs, responses):
     with pytest.raises(ValueError, match=f"{pairs} pairs a prompt cannot be made of {responses}"):
+        Group(1, 1, pairs, responses)
+
+
+@pytest.mark.parametrize(("pairs", "responses"), [(-1, 2), (1, 1), (0, 2)])
+def test_group_of_too_few(pairs, responses):
+    with pytest.raises(ValueError, match="expected at least 1 pair .* and 2 responses"):
         Group(1, 1, pairs, responses)
 
 
@@ -62,10 +75,14 @@ def test_group_of_sampled_pairs():
     config.pairs.completions = 3
     assert groups.group_of(config, "dpo", Assumptions()) == Group(8, 60, 3, 3)
     assert groups.group_of(config, "dpo", Assumptions(pairs_per_prompt=1)) == Group(8, 60, 1, 2)
-    assert groups.group_of(config, "sft", Assumptions(pairs_per_prompt=6)).pairs == 1
+    assert groups.group_of(config, "sft", Assumptions()).pairs == 1
     # So do chosen responses from a file; those of the run's own pairs were sampled together.
     from_file = configs.default(("preferred_ft",))
-    assert groups.group_of(from_file, "preferred_ft", Assumptions(pairs_per_prompt=6)).pairs == 1
+    assert groups.group_of(from_file, "preferred_ft", Assumptions()).pairs == 1
+    for assumed in (Assumptions(pairs_per_prompt=6), Assumptions(responses_per_prompt=4)):
+        for single, stage in ((config, "sft"), (from_file, "preferred_ft")):
+            with pytest.raises(ValueError, match=f"nothing about the stage {stage}, which trains"):
+                groups.group_of(single, stage, assumed)
     sampled = configs.default(("sft", "pairs", "preferred_ft"))
     assert groups.group_of(sampled, "preferred_ft", Assumptions()).pairs == 6
 
@@ -144,11 +161,29 @@ def test_sharing_in_uneven_cells():
     assert found.suggestions[0].flags == "--config.dpo.batch_size=96"
 
 
-@pytest.mark.parametrize("changes", [{}, dict(data__order="pairs")])
-def test_nothing_to_suggest(changes):
-    group = IMDB if changes else Group(16, 16)
-    found = sharing(group, 8, batch_size=8, **changes)
+@pytest.mark.parametrize("order", ["prompts", "pairs"])
+def test_nothing_to_suggest(order):
+    found = sharing(Group(16, 16), 8, batch_size=8, data__order=order)
     assert not found.suggestions and found.tokens == found.apart == found.whole
+
+
+def test_order_by_prompts_is_suggested_first():
+    """Other sizes then come on top of it."""
+    found = sharing(IMDB, 8, batch_size=64, data__order="pairs")
+    assert found.tokens == found.apart == found.whole
+    in_order = sharing(IMDB, 8, batch_size=64)
+    first, second, *_ = found.suggestions
+    assert first.flags == "--config.data.order=prompts"
+    assert first.tokens == in_order.tokens < 0.4 * found.tokens
+    assert first.then == in_order.computed / 64 < first.tokens_per_pair == found.computed / 64
+    assert second.flags == "--config.data.order=prompts --config.dpo.batch_size=96"
+    assert second.tokens == sharing(IMDB, 8, batch_size=96).tokens
+
+    # With a pair a cell, whole prompts need a larger batch as well.
+    found = sharing(IMDB, 8, batch_size=8, data__order="pairs")
+    assert found.suggestions[0].flags == "--config.data.order=prompts --config.dpo.batch_size=48"
+    # The order of the file is not shuffled, whatever data.order says.
+    assert not sharing(IMDB, 1, batch_size=12, data__order="pairs", data__shuffle=False).suggestions
 
 
 def test_plan_needs_flops_of_what_is_read():
@@ -184,7 +219,26 @@ def test_report_says_what_is_lost():
 
     config.data.order = "pairs"
     text = report_lib.table(planner.plan(config, topologies.parse("h200:8"), "dpo", six))
-    assert "only 1 pair of a prompt follow each other" in text and "lost" not in text
+    assert "the pairs of a prompt are shuffled apart, so they share nothing" in text
+    assert "lost" not in text and "cells" not in text
+    assert "  --config.data.order=prompts --config.dpo.batch_size=48  (reads " in text
+
+    config.data.update(order="prompts", group_pairs=4)
+    text = report_lib.table(planner.plan(config, topologies.parse("h200:8"), "dpo", six))
+    assert "no more than 4 pairs of a prompt stay together (config.data.group_pairs)" in text
+
+
+def test_report_of_single_completions_speaks_of_rows():
+    config = configs.default(("sft", "pairs", "preferred_ft"))
+    config.model.scratch.update(SCRATCH)
+    config.data.path = "PAIRS"
+    config.data.order = "prompts"
+    config.sampling.update(max_prefix=8, max_new_tokens=60)
+    config.preferred_ft.batch_size = 12
+    text = report_lib.table(planner.plan(config, topologies.parse("h200:1"), "sft"))
+    assert "1 response a prompt" in text and "one row at a time" in text and "pair" not in text
+    text = report_lib.table(planner.plan(config, topologies.parse("h200:1"), "preferred_ft"))
+    assert "6 rows of single responses a prompt" in text and "pair" not in text
 
 
 def test_plan_reads_what_the_run_reads(tmp_path, monkeypatch, capsys):
