@@ -40,7 +40,7 @@ HYPER = {
 }
 
 
-def make_batch(name: str, shards: int, make_pairs=random_pairs) -> Batch:
+def make_batch(name: str, shards: int, window: int | None, make_pairs=random_pairs) -> Batch:
     examples, rng = make_pairs(16, vocab=96, longest=8), np.random.default_rng(0)
     if name in ("sft", "ppo"):
         examples = first_responses(examples)
@@ -53,7 +53,10 @@ def make_batch(name: str, shards: int, make_pairs=random_pairs) -> Batch:
         rollout = RolloutTargets(**drawn)
         # log 96 is about 4.5
         rollout.sampled_log_probs = [values - 4.5 for values in rollout.sampled_log_probs]
-    return Batches(examples, np.arange(16)[None], shards=shards, rollout=rollout)[0]
+    order = np.arange(16)[None]
+    # Tokens of a rollout have values of their own, so their responses are laid down apart.
+    share = rollout is None
+    return Batches(examples, order, shards=shards, share=share, window=window, rollout=rollout)[0]
 
 
 def stepped(name: str, config, params, mesh, make_pairs=random_pairs) -> tuple[dict, dict]:
@@ -64,7 +67,7 @@ def stepped(name: str, config, params, mesh, make_pairs=random_pairs) -> tuple[d
     train_step = step.make_train_step(objective, optimizer, "constant", shardings)
     placed = jax.device_put(params, shardings.params)
     reference = jax.tree.map(lambda x: x * 1.05, placed) if name == "dpo" else None
-    made = make_batch(name, sharding.batch_shards(mesh), make_pairs)
+    made = make_batch(name, sharding.batch_shards(mesh), config.window, make_pairs)
     batch = sharding.shard_batch(mesh, made, axis=1)
     with jax.set_mesh(mesh):
         state, metrics = train_step(

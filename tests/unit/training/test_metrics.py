@@ -55,7 +55,7 @@ def metrics_of(name, model) -> list[str]:
     sizes = [sum(example.completion_lengths()) for example in examples]
     of_examples = [np.zeros(size, np.float32) for size in sizes]
     rollout = RolloutTargets(of_examples, of_examples, of_examples, of_examples)
-    batches = Batches(examples, np.array([[0, 1]]), rollout=rollout)
+    batches = Batches(examples, np.array([[0, 1]]), share=False, rollout=rollout)
     microbatch = jax.tree.map(lambda x: x[0], batches[0])
     hyper = dict.fromkeys(OBJECTIVE_NUMBERS, np.float32(0.5))
     abstract = transformer.abstract(model)
