@@ -335,7 +335,8 @@ def pack(
             trained_on += completion_length
 
             response_lengths_Q[segment] = completion_length
-            last_token_Q[segment] = laid_down - 1
+            # A response without a token ends where its prompt does.
+            last_token_Q[segment] = index[-1] if length else prompt_index[-1]
             response_index_PK[number, side] = segments[key] = segment
             prompts_Q.append(prompt_index)
             responses_Q.append(index)

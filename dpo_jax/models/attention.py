@@ -43,6 +43,7 @@ KERNELS = {
 }
 QUERY_BLOCK = 128  # queries per block; keys after a block are never touched
 SPLASH_LANES = 128  # splash's blocks are multiples of this
+MOST_GATHERS = 8  # slots of a token whose gradients are gathered one after the other
 # Bytes of a number -> the longest of splash's blocks that fits into on-chip memory.
 SPLASH_BLOCK = {2: 1024, 4: 512}
 
@@ -514,14 +515,23 @@ def _spread(x_SN, index_SZ, token_slots_SNJ):
 
 
 def _spread_forward(x_SN, index_SZ, token_slots_SNJ):
-    return _take(x_SN, index_SZ), token_slots_SNJ
+    return _take(x_SN, index_SZ), (index_SZ, token_slots_SNJ)
 
 
-def _spread_backward(token_slots_SNJ, grad_SZ):
-    # A token of the prompt is in a slot of each response's row: the gradients of all its slots add
-    # up. A token in fewer slots than J has -1 for the others, which give nothing.
+def _spread_backward(indices, grad_SZ):
+    index_SZ, token_slots_SNJ = indices
+    slots = token_slots_SNJ.shape[-1]
+    if slots > MOST_GATHERS:
+        # Each gather reads all tokens, so with many slots a scatter is faster after all. Slots of
+        # padding, which stand for token 0, have no gradient: no output is taken from their rows.
+        def add_up(grad_Z, index_Z):
+            return jax.ops.segment_sum(grad_Z, index_Z, token_slots_SNJ.shape[1])
+
+        return jax.vmap(add_up)(grad_SZ, index_SZ), None, None
+    # A token of the prompt is in a slot of each row: the gradients of all its slots add up. A token
+    # in fewer slots than J has -1 for the others, which give nothing.
     grad_SN = 0
-    for j in range(token_slots_SNJ.shape[-1]):
+    for j in range(slots):
         slot_SN = token_slots_SNJ[..., j]
         grad_SN += _masked(_take(grad_SZ, slot_SN), slot_SN >= 0)
     return grad_SN, None, None

@@ -26,6 +26,9 @@ from dpo_jax.models.log_probs import by_example, response_log_probs
 from dpo_jax.models.values import response_rewards, token_values
 from dpo_jax.training import losses
 
+# A log-prob where there is no pair: any that losses of log-probs are finite at.
+NO_PAIR = -1.0
+
 
 def sft(model, loss, params, _reference, _hyper, batch: Batch):
     """Negative log-likelihood of completions.
@@ -65,6 +68,8 @@ def dpo(model, loss, params, reference, hyper, batch: Batch):
         log_ratios_SP2 = log_probs_SP2 - jax.lax.stop_gradient(reference_SP2)
     elif batch.reference_log_probs is not None:
         log_ratios_SP2 = log_probs_SP2 - batch.reference_log_probs
+    log_probs_SP2 = _of_pairs(log_probs_SP2, batch, NO_PAIR)
+    log_ratios_SP2 = _of_pairs(log_ratios_SP2, batch, 0.0)
 
     lengths_SP2 = by_example(batch.response_lengths, batch)
     pairs = losses.Pairs(
@@ -94,6 +99,7 @@ def unlikelihood(model, _loss, params, _reference, hyper, batch: Batch):
     A baseline of the paper.
     """
     log_probs_SP2 = by_example(response_log_probs(model, params, batch), batch)
+    log_probs_SP2 = _of_pairs(log_probs_SP2, batch, NO_PAIR)
     loss_SP = losses.unlikelihood(log_probs_SP2[..., 0], log_probs_SP2[..., 1], hyper["alpha"])
     return _pair_metrics(batch, loss_SP, log_probs_SP2=log_probs_SP2)
 
@@ -191,7 +197,18 @@ def _pair_metrics(batch: Batch, loss_SP, *, rewards_SP2=None, log_probs_SP2=None
     return _weighted(per_pair, batch.weights)
 
 
+def _of_pairs(values_SP2: jax.Array, batch: Batch, otherwise: float) -> jax.Array:
+    """Return the values of pairs, and another where there is no pair.
+
+    What stands there otherwise may make a loss infinite, and 0 times that, or times its gradient,
+    is not a number.
+    """
+    return jnp.where(batch.weights[..., None] > 0, values_SP2, otherwise)
+
+
 def _weighted(values: dict[str, jax.Array], weights: jax.Array):
     """Return (total, count) of the loss, and all values as metrics {name: (sum, count)}."""
-    metrics = {name: ((value * weights).sum(), weights.sum()) for name, value in values.items()}
+    metrics = {}
+    for name, value in values.items():
+        metrics[name] = (jnp.where(weights > 0, value * weights, 0).sum(), weights.sum())
     return metrics["loss"], metrics

@@ -61,6 +61,13 @@ def test_pack_leaves_masked_tokens_untrained():
         assert masked_rows.responses.tolist() == rows.responses.tolist()
 
 
+def test_empty_response_ends_with_its_prompt():
+    prompt = np.array([9, 8, 7])
+    examples = [Example(prompt, (np.array([1, 2, 3]),)), Example(prompt, (np.array([], int),))]
+    batch = packing.pack(examples, packing.shape_of(examples))
+    assert batch.last_token[batch.response_index].tolist() == [[5], [2]]
+
+
 def needs_of(batches):
     examples = [example for batch in batches for example in batch]
     cells = np.arange(len(examples)).reshape(len(batches), -1)

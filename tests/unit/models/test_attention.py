@@ -92,7 +92,7 @@ def test_kernels_equal_dense_attention(kernel, window):
 
 
 def grouped(prompt_lengths, response_lengths, seed=0):
-    """Return examples of one response each, of prompts that share it with no other."""
+    """Return examples of one response each; lengths of the prompts, and of each one's responses."""
     rng = np.random.default_rng(seed)
     examples = []
     for number, (prompt_length, lengths) in enumerate(
@@ -108,7 +108,10 @@ def grouped(prompt_lengths, response_lengths, seed=0):
 GROUPS = {
     "short": grouped([7, 3, 1, 12], [(2, 5, 3), (4,), (3, 1), (6, 6, 1, 2, 2)]),
     "long": grouped([300, 140, 20], [(150, 20), (30, 31, 2), (140,)]),
+    # In whole rows the prompt's tokens have more slots than are gathered one after the other.
+    "many": grouped([5, 3], [tuple(range(2, 14)), (4,)]),
 }
+MOST_RESPONSES = {"short": 5, "long": 3, "many": 12}  # of a prompt
 
 
 @pytest.mark.parametrize("groups", GROUPS)
@@ -124,7 +127,7 @@ def test_rows_equal_each_sequence_alone(monkeypatch, kernel, responses_per_row, 
     examples = GROUPS[groups]
     shape = packing.shape_of(examples)
     most = max(bucket.responses for bucket in shape.rows)
-    assert most == min(max(responses_per_row, 1), 5 if groups == "short" else 3)
+    assert most == min(max(responses_per_row, 1), MOST_RESPONSES[groups])
     batch = packing.pack(examples, shape)
     one_shard = jax.tree.map(lambda x: x[None], batch)
     layout = Layout(one_shard.rows, one_shard.token_slots)

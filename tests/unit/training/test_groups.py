@@ -4,12 +4,14 @@ import dataclasses
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dpo_jax.data import packing
 from dpo_jax.data.batches import FILLER, Batches, training_order
 from dpo_jax.data.examples import Example
+from dpo_jax.models.log_probs import by_example, response_log_probs
 from dpo_jax.training import objectives, step
 from tests.helpers.tiny import HYPER, random_pairs
 
@@ -117,3 +119,39 @@ def test_groups_stay_together_where_cells_are_full():
     batches = Batches(groups(1, 4), training_order(6, 4, 1, None), shards=4)
     held = (batches.indices(0).reshape(4, -1) != FILLER).sum(axis=1)
     assert held.tolist() == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_cells_without_a_pair_are_finite(tiny, kept):
+    """A loss that is infinite where there is no pair counts the pairs alone."""
+    config, params = tiny
+
+    def odds_ratio(pairs, beta, label_smoothing):
+        chosen = pairs.chosen_log_probs / pairs.chosen_lengths
+        return jnp.log1p(-jnp.exp(chosen)) + jnp.exp(-pairs.chosen_log_ratios)
+
+    pairs = groups(2, 3)[:4]
+    order = np.array([[0, 1, 2, 3, FILLER, FILLER, FILLER, FILLER]])
+    reference_log_probs = None
+    if kept:
+        one = Batches(pairs, np.arange(4)[None])
+        reference_log_probs = np.asarray(
+            by_example(response_log_probs(config, params, at(one[0], 0)), at(one[0], 0))
+        )[0]
+    found = []
+    for shards in (1, 8):
+        batches = Batches(pairs, order, shards=shards, reference_log_probs=reference_log_probs)
+        reference = None if kept else jax.tree.map(lambda x: x * 1.01, params)
+        objective = objectives.make("dpo", config, odds_ratio)
+        grads, metrics = jax.jit(step.accumulate, static_argnums=0)(
+            objective, params, reference, HYPER, batches[0]
+        )
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+        found.append((grads, metrics["loss"]))
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(found[0][0]))
+    for one, several in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(several, one, rtol=1e-5, atol=1e-5 * largest)
+
+
+def at(batch, microbatch):
+    return jax.tree.map(lambda x: x[microbatch], batch)
