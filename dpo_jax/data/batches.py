@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
-from dpo_jax.data import packing
+from dpo_jax.data import grouping, packing
 from dpo_jax.data.ledger import Reading
-from dpo_jax.data.packing import Batch, RolloutTargets
+from dpo_jax.data.packing import FILLER, Batch, RolloutTargets
 
 # The version of which examples are in which batch, and where. Raise it with every change that gives
 # another order for the same seed and step: an unfinished stage is then refused, not resumed.
@@ -23,7 +23,6 @@ DATA_ORDER_VERSION = 2
 SHAPES = 6  # how many shapes, each a program to compile, a run may have
 LOST_OF_SHARED = 0.1  # more than this share of what could be shared is reported as lost ...
 LOST_OF_READ = 0.05  # ... if it is more than this share of the tokens that are read
-FILLER = -1  # in an order: no example, the place is only filled up
 
 
 def steps_of(size: int, batch_size: int, *, steps: int, epochs: float) -> int:
@@ -123,13 +122,12 @@ def evaluation_order(
     if prompt_ids is None:
         prompt_ids = np.arange(size)
     # Prompts, too, keep the order of the data.
-    _, first, number_P = np.unique(prompt_ids, return_index=True, return_inverse=True)
-    rank_P = np.argsort(np.argsort(first))[number_P]
-    order_P = np.argsort(rank_P, kind="stable")
+    prompt_P = grouping.numbered(prompt_ids)
+    order_P = np.argsort(prompt_P, kind="stable")
     batches = []
     room = 0
     start = 0
-    for count in np.bincount(rank_P).tolist():
+    for count in np.bincount(prompt_P).tolist():
         end = start + count
         while start < end:
             if room < min(end - start, batch_size):
@@ -341,8 +339,7 @@ def _deal(indices: np.ndarray, sizes: packing.Sizes, cells: int, most: int) -> l
     """
     batch = sizes[indices]
     # Groups are numbered by their first example, so that equal sizes keep the order of the batch.
-    _, first, number = np.unique(batch.prompt_id, return_index=True, return_inverse=True)
-    group_P = np.argsort(np.argsort(first))[number]
+    group_P = grouping.numbered(batch.prompt_id)
     size_G = _tokens_of_groups(group_P, batch)
     # A group that is more than a cell's part of all would leave others waiting, so it is cut.
     part = size_G.sum() / cells
@@ -389,18 +386,16 @@ def _cut_groups(group_P: np.ndarray, pieces_G: np.ndarray) -> np.ndarray:
     pieces have one more where they cannot all have as many.
     """
     count_G = np.bincount(group_P)
-    order = np.argsort(group_P, kind="stable")
-    rank_P = np.empty(len(group_P), int)
-    rank_P[order] = np.arange(len(group_P)) - np.repeat(np.cumsum(count_G) - count_G, count_G)
+    place_P = grouping.places(group_P)
     in_piece_G, one_more_G = np.divmod(count_G, pieces_G)
     in_piece_P = in_piece_G[group_P]
     one_more_P = one_more_G[group_P]
     # Examples in the pieces that have one more; those after them are counted from there.
     in_larger_P = one_more_P * (in_piece_P + 1)
     piece_of_group_P = np.where(
-        rank_P < in_larger_P,
-        rank_P // (in_piece_P + 1),
-        one_more_P + (rank_P - in_larger_P) // in_piece_P,
+        place_P < in_larger_P,
+        place_P // (in_piece_P + 1),
+        one_more_P + (place_P - in_larger_P) // in_piece_P,
     )
     first_piece_G = np.cumsum(pieces_G) - pieces_G
     return first_piece_G[group_P] + piece_of_group_P

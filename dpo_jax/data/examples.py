@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dpo_jax.data import grouping
+
 Masks = tuple[np.ndarray, ...]
 
 # How many numbers of a run stay in memory; 4 million token ids are 16 MB.
@@ -179,17 +181,9 @@ class Examples(Sequence):
         is_alone_P = (sampled_set_P < 0) & (self._parts == 2)
         sampled_set_P[is_alone_P] = -2 - np.flatnonzero(is_alone_P)
         together = np.stack([prompt_id_P, sampled_set_P, self._data_sets.all()])
-        _, number_P = np.unique(together, axis=1, return_inverse=True)
-        # How many examples of the same number stand before each.
-        order = np.argsort(number_P, kind="stable")
-        sorted_numbers = number_P[order]
-        starts = np.searchsorted(sorted_numbers, sorted_numbers)
-        nth_P = np.empty(len(self), int)
-        nth_P[order] = np.arange(len(self)) - starts
-        _, first, number_P = np.unique(
-            np.stack([number_P, nth_P // most]), axis=1, return_index=True, return_inverse=True
-        )
-        return np.argsort(np.argsort(first))[number_P]
+        whole_P = grouping.numbered(together)
+        piece_P = grouping.places(whole_P) // most
+        return grouping.numbered(np.stack([whole_P, piece_P]))
 
     @functools.cached_property
     def fingerprint(self) -> str:

@@ -70,9 +70,11 @@ PROGRAM_PRICE = 10  # a shape is a program to compile: it must save as much work
 # cores): prompts of 16 tokens and responses of 64, at any number of them.
 WORTH_IT = 0.8
 MOST_RESPONSES = 32  # of a row
-# Causal attention is computed in blocks of queries of about this size, and only keys beyond a block
-# are left out. Work is counted in scores: pairs of a query and a key.
-BLOCK = 128
+# Causal attention is computed in blocks of so many queries, and keys after a block are never
+# touched. Work is counted in scores: pairs of a query and a key.
+QUERY_BLOCK = 128
+# Lengths, and responses of a prompt, are below it, so that three of them make one int64.
+LENGTH_LIMIT = 2**20
 
 
 @dataclasses.dataclass
@@ -251,15 +253,11 @@ class Needs:
         )
 
 
-# Lengths, and responses of a prompt, are below it, so that three of them make one int64.
-LENGTH_LIMIT = 2**20
-
-
 def _scores(prompt, responses, response):
     """Return the scores of a row: its prompt over itself, its responses over it and themselves."""
 
     def causal(length):
-        return length * (length + np.minimum(length, BLOCK)) // 2
+        return length * (length + np.minimum(length, QUERY_BLOCK)) // 2
 
     return causal(prompt) + responses * (response * prompt + causal(response))
 
@@ -471,17 +469,17 @@ def sizes_of(examples, *, share: bool = True) -> Sizes:
     return Sizes(*examples.lengths(), prompt_id_P, response_id_PK)
 
 
-NOBODY = -1  # in cells: no example is there
+FILLER = -1  # in an order or a cell: no example, the place is only filled up
 
 
 def needs_of_cells(sizes: Sizes, cells_XP: np.ndarray, *, share: bool = True) -> Needs:
     """Return what cells of examples require of a shape.
 
-    cells_XP: indices of the examples of each cell, or NOBODY. share: as in `pack`.
+    cells_XP: indices of the examples of each cell, or FILLER. share: as in `pack`.
     """
     cells = len(cells_XP)
     responses_per_example = sizes.response.shape[1]
-    is_there_XP = cells_XP != NOBODY
+    is_there_XP = cells_XP != FILLER
     of_cells = sizes[np.where(is_there_XP, cells_XP, 0)]
     # By the responses of a cell, one after the other.
     is_there_XI = np.repeat(is_there_XP, responses_per_example, axis=1)

@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from dpo_jax.data.packing import Rows
+from dpo_jax.data.packing import QUERY_BLOCK, Rows
 from dpo_jax.parallel.hardware import chip_of
 from dpo_jax.parallel.sharding import BATCH, device, fitting
 
@@ -41,7 +41,6 @@ KERNELS = {
     "splash": ("cpu", "tpu"),
     "cudnn": ("gpu",),
 }
-QUERY_BLOCK = 128  # queries per block; keys after a block are never touched
 SPLASH_LANES = 128  # splash's blocks are multiples of this
 MOST_GATHERS = 8  # slots of a token whose gradients are gathered one after the other
 # Bytes of a number -> the longest of splash's blocks that fits into on-chip memory.

@@ -16,6 +16,9 @@ HYPER = {
         beta=0.3,
         label_smoothing=0.0,
         alpha=0.5,
+        clip=0.2,
+        value_clip=0.2,
+        value_coef=0.1,
     ).items()
 }
 

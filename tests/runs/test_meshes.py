@@ -12,6 +12,7 @@ from dpo_jax.data.packing import Batch, RolloutTargets
 from dpo_jax.models import families
 from dpo_jax.parallel import sharding
 from dpo_jax.training import objectives, optim, step
+from tests.helpers.tiny import HYPER as STAGE_HYPER
 from tests.helpers.tiny import first_responses, masked_pairs, random_pairs
 from tests.helpers.tiny_models import hf_config, random_params
 
@@ -24,20 +25,7 @@ CASES = [
     for i, family in enumerate(FAMILIES)
     for j, name in enumerate(HEADS)
 ]
-HYPER = {
-    name: np.float32(value)
-    for name, value in dict(
-        lr=0.1,
-        warmup_steps=0,
-        steps=10,
-        max_grad_norm=1e6,
-        beta=0.3,
-        label_smoothing=0.0,
-        clip=0.2,
-        value_clip=0.2,
-        value_coef=0.1,
-    ).items()
-}
+HYPER = STAGE_HYPER | dict(max_grad_norm=np.float32(1e6))
 
 
 def make_batch(name: str, shards: int, window: int | None, make_pairs=random_pairs) -> Batch:

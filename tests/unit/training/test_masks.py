@@ -13,17 +13,11 @@ from dpo_jax.data.packing import RolloutTargets
 from dpo_jax.models import transformer
 from dpo_jax.parallel import sharding
 from dpo_jax.training import losses, objectives, self_check, step
-from tests.helpers.tiny import first_responses, masked_pairs
+from tests.helpers.tiny import HYPER, first_responses, masked_pairs
 
 LOGITS = jax.jit(transformer.logits, static_argnums=0)
 PAIRS = masked_pairs(12, longest=8)
-BETA = 0.3
-HYPER = {
-    name: np.float32(value)
-    for name, value in dict(
-        beta=BETA, label_smoothing=0.0, alpha=0.5, clip=0.2, value_clip=0.2, value_coef=0.1
-    ).items()
-}
+BETA = 0.3  # of HYPER
 
 
 @pytest.fixture
