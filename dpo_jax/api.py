@@ -45,7 +45,7 @@ from dpo_jax.data.examples import Example, Examples
 from dpo_jax.data.ledger import Filtered, Malformed, Unusable
 from dpo_jax.data.readers import fields_of
 from dpo_jax.data.rows import TextExample, shown
-from dpo_jax.models import export, hf, inference, loading, peft
+from dpo_jax.models import attention, export, hf, inference, loading, peft
 from dpo_jax.models import lora as adapters
 from dpo_jax.models.loading import Checkpoint
 from dpo_jax.models.lora import Lora
@@ -604,7 +604,7 @@ class Trainer:
             examples,
             order,
             shards=sharding.batch_shards(mesh),
-            window=self._config.window,
+            limits=attention.row_limits(self._config.window, sharding.platform_of(mesh)),
             reference_log_probs=self._kept_log_probs(examples),
         )
         with _as_commands(mesh, verbose):
@@ -726,7 +726,8 @@ class Trainer:
         batch_size = plan.order.shape[1]
         size = min(self._block.microbatch_size or batch_size, batch_size)
         microbatches = -(-batch_size // size)
-        shards = sharding.batch_shards(self._initial.mesh)
+        mesh = self._initial.mesh
+        shards = sharding.batch_shards(mesh)
         missing = -batch_size % (microbatches * shards)
         order = np.pad(plan.order, ((0, 0), (0, missing)), constant_values=FILLER)
         return Batches(
@@ -734,7 +735,7 @@ class Trainer:
             order,
             microbatches=microbatches,
             shards=shards,
-            window=self._config.window,
+            limits=attention.row_limits(self._config.window, sharding.platform_of(mesh)),
             reference_log_probs=self._kept_log_probs(plan.examples),
         )
 

@@ -76,8 +76,8 @@ MODEL = dict(
     ),
     unroll=Field(
         0,
-        "layers unrolled per scan step: may be faster on a CPU, but slower to compile; 0: all of "
-        "up to 6 layers on a CPU, else 1",
+        "layers unrolled per scan step: may be faster, but slower to compile; 0: all of up to 6 "
+        "layers on a CPU and 12 on a GPU, else 1",
     ),
     lora=LORA,
 )

@@ -157,7 +157,7 @@ class Batches:
         microbatches: int = 1,
         shards: int = 1,
         share: bool = True,
-        window: int | None = None,
+        limits: packing.RowLimits = packing.ANY_ROWS,
         shape: packing.Shape | None = None,
         reference_log_probs: np.ndarray | None = None,
         rollout: RolloutTargets | None = None,
@@ -166,7 +166,7 @@ class Batches:
 
         examples: a sequence of `Example`. order: indices into it, or FILLER,
         [steps, batch_size]. share: whether examples of a cell share prompts and responses, as in
-        `packing.pack`. window: of the model's attention. shape: that of every batch, where the
+        `packing.pack`. limits: of attention's rows. shape: that of every batch, where the
         examples are not known when the program is compiled. reference_log_probs: [examples,
         responses]. rollout: its fields hold, for each example, an array of a value for each
         completion token; its examples are laid down apart, as each has values of its own.
@@ -188,6 +188,7 @@ class Batches:
         self._rollout = rollout
         self._examples = examples
         # Lengths alone decide all shapes, so batches are packed only when they are asked for.
+        self.limits = limits
         self._share = share
         self._sizes = packing.sizes_of(examples, share=share)
         self._cells_nCP = self._deal_to_cells(shape.examples if shape else batch_size)
@@ -198,7 +199,7 @@ class Batches:
             self.shapes = [shape]
         else:
             self.shapes = packing.choose_shapes(
-                needs, SHAPES, cells=cells, share=share, window=window
+                needs, SHAPES, cells=cells, share=share, limits=limits
             )
         # k: shapes, n: steps, C: cells. A step's cells have one shape.
         fits_knC = np.array([needs.met_by(shape).reshape(-1, cells) for shape in self.shapes])

@@ -62,7 +62,7 @@ import numpy as np
 from dpo_jax.data.examples import Examples
 
 # Each bucket more shortens rows and lengthens compilation.
-BUCKETS = 6  # at most this many
+BUCKETS = 6  # at most this many, where the device does not want fewer
 BUCKET_PRICE = 0.03  # a bucket must save this share of attention's work
 PROGRAM_PRICE = 10  # a shape is a program to compile: it must save as much work as this many steps
 # Rows of less than whole sequences, and of fewer responses than a prompt has, must leave less than
@@ -541,27 +541,37 @@ def _numbered(ids_XI: np.ndarray, is_there_XI: np.ndarray) -> tuple[np.ndarray, 
     return (places_I - start_XI) * is_there_XI, (next_XI - start_XI) * is_there_XI
 
 
-def shape_of(
-    examples, *, share: bool = True, buckets: int = BUCKETS, window: int | None = None
-) -> Shape:
-    """Return a shape that holds the examples, rounded up; share as in `pack`.
+@dataclasses.dataclass(frozen=True)
+class RowLimits:
+    """What a model and its device ask of attention's rows."""
 
-    window: how far the model's attention looks back, as in `choose_shapes`.
-    """
+    window: int | None = None  # how far attention looks back; None: to the start
+    buckets: int = BUCKETS  # the most
+
+
+ANY_ROWS = RowLimits()
+
+
+def shape_of(examples, *, share: bool = True, limits: RowLimits = ANY_ROWS) -> Shape:
+    """Return a shape that holds the examples, rounded up; share as in `pack`."""
     one_cell = np.arange(len(examples))[None]
     needs = needs_of_cells(sizes_of(examples, share=share), one_cell, share=share)
-    return _covering(needs, buckets, window, share)
+    return _covering(needs, limits, share)
 
 
 def choose_shapes(
-    needs: Needs, limit: int, *, cells: int = 1, share: bool = True, window: int | None = None
+    needs: Needs,
+    most: int,
+    *,
+    cells: int = 1,
+    share: bool = True,
+    limits: RowLimits = ANY_ROWS,
 ) -> list[Shape]:
-    """Return at most `limit` shapes, smallest first, so that each step fits into one of them.
+    """Return at most `most` shapes, smallest first, so that each step fits into one of them.
 
     Steps are grouped by their tokens so that padding is least, where another shape must save the
     work of PROGRAM_PRICE steps: a short run has few shapes. cells: of each step, one after another;
-    all have one shape. share: as in `pack`. window: how far the model's attention looks back; None:
-    to the start.
+    all have one shape. share: as in `pack`.
     """
     # Tokens stand for all work here; lengths and completion tokens grow with them.
     tokens_n = needs.tokens.reshape(-1, cells).max(axis=1)
@@ -575,18 +585,19 @@ def choose_shapes(
         return size_m[end - 1] * (steps_below_m[end] - steps_below_m[:end]) + price
 
     shapes = []
-    for start, end in _cut(len(size_m), cost, limit):
+    for start, end in _cut(len(size_m), cost, most):
         some_n = (size_m[start] <= size_n) & (size_n <= size_m[end - 1])
-        shapes.append(_covering(needs[np.repeat(some_n, cells)], BUCKETS, window, share))
+        shapes.append(_covering(needs[np.repeat(some_n, cells)], limits, share))
     return shapes
 
 
-def _covering(needs: Needs, buckets: int, window: int | None, share: bool) -> Shape:
+def _covering(needs: Needs, limits: RowLimits, share: bool) -> Shape:
     """Return the smallest shape, rounded up, that all cells fit into."""
-    responses_per_row, rows_R3 = _choose_rows(needs, window, MOST_RESPONSES if share else 0)
+    most_responses = MOST_RESPONSES if share else 0
+    responses_per_row, rows_R3 = _choose_rows(needs, limits.window, most_responses)
     return Shape(
         tokens=int(_round_up(needs.tokens).max()),
-        rows=_in_buckets(rows_R3, buckets),
+        rows=_in_buckets(rows_R3, limits.buckets),
         responses_per_row=responses_per_row,
         completion_tokens=int(_round_up(needs.completion_tokens).max()),
         examples=int(needs.examples.max()),

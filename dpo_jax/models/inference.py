@@ -13,7 +13,8 @@ import numpy as np
 from dpo_jax.console import Progress
 from dpo_jax.data.batches import FILLER, Batches, evaluation_order, prefetch
 from dpo_jax.data.examples import Examples
-from dpo_jax.data.packing import Shape
+from dpo_jax.data.packing import ANY_ROWS, RowLimits, Shape
+from dpo_jax.models.attention import row_limits
 from dpo_jax.models.loading import Model
 from dpo_jax.models.log_probs import by_example, response_log_probs
 from dpo_jax.parallel import sharding
@@ -87,7 +88,7 @@ def score_responses(
         responses.alone,
         model.mesh,
         batch_size=batch_size * responses.responses_per_example,
-        window=model.config.window,
+        limits=row_limits(model.config.window, sharding.platform_of(model.mesh)),
         name=name,
     )
     for indices, values_P1 in found:
@@ -107,7 +108,7 @@ def map_responses(
     mesh: jax.sharding.Mesh,
     *,
     batch_size: int,
-    window: int | None = None,
+    limits: RowLimits = ANY_ROWS,
     shape_for: Callable[[int], Shape] | None = None,
     name: str = "",
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -115,7 +116,7 @@ def map_responses(
 
     Examples of a prompt are in one batch where they fit, and share it. function: batch -> values
     [S, P, K], whole on every device. batch_size: examples at a time over all devices, rounded up to
-    whole shards. window: of the attention of the model that the function runs. shape_for: the most
+    whole shards. limits: of attention's rows. shape_for: the most
     prompts of a shard's part of a batch -> the shape of all parts, if not chosen from the lengths.
     It must have room for as many examples as evenly dealt batches have, whatever they share. name:
     of the progress line; "" shows none.
@@ -129,7 +130,7 @@ def map_responses(
         # How many prompts a shard has is known once the examples are dealt to them.
         roomy = shape_for(batch_size // shards)
         shape = shape_for(Batches(examples, order, shards=shards, shape=roomy).most_prompts())
-    batches = Batches(examples, order, shards=shards, window=window, shape=shape)
+    batches = Batches(examples, order, shards=shards, limits=limits, shape=shape)
 
     def load(step):
         return _without_microbatches(batches[step])

@@ -1,4 +1,4 @@
-"""Linear layers, and the order of their backward pass on a CPU.
+"""Linear layers, and the order and precision of their backward pass.
 
 Letters as in `transformer.py`.
 """
@@ -60,6 +60,37 @@ def product(equation: str, x, kernel) -> jax.Array:
     if device().platform == "cpu":
         return _product_on_cpu(equation, x, kernel)
     return jnp.einsum(equation, x, kernel)
+
+
+def wide_product(equation: str, x, kernel) -> jax.Array:
+    """Return jnp.einsum(equation, x, kernel) in float32: the sums are not rounded to 16 bits.
+
+    Their gradient is rounded, so that the products of the backward pass have two operands of 16
+    bits, as the forward pass has. XLA would widen the narrow one instead, and a GPU multiplies
+    float32 ten times more slowly.
+    """
+    if x.dtype == jnp.float32:
+        return jnp.einsum(equation, x, kernel)
+    return _wide_product(equation, x, kernel)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _wide_product(equation: str, x, kernel) -> jax.Array:
+    return jnp.einsum(equation, x, kernel, preferred_element_type=jnp.float32)
+
+
+def _wide_product_forward(equation, x, kernel):
+    # Not a call of `_wide_product`, in which remat policies would see no product to save.
+    y = jnp.einsum(equation, x, kernel, preferred_element_type=jnp.float32)
+    return y, (x, kernel)
+
+
+def _wide_product_backward(equation, operands, grad):
+    _, pull_back = jax.vjp(functools.partial(jnp.einsum, equation), *operands)
+    return pull_back(grad.astype(operands[0].dtype))
+
+
+_wide_product.defvjp(_wide_product_forward, _wide_product_backward)
 
 
 def over_tokens(weight, shape: tuple[int, ...], dtype) -> jax.Array:

@@ -145,6 +145,11 @@ def device():
     return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
 
 
+def platform_of(mesh: jax.sharding.Mesh) -> str:
+    """Return the platform of a mesh's devices: cpu, gpu or tpu."""
+    return mesh.devices.flat[0].platform
+
+
 def constrain(x: jax.Array, *spec) -> jax.Array:
     """Pin an activation to a spec inside jit; without a mesh, do nothing."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -21,6 +21,7 @@ from dpo_jax.data.batches import (
     sizes_for_whole_groups,
 )
 from dpo_jax.data.examples import Examples
+from dpo_jax.data.packing import ANY_ROWS, RowLimits
 from dpo_jax.models.transformer import TransformerConfig
 from dpo_jax.planning.report import Sharing, Suggestion
 from dpo_jax.stage_table import STAGES
@@ -130,11 +131,11 @@ def pairs_together(config: ConfigDict, group: Group) -> int:
 
 
 def lay_out(
-    config: ConfigDict, stage: str, group: Group, shards: int, window: int | None = None
+    config: ConfigDict, stage: str, group: Group, shards: int, limits: RowLimits = ANY_ROWS
 ) -> Batches:
     """Return batches of made-up examples, laid out as the run lays out its own.
 
-    shards: that split a batch. window: of the model's attention.
+    shards: that split a batch. limits: of attention's rows.
     """
     block = config[stage]
     batch_size = block.batch_size
@@ -150,7 +151,7 @@ def lay_out(
         np.arange(size).reshape(steps, batch_size),
         microbatches=microbatches_of(block),
         shards=shards,
-        window=window,
+        limits=limits,
         reference_log_probs=reference_log_probs,
     )
 
@@ -216,7 +217,7 @@ def _suggestions(
         grouped = copy.deepcopy(config)
         grouped.update_from_flattened_dict(by_order)
         kinds.append(([({}, batches.shards)], here))
-        in_groups = lay_out(grouped, stage, group, batches.shards, model.window)
+        in_groups = lay_out(grouped, stage, group, batches.shards, batches.limits)
         start = _computed(in_groups) / config[stage].batch_size
     if pairs_together(grouped, group) == 1:
         return []
@@ -231,7 +232,7 @@ def _suggestions(
         for change, shards in changes:
             changed = copy.deepcopy(grouped)
             changed.update_from_flattened_dict(change)
-            other = lay_out(changed, stage, group, shards, model.window)
+            other = lay_out(changed, stage, group, shards, batches.limits)
             per_pair = _computed(other) / changed[stage].batch_size
             # The smallest change comes first; a larger one must be worth it.
             if per_pair < (1 - WORTH_SAYING) * best:

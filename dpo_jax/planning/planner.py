@@ -61,13 +61,15 @@ def plan(
     config_checks.validate(config)
     _check_stage(config, stage)
     on_tpu = topology.chip.torus > 0
-    attention.check(config.model.attention, "tpu" if on_tpu else "gpu")
+    platform = "tpu" if on_tpu else "gpu"
+    attention.check(config.model.attention, platform)
     model = model_config(config, stage, assumed.model)
     if not on_tpu:  # the step is traced on CPU devices, which lack the GPU's kernel
         model = dataclasses.replace(model, attention="xla")
     mesh = _mesh(config, topology)
     group = groups.group_of(config, stage, assumed)
-    batches = groups.lay_out(config, stage, group, sharding.batch_shards(mesh), model.window)
+    limits = attention.row_limits(model.window, platform)
+    batches = groups.lay_out(config, stage, group, sharding.batch_shards(mesh), limits)
     objective, batch = instead(model, batches[0]) if instead else (None, batches[0])
     program = make_program(config, stage, model, mesh, batch, objective)
 

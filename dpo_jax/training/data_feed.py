@@ -20,7 +20,8 @@ from dpo_jax.data.batches import (
     training_order,
 )
 from dpo_jax.data.dataset import Dataset
-from dpo_jax.models import flops
+from dpo_jax.data.packing import RowLimits
+from dpo_jax.models import attention, flops
 from dpo_jax.models.transformer import TransformerConfig
 from dpo_jax.parallel import hardware, sharding
 from dpo_jax.training import metrics as metrics_lib
@@ -158,7 +159,7 @@ class DataFeed:
             order,
             microbatches=microbatches_of(block),
             shards=sharding.batch_shards(self._job.mesh),
-            window=self._job.model.window,
+            limits=self._row_limits(),
             reference_log_probs=self._kept_log_probs("train", self._data.train, order),
         )
         # Every shape is a program to compile, and padding is work for nothing: both are shown.
@@ -200,9 +201,13 @@ class DataFeed:
             self._data.eval,
             order,
             shards=sharding.batch_shards(self._job.mesh),
-            window=self._job.model.window,
+            limits=self._row_limits(),
             reference_log_probs=self._kept_log_probs("eval", self._data.eval, order),
         )
+
+    def _row_limits(self) -> RowLimits:
+        platform = sharding.platform_of(self._job.mesh)
+        return attention.row_limits(self._job.model.window, platform)
 
     def _kept_log_probs(self, split: str, examples, order: np.ndarray) -> np.ndarray | None:
         if self._reference_log_probs is None:
@@ -324,7 +329,7 @@ def gains_by_huge_pages(model: TransformerConfig, mesh: jax.sharding.Mesh, token
 
     They do nothing for an accelerator, and for steps whose memory glibc keeps anyway.
     """
-    is_cpu = mesh.devices.flat[0].platform == "cpu"
+    is_cpu = sharding.platform_of(mesh) == "cpu"
     is_large = tokens * model.layers * model.width >= GAINS_BY_HUGE_PAGES
     return is_cpu and is_large and hardware.lacks_huge_pages()
 

@@ -79,6 +79,7 @@ class Report:
     def __init__(self, path: str):
         self._path = path
         self._found = []
+        self._began = time.perf_counter()
 
     def add(self, name: str, side: Side, **found) -> None:
         """Add a comparison: its errors, or `failed`."""
@@ -94,7 +95,11 @@ class Report:
         errors = [f"{key} {value:.1e}" for key, value in found.get("errors", {}).items()]
         shown = ", ".join(errors) or found["failed"]
         verdict = "ok" if line["ok"] else "DIFFERS" if errors else "FAILED"
-        print(f"{verdict:<8}{name}, {side.kernel}, {side.dtype}: {shown}", flush=True)
+        seconds = time.perf_counter() - self._began
+        print(
+            f"{seconds:4.0f} s  {verdict:<8}{name}, {side.kernel}, {side.dtype}: {shown}",
+            flush=True,
+        )
 
     def count(self) -> tuple[int, int]:
         """Return how many comparisons agree, and how many there are."""
@@ -161,7 +166,8 @@ def check_step(
     config.dpo.update(batch_size=PAIRS, lr=1e-4, warmup_steps=0)
     examples = make_examples(model.vocab)
     order = training_order(len(examples), PAIRS, 1, None)
-    batch = Batches(examples, order, share=share, window=model.window)[0]
+    limits = attention.row_limits(model.window, compared[0].device.platform)
+    batch = Batches(examples, order, share=share, limits=limits)[0]
     # The CPU's random numbers do not depend on the device.
     with jax.default_device(cpu):
         params = jax.tree.map(np.asarray, transformer.init(model, jax.random.key(0)))

@@ -14,7 +14,7 @@ from dpo_jax import config as configs
 from dpo_jax import config_checks
 from dpo_jax.data import dataset
 from dpo_jax.data.batches import Batches, prefetch, training_order
-from dpo_jax.models import flops, loading
+from dpo_jax.models import attention, flops, loading
 from dpo_jax.parallel import processes, sharding
 from dpo_jax.training import metrics, objectives, reference_cache
 from dpo_jax.training.loop import stage_programs
@@ -40,11 +40,13 @@ class Trainer:
         order = training_order(len(data), work.pairs, len(data) // work.pairs, None)
         # Each side keeps its own, as the sides start together.
         kept = folder / ("shared" if share else "plain")
+        platform = sharding.platform_of(self.mesh)
+        limits = attention.row_limits(self.model.config.window, platform)
         self.batches = Batches(
             data,
             order,
             share=share,
-            window=self.model.config.window,
+            limits=limits,
             reference_log_probs=self._reference_log_probs(kept, data, order),
         )
         self.programs = stage_programs("dpo", config.dpo, self.model.config, self.mesh)

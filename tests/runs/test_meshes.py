@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dpo_jax.data.batches import Batches
-from dpo_jax.data.packing import Batch, RolloutTargets
+from dpo_jax.data.packing import Batch, RolloutTargets, RowLimits
 from dpo_jax.models import families
 from dpo_jax.parallel import sharding
 from dpo_jax.training import objectives, optim, step
@@ -44,7 +44,8 @@ def make_batch(name: str, shards: int, window: int | None, make_pairs=random_pai
     order = np.arange(16)[None]
     # Tokens of a rollout have values of their own, so their responses are laid down apart.
     share = rollout is None
-    return Batches(examples, order, shards=shards, share=share, window=window, rollout=rollout)[0]
+    limits = RowLimits(window)
+    return Batches(examples, order, shards=shards, share=share, limits=limits, rollout=rollout)[0]
 
 
 def stepped(name: str, config, params, mesh, make_pairs=random_pairs) -> tuple[dict, dict]:

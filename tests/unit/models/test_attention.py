@@ -172,6 +172,17 @@ def test_rows_equal_each_sequence_alone(monkeypatch, kernel, responses_per_row, 
     )
 
 
+def test_rows_are_in_one_bucket_on_a_gpu():
+    rows = {platform: attention.row_limits(7, platform) for platform in ("cpu", "gpu", "tpu")}
+    assert {limits.window for limits in rows.values()} == {7}
+    assert rows["cpu"].buckets == rows["tpu"].buckets == packing.BUCKETS > rows["gpu"].buckets == 1
+    shapes = {
+        platform: packing.shape_of(GROUPS["long"], limits=attention.row_limits(None, platform))
+        for platform in rows
+    }
+    assert len(shapes["gpu"].rows) == 1 < len(shapes["cpu"].rows)
+
+
 def test_window_in_two_parts_is_refused():
     q, k, v, _ = [x[:, :, None] for x in arrays(1, 2, 4, 2, 2, 8)]
     prompts = attention.Prompts(k[:, :, 0], v[:, :, 0], jnp.array([[4, 2]]))

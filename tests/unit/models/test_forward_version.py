@@ -65,7 +65,8 @@ def case_params(config: transformer.TransformerConfig) -> dict:
 
 def log_probs_of(config, params, examples) -> np.ndarray:
     """Return the summed log-prob of each response, [pairs, 2]."""
-    batch = packing.pack(examples, packing.shape_of(examples, window=config.window))
+    limits = packing.RowLimits(config.window)
+    batch = packing.pack(examples, packing.shape_of(examples, limits=limits))
     batch = jax.tree.map(lambda x: x[None], batch)
     log_probs_SQ = jax.jit(lambda params: response_log_probs(config, params, batch))(params)
     return np.asarray(log_probs_SQ).reshape(-1, 2)

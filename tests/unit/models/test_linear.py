@@ -81,3 +81,37 @@ def test_linear_axes_by_name():
     assert params["kernel"].shape == (8, 2, 3) and params["bias"].shape == (2, 3)
     expected = jnp.einsum("SND,DHC->SNHC", x_SND, params["kernel"])
     np.testing.assert_allclose(layer.apply({"params": params}, x_SND), expected, atol=1e-6)
+
+
+HEADS = {"...D,VD->...V": (40, 16), "...D,DV->...V": (16, 40)}  # tied and untied heads
+
+
+@pytest.mark.parametrize("equation", HEADS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_wide_product(equation, dtype):
+    """The sums keep their bits, and no product of 16 bits gets an operand of 32, slow on a GPU."""
+    x_key, kernel_key = jax.random.split(jax.random.key(0))
+    given = (
+        jax.random.normal(x_key, (2, 7, 16), dtype),
+        jax.random.normal(kernel_key, HEADS[equation], dtype),
+    )
+    in_float32 = [x.astype(jnp.float32) for x in given]
+
+    def loss(x, kernel):
+        return jnp.sin(linear.wide_product(equation, x, kernel)).sum()
+
+    found = linear.wide_product(equation, *given)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, jnp.einsum(equation, *in_float32), rtol=1e-6, atol=1e-5)
+
+    gradient = jax.grad(loss, argnums=(0, 1))
+    operands = []
+    for step in jax.make_jaxpr(gradient)(*given).eqns:
+        if step.primitive.name == "dot_general":
+            operands += [str(operand.aval.dtype) for operand in step.invars]
+    assert set(operands) == {dtype}
+    tolerance = 1e-6 if dtype == "float32" else 0.01  # bfloat16 has 8 bits
+    for ours, expected in zip(gradient(*given), gradient(*in_float32), strict=True):
+        assert ours.dtype == dtype
+        gap = np.abs(np.asarray(ours, np.float32) - expected).max()
+        assert gap <= tolerance * np.abs(expected).max()

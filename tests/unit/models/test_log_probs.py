@@ -140,7 +140,8 @@ def expected_log_probs(config, params, examples):
 
 
 def flat(examples, share=True, buckets=packing.BUCKETS, shape=None):
-    shape = shape or packing.shape_of(examples, share=share, buckets=buckets)
+    limits = packing.RowLimits(buckets=buckets)
+    shape = shape or packing.shape_of(examples, share=share, limits=limits)
     return jax.tree.map(lambda x: x[None], packing.pack(examples, shape, share=share))
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -181,14 +182,15 @@ def scan_step_layers(config) -> int:
     return scan.params["unroll"]
 
 
-def test_layers_are_not_unrolled_for_another_device(monkeypatch):
-    class Tpu:
-        platform = "tpu"
-
+@pytest.mark.parametrize(
+    ("platform", "layers", "unroll", "expected"),
+    [("gpu", 12, 0, 12), ("gpu", 13, 0, 1), ("tpu", 2, 0, 1), ("tpu", 2, 2, 2)],
+)
+def test_unrolled_layers_of_another_device(monkeypatch, platform, layers, unroll, expected):
     # What a plan compiles for, on a machine that has CPUs alone.
-    monkeypatch.setattr(transformer, "device", Tpu)
-    assert transformer.unrolled_layers(tiny_config()) == 1
-    assert transformer.unrolled_layers(tiny_config(unroll=2)) == 2
+    monkeypatch.setattr(transformer, "device", lambda: SimpleNamespace(platform=platform))
+    config = tiny_config(layers=layers, unroll=unroll)
+    assert transformer.unrolled_layers(config) == expected
 
 
 def test_remat_and_unroll_change_nothing():

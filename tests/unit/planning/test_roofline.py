@@ -3,6 +3,7 @@
 import pytest
 
 from dpo_jax.data import packing
+from dpo_jax.data.packing import RowLimits
 from dpo_jax.planning import groups, planner, roofline, topologies
 from tests.helpers.tiny_runs import SCRATCH, scratch_config
 
@@ -30,6 +31,6 @@ def test_rows_in_two_parts_by_hand():
     numbers = 2 * heads * queries + 2 * kv_heads * keys
     assert roofline._rows(model, shape, 4) == 2 * numbers * 16 * 4
 
-    [whole] = groups.lay_out(config, "dpo", group, shards=1, window=80).shapes
+    [whole] = groups.lay_out(config, "dpo", group, shards=1, limits=RowLimits(window=80)).shapes
     assert whole.rows == (packing.RowShape(4, 0, 1, 96),)
     assert roofline._rows(model, whole, 4) == 2 * (2 * heads + 2 * kv_heads) * 4 * 96 * 16 * 4
