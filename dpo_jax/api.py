@@ -73,6 +73,7 @@ RUN_SETTINGS = (
     "keep_best",
     "reference",
     "cache_reference",
+    "distinct",
     "seed",
 )
 ENCODING = (

@@ -233,6 +233,11 @@ SFT = dict(
     loss=Field(
         "sum", "sum of an example's token losses (the reference's), or token_mean: over all"
     ),
+    distinct=Field(
+        False,
+        "train and evaluate on each response to a prompt once, however many rows or pairs choose "
+        "it; False: once for each",
+    ),
     **_training(),
 )
 

@@ -512,6 +512,8 @@ def _fit_steps(found: Survey, setup: Setup, texts: dict, reasons: list) -> None:
             block[name] = value
 
     rows = found.ledger.train.kept
+    if block.get("distinct", False):
+        rows -= found.repeats.train_rows_repeated
     if rows < block.batch_size:
         add("batch_size", min(8, rows), f"the data has {_plural(rows, 'row')}")
     steps = batches.steps_of(rows, block.batch_size, steps=block.steps, epochs=block.epochs)

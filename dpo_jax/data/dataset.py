@@ -33,14 +33,16 @@ class LoadedPart:
     chat_lengths: dict[str, ChatLengths]  # split -> of its chat prompts, before a cut
 
 
-def load(data, tokenizer, kind: str, *, date: datetime.date | None = None) -> Dataset:
+def load(
+    data, tokenizer, kind: str, *, date: datetime.date | None = None, distinct: bool = False
+) -> Dataset:
     """Read, tokenise and check the data that the config `data` names.
 
-    kind: "sft" or "pairs". date: what chat templates take for today; None: today. Raises ValueError
-    or FileNotFoundError with the file, row and field, or with the reasons for which too many rows
-    were dropped.
+    kind: "sft" or "pairs". date: what chat templates take for today; None: today. distinct: leave
+    out a row whose tokens an earlier row of the split has. Raises ValueError or FileNotFoundError
+    with the file, row and field, or with the reasons for which too many rows were dropped.
     """
-    examples, parts = load_parts(data, tokenizer, kind, date=date)
+    examples, parts = load_parts(data, tokenizer, kind, date=date, distinct=distinct)
     for part in parts.values():
         for split, of_all in examples.items():
             check_cue(part.data, of_all[part.own[split]], tokenizer)
@@ -55,6 +57,7 @@ def load_parts(
     kind: str,
     *,
     date: datetime.date | None = None,
+    distinct: bool = False,
     watch: Callable[[str, TextExample], None] | None = None,
 ) -> tuple[dict[str, Examples], dict[str, LoadedPart]]:
     """Read and tokenise the data that the config `data` names, as `load` does.
@@ -62,7 +65,7 @@ def load_parts(
     Returns the examples of each split, and the data sets that they are from, by name. watch: called
     with the split of each example and its text.
     """
-    examples = {"train": Examples(), "eval": Examples()}
+    examples = {split: Examples(distinct=distinct) for split in ("train", "eval")}
     parts = {}
     for part in splits.parts(data, kind):
         truncate = truncation(part.data)

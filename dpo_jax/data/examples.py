@@ -64,7 +64,9 @@ class Examples(Sequence):
     `examples[2:5]`, `examples[[0, 3]]`. They share their ids with the whole.
     """
 
-    def __init__(self):
+    def __init__(self, *, distinct: bool = False):
+        """Begin without an example; distinct: `append` leaves out one that is there already."""
+        self._there: set[tuple[int, ...]] | None = set() if distinct else None  # identities
         self._ids = Run(np.int32, IN_MEMORY)
         self._masks = Run(np.bool_, IN_MEMORY)
         self._starts = Run(np.int64)  # where each example starts in the run of ids
@@ -85,8 +87,8 @@ class Examples(Sequence):
         where: str,
         completion_masks: Masks | None = None,
         sampled_set: int | None = None,
-    ) -> None:
-        """Append an example; ids become int32.
+    ) -> bool:
+        """Append an example, ids as int32; return False where it is left out, as not distinct.
 
         sampled_set: the number of the set of completions that the responses were sampled with,
         if any. It decides what belongs together: see `groups`.
@@ -104,6 +106,11 @@ class Examples(Sequence):
             raise ValueError(
                 f"{where} has {len(lengths) - 1} responses; those before it have {self._parts - 1}."
             )
+        identities = example.identities()
+        if self._there is not None:
+            if tuple(identities) in self._there:
+                return False
+            self._there.add(tuple(identities))
         self._starts.append(self._ids.end)
         for ids in (prompt, *responses):
             self._ids.extend(ids)
@@ -112,10 +119,11 @@ class Examples(Sequence):
             self._masks.extend(mask)
         self._lengths.extend(lengths)
         self._completion_lengths.extend(example.completion_lengths())
-        self._identities.extend(example.identities())
+        self._identities.extend(identities)
         self._sampled_sets.append(-1 if sampled_set is None else sampled_set)
         self._data_sets.append(self._data_set)
         self.where.append(where)
+        return True
 
     def begin_data_set(self) -> None:
         """Begin the next data set of a mixture: no group has examples of two data sets."""

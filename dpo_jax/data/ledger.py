@@ -17,6 +17,7 @@ CHAT_LINES = {
     "reasoning left out by the template": "reasoning_left_out",
 }
 EXAMPLES = 3  # how many dropped rows are named for each reason
+NOT_DISTINCT = "an earlier row has this response"  # a reason in Counts.filtered
 COLUMN = 12  # characters of a column of the table
 WIDEST = 100  # characters of a table with a column for each set of a mixture
 

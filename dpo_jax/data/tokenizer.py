@@ -19,7 +19,7 @@ import numpy as np
 
 from dpo_jax.data.chat import Chat, Rendered, Response, without_tail
 from dpo_jax.data.examples import Examples, Masks
-from dpo_jax.data.ledger import Counts, Malformed, Unusable
+from dpo_jax.data.ledger import NOT_DISTINCT, Counts, Malformed, Unusable
 from dpo_jax.data.rows import TextExample, shared_length
 
 # The version of the rule that makes ids of text. Raise it with every change that gives some row
@@ -291,6 +291,9 @@ def _append_cut(
         if masks and not all(mask.any() for mask in masks):
             raise Unusable("no assistant turn is left, once cut")
 
+    if not examples.append(prompt, responses, where, masks):
+        counts.filter(NOT_DISTINCT)
+        return
     counts.prompts_truncated += len(prompt) < len(whole_prompt)
     for before, response in zip(whole_responses, responses, strict=True):
         if len(response) < len(before):
@@ -298,7 +301,6 @@ def _append_cut(
             # A cut response does not end here, so it gets no EOS that would teach the policy to
             # stop.
             counts.eos_lost += before[-1] == rule.eos
-    examples.append(prompt, responses, where, masks)
 
 
 def encode_prompts(

@@ -19,7 +19,7 @@ from dpo_jax.console import say
 from dpo_jax.data import readers
 from dpo_jax.data.dataset import Dataset
 from dpo_jax.data.examples import Examples
-from dpo_jax.data.ledger import Ledger
+from dpo_jax.data.ledger import NOT_DISTINCT, Ledger
 from dpo_jax.models.loading import Model
 from dpo_jax.sampling import rollouts
 from dpo_jax.sampling.prompts import Prompts
@@ -120,18 +120,23 @@ def _pair(number: int, row: dict, chosen: dict, rejected: dict) -> dict:
 
 
 @functools.lru_cache(maxsize=1)  # the runs of a sweep in one process read them once
-def load(folder: pathlib.Path, kind: str) -> Dataset:
-    """Return the pairs of a finished stage, to train on; of kind "sft", their chosen responses."""
+def load(folder: pathlib.Path, kind: str, distinct: bool = False) -> Dataset:
+    """Return the pairs of a finished stage, to train on; of kind "sft", their chosen responses.
+
+    distinct: leave out what an earlier pair of the split has.
+    """
     ledger = Ledger()
     found = {}
     for split, file in FILES.items():
-        examples = Examples()
+        examples = Examples(distinct=distinct)
         counts = getattr(ledger, split)
         for number, row in readers.read_jsonl(folder / file):
             prompt, *responses = row["tokens"]
             wanted = responses[:1] if kind == "sft" else responses
             where = f"{file} row {number}"
-            examples.append(prompt, wanted, where, sampled_set=row.get("sampled_set"))
-        counts.read = counts.kept = len(examples)
+            counts.read += 1
+            if not examples.append(prompt, wanted, where, sampled_set=row.get("sampled_set")):
+                counts.filter(NOT_DISTINCT)
+        counts.kept = len(examples)
         found[split] = examples
     return Dataset(found["train"], found["eval"], ledger)

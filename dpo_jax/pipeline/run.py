@@ -90,12 +90,12 @@ class Run:
         has changed.
         """
         kind = "pairs" if STAGES[stage].responses == 2 else "sft"
+        distinct = self.config[stage].get("distinct", False)
         if stage_table.trains_on_samples(self.config, stage):
-            loaded = preference_pairs.load(self.folder("pairs"), kind)
-        elif STAGES[stage].data == "sft":
-            loaded = dataset.load(self.sft_data(), tokenizer, kind, date=self.date)
+            loaded = preference_pairs.load(self.folder("pairs"), kind, distinct)
         else:
-            loaded = dataset.load(self.config.data, tokenizer, kind, date=self.date)
+            data = self.sft_data() if STAGES[stage].data == "sft" else self.config.data
+            loaded = dataset.load(data, tokenizer, kind, date=self.date, distinct=distinct)
 
         say(loaded.ledger.table())
         shown = min(self.config.data.show, len(loaded.train))

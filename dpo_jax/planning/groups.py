@@ -121,12 +121,22 @@ def _fewest_responses(pairs: int) -> int:
     return responses
 
 
-def pairs_together(config: ConfigDict, group: Group) -> int:
-    """Return how many pairs of a prompt follow each other in the run's order of the data."""
+def examples_of(config: ConfigDict, stage: str, group: Group) -> list[tuple[int, ...]]:
+    """Return the examples that a stage makes of a prompt's pairs, each as indices of responses."""
+    responses = STAGES[stage].responses  # 1: the chosen one of each pair
+    examples = [pair[:responses] for pair in group.index_pairs()]
+    if config[stage].get("distinct", False):
+        examples = list(dict.fromkeys(examples))
+    return examples
+
+
+def pairs_together(config: ConfigDict, stage: str, group: Group) -> int:
+    """Return how many examples of a prompt follow each other in the run's order of the data."""
+    pairs = len(examples_of(config, stage, group))
     if not config.data.shuffle:
-        return group.pairs  # as in the file, which is taken to have them together
+        return pairs  # as in the file, which is taken to have them together
     if config.data.order == "prompts":
-        return min(group.pairs, config.data.group_pairs)
+        return min(pairs, config.data.group_pairs)
     return 1
 
 
@@ -139,7 +149,7 @@ def lay_out(
     """
     block = config[stage]
     batch_size = block.batch_size
-    together = pairs_together(config, group)
+    together = pairs_together(config, stage, group)
     # After so many steps a batch begins with a prompt again.
     steps = min(together // math.gcd(batch_size, together), MOST_STEPS)
     size = steps * batch_size
@@ -147,7 +157,7 @@ def lay_out(
     if stage_table.keeps_reference(config, stage):
         reference_log_probs = np.zeros((size, 2), np.float32)
     return Batches(
-        _made_up_examples(group, together, size, STAGES[stage].responses),
+        _made_up_examples(group, examples_of(config, stage, group), together, size),
         np.arange(size).reshape(steps, batch_size),
         microbatches=microbatches_of(block),
         shards=shards,
@@ -156,23 +166,24 @@ def lay_out(
     )
 
 
-def _made_up_examples(group: Group, together: int, size: int, responses: int) -> Examples:
+def _made_up_examples(
+    group: Group, of_prompt: list[tuple[int, ...]], together: int, size: int
+) -> Examples:
     """Return so many examples of whole groups, one after the other.
 
-    together: pairs of a prompt that follow each other; a prompt's others are so far away that they
-    count as another prompt's. responses: of an example; 1: the chosen one of each pair.
+    of_prompt: those of each prompt, as indices of its responses. together: how many of them follow
+    each other; a prompt's others are so far away that they count as another prompt's.
     """
     examples = Examples()
     # Texts are told apart by their tokens: each consists of its own number.
     numbers = itertools.count()
-    pairs = group.index_pairs()
     while True:
-        for first in range(0, len(pairs), together):
+        for first in range(0, len(of_prompt), together):
             prompt = np.full(group.prompt_tokens, next(numbers))
-            for pair in pairs[first : first + together]:
+            for responses in of_prompt[first : first + together]:
                 if len(examples) == size:
                     return examples
-                texts = [np.full(group.response_tokens, index) for index in pair[:responses]]
+                texts = [np.full(group.response_tokens, index) for index in responses]
                 examples.append(prompt, texts, "made up")
 
 
@@ -188,7 +199,7 @@ def sharing(
         apart=reading.tokens_one_at_a_time / steps,
         whole=whole / steps,
         computed=_computed(batches),
-        pairs_together=pairs_together(config, group),
+        pairs_together=pairs_together(config, stage, group),
         cells=batches.microbatches * batches.shards,
         suggestions=_suggestions(config, stage, model, group, batches),
     )
@@ -219,7 +230,7 @@ def _suggestions(
         kinds.append(([({}, batches.shards)], here))
         in_groups = lay_out(grouped, stage, group, batches.shards, batches.limits)
         start = _computed(in_groups) / config[stage].batch_size
-    if pairs_together(grouped, group) == 1:
+    if pairs_together(grouped, stage, group) == 1:
         return []
     kinds += [
         (_larger_microbatches(grouped, stage, batches.shards), start),
@@ -256,7 +267,7 @@ def _larger_microbatches(config: ConfigDict, stage: str, shards: int) -> Iterato
 
 def _whole_groups(config: ConfigDict, stage: str, group: Group, shards: int) -> Iterator[tuple]:
     """Yield (change, shards) of the batch that gives each cell whole groups."""
-    sizes = sizes_for_whole_groups(config[stage], shards, pairs_together(config, group))
+    sizes = sizes_for_whole_groups(config[stage], shards, pairs_together(config, stage, group))
     if "batch_size" in sizes:  # microbatches alone are another kind
         yield {f"{stage}.{name}": size for name, size in sizes.items()}, shards
 

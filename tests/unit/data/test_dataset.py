@@ -60,6 +60,27 @@ def test_load_accounts_for_every_row(tmp_path, letters):
     assert train.held_out == evals.read > 0
 
 
+def test_distinct_takes_each_response_to_a_prompt_once(tmp_path, letters):
+    """Rows are equal that are equal once cut, and both sets of a mixture count."""
+    rows = []
+    for prompt, chosen in (("p", "c"), ("p", "c"), ("q", "c"), ("p", "d"), ("p", "ce")):
+        rows.append({"prompt": prompt, "chosen": chosen, "rejected": "r" * (len(rows) + 1)})
+    write(tmp_path / "one.jsonl", rows)
+    write(tmp_path / "two.jsonl", [*rows[2:], rows[0] | {"prompt": "s"}])
+    mix = f"{tmp_path}/one.jsonl,{tmp_path}/two.jsonl"
+    data = data_config(mix=mix, eval_fraction=0.0, append_eos=False)
+    data.update(max_length=2, max_prompt_length=1)
+    every = dataset.load(data, letters, "sft")
+    assert len(every.train) == 9
+    found = dataset.load(data, letters, "sft", distinct=True)
+    numbers = [where.rpartition("/")[2] for where in found.train.where]
+    assert numbers == ["one.jsonl row 1", "one.jsonl row 3", "one.jsonl row 4", "two.jsonl row 4"]
+    first, second = (part.train for part in found.ledger.parts.values())
+    reason = "an earlier row has this response"
+    assert (first.read, first.kept, first.filtered) == (5, 3, {reason: 2})
+    assert (second.read, second.kept, second.filtered) == (4, 1, {reason: 3})
+
+
 def test_ledger_json_and_table(tmp_path, letters):
     write(
         tmp_path / "train.jsonl",

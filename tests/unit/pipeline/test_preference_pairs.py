@@ -6,7 +6,10 @@ import json
 import numpy as np
 import pytest
 
+from dpo_jax import config as configs
 from dpo_jax.pipeline import preference_pairs
+from dpo_jax.pipeline.run import Run
+from tests.helpers.letters import letters_tokenizer
 
 
 def row(*rewards, tokens=None):
@@ -86,3 +89,40 @@ def test_load_sampled_tokens(tmp_path, kind, responses):
     assert example.prompt.tolist() == [5]
     assert [ids.tolist() for ids in example.responses] == [[6], [3, 4]][:responses]
     assert loaded.ledger.train.kept == loaded.ledger.eval.kept == 1
+
+
+def test_load_distinct_chosen_responses(tmp_path):
+    """The first of three completions is chosen twice, the second once, the third never."""
+    found, _ = preference_pairs.label(
+        [row(3, 2, 1, tokens=[[3], [4], [6]])] * 2, "deterministic", np.random.default_rng(0)
+    )
+    for file in preference_pairs.FILES.values():
+        (tmp_path / file).write_text("".join(json.dumps(pair) + "\n" for pair in found))
+    every = preference_pairs.load(tmp_path, "sft")
+    assert [ids.tolist() for (ids,) in every.train.responses] == [[3], [3], [4]] * 2
+    loaded = preference_pairs.load(tmp_path, "sft", distinct=True)
+    assert [ids.tolist() for (ids,) in loaded.train.responses] == [[3], [4]]
+    counts = loaded.ledger.train
+    assert (counts.read, counts.kept) == (6, 2)
+    assert counts.filtered == {"an earlier row has this response": 4}
+
+
+def test_stages_ask_for_distinct_responses(tmp_path, capsys):
+    """preferred_ft of the run's own pairs, and sft of rows from a file."""
+    found, _ = preference_pairs.label(
+        [row(3, 2, 1, tokens=[[3], [4], [6]])], "deterministic", np.random.default_rng(0)
+    )
+    for file in preference_pairs.FILES.values():
+        path = tmp_path / "pairs" / file
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(json.dumps(pair) + "\n" for pair in found))
+    config = configs.default(("sft", "pairs", "preferred_ft"))
+    config.data.update(path=str(tmp_path / "pairs" / "pairs.jsonl"), eval_fraction=0.0)
+    run = Run(config, tmp_path, mesh=None)
+    for stage in ("sft", "preferred_ft"):
+        (tmp_path / stage).mkdir()
+        assert len(run.load_data(stage, letters_tokenizer()).train) == 3
+        (tmp_path / stage / "ledger.json").unlink()
+        config[stage].distinct = True
+        assert len(run.load_data(stage, letters_tokenizer()).train) == 2
+    assert capsys.readouterr().out.count("filtered: an earlier row has this response") == 2

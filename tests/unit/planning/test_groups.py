@@ -118,6 +118,12 @@ def test_layout_of_one_response():
     batches = groups.lay_out(config, "preferred_ft", IMDB, shards=1)
     expected = Reading(examples=12, tokens=2 * (8 + 3 * 60), tokens_one_at_a_time=12 * (8 + 60))
     assert batches.reading() == expected
+    # Each once, 0 1 2: a batch of 12 has four prompts.
+    config.preferred_ft.distinct = True
+    batches = groups.lay_out(config, "preferred_ft", IMDB, shards=1)
+    expected = Reading(examples=12, tokens=4 * (8 + 3 * 60), tokens_one_at_a_time=12 * (8 + 60))
+    assert batches.reading() == expected
+    assert groups.pairs_together(config, "preferred_ft", IMDB) == 3
 
 
 def sharing(group, shards, **changes):

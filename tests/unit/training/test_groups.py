@@ -10,7 +10,7 @@ import pytest
 
 from dpo_jax.data import packing
 from dpo_jax.data.batches import FILLER, Batches, training_order
-from dpo_jax.data.examples import Example
+from dpo_jax.data.examples import Example, Examples
 from dpo_jax.models.log_probs import by_example, response_log_probs
 from dpo_jax.training import objectives, step
 from tests.helpers.tiny import HYPER, random_pairs
@@ -107,6 +107,30 @@ def test_shared_equals_apart(tiny, name, loss, splits):
     for key, (total, count) in expected.items():
         assert float(metrics[key][1]) == float(count), key
         np.testing.assert_allclose(metrics[key][0], total, rtol=2e-5, atol=1e-5, err_msg=key)
+
+
+@pytest.mark.parametrize("loss", ["sum", "token_mean"])
+def test_distinct_chosen_responses_count_once(tiny, loss):
+    """Of 4 completions 3 are chosen, in 3, 2 and 1 pairs; each is one row, as if laid apart."""
+    config, params = tiny
+    chosen = Examples(distinct=True)
+    for pair in groups():
+        chosen.append(pair.prompt, pair.responses[:1], "here")
+    by_hand = [Example(pair.prompt, pair.responses[:1]) for pair in groups()]
+    by_hand = [row for number, row in enumerate(by_hand) if number % 6 in (0, 3, 5)]
+    assert len(chosen) == len(by_hand) == 9
+
+    objective = objectives.make("preferred_ft", config, loss)
+    gradient = jax.jit(lambda batch: step.accumulate(objective, params, None, HYPER, batch))
+    order = training_order(9, 9, 1, 0)
+    wanted, expected = gradient(Batches(by_hand, order, share=False)[0])
+    found, metrics = gradient(Batches(chosen, order, microbatches=3)[0])
+    largest = max(float(abs(leaf).max()) for leaf in jax.tree.leaves(wanted))
+    for of_apart, of_shared in zip(jax.tree.leaves(wanted), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(of_shared, of_apart, atol=1e-5 * largest)
+    for key, (total, count) in expected.items():
+        assert float(metrics[key][1]) == float(count), key
+        np.testing.assert_allclose(metrics[key][0], total, rtol=2e-5, err_msg=key)
 
 
 def test_groups_stay_together_where_cells_are_full():
