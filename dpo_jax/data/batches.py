@@ -5,6 +5,7 @@ leading axes, microbatches A (accumulated one after the other) and shards S (one
 that splits the batch). A microbatch on one shard is a cell; each is packed by itself.
 """
 
+import collections
 import concurrent.futures
 import dataclasses
 import heapq
@@ -115,32 +116,75 @@ def evaluation_order(
 ) -> np.ndarray:
     """Return every example once, [steps, batch_size]; batches are filled up with FILLER.
 
-    prompt_ids: of each example, as `Examples.identities` gives them. Examples of a prompt are in
-    one batch, so that it is read once; only more than batch_size are cut. None keeps the data's
-    order.
+    prompt_ids: of each example, as `Examples.identities` gives them. All batches but the last are
+    full. Examples of a prompt are in one batch where it has room for them, so that the prompt is
+    read once; a few prompts are cut to fill the room that is left. None keeps the data's order.
     """
     if prompt_ids is None:
         prompt_ids = np.arange(size)
-    # Prompts, too, keep the order of the data.
+    # Prompts, too, keep about the order of the data.
     prompt_P = grouping.numbered(prompt_ids)
     order_P = np.argsort(prompt_P, kind="stable")
-    batches = []
-    room = 0
-    start = 0
-    for count in np.bincount(prompt_P).tolist():
-        end = start + count
-        while start < end:
-            if room < min(end - start, batch_size):
-                batches.append([])
-                room = batch_size
-            taken = min(end - start, batch_size)
-            batches[-1].extend(order_P[start : start + taken])
-            start += taken
-            room -= taken
-    order = np.full((len(batches), batch_size), FILLER)
-    for step, batch in enumerate(batches):
-        order[step, : len(batch)] = batch
+    counts = np.bincount(prompt_P)
+    starts = (np.cumsum(counts) - counts).tolist()
+    waiting = _WaitingPrompts(counts.tolist())
+    order = np.full((-(-size // batch_size), batch_size), FILLER)
+    for batch in order:
+        room = batch_size
+        while room and waiting:
+            prompt, count = waiting.take(room, is_empty=room == batch_size)
+            start = starts[prompt]
+            place = batch_size - room
+            batch[place : place + count] = order_P[start : start + count]
+            starts[prompt] += count
+            room -= count
     return order
+
+
+class _WaitingPrompts:
+    """The prompts that no batch has yet, and how many examples are left of each."""
+
+    def __init__(self, counts: list[int]):
+        """Wait for prompts of so many examples."""
+        # By number of examples, each the first one first: to find the first that a room is for.
+        self._by_count = collections.defaultdict(list)
+        for prompt, count in enumerate(counts):
+            self._by_count[count].append(prompt)
+        self._cut = (0, 0)  # a prompt that some batch has a part of, and what is left of it
+
+    def __bool__(self) -> bool:
+        return bool(self._by_count or self._cut[1])
+
+    def take(self, room: int, *, is_empty: bool) -> tuple[int, int]:
+        """Take up to `room` examples of a prompt; return its number and how many.
+
+        is_empty: whether the batch has no example yet.
+        """
+        fitting = [count for count in self._by_count if count <= room]
+        if is_empty:
+            # Those that fill whole batches come first; what is left of them waits with the others.
+            filling = [count for count in self._by_count if count >= room]
+            fitting = filling or fitting
+        if fitting:
+            prompt, count = self._pop(fitting)
+            if count > room:
+                heapq.heappush(self._by_count[count - room], prompt)
+            return prompt, min(count, room)
+        # What is left of a cut prompt fills such rooms until nothing is, so that few are cut.
+        if not self._cut[1]:
+            self._cut = self._pop(list(self._by_count))
+        prompt, left = self._cut
+        taken = min(left, room)
+        self._cut = (prompt, left - taken)
+        return prompt, taken
+
+    def _pop(self, counts: list[int]) -> tuple[int, int]:
+        """Remove the first prompt of those with one of these counts; return it and its count."""
+        prompt, count = min((self._by_count[count][0], count) for count in counts)
+        heapq.heappop(self._by_count[count])
+        if not self._by_count[count]:
+            del self._by_count[count]
+        return prompt, count
 
 
 class Batches:

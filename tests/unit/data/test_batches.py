@@ -1,5 +1,6 @@
 """Batches and their order, a pure function of (seed, step)."""
 
+import collections
 import dataclasses
 import threading
 
@@ -150,10 +151,55 @@ def test_evaluation_order_fills_last_batch():
     assert batch.weights.sum() == 1
 
 
-def test_evaluation_order_keeps_prompts_whole():
+def batches_of_prompts(order, prompt_ids):
+    """Return in how many batches each prompt is, after checking that each example is in one."""
+    assert sorted(order[order != FILLER]) == list(range(len(prompt_ids)))
+    batches_of = collections.defaultdict(set)
+    for step, batch in enumerate(order):
+        for index in batch[batch != FILLER].tolist():
+            batches_of[prompt_ids[index]].add(step)
+    return np.array([len(batches) for batches in batches_of.values()])
+
+
+@pytest.mark.parametrize(
+    "pairs, batch_size, whole, read",
+    # Of the 100 prompts. One of 5 fits into 8 as a whole, and the room of 3 is for parts of others.
+    [
+        (5, 8, 62, 150),
+        (6, 8, 75, 150),
+        (3, 8, 75, 125),
+        (4, 8, 100, 100),
+        (6, 64, 94, 106),
+        (20, 8, 0, 300),
+    ],
+)
+def test_evaluation_order_fills_batches_and_keeps_most_prompts_whole(
+    pairs, batch_size, whole, read
+):
+    prompt_ids = np.repeat(np.random.default_rng(0).permutation(100) - 50, pairs)
+    order = evaluation_order(100 * pairs, batch_size, prompt_ids)
+    assert len(order) == -(-100 * pairs // batch_size)
+    assert FILLER not in order[:-1]
+    batches_of = batches_of_prompts(order, prompt_ids)
+    assert (batches_of == 1).sum() == whole
+    assert batches_of.sum() == read  # once for each batch that a prompt is in
+
+
+def test_evaluation_order_cuts_no_prompt_where_others_fill_the_room():
+    rng = np.random.default_rng(1)
+    prompt_ids = rng.permutation(np.repeat(np.arange(500), rng.integers(1, 9, 500)))
+    order = evaluation_order(len(prompt_ids), 32, prompt_ids)
+    assert len(order) == -(-len(prompt_ids) // 32)
+    assert (batches_of_prompts(order, prompt_ids) == 1).sum() >= 495
+
+
+def test_evaluation_order_by_hand():
     prompt_ids = np.array([90, -7, 90, 20, -7, -7, 30])
     order = evaluation_order(7, 4, prompt_ids)
-    assert order.tolist() == [[0, 2, FILLER, FILLER], [1, 4, 5, 3], [6, *[FILLER] * 3]]
+    assert order.tolist() == [[0, 2, 3, 6], [1, 4, 5, FILLER]]
+    # What fills whole batches comes first, and its last two share a batch with the other prompt.
+    order = evaluation_order(6, 3, np.array([2, 1, 1, 1, 1, 1]))
+    assert order.tolist() == [[1, 2, 3], [0, 4, 5]]
     # A prompt for each example: the data's order.
     np.testing.assert_array_equal(evaluation_order(7, 4, -np.arange(7)), evaluation_order(7, 4))
     # One prompt for all: the data's order, too.
