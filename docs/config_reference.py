@@ -94,7 +94,7 @@ def fields_of_blocks() -> dict[str, dict[str, tuple]]:
         block, _, name = dotted.rpartition(".")
         if block in configs.STAGE_FIELDS and name in configs.TRAINING:
             block = "STAGE"
-            default, _ = configs.TRAINING[name]
+            default = configs.TRAINING[name].default
         found.setdefault(block, {})[name] = (default, meaning)
     return found
 

@@ -9,6 +9,7 @@ signal's number. Imports no jax, so that help and listings are quick.
 
 import dataclasses
 import dis
+import math
 import os
 import pathlib
 import re
@@ -21,6 +22,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
 from dpo_jax import config_files
+from dpo_jax.config import DATA
 
 MISTAKE = 2  # exit status
 BUG = 1  # exit status
@@ -84,7 +86,7 @@ def define_config(default: str | None = None) -> ConfigFlags:
 def define_workdir() -> flags.FlagHolder:
     """Define --workdir for a command that trains; left empty, the config names the folder."""
     return flags.DEFINE_string(
-        "workdir", "", "The folder of the runs. Default: runs/NAME, after the config's name."
+        "workdir", None, "The folder of the runs. Default: runs/NAME, after the config's name."
     )
 
 
@@ -143,11 +145,38 @@ def _parse(argv: list[str], config: ConfigFlags | None, positional: str) -> list
         # What is left is a file of flags that cannot be read, or a flag without its value: absl has
         # no type of its own for the latter.
         raise ValueError(_no_value(argv[-1], error)) from None
-    if len(extra) > (1 if positional else 0):
-        raise ValueError(_stray_argument(extra[-1]))
+    strays = [argument for argument in extra if not positional or _looks_like_flag(argument)]
+    # A folder may bear the name of a flag, but a second one is too many whatever its name.
+    strays += extra[1:]
+    if strays:
+        raise ValueError(_stray_argument(strays[0]))
+    _check_values()
     if positional:
         return extra or [""]
     return []
+
+
+def _check_values() -> None:
+    """Raise ValueError for a flag whose value could be read, but cannot be meant."""
+    for flag in _own_flags().values():
+        if not flag.present:
+            continue
+        # Of a shell variable that was never set, perhaps. A field of the data may be emptied.
+        if isinstance(flag.value, str) and not flag.value.strip() and flag.name not in DATA:
+            raise ValueError(
+                f"--{flag.name}=: expected a value. Leave the flag out for its default. "
+                f"{_see_help()}"
+            )
+        if isinstance(flag.value, float) and not math.isfinite(flag.value):
+            raise ValueError(f"--{flag.name}={flag.value}: expected a finite number.")
+
+
+def _looks_like_flag(argument: str) -> bool:
+    """Return whether an argument without dashes was meant as a flag or an override."""
+    if pathlib.Path(argument).exists():
+        return False
+    name, equals, _ = argument.partition("=")
+    return argument.startswith("config.") or (equals and name in _own_flags())
 
 
 def split_overrides(argv: list[str]) -> tuple[list[str], dict[str, str]]:
@@ -277,9 +306,16 @@ def _required(flag: flags.Flag) -> bool:
 
 
 def _stray_argument(argument: str) -> str:
-    if argument.startswith("config.") or argument.partition("=")[0] in flags.FLAGS:
+    name, equals, value = argument.partition("=")
+    if argument.startswith("config.") or name in flags.FLAGS:
         return f"{argument}: a flag begins with two dashes. Write --{argument}."
-    return f"{argument}: expected only flags, --NAME=VALUE. {_see_help()}"
+    similar = config_files.nearest(name, _own_flags()) if equals else []
+    if similar:
+        return f"{argument}: expected only flags. Did you mean --{similar[0]}={value}?"
+    return (
+        f"{argument}: expected only flags, --NAME=VALUE; a value with a space in it needs quotes. "
+        f"{_see_help()}"
+    )
 
 
 def _see_help() -> str:

@@ -31,11 +31,20 @@ METHODS = {  # method -> the stages after sft, in a run that samples its own pai
 }
 
 
+SEEDS = 2**32 - 1  # jax takes 32 bits of a seed: a larger one would be another's double
+MANY = 10**12  # of rows or steps: more than anybody means
+ABOVE_ZERO = 1.2e-38  # float32 rounds what is smaller to 0
+
+
 class Field(typing.NamedTuple):
     """A field of the config, with one line for a person."""
 
     default: object
     meaning: str
+    # Of a number, or of each number in a tuple: the lowest value, and the highest that could be
+    # meant. The checks of config_checks.py may narrow the range.
+    least: float | None = None
+    most: float | None = None
 
 
 RUN = dict(
@@ -45,12 +54,19 @@ RUN = dict(
         "folder name of the last training stage; empty: the stage's name, plus whatever was "
         "changed",
     ),
-    seed=Field(0, "seed of random weights, data order and sampling"),
+    seed=Field(0, "seed of random weights, data order and sampling", least=0, most=SEEDS),
 )
 
 LORA = dict(
-    rank=Field(0, "rank of the adapters, trained instead of the weights; 0: no adapters"),
-    alpha=Field(16.0, "the adapters' product is scaled by alpha / rank"),
+    rank=Field(
+        0,
+        "rank of the adapters, trained instead of the weights; 0: no adapters",
+        least=0,
+        most=65_536,
+    ),
+    alpha=Field(
+        16.0, "the adapters' product is scaled by alpha / rank", least=ABOVE_ZERO, most=1e6
+    ),
     targets=Field((), "layers with adapters: any of q, k, v, out, gate, up, down; (): all of them"),
     init=Field(
         "b_zero", "which factor starts at zero: b_zero (A is random) or a_zero (B is random)"
@@ -78,6 +94,8 @@ MODEL = dict(
         0,
         "layers unrolled per scan step: may be faster, but slower to compile; 0: all of up to 6 "
         "layers on a CPU and 12 on a GPU, else 1",
+        least=0,
+        most=1_000,
     ),
     lora=LORA,
 )
@@ -101,13 +119,26 @@ DATA = dict(
         0.02,
         "approximate share of prompts to hold out, chosen by hash, if there is no test or "
         "validation split; 0: none",
+        least=0,
+        most=1,
     ),
-    max_rows=Field(0, "train on this many rows only, the first ones; 0: on all"),
-    max_eval_rows=Field(256, "evaluate on this many held-out rows only, the first ones; 0: on all"),
-    max_length=Field(512, "longest prompt and response together, in tokens"),
+    max_rows=Field(
+        0, "train on this many rows only, the first ones; 0: on all", least=0, most=MANY
+    ),
+    max_eval_rows=Field(
+        256,
+        "evaluate on this many held-out rows only, the first ones; 0: on all",
+        least=0,
+        most=MANY,
+    ),
+    max_length=Field(
+        512, "longest prompt and response together, in tokens", least=2, most=10_000_000
+    ),
     max_prompt_length=Field(
         256,
         "a prompt is cut to this many tokens if prompt and response are longer than max_length",
+        least=0,
+        most=10_000_000,
     ),
     truncate=Field(
         "auto",
@@ -141,20 +172,36 @@ DATA = dict(
         "prompts",
         "what is shuffled: prompts (the pairs of a prompt stay together) or pairs (each alone)",
     ),
-    group_pairs=Field(32, "most pairs that stay together; more of a prompt are cut into several"),
+    group_pairs=Field(
+        32,
+        "most pairs that stay together; more of a prompt are cut into several",
+        least=1,
+        most=1_000_000,
+    ),
     shuffle=Field(True, "shuffle before each epoch; False: keep the order of the file"),
     on_bad_row=Field("error", "what to do about a malformed row: error (stop) or drop (count it)"),
-    max_dropped=Field(0.05, "stop if more than this share of the rows would be dropped"),
-    show=Field(0, "print this many examples as the model reads them, with the trained part marked"),
+    max_dropped=Field(
+        0.05, "stop if more than this share of the rows would be dropped", least=0, most=1
+    ),
+    show=Field(
+        0,
+        "print this many examples as the model reads them, with the trained part marked",
+        least=0,
+        most=1_000_000,
+    ),
 )
 
 MESH = dict(
     data=Field(
         -1,
         "number of copies of the weights (the batch is split over them); -1: all remaining devices",
+        least=-1,
+        most=1_000_000,
     ),
-    fsdp=Field(1, "devices that split both the weights and the batch"),
-    tensor=Field(1, "devices that split heads, feed-forward width and vocabulary"),
+    fsdp=Field(1, "devices that split both the weights and the batch", least=-1, most=1_000_000),
+    tensor=Field(
+        1, "devices that split heads, feed-forward width and vocabulary", least=-1, most=1_000_000
+    ),
 )
 
 LOG = dict(
@@ -182,37 +229,59 @@ REWARD = dict(
         "siebert/sentiment-roberta-large-english",
         "hub name or folder of the classifier or model; ngram: labelled texts; rm: empty",
     ),
-    batch_size=Field(64, "texts per batch, over all devices"),
+    batch_size=Field(64, "texts per batch, over all devices", least=1, most=100_000),
 )
 
 SAMPLING = dict(
-    max_new_tokens=Field(60, "longest completion, in tokens"),
-    min_prefix=Field(0, "prompts are the first min_prefix to max_prefix tokens of a text"),
-    max_prefix=Field(0, "see min_prefix; 0: the prompts of the data"),
-    batch_size=Field(256, "completions sampled at a time, over all devices"),
+    max_new_tokens=Field(60, "longest completion, in tokens", least=1, most=1_000_000),
+    min_prefix=Field(
+        0,
+        "prompts are the first min_prefix to max_prefix tokens of a text",
+        least=0,
+        most=10_000_000,
+    ),
+    max_prefix=Field(0, "see min_prefix; 0: the prompts of the data", least=0, most=10_000_000),
+    batch_size=Field(256, "completions sampled at a time, over all devices", least=1, most=100_000),
 )
 
 TRAINING = dict(  # of every stage that trains
-    batch_size=Field(64, "examples (pairs) per optimiser step, over all devices"),
-    microbatch_size=Field(
-        0, "examples per forward and backward pass, over all devices; 0: the whole batch"
+    batch_size=Field(
+        64, "examples (pairs) per optimiser step, over all devices", least=1, most=100_000
     ),
-    steps=Field(0, "optimiser steps; 0: as given by epochs"),
-    epochs=Field(1.0, "passes over the data, if steps is 0"),
+    microbatch_size=Field(
+        0,
+        "examples per forward and backward pass, over all devices; 0: the whole batch",
+        least=0,
+        most=100_000,
+    ),
+    steps=Field(0, "optimiser steps; 0: as given by epochs", least=0, most=10_000_000),
+    epochs=Field(1.0, "passes over the data, if steps is 0", least=0, most=100_000),
     optimizer=Field("rmsprop", "rmsprop (as in PyTorch), adamw, adafactor, lion or sgd"),
     weight_decay=Field(
-        0.0, "decoupled weight decay of adamw and lion; multiplied by the learning rate"
+        0.0,
+        "decoupled weight decay of adamw and lion; multiplied by the learning rate",
+        least=0,
+        most=1e3,
     ),
-    lr=Field(1e-6, "peak learning rate"),
+    lr=Field(1e-6, "peak learning rate", least=ABOVE_ZERO, most=1e30),
     schedule=Field(
         "constant", "learning rate after the warm-up: constant, linear or cosine (to 0)"
     ),
-    warmup_steps=Field(150, "steps of linear warm-up, from lr / (warmup_steps + 1)"),
-    max_grad_norm=Field(10.0, "gradients are scaled down to this norm; 0: never"),
-    eval_every=Field(312, "steps between evaluations (312: 20,000 pairs); also at start and end"),
-    save_every=Field(312, "steps between checkpoints; also at the end"),
-    log_every=Field(1, "steps between rows of metrics.jsonl"),
-    keep=Field(1, "number of latest checkpoints to keep"),
+    warmup_steps=Field(
+        150, "steps of linear warm-up, from lr / (warmup_steps + 1)", least=0, most=10_000_000
+    ),
+    max_grad_norm=Field(
+        10.0, "gradients are scaled down to this norm; 0: never", least=0, most=1e30
+    ),
+    eval_every=Field(
+        312,
+        "steps between evaluations (312: 20,000 pairs); also at start and end",
+        least=1,
+        most=MANY,
+    ),
+    save_every=Field(312, "steps between checkpoints; also at the end", least=1, most=MANY),
+    log_every=Field(1, "steps between rows of metrics.jsonl", least=1, most=MANY),
+    keep=Field(1, "number of latest checkpoints to keep", least=1, most=1_000_000),
     keep_best=Field(
         "",
         "keep and export the checkpoint with the best value of this evaluation metric (the lowest, "
@@ -242,8 +311,10 @@ SFT = dict(
 )
 
 PAIRS = dict(
-    prompts=Field(25_000, "number of prompts to sample from"),
-    completions=Field(4, "completions per prompt; every two of them make a pair"),
+    prompts=Field(25_000, "number of prompts to sample from", least=1, most=MANY),
+    completions=Field(
+        4, "completions per prompt; every two of them make a pair", least=2, most=10_000
+    ),
     labels=Field(
         "deterministic",
         "deterministic: the higher reward is chosen; bradley_terry: with probability "
@@ -252,18 +323,25 @@ PAIRS = dict(
 )
 
 PREFERRED_FT = SFT | dict(
-    seed=Field(0, "added to config.seed for the data order; the paper's runs differ only in this"),
+    seed=Field(
+        0,
+        "added to config.seed for the data order; the paper's runs differ only in this",
+        least=0,
+        most=SEEDS,
+    ),
 )
 
 UNLIKELIHOOD = dict(
-    alpha=Field(0.5, "weight of the rejected response's log-prob"),
+    alpha=Field(0.5, "weight of the rejected response's log-prob", least=0, most=1e6),
     **_training(),
 )
 
 DPO = dict(
     loss=Field("sigmoid", "sigmoid, sigmoid_norm, ipo (mean per token), ipo_sum, hinge or robust"),
-    beta=Field(0.1, "strength of the KL penalty"),
-    label_smoothing=Field(0.0, "assumed share of flipped labels, for sigmoid and robust only"),
+    beta=Field(0.1, "strength of the KL penalty", least=ABOVE_ZERO, most=1e6),
+    label_smoothing=Field(
+        0.0, "assumed share of flipped labels, for sigmoid and robust only", least=0, most=0.5
+    ),
     reference=Field(
         "init",
         "reference model: init (the weights that the stage starts from), none "
@@ -281,18 +359,26 @@ PPO = dict(
     target_kl=Field(
         6.0,
         "target KL to the reference, in nats per completion; kl_coef adapts to reach it",
+        least=ABOVE_ZERO,
+        most=1e6,
     ),
     init_kl_coef=Field(
         0.2,
         "initial weight of the KL penalty; rewards are scaled to unit standard deviation",
+        least=0,
+        most=1e6,
     ),
-    kl_horizon=Field(10_000, "number of completions over which kl_coef adapts"),
-    inner_epochs=Field(4, "passes over the completions of a step"),
-    minibatch_size=Field(256, "completions per optimiser update"),
-    gae_lambda=Field(0.95, "lambda of generalised advantage estimation; 1: returns minus values"),
-    clip=Field(0.2, "clipping range of a token's probability ratio: 1 ± clip"),
-    value_clip=Field(0.2, "clipping range of the change of a value"),
-    value_coef=Field(0.1, "weight of the value loss"),
+    kl_horizon=Field(10_000, "number of completions over which kl_coef adapts", least=1, most=MANY),
+    inner_epochs=Field(4, "passes over the completions of a step", least=1, most=10_000),
+    minibatch_size=Field(256, "completions per optimiser update", least=1, most=100_000),
+    gae_lambda=Field(
+        0.95, "lambda of generalised advantage estimation; 1: returns minus values", least=0, most=1
+    ),
+    clip=Field(
+        0.2, "clipping range of a token's probability ratio: 1 ± clip", least=ABOVE_ZERO, most=1e6
+    ),
+    value_clip=Field(0.2, "clipping range of the change of a value", least=ABOVE_ZERO, most=1e30),
+    value_coef=Field(0.1, "weight of the value loss", least=0, most=1e6),
     **_training(
         batch_size=1024,
         optimizer="adamw",
@@ -305,14 +391,26 @@ PPO = dict(
 )
 
 BEST_OF_N = dict(
-    n=Field((1, 4, 16, 64, 128), "values of N: how many completions to choose from"),
+    n=Field(
+        (1, 4, 16, 64, 128),
+        "values of N: how many completions to choose from",
+        least=1,
+        most=1_000_000,
+    ),
     reward=Field("rm", "reward to choose by: rm (the rm stage's model) or true (config.reward)"),
-    prompts=Field(256, "number of held-out prompts"),
+    prompts=Field(256, "number of held-out prompts", least=1, most=MANY),
 )
 
 EVALUATE = dict(
-    prompts=Field(256, "number of held-out prompts, at each evaluation in training and at the end"),
-    show=Field(4, "completions of policy and reference to print side by side"),
+    prompts=Field(
+        256,
+        "number of held-out prompts, at each evaluation in training and at the end",
+        least=2,
+        most=MANY,
+    ),
+    show=Field(
+        4, "completions of policy and reference to print side by side", least=0, most=1_000_000
+    ),
 )
 
 STAGE_FIELDS = {
@@ -344,6 +442,16 @@ def default(stages: tuple[str, ...]) -> ConfigDict:
 def field_docs() -> list[tuple[str, object, str]]:
     """Return (dotted name, default, meaning) of every field, those of all stages among them."""
     return _flat_docs("", _fields(tuple(STAGES)))
+
+
+def field_of(name: str) -> Field | None:
+    """Return the field of a dotted name, whatever the stages; None where there is no such field."""
+    found = _fields(tuple(STAGES))
+    for part in name.split("."):
+        if isinstance(found, Field) or part not in found:
+            return None
+        found = found[part]
+    return found if isinstance(found, Field) else None
 
 
 def _fields(stages: tuple[str, ...]) -> dict:

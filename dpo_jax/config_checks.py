@@ -1,12 +1,15 @@
 """Checks of a config: a wrong value is refused by its field, with what was expected instead."""
 
+import math
 import re
 
 from ml_collections import ConfigDict
 
-from dpo_jax import stage_table
+from dpo_jax import config as configs
+from dpo_jax import config_files, stage_table
 from dpo_jax.config import (
     EXPORT_DTYPES,
+    OPEN_BLOCKS,
     OPTIMIZERS,
     PREFERENCE_LOSSES,
     REWARDS,
@@ -16,6 +19,7 @@ from dpo_jax.config import (
     default,
     flat_fields,
 )
+from dpo_jax.config_files import shortened
 from dpo_jax.data import mixtures
 from dpo_jax.data.sources import SOURCES
 from dpo_jax.stage_table import STAGES
@@ -41,38 +45,8 @@ ALLOWED = {  # field -> its values; STAGE stands for every training stage
     "STAGE.optimizer": OPTIMIZERS,
     "STAGE.schedule": SCHEDULES,
 }
+TYPES = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
 FUNCTIONS = {"dpo.loss": "loss", "reward.kind": "reward"}  # field -> argument of dpo_jax.run
-LEAST = {  # field -> its lowest value
-    "model.unroll": 0,
-    "model.lora.rank": 0,
-    "data.max_length": 2,
-    "data.max_rows": 0,
-    "data.group_pairs": 1,
-    "data.max_eval_rows": 0,
-    "data.show": 0,
-    "reward.batch_size": 1,
-    "sampling.max_new_tokens": 1,
-    "sampling.batch_size": 1,
-    "pairs.prompts": 1,
-    "pairs.completions": 2,
-    "unlikelihood.alpha": 0,
-    "ppo.inner_epochs": 1,
-    "ppo.init_kl_coef": 0,
-    "ppo.value_coef": 0,
-    "best_of_n.prompts": 1,
-    "evaluate.prompts": 2,
-    "evaluate.show": 0,
-    "STAGE.batch_size": 1,
-    "STAGE.eval_every": 1,
-    "STAGE.save_every": 1,
-    "STAGE.log_every": 1,
-    "STAGE.keep": 1,
-    "STAGE.microbatch_size": 0,
-    "STAGE.steps": 0,
-    "STAGE.warmup_steps": 0,
-    "STAGE.max_grad_norm": 0,
-    "STAGE.weight_decay": 0,
-}
 
 
 def validate(config: ConfigDict) -> None:
@@ -81,6 +55,7 @@ def validate(config: ConfigDict) -> None:
     Raises ValueError at the first wrong value: its field, the value, and what was expected.
     """
     _validate_stages(config)
+    _validate_tree(config)
     _validate_run(config)
     for field, value in flat_fields("", config.to_dict()).items():
         _validate_alone(field, value)
@@ -101,6 +76,11 @@ def validate(config: ConfigDict) -> None:
 
 def _validate_stages(config):
     known = ", ".join(STAGES)
+    if "stages" not in config:
+        raise ValueError(
+            "config.stages is missing: start a config file with dpo_jax.config.default(stages)."
+        )
+    _validate_type("stages", config.stages, ())
     if not config.stages:
         _fail("stages", config.stages, f"at least one of {known}")
     for stage in config.stages:
@@ -155,9 +135,56 @@ def expected_instead(field: str, value) -> str:
             if field in FUNCTIONS and str(value).startswith("function"):
                 expected += f"; a function is given by dpo_jax.run(..., {FUNCTIONS[field]}=...)"
             return expected
-        if rule in LEAST and value < LEAST[rule]:
-            return f"at least {LEAST[rule]}"
+    return _range_instead(field, value)
+
+
+def _range_instead(field: str, value) -> str:
+    """Return the range that a number, or a number in a tuple, is outside of; "" if in none."""
+    known = configs.field_of(field)
+    if known is None or known.least is None:
+        return ""
+    for number in value if isinstance(value, tuple | list) else (value,):
+        if not math.isfinite(number):
+            return "a finite number"
+        is_within = known.least <= number <= known.most
+        if not is_within and known.most <= 1:  # a share
+            return f"between {known.least} and {known.most}"
+        if number < known.least:
+            return "more than 0" if known.least == configs.ABOVE_ZERO else f"at least {known.least}"
+        if number > known.most:
+            shown = f"{known.most:,}" if isinstance(known.most, int) else f"{known.most:g}"
+            return f"at most {shown}"
     return ""
+
+
+def _validate_tree(config):
+    """Check that a config has the fields of its stages and no others, each of its type."""
+    defaults = default(tuple(config.stages))
+    for name, value in flat_fields("", defaults.to_dict()).items():
+        if not config_files.has_field(config, name):
+            raise ValueError(
+                f"config.{name} is missing: expected a field of this name. Start a config file "
+                "with dpo_jax.config.default(stages), and change its fields one by one."
+            )
+        _validate_type(name, config_files.value_of(config, name), value)
+    for name in OPEN_BLOCKS:
+        if not isinstance(config_files.value_of(config, name), ConfigDict):
+            _fail(name, config_files.value_of(config, name), "a dict of options")
+    for name in flat_fields("", config.to_dict()):
+        is_option = any(name.startswith(f"{block}.") for block in OPEN_BLOCKS)
+        if not is_option and not config_files.has_field(defaults, name):
+            raise ValueError(config_files.unknown_field(defaults, name))
+
+
+def _validate_type(name, value, default_value):
+    if isinstance(default_value, tuple):
+        items = value if isinstance(value, tuple | list) else (None,)
+        kind = type(default_value[0]) if default_value else str
+        if not all(type(item) is kind for item in items):
+            _fail(name, value, f"{TYPES[kind]}, several in a tuple")
+    # Not isinstance, by which True would be 1.
+    elif type(value) is not type(default_value):
+        _fail(name, value, TYPES[type(default_value)])
 
 
 def _validate_model(model):
@@ -170,8 +197,6 @@ def _validate_lora(config):
     lora = config.model.lora
     if not lora.rank and lora.to_dict() != default(()).model.lora.to_dict():
         _fail("model.lora.rank", 0, "1 or more, as another field of model.lora is set")
-    if not lora.alpha > 0:
-        _fail("model.lora.alpha", lora.alpha, "more than 0")
     if not lora.rank:
         return
     if not stage_table.training_stages(config):
@@ -198,8 +223,6 @@ def _validate_data(data):
         _fail("data.max_prompt_length", data.max_prompt_length, expected)
     if not 0 <= data.eval_fraction < 1:
         _fail("data.eval_fraction", data.eval_fraction, "from 0 (hold out none) to below 1")
-    if not 0 <= data.max_dropped <= 1:
-        _fail("data.max_dropped", data.max_dropped, "between 0 and 1")
 
 
 def _validate_training(stage, block):
@@ -208,8 +231,6 @@ def _validate_training(stage, block):
     if block.microbatch_size and block[divided] % block.microbatch_size:
         expected = f"a divisor of {stage}.{divided} = {block[divided]}"
         _fail(f"{stage}.microbatch_size", block.microbatch_size, expected)
-    if not block.lr > 0:
-        _fail(f"{stage}.lr", block.lr, "more than 0")
     if not block.steps and not block.epochs > 0:
         _fail(f"{stage}.epochs", block.epochs, f"more than 0, as {stage}.steps is 0")
     if block.weight_decay and block.optimizer not in ("adamw", "lion"):
@@ -219,8 +240,6 @@ def _validate_training(stage, block):
 
 def _validate_dpo(config):
     block = config.dpo
-    if not block.beta > 0:
-        _fail("dpo.beta", block.beta, "more than 0")
     if not 0 <= block.label_smoothing < 0.5:
         _fail("dpo.label_smoothing", block.label_smoothing, "from 0 to below 0.5")
     if block.label_smoothing and block.loss not in SMOOTHED_LOSSES:
@@ -242,18 +261,12 @@ def _validate_ppo(config):
     if block.minibatch_size < 1 or block.batch_size % block.minibatch_size:
         expected = f"a divisor of ppo.batch_size = {block.batch_size}"
         _fail("ppo.minibatch_size", block.minibatch_size, expected)
-    for field in ("target_kl", "kl_horizon", "clip", "value_clip"):
-        if not block[field] > 0:
-            _fail(f"ppo.{field}", block[field], "more than 0")
-    if not 0 <= block.gae_lambda <= 1:
-        _fail("ppo.gae_lambda", block.gae_lambda, "between 0 and 1")
 
 
 def _validate_best_of_n(config):
     _validate_reward_choice(config, "best_of_n")
-    counts = config.best_of_n.n
-    if not counts or min(counts) < 1:
-        _fail("best_of_n.n", counts, "numbers of completions, 1 or more")
+    if not config.best_of_n.n:
+        _fail("best_of_n.n", config.best_of_n.n, "numbers of completions, 1 or more")
 
 
 def _validate_reward_choice(config, stage):
@@ -285,4 +298,4 @@ def _validate_sampling(config):
 
 
 def _fail(field, value, expected):
-    raise ValueError(f"config.{field} = {value!r}: expected {expected}.")
+    raise ValueError(f"config.{field} = {shortened(repr(value))}: expected {expected}.")

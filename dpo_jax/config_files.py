@@ -33,6 +33,8 @@ SHIPPED = _INSTALLED if _INSTALLED.is_dir() else _CHECKOUT
 
 TRUE_WORDS = ("true", "t", "1", "yes")
 FALSE_WORDS = ("false", "f", "0", "no")
+# What Python raises for a text that is no literal; the last two for brackets beyond reason.
+NO_LITERAL = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)
 
 
 def load(choice: str) -> ConfigDict:
@@ -45,7 +47,17 @@ def load(choice: str) -> ConfigDict:
             f"--config={choice}: {path} has no function get_config(). A config file defines one, "
             "which returns a config; see configs/dpo.py."
         )
-    takes_method = bool(inspect.signature(module.get_config).parameters)
+    if not callable(module.get_config):
+        raise ValueError(f"--config={choice}: get_config in {path} is not a function.")
+    parameters = inspect.signature(module.get_config).parameters.values()
+    takes_method = bool(parameters)
+    needs_method = any(parameter.default is inspect.Parameter.empty for parameter in parameters)
+    if needs_method and not colon:
+        methods = ", ".join(getattr(module, "METHODS", {}))
+        raise ValueError(
+            f"--config={choice}: {path} has several configs. Write --config={name}:METHOD, with "
+            f"one of {methods or 'what its get_config takes'}."
+        )
     if colon and not takes_method:
         raise ValueError(
             f"--config={choice}: {path} has only one config, so nothing may follow the colon. "
@@ -53,7 +65,8 @@ def load(choice: str) -> ConfigDict:
         )
     try:
         config = module.get_config(*([method] if colon else []))
-    except Exception as error:
+    # A config file that calls sys.exit would end the command without a word.
+    except (Exception, SystemExit) as error:
         raise _explain_get_config(error, choice, path, module) from error
     if not isinstance(config, ConfigDict):
         raise ValueError(
@@ -97,16 +110,18 @@ def load_module(path: str | pathlib.Path) -> types.ModuleType:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(_in_file(error, pathlib.Path(path))) from error
     return module
 
 
-def _explain_get_config(error: Exception, choice: str, path: pathlib.Path, module) -> ValueError:
+def _explain_get_config(
+    error: BaseException, choice: str, path: pathlib.Path, module
+) -> ValueError:
     """Return the error to show instead of one that get_config raised."""
     method = choice.partition(":")[2]
     methods = list(getattr(module, "METHODS", {}))
-    if isinstance(error, KeyError) and error.args[0] == method:
+    if isinstance(error, KeyError) and error.args == (method,):
         similar = nearest(method, methods)
         hint = f" Did you mean {similar[0]}?" if similar else ""
         return ValueError(
@@ -114,22 +129,23 @@ def _explain_get_config(error: Exception, choice: str, path: pathlib.Path, modul
             f"{', '.join(methods) or 'none'}.{hint}"
         )
     # The config file's own check of what follows the colon, already in words for a person.
-    if isinstance(error, ValueError):
-        return ValueError(f"--config={choice}: {error}")
+    raised_at = traceback.extract_tb(error.__traceback__)[-1]
+    if isinstance(error, ValueError) and raised_at.filename == str(path):
+        return ValueError(f"--config={choice}: {error} ({path} line {raised_at.lineno})")
     return ValueError(_in_file(error, path))
 
 
-def _in_file(error: Exception, path: pathlib.Path) -> str:
+def _in_file(error: BaseException, path: pathlib.Path) -> str:
     """Say where in a config file an exception comes from: FILE line N: NameError: ..."""
     where = str(path)
     if isinstance(error, SyntaxError):
-        where = f"{error.filename} line {error.lineno}"
+        where = f"{error.filename or path} line {error.lineno or 1}"
     else:
         for frame in traceback.extract_tb(error.__traceback__):
             if pathlib.Path(frame.filename) == path.absolute() or frame.filename == str(path):
                 where = f"{path} line {frame.lineno}"
     message = error.msg if isinstance(error, SyntaxError) else str(error)
-    return f"{where}: {type(error).__name__}: {message}"
+    return f"{where}: {type(error).__name__}: {shortened(message)}"
 
 
 def override(config: ConfigDict, texts: dict[str, str]) -> dict[str, object]:
@@ -143,6 +159,11 @@ def override(config: ConfigDict, texts: dict[str, str]) -> dict[str, object]:
             values[field] = parse_option(text)
         else:
             current = value_of(config, field)
+            if isinstance(current, ConfigDict) and field not in OPEN_BLOCKS:
+                raise ValueError(
+                    f"--config.{field}={shortened(text)}: expected one of its fields, "
+                    f"--config.{field}.NAME=VALUE. It has {', '.join(current)}."
+                )
             values[field] = parse_value(field, text, current)
         _set(config, field, values[field])
     return values
@@ -236,7 +257,7 @@ def parse_value(field: str, text: str, current):
         return ConfigDict(parse_options(text))
     except (ValueError, SyntaxError):
         raise ValueError(
-            f"--config.{field}={text}: expected {_EXPECTED[_kind(current)]}. Its value is "
+            f"--config.{field}={shortened(text)}: expected {_EXPECTED[_kind(current)]}. Its value is "
             f"{_shown(current)} now."
         ) from None
 
@@ -270,7 +291,7 @@ def _parse_tuple(text: str) -> tuple:
     """Read `(1, 4)`, `1,4`, `q,v` or a single value as a tuple."""
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except NO_LITERAL:
         # Words without quotes.
         return tuple(word.strip() for word in text.split(","))
     return tuple(value) if isinstance(value, tuple | list) else (value,)
@@ -306,9 +327,15 @@ def parse_option(text: str):
             value = parse(text)
             json.dumps(value)  # a config is kept as JSON, which has no sets and no bytes
             return value
-        except (ValueError, SyntaxError, TypeError):
+        except NO_LITERAL:
             continue
     return text
+
+
+def shortened(text: str, length: int = 300) -> str:
+    """Return a text for a message, on one line and not longer than a person reads."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= length else f"{line[:length]} ... ({len(line):,} characters)"
 
 
 def _set(config: ConfigDict, field: str, value) -> None:

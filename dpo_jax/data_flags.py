@@ -45,7 +45,7 @@ def define(*names: str, **defaults) -> Callable[[], dict]:
     holders = {}
     for name in (*names, *defaults):
         default = defaults.get(name, block[name])
-        holders[name] = _define(name, default, configs.DATA[name].meaning)
+        holders[name] = _define(name, default, configs.DATA[name])
 
     def values() -> dict:
         found = {}
@@ -101,18 +101,19 @@ def define_split() -> flags.FlagHolder:
     )
 
 
-def _define(name: str, default, meaning: str) -> flags.FlagHolder:
-    """Define a flag of the type that the default has."""
+def _define(name: str, default, field: configs.Field) -> flags.FlagHolder:
+    """Define a flag of the type that the default has, in the range of the field."""
     allowed = ALLOWED.get(f"data.{name}")
-    help_text = f"As config.data.{name}: {meaning}."
+    help_text = f"As config.data.{name}: {field.meaning}."
+    limits = dict(lower_bound=field.least, upper_bound=field.most)
     if allowed:
         return flags.DEFINE_enum(name, default, allowed, help_text)
     if isinstance(default, bool):
         return flags.DEFINE_bool(name, default, help_text)
     if isinstance(default, int):
-        return flags.DEFINE_integer(name, default, help_text)
+        return flags.DEFINE_integer(name, default, help_text, **limits)
     if isinstance(default, float):
-        return flags.DEFINE_float(name, default, help_text)
+        return flags.DEFINE_float(name, default, help_text, **limits)
     if isinstance(default, str):
         return flags.DEFINE_string(name, default, help_text)
     if isinstance(default, tuple):

@@ -675,7 +675,9 @@ def main():
     for name in FIELDS:
         meaning = configs.DATA[name].meaning
         fields[name] = flags.DEFINE_string(name, None, f"As config.data.{name}: {meaning}.")
-    shown = flags.DEFINE_integer("show", 3, "How many rows to show.", lower_bound=0)
+    shown = flags.DEFINE_integer(
+        "show", 3, "How many rows to show.", lower_bound=0, upper_bound=1_000_000
+    )
     out = flags.DEFINE_string("json", "", "A file to write the numbers to, as JSON.")
 
     def show_data(path: str):

@@ -31,9 +31,11 @@ def run(
         "other.",
     )
     count = flags.DEFINE_integer(
-        "num_processes", None, "How many processes there are.", lower_bound=1
+        "num_processes", None, "How many processes there are.", lower_bound=1, upper_bound=1_000_000
     )
-    number = flags.DEFINE_integer("process_id", None, "Which one this is, from 0.", lower_bound=0)
+    number = flags.DEFINE_integer(
+        "process_id", None, "Which one this is, from 0.", lower_bound=0, upper_bound=1_000_000
+    )
     processes.start()
 
     def run_together():

@@ -13,6 +13,7 @@ import jax
 from absl import flags
 
 from dpo_jax import command_line
+from dpo_jax import config as configs
 from dpo_jax.parallel import processes
 from dpo_jax.planning import advice, planner, topologies
 from dpo_jax.planning import report as report_lib
@@ -28,27 +29,39 @@ def main():
         "model_config", "", "A config.json, or a well-known model, instead of the run's."
     )
     prompt = flags.DEFINE_integer(
-        "prompt_tokens", 0, "Tokens of each prompt. Default: the longest that the config allows."
+        "prompt_tokens",
+        0,
+        "Tokens of each prompt. Default: the longest that the config allows.",
+        lower_bound=0,
+        upper_bound=10_000_000,
     )
     response = flags.DEFINE_integer(
         "response_tokens",
         0,
         "Tokens of each response. Default: the longest that the config allows.",
+        lower_bound=0,
+        upper_bound=10_000_000,
     )
     pairs = flags.DEFINE_integer(
         "pairs_per_prompt",
         None,
         "Pairs of each prompt. Default: as the run samples them, else 1.",
         lower_bound=1,
+        upper_bound=100_000,
     )
     responses = flags.DEFINE_integer(
         "responses_per_prompt",
         None,
         "Distinct responses to each prompt. Default: as few as make its pairs.",
         lower_bound=2,
+        upper_bound=100_000,
     )
     rows = flags.DEFINE_integer(
-        "rows", 0, "Training rows, if the config gives no steps and the data set is not known."
+        "rows",
+        0,
+        "Training rows, if the config gives no steps and the data set is not known.",
+        lower_bound=0,
+        upper_bound=configs.MANY,
     )
     as_json = flags.DEFINE_boolean(
         "json", False, "Print the report as JSON, and nothing else to standard output."

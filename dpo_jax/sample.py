@@ -174,17 +174,33 @@ def main():
     out = flags.DEFINE_string("out", None, "Where the rows go; an unfinished file is completed.")
     settings = dict(
         max_new_tokens=flags.DEFINE_integer(
-            "max_new_tokens", 128, "Longest completion.", lower_bound=1
+            "max_new_tokens", 128, "Longest completion.", lower_bound=1, upper_bound=1_000_000
         ),
-        temperature=flags.DEFINE_float("temperature", 1.0, "0: always the likeliest token."),
-        top_k=flags.DEFINE_integer("top_k", 0, "Draw among the k likeliest tokens; 0: all."),
+        temperature=flags.DEFINE_float(
+            "temperature", 1.0, "0: always the likeliest token.", lower_bound=0, upper_bound=1e4
+        ),
+        top_k=flags.DEFINE_integer(
+            "top_k",
+            0,
+            "Draw among the k likeliest tokens; 0: all.",
+            lower_bound=0,
+            upper_bound=10_000_000,
+        ),
         top_p=flags.DEFINE_float(
             "top_p", 1.0, "Draw among the likeliest tokens that make up this share."
         ),
-        n=flags.DEFINE_integer("n", 1, "Completions per prompt.", lower_bound=1),
-        seed=flags.DEFINE_integer("seed", 0, "Seed of the draws."),
+        n=flags.DEFINE_integer(
+            "n", 1, "Completions per prompt.", lower_bound=1, upper_bound=100_000
+        ),
+        seed=flags.DEFINE_integer(
+            "seed", 0, "Seed of the draws.", lower_bound=0, upper_bound=configs.SEEDS
+        ),
         batch_size=flags.DEFINE_integer(
-            "batch_size", 64, "Completions at a time, over all devices.", lower_bound=1
+            "batch_size",
+            64,
+            "Completions at a time, over all devices.",
+            lower_bound=1,
+            upper_bound=100_000,
         ),
     )
     dtype = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute dtype.")
@@ -197,6 +213,7 @@ def main():
         "Tokens that a prompt is cut to; 0: the model's positions without --max_new_tokens, so "
         "that only what the model cannot read is cut.",
         lower_bound=0,
+        upper_bound=10_000_000,
     )
     flags.mark_flags_as_required(["model", "prompts", "out"])
     mesh = sharding.define_flags()

@@ -337,7 +337,11 @@ def main():
     split = data_flags.define_split()
     date = data_flags.define_date()
     batch_size = flags.DEFINE_integer(
-        "batch_size", 16, "Pairs at a time, over all devices.", lower_bound=1
+        "batch_size",
+        16,
+        "Pairs at a time, over all devices.",
+        lower_bound=1,
+        upper_bound=100_000,
     )
     dtype = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute dtype.")
     settings = data_flags.define(*FIELDS)

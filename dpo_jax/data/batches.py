@@ -21,6 +21,8 @@ from dpo_jax.data.packing import FILLER, Batch, RolloutTargets
 # another order for the same seed and step: an unfinished stage is then refused, not resumed.
 DATA_ORDER_VERSION = 2
 
+MOST_READ = 10**8  # examples that a stage may read, one after the other
+MOST_EPOCHS = 10**5  # times that it may read each of them
 SHAPES = 6  # how many shapes, each a program to compile, a run may have
 LOST_OF_SHARED = 0.1  # more than this share of what could be shared is reported as lost ...
 LOST_OF_READ = 0.05  # ... if it is more than this share of the tokens that are read
@@ -29,9 +31,18 @@ LOST_OF_READ = 0.05  # ... if it is more than this share of the tokens that are 
 def steps_of(size: int, batch_size: int, *, steps: int, epochs: float) -> int:
     """Return how many steps a run makes of so many examples: `steps`, or those of its epochs.
 
-    An epoch's last examples make no step where they are fewer than a batch.
+    An epoch's last examples make no step where they are fewer than a batch. Raises ValueError where
+    the steps are more than could be meant: their order would not fit into memory.
     """
-    return steps or int(epochs * size / batch_size)
+    found = steps or int(epochs * size / batch_size)
+    read = found * batch_size
+    if read > MOST_READ or read > MOST_EPOCHS * max(size, 1):
+        raise ValueError(
+            f"{found:,} steps of {batch_size:,} examples, of the {size:,} that there are: a stage "
+            f"reads at most {MOST_READ:,} examples, and each at most {MOST_EPOCHS:,} times. Lower "
+            "steps (or epochs) or batch_size."
+        )
+    return found
 
 
 def microbatch_size_of(block) -> int:

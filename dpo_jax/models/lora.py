@@ -48,7 +48,7 @@ class Lora:
         """Return, by path of each target's layer, its kernel's shape and number of input axes.
 
         The shape is that of one layer. Raises ValueError for a target that this model does not
-        have.
+        have, and for a rank above its width, at which adapters are larger than what they adapt.
         """
         weights = _flat(transformer.abstract(config))
         # Not every model has all of them: GPT-2's MLP has no gate.
@@ -58,6 +58,11 @@ class Lora:
             raise ValueError(
                 f"config.model.lora.targets = {self.targets!r}: this model has no "
                 f"{', '.join(unknown)}; it has {', '.join(there)}."
+            )
+        if self.rank > config.width:
+            raise ValueError(
+                f"config.model.lora.rank = {self.rank}: expected at most {config.width}, the width "
+                "of this model."
             )
         found = {}
         for name in there:

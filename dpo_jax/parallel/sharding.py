@@ -118,7 +118,9 @@ def define_flags() -> Callable[[], jax.sharding.Mesh]:
     from absl import flags
 
     found = {
-        axis: flags.DEFINE_integer(axis, 1, f"As config.mesh.{axis}.")
+        axis: flags.DEFINE_integer(
+            axis, 1, f"As config.mesh.{axis}.", lower_bound=-1, upper_bound=1_000_000
+        )
         for axis in ("fsdp", "tensor")
     }
     return lambda: make_mesh(**{axis: flag.value for axis, flag in found.items()})

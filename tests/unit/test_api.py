@@ -505,7 +505,7 @@ def test_wrong_arguments_are_named(loaded, pairs, call, message):
     [
         (lambda m, p: dpo_jax.Trainer(m, "dop"), "objective 'dop' is not one of"),
         (lambda m, p: dpo_jax.Trainer(m, "ppo"), "dpo_jax.run"),
-        (lambda m, p: dpo_jax.Trainer(m, "dpo", beta=-1.0), "dpo.beta = -1.0: expected more than"),
+        (lambda m, p: dpo_jax.Trainer(m, "dpo", beta=-1.0), "beta=-1.0: expected more than 0"),
         (lambda m, p: dpo_jax.Trainer(m, "dpo", loss="sigmod"), "expected one of sigmoid"),
         (lambda m, p: dpo_jax.Trainer(m, "dpo", lora=dict(rank=0)), "rank"),
         (lambda m, p: dpo_jax.Trainer(m, "dpo", reference="PATH"), "dpo_jax.load"),
