@@ -257,8 +257,8 @@ def parse_value(field: str, text: str, current):
         return ConfigDict(parse_options(text))
     except (ValueError, SyntaxError):
         raise ValueError(
-            f"--config.{field}={shortened(text)}: expected {_EXPECTED[_kind(current)]}. Its value is "
-            f"{_shown(current)} now."
+            f"--config.{field}={shortened(text)}: expected {_EXPECTED[_kind(current)]}. "
+            f"Its value is {_shown(current)} now."
         ) from None
 
 
