@@ -67,7 +67,7 @@ def load(path):
         )
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # noqa: BLE001 - whatever a wrong file makes transformers raise
         raise FileNotFoundError(
             f"{str(path)!r} has no tokenizer that transformers can load. Expected "
             "tokenizer_config.json with tokenizer.json, or with vocab.json and merges.txt. "

@@ -99,7 +99,7 @@ def read_fields(file: pathlib.Path) -> dict:
     """Return the fields of a file beside a model; ValueError where it is not a JSON object."""
     try:
         fields = json.loads(file.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON ({error}); fetch or write it again.") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{file} is not a JSON object; fetch or write it again.")

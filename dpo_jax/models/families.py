@@ -25,6 +25,16 @@ from dpo_jax.models.transformer import Llama3RopeScaling, TransformerConfig
 BUFFERS = re.compile(r"\b(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$")
 
 
+# Sizes that every Hugging Face config gives, and what no model comes near.
+SIZES = {
+    "vocab_size": 10**7,
+    "hidden_size": 10**6,
+    "num_hidden_layers": 10**4,
+    "num_attention_heads": 10**5,
+    "max_position_embeddings": 10**9,
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Tensor:
     """A tensor of a checkpoint, or one in every layer, and the parameters that it holds.
@@ -107,6 +117,8 @@ def from_hf(hf_config, **options) -> TransformerConfig:
     configure = family(hf_config.model_type).configure
     # Quantised weights are stored as integers and scales, which only their own kernels read.
     _only(hf_config, quantization_config=None)
+    for field, most in SIZES.items():
+        _check_size(hf_config, field, getattr(hf_config, field, None), most)
     width = hf_config.hidden_size
     heads = hf_config.num_attention_heads
     # What most families say under the same names, or leave to a default; `configure` replaces the
@@ -256,7 +268,9 @@ def _gated(hf, config):
     if share != 1:
         raise _unsupported(hf, f"rope_parameters.partial_rotary_factor = {share}", "only 1.0 is")
     # Some models have heads whose widths do not add up to the model's (Qwen3).
-    head_width = getattr(hf, "head_dim", None) or config.head_width
+    head_width = getattr(hf, "head_dim", None)
+    if head_width is None:
+        head_width = config.head_width
     return replace(
         _rope(hf, config),
         rope_width=head_width,
@@ -311,6 +325,19 @@ def _only(hf, **supported):
 
 def _check(hf, config: TransformerConfig):
     """Refuse what no family supports."""
+    for name in ("kv_heads", "head_width", "mlp_width"):
+        _check_size(hf, name, getattr(config, name), 10**7)
+    if config.window is not None:
+        _check_size(hf, "sliding_window", config.window, 10**9)
+    numbers = {"the norms' epsilon": config.norm_eps}
+    if not config.learned_positions:
+        numbers["rope_theta"] = config.rope_theta
+    if config.rope_scaling:
+        numbers |= dataclasses.asdict(config.rope_scaling)
+    for name, value in numbers.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not 0 < value < 1e30:  # not for nan either
+            raise _unsupported(hf, f"{name} = {value!r}", "it must be a number above 0")
     if config.activation not in transformer.ACTIVATIONS:
         known = ", ".join(transformer.ACTIVATIONS)
         raise _unsupported(hf, f"activation {config.activation!r}", f"{known} are")
@@ -333,6 +360,12 @@ def _check(hf, config: TransformerConfig):
             f"a rotary width of {config.rope_width} in heads of {config.head_width}",
             "it must be even and no wider than the head",
         )
+
+
+def _check_size(hf, field: str, value, most: int):
+    """Refuse a size that is no whole number of 1 or more, or beyond reason."""
+    if type(value) is not int or not 1 <= value <= most:
+        raise _unsupported(hf, f"{field} = {value!r}", f"it must be a number from 1 to {most:,}")
 
 
 def _unsupported(hf, found: str, supported: str) -> ValueError:

@@ -6,7 +6,6 @@ part of them and one stored tensor, whatever the size of the model.
 
 import collections
 import hashlib
-import json
 import pathlib
 import re
 import shutil
@@ -15,13 +14,16 @@ import jax
 import numpy as np
 from flax import traverse_util
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError, StrictDataclassError
+from huggingface_hub.errors import LocalEntryNotFoundError
 from jax.experimental import multihost_utils
 from transformers import CONFIG_MAPPING, AutoConfig
 
+from dpo_jax.console import warn
 from dpo_jax.models import export, families, safetensors_io, transformer
 from dpo_jax.models.transformer import TransformerConfig
 
+# What a layer adds to the residual stream comes through these last.
+ENDS_OF_BRANCHES = {"layers/attention/out/kernel", "layers/mlp/down/kernel"}
 WEIGHT_FILES = ["model.safetensors", "model-*.safetensors", "adapter_model.safetensors"]
 OTHER_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 HUB_TIMEOUT = 10  # seconds
@@ -37,6 +39,11 @@ def fetch(path, *, weights: bool = True) -> pathlib.Path:
     folder = pathlib.Path(path).expanduser()
     if folder.is_dir():
         return folder
+    if folder.is_file():
+        raise NotADirectoryError(
+            f"the model {path} is a file; expected a folder in Hugging Face format, which holds "
+            f"config.json, model.safetensors and the tokenizer's files. Is {folder.parent} meant?"
+        )
     name, _, revision = str(path).partition("@")
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         raise FileNotFoundError(
@@ -79,14 +86,16 @@ def read_config(path):
             f"{file.resolve()} does not exist. A model folder in Hugging Face format holds "
             "config.json, model.safetensors and the tokenizer's files."
         )
+    model_type = export.read_fields(file).get("model_type")
+    # For a type it does not know, transformers would offer to run the checkpoint's own code.
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"{file}: model_type is {model_type!r}, which this transformers does not know"
+        )
     try:
-        model_type = json.loads(file.read_text()).get("model_type")
-        # For a type it does not know, transformers would offer to run the checkpoint's own code.
-        if model_type not in CONFIG_MAPPING:
-            raise ValueError(f"model_type is {model_type!r}, which this transformers does not know")
         return AutoConfig.from_pretrained(file)
-    except (ValueError, StrictDataclassError) as error:
-        raise ValueError(f"{file}: {error}") from error
+    except Exception as error:  # noqa: BLE001 - whatever a wrong field makes transformers raise
+        raise ValueError(f"{file}: {type(error).__name__}: {error}") from error
 
 
 def make_config(fields):
@@ -149,15 +158,38 @@ def load(path, config: TransformerConfig, shardings, adapters=()):
     for tensor in families.tensors(model_type, config):
         # A stored tensor may hold several parameters, as GPT-2's holds q, k and v.
         pieces = [Pieces(shapes[param].shape, shardings[param]) for param in tensor.paths]
+        zeros = []
         for name, layer in tensor.names(config):
-            values = stored[name][:] if name in stored else None
+            values = stored[name].read() if name in stored else None
+            if values is not None and safetensors_io.is_zero(values):
+                zeros.append(stored[name])
             for adapter in adapters:
                 values = adapter.merge(tensor, name, values)
             values = tensor.unpack(config, values)
             for piece, value in zip(pieces, values, strict=True):
                 piece.fill(value, layer)
+        _check_zeros(tensor, zeros, config)
         params |= {param: piece.array() for param, piece in zip(tensor.paths, pieces, strict=True)}
     return traverse_util.unflatten_dict(params, sep="/")
+
+
+def _check_zeros(tensor: families.Tensor, zeros: list, config: TransformerConfig) -> None:
+    """Refuse weights that no training leaves at zero: a file that was not written to its end.
+
+    zeros: the stored tensors, of those of a table's row, that are all zeros.
+    """
+    if not zeros or all(path.endswith("/bias") for path in tensor.paths):
+        return
+    names = [f"{stored.name} in {stored.file}" for stored in zeros]
+    shown = names[0] + f" (and {len(names) - 1} more)" * (len(names) > 1)
+    # Layers that were added to a model begin so: they change nothing until they are trained.
+    if set(tensor.paths) <= ENDS_OF_BRANCHES and len(zeros) < config.layers:
+        warn(f"all weights of {shown} are zero, so this part of the layer does nothing.")
+        return
+    raise ValueError(
+        f"all weights of {shown} are zero: the file was not written to its end, or is damaged. "
+        "Fetch or write it again."
+    )
 
 
 class Pieces:

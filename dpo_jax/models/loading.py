@@ -80,8 +80,25 @@ class Checkpoint:
 
     def model(self, params: dict, mesh: jax.sharding.Mesh, *, append_eos: bool = True) -> Model:
         """Return this model with weights that were made elsewhere, such as trained ones."""
+        if append_eos:
+            self._check_eos()
         eos_id = self.tokenizer.eos_token_id if append_eos else None
         return Model(self.config, params, self.tokenizer, mesh, eos_id, self.other_eos_ids)
+
+    def _check_eos(self) -> None:
+        """Raise ValueError where the tokenizer's EOS is no token of the model.
+
+        It was added to the tokenizer alone, so it is the tokenizer that is wrong, and no row.
+        """
+        eos_id = self.tokenizer.eos_token_id
+        if eos_id is not None and eos_id >= self.config.vocab:
+            folder = self.source.tokenizer_folder or "the tokenizer"
+            raise ValueError(
+                f"{folder}: its EOS {self.tokenizer.eos_token!r} is token {eos_id}, but the "
+                f"model's vocabulary ends at {self.config.vocab - 1}. Give eos_token in "
+                "tokenizer_config.json as the model's own, or the model with the embedding of the "
+                "new token."
+            )
 
     def check(self, examples) -> None:
         """Check that the model can read every example.
@@ -91,6 +108,7 @@ class Checkpoint:
         """
         if not len(examples):
             return
+        self._check_eos()
         sizes = packing.sizes_of(examples)
         length_P = sizes.prompt + sizes.response.max(axis=1)
         largest_P = np.array([_largest_id(example) for example in examples])

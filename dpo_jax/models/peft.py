@@ -16,7 +16,6 @@ import re
 import einops
 import jax
 import numpy as np
-import safetensors
 from flax import traverse_util
 from jax.experimental import multihost_utils
 
@@ -163,7 +162,7 @@ class Adapter:
     folder: pathlib.Path
     base: str  # the model that it changes, a hub name or an absolute path
     config: dict  # the fields of adapter_config.json
-    stored: dict  # name without PREFIX -> slice of the stored tensor
+    stored: dict  # name without PREFIX -> safetensors_io.Stored
 
     @property
     def replaced(self) -> set[str]:
@@ -226,7 +225,7 @@ class Adapter:
         where the shapes do not fit.
         """
         if name in self.stored:
-            found = np.asarray(self.stored[name][:], np.float32)
+            found = np.asarray(self.stored[name].read(), np.float32)
             self._check_shape(name, found.shape, found.shape if values is None else values.shape)
             return found
         module = name.removesuffix(".weight")
@@ -238,8 +237,8 @@ class Adapter:
             first, second, transposed = "lora_A.weight", "lora_B.weight", _inputs_first(tensor)
         else:
             return values
-        a = np.asarray(self.stored[f"{module}.{first}"][:], np.float32)  # [rank, inputs]
-        b = np.asarray(self.stored[f"{module}.{second}"][:], np.float32)  # [outputs, rank]
+        a = np.asarray(self.stored[f"{module}.{first}"].read(), np.float32)  # [rank, inputs]
+        b = np.asarray(self.stored[f"{module}.{second}"].read(), np.float32)  # [outputs, rank]
         update = b @ a
         if transposed:
             update = update.T
@@ -292,7 +291,7 @@ class Adapter:
         values: the matrix of the base. Raises ValueError where they differ by more than rounding.
         """
         name = f"{module}.base_layer.weight"
-        found = np.asarray(self.stored[name][:], np.float32)
+        found = np.asarray(self.stored[name].read(), np.float32)
         self._check_shape(name, found.shape, values.shape)
         if not np.allclose(found, np.asarray(values, np.float32), rtol=0.01, atol=1e-6):
             raise self.refusal(f"its {name} differs from {module}.weight of the base")
@@ -318,7 +317,8 @@ def check_base(folder: pathlib.Path, name: str) -> None:
     has_weights = (folder / safetensors_io.SINGLE).exists()
     has_shards = (folder / safetensors_io.INDEX).exists()
     is_model = (folder / "config.json").exists() and (has_weights or has_shards)
-    base = read_fields(folder / CONFIG).get("base_model_name_or_path") or ""
+    fields = _read_config(folder)
+    base = fields.get("base_model_name_or_path") or ""
     own_path = pathlib.Path(base).expanduser()
     is_own_path = own_path.is_absolute() and own_path.resolve() == folder.resolve()
     is_own = is_own_path or base == name.partition("@")[0]
@@ -338,11 +338,16 @@ def read(folder: pathlib.Path, *, weights: bool = True) -> Adapter:
     weights=False leaves them out. Raises ValueError where the adapter is of a kind that cannot be
     merged, or its base is not named in a way that holds from everywhere.
     """
-    fields = read_fields(folder / CONFIG)
+    fields = _read_config(folder)
     adapter = Adapter(folder, _base(folder, fields), fields, _stored(folder) if weights else {})
     kind = fields.get("peft_type")
     if kind != "LORA":
         raise adapter.refusal(f"peft_type is {kind!r}, and only 'LORA' is known")
+    patterns = fields.get("alpha_pattern") or {}
+    for alpha in (fields.get("lora_alpha"), *patterns.values()):
+        is_number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+        if not is_number or not math.isfinite(alpha):
+            raise adapter.refusal(f"lora_alpha (or alpha_pattern) is {alpha!r}, expected a number")
     bias = fields.get("bias") or "none"
     if bias != "none":
         raise adapter.refusal(f"it was trained with bias = {bias!r}")
@@ -355,8 +360,24 @@ def read(folder: pathlib.Path, *, weights: bool = True) -> Adapter:
     return adapter
 
 
+def _read_config(folder: pathlib.Path) -> dict:
+    """Return the fields of adapter_config.json.
+
+    Raises ValueError where the file is no JSON object, or a field of no type that peft writes.
+    """
+    file = folder / CONFIG
+    fields = read_fields(file)
+    types = {"base_model_name_or_path": str, "revision": str, "alpha_pattern": dict}
+    for name, kind in types.items():
+        found = fields.get(name)
+        if found is not None and not isinstance(found, kind):
+            expected = {str: "text", dict: "an object"}[kind]
+            raise ValueError(f"{file}: {name} is {found!r}; expected {expected}.")
+    return fields
+
+
 def _stored(folder: pathlib.Path) -> dict:
-    """Return the slices of an adapter's tensors, by name without PREFIX."""
+    """Return an adapter's tensors, by name without PREFIX."""
     file = folder / WEIGHTS
     if (folder / "adapter_model.bin").exists() and not file.exists():
         raise FileNotFoundError(
@@ -365,12 +386,8 @@ def _stored(folder: pathlib.Path) -> dict:
         )
     if not file.exists():
         raise FileNotFoundError(f"{folder} has {CONFIG} but no {WEIGHTS}; fetch or write it again.")
-    try:
-        opened = safetensors.safe_open(file, framework="numpy")
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{file} is damaged ({error}); fetch or write it again.") from error
-    names = sorted(opened.keys())
-    return {name.removeprefix(PREFIX): opened.get_slice(name) for name in names}
+    stored = safetensors_io.open_file(file)
+    return {name.removeprefix(PREFIX): tensor for name, tensor in stored.items()}
 
 
 def _base(folder: pathlib.Path, fields: dict) -> str:

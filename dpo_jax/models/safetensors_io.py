@@ -3,6 +3,7 @@
 Nothing here knows what a model is: tensors have names and shapes.
 """
 
+import dataclasses
 import itertools
 import json
 import math
@@ -17,6 +18,7 @@ import safetensors.numpy
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 FLOATS = ("F64", "F32", "F16", "BF16")  # stored types that are read, all as float32
+SHOWN_PROBLEMS = 20  # lines of an error
 CONVERT = """On the hub, a pull request of such a model often has
 safetensors: name it, as OWNER/NAME@refs/pr/N. Or convert it once, with transformers and torch (a
 classifier with AutoModelForSequenceClassification):
@@ -26,19 +28,88 @@ classifier with AutoModelForSequenceClassification):
     AutoTokenizer.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"""
 
 
-def read(folder: pathlib.Path) -> Iterator[tuple[str, str, object]]:
-    """Yield (file name, tensor name, slice) of every stored tensor.
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A tensor in a file, of which only the header has been read."""
 
-    Only headers are read until a slice is indexed. Raises FileNotFoundError when a file is missing
-    and ValueError when one is damaged.
+    file: pathlib.Path
+    name: str  # in the file
+    _slice: object  # safetensors' own
+
+    @property
+    def shape(self) -> list[int]:
+        """Its shape."""
+        return self._slice.get_shape()
+
+    @property
+    def dtype(self) -> str:
+        """Its type as safetensors calls it, such as BF16."""
+        return self._slice.get_dtype()
+
+    def __getitem__(self, index) -> np.ndarray:
+        return self._slice[index]
+
+    def read(self) -> np.ndarray:
+        """Return all of it; ValueError where one of its numbers is not finite."""
+        values = self._slice[:]
+        infinity = _magnitude_bits(np.array([np.inf], values.dtype))
+        if _magnitude_bits(values) >= infinity:
+            raise ValueError(
+                f"{self.file}: the tensor {self.name} has numbers that are not finite (nan or "
+                "inf). The file is damaged, or the training that wrote it had failed: fetch it "
+                "again, or take an earlier model."
+            )
+        return values
+
+
+def is_zero(values: np.ndarray) -> bool:
+    """Return whether all numbers of an array are 0; False where there are none."""
+    return values.size > 0 and _magnitude_bits(values) == 0
+
+
+def _magnitude_bits(values: np.ndarray, block: int = 1 << 22) -> int:
+    """Return the bits of the largest magnitude in an array, nan above infinity.
+
+    Without the sign, floats are in the order of their bits: integers are compared, which is quick
+    for bfloat16 too, and in blocks, so that an embedding of gigabytes is not copied.
     """
-    for file in files(folder):
-        try:
-            opened = safetensors.safe_open(file, framework="numpy")
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{file} is damaged ({error}); fetch or write it again.") from error
-        for name in sorted(opened.keys()):
-            yield file.name, name, opened.get_slice(name)
+    unsigned = np.dtype(f"uint{8 * values.dtype.itemsize}")
+    bits = np.ascontiguousarray(values).reshape(-1).view(unsigned)
+    sign = unsigned.type(1 << (8 * unsigned.itemsize - 1))
+    largest = 0
+    for start in range(0, bits.size, block):
+        part = bits[start : start + block] & ~sign
+        largest = max(largest, int(part.max()))
+    return largest
+
+
+def read(folder: pathlib.Path) -> Iterator[Stored]:
+    """Yield every stored tensor; only headers are read.
+
+    Raises FileNotFoundError when a file is missing, and ValueError when one is damaged or lacks a
+    tensor that the index has in it.
+    """
+    stored_in = files(folder)
+    listed = _weight_map(folder) if stored_in != [folder / SINGLE] else {}
+    for file in stored_in:
+        tensors = open_file(file)
+        absent = [name for name, held in listed.items() if held == file.name]
+        absent = sorted(set(absent) - tensors.keys())
+        if absent:
+            raise ValueError(
+                f"{folder / INDEX} has {_first_few(absent)} in {file.name}, which does not hold "
+                "it: the two are not of one model. Fetch both again."
+            )
+        yield from tensors.values()
+
+
+def open_file(file: pathlib.Path) -> dict[str, Stored]:
+    """Return the tensors of a safetensors file by name; ValueError where the file is damaged."""
+    try:
+        opened = safetensors.safe_open(file, framework="numpy")
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is damaged ({error}); fetch or write it again.") from error
+    return {name: Stored(file, name, opened.get_slice(name)) for name in sorted(opened.keys())}
 
 
 def match(
@@ -49,8 +120,8 @@ def match(
     base: str,
     ignored: re.Pattern,
     optional: Collection[str] = (),
-) -> dict[str, object]:
-    """Return the stored slice of each tensor of a model.
+) -> dict[str, Stored]:
+    """Return the stored tensor of each name of a model.
 
     model: what the tensors should make up, for the error. shapes: name -> expected shape. base: a
     prefix of names, which a checkpoint may leave out. ignored: names, without the prefix, that are
@@ -63,13 +134,15 @@ def match(
     full_names = {name.removeprefix(base): name for name in shapes}
     found = {}
     problems = []
-    for file, stored_name, values in read(folder):
+    for tensor in read(folder):
+        file = tensor.file.name
+        stored_name = tensor.name
         short_name = stored_name.removeprefix(base)
         if ignored.search(short_name):
             continue
         name = full_names.get(short_name)
-        shape = values.get_shape()
-        dtype = values.get_dtype()
+        shape = tensor.shape
+        dtype = tensor.dtype
         stored = f"{stored_name} {shape} in {file}"
         if name is None:
             problems.append(f"unknown: {stored}")
@@ -83,7 +156,7 @@ def match(
             problems.append(
                 f"wrong type: {stored_name} {dtype} in {file}, expected one of {', '.join(FLOATS)}"
             )
-        found[name] = values
+        found[name] = tensor
     # Everything is checked before the error, which then names all that is wrong at once.
     for name, shape in shapes.items():
         if name not in found and name not in optional:
@@ -95,6 +168,9 @@ def match(
 
 def mismatch(folder: pathlib.Path, model: str, problems: list[str]) -> ValueError:
     """Return the error that tensors are not those of a model, with everything that does not fit."""
+    if len(problems) > SHOWN_PROBLEMS:
+        more = len(problems) - SHOWN_PROBLEMS
+        problems = [*problems[:SHOWN_PROBLEMS], f"and {more:,} more"]
     summary = f"the tensors in {folder} are not those of the {model} in its config.json:"
     advice = "Check that config.json belongs to these weights and that all files are there."
     return ValueError("\n  ".join([summary, *problems]) + f"\n{advice}")
@@ -139,11 +215,11 @@ def save_file(tensors: dict[str, np.ndarray], file: pathlib.Path) -> None:
     file.chmod(mode)
 
 
-def differ(a, b, rows: int = 4096) -> bool:
+def differ(a: Stored, b: Stored, rows: int = 4096) -> bool:
     """Return whether two stored matrices differ, comparing some rows at a time."""
-    if a.get_shape() != b.get_shape():
+    if a.shape != b.shape:
         return True
-    count = a.get_shape()[0]
+    count = a.shape[0]
     # In blocks, since an embedding may be gigabytes.
     blocks = (slice(start, min(start + rows, count)) for start in range(0, count, rows))
     return any((a[block] != b[block]).any() for block in blocks)
@@ -152,17 +228,17 @@ def differ(a, b, rows: int = 4096) -> bool:
 def stored_dtype(folder: pathlib.Path) -> str:
     """Return the type that most numbers of a folder's tensors are stored in, F32 for one."""
     counts = dict.fromkeys(FLOATS, 0)
-    for _, _, values in read(folder):
-        dtype = values.get_dtype()
-        if dtype in counts:
-            counts[dtype] += math.prod(values.get_shape())
+    for tensor in read(folder):
+        if tensor.dtype in counts:
+            counts[tensor.dtype] += math.prod(tensor.shape)
     return max(counts, key=counts.get)
 
 
 def files(folder: pathlib.Path) -> list[pathlib.Path]:
     """Return the one file of the folder, or the shards that its index lists.
 
-    Raises FileNotFoundError when there are none, or some are missing.
+    Raises FileNotFoundError when there are none, or some are missing, and ValueError where the
+    index cannot be read or leads out of the folder.
     """
     if (folder / SINGLE).exists():
         return [folder / SINGLE]
@@ -173,14 +249,58 @@ def files(folder: pathlib.Path) -> list[pathlib.Path]:
             f"{pickles or 'pytorch_model.bin'} would run code from a pickle. {CONVERT}"
         )
     # Not every *.safetensors file there: a folder may hold the remains of other exports.
-    weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
-    shards = [folder / name for name in sorted(set(weight_map.values()))]
+    shards = [folder / name for name in sorted(set(_weight_map(folder).values()))]
     absent = [file.name for file in shards if not file.exists()]
     if absent:
         raise FileNotFoundError(
             f"{folder} lacks {', '.join(absent)}, which its index lists; fetch it again."
         )
+    strangers = [file.name for file in shards if not _is_confined(file)]
+    if strangers:
+        raise ValueError(
+            f"{_first_few(strangers)} in {folder} is a link out of the folder. Put the file itself "
+            "there; only the hub's own cache has such links."
+        )
     return shards
+
+
+def _weight_map(folder: pathlib.Path) -> dict[str, str]:
+    """Return the index of a folder's shards, tensor -> name of the file that holds it."""
+    path = folder / INDEX
+    try:
+        fields = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); fetch or write it again.") from error
+    weight_map = fields.get("weight_map") if isinstance(fields, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(
+            f'{path}: expected {{"weight_map": {{TENSOR: FILE, ...}}}}, with an entry for each '
+            "tensor; fetch or write it again."
+        )
+    for tensor, name in weight_map.items():
+        is_name = isinstance(name, str) and re.fullmatch(r"[^/\\\0]+\.safetensors", name)
+        if not is_name:
+            raise ValueError(
+                f"{path} has {tensor!r} in {str(name)[:200]!r}: expected the name of a safetensors "
+                "file in the same folder."
+            )
+    return weight_map
+
+
+def _is_confined(file: pathlib.Path) -> bool:
+    """Return whether a file lies in its folder, or where the hub's cache keeps its files."""
+    folder = file.parent.resolve()
+    target = file.resolve()
+    # models--OWNER--NAME/snapshots/REVISION/FILE is a link to models--OWNER--NAME/blobs/HASH.
+    is_snapshot = folder.parent.name == "snapshots"
+    is_blob = is_snapshot and target.parent == folder.parent.parent / "blobs"
+    return target.parent == folder or is_blob
+
+
+def _first_few(names: list[str], count: int = 3) -> str:
+    """Return the first names, and how many more there are."""
+    more = f" and {len(names) - count:,} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
 
 
 def _shards(sizes: dict[str, int], max_bytes: int) -> list[list[str]]:

@@ -11,6 +11,7 @@ import pathlib
 from ml_collections import ConfigDict
 
 from dpo_jax import stage_table
+from dpo_jax.stage_table import STAGES
 from dpo_jax.workdir import StageChanged
 
 RECORD = "export"  # its key in done.json
@@ -47,14 +48,37 @@ def is_out_of_date(config: ConfigDict, stage: str, folder: pathlib.Path) -> bool
     wanted = dtype_of(config, stage, kept["source"])
     if wanted == kept["dtype"]:
         return False
-    checkpoints = folder / "checkpoints"
-    if not any(item.name.isdigit() for item in checkpoints.glob("*")):
+    if not _has_checkpoint(folder):
+        checkpoints = folder / "checkpoints"
         raise StageChanged(
             f"{folder / 'hf'} is stored in {kept['dtype']}, and this run needs it in {wanted}: "
             "later stages start from exact weights, and config.export.dtype is for the last "
             f"one. It cannot be written again, as {checkpoints} is gone. Give another --workdir."
         )
     return True
+
+
+def is_gone(stage: str, folder: pathlib.Path) -> bool:
+    """Return whether a finished stage's hf/ is no longer there, and can be written again.
+
+    Raises StageChanged where there is no checkpoint to write it from.
+    """
+    model = folder / "hf"
+    if not STAGES[stage].trains:
+        return False
+    if (model / "config.json").exists() and any(model.glob("*.safetensors")):
+        return False
+    if not _has_checkpoint(folder):
+        raise StageChanged(
+            f"{model}, the model that the finished stage {stage} made, is gone or lacks files, and "
+            f"{folder / 'checkpoints'} holds nothing to write it from. Put it back, or remove "
+            f"{folder} to train the stage again."
+        )
+    return True
+
+
+def _has_checkpoint(folder: pathlib.Path) -> bool:
+    return any(item.name.isdigit() for item in (folder / "checkpoints").glob("*"))
 
 
 def source_dtype(folder: pathlib.Path) -> str:

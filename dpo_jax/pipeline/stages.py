@@ -173,12 +173,16 @@ def _run_stage(run: Run, stage: str) -> None:
         # Process 0 decides for all, for it alone writes there.
         status = processes.from_first(lambda: begin()[1])
         if status == "done":
+            gone = functools.partial(exports.is_gone, stage, folder)
             outdated = functools.partial(exports.is_out_of_date, run.config, stage, folder)
-            if not processes.from_first(outdated):
+            # Where hf/ is written again, the last checkpoint is there, so that nothing is trained.
+            if processes.from_first(gone):
+                say(f"{stage}: already done; its hf/ is gone, and written again")
+            elif processes.from_first(outdated):
+                say(f"{stage}: already done; its hf/ is written again, in another type of weights")
+            else:
                 say(f"{stage}: already done, in {folder}")
                 return
-            # Its last checkpoint is there, so that nothing is trained.
-            say(f"{stage}: already done; its hf/ is written again, in another type of weights")
         date = processes.from_first(lambda: start_date(folder).isoformat())
         run.date = datetime.date.fromisoformat(date)
         make_result = OTHER_STAGES.get(stage, train_stage)

@@ -175,7 +175,7 @@ def load(folder, config: EncoderConfig):
     )
 
     def read(name):
-        return np.asarray(stored[name][:], np.float32)
+        return np.asarray(stored[name].read(), np.float32)
 
     def pair(name):
         return dict(weight=read(f"{name}.weight").T, bias=read(f"{name}.bias"))

@@ -180,7 +180,7 @@ def test_read_config_names_the_resolved_folder(tmp_path, monkeypatch):
 )
 def test_read_config_names_bad_file(tmp_path, text, message):
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ValueError, match=rf"(?s){tmp_path}/config.json: .*{message}"):
+    with pytest.raises(ValueError, match=rf"(?s){tmp_path}/config.json.*{message}"):
         hf.read_config(tmp_path)
 
 
