@@ -46,12 +46,16 @@ class Checkpoints:
         # number to stop at, which the loop counts up to through all stages (loop._ASKED): a lower
         # number in between would let it pass the one they agreed on.
         self._checkpointer._manager.reached_preemption = lambda step: False
+        self._last_save = None  # orbax's handle of it
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self._checkpointer.close()
+        try:
+            self._end_last_save()
+        finally:
+            self._checkpointer.close()
 
     def latest(self) -> int | None:
         """Return the step of the latest complete checkpoint."""
@@ -87,7 +91,19 @@ class Checkpoints:
         metrics = None
         if evaluation and self._best_metric:
             metrics = {self._best_metric: evaluation[self._best_metric]}
-        self._checkpointer.save_async(step, _as_dict(state), metrics=metrics, force=True)
+        self._end_last_save()
+        self._last_save = self._checkpointer.save_async(
+            step, _as_dict(state), metrics=metrics, force=True
+        )
+
+    def _end_last_save(self) -> None:
+        """Wait for the last save, as the next one would, and let go of its thread and three files.
+
+        orbax keeps them until somebody asks for the result: a long run would be out of open files.
+        """
+        last, self._last_save = self._last_save, None
+        if last is not None:
+            last.result()
 
     def restore(self, step: int, shapes: TrainState, shardings: TrainState) -> TrainState:
         """Return the state of a step, placed by `shardings`.
