@@ -86,8 +86,12 @@ def _wide_product_forward(equation, x, kernel):
 
 
 def _wide_product_backward(equation, operands, grad):
-    _, pull_back = jax.vjp(functools.partial(jnp.einsum, equation), *operands)
-    return pull_back(grad.astype(operands[0].dtype))
+    x, kernel = operands
+    grad = grad.astype(x.dtype)
+    # Transposes of linear functions, not `jax.vjp`, which would make the product once more.
+    of_x = jax.linear_transpose(lambda x: jnp.einsum(equation, x, kernel), x)
+    of_kernel = jax.linear_transpose(lambda kernel: jnp.einsum(equation, x, kernel), kernel)
+    return *of_x(grad), *of_kernel(grad)
 
 
 _wide_product.defvjp(_wide_product_forward, _wide_product_backward)
