@@ -19,7 +19,7 @@ from dpo_jax.data.packing import FILLER, Batch, RolloutTargets
 
 # The version of which examples are in which batch, and where. Raise it with every change that gives
 # another order for the same seed and step: an unfinished stage is then refused, not resumed.
-DATA_ORDER_VERSION = 2
+DATA_ORDER_VERSION = 3
 
 MOST_READ = 10**8  # examples that a stage may read, one after the other
 MOST_EPOCHS = 10**5  # times that it may read each of them
@@ -248,16 +248,19 @@ class Batches:
         self._sizes = packing.sizes_of(examples, share=share)
         self._cells_nCP = self._deal_to_cells(shape.examples if shape else batch_size)
 
-        needs = self._needs(self._cells_nCP)
+        # What each cell requires: those of a step one after the other.
+        self._needs_X = self._needs(self._cells_nCP)
         cells = self._cells_nCP.shape[1]
         if shape:
             self.shapes = [shape]
         else:
             self.shapes = packing.choose_shapes(
-                needs, SHAPES, cells=cells, share=share, limits=limits
+                self._needs_X, SHAPES, cells=cells, share=share, limits=limits
             )
         # k: shapes, n: steps, C: cells. A step's cells have one shape.
-        fits_knC = np.array([needs.met_by(shape).reshape(-1, cells) for shape in self.shapes])
+        fits_knC = np.array(
+            [self._needs_X.met_by(shape).reshape(-1, cells) for shape in self.shapes]
+        )
         fits_kn = fits_knC.all(axis=2)
         fits_n = fits_kn.any(axis=0)
         if not fits_n.all():
@@ -302,14 +305,14 @@ class Batches:
 
     def tokens(self, step: int) -> int:
         """Return how many real tokens the model reads in a batch."""
-        return int(self._needs(self._cells_nCP[[step]]).tokens.sum())
+        return int(self._needs_of(step).tokens.sum())
 
     def reading(self) -> Reading:
         """Return how many real tokens all batches have, and how many if no example shared any."""
         real = self.order[self.order != FILLER]
         return Reading(
             examples=len(real),
-            tokens=int(self._needs(self._cells_nCP).tokens.sum()),
+            tokens=int(self._needs_X.tokens.sum()),
             tokens_one_at_a_time=int(self._sizes.apart[real].sum()),
         )
 
@@ -319,11 +322,11 @@ class Batches:
 
     def contents(self, step: int) -> packing.Contents:
         """Return what the model reads in a batch, over all cells and without padding."""
-        return self._needs(self._cells_nCP[[step]]).contents
+        return self._needs_of(step).contents
 
     def most_prompts(self) -> int:
         """Return how many distinct prompts a cell has at most."""
-        needs = self._needs(self._cells_nCP)
+        needs = self._needs_X
         is_first = (needs.siblings > 0) & (needs.number == 0)
         return int(is_first.sum(axis=1).max())
 
@@ -334,12 +337,13 @@ class Batches:
         """
         needed = dict(dense=0, attention=0)
         computed = dict(dense=0, attention=0)
+        cells_per_step = self._cells_nCP.shape[1]
+        shape_X = np.repeat(self._shape_n, cells_per_step)
         for number, shape in enumerate(self.shapes):
-            cells_nCP = self._cells_nCP[self._shape_n == number]
-            needs = self._needs(cells_nCP)
+            needs = self._needs_X[shape_X == number]
             needed["dense"] += int(needs.tokens.sum())
             needed["attention"] += needs.scores(shape.responses_per_row)
-            cells = cells_nCP.shape[0] * cells_nCP.shape[1]
+            cells = len(needs.tokens)
             computed["dense"] += cells * shape.tokens
             computed["attention"] += cells * shape.scores
         return {kind: 1 - needed[kind] / computed[kind] for kind in needed}
@@ -363,6 +367,12 @@ class Batches:
             for number, cell in enumerate(of_step):
                 cells_nCP[step, number, : len(cell)] = cell
         return cells_nCP
+
+    def _needs_of(self, step: int) -> packing.Needs:
+        """Return what the cells of a step require."""
+        cells = self._cells_nCP.shape[1]
+        step = range(len(self))[step]
+        return self._needs_X[step * cells : (step + 1) * cells]
 
     def _needs(self, cells_nCP: np.ndarray) -> packing.Needs:
         """Return what each cell requires, one after the other."""
@@ -391,7 +401,8 @@ def _deal(indices: np.ndarray, sizes: packing.Sizes, cells: int, most: int) -> l
     """Return the examples of each cell of one batch, at most `most` each.
 
     Devices wait for the cell with the most tokens, and all are padded to it. So the largest groups
-    of examples that share a prompt are dealt first, each to the cell that has the least so far.
+    of examples that share a prompt are dealt first, each to the cell that has the least so far, and
+    no cell is left empty where there is an example for it.
     """
     batch = sizes[indices]
     # Groups are numbered by their first example, so that equal sizes keep the order of the batch.
@@ -399,7 +410,12 @@ def _deal(indices: np.ndarray, sizes: packing.Sizes, cells: int, most: int) -> l
     size_G = _tokens_of_groups(group_P, batch)
     # A group that is more than a cell's part of all would leave others waiting, so it is cut.
     part = size_G.sum() / cells
-    pieces_G = np.minimum(np.ceil(size_G / part).astype(int), np.bincount(group_P))
+    count_G = np.bincount(group_P)
+    pieces_G = np.minimum(np.ceil(size_G / part).astype(int), count_G)
+    # No cell is left without an example while another has several: all are padded to that one.
+    while pieces_G.sum() < min(cells, len(indices)):
+        of_piece_G = np.where(pieces_G < count_G, size_G / pieces_G, 0)
+        pieces_G[of_piece_G.argmax()] += 1
     if pieces_G.max(initial=1) > 1:
         group_P = _cut_groups(group_P, pieces_G)
         size_G = _tokens_of_groups(group_P, batch)

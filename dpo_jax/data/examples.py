@@ -21,6 +21,8 @@ Masks = tuple[np.ndarray, ...]
 # How many numbers of a run stay in memory; 4 million token ids are 16 MB.
 IN_MEMORY = 1 << 22
 BLOCK = 1000  # examples read at a time, where all are
+# A prompt and a response together are shorter, so that sizes of batches can be numbers of 64 bits.
+LENGTH_LIMIT = 2**28
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +95,9 @@ class Examples(Sequence):
         sampled_set: the number of the set of completions that the responses were sampled with,
         if any. It decides what belongs together: see `groups`.
 
-        Raises ValueError where it has not as many responses as those before it.
+        Raises ValueError where it has not as many responses as those before it, where its prompt
+        has no token, from which the first of a response could be predicted, or where it is too
+        long.
         """
         example = Example(
             np.asarray(prompt, np.int32),
@@ -105,6 +109,17 @@ class Examples(Sequence):
         if len(lengths) != self._parts:
             raise ValueError(
                 f"{where} has {len(lengths) - 1} responses; those before it have {self._parts - 1}."
+            )
+        if not len(prompt):
+            raise ValueError(
+                f"{where} has a prompt without tokens, so nothing predicts the first token of a "
+                "response. Give it a token, such as the tokenizer's BOS or EOS."
+            )
+        longest = len(prompt) + max(lengths[1:], default=0)
+        if longest >= LENGTH_LIMIT:
+            raise ValueError(
+                f"{where} has {longest:,} tokens of prompt and response; expected fewer than "
+                f"{LENGTH_LIMIT:,}. Cut it, or leave it out."
             )
         identities = example.identities()
         if self._there is not None:
@@ -193,6 +208,13 @@ class Examples(Sequence):
         piece_P = grouping.places(whole_P) // most
         return grouping.numbered(np.stack([whole_P, piece_P]))
 
+    def single_responses(self, places: np.ndarray) -> "SingleResponses":
+        """Return some responses, each with its prompt as an example of its own.
+
+        places: indices into a flat [examples, responses].
+        """
+        return SingleResponses(self, places)
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """The sha256 of all ids, of where each part ends, and of what is not trained on.
@@ -241,6 +263,43 @@ class Examples(Sequence):
             getattr(some, name).extend(rows.ravel())
         some.where = self.where.some(index)
         return some
+
+
+class SingleResponses(Sequence):
+    """Responses of some examples, each with its prompt as an example of its own.
+
+    The tokens are those of the examples, and nothing is copied.
+    """
+
+    def __init__(self, examples: Examples, places: np.ndarray):
+        """Take responses; places: indices into a flat [examples, responses]."""
+        self._examples = examples
+        responses_per_example = max(examples.identities()[1].shape[1], 1)
+        self._index_P, self._side_P = np.divmod(places, responses_per_example)
+
+    def __len__(self) -> int:
+        return len(self._index_P)
+
+    def __getitem__(self, index: int) -> Example:
+        example = self._examples[self._index_P[index]]
+        side = self._side_P[index]
+        masks = example.completion_masks
+        return Example(
+            example.prompt, (example.responses[side],), None if masks is None else (masks[side],)
+        )
+
+    def lengths(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return numbers of tokens as `Examples.lengths` does: [P], [P, 1] and [P, 1]."""
+        prompt_P, response_PK, completion_PK = self._examples.lengths()
+        return prompt_P[self._index_P], self._of_each(response_PK), self._of_each(completion_PK)
+
+    def identities(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the `Example.identities` of prompts [P] and responses [P, 1]."""
+        prompt_P, response_PK = self._examples.identities()
+        return prompt_P[self._index_P], self._of_each(response_PK)
+
+    def _of_each(self, values_PK: np.ndarray) -> np.ndarray:
+        return values_PK[self._index_P, self._side_P][:, None]
 
 
 def _hash(*parts: bytes) -> int:

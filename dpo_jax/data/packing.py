@@ -59,7 +59,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dpo_jax.data.examples import Examples
+from dpo_jax.data.examples import LENGTH_LIMIT, Examples, SingleResponses
 
 # Each bucket more shortens rows and lengthens compilation.
 BUCKETS = 6  # at most this many, where the device does not want fewer
@@ -73,8 +73,11 @@ MOST_RESPONSES = 32  # of a row
 # Causal attention is computed in blocks of so many queries, and keys after a block are never
 # touched. Work is counted in scores: pairs of a query and a key.
 QUERY_BLOCK = 128
-# Lengths, and responses of a prompt, are below it, so that three of them make one int64.
-LENGTH_LIMIT = 2**20
+# Attention's backward pass gathers the gradients of a token's slots one after the other, or, where
+# some token has more slots than this, adds up all slots. It then needs no more than to know so.
+MOST_SLOTS = 8
+# Lengths are below LENGTH_LIMIT and responses of a row below 64, so that one int64 holds a row.
+RESPONSES_LIMIT = 64
 
 
 @dataclasses.dataclass
@@ -138,7 +141,7 @@ class Shape:
     completion_tokens: int  # M
     examples: int  # P
     responses: int  # Q
-    slots_per_token: int  # J
+    slots_per_token: int  # J, at most MOST_SLOTS + 1
 
     @property
     def scores(self) -> int:
@@ -218,21 +221,21 @@ class Needs:
             responses = np.minimum(self.siblings - self.number, responses_per_row)
             response = self.response
         # One key for all three sorts much faster than three.
-        key = (prompt * LENGTH_LIMIT + response) * LENGTH_LIMIT + responses
+        key = (prompt * LENGTH_LIMIT + response) * RESPONSES_LIMIT + responses
         key = -np.sort(-np.where(is_row, key, 0), axis=1)
         most = int((key > 0).sum(axis=1).max(initial=1))
         key = key[:, :most]
-        prompt, response = np.divmod(key // LENGTH_LIMIT, LENGTH_LIMIT)
-        return np.stack([prompt, key % LENGTH_LIMIT, response], axis=-1)
+        prompt, response = np.divmod(key // RESPONSES_LIMIT, LENGTH_LIMIT)
+        return np.stack([prompt, key % RESPONSES_LIMIT, response], axis=-1)
 
     def scores(self, responses_per_row: int) -> int:
         """Return the scores that attention would compute in rows without padding, in all cells."""
         return int(_scores(*np.moveaxis(self.rows(responses_per_row), -1, 0)).sum())
 
     def slots_per_token(self, responses_per_row: int) -> np.ndarray:
-        """Return how many slots a token has at most [X]."""
+        """Return how many slots a token has at most [X]; MOST_SLOTS + 1 stands for any more."""
         most = self.siblings.max(axis=1, initial=1)
-        return np.maximum(-(-most // max(responses_per_row, 1)), 1)
+        return np.clip(-(-most // max(responses_per_row, 1)), 1, MOST_SLOTS + 1)
 
     def met_by(self, shape: Shape) -> np.ndarray:
         """Return which cells fit into the shape, bool [X]."""
@@ -273,89 +276,130 @@ def pack(
     """
     if responses_per_example is None:
         responses_per_example = len(examples[0].responses)
-    tokens_N = np.zeros(shape.tokens, np.int32)
-    positions_N = np.zeros(shape.tokens, np.int32)
+    responses, response_index = _distinct_responses(examples, share)
+    tokens_N, positions_N, prompts_Q, responses_Q = _lay_down(responses, shape.tokens)
+    completions = _completions(responses, prompts_Q, responses_Q, shape)
+    if shape.responses_per_row:
+        rows = _rows_in_two_parts(prompts_Q, responses_Q, shape.responses_per_row)
+    else:
+        rows = _whole_rows(prompts_Q, responses_Q)
+    buckets, token_slots_NJ = _attention_rows(rows, shape)
+
+    last_token_Q = np.zeros(shape.responses, np.int32)
+    for number, (prompt, response) in enumerate(zip(prompts_Q, responses_Q, strict=True)):
+        # A response without a token ends where its prompt does.
+        last_token_Q[number] = response[-1] if len(response) else prompt[-1]
+    response_index_PK = np.zeros((shape.examples, responses_per_example), np.int32)
+    weights_P = np.zeros(shape.examples, np.float32)
+    if examples:
+        response_index_PK[: len(examples)] = response_index
+        weights_P[: len(examples)] = 1
+    return Batch(
+        tokens=tokens_N,
+        positions=positions_N,
+        rows=buckets,
+        token_slots=token_slots_NJ,
+        last_token=last_token_Q,
+        response_index=response_index_PK,
+        weights=weights_P,
+        **completions,
+    )
+
+
+class _Response(NamedTuple):
+    """A distinct response, with its prompt."""
+
+    prompt_key: object  # equal for responses that share their prompt
+    prompt: np.ndarray  # token ids
+    ids: np.ndarray
+    mask: np.ndarray | None  # which of its tokens are trained on; None: all
+
+
+def _distinct_responses(examples, share: bool) -> tuple[list[_Response], list[list[int]]]:
+    """Return each distinct response once, and the numbers of each example's responses."""
+    distinct = []
+    numbers = {}  # of each, by all that it consists of
+    response_index = []
+    for place, example in enumerate(examples):
+        masks = example.completion_masks or (None,) * len(example.responses)
+        of_example = []
+        for side, (ids, mask) in enumerate(zip(example.responses, masks, strict=True)):
+            # What is shared is equal in all tokens. A number of its own makes a part unique.
+            prompt_key = example.prompt.tobytes() if share else (place, side)
+            key = (prompt_key, ids.tobytes(), None if mask is None else mask.tobytes())
+            if key not in numbers:
+                numbers[key] = len(distinct)
+                distinct.append(_Response(prompt_key, example.prompt, ids, mask))
+            of_example.append(numbers[key])
+        response_index.append(of_example)
+    return distinct, response_index
+
+
+def _lay_down(
+    responses: list[_Response], size: int
+) -> tuple[np.ndarray, np.ndarray, list[np.ndarray], list[np.ndarray]]:
+    """Return the run's tokens and positions, [N], and where each prompt and response is in it.
+
+    A prompt comes before the first of its responses. size: N. The indices of prompts and responses
+    are lists with an array for each response.
+    """
+    tokens_N = np.zeros(size, np.int32)
+    positions_N = np.zeros(size, np.int32)
+    end = 0  # of what is laid down
+
+    def add(ids: np.ndarray, position: int) -> np.ndarray:
+        nonlocal end
+        index = np.arange(end, end + len(ids))
+        tokens_N[end : end + len(ids)] = ids
+        positions_N[end : end + len(ids)] = position + np.arange(len(ids))
+        end += len(ids)
+        return index
+
+    prompt_indices = {}  # by key
+    prompts_Q = []
+    responses_Q = []
+    for response in responses:
+        if response.prompt_key not in prompt_indices:
+            prompt_indices[response.prompt_key] = add(response.prompt, 0)
+        prompts_Q.append(prompt_indices[response.prompt_key])
+        responses_Q.append(add(response.ids, len(response.prompt)))
+    return tokens_N, positions_N, prompts_Q, responses_Q
+
+
+def _completions(
+    responses: list[_Response], prompts_Q: list, responses_Q: list, shape: Shape
+) -> dict[str, np.ndarray]:
+    """Return the fields of a `Batch` that say which tokens are trained on, and from where.
+
+    prompts_Q, responses_Q: indices of tokens, as `_lay_down` returns them.
+    """
     targets_M = np.zeros(shape.completion_tokens, np.int32)
     logit_positions_M = np.zeros(shape.completion_tokens, np.int32)
     # Padding has a segment past the last response, so that no sum counts it.
     segment_ids_M = np.full(shape.completion_tokens, shape.responses, np.int32)
     # What padding has is multiplied by a weight of 0, so it must be finite: lengths divide.
     response_lengths_Q = np.ones(shape.responses, np.int32)
-    last_token_Q = np.zeros(shape.responses, np.int32)
-    response_index_PK = np.zeros((shape.examples, responses_per_example), np.int32)
-    weights_P = np.zeros(shape.examples, np.float32)
-    weights_P[: len(examples)] = 1
-    prompts_Q = []  # for each response, the indices of its prompt
-    responses_Q = []  # and of itself
-
-    laid_down = 0  # tokens of the run so far
-    trained_on = 0  # completion tokens so far
-    prompt_indices = {}  # a prompt -> its indices
-    segments = {}  # a prompt and a response -> the number of the response
-    for number, example in enumerate(examples):
-        prompt = example.prompt
-        masks = example.completion_masks or (None,) * responses_per_example
-        for side, (response, mask) in enumerate(zip(example.responses, masks, strict=True)):
-            # What is shared is equal in all tokens. A number of its own makes a part unique.
-            prompt_key = prompt.tobytes() if share else (number, side)
-            mask_key = None if mask is None else mask.tobytes()
-            key = (prompt_key, response.tobytes(), mask_key)
-            if key in segments:
-                response_index_PK[number, side] = segments[key]
-                continue
-
-            if prompt_key not in prompt_indices:
-                prompt_index = np.arange(laid_down, laid_down + len(prompt))
-                prompt_indices[prompt_key] = prompt_index
-                tokens_N[laid_down : laid_down + len(prompt)] = prompt
-                positions_N[laid_down : laid_down + len(prompt)] = np.arange(len(prompt))
-                laid_down += len(prompt)
-            prompt_index = prompt_indices[prompt_key]
-
-            length = len(response)
-            index = np.arange(laid_down, laid_down + length)
-            tokens_N[laid_down : laid_down + length] = response
-            positions_N[laid_down : laid_down + length] = len(prompt) + np.arange(length)
-            laid_down += length
-
-            # Each token is predicted by the one before it in its sequence, here its neighbour in
-            # the run; another response may stand between the prompt and this one.
-            predicted_from = index - 1
-            predicted_from[:1] = prompt_index[-1:]
-            if mask is None:
-                mask = np.ones(length, bool)
-            completion_length = int(mask.sum())
-            completion = slice(trained_on, trained_on + completion_length)
-            targets_M[completion] = response[mask]
-            logit_positions_M[completion] = predicted_from[mask]
-            segment = len(responses_Q)
-            segment_ids_M[completion] = segment
-            trained_on += completion_length
-
-            response_lengths_Q[segment] = completion_length
-            # A response without a token ends where its prompt does.
-            last_token_Q[segment] = index[-1] if length else prompt_index[-1]
-            response_index_PK[number, side] = segments[key] = segment
-            prompts_Q.append(prompt_index)
-            responses_Q.append(index)
-
-    if shape.responses_per_row:
-        rows = _rows_in_two_parts(prompts_Q, responses_Q, shape.responses_per_row)
-    else:
-        rows = _whole_rows(prompts_Q, responses_Q)
-    buckets, token_slots_NJ = _attention_rows(rows, shape)
-    return Batch(
-        tokens=tokens_N,
-        positions=positions_N,
-        rows=buckets,
-        token_slots=token_slots_NJ,
-        logit_positions=logit_positions_M,
+    start = 0
+    for number, response in enumerate(responses):
+        # Each token is predicted by the one before it in its sequence, here its neighbour in the
+        # run; another response may stand between the prompt and this one.
+        predicted_from = responses_Q[number] - 1
+        predicted_from[:1] = prompts_Q[number][-1:]
+        targets = response.ids
+        if response.mask is not None:
+            targets = targets[response.mask]
+            predicted_from = predicted_from[response.mask]
+        end = start + len(targets)
+        targets_M[start:end] = targets
+        logit_positions_M[start:end] = predicted_from
+        segment_ids_M[start:end] = number
+        response_lengths_Q[number] = len(targets)
+        start = end
+    return dict(
         targets=targets_M,
+        logit_positions=logit_positions_M,
         segment_ids=segment_ids_M,
         response_lengths=response_lengths_Q,
-        last_token=last_token_Q,
-        response_index=response_index_PK,
-        weights=weights_P,
     )
 
 
@@ -420,9 +464,13 @@ def _attention_rows(rows: list[tuple], shape: Shape) -> tuple[tuple[Rows, ...], 
 
 
 def _add_slots(token_slots_NJ: np.ndarray, tokens: np.ndarray, slots: np.ndarray) -> None:
-    """Note a slot of each token, in the first place that is free; spare slots are padding's."""
+    """Note a slot of each token, in the first place that is free; spare slots are padding's.
+
+    Where MOST_SLOTS + 1 places are taken, the slot need not be noted.
+    """
     taken = (token_slots_NJ[tokens] >= 0).sum(axis=1)
-    token_slots_NJ[tokens, taken] = slots[: len(tokens)]
+    is_noted = taken <= MOST_SLOTS
+    token_slots_NJ[tokens[is_noted], taken[is_noted]] = slots[: len(tokens)][is_noted]
 
 
 def pad_right(rows, width: int, fill=0, dtype=np.int32) -> np.ndarray:
@@ -457,10 +505,11 @@ class Sizes:
 
 def sizes_of(examples, *, share: bool = True) -> Sizes:
     """Return the sizes of a sequence of `Example`; share as in `pack`."""
-    if not isinstance(examples, Examples):
+    if not isinstance(examples, Examples | SingleResponses):
         collected = Examples()
-        for example in examples:
-            collected.append(example.prompt, example.responses, "", example.completion_masks)
+        for number, example in enumerate(examples, 1):
+            where = f"example {number}"
+            collected.append(example.prompt, example.responses, where, example.completion_masks)
         examples = collected
     prompt_id_P, response_id_PK = examples.identities()
     if not share:

@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from dpo_jax.data.packing import BUCKETS, QUERY_BLOCK, RowLimits, Rows
+from dpo_jax.data.packing import BUCKETS, MOST_SLOTS, QUERY_BLOCK, RowLimits, Rows
 from dpo_jax.models.linear import wide_product
 from dpo_jax.parallel.hardware import chip_of
 from dpo_jax.parallel.sharding import BATCH, device, fitting
@@ -47,7 +47,6 @@ SPLASH_LANES = 128  # splash's blocks are multiples of this
 # more than padding: GPT-2 on an H200, at TL;DR's lengths, took 42.7 ms a step in three buckets,
 # 34.9 in two and 31.7 in one.
 GPU_BUCKETS = 1
-MOST_GATHERS = 8  # slots of a token whose gradients are gathered one after the other
 # Bytes of a number -> the longest of splash's blocks that fits into on-chip memory.
 SPLASH_BLOCK = {2: 1024, 4: 512}
 
@@ -531,7 +530,7 @@ def _spread_forward(x_SN, index_SZ, token_slots_SNJ):
 def _spread_backward(indices, grad_SZ):
     index_SZ, token_slots_SNJ = indices
     slots = token_slots_SNJ.shape[-1]
-    if slots > MOST_GATHERS:
+    if slots > MOST_SLOTS:
         # Each gather reads all tokens, so with many slots a scatter is faster after all. Slots of
         # padding, which stand for token 0, have no gradient: no output is taken from their rows.
         def add_up(grad_Z, index_Z):

@@ -12,7 +12,7 @@ import numpy as np
 
 from dpo_jax.console import Progress
 from dpo_jax.data.batches import FILLER, Batches, evaluation_order, prefetch
-from dpo_jax.data.examples import Examples
+from dpo_jax.data.examples import Examples, SingleResponses
 from dpo_jax.data.packing import ANY_ROWS, RowLimits, Shape
 from dpo_jax.models.attention import row_limits
 from dpo_jax.models.loading import Model
@@ -53,17 +53,7 @@ class DistinctResponses:
         first = wanted[np.sort(first)]
         self._numbers = number_I[first]
         self.responses_per_example = ids_PK.shape[1]
-        self.alone = Examples()  # each as an example of its own
-        for place in first.tolist():
-            index, side = divmod(place, self.responses_per_example)
-            example = examples[index]
-            masks = example.completion_masks
-            self.alone.append(
-                example.prompt,
-                example.responses[side : side + 1],
-                examples.where[index],
-                masks and masks[side : side + 1],
-            )
+        self.alone = examples.single_responses(first)
 
     def __len__(self) -> int:
         return len(self.alone)
@@ -104,7 +94,7 @@ def _response_log_probs(config, params, batch):
 
 def map_responses(
     function: Callable,
-    examples: Examples,
+    examples: Examples | SingleResponses,
     mesh: jax.sharding.Mesh,
     *,
     batch_size: int,
@@ -150,20 +140,19 @@ def map_tokens(
     mesh: jax.sharding.Mesh,
     *,
     batch_size: int,
-    shape: Shape | None = None,
+    shape: Shape,
 ) -> list[list[np.ndarray]]:
     """Return values of a function of completion tokens, for each example an array [tokens].
 
-    examples: a sequence of `Example`, taken in this order. function: batch -> a tuple of values
-    [S, M], whole on every device; the result has a list of examples for each of them. shape: of
-    every shard's part of a batch, if not chosen from the lengths; examples then share nothing.
-    Otherwise as `map_responses`.
+    examples: a sequence of `Example`, taken in this order, which share nothing. function: batch ->
+    a tuple of values [S, M], whole on every device; the result has a list of examples for each of
+    them. batch_size: as in `map_responses`. shape: of every shard's part of a batch.
     """
     batches = Batches(
         examples,
         evaluation_order(len(examples), sharding.whole_shards(batch_size, mesh)),
         shards=sharding.batch_shards(mesh),
-        share=shape is None,
+        share=False,
         shape=shape,
     )
     packed = {}  # batches that are on their way, by step: they say whose the values are

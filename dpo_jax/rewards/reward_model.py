@@ -158,7 +158,6 @@ class _Longest:
     prompt: int
     completion: int
     whole: int  # both together
-    has_empty_prompt: bool
 
     @classmethod
     def of(cls, examples: Examples) -> "_Longest":
@@ -173,7 +172,6 @@ class _Longest:
             prompt=round_up(prompt_P),
             completion=round_up(completion_P),
             whole=round_up(prompt_P + completion_P),
-            has_empty_prompt=not prompt_P.all(),
         )
 
 
@@ -200,12 +198,7 @@ def _shape_of_any(
     rows_of_prompts = prompts + (completions - prompts) // in_row
     in_parts = packing.RowShape(rows_of_prompts, longest.prompt, in_row, longest.completion)
     is_seen_whole = window is None or longest.prompt + longest.completion <= window
-    if (
-        in_row > 1
-        and is_seen_whole
-        and not longest.has_empty_prompt
-        and in_parts.scores < packing.WORTH_IT * rows.scores
-    ):
+    if in_row > 1 and is_seen_whole and in_parts.scores < packing.WORTH_IT * rows.scores:
         rows = in_parts
         responses_per_row = in_row
         slots_per_token = -(-completions // in_row)
@@ -216,7 +209,7 @@ def _shape_of_any(
         completion_tokens=completions * longest.completion,
         examples=completions,
         responses=completions,
-        slots_per_token=slots_per_token,
+        slots_per_token=min(slots_per_token, packing.MOST_SLOTS + 1),
     )
 
 

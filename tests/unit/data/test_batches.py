@@ -237,10 +237,16 @@ def dealt_plainly(examples, indices, cells, most):
     for index in indices:
         groups.setdefault(examples[index].prompt.tobytes(), []).append(index)
     part = sum(tokens(members) for members in groups.values()) / cells
+    counts = {}
+    for key, members in groups.items():
+        counts[key] = min(int(np.ceil(tokens(members) / part)), len(members))
+    while sum(counts.values()) < min(cells, len(indices)):
+        # Of those that can be cut further, the one whose pieces are largest.
+        able = [key for key, members in groups.items() if counts[key] < len(members)]
+        counts[max(able, key=lambda key: tokens(groups[key]) / counts[key])] += 1
     pieces = []
-    for members in groups.values():
-        count = min(int(np.ceil(tokens(members) / part)), len(members))
-        pieces += [piece.tolist() for piece in np.array_split(members, count)]
+    for key, members in groups.items():
+        pieces += [piece.tolist() for piece in np.array_split(members, counts[key])]
     dealt = [[] for _ in range(cells)]
     loads = [0] * cells
     for piece in sorted(pieces, key=tokens, reverse=True):  # which keeps the order of equals
@@ -273,6 +279,21 @@ def test_dealt_as_by_plain_rule(prompts, cells, room):
         found = _deal(indices, sizes, cells, most)
         wanted = dealt_plainly(examples, indices.tolist(), cells, most)
         assert [cell.tolist() for cell in found] == wanted
+
+
+def test_no_cell_is_empty_while_another_has_several():
+    """As many pairs as cells, some of a prompt: two that share it are little more than another."""
+    examples, groups = groups_of(prompts=5, pairs=6)
+    order = training_order(30, 8, 8, 0, groups)
+    batches = Batches(examples, order, shards=8)
+    for step in range(8):
+        held = (batches.indices(step).reshape(8, -1) != FILLER).sum(axis=1)
+        assert held.tolist() == [1] * 8
+    assert [shape.examples for shape in batches.shapes] == [1]
+    # Fewer pairs than cells have a cell each.
+    order = np.array([[0, 5, 10, 1, FILLER, FILLER, FILLER, FILLER]])  # of two prompts
+    held = (Batches(examples, order, shards=8).indices(0).reshape(8, -1) != FILLER).sum(axis=1)
+    assert sorted(held) == [0] * 4 + [1] * 4
 
 
 @pytest.mark.parametrize("microbatches, shards", [(1, 1), (2, 1), (1, 4), (2, 4)])

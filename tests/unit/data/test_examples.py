@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from dpo_jax.data import examples as examples_module
+from dpo_jax.data import packing
 from dpo_jax.data.examples import Example, Examples, Places, Run
 
 
-def ids(rng, most=9):
-    return rng.integers(0, 50_000, rng.integers(0, most)).tolist()
+def ids(rng, least=0, most=9):
+    return rng.integers(0, 50_000, rng.integers(least, most)).tolist()
 
 
 def made(count=200, responses=2, masked=False):
@@ -18,7 +19,7 @@ def made(count=200, responses=2, masked=False):
     rng = np.random.default_rng(0)
     rows, examples = [], Examples()
     for number in range(count):
-        prompt, answers = ids(rng), [ids(rng) for _ in range(responses)]
+        prompt, answers = ids(rng, least=1), [ids(rng) for _ in range(responses)]
         masks = None
         if masked and number % 3:
             masks = tuple(rng.integers(0, 2, len(answer)).astype(bool) for answer in answers)
@@ -89,7 +90,7 @@ def test_fingerprint_in_blocks(in_memory, monkeypatch, masked):
 def test_parts_share_ids():
     _, examples = made()
     part = examples[3:10]
-    assert np.shares_memory(part[0].prompt, examples[3].prompt) or not len(part[0].prompt)
+    assert np.shares_memory(part[0].prompt, examples[3].prompt)
     part.append([7], [[8], [9]], "added")
     examples.append([4], [[5], [6]], "added too")
     assert part[-1].prompt.tolist() == [7] and examples[-1].prompt.tolist() == [4]
@@ -102,6 +103,56 @@ def test_examples_have_as_many_responses():
     with pytest.raises(ValueError, match="row 2 has 1 responses; those before it have 2"):
         examples.append([1], [[2]], "row 2")
     assert len(examples) == 1
+
+
+def test_prompt_without_tokens_is_refused():
+    examples = Examples()
+    with pytest.raises(ValueError, match="a.jsonl row 3 has a prompt without tokens"):
+        examples.append([], [[2], [3]], "a.jsonl row 3")
+    assert len(examples) == 0
+    with pytest.raises(ValueError, match="example 2 has a prompt without tokens"):
+        none = np.zeros(0, np.int32)
+        packing.sizes_of([Example(np.ones(1, np.int32), (none,)), Example(none, (none,))])
+
+
+def test_too_long_example_is_refused(monkeypatch):
+    monkeypatch.setattr(examples_module, "LENGTH_LIMIT", 10)
+    examples = Examples()
+    assert examples.append([1] * 5, [[2] * 4, [3]], "row 1")
+    with pytest.raises(ValueError, match="row 2 has 10 tokens .*; expected fewer than 10"):
+        examples.append([1] * 5, [[2], [3] * 5], "row 2")
+    assert len(examples) == 1
+
+
+def test_distinct_examples():
+    examples = Examples(distinct=True)
+    mask = np.array([True, False])
+    rows = [([1], [2, 3], None), ([1, 2], [3], None), ([1], [2, 3], mask), ([1], [2, 3], None)]
+    taken = []
+    for number, (prompt, response, of_response) in enumerate(rows):
+        masks = None if of_response is None else (of_response,)
+        taken.append(examples.append(prompt, [response], f"row {number}", masks))
+    assert taken == [True, True, True, False]
+    assert list(examples.where) == ["row 0", "row 1", "row 2"]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_single_responses_are_examples(masked):
+    rows, examples = made(20, masked=masked)
+    places = np.array([0, 3, 39, 3])
+    singles = examples.single_responses(places)
+    collected = Examples()
+    for place, single in zip(places.tolist(), singles, strict=True):
+        prompt, answers, masks = rows[place // 2]
+        side = place % 2
+        assert_same(single, (prompt, [answers[side]], masks and (masks[side],)))
+        collected.append(single.prompt, single.responses, "here", single.completion_masks)
+    for found, expected in (
+        (singles.lengths(), collected.lengths()),
+        (singles.identities(), collected.identities()),
+    ):
+        for numbers, wanted in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(numbers, wanted)
 
 
 def test_places_are_written_back():
@@ -159,6 +210,6 @@ def test_groups_are_of_one_data_set():
 def test_single_completions_are_alone_unless_sampled_together():
     examples = Examples()
     for sampled_set in (None, None, 3, None, 3):
-        examples.append([], ([7],), "here", sampled_set=sampled_set)
+        examples.append([1], ([7],), "here", sampled_set=sampled_set)
     assert examples.groups(10).tolist() == [0, 1, 2, 3, 2]
     assert Examples().groups(10).tolist() == []

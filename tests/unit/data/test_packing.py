@@ -74,6 +74,37 @@ def needs_of(batches):
     return packing.needs_of_cells(packing.sizes_of(examples), cells)
 
 
+def test_rows_of_very_long_examples():
+    """Sizes past 2 ** 20 are packed into one number for sorting, and come back."""
+    sizes = packing.Sizes(
+        prompt=np.array([3 << 20, 5]),
+        response=np.array([[(1 << 20) + 1, 7], [(1 << 26) + 9, 0]]),
+        completion=np.zeros((2, 2), int),
+        prompt_id=np.array([0, 1]),
+        response_id=np.array([[0, 1], [2, 3]]),
+    )
+    needs = packing.needs_of_cells(sizes, np.array([[0, 1]]))
+    long, short = [3 << 20, 2, (1 << 20) + 1], [5, 2, (1 << 26) + 9]
+    assert needs.rows(2).tolist() == [[long, short]]
+    whole = [(1 << 26) + 14, (4 << 20) + 1, (3 << 20) + 7, 5]
+    assert needs.rows(0)[0].tolist() == [[0, 1, length] for length in whole]
+
+
+def test_slots_past_those_gathered_are_not_noted():
+    """The prompt of 12 responses in whole rows has 12 slots; one more than are gathered will do."""
+    prompt = np.array([1, 2])
+    examples = [Example(prompt, (np.array([number]),)) for number in range(12)]
+    # A window that is shorter than a sequence asks for whole rows.
+    shape = packing.shape_of(examples, limits=packing.RowLimits(window=2))
+    assert shape.responses_per_row == 0
+    assert shape.slots_per_token == packing.MOST_SLOTS + 1
+    batch = packing.pack(examples, shape)
+    assert (batch.token_slots[:2] >= 0).all()
+    # The first is that of the first row that has the token.
+    assert batch.token_slots[:2, 0].tolist() == [0, 1]
+    assert ((batch.token_slots[2:14] >= 0).sum(axis=1) == 1).all()
+
+
 def test_choose_covers_all_batches():
     batches = [random_pairs(6, seed=s) for s in range(400)]
     needs = needs_of(batches)

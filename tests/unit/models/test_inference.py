@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dpo_jax.data import packing
 from dpo_jax.data.examples import Examples
 from dpo_jax.models import inference
 from dpo_jax.models.inference import DistinctResponses, map_batches, map_responses, map_tokens
@@ -85,7 +86,8 @@ def test_tokens(mesh):
         return targets, -targets
 
     for examples in (APART, list(pairs_of_prompts())):
-        same, negative = map_tokens(function, examples, mesh, batch_size=5)
+        shape = packing.shape_of(examples, share=False)
+        same, negative = map_tokens(function, examples, mesh, batch_size=5, shape=shape)
         for index, pair in enumerate(examples):
             np.testing.assert_array_equal(same[index], np.concatenate(pair.responses))
             np.testing.assert_array_equal(negative[index], -np.concatenate(pair.responses))
