@@ -12,10 +12,12 @@ batch. Defaults are those of the config that comes with dpo_jax if WORKDIR bears
 
 import dataclasses
 import fcntl
+import functools
 import json
 import pathlib
 import re
 import time
+from collections.abc import Iterable, Iterator
 
 from ml_collections import ConfigDict
 
@@ -26,6 +28,7 @@ from dpo_jax.training.metric_names import is_evaluation
 
 ROOT = "runs"  # where a WORKDIR is by default
 TAIL_BYTES = 1 << 20  # of a metrics.jsonl, enough for its last evaluation
+BLOCK_BYTES = 1 << 14  # read of it at a time, enough for its last row
 HEADINGS = ("folder", "stage", "loss", "accuracy", "reward", "KL", "status", "changed")
 MISSING = "-"
 
@@ -53,14 +56,14 @@ def read_stage(folder: pathlib.Path) -> StageRun:
         raise ValueError("config.json has no 'stages' of a run")
     done = folder / "done.json"
     result = _read_object(done) if done.exists() else {}
-    rows = _last_rows(folder / "metrics.jsonl")
+    metrics = folder / "metrics.jsonl"
     return StageRun(
         folder=folder,
         stage=started["stage"],
         config=ConfigDict(started["config"]),
         depends_on=started["depends_on"],
-        evaluation=_evaluation(result, rows),
-        last_row=rows[-1] if rows else {},
+        evaluation=_evaluation(result, _rows_from_end(metrics)),
+        last_row=next(_rows_from_end(metrics), {}),
         finished=str(result.get("finished", "")) if done.exists() else "",
     )
 
@@ -75,29 +78,42 @@ def _read_object(path: pathlib.Path) -> dict:
     return value
 
 
-def _last_rows(path: pathlib.Path) -> list[dict]:
-    """Return the last rows of a metrics.jsonl, without the halves of rows at either end."""
+def _rows_from_end(path: pathlib.Path) -> Iterator[dict]:
+    """Yield the rows of a metrics.jsonl, the last one first, without halves of rows.
+
+    A long run's file has many megabytes, so no more is read than is asked for.
+    """
     if not path.exists():
-        return []
-    with path.open("rb") as file:
-        size = file.seek(0, 2)
-        file.seek(max(size - TAIL_BYTES, 0))
-        lines = file.read().splitlines()
-    rows = []
-    for line in lines:
+        return
+    for line in _lines_from_end(path):
         try:
             row = json.loads(line)
         except (json.JSONDecodeError, UnicodeDecodeError):
             continue
         if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append(row)
-    return rows
+            yield row
 
 
-def _evaluation(result: dict, rows: list[dict]) -> dict[str, float]:
+def _lines_from_end(path: pathlib.Path) -> Iterator[bytes]:
+    """Yield the lines in the last TAIL_BYTES of a file, the last one first."""
+    with path.open("rb") as file:
+        end = file.seek(0, 2)
+        first = max(end - TAIL_BYTES, 0)
+        cut = b""  # the end of a line whose start is in the next block
+        while end > first:
+            start = max(end - BLOCK_BYTES, first)
+            file.seek(start)
+            cut, *lines = (file.read(end - start) + cut).split(b"\n")
+            yield from reversed(lines)
+            end = start
+        yield cut
+
+
+def _evaluation(result: dict, rows: Iterable[dict]) -> dict[str, float]:
     """Return the metrics of the last evaluation: what done.json keeps, or else the last such row.
 
-    An evaluate stage has reward and KL in done.json itself.
+    An evaluate stage has reward and KL in done.json itself. rows: of metrics.jsonl, the last one
+    first.
     """
     evaluation = result.get("evaluation")
     if isinstance(evaluation, dict):
@@ -109,7 +125,7 @@ def _evaluation(result: dict, rows: list[dict]) -> dict[str, float]:
         return {"frontier/reward": reward, "frontier/kl": kl}
 
     # A stage that is not done yet has no done.json; its rows tell how it is getting on.
-    for row in reversed(rows):
+    for row in rows:
         if any(is_evaluation(name) for name in row):
             return row
     return {}
@@ -126,18 +142,23 @@ def changes(run: StageRun, defaults: dict) -> dict[str, object]:
 
 def defaults_of(run: StageRun, workdir: pathlib.Path) -> dict:
     """Return the values that a run's fields have without overrides, dotted name -> value."""
-    stages = tuple(run.config.stages)
-    for choice in _choices(workdir.absolute().name):
-        config = config_files.load(choice)
+    return _defaults(workdir.absolute().name, tuple(run.config.stages), run.stage)
+
+
+@functools.cache
+def _defaults(name: str, stages: tuple[str, ...], stage: str) -> dict:
+    """Return the defaults of a stage's fields in a WORKDIR of this name; the same for all runs."""
+    for config in _configs(name):
         if tuple(config.stages) == stages:
             break
     else:
         config = configs.default(stages)
     # As they come back from a file: a tuple as a list.
-    return json.loads(json.dumps(configs.dependencies(config, run.stage)))
+    return json.loads(json.dumps(configs.dependencies(config, stage)))
 
 
-def _choices(name: str) -> list[str]:
+@functools.cache
+def _configs(name: str) -> list[ConfigDict]:
     """Return what --config may have been for a WORKDIR of this name: NAME with each method."""
     shipped = [known for known in config_files.shipped_names() if re.match(rf"{known}\b", name)]
     if not shipped:
@@ -151,10 +172,9 @@ def _choices(name: str) -> list[str]:
     found = []
     for choice in [*given, config, *methods]:
         try:
-            config_files.load(choice)
+            found.append(config_files.load(choice))
         except ValueError:
             continue
-        found.append(choice)
     return found
 
 
