@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 import subprocess
 import sys
 import time
@@ -185,11 +186,12 @@ def test_columns_are_aligned(workdir):
 
 
 def command(*arguments, cwd):
-    path = config_files.SHIPPED.parent
+    # The package first, then what the tests themselves were found by.
+    path = os.pathsep.join([str(config_files.SHIPPED.parent), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
         [sys.executable, "-c", "import dpo_jax.runs as r; r.main(); ", *arguments],
         cwd=cwd,
-        env={"PYTHONPATH": str(path)},
+        env=os.environ | {"PYTHONPATH": path.strip(os.pathsep)},
         text=True,
         capture_output=True,
     )

@@ -23,6 +23,8 @@ from tests.helpers.judge_server import (
     texts,
 )
 
+pytest.importorskip("openai", reason="a chat model as judge needs the extra `judge`")
+
 
 @pytest.mark.parametrize("template", judge.TEMPLATES)
 def test_compare_in_either_order(template, tmp_path):

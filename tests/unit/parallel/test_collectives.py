@@ -15,6 +15,8 @@ from tests.helpers.tiny_runs import scratch_config
 DATA, FSDP, TENSOR = (("data", 8),), (("data", 1), ("fsdp", 8)), (("data", 4), ("tensor", 2))
 ALL = (("data", 2), ("fsdp", 2), ("tensor", 2))
 WIDTH = 64
+# From 0.11 on, XLA no longer joins two of the sums on the mesh of all axes.
+SUMS_OF_ALL = 31 if jax.__version_info__ < (0, 11) else 32
 
 
 @functools.cache
@@ -62,7 +64,7 @@ def counts(sizes: tuple, **more) -> dict:
         (FSDP, {"all-gather": 45, "all-to-all": 3, "all-reduce": 6}),
         # Two sums of activations a layer and pass, and the softmax's over the vocabulary.
         (TENSOR, {"all-reduce": 21}),
-        (ALL, {"all-gather": 46, "all-to-all": 3, "all-reduce": 31}),
+        (ALL, {"all-gather": 46, "all-to-all": 3, "all-reduce": SUMS_OF_ALL}),
     ],
     ids=["data", "fsdp", "tensor", "all"],
 )
