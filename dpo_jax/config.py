@@ -281,7 +281,12 @@ TRAINING = dict(  # of every stage that trains
     ),
     save_every=Field(312, "steps between checkpoints; also at the end", least=1, most=MANY),
     log_every=Field(1, "steps between rows of metrics.jsonl", least=1, most=MANY),
-    keep=Field(1, "number of latest checkpoints to keep", least=1, most=1_000_000),
+    keep=Field(
+        2,
+        "number of latest checkpoints to keep; with 2, a damaged one costs little",
+        least=1,
+        most=1_000_000,
+    ),
     keep_best=Field(
         "",
         "keep and export the checkpoint with the best value of this evaluation metric (the lowest, "

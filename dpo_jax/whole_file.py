@@ -1,6 +1,8 @@
-"""Files that are written whole or not at all. This file imports no jax."""
+"""Files that are written whole or not at all, and known again. This file imports no jax."""
 
 import contextlib
+import hashlib
+import json
 import os
 import pathlib
 from collections.abc import Iterator
@@ -20,3 +22,50 @@ def whole_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         os.replace(draft, path)  # a rename within a folder is atomic
     finally:
         draft.unlink(missing_ok=True)
+
+
+def set_aside(path: str | os.PathLike) -> pathlib.Path:
+    """Rename a damaged file to NAME.damaged, or NAME.damaged2 and so on; return the new path."""
+    path = pathlib.Path(path)
+    aside = path.with_name(f"{path.name}.damaged")
+    number = 2
+    while aside.exists():
+        aside = path.with_name(f"{path.name}.damaged{number}")
+        number += 1
+    path.rename(aside)
+    return aside
+
+
+def with_sha256(record: dict) -> dict:
+    """Return a JSON object with its own sha256 in it, by which `read_record` knows it again."""
+    return record | dict(sha256=_sha256_of(record))
+
+
+def read_record(path: str | os.PathLike, remedy: str) -> dict:
+    """Return the JSON object in a file, without its sha256.
+
+    One that has none is read as it is: it is of an earlier version. Raises ValueError that ends
+    with `remedy` where the file is not what was written.
+    """
+    path = pathlib.Path(path)
+    data = path.read_bytes()
+    found = ""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        found = "it is empty" if not data else f"its {len(data):,} bytes are not JSON"
+        value = {}
+    if not isinstance(value, dict):
+        found = f"it holds {type(value).__name__} in place of an object"
+    elif "sha256" in value and value.pop("sha256") != _sha256_of(value):
+        found = "its content is not that of its sha256"
+    if found:
+        raise ValueError(f"{path} is not what was written there: {found}. {remedy}")
+    return value
+
+
+def _sha256_of(value: dict) -> str:
+    """Return the sha256 of what JSON keeps of an object, whatever the order of its keys."""
+    # Through a file, keys become text and tuples lists.
+    kept = json.loads(json.dumps(value))
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()

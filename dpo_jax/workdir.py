@@ -4,12 +4,16 @@
 
 A stage whose config has changed is never trained over, resumed or mixed once it is done or has a
 checkpoint or completions: `start_stage` names the fields that differ and stops. Files are written
-whole or not at all.
+whole or not at all. done.json has the rows and the sha256 of all that the stage left, and a
+finished stage is used only while its files are those.
 """
 
+import concurrent.futures
 import contextlib
 import datetime
 import fcntl
+import functools
+import hashlib
 import json
 import pathlib
 import time
@@ -18,9 +22,16 @@ import jax
 
 from dpo_jax import config as configs
 from dpo_jax import run_name, stage_table
-from dpo_jax.whole_file import whole_file
+from dpo_jax.console import warn
+from dpo_jax.whole_file import read_record, set_aside, whole_file, with_sha256
 
 COMPLETIONS = "completions.jsonl"  # what a stage has sampled so far
+SUMS = "completions.sums"  # after each write to it: the number of its rows, and their sha256
+FILES = "files"  # the key in done.json
+# Parts of a stage's folder that done.json says nothing of: they may change when the stage is done,
+# or have a sha256 of their own.
+_NO_RESULT = ("checkpoints", "config.json", "done.json", ".lock", "wandb", "wandb_id")
+_NO_RESULT_SUFFIXES = (".draft", ".damaged")
 PATIENCE = 3  # seconds to wait for a stage's folder
 
 
@@ -51,16 +62,18 @@ def start_stage(
 
     A new folder gets its config.json. versions: of the code that a resumed stage must find as it
     was, {name: version}. Raises StageChanged where the folder was made with a config that differs
-    in what the stage depends on, or is unfinished and of other versions; both are named.
+    in what the stage depends on, or is unfinished and of other versions; both are named. Raises
+    ValueError where a file of a finished stage is not what was written.
     """
     folder = pathlib.Path(workdir) / configs.folder_names(config)[stage]
     path = folder / "config.json"
     is_done = (folder / "done.json").exists()
     # Only then is there something that another config would spoil.
     if path.exists() and (is_done or _has_progress(folder)):
-        record = json.loads(path.read_text())
-        _check_config(folder, config, stage, record["depends_on"])
+        record = read_config(folder)
+        _check_config(folder, config, stage, record.get("depends_on", {}))
         if is_done:
+            check_files(folder)
             return folder, "done"  # of whatever versions: it is used as it is
         _check_versions(folder, stage, record.get("versions", {}), versions)
         return folder, "unfinished"
@@ -71,8 +84,8 @@ def start_stage(
     ]
     if strange and not path.exists():
         raise StageChanged(
-            f"{folder} has files but no config.json, so it is not a stage of a run. Give another "
-            "--workdir, or remove the folder."
+            f"{folder} has files but no config.json, which says what they were made with. Put it "
+            "back from a copy, or give another --workdir, or remove the folder."
         )
     # An attempt that failed before its first checkpoint binds nobody: nothing is lost.
     folder.mkdir(parents=True, exist_ok=True)
@@ -86,8 +99,14 @@ def start_stage(
         versions=versions,
         config=json.loads(config.to_json()),
     )
-    write_json(path, record)
+    write_record(path, record)
     return folder, "new"
+
+
+def read_config(folder: pathlib.Path) -> dict:
+    """Return the record in a stage's config.json; ValueError where it is damaged."""
+    remedy = f"Put it back from a copy, or remove {folder} to make the stage again."
+    return read_record(folder / "config.json", remedy)
 
 
 def start_date(folder: pathlib.Path) -> datetime.date:
@@ -96,7 +115,7 @@ def start_date(folder: pathlib.Path) -> datetime.date:
     It is the day on which the stage was started, or that of the first run of this stage in the same
     WORKDIR: runs that are compared read the same tokens, and share kept reference log-probs.
     """
-    record = json.loads((folder / "config.json").read_text())
+    record = read_config(folder)
     # Stages from before the date was written.
     return datetime.date.fromisoformat(record.get("date") or datetime.date.today().isoformat())
 
@@ -108,11 +127,14 @@ def _date_of_others(folder: pathlib.Path, stage: str) -> str:
         other = path.parent
         if other == folder or not ((other / "done.json").exists() or _has_progress(other)):
             continue
+        remedy = f"Put it back from a copy, or move {other} out of {other.parent}."
         try:
-            record = json.loads(path.read_text())
-        except ValueError:  # a folder that somebody put there
-            continue
-        if isinstance(record, dict) and record.get("stage") == stage:
+            record = read_record(path, remedy)
+        except ValueError:
+            if (other / ".lock").exists():
+                raise
+            continue  # a folder that somebody put there
+        if record.get("stage") == stage:
             dates.append(record.get("date", ""))
     return min(filter(None, dates), default="")
 
@@ -190,8 +212,127 @@ def _has_progress(folder: pathlib.Path) -> bool:
 
 
 def finish_stage(folder: pathlib.Path, **result) -> None:
-    """Mark a stage as complete, with what is worth knowing of its result."""
-    write_json(folder / "done.json", result | dict(finished=time.strftime("%Y-%m-%d %H:%M:%S")))
+    """Mark a stage as complete, with what is worth knowing of its result. Process 0 only."""
+    if jax.process_index():
+        return
+    finished = time.strftime("%Y-%m-%d %H:%M:%S")
+    files = {name: _measure(folder / name) for name in _result_files(folder)}
+    write_record(folder / "done.json", result | {"finished": finished, FILES: files})
+
+
+def read_done(folder: pathlib.Path) -> dict:
+    """Return the record in a stage's done.json; ValueError where it is damaged."""
+    return read_record(
+        folder / "done.json",
+        f"Remove it and run the stage's command again: {_how_made_again(folder)}.",
+    )
+
+
+def read_ledger(folder: pathlib.Path) -> dict:
+    """Return the record in a stage's ledger.json; ValueError where it is damaged."""
+    return read_record(folder / "ledger.json", _without("the data is then not compared"))
+
+
+def read_weights(folder: pathlib.Path) -> dict:
+    """Return the record in a stage's weights.json; ValueError where it is damaged."""
+    return read_record(folder / "weights.json", _without("the weights are then not compared"))
+
+
+def _without(what: str) -> str:
+    """Return the remedy for a record that an unfinished stage compares with, and writes again."""
+    return (
+        f"Put it back from a copy, or remove it and run the stage's command again: {what} with "
+        "those that the stage began with."
+    )
+
+
+def check_files(folder: pathlib.Path) -> None:
+    """Raise ValueError with the first file of a finished stage that is not what was written."""
+    for problem in problems_of(folder).values():
+        if problem:
+            raise ValueError(problem)
+
+
+def problems_of(folder: pathlib.Path) -> dict[str, str]:
+    """Return what is wrong with each file of a finished stage, by its name; "" if it is whole."""
+    recorded = read_done(folder).get(FILES, {})
+    # Large files are in a few pieces, and hashing lets go of the interpreter.
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        check = functools.partial(_problem_of, folder)
+        found = pool.map(check, recorded, recorded.values())
+        return dict(zip(recorded, found, strict=True))
+
+
+def _problem_of(folder: pathlib.Path, name: str, recorded: dict) -> str:
+    """Return what is wrong with a file of a finished stage, and what to do; "" for nothing."""
+    path = folder / name
+    if not path.exists():
+        found = f"{path} is gone"
+    elif path.stat().st_size != recorded["bytes"] or _hash(path) != recorded["sha256"]:
+        found = f"{path} is not what was written there: {_difference(recorded, _measure(path))}"
+    else:
+        return ""
+    # An export is written as a whole.
+    part = folder / pathlib.PurePath(name).parts[0]
+    removed = f"{part} and done.json" if part.exists() else folder / "done.json"
+    return (
+        f"{found}. Put it back from a copy; or remove {removed} and run the stage's command again: "
+        f"{_how_made_again(folder)}."
+    )
+
+
+def _difference(recorded: dict, found: dict) -> str:
+    """Say in which way a file differs from what is recorded of it."""
+    for unit in ("rows", "bytes"):
+        if recorded.get(unit) != found.get(unit):
+            return f"it has {found[unit]:,} {unit}, and {recorded[unit]:,} were written"
+    return "its sha256 is not that of what was written"
+
+
+def _how_made_again(folder: pathlib.Path) -> str:
+    """Say what a stage does that is no longer marked as complete."""
+    if (folder / "checkpoints").exists() and _has_progress(folder):
+        return "it writes its result again from its last checkpoint"
+    if _has_progress(folder):
+        return "it writes its result again from its completions"
+    return "the stage is made again"
+
+
+def _result_files(folder: pathlib.Path) -> list[str]:
+    """Return the names of the files that a stage's result consists of."""
+    names = []
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        is_other = name.parts[0] in _NO_RESULT or "tfevents" in name.name
+        if path.is_file() and not is_other and not name.suffix.startswith(_NO_RESULT_SUFFIXES):
+            names.append(name.as_posix())
+    return names
+
+
+def _measure(path: pathlib.Path) -> dict:
+    """Return what is recorded of a file: bytes, sha256, and rows of one that has rows."""
+    found = dict(bytes=path.stat().st_size, sha256=_hash(path))
+    if path.suffix == ".jsonl":
+        with path.open("rb") as file:
+            found["rows"] = sum(1 for _ in file)
+    return found
+
+
+def _hash(path: pathlib.Path) -> str:
+    """Return a file's sha256."""
+    stat = path.stat()
+    return _hash_once(path, stat.st_size, stat.st_mtime_ns, stat.st_ino)
+
+
+@functools.lru_cache(maxsize=4096)  # the runs of a sweep share stages, whose files may be large
+def _hash_once(path: pathlib.Path, *_state: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_record(path: pathlib.Path, record: dict) -> None:
+    """Write a JSON object that `read_record` knows again. Process 0 only."""
+    write_json(path, with_sha256(record))
 
 
 def write_json(path: pathlib.Path, value) -> None:
@@ -215,16 +356,114 @@ def append_lines(path: pathlib.Path, rows: list[dict]) -> None:
 def read_lines(path: pathlib.Path) -> list[dict]:
     """Return the JSON lines appended so far, none if there is no file.
 
-    A last line that a kill cut short is removed from the file.
+    A last line that a kill cut short is removed from the file. Raises ValueError that names any
+    other line that is not a JSON object.
     """
     if not path.exists():
         return []
     # Each whole line ends in a newline, so what follows the last newline was cut.
-    *whole, cut = path.read_text().split("\n")
-    rows = [json.loads(line) for line in whole]
+    *whole, cut = path.read_bytes().split(b"\n")
+    rows = [_parse(line) for line in whole]
+    if None in rows:
+        raise ValueError(
+            f"{path} line {rows.index(None) + 1} is not the JSON object that was written there: "
+            "the file has been damaged. Put it back from a copy, or remove this line and all after "
+            "it, which are then made again."
+        )
     if cut:
         write_lines(path, rows)
     return rows
+
+
+def _parse(line: bytes) -> dict | None:
+    """Return a line's JSON object; None where it is not one."""
+    try:
+        row = json.loads(line)
+    except ValueError:  # JSON's own error, and that of UTF-8
+        return None
+    return row if isinstance(row, dict) else None
+
+
+class Completions:
+    """The completions of a stage as they are made: rows, and sums by which they are known again.
+
+    Rows that are not what was written are set aside with a line that says so, and are made again.
+    For process 0.
+    """
+
+    def __init__(self, folder: pathlib.Path):
+        self._path = folder / COMPLETIONS
+        self._sums = folder / SUMS
+        self._digest = hashlib.sha256()
+        self._count = 0
+
+    def read(self) -> list[dict]:
+        """Return the rows that are whole; the files are cut to them."""
+        *lines, torn = self._path.read_bytes().split(b"\n") if self._path.exists() else [b""]
+        if self._sums.exists():
+            whole, is_damaged = self._whole_rows(lines)
+        else:  # of an earlier version, or lost: rows are all that is known
+            rows = [_parse(line) for line in lines]
+            whole = rows.index(None) if None in rows else len(rows)
+            is_damaged = whole < len(lines)
+        if not self._path.exists():
+            is_damaged = self._sums.exists()
+        if is_damaged:
+            kept_as = f", and is now {set_aside(self._path).name}" if self._path.exists() else ""
+            warn(
+                f"{self._path} is not what was written there from row {whole + 1} on{kept_as}. "
+                "Those rows are made again."
+            )
+        if is_damaged or torn or whole < len(lines) or not self._sums.exists():
+            self._rewrite(lines[:whole])
+        else:
+            self._digest = hashlib.sha256(self._path.read_bytes())
+            self._count = whole
+        return [json.loads(line) for line in lines[:whole]]
+
+    def append(self, rows: list[dict]) -> None:
+        """Append rows, and then the sums: rows that these do not count yet are made again."""
+        data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        with self._path.open("ab") as file:
+            file.write(data)
+        self._digest.update(data)
+        self._count += len(rows)
+        with self._sums.open("a") as file:
+            file.write(self._sum())
+
+    def _sum(self) -> str:
+        return f"{self._count} {self._digest.hexdigest()}\n"
+
+    def _whole_rows(self, lines: list[bytes]) -> tuple[int, bool]:
+        """Return how many rows are as they were when they were counted, and whether some are not.
+
+        The last entry of the sums may have been cut by a kill.
+        """
+        digest = hashlib.sha256()
+        count = 0
+        *entries, _cut = self._sums.read_bytes().split(b"\n")
+        for entry in entries:
+            try:
+                number, _, expected = entry.decode().partition(" ")
+                upto = int(number)
+            except ValueError:
+                return count, True
+            part = lines[count:upto]
+            for line in part:
+                digest.update(line + b"\n")
+            if upto != count + len(part) or digest.hexdigest() != expected:
+                return count, True
+            count = upto
+        return count, False
+
+    def _rewrite(self, lines: list[bytes]) -> None:
+        data = b"".join(line + b"\n" for line in lines)
+        self._digest = hashlib.sha256(data)
+        self._count = len(lines)
+        with whole_file(self._path) as draft:
+            draft.write_bytes(data)
+        with whole_file(self._sums) as draft:
+            draft.write_text(self._sum() if lines else "")
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

@@ -5,14 +5,13 @@ Those before it are what later stages start from, and stay in float32, so that a
 stages rounds nothing on its way.
 """
 
-import json
 import pathlib
 
 from ml_collections import ConfigDict
 
 from dpo_jax import stage_table
 from dpo_jax.stage_table import STAGES
-from dpo_jax.workdir import StageChanged
+from dpo_jax.workdir import StageChanged, read_done
 
 RECORD = "export"  # its key in done.json
 
@@ -90,8 +89,7 @@ def source_dtype(folder: pathlib.Path) -> str:
 
 
 def _read(folder: pathlib.Path) -> dict[str, str]:
-    done = folder / "done.json"
-    return json.loads(done.read_text()).get(RECORD, {}) if done.exists() else {}
+    return read_done(folder).get(RECORD, {}) if (folder / "done.json").exists() else {}
 
 
 def _is_last(config: ConfigDict, stage: str) -> bool:

@@ -16,7 +16,7 @@ from dpo_jax.config import DATA, flat_fields
 from dpo_jax.data import mixtures
 from dpo_jax.data.sources import SOURCES
 from dpo_jax.stage_table import STAGES
-from dpo_jax.workdir import start_date
+from dpo_jax.workdir import read_ledger, start_date
 
 METHODS = {  # stage -> how a card calls it
     "sft": "supervised fine-tuning",
@@ -188,7 +188,7 @@ class ModelCard:
         rows.append(("date for chat templates", start_date(self.folder).isoformat()))
         if stage_table.trains_on_samples(self.config, self.stage):
             rows.append(("pairs", "sampled from the model before this stage, and labelled"))
-        ledger = json.loads((self.folder / "ledger.json").read_text())
+        ledger = read_ledger(self.folder)
         for split in ("train", "eval"):
             if split in ledger:
                 rows.append((f"examples ({split})", f"{ledger[split]['kept']:,}"))

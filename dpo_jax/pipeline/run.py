@@ -2,7 +2,6 @@
 
 import dataclasses
 import datetime
-import json
 import pathlib
 from collections.abc import Callable
 
@@ -23,7 +22,8 @@ from dpo_jax.sampling import prompts
 from dpo_jax.sampling.prompts import Prompts
 from dpo_jax.sampling.sampler import Sampling
 from dpo_jax.stage_table import STAGES
-from dpo_jax.workdir import StageChanged, write_json
+from dpo_jax.training.checkpoint import CHECKPOINT_VERSION
+from dpo_jax.workdir import StageChanged, read_ledger, read_weights, write_record
 
 # Recorded for functions that were given from Python: as config.reward.kind, and in config.dpo.loss
 # before the function's name.
@@ -36,6 +36,7 @@ def versions() -> dict[str, int]:
         tokenization=tokenizers.TOKENIZATION_VERSION,
         data_order=batches.DATA_ORDER_VERSION,
         forward=log_probs.FORWARD_VERSION,
+        checkpoint=CHECKPOINT_VERSION,
     )
 
 
@@ -176,21 +177,21 @@ class Run:
     def record(self, stage: str, ledger: dict, fingerprint) -> None:
         """Write ledger.json; raise StageChanged where the data of a resumed stage has changed."""
         path = self.folder(stage) / "ledger.json"
-        if path.exists() and json.loads(path.read_text())["fingerprint"] != fingerprint:
+        if path.exists() and read_ledger(path.parent).get("fingerprint") != fingerprint:
             raise StageChanged(
                 f"the data of {self.folder(stage)} has changed since the stage began: its tokens "
                 "are not those that the checkpoint was trained on. Put the old data back, or give "
                 "another --workdir."
             )
-        write_json(path, ledger | dict(fingerprint=fingerprint))
+        write_record(path, ledger | dict(fingerprint=fingerprint))
 
     def record_reading(self, stage: str, reading: Reading) -> None:
         """Add to ledger.json how many tokens the stage reads."""
         if jax.process_index():  # process 0 wrote the file
             return
         path = self.folder(stage) / "ledger.json"
-        ledger = json.loads(path.read_text())
-        write_json(path, ledger | dict(reading=dataclasses.asdict(reading)))
+        ledger = read_ledger(path.parent)
+        write_record(path, ledger | dict(reading=dataclasses.asdict(reading)))
 
     def record_weights(self, stage: str, **checkpoints: loading.Checkpoint | None) -> None:
         """Write weights.json: path and fingerprint of each model, by its role in the stage.
@@ -204,7 +205,7 @@ class Run:
         for role, checkpoint in checkpoints.items():
             if checkpoint:
                 now[role] = dict(path=checkpoint.path, fingerprint=checkpoint.fingerprint())
-        before = json.loads(path.read_text()) if path.exists() else {}
+        before = read_weights(path.parent) if path.exists() else {}
         for role, weights in now.items():
             if role in before and before[role]["fingerprint"] != weights["fingerprint"]:
                 raise StageChanged(
@@ -212,7 +213,7 @@ class Run:
                     f"them (as its {role}). Put the old ones back, or give another --workdir."
                 )
         if now:
-            write_json(path, now)
+            write_record(path, now)
 
     def _before(self, stage: str) -> tuple[str, ...]:
         """Return the stages before a stage."""

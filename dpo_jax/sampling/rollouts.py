@@ -6,15 +6,17 @@ Pairs, best of N and win rates begin with `complete`, PPO with `with_rewards`.
 import pathlib
 from collections.abc import Callable
 
+import jax
 import numpy as np
 
 from dpo_jax.console import Progress, say
 from dpo_jax.models.loading import Model
+from dpo_jax.parallel import processes
 from dpo_jax.sampling import prompts as prompts_lib
 from dpo_jax.sampling import sampler
 from dpo_jax.sampling.prompts import Prompts
 from dpo_jax.sampling.sampler import Sampling
-from dpo_jax.workdir import COMPLETIONS, StageChanged, append_lines, read_lines
+from dpo_jax.workdir import Completions, StageChanged
 
 CHUNKS = 4  # sampling batches between two writes of completions.jsonl
 
@@ -29,10 +31,11 @@ def complete(
     """
     # All prompts are checked before the first of them costs anything.
     sampler.check(model.config, prompts.ids, sampling)
-    path = folder / COMPLETIONS
-    rows = read_lines(path)
+    kept = Completions(folder)
+    # One process reads: it may cut the file.
+    rows = processes.from_first(kept.read)
     for row, ids in zip(rows, prompts.ids, strict=False):
-        if row["tokens"] != ids.tolist():
+        if row.get("tokens") != ids.tolist():
             raise StageChanged(
                 f"the prompts of {folder} have changed since its first completions were sampled. "
                 "Put the old data back, or give another --workdir."
@@ -48,7 +51,8 @@ def complete(
         chunk = prompts.take(range(start, min(start + size, len(prompts))))
         drawn = sampler.sample(model, chunk.ids, sampling, first=start)
         made = with_rewards(chunk, drawn, model.tokenizer, reward)
-        append_lines(path, made)
+        if jax.process_index() == 0:
+            kept.append(made)
         rows += made
         progress.update(len(rows), {})
     progress.close()

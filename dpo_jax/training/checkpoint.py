@@ -1,16 +1,46 @@
 """Checkpoints by orbax. Its v1 API is still named experimental, and is used in this file alone.
 
 Saves are asynchronous and atomic: a kill in the middle of one leaves the checkpoint before it as
-the latest.
+the latest. Orbax checks nothing of what it reads, so sums of the state's bits are kept with each
+checkpoint, and compared when it is restored.
 """
 
+import contextlib
+import dataclasses
+import gc
+import json
+import logging
 import pathlib
+import shutil
+import sys
+import warnings
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from dpo_jax.console import warn
+from dpo_jax.parallel import processes
+from dpo_jax.training.checkpoint_sums import sums
 from dpo_jax.training.metric_names import describe
 from dpo_jax.training.step import TrainState
+
+# Unfinished stages of version 1 have checkpoints without sums.
+CHECKPOINT_VERSION = 2
+LONGEST_REASON = 150  # characters of a library's message that are shown
+DAMAGED = ".damaged"  # ends the name of a checkpoint that was set aside
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint is not what was saved, or cannot be read."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A checkpoint as it was restored."""
+
+    step: int
+    state: TrainState
+    rows: dict  # of metrics.jsonl at its save, as Writer.written
 
 
 class Checkpoints:
@@ -26,6 +56,7 @@ class Checkpoints:
         best one is kept too; "": none is.
         """
         self._best_metric = best_metric
+        self._folder = pathlib.Path(folder)
         policies = ocp.training.preservation_policies
         # A checkpoint goes when neither policy keeps it.
         kept = [policies.LatestN(keep)]
@@ -35,13 +66,16 @@ class Checkpoints:
                 get_metric_fn=self._rank, n=1, keep_checkpoints_without_metrics=False
             )
             kept.append(best)
-        self._checkpointer = ocp.training.Checkpointer(
-            _absolute(folder),
-            preservation_policy=policies.AnyPreservationPolicy(kept),
-            cleanup_tmp_directories=True,
-            # When to save is the loop's decision.
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-        )
+        processes.from_first(self._set_aside_unrated)
+        # It reads what is there, damaged or not: that is told when one is restored.
+        with _quiet():
+            self._checkpointer = ocp.training.Checkpointer(
+                _absolute(folder),
+                preservation_policy=policies.AnyPreservationPolicy(kept),
+                cleanup_tmp_directories=True,
+                # When to save is the loop's decision.
+                save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            )
         # At each save orbax asks jax for preemptions too, with the step. Processes agree on a
         # number to stop at, which the loop counts up to through all stages (loop._ASKED): a lower
         # number in between would let it pass the one they agreed on.
@@ -78,12 +112,23 @@ class Checkpoints:
             return True
         _, best_value = best
         # Equal is better too, since `best` takes the latest of equals.
-        return self._rank({self._best_metric: value}) >= self._rank({self._best_metric: best_value})
+        return not self.is_worse(value, best_value)
 
-    def save(self, step: int, state: TrainState, evaluation: dict | None = None) -> None:
+    def is_worse(self, value: float, other: float) -> bool:
+        """Return whether a value of the metric is worse than another one."""
+        return self._rank({self._best_metric: value}) < self._rank({self._best_metric: other})
+
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        evaluation: dict | None = None,
+        rows: dict | None = None,
+    ) -> None:
         """Save in the background, unless the step is saved already.
 
-        The state may be donated right after. evaluation: its metrics, where it was evaluated.
+        The state may be donated right after. evaluation: its metrics, where it was evaluated. rows:
+        what is known of metrics.jsonl up to this step.
         """
         # A signal may come at a step that was saved as it is.
         if step == self.latest():
@@ -91,9 +136,12 @@ class Checkpoints:
         metrics = None
         if evaluation and self._best_metric:
             metrics = {self._best_metric: evaluation[self._best_metric]}
+        tree = _as_dict(state)
+        # Of what is on the device: damage on the way to the disk shows too.
+        kept = {"sums": sums(tree), "rows": rows or {}}
         self._end_last_save()
         self._last_save = self._checkpointer.save_async(
-            step, _as_dict(state), metrics=metrics, force=True
+            step, tree, metrics=metrics, custom_metadata=kept, force=True
         )
 
     def _end_last_save(self) -> None:
@@ -105,15 +153,69 @@ class Checkpoints:
         if last is not None:
             last.result()
 
-    def restore(self, step: int, shapes: TrainState, shardings: TrainState) -> TrainState:
+    def restore(self, step: int, shapes: TrainState, shardings: TrainState) -> Restored:
         """Return the state of a step, placed by `shardings`.
 
-        Those may be of another mesh than the one it was saved from.
+        Those may be of another mesh than the one it was saved from. Raises DamagedCheckpoint.
         """
         self._checkpointer.wait()  # the save of this step may still be under way
         # One sharding stands for all controls; orbax wants one for each.
         placed = jax.tree.broadcast(shardings, shapes)
-        return TrainState(**self._checkpointer.load(step, _as_dict(_abstract(shapes, placed))))
+        abstract = _as_dict(_abstract(shapes, placed))
+        tree, kept = _load(self._checkpointer, step, abstract)
+        return Restored(step, TrainState(**tree), kept.get("rows", {}))
+
+    def restore_latest(self, shapes: TrainState, shardings: TrainState) -> Restored | None:
+        """Return the newest checkpoint that is whole; None where there is none at all.
+
+        Damaged ones that are newer are set aside, with a line that says so. Raises
+        DamagedCheckpoint where all of them are damaged.
+        """
+        steps = sorted((saved.step for saved in self._checkpointer.checkpoints), reverse=True)
+        damaged = {}
+        for step in steps:
+            try:
+                restored = self.restore(step, shapes, shardings)
+            except DamagedCheckpoint as error:
+                damaged[step] = error
+                continue
+            if damaged:
+                self._set_aside(damaged, step)
+            return restored
+        if not damaged:
+            return None
+        found = "\n".join(f"  {error}" for error in damaged.values())
+        raise DamagedCheckpoint(
+            f"{self._folder} has no checkpoint that can be resumed from:\n{found}\n"
+            f"Put one of them back from a copy, or remove {self._folder}: the stage then begins "
+            "again."
+        )
+
+    def _set_aside_unrated(self) -> None:
+        """Rename checkpoints whose metrics cannot be read, by which orbax would fail to open any.
+
+        Raises DamagedCheckpoint where there is no other one.
+        """
+        steps = saved_steps(self._folder)
+        damaged = [step for step in steps if not _has_good_metrics(self._folder / str(step))]
+        if damaged and len(damaged) == len(steps):
+            raise DamagedCheckpoint(
+                f"{_metrics_file(self._folder / str(damaged[-1]))} is not what was saved there, "
+                "and there is no other checkpoint that can be resumed from. Put it back from a "
+                f"copy, or remove {self._folder}: the stage then begins again."
+            )
+        for step in damaged:
+            file = _metrics_file(self._folder / str(step))
+            warn(f"{file} is damaged; its checkpoint is passed over, and kept as {step}{DAMAGED}.")
+        _rename_all(self._folder, damaged)
+
+    def _set_aside(self, damaged: dict[int, DamagedCheckpoint], good: int) -> None:
+        """Rename damaged checkpoints, so that their steps can be saved again, and say so."""
+        for step, error in damaged.items():
+            warn(f"{error}; resuming from step {good}. It is kept as {step}{DAMAGED}.")
+        processes.from_first(lambda: _rename_all(self._folder, list(damaged)))
+        with _quiet():
+            self._checkpointer.reload()
 
     def _rank(self, metrics) -> float:
         """Return the metric so that higher is better."""
@@ -127,14 +229,104 @@ def saved_steps(folder) -> list[int]:
 
 
 def load_params(folder, step: int, shapes, shardings):
-    """Return the weights alone of a checkpoint, placed by `shardings`; for use after the run."""
+    """Return the weights alone of a checkpoint, placed by `shardings`; for use after the run.
+
+    Raises DamagedCheckpoint.
+    """
     # Moments may be twice as large as the weights, and need not be read.
-    abstract = _abstract(shapes, shardings)
+    abstract = dict(params=_abstract(shapes, shardings))
+    with ocp.training.Checkpointer(_absolute(folder)) as checkpointer:
+        tree, _ = _load(checkpointer, step, abstract, partial=True)
+    return tree["params"]
+
+
+def _load(checkpointer, step: int, abstract: dict, *, partial: bool = False) -> tuple[dict, dict]:
+    """Return a tree of a checkpoint, once it is found to be what was saved, and its metadata.
+
+    partial: the tree is only a part of what was saved.
+    """
+    folder = checkpointer.directory / str(step)
     context = ocp.Context()
     # Without it orbax wants a place for all that was saved.
-    context.pytree.loading.partial_load = True
-    with ocp.training.Checkpointer(_absolute(folder)) as checkpointer, context:
-        return checkpointer.load(step, dict(params=abstract))["params"]
+    context.pytree.loading.partial_load = partial
+    reason = ""
+    with context, _quiet():
+        try:
+            kept = checkpointer.metadata(step).custom_metadata or {}
+            tree = checkpointer.load(step, abstract)
+        except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
+            raise  # not the checkpoint's fault
+        except Exception as error:  # noqa: BLE001 - orbax, tensorstore and codecs have many
+            reason = _root_of(error)
+        if reason:
+            # Unfinished reads of other arrays complain when they are thrown away: here, not later.
+            gc.collect()
+    if reason:
+        raise DamagedCheckpoint(f"{folder} cannot be read ({reason})")
+    if "sums" not in kept:
+        raise DamagedCheckpoint(f"{folder} has no sums to check it by")
+    found = sums(tree)
+    changed = [name for name, value in found.items() if kept["sums"].get(name) != value]
+    if changed:
+        raise DamagedCheckpoint(
+            f"{folder} is not what was saved: the sums of {changed[0]} differ"
+            + (f", and of {len(changed) - 1} more" if len(changed) > 1 else "")
+        )
+    return tree, kept
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Keep libraries from telling what they raise: an error is told once, in our own words."""
+    level = logging.root.manager.disable
+    hook = sys.unraisablehook
+    logging.disable(logging.CRITICAL)
+    sys.unraisablehook = _ignore
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        sys.unraisablehook = hook
+        logging.disable(level)
+
+
+def _ignore(_unraisable) -> None:
+    """Say nothing of an exception that nobody waits for any more."""
+
+
+def _root_of(error: BaseException) -> str:
+    """Return the start of the message of the error that others were raised from."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__
+    message = (str(error).strip().splitlines() or [""])[0]
+    reason = f"{type(error).__name__}: {message}"
+    # It may hold a whole specification.
+    return reason if len(reason) <= LONGEST_REASON else reason[:LONGEST_REASON] + "..."
+
+
+def _metrics_file(checkpoint: pathlib.Path) -> pathlib.Path:
+    """Return the file in which orbax keeps the metrics of a checkpoint, if it has some."""
+    return checkpoint / "metrics" / "metrics"
+
+
+def _has_good_metrics(checkpoint: pathlib.Path) -> bool:
+    """Return whether a checkpoint's metrics, if it has some, are numbers."""
+    file = _metrics_file(checkpoint)
+    if not file.exists():
+        return True
+    try:
+        metrics = json.loads(file.read_bytes())
+    except ValueError:  # JSON's own error, and that of UTF-8
+        return False
+    values = metrics.values() if isinstance(metrics, dict) else [None]
+    return all(isinstance(value, float | int) for value in values)
+
+
+def _rename_all(folder: pathlib.Path, steps: list[int]) -> None:
+    for step in steps:
+        place = folder / f"{step}{DAMAGED}"
+        shutil.rmtree(place, ignore_errors=True)  # of an earlier time
+        (folder / str(step)).rename(place)
 
 
 def _absolute(folder) -> str:

@@ -25,10 +25,10 @@ import numpy as np
 from dpo_jax.console import Progress, say
 from dpo_jax.models.lora import Lora
 from dpo_jax.models.transformer import TransformerConfig
-from dpo_jax.parallel import hardware, sharding
+from dpo_jax.parallel import hardware, processes, sharding
 from dpo_jax.training import metrics as metrics_lib
 from dpo_jax.training import objectives
-from dpo_jax.training.checkpoint import Checkpoints
+from dpo_jax.training.checkpoint import Checkpoints, DamagedCheckpoint, Restored
 from dpo_jax.training.metric_names import is_evaluation
 from dpo_jax.training.metrics import Writer
 from dpo_jax.training.step import Frozen, Programs, TrainState, make_programs
@@ -178,20 +178,24 @@ def train(job: Job, feed: Feed) -> tuple[dict, dict[str, float]]:
         # What no step changes: adapters' base, reference, numbers.
         base = job.load_base()
         frozen = Frozen(_hyper(job, feed.updates), job.load_reference(), base)
-        first_step = checkpoints.latest() or 0
+        # Restored first, as a damaged checkpoint makes the run begin at an earlier step.
+        restored = checkpoints.restore_latest(shapes, programs.shardings)
+        first_step = restored.step if restored else 0
         feed.start(frozen, first_step)
 
         # Resume, or begin and check the first batch.
-        if first_step:
+        if restored:
             say(f"{job.name}: resuming after step {first_step}")
-            state = checkpoints.restore(first_step, shapes, programs.shardings)
+            state = restored.state
         else:
             state = programs.init_state(job.load_init(), feed.controls)
             say(f"{job.name}: {feed.check(state.params)}")
 
         # Step, log, evaluate, save.
         recorder = _Recorder(job, feed, frozen, checkpoints, writer, first_step)
-        if not first_step:
+        if restored:
+            recorder.resume(state, restored)
+        else:
             recorder.before_first(state)
         for step in range(first_step, feed.total):
             state, metrics = feed.run(state, step)
@@ -203,13 +207,13 @@ def train(job: Job, feed: Feed) -> tuple[dict, dict[str, float]]:
         recorder.close()
 
         # The result is the last state, or the best one that was saved.
-        best = checkpoints.best() if job.block.keep_best else None
+        best = recorder.best()
         if best is None:
             return state.params, recorder.evaluation
         best_step, value = best
         say(f"{job.name}: best {job.block.keep_best} {value:.4g} at step {best_step}")
-        state = checkpoints.restore(best_step, shapes, programs.shardings)
-        return state.params, _evaluations(job.folder)[best_step]
+        state = checkpoints.restore(best_step, shapes, programs.shardings).state
+        return state.params, recorder.evaluation_of(best_step, state)
 
 
 def _hyper(job: Job, updates: int) -> dict:
@@ -246,15 +250,22 @@ class _Recorder:
         self._peak_flops = hardware.flops_per_second(job.mesh, job.model.dtype)
         # The last step and its metrics, which are still on the device.
         self._pending: tuple[int, dict] | None = None
-        # A new run writes row 0 again, where an attempt before its first checkpoint left one.
-        writer.rewind(first_step if first_step else -1)
         self._progress = Progress(job.name, first_step, feed.total)
+        self.evaluation = {}
+        self._clock = time.monotonic()
+
+    def resume(self, state: TrainState, restored: Restored) -> None:
+        """Go on with the rows of a checkpoint."""
+        self._writer.rewind(restored.step, restored.rows)
         # A run that is resumed after its last step has no other evaluation to return.
-        self.evaluation = next(reversed(_evaluations(job.folder).values()), {})
+        if restored.step >= self._feed.total:
+            self.evaluation = self.evaluation_of(restored.step, state)
         self._clock = time.monotonic()
 
     def before_first(self, state: TrainState) -> None:
         """Evaluate what training starts from, and write it as row 0."""
+        # An attempt before its first checkpoint may have left rows, which are written again.
+        self._writer.rewind(-1, {})
         self.evaluation = self._evaluate(0, state)
         name, keep_best = self._job.name, self._job.block.keep_best
         if keep_best and not self.evaluation:
@@ -290,20 +301,63 @@ class _Recorder:
         if saves or is_best:
             # Without held-out examples there is nothing to compare checkpoints by.
             measured = self.evaluation if evaluates and self.evaluation else None
-            self._checkpoints.save(step, state, measured)
+            self._checkpoints.save(step, state, measured, self._writer.written)
         # Evaluations and checkpoints are no part of the next step's time.
         self._clock = time.monotonic()
 
     def interrupt(self, step: int, state: TrainState, signum: int) -> None:
         """Save, and end the run with the shell's exit code for the signal."""
         self._write_pending()
-        self._checkpoints.save(step, state)
+        self._checkpoints.save(step, state, rows=self._writer.written)
         self._progress.close()
         say(
             f"{self._job.name}: stopped by {signal.Signals(signum).name} after step {step}, which "
             "is saved. Run the same command again to resume."
         )
         raise Interrupted(128 + signum)
+
+    def best(self) -> tuple[int, float] | None:
+        """Return step and metric of the best checkpoint; None where the last one is the result.
+
+        Raises DamagedCheckpoint where the best by metrics.jsonl is not among the checkpoints.
+        """
+        metric = self._job.block.keep_best
+        found = self._checkpoints.best() if metric else None
+        if found is None:
+            return None
+        step, value = found
+        written = self._written_evaluations()
+        if written.get(step, {}).get(metric, value) != value:
+            raise DamagedCheckpoint(
+                f"the best checkpoint, step {step}, has {metric} {value:.6g}, and metrics.jsonl "
+                f"has {written[step][metric]:.6g}: one of the two has been changed. Put it back "
+                f"from a copy, or remove {self._job.folder} to train the stage again."
+            )
+        for other, evaluation in written.items():
+            # Row 0 is of what training started from, which is no result of it.
+            if other and self._checkpoints.is_worse(value, evaluation.get(metric, value)):
+                raise DamagedCheckpoint(
+                    f"the best {metric} in metrics.jsonl is {evaluation[metric]:.6g}, of step "
+                    f"{other}, whose checkpoint is not there: the best one is of step {step}, with "
+                    f"{value:.6g}. Put it back from a copy, or remove {self._job.folder} to train "
+                    "the stage again."
+                )
+        return found
+
+    def evaluation_of(self, step: int, state: TrainState) -> dict[str, float]:
+        """Return the evaluation of a step, from its row, or anew where the row has been lost."""
+        written = self._written_evaluations()
+        if step in written:
+            return written[step]
+        evaluation = self._evaluate(step, state)
+        if evaluation:
+            self._write(step, evaluation, always=True)
+        return evaluation
+
+    def _written_evaluations(self) -> dict[int, dict[str, float]]:
+        """Return the evaluations in metrics.jsonl, by step, the same in every process."""
+        found = processes.from_first(lambda: list(_evaluations(self._job.folder).items()))
+        return dict(map(tuple, found))
 
     def close(self) -> None:
         """Write the last row."""

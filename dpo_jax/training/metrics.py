@@ -5,14 +5,16 @@ evaluation batches before they are divided. `metric_names.py` says what each nam
 """
 
 import contextlib
+import hashlib
 import json
 import pathlib
 import uuid
 
 import jax
 
+from dpo_jax.console import warn
 from dpo_jax.training.metric_names import OF_UPDATE
-from dpo_jax.whole_file import whole_file
+from dpo_jax.whole_file import set_aside, whole_file
 
 
 def named(metrics: dict, split: str) -> dict[str, float]:
@@ -61,6 +63,8 @@ class Writer(contextlib.ExitStack):
         """
         super().__init__()
         self._path = pathlib.Path(folder) / "metrics.jsonl"
+        self._count = 0  # rows in the file
+        self._digest = hashlib.sha256()  # of its bytes
         self._sinks = []  # (step, values) -> None
         self._active = jax.process_index() == 0
         if self._active and tensorboard:
@@ -68,21 +72,54 @@ class Writer(contextlib.ExitStack):
         if self._active and wandb:
             self._sinks.append(self._wandb(wandb, folder, config or {}))
 
-    def rewind(self, step: int) -> None:
-        """Drop the rows after a step, which a resumed run writes again, and a torn last line."""
-        if not self._active or not self._path.exists():
+    @property
+    def written(self) -> dict:
+        """The number of rows so far and their sha256, which a checkpoint keeps."""
+        return dict(rows=self._count, sha256=self._digest.hexdigest())
+
+    def rewind(self, step: int, written: dict) -> None:
+        """Drop the rows after a step, which a resumed run writes again, and a torn last line.
+
+        written: what was known of the rows at that step. Where the file no longer has them, it is
+        kept under another name, rows that can be read go on in a new one, and a line says so.
+        """
+        if not self._active:
             return
-        kept = [row for row in read_rows(self._path) if row["step"] <= step]
+        lines = self._path.read_bytes().split(b"\n") if self._path.exists() else []
+        count = written.get("rows", 0)
+        kept = [line + b"\n" for line in lines[:count]]
+        if written and hashlib.sha256(b"".join(kept)).hexdigest() != written["sha256"]:
+            rows = [row for row in map(_parse, lines) if row and row["step"] <= step]
+            kept = [json.dumps(row).encode() + b"\n" for row in rows]
+            self._say_damaged(step, count, len(kept))
+        self._count = len(kept)
+        self._digest = hashlib.sha256(b"".join(kept))
         with whole_file(self._path) as draft:
-            draft.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            draft.write_bytes(b"".join(kept))
+
+    def _say_damaged(self, step: int, count: int, readable: int) -> None:
+        found = "The file is gone."
+        if self._path.exists():
+            aside = set_aside(self._path)
+            found = (
+                f"{readable} rows of the file can be read and are kept; the file as it was is now "
+                f"{aside.name}."
+            )
+        warn(
+            f"{self._path} no longer holds the {count} rows that were written up to step {step}, "
+            f"and these are not computed again. {found} Training goes on as it would have."
+        )
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Append the row of a step."""
         if not self._active:
             return
+        line = json.dumps(dict(step=step, **values)).encode() + b"\n"
         # Opened again for each row, so that all rows are on disk whenever the process ends.
-        with self._path.open("a") as file:
-            file.write(json.dumps(dict(step=step, **values)) + "\n")
+        with self._path.open("ab") as file:
+            file.write(line)
+        self._count += 1
+        self._digest.update(line)
         for sink in self._sinks:
             sink(step, values)
 
@@ -130,11 +167,30 @@ class Writer(contextlib.ExitStack):
 
 
 def read_rows(path) -> list[dict]:
-    """Return the rows of a metrics.jsonl, less a last line that a kill left half written."""
+    """Return the rows of a metrics.jsonl, less a last line that a kill left half written.
+
+    Raises ValueError that names any other line that is not a row.
+    """
     rows = []
-    for line in pathlib.Path(path).read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    lines = pathlib.Path(path).read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        row = _parse(line)
+        if row is not None:
+            rows.append(row)
+        elif number < len(lines):  # what follows the last newline was cut
+            raise ValueError(
+                f'{path} line {number} is not a row of metrics, {{"step": ...}}: the file has been '
+                "damaged since it was written. Put it back from a copy, or remove done.json beside "
+                "it and run the stage's command again, which keeps the rows that can be read."
+            )
     return rows
+
+
+def _parse(line: bytes) -> dict | None:
+    """Return a line's row; None where it is not one."""
+    try:
+        row = json.loads(line)
+    except ValueError:  # JSON's own error, and that of UTF-8
+        return None
+    is_row = isinstance(row, dict) and isinstance(row.get("step"), int)
+    return row if is_row else None

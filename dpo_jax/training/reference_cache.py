@@ -103,15 +103,32 @@ def _fields_with_effect(config: TransformerConfig) -> dict:
 
 
 def _read(path: pathlib.Path, shape: tuple[int, int]) -> np.ndarray:
-    """Return what is kept, nan for the rest; ValueError where a finished file was changed."""
-    kept = np.load(path) if path.exists() else np.full(shape, np.nan, np.float32)
-    seal = path.with_suffix(".sha256")
-    if seal.exists() and seal.read_text() != hashlib.sha256(kept.tobytes()).hexdigest():
+    """Return what is kept, nan for the rest; ValueError where the file is not what was written."""
+    if not path.exists():
+        return np.full(shape, np.nan, np.float32)
+    kept, found = inspect(path)
+    if not found and (kept.shape, kept.dtype) != (shape, np.float32):
+        found = f"it holds {kept.dtype} {list(kept.shape)} in place of float32 {list(shape)}"
+    if found:
         raise ValueError(
-            f"{path} is not what was written there: its sha256 is not the one in {seal.name}. "
-            f"Remove {path.parent}, and the log-probs are computed again."
+            f"{path} is not what was written there: {found}. Remove {path.parent}, and the "
+            "log-probs are computed again."
         )
     return kept
+
+
+def inspect(path: pathlib.Path) -> tuple[np.ndarray | None, str]:
+    """Return the array in a file, and what is wrong with it; "" where nothing is known to be."""
+    try:
+        kept = np.load(path)
+    except (ValueError, EOFError, OSError, SyntaxError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        return None, f"it cannot be read ({reason[0]})"
+    seal = path.with_suffix(".sha256")
+    digest = hashlib.sha256(kept.tobytes()).hexdigest()
+    if seal.exists() and seal.read_bytes() != digest.encode():
+        return kept, f"its sha256 is not the one in {seal.name}"
+    return kept, ""
 
 
 def _seal(path: pathlib.Path) -> None:

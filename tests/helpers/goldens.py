@@ -207,9 +207,11 @@ def content(path: pathlib.Path):
     if path.name == "metrics.jsonl":
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         return [digest({k: v for k, v in row.items() if k not in TIMINGS}) for row in rows]
-    if path.name in ("done.json", "config.json") or path.name.endswith(".settings.json"):
+    records = ("done.json", "config.json", "ledger.json", "weights.json")
+    if path.name in records or path.name.endswith(".settings.json"):
         record = json.loads(path.read_text())
-        return {name: value for name, value in record.items() if name not in ("finished", "date")}
+        left_out = ("finished", "date", "files", "sha256")
+        return {name: value for name, value in record.items() if name not in left_out}
     if path.suffix == ".png":
         return "picture"  # matplotlib writes its version and the date into it
     data = path.read_bytes()

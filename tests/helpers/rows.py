@@ -1,5 +1,6 @@
 """Rows of users' files, written and read."""
 
+import copy
 import gzip
 import json
 from pathlib import Path
@@ -9,6 +10,7 @@ import pyarrow
 import pyarrow.parquet
 
 from dpo_jax.data import splits
+from dpo_jax.whole_file import read_record, with_sha256
 
 PAIR = {"prompt": "Name a colour.", "chosen": " Blue.", "rejected": " Seven."}
 
@@ -68,3 +70,12 @@ def user(content):
 
 def assistant(content):
     return {"role": "assistant", "content": content}
+
+
+def change_record(path: Path, change) -> dict:
+    """Let a function change the record in config.json or done.json; return it as it was."""
+    record = read_record(path, "")
+    before = copy.deepcopy(record)
+    change(record)
+    path.write_text(json.dumps(with_sha256(record)))
+    return before

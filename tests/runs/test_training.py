@@ -13,11 +13,13 @@ from dpo_jax import config as configs
 from dpo_jax.data import batches, tokenizer
 from dpo_jax.models import log_probs
 from dpo_jax.parallel import sharding
+from dpo_jax.pipeline import run as pipeline_run
 from dpo_jax.training import loop, metric_names, metrics
 from dpo_jax.training.checkpoint import Checkpoints
 from dpo_jax.training.loop import Interrupted
 from dpo_jax.training.metrics import read_rows
 from dpo_jax.workdir import StageChanged, lock_folder
+from tests.helpers.rows import change_record
 from tests.helpers.tiny_runs import (
     dpo_config,
     on_devices,
@@ -114,11 +116,8 @@ def test_changed_config_is_refused(whole, field, value):
 
 def test_newer_field_counts_as_default(whole):
     config, folder = whole
-    written = json.loads((folder / "config.json").read_text())
-    older = written | dict(
-        depends_on={k: v for k, v in written["depends_on"].items() if k != "data.truncate"}
-    )
-    (folder / "config.json").write_text(json.dumps(older))
+    path = folder / "config.json"
+    written = change_record(path, lambda record: record["depends_on"].pop("data.truncate"))
     run(config, folder.parent)
     changed = config.copy_and_resolve_references()
     changed.data.truncate = "keep_end"
@@ -126,7 +125,7 @@ def test_newer_field_counts_as_default(whole):
         StageChanged, match="config.data.truncate: 'auto' in the folder, 'keep_end' now"
     ):
         run(changed, folder.parent)
-    (folder / "config.json").write_text(json.dumps(written))
+    change_record(path, lambda record: record.update(written))
 
 
 def test_harmless_field_may_change(whole):
@@ -213,6 +212,7 @@ def test_run_of_other_version_is_refused(model, pairs, tmp_path, monkeypatch):
         tokenization=(tokenizer, "TOKENIZATION_VERSION"),
         data_order=(batches, "DATA_ORDER_VERSION"),
         forward=(log_probs, "FORWARD_VERSION"),
+        checkpoint=(pipeline_run, "CHECKPOINT_VERSION"),
     )
     with on_devices(1):
         folder = run(config, tmp_path)

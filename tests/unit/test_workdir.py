@@ -15,6 +15,7 @@ from dpo_jax.workdir import (
     start_stage,
 )
 from tests.helpers.clock import set_today
+from tests.helpers.rows import change_record
 
 VERSIONS = dict(tokenization=1, data_order=1, forward=1)
 
@@ -86,9 +87,7 @@ def test_start_stage_reuses_finished_version(tmp_path, name):
 
 def test_start_stage_without_version_is_1(tmp_path):
     path = begin(tmp_path) / "config.json"
-    record = json.loads(path.read_text())
-    del record["versions"]
-    path.write_text(json.dumps(record))
+    change_record(path, lambda record: record.pop("versions"))
     assert status(tmp_path) == "unfinished"
     with pytest.raises(StageChanged, match="forward 1 in the folder, 2 now"):
         status(tmp_path, forward=2)
@@ -129,9 +128,10 @@ def test_start_stage_suggests_no_useless_name(tmp_path):
 
 def test_start_stage_ignores_a_field_that_was_not_free_before(tmp_path):
     folder = begin(tmp_path)
-    record = json.loads((folder / "config.json").read_text())
-    record["depends_on"]["dpo.cache_reference"] = True
-    (folder / "config.json").write_text(json.dumps(record))
+    change_record(
+        folder / "config.json",
+        lambda record: record["depends_on"].update({"dpo.cache_reference": True}),
+    )
     assert status(tmp_path) == "unfinished"
 
 
@@ -182,9 +182,7 @@ def test_date_is_shared_by_runs_of_a_stage(tmp_path, monkeypatch):
 
 def test_date_of_a_folder_without_one(tmp_path, monkeypatch):
     path = begin(tmp_path) / "config.json"
-    record = json.loads(path.read_text())
-    del record["date"]
-    path.write_text(json.dumps(record))
+    change_record(path, lambda record: record.pop("date"))
     today = set_today(monkeypatch, "2026-11-26")
     assert start_date(path.parent) == today
     assert date_of(tmp_path, run="second") == "2026-11-26"

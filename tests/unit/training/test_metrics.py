@@ -80,9 +80,11 @@ def test_writer_rewind(tmp_path):
     writer = metrics.Writer(tmp_path)
     for step in range(5):
         writer.write(step, {"loss/train": float(step)})
+        if step == 2:
+            written = writer.written
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "loss/tr')
-    writer.rewind(2)
+    writer.rewind(2, written)
     writer.write(3, {"loss/train": 30.0})
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(row["step"], row["loss/train"]) for row in rows] == [
