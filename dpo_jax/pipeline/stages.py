@@ -25,6 +25,7 @@ from dpo_jax.rewards import make
 from dpo_jax.stage_table import STAGES
 from dpo_jax.training import losses
 from dpo_jax.workdir import (
+    check_files,
     finish_stage,
     lock_folder,
     make_workdir,
@@ -181,6 +182,8 @@ def _run_stage(run: Run, stage: str) -> None:
             elif processes.from_first(outdated):
                 say(f"{stage}: already done; its hf/ is written again, in another type of weights")
             else:
+                # What later stages read must be what this one wrote.
+                processes.from_first(lambda: check_files(folder))
                 say(f"{stage}: already done, in {folder}")
                 return
         date = processes.from_first(lambda: start_date(folder).isoformat())

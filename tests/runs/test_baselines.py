@@ -18,6 +18,7 @@ from dpo_jax.training import metric_names
 from dpo_jax.training.loop import Interrupted
 from dpo_jax.training.metrics import read_rows
 from dpo_jax.workdir import StageChanged, read_lines
+from tests.helpers.rows import change_record
 from tests.helpers.tiny_runs import dpo_config, on_devices, rows_without_timings, run, weights
 
 STEPS = dict(sft=30, rm=40, preferred_ft=6, unlikelihood=6, ppo=4)
@@ -100,11 +101,11 @@ def test_other_order_trains_on_same_pairs(workdir, tmp_path, capsys):
     for name in ("sft", "pairs"):
         shutil.copytree(workdir / name, tmp_path / name)
     # As in a folder from before the field was left out of these stages.
-    path = tmp_path / "sft" / "config.json"
-    record = json.loads(path.read_text())
-    assert "data.order" not in record["depends_on"]
-    record["depends_on"]["data.order"] = "pairs"
-    path.write_text(json.dumps(record))
+    before = change_record(
+        tmp_path / "sft" / "config.json",
+        lambda record: record["depends_on"].update({"data.order": "pairs"}),
+    )
+    assert "data.order" not in before["depends_on"]
 
     config = toy_config("dpo", dpo=dict(steps=4, eval_every=4, save_every=4))
     config.stages = ("sft", "pairs", "dpo")
