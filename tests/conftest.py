@@ -1,15 +1,11 @@
 """Eight fake CPU devices, quick compiles and a shared compile cache for every test."""
 
-import importlib.metadata
 import os
 import tempfile
 
-# Less work for the compiler, whose time is most of the tests'; commands that tests start
-# inherit it.
-QUICK_COMPILES = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-# XLA ends a process whose flags it does not know, and newer versions do not know this one.
-if importlib.metadata.version("jaxlib").startswith("0.10."):
-    QUICK_COMPILES += " --xla_cpu_use_fusion_emitters=false"
+from tests.helpers.quick_compiles import QUICK_COMPILES
+
+# Commands that tests start inherit it.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_COMPILES}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # also where a TPU's or a GPU's library is installed
 # The data sets library would tell the hub of every file that it opens, and wait for an answer.

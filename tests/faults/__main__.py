@@ -1,0 +1,104 @@
+"""Try faults on small runs, and write experiments/results/reliability.md.
+
+    python -m tests.faults [--parts=kills,signals,surroundings] [--kills=50] [--seed=0]
+
+Takes about half an hour on two idle cores. As root on Linux it also fills small disks. The exit
+status is 1 if any try ended silently wrong, with a traceback or not at all.
+"""
+
+import argparse
+import concurrent.futures
+import os
+import pathlib
+import sys
+import tempfile
+import time
+
+from tests.faults import jobs, kills, outcomes, report, signals, surroundings
+from tests.helpers.judge_server import JudgeServer, prefers
+from tests.helpers.paths import ROOT
+
+RESULTS = ROOT / "experiments" / "results"
+ANSWER_TIME = 0.05  # seconds that the fake judge takes for an answer
+SIGNALS_OF_A_ROW = 4
+
+
+def run_kills(tries: outcomes.Tries, run: "Harness") -> None:
+    names = [name for name in run.wholes if name != "accents"]
+    wholes = {name: run.wholes[name] for name in names}
+    tries.run(kills.PART, kills.plan(wholes, run.asked.kills, run.asked.seed))
+
+
+def run_signals(tries: outcomes.Tries, run: "Harness") -> None:
+    tries.run(signals.PART, signals.plan(run.wholes, SIGNALS_OF_A_ROW, run.asked.seed))
+
+
+def run_surroundings(tries: outcomes.Tries, run: "Harness") -> None:
+    tries.run(surroundings.PART, surroundings.plan(run.wholes, run.folder))
+
+
+# Part -> what runs it. Others are added here.
+PARTS = {"kills": run_kills, "signals": run_signals, "surroundings": run_surroundings}
+
+
+class Harness:
+    """What the parts share: the folder, the uninterrupted runs, and what was asked."""
+
+    def __init__(self, folder: pathlib.Path, asked: argparse.Namespace):
+        self.folder = folder
+        self.asked = asked
+        self.wholes: dict[str, jobs.Whole] = {}
+
+    def run_wholes(self, server: JudgeServer) -> None:
+        """Run every job without interruption."""
+        inputs = self.folder / "inputs"
+        jobs.write_inputs(inputs)
+        made = jobs.make_jobs(inputs)
+        made["judge"] = jobs.judge_job(inputs, self.folder / "judged", server.variables())
+        folders = [self.folder / "whole" / name.replace(" ", "-") for name in made]
+        # As many at once as later, so that the time of each is what it will be then.
+        with concurrent.futures.ThreadPoolExecutor(self.asked.workers) as pool:
+            wholes = pool.map(jobs.run_whole, made.values(), folders)
+            for name, whole in zip(made, wholes, strict=True):
+                self.wholes[name] = whole
+                print(f"uninterrupted: {name}, {whole.seconds:.1f} s", flush=True)
+
+
+def answer_slowly(prompt: str, times: int):
+    """Answer as a judge that prefers the longer text, and needs a moment for it."""
+    time.sleep(ANSWER_TIME)
+    return prefers(len)(prompt, times)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", default=",".join(PARTS), help="which, with commas")
+    parser.add_argument("--kills", type=int, default=50, help="how many kills")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--workers", type=int, default=2, help="tries at once")
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS, help="folder of the table")
+    asked = parser.parse_args()
+    parts = asked.parts.split(",")
+    if unknown := set(parts) - PARTS.keys():
+        parser.error(f"no such part: {', '.join(sorted(unknown))}; have {', '.join(PARTS)}")
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    began = time.monotonic()
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="faults-"))
+    # Some commands run as another user, who must get at their folders.
+    folder.chmod(0o755)
+    print(f"folders of bad tries stay in {folder}", flush=True)
+    tries = outcomes.Tries(folder / "tries", asked.workers)
+    with JudgeServer(answer_slowly) as server:
+        run = Harness(folder, asked)
+        run.run_wholes(server)
+        for part in parts:
+            PARTS[part](tries, run)
+    command = " ".join(["python -m tests.faults", *sys.argv[1:]])
+    report.write(asked.out, tries.done, command, (time.monotonic() - began) / 60)
+    bad = [one for one in tries.done if one.outcome in outcomes.BAD]
+    print(f"{len(tries.done)} tries, {len(bad)} of them bad: {asked.out / 'reliability.md'}")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
