@@ -24,6 +24,8 @@ MOST_REFUSALS = 20
 # Of an answer. A judge writes a sentence and a letter, but models that reason need room.
 MAX_TOKENS = 1024
 OVERHEAD = 64  # tokens that a chat format may add to a prompt
+MOST_TOKENS = 10**9  # that an endpoint may say that a call took
+SHOWN = 1000  # characters of an endpoint's words
 
 
 class BudgetExhausted(RuntimeError):
@@ -196,15 +198,15 @@ class Calls:
                 max_completion_tokens=MAX_TOKENS,
             )
             answer = reply.choices[0].message.content or ""  # a filtered answer has no content
-            return dict(answer=answer.strip(), served_by=reply.model, usage=_usage(reply))
+            # Either fails for what is no text.
+            answer, served_by = answer.strip(), _said(reply.model or "")
+            return dict(answer=_without_key(answer), served_by=served_by, usage=_usage(reply))
         except openai.OpenAIError as error:
             if getattr(error, "status_code", None) in REFUSALS:
                 nothing = dict(prompt_tokens=0, completion_tokens=0)
-                return dict(
-                    answer=None, refused=_without_key(str(error)), served_by=None, usage=nothing
-                )
+                return dict(answer=None, refused=_said(str(error)), served_by=None, usage=nothing)
             failure = self._explained(error)
-        except (AttributeError, IndexError, TypeError, ValueError):
+        except (AttributeError, LookupError, TypeError, ValueError, RecursionError):
             failure = ChatError(
                 f"{self._host()} did not send a chat completion. Check OPENAI_BASE_URL, which "
                 "usually ends in /v1."
@@ -217,11 +219,14 @@ class Calls:
 
         import openai
 
+        from dpo_jax.evaluation import untrusted_http
+
+        timeout = self._endpoint.timeout
         return openai.AsyncOpenAI(
             api_key=key,
-            timeout=self._endpoint.timeout,
+            timeout=timeout,
             max_retries=RETRIES,
-            http_client=openai.DefaultAsyncHttpxClient(event_hooks=dict(request=[self._pace])),
+            http_client=untrusted_http.Client(wait=self._pace, seconds=timeout),
         )
 
     async def _pace(self, request) -> None:
@@ -235,7 +240,7 @@ class Calls:
     def _explained(self, error) -> ChatError:
         """A failure in words, without the key."""
         status = getattr(error, "status_code", None)
-        said = _without_key(str(error))
+        said = _said(str(error))
         if status in (401, 403):
             said = f"it refuses the key ({status}): check OPENAI_API_KEY."
         elif status == 404:
@@ -298,11 +303,16 @@ def read(path: pathlib.Path) -> list[dict]:
 
 
 def _usage(reply) -> dict | None:
-    """Tokens read and written; None if the endpoint does not count them."""
-    names = ("prompt_tokens", "completion_tokens")
-    counts = {name: getattr(reply.usage, name, None) for name in names}
-    counted = all(isinstance(count, int) for count in counts.values())
-    return counts if counted else None
+    """Return the tokens read and written; None where the endpoint says nothing that can be."""
+    counts = {}
+    for name in ("prompt_tokens", "completion_tokens"):
+        count = getattr(reply.usage, name, None)
+        # A negative count would give money back, and let a run pass its max_cost.
+        if type(count) is not int or not 0 <= count <= MOST_TOKENS:
+            return None
+        counts[name] = count
+    # Every prompt has tokens. Without a count, a call costs the most that it can have cost.
+    return counts if counts["prompt_tokens"] else None
 
 
 def api_key() -> str:
@@ -324,6 +334,13 @@ def api_key() -> str:
     if not (key.isascii() and key.isprintable()):
         raise ValueError("OPENAI_API_KEY holds a character that no key has. Copy it again.")
     return key
+
+
+def _said(text: str) -> str:
+    """Return a server's words for a person: short, in one piece, without the key."""
+    shown = _without_key(text)[:SHOWN]
+    # Terminals obey some of what cannot be printed.
+    return "".join(mark if mark.isprintable() or mark == "\n" else " " for mark in shown)
 
 
 def _without_key(text: str) -> str:

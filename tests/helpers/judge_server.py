@@ -4,8 +4,9 @@ test tells it to.
     with JudgeServer(prefers(len)) as server:
         with server.environment(): ...
 
-A behaviour is a function (prompt, times) -> str, the answer, or one of Status, Hang, Drop; `times`
-counts how often that prompt was asked before. Everything that came in is in `server.requests`.
+A behaviour is a function (prompt, times) -> str, the answer, or one of Status, Hang, Drop and
+Stream; `times` counts how often that prompt was asked before. Everything that came in is in
+`server.requests`.
 """
 
 import collections
@@ -16,7 +17,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from unittest import mock
 
@@ -38,6 +39,15 @@ class Hang:
 
 class Drop:
     """The connection breaks in the middle of the answer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """A body that goes out piece by piece, each of them as a chunk, until the client has gone."""
+
+    pieces: Iterable[bytes]
+    seconds: float = 0.0  # between two pieces
+    headers: dict = dataclasses.field(default_factory=dict)
 
 
 class JudgeServer:
@@ -97,6 +107,9 @@ class _Handler(BaseHTTPRequestHandler):
         elif isinstance(reply, Drop):
             self._send(200, "", {"Content-Length": "100"})
             self.close_connection = True
+        elif isinstance(reply, Stream):
+            self._stream(reply, server.closing)
+            self.close_connection = True
         elif isinstance(reply, Status):
             text = reply.body if isinstance(reply.body, str) else json.dumps(reply.body)
             self._send(
@@ -113,6 +126,15 @@ class _Handler(BaseHTTPRequestHandler):
                 self.send_header(name, value)
             self.end_headers()
             self.wfile.write(text.encode())
+
+    def _stream(self, reply: Stream, closing: threading.Event):
+        with contextlib.suppress(OSError):  # the client has gone
+            self._send(200, "", {"Transfer-Encoding": "chunked"} | reply.headers)
+            for piece in reply.pieces:
+                self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
+                if closing.wait(reply.seconds):
+                    return
+            self.wfile.write(b"0\r\n\r\n")
 
     def log_message(self, *_):
         """Nothing of each request goes to stderr."""
