@@ -45,7 +45,8 @@ ONLY_IN = {  # library -> the files that may import it
     "datasets": {"data/readers.py"},
     "optax": {"training/optim.py", "training/step.py"},
     "matplotlib": {"evaluation/plots.py"},
-    "openai": {"evaluation/chat_api.py"},
+    "openai": {"evaluation/chat_api.py", "evaluation/untrusted_http.py"},
+    "httpx2": {"evaluation/untrusted_http.py"},
 }
 
 
