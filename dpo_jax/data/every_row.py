@@ -7,7 +7,7 @@ from dpo_jax.data import sources
 from dpo_jax.data.conversations import is_chat, without_nulls
 from dpo_jax.data.ledger import Counts, Filtered, Malformed, Tie, Unusable
 from dpo_jax.data.readers import fields_of, find_splits
-from dpo_jax.data.rows import Row, TextExample
+from dpo_jax.data.rows import Row, TextExample, names_of
 from dpo_jax.data.shapes import local_prompt, parse_columns
 from dpo_jax.data.splits import examples_of
 
@@ -103,7 +103,7 @@ def _with_content(value):
 def explained(error: Exception, where: str, fields: dict, advice: str = "") -> ValueError:
     """Return the error to show for a row that cannot be used: where it is, what is in it."""
     lines = [f"{where}: {error}."]
-    found = ", ".join(map(str, fields))
+    found = names_of(fields)
     if not str(error).endswith(f"found {found}"):
         lines.append(f"  fields found: {found or 'none'}")
     example = getattr(error, "example", "")

@@ -8,6 +8,7 @@ Parquet and Arrow files go through `datasets`, which knows the column types it h
 
 import ast
 import bz2
+import codecs
 import contextlib
 import csv
 import functools
@@ -20,12 +21,13 @@ import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO, TextIO
 
 from dpo_jax.data.conversations import is_role
 from dpo_jax.data.ledger import Malformed
 
-Record = dict | str  # the fields, or a line of JSON that holds them
+# The fields, a line of JSON that holds them, or what is wrong with a row that cannot be read.
+Record = dict | str | Malformed
 # name -> a function that reads (where, record) of each row
 Splits = dict[str, Callable[[], Iterator[tuple[str, Record]]]]
 
@@ -88,7 +90,21 @@ SPACE = re.compile(r"\s*")
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 BATCH = 1000  # rows of a table read at a time
 CHUNK = 1 << 20  # characters of a JSON array read at a time
-LONGEST_ROW = 1 << 24  # characters of a row of JSON lines in a file that ends in .json
+# Characters of a row: tokenising a text of a few million takes seconds and a GB of memory.
+LONGEST_ROW = 1 << 22
+DEEPEST = 200  # lists and objects inside each other in a row
+# What the first bytes of a file say that it is, whatever its name says.
+SIGNATURES = {
+    b"\x1f\x8b": "a gzip file",
+    b"BZh": "a bzip2 file",
+    b"\xfd7zXZ\x00": "an xz file",
+    b"PK\x03\x04": "a zip file",
+    b"\x28\xb5\x2f\xfd": "a Zstandard file",
+    b"PAR1": "a Parquet file",
+    b"ARROW1": "an Arrow file",
+    b"\xff\xfe": "UTF-16 text",
+    b"\xfe\xff": "UTF-16 text",
+}
 
 
 def read_jsonl(path) -> Iterator[tuple[int, dict]]:
@@ -101,7 +117,7 @@ def read_jsonl(path) -> Iterator[tuple[int, dict]]:
     if not file.is_file():
         raise FileNotFoundError(f"{str(path)!r}: no such file.")
     for number, line in enumerate(_lines(file), 1):
-        if not line.strip():
+        if isinstance(line, str) and not line.strip():
             continue
         try:
             yield number, fields_of(line)
@@ -112,26 +128,31 @@ def read_jsonl(path) -> Iterator[tuple[int, dict]]:
 def fields_of(record: Record) -> dict:
     """Return the fields of a record; chat messages that are written as text become a list.
 
-    Raises Malformed where its line is not a JSON object, a text has half a surrogate pair, or a
-    text is a list of messages that cannot be read.
+    Raises Malformed where its line is not a JSON object, a text has half a surrogate pair, a text
+    is a list of messages that cannot be read, or the row is longer or deeper than any should be.
     """
+    if isinstance(record, Malformed):
+        raise record
     # Encoding every text takes time, so a line is first searched for the escapes of surrogates.
-    may_have_surrogates = not isinstance(record, str) or SURROGATE.search(record)
-    if isinstance(record, str):
+    is_line = isinstance(record, str)
+    may_have_surrogates = not is_line or SURROGATE.search(record)
+    may_be_deep = not is_line or record.count("[") + record.count("{") > DEEPEST
+    if is_line:
         record = _parsed(record)
     if not isinstance(record, dict):
         raise Malformed("a row is an object, {...}", repr(record)[:80])
-    if None in record:
-        # The csv module puts what has no column under None. An answer would lose its end.
-        raise Malformed(
-            "the row has more cells than the first line has names; quote texts with commas",
-            repr(record[None])[:80],
-        )
+    if may_be_deep:
+        _check_depth(record)
     if len(record) > 1 and all(name == value for name, value in record.items()):
         raise Malformed("the row repeats the names of the columns; remove it from the file")
     if may_have_surrogates:
+        length = 0
         for text in _texts_of(record):
+            length += len(text)
             _check_surrogates(text)
+        # The length of a line is known before it is parsed.
+        if not is_line and length > LONGEST_ROW:
+            raise _too_long(f"{length:,} characters")
     for name, value in record.items():
         if isinstance(value, str) and MESSAGES.match(value):
             record[name] = _messages(name, value)
@@ -146,7 +167,7 @@ def _messages(name: str, text: str) -> str | list | dict:
     """
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = _python_value(text)
     if value is None:
         if not all(key.search(text) for key in MESSAGE_KEYS):
@@ -198,6 +219,32 @@ def _texts_of(value) -> Iterator[str]:
             yield from _texts_of(part)
 
 
+def _check_depth(value) -> None:
+    """Raise Malformed where lists and objects lie deeper inside each other than DEEPEST."""
+    level = [value]
+    for _ in range(DEEPEST):
+        inside = []
+        for outer in level:
+            parts = outer.values() if isinstance(outer, dict) else outer
+            inside += [part for part in parts if isinstance(part, dict | list)]
+        if not inside:
+            return
+        level = inside
+    raise _too_deep()
+
+
+def _too_deep() -> Malformed:
+    return Malformed(f"lists and objects lie more than {DEEPEST} deep inside each other")
+
+
+def _too_long(found: str) -> Malformed:
+    return Malformed(
+        f"the row is longer than {LONGEST_ROW:,} characters",
+        found,
+        "no model reads as much at once; remove the row or part its text",
+    )
+
+
 def _parsed(line: str):
     """Return what a line of JSON holds."""
     try:
@@ -206,6 +253,17 @@ def _parsed(line: str):
         raise Malformed(
             "the line is not JSON", f"{error.msg} at character {error.pos + 1}"
         ) from None
+    except Malformed:
+        raise
+    except ValueError:  # Python's own limit
+        raise _too_many_digits() from None
+    except RecursionError:
+        raise _too_deep() from None
+
+
+def _too_many_digits() -> Malformed:
+    most = sys.get_int_max_str_digits()
+    return Malformed(f"a whole number has more than {most:,} digits", advice="write it as a text")
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict:
@@ -689,10 +747,21 @@ def _numbered(label: str, values: Callable[[], Iterable[Record]]) -> Iterator[tu
             yield f"{label} row {number}", record
 
 
-def _lines(file: Path) -> Iterator[str]:
-    """Yield the lines of a text file, plain or gzip, with their line ends."""
+def _lines(file: Path) -> Iterator[str | Malformed]:
+    """Yield the lines of a text file, plain or gzip, with their line ends.
+
+    One that is too long is not held in memory: in its place comes the error that says so.
+    """
     with _opened(file) as text:
-        yield from text
+        while line := text.readline(LONGEST_ROW + 1):
+            if len(line) <= LONGEST_ROW:
+                yield line
+                continue
+            length = 0
+            while line:
+                length += len(line)
+                line = "" if line.endswith("\n") else text.readline(CHUNK)
+            yield _too_long(f"a line of {length:,} characters")
 
 
 @contextlib.contextmanager
@@ -707,14 +776,32 @@ def _opened(file: Path) -> Iterator[TextIO]:
             yield text
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
+        with opener(file, "rb") as content:
+            line, signature = _first_bad_line(content)
+        advice = f"It looks like {signature}" if signature else "Save it as UTF-8"
         raise ValueError(
-            f"{file} is not UTF-8 text: {error.reason}, {byte:#x}. Save it as UTF-8."
+            f"{file} is not UTF-8 text: {error.reason}, {byte:#x}, in line {line:,}. {advice}."
         ) from None
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         # Of a file that cannot be opened, the system says why, and has a number for it.
         if not compression or getattr(error, "errno", None) is not None:
             raise
         raise ValueError(f"{file} is not a whole {compression} file: {error}.") from None
+
+
+def _first_bad_line(content: BinaryIO) -> tuple[int, str]:
+    """Return which line is not UTF-8, and what the file looks like instead; "" if like nothing."""
+    start = content.peek(8)[:8]
+    signature = next((SIGNATURES[mark] for mark in SIGNATURES if start.startswith(mark)), "")
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    line = 1
+    while piece := content.readline(CHUNK):
+        try:
+            decoder.decode(piece)
+        except UnicodeDecodeError:
+            break
+        line += piece.endswith(b"\n")
+    return line, signature
 
 
 def _json_records(file: Path) -> Iterator[Record]:
@@ -744,7 +831,7 @@ def _is_json_lines(file: Path) -> bool:
             first = text.readline(LONGEST_ROW)
         try:
             _, end = json.JSONDecoder().raw_decode(first.lstrip())
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             return False
         if first.lstrip()[end:].strip():
             return True  # a line with something wrong behind its object
@@ -856,13 +943,29 @@ class _Window:
                 raise self.error(str(error)) from None
             except json.JSONDecodeError as error:
                 # Either it is not JSON, or its end is not in memory yet.
+                length = len(self._text) - self._start
+                if length > LONGEST_ROW:
+                    # The start of the row that is too long, or of what is no JSON.
+                    raise self._no_end(length) from None
                 if not self._grow():
                     raise self.error(error.msg, error.pos) from None
+            except ValueError:  # Python's own limit
+                raise self.error(str(_too_many_digits())) from None
+            except RecursionError:
+                raise self.error(str(_too_deep())) from None
 
     def error(self, reason: str, position: int | None = None) -> ValueError:
         position = self._start if position is None else position
         line = self._line + self._text.count("\n", 0, position)
         return ValueError(f"{self._file} is not JSON: {reason} at line {line}.")
+
+    def _no_end(self, length: int) -> ValueError:
+        line = self._line + self._text.count("\n", 0, self._start)
+        return ValueError(
+            f"{self._file}: the value that begins at line {line:,} has not ended after {length:,} "
+            f"characters; a row has at most {LONGEST_ROW:,}. A quote or a bracket may lack its "
+            "end; otherwise remove the row or part its text."
+        )
 
     def _grow(self) -> bool:
         """Let go of what has been taken, and read on; return False at the end of the file."""
@@ -889,13 +992,95 @@ def _pieces(file: Path) -> Iterator[str]:
 
 
 def _csv_records(file: Path, delimiter: str = ",") -> Iterator[Record]:
+    """Yield the rows of a table of text; a row that does not fit its columns comes as an error.
+
+    Raises ValueError, with the line, where it cannot be told where a row ends: a quote lacks its
+    end, or ends within a cell.
+    """
     csv.field_size_limit(sys.maxsize)
-    reader = csv.DictReader(_lines(file), delimiter=delimiter)
+    text = _CsvText(file)
+    # Not strict, it takes all that follows a quote without an end for one cell.
+    reader = csv.reader(text, delimiter=delimiter, strict=True)
+    kind = "TSV" if delimiter == "\t" else "CSV"
+    names = None
     try:
-        _check_columns(file, reader.fieldnames or ())
-        yield from reader
+        for cells in reader:
+            if names is None:
+                names = cells
+                _check_columns(file, names)
+            elif cells:
+                yield _csv_row(names, cells)
+            text.begin_row()
     except csv.Error as error:
-        raise ValueError(f"{file} line {reader.line_num} is not CSV: {error}.") from None
+        raise ValueError(
+            f"{file} is not {kind}: the row that begins in line {text.row_start:,} "
+            f"{_csv_fault(error, text)}. A cell that has quotes, separators or line ends in it "
+            'stands in quotes, and its own quotes are doubled: "He said ""no"", twice".'
+        ) from None
+
+
+def _csv_fault(error: csv.Error, text: "_CsvText") -> str:
+    """Say what is wrong with the row that the csv module refuses."""
+    if text.is_at_end:
+        return "has a quote without an end, so that the rest of the file would be in one cell"
+    if "expected after" in str(error):
+        return f"has a quote that ends within a cell, in line {text.line:,}"
+    return f"cannot be read ({error})"
+
+
+def _csv_row(names: list[str], cells: list[str]) -> Record:
+    """Return the fields of a row, or the error that says that it has other cells than columns."""
+    if len(cells) > len(names):
+        # An answer would lose its end.
+        return Malformed(
+            "the row has more cells than the first line has names; quote texts with commas",
+            repr(cells[len(names) :])[:80],
+        )
+    # Columns without a name, which spreadsheets leave behind the last one, may be left out.
+    missing = [name for name in names[len(cells) :] if name]
+    if missing:
+        # One cell that is left out shifts all those behind it to other columns.
+        return Malformed(
+            "the row has fewer cells than the first line has names",
+            f"{len(cells)} cells, nothing for {', '.join(map(repr, missing))}"[:80],
+            "write a separator for an empty cell too",
+        )
+    return dict(zip(names, cells, strict=False))
+
+
+class _CsvText:
+    """The lines of a table of text, with the line in which the row begins that is being read."""
+
+    def __init__(self, file: Path):
+        self._file = file
+        self._lines = _lines(file)
+        self._length = 0  # characters of the row so far
+        self.line = 0  # number of the line that was read last
+        self.row_start = 1  # number of the line in which the row begins
+        self.is_at_end = False
+
+    def begin_row(self) -> None:
+        self.row_start = self.line + 1
+        self._length = 0
+
+    def __iter__(self) -> "_CsvText":
+        return self
+
+    def __next__(self) -> str:
+        line = next(self._lines, None)
+        if line is None:
+            self.is_at_end = True
+            raise StopIteration
+        self.line += 1
+        # A line that is too long comes as an error.
+        self._length += len(line) if isinstance(line, str) else LONGEST_ROW + 1
+        if self._length > LONGEST_ROW:
+            raise ValueError(
+                f"{self._file}: the row that begins in line {self.row_start:,} is longer than "
+                f"{LONGEST_ROW:,} characters in line {self.line:,}. A quote in it may lack its "
+                "end; otherwise remove the row or part its text."
+            )
+        return line
 
 
 def _check_columns(file: Path, names: Iterable[str]) -> None:
@@ -914,50 +1099,65 @@ def _parquet_records(file: Path) -> Iterator[Record]:
     with _naming_damage(file, "Parquet"):
         # Without the buffers, a whole row group would be read, which may be the whole file.
         table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=CHUNK)
-        _check_columns(file, table.schema_arrow.names)
-        yield from _table_rows(table.schema_arrow, table.iter_batches(batch_size=BATCH))
+        batches = table.iter_batches(batch_size=BATCH)
+    _check_columns(file, table.schema_arrow.names)
+    yield from _table_rows(file, "Parquet", table.schema_arrow, batches)
 
 
 def _arrow_records(file: Path) -> Iterator[Record]:
     """Yield the rows of an Arrow file of either kind: streams (as `datasets` writes) and files."""
     import pyarrow
 
-    with _naming_damage(file, "Arrow"), pyarrow.OSFile(str(file)) as opened:
-        try:
-            stream = pyarrow.ipc.open_stream(opened)
-            batches = iter(stream)
-        except pyarrow.ArrowInvalid:
-            stream = pyarrow.ipc.open_file(opened)
-            batches = (stream.get_batch(i) for i in range(stream.num_record_batches))
+    with _naming_damage(file, "Arrow"):
+        opened = pyarrow.OSFile(str(file))
+    with opened:
+        with _naming_damage(file, "Arrow"):
+            try:
+                stream = pyarrow.ipc.open_stream(opened)
+                batches = iter(stream)
+            except pyarrow.ArrowInvalid:
+                stream = pyarrow.ipc.open_file(opened)
+                batches = (stream.get_batch(i) for i in range(stream.num_record_batches))
         _check_columns(file, stream.schema.names)
-        yield from _table_rows(stream.schema, batches)
+        yield from _table_rows(file, "Arrow", stream.schema, batches)
 
 
 @contextlib.contextmanager
 def _naming_damage(file: Path, kind: str) -> Iterator[None]:
     """Raise ValueError that names the file where its content is not of this kind, or damaged."""
-    import pyarrow
-
     try:
         yield
-    except (pyarrow.ArrowException, OSError) as error:
+    except Exception as error:  # a library raises whatever damage makes it stumble over
         # Of a file that cannot be opened, the system says why, and has a number for it.
         if getattr(error, "errno", None) is not None:
             raise
-        reason = str(error).splitlines()[0].rstrip(".")
+        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")[:300]
         raise ValueError(
             f"{file} is no whole {kind} file: {reason}. Download or write it again."
         ) from None
 
 
-def _table_rows(schema, batches: Iterable) -> Iterator[Record]:
+def _table_rows(file: Path, kind: str, schema, batches: Iterable) -> Iterator[Record]:
     """Yield the rows of Arrow batches, as `datasets` decodes the types it has written."""
     import datasets
 
-    features = datasets.Features.from_arrow_schema(schema)
-    for batch in batches:
+    try:
+        features = datasets.Features.from_arrow_schema(schema)
+    except Exception as error:  # what a schema says is the file's
+        reason = f"{error}".partition("\n")[0][:300]
+        raise ValueError(
+            f"{file} has a column of a type that is not read: {reason}. Save it as text, numbers, "
+            "lists or structs."
+        ) from None
+    batches = iter(batches)
+    while True:
+        with _naming_damage(file, kind):
+            batch = next(batches, None)
+        if batch is None:
+            return
         for start in range(0, batch.num_rows, BATCH):
-            columns = features.decode_batch(batch.slice(start, BATCH).to_pydict())
+            with _naming_damage(file, kind):
+                columns = features.decode_batch(batch.slice(start, BATCH).to_pydict())
             yield from _rows_of(columns)
 
 

@@ -1,8 +1,10 @@
 """A row of data as all sources give it, and the values of a record's fields."""
 
 import ast
+import itertools
 import json
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from dpo_jax.data.ledger import Malformed
@@ -11,6 +13,7 @@ from dpo_jax.data.ledger import Malformed
 # message have a value.
 Text = str | list
 ONE_PAIR = ((0, 1),)
+MOST_NAMED = 20  # fields that a message lists
 # Words for yes and no, and for answers that somebody liked or did not.
 TRUTHS = {
     **dict.fromkeys(("true", "yes", "desirable", "liked", "good", "chosen"), True),
@@ -73,6 +76,17 @@ def shown(value) -> str:
     return f"{text} ({type(value).__name__})"
 
 
+def names_of(fields: Collection) -> str:
+    """Return the names of fields as a list for a message, however many and however odd they are."""
+    names = []
+    for field in itertools.islice(fields, MOST_NAMED):
+        name = str(field)
+        short = name if len(name) < 80 else name[:77] + "..."
+        names.append(short if short.isprintable() else repr(short))
+    more = len(fields) - len(names)
+    return ", ".join(names) + (f" and {more:,} more" if more else "")
+
+
 def truth_field(fields: dict, name: str) -> bool:
     """Return a field that says yes or no."""
     truth = truth_of(fields[name])
@@ -98,9 +112,9 @@ def number_of(value) -> float | None:
     """Return a score or rank, which may be written as text; None where there is none."""
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
-    return None if math.isnan(number) else number
+    return number if math.isfinite(number) else None
 
 
 def list_of(value) -> list | None:
@@ -126,7 +140,7 @@ def json_of(text, what: str):
     """Return what a JSON text says."""
     try:
         return json.loads(text)
-    except (TypeError, json.JSONDecodeError):
+    except (TypeError, ValueError, RecursionError):
         raise Malformed(f"{what} is not JSON", shown(text)) from None
 
 

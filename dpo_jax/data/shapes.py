@@ -33,6 +33,7 @@ from dpo_jax.data.rows import (
     Text,
     json_of,
     list_of,
+    names_of,
     number_field,
     number_of,
     shared_length,
@@ -241,7 +242,7 @@ def _answered_by_stand_in(fields: dict) -> dict:
     found.sort(key=lambda name: isinstance(fields[name], str))
     if not found:
         names = ", ".join(map(repr, PROMPTS))
-        raise Malformed(f"none of the fields {names} is there", ", ".join(map(str, fields)))
+        raise Malformed(f"none of the fields {names} is there", names_of(fields))
     asked = found[0]
     # Whatever else says something to a model stays, so that nothing is left out silently.
     kept = {}
@@ -324,7 +325,7 @@ def _renamed(fields: dict, columns: dict, ignore: tuple) -> dict:
         except (KeyError, IndexError, TypeError, ValueError):
             raise Malformed(
                 f"data.columns takes {name!r} from a column {column!r}, which is not there",
-                ", ".join(map(str, fields)),
+                names_of(fields),
             ) from None
     # A mapped column is read under our name alone, and takes the place of one that has that name.
     for name, value in fields.items():
@@ -429,7 +430,7 @@ def _unrecognised(fields: dict) -> Malformed:
         hints.append(f"{shape.name}, {lacks}")
     nearest = f"nearest: {'; '.join(hints[:3])}" if hints else ""
     nearest = _hint_of_names(fields) or nearest
-    error = Malformed("no known shape of row", ", ".join(map(str, fields)), nearest)
+    error = Malformed("no known shape of row", names_of(fields), nearest)
     error.example = (
         f"{SHAPES[0].name}: {SHAPES[0].example}\n"
         "  if your columns have other names: --config.data.columns=prompt=COLUMN,chosen=COLUMN,"

@@ -20,7 +20,7 @@ from dpo_jax.data import mixtures, sources, toy
 from dpo_jax.data.conversations import as_context, is_trained_on
 from dpo_jax.data.ledger import Counts, Filtered, Ledger, Malformed, Unusable
 from dpo_jax.data.readers import fields_of, find_splits
-from dpo_jax.data.rows import Row, Text, TextExample
+from dpo_jax.data.rows import Row, Text, TextExample, names_of
 from dpo_jax.data.sources import SOURCES, Source
 
 # Where data.eval_split is empty, the first of these that the data set has.
@@ -28,6 +28,11 @@ EVAL_SPLITS = ("test", "validation", "valid", "valid1")
 # A longer system text, in characters, is taken for what the question is about, not for a manner to
 # answer in.
 LONGEST_MANNER = 200
+NOTHING_HELD_OUT = (
+    "all rows have one prompt, so none is held out and nothing is evaluated. Pass rows to evaluate "
+    "on as a split of their own (files named train and test, data.eval_split), or "
+    "--config.data.eval_fraction=0 to do without."
+)
 # What an assistant's message may say beside its content.
 SAID_BESIDE = ("reasoning_content", "reasoning", "thinking", "tool_calls")
 
@@ -158,7 +163,7 @@ def _read_set(reading: _Reading, ledger: Ledger) -> SplitExamples:
         )
         yield from _count_shared_prompts(both, ledger)
         return
-    for split, example in _hold_out(train, data.eval_fraction):
+    for split, example in _hold_out(train, data.eval_fraction, ledger.train):
         if split == "eval":
             # All that is held out is kept from training, even if the evaluation reads fewer.
             ledger.train.held_out += 1
@@ -216,11 +221,12 @@ def choose(names: list[str], data) -> tuple[list[str], str]:
     return train, unused[0] if unused else ""
 
 
-def _hold_out(examples: Iterable[TextExample], fraction: float) -> SplitExamples:
+def _hold_out(examples: Iterable[TextExample], fraction: float, counts: Counts) -> SplitExamples:
     """Part the examples by prompt into "train" and "eval".
 
     A prompt's side depends on its question alone, so SFT and DPO on the same prompts hold out the
-    same ones. Of few prompts, at least one is held out; a fraction of 0 holds out none.
+    same ones. Of few prompts, at least one is held out; a fraction of 0 holds out none. counts: of
+    the rows to train on, warned of where all have one prompt.
     """
     # Until a prompt is held out, it may be that none is, and that the least has to be.
     waiting = []
@@ -236,6 +242,8 @@ def _hold_out(examples: Iterable[TextExample], fraction: float) -> SplitExamples
             waiting = []
     places = {place for place, _ in waiting}
     held_out = min(places) if len(places) > 1 else None
+    if len(places) == 1:
+        counts.warnings.append(NOTHING_HELD_OUT)
     for place, example in waiting:
         yield ("eval" if place == held_out else "train"), example
 
@@ -417,6 +425,8 @@ def _draw_evaluation(surveys: list[_Survey], max_rows: int) -> None:
 def _drawn_examples(survey: _Survey, evaluated_on: set[int], ledger: Ledger) -> SplitExamples:
     reading = survey.reading
     train, evals = reading.splits()
+    if not evaluated_on and reading.data.eval_fraction:
+        ledger.train.warnings.append(NOTHING_HELD_OUT)
     own_prompts = set() if evals else set(survey.eval_prompts.tolist())
     for fields, examples in reading.rows(train, ledger.train):
         prompt = prompt_hash(examples[0])
@@ -539,7 +549,7 @@ def _said(response: Text) -> str:
 def _explain(error: Malformed, where: str, record, data, source: Source) -> str:
     """Say what is wrong with a record, to the person who can mend it."""
     try:
-        found = ", ".join(map(str, fields_of(record)))
+        found = names_of(fields_of(record))
     except Malformed:
         found = ""
     return "\n".join(

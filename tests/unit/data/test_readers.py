@@ -115,7 +115,7 @@ def test_number_among_texts(tmp_path):
 def test_unreadable_files_are_named(tmp_path):
     (tmp_path / "latin.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
     with pytest.raises(
-        ValueError, match=r"latin.jsonl is not UTF-8 text: .*0xe9. Save it as UTF-8"
+        ValueError, match=r"latin.jsonl is not UTF-8 text: .*0xe9, in line 1. Save it as UTF-8"
     ):
         read(tmp_path / "latin.jsonl", "sft")
     (tmp_path / "cut.json").write_text('[{"text": "a"},\n{"text":')
