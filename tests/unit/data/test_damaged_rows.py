@@ -156,7 +156,9 @@ def test_tables_of_types_that_cannot_be_read(tmp_path):
     table = pyarrow.table({"prompt": union})
     with pyarrow.ipc.new_stream(str(tmp_path / "a.arrow"), table.schema) as writer:
         writer.write_table(table)
-    with pytest.raises(ValueError, match="a.arrow has a column of a type that is not read: .*union"):
+    with pytest.raises(
+        ValueError, match="a.arrow has a column of a type that is not read: .*union"
+    ):
         read(tmp_path / "a.arrow")
 
 
