@@ -10,6 +10,7 @@ import argparse
 import concurrent.futures
 import os
 import pathlib
+import signal
 import sys
 import tempfile
 import time
@@ -20,7 +21,7 @@ from tests.helpers.paths import ROOT
 
 RESULTS = ROOT / "experiments" / "results"
 ANSWER_TIME = 0.05  # seconds that the fake judge takes for an answer
-SIGNALS_OF_A_ROW = 4
+SIGNALS_OF_A_ROW = 2
 
 
 def run_kills(tries: outcomes.Tries, run: "Harness") -> None:
@@ -75,13 +76,15 @@ def main() -> int:
     parser.add_argument("--parts", default=",".join(PARTS), help="which, with commas")
     parser.add_argument("--kills", type=int, default=50, help="how many kills")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--workers", type=int, default=2, help="tries at once")
+    parser.add_argument("--workers", type=int, default=2, help="how many tries at once")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS, help="folder of the table")
     asked = parser.parse_args()
     parts = asked.parts.split(",")
     if unknown := set(parts) - PARTS.keys():
         parser.error(f"no such part: {', '.join(sorted(unknown))}; have {', '.join(PARTS)}")
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    # A shell that starts this in the background ignores Ctrl-C, and so would all commands here.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     began = time.monotonic()
     folder = pathlib.Path(tempfile.mkdtemp(prefix="faults-"))
     # Some commands run as another user, who must get at their folders.

@@ -75,7 +75,7 @@ def write_inputs(folder: pathlib.Path) -> None:
     # Text that is not ASCII, for terminals that cannot show it.
     words = ["Élodie sourit", "das Mädchen", "naïve café", "große Straße", "日本の朝"]
     rows = [
-        dict(prompt=f"{word} {i}", chosen=f"w{20 + i} {word}", rejected=f"w{i} {word}")
+        dict(prompt=f"{word} {i}", chosen=f" w{20 + i} {word}", rejected=f" w{i} {word}")
         for i in range(6)
         for word in words
     ]

@@ -103,7 +103,12 @@ class Tries:
 
     def _one(self, part, name, function, folder) -> Try:
         began = time.monotonic()
-        outcome, detail = function(folder)
+        try:
+            outcome, detail = function(folder)
+        except Exception as error:  # of the harness itself: the other tries go on
+            outcome, detail = SILENT, f"the try could not be judged: {error!r}"
+        # Where the folders are says nothing to a reader.
+        detail = detail.replace(str(folder), "DIR")
         found = Try(part, name, outcome, round(time.monotonic() - began, 1), detail)
         if outcome not in BAD:
             shutil.rmtree(folder, ignore_errors=True)
