@@ -85,7 +85,7 @@ def main() -> int:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     # A shell that starts this in the background ignores Ctrl-C, and so would all commands here.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    began = time.monotonic()
+    command = " ".join(["python -m tests.faults", *sys.argv[1:]])
     folder = pathlib.Path(tempfile.mkdtemp(prefix="faults-"))
     # Some commands run as another user, who must get at their folders.
     folder.chmod(0o755)
@@ -95,11 +95,14 @@ def main() -> int:
         run = Harness(folder, asked)
         run.run_wholes(server)
         for part in parts:
+            started = time.monotonic()
             PARTS[part](tries, run)
-    command = " ".join(["python -m tests.faults", *sys.argv[1:]])
-    report.write(asked.out, tries.done, command, (time.monotonic() - began) / 60)
+            made = [one for one in tries.done if one.part == part]
+            # Written after each part, as the next may be stopped.
+            minutes = (time.monotonic() - started) / 60
+            report.write(asked.out, {part: report.record(made, command, minutes)})
     bad = [one for one in tries.done if one.outcome in outcomes.BAD]
-    print(f"{len(tries.done)} tries, {len(bad)} of them bad: {asked.out / 'reliability.md'}")
+    print(f"{len(tries.done)} tries, {len(bad)} of them bad: {asked.out / report.PAGE}")
     return 1 if bad else 0
 
 

@@ -4,21 +4,45 @@ import json
 import os
 import pathlib
 import platform
+import subprocess
 
 from tests.faults import outcomes
 from tests.faults.outcomes import Try
+from tests.helpers.paths import ROOT
+
+PAGE = "reliability.md"
+RECORD = "reliability.json"  # all tries: part -> how it was measured, and its tries
 
 
-def write(folder: pathlib.Path, tries: list[Try], command: str, minutes: float) -> None:
-    """Write reliability.md, and each try in reliability.json beside it."""
-    record = dict(
+def write(folder: pathlib.Path, measured: dict[str, dict]) -> dict[str, dict]:
+    """Write the table and the record of all tries; parts that were not run now stay as they were.
+
+    measured: part -> record, as `record` makes it. Returns all parts.
+    """
+    path = folder / RECORD
+    before = json.loads(path.read_text()) if path.exists() else {}
+    parts = before | measured
+    path.write_text(json.dumps(parts, indent=1) + "\n")
+    (folder / PAGE).write_text(text(parts))
+    return parts
+
+
+def record(tries: list[Try], command: str, minutes: float) -> dict:
+    """Return what is kept of a part."""
+    return dict(
         command=command,
         machine=machine(),
+        commit=commit(),
         minutes=round(minutes, 1),
         tries=[vars(one) for one in tries],
     )
-    (folder / "reliability.json").write_text(json.dumps(record, indent=1) + "\n")
-    (folder / "reliability.md").write_text(text(tries, command, minutes))
+
+
+def commit() -> str:
+    """Return the commit of the code, "" outside of a clone."""
+    shown = ["git", "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(shown, cwd=ROOT, text=True, capture_output=True)
+    return done.stdout.strip()
 
 
 def machine() -> str:
@@ -33,14 +57,15 @@ def machine() -> str:
     )
 
 
-def text(tries: list[Try], command: str, minutes: float) -> str:
+def text(parts: dict[str, dict]) -> str:
     """Return the page: what was tried, the counts, and every bad end as it was."""
+    tries = [Try(**one) for part in parts.values() for one in part["tries"]]
     rows = outcomes.counts(tries)
     total = [sum(one.outcome == name for one in tries) for name in outcomes.OUTCOMES]
     lines = [
         "# Faults on purpose, and how runs end",
         "",
-        f"Made by `{command}` in {minutes:.0f} minutes on {machine()}.",
+        "Made by `python -m tests.faults`; `--parts=NAME` measures one part again.",
         "",
         "Each try starts a small run, hurts it, and gives the same command again. **Same bits**: "
         "in the end, exported weights, metrics without timings, pairs, completions, verdicts and "
@@ -57,6 +82,11 @@ def text(tries: list[Try], command: str, minutes: float) -> str:
         name = what.replace("|", "\\|")
         lines.append(_row(part, name, [count[outcome] for outcome in outcomes.OUTCOMES]))
     lines.append(_row("all", "", total))
+    lines += ["", "| part | minutes | at commit | command | machine |", "|---|---|---|---|---|"]
+    for name, part in parts.items():
+        minutes = f"{part['minutes']:.0f}"
+        cells = [name, minutes, part["commit"], f"`{part['command']}`", part["machine"]]
+        lines.append("| " + " | ".join(cells) + " |")
     bad = [one for one in tries if one.outcome in outcomes.BAD]
     if bad:
         lines += ["", "## Bad ends", ""]

@@ -91,7 +91,11 @@ def test_report_counts_and_names_bad_ends():
         Try("kills", "dpo", SILENT, 12.0, "dpo/metrics.jsonl: `differs`"),
         Try("surroundings", "| head", CLEAR, 9.0),
     ]
-    lines = report.text(tries, "python -m tests.faults", 3).splitlines()
+    parts = {
+        part: report.record([one for one in tries if one.part == part], "COMMAND", 3.0)
+        for part in ("kills", "surroundings")
+    }
+    lines = report.text(parts).splitlines()
     assert "| kills | dpo | 2 | 1 | 0 | 1 | 0 | 0 |" in lines
     assert "| surroundings | \\| head | 1 | 0 | 1 | 0 | 0 | 0 |" in lines
     assert "| all |  | 3 | 1 | 1 | 1 | 0 | 0 |" in lines
@@ -115,3 +119,13 @@ def test_a_few_real_faults(tmp_path):
     )
     assert [(one.outcome, one.detail) for one in tries.done if one.outcome in outcomes.BAD] == []
     assert len(tries.done) == 5
+
+
+def test_parts_are_measured_one_by_one(tmp_path):
+    """What is not measured again stays in the table."""
+    for part, outcome in (("kills", SILENT), ("signals", SAME), ("kills", SAME)):
+        tries = [Try(part, "dpo", outcome, 1.0)]
+        report.write(tmp_path, {part: report.record(tries, "COMMAND", 1.0)})
+    page = (tmp_path / report.PAGE).read_text()
+    assert "| kills | dpo | 1 | 1 |" in page and "| signals | dpo | 1 | 1 |" in page
+    assert "| all |  | 2 | 2 | 0 | 0 | 0 | 0 |" in page
