@@ -109,7 +109,7 @@ tpu() {
   on all "cd dpo_jax && if ! kill -0 \$(cat pid 2>/dev/null) 2>/dev/null; then rm -f status
     { ${SETUP:-true}
     } || exit 1
-    nohup sh -c $(printf '%q' "$command; echo \$? >status") >log 2>&1 </dev/null & echo \$! >pid; fi"
+    nohup bash -c $(printf '%q' "$command; echo \$? >status") >log 2>&1 </dev/null & echo \$! >pid; fi"
   on 0 "cd dpo_jax && tail -n +1 -F --pid=\$(cat pid) log" ||
     { trap - EXIT; echo "the connection broke; the same command looks on" >&2; exit 1; }  # and it is not deleted
   # shellcheck disable=SC2016  # the variables are the workers'

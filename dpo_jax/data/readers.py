@@ -20,7 +20,7 @@ import re
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO, TextIO
 
 from dpo_jax.data.conversations import is_role
@@ -291,7 +291,8 @@ def find_splits(path: str) -> Splits:
     folder, _, subset = path.rpartition(":")
     if folder and Path(folder).expanduser().is_dir():
         return local_splits(Path(folder).expanduser(), subset)
-    if path[0] in "/.~" or path.count("/") > 1 or _format(local) in READERS:
+    of_hub, _, _ = path.partition("@")  # a revision such as refs/pr/1 has slashes of its own
+    if path[0] in "/.~" or of_hub.count("/") > 1 or _format(local) in READERS:
         raise FileNotFoundError(f"data.path={path!r}: no such file or folder.")
     return _hub_splits(path)
 
@@ -318,7 +319,7 @@ def local_splits(path: Path, subset: str = "") -> Splits:
         subset = ""
     if (path / "dataset_dict.json").is_file():
         names = _json_of(path / "dataset_dict.json")["splits"]
-        files = {name: _saved_files(path / name) for name in names}
+        files = {name: _saved_files(_inside(path, name, "dataset_dict.json")) for name in names}
     elif (path / "state.json").is_file():
         files = {"train": _saved_files(path)}
     else:
@@ -377,6 +378,8 @@ def _declared_files(folder: Path, subset: str, settings: dict) -> dict[str, list
         return found
     files = {}
     for split, patterns in sanitize_patterns(settings["data_files"]).items():
+        for pattern in patterns:
+            _inside(folder, pattern, "README.md")
         try:
             found = DataFilesDict.from_patterns({split: patterns}, str(base))
         except FileNotFoundError:
@@ -407,7 +410,22 @@ def _declared_subsets(readme: Path) -> dict[str, dict]:
 def _saved_files(folder: Path) -> list[Path]:
     """Return the Arrow files of a folder that `Dataset.save_to_disk` has written, in order."""
     # The folder may hold more Arrow files than these: what `map` and `filter` have cached.
-    return [folder / file["filename"] for file in _json_of(folder / "state.json")["_data_files"]]
+    listed = _json_of(folder / "state.json")["_data_files"]
+    return [_inside(folder, file["filename"], "state.json") for file in listed]
+
+
+def _inside(folder: Path, name: str, listing: str) -> Path:
+    """Return a path in a folder by the name that a file there, the listing, has for it.
+
+    Raises ValueError for a name that leads out of the folder, or to another machine.
+    """
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "://" in name or "::" in name:
+        raise ValueError(
+            f"{folder / listing} names {name!r}, which is not in its folder, so it is not read. "
+            "Put the file into the folder, or pass the one with the data as data.path."
+        )
+    return folder / path
 
 
 def _json_of(file: Path) -> dict:
@@ -415,19 +433,24 @@ def _json_of(file: Path) -> dict:
 
 
 def _hub_splits(path: str) -> Splits:
-    """Return the splits of a hub data set, NAME or NAME:SUBSET."""
+    """Return the splits of a hub data set: NAME, NAME:SUBSET, or either with NAME@REVISION."""
     import datasets
     from huggingface_hub import HfApi
 
     name, _, subset = path.partition(":")
+    name, _, revision = name.partition("@")
+    pinned = dict(revision=revision) if revision else {}
     try:
         if not datasets.config.HF_HUB_OFFLINE:
             # Asks once, where load_dataset alone retries for half a minute.
-            HfApi().dataset_info(name, timeout=10)
+            HfApi().dataset_info(name, timeout=10, **pinned)
         try:
-            splits = datasets.load_dataset(name, subset or None)
+            splits = datasets.load_dataset(name, subset or None, **pinned)
         except RuntimeError:
-            # The set is made by a script, which is never run; the hub has it as parquet too.
+            # The set is made by a script, which is never run; the hub has its newest revision as
+            # parquet too.
+            if pinned:
+                raise
             splits = datasets.load_dataset(
                 name, data_dir=subset or None, revision="refs/convert/parquet"
             )

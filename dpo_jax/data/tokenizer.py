@@ -66,12 +66,13 @@ def load(path):
             f"{str(path)!r} is not a folder; a tokenizer is loaded from a local folder."
         )
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        # By default transformers would ask at the terminal whether to run a folder's own code.
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # noqa: BLE001 - whatever a wrong file makes transformers raise
         raise FileNotFoundError(
             f"{str(path)!r} has no tokenizer that transformers can load. Expected "
-            "tokenizer_config.json with tokenizer.json, or with vocab.json and merges.txt. "
-            f"transformers says: {error}"
+            "tokenizer_config.json with tokenizer.json, or with vocab.json and merges.txt; code "
+            f"that a folder brings along is never run. transformers says: {error}"
         ) from error
 
 

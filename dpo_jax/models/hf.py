@@ -87,13 +87,13 @@ def read_config(path):
             "config.json, model.safetensors and the tokenizer's files."
         )
     model_type = export.read_fields(file).get("model_type")
-    # For a type it does not know, transformers would offer to run the checkpoint's own code.
+    # A type that transformers does not know may have code of its own, which is never run.
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise ValueError(
             f"{file}: model_type is {model_type!r}, which this transformers does not know"
         )
     try:
-        return AutoConfig.from_pretrained(file)
+        return AutoConfig.from_pretrained(file, trust_remote_code=False)
     except Exception as error:  # noqa: BLE001 - whatever a wrong field makes transformers raise
         raise ValueError(f"{file}: {type(error).__name__}: {error}") from error
 

@@ -120,7 +120,7 @@ def _read(path: pathlib.Path, shape: tuple[int, int]) -> np.ndarray:
 def inspect(path: pathlib.Path) -> tuple[np.ndarray | None, str]:
     """Return the array in a file, and what is wrong with it; "" where nothing is known to be."""
     try:
-        kept = np.load(path)
+        kept = np.load(path, allow_pickle=False)
     except (ValueError, EOFError, OSError, SyntaxError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         return None, f"it cannot be read ({reason[0]})"
@@ -134,7 +134,7 @@ def inspect(path: pathlib.Path) -> tuple[np.ndarray | None, str]:
 def _seal(path: pathlib.Path) -> None:
     """Write down the sha256 of a finished file. Process 0 only."""
     if jax.process_index() == 0:
-        digest = hashlib.sha256(np.load(path).tobytes()).hexdigest()
+        digest = hashlib.sha256(np.load(path, allow_pickle=False).tobytes()).hexdigest()
         path.with_suffix(".sha256").write_text(digest)
 
 

@@ -164,6 +164,29 @@ def test_launch_tpu_whole_way(fake):
     )
 
 
+def test_launch_runs_nothing_of_values(fake):
+    """On this machine, and on workers, where a shell reads the command twice."""
+    folder, env, put = fake
+    put("gcloud", GCLOUD)
+    put("python3", PYTHON3)
+    put("python", 'for a in "$@"; do echo "[$a]"; done\n')
+    mark = folder / "ran"
+    values = [
+        f"$(touch {mark})",
+        f"`touch {mark}`",
+        f"'; touch {mark}; '",
+        f"\n touch {mark}\n",
+        "é\t*",
+    ]
+    arguments = [f"--config.run={value}" for value in values]
+    local = launch("local", CONFIG[0], *arguments, env=env)
+    pod = launch("tpu", "pod", "us-x", CONFIG[0], *arguments, env=env | dict(READY="yes"))
+    assert local.returncode == pod.returncode == 0, pod.stdout + pod.stderr
+    for argument in arguments:
+        assert f"[{argument}]\n" in local.stdout and f"worker 0 got: {argument}\n" in pod.stdout
+    assert not mark.exists()
+
+
 def test_launch_tpu_failed_or_preempted(fake):
     folder, env, put = fake
     put("gcloud", GCLOUD)
