@@ -4,6 +4,7 @@ import datetime
 import json
 
 import pytest
+import transformers
 import trl.data_utils
 
 from dpo_jax.data.chat import Chat
@@ -13,6 +14,7 @@ from dpo_jax.data.tokenizer import encode, encode_prompts
 from tests.helpers.chat_tokenizers import make_tokenizer, template_of
 from tests.unit.data import test_tokenizer
 
+TRANSFORMERS = tuple(map(int, transformers.__version__.split(".")[:2]))
 EOS = {
     "qwen2_5": "<|im_end|>",
     "qwen2_5_training": "<|im_end|>",
@@ -147,6 +149,9 @@ def test_ids_are_those_of_transformers_and_trl(name, prompt, kind):
 @pytest.mark.parametrize("kind", ["bytes", "llama2", "metaspace"])
 @pytest.mark.parametrize("name", ["qwen2_5_training", "llama3_training", "qwen3_training"])
 def test_masks_are_those_of_transformers(name, kind):
+    if kind == "llama2" and name.startswith("qwen") and TRANSFORMERS < (5, 24):
+        # 5.17 leaves tokens of the assistant's turns out that 5.24 marks, as we do.
+        pytest.skip("the masks of this transformers lack tokens of the assistant's turns")
     tokenizer = tokenizer_of(name, kind=kind)
     row = TextExample([user()], (SEVERAL,), "row 1")
     (example,), counts = encode([row], tokenizer, data_config(), "keep_start")
