@@ -12,7 +12,7 @@ from dpo_jax.data import packing
 from dpo_jax.data.batches import FILLER, Batches, training_order
 from dpo_jax.data.examples import Example, Examples
 from dpo_jax.models.log_probs import by_example, response_log_probs
-from dpo_jax.training import objectives, step
+from dpo_jax.training import losses, objectives, step
 from tests.helpers.tiny import HYPER, random_pairs
 
 
@@ -44,11 +44,38 @@ def test_pack_lays_down_each_part_once():
     laid_down = (batch.token_slots[:, 0] >= 0).sum()
     assert len(prompts) == 2 and len(answers) == shape.responses == 6 and laid_down == tokens
     assert shape.slots_per_token == (1 if shape.responses_per_row else 3)
+    # The run: each prompt, then its answers in the order in which pairs name them.
+    laid_out = []
+    for key, prompt in prompts.items():
+        laid_out.append((prompt, np.arange(len(prompt))))
+        for (of_prompt, _), answer in answers.items():
+            if of_prompt == key:
+                laid_out.append((answer, len(prompt) + np.arange(len(answer))))
+    run = np.concatenate([part for part, _ in laid_out])
+    np.testing.assert_array_equal(batch.tokens[:tokens], run)
+    np.testing.assert_array_equal(
+        batch.positions[:tokens], np.concatenate([positions for _, positions in laid_out])
+    )
+    assert not batch.tokens[tokens:].any()
+    starts = np.cumsum([0] + [len(part) for part, _ in laid_out])
+    first_of_prompt = {number: starts[4 * number] for number in range(2)}
     for number, pair in enumerate(pairs):
         for side, answer in enumerate(pair.responses):
             segment = batch.response_index[number, side]
             of_answer = batch.segment_ids == segment
             np.testing.assert_array_equal(batch.targets[of_answer], answer)
+            # After its prompt's last token, each is predicted by the one before it.
+            predicted_from = batch.logit_positions[of_answer]
+            last_of_prompt = first_of_prompt[number // 3] + len(pair.prompt) - 1
+            assert predicted_from[0] == last_of_prompt
+            own = batch.last_token[segment] - len(answer) + 1 + np.arange(len(answer))
+            np.testing.assert_array_equal(predicted_from[1:], own[:-1])
+            np.testing.assert_array_equal(batch.tokens[own], answer)
+    # The rows: each slot shows the token that is said to be in it.
+    slots = np.concatenate([part.ravel() for rows in batch.rows for part in (rows[0], rows[2])])
+    for token in range(tokens):
+        of_token = batch.token_slots[token]
+        assert (slots[of_token[of_token >= 0]] == token).all()
 
 
 @pytest.mark.parametrize("splits", [(1, 1), (2, 1), (1, 3), (2, 3)])
@@ -107,6 +134,69 @@ def test_shared_equals_apart(tiny, name, loss, splits):
     for key, (total, count) in expected.items():
         assert float(metrics[key][1]) == float(count), key
         np.testing.assert_allclose(metrics[key][0], total, rtol=2e-5, atol=1e-5, err_msg=key)
+
+
+def odd_groups(completions: int) -> list[Example]:
+    """Return pairs with masks of a prompt with many responses, and of one whose two are equal."""
+    rng = np.random.default_rng(3)
+
+    def response(number: int) -> tuple[np.ndarray, np.ndarray]:
+        ids = np.r_[rng.integers(0, 40, rng.integers(1, 8)), number].astype(np.int32)
+        mask = rng.random(len(ids)) < 0.6
+        mask[-1] = True
+        return ids, mask
+
+    prompt = np.array([7, 3, 9, 1, 2, 30, 4, 4, 8], np.int32)
+    drawn = [response(number) for number in range(completions)]
+    pairs = []
+    for (chosen, chosen_mask), (rejected, rejected_mask) in itertools.pairwise(drawn):
+        pairs.append(Example(prompt, (chosen, rejected), (chosen_mask, rejected_mask)))
+    ids, mask = drawn[0]
+    # Chosen is rejected; and once more with another mask, which makes it another response.
+    pairs.append(Example(prompt, (ids, ids), (mask, mask)))
+    pairs.append(Example(prompt[:4], (ids, ids), (mask, np.ones_like(mask))))
+    pairs.append(pairs[0])  # and the same pair again
+    return pairs
+
+
+def every_loss(pairs, beta, label_smoothing):
+    """All preference losses in one, each with a weight of its own: there is one program."""
+    total = 0.0
+    for number, name in enumerate(sorted(losses.PREFERENCE), 1):
+        total += number * losses.PREFERENCE[name](pairs, beta, label_smoothing)
+    return total
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_shared_equals_apart_with_masks_and_many_responses(tiny, dtype):
+    """More responses to a prompt than a row or a token's slots hold, and pairs of equal ones."""
+    config, params = tiny
+    config = dataclasses.replace(config, dtype=dtype)
+    # Less steep: sums in another order stay close, and bfloat16 means something.
+    params = jax.tree.map(lambda x: x / 4, params)
+    reference = jax.tree.map(lambda x: x * 1.05, params)
+    pairs = odd_groups(completions=35)
+    objective = objectives.make("dpo", config, every_loss)
+    hyper = HYPER | dict(label_smoothing=np.float32(0.1))
+    gradient = jax.jit(
+        lambda params, batch: step.accumulate(objective, params, reference, hyper, batch)
+    )
+    order = np.arange(len(pairs))[None]
+    shared = Batches(pairs, order)
+    assert shared.shapes[0].responses >= 35 + 1 and packing.MOST_RESPONSES < 35
+    wanted, expected = gradient(params, Batches(pairs, order, share=False)[0])
+    found, metrics = gradient(params, shared[0])
+    # bfloat16 has 8 bits.
+    tolerance = 1e-5 if dtype == "float32" else 0.03
+    largest = max(float(abs(leaf).max()) for leaf in jax.tree.leaves(wanted))
+    for of_apart, of_shared in zip(jax.tree.leaves(wanted), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(of_shared, of_apart, atol=tolerance * largest)
+    for key, (total, count) in expected.items():
+        assert float(metrics[key][1]) == float(count), key
+        if key != "rewards/accuracies":  # equal log-probs of both may round either way
+            np.testing.assert_allclose(
+                metrics[key][0], total, rtol=2 * tolerance, atol=tolerance, err_msg=key
+            )
 
 
 @pytest.mark.parametrize("loss", ["sum", "token_mean"])
