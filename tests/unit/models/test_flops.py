@@ -16,8 +16,12 @@ PAIRS = [
 ]
 
 
-def forward_jaxpr(config, shape):
-    batch = packing.pack(PAIRS, shape)
+PROMPT = np.arange(40)  # long enough for rows of a prompt and all its responses
+OF_ONE_PROMPT = [Example(PROMPT, (np.arange(c), np.arange(r))) for c, r in [(7, 3), (5, 7), (3, 4)]]
+
+
+def forward_jaxpr(config, shape, examples=PAIRS):
+    batch = packing.pack(examples, shape)
     batch = jax.tree.map(lambda x: x[None], batch)
     return jax.jit(lambda params: response_log_probs(config, params, batch)).trace(
         transformer.abstract(config)
@@ -46,6 +50,19 @@ def test_forward_flops_equal_program(fields):
         rows * (prompt**2 + responses * response * (prompt + response))
         for rows, prompt, responses, response in shape.rows
     )
+    whole = 4 * config.layers * config.heads * config.head_width * square
+    assert done == parts["dense"] + parts["head"] + whole
+    assert whole / 2 < parts["attention"] < whole
+
+
+def test_forward_flops_of_several_responses_in_a_row():
+    config = tiny_config(width=32, mlp_width=64, head_width=8)
+    shape = packing.shape_of(OF_ONE_PROMPT)
+    ((rows, prompt, responses, response),) = shape.rows
+    assert (rows, prompt, responses, response) == (1, 40, 4, 7)  # 4 distinct ones of 6
+    parts = flops.forward(config, shape.contents)
+    done = flops.of_program(forward_jaxpr(config, shape, OF_ONE_PROMPT).jaxpr.jaxpr)
+    square = prompt**2 + responses * response * (prompt + response)
     whole = 4 * config.layers * config.heads * config.head_width * square
     assert done == parts["dense"] + parts["head"] + whole
     assert whole / 2 < parts["attention"] < whole
