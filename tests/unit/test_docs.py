@@ -219,6 +219,13 @@ def test_config_reference_has_no_drift():
     assert script.PAGE.read_text() == fresh, "run: python docs/config_reference.py"
 
 
+def test_licences_are_of_all_dependencies():
+    script = load_script("licences")
+    page = script.PAGE.read_text()
+    for name in script.direct():
+        assert f"| {script._normal(name)} | " in page, "run: python docs/licences.py"
+
+
 def test_config_reference_has_every_field():
     script = load_script("config_reference")
     page = script.PAGE.read_text()
