@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from dpo_jax.data.conversations import TRAINED
 from dpo_jax.data.ledger import Malformed
 from dpo_jax.data.rows import shared_length
+from dpo_jax.data.time_limit import time_limit
 
 # A template reads reasoning from one of these keys.
 REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -76,6 +77,11 @@ GIVEN = {
 PROBE = "Zq9xJv3kProbe"
 # How far into its turn an answer's text may begin, in characters, after what ends the prompt.
 LONGEST_LEAD = 64
+# What a template may take for one conversation; the largest take milliseconds.
+RENDERING_SECONDS = 10
+LONGEST_TEXT = 1 << 23  # characters that it may write
+LARGEST_NUMBER = 10_000_000  # that a template may hold
+LONGEST_REASON = 1000  # characters of what it says where it refuses one
 
 Message = dict
 Span = tuple[int, int]
@@ -363,6 +369,7 @@ class Chat:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         options = self.tokenizer.special_tokens_map | self.options | {"chat_template": template}
+        # It has been rendered before, without marks.
         (text,), (marks,) = render_jinja_template(
             [messages], tools=tools, return_assistant_tokens_mask=True, **options
         )
@@ -725,11 +732,32 @@ class Chat:
         """Return messages as the template writes them; cue: with the generation prompt."""
         options = self.options | {"chat_template": self._template(tools)}
         try:
-            return self.tokenizer.apply_chat_template(
-                messages, tools=tools, tokenize=False, add_generation_prompt=cue, **options
-            )
+            with time_limit(RENDERING_SECONDS):
+                text = self.tokenizer.apply_chat_template(
+                    messages, tools=tools, tokenize=False, add_generation_prompt=cue, **options
+                )
+        except TimeoutError:
+            raise self._fault(
+                f"has not written a conversation within {RENDERING_SECONDS} seconds"
+            ) from None
+        except MemoryError:
+            raise self._fault("writes more of a conversation than memory holds") from None
         except Exception as error:  # whatever the template raises: it is a program of its own
-            raise _Refused(str(error)) from error
+            raise _Refused(str(error)[:LONGEST_REASON]) from error
+        if len(text) > LONGEST_TEXT:
+            raise self._fault(
+                f"writes {len(text):,} characters of one conversation; at most {LONGEST_TEXT:,} "
+                "are read"
+            )
+        return text
+
+    def _fault(self, what: str) -> ValueError:
+        """Return the error for a template that does what none should, whatever the row."""
+        return ValueError(
+            f"the chat template of {self.tokenizer.name_or_path or 'the tokenizer'} {what}. It may "
+            "loop without an end: mend chat_template.jinja (or chat_template in "
+            "tokenizer_config.json), or pass the row without what makes it loop."
+        )
 
     def _render_or_none(self, messages: list, tools: list | None, cue: bool) -> str | None:
         """Return messages as text; None where the template refuses them."""
@@ -920,8 +948,10 @@ def _variables(template: str) -> tuple[set[str], set[str]]:
     environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
     try:
         tree = environment.parse(plain)
-    except jinja2.TemplateSyntaxError as error:
-        raise ValueError(f"the chat template cannot be read: {error}.") from error
+    except Exception as error:  # jinja's, and what numbers and nesting beyond reason cause
+        reason = (str(error) or type(error).__name__)[:LONGEST_REASON]
+        raise ValueError(f"the chat template cannot be read: {reason}.") from error
+    _check_numbers(tree)
     names = jinja2.meta.find_undeclared_variables(tree) - set(environment.globals)
     assigned = {node.name for node in tree.find_all(jinja2.nodes.Name) if node.ctx == "store"}
     # What it asks to be defined, or gives a default, is an option.
@@ -930,6 +960,24 @@ def _variables(template: str) -> tuple[set[str], set[str]]:
         if is_asked and isinstance(node.node, jinja2.nodes.Name):
             assigned.discard(node.node.name)
     return names, assigned
+
+
+def _check_numbers(tree) -> None:
+    """Check that a template has no numbers to count to that no conversation has use of.
+
+    No time limit ends one single operation, such as a power or a text that is repeated. Raises
+    ValueError.
+    """
+    import jinja2
+
+    for node in tree.find_all((jinja2.nodes.Pow, jinja2.nodes.Const)):
+        is_number = isinstance(node, jinja2.nodes.Const) and type(node.value) in (int, float)
+        if isinstance(node, jinja2.nodes.Pow) or (is_number and node.value > LARGEST_NUMBER):
+            what = f"the number {node.value:.3g}" if is_number else "a power, **"
+            raise ValueError(
+                f"the chat template has {what} in line {node.lineno}, which could take for ever to "
+                f"work out; write numbers up to {LARGEST_NUMBER:,}."
+            )
 
 
 def _fixed_date(date: datetime.date) -> str:
