@@ -25,8 +25,7 @@ SIGNALS_OF_A_ROW = 2
 
 
 def run_kills(tries: outcomes.Tries, run: "Harness") -> None:
-    names = [name for name in run.wholes if name != "accents"]
-    wholes = {name: run.wholes[name] for name in names}
+    wholes = {name: run.wholes[name] for name in kills.JOBS}
     tries.run(kills.PART, kills.plan(wholes, run.asked.kills, run.asked.seed))
 
 
@@ -38,8 +37,12 @@ def run_surroundings(tries: outcomes.Tries, run: "Harness") -> None:
     tries.run(surroundings.PART, surroundings.plan(run.wholes, run.folder))
 
 
-# Part -> what runs it. Others are added here.
-PARTS = {"kills": run_kills, "signals": run_signals, "surroundings": run_surroundings}
+# Part -> what runs it, and the jobs that it needs. Others are added here.
+PARTS = {
+    kills.PART: (run_kills, kills.JOBS),
+    signals.PART: (run_signals, signals.JOBS),
+    surroundings.PART: (run_surroundings, surroundings.JOBS),
+}
 
 
 class Harness:
@@ -50,12 +53,14 @@ class Harness:
         self.asked = asked
         self.wholes: dict[str, jobs.Whole] = {}
 
-    def run_wholes(self, server: JudgeServer) -> None:
-        """Run every job without interruption."""
+    def run_wholes(self, names: set[str], server: JudgeServer) -> None:
+        """Run these jobs without interruption."""
         inputs = self.folder / "inputs"
         jobs.write_inputs(inputs)
         made = jobs.make_jobs(inputs)
-        made["judge"] = jobs.judge_job(inputs, self.folder / "judged", server.variables())
+        if "judge" in names:
+            made["judge"] = jobs.judge_job(inputs, self.folder / "judged", server.variables())
+        made = {name: job for name, job in made.items() if name in names}
         folders = [self.folder / "whole" / name.replace(" ", "-") for name in made]
         # As many at once as later, so that the time of each is what it will be then.
         with concurrent.futures.ThreadPoolExecutor(self.asked.workers) as pool:
@@ -93,10 +98,11 @@ def main() -> int:
     tries = outcomes.Tries(folder / "tries", asked.workers)
     with JudgeServer(answer_slowly) as server:
         run = Harness(folder, asked)
-        run.run_wholes(server)
+        run.run_wholes({name for part in parts for name in PARTS[part][1]}, server)
         for part in parts:
             started = time.monotonic()
-            PARTS[part](tries, run)
+            run_part, _ = PARTS[part]
+            run_part(tries, run)
             made = [one for one in tries.done if one.part == part]
             # Written after each part, as the next may be stopped.
             minutes = (time.monotonic() - started) / 60

@@ -10,6 +10,16 @@ import time
 from tests.faults import jobs, outcomes
 
 PART = "kills"
+JOBS = (
+    "toy dpo",
+    "toy ppo",
+    "dpo",
+    "lora",
+    "sample",
+    "dpo, 2 processes",
+    "sample, 2 processes",
+    "judge",
+)
 # Files that are there for a moment only: a checkpoint, an export and a small file being written.
 AIMED = {
     "in a save": "run/**/*.orbax-checkpoint-tmp*",

@@ -25,6 +25,7 @@ ROWS = {
     "sampling": ("sample", (0.3, 1.0)),
     "judging": ("judge", (0.3, 1.0)),
 }
+JOBS = sorted({name for name, _ in ROWS.values()})
 
 
 def plan(wholes: dict[str, jobs.Whole], count: int, seed: int):

@@ -11,6 +11,7 @@ from tests.faults import jobs, outcomes
 from tests.helpers.paths import ROOT
 
 PART = "surroundings"
+JOBS = ("dpo", "toy dpo", "sample", "accents")
 # A user whom no machine knows: neither a name nor a home.
 NOBODY = 54321
 PIPE_ENDED = 128 + 13  # the shell's status for SIGPIPE
