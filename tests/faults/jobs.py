@@ -1,5 +1,6 @@
 """Small commands that faults are tried on: what they run, how they end, and what they leave."""
 
+import concurrent.futures
 import dataclasses
 import os
 import pathlib
@@ -41,11 +42,16 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Whole:
-    """An uninterrupted run of a job: what it left, and the seconds that it took."""
+    """An uninterrupted run of a job: what it left, and what it took.
+
+    cpu_seconds: of its first process. Moments are shares of them, as a busy machine stretches the
+    time on the clock and not these.
+    """
 
     job: Job
     result: dict
     seconds: float
+    cpu_seconds: float
     cache: pathlib.Path  # the programs that it compiled
     kilobytes: int  # on the disk
 
@@ -253,6 +259,25 @@ def wait(
     return Ended(tuple(statuses), "".join(texts), seconds)
 
 
+def cpu_seconds(process: subprocess.Popen) -> float:
+    """Return the processor time that a process has taken so far; 0 once it has ended."""
+    try:
+        # The name, in parentheses, may have spaces; user and system time are fields 14 and 15.
+        fields = pathlib.Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _most_cpu_seconds(process: subprocess.Popen) -> float:
+    """Wait for a process; return the processor time that it took."""
+    most = 0.0
+    while process.poll() is None:
+        most = max(most, cpu_seconds(process))
+        time.sleep(0.05)
+    return most
+
+
 def end_session(process: subprocess.Popen) -> None:
     """Kill a process, and those that it has started."""
     os.killpg(process.pid, signal.SIGKILL)
@@ -299,10 +324,13 @@ def run_whole(job: Job, folder: pathlib.Path) -> Whole:
     if any(ended.statuses):
         raise RuntimeError(f"{job.name} fails by itself:\n{ended.text[-3000:]}")
     second = prepare(job, folder / "second", first / "cache")
-    again = run(job, second)
+    started = start(job, second)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        measured = pool.submit(_most_cpu_seconds, started[0])
+        again = wait(started, second)
     if any(again.statuses) or result(second) != result(first):
         differing = goldens.differences(result(first), result(second))
         raise RuntimeError(f"{job.name} is not the same twice:\n" + "\n".join(differing))
     files = (path for path in (second / RUN).rglob("*") if path.is_file())
     kilobytes = sum(-(-path.stat().st_size // PAGE) for path in files) * PAGE // 1024
-    return Whole(job, result(first), again.seconds, second / "cache", kilobytes)
+    return Whole(job, result(first), again.seconds, measured.result(), second / "cache", kilobytes)

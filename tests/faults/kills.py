@@ -20,19 +20,28 @@ JOBS = (
     "sample, 2 processes",
     "judge",
 )
-# Files that are there for a moment only: a checkpoint, an export and a small file being written.
+# Files of a checkpoint or an export that is being written, and the first answer of a judge.
 AIMED = {
     "in a save": "run/**/*.orbax-checkpoint-tmp*",
     "in an export": "run/**/*partial*",
-    "in a small file": "run/**/*.draft",
+    "in judging": "run/**/judgements.jsonl",
 }
-WITH_EXPORTS = ("toy dpo", "toy ppo", "dpo", "lora")  # jobs that save and export
+# Job -> the aims that it may have.
+TRAINING = ("in a save", "in an export")
+AIMS_OF = {
+    "toy dpo": TRAINING,
+    "toy ppo": TRAINING,
+    "dpo": TRAINING,
+    "lora": TRAINING,
+    "judge": ("in judging",),
+}
+AIMED_SHARE = 0.4  # of the kills of a job that may be aimed
 # Who is killed of two processes.
 VICTIMS = ((0,), (1,), (0, 1))
 # Every so often the compile cache is empty at the start, so that a kill may fall into a compile.
 COLD = 6
 MOST_TRIES = 5  # of a moment that comes too late, as the command has ended
-POLL = 0.001  # seconds
+POLL = 0.002  # seconds
 
 
 def plan(wholes: dict[str, jobs.Whole], count: int, seed: int):
@@ -46,8 +55,8 @@ def plan(wholes: dict[str, jobs.Whole], count: int, seed: int):
         if whole.job.processes > 1:
             victims = VICTIMS[number // len(names) % len(VICTIMS)]
         aim = ""
-        if name in WITH_EXPORTS and rng.random() < 0.4:
-            aim = rng.choice(list(AIMED))
+        if name in AIMS_OF and rng.random() < AIMED_SHARE:
+            aim = rng.choice(AIMS_OF[name])
         share = rng.random()
         cold = number % COLD == COLD - 1
         function = functools.partial(
@@ -70,27 +79,25 @@ def kill_and_repeat(
 ) -> tuple[str, str]:
     """Kill a job once, run it to its end, and judge; return the outcome and the moment.
 
-    share: of the uninterrupted run's time at which the kill comes. aim: what it waits for instead,
-    from that moment on if it comes more than once.
+    share: of the uninterrupted run's time at which the kill comes. aim: what it waits for, from
+    half of that moment on; a file that is gone too fast is aimed at once.
     """
     job = whole.job
     for attempt in range(MOST_TRIES):
         here = jobs.prepare(job, folder / str(attempt), None if cold else whole.cache)
-        moment = whole.seconds * share * 0.8**attempt
+        moment = whole.cpu_seconds * share * 0.8**attempt
+        if attempt:
+            aim = ""
         started = jobs.start(job, here, log="killed")
         if strike(started, here, moment, AIMED.get(aim, ""), victims):
             break
         jobs.wait(started, here, "killed")
     else:
         return outcomes.SILENT, "it was always too late for the kill"
-    words = f"{aim or 'at'} {moment:.2f} s" + (", cold cache" if cold else "")
-    if len(victims) > 1 and len(victims) == job.processes or job.processes == 1:
-        jobs.wait(started, here, "killed")
-    else:
-        # The others must find out by themselves that one has gone.
-        others = jobs.wait(started, here, "killed")
-        if others.hanging:
-            return outcomes.HANGING, f"{words}: the other process did not end"
+    words = f"{aim or 'at'} {moment:.2f} CPU s" + (", cold cache" if cold else "")
+    # Of two, the other one must find out by itself that one has gone.
+    if jobs.wait(started, here, "killed").hanging:
+        return outcomes.HANGING, f"{words}: the other process did not end"
     ended = jobs.run(job, here, log="again")
     outcome, wrong = outcomes.judge(ended, jobs.result(here), whole.result)
     return outcome, f"{words} {wrong}".strip()
@@ -104,12 +111,12 @@ def strike(
     victims: tuple[int, ...],
     how: signal.Signals = signal.SIGKILL,
 ) -> bool:
-    """Send a signal at a moment, or after it once a file of a pattern is there.
+    """Send a signal at a moment, or from half of it on once a file of a pattern is there.
 
-    Returns False where the processes had ended before.
+    moment: seconds of processor time. Returns False where the processes had ended before.
     """
-    due = time.monotonic() + (moment * 0.5 if pattern else moment)
-    while time.monotonic() < due:
+    due = moment * 0.5 if pattern else moment
+    while jobs.cpu_seconds(started[0]) < due:
         time.sleep(POLL)
         if any(process.poll() is not None for process in started):
             return False

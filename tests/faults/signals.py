@@ -12,8 +12,8 @@ PART = "signals"
 SIGNALS = {"SIGTERM": signal.SIGTERM, "Ctrl-C": signal.SIGINT}
 # Seconds to end in: 5, and what a step, a batch or a compile may take here with a busy machine.
 PATIENCE = 8.0
-# Seconds in which Python itself starts, before anything of ours can catch a signal.
-PYTHON_STARTS = 0.3
+# Processor seconds in which Python itself starts, before anything of ours can catch a signal.
+PYTHON_STARTS = 0.2
 # Rows of the table: a job, and the shares of its time that moments are drawn from.
 ROWS = {
     "import": ("dpo", (0.0, 0.25)),
@@ -51,7 +51,7 @@ def signal_and_repeat(
     number = SIGNALS[kind]
     for attempt in range(kills.MOST_TRIES):
         here = jobs.prepare(job, folder / str(attempt), whole.cache)
-        moment = max(whole.seconds * share * 0.9**attempt, PYTHON_STARTS)
+        moment = max(whole.cpu_seconds * share * 0.9**attempt, PYTHON_STARTS)
         started = jobs.start(job, here, log="stopped")
         if kills.strike(started, here, moment, "", (0,), number):
             break
@@ -61,7 +61,7 @@ def signal_and_repeat(
     sent = time.monotonic()
     stopped = jobs.wait(started, here, "stopped", limit=60.0)
     took = time.monotonic() - sent
-    words = f"at {moment:.2f} s, ended after {took:.1f} s"
+    words = f"at {moment:.2f} CPU s, ended after {took:.1f} s"
     if stopped.hanging:
         return outcomes.HANGING, f"{words}: {outcomes.last_lines(stopped.text)}"
     wrong = wrong_end(stopped, number)

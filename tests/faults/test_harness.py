@@ -52,7 +52,7 @@ def test_result_leaves_out_times(tmp_path):
 
 
 def whole(name: str, processes: int = 1) -> jobs.Whole:
-    return jobs.Whole(jobs.Job(name, "none", (), processes), {}, 10.0, None, 0)
+    return jobs.Whole(jobs.Job(name, "none", (), processes), {}, 10.0, 8.0, None, 0)
 
 
 def test_kills_are_seeded_and_of_all_jobs():
