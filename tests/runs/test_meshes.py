@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dpo_jax.data.batches import Batches
+from dpo_jax.data.examples import Example
 from dpo_jax.data.packing import Batch, RolloutTargets, RowLimits
 from dpo_jax.models import families
 from dpo_jax.parallel import sharding
@@ -104,3 +105,29 @@ def test_train_step_is_equal_on_meshes(name, family, sizes):
 )
 def test_train_step_with_masks_is_equal_on_meshes(name, sizes):
     check_on_mesh(name, "llama2", sizes, make_pairs=masked_pairs)
+
+
+def grouped_pairs(count, vocab, longest) -> list[Example]:
+    """Return four pairs of five responses to each prompt, which attention takes in two parts."""
+    rng = np.random.default_rng(0)
+    examples = []
+    for _ in range(0, count, 4):
+        prompt = rng.integers(0, vocab, 5 * longest + rng.integers(longest)).astype(np.int32)
+        responses = []
+        for _ in range(5):
+            length = rng.integers(1, longest + 1)
+            responses.append(rng.integers(0, vocab, length).astype(np.int32))
+        for rejected in responses[1:]:
+            examples.append(Example(prompt, (responses[0], rejected)))
+    return examples
+
+
+@pytest.mark.parametrize(
+    "name, family, sizes",
+    [("dpo", "gpt2", (2, 2, 2)), ("dpo", "llama2", (1, 2, 4)), ("rm", "qwen3", (4, 1, 2))],
+)
+def test_train_step_in_two_parts_is_equal_on_meshes(name, family, sizes):
+    shards = sizes[0] * sizes[1]
+    batch = make_batch(name, shards, None, grouped_pairs)
+    assert all(bucket.prompts.size for bucket in batch.rows)  # no whole rows
+    check_on_mesh(name, family, sizes, make_pairs=grouped_pairs)
