@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-from dpo_jax import command_line, config_files
+from dpo_jax import stopping, surroundings
 
 COMMANDS = {
     "data": "look at a data set: what it is read as, lengths, repeats, what a cut costs",
@@ -21,6 +21,12 @@ HELP = ("help", "--help", "-h")
 
 def main():
     """Start the command that the first argument names."""
+    # Before any import that takes long: a signal ends it with one line, and libraries look for the
+    # home folder when they are imported.
+    surroundings.prepare()
+    stopping.end_at_once()
+    from dpo_jax import command_line, config_files
+
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in HELP:
         try:

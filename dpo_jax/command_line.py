@@ -10,9 +10,9 @@ signal's number. Imports no jax, so that help and listings are quick.
 import dataclasses
 import dis
 import math
-import os
 import pathlib
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -21,12 +21,11 @@ from absl import flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
-from dpo_jax import config_files
+from dpo_jax import config_files, stopping, surroundings
 from dpo_jax.config import DATA
 
 MISTAKE = 2  # exit status
 BUG = 1  # exit status
-INTERRUPTED = 128 + 2  # exit status, the shell's code for Ctrl-C
 BROKEN_PIPE = 128 + 13  # exit status, the shell's code for SIGPIPE
 
 # What our code raises for a person to read.
@@ -103,6 +102,8 @@ def run(
     command that has it. positional: name of the one argument without dashes that the command takes
     and may be given, such as WORKDIR; it is passed to the command, "" if absent.
     """
+    surroundings.prepare()
+    stopping.end_by_exception()
     flags.DEFINE_bool("debug", False, "Show the traceback of every error.")
     absl_logging.use_absl_handler()
     try:
@@ -114,17 +115,15 @@ def run(
         sys.stdout.flush()
     except BrokenPipeError:
         end_by_broken_pipe()
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         sys.exit(report(error))
-    except KeyboardInterrupt as interrupt:
-        sys.exit(report(interrupt))
+    stopping.end_at_once()
     sys.exit(0)
 
 
 def end_by_broken_pipe() -> None:
     """End the program quietly: who reads its output has gone, as in `dpo-jax runs | head -1`."""
-    # Python would write what is left at exit, and complain.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    surroundings.drop_output(sys.stdout)
     sys.exit(BROKEN_PIPE)
 
 
@@ -220,18 +219,23 @@ def report(error: BaseException) -> int:
 
     A paragraph for a user's mistake, with --debug after the traceback; a traceback for a bug.
     """
+    stopping.end_at_once()  # a second signal may come on the way out
     debug = "--debug" in sys.argv  # the flags may not have been parsed
     interrupted = isinstance(error, KeyboardInterrupt)
     mistake = is_for_people(error)
     if debug or not (mistake or interrupted):
         traceback.print_exception(error)
     if interrupted:
-        text, status = "interrupted", INTERRUPTED
+        signum = getattr(error, "signum", signal.SIGINT)
+        text, status = stopping.words(signum), 128 + signum
     elif mistake:
         text, status = f"error: {str(error) or type(error).__name__}", MISTAKE
     else:
         text, status = _BUG_NOTE, BUG
-    print(text, file=sys.stderr, flush=True)
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:  # nobody reads it; the status remains
+        surroundings.drop_output(sys.stderr)
     return status
 
 

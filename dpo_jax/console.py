@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import math
 import sys
 import threading
 import time
@@ -9,6 +10,8 @@ import warnings
 
 import jax
 from tqdm import tqdm
+
+from dpo_jax import surroundings
 
 _QUIET = contextvars.ContextVar("quiet", default=False)
 
@@ -33,9 +36,13 @@ def quiet(is_quiet: bool = True):
 def say(text: str = "") -> None:
     """Print a line for the person at the terminal, from process 0 only."""
     if jax.process_index() == 0 and not _QUIET.get():
-        # Through tqdm, which keeps a bar below the lines.
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        try:
+            # Through tqdm, which keeps a bar below the lines.
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+        except OSError:
+            # Its reader has gone, as in `| head`, or its disk is full: the work goes on.
+            surroundings.drop_output(sys.stdout)
 
 
 def warn(text: str) -> None:
@@ -48,6 +55,15 @@ def warn(text: str) -> None:
         warnings.warn(text, stacklevel=level)
     else:
         say(f"warning: {text}")
+
+
+@contextlib.contextmanager
+def _without_terminal(stream):
+    """Go on where a terminal that is written to within has been closed."""
+    try:
+        yield
+    except OSError:
+        surroundings.drop_output(stream)
 
 
 class Progress:
@@ -65,7 +81,7 @@ class Progress:
         self._total = total
         self._seconds = seconds
         self._began = time.monotonic()
-        self._last_line = 0.0
+        self._last_line = -math.inf  # a machine's clock may have begun a moment ago
         self._bar = None
         if jax.process_index() == 0 and sys.stderr.isatty() and not _QUIET.get():
             self._bar = tqdm(total=total, initial=start, desc=name, unit=unit, dynamic_ncols=True)
@@ -77,8 +93,9 @@ class Progress:
         """
         text = summary(values)
         if self._bar is not None:
-            self._bar.set_postfix_str(text, refresh=False)
-            self._bar.update(step - self._bar.n)
+            with _without_terminal(sys.stderr):
+                self._bar.set_postfix_str(text, refresh=False)
+                self._bar.update(step - self._bar.n)
             return
         now = time.monotonic()
         if always or step == self._total or now - self._last_line > self._seconds:
@@ -88,7 +105,8 @@ class Progress:
     def close(self) -> None:
         """Leave the bar as it is."""
         if self._bar is not None:
-            self._bar.close()
+            with _without_terminal(sys.stderr):
+                self._bar.close()
 
     def _time_left(self, step: int, now: float) -> str:
         if step <= self._start:

@@ -201,8 +201,10 @@ def _is_locked(path: pathlib.Path) -> bool:
     with path.open() as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             return True
+        except OSError:  # a file system without locks cannot tell
+            return False
     return False
 
 

@@ -500,6 +500,16 @@ def _take(file, folder: pathlib.Path) -> None:
                     "--workdir or --config.run."
                 ) from None
             time.sleep(0.1)
+        except OSError as error:
+            # Some network file systems, and folders mounted from a bucket, have no locks.
+            _say_unlocked(folder.parent, error.strerror)
+            return None
+
+
+@functools.cache
+def _say_unlocked(workdir: pathlib.Path, reason: str) -> None:
+    """Warn once that two runs at once would not notice each other."""
+    warn(f"{workdir} cannot be locked ({reason}): start no second run there while this one works.")
 
 
 def differences(found: dict, wanted: dict, prefix: str = "", place: str = "the folder") -> str:

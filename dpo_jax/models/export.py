@@ -98,7 +98,7 @@ def _rope_of_transformers_4(hf_config) -> dict:
 def read_fields(file: pathlib.Path) -> dict:
     """Return the fields of a file beside a model; ValueError where it is not a JSON object."""
     try:
-        fields = json.loads(file.read_text())
+        fields = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON ({error}); fetch or write it again.") from error
     if not isinstance(fields, dict):
@@ -173,7 +173,7 @@ def write_tokenizer(folder: pathlib.Path, source: Source, tokenizer) -> None:
             shutil.copyfile(file, copy_to)
     config = folder / TOKENIZER_CONFIG
     if config.exists():
-        fields = json.loads(config.read_text())
+        fields = json.loads(config.read_text(encoding="utf-8"))
         mended = _for_transformers_4(fields)
         if mended != fields:
             write_fields(config, mended)
@@ -200,14 +200,16 @@ def _depends_on_model(source: Source) -> bool:
     if source.tokenizer_folder == source.folder:
         return False
     config = source.tokenizer_folder / TOKENIZER_CONFIG
-    return not config.exists() or "tokenizer_class" not in json.loads(config.read_text())
+    return not config.exists() or "tokenizer_class" not in json.loads(
+        config.read_text(encoding="utf-8")
+    )
 
 
 def _save_tokenizer(folder: pathlib.Path, tokenizer) -> None:
     """Write a tokenizer by save_pretrained, and mend what transformers 4 cannot read."""
     tokenizer.save_pretrained(folder)
     config = folder / TOKENIZER_CONFIG
-    fields = _for_transformers_4(json.loads(config.read_text()))
+    fields = _for_transformers_4(json.loads(config.read_text(encoding="utf-8")))
     # tokenizer.json says everything. The classes of single models, which differ between the two
     # versions, would put their own BOS over it.
     if (folder / "tokenizer.json").exists():

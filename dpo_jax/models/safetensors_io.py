@@ -268,7 +268,7 @@ def _weight_map(folder: pathlib.Path) -> dict[str, str]:
     """Return the index of a folder's shards, tensor -> name of the file that holds it."""
     path = folder / INDEX
     try:
-        fields = json.loads(path.read_text())
+        fields = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}); fetch or write it again.") from error
     weight_map = fields.get("weight_map") if isinstance(fields, dict) else None

@@ -1,6 +1,7 @@
 """Set up jax before it touches a device, and the processes that run a command together."""
 
 import contextlib
+import functools
 import importlib.util
 import json
 import os
@@ -9,6 +10,7 @@ import re
 import secrets
 import socket
 import sys
+import tempfile
 from collections.abc import Callable
 
 import jax
@@ -16,7 +18,7 @@ import numpy as np
 from absl import logging
 
 # Where compiled programs are kept; JAX_COMPILATION_CACHE_DIR overrides it.
-CACHE = pathlib.Path("~/.cache/dpo_jax/compiled").expanduser()
+CACHE = "~/.cache/dpo_jax/compiled"
 # Seconds without a sign of life after which a process counts as dead, and the others end too.
 SILENCE = 60
 
@@ -30,10 +32,43 @@ def start() -> None:
 
 
 def keep_compiled_programs() -> None:
-    """Keep compiled programs between runs, in CACHE unless jax has been told where."""
+    """Keep compiled programs between runs, in CACHE unless jax has been told where.
+
+    Where the folder cannot be written, it is said once, and they are not kept.
+    """
     # A user's own choice comes first, by variable or in code.
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ and not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", str(CACHE))
+    folder = jax.config.jax_compilation_cache_dir or os.path.expanduser(CACHE)
+    # A bucket is jax's to write to.
+    if "://" not in folder:
+        problem = _problem_of(folder)
+        if problem:
+            _say_not_kept(folder, problem)
+            folder = None
+    jax.config.update("jax_compilation_cache_dir", folder)
+
+
+@functools.cache
+def _say_not_kept(folder: str, problem: str) -> None:
+    # Not through the console, which asks jax for the process: too early, before they have joined.
+    print(
+        f"warning: compiled programs are not kept, as {folder} cannot be written ({problem}). Name "
+        "another folder in JAX_COMPILATION_CACHE_DIR, or each run compiles anew.",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def _problem_of(folder: str) -> str:
+    """Return why a folder cannot be written to; "" if it can. It is made if it is not there."""
+    if folder.startswith("~"):
+        return "there is no home folder"
+    try:
+        os.makedirs(folder, exist_ok=True)
+        # Not os.access, which takes a read-only disk for writable where the user is root.
+        with tempfile.TemporaryFile(dir=folder):
+            return ""
+    except OSError as error:
+        return error.strerror or str(error)
 
 
 def join(

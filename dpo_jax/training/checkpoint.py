@@ -41,6 +41,7 @@ class Restored:
     step: int
     state: TrainState
     rows: dict  # of metrics.jsonl at its save, as Writer.written
+    row: dict  # of this step, where the run was stopped before its evaluation; else {}
 
 
 class Checkpoints:
@@ -124,24 +125,28 @@ class Checkpoints:
         state: TrainState,
         evaluation: dict | None = None,
         rows: dict | None = None,
+        *,
+        row: dict | None = None,
+        again: bool = False,
     ) -> None:
         """Save in the background, unless the step is saved already.
 
         The state may be donated right after. evaluation: its metrics, where it was evaluated. rows:
-        what is known of metrics.jsonl up to this step.
+        what is known of metrics.jsonl up to this step. row: the step's own, where it still lacks
+        its evaluation. again: save a step that is saved already, too.
         """
         # A signal may come at a step that was saved as it is.
-        if step == self.latest():
+        if step == self.latest() and not again:
             return
         metrics = None
         if evaluation and self._best_metric:
             metrics = {self._best_metric: evaluation[self._best_metric]}
         tree = _as_dict(state)
         # Of what is on the device: damage on the way to the disk shows too.
-        kept = {"sums": sums(tree), "rows": rows or {}}
+        kept = {"sums": sums(tree), "rows": rows or {}, "row": row or {}}
         self._end_last_save()
         self._last_save = self._checkpointer.save_async(
-            step, tree, metrics=metrics, custom_metadata=kept, force=True
+            step, tree, metrics=metrics, custom_metadata=kept, force=True, overwrite=again
         )
 
     def _end_last_save(self) -> None:
@@ -163,7 +168,7 @@ class Checkpoints:
         placed = jax.tree.broadcast(shardings, shapes)
         abstract = _as_dict(_abstract(shapes, placed))
         tree, kept = _load(self._checkpointer, step, abstract)
-        return Restored(step, TrainState(**tree), kept.get("rows", {}))
+        return Restored(step, TrainState(**tree), kept.get("rows", {}), kept.get("row", {}))
 
     def restore_latest(self, shapes: TrainState, shardings: TrainState) -> Restored | None:
         """Return the newest checkpoint that is whole; None where there is none at all.

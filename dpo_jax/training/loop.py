@@ -22,6 +22,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
+from dpo_jax import stopping
 from dpo_jax.console import Progress, say
 from dpo_jax.models.lora import Lora
 from dpo_jax.models.transformer import TransformerConfig
@@ -166,7 +167,9 @@ def train(job: Job, feed: Feed) -> tuple[dict, dict[str, float]]:
     shapes = programs.abstract_state(feed.controls)
     with (
         jax.set_mesh(job.mesh),
-        _catch_signals() as signals,
+        # Of several processes none catches anything: jax gets SIGTERM and tells all of them, and
+        # Ctrl-C ends them.
+        stopping.delayed(jax.process_count() == 1) as signals,
         Writer(
             job.folder, tensorboard=job.log.tensorboard, wandb=job.log.wandb, config=job.config
         ) as writer,
@@ -175,30 +178,36 @@ def train(job: Job, feed: Feed) -> tuple[dict, dict[str, float]]:
         ) as checkpoints,
         contextlib.closing(feed),
     ):
-        # What no step changes: adapters' base, reference, numbers.
-        base = job.load_base()
-        frozen = Frozen(_hyper(job, feed.updates), job.load_reference(), base)
-        # Restored first, as a damaged checkpoint makes the run begin at an earlier step.
-        restored = checkpoints.restore_latest(shapes, programs.shardings)
-        first_step = restored.step if restored else 0
-        feed.start(frozen, first_step)
+        # Before the first step there is nothing to save.
+        with signals.at_once(saves=False):
+            # What no step changes: adapters' base, reference, numbers.
+            base = job.load_base()
+            frozen = Frozen(_hyper(job, feed.updates), job.load_reference(), base)
+            # Restored first, as a damaged checkpoint makes the run begin at an earlier step.
+            restored = checkpoints.restore_latest(shapes, programs.shardings)
+            first_step = restored.step if restored else 0
+            feed.start(frozen, first_step)
 
-        # Resume, or begin and check the first batch.
-        if restored:
-            say(f"{job.name}: resuming after step {first_step}")
-            state = restored.state
-        else:
-            state = programs.init_state(job.load_init(), feed.controls)
-            say(f"{job.name}: {feed.check(state.params)}")
+            # Resume, or begin and check the first batch.
+            if restored:
+                say(f"{job.name}: resuming after step {first_step}")
+                state = restored.state
+            else:
+                state = programs.init_state(job.load_init(), feed.controls)
+                say(f"{job.name}: {feed.check(state.params)}")
+            recorder = _Recorder(job, feed, frozen, checkpoints, writer, first_step)
+            recorder.signals = signals
+            if restored:
+                recorder.resume(state, restored)
+            else:
+                recorder.before_first(state)
 
         # Step, log, evaluate, save.
-        recorder = _Recorder(job, feed, frozen, checkpoints, writer, first_step)
-        if restored:
-            recorder.resume(state, restored)
-        else:
-            recorder.before_first(state)
         for step in range(first_step, feed.total):
-            state, metrics = feed.run(state, step)
+            # The first one is compiled, which may take minutes, and is soon made again.
+            is_first = step == first_step
+            with signals.at_once(saves=False) if is_first else contextlib.nullcontext():
+                state, metrics = feed.run(state, step)
             recorder.after(step + 1, state, metrics)
             # Asked after the last step too: a run that was told to stop exports nothing.
             signum = _asked_to_stop(signals)
@@ -250,16 +259,26 @@ class _Recorder:
         self._peak_flops = hardware.flops_per_second(job.mesh, job.model.dtype)
         # The last step and its metrics, which are still on the device.
         self._pending: tuple[int, dict] | None = None
+        self.signals = stopping.Signals()  # those that stop the run
         self._progress = Progress(job.name, first_step, feed.total)
         self.evaluation = {}
         self._clock = time.monotonic()
 
     def resume(self, state: TrainState, restored: Restored) -> None:
         """Go on with the rows of a checkpoint."""
-        self._writer.rewind(restored.step, restored.rows)
-        # A run that is resumed after its last step has no other evaluation to return.
-        if restored.step >= self._feed.total:
-            self.evaluation = self.evaluation_of(restored.step, state)
+        step = restored.step
+        self._writer.rewind(step, restored.rows)
+        if restored.row:
+            # The run was stopped in this evaluation.
+            self.evaluation = self._evaluate(step, state)
+            self._write(step, restored.row | self.evaluation, always=True)
+            # What is compared with other checkpoints must be kept with this one.
+            if self._job.block.keep_best and self.evaluation:
+                written = self._writer.written
+                self._checkpoints.save(step, state, self.evaluation, written, again=True)
+        elif step >= self._feed.total:
+            # A run that is resumed after its last step has no other evaluation to return.
+            self.evaluation = self.evaluation_of(step, state)
         self._clock = time.monotonic()
 
     def before_first(self, state: TrainState) -> None:
@@ -292,7 +311,12 @@ class _Recorder:
         row = self._fetch_pending()
         is_best = False
         if evaluates:
-            self.evaluation = self._evaluate(step, state)
+            try:
+                # It may take long, and changes nothing: a signal need not wait for its end.
+                with self.signals.at_once(saves=True):
+                    self.evaluation = self._evaluate(step, state)
+            except stopping.Stopped as stop:
+                self.interrupt(step, state, stop.signum, row)
             row |= self.evaluation
             # The best one is saved even where no save is due.
             if block.keep_best and self.evaluation:
@@ -305,15 +329,21 @@ class _Recorder:
         # Evaluations and checkpoints are no part of the next step's time.
         self._clock = time.monotonic()
 
-    def interrupt(self, step: int, state: TrainState, signum: int) -> None:
-        """Save, and end the run with the shell's exit code for the signal."""
+    def interrupt(
+        self, step: int, state: TrainState, signum: int, row: dict | None = None
+    ) -> typing.NoReturn:
+        """Save, and end the run with the shell's exit code for the signal.
+
+        row: the step's metrics, where it still lacks its evaluation.
+        """
         self._write_pending()
-        self._checkpoints.save(step, state, rows=self._writer.written)
+        self._checkpoints.save(step, state, rows=self._writer.written, row=row)
         self._progress.close()
         say(
             f"{self._job.name}: stopped by {signal.Signals(signum).name} after step {step}, which "
             "is saved. Run the same command again to resume."
         )
+        stopping.said()
         raise Interrupted(128 + signum)
 
     def best(self) -> tuple[int, float] | None:
@@ -464,40 +494,15 @@ def _first_few(examples: list[str]) -> str:
     return f"{text} and {more} more" if more > 0 else text
 
 
-@contextlib.contextmanager
-def _catch_signals():
-    """Yield a list that SIGTERM and the first Ctrl-C are put into; a second Ctrl-C stops at once.
-
-    Of several processes none catches anything: jax gets SIGTERM and tells all of them, and Ctrl-C
-    ends them.
-    """
-    caught = []
-    if jax.process_count() > 1:
-        yield caught
-        return
-
-    def catch(signum, _frame):
-        caught.append(signum)
-        # A step may take long, and a person who presses Ctrl-C again will not wait for its end.
-        signal.signal(signal.SIGINT, before[signal.SIGINT])
-
-    before = {signum: signal.signal(signum, catch) for signum in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield caught
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-
-
 # How often the processes have asked each other whether to stop, in all stages together: they agree
 # on one of these numbers to stop at, and it must be one that none of them has passed.
 _ASKED = itertools.count(1)
 
 
-def _asked_to_stop(signals: list[int]) -> int | None:
+def _asked_to_stop(signals: stopping.Signals) -> int | None:
     """Return the signal after which to save and stop, in every process at the same step."""
     if jax.process_count() == 1:
-        return signals[0] if signals else None
+        return signals.caught
     # The signal may reach one process only: jax tells the others, and picks a step for all.
     from jax.experimental import multihost_utils
 

@@ -21,6 +21,8 @@ FLOORS = [  # the rooms and the files beside them, from the ground up
         "stage_table",
         "run_name",
         "console",
+        "stopping",
+        "surroundings",
         "workdir",
         "whole_file",
     },
