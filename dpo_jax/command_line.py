@@ -232,6 +232,7 @@ def report(error: BaseException) -> int:
         text, status = f"error: {str(error) or type(error).__name__}", MISTAKE
     else:
         text, status = _BUG_NOTE, BUG
+    stopping.said()
     try:
         print(text, file=sys.stderr, flush=True)
     except OSError:  # nobody reads it; the status remains

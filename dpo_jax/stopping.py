@@ -1,7 +1,8 @@
 """SIGTERM and Ctrl-C: a command ends with one line, and status 128 + the signal's number.
 
     while it is imported     at once: nothing is open yet
-    while it works           by the exception Stopped, so that drafts are removed on its way out
+    while it works           by the exception Stopped, so that drafts are removed on its way out;
+                             where that does not get through, at once after GRACE seconds
     while a step is trained  after the step, which is saved (`delayed`)
 
 A kill may come anywhere as well, and loses nothing that was written: a command that is told to stop
@@ -11,10 +12,13 @@ need only be quick. Imports nothing of the project, and no jax.
 import contextlib
 import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Iterator
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+GRACE = 2.0  # seconds for a command to end by the exception
 
 
 class Stopped(KeyboardInterrupt):
@@ -23,6 +27,14 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, signum: int):
         super().__init__(signum)
         self.signum = signum
+
+
+class _State:
+    """Where the process stands."""
+
+    may_leave = False  # the process may be ended wherever it is: there is nothing to save
+    is_leaving = False  # what there is to say has been said
+    is_watched = False
 
 
 def words(signum: int) -> str:
@@ -34,16 +46,56 @@ def end_at_once() -> None:
     """From here on, let a signal end the process where it is: imports, and the end itself."""
 
     def leave(signum, _frame):
-        with contextlib.suppress(OSError):
-            os.write(2, f"{words(signum)}\n".encode())
-        os._exit(128 + signum)
+        _leave(signum)
 
     _handle(leave)
+
+
+def said() -> None:
+    """Note that the command has said why it ends: nothing more is said."""
+    _State.is_leaving = True
+
+
+def _leave(signum: int) -> None:
+    if not _State.is_leaving:
+        with contextlib.suppress(OSError):
+            os.write(2, f"{words(signum)}\n".encode())
+    os._exit(128 + signum)
 
 
 def end_by_exception() -> None:
     """From here on, let a signal raise Stopped."""
     _handle(_stop)
+    _State.is_leaving = False
+    _State.may_leave = True
+    if not _State.is_watched and _is_main_thread():
+        _State.is_watched = True
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        threading.Thread(target=_watch, args=(reading,), daemon=True).start()
+        sys.unraisablehook = _say_unraisable
+
+
+def _say_unraisable(unraisable, say=sys.unraisablehook) -> None:
+    """Say nothing of a Stopped that Python dropped: `_watch` ends the process."""
+    if unraisable.exc_type is not Stopped:
+        say(unraisable)
+
+
+def _watch(reading: int) -> None:
+    """End the process GRACE seconds after a signal whose exception did not end it.
+
+    The main thread may be in a library for long, as while XLA compiles, or have been in a callback
+    whose exceptions Python drops, as in the garbage collector's.
+    """
+    while True:
+        signum = os.read(reading, 1)[0]
+        if signum not in SIGNALS:
+            continue
+        time.sleep(GRACE)
+        if _State.may_leave:
+            _leave(signum)
 
 
 def _stop(signum, _frame):
@@ -52,7 +104,7 @@ def _stop(signum, _frame):
 
 def _handle(handler) -> None:
     # Python calls handlers in the main thread, and lets no other one set them.
-    if threading.current_thread() is not threading.main_thread():
+    if not _is_main_thread():
         return
     for signum in SIGNALS:
         # A shell ignores Ctrl-C for what it starts in the background.
@@ -60,32 +112,37 @@ def _handle(handler) -> None:
             signal.signal(signum, handler)
 
 
+def _is_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
 class Signals:
     """The signals that came while they were delayed."""
 
     def __init__(self):
-        self._caught: int | None = None
+        self.caught: int | None = None  # the first one
         self._raises = False
 
-    @property
-    def caught(self) -> int | None:
-        """The first signal that came; None if none did."""
-        return self._caught
-
     @contextlib.contextmanager
-    def at_once(self) -> Iterator[None]:
-        """Raise Stopped within, or on entry where a signal has come already."""
-        if self._caught is not None:
-            raise Stopped(self._caught)
+    def at_once(self, *, saves: bool) -> Iterator[None]:
+        """Raise Stopped within, or on entry where a signal has come already.
+
+        saves: whether the caller then has something to save, and so may not be ended otherwise.
+        """
+        if self.caught is not None:
+            raise Stopped(self.caught)
+        could_leave = _State.may_leave
         self._raises = True
+        _State.may_leave = not saves
         try:
             yield
         finally:
             self._raises = False
+            _State.may_leave = could_leave
 
     def catch(self, signum, _frame) -> None:
         """Handle a signal."""
-        self._caught = self._caught or signum
+        self.caught = self.caught or signum
         if self._raises:
             self._raises = False  # once: what follows is the way out
             raise Stopped(signum)
@@ -100,13 +157,18 @@ def delayed(active: bool = True) -> Iterator[Signals]:
     active: False changes nothing, and no signal is ever caught.
     """
     signals = Signals()
-    if not active or threading.current_thread() is not threading.main_thread():
+    if not active or not _is_main_thread():
         yield signals
         return
     before = {signum: signal.getsignal(signum) for signum in SIGNALS}
+    could_leave = _State.may_leave
     _handle(signals.catch)
+    _State.may_leave = False
     try:
         yield signals
     finally:
+        _State.may_leave = could_leave
         for signum, handler in before.items():
             signal.signal(signum, handler)
+    if signals.caught is not None:  # after the caller asked for the last time
+        raise Stopped(signals.caught)

@@ -1,6 +1,7 @@
 """Exports of whole runs: what they keep of the source, their type, and what later stages read."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -96,6 +97,20 @@ def test_stage_that_was_last_is_exported_again(exact, source, pairs, tmp_path, c
     # And nothing that is exact is rounded by a run that ends earlier.
     run(config_of(("sft",), source, pairs), tmp_path)
     assert dtypes(tmp_path / "sft") == {"float32"}
+
+
+def test_a_model_that_is_gone_is_written_again(exact, tmp_path, capsys):
+    config, workdir = exact
+    copy = shutil.copytree(workdir, tmp_path / "copy")
+    shutil.rmtree(copy / "sft" / "hf")
+    run(config, copy)
+    assert "sft: already done; its hf/ is gone, and written again" in capsys.readouterr().out
+    for name, value in weights(workdir / "sft").items():
+        np.testing.assert_array_equal(weights(copy / "sft")[name], value, strict=True)
+    shutil.rmtree(copy / "sft" / "checkpoints")
+    (copy / "sft" / "hf" / "model.safetensors").unlink()
+    with pytest.raises(StageChanged, match="sft/hf, the model that .* is gone or lacks files"):
+        run(config, copy)
 
 
 def test_other_type_exports_a_finished_run_again(exact, source, pairs, tmp_path, capsys):

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from configs import dpo
-from dpo_jax.training import metrics
+from dpo_jax import stopping
+from dpo_jax.training import data_feed, metrics
 from dpo_jax.training.loop import Interrupted
 from dpo_jax.training.metrics import read_rows
 from tests.helpers.paths import ROOT
@@ -117,6 +118,41 @@ def test_signalled_run_resumes_exactly(fields, tmp_path, uninterrupted, capsys):
     run_here(fields, tmp_path)
     assert "resuming after step 14" in capsys.readouterr().out
     assert_equal(tmp_path / "dpo", uninterrupted)
+
+
+@pytest.mark.parametrize("keep_best", ["", "loss/eval"])
+def test_run_stopped_in_an_evaluation_evaluates_again(fields, tmp_path, capsys, keep_best):
+    """The step before the evaluation is saved, at once; its row gets the evaluation later."""
+    fields = fields | {"dpo.steps": 20, "dpo.keep_best": keep_best, "dpo.save_every": 15}
+    whole = run_here(fields, tmp_path / "whole")
+    measure = data_feed.evaluate
+    calls = []
+
+    def stop(*arguments):
+        calls.append(1)
+        if len(calls) == 2:  # at step 0, and at step 15
+            signal.raise_signal(signal.SIGTERM)
+        return measure(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted) as stopped:
+        patch.setattr(data_feed, "evaluate", stop)
+        run_here(fields, tmp_path / "stopped")
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM after step 15, which is saved" in capsys.readouterr().out
+    last = read_rows(tmp_path / "stopped" / "dpo" / "metrics.jsonl")[-1]
+    assert last["step"] == 15 and "loss/train" in last and "loss/eval" not in last
+    assert_equal(run_here(fields, tmp_path / "stopped"), whole)
+    assert "resuming after step 15" in capsys.readouterr().out
+
+
+def test_a_signal_before_the_first_step_ends_at_once(fields, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        data_feed, "self_check", lambda *_: signal.raise_signal(signal.SIGTERM) or "done"
+    )
+    with pytest.raises(stopping.Stopped) as stopped:
+        run_here(fields, tmp_path)
+    assert stopped.value.signum == signal.SIGTERM
+    assert not (tmp_path / "dpo" / "metrics.jsonl").exists()
 
 
 def test_run_resumes_within_group(fields, tmp_path, capsys):
