@@ -265,6 +265,13 @@ def problems_of(folder: pathlib.Path) -> dict[str, str]:
 def _problem_of(folder: pathlib.Path, name: str, recorded: dict) -> str:
     """Return what is wrong with a file of a finished stage, and what to do; "" for nothing."""
     path = folder / name
+    inside = pathlib.PurePosixPath(name)
+    if inside.is_absolute() or ".." in inside.parts:
+        return (
+            f"{folder / 'done.json'} names {name!r}, which is not in its folder: it was "
+            "changed. Remove done.json and run the stage's command again: "
+            f"{_how_made_again(folder)}."
+        )
     if not path.exists():
         found = f"{path} is gone"
     elif path.stat().st_size != recorded["bytes"] or _hash(path) != recorded["sha256"]:

@@ -13,6 +13,7 @@ import datasets
 import numpy as np
 import pytest
 
+from dpo_jax import workdir
 from dpo_jax.data import readers
 from dpo_jax.data import tokenizer as tokenizers
 from dpo_jax.models import hf, safetensors_io
@@ -173,6 +174,14 @@ def test_card_declares_only_its_own_files(name, tmp_path):
     (folder / "README.md").write_text(card)
     with pytest.raises(ValueError, match="README.md names"):
         read(folder)
+
+
+@pytest.mark.parametrize("name", ["../other", "/dev/zero", "hf/../../other"])
+def test_done_stage_names_only_its_own_files(name, tmp_path):
+    recorded = {name: dict(bytes=0, sha256="")}
+    workdir.write_record(tmp_path / "done.json", {"finished": "now", workdir.FILES: recorded})
+    with pytest.raises(ValueError, match="done.json names .* which is not in its folder"):
+        workdir.check_files(tmp_path)
 
 
 @pytest.mark.parametrize("revision", ["", "abc123", "refs/pr/7"])
