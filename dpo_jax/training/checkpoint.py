@@ -16,6 +16,7 @@ import sys
 import warnings
 
 import jax
+from absl import logging as absl_logging
 from orbax.checkpoint import v1 as ocp
 
 from dpo_jax.console import warn
@@ -68,6 +69,8 @@ class Checkpoints:
             )
             kept.append(best)
         processes.from_first(self._set_aside_unrated)
+        # orbax logs what it raises, several times, from the threads that save.
+        absl_logging.get_absl_logger().addFilter(_is_not_orbax_error)
         # It reads what is there, damaged or not: that is told when one is restored.
         with _quiet():
             self._checkpointer = ocp.training.Checkpointer(
@@ -90,7 +93,9 @@ class Checkpoints:
         try:
             self._end_last_save()
         finally:
-            self._checkpointer.close()
+            # A save that failed would be told again.
+            with contextlib.suppress(Exception):
+                self._checkpointer.close()
 
     def latest(self) -> int | None:
         """Return the step of the latest complete checkpoint."""
@@ -145,9 +150,10 @@ class Checkpoints:
         # Of what is on the device: damage on the way to the disk shows too.
         kept = {"sums": sums(tree), "rows": rows or {}, "row": row or {}}
         self._end_last_save()
-        self._last_save = self._checkpointer.save_async(
-            step, tree, metrics=metrics, custom_metadata=kept, force=True, overwrite=again
-        )
+        with self._told_once():
+            self._last_save = self._checkpointer.save_async(
+                step, tree, metrics=metrics, custom_metadata=kept, force=True, overwrite=again
+            )
 
     def _end_last_save(self) -> None:
         """Wait for the last save, as the next one would, and let go of its thread and three files.
@@ -156,7 +162,22 @@ class Checkpoints:
         """
         last, self._last_save = self._last_save, None
         if last is not None:
-            last.result()
+            with self._told_once():
+                last.result()
+
+    @contextlib.contextmanager
+    def _told_once(self):
+        """Raise OSError for a checkpoint that cannot be written, as on a full disk."""
+        try:
+            yield
+        except (MemoryError, jax.errors.JaxRuntimeError):
+            raise  # not the disk's fault
+        except Exception as error:  # noqa: BLE001 - orbax and tensorstore have many
+            raise OSError(
+                f"{self._folder}: a checkpoint could not be written ({_root_of(error)}). Mend that "
+                "or make room, and run the same command again: it resumes from the checkpoint "
+                "before it."
+            ) from None
 
     def restore(self, step: int, shapes: TrainState, shardings: TrainState) -> Restored:
         """Return the state of a step, placed by `shardings`.
@@ -293,6 +314,10 @@ def _quiet():
     finally:
         sys.unraisablehook = hook
         logging.disable(level)
+
+
+def _is_not_orbax_error(record: logging.LogRecord) -> bool:
+    return record.levelno < logging.ERROR or "orbax" not in record.pathname
 
 
 def _ignore(_unraisable) -> None:

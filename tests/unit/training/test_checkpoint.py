@@ -1,9 +1,11 @@
 """Checkpoints: which is the best, who handles preemption, and what many saves leave open."""
 
 import os
+import resource
 import threading
 
 import jax.numpy as jnp
+import pytest
 from jax.experimental import multihost_utils
 
 from dpo_jax.training import step
@@ -47,3 +49,21 @@ def test_saves_leave_nothing_open(tmp_path):
             threads.append(threading.active_count())
     assert opened[-1] <= opened[1], opened
     assert threads[-1] <= threads[1], threads
+
+
+def test_save_that_fails_is_told_once(tmp_path, capfd):
+    """On a full disk; here by a limit of a file's size, which any user may set."""
+    state = step.TrainState(jnp.int32(1), {"w": jnp.arange(5000.0)}, ())
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with pytest.raises(OSError) as failed, Checkpoints(tmp_path, keep=1) as saved:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        try:
+            saved.save(1, state)
+            saved.save(2, state)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f"{tmp_path}: a checkpoint could not be written" in str(failed.value)
+    assert "run the same command again" in str(failed.value)
+    assert "Traceback" not in capfd.readouterr().err
+    with Checkpoints(tmp_path, keep=1) as saved:
+        assert saved.latest() is None
