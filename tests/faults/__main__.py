@@ -95,18 +95,21 @@ def main() -> int:
     # Some commands run as another user, who must get at their folders.
     folder.chmod(0o755)
     print(f"folders of bad tries stay in {folder}", flush=True)
-    tries = outcomes.Tries(folder / "tries", asked.workers)
+    began = dict.fromkeys(parts, 0.0)
+
+    def keep(part: str, made: list[outcomes.Try], planned: int) -> None:
+        """Write the table again after each try, as the next one may be stopped."""
+        minutes = (time.monotonic() - began[part]) / 60
+        report.write(asked.out, {part: report.record(made, planned, command, minutes)})
+
+    tries = outcomes.Tries(folder / "tries", asked.workers, keep)
     with JudgeServer(answer_slowly) as server:
         run = Harness(folder, asked)
         run.run_wholes({name for part in parts for name in PARTS[part][1]}, server)
         for part in parts:
-            started = time.monotonic()
+            began[part] = time.monotonic()
             run_part, _ = PARTS[part]
             run_part(tries, run)
-            made = [one for one in tries.done if one.part == part]
-            # Written after each part, as the next may be stopped.
-            minutes = (time.monotonic() - started) / 60
-            report.write(asked.out, {part: report.record(made, command, minutes)})
     bad = [one for one in tries.done if one.outcome in outcomes.BAD]
     print(f"{len(tries.done)} tries, {len(bad)} of them bad: {asked.out / report.PAGE}")
     return 1 if bad else 0

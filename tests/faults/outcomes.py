@@ -75,10 +75,19 @@ def last_lines(text: str, most: int = 400) -> str:
 class Tries:
     """Runs the tries of a part, a few at once, and shows how far it is."""
 
-    def __init__(self, folder: pathlib.Path, workers: int):
-        """folder: in which each try has a folder of its own, which goes if it ends well."""
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        workers: int,
+        keep: Callable[[str, list[Try], int], None] = lambda part, tries, planned: None,
+    ):
+        """folder: in which each try has a folder of its own, which goes if it ends well.
+
+        keep: is given a part's tries so far after each, and how many there will be.
+        """
         self._folder = folder
         self._workers = workers
+        self._keep = keep
         self.done: list[Try] = []
 
     def run(self, part: str, planned: Iterable[tuple[str, Callable[[pathlib.Path], Try]]]) -> None:
@@ -93,6 +102,8 @@ class Tries:
             for count, future in enumerate(concurrent.futures.as_completed(waiting), 1):
                 found = future.result()
                 self.done.append(found)
+                mine = [one for one in self.done if one.part == part]
+                self._keep(part, mine, len(planned))
                 minutes = (time.monotonic() - began) / 60
                 left = minutes / count * (len(planned) - count)
                 print(

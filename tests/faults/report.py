@@ -27,9 +27,10 @@ def write(folder: pathlib.Path, measured: dict[str, dict]) -> dict[str, dict]:
     return parts
 
 
-def record(tries: list[Try], command: str, minutes: float) -> dict:
-    """Return what is kept of a part."""
+def record(tries: list[Try], planned: int, command: str, minutes: float) -> dict:
+    """Return what is kept of a part; planned: how many tries it has when it is through."""
     return dict(
+        planned=planned,
         command=command,
         machine=machine(),
         commit=commit(),
@@ -82,10 +83,15 @@ def text(parts: dict[str, dict]) -> str:
         name = what.replace("|", "\\|")
         lines.append(_row(part, name, [count[outcome] for outcome in outcomes.OUTCOMES]))
     lines.append(_row("all", "", total))
-    lines += ["", "| part | minutes | at commit | command | machine |", "|---|---|---|---|---|"]
+    lines += [
+        "",
+        "| part | tried | minutes | at commit | command | machine |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, part in parts.items():
+        tried = f"{len(part['tries'])} of {part['planned']}"
         minutes = f"{part['minutes']:.0f}"
-        cells = [name, minutes, part["commit"], f"`{part['command']}`", part["machine"]]
+        cells = [name, tried, minutes, part["commit"], f"`{part['command']}`", part["machine"]]
         lines.append("| " + " | ".join(cells) + " |")
     bad = [one for one in tries if one.outcome in outcomes.BAD]
     if bad:

@@ -92,7 +92,7 @@ def test_report_counts_and_names_bad_ends():
         Try("surroundings", "| head", CLEAR, 9.0),
     ]
     parts = {
-        part: report.record([one for one in tries if one.part == part], "COMMAND", 3.0)
+        part: report.record([one for one in tries if one.part == part], 2, "COMMAND", 3.0)
         for part in ("kills", "surroundings")
     }
     lines = report.text(parts).splitlines()
@@ -125,7 +125,8 @@ def test_parts_are_measured_one_by_one(tmp_path):
     """What is not measured again stays in the table."""
     for part, outcome in (("kills", SILENT), ("signals", SAME), ("kills", SAME)):
         tries = [Try(part, "dpo", outcome, 1.0)]
-        report.write(tmp_path, {part: report.record(tries, "COMMAND", 1.0)})
+        report.write(tmp_path, {part: report.record(tries, 5, "COMMAND", 1.0)})
     page = (tmp_path / report.PAGE).read_text()
     assert "| kills | dpo | 1 | 1 |" in page and "| signals | dpo | 1 | 1 |" in page
     assert "| all |  | 2 | 2 | 0 | 0 | 0 | 0 |" in page
+    assert "| kills | 1 of 5 | 1 | " in page  # a part that was stopped does not pass for whole
