@@ -26,7 +26,9 @@ python -m dpo_jax.train --config=imdb --config.dpo.beta=0.5 --config.data.max_ro
 ```
 
 The config has a block for each stage of the run, and no others. If you set a field that does not
-exist, or that this run would not use, the command stops with an error that names it. Defaults are
+exist, or that this run would not use, the command stops with an error that names it. So it does at
+a value of another type, at a number that is not finite, and at one beyond what could be meant
+(`steps` of 10^10, a LoRA rank above the model's width): every number has a range. Defaults are
 the paper's (appendix B) or, where the paper does not say, those of its reference code.
 
 The fields of `data.template` and `model.scratch` are not dpo_jax's, but the chat template's and
