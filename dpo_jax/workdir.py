@@ -427,6 +427,15 @@ class Completions:
             self._count = whole
         return [json.loads(line) for line in lines[:whole]]
 
+    def problem(self) -> str:
+        """Return what is wrong with the files, which stay as they are; "" if nothing is."""
+        *lines, _torn = self._path.read_bytes().split(b"\n") if self._path.exists() else [b""]
+        if not self._sums.exists():
+            return f"{self._sums} is gone" if lines else ""
+        whole, is_damaged = self._whole_rows(lines)
+        where = f"from row {whole + 1} on"
+        return f"{self._path} is not what was written there {where}" if is_damaged else ""
+
     def append(self, rows: list[dict]) -> None:
         """Append rows, and then the sums: rows that these do not count yet are made again."""
         data = "".join(json.dumps(row) + "\n" for row in rows).encode()

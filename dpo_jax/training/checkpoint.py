@@ -14,6 +14,7 @@ import pathlib
 import shutil
 import sys
 import warnings
+from collections.abc import Callable
 
 import jax
 from absl import logging as absl_logging
@@ -188,7 +189,7 @@ class Checkpoints:
         # One sharding stands for all controls; orbax wants one for each.
         placed = jax.tree.broadcast(shardings, shapes)
         abstract = _as_dict(_abstract(shapes, placed))
-        tree, kept = _load(self._checkpointer, step, abstract)
+        tree, kept = _load(self._checkpointer.directory / str(step), abstract)
         return Restored(step, TrainState(**tree), kept.get("rows", {}), kept.get("row", {}))
 
     def restore_latest(self, shapes: TrainState, shardings: TrainState) -> Restored | None:
@@ -261,44 +262,86 @@ def load_params(folder, step: int, shapes, shardings):
     """
     # Moments may be twice as large as the weights, and need not be read.
     abstract = dict(params=_abstract(shapes, shardings))
-    with ocp.training.Checkpointer(_absolute(folder)) as checkpointer:
-        tree, _ = _load(checkpointer, step, abstract, partial=True)
-    return tree["params"]
+    path = pathlib.Path(_absolute(folder)) / str(step)
+    return _load(path, abstract, partial=True)[0]["params"]
 
 
-def _load(checkpointer, step: int, abstract: dict, *, partial: bool = False) -> tuple[dict, dict]:
+def verify(folder, step: int) -> dict:
+    """Read a checkpoint, on one device and in a few parts; return the `rows` of its save.
+
+    Raises DamagedCheckpoint.
+    """
+    path = pathlib.Path(_absolute(folder)) / str(step)
+    if not _has_good_metrics(path):
+        raise DamagedCheckpoint(f"{_metrics_file(path)} is not what was saved there")
+    stored, kept = _metadata(path)
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    names = set()
+    for part, tree in stored.items():
+        if not jax.tree.leaves(tree):
+            continue
+        abstract = {part: jax.tree.map(lambda x: _placed(x, device), tree)}
+        loaded, _ = _load(path, abstract, partial=True)
+        names |= sums(loaded).keys()
+    lacking = kept.get("sums", {}).keys() - names
+    if lacking:
+        raise DamagedCheckpoint(f"{path} lacks {min(lacking)}")
+    return kept.get("rows", {})
+
+
+def _placed(stored, sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(stored.shape, stored.dtype, sharding=sharding)
+
+
+def _metadata(path: pathlib.Path) -> tuple[dict, dict]:
+    """Return the tree of shapes in a checkpoint, and what was kept with it."""
+    found = _attempt(path, lambda: ocp.metadata(path))
+    if not isinstance(found.metadata, dict):
+        raise DamagedCheckpoint(f"{path} does not say what it holds")
+    return found.metadata, found.custom_metadata or {}
+
+
+def _load(path: pathlib.Path, abstract: dict, *, partial: bool = False) -> tuple[dict, dict]:
     """Return a tree of a checkpoint, once it is found to be what was saved, and its metadata.
 
-    partial: the tree is only a part of what was saved.
+    partial: the tree is only a part of what was saved. Raises DamagedCheckpoint.
     """
-    folder = checkpointer.directory / str(step)
+    _, kept = _metadata(path)
     context = ocp.Context()
     # Without it orbax wants a place for all that was saved.
     context.pytree.loading.partial_load = partial
+    with context:
+        tree = _attempt(path, lambda: ocp.load(path, abstract))
+    if "sums" not in kept:
+        raise DamagedCheckpoint(f"{path} has no sums to check it by")
+    found = sums(tree)
+    changed = [name for name, value in found.items() if kept["sums"].get(name) != value]
+    if changed:
+        more = f", and of {len(changed) - 1} more" if len(changed) > 1 else ""
+        raise DamagedCheckpoint(
+            f"{path} is not what was saved: the sums of {changed[0]} differ{more}"
+        )
+    return tree, kept
+
+
+def _attempt(path: pathlib.Path, read: Callable):
+    """Return what orbax reads of a checkpoint; DamagedCheckpoint, in one line, where it cannot."""
     reason = ""
-    with context, _quiet():
+    found = None
+    with _quiet():
         try:
-            kept = checkpointer.metadata(step).custom_metadata or {}
-            tree = checkpointer.load(step, abstract)
+            found = read()
         except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
             raise  # not the checkpoint's fault
         except Exception as error:  # noqa: BLE001 - orbax, tensorstore and codecs have many
             reason = _root_of(error)
         if reason:
-            # Unfinished reads of other arrays complain when they are thrown away: here, not later.
+            # Unfinished reads of other arrays complain when they are thrown away: here, or later.
             gc.collect()
+            logging.getLogger("asyncio").addFilter(_is_of_no_read)
     if reason:
-        raise DamagedCheckpoint(f"{folder} cannot be read ({reason})")
-    if "sums" not in kept:
-        raise DamagedCheckpoint(f"{folder} has no sums to check it by")
-    found = sums(tree)
-    changed = [name for name, value in found.items() if kept["sums"].get(name) != value]
-    if changed:
-        raise DamagedCheckpoint(
-            f"{folder} is not what was saved: the sums of {changed[0]} differ"
-            + (f", and of {len(changed) - 1} more" if len(changed) > 1 else "")
-        )
-    return tree, kept
+        raise DamagedCheckpoint(f"{path} cannot be read ({reason})")
+    return found
 
 
 @contextlib.contextmanager
@@ -318,6 +361,11 @@ def _quiet():
 
 def _is_not_orbax_error(record: logging.LogRecord) -> bool:
     return record.levelno < logging.ERROR or "orbax" not in record.pathname
+
+
+def _is_of_no_read(record: logging.LogRecord) -> bool:
+    """Return False for what asyncio logs of a failed read that nobody waits for any more."""
+    return "exception was never retrieved" not in record.getMessage()
 
 
 def _ignore(_unraisable) -> None:

@@ -85,13 +85,12 @@ class Writer(contextlib.ExitStack):
         """
         if not self._active:
             return
-        lines = self._path.read_bytes().split(b"\n") if self._path.exists() else []
-        count = written.get("rows", 0)
-        kept = [line + b"\n" for line in lines[:count]]
-        if written and hashlib.sha256(b"".join(kept)).hexdigest() != written["sha256"]:
+        lines = _lines(self._path)
+        kept = _rows_written(lines, written)
+        if kept is None:
             rows = [row for row in map(_parse, lines) if row and row["step"] <= step]
             kept = [json.dumps(row).encode() + b"\n" for row in rows]
-            self._say_damaged(step, count, len(kept))
+            self._say_damaged(step, written["rows"], len(kept))
         self._count = len(kept)
         self._digest = hashlib.sha256(b"".join(kept))
         with whole_file(self._path) as draft:
@@ -164,6 +163,24 @@ class Writer(contextlib.ExitStack):
             run.log(values, step=step)
 
         return write
+
+
+def holds(path: pathlib.Path, written: dict) -> bool:
+    """Return whether a metrics.jsonl begins with the rows of a `Writer.written`."""
+    return _rows_written(_lines(path), written) is not None
+
+
+def _lines(path: pathlib.Path) -> list[bytes]:
+    return path.read_bytes().split(b"\n") if path.exists() else []
+
+
+def _rows_written(lines: list[bytes], written: dict) -> list[bytes] | None:
+    """Return the first rows, with their newlines; None where they are not those of `written`."""
+    if not written:  # at the start of a run
+        return []
+    kept = [line + b"\n" for line in lines[: written["rows"]]]
+    is_same = hashlib.sha256(b"".join(kept)).hexdigest() == written["sha256"]
+    return kept if is_same else None
 
 
 def read_rows(path) -> list[dict]:

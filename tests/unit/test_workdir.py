@@ -7,12 +7,19 @@ import pytest
 
 from dpo_jax import config as configs
 from dpo_jax.workdir import (
+    Completions,
     StageChanged,
+    check_files,
     finish_stage,
     lock_folder,
     make_workdir,
+    read_config,
+    read_done,
+    read_ledger,
+    read_weights,
     start_date,
     start_stage,
+    write_lines,
 )
 from tests.helpers.clock import set_today
 from tests.helpers.rows import change_record
@@ -133,6 +140,111 @@ def test_start_stage_ignores_a_field_that_was_not_free_before(tmp_path):
         lambda record: record["depends_on"].update({"dpo.cache_reference": True}),
     )
     assert status(tmp_path) == "unfinished"
+
+
+# files that are not what was written
+
+
+def finish(folder):
+    """Finish a stage that left ten rows and a model."""
+    write_lines(folder / "pairs.jsonl", [dict(number=number) for number in range(10)])
+    (folder / "hf").mkdir()
+    (folder / "hf" / "config.json").write_text("{}")
+    finish_stage(folder, pairs=10)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda text: text[: text.index("5") + 3], "it has 6 rows, and 10 were written"),
+        (lambda text: text + '{"number": 10}\n', "it has 11 rows, and 10 were written"),
+        (lambda text: text.replace("3", "4"), "its sha256 is not that of what was written"),
+    ],
+)
+def test_check_files_counts_rows(tmp_path, change, said):
+    folder = finish(begin(tmp_path))
+    check_files(folder)
+    path = folder / "pairs.jsonl"
+    path.write_text(change(path.read_text()))
+    with pytest.raises(
+        ValueError, match=f"^{path} is not what was written there: {said}[.]"
+    ) as error:
+        check_files(folder)
+    assert f"or remove {path} and done.json and run the stage's command again" in str(error.value)
+
+
+def test_check_files_names_what_is_gone(tmp_path):
+    folder = finish(begin(tmp_path))
+    (folder / "hf" / "config.json").unlink()
+    with pytest.raises(
+        ValueError, match=f"^{folder}/hf/config.json is gone[.].*remove {folder}/hf"
+    ):
+        check_files(folder)
+
+
+@pytest.mark.parametrize(
+    ("data", "found"),
+    [
+        (b"", "it is empty"),
+        (b"{", "its 1 bytes are not JSON"),
+        (b"\xff\xfe", "its 2 bytes are not JSON"),
+        (b"[1]", "it holds list in place of an object"),
+        (b'{"a": 1, "sha256": "0"}', "its content is not that of its sha256"),
+    ],
+)
+@pytest.mark.parametrize("read", [read_config, read_done, read_ledger, read_weights])
+def test_records_that_are_damaged(tmp_path, read, data, found):
+    name = read.__name__.removeprefix("read_") + ".json"
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(
+        ValueError, match=f"^{tmp_path / name} is not what was .*: {found}[.] .*emove"
+    ):
+        read(tmp_path)
+
+
+ROWS = [dict(tokens=[number]) for number in range(6)]
+
+
+def sample_twice(folder):
+    """Append the rows in two parts."""
+    completions = Completions(folder)
+    assert completions.read() == []
+    completions.append(ROWS[:4])
+    completions.append(ROWS[4:])
+
+
+@pytest.mark.parametrize(
+    ("change", "left"),
+    [
+        (lambda data: data.replace(b"1", b"7"), 0),  # in the first part
+        (lambda data: data.replace(b"5", b"7"), 4),
+        (lambda data: data[:-20], 4),
+        (lambda data: b"", 0),
+    ],
+)
+def test_completions_that_changed_are_made_again(tmp_path, capsys, change, left):
+    sample_twice(tmp_path)
+    assert Completions(tmp_path).read() == ROWS and not Completions(tmp_path).problem()
+    path = tmp_path / "completions.jsonl"
+    path.write_bytes(change(path.read_bytes()))
+    assert Completions(tmp_path).problem()
+
+    again = Completions(tmp_path)
+    assert again.read() == ROWS[:left]
+    assert f"is not what was written there from row {left + 1} on" in capsys.readouterr().out
+    assert (tmp_path / "completions.jsonl.damaged").exists()
+    again.append(ROWS[left:])
+    assert Completions(tmp_path).read() == ROWS
+
+
+def test_completions_after_a_kill(tmp_path, capsys):
+    """Rows that were written before their sums are made again, without a word."""
+    sample_twice(tmp_path)
+    with (tmp_path / "completions.jsonl").open("a") as file:
+        file.write(json.dumps(ROWS[0]) + '\n{"tok')
+    assert Completions(tmp_path).read() == ROWS
+    assert not capsys.readouterr().out
 
 
 # the date that chat templates take for today

@@ -1,15 +1,17 @@
 """Checkpoints: which is the best, who handles preemption, and what many saves leave open."""
 
+import json
 import os
 import resource
 import threading
 
+import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental import multihost_utils
 
 from dpo_jax.training import step
-from dpo_jax.training.checkpoint import Checkpoints
+from dpo_jax.training.checkpoint import Checkpoints, DamagedCheckpoint, saved_steps, verify
 
 
 def test_best_of_equal_checkpoints_is_latest(tmp_path):
@@ -67,3 +69,71 @@ def test_save_that_fails_is_told_once(tmp_path, capfd):
     assert "Traceback" not in capfd.readouterr().err
     with Checkpoints(tmp_path, keep=1) as saved:
         assert saved.latest() is None
+
+
+def save_three(folder):
+    """Save steps 1 to 3, whose weights are their steps; the state's shapes and placement."""
+    states = [step.TrainState(jnp.int32(n), {"w": jnp.full(2000, float(n))}, ()) for n in range(4)]
+    with Checkpoints(folder, keep=3) as saved:
+        for state in states[1:]:
+            saved.save(int(state.step), state, rows=dict(rows=int(state.step), sha256=""))
+    shardings = jax.tree.map(lambda x: x.sharding, states[0])
+    return states[0], shardings
+
+
+def flip(folder, number):
+    """Flip bits in the middle of a checkpoint's largest file, which holds its numbers."""
+    files = [path for path in (folder / str(number)).rglob("*") if path.is_file()]
+    path = max(files, key=lambda path: path.stat().st_size)
+    data = bytearray(path.read_bytes())
+    # A library may find it by itself where it is compressed; both are wanted.
+    for place in range(len(data) // 2, len(data) // 2 + 8):
+        data[place] ^= 0x40
+    path.write_bytes(bytes(data))
+
+
+def test_damaged_checkpoint_is_passed_over(tmp_path, capsys):
+    shapes, shardings = save_three(tmp_path)
+    flip(tmp_path, 3)
+    with Checkpoints(tmp_path, keep=3) as saved:
+        restored = saved.restore_latest(shapes, shardings)
+        assert restored.step == 2 and restored.rows["rows"] == 2
+        assert (restored.state.params["w"] == 2).all()
+        assert saved.latest() == 2
+        # The step can be saved again.
+        saved.save(3, step.TrainState(jnp.int32(3), {"w": jnp.full(2000, 3.0)}, ()))
+    out, err = capsys.readouterr()
+    assert out.startswith(f"warning: {tmp_path / '3'} ") and out.count("\n") == 1 and not err
+    assert out.endswith("; resuming from step 2. It is kept as 3.damaged.\n")
+    assert (tmp_path / "3.damaged").is_dir() and saved_steps(tmp_path) == [1, 2, 3]
+
+
+def test_all_damaged_checkpoints_are_refused(tmp_path):
+    shapes, shardings = save_three(tmp_path)
+    for number in (1, 2, 3):
+        flip(tmp_path, number)
+    with Checkpoints(tmp_path, keep=3) as saved, pytest.raises(DamagedCheckpoint) as error:
+        saved.restore_latest(shapes, shardings)
+    lines = str(error.value).splitlines()
+    assert lines[0] == f"{tmp_path} has no checkpoint that can be resumed from:"
+    assert len(lines) == 5 and f"or remove {tmp_path}: the stage then begins again." in lines[-1]
+    assert saved_steps(tmp_path) == [1, 2, 3]  # nothing is set aside
+
+
+def test_checkpoint_without_sums_is_passed_over(tmp_path, capsys):
+    shapes, shardings = save_three(tmp_path)
+    path = tmp_path / "3" / "_CHECKPOINT_METADATA"
+    metadata = json.loads(path.read_text())
+    metadata["custom_metadata"] = {}
+    path.write_text(json.dumps(metadata))
+    with Checkpoints(tmp_path, keep=3) as saved:
+        assert saved.restore_latest(shapes, shardings).step == 2
+    assert "3 has no sums to check it by" in capsys.readouterr().out
+
+
+def test_verify(tmp_path):
+    save_three(tmp_path)
+    flip(tmp_path, 2)
+    assert verify(tmp_path, 3)["rows"] == 3
+    with pytest.raises(DamagedCheckpoint):
+        verify(tmp_path, 2)

@@ -95,6 +95,41 @@ def test_writer_rewind(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("change", "left"),
+    [
+        (lambda lines: [*lines[:1], "{garbage", *lines[2:]], [0, 2]),
+        (lambda lines: lines[1:], [1, 2]),
+        (lambda lines: [lines[0].replace("0.0", "9.0"), *lines[1:]], [0, 1, 2]),
+        (lambda lines: [], []),
+    ],
+)
+def test_writer_rewind_keeps_damaged_file(tmp_path, capsys, change, left):
+    """Rows that are missing, changed or no rows are told of, and nothing is deleted."""
+    writer = metrics.Writer(tmp_path)
+    for step in range(3):
+        writer.write(step, {"loss/train": float(step)})
+    written = writer.written
+    path = tmp_path / "metrics.jsonl"
+    damaged = "".join(line + "\n" for line in change(path.read_text().splitlines()))
+    path.write_text(damaged)
+    assert not metrics.holds(path, written)
+
+    metrics.Writer(tmp_path).rewind(2, written)
+    assert [row["step"] for row in metrics.read_rows(path)] == left
+    assert (tmp_path / "metrics.jsonl.damaged").read_text() == damaged
+    said = capsys.readouterr().out
+    assert "no longer holds the 3 rows that were written up to step 2" in said
+    assert f"{len(left)} rows of the file can be read and are kept" in said
+
+
+def test_read_rows_names_damaged_row(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n\xff\n{"step": 3}\n{"st')
+    with pytest.raises(ValueError, match=f"^{path} line 2 is not a row of metrics"):
+        metrics.read_rows(path)
+
+
 def test_writer_tensorboard(tmp_path):
     pytest.importorskip("tensorboardX", reason="TensorBoard needs tensorboardX")
     with metrics.Writer(tmp_path, tensorboard=True) as writer:
