@@ -32,7 +32,18 @@ FLOORS = [  # the rooms and the files beside them, from the ground up
     {"training"},
     {"evaluation", "planning"},
     {"pipeline"},
-    {"train", "sample", "score", "plan", "sweep", "runs", "data_report", "api", "__main__"},
+    {
+        "train",
+        "sample",
+        "score",
+        "plan",
+        "sweep",
+        "runs",
+        "check",
+        "data_report",
+        "api",
+        "__main__",
+    },
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 FILES = sorted(
