@@ -319,12 +319,13 @@ class Ledger:
                     "Fix these rows, or raise data.max_dropped if losing them is right."
                 )
         if not self.train.kept:
+            reasons = "".join(f"\n  {line}" for line in self.train.drops())
             filtered = sum(self.train.filtered.values())
             dropped = sum(self.train.dropped.values())
             raise ValueError(
-                f"no row is left to train on: {self.train.read} read, {filtered} filtered, "
+                f"{path}: no row is left to train on: {self.train.read} read, {filtered} filtered, "
                 f"{dropped} dropped, {self.train.held_out} held out for eval. See data.path, "
-                "data.train_split, data.max_rows and data.eval_fraction."
+                f"data.train_split, data.max_rows and data.eval_fraction.{reasons}"
             )
 
 

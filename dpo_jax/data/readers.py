@@ -1030,6 +1030,11 @@ def _csv_records(file: Path, delimiter: str = ",") -> Iterator[Record]:
         for cells in reader:
             if names is None:
                 names = cells
+                if not any(names):
+                    raise ValueError(
+                        f"{file} has no names of columns in line 1; expected a line such as "
+                        f"{delimiter.join(('prompt', 'chosen', 'rejected'))!r}."
+                    )
                 _check_columns(file, names)
             elif cells:
                 yield _csv_row(names, cells)
@@ -1138,11 +1143,19 @@ def _arrow_records(file: Path) -> Iterator[Record]:
             try:
                 stream = pyarrow.ipc.open_stream(opened)
                 batches = iter(stream)
+                is_stream = True
             except pyarrow.ArrowInvalid:
                 stream = pyarrow.ipc.open_file(opened)
                 batches = (stream.get_batch(i) for i in range(stream.num_record_batches))
+                is_stream = False
         _check_columns(file, stream.schema.names)
         yield from _table_rows(file, "Arrow", stream.schema, batches)
+        # A second stream behind the first, as two files that were joined have, would be lost.
+        if is_stream and opened.tell() < opened.size():
+            raise ValueError(
+                f"{file} has {opened.size() - opened.tell():,} bytes behind the end of its Arrow "
+                "stream, which are not read. Files cannot be joined: put them into one folder."
+            )
 
 
 @contextlib.contextmanager

@@ -185,3 +185,19 @@ def test_numbers_that_are_none():
     assert number_of(10**4000) is None
     assert number_of("1e999") is None and number_of(float("-inf")) is None
     assert number_of("2.5") == 2.5
+
+
+def test_a_first_line_without_names(tmp_path):
+    (tmp_path / "rows.csv").write_text("\nq,a,b\n")
+    with pytest.raises(ValueError, match="rows.csv has no names of columns in line 1"):
+        read(tmp_path / "rows.csv", on_bad_row="drop")
+
+
+def test_arrow_streams_that_were_joined(tmp_path):
+    table = pyarrow.Table.from_pylist(pairs(3))
+    with pyarrow.ipc.new_stream(str(tmp_path / "a.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    content = (tmp_path / "a.arrow").read_bytes()
+    (tmp_path / "a.arrow").write_bytes(content * 2)
+    with pytest.raises(ValueError, match="a.arrow has .* bytes behind the end of its Arrow stream"):
+        read(tmp_path / "a.arrow")

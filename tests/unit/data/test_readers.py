@@ -28,6 +28,10 @@ from tests.helpers.rows import (
 )
 
 
+# Where libraries would look for a cache before they look at HOME.
+CACHES = {"HF_HOME", "HF_DATASETS_CACHE", "HF_HUB_CACHE", "XDG_CACHE_HOME"}
+
+
 @pytest.mark.parametrize(
     "line, said",
     [
@@ -653,7 +657,7 @@ def test_csv_row_with_too_many_cells(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.parquet", "rows.arrow"])
-def test_local_files_never_use_the_network(tmp_path, name):
+def test_local_files_use_neither_network_nor_home(tmp_path, name):
     code = f"""if True:
         import socket
         def refuse(*address):
@@ -672,7 +676,12 @@ def test_local_files_never_use_the_network(tmp_path, name):
     else:
         table.save_to_disk(tmp_path / "set")
         (tmp_path / "set" / "data-00000-of-00001.arrow").rename(tmp_path / name)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    # Nor do they need a home: none can be made here.
+    home = {"HOME": "/dev/null/home"}
+    kept = {key: value for key, value in os.environ.items() if key not in CACHES}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=kept | home
+    )
     assert done.stdout.strip() == "3", done.stderr
 
 
