@@ -27,7 +27,6 @@ from tests.helpers.rows import (
     write_parquet,
 )
 
-
 # Where libraries would look for a cache before they look at HOME.
 CACHES = {"HF_HOME", "HF_DATASETS_CACHE", "HF_HUB_CACHE", "XDG_CACHE_HOME"}
 
