@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 
-from tests.faults import jobs, kills, outcomes, report, signals, surroundings
+from tests.faults import jobs, kills, others, outcomes, report, signals, surroundings
 from tests.helpers.judge_server import JudgeServer, prefers
 from tests.helpers.paths import ROOT
 
@@ -37,11 +37,21 @@ def run_surroundings(tries: outcomes.Tries, run: "Harness") -> None:
     tries.run(surroundings.PART, surroundings.plan(run.wholes, run.folder))
 
 
+def run_files(tries: outcomes.Tries, run: "Harness") -> None:
+    tries.add(others.FILES, others.damaged_files(run.folder / "files"))
+
+
+def run_hostile(tries: outcomes.Tries, run: "Harness") -> None:
+    tries.add(others.HOSTILE, others.hostile_data(run.folder / "hostile"))
+
+
 # Part -> what runs it, and the jobs that it needs. Others are added here.
 PARTS = {
     kills.PART: (run_kills, kills.JOBS),
     signals.PART: (run_signals, signals.JOBS),
     surroundings.PART: (run_surroundings, surroundings.JOBS),
+    others.FILES: (run_files, ()),
+    others.HOSTILE: (run_hostile, ()),
 }
 
 

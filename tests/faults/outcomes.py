@@ -112,6 +112,11 @@ class Tries:
                     flush=True,
                 )
 
+    def add(self, part: str, made: list[Try]) -> None:
+        """Take the tries of a part that were made elsewhere."""
+        self.done += made
+        self._keep(part, made, len(made))
+
     def _one(self, part, name, function, folder) -> Try:
         began = time.monotonic()
         try:

@@ -11,7 +11,8 @@ from tests.faults.outcomes import Try
 from tests.helpers.paths import ROOT
 
 PAGE = "reliability.md"
-RECORD = "reliability.json"  # all tries: part -> how it was measured, and its tries
+# A line for how each part was measured, and one for each of its tries.
+RECORD = "reliability.jsonl"
 
 
 def write(folder: pathlib.Path, measured: dict[str, dict]) -> dict[str, dict]:
@@ -20,10 +21,26 @@ def write(folder: pathlib.Path, measured: dict[str, dict]) -> dict[str, dict]:
     measured: part -> record, as `record` makes it. Returns all parts.
     """
     path = folder / RECORD
-    before = json.loads(path.read_text()) if path.exists() else {}
+    before = _read(path) if path.exists() else {}
     parts = before | measured
-    path.write_text(json.dumps(parts, indent=1) + "\n")
+    lines = []
+    for part, kept in parts.items():
+        about = {name: value for name, value in kept.items() if name != "tries"}
+        lines += [json.dumps({"part": part, **about}), *map(json.dumps, kept["tries"])]
+    path.write_text("".join(f"{line}\n" for line in lines))
     (folder / PAGE).write_text(text(parts))
+    return parts
+
+
+def _read(path: pathlib.Path) -> dict[str, dict]:
+    """Return the parts that were measured before."""
+    parts = {}
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        if "command" in row:
+            parts[row.pop("part")] = row | {"tries": []}
+        else:
+            parts[row["part"]]["tries"].append(row)
     return parts
 
 
