@@ -9,6 +9,7 @@ signal's number. Imports no jax, so that help and listings are quick.
 
 import dataclasses
 import dis
+import errno
 import math
 import pathlib
 import re
@@ -42,6 +43,8 @@ _BUG_NOTE = (
     "lines above."
 )
 _OURS = ("dpo_jax", "experiments")
+# A full disk, a full share of it, and a limit of a file's size.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclasses.dataclass
@@ -229,7 +232,10 @@ def report(error: BaseException) -> int:
         signum = getattr(error, "signum", signal.SIGINT)
         text, status = stopping.words(signum), 128 + signum
     elif mistake:
-        text, status = f"error: {str(error) or type(error).__name__}", MISTAKE
+        text = f"error: {str(error) or type(error).__name__}"
+        status = MISTAKE
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            text += ". Make room or raise the limit, and run the same command again."
     else:
         text, status = _BUG_NOTE, BUG
     stopping.said()

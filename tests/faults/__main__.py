@@ -100,7 +100,8 @@ def main() -> int:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     # A shell that starts this in the background ignores Ctrl-C, and so would all commands here.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    command = " ".join(["python -m tests.faults", *sys.argv[1:]])
+    shown = [argument for argument in sys.argv[1:] if not argument.startswith("--out")]
+    command = " ".join(["python -m tests.faults", *shown])
     folder = pathlib.Path(tempfile.mkdtemp(prefix="faults-"))
     # Some commands run as another user, who must get at their folders.
     folder.chmod(0o755)

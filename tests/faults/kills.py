@@ -120,10 +120,18 @@ def strike(
         time.sleep(POLL)
         if any(process.poll() is not None for process in started):
             return False
-    while pattern and not any(folder.glob(pattern)):
+    while pattern and not is_there(folder, pattern):
         time.sleep(POLL)
         if any(process.poll() is not None for process in started):
             return False
     for index in victims:
         started[index].send_signal(how)
     return True
+
+
+def is_there(folder: pathlib.Path, pattern: str) -> bool:
+    """Return whether a folder that is being written to has a file of a pattern."""
+    try:
+        return any(folder.glob(pattern))
+    except FileNotFoundError:  # a folder went while it was looked through
+        return False

@@ -246,3 +246,8 @@ def test_full_memory_is_explained():
     unknown = pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL")
     with unknown, device_command.explain_full_memory():
         raise jax.errors.JaxRuntimeError("INTERNAL: RESOURCE_EXHAUSTED elsewhere")
+
+
+def test_full_disk_says_what_to_do():
+    done = program("raise OSError(28, 'No space left on device', 'a.jsonl')")
+    assert_refused(done, "a.jsonl", "Make room", "run the same command again")
