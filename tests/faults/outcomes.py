@@ -53,7 +53,7 @@ def judge(ended: jobs.Ended, found: dict, expected: dict) -> tuple[str, str]:
         wrong = goldens.differences(expected, found)
         return (SILENT, "; ".join(wrong)[:500]) if wrong else (SAME, "")
     if set(ended.statuses) <= {0, REFUSED} and is_paragraph(ended.text):
-        return CLEAR, last_lines(ended.text)
+        return CLEAR, last_lines("error: " + ended.text.rpartition("error: ")[2])
     return SILENT, f"status {ended.statuses}, {last_lines(ended.text) or 'no word'}"
 
 

@@ -87,10 +87,11 @@ def text(parts: dict[str, dict]) -> str:
         "",
         "Each try starts a small run, hurts it, and gives the same command again. **Same bits**: "
         "in the end, exported weights, metrics without timings, pairs, completions, verdicts and "
-        "the toy's table equal an uninterrupted run's. **Clear refusal**: exit status 2 and one "
-        "paragraph; where the cause can go away, the same command then ended with the same bits. "
-        "**Silent**: another result that passes for right, or an end without a word or with the "
-        "wrong status. **Deep**: a traceback. **Hanging**: no end in time.",
+        "the toy's table equal an uninterrupted run's; of hostile data: the counts of the ledger "
+        "are right. **Clear refusal**: exit status 2 and one paragraph; where the cause can go "
+        "away, the same command then ended with the same bits. **Silent**: another result that "
+        "passes for right, or an end without a word or with the wrong status. **Deep**: a "
+        "traceback. **Hanging**: no end in time.",
         "",
         "| part | what | tried | same bits | clear refusals | silent | deep | hanging |",
         "|---|---|---|---|---|---|---|---|",
