@@ -12,13 +12,23 @@ See `dpo_jax.api`. Importing the package imports neither jax nor anything that u
 
 import importlib
 import logging
+import sys
 import typing
 import warnings
+
+from dpo_jax import stopping, surroundings
 
 if typing.TYPE_CHECKING:
     from dpo_jax.api import LogProbs, Model, Trainer, batches, load, load_config, run
 
 __all__ = ["LogProbs", "Model", "Trainer", "batches", "load", "load_config", "run"]
+
+
+# Python has this name for a command while it imports the package of `python -m dpo_jax.COMMAND`. The
+# command's own imports come next and take seconds, in which a signal may come too.
+if sys.argv[:1] == ["-m"]:
+    surroundings.prepare()
+    stopping.end_at_once()
 
 
 def _not_about_torch(record: logging.LogRecord) -> bool:

@@ -23,7 +23,7 @@ HELP = ("help", "--help", "-h")
 def main():
     """Start the command that the first argument names."""
     # Before any import that takes long: a signal ends it with one line, and libraries look for the
-    # home folder when they are imported.
+    # home folder when they are imported. `python -m` has done so already.
     surroundings.prepare()
     stopping.end_at_once()
     from dpo_jax import command_line, config_files
