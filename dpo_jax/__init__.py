@@ -24,8 +24,8 @@ if typing.TYPE_CHECKING:
 __all__ = ["LogProbs", "Model", "Trainer", "batches", "load", "load_config", "run"]
 
 
-# Python has this name for a command while it imports the package of `python -m dpo_jax.COMMAND`. The
-# command's own imports come next and take seconds, in which a signal may come too.
+# Python has this name for a command while it imports the package of `python -m dpo_jax.COMMAND`.
+# The command's own imports come next and take seconds, in which a signal may come too.
 if sys.argv[:1] == ["-m"]:
     surroundings.prepare()
     stopping.end_at_once()
