@@ -31,6 +31,7 @@ from tests.helpers.tiny_runs import on_devices
 
 OUTCOMES = ("same bits", "told", "clear", "silent", "deep", "hanging")
 BAD = ("silent", "deep", "hanging")
+WORK = "work"  # the folder of every run: some files hold its path
 SECONDS = 60  # after which a run counts as hanging
 # A reader needs nothing of these, or orbax nothing of what they hold.
 NOT_CHECKED = (".lock", "commit_success.txt", "_sharding", "array_metadatas", "ocdbt.process_0/m")
@@ -111,18 +112,18 @@ def try_all(
         for how, data in damages(path.read_bytes()):
             if not is_tried(f"{name} {how}"):
                 continue
-            with tempfile.TemporaryDirectory() as scratch:
-                workdir = pathlib.Path(scratch) / "work"
-                shutil.copytree(source, workdir)
-                if data is None:
-                    (workdir / name).unlink()
-                else:
-                    (workdir / name).write_bytes(data)
-                # Whether a file should be there only a finished stage or a checkpoint knows.
-                is_read = how != "removed" and not any(part in name for part in NOT_CHECKED)
-                if with_check and is_read and not _is_seen(workdir):
-                    counts.unseen.append(f"{name} {how}")
-                outcome, said = _outcome(config, workdir, wanted, name)
+            workdir = source.parent / WORK
+            shutil.copytree(source, workdir)
+            if data is None:
+                (workdir / name).unlink()
+            else:
+                (workdir / name).write_bytes(data)
+            # Whether a file should be there only a finished stage or a checkpoint knows.
+            is_read = how != "removed" and not any(part in name for part in NOT_CHECKED)
+            if with_check and is_read and not _is_seen(workdir):
+                counts.unseen.append(f"{name} {how}")
+            outcome, said = _outcome(config, workdir, wanted, name)
+            shutil.rmtree(workdir)
             counts.tried += 1
             counts.outcomes[outcome] += 1
             if outcome in BAD:
@@ -215,9 +216,12 @@ def count(kind: str, folder: pathlib.Path, **options) -> dict[str, Counts]:
     """Try all files of a finished run and of one that was stopped; return the Counts of each."""
     make, stage, step = KINDS[kind]
     config = make()
-    run(config, folder / "finished")
-    run_until(config, folder / "stopped", stage, step)
-    wanted = result(folder / "finished")
+    work = folder / WORK
+    run(config, work)
+    wanted = result(work)
+    work.rename(folder / "finished")
+    run_until(config, work, stage, step)
+    work.rename(folder / "stopped")
     return {
         f"{kind}, {state}": try_all(config, folder / state, wanted, **options)
         for state in ("finished", "stopped")

@@ -7,7 +7,7 @@ import pytest
 from dpo_jax import check
 from tests.faults import files
 
-PART = 6  # one in so many damages is tried here; tests.faults.files tries all
+PART = 10  # one in so many damages is tried here; tests.faults.files tries all
 
 
 def is_tried(name: str) -> bool:
