@@ -295,9 +295,13 @@ def result(folder: pathlib.Path) -> dict:
     found = {}
     for path in goldens.made_by_commands(folder / RUN):
         name = str(path.relative_to(folder / RUN))
+        if path.suffix == ".draft" or "partial" in name:
+            continue
         if path.name == JUDGEMENTS:
             found[name] = _judgements(path)
-        elif path.suffix != ".draft" and "partial" not in name:
+        elif path.name == "README.md":
+            found[name] = _card(path)
+        else:
             try:
                 found[name] = _without_times(goldens.content(path))
             except ValueError:  # of JSON that is cut
@@ -310,6 +314,12 @@ def _without_times(value):
     if isinstance(value, dict):
         return {key: _without_times(one) for key, one in value.items() if key not in JUDGE_TIMES}
     return value
+
+
+def _card(path: pathlib.Path) -> list[str]:
+    """Return a model's card without the day on which its stage was started."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if not line.startswith("| date ")]
 
 
 def _judgements(path: pathlib.Path) -> list:
