@@ -27,7 +27,14 @@ from dpo_jax.data.tokenizer import TOKENIZATION_VERSION
 from dpo_jax.models import loading
 from dpo_jax.parallel import processes, sharding
 from dpo_jax.sampling import generation, sampler
-from dpo_jax.workdir import append_lines, differences, read_lines, write_json, write_lines
+from dpo_jax.workdir import (
+    append_lines,
+    differences,
+    lock_output,
+    read_lines,
+    write_json,
+    write_lines,
+)
 
 FIELDS = ("columns", "template", "ignore")  # of config.data, each a flag as it is there
 OWN_FIELDS = ("max_prompt_length", "truncate")  # with other defaults
@@ -50,8 +57,16 @@ class Options:
 @data_flags.named((*FIELDS, *OWN_FIELDS), path="prompts")
 def sample_file(options: Options, mesh) -> None:
     """Sample completions for each row of a file that is not in the output yet."""
-    rows, prompts = _read(options)
     path = pathlib.Path(options.out)
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--out={path}: there is no folder {path.parent}. Make it first.")
+    # A second command would add the same rows once more.
+    with lock_output(path):
+        _sample_file(options, path, mesh)
+
+
+def _sample_file(options: Options, path: pathlib.Path, mesh) -> None:
+    rows, prompts = _read(options)
     digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
     made_with = dict(
         model=options.model,
@@ -118,8 +133,6 @@ def _begin(
     Rows beyond whole chunks are cut off. A file keeps the date with which it was begun, unless
     another one is asked for, which is refused.
     """
-    if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"--out={path}: there is no folder {path.parent}. Make it first.")
     beside = path.with_name(path.name + ".settings.json")
     # As it comes back from a file: tuples become lists.
     made_with = json.loads(json.dumps(made_with))

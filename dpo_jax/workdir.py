@@ -498,12 +498,24 @@ def lock_folder(folder: pathlib.Path):
     with (folder / ".lock").open("w") as file:
         # One process takes the lock for all: the others would be refused.
         if jax.process_index() == 0:
-            _take(file, folder)
+            _take(file, folder, "--workdir or --config.run")
         yield
 
 
-def _take(file, folder: pathlib.Path) -> None:
-    """Lock an open file, after a wait if need be."""
+@contextlib.contextmanager
+def lock_output(path: pathlib.Path):
+    """Hold a file that rows are added to for this process, by the file .NAME.lock beside it.
+
+    Raises RuntimeError if another process holds it for longer than PATIENCE.
+    """
+    with path.with_name(f".{path.name}.lock").open("w") as file:
+        if jax.process_index() == 0:
+            _take(file, path, "--out")
+        yield
+
+
+def _take(file, place: pathlib.Path, flags: str) -> None:
+    """Lock an open file for work in a place, after a wait if need be; flags: that name it."""
     # A run that only finds the stage done holds it for a moment; one that works in it, for long.
     deadline = time.monotonic() + PATIENCE
     while True:
@@ -512,13 +524,12 @@ def _take(file, folder: pathlib.Path) -> None:
         except BlockingIOError:
             if time.monotonic() > deadline:
                 raise RuntimeError(
-                    f"another process is at work in {folder}: wait for it, or give another "
-                    "--workdir or --config.run."
+                    f"another process is at work in {place}: wait for it, or give another {flags}."
                 ) from None
             time.sleep(0.1)
         except OSError as error:
             # Some network file systems, and folders mounted from a bucket, have no locks.
-            _say_unlocked(folder.parent, error.strerror)
+            _say_unlocked(place.parent, error.strerror)
             return None
 
 

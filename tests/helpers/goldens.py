@@ -198,7 +198,7 @@ def made_by_commands(folder: pathlib.Path):
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
         skipped = parts[0] in given or "checkpoints" in parts or path.suffix == ".log"
-        if path.is_file() and not skipped and path.name != ".lock":
+        if path.is_file() and not skipped and not path.name.endswith(".lock"):
             yield path
 
 

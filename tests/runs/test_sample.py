@@ -2,6 +2,7 @@
 
 import csv
 import datetime
+import fcntl
 import json
 import re
 import shutil
@@ -219,6 +220,15 @@ def test_sample_names_bad_row(model, tmp_path, text, message):
 def test_sample_names_missing_folder(model, pairs, tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no folder .*missing. Make it first"):
         sample_file(model, pairs, tmp_path / "missing" / "out.jsonl")
+
+
+def test_sample_twice_at_once_is_refused(model, pairs, tmp_path):
+    """The second one would add the rows once more."""
+    with (tmp_path / ".out.jsonl.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(RuntimeError, match=r"at work in .*out\.jsonl: .* give another --out"):
+            sample_file(model, pairs, tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()
 
 
 def test_sample_tells_long_prompts(model, tmp_path, capsys):
