@@ -27,13 +27,14 @@ from dpo_jax.data.tokenizer import TOKENIZATION_VERSION
 from dpo_jax.models import loading
 from dpo_jax.parallel import processes, sharding
 from dpo_jax.sampling import generation, sampler
+from dpo_jax.whole_file import read_record
 from dpo_jax.workdir import (
     append_lines,
     differences,
     lock_output,
     read_lines,
-    write_json,
     write_lines,
+    write_record,
 )
 
 FIELDS = ("columns", "template", "ignore")  # of config.data, each a flag as it is there
@@ -138,14 +139,14 @@ def _begin(
     made_with = json.loads(json.dumps(made_with))
     if not path.exists():
         day = (date or datetime.date.today()).isoformat()
-        write_json(beside, made_with | dict(date=day))
+        write_record(beside, made_with | dict(date=day))
         return 0, day
     if not beside.exists():
         raise FileExistsError(
             f"--out={path}: the file exists, but not {beside.name}, which would say what it was "
             "made with. Give another name, or remove the file."
         )
-    found = json.loads(beside.read_text())
+    found = read_record(beside, f"Put it back from a copy, or remove it and {path}.")
     day = date.isoformat() if date else found.get("date", datetime.date.today().isoformat())
     made_with["date"] = day
     if found != made_with:

@@ -162,6 +162,19 @@ def test_sample_refuses_other_file(model, pairs, tmp_path):
     assert (tmp_path / "notes.jsonl").read_text() == "mine\n"
 
 
+@pytest.mark.parametrize("damage", ["", "[]", "{", "cut", "edited"])
+def test_sample_refuses_damaged_settings(unfinished, model, pairs, damage):
+    """By the file's name, with what to do; the rows stay as they were."""
+    settings = unfinished.with_name("out.jsonl.settings.json")
+    whole = settings.read_text()
+    damaged = dict(cut=whole[: len(whole) // 2], edited=whole.replace("float32", "float16"))
+    settings.write_text(damaged.get(damage, damage))
+    before = unfinished.read_bytes()
+    with pytest.raises(ValueError, match=r"out.jsonl.settings.json is not .* Put it back"):
+        sample_file(model, pairs, unfinished)
+    assert unfinished.read_bytes() == before
+
+
 # prompts
 
 
