@@ -24,9 +24,18 @@ if typing.TYPE_CHECKING:
 __all__ = ["LogProbs", "Model", "Trainer", "batches", "load", "load_config", "run"]
 
 
-# Python has this name for a command while it imports the package of `python -m dpo_jax.COMMAND`.
-# The command's own imports come next and take seconds, in which a signal may come too.
-if sys.argv[:1] == ["-m"]:
+def _is_own_command() -> bool:
+    """Return whether this is `python -m dpo_jax.COMMAND`, whose module is imported next."""
+    # Python calls a program so until it has found its module. Another program may import this
+    # package then too.
+    if sys.argv[:1] != ["-m"] or "-m" not in sys.orig_argv[:-1]:
+        return False
+    module = sys.orig_argv[sys.orig_argv.index("-m") + 1]
+    return module.partition(".")[0] == "dpo_jax"
+
+
+# The command's own imports take seconds, in which a signal may come too.
+if _is_own_command():
     surroundings.prepare()
     stopping.end_at_once()
 

@@ -36,6 +36,8 @@ def keep_compiled_programs() -> None:
 
     Where the folder cannot be written, it is said once, and they are not kept.
     """
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR") == "":
+        return  # the user wants none kept
     # A user's own choice comes first, by variable or in code.
     folder = jax.config.jax_compilation_cache_dir or os.path.expanduser(CACHE)
     # A bucket is jax's to write to.

@@ -7,11 +7,11 @@ checkpoint, and compared when it is restored.
 
 import contextlib
 import dataclasses
+import errno
 import gc
 import json
 import logging
 import pathlib
-import shutil
 import sys
 import warnings
 from collections.abc import Callable
@@ -25,11 +25,11 @@ from dpo_jax.parallel import processes
 from dpo_jax.training.checkpoint_sums import sums
 from dpo_jax.training.metric_names import describe
 from dpo_jax.training.step import TrainState
+from dpo_jax.whole_file import set_aside
 
 # Unfinished stages of version 1 have checkpoints without sums.
 CHECKPOINT_VERSION = 2
 LONGEST_REASON = 150  # characters of a library's message that are shown
-DAMAGED = ".damaged"  # ends the name of a checkpoint that was set aside
 
 
 class DamagedCheckpoint(ValueError):
@@ -192,6 +192,16 @@ class Checkpoints:
         tree, kept = _load(self._checkpointer.directory / str(step), abstract)
         return Restored(step, TrainState(**tree), kept.get("rows", {}), kept.get("row", {}))
 
+    def restore_best(self, step: int, shapes: TrainState, shardings: TrainState) -> TrainState:
+        """Return the state of the step that is the result; DamagedCheckpoint says what to do."""
+        try:
+            return self.restore(step, shapes, shardings).state
+        except DamagedCheckpoint as error:
+            raise DamagedCheckpoint(
+                f"{error}, and it is the best one, which the stage's result is made of. Put it "
+                f"back from a copy, or remove {self._folder.parent} to train the stage again."
+            ) from error
+
     def restore_latest(self, shapes: TrainState, shardings: TrainState) -> Restored | None:
         """Return the newest checkpoint that is whole; None where there is none at all.
 
@@ -233,14 +243,17 @@ class Checkpoints:
             )
         for step in damaged:
             file = _metrics_file(self._folder / str(step))
-            warn(f"{file} is damaged; its checkpoint is passed over, and kept as {step}{DAMAGED}.")
-        _rename_all(self._folder, damaged)
+            kept = set_aside(self._folder / str(step))
+            warn(f"{file} is damaged; its checkpoint is passed over, and kept as {kept.name}.")
 
     def _set_aside(self, damaged: dict[int, DamagedCheckpoint], good: int) -> None:
         """Rename damaged checkpoints, so that their steps can be saved again, and say so."""
-        for step, error in damaged.items():
-            warn(f"{error}; resuming from step {good}. It is kept as {step}{DAMAGED}.")
-        processes.from_first(lambda: _rename_all(self._folder, list(damaged)))
+
+        def rename():
+            return [set_aside(self._folder / str(step)).name for step in damaged]
+
+        for error, name in zip(damaged.values(), processes.from_first(rename), strict=True):
+            warn(f"{error}; resuming from step {good}. It is kept as {name}.")
         with _quiet():
             self._checkpointer.reload()
 
@@ -334,11 +347,19 @@ def _attempt(path: pathlib.Path, read: Callable):
         except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
             raise  # not the checkpoint's fault
         except Exception as error:  # noqa: BLE001 - orbax, tensorstore and codecs have many
+            if getattr(error, "errno", None) not in (None, errno.ENOENT):
+                raise  # a disk's error, which may be over soon
             reason = _root_of(error)
         if reason:
             # Unfinished reads of other arrays complain when they are thrown away: here, or later.
             gc.collect()
             logging.getLogger("asyncio").addFilter(_is_of_no_read)
+    if reason and jax.process_count() > 1:
+        # Others that could read it wait for this process inside orbax: all of them have to end.
+        raise OSError(
+            f"{path} cannot be read by process {jax.process_index()} ({reason}). Rename or remove "
+            "it, and run the same command again: it resumes from the checkpoint before it."
+        )
     if reason:
         raise DamagedCheckpoint(f"{path} cannot be read ({reason})")
     return found
@@ -398,13 +419,6 @@ def _has_good_metrics(checkpoint: pathlib.Path) -> bool:
         return False
     values = metrics.values() if isinstance(metrics, dict) else [None]
     return all(isinstance(value, float | int) for value in values)
-
-
-def _rename_all(folder: pathlib.Path, steps: list[int]) -> None:
-    for step in steps:
-        place = folder / f"{step}{DAMAGED}"
-        shutil.rmtree(place, ignore_errors=True)  # of an earlier time
-        (folder / str(step)).rename(place)
 
 
 def _absolute(folder) -> str:

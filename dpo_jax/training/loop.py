@@ -221,7 +221,7 @@ def train(job: Job, feed: Feed) -> tuple[dict, dict[str, float]]:
             return state.params, recorder.evaluation
         best_step, value = best
         say(f"{job.name}: best {job.block.keep_best} {value:.4g} at step {best_step}")
-        state = checkpoints.restore(best_step, shapes, programs.shardings).state
+        state = checkpoints.restore_best(best_step, shapes, programs.shardings)
         return state.params, recorder.evaluation_of(best_step, state)
 
 

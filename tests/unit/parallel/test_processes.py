@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -27,3 +28,14 @@ def test_results_travel_as_json():
     assert processes._header({"rows": [1, None]}, None) == dict(value={"rows": [1, None]})
     header = json.loads(json.dumps(processes._header(np.zeros((2, 3), np.float32), None)))
     assert header == dict(array=dict(dtype="<f4", shape=[2, 3]))
+
+
+def test_an_empty_variable_keeps_no_compiled_programs(monkeypatch):
+    folder = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+        processes.keep_compiled_programs()
+        assert jax.config.jax_compilation_cache_dir is None
+    finally:
+        jax.config.update("jax_compilation_cache_dir", folder)

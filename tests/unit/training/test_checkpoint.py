@@ -1,5 +1,6 @@
 """Checkpoints: which is the best, who handles preemption, and what many saves leave open."""
 
+import errno
 import json
 import os
 import resource
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import multihost_utils
 
-from dpo_jax.training import step
+from dpo_jax.training import checkpoint, step
 from dpo_jax.training.checkpoint import Checkpoints, DamagedCheckpoint, saved_steps, verify
 
 
@@ -137,3 +138,44 @@ def test_verify(tmp_path):
     assert verify(tmp_path, 3)["rows"] == 3
     with pytest.raises(DamagedCheckpoint):
         verify(tmp_path, 2)
+
+
+def test_damaged_again_keeps_both(tmp_path, capsys):
+    """What was set aside before stays there."""
+    (tmp_path / "3.damaged").mkdir()
+    shapes, shardings = save_three(tmp_path)
+    flip(tmp_path, 3)
+    with Checkpoints(tmp_path, keep=3) as saved:
+        assert saved.restore_latest(shapes, shardings).step == 2
+    assert capsys.readouterr().out.endswith("It is kept as 3.damaged2.\n")
+    assert (tmp_path / "3.damaged").is_dir() and (tmp_path / "3.damaged2").is_dir()
+
+
+def test_damaged_best_says_what_to_do(tmp_path):
+    folder = tmp_path / "dpo" / "checkpoints"
+    shapes, shardings = save_three(folder)
+    flip(folder, 2)
+    remedy = f"Put it back from a copy, or remove {folder.parent} to train the stage again"
+    with Checkpoints(folder, keep=3) as saved, pytest.raises(DamagedCheckpoint, match=remedy):
+        saved.restore_best(2, shapes, shardings)
+
+
+def fail(error):
+    raise error
+
+
+def test_one_of_several_processes_does_not_go_on_alone(tmp_path, monkeypatch):
+    """The others may have read it, and wait for this one inside orbax."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(OSError, match="by process 0 .*cut.*Rename or remove it") as error:
+        checkpoint._attempt(tmp_path / "3", lambda: fail(ValueError("cut")))
+    assert not isinstance(error.value, DamagedCheckpoint)
+
+
+def test_error_of_a_disk_is_no_damage(tmp_path):
+    failing = OSError(errno.EIO, "Input/output error")
+    with pytest.raises(OSError) as error:
+        checkpoint._attempt(tmp_path / "3", lambda: fail(failing))
+    assert error.value is failing
+    with pytest.raises(DamagedCheckpoint):
+        checkpoint._attempt(tmp_path / "3", lambda: fail(FileNotFoundError(errno.ENOENT, "gone")))
