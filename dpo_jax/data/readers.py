@@ -59,6 +59,8 @@ DESCRIPTIONS = {
 }
 # What the shards of a set with one split are called.
 SHARD_WORDS = {"data", "part", "shard", "chunk", "file", "dataset"}
+# What the files of a saved set list, by the field.
+LISTINGS = {"splits": '["train", ...]', "_data_files": '[{"filename": "NAME.arrow"}, ...]'}
 # What `datasets` writes beside a saved set: what `map` and `filter` have cached.
 CACHE = re.compile(r"(cache-|tmp).*\.arrow")
 # Names that tell of a split, but in no word of their own: testset, my_valdata, traindata.
@@ -318,7 +320,10 @@ def local_splits(path: Path, subset: str = "") -> Splits:
             )
         subset = ""
     if (path / "dataset_dict.json").is_file():
-        names = _json_of(path / "dataset_dict.json")["splits"]
+        listing = path / "dataset_dict.json"
+        names = _listed(listing, "splits")
+        if not all(isinstance(name, str) for name in names):
+            raise _damaged_listing(listing, "splits")
         files = {name: _saved_files(_inside(path, name, "dataset_dict.json")) for name in names}
     elif (path / "state.json").is_file():
         files = {"train": _saved_files(path)}
@@ -410,8 +415,14 @@ def _declared_subsets(readme: Path) -> dict[str, dict]:
 def _saved_files(folder: Path) -> list[Path]:
     """Return the Arrow files of a folder that `Dataset.save_to_disk` has written, in order."""
     # The folder may hold more Arrow files than these: what `map` and `filter` have cached.
-    listed = _json_of(folder / "state.json")["_data_files"]
-    return [_inside(folder, file["filename"], "state.json") for file in listed]
+    listing = folder / "state.json"
+    files = []
+    for entry in _listed(listing, "_data_files"):
+        name = entry.get("filename") if isinstance(entry, dict) else None
+        if not isinstance(name, str):
+            raise _damaged_listing(listing, "_data_files")
+        files.append(_inside(folder, name, listing.name))
+    return files
 
 
 def _inside(folder: Path, name: str, listing: str) -> Path:
@@ -428,8 +439,24 @@ def _inside(folder: Path, name: str, listing: str) -> Path:
     return folder / path
 
 
-def _json_of(file: Path) -> dict:
-    return json.loads(file.read_text(encoding="utf-8"))
+def _listed(listing: Path, field: str) -> list:
+    """Return what a file of a saved set lists; ValueError where it is not as it was written."""
+    try:
+        content = json.loads(listing.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        content = None
+    names = content.get(field) if isinstance(content, dict) else None
+    if not isinstance(names, list) or not names:
+        raise _damaged_listing(listing, field)
+    return names
+
+
+def _damaged_listing(listing: Path, field: str) -> ValueError:
+    expected = LISTINGS[field]
+    return ValueError(
+        f'{listing} is damaged: expected {{"{field}": {expected}, ...}}, as `save_to_disk` '
+        "writes it. Save the set again, or pass its Arrow files as data.path."
+    )
 
 
 def _hub_splits(path: str) -> Splits:

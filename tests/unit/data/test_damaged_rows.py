@@ -3,6 +3,7 @@
 import gzip
 import json
 
+import datasets
 import pyarrow
 import pytest
 
@@ -201,3 +202,18 @@ def test_arrow_streams_that_were_joined(tmp_path):
     (tmp_path / "a.arrow").write_bytes(content * 2)
     with pytest.raises(ValueError, match="a.arrow has .* bytes behind the end of its Arrow stream"):
         read(tmp_path / "a.arrow")
+
+
+@pytest.mark.parametrize(
+    "damage", ["", "{", "[]", "{}", '{"FIELD": null}', '{"FIELD": []}', '{"FIELD": [3]}']
+)
+@pytest.mark.parametrize(
+    "name, field", [("state.json", "_data_files"), ("dataset_dict.json", "splits")]
+)
+def test_damaged_listings_of_saved_sets_are_refused_by_name(tmp_path, name, field, damage):
+    rows = datasets.Dataset.from_list(pairs(3))
+    saved = datasets.DatasetDict(train=rows) if field == "splits" else rows
+    saved.save_to_disk(tmp_path / "saved")
+    (tmp_path / "saved" / name).write_text(damage.replace("FIELD", field))
+    with pytest.raises(ValueError, match=f'{name} is damaged: expected .*"{field}"'):
+        read(tmp_path / "saved")
