@@ -365,7 +365,9 @@ def _check(hf, config: TransformerConfig):
 def _check_size(hf, field: str, value, most: int):
     """Refuse a size that is no whole number of 1 or more, or beyond reason."""
     if type(value) is not int or not 1 <= value <= most:
-        raise _unsupported(hf, f"{field} = {value!r}", f"it must be a number from 1 to {most:,}")
+        raise _unsupported(
+            hf, f"{field} = {value!r}", f"it must be a whole number from 1 to {most:,}"
+        )
 
 
 def _unsupported(hf, found: str, supported: str) -> ValueError:
