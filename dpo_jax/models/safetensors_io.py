@@ -104,11 +104,20 @@ def read(folder: pathlib.Path) -> Iterator[Stored]:
 
 
 def open_file(file: pathlib.Path) -> dict[str, Stored]:
-    """Return the tensors of a safetensors file by name; ValueError where the file is damaged."""
+    """Return the tensors of a safetensors file by name.
+
+    Raises ValueError where the file is damaged, and OSError where it cannot be read.
+    """
     try:
         opened = safetensors.safe_open(file, framework="numpy")
-    except (safetensors.SafetensorError, OSError) as error:
+    except safetensors.SafetensorError as error:
         raise ValueError(f"{file} is damaged ({error}); fetch or write it again.") from error
+    except OSError as error:
+        # Such as no permission, or a disk that fails: the content may be whole.
+        raise OSError(
+            f"{file} cannot be read ({error}). Make it a file that you may read, on a disk that "
+            "works, and run the command again."
+        ) from error
     return {name: Stored(file, name, opened.get_slice(name)) for name in sorted(opened.keys())}
 
 

@@ -313,6 +313,13 @@ def test_load_refuses_pickle(tied, folder):
         load(folder, tied)
 
 
+def test_load_blames_no_damage_where_a_file_cannot_be_read(tied, folder):
+    (folder / FILE).unlink()
+    (folder / FILE).mkdir()
+    with pytest.raises(OSError, match=f"{folder}/model.safetensors cannot be read"):
+        load(folder, tied)
+
+
 def test_load_names_damaged_file(tied, folder):
     (folder / FILE).write_bytes((folder / FILE).read_bytes()[:-100])
     with pytest.raises(ValueError, match=f"{folder}/model.safetensors is damaged"):
