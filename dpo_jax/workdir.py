@@ -255,6 +255,8 @@ def check_files(folder: pathlib.Path) -> None:
 def problems_of(folder: pathlib.Path) -> dict[str, str]:
     """Return what is wrong with each file of a finished stage, by its name; "" if it is whole."""
     recorded = read_done(folder).get(FILES, {})
+    if not isinstance(recorded, dict):
+        raise ValueError(_changed(folder, f"holds {FILES!r} that are no files with their sha256"))
     # Large files are in a few pieces, and hashing lets go of the interpreter.
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         check = functools.partial(_problem_of, folder)
@@ -267,13 +269,12 @@ def _problem_of(folder: pathlib.Path, name: str, recorded: dict) -> str:
     path = folder / name
     inside = pathlib.PurePosixPath(name)
     if inside.is_absolute() or ".." in inside.parts:
-        return (
-            f"{folder / 'done.json'} names {name!r}, which is not in its folder: it was "
-            "changed. Remove done.json and run the stage's command again: "
-            f"{_how_made_again(folder)}."
-        )
-    if not path.exists():
-        found = f"{path} is gone"
+        return _changed(folder, f"names {name!r}, which is not in its folder")
+    # What was written has its sha256 in done.json; what somebody changed may lack anything.
+    if not isinstance(recorded, dict) or not {"bytes", "sha256"} <= recorded.keys():
+        return _changed(folder, f"does not say the bytes and the sha256 of {name}")
+    if not path.is_file():
+        found = f"{path} is no file" if path.exists() else f"{path} is gone"
     elif path.stat().st_size != recorded["bytes"] or _hash(path) != recorded["sha256"]:
         found = f"{path} is not what was written there: {_difference(recorded, _measure(path))}"
     else:
@@ -287,10 +288,18 @@ def _problem_of(folder: pathlib.Path, name: str, recorded: dict) -> str:
     )
 
 
+def _changed(folder: pathlib.Path, found: str) -> str:
+    """Say that somebody has changed a stage's done.json, and what to do."""
+    return (
+        f"{folder / 'done.json'} {found}: it was changed. Remove done.json and run the stage's "
+        f"command again: {_how_made_again(folder)}."
+    )
+
+
 def _difference(recorded: dict, found: dict) -> str:
     """Say in which way a file differs from what is recorded of it."""
     for unit in ("rows", "bytes"):
-        if recorded.get(unit) != found.get(unit):
+        if unit in recorded and unit in found and recorded[unit] != found[unit]:
             return f"it has {found[unit]:,} {unit}, and {recorded[unit]:,} were written"
     return "its sha256 is not that of what was written"
 

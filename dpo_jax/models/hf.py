@@ -12,6 +12,7 @@ import shutil
 
 import jax
 import numpy as np
+import transformers
 from flax import traverse_util
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
@@ -90,12 +91,17 @@ def read_config(path):
     # A type that transformers does not know may have code of its own, which is never run.
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise ValueError(
-            f"{file}: model_type is {model_type!r}, which this transformers does not know"
+            f"{file}: model_type is {model_type!r}, which transformers {transformers.__version__} "
+            "does not know. See that it is the config.json of a model in Hugging Face format, and "
+            "fetch it again; for a newer type, install a newer transformers."
         )
     try:
         return AutoConfig.from_pretrained(file, trust_remote_code=False)
     except Exception as error:  # noqa: BLE001 - whatever a wrong field makes transformers raise
-        raise ValueError(f"{file}: {type(error).__name__}: {error}") from error
+        raise ValueError(
+            f"{file}: transformers cannot read it ({type(error).__name__}: {error}). Correct the "
+            "field, or fetch the file again."
+        ) from error
 
 
 def make_config(fields):

@@ -183,6 +183,31 @@ def test_check_files_names_what_is_gone(tmp_path):
         check_files(folder)
 
 
+def test_check_files_names_a_folder_in_place_of_a_file(tmp_path):
+    folder = finish(begin(tmp_path))
+    (folder / "pairs.jsonl").unlink()
+    (folder / "pairs.jsonl").mkdir()
+    with pytest.raises(ValueError, match=f"^{folder}/pairs.jsonl is no file[.] Put it back"):
+        check_files(folder)
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        ([], "holds 'files' that are no files"),
+        ({"pairs.jsonl": {}}, "does not say the bytes and the sha256 of pairs.jsonl"),
+        ({"pairs.jsonl": dict(bytes=3)}, "does not say the bytes"),
+        ({"pairs.jsonl": None}, "does not say the bytes"),
+        ({"pairs.jsonl": dict(bytes=3, sha256="", rows=[])}, "pairs.jsonl is not what was"),
+    ],
+)
+def test_check_files_refuses_an_edited_record(tmp_path, files, found):
+    folder = finish(begin(tmp_path))
+    (folder / "done.json").write_text(json.dumps(dict(files=files)))
+    with pytest.raises(ValueError, match=f"{found}.* the stage's command again"):
+        check_files(folder)
+
+
 @pytest.mark.parametrize(
     ("data", "found"),
     [
