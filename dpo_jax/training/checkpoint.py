@@ -36,6 +36,10 @@ class DamagedCheckpoint(ValueError):
     """A checkpoint is not what was saved, or cannot be read."""
 
 
+class UnreadableCheckpoint(DamagedCheckpoint):
+    """A checkpoint cannot be read, perhaps by one process alone."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Restored:
     """A checkpoint as it was restored."""
@@ -214,6 +218,12 @@ class Checkpoints:
             try:
                 restored = self.restore(step, shapes, shardings)
             except DamagedCheckpoint as error:
+                if isinstance(error, UnreadableCheckpoint) and jax.process_count() > 1:
+                    # Each process reads a part, and the others may be waiting for this one.
+                    raise DamagedCheckpoint(
+                        f"{error}. Several processes cannot pass it over: rename the folder to "
+                        f"{step}{DAMAGED}, and the same command resumes from the checkpoint before."
+                    ) from None
                 damaged[step] = error
                 continue
             if damaged:
@@ -361,7 +371,7 @@ def _attempt(path: pathlib.Path, read: Callable):
             "it, and run the same command again: it resumes from the checkpoint before it."
         )
     if reason:
-        raise DamagedCheckpoint(f"{path} cannot be read ({reason})")
+        raise UnreadableCheckpoint(f"{path} cannot be read ({reason})")
     return found
 
 
