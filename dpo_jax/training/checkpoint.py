@@ -222,7 +222,7 @@ class Checkpoints:
                     # Each process reads a part, and the others may be waiting for this one.
                     raise DamagedCheckpoint(
                         f"{error}. Several processes cannot pass it over: rename the folder to "
-                        f"{step}{DAMAGED}, and the same command resumes from the checkpoint before."
+                        f"{step}.damaged, and the same command resumes from the checkpoint before."
                     ) from None
                 damaged[step] = error
                 continue
