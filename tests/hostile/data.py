@@ -5,6 +5,7 @@ either taken, with counts that add up, or refused in one paragraph that names th
 """
 
 import bz2
+import contextlib
 import dataclasses
 import gzip
 import io
@@ -211,6 +212,7 @@ class Case:
     damage: str
     place: str
     content: bytes
+    own_rows: tuple[tuple[str, str, str], ...] = ()  # that the damage itself makes, as it should
 
     @property
     def kind(self) -> str:
@@ -235,21 +237,51 @@ def cases() -> Iterator[Case]:
     for suffix, write in FORMATS.items():
         whole = write(rows)
         for (damage, change), place in itertools.product(BYTES.items(), PLACES):
-            yield Case(suffix, damage, place, change(whole, PLACES[place]))
+            content = change(whole, PLACES[place])
+            yield Case(suffix, damage, place, content, _texts_in(suffix, content))
         for damage, change in WHOLE.items():
             yield Case(suffix, damage, "", change(whole))
     for suffix in (".jsonl", ".json", ".jsonl.gz"):
         for (damage, row), place in itertools.product(JSON_ROWS.items(), ROW_PLACES):
-            yield _with_row(suffix, damage, place, row)
+            case = _with_row(suffix, damage, place, row)
+            # Its texts are right: the damage is in the name of a field beside them.
+            is_usable = damage == "half a surrogate in a name"
+            yield dataclasses.replace(case, own_rows=(("p", "a", "b"),) if is_usable else ())
     for suffix, separator in ((".csv", ","), (".tsv", "\t")):
         for (damage, form), place in itertools.product(CELL_ROWS.items(), ROW_PLACES):
             yield _with_row(suffix, damage, place, form.format(separator))
+        yield Case(suffix, "more cells in every row", "", _ragged(separator))
         for damage, form in HEADERS.items():
             body = _table(separator)(rows).split(b"\n", 1)[1]
             content = form.format(separator).encode() + b"\n" + body
             yield Case(suffix, f"header: {damage}", "", content)
     for suffix in (".jsonl.zip", ".jsonl.zst", ".txt", ".pkl"):
         yield Case(suffix, "a format that is not read", "", _zip(_jsonl(rows)))
+
+
+def _texts_in(suffix: str, content: bytes) -> tuple[tuple[str, ...], ...]:
+    """Return the texts of a damaged file, where its format cannot know that they were others.
+
+    Tables of text and Arrow have no sums: bytes within a cell are its text. No reader of ours is
+    asked: a line of a table has a cell for each column, or counts for nothing.
+    """
+    separator = {".csv": ",", ".tsv": "\t"}.get(suffix)
+    rows = []
+    if separator:
+        lines = content.decode("utf-8", "replace").split("\n")
+        rows = [line.split(separator) for line in lines]
+    if suffix == ".arrow":
+        with contextlib.suppress(pyarrow.ArrowInvalid, OSError, UnicodeDecodeError):
+            table = pyarrow.ipc.open_stream(content).read_all()
+            rows = [[row.get(name) or "" for name in COLUMNS] for row in table.to_pylist()]
+    return tuple(tuple(text.strip() for text in row) for row in rows if len(row) == len(COLUMNS))
+
+
+def _ragged(separator: str) -> bytes:
+    """Return a table whose prompts hold the separator, without quotes."""
+    prompt = f"Once{separator} there was a cat."
+    rows = [separator.join([prompt, f" It was {i}.", f" No {i}."]) for i in range(ROWS)]
+    return _table(separator)(rows)
 
 
 def _with_row(suffix: str, damage: str, place: str, row: str) -> Case:
@@ -271,6 +303,7 @@ def judge(case: Case, folder: pathlib.Path, tokenizer, on_bad_row: str = "error"
     file.write_bytes(case.content)
     data = configs.default(("dpo",)).data
     data.update(source="local", path=str(file), on_bad_row=on_bad_row, max_dropped=1.0)
+    data.max_length = 1 << 15  # tokens: nothing is cut, as texts are compared
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began = time.monotonic()
     try:
@@ -280,6 +313,9 @@ def judge(case: Case, folder: pathlib.Path, tokenizer, on_bad_row: str = "error"
         verdict = _judge_refusal(error, words, file)
     else:
         verdict, words = _judge_counts(read)
+        strange = _strange_texts(read, tokenizer, case.own_rows)
+        if strange:
+            verdict, words = "silent", f"trains on {strange[0]!r}, which no row has"
     if time.monotonic() - began > SECONDS:
         verdict = "slow"
     if (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 > MOST_MEMORY:
@@ -305,6 +341,23 @@ def _judge_counts(read: dataset.Dataset) -> tuple[str, str]:
     counts = f"{train.read} read, {train.kept} kept, {evals.kept} held out"
     is_right = left == train.kept == len(read.train) and evals.kept == len(read.eval)
     return ("taken" if is_right else "silent"), counts
+
+
+def _strange_texts(read: dataset.Dataset, tokenizer, own_rows: tuple) -> list[tuple[str, ...]]:
+    """Return the texts of the examples that are neither a good row nor one of `own_rows`.
+
+    Counts add up also where a reader has put cells into the wrong columns; the texts tell.
+    """
+    # Decoding leaves out a space at the start.
+    right = {tuple(row[name].strip() for name in COLUMNS) for row in good_rows()} | set(own_rows)
+    strange = []
+    for example in [*read.train, *read.eval]:
+        parts = (example.prompt, *example.responses)
+        decoded = [tokenizer.decode(ids, skip_special_tokens=True) for ids in parts]
+        texts = tuple(text.strip() for text in decoded)
+        if texts not in right:
+            strange.append(texts)
+    return strange
 
 
 def verdicts(folder: pathlib.Path, tokenizer) -> Iterator[tuple[Case, Verdict]]:

@@ -2,6 +2,7 @@
 
 import collections
 import os
+import pathlib
 
 import pytest
 
@@ -37,6 +38,7 @@ def test_every_case_is_taken_or_refused(found):
         "a quote that ends within",
         "a long cell",
         "header: a column twice",
+        "more cells in every row",
         "header: blank names",
         "UTF-16",
         "the start of a gzip file",
@@ -63,6 +65,22 @@ def test_bad_rows_stop_or_are_dropped(found, damage):
             assert (verdict.verdict, verdict.words) == ("taken", expected), case.name
         else:
             assert verdict.verdict == "refused" and " row " in verdict.words, case.name
+
+
+def test_a_reader_that_shifts_columns_is_found(tmp_path, monkeypatch):
+    """The counts add up, but the texts are those of other columns."""
+    case = next(case for case in data.cases() if case.damage == "more cells in every row")
+    load = data.dataset.load
+
+    def shifted(settings, *rest):
+        path = pathlib.Path(settings.path)
+        lines = path.read_text().splitlines()
+        path.write_text("".join(",".join(line.split(",")[:3]) + "\n" for line in lines))
+        return load(settings, *rest)
+
+    monkeypatch.setattr(data.dataset, "load", shifted)
+    verdict = data.judge(case, tmp_path, tokenizers.load(STORIES))
+    assert verdict.verdict == "silent" and "which no row has" in verdict.words
 
 
 def test_table_counts_every_case(found):
