@@ -263,7 +263,7 @@ TRAINING = dict(  # of every stage that trains
         least=0,
         most=1e3,
     ),
-    lr=Field(1e-6, "peak learning rate", least=ABOVE_ZERO, most=1e30),
+    lr=Field(1e-6, "peak learning rate", least=ABOVE_ZERO, most=1e38),
     schedule=Field(
         "constant", "learning rate after the warm-up: constant, linear or cosine (to 0)"
     ),
