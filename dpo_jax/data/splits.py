@@ -29,9 +29,9 @@ EVAL_SPLITS = ("test", "validation", "valid", "valid1")
 # answer in.
 LONGEST_MANNER = 200
 NOTHING_HELD_OUT = (
-    "all rows have one prompt, so none is held out and nothing is evaluated. Pass rows to evaluate "
-    "on as a split of their own (files named train and test, data.eval_split), or "
-    "--config.data.eval_fraction=0 to do without."
+    "so none is held out and nothing is evaluated. Pass rows to evaluate on as a split of their "
+    "own (files named train and test, data.eval_split), or --config.data.eval_fraction=0 to do "
+    "without."
 )
 # What an assistant's message may say beside its content.
 SAID_BESIDE = ("reasoning_content", "reasoning", "thinking", "tool_calls")
@@ -243,7 +243,7 @@ def _hold_out(examples: Iterable[TextExample], fraction: float, counts: Counts) 
     places = {place for place, _ in waiting}
     held_out = min(places) if len(places) > 1 else None
     if len(places) == 1:
-        counts.warnings.append(NOTHING_HELD_OUT)
+        counts.warnings.append(f"all rows have one prompt, {NOTHING_HELD_OUT}")
     for place, example in waiting:
         yield ("eval" if place == held_out else "train"), example
 
@@ -426,7 +426,9 @@ def _drawn_examples(survey: _Survey, evaluated_on: set[int], ledger: Ledger) -> 
     reading = survey.reading
     train, evals = reading.splits()
     if not evaluated_on and reading.data.eval_fraction:
-        ledger.train.warnings.append(NOTHING_HELD_OUT)
+        # Each set of a mixture holds out prompts of its own, where it has two or more.
+        reason = "no data set has two different prompts"
+        ledger.train.warnings.append(f"{reason}, {NOTHING_HELD_OUT}")
     own_prompts = set() if evals else set(survey.eval_prompts.tolist())
     for fields, examples in reading.rows(train, ledger.train):
         prompt = prompt_hash(examples[0])
