@@ -38,6 +38,7 @@ from dpo_jax.workdir import (
 )
 
 FIELDS = ("columns", "template", "ignore")  # of config.data, each a flag as it is there
+ADDED = ("completion", "completions", "logp", "tokens")  # to each row
 OWN_FIELDS = ("max_prompt_length", "truncate")  # with other defaults
 
 
@@ -79,7 +80,7 @@ def _sample_file(options: Options, path: pathlib.Path, mesh) -> None:
     )
     sampling = options.sampling
     chunk = generation.prompts_at_a_time(sampling)
-    begin = functools.partial(_begin, path, made_with, options.date, len(rows), chunk)
+    begin = functools.partial(_begin, path, made_with, options.date, rows, chunk)
     start, date = processes.from_first(begin)
     processes.check_shared(path.parent)
     if start < len(rows):
@@ -126,7 +127,7 @@ def _begin(
     path: pathlib.Path,
     made_with: dict,
     date: datetime.date | None,
-    total: int,
+    inputs: list[dict],
     chunk: int,
 ) -> tuple[int, str]:
     """Return how many rows are done already, in whole chunks, and the date of the file.
@@ -155,13 +156,37 @@ def _begin(
             f"{differences(found, made_with, place='the file')}\n"
             "Use the old values, or give another name, or remove the file."
         )
+    total = len(inputs)
     rows = read_lines(path)
+    _check_rows(path, rows, inputs)
     if len(rows) == total:
         return total, day
     start = len(rows) // chunk * chunk
     write_lines(path, rows[:start])
     say(f"continuing after {start} of {total} prompts")
     return start, day
+
+
+def _check_rows(path: pathlib.Path, rows: list[dict], inputs: list[dict]) -> None:
+    """Raise ValueError for the first row of the output that was not made of the input's row.
+
+    So it is where a line was removed: the prompts that follow would be sampled one row too late.
+    """
+    if len(rows) > len(inputs):
+        raise ValueError(
+            f"{path} holds {len(rows):,} rows, but there are {len(inputs):,} prompts: the file was "
+            "changed. Put it back from a copy, or remove it."
+        )
+    for number, (row, given) in enumerate(zip(rows, inputs, strict=False), start=1):
+        kept = {name: row.get(name) for name in given if name not in ADDED}
+        expected = {name: value for name, value in given.items() if name not in ADDED}
+        # As text: nan is not equal to itself.
+        if json.dumps(kept) != json.dumps(expected):
+            raise ValueError(
+                f"{path} row {number:,} is not made of row {number:,} of the prompts: the file was "
+                f"changed. Put it back from a copy, or remove row {number:,} and all after it, "
+                "which are then made again."
+            )
 
 
 def _fields(completions: list[generation.Generated]) -> dict:

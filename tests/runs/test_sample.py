@@ -175,6 +175,23 @@ def test_sample_refuses_damaged_settings(unfinished, model, pairs, damage):
     assert unfinished.read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    "change, number",
+    [
+        (lambda rows: [rows[0], *rows[2:]], 2),
+        (lambda rows: [*rows[:3], rows[3].replace('"prompt": "', '"prompt": "x')], 4),
+    ],
+)
+def test_sample_refuses_rows_of_other_prompts(unfinished, model, pairs, change, number):
+    """A line that was removed would leave out a prompt, and sample another one twice."""
+    rows = unfinished.read_text().splitlines(keepends=True)[:4]
+    unfinished.write_text("".join(change(rows)))
+    before = unfinished.read_bytes()
+    with pytest.raises(ValueError, match=f"out.jsonl row {number} is not made of row {number}"):
+        sample_file(model, pairs, unfinished)
+    assert unfinished.read_bytes() == before
+
+
 # prompts
 
 
