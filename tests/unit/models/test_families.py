@@ -154,6 +154,7 @@ def test_buffers_are_no_tensors():
             "activation 'quick_gelu' is not supported; gelu, ",
         ),
         ("gpt2", dict(n_embd=30), "a width of 30 in 4 heads"),
+        ("gpt2", dict(n_head=0), "= 0 .* it must be a whole number from 1 to"),
         ("gptj", dict(rotary_dim=5), "rotary width of 5 in heads of 8"),
         (
             "llama2",
