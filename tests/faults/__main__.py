@@ -1,8 +1,9 @@
 """Try faults on small runs, and write experiments/results/reliability.md.
 
-    python -m tests.faults [--parts=kills,signals,surroundings] [--kills=50] [--seed=0]
+    python -m tests.faults [--parts=kills,signals,surroundings,files,hostile] [--kills=50]
+        [--seed=0]
 
-Takes about half an hour on two idle cores. As root on Linux it also fills small disks. The exit
+Takes over an hour on two cores. As root on Linux it also fills small disks. The exit
 status is 1 if any try ended silently wrong, with a traceback or not at all.
 """
 
