@@ -42,6 +42,8 @@ VICTIMS = ((0,), (1,), (0, 1))
 COLD = 6
 MOST_TRIES = 5  # of a moment that comes too late, as the command has ended
 POLL = 0.002  # seconds
+# Seconds: jax waits five minutes for a process that has never come.
+MEETING = 480.0
 
 
 def plan(wholes: dict[str, jobs.Whole], count: int, seed: int):
@@ -96,7 +98,7 @@ def kill_and_repeat(
         return outcomes.SILENT, "it was always too late for the kill"
     words = f"{aim or 'at'} {moment:.2f} CPU s" + (", cold cache" if cold else "")
     # Of two, the other one must find out by itself that one has gone.
-    if jobs.wait(started, here, "killed").hanging:
+    if jobs.wait(started, here, "killed", limit=MEETING).hanging:
         return outcomes.HANGING, f"{words}: the other process did not end"
     ended = jobs.run(job, here, log="again")
     outcome, wrong = outcomes.judge(ended, jobs.result(here), whole.result)
