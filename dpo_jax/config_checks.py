@@ -158,7 +158,7 @@ def _range_instead(field: str, value) -> str:
 
 
 def _validate_tree(config):
-    """Check that a config has the fields of its stages and no others, each of its type."""
+    """Check that a config has the fields of its stages, each of its type, and none unknown."""
     defaults = default(tuple(config.stages))
     for name, value in flat_fields("", defaults.to_dict()).items():
         if not config_files.has_field(config, name):
@@ -172,7 +172,8 @@ def _validate_tree(config):
             _fail(name, config_files.value_of(config, name), "a dict of options")
     for name in flat_fields("", config.to_dict()):
         is_option = any(name.startswith(f"{block}.") for block in OPEN_BLOCKS)
-        if not is_option and not config_files.has_field(defaults, name):
+        # Blocks of stages that were taken out of config.stages may stay.
+        if not is_option and configs.field_of(name) is None:
             raise ValueError(config_files.unknown_field(defaults, name))
 
 

@@ -297,3 +297,14 @@ def test_dependencies_of_sampling_stage():
     fields = configs.dependencies(sampled("dpo", "evaluate"), "dpo")
     assert {"reward.kind", "sampling.max_new_tokens", "evaluate.prompts"} <= fields.keys()
     assert "reward.kind" not in configs.dependencies(sampled("sft", "pairs", "dpo"), "sft")
+
+
+@pytest.mark.parametrize("stages", [("sft",), ("sft", "pairs"), ("dpo",)])
+def test_stages_may_be_taken_out_of_a_config(stages):
+    """Their blocks stay, and are not read."""
+    config = config_files.load("imdb")
+    config.stages = stages
+    config_checks.validate(config)
+    config.dpo.betta = 0.1
+    with pytest.raises(ValueError, match="dpo.betta"):
+        config_checks.validate(config)
