@@ -31,7 +31,7 @@ def named(swept="", **overrides) -> str:
         (dict(dpo__beta=1.0), "dpo-beta1"),
         (dict(dpo__lr=1e-5, dpo__beta=0.5), "dpo-beta0.5-lr1e-05"),  # in the config's order
         (dict(dpo__beta=0.123456789), "dpo-beta0.123456789"),
-        (dict(dpo__beta=1e20), "dpo-beta1e20"),
+        (dict(dpo__lr=1e20), "dpo-lr1e20"),
         (dict(dpo__loss="ipo"), "dpo-lossipo"),
         (dict(dpo__reference="/models/a b"), "dpo-referencemodels-a-b"),
         (dict(dpo__keep_best="rewards_eval/margins"), "dpo-keep_bestrewards_eval-margins"),
