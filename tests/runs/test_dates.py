@@ -9,6 +9,7 @@ import pytest
 from dpo_jax import config as configs
 from dpo_jax.training import metrics
 from dpo_jax.training.loop import Interrupted
+from dpo_jax.whole_file import read_record, with_sha256
 from dpo_jax.workdir import StageChanged
 from tests.helpers.clock import set_today
 from tests.helpers.tiny_runs import (
@@ -83,8 +84,8 @@ def test_date_changes_the_tokens(dated_model, chats, tmp_path, monkeypatch):
     set_today(monkeypatch, "2026-11-26")
     interrupt(config, tmp_path, step=3)
     path = tmp_path / "dpo" / "config.json"
-    record = json.loads(path.read_text())
-    path.write_text(json.dumps(record | dict(date="2026-11-27")))
+    record = read_record(path, remedy="")
+    path.write_text(json.dumps(with_sha256(record | dict(date="2026-11-27"))))
     with pytest.raises(StageChanged, match="the data of .*dpo has changed since the stage began"):
         run_here(config, tmp_path)
 
