@@ -18,7 +18,7 @@ from dpo_jax.pipeline.run import Run
 from dpo_jax.rewards import reward_model
 from dpo_jax.training.checkpoint import Checkpoints
 from dpo_jax.training.step import TrainState
-from dpo_jax.workdir import read_lines
+from dpo_jax.workdir import finish_stage, read_lines
 from experiments import hh_winrate, winrate
 from experiments.winrate import Options
 from tests.helpers.clock import set_today
@@ -182,6 +182,7 @@ def test_hh_chat_rows_are_judged_as_text(tmp_path, monkeypatch, judge):
         plant(ranker, "rm", head="reward")
         saved = tokenizers.load(model)
         saved.save_pretrained(tmp_path / "rm" / "hf")
+        finish_stage(tmp_path / "rm")  # with the files that are there now
     ranked = []
     tokenised = reward_model._tokenised
 
