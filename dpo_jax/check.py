@@ -9,6 +9,7 @@ files does, and memory for the largest part of a checkpoint, the optimiser's sta
 Exit status: 0 if all is whole, 1 if something is not.
 """
 
+import collections
 import os
 import pathlib
 import sys
@@ -74,14 +75,11 @@ def _result(folder: pathlib.Path) -> Iterator[Finding]:
     """Yield a Finding for each file of a finished stage, and one for a whole subfolder."""
     from dpo_jax import workdir
 
-    problems = workdir.problems_of(folder)
-    for part in dict.fromkeys(pathlib.PurePath(name).parts[0] for name in problems):
-        found = {
-            name: problem
-            for name, problem in problems.items()
-            if pathlib.PurePath(name).parts[0] == part
-        }
-        damaged = {name: problem for name, problem in found.items() if problem}
+    by_part = collections.defaultdict(dict)
+    for name, problem in workdir.problems_of(folder).items():
+        by_part[pathlib.PurePath(name).parts[0]][name] = problem
+    for part, problems in by_part.items():
+        damaged = {name: problem for name, problem in problems.items() if problem}
         for name, problem in damaged.items():
             yield folder / name, problem
         if not damaged and part not in ("ledger.json", "weights.json"):
@@ -90,10 +88,11 @@ def _result(folder: pathlib.Path) -> Iterator[Finding]:
 
 def _checkpoints(folder: pathlib.Path, is_done: bool) -> Iterator[Finding]:
     """Yield a Finding for each checkpoint, and for the metrics of an unfinished stage."""
+    from dpo_jax import workdir
     from dpo_jax.training import checkpoint, metrics
 
     rows = None
-    for step in checkpoint.saved_steps(folder / "checkpoints"):
+    for step in workdir.saved_steps(folder / "checkpoints"):
         path = folder / "checkpoints" / str(step)
         try:
             rows = checkpoint.verify(folder / "checkpoints", step)
@@ -136,7 +135,7 @@ def report(workdir: pathlib.Path) -> int:
             f"{workdir} holds nothing that a run has left. Give the WORKDIR of a run, the folder "
             "that holds its stages."
         )
-    aside = sorted([*workdir.glob("*/*.damaged*"), *workdir.glob("*/checkpoints/*.damaged")])
+    aside = sorted([*workdir.glob("*/*.damaged*"), *workdir.glob("*/checkpoints/*.damaged*")])
     if aside:
         names = ", ".join(str(path.relative_to(workdir)) for path in aside)
         print(f"set aside by a run that found them damaged: {names}")

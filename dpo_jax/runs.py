@@ -25,6 +25,7 @@ from dpo_jax import command_line, config_files
 from dpo_jax import config as configs
 from dpo_jax.stage_table import STAGES
 from dpo_jax.training.metric_names import is_evaluation
+from dpo_jax.whole_file import parse_object
 
 ROOT = "runs"  # where a WORKDIR is by default
 TAIL_BYTES = 1 << 20  # of a metrics.jsonl, enough for its last evaluation
@@ -86,11 +87,8 @@ def _rows_from_end(path: pathlib.Path) -> Iterator[dict]:
     if not path.exists():
         return
     for line in _lines_from_end(path):
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
+        row = parse_object(line)
+        if row is not None and isinstance(row.get("step"), int):
             yield row
 
 

@@ -24,6 +24,15 @@ def whole_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         draft.unlink(missing_ok=True)
 
 
+def parse_object(line: bytes) -> dict | None:
+    """Return the JSON object in a line of a file; None where it holds none."""
+    try:
+        value = json.loads(line)
+    except ValueError:  # JSON's own error, and that of UTF-8
+        return None
+    return value if isinstance(value, dict) else None
+
+
 def set_aside(path: str | os.PathLike) -> pathlib.Path:
     """Rename a damaged file to NAME.damaged, or NAME.damaged2 and so on; return the new path."""
     path = pathlib.Path(path)

@@ -23,7 +23,13 @@ import jax
 from dpo_jax import config as configs
 from dpo_jax import run_name, stage_table
 from dpo_jax.console import warn
-from dpo_jax.whole_file import read_record, set_aside, whole_file, with_sha256
+from dpo_jax.whole_file import (
+    parse_object,
+    read_record,
+    set_aside,
+    whole_file,
+    with_sha256,
+)
 
 COMPLETIONS = "completions.jsonl"  # what a stage has sampled so far
 SUMS = "completions.sums"  # after each write to it: the number of its rows, and their sha256
@@ -206,8 +212,12 @@ def _has_progress(folder: pathlib.Path) -> bool:
     """Return whether there is something to resume from: completions, or a whole checkpoint."""
     if (folder / COMPLETIONS).exists():
         return True
-    # A checkpoint has a number for a name once it is complete.
-    return any(item.name.isdigit() for item in (folder / "checkpoints").glob("*"))
+    return bool(saved_steps(folder / "checkpoints"))
+
+
+def saved_steps(checkpoints: pathlib.Path) -> list[int]:
+    """Return the steps of the complete checkpoints in a folder, which have a number for a name."""
+    return sorted(int(item.name) for item in checkpoints.glob("*") if item.name.isdigit())
 
 
 def finish_stage(folder: pathlib.Path, **result) -> None:
@@ -378,7 +388,7 @@ def read_lines(path: pathlib.Path) -> list[dict]:
         return []
     # Each whole line ends in a newline, so what follows the last newline was cut.
     *whole, cut = path.read_bytes().split(b"\n")
-    rows = [_parse(line) for line in whole]
+    rows = [parse_object(line) for line in whole]
     if None in rows:
         raise ValueError(
             f"{path} line {rows.index(None) + 1} is not the JSON object that was written there: "
@@ -388,15 +398,6 @@ def read_lines(path: pathlib.Path) -> list[dict]:
     if cut:
         write_lines(path, rows)
     return rows
-
-
-def _parse(line: bytes) -> dict | None:
-    """Return a line's JSON object; None where it is not one."""
-    try:
-        row = json.loads(line)
-    except ValueError:  # JSON's own error, and that of UTF-8
-        return None
-    return row if isinstance(row, dict) else None
 
 
 class Completions:
@@ -418,7 +419,7 @@ class Completions:
         if self._sums.exists():
             whole, is_damaged = self._whole_rows(lines)
         else:  # of an earlier version, or lost: rows are all that is known
-            rows = [_parse(line) for line in lines]
+            rows = [parse_object(line) for line in lines]
             whole = rows.index(None) if None in rows else len(rows)
             is_damaged = whole < len(lines)
         if not self._path.exists():

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from dpo_jax import stage_table
 from dpo_jax.stage_table import STAGES
-from dpo_jax.workdir import StageChanged, read_done
+from dpo_jax.workdir import StageChanged, read_done, saved_steps
 
 RECORD = "export"  # its key in done.json
 
@@ -47,7 +47,7 @@ def is_out_of_date(config: ConfigDict, stage: str, folder: pathlib.Path) -> bool
     wanted = dtype_of(config, stage, kept["source"])
     if wanted == kept["dtype"]:
         return False
-    if not _has_checkpoint(folder):
+    if not saved_steps(folder / "checkpoints"):
         checkpoints = folder / "checkpoints"
         raise StageChanged(
             f"{folder / 'hf'} is stored in {kept['dtype']}, and this run needs it in {wanted}: "
@@ -67,17 +67,13 @@ def is_gone(stage: str, folder: pathlib.Path) -> bool:
         return False
     if (model / "config.json").exists() and any(model.glob("*.safetensors")):
         return False
-    if not _has_checkpoint(folder):
+    if not saved_steps(folder / "checkpoints"):
         raise StageChanged(
             f"{model}, the model that the finished stage {stage} made, is gone or lacks files, and "
             f"{folder / 'checkpoints'} holds nothing to write it from. Put it back, or remove "
             f"{folder} to train the stage again."
         )
     return True
-
-
-def _has_checkpoint(folder: pathlib.Path) -> bool:
-    return any(item.name.isdigit() for item in (folder / "checkpoints").glob("*"))
 
 
 def source_dtype(folder: pathlib.Path) -> str:

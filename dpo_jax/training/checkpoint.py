@@ -26,6 +26,7 @@ from dpo_jax.training.checkpoint_sums import sums
 from dpo_jax.training.metric_names import describe
 from dpo_jax.training.step import TrainState
 from dpo_jax.whole_file import set_aside
+from dpo_jax.workdir import saved_steps
 
 # Unfinished stages of version 1 have checkpoints without sums.
 CHECKPOINT_VERSION = 2
@@ -271,11 +272,6 @@ class Checkpoints:
         """Return the metric so that higher is better."""
         value = metrics[self._best_metric]
         return -value if describe(self._best_metric).lower_is_better else value
-
-
-def saved_steps(folder) -> list[int]:
-    """Return the steps of a run's complete checkpoints, which have a number for a name."""
-    return sorted(int(item.name) for item in pathlib.Path(folder).glob("*") if item.name.isdigit())
 
 
 def load_params(folder, step: int, shapes, shardings):

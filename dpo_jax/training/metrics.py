@@ -14,7 +14,7 @@ import jax
 
 from dpo_jax.console import warn
 from dpo_jax.training.metric_names import OF_UPDATE
-from dpo_jax.whole_file import set_aside, whole_file
+from dpo_jax.whole_file import parse_object, set_aside, whole_file
 
 
 def named(metrics: dict, split: str) -> dict[str, float]:
@@ -205,9 +205,6 @@ def read_rows(path) -> list[dict]:
 
 def _parse(line: bytes) -> dict | None:
     """Return a line's row; None where it is not one."""
-    try:
-        row = json.loads(line)
-    except ValueError:  # JSON's own error, and that of UTF-8
-        return None
-    is_row = isinstance(row, dict) and isinstance(row.get("step"), int)
+    row = parse_object(line)
+    is_row = row is not None and isinstance(row.get("step"), int)
     return row if is_row else None

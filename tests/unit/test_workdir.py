@@ -5,6 +5,7 @@ import threading
 
 import pytest
 
+from dpo_jax import check, workdir
 from dpo_jax import config as configs
 from dpo_jax.workdir import (
     Completions,
@@ -322,3 +323,14 @@ def test_date_of_a_folder_without_one(tmp_path, monkeypatch):
     today = set_today(monkeypatch, "2026-11-26")
     assert start_date(path.parent) == today
     assert date_of(tmp_path, run="second") == "2026-11-26"
+
+
+def test_check_tells_all_that_was_set_aside(tmp_path, capsys):
+    """Also what was damaged a second time."""
+    folder = tmp_path / "dpo"
+    for name in ("3.damaged", "3.damaged2"):
+        (folder / "checkpoints" / name).mkdir(parents=True)
+    workdir.write_record(folder / "config.json", {})
+    assert check.report(tmp_path) == 0
+    told = capsys.readouterr().out
+    assert "dpo/checkpoints/3.damaged, dpo/checkpoints/3.damaged2\n" in told

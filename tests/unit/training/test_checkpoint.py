@@ -12,7 +12,8 @@ import pytest
 from jax.experimental import multihost_utils
 
 from dpo_jax.training import checkpoint, step
-from dpo_jax.training.checkpoint import Checkpoints, DamagedCheckpoint, saved_steps, verify
+from dpo_jax.training.checkpoint import Checkpoints, DamagedCheckpoint, verify
+from dpo_jax.workdir import saved_steps
 
 
 def test_best_of_equal_checkpoints_is_latest(tmp_path):
