@@ -12,6 +12,7 @@ import gc
 import json
 import logging
 import pathlib
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -25,11 +26,13 @@ from dpo_jax.parallel import processes
 from dpo_jax.training.checkpoint_sums import sums
 from dpo_jax.training.metric_names import describe
 from dpo_jax.training.step import TrainState
-from dpo_jax.whole_file import set_aside
+from dpo_jax.whole_file import set_aside, whole_file
 from dpo_jax.workdir import saved_steps
 
 # Unfinished stages of version 1 have checkpoints without sums.
 CHECKPOINT_VERSION = 2
+# tensorstore's messages begin with one, such as "RESOURCE_EXHAUSTED: Failed writing".
+STATUS = re.compile("[A-Z_]+: ")
 LONGEST_REASON = 150  # characters of a library's message that are shown
 
 
@@ -138,28 +141,49 @@ class Checkpoints:
         rows: dict | None = None,
         *,
         row: dict | None = None,
-        again: bool = False,
     ) -> None:
         """Save in the background, unless the step is saved already.
 
         The state may be donated right after. evaluation: its metrics, where it was evaluated. rows:
         what is known of metrics.jsonl up to this step. row: the step's own, where it still lacks
-        its evaluation. again: save a step that is saved already, too.
+        its evaluation, which is added later by `rate`.
         """
         # A signal may come at a step that was saved as it is.
-        if step == self.latest() and not again:
+        if step == self.latest():
             return
-        metrics = None
-        if evaluation and self._best_metric:
-            metrics = {self._best_metric: evaluation[self._best_metric]}
+        metrics = self._kept_metrics(evaluation) if evaluation else None
         tree = _as_dict(state)
         # Of what is on the device: damage on the way to the disk shows too.
         kept = {"sums": sums(tree), "rows": rows or {}, "row": row or {}}
         self._end_last_save()
         with self._told_once():
             self._last_save = self._checkpointer.save_async(
-                step, tree, metrics=metrics, custom_metadata=kept, force=True, overwrite=again
+                step, tree, metrics=metrics, custom_metadata=kept, force=True
             )
+
+    def rate(self, step: int, evaluation: dict) -> None:
+        """Add the evaluation of a step that was saved without it, so that it may be the best.
+
+        To save the step once more, orbax would first remove the one that is there.
+        """
+        metrics = self._kept_metrics(evaluation)
+        if metrics is None:
+            return
+
+        def write():
+            file = _metrics_file(self._folder / str(step))
+            file.parent.mkdir(exist_ok=True)
+            with whole_file(file) as draft:
+                draft.write_text(json.dumps(metrics))
+
+        processes.from_first(write)
+        with _quiet():
+            self._checkpointer.reload()
+
+    def _kept_metrics(self, evaluation: dict) -> dict | None:
+        """Return the part of an evaluation that is kept with a checkpoint; None where none is."""
+        name = self._best_metric
+        return {name: evaluation[name]} if name else None
 
     def _end_last_save(self) -> None:
         """Wait for the last save, as the next one would, and let go of its thread and three files.
@@ -176,14 +200,15 @@ class Checkpoints:
         """Raise OSError for a checkpoint that cannot be written, as on a full disk."""
         try:
             yield
-        except (MemoryError, jax.errors.JaxRuntimeError):
-            raise  # not the disk's fault
-        except Exception as error:  # noqa: BLE001 - orbax and tensorstore have many
+        except (OSError, ValueError) as error:
+            # tensorstore has ValueErrors for a disk's errors. Any other one is a bug.
+            if isinstance(error, ValueError) and not STATUS.match(str(error)):
+                raise
             raise OSError(
                 f"{self._folder}: a checkpoint could not be written ({_root_of(error)}). Mend that "
                 "or make room, and run the same command again: it resumes from the checkpoint "
                 "before it."
-            ) from None
+            ) from error
 
     def restore(self, step: int, shapes: TrainState, shardings: TrainState) -> Restored:
         """Return the state of a step, placed by `shardings`.

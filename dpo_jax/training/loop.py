@@ -272,10 +272,8 @@ class _Recorder:
             # The run was stopped in this evaluation.
             self.evaluation = self._evaluate(step, state)
             self._write(step, restored.row | self.evaluation, always=True)
-            # What is compared with other checkpoints must be kept with this one.
-            if self._job.block.keep_best and self.evaluation:
-                written = self._writer.written
-                self._checkpoints.save(step, state, self.evaluation, written, again=True)
+            if self.evaluation:
+                self._checkpoints.rate(step, self.evaluation)
         elif step >= self._feed.total:
             # A run that is resumed after its last step has no other evaluation to return.
             self.evaluation = self.evaluation_of(step, state)

@@ -73,6 +73,41 @@ def test_save_that_fails_is_told_once(tmp_path, capfd):
         assert saved.latest() is None
 
 
+def test_bug_of_ours_is_not_blamed_on_the_disk(tmp_path):
+    """So that it keeps its traceback, and is reported."""
+    wrong = ValueError("zip() argument 2 is shorter than argument 1")
+    with Checkpoints(tmp_path, keep=1) as saved:
+        with pytest.raises(ValueError) as error, saved._told_once():
+            fail(wrong)
+        assert error.value is wrong
+        full = ValueError("RESOURCE_EXHAUSTED: Failed writing")
+        with pytest.raises(OSError, match="make room") as error, saved._told_once():
+            fail(full)
+        assert error.value.__cause__ is full
+
+
+def test_rating_a_checkpoint_never_removes_it(tmp_path):
+    """A kill at any moment leaves the step, though it is the only one that is kept."""
+    state = step.TrainState(jnp.int32(1), {"w": jnp.zeros(2)}, ())
+    metric = "loss/eval"
+    with Checkpoints(tmp_path, keep=1, best_metric=metric) as saved:
+        saved.save(1, state, row={"loss/train": 0.7})
+        saved._checkpointer.wait()
+        files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        saved.rate(1, {metric: 0.5})
+        assert saved.best() == (1, 0.5) and not saved.is_better(0.6)
+        assert all(path.read_bytes() == data for path, data in files.items())
+    # Rated again, as after a kill, and kept while later ones are worse.
+    with Checkpoints(tmp_path, keep=1, best_metric=metric) as saved:
+        assert saved.best() == (1, 0.5)
+        saved.rate(1, {metric: 0.5})
+        saved.save(2, state, {metric: 0.6})
+        saved.save(3, state, {metric: 0.7})
+        saved._checkpointer.wait()
+        assert saved.best() == (1, 0.5) and saved_steps(tmp_path) == [1, 3]
+    assert verify(tmp_path, 1) == {}
+
+
 def save_three(folder):
     """Save steps 1 to 3, whose weights are their steps; the state's shapes and placement."""
     states = [step.TrainState(jnp.int32(n), {"w": jnp.full(2000, float(n))}, ()) for n in range(4)]
