@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -16,6 +18,9 @@ from collections.abc import Callable
 import jax
 import numpy as np
 from absl import logging
+from jax._src.clusters import ClusterEnv  # public only within jax.distributed.initialize
+
+from dpo_jax.parallel import meeting
 
 # Where compiled programs are kept; JAX_COMPILATION_CACHE_DIR overrides it.
 CACHE = "~/.cache/dpo_jax/compiled"
@@ -78,24 +83,54 @@ def join(
 ) -> None:
     """Make this process one of several: as given, or as a TPU pod or Slurm says.
 
-    Without any of these it stays alone. Raises ValueError where only some arguments are given.
+    Without any of these it stays alone. Raises ValueError where only some arguments are given, and
+    what `meeting.meet` raises where the others do not come, or run other code.
     """
-    given = dict(
-        coordinator_address=coordinator, num_processes=num_processes, process_id=process_id
-    )
-    some = [value is not None for value in given.values()]
+    some = [value is not None for value in (coordinator, num_processes, process_id)]
     if any(some) and not all(some):
         raise ValueError(
             "--coordinator, --num_processes and --process_id go together: give all three, or none."
         )
-    # On Slurm and TPU pods jax fills in what is None here.
-    if all(some) or _on_slurm() or _on_tpu():
-        jax.distributed.initialize(
-            **given,
-            local_device_ids=_gpus_of_a_lone_task(),
-            heartbeat_timeout_seconds=SILENCE,
-            shutdown_timeout_seconds=SILENCE,
-        )
+    if all(some):
+        meeting.split(coordinator)
+        if process_id >= num_processes:
+            raise ValueError(
+                f"--process_id={process_id}: expected a number from 0 to --num_processes - 1 = "
+                f"{num_processes - 1}."
+            )
+    elif not (_on_slurm() or _on_tpu()):
+        return
+    # On Slurm and TPU pods jax finds what is None here.
+    address, count, number, devices = ClusterEnv.auto_detect_unset_distributed_params(
+        coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS"),
+        num_processes,
+        process_id,
+        _gpus_of_a_lone_task(),
+        cluster_detection_method=None,
+        initialization_timeout=meeting.PATIENCE,
+    )
+    if None not in (address, count, number):
+        meeting.meet(address, meeting.Member(number, count, socket.gethostname(), code()))
+    jax.distributed.initialize(
+        address,
+        count,
+        number,
+        local_device_ids=devices,
+        # All have met: one that is not there now has died.
+        initialization_timeout=SILENCE,
+        heartbeat_timeout_seconds=SILENCE,
+        shutdown_timeout_seconds=SILENCE,
+    )
+
+
+def code() -> dict[str, str]:
+    """Return the versions of the code that all processes must share, by name."""
+    package = pathlib.Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(path.relative_to(package).as_posix().encode() + b"\n" + path.read_bytes())
+    found = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
+    return found | {"dpo_jax of sha256": digest.hexdigest()[:16]}
 
 
 def _on_slurm() -> bool:
