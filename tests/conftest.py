@@ -53,6 +53,15 @@ def pytest_collection_modifyitems(items):
     items.sort(key=place)
 
 
+@pytest.fixture(autouse=True)
+def _signals():
+    """Commands that a test runs in this process handle signals; the next test's are not theirs."""
+    from tests.helpers.signals import signals_as_before
+
+    with signals_as_before():
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny():
     """A tiny model: (config, weights large enough that log-probs are far from uniform)."""

@@ -58,14 +58,15 @@ def is_out_of_date(config: ConfigDict, stage: str, folder: pathlib.Path) -> bool
 
 
 def is_gone(stage: str, folder: pathlib.Path) -> bool:
-    """Return whether a finished stage's hf/ is no longer there, and can be written again.
+    """Return whether a finished stage's hf/ has no weights any more, and can be written again.
 
     Raises StageChanged where there is no checkpoint to write it from.
     """
     model = folder / "hf"
     if not STAGES[stage].trains:
         return False
-    if (model / "config.json").exists() and any(model.glob("*.safetensors")):
+    # Where only smaller files are gone, the stage's record names the first of them.
+    if any(model.glob("*.safetensors")):
         return False
     if not saved_steps(folder / "checkpoints"):
         raise StageChanged(

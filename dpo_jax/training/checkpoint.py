@@ -8,6 +8,7 @@ checkpoint, and compared when it is restored.
 import contextlib
 import dataclasses
 import errno
+import functools
 import gc
 import json
 import logging
@@ -370,6 +371,7 @@ def _load(path: pathlib.Path, abstract: dict, *, partial: bool = False) -> tuple
 
 def _attempt(path: pathlib.Path, read: Callable):
     """Return what orbax reads of a checkpoint; DamagedCheckpoint, in one line, where it cannot."""
+    _ignore_late_reads()
     reason = ""
     found = None
     with _quiet():
@@ -422,6 +424,21 @@ def _is_of_no_read(record: logging.LogRecord) -> bool:
 
 def _ignore(_unraisable) -> None:
     """Say nothing of an exception that nobody waits for any more."""
+
+
+@functools.cache  # once for the process
+def _ignore_late_reads() -> None:
+    """From here on, say nothing of reads that end after one beside them has failed.
+
+    Each raises in a thread of tensorstore's, since orbax has closed its event loop by then.
+    """
+    say = sys.unraisablehook
+
+    def say_others(unraisable):
+        if str(unraisable.exc_value) != "Event loop is closed":
+            say(unraisable)
+
+    sys.unraisablehook = say_others
 
 
 def _root_of(error: BaseException) -> str:

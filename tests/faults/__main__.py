@@ -1,10 +1,10 @@
 """Try faults on small runs, and write experiments/results/reliability.md.
 
-    python -m tests.faults [--parts=kills,signals,surroundings,files,hostile] [--kills=50]
-        [--seed=0]
+    python -m tests.faults [--parts=kills,signals,surroundings,files,hostile,load] [--kills=50]
+        [--seed=0] [--workers=2]
 
-Takes over an hour on two cores. As root on Linux it also fills small disks. The exit
-status is 1 if any try ended silently wrong, with a traceback or not at all.
+Takes about two hours on two cores. As root on Linux it also fills small disks. The exit status is
+1 if any try ended silently wrong, with a traceback or not at all, or if load is above a limit.
 """
 
 import argparse
@@ -16,7 +16,17 @@ import sys
 import tempfile
 import time
 
-from tests.faults import jobs, kills, others, outcomes, report, signals, surroundings
+from tests.faults import (
+    files,
+    jobs,
+    kills,
+    load,
+    others,
+    outcomes,
+    report,
+    signals,
+    surroundings,
+)
 from tests.helpers.judge_server import JudgeServer, prefers
 from tests.helpers.paths import ROOT
 
@@ -39,11 +49,22 @@ def run_surroundings(tries: outcomes.Tries, run: "Harness") -> None:
 
 
 def run_files(tries: outcomes.Tries, run: "Harness") -> None:
-    tries.add(others.FILES, others.damaged_files(run.folder / "files"))
+    kinds = files.count_all(run.folder / "files", run.asked.workers)
+    tries.add(files.PART, kinds)
 
 
 def run_hostile(tries: outcomes.Tries, run: "Harness") -> None:
-    tries.add(others.HOSTILE, others.hostile_data(run.folder / "hostile"))
+    from tests.hostile import commands
+
+    tries.run(others.PART, commands.plan())
+    tries.add(others.PART, [others.hostile(run.folder / "hostile")])
+
+
+def run_load(tries: outcomes.Tries, run: "Harness") -> None:
+    for result in load.measure_all(run.folder / "load"):
+        print("\n".join(load.Result.table([result])[2:]), flush=True)
+        tries.measured.append(result)
+        tries.keep(load.PART, planned=len(load.MEASUREMENTS))
 
 
 # Part -> what runs it, and the jobs that it needs. Others are added here.
@@ -51,8 +72,9 @@ PARTS = {
     kills.PART: (run_kills, kills.JOBS),
     signals.PART: (run_signals, signals.JOBS),
     surroundings.PART: (run_surroundings, surroundings.JOBS),
-    others.FILES: (run_files, ()),
-    others.HOSTILE: (run_hostile, ()),
+    files.PART: (run_files, ()),
+    others.PART: (run_hostile, ()),
+    load.PART: (run_load, ()),
 }
 
 
@@ -108,9 +130,11 @@ def main() -> int:
     began = dict.fromkeys(parts, 0.0)
 
     def keep(part: str, made: list[outcomes.Try], planned: int) -> None:
-        """Write the table again after each try, as the next one may be stopped."""
+        """Write the tables again after each try, as the next one may be stopped."""
         minutes = (time.monotonic() - began[part]) / 60
-        report.write(asked.out, {part: report.record(made, planned, command, minutes)})
+        measured = tries.measured if part == load.PART else []
+        kept = report.record(made, planned, command, minutes, measured)
+        report.write(asked.out, {part: kept})
 
     tries = outcomes.Tries(folder / "tries", asked.workers, keep)
     with JudgeServer(answer_slowly) as server:
@@ -121,7 +145,9 @@ def main() -> int:
             run_part, _ = PARTS[part]
             run_part(tries, run)
     bad = [one for one in tries.done if one.outcome in outcomes.BAD]
-    print(f"{len(tries.done)} tries, {len(bad)} of them bad: {asked.out / report.PAGE}")
+    bad += [one for one in tries.measured if not one.is_good]
+    count = len(tries.done) + len(tries.measured)
+    print(f"{count} tries, {len(bad)} of them bad: {asked.out / report.PAGE}")
     return 1 if bad else 0
 
 

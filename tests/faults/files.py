@@ -1,21 +1,21 @@
 """Damage to every file of a WORKDIR in turn: each is cut, emptied, flipped and removed.
 
-    python -m tests.faults.files [dpo] [ppo] [lora]      prints the counts of each; minutes each
-
 After each, the same command is run again in this process. It must end with the same bits, or stop
-with one paragraph that names the file or its folder and what to do. Files are taken from the
-folder, so none is forgotten when a new one is written.
+with one paragraph that names the file (of a part of a checkpoint: the folder of its step) and what
+to do. Files are taken from the folder, so none is forgotten when a new one is written.
 """
 
-import argparse
-import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import io
+import multiprocessing
+import os
 import pathlib
+import re
 import shutil
 import signal
-import tempfile
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -26,30 +26,31 @@ from dpo_jax import config as configs
 from dpo_jax.pipeline.stages import run_stages
 from dpo_jax.training import metrics
 from dpo_jax.training.loop import Interrupted
+from tests.faults.outcomes import CLEAR, DEEP, HANGING, SAME, SILENT, TOLD, Try
 from tests.helpers import goldens
+from tests.helpers.quick_compiles import QUICK_COMPILES
 from tests.helpers.tiny_runs import on_devices
 
-OUTCOMES = ("same bits", "told", "clear", "silent", "deep", "hanging")
-BAD = ("silent", "deep", "hanging")
+PART = "files"
 WORK = "work"  # the folder of every run: some files hold its path
 SECONDS = 60  # after which a run counts as hanging
+REMEDY = re.compile(r"\b([Rr]emove|[Rr]ename|[Pp]ut (it|one of them) back)\b")
 # A reader needs nothing of these, or orbax nothing of what they hold.
 NOT_CHECKED = (".lock", "commit_success.txt", "_sharding", "array_metadatas", "ocdbt.process_0/m")
 
 
-@dataclasses.dataclass
-class Counts:
-    """How the runs after all damages ended."""
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A run whose files are damaged: when it is finished, and when it was stopped.
 
-    tried: int = 0
-    outcomes: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-    bad: list[str] = dataclasses.field(default_factory=list)  # a line each
-    unseen: list[str] = dataclasses.field(default_factory=list)  # damages that check takes for none
+    stage, step: where it is stopped. folders: whose files are damaged; (): all. Stages that another
+    kind has as well are damaged there.
+    """
 
-    def row(self, name: str) -> str:
-        """Return a row of a Markdown table."""
-        numbers = [self.tried, *(self.outcomes[outcome] for outcome in OUTCOMES)]
-        return f"| {name} | " + " | ".join(map(str, numbers)) + " |"
+    make_config: Callable
+    stage: str
+    step: int
+    folders: tuple[str, ...] = ()
 
 
 def small_config(method: str = "dpo", **changes):
@@ -98,15 +99,16 @@ def try_all(
     source: pathlib.Path,
     wanted: dict,
     *,
+    what: str,
     is_tried: Callable[[str], bool] = lambda name: True,
     with_check: bool = True,
-) -> Counts:
-    """Damage each file of a WORKDIR in each way, run the command again, and count the outcomes.
+) -> list[Try]:
+    """Damage each file of a WORKDIR in each way, run the command again, and judge each end.
 
-    wanted: the `result` of an undamaged run. is_tried: chooses by a damage's name, "FILE cut".
-    with_check: whether `dpo-jax check` must see each damage too.
+    wanted: the `result` of an undamaged run. what: the row of the table. is_tried: chooses by a
+    damage's name, "FILE cut". with_check: whether `dpo-jax check` must see each damage too.
     """
-    counts = Counts()
+    tries = []
     for path in sorted(path for path in source.rglob("*") if path.is_file()):
         name = path.relative_to(source).as_posix()
         for how, data in damages(path.read_bytes()):
@@ -120,15 +122,15 @@ def try_all(
                 (workdir / name).write_bytes(data)
             # Whether a file should be there only a finished stage or a checkpoint knows.
             is_read = how != "removed" and not any(part in name for part in NOT_CHECKED)
-            if with_check and is_read and not _is_seen(workdir):
-                counts.unseen.append(f"{name} {how}")
+            is_unseen = with_check and is_read and not _is_seen(workdir, name)
+            began = time.monotonic()
             outcome, said = _outcome(config, workdir, wanted, name)
+            seconds = round(time.monotonic() - began, 1)
+            if is_unseen and outcome in (SAME, TOLD, CLEAR):
+                outcome, said = SILENT, f"`dpo-jax check` takes it for whole; the run: {outcome}"
             shutil.rmtree(workdir)
-            counts.tried += 1
-            counts.outcomes[outcome] += 1
-            if outcome in BAD:
-                counts.bad.append(f"{name} {how}: {outcome}: {said}")
-    return counts
+            tries.append(Try(PART, what, outcome, seconds, f"{name} {how}: {said}"))
+    return tries
 
 
 def damages(data: bytes) -> Iterator[tuple[str, bytes | None]]:
@@ -142,8 +144,16 @@ def damages(data: bytes) -> Iterator[tuple[str, bytes | None]]:
     yield "removed", None
 
 
-def _is_seen(workdir: pathlib.Path) -> bool:
-    return any(problem for _, problem in check.check(workdir))
+def _is_seen(workdir: pathlib.Path, name: str) -> bool:
+    """Return whether `dpo-jax check` finds the damage in the folder of a file."""
+    # The other folders are whole, and reading all of their checkpoints again takes seconds.
+    alone = workdir.parent / "alone"
+    alone.mkdir()
+    stage = pathlib.PurePath(name).parts[0]
+    (alone / stage).symlink_to(workdir / stage)
+    found = any(problem for _, problem in check.check(alone))
+    shutil.rmtree(alone)
+    return found
 
 
 def _outcome(config, workdir: pathlib.Path, wanted: dict, name: str) -> tuple[str, str]:
@@ -152,23 +162,37 @@ def _outcome(config, workdir: pathlib.Path, wanted: dict, name: str) -> tuple[st
         with _at_most(SECONDS):
             shown = run(config, workdir)
     except TimeoutError as error:
-        return "hanging", str(error)
+        return HANGING, str(error)
     except Exception as error:  # noqa: BLE001 - any other one is what is looked for
-        text = str(error)
-        folder = name.partition("/")[0]
-        is_clear = command_line.is_for_people(error) and "\n\n" not in text
-        names_it = str(workdir / folder) in text and ("emove" in text or "back" in text)
-        return ("clear" if is_clear and names_it else "deep"), repr(error)
-    if result(workdir) == wanted:
-        return "same bits", shown
-    # Of rows of metrics that cannot be computed again a line tells; everything else is the same.
-    if "no longer holds" in shown and name.endswith("metrics.jsonl"):
-        return ("told" if _but_metrics(result(workdir)) == _but_metrics(wanted) else "silent"), ""
+        is_clear = command_line.is_for_people(error) and names_damage(str(error), workdir, name)
+        return (CLEAR if is_clear else DEEP), repr(error)
+    if "Traceback" in shown:
+        return DEEP, shown[-500:]
     found = result(workdir)
+    if found == wanted:
+        return SAME, ""
+    # Of rows of metrics that cannot be computed again a line tells; everything else is the same.
+    is_told = "no longer holds" in shown and name.endswith("metrics.jsonl")
+    if is_told and _but_metrics(found) == _but_metrics(wanted):
+        return TOLD, ""
     differing = [
         file for file in wanted.keys() | found.keys() if wanted.get(file) != found.get(file)
     ]
-    return "silent", ", ".join(differing)
+    return SILENT, ", ".join(sorted(differing))
+
+
+def names_damage(refusal: str, workdir: pathlib.Path, name: str) -> bool:
+    """Return whether a refusal is one paragraph that names a damaged file and what to do."""
+    path = workdir / name
+    parts = pathlib.PurePath(name).parts
+    if "checkpoints" in parts:
+        step = pathlib.Path(*parts[: parts.index("checkpoints") + 2])
+        # Not "checkpoints/20" for "checkpoints/2".
+        is_named = bool(re.search(re.escape(str(workdir / step)) + r"(?!\w)", refusal))
+    else:
+        # "FOLDER has no config.json" names the file as well.
+        is_named = str(path.parent) in refusal and path.name in refusal
+    return is_named and bool(REMEDY.search(refusal)) and "\n\n" not in refusal
 
 
 def result(workdir: pathlib.Path) -> dict:
@@ -205,43 +229,59 @@ def _at_most(seconds: int):
         signal.signal(signal.SIGALRM, before)
 
 
+def best_config():
+    """Return the config of a DPO run that keeps its best checkpoint, which is not its latest."""
+    config = small_config("dpo")
+    config.dpo.update(steps=6, save_every=1, keep=1, keep_best="logps_eval/chosen")
+    return config
+
+
 KINDS = {
-    "dpo": (small_config, "dpo", 3),
-    "ppo": (lambda: small_config("ppo"), "ppo", 2),
-    "lora": (lambda: small_config("dpo", **{"model.lora.rank": 2}), "dpo", 3),
+    "dpo": Kind(small_config, "dpo", 3),
+    "ppo": Kind(lambda: small_config("ppo"), "ppo", 2, ("rm", "ppo", "evaluate")),
+    "lora": Kind(lambda: small_config("dpo", **{"model.lora.rank": 2}), "dpo", 3, ("dpo",)),
+    "keep_best": Kind(best_config, "dpo", 5, ("dpo",)),
 }
 
 
-def count(kind: str, folder: pathlib.Path, **options) -> dict[str, Counts]:
-    """Try all files of a finished run and of one that was stopped; return the Counts of each."""
-    make, stage, step = KINDS[kind]
-    config = make()
+def count(name: str, folder: pathlib.Path, **options) -> list[Try]:
+    """Try the files of a finished run of a kind, and of one that was stopped."""
+    kind = KINDS[name]
+    is_chosen = options.pop("is_tried", lambda damage: True)
+
+    def is_tried(damage: str) -> bool:
+        is_mine = not kind.folders or damage.startswith(tuple(f"{one}/" for one in kind.folders))
+        return is_mine and is_chosen(damage)
+
+    config = kind.make_config()
     work = folder / WORK
     run(config, work)
     wanted = result(work)
-    work.rename(folder / "finished")
-    run_until(config, work, stage, step)
-    work.rename(folder / "stopped")
-    return {
-        f"{kind}, {state}": try_all(config, folder / state, wanted, **options)
-        for state in ("finished", "stopped")
-    }
+    finished = folder / "finished"
+    work.rename(finished)
+    what = f"{name}: a finished run"
+    tries = try_all(config, finished, wanted, what=what, is_tried=is_tried, **options)
+
+    # The last stage only draws, which takes longer than the rest.
+    config.stages = tuple(stage for stage in config.stages if stage != "evaluate")
+    run(config, work)
+    wanted = result(work)
+    shutil.rmtree(work)
+    run_until(config, work, kind.stage, kind.step)
+    stopped = folder / "stopped"
+    work.rename(stopped)
+    what = f"{name}: a run that was stopped"
+    return tries + try_all(config, stopped, wanted, what=what, is_tried=is_tried, **options)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("kinds", nargs="*", default=list(KINDS))
-    bad = []
-    print("| every file of | tried | " + " | ".join(OUTCOMES) + " |")
-    print("|---|" + "---|" * (len(OUTCOMES) + 1))
-    for kind in parser.parse_args().kinds:
-        with tempfile.TemporaryDirectory() as folder:
-            for name, counts in count(kind, pathlib.Path(folder)).items():
-                print(counts.row(name), flush=True)
-                bad += [*counts.bad, *(f"check does not see {line}" for line in counts.unseen)]
-    print("\n".join(bad))
-    return 1 if bad else 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+def count_all(folder: pathlib.Path, workers: int) -> Iterator[list[Try]]:
+    """Yield the tries of each kind as they are through; each kind has a process of its own."""
+    folder.mkdir(parents=True)
+    os.environ["XLA_FLAGS"] = QUICK_COMPILES
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "cache")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    context = multiprocessing.get_context("spawn")  # a copy of this process would share its jax
+    with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
+        waiting = [pool.submit(count, name, folder / name) for name in KINDS]
+        for future in concurrent.futures.as_completed(waiting):
+            yield future.result()

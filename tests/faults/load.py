@@ -1,30 +1,31 @@
 """Load: a long run, many judged items, many rows and many runs, each measured by one command.
 
-    python -m tests.faults.load steps [20000]      steps of the toy, evaluated, saved, drawn
-    python -m tests.faults.load judged [100000]    judged items, of which three are asked again
-    python -m tests.faults.load rows [1000000]     rows of a ledger, beside `datasets` alone
-    python -m tests.faults.load runs [200]         finished runs in one WORKDIR, listed
+    steps     20,000 steps of the toy, evaluated, saved, with TensorBoard
+    judged    100,000 judged items, of which three are asked again
+    rows      1,000,000 rows of a ledger, beside `datasets` alone
+    runs      200 finished runs in one WORKDIR, listed
 
-A command prints what it measured, and exits with 1 where a bound does not hold. The functions
-return a Result each, and take smaller numbers as well: the tests do so in seconds.
+`python -m tests.faults --parts=load` measures all four. The functions return a Result each, and
+take smaller numbers as well: the tests do so in seconds.
 """
 
-import argparse
+import concurrent.futures
 import contextlib
 import dataclasses
 import itertools
 import json
+import multiprocessing
 import os
 import pathlib
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from unittest import mock
 
 from tests.helpers.paths import ROOT, STORIES
 
+PART = "load"
 # What may grow while a run goes on: allocators keep some of what is freed.
 MEMORY_GROWTH_MIB = 100
 OPEN_FILES_GROWTH = 20  # a save under way has a dozen open
@@ -34,15 +35,21 @@ BATCH = 1000  # rows
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What was measured, in words, and whether it is within its bounds."""
+    """What was measured, in words, its limit, and whether it is within that."""
 
     what: str
     measured: str
+    limit: str
     is_good: bool
 
-    def line(self) -> str:
-        """Return it as a row of a Markdown table."""
-        return f"| {self.what} | {self.measured} | {'yes' if self.is_good else 'NO'} |"
+    @staticmethod
+    def table(results: list["Result"]) -> list[str]:
+        """Return the lines of a Markdown table."""
+        lines = ["| what | measured | limit | within it |", "|---|---|---|---|"]
+        for one in results:
+            verdict = "yes" if one.is_good else "NO"
+            lines.append(f"| {one.what} | {one.measured} | {one.limit} | {verdict} |")
+        return lines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +109,13 @@ def result_of_steps(count: int, samples: list[Sample], seconds: float, status: i
     early = [sample for sample in samples if 0.1 * count <= sample.step < 0.2 * count]
     late = [sample for sample in samples if 0.9 * count <= sample.step < count]
     what = f"{count:,} steps of the toy, evaluated every 40, saved every 80, TensorBoard"
+    limit = (
+        f"from early to late: {MEMORY_GROWTH_MIB} MiB more memory, {OPEN_FILES_GROWTH} more open "
+        f"files, {OPEN_FILES_GROWTH} more files in WORKDIR"
+    )
     if status or not early or not late:
-        return Result(what, f"ended with status {status} after {len(samples)} samples", False)
+        ended = f"ended with status {status} after {len(samples)} samples"
+        return Result(what, ended, limit, False)
 
     def range_of(chosen: list[Sample], field: str) -> tuple[int, int]:
         values = [getattr(sample, field) for sample in chosen]
@@ -122,7 +134,7 @@ def result_of_steps(count: int, samples: list[Sample], seconds: float, status: i
         and growth["open_files"] <= OPEN_FILES_GROWTH
         and growth["files"] <= OPEN_FILES_GROWTH
     )
-    return Result(what, "; ".join([*parts, f"{seconds:.0f} s"]), is_good)
+    return Result(what, "; ".join([*parts, f"{seconds:.0f} s"]), limit, is_good)
 
 
 def memory_mib(pid: int | str = "self") -> int:
@@ -161,10 +173,12 @@ def judged(folder: pathlib.Path, count: int = 100_000) -> Result:
     seconds = time.monotonic() - began
     grown = memory_mib() - before
     asked = len(server.requests)
+    allowed = MEMORY_GROWTH_MIB + 5 * size
     return Result(
         f"{count:,} judged items resumed ({size:.0f} MiB of judgements)",
         f"{asked} asked, {len(verdicts):,} verdicts in {seconds:.1f} s; {grown} MiB more memory",
-        asked == len(taken) and len(verdicts) == count and grown < MEMORY_GROWTH_MIB + 5 * size,
+        f"{len(taken)} asked; {allowed:.0f} MiB more memory",
+        asked == len(taken) and len(verdicts) == count and grown < allowed,
     )
 
 
@@ -197,7 +211,8 @@ def rows(folder: pathlib.Path, count: int = 1_000_000) -> Result:
     allowed = MEMORY_GROWTH_MIB + count * 200 // 2**20
     is_flat = ours.late_mib - ours.early_mib <= allowed
     what = f"a ledger of {count:,} rows ({data.stat().st_size / 2**20:.0f} MiB)"
-    return Result(what, "; ".join(parts), is_flat and ours.counted == count)
+    limit = f"every row counted; {allowed} MiB more memory from a fifth to the end"
+    return Result(what, "; ".join(parts), limit, is_flat and ours.counted == count)
 
 
 def _pairs(count: int) -> Iterator[dict]:
@@ -267,6 +282,7 @@ def runs(folder: pathlib.Path, count: int = 200) -> Result:
     return Result(
         f"{count} finished runs in one WORKDIR, listed by `dpo-jax runs`",
         f"{len(lines)} lines in {seconds:.2f} s, of which {importing:.2f} s are imports",
+        f"{LISTING_SECONDS:g} s without the imports",
         len(lines) == count and seconds - importing < LISTING_SECONDS,
     )
 
@@ -296,17 +312,11 @@ def _write_runs(workdir: pathlib.Path, count: int) -> None:
 MEASUREMENTS = {function.__name__: function for function in (steps, judged, rows, runs)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=MEASUREMENTS)
-    parser.add_argument("count", type=int, nargs="?")
-    given = parser.parse_args()
-    counts = [given.count] if given.count else []
-    with tempfile.TemporaryDirectory() as folder:
-        result = MEASUREMENTS[given.what](pathlib.Path(folder), *counts)
-    print(result.line())
-    sys.exit(not result.is_good)
-
-
-if __name__ == "__main__":
-    main()
+def measure_all(folder: pathlib.Path) -> Iterator[Result]:
+    """Yield the Result of each measurement, which has a process of its own for its memory."""
+    context = multiprocessing.get_context("spawn")
+    for name, measure in MEASUREMENTS.items():
+        here = folder / name
+        here.mkdir(parents=True)
+        with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
+            yield pool.submit(measure, here).result()

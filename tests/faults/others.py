@@ -1,61 +1,39 @@
-"""Parts of the table that are counted elsewhere: damaged files of a WORKDIR, hostile data files."""
+"""Parts that are tried in processes of the harness: hostile input, all but the real commands."""
 
 import pathlib
+from collections.abc import Iterator
 
 from tests.faults.outcomes import CLEAR, DEEP, HANGING, SAME, SILENT, Try
 from tests.helpers.paths import STORIES
 
-FILES = "files"
-HOSTILE = "hostile"
-# What tests/faults/files.py and tests/hostile call an end -> what the table calls it. "told": the
-# result is the same but for rows of metrics, and a line says that they are lost.
-OF_FILES = {
-    "same bits": SAME,
-    "told": CLEAR,
-    "clear": CLEAR,
-    "silent": SILENT,
-    "deep": DEEP,
-    "hanging": HANGING,
-}
-# "taken": all that the ledger counts is there to train on. "unclear": a refusal that does not name
-# the file or is no paragraph. "slow", "large": more than 30 seconds, or 2 GB.
-OF_HOSTILE = {
+PART = "hostile"
+# What tests/hostile calls an end -> what the table calls it. "taken": rightly. "unclear": a refusal
+# that does not name what is wrong, or is no paragraph.
+OUTCOMES = {
     "taken": SAME,
     "refused": CLEAR,
     "silent": SILENT,
-    "unclear": SILENT,
+    "unclear": DEEP,
     "deep": DEEP,
     "slow": HANGING,
     "large": HANGING,
 }
 
 
-def damaged_files(folder: pathlib.Path) -> list[Try]:
-    """Damage every file of small runs in turn, and run them again in this process."""
-    from tests.faults import files
-
-    tries = []
-    for kind in files.KINDS:
-        for name, counts in files.count(kind, folder / kind).items():
-            what = f"every file of {name}"
-            bad = list(counts.bad)
-            for outcome, number in counts.outcomes.items():
-                for _ in range(number):
-                    is_bad = outcome in files.BAD
-                    detail = bad.pop(0) if is_bad and bad else ""
-                    tries.append(Try(FILES, what, OF_FILES[outcome], 0.0, detail))
-    return tries
-
-
-def hostile_data(folder: pathlib.Path) -> list[Try]:
-    """Read every generated hostile data file in this process."""
+def hostile(folder: pathlib.Path) -> Iterator[Try]:
+    """Give every generated hostile input to the function that reads it, in this process."""
     from dpo_jax.data import tokenizer as tokenizers
-    from tests.hostile import data
+    from tests.hostile import data, models, typed
 
-    folder.mkdir(parents=True)
-    tries = []
-    for case, verdict in data.verdicts(folder, tokenizers.load(STORIES)):
-        outcome = OF_HOSTILE[verdict.verdict]
-        detail = "" if outcome in (SAME, CLEAR) else f"{case.name}: {verdict.words}"
-        tries.append(Try(HOSTILE, case.kind, outcome, 0.0, detail))
-    return tries
+    for name in ("data", "models", "typed"):
+        (folder / name).mkdir(parents=True)
+    yield from _tries(data.verdicts(folder / "data", tokenizers.load(STORIES)))
+    yield from _tries(models.verdicts(folder / "models"))
+    yield from _tries(typed.verdicts(folder / "typed"))
+
+
+def _tries(found) -> Iterator[Try]:
+    for case, verdict in found:
+        outcome = OUTCOMES[verdict.verdict]
+        detail = f"{case.name}: {verdict.words}"
+        yield Try(PART, case.kind, outcome, 0.0, detail)

@@ -9,15 +9,16 @@ import shutil
 import time
 from collections.abc import Callable, Iterable
 
-from tests.faults import jobs
+from tests.faults import jobs, load
 from tests.helpers import goldens
 
 SAME = "same bits"  # in the end the right result, bit for bit
+TOLD = "told"  # the same, but for rows of metrics, and a line says that these are lost
 CLEAR = "clear refusal"  # exit status 2, and one paragraph
 SILENT = "silent"  # another result as if it were right, or an end without a word
-DEEP = "deep"  # a traceback
-HANGING = "hanging"  # it did not end
-OUTCOMES = (SAME, CLEAR, SILENT, DEEP, HANGING)
+DEEP = "deep"  # a traceback, or a message that does not say what is wrong and what to do
+HANGING = "hanging"  # it did not end in time, or took too much memory
+OUTCOMES = (SAME, TOLD, CLEAR, SILENT, DEEP, HANGING)
 BAD = (SILENT, DEEP, HANGING)
 
 # How a command may end that was stopped from outside, or whose reader has gone.
@@ -30,7 +31,7 @@ class Try:
     """One fault tried, and how it ended.
 
     part: of the whole harness. what: the row of the table that it counts in. detail: the moment of
-    the fault, and what was wrong.
+    the fault, or its name, and what was wrong.
     """
 
     part: str
@@ -89,6 +90,7 @@ class Tries:
         self._workers = workers
         self._keep = keep
         self.done: list[Try] = []
+        self.measured: list[load.Result] = []
 
     def run(self, part: str, planned: Iterable[tuple[str, Callable[[pathlib.Path], Try]]]) -> None:
         """Run the tries of a part; each is a name and a function of its folder."""
@@ -102,8 +104,7 @@ class Tries:
             for count, future in enumerate(concurrent.futures.as_completed(waiting), 1):
                 found = future.result()
                 self.done.append(found)
-                mine = [one for one in self.done if one.part == part]
-                self._keep(part, mine, len(planned))
+                self.keep(part, len(planned))
                 minutes = (time.monotonic() - began) / 60
                 left = minutes / count * (len(planned) - count)
                 print(
@@ -112,10 +113,18 @@ class Tries:
                     flush=True,
                 )
 
-    def add(self, part: str, made: list[Try]) -> None:
-        """Take the tries of a part that were made elsewhere."""
-        self.done += made
-        self._keep(part, made, len(made))
+    def add(self, part: str, made: Iterable[Iterable[Try]]) -> None:
+        """Take the tries of a part that are made elsewhere, in groups."""
+        for group in made:
+            self.done += group
+            self.keep(part, len(self._of(part)))
+
+    def keep(self, part: str, planned: int) -> None:
+        """Have the tries of a part so far kept."""
+        self._keep(part, self._of(part), planned)
+
+    def _of(self, part: str) -> list[Try]:
+        return [one for one in self.done if one.part == part]
 
     def _one(self, part, name, function, folder) -> Try:
         began = time.monotonic()
@@ -131,9 +140,9 @@ class Tries:
         return found
 
 
-def counts(tries: Iterable[Try]) -> dict[tuple[str, str], collections.Counter]:
-    """Count the outcomes of each row of the table, in the order in which the rows came."""
+def counts(tries: Iterable[Try]) -> dict[str, collections.Counter]:
+    """Count the outcomes of each row of a part's table, in the order in which the rows came."""
     found = {}
     for one in tries:
-        found.setdefault((one.part, one.what), collections.Counter())[one.outcome] += 1
+        found.setdefault(one.what, collections.Counter())[one.outcome] += 1
     return found

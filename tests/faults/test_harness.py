@@ -1,9 +1,12 @@
 """The harness itself: how ends are judged, moments drawn and counts written."""
 
+import pathlib
+
 import pytest
 
-from tests.faults import jobs, kills, outcomes, report, signals
-from tests.faults.outcomes import CLEAR, DEEP, HANGING, SAME, SILENT, Try
+from tests.faults import files, jobs, kills, outcomes, report, signals
+from tests.faults.load import Result
+from tests.faults.outcomes import CLEAR, DEEP, HANGING, SAME, SILENT, TOLD, Try
 from tests.helpers.rows import write_jsonl
 
 LEFT = {"dpo/hf/model.safetensors": "abc", "dpo/metrics.jsonl": ["1", "2"]}
@@ -88,7 +91,8 @@ def test_end_after_sigterm(status, text, right):
 def test_report_counts_and_names_bad_ends():
     tries = [
         Try("kills", "dpo", SAME, 10.0, "at 3 s"),
-        Try("kills", "dpo", SILENT, 12.0, "dpo/metrics.jsonl: `differs`"),
+        Try("kills", "dpo", SILENT, 12.0, "dpo/metrics.jsonl: `differs` in /tmp/a1/b/dpo"),
+        Try("kills", "dpo", TOLD, 11.0, "metrics.jsonl emptied"),
         Try("surroundings", "| head", CLEAR, 9.0),
     ]
     parts = {
@@ -96,10 +100,71 @@ def test_report_counts_and_names_bad_ends():
         for part in ("kills", "surroundings")
     }
     lines = report.text(parts).splitlines()
-    assert "| kills | dpo | 2 | 1 | 0 | 1 | 0 | 0 |" in lines
-    assert "| surroundings | \\| head | 1 | 0 | 1 | 0 | 0 | 0 |" in lines
-    assert "| all |  | 3 | 1 | 1 | 1 | 0 | 0 |" in lines
-    assert lines[-1] == "- kills, dpo: silent. `dpo/metrics.jsonl: 'differs'`"
+    assert "| kills | dpo | 3 | 1 | 1 | 0 | 1 | 0 | 0 |" in lines
+    assert "| surroundings | \\| head | 1 | 0 | 0 | 1 | 0 | 0 | 0 |" in lines
+    assert "| all |  | 4 | 1 | 1 | 1 | 1 | 0 | 0 |" in lines
+    # No folder of this machine.
+    assert lines[-1] == "- kills, dpo: silent. `dpo/metrics.jsonl: 'differs' in .../dpo`"
+
+
+def test_record_keeps_only_what_is_bad(tmp_path):
+    tries = [Try("hostile", "data .csv", CLEAR, 0.0, f"cut {i}") for i in range(100)]
+    tries.append(Try("hostile", "data .csv", DEEP, 0.0, "flipped"))
+    report.write(tmp_path, {"hostile": report.record(tries, 101, "COMMAND", 1.0)})
+    lines = (tmp_path / report.RECORD).read_text().splitlines()
+    assert len(lines) == 3 and "flipped" in lines[2]
+    assert "| hostile | data .csv | 101 | 0 | 0 | 100 | 0 | 1 | 0 |" in report.text(
+        report.write(tmp_path, {})
+    )
+
+
+def test_report_shows_load():
+    measured = [Result("1,000 steps", "5 MiB more", "100 MiB more", True)]
+    page = report.text({"load": report.record([], 4, "COMMAND", 9.0, measured)})
+    assert "| 1,000 steps | 5 MiB more | 100 MiB more | yes |" in page
+    assert "| load | 1 of 4 | 9 |" in page
+
+
+@pytest.mark.parametrize(
+    ("name", "refusal", "expected"),
+    [
+        ("sft/hf/a.json", "W/sft/hf/a.json is gone. Put it back from a copy.", True),
+        ("sft/hf/a.json", "W/sft/hf/b.json is gone. Put it back from a copy.", False),
+        ("sft/hf/a.json", "W/sft/hf/a.json is gone.", False),
+        ("sft/hf/a.json", "W/sft/hf/a.json is gone in the background.", False),
+        ("sft/hf/a.json", "W/sft/hf/a.json is gone.\n\nRemove it.", False),
+        ("sft/config.json", "W/sft has no config.json. Remove the folder.", True),
+        ("sft/checkpoints/2/d/x", "W/sft/checkpoints/2 cannot be read. Remove it.", True),
+        ("sft/checkpoints/2/d/x", "W/sft/checkpoints/20 cannot be read. Remove it.", False),
+        ("sft/checkpoints/2/d/x", "W/sft/checkpoints has none. Remove it.", False),
+    ],
+)
+def test_refusal_must_name_the_file_and_a_remedy(name, refusal, expected):
+    assert files.names_damage(refusal, pathlib.Path("W"), name) == expected
+
+
+def test_damage_that_check_takes_for_whole_is_silent(tmp_path, monkeypatch):
+    """Each end has the line of its own damage."""
+    (tmp_path / "source" / "sft").mkdir(parents=True)
+    (tmp_path / "source" / "sft" / "done.json").write_text("{}")
+    ends = {"cut": (SAME, ""), "emptied": (CLEAR, "it is empty"), "flipped": (DEEP, "KeyError")}
+
+    def end(config, workdir, wanted, name):
+        held = (workdir / name).read_bytes() if (workdir / name).exists() else None
+        how = next(how for how, data in files.damages(b"{}") if data == held)
+        return ends.get(how, (SAME, ""))
+
+    monkeypatch.setattr(files, "_outcome", end)
+    monkeypatch.setattr(files.check, "check", lambda folder: [("sft/done.json", "")])
+    tries = files.try_all(None, tmp_path / "source", {}, what="a run")
+    found = {one.detail.split(":")[0]: one.outcome for one in tries}
+    assert found == {
+        "sft/done.json cut": SILENT,
+        "sft/done.json emptied": SILENT,
+        "sft/done.json flipped": DEEP,
+        "sft/done.json removed": SAME,
+    }
+    assert "KeyError" in tries[2].detail
 
 
 @pytest.mark.slow
@@ -128,5 +193,5 @@ def test_parts_are_measured_one_by_one(tmp_path):
         report.write(tmp_path, {part: report.record(tries, 5, "COMMAND", 1.0)})
     page = (tmp_path / report.PAGE).read_text()
     assert "| kills | dpo | 1 | 1 |" in page and "| signals | dpo | 1 | 1 |" in page
-    assert "| all |  | 2 | 2 | 0 | 0 | 0 | 0 |" in page
+    assert "| all |  | 2 | 2 | 0 | 0 | 0 | 0 | 0 |" in page
     assert "| kills | 1 of 5 | 1 | " in page  # a part that was stopped does not pass for whole

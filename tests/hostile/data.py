@@ -13,22 +13,19 @@ import itertools
 import json
 import lzma
 import pathlib
-import resource
-import time
 import zipfile
 from collections.abc import Callable, Iterator
 
 import pyarrow
 import pyarrow.parquet
 
-from dpo_jax import command_line
 from dpo_jax import config as configs
 from dpo_jax.data import dataset
-from tests.hostile.judging import SECONDS, check_words
+from tests.hostile import judging
+from tests.hostile.judging import Verdict
 
 ROWS = 12  # of a file before it is damaged
 COLUMNS = ("prompt", "chosen", "rejected")
-MOST_MEMORY = 2 << 30  # bytes that a case may add
 
 
 def good_rows() -> list[dict]:
@@ -223,14 +220,6 @@ class Case:
         return f"{self.suffix} {self.damage} {self.place}".strip()
 
 
-@dataclasses.dataclass(frozen=True)
-class Verdict:
-    """What became of a case."""
-
-    verdict: str  # "taken", "refused", or one that no case may have, in `__main__`
-    words: str  # the refusal, or what is wrong
-
-
 def cases() -> Iterator[Case]:
     """Yield every format with every damage at every place."""
     rows = good_rows()
@@ -250,7 +239,7 @@ def cases() -> Iterator[Case]:
     for suffix, separator in ((".csv", ","), (".tsv", "\t")):
         for (damage, form), place in itertools.product(CELL_ROWS.items(), ROW_PLACES):
             yield _with_row(suffix, damage, place, form.format(separator))
-        yield Case(suffix, "more cells in every row", "", _ragged(separator))
+        yield Case(suffix, "more cells in every row", "", ragged(separator))
         for damage, form in HEADERS.items():
             body = _table(separator)(rows).split(b"\n", 1)[1]
             content = form.format(separator).encode() + b"\n" + body
@@ -277,7 +266,7 @@ def _texts_in(suffix: str, content: bytes) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(text.strip() for text in row) for row in rows if len(row) == len(COLUMNS))
 
 
-def _ragged(separator: str) -> bytes:
+def ragged(separator: str) -> bytes:
     """Return a table whose prompts hold the separator, without quotes."""
     prompt = f"Once{separator} there was a cat."
     rows = [separator.join([prompt, f" It was {i}.", f" No {i}."]) for i in range(ROWS)]
@@ -304,33 +293,16 @@ def judge(case: Case, folder: pathlib.Path, tokenizer, on_bad_row: str = "error"
     data = configs.default(("dpo",)).data
     data.update(source="local", path=str(file), on_bad_row=on_bad_row, max_dropped=1.0)
     data.max_length = 1 << 15  # tokens: nothing is cut, as texts are compared
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    began = time.monotonic()
-    try:
-        read = dataset.load(data, tokenizer, "pairs")
-    except Exception as error:  # whatever it is, it is judged
-        words = str(error)
-        verdict = _judge_refusal(error, words, file)
-    else:
-        verdict, words = _judge_counts(read)
-        strange = _strange_texts(read, tokenizer, case.own_rows)
-        if strange:
-            verdict, words = "silent", f"trains on {strange[0]!r}, which no row has"
-    if time.monotonic() - began > SECONDS:
-        verdict = "slow"
-    if (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 > MOST_MEMORY:
-        verdict = "large"
-    return Verdict(verdict, words)
-
-
-def _judge_refusal(error: Exception, words: str, file: pathlib.Path) -> str:
-    if not command_line.is_for_people(error):
-        return "deep"
-    try:
-        check_words(words)
-    except AssertionError:
-        return "unclear"
-    return "refused" if file.name in words else "unclear"
+    read = []
+    verdict = judging.judge(
+        lambda: read.append(dataset.load(data, tokenizer, "pairs")), names=(file.name,)
+    )
+    if verdict.verdict != "taken":
+        return verdict
+    strange = _strange_texts(read[0], tokenizer, case.own_rows)
+    if strange:
+        return Verdict("silent", f"trains on {strange[0]!r}, which no row has")
+    return Verdict(*_judge_counts(read[0]))
 
 
 def _judge_counts(read: dataset.Dataset) -> tuple[str, str]:

@@ -107,6 +107,9 @@ def test_a_model_that_is_gone_is_written_again(exact, tmp_path, capsys):
     assert "sft: already done; its hf/ is gone, and written again" in capsys.readouterr().out
     for name, value in weights(workdir / "sft").items():
         np.testing.assert_array_equal(weights(copy / "sft")[name], value, strict=True)
+    (copy / "sft" / "hf" / "config.json").unlink()
+    with pytest.raises(ValueError, match="sft/hf/config.json is gone. Put it back .* or remove"):
+        run(config, copy)
     shutil.rmtree(copy / "sft" / "checkpoints")
     (copy / "sft" / "hf" / "model.safetensors").unlink()
     with pytest.raises(StageChanged, match="sft/hf, the model that .* is gone or lacks files"):

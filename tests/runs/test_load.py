@@ -12,7 +12,7 @@ from tests.helpers import tiny_runs
 @pytest.mark.parametrize("measure, count", [(load.judged, 300), (load.rows, 2000), (load.runs, 20)])
 def test_measurement_holds(measure, count, tmp_path):
     result = measure(tmp_path, count)
-    assert result.is_good, result.line()
+    assert result.is_good, result
 
 
 @pytest.mark.parametrize("field", ["memory_mib", "open_files", "files"])

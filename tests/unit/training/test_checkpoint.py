@@ -4,7 +4,9 @@ import errno
 import json
 import os
 import resource
+import sys
 import threading
+import types
 
 import jax
 import jax.numpy as jnp
@@ -215,3 +217,14 @@ def test_error_of_a_disk_is_no_damage(tmp_path):
     assert error.value is failing
     with pytest.raises(DamagedCheckpoint):
         checkpoint._attempt(tmp_path / "3", lambda: fail(FileNotFoundError(errno.ENOENT, "gone")))
+
+
+def test_reads_that_end_late_say_nothing(monkeypatch):
+    """Reads beside one that failed find a closed event loop, in a thread of their own."""
+    said = []
+    monkeypatch.setattr(sys, "unraisablehook", said.append)
+    checkpoint._ignore_late_reads.cache_clear()
+    checkpoint._ignore_late_reads()
+    for message in ("Event loop is closed", "another one"):
+        sys.unraisablehook(types.SimpleNamespace(exc_value=RuntimeError(message)))
+    assert [str(one.exc_value) for one in said] == ["another one"]
