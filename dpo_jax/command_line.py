@@ -236,6 +236,8 @@ def report(error: BaseException) -> int:
         status = MISTAKE
         if isinstance(error, OSError) and error.errno in _NO_ROOM:
             text += ". Make room or raise the limit, and run the same command again."
+        elif isinstance(error, OSError) and error.errno == errno.EROFS:
+            text += ". Mount it for writing, or give another folder."
     else:
         text, status = _BUG_NOTE, BUG
     stopping.said()

@@ -18,10 +18,22 @@ def whole_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     # Two processes may be about to make the same file, so each writes a draft of its own.
     draft = path.with_name(f"{path.name}.{os.getpid()}.draft")
     try:
-        yield draft
+        with naming(path):
+            yield draft
         os.replace(draft, path)  # a rename within a folder is atomic
     finally:
         draft.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """Give errors of writing to a file its name, which that of a full disk does not have."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def parse_object(line: bytes) -> dict | None:

@@ -24,6 +24,7 @@ from dpo_jax import config as configs
 from dpo_jax import run_name, stage_table
 from dpo_jax.console import warn
 from dpo_jax.whole_file import (
+    naming,
     parse_object,
     read_record,
     set_aside,
@@ -374,7 +375,7 @@ def append_lines(path: pathlib.Path, rows: list[dict]) -> None:
     """Append JSON lines. Process 0 only."""
     if jax.process_index() == 0:
         # Appending may be cut short by a kill; `read_lines` copes with that.
-        with path.open("a") as file:
+        with naming(path), path.open("a") as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -449,11 +450,11 @@ class Completions:
     def append(self, rows: list[dict]) -> None:
         """Append rows, and then the sums: rows that these do not count yet are made again."""
         data = "".join(json.dumps(row) + "\n" for row in rows).encode()
-        with self._path.open("ab") as file:
+        with naming(self._path), self._path.open("ab") as file:
             file.write(data)
         self._digest.update(data)
         self._count += len(rows)
-        with self._sums.open("a") as file:
+        with naming(self._sums), self._sums.open("a") as file:
             file.write(self._sum())
 
     def _sum(self) -> str:

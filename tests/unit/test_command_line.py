@@ -251,3 +251,8 @@ def test_full_memory_is_explained():
 def test_full_disk_says_what_to_do():
     done = program("raise OSError(28, 'No space left on device', 'a.jsonl')")
     assert_refused(done, "a.jsonl", "Make room", "run the same command again")
+
+
+def test_read_only_disk_says_what_to_do():
+    done = program("raise OSError(30, 'Read-only file system', 'run/sft')")
+    assert_refused(done, "run/sft", "Mount it for writing, or give another folder")

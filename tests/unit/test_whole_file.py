@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from dpo_jax.whole_file import whole_file
+from dpo_jax.whole_file import naming, whole_file
 
 
 def test_draft_takes_the_place_of_the_file(tmp_path):
@@ -25,3 +25,10 @@ def test_error_leaves_the_old_file(tmp_path):
         raise RuntimeError
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["rows.jsonl"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no file that is always full")
+def test_full_disk_names_the_file():
+    with pytest.raises(OSError) as raised, naming("a.jsonl"), open("/dev/full", "w") as file:
+        file.write("x")
+    assert str(raised.value) == "[Errno 28] No space left on device: 'a.jsonl'"
