@@ -428,17 +428,23 @@ def _ignore(_unraisable) -> None:
 
 @functools.cache  # once for the process
 def _ignore_late_reads() -> None:
-    """From here on, say nothing of reads that end after one beside them has failed.
-
-    Each raises in a thread of tensorstore's, since orbax has closed its event loop by then.
-    """
+    """From here on, say nothing of reads that end after one beside them has failed."""
     say = sys.unraisablehook
 
     def say_others(unraisable):
-        if str(unraisable.exc_value) != "Event loop is closed":
+        if not _is_of_late_read(unraisable):
             say(unraisable)
 
     sys.unraisablehook = say_others
+
+
+def _is_of_late_read(unraisable) -> bool:
+    # It raises in a thread of tensorstore's, since orbax has closed its event loop by then.
+    if str(unraisable.exc_value) == "Event loop is closed":
+        return True
+    # Or it failed as well, in a coroutine of orbax's that is thrown away.
+    code = getattr(unraisable.object, "cr_code", None)
+    return code is not None and "orbax" in code.co_filename
 
 
 def _root_of(error: BaseException) -> str:

@@ -26,7 +26,7 @@ from dpo_jax import config as configs
 from dpo_jax.pipeline.stages import run_stages
 from dpo_jax.training import metrics
 from dpo_jax.training.loop import Interrupted
-from tests.faults.outcomes import CLEAR, DEEP, HANGING, SAME, SILENT, TOLD, Try
+from tests.faults.outcomes import BAD, CLEAR, DEEP, HANGING, SAME, SILENT, TOLD, Try
 from tests.helpers import goldens
 from tests.helpers.quick_compiles import QUICK_COMPILES
 from tests.helpers.tiny_runs import on_devices
@@ -130,6 +130,8 @@ def try_all(
                 outcome, said = SILENT, f"`dpo-jax check` takes it for whole; the run: {outcome}"
             shutil.rmtree(workdir)
             tries.append(Try(PART, what, outcome, seconds, f"{name} {how}: {said}"))
+            if outcome in BAD or len(tries) % 50 == 0:
+                print(f"{what}: {len(tries)} tried, {name} {how}: {outcome}", flush=True)
     return tries
 
 

@@ -220,11 +220,15 @@ def test_error_of_a_disk_is_no_damage(tmp_path):
 
 
 def test_reads_that_end_late_say_nothing(monkeypatch):
-    """Reads beside one that failed find a closed event loop, in a thread of their own."""
+    """Reads beside one that failed find a closed event loop, or fail in a coroutine of orbax's."""
     said = []
     monkeypatch.setattr(sys, "unraisablehook", said.append)
     checkpoint._ignore_late_reads.cache_clear()
     checkpoint._ignore_late_reads()
-    for message in ("Event loop is closed", "another one"):
-        sys.unraisablehook(types.SimpleNamespace(exc_value=RuntimeError(message)))
+    of_orbax = types.SimpleNamespace(
+        cr_code=types.SimpleNamespace(co_filename="/lib/orbax/checkpoint/serialization.py")
+    )
+    raised = (("Event loop is closed", None), ("no data", of_orbax), ("another one", "object"))
+    for message, place in raised:
+        sys.unraisablehook(types.SimpleNamespace(exc_value=RuntimeError(message), object=place))
     assert [str(one.exc_value) for one in said] == ["another one"]
