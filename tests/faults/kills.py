@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 
+from dpo_jax.parallel import meeting
 from tests.faults import jobs, outcomes
 
 PART = "kills"
@@ -42,8 +43,8 @@ VICTIMS = ((0,), (1,), (0, 1))
 COLD = 6
 MOST_TRIES = 5  # of a moment that comes too late, as the command has ended
 POLL = 0.002  # seconds
-# Seconds: jax waits five minutes for a process that has never come.
-MEETING = 480.0
+# Seconds in which a process must see that the other has gone: it waits long for one to come.
+MEETING = meeting.PATIENCE + 180.0
 
 
 def plan(wholes: dict[str, jobs.Whole], count: int, seed: int):

@@ -42,8 +42,9 @@ COLUMNS = {
     "another status, or `dpo-jax check` took a damaged file for whole",
     outcomes.DEEP: "it ended with a traceback, or with a message that does not name what is wrong "
     "and what to do",
-    outcomes.HANGING: "it did not end in time (a command 240 s, a run after damage 60 s, hostile "
-    "input 30 s), or hostile input took more than 2 GB of memory",
+    outcomes.HANGING: "it did not end in time (a command 240 s, or 480 s where another process of "
+    "it was killed; a signalled one 8 s; a run after damage 60 s; hostile input 30 s, of a "
+    "processor's time for a real command), or hostile input took more than 2 GB of memory",
 }
 
 

@@ -1,10 +1,12 @@
 """Configs and flags of every type with values that nobody means."""
 
 import math
+import signal
 
 import pytest
 
 from dpo_jax import config as configs
+from dpo_jax import stopping
 from dpo_jax.data import batches
 from dpo_jax.models.lora import Lora
 from tests.helpers.tiny import tiny_config
@@ -53,6 +55,13 @@ def test_usual_commands_are_taken():
         if command is not typed.data_report:
             verdict = typed.judge_flags(command, ())
             assert verdict.verdict == "taken", verdict
+
+
+def test_a_command_leaves_signals_as_they_were():
+    handlers = [signal.getsignal(number) for number in stopping.SIGNALS]
+    typed.judge_flags(typed.train, ("--seed=1",), "--seed=1")
+    assert [signal.getsignal(number) for number in stopping.SIGNALS] == handlers
+    assert not stopping._State.may_leave  # two seconds after a signal it would end the tests
 
 
 def test_a_rank_above_the_models_width_is_refused():
