@@ -27,9 +27,8 @@ from dpo_jax.pipeline.stages import run_stages
 from dpo_jax.training import metrics
 from dpo_jax.training.loop import Interrupted
 from tests.faults.outcomes import BAD, CLEAR, DEEP, HANGING, SAME, SILENT, TOLD, Try
-from tests.helpers import goldens
+from tests.helpers import goldens, tiny_runs
 from tests.helpers.quick_compiles import QUICK_COMPILES
-from tests.helpers.tiny_runs import on_devices
 
 PART = "files"
 WORK = "work"  # the folder of every run: some files hold its path
@@ -43,8 +42,9 @@ NOT_CHECKED = (".lock", "commit_success.txt", "_sharding", "array_metadatas", "o
 class Kind:
     """A run whose files are damaged: when it is finished, and when it was stopped.
 
-    stage, step: where it is stopped. folders: whose files are damaged; (): all. Stages that another
-    kind has as well are damaged there.
+    make_config: is given a folder, for what the run reads. stage, step: where it is stopped.
+    folders: whose files are damaged; (): all. Stages that another kind has as well are damaged
+    there.
     """
 
     make_config: Callable
@@ -53,7 +53,7 @@ class Kind:
     folders: tuple[str, ...] = ()
 
 
-def small_config(method: str = "dpo", **changes):
+def small_config(method: str):
     """Return the config of a run of seconds on the toy, through all stages of a method."""
     config = toy.get_config(method)
     config.sampling.batch_size = 32
@@ -67,14 +67,17 @@ def small_config(method: str = "dpo", **changes):
     for block, fields in small.items():
         if block in config:
             config[block].update(fields)
-    config.update_from_flattened_dict(changes)
     return config
 
 
 def run(config, workdir: pathlib.Path) -> str:
     """Run all stages; return what was shown."""
     shown = io.StringIO()
-    with on_devices(1), contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown):
+    with (
+        tiny_runs.on_devices(1),
+        contextlib.redirect_stdout(shown),
+        contextlib.redirect_stderr(shown),
+    ):
         run_stages(config, str(workdir))
     return shown.getvalue()
 
@@ -231,7 +234,16 @@ def _at_most(seconds: int):
         signal.signal(signal.SIGALRM, before)
 
 
-def best_config():
+def lora_config(folder: pathlib.Path):
+    """Return the config of a DPO run of adapters, which need a model to start from."""
+    model = tiny_runs.write_model(folder / "model")
+    pairs = tiny_runs.write_pairs(folder / "pairs.jsonl")
+    config = tiny_runs.dpo_config(model, pairs)
+    config.model.lora.rank = 2
+    return config
+
+
+def best_config(_folder: pathlib.Path):
     """Return the config of a DPO run that keeps its best checkpoint, which is not its latest."""
     config = small_config("dpo")
     config.dpo.update(steps=6, save_every=1, keep=1, keep_best="logps_eval/chosen")
@@ -239,9 +251,9 @@ def best_config():
 
 
 KINDS = {
-    "dpo": Kind(small_config, "dpo", 3),
-    "ppo": Kind(lambda: small_config("ppo"), "ppo", 2, ("rm", "ppo", "evaluate")),
-    "lora": Kind(lambda: small_config("dpo", **{"model.lora.rank": 2}), "dpo", 3, ("dpo",)),
+    "ppo": Kind(lambda _: small_config("ppo"), "ppo", 2, ("rm", "ppo", "evaluate")),
+    "dpo": Kind(lambda _: small_config("dpo"), "dpo", 3),
+    "lora": Kind(lora_config, "dpo", 3),
     "keep_best": Kind(best_config, "dpo", 5, ("dpo",)),
 }
 
@@ -255,7 +267,9 @@ def count(name: str, folder: pathlib.Path, **options) -> list[Try]:
         is_mine = not kind.folders or damage.startswith(tuple(f"{one}/" for one in kind.folders))
         return is_mine and is_chosen(damage)
 
-    config = kind.make_config()
+    inputs = folder / "inputs"
+    inputs.mkdir(parents=True)
+    config = kind.make_config(inputs)
     work = folder / WORK
     run(config, work)
     wanted = result(work)
@@ -284,6 +298,10 @@ def count_all(folder: pathlib.Path, workers: int) -> Iterator[list[Try]]:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     context = multiprocessing.get_context("spawn")  # a copy of this process would share its jax
     with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
-        waiting = [pool.submit(count, name, folder / name) for name in KINDS]
+        waiting = {pool.submit(count, name, folder / name): name for name in KINDS}
         for future in concurrent.futures.as_completed(waiting):
-            yield future.result()
+            try:
+                yield future.result()
+            except Exception as error:  # of the harness itself: the other kinds go on
+                said = f"it could not be tried: {error!r}"
+                yield [Try(PART, waiting[future], SILENT, 0.0, said)]
