@@ -4,11 +4,13 @@
     while it works           by the exception Stopped, so that drafts are removed on its way out;
                              where that does not get through, at once after GRACE seconds
     while a step is trained  after the step, which is saved (`delayed`)
+    while Python ends        not at all: everything is done
 
 A kill may come anywhere as well, and loses nothing that was written: a command that is told to stop
 need only be quick. Imports nothing of the project, and no jax.
 """
 
+import atexit
 import contextlib
 import os
 import signal
@@ -35,6 +37,7 @@ class _State:
     may_leave = False  # the process may be ended wherever it is: there is nothing to save
     is_leaving = False  # what there is to say has been said
     is_watched = False
+    is_registered = False
 
 
 def words(signum: int) -> str:
@@ -49,6 +52,14 @@ def end_at_once() -> None:
         _leave(signum)
 
     _handle(leave)
+    if not _State.is_registered:
+        _State.is_registered = True
+        atexit.register(_ignore)  # before jax is imported, so that it is called after jax's own
+
+
+def _ignore() -> None:
+    """Let signals do nothing more: as Python ends, it takes its handlers away."""
+    _handle(signal.SIG_IGN)
 
 
 def said() -> None:

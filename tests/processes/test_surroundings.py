@@ -132,3 +132,18 @@ def test_a_signal_ends_the_reading_of_data_with_one_line(train, tmp_path, how):
     status, out, err = stop_when(command, reads, how)
     said = "interrupted\n" if how == signal.SIGINT else "stopped by SIGTERM\n"
     assert (status, err) == (128 + how, said), out
+
+
+def test_signal_while_python_ends_changes_no_status():
+    """All is done by then, but Python has taken away the handlers of its own."""
+    program = """
+import os
+from dpo_jax import stopping
+stopping.end_at_once()
+class Late:
+    def __del__(self, kill=os.kill, me=os.getpid()):
+        kill(me, 15)
+late = Late()
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False)
+    assert done.returncode == 0
