@@ -3,8 +3,9 @@
     python -m tests.faults [--parts=kills,signals,surroundings,files,hostile,load] [--kills=50]
         [--seed=0] [--workers=2]
 
-Takes about two hours on two cores. As root on Linux it also fills small disks. The exit status is
-1 if any try ended silently wrong, with a traceback or not at all, or if load is above a limit.
+Takes an hour and a half on two idle cores. As root on Linux it also fills small disks. The exit
+status is 1 if any try ended silently wrong, with a traceback or not at all, or if load is above a
+limit.
 """
 
 import argparse

@@ -117,7 +117,8 @@ class Tries:
         """Take the tries of a part that are made elsewhere, in groups."""
         for group in made:
             self.done += group
-            self.keep(part, len(self._of(part)))
+            self.keep(part, len(self._of(part)) + 1)  # one more at least, until all are there
+        self.keep(part, len(self._of(part)))
 
     def keep(self, part: str, planned: int) -> None:
         """Have the tries of a part so far kept."""
