@@ -355,21 +355,26 @@ class _Recorder:
             return None
         step, value = found
         written = self._written_evaluations()
+        checkpoints = self._job.folder / "checkpoints"
+        remedy = f"Put it back from a copy, or remove {self._job.folder} to train the stage again."
         if written.get(step, {}).get(metric, value) != value:
             raise DamagedCheckpoint(
-                f"the best checkpoint, step {step}, has {metric} {value:.6g}, and metrics.jsonl "
-                f"has {written[step][metric]:.6g}: one of the two has been changed. Put it back "
-                f"from a copy, or remove {self._job.folder} to train the stage again."
+                f"the best checkpoint, {checkpoints / str(step)}, has {metric} {value:.6g}, and "
+                f"metrics.jsonl has {written[step][metric]:.6g}: one of the two has been changed. "
+                f"{remedy}"
             )
+        best_step, best_value = step, value
         for other, evaluation in written.items():
+            other_value = evaluation.get(metric, value)
             # Row 0 is of what training started from, which is no result of it.
-            if other and self._checkpoints.is_worse(value, evaluation.get(metric, value)):
-                raise DamagedCheckpoint(
-                    f"the best {metric} in metrics.jsonl is {evaluation[metric]:.6g}, of step "
-                    f"{other}, whose checkpoint is not there: the best one is of step {step}, with "
-                    f"{value:.6g}. Put it back from a copy, or remove {self._job.folder} to train "
-                    "the stage again."
-                )
+            if other and self._checkpoints.is_worse(best_value, other_value):
+                best_step, best_value = other, other_value
+        if best_step != step:
+            raise DamagedCheckpoint(
+                f"the best {metric} in metrics.jsonl is {best_value:.6g}, of step {best_step}, and "
+                f"{checkpoints / str(best_step)} is not there or is set aside: the best one that "
+                f"is there is of step {step}, with {value:.6g}. {remedy}"
+            )
         return found
 
     def evaluation_of(self, step: int, state: TrainState) -> dict[str, float]:

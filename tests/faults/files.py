@@ -35,7 +35,9 @@ WORK = "work"  # the folder of every run: some files hold its path
 SECONDS = 60  # after which a run counts as hanging
 REMEDY = re.compile(r"\b([Rr]emove|[Rr]ename|[Pp]ut (it|one of them) back)\b")
 # A reader needs nothing of these, or orbax nothing of what they hold.
-NOT_CHECKED = (".lock", "commit_success.txt", "_sharding", "array_metadatas", "ocdbt.process_0/m")
+NOT_READ = (".lock", "commit_success.txt", "_sharding", "array_metadatas", "ocdbt.process_0/m")
+# Orbax copies arrays as small as adapters into state/d, and then reads nothing of the others.
+NOT_READ_OF_SMALL = (*NOT_READ, "ocdbt.process_0/d")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,13 +46,14 @@ class Kind:
 
     make_config: is given a folder, for what the run reads. stage, step: where it is stopped.
     folders: whose files are damaged; (): all. Stages that another kind has as well are damaged
-    there.
+    there. not_read: parts of names of files that say nothing to a reader.
     """
 
     make_config: Callable
     stage: str
     step: int
     folders: tuple[str, ...] = ()
+    not_read: tuple[str, ...] = NOT_READ
 
 
 def small_config(method: str):
@@ -105,11 +108,13 @@ def try_all(
     what: str,
     is_tried: Callable[[str], bool] = lambda name: True,
     with_check: bool = True,
+    not_read: tuple[str, ...] = NOT_READ,
 ) -> list[Try]:
     """Damage each file of a WORKDIR in each way, run the command again, and judge each end.
 
     wanted: the `result` of an undamaged run. what: the row of the table. is_tried: chooses by a
-    damage's name, "FILE cut". with_check: whether `dpo-jax check` must see each damage too.
+    damage's name, "FILE cut". with_check: whether `dpo-jax check` must see each damage too, but
+    for those of not_read.
     """
     tries = []
     for path in sorted(path for path in source.rglob("*") if path.is_file()):
@@ -124,7 +129,7 @@ def try_all(
             else:
                 (workdir / name).write_bytes(data)
             # Whether a file should be there only a finished stage or a checkpoint knows.
-            is_read = how != "removed" and not any(part in name for part in NOT_CHECKED)
+            is_read = how != "removed" and not any(part in name for part in not_read)
             is_unseen = with_check and is_read and not _is_seen(workdir, name)
             began = time.monotonic()
             outcome, said = _outcome(config, workdir, wanted, name)
@@ -253,7 +258,7 @@ def best_config(_folder: pathlib.Path):
 KINDS = {
     "ppo": Kind(lambda _: small_config("ppo"), "ppo", 2, ("rm", "ppo", "evaluate")),
     "dpo": Kind(lambda _: small_config("dpo"), "dpo", 3),
-    "lora": Kind(lora_config, "dpo", 3),
+    "lora": Kind(lora_config, "dpo", 3, not_read=NOT_READ_OF_SMALL),
     "keep_best": Kind(best_config, "dpo", 5, ("dpo",)),
 }
 
@@ -267,6 +272,7 @@ def count(name: str, folder: pathlib.Path, **options) -> list[Try]:
         is_mine = not kind.folders or damage.startswith(tuple(f"{one}/" for one in kind.folders))
         return is_mine and is_chosen(damage)
 
+    options["not_read"] = kind.not_read
     inputs = folder / "inputs"
     inputs.mkdir(parents=True)
     config = kind.make_config(inputs)
