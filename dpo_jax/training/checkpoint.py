@@ -386,7 +386,6 @@ def _attempt(path: pathlib.Path, read: Callable):
         if reason:
             # Unfinished reads of other arrays complain when they are thrown away: here, or later.
             gc.collect()
-            logging.getLogger("asyncio").addFilter(_is_of_no_read)
     if reason and jax.process_count() > 1:
         # Others that could read it wait for this process inside orbax: all of them have to end.
         raise OSError(
@@ -429,6 +428,7 @@ def _ignore(_unraisable) -> None:
 @functools.cache  # once for the process
 def _ignore_late_reads() -> None:
     """From here on, say nothing of reads that end after one beside them has failed."""
+    logging.getLogger("asyncio").addFilter(_is_of_no_read)
     say = sys.unraisablehook
 
     def say_others(unraisable):
