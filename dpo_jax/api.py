@@ -55,6 +55,7 @@ from dpo_jax.pipeline.stages import run_stages
 from dpo_jax.sampling import generation
 from dpo_jax.sampling.sampler import Sampling
 from dpo_jax.stage_table import STAGES
+from dpo_jax.storage import shadow
 from dpo_jax.training import data_feed, losses, objectives
 from dpo_jax.training import metrics as metrics_lib
 from dpo_jax.training.loop import stage_programs
@@ -801,7 +802,7 @@ def run(
     with jax.default_matmul_precision("float32"), console.quiet(not verbose):
         run_stages(config, str(workdir), reward=reward, loss=_loss_of_pairs(loss) if loss else None)
     names = configs.folder_names(config)
-    return {stage: pathlib.Path(workdir) / names[stage] for stage in config.stages}
+    return {stage: shadow.place(workdir) / names[stage] for stage in config.stages}
 
 
 @contextlib.contextmanager

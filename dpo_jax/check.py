@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator
 
 from dpo_jax import command_line
+from dpo_jax.storage import shadow
 
 # A Finding: a part of a WORKDIR by its path, and what is wrong with it; "" if it is whole.
 Finding = tuple[pathlib.Path, str]
@@ -32,7 +33,9 @@ def check(workdir: pathlib.Path) -> Iterator[Finding]:
 
 def _is_stage(folder: pathlib.Path) -> bool:
     """Return whether a folder is a stage's, of which config.json may be gone."""
-    return any((folder / name).exists() for name in (".lock", "checkpoints", "done.json"))
+    return any(
+        (folder / name).exists() for name in (".lock", "checkpoints", "config.json", "done.json")
+    )
 
 
 def _stage(folder: pathlib.Path) -> Iterator[Finding]:
@@ -150,7 +153,8 @@ def main():
     def check_workdir(workdir: str):
         if not workdir:
             raise ValueError("dpo-jax check WORKDIR: give the WORKDIR of a run.")
-        folder = pathlib.Path(workdir)
+        folder = shadow.place(workdir)
+        shadow.pull(folder)
         if not folder.is_dir():
             raise FileNotFoundError(
                 f"{folder}: there is no such folder. Give the WORKDIR of a run."

@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 
 from dpo_jax import config_files, stopping, surroundings
 from dpo_jax.config import DATA
+from dpo_jax.storage.addresses import shown
 
 MISTAKE = 2  # exit status
 BUG = 1  # exit status
@@ -232,7 +233,7 @@ def report(error: BaseException) -> int:
         signum = getattr(error, "signum", signal.SIGINT)
         text, status = stopping.words(signum), 128 + signum
     elif mistake:
-        text = f"error: {str(error) or type(error).__name__}"
+        text = f"error: {shown(str(error)) or type(error).__name__}"
         status = MISTAKE
         if isinstance(error, OSError) and error.errno in _NO_ROOM:
             text += ". Make room or raise the limit, and run the same command again."

@@ -12,6 +12,7 @@ import jax
 from tqdm import tqdm
 
 from dpo_jax import surroundings
+from dpo_jax.storage.addresses import shown
 
 _QUIET = contextvars.ContextVar("quiet", default=False)
 
@@ -38,7 +39,7 @@ def say(text: str = "") -> None:
     if jax.process_index() == 0 and not _QUIET.get():
         try:
             # Through tqdm, which keeps a bar below the lines.
-            tqdm.write(text, file=sys.stdout)
+            tqdm.write(shown(text), file=sys.stdout)
             sys.stdout.flush()
         except OSError:
             # Its reader has gone, as in `| head`, or its disk is full: the work goes on.

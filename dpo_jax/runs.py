@@ -24,6 +24,8 @@ from ml_collections import ConfigDict
 from dpo_jax import command_line, config_files
 from dpo_jax import config as configs
 from dpo_jax.stage_table import STAGES
+from dpo_jax.storage import shadow
+from dpo_jax.storage.addresses import shown
 from dpo_jax.training.metric_names import is_evaluation
 from dpo_jax.whole_file import parse_object
 
@@ -207,7 +209,10 @@ def _is_locked(path: pathlib.Path) -> bool:
 
 
 def _last_checkpoint(folder: pathlib.Path) -> int | None:
-    steps = [int(path.name) for path in (folder / "checkpoints").glob("*") if path.name.isdigit()]
+    steps = shadow.checkpoint_steps(folder / "checkpoints")
+    if steps is None:
+        found = (folder / "checkpoints").glob("*")
+        steps = [int(path.name) for path in found if path.name.isdigit()]
     return max(steps, default=None)
 
 
@@ -343,13 +348,14 @@ def overview(root: pathlib.Path) -> str:
 
 def main():
     def list_runs(workdir: str):
-        folder = pathlib.Path(workdir or ROOT)
+        folder = shadow.place(workdir or ROOT)
+        shadow.pull(folder, shadow.is_outside_stages)
         if not folder.is_dir():
             raise FileNotFoundError(
                 f"{folder}: there is no such folder. Give the WORKDIR of a run; without one, the "
                 f"folders under {ROOT}/ here are listed."
             )
-        print(table(folder) if workdir else overview(folder))
+        print(shown(table(folder) if workdir else overview(folder)))
 
     command_line.run(list_runs, __doc__, positional="WORKDIR")
 

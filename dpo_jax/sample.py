@@ -27,6 +27,7 @@ from dpo_jax.data.tokenizer import TOKENIZATION_VERSION
 from dpo_jax.models import loading
 from dpo_jax.parallel import processes, sharding
 from dpo_jax.sampling import generation, sampler
+from dpo_jax.storage import shadow
 from dpo_jax.whole_file import read_record
 from dpo_jax.workdir import (
     append_lines,
@@ -59,11 +60,13 @@ class Options:
 @data_flags.named((*FIELDS, *OWN_FIELDS), path="prompts")
 def sample_file(options: Options, mesh) -> None:
     """Sample completions for each row of a file that is not in the output yet."""
-    path = pathlib.Path(options.out)
+    path = shadow.place(options.out)
+    if shadow.is_copy(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"--out={path}: there is no folder {path.parent}. Make it first.")
     # A second command would add the same rows once more.
-    with lock_output(path):
+    with lock_output(path, [_settings_of(path)]):
         _sample_file(options, path, mesh)
 
 
@@ -135,7 +138,7 @@ def _begin(
     Rows beyond whole chunks are cut off. A file keeps the date with which it was begun, unless
     another one is asked for, which is refused.
     """
-    beside = path.with_name(path.name + ".settings.json")
+    beside = _settings_of(path)
     # As it comes back from a file: tuples become lists.
     made_with = json.loads(json.dumps(made_with))
     if not path.exists():
@@ -165,6 +168,11 @@ def _begin(
     write_lines(path, rows[:start])
     say(f"continuing after {start} of {total} prompts")
     return start, day
+
+
+def _settings_of(path: pathlib.Path) -> pathlib.Path:
+    """Return the file that says what the rows of an output were made with."""
+    return path.with_name(path.name + ".settings.json")
 
 
 def _check_rows(path: pathlib.Path, rows: list[dict], inputs: list[dict]) -> None:

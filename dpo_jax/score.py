@@ -29,6 +29,7 @@ from dpo_jax.data.ledger import CHAT_LINES, Counts, Malformed
 from dpo_jax.data.tokenizer import Encoder
 from dpo_jax.models import inference, loading
 from dpo_jax.parallel import processes, sharding
+from dpo_jax.storage import shadow
 from dpo_jax.whole_file import whole_file
 
 FIELDS = (  # of config.data, each a flag
@@ -83,8 +84,12 @@ def score_file(options: Options, mesh) -> None:
     Raises FileExistsError if the file to write is there already, and what reading the model and the
     data raises.
     """
-    out = pathlib.Path(options.out)
+    out = shadow.place(options.out)
     folder = out.absolute().parent
+    if shadow.is_copy(out):
+        folder.mkdir(parents=True, exist_ok=True)
+        # Whether it is there already.
+        processes.from_first(lambda: shadow.pull(folder, names=[out.name], exactly=True))
     if out.exists():
         raise FileExistsError(f"--out={out}: the file exists. Give another name, or remove it.")
     if not folder.is_dir():
@@ -107,6 +112,7 @@ def score_file(options: Options, mesh) -> None:
 
     if jax.process_index() == 0:
         scored = _write(options, data, scores, encoded.unscored)
+        shadow.push(folder, [out.name])
     # Without this, the others would take process 0 for dead while it writes, and end it.
     processes.wait_for_all("scores")
     if jax.process_index() == 0:

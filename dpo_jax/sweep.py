@@ -10,8 +10,6 @@ set as usual, --config.FIELD=VALUE. The result is a table, and the curves in
 WORKDIR/sweep_FIELD.png.
 """
 
-import pathlib
-
 from absl import flags
 from ml_collections import ConfigDict
 
@@ -23,6 +21,7 @@ from dpo_jax.pipeline.stages import run_stages
 from dpo_jax.run_name import name_run
 from dpo_jax.training.metric_names import is_evaluation
 from dpo_jax.training.metrics import read_rows
+from dpo_jax.workdir import open_workdir
 
 
 def points(
@@ -82,13 +81,15 @@ def run(
     field = sweep.partition("=")[0]
     stage = field.partition(".")[0]
     runs = {}
-    for value, point in points(config, sweep, base):
-        say(f"--- {field} = {value}")
-        run_stages(point, workdir)
-        folder = pathlib.Path(workdir) / configs.folder_names(point)[stage]
-        runs[value] = read_rows(folder / "metrics.jsonl")
-    picture = pathlib.Path(workdir) / f"sweep_{field}.png"
-    plots.curves(picture, runs, field)
+    swept = points(config, sweep, base)
+    with open_workdir(workdir) as folder:
+        for value, point in swept:
+            say(f"--- {field} = {value}")
+            run_stages(point, folder)
+            rows = folder / configs.folder_names(point)[stage] / "metrics.jsonl"
+            runs[value] = read_rows(rows)
+        picture = folder / f"sweep_{field}.png"
+        plots.curves(picture, runs, field)
     say(table(field, runs))
     say(str(picture))
     return runs

@@ -16,6 +16,7 @@ from dpo_jax.parallel import processes
 from dpo_jax.pipeline import push
 from dpo_jax.pipeline.stages import run_stages
 from dpo_jax.run_name import name_run
+from dpo_jax.storage import shadow
 
 
 def main():
@@ -35,7 +36,8 @@ def main():
         say(f"WORKDIR is {folder}")
         run_stages(run_config, folder)
         if repository.value:
-            upload = functools.partial(push.push, repository.value, folder, run_config)
+            here = shadow.place(folder)
+            upload = functools.partial(push.push, repository.value, here, run_config)
             processes.at_the_end(upload)
 
     device_command.run(train, __doc__, config=config)

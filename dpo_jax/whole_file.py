@@ -45,9 +45,8 @@ def parse_object(line: bytes) -> dict | None:
     return value if isinstance(value, dict) else None
 
 
-def set_aside(path: str | os.PathLike) -> pathlib.Path:
+def set_aside(path: pathlib.Path) -> pathlib.Path:
     """Rename a damaged file to NAME.damaged, or NAME.damaged2 and so on; return the new path."""
-    path = pathlib.Path(path)
     aside = path.with_name(f"{path.name}.damaged")
     number = 2
     while aside.exists():

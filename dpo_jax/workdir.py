@@ -15,14 +15,18 @@ import fcntl
 import functools
 import hashlib
 import json
+import os
 import pathlib
 import time
+from collections.abc import Iterable, Iterator
 
 import jax
 
 from dpo_jax import config as configs
 from dpo_jax import run_name, stage_table
 from dpo_jax.console import warn
+from dpo_jax.parallel import processes
+from dpo_jax.storage import lease, shadow
 from dpo_jax.whole_file import (
     naming,
     parse_object,
@@ -45,17 +49,38 @@ PATIENCE = 3  # seconds to wait for a stage's folder
 def make_workdir(workdir: pathlib.Path) -> None:
     """Make WORKDIR if it is not there; OSError names the flag where that cannot be done."""
     try:
-        pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
+        shadow.make_folder(pathlib.Path(workdir))
     except (FileExistsError, NotADirectoryError):
         raise NotADirectoryError(
             f"--workdir={workdir}: expected a folder, and there is a file of this name, or in the "
             "place of a folder above it. Give another --workdir."
         ) from None
     except OSError as error:
+        if error.errno is None:  # of a bucket, which says what to do
+            raise
         raise OSError(
             f"--workdir={workdir}: this folder cannot be made ({error.strerror}). Give one that "
             "you may write to."
         ) from error
+
+
+@contextlib.contextmanager
+def open_workdir(workdir: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """Yield the folder of this machine that is WORKDIR, and make it first.
+
+    For a bucket it is a copy, on each host. Process 0 pulls what stages there say of themselves and
+    what is in no stage's folder; what a command leaves is pushed while it works, and in the end.
+    """
+    folder = shadow.place(workdir)
+    processes.check_shared(folder)
+    processes.from_first(lambda: make_workdir(folder))
+    if jax.process_index() or not shadow.is_copy(folder) or shadow.is_pushed(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+        return
+    shadow.pull(folder, shadow.is_outside_stages)
+    with shadow.pushed(folder, warn):
+        yield folder
 
 
 class StageChanged(ValueError):
@@ -218,6 +243,9 @@ def _has_progress(folder: pathlib.Path) -> bool:
 
 def saved_steps(checkpoints: pathlib.Path) -> list[int]:
     """Return the steps of the complete checkpoints in a folder, which have a number for a name."""
+    in_bucket = shadow.checkpoint_steps(checkpoints)
+    if in_bucket is not None:
+        return in_bucket
     return sorted(int(item.name) for item in checkpoints.glob("*") if item.name.isdigit())
 
 
@@ -503,25 +531,43 @@ def write_text(path: pathlib.Path, text: str) -> None:
 def lock_folder(folder: pathlib.Path):
     """Hold a stage's folder for this process; the system lets go of it however that ends.
 
-    Raises RuntimeError if another process holds it for longer than PATIENCE.
+    One that is a copy of a bucket's is pulled before, pushed within, and in the end the same for
+    all processes. Raises RuntimeError if another process holds it for longer than PATIENCE.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
+    with (folder / ".lock").open("w") as file, contextlib.ExitStack() as held:
         # One process takes the lock for all: the others would be refused.
         if jax.process_index() == 0:
-            _take(file, folder, "--workdir or --config.run")
+            flags = "--workdir or --config.run"
+            _take(file, folder, flags)
+            held.enter_context(lease.held(folder, flags, warn))
+            shadow.pull(folder, exactly=True)
+            held.callback(shadow.push, folder)
         yield
+    if shadow.is_copy(folder):
+        processes.wait_for_all("pushed")
+        if jax.process_index():
+            shadow.pull(folder)
 
 
 @contextlib.contextmanager
-def lock_output(path: pathlib.Path):
+def lock_output(path: pathlib.Path, beside: Iterable[pathlib.Path] = ()):
     """Hold a file that rows are added to for this process, by the file .NAME.lock beside it.
 
-    Raises RuntimeError if another process holds it for longer than PATIENCE.
+    beside: the files that go with it, those it cannot do without before it. What is a copy of a
+    bucket's is pulled before, and pushed within. Raises RuntimeError if another process holds it
+    for longer than PATIENCE.
     """
-    with path.with_name(f".{path.name}.lock").open("w") as file:
+    with (
+        path.with_name(f".{path.name}.lock").open("w") as file,
+        contextlib.ExitStack() as held,
+    ):
         if jax.process_index() == 0:
             _take(file, path, "--out")
+            names = [*(other.name for other in beside), path.name]
+            held.enter_context(lease.held(path, "--out", warn, is_file=True))
+            shadow.pull(path.parent, names=names, exactly=True)
+            held.enter_context(shadow.pushed(path.parent, warn, names))
         yield
 
 

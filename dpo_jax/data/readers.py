@@ -25,6 +25,8 @@ from typing import BinaryIO, TextIO
 
 from dpo_jax.data.conversations import is_role
 from dpo_jax.data.ledger import Malformed
+from dpo_jax.storage import shadow
+from dpo_jax.storage.addresses import is_address, repository_of
 
 # The fields, a line of JSON that holds them, or what is wrong with a row that cannot be read.
 Record = dict | str | Malformed
@@ -287,6 +289,8 @@ def find_splits(path: str) -> Splits:
         raise FileNotFoundError(
             "data.path is empty; pass a file, a folder, or the name of a hub data set."
         )
+    if is_address(path):
+        return _bucket_splits(path)
     local = Path(path).expanduser()
     if local.exists():
         return local_splits(local)
@@ -297,6 +301,17 @@ def find_splits(path: str) -> Splits:
     if path[0] in "/.~" or of_hub.count("/") > 1 or _format(local) in READERS:
         raise FileNotFoundError(f"data.path={path!r}: no such file or folder.")
     return _hub_splits(path)
+
+
+def _bucket_splits(path: str) -> Splits:
+    """Return the splits of an address, which may end in :SUBSET, and is copied here."""
+    address, _, subset = path.rpartition(":")
+    if not is_address(address):  # the only colon is the scheme's
+        address, subset = path, ""
+    repository = repository_of(address)
+    if repository:
+        return _hub_splits(f"{repository}:{subset}" if subset else repository)
+    return local_splits(shadow.fetch(address), subset)
 
 
 def local_splits(path: Path, subset: str = "") -> Splits:

@@ -5,6 +5,8 @@ part of them and one stored tensor, whatever the size of the model.
 """
 
 import collections
+import fnmatch
+import functools
 import hashlib
 import pathlib
 import re
@@ -22,6 +24,8 @@ from transformers import CONFIG_MAPPING, AutoConfig
 from dpo_jax.console import warn
 from dpo_jax.models import export, families, safetensors_io, transformer
 from dpo_jax.models.transformer import TransformerConfig
+from dpo_jax.storage import shadow
+from dpo_jax.storage.addresses import is_address, repository_of
 
 # What a layer adds to the residual stream comes through these last.
 ENDS_OF_BRANCHES = {"layers/attention/out/kernel", "layers/mlp/down/kernel"}
@@ -33,10 +37,14 @@ HUB_TIMEOUT = 10  # seconds
 def fetch(path, *, weights: bool = True) -> pathlib.Path:
     """Return a local folder as it is, or that of a model on the hub, downloaded or cached.
 
-    A name may end in @REVISION: a branch, a commit, or a pull request's refs/pr/N. weights=False
-    leaves out weights, for a tokenizer. Raises FileNotFoundError, within seconds, when there is
-    neither a folder nor such a model.
+    An address, such as gs://BUCKET/MODEL, is copied here. A name may end in @REVISION: a branch, a
+    commit, or a pull request's refs/pr/N. weights=False leaves out weights, for a tokenizer. Raises
+    FileNotFoundError, within seconds, when there is neither a folder nor such a model.
     """
+    if is_address(path):
+        path = repository_of(path) or path
+    if is_address(path):
+        return shadow.fetch(path, functools.partial(_is_wanted, weights=weights))
     folder = pathlib.Path(path).expanduser()
     if folder.is_dir():
         return folder
@@ -73,6 +81,12 @@ def fetch(path, *, weights: bool = True) -> pathlib.Path:
             "not 1."
         ) from (refusal or error)
     return pathlib.Path(snapshot)
+
+
+def _is_wanted(name: str, _names, *, weights: bool) -> bool:
+    """Return whether a file of a model's folder is fetched."""
+    patterns = WEIGHT_FILES * weights + OTHER_FILES
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 
 def read_config(path):

@@ -21,6 +21,7 @@ from absl import logging
 from jax._src.clusters import ClusterEnv  # public only within jax.distributed.initialize
 
 from dpo_jax.parallel import meeting
+from dpo_jax.storage.addresses import address_of
 
 # Where compiled programs are kept; JAX_COMPILATION_CACHE_DIR overrides it.
 CACHE = "~/.cache/dpo_jax/compiled"
@@ -269,14 +270,9 @@ def _broadcast(data: bytes) -> bytes:
 def check_shared(folder: str | pathlib.Path) -> None:
     """Check that all processes see the same folder.
 
-    Raises RuntimeError where they do not, and ValueError for a bucket.
+    A copy of a bucket's is each host's own. Raises RuntimeError where they do not.
     """
-    if "://" in str(folder):
-        raise ValueError(
-            f"{folder} is a bucket, which cannot be written to as a folder: mount it (with "
-            "gcsfuse, say) and give the folder where it is mounted."
-        )
-    if jax.process_count() == 1:
+    if jax.process_count() == 1 or address_of(folder):
         return
     from jax.experimental import multihost_utils
 

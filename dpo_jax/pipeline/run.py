@@ -22,6 +22,7 @@ from dpo_jax.sampling import prompts
 from dpo_jax.sampling.prompts import Prompts
 from dpo_jax.sampling.sampler import Sampling
 from dpo_jax.stage_table import STAGES
+from dpo_jax.storage.addresses import shown
 from dpo_jax.training.checkpoint import CHECKPOINT_VERSION
 from dpo_jax.workdir import StageChanged, read_ledger, read_weights, write_record
 
@@ -204,7 +205,8 @@ class Run:
         now = {}
         for role, checkpoint in checkpoints.items():
             if checkpoint:
-                now[role] = dict(path=checkpoint.path, fingerprint=checkpoint.fingerprint())
+                # One in this WORKDIR may be the copy of a bucket's.
+                now[role] = dict(path=shown(checkpoint.path), fingerprint=checkpoint.fingerprint())
         before = read_weights(path.parent) if path.exists() else {}
         for role, weights in now.items():
             if role in before and before[role]["fingerprint"] != weights["fingerprint"]:

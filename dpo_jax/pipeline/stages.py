@@ -23,12 +23,14 @@ from dpo_jax.pipeline.run import FUNCTION, Run, versions
 from dpo_jax.pipeline.train_stage import is_measured_exactly, policy_measure, train_stage
 from dpo_jax.rewards import make
 from dpo_jax.stage_table import STAGES
+from dpo_jax.storage import shadow
+from dpo_jax.storage.addresses import address_of, scheme_of
 from dpo_jax.training import losses
 from dpo_jax.workdir import (
     check_files,
     finish_stage,
     lock_folder,
-    make_workdir,
+    open_workdir,
     start_date,
     start_stage,
     write_json,
@@ -144,12 +146,21 @@ def run_stages(
     made with another one.
     """
     config_checks.validate(config)
-    processes.check_shared(workdir)
-    processes.from_first(lambda: make_workdir(workdir))
+    _check_bucket(config, workdir)
     config = _with_loss(_with_reward(config, reward), loss)
+    with open_workdir(workdir) as folder:
+        _run_all(config, folder, reward, loss)
+    processes.wait_for_all("all stages")  # the others may read what process 0 wrote
+    say(f"all stages done, in {folder}")
+
+
+def _run_all(
+    config: ConfigDict, folder: pathlib.Path, reward: Callable | None, loss: Callable | None
+) -> None:
+    """Run every stage of a checked config that is not done yet, in a WORKDIR on this machine."""
     run = Run(
         config,
-        pathlib.Path(workdir),
+        folder,
         sharding.make_mesh(**config.mesh),
         # Made once, as best_of_n asks whether two rewards are one.
         reward_function=make.from_function(reward) if reward else None,
@@ -157,13 +168,27 @@ def run_stages(
     )
 
     # A reward that cannot be read is better known before hours of training than after.
-    ahead = [stage for stage in config.stages if not (run.folder(stage) / "done.json").exists()]
+    ahead = processes.from_first(
+        lambda: [stage for stage in config.stages if not _is_done(run, stage)]
+    )
     if any(STAGES[stage].samples for stage in ahead):
         make.check_reward(config.reward.kind, config.reward.path)
     for stage in config.stages:
         _run_stage(run, stage)
-    processes.wait_for_all("all stages")  # the others may read what process 0 wrote
-    say(f"all stages done, in {workdir}")
+
+
+def _is_done(run: Run, stage: str) -> bool:
+    return (run.folder(stage) / "done.json").exists()
+
+
+def _check_bucket(config: ConfigDict, workdir: str) -> None:
+    """Raise ValueError for a bucket that cannot keep the checkpoints of this run."""
+    scheme = scheme_of(address_of(shadow.place(workdir)))
+    if scheme == "s3" and jax.process_count() > 1 and stage_table.training_stages(config):
+        raise ValueError(
+            f"--workdir={workdir}: several processes cannot keep checkpoints in s3://, as each "
+            "writes a part of them. Give a folder that all hosts share, or gs://."
+        )
 
 
 def _run_stage(run: Run, stage: str) -> None:

@@ -20,10 +20,12 @@ from collections.abc import Callable
 
 import jax
 from absl import logging as absl_logging
+from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from dpo_jax.console import warn
 from dpo_jax.parallel import processes
+from dpo_jax.storage import shadow
 from dpo_jax.training.checkpoint_sums import sums
 from dpo_jax.training.metric_names import describe
 from dpo_jax.training.step import TrainState
@@ -68,7 +70,8 @@ class Checkpoints:
         best one is kept too; "": none is.
         """
         self._best_metric = best_metric
-        self._folder = pathlib.Path(folder)
+        self._here = pathlib.Path(folder)  # where they are, but for those in gs://
+        self._folder = shadow.checkpoint_folder(self._here)
         policies = ocp.training.preservation_policies
         # A checkpoint goes when neither policy keeps it.
         kept = [policies.LatestN(keep)]
@@ -84,7 +87,7 @@ class Checkpoints:
         # It reads what is there, damaged or not: that is told when one is restored.
         with _quiet():
             self._checkpointer = ocp.training.Checkpointer(
-                _absolute(folder),
+                str(self._folder),
                 preservation_policy=policies.AnyPreservationPolicy(kept),
                 cleanup_tmp_directories=True,
                 # When to save is the loop's decision.
@@ -157,6 +160,9 @@ class Checkpoints:
         # Of what is on the device: damage on the way to the disk shows too.
         kept = {"sums": sums(tree), "rows": rows or {}, "row": row or {}}
         self._end_last_save()
+        # In a bucket, a checkpoint counts only with the rows that it says were written.
+        if jax.process_index() == 0:
+            shadow.push(self._here.parent)
         with self._told_once():
             self._last_save = self._checkpointer.save_async(
                 step, tree, metrics=metrics, custom_metadata=kept, force=True
@@ -174,8 +180,7 @@ class Checkpoints:
         def write():
             file = _metrics_file(self._folder / str(step))
             file.parent.mkdir(exist_ok=True)
-            with whole_file(file) as draft:
-                draft.write_text(json.dumps(metrics))
+            _write_whole(file, json.dumps(metrics))
 
         processes.from_first(write)
         with _quiet():
@@ -270,7 +275,7 @@ class Checkpoints:
 
         Raises DamagedCheckpoint where there is no other one.
         """
-        steps = saved_steps(self._folder)
+        steps = saved_steps(self._here)
         damaged = [step for step in steps if not _has_good_metrics(self._folder / str(step))]
         if damaged and len(damaged) == len(steps):
             raise DamagedCheckpoint(
@@ -307,7 +312,7 @@ def load_params(folder, step: int, shapes, shardings):
     """
     # Moments may be twice as large as the weights, and need not be read.
     abstract = dict(params=_abstract(shapes, shardings))
-    path = pathlib.Path(_absolute(folder)) / str(step)
+    path = shadow.checkpoint_folder(pathlib.Path(folder)) / str(step)
     return _load(path, abstract, partial=True)[0]["params"]
 
 
@@ -316,7 +321,7 @@ def verify(folder, step: int) -> dict:
 
     Raises DamagedCheckpoint.
     """
-    path = pathlib.Path(_absolute(folder)) / str(step)
+    path = shadow.checkpoint_folder(pathlib.Path(folder)) / str(step)
     if not _has_good_metrics(path):
         raise DamagedCheckpoint(f"{_metrics_file(path)} is not what was saved there")
     stored, kept = _metadata(path)
@@ -475,9 +480,12 @@ def _has_good_metrics(checkpoint: pathlib.Path) -> bool:
     return all(isinstance(value, float | int) for value in values)
 
 
-def _absolute(folder) -> str:
-    """Return the path as orbax takes it, which refuses a relative one."""
-    return str(pathlib.Path(folder).absolute())
+def _write_whole(file: epath.Path, text: str) -> None:
+    if "://" in str(file):
+        file.write_text(text)  # an object is written whole, or not at all
+        return
+    with whole_file(file) as draft:
+        draft.write_text(text)
 
 
 def _abstract(shapes, shardings):

@@ -12,6 +12,7 @@ FLOORS = [  # the rooms and the files beside them, from the ground up
     {
         "data",
         "parallel",
+        "storage",
         "command_line",
         "device_command",
         "data_flags",
