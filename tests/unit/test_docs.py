@@ -114,7 +114,8 @@ def test_command_parses(line):
         if name.startswith("config."):
             overrides[name.removeprefix("config.")] = value
         elif not (line.startswith("./launch.sh") and re.search(rf" --{name}(=\*)?\)", LAUNCH)):
-            assert f'"{name}"' in source, f"{module} has no --{name}"
+            # absl has the name alone, argparse with its dashes.
+            assert f'"{name}"' in source or f'"--{name}"' in source, f"{module} has no --{name}"
     if config is not None:
         config_files.override(config, overrides)
     else:
