@@ -419,6 +419,8 @@ def test_launch_local_passes_signal_on(fake, signum):
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # A shell that starts the tests in the background ignores Ctrl-C, and so would the script.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     ) as run:
         assert run.stdout.readline() == "up\n"
         run.send_signal(signum)
