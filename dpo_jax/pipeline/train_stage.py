@@ -19,7 +19,7 @@ from dpo_jax.models import lora as adapters
 from dpo_jax.models.loading import Checkpoint
 from dpo_jax.models.lora import Lora
 from dpo_jax.models.transformer import TransformerConfig
-from dpo_jax.parallel import sharding
+from dpo_jax.parallel import processes, sharding
 from dpo_jax.pipeline import exports
 from dpo_jax.pipeline.model_card import ModelCard
 from dpo_jax.pipeline.run import Run
@@ -193,7 +193,7 @@ def _export(job: Job, models: Models, params: dict, evaluation: dict[str, float]
             models.lora,
             params,
             base=initial.path,
-            card=card.adapter_text(),
+            card=processes.from_first(card.adapter_text),
         )
         params = adapters.merge(models.initial_params, params, models.lora)
     if config.head == "lm_value":
@@ -207,7 +207,8 @@ def _export(job: Job, models: Models, params: dict, evaluation: dict[str, float]
         params,
         initial.tokenizer,
         initial.source,
-        export.Options(dtype, card.text()),
+        # From what process 0 has written, which the others may not see yet.
+        export.Options(dtype, processes.from_first(card.text)),
     )
     say(f"{job.name}: exported to {job.folder / 'hf'}, weights in {dtype}")
 
