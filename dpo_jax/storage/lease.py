@@ -67,9 +67,11 @@ def held(
 
 
 def check(address: str) -> None:
-    """Raise RuntimeError where another run has taken the lease of what an address is in."""
+    """Raise RuntimeError where another run has the lease of a folder, or of one in or above it."""
     for folder in _lost:
-        if address == folder or address.startswith(f"{folder}/"):
+        is_inside = f"{address}/".startswith(f"{folder}/")
+        holds_it = f"{folder}/".startswith(f"{address}/")
+        if is_inside or holds_it:
             raise RuntimeError(
                 f"another run has taken over {folder} while this one could not renew its lease, so "
                 "this one stops and writes nothing more there."
@@ -145,7 +147,8 @@ class _Lease:
             found = json.loads(data)
         except ValueError:
             found = {}
-        return {"holder": {}, "beat": 0} | found if isinstance(found, dict) else {"holder": {}}
+        # What a lease does not say, somebody else has written there.
+        return {"holder": {}} | (found if isinstance(found, dict) else {})
 
     def _write(self, *, new: bool = False) -> None:
         self._beat += 1

@@ -116,8 +116,7 @@ def fetch(
 ) -> pathlib.Path:
     """Return the path of a file or folder to read; what is in a bucket is copied here before.
 
-    wanted: as for `pull`. Raises FileNotFoundError where an address
-    has nothing.
+    wanted: as for `pull`. Raises FileNotFoundError where an address has nothing.
     """
     if not is_address(path):
         return pathlib.Path(path)
@@ -391,8 +390,9 @@ def _push_checkpoints(address: str, path: pathlib.Path) -> None:
             folders.clear()
 
 
-def _push_steps(place: str, here: pathlib.Path) -> None:
-    there = buckets.find(place)
+def _push_steps(address: str, here: pathlib.Path) -> None:
+    """Make the checkpoints of one folder in the bucket those that are here."""
+    there = buckets.find(address)
     known = _read_known()
     steps = {name.partition("/")[0] for name in there}
     steps |= {item.name for item in here.iterdir() if item.name.isdigit()}
@@ -401,7 +401,7 @@ def _push_steps(place: str, here: pathlib.Path) -> None:
         objects = [name for name in there if name.startswith(f"{step}/") and name != marker]
         files = [file for file in (here / step).rglob("*") if file.is_file()]
         states = {file.relative_to(here).as_posix(): _state(file) for file in files}
-        copies = {name: known.get(_join(place, name)) for name in states}
+        copies = {name: known.get(_join(address, name)) for name in states}
         is_same = all(
             state and copies[name] and _same_file(state, copies[name])
             for name, state in states.items()
@@ -409,18 +409,18 @@ def _push_steps(place: str, here: pathlib.Path) -> None:
         if states and is_same and marker in there:
             continue
         # What another run left is not this one's to remove, unless it is half of a checkpoint.
-        is_own = any(_join(place, name) in _own for name in objects)
+        is_own = any(_join(address, name) in _own for name in objects)
         if not states and marker in there and not is_own:
             continue
         # Without its marker a checkpoint counts for nothing: it goes first, and comes last.
-        buckets.remove(_join(place, marker))
+        buckets.remove(_join(address, marker))
         for name in objects:
             if name not in states:
-                buckets.remove(_join(place, name))
-        _upload_all(place, here, list(states), states)
+                buckets.remove(_join(address, name))
+        _upload_all(address, here, list(states), states)
         # Orbax may have removed it meanwhile.
         if states and (here / step).is_dir():
-            buckets.write(_join(place, marker), b"")
+            buckets.write(_join(address, marker), b"")
 
 
 def _download(address: str, path: pathlib.Path, name: str) -> None:

@@ -186,6 +186,17 @@ def test_run_whose_lease_was_taken_writes_nothing_more(machine, monkeypatch, tmp
     assert set(held(tmp_path)) == {".lease"}
 
 
+def test_whole_workdir_is_not_pushed_once_a_stage_is_another_runs(machine, monkeypatch, tmp_path):
+    here = machine("first")
+    write(here / "dpo/metrics.jsonl", "mine")
+    monkeypatch.setattr(lease, "_lost", {"s3://bucket/run/dpo"})
+    with pytest.raises(RuntimeError, match="another run has taken over s3://bucket/run/dpo"):
+        shadow.push(here)
+    assert not held(tmp_path)
+    write(here.with_name("run-2") / "dpo/metrics.jsonl", "of another WORKDIR")
+    shadow.push(here.with_name("run-2"))
+
+
 def test_inputs_are_copied_once(machine, tmp_path, monkeypatch):
     machine("first")
     write(tmp_path / "buckets/bucket/data/train.jsonl", "{}\n")
