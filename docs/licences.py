@@ -1,7 +1,8 @@
 """Write docs/licences.md from what is installed: python docs/licences.py
 
-The packages that requirements.txt names, those of the extras judge and ngram, and all that these
-need in turn, with the licences that they declare. Run it in an environment with these packages.
+The packages that requirements.txt names, those of the extras judge, ngram, gcs and s3, and all
+that these need in turn, with the licences that they declare. Run it in an environment with these
+packages.
 """
 
 import importlib.metadata
@@ -14,7 +15,7 @@ from packaging.requirements import Requirement
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "licences.md"
-EXTRAS = ("openai", "rouge-score", "scikit-learn", "tensorboardX")
+EXTRAS = ("openai", "rouge-score", "scikit-learn", "tensorboardX", "gcsfs", "s3fs")
 COPYLEFT = re.compile(
     r"\b(A|L)?GPL|General Public|MPL|Mozilla|EPL|Eclipse|CDDL|EUPL", re.IGNORECASE
 )
