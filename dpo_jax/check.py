@@ -59,7 +59,7 @@ def _stage(folder: pathlib.Path) -> Iterator[Finding]:
     if is_done and not _problem(workdir.read_done, folder):
         yield from _result(folder)
     elif (folder / workdir.COMPLETIONS).exists():
-        yield folder / workdir.COMPLETIONS, workdir.Completions(folder).problem()
+        yield folder / workdir.COMPLETIONS, workdir.completions(folder).problem()
     yield from _checkpoints(folder, is_done)
 
 

@@ -6,7 +6,8 @@ under the model itself) and `tokens` (how many, EOS included). With --n above 1 
 they need a prompt, and no answers.
 
 Rows are written as they are made. The same command continues a file where a killed one stopped;
-what the file was made with is kept beside it, in OUT.settings.json.
+what the file was made with is kept beside it, in OUT.settings.json, and sums by which its rows are
+known again in OUT.sums.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ import hashlib
 import json
 import pathlib
 
+import jax
 from absl import flags
 
 from dpo_jax import config as configs
@@ -30,11 +32,9 @@ from dpo_jax.sampling import generation, sampler
 from dpo_jax.storage import shadow
 from dpo_jax.whole_file import read_record
 from dpo_jax.workdir import (
-    append_lines,
+    SealedRows,
     differences,
     lock_output,
-    read_lines,
-    write_lines,
     write_record,
 )
 
@@ -83,7 +83,8 @@ def _sample_file(options: Options, path: pathlib.Path, mesh) -> None:
     )
     sampling = options.sampling
     chunk = generation.prompts_at_a_time(sampling)
-    begin = functools.partial(_begin, path, made_with, options.date, rows, chunk)
+    kept = SealedRows(path, path.with_name(path.name + ".sums"))
+    begin = functools.partial(_begin, path, kept, made_with, options.date, rows, chunk)
     start, date = processes.from_first(begin)
     processes.check_shared(path.parent)
     if start < len(rows):
@@ -102,7 +103,8 @@ def _sample_file(options: Options, path: pathlib.Path, mesh) -> None:
         for generated in generation.generate(model, encoded, sampling, first=start):
             part = rows[done : done + len(generated)]
             added = [_fields(completions) for completions in generated]
-            append_lines(path, [row | new for row, new in zip(part, added, strict=True)])
+            if jax.process_index() == 0:
+                kept.append([row | new for row, new in zip(part, added, strict=True)])
             done += len(part)
             progress.update(done, {})
         progress.close()
@@ -128,6 +130,7 @@ def _read(options: Options) -> tuple[list[dict], list[TextExample]]:
 
 def _begin(
     path: pathlib.Path,
+    kept: SealedRows,
     made_with: dict,
     date: datetime.date | None,
     inputs: list[dict],
@@ -142,6 +145,7 @@ def _begin(
     # As it comes back from a file: tuples become lists.
     made_with = json.loads(json.dumps(made_with))
     if not path.exists():
+        kept.forget()
         day = (date or datetime.date.today()).isoformat()
         write_record(beside, made_with | dict(date=day))
         return 0, day
@@ -150,7 +154,7 @@ def _begin(
             f"--out={path}: the file exists, but not {beside.name}, which would say what it was "
             "made with. Give another name, or remove the file."
         )
-    found = read_record(beside, f"Put it back from a copy, or remove it and {path}.")
+    found = read_record(beside, f"Put it back from a copy, or remove it and {path}.", date=str)
     day = date.isoformat() if date else found.get("date", datetime.date.today().isoformat())
     made_with["date"] = day
     if found != made_with:
@@ -160,12 +164,12 @@ def _begin(
             "Use the old values, or give another name, or remove the file."
         )
     total = len(inputs)
-    rows = read_lines(path)
+    rows = kept.read()
     _check_rows(path, rows, inputs)
     if len(rows) == total:
         return total, day
     start = len(rows) // chunk * chunk
-    write_lines(path, rows[:start])
+    kept.cut(start)
     say(f"continuing after {start} of {total} prompts")
     return start, day
 

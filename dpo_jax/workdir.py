@@ -24,11 +24,11 @@ import jax
 
 from dpo_jax import config as configs
 from dpo_jax import run_name, stage_table
-from dpo_jax.console import warn
+from dpo_jax.console import say, warn
 from dpo_jax.parallel import processes
 from dpo_jax.storage import lease, shadow
 from dpo_jax.whole_file import (
-    naming,
+    append,
     parse_object,
     read_record,
     set_aside,
@@ -43,7 +43,9 @@ FILES = "files"  # the key in done.json
 # or have a sha256 of their own.
 _NO_RESULT = ("checkpoints", "config.json", "done.json", ".lock", "wandb", "wandb_id")
 _NO_RESULT_SUFFIXES = (".draft", ".damaged")
+CONFIG_FIELDS = dict(stage=str, date=str, depends_on=dict, versions=dict, config=dict)
 PATIENCE = 3  # seconds to wait for a stage's folder
+LONG_READ = 4 * 10**9  # bytes, several seconds of work
 
 
 def make_workdir(workdir: pathlib.Path) -> None:
@@ -137,7 +139,7 @@ def start_stage(
 def read_config(folder: pathlib.Path) -> dict:
     """Return the record in a stage's config.json; ValueError where it is damaged."""
     remedy = f"Put it back from a copy, or remove {folder} to make the stage again."
-    return read_record(folder / "config.json", remedy)
+    return read_record(folder / "config.json", remedy, **CONFIG_FIELDS)
 
 
 def start_date(folder: pathlib.Path) -> datetime.date:
@@ -160,7 +162,7 @@ def _date_of_others(folder: pathlib.Path, stage: str) -> str:
             continue
         remedy = f"Put it back from a copy, or move {other} out of {other.parent}."
         try:
-            record = read_record(path, remedy)
+            record = read_record(path, remedy, **CONFIG_FIELDS)
         except ValueError:
             if (other / ".lock").exists():
                 raise
@@ -263,6 +265,7 @@ def read_done(folder: pathlib.Path) -> dict:
     return read_record(
         folder / "done.json",
         f"Remove it and run the stage's command again: {_how_made_again(folder)}.",
+        **{FILES: dict},
     )
 
 
@@ -294,27 +297,28 @@ def check_files(folder: pathlib.Path) -> None:
 def problems_of(folder: pathlib.Path) -> dict[str, str]:
     """Return what is wrong with each file of a finished stage, by its name; "" if it is whole."""
     recorded = read_done(folder).get(FILES, {})
-    if not isinstance(recorded, dict):
-        raise ValueError(_changed(folder, f"holds {FILES!r} that are no files with their sha256"))
-    # Large files are in a few pieces, and hashing lets go of the interpreter.
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        check = functools.partial(_problem_of, folder)
-        found = pool.map(check, recorded, recorded.values())
-        return dict(zip(recorded, found, strict=True))
+    # All at once, before they are compared one by one.
+    file_hashes([folder / name for name in recorded if _is_within(name)])
+    return {name: _problem_of(folder, name, value) for name, value in recorded.items()}
+
+
+def _is_within(name: str) -> bool:
+    """Return whether a file's name in done.json leads to a place in the stage's folder."""
+    inside = pathlib.PurePosixPath(name)
+    return not inside.is_absolute() and ".." not in inside.parts
 
 
 def _problem_of(folder: pathlib.Path, name: str, recorded: dict) -> str:
     """Return what is wrong with a file of a finished stage, and what to do; "" for nothing."""
     path = folder / name
-    inside = pathlib.PurePosixPath(name)
-    if inside.is_absolute() or ".." in inside.parts:
+    if not _is_within(name):
         return _changed(folder, f"names {name!r}, which is not in its folder")
     # What was written has its sha256 in done.json; what somebody changed may lack anything.
-    if not isinstance(recorded, dict) or not {"bytes", "sha256"} <= recorded.keys():
+    if not _is_measure(recorded):
         return _changed(folder, f"does not say the bytes and the sha256 of {name}")
     if not path.is_file():
         found = f"{path} is no file" if path.exists() else f"{path} is gone"
-    elif path.stat().st_size != recorded["bytes"] or _hash(path) != recorded["sha256"]:
+    elif path.stat().st_size != recorded["bytes"] or file_hashes([path]) != [recorded["sha256"]]:
         found = f"{path} is not what was written there: {_difference(recorded, _measure(path))}"
     else:
         return ""
@@ -325,6 +329,14 @@ def _problem_of(folder: pathlib.Path, name: str, recorded: dict) -> str:
         f"{found}. Put it back from a copy; or remove {removed} and run the stage's command again: "
         f"{_how_made_again(folder)}."
     )
+
+
+def _is_measure(recorded) -> bool:
+    """Return whether a value is what `_measure` returns."""
+    if not isinstance(recorded, dict) or not isinstance(recorded.get("sha256"), str):
+        return False
+    counts = [recorded.get("bytes"), recorded.get("rows", 0)]
+    return all(type(count) is int for count in counts)
 
 
 def _changed(folder: pathlib.Path, found: str) -> str:
@@ -365,21 +377,46 @@ def _result_files(folder: pathlib.Path) -> list[str]:
 
 def _measure(path: pathlib.Path) -> dict:
     """Return what is recorded of a file: bytes, sha256, and rows of one that has rows."""
-    found = dict(bytes=path.stat().st_size, sha256=_hash(path))
+    (sha256,) = file_hashes([path])
+    found = dict(bytes=path.stat().st_size, sha256=sha256)
     if path.suffix == ".jsonl":
         with path.open("rb") as file:
             found["rows"] = sum(1 for _ in file)
     return found
 
 
-def _hash(path: pathlib.Path) -> str:
-    """Return a file's sha256."""
+# (path, size, time, inode) -> sha256: a model may be a stage's result, the start of the next one
+# and its reference, and the runs of a sweep share stages.
+_hashes: dict[tuple, str] = {}
+
+
+def file_hashes(paths: list[pathlib.Path]) -> list[str]:
+    """Return the sha256 of each file, "" for what is none; each state of a file is read once.
+
+    Says so where that takes long.
+    """
+    states = [_state(path) for path in paths]
+    unread = [state for state in states if state and state not in _hashes]
+    size = sum(size for _, size, *_ in unread)
+    if size > LONG_READ:
+        path, *_ = unread[0]
+        say(f"reading {size / 1e9:.0f} GB in {path.parent}, to see that it is what was written")
+    # Large files are in a few pieces, and hashing lets go of the interpreter.
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        _hashes.update(zip(unread, pool.map(_hash, unread), strict=True))
+    return [_hashes[state] if state else "" for state in states]
+
+
+def _state(path: pathlib.Path) -> tuple | None:
+    """Return what is another once a file is written again; None for what is no file."""
+    if not path.is_file():
+        return None
     stat = path.stat()
-    return _hash_once(path, stat.st_size, stat.st_mtime_ns, stat.st_ino)
+    return path, stat.st_size, stat.st_mtime_ns, stat.st_ino
 
 
-@functools.lru_cache(maxsize=4096)  # the runs of a sweep share stages, whose files may be large
-def _hash_once(path: pathlib.Path, *_state: int) -> str:
+def _hash(state: tuple) -> str:
+    path, *_ = state
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -397,14 +434,6 @@ def write_json(path: pathlib.Path, value) -> None:
 def write_lines(path: pathlib.Path, rows: list[dict]) -> None:
     """Write JSON lines in one piece."""
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def append_lines(path: pathlib.Path, rows: list[dict]) -> None:
-    """Append JSON lines. Process 0 only."""
-    if jax.process_index() == 0:
-        # Appending may be cut short by a kill; `read_lines` copes with that.
-        with naming(path), path.open("a") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_lines(path: pathlib.Path) -> list[dict]:
@@ -429,24 +458,27 @@ def read_lines(path: pathlib.Path) -> list[dict]:
     return rows
 
 
-class Completions:
-    """The completions of a stage as they are made: rows, and sums by which they are known again.
+class SealedRows:
+    """Rows that are appended to a file as they are made, and sums by which they are known again.
 
-    Rows that are not what was written are set aside with a line that says so, and are made again.
-    For process 0.
+    Each write adds a line to the sums: the number of all rows so far, and their sha256. Rows that
+    are not what was written are set aside with a line that says so, and are made again. For
+    process 0.
     """
 
-    def __init__(self, folder: pathlib.Path):
-        self._path = folder / COMPLETIONS
-        self._sums = folder / SUMS
+    def __init__(self, path: pathlib.Path, sums: pathlib.Path):
+        """Open the file of the rows and that of the sums; neither need be there."""
+        self._path = path
+        self._sums = sums
         self._digest = hashlib.sha256()
         self._count = 0
 
     def read(self) -> list[dict]:
         """Return the rows that are whole; the files are cut to them."""
         *lines, torn = self._path.read_bytes().split(b"\n") if self._path.exists() else [b""]
+        torn_sum = b""
         if self._sums.exists():
-            whole, is_damaged = self._whole_rows(lines)
+            whole, is_damaged, torn_sum = self._whole_rows(lines)
         else:  # of an earlier version, or lost: rows are all that is known
             rows = [parse_object(line) for line in lines]
             whole = rows.index(None) if None in rows else len(rows)
@@ -459,7 +491,8 @@ class Completions:
                 f"{self._path} is not what was written there from row {whole + 1} on{kept_as}. "
                 "Those rows are made again."
             )
-        if is_damaged or torn or whole < len(lines) or not self._sums.exists():
+        # Also where a kill cut the sums: the next line would be added to the torn one.
+        if is_damaged or torn or torn_sum or whole < len(lines) or not self._sums.exists():
             self._rewrite(lines[:whole])
         else:
             self._digest = hashlib.sha256(self._path.read_bytes())
@@ -471,53 +504,66 @@ class Completions:
         *lines, _torn = self._path.read_bytes().split(b"\n") if self._path.exists() else [b""]
         if not self._sums.exists():
             return f"{self._sums} is gone" if lines else ""
-        whole, is_damaged = self._whole_rows(lines)
+        whole, is_damaged, _ = self._whole_rows(lines)
         where = f"from row {whole + 1} on"
         return f"{self._path} is not what was written there {where}" if is_damaged else ""
 
     def append(self, rows: list[dict]) -> None:
         """Append rows, and then the sums: rows that these do not count yet are made again."""
         data = "".join(json.dumps(row) + "\n" for row in rows).encode()
-        with naming(self._path), self._path.open("ab") as file:
-            file.write(data)
+        append(self._path, data)
         self._digest.update(data)
         self._count += len(rows)
-        with naming(self._sums), self._sums.open("a") as file:
-            file.write(self._sum())
+        append(self._sums, self._sum().encode())
 
     def _sum(self) -> str:
         return f"{self._count} {self._digest.hexdigest()}\n"
 
-    def _whole_rows(self, lines: list[bytes]) -> tuple[int, bool]:
+    def _whole_rows(self, lines: list[bytes]) -> tuple[int, bool, bytes]:
         """Return how many rows are as they were when they were counted, and whether some are not.
 
-        The last entry of the sums may have been cut by a kill.
+        The third is what a kill left of the last line of the sums.
         """
         digest = hashlib.sha256()
         count = 0
-        *entries, _cut = self._sums.read_bytes().split(b"\n")
+        *entries, torn = self._sums.read_bytes().split(b"\n")
         for entry in entries:
             try:
                 number, _, expected = entry.decode().partition(" ")
                 upto = int(number)
             except ValueError:
-                return count, True
+                return count, True, torn
             part = lines[count:upto]
             for line in part:
                 digest.update(line + b"\n")
             if upto != count + len(part) or digest.hexdigest() != expected:
-                return count, True
+                return count, True, torn
             count = upto
-        return count, False
+        return count, False, torn
+
+    def forget(self) -> None:
+        """Forget the sums of rows that the user has removed."""
+        self._sums.unlink(missing_ok=True)
+
+    def cut(self, count: int) -> None:
+        """Keep the first rows of those that were read, so that the others are made again."""
+        self._rewrite(self._path.read_bytes().split(b"\n")[:count])
 
     def _rewrite(self, lines: list[bytes]) -> None:
         data = b"".join(line + b"\n" for line in lines)
         self._digest = hashlib.sha256(data)
         self._count = len(lines)
+        # A kill in between leaves sums of more rows than there are.
+        self._sums.unlink(missing_ok=True)
         with whole_file(self._path) as draft:
             draft.write_bytes(data)
         with whole_file(self._sums) as draft:
             draft.write_text(self._sum() if lines else "")
+
+
+def completions(folder: pathlib.Path) -> SealedRows:
+    """Return the rows that a stage samples, in its folder."""
+    return SealedRows(folder / COMPLETIONS, folder / SUMS)
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

@@ -42,13 +42,16 @@ from dpo_jax.sampling import rollouts
 from dpo_jax.sampling.prompts import Prompts
 from dpo_jax.sampling.sampler import Sampling
 from dpo_jax.training import checkpoint
+from dpo_jax.whole_file import read_record
 from dpo_jax.workdir import (
     COMPLETIONS,
     StageChanged,
     differences,
     lock_folder,
+    read_config,
     start_date,
     write_json,
+    write_record,
 )
 from experiments import commands, winrate_report
 
@@ -250,7 +253,7 @@ def at_checkpoints(run: Run, stage: str) -> dict[int, Policy]:
     steps = checkpoint.saved_steps(folder)
     if not steps:
         return {}
-    written = json.loads((run.folder(stage) / "config.json").read_text())
+    written = read_config(run.folder(stage))
     save_every = written["config"][stage]["save_every"]
     made_by = configs.dependencies(run.config, stage)
 
@@ -401,15 +404,19 @@ def _no_reward(prompts, _completions, _tokens) -> np.ndarray:
 
 
 def _claim(path: pathlib.Path, settings: dict) -> None:
-    """Write the settings of completions; raise StageChanged if they were made with others."""
+    """Write the settings of completions; raise StageChanged if they were made with others.
+
+    Raises ValueError where they are damaged.
+    """
     if path.exists():
-        changed = differences(json.loads(path.read_text()), settings)
+        remedy = f"Put it back from a copy, or remove {path.parent} to sample again."
+        changed = differences(read_record(path, remedy), settings)
         if changed:
             raise StageChanged(
                 f"{path.parent} holds completions made with other settings:\n{changed}\n"
                 "Use the old values, or remove the folder to sample again."
             )
-    write_json(path, settings)
+    write_record(path, settings)
 
 
 def judge_name(judge: judges.Judge | None) -> str:

@@ -16,6 +16,8 @@ import os
 import pathlib
 import time
 
+from dpo_jax.whole_file import append, parse_sealed, with_sha256
+
 # A failed request is retried this often, after as long as Retry-After says, else 0.5 s to 8 s.
 RETRIES = 6
 REFUSALS = (400, 413, 422)  # HTTP codes that refuse one question: too long, or filtered
@@ -25,6 +27,7 @@ MOST_REFUSALS = 20
 MAX_TOKENS = 1024
 OVERHEAD = 64  # tokens that a chat format may add to a prompt
 MOST_TOKENS = 10**9  # that an endpoint may say that a call took
+COUNTED = ("prompt_tokens", "completion_tokens")  # in the usage of a call
 SHOWN = 1000  # characters of an endpoint's words
 
 
@@ -181,8 +184,8 @@ class Calls:
             self.refused += 1
 
     def _keep(self, row: dict) -> None:
-        self._file.write(_without_key(json.dumps(row)).encode() + b"\n")
-        self._file.flush()
+        shown = json.loads(_without_key(json.dumps(row)))
+        append(self._file.name, json.dumps(with_sha256(shown)).encode() + b"\n")
 
     async def _send(self, prompt: str) -> dict:
         """Make one call: its answer, usage and the model's full name, or why it was refused."""
@@ -284,28 +287,37 @@ async def opened(endpoint: Endpoint, path: pathlib.Path):
 def read(path: pathlib.Path) -> list[dict]:
     """Read the calls kept in a file, without a last line that a kill cut short.
 
-    Raises ValueError with the number of a line that is not a call.
+    Raises ValueError with the number of a line that is not the call that was kept there: to ask
+    again costs money, so that is left to the user.
     """
     *lines, _cut = path.read_bytes().split(b"\n")
     rows = []
     for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-            whole = {"key", "prompt", "answer", "usage"} <= rows[-1].keys()
-        except (ValueError, AttributeError):
-            whole = False
-        if not whole:
+        row = parse_sealed(line)
+        if row is None or not _is_call(row):
             raise ValueError(
-                f"{path} line {number} is not a kept call. Repair the line, or remove it to ask "
-                "again."
+                f"{path} line {number} is not a kept call, or not what was written there. Put the "
+                "file back from a copy, or remove the line to ask again."
             )
+        rows.append(row)
     return rows
+
+
+def _is_call(row: dict) -> bool:
+    """Return whether a row has what is read of a kept call, in its types."""
+    is_text = all(isinstance(row.get(name), str) for name in ("key", "prompt"))
+    has_answer = isinstance(row.get("answer", 0), str | None)
+    usage = row.get("usage", 0)
+    if isinstance(usage, dict):
+        counts = [usage.get(name) for name in COUNTED]
+        return is_text and has_answer and all(type(count) is int for count in counts)
+    return is_text and has_answer and usage is None
 
 
 def _usage(reply) -> dict | None:
     """Return the tokens read and written; None where the endpoint says nothing that can be."""
     counts = {}
-    for name in ("prompt_tokens", "completion_tokens"):
+    for name in COUNTED:
         count = getattr(reply.usage, name, None)
         # A negative count would give money back, and let a run pass its max_cost.
         if type(count) is not int or not 0 <= count <= MOST_TOKENS:

@@ -26,6 +26,7 @@ from dpo_jax.models import export, families, safetensors_io, transformer
 from dpo_jax.models.transformer import TransformerConfig
 from dpo_jax.storage import shadow
 from dpo_jax.storage.addresses import is_address, repository_of
+from dpo_jax.workdir import file_hashes
 
 # What a layer adds to the residual stream comes through these last.
 ENDS_OF_BRANCHES = {"layers/attention/out/kernel", "layers/mlp/down/kernel"}
@@ -137,11 +138,9 @@ def make_config(fields):
 
 def fingerprint(path) -> str:
     """Return the sha256 of a folder's weight files, in the order of their names."""
-    digest = hashlib.sha256()
-    for file in sorted(pathlib.Path(path).glob("*.safetensors")):
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
+    files = sorted(pathlib.Path(path).glob("*.safetensors"))
+    digests = [bytes.fromhex(sha256) for sha256 in file_hashes(files)]
+    return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 def gathered(param: jax.Array) -> np.ndarray:

@@ -16,7 +16,7 @@ from dpo_jax.sampling import prompts as prompts_lib
 from dpo_jax.sampling import sampler
 from dpo_jax.sampling.prompts import Prompts
 from dpo_jax.sampling.sampler import Sampling
-from dpo_jax.workdir import Completions, StageChanged
+from dpo_jax.workdir import StageChanged, completions
 
 CHUNKS = 4  # sampling batches between two writes of completions.jsonl
 
@@ -31,7 +31,7 @@ def complete(
     """
     # All prompts are checked before the first of them costs anything.
     sampler.check(model.config, prompts.ids, sampling)
-    kept = Completions(folder)
+    kept = completions(folder)
     # One process reads: it may cut the file.
     rows = processes.from_first(kept.read)
     for row, ids in zip(rows, prompts.ids, strict=False):
@@ -71,11 +71,11 @@ def with_rewards(
     repeated = prompts.take(np.repeat(np.arange(len(prompts)), n))
     texts = prompts_lib.completion_texts(repeated, sampled, tokenizer)
     rewards = reward(repeated.texts, texts, list(zip(repeated.ids, sampled, strict=True)))
-    completions = []
+    made = []
     for text, ids, value in zip(texts, sampled, rewards, strict=True):
-        completions.append(dict(text=text, tokens=ids.tolist(), reward=float(value)))
+        made.append(dict(text=text, tokens=ids.tolist(), reward=float(value)))
     rows = []
     for index, (prompt, ids) in enumerate(zip(prompts.texts, prompts.ids, strict=True)):
-        of_prompt = completions[index * n : (index + 1) * n]
+        of_prompt = made[index * n : (index + 1) * n]
         rows.append(dict(prompt=prompt, tokens=ids.tolist(), completions=of_prompt))
     return rows

@@ -14,7 +14,7 @@ import jax
 
 from dpo_jax.console import warn
 from dpo_jax.training.metric_names import OF_UPDATE
-from dpo_jax.whole_file import naming, parse_object, set_aside, whole_file
+from dpo_jax.whole_file import append, parse_object, set_aside, whole_file
 
 
 def named(metrics: dict, split: str) -> dict[str, float]:
@@ -115,8 +115,7 @@ class Writer(contextlib.ExitStack):
             return
         line = json.dumps(dict(step=step, **values)).encode() + b"\n"
         # Opened again for each row, so that all rows are on disk whenever the process ends.
-        with naming(self._path), self._path.open("ab") as file:
-            file.write(line)
+        append(self._path, line)
         self._count += 1
         self._digest.update(line)
         for sink in self._sinks:

@@ -50,6 +50,10 @@ def unfinished(finished, tmp_path):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     whole = finished.read_text().splitlines(keepends=True)
     out.write_text("".join(whole[:4]) + whole[4][:20])
+    sums = out.with_name("out.jsonl.sums")
+    # The first write was of three rows.
+    sums.write_text(sums.read_text().splitlines(keepends=True)[0])
+    assert sums.read_text().startswith("3 ")
     return out
 
 
@@ -183,13 +187,46 @@ def test_sample_refuses_damaged_settings(unfinished, model, pairs, damage):
     ],
 )
 def test_sample_refuses_rows_of_other_prompts(unfinished, model, pairs, change, number):
-    """A line that was removed would leave out a prompt, and sample another one twice."""
+    """A line that was removed would leave out a prompt, and sample another one twice.
+
+    So it is in a file of an earlier version, which has no sums.
+    """
+    unfinished.with_name("out.jsonl.sums").unlink()
     rows = unfinished.read_text().splitlines(keepends=True)[:4]
     unfinished.write_text("".join(change(rows)))
     before = unfinished.read_bytes()
     with pytest.raises(ValueError, match=f"out.jsonl row {number} is not made of row {number}"):
         sample_file(model, pairs, unfinished)
     assert unfinished.read_bytes() == before
+
+
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_sample_makes_changed_rows_again(unfinished, finished, model, pairs, capsys, is_finished):
+    """A completion that another one took the place of would pass for the model's own."""
+    if is_finished:
+        for path in finished.parent.iterdir():
+            unfinished.with_name(path.name).write_bytes(path.read_bytes())
+    rows = unfinished.read_text().splitlines(keepends=True)
+    changed = rows[1].replace('"completions": ["', '"completions": ["w1 ')
+    unfinished.write_text("".join([rows[0], changed, *rows[2:]]))
+    before = unfinished.read_bytes()
+
+    sample_file(model, pairs, unfinished)
+    assert unfinished.read_bytes() == finished.read_bytes()
+    told = capsys.readouterr().out
+    assert (
+        f"{unfinished} is not what was written there from row 1 on, and is now out.jsonl." in told
+    )
+    assert unfinished.with_name("out.jsonl.damaged").read_bytes() == before
+
+
+def test_sample_begins_anew_once_its_file_is_removed(unfinished, finished, model, pairs, capsys):
+    unfinished.unlink()
+    sample_file(model, pairs, unfinished)
+    assert unfinished.read_bytes() == finished.read_bytes()
+    assert "not what was written" not in capsys.readouterr().out
+    sample_file(model, pairs, unfinished)
+    assert unfinished.read_bytes() == finished.read_bytes()
 
 
 # prompts

@@ -1,5 +1,6 @@
 """Folders of stages: who works on one, and which is refused."""
 
+import hashlib
 import json
 import threading
 
@@ -7,10 +8,12 @@ import pytest
 
 from dpo_jax import check, workdir
 from dpo_jax import config as configs
+from dpo_jax.models import hf
 from dpo_jax.workdir import (
-    Completions,
     StageChanged,
     check_files,
+    completions,
+    file_hashes,
     finish_stage,
     lock_folder,
     make_workdir,
@@ -22,6 +25,7 @@ from dpo_jax.workdir import (
     start_stage,
     write_lines,
 )
+from tests.helpers import limits
 from tests.helpers.clock import set_today
 from tests.helpers.rows import change_record
 
@@ -195,10 +199,13 @@ def test_check_files_names_a_folder_in_place_of_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("files", "found"),
     [
-        ([], "holds 'files' that are no files"),
+        ([], "its 'files' is list in place of dict"),
         ({"pairs.jsonl": {}}, "does not say the bytes and the sha256 of pairs.jsonl"),
         ({"pairs.jsonl": dict(bytes=3)}, "does not say the bytes"),
         ({"pairs.jsonl": None}, "does not say the bytes"),
+        ({"pairs.jsonl": dict(bytes="3", sha256="0")}, "does not say the bytes"),
+        ({"pairs.jsonl": dict(bytes=3, sha256=["0"])}, "does not say the bytes"),
+        ({"pairs.jsonl": dict(bytes=3, sha256="0", rows="x")}, "does not say the bytes"),
     ],
 )
 def test_check_files_refuses_an_edited_record(tmp_path, files, found):
@@ -233,10 +240,10 @@ ROWS = [dict(tokens=[number]) for number in range(6)]
 
 def sample_twice(folder):
     """Append the rows in two parts."""
-    completions = Completions(folder)
-    assert completions.read() == []
-    completions.append(ROWS[:4])
-    completions.append(ROWS[4:])
+    kept = completions(folder)
+    assert kept.read() == []
+    kept.append(ROWS[:4])
+    kept.append(ROWS[4:])
 
 
 @pytest.mark.parametrize(
@@ -250,17 +257,17 @@ def sample_twice(folder):
 )
 def test_completions_that_changed_are_made_again(tmp_path, capsys, change, left):
     sample_twice(tmp_path)
-    assert Completions(tmp_path).read() == ROWS and not Completions(tmp_path).problem()
+    assert completions(tmp_path).read() == ROWS and not completions(tmp_path).problem()
     path = tmp_path / "completions.jsonl"
     path.write_bytes(change(path.read_bytes()))
-    assert Completions(tmp_path).problem()
+    assert completions(tmp_path).problem()
 
-    again = Completions(tmp_path)
+    again = completions(tmp_path)
     assert again.read() == ROWS[:left]
     assert f"is not what was written there from row {left + 1} on" in capsys.readouterr().out
     assert (tmp_path / "completions.jsonl.damaged").exists()
     again.append(ROWS[left:])
-    assert Completions(tmp_path).read() == ROWS
+    assert completions(tmp_path).read() == ROWS
 
 
 def test_completions_after_a_kill(tmp_path, capsys):
@@ -268,8 +275,60 @@ def test_completions_after_a_kill(tmp_path, capsys):
     sample_twice(tmp_path)
     with (tmp_path / "completions.jsonl").open("a") as file:
         file.write(json.dumps(ROWS[0]) + '\n{"tok')
-    assert Completions(tmp_path).read() == ROWS
+    assert completions(tmp_path).read() == ROWS
     assert not capsys.readouterr().out
+
+
+def test_sums_that_a_kill_cut_short(tmp_path, capsys):
+    """Though there is no row beyond them: the next sum must not be added to the torn one."""
+    sample_twice(tmp_path)
+    with (tmp_path / "completions.sums").open("a") as file:
+        file.write("8 0123")
+    kept = completions(tmp_path)
+    assert kept.read() == ROWS
+    kept.append(ROWS[:1])
+    assert completions(tmp_path).read() == [*ROWS, ROWS[0]]
+    assert not capsys.readouterr().out and not (tmp_path / "completions.jsonl.damaged").exists()
+
+
+@pytest.mark.parametrize("full", ["completions.jsonl", "completions.sums"])
+def test_completions_on_a_full_disk(tmp_path, capsys, full):
+    (tmp_path / "whole").mkdir()
+    sample_twice(tmp_path / "whole")
+    kept = completions(tmp_path)
+    kept.append(ROWS[:4])
+    # The row is shorter than its sum.
+    size = (tmp_path / full).stat().st_size + 5
+    rows = ROWS[4:] if full == "completions.jsonl" else []
+    with limits.file_size(size), pytest.raises(OSError, match=f"{tmp_path / full}'$"):
+        kept.append(rows)
+    # With more room, the same command goes on.
+    again = completions(tmp_path)
+    assert again.read() == ROWS[:4] and not capsys.readouterr().out
+    again.append(ROWS[4:])
+    for name in ("completions.jsonl", "completions.sums"):
+        assert (tmp_path / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_file_hashes_reads_a_file_once(tmp_path, monkeypatch, capsys):
+    """A model is a stage's result, the start of the next one, and its reference."""
+    paths = [tmp_path / "a", tmp_path / "b"]
+    for path in paths:
+        path.write_text(path.name)
+    read = []
+    digest = hashlib.file_digest
+    monkeypatch.setattr(
+        hashlib, "file_digest", lambda file, name: read.append(file.name) or digest(file, name)
+    )
+    monkeypatch.setattr(workdir, "LONG_READ", 1)
+    found = file_hashes(paths)
+    assert found == [hashlib.sha256(name).hexdigest() for name in (b"a", b"b")]
+    assert file_hashes([*paths, tmp_path / "c"]) == [*found, ""]
+    assert hf.fingerprint(tmp_path) == hashlib.sha256(b"").hexdigest()
+    assert sorted(read) == [str(path) for path in paths]
+    assert capsys.readouterr().out.count(f"GB in {tmp_path}, to see that") == 1
+    paths[0].write_text("other")
+    assert file_hashes(paths)[0] == hashlib.sha256(b"other").hexdigest()
 
 
 # the date that chat templates take for today

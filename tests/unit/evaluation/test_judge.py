@@ -471,7 +471,10 @@ def test_concurrency_is_bounded(tmp_path):
     assert most == 3
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '{"key": "1"}', ""])
+UNCOUNTED = '{"key": "1", "prompt": "", "answer": "", "usage": {"prompt_tokens": "x"}}'
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"key": "1"}', "", UNCOUNTED])
 def test_read_names_broken_line(line, tmp_path):
     with JudgeServer(prefers(longer)) as server, server.environment():
         compare(a_judge(), comparisons(), tmp_path, quiet)
@@ -482,6 +485,37 @@ def test_read_names_broken_line(line, tmp_path):
     with pytest.raises(ValueError, match="judgements.jsonl line 2 is not a kept call"):
         compare(a_judge(), comparisons(), tmp_path, quiet)
     assert path.read_bytes() == content
+
+
+def test_read_names_a_changed_verdict(tmp_path):
+    """A flipped letter would be a win rate that no judge gave."""
+    with JudgeServer(prefers(longer)) as server, server.environment():
+        compare(a_judge(), comparisons(), tmp_path, quiet)
+    path = tmp_path / "judgements.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    letter = json.loads(lines[1])["answer"][-1]
+    other = "B" if letter == "A" else "A"
+    changed = lines[1].replace(f'Better: {letter}"', f'Better: {other}"')
+    assert changed != lines[1]
+    path.write_text("".join([lines[0], changed, *lines[2:]]))
+    with pytest.raises(ValueError, match="judgements.jsonl line 2 is .*not what was written"):
+        compare(a_judge(), comparisons(), tmp_path, quiet)
+    # Without it, that question alone is asked again.
+    path.write_text("".join([lines[0], *lines[2:]]))
+    with JudgeServer(prefers(longer)) as server, server.environment():
+        assert compare(a_judge(), comparisons(), tmp_path, quiet) == LONGER_WINS
+    assert len(server.requests) == 1
+
+
+def test_answers_kept_by_an_earlier_version(tmp_path):
+    """They have no sha256, and are used as they are."""
+    with JudgeServer(prefers(longer)) as server, server.environment():
+        compare(a_judge(), comparisons(), tmp_path, quiet)
+    path = tmp_path / "judgements.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert all(row.pop("sha256") for row in rows)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert compare(a_judge(), comparisons(), tmp_path, quiet) == LONGER_WINS
 
 
 def test_compare_by_reward():

@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import resource
 import sys
 import threading
 import types
@@ -16,6 +15,7 @@ from jax.experimental import multihost_utils
 from dpo_jax.training import checkpoint, step
 from dpo_jax.training.checkpoint import Checkpoints, DamagedCheckpoint, verify
 from dpo_jax.workdir import saved_steps
+from tests.helpers import limits
 
 
 def test_best_of_equal_checkpoints_is_latest(tmp_path):
@@ -60,14 +60,13 @@ def test_saves_leave_nothing_open(tmp_path):
 def test_save_that_fails_is_told_once(tmp_path, capfd):
     """On a full disk; here by a limit of a file's size, which any user may set."""
     state = step.TrainState(jnp.int32(1), {"w": jnp.arange(5000.0)}, ())
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with pytest.raises(OSError) as failed, Checkpoints(tmp_path, keep=1) as saved:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-        try:
-            saved.save(1, state)
-            saved.save(2, state)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with (
+        pytest.raises(OSError) as failed,
+        Checkpoints(tmp_path, keep=1) as saved,
+        limits.file_size(1000),
+    ):
+        saved.save(1, state)
+        saved.save(2, state)
     assert f"{tmp_path}: a checkpoint could not be written" in str(failed.value)
     assert "run the same command again" in str(failed.value)
     assert "Traceback" not in capfd.readouterr().err
