@@ -291,11 +291,11 @@ def run(job: Job, folder: pathlib.Path, **options) -> Ended:
 
 
 def result(folder: pathlib.Path) -> dict:
-    """Return what a job left, comparable: no times of day, no checkpoints, no drafts of a kill."""
+    """Return what a job left, comparable: no times of day, checkpoints, sums or drafts of a kill."""
     found = {}
     for path in goldens.made_by_commands(folder / RUN):
         name = str(path.relative_to(folder / RUN))
-        if path.suffix == ".draft" or "partial" in name:
+        if path.suffix in (".draft", ".sums") or "partial" in name:
             continue
         if path.name == JUDGEMENTS:
             found[name] = _judgements(path)
