@@ -291,7 +291,7 @@ def run(job: Job, folder: pathlib.Path, **options) -> Ended:
 
 
 def result(folder: pathlib.Path) -> dict:
-    """Return what a job left, comparable: no times of day, checkpoints, sums or drafts of a kill."""
+    """Return what a job left, comparable: no times, checkpoints, sums or drafts of a kill."""
     found = {}
     for path in goldens.made_by_commands(folder / RUN):
         name = str(path.relative_to(folder / RUN))
