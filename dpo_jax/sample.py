@@ -66,7 +66,7 @@ def sample_file(options: Options, mesh) -> None:
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"--out={path}: there is no folder {path.parent}. Make it first.")
     # A second command would add the same rows once more.
-    with lock_output(path, [_settings_of(path)]):
+    with lock_output(path, [_settings_of(path), _sums_of(path)]):
         _sample_file(options, path, mesh)
 
 
@@ -83,7 +83,7 @@ def _sample_file(options: Options, path: pathlib.Path, mesh) -> None:
     )
     sampling = options.sampling
     chunk = generation.prompts_at_a_time(sampling)
-    kept = SealedRows(path, path.with_name(path.name + ".sums"))
+    kept = SealedRows(path, _sums_of(path))
     begin = functools.partial(_begin, path, kept, made_with, options.date, rows, chunk)
     start, date = processes.from_first(begin)
     processes.check_shared(path.parent)
@@ -177,6 +177,11 @@ def _begin(
 def _settings_of(path: pathlib.Path) -> pathlib.Path:
     """Return the file that says what the rows of an output were made with."""
     return path.with_name(path.name + ".settings.json")
+
+
+def _sums_of(path: pathlib.Path) -> pathlib.Path:
+    """Return the file by which the rows of an output are known again."""
+    return path.with_name(path.name + ".sums")
 
 
 def _check_rows(path: pathlib.Path, rows: list[dict], inputs: list[dict]) -> None:

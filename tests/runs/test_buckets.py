@@ -8,6 +8,7 @@ from dpo_jax import check
 from dpo_jax.storage import shadow
 from tests.faults import files
 from tests.helpers import bucket_folders
+from tests.helpers.tiny_runs import sample_file
 
 ADDRESS = "s3://bucket/run"
 
@@ -42,3 +43,18 @@ def test_run_in_a_bucket_equals_one_in_a_folder(method, tmp_path, monkeypatch):
     folder = shadow.place(ADDRESS)
     shadow.pull(folder)
     assert not [problem for _, problem in check.check(pathlib.Path(folder)) if problem]
+
+
+def test_samples_in_a_bucket_are_known_again(tmp_path, monkeypatch, model, pairs, capsys):
+    bucket_folders.use(monkeypatch, tmp_path / "buckets", tmp_path / "first")
+    sample_file(model, pairs, "s3://bucket/out.jsonl")
+    out = tmp_path / "buckets" / "bucket" / "out.jsonl"
+    whole = out.read_text()
+    names = ["out.jsonl", "out.jsonl.settings.json", "out.jsonl.sums"]
+    assert sorted(path.name for path in out.parent.iterdir()) == names
+    out.write_text(whole.replace('"completions": ["', '"completions": ["w1 ', 1))
+
+    bucket_folders.use(monkeypatch, tmp_path / "buckets", tmp_path / "second")
+    sample_file(model, pairs, "s3://bucket/out.jsonl")
+    assert "is not what was written there from row 1 on" in capsys.readouterr().out
+    assert out.read_text() == whole
