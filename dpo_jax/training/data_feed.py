@@ -7,6 +7,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
+from dpo_jax import stopping
 from dpo_jax.console import say
 from dpo_jax.data.batches import (
     Batches,
@@ -355,6 +356,7 @@ def evaluate(
     reference = frozen.full(frozen.reference)
     total = None
     for step in range(len(batches)):
+        stopping.may_stop()
         batch = sharding.shard_batch(mesh, batches[step], axis=1)
         measured = programs.eval_step(full, reference, frozen.hyper, batch)
         total = metrics_lib.add(total, measured)

@@ -259,5 +259,5 @@ def test_process_flags_come_together(monkeypatch):
 
 
 def test_single_process_raises_own_errors():
-    with pytest.raises(KeyError), processes.together(lambda error: 1):
+    with pytest.raises(KeyError), processes.together(lambda error: ("", 1)):
         raise KeyError("mine")
