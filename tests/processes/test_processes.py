@@ -31,18 +31,48 @@ STEPS = 6
 NAME = "trained"  # of every run, so that its folder does not follow from the fields
 
 
+# Before a module is run, a function of another one does something at its second call.
+AT_SECOND_CALL = """
+import importlib, itertools, os, runpy, signal, sys, time
+
+module, name, signum = sys.argv[1:4]
+owner = importlib.import_module(module)
+*path, name = name.split(".")
+for part in path:
+    owner = getattr(owner, part)
+function = getattr(owner, name)
+count = itertools.count(1)
+
+def then(*arguments, **named):
+    result = function(*arguments, **named)
+    if next(count) == 2:
+        os.kill(os.getpid(), int(signum))
+    return result
+
+setattr(owner, name, then)
+del sys.argv[1:4]
+runpy.run_module(sys.argv[1], run_name="__main__", alter_sys=True)
+"""
+
+
 def start(
-    module: str, *flags: str, processes: int = 2, own=lambda index: ()
+    module: str, *flags: str, processes: int = 2, own=lambda index: (), doomed: tuple = ()
 ) -> list[subprocess.Popen]:
-    """The processes of one command, which wait for each other; own: index -> flags of that process
-    alone.
+    """The processes of one command, which wait for each other.
+
+    own: index -> flags of that process alone. doomed: a module, a function of it, and the signal
+    that the last process gets after its second call.
     """
     port = free_port()
     return [
         subprocess.Popen(
             [
                 sys.executable,
-                "-m",
+                *(
+                    ["-c", AT_SECOND_CALL, *map(str, doomed)]
+                    if doomed and index == processes - 1
+                    else ["-m"]
+                ),
                 module,
                 *map(str, flags),
                 *own(index),
@@ -94,12 +124,15 @@ def run_flags(model, pairs, **fields) -> list[str]:
     return flags
 
 
-def start_run(workdir, model, pairs, processes: int = 2, **fields) -> list[subprocess.Popen]:
+def start_run(
+    workdir, model, pairs, processes: int = 2, doomed: tuple = (), **fields
+) -> list[subprocess.Popen]:
     return start(
         "dpo_jax.train",
         *run_flags(model, pairs, **fields),
         f"--workdir={workdir}",
         processes=processes,
+        doomed=doomed,
     )
 
 
@@ -107,12 +140,6 @@ def alone(workdir, model, pairs, devices: int = 4, **fields):
     with on_devices(devices):
         run(run_config(model, pairs, **fields), workdir)
     return workdir / NAME
-
-
-@pytest.fixture(scope="module")
-def whole(model, pairs, tmp_path_factory):
-    """One process's run."""
-    return alone(tmp_path_factory.mktemp("alone") / "run", model, pairs, steps=STEPS)
 
 
 def assert_same(found, expected):
@@ -207,20 +234,33 @@ def test_error_in_one_ends_all(model, pairs, tmp_path):
     )
 
 
-def test_kill_of_one_ends_all(whole, model, pairs, tmp_path):
-    fields = dict(steps=STEPS, save_every=1)
-    first, second = start_run(tmp_path / "run", model, pairs, **fields)
-    checkpoints, deadline = tmp_path / "run" / NAME / "checkpoints", time.monotonic() + 300
-    while not (checkpoints / "2").exists():
-        assert first.poll() is None and time.monotonic() < deadline, first.communicate()
-        time.sleep(0.01)
-    second.send_signal(signal.SIGKILL)
-    began = time.monotonic()
-    _, errors = first.communicate(timeout=processes.SILENCE + 60)
-    assert first.returncode != 0 and time.monotonic() - began < processes.SILENCE + 30
-    assert "process 0 of 2" in errors or "another task died" in errors
-    assert not (tmp_path / "run" / NAME / "done.json").exists()
-    assert_same(alone(tmp_path / "run", model, pairs, **fields), whole)
+KILLS = {  # where the last of four processes is killed, after the second call
+    "step": ("dpo_jax.training.data_feed", "DataFeed.run"),
+    "evaluation": ("dpo_jax.training.data_feed", "stopping.may_stop"),
+    "save": ("dpo_jax.training.checkpoint", "Checkpoints.save"),
+}
+
+
+def test_kill_of_one_in_four_ends_all(model, pairs, tmp_path):
+    """In a step, in an evaluation and in a save, one after another; then they end as if never."""
+    fields = dict(mesh=(2, 2, 2), steps=STEPS, save_every=1, eval_every=2)
+    ended(start_run(tmp_path / "whole", model, pairs, processes=4, **fields))
+    for place in KILLS.values():
+        doomed = (*place, int(signal.SIGKILL))
+        four = start_run(tmp_path / "run", model, pairs, processes=4, doomed=doomed, **fields)
+        assert four[-1].wait(timeout=200) == -signal.SIGKILL, four[0].communicate()
+        began = time.monotonic()
+        for process in four[:-1]:
+            _, said = process.communicate(timeout=60)
+            assert process.returncode == 1 and time.monotonic() - began < 30, said
+            assert re.search(r"error: process 3 of 4 on \S+ was killed, or its host is lost", said)
+            assert "Traceback" not in said
+        assert not (tmp_path / "run" / NAME / "done.json").exists()
+    ended(start_run(tmp_path / "run", model, pairs, processes=4, **fields))
+    found, whole = (tmp_path / name / NAME for name in ("run", "whole"))
+    assert rows_without_timings(found) == rows_without_timings(whole)
+    for name, weight in weights(whole).items():
+        np.testing.assert_array_equal(weights(found)[name], weight, err_msg=name)
 
 
 @pytest.mark.parametrize("times", [1, pytest.param(2, marks=pytest.mark.slow)])
