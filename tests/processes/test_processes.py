@@ -50,8 +50,9 @@ def then(*arguments, **named):
     return result
 
 setattr(owner, name, then)
-del sys.argv[1:4]
-runpy.run_module(sys.argv[1], run_name="__main__", alter_sys=True)
+program = sys.argv[4]
+del sys.argv[1:5]
+runpy.run_module(program, run_name="__main__", alter_sys=True)
 """
 
 
@@ -286,6 +287,19 @@ def test_preempted_run_resumes(model, pairs, tmp_path, times):
         assert before < stopped < 400
     finished = alone(tmp_path / "run", model, pairs, **fields)
     assert [row["step"] for row in rows_without_timings(finished)] == list(range(401))
+
+
+def test_sigterm_in_an_evaluation_is_saved_before_its_end(model, pairs, tmp_path):
+    """In both, after the step that is evaluated; the evaluation is then made by the resumed run."""
+    # An evaluation of many batches, of which each process asks between them.
+    fields = dict(steps=4, eval_every=2, save_every=100, batch_size=2, microbatch_size=2)
+    slow = ("dpo_jax.training.data_feed", "metrics_lib.add", int(signal.SIGTERM))
+    both = start_run(tmp_path / "run", model, pairs, doomed=(*slow, 40), **fields)
+    outs = [process.communicate(timeout=200) for process in both]
+    assert [process.returncode for process in both] == [128 + signal.SIGTERM] * 2, outs
+    assert "stopped by SIGTERM after step 2, which is saved" in outs[0][0]
+    found = alone(tmp_path / "run", model, pairs, **fields)
+    assert_same(found, alone(tmp_path / "alone", model, pairs, **fields))
 
 
 def test_process_flags_come_together(monkeypatch):
