@@ -31,11 +31,11 @@ STEPS = 6
 NAME = "trained"  # of every run, so that its folder does not follow from the fields
 
 
-# Before a module is run, a function of another one does something at its second call.
-AT_SECOND_CALL = """
+# Before a module is run, a function of another one gets a signal sent after one of its calls.
+AT_A_CALL = """
 import importlib, itertools, os, runpy, signal, sys, time
 
-module, name, signum = sys.argv[1:4]
+module, name, signum, number = sys.argv[1:5]
 owner = importlib.import_module(module)
 *path, name = name.split(".")
 for part in path:
@@ -45,13 +45,14 @@ count = itertools.count(1)
 
 def then(*arguments, **named):
     result = function(*arguments, **named)
-    if next(count) == 2:
+    if next(count) == int(number):
         os.kill(os.getpid(), int(signum))
+        time.sleep(3)  # until jax has told the other processes
     return result
 
 setattr(owner, name, then)
-program = sys.argv[4]
-del sys.argv[1:5]
+program = sys.argv[5]
+del sys.argv[1:6]
 runpy.run_module(program, run_name="__main__", alter_sys=True)
 """
 
@@ -61,8 +62,8 @@ def start(
 ) -> list[subprocess.Popen]:
     """The processes of one command, which wait for each other.
 
-    own: index -> flags of that process alone. doomed: a module, a function of it, and the signal
-    that the last process gets after its second call.
+    own: index -> flags of that process alone. doomed: a module, a function of it, the signal
+    that the last process gets, and after which call.
     """
     port = free_port()
     return [
@@ -70,7 +71,7 @@ def start(
             [
                 sys.executable,
                 *(
-                    ["-c", AT_SECOND_CALL, *map(str, doomed)]
+                    ["-c", AT_A_CALL, *map(str, doomed)]
                     if doomed and index == processes - 1
                     else ["-m"]
                 ),
@@ -247,7 +248,7 @@ def test_kill_of_one_in_four_ends_all(model, pairs, tmp_path):
     fields = dict(mesh=(2, 2, 2), steps=STEPS, save_every=1, eval_every=2)
     ended(start_run(tmp_path / "whole", model, pairs, processes=4, **fields))
     for place in KILLS.values():
-        doomed = (*place, int(signal.SIGKILL))
+        doomed = (*place, int(signal.SIGKILL), 2)
         four = start_run(tmp_path / "run", model, pairs, processes=4, doomed=doomed, **fields)
         assert four[-1].wait(timeout=200) == -signal.SIGKILL, four[0].communicate()
         began = time.monotonic()
@@ -291,13 +292,15 @@ def test_preempted_run_resumes(model, pairs, tmp_path, times):
 
 def test_sigterm_in_an_evaluation_is_saved_before_its_end(model, pairs, tmp_path):
     """In both, after the step that is evaluated; the evaluation is then made by the resumed run."""
-    # An evaluation of many batches, of which each process asks between them.
-    fields = dict(steps=4, eval_every=2, save_every=100, batch_size=2, microbatch_size=2)
-    slow = ("dpo_jax.training.data_feed", "metrics_lib.add", int(signal.SIGTERM))
-    both = start_run(tmp_path / "run", model, pairs, doomed=(*slow, 40), **fields)
+    # Evaluations of eight batches: at the start, and after every second step.
+    fields = dict(steps=4, eval_every=2, save_every=100, microbatch_size=4)
+    fields["data__eval_fraction"] = 0.5
+    doomed = ("dpo_jax.training.data_feed", "metrics_lib.add", int(signal.SIGTERM), 10)
+    both = start_run(tmp_path / "run", model, pairs, doomed=doomed, **fields)
     outs = [process.communicate(timeout=200) for process in both]
     assert [process.returncode for process in both] == [128 + signal.SIGTERM] * 2, outs
     assert "stopped by SIGTERM after step 2, which is saved" in outs[0][0]
+    assert "dpo 2/4" not in outs[0][0]  # the evaluation has not ended
     found = alone(tmp_path / "run", model, pairs, **fields)
     assert_same(found, alone(tmp_path / "alone", model, pairs, **fields))
 
