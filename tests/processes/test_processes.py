@@ -236,28 +236,42 @@ def test_error_in_one_ends_all(model, pairs, tmp_path):
     )
 
 
-KILLS = {  # where the last of four processes is killed, after the second call
+KILLS = {  # where the last of several processes is killed: after the second call of a function
     "step": ("dpo_jax.training.data_feed", "DataFeed.run"),
     "evaluation": ("dpo_jax.training.data_feed", "stopping.may_stop"),
     "save": ("dpo_jax.training.checkpoint", "Checkpoints.save"),
 }
 
 
+def kill_one(place: str, workdir, model, pairs, count: int, **fields) -> None:
+    """Start a run in several processes, and kill the last one: the others end soon, and say why."""
+    doomed = (*KILLS[place], int(signal.SIGKILL), 2)
+    *others, killed = start_run(workdir, model, pairs, processes=count, doomed=doomed, **fields)
+    assert killed.wait(timeout=200) == -signal.SIGKILL, others[0].communicate()
+    began = time.monotonic()
+    for process in others:
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 1 and time.monotonic() - began < 30, said
+        expected = rf"error: process {count - 1} of {count} on \S+ was killed, or its host is lost"
+        assert re.search(expected, said)
+        assert "Traceback" not in said
+    assert not (workdir / NAME / "done.json").exists()
+
+
+def test_kill_of_one_ends_all(model, pairs, tmp_path):
+    fields = dict(steps=STEPS, save_every=1, eval_every=2)
+    kill_one("save", tmp_path / "run", model, pairs, 2, **fields)
+    whole = alone(tmp_path / "whole", model, pairs, **fields)
+    assert_same(alone(tmp_path / "run", model, pairs, **fields), whole)
+
+
+@pytest.mark.slow
 def test_kill_of_one_in_four_ends_all(model, pairs, tmp_path):
     """In a step, in an evaluation and in a save, one after another; then they end as if never."""
     fields = dict(mesh=(2, 2, 2), steps=STEPS, save_every=1, eval_every=2)
     ended(start_run(tmp_path / "whole", model, pairs, processes=4, **fields))
-    for place in KILLS.values():
-        doomed = (*place, int(signal.SIGKILL), 2)
-        four = start_run(tmp_path / "run", model, pairs, processes=4, doomed=doomed, **fields)
-        assert four[-1].wait(timeout=200) == -signal.SIGKILL, four[0].communicate()
-        began = time.monotonic()
-        for process in four[:-1]:
-            _, said = process.communicate(timeout=60)
-            assert process.returncode == 1 and time.monotonic() - began < 30, said
-            assert re.search(r"error: process 3 of 4 on \S+ was killed, or its host is lost", said)
-            assert "Traceback" not in said
-        assert not (tmp_path / "run" / NAME / "done.json").exists()
+    for place in KILLS:
+        kill_one(place, tmp_path / "run", model, pairs, 4, **fields)
     ended(start_run(tmp_path / "run", model, pairs, processes=4, **fields))
     found, whole = (tmp_path / name / NAME for name in ("run", "whole"))
     assert rows_without_timings(found) == rows_without_timings(whole)
