@@ -34,6 +34,10 @@ CACHE = "~/.cache/dpo_jax/compiled"
 SILENCE = 60
 # Seconds in which the end of a process is known to the others.
 AFTERMATH = 2
+# Threads of XLA's CPU backend, by its variable NPROC; its default is one for each core. Between
+# several processes each sum blocks a thread, and all sums of a program may be waiting at once: with
+# too few threads two processes wait in different ones, for good.
+CPU_THREADS = 64
 
 
 class _State:
@@ -128,6 +132,7 @@ def join(
         me = meeting.Member(number, count, socket.gethostname(), code())
         _State.company = Company(me, meeting.meet(address, me))
         stopping.tell(_State.company.stop)
+    os.environ.setdefault("NPROC", str(max(CPU_THREADS, os.cpu_count() or 1)))
     jax.distributed.initialize(
         address,
         count,
