@@ -9,8 +9,9 @@
 #   OPTIONS
 #     --env=NAME, --env=NAME=VALUE  gives the run an environment variable: yours, or this value.
 #                                   Repeat it for several. Secrets are best given as --env=NAME.
-#     --retry, --retry=N            starts the run again when it is preempted or killed, N times at
-#                                   most (10 without N). A run that fails by itself is not repeated.
+#     --retry, --retry=N            starts the run again when it is preempted or killed, or when a
+#                                   host did not come, N times at most (10 without N). A run that
+#                                   fails by itself is not repeated.
 #
 # tpu: uses the TPU of that name, or requests one of --type and waits for it. It copies this tree
 # (without runs/), installs the requirements, runs COMMAND on all workers, trains there, shows
@@ -25,14 +26,18 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 
-LOST=75   # status of an attempt whose workers were preempted, killed or rebooted
-BROKEN=76 # status of an attempt whose workers are there, but do not answer
+# How a run ends (docs/runs.md).
+MISTAKE=2    # no other start mends it
+TRY_AGAIN=75 # it waited in vain, such as for another host
+# How an attempt on a TPU ends.
+LOST=75      # its workers were preempted, killed or rebooted, or may go through the next time
+BROKEN=76    # its workers are there, but do not answer
 
 PRINT=""
 if [[ "${1:-}" == --print ]]; then PRINT=yes; shift; fi
 
 usage() {
-  sed -n '4,13s/^# \{1,3\}//p' "$0" >&2
+  sed -n '4,14s/^# \{1,3\}//p' "$0" >&2
   exit 2
 }
 
@@ -101,8 +106,8 @@ export_variables() {
   done
 }
 
-ended_by_signal() {  # whether a status is a signal's, other than Ctrl-C's
-  [[ "$1" -gt 128 && "$1" != 130 ]]
+may_go_through() {  # whether another start may mend a status: a signal's, not Ctrl-C's, or a wait's
+  [[ "$1" == "$TRY_AGAIN" || ( "$1" -gt 128 && "$1" != 130 ) ]]
 }
 
 # ---- this machine ----
@@ -123,7 +128,7 @@ repeat() {  # runs a command, and again when a signal ended it that was not sent
       status=0
       wait "$child" || status=$?
     done
-    if [[ -n "$asked" ]] || ! ended_by_signal "$status"; then exit "$status"; fi
+    if [[ -n "$asked" ]] || ! may_go_through "$status"; then exit "$status"; fi
     if [[ "$tries" -ge "$RETRIES" ]]; then
       say "the run was stopped (status $status), and was started again $tries times: giving up"
       exit "$status"
@@ -278,7 +283,7 @@ send() {  # copies and installs; on workers where the run is at work nothing is 
     mkdir -p dpo_jax && tar xzf dpo_jax.tgz -C dpo_jax && cd dpo_jax &&
     python3 -m pip install -q --user uv &&
     python3 -m uv venv -q --allow-existing --python 3.11 .venv &&
-    python3 -m uv pip install -q -p .venv -r requirements.txt "jax[tpu]" ||
+    python3 -m uv pip install -q -p .venv -e ".[tpu,gcs,s3]" ||
     { echo "the installation failed on $(hostname)"; exit 1; }'
 }
 
@@ -310,8 +315,10 @@ wait_for_workers() {  # says how each worker ended
   on all "$command" | tee "$FOLDER/said" || answered=""
   # One that was rebooted has left no status.
   if grep -q ' ended with no status$' "$FOLDER/said"; then return "$LOST"; fi
+  # A mistake on one worker ends the others by signals, or lets them wait in vain.
+  if grep -q " ended with $MISTAKE\$" "$FOLDER/said"; then return 1; fi
   while read -r status; do
-    if ended_by_signal "$status"; then return "$LOST"; fi
+    if may_go_through "$status"; then return "$LOST"; fi
   done < <(sed -n 's/^.* ended with \([0-9]*\)$/\1/p' "$FOLDER/said")
   if [[ -n "$answered" ]]; then return 0; fi
   lost_or_broken || status=$?

@@ -3,8 +3,9 @@
     --config=NAME[:METHOD] --config.FIELD=VALUE --FLAG=VALUE --debug --help
 
 A user's mistake ends a command with one paragraph on stderr and exit status 2; `--debug` adds the
-traceback. A bug keeps its traceback and exits with 1. Interrupted, a command exits with 128 + the
-signal's number. Imports no jax, so that help and listings are quick.
+traceback. So does a wait that was in vain, with status 75: the same command may go through later. A
+bug keeps its traceback and exits with 1. Interrupted, a command exits with 128 + the signal's
+number. Imports no jax, so that help and listings are quick.
 """
 
 import dataclasses
@@ -28,6 +29,7 @@ from dpo_jax.storage.addresses import shown
 
 MISTAKE = 2  # exit status
 BUG = 1  # exit status
+TRY_AGAIN = 75  # exit status, EX_TEMPFAIL of sysexits.h: what restarts jobs may start it again
 BROKEN_PIPE = 128 + 13  # exit status, the shell's code for SIGPIPE
 
 # What our code raises for a person to read.
@@ -120,8 +122,7 @@ def run(
     except BrokenPipeError:
         end_by_broken_pipe()
     except (Exception, KeyboardInterrupt) as error:
-        _, status = report(error)
-        sys.exit(status)
+        sys.exit(report(error))
     stopping.end_at_once()
     sys.exit(0)
 
@@ -219,8 +220,8 @@ def _is_value(argument: str) -> bool:
     return not argument.startswith("-") or re.match(r"-\.?\d", argument) is not None
 
 
-def report(error: BaseException) -> tuple[str, int]:
-    """Print on stderr why a command ends; return the reason in one paragraph, and the exit status.
+def report(error: BaseException) -> int:
+    """Print on stderr why a command ends; return its exit status.
 
     A paragraph for a user's mistake, with --debug after the traceback; a traceback for a bug.
     """
@@ -235,7 +236,8 @@ def report(error: BaseException) -> tuple[str, int]:
         text, status = stopping.words(signum), 128 + signum
     elif mistake:
         text = f"error: {shown(str(error)) or type(error).__name__}"
-        status = MISTAKE
+        # A host that did not come in time may come the next time.
+        status = TRY_AGAIN if isinstance(error, TimeoutError) else MISTAKE
         if isinstance(error, OSError) and error.errno in _NO_ROOM:
             text += ". Make room or raise the limit, and run the same command again."
         elif isinstance(error, OSError) and error.errno == errno.EROFS:
@@ -247,9 +249,7 @@ def report(error: BaseException) -> tuple[str, int]:
         print(text, file=sys.stderr, flush=True)
     except OSError:  # nobody reads it; the status remains
         surroundings.drop_output(sys.stderr)
-    if status == BUG:
-        return f"{type(error).__name__}: {error}", status
-    return text, status
+    return status
 
 
 def is_for_people(error: BaseException) -> bool:

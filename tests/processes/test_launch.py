@@ -288,15 +288,26 @@ def test_launch_tpu_gives_up_after_n(pod):
     ]
 
 
-@pytest.mark.parametrize(("status", "tries"), [(143, 2), (2, 1), (130, 1)])
-def test_launch_tpu_retries_what_was_killed(pod, status, tries):
-    """Not what failed by itself, nor what a person stopped."""
+@pytest.mark.parametrize(("status", "tries"), [(143, 2), (75, 2), (2, 1), (130, 1)])
+def test_launch_tpu_retries_what_may_go_through(pod, status, tries):
+    """What was killed, or waited in vain; not what failed by itself, nor what a person stopped."""
     folder, env = pod
     (folder / "node").touch()
     (folder / "workers" / "1" / "ends_with").write_text(str(status))
     done = launch("tpu", "pod", "us-x", "--retry=1", *CONFIG, env=env)
     assert done.returncode == 1 and done.stdout.count(f"ended with {status}") == tries
     assert not requests(folder)
+
+
+@pytest.mark.parametrize("of_the_other", [75, 134])
+def test_launch_tpu_retries_no_mistake(pod, of_the_other):
+    """A mistake on one worker lets the others wait in vain, or ends them by a signal."""
+    folder, env = pod
+    (folder / "node").touch()
+    (folder / "workers" / "0" / "ends_with").write_text(str(of_the_other))
+    (folder / "workers" / "1" / "ends_with").write_text("2")
+    done = launch("tpu", "pod", "us-x", "--retry=1", *CONFIG, env=env)
+    assert done.returncode == 1 and done.stdout.count("ended with 2") == 1
 
 
 def test_launch_tpu_looks_on_after_broken_connection(pod):
@@ -389,6 +400,7 @@ def test_launch_slurm_refuses_two_environments():
     [
         ("143 137 0", "--retry=5", "143 137 0"),
         ("143 143 143 143", "--retry=2", "143 143 143"),
+        ("75 0", "--retry", "75 0"),
         ("2", "--retry", "2"),
         ("1", "--retry", "1"),
         ("130", "--retry", "130"),
@@ -444,6 +456,7 @@ def test_launch_slurm_retry_is_a_batch_job():
         (143, "RUNNING", 2, False),  # as often as was asked for
         (143, "CANCELLED", 0, False),
         (143, "PENDING", 0, False),  # preempted: Slurm requeues it itself
+        (75, "RUNNING", 0, True),
         (2, "RUNNING", 0, False),
         (0, "RUNNING", 0, False),
     ],
@@ -464,6 +477,22 @@ def test_slurm_job_requeues_when_time_is_up(fake, status, state, restarts, reque
     )
     assert calls.startswith(expected)
     assert ("scontrol requeue 7" in calls) == requeued
+
+
+def has_docker() -> bool:
+    if not shutil.which("docker"):
+        return False
+    return subprocess.run(["docker", "info"], capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not has_docker(), reason="needs a docker that can build, and the network")
+def test_image_has_the_commands():
+    build = ["docker", "build", "-q", "-f", "launch/Dockerfile", "--build-arg=DEVICE=cpu", "."]
+    built = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, timeout=1200)
+    assert built.returncode == 0, built.stderr
+    image = built.stdout.strip()
+    shown = subprocess.run(["docker", "run", "--rm", image, "runs", "--help"], capture_output=True)
+    assert shown.returncode == 0, shown.stderr
 
 
 @pytest.mark.skipif(

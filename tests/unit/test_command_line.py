@@ -256,3 +256,20 @@ def test_full_disk_says_what_to_do():
 def test_read_only_disk_says_what_to_do():
     done = program("raise OSError(30, 'Read-only file system', 'run/sft')")
     assert_refused(done, "run/sft", "Mount it for writing, or give another folder")
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (TimeoutError("process 1 did not come"), command_line.TRY_AGAIN),
+        (ConnectionRefusedError("no"), command_line.MISTAKE),
+        (FileNotFoundError("no"), command_line.MISTAKE),
+    ],
+)
+def test_wait_in_vain_has_a_status_of_its_own(capsys, error, status):
+    """75, after which launch files start the command again, as they do not after 2."""
+    try:
+        raise error
+    except OSError as raised:
+        assert command_line.report(raised) == status
+    assert capsys.readouterr().err == f"error: {error}\n"
