@@ -1,8 +1,10 @@
 """Plan a run: dpo-jax plan --config=NAME [--config.FIELD=VALUE ...] --topology=v5p:4x4x4
 
-Compiles the run's own train step with the real TPU compiler, on any machine and from shapes alone,
-and reports memory, time and cost. Where the run does not fit, it tries changes that make it fit.
-For GPUs (h200:8) every number is an estimate.
+Compiles the run's own train step with the real compiler, for TPUs (v5p:4x4x4) or GPUs (h100:8, or
+h100:4x8 for 4 machines of 8), on any machine and from shapes alone, and reports memory,
+collectives, time and cost. Times follow from the compiled program by a roofline. Where the run does
+not fit, it tries changes that make it fit. Where the GPU compiler is not installed, it says what to
+install and estimates from sizes.
 """
 
 import dataclasses
@@ -22,7 +24,7 @@ from dpo_jax.planning import report as report_lib
 def main():
     config = command_line.define_config()
     where = flags.DEFINE_string(
-        "topology", None, "The chips to plan for: v5p:4x4x4, v5p-128, v5e-16, h200:8 ..."
+        "topology", None, "The chips to plan for: v5p:4x4x4, v5p-128, h200:8, h100:4x8 ..."
     )
     stage = flags.DEFINE_string("stage", "", "Which training stage. Default: the last one.")
     model = flags.DEFINE_string(
@@ -71,7 +73,6 @@ def main():
 
     # A plan needs no device, and takes none from others.
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", topologies.MACHINE)
     processes.start()
     # Programs for chips that are not here cannot be read back from the cache of compiled programs.
     jax.config.update("jax_enable_compilation_cache", False)
@@ -82,6 +83,8 @@ def main():
         last = planned[-1] if planned else ""
         chosen = stage.value or last
         topology = topologies.parse(where.value)
+        # CPU devices stand in for GPUs whose compiler is not installed.
+        jax.config.update("jax_num_cpu_devices", topology.chips if topology.is_gpu else 1)
         assumed = planner.Assumptions(
             prompt_tokens=prompt.value,
             response_tokens=response.value,

@@ -71,11 +71,18 @@ def of_step(
 def of_program(jaxpr) -> int:
     """Return the FLOPs of all matrix products of a jaxpr, on all devices together.
 
-    The body of a loop counts as often as it runs. All blocks of a Pallas kernel count, also those
-    that a mask leaves out.
+    The body of a loop counts as often as it runs. All blocks of an attention kernel count, also
+    those that a mask leaves out.
     """
     total = 0
     for equation in jaxpr.eqns:
+        # cuDNN's kernel is a primitive of its own, of queries [B, T, H, C] and keys [B, U, K, C].
+        if equation.primitive.name.startswith("dot_product_attention_"):
+            queries, keys = (variable.aval.shape for variable in equation.invars[:2])
+            # Forward: scores and outputs. Backward: scores again, and the gradients of weights,
+            # queries, keys and values.
+            products = 5 if "bwd" in equation.primitive.name else 2
+            total += products * 2 * math.prod(queries) * keys[1]
         if equation.primitive.name == "dot_general":
             # 2 FLOPs for each number of the result and each term of its sum.
             (contracted, _), _ = equation.params["dimension_numbers"]

@@ -21,20 +21,23 @@ class Chip:
     torus: int = 0  # dimensions of the network; 0: a switch joins all chips of a machine
     wraps: int = 1  # a dimension of a multiple of this many chips is closed to a ring
     cores: int = 1  # per chip, in its name at Google Cloud
+    # Of a GPU's share of its machine's network, one way, bytes a second; 0: none is known.
+    network: float = 0
 
 
 # Peak rates, bandwidths and links as docs.cloud.google.com/tpu and nvidia.com give them (a TPU's
 # figure for its interconnect, halved for one way and divided by its ports); memory as the TPU
-# compiler and the GPU data sheets do. A TPU makes a float32 product of six of bfloat16.
+# compiler and the GPU data sheets do. A TPU makes a float32 product of six of bfloat16. A machine
+# of GPUs has a network card for each: of 200 Gbit/s (DGX A100) or 400 (DGX H100).
 CHIPS = {
     "v4": Chip(30.75, 275e12, 275e12 / 6, 1228e9, 50e9, torus=3, wraps=4, cores=2),
     "v5e": Chip(15.75, 197e12, 197e12 / 6, 819e9, 50e9, torus=2, wraps=16),
     "v5p": Chip(95.74, 459e12, 459e12 / 6, 2765e9, 100e9, torus=3, wraps=4, cores=2),
     "v6e": Chip(31.25, 918e12, 918e12 / 6, 1638e9, 100e9, torus=2, wraps=16),
-    "a100-40": Chip(40e9 / 2**30, 312e12, 19.5e12, 1555e9, 300e9),
-    "a100-80": Chip(80e9 / 2**30, 312e12, 19.5e12, 2039e9, 300e9),
-    "h100": Chip(80e9 / 2**30, 989e12, 67e12, 3350e9, 450e9),
-    "h200": Chip(141e9 / 2**30, 989e12, 67e12, 4800e9, 450e9),
+    "a100-40": Chip(40e9 / 2**30, 312e12, 19.5e12, 1555e9, 300e9, network=25e9),
+    "a100-80": Chip(80e9 / 2**30, 312e12, 19.5e12, 2039e9, 300e9, network=25e9),
+    "h100": Chip(80e9 / 2**30, 989e12, 67e12, 3350e9, 450e9, network=50e9),
+    "h200": Chip(141e9 / 2**30, 989e12, 67e12, 4800e9, 450e9, network=50e9),
 }
 # A part of jax's name of a device -> a key of CHIPS, or None where it is another chip. The first
 # that fits counts.

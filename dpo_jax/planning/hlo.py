@@ -7,6 +7,8 @@ import math
 import re
 from typing import NamedTuple
 
+import numpy as np
+
 BYTES = {
     "pred": 1,
     "s8": 1,
@@ -23,6 +25,10 @@ BYTES = {
     "f64": 8,
 }
 ARRAY = re.compile(r"\b(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
+# Devices in order as an array, whose axes may be transposed: [64,2]T(1,0).
+IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
+# A part of a mesh's axis: its name, the product of the parts before it, and its size.
+PART_OF_AXIS = re.compile(r"'(\w+)':\((\d+)\)(\d+)")
 # Collective -> bytes that each of g devices receives per byte of its operands.
 RECEIVED = {
     "all-gather": lambda g: g - 1,
@@ -96,8 +102,55 @@ def trips(computations, entry: str) -> dict[str, int]:
     return found
 
 
+class Collective(NamedTuple):
+    """A collective of the program."""
+
+    kind: str  # a key of RECEIVED
+    times: int  # that one call of the program runs it
+    received: float  # bytes that a device receives each time
+    attributes: str  # of its instruction
+
+
 def collectives(text: str) -> dict[str, tuple[int, float]]:
     """Count the collectives of one call of the program: kind -> (how many, bytes received)."""
+    totals = {}
+    for found in list_collectives(text):
+        count, size = totals.get(found.kind, (0, 0.0))
+        totals[found.kind] = count + found.times, size + found.times * found.received
+    return totals
+
+
+def bytes_between_machines(text: str, gpus: int) -> float:
+    """Return the bytes that a GPU's network card receives in one call of the program.
+
+    gpus: in each machine; devices are numbered through all machines. What several GPUs of a machine
+    receive in the same collective comes to the machine once, over the cards of all of them. That is
+    the least: a plain ring over all GPUs brings more.
+    """
+    total = 0.0
+    for found in list_collectives(text):
+        total += found.times * found.received * _share_between_machines(found, gpus)
+    return total
+
+
+def _share_between_machines(collective: Collective, gpus: int) -> float:
+    """Return the share of what a GPU receives that its own network card has to bring."""
+    machines = []
+    for members in _members(collective.attributes):
+        machines.append({device // gpus for device in members})
+    if all(len(found) == 1 for found in machines):
+        return 0.0
+    if collective.kind == "collective-permute":  # each device receives from one other
+        return 1.0
+    together = len(_members(collective.attributes)[0])
+    if collective.kind == "all-to-all":  # what each receives is its own
+        here = together / len(machines[0])
+        return (together - here) / (together - 1)
+    return (len(machines[0]) - 1) / (together - 1)
+
+
+def list_collectives(text: str) -> list[Collective]:
+    """Return the collectives of one call of the program."""
     computations, entry = parse(text)
     # An asynchronous collective is printed in parts (start, done, fused pieces), each with the
     # whole's bytes and the same channel. Group the parts by channel to count each once.
@@ -113,16 +166,16 @@ def collectives(text: str) -> dict[str, tuple[int, float]]:
                 received = size * RECEIVED[kind](_group(instruction.attributes))
                 channel = re.search(r"channel_id=(\d+)", instruction.attributes)
                 key = channel[1] if channel else instruction.name
-                parts.setdefault(key, []).append((times, received, kind))
-    totals = {}
-    for found in parts.values():
+                part = Collective(kind, times, received, instruction.attributes)
+                parts.setdefault(key, []).append(part)
+    found = []
+    for same in parts.values():
         # A part inside a loop would count the collective once a round, but the collective starts
         # and ends outside of the loop: take the smallest count.
-        times = min(part_times for part_times, _, _ in found)
-        _, received, kind = max(found, key=lambda part: part[1:])
-        count, size = totals.get(kind, (0, 0.0))
-        totals[kind] = count + times, size + times * received
-    return totals
+        times = min(part.times for part in same)
+        largest = max(same, key=lambda part: (part.received, part.kind))
+        found.append(largest._replace(times=times))
+    return found
 
 
 def _collective_kind(instruction: Instruction, computation: str) -> str | None:
@@ -381,17 +434,67 @@ def _sizes(kind: str, memory: bool = False) -> list[int]:
     return sizes
 
 
-def _group(attributes: str) -> int:
-    """Devices that take part in a collective together; 1 if it names pairs instead."""
+def _members(attributes: str) -> list[list[int]]:
+    """Return the groups of a collective, as numbers of devices; a permute's pairs are groups.
+
+    Raises ValueError if they cannot be read.
+    """
     # XLA writes groups in three ways: as lists {{0,1},{2,3}}, as [groups,size], or as axes of a
     # mesh.
-    if lists := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
-        return len(lists[1].split(","))
-    if iota := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
-        return int(iota[1])
-    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh[2]))
+    pairs = re.search(r"source_target_pairs=\{(\{.*?\})\}", attributes)
+    lists = re.search(r"replica_groups=\{(\{.*?\})\}", attributes) or pairs
+    if lists:
+        groups = re.findall(r"\{([\d,]+)\}", lists[1])
+        return [[int(device) for device in group.split(",")] for group in groups]
+    iota = re.search(rf"replica_groups=\[(\d+),(\d+)\]<={IOTA}", attributes)
+    if iota:
+        groups, size, axes, order = iota.groups()
+        return _iota(axes, order).reshape(int(groups), int(size)).tolist()
+    mesh = re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?\)?)\))? ?\{([^}]*)\}", attributes
+    )
+    if mesh:
+        return _members_of_mesh(*mesh.groups())
+    raise ValueError(f"the devices of this collective cannot be read: {attributes[:200]}")
+
+
+def _members_of_mesh(axes: str, device_ids: str | None, together: str) -> list[list[int]]:
+    """Return the groups over some axes of a mesh.
+
+    axes: 'x'=4,'y'=2. device_ids: the devices of the mesh, as a list or an array of its own, if
+    they are not in order. together: the axes of a group, as 'y', or a part of one, as 'x':(1)2: its
+    outer half.
+    """
+    shape = []
+    names = []
+    parts = {
+        name: (int(before), int(size)) for name, before, size in PART_OF_AXIS.findall(together)
+    }
+    for name, size in re.findall(r"'(\w+)'=(\d+)", axes):
+        before, part = parts.get(name, (1, int(size)))
+        # A whole axis is a part with nothing before or after it.
+        shape += [before, part, int(size) // (before * part)]
+        names += [f"{name} before", name, f"{name} after"]
+    if device_ids is None:
+        devices = np.arange(math.prod(shape))
+    elif found := re.fullmatch(IOTA, device_ids):
+        devices = _iota(*found.groups())
+    else:
+        devices = np.array([int(device) for device in device_ids.split(",")])
+    inner = [names.index(name) for name in re.findall(r"'(\w+)'", together)]
+    last = np.moveaxis(devices.reshape(shape), inner, range(-len(inner), 0))
+    return last.reshape(-1, math.prod(shape[place] for place in inner)).tolist()
+
+
+def _iota(axes: str, order: str | None) -> np.ndarray:
+    """Return the devices in order, as an array of these axes, with the axes in another order."""
+    sizes = [int(n) for n in axes.split(",")]
+    devices = np.arange(math.prod(sizes)).reshape(sizes)
+    return devices.transpose([int(n) for n in order.split(",")]) if order else devices
+
+
+def _group(attributes: str) -> int:
+    """Return how many devices take part in a collective together; 1 if it names pairs instead."""
     if "source_target_pairs" in attributes:
         return 1
-    raise ValueError(f"the devices of this collective cannot be read: {attributes[:200]}")
+    return len(_members(attributes)[0])

@@ -1,7 +1,7 @@
 """The dry run of a training stage: what its step costs on hardware you do not have.
 
-The step is compiled from shapes alone by the real TPU compiler, on any machine. GPUs have no such
-compiler here, so their costs are estimated from the sizes.
+The step is compiled from shapes alone by the real compiler for TPUs or GPUs, on any machine. Where
+the GPU compiler is not installed, the costs are estimated from the sizes.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from dpo_jax.planning import groups, hlo, presets, roofline
 from dpo_jax.planning.program import Program, make_program
 from dpo_jax.planning.report import Report
 from dpo_jax.planning.roofline import Work
-from dpo_jax.planning.topologies import Topology
+from dpo_jax.planning.topologies import MissingCompiler, Topology
 from dpo_jax.stage_table import STAGES
 
 GIB = 2**30
@@ -60,13 +60,13 @@ def plan(
     """
     config_checks.validate(config)
     _check_stage(config, stage)
-    on_tpu = topology.chip.torus > 0
-    platform = "tpu" if on_tpu else "gpu"
+    platform = "gpu" if topology.is_gpu else "tpu"
     attention.check(config.model.attention, platform)
     model = model_config(config, stage, assumed.model)
-    if not on_tpu:  # the step is traced on CPU devices, which lack the GPU's kernel
+    devices, missing_compiler = _devices(topology)
+    if missing_compiler:  # the step is traced on CPU devices, which lack the GPU's kernel
         model = dataclasses.replace(model, attention="xla")
-    mesh = _mesh(config, topology)
+    mesh = sharding.make_mesh(**config.mesh, devices=devices)
     group = groups.group_of(config, stage, assumed)
     limits = attention.row_limits(model.window, platform)
     batches = groups.lay_out(config, stage, group, sharding.batch_shards(mesh), limits)
@@ -75,10 +75,10 @@ def plan(
 
     traced = program.trace()
     flops_per_chip = flops.of_program(traced.jaxpr.jaxpr) / topology.chips
-    if on_tpu:
-        memory, work = _compiled(program, traced, topology, flops_per_chip)
-    else:
+    if missing_compiler:
         memory, work = _estimated(program, model, batches, topology, flops_per_chip)
+    else:
+        memory, work = _compiled(program, traced, topology, flops_per_chip)
 
     needed_flops = 0.0
     for step in range(len(batches)):
@@ -102,18 +102,23 @@ def plan(
         pairs_per_prompt=group.pairs,
         responses_per_prompt=group.responses,
         sharing=groups.sharing(config, stage, model, group, batches),
-        compiled=on_tpu,
+        compiled=not missing_compiler,
         capacity_gib=topology.chip.hbm_gib,
         hbm_gib={kind: size / GIB for kind, size in memory.items()},
         flops_per_step=flops_per_chip * topology.chips,
         needed_flops_per_step=needed_flops / len(batches),
         collectives=_in_gib(work) if work else None,
         seconds=roofline.seconds(topology, model.dtype, work) if work else None,
+        missing_compiler=missing_compiler,
     )
     cells = batches.microbatches * batches.shards
     forward_flops = sum(flops.forward(model, batches.shapes[0].contents).values())
     forward = roofline.forward(
-        model, dict(mesh.shape), batches.microbatches, flops=cells * forward_flops / topology.chips
+        model,
+        dict(mesh.shape),
+        batches.microbatches,
+        topology,
+        flops=cells * forward_flops / topology.chips,
     )
     return _with_hours(report, config, assumed, topology, forward)
 
@@ -169,17 +174,21 @@ def examples_and_steps(config: ConfigDict, stage: str, assumed: Assumptions) -> 
     return examples, steps
 
 
-def _mesh(config: ConfigDict, topology: Topology) -> jax.sharding.Mesh:
-    """The run's mesh over the topology's devices; CPU devices stand in for GPUs."""
-    if topology.chip.torus:
-        devices = topology.devices()
-    else:
-        devices = jax.devices("cpu")[: topology.chips]
-    return sharding.make_mesh(**config.mesh, devices=devices)
+def _devices(topology: Topology) -> tuple[list, str]:
+    """Return the topology's devices and "", or CPU devices and what to install for GPUs' own.
+
+    Raises MissingCompiler for TPUs, whose costs are never estimated.
+    """
+    try:
+        return topology.devices(), ""
+    except MissingCompiler as missing:
+        if not topology.is_gpu:
+            raise
+        return jax.devices("cpu")[: topology.chips], str(missing)
 
 
 def _compiled(program: Program, traced, topology: Topology, flops_per_chip: float):
-    """Compile for the TPU; return bytes of a chip's memory by kind, and the work of a step.
+    """Compile for the chip; return bytes of its memory by kind, and the work of a step.
 
     The work is None if the program does not fit, as then there is no program.
     """
@@ -203,8 +212,15 @@ def _compiled(program: Program, traced, topology: Topology, flops_per_chip: floa
         + analysis.temp_size_in_bytes
         + analysis.generated_code_size_in_bytes
     )
-    work = Work(flops_per_chip, hlo.memory_traffic(text), hlo.collectives(text))
-    return arguments | dict(temporaries=used - total), work
+    memory = arguments | dict(temporaries=used - total)
+    # The TPU compiler refuses such a program, the GPU compiler does not.
+    if used > topology.chip.hbm_gib * GIB:
+        return memory, None
+    network = 0.0
+    if topology.is_gpu and topology.shape[0] > 1:
+        network = hlo.bytes_between_machines(text, topology.shape[-1])
+    work = Work(flops_per_chip, hlo.memory_traffic(text), hlo.collectives(text), network)
+    return memory, work
 
 
 def _estimated(
@@ -227,7 +243,7 @@ def _estimated(
         flops=flops_per_chip,
         forwards=forward_passes,
         state=arguments["params"] + arguments["optimizer"],
-        chip=topology.chip,
+        topology=topology,
     )
     return arguments | dict(temporaries=temporaries), work
 
@@ -240,7 +256,7 @@ def _refused_temporaries(error: str, argument_bytes: int) -> int:
     if found := re.search(rf"Used {size} of [\d.]+\w* hbm", error):
         return max(_in_bytes(*found.groups()) - argument_bytes, 0)
     raise RuntimeError(
-        f"the TPU compiler refused the program without saying how much memory it needs: {error}"
+        f"the compiler refused the program without saying how much memory it needs: {error}"
     )
 
 

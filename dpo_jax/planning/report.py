@@ -65,7 +65,7 @@ class Report:
     pairs_per_prompt: int
     responses_per_prompt: int
     sharing: Sharing
-    compiled: bool  # by the TPU compiler; otherwise estimated from the sizes
+    compiled: bool  # by the chip's compiler; otherwise estimated from the sizes
     capacity_gib: float  # memory of a chip
     hbm_gib: dict[str, float]  # memory that the step takes on a chip, by kind
     flops_per_step: float  # that the program does, over all chips
@@ -74,6 +74,7 @@ class Report:
     seconds: dict[str, float] | None  # part of roofline.PARTS -> least time of a step
     steps: int = 0  # of the whole stage; 0 if neither the config nor the data tells
     hours: float | None = None
+    missing_compiler: str = ""  # what to install, where the numbers are estimated for lack of it
     advice: Advice | None = None
 
     @property
@@ -206,10 +207,10 @@ def _count(number: int, noun: str) -> str:
 def _memory(report: Report) -> list[str]:
     room = report.capacity_gib - report.hbm_gib_per_chip
     verdict = f"fits, {room:.2f} to spare" if room >= 0 else f"does NOT fit, {-room:.2f} too much"
-    heading = "memory of a chip, GiB"
+    lines = ["memory of a chip, GiB"]
     if not report.compiled:
-        heading += " (estimated, not compiled)"
-    lines = [heading]
+        lines = [f"all numbers are estimated from sizes, as {report.missing_compiler}"]
+        lines.append("memory of a chip, GiB (estimated, not compiled)")
     for kind, size in report.hbm_gib.items():
         lines.append(f"  {kind:<24}{size:10.2f}")
     total = f"{report.hbm_gib_per_chip:10.2f}  of {report.capacity_gib:.2f}"

@@ -1,7 +1,8 @@
 """The roofline: the least time a step can take, with products, memory and network at their peaks.
 
-For a compiled step, `hlo.py` reads the bytes from the program. For chips without a compiler here,
-`estimate` derives them from the model's sizes. `forward` does so for the pass of a kept reference.
+For a compiled step, `hlo.py` reads the bytes from the program. Where the GPU compiler is not
+installed, `estimate` derives them from the model's sizes. `forward` does so for the pass of a kept
+reference.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ from dpo_jax.data.packing import Shape
 from dpo_jax.models import transformer
 from dpo_jax.models.log_probs import chunk_logits
 from dpo_jax.models.transformer import TransformerConfig
-from dpo_jax.planning.topologies import Chip, Topology
+from dpo_jax.planning.topologies import Topology
 
 # Part of a step's time -> its name in tables.
 PARTS = {"compute": "products", "memory": "memory bandwidth", "interconnect": "interconnect"}
@@ -26,6 +27,7 @@ class Work:
     flops: float
     memory: float  # bytes read and written
     collectives: dict  # kind -> (count, bytes received)
+    network: float = 0.0  # bytes that a GPU's share of its machine's network receives
 
 
 def seconds(topology: Topology, dtype: str, work: Work) -> dict[str, float]:
@@ -37,10 +39,14 @@ def seconds(topology: Topology, dtype: str, work: Work) -> dict[str, float]:
     chip = topology.chip
     peak = chip.flops if dtype == "bfloat16" else chip.float32_flops
     received = sum(size for _, size in work.collectives.values())
+    interconnect = received / topology.interconnect
+    if work.network:
+        # Within a machine and between machines, GPUs receive at the same time.
+        interconnect = max(interconnect, work.network / chip.network)
     return dict(
         compute=work.flops / peak,
         memory=work.memory / chip.bandwidth,
-        interconnect=received / topology.interconnect,
+        interconnect=interconnect,
     )
 
 
@@ -53,9 +59,9 @@ def estimate(
     flops: float,
     forwards: int,
     state: int,
-    chip: Chip,
+    topology: Topology,
 ) -> tuple[Work, int]:
-    """Estimate a step's work on one device and the bytes of its temporaries, from sizes alone.
+    """Estimate a step's work on a GPU and the bytes of its temporaries, from sizes alone.
 
     mesh: the size of each axis. forwards: forward passes of policy and reference per microbatch,
     with those that remat repeats. state: bytes of weights and optimiser state on a device. The
@@ -71,23 +77,30 @@ def estimate(
     kept_inputs = 1 if config.remat == "full" else _kept(config)
     saved = config.layers * layer_input * kept_inputs  # for the backward pass
 
-    once = forward(config, mesh, microbatches, flops=flops)
+    once = forward(config, mesh, microbatches, topology, flops=flops)
+    shares = _between_machines(mesh, topology)
     collectives = {}
+    network = 0.0
     if fsdp > 1:
         # fsdp splits the weights, so each pass gathers them, and the backward pass once more. 0:
         # how many collectives that takes is the compiler's choice; only bytes are estimated.
         _, gathered = once.collectives["all-gather"]
         collectives["all-gather"] = (0, (forwards + 1) * gathered)
         collectives["reduce-scatter"] = (0, gathered)  # the gradients are as large as the weights
+        network += shares["fsdp"] * (forwards + 2) * gathered
     reduced = 0.0
     if data > 1:
         # float32 gradients, 4 bytes each. An all-reduce receives twice its size: it scatters the
         # sums, then gathers them.
-        reduced += microbatches * 2 * weights * 4 / split * (1 - 1 / data)
+        gradients_received = microbatches * 2 * weights * 4 / split * (1 - 1 / data)
+        reduced += gradients_received
+        network += shares["data"] * gradients_received
     if tensor > 1:
         # After attention and after the MLP, forward and backward.
         sums = microbatches * 2 * (forwards + 1) * config.layers
-        reduced += sums * 2 * layer_input * (1 - 1 / tensor)
+        sums_received = sums * 2 * layer_input * (1 - 1 / tensor)
+        reduced += sums_received
+        network += shares["tensor"] * sums_received
     if reduced:
         collectives["all-reduce"] = (0, reduced)
 
@@ -101,17 +114,40 @@ def estimate(
     gathered_layers = 2 * (weights / config.layers) * itemsize / tensor  # two are there at a time
     # float32, 4 bytes each. Three arrays of this size are counted: the logits, the softmax's own,
     # and the gradient.
-    logits = 4 * min(chunk_logits(chip), shape.completion_tokens * config.vocab)
+    logits = 4 * min(chunk_logits(topology.chip), shape.completion_tokens * config.vocab)
     rows = _rows(config, shape, itemsize) / tensor
     temporaries = saved + gradients + gathered_layers + 3 * logits + rows
-    return Work(flops, moved, collectives), int(temporaries)
+    return Work(flops, moved, collectives, network), int(temporaries)
 
 
-def forward(config: TransformerConfig, mesh: dict, microbatches: int, *, flops: float) -> Work:
+def forward(
+    config: TransformerConfig, mesh: dict, microbatches: int, topology: Topology, *, flops: float
+) -> Work:
     """Estimate the work of a forward pass: each microbatch gathers and reads the weights."""
     # Every device reads all layers' gathered weights, which only `tensor` keeps split.
     read = microbatches * _weights(config) * _itemsize(config) / mesh["tensor"]
-    return Work(flops, read, {"all-gather": (0, read * (1 - 1 / mesh["fsdp"]))})
+    gathered = read * (1 - 1 / mesh["fsdp"])
+    network = _between_machines(mesh, topology)["fsdp"] * gathered
+    return Work(flops, read, {"all-gather": (0, gathered)}, network)
+
+
+def _between_machines(mesh: dict, topology: Topology) -> dict[str, float]:
+    """Return the share of an axis' traffic that comes to a GPU over its own network card.
+
+    What several GPUs of a machine receive along an axis comes to the machine once.
+    """
+    shares = {}
+    stride = 1  # between neighbours on the axis; the last axis is the innermost
+    for axis in ("tensor", "fsdp", "data"):
+        size = mesh[axis]
+        within = size == 1 or stride * size <= topology.shape[-1]
+        if within or not topology.is_gpu:
+            shares[axis] = 0.0
+        else:
+            here = max(topology.shape[-1] // stride, 1)
+            shares[axis] = (size / here - 1) / (size - 1)
+        stride *= size
+    return shares
 
 
 def _weights(config: TransformerConfig) -> int:

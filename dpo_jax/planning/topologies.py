@@ -1,7 +1,8 @@
-"""Slices of TPUs and machines of GPUs that a run can be planned for.
+"""Slices of TPUs and machines of GPUs that a run can be planned for, and their compilers.
 
 A topology is written v5p:4x4x4 (a slice's shape in chips), v5p-128 (as Google Cloud names it: by
-cores on v4 and v5p, by chips on v5e and v6e), or h200:8 (one machine of GPUs).
+cores on v4 and v5p, by chips on v5e and v6e), h200:8 (one machine of GPUs), or h100:4x8 (4 machines
+of 8).
 """
 
 import fnmatch
@@ -10,7 +11,7 @@ import importlib.util
 import math
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 
@@ -33,6 +34,48 @@ SHAPES = {
     },
 }
 MACHINE = 8  # GPUs joined by a switch
+KIB = 2**10
+MIB = 2**20
+GIB = 2**30
+
+
+class MissingCompiler(RuntimeError):
+    """A compiler is not installed, or does not belong to this jax; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """The properties of a GPU that its compiler asks for, beside those of `Chip`."""
+
+    name: str  # as its driver gives it
+    capability: tuple[int, int]  # of CUDA
+    cores: int  # multiprocessors, and of each of them:
+    units: int  # float32 units
+    shared_memory: int  # bytes
+    block_memory: int  # bytes of it that one block of threads may take
+    l2_cache: int  # bytes
+    clock: float  # GHz, boosted
+
+
+# A key of CHIPS -> the rest of its data sheet (nvidia.com: white papers on A100 and H100, and the
+# table of compute capabilities in the CUDA programming guide).
+_A100 = Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108, 64, 164 * KIB, 163 * KIB, 40 * MIB, 1.41)
+_H100 = Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, 128, 228 * KIB, 227 * KIB, 50 * MIB, 1.98)
+GPUS = {
+    "a100-40": replace(_A100, name="NVIDIA A100-SXM4-40GB"),
+    "a100-80": _A100,
+    "h100": _H100,
+    "h200": replace(_H100, name="NVIDIA H200"),
+}
+# What the GPU compiler consists of, beside jax's plugin; 2.8 GB unpacked.
+CUDA_PACKAGES = (
+    "nvidia-cudnn-cu12",
+    "nvidia-cuda-nvcc-cu12",
+    "nvidia-cublas-cu12",
+    "nvidia-cuda-runtime-cu12",
+    "nvidia-cuda-nvrtc-cu12",
+    "nvidia-nvjitlink-cu12",
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +83,7 @@ class Topology:
     """Chips of one kind, and how they are joined."""
 
     kind: str  # a key of CHIPS
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # of GPUs: machines, and GPUs in each
 
     @property
     def chip(self) -> Chip:
@@ -49,6 +92,10 @@ class Topology:
     @property
     def chips(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.kind in GPUS
 
     @property
     def interconnect(self) -> float:
@@ -70,13 +117,31 @@ class Topology:
         return self.chip.link * sides
 
     def __str__(self):
-        return f"{self.kind}:{'x'.join(map(str, self.shape))}"
+        # A single machine of GPUs is written without the 1.
+        sizes = self.shape[1:] if self.is_gpu and self.shape[0] == 1 else self.shape
+        return f"{self.kind}:{'x'.join(map(str, sizes))}"
 
     def devices(self) -> list:
-        """Return the devices of a TPU slice to compile for; no TPU is needed, libtpu is.
+        """Return the devices to compile for, which need not be here; their compiler must be.
 
-        Raises RuntimeError with what to install, ValueError if the compiler knows no such slice.
+        Raises MissingCompiler with what to install, ValueError if the compiler knows no such slice.
         """
+        return self._gpus() if self.is_gpu else self._tpus()
+
+    def _gpus(self) -> list:
+        check_gpu_compiler()
+        from jax.experimental import topologies
+
+        machines, gpus = self.shape
+        found = topologies.get_topology_desc(
+            platform="cuda",
+            topology_name="",
+            target_config=_target_config(self.kind),
+            topology=f"1x{machines}x{gpus}",  # slices, machines in each, GPUs in each
+        )
+        return found.devices
+
+    def _tpus(self) -> list:
         check_libtpu()
         # Ask no metadata server for a TPU, and take no lock that another process may hold. The type
         # changes nothing in what is compiled; without one libtpu prints a warning.
@@ -113,16 +178,18 @@ def parse(text: str) -> Topology:
     if kind not in CHIPS:
         raise ValueError(
             f"--topology={text!r}: expected a kind of chip and how many, such as v5p:4x4x4, "
-            f"v5p-128 (Google Cloud's name) or h200:8. Chips: {', '.join(CHIPS)}."
+            "v5p-128 (Google Cloud's name), h200:8 or h100:4x8 (4 machines of 8 GPUs). Chips: "
+            f"{', '.join(CHIPS)}."
         )
     chip = CHIPS[kind]
-    if not chip.torus:
-        if separator == "-" or "x" in size or int(size) > MACHINE:
+    if kind in GPUS:
+        *machines, gpus = map(int, size.split("x"))
+        if separator == "-" or len(machines) > 1 or gpus > MACHINE:
             raise ValueError(
-                f"--topology={text!r}: GPUs are planned within one machine, at most "
-                f"{kind}:{MACHINE}."
+                f"--topology={text!r}: expected GPUs of one machine, at most {kind}:{MACHINE}, or "
+                f"machines x GPUs in each, such as {kind}:4x{MACHINE}."
             )
-        return Topology(kind, (int(size),))
+        return Topology(kind, (*machines, gpus) if machines else (1, gpus))
     if "x" not in size:
         chips = int(size)
         if separator == "-":
@@ -139,15 +206,68 @@ def parse(text: str) -> Topology:
     return Topology(kind, shape)
 
 
+def _target_config(kind: str) -> str:
+    """Return the description of a GPU that XLA compiles for: a GpuTargetConfigProto as text."""
+    chip = CHIPS[kind]
+    gpu = GPUS[kind]
+    major, minor = gpu.capability
+    # The limits without a name here are the same from the A100 to the H200.
+    return f"""
+        platform_name: "CUDA"
+        device_description_str: "{gpu.name}"
+        dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
+        gpu_device_info {{
+          cuda_compute_capability {{ major: {major} minor: {minor} }}
+          core_count: {gpu.cores}
+          fpus_per_core: {gpu.units}
+          clock_rate_ghz: {gpu.clock}
+          device_memory_size: {int(chip.hbm_gib * GIB)}
+          memory_bandwidth: {int(chip.bandwidth)}
+          l2_cache_size: {gpu.l2_cache}
+          shared_memory_per_core: {gpu.shared_memory}
+          shared_memory_per_block: {48 * KIB}
+          shared_memory_per_block_optin: {gpu.block_memory}
+          registers_per_core_limit: 65536
+          registers_per_block_limit: 65536
+          threads_per_warp: 32
+          threads_per_block_limit: 1024
+          threads_per_core_limit: 2048
+          block_dim_limit_x: 2147483647
+          block_dim_limit_y: 65535
+          block_dim_limit_z: 65535
+        }}
+    """
+
+
+def check_gpu_compiler() -> None:
+    """Raise MissingCompiler if the GPU compiler is missing or belongs to another jax."""
+    # The user's jax for GPUs may be of either version of CUDA.
+    for plugin in ("jax_cuda12_plugin", "jax_cuda13_plugin"):
+        if importlib.util.find_spec(plugin) is None:
+            continue
+        found = importlib.metadata.version(plugin.replace("_", "-"))
+        if found != jax.__version__:
+            raise MissingCompiler(
+                f"{plugin} {found} does not belong to jax {jax.__version__}: {_install_cuda()}"
+            )
+        return
+    raise MissingCompiler(f"the GPU compiler is not installed. It needs no GPU: {_install_cuda()}")
+
+
+def _install_cuda() -> str:
+    plugin = f"jax-cuda12-plugin=={jax.__version__} jax-cuda12-pjrt=={jax.__version__}"
+    return f"pip install --no-deps {plugin} {' '.join(CUDA_PACKAGES)}"
+
+
 def check_libtpu() -> None:
-    """Raise RuntimeError if the TPU compiler is missing or belongs to another jax."""
+    """Raise MissingCompiler if the TPU compiler is missing or belongs to another jax."""
     wanted = _libtpu_version()
     install = f'pip install --no-deps "libtpu=={wanted or "(of jax[tpu])"}"'
     if importlib.util.find_spec("libtpu") is None:
-        raise RuntimeError(f"the TPU compiler is not installed. It needs no TPU: {install}")
+        raise MissingCompiler(f"the TPU compiler is not installed. It needs no TPU: {install}")
     found = importlib.metadata.version("libtpu")
     if wanted and not fnmatch.fnmatch(found, wanted):
-        raise RuntimeError(
+        raise MissingCompiler(
             f"libtpu {found} does not belong to jax {jax.__version__}, which cannot read what it "
             f"compiles: {install}"
         )

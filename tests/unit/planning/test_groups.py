@@ -24,6 +24,8 @@ from tests.helpers.tiny_runs import (
     write_model,
 )
 
+pytestmark = pytest.mark.usefixtures("without_gpu_compiler")
+
 IMDB = Group(prompt_tokens=8, response_tokens=60, pairs=6, responses=4)
 TLDR = Group(prompt_tokens=512, response_tokens=128, pairs=4, responses=5)
 

@@ -190,19 +190,55 @@ def test_memory_traffic_of_instruction(line, moved):
 
 
 @pytest.mark.parametrize(
-    ("attributes", "devices"),
+    ("attributes", "groups"),
     [
-        ("replica_groups={{0,1,2},{3,4,5}}, x", 3),
-        ("replica_groups=[2,8]<=[16]", 8),
-        ("replica_groups=mesh['axis_0'=8,'axis_1'=2] {'axis_1'}", 2),
-        ("replica_groups=mesh['axis_0'=8,'axis_1'=2] {'axis_0','axis_1'}", 16),
-        ("replica_groups=mesh['axis_0'=2,'axis_1'=64], device_ids=([64,2]T(1,0)) {'axis_1'}", 64),
+        ("replica_groups={{0,1,2},{3,4,5}}, x", [[0, 1, 2], [3, 4, 5]]),
+        ("source_target_pairs={{0,1},{1,0}}, x", [[0, 1], [1, 0]]),
+        ("replica_groups=[2,4]<=[8], x", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ("replica_groups=[2,4]<=[4,2]T(1,0), x", [[0, 2, 4, 6], [1, 3, 5, 7]]),
+        ("replica_groups=mesh['a'=4,'b'=2] {'b'}", [[0, 1], [2, 3], [4, 5], [6, 7]]),
+        ("replica_groups=mesh['a'=4,'b'=2] {'a'}", [[0, 2, 4, 6], [1, 3, 5, 7]]),
+        ("replica_groups=mesh['a'=2,'b'=2] {'b','a'}", [[0, 2, 1, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}", "01 23 45 67"),
+        ("replica_groups=mesh['a'=2,'b'=2], device_ids=(0,2,1,3) {'b'}", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b':(1)2}", "02 13 46 57"),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a','b':(2)2}", "0145 2367"),
     ],
 )
-def test_group_in_every_form(attributes, devices):
-    assert hlo._group(attributes) == devices
+def test_members_in_every_form(attributes, groups):
+    if isinstance(groups, str):
+        groups = [[int(device) for device in group] for group in groups.split()]
+    assert hlo._members(attributes) == groups
+    size = 1 if "pairs" in attributes else len(groups[0])
+    assert hlo._group(attributes) == size
 
 
-def test_group_refuses_unknown_form():
+def test_members_refuse_unknown_form():
     with pytest.raises(ValueError, match="cannot be read: channel_id=3, replica_groups="):
-        hlo._group("channel_id=3, replica_groups={}")
+        hlo._members("channel_id=3, replica_groups={}")
+
+
+@pytest.mark.parametrize(
+    ("collective", "received"),
+    [
+        # Within each machine of four.
+        ("all-gather(%x), replica_groups=[2,4]<=[8]", 0),
+        # Each machine receives the four parts of 64 bytes of the other one, over four cards.
+        ("all-gather(%x), replica_groups=[1,8]<=[8]", 64),
+        # Pairs across machines: no other GPU of the machine receives the same.
+        ("all-gather(%x), replica_groups=[4,2]<=[2,4]T(1,0)", 64),
+        # An eighth of 64 bytes from each of four GPUs elsewhere.
+        ("all-to-all(%x), replica_groups=[1,8]<=[8]", 32),
+        ("collective-permute(%x), source_target_pairs={{0,4},{4,0}}", 64),
+        ("collective-permute(%x), source_target_pairs={{0,1},{1,0}}", 0),
+    ],
+)
+def test_bytes_between_machines(collective, received):
+    text = f"""HloModule step
+
+ENTRY %main (x: f32[16]) -> f32[16] {{
+  %x = f32[16]{{0}} parameter(0)
+  ROOT %moved = f32[128]{{0}} {collective}
+}}
+"""
+    assert hlo.bytes_between_machines(text, gpus=4) == received

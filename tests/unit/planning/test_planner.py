@@ -20,6 +20,8 @@ from dpo_jax.training import optim
 from dpo_jax.training.step import init_state, state_shardings
 from tests.helpers.tiny_runs import SCRATCH, scratch_config
 
+pytestmark = pytest.mark.usefixtures("without_gpu_compiler")
+
 
 def test_plan_counts_remat():
     config = scratch_config(microbatch_size=4)
@@ -132,11 +134,23 @@ def test_plan_gpus_by_sizes(tmp_path):
     assert report.chip_hours == pytest.approx(8 * 10 * report.step_seconds / 3600)
     assert report.hbm_gib_per_chip == pytest.approx(sum(report.hbm_gib.values()))
     text = report_lib.table(report)
-    assert "estimated, not compiled" in text and "10 steps" in text and "<- bottleneck" in text
+    assert "estimated" in text and "10 steps" in text and "<- bottleneck" in text
+    assert "pip install the GPU compiler" in text
     assert json.loads(json.dumps(report.to_dict())) == report.to_dict()
     small = dataclasses.replace(report, capacity_gib=0.0)
     lines = report_lib.sweep_table([small, report]).splitlines()
     assert [line.split()[4] for line in lines[1:]] == ["yes", "no"]
+
+
+def test_plan_machines_by_sizes():
+    """Across machines, weights and gradients also go over each GPU's network card."""
+    config = scratch_config(batch_size=8)
+    config.mesh.update(data=1, fsdp=4, tensor=2)
+    seconds = {}
+    for name in ("h100:8", "h100:2x4"):
+        seconds[name] = planner.plan(config, topologies.parse(name), "dpo").seconds
+    assert seconds["h100:2x4"]["interconnect"] > seconds["h100:8"]["interconnect"]
+    assert seconds["h100:2x4"]["compute"] == seconds["h100:8"]["compute"]
 
 
 def test_plan_adapters(tmp_path):

@@ -1,7 +1,9 @@
-"""Topologies by name, and the TPU compiler's version."""
+"""Topologies by name, and the versions of their compilers."""
 
+import importlib.metadata
 import importlib.util
 
+import jax
 import pytest
 
 from dpo_jax.planning import topologies
@@ -19,6 +21,8 @@ from dpo_jax.planning import topologies
         ("V5P-256", "v5p:4x4x8", 128, 6),
         ("v6e:2x4", "v6e:2x4", 8, 2),
         ("h200:8", "h200:8", 8, 1),
+        ("h100:4x8", "h100:4x8", 32, 1),
+        ("a100-80:1x4", "a100-80:4", 4, 1),
     ],
 )
 def test_parse_every_name(text, name, chips, links):
@@ -31,7 +35,20 @@ def test_parse_every_name(text, name, chips, links):
 
 
 @pytest.mark.parametrize(
-    "text", ["v5p", "v9:2x2", "v5e:2x2x2", "h200:16", "h200-8", "v5p-10", "v5p:0x2x2", "v5p:2x"]
+    "text",
+    [
+        "v5p",
+        "v9:2x2",
+        "v5e:2x2x2",
+        "h200:16",
+        "h200-8",
+        "h100:2x16",
+        "h100:2x2x4",
+        "h100:0x8",
+        "v5p-10",
+        "v5p:0x2x2",
+        "v5p:2x",
+    ],
 )
 def test_parse_refuses_unknown(text):
     with pytest.raises(ValueError, match="--topology="):
@@ -42,3 +59,18 @@ def test_check_libtpu_refuses_other_version(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match=r'pip install --no-deps "libtpu=='):
         topologies.check_libtpu()
+
+
+def test_check_gpu_compiler_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    install = f"pip install --no-deps jax-cuda12-plugin=={jax.__version__} jax-cuda12-pjrt=="
+    with pytest.raises(topologies.MissingCompiler, match=f"needs no GPU: {install}"):
+        topologies.check_gpu_compiler()
+
+
+def test_check_gpu_compiler_refuses_other_version(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.0.1")
+    message = f"jax_cuda12_plugin 0.0.1 does not belong to jax {jax.__version__}: pip install"
+    with pytest.raises(topologies.MissingCompiler, match=message):
+        topologies.check_gpu_compiler()
