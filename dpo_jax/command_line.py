@@ -122,7 +122,8 @@ def run(
     except BrokenPipeError:
         end_by_broken_pipe()
     except (Exception, KeyboardInterrupt) as error:
-        sys.exit(report(error))
+        _, status = report(error)
+        sys.exit(status)
     stopping.end_at_once()
     sys.exit(0)
 
@@ -220,8 +221,8 @@ def _is_value(argument: str) -> bool:
     return not argument.startswith("-") or re.match(r"-\.?\d", argument) is not None
 
 
-def report(error: BaseException) -> int:
-    """Print on stderr why a command ends; return its exit status.
+def report(error: BaseException) -> tuple[str, int]:
+    """Print on stderr why a command ends; return the reason in one paragraph, and the exit status.
 
     A paragraph for a user's mistake, with --debug after the traceback; a traceback for a bug.
     """
@@ -249,7 +250,9 @@ def report(error: BaseException) -> int:
         print(text, file=sys.stderr, flush=True)
     except OSError:  # nobody reads it; the status remains
         surroundings.drop_output(sys.stderr)
-    return status
+    if status == BUG:
+        return f"{type(error).__name__}: {error}", status
+    return text, status
 
 
 def is_for_people(error: BaseException) -> bool:

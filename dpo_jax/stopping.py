@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 GRACE = 2.0  # seconds for a command to end by the exception
@@ -38,6 +38,8 @@ class _State:
     is_leaving = False  # what there is to say has been said
     is_watched = False
     is_registered = False
+    tell = staticmethod(lambda text, status: None)  # tells others that work with this process
+    ask = staticmethod(lambda: None)  # returns the signal to stop by, once others stop too
 
 
 def words(signum: int) -> str:
@@ -67,10 +69,16 @@ def said() -> None:
     _State.is_leaving = True
 
 
+def tell(others) -> None:
+    """Let other processes know before a signal ends this one: others(line, exit status)."""
+    _State.tell = others
+
+
 def _leave(signum: int) -> None:
     if not _State.is_leaving:
         with contextlib.suppress(OSError):
             os.write(2, f"{words(signum)}\n".encode())
+    _State.tell(words(signum), 128 + signum)
     os._exit(128 + signum)
 
 
@@ -127,12 +135,34 @@ def _is_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
+@contextlib.contextmanager
+def asked_between(ask: Callable[[], int | None]) -> Iterator[None]:
+    """Within, let `may_stop` ask for the signal to stop by."""
+    before, _State.ask = _State.ask, ask
+    try:
+        yield
+    finally:
+        _State.ask = before
+
+
+def may_stop() -> None:
+    """Raise Stopped if several processes have agreed to stop here: between batches of long work.
+
+    A lone process needs no such place: its signal is raised wherever it is.
+    """
+    signum = _State.ask()
+    if signum is not None:
+        raise Stopped(signum)
+
+
 class Signals:
     """The signals that came while they were delayed."""
 
-    def __init__(self):
+    def __init__(self, note: Callable[[], None] | None = None):
+        """note: is called when a signal was caught, so that other processes know."""
         self.caught: int | None = None  # the first one
         self._raises = False
+        self._note = note
 
     @contextlib.contextmanager
     def at_once(self, *, saves: bool) -> Iterator[None]:
@@ -157,18 +187,20 @@ class Signals:
         if self._raises:
             self._raises = False  # once: what follows is the way out
             raise Stopped(signum)
+        if self._note:
+            self._note()
         # A step may take long, and a person who presses Ctrl-C again will not wait for its end.
         signal.signal(signal.SIGINT, _stop)
 
 
 @contextlib.contextmanager
-def delayed(active: bool = True) -> Iterator[Signals]:
+def delayed(note: Callable[[], None] | None = None) -> Iterator[Signals]:
     """Keep signals for the caller to ask for; a second Ctrl-C raises Stopped at once.
 
-    active: False changes nothing, and no signal is ever caught.
+    note: is called when a signal was caught, so that other processes know.
     """
-    signals = Signals()
-    if not active or not _is_main_thread():
+    signals = Signals(note)
+    if not _is_main_thread():
         yield signals
         return
     before = {signum: signal.getsignal(signum) for signum in SIGNALS}

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 
 from dpo_jax.data.conversations import TRAINED
 from dpo_jax.data.ledger import Malformed
+from dpo_jax.data.limits import limited
 from dpo_jax.data.rows import shared_length
-from dpo_jax.data.time_limit import time_limit
 
 # A template reads reasoning from one of these keys.
 REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -79,6 +79,7 @@ PROBE = "Zq9xJv3kProbe"
 LONGEST_LEAD = 64
 # What a template may take for one conversation; the largest take milliseconds.
 RENDERING_SECONDS = 10
+RENDERING_MEMORY = 10**9  # bytes
 LONGEST_TEXT = 1 << 23  # characters that it may write
 LARGEST_NUMBER = 10_000_000  # that a template may hold
 LONGEST_REASON = 1000  # characters of what it says where it refuses one
@@ -732,7 +733,7 @@ class Chat:
         """Return messages as the template writes them; cue: with the generation prompt."""
         options = self.options | {"chat_template": self._template(tools)}
         try:
-            with time_limit(RENDERING_SECONDS):
+            with limited(RENDERING_SECONDS, RENDERING_MEMORY):
                 text = self.tokenizer.apply_chat_template(
                     messages, tools=tools, tokenize=False, add_generation_prompt=cue, **options
                 )
@@ -741,7 +742,9 @@ class Chat:
                 f"has not written a conversation within {RENDERING_SECONDS} seconds"
             ) from None
         except MemoryError:
-            raise self._fault("writes more of a conversation than memory holds") from None
+            raise self._fault(
+                f"takes more than {RENDERING_MEMORY / 1e9:.2g} GB of memory to write a conversation"
+            ) from None
         except Exception as error:  # whatever the template raises: it is a program of its own
             raise _Refused(str(error)[:LONGEST_REASON]) from error
         if len(text) > LONGEST_TEXT:

@@ -1168,7 +1168,9 @@ def _parquet_records(file: Path) -> Iterator[Record]:
 
     with _naming_damage(file, "Parquet"):
         # Without the buffers, a whole row group would be read, which may be the whole file.
-        table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=CHUNK)
+        table = pyarrow.parquet.ParquetFile(
+            file, pre_buffer=False, buffer_size=CHUNK, page_checksum_verification=True
+        )
         batches = table.iter_batches(batch_size=BATCH)
     _check_columns(file, table.schema_arrow.names)
     yield from _table_rows(file, "Parquet", table.schema_arrow, batches)

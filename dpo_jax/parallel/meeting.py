@@ -34,18 +34,20 @@ class Member:
     facts: dict[str, str]  # what must be the same on all hosts, such as versions
 
 
-def meet(address: str, me: Member, patience: float = PATIENCE) -> None:
+def meet(
+    address: str, me: Member, patience: float = PATIENCE
+) -> dict[int, tuple[Member, socket.socket]]:
     """Wait until all processes have come to process 0, which listens at an address HOST:PORT.
 
-    Raises TimeoutError that names those that have not come, and ValueError where two processes
-    cannot work together. The error is raised by all that are there.
+    Returns what process 0 is connected with, by number: every other process; and each of these:
+    process 0. Raises TimeoutError that names those that have not come, and ValueError where two
+    processes cannot work together. The error is raised by all that are there.
     """
     if me.count == 1:
-        return
+        return {}
     if me.number == 0:
-        _Host(address, me, patience).gather()
-    else:
-        _attend(address, me, patience)
+        return _Host(address, me, patience).gather()
+    return _attend(address, me, patience)
 
 
 class _Host:
@@ -59,8 +61,8 @@ class _Host:
         self._left: dict[int, str] = {}  # number -> the host of a process that came, and went
         self._selector = selectors.DefaultSelector()
 
-    def gather(self) -> None:
-        """Return when all have come, and have been told to go on."""
+    def gather(self) -> dict[int, tuple[Member, socket.socket]]:
+        """Return those that have come when all have, and have been told to go on."""
         clock = _Clock(self._patience)
         with self._selector, _listen(self._address) as listener:
             self._selector.register(listener, selectors.EVENT_READ)
@@ -81,13 +83,13 @@ class _Host:
                     if clock.is_time_to_speak():
                         missing = _listed(self._missing())
                         _say(f"waiting for {missing} at {self._address}", clock)
-                self._send_to_all(dict(go=True))
-            except (TimeoutError, ValueError) as error:
+                self._send_to_all(dict(go=True, host=self._me.host))
+                return self._came
+            except BaseException as error:
                 self._send_to_all(_message_of(error))
-                raise
-            finally:
                 for _, connection in self._came.values():
                     connection.close()
+                raise
 
     def _welcome(self, listener: socket.socket) -> None:
         connection, _ = listener.accept()
@@ -123,11 +125,11 @@ class _Host:
         try:
             self._check(member)
         except ValueError as error:
-            _send(connection, _message_of(error))
+            send(connection, _message_of(error))
             raise
         self._came[member.number] = (member, connection)
         self._left.pop(member.number, None)
-        _send(connection, dict(welcome=True))
+        send(connection, dict(welcome=True))
 
     def _check(self, member: Member) -> None:
         me = self._me
@@ -178,35 +180,33 @@ class _Host:
 
     def _send_to_all(self, message: dict) -> None:
         for _, connection in self._came.values():
-            _send(connection, message)
+            send(connection, message)
 
 
-def _attend(address: str, me: Member, patience: float) -> None:
+def _attend(address: str, me: Member, patience: float) -> dict[int, tuple[Member, socket.socket]]:
     """Come to process 0, and wait there until it says how it goes on."""
-    host, port = split(address)
     clock = _Clock(patience)
     problem = "it has not been tried"
     while not clock.is_over():
         if clock.is_time_to_speak():
             _say(f"process {me.number} waits for process 0 at {address} ({problem})", clock)
+        connection = None
         try:
-            with socket.create_connection((host, port), timeout=ANSWER) as connection:
-                _send(connection, dataclasses.asdict(me))
-                reader = connection.makefile("rb")
-                answer = _read(reader)
-                if answer == dict(welcome=True):
-                    # Process 0 has a clock of its own, and tells when it is over.
-                    connection.settimeout(patience + ANSWER)
-                    answer = _read(reader)
+            connection = socket.create_connection(split(address), timeout=ANSWER)
+            answer = _ask_to_go(connection, me, patience)
         except OSError as error:
             problem = error.strerror or str(error)
-        else:
-            if answer.get("go"):
-                return
-            if "error" in answer:
-                kind = TimeoutError if answer.get("kind") == "TimeoutError" else ValueError
-                raise kind(str(answer["error"]))
-            problem = "who answers there is not waiting for processes"
+            answer = {}
+        if "go" in answer:
+            host = Member(0, me.count, str(answer.get("host")), me.facts)
+            return {0: (host, connection)}
+        if connection is not None:
+            connection.close()
+            if answer:
+                problem = "who answers there is not waiting for processes"
+        if "error" in answer:
+            kind = TimeoutError if answer.get("kind") == "TimeoutError" else ValueError
+            raise kind(str(answer["error"]))
         time.sleep(RETRY)
     raise TimeoutError(
         f"process {me.number} on {me.host} did not find process 0 at {address} within "
@@ -214,6 +214,17 @@ def _attend(address: str, me: Member, patience: float) -> None:
         "failed or not been started, and its port must be open to the other hosts. Then start all "
         "of them again."
     )
+
+
+def _ask_to_go(connection: socket.socket, me: Member, patience: float) -> dict:
+    """Return process 0's last word in the meeting."""
+    send(connection, dataclasses.asdict(me))
+    answer = _read(connection)
+    if answer == dict(welcome=True):
+        # Process 0 has a clock of its own, and tells when it is over.
+        connection.settimeout(patience + ANSWER)
+        answer = _read(connection)
+    return answer
 
 
 class _Clock:
@@ -290,26 +301,34 @@ def _member_in(sent: bytes) -> Member | None:
         return None
 
 
-def _message_of(error: Exception) -> dict:
-    return dict(error=str(error), kind=type(error).__name__)
+def _message_of(error: BaseException) -> dict:
+    """Return what the others are told of an error that ends the meeting."""
+    text = str(error) or type(error).__name__
+    if not isinstance(error, TimeoutError | ValueError):
+        text = f"process 0 was stopped while it waited for others ({text})."
+    return dict(error=text, kind=type(error).__name__)
 
 
-def _send(connection: socket.socket, message: dict) -> None:
+def send(connection: socket.socket, message: dict) -> None:
     # Who has gone meanwhile is noticed where its answer is read.
     with contextlib.suppress(OSError):
         connection.sendall(json.dumps(message).encode() + b"\n")
 
 
-def _read(reader) -> dict:
-    """Return the next message; {} where what is sent is none."""
-    line = reader.readline(LONGEST)
-    if not line:
-        raise ConnectionError("it has closed the connection")
+def _read(connection: socket.socket) -> dict:
+    """Return the next message, and nothing after it; a strange one where what is sent is none."""
+    line = b""
+    # One by one, as what follows is for whoever watches the connection next.
+    while not line.endswith(b"\n") and len(line) < LONGEST:
+        byte = connection.recv(1)
+        if not byte:
+            raise ConnectionError("it has closed the connection")
+        line += byte
     try:
         message = json.loads(line)
     except ValueError:
-        return {}
-    return message if isinstance(message, dict) else {}
+        message = None
+    return message if isinstance(message, dict) else dict(strange=True)
 
 
 def _listed(numbers: list[str]) -> str:

@@ -1,15 +1,18 @@
 """Set up jax before it touches a device, and the processes that run a command together."""
 
 import contextlib
+import ctypes
 import functools
 import hashlib
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import os
 import pathlib
 import re
 import secrets
+import signal
 import socket
 import sys
 import tempfile
@@ -20,13 +23,28 @@ import numpy as np
 from absl import logging
 from jax._src.clusters import ClusterEnv  # public only within jax.distributed.initialize
 
+from dpo_jax import stopping
 from dpo_jax.parallel import meeting
+from dpo_jax.parallel.company import Company
 from dpo_jax.storage.addresses import address_of
 
 # Where compiled programs are kept; JAX_COMPILATION_CACHE_DIR overrides it.
 CACHE = "~/.cache/dpo_jax/compiled"
 # Seconds without a sign of life after which a process counts as dead, and the others end too.
 SILENCE = 60
+# Seconds in which the end of a process is known to the others.
+AFTERMATH = 2
+# Threads of XLA's CPU backend, by its variable NPROC; its default is one for each core. Between
+# several processes each sum blocks a thread, and all sums of a program may be waiting at once: with
+# too few threads two processes wait in different ones, for good.
+CPU_THREADS = 64
+
+
+class _State:
+    """What this process has to do with others."""
+
+    company: Company | None = None  # None: it is alone
+    notifier = None  # jax's handler of SIGTERM
 
 
 def start() -> None:
@@ -111,7 +129,10 @@ def join(
         initialization_timeout=meeting.PATIENCE,
     )
     if None not in (address, count, number):
-        meeting.meet(address, meeting.Member(number, count, socket.gethostname(), code()))
+        me = meeting.Member(number, count, socket.gethostname(), code())
+        _State.company = Company(me, meeting.meet(address, me))
+        stopping.tell(_State.company.stop)
+    os.environ.setdefault("NPROC", str(max(CPU_THREADS, os.cpu_count() or 1)))
     jax.distributed.initialize(
         address,
         count,
@@ -122,6 +143,38 @@ def join(
         heartbeat_timeout_seconds=SILENCE,
         shutdown_timeout_seconds=SILENCE,
     )
+    _keep_notifier()
+
+
+def _keep_notifier() -> None:
+    """Handle signals ourselves, where jax has put a handler that only takes a note of SIGTERM.
+
+    Nobody would read that note but the training loop, which has it written by `give_notice`.
+    """
+    system = ctypes.CDLL(None)
+    system.signal.restype = ctypes.c_void_p
+    handler = system.signal(signal.SIGTERM, int(signal.SIG_IGN))
+    if handler:
+        _State.notifier = ctypes.CFUNCTYPE(None, ctypes.c_int)(handler)
+    stopping.end_by_exception()
+
+
+def give_notice() -> None:
+    """Let all processes know that this one is to stop; `asked_to_stop` tells each of them when."""
+    if _State.notifier is not None:
+        _State.notifier(signal.SIGTERM)
+
+
+# How often the processes have asked each other whether to stop, in all stages together: they agree
+# on one of these numbers to stop at, and it must be one that none of them has passed.
+_ASKED = itertools.count(1)
+
+
+def asked_to_stop() -> bool:
+    """Return whether to stop, in every process at the same call: each calls it equally often."""
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.reached_preemption_sync_point(next(_ASKED))
 
 
 def code() -> dict[str, str]:
@@ -165,26 +218,45 @@ def _gpus_of_a_lone_task() -> list[int] | None:
 
 
 @contextlib.contextmanager
-def together(report: Callable[[BaseException], int]):
-    """Abort all processes if one raises: the others would wait for it forever.
+def together(report: Callable[[BaseException], tuple[str, int]]):
+    """End all processes if one raises: the others would wait for it forever.
 
-    report: prints an error, and returns the exit status. Alone, a process raises its own errors.
+    report: prints an error, and returns what it printed and the exit status. Alone, a process
+    raises its own errors.
     """
     try:
         yield
+        _leave()
     except SystemExit:
         if jax.process_count() > 1:
             # All of them stop here, and none leaves before the others are through.
+            _leave()
             jax.distributed.shutdown()
         raise
     except BaseException as error:
         if jax.process_count() == 1:
             raise
-        status = report(error)
-        who = f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}"
-        print(f"{who} stops, and so do the others.", file=sys.stderr, flush=True)
+        company = _State.company
+        is_interrupt = isinstance(error, KeyboardInterrupt)
+        if company and not is_interrupt:
+            # What fails here may only follow from the end of another, whose words say more.
+            company.await_end_of_another(AFTERMATH)
+        text, status = report(error)
+        if not is_interrupt:
+            who = f"process {jax.process_index()} of {jax.process_count()}"
+            ending = f"{who} on {socket.gethostname()} stops, and so do the others."
+            text += f"\n{ending}"
+            print(ending, file=sys.stderr, flush=True)
+        if company:
+            company.stop(text, status)
         # sys.exit would wait for the others, which wait for this one.
         os._exit(status)
+
+
+def _leave() -> None:
+    """Let the others know that this process may end now."""
+    if _State.company:
+        _State.company.leave()
 
 
 def wait_for_all(name: str) -> None:
@@ -202,7 +274,10 @@ def at_the_end(function: Callable[[], None]) -> None:
     """
     if jax.process_count() > 1:
         # All let go of each other here, so that the others can end.
+        _leave()
         jax.distributed.shutdown()
+        # jax has taken its handler of SIGTERM away, and with it ours.
+        stopping.end_by_exception()
     if jax.process_index() == 0:
         function()
 

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dpo_jax import stopping
 from dpo_jax.data.packing import pad_right
 from dpo_jax.models import transformer
 from dpo_jax.models.loading import Model
@@ -71,6 +72,7 @@ def sample(
     starts = np.array(starts).reshape(-1, 2)
     found = [[None] * sampling.n for _ in prompts]
     for start in range(0, len(starts), count):
+        stopping.may_stop()
         part = starts[start : start + count]
         # The last batch is filled up with prompts whose completions are thrown away.
         filled = part[np.arange(count) % len(part)]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
+from dpo_jax import stopping
 from dpo_jax.console import say
 from dpo_jax.data.batches import (
     Batches,
@@ -354,7 +355,13 @@ def evaluate(
     full = frozen.full(params)
     reference = frozen.full(frozen.reference)
     total = None
+    before = None  # the total of the batch before the last
     for step in range(len(batches)):
+        # A signal is asked for here, so the host must not be far ahead of the devices. One batch
+        # is left to them meanwhile.
+        jax.block_until_ready(before)
+        before = total
+        stopping.may_stop()
         batch = sharding.shard_batch(mesh, batches[step], axis=1)
         measured = programs.eval_step(full, reference, frozen.hyper, batch)
         total = metrics_lib.add(total, measured)

@@ -11,7 +11,6 @@ same rows and ends with the same weights as one that ran through.
 import contextlib
 import dataclasses
 import functools
-import itertools
 import math
 import pathlib
 import signal
@@ -167,9 +166,8 @@ def train(job: Job, feed: Feed) -> tuple[dict, dict[str, float]]:
     shapes = programs.abstract_state(feed.controls)
     with (
         jax.set_mesh(job.mesh),
-        # Of several processes none catches anything: jax gets SIGTERM and tells all of them, and
-        # Ctrl-C ends them.
-        stopping.delayed(jax.process_count() == 1) as signals,
+        # Of several processes the signal may reach one only, and all have to stop at one step.
+        stopping.delayed(note=processes.give_notice) as signals,
         Writer(
             job.folder, tensorboard=job.log.tensorboard, wandb=job.log.wandb, config=job.config
         ) as writer,
@@ -311,7 +309,7 @@ class _Recorder:
         if evaluates:
             try:
                 # It may take long, and changes nothing: a signal need not wait for its end.
-                with self.signals.at_once(saves=True):
+                with self._stopped_within():
                     self.evaluation = self._evaluate(step, state)
             except stopping.Stopped as stop:
                 self.interrupt(step, state, stop.signum, row)
@@ -405,6 +403,12 @@ class _Recorder:
         self._check_keep_best(values)
         return values
 
+    def _stopped_within(self):
+        """Return a context in which a signal raises Stopped, in every process at the same place."""
+        if jax.process_count() == 1:
+            return self.signals.at_once(saves=True)
+        return stopping.asked_between(functools.partial(_asked_to_stop, self.signals))
+
     def _write_pending(self) -> None:
         if self._pending is not None:
             step, _ = self._pending
@@ -497,17 +501,10 @@ def _first_few(examples: list[str]) -> str:
     return f"{text} and {more} more" if more > 0 else text
 
 
-# How often the processes have asked each other whether to stop, in all stages together: they agree
-# on one of these numbers to stop at, and it must be one that none of them has passed.
-_ASKED = itertools.count(1)
-
-
 def _asked_to_stop(signals: stopping.Signals) -> int | None:
     """Return the signal after which to save and stop, in every process at the same step."""
     if jax.process_count() == 1:
         return signals.caught
-    # The signal may reach one process only: jax tells the others, and picks a step for all.
-    from jax.experimental import multihost_utils
-
-    stops = multihost_utils.reached_preemption_sync_point(next(_ASKED))
-    return signal.SIGTERM if stops else None
+    if not processes.asked_to_stop():
+        return None
+    return signals.caught or signal.SIGTERM

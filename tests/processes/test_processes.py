@@ -31,18 +31,50 @@ STEPS = 6
 NAME = "trained"  # of every run, so that its folder does not follow from the fields
 
 
+# Before a module is run, a function of another one gets a signal sent after one of its calls.
+AT_A_CALL = """
+import importlib, itertools, os, runpy, signal, sys, time
+
+module, name, signum, number = sys.argv[1:5]
+owner = importlib.import_module(module)
+*path, name = name.split(".")
+for part in path:
+    owner = getattr(owner, part)
+function = getattr(owner, name)
+count = itertools.count(1)
+
+def then(*arguments, **named):
+    result = function(*arguments, **named)
+    if next(count) == int(number):
+        os.kill(os.getpid(), int(signum))
+        time.sleep(3)  # until jax has told the other processes
+    return result
+
+setattr(owner, name, then)
+program = sys.argv[5]
+del sys.argv[1:6]
+runpy.run_module(program, run_name="__main__", alter_sys=True)
+"""
+
+
 def start(
-    module: str, *flags: str, processes: int = 2, own=lambda index: ()
+    module: str, *flags: str, processes: int = 2, own=lambda index: (), doomed: tuple = ()
 ) -> list[subprocess.Popen]:
-    """The processes of one command, which wait for each other; own: index -> flags of that process
-    alone.
+    """The processes of one command, which wait for each other.
+
+    own: index -> flags of that process alone. doomed: a module, a function of it, the signal
+    that the last process gets, and after which call.
     """
     port = free_port()
     return [
         subprocess.Popen(
             [
                 sys.executable,
-                "-m",
+                *(
+                    ["-c", AT_A_CALL, *map(str, doomed)]
+                    if doomed and index == processes - 1
+                    else ["-m"]
+                ),
                 module,
                 *map(str, flags),
                 *own(index),
@@ -94,12 +126,15 @@ def run_flags(model, pairs, **fields) -> list[str]:
     return flags
 
 
-def start_run(workdir, model, pairs, processes: int = 2, **fields) -> list[subprocess.Popen]:
+def start_run(
+    workdir, model, pairs, processes: int = 2, doomed: tuple = (), **fields
+) -> list[subprocess.Popen]:
     return start(
         "dpo_jax.train",
         *run_flags(model, pairs, **fields),
         f"--workdir={workdir}",
         processes=processes,
+        doomed=doomed,
     )
 
 
@@ -107,12 +142,6 @@ def alone(workdir, model, pairs, devices: int = 4, **fields):
     with on_devices(devices):
         run(run_config(model, pairs, **fields), workdir)
     return workdir / NAME
-
-
-@pytest.fixture(scope="module")
-def whole(model, pairs, tmp_path_factory):
-    """One process's run."""
-    return alone(tmp_path_factory.mktemp("alone") / "run", model, pairs, steps=STEPS)
 
 
 def assert_same(found, expected):
@@ -207,20 +236,47 @@ def test_error_in_one_ends_all(model, pairs, tmp_path):
     )
 
 
-def test_kill_of_one_ends_all(whole, model, pairs, tmp_path):
-    fields = dict(steps=STEPS, save_every=1)
-    first, second = start_run(tmp_path / "run", model, pairs, **fields)
-    checkpoints, deadline = tmp_path / "run" / NAME / "checkpoints", time.monotonic() + 300
-    while not (checkpoints / "2").exists():
-        assert first.poll() is None and time.monotonic() < deadline, first.communicate()
-        time.sleep(0.01)
-    second.send_signal(signal.SIGKILL)
+KILLS = {  # where the last of several processes is killed: after the second call of a function
+    "step": ("dpo_jax.training.data_feed", "DataFeed.run"),
+    "evaluation": ("dpo_jax.training.data_feed", "stopping.may_stop"),
+    "save": ("dpo_jax.training.checkpoint", "Checkpoints.save"),
+}
+
+
+def kill_one(place: str, workdir, model, pairs, count: int, **fields) -> None:
+    """Start a run in several processes, and kill the last one: the others end soon, and say why."""
+    doomed = (*KILLS[place], int(signal.SIGKILL), 2)
+    *others, killed = start_run(workdir, model, pairs, processes=count, doomed=doomed, **fields)
+    assert killed.wait(timeout=200) == -signal.SIGKILL, others[0].communicate()
     began = time.monotonic()
-    _, errors = first.communicate(timeout=processes.SILENCE + 60)
-    assert first.returncode != 0 and time.monotonic() - began < processes.SILENCE + 30
-    assert "process 0 of 2" in errors or "another task died" in errors
-    assert not (tmp_path / "run" / NAME / "done.json").exists()
+    for process in others:
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 1 and time.monotonic() - began < 30, said
+        expected = rf"error: process {count - 1} of {count} on \S+ was killed, or its host is lost"
+        assert re.search(expected, said)
+        assert "Traceback" not in said
+    assert not (workdir / NAME / "done.json").exists()
+
+
+def test_kill_of_one_ends_all(model, pairs, tmp_path):
+    fields = dict(steps=STEPS, save_every=1, eval_every=2)
+    kill_one("save", tmp_path / "run", model, pairs, 2, **fields)
+    whole = alone(tmp_path / "whole", model, pairs, **fields)
     assert_same(alone(tmp_path / "run", model, pairs, **fields), whole)
+
+
+@pytest.mark.slow
+def test_kill_of_one_in_four_ends_all(model, pairs, tmp_path):
+    """In a step, in an evaluation and in a save, one after another; then they end as if never."""
+    fields = dict(mesh=(2, 2, 2), steps=STEPS, save_every=1, eval_every=2)
+    ended(start_run(tmp_path / "whole", model, pairs, processes=4, **fields))
+    for place in KILLS:
+        kill_one(place, tmp_path / "run", model, pairs, 4, **fields)
+    ended(start_run(tmp_path / "run", model, pairs, processes=4, **fields))
+    found, whole = (tmp_path / name / NAME for name in ("run", "whole"))
+    assert rows_without_timings(found) == rows_without_timings(whole)
+    for name, weight in weights(whole).items():
+        np.testing.assert_array_equal(weights(found)[name], weight, err_msg=name)
 
 
 @pytest.mark.parametrize("times", [1, pytest.param(2, marks=pytest.mark.slow)])
@@ -248,6 +304,21 @@ def test_preempted_run_resumes(model, pairs, tmp_path, times):
     assert [row["step"] for row in rows_without_timings(finished)] == list(range(401))
 
 
+def test_sigterm_in_an_evaluation_is_saved_before_its_end(model, pairs, tmp_path):
+    """In both, after the step that is evaluated; the evaluation is then made by the resumed run."""
+    # Evaluations of eight batches: at the start, and after every second step.
+    fields = dict(steps=4, eval_every=2, save_every=100, microbatch_size=4)
+    fields["data__eval_fraction"] = 0.5
+    doomed = ("dpo_jax.training.data_feed", "metrics_lib.add", int(signal.SIGTERM), 10)
+    both = start_run(tmp_path / "run", model, pairs, doomed=doomed, **fields)
+    outs = [process.communicate(timeout=200) for process in both]
+    assert [process.returncode for process in both] == [128 + signal.SIGTERM] * 2, outs
+    assert "stopped by SIGTERM after step 2, which is saved" in outs[0][0]
+    assert "dpo 2/4" not in outs[0][0]  # the evaluation has not ended
+    found = alone(tmp_path / "run", model, pairs, **fields)
+    assert_same(found, alone(tmp_path / "alone", model, pairs, **fields))
+
+
 def test_process_flags_come_together(monkeypatch):
     with pytest.raises(
         ValueError, match="--coordinator, --num_processes and --process_id go together"
@@ -259,5 +330,5 @@ def test_process_flags_come_together(monkeypatch):
 
 
 def test_single_process_raises_own_errors():
-    with pytest.raises(KeyError), processes.together(lambda error: 1):
+    with pytest.raises(KeyError), processes.together(lambda error: ("", 1)):
         raise KeyError("mine")

@@ -5,6 +5,7 @@ import json
 
 import datasets
 import pyarrow
+import pyarrow.parquet
 import pytest
 
 from dpo_jax.data import readers
@@ -65,11 +66,47 @@ def test_quoted_cells_of_several_lines(tmp_path):
     assert read(tmp_path / "rows.csv")[0]["train"][0].prompt == 'one, "two"\nthree'
 
 
-def test_a_quote_that_swallows_a_large_file_is_found_early(tmp_path, monkeypatch):
+@pytest.mark.parametrize("on_bad_row", ["error", "drop"])
+@pytest.mark.parametrize("text", ['"r,c,d\n' + "s,e,f\n" * 10_000, f"{'x' * 5000},c,d\n"])
+def test_long_rows_of_csv(tmp_path, monkeypatch, text, on_bad_row):
+    # A quote that swallows the rest of the file looks the same, so no such row is dropped.
     monkeypatch.setattr(readers, "LONGEST_ROW", 1000)
     file = tmp_path / "rows.csv"
-    file.write_text(f'{HEADER}q,a,b\n"r,c,d\n' + "s,e,f\n" * 10_000)
-    with pytest.raises(ValueError, match="row that begins in line 3 is longer than 1,000 .*quote"):
+    file.write_text(f"{HEADER}q,a,b\n{text}t,e,f\n")
+    said = "row that begins in line 3 is longer than 1,000 .*quote.*remove the row or part its text"
+    with pytest.raises(ValueError, match=said):
+        read(file, on_bad_row=on_bad_row)
+
+
+def test_cells_longer_than_the_csv_module_takes_by_itself(tmp_path):
+    long = "x" * 200_000
+    (tmp_path / "rows.csv").write_text(f"{HEADER}{long},a,b\n")
+    rows, ledger = read(tmp_path / "rows.csv", on_bad_row="drop")
+    assert rows["train"][0].prompt == long and ledger.train.dropped == {}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_nul_characters_are_kept(tmp_path, suffix):
+    """They are characters as all others, which tokenizers of bytes have tokens for."""
+    row = dict(prompt="a\0b", chosen="\0", rejected="\0\0c\0")
+    file = tmp_path / f"rows{suffix}"
+    if suffix == ".csv":
+        file.write_text(HEADER + ",".join(row.values()) + "\n")
+    else:
+        (write_parquet if suffix == ".parquet" else write_jsonl)(file, [row])
+    (found,) = read(file)[0]["train"]
+    assert (found.prompt, *found.responses) == tuple(row.values())
+
+
+def test_pages_of_parquet_are_compared_with_their_checksums(tmp_path):
+    file = tmp_path / "rows.parquet"
+    table = pyarrow.Table.from_pylist(pairs(100))
+    options = dict(compression="none", use_dictionary=False, write_page_checksum=True)
+    pyarrow.parquet.write_table(table, file, **options)
+    assert len(read(file)[0]["train"]) == 100
+    whole = file.read_bytes()
+    file.write_bytes(whole.replace(b"good 50", b"good 51", 1))
+    with pytest.raises(ValueError, match="rows.parquet is no whole Parquet file: .*again"):
         read(file)
 
 

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from dpo_jax.data import chat, time_limit
+from dpo_jax.data import chat, limits
 from dpo_jax.data.chat import Chat
 from tests.helpers.chat_tokenizers import make_tokenizer
 from tests.helpers.rows import assistant, user
@@ -62,6 +62,15 @@ def test_templates_that_write_too_much(monkeypatch):
     assert "the chat template of models/mine writes 5,0" in said and "at most 1,000" in said
 
 
+def test_templates_that_hold_too_much(monkeypatch):
+    """Though they write little of it: a text that doubles takes all memory within seconds."""
+    monkeypatch.setattr(chat, "RENDERING_MEMORY", 2 * 10**7)
+    added = "{% set ns.held = [ns.held, 'x' * 1000 ~ i ~ j] %}"
+    body = LOOP.replace("BODY", added)
+    said = refusal("{% set ns = namespace(held=[]) %}{{ messages[0].content }}" + body)
+    assert "of models/mine takes more than 0.02 GB of memory to write a conversation" in said
+
+
 @pytest.mark.parametrize(
     ("template", "said"),
     [
@@ -77,7 +86,7 @@ def test_templates_that_cannot_be_worked_out(template, said):
 
 
 def test_what_is_done_in_time_is_left_alone():
-    with time_limit.time_limit(0.3):
+    with limits.limited(0.3, 10**9):
         pass
     # Were the limit still on, it would end this.
     deadline = time.monotonic() + 1
@@ -86,5 +95,5 @@ def test_what_is_done_in_time_is_left_alone():
 
 
 def test_an_error_within_the_time_is_its_own():
-    with pytest.raises(KeyError), time_limit.time_limit(5):
+    with pytest.raises(KeyError), limits.limited(5, 10**9):
         raise KeyError("mine")

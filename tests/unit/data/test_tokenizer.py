@@ -590,6 +590,15 @@ def test_encode_with_real_tokenizers(name, start, empty, eos):
 
 
 @needs_shared
+@pytest.mark.parametrize("name", ["stories260k", "gpt2-tokenizer"])
+def test_encode_nul_with_real_tokenizers(name):
+    tokenizer = tokenizers.load(SHARED / name)
+    (row,), _ = encoded(tokenizer, ("a\0b\0", ("\0c", "d\0")))
+    texts = [tokenizer.decode(part, skip_special_tokens=True) for part in row]
+    assert texts == ["a\0b\0", "\0c", "d\0"]
+
+
+@needs_shared
 @pytest.mark.parametrize(
     "name, eos", [("stories260k", "</s>"), ("gpt2-tokenizer", "<|endoftext|>")]
 )

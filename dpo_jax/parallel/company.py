@@ -1,0 +1,132 @@
+"""The processes that run a command together, from their meeting to their end: if one ends, all do.
+
+Alone, a process would wait in the next sum over all devices for one that is no longer there: for
+good, or until jax aborts it after a minute. So the connections of the meeting are kept. On them a
+process that fails, or that is told to stop, says so to the others before it ends; and the system
+closes them for one that is killed. Process 0 is connected with every other one, and passes on what
+it hears.
+"""
+
+import contextlib
+import json
+import os
+import selectors
+import socket
+import sys
+import threading
+import time
+
+from dpo_jax.parallel.meeting import Member, send
+
+LOST = 1  # exit status of a process whose partner was killed or cannot be reached
+# Seconds without an answer after which the system gives a connection up, as of a host without
+# power: first quiet, then asked a few times.
+QUIET, ASKED_EVERY, ASKED_TIMES = 30, 10, 3
+GOODBYE = 2  # seconds in which the others take what process 0 says at its end
+
+
+class Company:
+    """The other processes, seen from one of them."""
+
+    def __init__(self, me: Member, connections: dict[int, tuple[Member, socket.socket]]):
+        """Watch the connections, by the number of the process at the other end."""
+        self._me = me
+        self._members = {number: member for number, (member, _) in connections.items()}
+        self._connections = {number: connection for number, (_, connection) in connections.items()}
+        self._heard = dict.fromkeys(connections, b"")  # less than a line
+        self._left: set[int] = set()  # those that have ended as they should
+        self._is_leaving = False
+        self._another_ends = threading.Event()
+        self._lock = threading.RLock()  # threads may speak at once, and a signal's handler
+        self._selector = selectors.DefaultSelector()
+        for number, connection in self._connections.items():
+            connection.settimeout(None)
+            _keep_alive(connection)
+            self._selector.register(connection, selectors.EVENT_READ, number)
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def stop(self, text: str, status: int) -> None:
+        """Tell the others that this process ends, and that they must: what to say, and the status.
+
+        Does nothing once this process has left.
+        """
+        if self._is_leaving:
+            return
+        self._is_leaving = True
+        self._tell(dict(stop=text, status=status))
+        if self._me.number == 0:
+            # jax's own service ends with this process, and aborts who has not ended by then.
+            deadline = time.monotonic() + GOODBYE
+            while self._selector.get_map() and time.monotonic() < deadline:
+                time.sleep(0.01)
+
+    def leave(self) -> None:
+        """Tell the others that this process has done its work, and may end before they do."""
+        if not self._is_leaving:
+            self._is_leaving = True
+            self._tell(dict(done=True))
+
+    def await_end_of_another(self, seconds: float) -> None:
+        """Return after some seconds, unless another process ends: this one then ends with it."""
+        if self._another_ends.wait(seconds):
+            threading.Event().wait()  # the other thread ends the process
+
+    def _tell(self, message: dict, but: int | None = None) -> None:
+        with self._lock:
+            for number, connection in list(self._connections.items()):
+                if number != but:
+                    send(connection, message)
+
+    def _watch(self) -> None:
+        while self._selector.get_map():
+            for key, _ in self._selector.select():
+                data = b""
+                with contextlib.suppress(OSError):
+                    data = key.fileobj.recv(65_536)
+                number = key.data
+                *lines, self._heard[number] = (self._heard[number] + data).split(b"\n")
+                for line in lines:
+                    self._hear(number, json.loads(line))
+                if not data:
+                    self._lose(number)
+
+    def _hear(self, number: int, message: dict) -> None:
+        if "done" in message:
+            self._left.add(number)
+        elif not self._is_leaving:
+            self._end(message["stop"], message["status"], number)
+
+    def _lose(self, number: int) -> None:
+        connection = self._connections.pop(number)
+        self._selector.unregister(connection)
+        connection.close()
+        if number not in self._left and not self._is_leaving:
+            member = self._members[number]
+            text = (
+                f"error: process {number} of {self._me.count} on {member.host} was killed, or its "
+                "host is lost, so all processes end here. See the log of that host. The same "
+                "command resumes the run."
+            )
+            self._end(text, LOST, number)
+
+    def _end(self, text: str, status: int, number: int) -> None:
+        """End this process with the words of another one, or about it."""
+        self._is_leaving = True
+        self._another_ends.set()
+        self._tell(dict(stop=text, status=status), but=number)
+        with contextlib.suppress(OSError):
+            print(text, file=sys.stderr, flush=True)
+        # The main thread may be waiting for the other process, in a library.
+        os._exit(status)
+
+
+def _keep_alive(connection: socket.socket) -> None:
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    # Linux has all three.
+    for name, value in (
+        ("TCP_KEEPIDLE", QUIET),
+        ("TCP_KEEPINTVL", ASKED_EVERY),
+        ("TCP_KEEPCNT", ASKED_TIMES),
+    ):
+        if hasattr(socket, name):
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
