@@ -494,6 +494,7 @@ FREE = (
     "model.unroll",
     "sampling.batch_size",
     "reward.batch_size",
+    "microbatch_size",  # the gradient is added up over a step's microbatches
     "log_every",
     "save_every",
     "keep",

@@ -1,6 +1,7 @@
 """Names of runs: a folder of its own for each setting of the last training stage."""
 
 import re
+from collections.abc import Container
 
 from ml_collections import ConfigDict
 
@@ -10,11 +11,13 @@ from dpo_jax import stage_table
 # Fields of a training stage that are not in a run's name: how long and in which pieces it trains,
 # and how often it looks. A run that changes one of them alone has the name that it had before, and
 # `workdir.start_stage` refuses to mix the two where that matters.
-UNNAMED = ("steps", "epochs", "microbatch_size", "eval_every")
+UNNAMED = ("steps", "epochs", "eval_every")
 LONGEST_VALUE = 60  # characters of a value in a name; the end of a path tells more than its start
 
 
-def name_run(config: ConfigDict, base: ConfigDict, swept: str = "") -> None:
+def name_run(
+    config: ConfigDict, base: ConfigDict, swept: str = "", unnamed: Container[str] = ()
+) -> None:
     """Set config.run to a name for what the last training stage changes, such as dpo-beta0.5.
 
     base: the config file's own config, without overrides. Fields of other blocks are not part of
@@ -23,6 +26,9 @@ def name_run(config: ConfigDict, base: ConfigDict, swept: str = "") -> None:
 
     swept: the field of the last training stage (dotted name) that a sweep varies. It is always part
     of the name, and a name that is given becomes the first part of each run's.
+
+    unnamed: fields (dotted names) that are left out of the name, as the run that goes on under it
+    had other values of them.
     """
     trained = stage_table.training_stages(config)
     if not trained or (config.run and not swept):
@@ -35,7 +41,8 @@ def name_run(config: ConfigDict, base: ConfigDict, swept: str = "") -> None:
     for name in configs.STAGE_FIELDS[stage]:
         field = f"{stage}.{name}"
         value = config[stage][name]
-        if value != base[stage][name] and (field == swept or is_named(field)):
+        is_part = field == swept or (is_named(field) and field not in unnamed)
+        if value != base[stage][name] and is_part:
             named[field] = value
     if named:
         config.run = name_of(config.run or stage, named)

@@ -47,6 +47,7 @@ class StageRun:
     evaluation: dict[str, float]  # the last one, or {}
     last_row: dict[str, float]  # of metrics.jsonl, or {}
     finished: str  # date and time, or ""
+    history: list[dict]  # changes of the config since the start, as `changes.rows` has them
 
 
 def read_stage(folder: pathlib.Path) -> StageRun:
@@ -68,7 +69,16 @@ def read_stage(folder: pathlib.Path) -> StageRun:
         evaluation=_evaluation(result, _rows_from_end(metrics)),
         last_row=next(_rows_from_end(metrics), {}),
         finished=str(result.get("finished", "")) if done.exists() else "",
+        history=_history(started),
     )
+
+
+def _history(started: dict) -> list[dict]:
+    rows = started.get("changes", [])
+    expected = {"field", "step", "old", "new"}
+    if not all(isinstance(row, dict) and expected <= row.keys() for row in rows):
+        raise ValueError("config.json has 'changes' that are none of a run")
+    return rows
 
 
 def _read_object(path: pathlib.Path) -> dict:
@@ -241,6 +251,8 @@ def table(workdir: pathlib.Path) -> str:
     if common:
         lines.append(f"all: {_as_text(common, {})}")
     lines += _aligned(rows) if runs else ["no runs"]
+    for run in runs:
+        lines += [_as_change(run, row) for row in run.history]
     lines += problems
     if others:
         lines.append(f"other folders: {', '.join(others)}")
@@ -291,6 +303,14 @@ def _as_text(own: dict | None, common: dict) -> str:
     if own is None:
         return "a config of another version"
     return ", ".join(f"{name}={_short(own[name])}" for name in own if name not in common)
+
+
+def _as_change(run: StageRun, row: dict) -> str:
+    """Return a line for a change that a resumed run has taken."""
+    at = "" if row["step"] is None else f" at step {row['step']}"
+    return (
+        f"{run.folder.name}: {row['field']}={_short(row['new'])}{at}, {_short(row['old'])} before"
+    )
 
 
 def _short(value) -> str:

@@ -3,6 +3,10 @@
 Runs the stages of a config in order, each in its own folder under WORKDIR. The same command
 continues an interrupted run where it stopped, and does nothing once everything is done.
 
+A stage that was started with other values is refused, with the fields that differ. With
+--allow_change=FIELD, such as lr, it goes on with the new value from its last checkpoint; that is
+said, and written to the stage's config.json.
+
 With --push=OWNER/NAME it then uploads the result, the last policy's hf/, to the hub.
 """
 
@@ -10,7 +14,7 @@ import functools
 
 from absl import flags
 
-from dpo_jax import command_line, config_checks, config_files, device_command
+from dpo_jax import changes, command_line, config_checks, config_files, device_command
 from dpo_jax.console import say
 from dpo_jax.parallel import processes
 from dpo_jax.pipeline import push
@@ -25,16 +29,23 @@ def main():
     repository = flags.DEFINE_string(
         "push", "", "OWNER/NAME on the hub that the last policy's hf/ is uploaded to at the end."
     )
+    allow_change = flags.DEFINE_string(
+        "allow_change",
+        "",
+        "Fields that a run which is resumed may change, with commas between them: lr, or "
+        "dpo.lr,dpo.beta.",
+    )
 
     def train():
         run_config = config.load()
         folder = workdir.value or config.default_workdir()
         config_checks.validate(run_config)  # a name is made of stages that are known to be right
-        name_run(run_config, base=config_files.load(config.choice))
+        allowed = changes.allowed_fields(allow_change.value, run_config)
+        name_run(run_config, base=config_files.load(config.choice), unnamed=allowed)
         if repository.value:
             push.check(repository.value, run_config)
         say(f"WORKDIR is {folder}")
-        run_stages(run_config, folder)
+        run_stages(run_config, folder, allowed=allowed)
         if repository.value:
             here = shadow.place(folder)
             upload = functools.partial(push.push, repository.value, here, run_config)

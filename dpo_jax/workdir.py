@@ -3,12 +3,11 @@
     WORKDIR/NAME/  config.json  what the stage was started with     done.json  it is complete
 
 A stage whose config has changed is never trained over, resumed or mixed once it is done or has a
-checkpoint or completions: `start_stage` names the fields that differ and stops. Files are written
-whole or not at all. done.json has the rows and the sha256 of all that the stage left, and a
-finished stage is used only while its files are those.
+checkpoint or completions, but for the changes that `changes.py` takes: `start_stage` names the
+fields that differ and stops. Files are written whole or not at all. done.json has the rows and the
+sha256 of all that the stage left, and a finished stage is used only while its files are those.
 """
 
-import concurrent.futures
 import contextlib
 import datetime
 import fcntl
@@ -17,14 +16,18 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
 import time
 from collections.abc import Iterable, Iterator
 
 import jax
 
+from dpo_jax import changes as config_changes
 from dpo_jax import config as configs
 from dpo_jax import run_name, stage_table
+from dpo_jax.changes import Change, Started
 from dpo_jax.console import say, warn
+from dpo_jax.contents import contents_of, file_hashes
 from dpo_jax.parallel import processes
 from dpo_jax.storage import lease, shadow
 from dpo_jax.whole_file import (
@@ -39,13 +42,15 @@ from dpo_jax.whole_file import (
 COMPLETIONS = "completions.jsonl"  # what a stage has sampled so far
 SUMS = "completions.sums"  # after each write to it: the number of its rows, and their sha256
 FILES = "files"  # the key in done.json
+RESULTS = "results"  # folder of what a stage left at earlier ends: results/STEP
 # Parts of a stage's folder that done.json says nothing of: they may change when the stage is done,
 # or have a sha256 of their own.
-_NO_RESULT = ("checkpoints", "config.json", "done.json", ".lock", "wandb", "wandb_id")
+_NO_RESULT = ("checkpoints", RESULTS, "config.json", "done.json", ".lock", "wandb", "wandb_id")
 _NO_RESULT_SUFFIXES = (".draft", ".damaged")
-CONFIG_FIELDS = dict(stage=str, date=str, depends_on=dict, versions=dict, config=dict)
+CONFIG_FIELDS = dict(
+    stage=str, date=str, depends_on=dict, versions=dict, config=dict, contents=dict, changes=list
+)
 PATIENCE = 3  # seconds to wait for a stage's folder
-LONG_READ = 4 * 10**9  # bytes, several seconds of work
 
 
 def make_workdir(workdir: pathlib.Path) -> None:
@@ -90,14 +95,40 @@ class StageChanged(ValueError):
 
 
 def start_stage(
-    workdir: pathlib.Path, config, stage: str, versions: dict[str, int]
+    workdir: pathlib.Path,
+    config,
+    stage: str,
+    versions: dict[str, int],
+    allowed: frozenset[str] = frozenset(),
 ) -> tuple[pathlib.Path, str]:
     """Return the stage's folder and its status: "new", "unfinished" or "done". For one process.
 
-    A new folder gets its config.json. versions: of the code that a resumed stage must find as it
-    was, {name: version}. Raises StageChanged where the folder was made with a config that differs
-    in what the stage depends on, or is unfinished and of other versions; both are named. Raises
-    ValueError where config.json is damaged.
+    A new folder gets its config.json. Changes that an unfinished stage takes are said, and written
+    there; a stage that was done, and is to be trained on, is unfinished again, and what it left is
+    set aside. versions, allowed, and what is raised: as for `stage_status`.
+    """
+    status, changes = stage_status(workdir, config, stage, versions, allowed)
+    folder = pathlib.Path(workdir) / configs.folder_names(config)[stage]
+    if status == "new":
+        _make_stage(folder, config, stage, versions)
+    elif status == "unfinished" and changes:
+        _take_changes(folder, config, stage, changes)
+    return folder, status
+
+
+def stage_status(
+    workdir: pathlib.Path,
+    config,
+    stage: str,
+    versions: dict[str, int],
+    allowed: frozenset[str] = frozenset(),
+) -> tuple[str, list[Change]]:
+    """Return whether a stage is "new", "unfinished" or "done", and its config's changes.
+
+    versions: of the code that a resumed stage must find as it was, {name: version}. allowed: dotted
+    names of fields that the user lets a resumed stage change. Raises StageChanged where the folder
+    was made with a config whose changes it does not take, or is unfinished and of other versions;
+    both are named. Raises ValueError where config.json is damaged.
     """
     folder = pathlib.Path(workdir) / configs.folder_names(config)[stage]
     path = folder / "config.json"
@@ -105,11 +136,11 @@ def start_stage(
     # Only then is there something that another config would spoil.
     if path.exists() and (is_done or _has_progress(folder)):
         record = read_config(folder)
-        _check_config(folder, config, stage, record.get("depends_on", {}))
-        if is_done:
-            return folder, "done"  # of whatever versions: it is used as it is
+        changes = _accepted_changes(folder, config, stage, record, allowed)
+        if is_done and not config_changes.moves_end(stage, changes):
+            return "done", changes  # of whatever versions: it is used as it is
         _check_versions(folder, stage, record.get("versions", {}), versions)
-        return folder, "unfinished"
+        return "unfinished", changes
 
     # The lock is taken before, and a kill may leave a draft.
     strange = [
@@ -120,20 +151,60 @@ def start_stage(
             f"{folder} has files but no config.json, which says what they were made with. Put it "
             "back from a copy, or give another --workdir, or remove the folder."
         )
+    if allowed:
+        _check_is_meant(folder, config, stage, allowed)
+    return "new", []
+
+
+def _make_stage(folder: pathlib.Path, config, stage: str, versions: dict[str, int]) -> None:
+    """Make the folder of a stage that begins, with its config.json."""
     # An attempt that failed before its first checkpoint binds nobody: nothing is lost.
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("ledger.json", "weights.json"):
         (folder / name).unlink(missing_ok=True)
+    fields = _dependencies(config, stage)
+    contents = {name: contents_of(name, fields.get(name, "")) for name in config_changes.PATHS}
     # Written before the stage writes anything, so that all that is there is of a known config.
     record = dict(
         stage=stage,
         date=_date_of_others(folder, stage) or datetime.date.today().isoformat(),
-        depends_on=_dependencies(config, stage),
+        depends_on=fields,
+        contents={name: sha256 for name, sha256 in contents.items() if sha256},
         versions=versions,
         config=json.loads(config.to_json()),
     )
-    write_record(path, record)
-    return folder, "new"
+    write_record(folder / "config.json", record)
+
+
+def _take_changes(folder: pathlib.Path, config, stage: str, changes: list[Change]) -> None:
+    """Say which changes an unfinished stage takes, and write them to its config.json."""
+    step = max(saved_steps(folder / "checkpoints"), default=None)
+    told = "; ".join(change.told() for change in changes)
+    say(f"{stage}: {told}. It goes on " + ("" if step is None else f"from step {step}"))
+    # First: a kill in between leaves a stage that is unfinished, of the config that it had.
+    if (folder / "done.json").exists():
+        _set_result_aside(folder, step)
+    record = read_config(folder)
+    record["depends_on"] = _dependencies(config, stage)
+    record["config"] = json.loads(config.to_json())
+    today = datetime.date.today().isoformat()
+    rows = config_changes.rows(changes, step, today)
+    record["changes"] = record.get("changes", []) + rows
+    write_record(folder / "config.json", record)
+
+
+def _set_result_aside(folder: pathlib.Path, step: int) -> None:
+    """Move what a stage left at an earlier end to results/STEP, done.json last."""
+    kept = folder / RESULTS / str(step)
+    kept.mkdir(parents=True, exist_ok=True)
+    for name in ("hf", "adapter", "done.json"):
+        if not (folder / name).exists():
+            continue
+        # Of the same step, if its end was moved back and forth.
+        if (kept / name).is_dir():
+            shutil.rmtree(kept / name)
+        (folder / name).replace(kept / name)
+    say(f"the result of step {step} is kept in {kept}")
 
 
 def read_config(folder: pathlib.Path) -> dict:
@@ -155,8 +226,13 @@ def start_date(folder: pathlib.Path) -> datetime.date:
 
 def _date_of_others(folder: pathlib.Path, stage: str) -> str:
     """Return the date of the first run of a stage beside this folder; "" if there is none."""
-    dates = []
-    for path in folder.parent.glob("*/config.json"):
+    dates = [record.get("date", "") for _, record in _others(folder, stage)]
+    return min(filter(None, dates), default="")
+
+
+def _others(folder: pathlib.Path, stage: str) -> Iterator[tuple[pathlib.Path, dict]]:
+    """Yield the folders of other runs of a stage in the same WORKDIR, with their config.json."""
+    for path in sorted(folder.parent.glob("*/config.json")):
         other = path.parent
         if other == folder or not ((other / "done.json").exists() or _has_progress(other)):
             continue
@@ -168,31 +244,71 @@ def _date_of_others(folder: pathlib.Path, stage: str) -> str:
                 raise
             continue  # a folder that somebody put there
         if record.get("stage") == stage:
-            dates.append(record.get("date", ""))
-    return min(filter(None, dates), default="")
+            yield other, record
 
 
-def _check_config(folder: pathlib.Path, config, stage: str, depends_on: dict) -> None:
-    """Raise StageChanged if a stage was started with a config that differs where it matters."""
-    # Fields that are newer than the folder have their defaults; others no longer matter.
-    defaults = _dependencies(configs.default(tuple(config.stages)), stage)
-    there = {
-        name: value
-        for name, value in (defaults | depends_on).items()
-        if configs.may_matter(config, stage, name)
-    }
+def _accepted_changes(
+    folder: pathlib.Path, config, stage: str, record: dict, allowed: frozenset[str]
+) -> list[Change]:
+    """Return the changes of its config that a stage takes; StageChanged names those it refuses."""
+    started = _started(folder, config, stage, record)
     now = _dependencies(config, stage)
-    if there == now:
-        return
+    changes, refused = config_changes.compare(started, now, allowed, contents_of)
+    if not refused:
+        return changes
+    there = {name: started.fields[name] for name in refused if name in started.fields}
+    wanted = {name: now[name] for name in refused if name in now}
     advice = "Use the old values, or give another --workdir"
-    name = _other_name(folder, config, stage, there, now)
+    name = _other_name(folder, config, stage, there, wanted)
     if name:
         advice += f" or another name, such as --config.run={name}"
+    advice += ". Or remove the folder, if it is not needed."
+    if _is_of_earlier_end(stage, list(refused)):
+        advice = (
+            "It was made from what an earlier stage had become by its old end. Move the folder "
+            f"away, to be made again from the new one; or {advice[0].lower()}{advice[1:]}"
+        )
     raise StageChanged(
         f"{folder} holds the {stage} stage of another config:\n"
-        f"{differences(there, now, 'config.')}\n"
-        f"{advice}. Or remove the folder, if it is not needed."
+        f"{differences(there, wanted, 'config.', reasons=refused)}\n"
+        f"{advice}"
     )
+
+
+def _started(folder: pathlib.Path, config, stage: str, record: dict) -> Started:
+    """Return what a stage's folder says of it. record: that of its config.json."""
+    # Fields that are newer than the folder have their defaults; others no longer matter.
+    defaults = _dependencies(configs.default(tuple(config.stages)), stage)
+    fields = {
+        name: value
+        for name, value in (defaults | record.get("depends_on", {})).items()
+        if configs.may_matter(config, stage, name)
+    }
+    last_step = max(saved_steps(folder / "checkpoints"), default=None)
+    is_done = (folder / "done.json").exists()
+    return Started(stage, fields, record.get("contents", {}), last_step, is_done)
+
+
+def _is_of_earlier_end(stage: str, names: list[str]) -> bool:
+    """Return whether all of some fields are ends of training, of stages before this one."""
+    ends = [name.rpartition(".") for name in names]
+    return all(last in config_changes.END and block != stage for block, _, last in ends)
+
+
+def _check_is_meant(folder: pathlib.Path, config, stage: str, allowed: frozenset[str]) -> None:
+    """Raise StageChanged where a stage would begin, and a run beside it is the one to go on."""
+    now = _dependencies(config, stage)
+    for other, record in _others(folder, stage):
+        changes, refused = config_changes.compare(
+            _started(other, config, stage, record), now, allowed, contents_of
+        )
+        if changes and not refused:
+            raise StageChanged(
+                f"--allow_change: {folder} holds nothing to go on from, and {other} holds a run "
+                f"that differs in {', '.join(change.field for change in changes)} alone. Give "
+                f"--config.run={other.name} to go on with that one, or leave out --allow_change to "
+                "begin a run of its own."
+            )
 
 
 def _other_name(folder: pathlib.Path, config, stage: str, there: dict, now: dict) -> str:
@@ -383,42 +499,6 @@ def _measure(path: pathlib.Path) -> dict:
         with path.open("rb") as file:
             found["rows"] = sum(1 for _ in file)
     return found
-
-
-# (path, size, time, inode) -> sha256: a model may be a stage's result, the start of the next one
-# and its reference, and the runs of a sweep share stages.
-_hashes: dict[tuple, str] = {}
-
-
-def file_hashes(paths: list[pathlib.Path]) -> list[str]:
-    """Return the sha256 of each file, "" for what is none; each state of a file is read once.
-
-    Says so where that takes long.
-    """
-    states = [_state(path) for path in paths]
-    unread = [state for state in states if state and state not in _hashes]
-    size = sum(size for _, size, *_ in unread)
-    if size > LONG_READ:
-        path, *_ = unread[0]
-        say(f"reading {size / 1e9:.0f} GB in {path.parent}, to see that it is what was written")
-    # Large files are in a few pieces, and hashing lets go of the interpreter.
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        _hashes.update(zip(unread, pool.map(_hash, unread), strict=True))
-    return [_hashes[state] if state else "" for state in states]
-
-
-def _state(path: pathlib.Path) -> tuple | None:
-    """Return what is another once a file is written again; None for what is no file."""
-    if not path.is_file():
-        return None
-    stat = path.stat()
-    return path, stat.st_size, stat.st_mtime_ns, stat.st_ino
-
-
-def _hash(state: tuple) -> str:
-    path, *_ = state
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_record(path: pathlib.Path, record: dict) -> None:
@@ -642,15 +722,23 @@ def _say_unlocked(workdir: pathlib.Path, reason: str) -> None:
     warn(f"{workdir} cannot be locked ({reason}): start no second run there while this one works.")
 
 
-def differences(found: dict, wanted: dict, prefix: str = "", place: str = "the folder") -> str:
+def differences(
+    found: dict,
+    wanted: dict,
+    prefix: str = "",
+    place: str = "the folder",
+    reasons: dict[str, str] | None = None,
+) -> str:
     """Return a line for each setting that differs, for a person; "" if none does.
 
-    place: where the found settings are.
+    place: where the found settings are. reasons: why one may not differ, by its name.
     """
     missing = "(absent)"
     lines = []
     for name in sorted(found.keys() | wanted.keys()):
         there, now = found.get(name, missing), wanted.get(name, missing)
         if there != now:
-            lines.append(f"  {prefix}{name}: {there!r} in {place}, {now!r} now")
+            reason = (reasons or {}).get(name, "")
+            line = f"  {prefix}{name}: {there!r} in {place}, {now!r} now"
+            lines.append(f"{line} ({reason})" if reason else line)
     return "\n".join(lines)

@@ -22,11 +22,11 @@ from jax.experimental import multihost_utils
 from transformers import CONFIG_MAPPING, AutoConfig
 
 from dpo_jax.console import warn
+from dpo_jax.contents import file_hashes
 from dpo_jax.models import export, families, safetensors_io, transformer
 from dpo_jax.models.transformer import TransformerConfig
 from dpo_jax.storage import shadow
 from dpo_jax.storage.addresses import is_address, repository_of
-from dpo_jax.workdir import file_hashes
 
 # What a layer adds to the residual stream comes through these last.
 ENDS_OF_BRANCHES = {"layers/attention/out/kernel", "layers/mlp/down/kernel"}

@@ -31,6 +31,7 @@ from dpo_jax.workdir import (
     finish_stage,
     lock_folder,
     open_workdir,
+    stage_status,
     start_date,
     start_stage,
     write_json,
@@ -136,26 +137,32 @@ def run_stages(
     *,
     reward: Callable | None = None,
     loss: Callable | None = None,
+    allowed: frozenset[str] = frozenset(),
 ) -> None:
     """Run every stage of a config that is not done yet, each in its folder under WORKDIR.
 
     reward: a function from prompts and completions (lists of n texts) to n numbers, instead of
     config.reward. loss: a function of `losses.Pairs`, beta and label_smoothing, instead of the one
     that config.dpo.loss names. Both are recorded by name, so a stage that was made with another one
-    is refused. Raises ValueError for a wrong config, and StageChanged where a stage's folder was
-    made with another one.
+    is refused. allowed: fields (dotted names) that a stage which is resumed may change. Raises
+    ValueError for a wrong config, and StageChanged where a stage's folder was made with another one
+    that differs in other fields.
     """
     config_checks.validate(config)
     _check_bucket(config, workdir)
     config = _with_loss(_with_reward(config, reward), loss)
     with open_workdir(workdir) as folder:
-        _run_all(config, folder, reward, loss)
+        _run_all(config, folder, reward, loss, allowed)
     processes.wait_for_all("all stages")  # the others may read what process 0 wrote
     say(f"all stages done, in {folder}")
 
 
 def _run_all(
-    config: ConfigDict, folder: pathlib.Path, reward: Callable | None, loss: Callable | None
+    config: ConfigDict,
+    folder: pathlib.Path,
+    reward: Callable | None,
+    loss: Callable | None,
+    allowed: frozenset[str],
 ) -> None:
     """Run every stage of a checked config that is not done yet, in a WORKDIR on this machine."""
     run = Run(
@@ -167,14 +174,22 @@ def _run_all(
         loss=loss,
     )
 
-    # A reward that cannot be read is better known before hours of training than after.
+    # A folder that refuses this config, and a reward that cannot be read, are better known before
+    # hours of training than after.
+    processes.from_first(functools.partial(_check_stages, run, allowed))
     ahead = processes.from_first(
         lambda: [stage for stage in config.stages if not _is_done(run, stage)]
     )
     if any(STAGES[stage].samples for stage in ahead):
         make.check_reward(config.reward.kind, config.reward.path)
     for stage in config.stages:
-        _run_stage(run, stage)
+        _run_stage(run, stage, allowed)
+
+
+def _check_stages(run: Run, allowed: frozenset[str]) -> None:
+    """Raise StageChanged where the folder of any stage was made with a config that it refuses."""
+    for stage in run.config.stages:
+        stage_status(run.workdir, run.config, stage, versions(), allowed)
 
 
 def _is_done(run: Run, stage: str) -> bool:
@@ -191,11 +206,11 @@ def _check_bucket(config: ConfigDict, workdir: str) -> None:
         )
 
 
-def _run_stage(run: Run, stage: str) -> None:
+def _run_stage(run: Run, stage: str, allowed: frozenset[str]) -> None:
     """Run a stage unless it is done, alone in its folder."""
     folder = run.folder(stage)
     with lock_folder(folder):
-        begin = functools.partial(start_stage, run.workdir, run.config, stage, versions())
+        begin = functools.partial(start_stage, run.workdir, run.config, stage, versions(), allowed)
         # Process 0 decides for all, for it alone writes there.
         status = processes.from_first(lambda: begin()[1])
         if status == "done":

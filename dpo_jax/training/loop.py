@@ -474,11 +474,13 @@ class _Recorder:
         latest = self._checkpoints.latest()
         if latest:
             kept = f"The last good checkpoint, step {latest}, is kept."
+            how = " (with --allow_change=lr, or max_grad_norm, to go on from that checkpoint)"
         else:
             kept = "No checkpoint was saved yet."
+            how = ""
         raise FloatingPointError(
             f"{self._job.name} stopped at step {step}: {name} is {value}, {where}. {kept} "
-            "Try a lower lr or max_grad_norm, or leave out a bad example."
+            f"Try a lower lr or max_grad_norm{how}, or leave out a bad example."
         )
 
 

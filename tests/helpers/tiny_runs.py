@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
@@ -21,6 +22,8 @@ from dpo_jax.parallel import sharding
 from dpo_jax.pipeline.run import versions
 from dpo_jax.pipeline.stages import run_stages
 from dpo_jax.sampling.sampler import Sampling
+from dpo_jax.training import metrics
+from dpo_jax.training.loop import Interrupted
 from dpo_jax.training.metric_names import TIMINGS
 from dpo_jax.training.metrics import read_rows
 from dpo_jax.workdir import finish_stage, start_stage
@@ -163,9 +166,27 @@ def on_devices(count: int):
         yield
 
 
-def run(config, workdir) -> pathlib.Path:
-    """Run all stages in this process; return the folder of the last training stage."""
-    run_stages(config, str(workdir))
+@contextlib.contextmanager
+def sigterm_at(step: int):
+    """Ask the run inside to stop, while a step is logged; yield what it raises, once it has."""
+    write = metrics.Writer.write
+
+    def stop(self, now, values):
+        write(self, now, values)
+        if now == step:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted) as stopped:
+        patch.setattr(metrics.Writer, "write", stop)
+        yield stopped
+
+
+def run(config, workdir, **options) -> pathlib.Path:
+    """Run all stages in this process; return the folder of the last training stage.
+
+    options: of run_stages.
+    """
+    run_stages(config, str(workdir), **options)
     trained = stage_table.training_stages(config)
     return pathlib.Path(workdir) / configs.folder_names(config)[trained[-1]]
 

@@ -14,7 +14,7 @@ import pytest
 
 from configs import dpo
 from dpo_jax import stopping
-from dpo_jax.training import data_feed, metrics
+from dpo_jax.training import data_feed
 from dpo_jax.training.loop import Interrupted
 from dpo_jax.training.metrics import read_rows
 from tests.helpers.paths import ROOT
@@ -24,6 +24,7 @@ from tests.helpers.tiny_runs import (
     on_devices,
     rows_without_timings,
     run,
+    sigterm_at,
     weights,
     write_groups,
 )
@@ -56,15 +57,7 @@ def run_here(fields, workdir, devices=1):
 
 def run_until_sigterm(step, fields, workdir, devices=1):
     """The same, asked to stop while a step is logged; its exit code."""
-    write = metrics.Writer.write
-
-    def stop(self, now, values):
-        write(self, now, values)
-        if now == step:
-            signal.raise_signal(signal.SIGTERM)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted) as stopped:
-        patch.setattr(metrics.Writer, "write", stop)
+    with sigterm_at(step) as stopped:
         run_here(fields, workdir, devices)
     assert not (workdir / "dpo" / "done.json").exists()
     return stopped.value.code

@@ -97,3 +97,11 @@ def test_run_name_as_suffix():
     folders = configs.folder_names(config)
     assert folders["dpo"] == "dpo-beta0.5" and folders["evaluate"] == "evaluate-dpo-beta0.5"
     assert folders["sft"] == "sft" and folders["pairs"] == "pairs"
+
+
+def test_name_leaves_out_what_a_resumed_run_changes():
+    """It goes on under the name that it began with."""
+    config = configs.default(("dpo",))
+    config.dpo.update(lr=1e-7, beta=0.5)
+    name_run(config, configs.default(("dpo",)), unnamed=frozenset(["dpo.lr"]))
+    assert config.run == "dpo-beta0.5"

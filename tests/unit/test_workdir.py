@@ -1,6 +1,5 @@
 """Folders of stages: who works on one, and which is refused."""
 
-import hashlib
 import json
 import threading
 
@@ -8,12 +7,10 @@ import pytest
 
 from dpo_jax import check, workdir
 from dpo_jax import config as configs
-from dpo_jax.models import hf
 from dpo_jax.workdir import (
     StageChanged,
     check_files,
     completions,
-    file_hashes,
     finish_stage,
     lock_folder,
     make_workdir,
@@ -308,27 +305,6 @@ def test_completions_on_a_full_disk(tmp_path, capsys, full):
     again.append(ROWS[4:])
     for name in ("completions.jsonl", "completions.sums"):
         assert (tmp_path / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-
-
-def test_file_hashes_reads_a_file_once(tmp_path, monkeypatch, capsys):
-    """A model is a stage's result, the start of the next one, and its reference."""
-    paths = [tmp_path / "a", tmp_path / "b"]
-    for path in paths:
-        path.write_text(path.name)
-    read = []
-    digest = hashlib.file_digest
-    monkeypatch.setattr(
-        hashlib, "file_digest", lambda file, name: read.append(file.name) or digest(file, name)
-    )
-    monkeypatch.setattr(workdir, "LONG_READ", 1)
-    found = file_hashes(paths)
-    assert found == [hashlib.sha256(name).hexdigest() for name in (b"a", b"b")]
-    assert file_hashes([*paths, tmp_path / "c"]) == [*found, ""]
-    assert hf.fingerprint(tmp_path) == hashlib.sha256(b"").hexdigest()
-    assert sorted(read) == [str(path) for path in paths]
-    assert capsys.readouterr().out.count(f"GB in {tmp_path}, to see that") == 1
-    paths[0].write_text("other")
-    assert file_hashes(paths)[0] == hashlib.sha256(b"other").hexdigest()
 
 
 # the date that chat templates take for today

@@ -1,0 +1,141 @@
+"""Which changes of its config a stage takes, and why it refuses others."""
+
+import pytest
+
+from dpo_jax import config as configs
+from dpo_jax.changes import ALLOWED, END, PATHS, Started, allowed_fields, compare
+from dpo_jax.workdir import StageChanged, finish_stage, stage_status, start_stage
+
+VERSIONS = dict(tokenization=1)
+FIELDS = {"dpo.steps": 8, "dpo.epochs": 1.0, "dpo.schedule": "constant", "dpo.lr": 0.1}
+FIELDS |= {"dpo.keep_best": "", "dpo.eval_every": 3, "data.path": "old", "seed": 0}
+
+
+def refused(allowed=(), is_done=False, last_step=4, contents=None, now=None, **changes):
+    """Return the reason for the one change that is refused; "taken" where none is."""
+    held = {"old": "a", "equal": "a", "other": "b"} if contents is None else contents
+    started = Started("dpo", FIELDS | (now or {}), {"data.path": "a"}, last_step, is_done)
+    wanted = FIELDS | (now or {}) | {f"dpo.{name}": value for name, value in changes.items()}
+    wanted["data.path"] = wanted.pop("dpo.path", "old")
+    wanted["seed"] = wanted.pop("dpo.seed", 0)
+    _, reasons = compare(started, wanted, frozenset(allowed), lambda _, path: held.get(path, ""))
+    return " | ".join(reasons.values()) if reasons else "taken"
+
+
+@pytest.mark.parametrize("is_done", [False, True])
+def test_compare_takes_paths_of_equal_contents(is_done):
+    assert refused(path="equal", is_done=is_done) == "taken"
+    assert refused(path="other", is_done=is_done) == "they do not hold the same"
+    assert refused(path="hub/name", is_done=is_done) == "what the new one holds is not known"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (dict(steps=9), "taken"),
+        (dict(steps=4), "taken"),  # no step beyond it is done
+        (dict(steps=3), "4 steps are done"),
+        (dict(steps=0), "give the new end in dpo.steps, 4 or more"),
+        (
+            dict(steps=9, schedule="linear", allowed=["dpo.schedule"]),
+            "the linear schedule falls to 0 at the end",
+        ),
+        (dict(steps=9, last_step=None), "there is no checkpoint to go on from"),
+        (dict(steps=9, allowed=["dpo.steps"], last_step=None), "there is no checkpoint"),
+        (dict(steps=3, allowed=["dpo.steps"]), "4 steps are done"),
+        (dict(steps=9, now={"dpo.schedule": "cosine"}), "the cosine schedule falls to 0"),
+        (dict(steps=9, now={"dpo.schedule": "cosine"}, allowed=["dpo.steps"]), "taken"),
+        (dict(epochs=2.0, now={"dpo.steps": 0}), "taken"),
+        (dict(epochs=0.5, now={"dpo.steps": 0}), "give the new end in dpo.steps, 4 or more"),
+        (dict(steps=9, now={"dpo.keep_best": "loss/eval"}), "taken"),
+        (
+            dict(steps=9, now={"dpo.keep_best": "loss/eval"}, last_step=8, is_done=True),
+            "the best checkpoint may be that of the old end, step 8",
+        ),
+        (
+            dict(steps=12, now={"dpo.keep_best": "loss/eval"}, last_step=9, is_done=True),
+            "taken",  # a run to step 12 evaluates at step 9 as well
+        ),
+    ],
+)
+def test_compare_moves_the_end_where_no_step_would_differ(changes, reason):
+    assert refused(**changes).startswith(reason)
+
+
+def test_compare_takes_what_is_allowed_while_training_goes_on():
+    assert refused(lr=0.2) == "--allow_change=lr goes on with it"
+    assert refused(lr=0.2, allowed=["dpo.lr"]) == "taken"
+    assert refused(lr=0.2, allowed=["dpo.lr"], is_done=True) == "the stage is done"
+    assert refused(lr=0.2, steps=9, allowed=["dpo.lr"], is_done=True) == "taken"
+    assert refused(seed=1) == ""
+
+
+def test_tables_name_fields():
+    stages = [block for block in configs.STAGE_FIELDS.values() if "lr" in block]
+    assert all(any(name in block for block in stages) for name in (*ALLOWED, *END))
+    assert all(configs.field_of(name) for name in PATHS)
+
+
+def test_allowed_fields_are_those_of_the_stages_that_train():
+    config = configs.default(("sft", "dpo", "evaluate"))
+    assert allowed_fields("", config) == frozenset()
+    assert allowed_fields("lr, dpo.beta", config) == {"sft.lr", "dpo.lr", "dpo.beta"}
+    assert allowed_fields("config.dpo.lr", config) == {"dpo.lr"}
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ("dpo.ls", "--allow_change=dpo.ls: there is no such field. Did you mean dpo.loss"),
+        ("rates", "--allow_change=rates: "),
+        ("seed", "--allow_change=seed: a run that is resumed cannot take another value of it"),
+        ("optimizer", "--allow_change=optimizer: a run that is resumed cannot"),
+        ("data.path", "--allow_change=data.path: a run that is resumed cannot"),
+        ("evaluate.prompts", "--allow_change=evaluate.prompts: a run that is resumed cannot"),
+        ("ppo.lr", "--allow_change=ppo.lr: this config runs no stage ppo"),
+    ],
+)
+def test_allowed_fields_refuses_others(names, said):
+    with pytest.raises(ValueError, match=f"^{said}"):
+        allowed_fields(names, configs.default(("sft", "dpo", "evaluate")))
+
+
+# folders of stages
+
+
+def config_of(run="", **fields):
+    config = configs.default(("dpo", "evaluate"))
+    config.run = run
+    config.dpo.update(fields)
+    return config
+
+
+def begin(workdir, config, stage="dpo", step=4):
+    folder, _ = start_stage(workdir, config, stage, VERSIONS)
+    (folder / "checkpoints" / str(step)).mkdir(parents=True)
+    return folder
+
+
+def test_later_stage_refuses_an_end_that_has_moved(tmp_path):
+    """Before the earlier one goes on: it would be trained for nothing."""
+    config = config_of(steps=4)
+    finish_stage(begin(tmp_path, config))
+    finish_stage(begin(tmp_path, config, "evaluate"))
+    longer = config_of(steps=8)
+    assert stage_status(tmp_path, longer, "dpo", VERSIONS)[0] == "unfinished"
+    with pytest.raises(StageChanged, match="dpo.steps: 4 in the folder, 8 now\nIt was made from"):
+        stage_status(tmp_path, longer, "evaluate", VERSIONS)
+
+
+def test_allowed_change_does_not_begin_a_run_of_its_own(tmp_path):
+    """The run was named by the value that it began with."""
+    begin(tmp_path, config_of(run="dpo-lr0.1", lr=0.1))
+    with pytest.raises(StageChanged, match="dpo-lr0.1 holds a run that differs in dpo.lr alone"):
+        stage_status(tmp_path, config_of(lr=0.2), "dpo", VERSIONS, frozenset(["dpo.lr"]))
+    status, (change,) = stage_status(
+        tmp_path, config_of("dpo-lr0.1", lr=0.2), "dpo", VERSIONS, frozenset(["dpo.lr"])
+    )
+    assert status == "unfinished" and (change.old, change.new) == (0.1, 0.2)
+    # One that differs in more is another run.
+    other = config_of(lr=0.2, beta=0.5)
+    assert stage_status(tmp_path, other, "dpo", VERSIONS, frozenset(["dpo.lr"]))[0] == "new"
