@@ -30,7 +30,7 @@ from dpo_jax.models import loading
 from dpo_jax.parallel import processes, sharding
 from dpo_jax.sampling import generation, sampler
 from dpo_jax.storage import shadow
-from dpo_jax.whole_file import read_record
+from dpo_jax.whole_file import IsoDate, read_record
 from dpo_jax.workdir import (
     SealedRows,
     differences,
@@ -154,7 +154,7 @@ def _begin(
             f"--out={path}: the file exists, but not {beside.name}, which would say what it was "
             "made with. Give another name, or remove the file."
         )
-    found = read_record(beside, f"Put it back from a copy, or remove it and {path}.", date=str)
+    found = read_record(beside, f"Put it back from a copy, or remove it and {path}.", date=IsoDate)
     day = date.isoformat() if date else found.get("date", datetime.date.today().isoformat())
     made_with["date"] = day
     if found != made_with:

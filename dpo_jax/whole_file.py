@@ -1,11 +1,22 @@
 """Files that are written whole or not at all, and known again. This file imports no jax."""
 
 import contextlib
+import datetime
 import hashlib
 import json
 import os
 import pathlib
+import types
 from collections.abc import Iterator
+
+
+class IsoDate(str):
+    """The kind of a field that is the text of a date, as 2026-01-31."""
+
+
+# What a field of a record was written as: a type or one of several, or an object with fields, which
+# has all of them.
+Kind = type | types.UnionType | dict[str, "Kind"]
 
 
 @contextlib.contextmanager
@@ -65,9 +76,7 @@ def parse_sealed(line: bytes) -> dict | None:
     None where the line is not what was written. An object without a sha256 is taken as it is.
     """
     value = parse_object(line)
-    if value is None or ("sha256" in value and value.pop("sha256") != _sha256_of(value)):
-        return None
-    return value
+    return None if value is None else without_sha256(value)
 
 
 def set_aside(path: pathlib.Path) -> pathlib.Path:
@@ -86,39 +95,74 @@ def with_sha256(record: dict) -> dict:
     return record | dict(sha256=_sha256_of(record))
 
 
-def read_record(path: str | os.PathLike, remedy: str, **fields: type) -> dict:
+def without_sha256(record: dict) -> dict | None:
+    """Return an object without its sha256, if it has one; None where it is not that of its content.
+
+    The object itself is left as it is.
+    """
+    content = {name: value for name, value in record.items() if name != "sha256"}
+    if "sha256" in record and record["sha256"] != _sha256_of(content):
+        return None
+    return content
+
+
+def read_record(path: str | os.PathLike, remedy: str, **fields: Kind) -> dict:
     """Return the JSON object in a file, without its sha256.
 
     fields: types of those that are used. An object without a sha256 is of an earlier version, and
     may lack fields. Raises ValueError that ends with `remedy` where the file is not what was
     written.
     """
-    path = pathlib.Path(path)
-    data = path.read_bytes()
-    found = ""
+    data = pathlib.Path(path).read_bytes()
+    record, found = _content_of(data)
+    found = found or _wrong_field(record, fields)
+    if found:
+        raise ValueError(f"{path} is not what was written there: {found}. {remedy}")
+    return record
+
+
+def _content_of(data: bytes) -> tuple[dict, str]:
+    """Return the object in a file without its sha256, and what is wrong with it; "" for nothing."""
     try:
         value = json.loads(data)
     except (ValueError, RecursionError):
-        found = "it is empty" if not data else f"its {len(data):,} bytes are not JSON"
-        value = {}
+        return {}, f"its {len(data):,} bytes are not JSON" if data else "it is empty"
     if not isinstance(value, dict):
-        found = f"it holds {type(value).__name__} in place of an object"
-    elif "sha256" in value and value.pop("sha256") != _sha256_of(value):
-        found = "its content is not that of its sha256"
-    else:
-        found = found or _wrong_field(value, fields)
-    if found:
-        raise ValueError(f"{path} is not what was written there: {found}. {remedy}")
-    return value
+        return {}, f"it holds {type(value).__name__} in place of an object"
+    content = without_sha256(value)
+    if content is None:
+        return {}, "its content is not that of its sha256"
+    return content, ""
 
 
-def _wrong_field(value: dict, fields: dict[str, type]) -> str:
+def _wrong_field(value: dict, fields: dict[str, Kind]) -> str:
     """Say which field of an object is of another type than it was written with; "" for none."""
-    for name, expected in fields.items():
-        if name in value and not isinstance(value[name], expected):
-            found = type(value[name]).__name__
-            return f"its {name!r} is {found} in place of {expected.__name__}"
+    for name, kind in fields.items():
+        if name not in value:
+            continue
+        found = value[name]
+        expected = dict if isinstance(kind, dict) else kind
+        if kind is IsoDate:
+            if not _is_date(found):
+                return f"its {name!r} is {found!r} in place of a date, as 2026-01-31"
+        elif not isinstance(found, expected):
+            is_one = isinstance(expected, type)
+            wanted = expected.__name__ if is_one else str(expected)
+            return f"its {name!r} is {type(found).__name__} in place of {wanted}"
+        elif isinstance(kind, dict):
+            lacking = [inner for inner in kind if inner not in found]
+            wrong = f"there is no {lacking[0]!r}" if lacking else _wrong_field(found, kind)
+            if wrong:
+                return f"in its {name!r}, {wrong}"
     return ""
+
+
+def _is_date(value) -> bool:
+    try:
+        datetime.date.fromisoformat(value)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _sha256_of(value: dict) -> str:

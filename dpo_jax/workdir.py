@@ -31,6 +31,7 @@ from dpo_jax.contents import contents_of, file_hashes
 from dpo_jax.parallel import processes
 from dpo_jax.storage import lease, shadow
 from dpo_jax.whole_file import (
+    IsoDate,
     append,
     parse_object,
     read_record,
@@ -41,14 +42,27 @@ from dpo_jax.whole_file import (
 
 COMPLETIONS = "completions.jsonl"  # what a stage has sampled so far
 SUMS = "completions.sums"  # after each write to it: the number of its rows, and their sha256
-FILES = "files"  # the key in done.json
 RESULTS = "results"  # folder of what a stage left at earlier ends: results/STEP
+FILES = "files"  # keys in done.json: of the result's files, and of how its hf/ is stored
+EXPORT = "export"
 # Parts of a stage's folder that done.json says nothing of: they may change when the stage is done,
 # or have a sha256 of their own.
 _NO_RESULT = ("checkpoints", RESULTS, "config.json", "done.json", ".lock", "wandb", "wandb_id")
 _NO_RESULT_SUFFIXES = (".draft", ".damaged")
+# What the fields of the records are that are read again.
 CONFIG_FIELDS = dict(
-    stage=str, date=str, depends_on=dict, versions=dict, config=dict, contents=dict, changes=list
+    stage=str,
+    date=IsoDate,
+    depends_on=dict,
+    versions=dict,
+    config=dict,
+    contents=dict,
+    changes=list,
+)
+DONE_FIELDS = {FILES: dict, EXPORT: dict(asked=str, dtype=str, source=str)}
+LEDGER_FIELDS = dict(train=dict(kept=int), eval=dict(kept=int), prompts=int, fingerprint=str | list)
+WEIGHTS_FIELDS = dict.fromkeys(
+    ("policy", "base", "start", "reference", "reward", "true"), dict(path=str, fingerprint=str)
 )
 PATIENCE = 3  # seconds to wait for a stage's folder
 
@@ -381,18 +395,20 @@ def read_done(folder: pathlib.Path) -> dict:
     return read_record(
         folder / "done.json",
         f"Remove it and run the stage's command again: {_how_made_again(folder)}.",
-        **{FILES: dict},
+        **DONE_FIELDS,
     )
 
 
 def read_ledger(folder: pathlib.Path) -> dict:
     """Return the record in a stage's ledger.json; ValueError where it is damaged."""
-    return read_record(folder / "ledger.json", _without("the data is then not compared"))
+    remedy = _without("the data is then not compared")
+    return read_record(folder / "ledger.json", remedy, **LEDGER_FIELDS)
 
 
 def read_weights(folder: pathlib.Path) -> dict:
     """Return the record in a stage's weights.json; ValueError where it is damaged."""
-    return read_record(folder / "weights.json", _without("the weights are then not compared"))
+    remedy = _without("the weights are then not compared")
+    return read_record(folder / "weights.json", remedy, **WEIGHTS_FIELDS)
 
 
 def _without(what: str) -> str:

@@ -11,9 +11,7 @@ from ml_collections import ConfigDict
 
 from dpo_jax import stage_table
 from dpo_jax.stage_table import STAGES
-from dpo_jax.workdir import StageChanged, read_done, saved_steps
-
-RECORD = "export"  # its key in done.json
+from dpo_jax.workdir import EXPORT, StageChanged, read_done, saved_steps
 
 
 def dtype_of(config: ConfigDict, stage: str, source: str) -> str:
@@ -86,7 +84,7 @@ def source_dtype(folder: pathlib.Path) -> str:
 
 
 def _read(folder: pathlib.Path) -> dict[str, str]:
-    return read_done(folder).get(RECORD, {}) if (folder / "done.json").exists() else {}
+    return read_done(folder).get(EXPORT, {}) if (folder / "done.json").exists() else {}
 
 
 def _is_last(config: ConfigDict, stage: str) -> bool:

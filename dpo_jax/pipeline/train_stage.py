@@ -28,6 +28,7 @@ from dpo_jax.training.data_feed import DataFeed
 from dpo_jax.training.loop import Feed, Job, train
 from dpo_jax.training.ppo import RolloutFeed
 from dpo_jax.training.reference_cache import ReferenceCache
+from dpo_jax.workdir import EXPORT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +134,7 @@ def train_stage(run: Run, stage: str) -> dict:
     params, evaluation = train(job, feed)
     _export(job, models, params, evaluation)
     record = exports.record(run.config, stage, initial.source.dtype)
-    return {"evaluation": evaluation, exports.RECORD: record}
+    return {"evaluation": evaluation, EXPORT: record}
 
 
 def _rollout_feed(run: Run, job: Job, initial: Checkpoint) -> Feed:

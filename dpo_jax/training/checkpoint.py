@@ -29,7 +29,7 @@ from dpo_jax.storage import shadow
 from dpo_jax.training.checkpoint_sums import sums
 from dpo_jax.training.metric_names import describe
 from dpo_jax.training.step import TrainState
-from dpo_jax.whole_file import set_aside, whole_file
+from dpo_jax.whole_file import set_aside, whole_file, with_sha256, without_sha256
 from dpo_jax.workdir import saved_steps
 
 # Unfinished stages of version 1 have checkpoints without sums.
@@ -158,7 +158,7 @@ class Checkpoints:
         metrics = self._kept_metrics(evaluation) if evaluation else None
         tree = _as_dict(state)
         # Of what is on the device: damage on the way to the disk shows too.
-        kept = {"sums": sums(tree), "rows": rows or {}, "row": row or {}}
+        kept = with_sha256({"sums": sums(tree), "rows": rows or {}, "row": row or {}})
         self._end_last_save()
         # In a bucket, a checkpoint counts only with the rows that it says were written.
         if jax.process_index() == 0:
@@ -346,9 +346,10 @@ def _placed(stored, sharding) -> jax.ShapeDtypeStruct:
 def _metadata(path: pathlib.Path) -> tuple[dict, dict]:
     """Return the tree of shapes in a checkpoint, and what was kept with it."""
     found = _attempt(path, lambda: ocp.metadata(path))
-    if not isinstance(found.metadata, dict):
-        raise DamagedCheckpoint(f"{path} does not say what it holds")
-    return found.metadata, found.custom_metadata or {}
+    kept = without_sha256(found.custom_metadata or {})
+    if not isinstance(found.metadata, dict) or kept is None:
+        raise DamagedCheckpoint(f"{path} no longer says what was saved in it")
+    return found.metadata, kept
 
 
 def _load(path: pathlib.Path, abstract: dict, *, partial: bool = False) -> tuple[dict, dict]:

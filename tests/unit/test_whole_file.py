@@ -6,7 +6,15 @@ import os
 
 import pytest
 
-from dpo_jax.whole_file import append, naming, parse_sealed, read_record, whole_file, with_sha256
+from dpo_jax.whole_file import (
+    IsoDate,
+    append,
+    naming,
+    parse_sealed,
+    read_record,
+    whole_file,
+    with_sha256,
+)
 from tests.helpers import limits
 
 
@@ -61,9 +69,26 @@ def test_parse_sealed():
     assert parse_sealed(b'{"answer": "A"}') == dict(answer="A")  # of an earlier version
 
 
-def test_record_with_fields_of_other_types(tmp_path):
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        (dict(stage=[7]), "its 'stage' is list in place of str"),
+        (dict(tokens={}), "its 'tokens' is dict in place of str | list"),
+        (dict(date=7), "its 'date' is 7 in place of a date, as 2026-01-31"),
+        (dict(date="yesterday"), "its 'date' is 'yesterday' in place of a date"),
+        (dict(train=3), "its 'train' is int in place of dict"),
+        (dict(train={}), "in its 'train', there is no 'kept'"),
+        (dict(train=dict(kept="3")), "in its 'train', its 'kept' is str in place of int"),
+    ],
+)
+def test_record_with_fields_of_other_types(tmp_path, record, said):
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(dict(date=7, stage="dpo")))
-    assert read_record(path, "Remove it.", stage=str, versions=dict)["date"] == 7
-    with pytest.raises(ValueError, match=f"^{path} .*: its 'date' is int in place of str. Remove"):
-        read_record(path, "Remove it.", stage=str, date=str)
+    fields = dict(stage=str, tokens=str | list, date=IsoDate, train=dict(kept=int))
+    # As somebody leaves it who mends the sha256 too.
+    path.write_text(json.dumps(with_sha256(record)))
+    with pytest.raises(ValueError) as error:
+        read_record(path, "Remove it.", **fields)
+    assert str(error.value).startswith(f"{path} is not what was written there: {said}")
+    assert str(error.value).endswith(". Remove it.")
+    # What is not used may be anything.
+    assert read_record(path, "Remove it.", other=str) == record

@@ -169,6 +169,16 @@ def test_checkpoint_without_sums_is_passed_over(tmp_path, capsys):
     assert "3 has no sums to check it by" in capsys.readouterr().out
 
 
+def test_rows_of_a_checkpoint_that_were_changed_pass_it_over(tmp_path, capsys):
+    """A row that waits for its evaluation would be written with another loss."""
+    shapes, shardings = save_three(tmp_path)
+    path = tmp_path / "3" / "_CHECKPOINT_METADATA"
+    path.write_text(path.read_text().replace('"rows": 3', '"rows": 2'))
+    with Checkpoints(tmp_path, keep=3) as saved:
+        assert saved.restore_latest(shapes, shardings).step == 2
+    assert "3 no longer says what was saved in it; resuming from step" in capsys.readouterr().out
+
+
 def test_verify(tmp_path):
     save_three(tmp_path)
     flip(tmp_path, 2)
