@@ -28,7 +28,7 @@ cd "$(dirname "$0")"
 
 # How a run ends (docs/runs.md).
 MISTAKE=2    # no other start mends it
-TRY_AGAIN=75 # it waited in vain, such as for another host
+TRY_AGAIN=75 # another host was lost, or did not come
 # How an attempt on a TPU ends.
 LOST=75      # its workers were preempted, killed or rebooted, or may go through the next time
 BROKEN=76    # its workers are there, but do not answer
@@ -106,7 +106,8 @@ export_variables() {
   done
 }
 
-may_go_through() {  # whether another start may mend a status: a signal's, not Ctrl-C's, or a wait's
+may_go_through() {  # whether another start may mend a status
+  # Those of signals, but for Ctrl-C's.
   [[ "$1" == "$TRY_AGAIN" || ( "$1" -gt 128 && "$1" != 130 ) ]]
 }
 

@@ -18,7 +18,9 @@ import time
 
 from dpo_jax.parallel.meeting import Member, send
 
-LOST = 1  # exit status of a process whose partner was killed or cannot be reached
+# Exit status of a process whose partner was killed or cannot be reached: EX_TEMPFAIL, as the same
+# command may go through later (command_line.TRY_AGAIN).
+LOST = 75
 # Seconds without an answer after which the system gives a connection up, as of a host without
 # power: first quiet, then asked a few times.
 QUIET, ASKED_EVERY, ASKED_TIMES = 30, 10, 3

@@ -456,12 +456,14 @@ def test_launch_slurm_retry_is_a_batch_job():
         (143, "RUNNING", 2, False),  # as often as was asked for
         (143, "CANCELLED", 0, False),
         (143, "PENDING", 0, False),  # preempted: Slurm requeues it itself
-        (75, "RUNNING", 0, True),
+        (75, "RUNNING", 0, True),  # a host was lost, or did not come
+        (137, "RUNNING", 0, True),
+        (130, "RUNNING", 0, False),
         (2, "RUNNING", 0, False),
         (0, "RUNNING", 0, False),
     ],
 )
-def test_slurm_job_requeues_when_time_is_up(fake, status, state, restarts, requeued):
+def test_slurm_job_goes_back_to_the_queue(fake, status, state, restarts, requeued):
     folder, env, put = fake
     put("srun", f"exit {status}")
     put("squeue", f"echo {state}")

@@ -271,5 +271,5 @@ def test_wait_in_vain_has_a_status_of_its_own(capsys, error, status):
     try:
         raise error
     except OSError as raised:
-        assert command_line.report(raised) == status
+        assert command_line.report(raised) == (f"error: {error}", status)
     assert capsys.readouterr().err == f"error: {error}\n"
