@@ -181,9 +181,11 @@ class ModelCard:
         data = self.config.data
         rows = []
         for name in DATA:
-            is_empty = data[name] in ("", ()) or data[name] == ConfigDict()
+            value = data[name]
+            # A frozen config's empty block equals no other config's.
+            is_empty = len(value) == 0 if isinstance(value, ConfigDict) else value in ("", ())
             if name not in LEFT_OUT_OF_DATA and not is_empty:
-                rows.append((f"data.{name}", _shown(data[name])))
+                rows.append((f"data.{name}", _shown(value)))
         # Some chat templates write it.
         rows.append(("date for chat templates", start_date(self.folder).isoformat()))
         if stage_table.trains_on_samples(self.config, self.stage):

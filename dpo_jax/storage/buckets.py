@@ -110,11 +110,16 @@ def check(address: str) -> None:
             _files("gs").info(bucket_of(address))
 
 
+def prepare_clients() -> None:
+    """Set what clients read from the environment; to be called before any of them is imported."""
+    # gcsfs would ask for a bucket's kind by another protocol, which emulators and proxies lack.
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+
+
 @functools.cache
 def _files(scheme: str):
     """Return fsspec's file system for a scheme, which keeps no listings: others write there too."""
-    # gcsfs would ask for a bucket's kind by another protocol, which emulators and proxies lack.
-    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    prepare_clients()
     import fsspec
 
     return fsspec.filesystem(scheme, use_listings_cache=False, skip_instance_cache=True)

@@ -97,6 +97,8 @@ def checkpoint_folder(path: pathlib.Path):
     """Return where orbax keeps the checkpoints of a folder, an epath.Path: in gs://, or here."""
     from etils import epath
 
+    # epath may be the first here to talk to the bucket.
+    buckets.prepare_clients()
     address = address_of(path)
     return epath.Path(address if scheme_of(address) == "gs" else path.absolute())
 

@@ -56,28 +56,31 @@ class Kind:
     not_read: tuple[str, ...] = NOT_READ
 
 
+# Block of a small run -> its fields.
+SMALL = dict(
+    sampling=dict(batch_size=32),
+    sft=dict(steps=4, batch_size=16, eval_every=2, save_every=2),
+    rm=dict(steps=4, batch_size=8, eval_every=2, save_every=2),
+    pairs=dict(prompts=24),
+    dpo=dict(steps=4, batch_size=8, eval_every=2, save_every=2),
+    ppo=dict(steps=3, batch_size=16, minibatch_size=8, eval_every=2, save_every=1),
+)
+
+
 def small_config(method: str):
     """Return the config of a run of seconds on the toy, through all stages of a method."""
     config = toy.get_config(method)
-    config.sampling.batch_size = 32
-    small = dict(
-        sft=dict(steps=4, batch_size=16, eval_every=2, save_every=2),
-        rm=dict(steps=4, batch_size=8, eval_every=2, save_every=2),
-        pairs=dict(prompts=24),
-        dpo=dict(steps=4, batch_size=8, eval_every=2, save_every=2),
-        ppo=dict(steps=3, batch_size=16, minibatch_size=8, eval_every=2, save_every=1),
-    )
-    for block, fields in small.items():
+    for block, fields in SMALL.items():
         if block in config:
             config[block].update(fields)
     return config
 
 
-def run(config, workdir: pathlib.Path) -> str:
+def run(config, workdir: pathlib.Path, devices: int = 1) -> str:
     """Run all stages; return what was shown."""
     shown = io.StringIO()
     with (
-        tiny_runs.on_devices(1),
+        tiny_runs.on_devices(devices),
         contextlib.redirect_stdout(shown),
         contextlib.redirect_stderr(shown),
     ):
@@ -215,6 +218,15 @@ def result(workdir: pathlib.Path) -> dict:
         is_note = path.name == ".lock" or ".damaged" in path.name or path.suffix == ".sums"
         if path.is_file() and not is_other and not is_note:
             found[str(name)] = goldens.content(path)
+    return found
+
+
+def result_without_paths(workdir: pathlib.Path) -> dict:
+    """Return the result of a run, but for the paths of the models that it read."""
+    found = result(workdir)
+    for name, weights in found.items():
+        if name.endswith("weights.json"):
+            found[name] = {role: value["fingerprint"] for role, value in weights.items()}
     return found
 
 
