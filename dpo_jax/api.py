@@ -723,20 +723,17 @@ class Trainer:
         return sharding.shard_batch(self._initial.mesh, laid_out[batch.step], axis=1)
 
     def _lay_out(self, plan: BatchPlan) -> Batches:
-        """Lay out a plan's batches, as the command does where its batch size can be split."""
+        """Lay out a plan's batches, as the command does."""
         self._check_kind(plan.examples)
         batch_size = plan.order.shape[1]
         size = min(self._block.microbatch_size or batch_size, batch_size)
         microbatches = -(-batch_size // size)
         mesh = self._initial.mesh
-        shards = sharding.batch_shards(mesh)
-        missing = -batch_size % (microbatches * shards)
-        order = np.pad(plan.order, ((0, 0), (0, missing)), constant_values=FILLER)
         return Batches(
             plan.examples,
-            order,
+            plan.order,
             microbatches=microbatches,
-            shards=shards,
+            shards=sharding.batch_shards(mesh),
             limits=attention.row_limits(self._config.window, sharding.platform_of(mesh)),
             reference_log_probs=self._kept_log_probs(plan.examples),
         )

@@ -50,12 +50,17 @@ def microbatch_size_of(block) -> int:
 
     block: a training stage's config block.
     """
-    return block.microbatch_size or _update_size(block)
+    return block.microbatch_size or update_size_of(block)
 
 
-def microbatches_of(block) -> int:
-    """Return how many microbatches one optimiser update adds up."""
-    return _update_size(block) // microbatch_size_of(block)
+def microbatches_of(block, shards: int = 1) -> int:
+    """Return how many microbatches one optimiser update adds up.
+
+    shards: that split each. Microbatches of fewer examples than that become fewer and larger ones:
+    an example a shard is the least that there can be.
+    """
+    size = update_size_of(block)
+    return min(size // microbatch_size_of(block), -(-size // shards))
 
 
 def sizes_for_whole_groups(block, shards: int, pairs: int) -> dict[str, int]:
@@ -87,7 +92,8 @@ def is_sharing_lost(tokens: float, apart: float, whole: float) -> bool:
     return lost > LOST_OF_SHARED * (apart - whole) and lost > LOST_OF_READ * tokens
 
 
-def _update_size(block) -> int:
+def update_size_of(block) -> int:
+    """Return how many examples one optimiser update learns from."""
     # PPO makes several updates of a batch, each on a minibatch.
     return block.get("minibatch_size", block.batch_size)
 
@@ -226,15 +232,10 @@ class Batches:
         responses]. rollout: its fields hold, for each example, an array of a value for each
         completion token; its examples are laid down apart, as each has values of its own.
 
-        Raises ValueError where a batch cannot be split evenly, or does not fit into `shape`.
+        Cells may have unequal numbers of examples, or none: what a cell lacks is padding of weight
+        0. Raises ValueError where a batch does not fit into `shape`.
         """
         batch_size = order.shape[1]
-        if batch_size % (microbatches * shards):
-            raise ValueError(
-                f"a batch of {batch_size} rows does not split evenly into {microbatches} "
-                f"microbatches over {shards} data shards (mesh.data x mesh.fsdp): change "
-                "batch_size, microbatch_size or the mesh."
-            )
         assert rollout is None or not share, "targets of a rollout are laid down apart"
         self.order = order
         self.microbatches = microbatches
@@ -492,7 +493,9 @@ def _gather(rollout: RolloutTargets, indices: np.ndarray, size: int) -> RolloutT
     gathered = {}
     for field in dataclasses.fields(rollout):
         of_examples = getattr(rollout, field.name)
-        values = np.concatenate([of_examples[index] for index in indices])
+        # A cell may have no example at all.
+        of_cell = [np.zeros(0, np.float32), *(of_examples[index] for index in indices)]
+        values = np.concatenate(of_cell)
         gathered[field.name] = np.pad(values, (0, size - len(values)))
     return RolloutTargets(**gathered)
 

@@ -159,7 +159,7 @@ def lay_out(
     return Batches(
         _made_up_examples(group, examples_of(config, stage, group), together, size),
         np.arange(size).reshape(steps, batch_size),
-        microbatches=microbatches_of(block),
+        microbatches=microbatches_of(block, shards),
         shards=shards,
         limits=limits,
         reference_log_probs=reference_log_probs,

@@ -19,6 +19,7 @@ from dpo_jax.data.batches import (
     sizes_for_whole_groups,
     steps_of,
     training_order,
+    update_size_of,
 )
 from dpo_jax.data.dataset import Dataset
 from dpo_jax.data.packing import RowLimits
@@ -155,11 +156,12 @@ class DataFeed:
         groups = self._data.train.groups(group_pairs)
         is_grouped = shuffled == "prompts"
         order = training_order(size, block.batch_size, steps, seed, groups if is_grouped else None)
+        shards = sharding.batch_shards(self._job.mesh)
         batches = Batches(
             self._data.train,
             order,
-            microbatches=microbatches_of(block),
-            shards=sharding.batch_shards(self._job.mesh),
+            microbatches=microbatches_of(block, shards),
+            shards=shards,
             limits=self._row_limits(),
             reference_log_probs=self._kept_log_probs("train", self._data.train, order),
         )
@@ -176,6 +178,7 @@ class DataFeed:
             say_what_cells_lose(name, block, batches, self._data.train, groups)
         elif seed is not None and groups.max() + 1 < size:
             say_what_groups_save(name, batches, self._data.train, groups, seed)
+        say_uneven_shards(name, block, shards)
         most_tokens = max(shape.tokens for shape in batches.shapes)
         if gains_by_huge_pages(self._job.model, self._job.mesh, most_tokens):
             say_how_to_get_huge_pages()
@@ -195,7 +198,7 @@ class DataFeed:
         if not size:
             return None
         # What fits in memory with a gradient fits without one.
-        batch_size = microbatch_size_of(block)
+        batch_size = sharding.whole_shards(microbatch_size_of(block), self._job.mesh)
         prompt_ids, _ = self._data.eval.identities()
         order = evaluation_order(size, batch_size, prompt_ids)
         return Batches(
@@ -214,6 +217,21 @@ class DataFeed:
         if self._reference_log_probs is None:
             return None
         return self._reference_log_probs(split, examples, order)
+
+
+def say_uneven_shards(name: str, block, shards: int) -> None:
+    """Say where an update has no equal part for each device that splits it: some would wait."""
+    size, microbatches = update_size_of(block), microbatches_of(block, shards)
+    cells = microbatches * shards
+    if size % cells == 0:
+        return
+    idle = f"{cells - size} have none" if size < cells else "some have fewer than others"
+    parts = f"{cells} parts of an update ({microbatches} microbatches x {shards} data shards)"
+    field = "minibatch_size" if "minibatch_size" in block else "batch_size"
+    say(
+        f"{name}: of the {parts}, {idle}, and are padded: a multiple of {cells} as "
+        f"config.{name}.{field}, now {size}, would use all devices alike."
+    )
 
 
 def say_what_cells_lose(name: str, block, batches: Batches, examples, groups: np.ndarray) -> None:
@@ -299,7 +317,7 @@ def _tried(examples, batches: Batches, block, sizes: dict[str, int] | None = Non
     return Batches(
         examples,
         stream[: steps * batch_size].reshape(steps, batch_size),
-        microbatches=microbatches_of(changed),
+        microbatches=microbatches_of(changed, batches.shards),
         shards=batches.shards,
     )
 

@@ -36,6 +36,7 @@ from dpo_jax.sampling.prompts import Prompts
 from dpo_jax.sampling.sampler import Sampling
 from dpo_jax.training import losses
 from dpo_jax.training import metrics as metrics_lib
+from dpo_jax.training.data_feed import say_uneven_shards
 from dpo_jax.training.loop import Job
 from dpo_jax.training.self_check import SelfCheckFailed
 from dpo_jax.training.step import Frozen, TrainState, place_controls
@@ -133,15 +134,14 @@ class RolloutFeed:
         self._sampling = sampling
         self._order = training_order(size, block.batch_size, self.total, sampling.seed)
         self._tokens_of_step = {}
-        self._splits = dict(
-            microbatches=microbatches_of(block),
-            shards=sharding.batch_shards(job.mesh),
-        )
+        shards = sharding.batch_shards(job.mesh)
+        self._splits = dict(microbatches=microbatches_of(block, shards), shards=shards)
         self._shape = self._largest_shape()
         say(
             f"ppo: {self.total} steps of {block.batch_size} completions from {size} prompts, "
             f"{self.updates} updates of {block.minibatch_size}"
         )
+        say_uneven_shards("ppo", block, shards)
 
     def start(self, frozen: Frozen, first_step: int) -> None:
         # A step depends on its number and the state alone, so nothing is prepared.
@@ -224,8 +224,9 @@ class RolloutFeed:
         """Return a shape that any minibatch fits: completions are not known when it is compiled."""
         prompt = np.zeros(max(map(len, self._prompts.ids)), np.int32)
         completion = np.zeros(self._sampling.max_new_tokens, np.int32)
-        splits = self._splits["microbatches"] * self._splits["shards"]
-        examples_in_cell = max(self._job.block.minibatch_size // splits, 1)
+        cells = self._splits["microbatches"] * self._splits["shards"]
+        # Some cells have one more than others, where they cannot all have as many.
+        examples_in_cell = -(-self._job.block.minibatch_size // cells)
         # A step has one completion of each prompt, so there is nothing to share.
         return packing.shape_of([Example(prompt, (completion,))] * examples_in_cell, share=False)
 

@@ -42,7 +42,7 @@ def make_batch(name: str, shards: int, window: int | None, make_pairs=random_pai
         rollout = RolloutTargets(**drawn)
         # log 96 is about 4.5
         rollout.sampled_log_probs = [values - 4.5 for values in rollout.sampled_log_probs]
-    order = np.arange(16)[None]
+    order = np.arange(len(examples))[None]
     # Tokens of a rollout have values of their own, so their responses are laid down apart.
     share = rollout is None
     limits = RowLimits(window)
@@ -105,6 +105,16 @@ def test_train_step_is_equal_on_meshes(name, family, sizes):
 )
 def test_train_step_with_masks_is_equal_on_meshes(name, sizes):
     check_on_mesh(name, "llama2", sizes, make_pairs=masked_pairs)
+
+
+def three_pairs(count, vocab, longest) -> list[Example]:
+    return random_pairs(3, vocab=vocab, longest=longest)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_train_step_of_fewer_rows_than_devices_is_equal(name):
+    """Devices without a row add nothing, and nothing that is not a number."""
+    check_on_mesh(name, "llama2", (8, 1, 1), make_pairs=three_pairs)
 
 
 def grouped_pairs(count, vocab, longest) -> list[Example]:

@@ -233,8 +233,8 @@ def test_run_of_other_version_is_refused(model, pairs, tmp_path, monkeypatch):
 def test_failed_attempt_binds_nobody(model, pairs, tmp_path):
     with pytest.raises(FileNotFoundError, match="nope.jsonl"):
         run(dpo_config(model, "nope.jsonl", steps=1), tmp_path)
-    with pytest.raises(ValueError, match="does not split evenly"):
-        run(dpo_config(model, pairs, steps=1, batch_size=6), tmp_path)
+    with pytest.raises(ValueError, match="expected a metric of the evaluation"):
+        run(dpo_config(model, pairs, steps=1, keep_best="nope"), tmp_path)
     (tmp_path / "dpo" / "config.draft").write_text("killed while writing")
     run(dpo_config(model, pairs, steps=1), tmp_path)
 

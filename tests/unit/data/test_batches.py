@@ -361,11 +361,19 @@ def test_padding_by_hand():
     assert 0 < padding["dense"] < 0.3 and 0 < padding["attention"] < 0.6
 
 
-def test_batches_refuse_uneven_split():
-    with pytest.raises(
-        ValueError, match="batch of 6 rows does not split evenly into 1 microbatches over 4"
-    ):
-        Batches(random_pairs(6), training_order(6, 6, 1, 0), shards=4)
+@pytest.mark.parametrize("size", [3, 6])
+def test_batches_pad_shards_that_have_fewer_examples(size):
+    batches = Batches(random_pairs(size), training_order(size, size, 1, 0), shards=4)
+    batch = batches[0]
+    places = batches.indices(0)
+    assert sorted(places[places != FILLER]) == list(range(size))
+    per_shard = batch.weights.sum(axis=2)[0]
+    assert per_shard.sum() == size and per_shard.max() - per_shard.min() == 1
+
+
+def test_microbatches_have_an_example_for_each_shard():
+    block = ConfigDict(dict(batch_size=24, microbatch_size=4))
+    assert [microbatches_of(block, shards) for shards in (1, 4, 8, 32)] == [6, 6, 3, 1]
 
 
 def test_prefetch_order_lookahead_and_errors():
