@@ -1,25 +1,36 @@
 """Verify what runs have left: dpo-jax check WORKDIR
 
 Prints a line for each part of each stage in WORKDIR: its records, the files of its result, its
-checkpoints, its completions, its metrics, and the reference's log-probs. "whole" means that it is
-what was written there: rows and sha256 are those that were recorded, and the sums of a checkpoint's
-bits are those of its save. Reads only. It reads everything, so it takes as long as reading the
-files does, and memory for the largest part of a checkpoint, the optimiser's state.
+checkpoints, its completions, its metrics, and the reference's log-probs; and for each file that
+`sample` or a judge has written there. "whole" means that it is what was written: rows and sha256
+are those that were recorded, and the sums of a checkpoint's bits are those of its save. "not
+recorded" means that nothing is known of it, as an earlier version wrote it. Reads only. It reads
+everything, so it takes as long as reading the files does, and memory for the largest part of a
+checkpoint, the optimiser's state.
 
-Exit status: 0 if all is whole, 1 if something is not.
+Exit status: 0 if nothing is damaged, 1 if something is.
 """
 
 import collections
 import os
 import pathlib
 import sys
+import typing
 from collections.abc import Iterator
 
 from dpo_jax import command_line
 from dpo_jax.storage import shadow
 
-# A Finding: a part of a WORKDIR by its path, and what is wrong with it; "" if it is whole.
-Finding = tuple[pathlib.Path, str]
+
+class Finding(typing.NamedTuple):
+    """A part of a WORKDIR by its path, and what is known of it."""
+
+    path: pathlib.Path
+    problem: str = ""  # what is wrong with it
+    note: str = ""  # why nothing is known to be wrong, where it cannot be compared
+
+
+FINISHED_EARLIER = "not recorded (finished by an earlier version)"
 
 
 def check(workdir: pathlib.Path) -> Iterator[Finding]:
@@ -29,6 +40,7 @@ def check(workdir: pathlib.Path) -> Iterator[Finding]:
             yield from _reference(folder)
         elif _is_stage(folder):
             yield from _stage(folder)
+    yield from _outputs(workdir)
 
 
 def _is_stage(folder: pathlib.Path) -> bool:
@@ -53,20 +65,25 @@ def _stage(folder: pathlib.Path) -> Iterator[Finding]:
     for name, read in readers.items():
         # Only the first is there in every stage.
         if name == "config.json" or (folder / name).exists():
-            yield folder / name, _problem(read, folder)
+            yield Finding(folder / name, _problem(read, folder))
 
     is_done = (folder / "done.json").exists()
-    if is_done and not _problem(workdir.read_done, folder):
+    is_readable = is_done and not _problem(workdir.read_done, folder)
+    if is_readable and workdir.FILES in workdir.read_done(folder):
         yield from _result(folder)
+    elif is_readable:
+        parts = {pathlib.PurePath(name).parts[0] for name in workdir.result_files(folder)}
+        for part in sorted(parts - {"ledger.json", "weights.json"}):
+            yield Finding(folder / part, note=FINISHED_EARLIER)
     elif (folder / workdir.COMPLETIONS).exists():
-        yield folder / workdir.COMPLETIONS, workdir.completions(folder).problem()
+        yield _rows(folder / workdir.COMPLETIONS, folder / workdir.SUMS)
     yield from _checkpoints(folder, is_done)
 
 
-def _problem(read, folder: pathlib.Path) -> str:
-    """Return the message with which a reader refuses a stage's file; "" if it reads it."""
+def _problem(read, path: pathlib.Path) -> str:
+    """Return the message with which a reader refuses what is at a path; "" if it reads it."""
     try:
-        read(folder)
+        read(path)
     except FileNotFoundError as error:
         return f"{error.filename} is gone"
     except (ValueError, OSError) as error:
@@ -84,9 +101,9 @@ def _result(folder: pathlib.Path) -> Iterator[Finding]:
     for part, problems in by_part.items():
         damaged = {name: problem for name, problem in problems.items() if problem}
         for name, problem in damaged.items():
-            yield folder / name, problem
+            yield Finding(folder / name, problem)
         if not damaged and part not in ("ledger.json", "weights.json"):
-            yield folder / part, ""
+            yield Finding(folder / part)
 
 
 def _checkpoints(folder: pathlib.Path, is_done: bool) -> Iterator[Finding]:
@@ -94,19 +111,87 @@ def _checkpoints(folder: pathlib.Path, is_done: bool) -> Iterator[Finding]:
     from dpo_jax import workdir
     from dpo_jax.training import checkpoint, metrics
 
-    rows = None
-    for step in workdir.saved_steps(folder / "checkpoints"):
-        path = folder / "checkpoints" / str(step)
+    checkpoints = folder / "checkpoints"
+    newest = None  # that is whole
+    rows = {}
+    passed_over = []  # damaged ones that are newer
+    for step in reversed(workdir.saved_steps(checkpoints)):
+        path = checkpoints / str(step)
         try:
-            rows = checkpoint.verify(folder / "checkpoints", step)
+            rows_then = checkpoint.verify(checkpoints, step)
         except checkpoint.DamagedCheckpoint as error:
-            yield path, f"{error}. A resumed run passes it over"
-        else:
-            yield path, ""
-    if rows is not None and not is_done:
+            if is_done:
+                yield Finding(path, f"{error}. {_USE_WHEN_DONE}")
+            elif newest is None:
+                passed_over.append((path, error))
+            else:
+                yield Finding(path, f"{error}. {_USE_WHEN_OLDER.format(newest=newest)}")
+            continue
+        if newest is None:
+            newest, rows = step, rows_then
+            for damaged, error in passed_over:
+                yield Finding(damaged, f"{error}. A resumed run passes it over for step {newest}")
+        yield Finding(path)
+    if newest is None:
+        for damaged, error in passed_over:
+            remedy = f"Put it back from a copy, or remove {checkpoints} to begin the stage again"
+            yield Finding(damaged, f"{error}. None is whole, so a resumed run stops. {remedy}")
+    elif not is_done:
         path = folder / "metrics.jsonl"
         is_whole = metrics.holds(path, rows)
-        yield path, "" if is_whole else f"{path} does not hold the {rows['rows']} rows of its save"
+        found = f"{path} does not hold the {rows.get('rows', 0)} rows of its save. A resumed run "
+        found += "keeps those that can be read, and the file as it is under another name"
+        yield Finding(path, "" if is_whole else found)
+
+
+# What a damaged checkpoint means for the run.
+_USE_WHEN_DONE = (
+    "The stage is finished: it is read only if its hf/ has to be written again, or to train on"
+)
+_USE_WHEN_OLDER = (
+    "A resumed run begins at step {newest}; it is read only if it is the best one by keep_best"
+)
+
+
+def _outputs(workdir: pathlib.Path) -> Iterator[Finding]:
+    """Yield a Finding for each file that `sample` or a judge has written, in no stage's folder."""
+    from dpo_jax.evaluation import chat_api, judge
+    from dpo_jax.workdir import COMPLETIONS, SUMS
+
+    for here, folders, names in os.walk(workdir):
+        parent = pathlib.Path(here)
+        is_stage = parent.parent == workdir and (parent.name == "reference" or _is_stage(parent))
+        folders[:] = [] if is_stage else sorted(name for name in folders if name != "wandb")
+        for name in [] if is_stage else sorted(names):
+            path = parent / name
+            if name == COMPLETIONS:
+                yield _rows(path, parent / SUMS)
+            elif name == judge.JUDGEMENTS:
+                yield Finding(path, _problem(chat_api.read, path))
+            elif name == "settings.json" and COMPLETIONS in names:
+                yield Finding(path, _problem(_read_settings, path))
+            elif name.endswith(".settings.json"):
+                rows = parent / name.removesuffix(".settings.json")
+                yield Finding(path, _problem(_read_settings, path))
+                if rows.exists():
+                    yield _rows(rows, parent / f"{rows.name}.sums")
+
+
+def _read_settings(path: pathlib.Path) -> None:
+    """Read what rows beside a file were made with; ValueError where it is damaged."""
+    from dpo_jax.whole_file import read_record
+
+    read_record(path, "Put it back from a copy, or remove it and the rows beside it.")
+
+
+def _rows(path: pathlib.Path, sums: pathlib.Path) -> Finding:
+    """Return the Finding for rows that were appended to a file as they were made."""
+    from dpo_jax.workdir import SealedRows
+
+    if not sums.exists():
+        return Finding(path, note=f"not recorded ({sums.name} is not there)")
+    problem = SealedRows(path, sums).problem()
+    return Finding(path, problem and f"{problem}. The command that makes them makes them again")
 
 
 def _reference(folder: pathlib.Path) -> Iterator[Finding]:
@@ -116,11 +201,12 @@ def _reference(folder: pathlib.Path) -> Iterator[Finding]:
     for path in sorted(folder.glob("*/*.npy")):
         _, problem = reference_cache.inspect(path)
         remedy = f"Remove {path.parent}, and the log-probs are computed again."
-        yield path, f"{path}: {problem}. {remedy}" if problem else ""
+        yield Finding(path, f"{path}: {problem}. {remedy}" if problem else "")
     for seal in sorted(folder.glob("*/*.sha256")):
         path = seal.with_suffix(".npy")
         if not path.exists():
-            yield path, f"{path} is gone. Remove {seal}, and the log-probs are computed again."
+            remedy = f"Remove {seal}, and the log-probs are computed again."
+            yield Finding(path, f"{path} is gone. {remedy}")
 
 
 def report(workdir: pathlib.Path) -> int:
@@ -128,11 +214,12 @@ def report(workdir: pathlib.Path) -> int:
 
     Raises ValueError where no run has left anything.
     """
-    checked = damaged = 0
-    for path, problem in check(workdir):
-        print(f"{path.relative_to(workdir)!s:<40}  {problem or 'whole'}", flush=True)
+    checked = damaged = unknown = 0
+    for path, problem, note in check(workdir):
+        print(f"{path.relative_to(workdir)!s:<40}  {problem or note or 'whole'}", flush=True)
         checked += 1
         damaged += bool(problem)
+        unknown += bool(note)
     if not checked:
         raise ValueError(
             f"{workdir} holds nothing that a run has left. Give the WORKDIR of a run, the folder "
@@ -142,7 +229,8 @@ def report(workdir: pathlib.Path) -> int:
     if aside:
         names = ", ".join(str(path.relative_to(workdir)) for path in aside)
         print(f"set aside by a run that found them damaged: {names}")
-    print(f"{checked - damaged} of {checked} are whole")
+    rest = f", {unknown} not recorded" if unknown else ""
+    print(f"{checked - damaged - unknown} of {checked} are whole{rest}")
     return damaged
 
 

@@ -32,6 +32,7 @@ from dpo_jax.parallel import processes
 from dpo_jax.storage import lease, shadow
 from dpo_jax.whole_file import (
     IsoDate,
+    Kind,
     append,
     parse_object,
     read_record,
@@ -60,7 +61,7 @@ CONFIG_FIELDS = dict(
     changes=list,
 )
 DONE_FIELDS = {FILES: dict, EXPORT: dict(asked=str, dtype=str, source=str)}
-LEDGER_FIELDS = dict(train=dict(kept=int), eval=dict(kept=int), prompts=int, fingerprint=str | list)
+LEDGER_FIELDS = dict(train=dict, eval=dict, prompts=int, fingerprint=str | list)
 WEIGHTS_FIELDS = dict.fromkeys(
     ("policy", "base", "start", "reference", "reward", "true"), dict(path=str, fingerprint=str)
 )
@@ -386,7 +387,7 @@ def finish_stage(folder: pathlib.Path, **result) -> None:
     if jax.process_index():
         return
     finished = time.strftime("%Y-%m-%d %H:%M:%S")
-    files = {name: _measure(folder / name) for name in _result_files(folder)}
+    files = {name: _measure(folder / name) for name in result_files(folder)}
     write_record(folder / "done.json", result | {"finished": finished, FILES: files})
 
 
@@ -399,10 +400,13 @@ def read_done(folder: pathlib.Path) -> dict:
     )
 
 
-def read_ledger(folder: pathlib.Path) -> dict:
-    """Return the record in a stage's ledger.json; ValueError where it is damaged."""
+def read_ledger(folder: pathlib.Path, **fields: Kind) -> dict:
+    """Return the record in a stage's ledger.json; ValueError where it is damaged.
+
+    fields: as for `read_record`, of those that are used beside what all ledgers have.
+    """
     remedy = _without("the data is then not compared")
-    return read_record(folder / "ledger.json", remedy, **LEDGER_FIELDS)
+    return read_record(folder / "ledger.json", remedy, **LEDGER_FIELDS | fields)
 
 
 def read_weights(folder: pathlib.Path) -> dict:
@@ -496,7 +500,7 @@ def _how_made_again(folder: pathlib.Path) -> str:
     return "the stage is made again"
 
 
-def _result_files(folder: pathlib.Path) -> list[str]:
+def result_files(folder: pathlib.Path) -> list[str]:
     """Return the names of the files that a stage's result consists of."""
     names = []
     for path in sorted(folder.rglob("*")):
@@ -596,10 +600,8 @@ class SealedRows:
         return [json.loads(line) for line in lines[:whole]]
 
     def problem(self) -> str:
-        """Return what is wrong with the files, which stay as they are; "" if nothing is."""
+        """Return what is wrong with the rows by their sums; "" if nothing is. Only reads."""
         *lines, _torn = self._path.read_bytes().split(b"\n") if self._path.exists() else [b""]
-        if not self._sums.exists():
-            return f"{self._sums} is gone" if lines else ""
         whole, is_damaged, _ = self._whole_rows(lines)
         where = f"from row {whole + 1} on"
         return f"{self._path} is not what was written there {where}" if is_damaged else ""

@@ -190,7 +190,8 @@ class ModelCard:
         rows.append(("date for chat templates", start_date(self.folder).isoformat()))
         if stage_table.trains_on_samples(self.config, self.stage):
             rows.append(("pairs", "sampled from the model before this stage, and labelled"))
-        ledger = read_ledger(self.folder)
+        # Pairs that were sampled have another ledger, in their own stage.
+        ledger = read_ledger(self.folder, train=dict(kept=int), eval=dict(kept=int))
         for split in ("train", "eval"):
             if split in ledger:
                 rows.append((f"examples ({split})", f"{ledger[split]['kept']:,}"))

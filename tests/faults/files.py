@@ -164,7 +164,7 @@ def _is_seen(workdir: pathlib.Path, name: str) -> bool:
     alone.mkdir()
     stage = pathlib.PurePath(name).parts[0]
     (alone / stage).symlink_to(workdir / stage)
-    found = any(problem for _, problem in check.check(alone))
+    found = any(finding.problem for finding in check.check(alone))
     shutil.rmtree(alone)
     return found
 

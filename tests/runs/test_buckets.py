@@ -33,7 +33,7 @@ def test_run_in_a_bucket_equals_one_in_a_folder(method, tmp_path, monkeypatch):
     assert f"{method}: already done, in {ADDRESS}/{method}" in files.run(config, ADDRESS)
     folder = shadow.place(ADDRESS)
     shadow.pull(folder)
-    assert not [problem for _, problem in check.check(pathlib.Path(folder)) if problem]
+    assert not [one for one in check.check(pathlib.Path(folder)) if one.problem or one.note]
 
 
 def test_samples_in_a_bucket_are_known_again(tmp_path, monkeypatch, model, pairs, capsys):

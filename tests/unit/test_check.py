@@ -1,0 +1,117 @@
+"""What `dpo-jax check` says of what runs, `sample` and judges have left."""
+
+import hashlib
+import json
+
+import jax.numpy as jnp
+import pytest
+
+from dpo_jax import check, workdir
+from dpo_jax.training import step
+from dpo_jax.training.checkpoint import Checkpoints
+from dpo_jax.whole_file import with_sha256
+from dpo_jax.workdir import SealedRows, finish_stage, write_json, write_record
+from tests.helpers.rows import change_record
+
+
+def start(folder):
+    folder.mkdir(parents=True)
+    write_record(folder / "config.json", dict(stage="dpo", depends_on={}, config={}))
+
+
+def save(folder, *steps):
+    with Checkpoints(folder / "checkpoints", keep=len(steps)) as saved:
+        for number in steps:
+            state = step.TrainState(jnp.int32(number), {"w": jnp.full(2000, float(number))}, ())
+            saved.save(number, state, rows=dict(rows=0, sha256=hashlib.sha256().hexdigest()))
+    (folder / "metrics.jsonl").write_text("")
+
+
+def damage(folder, number):
+    (folder / "checkpoints" / str(number) / "_CHECKPOINT_METADATA").write_text("{}")
+
+
+def said(root) -> dict[str, str]:
+    """Return what is said of each part that is not whole, by its path."""
+    found = {}
+    for path, problem, note in check.check(root):
+        if problem or note:
+            found[str(path.relative_to(root))] = problem or note
+    return found
+
+
+@pytest.fixture
+def folder(tmp_path):
+    start(tmp_path / "dpo")
+    return tmp_path / "dpo"
+
+
+def test_what_a_damaged_checkpoint_means(folder):
+    save(folder, 1, 2, 3)
+    assert said(folder.parent) == {}
+    damage(folder, 3)
+    damage(folder, 1)
+    found = said(folder.parent)
+    assert set(found) == {"dpo/checkpoints/1", "dpo/checkpoints/3"}
+    assert found["dpo/checkpoints/3"].endswith(". A resumed run passes it over for step 2")
+    assert ". A resumed run begins at step 2; it is read only if" in found["dpo/checkpoints/1"]
+
+    damage(folder, 2)
+    found = said(folder.parent)
+    assert len(found) == 3
+    for text in found.values():
+        assert "so a resumed run stops. Put it back from a copy, or remove" in text
+        assert "passes it over" not in text
+
+    finish_stage(folder)
+    assert "The stage is finished: it is read only if" in said(folder.parent)["dpo/checkpoints/3"]
+
+
+def test_stage_that_an_earlier_version_finished(folder, capsys):
+    (folder / "hf").mkdir()
+    (folder / "hf" / "model.safetensors").write_text("weights")
+    finish_stage(folder)
+    assert said(folder.parent) == {}
+    change_record(folder / "done.json", lambda record: record.pop(workdir.FILES))
+    note = "not recorded (finished by an earlier version)"
+    assert said(folder.parent) == {"dpo/hf": note}
+    # Nothing is known to be wrong.
+    assert check.report(folder.parent) == 0
+    assert capsys.readouterr().out.endswith("2 of 3 are whole, 1 not recorded\n")
+
+
+def test_rows_of_sample(tmp_path):
+    for out, sums in (("out.jsonl", "out.jsonl.sums"), ("samples/completions.jsonl", "")):
+        path = tmp_path / out
+        path.parent.mkdir(exist_ok=True)
+        sums = path.with_name(sums or "completions.sums")
+        kept = SealedRows(path, sums)
+        for number in range(3):
+            kept.append([dict(completion=f"answer {number}")])
+    write_record(tmp_path / "out.jsonl.settings.json", dict(model="m"))
+    write_record(tmp_path / "samples" / "settings.json", dict(model="m"))
+    assert said(tmp_path) == {} and check.report(tmp_path) == 0
+
+    for out in ("out.jsonl", "samples/completions.jsonl"):
+        path = tmp_path / out
+        path.write_text(path.read_text().replace("answer 1", "answer 7"))
+    write_json(tmp_path / "out.jsonl.settings.json", with_sha256({}) | dict(model="other"))
+    found = said(tmp_path)
+    assert found.keys() == {"out.jsonl", "out.jsonl.settings.json", "samples/completions.jsonl"}
+    assert found["out.jsonl"].endswith(
+        "is not what was written there from row 2 on. The command that makes them makes them again"
+    )
+    (tmp_path / "out.jsonl.sums").unlink()
+    assert said(tmp_path)["out.jsonl"] == "not recorded (out.jsonl.sums is not there)"
+
+
+def test_answers_of_a_judge(tmp_path):
+    path = tmp_path / "winrate" / "hh" / "judge" / "judgements.jsonl"
+    path.parent.mkdir(parents=True)
+    row = dict(key="1", prompt="Which?", answer="Better: A", usage=None)
+    line = json.dumps(with_sha256(row)) + "\n"
+    path.write_text(line)
+    assert said(tmp_path) == {}
+    path.write_text(line + line.replace("Better: A", "Better: B"))
+    (text,) = said(tmp_path).values()
+    assert f"{path} line 2 is not a kept call, or not what was written there" in text
