@@ -46,6 +46,9 @@ _BUG_NOTE = (
     "lines above."
 )
 _OURS = ("dpo_jax", "experiments")
+# Flags that may differ between the processes of one command. Whether they mean the same folder is
+# checked there, whatever each host calls it.
+_OF_A_HOST = ("coordinator", "num_processes", "process_id", "debug", "workdir", "out")
 # A full disk, a full share of it, and a limit of a file's size.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -175,6 +178,12 @@ def _check_values() -> None:
             )
         if isinstance(flag.value, float) and not math.isfinite(flag.value):
             raise ValueError(f"--{flag.name}={flag.value}: expected a finite number.")
+
+
+def shared_flags() -> dict[str, object]:
+    """Return the flags that all processes of a command must be given alike, "--NAME" -> value."""
+    values = {f"--{name}": flag.value for name, flag in _own_flags().items()}
+    return {name: value for name, value in values.items() if name[2:] not in _OF_A_HOST}
 
 
 def _looks_like_flag(argument: str) -> bool:

@@ -10,7 +10,7 @@ import jax
 from absl import flags
 
 from dpo_jax import command_line
-from dpo_jax.parallel import processes
+from dpo_jax.parallel import agreement, processes
 
 
 def run(
@@ -41,6 +41,7 @@ def run(
     def run_together():
         processes.join(coordinator.value, count.value, number.value)
         with processes.together(command_line.report), explain_full_memory():
+            agreement.check_same(command_line.shared_flags, agreement.SAME_COMMAND)
             command()
 
     command_line.run(run_together, description, config=config)

@@ -27,7 +27,7 @@ from dpo_jax.data import every_row
 from dpo_jax.data.rows import TextExample
 from dpo_jax.data.tokenizer import TOKENIZATION_VERSION
 from dpo_jax.models import loading
-from dpo_jax.parallel import processes, sharding
+from dpo_jax.parallel import agreement, processes, sharding
 from dpo_jax.sampling import generation, sampler
 from dpo_jax.storage import shadow
 from dpo_jax.whole_file import IsoDate, read_record
@@ -81,6 +81,8 @@ def _sample_file(options: Options, path: pathlib.Path, mesh) -> None:
         **dataclasses.asdict(options.sampling),
         **options.settings,
     )
+    source = f"--prompts={options.prompts}"
+    agreement.check_same(lambda: {source: made_with["prompts"]}, agreement.SAME_FILES)
     sampling = options.sampling
     chunk = generation.prompts_at_a_time(sampling)
     kept = SealedRows(path, _sums_of(path))
@@ -96,6 +98,9 @@ def _sample_file(options: Options, path: pathlib.Path, mesh) -> None:
             sampling,
             options.settings,
             datetime.date.fromisoformat(date),
+        )
+        agreement.check_same(
+            lambda: {source: f"tokens of sha256 {encoded.fingerprint[:16]}"}, agreement.SAME_ROWS
         )
         model = checkpoint.load(mesh)
         progress = Progress("sample", start, len(rows), unit="prompt")

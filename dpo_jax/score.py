@@ -13,6 +13,7 @@ the same tokens: `reference_logp_chosen, reference_logp_rejected`.
 
 import dataclasses
 import datetime
+import functools
 import json
 import pathlib
 
@@ -28,7 +29,7 @@ from dpo_jax.data.examples import Examples
 from dpo_jax.data.ledger import CHAT_LINES, Counts, Malformed
 from dpo_jax.data.tokenizer import Encoder
 from dpo_jax.models import inference, loading
-from dpo_jax.parallel import processes, sharding
+from dpo_jax.parallel import agreement, processes, sharding
 from dpo_jax.storage import shadow
 from dpo_jax.whole_file import whole_file
 
@@ -102,6 +103,7 @@ def score_file(options: Options, mesh) -> None:
     data.update(source="local", path=options.data, **options.settings)
     encoded = _encode(options, data, checkpoint.tokenizer)
     say(account(encoded.counts))
+    agreement.check_same(functools.partial(_tokens, options.data, encoded), agreement.SAME_ROWS)
 
     # One model after the other, so that the weights of one alone are in memory.
     scores = _scores(options, encoded, checkpoint, "", mesh)
@@ -131,6 +133,15 @@ def _open_reference(options: Options, checkpoint: loading.Checkpoint) -> loading
             f"model one of {checkpoint.config.vocab}: they cannot be compared."
         )
     return reference
+
+
+def _tokens(path: str, encoded: Encoded) -> dict:
+    """Return the fingerprints of what is scored, by how an error calls it."""
+    found = {}
+    for kind, examples in (("pairs", encoded.pairs), ("completions", encoded.completions)):
+        counted = f"{len(examples):,} {kind}, tokens of sha256 {examples.fingerprint[:16]}"
+        found[f"--data={path}, {kind}"] = counted
+    return found
 
 
 def _summary(encoded: Encoded, out: pathlib.Path) -> str:

@@ -34,7 +34,7 @@ from dpo_jax.evaluation import chat_api, winrate_stats
 from dpo_jax.evaluation import judge as judges
 from dpo_jax.evaluation.judge import Comparison
 from dpo_jax.models import loading
-from dpo_jax.parallel import processes, sharding
+from dpo_jax.parallel import agreement, processes, sharding
 from dpo_jax.pipeline.run import Run
 from dpo_jax.pipeline.stages import run_stages
 from dpo_jax.rewards import reward_model
@@ -358,8 +358,13 @@ def _open(policy: Policy, task: Task) -> Opened:
             # A BOS stays in front of all.
             place = 1 if prompt[0] == tokenizer.bos_token_id else 0
             ids[number] = np.insert(prompt, place, shot_ids)
-    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    return Opened(opened, Prompts(ids, texts), functools.cache(opened.load_params))
+    answered = Prompts(ids, tokenizer.batch_decode(ids, skip_special_tokens=True))
+
+    def tokens():
+        return {f"the prompts of {policy.name}": f"tokens of sha256 {answered.fingerprint[:16]}"}
+
+    agreement.check_same(tokens, agreement.SAME_ROWS)
+    return Opened(opened, answered, functools.cache(opened.load_params))
 
 
 def _sample(point: Point, opened: Opened, runs: dict, sampling, folder) -> list[dict]:

@@ -21,7 +21,7 @@ from dpo_jax.models import export, families, hf, peft, safetensors_io, transform
 from dpo_jax.models.export import Source
 from dpo_jax.models.peft import Adapter
 from dpo_jax.models.transformer import TransformerConfig
-from dpo_jax.parallel import processes, sharding
+from dpo_jax.parallel import agreement, processes, sharding
 
 # How safetensors calls the types that an export can have. Others are read, and exported as float32.
 STORED_DTYPES = {"BF16": "bfloat16", "F16": "float16"}
@@ -161,6 +161,8 @@ def open_checkpoint(
         tokenizer = tokenizers.load(tokenizer_folder)
 
     def load_params(mesh):
+        # Before it takes hours: each host reads its own copy.
+        agreement.check_same_files(_files(path, folder, adapters))
         placed = sharding.param_shardings(mesh, transformer.abstract(config))
         return hf.load(folder, config, placed, adapters)
 
@@ -218,6 +220,19 @@ def _fingerprint(folder: pathlib.Path, adapters: tuple[Adapter, ...]) -> str:
         return weights
     parts = [weights, *(adapter.fingerprint for adapter in adapters)]
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
+
+def _files(
+    path: str, folder: pathlib.Path, adapters: tuple[Adapter, ...]
+) -> dict[str, pathlib.Path]:
+    """Return the files that say what a model computes and where its completions end, by name."""
+    files = [*safetensors_io.files(folder), folder / "config.json"]
+    files += folder.glob("generation_config.json")
+    named = {f"{path}: {file.name}": file for file in files}
+    for number, adapter in enumerate(adapters, 1):
+        for name in (peft.CONFIG, peft.WEIGHTS):
+            named[f"{path}: {name} of adapter {number}"] = adapter.folder / name
+    return named
 
 
 def _stored_dtype(folder: pathlib.Path) -> str:

@@ -342,6 +342,16 @@ def _broadcast(data: bytes) -> bytes:
     return multihost_utils.broadcast_one_to_all(sent).tobytes()
 
 
+def gathered(data: bytes) -> list[bytes]:
+    """Return the bytes of every process, by its number, on every process."""
+    from jax.experimental import multihost_utils
+
+    sizes = multihost_utils.process_allgather(np.int32(len(data)))
+    sent = np.frombuffer(data.ljust(int(sizes.max())), np.uint8)
+    rows = multihost_utils.process_allgather(sent)
+    return [row[:size].tobytes() for row, size in zip(rows, sizes, strict=True)]
+
+
 def check_shared(folder: str | pathlib.Path) -> None:
     """Check that all processes see the same folder.
 

@@ -16,6 +16,7 @@ from dpo_jax.data import tokenizer as tokenizers
 from dpo_jax.data.ledger import Reading
 from dpo_jax.models import loading, log_probs
 from dpo_jax.models.lora import Lora
+from dpo_jax.parallel import agreement
 from dpo_jax.pipeline import exports, preference_pairs
 from dpo_jax.rewards import make
 from dpo_jax.sampling import prompts
@@ -94,10 +95,13 @@ class Run:
         kind = "pairs" if STAGES[stage].responses == 2 else "sft"
         distinct = self.config[stage].get("distinct", False)
         if stage_table.trains_on_samples(self.config, stage):
+            source = str(self.folder("pairs"))
             loaded = preference_pairs.load(self.folder("pairs"), kind, distinct)
         else:
             data = self.sft_data() if STAGES[stage].data == "sft" else self.config.data
+            source = _source(data)
             loaded = dataset.load(data, tokenizer, kind, date=self.date, distinct=distinct)
+        _check_same_tokens(source, dict(train=loaded.train, eval=loaded.eval))
 
         say(loaded.ledger.table())
         shown = min(self.config.data.show, len(loaded.train))
@@ -118,12 +122,14 @@ class Run:
     def load_prompts(self, tokenizer) -> dict[str, Prompts]:
         """Return the prompts to sample from, of the splits train and eval."""
         if self.date not in self._prompts:
-            loaded = dataset.load(self.sft_data(), tokenizer, "sft", date=self.date)
+            data = self.sft_data()
+            loaded = dataset.load(data, tokenizer, "sft", date=self.date)
             found = {}
             for split, examples in (("train", loaded.train), ("eval", loaded.eval)):
                 found[split] = prompts.make(
                     examples, tokenizer, self.config.sampling, self.config.seed
                 )
+            _check_same_tokens(_source(data), found)
             self._prompts[self.date] = found
         return self._prompts[self.date]
 
@@ -220,3 +226,21 @@ class Run:
     def _before(self, stage: str) -> tuple[str, ...]:
         """Return the stages before a stage."""
         return self.config.stages[: self.config.stages.index(stage)]
+
+
+def _source(data: ConfigDict) -> str:
+    """Return how an error calls what a data block reads."""
+    return f"config.data: {data.path or data.mix or data.source}"
+
+
+def _check_same_tokens(source: str, splits: dict) -> None:
+    """Check that all processes have read the same; splits: name -> examples or prompts."""
+
+    def tokens():
+        found = {}
+        for split, rows in splits.items():
+            counted = f"{len(rows):,} rows, tokens of sha256 {rows.fingerprint[:16]}"
+            found[f"{source}, {split}"] = counted
+        return found
+
+    agreement.check_same(tokens, agreement.SAME_ROWS)

@@ -13,11 +13,12 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from dpo_jax import config as configs
 from dpo_jax import config_checks, stage_table
 from dpo_jax.console import compile_times, say
 from dpo_jax.evaluation import best_of_n, reward_kl, toy_report
 from dpo_jax.models import loading
-from dpo_jax.parallel import processes, sharding
+from dpo_jax.parallel import agreement, processes, sharding
 from dpo_jax.pipeline import exports, preference_pairs
 from dpo_jax.pipeline.run import FUNCTION, Run, versions
 from dpo_jax.pipeline.train_stage import is_measured_exactly, policy_measure, train_stage
@@ -151,6 +152,7 @@ def run_stages(
     config_checks.validate(config)
     _check_bucket(config, workdir)
     config = _with_loss(_with_reward(config, reward), loss)
+    agreement.check_same(functools.partial(_fields, config), agreement.SAME_COMMAND)
     with open_workdir(workdir) as folder:
         _run_all(config, folder, reward, loss, allowed)
     processes.wait_for_all("all stages")  # the others may read what process 0 wrote
@@ -190,6 +192,14 @@ def _check_stages(run: Run, allowed: frozenset[str]) -> None:
     """Raise StageChanged where the folder of any stage was made with a config that it refuses."""
     for stage in run.config.stages:
         stage_status(run.workdir, run.config, stage, versions(), allowed)
+
+
+def _fields(config: ConfigDict) -> dict:
+    """Return the fields of a config, "config.FIELD" -> value."""
+    fields = configs.flat_fields("config", config.to_dict())
+    # Last, as it follows from the others where none is given.
+    name = fields.pop("config.run")
+    return fields | {"config.run": name}
 
 
 def _is_done(run: Run, stage: str) -> bool:

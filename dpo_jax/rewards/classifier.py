@@ -21,7 +21,7 @@ from dpo_jax.data import tokenizer as tokenizers
 from dpo_jax.data.packing import pad_right
 from dpo_jax.models import hf, safetensors_io
 from dpo_jax.models.inference import map_batches
-from dpo_jax.parallel import sharding
+from dpo_jax.parallel import agreement, sharding
 from dpo_jax.parallel.sharding import constrain
 
 # Texts are padded to a power of 2 times this many tokens, so that few programs are compiled.
@@ -267,6 +267,8 @@ def classifier(folder, batch_size: int, mesh) -> Callable:
     all devices.
     """
     config = read_config(folder)
+    files = [*safetensors_io.files(folder), *folder.glob("*.json"), *folder.glob("*.txt")]
+    agreement.check_same_files({f"config.reward.path: {file.name}": file for file in files})
     params = jax.device_put(load(folder, config), sharding.replicated(mesh))
     tokenizer = tokenizers.load(folder)
     batch_size = sharding.whole_shards(batch_size, mesh)

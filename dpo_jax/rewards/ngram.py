@@ -7,6 +7,8 @@ nothing is stored.
 """
 
 import functools
+import hashlib
+import json
 import re
 from collections.abc import Callable
 
@@ -14,6 +16,7 @@ import numpy as np
 
 from dpo_jax.console import say
 from dpo_jax.data import readers
+from dpo_jax.parallel import agreement
 
 WINDOW = 60  # words
 TRAIN = "train"
@@ -108,7 +111,15 @@ def fitted(path: str) -> Callable:
 
     It is fitted once in a process.
     """
-    predict = fit(*labelled(path, TRAIN))
+    texts, labels = labelled(path, TRAIN)
+
+    def fingerprint():
+        digest = hashlib.sha256(json.dumps([texts, labels.tolist()]).encode()).hexdigest()
+        counted = f"{len(texts):,} texts, sha256 {digest[:16]}"
+        return {f"config.reward.path={path}, {TRAIN}": counted}
+
+    agreement.check_same(fingerprint, agreement.SAME_FILES)
+    predict = fit(texts, labels)
     if TEST in readers.find_splits(path):
         whole = labelled(path, TEST)
         say(
