@@ -93,5 +93,5 @@ def difference(first: dict, other: dict, number: int) -> str:
         f"{first['host']}."
     )
     if more:
-        told += f" So differ {', '.join(more[:NAMED])}{' and more' * (len(more) > NAMED)}."
+        told += f" Also different: {', '.join(more[:NAMED])}{' and more' * (len(more) > NAMED)}."
     return told

@@ -46,7 +46,9 @@ def cases(folder: pathlib.Path, number: int) -> dict:
         score.score_file(options, sharding.make_mesh())
 
     return {
-        "config": lambda: train("config", config_of(lr=0.1 * (1 + number), seed=number)),
+        "config": lambda: train(
+            "config", config_of(lr=0.1 * (1 + number), mesh__tensor=1 + number)
+        ),
         "rows": lambda: train("rows", config_of(data="pairs.jsonl")),
         "weights": lambda: train("weights", config_of(model="model")),
         "prompts": read_prompts,

@@ -39,11 +39,11 @@ def said(model, tmp_path_factory):
     "case, expected",
     [
         ("config", r"config.dpo.lr: 0.2 in process 1 on \S+, but 0.1 in process 0 on \S+\. "),
-        ("config", "So differ config.seed, config.run. All processes must have the same. Start"),
+        ("config", "Also different: config.mesh.tensor. All processes must have the same. Start"),
         (
             "rows",
-            r"config.data: pairs.jsonl, train: '48 rows, tokens of sha256 \w{16}' in process 1 on "
-            r"\S+, but '48 rows, tokens of sha256 \w{16}' in process 0 on ",
+            r"config.data: pairs.jsonl, train: '49 rows, tokens of sha256 \w{16}' in process 1 on "
+            r"\S+, but '44 rows, tokens of sha256 \w{16}' in process 0 on ",
         ),
         ("weights", r"model: model.safetensors: 'sha256 \w{16}' in process 1 on \S+, but 'sha256 "),
         ("prompts", "config.data: pairs.jsonl, train: '"),

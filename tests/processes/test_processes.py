@@ -1,6 +1,7 @@
 """Runs in two or four processes, joined by gloo, equal runs in one."""
 
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -58,12 +59,17 @@ runpy.run_module(program, run_name="__main__", alter_sys=True)
 
 
 def start(
-    module: str, *flags: str, processes: int = 2, own=lambda index: (), doomed: tuple = ()
+    module: str,
+    *flags: str,
+    processes: int = 2,
+    own=lambda index: (),
+    doomed: tuple = (),
+    folder=lambda index: ROOT,
 ) -> list[subprocess.Popen]:
     """The processes of one command, which wait for each other.
 
     own: index -> flags of that process alone. doomed: a module, a function of it, the signal
-    that the last process gets, and after which call.
+    that the last process gets, and after which call. folder: index -> where that process works.
     """
     port = free_port()
     return [
@@ -82,8 +88,8 @@ def start(
                 f"--num_processes={processes}",
                 f"--process_id={index}",
             ],
-            cwd=ROOT,
-            env=environment(2),
+            cwd=folder(index),
+            env=environment(2) | dict(PYTHONPATH=str(ROOT)),
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -115,7 +121,7 @@ def run_config(model, pairs, mesh=(2, 2, 1), **fields):
 def run_flags(model, pairs, **fields) -> list[str]:
     """The command line of that config."""
     config = run_config(model, pairs, **fields)
-    flags = ["--config=configs/dpo.py", f"--config.run={NAME}"]
+    flags = ["--config=dpo", f"--config.run={NAME}"]
     for name in ("model", "data", "mesh", "dpo"):
         usual = configs.default(("dpo",))[name]
         flags += [
@@ -208,25 +214,24 @@ def test_sample_in_two_processes(model, pairs, tmp_path):
 
 def test_error_in_one_ends_all(model, pairs, tmp_path):
     """Of the second process, which finds no data; and of both, which do not see the same folder."""
-    flags = run_flags(model, pairs)
-    second, began = (
-        start(
-            "dpo_jax.train",
-            *flags,
-            f"--workdir={tmp_path / 'run'}",
-            own=lambda index: [f"--config.data.path={tmp_path / 'missing'}"] * index,
-        ),
-        time.monotonic(),
+    hosts = [tmp_path / "host0", tmp_path / "host1"]
+    for host in hosts:
+        host.mkdir()
+    shutil.copy(pairs, hosts[0] / "rows.jsonl")
+    second = start(
+        "dpo_jax.train",
+        *run_flags(model, "rows.jsonl"),
+        f"--workdir={tmp_path / 'run'}",
+        folder=hosts.__getitem__,
     )
+    began = time.monotonic()
     outs = [process.communicate(timeout=processes.SILENCE + 60) for process in second]
-    assert (
-        all(process.returncode for process in second)
-        and time.monotonic() - began < processes.SILENCE + 45
-    )
-    assert "missing" in outs[1][1] and re.search(
-        r"process 1 of 2 on \S+ stops, and so do the others", outs[1][1]
-    )
-    assert second[1].returncode == 2 and "Traceback" not in outs[1][1]
+    assert time.monotonic() - began < processes.SILENCE + 45
+    assert [process.returncode for process in second] == [2, 2]
+    for _, errors in outs:
+        assert "rows.jsonl" in errors and "Traceback" not in errors
+        assert re.search(r"process 1 of 2 on \S+ stops, and so do the others", errors)
+    flags = run_flags(model, pairs)
     apart = start("dpo_jax.train", *flags, own=lambda index: [f"--workdir={tmp_path / str(index)}"])
     outs = [process.communicate(timeout=processes.SILENCE + 60) for process in apart]
     assert all(process.returncode for process in apart)

@@ -14,7 +14,7 @@ from dpo_jax.parallel import agreement
             dict(lr=0.1, steps=3, seed=0),
             "seed: 0 in process 4 on b, but '(absent)' in process 0 on a.",
         ),
-        (dict(lr=0.2, steps=4), "process 0 on a. So differ steps."),
+        (dict(lr=0.2, steps=4), "process 0 on a. Also different: steps."),
     ],
 )
 def test_difference_names_the_value_and_both_hosts(values, expected):
@@ -25,7 +25,7 @@ def test_difference_names_the_value_and_both_hosts(values, expected):
 def test_many_differences_are_counted_out():
     first, other = ({f"f{i}": value for i in range(12)} for value in (0, 1))
     found = agreement.difference(dict(host="a", values=first), dict(host="b", values=other), 1)
-    assert found.endswith("So differ f1, f2, f3, f4, f5, f6, f7, f8 and more.")
+    assert found.endswith("Also different: f1, f2, f3, f4, f5, f6, f7, f8 and more.")
 
 
 def test_alone_nothing_is_computed(tmp_path):
