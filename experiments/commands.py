@@ -1,9 +1,10 @@
-"""Make the configs of an experiment that runs several methods of one config.
+"""What the experiments' commands share: their configs, and WORKDIR in a folder or a bucket.
 
 --config=NAME or --config=NAME:SIZE, then --config.FIELD=VALUE for every run that has the field
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 from ml_collections import ConfigDict
 
@@ -49,3 +50,25 @@ def config_maker(choice: str, overrides: dict[str, str]) -> Callable[[str], Conf
         nearest = with_block[0] if with_block else configs[0]
         raise ValueError(config_files.unknown_field(nearest, field))
     return make
+
+
+@contextlib.contextmanager
+def in_workdir(workdir: str, *, dry_run: bool = False) -> Iterator[str]:
+    """Yield the folder of this machine that is WORKDIR: of a bucket a copy, pushed in the end.
+
+    dry_run: the copy is only read.
+    """
+    # Imported late: the commands set what jax reads when it is imported.
+    from dpo_jax.storage import shadow
+    from dpo_jax.storage.addresses import is_address
+    from dpo_jax.workdir import open_workdir
+
+    if not is_address(workdir):
+        yield workdir
+    elif dry_run:
+        folder = shadow.place(workdir)
+        shadow.pull(folder, shadow.is_outside_stages)
+        yield str(folder)
+    else:
+        with open_workdir(workdir) as folder:
+            yield str(folder)

@@ -23,6 +23,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from experiments.commands import in_workdir
+
 PARTS = ("toy", "hh")
 # Arm -> (config.data.order, what is added to the seed of the order).
 ARMS = {"pairs": ("pairs", 0), "pairs, shuffled anew": ("pairs", 1000), "prompts": ("prompts", 0)}
@@ -345,13 +347,8 @@ def main():
     os.environ["XLA_FLAGS"] = f"{given} --xla_cpu_multi_thread_eigen=false"
 
     def measure():
-        run(
-            pathlib.Path(workdir.value),
-            parts.value,
-            seeds.value,
-            model.value,
-            hh.value,
-        )
+        with in_workdir(workdir.value) as folder:
+            run(pathlib.Path(folder), parts.value, seeds.value, model.value, hh.value)
 
     command_line.run(measure, __doc__)
 

@@ -21,7 +21,7 @@ import pathlib
 import numpy as np
 
 from dpo_jax.data.batches import steps_of
-from experiments.commands import config_maker
+from experiments.commands import config_maker, in_workdir
 
 # Method -> (swept field, its values, how a value is written).
 SWEEP = {
@@ -181,7 +181,8 @@ def main():
 
     def make_runs():
         make_config = config_maker(config.choice, config.overrides)
-        run(make_config, workdir.value, names.value, dry_run.value)
+        with in_workdir(workdir.value, dry_run=dry_run.value) as folder:
+            run(make_config, folder, names.value, dry_run.value)
 
     device_command.run(make_runs, __doc__, config=config)
 

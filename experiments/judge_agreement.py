@@ -26,6 +26,8 @@ from dpo_jax.data.conversations import content_field, reply, transcript
 from dpo_jax.data.readers import read_jsonl
 from dpo_jax.evaluation import judge as judges
 from dpo_jax.evaluation import winrate_stats
+from dpo_jax.storage.addresses import shown
+from experiments.commands import in_workdir
 
 PEOPLE = "people"
 
@@ -168,7 +170,7 @@ def run(
     found = tables(rows, verdicts)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "agreement.json").write_text(json.dumps(found, indent=1) + "\n")
-    print("\n" + show(found) + f"\n{folder / 'agreement.json'}")
+    print(f"\n{show(found)}\n{shown(str(folder / 'agreement.json'))}")
     return found
 
 
@@ -204,7 +206,8 @@ def main():
         for name in names.value:
             model, _, template = name.rpartition(":")
             chosen[name] = make(model=model, template=template)
-        run(votes.value, workdir.value, chosen, reward_models.value)
+        with in_workdir(workdir.value) as folder:
+            run(votes.value, folder, chosen, reward_models.value)
 
     command_line.run(compare_judges, __doc__)
 

@@ -22,6 +22,8 @@ import time
 
 import numpy as np
 
+from experiments.commands import in_workdir
+
 # Panel -> (title, labels, reward, seeds).
 PANELS = {
     "a": ("(a) additive reward, Bradley-Terry labels", "bradley_terry", "toy", (0, 1)),
@@ -190,6 +192,7 @@ def table(rows: list[dict]) -> str:
 
 def run(workdir: str, panels: list[str], jobs: int) -> list[dict]:
     """Run the panels, one process per seed; write frontier.json and frontier.png."""
+    from dpo_jax.console import say
     from dpo_jax.evaluation import plots
 
     began = time.monotonic()
@@ -214,7 +217,7 @@ def run(workdir: str, panels: list[str], jobs: int) -> list[dict]:
         curve_name="highest reward at this KL (exact, first seed)",
     )
     print(table(rows))
-    print(f"{workdir}/frontier.json, {workdir}/frontier.png: {time.monotonic() - began:.0f} s")
+    say(f"{workdir}/frontier.json, {workdir}/frontier.png: {time.monotonic() - began:.0f} s")
     return rows
 
 
@@ -249,7 +252,8 @@ def main():
     processes.start()
 
     def make_panels():
-        run(workdir.value, panels.value, jobs.value)
+        with in_workdir(workdir.value) as folder:
+            run(folder, panels.value, jobs.value)
 
     command_line.run(make_panels, __doc__)
 

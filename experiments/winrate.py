@@ -658,6 +658,7 @@ def main(
         if "best_of_n" not in options.methods:
             refuse_flags("without --method=best_of_n", "best_of")
         make_config = commands.config_maker(config.choice, config.overrides)
-        run(make_config, workdir.value, options)
+        with commands.in_workdir(workdir.value, dry_run=dry_run.value) as folder:
+            run(make_config, folder, options)
 
     device_command.run(start, description, config=config)

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -19,8 +20,9 @@ from dpo_jax.parallel import sharding
 from dpo_jax.pipeline.run import Run
 from dpo_jax.rewards import make
 from dpo_jax.workdir import StageChanged, read_lines
-from experiments import tiny_tldr, tldr_winrate, winrate, winrate_report
+from experiments import commands, tiny_tldr, tldr_winrate, winrate, winrate_report
 from experiments.winrate import Options
+from tests.helpers import bucket_folders
 from tests.helpers.judge_server import JudgeServer, answer, prefers, texts
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_runs import environment, experiment_configs, plant
@@ -202,6 +204,30 @@ def test_finished_experiment_replays(finished, make_config, monkeypatch):
     assert (
         tldr_winrate.run(make_config, str(workdir), SMALL)[-1]["verdicts"] == rows[-1]["verdicts"]
     )
+
+
+def test_experiment_in_a_bucket(finished, make_config, tmp_path, monkeypatch):
+    """One that another machine finished, but for a row of samples and the judge's last answer."""
+    workdir, rows, _ = finished
+    bucket = tmp_path / "buckets" / "bucket" / "run"
+    shutil.copytree(workdir, bucket)
+    (sampled,) = bucket.glob("winrate/tldr/samples/dpo-1-1/completions.jsonl")
+    whole = sampled.read_bytes()
+    sampled.write_bytes(b"".join(whole.splitlines(keepends=True)[:-1]))
+    calls = results(bucket) / "judgements.jsonl"
+    answers = calls.read_bytes().splitlines(keepends=True)
+    calls.write_bytes(b"".join(answers[:-1]))
+    bucket_folders.use(monkeypatch, tmp_path / "buckets", tmp_path / "copies")
+    with (
+        JudgeServer(prefers(len)) as server,
+        server.environment(),
+        commands.in_workdir("s3://bucket/run") as folder,
+    ):
+        again = tldr_winrate.run(make_config, folder, SMALL)
+    assert [row["verdicts"] for row in again] == [row["verdicts"] for row in rows]
+    assert len(server.prompts) == 1
+    assert sampled.read_bytes() == whole
+    assert len(calls.read_bytes().splitlines()) == len(answers)
 
 
 def test_both_orders_share_calls(finished, make_config):
