@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import importlib.util
 import pathlib
 import re
@@ -183,6 +184,48 @@ def test_files_named_in_the_text_exist(page):
         if name == "utils.py":  # of which there is none
             continue
         assert any(place.exists() for place in [*places, *in_rooms]), name
+
+
+# In a message that a page quotes: names, numbers and words that the code fills in.
+FILLED_IN = re.compile(r"gs://\S*|\b[A-Z][A-Z_]*\b|\b(?:process|written)\b|\d+|[()]")
+
+
+def quoted_messages(page: pathlib.Path) -> list[str]:
+    """Return what the first column of a page's tables of failures quotes from the code."""
+    tables = re.findall(r"^\| printed \|.*?\n\n", page.read_text() + "\n", re.M | re.S)
+    cells = [line.split(" | ")[0] for table in tables for line in table.splitlines()[2:] if line]
+    ours = [cell for cell in cells if not cell.endswith("from kubectl")]
+    return [message for cell in ours for message in re.findall(r"`([^`]+)`", cell)]
+
+
+@functools.cache
+def texts_of_the_code() -> str:
+    """Return all strings of the package, holes for what is filled in, and the shell scripts."""
+    found = [LAUNCH, (ROOT / "launch" / "slurm.sh").read_text()]
+    for path in (ROOT / "dpo_jax").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = [
+                    part.value if isinstance(part, ast.Constant) else "{}" for part in node.values
+                ]
+                found.append("".join(parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return "\n".join(found)
+
+
+@pytest.mark.parametrize("message", quoted_messages(ROOT / "docs" / "first_pod.md"))
+def test_quoted_message_is_in_the_code(message):
+    pieces = [piece.strip(" .,:'|") for piece in FILLED_IN.split(message)]
+    long = [piece for piece in pieces if len(piece) >= 5]
+    if not long:  # a flag, or a word alone
+        assert message.startswith("--")
+    for piece in long:
+        assert piece in texts_of_the_code(), message
+
+
+def test_failures_are_quoted():
+    assert len(quoted_messages(ROOT / "docs" / "first_pod.md")) > 30
 
 
 def test_architecture_names_every_room():
