@@ -377,7 +377,6 @@ def _load(path: pathlib.Path, abstract: dict, *, partial: bool = False) -> tuple
 
 def _attempt(path: pathlib.Path, read: Callable):
     """Return what orbax reads of a checkpoint; DamagedCheckpoint, in one line, where it cannot."""
-    _ignore_late_reads()
     reason = ""
     found = None
     with _quiet():
@@ -406,15 +405,13 @@ def _attempt(path: pathlib.Path, read: Callable):
 @contextlib.contextmanager
 def _quiet():
     """Keep libraries from telling what they raise: an error is told once, in our own words."""
+    _ignore_late_reads()
     level = logging.root.manager.disable
-    hook = sys.unraisablehook
     logging.disable(logging.CRITICAL)
-    sys.unraisablehook = _ignore
     try:
         with warnings.catch_warnings(action="ignore"):
             yield
     finally:
-        sys.unraisablehook = hook
         logging.disable(level)
 
 
@@ -425,10 +422,6 @@ def _is_not_orbax_error(record: logging.LogRecord) -> bool:
 def _is_of_no_read(record: logging.LogRecord) -> bool:
     """Return False for what asyncio logs of a failed read that nobody waits for any more."""
     return "exception was never retrieved" not in record.getMessage()
-
-
-def _ignore(_unraisable) -> None:
-    """Say nothing of an exception that nobody waits for any more."""
 
 
 @functools.cache  # once for the process

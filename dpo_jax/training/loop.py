@@ -382,7 +382,8 @@ class _Recorder:
             return written[step]
         evaluation = self._evaluate(step, state)
         if evaluation:
-            self._write(step, evaluation, always=True)
+            # Later rows may be there, and one of this step that has lost its evaluation alone.
+            self._writer.amend(step, evaluation)
         return evaluation
 
     def _written_evaluations(self) -> dict[int, dict[str, float]]:

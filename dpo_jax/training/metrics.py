@@ -91,10 +91,14 @@ class Writer(contextlib.ExitStack):
             rows = [row for row in map(_parse, lines) if row and row["step"] <= step]
             kept = [json.dumps(row).encode() + b"\n" for row in rows]
             self._say_damaged(step, written["rows"], len(kept))
-        self._count = len(kept)
-        self._digest = hashlib.sha256(b"".join(kept))
+        self._rewrite(kept)
+
+    def _rewrite(self, lines: list[bytes]) -> None:
+        data = b"".join(lines)
+        self._count = len(lines)
+        self._digest = hashlib.sha256(data)
         with whole_file(self._path) as draft:
-            draft.write_bytes(b"".join(kept))
+            draft.write_bytes(data)
 
     def _say_damaged(self, step: int, count: int, readable: int) -> None:
         found = "The file is gone."
@@ -118,6 +122,16 @@ class Writer(contextlib.ExitStack):
         append(self._path, line)
         self._count += 1
         self._digest.update(line)
+        for sink in self._sinks:
+            sink(step, values)
+
+    def amend(self, step: int, values: dict[str, float]) -> None:
+        """Add values to the row of an earlier step, or write it in its place if it is lost."""
+        if not self._active:
+            return
+        rows = {row["step"]: row for row in read_rows(self._path)}
+        rows[step] = rows.get(step, dict(step=step)) | values
+        self._rewrite([json.dumps(rows[key]).encode() + b"\n" for key in sorted(rows)])
         for sink in self._sinks:
             sink(step, values)
 
@@ -206,4 +220,4 @@ def _parse(line: bytes) -> dict | None:
     """Return a line's row; None where it is not one."""
     row = parse_object(line)
     is_row = row is not None and isinstance(row.get("step"), int)
-    return row if is_row else None
+    return row if is_row and all(isinstance(value, int | float) for value in row.values()) else None

@@ -123,6 +123,30 @@ def test_writer_rewind_keeps_damaged_file(tmp_path, capsys, change, left):
     assert f"{len(left)} rows of the file can be read and are kept" in said
 
 
+@pytest.mark.parametrize(
+    "rows", [[dict(step=2, loss=0.5)], []], ids=["evaluation lost", "row lost"]
+)
+def test_writer_amend_leaves_one_row_of_a_step(tmp_path, rows):
+    writer = metrics.Writer(tmp_path)
+    for row in [dict(step=1, loss=0.7), *rows, dict(step=3, loss=0.4)]:
+        writer.write(row["step"], {"loss": row["loss"]})
+    writer.amend(2, {"loss/eval": 0.6})
+    found = metrics.read_rows(tmp_path / "metrics.jsonl")
+    row = (rows[0] if rows else dict(step=2)) | {"loss/eval": 0.6}
+    assert [row["step"] for row in found] == [1, 2, 3] and found[1] == row
+    # A checkpoint that is saved next knows the file as it is now.
+    writer.write(4, dict(loss=0.3))
+    assert metrics.holds(tmp_path / "metrics.jsonl", writer.written) and writer.written["rows"] == 4
+
+
+@pytest.mark.parametrize("line", ['{"step": 1, "loss": "0.7"}', '{"step": 1, "loss": [0.7]}'])
+def test_read_rows_names_what_is_no_number(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 0}}\n{line}\n')
+    with pytest.raises(ValueError, match="metrics.jsonl line 2 is not a row of metrics"):
+        metrics.read_rows(path)
+
+
 def test_read_rows_names_damaged_row(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n\xff\n{"step": 3}\n{"st')
