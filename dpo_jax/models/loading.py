@@ -14,7 +14,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from dpo_jax.console import warn
+from dpo_jax.console import say, warn
 from dpo_jax.data import packing, toy
 from dpo_jax.data import tokenizer as tokenizers
 from dpo_jax.models import export, families, hf, peft, safetensors_io, transformer
@@ -163,7 +163,7 @@ def open_checkpoint(
     def load_params(mesh):
         # Before it takes hours: each host reads its own copy.
         agreement.check_same_files(_files(path, folder, adapters))
-        placed = sharding.param_shardings(mesh, transformer.abstract(config))
+        placed = _placed(mesh, config)
         return hf.load(folder, config, placed, adapters)
 
     @functools.cache  # it reads all of the weights
@@ -175,6 +175,19 @@ def open_checkpoint(
         # Read here so that a wrong file is refused before training, not by the export.
         source.eos_ids()
     return Checkpoint(config, hf_config, tokenizer, path, load_params, fingerprint, source)
+
+
+def _placed(mesh, config: TransformerConfig) -> dict:
+    """Return where weights lie on a mesh, and say once which axes of it do not split them."""
+    shapes = transformer.abstract(config)
+    for line in sharding.unsplit(mesh, shapes):
+        _say_once(line)
+    return sharding.param_shardings(mesh, shapes)
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    say(line)
 
 
 def find(path: str, *, weights: bool = True) -> tuple[pathlib.Path, tuple[Adapter, ...]]:
@@ -254,7 +267,7 @@ def from_scratch(fields: dict, seed: int, *, tokenizer_path: str = "", **options
     config = families.from_hf(hf_config, **options)
 
     def load_params(mesh):
-        placed = sharding.param_shardings(mesh, transformer.abstract(config))
+        placed = _placed(mesh, config)
 
         def init(key):
             return transformer.init(config, key)

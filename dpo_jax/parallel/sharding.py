@@ -21,6 +21,7 @@ from dpo_jax.data import packing
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # the axes that split a batch into shards
+NAMED = 3  # weights that a message names
 
 # Batches are made of plain numpy arrays by data/, which imports no jax. They come to devices here,
 # so here jax is told, once, that it may map over their fields.
@@ -185,11 +186,14 @@ def path_name(path) -> str:
 
 def spec_of(name: str, shape: tuple[int, ...], mesh) -> P:
     """Return the PartitionSpec of a weight by its path; ValueError where no rule matches."""
+    return fitting(mesh, _rule(name, shape), shape)
+
+
+def _rule(name: str, shape: tuple[int, ...]) -> P:
+    """Return the PartitionSpec that a weight has where all its axes divide their dimensions."""
     for pattern, spec in RULES:
         if re.search(pattern, name):
-            if name.startswith("layers/"):
-                spec = P(None, *spec)
-            return fitting(mesh, spec, shape)
+            return P(None, *spec) if name.startswith("layers/") else spec
     raise ValueError(
         f"no sharding rule matches the parameter {name!r} of shape {shape}; "
         "add one to RULES in dpo_jax/parallel/sharding.py."
@@ -203,6 +207,51 @@ def param_shardings(mesh, params):
         return NamedSharding(mesh, spec_of(path_name(path), leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(sharding_of, params)
+
+
+def unsplit(mesh, params) -> list[str]:
+    """Return a line for each axis that leaves weights whole, with the bytes that it costs.
+
+    params: a tree of arrays or ShapeDtypeStructs.
+    """
+    lines = []
+    for axis, devices in mesh.shape.items():
+        excess = 0  # bytes on each device
+        whole = []  # (bytes, weight, dimension) of those that the axis does not divide
+        is_split = False
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+            name = path_name(path)
+            rule = _rule(name, leaf.shape)
+            if devices == 1 or axis not in rule:
+                continue
+            found = spec_of(name, leaf.shape, mesh)
+            if axis in found:
+                is_split = True
+                continue
+            parts = math.prod(mesh.shape[other] for other in found if other is not None)
+            held = leaf.size * leaf.dtype.itemsize // parts
+            excess += held - held // devices
+            whole.append((held, name, leaf.shape[rule.index(axis)]))
+        if not excess:
+            continue
+        # The largest ones come first.
+        whole.sort(reverse=True)
+        named = ", ".join(f"{name} ({dimension})" for _, name, dimension in whole[:NAMED])
+        if len(whole) > NAMED:
+            named += f" and {len(whole) - NAMED} more"
+        does = "does not divide" if is_split else "splits no weight; it does not divide"
+        lines.append(
+            f"mesh.{axis} = {devices} {does} {named}: each device holds {_bytes(excess)} of "
+            "weights more than if it did; in training, their gradients and moments come on top."
+        )
+    return lines
+
+
+def _bytes(count: int) -> str:
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count} bytes"
 
 
 def shard_params(mesh, values):

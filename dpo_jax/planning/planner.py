@@ -110,6 +110,7 @@ def plan(
         collectives=_in_gib(work) if work else None,
         seconds=roofline.seconds(topology, model.dtype, work) if work else None,
         missing_compiler=missing_compiler,
+        unsplit=sharding.unsplit(mesh, transformer.abstract(model)),
     )
     cells = batches.microbatches * batches.shards
     forward_flops = sum(flops.forward(model, batches.shapes[0].contents).values())

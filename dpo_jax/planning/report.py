@@ -76,6 +76,8 @@ class Report:
     hours: float | None = None
     missing_compiler: str = ""  # what to install, where the numbers are estimated for lack of it
     advice: Advice | None = None
+    # A line for each axis of the mesh that leaves weights whole, as sharding.unsplit has them.
+    unsplit: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def hbm_gib_per_chip(self) -> float:
@@ -114,8 +116,9 @@ class Report:
             "chip_hours",
         )
         values = dataclasses.asdict(self) | {name: getattr(self, name) for name in derived}
-        if self.advice is None:
-            del values["advice"]
+        for name in ("advice", "unsplit"):
+            if not values[name]:
+                del values[name]
         return values
 
 
@@ -215,7 +218,7 @@ def _memory(report: Report) -> list[str]:
         lines.append(f"  {kind:<24}{size:10.2f}")
     total = f"{report.hbm_gib_per_chip:10.2f}  of {report.capacity_gib:.2f}"
     lines.append(f"  {'total':<24}{total}: {verdict}")
-    return lines
+    return lines + report.unsplit
 
 
 def _work(report: Report) -> list[str]:

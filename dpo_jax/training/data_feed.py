@@ -225,12 +225,12 @@ def say_uneven_shards(name: str, block, shards: int) -> None:
     cells = microbatches * shards
     if size % cells == 0:
         return
-    idle = f"{cells - size} have none" if size < cells else "some have fewer than others"
-    parts = f"{cells} parts of an update ({microbatches} microbatches x {shards} data shards)"
+    idle = f"{cells - size} have none" if size < cells else "some have one more than others"
     field = "minibatch_size" if "minibatch_size" in block else "batch_size"
     say(
-        f"{name}: of the {parts}, {idle}, and are padded: a multiple of {cells} as "
-        f"config.{name}.{field}, now {size}, would use all devices alike."
+        f"{name}: the {size} rows of an update go to {cells} cells ({microbatches} x {shards}, "
+        f"microbatches x data shards), so {idle} and are padded. A multiple of {cells} as "
+        f"config.{name}.{field} uses all devices alike."
     )
 
 

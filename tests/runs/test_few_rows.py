@@ -37,7 +37,8 @@ def test_train_on_few_rows(model, few, tmp_path, capsys):
             found.append(run(config, tmp_path / str(devices)))
     expected, folder = found
     said = capsys.readouterr().out
-    assert "dpo: of the 8 parts of an update (1 microbatches x 8 data shards), 2 have none" in said
+    assert "dpo: the 6 rows of an update go to 8 cells (1 x 8, microbatches x data" in said
+    assert "so 2 have none and are padded" in said
     for name, value in weights(expected).items():
         np.testing.assert_allclose(weights(folder)[name], value, atol=1e-5)
     rows = rows_without_timings(folder)

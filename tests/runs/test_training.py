@@ -402,3 +402,9 @@ def test_device_never_waits_for_host(model, pairs, tmp_path, monkeypatch):
     first = events.index("step")
     assert events[first : first + 10] == ["step", *["step", "fetch"] * 4, "fetch"]
     assert sum(thread is not threading.main_thread() for thread in made_by) == 5
+
+
+def test_a_mesh_axis_that_splits_nothing_is_said_once(model, pairs, tmp_path, capsys):
+    with on_devices(3):
+        run(dpo_config(model, pairs, steps=1, batch_size=3, mesh__fsdp=3), tmp_path)
+    assert capsys.readouterr().out.count("mesh.fsdp = 3 splits no weight") == 1

@@ -123,3 +123,31 @@ def test_shard_batch_over_data_and_fsdp():
     placed = sharding.shard_batch(mesh, {"x": x}, axis=1)["x"]
     np.testing.assert_array_equal(placed, x)
     assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 1, 3)}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        # Keys and values of 1,024 bytes each: fsdp halves them, tensor leaves the halves whole.
+        (
+            (1, 2, 4),
+            "mesh.tensor = 4 does not divide layers/attention/v/kernel (2), "
+            "layers/attention/k/kernel (2): each device holds 768 bytes of weights more",
+        ),
+        ((1, 1, 6), "mesh.tensor = 6 splits no weight; it does not divide layers/mlp/"),
+        ((1, 3, 1), "mesh.fsdp = 3 splits no weight; it does not divide layers/mlp/"),
+    ],
+)
+def test_unsplit_says_what_an_axis_costs(sizes, said):
+    """Weights of width 16, with four heads, two of them of keys and values."""
+    shapes = transformer.abstract(tiny_config())
+    devices = jax.devices()[: np.prod(sizes)]
+    mesh = sharding.make_mesh(*sizes, devices=devices)
+    (line,) = sharding.unsplit(mesh, shapes)
+    assert line.startswith(said)
+
+
+def test_unsplit_is_silent_where_all_is_split():
+    shapes = transformer.abstract(tiny_config())
+    for sizes in [(8, 1, 1), (1, 8, 1), (2, 2, 2)]:
+        assert sharding.unsplit(sharding.make_mesh(*sizes), shapes) == []
