@@ -77,7 +77,23 @@ def _stage(folder: pathlib.Path) -> Iterator[Finding]:
             yield Finding(folder / part, note=FINISHED_EARLIER)
     elif (folder / workdir.COMPLETIONS).exists():
         yield _rows(folder / workdir.COMPLETIONS, folder / workdir.SUMS)
+    for kept in sorted((folder / workdir.RESULTS).glob("*")):
+        yield from _earlier_result(kept)
     yield from _checkpoints(folder, is_done)
+
+
+def _earlier_result(kept: pathlib.Path) -> Iterator[Finding]:
+    """Yield a Finding for each model that a stage left at an earlier end."""
+    from dpo_jax import workdir
+
+    problem = _problem(workdir.read_done, kept)
+    yield Finding(kept / "done.json", problem)
+    if problem:
+        return
+    for finding in _result(kept):
+        # Its other files went on with the stage.
+        if finding.path.relative_to(kept).parts[0] in workdir.EXPORTS:
+            yield finding
 
 
 def _problem(read, path: pathlib.Path) -> str:

@@ -44,6 +44,7 @@ from dpo_jax.whole_file import (
 COMPLETIONS = "completions.jsonl"  # what a stage has sampled so far
 SUMS = "completions.sums"  # after each write to it: the number of its rows, and their sha256
 RESULTS = "results"  # folder of what a stage left at earlier ends: results/STEP
+EXPORTS = ("hf", "adapter")  # folders of a stage's model
 FILES = "files"  # keys in done.json: of the result's files, and of how its hf/ is stored
 EXPORT = "export"
 # Parts of a stage's folder that done.json says nothing of: they may change when the stage is done,
@@ -212,7 +213,7 @@ def _set_result_aside(folder: pathlib.Path, step: int) -> None:
     """Move what a stage left at an earlier end to results/STEP, done.json last."""
     kept = folder / RESULTS / str(step)
     kept.mkdir(parents=True, exist_ok=True)
-    for name in ("hf", "adapter", "done.json"):
+    for name in (*EXPORTS, "done.json"):
         if not (folder / name).exists():
             continue
         # Of the same step, if its end was moved back and forth.

@@ -80,6 +80,19 @@ def test_stage_that_an_earlier_version_finished(folder, capsys):
     assert capsys.readouterr().out.endswith("2 of 3 are whole, 1 not recorded\n")
 
 
+def test_result_of_an_earlier_end(folder):
+    (folder / "hf").mkdir()
+    (folder / "hf" / "model.safetensors").write_text("weights")
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n')
+    finish_stage(folder)
+    workdir._set_result_aside(folder, 1)
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    assert said(folder.parent) == {}
+    (folder / "results" / "1" / "hf" / "model.safetensors").write_text("Weights")
+    (where,) = said(folder.parent)
+    assert where == "dpo/results/1/hf/model.safetensors"
+
+
 def test_rows_of_sample(tmp_path):
     for out, sums in (("out.jsonl", "out.jsonl.sums"), ("samples/completions.jsonl", "")):
         path = tmp_path / out
