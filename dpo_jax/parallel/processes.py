@@ -64,8 +64,11 @@ def keep_compiled_programs() -> None:
         return  # the user wants none kept
     # A user's own choice comes first, by variable or in code.
     folder = jax.config.jax_compilation_cache_dir or os.path.expanduser(CACHE)
-    # A bucket is jax's to write to.
-    if "://" not in folder:
+    if "://" in folder:
+        # A bucket is jax's to write to. XLA cannot: its own cache for GPUs, which would be beside
+        # jax's, ends the first compilation.
+        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
+    else:
         problem = _problem_of(folder)
         if problem:
             _say_not_kept(folder, problem)

@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from jax._src import compiler
 
 from dpo_jax.parallel import processes
 from dpo_jax.workdir import StageChanged
@@ -39,3 +40,20 @@ def test_an_empty_variable_keeps_no_compiled_programs(monkeypatch):
         assert jax.config.jax_compilation_cache_dir is None
     finally:
         jax.config.update("jax_compilation_cache_dir", folder)
+
+
+def test_compiled_programs_in_a_bucket_are_kept_by_jax_alone():
+    """XLA's cache for GPUs would be beside jax's, where XLA cannot write."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_enable_xla_caches")
+    before = {name: getattr(jax.config, name) for name in names}
+    try:
+        jax.config.update("jax_compilation_cache_dir", "gs://bucket/compiled")
+        processes.keep_compiled_programs()
+        assert jax.config.jax_compilation_cache_dir == "gs://bucket/compiled"
+        options = compiler.get_compile_options(1, 1)  # held, as its parts refer to it
+        assert (
+            not options.executable_build_options.debug_options.xla_gpu_per_fusion_autotune_cache_dir
+        )
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
