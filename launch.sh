@@ -381,13 +381,13 @@ on_tpu() {
     if [[ "$status" != "$LOST" && "$status" != "$BROKEN" ]]; then exit "$status"; fi
     if [[ "$tries" -ge "$RETRIES" ]]; then break; fi
     tries=$((tries + 1))
-    if [[ "$status" == "$LOST" ]]; then say "$NAME was lost: starting again, $tries of $RETRIES"
+    if [[ "$status" == "$LOST" ]]; then say "the run on $NAME was lost: starting again, $tries of $RETRIES"
     else say "$NAME does not answer: looking again, $tries of $RETRIES"; fi
     sleep "${POLL_SECONDS:-30}"
   done
   if [[ "$tries" -gt 0 ]]; then say "giving up after $tries retries"; fi
   if [[ "$status" == "$LOST" ]]; then
-    say "$NAME was lost; the same command asks again and resumes the run (--retry does so by itself)"
+    say "the run on $NAME was lost; the same command resumes it (--retry does so by itself)"
   else
     say "the connection broke; the same command looks on"
     DELETE=""  # the run may be at work

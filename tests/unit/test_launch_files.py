@@ -81,6 +81,7 @@ POD = fields(
             image=TEXT,
             command=list_of(TEXT),
             args=list_of(TEXT),
+            env=list_of(fields(("name", "value"), name=TEXT, value=TEXT)),
             envFrom=list_of(
                 fields(secretRef=fields(("name",), name=TEXT, optional=dict(type="boolean")))
             ),
@@ -248,6 +249,15 @@ def test_sky_runs_a_command_that_exists(tmp_path, device):
     assert f"--workdir={task['envs']['WORKDIR']}" in arguments
     together = ["--coordinator=10.0.0.1:8476", "--num_processes=2", "--process_id=1"]
     assert (arguments[-3:] == together) == (device == "cuda13")
+
+
+@pytest.mark.parametrize("name", YAMLS)
+def test_compiled_programs_outlive_the_machines(name):
+    if name == "sky.yaml":
+        variables = load(name)["envs"]
+    else:
+        variables = {each["name"]: each["value"] for each in container(name)["env"]}
+    assert variables["JAX_COMPILATION_CACHE_DIR"].startswith("gs://")
 
 
 def test_sky_keeps_secrets_out_of_the_file():
