@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -15,6 +16,9 @@ from dpo_jax.storage.addresses import is_address, repository_of
 LONG_READ = 4 * 10**9  # bytes, several seconds of work
 # Weights in formats that are never read here, but may lie beside those that are.
 _UNREAD = (".bin", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".pt", ".pth")
+# Of a folder of data: rows, perhaps compressed, and what says which files are of which split. A
+# folder of other things may hold data too, and runs with their checkpoints.
+_DATA = (".arrow", ".csv", ".json", ".jsonl", ".md", ".ndjson", ".parquet", ".tsv")
 
 # (path, size, time, inode) -> sha256: a model may be a stage's result, the start of the next one
 # and its reference, and the runs of a sweep share stages.
@@ -58,28 +62,30 @@ def contents_of(field: str, value: str) -> str:
     field: one of `changes.PATHS`. Known are files and folders, here and in buckets; names on the
     hub are not.
     """
+    is_data = field.startswith("data.")
     if field != "data.mix":
-        return _contents_of_path(value)
+        return _contents_of_path(value, is_data=is_data)
     sets = []
     for ingredient in mixtures.parse(value, SOURCES):
         # A name on the hub stands for what it holds.
-        held = _contents_of_path(ingredient.path) or ingredient.path
+        held = _contents_of_path(ingredient.path, is_data=is_data) or ingredient.path
         sets.append(dataclasses.asdict(ingredient) | dict(name="", path=held))
     return _sha256_of(sets) if sets else ""
 
 
-def _contents_of_path(path: str) -> str:
-    """Return the sha256 of a file or folder, "" where there is none; a set may end in :SUBSET."""
+def _contents_of_path(path: str, *, is_data: bool) -> str:
+    """Return the sha256 of a file or folder, "" where there is none; data may end in :SUBSET."""
     whole, _, subset = path.rpartition(":")
     for name, part in ((path, ""), (whole, subset)):
-        found = _here(name)
-        if found is not None:
-            held = _contents_of_folder(found) if found.is_dir() else file_hashes([found])
-            return _sha256_of([held, part])
+        found = _here(name, is_data)
+        if found is None:
+            continue
+        held = _contents_of_folder(found, is_data) if found.is_dir() else file_hashes([found])
+        return _sha256_of([held, part])
     return ""
 
 
-def _here(path: str) -> pathlib.Path | None:
+def _here(path: str, is_data: bool) -> pathlib.Path | None:
     """Return the file or folder of a path; what is in a bucket is copied here before."""
     if not path:
         return None
@@ -89,25 +95,31 @@ def _here(path: str) -> pathlib.Path | None:
     if repository_of(path):
         return None
     try:
-        return shadow.fetch(path, lambda name, _: _is_read(pathlib.PurePosixPath(name)))
+        wanted = functools.partial(_is_read, is_data=is_data)
+        return shadow.fetch(path, lambda name, _: wanted(pathlib.PurePosixPath(name)))
     except FileNotFoundError:  # said by what reads it
         return None
 
 
-def _contents_of_folder(folder: pathlib.Path) -> list:
+def _contents_of_folder(folder: pathlib.Path, is_data: bool) -> list:
     """Return name and sha256 of each file in a folder that may be read."""
     names = []
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
-        if path.is_file() and _is_read(name):
+        if _is_read(name, is_data=is_data) and path.is_file():
             names.append(name.as_posix())
     return [names, file_hashes([folder / name for name in names])]
 
 
-def _is_read(name: pathlib.PurePath) -> bool:
+def _is_read(name: pathlib.PurePath, *, is_data: bool) -> bool:
+    if not name.parts:  # the one file that an address stands for
+        return True
     # Hidden are caches, and what tools have left.
-    is_hidden = any(part.startswith(".") for part in name.parts)
-    return not is_hidden and name.suffix not in _UNREAD
+    if any(part.startswith(".") for part in name.parts):
+        return False
+    if is_data:
+        return any(suffix.lower() in _DATA for suffix in name.suffixes)
+    return name.suffix not in _UNREAD
 
 
 def _sha256_of(value: list) -> str:

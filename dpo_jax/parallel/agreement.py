@@ -13,8 +13,8 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
+from dpo_jax.contents import file_hashes
 from dpo_jax.parallel import processes
-from dpo_jax.workdir import file_hashes
 
 NAMED = 8  # further values that an error names
 SAME_COMMAND = "Start all of them with the same command."

@@ -12,11 +12,12 @@ import re
 from ml_collections import ConfigDict
 
 from dpo_jax import stage_table
+from dpo_jax.changes import BY_FLAG
 from dpo_jax.config import DATA, flat_fields
 from dpo_jax.data import mixtures
 from dpo_jax.data.sources import SOURCES
 from dpo_jax.stage_table import STAGES
-from dpo_jax.workdir import read_ledger, start_date
+from dpo_jax.workdir import read_config, read_ledger, start_date
 
 METHODS = {  # stage -> how a card calls it
     "sft": "supervised fine-tuning",
@@ -218,6 +219,11 @@ class ModelCard:
             if name == "model.dtype" or is_lora:
                 rows.append((name, _shown(value)))
         rows.append(("seed", _shown(self.config.seed)))
+        for change in read_config(self.folder).get("changes", []):
+            # The others change no result.
+            if change["reason"] == BY_FLAG:
+                told = f"{_shown(change['old'])} before, {_shown(change['new'])} after"
+                rows.append((f"{change['field']}, changed at step {change['step']}", told))
         return rows
 
 

@@ -251,12 +251,13 @@ def pushed(
 
 
 def checkpoint_steps(path: pathlib.Path) -> list[int] | None:
-    """Return the steps of the complete checkpoints in a folder that go to a bucket directly.
+    """Return the steps of the complete checkpoints that a bucket holds for a folder.
 
-    None where they are in the folder itself.
+    None where they are in the folder itself, or have been pulled there.
     """
     address = address_of(path)
-    if scheme_of(address) != "gs":
+    is_direct = scheme_of(address) == "gs"
+    if not address or not is_direct and any(item.name.isdigit() for item in path.glob("*")):
         return None
     steps = set()
     for name in buckets.find(address):

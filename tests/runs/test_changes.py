@@ -9,6 +9,7 @@ import pytest
 
 from dpo_jax import runs
 from dpo_jax.workdir import StageChanged, read_config
+from tests.helpers import bucket_folders
 from tests.helpers.rows import write_jsonl
 from tests.helpers.tiny_runs import (
     dpo_config,
@@ -189,8 +190,25 @@ def test_allowed_lr_is_said_and_recorded(config, tmp_path, capsys):
     rates = [row["lr"] for row in rows_without_timings(folder)[3:5]]
     np.testing.assert_allclose(rates, [0.05, 0.01], rtol=1e-6)
     assert "dpo: dpo.lr=0.01 at step 3, 0.05 before" in runs.table(tmp_path)
+    card = (folder / "hf" / "README.md").read_text()
+    assert "| dpo.lr, changed at step 3 | 0.05 before, 0.01 after |" in card
     # The same command finds its run done; another rate is for another run.
     run_here(config, tmp_path, lr=0.01, allowed=["dpo.lr"])
     assert "dpo: already done" in capsys.readouterr().out
     with pytest.raises(StageChanged, match=r"dpo.lr: 0.01 .* now \(the stage is done\)"):
         run_here(config, tmp_path, allowed=["dpo.lr"])
+
+
+def test_longer_run_in_a_bucket_keeps_its_result(config, tmp_path, monkeypatch):
+    """A machine that starts empty finds both ends there."""
+    root = tmp_path / "root"
+    bucket_folders.use(monkeypatch, root, tmp_path / "first")
+    run_here(config, "s3://bucket/run", steps=4)
+    stage = root / "bucket" / "run" / "dpo"
+    before = weights(stage)
+    bucket_folders.use(monkeypatch, root, tmp_path / "second")
+    run_here(config, "s3://bucket/run")
+    for name, value in weights(stage / "results" / "4").items():
+        np.testing.assert_array_equal(before[name], value)
+    done = json.loads((stage / "done.json").read_text())["files"]
+    assert "hf/model.safetensors" in done and not any("results" in name for name in done)

@@ -8,6 +8,7 @@ import pytest
 from dpo_jax import contents
 from dpo_jax.contents import contents_of, file_hashes
 from dpo_jax.models import hf
+from tests.helpers import bucket_folders
 
 
 def test_file_hashes_reads_a_file_once(tmp_path, monkeypatch, capsys):
@@ -52,10 +53,16 @@ def test_contents_of_a_moved_folder_are_equal(folder, tmp_path):
 
 
 def test_contents_of_a_file_and_a_subset(folder):
+    (folder / "sub" / "rows.jsonl.gz").write_text("rows")
     file = str(folder / "config.json")
     assert contents_of("data.path", file) != contents_of("data.path", str(folder))
     whole, subset = (contents_of("data.path", f"{folder}{part}") for part in ("", ":sub"))
     assert whole and subset and whole != subset
+    # No rows are in a checkpoint, and those of runs may be large.
+    (folder / "sub" / "a.safetensors").write_text("other")
+    assert contents_of("data.path", str(folder)) == whole
+    (folder / "sub" / "rows.jsonl.gz").write_text("other")
+    assert contents_of("data.path", str(folder)) != whole
 
 
 @pytest.mark.parametrize("path", ["", "owner/name", "owner/name:subset", "/gone/file.jsonl"])
@@ -74,3 +81,12 @@ def test_contents_of_a_mixture(tmp_path):
     others = ["/c.jsonl=5, owner/name=50%", "/b.jsonl=6, owner/name=50%", "/b.jsonl=5"]
     assert of("/a.jsonl=5, owner/name=50%") not in [of(mix) for mix in others]
     assert of("") == ""
+
+
+def test_contents_in_a_bucket_are_those_of_a_copy(folder, tmp_path, monkeypatch):
+    bucket_folders.use(monkeypatch, tmp_path / "root", tmp_path / "shadow")
+    shutil.copytree(folder, tmp_path / "root" / "bucket" / "model")
+    assert contents_of("model.path", "s3://bucket/model") == contents_of("model.path", str(folder))
+    file = contents_of("data.path", str(folder / "config.json"))
+    assert contents_of("data.path", "s3://bucket/model/config.json") == file
+    assert contents_of("data.path", "s3://bucket/gone") == ""
