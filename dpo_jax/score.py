@@ -113,7 +113,7 @@ def score_file(options: Options, mesh) -> None:
             scores[where] |= fields
 
     if jax.process_index() == 0:
-        scored = _write(options, data, scores, encoded.unscored)
+        scored = _write(out, options, data, scores, encoded.unscored)
         shadow.push(folder, [out.name])
     # Without this, the others would take process 0 for dead while it writes, and end it.
     processes.wait_for_all("scores")
@@ -261,13 +261,15 @@ def _scores(
     return found
 
 
-def _write(options: Options, data, scores: dict[str, dict], unscored: dict[str, str]) -> list[dict]:
+def _write(
+    out: pathlib.Path, options: Options, data, scores: dict[str, dict], unscored: dict[str, str]
+) -> list[dict]:
     """Write every row as it was read, with what was found, in one piece.
 
     Returns what was written of each pair: its scores, and the row's subset if it has one.
     """
     pairs = []
-    with whole_file(options.out) as draft, draft.open("w") as file:
+    with whole_file(out) as draft, draft.open("w") as file:
         for where, fields in every_row.read(options.data, options.split):
             for line in _lines(where, fields, data, scores, unscored):
                 # Parquet has values that JSON lacks, such as times: those are written as text.

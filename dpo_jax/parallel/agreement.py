@@ -15,6 +15,7 @@ import numpy as np
 
 from dpo_jax.contents import file_hashes
 from dpo_jax.parallel import processes
+from dpo_jax.storage.addresses import shown
 
 NAMED = 8  # further values that an error names
 SAME_COMMAND = "Start all of them with the same command."
@@ -30,7 +31,7 @@ def check_same(values: Callable[[], dict], remedy: str) -> None:
     """
     if jax.process_count() == 1:
         return
-    mine = values()
+    mine = {shown(name): value for name, value in values().items()}
     if not _is_same(mine):
         raise ValueError(f"{_difference(mine)} All processes must have the same. {remedy}")
 
@@ -46,7 +47,8 @@ def check_same_files(files: dict[str, pathlib.Path]) -> None:
     states = {}
     for name, path in files.items():
         stat = path.stat()
-        states[name] = (stat.st_size, stat.st_mtime_ns, stat.st_ino)
+        # Each host has its own path to a copy of what a bucket holds.
+        states[shown(name)] = (stat.st_size, stat.st_mtime_ns, stat.st_ino)
     if _is_same(states):
         return
 

@@ -7,6 +7,7 @@ written whole or not at all. Imports no jax.
 import contextlib
 import dataclasses
 import functools
+import logging
 import os
 import pathlib
 import re
@@ -101,9 +102,11 @@ def remove(address: str) -> None:
 
 def check(address: str) -> None:
     """Raise OSError, with what to do, where a folder of a bucket cannot be written and listed."""
+    files = _files(scheme_of(address))
     probe = f"{address}/.probe-{os.getpid()}"
-    write(probe, b"")
-    remove(probe)
+    with _explained(address, "written"):
+        files.pipe_file(probe, b"")
+        files.rm_file(probe)
     if scheme_of(address) == "gs":
         # Orbax asks for the bucket itself, when it removes a checkpoint.
         with _explained(bucket_of(address), "described"):
@@ -114,6 +117,8 @@ def prepare_clients() -> None:
     """Set what clients read from the environment; to be called before any of them is imported."""
     # gcsfs would ask for a bucket's kind by another protocol, which emulators and proxies lack.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    # It prints a traceback of each refusal, which is then told in a paragraph.
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
 
 
 @functools.cache
@@ -159,7 +164,7 @@ def _explained(address: str, verb: str):
 
 def _refusal(address: str, verb: str, error: Exception) -> str:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    named = re.search(r"\b(?:storage\.\w+|s3:)\.?\w+", str(error))
+    named = re.search(r"\b(?:storage\.(?!googleapis)\w+\.\w+|s3:\w+)", str(error))
     # Where a permission is named, it stands at the end of a long text.
     missing = f" The permission that is missing is {named[0]}." if named else ""
     return (

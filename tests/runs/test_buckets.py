@@ -8,7 +8,7 @@ from dpo_jax import check
 from dpo_jax.storage import shadow
 from tests.faults import files
 from tests.helpers import bucket_folders
-from tests.helpers.tiny_runs import sample_file
+from tests.helpers.tiny_runs import sample_file, score_file
 
 ADDRESS = "s3://bucket/run"
 
@@ -34,6 +34,17 @@ def test_run_in_a_bucket_equals_one_in_a_folder(method, tmp_path, monkeypatch):
     folder = shadow.place(ADDRESS)
     shadow.pull(folder)
     assert not [one for one in check.check(pathlib.Path(folder)) if one.problem or one.note]
+
+
+def test_scores_in_a_bucket(tmp_path, monkeypatch, model, pairs):
+    score_file(model, pairs, tmp_path / "scored.jsonl")
+    wanted = (tmp_path / "scored.jsonl").read_text()
+    bucket_folders.use(monkeypatch, tmp_path / "buckets", tmp_path / "copies")
+    score_file(model, pairs, "s3://bucket/out/scored.jsonl")
+    assert (tmp_path / "buckets" / "bucket" / "out" / "scored.jsonl").read_text() == wanted
+    bucket_folders.use(monkeypatch, tmp_path / "buckets", tmp_path / "others")
+    with pytest.raises(FileExistsError, match="the file exists"):
+        score_file(model, pairs, "s3://bucket/out/scored.jsonl")
 
 
 def test_samples_in_a_bucket_are_known_again(tmp_path, monkeypatch, model, pairs, capsys):
