@@ -5,16 +5,24 @@ evaluation batches before they are divided. `metric_names.py` says what each nam
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import pathlib
+import queue
+import threading
 import uuid
+from collections.abc import Callable
 
 import jax
 
 from dpo_jax.console import warn
 from dpo_jax.training.metric_names import OF_UPDATE
 from dpo_jax.whole_file import append, parse_object, set_aside, whole_file
+
+# Seconds in which Weights & Biases may take the last rows at the end of a stage: less than the
+# other processes wait for this one.
+SENDING = 40
 
 
 def named(metrics: dict, split: str) -> dict[str, float]:
@@ -162,7 +170,8 @@ class Writer(contextlib.ExitStack):
         id_file = folder / "wandb_id"
         if not id_file.exists():
             id_file.write_text(uuid.uuid4().hex)
-        run = wandb.init(
+        start = functools.partial(
+            wandb.init,
             project=project,
             name=f"{folder.parent.name}/{folder.name}",
             dir=str(folder),
@@ -170,12 +179,50 @@ class Writer(contextlib.ExitStack):
             resume="allow",
             id=id_file.read_text(),
         )
-        self.callback(run.finish)
+        run = _RemoteRun(start)
+        self.callback(run.close)
+        return run.write
 
-        def write(step, values):
-            run.log(values, step=step)
 
-        return write
+class _RemoteRun:
+    """A run at Weights & Biases, whose answers no step waits for.
+
+    Their server may need minutes, or never answer, and other processes would wait for this one.
+    """
+
+    def __init__(self, start: Callable):
+        """start: returns wandb's run; it is called in another thread."""
+        self._start = start
+        self._rows = queue.SimpleQueue()  # (step, values), and None at the end
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Take a row, which is sent later."""
+        self._rows.put((step, values))
+
+    def close(self) -> None:
+        """Wait a little until all rows are sent, and say so where they are not."""
+        self._rows.put(None)
+        self._thread.join(SENDING)
+        if self._thread.is_alive():
+            warn(
+                f"Weights & Biases has not taken all rows {SENDING} s after the last one; they are "
+                "in metrics.jsonl. `wandb sync` may send what is in the stage's folder wandb/."
+            )
+
+    def _work(self) -> None:
+        try:
+            run = self._start()
+            for step, values in iter(self._rows.get, None):
+                run.log(values, step=step)
+            run.finish()
+        except Exception as error:  # noqa: BLE001 - their client raises many, and no run needs it
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            warn(
+                f"Weights & Biases takes nothing more ({type(error).__name__}: {reason}). Training "
+                "goes on without it; all rows are in metrics.jsonl."
+            )
 
 
 def holds(path: pathlib.Path, written: dict) -> bool:

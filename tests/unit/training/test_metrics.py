@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import sys
+import threading
+import time
 import types
 
 import jax
@@ -181,6 +183,36 @@ def test_writer_wandb(tmp_path, monkeypatch):
         and started["config"] == {"seed": 3}
         and started["resume"] == "allow"
     )
+
+
+def test_wandb_that_does_not_answer_holds_nothing(tmp_path, monkeypatch, capsys):
+    answers = threading.Event()
+
+    def init(**_):
+        answers.wait()
+        return types.SimpleNamespace(log=lambda values, step: None, finish=lambda: None)
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    monkeypatch.setattr(metrics, "SENDING", 0.1)
+    began = time.monotonic()
+    with metrics.Writer(tmp_path, wandb="project") as writer:
+        writer.write(1, {"loss/train": 2.0})
+    assert time.monotonic() - began < 10
+    answers.set()
+    assert metrics.read_rows(tmp_path / "metrics.jsonl") == [{"step": 1, "loss/train": 2.0}]
+    assert "Weights & Biases has not taken all rows 0.1 s after the last" in capsys.readouterr().out
+
+
+def test_wandb_that_refuses_stops_no_run(tmp_path, monkeypatch, capsys):
+    def init(**_):
+        raise RuntimeError("api_key not configured (no-tty)\nmore")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    with metrics.Writer(tmp_path, wandb="project") as writer:
+        writer.write(1, {"loss/train": 2.0})
+    assert len(metrics.read_rows(tmp_path / "metrics.jsonl")) == 1
+    said = capsys.readouterr().out
+    assert "takes nothing more (RuntimeError: api_key not configured (no-tty)). Training" in said
 
 
 @pytest.mark.parametrize(
