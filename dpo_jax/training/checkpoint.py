@@ -43,10 +43,6 @@ class DamagedCheckpoint(ValueError):
     """A checkpoint is not what was saved, or cannot be read."""
 
 
-class UnreadableCheckpoint(DamagedCheckpoint):
-    """A checkpoint cannot be read, perhaps by one process alone."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Restored:
     """A checkpoint as it was restored."""
@@ -250,12 +246,6 @@ class Checkpoints:
             try:
                 restored = self.restore(step, shapes, shardings)
             except DamagedCheckpoint as error:
-                if isinstance(error, UnreadableCheckpoint) and jax.process_count() > 1:
-                    # Each process reads a part, and the others may be waiting for this one.
-                    raise DamagedCheckpoint(
-                        f"{error}. Several processes cannot pass it over: rename the folder to "
-                        f"{step}.damaged, and the same command resumes from the checkpoint before."
-                    ) from None
                 damaged[step] = error
                 continue
             if damaged:
@@ -358,7 +348,7 @@ def _load(path: pathlib.Path, abstract: dict, *, partial: bool = False) -> tuple
     partial: the tree is only a part of what was saved. Raises DamagedCheckpoint.
     """
     _, kept = _metadata(path)
-    context = ocp.Context()
+    context = _context_of_one()
     # Without it orbax wants a place for all that was saved.
     context.pytree.loading.partial_load = partial
     with context:
@@ -375,8 +365,24 @@ def _load(path: pathlib.Path, abstract: dict, *, partial: bool = False) -> tuple
     return tree, kept
 
 
+def _context_of_one() -> ocp.Context:
+    """Return a context in which orbax reads this process's part, and waits for no other process.
+
+    One that cannot read its part would leave the others waiting in orbax.
+    """
+    context = ocp.Context()
+    me = jax.process_index()
+    context.multiprocessing.primary_host = me
+    context.multiprocessing.active_processes = {me}
+    context.multiprocessing.barrier_sync_key_prefix = f"process_{me}"
+    return context
+
+
 def _attempt(path: pathlib.Path, read: Callable):
-    """Return what orbax reads of a checkpoint; DamagedCheckpoint, in one line, where it cannot."""
+    """Return what orbax reads of a checkpoint; DamagedCheckpoint, in one line, where it cannot.
+
+    Of several processes all raise where one cannot.
+    """
     reason = ""
     found = None
     with _quiet():
@@ -391,14 +397,11 @@ def _attempt(path: pathlib.Path, read: Callable):
         if reason:
             # Unfinished reads of other arrays complain when they are thrown away: here, or later.
             gc.collect()
-    if reason and jax.process_count() > 1:
-        # Others that could read it wait for this process inside orbax: all of them have to end.
-        raise OSError(
-            f"{path} cannot be read by process {jax.process_index()} ({reason}). Rename or remove "
-            "it, and run the same command again: it resumes from the checkpoint before it."
-        )
+    if jax.process_count() > 1:
+        reasons = [text.decode() for text in processes.gathered(reason.encode())]
+        reason = next(filter(None, reasons), "")
     if reason:
-        raise UnreadableCheckpoint(f"{path} cannot be read ({reason})")
+        raise DamagedCheckpoint(f"{path} cannot be read ({reason})")
     return found
 
 

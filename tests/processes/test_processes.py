@@ -1,5 +1,6 @@
 """Runs in two or four processes, joined by gloo, equal runs in one."""
 
+import os
 import re
 import shutil
 import signal
@@ -15,6 +16,7 @@ from dpo_jax import config as configs
 from dpo_jax import sweep
 from dpo_jax.parallel import processes, sharding
 from dpo_jax.workdir import read_lines
+from tests.helpers import poor
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_runs import (
     command,
@@ -65,6 +67,7 @@ def start(
     own=lambda index: (),
     doomed: tuple = (),
     folder=lambda index: ROOT,
+    env: dict | None = None,
 ) -> list[subprocess.Popen]:
     """The processes of one command, which wait for each other.
 
@@ -89,7 +92,7 @@ def start(
                 f"--process_id={index}",
             ],
             cwd=folder(index),
-            env=environment(2) | dict(PYTHONPATH=str(ROOT)),
+            env=env or environment(2) | dict(PYTHONPATH=str(ROOT)),
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -133,7 +136,7 @@ def run_flags(model, pairs, **fields) -> list[str]:
 
 
 def start_run(
-    workdir, model, pairs, processes: int = 2, doomed: tuple = (), **fields
+    workdir, model, pairs, processes: int = 2, doomed: tuple = (), env=None, **fields
 ) -> list[subprocess.Popen]:
     return start(
         "dpo_jax.train",
@@ -141,6 +144,7 @@ def start_run(
         f"--workdir={workdir}",
         processes=processes,
         doomed=doomed,
+        env=env,
     )
 
 
@@ -241,16 +245,16 @@ def test_error_in_one_ends_all(model, pairs, tmp_path):
     )
 
 
-KILLS = {  # where the last of several processes is killed: after the second call of a function
+KILLS = {  # where the last of several processes is killed: after some call of a function
     "step": ("dpo_jax.training.data_feed", "DataFeed.run"),
     "evaluation": ("dpo_jax.training.data_feed", "stopping.may_stop"),
     "save": ("dpo_jax.training.checkpoint", "Checkpoints.save"),
 }
 
 
-def kill_one(place: str, workdir, model, pairs, count: int, **fields) -> None:
+def kill_one(place: str, call: int, workdir, model, pairs, count: int, **fields) -> None:
     """Start a run in several processes, and kill the last one: the others end soon, and say why."""
-    doomed = (*KILLS[place], int(signal.SIGKILL), 2)
+    doomed = (*KILLS[place], int(signal.SIGKILL), call)
     *others, killed = start_run(workdir, model, pairs, processes=count, doomed=doomed, **fields)
     assert killed.wait(timeout=200) == -signal.SIGKILL, others[0].communicate()
     began = time.monotonic()
@@ -263,11 +267,23 @@ def kill_one(place: str, workdir, model, pairs, count: int, **fields) -> None:
     assert not (workdir / NAME / "done.json").exists()
 
 
-def test_kill_of_one_ends_all(model, pairs, tmp_path):
+def test_kill_of_one_ends_all_and_a_damaged_checkpoint_is_passed_over(model, pairs, tmp_path):
+    """They go on without a home, an entry in passwd and locks."""
     fields = dict(steps=STEPS, save_every=1, eval_every=2)
-    kill_one("save", tmp_path / "run", model, pairs, 2, **fields)
+    kill_one("save", 4, tmp_path / "run", model, pairs, 2, **fields)
+    checkpoints = tmp_path / "run" / NAME / "checkpoints"
+    *_, good, newest = sorted(int(path.name) for path in checkpoints.glob("[0-9]"))
+    files = [path for path in (checkpoints / str(newest)).rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+
+    env = poor.environment(tmp_path, devices=2)
+    both = start_run(tmp_path / "run", model, pairs, env=env, **fields)
+    said = ended(both)
+    assert f"resuming from step {good}. It is kept as {newest}.damaged" in said
+    assert "cannot be locked (No locks available)" in said
     whole = alone(tmp_path / "whole", model, pairs, **fields)
-    assert_same(alone(tmp_path / "run", model, pairs, **fields), whole)
+    assert_same(tmp_path / "run" / NAME, whole)
 
 
 @pytest.mark.slow
@@ -276,7 +292,7 @@ def test_kill_of_one_in_four_ends_all(model, pairs, tmp_path):
     fields = dict(mesh=(2, 2, 2), steps=STEPS, save_every=1, eval_every=2)
     ended(start_run(tmp_path / "whole", model, pairs, processes=4, **fields))
     for place in KILLS:
-        kill_one(place, tmp_path / "run", model, pairs, 4, **fields)
+        kill_one(place, 2, tmp_path / "run", model, pairs, 4, **fields)
     ended(start_run(tmp_path / "run", model, pairs, processes=4, **fields))
     found, whole = (tmp_path / name / NAME for name in ("run", "whole"))
     assert rows_without_timings(found) == rows_without_timings(whole)

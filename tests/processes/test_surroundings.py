@@ -7,23 +7,10 @@ import time
 
 import pytest
 
+from tests.helpers import poor
 from tests.helpers.paths import ROOT, STORIES
 from tests.helpers.rows import write_jsonl
 from tests.helpers.tiny_runs import environment
-
-# Python runs it first of all.
-POOR = """
-import errno, fcntl, os, pwd
-
-def nobody(*_):
-    raise KeyError("getpwuid(): uid not found")
-
-def unlockable(*_):
-    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-pwd.getpwuid = nobody
-fcntl.flock = unlockable
-"""
 
 
 @pytest.fixture
@@ -42,18 +29,8 @@ def train(tmp_path):
     return [*command, f"--config.data.path={data}", f"--workdir={tmp_path / 'run'}"]
 
 
-def poor(tmp_path, **changes):
-    """An environment without a home, a list of users, locks and UTF-8."""
-    (tmp_path / "sitecustomize.py").write_text(POOR)
-    found = environment() | dict(
-        PYTHONPATH=str(tmp_path), PYTHONIOENCODING="ascii", LC_ALL="C", PYTHONUTF8="0"
-    )
-    found.pop("HOME", None)
-    return found | changes
-
-
 def test_training_needs_no_home_no_locks_no_utf8_and_no_reader(train, tmp_path):
-    env = poor(tmp_path, JAX_COMPILATION_CACHE_DIR="/proc/1/nowhere")
+    env = poor.environment(tmp_path) | dict(JAX_COMPILATION_CACHE_DIR="/proc/1/nowhere")
     process = subprocess.Popen(
         train, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

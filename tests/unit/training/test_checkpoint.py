@@ -211,12 +211,11 @@ def fail(error):
     raise error
 
 
-def test_one_of_several_processes_does_not_go_on_alone(tmp_path, monkeypatch):
-    """The others may have read it, and wait for this one inside orbax."""
+def test_what_one_of_several_processes_cannot_read_is_damaged_for_all(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(OSError, match="by process 0 .*cut.*Rename or remove it") as error:
-        checkpoint._attempt(tmp_path / "3", lambda: fail(ValueError("cut")))
-    assert not isinstance(error.value, DamagedCheckpoint)
+    monkeypatch.setattr(checkpoint.processes, "gathered", lambda mine: [mine, b"cut short"])
+    with pytest.raises(DamagedCheckpoint, match=r"3 cannot be read \(cut short\)"):
+        checkpoint._attempt(tmp_path / "3", lambda: "read")
 
 
 def test_error_of_a_disk_is_no_damage(tmp_path):
