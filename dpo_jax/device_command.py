@@ -42,6 +42,7 @@ def run(
         processes.join(coordinator.value, count.value, number.value)
         with processes.together(command_line.report), explain_full_memory():
             agreement.check_same(command_line.shared_flags, agreement.SAME_COMMAND)
+            agreement.say_own_caches()
             command()
 
     command_line.run(run_together, description, config=config)

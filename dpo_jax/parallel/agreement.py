@@ -6,6 +6,7 @@ Every process calls these functions, and all raise the same error.
 
 import hashlib
 import json
+import os
 import pathlib
 import socket
 from collections.abc import Callable
@@ -13,9 +14,10 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
+from dpo_jax.console import warn
 from dpo_jax.contents import file_hashes
 from dpo_jax.parallel import processes
-from dpo_jax.storage.addresses import shown
+from dpo_jax.storage.addresses import is_address, shown
 
 NAMED = 8  # further values that an error names
 SAME_COMMAND = "Start all of them with the same command."
@@ -57,6 +59,21 @@ def check_same_files(files: dict[str, pathlib.Path]) -> None:
         return {name: f"sha256 {sha256[:16]}" for name, sha256 in found}
 
     check_same(hashes, SAME_FILES)
+
+
+def say_own_caches() -> None:
+    """Say so where hosts keep compiled programs in folders of their own: process 0 alone writes."""
+    folder = jax.config.jax_compilation_cache_dir
+    if jax.process_count() == 1:
+        return
+    is_local = bool(folder) and not is_address(folder)
+    inode = os.stat(folder).st_ino if is_local else None
+    if not _is_same(dict(inode=inode)):
+        warn(
+            f"compiled programs are kept by process 0 alone, in its own {folder}, so at each start "
+            "the other hosts compile anew. Name a folder that all hosts share in "
+            "JAX_COMPILATION_CACHE_DIR, or one in a bucket, gs://BUCKET/compiled."
+        )
 
 
 def _is_same(values: dict) -> bool:

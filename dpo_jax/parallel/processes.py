@@ -26,7 +26,7 @@ from jax._src.clusters import ClusterEnv  # public only within jax.distributed.i
 from dpo_jax import stopping
 from dpo_jax.parallel import meeting
 from dpo_jax.parallel.company import Company
-from dpo_jax.storage.addresses import address_of
+from dpo_jax.storage.addresses import address_of, is_address
 
 # Where compiled programs are kept; JAX_COMPILATION_CACHE_DIR overrides it.
 CACHE = "~/.cache/dpo_jax/compiled"
@@ -64,15 +64,14 @@ def keep_compiled_programs() -> None:
         return  # the user wants none kept
     # A user's own choice comes first, by variable or in code.
     folder = jax.config.jax_compilation_cache_dir or os.path.expanduser(CACHE)
-    if "://" in folder:
-        # A bucket is jax's to write to. XLA cannot: its own cache for GPUs, which would be beside
-        # jax's, ends the first compilation.
+    if is_address(folder):
+        # XLA cannot write to a bucket: its own cache for GPUs, which would be beside jax's, ends
+        # the first compilation.
         jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
-    else:
-        problem = _problem_of(folder)
-        if problem:
-            _say_not_kept(folder, problem)
-            folder = None
+    problem = _problem_of(folder)
+    if problem:
+        _say_not_kept(folder, problem)
+        folder = None
     jax.config.update("jax_compilation_cache_dir", folder)
 
 
@@ -91,6 +90,8 @@ def _problem_of(folder: str) -> str:
     """Return why a folder cannot be written to; "" if it can. It is made if it is not there."""
     if folder.startswith("~"):
         return "there is no home folder"
+    if is_address(folder):
+        return _problem_of_bucket(folder)
     try:
         os.makedirs(folder, exist_ok=True)
         # Not os.access, which takes a read-only disk for writable where the user is root.
@@ -98,6 +99,21 @@ def _problem_of(folder: str) -> str:
             return ""
     except OSError as error:
         return error.strerror or str(error)
+
+
+def _problem_of_bucket(folder: str) -> str:
+    """Return why a bucket cannot be written to; "" if it can."""
+    from dpo_jax.storage import buckets
+
+    # jax's own client may be the first that asks for the bucket.
+    buckets.prepare_clients()
+    probe = f"{folder}/.probe-{secrets.token_hex(4)}"
+    try:
+        buckets.write(probe, b"")
+        buckets.remove(probe)
+        return ""
+    except (OSError, ImportError, ValueError) as error:
+        return str(error)
 
 
 def join(
@@ -350,7 +366,8 @@ def gathered(data: bytes) -> list[bytes]:
     from jax.experimental import multihost_utils
 
     sizes = multihost_utils.process_allgather(np.int32(len(data)))
-    sent = np.frombuffer(data.ljust(int(sizes.max())), np.uint8)
+    # At least one byte, as an array without any cannot be sent.
+    sent = np.frombuffer(data.ljust(max(int(sizes.max()), 1)), np.uint8)
     rows = multihost_utils.process_allgather(sent)
     return [row[:size].tobytes() for row, size in zip(rows, sizes, strict=True)]
 

@@ -5,14 +5,18 @@ paths lead to other files in each: `equal/` is the same model in both and `model
 the rows of `pairs.jsonl`, while those of `same.jsonl` are. What both raise ends none of them.
 """
 
+import contextlib
+import io
 import json
 import os
 import pathlib
 import sys
 
+import jax
+
 from dpo_jax import config as configs
 from dpo_jax import sample, score
-from dpo_jax.parallel import processes, sharding
+from dpo_jax.parallel import agreement, processes, sharding
 from dpo_jax.pipeline.run import Run
 from dpo_jax.pipeline.stages import run_stages
 from dpo_jax.sampling.sampler import Sampling
@@ -71,6 +75,12 @@ def main():
             said[name] = ""
         except ValueError as error:
             said[name] = str(error)
+    # Each keeps its compiled programs in a folder of its own.
+    jax.config.update("jax_compilation_cache_dir", os.getcwd())
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        agreement.say_own_caches()
+    said["caches"] = output.getvalue()
     (folder / f"{number}.json").write_text(json.dumps(said))
 
 
