@@ -209,6 +209,13 @@ LOG = dict(
         False, "write TensorBoard events to each stage's folder (needs tensorboardX)"
     ),
     wandb=Field("", "Weights & Biases project (needs wandb); empty: off"),
+    profile=Field(
+        0,
+        "each training stage writes a profile of three steps from this one on to its profile/; "
+        "0: none",
+        least=0,
+        most=MANY,
+    ),
 )
 
 EXPORT = dict(

@@ -49,7 +49,10 @@ FILES = "files"  # keys in done.json: of the result's files, and of how its hf/ 
 EXPORT = "export"
 # Parts of a stage's folder that done.json says nothing of: they may change when the stage is done,
 # or have a sha256 of their own.
-_NO_RESULT = ("checkpoints", RESULTS, "config.json", "done.json", ".lock", "wandb", "wandb_id")
+_NO_RESULT = (
+    *("checkpoints", RESULTS, "config.json", "done.json", ".lock"),
+    *("wandb", "wandb_id", "profile"),
+)
 _NO_RESULT_SUFFIXES = (".draft", ".damaged")
 # What the fields of the records are that are read again.
 CONFIG_FIELDS = dict(

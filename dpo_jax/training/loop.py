@@ -31,6 +31,7 @@ from dpo_jax.training import objectives
 from dpo_jax.training.checkpoint import Checkpoints, DamagedCheckpoint, Restored
 from dpo_jax.training.metric_names import is_evaluation
 from dpo_jax.training.metrics import Writer
+from dpo_jax.training.profile import Profile
 from dpo_jax.training.step import Frozen, Programs, TrainState, make_programs
 
 NAMED = 3  # examples of a batch that an error message names
@@ -174,6 +175,7 @@ def train(job: Job, feed: Feed) -> tuple[dict, dict[str, float]]:
         Checkpoints(
             job.folder / "checkpoints", keep=job.block.keep, best_metric=job.block.keep_best
         ) as checkpoints,
+        Profile(job.folder / "profile", job.log.profile) as profile,
         contextlib.closing(feed),
     ):
         # Before the first step there is nothing to save.
@@ -205,7 +207,9 @@ def train(job: Job, feed: Feed) -> tuple[dict, dict[str, float]]:
             # The first one is compiled, which may take minutes, and is soon made again.
             is_first = step == first_step
             with signals.at_once(saves=False) if is_first else contextlib.nullcontext():
+                profile.before(step + 1, state)
                 state, metrics = feed.run(state, step)
+                profile.after(step + 1, state)
             recorder.after(step + 1, state, metrics)
             # Asked after the last step too: a run that was told to stop exports nothing.
             signum = _asked_to_stop(signals)

@@ -18,7 +18,7 @@ from dpo_jax.training import loop, metric_names, metrics
 from dpo_jax.training.checkpoint import Checkpoints
 from dpo_jax.training.loop import Interrupted
 from dpo_jax.training.metrics import read_rows
-from dpo_jax.workdir import StageChanged, lock_folder
+from dpo_jax.workdir import StageChanged, lock_folder, read_done
 from tests.helpers.rows import change_record
 from tests.helpers.tiny_runs import (
     dpo_config,
@@ -140,6 +140,22 @@ def test_harmless_field_may_change(whole):
     before = (folder / "metrics.jsonl").stat().st_mtime_ns
     run(changed, folder.parent)
     assert (folder / "metrics.jsonl").stat().st_mtime_ns == before, "the finished run is reused"
+
+
+def test_profile_changes_no_result(whole, model, pairs, tmp_path):
+    """Steps 5 and 6 are traced, as there is no seventh; a finished stage takes any log.profile."""
+    config, folder = whole
+    traced = config.copy_and_resolve_references()
+    traced.log.profile = 5
+    there = run(traced, tmp_path)
+    assert rows_without_timings(there) == rows_without_timings(folder)
+    # By jax, and named after the time and the host.
+    (trace,) = (there / "profile").rglob("*.xplane.pb")
+    assert trace.stat().st_size > 0
+    recorded = read_done(there)["files"]
+    assert "metrics.jsonl" in recorded
+    assert not any(name.startswith("profile/") for name in recorded)
+    assert recorded["hf/model.safetensors"] == read_done(folder)["files"]["hf/model.safetensors"]
 
 
 def test_run_name_shares_workdir(whole, model, pairs):
