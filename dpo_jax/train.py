@@ -8,6 +8,9 @@ A stage that was started with other values is refused, with the fields that diff
 said, and written to the stage's config.json.
 
 With --push=OWNER/NAME it then uploads the result, the last policy's hf/, to the hub.
+
+With --rehearse it makes a step of each training stage on random weights of the real size, says how
+much memory and time that takes, and leaves nothing.
 """
 
 import functools
@@ -19,6 +22,7 @@ from dpo_jax.console import say
 from dpo_jax.parallel import processes
 from dpo_jax.pipeline import push
 from dpo_jax.pipeline.stages import run_stages
+from dpo_jax.planning import rehearsal
 from dpo_jax.run_name import name_run
 from dpo_jax.storage import shadow
 
@@ -35,6 +39,12 @@ def main():
         "Fields that a run which is resumed may change, with commas between them: lr, or "
         "dpo.lr,dpo.beta.",
     )
+    rehearsed = flags.DEFINE_boolean(
+        "rehearse",
+        False,
+        "Only make a step of each training stage, on random weights and made-up examples of the "
+        "longest lengths, and say what it takes. Reads no weights and no data, and writes nothing.",
+    )
 
     def train():
         run_config = config.load()
@@ -42,6 +52,9 @@ def main():
         config_checks.validate(run_config)  # a name is made of stages that are known to be right
         allowed = changes.allowed_fields(allow_change.value, run_config)
         name_run(run_config, base=config_files.load(config.choice), unnamed=allowed)
+        if rehearsed.value:
+            rehearsal.rehearse_all(run_config)
+            return
         if repository.value:
             push.check(repository.value, run_config)
         say(f"WORKDIR is {folder}")

@@ -1,0 +1,192 @@
+"""The rehearsal of a run: a step of each training stage on the real devices, kept nowhere.
+
+Weights are random but of the real size, and examples are made up, all of the longest lengths that
+the config allows. So neither weights nor data are read, and no step of the run itself takes more
+memory or more time.
+"""
+
+import dataclasses
+import time
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from dpo_jax import stage_table
+from dpo_jax.console import compile_times, say
+from dpo_jax.models import attention, transformer
+from dpo_jax.models import lora as adapters
+from dpo_jax.models.lora import Lora
+from dpo_jax.parallel import sharding
+from dpo_jax.planning import groups, planner
+from dpo_jax.training import objectives
+from dpo_jax.training.loop import stage_programs
+from dpo_jax.training.step import copy_params
+
+GIB = 2**30
+SCALE = 0.02  # of the random weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Rehearsal:
+    """What a stage's step takes on this machine's devices."""
+
+    stage: str
+    mesh: dict[str, int]
+    examples: int  # of a step
+    tokens: int  # that it reads
+    compile_seconds: float
+    first_seconds: float
+    step_seconds: float  # of the second step
+    hbm_gib: float  # of a device, by the compiler
+    peak_gib: float | None  # that a device of this host has held so far; None on a CPU
+    capacity_gib: float | None  # that jax may take of a device; None on a CPU
+
+
+def rehearse_all(config: ConfigDict) -> list[Rehearsal]:
+    """Make a step of each training stage of a config, and say what it takes.
+
+    Stages whose step begins with sampling are left out. Raises ValueError if there is no other.
+    """
+    training = stage_table.training_stages(config)
+    stages = [stage for stage in training if stage in planner.PLANNED_STAGES]
+    if not stages:
+        raise ValueError(
+            f"--rehearse: no stage of config.stages = {', '.join(config.stages)} can be rehearsed. "
+            f"Those that can are {', '.join(planner.PLANNED_STAGES)}."
+        )
+    for stage in training:
+        if stage not in stages:
+            say(f"{stage}: not rehearsed, as most of its time goes into sampling")
+    found = []
+    for stage in stages:
+        with compile_times(stage):
+            rehearsal = rehearse(config, stage)
+        say(told(rehearsal))
+        found.append(rehearsal)
+    say("rehearsed with random weights and made-up examples; nothing was written")
+    return found
+
+
+def rehearse(config: ConfigDict, stage: str) -> Rehearsal:
+    """Make two steps of a stage on the run's mesh; return what they took."""
+    block = config[stage]
+    mesh = sharding.make_mesh(**config.mesh)
+    model = planner.model_config(config, stage)
+    group = groups.group_of(config, stage, planner.Assumptions())
+    limits = attention.row_limits(model.window, sharding.platform_of(mesh))
+    batches = groups.lay_out(config, stage, group, sharding.batch_shards(mesh), limits)
+    lora = Lora(**config.model.lora) if config.model.lora.rank else None
+    programs = stage_programs(stage, block, model, mesh, lora=lora)
+
+    with jax.set_mesh(mesh):
+        params = _random(mesh, transformer.abstract(model))
+        base = None
+        if lora:
+            base = params
+            params = _random(mesh, adapters.abstract(model, lora))
+        reference = _reference(config, stage, model, mesh, params, base)
+        state = programs.init_state(params)
+        hyper = objectives.numbers(block, steps=1)
+        if lora:
+            hyper["lora_scale"] = np.float32(lora.scale)
+        hyper = jax.device_put(hyper, sharding.replicated(mesh))
+        batch = sharding.shard_batch(mesh, _in_vocabulary(batches[0], model.vocab), axis=1)
+
+        started = time.monotonic()
+        arguments = (state, reference, hyper, batch, base)
+        compiled = programs.train_step.lower(*arguments).compile()
+        compile_seconds = time.monotonic() - started
+        seconds = []
+        for _ in range(2):
+            started = time.monotonic()
+            state, metrics = compiled(state, reference, hyper, batch, base)
+            jax.block_until_ready((state, metrics))
+            seconds.append(time.monotonic() - started)
+
+    peak, capacity = _peak(mesh)
+    first_seconds, step_seconds = seconds
+    return Rehearsal(
+        stage=stage,
+        mesh=dict(mesh.shape),
+        examples=block.batch_size,
+        tokens=batches.tokens(0),
+        compile_seconds=compile_seconds,
+        first_seconds=first_seconds,
+        step_seconds=step_seconds,
+        hbm_gib=_bytes_used(compiled.memory_analysis()) / GIB,
+        peak_gib=peak,
+        capacity_gib=capacity,
+    )
+
+
+def told(rehearsal: Rehearsal) -> str:
+    """Return lines that say what a stage's step takes."""
+    mesh = " x ".join(f"{axis} {size}" for axis, size in rehearsal.mesh.items())
+    per_second = rehearsal.tokens / rehearsal.step_seconds
+    lines = [
+        f"{rehearsal.stage}: a step of {rehearsal.examples} examples, {rehearsal.tokens:,} tokens, "
+        f"on {mesh}",
+        f"  time: {rehearsal.step_seconds:.3g} s a step, {per_second:,.0f} tokens a second; the "
+        f"first {rehearsal.first_seconds:.3g} s, after {rehearsal.compile_seconds:.3g} s of "
+        "compiling",
+        f"  memory of a device: {rehearsal.hbm_gib:.3g} GiB by the compiler",
+    ]
+    if rehearsal.peak_gib is not None:
+        lines[-1] += (
+            f"; at most {rehearsal.peak_gib:.3g} GiB were taken so far, of "
+            f"{rehearsal.capacity_gib:.3g} GiB that jax may take"
+        )
+    return "\n".join(lines)
+
+
+def _random(mesh, shapes: dict) -> dict:
+    """Return random values of such shapes, each device making its own part."""
+
+    def make(key):
+        leaves, tree = jax.tree.flatten(shapes)
+        keys = jax.random.split(key, len(leaves))
+        made = []
+        for leaf, own_key in zip(leaves, keys, strict=True):
+            made.append(SCALE * jax.random.normal(own_key, leaf.shape, leaf.dtype))
+        return jax.tree.unflatten(tree, made)
+
+    placed = sharding.param_shardings(mesh, shapes)
+    return jax.jit(make, out_shardings=placed)(jax.random.key(0))
+
+
+def _reference(config: ConfigDict, stage: str, model, mesh, params: dict, base: dict | None):
+    """Return the live reference's weights or adapters, in arrays of their own, or None."""
+    name = stage_table.reference_of(config, stage)
+    if name == "none" or stage_table.keeps_reference(config, stage):
+        return None
+    if name == "init" or base is None:
+        return copy_params(params)
+    return _random(mesh, transformer.abstract(model))
+
+
+def _in_vocabulary(batch, size: int):
+    """Return a made-up batch whose texts are of tokens that the model has."""
+    return dataclasses.replace(batch, tokens=batch.tokens % size, targets=batch.targets % size)
+
+
+def _bytes_used(analysis) -> int:
+    """Return the bytes that a compiled program takes of a device, with its arguments."""
+    return (
+        analysis.argument_size_in_bytes
+        + analysis.output_size_in_bytes
+        - analysis.alias_size_in_bytes
+        + analysis.temp_size_in_bytes
+    )
+
+
+def _peak(mesh) -> tuple[float | None, float | None]:
+    """Return the most GiB that a device of this host has held, and those that jax may take."""
+    peak, capacity = 0, 0
+    for device in mesh.local_devices:
+        found = device.memory_stats()
+        if not found or "peak_bytes_in_use" not in found:  # as on a CPU
+            return None, None
+        peak = max(peak, found["peak_bytes_in_use"])
+        capacity = max(capacity, found.get("bytes_limit", 0))
+    return peak / GIB, capacity / GIB
