@@ -1,11 +1,12 @@
-"""Plan large runs on TPU pods, for the tables of experiments/results/pods.md.
+"""Plan large runs on TPU pods and GPUs, for the tables of experiments/results/pods.md.
 
     python -m experiments.pods [--only=NAME ...]
 
 Each run is planned by the TPU compiler, as `dpo_jax.plan` does, and so is a plain implementation of
 the same run: two padded rows per pair, the logits of every token, a live reference. Runs on data
 with several pairs a prompt are planned with and without what these share. One of the runs is also
-planned on 16 to 512 chips.
+planned on 16 to 512 chips. The paper's runs and some of today's models are planned for 1, 8 and 32
+GPUs by the GPU compiler.
 
 Writes a row per plan to experiments/results/pods.jsonl and prints the tables. A plan whose command
 is already there is not made again.
@@ -122,9 +123,22 @@ GROWTH = {
     256: llama("8b", "v5p-512", tensor=4),
     512: llama("8b", "v5p-1024", tensor=8),
 }
+PAIRS = {"data.path": "PAIRS"}
+# Run -> config, its changes, examples, and the pairs that one GPU holds at a time (0: all of them).
+# 192 pairs of IMDb are 32 prompts, so that the pairs of each stay together on 32 GPUs too.
+ON_GPUS = {
+    "gpt2-large imdb": ("imdb", {"dpo.batch_size": 192} | IN_GROUPS, 0, 0),
+    "pythia-2.8b hh": ("hh", {}, 0, 8),
+    "gpt-j-6b tl;dr": ("tldr", APART, 0, 8),
+    "llama-3-8b": ("dpo", PAIRS | {"model.path": "llama-3-8b"}, 60_000, 8),
+    "qwen3-8b": ("dpo", PAIRS | {"model.path": "qwen3-8b"}, 60_000, 8),
+    "llama-3-70b": ("dpo", PAIRS | {"model.path": "llama-3-70b"}, 60_000, 8),
+}
+GPUS = ("h100:1", "h100:8", "h100:4x8")
 # The columns of the two tables.
 TAKES = (
     "run",
+    "numbers by",
     "topology",
     "mesh",
     "pairs a step",
@@ -224,8 +238,9 @@ def _takes(row: dict) -> list[str]:
         memory += ": no"
     cells = [
         row["name"],
+        "compiler" if row["compiled"] else "estimate",
         row["topology"],
-        mesh,
+        mesh or "-",
         str(row["batch_size"]),
         f"{row['sharing']['tokens']:,.0f}",
         memory,
@@ -252,20 +267,61 @@ def _limits(row: dict) -> list[str]:
     return cells
 
 
+def gpu_plans() -> dict[str, Pod]:
+    """Return name -> run, for the runs of ON_GPUS on 1, 8 and 32 GPUs."""
+    plans = {}
+    for name, (config, fields, examples, alone) in ON_GPUS.items():
+        for topology in GPUS:
+            if name == "llama-3-70b" and topology != "h100:4x8":
+                continue  # its weights and optimiser state take 560 GB
+            microbatch = alone if topology == "h100:1" else 0
+            changed = fields | {"dpo.microbatch_size": microbatch}
+            plans[f"{name} on {topology}"] = Pod(config, topology, changed, examples)
+    llama_8b = PAIRS | {"model.path": "llama-3-8b"}
+    # Weights are gathered within machines alone, and gradients summed between them.
+    within = llama_8b | {"mesh.data": 4, "mesh.fsdp": 8, "dpo.microbatch_size": 0}
+    plans["llama-3-8b on h100:4x8, data 4"] = Pod("dpo", "h100:4x8", within, 60_000)
+    # One GPU cannot hold the whole state of so many weights.
+    adapters = llama_8b | {"model.lora.rank": 16, "dpo.microbatch_size": 8}
+    plans["llama-3-8b on h100:1, lora"] = Pod("dpo", "h100:1", adapters, 60_000)
+    return plans
+
+
 def all_plans() -> dict[str, tuple[Pod, bool]]:
     """Return name -> (run, whether by the plain step), in the order of the tables."""
     plans = {f"{name}, ours": (pod, False) for name, pod in PODS.items()}
     plans |= {name: (pod, False) for name, pod in GROUPS.items()}
     plans |= {f"{name}, plain": (pod, True) for name, pod in PODS.items()}
     plans |= {f"llama-3-8b on {chips}": (pod, False) for chips, pod in GROWTH.items()}
-    return plans
+    return plans | {name: (pod, False) for name, pod in gpu_plans().items()}
+
+
+def sections() -> dict[str, list[str]]:
+    """Return the sections of pods.md, each with the names of its plans."""
+    several = ["gpt-j-6b tl;dr", "gpt2-large imdb"]
+    return {
+        "Prompts with several pairs": [
+            *(f"{name}, ours" for name in several),
+            *GROUPS,
+            *(f"{name}, plain" for name in several),
+        ],
+        "One pair a prompt": [
+            name
+            for name, (pod, _) in all_plans().items()
+            if pod in PODS.values() and name.rpartition(",")[0] not in several
+        ],
+        "From 8 to 512 chips": [f"llama-3-8b on {chips}" for chips in GROWTH],
+        "GPUs": list(gpu_plans()),
+    }
 
 
 def main():
     only = flags.DEFINE_multi_string(
         "only", [], "Plan only the runs of these names, as in pods.jsonl. Default: all."
     )
-    jax.config.update("jax_platforms", "cpu")  # the TPU compiler needs no TPU
+    jax.config.update("jax_platforms", "cpu")  # the compilers need neither TPU nor GPU
+    # As stand-ins for GPUs whose compiler is not installed.
+    jax.config.update("jax_num_cpu_devices", 32)
     processes.start()
 
     def plan_all():
@@ -283,7 +339,8 @@ def main():
             rows[name] = dict(name=name) | plan(pod, plain)
             # After each plan, as one takes minutes.
             OUT.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
-        print(markdown([rows[name] for name in plans if name in rows]))
+        for title, names in sections().items():
+            print(f"\n{title}\n\n{markdown([rows[name] for name in names if name in rows])}")
 
     command_line.run(plan_all, __doc__)
 

@@ -66,6 +66,12 @@ def plan(
     devices, missing_compiler = _devices(topology)
     if missing_compiler:  # the step is traced on CPU devices, which lack the GPU's kernel
         model = dataclasses.replace(model, attention="xla")
+    elif model.attention == "cudnn" and model.head_width > 128:
+        # jax asks the GPU of this machine whether it takes them, not the one planned for.
+        raise ValueError(
+            f"config.model.attention = 'cudnn' with heads of {model.head_width} runs on an H100 or "
+            "H200, but is compiled only where there is one. Plan with auto, which takes xla there."
+        )
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
     group = groups.group_of(config, stage, assumed)
     limits = attention.row_limits(model.window, platform)

@@ -1,5 +1,8 @@
 """The plans for pods: the plain DPO that they are compared with, and their tables."""
 
+import collections
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -56,11 +59,35 @@ def test_commands_tell_groups():
     assert "--config.dpo.batch_size=384" in imdb
 
 
+def test_gpu_plans_are_in_the_table():
+    """Every run is planned on 1, 8 and 32 GPUs, but for one whose state only 32 can hold."""
+    plans = pods.gpu_plans()
+    counts = collections.Counter(pod.topology for pod in plans.values())
+    assert counts == {"h100:1": len(pods.ON_GPUS), "h100:8": 5, "h100:4x8": 7}
+    made = [json.loads(line) for line in pods.OUT.read_text().splitlines()]
+    commands = {row["name"]: row["command"] for row in made}
+    for name, (pod, plain) in pods.all_plans().items():
+        assert commands[name] == pod.command(plain), "plan it anew: python -m experiments.pods"
+
+
+def test_page_has_the_tables():
+    made = [json.loads(line) for line in pods.OUT.read_text().splitlines()]
+    rows = {row["name"]: row for row in made}
+    assert all(row["compiled"] for row in made)
+    page = pods.OUT.with_suffix(".md").read_text()
+    named = []
+    for names in pods.sections().values():
+        assert pods.markdown([rows[name] for name in names]) in page
+        named += names
+    assert sorted(named) == sorted(rows)
+
+
 def test_tables_say_what_fits():
     sent = {"all-gather": dict(count=3, gib=1.25)}
     fits = dict(
         name="small",
         topology="v5e:2x2",
+        compiled=True,
         mesh=dict(data=1, fsdp=2, tensor=2),
         batch_size=64,
         sharing=dict(tokens=81920.0),
@@ -74,14 +101,15 @@ def test_tables_say_what_fits():
         bottleneck="compute",
         collectives=sent,
     )
-    not_so = fits | dict(name="large", fits=False, seconds=None, collectives=None)
+    not_so = fits | dict(name="large", compiled=False, fits=False, seconds=None, collectives=None)
     takes, limits = (
         table.splitlines()[2:] for table in pods.markdown([fits, not_so]).split("\n\n")
     )
     assert takes == [
-        "| small | v5e:2x2 | fsdp 2 x tensor 2 | 64 | 81,920 | 4.0 of 15.8 | 0.5 | 0.9 | products "
-        "| 1.3 |",
-        "| large | v5e:2x2 | fsdp 2 x tensor 2 | 64 | 81,920 | 4.0 of 15.8: no | - | - | - | - |",
+        "| small | compiler | v5e:2x2 | fsdp 2 x tensor 2 | 64 | 81,920 | 4.0 of 15.8 | 0.5 | 0.9 "
+        "| products | 1.3 |",
+        "| large | estimate | v5e:2x2 | fsdp 2 x tensor 2 | 64 | 81,920 | 4.0 of 15.8: no | - | - "
+        "| - | - |",
     ]
     assert limits == [
         "| small | 0.5 | 0.3 | 0.1 | 1.2 | 0.0 | 0.0 | 0.0 | 0.0 |",

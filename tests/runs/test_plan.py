@@ -77,6 +77,15 @@ def test_plan_command_compiles_for_gpus():
 
 
 @needs_gpu_compiler
+def test_plan_command_refuses_wide_heads_by_cudnn():
+    config = scratch_config()
+    config.model.scratch.update(head_dim=256)
+    config.model.update(dtype="bfloat16", attention="cudnn")
+    with pytest.raises(ValueError, match="'cudnn' with heads of 256 .* Plan with auto"):
+        planner.plan(config, topologies.parse("h100:1"), "dpo")
+
+
+@needs_gpu_compiler
 def test_plan_command_compiles_for_machines_of_gpus():
     config = scratch_config(batch_size=8)
     config.mesh.update(data=2, fsdp=2, tensor=2)
