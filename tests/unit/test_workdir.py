@@ -194,6 +194,28 @@ def test_check_files_names_a_folder_in_place_of_a_file(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "read", "record"),
+    [
+        ("config.json", read_config, dict(date="soon")),
+        ("config.json", read_config, dict(depends_on=[1])),
+        ("done.json", workdir.read_done, dict(export=["float32"])),
+        ("done.json", workdir.read_done, dict(export=dict(asked="float32"))),
+        ("ledger.json", workdir.read_ledger, dict(prompts="7")),
+        ("ledger.json", workdir.read_ledger, dict(fingerprint=7)),
+        ("weights.json", workdir.read_weights, dict(reference="models/mine")),
+        ("weights.json", workdir.read_weights, dict(reference=dict(path="models/mine"))),
+    ],
+)
+def test_records_with_fields_of_other_types(tmp_path, name, read, record):
+    """As an editor leaves them, without the sha256: one paragraph, not a TypeError."""
+    (tmp_path / name).write_text(json.dumps(record))
+    (field,) = record
+    said = f"^{tmp_path / name} is not what was written there: .*its '{field}'.*(Put|Remove)"
+    with pytest.raises(ValueError, match=said):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
     ("files", "found"),
     [
         ([], "its 'files' is list in place of dict"),
