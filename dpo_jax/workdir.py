@@ -464,7 +464,8 @@ def _problem_of(folder: pathlib.Path, name: str, recorded: dict) -> str:
         return ""
     # An export is written as a whole.
     part = folder / pathlib.PurePath(name).parts[0]
-    removed = f"{part} and done.json" if part.exists() else folder / "done.json"
+    done = folder / "done.json"
+    removed = f"{part} and {done}" if part.exists() else done
     return (
         f"{found}. Put it back from a copy; or remove {removed} and run the stage's command again: "
         f"{_how_made_again(folder)}."

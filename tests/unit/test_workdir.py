@@ -173,7 +173,8 @@ def test_check_files_counts_rows(tmp_path, change, said):
         ValueError, match=f"^{path} is not what was written there: {said}[.]"
     ) as error:
         check_files(folder)
-    assert f"or remove {path} and done.json and run the stage's command again" in str(error.value)
+    removed = f"{path} and {folder / 'done.json'}"
+    assert f"or remove {removed} and run the stage's command again" in str(error.value)
 
 
 def test_check_files_names_what_is_gone(tmp_path):
