@@ -200,6 +200,7 @@ class Checkpoints:
     @contextlib.contextmanager
     def _told_once(self):
         """Raise OSError for a checkpoint that cannot be written, as on a full disk."""
+        outer = sys.exception()  # the run may be ending for another reason
         try:
             yield
         except (OSError, ValueError) as error:
@@ -207,9 +208,9 @@ class Checkpoints:
             if isinstance(error, ValueError) and not STATUS.match(str(error)):
                 raise
             raise OSError(
-                f"{self._folder}: a checkpoint could not be written ({_root_of(error)}). Mend that "
-                "or make room, and run the same command again: it resumes from the checkpoint "
-                "before it."
+                f"{self._folder}: a checkpoint could not be written ({_root_of(error, outer)}). "
+                "Mend that or make room, and run the same command again: it resumes from the "
+                "checkpoint before it, or begins again where there is none."
             ) from error
 
     def restore(self, step: int, shapes: TrainState, shardings: TrainState) -> Restored:
@@ -449,14 +450,23 @@ def _is_of_late_read(unraisable) -> bool:
     return code is not None and "orbax" in code.co_filename
 
 
-def _root_of(error: BaseException) -> str:
-    """Return the start of the message of the error that others were raised from."""
-    while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__
+def _root_of(error: BaseException, outer: BaseException | None = None) -> str:
+    """Return the message of the error that others were raised from, in one line and not too long.
+
+    outer: an error that was being handled before; it is no cause of these.
+    """
+    while True:
+        cause = error.__cause__ or error.__context__
+        if cause is None or cause is outer:
+            break
+        error = cause
     message = (str(error).strip().splitlines() or [""])[0]
     reason = f"{type(error).__name__}: {message}"
-    # It may hold a whole specification.
-    return reason if len(reason) <= LONGEST_REASON else reason[:LONGEST_REASON] + "..."
+    if len(reason) <= LONGEST_REASON:
+        return reason
+    # What it is stands first, and the system's words last; a specification may stand between.
+    half = LONGEST_REASON // 2
+    return f"{reason[:half]}...{reason[-half:]}"
 
 
 def _metrics_file(checkpoint: pathlib.Path) -> pathlib.Path:

@@ -74,6 +74,21 @@ def test_save_that_fails_is_told_once(tmp_path, capfd):
         assert saved.latest() is None
 
 
+def test_save_that_fails_says_its_own_reason(tmp_path):
+    """And keeps the system's words: the run may be ending on a full disk at another file."""
+    state = step.TrainState(jnp.int32(1), {"w": jnp.arange(5000.0)}, ())
+    with (
+        pytest.raises(
+            OSError, match="could not be written .*File too large.*begins again"
+        ) as failed,
+        limits.file_size(1000),
+        Checkpoints(tmp_path, keep=1) as saved,
+    ):
+        saved.save(1, state)
+        raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
+    assert "metrics.jsonl" not in str(failed.value)
+
+
 def test_bug_of_ours_is_not_blamed_on_the_disk(tmp_path):
     """So that it keeps its traceback, and is reported."""
     wrong = ValueError("zip() argument 2 is shorter than argument 1")
