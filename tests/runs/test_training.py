@@ -98,7 +98,7 @@ def test_finished_run_is_reused(whole, capsys):
 
 @pytest.mark.parametrize(
     "field, value",
-    [("beta", 0.5), ("steps", 9), ("data__max_prompt_length", 40), ("model__dtype", "bfloat16")],
+    [("beta", 0.5), ("steps", 5), ("data__max_prompt_length", 40), ("model__dtype", "bfloat16")],
 )
 def test_changed_config_is_refused(whole, field, value):
     config, folder = whole
