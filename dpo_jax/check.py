@@ -176,9 +176,13 @@ def _outputs(workdir: pathlib.Path) -> Iterator[Finding]:
 
     for here, folders, names in os.walk(workdir):
         parent = pathlib.Path(here)
-        is_stage = parent.parent == workdir and (parent.name == "reference" or _is_stage(parent))
-        folders[:] = [] if is_stage else sorted(name for name in folders if name != "wandb")
-        for name in [] if is_stage else sorted(names):
+        # A stage's folder, also of another WORKDIR inside this one, or a model's.
+        is_other = "checkpoints" in folders or not {"config.json", "done.json"}.isdisjoint(names)
+        if is_other or parent.name in ("reference", "wandb"):
+            folders.clear()
+            continue
+        folders.sort()
+        for name in sorted(names):
             path = parent / name
             if name == COMPLETIONS:
                 yield _rows(path, parent / SUMS)

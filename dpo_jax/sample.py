@@ -157,7 +157,7 @@ def _begin(
     if not beside.exists():
         raise FileExistsError(
             f"--out={path}: the file exists, but not {beside.name}, which would say what it was "
-            "made with. Give another name, or remove the file."
+            "made with. Put that one back from a copy, or give another name, or remove the file."
         )
     found = read_record(beside, f"Put it back from a copy, or remove it and {path}.", date=IsoDate)
     day = date.isoformat() if date else found.get("date", datetime.date.today().isoformat())

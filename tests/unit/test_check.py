@@ -128,3 +128,13 @@ def test_answers_of_a_judge(tmp_path):
     path.write_text(line + line.replace("Better: A", "Better: B"))
     (text,) = said(tmp_path).values()
     assert f"{path} line 2 is not a kept call, or not what was written there" in text
+
+
+def test_folder_above_a_workdir_is_refused(tmp_path):
+    """Else a part of each stage would pass for all of it."""
+    folder = tmp_path / "run" / "pairs"
+    start(folder)
+    SealedRows(folder / "completions.jsonl", folder / "completions.sums").append([dict(a=1)])
+    assert check.report(tmp_path / "run") == 0
+    with pytest.raises(ValueError, match="holds nothing that a run has left"):
+        check.report(tmp_path)
