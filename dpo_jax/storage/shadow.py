@@ -267,6 +267,25 @@ def checkpoint_steps(path: pathlib.Path) -> list[int] | None:
     return sorted(steps)
 
 
+def remove_partial_checkpoints(path: pathlib.Path) -> None:
+    """Remove the parts of checkpoints that a lost run has left in a folder of gs://.
+
+    Before any process lists the folder: orbax would remove them while others do, and a folder in a
+    bucket is gone with its last object. Elsewhere they have names of their own.
+    """
+    address = address_of(path)
+    if scheme_of(address) != "gs":
+        return
+    found = buckets.find(address)
+    partial = []
+    for name in found:
+        step = name.partition("/")[0]
+        if step.isdigit() and f"{step}/{COMMITTED}" not in found:
+            partial.append(f"{address}/{name}")
+    with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
+        list(pool.map(buckets.remove, partial))
+
+
 def _whole(address: str, found: dict[str, buckets.Stored]) -> list[str]:
     """Return the names that are copied: of checkpoints, complete ones that orbax reads here."""
     names = []

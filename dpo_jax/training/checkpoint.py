@@ -77,7 +77,7 @@ class Checkpoints:
                 get_metric_fn=self._rank, n=1, keep_checkpoints_without_metrics=False
             )
             kept.append(best)
-        processes.from_first(self._set_aside_unrated)
+        processes.from_first(self._make_ready)
         # orbax logs what it raises, several times, from the threads that save.
         absl_logging.get_absl_logger().addFilter(_is_not_orbax_error)
         # It reads what is there, damaged or not: that is told when one is restored.
@@ -260,6 +260,11 @@ class Checkpoints:
             f"Put one of them back from a copy, or remove {self._folder}: the stage then begins "
             "again."
         )
+
+    def _make_ready(self) -> None:
+        """Take away what orbax would fail at, or remove while other processes look at it."""
+        shadow.remove_partial_checkpoints(self._here)
+        self._set_aside_unrated()
 
     def _set_aside_unrated(self) -> None:
         """Rename checkpoints whose metrics cannot be read, by which orbax would fail to open any.

@@ -127,6 +127,17 @@ def test_checkpoint_counts_with_its_marker(machine, tmp_path):
     assert sorted(left) == ["dpo/checkpoints/2/commit_success.txt", "dpo/checkpoints/2/state"]
 
 
+def test_parts_of_checkpoints_are_removed_from_gs(machine, tmp_path):
+    machine("first")
+    whole = ["checkpoints/1/state", "checkpoints/1/commit_success.txt"]
+    others = ["checkpoints/3.damaged/state", "metrics.jsonl"]
+    for name in [*whole, *others, "checkpoints/2/state", "checkpoints/12/d/state"]:
+        write(tmp_path / "buckets/bucket/run/dpo" / name, "")
+    folder = shadow.place("gs://bucket/run/dpo/checkpoints")
+    shadow.remove_partial_checkpoints(folder)
+    assert sorted(held(tmp_path)) == sorted(f"dpo/{name}" for name in [*whole, *others])
+
+
 def test_run_elsewhere_does_not_lose_checkpoints_it_never_pulled(machine, tmp_path):
     here = machine("first")
     write(here / "dpo/checkpoints/1/state", "state 1")
