@@ -111,7 +111,7 @@ def three_pairs(count, vocab, longest) -> list[Example]:
     return random_pairs(3, vocab=vocab, longest=longest)
 
 
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("name", ["dpo", "sft", "ppo"])
 def test_train_step_of_fewer_rows_than_devices_is_equal(name):
     """Devices without a row add nothing, and nothing that is not a number."""
     check_on_mesh(name, "llama2", (8, 1, 1), make_pairs=three_pairs)
