@@ -25,7 +25,7 @@ from experiments.winrate import Options
 from tests.helpers import bucket_folders
 from tests.helpers.judge_server import JudgeServer, answer, prefers, texts
 from tests.helpers.paths import ROOT
-from tests.helpers.tiny_runs import environment, experiment_configs, plant
+from tests.helpers.tiny_runs import environment, experiment_configs, free_port, plant
 
 JUDGE = Judge(model="loopback", template="summary_concise")
 SMALL = Options(("dpo", "sft", "base", "best_of_n"), (0.0, 1.0), JUDGE, counts=(1, 3), prompts=8)
@@ -334,6 +334,38 @@ def test_kill_while_judging(finished, arguments, make_config, tmp_path):
     assert (
         not kept & set(after) and kept | set(after) == set(asked) and len(after) == len(set(after))
     )
+
+
+@pytest.mark.slow
+def test_two_processes_sample_and_one_asks(finished, arguments, tmp_path):
+    """The same verdicts as of one process, each asked for once."""
+    workdir, rows, asked = finished
+    for name in ("sft", "rm", "dpo"):
+        (tmp_path / name).symlink_to(workdir / name)
+    command = [
+        *(sys.executable, "-m", "experiments.tldr_winrate", "--config=configs/tldr.py:tiny"),
+        *(*arguments, f"--workdir={tmp_path}", "--judge_model=loopback", "--temperatures=0,1"),
+        *("--best_of=1,3", "--prompts=8", *(f"--method={name}" for name in SMALL.methods)),
+        *(f"--coordinator=localhost:{free_port()}", "--num_processes=2"),
+    ]
+    with JudgeServer(prefers(len)) as server, server.environment():
+        both = [
+            subprocess.Popen(
+                [*command, f"--process_id={number}"],
+                cwd=ROOT,
+                env=environment(),
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
+            for number in range(2)
+        ]
+        said = [process.communicate(timeout=200)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert sorted(server.prompts) == sorted(asked)
+    found = json.loads((results(tmp_path) / "winrate.json").read_text())["rows"]
+    for name in ("wins", "ties", "losses"):
+        assert [row[name] for row in found] == [row[name] for row in rows]
 
 
 def test_dry_run_counts(make_config, tmp_path, capsys):

@@ -45,8 +45,8 @@ def cases(folder: pathlib.Path, number: int) -> dict:
         )
         sample.sample_file(options, sharding.make_mesh())
 
-    def score_file():
-        options = score.Options("equal", "pairs.jsonl", str(folder / "scored.jsonl"))
+    def score_file(data):
+        options = score.Options("equal", data, str(folder / "scored.jsonl"))
         score.score_file(options, sharding.make_mesh())
 
     return {
@@ -57,9 +57,10 @@ def cases(folder: pathlib.Path, number: int) -> dict:
         "weights": lambda: train("weights", config_of(model="model")),
         "prompts": read_prompts,
         "sample": lambda: sample_file("equal", "pairs.jsonl"),
-        "score": score_file,
-        # The last, as it leaves a file: two copies of one model, and the same prompts.
+        "score": lambda: score_file("pairs.jsonl"),
+        # The last, as they leave files: two copies of one model, and the same rows.
         "copies": lambda: sample_file("equal", "same.jsonl"),
+        "scores": lambda: score_file("same.jsonl"),
     }
 
 

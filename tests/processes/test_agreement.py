@@ -8,8 +8,15 @@ import sys
 
 import pytest
 
+from dpo_jax.workdir import read_lines
 from tests.helpers.paths import ROOT
-from tests.helpers.tiny_runs import environment, free_port, write_model, write_pairs
+from tests.helpers.tiny_runs import (
+    environment,
+    free_port,
+    score_file,
+    write_model,
+    write_pairs,
+)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +42,18 @@ def said(model, tmp_path_factory):
     caches = first.pop("caches")
     assert second.pop("caches") == ""
     assert first == second
+    assert_scores(folder / "scored.jsonl", model, folder / "0" / "same.jsonl")
     return first | dict(caches=caches)
+
+
+def assert_scores(found, model, data):
+    """Of two processes as of one."""
+    wanted = found.with_name("alone.jsonl")
+    score_file(model, data, wanted)
+    for row, want in zip(read_lines(found), read_lines(wanted), strict=True):
+        assert row.keys() == want.keys()
+        for name in ("logp_chosen", "logp_rejected"):
+            assert row[name] == pytest.approx(want[name], rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -53,6 +71,7 @@ def said(model, tmp_path_factory):
         ("sample", "--prompts=pairs.jsonl: '60 rows, sha256 "),
         ("score", "--data=pairs.jsonl, pairs: '60 pairs, tokens of sha256 "),
         ("copies", "^$"),
+        ("scores", "^$"),
         (
             "caches",
             r"^warning: compiled programs are kept by process 0 alone, in its own \S+/0, so ",
