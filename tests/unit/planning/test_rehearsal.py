@@ -1,6 +1,7 @@
 """Rehearsals: a step of the real size on the real mesh, of which nothing is left."""
 
 import jax
+import numpy as np
 import pytest
 
 from dpo_jax.parallel import sharding
@@ -47,6 +48,15 @@ def test_rehearsal_of_adapters():
     text = rehearsal.told(found)
     assert "8 examples, 384 tokens" in text and "GiB by the compiler" in text
     assert "at most" not in text, "a CPU does not say what it has held"
+
+
+def test_random_weights_differ():
+    shapes = dict(kernel=jax.ShapeDtypeStruct((64, 32), np.float32))
+    kernel = np.asarray(
+        rehearsal._random(sharding.make_mesh(), dict(head=shapes))["head"]["kernel"]
+    )
+    assert abs(kernel.mean()) < 0.002 and kernel.std() == pytest.approx(0.02 / 3**0.5, rel=0.1)
+    assert len(np.unique(kernel)) > 0.99 * kernel.size
 
 
 def test_rehearsal_says_what_devices_held():
