@@ -101,7 +101,11 @@ def _problem(read, path: pathlib.Path) -> str:
     try:
         read(path)
     except FileNotFoundError as error:
-        return f"{error.filename} is gone"
+        folder = pathlib.Path(error.filename).parent
+        return (
+            f"{error.filename} is gone. Put it back from a copy, or remove {folder}, which is then "
+            "made again"
+        )
     except (ValueError, OSError) as error:
         return str(error)
     return ""

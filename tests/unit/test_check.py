@@ -67,6 +67,14 @@ def test_what_a_damaged_checkpoint_means(folder):
     assert "The stage is finished: it is read only if" in said(folder.parent)["dpo/checkpoints/3"]
 
 
+def test_record_that_is_gone(folder):
+    (folder / "done.json").write_text("{}")
+    (folder / "config.json").unlink()
+    (text,) = said(folder.parent).values()
+    remedy = f"Put it back from a copy, or remove {folder}, which is then made again"
+    assert text == f"{folder / 'config.json'} is gone. {remedy}"
+
+
 def test_stage_that_an_earlier_version_finished(folder, capsys):
     (folder / "hf").mkdir()
     (folder / "hf" / "model.safetensors").write_text("weights")
