@@ -16,7 +16,7 @@
 # tpu: uses the TPU of that name, or requests one of --type and waits for it. It copies this tree
 # (without runs/), installs the requirements, runs COMMAND on all workers, trains there, shows
 # worker 0's log, and says how each worker ended. WORKDIR is gs://BUCKET/FOLDER, or a folder that
-# all workers share. --delete deletes the TPU at the end, also when the run has failed.
+# all workers share. --delete deletes the TPU at the end, also when the run has failed, or at Ctrl-C.
 #
 # slurm: with --retry, the run becomes a batch job that goes back to the queue when its time is up
 # or its nodes are taken; the options then go to sbatch instead of srun.
@@ -373,6 +373,9 @@ on_tpu() {
   else
     FOLDER="$(mktemp -d)"
     trap leave EXIT
+    # gcloud ends by itself at Ctrl-C, which would look like a broken connection.
+    trap 'exit 130' INT
+    trap 'exit 143' TERM
   fi
   pack
   while true; do

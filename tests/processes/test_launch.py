@@ -323,6 +323,34 @@ def test_launch_tpu_looks_on_after_broken_connection(pod):
     assert (folder / "workers" / "0" / "dpo_jax" / "started").read_text() == "once\n"
 
 
+@pytest.mark.parametrize("delete", ["--delete", None])
+def test_launch_tpu_ends_at_ctrl_c(pod, delete):
+    """Once, though gcloud ends by itself then, and it would be tried again; the run is not."""
+    folder, env = pod
+    (folder / "node").touch()
+    gcloud = folder / "bin" / "gcloud"
+    waits = "trap 'exit 1' INT; echo up; while :; do sleep 0.1; done"
+    hangs = f'case "$*" in *--worker=0*) {waits} ;; esac\n'
+    gcloud.write_text(RECORD + hangs + GCLOUD)
+    options = ["--retry", *([delete] if delete else [])]
+    with subprocess.Popen(
+        [ROOT / "launch.sh", "tpu", "pod", "us-x", *options, *CONFIG],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as run:
+        for line in run.stdout:
+            if line == "up\n":
+                break
+        os.killpg(run.pid, signal.SIGINT)
+        said = run.stdout.read()
+    assert run.returncode == 130 and "again" not in said
+    assert requests(folder) == (["delete"] if delete else [])
+
+
 ENV = ("--env=HF_TOKEN", "--env=WANDB_PROJECT=a 'b' $c", "--env=EMPTY=")
 SECRET = "hf-secret"
 
