@@ -29,7 +29,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dpo_jax import config as configs
-from dpo_jax import config_checks, config_files, console
+from dpo_jax import config_checks, config_files, console, loss_table
 from dpo_jax.data import dataset, sources, splits
 from dpo_jax.data import tokenizer as tokenizers
 from dpo_jax.data.batches import (
@@ -665,6 +665,14 @@ class Trainer:
             if reference != "init" or self._reference_log_probs is not None:
                 raise ValueError(f"{self._objective} has no reference; dpo has.")
             return None
+        loss = self._block.get("loss", "")
+        if not loss_table.needs_reference(loss):
+            if isinstance(reference, Model) or self._reference_log_probs is not None:
+                raise ValueError(f"the {loss} loss needs no reference: leave it out.")
+            return None
+        divergence = self._block.get("divergence", "reverse_kl")
+        if reference == "none" and divergence != "reverse_kl":
+            raise ValueError(f"divergence={divergence!r} needs a reference, and it is 'none'.")
         if self._reference_log_probs is not None or reference == "none":
             return None
         if reference == "init":

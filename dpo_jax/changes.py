@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-from dpo_jax import config_files, stage_table
+from dpo_jax import config_files, loss_table, stage_table
 
 PATHS = (
     *("model.path", "model.tokenizer", "data.path", "data.sft_path", "data.mix"),
@@ -25,7 +25,7 @@ END = ("steps", "epochs")  # fields of a training stage
 # would change the order of the data, the optimiser's state, or what the checkpoints are rated by.
 ALLOWED = (
     *("lr", "schedule", "warmup_steps", "max_grad_norm", "weight_decay", "steps", "epochs"),
-    *("eval_every", "loss", "beta", "label_smoothing", "alpha"),
+    *("eval_every", "loss", "divergence", *loss_table.numbers(), "alpha"),
     *("target_kl", "kl_horizon", "inner_epochs", "gae_lambda", "clip", "value_clip", "value_coef"),
 )
 

@@ -11,6 +11,7 @@ import typing
 from ml_collections import ConfigDict
 
 from dpo_jax import stage_table
+from dpo_jax.loss_table import LOSSES
 from dpo_jax.stage_table import STAGES
 
 EXPORT_DTYPES = ("source", "float32", "bfloat16")
@@ -18,8 +19,6 @@ TRUNCATIONS = ("auto", "keep_start", "keep_end", "keep_cue")
 OPTIMIZERS = ("rmsprop", "adamw", "adafactor", "lion", "sgd")
 SCHEDULES = ("constant", "linear", "cosine")
 REWARDS = ("classifier", "ngram", "model", "rm", "toy", "toy_saturating")
-SMOOTHED_LOSSES = ("sigmoid", "robust")  # the preference losses that use label_smoothing
-PREFERENCE_LOSSES = ("sigmoid", "sigmoid_norm", "ipo", "ipo_sum", "hinge", "robust")
 
 METHODS = {  # method -> the stages after sft, in a run that samples its own pairs (IMDb, the toy)
     "dpo": ("pairs", "dpo", "evaluate"),
@@ -348,16 +347,63 @@ UNLIKELIHOOD = dict(
     **_training(),
 )
 
+_WITH_DIVERGENCE = [name for name, loss in LOSSES.items() if loss.takes_divergence]
+
 DPO = dict(
-    loss=Field("sigmoid", "sigmoid, sigmoid_norm, ipo (mean per token), ipo_sum, hinge or robust"),
-    beta=Field(0.1, "strength of the KL penalty", least=ABOVE_ZERO, most=1e6),
+    loss=Field(
+        "sigmoid",
+        f"one of {', '.join(LOSSES)}; each takes some of the numbers below, and refuses the others",
+    ),
+    beta=Field(
+        0.1,
+        "strength of the KL penalty: implicit rewards are beta times log-ratios; simpo: scale of "
+        "the margin per token (the paper: 2 to 2.5); every loss but orpo",
+        least=ABOVE_ZERO,
+        most=1e6,
+    ),
     label_smoothing=Field(
-        0.0, "assumed share of flipped labels, for sigmoid and robust only", least=0, most=0.5
+        0.0,
+        "assumed share of flipped labels, of sigmoid, sigmoid_norm, robust and exo, which needs "
+        "one above 0",
+        least=0,
+        most=0.5,
+    ),
+    simpo_gamma=Field(
+        1.0, "simpo: margin by which the chosen response is to win", least=0, most=1e6
+    ),
+    orpo_lambda=Field(
+        0.1, "orpo: weight of the odds ratio, beside the likelihood", least=0, most=1e6
+    ),
+    cpo_alpha=Field(
+        1.0, "cpo: weight of the likelihood of the chosen response, per token", least=0, most=1e6
+    ),
+    dpop_lambda=Field(
+        50.0,
+        "dpop: penalty on a chosen response that is less likely than under the reference",
+        least=0,
+        most=1e6,
+    ),
+    discopop_tau=Field(
+        0.05,
+        "discopop: width of the change from logistic to exponential loss",
+        least=ABOVE_ZERO,
+        most=1e6,
+    ),
+    divergence=Field(
+        "reverse_kl",
+        "divergence from the reference that is penalised: reverse_kl, forward_kl, jensen_shannon "
+        f"or alpha; others than reverse_kl for {', '.join(_WITH_DIVERGENCE)}",
+    ),
+    divergence_alpha=Field(
+        0.5,
+        "alpha of divergence=alpha, between reverse_kl (0) and forward_kl (1)",
+        least=0,
+        most=1,
     ),
     reference=Field(
         "init",
         "reference model: init (the weights that the stage starts from), none "
-        "(reference-free), or a path",
+        "(reference-free), or a path; losses that need no reference load none",
     ),
     cache_reference=Field(
         False,

@@ -6,15 +6,13 @@ import re
 from ml_collections import ConfigDict
 
 from dpo_jax import config as configs
-from dpo_jax import config_files, stage_table
+from dpo_jax import config_files, loss_table, stage_table
 from dpo_jax.config import (
     EXPORT_DTYPES,
     OPEN_BLOCKS,
     OPTIMIZERS,
-    PREFERENCE_LOSSES,
     REWARDS,
     SCHEDULES,
-    SMOOTHED_LOSSES,
     TRUNCATIONS,
     default,
     flat_fields,
@@ -22,6 +20,7 @@ from dpo_jax.config import (
 from dpo_jax.config_files import shortened
 from dpo_jax.data import mixtures
 from dpo_jax.data.sources import SOURCES
+from dpo_jax.loss_table import DIVERGENCES, LOSSES
 from dpo_jax.stage_table import STAGES
 
 ALLOWED = {  # field -> its values; STAGE stands for every training stage
@@ -40,7 +39,8 @@ ALLOWED = {  # field -> its values; STAGE stands for every training stage
     "best_of_n.reward": ("rm", "true"),
     "sft.loss": ("sum", "token_mean"),
     "preferred_ft.loss": ("sum", "token_mean"),
-    "dpo.loss": PREFERENCE_LOSSES,
+    "dpo.loss": tuple(LOSSES),
+    "dpo.divergence": tuple(DIVERGENCES),
     "pairs.labels": ("bradley_terry", "deterministic"),
     "STAGE.optimizer": OPTIMIZERS,
     "STAGE.schedule": SCHEDULES,
@@ -241,19 +241,58 @@ def _validate_training(stage, block):
 
 def _validate_dpo(config):
     block = config.dpo
-    if not 0 <= block.label_smoothing < 0.5:
-        _fail("dpo.label_smoothing", block.label_smoothing, "from 0 to below 0.5")
-    if block.label_smoothing and block.loss not in SMOOTHED_LOSSES:
-        others = " and ".join(SMOOTHED_LOSSES)
-        expected = f"0, as the {block.loss} loss has no label smoothing ({others} have)"
-        _fail("dpo.label_smoothing", block.label_smoothing, expected)
+    _validate_loss_numbers(block)
+    _validate_divergence(block)
     if block.cache_reference and block.reference == "none":
         _fail("dpo.cache_reference", True, "False, as dpo.reference is 'none'")
     if not block.reference:
         _fail("dpo.reference", block.reference, "'init', 'none' or the path of a model")
+    if not LOSSES[block.loss].needs_reference:
+        _validate_no_reference(block)
     if config.data.source == "toy" and block.reference != "init":
         expected = "'init' on the toy, whose exact KL is to the initial policy"
         _fail("dpo.reference", block.reference, expected)
+
+
+def _validate_loss_numbers(block):
+    """Check that a number which differs from its default is one that the loss takes."""
+    taken = (*LOSSES[block.loss].numbers, *DIVERGENCES[block.divergence])
+    for name in loss_table.numbers():
+        default_value = configs.DPO[name].default
+        if name not in taken and block[name] != default_value:
+            takers = " and ".join(loss_table.takers(name))
+            owner = f"the {block.loss} loss"
+            if name == "divergence_alpha":
+                owner = f"the divergence {block.divergence}"
+            expected = f"{default_value:g}, its default, as {owner} does not take it ({takers} do)"
+            _fail(f"dpo.{name}", block[name], expected)
+    if not 0 <= block.label_smoothing < 0.5:
+        _fail("dpo.label_smoothing", block.label_smoothing, "from 0 to below 0.5")
+    if block.loss == "exo" and not block.label_smoothing:
+        expected = "more than 0 (the paper: 0.001), as the exo loss is infinite at 0"
+        _fail("dpo.label_smoothing", block.label_smoothing, expected)
+
+
+def _validate_divergence(block):
+    if block.divergence == "reverse_kl":
+        return
+    if not LOSSES[block.loss].takes_divergence:
+        takers = " and ".join(name for name, loss in LOSSES.items() if loss.takes_divergence)
+        expected = f"'reverse_kl', as the {block.loss} loss has no other divergence ({takers} do)"
+        _fail("dpo.divergence", block.divergence, expected)
+    if block.reference == "none":
+        expected = "'reverse_kl', as dpo.reference is 'none'"
+        _fail("dpo.divergence", block.divergence, expected)
+
+
+def _validate_no_reference(block):
+    """Check that no reference is asked for, where the loss needs none."""
+    if block.reference not in ("init", "none"):
+        expected = f"'none', as the {block.loss} loss needs no reference"
+        _fail("dpo.reference", block.reference, expected)
+    if block.cache_reference:
+        expected = f"False, as the {block.loss} loss needs no reference"
+        _fail("dpo.cache_reference", True, expected)
 
 
 def _validate_ppo(config):

@@ -9,6 +9,8 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
+from dpo_jax import loss_table
+
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
@@ -79,6 +81,8 @@ def trains_in_groups(config: ConfigDict, stage: str) -> bool:
 
 def reference_of(config: ConfigDict, stage: str) -> str:
     """Return the reference of a stage's loss: "none", "init" (what it starts from), or a path."""
+    if not loss_table.needs_reference(config[stage].get("loss", "")):
+        return "none"
     return config[stage].get("reference", STAGES[stage].reference)
 
 

@@ -50,7 +50,8 @@ def points(
         point = config.copy_and_resolve_references()
         config_files.override(point, {field: value})
         name_run(point, base or config, swept=field)
-        if "cache_reference" in point[stage] and point[stage].reference != "none":
+        has_reference = stage_table.reference_of(point, stage) != "none"
+        if "cache_reference" in point[stage] and has_reference:
             point[stage].cache_reference = True
         config_checks.validate(point)
         found.append((value, point))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 from ml_collections import ConfigDict
 
-from dpo_jax import config_files
+from dpo_jax import config_files, stage_table
 from dpo_jax.data.batches import microbatch_size_of
 from dpo_jax.planning.report import Advice, Report
 
@@ -22,7 +22,8 @@ def remedies(config: ConfigDict, stage: str, chips: int) -> Iterator[dict]:
     fsdp = math.gcd(chips, block.batch_size)
     yield {"mesh.data": 1, "mesh.fsdp": fsdp, "mesh.tensor": chips // fsdp}
     yield {"model.remat": "full"}
-    if "cache_reference" in block and block.reference != "none":
+    has_reference = stage_table.reference_of(config, stage) != "none"
+    if "cache_reference" in block and has_reference:
         yield {f"{stage}.cache_reference": True}
     yield {"model.dtype": "bfloat16"}
     size = microbatch_size_of(block)

@@ -74,7 +74,8 @@ def make_program(
     reference = _reference(config, stage, state, base)
 
     if objective is None:
-        objective = objectives.make(stage, model, block.get("loss", ""))
+        divergence = block.get("divergence", "reverse_kl")
+        objective = objectives.make(stage, model, block.get("loss", ""), divergence)
     step = make_train_step(objective, optimizer, block.schedule, shardings)
 
     hyper = objectives.numbers(block, steps=1)

@@ -90,6 +90,7 @@ def stage_programs(
     return _programs(
         name,
         loss or block.get("loss", ""),
+        block.get("divergence", "reverse_kl"),
         model,
         mesh,
         block.optimizer,
@@ -100,8 +101,10 @@ def stage_programs(
 
 
 @functools.cache
-def _programs(name, loss, model, mesh, optimizer, weight_decay, schedule, lora) -> Programs:
-    objective = objectives.make(name, model, loss)
+def _programs(
+    name, loss, divergence, model, mesh, optimizer, weight_decay, schedule, lora
+) -> Programs:
+    objective = objectives.make(name, model, loss, divergence)
     return make_programs(
         objective,
         model,

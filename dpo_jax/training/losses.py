@@ -1,15 +1,17 @@
 """Losses on log-probabilities, in plain jnp.
 
-A preference loss is a function of pairs, beta and label_smoothing. To add one, write it here, and
-add it to PREFERENCE and its name to config.PREFERENCE_LOSSES:
+A preference loss is a function of pairs and of its own numbers, which are fields of config.dpo. To
+add one, write it here, and a line of the same name in loss_table.py:
 
-    def squared_hinge(pairs, beta, label_smoothing):
+    def squared_hinge(pairs, beta):
         return jnp.square(jax.nn.relu(1 - beta * pairs.margin))
 
-`pairs` is a `Pairs`, whose arrays have the same shape. `beta` and `label_smoothing` are scalars.
-The result is one value for each pair, in the shape of those arrays. All are traced, so that a sweep
-compiles nothing: use jnp, and no Python branch on a value. Without a reference
-(config.dpo.reference=none) the log-ratios are the policy's own log-probs.
+    "squared_hinge": Loss(("beta",)),
+
+`pairs` is a `Pairs`, whose arrays have the same shape; numbers are scalars. The result is one value
+for each pair, in the shape of those arrays. All are traced, so that a sweep compiles nothing: use
+jnp, and no Python branch on a value. Without a reference (config.dpo.reference=none, or a loss that
+needs none) the log-ratios are the policy's own log-probs.
 
 From Python, a loss of log-ratios alone need not be added here:
 
@@ -28,10 +30,20 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from dpo_jax.loss_table import LOSSES, OWN_NUMBERS
+
+# Scores of another divergence than reverse KL grow like e^|log-ratio|. At this one float32 still
+# holds their square; beyond it they are flat.
+LARGEST_EXPONENT = 40.0
+CERTAIN = -1e-7  # log-probs per token nearer to 0 than this are taken as this: odds are finite
+
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-    """The inputs of a preference loss; every array has one value per pair."""
+    """The inputs of a preference loss; every array has one value per pair.
+
+    Under another divergence than reverse KL, its scores stand in the place of log-ratios.
+    """
 
     chosen_log_ratios: jax.Array
     rejected_log_ratios: jax.Array
@@ -51,6 +63,59 @@ class Pairs:
         chosen = self.chosen_log_ratios / self.chosen_lengths
         rejected = self.rejected_log_ratios / self.rejected_lengths
         return chosen - rejected
+
+    @property
+    def chosen_per_token(self) -> jax.Array:
+        """The mean log-prob of the tokens of the chosen response."""
+        return self.chosen_log_probs / self.chosen_lengths
+
+    @property
+    def rejected_per_token(self) -> jax.Array:
+        """The mean log-prob of the tokens of the rejected response."""
+        return self.rejected_log_probs / self.rejected_lengths
+
+
+@dataclasses.dataclass(frozen=True)
+class Preference:
+    """A preference loss with what it is made of, as the objective takes it."""
+
+    function: Callable  # of `Pairs` and the numbers
+    numbers: tuple[str, ...] = OWN_NUMBERS
+    divergence: str = "reverse_kl"  # as config.dpo.divergence
+
+    def scores(self, log_ratios: jax.Array, hyper: dict) -> jax.Array:
+        """Return what beta turns into implicit rewards."""
+        return divergence_scores(log_ratios, self.divergence, hyper.get("divergence_alpha"))
+
+    def __call__(self, pairs: Pairs, hyper: dict) -> jax.Array:
+        """Return the loss of each pair, with the numbers that are in `hyper`."""
+        return self.function(pairs, *[hyper[name] for name in self.numbers])
+
+
+def preference(loss: str | Callable, divergence: str = "reverse_kl") -> Preference:
+    """Return a loss by its name in the config, or made of a function of the caller's."""
+    if callable(loss):
+        return Preference(loss, divergence=divergence)
+    return Preference(PREFERENCE[loss], LOSSES[loss].numbers, divergence)
+
+
+def divergence_scores(log_ratios: jax.Array, divergence: str, alpha=None) -> jax.Array:
+    """Return f'(ratio), the implicit reward over beta under an f-divergence.
+
+    f-DPO (Wang et al. 2023, table 1 and theorem 1): log u under reverse KL, which is DPO; 1 - 1/u
+    under forward KL; log(2u / (1 + u)) under Jensen-Shannon; (1 - u^-alpha) / alpha under the
+    alpha-divergence, from 0 (the limit: reverse KL) to 1 (forward KL). All are 0 at u = 1.
+    """
+    if divergence == "reverse_kl":
+        return log_ratios
+    if divergence == "jensen_shannon":
+        return jnp.log(2.0) + jax.nn.log_sigmoid(log_ratios)
+    alpha = 1.0 if divergence == "forward_kl" else alpha
+    # At alpha 0 both sides of the choice are computed, and both must be finite.
+    is_limit = jnp.abs(alpha) < 1e-6
+    divisor = jnp.where(is_limit, 1.0, alpha)
+    exponent = jnp.minimum(-divisor * log_ratios, LARGEST_EXPONENT)
+    return jnp.where(is_limit, log_ratios, -jnp.expm1(exponent) / divisor)
 
 
 def sigmoid(pairs: Pairs, beta, label_smoothing=0.0) -> jax.Array:
@@ -78,38 +143,139 @@ def robust(pairs: Pairs, beta, label_smoothing=0.0) -> jax.Array:
     return (right + flipped) / (1 - 2 * label_smoothing)
 
 
-def hinge(pairs: Pairs, beta, label_smoothing=0.0) -> jax.Array:
+def hinge(pairs: Pairs, beta) -> jax.Array:
     """Hinge on the scaled margin (SLiC, Zhao et al. 2023, with DPO's reward)."""
-    del label_smoothing
     return jax.nn.relu(1 - beta * pairs.margin)
 
 
-def ipo(pairs: Pairs, beta, label_smoothing=0.0) -> jax.Array:
+def ipo(pairs: Pairs, beta) -> jax.Array:
     """IPO (Azar et al. 2023, eq. 17): pulls the margin, of means over tokens, to 1 / (2 beta)."""
-    del label_smoothing
     return jnp.square(pairs.margin_per_token - 1 / (2 * beta))
 
 
-def ipo_sum(pairs: Pairs, beta, label_smoothing=0.0) -> jax.Array:
+def ipo_sum(pairs: Pairs, beta) -> jax.Array:
     """IPO on the margin of sums over tokens, as the paper has it."""
-    del label_smoothing
     return jnp.square(pairs.margin - 1 / (2 * beta))
+
+
+def exo(pairs: Pairs, beta, label_smoothing) -> jax.Array:
+    """EXO (Ji et al. 2024, eq. 16): KL from the policy's preference to the smoothed label's.
+
+    q log(q / (1 - e)) + (1 - q) log((1 - q) / e), with q = sigmoid(beta margin) and e, the share of
+    flipped labels, above 0.
+    """
+    scaled = beta * pairs.margin
+    right = jax.nn.log_sigmoid(scaled) - jnp.log1p(-label_smoothing)
+    flipped = jax.nn.log_sigmoid(-scaled) - jnp.log(label_smoothing)
+    return jax.nn.sigmoid(scaled) * right + jax.nn.sigmoid(-scaled) * flipped
+
+
+def discopop(pairs: Pairs, beta, discopop_tau) -> jax.Array:
+    """DiscoPOP (Lu et al. 2024, eq. 5): logistic and exponential loss, mixed by the margin.
+
+    (1 - w) (-log sigmoid(x)) + w exp(-x), with x = beta margin and w = sigmoid(x / tau).
+    """
+    scaled = beta * pairs.margin
+    modulation = scaled / discopop_tau
+    logistic = -jax.nn.sigmoid(-modulation) * jax.nn.log_sigmoid(scaled)
+    # In one exponent: at a very negative margin exp(-x) alone is infinite, and its weight 0.
+    exponential = jnp.exp(jax.nn.log_sigmoid(modulation) - scaled)
+    return logistic + exponential
+
+
+def dpop(pairs: Pairs, beta, dpop_lambda) -> jax.Array:
+    """DPO-Positive (Pal et al. 2024): DPO that keeps the chosen response's probability up.
+
+    -log sigmoid(beta (margin - lambda max(0, -chosen log-ratio))).
+    """
+    lost = jax.nn.relu(-pairs.chosen_log_ratios)
+    return -jax.nn.log_sigmoid(beta * (pairs.margin - dpop_lambda * lost))
+
+
+def apo_zero(pairs: Pairs, beta) -> jax.Array:
+    """APO-zero (D'Oosterlinck et al. 2024, eq. 7): chosen responses up, rejected ones down.
+
+    1 - sigmoid(chosen reward) + sigmoid(rejected reward); a reward is beta times the log-ratio.
+    """
+    chosen = jax.nn.sigmoid(-beta * pairs.chosen_log_ratios)
+    return chosen + jax.nn.sigmoid(beta * pairs.rejected_log_ratios)
+
+
+def apo_down(pairs: Pairs, beta) -> jax.Array:
+    """APO-down (D'Oosterlinck et al. 2024, eq. 8): both down, the rejected response further.
+
+    sigmoid(chosen reward) + 1 - sigmoid(beta margin).
+    """
+    chosen = jax.nn.sigmoid(beta * pairs.chosen_log_ratios)
+    return chosen + jax.nn.sigmoid(-beta * pairs.margin)
+
+
+def nca(pairs: Pairs, beta) -> jax.Array:
+    """NCA for pairs (Chen et al. 2024): noise-contrastive, with the reward's own level.
+
+    -log sigmoid(c) - (log sigmoid(-c) + log sigmoid(-r)) / 2, with the rewards c and r.
+    """
+    chosen = beta * pairs.chosen_log_ratios
+    rejected = beta * pairs.rejected_log_ratios
+    contrast = jax.nn.log_sigmoid(-chosen) + jax.nn.log_sigmoid(-rejected)
+    return -jax.nn.log_sigmoid(chosen) - 0.5 * contrast
+
+
+def bco_pair(pairs: Pairs, beta) -> jax.Array:
+    """BCO on pairs (Jung et al. 2024): a classifier of chosen and rejected, by the reward.
+
+    -log sigmoid(chosen reward) - log sigmoid(-rejected reward), without the paper's running shift.
+    """
+    chosen = jax.nn.log_sigmoid(beta * pairs.chosen_log_ratios)
+    return -chosen - jax.nn.log_sigmoid(-beta * pairs.rejected_log_ratios)
+
+
+def sppo_hard(pairs: Pairs, beta) -> jax.Array:
+    """SPPO (Wu et al. 2024, eq. 4.7) where the chosen response wins with probability 1.
+
+    Pulls the chosen log-ratio to 1 / (2 beta) and the rejected one to -1 / (2 beta).
+    """
+    target = 1 / (2 * beta)
+    chosen = jnp.square(pairs.chosen_log_ratios - target)
+    return chosen + jnp.square(pairs.rejected_log_ratios + target)
+
+
+def simpo(pairs: Pairs, beta, simpo_gamma) -> jax.Array:
+    """SimPO (Meng et al. 2024): a margin between mean log-probs per token, without a reference.
+
+    -log sigmoid(beta (chosen - rejected) - gamma).
+    """
+    margin = pairs.chosen_per_token - pairs.rejected_per_token
+    return -jax.nn.log_sigmoid(beta * margin - simpo_gamma)
+
+
+def orpo(pairs: Pairs, orpo_lambda) -> jax.Array:
+    """ORPO (Hong et al. 2024, eqs. 4, 6, 7): likelihood and an odds ratio, without a reference.
+
+    -c - lambda log sigmoid(log odds(c) - log odds(r)), with the mean log-probs per token c and r,
+    and odds(p) = p / (1 - p).
+    """
+    log_odds = _log_odds(pairs.chosen_per_token) - _log_odds(pairs.rejected_per_token)
+    return -pairs.chosen_per_token - orpo_lambda * jax.nn.log_sigmoid(log_odds)
+
+
+def cpo(pairs: Pairs, beta, cpo_alpha) -> jax.Array:
+    """CPO (Xu et al. 2024, eq. 3): DPO without a reference, and likelihood of the chosen response.
+
+    -log sigmoid(beta (log p(chosen) - log p(rejected))) - alpha log p(chosen) / length. The paper
+    does not divide by the length; its code does.
+    """
+    scaled = beta * (pairs.chosen_log_probs - pairs.rejected_log_probs)
+    return -jax.nn.log_sigmoid(scaled) - cpo_alpha * pairs.chosen_per_token
+
+
+# config.dpo.loss -> the loss: the function of that name
+PREFERENCE = {name: globals()[name] for name in LOSSES}
 
 
 def name_of(function: Callable) -> str:
     """Return the name by which messages and a run's record know a function of the caller's."""
     return getattr(function, "__qualname__", type(function).__qualname__)
-
-
-# config.dpo.loss -> the loss
-PREFERENCE = {
-    "sigmoid": sigmoid,
-    "sigmoid_norm": sigmoid_norm,
-    "ipo": ipo,
-    "ipo_sum": ipo_sum,
-    "hinge": hinge,
-    "robust": robust,
-}
 
 
 def unlikelihood(chosen_log_probs, rejected_log_probs, alpha) -> jax.Array:
@@ -174,3 +340,9 @@ def _smoothed_sigmoid(margin, beta, label_smoothing) -> jax.Array:
     right = -(1 - label_smoothing) * jax.nn.log_sigmoid(scaled)
     flipped = label_smoothing * jax.nn.log_sigmoid(-scaled)
     return right - flipped
+
+
+def _log_odds(log_probs) -> jax.Array:
+    """Return log(p / (1 - p))."""
+    log_probs = jnp.minimum(log_probs, CERTAIN)
+    return log_probs - jax.nn.log1mexp(-log_probs)

@@ -8,8 +8,8 @@ model: a TransformerConfig. loss: which of the objective's losses, where it has 
 reference: weights. hyper: the stage's numbers, traced, so that a sweep over them compiles nothing.
 batch: a `packing.Batch` with a leading axis of shards S.
 
-A new preference loss is a function in losses.py. A new objective is a function here and its line in
-OBJECTIVES.
+A new preference loss is a function in losses.py and a line in loss_table.py. A new objective is a
+function here and its line in OBJECTIVES.
 
 Letters: S shards, P examples of a shard, Q responses, M completion tokens; 2: chosen, rejected.
 """
@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dpo_jax import loss_table
 from dpo_jax.data.packing import Batch
 from dpo_jax.models.log_probs import by_example, response_log_probs
 from dpo_jax.models.values import response_rewards, token_values
@@ -53,9 +54,8 @@ def sft(model, loss, params, _reference, _hyper, batch: Batch):
 def dpo(model, loss, params, reference, hyper, batch: Batch):
     """A preference loss on pairs, mean over pairs (Rafailov et al. 2023, eq. 7).
 
-    loss: a function of pairs, as losses.py describes. reference: None where the batch has its
-    log-probs, or where there is no reference. Raises ValueError where the loss has another shape
-    than the pairs.
+    loss: a `losses.Preference`. reference: None where the batch has its log-probs, or where there
+    is no reference. Raises ValueError where the loss has another shape than the pairs.
     """
     log_probs_SP2 = by_example(response_log_probs(model, params, batch), batch)
     # Without a reference the log-ratio is the log-prob itself.
@@ -70,26 +70,28 @@ def dpo(model, loss, params, reference, hyper, batch: Batch):
         log_ratios_SP2 = log_probs_SP2 - batch.reference_log_probs
     log_probs_SP2 = _of_pairs(log_probs_SP2, batch, NO_PAIR)
     log_ratios_SP2 = _of_pairs(log_ratios_SP2, batch, 0.0)
+    scores_SP2 = loss.scores(log_ratios_SP2, hyper)
 
     lengths_SP2 = by_example(batch.response_lengths, batch)
     pairs = losses.Pairs(
-        chosen_log_ratios=log_ratios_SP2[..., 0],
-        rejected_log_ratios=log_ratios_SP2[..., 1],
+        chosen_log_ratios=scores_SP2[..., 0],
+        rejected_log_ratios=scores_SP2[..., 1],
         chosen_log_probs=log_probs_SP2[..., 0],
         rejected_log_probs=log_probs_SP2[..., 1],
         chosen_lengths=lengths_SP2[..., 0],
         rejected_lengths=lengths_SP2[..., 1],
     )
-    loss_SP = loss(pairs, hyper["beta"], hyper["label_smoothing"])
+    loss_SP = loss(pairs, hyper)
     # Any other shape would be broadcast to the pairs, and train on something else without a word.
     expected = pairs.chosen_log_ratios.shape
     if jnp.shape(loss_SP) != expected:
+        name = losses.name_of(loss.function)
         raise ValueError(
-            f"the loss function {losses.name_of(loss)} returned shape {jnp.shape(loss_SP)}, "
-            f"expected one value per pair, {expected}."
+            f"the loss function {name} returned shape {jnp.shape(loss_SP)}, expected one value per "
+            f"pair, {expected}."
         )
     # The implicit rewards of eq. 5, for the metrics alone.
-    rewards_SP2 = hyper["beta"] * log_ratios_SP2
+    rewards_SP2 = hyper["beta"] * scores_SP2
     return _pair_metrics(batch, loss_SP, rewards_SP2=rewards_SP2, log_probs_SP2=log_probs_SP2)
 
 
@@ -147,17 +149,17 @@ OBJECTIVES = {
     "ppo": ppo,
 }
 # The fields of the stages' config blocks that are in `hyper`.
-OBJECTIVE_NUMBERS = ("beta", "label_smoothing", "alpha", "clip", "value_clip", "value_coef")
+OBJECTIVE_NUMBERS = (*loss_table.numbers(), "alpha", "clip", "value_clip", "value_coef")
 
 
-def make(name: str, model, loss: str | Callable = "") -> Callable:
+def make(name: str, model, loss: str | Callable = "", divergence: str = "reverse_kl") -> Callable:
     """Return (params, reference, hyper, batch) -> (total, count), metrics.
 
-    name: a key of OBJECTIVES. loss: the config's choice by name; for dpo also a function, as
-    losses.py describes.
+    name: a key of OBJECTIVES. loss: the config's choice by name; for dpo also a function of pairs,
+    beta and label_smoothing. divergence: of dpo, as config.dpo.divergence.
     """
-    if name == "dpo" and not callable(loss):
-        loss = losses.PREFERENCE[loss]
+    if name == "dpo":
+        loss = losses.preference(loss, divergence)
     return functools.partial(OBJECTIVES[name], model, loss)
 
 

@@ -1,74 +1,182 @@
-"""Losses and their gradients against the same formulas written with torch."""
+"""Losses and their gradients against TRL's own, or the same formulas written with torch."""
+
+import collections
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax.config import PREFERENCE_LOSSES, SMOOTHED_LOSSES
+from dpo_jax.loss_table import LOSSES
 from dpo_jax.training import losses
 
+torch = pytest.importorskip("torch", reason="the independent reference is torch autograd")
+trl = pytest.importorskip("trl", reason="the independent reference is TRL's trainers")
+
 RNG = np.random.default_rng(0)
-
-
-CHOSEN, REJECTED = RNG.normal(0, 3, (2, 50))  # log-ratios
-
-
-COUNTS = RNG.integers(1, 20, (2, 50))
-
-
+# Log-probs, below 0 as the odds of ORPO need; log-ratios too, as the reference's are 0.
+CHOSEN, REJECTED = -np.abs(RNG.normal(0, 3, (2, 20)))
+COUNTS = RNG.integers(1, 20, (2, 20))
 BETA = 0.3
+EPS = 0.25  # label smoothing, the same in float32 and float64: TRL's exo has it in float32
 
 
-def loss(name, chosen=CHOSEN, rejected=REJECTED, counts=COUNTS, beta=BETA, eps=0.0):
-    nothing = jnp.zeros(len(chosen))
-    pairs = losses.Pairs(chosen, rejected, nothing, nothing, *counts)
-    return losses.PREFERENCE[name](pairs, beta, eps)
+NUMBERS = dict(
+    beta=BETA,
+    label_smoothing=EPS,
+    discopop_tau=0.4,
+    dpop_lambda=3.0,
+    simpo_gamma=0.7,
+    orpo_lambda=0.4,
+    cpo_alpha=0.6,
+    divergence_alpha=0.3,
+)
+THEIR_NAMES = dict(exo="exo_pair", nca="nca_pair")  # where TRL has another name for a loss
+THEIR_DIVERGENCES = dict(jensen_shannon="js_divergence", alpha="alpha_divergence")
+NOT_IN_TRL = ("ipo_sum", "dpop")  # closed forms are in the unit tests
+OF_LOG_PROBS = ("simpo", "orpo", "cpo")
+OF_LOG_RATIOS = [name for name in LOSSES if name not in (*NOT_IN_TRL, *OF_LOG_PROBS)]
 
 
-def torch_loss(name, chosen, rejected, counts, beta, eps):
-    """The formulas of TRL 1.16's DPOTrainer, written with torch."""
-    torch = pytest.importorskip("torch", reason="the independent reference is torch autograd")
-    F = torch.nn.functional
-    delta = chosen - rejected
-    per_token = chosen / counts[0] - rejected / counts[1]
-    return {
-        "sigmoid": lambda: (
-            -F.logsigmoid(beta * delta) * (1 - eps) - F.logsigmoid(-beta * delta) * eps
-        ),
-        "sigmoid_norm": lambda: -F.logsigmoid(beta * per_token),
-        "hinge": lambda: torch.relu(1 - beta * delta),
-        "ipo": lambda: (per_token - 1 / (2 * beta)) ** 2,
-        "ipo_sum": lambda: (delta - 1 / (2 * beta)) ** 2,
-        "robust": lambda: (
-            (-F.logsigmoid(beta * delta) * (1 - eps) + F.logsigmoid(-beta * delta) * eps)
-            / (1 - 2 * eps)
-        ),
-    }[name]()
+def ours(name, divergence="reverse_kl", eps=EPS):
+    """Losses, and their gradients by both responses' log-probs, where the reference's are 0."""
+    of_pairs = losses.preference(name, divergence)
+    hyper = NUMBERS | dict(label_smoothing=eps)
 
+    def loss(chosen, rejected):
+        scores = [of_pairs.scores(side, hyper) for side in (chosen, rejected)]
+        return of_pairs(losses.Pairs(*scores, chosen, rejected, *COUNTS), hyper)
 
-@pytest.mark.parametrize("name", PREFERENCE_LOSSES)
-@pytest.mark.parametrize("eps", [0.0, 0.2])
-def test_preference_equals_torch(name, eps):
-    if eps and name not in SMOOTHED_LOSSES:
-        eps = 0.0
-    torch = pytest.importorskip("torch", reason="the independent reference is torch autograd")
-    chosen, rejected = (torch.tensor(x, requires_grad=True) for x in (CHOSEN, REJECTED))
-    expected = torch_loss(name, chosen, rejected, torch.tensor(COUNTS), BETA, eps)
-    expected.sum().backward()
     with jax.enable_x64(True):
-        found = loss(name, eps=eps)
-        grads = jax.grad(lambda c, r: loss(name, c, r, eps=eps).sum(), argnums=(0, 1))(
-            CHOSEN, REJECTED
-        )
-    np.testing.assert_allclose(found, expected.detach(), rtol=1e-9)
-    np.testing.assert_allclose(grads[0], chosen.grad, rtol=1e-9, atol=1e-12)
-    np.testing.assert_allclose(grads[1], rejected.grad, rtol=1e-9, atol=1e-12)
+        grads = jax.grad(lambda *sides: loss(*sides).sum(), argnums=(0, 1))(CHOSEN, REJECTED)
+        return loss(CHOSEN, REJECTED), *grads
+
+
+def assert_equal_to_torch(found, values, chosen, rejected, tolerance=1e-9):
+    """Compare with torch's losses and the gradients that it left in two tensors."""
+    for mine, theirs in zip(found, (values.detach(), chosen.grad, rejected.grad), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=tolerance, atol=tolerance / 10)
+
+
+def sides(dtype=torch.float64):
+    """Log-probs of both responses as torch's tensors."""
+    return (torch.tensor(x, dtype=dtype, requires_grad=True) for x in (CHOSEN, REJECTED))
+
+
+class Stand:
+    """All that TRL's loss asks of its trainer, beside numbers: what it logs goes nowhere."""
+
+    device = "cpu"
+    training = True
+    aux_loss_enabled = use_weighting = False
+    precompute_ref_logps = True
+    ld_alpha = None
+    _total_train_tokens, _tp_size = 0, 1
+
+    def __init__(self, name, divergence="reverse_kl", eps=0.0):
+        self.loss_types, self.loss_weights = [THEIR_NAMES.get(name, name)], [1.0]
+        self.loss_type = "sigmoid" if name == "cpo" else name
+        self.beta = NUMBERS["orpo_lambda"] if name == "orpo" else BETA
+        self.label_smoothing = eps
+        self.f_divergence_type = THEIR_DIVERGENCES.get(divergence, divergence)
+        # Theirs counts from the other end: 0 is forward KL.
+        self.f_alpha_divergence_coef = 1 - NUMBERS["divergence_alpha"]
+        self.discopop_tau = NUMBERS["discopop_tau"]
+        self.simpo_gamma = NUMBERS["simpo_gamma"]
+        self.alpha = 0.0  # of AlphaPO
+        self.args = self.accelerator = self.model = self
+        self._metrics = {"train": collections.defaultdict(list)}
+
+    def gather(self, value):
+        return value
+
+    gather_for_metrics = gather
+
+
+def trl_loss(stand, pair, chosen, rejected):
+    """The loss of one pair by TRL's DPOTrainer, of a model with these sums of log-probs."""
+    counts = torch.tensor(COUNTS[:, pair])
+    mask = torch.arange(1 + int(counts.max()))[None] <= counts[:, None]
+    mask[:, 0] = False  # the prompt
+    sums = torch.stack((chosen[pair], rejected[pair]))
+    log_probs = (sums / counts)[:, None] * mask[:, 1:]
+    rest = torch.zeros_like(log_probs)
+    outputs = types.SimpleNamespace(
+        log_probs=log_probs, entropy=rest, mean_logits=rest, is_top1=rest.bool()
+    )
+    nothing = torch.zeros(1)
+    inputs = dict(
+        input_ids=torch.zeros_like(mask, dtype=torch.long),
+        attention_mask=torch.ones_like(mask),
+        completion_mask=mask.long(),
+        ref_chosen_logps=nothing,
+        ref_rejected_logps=nothing,
+    )
+    return trl.DPOTrainer._compute_loss(stand, lambda **_: outputs, inputs, False)
+
+
+def assert_equal_to_trl(name, divergence="reverse_kl", eps=0.0):
+    # TRL has no alpha-divergence in float64.
+    is_single = divergence == "alpha"
+    chosen, rejected = sides(torch.float32 if is_single else torch.float64)
+    stand = Stand(name, divergence, eps)
+    values = torch.stack([trl_loss(stand, pair, chosen, rejected) for pair in range(len(CHOSEN))])
+    values.sum().backward()
+    found = ours(name, divergence, eps)
+    # The logarithms of exo's label smoothing are in float32 there, too.
+    tolerance = 1e-5 if is_single or name == "exo" else 1e-9
+    assert_equal_to_torch(found, values, chosen, rejected, tolerance)
+
+
+@pytest.mark.parametrize("name", OF_LOG_RATIOS)
+def test_preference_equals_trl(name):
+    # TRL ignores label smoothing in others, and its gradient of exo needs some.
+    assert_equal_to_trl(name, eps=EPS if name in ("robust", "exo") else 0.0)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "jensen_shannon", "alpha"])
+@pytest.mark.parametrize("name", [x for x in OF_LOG_RATIOS if LOSSES[x].takes_divergence])
+def test_divergences_equal_trl(name, divergence):
+    assert_equal_to_trl(name, divergence, eps=EPS if name in ("robust", "exo") else 0.0)
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "sigmoid_norm"])
+def test_label_smoothing_equals_torch(name):
+    """Conservative DPO, written with torch: TRL ignores label smoothing here."""
+    log_sigmoid = torch.nn.functional.logsigmoid
+    chosen, rejected = sides()
+    counts = torch.tensor(COUNTS) if name == "sigmoid_norm" else (1, 1)
+    scaled = BETA * (chosen / counts[0] - rejected / counts[1])
+    values = -log_sigmoid(scaled) * (1 - EPS) - log_sigmoid(-scaled) * EPS
+    values.sum().backward()
+    assert_equal_to_torch(ours(name), values, chosen, rejected)
+
+
+@pytest.mark.parametrize("name", OF_LOG_PROBS)
+def test_losses_without_reference_equal_trl(name):
+    from trl.experimental.cpo import CPOTrainer
+    from trl.experimental.orpo import ORPOTrainer
+
+    chosen, rejected = sides()
+    counts = torch.tensor(COUNTS)
+    per_token = chosen / counts[0], rejected / counts[1]
+    if name == "orpo":
+        # Its trainer adds this term to the negative log-likelihood, and means over the batch.
+        values = -ORPOTrainer.odds_ratio_loss(Stand(name), *per_token)[0] - per_token[0]
+    else:
+        given = per_token if name == "simpo" else (chosen, rejected)
+        values = CPOTrainer.cpo_loss(Stand(name), *given)[0]
+    if name == "cpo":
+        values = values - NUMBERS["cpo_alpha"] * per_token[0]
+    values.sum().backward()
+    # ORPO is in float32 there.
+    tolerance = 1e-5 if name == "orpo" else 1e-9
+    assert_equal_to_torch(ours(name), values, chosen, rejected, tolerance)
 
 
 def torch_gradient(function, *inputs):
     """Values of a loss written in torch, and their gradient with respect to the first input."""
-    torch = pytest.importorskip("torch", reason="the independent reference is torch autograd")
     tensors = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in inputs]
     value = function(torch, *tensors)
     value.sum().backward()

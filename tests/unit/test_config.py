@@ -6,7 +6,8 @@ import re
 import pytest
 
 from dpo_jax import config as configs
-from dpo_jax import config_checks, config_files
+from dpo_jax import config_checks, config_files, loss_table
+from dpo_jax.loss_table import LOSSES
 from dpo_jax.stage_table import STAGES
 from tests.helpers.paths import ROOT
 
@@ -89,14 +90,50 @@ def test_validate_refuses_unused_adapters():
     assert {"model.lora.rank", "model.lora.targets"} <= configs.dependencies(config, "sft").keys()
 
 
-@pytest.mark.parametrize(
-    "loss", sorted(set(configs.PREFERENCE_LOSSES) - set(configs.SMOOTHED_LOSSES))
-)
-def test_validate_refuses_useless_label_smoothing(loss):
-    config = valid()
-    config.dpo.update(loss=loss, label_smoothing=0.1)
-    with pytest.raises(ValueError, match=f"0, as the {loss} loss has no label smoothing"):
+@pytest.mark.parametrize("loss", LOSSES)
+def test_validate_refuses_numbers_that_the_loss_does_not_take(loss):
+    for number in loss_table.numbers():
+        config = valid()
+        smoothing = 0.01 if loss == "exo" else 0.0
+        config.dpo.update(loss=loss, label_smoothing=smoothing)
         config_checks.validate(config)
+        config.dpo[number] = 0.1 if number != "beta" else 0.2
+        if number in LOSSES[loss].numbers or config.dpo[number] == configs.DPO[number].default:
+            config_checks.validate(config)
+            continue
+        wrong = re.escape(f"config.dpo.{number} = {config.dpo[number]}: expected ")
+        with pytest.raises(ValueError, match=f"{wrong}.*does not take it") as error:
+            config_checks.validate(config)
+        for taker in loss_table.takers(number):
+            assert taker in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "fields, expected",
+    [
+        (dict(loss="exo"), "label_smoothing = 0.0: expected more than 0"),
+        (dict(loss="nca", divergence="alpha"), "divergence = 'alpha': expected 'reverse_kl', as"),
+        (dict(divergence="forward_kl", reference="none"), "as dpo.reference is 'none'"),
+        (dict(divergence="chi"), "expected one of reverse_kl, forward_kl"),
+        (
+            dict(divergence="forward_kl", divergence_alpha=0.3),
+            "divergence_alpha = 0.3: expected 0.5, its default, as the divergence forward_kl does",
+        ),
+        (dict(loss="simpo", reference="some/model"), "expected 'none', as the simpo loss needs no"),
+        (dict(loss="orpo", cache_reference=True), "expected False, as the orpo loss needs no"),
+    ],
+)
+def test_validate_refuses_what_the_loss_has_no_use_for(fields, expected):
+    config = valid()
+    config.dpo.update(fields)
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        config_checks.validate(config)
+
+
+def test_validate_takes_a_divergence_and_its_number():
+    config = valid()
+    config.dpo.update(divergence="alpha", divergence_alpha=0.3)
+    config_checks.validate(config)
 
 
 def test_defaults_are_the_papers():

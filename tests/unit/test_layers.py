@@ -20,6 +20,7 @@ FLOORS = [  # the rooms and the files beside them, from the ground up
         "config",
         "config_checks",
         "config_files",
+        "loss_table",
         "stage_table",
         "run_name",
         "console",

@@ -28,6 +28,19 @@ def test_reference_by_block(reference):
     assert stage_table.reference_of(config, "rm") == "none"
 
 
+@pytest.mark.parametrize("loss", ["simpo", "orpo", "cpo"])
+def test_losses_without_reference_have_none(loss):
+    config = configs.default(("dpo",))
+    config.dpo.loss = loss
+    assert stage_table.reference_of(config, "dpo") == "none"
+
+
+def test_a_function_of_the_callers_has_a_reference():
+    config = configs.default(("dpo",))
+    config.dpo.loss = "function:simpo"
+    assert stage_table.reference_of(config, "dpo") == "init"
+
+
 def test_sampled_pairs_of_run_alone():
     config = configs.default(("sft", "pairs", "dpo"))
     assert stage_table.trains_on_samples(config, "dpo")

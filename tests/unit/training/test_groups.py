@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dpo_jax import loss_table
 from dpo_jax.data import packing
 from dpo_jax.data.batches import FILLER, Batches, training_order
 from dpo_jax.data.examples import Example, Examples
@@ -161,9 +162,12 @@ def odd_groups(completions: int) -> list[Example]:
 
 def every_loss(pairs, beta, label_smoothing):
     """All preference losses in one, each with a weight of its own: there is one program."""
+    numbers = dict(beta=beta, label_smoothing=label_smoothing)
+    for name in loss_table.numbers():
+        numbers.setdefault(name, 0.5)
     total = 0.0
     for number, name in enumerate(sorted(losses.PREFERENCE), 1):
-        total += number * losses.PREFERENCE[name](pairs, beta, label_smoothing)
+        total += number * losses.preference(name)(pairs, numbers)
     return total
 
 

@@ -1,5 +1,6 @@
 """Losses against published values, closed forms and finite differences."""
 
+import inspect
 import json
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax.config import PREFERENCE_LOSSES
+from dpo_jax.loss_table import DIVERGENCES, LOSSES
 from dpo_jax.training import losses
 from tests.helpers.paths import SHARED, needs_shared
 
@@ -17,10 +18,37 @@ COUNTS = RNG.integers(1, 20, (2, 50))
 BETA = 0.3
 
 
-def loss(name, chosen=CHOSEN, rejected=REJECTED, counts=COUNTS, beta=BETA, eps=0.0):
+# Of a log-prob that is below 0, as odds need.
+LOG_PROBS = -np.abs(CHOSEN) - 0.1, -np.abs(REJECTED) - 0.1
+NUMBERS = dict(
+    beta=BETA,
+    label_smoothing=0.0,
+    simpo_gamma=0.7,
+    orpo_lambda=0.4,
+    cpo_alpha=0.6,
+    dpop_lambda=3.0,
+    discopop_tau=0.4,
+    divergence_alpha=0.3,
+)
+
+
+def loss(name, chosen=CHOSEN, rejected=REJECTED, counts=COUNTS, beta=BETA, eps=0.0, **numbers):
+    """A loss by its name; eps: label smoothing, which exo cannot do without."""
     nothing = jnp.zeros(len(chosen))
     pairs = losses.Pairs(chosen, rejected, nothing, nothing, *counts)
-    return losses.PREFERENCE[name](pairs, beta, eps)
+    eps = eps or (0.1 if name == "exo" else 0.0)
+    hyper = NUMBERS | dict(beta=beta, label_smoothing=eps) | numbers
+    return losses.preference(name)(pairs, hyper)
+
+
+def loss_of_log_probs(name, chosen, rejected, counts=COUNTS, **numbers):
+    nothing = jnp.zeros(len(chosen))
+    pairs = losses.Pairs(nothing, nothing, chosen, rejected, *counts)
+    return losses.preference(name)(pairs, NUMBERS | numbers)
+
+
+OF_LOG_PROBS = [name for name, properties in LOSSES.items() if not properties.needs_reference]
+OF_LOG_RATIOS = [name for name in LOSSES if name not in OF_LOG_PROBS]
 
 
 def pairs_of_margin(margin):
@@ -56,18 +84,167 @@ def test_sigmoid_gradient_is_closed_form():
     )
 
 
-def test_config_names_every_preference_loss():
-    assert set(losses.PREFERENCE) == set(PREFERENCE_LOSSES)
+@pytest.mark.parametrize("name", LOSSES)
+def test_numbers_are_those_of_the_table(name):
+    """A loss is called with the table's numbers in the table's order."""
+    taken = list(inspect.signature(losses.PREFERENCE[name]).parameters)
+    assert taken == ["pairs", *LOSSES[name].numbers]
 
 
-@pytest.mark.parametrize("name", PREFERENCE_LOSSES)
-def test_preference_gradient_equals_finite_differences(name):
+# The values for log-ratios (2, -1, 0) against (-1.5, 3, 0), beta 0.1.
+KNOWN = {
+    "sigmoid": (0.533382, 0.913015, 0.693147),
+    "exo": (0.335589, 0.747272, 0.510826),
+    "nca": (1.307687, 1.493773, 1.386294),
+    "bco_pair": (1.219096, 1.598752, 1.386294),
+    "sppo_hard": (21.25, 100, 50),
+    "apo_zero": (0.912736, 1.099422, 1),
+    "apo_down": (0.963216, 1.073708, 1),
+    "discopop": (0.704532, 0.913209, 0.846574),
+    "dpop": (0.533382, 5.404506, 0.693147),
+}
+KNOWN_OF_SIGMOID = {
+    "reverse_kl": (0.533382, 0.913015, 0.693147),
+    "forward_kl": (0.499259, 0.835447, 0.693147),
+    "jensen_shannon": (0.617518, 0.758379, 0.693147),
+    "alpha": (0.533455, 0.845834, 0.693147),
+}
+KNOWN_PAIRS = jnp.array([2.0, -1.0, 0.0]), jnp.array([-1.5, 3.0, 0.0])
+KNOWN_COUNTS = np.array([10, 4, 5]), np.array([8, 20, 5])
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_known_values(name):
+    numbers = dict(discopop_tau=0.05, dpop_lambda=50.0)
+    found = loss(name, *KNOWN_PAIRS, KNOWN_COUNTS, beta=0.1, **numbers)
+    np.testing.assert_allclose(found, KNOWN[name], atol=1e-6)
+
+
+def test_known_values_without_reference():
+    log_probs = jnp.array([-20.0, -9.0, -10.0]), jnp.array([-18.0, -50.0, -10.0])
+    found = loss_of_log_probs("simpo", *log_probs, KNOWN_COUNTS, beta=2.0, simpo_gamma=1.0)
+    np.testing.assert_allclose(found, (0.974077, 0.974077, 1.313262), atol=1e-6)
+    found = loss_of_log_probs("orpo", *log_probs, KNOWN_COUNTS, orpo_lambda=0.1)
+    np.testing.assert_allclose(found, (2.056118, 2.306476, 2.069315), atol=1e-6)
+    found = loss_of_log_probs("cpo", *log_probs, KNOWN_COUNTS, beta=0.1, cpo_alpha=1.0)
+    margins = np.array([-2, 41, 0])
+    expected = np.log1p(np.exp(-0.1 * margins)) + np.array([2, 9 / 4, 2])
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_known_values_of_divergences(divergence):
+    assert list(KNOWN_OF_SIGMOID) == list(DIVERGENCES)
+    scores = [losses.divergence_scores(side, divergence, 0.5) for side in KNOWN_PAIRS]
+    found = loss("sigmoid", *scores, KNOWN_COUNTS, beta=0.1)
+    np.testing.assert_allclose(found, KNOWN_OF_SIGMOID[divergence], atol=1e-6)
+
+
+def slope_of(function, x, step=1e-6):
+    return (function(x + step) - function(x - step)) / (2 * step)
+
+
+@pytest.mark.parametrize("name", OF_LOG_RATIOS)
+@pytest.mark.parametrize("side", [0, 1])
+def test_preference_gradient_equals_finite_differences(name, side):
+    def of_side(x):
+        sides = [CHOSEN, REJECTED]
+        sides[side] = x
+        return loss(name, *sides)
+
     with jax.enable_x64(True):
-        step = 1e-6
-        gradient = jax.grad(lambda c: loss(name, c).sum())(CHOSEN)
-        slope = (loss(name, CHOSEN + step) - loss(name, CHOSEN - step)) / (2 * step)
+        start = (CHOSEN, REJECTED)[side]
+        gradient = jax.grad(lambda x: of_side(x).sum())(start)
+        slope = slope_of(of_side, start)
     away = np.abs(1 - BETA * (CHOSEN - REJECTED)) > 1e-3  # the hinge's corner has no slope
     np.testing.assert_allclose(gradient[away], slope[away], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", OF_LOG_PROBS)
+@pytest.mark.parametrize("side", [0, 1])
+def test_gradient_without_reference_equals_finite_differences(name, side):
+    def of_side(x):
+        sides = list(LOG_PROBS)
+        sides[side] = x
+        return loss_of_log_probs(name, *sides)
+
+    with jax.enable_x64(True):
+        gradient = jax.grad(lambda x: of_side(x).sum())(LOG_PROBS[side])
+        slope = slope_of(of_side, LOG_PROBS[side])
+    np.testing.assert_allclose(gradient, slope, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_divergence_gradient_equals_finite_differences(divergence):
+    def scores(x):
+        return losses.divergence_scores(x, divergence, 0.3)
+
+    with jax.enable_x64(True):
+        gradient = jax.grad(lambda x: scores(x).sum())(CHOSEN)
+        np.testing.assert_allclose(gradient, slope_of(scores, CHOSEN), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("alpha, limit", [(0.0, "reverse_kl"), (1.0, "forward_kl")])
+def test_alpha_ends_in_kl(alpha, limit):
+    log_ratios, alpha = jnp.asarray(CHOSEN), jnp.float32(alpha)
+    slope = jax.grad(lambda *given: losses.divergence_scores(*given).sum())
+    for function in (losses.divergence_scores, slope):
+        found = function(log_ratios, "alpha", alpha)
+        np.testing.assert_allclose(found, function(log_ratios, limit), rtol=1e-6)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize(
+    "name", [name for name, properties in LOSSES.items() if properties.takes_divergence]
+)
+def test_losses_are_finite_far_from_the_reference(name, divergence):
+    """In float32, with gradients: a response that the policy has given up has a ratio of e^-300."""
+    far = jnp.array([-300.0, 300.0, -300.0, 300.0]), jnp.array([-300.0, 300.0, 300.0, -300.0])
+    ones = np.ones((2, 4))
+
+    def total(chosen, rejected):
+        sides = [losses.divergence_scores(x, divergence, 0.3) for x in (chosen, rejected)]
+        return loss(name, *sides, ones, beta=0.1).sum()
+
+    # DiscoPOP grows like the exponential of the margin.
+    if name != "discopop" or divergence == "reverse_kl":
+        assert np.isfinite(total(*far))
+        assert np.isfinite(jax.grad(total, argnums=(0, 1))(*far)).all()
+
+
+def test_orpo_is_finite_at_certain_responses():
+    certain = jnp.zeros(2)
+    slope = jax.grad(lambda x: loss_of_log_probs("orpo", x, x - 3, np.ones((2, 2))).sum())
+    assert np.isfinite(slope(certain)).all()
+    assert np.isfinite(loss_of_log_probs("orpo", certain, certain, np.ones((2, 2)))).all()
+
+
+def test_numbers_at_which_a_loss_becomes_another():
+    np.testing.assert_allclose(loss("dpop", dpop_lambda=0.0), loss("sigmoid"), rtol=1e-6)
+    kept = np.abs(CHOSEN)  # dpop asks nothing of a chosen response that is more likely than before
+    np.testing.assert_allclose(loss("dpop", kept), loss("sigmoid", kept), rtol=1e-6)
+    # At a width without end half of each: (sigmoid + exponential) / 2.
+    mixed = (loss("sigmoid") + np.exp(-BETA * (CHOSEN - REJECTED))) / 2
+    np.testing.assert_allclose(loss("discopop", discopop_tau=1e8), mixed, rtol=1e-5)
+    # SimPO's is the length-normalised loss where the reference's log-probs are 0.
+    np.testing.assert_allclose(
+        loss_of_log_probs("simpo", *LOG_PROBS, simpo_gamma=0.0),
+        loss("sigmoid_norm", *LOG_PROBS),
+        rtol=1e-6,
+    )
+    free = loss_of_log_probs("cpo", *LOG_PROBS, cpo_alpha=0.0)
+    np.testing.assert_allclose(free, loss("sigmoid", *LOG_PROBS), rtol=1e-6)
+    likelihood = loss_of_log_probs("orpo", *LOG_PROBS, orpo_lambda=0.0)
+    np.testing.assert_allclose(likelihood, -LOG_PROBS[0] / COUNTS[0], rtol=1e-6)
+
+
+def test_exo_is_kl_between_preferences():
+    """0 where the policy prefers as the smoothed labels do, and nowhere less."""
+    margins = np.linspace(-30, 30, 60001)
+    values = losses.exo(pairs_of_margin(margins), BETA, 0.2)
+    best = int(np.argmin(values))
+    np.testing.assert_allclose(1 / (1 + np.exp(-BETA * margins[best])), 0.8, atol=1e-3)
+    np.testing.assert_allclose(values[best], 0.0, atol=1e-6)
 
 
 def test_preference_at_zero_log_ratios():
@@ -80,6 +257,14 @@ def test_preference_at_zero_log_ratios():
         ipo=1 / (2 * BETA) ** 2,
         ipo_sum=1 / (2 * BETA) ** 2,
         robust=np.log(2),
+        exo=-np.log(2) - np.log(0.1 * 0.9) / 2,
+        discopop=(np.log(2) + 1) / 2,
+        dpop=np.log(2),
+        apo_zero=1,
+        apo_down=1,
+        nca=2 * np.log(2),
+        bco_pair=2 * np.log(2),
+        sppo_hard=2 / (2 * BETA) ** 2,
     ).items():
         np.testing.assert_allclose(loss(name, zeros, zeros, counts), expected, rtol=1e-6)
 
@@ -90,7 +275,7 @@ def test_sigmoid_mirrors_swapped_sides():
     np.testing.assert_allclose(forward - swapped, -BETA * (CHOSEN - REJECTED), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["sigmoid", "hinge", "ipo_sum", "robust"])
+@pytest.mark.parametrize("name", ["sigmoid", "hinge", "ipo_sum", "robust", "exo", "discopop"])
 def test_preference_cancels_shared_log_ratio(name):
     np.testing.assert_allclose(
         loss(name, CHOSEN + 5, REJECTED + 5), loss(name), rtol=1e-4, atol=1e-4
