@@ -6,6 +6,7 @@ import pytest
 
 from dpo_jax import config as configs
 from dpo_jax import stage_table
+from dpo_jax.loss_table import LOSSES
 from tests.helpers.paths import ROOT
 
 # What modules call the block of the stage that runs, and the dict of its numbers that are traced.
@@ -77,7 +78,10 @@ def is_read(path: tuple[str, ...], found: set[tuple[str, str]]) -> bool:
 
 STAGES = tuple(stage_table.STAGES)
 FIELDS = fields_of(configs.default(STAGES))
-READS = reads()
+# A loss is given its numbers by its line in the table; each is a parameter of its function, as
+# tests/unit/training/test_losses.py checks.
+OF_LOSSES = {("hyper", number) for loss in LOSSES.values() for number in loss.numbers}
+READS = reads() | OF_LOSSES
 
 
 @pytest.mark.parametrize("path", FIELDS, ids=".".join)
