@@ -98,3 +98,4 @@ def test_points_of_names_and_wrong_values(model, pairs):
         sweep.points(dpo_config(model, pairs), "dpo.beta=0.1,-1")
     none = dpo_config(model, pairs, reference="none")
     assert not sweep.points(none, "dpo.beta=0.1")[0][1].dpo.cache_reference
+    assert not sweep.points(dpo_config(model, pairs), "dpo.loss=orpo")[0][1].dpo.cache_reference

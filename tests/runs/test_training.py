@@ -379,6 +379,17 @@ def test_reference_by_path_and_none(model, pairs, tmp_path, whole):
     )
 
 
+def test_loss_without_reference_loads_none(model, pairs, tmp_path):
+    """Though dpo.reference is `init`: the run is that of `none`, bit for bit."""
+    found = []
+    for reference in ("init", "none"):
+        config = dpo_config(model, pairs, loss="simpo", reference=reference, steps=2)
+        folder = run(config, tmp_path / reference)
+        assert "reference" not in json.loads((folder / "weights.json").read_text())
+        found.append(rows_without_timings(folder))
+    assert found[0] == found[1]
+
+
 def test_ledger_and_shown_rows(model, pairs, tmp_path, capsys):
     folder = run(dpo_config(model, pairs, data__show=2, steps=1), tmp_path)
     ledger = json.loads((folder / "ledger.json").read_text())

@@ -215,6 +215,18 @@ def test_step_starts_at_log_2_and_learns(loaded, pairs):
     assert trainer.steps_done == 5
 
 
+def test_trainer_takes_a_loss_and_its_numbers(loaded, pairs):
+    """At lambda 0 ORPO is the likelihood of the chosen responses, per token."""
+    found = []
+    for orpo_lambda in (0.0, 0.5):
+        trainer = trainer_of(loaded, loss="orpo", orpo_lambda=orpo_lambda)
+        found.append(trainer.step(pairs)["loss/train"])
+    chosen, _ = loaded.log_probs(pairs)
+    lengths = [example.completion_lengths()[0] for example in pairs]
+    assert found[0] == pytest.approx(np.mean(-np.asarray(chosen) / lengths), rel=1e-5)
+    assert found[0] < found[1]
+
+
 def test_trainer_leaves_initial_model(loaded, pairs):
     before = loaded.log_probs(pairs).values
     trainer = trainer_of(loaded)
@@ -510,6 +522,12 @@ def test_wrong_arguments_are_named(loaded, pairs, call, message):
         (lambda m, p: dpo_jax.Trainer(m, "dpo", lora=dict(rank=0)), "rank"),
         (lambda m, p: dpo_jax.Trainer(m, "dpo", reference="PATH"), "dpo_jax.load"),
         (lambda m, p: dpo_jax.Trainer(m, "sft", reference=m), "sft has no reference"),
+        (lambda m, p: dpo_jax.Trainer(m, loss="orpo", reference=m), "orpo loss needs no reference"),
+        (lambda m, p: dpo_jax.Trainer(m, loss="ipo", simpo_gamma=2.0), "ipo loss does not take it"),
+        (
+            lambda m, p: dpo_jax.Trainer(m, divergence="forward_kl", reference="none"),
+            "divergence='forward_kl' needs a reference",
+        ),
         (lambda m, p: dpo_jax.Trainer(m, "sft").step(p), "kind='sft'"),
         (lambda m, p: dpo_jax.Trainer(m, "dpo").step(m.encode(ROWS, kind="sft")), "takes pairs"),
         (lambda m, p: m.encode(ROWS, kind="pair"), "kind='pair'"),

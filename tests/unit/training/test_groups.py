@@ -246,7 +246,11 @@ def test_cells_without_a_pair_are_finite(tiny, kept):
 
     def odds_ratio(pairs, beta, label_smoothing):
         chosen = pairs.chosen_log_probs / pairs.chosen_lengths
-        return jnp.log1p(-jnp.exp(chosen)) + jnp.exp(-pairs.chosen_log_ratios)
+        total = jnp.log1p(-jnp.exp(chosen)) + jnp.exp(-pairs.chosen_log_ratios)
+        numbers = dict(beta=beta, simpo_gamma=1.0, orpo_lambda=0.1, cpo_alpha=1.0)
+        for name in ("simpo", "orpo", "cpo"):
+            total += losses.preference(name)(pairs, numbers)
+        return total
 
     pairs = groups(2, 3)[:4]
     order = np.array([[0, 1, 2, 3, FILLER, FILLER, FILLER, FILLER]])

@@ -165,6 +165,23 @@ def test_embedding_gradient_adds_in_float32(tiny):
     assert (grads["tokens"][3] == 1000).all() and (grads["positions"][3] == 1000).all()
 
 
+def test_dpo_under_another_divergence(tiny):
+    """Loss and rewards are of the scores 1 - 1/u, not of log u."""
+    config, params = tiny
+    batch = jax.tree.map(lambda x: x[0], Batches(rows("dpo"), np.arange(12)[None])[0])
+    reference = jax.tree.map(lambda x: x * 1.05, params)
+    objective = objectives.make("dpo", config, "sigmoid", "forward_kl")
+    (total, count), metrics = objective(params, reference, HYPER, batch)
+    of_policy = response_log_probs(config, params, batch)[0]
+    of_reference = response_log_probs(config, reference, batch)[0]
+    rewards = 0.3 * (1 - np.exp(np.asarray(of_reference - of_policy)))[: 2 * 12].reshape(12, 2)
+    expected = np.log1p(np.exp(rewards[:, 1] - rewards[:, 0])).sum()
+    assert count == 12 and float(total) == pytest.approx(expected, rel=1e-4)
+    for side, name in enumerate(("chosen", "rejected")):
+        found = float(metrics[f"rewards/{name}"][0])
+        assert found == pytest.approx(rewards[:, side].sum(), rel=1e-4, abs=1e-4)
+
+
 def test_dpo_takes_a_function_of_pairs(tiny):
     """What a function of one's own is given: the sums over tokens, their log-ratios, lengths."""
     config, params = tiny
