@@ -260,7 +260,7 @@ def _validate_loss_numbers(block):
     for name in loss_table.numbers():
         default_value = configs.DPO[name].default
         if name not in taken and block[name] != default_value:
-            takers = " and ".join(loss_table.takers(name))
+            takers = ", ".join(loss_table.takers(name))
             owner = f"the {block.loss} loss"
             if name == "divergence_alpha":
                 owner = f"the divergence {block.divergence}"
@@ -277,7 +277,7 @@ def _validate_divergence(block):
     if block.divergence == "reverse_kl":
         return
     if not LOSSES[block.loss].takes_divergence:
-        takers = " and ".join(name for name, loss in LOSSES.items() if loss.takes_divergence)
+        takers = ", ".join(name for name, loss in LOSSES.items() if loss.takes_divergence)
         expected = f"'reverse_kl', as the {block.loss} loss has no other divergence ({takers} do)"
         _fail("dpo.divergence", block.divergence, expected)
     if block.reference == "none":

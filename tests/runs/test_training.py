@@ -385,7 +385,7 @@ def test_loss_without_reference_loads_none(model, pairs, tmp_path):
     for reference in ("init", "none"):
         config = dpo_config(model, pairs, loss="simpo", reference=reference, steps=2)
         folder = run(config, tmp_path / reference)
-        assert "reference" not in json.loads((folder / "weights.json").read_text())
+        assert not (folder / "weights.json").exists()  # it would have the reference
         found.append(rows_without_timings(folder))
     assert found[0] == found[1]
 
