@@ -2,7 +2,8 @@
 
 Weights are random but of the real size, and examples are made up, all of the longest lengths that
 the config allows. So neither weights nor data are read, and no step of the run itself takes more
-memory or more time.
+time. Memory lacks one thing: the initial weights that the stage `evaluate` may keep beside those of
+the reference.
 """
 
 import dataclasses
