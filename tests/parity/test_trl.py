@@ -56,7 +56,26 @@ def write_torch_model(family, folder):
     tokenizer().save_pretrained(folder)
 
 
-def trl_run(model_path, rows, workdir):
+# Family, loss, TRL's name of it, and label smoothing. All but the paper's loss are slow together.
+RUNS = [
+    ("gpt2", "sigmoid", "sigmoid", 0.0),
+    ("llama", "sigmoid", "sigmoid", 0.0),
+    *(
+        pytest.param("gpt2", *given, marks=pytest.mark.slow)
+        for given in (
+            ("apo_zero", "apo_zero", 0.0),
+            ("exo", "exo_pair", 0.1),
+            ("nca", "nca_pair", 0.0),
+            ("sppo_hard", "sppo_hard", 0.0),
+            ("ipo", "ipo", 0.0),
+            ("hinge", "hinge", 0.0),
+            ("robust", "robust", 0.1),
+        )
+    ),
+]
+
+
+def trl_run(model_path, rows, workdir, loss, label_smoothing):
     """Losses of each step, and the trained torch model."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -69,6 +88,8 @@ def trl_run(model_path, rows, workdir):
         max_steps=STEPS,
         learning_rate=LR,
         beta=BETA,
+        loss_type=[loss],
+        label_smoothing=label_smoothing,
         optim="rmsprop",
         lr_scheduler_type="constant",
         warmup_steps=0,
@@ -95,8 +116,8 @@ def trl_run(model_path, rows, workdir):
     ], trainer.model.eval()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_dpo_follows_trl(family, tmp_path, monkeypatch):
+@pytest.mark.parametrize("family, loss, their_loss, label_smoothing", RUNS)
+def test_dpo_follows_trl(family, loss, their_loss, label_smoothing, tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM
 
     devices = jax.devices()[:1]
@@ -108,7 +129,7 @@ def test_dpo_follows_trl(family, tmp_path, monkeypatch):
     rows = [json.loads(line) for line in train.read_text().splitlines()]
     write_pairs(data / "test.jsonl", count=4, seed=1)
     rows = [row | {side: " " + row[side] for side in ("chosen", "rejected")} for row in rows]
-    theirs, trained = trl_run(model, rows, tmp_path / "trl")
+    theirs, trained = trl_run(model, rows, tmp_path / "trl", their_loss, label_smoothing)
 
     config = configs.default(("dpo",))
     config.model.path, config.data.path, config.data.shuffle = str(model), str(data), False
@@ -117,6 +138,8 @@ def test_dpo_follows_trl(family, tmp_path, monkeypatch):
         steps=STEPS,
         lr=LR,
         beta=BETA,
+        loss=loss,
+        label_smoothing=label_smoothing,
         max_grad_norm=CLIP,
         warmup_steps=0,
         eval_every=100,
@@ -124,10 +147,12 @@ def test_dpo_follows_trl(family, tmp_path, monkeypatch):
     folder = run(config, tmp_path / "ours")
     ours = [row["loss/train"] for row in read_rows(folder / "metrics.jsonl") if row["step"]]
 
-    print(f"\n{family}: step, TRL's loss, ours, difference")
+    print(f"\n{family}, {loss}: step, TRL's loss, ours, difference")
     for step, (a, b) in enumerate(zip(theirs, ours, strict=True), 1):
         print(f"{step:4d}  {a:.6f}  {b:.6f}  {b - a:+.1e}")
-    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    # SPPO's squares are up to 50, of which float32 has no four decimals after twenty steps.
+    tolerance = max(1e-4, 1e-5 * max(theirs))
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance)
     assert theirs[-1] < theirs[0] - 0.02  # it has learned: a run that stands still would agree too
     tokens = torch.arange(40)[None]
     exported = AutoModelForCausalLM.from_pretrained(folder / "hf").eval()
