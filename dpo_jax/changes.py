@@ -6,11 +6,13 @@ the others a stage takes
 - a path that leads to equal contents;
 - another end of training, steps or epochs, under a learning rate that does not depend on it;
 - what the user names in --allow_change, while the stage is not done.
+
+A path that is the same, and leads to other contents, is refused where the stage goes on.
 """
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from ml_collections import ConfigDict
 
@@ -30,6 +32,7 @@ ALLOWED = (
 )
 
 SAME_CONTENTS = "its contents are equal"
+REWRITTEN = "it does not hold what it held when the stage began"
 OTHER_END = "the learning rate does not depend on it"
 BY_FLAG = "by --allow_change"
 
@@ -103,7 +106,27 @@ def compare(
             refused[name] = found
         else:
             accepted.append(Change(name, started.fields.get(name), now.get(name), reason))
+    if trains:
+        for name in _rewritten(started, now, contents_of):
+            refused[name] = REWRITTEN
     return accepted, refused
+
+
+def _rewritten(
+    started: Started, now: dict, contents_of: Callable[[str, str], str]
+) -> Iterator[str]:
+    """Yield the fields whose path is the same as before, and leads to other contents."""
+    for name, before in started.contents.items():
+        path = now.get(name)
+        if not path or path != started.fields.get(name):
+            continue
+        # The ledger of a stage that trains has the sha256 of the tokens that it reads.
+        if name.startswith("data.") and stage_table.STAGES[started.stage].trains:
+            continue
+        held = contents_of(name, path)
+        # Where the path is gone, what reads it says so.
+        if held and held != before:
+            yield name
 
 
 def _own(stage: str, names: tuple[str, ...]) -> list[str]:

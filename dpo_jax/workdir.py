@@ -282,6 +282,8 @@ def _accepted_changes(
     if name:
         advice += f" or another name, such as --config.run={name}"
     advice += ". Or remove the folder, if it is not needed."
+    if there == wanted:
+        advice = f"Put the old files back{advice.removeprefix('Use the old values')}"
     if _is_of_earlier_end(stage, list(refused)):
         advice = (
             "It was made from what an earlier stage had become by its old end. Move the folder "
@@ -760,8 +762,11 @@ def differences(
     lines = []
     for name in sorted(found.keys() | wanted.keys()):
         there, now = found.get(name, missing), wanted.get(name, missing)
-        if there != now:
-            reason = (reasons or {}).get(name, "")
-            line = f"  {prefix}{name}: {there!r} in {place}, {now!r} now"
-            lines.append(f"{line} ({reason})" if reason else line)
+        reason = (reasons or {}).get(name, "")
+        if there == now and not reason:
+            continue
+        # A path may be refused for what it leads to.
+        values = f"{now!r}" if there == now else f"{there!r} in {place}, {now!r} now"
+        line = f"  {prefix}{name}: {values}"
+        lines.append(f"{line} ({reason})" if reason else line)
     return "\n".join(lines)

@@ -29,6 +29,30 @@ def test_compare_takes_paths_of_equal_contents(is_done):
     assert refused(path="hub/name", is_done=is_done) == "what the new one holds is not known"
 
 
+@pytest.mark.parametrize(("stage", "path"), [("dpo", "model.path"), ("pairs", "data.path")])
+def test_compare_refuses_other_contents_at_the_same_path(stage, path):
+    fields = {path: "there", f"{stage}.steps": 4, f"{stage}.epochs": 1.0, "dpo.reference": "gone"}
+    fields[f"{stage}.schedule"] = "constant"
+    begun_with = {path: "a", "dpo.reference": "a"}
+    held = {"there": "b"}
+
+    def compared(is_done=False, contents=begun_with, **changes):
+        started = Started(stage, fields, contents, 4, is_done)
+        wanted = fields | {f"{stage}.{name}": value for name, value in changes.items()}
+        return compare(started, wanted, frozenset(), lambda _, path: held.get(path, ""))[1]
+
+    assert compared() == {path: "it does not hold what it held when the stage began"}
+    # A finished stage is used as it is, unless it is trained on.
+    assert compared(is_done=True) == {}
+    assert list(compared(is_done=True, steps=8)) == [path]
+    # One that began before this was written cannot know.
+    assert compared(contents={}) == {}
+
+
+def test_compare_leaves_data_that_is_trained_on_to_its_ledger():
+    assert refused(path="old", contents={"old": "b"}) == "taken"
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -114,6 +138,21 @@ def begin(workdir, config, stage="dpo", step=4):
     folder, _ = start_stage(workdir, config, stage, VERSIONS)
     (folder / "checkpoints" / str(step)).mkdir(parents=True)
     return folder
+
+
+def test_changed_files_at_the_same_path_are_named(tmp_path):
+    """A model's config.json is no part of its weights' fingerprint."""
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text('{"rms_norm_eps": 1e-6}')
+    config = config_of()
+    config.model.path = str(model)
+    begin(tmp_path / "run", config)
+    assert stage_status(tmp_path / "run", config, "dpo", VERSIONS) == ("unfinished", [])
+    (model / "config.json").write_text('{"rms_norm_eps": 1e-5}')
+    said = f"config.model.path: '{model}' .it does not hold what it held .*\nPut the old files back"
+    with pytest.raises(StageChanged, match=said):
+        stage_status(tmp_path / "run", config, "dpo", VERSIONS)
 
 
 def test_later_stage_refuses_an_end_that_has_moved(tmp_path):
