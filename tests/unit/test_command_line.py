@@ -203,7 +203,7 @@ def test_help_shows_no_flags_of_libraries():
     shown = dpo_jax("train", "--help").stdout
     found = set(re.findall(r"^  --(\w+)", shown, re.MULTILINE))
     processes = {"coordinator", "num_processes", "process_id"}
-    assert found == {"config", "workdir", "push", "allow_change", "debug", *processes}
+    assert found == {"config", "workdir", "push", "allow_change", "rehearse", "debug", *processes}
 
 
 @pytest.mark.parametrize("command", ["--help", "runs --help"])

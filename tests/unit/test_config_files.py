@@ -168,7 +168,7 @@ def test_override_refuses_other_type(field, text, said):
     [
         ("beta", "Did you mean dpo.beta"),
         ("dpo.betta", "Did you mean dpo.beta"),
-        ("dpo.rpo_alpha", "config.dpo has .*beta"),
+        ("dpo.xyz", "config.dpo has .*beta"),
         ("max_lenght", "Did you mean data.max_length"),
         ("dppo.lr", "Did you mean dpo.lr or sft.lr"),
         ("dpo.lr.peak", "no such field"),
