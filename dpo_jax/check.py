@@ -12,6 +12,7 @@ Exit status: 0 if nothing is damaged, 1 if something is.
 """
 
 import collections
+import functools
 import os
 import pathlib
 import sys
@@ -86,11 +87,16 @@ def _earlier_result(kept: pathlib.Path) -> Iterator[Finding]:
     """Yield a Finding for each model that a stage left at an earlier end."""
     from dpo_jax import workdir
 
-    problem = _problem(workdir.read_done, kept)
-    yield Finding(kept / "done.json", problem)
+    # The stage has gone on from there: it writes no earlier result again.
+    remedy = f"Put it back from a copy, or remove {kept}: no stage reads it."
+    record = kept / "done.json"
+    problem = f"{record} is gone. {remedy}"
+    if record.exists():
+        problem = _problem(functools.partial(workdir.read_done, remedy=remedy), kept)
+    yield Finding(record, problem)
     if problem:
         return
-    for finding in _result(kept):
+    for finding in _result(kept, remedy):
         # Its other files went on with the stage.
         if finding.path.relative_to(kept).parts[0] in workdir.EXPORTS:
             yield finding
@@ -111,12 +117,15 @@ def _problem(read, path: pathlib.Path) -> str:
     return ""
 
 
-def _result(folder: pathlib.Path) -> Iterator[Finding]:
-    """Yield a Finding for each file of a finished stage, and one for a whole subfolder."""
+def _result(folder: pathlib.Path, remedy: str = "") -> Iterator[Finding]:
+    """Yield a Finding for each file of a finished stage, and one for a whole subfolder.
+
+    remedy: what to do about a damaged one, where the stage does not write it again.
+    """
     from dpo_jax import workdir
 
     by_part = collections.defaultdict(dict)
-    for name, problem in workdir.problems_of(folder).items():
+    for name, problem in workdir.problems_of(folder, remedy).items():
         by_part[pathlib.PurePath(name).parts[0]][name] = problem
     for part, problems in by_part.items():
         damaged = {name: problem for name, problem in problems.items() if problem}
@@ -140,7 +149,9 @@ def _checkpoints(folder: pathlib.Path, is_done: bool) -> Iterator[Finding]:
         try:
             rows_then = checkpoint.verify(checkpoints, step)
         except checkpoint.DamagedCheckpoint as error:
-            if is_done:
+            if is_done and isinstance(error, checkpoint.NoSums):
+                yield Finding(path, note=FINISHED_EARLIER)
+            elif is_done:
                 yield Finding(path, f"{error}. {_USE_WHEN_DONE}")
             elif newest is None:
                 passed_over.append((path, error))

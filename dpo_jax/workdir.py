@@ -199,7 +199,9 @@ def _take_changes(folder: pathlib.Path, config, stage: str, changes: list[Change
     """Say which changes an unfinished stage takes, and write them to its config.json."""
     step = max(saved_steps(folder / "checkpoints"), default=None)
     told = "; ".join(change.told() for change in changes)
-    say(f"{stage}: {told}. It goes on " + ("" if step is None else f"from step {step}"))
+    # A stage without checkpoints has sampled completions, or it would begin anew.
+    start = "its completions" if step is None else f"step {step}"
+    say(f"{stage}: {told}. It goes on from {start}.")
     # First: a kill in between leaves a stage that is unfinished, of the config that it had.
     if (folder / "done.json").exists():
         _set_result_aside(folder, step)
@@ -397,13 +399,14 @@ def finish_stage(folder: pathlib.Path, **result) -> None:
     write_record(folder / "done.json", result | {"finished": finished, FILES: files})
 
 
-def read_done(folder: pathlib.Path) -> dict:
-    """Return the record in a stage's done.json; ValueError where it is damaged."""
-    return read_record(
-        folder / "done.json",
-        f"Remove it and run the stage's command again: {_how_made_again(folder)}.",
-        **DONE_FIELDS,
-    )
+def read_done(folder: pathlib.Path, remedy: str = "") -> dict:
+    """Return the record in a stage's done.json; ValueError where it is damaged.
+
+    remedy: what to do then, where the stage's command does not write the record again.
+    """
+    if not remedy:
+        remedy = f"Remove it and run the stage's command again: {_how_made_again(folder)}."
+    return read_record(folder / "done.json", remedy, **DONE_FIELDS)
 
 
 def read_ledger(folder: pathlib.Path, **fields: Kind) -> dict:
@@ -436,12 +439,15 @@ def check_files(folder: pathlib.Path) -> None:
             raise ValueError(problem)
 
 
-def problems_of(folder: pathlib.Path) -> dict[str, str]:
-    """Return what is wrong with each file of a finished stage, by its name; "" if it is whole."""
+def problems_of(folder: pathlib.Path, remedy: str = "") -> dict[str, str]:
+    """Return what is wrong with each file of a finished stage, by its name; "" if it is whole.
+
+    remedy: what to do then, where the stage's command does not write its files again.
+    """
     recorded = read_done(folder).get(FILES, {})
     # All at once, before they are compared one by one.
     file_hashes([folder / name for name in recorded if _is_within(name)])
-    return {name: _problem_of(folder, name, value) for name, value in recorded.items()}
+    return {name: _problem_of(folder, name, value, remedy) for name, value in recorded.items()}
 
 
 def _is_within(name: str) -> bool:
@@ -450,20 +456,25 @@ def _is_within(name: str) -> bool:
     return not inside.is_absolute() and ".." not in inside.parts
 
 
-def _problem_of(folder: pathlib.Path, name: str, recorded: dict) -> str:
-    """Return what is wrong with a file of a finished stage, and what to do; "" for nothing."""
+def _problem_of(folder: pathlib.Path, name: str, recorded: dict, remedy: str) -> str:
+    """Return what is wrong with a file of a finished stage, and what to do; "" for nothing.
+
+    remedy: as for `problems_of`.
+    """
     path = folder / name
     if not _is_within(name):
-        return _changed(folder, f"names {name!r}, which is not in its folder")
+        return _changed(folder, f"names {name!r}, which is not in its folder", remedy)
     # What was written has its sha256 in done.json; what somebody changed may lack anything.
     if not _is_measure(recorded):
-        return _changed(folder, f"does not say the bytes and the sha256 of {name}")
+        return _changed(folder, f"does not say the bytes and the sha256 of {name}", remedy)
     if not path.is_file():
         found = f"{path} is no file" if path.exists() else f"{path} is gone"
     elif path.stat().st_size != recorded["bytes"] or file_hashes([path]) != [recorded["sha256"]]:
         found = f"{path} is not what was written there: {_difference(recorded, _measure(path))}"
     else:
         return ""
+    if remedy:
+        return f"{found}. {remedy}"
     # An export is written as a whole.
     part = folder / pathlib.PurePath(name).parts[0]
     done = folder / "done.json"
@@ -482,12 +493,10 @@ def _is_measure(recorded) -> bool:
     return all(type(count) is int for count in counts)
 
 
-def _changed(folder: pathlib.Path, found: str) -> str:
+def _changed(folder: pathlib.Path, found: str, remedy: str) -> str:
     """Say that somebody has changed a stage's done.json, and what to do."""
-    return (
-        f"{folder / 'done.json'} {found}: it was changed. Remove done.json and run the stage's "
-        f"command again: {_how_made_again(folder)}."
-    )
+    again = f"Remove done.json and run the stage's command again: {_how_made_again(folder)}."
+    return f"{folder / 'done.json'} {found}: it was changed. {remedy or again}"
 
 
 def _difference(recorded: dict, found: dict) -> str:

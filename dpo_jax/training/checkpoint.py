@@ -43,6 +43,10 @@ class DamagedCheckpoint(ValueError):
     """A checkpoint is not what was saved, or cannot be read."""
 
 
+class NoSums(DamagedCheckpoint):
+    """A checkpoint can be read, but an earlier version kept nothing to check it by."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Restored:
     """A checkpoint as it was restored."""
@@ -343,7 +347,9 @@ def _metadata(path: pathlib.Path) -> tuple[dict, dict]:
     """Return the tree of shapes in a checkpoint, and what was kept with it."""
     found = _attempt(path, lambda: ocp.metadata(path))
     kept = without_sha256(found.custom_metadata or {})
-    if not isinstance(found.metadata, dict) or kept is None:
+    # An earlier version kept nothing in orbax's record, but orbax wrote its own part.
+    is_emptied = not kept and found.commit_timestamp_nsecs is None
+    if not isinstance(found.metadata, dict) or kept is None or is_emptied:
         raise DamagedCheckpoint(f"{path} no longer says what was saved in it")
     return found.metadata, kept
 
@@ -360,7 +366,7 @@ def _load(path: pathlib.Path, abstract: dict, *, partial: bool = False) -> tuple
     with context:
         tree = _attempt(path, lambda: ocp.load(path, abstract))
     if "sums" not in kept:
-        raise DamagedCheckpoint(f"{path} has no sums to check it by")
+        raise NoSums(f"{path} has no sums to check it by")
     found = sums(tree)
     changed = [name for name, value in found.items() if kept["sums"].get(name) != value]
     if changed:

@@ -178,3 +178,18 @@ def test_allowed_change_does_not_begin_a_run_of_its_own(tmp_path):
     # One that differs in more is another run.
     other = config_of(lr=0.2, beta=0.5)
     assert stage_status(tmp_path, other, "dpo", VERSIONS, frozenset(["dpo.lr"]))[0] == "new"
+
+
+def test_moved_path_of_a_stage_without_checkpoints(tmp_path, capsys):
+    """It says what the stage goes on from, in a whole sentence."""
+    config = configs.default(("pairs",))
+    for name in ("old", "new"):
+        (tmp_path / f"{name}.jsonl").write_text('{"prompt": "Name a colour."}\n')
+    config.data.path = str(tmp_path / "old.jsonl")
+    folder, _ = start_stage(tmp_path, config, "pairs", VERSIONS)
+    (folder / "completions.jsonl").write_text("")
+    config.data.path = str(tmp_path / "new.jsonl")
+    assert start_stage(tmp_path, config, "pairs", VERSIONS)[1] == "unfinished"
+    assert capsys.readouterr().out.endswith(
+        "(its contents are equal). It goes on from its completions.\n"
+    )

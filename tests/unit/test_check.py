@@ -88,6 +88,21 @@ def test_stage_that_an_earlier_version_finished(folder, capsys):
     assert capsys.readouterr().out.endswith("2 of 3 are whole, 1 not recorded\n")
 
 
+def test_checkpoint_that_an_earlier_version_saved(folder):
+    """A finished stage of that version is used as it is; an unfinished one is refused."""
+    save(folder, 1)
+    path = folder / "checkpoints" / "1" / "_CHECKPOINT_METADATA"
+    metadata = json.loads(path.read_text())
+    path.write_text(json.dumps(metadata | dict(custom_metadata={})))
+    assert "1 has no sums to check it by" in said(folder.parent)["dpo/checkpoints/1"]
+    finish_stage(folder)
+    assert said(folder.parent) == {"dpo/checkpoints/1": check.FINISHED_EARLIER}
+    assert check.report(folder.parent) == 0
+
+    damage(folder, 1)
+    assert "The stage is finished: it is read" in said(folder.parent)["dpo/checkpoints/1"]
+
+
 def test_result_of_an_earlier_end(folder):
     (folder / "hf").mkdir()
     (folder / "hf" / "model.safetensors").write_text("weights")
@@ -96,9 +111,27 @@ def test_result_of_an_earlier_end(folder):
     workdir._set_result_aside(folder, 1)
     (folder / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
     assert said(folder.parent) == {}
-    (folder / "results" / "1" / "hf" / "model.safetensors").write_text("Weights")
-    (where,) = said(folder.parent)
+    kept = folder / "results" / "1"
+    # The stage's command writes none of it again.
+    remedy = f"Put it back from a copy, or remove {kept}: no stage reads it."
+    (kept / "hf" / "model.safetensors").write_text("Weights")
+    ((where, text),) = said(folder.parent).items()
     assert where == "dpo/results/1/hf/model.safetensors"
+    assert text.endswith(f"its sha256 is not that of what was written. {remedy}")
+    (kept / "hf" / "model.safetensors").unlink()
+    gone = f"{kept / 'hf' / 'model.safetensors'} is gone. {remedy}"
+    assert said(folder.parent) == {where: gone}
+
+    write_record(kept / "done.json", dict(files={"hf/model.safetensors": {}}))
+    (text,) = said(folder.parent).values()
+    assert text.endswith(f"it was changed. {remedy}")
+    (kept / "done.json").write_text("{")
+    (text,) = said(folder.parent).values()
+    assert text.endswith(f"its 1 bytes are not JSON. {remedy}")
+    (kept / "done.json").unlink()
+    assert said(folder.parent) == {
+        "dpo/results/1/done.json": f"{kept / 'done.json'} is gone. {remedy}"
+    }
 
 
 def test_rows_of_sample(tmp_path):
