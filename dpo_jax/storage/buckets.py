@@ -1,4 +1,4 @@
-"""What buckets are asked for: list, read, write, remove; and what their refusals mean.
+"""Buckets: list, read, write and remove objects, and explain refusals.
 
 Through fsspec, with gcsfs for gs://, s3fs for s3:// and huggingface_hub for hf://. Each object is
 written whole or not at all. Imports no jax.
@@ -11,6 +11,7 @@ import logging
 import os
 import pathlib
 import re
+import secrets
 
 from dpo_jax.storage.addresses import bucket_of, scheme_of
 
@@ -103,7 +104,8 @@ def remove(address: str) -> None:
 def check(address: str) -> None:
     """Raise OSError, with what to do, where a folder of a bucket cannot be written and listed."""
     files = _files(scheme_of(address))
-    probe = f"{address}/.probe-{os.getpid()}"
+    # In containers all processes may have the same number.
+    probe = f"{address}/.probe-{secrets.token_hex(4)}"
     with _explained(address, "written"):
         files.pipe_file(probe, b"")
         files.rm_file(probe)

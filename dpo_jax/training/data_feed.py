@@ -225,11 +225,14 @@ def say_uneven_shards(name: str, block, shards: int) -> None:
     cells = microbatches * shards
     if size % cells == 0:
         return
-    idle = f"{cells - size} have none" if size < cells else "some have one more than others"
-    field = "minibatch_size" if "minibatch_size" in block else "batch_size"
+    uneven = f"{cells - size} have none" if size < cells else "some have one row less than others"
+    field, multiple = "minibatch_size" if "minibatch_size" in block else "batch_size", cells
+    # More rows would make more microbatches, each as uneven.
+    if block.microbatch_size % shards and size > cells:
+        field, multiple = "microbatch_size", shards
     say(
         f"{name}: the {size} rows of an update go to {cells} cells ({microbatches} x {shards}, "
-        f"microbatches x data shards), so {idle} and are padded. A multiple of {cells} as "
+        f"microbatches x data shards), so {uneven} and are padded. A multiple of {multiple} as "
         f"config.{name}.{field} uses all devices alike."
     )
 

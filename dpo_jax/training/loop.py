@@ -189,6 +189,7 @@ def train(job: Job, feed: Feed) -> tuple[dict, dict[str, float]]:
             # Restored first, as a damaged checkpoint makes the run begin at an earlier step.
             restored = checkpoints.restore_latest(shapes, programs.shardings)
             first_step = restored.step if restored else 0
+            profile.check(job.name, first_step + 1, feed.total)
             feed.start(frozen, first_step)
 
             # Resume, or begin and check the first batch.

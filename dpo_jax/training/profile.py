@@ -23,6 +23,11 @@ class Profile(contextlib.ExitStack):
         self._folder = pathlib.Path(folder)
         self._first = first if jax.process_index() == 0 else 0
 
+    def check(self, name: str, first_step: int, total: int) -> None:
+        """Say where none of the steps that are left, first_step to total, begins the trace."""
+        if self._first and not first_step <= self._first <= total:
+            say(f"{name}: no profile: log.profile is {self._first}, steps are {first_step}-{total}")
+
     def before(self, step: int, state) -> None:
         """Begin where this step is the first one that is traced."""
         if step != self._first:
