@@ -60,6 +60,7 @@ class Started:
     contents: dict[str, str]  # dotted name -> sha256 of what a path led to
     last_step: int | None  # of its checkpoints
     is_done: bool
+    is_evaluated: bool = False  # there is an evaluation of the last step
 
     def block_value(self, name: str):
         """Return the value of a field of the stage's own block; None where there is no such."""
@@ -168,9 +169,10 @@ def _why_not_end(started: Started, now: dict, allowed: frozenset[str]) -> str:
                 f"the {schedule} schedule falls to 0 at the end, so the {done} steps that are done "
                 f"would have had other learning rates; {way_out}"
             )
-    is_at_end = started.is_done or done == old_steps
-    eval_every = started.block_value("eval_every")
-    if started.block_value("keep_best") and is_at_end and done % eval_every:
+    is_evaluated = started.is_done or started.is_evaluated
+    # A run that ends there evaluates it too.
+    is_compared = bool(started.block_value("keep_best")) and is_evaluated and done != steps
+    if is_compared and done % started.block_value("eval_every"):
         return (
             f"the best checkpoint may be that of the old end, step {done}, where a run to the new "
             f"end has no evaluation; {way_out}"

@@ -309,7 +309,20 @@ def _started(folder: pathlib.Path, config, stage: str, record: dict) -> Started:
     }
     last_step = max(saved_steps(folder / "checkpoints"), default=None)
     is_done = (folder / "done.json").exists()
-    return Started(stage, fields, record.get("contents", {}), last_step, is_done)
+    is_evaluated = last_step is not None and _is_evaluated(
+        folder, last_step, fields.get(f"{stage}.keep_best", "")
+    )
+    contents = record.get("contents", {})
+    return Started(stage, fields, contents, last_step, is_done, is_evaluated)
+
+
+def _is_evaluated(folder: pathlib.Path, step: int, metric: str) -> bool:
+    """Return whether the row of a step in metrics.jsonl has a metric of evaluations."""
+    path = folder / "metrics.jsonl"
+    if not metric or not path.exists():
+        return False
+    rows = [parse_object(line) for line in path.read_bytes().splitlines()]
+    return any(row.get("step") == step and metric in row for row in rows if row)
 
 
 def _is_of_earlier_end(stage: str, names: list[str]) -> bool:

@@ -124,6 +124,11 @@ class Checkpoints:
         best = max(rated, key=lambda saved: (self._rank(saved.metrics), saved.step))
         return best.step, best.metrics[self._best_metric]
 
+    def is_rated(self, step: int) -> bool:
+        """Return whether a step was saved with its evaluation, or has been given it since."""
+        rated = [saved for saved in self._checkpointer.checkpoints if saved.metrics is not None]
+        return any(saved.step == step for saved in rated)
+
     def is_better(self, value: float) -> bool:
         """Return whether a checkpoint saved now, with this value, would be the best."""
         best = self.best()

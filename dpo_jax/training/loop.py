@@ -283,6 +283,9 @@ class _Recorder:
         elif step >= self._feed.total:
             # A run that is resumed after its last step has no other evaluation to return.
             self.evaluation = self.evaluation_of(step, state)
+            # One that has been made shorter saved its last step without it.
+            if self.evaluation and not self._checkpoints.is_rated(step):
+                self._checkpoints.rate(step, self.evaluation)
         self._clock = time.monotonic()
 
     def before_first(self, state: TrainState) -> None:

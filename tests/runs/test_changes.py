@@ -122,6 +122,19 @@ def test_run_of_more_epochs_equals_one_from_the_start(config, tmp_path):
     assert_equal(longer[-1], run_here(config, tmp_path / "whole", epochs=2, **fields))
 
 
+def test_shorter_run_may_have_its_best_at_the_new_end(config, tmp_path):
+    """Its last step was saved before anybody knew that it would be evaluated."""
+    fields = dict(keep_best="rewards_eval/chosen", lr=0.005)
+    with sigterm_at(4):
+        run_here(config, tmp_path / "shorter", **fields)
+    folder = run_here(config, tmp_path / "shorter", steps=4, **fields)
+    evaluations = {
+        row["step"]: row.get("rewards_eval/chosen") for row in rows_without_timings(folder)
+    }
+    assert evaluations[4] > evaluations[3]
+    assert_equal(folder, run_here(config, tmp_path / "whole", steps=4, **fields))
+
+
 def test_longer_run_keeps_its_result_through_a_stop(config, tmp_path, uninterrupted):
     """Stopped before its new end, it can go back to the old one or on to the new one."""
     run_here(config, tmp_path, steps=4)

@@ -11,10 +11,19 @@ FIELDS = {"dpo.steps": 8, "dpo.epochs": 1.0, "dpo.schedule": "constant", "dpo.lr
 FIELDS |= {"dpo.keep_best": "", "dpo.eval_every": 3, "data.path": "old", "seed": 0}
 
 
-def refused(allowed=(), is_done=False, last_step=4, contents=None, now=None, **changes):
+def refused(
+    allowed=(),
+    is_done=False,
+    last_step=4,
+    contents=None,
+    now=None,
+    is_evaluated=False,
+    **changes,
+):
     """Return the reason for the one change that is refused; "taken" where none is."""
     held = {"old": "a", "equal": "a", "other": "b"} if contents is None else contents
-    started = Started("dpo", FIELDS | (now or {}), {"data.path": "a"}, last_step, is_done)
+    fields = FIELDS | (now or {})
+    started = Started("dpo", fields, {"data.path": "a"}, last_step, is_done, is_evaluated)
     wanted = FIELDS | (now or {}) | {f"dpo.{name}": value for name, value in changes.items()}
     wanted["data.path"] = wanted.pop("dpo.path", "old")
     wanted["seed"] = wanted.pop("dpo.seed", 0)
@@ -76,6 +85,11 @@ def test_compare_leaves_data_that_is_trained_on_to_its_ledger():
             dict(steps=9, now={"dpo.keep_best": "loss/eval"}, last_step=8, is_done=True),
             "the best checkpoint may be that of the old end, step 8",
         ),
+        (  # by epochs, which say no step
+            dict(epochs=2.0, now={"dpo.keep_best": "loss/eval", "dpo.steps": 0}, is_evaluated=True),
+            "the best checkpoint may be that of the old end, step 4",
+        ),
+        (dict(steps=4, now={"dpo.keep_best": "loss/eval"}, is_evaluated=True), "taken"),
         (
             dict(steps=12, now={"dpo.keep_best": "loss/eval"}, last_step=9, is_done=True),
             "taken",  # a run to step 12 evaluates at step 9 as well
@@ -153,6 +167,19 @@ def test_changed_files_at_the_same_path_are_named(tmp_path):
     said = f"config.model.path: '{model}' .it does not hold what it held .*\nPut the old files back"
     with pytest.raises(StageChanged, match=said):
         stage_status(tmp_path / "run", config, "dpo", VERSIONS)
+
+
+def test_end_by_epochs_that_was_evaluated_cannot_move(tmp_path):
+    """Killed after its last checkpoint, before it was done."""
+    fields = dict(schedule="constant", keep_best="loss/eval", eval_every=3)
+    folder = begin(tmp_path, config_of(epochs=1.0, **fields))
+    longer = config_of(epochs=2.0, **fields)
+    rows = folder / "metrics.jsonl"
+    rows.write_text('{"step": 3, "loss/eval": 0.6}\n{"step": 4, "loss/train": 0.6}\n')
+    assert stage_status(tmp_path, longer, "dpo", VERSIONS)[0] == "unfinished"
+    rows.write_text('{"step": 4, "loss/train": 0.6, "loss/eval": 0.6}\n')
+    with pytest.raises(StageChanged, match="dpo.epochs: .*the best checkpoint may be that of"):
+        stage_status(tmp_path, longer, "dpo", VERSIONS)
 
 
 def test_later_stage_refuses_an_end_that_has_moved(tmp_path):
