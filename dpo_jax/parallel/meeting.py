@@ -11,9 +11,12 @@ import dataclasses
 import json
 import os
 import selectors
+import signal
 import socket
 import sys
 import time
+
+from dpo_jax import stopping
 
 PATIENCE = 300  # seconds to wait for the last process: hosts of a pod may start minutes apart
 FIRST_LINE = 10  # seconds after which it is said who is missing
@@ -40,8 +43,9 @@ def meet(
     """Wait until all processes have come to process 0, which listens at an address HOST:PORT.
 
     Returns what process 0 is connected with, by number: every other process; and each of these:
-    process 0. Raises TimeoutError that names those that have not come, and ValueError where two
-    processes cannot work together. The error is raised by all that are there.
+    process 0. Raises ValueError where two processes cannot work together, and TimeoutError where
+    some have not come, which it names, or where process 0 was stopped. The error is raised by all
+    that are there.
     """
     if me.count == 1:
         return {}
@@ -205,7 +209,8 @@ def _attend(address: str, me: Member, patience: float) -> dict[int, tuple[Member
             if answer:
                 problem = "who answers there is not waiting for processes"
         if "error" in answer:
-            kind = TimeoutError if answer.get("kind") == "TimeoutError" else ValueError
+            # All but a mistake may go well the next time, which TimeoutError lets launchers know.
+            kind = ValueError if answer.get("kind") == "ValueError" else TimeoutError
             raise kind(str(answer["error"]))
         time.sleep(RETRY)
     raise TimeoutError(
@@ -304,8 +309,11 @@ def _member_in(sent: bytes) -> Member | None:
 def _message_of(error: BaseException) -> dict:
     """Return what the others are told of an error that ends the meeting."""
     text = str(error) or type(error).__name__
-    if not isinstance(error, TimeoutError | ValueError):
-        text = f"process 0 was stopped while it waited for others ({text})."
+    if isinstance(error, KeyboardInterrupt):
+        how = stopping.words(getattr(error, "signum", signal.SIGINT))
+        text = f"process 0 was {how} while it waited for others."
+    elif not isinstance(error, TimeoutError | ValueError):
+        text = f"process 0 failed while it waited for others ({text})."
     return dict(error=text, kind=type(error).__name__)
 
 

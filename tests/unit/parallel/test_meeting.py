@@ -3,12 +3,14 @@
 import concurrent.futures
 import dataclasses
 import json
+import signal
 import socket
 import threading
 import time
 
 import pytest
 
+from dpo_jax import stopping
 from dpo_jax.parallel import meeting, processes
 from tests.helpers.tiny_runs import free_port
 
@@ -84,6 +86,28 @@ def test_who_has_gone_may_come_again(address):
         killed.join()
         assert errors_of(address, member(1), member(2)) == [None, None]
         assert host.result().keys() == {1, 2}
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (stopping.Stopped(signal.SIGTERM), "process 0 was stopped by SIGTERM while it waited"),
+        (stopping.Stopped(signal.SIGINT), "process 0 was interrupted while it waited"),
+        (OSError("too many open files"), "process 0 failed while it waited for others (too many "),
+    ],
+)
+def test_the_end_of_process_0_is_no_mistake_of_the_others(address, monkeypatch, error, said):
+    def end(*_):
+        raise error
+
+    # As a signal would, once process 1 has come.
+    monkeypatch.setattr(meeting._Host, "_who_did_not_come", end)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        attending = pool.submit(meeting.meet, address, member(1), 20.0)
+        with pytest.raises(type(error)):
+            meeting.meet(address, member(0), 1.0)
+        its = attending.exception()
+    assert isinstance(its, TimeoutError) and said in str(its)
 
 
 def test_names_of_hosts_are_told_where_they_are_known(address, monkeypatch):
