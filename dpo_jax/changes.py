@@ -30,6 +30,9 @@ ALLOWED = (
     *("eval_every", "loss", "divergence", *loss_table.numbers(), "alpha"),
     *("target_kl", "kl_horizon", "inner_epochs", "gae_lambda", "clip", "value_clip", "value_coef"),
 )
+# Those by which an evaluation has other numbers for the same weights.
+OF_REWARDS = ("loss", "divergence", "divergence_alpha", "beta")  # implicit ones
+OF_LOSS = ("loss", "divergence", *loss_table.numbers(), "alpha")
 
 SAME_CONTENTS = "its contents are equal"
 REWRITTEN = "it does not hold what it held when the stage began"
@@ -80,7 +83,7 @@ def compare(
     differing = [
         name
         for name in sorted(started.fields.keys() | now.keys())
-        if started.fields.get(name) != now.get(name)
+        if started.fields.get(name) != now.get(name) and not _is_unused(name, started.fields, now)
     ]
     ends = [name for name in differing if name in _own(started.stage, END)]
     why_not = _why_not_end(started, now, allowed) if ends else ""
@@ -99,7 +102,7 @@ def compare(
         elif not trains:
             found = "the stage is done" if name in allowed else ""
         elif name in allowed:
-            found = ""
+            found = _why_not_rated(started, name)
             reason = BY_FLAG
         else:
             found = f"--allow_change={name.rpartition('.')[2]} goes on with it"
@@ -111,6 +114,28 @@ def compare(
         for name in _rewritten(started, now, contents_of):
             refused[name] = REWRITTEN
     return accepted, refused
+
+
+def _is_unused(name: str, *configs: dict) -> bool:
+    """Return whether a field is epochs where steps are given, in each of some configs."""
+    block, _, last = name.rpartition(".")
+    return last == "epochs" and all(fields.get(f"{block}.steps") for fields in configs)
+
+
+def _why_not_rated(started: Started, name: str) -> str:
+    """Return why checkpoints cannot be compared once a field has changed; "" where they can."""
+    metric = started.block_value("keep_best") or ""
+    if metric.startswith("loss/"):
+        fields = OF_LOSS
+    elif metric.startswith("rewards_"):
+        fields = OF_REWARDS
+    else:
+        return ""
+    last = name.rpartition(".")[2]
+    # Accuracies are of the rewards' signs, whatever their scale.
+    if last not in fields or (last == "beta" and metric.endswith("/accuracies")):
+        return ""
+    return f"the best checkpoint is kept by {metric}, which is another measure then"
 
 
 def _rewritten(

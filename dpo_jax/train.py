@@ -47,6 +47,8 @@ def main():
     )
 
     def train():
+        if rehearsed.value:
+            _check_alone(push=repository.value, allow_change=allow_change.value)
         run_config = config.load()
         folder = workdir.value or config.default_workdir()
         config_checks.validate(run_config)  # a name is made of stages that are known to be right
@@ -65,6 +67,16 @@ def main():
             processes.at_the_end(upload)
 
     device_command.run(train, __doc__, config=config)
+
+
+def _check_alone(**others: str) -> None:
+    """Raise ValueError where --rehearse is given with flags that it has no use for."""
+    given = [f"--{name}={value}" for name, value in others.items() if value]
+    if given:
+        raise ValueError(
+            f"--rehearse and {' and '.join(given)}: a rehearsal leaves nothing to upload, and "
+            "resumes no run. Leave out --rehearse, or the other."
+        )
 
 
 if __name__ == "__main__":

@@ -108,6 +108,41 @@ def test_compare_takes_what_is_allowed_while_training_goes_on():
     assert refused(seed=1) == ""
 
 
+@pytest.mark.parametrize(
+    ("metric", "field", "is_taken"),
+    [
+        ("", "beta", True),
+        ("loss/eval", "lr", True),
+        ("loss/eval", "beta", False),
+        ("loss/eval", "simpo_gamma", False),
+        ("loss/eval", "loss", False),
+        ("rewards_eval/margins", "beta", False),
+        ("rewards_eval/margins", "label_smoothing", True),
+        ("rewards_eval/accuracies", "beta", True),
+        ("rewards_eval/accuracies", "divergence", False),
+        ("logps_eval/chosen", "beta", True),
+    ],
+)
+def test_compare_keeps_what_the_best_checkpoint_is_kept_by(metric, field, is_taken):
+    """Checkpoints that the old loss has rated would be compared with those of the new one."""
+    found = refused(allowed=[f"dpo.{field}"], now={"dpo.keep_best": metric}, **{field: 0.5})
+    expected = f"the best checkpoint is kept by {metric}, which is another measure then"
+    assert found == ("taken" if is_taken else expected)
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_compare_leaves_out_epochs_where_steps_are_given(stage):
+    """Of a stage before too."""
+    fields = FIELDS | {"sft.steps": 4, "sft.epochs": 1.0}
+    other = fields | {f"{stage}.epochs": 2.0}
+    started = Started("dpo", fields, {}, 8, is_done=True)
+    assert compare(started, other, frozenset(), lambda *_: "") == ([], {})
+    by_epochs = [names | {f"{stage}.steps": 0} for names in (fields, other)]
+    started = Started("dpo", by_epochs[0], {}, 8, is_done=True)
+    accepted, reasons = compare(started, by_epochs[1], frozenset(), lambda *_: "")
+    assert [*reasons, *(change.field for change in accepted)] == [f"{stage}.epochs"]
+
+
 def test_tables_name_fields():
     stages = [block for block in configs.STAGE_FIELDS.values() if "lr" in block]
     assert all(any(name in block for block in stages) for name in (*ALLOWED, *END))

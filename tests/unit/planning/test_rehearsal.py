@@ -87,6 +87,14 @@ def test_rehearsal_needs_a_stage():
         rehearsal.rehearse_all(config)
 
 
+def test_rehearse_command_refuses_what_it_has_no_use_for(tmp_path):
+    flags = ("--push=owner/name", "--allow_change=lr", f"--workdir={tmp_path}")
+    done = command("train", "--config=toy", "--rehearse", *flags)
+    assert done.returncode == 2
+    said = "error: --rehearse and --push=owner/name and --allow_change=lr: a rehearsal leaves"
+    assert said in done.stdout + done.stderr
+
+
 def test_rehearse_command_leaves_nothing(tmp_path):
     workdir = tmp_path / "run"
     done = command(
