@@ -85,7 +85,7 @@ def _sample_file(options: Options, path: pathlib.Path, mesh) -> None:
     agreement.check_same(lambda: {source: made_with["prompts"]}, agreement.SAME_FILES)
     sampling = options.sampling
     chunk = generation.prompts_at_a_time(sampling)
-    kept = SealedRows(path, _sums_of(path))
+    kept = SealedRows(path, _sums_of(path), at_once=chunk)
     begin = functools.partial(_begin, path, kept, made_with, options.date, rows, chunk)
     start, date = processes.from_first(begin)
     processes.check_shared(path.parent)

@@ -18,6 +18,7 @@ import os
 import pathlib
 import shutil
 import time
+import typing
 from collections.abc import Iterable, Iterator
 
 import jax
@@ -587,42 +588,57 @@ def read_lines(path: pathlib.Path) -> list[dict]:
     return rows
 
 
+class _Compared(typing.NamedTuple):
+    """Rows of a file as their sums know them."""
+
+    counts: list[int]  # how many there were after each write, up to the last that is whole
+    problem: str = ""  # what is wrong with the others
+    torn: bytes = b""  # what a kill left of the last line of the sums
+
+    @property
+    def whole(self) -> int:
+        return self.counts[-1] if self.counts else 0
+
+
 class SealedRows:
     """Rows that are appended to a file as they are made, and sums by which they are known again.
 
     Each write adds a line to the sums: the number of all rows so far, and their sha256. Rows that
-    are not what was written are set aside with a line that says so, and are made again. For
-    process 0.
+    are not what was written are set aside with a line that says so, and are made again; so are
+    those that the sums do not count, if they are more than a kill leaves. For process 0.
     """
 
-    def __init__(self, path: pathlib.Path, sums: pathlib.Path):
-        """Open the file of the rows and that of the sums; neither need be there."""
+    def __init__(self, path: pathlib.Path, sums: pathlib.Path, at_once: int = 0):
+        """Open the file of the rows and that of the sums; neither need be there.
+
+        at_once: the most rows that are appended at once; 0: as many as the sums tell of.
+        """
         self._path = path
         self._sums = sums
+        self._at_once = at_once
         self._digest = hashlib.sha256()
         self._count = 0
 
     def read(self) -> list[dict]:
         """Return the rows that are whole; the files are cut to them."""
-        *lines, torn = self._path.read_bytes().split(b"\n") if self._path.exists() else [b""]
-        torn_sum = b""
+        lines, torn = self._lines()
         if self._sums.exists():
-            whole, is_damaged, torn_sum = self._whole_rows(lines)
+            compared = self._compare(lines)
         else:  # of an earlier version, or lost: rows are all that is known
             rows = [parse_object(line) for line in lines]
             whole = rows.index(None) if None in rows else len(rows)
-            is_damaged = whole < len(lines)
-        if not self._path.exists():
-            is_damaged = self._sums.exists()
-        if is_damaged:
+            compared = _Compared([whole], "" if whole == len(lines) else self._changed_from(whole))
+        whole = compared.whole
+        problem = compared.problem
+        if self._sums.exists() and not self._path.exists():
+            problem = self._changed_from(0)
+        if problem:
             kept_as = f", and is now {set_aside(self._path).name}" if self._path.exists() else ""
-            warn(
-                f"{self._path} is not what was written there from row {whole + 1} on{kept_as}. "
-                "Those rows are made again."
-            )
+            warn(f"{problem}{kept_as}. Those rows are made again.")
         # Also where a kill cut the sums: the next line would be added to the torn one.
-        if is_damaged or torn or torn_sum or whole < len(lines) or not self._sums.exists():
-            self._rewrite(lines[:whole])
+        is_cut = torn or compared.torn or whole < len(lines)
+        if problem or is_cut or not compared.counts or not self._sums.exists():
+            self._rewrite(lines[:whole], compared.counts)
         else:
             self._digest = hashlib.sha256(self._path.read_bytes())
             self._count = whole
@@ -630,10 +646,8 @@ class SealedRows:
 
     def problem(self) -> str:
         """Return what is wrong with the rows by their sums; "" if nothing is. Only reads."""
-        *lines, _torn = self._path.read_bytes().split(b"\n") if self._path.exists() else [b""]
-        whole, is_damaged, _ = self._whole_rows(lines)
-        where = f"from row {whole + 1} on"
-        return f"{self._path} is not what was written there {where}" if is_damaged else ""
+        lines, _ = self._lines()
+        return self._compare(lines).problem
 
     def append(self, rows: list[dict]) -> None:
         """Append rows, and then the sums: rows that these do not count yet are made again."""
@@ -641,17 +655,19 @@ class SealedRows:
         append(self._path, data)
         self._digest.update(data)
         self._count += len(rows)
-        append(self._sums, self._sum().encode())
+        append(self._sums, _sum(self._count, self._digest).encode())
 
-    def _sum(self) -> str:
-        return f"{self._count} {self._digest.hexdigest()}\n"
+    def _lines(self) -> tuple[list[bytes], bytes]:
+        """Return the whole lines of the file, and what a kill left of the one after them."""
+        if not self._path.exists():
+            return [], b""
+        *lines, torn = self._path.read_bytes().split(b"\n")
+        return lines, torn
 
-    def _whole_rows(self, lines: list[bytes]) -> tuple[int, bool, bytes]:
-        """Return how many rows are as they were when they were counted, and whether some are not.
-
-        The third is what a kill left of the last line of the sums.
-        """
+    def _compare(self, lines: list[bytes]) -> _Compared:
+        """Compare the lines of the file with the sums."""
         digest = hashlib.sha256()
+        counts = []
         count = 0
         *entries, torn = self._sums.read_bytes().split(b"\n")
         for entry in entries:
@@ -659,14 +675,36 @@ class SealedRows:
                 number, _, expected = entry.decode().partition(" ")
                 upto = int(number)
             except ValueError:
-                return count, True, torn
+                return _Compared(counts, self._changed_from(count), torn)
             part = lines[count:upto]
             for line in part:
                 digest.update(line + b"\n")
             if upto != count + len(part) or digest.hexdigest() != expected:
-                return count, True, torn
+                return _Compared(counts, self._changed_from(count), torn)
             count = upto
-        return count, False, torn
+            counts.append(count)
+        uncounted = len(lines) - count
+        problem = ""
+        if uncounted and not self._may_be_one_write(uncounted, counts):
+            rows = "1 row" if uncounted == 1 else f"{uncounted:,} rows"
+            problem = f"{self._path} has {rows} that {self._sums.name} does not count"
+        return _Compared(counts, problem, torn)
+
+    def _changed_from(self, count: int) -> str:
+        return f"{self._path} is not what was written there from row {count + 1} on"
+
+    def _may_be_one_write(self, uncounted: int, counts: list[int]) -> bool:
+        """Return whether so many rows may be of one write, whose sum a kill prevented.
+
+        Else lines of the sums have been lost.
+        """
+        # Sums begin with a line of the first write, or of no rows.
+        if not counts:
+            return False
+        sizes = [after - before for before, after in zip([0, *counts], counts, strict=False)]
+        most = max(self._at_once, *sizes)
+        # Without any, this may be the first write.
+        return not most or uncounted <= most
 
     def forget(self) -> None:
         """Forget the sums of rows that the user has removed."""
@@ -674,23 +712,38 @@ class SealedRows:
 
     def cut(self, count: int) -> None:
         """Keep the first rows of those that were read, so that the others are made again."""
-        self._rewrite(self._path.read_bytes().split(b"\n")[:count])
+        lines, _ = self._lines()
+        self._rewrite(lines[:count], self._compare(lines).counts)
 
-    def _rewrite(self, lines: list[bytes]) -> None:
-        data = b"".join(line + b"\n" for line in lines)
-        self._digest = hashlib.sha256(data)
+    def _rewrite(self, lines: list[bytes], counts: list[int]) -> None:
+        """Write the files anew with these rows; counts: the writes that they were made by."""
+        digest = hashlib.sha256()
+        done = 0
+        sums = []
+        # The sums go on telling how many rows are appended at once.
+        for count in [*(count for count in counts if count < len(lines)), len(lines)]:
+            for line in lines[done:count]:
+                digest.update(line + b"\n")
+            done = count
+            sums.append(_sum(count, digest))
+        self._digest = digest
         self._count = len(lines)
         # A kill in between leaves sums of more rows than there are.
         self._sums.unlink(missing_ok=True)
         with whole_file(self._path) as draft:
-            draft.write_bytes(data)
+            draft.write_bytes(b"".join(line + b"\n" for line in lines))
         with whole_file(self._sums) as draft:
-            draft.write_text(self._sum() if lines else "")
+            draft.write_text("".join(sums))
 
 
-def completions(folder: pathlib.Path) -> SealedRows:
-    """Return the rows that a stage samples, in its folder."""
-    return SealedRows(folder / COMPLETIONS, folder / SUMS)
+def _sum(count: int, digest) -> str:
+    """Return the line of the sums for so many rows; digest: hashlib's, of them."""
+    return f"{count} {digest.hexdigest()}\n"
+
+
+def completions(folder: pathlib.Path, at_once: int = 0) -> SealedRows:
+    """Return the rows that a stage samples, in its folder; at_once: as for SealedRows."""
+    return SealedRows(folder / COMPLETIONS, folder / SUMS, at_once)
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

@@ -31,7 +31,9 @@ def complete(
     """
     # All prompts are checked before the first of them costs anything.
     sampler.check(model.config, prompts.ids, sampling)
-    kept = completions(folder)
+    # Whole batches: a batch has all completions of its prompts.
+    size = CHUNKS * max(1, sampling.batch_size // sampling.n)
+    kept = completions(folder, at_once=size)
     # One process reads: it may cut the file.
     rows = processes.from_first(kept.read)
     for row, ids in zip(rows, prompts.ids, strict=False):
@@ -45,8 +47,6 @@ def complete(
     if rows:
         say(f"{folder.name}: resuming after {len(rows)} of {len(prompts)} prompts")
     progress = Progress(folder.name, len(rows), len(prompts), unit="prompt")
-    # Whole batches: a batch has all completions of its prompts.
-    size = CHUNKS * max(1, sampling.batch_size // sampling.n)
     for start in range(len(rows), len(prompts), size):
         chunk = prompts.take(range(start, min(start + size, len(prompts))))
         drawn = sampler.sample(model, chunk.ids, sampling, first=start)

@@ -299,6 +299,60 @@ def test_completions_after_a_kill(tmp_path, capsys):
     assert not capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("lines", "at_once", "left"),
+    [
+        (0, 0, 0),  # emptied
+        (0, 4, 0),  # it begins with a line even where no rows are left
+        (1, 1, 0),  # cut to the line of no rows
+        (2, 1, 1),
+        (3, 1, 2),
+        (3, 0, 2),  # each write was of one row
+    ],
+)
+def test_rows_whose_sums_were_cut_are_kept_aside(tmp_path, capsys, lines, at_once, left):
+    """A kill leaves one write uncounted; more rows would be removed without a word."""
+    kept = completions(tmp_path)
+    assert kept.read() == []
+    for row in ROWS[:4]:
+        kept.append([row])
+    path, sums = tmp_path / "completions.jsonl", tmp_path / "completions.sums"
+    before = path.read_bytes()
+    whole_sums = sums.read_text()
+    sums.write_text("".join(whole_sums.splitlines(keepends=True)[:lines]))
+    count = 4 - left
+    found = f"{path} has {count} rows that completions.sums does not count"
+    assert workdir.SealedRows(path, sums, at_once).problem() == found
+
+    again = completions(tmp_path, at_once)
+    assert again.read() == ROWS[:left]
+    assert f"{found}, and is now completions.jsonl.damaged. Those" in capsys.readouterr().out
+    assert (tmp_path / "completions.jsonl.damaged").read_bytes() == before
+    for row in ROWS[left:4]:
+        again.append([row])
+    assert path.read_bytes() == before and sums.read_text() == whole_sums
+
+
+def test_kill_in_the_first_write_and_after_a_cut(tmp_path, capsys):
+    """No alarm: rows of one write are not counted."""
+    kept = completions(tmp_path, at_once=4)
+    assert kept.read() == []
+    path = tmp_path / "completions.jsonl"
+    rows = "".join(json.dumps(row) + "\n" for row in ROWS[:4])
+    path.write_text(rows)
+    assert not completions(tmp_path).problem()
+    assert completions(tmp_path, at_once=4).read() == []
+
+    kept = completions(tmp_path, at_once=4)
+    assert kept.read() == []
+    kept.append(ROWS[:4])
+    kept.cut(0)
+    path.write_text(rows)
+    assert not completions(tmp_path).problem()
+    assert completions(tmp_path, at_once=4).read() == []
+    assert not capsys.readouterr().out and not path.with_name(f"{path.name}.damaged").exists()
+
+
 def test_sums_that_a_kill_cut_short(tmp_path, capsys):
     """Though there is no row beyond them: the next sum must not be added to the torn one."""
     sample_twice(tmp_path)
@@ -316,6 +370,7 @@ def test_completions_on_a_full_disk(tmp_path, capsys, full):
     (tmp_path / "whole").mkdir()
     sample_twice(tmp_path / "whole")
     kept = completions(tmp_path)
+    assert kept.read() == []
     kept.append(ROWS[:4])
     # The row is shorter than its sum.
     size = (tmp_path / full).stat().st_size + 5
