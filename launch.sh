@@ -16,7 +16,8 @@
 # tpu: uses the TPU of that name, or requests one of --type and waits for it. It copies this tree
 # (without runs/), installs the requirements, runs COMMAND on all workers, trains there, shows
 # worker 0's log, and says how each worker ended. WORKDIR is gs://BUCKET/FOLDER, or a folder that
-# all workers share. --delete deletes the TPU at the end, also when the run has failed, or at Ctrl-C.
+# all workers share. --delete deletes the TPU at the end, even when the run has failed, and at
+# Ctrl-C.
 #
 # slurm: with --retry, the run becomes a batch job that goes back to the queue when its time is up
 # or its nodes are taken; the options then go to sbatch instead of srun.
@@ -87,7 +88,8 @@ split() {  # sets OWN and what all ways share; ARGUMENTS and MODULE are what is 
       --retry) RETRIES=10 ;;
       --retry=*)
         RETRIES="${1#*=}"
-        [[ "$RETRIES" =~ ^[0-9]{1,6}$ ]] || refuse "$1: expected a number of times, as in --retry=10."
+        [[ "$RETRIES" =~ ^[0-9]{1,6}$ ]] ||
+          refuse "$1: expected a number of times, as in --retry=10."
         RETRIES=$((10#$RETRIES)) ;;
       *) OWN+=("$1") ;;
     esac
@@ -168,7 +170,8 @@ under_slurm() {
     become sbatch --requeue --signal=TERM@120 --open-mode=append --ntasks-per-node=1 \
       ${OWN[@]+"${OWN[@]}"} launch/slurm.sh "$RETRIES" python -m "$MODULE" "${ARGUMENTS[@]}"
   else
-    become srun --ntasks-per-node=1 --kill-on-bad-exit=1 ${OWN[@]+"${OWN[@]}"} \
+    # As in launch/slurm.sh: the status is then the first failure's.
+    become srun --ntasks-per-node=1 --kill-on-bad-exit=0 ${OWN[@]+"${OWN[@]}"} \
       python -m "$MODULE" "${ARGUMENTS[@]}"
   fi
 }
@@ -259,7 +262,8 @@ pack() {  # makes what is sent, once: retries train the same code, whatever is e
   run tar --exclude=./.git --exclude=./runs --exclude=./.venv --exclude=__pycache__ \
     -czf "$FOLDER/dpo_jax.tgz" .
   if [[ -n "$PRINT" ]]; then
-    [[ ${#VARIABLES[@]} -eq 0 ]] || (printf '# dpo_jax.env:'; printf ' %s=***' "${VARIABLES[@]}"; echo)
+    [[ ${#VARIABLES[@]} -eq 0 ]] ||
+      (printf '# dpo_jax.env:'; printf ' %s=***' "${VARIABLES[@]}"; echo)
     return
   fi
   # Variables travel in a file that others cannot read: a command would be in the list of processes.
@@ -384,8 +388,11 @@ on_tpu() {
     if [[ "$status" != "$LOST" && "$status" != "$BROKEN" ]]; then exit "$status"; fi
     if [[ "$tries" -ge "$RETRIES" ]]; then break; fi
     tries=$((tries + 1))
-    if [[ "$status" == "$LOST" ]]; then say "the run on $NAME was lost: starting again, $tries of $RETRIES"
-    else say "$NAME does not answer: looking again, $tries of $RETRIES"; fi
+    if [[ "$status" == "$LOST" ]]; then
+      say "the run on $NAME was lost: starting again, $tries of $RETRIES"
+    else
+      say "$NAME does not answer: looking again, $tries of $RETRIES"
+    fi
     sleep "${POLL_SECONDS:-30}"
   done
   if [[ "$tries" -gt 0 ]]; then say "giving up after $tries retries"; fi

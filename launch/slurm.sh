@@ -1,18 +1,22 @@
 #!/usr/bin/env bash
-# A batch job that goes back to the queue when it was stopped. `./launch.sh slurm --retry` submits it.
+# A batch job that goes back to the queue when it was stopped. `./launch.sh slurm --retry` submits
+# it.
 #
 #   sbatch [OPTIONS] launch/slurm.sh RETRIES COMMAND [ARGUMENT ...]
 #
-# Slurm itself requeues a job whose nodes fail or are taken by others (sbatch --requeue), but not one
-# that has reached its time limit. There it sends SIGTERM some time before (sbatch --signal), and the
-# run saves and ends with status 143. One that has lost a host, or waited in vain for one, ends with
-# 75, and one that was killed with another signal's status.
+# Slurm itself requeues a job whose nodes fail or are taken by others (sbatch --requeue), but not
+# one that has reached its time limit. It sends that one SIGTERM some time before (sbatch --signal),
+# and the run saves and ends with status 143. A run that has lost a host, or waited in vain for one,
+# ends with 75, and one that was killed with another signal's status.
 set -uo pipefail
 
 retries="$1"
 shift
 
-srun --ntasks-per-node=1 --kill-on-bad-exit=1 "$@"
+# srun returns the highest status of its tasks. A mistake in the command is 2, and if srun then
+# killed the other tasks it would return their 143. They need no killing: each finds a mistake in
+# the flags by itself, and once they have met, all end with the status of the first.
+srun --ntasks-per-node=1 --kill-on-bad-exit=0 "$@"
 status=$?
 # Status 130 is Ctrl-C's.
 [[ "$status" == 75 || ( "$status" -gt 128 && "$status" != 130 ) ]] || exit "$status"

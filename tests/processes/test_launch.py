@@ -108,7 +108,7 @@ def test_launch_local_and_slurm():
         "python -m dpo_jax.sweep --config=configs/toy.py "
     )
     assert printed("slurm", "--nodes=4", "--gres=gpu:8", *CONFIG)[0].startswith(
-        "srun --ntasks-per-node=1 --kill-on-bad-exit=1 --nodes=4 --gres=gpu:8 "
+        "srun --ntasks-per-node=1 --kill-on-bad-exit=0 --nodes=4 --gres=gpu:8 "
         "python -m dpo_jax.train --config="
     )
 
@@ -503,10 +503,48 @@ def test_slurm_job_goes_back_to_the_queue(fake, status, state, restarts, requeue
     assert done.returncode == status
     calls = (folder / "log").read_text()
     expected = (
-        f"srun --ntasks-per-node=1 --kill-on-bad-exit=1 python -m dpo_jax.train {CONFIG[2]}\n"
+        f"srun --ntasks-per-node=1 --kill-on-bad-exit=0 python -m dpo_jax.train {CONFIG[2]}\n"
     )
     assert calls.startswith(expected)
     assert ("scontrol requeue 7" in calls) == requeued
+
+
+# In the place of srun: four tasks, of which the first ends with its status at once, while the
+# others still import. Returns the highest status, as srun does.
+SRUN = r"""
+tasks=()
+for task in 0 1 2 3; do
+  bash -c "trap 'exit 143' TERM; [ $task = 0 ] || for i in 1 2 3; do sleep 0.1; done; exit $ENDS" &
+  tasks+=($!)
+done
+wait "${tasks[0]}"; highest=$?
+# The system may start a task late, and a signal then come before its trap.
+sleep 0.1
+case "$*" in *--kill-on-bad-exit=1*) kill -TERM "${tasks[@]}" 2>/dev/null ;; esac
+for task in "${tasks[@]}"; do
+  wait "$task"; status=$?
+  [ "$status" -le "$highest" ] || highest=$status
+done
+exit "$highest"
+"""
+
+
+@pytest.mark.parametrize(("status", "requeued"), [(2, False), (75, True)])
+def test_slurm_mistake_on_all_hosts_stays_one(fake, status, requeued):
+    """Where the hosts find it one after the other, the first does not end the others by SIGTERM."""
+    folder, env, put = fake
+    put("srun", SRUN)
+    put("squeue", "echo RUNNING")
+    put("scontrol")
+    env |= dict(SLURM_JOB_ID="7", ENDS=str(status))
+    sleep = shutil.which("sleep")
+    put("sleep", f'[ "$1" = 60 ] || exec {sleep} "$@"')
+    command = [ROOT / "launch" / "slurm.sh", "2", "python", "-m", "dpo_jax.train", CONFIG[2]]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == status, done.stderr
+    assert ("scontrol requeue 7" in (folder / "log").read_text()) == requeued
+    # Without --retry the status is the same.
+    assert launch("slurm", *CONFIG, env=env).returncode == status
 
 
 def has_docker() -> bool:
