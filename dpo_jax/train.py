@@ -53,6 +53,7 @@ def main():
         folder = workdir.value or config.default_workdir()
         config_checks.validate(run_config)  # a name is made of stages that are known to be right
         allowed = changes.allowed_fields(allow_change.value, run_config)
+        is_named = bool(run_config.run)
         name_run(run_config, base=config_files.load(config.choice), unnamed=allowed)
         if rehearsed.value:
             rehearsal.rehearse_all(run_config)
@@ -60,7 +61,7 @@ def main():
         if repository.value:
             push.check(repository.value, run_config)
         say(f"WORKDIR is {folder}")
-        run_stages(run_config, folder, allowed=allowed)
+        run_stages(run_config, folder, allowed=allowed, is_named=is_named)
         if repository.value:
             here = shadow.place(folder)
             upload = functools.partial(push.push, repository.value, here, run_config)

@@ -334,18 +334,50 @@ def _is_of_earlier_end(stage: str, names: list[str]) -> bool:
 
 def _check_is_meant(folder: pathlib.Path, config, stage: str, allowed: frozenset[str]) -> None:
     """Raise StageChanged where a stage would begin, and a run beside it is the one to go on."""
+    for other, changes in _takers_beside(folder, config, stage, allowed):
+        fields = ", ".join(change.field for change in changes)
+        held = f"a run that differs in {fields} alone" if fields else "the run of this config"
+        raise StageChanged(
+            f"--allow_change: {folder} holds nothing to go on from, and {other} holds {held}. Give "
+            f"--config.run={other.name} to go on with that one, or leave out --allow_change to "
+            "begin a run of its own."
+        )
+
+
+def check_is_only_taker(
+    folder: pathlib.Path, config, stage: str, changes: list[Change], allowed: frozenset[str]
+) -> None:
+    """Raise StageChanged where the user allows changes that a run beside a stage takes too.
+
+    changes: those that the stage takes. For a run whose name the user has not given: it has that of
+    the fields that are not allowed to change, as all runs that differ in those that are.
+    """
+    if all(change.reason != config_changes.BY_FLAG for change in changes):
+        return
+    others = [other for other, _ in _takers_beside(folder, config, stage, allowed)]
+    if others:
+        names = [path.name for path in (folder, *others)]
+        raise StageChanged(
+            f"--allow_change: several runs in {folder.parent} can go on with this config: "
+            f"{', '.join(names)}. Say which one, such as --config.run={names[-1]}."
+        )
+
+
+def _takers_beside(
+    folder: pathlib.Path, config, stage: str, allowed: frozenset[str]
+) -> Iterator[tuple[pathlib.Path, list[Change]]]:
+    """Yield the folders of other runs that take this config, with the changes that they take.
+
+    config.run names the last training stage alone: other stages have none beside them.
+    """
+    if stage not in stage_table.training_stages(config)[-1:]:
+        return
     now = _dependencies(config, stage)
     for other, record in _others(folder, stage):
-        changes, refused = config_changes.compare(
-            _started(other, config, stage, record), now, allowed, contents_of
-        )
-        if changes and not refused:
-            raise StageChanged(
-                f"--allow_change: {folder} holds nothing to go on from, and {other} holds a run "
-                f"that differs in {', '.join(change.field for change in changes)} alone. Give "
-                f"--config.run={other.name} to go on with that one, or leave out --allow_change to "
-                "begin a run of its own."
-            )
+        started = _started(other, config, stage, record)
+        changes, refused = config_changes.compare(started, now, allowed, contents_of)
+        if not refused:
+            yield other, changes
 
 
 def _other_name(folder: pathlib.Path, config, stage: str, there: dict, now: dict) -> str:

@@ -29,6 +29,7 @@ from dpo_jax.storage.addresses import address_of, scheme_of
 from dpo_jax.training import losses
 from dpo_jax.workdir import (
     check_files,
+    check_is_only_taker,
     finish_stage,
     lock_folder,
     open_workdir,
@@ -139,21 +140,25 @@ def run_stages(
     reward: Callable | None = None,
     loss: Callable | None = None,
     allowed: frozenset[str] = frozenset(),
+    is_named: bool = True,
 ) -> None:
     """Run every stage of a config that is not done yet, each in its folder under WORKDIR.
 
     reward: a function from prompts and completions (lists of n texts) to n numbers, instead of
     config.reward. loss: a function of `losses.Pairs`, beta and label_smoothing, instead of the one
     that config.dpo.loss names. Both are recorded by name, so a stage that was made with another one
-    is refused. allowed: fields (dotted names) that a stage which is resumed may change. Raises
-    ValueError for a wrong config, and StageChanged where a stage's folder was made with another one
-    that differs in other fields.
+    is refused. allowed: fields (dotted names) that a stage which is resumed may change. is_named:
+    the user has given config.run, so that no other run is meant. Raises ValueError for a wrong
+    config, and StageChanged where a stage's folder was made with another one that differs in other
+    fields.
     """
     config_checks.validate(config)
     _check_bucket(config, workdir)
     config = _with_loss(_with_reward(config, reward), loss)
     agreement.check_same(functools.partial(_fields, config), agreement.SAME_COMMAND)
     with open_workdir(workdir) as folder:
+        if not is_named:
+            processes.from_first(functools.partial(_check_name, config, folder, allowed))
         _run_all(config, folder, reward, loss, allowed)
     processes.wait_for_all("all stages")  # the others may read what process 0 wrote
     say(f"all stages done, in {folder}")
@@ -192,6 +197,14 @@ def _check_stages(run: Run, allowed: frozenset[str]) -> None:
     """Raise StageChanged where the folder of any stage was made with a config that it refuses."""
     for stage in run.config.stages:
         stage_status(run.workdir, run.config, stage, versions(), allowed)
+
+
+def _check_name(config: ConfigDict, workdir: pathlib.Path, allowed: frozenset[str]) -> None:
+    """Raise StageChanged where it is not known which of several runs is to be changed."""
+    for stage in stage_table.training_stages(config)[-1:]:
+        _, changes = stage_status(workdir, config, stage, versions(), allowed)
+        folder = workdir / configs.folder_names(config)[stage]
+        check_is_only_taker(folder, config, stage, changes, allowed)
 
 
 def _fields(config: ConfigDict) -> dict:

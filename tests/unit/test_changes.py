@@ -4,6 +4,7 @@ import pytest
 
 from dpo_jax import config as configs
 from dpo_jax.changes import ALLOWED, END, PATHS, Started, allowed_fields, compare
+from dpo_jax.pipeline import stages
 from dpo_jax.workdir import StageChanged, finish_stage, stage_status, start_stage
 
 VERSIONS = dict(tokenization=1)
@@ -217,6 +218,24 @@ def test_end_by_epochs_that_was_evaluated_cannot_move(tmp_path):
         stage_status(tmp_path, longer, "dpo", VERSIONS)
 
 
+def test_allowed_change_does_not_choose_between_runs(tmp_path, monkeypatch):
+    """Neither the file's own nor one that was named by its rate is meant more than the other."""
+    monkeypatch.setattr(stages, "versions", lambda: VERSIONS)
+    monkeypatch.setattr(stages, "_run_all", lambda *_: None)
+    monkeypatch.setattr(stages.config_checks, "validate", lambda _: None)  # it has no model
+    begin(tmp_path, config_of())
+    config = config_of(lr=0.2)
+    allowed = dict(allowed=frozenset(["dpo.lr"]), is_named=False)
+    stages.run_stages(config, str(tmp_path), **allowed)
+    begin(tmp_path, config_of(run="dpo-lr0.1", lr=0.1))
+    said = "can go on with this config: dpo, dpo-lr0.1. Say which one, such as --config.run=dpo-lr0"
+    with pytest.raises(StageChanged, match=said):
+        stages.run_stages(config, str(tmp_path), **allowed)
+    stages.run_stages(config, str(tmp_path), **allowed | dict(is_named=True))
+    # Without a change there is no choice.
+    stages.run_stages(config_of(), str(tmp_path), **allowed)
+
+
 def test_later_stage_refuses_an_end_that_has_moved(tmp_path):
     """Before the earlier one goes on: it would be trained for nothing."""
     config = config_of(steps=4)
@@ -237,6 +256,9 @@ def test_allowed_change_does_not_begin_a_run_of_its_own(tmp_path):
         tmp_path, config_of("dpo-lr0.1", lr=0.2), "dpo", VERSIONS, frozenset(["dpo.lr"])
     )
     assert status == "unfinished" and (change.old, change.new) == (0.1, 0.2)
+    # One that was begun with the new value need not change at all.
+    with pytest.raises(StageChanged, match="dpo-lr0.1 holds the run of this config. Give"):
+        stage_status(tmp_path, config_of(lr=0.1), "dpo", VERSIONS, frozenset(["dpo.lr"]))
     # One that differs in more is another run.
     other = config_of(lr=0.2, beta=0.5)
     assert stage_status(tmp_path, other, "dpo", VERSIONS, frozenset(["dpo.lr"]))[0] == "new"
