@@ -399,7 +399,7 @@ on_tpu() {
   if [[ "$status" == "$LOST" ]]; then
     say "the run on $NAME was lost; the same command resumes it (--retry does so by itself)"
   else
-    say "the connection broke; the same command looks on"
+    say "the connection broke; the same command shows the log again"
     DELETE=""  # the run may be at work
   fi
   exit 1

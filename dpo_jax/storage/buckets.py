@@ -153,7 +153,7 @@ def _explained(address: str, verb: str):
         if address != bucket and verb in ("read", "removed"):
             raise FileNotFoundError(f"{address} does not exist.") from error
         raise FileNotFoundError(
-            f"{address} cannot be {verb}: there is no bucket {bucket}, or it is not yours to see. "
+            f"{address} cannot be {verb}: there is no bucket {bucket}, or you may not see it. "
             "Check the name, or make the bucket first."
         ) from error
     except OSError as error:

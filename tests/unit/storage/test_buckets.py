@@ -23,7 +23,7 @@ class Refusing:
             "The permission that is missing is storage.objects.create.",
         ),
         (PermissionError("AccessDenied: not authorized to perform: s3:PutObject"), "s3:PutObject."),
-        (FileNotFoundError("b"), "there is no bucket gs://bucket, or it is not yours to see"),
+        (FileNotFoundError("b"), "there is no bucket gs://bucket, or you may not see it"),
         (RuntimeError("no credentials"), "gcloud auth application-default login"),
     ],
 )
