@@ -2,9 +2,9 @@
 
 Alone, a process would wait in the next sum over all devices for one that is no longer there: for
 good, or until jax aborts it after a minute. So the connections of the meeting are kept. On them a
-process that fails, or that is told to stop, says so to the others before it ends; and the system
-closes them for one that is killed. Process 0 is connected with every other one, and passes on what
-it hears.
+process that fails, or that is told to stop, says so to the others before it ends; the system closes
+them for one that is killed; and one that is silent is frozen, or its host is lost. Process 0 is
+connected with every other one, and passes on what it hears.
 """
 
 import contextlib
@@ -21,9 +21,10 @@ from dpo_jax.parallel.meeting import Member, send
 # Exit status of a process whose partner was killed or cannot be reached: EX_TEMPFAIL, as the same
 # command may go through later (command_line.TRY_AGAIN).
 LOST = 75
-# Seconds without an answer after which the system gives a connection up, as of a host without
-# power: first quiet, then asked a few times.
-QUIET, ASKED_EVERY, ASKED_TIMES = 30, 10, 3
+# Seconds between the signs of life of a process, and how long one may be silent before it is lost:
+# the others are told well before jax would abort them (processes.SILENCE).
+ALIVE_EVERY = 10
+SILENT = 40
 GOODBYE = 2  # seconds in which the others take what process 0 says at its end
 
 
@@ -36,6 +37,7 @@ class Company:
         self._members = {number: member for number, (member, _) in connections.items()}
         self._connections = {number: connection for number, (_, connection) in connections.items()}
         self._heard = dict.fromkeys(connections, b"")  # less than a line
+        self._heard_at = dict.fromkeys(connections, time.monotonic())
         self._left: set[int] = set()  # those that have ended as they should
         self._is_leaving = False
         self._another_ends = threading.Event()
@@ -43,7 +45,6 @@ class Company:
         self._selector = selectors.DefaultSelector()
         for number, connection in self._connections.items():
             connection.settimeout(None)
-            _keep_alive(connection)
             self._selector.register(connection, selectors.EVENT_READ, number)
         threading.Thread(target=self._watch, daemon=True).start()
 
@@ -68,6 +69,14 @@ class Company:
             self._is_leaving = True
             self._tell(dict(done=True))
 
+    def has_left(self) -> bool:
+        """Return whether this process has told the others how it ends."""
+        return self._is_leaving
+
+    def name_here(self) -> str:
+        """Return this process as an error names it."""
+        return f"process {self._me.number} of {self._me.count} on {self._me.host}"
+
     def await_end_of_another(self, seconds: float) -> None:
         """Return after some seconds, unless another process ends: this one then ends with it."""
         if self._another_ends.wait(seconds):
@@ -80,34 +89,50 @@ class Company:
                     send(connection, message)
 
     def _watch(self) -> None:
+        next_sign = time.monotonic()
         while self._selector.get_map():
-            for key, _ in self._selector.select():
-                data = b""
-                with contextlib.suppress(OSError):
-                    data = key.fileobj.recv(65_536)
-                number = key.data
-                *lines, self._heard[number] = (self._heard[number] + data).split(b"\n")
-                for line in lines:
-                    self._hear(number, json.loads(line))
-                if not data:
-                    self._lose(number)
+            # Taken before the selection: where this process itself was frozen meanwhile, what the
+            # others have sent is read before their silence is measured.
+            now = time.monotonic()
+            if now >= next_sign:
+                next_sign = now + ALIVE_EVERY
+                self._tell(dict(alive=True))
+            for key, _ in self._selector.select(next_sign - now):
+                self._read(key.data, key.fileobj)
+            self._lose_silent(now)
+
+    def _read(self, number: int, connection: socket.socket) -> None:
+        data = b""
+        with contextlib.suppress(OSError):
+            data = connection.recv(65_536)
+        self._heard_at[number] = time.monotonic()
+        *lines, self._heard[number] = (self._heard[number] + data).split(b"\n")
+        for line in lines:
+            self._hear(number, json.loads(line))
+        if not data:
+            self._lose(number, "was killed, or its host is lost")
 
     def _hear(self, number: int, message: dict) -> None:
         if "done" in message:
             self._left.add(number)
-        elif not self._is_leaving:
+        elif "stop" in message and not self._is_leaving:
             self._end(message["stop"], message["status"], number)
 
-    def _lose(self, number: int) -> None:
+    def _lose_silent(self, now: float) -> None:
+        for number in list(self._connections):
+            if now - self._heard_at[number] > SILENT:
+                how = f"has been silent for {SILENT} seconds (frozen, or its host is lost)"
+                self._lose(number, how)
+
+    def _lose(self, number: int, how: str) -> None:
         connection = self._connections.pop(number)
         self._selector.unregister(connection)
         connection.close()
         if number not in self._left and not self._is_leaving:
             member = self._members[number]
             text = (
-                f"error: process {number} of {self._me.count} on {member.host} was killed, or its "
-                "host is lost, so all processes end here. See the log of that host. The same "
-                "command resumes the run."
+                f"error: process {number} of {self._me.count} on {member.host} {how}, so all "
+                "processes end here. See the log of that host. The same command resumes the run."
             )
             self._end(text, LOST, number)
 
@@ -120,15 +145,3 @@ class Company:
             print(text, file=sys.stderr, flush=True)
         # The main thread may be waiting for the other process, in a library.
         os._exit(status)
-
-
-def _keep_alive(connection: socket.socket) -> None:
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    # Linux has all three.
-    for name, value in (
-        ("TCP_KEEPIDLE", QUIET),
-        ("TCP_KEEPINTVL", ASKED_EVERY),
-        ("TCP_KEEPCNT", ASKED_TIMES),
-    ):
-        if hasattr(socket, name):
-            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

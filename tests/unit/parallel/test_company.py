@@ -17,6 +17,8 @@ from dpo_jax.parallel import company, meeting
 
 address, number, who, how = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 stopping.end_by_exception()
+if how == "freeze":
+    company.ALIVE_EVERY, company.SILENT = 0.2, 2
 me = meeting.Member(number, 3, f"host-{number}", {})
 others = company.Company(me, meeting.meet(address, me))
 stopping.tell(others.stop)
@@ -31,6 +33,8 @@ elif number == who:
         stopping._stop = lambda *_: None
         stopping.end_by_exception()
         os.kill(os.getpid(), signal.SIGTERM)
+    elif how == "freeze":
+        os.kill(os.getpid(), signal.SIGSTOP)
     else:
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(60)
@@ -52,8 +56,13 @@ def ends_of(who: int, how: str) -> list[tuple[int, str]]:
         )
         for number in range(3)
     ]
-    ends = [member.communicate(timeout=50)[1] for member in members]
-    return [(member.returncode, said) for member, said in zip(members, ends, strict=True)]
+    # One that is frozen would not end.
+    awaited = [member for member in members if how != "freeze" or member is not members[who]]
+    said = {member: member.communicate(timeout=50)[1] for member in awaited}
+    for member in set(members) - set(awaited):
+        member.kill()
+        said[member] = member.communicate()[1]
+    return [(member.returncode, said[member]) for member in members]
 
 
 def test_those_that_did_their_work_end_one_after_another():
@@ -76,6 +85,18 @@ def test_one_that_is_killed_ends_all_by_its_host(who):
     for status, said in ends:
         assert status == command_line.TRY_AGAIN
         assert said.startswith(f"error: process {who} of 3 on host-{who} was killed, or its host ")
+        assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("who", [0, 2])
+def test_one_that_freezes_is_named_to_all_others(who):
+    began = time.monotonic()
+    ends = ends_of(who, "freeze")
+    assert time.monotonic() - began < 20
+    assert ends.pop(who) == (-9, "")  # the test itself has killed it
+    for status, said in ends:
+        assert status == command_line.TRY_AGAIN
+        assert f"process {who} of 3 on host-{who} has been silent for 2 seconds (frozen, or" in said
         assert said.count("\n") == 1
 
 
