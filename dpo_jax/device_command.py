@@ -39,8 +39,8 @@ def run(
     processes.start()
 
     def run_together():
-        processes.join(coordinator.value, count.value, number.value)
         with processes.together(command_line.report), explain_full_memory():
+            processes.join(coordinator.value, count.value, number.value)
             agreement.check_same(command_line.shared_flags, agreement.SAME_COMMAND)
             agreement.say_own_caches()
             command()

@@ -31,6 +31,10 @@ class Stopped(KeyboardInterrupt):
         self.signum = signum
 
 
+class StoppedTogether(Stopped):
+    """Several processes have agreed to stop here: it is raised in all of them."""
+
+
 class _State:
     """Where the process stands."""
 
@@ -146,13 +150,13 @@ def asked_between(ask: Callable[[], int | None]) -> Iterator[None]:
 
 
 def may_stop() -> None:
-    """Raise Stopped if several processes have agreed to stop here: between batches of long work.
+    """Raise StoppedTogether if several processes have agreed to: between batches of long work.
 
     A lone process needs no such place: its signal is raised wherever it is.
     """
     signum = _State.ask()
     if signum is not None:
-        raise Stopped(signum)
+        raise StoppedTogether(signum)
 
 
 class Signals:

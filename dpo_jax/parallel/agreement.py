@@ -1,12 +1,11 @@
-"""What all processes must have alike, compared before it counts: settings, rows, tokens, weights.
+"""Checks that all processes have the same settings, rows, tokens and weights, before they use them.
 
-Each host reads its own files, and a copy that differs on one host would be mixed in without a word.
+Each host reads its own files, and a copy that differs on one host would be mixed in unnoticed.
 Every process calls these functions, and all raise the same error.
 """
 
 import hashlib
 import json
-import os
 import pathlib
 import socket
 from collections.abc import Callable
@@ -41,8 +40,8 @@ def check_same(values: Callable[[], dict], remedy: str) -> None:
 def check_same_files(files: dict[str, pathlib.Path]) -> None:
     """Check that files hold the same in all processes.
 
-    On storage that all share they are the same files, and are not read. files: by how an error
-    calls them. Raises ValueError with one that differs, and where.
+    On storage that all share they are the same files, and are not read. files: the name of each in
+    an error -> its path. Raises ValueError with one that differs, and where.
     """
     if jax.process_count() == 1:
         return
@@ -63,12 +62,14 @@ def check_same_files(files: dict[str, pathlib.Path]) -> None:
 
 def say_own_caches() -> None:
     """Say so where hosts keep compiled programs in folders of their own: process 0 alone writes."""
-    folder = jax.config.jax_compilation_cache_dir
     if jax.process_count() == 1:
         return
+    folder = jax.config.jax_compilation_cache_dir
     is_local = bool(folder) and not is_address(folder)
-    inode = os.stat(folder).st_ino if is_local else None
-    if not _is_same(dict(inode=inode)):
+    # Where process 0 keeps none, that has been said.
+    if not processes.from_first(lambda: is_local):
+        return
+    if not processes.who_sees(folder).all():
         warn(
             f"compiled programs are kept by process 0 alone, in its own {folder}, so at each start "
             "the other hosts compile anew. Name a folder that all hosts share in "

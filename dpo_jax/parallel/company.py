@@ -110,7 +110,7 @@ class Company:
         for line in lines:
             self._hear(number, json.loads(line))
         if not data:
-            self._lose(number, "was killed, or its host is lost")
+            self._lose(number)
 
     def _hear(self, number: int, message: dict) -> None:
         if "done" in message:
@@ -121,19 +121,24 @@ class Company:
     def _lose_silent(self, now: float) -> None:
         for number in list(self._connections):
             if now - self._heard_at[number] > SILENT:
-                how = f"has been silent for {SILENT} seconds (frozen, or its host is lost)"
-                self._lose(number, how)
+                self._lose(number, is_silent=True)
 
-    def _lose(self, number: int, how: str) -> None:
+    def _lose(self, number: int, is_silent: bool = False) -> None:
         connection = self._connections.pop(number)
         self._selector.unregister(connection)
         connection.close()
         if number not in self._left and not self._is_leaving:
-            member = self._members[number]
+            count, host = self._me.count, self._members[number].host
             text = (
-                f"error: process {number} of {self._me.count} on {member.host} {how}, so all "
-                "processes end here. See the log of that host. The same command resumes the run."
+                f"error: process {number} of {count} on {host} was killed, or its host is lost, so "
+                "all processes end here."
             )
+            if is_silent:
+                text = (
+                    f"error: process {number} of {count} on {host} has been silent for {SILENT} "
+                    "seconds (frozen, or its host is lost), so all processes end here."
+                )
+            text += " See the log of that host. The same command resumes the run."
             self._end(text, LOST, number)
 
     def _end(self, text: str, status: int, number: int) -> None:

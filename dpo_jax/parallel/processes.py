@@ -121,8 +121,9 @@ def join(
 ) -> None:
     """Make this process one of several: as given, or as a TPU pod or Slurm says.
 
-    Without any of these it stays alone. Raises ValueError where only some arguments are given, and
-    what `meeting.meet` raises where the others do not come, or run other code.
+    Call it within `together`. Without any of these the process stays alone. Raises ValueError where
+    only some arguments are given, and what `meeting.meet` raises where the others do not come, or
+    run other code.
     """
     some = [value is not None for value in (coordinator, num_processes, process_id)]
     if any(some) and not all(some):
@@ -149,8 +150,10 @@ def join(
     )
     if None not in (address, count, number):
         me = meeting.Member(number, count, socket.gethostname(), code())
-        _State.company = Company(me, meeting.meet(address, me))
-        stopping.tell(_State.company.stop)
+        connections = meeting.meet(address, me)
+        if connections:
+            _State.company = Company(me, connections)
+            stopping.tell(_State.company.stop)
     os.environ.setdefault("NPROC", str(max(CPU_THREADS, os.cpu_count() or 1)))
     jax.distributed.initialize(
         address,
@@ -189,11 +192,19 @@ def give_notice() -> None:
 _ASKED = itertools.count(1)
 
 
-def asked_to_stop() -> bool:
-    """Return whether to stop, in every process at the same call: each calls it equally often."""
+def asked_to_stop(caught: int | None) -> int | None:
+    """Return the signal to stop by, in every process at the same call: each calls it equally often.
+
+    caught: the signal that has come to this process.
+    """
     from jax.experimental import multihost_utils
 
-    return multihost_utils.reached_preemption_sync_point(next(_ASKED))
+    if not multihost_utils.reached_preemption_sync_point(next(_ASKED)):
+        return None
+    # It came to some of them only, and all end with its status.
+    signums = multihost_utils.process_allgather(np.int32(caught or 0))
+    # None has caught one where jax itself was told that the machine is to be taken.
+    return int(signums.max()) or signal.SIGTERM
 
 
 def code() -> dict[str, str]:
@@ -240,20 +251,20 @@ def _gpus_of_a_lone_task() -> list[int] | None:
 def together(report: Callable[[BaseException], tuple[str, int]]):
     """End all processes if one raises: the others would wait for it forever.
 
-    report: prints an error, and returns what it printed and the exit status. Alone, a process
-    raises its own errors.
+    They join within. report: prints an error, and returns what it printed and the exit status. A
+    process without others raises its own errors.
     """
     try:
         yield
         _leave()
     except SystemExit:
-        if jax.process_count() > 1:
+        if _has_others():
             # All of them stop here, and none leaves before the others are through.
             _leave()
             jax.distributed.shutdown()
         raise
     except BaseException as error:
-        if jax.process_count() == 1:
+        if not _has_others():
             raise
         company = _State.company
         is_interrupt = isinstance(error, KeyboardInterrupt)
@@ -262,14 +273,29 @@ def together(report: Callable[[BaseException], tuple[str, int]]):
             company.await_end_of_another(AFTERMATH)
         text, status = report(error)
         if not is_interrupt:
-            who = f"process {jax.process_index()} of {jax.process_count()}"
-            ending = f"{who} on {socket.gethostname()} stops, and so do the others."
+            ending = f"{_name_here()} stops, and so do the others."
             text += f"\n{ending}"
             print(ending, file=sys.stderr, flush=True)
         if company:
             company.stop(text, status)
         # sys.exit would wait for the others, which wait for this one.
         os._exit(status)
+
+
+def _has_others() -> bool:
+    """Return whether other processes wait for this one: from their meeting until all let go."""
+    is_connected = jax.distributed.is_initialized()
+    if _State.company is None:
+        return is_connected and jax.process_count() > 1
+    # Not by jax's count, which would have it look for devices before it is connected.
+    return is_connected or not _State.company.has_left()
+
+
+def _name_here() -> str:
+    """Return this process as an error names it."""
+    if _State.company:
+        return _State.company.name_here()
+    return f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}"
 
 
 def _leave() -> None:
@@ -379,21 +405,32 @@ def check_shared(folder: str | pathlib.Path) -> None:
     """
     if jax.process_count() == 1 or address_of(folder):
         return
-    from jax.experimental import multihost_utils
-
-    # A name that no earlier run has left there.
-    token = int(multihost_utils.broadcast_one_to_all(np.uint32(secrets.randbits(32))))
-    mark = pathlib.Path(folder) / f".seen-{token}"
     if jax.process_index() == 0:
-        mark.parent.mkdir(parents=True, exist_ok=True)
-        mark.touch()
-    wait_for_all("shared folder")
-    seen = multihost_utils.process_allgather(np.array(mark.exists()))
-    if jax.process_index() == 0:
-        mark.unlink()
+        pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+    seen = who_sees(folder)
     if not seen.all():
         blind = int(np.argmin(seen))
         raise RuntimeError(
             f"{folder} is not the same folder on all hosts: process {blind} does not see what "
             "process 0 writes there. It must be on storage that all of them share."
         )
+
+
+def who_sees(folder: str | pathlib.Path | None) -> np.ndarray:
+    """Return for each process whether it sees in its folder what process 0 writes to its own.
+
+    None: this process, which is not process 0, has no folder.
+    """
+    from jax.experimental import multihost_utils
+
+    # A name that no earlier run has left there.
+    token = int(multihost_utils.broadcast_one_to_all(np.uint32(secrets.randbits(32))))
+    mark = pathlib.Path(folder or "") / f".seen-{token}"
+    if jax.process_index() == 0:
+        mark.touch()
+    wait_for_all("shared folder")
+    is_seen = bool(folder) and mark.exists()
+    seen = multihost_utils.process_allgather(np.array(is_seen))
+    if jax.process_index() == 0:
+        mark.unlink()
+    return seen

@@ -378,10 +378,11 @@ def evaluate(
     total = None
     before = None  # the total of the batch before the last
     for step in range(len(batches)):
-        # A signal is asked for here, so the host must not be far ahead of the devices. One batch
-        # is left to them meanwhile.
-        jax.block_until_ready(before)
-        before = total
+        if jax.process_count() > 1:
+            # A signal is asked for here, so the host must not be far ahead of the devices. One
+            # batch is left to them meanwhile.
+            jax.block_until_ready(before)
+            before = total
         stopping.may_stop()
         batch = sharding.shard_batch(mesh, batches[step], axis=1)
         measured = programs.eval_step(full, reference, frozen.hyper, batch)

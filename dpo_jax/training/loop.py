@@ -323,6 +323,10 @@ class _Recorder:
                 with self._stopped_within():
                     self.evaluation = self._evaluate(step, state)
             except stopping.Stopped as stop:
+                is_alone = jax.process_count() == 1
+                # After a second Ctrl-C to one process the others still evaluate: none can save.
+                if not is_alone and not isinstance(stop, stopping.StoppedTogether):
+                    raise
                 self.interrupt(step, state, stop.signum, row)
             row |= self.evaluation
             # The best one is saved even where no save is due.
@@ -516,9 +520,7 @@ def _first_few(examples: list[str]) -> str:
 
 
 def _asked_to_stop(signals: stopping.Signals) -> int | None:
-    """Return the signal after which to save and stop, in every process at the same step."""
+    """Return the signal after which to save and stop, the same in every process and step."""
     if jax.process_count() == 1:
         return signals.caught
-    if not processes.asked_to_stop():
-        return None
-    return signals.caught or signal.SIGTERM
+    return processes.asked_to_stop(signals.caught)

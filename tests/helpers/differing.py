@@ -64,6 +64,14 @@ def cases(folder: pathlib.Path, number: int) -> dict:
     }
 
 
+def said_of_caches(folder: str | None) -> str:
+    jax.config.update("jax_compilation_cache_dir", folder)
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        agreement.say_own_caches()
+    return output.getvalue()
+
+
 def main():
     folder, address, number = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     os.chdir(folder / str(number))
@@ -76,12 +84,10 @@ def main():
             said[name] = ""
         except ValueError as error:
             said[name] = str(error)
-    # Each keeps its compiled programs in a folder of its own.
-    jax.config.update("jax_compilation_cache_dir", os.getcwd())
-    output = io.StringIO()
-    with contextlib.redirect_stdout(output):
-        agreement.say_own_caches()
-    said["caches"] = output.getvalue()
+    # Each keeps its compiled programs in a folder of its own; both in one; and process 0 nowhere.
+    said["caches"] = said_of_caches(os.getcwd())
+    said["one cache"] = said_of_caches(str(folder))
+    said["no cache"] = said_of_caches(os.getcwd() if number else None)
     (folder / f"{number}.json").write_text(json.dumps(said))
 
 

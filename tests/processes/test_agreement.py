@@ -76,6 +76,8 @@ def assert_scores(found, model, data):
             "caches",
             r"^warning: compiled programs are kept by process 0 alone, in its own \S+/0, so ",
         ),
+        ("one cache", "^$"),
+        ("no cache", "^$"),
     ],
 )
 def test_what_differs_is_named(said, case, expected):
