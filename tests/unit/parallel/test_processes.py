@@ -1,11 +1,13 @@
 """What process 0 tells the others."""
 
 import json
+import signal
 
 import jax
 import numpy as np
 import pytest
 from jax._src import compiler
+from jax.experimental import multihost_utils
 
 from dpo_jax.parallel import processes
 from dpo_jax.workdir import StageChanged
@@ -58,3 +60,34 @@ def test_compiled_programs_in_a_bucket_are_kept_by_jax_alone(monkeypatch):
     finally:
         for name, value in before.items():
             jax.config.update(name, value)
+
+
+class Others:
+    """A company, as a process sees it that all others have let go."""
+
+    def has_left(self):
+        return True
+
+    def stop(self, text, status):
+        raise AssertionError("nobody is there to be told")
+
+
+def test_an_error_after_all_have_left_is_a_process_s_own(monkeypatch, capsys):
+    """As of an upload, which process 0 makes at the end."""
+    monkeypatch.setattr(processes._State, "company", Others())
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(OSError, match="no network"), processes.together(lambda error: 1 / 0):
+        raise OSError("no network")
+    assert "stop" not in capsys.readouterr().err
+
+
+def test_all_end_by_the_signal_that_came_to_one(monkeypatch):
+    reached = iter([False, True, True])
+    gathered = [np.array([0, signal.SIGINT]), np.array([0, 0])]
+    monkeypatch.setattr(
+        multihost_utils, "reached_preemption_sync_point", lambda number: next(reached)
+    )
+    monkeypatch.setattr(multihost_utils, "process_allgather", lambda mine: gathered.pop(0))
+    assert processes.asked_to_stop(None) is None
+    assert processes.asked_to_stop(None) == signal.SIGINT
+    assert processes.asked_to_stop(None) == signal.SIGTERM
