@@ -14,8 +14,8 @@ from dpo_jax.storage import shadow
 from dpo_jax.storage.addresses import is_address, repository_of
 
 LONG_READ = 4 * 10**9  # bytes, several seconds of work
-# Weights in formats that are never read here, but may lie beside those that are.
-_UNREAD = (".bin", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".pt", ".pth")
+# Weights in formats that are never read here, and cards, which lie beside what is read.
+_UNREAD = (".bin", ".gguf", ".h5", ".md", ".msgpack", ".onnx", ".ot", ".pt", ".pth")
 # Of a folder of data: rows, perhaps compressed, and what says which files are of which split. A
 # folder of other things may hold data too, and runs with their checkpoints.
 _DATA = (".arrow", ".csv", ".json", ".jsonl", ".md", ".ndjson", ".parquet", ".tsv")
@@ -119,7 +119,8 @@ def _is_read(name: pathlib.PurePath, *, is_data: bool) -> bool:
         return False
     if is_data:
         return any(suffix.lower() in _DATA for suffix in name.suffixes)
-    return name.suffix not in _UNREAD
+    # In folders of a model's are other things, such as a trainer's checkpoints.
+    return len(name.parts) == 1 and name.suffix not in _UNREAD
 
 
 def _sha256_of(value: list) -> str:

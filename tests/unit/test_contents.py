@@ -37,7 +37,7 @@ def folder(tmp_path):
     made = tmp_path / "model"
     (made / "sub").mkdir(parents=True)
     (made / "config.json").write_text("{}")
-    (made / "sub" / "a.safetensors").write_text("weights")
+    (made / "a.safetensors").write_text("weights")
     return made
 
 
@@ -47,8 +47,10 @@ def test_contents_of_a_moved_folder_are_equal(folder, tmp_path):
     (moved / ".cache").mkdir()
     (moved / ".cache" / "lock").write_text("left by a tool")
     (moved / "pytorch_model.bin").write_text("never read")
+    (moved / "README.md").write_text("a card")
+    (moved / "sub" / "optimizer.json").write_text("a trainer's checkpoint")
     assert before and contents_of("model.path", str(moved)) == before
-    (moved / "sub" / "a.safetensors").write_text("other")
+    (moved / "a.safetensors").write_text("other")
     assert contents_of("model.path", str(moved)) != before
 
 
@@ -59,7 +61,7 @@ def test_contents_of_a_file_and_a_subset(folder):
     whole, subset = (contents_of("data.path", f"{folder}{part}") for part in ("", ":sub"))
     assert whole and subset and whole != subset
     # No rows are in a checkpoint, and those of runs may be large.
-    (folder / "sub" / "a.safetensors").write_text("other")
+    (folder / "a.safetensors").write_text("other")
     assert contents_of("data.path", str(folder)) == whole
     (folder / "sub" / "rows.jsonl.gz").write_text("other")
     assert contents_of("data.path", str(folder)) != whole
