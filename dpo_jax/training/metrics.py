@@ -151,10 +151,14 @@ class Writer(contextlib.ExitStack):
             raise ImportError(
                 "config.log.tensorboard needs tensorboardX: pip install tensorboardX"
             ) from error
-        writer = SummaryWriter(str(folder))
-        self.callback(writer.close)
+        writer = None
 
         def write(step, values):
+            nonlocal writer
+            if writer is None:
+                # A resumed run writes some steps again: TensorBoard drops what it has from here on.
+                writer = SummaryWriter(str(folder), purge_step=step)
+                self.callback(writer.close)
             for name, value in values.items():
                 writer.add_scalar(name, value, step)
 

@@ -164,6 +164,30 @@ def test_writer_tensorboard(tmp_path):
     assert b"rewards_train/margins" in events
 
 
+def test_tensorboard_drops_steps_that_are_written_again(tmp_path):
+    pytest.importorskip("tensorboardX", reason="TensorBoard needs tensorboardX")
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+    with metrics.Writer(tmp_path, tensorboard=True) as writer:
+        for step in (0, 1, 2, 3):
+            writer.write(step, {"loss/train": 1.0})
+    (first,) = tmp_path.glob("events.out.tfevents*")
+    # Files are named after the second in which they are made.
+    first.rename(tmp_path / "first")
+    with metrics.Writer(tmp_path, tensorboard=True) as writer:
+        writer.write(2, {"loss/train": 2.0})
+    (second,) = tmp_path.glob("events.out.tfevents*")
+    starts = []
+    data = second.read_bytes()
+    while data:  # a length of 8 bytes, its checksum of 4, the event, its checksum of 4
+        length = int.from_bytes(data[:8], "little")
+        event = Event.FromString(data[12 : 12 + length])
+        if event.session_log.status == SessionLog.START:
+            starts.append(event.step)
+        data = data[16 + length :]
+    assert starts == [2]
+
+
 def test_writer_wandb(tmp_path, monkeypatch):
     logged, started, finished = [], {}, []
     run = types.SimpleNamespace(
