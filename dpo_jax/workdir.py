@@ -89,6 +89,32 @@ def make_workdir(workdir: pathlib.Path) -> None:
             f"--workdir={workdir}: this folder cannot be made ({error.strerror}). Give one that "
             "you may write to."
         ) from error
+    _check_renames(pathlib.Path(workdir))
+
+
+def _check_renames(workdir: pathlib.Path) -> None:
+    """Raise OSError where a folder that holds files cannot be renamed, as in some mounted buckets.
+
+    Checkpoints and exports get their names in this way, hours later.
+    """
+    probe = workdir / f".probe-{os.getpid()}"
+    renamed = probe.with_suffix(".renamed")
+    try:
+        probe.mkdir()
+        (probe / "file").touch()
+    except OSError:  # a finished run may be read where nothing can be written
+        return
+    try:
+        probe.rename(renamed)
+    except OSError as error:
+        raise OSError(
+            f"--workdir={workdir}: a folder with files in it cannot be renamed here "
+            f"({error.strerror}), as checkpoints and exports need. If this is a mounted bucket, "
+            "give its address instead, such as --workdir=gs://BUCKET/run."
+        ) from error
+    finally:
+        shutil.rmtree(probe, ignore_errors=True)
+        shutil.rmtree(renamed, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,8 @@
 """Folders of stages: who works on one, and which is refused."""
 
+import errno
 import json
+import pathlib
 import threading
 
 import pytest
@@ -41,6 +43,16 @@ def test_make_workdir_refuses_a_file(tmp_path, below):
     workdir = f"{tmp_path}/FILE{below}"
     with pytest.raises(NotADirectoryError, match=f"^--workdir={workdir}: expected a folder"):
         make_workdir(workdir)
+
+
+def test_make_workdir_refuses_storage_that_renames_no_folder(tmp_path, monkeypatch):
+    def rename(self, target):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(pathlib.Path, "rename", rename)
+    with pytest.raises(OSError, match="cannot be renamed here .Operation not supported.*gs://"):
+        make_workdir(tmp_path / "mounted")
+    assert list((tmp_path / "mounted").iterdir()) == []
 
 
 def test_make_workdir_says_what_the_system_refused():
