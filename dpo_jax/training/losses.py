@@ -93,10 +93,11 @@ class Preference:
 
 
 def preference(loss: str | Callable, divergence: str = "reverse_kl") -> Preference:
-    """Return a loss by its name in the config, or made of a function of the caller's."""
-    if callable(loss):
-        return Preference(loss, divergence=divergence)
-    return Preference(PREFERENCE[loss], LOSSES[loss].numbers, divergence)
+    """Return a loss by its name in the config, or made of a function: the caller's, or one here."""
+    for name, function in PREFERENCE.items():
+        if loss in (name, function):
+            return Preference(function, LOSSES[name].numbers, divergence)
+    return Preference(loss, divergence=divergence)
 
 
 def divergence_scores(log_ratios: jax.Array, divergence: str, alpha=None) -> jax.Array:
