@@ -265,8 +265,8 @@ TRAINING = dict(  # of every stage that trains
     optimizer=Field("rmsprop", "rmsprop (as in PyTorch), adamw, adafactor, lion or sgd"),
     weight_decay=Field(
         0.0,
-        "decoupled weight decay of adamw and lion, on all weights, norms and biases too; multiplied "
-        "by the learning rate",
+        "decoupled weight decay of adamw and lion, on all weights, norms and biases too; "
+        "multiplied by the learning rate",
         least=0,
         most=1e3,
     ),
