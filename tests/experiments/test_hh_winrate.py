@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from dpo_jax import workdir
 from dpo_jax.data import tokenizer as tokenizers
 from dpo_jax.data.rows import TextExample
 from dpo_jax.evaluation.judge import Judge
@@ -114,7 +115,9 @@ def test_hh_policies_and_checkpoints_are_judged(arguments, tmp_path, monkeypatch
     assert list(winrate.at_checkpoints(run, "dpo")) == [1, 2]
     began = tmp_path / "dpo" / "config.json"
     text = began.read_text()
-    began.write_text(text.replace('"save_every": 1', '"save_every": 2'))
+    record = workdir.read_config(tmp_path / "dpo")
+    record["config"]["dpo"]["save_every"] = 2
+    workdir.write_record(began, record)
     # The other is of a run that was interrupted.
     assert list(winrate.at_checkpoints(run, "dpo")) == [2]
     began.write_text(text)

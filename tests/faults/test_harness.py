@@ -155,7 +155,7 @@ def test_damage_that_check_takes_for_whole_is_silent(tmp_path, monkeypatch):
         return ends.get(how, (SAME, ""))
 
     monkeypatch.setattr(files, "_outcome", end)
-    monkeypatch.setattr(files.check, "check", lambda folder: [("sft/done.json", "")])
+    monkeypatch.setattr(files.check, "check", lambda folder: [files.check.Finding("sft/done.json")])
     tries = files.try_all(None, tmp_path / "source", {}, what="a run")
     found = {one.detail.split(":")[0]: one.outcome for one in tries}
     assert found == {
