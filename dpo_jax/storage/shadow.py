@@ -213,7 +213,7 @@ def push(path: pathlib.Path, names: list[str] | None = None) -> None:
         for name in changed_records:
             target = _join(address, name)
             buckets.write(target, records[name])
-            _note(target, states[name])
+            _note({target: _with_version(target, states[name])})
         if scheme_of(address) == "s3" and names is None:
             _push_checkpoints(address, path)
 
@@ -392,15 +392,21 @@ def _upload_all(
     *,
     at_once: int = AT_ONCE,
 ) -> None:
+    uploaded = {}
+
     def upload(name: str) -> None:
         target = _join(address, name)
         # A file may go while others are read, such as a checkpoint's.
         with contextlib.suppress(FileNotFoundError):
             buckets.upload(_inside(path, name), target)
-            _note(target, states[name])
+            uploaded[target] = _with_version(target, states[name])
 
-    with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
-        list(pool.map(upload, names))
+    try:
+        with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
+            list(pool.map(upload, names))
+    finally:
+        # Where one fails, the others are there all the same.
+        _note(uploaded)
 
 
 def _push_checkpoints(address: str, path: pathlib.Path) -> None:
@@ -515,14 +521,14 @@ def _keep(copies: dict[str, Copy | None]) -> None:
         draft.write_text(json.dumps(stored))
 
 
-def _note(target: str, state: Copy) -> None:
-    """Write down that an object holds what a file held."""
+def _with_version(target: str, state: Copy) -> Copy:
+    """Return a file's state with the version of the object that has just been made of it."""
     found = buckets.stored(target)
-    version = found.version if found else ""
-    with _noting:
-        _own.add(target)
-        with _locked():
-            _keep({target: dataclasses.replace(state, version=version)})
+    return dataclasses.replace(state, version=found.version if found else "")
 
 
-_noting = threading.Lock()
+def _note(copies: dict[str, Copy]) -> None:
+    """Write down that objects hold what files held, by address; only `push` does, one at a time."""
+    _own.update(copies)
+    with _locked():
+        _keep(copies)
