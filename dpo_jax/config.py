@@ -324,8 +324,11 @@ SFT = dict(
 
 PAIRS = dict(
     prompts=Field(25_000, "number of prompts to sample from", least=1, most=MANY),
-    completions=Field(
-        4, "completions per prompt; every two of them make a pair", least=2, most=10_000
+    completions=Field(4, "completions per prompt", least=2, most=10_000),
+    choose=Field(
+        "all",
+        "which of a prompt's completions make pairs: all (every two), best_worst (the one with the "
+        "highest reward and the one with the lowest) or best_random (the highest and another one)",
     ),
     labels=Field(
         "deterministic",

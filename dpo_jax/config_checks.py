@@ -41,6 +41,7 @@ ALLOWED = {  # field -> its values; STAGE stands for every training stage
     "preferred_ft.loss": ("sum", "token_mean"),
     "dpo.loss": tuple(LOSSES),
     "dpo.divergence": tuple(DIVERGENCES),
+    "pairs.choose": ("all", "best_worst", "best_random"),
     "pairs.labels": ("bradley_terry", "deterministic"),
     "STAGE.optimizer": OPTIMIZERS,
     "STAGE.schedule": SCHEDULES,

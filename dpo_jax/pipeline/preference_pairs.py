@@ -8,10 +8,12 @@ Tokens are kept beside the text, so that training reads exactly what was sampled
 and no EOS where a completion ended by its length.
 """
 
+import dataclasses
 import functools
 import itertools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -35,19 +37,35 @@ LABELS = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Labelling:
+    """Which pairs of a prompt's completions are taken, and how their labels are found."""
+
+    labels: str = "deterministic"  # config.pairs.labels
+    choose: str = "all"  # config.pairs.choose
+
+
+class Candidate(NamedTuple):
+    """Two completions of a prompt, before one of them is chosen."""
+
+    number: int  # of the prompt's row
+    first: dict
+    second: dict
+    uniform: float  # drawn from [0, 1) for this pair's label
+
+
 def make_pairs(
     model: Model,
     prompts: dict[str, Prompts],
     reward: Callable,
-    labels: str,
+    labelling: Labelling,
     sampling: Sampling,
     folder: pathlib.Path,
 ) -> dict:
     """Sample completions, give each its reward, label their pairs and write the files above.
 
-    prompts: of the splits train and eval. labels: config.pairs.labels. Completions that
-    completions.jsonl has already are kept. Returns the number of training pairs; raises ValueError
-    where a split has none.
+    prompts: of the splits train and eval. Completions that completions.jsonl has already are kept.
+    Returns the number of training pairs; raises ValueError where a split has none.
     """
     train, held_out = prompts["train"], prompts["eval"]
     both = Prompts([*train.ids, *held_out.ids], [*train.texts, *held_out.texts])
@@ -57,8 +75,7 @@ def make_pairs(
     ledger = {}
     for number, (split, file) in enumerate(FILES.items()):
         count = len(splits[split])
-        rng = np.random.default_rng([sampling.seed, number])
-        pairs, left_out = label(splits[split], labels, rng)
+        pairs, left_out = label(splits[split], labelling, [sampling.seed, number])
         if not pairs:
             raise ValueError(
                 f"pairs: no pair is left of the {count} prompts of {file} ({left_out}). Sample "
@@ -82,28 +99,58 @@ def make_pairs(
     return dict(pairs=ledger["train"]["pairs"])
 
 
-def label(rows: list[dict], labels: str, rng) -> tuple[list[dict], dict[str, int]]:
-    """Return all pairs of each prompt's completions, and how many were left out, by reason.
+def label(
+    rows: list[dict], labelling: Labelling, seed: Sequence[int]
+) -> tuple[list[dict], dict[str, int]]:
+    """Return the pairs of each prompt's completions, and how many were left out, by reason.
 
-    rows: as `rollouts.with_rewards` makes them. labels: a key of LABELS.
+    rows: as `rollouts.with_rewards` makes them.
     """
     pairs = []
     left_out = {"equal completions": 0, "equal rewards": 0}
-    for number, row in enumerate(rows):
-        for first, second in itertools.combinations(row["completions"], 2):
-            margin = first["reward"] - second["reward"]
-            # Drawn for every two, so that a pair's label does not depend on the pairs before it.
-            uniform = rng.random()
-            if first["tokens"] == second["tokens"]:
-                left_out["equal completions"] += 1
-            elif margin == 0 and labels == "deterministic":
-                left_out["equal rewards"] += 1
-            else:
-                chosen, rejected = first, second
-                if uniform >= LABELS[labels](np.float64(margin)):
-                    chosen, rejected = second, first
-                pairs.append(_pair(number, row, chosen, rejected))
+    for number, first, second, uniform in candidates(rows, labelling.choose, seed):
+        margin = first["reward"] - second["reward"]
+        if first["tokens"] == second["tokens"]:
+            left_out["equal completions"] += 1
+        elif margin == 0 and labelling.labels == "deterministic":
+            left_out["equal rewards"] += 1
+        else:
+            chosen, rejected = first, second
+            if uniform >= LABELS[labelling.labels](np.float64(margin)):
+                chosen, rejected = second, first
+            pairs.append(_pair(number, rows[number], chosen, rejected))
     return pairs, left_out
+
+
+def candidates(rows: list[dict], choose: str, seed: Sequence[int]) -> Iterator[Candidate]:
+    """Yield the pairs of each prompt's completions that are taken.
+
+    choose: config.pairs.choose. The best is always chosen by the rewards themselves. So noisy
+    labels (bradley_terry) keep their probabilities, which are given the two completions of a pair:
+    of the best by noisy rewards, the label would be right more often than the model says.
+    """
+    if choose == "all":
+        rng = np.random.default_rng(seed)
+        for number, row in enumerate(rows):
+            for first, second in itertools.combinations(row["completions"], 2):
+                # Drawn for every two, so that a label does not depend on the pairs before it.
+                yield Candidate(number, first, second, rng.random())
+        return
+    for number, row in enumerate(rows):
+        # A generator of its own, so that a prompt's pair does not depend on the other prompts.
+        rng = np.random.default_rng([*seed, number])
+        others = list(row["completions"])
+        rewards = [completion["reward"] for completion in others]
+        best = others.pop(int(np.argmax(rewards)))
+        if choose == "best_worst":
+            other = min(others, key=_reward_of)
+        else:
+            other = others[rng.integers(len(others))]
+        yield Candidate(number, best, other, rng.random())
+
+
+def _reward_of(completion: dict) -> float:
+    return completion["reward"]
 
 
 def _pair(number: int, row: dict, chosen: dict, rejected: dict) -> dict:

@@ -62,7 +62,7 @@ def pairs_stage(run: Run, stage: str) -> dict:
         run.load(initial),
         dict(train=prompts["train"].take(chosen), eval=prompts["eval"].take(range(held_out))),
         run.reward("true"),
-        block.labels,
+        preference_pairs.Labelling(block.labels, block.choose),
         run.sampling(n=block.completions),
         run.folder(stage),
     )

@@ -237,6 +237,7 @@ def sampled(*stages):
     "field, value, expected",
     [
         ("pairs.labels", "votes", "one of bradley_terry"),
+        ("pairs.choose", "best", "one of all, best_worst, best_random"),
         ("pairs.completions", 1, "at least 2"),
         ("unlikelihood.alpha", -1.0, "at least 0"),
         ("preferred_ft.loss", "mean", "one of sum"),
