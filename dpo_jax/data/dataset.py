@@ -38,9 +38,10 @@ def load(
 ) -> Dataset:
     """Read, tokenise and check the data that the config `data` names.
 
-    kind: "sft" or "pairs". date: what chat templates take for today; None: today. distinct: leave
-    out a row whose tokens an earlier row of the split has. Raises ValueError or FileNotFoundError
-    with the file, row and field, or with the reasons for which too many rows were dropped.
+    kind: "sft", "pairs" or "unpaired". date: what chat templates take for today; None: today.
+    distinct: leave out a row whose tokens an earlier row of the split has. Raises ValueError or
+    FileNotFoundError with the file, row and field, or with the reasons for which too many rows were
+    dropped.
     """
     examples, parts = load_parts(data, tokenizer, kind, date=date, distinct=distinct)
     for part in parts.values():
@@ -134,6 +135,8 @@ def show(examples: Examples, tokenizer, indices: Iterable[int]) -> str:
         ((prompt_text, _),) = prompt
         lines = [f"--- {examples.where[index]}: prompt, {len(example.prompt)} tokens", prompt_text]
         for name, runs, count in zip(names, responses, example.completion_lengths(), strict=True):
+            if example.label is not None:
+                name = f"{'desirable' if example.label else 'undesirable'} {name}"
             lines.append(f"--- {name}, {count} tokens trained on")
             lines.append("".join(f"⟦{text}⟧" if marked else text for text, marked in runs))
         blocks.append("\n".join(lines))

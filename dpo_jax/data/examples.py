@@ -27,7 +27,7 @@ LENGTH_LIMIT = 2**28
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """A prompt and its responses, int32 ids: one response for SFT, two for a pair.
+    """A prompt and its responses, int32 ids: two for a pair, one for SFT and for unpaired rows.
 
     The completion tokens, those that are trained on, are all of the responses', unless a mask for
     each response, bool [its tokens], leaves some out: what users and tools say within an answer of
@@ -37,6 +37,7 @@ class Example:
     prompt: np.ndarray
     responses: tuple[np.ndarray, ...]
     completion_masks: Masks | None = None  # None: all tokens are trained on
+    label: bool | None = None  # of unpaired rows: whether the response is desirable
 
     def completion_lengths(self) -> list[int]:
         """Return how many tokens of each response are trained on."""
@@ -77,6 +78,7 @@ class Examples(Sequence):
         self._completion_lengths = Run(np.int32)  # responses numbers
         self._identities = Run(np.int64)  # see Example.identities: 1 + responses numbers
         self._sampled_sets = Run(np.int64)  # -1: not sampled in a set
+        self._labels = Run(np.int8)  # 1: desirable, 0: undesirable, -1: the example has no label
         self._data_sets = Run(np.int32)  # which data set of a mixture each is from
         self._data_set = 0  # that of the examples appended next
         self._parts = 0  # of each example, a prompt and its responses; 0 while there is none
@@ -89,11 +91,13 @@ class Examples(Sequence):
         where: str,
         completion_masks: Masks | None = None,
         sampled_set: int | None = None,
+        label: bool | None = None,
     ) -> bool:
         """Append an example, ids as int32; return False where it is left out, as not distinct.
 
         sampled_set: the number of the set of completions that the responses were sampled with,
-        if any. It decides what belongs together: see `groups`.
+        if any. It decides what belongs together: see `groups`. label: whether the response of an
+        unpaired row is desirable.
 
         Raises ValueError where it has not as many responses as those before it, where its prompt
         has no token, from which the first of a response could be predicted, or where it is too
@@ -136,6 +140,7 @@ class Examples(Sequence):
         self._completion_lengths.extend(example.completion_lengths())
         self._identities.extend(identities)
         self._sampled_sets.append(-1 if sampled_set is None else sampled_set)
+        self._labels.append(-1 if label is None else int(label))
         self._data_sets.append(self._data_set)
         self.where.append(where)
         return True
@@ -191,6 +196,11 @@ class Examples(Sequence):
         identities = _table(self._identities, len(self))
         return identities[:, 0], identities[:, 1:]
 
+    def labels(self) -> np.ndarray | None:
+        """Return whether each example is desirable, bool [P]; None where they have no labels."""
+        labels_P = self._labels.all()
+        return None if (labels_P < 0).any() else labels_P > 0
+
     def groups(self, most: int) -> np.ndarray:
         """Return the number of each example's group, [P], counted in the order of the data.
 
@@ -217,7 +227,7 @@ class Examples(Sequence):
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """The sha256 of all ids, of where each part ends, and of what is not trained on.
+        """The sha256 of all ids, of where each part ends, of what is not trained on, and of labels.
 
         Kept reference log-probs are found by it, so its form is fixed. Ask for it only once all
         examples are there.
@@ -233,6 +243,8 @@ class Examples(Sequence):
             for mask in example.completion_masks or ():
                 numbers.append([-1])
                 numbers.append(mask)
+            if example.label is not None:
+                numbers.append([-2, int(example.label)])
             if number % BLOCK == 0 or number == len(self):
                 digest.update(np.concatenate(numbers).astype("<i4").tobytes())
                 numbers = []
@@ -242,11 +254,13 @@ class Examples(Sequence):
         lengths = self._lengths.take(index * self._parts, (index + 1) * self._parts)
         start = self._starts[index]
         prompt, *responses = _parted(self._ids.take(start, start + lengths.sum()), lengths)
+        masks = None
         mask_start = self._mask_starts[index]
-        if mask_start < 0:
-            return Example(prompt, tuple(responses))
-        masks = self._masks.take(mask_start, mask_start + lengths[1:].sum())
-        return Example(prompt, tuple(responses), tuple(_parted(masks, lengths[1:])))
+        if mask_start >= 0:
+            of_all = self._masks.take(mask_start, mask_start + lengths[1:].sum())
+            masks = tuple(_parted(of_all, lengths[1:]))
+        label = self._labels[index]
+        return Example(prompt, tuple(responses), masks, None if label < 0 else bool(label))
 
     def _some(self, index: np.ndarray) -> "Examples":
         """Return the examples at these indices, which share the runs of ids and masks."""
@@ -257,6 +271,7 @@ class Examples(Sequence):
         some._starts.extend(self._starts.all()[index])
         some._mask_starts.extend(self._mask_starts.all()[index])
         some._sampled_sets.extend(self._sampled_sets.all()[index])
+        some._labels.extend(self._labels.all()[index])
         some._data_sets.extend(self._data_sets.all()[index])
         for name in ("_lengths", "_completion_lengths", "_identities"):
             rows = _table(getattr(self, name), len(self))[index]

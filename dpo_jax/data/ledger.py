@@ -18,6 +18,9 @@ CHAT_LINES = {
 }
 EXAMPLES = 3  # how many dropped rows are named for each reason
 NOT_DISTINCT = "an earlier row has this response"  # a reason in Counts.filtered
+# Weighted desirable rows to weighted undesirable ones, at which KTO is meant to be trained.
+BALANCED = (1.0, 4 / 3)
+ROUNDED = 0.01  # how far beyond is taken for rounding
 COLUMN = 12  # characters of a column of the table
 WIDEST = 100  # characters of a table with a column for each set of a mixture
 
@@ -73,6 +76,8 @@ class Counts:
     held_out: int = 0  # rows moved from train to eval
     not_drawn: int = 0  # rows that a mixture leaves out, which takes a part of each set
     kept: int = 0  # rows that are trained or evaluated on
+    # "desirable" and "undesirable" -> kept rows; empty where rows have no labels
+    labels: dict[str, int] = field(default_factory=dict)
     prompts_truncated: int = 0
     responses_truncated: int = 0
     eos_lost: int = 0  # responses whose end was cut off with its EOS
@@ -165,6 +170,38 @@ class Counts:
                 )
         return lines
 
+    def count_label(self, label: bool) -> None:
+        """Count a row that is kept by its label."""
+        self.labels = self.labels or {"desirable": 0, "undesirable": 0}
+        self.labels["desirable" if label else "undesirable"] += 1
+
+    def imbalance(self, desirable_weight: float, undesirable_weight: float) -> str:
+        """Return a warning where KTO's two kinds of rows do not balance; "" where they do.
+
+        The weighted rows should be desirable to undesirable as 1:1 to 4:3 (Ethayarajh et al. 2024,
+        section 4.2).
+        """
+        desirable = self.labels.get("desirable", 0)
+        undesirable = self.labels.get("undesirable", 0)
+        told = f"{desirable:,} rows are desirable and {undesirable:,} undesirable"
+        if not desirable or not undesirable:
+            return f"{told}: KTO learns from the difference, and needs rows of both kinds"
+        ratio = desirable_weight * desirable / (undesirable_weight * undesirable)
+        least, most = BALANCED
+        # The weights that the line below recommends are rounded, and no reason for another line.
+        if least * (1 - ROUNDED) <= ratio <= most * (1 + ROUNDED):
+            return ""
+        if ratio < least:
+            name = "desirable_weight"
+            weights = (desirable_weight * least / ratio, desirable_weight * most / ratio)
+        else:
+            name = "undesirable_weight"
+            weights = (undesirable_weight * ratio / most, undesirable_weight * ratio / least)
+        return (
+            f"{told}, which the weights make {ratio:.3g} to 1; KTO is meant for 1 to 1 up to 4 to "
+            f"3: set --config.kto.{name} between {weights[0]:.3g} and {weights[1]:.3g}"
+        )
+
     def drops(self) -> list[str]:
         """Return one line for each reason that rows were dropped for."""
         lines = []
@@ -211,6 +248,13 @@ class Ledger:
             total.eval = total.eval.plus(part.eval)
             total.shared_prompts += part.shared_prompts
         return total
+
+    @property
+    def further(self) -> str:
+        """The name of what `further_pairs` counts."""
+        if self.train.labels or self.eval.labels:
+            return "further completions of the same pairs"
+        return "further pairs of the same rows"
 
     def to_dict(self) -> dict:
         """Return the ledger as plain dicts, for a JSON file."""
@@ -271,7 +315,7 @@ class Ledger:
 
         yield "rows", *of_both("read")
         if any(of_both("further_pairs")):
-            yield "further pairs of the same rows", *of_both("further_pairs")
+            yield self.further, *of_both("further_pairs")
         for shape, numbers in by_key("shapes"):
             yield f"  recognised as: {shape}", *numbers
         for reason, numbers in by_key("filtered"):
@@ -282,6 +326,8 @@ class Ledger:
         if any(of_both("not_drawn")):
             yield "  not drawn for the mixture", *of_both("not_drawn")
         yield "kept", *of_both("kept")
+        for label, numbers in by_key("labels"):
+            yield f"  {label}", *numbers
         yield "prompts cut", *of_both("prompts_truncated")
         yield "responses cut", *of_both("responses_truncated")
         yield "  EOS lost", *of_both("eos_lost")

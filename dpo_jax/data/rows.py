@@ -41,7 +41,10 @@ class Row:
 
 @dataclass(frozen=True)
 class TextExample:
-    """A prompt and its responses: (completion,) for SFT, (chosen, rejected) for pairs."""
+    """A prompt and its responses.
+
+    They are (chosen, rejected) for pairs, and (completion,) for SFT and for unpaired rows.
+    """
 
     prompt: Text
     responses: tuple[Text, ...]
@@ -49,6 +52,7 @@ class TextExample:
     tools: list | None = None
     # Of a conversation, config.data.turns says how much of it is the prompt.
     is_conversation: bool = False
+    label: bool | None = None  # of unpaired rows: whether the completion is desirable
 
 
 def text_field(fields: dict, name: str) -> str:

@@ -4,6 +4,7 @@ Rows are read one after the other and none is kept, but for sources whose rows c
 are in memory, to be put in another order.
 """
 
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -72,8 +73,8 @@ def read(data, kind: str) -> tuple[dict[str, list[TextExample]], Ledger]:
 def parts(data, kind: str) -> list[Part]:
     """Return the data sets to read: the one at data.path, or those of data.mix.
 
-    kind: "sft" or "pairs". Raises ValueError or FileNotFoundError that says which file, row, field
-    or split is wrong; so does reading the examples.
+    kind: "sft", "pairs" or "unpaired". Raises ValueError or FileNotFoundError that says which file,
+    row, field or split is wrong; so does reading the examples.
     """
     if data.source not in SOURCES:
         raise ValueError(f"data.source={data.source!r} is not one of {', '.join(SOURCES)}.")
@@ -467,12 +468,14 @@ def _folder_of(path: str) -> str:
 def examples_of(
     row: Row, kind: str, turns: str, where: str, *, keep_all: bool = False
 ) -> list[TextExample]:
-    """Return the examples of a row: its pairs, or for SFT its best response.
+    """Return the examples of a row: its pairs, for SFT its best response, or its unpaired rows.
 
-    turns: as config.data.turns. Raises Malformed where this kind of training lacks a response,
-    Filtered where SFT has no use of it, and, unless keep_all, Unusable where a response is empty or
-    both of a pair are equal.
+    kind: "pairs", "sft" or "unpaired". turns: as config.data.turns, for SFT. Raises Malformed where
+    this kind of training lacks a response or a label, Filtered where SFT has no use of it, and,
+    unless keep_all, Unusable where a response is empty or both of a pair are equal.
     """
+    if kind == "unpaired":
+        return _unpaired(row, where)
     if kind == "sft":
         if row.label is False:
             raise Filtered("label is false: an answer that was not liked")
@@ -488,8 +491,8 @@ def examples_of(
     if row.label is not None:
         raise Malformed(
             "a pair needs two responses, and a row of one completion with a label has half of it",
-            advice="join a completion labelled true and one labelled false of the same prompt as "
-            "'chosen' and 'rejected', or train SFT, on those labelled true",
+            advice="train on such rows as they are with --config=kto, or join a completion "
+            "labelled true and one labelled false of the same prompt as 'chosen' and 'rejected'",
         )
     if not row.pairs:
         raise Malformed("a pair needs two responses, in 'chosen' and 'rejected'")
@@ -501,6 +504,29 @@ def examples_of(
             _check_usable(responses)
         examples.append(TextExample(prompt, responses, where, row.tools))
     return examples
+
+
+def _unpaired(row: Row, where: str) -> list[TextExample]:
+    """Return a completion with its label, or each pair as two completions: true, then false.
+
+    Of a conversation, the label is that of its last answer.
+    """
+    if row.pairs:
+        examples = []
+        for pair in examples_of(row, "pairs", "last", where):
+            for response, label in zip(pair.responses, (True, False), strict=True):
+                examples.append(dataclasses.replace(pair, responses=(response,), label=label))
+        return examples
+    if row.label is None:
+        raise Malformed(
+            "an unpaired row needs a field 'label', true for a desirable completion and false for "
+            "an undesirable one",
+            advice="if another column has it, name it with --config.data.columns=label=COLUMN",
+        )
+    label = row.label
+    row = dataclasses.replace(row, label=None)
+    (example,) = examples_of(row, "sft", "last", where)
+    return [dataclasses.replace(example, label=label)]
 
 
 def _split_conversation(messages: list, turns: str) -> tuple[list, list]:

@@ -168,6 +168,7 @@ class Encoder:
             self._counts.warnings.append(cut_chats)
         self._counts.kept = len(self._examples) - self._first
         self._counts.mean_tokens = _mean_tokens(self._examples[self._first :])
+        self._counts.labels = _label_counts(self._examples[self._first :])
         return self._examples, self._counts
 
     def _encode_waiting(self) -> None:
@@ -176,18 +177,20 @@ class Encoder:
         batch = _tokenise([rendered for _, rendered in waiting], self._tokenizer, self._counts)
         for (text, rendered), tokens in zip(waiting, batch, strict=True):
             try:
-                self._append(tokens, text.where)
+                self._append(tokens, text)
                 _count_turns(rendered, self._counts)
             except Unusable as reason:
                 self._counts.drop(str(reason), text.where)
 
-    def _append(self, tokens: "_Tokens", where: str) -> None:
+    def _append(self, tokens: "_Tokens", text: TextExample) -> None:
         """Append an example with its special tokens, cut to length.
 
         Raises Unusable where it cannot be trained on, unless all are to be kept.
         """
         whole = _with_ends(tokens, self._rule, self._keep_all)
-        _append_cut(self._examples, whole, where, self._rule, self._counts, self._keep_all)
+        counts = self._counts
+        of_row = dict(where=text.where, label=text.label)
+        _append_cut(self._examples, whole, of_row, self._rule, counts, self._keep_all)
         if tokens.is_chat:
             prompt, responses, _ = whole
             self.chat_lengths.add(len(prompt), max(map(len, responses)))
@@ -265,23 +268,28 @@ def cut_examples(whole: Examples, tokenizer, data, truncate: str, *, into: Examp
         masks = list(example.completion_masks or [None] * len(responses))
         try:
             parts = (example.prompt.tolist(), responses, masks)
-            _append_cut(into, parts, where, rule, counts, keep_all=False)
+            of_row = dict(where=where, label=example.label)
+            _append_cut(into, parts, of_row, rule, counts, keep_all=False)
         except Unusable as reason:
             counts.drop(str(reason), where)
     counts.kept = len(into) - first
     counts.mean_tokens = _mean_tokens(into[first:])
+    counts.labels = _label_counts(into[first:])
     return counts
 
 
 def _append_cut(
     examples: Examples,
     whole: tuple[Prompt, Responses, list],
-    where: str,
+    of_row: dict,
     rule: Rule,
     counts: Counts,
     keep_all: bool,
 ) -> None:
-    """Append a (prompt, responses, masks), cut to length; raise Unusable as `Encoder` does."""
+    """Append a (prompt, responses, masks), cut to length; raise Unusable as `Encoder` does.
+
+    of_row: what `Examples.append` takes beside them.
+    """
     whole_prompt, whole_responses, whole_masks = whole
     prompt, responses = cut(whole_prompt, whole_responses, rule)
     masks = _cut_masks(whole_masks, responses)
@@ -292,7 +300,7 @@ def _append_cut(
         if masks and not all(mask.any() for mask in masks):
             raise Unusable("no assistant turn is left, once cut")
 
-    if not examples.append(prompt, responses, where, masks):
+    if not examples.append(prompt, responses, completion_masks=masks, **of_row):
         counts.filter(NOT_DISTINCT)
         return
     counts.prompts_truncated += len(prompt) < len(whole_prompt)
@@ -720,6 +728,14 @@ def _warn_of_thinking(counts: Counts) -> None:
             "thinking, or turn thinking off, as many templates do with "
             "data.template.enable_thinking=False."
         )
+
+
+def _label_counts(examples: Examples) -> dict[str, int]:
+    """Return how many unpaired rows are desirable and undesirable; nothing of others."""
+    labels_P = examples.labels()
+    if labels_P is None or not len(examples):
+        return {}
+    return {"desirable": int(labels_P.sum()), "undesirable": int((~labels_P).sum())}
 
 
 def _mean_tokens(examples: Examples) -> dict[str, float]:

@@ -168,8 +168,9 @@ def _pair(number: int, row: dict, chosen: dict, rejected: dict) -> dict:
 
 @functools.lru_cache(maxsize=1)  # the runs of a sweep in one process read them once
 def load(folder: pathlib.Path, kind: str, distinct: bool = False) -> Dataset:
-    """Return the pairs of a finished stage, to train on; of kind "sft", their chosen responses.
+    """Return the pairs of a finished stage, to train on.
 
+    kind: "pairs"; "sft", their chosen responses; or "unpaired", both responses with their labels.
     distinct: leave out what an earlier pair of the split has.
     """
     ledger = Ledger()
@@ -178,11 +179,17 @@ def load(folder: pathlib.Path, kind: str, distinct: bool = False) -> Dataset:
         examples = Examples(distinct=distinct)
         counts = getattr(ledger, split)
         for number, row in readers.read_jsonl(folder / file):
-            prompt, *responses = row["tokens"]
-            wanted = responses[:1] if kind == "sft" else responses
-            where = f"{file} row {number}"
+            prompt, chosen, rejected = row["tokens"]
+            of_row = dict(where=f"{file} row {number}", sampled_set=row.get("sampled_set"))
             counts.read += 1
-            if not examples.append(prompt, wanted, where, sampled_set=row.get("sampled_set")):
+            if kind == "unpaired":
+                counts.further_pairs += 1
+                for response, label in ((chosen, True), (rejected, False)):
+                    examples.append(prompt, [response], label=label, **of_row)
+                    counts.count_label(label)
+                continue
+            wanted = [chosen] if kind == "sft" else [chosen, rejected]
+            if not examples.append(prompt, wanted, **of_row):
                 counts.filter(NOT_DISTINCT)
         counts.kept = len(examples)
         found[split] = examples
