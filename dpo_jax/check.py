@@ -20,6 +20,7 @@ import typing
 from collections.abc import Iterator
 
 from dpo_jax import command_line
+from dpo_jax import config as configs
 from dpo_jax.storage import shadow
 
 
@@ -36,12 +37,19 @@ FINISHED_EARLIER = "not recorded (finished by an earlier version)"
 
 def check(workdir: pathlib.Path) -> Iterator[Finding]:
     """Yield a Finding for each part of what runs have left in WORKDIR."""
+    yield from _stages(workdir)
+    yield from _outputs(workdir)
+
+
+def _stages(workdir: pathlib.Path) -> Iterator[Finding]:
+    """Yield a Finding for each part of the stages in a folder, later rounds among them."""
     for folder in sorted(path for path in workdir.iterdir() if path.is_dir()):
         if folder.name == "reference":
             yield from _reference(folder)
         elif _is_stage(folder):
             yield from _stage(folder)
-    yield from _outputs(workdir)
+        elif configs.is_round_folder(folder.name):
+            yield from _stages(folder)
 
 
 def _is_stage(folder: pathlib.Path) -> bool:
@@ -260,7 +268,10 @@ def report(workdir: pathlib.Path) -> int:
             f"{workdir} holds nothing that a run has left. Give the WORKDIR of a run, the folder "
             "that holds its stages."
         )
-    aside = sorted([*workdir.glob("*/*.damaged*"), *workdir.glob("*/checkpoints/*.damaged*")])
+    aside = []
+    for stages in ("*", "round_*/*"):
+        for place in ("", "checkpoints/"):
+            aside += sorted(workdir.glob(f"{stages}/{place}*.damaged*"))
     if aside:
         names = ", ".join(str(path.relative_to(workdir)) for path in aside)
         print(f"set aside by a run that found them damaged: {names}")

@@ -6,6 +6,7 @@ Defaults are the paper's (appendix B) or, where it says nothing, those of its re
 """
 
 import json
+import re
 import typing
 
 from ml_collections import ConfigDict
@@ -54,6 +55,13 @@ RUN = dict(
         "changed",
     ),
     seed=Field(0, "seed of random weights, data order and sampling", least=0, most=SEEDS),
+    rounds=Field(
+        1,
+        "how often the stages from pairs on are run, each time from the policy of the round "
+        "before; those of round 2 write to WORKDIR/round_2/",
+        least=1,
+        most=1000,
+    ),
 )
 
 LORA = dict(
@@ -406,8 +414,9 @@ DPO = dict(
     ),
     reference=Field(
         "init",
-        "reference model: init (the weights that the stage starts from), none "
-        "(reference-free), or a path; losses that need no reference load none",
+        "reference model: init (the weights that the stage starts from, in each round), first "
+        "(those that round 1 starts from), none (reference-free), or a path; losses that need no "
+        "reference load none",
     ),
     cache_reference=Field(
         False,
@@ -571,20 +580,52 @@ def model_options(config: ConfigDict) -> dict:
     return {name: config.model[name] for name in ("dtype", "attention", "remat", "unroll")}
 
 
+def of_round(config: ConfigDict, number: int) -> ConfigDict:
+    """Return the config of a round: that of a run which ends with it.
+
+    So the folders and the records of a round are the same, however many rounds follow.
+    """
+    config = config.copy_and_resolve_references()
+    config.rounds = number
+    return config
+
+
 def folder_names(config: ConfigDict) -> dict[str, str]:
-    """Return each stage's folder under WORKDIR.
+    """Return each stage's folder under WORKDIR, in the last round.
 
     It is the stage's name; with `config.run`, the last training stage has that name instead, and
-    each stage after it the name as a suffix.
+    each stage after it the name as a suffix. Stages of round 2 are in round_2/, where every stage
+    but the last training one comes after a stage of the run's name.
     """
-    names = {stage: stage for stage in config.stages}
-    if config.run:
-        trained = stage_table.training_stages(config)[-1]
-        number = config.stages.index(trained)
-        names[trained] = config.run
-        for stage in config.stages[number + 1 :]:
-            names[stage] = f"{stage}-{config.run}"
+    names = {}
+    is_after = config.rounds > 1
+    for stage in config.stages:
+        is_run = bool(config.run) and stage == stage_table.training_stages(config)[-1]
+        name = stage
+        if is_run:
+            name = config.run
+        elif config.run and is_after and stage_table.repeats(config, stage):
+            name = f"{stage}-{config.run}"
+        is_after = is_after or is_run
+        if config.rounds > 1 and stage_table.repeats(config, stage):
+            name = f"round_{config.rounds}/{name}"
+        names[stage] = name
     return names
+
+
+def is_round_folder(name: str) -> bool:
+    """Return whether a folder of WORKDIR has this name because it holds a later round."""
+    return re.fullmatch(r"round_\d+", name) is not None
+
+
+def stages_so_far(config: ConfigDict, stage: str) -> tuple[str, ...]:
+    """Return the stages, in order, that the result of a stage depends on, with the stage itself."""
+    last = config.stages.index(stage)
+    if config.rounds > 1 and stage_table.repeats(config, stage):
+        # A later round begins with the policy of the one before.
+        policies = stage_table.policy_stages(config)
+        last = max(last, *map(config.stages.index, policies))
+    return tuple(config.stages[: last + 1])
 
 
 def dependencies(config: ConfigDict, stage: str) -> dict:
@@ -592,16 +633,20 @@ def dependencies(config: ConfigDict, stage: str) -> dict:
 
     They are its own, the model's, the data's, those of the stages before it, and those of sampling
     if any of these samples. How pairs are grouped (GROUPING) counts from the first stage that
-    trains in groups.
+    trains in groups. Those of a later round have the round's number, too.
     """
-    number = config.stages.index(stage)
-    so_far = config.stages[: number + 1]
+    so_far = stages_so_far(config, stage)
+    is_later_round = config.rounds > 1 and stage_table.repeats(config, stage)
     blocks = ["model", "data", *so_far]
-    if STAGES[stage].is_policy and "evaluate" in config.stages:
-        blocks.append("evaluate")  # the policy is measured while it is trained, too
+    # The policy is measured while it is trained, too.
+    if (STAGES[stage].is_policy or is_later_round) and "evaluate" in config.stages:
+        blocks.append("evaluate")
     if any(STAGES[block].samples for block in blocks if block in STAGES):
         blocks += ["reward", "sampling"]
     fields = {"seed": config.seed, "stages": list(so_far)}
+    # Round 1 is the same run as one without rounds.
+    if is_later_round:
+        fields["rounds"] = config.rounds
     for block in blocks:
         fields |= flat_fields(block, json.loads(config[block].to_json()))
     return {name: value for name, value in fields.items() if may_matter(config, stage, name)}
@@ -613,7 +658,7 @@ def may_matter(config: ConfigDict, stage: str, field: str) -> bool:
         return False
     if field not in GROUPING:
         return True
-    so_far = config.stages[: config.stages.index(stage) + 1]
+    so_far = stages_so_far(config, stage)
     return any(stage_table.trains_in_groups(config, name) for name in so_far)
 
 

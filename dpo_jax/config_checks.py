@@ -58,6 +58,7 @@ def validate(config: ConfigDict) -> None:
     _validate_stages(config)
     _validate_tree(config)
     _validate_run(config)
+    _validate_rounds(config)
     for field, value in flat_fields("", config.to_dict()).items():
         _validate_alone(field, value)
     _validate_model(config.model)
@@ -108,10 +109,32 @@ def _validate_run(config):
         return
     if not stage_table.training_stages(config):
         _fail("run", run, "empty, as no stage trains")
-    # Other names would be another stage's folder, or the kept references', or outside WORKDIR.
-    if run in STAGES or run == "reference" or not re.fullmatch(r"\w[\w.-]*", run):
+    # Other names would be the folder of another stage, of a round or of the kept references, or
+    # outside WORKDIR.
+    is_taken = run in STAGES or run == "reference" or configs.is_round_folder(run)
+    if is_taken or not re.fullmatch(r"\w[\w.-]*", run):
         expected = "a folder's name in letters, digits, '.', '_' and '-', other than a stage's"
-        _fail("run", run, expected)
+        _fail("run", run, f"{expected} or a round's")
+
+
+def _validate_rounds(config):
+    rounds = config.rounds
+    if rounds == 1:
+        return
+    stages = ", ".join(config.stages)
+    if "pairs" not in config.stages:
+        expected = (
+            f"1, as nothing is sampled to be learned from anew: a round goes from the stage pairs "
+            f"to the next policy, and config.stages is {stages}"
+        )
+        _fail("rounds", rounds, expected)
+    if not stage_table.policy_stages(config):
+        policies = ", ".join(stage for stage in STAGES if STAGES[stage].is_policy)
+        expected = (
+            f"1, as no stage of config.stages ({stages}) trains the policy that the next round "
+            f"would sample from: {policies} do"
+        )
+        _fail("rounds", rounds, expected)
 
 
 def _validate_alone(field: str, value):
@@ -247,11 +270,11 @@ def _validate_dpo(config):
     if block.cache_reference and block.reference == "none":
         _fail("dpo.cache_reference", True, "False, as dpo.reference is 'none'")
     if not block.reference:
-        _fail("dpo.reference", block.reference, "'init', 'none' or the path of a model")
+        _fail("dpo.reference", block.reference, "'init', 'first', 'none' or the path of a model")
     if not LOSSES[block.loss].needs_reference:
         _validate_no_reference(block)
-    if config.data.source == "toy" and block.reference != "init":
-        expected = "'init' on the toy, whose exact KL is to the initial policy"
+    if config.data.source == "toy" and block.reference not in ("init", "first"):
+        expected = "'init' or 'first' on the toy, whose exact KL is to the initial policy"
         _fail("dpo.reference", block.reference, expected)
 
 
@@ -288,7 +311,7 @@ def _validate_divergence(block):
 
 def _validate_no_reference(block):
     """Check that no reference is asked for, where the loss needs none."""
-    if block.reference not in ("init", "none"):
+    if block.reference not in ("init", "first", "none"):
         expected = f"'none', as the {block.loss} loss needs no reference"
         _fail("dpo.reference", block.reference, expected)
     if block.cache_reference:

@@ -49,6 +49,16 @@ class StageRun:
     finished: str  # date and time, or ""
     history: list[dict]  # changes of the config since the start, as `changes.rows` has them
 
+    @property
+    def round(self) -> int:
+        return self.depends_on.get("rounds", 1)
+
+    @property
+    def name(self) -> str:
+        """The folder under WORKDIR: dpo, round_2/dpo."""
+        name = self.folder.name
+        return f"{self.folder.parent.name}/{name}" if self.round > 1 else name
+
 
 def read_stage(folder: pathlib.Path) -> StageRun:
     """Read the files of a stage's folder; ValueError or OSError if they are not a stage's."""
@@ -146,23 +156,29 @@ def changes(run: StageRun, defaults: dict) -> dict[str, object]:
     return {
         name: value
         for name, value in run.depends_on.items()
-        if name != "stages" and (name not in defaults or defaults[name] != value)
+        # A folder's name says its round.
+        if name not in ("stages", "rounds") and (name not in defaults or defaults[name] != value)
     }
 
 
 def defaults_of(run: StageRun, workdir: pathlib.Path) -> dict:
     """Return the values that a run's fields have without overrides, dotted name -> value."""
-    return _defaults(workdir.absolute().name, tuple(run.config.stages), run.stage)
+    name = workdir.absolute().name
+    return _defaults(name, tuple(run.config.stages), run.stage, run.round)
 
 
 @functools.cache
-def _defaults(name: str, stages: tuple[str, ...], stage: str) -> dict:
-    """Return the defaults of a stage's fields in a WORKDIR of this name; the same for all runs."""
+def _defaults(name: str, stages: tuple[str, ...], stage: str, number: int) -> dict:
+    """Return the defaults of a stage's fields in a WORKDIR of this name; the same for all runs.
+
+    number: of the round.
+    """
     for config in _configs(name):
         if tuple(config.stages) == stages:
             break
     else:
         config = configs.default(stages)
+    config = configs.of_round(config, number)
     # As they come back from a file: a tuple as a list.
     return json.loads(json.dumps(configs.dependencies(config, stage)))
 
@@ -231,14 +247,15 @@ def table(workdir: pathlib.Path) -> str:
     runs = []
     problems = []
     others = []
-    for folder in sorted(path for path in workdir.iterdir() if path.is_dir()):
+    for folder in sorted(_folders(workdir)):
+        name = str(folder.relative_to(workdir))
         if not (folder / "config.json").exists():
-            others.append(folder.name)
+            others.append(name)
             continue
         try:
             runs.append(read_stage(folder))
         except (ValueError, OSError) as error:
-            problems.append(f"{folder.name}: cannot be read: {error}")
+            problems.append(f"{name}: cannot be read: {error}")
     runs.sort(key=_order)
     changed = [_changes_or_none(run, workdir) for run in runs]
     common = _common(changed)
@@ -259,13 +276,25 @@ def table(workdir: pathlib.Path) -> str:
     return "\n".join(lines)
 
 
+def _folders(workdir: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yield the folders in a WORKDIR and in those of its later rounds."""
+    for folder in workdir.iterdir():
+        if not folder.is_dir():
+            continue
+        is_stage = (folder / "config.json").exists()
+        if configs.is_round_folder(folder.name) and not is_stage:
+            yield from (inner for inner in folder.iterdir() if inner.is_dir())
+        else:
+            yield folder
+
+
 def _order(run: StageRun) -> tuple:
     """Order stages as they run, and names by the numbers in them: dpo-beta0.5 before dpo-beta5."""
     stages = list(STAGES)
     place = stages.index(run.stage) if run.stage in stages else len(stages)
     parts = re.split(r"(\d+(?:\.\d+)?(?:e-?\d+)?)", run.folder.name)
     numbered = [(float(part), "") if part[:1].isdigit() else (-1.0, part) for part in parts]
-    return place, numbered
+    return run.round, place, numbered
 
 
 def _changes_or_none(run: StageRun, workdir: pathlib.Path) -> dict | None:
@@ -308,9 +337,7 @@ def _as_text(own: dict | None, common: dict) -> str:
 def _as_change(run: StageRun, row: dict) -> str:
     """Return a line for a change that a resumed run has taken."""
     at = "" if row["step"] is None else f" at step {row['step']}"
-    return (
-        f"{run.folder.name}: {row['field']}={_short(row['new'])}{at}, {_short(row['old'])} before"
-    )
+    return f"{run.name}: {row['field']}={_short(row['new'])}{at}, {_short(row['old'])} before"
 
 
 def _short(value) -> str:
@@ -325,7 +352,7 @@ def _cells(run: StageRun) -> list[str]:
         "reward": ("frontier/reward", "ppo_train/reward"),
         "KL": ("frontier/kl", "ppo_train/kl"),
     }
-    cells = [run.folder.name, run.stage]
+    cells = [run.name, run.stage]
     for held_out, training in measured.values():
         if held_out in run.evaluation:
             cells.append(_number(run.evaluation[held_out]))
@@ -354,7 +381,11 @@ def overview(root: pathlib.Path) -> str:
     """Return a line for each WORKDIR under a folder: its name, its runs, the last change."""
     rows = [["workdir", "runs", "finished", "last change"]]
     for workdir in sorted(path for path in root.iterdir() if path.is_dir()):
-        started = list(workdir.glob("*/config.json"))
+        started = [
+            folder / "config.json"
+            for folder in _folders(workdir)
+            if (folder / "config.json").exists()
+        ]
         if not started:
             continue
         finished = [path for path in started if (path.parent / "done.json").exists()]

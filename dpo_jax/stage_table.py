@@ -61,6 +61,11 @@ def policy_stages(config: ConfigDict) -> list[str]:
     return [stage for stage in config.stages if STAGES[stage].is_policy]
 
 
+def repeats(config: ConfigDict, stage: str) -> bool:
+    """Return whether each round of a run has a stage anew: those from `pairs` on."""
+    return "pairs" in config.stages and config.stages.index(stage) >= config.stages.index("pairs")
+
+
 def samples(config: ConfigDict) -> bool:
     """Return whether any stage of a run samples, and so has a reward."""
     return any(STAGES[stage].samples for stage in config.stages)
@@ -80,10 +85,14 @@ def trains_in_groups(config: ConfigDict, stage: str) -> bool:
 
 
 def reference_of(config: ConfigDict, stage: str) -> str:
-    """Return the reference of a stage's loss: "none", "init" (what it starts from), or a path."""
+    """Return the reference of a stage's loss: "none", "init", "first" or a path.
+
+    init: what the stage starts from. first: what it started from in round 1, in later rounds.
+    """
     if not loss_table.needs_reference(config[stage].get("loss", "")):
         return "none"
-    return config[stage].get("reference", STAGES[stage].reference)
+    reference = config[stage].get("reference", STAGES[stage].reference)
+    return "init" if reference == "first" and config.rounds == 1 else reference
 
 
 def keeps_reference(config: ConfigDict, stage: str) -> bool:

@@ -156,7 +156,7 @@ def start_stage(
     status, changes = stage_status(workdir, config, stage, versions, allowed)
     folder = pathlib.Path(workdir) / configs.folder_names(config)[stage]
     if status == "new":
-        _make_stage(folder, config, stage, versions)
+        _make_stage(folder, config, stage, versions, _date_of_round_1(workdir, config, stage))
     elif status == "unfinished" and changes:
         _take_changes(folder, config, stage, changes)
     return folder, status
@@ -202,8 +202,13 @@ def stage_status(
     return "new", []
 
 
-def _make_stage(folder: pathlib.Path, config, stage: str, versions: dict[str, int]) -> None:
-    """Make the folder of a stage that begins, with its config.json."""
+def _make_stage(
+    folder: pathlib.Path, config, stage: str, versions: dict[str, int], date: str
+) -> None:
+    """Make the folder of a stage that begins, with its config.json.
+
+    date: of the stage; "": that of the first run of this stage beside it, or today.
+    """
     # An attempt that failed before its first checkpoint binds nobody: nothing is lost.
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("ledger.json", "weights.json"):
@@ -213,7 +218,7 @@ def _make_stage(folder: pathlib.Path, config, stage: str, versions: dict[str, in
     # Written before the stage writes anything, so that all that is there is of a known config.
     record = dict(
         stage=stage,
-        date=_date_of_others(folder, stage) or datetime.date.today().isoformat(),
+        date=date or _date_of_others(folder, stage) or datetime.date.today().isoformat(),
         depends_on=fields,
         contents={name: sha256 for name, sha256 in contents.items() if sha256},
         versions=versions,
@@ -265,7 +270,8 @@ def start_date(folder: pathlib.Path) -> datetime.date:
     """Return the day that chat templates take for today in a stage, whenever it is resumed.
 
     It is the day on which the stage was started, or that of the first run of this stage in the same
-    WORKDIR: runs that are compared read the same tokens, and share kept reference log-probs.
+    WORKDIR: runs that are compared read the same tokens, and share kept reference log-probs. In a
+    later round it is the day of round 1.
     """
     record = read_config(folder)
     # Stages from before the date was written.
@@ -276,6 +282,15 @@ def _date_of_others(folder: pathlib.Path, stage: str) -> str:
     """Return the date of the first run of a stage beside this folder; "" if there is none."""
     dates = [record.get("date", "") for _, record in _others(folder, stage)]
     return min(filter(None, dates), default="")
+
+
+def _date_of_round_1(workdir: pathlib.Path, config, stage: str) -> str:
+    """Return the date of a stage in round 1; "" where this is round 1."""
+    names = configs.folder_names(config)
+    first = configs.folder_names(configs.of_round(config, 1))
+    if names[stage] == first[stage]:
+        return ""
+    return start_date(pathlib.Path(workdir) / first[stage]).isoformat()
 
 
 def _others(folder: pathlib.Path, stage: str) -> Iterator[tuple[pathlib.Path, dict]]:
@@ -328,7 +343,8 @@ def _accepted_changes(
 def _started(folder: pathlib.Path, config, stage: str, record: dict) -> Started:
     """Return what a stage's folder says of it. record: that of its config.json."""
     # Fields that are newer than the folder have their defaults; others no longer matter.
-    defaults = _dependencies(configs.default(tuple(config.stages)), stage)
+    default = configs.of_round(configs.default(tuple(config.stages)), config.rounds)
+    defaults = _dependencies(default, stage)
     fields = {
         name: value
         for name, value in (defaults | record.get("depends_on", {})).items()

@@ -5,18 +5,24 @@ import numpy as np
 
 
 def frontier(
-    path, *, curve, reference: float, trajectory, optimum: tuple[float, float] | None, title: str
+    path, *, curve, reference: float, trajectories, optimum: tuple[float, float] | None, title: str
 ) -> None:
     """Draw expected reward against KL to the reference (the paper's figure 2, left).
 
     curve: (kls, rewards) of the exact bound, from KL 0 on.
     reference: its reward, drawn at KL 0.
-    trajectory: (step, reward, kl) of the policy at each evaluation.
+    trajectories: of each round, (step, reward, kl) of the policy at each evaluation. Several are
+    drawn as one walk, each with its number at its end.
     optimum: (reward, kl) that DPO aims at, or None.
     """
     from matplotlib.figure import Figure
 
-    steps, rewards, kls = zip(*trajectory, strict=True)
+    walk = list(trajectories[0])
+    for trajectory in trajectories[1:]:
+        done = walk[-1][0]
+        # A round starts at the end of the one before.
+        walk += [(done + step, reward, kl) for step, reward, kl in trajectory if step]
+    steps, rewards, kls = zip(*walk, strict=True)
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.add_subplot(
         title=title, xlabel="KL(policy || reference), nats", ylabel="expected reward"
@@ -25,6 +31,18 @@ def frontier(
     axes.plot(*curve, color="black", linewidth=1.2, label="highest reward at this KL (exact)")
     axes.plot(kls, rewards, color="0.75", linewidth=1)
     points = axes.scatter(kls, rewards, c=steps, cmap="viridis", s=28, zorder=4, label="policy")
+    if len(trajectories) > 1:
+        for number, trajectory in enumerate(trajectories, 1):
+            _, reward, kl = trajectory[-1]
+            # Above the curve, where no policy can be.
+            axes.annotate(
+                f"round {number}",
+                (kl, reward),
+                xytext=(-8, 4),
+                textcoords="offset points",
+                ha="right",
+                fontsize=8,
+            )
     axes.plot(
         kls[-1],
         rewards[-1],

@@ -31,26 +31,29 @@ def probe(reference: Model, reward: str):
 
 def write(
     folder: pathlib.Path,
-    trained: pathlib.Path,
+    trained: list[pathlib.Path],
     reference: Model,
     reward: str,
     beta: float | None,
+    *,
+    is_moved: bool = False,
 ) -> dict:
     """Write toy.json and toy.png from a stage's metrics, print the table, return the values.
 
-    trained: the stage's folder. reference: where that stage started.
-    reward: a name in toy.REWARDS. beta: of DPO, whose optimum is known; None for other methods.
+    trained: the stage's folder in each round so far. reference: where that stage started in round
+    1. reward: a name in toy.REWARDS. beta: of DPO, whose optimum is known; None for other methods.
+    is_moved: each round's reference is the policy of the round before.
     """
     reference_PC, rewards_PC = exact_reference(reference, reward)
     start, _ = exact.reward_and_kl(reference_PC, reference_PC, rewards_PC)
-    trajectory = [
-        (row["step"], row["frontier/reward"], row["frontier/kl"])
-        for row in metrics.read_rows(trained / "metrics.jsonl")
-        if "frontier/kl" in row
-    ]
-    _, reward, kl = trajectory[-1]
-    optimum = exact.optimum(reference_PC, rewards_PC, beta) if beta else None
-    reached = [kl for _, _, kl in trajectory]
+    trajectories = [_trajectory(stage) for stage in trained]
+    _, reward, kl = trajectories[-1][-1]
+    rounds = len(trained)
+    # The optimum of a round is its reference times exp(reward / beta), so k rounds whose reference
+    # moves end at the optimum of beta / k (eq. 4, k times).
+    strength = beta / rounds if beta and is_moved else beta
+    optimum = exact.optimum(reference_PC, rewards_PC, strength) if beta else None
+    reached = [kl for trajectory in trajectories for _, _, kl in trajectory]
     if optimum:
         reached.append(optimum[1])
     largest = 1.15 * max(reached)
@@ -60,18 +63,29 @@ def write(
     if optimum:
         analytic = dict(analytic_reward=float(optimum[0]), analytic_kl=float(optimum[1]))
         result = dict(beta=beta) | analytic | result
+    title = f"DPO on the toy, β = {beta:g}" if beta else f"{trained[-1].name} on the toy"
     plots.frontier(
         folder / "toy.png",
         curve=(kls, exact.bound(reference_PC, rewards_PC, kls)),
         reference=start,
-        trajectory=trajectory,
+        trajectories=trajectories,
         optimum=optimum,
-        title=f"DPO on the toy, β = {beta:g}" if beta else f"{trained.name} on the toy",
+        title=title if rounds == 1 else f"{title}, {rounds} rounds",
     )
     write_json(folder / "toy.json", result)
-    say(_table(result, float(start)))
+    ends = [trajectory[-1] for trajectory in trajectories]
+    say(_table(result, float(start), ends))
     say(f"evaluate: {folder / 'toy.json'}, {folder / 'toy.png'}")
     return result
+
+
+def _trajectory(trained: pathlib.Path) -> list[tuple[int, float, float]]:
+    """Return (step, reward, KL) of each evaluation in a stage's folder."""
+    return [
+        (row["step"], row["frontier/reward"], row["frontier/kl"])
+        for row in metrics.read_rows(trained / "metrics.jsonl")
+        if "frontier/kl" in row
+    ]
 
 
 def exact_reference(model: Model, reward: str):
@@ -81,14 +95,18 @@ def exact_reference(model: Model, reward: str):
     return log_probs_PC, rewards_PC
 
 
-def _table(result: dict, start: float) -> str:
-    rows = [
-        ("reference", start, 0.0),
-        ("policy", result["reward"], result["kl"]),
-        ("best at the policy's KL", result["bound_reward"], result["kl"]),
-    ]
+def _table(result: dict, start: float, ends: list[tuple[int, float, float]]) -> str:
+    """Return the results as a table; ends: (step, reward, KL) at the end of each round so far."""
+    rows = [("reference", start, 0.0)]
+    for number, (_, reward, kl) in enumerate(ends[:-1], 1):
+        rows.append((f"policy after round {number}", reward, kl))
+    name = f"policy after round {len(ends)}" if len(ends) > 1 else "policy"
+    rows.append((name, result["reward"], result["kl"]))
+    rows.append(("best at the policy's KL", result["bound_reward"], result["kl"]))
     if "beta" in result:
         name = f"optimum at beta {result['beta']:g}"
+        if len(ends) > 1:
+            name += f", round {len(ends)}"
         rows.append((name, result["analytic_reward"], result["analytic_kl"]))
     lines = [f"{'exact, over all completions':<30}{'reward':>9}{'KL, nats':>10}"]
     for name, reward, kl in rows:

@@ -1,48 +1,53 @@
 """In which type a stage's hf/ is stored, what done.json keeps of it, and when it is written again.
 
-hf/ of a run's last training stage is for others: its weights are stored in config.export.dtype.
-Those before it are what later stages start from, and stay in float32, so that a run of several
-stages rounds nothing on its way.
+hf/ of a run's last training stage, in its last round, is for others: its weights are stored in
+config.export.dtype. Those before it are what later stages and rounds start from, and stay in
+float32, so that a run of several stages rounds nothing on its way.
 """
 
 import pathlib
 
 from ml_collections import ConfigDict
 
-from dpo_jax import stage_table
 from dpo_jax.stage_table import STAGES
 from dpo_jax.workdir import EXPORT, StageChanged, read_done, saved_steps
 
 
-def dtype_of(config: ConfigDict, stage: str, source: str) -> str:
-    """Return the type in which a stage's weights are stored. source: that of model.path's."""
-    if not _is_last(config, stage):
+def dtype_of(config: ConfigDict, is_last: bool, source: str) -> str:
+    """Return the type in which a stage's weights are stored.
+
+    is_last: no other stage of the run trains after it. source: the type of model.path's weights.
+    """
+    if not is_last:
         return "float32"
     asked = config.export.dtype
     return source if asked == "source" else asked
 
 
-def record(config: ConfigDict, stage: str, source: str) -> dict[str, str]:
-    """Return what done.json keeps: the type, what was asked for, and the source's."""
-    stored = dtype_of(config, stage, source)
+def record(config: ConfigDict, is_last: bool, source: str) -> dict[str, str]:
+    """Return what done.json keeps: the type, what was asked for, and the source's.
+
+    is_last, source: as for `dtype_of`.
+    """
+    stored = dtype_of(config, is_last, source)
     return dict(asked=config.export.dtype, dtype=stored, source=source)
 
 
-def is_out_of_date(config: ConfigDict, stage: str, folder: pathlib.Path) -> bool:
+def is_out_of_date(config: ConfigDict, is_last: bool, folder: pathlib.Path) -> bool:
     """Return whether a finished stage's hf/ is stored otherwise than this config needs it.
 
     It is where the stage was the last one of its run, so that its weights were rounded, and is an
-    earlier one now; and where config.export.dtype has been changed. Raises StageChanged where there
-    is no checkpoint to write it from.
+    earlier one now; and where config.export.dtype has been changed. is_last: as for `dtype_of`.
+    Raises StageChanged where there is no checkpoint to write it from.
     """
     kept = _read(folder)
     # Stages that do not train have none, nor have those from before it was written.
     if not kept:
         return False
     # What an earlier run kept exact is not rounded before somebody asks for it.
-    if _is_last(config, stage) and config.export.dtype == kept["asked"]:
+    if is_last and config.export.dtype == kept["asked"]:
         return False
-    wanted = dtype_of(config, stage, kept["source"])
+    wanted = dtype_of(config, is_last, kept["source"])
     if wanted == kept["dtype"]:
         return False
     if not saved_steps(folder / "checkpoints"):
@@ -85,7 +90,3 @@ def source_dtype(folder: pathlib.Path) -> str:
 
 def _read(folder: pathlib.Path) -> dict[str, str]:
     return read_done(folder).get(EXPORT, {}) if (folder / "done.json").exists() else {}
-
-
-def _is_last(config: ConfigDict, stage: str) -> bool:
-    return stage == stage_table.training_stages(config)[-1]

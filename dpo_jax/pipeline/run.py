@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Callable
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from dpo_jax import config as configs
@@ -30,6 +31,8 @@ from dpo_jax.workdir import StageChanged, read_ledger, read_weights, write_recor
 # Recorded for functions that were given from Python: as config.reward.kind, and in config.dpo.loss
 # before the function's name.
 FUNCTION = "function"
+# What later rounds draw at random, each with a branch of config.seed: new ones go to the end.
+PURPOSES = ("sampling", "data order", "adapters")
 
 
 def versions() -> dict[str, int]:
@@ -44,11 +47,12 @@ def versions() -> dict[str, int]:
 
 @dataclasses.dataclass
 class Run:
-    """The state that the stages of a run share."""
+    """The state that the stages of a round share."""
 
-    config: ConfigDict
+    config: ConfigDict  # config.rounds is the number of this round
     workdir: pathlib.Path
     mesh: jax.sharding.Mesh
+    rounds: int = 1  # of the whole run
     reward_function: Callable | None = None  # the true reward, where config.reward.kind is FUNCTION
     loss: Callable | None = None  # replaces the loss that config.dpo.loss names
     # What chat templates take for today: the day on which the stage at work was started.
@@ -59,23 +63,57 @@ class Run:
         """Return the stage's folder under WORKDIR."""
         return self.workdir / configs.folder_names(self.config)[stage]
 
+    def of_round(self, number: int) -> "Run":
+        """Return the same run in another round, with the prompts that were read already."""
+        return dataclasses.replace(self, config=configs.of_round(self.config, number))
+
+    def is_last(self, stage: str) -> bool:
+        """Return whether no other stage of the run trains after a stage that trains."""
+        is_last_round = self.config.rounds >= self.rounds
+        return is_last_round and stage == stage_table.training_stages(self.config)[-1]
+
     def initial(self, stage: str) -> loading.Checkpoint:
-        """Return what a stage starts from: the result of sft before it, or the config's model."""
+        """Return what a stage starts from.
+
+        It is the policy of the round before; in round 1, and for a reward model in any round, the
+        result of sft before it, or the config's model.
+        """
+        if self.config.rounds > 1 and STAGES[stage].head != "reward":
+            (policy,) = stage_table.policy_stages(self.config)
+            before = self.of_round(self.config.rounds - 1)
+            return self._result(before.folder(policy))
+        return self.first(stage)
+
+    def first(self, stage: str) -> loading.Checkpoint:
+        """Return what a stage starts from in round 1."""
         model = self.config.model
         options = configs.model_options(self.config)
-        # The SFT model carries its tokenizer with it, whatever config.model.tokenizer says.
         if "sft" in self._before(stage):
-            folder = self.folder("sft")
-            checkpoint = loading.open_checkpoint(str(folder / "hf"), **options)
-            # The SFT model is stored exactly, in float32, whatever the type of its own source.
-            dtype = exports.source_dtype(folder) or checkpoint.source.dtype
-            source = dataclasses.replace(checkpoint.source, dtype=dtype)
-            return dataclasses.replace(checkpoint, source=source)
+            return self._result(self.folder("sft"))
         if model.path:
             return loading.open_checkpoint(model.path, tokenizer_path=model.tokenizer, **options)
         return loading.from_scratch(
             model.scratch.to_dict(), self.config.seed, tokenizer_path=model.tokenizer, **options
         )
+
+    def _result(self, folder: pathlib.Path) -> loading.Checkpoint:
+        """Return the model that a finished stage has left in its folder."""
+        # It carries its tokenizer with it, whatever config.model.tokenizer says.
+        options = configs.model_options(self.config)
+        checkpoint = loading.open_checkpoint(str(folder / "hf"), **options)
+        # It is stored exactly, in float32, whatever the type of its own source.
+        dtype = exports.source_dtype(folder) or checkpoint.source.dtype
+        source = dataclasses.replace(checkpoint.source, dtype=dtype)
+        return dataclasses.replace(checkpoint, source=source)
+
+    def seed(self, purpose: str) -> int:
+        """Return the seed of one of PURPOSES in this round: config.seed in round 1."""
+        if self.config.rounds == 1:
+            return self.config.seed
+        branch = (PURPOSES.index(purpose), self.config.rounds)
+        sequence = np.random.SeedSequence(self.config.seed, spawn_key=branch)
+        (seed,) = sequence.generate_state(1)
+        return int(seed)
 
     def load(self, checkpoint: loading.Checkpoint) -> loading.Model:
         """Load a checkpoint's weights onto the run's mesh."""
@@ -170,12 +208,15 @@ class Run:
             return "rm", str(self.folder("rm") / "hf")
         return block.kind, block.path
 
-    def sampling(self, n: int = 1) -> Sampling:
-        """Return how the stages of this run sample: n completions of each prompt."""
+    def sampling(self, n: int = 1, seed: int | None = None) -> Sampling:
+        """Return how the stages of this run sample: n completions of each prompt.
+
+        seed: None for what is measured, which then has the same draws in all rounds.
+        """
         block = self.config.sampling
-        return Sampling(
-            block.max_new_tokens, n=n, seed=self.config.seed, batch_size=block.batch_size
-        )
+        if seed is None:
+            seed = self.config.seed
+        return Sampling(block.max_new_tokens, n=n, seed=seed, batch_size=block.batch_size)
 
     def eos_id(self, tokenizer) -> int | None:
         """Return the token that ends a completion, if one does."""

@@ -42,7 +42,10 @@ from dpo_jax.workdir import (
 
 
 def pairs_stage(run: Run, stage: str) -> dict:
-    """Sample from the model that the stages before made, and label pairs by the true reward."""
+    """Sample from the model that the stages before made, and label pairs by the true reward.
+
+    Each round has prompts of its own, until all have been used.
+    """
     initial = run.initial(stage)
     block = run.config.pairs
     prompts = run.load_prompts(initial.tokenizer)
@@ -56,14 +59,16 @@ def pairs_stage(run: Run, stage: str) -> dict:
     run.record_weights(stage, policy=initial, reward=run.reward_model("true"))
 
     # A random choice: the first prompts of a data set may be alike.
-    chosen = np.random.default_rng(run.config.seed).permutation(count)[: block.prompts]
+    order = np.random.default_rng(run.config.seed).permutation(count)
+    start = (run.config.rounds - 1) * block.prompts
+    chosen = order.take(range(start, start + block.prompts), mode="wrap")
     held_out = min(preference_pairs.EVAL_PROMPTS, len(prompts["eval"]))
     return preference_pairs.make_pairs(
         run.load(initial),
         dict(train=prompts["train"].take(chosen), eval=prompts["eval"].take(range(held_out))),
         run.reward("true"),
         preference_pairs.Labelling(block.labels, block.choose),
-        run.sampling(n=block.completions),
+        run.sampling(n=block.completions, seed=run.seed("sampling")),
         run.folder(stage),
     )
 
@@ -80,17 +85,19 @@ def _check_eval_prompts(run: Run, tokenizer) -> None:
 
 
 def evaluate_stage(run: Run, stage: str) -> dict:
-    """Measure the trained policy's reward, and its KL to where it began."""
+    """Measure the trained policy's reward, and its KL to where it began in round 1."""
     (trained,) = stage_table.policy_stages(run.config)
-    start = run.initial(trained)
+    start = run.first(trained)
     if is_measured_exactly(run):
+        numbers = range(1, run.config.rounds + 1)
         with jax.set_mesh(run.mesh):
             return toy_report.write(
                 run.folder(stage),
-                run.folder(trained),
+                [run.of_round(number).folder(trained) for number in numbers],
                 run.load(start),
                 run.config.reward.kind,
                 run.config[trained].get("beta"),
+                is_moved=stage_table.reference_of(run.config, trained) == "init",
             )
     # The exported model, not a checkpoint: adapters are merged there.
     end = loading.open_checkpoint(str(run.folder(trained) / "hf"), dtype=run.config.model.dtype)
@@ -176,6 +183,7 @@ def _run_all(
         config,
         folder,
         sharding.make_mesh(**config.mesh),
+        rounds=config.rounds,
         # Made once, as best_of_n asks whether two rewards are one.
         reward_function=make.from_function(reward) if reward else None,
         loss=loss,
@@ -183,24 +191,44 @@ def _run_all(
 
     # A folder that refuses this config, and a reward that cannot be read, are better known before
     # hours of training than after.
-    processes.from_first(functools.partial(_check_stages, run, allowed))
-    ahead = processes.from_first(
-        lambda: [stage for stage in config.stages if not _is_done(run, stage)]
-    )
+    rounds = [run.of_round(number) for number in range(1, run.rounds + 1)]
+    processes.from_first(functools.partial(_check_stages, rounds, allowed))
+    ahead = processes.from_first(functools.partial(_stages_ahead, rounds))
     if any(STAGES[stage].samples for stage in ahead):
         make.check_reward(config.reward.kind, config.reward.path)
-    for stage in config.stages:
-        _run_stage(run, stage, allowed)
+    for in_round in rounds:
+        if len(rounds) > 1:
+            say(f"--- round {in_round.config.rounds} of {len(rounds)}")
+        for stage in _stages_of(in_round):
+            _run_stage(in_round, stage, allowed)
 
 
-def _check_stages(run: Run, allowed: frozenset[str]) -> None:
+def _stages_of(run: Run) -> list[str]:
+    """Return the stages of a round: all of them in round 1, and those that repeat in others."""
+    if run.config.rounds == 1:
+        return list(run.config.stages)
+    return [stage for stage in run.config.stages if stage_table.repeats(run.config, stage)]
+
+
+def _stages_ahead(rounds: list[Run]) -> list[str]:
+    """Return the stages of all rounds that are not done yet."""
+    ahead = []
+    for run in rounds:
+        ahead += [stage for stage in _stages_of(run) if not _is_done(run, stage)]
+    return ahead
+
+
+def _check_stages(rounds: list[Run], allowed: frozenset[str]) -> None:
     """Raise StageChanged where the folder of any stage was made with a config that it refuses."""
-    for stage in run.config.stages:
-        stage_status(run.workdir, run.config, stage, versions(), allowed)
+    for run in rounds:
+        for stage in _stages_of(run):
+            stage_status(run.workdir, run.config, stage, versions(), allowed)
 
 
 def _check_name(config: ConfigDict, workdir: pathlib.Path, allowed: frozenset[str]) -> None:
     """Raise StageChanged where it is not known which of several runs is to be changed."""
+    # A later round is the same run as round 1.
+    config = configs.of_round(config, 1)
     for stage in stage_table.training_stages(config)[-1:]:
         _, changes = stage_status(workdir, config, stage, versions(), allowed)
         folder = workdir / configs.folder_names(config)[stage]
@@ -238,7 +266,8 @@ def _run_stage(run: Run, stage: str, allowed: frozenset[str]) -> None:
         status = processes.from_first(lambda: begin()[1])
         if status == "done":
             gone = functools.partial(exports.is_gone, stage, folder)
-            outdated = functools.partial(exports.is_out_of_date, run.config, stage, folder)
+            is_last = STAGES[stage].trains and run.is_last(stage)
+            outdated = functools.partial(exports.is_out_of_date, run.config, is_last, folder)
             # Where hf/ is written again, the last checkpoint is there, so that nothing is trained.
             if processes.from_first(gone):
                 say(f"{stage}: already done; its hf/ is gone, and written again")

@@ -37,6 +37,7 @@ class Models:
 
     run: Run
     initial: Checkpoint  # what training starts from
+    first: Checkpoint  # what it starts from in round 1: the initial one itself, or another
     config: TransformerConfig  # of the model that is trained: the initial one, with another head
     reference: Checkpoint | None  # the initial one itself, another, or none
     lora: Lora | None
@@ -48,6 +49,13 @@ class Models:
         What is trained is a copy of its own, as a training step deletes the weights before it.
         """
         return self.load_initial()
+
+    @functools.cached_property
+    def first_params(self) -> dict:
+        """The weights that round 1 starts from, one copy for all that only read them."""
+        if self.first is self.initial:
+            return self.initial_params
+        return self.first.load_params(self.run.mesh)
 
     def load_initial(self) -> dict:
         """Load the initial weights, with the stage's own head, which starts from zero."""
@@ -65,7 +73,7 @@ class Models:
         """Load what is trained: the initial weights, or adapters, the same on any mesh."""
         if not self.lora:
             return self.load_initial()
-        values = adapters.init(self.config, self.lora, self.run.config.seed)
+        values = adapters.init(self.config, self.lora, self.run.seed("adapters"))
         return sharding.shard_params(self.run.mesh, values)
 
     def load_reference(self) -> dict | None:
@@ -73,6 +81,8 @@ class Models:
         if self.reference is None:
             return None
         if self.reference is not self.initial:
+            if self.reference is self.first:
+                return self.first_params
             return self.reference.load_params(self.run.mesh)
         if self.lora:
             # Adapters that have no effect yet: the base through the policy's own program.
@@ -89,19 +99,23 @@ def train_stage(run: Run, stage: str) -> dict:
     block = run.config[stage]
     table = STAGES[stage]
     initial = run.initial(stage)
+    is_later_round = run.config.rounds > 1 and stage_table.repeats(run.config, stage)
+    first = run.first(stage) if is_later_round else initial
     models = Models(
         run,
         initial,
+        first,
         config=dataclasses.replace(initial.config, head=table.head),
-        reference=_reference(run, stage, initial),
+        reference=_reference(run, stage, initial, first),
         lora=run.lora(),
     )
     probe = _probe(run, stage, models)
     run.record_weights(
         stage,
+        policy=initial if is_later_round else None,
         base=initial if models.lora else None,
         reference=models.reference,
-        start=initial if probe else None,
+        start=first if probe else None,
         reward=run.reward_model(block.reward) if table.samples else None,
     )
     if models.lora:
@@ -133,7 +147,7 @@ def train_stage(run: Run, stage: str) -> dict:
         feed = _data_feed(run, job, models, cache)
     params, evaluation = train(job, feed)
     _export(job, models, params, evaluation)
-    record = exports.record(run.config, stage, initial.source.dtype)
+    record = exports.record(run.config, run.is_last(stage), initial.source.dtype)
     return {"evaluation": evaluation, EXPORT: record}
 
 
@@ -148,7 +162,7 @@ def _rollout_feed(run: Run, job: Job, initial: Checkpoint) -> Feed:
         tokenizer=initial.tokenizer,
         eos_id=run.eos_id(initial.tokenizer),
         other_eos_ids=initial.other_eos_ids,
-        sampling=run.sampling(),
+        sampling=run.sampling(seed=run.seed("sampling")),
     )
 
 
@@ -161,7 +175,7 @@ def _data_feed(run: Run, job: Job, models: Models, cache: ReferenceCache | None)
 
     seed = None
     if run.config.data.shuffle:
-        seed = run.config.seed + job.block.get("seed", 0)
+        seed = run.seed("data order") + job.block.get("seed", 0)
     # Sampled responses may end by their length, without EOS.
     sampled = stage_table.trains_on_samples(run.config, job.name)
     feed = DataFeed(
@@ -184,7 +198,7 @@ def _export(job: Job, models: Models, params: dict, evaluation: dict[str, float]
     initial = models.initial
     config = models.config
     run_config = models.run.config
-    dtype = exports.dtype_of(run_config, job.name, initial.source.dtype)
+    dtype = exports.dtype_of(run_config, models.run.is_last(job.name), initial.source.dtype)
     card = ModelCard(run_config, job.name, job.folder, initial.fingerprint(), evaluation, dtype)
     if models.lora:
         peft.save(
@@ -223,13 +237,18 @@ def _without_value_head(config: TransformerConfig, params: dict) -> dict:
     return policy
 
 
-def _reference(run: Run, stage: str, initial: Checkpoint) -> Checkpoint | None:
-    """Return the reference of a stage's loss: what training starts from, another model, or none."""
+def _reference(run: Run, stage: str, initial: Checkpoint, first: Checkpoint) -> Checkpoint | None:
+    """Return the reference of a stage's loss, or None.
+
+    It is what training starts from, what it starts from in round 1, or another model.
+    """
     name = stage_table.reference_of(run.config, stage)
     if name == "none":
         return None
     if name == "init":
         return initial
+    if name == "first":
+        return first
     other = loading.open_checkpoint(
         name, tokenizer=initial.tokenizer, **configs.model_options(run.config)
     )
@@ -256,19 +275,20 @@ def _say_what_is_trained(stage: str, models: Models) -> None:
 def _probe(run: Run, stage: str, models: Models) -> Callable | None:
     """Return what measures a policy at each evaluation, params -> {name: value}.
 
-    None where no `evaluate` stage will measure the policy, either.
+    The KL is to what round 1 starts from, in all rounds. None where no `evaluate` stage will
+    measure the policy, either.
     """
     if "evaluate" not in run.config.stages or not STAGES[stage].is_policy:
         return None
-    initial = models.initial
+    first = models.first
     if is_measured_exactly(run):
         with jax.set_mesh(run.mesh):
-            reference = initial.model(models.initial_params, run.mesh)
+            reference = first.model(models.first_params, run.mesh)
             return toy_report.probe(reference, run.config.reward.kind)
-    measure = policy_measure(run, initial)
+    measure = policy_measure(run, first)
 
     def probe(params) -> dict[str, float]:
-        values, _ = measure(params, models.initial_params)
+        values, _ = measure(params, models.first_params)
         return values
 
     return probe

@@ -55,7 +55,7 @@ def valid():
         ("dpo.loss", "kto", "one of sigmoid"),
         ("dpo.beta", 0.0, "more than 0"),
         ("dpo.label_smoothing", 0.5, "below 0.5"),
-        ("dpo.reference", "", "'init', 'none' or"),
+        ("dpo.reference", "", "'init', 'first', 'none' or"),
         ("dpo.microbatch_size", 7, "a divisor of dpo.batch_size = 64"),
         ("dpo.lr", 0.0, "more than 0"),
         ("dpo.epochs", 0.0, "more than 0, as dpo.steps is 0"),

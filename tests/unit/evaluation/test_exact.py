@@ -263,7 +263,7 @@ def test_plot_toy_frontier(reference, tmp_path):
         tmp_path / "toy.png",
         curve=(kls, exact.bound(reference, REWARDS, kls)),
         reference=0.0,
-        trajectory=[(0, 0.0, 0.0), (10, 0.3, 0.1), (20, 0.5, 0.3)],
+        trajectories=[[(0, 0.0, 0.0), (10, 0.3, 0.1), (20, 0.5, 0.3)]],
         optimum=exact.optimum(reference, REWARDS, 1.0),
         title="beta 1",
     )
