@@ -364,12 +364,13 @@ _WITH_DIVERGENCE = [name for name, loss in LOSSES.items() if loss.takes_divergen
 DPO = dict(
     loss=Field(
         "sigmoid",
-        f"one of {', '.join(LOSSES)}; each takes some of the numbers below, and refuses the others",
+        f"one of {', '.join(LOSSES)}, or a mixture, as sigmoid=1,nll=0.2: the sum of losses, each "
+        "times its weight; a loss takes some of the numbers below, and refuses the others",
     ),
     beta=Field(
         0.1,
         "strength of the KL penalty: implicit rewards are beta times log-ratios; simpo: scale of "
-        "the margin per token (the paper: 2 to 2.5); every loss but orpo",
+        "the margin per token (the paper: 2 to 2.5); every loss but orpo and nll",
         least=ABOVE_ZERO,
         most=1e6,
     ),

@@ -152,14 +152,27 @@ def expected_instead(field: str, value) -> str:
     rules = [field]
     if block in STAGES and STAGES[block].trains:
         rules.append(f"STAGE.{name}")
+    if field == "dpo.loss" and loss_table.is_mixture(value):
+        return _mixture_instead(value)
     for rule in rules:
         if rule in ALLOWED and value not in ALLOWED[rule]:
             expected = "one of " + ", ".join(ALLOWED[rule])
+            if field == "dpo.loss":
+                expected += ", or a mixture of them, as sigmoid=1,nll=0.2"
             # A run that was given a function has recorded it in such a field.
             if field in FUNCTIONS and str(value).startswith("function"):
                 expected += f"; a function is given by dpo_jax.run(..., {FUNCTIONS[field]}=...)"
             return expected
     return _range_instead(field, value)
+
+
+def _mixture_instead(loss: str) -> str:
+    """Return what is expected instead of a mixture of losses; "" if it may stand."""
+    try:
+        loss_table.weights(loss)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _range_instead(field: str, value) -> str:
@@ -271,7 +284,7 @@ def _validate_dpo(config):
         _fail("dpo.cache_reference", True, "False, as dpo.reference is 'none'")
     if not block.reference:
         _fail("dpo.reference", block.reference, "'init', 'first', 'none' or the path of a model")
-    if not LOSSES[block.loss].needs_reference:
+    if not loss_table.properties(block.loss).needs_reference:
         _validate_no_reference(block)
     if config.data.source == "toy" and block.reference not in ("init", "first"):
         expected = "'init' or 'first' on the toy, whose exact KL is to the initial policy"
@@ -280,7 +293,7 @@ def _validate_dpo(config):
 
 def _validate_loss_numbers(block):
     """Check that a number which differs from its default is one that the loss takes."""
-    taken = (*LOSSES[block.loss].numbers, *DIVERGENCES[block.divergence])
+    taken = (*loss_table.properties(block.loss).numbers, *DIVERGENCES[block.divergence])
     for name in loss_table.numbers():
         default_value = configs.DPO[name].default
         if name not in taken and block[name] != default_value:
@@ -292,7 +305,7 @@ def _validate_loss_numbers(block):
             _fail(f"dpo.{name}", block[name], expected)
     if not 0 <= block.label_smoothing < 0.5:
         _fail("dpo.label_smoothing", block.label_smoothing, "from 0 to below 0.5")
-    if block.loss == "exo" and not block.label_smoothing:
+    if "exo" in loss_table.names(block.loss) and not block.label_smoothing:
         expected = "more than 0 (the paper: 0.001), as the exo loss is infinite at 0"
         _fail("dpo.label_smoothing", block.label_smoothing, expected)
 
@@ -300,9 +313,14 @@ def _validate_loss_numbers(block):
 def _validate_divergence(block):
     if block.divergence == "reverse_kl":
         return
-    if not LOSSES[block.loss].takes_divergence:
+    if not loss_table.properties(block.loss).takes_divergence:
         takers = ", ".join(name for name, loss in LOSSES.items() if loss.takes_divergence)
-        expected = f"'reverse_kl', as the {block.loss} loss has no other divergence ({takers} do)"
+        # A mixture is told by the loss of it that is in the way, if there is one.
+        loss = block.loss
+        for name in loss_table.names(block.loss):
+            if LOSSES[name].needs_reference and not LOSSES[name].takes_divergence:
+                loss = name
+        expected = f"'reverse_kl', as the {loss} loss has no other divergence ({takers} do)"
         _fail("dpo.divergence", block.divergence, expected)
     if block.reference == "none":
         expected = "'reverse_kl', as dpo.reference is 'none'"

@@ -2,9 +2,13 @@
 
 The config's checks, planning and training all ask this table. A new loss is a line here, and a
 function of the same name in `training/losses.py`.
+
+config.dpo.loss is a name of the table, or a mixture: names with weights, separated by commas, as
+sigmoid=1,nll=0.2. A name without a weight counts 1. The loss of a pair is the weighted sum.
 """
 
 import dataclasses
+import math
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +42,11 @@ LOSSES = {
     "simpo": Loss(("beta", "simpo_gamma"), needs_reference=False),
     "orpo": Loss(("orpo_lambda",), needs_reference=False),
     "cpo": Loss(("beta", "cpo_alpha"), needs_reference=False),
+    "nll": Loss((), needs_reference=False),
 }
+# A weight of a mixture is 0 or between these: float32 holds it, and its products.
+LEAST_WEIGHT = 1e-12
+LARGEST_WEIGHT = 1e6
 OWN_NUMBERS = ("beta", "label_smoothing")  # what a function of the caller's takes after the pairs
 
 # config.dpo.divergence -> the fields of config.dpo that it takes
@@ -67,6 +75,70 @@ def takers(number: str) -> list[str]:
     return losses or divergences
 
 
+def is_mixture(loss: str) -> bool:
+    """Return whether config.dpo.loss is written as a mixture, if only of one loss."""
+    return "=" in loss or "," in loss
+
+
+def names(loss: str) -> list[str]:
+    """Return the names in config.dpo.loss: one, or those of a mixture."""
+    return [entry.partition("=")[0].strip() for entry in loss.split(",")]
+
+
+def weights(loss: str) -> dict[str, float]:
+    """Return the weight of each loss in a mixture, by name.
+
+    Raises ValueError with what was expected instead.
+    """
+    found = {}
+    for entry, name in zip(loss.split(","), names(loss), strict=True):
+        if name not in LOSSES:
+            raise ValueError(
+                f"losses of {', '.join(LOSSES)}, each with its weight; {name!r} is none"
+            )
+        if name in found:
+            raise ValueError(f"each loss once in a mixture; {name} is there twice")
+        found[name] = _weight(name, entry)
+    if not any(found.values()):
+        raise ValueError("a mixture in which some weight is more than 0")
+    return found
+
+
+def _weight(name: str, entry: str) -> float:
+    _, is_given, text = entry.partition("=")
+    if not is_given:
+        return 1.0
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = math.nan
+    # Comparisons with nan are false, too.
+    if weight == 0 or LEAST_WEIGHT <= weight <= LARGEST_WEIGHT:
+        return weight
+    raise ValueError(
+        f"weights that are 0 or a number up to {LARGEST_WEIGHT:,.0f}, as in sigmoid=1,nll=0.2; the "
+        f"weight of {name} is {text.strip()!r}"
+    )
+
+
+def properties(loss: str) -> Loss:
+    """Return the properties of config.dpo.loss; a mixture takes and needs all that its losses do.
+
+    A divergence changes log-ratios alone. So a mixture takes one if all of its losses that use
+    log-ratios do, and some loss uses them.
+    """
+    lines = [LOSSES[name] for name in names(loss)]
+    of_log_ratios = [line for line in lines if line.needs_reference]
+    taken = {}
+    for line in lines:
+        taken |= dict.fromkeys(line.numbers)
+    return Loss(
+        numbers=tuple(taken),
+        needs_reference=bool(of_log_ratios),
+        takes_divergence=bool(of_log_ratios) and all(x.takes_divergence for x in of_log_ratios),
+    )
+
+
 def needs_reference(loss: str) -> bool:
     """Return whether a loss needs a reference, as one by another name than the table's does."""
-    return loss not in LOSSES or LOSSES[loss].needs_reference
+    return any(name not in LOSSES or LOSSES[name].needs_reference for name in names(loss))

@@ -8,6 +8,10 @@ continues. The runs share the stages before the last training stage, the compile
 the reference's log-probs, which are computed once and kept in WORKDIR/reference. Other fields are
 set as usual, --config.FIELD=VALUE. The result is a table, and the curves in
 WORKDIR/sweep_FIELD.png.
+
+Values that have commas of their own, as mixtures of losses do, are separated by semicolons:
+
+    dpo-jax sweep --config=imdb --sweep="dpo.loss=sigmoid;sigmoid=1,nll=0.2;sigmoid=1,nll=1"
 """
 
 from absl import flags
@@ -29,9 +33,9 @@ def points(
 ) -> list[tuple[str, ConfigDict]]:
     """Return (value as it was given, config of its run) for each value of FIELD=V1,V2,...
 
-    base: the config file's own, without overrides: runs are named after what they change of it.
-    Raises ValueError if the config or a value is wrong, or FIELD is no field of the config's last
-    training stage.
+    Values are separated by semicolons instead where there is one. base: the config file's own,
+    without overrides: runs are named after what they change of it. Raises ValueError if the config
+    or a value is wrong, or FIELD is no field of the config's last training stage.
     """
     config_checks.validate(config)
     field, _, values = sweep.partition("=")
@@ -45,8 +49,14 @@ def points(
             f"--sweep={sweep}: expected FIELD=V1,V2,... with a field of the last training stage, "
             f"such as {last}.lr=1e-6,1e-5. The fields of {last} are {', '.join(config[last])}."
         )
+    if name == "loss" and "=" in values and ";" not in values:
+        # By its commas a mixture would fall into its losses, each a run of its own.
+        raise ValueError(
+            f"--sweep={sweep}: mixtures of losses have commas of their own: expected a semicolon "
+            f"after each value, as in --sweep='{field}=sigmoid;sigmoid=1,nll=0.2'."
+        )
     found = []
-    for value in values.split(","):
+    for value in values.strip(";").split(";" if ";" in values else ","):
         point = config.copy_and_resolve_references()
         config_files.override(point, {field: value})
         name_run(point, base or config, swept=field)

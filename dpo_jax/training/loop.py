@@ -21,7 +21,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from dpo_jax import stopping
+from dpo_jax import loss_table, stopping
 from dpo_jax.console import Progress, say
 from dpo_jax.models.lora import Lora
 from dpo_jax.models.transformer import TransformerConfig
@@ -82,14 +82,17 @@ def stage_programs(
     """Return the compiled functions of a stage, a key of OBJECTIVES, with its config block.
 
     loss: of pairs, a function in place of the one that block.loss names. Stages that differ in
-    numbers alone (beta, lr, alpha) share their functions, so that a sweep in one process compiles
-    once.
+    numbers alone (beta, lr, alpha, the weights of a mixture) share their functions, so that a sweep
+    in one process compiles once.
     """
+    named = block.get("loss", "")
+    if loss_table.is_mixture(named):
+        named = tuple(loss_table.names(named))
     # The adapters' scale is one of the numbers, so it is left out here.
     adapters = Lora(lora.rank, targets=lora.targets) if lora else None
     return _programs(
         name,
-        loss or block.get("loss", ""),
+        loss or named,
         block.get("divergence", "reverse_kl"),
         model,
         mesh,

@@ -30,6 +30,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from dpo_jax import loss_table
 from dpo_jax.loss_table import LOSSES, OWN_NUMBERS
 
 # Scores of another divergence than reverse KL grow like e^|log-ratio|. At this one float32 still
@@ -88,12 +89,48 @@ class Preference:
         return divergence_scores(log_ratios, self.divergence, hyper.get("divergence_alpha"))
 
     def __call__(self, pairs: Pairs, hyper: dict) -> jax.Array:
-        """Return the loss of each pair, with the numbers that are in `hyper`."""
-        return self.function(pairs, *[hyper[name] for name in self.numbers])
+        """Return the loss of each pair, with the numbers that are in `hyper`.
+
+        Raises ValueError where it has another shape than the pairs.
+        """
+        values = self.function(pairs, *[hyper[name] for name in self.numbers])
+        # It would be broadcast to the pairs, and train on something else without a word.
+        expected = pairs.chosen_log_ratios.shape
+        if jnp.shape(values) != expected:
+            raise ValueError(
+                f"the loss function {name_of(self.function)} returned shape {jnp.shape(values)}, "
+                f"expected one value per pair, {expected}."
+            )
+        return values
 
 
-def preference(loss: str | Callable, divergence: str = "reverse_kl") -> Preference:
-    """Return a loss by its name in the config, or made of a function: the caller's, or one here."""
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """A weighted sum of preference losses, which the objective takes as it takes one."""
+
+    losses: tuple[Preference, ...]  # under one divergence
+
+    def scores(self, log_ratios: jax.Array, hyper: dict) -> jax.Array:
+        """Return what beta turns into implicit rewards."""
+        return self.losses[0].scores(log_ratios, hyper)
+
+    def __call__(self, pairs: Pairs, hyper: dict) -> jax.Array:
+        """Return the loss of each pair; hyper["loss_weights"] has a weight for each loss."""
+        weighted = zip(hyper["loss_weights"], self.losses, strict=True)
+        return sum(weight * loss(pairs, hyper) for weight, loss in weighted)
+
+
+def preference(
+    loss: str | tuple[str, ...] | Callable, divergence: str = "reverse_kl"
+) -> Preference | Mixture:
+    """Return a loss of the config, or one that is made of a function: the caller's, or one here.
+
+    loss: config.dpo.loss, or the names in a mixture, as its weights are traced.
+    """
+    if isinstance(loss, str) and loss_table.is_mixture(loss):
+        loss = tuple(loss_table.names(loss))
+    if isinstance(loss, tuple):
+        return Mixture(tuple(preference(name, divergence) for name in loss))
     for name, function in PREFERENCE.items():
         if loss in (name, function):
             return Preference(function, LOSSES[name].numbers, divergence)
@@ -268,6 +305,14 @@ def cpo(pairs: Pairs, beta, cpo_alpha) -> jax.Array:
     """
     scaled = beta * (pairs.chosen_log_probs - pairs.rejected_log_probs)
     return -jax.nn.log_sigmoid(scaled) - cpo_alpha * pairs.chosen_per_token
+
+
+def nll(pairs: Pairs) -> jax.Array:
+    """Negative log-likelihood of the chosen response, per token: -log p(chosen) / length.
+
+    In a mixture with sigmoid it is RPO's second term (Pang et al. 2024, eq. 1).
+    """
+    return -pairs.chosen_per_token
 
 
 # config.dpo.loss -> the loss: the function of that name

@@ -54,8 +54,9 @@ def sft(model, loss, params, _reference, _hyper, batch: Batch):
 def dpo(model, loss, params, reference, hyper, batch: Batch):
     """A preference loss on pairs, mean over pairs (Rafailov et al. 2023, eq. 7).
 
-    loss: a `losses.Preference`. reference: None where the batch has its log-probs, or where there
-    is no reference. Raises ValueError where the loss has another shape than the pairs.
+    loss: a `losses.Preference` or `losses.Mixture`. reference: None where the batch has its
+    log-probs, or where there is no reference. Raises ValueError where the loss has another shape
+    than the pairs.
     """
     log_probs_SP2 = by_example(response_log_probs(model, params, batch), batch)
     # Without a reference the log-ratio is the log-prob itself.
@@ -82,14 +83,6 @@ def dpo(model, loss, params, reference, hyper, batch: Batch):
         rejected_lengths=lengths_SP2[..., 1],
     )
     loss_SP = loss(pairs, hyper)
-    # Any other shape would be broadcast to the pairs, and train on something else without a word.
-    expected = pairs.chosen_log_ratios.shape
-    if jnp.shape(loss_SP) != expected:
-        name = losses.name_of(loss.function)
-        raise ValueError(
-            f"the loss function {name} returned shape {jnp.shape(loss_SP)}, expected one value per "
-            f"pair, {expected}."
-        )
     # The implicit rewards of eq. 5, for the metrics alone.
     rewards_SP2 = hyper["beta"] * scores_SP2
     return _pair_metrics(batch, loss_SP, rewards_SP2=rewards_SP2, log_probs_SP2=log_probs_SP2)
@@ -152,11 +145,17 @@ OBJECTIVES = {
 OBJECTIVE_NUMBERS = (*loss_table.numbers(), "alpha", "clip", "value_clip", "value_coef")
 
 
-def make(name: str, model, loss: str | Callable = "", divergence: str = "reverse_kl") -> Callable:
+def make(
+    name: str,
+    model,
+    loss: str | tuple[str, ...] | Callable = "",
+    divergence: str = "reverse_kl",
+) -> Callable:
     """Return (params, reference, hyper, batch) -> (total, count), metrics.
 
-    name: a key of OBJECTIVES. loss: the config's choice by name; for dpo also a function of pairs,
-    beta and label_smoothing. divergence: of dpo, as config.dpo.divergence.
+    name: a key of OBJECTIVES. loss: the config's choice by name; for dpo also the names in a
+    mixture, or a function of pairs, beta and label_smoothing. divergence: of dpo, as
+    config.dpo.divergence.
     """
     if name == "dpo":
         loss = losses.preference(loss, divergence)
@@ -171,6 +170,9 @@ def numbers(block, steps: int) -> dict:
     for name in OBJECTIVE_NUMBERS:
         if name in block:
             found[name] = block[name]
+    loss = block.get("loss", "")
+    if loss_table.is_mixture(loss):
+        found["loss_weights"] = list(loss_table.weights(loss).values())
     return {name: np.float32(value) for name, value in found.items()}
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dpo_jax import loss_table
 from dpo_jax.loss_table import LOSSES
 from dpo_jax.training import losses
 
@@ -32,17 +33,23 @@ NUMBERS = dict(
     cpo_alpha=0.6,
     divergence_alpha=0.3,
 )
-THEIR_NAMES = dict(exo="exo_pair", nca="nca_pair")  # where TRL has another name for a loss
+THEIR_NAMES = dict(
+    exo="exo_pair", nca="nca_pair", nll="sft"
+)  # where TRL has another name for a loss
 THEIR_DIVERGENCES = dict(jensen_shannon="js_divergence", alpha="alpha_divergence")
 NOT_IN_TRL = ("ipo_sum", "dpop")  # closed forms are in the unit tests
 OF_LOG_PROBS = ("simpo", "orpo", "cpo")
 OF_LOG_RATIOS = [name for name in LOSSES if name not in (*NOT_IN_TRL, *OF_LOG_PROBS)]
 
 
+def weights_of(name) -> list[float]:
+    return list(loss_table.weights(name).values())
+
+
 def ours(name, divergence="reverse_kl", eps=EPS):
     """Losses, and their gradients by both responses' log-probs, where the reference's are 0."""
     of_pairs = losses.preference(name, divergence)
-    hyper = NUMBERS | dict(label_smoothing=eps)
+    hyper = NUMBERS | dict(label_smoothing=eps, loss_weights=weights_of(name))
 
     def loss(chosen, rejected):
         scores = [of_pairs.scores(side, hyper) for side in (chosen, rejected)]
@@ -75,7 +82,8 @@ class Stand:
     _total_train_tokens, _tp_size = 0, 1
 
     def __init__(self, name, divergence="reverse_kl", eps=0.0):
-        self.loss_types, self.loss_weights = [THEIR_NAMES.get(name, name)], [1.0]
+        self.loss_types = [THEIR_NAMES.get(each, each) for each in loss_table.names(name)]
+        self.loss_weights = weights_of(name)
         self.loss_type = "sigmoid" if name == "cpo" else name
         self.beta = NUMBERS["orpo_lambda"] if name == "orpo" else BETA
         self.label_smoothing = eps
@@ -125,7 +133,7 @@ def assert_equal_to_trl(name, divergence="reverse_kl", eps=0.0):
     values.sum().backward()
     found = ours(name, divergence, eps)
     # The logarithms of exo's label smoothing are in float32 there, too.
-    tolerance = 1e-5 if is_single or name == "exo" else 1e-9
+    tolerance = 1e-5 if is_single or "exo" in name else 1e-9
     assert_equal_to_torch(found, values, chosen, rejected, tolerance)
 
 
@@ -139,6 +147,20 @@ def test_preference_equals_trl(name):
 @pytest.mark.parametrize("name", [x for x in OF_LOG_RATIOS if LOSSES[x].takes_divergence])
 def test_divergences_equal_trl(name, divergence):
     assert_equal_to_trl(name, divergence, eps=EPS if name in ("robust", "exo") else 0.0)
+
+
+@pytest.mark.parametrize(
+    "mixture, divergence",
+    [
+        ("sigmoid=1,nll=0.2", "reverse_kl"),  # RPO
+        ("sigmoid=0.8,bco_pair=0.2,nll", "reverse_kl"),  # MPO
+        ("hinge=0,exo=0.5,nca=3,apo_zero=0.1", "reverse_kl"),
+        ("ipo=2,nll=0.5", "forward_kl"),
+    ],
+)
+def test_mixtures_equal_trl(mixture, divergence):
+    """Of each pair alone: TRL means the likelihood over all tokens of a batch."""
+    assert_equal_to_trl(mixture, divergence, eps=EPS if "exo" in mixture else 0.0)
 
 
 @pytest.mark.parametrize("name", ["sigmoid", "sigmoid_norm"])

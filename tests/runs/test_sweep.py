@@ -99,3 +99,16 @@ def test_points_of_names_and_wrong_values(model, pairs):
     none = dpo_config(model, pairs, reference="none")
     assert not sweep.points(none, "dpo.beta=0.1")[0][1].dpo.cache_reference
     assert not sweep.points(dpo_config(model, pairs), "dpo.loss=orpo")[0][1].dpo.cache_reference
+
+
+def test_points_of_mixtures_are_separated_by_semicolons(model, pairs):
+    config = dpo_config(model, pairs)
+    points = sweep.points(config, "dpo.loss=sigmoid;sigmoid=1,nll=0.2;simpo,nll=1")
+    assert [value for value, _ in points] == ["sigmoid", "sigmoid=1,nll=0.2", "simpo,nll=1"]
+    runs = [point.run for _, point in points]
+    assert runs == ["", "dpo-losssigmoid-1-nll-0.2", "dpo-losssimpo-nll-1"]
+    assert [point.dpo.cache_reference for _, point in points] == [True, True, False]
+    ((value, _),) = sweep.points(config, "dpo.loss=sigmoid=1,nll=0.2;")
+    assert value == "sigmoid=1,nll=0.2"
+    with pytest.raises(ValueError, match="expected a semicolon after each value"):
+        sweep.points(config, "dpo.loss=sigmoid=1,nll=0.2")

@@ -53,6 +53,16 @@ def valid():
         ("sft.weight_decay", 0.1, "0, as rmsprop has no weight decay"),
         ("sft.schedule", "step", "one of constant"),
         ("dpo.loss", "kto", "one of sigmoid"),
+        ("dpo.loss", "sigmoid=1,rpo=2", "'rpo' is none"),
+        ("dpo.loss", "sigmoid=1,", "'' is none"),
+        ("dpo.loss", "nll=1,sigmoid,nll", "each loss once in a mixture; nll is there twice"),
+        ("dpo.loss", "sigmoid=1,nll=", "the weight of nll is ''"),
+        ("dpo.loss", "sigmoid=-1,nll=1", "the weight of sigmoid is '-1'"),
+        ("dpo.loss", "sigmoid=inf", "the weight of sigmoid is 'inf'"),
+        ("dpo.loss", "sigmoid=nan,nll", "the weight of sigmoid is 'nan'"),
+        ("dpo.loss", "sigmoid=1e39,nll", "the weight of sigmoid is '1e39'"),
+        ("dpo.loss", "sigmoid=1e-50", "the weight of sigmoid is '1e-50'"),
+        ("dpo.loss", "sigmoid=0,nll=0.0", "some weight is more than 0"),
         ("dpo.beta", 0.0, "more than 0"),
         ("dpo.label_smoothing", 0.5, "below 0.5"),
         ("dpo.reference", "", "'init', 'first', 'none' or"),
@@ -121,6 +131,14 @@ def test_validate_refuses_numbers_that_the_loss_does_not_take(loss):
         ),
         (dict(loss="simpo", reference="some/model"), "expected 'none', as the simpo loss needs no"),
         (dict(loss="orpo", cache_reference=True), "expected False, as the orpo loss needs no"),
+        (dict(loss="simpo=1,nll=1", cache_reference=True), "the simpo=1,nll=1 loss needs no"),
+        (dict(loss="sigmoid=1,nll=1", simpo_gamma=0.5), "the sigmoid=1,nll=1 loss does not take"),
+        (dict(loss="sigmoid=1,exo=1"), "label_smoothing = 0.0: expected more than 0"),
+        (
+            dict(loss="sigmoid=1,nca=1,nll=1", divergence="forward_kl"),
+            "expected 'reverse_kl', as the nca loss has no other divergence",
+        ),
+        (dict(loss="nll=1", divergence="forward_kl"), "as the nll=1 loss has no other divergence"),
     ],
 )
 def test_validate_refuses_what_the_loss_has_no_use_for(fields, expected):
@@ -133,6 +151,16 @@ def test_validate_refuses_what_the_loss_has_no_use_for(fields, expected):
 def test_validate_takes_a_divergence_and_its_number():
     config = valid()
     config.dpo.update(divergence="alpha", divergence_alpha=0.3)
+    config_checks.validate(config)
+
+
+def test_validate_takes_mixtures_with_all_that_their_losses_take():
+    config = valid()
+    config.dpo.update(loss="sigmoid=1, nll = 0.2", label_smoothing=0.1, divergence="forward_kl")
+    config_checks.validate(config)
+    # No divergence changes the loss of one that has no log-ratios.
+    config.dpo.update(loss="hinge=1,simpo=1", label_smoothing=0.0, simpo_gamma=0.5)
+    config.dpo.cache_reference = True
     config_checks.validate(config)
 
 

@@ -33,6 +33,7 @@ def named(swept="", **overrides) -> str:
         (dict(dpo__beta=0.123456789), "dpo-beta0.123456789"),
         (dict(dpo__lr=1e20), "dpo-lr1e20"),
         (dict(dpo__loss="ipo"), "dpo-lossipo"),
+        (dict(dpo__loss="sigmoid=1,nll=0.2"), "dpo-losssigmoid-1-nll-0.2"),
         (dict(dpo__reference="/models/a b"), "dpo-referencemodels-a-b"),
         (dict(dpo__keep_best="rewards_eval/margins"), "dpo-keep_bestrewards_eval-margins"),
         (dict(dpo__beta=0.1), ""),  # the file's own value

@@ -28,11 +28,17 @@ def test_reference_by_block(reference):
     assert stage_table.reference_of(config, "rm") == "none"
 
 
-@pytest.mark.parametrize("loss", ["simpo", "orpo", "cpo"])
+@pytest.mark.parametrize("loss", ["simpo", "orpo", "cpo", "nll", "simpo=1,nll=2"])
 def test_losses_without_reference_have_none(loss):
     config = configs.default(("dpo",))
     config.dpo.loss = loss
     assert stage_table.reference_of(config, "dpo") == "none"
+
+
+def test_a_mixture_has_a_reference_if_any_of_its_losses_needs_one():
+    config = configs.default(("dpo",))
+    config.dpo.loss = "nll=1,sigmoid=0.5"
+    assert stage_table.reference_of(config, "dpo") == "init"
 
 
 def test_a_function_of_the_callers_has_a_reference():

@@ -174,6 +174,11 @@ def test_gradient_without_reference_equals_finite_differences(name, side):
     np.testing.assert_allclose(gradient, slope, rtol=1e-5, atol=1e-7)
 
 
+def test_nll_is_of_the_chosen_response_per_token():
+    found = loss_of_log_probs("nll", *LOG_PROBS)
+    np.testing.assert_allclose(found, -LOG_PROBS[0] / COUNTS[0], rtol=1e-6)
+
+
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_divergence_gradient_equals_finite_differences(divergence):
     def scores(x):
@@ -236,6 +241,21 @@ def test_numbers_at_which_a_loss_becomes_another():
     np.testing.assert_allclose(free, loss("sigmoid", *LOG_PROBS), rtol=1e-6)
     likelihood = loss_of_log_probs("orpo", *LOG_PROBS, orpo_lambda=0.0)
     np.testing.assert_allclose(likelihood, -LOG_PROBS[0] / COUNTS[0], rtol=1e-6)
+
+
+def test_mixture_is_the_weighted_sum():
+    """Not a mean: weights need not add up to 1."""
+    pairs = losses.Pairs(CHOSEN, REJECTED, *LOG_PROBS, *COUNTS)
+    mixture = losses.preference("sigmoid=2, nll = 0.25,hinge")
+    assert mixture == losses.preference(("sigmoid", "nll", "hinge"))
+    found = mixture(pairs, NUMBERS | dict(loss_weights=(2, 0.25, 1)))
+    expected = 2 * loss("sigmoid") - 0.25 * LOG_PROBS[0] / COUNTS[0] + loss("hinge")
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    # One of a single loss is weighted too, and 0 takes a loss out.
+    doubled = losses.preference("sigmoid=2")(pairs, NUMBERS | dict(loss_weights=(2,)))
+    np.testing.assert_allclose(doubled, 2 * loss("sigmoid"), rtol=1e-6)
+    alone = mixture(pairs, NUMBERS | dict(loss_weights=(1, 0, 0)))
+    np.testing.assert_allclose(alone, loss("sigmoid"), rtol=1e-6)
 
 
 def test_exo_is_kl_between_preferences():

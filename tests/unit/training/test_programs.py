@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dpo_jax import config as configs
 from dpo_jax.models import lora as adapters
 from dpo_jax.models.lora import Lora
 from dpo_jax.parallel import sharding
-from dpo_jax.training import loop, metrics
+from dpo_jax.training import loop, metrics, objectives
 from dpo_jax.training.data_feed import DataFeed
 from dpo_jax.training.ppo import RolloutFeed
 from dpo_jax.training.step import Frozen, copy_params, make_programs
@@ -52,6 +53,25 @@ def test_custom_objective_is_trained(programs, params):
     gradient = 2 * 2 * (start - 2)
     after = float(state.params["norm_final"]["scale"][0])
     assert after == pytest.approx(start - 0.5 * gradient, rel=1e-5) and int(state.step) == 1
+
+
+def test_mixtures_of_the_same_losses_share_programs():
+    """Their weights are traced, in the order of the names."""
+
+    def programs_of(loss):
+        block = configs.default(("dpo",)).dpo
+        block.loss = loss
+        return loop.stage_programs("dpo", block, tiny_config(), MESH), block
+
+    found, block = programs_of("sigmoid=1,nll=0.2")
+    same, _ = programs_of("sigmoid,nll=0")
+    assert same is found
+    for other in ("nll=0.2,sigmoid=1", "sigmoid=1", "sigmoid"):
+        assert programs_of(other)[0] is not found
+    np.testing.assert_array_equal(
+        objectives.numbers(block, steps=1)["loss_weights"], np.float32([1, 0.2])
+    )
+    assert "loss_weights" not in objectives.numbers(programs_of("sigmoid")[1], steps=1)
 
 
 def test_update_refuses_donated_state(programs, params):

@@ -28,7 +28,14 @@ def rows(name, count=12):
 
 @pytest.mark.parametrize(
     "name, loss",
-    [("dpo", "sigmoid"), ("sft", "sum"), ("sft", "token_mean"), ("unlikelihood", ""), ("rm", "")],
+    [
+        ("dpo", "sigmoid"),
+        ("dpo", "sigmoid=1,nll=0.5"),
+        ("sft", "sum"),
+        ("sft", "token_mean"),
+        ("unlikelihood", ""),
+        ("rm", ""),
+    ],
 )
 def test_accumulate_any_number_of_microbatches(tiny, name, loss):
     config, params = tiny
@@ -39,10 +46,11 @@ def test_accumulate_any_number_of_microbatches(tiny, name, loss):
             params | {"head": {"scalar": np.ones(16)}},
         )
     reference = jax.tree.map(lambda x: x * 1.05, params)
+    hyper = HYPER | dict(loss_weights=np.float32([1, 0.5]))
     examples, order = rows(name), training_order(12, 12, 1, 0)
     gradient = jax.jit(
         lambda params, batch: step.accumulate(
-            objective_of(name, loss, config), params, reference, HYPER, batch
+            objective_of(name, loss, config), params, reference, hyper, batch
         )
     )
     grads, metrics = gradient(params, Batches(examples, order)[0])
