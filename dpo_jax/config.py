@@ -236,12 +236,17 @@ EXPORT = dict(
 REWARD = dict(
     kind=Field(
         "classifier",
-        "the true reward: classifier or ngram (probability of positive), model, toy or "
-        "toy_saturating; rm (the rm stage's model) if no true reward is known",
+        "the true reward: classifier or ngram (probability of positive), model (a reward model), "
+        "toy or toy_saturating; rm (the rm stage's model) if no true reward is known",
     ),
     path=Field(
         "siebert/sentiment-roberta-large-english",
         "hub name or folder of the classifier or model; ngram: labelled texts; rm: empty",
+    ),
+    on_long=Field(
+        "error",
+        "of a model that others trained: what to do about a text with more tokens than it has "
+        "positions: error (stop) or cut (leave out its start)",
     ),
     batch_size=Field(64, "texts per batch, over all devices", least=1, most=100_000),
 )

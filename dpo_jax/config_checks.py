@@ -35,6 +35,7 @@ ALLOWED = {  # field -> its values; STAGE stands for every training stage
     "data.turns": ("all", "last"),
     "export.dtype": EXPORT_DTYPES,
     "reward.kind": REWARDS,
+    "reward.on_long": ("error", "cut"),
     "ppo.reward": ("rm", "true"),
     "best_of_n.reward": ("rm", "true"),
     "sft.loss": ("sum", "token_mean"),
@@ -372,7 +373,10 @@ def _validate_sampling(config):
         if "pairs" in config.stages:
             expected = "another kind: rm is trained on the pairs, so it cannot label them"
             _fail("reward.kind", "rm", expected)
-    elif not on_toy and not reward.path:
+    if reward.on_long != "error" and reward.kind != "model":
+        expected = f"'error', as a reward of kind {reward.kind!r} does not take it (model does)"
+        _fail("reward.on_long", reward.on_long, expected)
+    if reward.kind != "rm" and not on_toy and not reward.path:
         _fail("reward.path", reward.path, "a hub name, a folder or a file")
     if not 0 <= sampling.min_prefix <= sampling.max_prefix:
         expected = f"from 0 to sampling.max_prefix = {sampling.max_prefix}"

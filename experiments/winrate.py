@@ -403,7 +403,7 @@ def _sample(point: Point, opened: Opened, runs: dict, sampling, folder) -> list[
         return rollouts.complete(model, prompts, reward, settings, folder)
 
 
-def _no_reward(prompts, _completions, _tokens) -> np.ndarray:
+def _no_reward(prompts, _completions, _tokens, _conversations=None) -> np.ndarray:
     """Return a reward of 0 for each completion, where there is only one to choose from."""
     return np.zeros(len(prompts))
 

@@ -236,6 +236,35 @@ class Chat:
             "change the row to what the template takes, or use a template that takes the row",
         )
 
+    def whole(self, messages: Sequence[Message], tools: list | None = None) -> str:
+        """Return a conversation that ends in an answer, exactly as the template writes it.
+
+        That is with the white space after its end, if the template writes any. Raises Malformed
+        where the template refuses it or leaves out something that a message before the answer
+        holds, and where it writes no answer at all.
+        """
+        tools = _listed_tools(tools)
+        messages = _listed_calls(messages)
+        last = len(messages) - 1
+        refusals = []
+        for form in _forms(messages, tools, self._content_as_parts()):
+            formed = [form.apply(message) for message in messages]
+            formed_tools = form.apply_to_tools(tools)
+            try:
+                text = self._render(formed, formed_tools)
+                lost = self._lost_keys(formed, last, formed_tools, is_answer=True)
+            except _Refused as error:
+                refusals.append(error)
+                continue
+            self._check_tools(formed[:-1], formed_tools, text)
+            for index in range(last):
+                self._check(formed, index, formed_tools, text, is_answer=False)
+            # What a sampled answer says may look like a mark of the template, and be left out.
+            if "content" in lost:
+                raise Malformed("the chat template does not write the assistant's answer")
+            return text
+        raise Malformed("the chat template refuses this conversation", str(refusals[0]))
+
     def _content_as_parts(self) -> bool | None:
         """Return whether the template takes content as a list of parts; None: cannot be told.
 

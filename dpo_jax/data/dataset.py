@@ -34,16 +34,22 @@ class LoadedPart:
 
 
 def load(
-    data, tokenizer, kind: str, *, date: datetime.date | None = None, distinct: bool = False
+    data,
+    tokenizer,
+    kind: str,
+    *,
+    date: datetime.date | None = None,
+    distinct: bool = False,
+    watch: Callable[[str, TextExample], None] | None = None,
 ) -> Dataset:
     """Read, tokenise and check the data that the config `data` names.
 
     kind: "sft", "pairs" or "unpaired". date: what chat templates take for today; None: today.
-    distinct: leave out a row whose tokens an earlier row of the split has. Raises ValueError or
-    FileNotFoundError with the file, row and field, or with the reasons for which too many rows were
-    dropped.
+    distinct: leave out a row whose tokens an earlier row of the split has. watch: as for
+    `load_parts`. Raises ValueError or FileNotFoundError with the file, row and field, or with the
+    reasons for which too many rows were dropped.
     """
-    examples, parts = load_parts(data, tokenizer, kind, date=date, distinct=distinct)
+    examples, parts = load_parts(data, tokenizer, kind, date=date, distinct=distinct, watch=watch)
     for part in parts.values():
         for split, of_all in examples.items():
             check_cue(part.data, of_all[part.own[split]], tokenizer)

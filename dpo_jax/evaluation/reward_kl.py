@@ -46,7 +46,7 @@ def evaluate(
         model, reference, pairs, sampling.max_new_tokens, sampling.batch_size
     )
     found = dict(
-        reward=np.asarray(reward(prompts.texts, texts, pairs)),
+        reward=np.asarray(reward(prompts.texts, texts, pairs, prompts.conversations)),
         kl=kl,
         kl_sampled=kl_sampled,
         length=np.array([len(ids) for ids in tokens]),

@@ -111,8 +111,8 @@ class Family:
 def from_hf(hf_config, **options) -> TransformerConfig:
     """Return the TransformerConfig of a model from its Hugging Face config.
 
-    options: fields that are not part of a checkpoint: head, dtype, attention, remat, unroll.
-    Raises ValueError for a family or a setting whose maths this decoder does not have.
+    options: fields that config.json does not say: head, scalar_bias, dtype, attention, remat,
+    unroll. Raises ValueError for a family or a setting whose maths this decoder does not have.
     """
     configure = family(hf_config.model_type).configure
     # Quantised weights are stored as integers and scales, which only their own kernels read.
@@ -412,6 +412,7 @@ GPT2_TENSORS = _table(
     ("transformer.ln_f.bias", "D -> D", "norm_final/bias"),
     ("lm_head.weight", "V D -> D V", "head/kernel"),
     ("score.weight", "1 D -> D", "head/scalar"),
+    ("score.bias", "1 -> 1", "head/scalar_bias"),
 )
 
 GPTJ_TENSORS = _table(
@@ -430,6 +431,7 @@ GPTJ_TENSORS = _table(
     ("transformer.ln_f.bias", "D -> D", "norm_final/bias"),
     ("lm_head.weight", "V D -> D V", "head/kernel"),
     ("score.weight", "1 D -> D", "head/scalar"),
+    ("score.bias", "1 -> 1", "head/scalar_bias"),
     ("lm_head.bias", "V -> V", "head/bias"),
 )
 
@@ -469,6 +471,7 @@ GPT_NEOX_TENSORS = _table(
     ("gpt_neox.final_layer_norm.bias", "D -> D", "norm_final/bias"),
     ("embed_out.weight", "V D -> D V", "head/kernel"),
     ("score.weight", "1 D -> D", "head/scalar"),
+    ("score.bias", "1 -> 1", "head/scalar_bias"),
 )
 
 # Mistral's and Qwen's too. Rows for what a model lacks are left out by `tensors`.
@@ -495,6 +498,7 @@ LLAMA_TENSORS = _table(
     ("model.norm.weight", "D -> D", "norm_final/scale"),
     ("lm_head.weight", "V D -> D V", "head/kernel"),
     ("score.weight", "1 D -> D", "head/scalar"),
+    ("score.bias", "1 -> 1", "head/scalar_bias"),
 )
 
 FAMILIES = {

@@ -152,6 +152,8 @@ def open_checkpoint(
     has_tied_head = hf_config.tie_word_embeddings and options.get("head") != "reward"
     if has_tied_head and any(adapter.unties(hf_config.model_type) for adapter in adapters):
         hf_config.tie_word_embeddings = False
+    if options.get("head") == "reward":
+        options["scalar_bias"] = "score.bias" in stored_names(folder, adapters)
     config = families.from_hf(hf_config, **options)
     tokenizer_folder = None
     if tokenizer is None:
@@ -216,6 +218,26 @@ def find(path: str, *, weights: bool = True) -> tuple[pathlib.Path, tuple[Adapte
         if is_beside_base and (folder / "config.json").exists():
             break
     return folder, tuple(adapters)
+
+
+def is_own(folder: pathlib.Path, adapters: tuple[Adapter, ...]) -> bool:
+    """Return whether dpo_jax exported a model, or the adapter over it.
+
+    transformers writes the type of the weights under one name, and our export under the names of
+    versions 4 and 5; PEFT writes a field that ours has no use for.
+    """
+    if adapters:
+        return "auto_mapping" not in adapters[-1].config
+    return {"dtype", "torch_dtype"} <= export.read_fields(folder / "config.json").keys()
+
+
+def stored_names(folder: pathlib.Path, adapters: tuple[Adapter, ...]) -> dict[str, list[int]]:
+    """Return the shape of each stored tensor by its name, with those that adapters bring along."""
+    shapes = {tensor.name: tensor.shape for tensor in safetensors_io.read(folder)}
+    for adapter in adapters:
+        for name in adapter.replaced:
+            shapes[name] = adapter.stored[name].shape
+    return shapes
 
 
 def folder_of_tokenizer(folder: pathlib.Path, adapters: tuple[Adapter, ...]) -> pathlib.Path:

@@ -93,6 +93,7 @@ class TransformerConfig:
     tied: bool = False  # the head is the token embedding
     # "lm"; "reward": a scalar instead of logits (reward models); "lm_value": both (PPO)
     head: str = "lm"
+    scalar_bias: bool = False  # of the scalar: some reward models have one
     window: int | None = None  # sliding attention window
     dtype: str = "float32"  # compute dtype of the trunk
     attention: str = "auto"  # or a key of attention.KERNELS
@@ -171,7 +172,9 @@ def unembed(config: TransformerConfig, params, x_D) -> jax.Array:
 def scalar(params, x_D) -> jax.Array:
     """Return float32 scalars [...] of hidden states [..., D]: rewards, or values for PPO."""
     # In float32: it is one product a token, and rewards are compared by small differences.
-    return jnp.einsum("...D,D->...", x_D.astype(jnp.float32), params["head"]["scalar"])
+    scalars = jnp.einsum("...D,D->...", x_D.astype(jnp.float32), params["head"]["scalar"])
+    bias = params["head"].get("scalar_bias")
+    return scalars if bias is None else scalars + bias
 
 
 def logits(config: TransformerConfig, params, tokens_BT) -> jax.Array:
@@ -265,6 +268,8 @@ class Head(nn.Module):
             self.param("bias", nn.initializers.zeros, (config.vocab,))
         if config.head != "lm":
             self.param("scalar", nn.initializers.zeros, (config.width,))
+        if config.scalar_bias:
+            self.param("scalar_bias", nn.initializers.zeros, (1,))
 
 
 class Block(nn.Module):

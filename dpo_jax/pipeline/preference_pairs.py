@@ -68,8 +68,7 @@ def make_pairs(
     Returns the number of training pairs; raises ValueError where a split has none.
     """
     train, held_out = prompts["train"], prompts["eval"]
-    both = Prompts([*train.ids, *held_out.ids], [*train.texts, *held_out.texts])
-    rows = rollouts.complete(model, both, reward, sampling, folder)
+    rows = rollouts.complete(model, train.followed_by(held_out), reward, sampling, folder)
     splits = dict(train=rows[: len(train)], eval=rows[len(train) :])
 
     ledger = {}

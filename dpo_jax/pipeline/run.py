@@ -21,7 +21,7 @@ from dpo_jax.parallel import agreement
 from dpo_jax.pipeline import exports, preference_pairs
 from dpo_jax.rewards import make
 from dpo_jax.sampling import prompts
-from dpo_jax.sampling.prompts import Prompts
+from dpo_jax.sampling.prompts import Conversation, Prompts
 from dpo_jax.sampling.sampler import Sampling
 from dpo_jax.stage_table import STAGES
 from dpo_jax.storage.addresses import shown
@@ -161,11 +161,19 @@ class Run:
         """Return the prompts to sample from, of the splits train and eval."""
         if self.date not in self._prompts:
             data = self.sft_data()
-            loaded = dataset.load(data, tokenizer, "sft", date=self.date)
+            read = dict(train=[], eval=[])
+
+            def watch(split, text):
+                # A reward model or a judge may read conversations in its own way.
+                is_chat = isinstance(text.prompt, list)
+                conversation = Conversation(text.prompt, text.tools) if is_chat else None
+                read[split].append((text.where, conversation))
+
+            loaded = dataset.load(data, tokenizer, "sft", date=self.date, watch=watch)
             found = {}
             for split, examples in (("train", loaded.train), ("eval", loaded.eval)):
                 found[split] = prompts.make(
-                    examples, tokenizer, self.config.sampling, self.config.seed
+                    examples, tokenizer, self.config.sampling, self.config.seed, read[split]
                 )
             _check_same_tokens(_source(data), found)
             self._prompts[self.date] = found
@@ -191,10 +199,11 @@ class Run:
         kind, path = self._reward_at(name)
         if kind == FUNCTION:
             return self.reward_function
-        return make.make_reward(kind, path, self.config.reward.batch_size, self.mesh)
+        reward = self.config.reward
+        return make.make_reward(kind, path, reward.batch_size, self.mesh, reward.on_long, self.date)
 
     def reward_model(self, name: str) -> loading.Checkpoint | None:
-        """Return the model behind a stage's reward, or None where dpo_jax did not train it."""
+        """Return the reward model behind a stage's reward, or None where there is none."""
         kind, path = self._reward_at(name)
         if kind in ("rm", "model"):
             return loading.open_checkpoint(path, head="reward")

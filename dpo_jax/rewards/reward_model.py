@@ -33,10 +33,10 @@ def any_policy(path: str, batch_size: int, mesh) -> Callable:
     an EOS.
     """
     checkpoint = loading.open_checkpoint(path, head="reward")
-    reward_tokens = _token_reward(checkpoint, batch_size, mesh)
+    reward_tokens = token_reward(checkpoint, batch_size, mesh)
     has_warned = False
 
-    def reward(prompts, completions, tokens) -> np.ndarray:
+    def reward(prompts, completions, tokens, _conversations=None) -> np.ndarray:
         nonlocal has_warned
         if tokens is None:  # texts that are not a policy's samples
             return reward_tokens(_tokenised(checkpoint.tokenizer, _of_texts(prompts, completions)))
@@ -60,7 +60,7 @@ def of_examples(path: str, batch_size: int, mesh, data, date: datetime.date) -> 
     examples were read by. date: what templates take for today.
     """
     checkpoint = loading.open_checkpoint(path, head="reward")
-    reward_tokens = _token_reward(checkpoint, batch_size, mesh)
+    reward_tokens = token_reward(checkpoint, batch_size, mesh)
 
     def reward(texts: list[TextExample]) -> np.ndarray:
         return reward_tokens(_tokenised(checkpoint.tokenizer, texts, data, date))
@@ -71,9 +71,9 @@ def of_examples(path: str, batch_size: int, mesh, data, date: datetime.date) -> 
 def same_policy(path: str, batch_size: int, mesh) -> Callable:
     """Return the reward of this run's reward model, on the very tokens that the policy sampled."""
     checkpoint = loading.open_checkpoint(path, head="reward")
-    reward_tokens = _token_reward(checkpoint, batch_size, mesh)
+    reward_tokens = token_reward(checkpoint, batch_size, mesh)
 
-    def reward(_prompts, _completions, tokens) -> np.ndarray:
+    def reward(_prompts, _completions, tokens, _conversations=None) -> np.ndarray:
         return reward_tokens(tokens)
 
     return reward
@@ -120,7 +120,7 @@ def _tokenised(
     return [(example.prompt, example.responses[0]) for example in examples]
 
 
-def _token_reward(checkpoint: loading.Checkpoint, batch_size: int, mesh) -> Callable:
+def token_reward(checkpoint: loading.Checkpoint, batch_size: int, mesh) -> Callable:
     """Return a function from (prompt, completion) ids to a reward model's rewards, float64 [n]."""
     params = checkpoint.load_params(mesh)
     function = functools.partial(_rewards, checkpoint.config, params)

@@ -2,8 +2,18 @@
 
 import dataclasses
 import hashlib
+from collections.abc import Iterable
 
 import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    """A prompt as chat messages, which other models read through a template of their own."""
+
+    messages: list
+    tools: list | None = None  # definitions of the tools that the model may call
+    begun: str = ""  # the start of the answer, where it is part of the prompt
 
 
 @dataclasses.dataclass
@@ -12,6 +22,9 @@ class Prompts:
 
     ids: list[np.ndarray]
     texts: list[str]
+    # Of each prompt, whole even where the model reads it cut; None where it is plain text. None
+    # instead of the list: all are.
+    conversations: list[Conversation | None] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -24,28 +37,69 @@ class Prompts:
 
     def take(self, indices) -> "Prompts":
         """Return the prompts at these indices, which may repeat."""
+        indices = list(indices)
+        conversations = self.conversations
+        if conversations is not None:
+            conversations = [conversations[index] for index in indices]
         ids = [self.ids[index] for index in indices]
-        return Prompts(ids, [self.texts[index] for index in indices])
+        return Prompts(ids, [self.texts[index] for index in indices], conversations)
+
+    def followed_by(self, others: "Prompts") -> "Prompts":
+        """Return these prompts and then others."""
+        conversations = None
+        if self.conversations is not None or others.conversations is not None:
+            first = self.conversations or [None] * len(self)
+            conversations = [*first, *(others.conversations or [None] * len(others))]
+        return Prompts([*self.ids, *others.ids], [*self.texts, *others.texts], conversations)
 
 
-def make(examples, tokenizer, sampling, seed: int) -> Prompts:
+def make(
+    examples, tokenizer, sampling, seed: int, read: Iterable[tuple[str, Conversation | None]] = ()
+) -> Prompts:
     """Return the prompts of tokenised examples; with sampling.max_prefix, starts of their texts.
 
     sampling: config.sampling. A prefix has sampling.min_prefix to max_prefix tokens, each length as
     likely (appendix C.1), after the BOS or whatever else the tokenizer starts a text with. Texts
-    that end within max_prefix tokens are left out.
+    that end within max_prefix tokens are left out. read: where each example stood, and its
+    conversation, in the order of the examples; some of them may have been dropped since.
     """
+    conversations = _of_examples(examples, read)
     if not sampling.max_prefix:
         ids = list(examples.prompts)
-        return Prompts(ids, tokenizer.batch_decode(ids, skip_special_tokens=True))
+        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return Prompts(ids, texts, conversations)
     rng = np.random.default_rng(seed)
     lengths = rng.integers(sampling.min_prefix, sampling.max_prefix + 1, len(examples))
     ids = []
-    for example, length in zip(examples, lengths, strict=True):
+    kept = []
+    for index, (example, length) in enumerate(zip(examples, lengths, strict=True)):
         text = example.responses[0]
         if len(text) > sampling.max_prefix + 1:  # its last token may be EOS
             ids.append(np.concatenate([example.prompt, text[:length]]))
-    return Prompts(ids, tokenizer.batch_decode(ids, skip_special_tokens=True))
+            kept.append(index)
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    if conversations is None:
+        return Prompts(ids, texts)
+    begun = []
+    for index, text in zip(kept, texts, strict=True):
+        conversation = conversations[index]
+        if conversation is not None:
+            before = tokenizer.decode(examples.prompts[index], skip_special_tokens=True)
+            conversation = dataclasses.replace(conversation, begun=text[len(before) :])
+        begun.append(conversation)
+    return Prompts(ids, texts, begun)
+
+
+def _of_examples(
+    examples, read: Iterable[tuple[str, Conversation | None]]
+) -> list[Conversation | None] | None:
+    """Return the conversation of each example, or None where no prompt is one."""
+    left = iter(read)
+    found = []
+    for where in examples.where:
+        conversation = next((chat for place, chat in left if place == where), None)
+        found.append(conversation)
+    return found if any(found) else None
 
 
 def completion_texts(prompts: Prompts, completions: list[np.ndarray], tokenizer) -> list[str]:

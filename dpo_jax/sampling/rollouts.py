@@ -70,7 +70,8 @@ def with_rewards(
     sampled = [completion.tokens for completions in drawn for completion in completions]
     repeated = prompts.take(np.repeat(np.arange(len(prompts)), n))
     texts = prompts_lib.completion_texts(repeated, sampled, tokenizer)
-    rewards = reward(repeated.texts, texts, list(zip(repeated.ids, sampled, strict=True)))
+    tokens = list(zip(repeated.ids, sampled, strict=True))
+    rewards = reward(repeated.texts, texts, tokens, repeated.conversations)
     made = []
     for text, ids, value in zip(texts, sampled, rewards, strict=True):
         made.append(dict(text=text, tokens=ids.tolist(), reward=float(value)))

@@ -138,7 +138,7 @@ def test_evaluate_by_hand(monkeypatch):
         sampling = sampler.Sampling(12, batch_size=4)
         return reward_kl.evaluate(model, REFERENCE, asked, reward, sampling)
 
-    def reward(prompts, completions, tokens):
+    def reward(prompts, completions, tokens, conversations=None):
         assert prompts == asked.texts
         assert [[*prompt, *completion] for prompt, completion in tokens] == [
             [words.index(word) for word in (prompt + completion).split()]
