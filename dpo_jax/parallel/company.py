@@ -15,6 +15,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 from dpo_jax.parallel.meeting import Member, send
 
@@ -25,7 +26,7 @@ LOST = 75
 # the others are told well before jax would abort them (processes.SILENCE).
 ALIVE_EVERY = 10
 SILENT = 40
-GOODBYE = 2  # seconds in which the others take what process 0 says at its end
+GOODBYE = 2  # seconds in which the others take what a process says at its end
 
 
 class Company:
@@ -39,6 +40,7 @@ class Company:
         self._heard = dict.fromkeys(connections, b"")  # less than a line
         self._heard_at = dict.fromkeys(connections, time.monotonic())
         self._left: set[int] = set()  # those that have ended as they should
+        self._took_leave: set[int] = set()  # those that know that this one ends as it should
         self._is_leaving = False
         self._another_ends = threading.Event()
         self._lock = threading.RLock()  # threads may speak at once, and a signal's handler
@@ -59,15 +61,17 @@ class Company:
         self._tell(dict(stop=text, status=status))
         if self._me.number == 0:
             # jax's own service ends with this process, and aborts who has not ended by then.
-            deadline = time.monotonic() + GOODBYE
-            while self._selector.get_map() and time.monotonic() < deadline:
-                time.sleep(0.01)
+            self._wait_until(lambda: not self._connections)
 
     def leave(self) -> None:
         """Tell the others that this process has done its work, and may end before they do."""
-        if not self._is_leaving:
-            self._is_leaving = True
-            self._tell(dict(done=True))
+        if self._is_leaving:
+            return
+        self._is_leaving = True
+        self._tell(dict(done=True))
+        # A sign of life that reaches a closed connection resets it, and the reset may overtake
+        # these words: the other would take this process for killed.
+        self._wait_until(lambda: self._took_leave.issuperset(list(self._connections)))
 
     def has_left(self) -> bool:
         """Return whether this process has told the others how it ends."""
@@ -81,6 +85,12 @@ class Company:
         """Return after some seconds, unless another process ends: this one then ends with it."""
         if self._another_ends.wait(seconds):
             threading.Event().wait()  # the other thread ends the process
+
+    def _wait_until(self, is_over: Callable[[], bool]) -> None:
+        """Give the others time to take what was said, but no more than GOODBYE."""
+        deadline = time.monotonic() + GOODBYE
+        while not is_over() and time.monotonic() < deadline:
+            time.sleep(0.01)
 
     def _tell(self, message: dict, but: int | None = None) -> None:
         with self._lock:
@@ -115,6 +125,10 @@ class Company:
     def _hear(self, number: int, message: dict) -> None:
         if "done" in message:
             self._left.add(number)
+            with self._lock:
+                send(self._connections[number], dict(took_leave=True))
+        elif "took_leave" in message:
+            self._took_leave.add(number)
         elif "stop" in message and not self._is_leaving:
             self._end(message["stop"], message["status"], number)
 

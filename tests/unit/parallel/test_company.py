@@ -1,12 +1,17 @@
 """How processes that work together end: each a real one, which imports no jax."""
 
+import json
+import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
 from dpo_jax import command_line
+from dpo_jax.parallel.company import GOODBYE, Company
+from dpo_jax.parallel.meeting import Member
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_runs import free_port
 
@@ -67,6 +72,22 @@ def ends_of(who: int, how: str) -> list[tuple[int, str]]:
 
 def test_those_that_did_their_work_end_one_after_another():
     assert ends_of(0, "work") == [(0, "")] * 3
+
+
+def test_who_leaves_waits_until_the_others_know():
+    here, there = socket.socketpair()
+    me, other = (Member(number, 2, f"host-{number}", {}) for number in range(2))
+    left = Company(me, {1: (other, here)})
+    leaving = threading.Thread(target=left.leave)
+    leaving.start()
+    with there, there.makefile() as heard:
+        said = [json.loads(heard.readline()) for _ in range(2)]
+        assert dict(done=True) in said
+        leaving.join(0.2)
+        assert leaving.is_alive()
+        there.sendall(b'{"took_leave": true}\n')
+        leaving.join(GOODBYE / 2)
+        assert not leaving.is_alive()
 
 
 @pytest.mark.parametrize("who", [0, 2])
