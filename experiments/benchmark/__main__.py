@@ -26,6 +26,7 @@ import os
 import pathlib
 import sys
 import tempfile
+import time
 
 from absl import flags
 
@@ -111,10 +112,13 @@ def measure(options, told: work.Work, sides: list[Worker]) -> dict:
     """Check that the sides agree, time them in turns, and return the report."""
     here = machine()
     print(f"machine: {here}", flush=True)
-    about = {}
+    about, ready = {}, {}
     for side in sides:
+        # One after another; ours compiles here.
+        began = time.perf_counter()
         about[side.name] = side.ask("about")
-        print(f"{side.name}: {about[side.name]}", flush=True)
+        ready[side.name] = round(time.perf_counter() - began, 1)
+        print(f"{side.name}: ready after {ready[side.name]} s, {about[side.name]}", flush=True)
 
     losses = {side.name: side.ask("steps", count=options.checked)["losses"] for side in sides}
     check = report.check_losses(losses, told.dtype)
@@ -156,6 +160,7 @@ def measure(options, told: work.Work, sides: list[Worker]) -> dict:
         machine=here,
         glibc_tunables=HUGE_PAGES,
         about=about,
+        ready_seconds=ready,
         load=load,
         losses=check,
         ceiling_flops_per_second=max(ceilings),

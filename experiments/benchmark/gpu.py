@@ -52,6 +52,13 @@ ALSO_NEEDED = (
     "dill",
     "multiprocess",
     "xxhash",
+    "openai>=3.54,<4",
+    "distro",
+    "httpcore2",
+    "httpx2",
+    "jiter",
+    "pydantic",
+    "truststore",
 )
 # The versions that were tried together; others that the requirements allow may do as well.
 VERSIONS = {
@@ -60,6 +67,7 @@ VERSIONS = {
     "flax": "0.12.12",
     "ml_collections": "1.1.0",
     "multiprocess": "0.70.19",
+    "openai": "3.57.0",
     "orbax-checkpoint": "0.12.8",
     "trl": "1.16.0",
 }
@@ -109,7 +117,7 @@ CASES = tuple(
 )
 ON_A_GPU = Sizes(
     cases=CASES,
-    case_seconds=120,
+    case_seconds=180,
     checks_seconds=180,
     tests_seconds=360,
     tests="tests/unit",

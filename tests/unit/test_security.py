@@ -214,6 +214,7 @@ def test_data_is_fetched_at_its_revision(path, monkeypatch):
         return {"train": datasets.Dataset.from_list(pairs(3))}
 
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", info)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)  # it then asks for no info
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert list(readers.find_splits(path)) == ["train"]
     assert asked == [("me/mine", wanted)] * 2

@@ -9,8 +9,8 @@ import pytest
 
 from dpo_jax.data.examples import Examples
 from dpo_jax.data.ledger import Counts
-from tests.helpers.rows import assistant, user, write_jsonl
 from tests.helpers.chat_tokenizers import make_tokenizer
+from tests.helpers.rows import assistant, user, write_jsonl
 from tests.unit.data.test_formats import CHATML, load, shown
 
 LABELS = [True, 1, "true", "1.0", "yes", "False", 0, 0.0, "0"]
