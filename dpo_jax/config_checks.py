@@ -344,6 +344,12 @@ def _validate_ppo(config):
     if block.minibatch_size < 1 or block.batch_size % block.minibatch_size:
         expected = f"a divisor of ppo.batch_size = {block.batch_size}"
         _fail("ppo.minibatch_size", block.minibatch_size, expected)
+    # A step changes kl_coef by up to 0.2 batch_size / kl_horizon of itself: it would reach 0.
+    if block.batch_size >= 5 * block.kl_horizon:
+        least = block.batch_size // 5 + 1
+        expected = f"at least {least:,}, as ppo.batch_size is {block.batch_size:,}"
+        expected += ": kl_coef would become 0 or negative"
+        _fail("ppo.kl_horizon", block.kl_horizon, expected)
 
 
 def _validate_best_of_n(config):

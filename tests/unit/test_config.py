@@ -270,6 +270,7 @@ def sampled(*stages):
         ("unlikelihood.alpha", -1.0, "at least 0"),
         ("preferred_ft.loss", "mean", "one of sum"),
         ("ppo.minibatch_size", 100, "a divisor of ppo.batch_size = 1024"),
+        ("ppo.kl_horizon", 204, "at least 205, as ppo.batch_size is 1,024"),
         ("ppo.microbatch_size", 100, "a divisor of ppo.minibatch_size = 256"),
         ("ppo.inner_epochs", 0, "at least 1"),
         ("ppo.target_kl", 0.0, "more than 0"),
