@@ -6,6 +6,7 @@ written whole or not at all. Imports no jax.
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import logging
 import os
@@ -156,20 +157,47 @@ def _explained(address: str, verb: str):
             f"{address} cannot be {verb}: there is no bucket {bucket}, or you may not see it. "
             "Check the name, or make the bucket first."
         ) from error
-    except OSError as error:
-        if error.errno is not None and error.filename:
-            raise  # of this machine's disk
-        raise OSError(_refusal(address, verb, error)) from error
     except Exception as error:  # noqa: BLE001 - clients and their credentials have many
+        if isinstance(error, OSError) and error.errno is not None and error.filename:
+            raise  # of this machine's disk
+        if _may_pass(error, scheme):
+            raise TimeoutError(
+                f"{address} cannot be {verb} at present ({type(error).__name__}: "
+                f"{_first_line(error)}), although it was tried several times. Run the same command "
+                "again later."
+            ) from error
         raise OSError(_refusal(address, verb, error)) from error
+
+
+def _may_pass(error: Exception, scheme: str) -> bool:
+    """Return whether a bucket was not reached or too busy, which its client has tried again."""
+    if isinstance(error, TimeoutError | ConnectionError):
+        return True
+    if scheme == "gs":
+        from gcsfs.retry import is_retriable
+        from google.auth.exceptions import RefreshError
+
+        # Credentials that have expired do not come back by waiting.
+        return is_retriable(error) and not isinstance(error, RefreshError)
+    if scheme == "s3":
+        from botocore.exceptions import ConnectionError as Unreached
+        from botocore.exceptions import HTTPClientError
+
+        is_busy = isinstance(error, OSError) and error.errno in (errno.EBUSY, errno.EREMOTEIO)
+        return is_busy or isinstance(error, Unreached | HTTPClientError)
+    return False
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _refusal(address: str, verb: str, error: Exception) -> str:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     named = re.search(r"\b(?:storage\.(?!googleapis)\w+\.\w+|s3:\w+)", str(error))
     # Where a permission is named, it stands at the end of a long text.
     missing = f" The permission that is missing is {named[0]}." if named else ""
     return (
-        f"{address} cannot be {verb} ({type(error).__name__}: {reason[:200]}).{missing} See that "
-        f"the bucket exists and that this machine may use it: {CREDENTIALS[scheme_of(address)]}."
+        f"{address} cannot be {verb} ({type(error).__name__}: {_first_line(error)}).{missing} See "
+        "that the bucket exists and that this machine may use it: "
+        f"{CREDENTIALS[scheme_of(address)]}."
     )
