@@ -79,7 +79,7 @@ RUN_SETTINGS = (
 )
 ENCODING = (
     *("source", "max_length", "max_prompt_length", "truncate", "append_eos"),
-    *("columns", "turns", "template", "ignore"),
+    *("columns", "turns", "template", "ignore", "weight", "margin"),
 )
 SAMPLING = dict(max_new_tokens=128, temperature=1.0, top_k=0, top_p=1.0)  # generate's defaults
 # The stages that train on given examples; ppo samples what it learns from.
@@ -177,8 +177,9 @@ class Model:
         response of a pair. on_bad_row: "drop" leaves out rows that cannot be used; `where` of the
         result names those that stay, once for each pair of a row that gives several. date: what
         chat templates take for today; None: today. settings: source, max_length,
-        max_prompt_length, truncate, append_eos, columns, turns, ignore and template, as in
-        config.data, such as template=dict(enable_thinking=False).
+        max_prompt_length, truncate, append_eos, columns, turns, ignore, template, weight and
+        margin, as in config.data, such as template=dict(enable_thinking=False). weight="votes"
+        takes each row's weight from its field "votes".
 
         Raises ValueError that names the row, as rows[2] for the third.
         """
@@ -505,6 +506,7 @@ class Trainer:
         self._block, self._lora = _settings(objective, settings, lora)
         self._config = dataclasses.replace(model.config, head=STAGES[self._objective].head)
         self._reference_log_probs = reference_log_probs
+        self._has_own_loss = loss is not None
         self._steps_done = 0
         self._schedule_steps = self._block.steps  # 0: not known yet
         self._laid_out: tuple = (None, None)  # the last plan and its Batches
@@ -760,6 +762,8 @@ class Trainer:
             )
         if not len(examples):
             raise ValueError("there are no examples.")
+        if examples.target_margins is not None:
+            self._check_takes_margins()
         found = len(examples.responses[0])
         wanted = STAGES[self._objective].responses
         if found != wanted and wanted == 1:
@@ -771,6 +775,21 @@ class Trainer:
             raise ValueError(
                 f"{self._objective} takes pairs, and these are single completions: encode rows "
                 "with chosen and rejected."
+            )
+
+    def _check_takes_margins(self) -> None:
+        """Raise ValueError where the objective has no place for a pair's margin."""
+        if self._objective == "rm":
+            return
+        loss = self._block.get("loss", "")
+        takes = bool(loss) and loss_table.properties(loss).takes_margin
+        if self._has_own_loss:
+            loss = "a loss of your own"
+        if self._has_own_loss or not takes:
+            owner = f"{self._objective} with {loss}" if loss else self._objective
+            raise ValueError(
+                f"the examples have target margins, and {owner} takes none (rm does, and dpo with "
+                f"{', '.join(loss_table.takers_of_margin())}). Encode them without margin=."
             )
 
 

@@ -160,6 +160,16 @@ DATA = dict(
         "",
         "names of your columns, where they are others: prompt=question,chosen=chosen_response",
     ),
+    weight=Field(
+        "",
+        "column with each pair's weight, 0 or more: a pair of weight 2 counts as two; empty: all "
+        "count once",
+    ),
+    margin=Field(
+        "",
+        "column with the margin by which the chosen response of a pair is to win, on the scale of "
+        "rewards (beta times log-ratios); empty: 0",
+    ),
     turns=Field(
         "all",
         "what SFT trains on in rows of whole conversations: all assistant turns, or the last one",
@@ -576,6 +586,8 @@ FREE = (
 
 # Fields that only change what is trained on examples of which several may belong together.
 GROUPING = ("data.order", "data.group_pairs")
+# Fields that only change what is trained on pairs of the data.
+OF_PAIRS = ("data.weight", "data.margin")
 
 # Blocks whose fields are not ours, but Hugging Face's and the chat template's: they take any.
 OPEN_BLOCKS = ("model.scratch", "data.template")
@@ -662,9 +674,11 @@ def may_matter(config: ConfigDict, stage: str, field: str) -> bool:
     """Return whether a field (dotted name) that a stage or one before it reads may change it."""
     if is_free(field):
         return False
+    so_far = stages_so_far(config, stage)
+    if field in OF_PAIRS:
+        return any(stage_table.reads_pairs(config, name) for name in so_far)
     if field not in GROUPING:
         return True
-    so_far = stages_so_far(config, stage)
     return any(stage_table.trains_in_groups(config, name) for name in so_far)
 
 

@@ -65,6 +65,7 @@ def validate(config: ConfigDict) -> None:
     _validate_model(config.model)
     _validate_lora(config)
     _validate_data(config.data)
+    _validate_columns_of_numbers(config)
     for stage in stage_table.training_stages(config):
         _validate_training(stage, config[stage])
     if "dpo" in config.stages:
@@ -262,6 +263,32 @@ def _validate_data(data):
         _fail("data.max_prompt_length", data.max_prompt_length, expected)
     if not 0 <= data.eval_fraction < 1:
         _fail("data.eval_fraction", data.eval_fraction, "from 0 (hold out none) to below 1")
+
+
+def _validate_columns_of_numbers(config):
+    """Check that a column of weights or margins is used by each stage that reads pairs."""
+    readers = [stage for stage in config.stages if stage_table.reads_pairs(config, stage)]
+    for field in ("weight", "margin"):
+        column = config.data[field]
+        if not column:
+            continue
+        if config.data.source == "toy":
+            _fail(f"data.{field}", column, "empty: the toy makes its own data")
+        if not readers:
+            reason = "no stage trains on pairs of the data"
+            if "pairs" in config.stages:
+                reason = "the run trains on pairs of its own samples (the stage pairs)"
+            _fail(f"data.{field}", column, f"empty, as {reason}")
+    if not config.data.margin:
+        return
+    for stage in readers:
+        loss = config[stage].get("loss", "")
+        if stage == "rm" or (stage == "dpo" and loss_table.properties(loss).takes_margin):
+            continue
+        takers = ", ".join(loss_table.takers_of_margin())
+        owner = f"the {loss} loss" if stage == "dpo" else f"the stage {stage}"
+        expected = f"empty, as {owner} takes no margin (rm does, and dpo with {takers})"
+        _fail("data.margin", config.data.margin, expected)
 
 
 def _validate_training(stage, block):

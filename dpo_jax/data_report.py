@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 from dpo_jax import command_line, config_checks, config_files, stage_table
 from dpo_jax import config as configs
-from dpo_jax.data import batches, survey, toy
+from dpo_jax.data import batches, dataset, survey, toy
 from dpo_jax.data import tokenizer as tokenizers
 from dpo_jax.data.ledger import CHAT_LINES, Counts
 from dpo_jax.data.survey import Cut, Piece, ShownRow, Survey
@@ -34,7 +34,7 @@ KINDS = ("auto", "pairs", "sft")
 STAGE_OF = {"pairs": "dpo", "sft": "sft"}  # the stage that trains on rows of a kind, and its config
 # Fields of config.data that have a flag of their own.
 FIELDS = (
-    *("source", "columns", "ignore", "turns", "mix", "on_bad_row"),
+    *("source", "columns", "weight", "margin", "ignore", "turns", "mix", "on_bad_row"),
     *("train_split", "eval_split", "max_rows"),
     *("max_length", "max_prompt_length", "truncate"),
 )
@@ -145,6 +145,10 @@ def _rows(found: Survey, style: Style) -> list[str]:
     for label, name in CHAT_LINES.items():
         if getattr(train, name) or getattr(evals, name):
             lines.append((f"  {label}", getattr(train, name), getattr(evals, name)))
+    for label, name in (("weights", "weights"), ("target margins", "margins")):
+        for part in getattr(train, name):
+            values = [getattr(counts, name).get(part, 0) for counts in (train, evals)]
+            lines.append((f"  {label}, {part}", *(f"{value:.6g}" for value in values)))
     table = _table(["Rows", "train", "eval"], [[*map(_number, line)] for line in lines], style)
     for counts in (train, evals):
         for line in counts.drops():
@@ -306,7 +310,7 @@ def _with_share(count: int, share: float) -> str:
 
 def _shown(row: ShownRow, style: Style) -> list[str]:
     """Return a row's parts, with what is trained on between marks."""
-    lines = [style.heading(row.where)]
+    lines = [style.heading(row.where + dataset.shown_numbers(row.numbers))]
     for part, pieces in row.parts.items():
         label = part
         if row.tokens:
@@ -585,6 +589,7 @@ def look(setup: Setup, kind: str, tokenizer, *, shown: int) -> tuple[Survey, Adv
         kind = _kind_of_run(config)
     elif kind == "auto":
         kind = survey.find_kind(data)
+    _check_numbers_are_used(config, kind)
     # The sft stage of a run reads its own data, where the config has some.
     if kind == "sft" and data.sft_path and "data.path" not in setup.texts:
         data = data.copy_and_resolve_references()
@@ -592,6 +597,16 @@ def look(setup: Setup, kind: str, tokenizer, *, shown: int) -> tuple[Survey, Adv
     found = survey.take(data, kind, tokenizer, shown=shown, progress=_show_progress)
     _show_progress(0)
     return found, advise(found, setup)
+
+
+def _check_numbers_are_used(config: ConfigDict, kind: str) -> None:
+    """Raise ValueError for columns of weights or margins where rows are no pairs."""
+    for field in ("weight", "margin"):
+        if config.data[field] and kind != "pairs" and "preferred_ft" not in config.stages:
+            raise ValueError(
+                f"config.data.{field} = {config.data[field]!r}: expected empty, as the rows are "
+                "read as single completions, and it is of pairs."
+            )
 
 
 def _show_progress(rows: int) -> None:

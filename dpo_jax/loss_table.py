@@ -21,27 +21,29 @@ class Loss:
     # The two log-ratios enter by their difference alone, so that what another divergence adds to
     # both of them cancels.
     takes_divergence: bool = False
+    # It is of the scaled margin, from which a target for each pair can be subtracted (data.margin).
+    takes_margin: bool = False
 
 
 # config.dpo.loss -> its properties
 LOSSES = {
-    "sigmoid": Loss(("beta", "label_smoothing"), takes_divergence=True),
-    "sigmoid_norm": Loss(("beta", "label_smoothing"), takes_divergence=True),
-    "ipo": Loss(takes_divergence=True),
-    "ipo_sum": Loss(takes_divergence=True),
-    "hinge": Loss(takes_divergence=True),
-    "robust": Loss(("beta", "label_smoothing"), takes_divergence=True),
-    "exo": Loss(("beta", "label_smoothing"), takes_divergence=True),
-    "discopop": Loss(("beta", "discopop_tau"), takes_divergence=True),
-    "dpop": Loss(("beta", "dpop_lambda")),
+    "sigmoid": Loss(("beta", "label_smoothing"), takes_divergence=True, takes_margin=True),
+    "sigmoid_norm": Loss(("beta", "label_smoothing"), takes_divergence=True, takes_margin=True),
+    "ipo": Loss(takes_divergence=True, takes_margin=True),
+    "ipo_sum": Loss(takes_divergence=True, takes_margin=True),
+    "hinge": Loss(takes_divergence=True, takes_margin=True),
+    "robust": Loss(("beta", "label_smoothing"), takes_divergence=True, takes_margin=True),
+    "exo": Loss(("beta", "label_smoothing"), takes_divergence=True, takes_margin=True),
+    "discopop": Loss(("beta", "discopop_tau"), takes_divergence=True, takes_margin=True),
+    "dpop": Loss(("beta", "dpop_lambda"), takes_margin=True),
     "apo_zero": Loss(),
     "apo_down": Loss(),
     "nca": Loss(),
     "bco_pair": Loss(),
     "sppo_hard": Loss(),
-    "simpo": Loss(("beta", "simpo_gamma"), needs_reference=False),
+    "simpo": Loss(("beta", "simpo_gamma"), needs_reference=False, takes_margin=True),
     "orpo": Loss(("orpo_lambda",), needs_reference=False),
-    "cpo": Loss(("beta", "cpo_alpha"), needs_reference=False),
+    "cpo": Loss(("beta", "cpo_alpha"), needs_reference=False, takes_margin=True),
     "nll": Loss((), needs_reference=False),
 }
 # A weight of a mixture is 0 or between these: float32 holds it, and its products.
@@ -125,10 +127,11 @@ def properties(loss: str) -> Loss:
     """Return the properties of config.dpo.loss; a mixture takes and needs all that its losses do.
 
     A divergence changes log-ratios alone. So a mixture takes one if all of its losses that use
-    log-ratios do, and some loss uses them.
+    log-ratios do, and some loss uses them. The likelihood alone has no margin to ask for more of.
     """
     lines = [LOSSES[name] for name in names(loss)]
     of_log_ratios = [line for line in lines if line.needs_reference]
+    comparing = [LOSSES[name] for name in names(loss) if name != "nll"]
     taken = {}
     for line in lines:
         taken |= dict.fromkeys(line.numbers)
@@ -136,7 +139,13 @@ def properties(loss: str) -> Loss:
         numbers=tuple(taken),
         needs_reference=bool(of_log_ratios),
         takes_divergence=bool(of_log_ratios) and all(x.takes_divergence for x in of_log_ratios),
+        takes_margin=bool(comparing) and all(line.takes_margin for line in comparing),
     )
+
+
+def takers_of_margin() -> list[str]:
+    """Return the losses that take a target margin of each pair."""
+    return [name for name, loss in LOSSES.items() if loss.takes_margin]
 
 
 def needs_reference(loss: str) -> bool:

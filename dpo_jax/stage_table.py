@@ -76,6 +76,11 @@ def trains_on_samples(config: ConfigDict, stage: str) -> bool:
     return STAGES[stage].data == "pairs" and "pairs" in config.stages
 
 
+def reads_pairs(config: ConfigDict, stage: str) -> bool:
+    """Return whether a stage trains on pairs of the data, or on their chosen responses."""
+    return STAGES[stage].data == "pairs" and not trains_on_samples(config, stage)
+
+
 def trains_in_groups(config: ConfigDict, stage: str) -> bool:
     """Return whether a stage trains on examples of which several may belong together.
 

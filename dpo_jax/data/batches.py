@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 
 from dpo_jax.data import grouping, packing
+from dpo_jax.data.examples import Examples
 from dpo_jax.data.ledger import Reading
 from dpo_jax.data.packing import FILLER, Batch, RolloutTargets
 
@@ -243,6 +244,10 @@ class Batches:
         self.reference_log_probs = reference_log_probs
         self._rollout = rollout
         self._examples = examples
+        # Columns of numbers, which only data that is read from rows can have.
+        has_numbers = isinstance(examples, Examples)
+        self._weights = examples.weights if has_numbers else None
+        self._target_margins = examples.target_margins if has_numbers else None
         # Lengths alone decide all shapes, so batches are packed only when they are asked for.
         self.limits = limits
         self._share = share
@@ -389,6 +394,12 @@ class Batches:
             share=self._share,
             responses_per_example=self._sizes.response.shape[1],
         )
+        if self._weights is not None:
+            batch.weights[: len(indices)] = self._weights[indices]
+        if self._target_margins is not None:
+            # Padding counts for nothing, whatever its margin.
+            batch.target_margins = np.zeros(shape.examples, np.float32)
+            batch.target_margins[: len(indices)] = self._target_margins[indices]
         if self.reference_log_probs is not None:
             log_probs_PK = np.zeros(batch.response_index.shape, np.float32)
             log_probs_PK[: len(indices)] = self.reference_log_probs[indices]

@@ -10,7 +10,7 @@ import numpy as np
 from dpo_jax.data import sources, splits
 from dpo_jax.data.examples import Example, Examples
 from dpo_jax.data.ledger import Ledger
-from dpo_jax.data.rows import TextExample
+from dpo_jax.data.rows import Numbers, TextExample
 from dpo_jax.data.tokenizer import CUE_TOKENS, ChatLengths, Encoder
 
 
@@ -55,6 +55,12 @@ def load(
             check_cue(part.data, of_all[part.own[split]], tokenizer)
     ledger = Ledger.of_parts({name: part.ledger for name, part in parts.items()})
     ledger.check(data.max_dropped, data.path or data.mix)
+    for split, of_split in examples.items():
+        if len(of_split) and of_split.weights is not None and not of_split.weights.any():
+            raise ValueError(
+                f"all {len(of_split)} {split} rows of {data.path or data.mix} have a weight of 0 "
+                f"in column {data.weight!r} (data.weight). Give those that count a weight above 0."
+            )
     return Dataset(examples["train"], examples["eval"], ledger)
 
 
@@ -139,7 +145,8 @@ def show(examples: Examples, tokenizer, indices: Iterable[int]) -> str:
         names = ("completion",) if len(example.responses) == 1 else ("chosen", "rejected")
         prompt, *responses = decoded(example, tokenizer)
         ((prompt_text, _),) = prompt
-        lines = [f"--- {examples.where[index]}: prompt, {len(example.prompt)} tokens", prompt_text]
+        head = f"--- {examples.where[index]}: prompt, {len(example.prompt)} tokens"
+        lines = [head + shown_numbers(examples.numbers(index)), prompt_text]
         for name, runs, count in zip(names, responses, example.completion_lengths(), strict=True):
             if example.label is not None:
                 name = f"{'desirable' if example.label else 'undesirable'} {name}"
@@ -147,6 +154,16 @@ def show(examples: Examples, tokenizer, indices: Iterable[int]) -> str:
             lines.append("".join(f"⟦{text}⟧" if marked else text for text, marked in runs))
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
+
+
+def shown_numbers(numbers: Numbers) -> str:
+    """Return an example's numbers as the end of a line; "" where it has none."""
+    text = ""
+    if numbers.weight is not None:
+        text += f", weight {numbers.weight:g}"
+    if numbers.target_margin is not None:
+        text += f", target margin {numbers.target_margin:g}"
+    return text
 
 
 def decoded(example: Example, tokenizer) -> list[list[tuple[str, bool]]]:

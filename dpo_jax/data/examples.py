@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dpo_jax.data import grouping
+from dpo_jax.data.rows import NO_NUMBERS, Numbers
 
 Masks = tuple[np.ndarray, ...]
 
@@ -69,7 +70,7 @@ class Examples(Sequence):
 
     def __init__(self, *, distinct: bool = False):
         """Begin without an example; distinct: `append` leaves out one that is there already."""
-        self._there: set[tuple[int, ...]] | None = set() if distinct else None  # identities
+        self._there: set[tuple] | None = set() if distinct else None  # identities, and numbers
         self._ids = Run(np.int32, IN_MEMORY)
         self._masks = Run(np.bool_, IN_MEMORY)
         self._starts = Run(np.int64)  # where each example starts in the run of ids
@@ -80,6 +81,9 @@ class Examples(Sequence):
         self._sampled_sets = Run(np.int64)  # -1: not sampled in a set
         self._labels = Run(np.int8)  # 1: desirable, 0: undesirable, -1: the example has no label
         self._data_sets = Run(np.int32)  # which data set of a mixture each is from
+        # How often each counts, and its target margin; empty where no column says it.
+        self._weights = Run(np.float32)
+        self._target_margins = Run(np.float32)
         self._data_set = 0  # that of the examples appended next
         self._parts = 0  # of each example, a prompt and its responses; 0 while there is none
         self.where = Places()  # the file and row of each
@@ -92,12 +96,13 @@ class Examples(Sequence):
         completion_masks: Masks | None = None,
         sampled_set: int | None = None,
         label: bool | None = None,
+        numbers: Numbers = NO_NUMBERS,
     ) -> bool:
         """Append an example, ids as int32; return False where it is left out, as not distinct.
 
         sampled_set: the number of the set of completions that the responses were sampled with,
         if any. It decides what belongs together: see `groups`. label: whether the response of an
-        unpaired row is desirable.
+        unpaired row is desirable. numbers: of columns, which all examples have or none.
 
         Raises ValueError where it has not as many responses as those before it, where its prompt
         has no token, from which the first of a response could be predicted, or where it is too
@@ -127,9 +132,12 @@ class Examples(Sequence):
             )
         identities = example.identities()
         if self._there is not None:
-            if tuple(identities) in self._there:
+            key = (*identities, numbers)
+            if key in self._there:
                 return False
-            self._there.add(tuple(identities))
+            self._there.add(key)
+        self._append_number(self._weights, numbers.weight, where)
+        self._append_number(self._target_margins, numbers.target_margin, where)
         self._starts.append(self._ids.end)
         for ids in (prompt, *responses):
             self._ids.extend(ids)
@@ -144,6 +152,13 @@ class Examples(Sequence):
         self._data_sets.append(self._data_set)
         self.where.append(where)
         return True
+
+    def _append_number(self, run: "Run", number: float | None, where: str) -> None:
+        """Append a number to a run that all examples are in, or none is."""
+        if len(self) and (number is None) != (run.end == 0):
+            raise ValueError(f"{where} and the examples before it do not both have a number.")
+        if number is not None:
+            run.append(number)
 
     def begin_data_set(self) -> None:
         """Begin the next data set of a mixture: no group has examples of two data sets."""
@@ -180,6 +195,25 @@ class Examples(Sequence):
     def responses(self) -> "_PartOfEach":
         """The responses, as a sequence of tuples."""
         return _PartOfEach(self, "responses")
+
+    @property
+    def weights(self) -> np.ndarray | None:
+        """How often each example counts, float32 [P]; None: each once."""
+        return self._weights.all() if self._weights.end else None
+
+    @property
+    def target_margins(self) -> np.ndarray | None:
+        """By how much each chosen response is to win, float32 [P]; None: no column says it."""
+        return self._target_margins.all() if self._target_margins.end else None
+
+    def numbers(self, index: int) -> Numbers:
+        """Return the numbers of an example, as it was appended with."""
+        found = {}
+        if self._weights.end:
+            found["weight"] = float(self.weights[index])
+        if self._target_margins.end:
+            found["target_margin"] = float(self.target_margins[index])
+        return Numbers(**found)
 
     def lengths(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the tokens of prompts [P] and responses [P, K], and those trained on [P, K]."""
@@ -250,6 +284,19 @@ class Examples(Sequence):
                 numbers = []
         return digest.hexdigest()
 
+    @property
+    def fingerprints(self) -> list[str]:
+        """All that training reads: `fingerprint`, and the sha256 of the numbers if there are any.
+
+        The numbers are apart, as kept reference log-probs do not depend on them.
+        """
+        digest = hashlib.sha256()
+        for name, values in (("weights", self.weights), ("margins", self.target_margins)):
+            if values is not None:
+                digest.update(name.encode() + values.astype("<f4").tobytes())
+        has_numbers = self._weights.end or self._target_margins.end
+        return [self.fingerprint, digest.hexdigest()] if has_numbers else [self.fingerprint]
+
     def _example(self, index: int) -> Example:
         lengths = self._lengths.take(index * self._parts, (index + 1) * self._parts)
         start = self._starts[index]
@@ -273,6 +320,9 @@ class Examples(Sequence):
         some._sampled_sets.extend(self._sampled_sets.all()[index])
         some._labels.extend(self._labels.all()[index])
         some._data_sets.extend(self._data_sets.all()[index])
+        for name in ("_weights", "_target_margins"):
+            if getattr(self, name).end:
+                getattr(some, name).extend(getattr(self, name).all()[index])
         for name in ("_lengths", "_completion_lengths", "_identities"):
             rows = _table(getattr(self, name), len(self))[index]
             getattr(some, name).extend(rows.ravel())

@@ -7,6 +7,8 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
+
 # What is counted of chat rows, shown where there is any: label -> field of Counts.
 CHAT_LINES = {
     "responses rendered behind the prompt": "laid_behind",
@@ -93,6 +95,18 @@ class Counts:
     reasoning_left_out: int = 0  # turns whose reasoning the chat template leaves out by design
     warnings: list[str] = field(default_factory=list)  # what a person should look at
     mean_tokens: dict[str, float] = field(default_factory=dict)  # of the kept rows, by part
+    # of the kept rows: "sum", "least" and "most"; empty where no column says them
+    weights: dict[str, float] = field(default_factory=dict)
+    margins: dict[str, float] = field(default_factory=dict)
+
+    def count_numbers(self, weights: np.ndarray | None, margins: np.ndarray | None) -> None:
+        """Add up the weights and target margins of the kept rows, where there are any."""
+        for name, values in (("weights", weights), ("margins", margins)):
+            if values is not None and len(values):
+                # In float64, as there may be millions.
+                total = float(values.sum(dtype=np.float64))
+                spread = dict(sum=total, least=float(values.min()), most=float(values.max()))
+                setattr(self, name, spread)
 
     def recognise(self, row) -> None:
         """Count a row by its shape, "" where its source has one alone, and what is odd about it."""
@@ -132,6 +146,8 @@ class Counts:
         for reason, named in total["examples"].items():
             total["examples"][reason] = named[:EXAMPLES]
         total["mean_tokens"] = self._mean_tokens_with(other)
+        for name in ("weights", "margins"):
+            total[name] = _spread_of_both(getattr(self, name), getattr(other, name))
         return Counts(**total)
 
     def _mean_tokens_with(self, other: "Counts") -> dict[str, float]:
@@ -212,6 +228,16 @@ class Counts:
         return lines
 
 
+def _spread_of_both(one: dict[str, float], other: dict[str, float]) -> dict[str, float]:
+    if not one or not other:
+        return dict(one or other)
+    return dict(
+        sum=one["sum"] + other["sum"],
+        least=min(one["least"], other["least"]),
+        most=max(one["most"], other["most"]),
+    )
+
+
 @dataclass(frozen=True)
 class Reading:
     """How many tokens a run reads: examples of a batch share prompts and responses."""
@@ -259,6 +285,10 @@ class Ledger:
     def to_dict(self) -> dict:
         """Return the ledger as plain dicts, for a JSON file."""
         values = dataclasses.asdict(self)
+        for counts in (values["train"], values["eval"]):
+            for name in ("weights", "margins"):
+                if not counts[name]:
+                    del counts[name]
         values["parts"] = {name: part.to_dict() for name, part in self.parts.items()}
         if not self.parts:
             del values["parts"]
@@ -339,6 +369,9 @@ class Ledger:
                 yield label, *numbers
         for part, numbers in by_key("mean_tokens"):
             yield f"mean tokens, {part}", *(f"{number:.1f}" for number in numbers)
+        for label, name in (("weights", "weights"), ("target margins", "margins")):
+            for part, numbers in by_key(name):
+                yield f"{label}, {part}", *(f"{number:.6g}" for number in numbers)
         yield "eval prompts also in train", "", self.shared_prompts
 
     def check(self, max_dropped: float, path: str) -> None:

@@ -112,7 +112,9 @@ class Batch:
     response_lengths: np.ndarray  # int32 [Q], in completion tokens; padding has 1
     last_token: np.ndarray  # int32 [Q], indices into N; where a reward is read
     response_index: np.ndarray  # int32 [P, K], indices into Q: the responses of each example
-    weights: np.ndarray  # float32 [P], 0 where there is no example
+    # float32 [P], how often each example counts: 1, or what data.weight says; 0: as if not there
+    weights: np.ndarray
+    target_margins: np.ndarray | None = None  # float32 [P], where data.margin says them
     reference_log_probs: np.ndarray | None = None  # float32 [P, K], where they are kept
     rollout: RolloutTargets | None = None  # for PPO
 

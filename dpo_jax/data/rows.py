@@ -14,11 +14,23 @@ from dpo_jax.data.ledger import Malformed
 Text = str | list
 ONE_PAIR = ((0, 1),)
 MOST_NAMED = 20  # fields that a message lists
+MOST_NUMBER = 1_000_000  # a weight or margin: beyond it, sums of float32 lose the other pairs
 # Words for yes and no, and for answers that somebody liked or did not.
 TRUTHS = {
     **dict.fromkeys(("true", "yes", "desirable", "liked", "good", "chosen"), True),
     **dict.fromkeys(("false", "no", "undesirable", "disliked", "bad", "rejected"), False),
 }
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """The numbers that columns of the user's say of an example; None: no column is named."""
+
+    weight: float | None = None  # how often it counts (data.weight)
+    target_margin: float | None = None  # by how much the chosen response is to win (data.margin)
+
+
+NO_NUMBERS = Numbers()
 
 
 @dataclass(frozen=True)
@@ -37,6 +49,7 @@ class Row:
     shape: str = ""  # what the row was recognised as
     doubts: tuple[str, ...] = ()  # what to warn of, although the row is used
     flags: tuple[str, ...] = ()  # of one answer: fields beside it that say true or false
+    numbers: Numbers = NO_NUMBERS  # of each of its pairs
 
 
 @dataclass(frozen=True)
@@ -53,6 +66,7 @@ class TextExample:
     # Of a conversation, config.data.turns says how much of it is the prompt.
     is_conversation: bool = False
     label: bool | None = None  # of unpaired rows: whether the completion is desirable
+    numbers: Numbers = NO_NUMBERS
 
 
 def text_field(fields: dict, name: str) -> str:
@@ -69,6 +83,34 @@ def number_field(fields: dict, name: str) -> float:
     number = number_of(fields.get(name))
     if number is None:
         raise Malformed(f"field {name!r} is missing or not a number", shown(fields.get(name)))
+    return number
+
+
+def numbers_of(fields: dict, weight: str, margin: str) -> Numbers:
+    """Return the numbers of a row's examples; weight, margin: names of columns, "" for none.
+
+    Raises Malformed where a column is not there, or holds no number that it can.
+    """
+    found = {}
+    if weight:
+        found["weight"] = _number_within(fields, weight, "data.weight", least=0)
+    if margin:
+        found["target_margin"] = _number_within(fields, margin, "data.margin", least=-MOST_NUMBER)
+    return Numbers(**found)
+
+
+def _number_within(fields: dict, column: str, option: str, *, least: float) -> float:
+    """Return a number from the column that an option names."""
+    if column not in fields:
+        raise Malformed(f"{option} names a column {column!r}, which is not there", names_of(fields))
+    value = fields[column]
+    # Python has True as 1.
+    number = None if isinstance(value, bool) else number_of(value)
+    if number is None:
+        raise Malformed(f"column {column!r} ({option}) is not a finite number", shown(value))
+    if not least <= number <= MOST_NUMBER:
+        expected = f"a number from {least:,} to {MOST_NUMBER:,}"
+        raise Malformed(f"column {column!r} ({option}) is not {expected}", shown(value))
     return number
 
 

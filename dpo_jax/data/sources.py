@@ -5,13 +5,14 @@ Where the records are (a file, a folder, the hub) is said by `data.path`, so any
 anywhere.
 """
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from dpo_jax.data.ledger import Filtered, Malformed, Unusable
-from dpo_jax.data.rows import ONE_PAIR, Row, text_field
+from dpo_jax.data.rows import ONE_PAIR, Row, numbers_of, text_field
 from dpo_jax.data.shapes import local, parse_columns, shp
 
 ASSISTANT = "\n\nAssistant:"
@@ -170,6 +171,19 @@ def parser(data) -> Callable[[dict], Row]:
 
     Raises ValueError where data.columns is wrong, or set for a source other than local.
     """
+    parse = _parser_of_texts(data)
+    if not data.weight and not data.margin:
+        return parse
+    return functools.partial(_with_numbers, parse, data.weight, data.margin)
+
+
+def _with_numbers(parse: Callable[[dict], Row], weight: str, margin: str, fields: dict) -> Row:
+    # The texts first: a row that is left out by design needs no numbers.
+    row = parse(fields)
+    return dataclasses.replace(row, numbers=numbers_of(fields, weight, margin))
+
+
+def _parser_of_texts(data) -> Callable[[dict], Row]:
     columns = parse_columns(data.columns)
     if data.source == "local":
         return functools.partial(local, columns=columns, ignore=tuple(data.ignore))

@@ -487,7 +487,8 @@ def examples_of(
             prompt = as_context(prompt)
         if not keep_all:
             _check_usable((response,))
-        return [TextExample(prompt, (response,), where, row.tools, is_conversation)]
+        example = TextExample(prompt, (response,), where, row.tools, is_conversation)
+        return [dataclasses.replace(example, numbers=row.numbers)]
     if row.label is not None:
         raise Malformed(
             "a pair needs two responses, and a row of one completion with a label has half of it",
@@ -502,7 +503,8 @@ def examples_of(
         responses = (row.responses[chosen], row.responses[rejected])
         if not keep_all:
             _check_usable(responses)
-        examples.append(TextExample(prompt, responses, where, row.tools))
+        # What a column says of the row, it says of each of its pairs.
+        examples.append(TextExample(prompt, responses, where, row.tools, numbers=row.numbers))
     return examples
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from dpo_jax.data import dataset, mixtures, readers, sources, splits
 from dpo_jax.data.examples import Examples
 from dpo_jax.data.ledger import Counts, Ledger
-from dpo_jax.data.rows import Text, TextExample
+from dpo_jax.data.rows import Numbers, Text, TextExample
 from dpo_jax.data.tokenizer import ChatLengths, cut_examples
 
 LIMITS = (512, 1024, 2048)  # values of max_length whose cost is measured
@@ -63,6 +63,7 @@ class ShownRow:
     where: str
     parts: dict[str, tuple[Piece, ...]]
     tokens: dict[str, int]  # of each part; empty without a tokenizer
+    numbers: Numbers  # of columns that the config names
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ def find_kind(data) -> str:
     """Return what the rows are: "pairs", or "sft" where they have no two responses."""
     data = data.copy_and_resolve_references()
     data.eval_fraction = 0.0  # else the first row waits until it is known which are held out
+    data.update(weight="", margin="")  # texts alone tell
     if data.mix:
         # The first set tells.
         first = mixtures.parse(data.mix, sources.SOURCES)[0]
@@ -234,9 +236,16 @@ def _read_texts(data, kind: str, watch: Callable[[str, TextExample], None]) -> L
     """Read the examples without tokenising them; return the ledger, in which all are kept."""
     ledgers = {}
     for part in splits.parts(data, kind):
+        numbers = {"train": [], "eval": []}
         for split, example in part.examples():
             watch(split, example)
+            numbers[split].append(example.numbers)
             getattr(part.ledger, split).kept += 1
+        for split, of_split in numbers.items():
+            getattr(part.ledger, split).count_numbers(
+                data.weight and np.array([each.weight for each in of_split]),
+                data.margin and np.array([each.target_margin for each in of_split]),
+            )
         ledgers[part.name] = part.ledger
     ledger = Ledger.of_parts(ledgers)
     ledger.check(data.max_dropped, data.path or data.mix)
@@ -264,7 +273,9 @@ def _cut_as_trained(
             if cut_chats:
                 counts.warnings.append(cut_chats)
             # All that the cut keeps was counted as kept before.
-            before = dataclasses.replace(getattr(part.ledger, split), kept=0, mean_tokens={})
+            before = dataclasses.replace(
+                getattr(part.ledger, split), kept=0, mean_tokens={}, weights={}, margins={}
+            )
             setattr(part.ledger, split, before.plus(counts))
             if must_keep_cue:
                 dataset.check_cue(settings, into[first:], tokenizer)
@@ -344,7 +355,7 @@ def _token_row(examples: Examples, index: int, tokenizer) -> ShownRow:
         parts[name] = tuple(Piece(text, is_trained_on) for text, is_trained_on in runs)
     counts = [len(example.prompt), *example.completion_lengths()]
     tokens = dict(zip(names, counts, strict=True))
-    return ShownRow(examples.where[index], parts, tokens)
+    return ShownRow(examples.where[index], parts, tokens, examples.numbers(index))
 
 
 def _text_row(example: TextExample) -> ShownRow:
@@ -353,7 +364,7 @@ def _text_row(example: TextExample) -> ShownRow:
     parts = {"prompt": tuple(_pieces(example.prompt, ()))}
     for name, response in zip(names[1:], example.responses, strict=True):
         parts[name] = tuple(_pieces(response, ("assistant",)))
-    return ShownRow(example.where, parts, {})
+    return ShownRow(example.where, parts, {}, example.numbers)
 
 
 def _pieces(text: Text, roles: Sequence[str]) -> Iterator[Piece]:

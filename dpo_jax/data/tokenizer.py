@@ -167,8 +167,10 @@ class Encoder:
         if cut_chats:
             self._counts.warnings.append(cut_chats)
         self._counts.kept = len(self._examples) - self._first
-        self._counts.mean_tokens = _mean_tokens(self._examples[self._first :])
-        self._counts.labels = _label_counts(self._examples[self._first :])
+        added = self._examples[self._first :]
+        self._counts.mean_tokens = _mean_tokens(added)
+        self._counts.labels = _label_counts(added)
+        self._counts.count_numbers(added.weights, added.target_margins)
         return self._examples, self._counts
 
     def _encode_waiting(self) -> None:
@@ -189,7 +191,7 @@ class Encoder:
         """
         whole = _with_ends(tokens, self._rule, self._keep_all)
         counts = self._counts
-        of_row = dict(where=text.where, label=text.label)
+        of_row = dict(where=text.where, label=text.label, numbers=text.numbers)
         _append_cut(self._examples, whole, of_row, self._rule, counts, self._keep_all)
         if tokens.is_chat:
             prompt, responses, _ = whole
@@ -263,18 +265,20 @@ def cut_examples(whole: Examples, tokenizer, data, truncate: str, *, into: Examp
     rule = _rule(tokenizer, data, truncate)
     first = len(into)
     counts = Counts()
-    for example, where in zip(whole, whole.where, strict=True):
+    for index, (example, where) in enumerate(zip(whole, whole.where, strict=True)):
         responses = [ids.tolist() for ids in example.responses]
         masks = list(example.completion_masks or [None] * len(responses))
         try:
             parts = (example.prompt.tolist(), responses, masks)
-            of_row = dict(where=where, label=example.label)
+            of_row = dict(where=where, label=example.label, numbers=whole.numbers(index))
             _append_cut(into, parts, of_row, rule, counts, keep_all=False)
         except Unusable as reason:
             counts.drop(str(reason), where)
     counts.kept = len(into) - first
-    counts.mean_tokens = _mean_tokens(into[first:])
-    counts.labels = _label_counts(into[first:])
+    added = into[first:]
+    counts.mean_tokens = _mean_tokens(added)
+    counts.labels = _label_counts(added)
+    counts.count_numbers(added.weights, added.target_margins)
     return counts
 
 

@@ -14,6 +14,7 @@ from dpo_jax import stage_table
 from dpo_jax.console import say
 from dpo_jax.data import batches, dataset
 from dpo_jax.data import tokenizer as tokenizers
+from dpo_jax.data.examples import Examples
 from dpo_jax.data.ledger import Reading
 from dpo_jax.models import loading, log_probs
 from dpo_jax.models.lora import Lora
@@ -145,13 +146,14 @@ class Run:
         shown = min(self.config.data.show, len(loaded.train))
         if shown:
             say(dataset.show(loaded.train, tokenizer, range(shown)))
-        fingerprints = [loaded.train.fingerprint, loaded.eval.fingerprint]
+        fingerprints = [*loaded.train.fingerprints, *loaded.eval.fingerprints]
         self.record(stage, loaded.ledger.to_dict(), fingerprints)
         return loaded
 
     def sft_data(self) -> ConfigDict:
         """Return the data block of sft and of prompts: config.data, at data.sft_path if given."""
         data = self.config.data.copy_and_resolve_references()
+        data.update(weight="", margin="")  # they are of pairs
         if data.sft_path:
             # The split to evaluate on is the other data set's.
             data.update(path=data.sft_path, mix="", eval_split="")
@@ -289,7 +291,11 @@ def _check_same_tokens(source: str, splits: dict) -> None:
     def tokens():
         found = {}
         for split, rows in splits.items():
-            counted = f"{len(rows):,} rows, tokens of sha256 {rows.fingerprint[:16]}"
+            fingerprints = [rows.fingerprint]
+            if isinstance(rows, Examples):
+                fingerprints = rows.fingerprints
+            sums = ", ".join(fingerprint[:16] for fingerprint in fingerprints)
+            counted = f"{len(rows):,} rows, tokens of sha256 {sums}"
             found[f"{source}, {split}"] = counted
         return found
 

@@ -316,6 +316,11 @@ def _with_loss(config: ConfigDict, loss: Callable | None) -> ConfigDict:
             "the run has no use for a loss: dpo alone takes one, and its stages are "
             f"{', '.join(config.stages)}."
         )
+    if config.data.margin:
+        raise ValueError(
+            f"config.data.margin = {config.data.margin!r}: expected empty, as a loss function from "
+            "Python takes no margin."
+        )
     config = config.copy_and_resolve_references()
     config.dpo.loss = f"{FUNCTION}:{losses.name_of(loss)}"
     return config

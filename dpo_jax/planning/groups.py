@@ -22,6 +22,7 @@ from dpo_jax.data.batches import (
 )
 from dpo_jax.data.examples import Examples
 from dpo_jax.data.packing import ANY_ROWS, RowLimits
+from dpo_jax.data.rows import Numbers
 from dpo_jax.models.transformer import TransformerConfig
 from dpo_jax.planning.report import Sharing, Suggestion
 from dpo_jax.stage_table import STAGES
@@ -156,8 +157,10 @@ def lay_out(
     reference_log_probs = None
     if stage_table.keeps_reference(config, stage):
         reference_log_probs = np.zeros((size, 2), np.float32)
+    # Target margins are an input of the program, where the run has them.
+    numbers = Numbers(target_margin=0.0 if config.data.margin else None)
     return Batches(
-        _made_up_examples(group, examples_of(config, stage, group), together, size),
+        _made_up_examples(group, examples_of(config, stage, group), together, size, numbers),
         np.arange(size).reshape(steps, batch_size),
         microbatches=microbatches_of(block, shards),
         shards=shards,
@@ -167,24 +170,29 @@ def lay_out(
 
 
 def _made_up_examples(
-    group: Group, of_prompt: list[tuple[int, ...]], together: int, size: int
+    group: Group,
+    of_prompt: list[tuple[int, ...]],
+    together: int,
+    size: int,
+    numbers: Numbers,
 ) -> Examples:
     """Return so many examples of whole groups, one after the other.
 
     of_prompt: those of each prompt, as indices of its responses. together: how many of them follow
-    each other; a prompt's others are so far away that they count as another prompt's.
+    each other; a prompt's others are so far away that they count as another prompt's. numbers: of
+    each.
     """
     examples = Examples()
     # Texts are told apart by their tokens: each consists of its own number.
-    numbers = itertools.count()
+    tokens = itertools.count()
     while True:
         for first in range(0, len(of_prompt), together):
-            prompt = np.full(group.prompt_tokens, next(numbers))
+            prompt = np.full(group.prompt_tokens, next(tokens))
             for responses in of_prompt[first : first + together]:
                 if len(examples) == size:
                     return examples
                 texts = [np.full(group.response_tokens, index) for index in responses]
-                examples.append(prompt, texts, "made up")
+                examples.append(prompt, texts, "made up", numbers=numbers)
 
 
 def sharing(

@@ -43,7 +43,8 @@ CERTAIN = -1e-7  # log-probs per token nearer to 0 than this are taken as this: 
 class Pairs:
     """The inputs of a preference loss; every array has one value per pair.
 
-    Under another divergence than reverse KL, its scores stand in the place of log-ratios.
+    Under another divergence than reverse KL, its scores stand in the place of log-ratios. A loss
+    that takes data.margin has the scaled margin `beyond_target`, and its line in the table says so.
     """
 
     chosen_log_ratios: jax.Array
@@ -52,6 +53,8 @@ class Pairs:
     rejected_log_probs: jax.Array
     chosen_lengths: jax.Array  # in completion tokens
     rejected_lengths: jax.Array
+    # The margin that each pair is to have, on the scale of beta times log-ratios; None: 0 for all.
+    target_margins: jax.Array | None = None
 
     @property
     def margin(self) -> jax.Array:
@@ -64,6 +67,10 @@ class Pairs:
         chosen = self.chosen_log_ratios / self.chosen_lengths
         rejected = self.rejected_log_ratios / self.rejected_lengths
         return chosen - rejected
+
+    def beyond_target(self, scaled: jax.Array) -> jax.Array:
+        """Return how far a scaled margin is beyond the pair's target, if pairs have targets."""
+        return scaled if self.target_margins is None else scaled - self.target_margins
 
     @property
     def chosen_per_token(self) -> jax.Array:
@@ -161,12 +168,12 @@ def sigmoid(pairs: Pairs, beta, label_smoothing=0.0) -> jax.Array:
 
     label_smoothing > 0 is conservative DPO: that share of the labels is taken as flipped.
     """
-    return _smoothed_sigmoid(pairs.margin, beta, label_smoothing)
+    return _smoothed_sigmoid(pairs.beyond_target(beta * pairs.margin), label_smoothing)
 
 
 def sigmoid_norm(pairs: Pairs, beta, label_smoothing=0.0) -> jax.Array:
     """DPO on log-ratios that are means over tokens."""
-    return _smoothed_sigmoid(pairs.margin_per_token, beta, label_smoothing)
+    return _smoothed_sigmoid(pairs.beyond_target(beta * pairs.margin_per_token), label_smoothing)
 
 
 def robust(pairs: Pairs, beta, label_smoothing=0.0) -> jax.Array:
@@ -174,7 +181,7 @@ def robust(pairs: Pairs, beta, label_smoothing=0.0) -> jax.Array:
 
     label_smoothing: the share of labels that are flipped, less than 0.5.
     """
-    scaled = beta * pairs.margin
+    scaled = pairs.beyond_target(beta * pairs.margin)
     # This weighting of both orders undoes, in expectation, what flipped labels do to the loss.
     right = -(1 - label_smoothing) * jax.nn.log_sigmoid(scaled)
     flipped = label_smoothing * jax.nn.log_sigmoid(-scaled)
@@ -183,17 +190,17 @@ def robust(pairs: Pairs, beta, label_smoothing=0.0) -> jax.Array:
 
 def hinge(pairs: Pairs, beta) -> jax.Array:
     """Hinge on the scaled margin (SLiC, Zhao et al. 2023, with DPO's reward)."""
-    return jax.nn.relu(1 - beta * pairs.margin)
+    return jax.nn.relu(1 - pairs.beyond_target(beta * pairs.margin))
 
 
 def ipo(pairs: Pairs, beta) -> jax.Array:
     """IPO (Azar et al. 2023, eq. 17): pulls the margin, of means over tokens, to 1 / (2 beta)."""
-    return jnp.square(pairs.margin_per_token - 1 / (2 * beta))
+    return jnp.square(pairs.margin_per_token - _ipo_target(pairs, beta))
 
 
 def ipo_sum(pairs: Pairs, beta) -> jax.Array:
     """IPO on the margin of sums over tokens, as the paper has it."""
-    return jnp.square(pairs.margin - 1 / (2 * beta))
+    return jnp.square(pairs.margin - _ipo_target(pairs, beta))
 
 
 def exo(pairs: Pairs, beta, label_smoothing) -> jax.Array:
@@ -202,7 +209,7 @@ def exo(pairs: Pairs, beta, label_smoothing) -> jax.Array:
     q log(q / (1 - e)) + (1 - q) log((1 - q) / e), with q = sigmoid(beta margin) and e, the share of
     flipped labels, above 0.
     """
-    scaled = beta * pairs.margin
+    scaled = pairs.beyond_target(beta * pairs.margin)
     right = jax.nn.log_sigmoid(scaled) - jnp.log1p(-label_smoothing)
     flipped = jax.nn.log_sigmoid(-scaled) - jnp.log(label_smoothing)
     return jax.nn.sigmoid(scaled) * right + jax.nn.sigmoid(-scaled) * flipped
@@ -213,7 +220,7 @@ def discopop(pairs: Pairs, beta, discopop_tau) -> jax.Array:
 
     (1 - w) (-log sigmoid(x)) + w exp(-x), with x = beta margin and w = sigmoid(x / tau).
     """
-    scaled = beta * pairs.margin
+    scaled = pairs.beyond_target(beta * pairs.margin)
     modulation = scaled / discopop_tau
     logistic = -jax.nn.sigmoid(-modulation) * jax.nn.log_sigmoid(scaled)
     # In one exponent: at a very negative margin exp(-x) alone is infinite, and its weight 0.
@@ -227,7 +234,8 @@ def dpop(pairs: Pairs, beta, dpop_lambda) -> jax.Array:
     -log sigmoid(beta (margin - lambda max(0, -chosen log-ratio))).
     """
     lost = jax.nn.relu(-pairs.chosen_log_ratios)
-    return -jax.nn.log_sigmoid(beta * (pairs.margin - dpop_lambda * lost))
+    scaled = beta * (pairs.margin - dpop_lambda * lost)
+    return -jax.nn.log_sigmoid(pairs.beyond_target(scaled))
 
 
 def apo_zero(pairs: Pairs, beta) -> jax.Array:
@@ -284,7 +292,7 @@ def simpo(pairs: Pairs, beta, simpo_gamma) -> jax.Array:
     -log sigmoid(beta (chosen - rejected) - gamma).
     """
     margin = pairs.chosen_per_token - pairs.rejected_per_token
-    return -jax.nn.log_sigmoid(beta * margin - simpo_gamma)
+    return -jax.nn.log_sigmoid(pairs.beyond_target(beta * margin - simpo_gamma))
 
 
 def orpo(pairs: Pairs, orpo_lambda) -> jax.Array:
@@ -304,7 +312,7 @@ def cpo(pairs: Pairs, beta, cpo_alpha) -> jax.Array:
     does not divide by the length; its code does.
     """
     scaled = beta * (pairs.chosen_log_probs - pairs.rejected_log_probs)
-    return -jax.nn.log_sigmoid(scaled) - cpo_alpha * pairs.chosen_per_token
+    return -jax.nn.log_sigmoid(pairs.beyond_target(scaled)) - cpo_alpha * pairs.chosen_per_token
 
 
 def nll(pairs: Pairs) -> jax.Array:
@@ -334,9 +342,15 @@ def unlikelihood(chosen_log_probs, rejected_log_probs, alpha) -> jax.Array:
     return -chosen_log_probs + alpha * rejected_log_probs
 
 
-def bradley_terry(chosen_rewards, rejected_rewards) -> jax.Array:
-    """A reward model's loss: minus the log-probability that the chosen response wins (eq. 2)."""
-    return -jax.nn.log_sigmoid(chosen_rewards - rejected_rewards)
+def bradley_terry(chosen_rewards, rejected_rewards, target_margins=None) -> jax.Array:
+    """A reward model's loss: minus the log-probability that the chosen response wins (eq. 2).
+
+    target_margins: by how much it is to win, as in Llama 2 (Touvron et al. 2023, eq. 2).
+    """
+    margin = chosen_rewards - rejected_rewards
+    if target_margins is not None:
+        margin = margin - target_margins
+    return -jax.nn.log_sigmoid(margin)
 
 
 def ppo_policy(log_ratio, advantage, clip) -> jax.Array:
@@ -381,11 +395,16 @@ def advantages(rewards_BT, values_BT, lengths_B, lam) -> jax.Array:
     return advantage_TB.T * is_token_BT
 
 
-def _smoothed_sigmoid(margin, beta, label_smoothing) -> jax.Array:
-    scaled = beta * margin
+def _smoothed_sigmoid(scaled, label_smoothing) -> jax.Array:
     right = -(1 - label_smoothing) * jax.nn.log_sigmoid(scaled)
     flipped = label_smoothing * jax.nn.log_sigmoid(-scaled)
     return right - flipped
+
+
+def _ipo_target(pairs: Pairs, beta) -> jax.Array:
+    """Return the margin of log-ratios that IPO pulls to; a pair's own target comes on top."""
+    target = 1 / (2 * beta)
+    return target if pairs.target_margins is None else target + pairs.target_margins / beta
 
 
 def _log_odds(log_probs) -> jax.Array:

@@ -28,7 +28,8 @@ SENDING = 40
 def named(metrics: dict, split: str) -> dict[str, float]:
     """Return means by their names in metrics.jsonl, from {name: (sum, count)} of a step.
 
-    "rewards/chosen" becomes "rewards_train/chosen", and "loss" becomes "loss/train".
+    "rewards/chosen" becomes "rewards_train/chosen", and "loss" becomes "loss/train". The mean over
+    examples whose weights are all 0 is 0.
     """
     means = {}
     for name, (total, count) in jax.device_get(metrics).items():
@@ -39,7 +40,7 @@ def named(metrics: dict, split: str) -> dict[str, float]:
             full_name = f"{group}_{split}/{rest}"
         else:
             full_name = f"{name}/{split}"
-        means[full_name] = float(total) / float(count)
+        means[full_name] = float(total) / float(count) if count else 0.0
     return means
 
 

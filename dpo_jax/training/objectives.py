@@ -81,6 +81,7 @@ def dpo(model, loss, params, reference, hyper, batch: Batch):
         rejected_log_probs=log_probs_SP2[..., 1],
         chosen_lengths=lengths_SP2[..., 0],
         rejected_lengths=lengths_SP2[..., 1],
+        target_margins=batch.target_margins,
     )
     loss_SP = loss(pairs, hyper)
     # The implicit rewards of eq. 5, for the metrics alone.
@@ -102,7 +103,7 @@ def unlikelihood(model, _loss, params, _reference, hyper, batch: Batch):
 def rm(model, _loss, params, _reference, _hyper, batch: Batch):
     """A reward model's Bradley-Terry loss, mean over pairs (eq. 2)."""
     rewards_SP2 = by_example(response_rewards(model, params, batch), batch)
-    loss_SP = losses.bradley_terry(rewards_SP2[..., 0], rewards_SP2[..., 1])
+    loss_SP = losses.bradley_terry(rewards_SP2[..., 0], rewards_SP2[..., 1], batch.target_margins)
     return _pair_metrics(batch, loss_SP, rewards_SP2=rewards_SP2)
 
 

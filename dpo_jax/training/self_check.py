@@ -60,12 +60,12 @@ def self_check(model, block, mesh, params, reference, batch: FirstBatch) -> str:
             _check_ratios(packed - of_reference, few)
             # Inside one program XLA may fuse the two passes in different ways.
             rounding = block.beta * float(_tolerance(model, packed).max()) / 100
-            found.append(_check_loss(batch.metrics, block.loss, rounding))
+            found.append(_check_loss(batch, block.loss, rounding))
         if batch.reference_is_init and batch.reference_log_probs is not None:
             found.append(_check_kept(packed, batch.reference_log_probs[few], model, few))
         if model.head == "reward":
             # A reward model's head starts from 0, so all rewards are equal.
-            found.append(_check_loss(batch.metrics, "sigmoid", 0))
+            found.append(_check_loss(batch, "sigmoid", 0))
         # A row for each response, with its own copy of the prompt: the plain layout.
         apart = _measure(model, mesh, params, batch.examples, few, share=False)
         gap = _check_packing(packed, apart, model, few)
@@ -151,12 +151,16 @@ def _tolerance(model, log_probs) -> np.ndarray:
     return relative * (1 + np.abs(log_probs))
 
 
-def _check_loss(metrics, loss_name: str, rounding: float) -> str:
+def _check_loss(batch: FirstBatch, loss_name: str, rounding: float) -> str:
     """Check that at equal weights the objective's margin is 0, and DPO's loss log 2."""
-    loss = metrics["loss/train"]
-    margin = metrics["rewards_train/margins"]
-    # Other losses start at a value that depends on beta: it is shown, not checked.
-    expected = LOG_2 if loss_name in ("sigmoid", "sigmoid_norm", "robust") else loss
+    loss = batch.metrics["loss/train"]
+    margin = batch.metrics["rewards_train/margins"]
+    # Other losses start at a value that depends on beta, and all of them at one that depends on
+    # columns of the data: it is shown, not checked.
+    examples = batch.examples
+    has_numbers = examples.weights is not None or examples.target_margins is not None
+    is_known = loss_name in ("sigmoid", "sigmoid_norm", "robust") and not has_numbers
+    expected = LOG_2 if is_known else loss
     if abs(margin) > rounding or abs(loss - expected) > 1e-6 + rounding:
         raise SelfCheckFailed(
             f"at equal policy and reference the first batch has a loss of {loss:.6f} and a margin "

@@ -253,7 +253,9 @@ def accumulate(objective, params, reference, hyper, batch):
         _, (count, metrics) = jax.eval_shape(total_loss, params, first)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (params, count, metrics))
         (grads, count, metrics), _ = jax.lax.scan(add, zeros, batch)
-    # The gradient of total / count, since the count is a constant.
+    # The gradient of total / count, since the count is a constant. It is 0 where a batch has
+    # examples of weight 0 alone: then so is the total.
+    count = jnp.where(count == 0, 1, count)
     return jax.tree.map(lambda g: g / count, grads), metrics
 
 

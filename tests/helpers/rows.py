@@ -28,6 +28,8 @@ def data_config(**changes) -> ml_collections.ConfigDict:
             "max_eval_rows": 0,
             "on_bad_row": "error",
             "columns": "",
+            "weight": "",
+            "margin": "",
             "ignore": (),
             "turns": "all",
             "template": {},

@@ -239,3 +239,23 @@ def test_other_losses_equal_torch(ours, theirs, inputs):
         jnp.asarray(inputs[0])
     )
     np.testing.assert_allclose(found, gradient, rtol=2e-4, atol=1e-5)
+
+
+def test_reward_margin_equals_trl():
+    """The loss and its gradient by TRL's RewardTrainer, of rows that have a margin."""
+    chosen, rejected = sides()
+    margins = RNG.normal(0, 1, len(CHOSEN))
+    stand = Stand("sigmoid")
+    stand.center_rewards_coefficient = None
+    outputs = types.SimpleNamespace(logits=torch.cat((chosen, rejected))[:, None])
+    inputs = dict(attention_mask=torch.ones(40, 1), margin=torch.tensor(margins))
+    loss = trl.RewardTrainer.compute_loss(stand, lambda **_: outputs, inputs)
+    loss.backward()
+    with jax.enable_x64(True):
+        grads = jax.grad(
+            lambda *rewards: losses.bradley_terry(*rewards, margins).mean(), argnums=(0, 1)
+        )(CHOSEN, REJECTED)
+        mean = losses.bradley_terry(CHOSEN, REJECTED, margins).mean()
+    np.testing.assert_allclose(mean, loss.detach(), rtol=1e-9)
+    for mine, theirs in zip(grads, (chosen.grad, rejected.grad), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-9, atol=1e-12)

@@ -1,5 +1,6 @@
 """Losses against published values, closed forms and finite differences."""
 
+import dataclasses
 import inspect
 import json
 
@@ -351,3 +352,39 @@ def test_advantages_with_lambda_1():
     rewards, values = RNG.normal(size=(2, 4, 6))
     found = losses.advantages(jnp.asarray(rewards), jnp.asarray(values), jnp.full(4, 6), 1.0)
     np.testing.assert_allclose(found, rewards[:, ::-1].cumsum(1)[:, ::-1] - values, atol=1e-5)
+
+
+TAKES_MARGIN = [name for name, properties in LOSSES.items() if properties.takes_margin]
+
+
+@pytest.mark.parametrize("name", TAKES_MARGIN)
+def test_target_margin_is_an_offset_of_the_scaled_margin(name):
+    """A pair that is to win by d has the loss of a pair whose scaled margin is smaller by d."""
+    log_probs = [jnp.asarray(side) for side in LOG_PROBS]
+    one = jnp.ones(len(CHOSEN))
+    pairs = losses.Pairs(jnp.abs(CHOSEN), jnp.asarray(REJECTED), *log_probs, one, one)
+    targets = jnp.asarray(RNG.normal(0, 2, len(CHOSEN)))
+    # The rejected side alone, for dpop and cpo ask more of the chosen one.
+    shifted = dataclasses.replace(
+        pairs,
+        rejected_log_ratios=pairs.rejected_log_ratios + targets / BETA,
+        rejected_log_probs=pairs.rejected_log_probs + targets / BETA,
+    )
+    hyper = NUMBERS | dict(label_smoothing=0.1)
+    of_pairs = losses.preference(name)
+    found = of_pairs(dataclasses.replace(pairs, target_margins=targets), hyper)
+    np.testing.assert_allclose(found, of_pairs(shifted, hyper), rtol=1e-4, atol=1e-5)
+    nothing = dataclasses.replace(pairs, target_margins=0 * targets)
+    np.testing.assert_allclose(of_pairs(nothing, hyper), of_pairs(pairs, hyper), rtol=1e-6)
+
+
+def test_target_margin_of_known_values():
+    pairs = losses.Pairs(*jnp.array([[2.0], [-1.5], [0.0], [0.0], [1.0], [1.0]]))
+    pairs = dataclasses.replace(pairs, target_margins=jnp.array([1.0]))
+    # -log sigmoid(0.1 x 3.5 - 1), max(0, 1 - 0.35 + 1) and (3.5 - 5 - 10)^2
+    np.testing.assert_allclose(losses.sigmoid(pairs, 0.1), np.log1p(np.exp(0.65)), rtol=1e-6)
+    np.testing.assert_allclose(losses.hinge(pairs, 0.1), 1.65, rtol=1e-6)
+    np.testing.assert_allclose(losses.ipo(pairs, 0.1), 11.5**2, rtol=1e-6)
+    np.testing.assert_allclose(
+        losses.bradley_terry(jnp.array([2.0]), jnp.array([0.5]), 1.0), np.log1p(np.exp(-0.5))
+    )
