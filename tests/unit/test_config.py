@@ -243,6 +243,39 @@ def test_grouping_counts_from_first_stage_that_reads_it(stages, first):
         assert "data.shuffle" in fields
 
 
+@pytest.mark.parametrize(
+    "stages, fields, expected",
+    [
+        (("sft", "dpo"), dict(data__weight="w", data__margin="m"), ""),
+        (("rm", "ppo"), dict(data__weight="w", data__margin="m"), ""),
+        (("preferred_ft",), dict(data__weight="w"), ""),
+        (("unlikelihood",), dict(data__weight="w"), ""),
+        (("sft",), dict(data__weight="w"), "empty, as no stage trains on pairs of the data"),
+        (("ppo",), dict(data__margin="w"), "empty, as no stage trains on pairs of the data"),
+        (("sft", "pairs", "dpo"), dict(data__weight="w"), "the stage pairs"),
+        (("unlikelihood",), dict(data__margin="m"), "the stage unlikelihood takes no margin"),
+        (("preferred_ft",), dict(data__margin="m"), "the stage preferred_ft takes no margin"),
+        (("dpo",), dict(data__margin="m", dpo__loss="nca"), "the nca loss takes no margin (rm do"),
+        (("rm", "dpo"), dict(data__margin="m", dpo__loss="nca"), "the nca loss takes no margin"),
+    ],
+)
+def test_columns_of_numbers_are_used(stages, fields, expected):
+    config = sampled(*stages)
+    for name, value in fields.items():
+        block, _, field = name.partition("__")
+        config[block][field] = value
+    if not expected:
+        config_checks.validate(config)
+        # They count from the first stage that reads them: sft reads texts alone.
+        for stage in stages:
+            is_used = "data.weight" in configs.dependencies(config, stage)
+            assert is_used == (stage != "sft")
+        return
+    with pytest.raises(ValueError, match=r"config.data.(weight|margin) = ") as error:
+        config_checks.validate(config)
+    assert expected in str(error.value)
+
+
 def test_folder_names():
     config = configs.default(("sft", "pairs", "dpo", "evaluate"))
     assert configs.folder_names(config) == {name: name for name in config.stages}
