@@ -257,6 +257,9 @@ def test_grouping_counts_from_first_stage_that_reads_it(stages, first):
         (("preferred_ft",), dict(data__margin="m"), "the stage preferred_ft takes no margin"),
         (("dpo",), dict(data__margin="m", dpo__loss="nca"), "the nca loss takes no margin (rm do"),
         (("rm", "dpo"), dict(data__margin="m", dpo__loss="nca"), "the nca loss takes no margin"),
+        (("dpo",), dict(data__weight="w", data__margin="m", dpo__loss="hinge=1,nll=0.2"), ""),
+        (("dpo",), dict(data__margin="m", dpo__loss="hinge=1,nca=1"), "takes no margin"),
+        (("dpo",), dict(data__margin="m", dpo__loss="nll=1"), "takes no margin"),
     ],
 )
 def test_columns_of_numbers_are_used(stages, fields, expected):
