@@ -201,7 +201,7 @@ def run(workdir: str, panels: list[str], jobs: int) -> list[dict]:
         found = [run_seed(*task) for task in tasks]
     else:
         spawn = multiprocessing.get_context("spawn")
-        with spawn.Pool(jobs, initializer=_one_thread, maxtasksperchild=1) as pool:
+        with spawn.Pool(jobs, initializer=one_thread, maxtasksperchild=1) as pool:
             found = pool.starmap(run_seed, tasks, chunksize=1)
     rows = [row for part in found for row in part]
     (pathlib.Path(workdir) / "frontier.json").write_text(json.dumps(rows, indent=1) + "\n")
@@ -221,7 +221,7 @@ def run(workdir: str, panels: list[str], jobs: int) -> list[dict]:
     return rows
 
 
-def _one_thread():
+def one_thread():
     """Give a process one thread: these steps are too small to share between cores.
 
     Nor does fusion pay for its compilation here, which would take a third of the time.
