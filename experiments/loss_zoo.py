@@ -39,7 +39,7 @@ BASELINE = "sigmoid"
 COMPARED_KL = 2.0  # at which each loss is compared with the baseline, seed by seed
 CURVE_POINTS = 200
 LARGEST_KL = 14.0  # of the figure
-COLUMNS = 6
+COLUMNS = 5
 MARKS = ("o", "s", "^", "D", "v")  # by seed
 # Degrees of freedom -> Student's t that 95 % of the distribution lie within.
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
@@ -147,7 +147,7 @@ def prepare(workdir: str, labels: str, seed: int) -> dict:
     from dpo_jax.pipeline.stages import run_stages
 
     config, _ = config_of(BASELINE, LINES[BASELINE].values[0], seed, labels)
-    config.stages = ("sft", "pairs")
+    config.stages, config.run = ("sft", "pairs"), ""
     with contextlib.redirect_stdout(io.StringIO()):
         run_stages(config, _folder(workdir, labels, seed))
     reference_PC, rewards_PC = _reference(workdir, labels, seed)
@@ -357,6 +357,8 @@ def draw(path: pathlib.Path, rows: list[dict], curve: dict) -> None:
     panels = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
     for axes in panels.flat[len(names) :]:
         axes.remove()
+    for axes in panels.flat[len(names) - across : len(names)]:
+        axes.tick_params(labelbottom=True)  # there may be no panel below
     for name, axes in zip(names, panels.flat, strict=False):
         axes.plot(curve["kl"], curve["reward"], color="black", linewidth=1, zorder=1)
         _draw_runs(axes, name, [row for row in rows if row["loss"] == name])
@@ -533,7 +535,7 @@ def main():
     workdir = flags.DEFINE_string("workdir", None, "Folder of the runs and the results.")
     losses = flags.DEFINE_list("losses", list(LINES), "Names of LINES. Default: all.")
     kinds = flags.DEFINE_multi_enum(
-        "labels", list(LABELS), ["bradley_terry"], "How pairs are labelled; may be repeated."
+        "labels", ["bradley_terry"], list(LABELS), "How pairs are labelled; may be repeated."
     )
     seeds = flags.DEFINE_integer("seeds", SEEDS, "Number of seeds.")
     jobs = flags.DEFINE_integer("processes", 1, "Number of processes.")
