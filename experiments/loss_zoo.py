@@ -52,7 +52,7 @@ class Line:
     title: str
     settings: dict  # fields of config.dpo that all its runs share
     strength: str  # the field of config.dpo that its runs differ in
-    values: tuple[float, ...]
+    values: tuple[float, ...]  # from the one that stays nearest to the reference
     letter: str = "β"  # how the strength is written
 
 
@@ -68,7 +68,7 @@ LINES = {
         "robust, label_smoothing 0.1",
         dict(loss="robust", label_smoothing=0.1),
         "beta",
-        (6, 3, 2, 1.2, 0.8, 0.5),
+        (24, 12, 6, 3, 2, 1.2),
     ),
     "ipo_sum": Line("ipo_sum", dict(loss="ipo_sum"), "beta", (1, 0.5, 0.25, 0.12, 0.06, 0.03)),
     "hinge": Line("hinge", dict(loss="hinge"), "beta", (2, 1, 0.7, 0.5, 0.3, 0.15)),
@@ -78,13 +78,23 @@ LINES = {
         "beta",
         (12, 6, 3, 2, 1.2, 0.6),
     ),
+    "exo_smoothed": Line(
+        "exo, label_smoothing 0.1",
+        dict(loss="exo", label_smoothing=0.1),
+        "beta",
+        (4, 2, 1, 0.6, 0.4, 0.2),
+    ),
     "discopop": Line("discopop", dict(loss="discopop"), "beta", (4, 2, 1, 0.6, 0.4, 0.2)),
-    "dpop": Line("dpop, λ 50", dict(loss="dpop"), "beta", (1, 0.3, 0.1, 0.03, 0.01, 0.003)),
-    "dpop_5": Line(
-        "dpop, λ 5", dict(loss="dpop", dpop_lambda=5.0), "beta", (1, 0.3, 0.1, 0.03, 0.01, 0.003)
+    "dpop": Line("dpop, λ 50", dict(loss="dpop"), "beta", (1, 0.1, 0.01)),
+    "dpop_lambda": Line(
+        "dpop, β 0.3",
+        dict(loss="dpop", beta=0.3),
+        "dpop_lambda",
+        (5, 1, 0.3, 0.1, 0.03, 0.01),
+        "λ ",
     ),
     "apo_zero": Line("apo_zero", dict(loss="apo_zero"), "beta", (4, 2, 1, 0.5, 0.25, 0.1)),
-    "apo_down": Line("apo_down", dict(loss="apo_down"), "beta", (4, 2, 1, 0.5, 0.25, 0.1)),
+    "apo_down": Line("apo_down", dict(loss="apo_down"), "beta", (30, 10, 4, 2, 1, 0.25)),
     "nca": Line("nca", dict(loss="nca"), "beta", (2, 1, 0.5, 0.25, 0.12, 0.06)),
     "bco_pair": Line("bco_pair", dict(loss="bco_pair"), "beta", (2, 1, 0.5, 0.25, 0.12, 0.06)),
     "sppo_hard": Line(
@@ -100,11 +110,23 @@ LINES = {
         "simpo, β 2.5, γ 1",
         dict(loss="simpo", beta=2.5),
         "lr",
-        (2e-3, 1e-3, 5e-4, 2e-4, 1e-4, 5e-5),
+        (2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 2e-3),
         "lr ",
     ),
     "orpo": Line("orpo", dict(loss="orpo"), "orpo_lambda", (0.1, 0.3, 1, 3, 10, 30), "λ "),
-    "cpo": Line("cpo, α 1", dict(loss="cpo"), "beta", (2, 1, 0.3, 0.1, 0.03, 0.01)),
+    "cpo": Line("cpo, α 1", dict(loss="cpo"), "beta", (0.01, 0.03, 0.1, 0.3, 1, 2)),
+    "cpo_alpha": Line(
+        "cpo, β 0.3", dict(loss="cpo", beta=0.3), "cpo_alpha", (3, 1, 0.3, 0.1, 0.03, 0.01), "α "
+    ),
+    "rpo": Line(
+        "sigmoid=1,nll=1 (RPO)", dict(loss="sigmoid=1,nll=1"), "beta", (4, 2, 1, 0.5, 0.25, 0.1)
+    ),
+    "mpo": Line(
+        "sigmoid=0.8,bco_pair=0.2,nll=1 (MPO)",
+        dict(loss="sigmoid=0.8,bco_pair=0.2,nll=1"),
+        "beta",
+        (4, 2, 1, 0.5, 0.25, 0.1),
+    ),
     "forward_kl": Line(
         "sigmoid, forward KL", dict(divergence="forward_kl"), "beta", (4, 2, 1, 0.5, 0.25, 0.1)
     ),
@@ -316,7 +338,7 @@ def table(found: list[dict], labels: str) -> str:
         if one["labels"] != labels:
             continue
         line = LINES[one["loss"]]
-        cells = [line.title, f"{line.letter}{max(line.values):g} to {min(line.values):g}"]
+        cells = [line.title, f"{line.letter}{line.values[0]:g} to {line.values[-1]:g}"]
         for kl in KLS:
             cells.append(_with_interval(one["gaps"].get(f"{kl:g}"), "{:.3f}"))
         cells.append(_with_interval(one["differences"].get(f"{COMPARED_KL:g}"), "{:+.3f}"))
@@ -346,7 +368,7 @@ def draw(path: pathlib.Path, rows: list[dict], curve: dict) -> None:
     """Draw reward against KL, a panel per line of LINES that has rows.
 
     rows: with one kind of labels. curve: the bound of its first seed. Colours are the strengths,
-    from the strongest pull to the reference to the weakest; marks are the seeds.
+    from the one that stays nearest to the reference (dark); marks are the seeds.
     """
     from matplotlib.figure import Figure
 
@@ -444,6 +466,7 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "loss_zoo.json"
     result = json.loads(path.read_text()) if path.exists() else dict(bounds=[], rows=[])
+    result["rows"] = [row for row in result["rows"] if _is_in_grid(row)]
     shared = [(workdir, labels, seed) for labels in kinds for seed in range(seeds)]
     tasks = []
     for of_seed in shared:
@@ -479,6 +502,11 @@ def _missing(rows: list[dict], labels: str, seed: int, name: str, steps: int) ->
     return [value for value in LINES[name].values if value not in done]
 
 
+def _is_in_grid(row: dict) -> bool:
+    """Return whether a row is still of a run that LINES has."""
+    return row["loss"] in LINES and row["value"] in LINES[row["loss"]].values
+
+
 def _is_same_seed(one: dict, other: dict) -> bool:
     return one["labels"] == other["labels"] and one["seed"] == other["seed"]
 
@@ -490,7 +518,9 @@ def _write(folder: pathlib.Path, result: dict) -> None:
     names = list(LINES)
 
     def place(row):
-        return row["labels"], names.index(row["loss"]), row["seed"], -row["value"]
+        values = LINES[row["loss"]].values
+        number = names.index(row["loss"])
+        return row["labels"], number, row["seed"], values.index(row["value"])
 
     result["rows"].sort(key=place)
     result["bounds"].sort(key=_seed_place)

@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 
 from dpo_jax import config_checks, loss_table
+from dpo_jax.parallel import sharding
+from dpo_jax.pipeline.run import Run
 from dpo_jax.training import losses
 from experiments import loss_zoo
 from tests.helpers.paths import ROOT
+from tests.helpers.tiny_runs import plant
 
 RESULTS = ROOT / "experiments" / "results" / "loss_zoo"
 
@@ -21,7 +24,7 @@ def test_zoo_has_every_loss():
             config, stage = loss_zoo.config_of(name, value, 0, "bradley_terry")
             config_checks.validate(config)
             assert config[stage][line.strength] == value
-        drawn |= {config.dpo.loss, config.dpo.divergence}
+        drawn |= {*loss_table.names(config.dpo.loss), config.dpo.divergence}
     left_out = {"sigmoid_norm", "ipo"}  # see the test below
     assert drawn == (loss_table.LOSSES.keys() | loss_table.DIVERGENCES.keys()) - left_out
 
@@ -45,8 +48,9 @@ def test_zoo_resumes(tmp_path, monkeypatch, capsys):
 
     def small(*args):
         config, stage = make(*args)
-        config.sft.update(batch_size=32, steps=2, eval_every=2, save_every=2)
-        config.pairs.prompts = 64
+        config.data.update(max_rows=64, max_eval_rows=16)
+        config.pairs.prompts = 32
+        config.sampling.batch_size = 64
         config.dpo.batch_size = 64
         return config, stage
 
@@ -56,6 +60,10 @@ def test_zoo_resumes(tmp_path, monkeypatch, capsys):
     }
     monkeypatch.setattr(loss_zoo, "config_of", small)
     monkeypatch.setattr(loss_zoo, "LINES", lines)
+    config, _ = small("sigmoid", 2, 0, "bradley_terry", 4)
+    config.stages, config.run = ("sft", "pairs"), ""
+    plant(Run(config, tmp_path / "bradley_terry-0", sharding.make_mesh()), "sft")
+
     options = dict(seeds=1, steps=4, processes=1)
     first = loss_zoo.run(str(tmp_path), ["sigmoid"], ["bradley_terry"], **options)
     result = loss_zoo.run(str(tmp_path), list(lines), ["bradley_terry"], **options)
@@ -65,8 +73,8 @@ def test_zoo_resumes(tmp_path, monkeypatch, capsys):
     assert [(row["loss"], row["value"]) for row in rows] == [
         ("sigmoid", 2),
         ("sigmoid", 0.5),
-        ("orpo", 3),
         ("orpo", 1),
+        ("orpo", 3),
     ]
     assert rows[:2] == first["rows"]
     assert all(row["kl"] > 0 and row["gap"] > -1e-6 for row in rows)
@@ -78,7 +86,7 @@ def test_zoo_resumes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(loss_zoo, "prepare", None)
     again = loss_zoo.run(str(tmp_path), list(lines), ["bradley_terry"], **options)
     assert again["rows"] == rows
-    assert "| orpo | λ 3 to 1 |" in capsys.readouterr().out
+    assert "| orpo | λ 1 to 3 |" in capsys.readouterr().out
 
 
 def test_gap_is_interpolated_along_the_root_of_kl():
