@@ -83,7 +83,11 @@ BLOCKS = {  # block -> its heading and what to say about it
     "dpo": ("DPO: `dpo`", ""),
     "rm": ("Reward model: `rm`", "Only the fields of every training stage."),
     "ppo": ("PPO: `ppo`", ""),
-    "pairs": ("Pairs from samples: `pairs`", ""),
+    "pairs": ("Pairs from samples: `pairs`", "See [methods](methods.md#pairs-from-a-model)."),
+    "pairs.judge": (
+        "A judge of pairs: `pairs.judge`",
+        "For `pairs.labels=judge`. See [judges](judges.md#labels-of-pairs).",
+    ),
     "best_of_n": ("Best of N: `best_of_n`", ""),
     "evaluate": ("Evaluation: `evaluate`", ""),
 }

@@ -20,7 +20,7 @@ from dpo_jax import config_files, loss_table, stage_table
 
 PATHS = (
     *("model.path", "model.tokenizer", "data.path", "data.sft_path", "data.mix"),
-    *("reward.path", "dpo.reference"),
+    *("reward.path", "dpo.reference", "pairs.judge.template"),
 )
 END = ("steps", "epochs")  # fields of a training stage
 # Fields of a training stage that a resumed run can go on with, as --allow_change names them. Others

@@ -62,6 +62,7 @@ def _is_stage(folder: pathlib.Path) -> bool:
 def _stage(folder: pathlib.Path) -> Iterator[Finding]:
     """Yield a Finding for each part of a stage's folder."""
     from dpo_jax import workdir
+    from dpo_jax.evaluation import chat_api, judge
 
     if not any(path.name != ".lock" for path in folder.iterdir()):
         return  # an attempt that ended before it began
@@ -84,8 +85,13 @@ def _stage(folder: pathlib.Path) -> Iterator[Finding]:
         parts = {pathlib.PurePath(name).parts[0] for name in workdir.result_files(folder)}
         for part in sorted(parts - {"ledger.json", "weights.json"}):
             yield Finding(folder / part, note=FINISHED_EARLIER)
-    elif (folder / workdir.COMPLETIONS).exists():
-        yield _rows(folder / workdir.COMPLETIONS, folder / workdir.SUMS)
+    else:
+        if (folder / workdir.COMPLETIONS).exists():
+            yield _rows(folder / workdir.COMPLETIONS, folder / workdir.SUMS)
+        if (folder / judge.JUDGEMENTS).exists():
+            yield Finding(
+                folder / judge.JUDGEMENTS, _problem(chat_api.read, folder / judge.JUDGEMENTS)
+            )
     for kept in sorted((folder / workdir.RESULTS).glob("*")):
         yield from _earlier_result(kept)
     yield from _checkpoints(folder, is_done)

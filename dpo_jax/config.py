@@ -345,6 +345,33 @@ SFT = dict(
     **_training(),
 )
 
+JUDGE = dict(  # by whose votes pairs are labelled, where pairs.labels is judge
+    model=Field("", "the chat model's name at its endpoint, which OPENAI_BASE_URL says"),
+    template=Field(
+        "dialogue",
+        "the question: summary_simple, summary_concise, news_concise, dialogue, or a file",
+    ),
+    temperature=Field(0.0, "sampling temperature of the chat model", least=0, most=2),
+    orders=Field(
+        1,
+        "1: which completion is shown first is drawn; 2: both orders are asked, and a pair on "
+        "which they disagree is left out",
+        least=1,
+        most=2,
+    ),
+    concurrency=Field(8, "calls in flight at a time", least=1, most=10_000),
+    requests_per_minute=Field(0.0, "most requests per minute; 0: no limit", least=0, most=1e9),
+    timeout=Field(
+        60.0, "seconds after which a hanging request is retried", least=ABOVE_ZERO, most=1e6
+    ),
+    max_calls=Field(0, "most answers that the stage may keep; 0: no cap", least=0, most=MANY),
+    max_cost=Field(
+        0.0, "most that they may cost, by the prices below; 0: no cap", least=0, most=1e12
+    ),
+    input_price=Field(0.0, "price of a million input tokens", least=0, most=1e12),
+    output_price=Field(0.0, "price of a million output tokens", least=0, most=1e12),
+)
+
 PAIRS = dict(
     prompts=Field(25_000, "number of prompts to sample from", least=1, most=MANY),
     completions=Field(4, "completions per prompt", least=2, most=10_000),
@@ -356,8 +383,9 @@ PAIRS = dict(
     labels=Field(
         "deterministic",
         "deterministic: the higher reward is chosen; bradley_terry: with probability "
-        "sigmoid(difference)",
+        "sigmoid(difference); judge: the completion that a chat model prefers",
     ),
+    judge=JUDGE,
 )
 
 PREFERRED_FT = SFT | dict(
@@ -581,6 +609,12 @@ FREE = (
     "save_every",
     "keep",
     "cache_reference",  # the same log-probs, computed earlier
+    # A judge's answers are the same, however they are called and paid for.
+    *(
+        f"pairs.judge.{name}"
+        for name in ("concurrency", "requests_per_minute", "timeout", "max_calls", "max_cost")
+    ),
+    *("pairs.judge.input_price", "pairs.judge.output_price"),
 )
 
 
@@ -646,6 +680,17 @@ def stages_so_far(config: ConfigDict, stage: str) -> tuple[str, ...]:
     return tuple(config.stages[: last + 1])
 
 
+def _read_by(config: ConfigDict, stage: str) -> tuple[str, ...]:
+    """Return the stages whose blocks the result of a stage depends on."""
+    so_far = stages_so_far(config, stage)
+    is_later_round = config.rounds > 1 and stage_table.repeats(config, stage)
+    is_measured = STAGES[stage].is_policy or is_later_round
+    # The policy is measured while it is trained, too.
+    if is_measured and "evaluate" in config.stages and "evaluate" not in so_far:
+        return (*so_far, "evaluate")
+    return so_far
+
+
 def dependencies(config: ConfigDict, stage: str) -> dict:
     """Return every field (dotted name -> value) that the result of a stage depends on.
 
@@ -655,11 +700,9 @@ def dependencies(config: ConfigDict, stage: str) -> dict:
     """
     so_far = stages_so_far(config, stage)
     is_later_round = config.rounds > 1 and stage_table.repeats(config, stage)
-    blocks = ["model", "data", *so_far]
-    # The policy is measured while it is trained, too.
-    if (STAGES[stage].is_policy or is_later_round) and "evaluate" in config.stages:
-        blocks.append("evaluate")
-    if any(STAGES[block].samples for block in blocks if block in STAGES):
+    read = _read_by(config, stage)
+    blocks = ["model", "data", *read]
+    if any(STAGES[block].samples for block in read):
         blocks += ["reward", "sampling"]
     fields = {"seed": config.seed, "stages": list(so_far)}
     # Round 1 is the same run as one without rounds.
@@ -677,9 +720,11 @@ def may_matter(config: ConfigDict, stage: str, field: str) -> bool:
     so_far = stages_so_far(config, stage)
     if field in OF_PAIRS:
         return any(stage_table.reads_pairs(config, name) for name in so_far)
-    if field not in GROUPING:
-        return True
-    return any(stage_table.trains_in_groups(config, name) for name in so_far)
+    if field in GROUPING:
+        return any(stage_table.trains_in_groups(config, name) for name in so_far)
+    if field.startswith("reward."):
+        return any(stage_table.asks_reward(config, name) for name in _read_by(config, stage))
+    return True
 
 
 def is_free(field: str) -> bool:

@@ -43,7 +43,7 @@ ALLOWED = {  # field -> its values; STAGE stands for every training stage
     "dpo.loss": tuple(LOSSES),
     "dpo.divergence": tuple(DIVERGENCES),
     "pairs.choose": ("all", "best_worst", "best_random"),
-    "pairs.labels": ("bradley_terry", "deterministic"),
+    "pairs.labels": ("bradley_terry", "deterministic", "judge"),
     "STAGE.optimizer": OPTIMIZERS,
     "STAGE.schedule": SCHEDULES,
 }
@@ -74,6 +74,8 @@ def validate(config: ConfigDict) -> None:
         _validate_ppo(config)
     if "best_of_n" in config.stages:
         _validate_best_of_n(config)
+    if "pairs" in config.stages:
+        _validate_labels(config)
     if stage_table.samples(config):
         _validate_sampling(config)
 
@@ -391,6 +393,24 @@ def _validate_reward_choice(config, stage):
         _fail(f"{stage}.reward", "rm", expected)
 
 
+def _validate_labels(config):
+    block = config.pairs
+    if block.labels != "judge":
+        for name, field in configs.JUDGE.items():
+            if block.judge[name] != field.default:
+                expected = f"its default, {field.default!r}, as pairs.labels is {block.labels!r}"
+                _fail(f"pairs.judge.{name}", block.judge[name], f"{expected} (judge takes it)")
+        return
+    if not block.judge.model:
+        _fail("pairs.judge.model", "", "the name of a chat model at its endpoint")
+    if block.choose != "all":
+        expected = (
+            "'all', as pairs.labels is 'judge': a judge compares two completions, and gives none "
+            "of them a reward by which the best could be found"
+        )
+        _fail("pairs.choose", block.choose, expected)
+
+
 def _validate_sampling(config):
     reward = config.reward
     sampling = config.sampling
@@ -403,9 +423,18 @@ def _validate_sampling(config):
             _fail("reward.path", reward.path, "empty: the reward is the rm stage's model")
         if "rm" not in config.stages:
             _fail("reward.kind", "rm", "another kind, or the stage rm in config.stages")
-        if "pairs" in config.stages:
+        if "pairs" in config.stages and stage_table.asks_reward(config, "pairs"):
             expected = "another kind: rm is trained on the pairs, so it cannot label them"
             _fail("reward.kind", "rm", expected)
+    is_asked = any(stage_table.asks_reward(config, stage) for stage in config.stages)
+    if not is_asked and not on_toy:
+        for name, field in configs.REWARD.items():
+            if reward[name] != field.default:
+                expected = (
+                    f"its default, {field.default!r}, as a judge labels the pairs and no other "
+                    "stage asks for a reward"
+                )
+                _fail(f"reward.{name}", reward[name], expected)
     if reward.on_long != "error" and reward.kind != "model":
         expected = f"'error', as a reward of kind {reward.kind!r} does not take it (model does)"
         _fail("reward.on_long", reward.on_long, expected)

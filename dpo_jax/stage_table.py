@@ -33,7 +33,7 @@ class Stage:
 
     @property
     def samples(self) -> bool:
-        """True if the stage samples completions and asks a reward about them."""
+        """True if the stage samples completions."""
         return self.data == "prompts"
 
 
@@ -69,6 +69,17 @@ def repeats(config: ConfigDict, stage: str) -> bool:
 def samples(config: ConfigDict) -> bool:
     """Return whether any stage of a run samples, and so has a reward."""
     return any(STAGES[stage].samples for stage in config.stages)
+
+
+def asks_reward(config: ConfigDict, stage: str) -> bool:
+    """Return whether a stage samples and asks the reward, as all do but pairs of a judge."""
+    is_judged = stage == "pairs" and config.pairs.labels == "judge"
+    return STAGES[stage].samples and not is_judged
+
+
+def completions_in_pairs(config: ConfigDict) -> int:
+    """Return how many of a prompt's completions make pairs, every two of them."""
+    return config.pairs.completions if config.pairs.choose == "all" else 2
 
 
 def trains_on_samples(config: ConfigDict, stage: str) -> bool:

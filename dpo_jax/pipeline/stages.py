@@ -42,7 +42,7 @@ from dpo_jax.workdir import (
 
 
 def pairs_stage(run: Run, stage: str) -> dict:
-    """Sample from the model that the stages before made, and label pairs by the true reward.
+    """Sample from the model that the stages before made, and label pairs by the reward or a judge.
 
     Each round has prompts of its own, until all have been used.
     """
@@ -56,7 +56,9 @@ def pairs_stage(run: Run, stage: str) -> dict:
             "Lower it, or read more rows (config.data.train_split, config.data.max_rows)."
         )
     _check_eval_prompts(run, initial.tokenizer)
-    run.record_weights(stage, policy=initial, reward=run.reward_model("true"))
+    asks_reward = stage_table.asks_reward(run.config, stage)
+    reward_model = run.reward_model("true") if asks_reward else None
+    run.record_weights(stage, policy=initial, reward=reward_model)
 
     # A random choice: the first prompts of a data set may be alike.
     order = np.random.default_rng(run.config.seed).permutation(count)
@@ -66,8 +68,8 @@ def pairs_stage(run: Run, stage: str) -> dict:
     return preference_pairs.make_pairs(
         run.load(initial),
         dict(train=prompts["train"].take(chosen), eval=prompts["eval"].take(range(held_out))),
-        run.reward("true"),
-        preference_pairs.Labelling(block.labels, block.choose),
+        run.reward("true") if asks_reward else None,
+        preference_pairs.labelling_of(block, run.config.seed),
         run.sampling(n=block.completions, seed=run.seed("sampling")),
         run.folder(stage),
     )
@@ -194,7 +196,9 @@ def _run_all(
     rounds = [run.of_round(number) for number in range(1, run.rounds + 1)]
     processes.from_first(functools.partial(_check_stages, rounds, allowed))
     ahead = processes.from_first(functools.partial(_stages_ahead, rounds))
-    if any(STAGES[stage].samples for stage in ahead):
+    if "pairs" in ahead:
+        preference_pairs.labelling_of(config.pairs, config.seed)
+    if any(stage_table.asks_reward(config, stage) for stage in ahead):
         make.check_reward(config.reward.kind, config.reward.path)
     for in_round in rounds:
         if len(rounds) > 1:
@@ -294,10 +298,10 @@ def _with_reward(config: ConfigDict, reward: Callable | None) -> ConfigDict:
     """
     if reward is None:
         return config
-    if not stage_table.samples(config):
+    if not any(stage_table.asks_reward(config, stage) for stage in config.stages):
         raise ValueError(
-            "the run has no use for a reward: pairs, ppo, best_of_n and evaluate ask for one, and "
-            f"its stages are {', '.join(config.stages)}."
+            "the run has no use for a reward: pairs (unless a judge labels them), ppo, best_of_n "
+            f"and evaluate ask for one, and its stages are {', '.join(config.stages)}."
         )
     config = config.copy_and_resolve_references()
     config.reward.update(kind=FUNCTION, path=losses.name_of(reward))

@@ -76,8 +76,8 @@ def group_of(config: ConfigDict, stage: str, assumed) -> Group:
     """Return the prompts and pairs that a stage trains on: as assumed, or as the config says.
 
     assumed: `planner.Assumptions`. Lengths that neither tells are the longest that are allowed. A
-    run that samples its own pairs makes them of every two completions of a prompt; other data is
-    taken to have one pair a prompt.
+    run that samples its own pairs makes them as config.pairs says; other data is taken to have one
+    pair a prompt.
 
     Raises ValueError if prompt and response are longer than config.data.max_length, or if pairs are
     assumed of a stage whose examples stand alone.
@@ -91,7 +91,7 @@ def group_of(config: ConfigDict, stage: str, assumed) -> Group:
         longest_prompt = config.sampling.max_prefix or data.max_prompt_length
         longest_response = config.sampling.max_new_tokens
         if not pairs:
-            responses = responses or config.pairs.completions
+            responses = responses or stage_table.completions_in_pairs(config)
     prompt = assumed.prompt_tokens or longest_prompt
     response = assumed.response_tokens or longest_response
     if prompt + response > data.max_length:

@@ -174,7 +174,8 @@ def examples_and_steps(config: ConfigDict, stage: str, assumed: Assumptions) -> 
         path = data.sft_path
     examples = assumed.examples or presets.EXAMPLES.get(path, 0)
     if stage_table.trains_on_samples(config, stage):
-        examples = config.pairs.prompts * math.comb(config.pairs.completions, 2)
+        of_prompt = math.comb(stage_table.completions_in_pairs(config), 2)
+        examples = config.pairs.prompts * of_prompt
     elif data.max_rows:
         examples = min(examples or data.max_rows, data.max_rows)
     steps = steps_of(examples, block.batch_size, steps=block.steps, epochs=block.epochs)

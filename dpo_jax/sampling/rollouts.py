@@ -22,10 +22,15 @@ CHUNKS = 4  # sampling batches between two writes of completions.jsonl
 
 
 def complete(
-    model: Model, prompts: Prompts, reward: Callable, sampling: Sampling, folder: pathlib.Path
+    model: Model,
+    prompts: Prompts,
+    reward: Callable | None,
+    sampling: Sampling,
+    folder: pathlib.Path,
 ) -> list[dict]:
     """Sample completions of all prompts and give each its reward, in rows as `with_rewards` makes.
 
+    reward: None gives none.
     Rows are kept in the folder's completions.jsonl as they are made: a killed run resumes there.
     The model's weights are not read where all rows are there already.
     """
@@ -60,21 +65,24 @@ def complete(
 
 
 def with_rewards(
-    prompts: Prompts, drawn: list[list[sampler.Completion]], tokenizer, reward: Callable
+    prompts: Prompts, drawn: list[list[sampler.Completion]], tokenizer, reward: Callable | None
 ) -> list[dict]:
     """Return a row for each prompt: prompt, tokens and completions (text, tokens, reward).
 
-    drawn: n completions of each prompt.
+    drawn: n completions of each prompt. reward: None leaves the rewards out.
     """
     n = len(drawn[0])
     sampled = [completion.tokens for completions in drawn for completion in completions]
     repeated = prompts.take(np.repeat(np.arange(len(prompts)), n))
     texts = prompts_lib.completion_texts(repeated, sampled, tokenizer)
     tokens = list(zip(repeated.ids, sampled, strict=True))
-    rewards = reward(repeated.texts, texts, tokens, repeated.conversations)
     made = []
-    for text, ids, value in zip(texts, sampled, rewards, strict=True):
-        made.append(dict(text=text, tokens=ids.tolist(), reward=float(value)))
+    for text, ids in zip(texts, sampled, strict=True):
+        made.append(dict(text=text, tokens=ids.tolist()))
+    if reward is not None:
+        rewards = reward(repeated.texts, texts, tokens, repeated.conversations)
+        for completion, value in zip(made, rewards, strict=True):
+            completion["reward"] = float(value)
     rows = []
     for index, (prompt, ids) in enumerate(zip(prompts.texts, prompts.ids, strict=True)):
         of_prompt = made[index * n : (index + 1) * n]
