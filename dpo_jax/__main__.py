@@ -10,6 +10,7 @@ COMMANDS = {
     "train": "train a model: all stages of a config, one after the other",
     "sweep": "train at several values of a field, and compare them",
     "runs": "list the runs of a folder: what differs, how they ended",
+    "report": "one page about the runs of a folder: curves, what they point to, samples",
     "check": "verify what the runs of a folder have left: checkpoints, models, pairs, records",
     "sample": "sample completions from a model for a file of prompts",
     "score": "log-probs of a file of preference pairs under a model",

@@ -29,7 +29,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dpo_jax import config as configs
-from dpo_jax import config_checks, config_files, console, loss_table
+from dpo_jax import config_checks, config_files, console, loss_table, report
 from dpo_jax.data import dataset, sources, splits
 from dpo_jax.data import tokenizer as tokenizers
 from dpo_jax.data.batches import (
@@ -823,7 +823,11 @@ def run(
         if function is not None and not callable(function):
             raise TypeError(f"run: {name}={shown(function)}: expected a function.")
     processes.keep_compiled_programs()
-    with jax.default_matmul_precision("float32"), console.quiet(not verbose):
+    with (
+        jax.default_matmul_precision("float32"),
+        console.quiet(not verbose),
+        report.at_end(workdir),
+    ):
         run_stages(config, str(workdir), reward=reward, loss=_loss_of_pairs(loss) if loss else None)
     names = configs.folder_names(config)
     return {stage: shadow.place(workdir) / names[stage] for stage in config.stages}

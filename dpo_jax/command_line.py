@@ -104,12 +104,14 @@ def run(
     *,
     config: ConfigFlags | None = None,
     positional: str = "",
+    several: bool = False,
 ) -> None:
     """Parse the command line, run a command, and end the program.
 
     description: the module's docstring, shown by --help. config: what define_config returned, in a
     command that has it. positional: name of the one argument without dashes that the command takes
-    and may be given, such as WORKDIR; it is passed to the command, "" if absent.
+    and may be given, such as WORKDIR; it is passed to the command, "" if absent. several: more than
+    one of it may be given, each an argument of the command's.
     """
     surroundings.prepare()
     stopping.end_by_exception()
@@ -119,7 +121,7 @@ def run(
         if {"--help", "-h", "--helpfull", "--helpshort"} & set(sys.argv[1:]):
             print(_help(description, positional), flush=True)
             sys.exit(0)
-        rest = _parse(sys.argv, config, positional)
+        rest = _parse(sys.argv, config, positional, several)
         command(*rest)
         sys.stdout.flush()
     except BrokenPipeError:
@@ -137,8 +139,10 @@ def end_by_broken_pipe() -> None:
     sys.exit(BROKEN_PIPE)
 
 
-def _parse(argv: list[str], config: ConfigFlags | None, positional: str) -> list[str]:
-    """Parse the flags; return the arguments for the command: [] or the one positional one."""
+def _parse(
+    argv: list[str], config: ConfigFlags | None, positional: str, several: bool
+) -> list[str]:
+    """Parse the flags; return the arguments for the command: [] or the positional ones."""
     try:
         # Files of flags, --flagfile=FILE, may hold overrides too.
         argv = flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
@@ -156,7 +160,8 @@ def _parse(argv: list[str], config: ConfigFlags | None, positional: str) -> list
         raise ValueError(_no_value(argv[-1], error)) from None
     strays = [argument for argument in extra if not positional or _looks_like_flag(argument)]
     # A folder may bear the name of a flag, but a second one is too many whatever its name.
-    strays += extra[1:]
+    if not several:
+        strays += extra[1:]
     if strays:
         raise ValueError(_stray_argument(strays[0]))
     _check_values()

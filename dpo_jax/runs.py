@@ -247,7 +247,7 @@ def table(workdir: pathlib.Path) -> str:
     runs = []
     problems = []
     others = []
-    for folder in sorted(_folders(workdir)):
+    for folder in sorted(folders(workdir)):
         name = str(folder.relative_to(workdir))
         if not (folder / "config.json").exists():
             others.append(name)
@@ -256,12 +256,12 @@ def table(workdir: pathlib.Path) -> str:
             runs.append(read_stage(folder))
         except (ValueError, OSError) as error:
             problems.append(f"{name}: cannot be read: {error}")
-    runs.sort(key=_order)
+    runs.sort(key=order)
     changed = [_changes_or_none(run, workdir) for run in runs]
     common = _common(changed)
     rows = [HEADINGS]
     for run, differing in zip(runs, changed, strict=True):
-        own = None if differing is None else _of_its_row(differing, run.stage)
+        own = None if differing is None else of_its_row(differing, run.stage)
         rows.append([*_cells(run), _as_text(own, common)])
 
     lines = [str(workdir)]
@@ -269,14 +269,14 @@ def table(workdir: pathlib.Path) -> str:
         lines.append(f"all: {_as_text(common, {})}")
     lines += _aligned(rows) if runs else ["no runs"]
     for run in runs:
-        lines += [_as_change(run, row) for row in run.history]
+        lines += [as_change(run, row) for row in run.history]
     lines += problems
     if others:
         lines.append(f"other folders: {', '.join(others)}")
     return "\n".join(lines)
 
 
-def _folders(workdir: pathlib.Path) -> Iterator[pathlib.Path]:
+def folders(workdir: pathlib.Path) -> Iterator[pathlib.Path]:
     """Yield the folders in a WORKDIR and in those of its later rounds."""
     for folder in workdir.iterdir():
         if not folder.is_dir():
@@ -288,7 +288,7 @@ def _folders(workdir: pathlib.Path) -> Iterator[pathlib.Path]:
             yield folder
 
 
-def _order(run: StageRun) -> tuple:
+def order(run: StageRun) -> tuple:
     """Order stages as they run, and names by the numbers in them: dpo-beta0.5 before dpo-beta5."""
     stages = list(STAGES)
     place = stages.index(run.stage) if run.stage in stages else len(stages)
@@ -318,7 +318,7 @@ def _common(changed: list[dict | None]) -> dict:
     }
 
 
-def _of_its_row(changed: dict, stage: str) -> dict:
+def of_its_row(changed: dict, stage: str) -> dict:
     """Return a stage's changes, less those of the fields of other stages, which have own rows."""
     kept = {}
     for name, value in changed.items():
@@ -334,7 +334,7 @@ def _as_text(own: dict | None, common: dict) -> str:
     return ", ".join(f"{name}={_short(own[name])}" for name in own if name not in common)
 
 
-def _as_change(run: StageRun, row: dict) -> str:
+def as_change(run: StageRun, row: dict) -> str:
     """Return a line for a change that a resumed run has taken."""
     at = "" if row["step"] is None else f" at step {row['step']}"
     return f"{run.name}: {row['field']}={_short(row['new'])}{at}, {_short(row['old'])} before"
@@ -383,7 +383,7 @@ def overview(root: pathlib.Path) -> str:
     for workdir in sorted(path for path in root.iterdir() if path.is_dir()):
         started = [
             folder / "config.json"
-            for folder in _folders(workdir)
+            for folder in folders(workdir)
             if (folder / "config.json").exists()
         ]
         if not started:

@@ -7,7 +7,7 @@ Makes one run for each value, all in WORKDIR, each named as `dpo-jax train` name
 continues. The runs share the stages before the last training stage, the compiled step, and for dpo
 the reference's log-probs, which are computed once and kept in WORKDIR/reference. Other fields are
 set as usual, --config.FIELD=VALUE. The result is a table, and the curves in
-WORKDIR/sweep_FIELD.png.
+WORKDIR/sweep_FIELD.png; WORKDIR/report.html has all there is to see of the runs.
 
 Values that have commas of their own, as mixtures of losses do, are separated by semicolons:
 
@@ -17,7 +17,7 @@ Values that have commas of their own, as mixtures of losses do, are separated by
 from absl import flags
 from ml_collections import ConfigDict
 
-from dpo_jax import command_line, config_checks, config_files, device_command, stage_table
+from dpo_jax import command_line, config_checks, config_files, device_command, report, stage_table
 from dpo_jax import config as configs
 from dpo_jax.console import SHOWN, say
 from dpo_jax.evaluation import plots
@@ -93,7 +93,7 @@ def run(
     stage = field.partition(".")[0]
     runs = {}
     swept = points(config, sweep, base)
-    with open_workdir(workdir) as folder:
+    with report.at_end(workdir), open_workdir(workdir) as folder:
         for value, point in swept:
             say(f"--- {field} = {value}")
             run_stages(point, folder)

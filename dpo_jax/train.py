@@ -7,6 +7,8 @@ A stage that was started with other values is refused, with the fields that diff
 --allow_change=FIELD, such as lr, it goes on with the new value from its last checkpoint; that is
 said, and written to the stage's config.json.
 
+In the end WORKDIR/report.html shows what the run did: see `dpo-jax report`.
+
 With --push=OWNER/NAME it then uploads the result, the last policy's hf/, to the hub.
 
 With --rehearse it makes a step of each training stage on random weights of the real size, says how
@@ -17,7 +19,7 @@ import functools
 
 from absl import flags
 
-from dpo_jax import changes, command_line, config_checks, config_files, device_command
+from dpo_jax import changes, command_line, config_checks, config_files, device_command, report
 from dpo_jax.console import say
 from dpo_jax.parallel import processes
 from dpo_jax.pipeline import push
@@ -61,7 +63,8 @@ def main():
         if repository.value:
             push.check(repository.value, run_config)
         say(f"WORKDIR is {folder}")
-        run_stages(run_config, folder, allowed=allowed, is_named=is_named)
+        with report.at_end(folder):
+            run_stages(run_config, folder, allowed=allowed, is_named=is_named)
         if repository.value:
             here = shadow.place(folder)
             upload = functools.partial(push.push, repository.value, here, run_config)

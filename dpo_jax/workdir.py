@@ -43,6 +43,7 @@ from dpo_jax.whole_file import (
 )
 
 COMPLETIONS = "completions.jsonl"  # what a stage has sampled so far
+REFERENCE_COMPLETIONS = "reference_completions.jsonl"  # beside them, of an evaluate stage
 SUMS = "completions.sums"  # after each write to it: the number of its rows, and their sha256
 RESULTS = "results"  # folder of what a stage left at earlier ends: results/STEP
 EXPORTS = ("hf", "adapter")  # folders of a stage's model

@@ -28,6 +28,8 @@ from dpo_jax.storage import shadow
 from dpo_jax.storage.addresses import address_of, scheme_of
 from dpo_jax.training import losses
 from dpo_jax.workdir import (
+    COMPLETIONS,
+    REFERENCE_COMPLETIONS,
     check_files,
     check_is_only_taker,
     finish_stage,
@@ -110,7 +112,8 @@ def evaluate_stage(run: Run, stage: str) -> dict:
     _, reference_rows = measure(reference, reference)
 
     say(reward_kl.side_by_side(rows[: run.config.evaluate.show], reference_rows))
-    write_lines(run.folder(stage) / "completions.jsonl", rows)
+    write_lines(run.folder(stage) / COMPLETIONS, rows)
+    write_lines(run.folder(stage) / REFERENCE_COMPLETIONS, reference_rows)
     write_json(run.folder(stage) / "evaluate.json", dict(policy=trained, **values))
     say(reward_kl.table(values))
     return values

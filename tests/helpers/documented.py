@@ -1,5 +1,6 @@
-"""The metrics that docs/metrics.md explains."""
+"""The pages of docs/: the metrics that they explain, and their headings."""
 
+import pathlib
 import re
 
 from tests.helpers.paths import ROOT
@@ -10,3 +11,10 @@ def documented_metrics() -> set[str]:
     text = (ROOT / "docs" / "metrics.md").read_text()
     cells = re.findall(r"^\| (`[^|]+`) \|", text, re.M)
     return {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
+
+
+def anchors(page: pathlib.Path) -> set[str]:
+    """Return the anchors that GitHub makes of a page's headings."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
+    headings = re.findall(r"^#+ (.+)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}

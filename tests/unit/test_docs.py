@@ -14,7 +14,7 @@ from dpo_jax import config as configs
 from dpo_jax import config_checks, config_files
 from dpo_jax.data.packing import Batch
 from dpo_jax.training.metric_names import METRICS
-from tests.helpers.documented import documented_metrics
+from tests.helpers.documented import anchors, documented_metrics
 from tests.helpers.paths import ROOT
 
 README = ROOT / "README.md"
@@ -155,13 +155,6 @@ def test_readme_has_the_two_commands():
 
 def test_readme_is_short():
     assert len(README.read_text().splitlines()) <= 200
-
-
-def anchors(page: pathlib.Path) -> set[str]:
-    """Return the anchors that GitHub makes of a page's headings."""
-    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
-    headings = re.findall(r"^#+ (.+)$", text, re.M)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

@@ -34,7 +34,7 @@ FLOORS = [  # the rooms and the files beside them, from the ground up
     {"sampling"},
     {"rewards"},
     {"training"},
-    {"evaluation", "planning"},
+    {"evaluation", "planning", "reporting"},
     {"pipeline"},
     {
         "train",
@@ -43,6 +43,7 @@ FLOORS = [  # the rooms and the files beside them, from the ground up
         "plan",
         "sweep",
         "runs",
+        "report",
         "check",
         "data_report",
         "api",

@@ -1,0 +1,63 @@
+"""What is known of a run's stages when a page about them is written. Plain data, without files."""
+
+import dataclasses
+import typing
+
+from dpo_jax.reporting.charts import Points
+
+
+class Completion(typing.NamedTuple):
+    """A text that a model gave, and its reward where one was measured."""
+
+    text: str
+    reward: float | None = None
+
+
+class Sample(typing.NamedTuple):
+    """A held-out prompt, and what the policy and its reference make of it."""
+
+    prompt: str
+    policy: Completion
+    reference: Completion | None  # None in runs from before it was kept
+
+
+@dataclasses.dataclass
+class Record:
+    """A stage of a run, as its files tell."""
+
+    name: str  # of its folder, with the WORKDIR's name in front where there are several
+    stage: str
+    status: str  # for a person: "finished 2026-01-02 03:04", "running at step 3 of 240"
+    is_finished: bool
+    config: dict  # the whole config that the stage was started with, nested
+    differs: dict | None  # dotted field -> (value, default); None for another version's config
+    changes: list[str]  # a line for each change that a resumed run took
+    rows: list[dict]  # of metrics.jsonl, finite numbers alone
+    problems: list[str]  # a line for each file that could not be read, wholly or in part
+    ledger: dict  # of data, or {}
+    result: dict  # numbers that done.json keeps
+    samples: list[Sample]
+
+    @property
+    def block(self) -> dict:
+        """The stage's own fields."""
+        block = self.config.get(self.stage)
+        return block if isinstance(block, dict) else {}
+
+    def points(self, metric: str) -> Points:
+        """Return (step, value) of a metric wherever it was written."""
+        return [(row["step"], row[metric]) for row in self.rows if metric in row]
+
+    def values(self, metric: str) -> list[float]:
+        """Return the values of a metric in the order of the steps."""
+        return [value for _, value in self.points(metric)]
+
+    @property
+    def last_step(self) -> int | None:
+        """The step of the last row; None without rows."""
+        return self.rows[-1]["step"] if self.rows else None
+
+    @property
+    def total(self) -> int | None:
+        """The steps that the stage has, where that is known: of a finished one, or one by steps."""
+        return self.last_step if self.is_finished else self.block.get("steps") or None
