@@ -3,9 +3,9 @@
     python -m dpo_jax.train --config=configs/toy.py
     python -m dpo_jax.train --config=configs/toy.py:ppo --config.run=ppo_rm --workdir=runs/toy
 
-You can add a method after a colon: dpo (the default), preferred_ft, unlikelihood, ppo (on a reward
-model), ppo_gt (on the true reward) or best_of_n. Methods with the same --workdir share the earlier
-stages; give each its own name (--config.run).
+You can add a method after a colon: dpo (the default), preferred_ft, unlikelihood, kto (on each
+response of a pair alone), ppo (on a reward model), ppo_gt (on the true reward) or best_of_n.
+Methods with the same --workdir share the earlier stages; give each its own name (--config.run).
 
 Hardware: 2 CPU cores, 22 to 67 s. Writes WORKDIR/evaluate/toy.json and toy.png: the policy's exact
 reward and KL, and the highest reward attainable at that KL. DPO comes within 0.03 (reward) and
@@ -58,6 +58,7 @@ def get_config(method="dpo"):
         "unlikelihood": trained,
         "rm": trained | dict(epochs=0.0, keep_best=""),
         "dpo": trained | dict(beta=2.0),
+        "kto": trained | dict(beta=2.0),
         "ppo": dict(
             reward="rm" if method == "ppo" else "true",
             target_kl=3.0,

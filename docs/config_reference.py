@@ -47,7 +47,7 @@ otherwise.
 
 | config | choices after the colon | what it is |
 |---|---|---|
-| `dpo`, `sft` | | your model and your data |
+| `dpo`, `kto`, `sft` | | your model and your data |
 | `toy` | a method | a complete experiment in about a minute, on generated data |
 | `imdb` | a method | controlled sentiment with gpt2-large (paper, section 6.1) |
 | `imdb_small` | a method | the same with 3.4 million weights, for 2 CPU cores |
@@ -75,12 +75,13 @@ BLOCKS = {  # block -> its heading and what to say about it
     "sampling": ("Sampling: `sampling`", "For the stages that sample."),
     "STAGE": (
         "Every training stage: `STAGE`",
-        "STAGE is `sft`, `preferred_ft`, `unlikelihood`, `rm`, `dpo` or `ppo`.",
+        "STAGE is `sft`, `preferred_ft`, `unlikelihood`, `rm`, `dpo`, `kto` or `ppo`.",
     ),
     "sft": ("SFT: `sft`", ""),
     "preferred_ft": ("Preferred-FT: `preferred_ft`", ""),
     "unlikelihood": ("Unlikelihood: `unlikelihood`", ""),
     "dpo": ("DPO: `dpo`", ""),
+    "kto": ("KTO: `kto`", "See [methods](methods.md#kto)."),
     "rm": ("Reward model: `rm`", "Only the fields of every training stage."),
     "ppo": ("PPO: `ppo`", ""),
     "pairs": ("Pairs from samples: `pairs`", "See [methods](methods.md#pairs-from-a-model)."),

@@ -30,7 +30,7 @@ from ml_collections import ConfigDict
 
 from dpo_jax import config as configs
 from dpo_jax import config_checks, config_files, console, loss_table, report
-from dpo_jax.data import dataset, sources, splits
+from dpo_jax.data import dataset, mismatched, sources, splits
 from dpo_jax.data import tokenizer as tokenizers
 from dpo_jax.data.batches import (
     FILLER,
@@ -40,6 +40,8 @@ from dpo_jax.data.batches import (
     prefetch,
     steps_of,
     training_order,
+    unpaired,
+    unpaired_evaluation,
 )
 from dpo_jax.data.examples import Example, Examples
 from dpo_jax.data.ledger import Filtered, Malformed, Unusable
@@ -173,13 +175,14 @@ class Model:
         """Tokenise rows of prompt, chosen and rejected, or of prompt and completion.
 
         Rows are in any shape that the commands read, as text or chat messages, with `tools` and
-        `system`. kind: "pairs", "sft", or "" for what the first row is; "sft" takes the chosen
-        response of a pair. on_bad_row: "drop" leaves out rows that cannot be used; `where` of the
-        result names those that stay, once for each pair of a row that gives several. date: what
-        chat templates take for today; None: today. settings: source, max_length,
-        max_prompt_length, truncate, append_eos, columns, turns, ignore, template, weight and
-        margin, as in config.data, such as template=dict(enable_thinking=False). weight="votes"
-        takes each row's weight from its field "votes".
+        `system`. kind: "pairs", "sft", "unpaired" (completions with a label), or "" for pairs where
+        the first row is one, else "sft"; "sft" takes the chosen response of a pair, and "unpaired"
+        both, one desirable and one not. on_bad_row: "drop" leaves out rows that cannot be used;
+        `where` of the result names those that stay, once for each example of a row that gives
+        several. date: what chat templates take for today; None: today. settings: source,
+        max_length, max_prompt_length, truncate, append_eos, columns, turns, ignore, template,
+        weight and margin, as in config.data, such as template=dict(enable_thinking=False).
+        weight="votes" takes each row's weight from its field "votes".
 
         Raises ValueError that names the row, as rows[2] for the third.
         """
@@ -187,7 +190,7 @@ class Model:
         _check_names("encode", settings, ENCODING)
         _check_choice("encode", "source", settings.get("source", "local"), tuple(sources.SOURCES))
         _check_fields("encode", "data", settings, data)
-        _check_choice("encode", "kind", kind, ("", "pairs", "sft"))
+        _check_choice("encode", "kind", kind, ("", "pairs", "sft", "unpaired"))
         _check_choice("encode", "on_bad_row", on_bad_row, ("error", "drop"))
         if isinstance(rows, str | os.PathLike | dict):
             raise TypeError(
@@ -470,19 +473,19 @@ class Trainer:
     ):
         """Set up an objective on a model; nothing is compiled before the first step.
 
-        objective: "dpo", "sft", "preferred_ft", "unlikelihood", "rm", or a loss of your own, a
-        function (chosen_log_ratio, rejected_log_ratio, beta) -> loss of each pair, in place of
+        objective: "dpo", "kto", "sft", "preferred_ft", "unlikelihood", "rm", or a loss of your own,
+        a function (chosen_log_ratio, rejected_log_ratio, beta) -> loss of each pair, in place of
         DPO's. settings: the fields of that stage's config block, with its defaults: lr, beta, loss,
         label_smoothing, alpha, optimizer, weight_decay, schedule, warmup_steps (150),
         max_grad_norm, microbatch_size, and steps, over which a linear or cosine schedule runs
         (`fit` sets it).
 
-        reference: of dpo: "init", the model that training starts from; "none"; or another model.
-        reference_log_probs: what the reference's `log_probs` returned for all examples that are
-        trained or evaluated on; no reference is then run. lora: fields of config.model.lora, such
-        as dict(rank=16): adapters are trained, drawn by `seed`, and `model` is left as it is.
-        donate: take over the arrays of `model` in place of a copy of them, which saves its memory;
-        `model` cannot be used after the first step.
+        reference: of dpo and kto: "init", the model that training starts from; another model; or,
+        of dpo, "none". reference_log_probs: of dpo, what the reference's `log_probs` returned for
+        all examples that are trained or evaluated on; no reference is then run. lora: fields of
+        config.model.lora, such as dict(rank=16): adapters are trained, drawn by `seed`, and `model`
+        is left as it is. donate: take over the arrays of `model` in place of a copy of them, which
+        saves its memory; `model` cannot be used after the first step.
 
         Raises ValueError or TypeError that names the setting that is wrong.
         """
@@ -602,15 +605,14 @@ class Trainer:
         _check_number("evaluate", "batch_size", batch_size, least=1)
         mesh = self._initial.mesh
         size = sharding.whole_shards(batch_size, mesh)
-        prompt_ids, _ = examples.identities()
-        order = evaluation_order(len(examples), size, prompt_ids)
-        laid_out = Batches(
-            examples,
-            order,
-            shards=sharding.batch_shards(mesh),
-            limits=attention.row_limits(self._config.window, sharding.platform_of(mesh)),
-            reference_log_probs=self._kept_log_probs(examples),
-        )
+        layout = self._layout()
+        if self._is_unpaired:
+            laid_out = unpaired_evaluation(examples, size, self._longest(examples), **layout)
+        else:
+            prompt_ids, _ = examples.identities()
+            order = evaluation_order(len(examples), size, prompt_ids)
+            kept = self._kept_log_probs(examples)
+            laid_out = Batches(examples, order, **layout, reference_log_probs=kept)
         with _as_commands(mesh, verbose):
             return data_feed.evaluate(
                 self._programs, mesh, self._state.params, self._frozen(), laid_out
@@ -667,6 +669,11 @@ class Trainer:
             if reference != "init" or self._reference_log_probs is not None:
                 raise ValueError(f"{self._objective} has no reference; dpo has.")
             return None
+        if self._is_unpaired and (reference == "none" or self._reference_log_probs is not None):
+            raise ValueError(
+                f"{self._objective} needs the reference itself: it also reads each prompt with "
+                "another row's completion, and which one depends on the batch."
+            )
         loss = self._block.get("loss", "")
         if not loss_table.needs_reference(loss):
             if isinstance(reference, Model) or self._reference_log_probs is not None:
@@ -737,16 +744,29 @@ class Trainer:
         self._check_kind(plan.examples)
         batch_size = plan.order.shape[1]
         size = min(self._block.microbatch_size or batch_size, batch_size)
-        microbatches = -(-batch_size // size)
+        layout = self._layout() | dict(microbatches=-(-batch_size // size))
+        examples, order = plan.examples, plan.order
+        if self._is_unpaired:
+            return unpaired(examples, order, self._longest(examples), **layout)
+        kept = self._kept_log_probs(examples)
+        return Batches(examples, order, **layout, reference_log_probs=kept)
+
+    def _layout(self) -> dict:
+        """Return what `Batches` takes of the mesh and the model."""
         mesh = self._initial.mesh
-        return Batches(
-            plan.examples,
-            plan.order,
-            microbatches=microbatches,
+        return dict(
             shards=sharding.batch_shards(mesh),
             limits=attention.row_limits(self._config.window, sharding.platform_of(mesh)),
-            reference_log_probs=self._kept_log_probs(plan.examples),
         )
+
+    @property
+    def _is_unpaired(self) -> bool:
+        return STAGES[self._objective].kind == "unpaired"
+
+    def _longest(self, examples: Examples) -> int:
+        """Return how long a prompt and another row's completion may be together, in tokens."""
+        max_length = configs.DATA["max_length"].default
+        return mismatched.longest(examples, max_length, self._config.max_positions)
 
     def _kept_log_probs(self, examples: Examples) -> np.ndarray | None:
         if self._reference_log_probs is None:
@@ -766,6 +786,18 @@ class Trainer:
             self._check_takes_margins()
         found = len(examples.responses[0])
         wanted = STAGES[self._objective].responses
+        is_labelled = found == 1 and examples.labels is not None
+        if found == wanted and is_labelled != self._is_unpaired:
+            takes = "completions with labels" if self._is_unpaired else "rows without labels"
+            raise ValueError(
+                f"{self._objective} takes {takes}: encode the rows with "
+                f"kind={STAGES[self._objective].kind!r}."
+            )
+        if found != wanted and self._is_unpaired:
+            raise ValueError(
+                f"{self._objective} takes one completion with a label at a time, and these are "
+                "pairs: model.encode(rows, kind='unpaired') takes both responses of each."
+            )
         if found != wanted and wanted == 1:
             raise ValueError(
                 f"{self._objective} takes one completion for each prompt, and these are pairs: "
@@ -890,7 +922,7 @@ def _settings(objective: str, settings: dict, lora: dict | None) -> tuple[Config
     _check_fields(call, objective, settings, block)
     block.update(_as_typed(settings, block))
     # Batches are as large as `step` is given them, so any size of microbatches divides them.
-    block.batch_size = microbatch_size_of(block)
+    block.batch_size = max(microbatch_size_of(block), 2)
     if lora is not None:
         if not isinstance(lora, dict):
             raise TypeError(f"lora={shown(lora)}: expected a dict such as dict(rank=16).")

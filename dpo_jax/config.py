@@ -25,6 +25,7 @@ METHODS = {  # method -> the stages after sft, in a run that samples its own pai
     "dpo": ("pairs", "dpo", "evaluate"),
     "preferred_ft": ("pairs", "preferred_ft", "evaluate"),
     "unlikelihood": ("pairs", "unlikelihood", "evaluate"),
+    "kto": ("pairs", "kto", "evaluate"),
     "ppo": ("pairs", "rm", "ppo", "evaluate"),
     "ppo_gt": ("ppo", "evaluate"),
     "best_of_n": ("pairs", "rm", "best_of_n"),
@@ -469,6 +470,26 @@ DPO = dict(
     **_training(),
 )
 
+KTO = dict(
+    beta=Field(
+        0.1,
+        "strength of the KL penalty: implicit rewards are beta times log-ratios",
+        least=ABOVE_ZERO,
+        most=1e6,
+    ),
+    desirable_weight=Field(
+        1.0,
+        "weight of the desirable rows: with their number, 1 to 4/3 times the undesirable rows'",
+        least=ABOVE_ZERO,
+        most=1e6,
+    ),
+    undesirable_weight=Field(1.0, "weight of the undesirable rows", least=ABOVE_ZERO, most=1e6),
+    reference=Field(
+        "init", "reference model: init (the weights that the stage starts from), or a path"
+    ),
+    **_training(),
+)
+
 PPO = dict(
     reward=Field("rm", "reward to maximise: rm (the rm stage's model) or true (config.reward)"),
     target_kl=Field(
@@ -535,6 +556,7 @@ STAGE_FIELDS = {
     "unlikelihood": UNLIKELIHOOD,
     "rm": _training(epochs=3.0, keep_best="rewards_eval/accuracies"),
     "dpo": DPO,
+    "kto": KTO,
     "ppo": PPO,
     "best_of_n": BEST_OF_N,
     "evaluate": EVALUATE,

@@ -70,6 +70,8 @@ def validate(config: ConfigDict) -> None:
         _validate_training(stage, config[stage])
     if "dpo" in config.stages:
         _validate_dpo(config)
+    if "kto" in config.stages:
+        _validate_kto(config)
     if "ppo" in config.stages:
         _validate_ppo(config)
     if "best_of_n" in config.stages:
@@ -365,6 +367,19 @@ def _validate_no_reference(block):
     if block.cache_reference:
         expected = f"False, as the {block.loss} loss needs no reference"
         _fail("dpo.cache_reference", True, expected)
+
+
+def _validate_kto(config):
+    block = config.kto
+    if block.batch_size < 2:
+        expected = "at least 2: its KL is of each prompt with the completion of another row"
+        _fail("kto.batch_size", block.batch_size, expected)
+    if block.reference in ("", "none"):
+        expected = "'init' or the path of a model: KTO compares the policy with a reference"
+        _fail("kto.reference", block.reference, expected)
+    if config.data.source == "toy" and block.reference != "init":
+        expected = "'init' on the toy, whose exact KL is to the initial policy"
+        _fail("kto.reference", block.reference, expected)
 
 
 def _validate_ppo(config):

@@ -30,8 +30,10 @@ from dpo_jax.data.survey import Cut, Piece, ShownRow, Survey
 from dpo_jax.stage_table import STAGES
 from dpo_jax.whole_file import whole_file
 
-KINDS = ("auto", "pairs", "sft")
-STAGE_OF = {"pairs": "dpo", "sft": "sft"}  # the stage that trains on rows of a kind, and its config
+# The stage that trains on rows of a kind, and its config.
+STAGE_OF = {"pairs": "dpo", "unpaired": "kto", "sft": "sft"}
+KINDS = ("auto", *STAGE_OF)
+CALLED = {"pairs": "preference pairs", "unpaired": "labelled completions", "sft": "completions"}
 # Fields of config.data that have a flag of their own.
 FIELDS = (
     *("source", "columns", "weight", "margin", "ignore", "turns", "mix", "on_bad_row"),
@@ -134,7 +136,7 @@ def _rows(found: Survey, style: Style) -> list[str]:
     train, evals = found.ledger.train, found.ledger.eval
     lines = [("read", train.read, evals.read)]
     if train.further_pairs or evals.further_pairs:
-        lines.append(("further pairs of the same rows", train.further_pairs, evals.further_pairs))
+        lines.append((found.ledger.further, train.further_pairs, evals.further_pairs))
     for label, name in KEYED.items():
         lines += _by_key(label, getattr(train, name), getattr(evals, name))
     if train.held_out:
@@ -142,6 +144,8 @@ def _rows(found: Survey, style: Style) -> list[str]:
     if train.not_drawn or evals.not_drawn:
         lines.append(("  not drawn for the mixture", train.not_drawn, evals.not_drawn))
     lines.append(("kept", train.kept, evals.kept))
+    for label in train.labels | evals.labels:
+        lines.append((f"  {label}", train.labels.get(label, 0), evals.labels.get(label, 0)))
     for label, name in CHAT_LINES.items():
         if getattr(train, name) or getattr(evals, name):
             lines.append((f"  {label}", getattr(train, name), getattr(evals, name)))
@@ -564,6 +568,11 @@ def _warnings(found: Survey, setup: Setup, max_length: int) -> list[str]:
                 f"chosen responses are {_share(abs(chosen / max(rejected, 1) - 1))} {longer} than "
                 "rejected ones on average: DPO will learn length, too"
             )
+    if found.kind == "unpaired":
+        block = setup.config.get("kto", configs.default(("kto",)).kto)
+        imbalance = train.imbalance(block.desirable_weight, block.undesirable_weight)
+        if imbalance:
+            warnings.append(imbalance)
     if found.repeats.eval_prompts_in_train:
         warnings.append(
             "some prompts are both trained and evaluated on, so the evaluation is too good"
@@ -619,10 +628,11 @@ def _show_progress(rows: int) -> None:
 
 
 def _kind_of_run(config: ConfigDict) -> str:
-    """Return "pairs" if a stage of the run reads pairs from the data, else "sft"."""
+    """Return what a stage of the run reads of the data: "pairs", "unpaired", or else "sft"."""
     for stage in config.stages:
-        if STAGES[stage].data == "pairs" and not stage_table.trains_on_samples(config, stage):
-            return "pairs"
+        reads_pairs = STAGES[stage].data in ("pairs", "unpaired")
+        if reads_pairs and not stage_table.trains_on_samples(config, stage):
+            return STAGES[stage].data
     return "sft"
 
 
@@ -684,7 +694,11 @@ def main():
         "tokenizer", "", "A tokenizer other than the model's: a folder, or a hub name."
     )
     kind = flags.DEFINE_enum(
-        "kind", "auto", KINDS, "What to read rows as; auto: pairs where they have two responses."
+        "kind",
+        "auto",
+        KINDS,
+        "What to read rows as; auto: pairs where they have two responses, unpaired where they have "
+        "one and a label, else sft.",
     )
     fields = {}
     for name in FIELDS:
@@ -750,8 +764,8 @@ def _load_config(config_flags: command_line.ConfigFlags) -> ConfigDict:
 
 def _title(found: Survey, config: ConfigDict) -> str:
     data = config.data
-    what = {"pairs": "preference pairs", "sft": "completions"}[found.kind]
-    title = f"{data.path or data.mix or data.source}: {what}, source {data.source}"
+    name = data.path or data.mix or data.source
+    title = f"{name}: {CALLED[found.kind]}, source {data.source}"
     model = config.model.tokenizer or config.model.path
     return f"{title}, tokens of {model}" if model else title
 

@@ -16,7 +16,9 @@ from dpo_jax import loss_table
 class Stage:
     """The properties of a stage that no setting changes."""
 
-    data: str  # sft: texts and completions; pairs: preferences; prompts: what it samples from
+    # sft: texts and completions; pairs: preferences; unpaired: completions with a label, or pairs,
+    # each as two of them; prompts: what it samples from
+    data: str
     responses: int = 0  # per example: 1, or 2 (chosen and rejected); 0: it does not train
     head: str = ""  # of the model that it trains: lm, reward or lm_value
     reference: str = "none"  # of its loss, unless its block has a field `reference`: none or init
@@ -32,6 +34,13 @@ class Stage:
         return self.responses == 2 and self.reference != "none"
 
     @property
+    def kind(self) -> str:
+        """The kind of examples that it trains on: "pairs", "unpaired" or "sft"."""
+        if self.data == "unpaired":
+            return "unpaired"
+        return "pairs" if self.responses == 2 else "sft"
+
+    @property
     def samples(self) -> bool:
         """True if the stage samples completions."""
         return self.data == "prompts"
@@ -45,6 +54,7 @@ STAGES = {
     "unlikelihood": Stage(data="pairs", responses=2, head="lm", is_policy=True),
     "rm": Stage(data="pairs", responses=2, head="reward"),
     "dpo": Stage(data="pairs", responses=2, head="lm", reference="init", is_policy=True),
+    "kto": Stage(data="unpaired", responses=1, head="lm", reference="init", is_policy=True),
     "ppo": Stage(data="prompts", responses=1, head="lm_value", reference="init", is_policy=True),
     "best_of_n": Stage(data="prompts"),
     "evaluate": Stage(data="prompts"),
@@ -84,7 +94,7 @@ def completions_in_pairs(config: ConfigDict) -> int:
 
 def trains_on_samples(config: ConfigDict, stage: str) -> bool:
     """Return whether a stage trains on pairs that the run's own `pairs` stage made."""
-    return STAGES[stage].data == "pairs" and "pairs" in config.stages
+    return STAGES[stage].data in ("pairs", "unpaired") and "pairs" in config.stages
 
 
 def reads_pairs(config: ConfigDict, stage: str) -> bool:

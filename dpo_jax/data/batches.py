@@ -16,6 +16,7 @@ import numpy as np
 from dpo_jax.data import grouping, packing
 from dpo_jax.data.examples import Examples
 from dpo_jax.data.ledger import Reading
+from dpo_jax.data.mismatched import Mismatched
 from dpo_jax.data.packing import FILLER, Batch, RolloutTargets
 
 # The version of which examples are in which batch, and where. Raise it with every change that gives
@@ -223,6 +224,8 @@ class Batches:
         shape: packing.Shape | None = None,
         reference_log_probs: np.ndarray | None = None,
         rollout: RolloutTargets | None = None,
+        mismatched: "Batches | None" = None,
+        most_shapes: int = SHAPES,
     ):
         """Lay out the batches of all steps.
 
@@ -232,6 +235,7 @@ class Batches:
         examples are not known when the program is compiled. reference_log_probs: [examples,
         responses]. rollout: its fields hold, for each example, an array of a value for each
         completion token; its examples are laid down apart, as each has values of its own.
+        mismatched: as `unpaired` makes them. most_shapes: how many shapes there may be.
 
         Cells may have unequal numbers of examples, or none: what a cell lacks is padding of weight
         0. Raises ValueError where a batch does not fit into `shape`.
@@ -242,12 +246,14 @@ class Batches:
         self.microbatches = microbatches
         self.shards = shards
         self.reference_log_probs = reference_log_probs
+        self.mismatched = mismatched
         self._rollout = rollout
-        self._examples = examples
-        # Columns of numbers, which only data that is read from rows can have.
+        self.examples = examples
+        # Columns of numbers and labels, which only data that is read from rows can have.
         has_numbers = isinstance(examples, Examples)
         self._weights = examples.weights if has_numbers else None
         self._target_margins = examples.target_margins if has_numbers else None
+        self._labels = examples.labels if has_numbers else None
         # Lengths alone decide all shapes, so batches are packed only when they are asked for.
         self.limits = limits
         self._share = share
@@ -261,7 +267,7 @@ class Batches:
             self.shapes = [shape]
         else:
             self.shapes = packing.choose_shapes(
-                self._needs_X, SHAPES, cells=cells, share=share, limits=limits
+                self._needs_X, most_shapes, cells=cells, share=share, limits=limits
             )
         # k: shapes, n: steps, C: cells. A step's cells have one shape.
         fits_knC = np.array(
@@ -279,6 +285,13 @@ class Batches:
         return len(self.order)
 
     def __getitem__(self, step: int) -> Batch:
+        batch = self.without_mismatched(step)
+        if self.mismatched is not None:
+            batch.mismatched = self.mismatched[step]
+        return batch
+
+    def without_mismatched(self, step: int) -> Batch:
+        """Return the batch of a step, without the mismatched rows of the same step."""
         shape = self.shapes[self._shape_n[step]]
         cells = [self._pack(cell, shape) for cell in self._cells_nCP[step]]
         return _stack(cells, (self.microbatches, self.shards))
@@ -389,7 +402,7 @@ class Batches:
         """Return the arrays of one cell."""
         indices = cell[cell != FILLER]
         batch = packing.pack(
-            [self._examples[index] for index in indices],
+            [self.examples[index] for index in indices],
             shape,
             share=self._share,
             responses_per_example=self._sizes.response.shape[1],
@@ -404,9 +417,37 @@ class Batches:
             log_probs_PK = np.zeros(batch.response_index.shape, np.float32)
             log_probs_PK[: len(indices)] = self.reference_log_probs[indices]
             batch.reference_log_probs = log_probs_PK
+        if self._labels is not None:
+            labels_P = np.zeros(batch.weights.shape, bool)
+            labels_P[: len(indices)] = self._labels[indices]
+            batch.labels = labels_P
         if self._rollout is not None:
             batch.rollout = _gather(self._rollout, indices, shape.completion_tokens)
         return batch
+
+
+def unpaired(examples: Examples, order: np.ndarray, max_length: int, **layout) -> Batches:
+    """Return batches of unpaired rows, each with the mismatched rows that KTO's KL is a mean over.
+
+    examples: with labels. max_length: of a prompt and another row's completion together. layout:
+    what `Batches` takes.
+    """
+    rows = Mismatched(examples, order, max_length)
+    # Both have several shapes otherwise, and each two that meet in a step are a program.
+    mismatched = Batches(rows, rows.order, **layout, most_shapes=1)
+    return Batches(examples, order, **layout, mismatched=mismatched)
+
+
+def unpaired_evaluation(examples: Examples, batch_size: int, max_length: int, **layout) -> Batches:
+    """Return batches of all unpaired rows once, and mismatched rows of all of them together.
+
+    How the rows are mismatched does not depend on the size of the batches.
+    """
+    prompt_ids, _ = examples.identities()
+    order = evaluation_order(len(examples), batch_size, prompt_ids)
+    rows = Mismatched(examples, np.arange(len(examples))[None], max_length)
+    mismatched = Batches(rows, evaluation_order(len(rows), batch_size), **layout)
+    return Batches(examples, order, **layout, mismatched=mismatched)
 
 
 def _deal(indices: np.ndarray, sizes: packing.Sizes, cells: int, most: int) -> list[np.ndarray]:

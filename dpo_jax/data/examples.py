@@ -24,6 +24,7 @@ IN_MEMORY = 1 << 22
 BLOCK = 1000  # examples read at a time, where all are
 # A prompt and a response together are shorter, so that sizes of batches can be numbers of 64 bits.
 LENGTH_LIMIT = 2**28
+FILLER = -1  # in an order or a cell: no example, the place is only filled up
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,6 +207,12 @@ class Examples(Sequence):
         """By how much each chosen response is to win, float32 [P]; None: no column says it."""
         return self._target_margins.all() if self._target_margins.end else None
 
+    @property
+    def labels(self) -> np.ndarray | None:
+        """Which examples are desirable, bool [P]; None: they are no unpaired rows."""
+        labels_P = self._labels.all()
+        return labels_P > 0 if len(labels_P) and labels_P.min() >= 0 else None
+
     def numbers(self, index: int) -> Numbers:
         """Return the numbers of an example, as it was appended with."""
         found = {}
@@ -229,11 +236,6 @@ class Examples(Sequence):
             return np.zeros(0, int), np.zeros((0, 0), int)
         identities = _table(self._identities, len(self))
         return identities[:, 0], identities[:, 1:]
-
-    def labels(self) -> np.ndarray | None:
-        """Return whether each example is desirable, bool [P]; None where they have no labels."""
-        labels_P = self._labels.all()
-        return None if (labels_P < 0).any() else labels_P > 0
 
     def groups(self, most: int) -> np.ndarray:
         """Return the number of each example's group, [P], counted in the order of the data.

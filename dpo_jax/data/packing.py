@@ -59,7 +59,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dpo_jax.data.examples import LENGTH_LIMIT, Examples, SingleResponses
+from dpo_jax.data.examples import FILLER, LENGTH_LIMIT, Examples, SingleResponses
+from dpo_jax.data.mismatched import Mismatched
 
 # Each bucket more shortens rows and lengthens compilation.
 BUCKETS = 6  # at most this many, where the device does not want fewer
@@ -117,6 +118,10 @@ class Batch:
     target_margins: np.ndarray | None = None  # float32 [P], where data.margin says them
     reference_log_probs: np.ndarray | None = None  # float32 [P, K], where they are kept
     rollout: RolloutTargets | None = None  # for PPO
+    labels: np.ndarray | None = None  # bool [P], of unpaired rows: which are desirable
+    # For KTO's KL: rows of the same prompts, each with the completion of another one's. They have
+    # sizes of their own, and the same leading axes.
+    mismatched: "Batch | None" = None
 
 
 class RowShape(NamedTuple):
@@ -507,7 +512,7 @@ class Sizes:
 
 def sizes_of(examples, *, share: bool = True) -> Sizes:
     """Return the sizes of a sequence of `Example`; share as in `pack`."""
-    if not isinstance(examples, Examples | SingleResponses):
+    if not isinstance(examples, Examples | SingleResponses | Mismatched):
         collected = Examples()
         for number, example in enumerate(examples, 1):
             where = f"example {number}"
@@ -518,9 +523,6 @@ def sizes_of(examples, *, share: bool = True) -> Sizes:
         prompt_id_P = np.arange(len(examples))
         response_id_PK = np.arange(response_id_PK.size).reshape(response_id_PK.shape)
     return Sizes(*examples.lengths(), prompt_id_P, response_id_PK)
-
-
-FILLER = -1  # in an order or a cell: no example, the place is only filled up
 
 
 def needs_of_cells(sizes: Sizes, cells_XP: np.ndarray, *, share: bool = True) -> Needs:

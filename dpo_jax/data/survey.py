@@ -70,7 +70,7 @@ class ShownRow:
 class Survey:
     """What was found in a data set."""
 
-    kind: str  # "pairs" or "sft"
+    kind: str  # "pairs", "unpaired" or "sft"
     unit: str  # of lengths: "tokens" or "characters"
     truncate: tuple[str, ...]  # which part of a cut prompt stays; of a mixture, several
     uses: dict[str, str]  # split -> "train", "eval", or "" where it is not used
@@ -93,7 +93,7 @@ class Survey:
 
 
 def find_kind(data) -> str:
-    """Return what the rows are: "pairs", or "sft" where they have no two responses."""
+    """Return what the rows are: "pairs", "unpaired" (labelled), or "sft" where they are neither."""
     data = data.copy_and_resolve_references()
     data.eval_fraction = 0.0  # else the first row waits until it is known which are held out
     data.update(weight="", margin="")  # texts alone tell
@@ -107,7 +107,8 @@ def find_kind(data) -> str:
     if data.source in sources.SOURCES and not sources.SOURCES[data.source].pairs:
         return "sft"
     # The first row tells; where it is bad, the first good one.
-    for kind, on_bad_row in (("pairs", "error"), ("sft", "error"), ("pairs", "drop")):
+    tried = (("pairs", "error"), ("unpaired", "error"), ("sft", "error"), ("pairs", "drop"))
+    for kind, on_bad_row in tried:
         data.on_bad_row = on_bad_row
         try:
             (part,) = splits.parts(data, kind)
@@ -128,10 +129,11 @@ def take(
 ) -> Survey:
     """Read and tokenise a data set as training does, and measure it.
 
-    data: the config's block. kind: "pairs" or "sft". tokenizer: the tokenizer; None: lengths are
-    in characters. shown: how many rows to show. progress: called with the number of rows that are
-    read so far. Rows at which training would stop are dropped and counted, and the survey has
-    training's words for it. Raises what `dataset.load` raises for data of which no row can be used.
+    data: the config's block. kind: "pairs", "unpaired" or "sft". tokenizer: the tokenizer; None:
+    lengths are in characters. shown: how many rows to show. progress: called with the number of
+    rows that are read so far. Rows at which training would stop are dropped and counted, and the
+    survey has training's words for it. Raises what `dataset.load` raises for data of which no row
+    can be used.
     """
     showing = _Showing(shown, progress)
     try:
@@ -240,7 +242,10 @@ def _read_texts(data, kind: str, watch: Callable[[str, TextExample], None]) -> L
         for split, example in part.examples():
             watch(split, example)
             numbers[split].append(example.numbers)
-            getattr(part.ledger, split).kept += 1
+            counts = getattr(part.ledger, split)
+            counts.kept += 1
+            if example.label is not None:
+                counts.count_label(example.label)
         for split, of_split in numbers.items():
             getattr(part.ledger, split).count_numbers(
                 data.weight and np.array([each.weight for each in of_split]),
@@ -274,7 +279,12 @@ def _cut_as_trained(
                 counts.warnings.append(cut_chats)
             # All that the cut keeps was counted as kept before.
             before = dataclasses.replace(
-                getattr(part.ledger, split), kept=0, mean_tokens={}, weights={}, margins={}
+                getattr(part.ledger, split),
+                kept=0,
+                mean_tokens={},
+                labels={},
+                weights={},
+                margins={},
             )
             setattr(part.ledger, split, before.plus(counts))
             if must_keep_cue:

@@ -736,8 +736,8 @@ def _warn_of_thinking(counts: Counts) -> None:
 
 def _label_counts(examples: Examples) -> dict[str, int]:
     """Return how many unpaired rows are desirable and undesirable; nothing of others."""
-    labels_P = examples.labels()
-    if labels_P is None or not len(examples):
+    labels_P = examples.labels
+    if labels_P is None:
         return {}
     return {"desirable": int(labels_P.sum()), "undesirable": int((~labels_P).sum())}
 

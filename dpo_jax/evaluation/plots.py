@@ -110,6 +110,7 @@ def curves(path, runs: dict[str, list[dict]], field: str) -> None:
 # Method -> colour, marker and name of its points.
 STYLES = {
     "dpo": ("tab:blue", "o", "DPO"),
+    "kto": ("tab:pink", "*", "KTO"),
     "ppo": ("tab:orange", "s", "PPO, reward model"),
     "ppo_gt": ("tab:green", "D", "PPO, true reward"),
     "unlikelihood": ("tab:red", "v", "unlikelihood"),

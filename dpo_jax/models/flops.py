@@ -53,14 +53,17 @@ def of_step(
     cells: int = 1,
     reference: bool = False,
     frozen: bool = False,
+    mismatched: Contents | None = None,
 ) -> int:
     """Return the FLOPs that one training step needs.
 
     They are a forward pass, a backward pass of twice that, and the live reference's forward pass.
     cells: shards x microbatches of such contents. frozen: under adapters, weights have no gradient;
-    the work of the adapters themselves is left out. What remat computes again is not counted.
+    the work of the adapters themselves is left out. mismatched: what KTO's policy and reference
+    both read for its KL. What remat computes again is not counted.
     """
-    return cells * sum(
+    read = 0 if mismatched is None else 2 * sum(forward(config, mismatched).values())
+    return cells * read + cells * sum(
         # Frozen weights save one of the three: their own gradient. Attention has no weights to save
         # on.
         (3 + reference - (frozen and part != "attention")) * size

@@ -25,6 +25,7 @@ METHODS = {  # stage -> how a card calls it
     "unlikelihood": "unlikelihood training",
     "rm": "reward modelling",
     "dpo": "Direct Preference Optimization (DPO)",
+    "kto": "Kahneman-Tversky Optimization (KTO)",
     "ppo": "Proximal Policy Optimization (PPO)",
 }
 # Fields of a stage's block that say nothing of what was learned.

@@ -131,7 +131,7 @@ class Run:
         Shows the ledger, writes it to the stage's folder, and refuses a resumed stage whose data
         has changed.
         """
-        kind = "pairs" if STAGES[stage].responses == 2 else "sft"
+        kind = STAGES[stage].kind
         distinct = self.config[stage].get("distinct", False)
         if stage_table.trains_on_samples(self.config, stage):
             source = str(self.folder("pairs"))

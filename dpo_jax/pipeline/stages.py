@@ -100,7 +100,8 @@ def evaluate_stage(run: Run, stage: str) -> dict:
                 [run.of_round(number).folder(trained) for number in numbers],
                 run.load(start),
                 run.config.reward.kind,
-                run.config[trained].get("beta"),
+                # The optimum that beta has is DPO's: KTO's loss has another.
+                run.config.dpo.beta if trained == "dpo" else None,
                 is_moved=stage_table.reference_of(run.config, trained) == "init",
             )
     # The exported model, not a checkpoint: adapters are merged there.

@@ -11,7 +11,7 @@ import numpy as np
 from dpo_jax import config as configs
 from dpo_jax import stage_table
 from dpo_jax.console import say
-from dpo_jax.data import dataset, toy
+from dpo_jax.data import dataset, mismatched, toy
 from dpo_jax.data.batches import microbatch_size_of
 from dpo_jax.evaluation import reward_kl, toy_report
 from dpo_jax.models import export, hf, loading, peft, transformer
@@ -178,6 +178,9 @@ def _data_feed(run: Run, job: Job, models: Models, cache: ReferenceCache | None)
         seed = run.seed("data order") + job.block.get("seed", 0)
     # Sampled responses may end by their length, without EOS.
     sampled = stage_table.trains_on_samples(run.config, job.name)
+    longest_mismatched = mismatched.longest(
+        data.train, run.config.data.max_length, initial.config.max_positions
+    )
     feed = DataFeed(
         job,
         data,
@@ -187,6 +190,7 @@ def _data_feed(run: Run, job: Job, models: Models, cache: ReferenceCache | None)
         eos_id=None if sampled else run.eos_id(initial.tokenizer),
         reference_is_init=models.reference is initial,
         reference_log_probs=cache.log_probs if cache else None,
+        longest_mismatched=longest_mismatched,
         show_example=lambda index: dataset.show(data.train, initial.tokenizer, [index]),
     )
     run.record_reading(job.name, feed.reading)

@@ -19,6 +19,7 @@ from dpo_jax.data.batches import (
     microbatch_size_of,
     microbatches_of,
     sizes_for_whole_groups,
+    unpaired,
 )
 from dpo_jax.data.examples import Examples
 from dpo_jax.data.packing import ANY_ROWS, RowLimits
@@ -124,11 +125,19 @@ def _fewest_responses(pairs: int) -> int:
 
 def examples_of(config: ConfigDict, stage: str, group: Group) -> list[tuple[int, ...]]:
     """Return the examples that a stage makes of a prompt's pairs, each as indices of responses."""
+    if _splits_pairs(config, stage):
+        return [(response,) for pair in group.index_pairs() for response in pair]
     responses = STAGES[stage].responses  # 1: the chosen one of each pair
     examples = [pair[:responses] for pair in group.index_pairs()]
     if config[stage].get("distinct", False):
         examples = list(dict.fromkeys(examples))
     return examples
+
+
+def _splits_pairs(config: ConfigDict, stage: str) -> bool:
+    """Return whether a stage trains on both responses of the run's own pairs, one by one."""
+    is_unpaired = STAGES[stage].kind == "unpaired"
+    return is_unpaired and stage_table.trains_on_samples(config, stage)
 
 
 def pairs_together(config: ConfigDict, stage: str, group: Group) -> int:
@@ -159,14 +168,16 @@ def lay_out(
         reference_log_probs = np.zeros((size, 2), np.float32)
     # Target margins are an input of the program, where the run has them.
     numbers = Numbers(target_margin=0.0 if config.data.margin else None)
-    return Batches(
-        _made_up_examples(group, examples_of(config, stage, group), together, size, numbers),
-        np.arange(size).reshape(steps, batch_size),
-        microbatches=microbatches_of(block, shards),
-        shards=shards,
-        limits=limits,
-        reference_log_probs=reference_log_probs,
-    )
+    is_unpaired = STAGES[stage].kind == "unpaired"
+    # Whatever their labels are: the program is the same.
+    of_row = dict(where="made up", numbers=numbers, label=True if is_unpaired else None)
+    of_prompt = examples_of(config, stage, group)
+    examples = _made_up_examples(group, of_prompt, together, size, of_row)
+    order = np.arange(size).reshape(steps, batch_size)
+    layout = dict(microbatches=microbatches_of(block, shards), shards=shards, limits=limits)
+    if is_unpaired:
+        return unpaired(examples, order, config.data.max_length, **layout)
+    return Batches(examples, order, **layout, reference_log_probs=reference_log_probs)
 
 
 def _made_up_examples(
@@ -174,13 +185,13 @@ def _made_up_examples(
     of_prompt: list[tuple[int, ...]],
     together: int,
     size: int,
-    numbers: Numbers,
+    of_row: dict,
 ) -> Examples:
     """Return so many examples of whole groups, one after the other.
 
     of_prompt: those of each prompt, as indices of its responses. together: how many of them follow
-    each other; a prompt's others are so far away that they count as another prompt's. numbers: of
-    each.
+    each other; a prompt's others are so far away that they count as another prompt's. of_row: what
+    `Examples.append` takes beside the tokens.
     """
     examples = Examples()
     # Texts are told apart by their tokens: each consists of its own number.
@@ -192,7 +203,7 @@ def _made_up_examples(
                 if len(examples) == size:
                     return examples
                 texts = [np.full(group.response_tokens, index) for index in responses]
-                examples.append(prompt, texts, "made up", numbers=numbers)
+                examples.append(prompt, texts, **of_row)
 
 
 def sharing(

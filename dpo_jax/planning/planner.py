@@ -93,6 +93,7 @@ def plan(
             batches.contents(step),
             reference=program.reference is not None,
             frozen=program.base is not None,
+            mismatched=batches.mismatched.contents(step) if batches.mismatched else None,
         )
     report = Report(
         stage=stage,
@@ -175,6 +176,8 @@ def examples_and_steps(config: ConfigDict, stage: str, assumed: Assumptions) -> 
     examples = assumed.examples or presets.EXAMPLES.get(path, 0)
     if stage_table.trains_on_samples(config, stage):
         of_prompt = math.comb(stage_table.completions_in_pairs(config), 2)
+        if STAGES[stage].kind == "unpaired":
+            of_prompt *= 2
         examples = config.pairs.prompts * of_prompt
     elif data.max_rows:
         examples = min(examples or data.max_rows, data.max_rows)
@@ -243,6 +246,8 @@ def _estimated(
     forward_passes = 2 if model.remat == "full" else 1
     if program.reference is not None:
         forward_passes += 1
+    if batches.mismatched is not None:
+        forward_passes += 2  # of rows that are about as long, under policy and reference
     work, temporaries = roofline.estimate(
         model,
         batches.shapes[0],

@@ -76,7 +76,8 @@ def make_program(
     if objective is None:
         divergence = block.get("divergence", "reverse_kl")
         objective = objectives.make(stage, model, block.get("loss", ""), divergence)
-    step = make_train_step(objective, optimizer, block.schedule, shardings)
+    first_pass = objectives.make_first_pass(stage, model)
+    step = make_train_step(objective, optimizer, block.schedule, shardings, first_pass)
 
     hyper = objectives.numbers(block, steps=1)
     if lora:

@@ -180,7 +180,9 @@ def _reference(config: ConfigDict, stage: str, model, mesh, params: dict, base: 
 
 def _in_vocabulary(batch, size: int):
     """Return a made-up batch whose texts are of tokens that the model has."""
-    return dataclasses.replace(batch, tokens=batch.tokens % size, targets=batch.targets % size)
+    mismatched = batch.mismatched and _in_vocabulary(batch.mismatched, size)
+    tokens, targets = batch.tokens % size, batch.targets % size
+    return dataclasses.replace(batch, tokens=tokens, targets=targets, mismatched=mismatched)
 
 
 def _bytes_used(analysis) -> int:

@@ -19,6 +19,8 @@ from dpo_jax.data.batches import (
     sizes_for_whole_groups,
     steps_of,
     training_order,
+    unpaired,
+    unpaired_evaluation,
     update_size_of,
 )
 from dpo_jax.data.dataset import Dataset
@@ -26,10 +28,11 @@ from dpo_jax.data.packing import RowLimits
 from dpo_jax.models import attention, flops
 from dpo_jax.models.transformer import TransformerConfig
 from dpo_jax.parallel import hardware, sharding
+from dpo_jax.stage_table import STAGES
 from dpo_jax.training import metrics as metrics_lib
 from dpo_jax.training.loop import Job
 from dpo_jax.training.self_check import FirstBatch, self_check
-from dpo_jax.training.step import Frozen, Programs, TrainState
+from dpo_jax.training.step import Frozen, Programs, TrainState, means
 
 # Tokens x layers x width of a microbatch from which huge pages make a CPU's steps faster: a step
 # then takes blocks of more than 32 MB, which glibc gives back to Linux after every step.
@@ -55,6 +58,7 @@ class DataFeed:
         reference_is_init: bool,
         show_example: Callable[[int], str],
         reference_log_probs: Callable | None = None,
+        longest_mismatched: int = 0,
     ):
         """Lay out the batches of the whole stage.
 
@@ -63,7 +67,8 @@ class DataFeed:
         responses end in, or None. reference_is_init: whether the reference is the initial policy.
         show_example: index of a training example -> its text, with what is trained on marked.
         reference_log_probs: (split, examples, order) -> the reference's kept log-probs [examples,
-        responses].
+        responses]. longest_mismatched: tokens of a prompt and the completion of another row
+        together, where rows are unpaired.
         """
         self._job = job
         self._data = data
@@ -71,6 +76,7 @@ class DataFeed:
         self._reference_is_init = reference_is_init
         self._show_example = show_example
         self._reference_log_probs = reference_log_probs
+        self._longest_mismatched = longest_mismatched
         self._batches = self._training_batches(seed, shuffled, group_pairs)
         self.reading = self._batches.reading()
         is_pairs = len(data.train.responses[0]) == 2
@@ -120,13 +126,17 @@ class DataFeed:
         return evaluate(self._job.programs, self._job.mesh, params, self._frozen, self._held_out)
 
     def tokens(self, step: int) -> int:
-        return self._batches.tokens(step)
+        tokens = self._batches.tokens(step)
+        mismatched = self._batches.mismatched
+        return tokens if mismatched is None else tokens + mismatched.tokens(step)
 
     def flops(self, step: int) -> int:
         # A kept reference costs nothing here, and under adapters no gradient of the base is made.
+        mismatched = self._batches.mismatched
         return flops.of_step(
             self._job.model,
             self._batches.contents(step),
+            mismatched=None if mismatched is None else mismatched.contents(step),
             reference=self._frozen.reference is not None,
             frozen=self._job.lora is not None,
         )
@@ -157,14 +167,15 @@ class DataFeed:
         is_grouped = shuffled == "prompts"
         order = training_order(size, block.batch_size, steps, seed, groups if is_grouped else None)
         shards = sharding.batch_shards(self._job.mesh)
-        batches = Batches(
-            self._data.train,
-            order,
-            microbatches=microbatches_of(block, shards),
-            shards=shards,
-            limits=self._row_limits(),
-            reference_log_probs=self._kept_log_probs("train", self._data.train, order),
+        layout = dict(
+            microbatches=microbatches_of(block, shards), shards=shards, limits=self._row_limits()
         )
+        if STAGES[name].data == "unpaired":
+            batches = unpaired(self._data.train, order, self._longest_mismatched, **layout)
+            say_own_prompts(name, batches)
+        else:
+            kept = self._kept_log_probs("train", self._data.train, order)
+            batches = Batches(self._data.train, order, **layout, reference_log_probs=kept)
         # Every shape is a program to compile, and padding is work for nothing: both are shown.
         padding = batches.padding()
         count = len(batches.shapes)
@@ -199,15 +210,14 @@ class DataFeed:
             return None
         # What fits in memory with a gradient fits without one.
         batch_size = sharding.whole_shards(microbatch_size_of(block), self._job.mesh)
+        layout = dict(shards=sharding.batch_shards(self._job.mesh), limits=self._row_limits())
+        if STAGES[self._job.name].data == "unpaired":
+            longest = self._longest_mismatched
+            return unpaired_evaluation(self._data.eval, batch_size, longest, **layout)
         prompt_ids, _ = self._data.eval.identities()
         order = evaluation_order(size, batch_size, prompt_ids)
-        return Batches(
-            self._data.eval,
-            order,
-            shards=sharding.batch_shards(self._job.mesh),
-            limits=self._row_limits(),
-            reference_log_probs=self._kept_log_probs("eval", self._data.eval, order),
-        )
+        kept = self._kept_log_probs("eval", self._data.eval, order)
+        return Batches(self._data.eval, order, **layout, reference_log_probs=kept)
 
     def _row_limits(self) -> RowLimits:
         platform = sharding.platform_of(self._job.mesh)
@@ -217,6 +227,17 @@ class DataFeed:
         if self._reference_log_probs is None:
             return None
         return self._reference_log_probs(split, examples, order)
+
+
+def say_own_prompts(name: str, batches: Batches) -> None:
+    """Say where the batches have too few prompts for completions of other prompts."""
+    own, rows = batches.mismatched.examples.own_prompts, batches.order.size
+    if own > WORTH_SAYING * rows:
+        say(
+            f"{name}: {own:,} of {rows:,} rows are in batches of too few prompts, so the KL is "
+            f"also measured on completions of their own. A larger config.{name}.batch_size, or "
+            "--config.data.order=pairs, mixes more prompts."
+        )
 
 
 def say_uneven_shards(name: str, block, shards: int) -> None:
@@ -375,6 +396,16 @@ def evaluate(
     # Adapters are laid over their base once, not for each batch.
     full = frozen.full(params)
     reference = frozen.full(frozen.reference)
+    hyper = frozen.hyper
+    if batches.mismatched is not None:
+        first_pass = functools.partial(programs.first_pass, full, reference, hyper)
+        hyper = hyper | means(_total(first_pass, mesh, batches.mismatched))
+    measure = functools.partial(programs.eval_step, full, reference, hyper)
+    return metrics_lib.named(_total(measure, mesh, batches), "eval")
+
+
+def _total(measure: Callable, mesh, batches: Batches) -> dict:
+    """Return {name: (sum, count)} over all batches; measure: a batch on the mesh -> its sums."""
     total = None
     before = None  # the total of the batch before the last
     for step in range(len(batches)):
@@ -384,7 +415,6 @@ def evaluate(
             jax.block_until_ready(before)
             before = total
         stopping.may_stop()
-        batch = sharding.shard_batch(mesh, batches[step], axis=1)
-        measured = programs.eval_step(full, reference, frozen.hyper, batch)
-        total = metrics_lib.add(total, measured)
-    return metrics_lib.named(total, "eval")
+        batch = sharding.shard_batch(mesh, batches.without_mismatched(step), axis=1)
+        total = metrics_lib.add(total, measure(batch))
+    return total

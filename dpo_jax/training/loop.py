@@ -112,6 +112,7 @@ def _programs(
         objective,
         model,
         mesh,
+        first_pass=objectives.make_first_pass(name, model),
         optimizer=optimizer,
         weight_decay=weight_decay,
         schedule=schedule,

@@ -342,6 +342,18 @@ def unlikelihood(chosen_log_probs, rejected_log_probs, alpha) -> jax.Array:
     return -chosen_log_probs + alpha * rejected_log_probs
 
 
+def kto(log_ratios, is_desirable, kl, beta, desirable_weight, undesirable_weight) -> jax.Array:
+    """KTO on unpaired rows (Ethayarajh et al. 2024, eq. 8): the loss of each.
+
+    w (1 - sigmoid(beta (r - z))) of a desirable row with the log-ratio r, and
+    w (1 - sigmoid(beta (z - r))) of an undesirable one, each with its kind's weight w.
+    kl: z, an estimate of KL(policy || reference) in nats, through which no gradient goes.
+    """
+    sign = jnp.where(is_desirable, 1.0, -1.0)
+    weight = jnp.where(is_desirable, desirable_weight, undesirable_weight)
+    return weight * jax.nn.sigmoid(-sign * beta * (log_ratios - kl))
+
+
 def bradley_terry(chosen_rewards, rejected_rewards, target_margins=None) -> jax.Array:
     """A reward model's loss: minus the log-probability that the chosen response wins (eq. 2).
 

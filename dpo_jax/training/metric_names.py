@@ -34,8 +34,9 @@ METRICS = {
     # Pairs, and completions: a stage of single completions writes "chosen" alone.
     "rewards_{split}/chosen": Metric(
         "",
-        "Of dpo: beta times the log-ratio of policy to reference on the chosen response, the "
-        "implicit reward (eq. 5). Of rm: the reward. Mean over pairs, as all of rewards_*.",
+        "Of dpo and kto: beta times the log-ratio of policy to reference on the chosen response, "
+        "the implicit reward (eq. 5). Of rm: the reward. Mean over pairs, as all of rewards_*; of "
+        "kto over the desirable rows, left out where a batch has none.",
     ),
     "rewards_{split}/rejected": Metric("", "The same of the rejected response."),
     "rewards_{split}/margins": Metric(
@@ -53,6 +54,15 @@ METRICS = {
         "tokens", "Tokens of the chosen response that are trained on."
     ),
     "lengths_{split}/rejected": Metric("tokens", "The same of the rejected response."),
+    # KTO: "chosen" stands for the desirable rows above, and "rejected" for the others, each a mean
+    # over the rows of that kind.
+    "kto_{split}/kl": Metric(
+        "nats",
+        "Estimate of KL(policy || reference) that a row's log-ratio is compared with: the mean "
+        "log-ratio of mismatched completions, at least 0; over the step's batch, or over all held "
+        "out.",
+    ),
+    "kto_{split}/desirable": Metric("share", "Rows whose label is desirable."),
     # PPO: the completions of a step, then its updates.
     "ppo_train/reward": Metric("", "Reward of the sampled completions, mean over the step's."),
     "ppo_train/kl": Metric(

@@ -29,7 +29,8 @@ def named(metrics: dict, split: str) -> dict[str, float]:
     """Return means by their names in metrics.jsonl, from {name: (sum, count)} of a step.
 
     "rewards/chosen" becomes "rewards_train/chosen", and "loss" becomes "loss/train". The mean over
-    examples whose weights are all 0 is 0.
+    examples whose weights are all 0 is 0. A batch of unpaired rows may have none of a kind: then it
+    has no such mean, and no margin.
     """
     means = {}
     for name, (total, count) in jax.device_get(metrics).items():
@@ -40,7 +41,16 @@ def named(metrics: dict, split: str) -> dict[str, float]:
             full_name = f"{group}_{split}/{rest}"
         else:
             full_name = f"{name}/{split}"
+        # Of a batch that has other examples.
+        if not count and metrics["loss"][1]:
+            continue
         means[full_name] = float(total) / float(count) if count else 0.0
+    chosen, rejected, margins = (
+        f"rewards_{split}/{part}" for part in ("chosen", "rejected", "margins")
+    )
+    # Of pairs it is a mean of its own; of unpaired rows the difference of the two.
+    if chosen in means and rejected in means:
+        means.setdefault(margins, means[chosen] - means[rejected])
     return means
 
 

@@ -100,6 +100,52 @@ def unlikelihood(model, _loss, params, _reference, hyper, batch: Batch):
     return _pair_metrics(batch, loss_SP, log_probs_SP2=log_probs_SP2)
 
 
+def kto(model, _loss, params, reference, hyper, batch: Batch):
+    """KTO on unpaired rows, mean over rows (Ethayarajh et al. 2024, eq. 8).
+
+    hyper["mismatched_log_ratio"]: as `kto_first_pass` measures it.
+    """
+    log_probs_SP = by_example(response_log_probs(model, params, batch), batch)[..., 0]
+    with jax.named_scope("reference"):
+        reference_SQ = response_log_probs(model, reference, batch, gradient=False)
+        reference_SP = by_example(reference_SQ, batch)[..., 0]
+    log_ratios_SP = log_probs_SP - jax.lax.stop_gradient(reference_SP)
+    kl = jnp.maximum(hyper["mismatched_log_ratio"], 0.0)
+    loss_SP = losses.kto(
+        log_ratios_SP,
+        batch.labels,
+        kl,
+        hyper["beta"],
+        hyper["desirable_weight"],
+        hyper["undesirable_weight"],
+    )
+    ones_SP = jnp.ones_like(loss_SP)
+    loss, metrics = _weighted(
+        {"loss": loss_SP, "kto/kl": kl * ones_SP, "kto/desirable": batch.labels}, batch.weights
+    )
+    of_row = {
+        "rewards": jax.lax.stop_gradient(hyper["beta"] * log_ratios_SP),
+        "logps": log_probs_SP,
+        "lengths": by_example(batch.response_lengths, batch)[..., 0],
+    }
+    for kind, is_kind in (("chosen", batch.labels), ("rejected", ~batch.labels)):
+        named = {f"{name}/{kind}": value for name, value in of_row.items()}
+        metrics |= _sums(named, batch.weights * is_kind)
+    return loss, metrics
+
+
+def kto_first_pass(model, params, reference, _hyper, batch: Batch):
+    """Measure what KTO's KL is estimated from, without a gradient: {name: (sum, count)}.
+
+    batch: of mismatched rows.
+    """
+    with jax.named_scope("mismatched"):
+        log_ratios_SQ = response_log_probs(model, params, batch, gradient=False)
+        log_ratios_SQ -= response_log_probs(model, reference, batch, gradient=False)
+        log_ratios_SP = by_example(log_ratios_SQ, batch)[..., 0]
+    return _sums({"mismatched_log_ratio": log_ratios_SP}, batch.weights)
+
+
 def rm(model, _loss, params, _reference, _hyper, batch: Batch):
     """A reward model's Bradley-Terry loss, mean over pairs (eq. 2)."""
     rewards_SP2 = by_example(response_rewards(model, params, batch), batch)
@@ -140,10 +186,16 @@ OBJECTIVES = {
     "unlikelihood": unlikelihood,
     "rm": rm,
     "dpo": dpo,
+    "kto": kto,
     "ppo": ppo,
 }
+# What is measured of a whole batch before its first gradient, and is a number of `hyper` then.
+FIRST_PASSES = {"kto": kto_first_pass}
 # The fields of the stages' config blocks that are in `hyper`.
-OBJECTIVE_NUMBERS = (*loss_table.numbers(), "alpha", "clip", "value_clip", "value_coef")
+OBJECTIVE_NUMBERS = (
+    *loss_table.numbers(),
+    *("alpha", "desirable_weight", "undesirable_weight", "clip", "value_clip", "value_coef"),
+)
 
 
 def make(
@@ -161,6 +213,11 @@ def make(
     if name == "dpo":
         loss = losses.preference(loss, divergence)
     return functools.partial(OBJECTIVES[name], model, loss)
+
+
+def make_first_pass(name: str, model) -> Callable | None:
+    """Return (params, reference, hyper, batch.mismatched) -> sums, or None where it has none."""
+    return functools.partial(FIRST_PASSES[name], model) if name in FIRST_PASSES else None
 
 
 def numbers(block, steps: int) -> dict:
@@ -213,7 +270,13 @@ def _of_pairs(values_SP2: jax.Array, batch: Batch, otherwise: float) -> jax.Arra
 
 def _weighted(values: dict[str, jax.Array], weights: jax.Array):
     """Return (total, count) of the loss, and all values as metrics {name: (sum, count)}."""
-    metrics = {}
-    for name, value in values.items():
-        metrics[name] = (jnp.where(weights > 0, value * weights, 0).sum(), weights.sum())
+    metrics = _sums(values, weights)
     return metrics["loss"], metrics
+
+
+def _sums(values: dict[str, jax.Array], weights: jax.Array) -> dict:
+    """Return {name: (sum, count)} of values."""
+    sums = {}
+    for name, value in values.items():
+        sums[name] = (jnp.where(weights > 0, value * weights, 0).sum(), weights.sum())
+    return sums

@@ -20,6 +20,7 @@ from dpo_jax.parallel import sharding
 
 CHECKED = 8  # examples that are run through the model
 LOG_2 = math.log(2)
+KTO_METRICS = ("loss/train", "kto_train/kl", "kto_train/desirable")
 
 
 class SelfCheckFailed(RuntimeError):
@@ -60,7 +61,10 @@ def self_check(model, block, mesh, params, reference, batch: FirstBatch) -> str:
             _check_ratios(packed - of_reference, few)
             # Inside one program XLA may fuse the two passes in different ways.
             rounding = block.beta * float(_tolerance(model, packed).max()) / 100
-            found.append(_check_loss(batch, block.loss, rounding))
+            if "desirable_weight" in block:
+                found.append(_check_kto(batch.metrics, block, rounding))
+            else:
+                found.append(_check_loss(batch, block.loss, rounding))
         if batch.reference_is_init and batch.reference_log_probs is not None:
             found.append(_check_kept(packed, batch.reference_log_probs[few], model, few))
         if model.head == "reward":
@@ -168,6 +172,19 @@ def _check_loss(batch: FirstBatch, loss_name: str, rounding: float) -> str:
         )
     equals = " = log 2" if expected == LOG_2 else ""
     return f"log-ratios 0, loss {loss:.4f}{equals}"
+
+
+def _check_kto(metrics, block, rounding: float) -> str:
+    """Check that at equal weights KTO's KL is 0, and each row's loss half its weight."""
+    loss, kl, desirable = (metrics[name] for name in KTO_METRICS)
+    weight = desirable * block.desirable_weight + (1 - desirable) * block.undesirable_weight
+    largest = max(block.desirable_weight, block.undesirable_weight)
+    if block.beta * kl > rounding or abs(loss - weight / 2) > largest * (1e-6 + rounding):
+        raise SelfCheckFailed(
+            f"at equal policy and reference the first batch has a loss of {loss:.6f} and a KL of "
+            f"{kl:.3g}; expected {weight / 2:.6f} and 0."
+        )
+    return f"log-ratios 0, loss {loss:.4f}, {desirable:.0%} of the rows desirable"
 
 
 def _check_packing(packed, apart, model, indices) -> float:

@@ -11,6 +11,7 @@ arrays of its own (`copy_params`); what reads a deleted array is refused (`requi
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -64,6 +65,9 @@ class Programs:
     shardings: TrainState
     train_step: Callable  # see make_train_step
     eval_step: Callable  # see make_eval_step
+    # (params, reference, hyper, batch) -> sums of the objective's first pass over mismatched rows
+    # of one microbatch, jitted; None where it has none.
+    first_pass: Callable | None = None
 
     def init_state(self, params: dict, controls: dict | None = None) -> TrainState:
         """Return the state before the first update. It takes `params` over: updates delete them."""
@@ -87,7 +91,12 @@ class Programs:
         """Return metrics {name: (sum, count)} of a batch of one microbatch; changes nothing."""
         require_alive(params, "what is measured")
         reference = frozen.full(frozen.reference)
-        return self.eval_step(frozen.full(params), reference, frozen.hyper, batch)
+        full = frozen.full(params)
+        hyper = frozen.hyper
+        if self.first_pass is not None:
+            hyper = hyper | means(self.first_pass(full, reference, hyper, batch.mismatched))
+            batch = dataclasses.replace(batch, mismatched=None)
+        return self.eval_step(full, reference, hyper, batch)
 
 
 def make_programs(
@@ -95,6 +104,7 @@ def make_programs(
     model: TransformerConfig,
     mesh: jax.sharding.Mesh,
     *,
+    first_pass: Callable | None = None,
     optimizer: str = "rmsprop",
     weight_decay: float = 0.0,
     schedule: str = "constant",
@@ -103,16 +113,20 @@ def make_programs(
     """Return what trains an objective on a mesh; nothing is compiled before the first call.
 
     objective: (params, reference, hyper, microbatch) -> ((total, count), metrics), as in
-    objectives.py with model and loss filled in. optimizer, schedule: names from optim.py. lora: the
-    adapters that are trained instead of the weights.
+    objectives.py with model and loss filled in. first_pass: as `objectives.make_first_pass` gives
+    it. optimizer, schedule: names from optim.py. lora: the adapters that are trained instead of the
+    weights.
     """
     # The optimiser without its learning rate, which is an input of the program.
     direction = optim.make(optimizer, weight_decay)
     # Under adapters the optimiser keeps moments of the adapters alone.
     trained = lora_lib.abstract(model, lora) if lora else transformer.abstract(model)
     shardings = state_shardings(mesh, direction, trained)
-    train_step = make_train_step(objective, direction, schedule, shardings)
-    return Programs(direction, trained, shardings, train_step, make_eval_step(objective))
+    train_step = make_train_step(objective, direction, schedule, shardings, first_pass)
+    of_one = None
+    if first_pass is not None:
+        of_one = jax.jit(functools.partial(sum_over_microbatches, first_pass))
+    return Programs(direction, trained, shardings, train_step, make_eval_step(objective), of_one)
 
 
 def state_shardings(mesh, optimizer, params) -> TrainState:
@@ -155,16 +169,31 @@ def abstract_state(optimizer, params, controls: dict) -> TrainState:
     return jax.eval_shape(init, params)
 
 
-def make_train_step(objective, optimizer, schedule: str, shardings: TrainState):
+def make_train_step(
+    objective,
+    optimizer,
+    schedule: str,
+    shardings: TrainState,
+    first_pass: Callable | None = None,
+):
     """Return train_step(state, reference, hyper, batch, base=None) -> (state, metrics), jitted.
 
     The state is donated. objective: (params, reference, hyper, microbatch) -> ((total, count),
     metrics). hyper: scalars, all of them traced: lr, warmup_steps, steps, max_grad_norm and the
     objective's own. base: the frozen weights under the state's and the reference's, where those are
-    adapters. metrics: {name: (sum, count)}, with grad_norm, param_norm, update_norm and lr.
+    adapters. first_pass: measures batch.mismatched before the first gradient. metrics: {name: (sum,
+    count)}, with grad_norm, param_norm, update_norm and lr.
     """
 
     def train_step(state: TrainState, reference, hyper, batch, base=None):
+        if first_pass is not None:
+            # Over all microbatches and shards: the gradient of each needs the mean of all.
+            full = full_params(base, state.params, hyper)
+            full_reference = full_params(base, reference, hyper)
+            sums = sum_over_microbatches(first_pass, full, full_reference, hyper, batch.mismatched)
+            hyper = hyper | means(sums)
+            batch = dataclasses.replace(batch, mismatched=None)
+
         # Adapters are laid over their base inside what is differentiated, so the gradient is of
         # the adapters, and of nothing below them.
         def objective_of_trained(trained, reference, hyper, microbatch):
@@ -213,6 +242,28 @@ def make_eval_step(objective):
         return metrics
 
     return jax.jit(eval_step)
+
+
+def sum_over_microbatches(first_pass: Callable, params, reference, hyper, batch) -> dict:
+    """Return {name: (sum, count)} of a first pass over all microbatches.
+
+    params, reference: full weights.
+    """
+
+    def add(sums, microbatch):
+        found = first_pass(params, reference, hyper, microbatch)
+        return jax.tree.map(jnp.add, sums, found), None
+
+    first = jax.tree.map(lambda x: x[0], batch)
+    shapes = jax.eval_shape(first_pass, params, reference, hyper, first)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    sums, _ = jax.lax.scan(add, zeros, batch)
+    return sums
+
+
+def means(sums: dict) -> dict:
+    """Return {name: mean} from {name: (sum, count)}."""
+    return {name: total / count for name, (total, count) in sums.items()}
 
 
 def full_params(base, params, hyper):

@@ -187,7 +187,7 @@ def test_override_of_missing_stage_is_refused():
 def test_config_files_are_valid(name):
     module = importlib.import_module(f"configs.{name}")
     config = module.get_config()
-    if name in ("dpo", "sft"):
+    if name in ("dpo", "kto", "sft"):
         config.model.path, config.data.path = "gpt2", "pairs.jsonl"
     config_checks.validate(config)
     assert f"--config=configs/{name}.py" in module.__doc__

@@ -57,6 +57,7 @@ def test_sampled_pairs_of_run_alone():
 def test_groups_are_of_pairs_and_of_sampled_completions():
     config = configs.default(tuple(STAGES))
     grouped = {stage for stage in STAGES if stage_table.trains_in_groups(config, stage)}
-    assert grouped == {"preferred_ft", "unlikelihood", "rm", "dpo"}
-    from_file = configs.default(("preferred_ft",))
+    assert grouped == {"preferred_ft", "unlikelihood", "rm", "dpo", "kto"}
+    from_file = configs.default(("preferred_ft", "kto"))
     assert not stage_table.trains_in_groups(from_file, "preferred_ft")
+    assert not stage_table.trains_in_groups(from_file, "kto")

@@ -27,7 +27,7 @@ def row(label, number=0):
 def test_labels_are_truths_numbers_or_their_texts(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", map(row, LABELS, range(len(LABELS))))
     data = load(path, chatml(), "unpaired")
-    assert data.train.labels().tolist() == [True] * 5 + [False] * 4
+    assert data.train.labels.tolist() == [True] * 5 + [False] * 4
     assert data.train[4].label is True and data.train[-1:][0].label is False
     assert data.ledger.train.labels == {"desirable": 5, "undesirable": 4}
     table = data.ledger.table()
@@ -37,7 +37,7 @@ def test_labels_are_truths_numbers_or_their_texts(tmp_path):
         writer = csv.DictWriter(file, ["prompt", "completion", "label"])
         writer.writeheader()
         writer.writerows([row(True), row(False, 1)])
-    assert load(tmp_path / "rows.csv", chatml(), "unpaired").train.labels().tolist() == [
+    assert load(tmp_path / "rows.csv", chatml(), "unpaired").train.labels.tolist() == [
         True,
         False,
     ]
@@ -59,7 +59,7 @@ def test_rows_without_a_label_are_refused(tmp_path):
     # Another column may have it.
     path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "Q:", "completion": "A", "ok": False}])
     data = load(path, chatml(), "unpaired", columns="label=ok")
-    assert data.train.labels().tolist() == [False]
+    assert data.train.labels.tolist() == [False]
 
 
 def test_chat_rows(tmp_path):
@@ -75,7 +75,7 @@ def test_chat_rows(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     data = load(path, chatml(), "unpaired")
     assert {shown(example, chatml()) for example in data.train} == {(asked, "⟦Thus.<|im_end|>⟧")}
-    assert data.train.labels().tolist() == [False] * 3
+    assert data.train.labels.tolist() == [False] * 3
 
 
 def test_pairs_are_two_rows_each(tmp_path):
@@ -88,7 +88,7 @@ def test_pairs_are_two_rows_each(tmp_path):
     data = load(path, chatml(), "unpaired", max_dropped=0.5)
     texts = [shown(example, chatml())[1] for example in data.train]
     assert texts == ["⟦ Blue.<|im_end|>⟧", "⟦ Seven.<|im_end|>⟧", "⟦ A3.<|im_end|>⟧"]
-    assert data.train.labels().tolist() == [True, False, False]
+    assert data.train.labels.tolist() == [True, False, False]
     counts = data.ledger.train
     assert (counts.read, counts.further_pairs, counts.kept) == (3, 1, 3)
     assert counts.dropped == {"chosen and rejected are equal": 1}
@@ -105,7 +105,7 @@ def test_a_changed_label_is_another_data_set():
     assert len(set(found)) == 3
     lengths_and_ids = np.array([2, 2, 1, 1, 2, 3], "<i4")
     assert found[0] == hashlib.sha256(lengths_and_ids.tobytes()).hexdigest()
-    assert Examples().labels().tolist() == []
+    assert Examples().labels is None
 
 
 @pytest.mark.parametrize(
