@@ -545,7 +545,11 @@ EVALUATE = dict(
         most=MANY,
     ),
     show=Field(
-        4, "completions of policy and reference to print side by side", least=0, most=1_000_000
+        4,
+        "completions to print: of the policy at each evaluation in training, and beside those of "
+        "the reference at the end; 0: none",
+        least=0,
+        most=1_000_000,
     ),
 )
 

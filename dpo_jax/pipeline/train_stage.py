@@ -277,10 +277,11 @@ def _say_what_is_trained(stage: str, models: Models) -> None:
 
 
 def _probe(run: Run, stage: str, models: Models) -> Callable | None:
-    """Return what measures a policy at each evaluation, params -> {name: value}.
+    """Return what measures a policy at each evaluation: see `Job.probe`.
 
-    The KL is to what round 1 starts from, in all rounds. None where no `evaluate` stage will
-    measure the policy, either.
+    The completions to show are the first that the measure samples anyway; those of the toy, which
+    is measured exactly, are not sampled. The KL is to what round 1 starts from, in all rounds. None
+    where no `evaluate` stage will measure the policy, either.
     """
     if "evaluate" not in run.config.stages or not STAGES[stage].is_policy:
         return None
@@ -288,12 +289,18 @@ def _probe(run: Run, stage: str, models: Models) -> Callable | None:
     if is_measured_exactly(run):
         with jax.set_mesh(run.mesh):
             reference = first.model(models.first_params, run.mesh)
-            return toy_report.probe(reference, run.config.reward.kind)
-    measure = policy_measure(run, first)
+            measure_exactly = toy_report.probe(reference, run.config.reward.kind)
 
-    def probe(params) -> dict[str, float]:
-        values, _ = measure(params, models.first_params)
-        return values
+        def exact_probe(params) -> tuple[dict[str, float], list[dict]]:
+            return measure_exactly(params), []
+
+        return exact_probe
+    measure = policy_measure(run, first)
+    shown = run.config.evaluate.show
+
+    def probe(params) -> tuple[dict[str, float], list[dict]]:
+        values, rows = measure(params, models.first_params)
+        return values, rows[:shown]
 
     return probe
 

@@ -57,7 +57,9 @@ class Job:
     load_reference: Callable  # () -> the reference's weights or adapters, or None
     log: object  # the config's log block
     config: dict  # the whole config, for Weights & Biases
-    probe: Callable | None = None  # full weights -> {name: value}, measured at each evaluation
+    # At each evaluation, full weights -> ({name: value}, rows of completions to show): prompt,
+    # completion, reward.
+    probe: Callable | None = None
     lora: Lora | None = None  # the adapters that are trained; None: all weights are
     load_base: Callable = lambda: None  # () -> the frozen weights under the adapters, on the mesh
     loss: Callable | None = None  # of pairs, instead of the one that block.loss names
@@ -417,10 +419,16 @@ class _Recorder:
 
     def _evaluate(self, step: int, state: TrainState) -> dict[str, float]:
         values = self._feed.evaluate(state.params)
+        completions = []
         if self._job.probe:
-            values = values | self._job.probe(self._frozen.full(state.params))
+            measured, completions = self._job.probe(self._frozen.full(state.params))
+            values = values | measured
         self._check_finite(step, values)
         self._check_keep_best(values)
+        if completions:
+            text = metrics_lib.completions_text(completions)
+            say(f"{self._job.name}: completions at step {step}\n{text}")
+            self._writer.show(step, completions)
         return values
 
     def _stopped_within(self):

@@ -84,10 +84,11 @@ class Writer(contextlib.ExitStack):
         self._path = pathlib.Path(folder) / "metrics.jsonl"
         self._count = 0  # rows in the file
         self._digest = hashlib.sha256()  # of its bytes
-        self._sinks = []  # (step, values) -> None
+        self._sinks: list[_TensorBoard | _RemoteRun] = []
         self._active = jax.process_index() == 0
         if self._active and tensorboard:
-            self._sinks.append(self._tensorboard(folder))
+            self._sinks.append(_TensorBoard(folder))
+            self.callback(self._sinks[-1].close)
         if self._active and wandb:
             self._sinks.append(self._wandb(wandb, folder, config or {}))
 
@@ -142,7 +143,7 @@ class Writer(contextlib.ExitStack):
         self._count += 1
         self._digest.update(line)
         for sink in self._sinks:
-            sink(step, values)
+            sink.write(step, values)
 
     def amend(self, step: int, values: dict[str, float]) -> None:
         """Add values to the row of an earlier step, or write it in its place if it is lost."""
@@ -152,30 +153,19 @@ class Writer(contextlib.ExitStack):
         rows[step] = rows.get(step, dict(step=step)) | values
         self._rewrite([json.dumps(rows[key]).encode() + b"\n" for key in sorted(rows)])
         for sink in self._sinks:
-            sink(step, values)
+            sink.write(step, values)
 
-    def _tensorboard(self, folder):
-        # Imported here: few runs write to it, and it is no dependency.
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError as error:
-            raise ImportError(
-                "config.log.tensorboard needs tensorboardX: pip install tensorboardX"
-            ) from error
-        writer = None
+    def show(self, step: int, completions: list[dict]) -> None:
+        """Send completions of an evaluation to TensorBoard and Weights & Biases, and to no file.
 
-        def write(step, values):
-            nonlocal writer
-            if writer is None:
-                # A resumed run writes some steps again: TensorBoard drops what it has from here on.
-                writer = SummaryWriter(str(folder), purge_step=step)
-                self.callback(writer.close)
-            for name, value in values.items():
-                writer.add_scalar(name, value, step)
+        completions: rows with prompt, completion and perhaps reward.
+        """
+        if not self._active:
+            return
+        for sink in self._sinks:
+            sink.show(step, completions)
 
-        return write
-
-    def _wandb(self, project: str, folder, config: dict):
+    def _wandb(self, project: str, folder, config: dict) -> "_RemoteRun":
         try:
             import wandb
         except ImportError as error:
@@ -196,7 +186,44 @@ class Writer(contextlib.ExitStack):
         )
         run = _RemoteRun(start)
         self.callback(run.close)
-        return run.write
+        return run
+
+
+class _TensorBoard:
+    """Event files for TensorBoard in a stage's folder, from the first row on."""
+
+    def __init__(self, folder: pathlib.Path):
+        # Imported here: few runs write to it, and it is no dependency.
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError as error:
+            raise ImportError(
+                "config.log.tensorboard needs tensorboardX: pip install tensorboardX"
+            ) from error
+        self._open = functools.partial(SummaryWriter, str(folder))
+        self._writer = None
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Write a row."""
+        for name, value in values.items():
+            self._at(step).add_scalar(name, value, step)
+
+    def show(self, step: int, completions: list[dict]) -> None:
+        """Write completions as text."""
+        lines = completions_text(completions).splitlines()
+        # It renders Markdown, in which an indented line stands as it is.
+        self._at(step).add_text("completions", "\n".join(f"    {line}" for line in lines), step)
+
+    def close(self) -> None:
+        """Write what is still held back."""
+        if self._writer is not None:
+            self._writer.close()
+
+    def _at(self, step: int):
+        if self._writer is None:
+            # A resumed run writes some steps again: TensorBoard drops what it has from here on.
+            self._writer = self._open(purge_step=step)
+        return self._writer
 
 
 class _RemoteRun:
@@ -208,13 +235,18 @@ class _RemoteRun:
     def __init__(self, start: Callable):
         """start: returns wandb's run; it is called in another thread."""
         self._start = start
-        self._rows = queue.SimpleQueue()  # (step, values), and None at the end
+        # (step, values or rows of completions), and None at the end
+        self._rows = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Take a row, which is sent later."""
         self._rows.put((step, values))
+
+    def show(self, step: int, completions: list[dict]) -> None:
+        """Take completions, which are sent later as a table."""
+        self._rows.put((step, completions))
 
     def close(self) -> None:
         """Wait a little until all rows are sent, and say so where they are not."""
@@ -230,6 +262,8 @@ class _RemoteRun:
         try:
             run = self._start()
             for step, values in iter(self._rows.get, None):
+                if isinstance(values, list):
+                    values = {"completions": _wandb_table(values)}
                 run.log(values, step=step)
             run.finish()
         except Exception as error:  # noqa: BLE001 - their client raises many, and no run needs it
@@ -238,6 +272,23 @@ class _RemoteRun:
                 f"Weights & Biases takes nothing more ({type(error).__name__}: {reason}). Training "
                 "goes on without it; all rows are in metrics.jsonl."
             )
+
+
+def _wandb_table(completions: list[dict]):
+    """Return completions as a table of Weights & Biases."""
+    import wandb
+
+    columns = list(completions[0])
+    return wandb.Table(columns=columns, data=[list(row.values()) for row in completions])
+
+
+def completions_text(completions: list[dict]) -> str:
+    """Return completions for a person: each with its prompt, and its reward if it has one."""
+    lines = []
+    for row in completions:
+        reward = f"({row['reward']:.3f}) " if "reward" in row else ""
+        lines += [f"--- {row['prompt']!r}", f"{reward}{row['completion']!r}"]
+    return "\n".join(lines)
 
 
 def holds(path: pathlib.Path, written: dict) -> bool:

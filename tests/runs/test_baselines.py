@@ -247,7 +247,7 @@ def test_ppo_resumes_exactly(workdir, method, monkeypatch):
         assert rows[-1]["ppo_train/reward"] > rows[1]["ppo_train/reward"] + 0.5
 
 
-def test_ppo_of_llama_with_reward_model(model, pairs, tmp_path):
+def test_ppo_of_llama_with_reward_model(model, pairs, tmp_path, capsys):
     """rm on pairs of text, then ppo on its own completions, evaluated while it trains, on a mesh of
     four devices.
 
@@ -276,4 +276,13 @@ def test_ppo_of_llama_with_reward_model(model, pairs, tmp_path):
     assert found["policy"] == "ppo" and found["frontier/kl"] > 1e-4
     # The same samples of the same policy.
     assert abs(found["frontier/kl"] - rows[-1]["frontier/kl"]) < 1e-3
-    assert len(read_lines(tmp_path / "evaluate" / "completions.jsonl")) == 12
+    completions = read_lines(tmp_path / "evaluate" / "completions.jsonl")
+    references = read_lines(tmp_path / "evaluate" / "reference_completions.jsonl")
+    assert len(completions) == len(references) == 12
+    # Two of them are shown at each evaluation in training: before it, of the reference itself.
+    shown = capsys.readouterr().out
+    for step, sampled in ((0, references), (3, completions)):
+        lines = shown.partition(f"ppo: completions at step {step}\n")[2].splitlines()
+        assert lines[0] == f"--- {sampled[0]['prompt']!r}"
+        assert lines[1].endswith(f") {sampled[0]['completion']!r}")
+        assert lines[2].startswith("--- ") and not lines[4].startswith("--- ")

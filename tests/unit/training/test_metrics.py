@@ -209,6 +209,46 @@ def test_writer_wandb(tmp_path, monkeypatch):
     )
 
 
+COMPLETIONS = [
+    dict(prompt="2 + 2 =", completion=" 4\n<b>", reward=0.5),
+    dict(prompt="a\nb", completion="", reward=-1.0),
+]
+
+
+def test_completions_as_text():
+    assert metrics.completions_text(COMPLETIONS).splitlines() == [
+        "--- '2 + 2 ='",
+        "(0.500) ' 4\\n<b>'",
+        "--- 'a\\nb'",
+        "(-1.000) ''",
+    ]
+    assert metrics.completions_text([dict(prompt="p", completion="c")]) == "--- 'p'\n'c'"
+
+
+def test_completions_go_to_tensorboard_and_no_file(tmp_path):
+    pytest.importorskip("tensorboardX", reason="TensorBoard needs tensorboardX")
+    with metrics.Writer(tmp_path, tensorboard=True) as writer:
+        writer.show(0, COMPLETIONS)
+        writer.write(0, {"loss/eval": 0.5})
+    events = next(tmp_path.glob("events.out.tfevents*")).read_bytes()
+    assert b"    --- '2 + 2 ='\n    (0.500) ' 4\\n<b>'" in events
+    assert metrics.read_rows(tmp_path / "metrics.jsonl") == [{"step": 0, "loss/eval": 0.5}]
+
+
+def test_completions_go_to_wandb(tmp_path, monkeypatch):
+    logged = []
+    run = types.SimpleNamespace(
+        log=lambda values, step: logged.append((step, values)), finish=lambda: None
+    )
+    fake = types.SimpleNamespace(init=lambda **_: run, Table=lambda columns, data: (columns, data))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    with metrics.Writer(tmp_path, wandb="project") as writer:
+        writer.show(3, COMPLETIONS)
+        writer.write(3, {"loss/eval": 0.5})
+    table = (["prompt", "completion", "reward"], [list(row.values()) for row in COMPLETIONS])
+    assert logged == [(3, {"completions": table}), (3, {"loss/eval": 0.5})]
+
+
 def test_wandb_that_does_not_answer_holds_nothing(tmp_path, monkeypatch, capsys):
     answers = threading.Event()
 
