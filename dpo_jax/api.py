@@ -843,11 +843,12 @@ def run(
 ) -> dict[str, pathlib.Path]:
     """Run the stages of a config, as the command `train` does; return the folder of each.
 
-    Finished stages are reused; an interrupted one resumes. reward: a function
-    (prompts, completions) -> numbers, lists of n texts and n numbers, in place of config.reward:
-    pairs are labelled by it, ppo maximises it, evaluate and best_of_n report it. loss: a loss of
-    your own for dpo, as in `Trainer`. Stages know both functions by their names: give another
-    function another name, or the run another config.run or workdir.
+    With config.rounds, the folders are those of the last round. Finished stages are reused; an
+    interrupted one resumes. reward: a function (prompts, completions) -> numbers, lists of n texts
+    and n numbers, in place of config.reward: pairs are labelled by it, ppo maximises it, evaluate
+    and best_of_n report it. loss: a loss of your own for dpo, as in `Trainer`. Stages know both
+    functions by their names: give another function another name, or the run another config.run or
+    workdir.
     """
     if not isinstance(config, ConfigDict):
         raise TypeError(f"run takes a config of dpo_jax.load_config; found {shown(config)}.")

@@ -93,6 +93,7 @@ class ModelCard:
     fingerprint: str  # of the weights that training started from
     evaluation: dict[str, float]  # metric -> value, at the end of training
     dtype: str  # of the stored weights
+    start: str = ""  # path of the weights that adapters are over; "": config.model.path
 
     def text(self) -> str:
         """Return the card of the whole model."""
@@ -103,7 +104,7 @@ class ModelCard:
         """Return the card of the adapters alone."""
         is_reward = STAGES[self.stage].head == "reward"
         loading = LOADING["reward_adapter" if is_reward else "adapter"]
-        return self._card("peft", loading.format(base=json.dumps(self._base)))
+        return self._card("peft", loading.format(base=json.dumps(self.start or self._base)))
 
     @property
     def _base(self) -> str:
@@ -160,7 +161,15 @@ class ModelCard:
         stages = self._stages()
         before = f" after {' and '.join(stages[:-1])}" if len(stages) > 1 else ""
         adapters = ", by LoRA" if self._has_lora else ""
-        return f"Trained with dpo_jax: {METHODS[self.stage]} (`{self.stage}`{before}){adapters}."
+        number = self._round
+        rounds = f", round {number}" if number > 1 else ""
+        method = f"{METHODS[self.stage]} (`{self.stage}`{before})"
+        return f"Trained with dpo_jax: {method}{adapters}{rounds}."
+
+    @property
+    def _round(self) -> int:
+        """The round that trained the model; 1 for a stage that no round repeats."""
+        return self.config.rounds if stage_table.repeats(self.config, self.stage) else 1
 
     def _stages(self) -> list[str]:
         """Return the stages that trained, up to this one."""
@@ -171,6 +180,9 @@ class ModelCard:
 
     def _start(self) -> list[tuple[str, str]]:
         kind = "the sft stage's weights" if len(self._stages()) > 1 else "its weights"
+        # A reward model starts anew in each round.
+        if self._round > 1 and STAGES[self.stage].is_policy:
+            kind = f"the weights after round {self._round - 1}"
         return [(f"fingerprint of {kind}", f"sha256 {self.fingerprint}")]
 
     def _paths(self) -> list[str]:
@@ -220,6 +232,8 @@ class ModelCard:
             if name == "model.dtype" or is_lora:
                 rows.append((name, _shown(value)))
         rows.append(("seed", _shown(self.config.seed)))
+        if self._round > 1:
+            rows.append(("round", str(self._round)))
         for change in read_config(self.folder).get("changes", []):
             # The others change no result.
             if change["reason"] == BY_FLAG:

@@ -203,7 +203,15 @@ def _export(job: Job, models: Models, params: dict, evaluation: dict[str, float]
     config = models.config
     run_config = models.run.config
     dtype = exports.dtype_of(run_config, models.run.is_last(job.name), initial.source.dtype)
-    card = ModelCard(run_config, job.name, job.folder, initial.fingerprint(), evaluation, dtype)
+    card = ModelCard(
+        run_config,
+        job.name,
+        job.folder,
+        initial.fingerprint(),
+        evaluation,
+        dtype,
+        start=initial.path,
+    )
     if models.lora:
         peft.save(
             job.folder / "adapter",
