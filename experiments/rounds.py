@@ -43,7 +43,7 @@ SEEDS = 5
 PROMPTS = 1000  # of a round; each gives six pairs
 STEPS = 120  # of a round
 # 97.5% quantiles of Student's t, by degrees of freedom.
-T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+T_QUANTILES = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
 CURVE_POINTS = 200
 
 
@@ -225,19 +225,17 @@ def draw(path: pathlib.Path, rows: list[dict], bound: tuple, targets: list[dict]
     figure = Figure(figsize=(12, 4.8), layout="constrained")
     walks, gaps = figure.subplots(1, 2)
     walks.plot(*bound, color="black", linewidth=1.2, label="highest reward at this KL (exact)")
-    for arm, (rounds, _, color, marker, name) in ARMS.items():
+    walks.plot(0, bound[1][0], "s", color="black", markersize=7, label="first policy")
+    for arm, (_, _, color, marker, name) in ARMS.items():
         style = dict(color=color, marker=marker, markersize=5)
         for target in TARGETS:
             walk = [
                 row for row in rows if (row["arm"], row["target"], row["seed"]) == (arm, target, 0)
             ]
-            kls = [0.0, *(row["kl"] for row in walk)]
-            rewards = [float(bound[1][0]), *(row["reward"] for row in walk)]
+            kls = [row["kl"] for row in walk]
+            rewards = [row["reward"] for row in walk]
             label = name if target == TARGETS[0] else None
-            # A run of one round would be a long line across the picture.
-            line = dict(linestyle="-" if rounds > 1 else "", linewidth=0.8, alpha=0.8)
-            first = 0 if rounds > 1 else 1
-            walks.plot(kls[first:], rewards[first:], label=label, **line, **style)
+            walks.plot(kls, rewards, label=label, linewidth=0.8, alpha=0.8, **style)
             if arm == "moved" and target == min(TARGETS):
                 for row in walk:
                     walks.annotate(
@@ -266,7 +264,8 @@ def draw(path: pathlib.Path, rows: list[dict], bound: tuple, targets: list[dict]
     )
     for axes in (walks, gaps):
         axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
+    walks.legend(frameon=False, loc="lower right")
+    gaps.legend(frameon=False)
     figure.savefig(path, dpi=130)
 
 
