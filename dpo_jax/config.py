@@ -485,7 +485,9 @@ KTO = dict(
     ),
     undesirable_weight=Field(1.0, "weight of the undesirable rows", least=ABOVE_ZERO, most=1e6),
     reference=Field(
-        "init", "reference model: init (the weights that the stage starts from), or a path"
+        "init",
+        "reference model: init (the weights that the stage starts from, in each round), first "
+        "(those that round 1 starts from), or a path",
     ),
     **_training(),
 )

@@ -375,10 +375,12 @@ def _validate_kto(config):
         expected = "at least 2: its KL is of each prompt with the completion of another row"
         _fail("kto.batch_size", block.batch_size, expected)
     if block.reference in ("", "none"):
-        expected = "'init' or the path of a model: KTO compares the policy with a reference"
+        expected = (
+            "'init', 'first' or the path of a model: KTO compares the policy with a reference"
+        )
         _fail("kto.reference", block.reference, expected)
-    if config.data.source == "toy" and block.reference != "init":
-        expected = "'init' on the toy, whose exact KL is to the initial policy"
+    if config.data.source == "toy" and block.reference not in ("init", "first"):
+        expected = "'init' or 'first' on the toy, whose exact KL is to the initial policy"
         _fail("kto.reference", block.reference, expected)
 
 

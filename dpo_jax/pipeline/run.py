@@ -33,7 +33,7 @@ from dpo_jax.workdir import StageChanged, read_ledger, read_weights, write_recor
 # before the function's name.
 FUNCTION = "function"
 # What later rounds draw at random, each with a branch of config.seed: new ones go to the end.
-PURPOSES = ("sampling", "data order", "adapters")
+PURPOSES = ("sampling", "data order", "adapters", "judging")
 
 
 def versions() -> dict[str, int]:

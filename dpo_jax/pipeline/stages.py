@@ -71,7 +71,7 @@ def pairs_stage(run: Run, stage: str) -> dict:
         run.load(initial),
         dict(train=prompts["train"].take(chosen), eval=prompts["eval"].take(range(held_out))),
         run.reward("true") if asks_reward else None,
-        preference_pairs.labelling_of(block, run.config.seed),
+        preference_pairs.labelling_of(block, run.seed("judging")),
         run.sampling(n=block.completions, seed=run.seed("sampling")),
         run.folder(stage),
     )
