@@ -2,13 +2,18 @@
 
 Adds to each row (prompt, chosen, rejected) `logp_chosen, logp_rejected`, the summed log-probs in
 nats, and `tokens_chosen, tokens_rejected`, the tokens they are summed over, EOS included. A row of
-one completion gets `logp, tokens`; a row that gives several pairs a line for each, with the pair's
-`chosen` and `rejected`, and a row whose answers tie one for each answer, as `completion`. The
-tokens, their layout and the log-probs come from the code that trains.
+one completion gets `logp, tokens, perplexity`; a row that gives several pairs a line for each, with
+the pair's `chosen` and `rejected`, and a row whose answers tie one for each answer, as
+`completion`. The tokens, their layout and the log-probs come from the code that trains.
 
 No row is left out: one that cannot be scored says why in `unscored`. The last lines say how often
-chosen is more likely than rejected, in each `subset` too. With --reference a second model scores
-the same tokens: `reference_logp_chosen, reference_logp_rejected`.
+chosen is more likely than rejected, in each `subset` too, and the perplexity of all tokens.
+
+With --reference a second model scores the same tokens: `reference_logp_chosen,
+reference_logp_rejected`, and the implicit rewards, --beta times the log-ratio:
+`implicit_reward_chosen, implicit_reward_rejected, implicit_margin`. --per_token adds the tokens and
+their log-probs, --top=K the K likeliest tokens in the place of each. With --prompts=FILE instead of
+--data, --top shows which tokens each prompt is likely to go on with.
 """
 
 import dataclasses
@@ -18,16 +23,17 @@ import json
 import pathlib
 
 import jax
-import numpy as np
 from absl import flags
 
 from dpo_jax import config as configs
 from dpo_jax import data_flags, device_command
 from dpo_jax.console import say
 from dpo_jax.data import dataset, every_row
-from dpo_jax.data.examples import Examples
+from dpo_jax.data.examples import Example, Examples
 from dpo_jax.data.ledger import CHAT_LINES, Counts, Malformed
-from dpo_jax.data.tokenizer import Encoder
+from dpo_jax.data.tokenizer import Encoder, encode_prompts
+from dpo_jax.evaluation import scores
+from dpo_jax.evaluation.scores import REFERENCE, SIDES, ModelScores
 from dpo_jax.models import inference, loading
 from dpo_jax.parallel import agreement, processes, sharding
 from dpo_jax.storage import shadow
@@ -44,12 +50,9 @@ FIELDS = (  # of config.data, each a flag
     "ignore",
     "on_bad_row",
 )
-SIDES = {1: ("",), 2: ("_chosen", "_rejected")}  # responses -> what the names of the fields end in
-# What the report is made of.
-PAIR_FIELDS = {
-    *("logp_chosen", "logp_rejected", "tokens_chosen", "tokens_rejected"),
-    *("reference_logp_chosen", "reference_logp_rejected", "subset"),
-}
+DEFAULT_BETA = 0.1  # as config.dpo.beta
+SHOWN = 5  # prompts whose likeliest next tokens are printed
+AT_ONCE = 1000  # prompts that are tokenised together
 ADVICE = "Fix the row, or let such rows be written without scores with --on_bad_row=drop."
 
 
@@ -58,14 +61,36 @@ class Options:
     """What the command line asks for."""
 
     model: str
-    data: str
+    data: str  # the rows, or "" where there are prompts alone
     out: str
+    prompts: str = ""
     reference: str = ""  # another model, or none
     split: str = ""
     date: datetime.date | None = None  # what chat templates take for today; None: today
     batch_size: int = 16  # pairs at a time, over all devices
     dtype: str = "float32"
+    beta: float | None = None  # of implicit rewards; None: DPO's default
+    per_token: bool = False
+    top: int = 0  # how many of the likeliest tokens in each token's place
     settings: dict = dataclasses.field(default_factory=dict)  # fields of config.data
+
+    def __post_init__(self):
+        """Raise ValueError for options that do not go together."""
+        if bool(self.data) == bool(self.prompts):
+            raise ValueError(
+                "expected --data=FILE, the rows to score, or --prompts=FILE, the prompts whose "
+                f"next tokens are shown; found {'both' if self.data else 'neither'}."
+            )
+        if self.prompts and (self.per_token or not self.top):
+            raise ValueError(
+                f"--prompts={self.prompts}: a prompt alone has no tokens to score. Expected "
+                "--top=K, the number of likeliest next tokens to show, and no --per_token."
+            )
+        if self.beta is not None and (self.prompts or not self.reference):
+            raise ValueError(
+                f"--beta={self.beta:g} is the factor of implicit rewards, of which there are none "
+                "without --data and --reference. Leave --beta out, or give both."
+            )
 
 
 @dataclasses.dataclass
@@ -76,6 +101,14 @@ class Encoded:
     completions: Examples
     unscored: dict[str, str]  # where -> reason
     counts: Counts
+
+
+@dataclasses.dataclass
+class Found:
+    """Where the scores of each example stand."""
+
+    kinds: list[tuple[Examples, dict[str, ModelScores]]]  # the scores by what fields start with
+    places: dict[str, tuple[int, int]]  # where -> its kind, and its index there
 
 
 @data_flags.named(FIELDS, path="data")
@@ -98,28 +131,34 @@ def score_file(options: Options, mesh) -> None:
     processes.check_shared(folder)
 
     checkpoint = loading.open_checkpoint(options.model, dtype=options.dtype)
+    if options.top > checkpoint.config.vocab:
+        raise ValueError(
+            f"--top={options.top}: {options.model} has {checkpoint.config.vocab} tokens; expected "
+            "no more than that."
+        )
     reference = _open_reference(options, checkpoint) if options.reference else None
     data = configs.default(()).data
-    data.update(source="local", path=options.data, **options.settings)
-    encoded = _encode(options, data, checkpoint.tokenizer)
+    data.update(source="local", path=options.data or options.prompts, **options.settings)
+    encode = _encode_prompts if options.prompts else _encode
+    encoded = encode(options, data, checkpoint.tokenizer)
     say(account(encoded.counts))
-    agreement.check_same(functools.partial(_tokens, options.data, encoded), agreement.SAME_ROWS)
+    agreement.check_same(functools.partial(_tokens, options, encoded), agreement.SAME_ROWS)
 
-    # One model after the other, so that the weights of one alone are in memory.
-    scores = _scores(options, encoded, checkpoint, "", mesh)
+    checkpoints = {"": checkpoint}
     if reference:
-        of_reference = _scores(options, encoded, reference, "reference_", mesh)
-        for where, fields in of_reference.items():
-            scores[where] |= fields
+        checkpoints[REFERENCE] = reference
+    found = _scores(options, encoded, checkpoints, mesh)
 
     if jax.process_index() == 0:
-        scored = _write(out, options, data, scores, encoded.unscored)
+        writer = _Writer(options, data, found, encoded.unscored, checkpoint.tokenizer)
+        with whole_file(out) as draft, draft.open("w") as file:
+            writer.write(file)
         shadow.push(folder, [out.name])
     # Without this, the others would take process 0 for dead while it writes, and end it.
     processes.wait_for_all("scores")
     if jax.process_index() == 0:
-        say(_summary(encoded, out))
-        say(report(scored))
+        say(_summary(options, encoded, out))
+        say(writer.report())
 
 
 def _open_reference(options: Options, checkpoint: loading.Checkpoint) -> loading.Checkpoint:
@@ -135,25 +174,61 @@ def _open_reference(options: Options, checkpoint: loading.Checkpoint) -> loading
     return reference
 
 
-def _tokens(path: str, encoded: Encoded) -> dict:
+def _tokens(options: Options, encoded: Encoded) -> dict:
     """Return the fingerprints of what is scored, by how an error calls it."""
+    source = f"--prompts={options.prompts}" if options.prompts else f"--data={options.data}"
     found = {}
     for kind, examples in (("pairs", encoded.pairs), ("completions", encoded.completions)):
         counted = f"{len(examples):,} {kind}, tokens of sha256 {examples.fingerprint[:16]}"
-        found[f"--data={path}, {kind}"] = counted
+        found[f"{source}, {kind}"] = counted
     return found
 
 
-def _summary(encoded: Encoded, out: pathlib.Path) -> str:
+def _summary(options: Options, encoded: Encoded, out: pathlib.Path) -> str:
     """Say what was scored."""
     counted = []
-    for examples, name in ((encoded.pairs, "pairs"), (encoded.completions, "completions")):
+    alone = "prompts" if options.prompts else "completions"
+    for examples, name in ((encoded.pairs, "pairs"), (encoded.completions, alone)):
         if len(examples):
             counted.append(f"{len(examples)} {name}")
     told = f"scored {' and '.join(counted) or 'nothing'} into {out}"
     if encoded.unscored:
         told += f"; {len(encoded.unscored)} rows could not be scored (see above)"
     return told
+
+
+def _encode_prompts(options: Options, data, tokenizer) -> Encoded:
+    """Read and tokenise prompts, each with a completion of one token that is not looked at.
+
+    The likeliest tokens in its place are those that the prompt may go on with. A prompt is cut only
+    where it alone is longer than max_length. ValueError names a row without a prompt.
+    """
+    # As much room as there is for a prompt and its response, and a token more.
+    data.update(append_eos=False, max_prompt_length=data.max_length, max_length=data.max_length + 1)
+    truncate = dataset.truncation(data)
+    completions = Examples()
+    counts = Counts()
+
+    def encode(texts):
+        encoded = encode_prompts(texts, tokenizer, data, truncate, date=options.date, counts=counts)
+        for text, ids in zip(texts, encoded, strict=True):
+            completions.append(ids, [[0]], text.where)
+
+    waiting = []
+    for where, fields in every_row.read(options.prompts, options.split):
+        counts.read += 1
+        waiting.append(every_row.prompt(fields, data, where))
+        if len(waiting) == AT_ONCE:
+            encode(waiting)
+            waiting = []
+    if not counts.read:
+        raise ValueError(
+            f'{options.prompts} has no rows; expected rows such as {{"prompt": "Name a colour."}}.'
+        )
+    if waiting:
+        encode(waiting)
+    counts.kept = len(completions)
+    return Encoded(Examples(), completions, {}, counts)
 
 
 def _encode(options: Options, data, tokenizer) -> Encoded:
@@ -235,111 +310,101 @@ def account(counts: Counts) -> str:
 
 
 def _scores(
-    options: Options, encoded: Encoded, checkpoint: loading.Checkpoint, prefix: str, mesh
-) -> dict[str, dict]:
-    """Return where -> the fields that a model adds to what stands there.
+    options: Options, encoded: Encoded, checkpoints: dict[str, loading.Checkpoint], mesh
+) -> Found:
+    """Return what the models give to all examples.
 
-    prefix: of their names.
+    checkpoints: the models, by what the names of their fields start with.
     """
-    found = {}
-    model = None
-    for examples in (encoded.pairs, encoded.completions):
-        if not len(examples):
-            continue
-        checkpoint.check(examples)
-        model = model or checkpoint.load(mesh)  # its weights are read once
-        log_probs = inference.log_probs("score", model, examples, options.batch_size)
-        for index, example in enumerate(examples):
-            sides = SIDES[len(example.responses)]
-            fields = {}
-            for side, log_prob in zip(sides, log_probs[index], strict=True):
-                fields[f"{prefix}logp{side}"] = float(log_prob)
-            if not prefix:  # both models read the same tokens
-                lengths = example.completion_lengths()
-                fields |= {f"tokens{side}": n for side, n in zip(sides, lengths, strict=True)}
-            found[examples.where[index]] = fields
-    return found
+    kinds = [(examples, {}) for examples in (encoded.pairs, encoded.completions) if len(examples)]
+    for prefix, checkpoint in checkpoints.items():
+        # One model after the other, so that the weights of one alone are in memory.
+        model = None
+        for examples, by_model in kinds:
+            checkpoint.check(examples)
+            model = model or checkpoint.load(mesh)  # its weights are read once
+            by_model[prefix] = _of_model(options, model, examples)
+    places = {}
+    for kind, (examples, _) in enumerate(kinds):
+        for index, where in enumerate(examples.where):
+            places[where] = (kind, index)
+    return Found(kinds, places)
 
 
-def _write(
-    out: pathlib.Path, options: Options, data, scores: dict[str, dict], unscored: dict[str, str]
-) -> list[dict]:
-    """Write every row as it was read, with what was found, in one piece.
+def _of_model(options: Options, model: loading.Model, examples: Examples) -> ModelScores:
+    if not options.per_token and not options.top:
+        return ModelScores(inference.log_probs("score", model, examples, options.batch_size))
+    return ModelScores(
+        *inference.token_scores("score", model, examples, options.batch_size, options.top)
+    )
 
-    Returns what was written of each pair: its scores, and the row's subset if it has one.
-    """
-    pairs = []
-    with whole_file(out) as draft, draft.open("w") as file:
-        for where, fields in every_row.read(options.data, options.split):
-            for line in _lines(where, fields, data, scores, unscored):
+
+class _Writer:
+    """Writes every row as it was read, with what was found."""
+
+    def __init__(self, options: Options, data, found: Found, unscored: dict[str, str], tokenizer):
+        """Take what was found; unscored: where -> why nothing was."""
+        self._options = options
+        self._data = data
+        self._found = found
+        self._unscored = unscored
+        self._texts = scores.TokenTexts(tokenizer)
+        self._beta = DEFAULT_BETA if options.beta is None else options.beta
+        # What the report is made of: by how many responses there are; of prompts, the first ones.
+        self._reported: dict[int, list[dict]] = {responses: [] for responses in SIDES}
+        self._shown: list[dict] = []
+
+    def write(self, file) -> None:
+        """Write all rows as lines."""
+        for where, fields in every_row.read(self._data.path, self._options.split):
+            for line in self._lines(where, fields):
                 # Parquet has values that JSON lacks, such as times: those are written as text.
                 file.write(json.dumps(line, default=str) + "\n")
-                if "logp_chosen" in line:
-                    pairs.append({name: line[name] for name in line if name in PAIR_FIELDS})
-    return pairs
 
+    def report(self) -> str:
+        """Return what is to be said of the rows that were written."""
+        if self._options.prompts:
+            return scores.next_tokens(self._shown)
+        return scores.report(self._reported[2], self._reported[1], self._beta)
 
-def _lines(
-    where: str, fields: dict, data, scores: dict[str, dict], unscored: dict[str, str]
-) -> list[dict]:
-    """Return the lines of a row: itself with its scores, or one for each of its pairs."""
-    if where in scores:
-        return [fields | scores[where]]
-    if where in unscored:
-        return [fields | {"unscored": unscored[where]}]
-    lines = []
-    for example in every_row.answered(fields, data, where):
-        # The row's pairs, or the answers of a tie.
-        names = ("chosen", "rejected") if len(example.responses) == 2 else ("completion",)
-        found = scores.get(example.where) or {"unscored": unscored[example.where]}
-        lines.append(fields | dict(zip(names, example.responses, strict=True)) | found)
-    return lines
+    def _lines(self, where: str, fields: dict) -> list[dict]:
+        """Return the lines of a row: itself with its scores, or one for each of its pairs."""
+        if where in self._found.places or where in self._unscored:
+            return [fields | self._added(where, fields)]
+        lines = []
+        for example in every_row.answered(fields, self._data, where):
+            # The row's pairs, or the answers of a tie.
+            names = ("chosen", "rejected") if len(example.responses) == 2 else ("completion",)
+            said = dict(zip(names, example.responses, strict=True))
+            lines.append(fields | said | self._added(example.where, fields))
+        return lines
 
+    def _added(self, where: str, fields: dict) -> dict:
+        """Return the fields that are added to what stands in a place, and report them."""
+        if where not in self._found.places:
+            return {"unscored": self._unscored[where]}
+        kind, index = self._found.places[where]
+        examples, models = self._found.kinds[kind]
+        example = examples[index]
+        per_token, top = self._options.per_token, self._options.top > 0
+        of_tokens = {}
+        if per_token or top:
+            of_tokens = scores.token_fields(
+                example, index, models, self._texts, per_token=per_token, top=top
+            )
+        if self._options.prompts:
+            if len(self._shown) < SHOWN:
+                self._shown.append(of_tokens | {"where": where})
+            return of_tokens
+        summed = scores.summed_fields(example, index, models, self._beta)
+        self._report(example, summed, fields)
+        return summed | of_tokens
 
-def report(pairs: list[dict]) -> str:
-    """Return how often chosen is more likely than rejected, in all pairs and in each subset.
-
-    pairs: scores as they are written, with `subset` where the row has one. An equal pair is no
-    success, as in training's accuracies. "" where there are no pairs.
-    """
-    if not pairs:
-        return ""
-    chosen, rejected = (
-        np.mean([pair[f"logp_{side}"] for pair in pairs]) for side in ("chosen", "rejected")
-    )
-    by_subset = {"all": pairs}
-    for pair in pairs:
-        if isinstance(pair.get("subset"), str):
-            by_subset.setdefault(f"  {pair['subset']}", []).append(pair)
-    rates = {name: _rates(of_subset) for name, of_subset in by_subset.items()}
-    title = "chosen more likely than rejected, by"
-    width = max(len(name) for name in (title, *rates))
-    lines = [f"mean log-prob chosen {chosen:.4g}, rejected {rejected:.4g} nats"]
-    heads = ("pairs", *rates["all"])
-    lines.append("  ".join([f"{title:<{width}}", *(f"{head:>9}" for head in heads)]))
-    for name, of_subset in rates.items():
-        cells = [f"{len(by_subset[name]):>9}"]
-        for head, rate in of_subset.items():
-            cells.append(f"{rate:>{max(len(head), 9)}.1%}")
-        lines.append("  ".join([f"{name:<{width}}", *cells]))
-    return "\n".join(lines)
-
-
-def _rates(pairs: list[dict]) -> dict[str, float]:
-    """Return the share of pairs whose chosen side is more likely, by each way to compare them."""
-    log_probs = _of_sides(pairs, "logp")
-    lengths = np.maximum(_of_sides(pairs, "tokens"), 1)
-    compared = {"log-prob": log_probs, "per token": log_probs / lengths}
-    if "reference_logp_chosen" in pairs[0]:
-        ratios = log_probs - _of_sides(pairs, "reference_logp")
-        compared |= {"log-ratio": ratios, "log-ratio per token": ratios / lengths}
-    return {name: float(np.mean(value[0] > value[1])) for name, value in compared.items()}
-
-
-def _of_sides(pairs: list[dict], name: str) -> np.ndarray:
-    """Return a number of both sides, [2, pairs]."""
-    sides = SIDES[2]
-    return np.array([[pair[f"{name}{side}"] for pair in pairs] for side in sides], np.float64)
+    def _report(self, example: Example, summed: dict, fields: dict) -> None:
+        """Keep what the report needs of an example."""
+        prompt, *_ = example.identities()
+        kept = summed | {"prompt": prompt, "subset": fields.get("subset")}
+        self._reported[len(example.responses)].append(kept)
 
 
 def main():
@@ -349,9 +414,29 @@ def main():
     data = flags.DEFINE_string(
         "data", None, "The rows: a file in any format that training reads, a folder or a hub name."
     )
+    prompts = flags.DEFINE_string(
+        "prompts", None, "Instead of --data: rows with a prompt, whose next tokens --top shows."
+    )
     out = flags.DEFINE_string("out", None, "Where the scored rows go; must not exist.")
     reference = flags.DEFINE_string(
         "reference", "", "Another model to score the same tokens, such as DPO's reference."
+    )
+    beta = flags.DEFINE_float(
+        "beta",
+        None,
+        "With --reference: implicit rewards are this times log-ratios. Default: 0.1, as DPO's.",
+        lower_bound=0,
+        upper_bound=1e6,
+    )
+    per_token = flags.DEFINE_bool(
+        "per_token", False, "Add the tokens of each response, and their log-probs."
+    )
+    top = flags.DEFINE_integer(
+        "top",
+        0,
+        "Add this many of the likeliest tokens in the place of each token, with log-probs.",
+        lower_bound=0,
+        upper_bound=1000,
     )
     split = data_flags.define_split()
     date = data_flags.define_date()
@@ -364,19 +449,23 @@ def main():
     )
     dtype = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute dtype.")
     settings = data_flags.define(*FIELDS)
-    flags.mark_flags_as_required(["model", "data", "out"])
+    flags.mark_flags_as_required(["model", "out"])
     mesh = sharding.define_flags()
 
     def score_rows():
         options = Options(
             model=model.value,
-            data=data.value,
+            data=data.value or "",
             out=out.value,
+            prompts=prompts.value or "",
             reference=reference.value,
             split=split.value,
             date=date.value,
             batch_size=batch_size.value,
             dtype=dtype.value,
+            beta=beta.value,
+            per_token=per_token.value,
+            top=top.value,
             settings=settings(),
         )
         score_file(options, mesh())

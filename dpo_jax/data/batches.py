@@ -301,15 +301,17 @@ class Batches:
         return self._cells_nCP[step].ravel()
 
     def per_example(self, step: int, batch: Batch, values_ASM: np.ndarray) -> dict[int, np.ndarray]:
-        """Return each example's part of values of completion tokens, {index: [tokens]}.
+        """Return each example's part of values of completion tokens, {index: [tokens, ...]}.
 
-        batch: that of the step, which says where each response's tokens are. A part has those of
-        the example's responses, one after the other, whether other examples share them or not.
+        The values of a token may be an array. batch: that of the step, which says where each
+        response's tokens are. A part has those of the example's responses, one after the other,
+        whether other examples share them or not.
         """
         found = {}
         cells = len(self._cells_nCP[step])
-        values_CM = np.reshape(values_ASM, (cells, -1))
         segment_ids_CM = np.reshape(batch.segment_ids, (cells, -1))
+        of_token = np.shape(values_ASM)[np.ndim(batch.segment_ids) :]
+        values_CM = np.reshape(values_ASM, (*segment_ids_CM.shape, *of_token))
         index_CPK = np.reshape(batch.response_index, (cells, *batch.response_index.shape[-2:]))
         for number, cell in enumerate(self._cells_nCP[step]):
             # A response's tokens stand together, and segments are in ascending order.

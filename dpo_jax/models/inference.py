@@ -12,11 +12,16 @@ import numpy as np
 
 from dpo_jax.console import Progress
 from dpo_jax.data.batches import FILLER, Batches, evaluation_order, prefetch
-from dpo_jax.data.examples import Examples, SingleResponses
+from dpo_jax.data.examples import IN_MEMORY, Examples, Run, SingleResponses
 from dpo_jax.data.packing import ANY_ROWS, RowLimits, Shape
 from dpo_jax.models.attention import row_limits
 from dpo_jax.models.loading import Model
-from dpo_jax.models.log_probs import by_example, response_log_probs
+from dpo_jax.models.log_probs import (
+    by_example,
+    by_response,
+    likeliest_tokens,
+    response_log_probs,
+)
 from dpo_jax.parallel import sharding
 from dpo_jax.parallel.sharding import constrain
 
@@ -92,6 +97,86 @@ def _response_log_probs(config, params, batch):
     return constrain(by_example(response_log_probs(config, params, batch), batch))
 
 
+class TokenScores:
+    """Log-probs of each response's completion tokens, and the likeliest tokens in their places.
+
+    Responses are known by their place, an index into a flat [examples, responses]. Where there are
+    many tokens, most numbers are in temporary files.
+    """
+
+    def __init__(self, responses: int, top: int):
+        """Make room; responses: how many places. top: how many likeliest tokens for each token."""
+        self._top = top
+        self._number_I = np.full(responses, -1)  # of what stands in each place
+        self._starts = Run(np.int64)
+        self._starts.append(0)
+        self._log_probs = Run(np.float32, IN_MEMORY)
+        self._top_ids = Run(np.int32, IN_MEMORY)
+        self._top_log_probs = Run(np.float32, IN_MEMORY)
+
+    def append(self, places: np.ndarray, log_probs_T, top_ids_Tk, top_log_probs_Tk) -> None:
+        """Add the values of a response, which stands in all of these places."""
+        self._number_I[places] = self._starts.end - 1
+        self._starts.append(self._starts[self._starts.end - 1] + len(log_probs_T))
+        self._log_probs.extend(log_probs_T)
+        self._top_ids.extend(top_ids_Tk.ravel())
+        self._top_log_probs.extend(top_log_probs_Tk.ravel())
+
+    def __getitem__(self, place: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the log-probs [T], and the likeliest tokens' ids and log-probs, [T, top] each."""
+        number = self._number_I[place]
+        start, stop = self._starts[number], self._starts[number + 1]
+        of_top = (start * self._top, stop * self._top)
+        return (
+            self._log_probs.take(start, stop),
+            self._top_ids.take(*of_top).reshape(-1, self._top),
+            self._top_log_probs.take(*of_top).reshape(-1, self._top),
+        )
+
+
+def token_scores(
+    name: str, model: Model, examples: Examples, batch_size: int, top: int = 0
+) -> tuple[np.ndarray, TokenScores]:
+    """Return what `log_probs` does, and the log-probs of the single tokens.
+
+    top: how many of the likeliest tokens in each token's place. The other arguments are those of
+    `log_probs`.
+    """
+    responses = DistinctResponses(examples)
+    summed_PK = np.zeros((len(examples), responses.responses_per_example), np.float32)
+    tokens = TokenScores(summed_PK.size, top)
+    batches = _response_batches(
+        responses.alone,
+        model.mesh,
+        batch_size=batch_size * responses.responses_per_example,
+        limits=row_limits(model.config.window, sharding.platform_of(model.mesh)),
+    )
+    packed = {}  # batches that are on their way, by step: they say whose the values are
+
+    def load(step):
+        packed[step] = _without_microbatches(batches[step])
+        return packed[step]
+
+    function = functools.partial(_token_scores, model.config, top, model.params)
+    for step, found in map_batches(function, load, len(batches), model.mesh, name):
+        summed_SP1, *of_tokens = found
+        batch = packed.pop(step)
+        indices, summed_I1 = _of_examples(batches, step, summed_SP1)
+        parts = [batches.per_example(step, batch, values) for values in of_tokens]
+        for index, (summed,) in zip(indices.tolist(), summed_I1, strict=True):
+            places = responses.places(index)
+            summed_PK.ravel()[places] = summed
+            tokens.append(places, *(part[index] for part in parts))
+    return summed_PK, tokens
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _token_scores(config, top, params, batch):
+    log_probs_SM, *likeliest = likeliest_tokens(config, params, batch, top)
+    summed_SPK = by_example(by_response(log_probs_SM, batch), batch)
+    return jax.tree.map(constrain, (summed_SPK, log_probs_SM, *likeliest))
+
+
 def map_responses(
     function: Callable,
     examples: Examples | SingleResponses,
@@ -111,6 +196,26 @@ def map_responses(
     It must have room for as many examples as evenly dealt batches have, whatever they share. name:
     of the progress line; "" shows none.
     """
+    batches = _response_batches(
+        examples, mesh, batch_size=batch_size, limits=limits, shape_for=shape_for
+    )
+
+    def load(step):
+        return _without_microbatches(batches[step])
+
+    for step, values_SPK in map_batches(function, load, len(batches), mesh, name):
+        yield _of_examples(batches, step, values_SPK)
+
+
+def _response_batches(
+    examples: Examples | SingleResponses,
+    mesh: jax.sharding.Mesh,
+    *,
+    batch_size: int,
+    limits: RowLimits,
+    shape_for: Callable[[int], Shape] | None = None,
+) -> Batches:
+    """Return the batches of `map_responses`, whose arguments these are."""
     batch_size = sharding.whole_shards(batch_size, mesh)
     prompt_ids, _ = examples.identities()
     order = evaluation_order(len(examples), batch_size, prompt_ids)
@@ -120,18 +225,19 @@ def map_responses(
         # How many prompts a shard has is known once the examples are dealt to them.
         roomy = shape_for(batch_size // shards)
         shape = shape_for(Batches(examples, order, shards=shards, shape=roomy).most_prompts())
-    batches = Batches(examples, order, shards=shards, limits=limits, shape=shape)
+    return Batches(examples, order, shards=shards, limits=limits, shape=shape)
 
-    def load(step):
-        return _without_microbatches(batches[step])
 
-    for step, values_SPK in map_batches(function, load, len(batches), mesh, name):
-        # Cells hold unequal numbers of examples, which come first. What is padded has none.
-        placed_SP = batches.indices(step).reshape(len(values_SPK), -1)
-        held = min(placed_SP.shape[1], values_SPK.shape[1])
-        placed_SP = placed_SP[:, :held]
-        is_real_SP = placed_SP != FILLER
-        yield placed_SP[is_real_SP], values_SPK[:, :held][is_real_SP]
+def _of_examples(
+    batches: Batches, step: int, values_SPK: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the indices of a batch's examples, [I], and their values, [I, K]."""
+    # Cells hold unequal numbers of examples, which come first. What is padded has none.
+    placed_SP = batches.indices(step).reshape(len(values_SPK), -1)
+    held = min(placed_SP.shape[1], values_SPK.shape[1])
+    placed_SP = placed_SP[:, :held]
+    is_real_SP = placed_SP != FILLER
+    return placed_SP[is_real_SP], values_SPK[:, :held][is_real_SP]
 
 
 def map_tokens(

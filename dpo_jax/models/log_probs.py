@@ -49,13 +49,18 @@ def response_log_probs(
     """
     # Logits are taken at all completion tokens of a shard, whichever response they belong to.
     log_probs_SM = token_log_probs(config, params, batch, gradient=gradient)
+    return by_response(log_probs_SM, batch)
+
+
+def by_response(values_SM: jax.Array, batch: Batch) -> jax.Array:
+    """Return the sum of each response's values, [S, Q], from those of completion tokens."""
     responses = batch.response_lengths.shape[-1]
 
-    def sum_by_response(log_probs_M, segment_ids_M):
+    def sum_by_response(values_M, segment_ids_M):
         # Padding has a segment of its own, the last, which is left out.
-        return jax.ops.segment_sum(log_probs_M, segment_ids_M, responses)
+        return jax.ops.segment_sum(values_M, segment_ids_M, responses)
 
-    return jax.vmap(sum_by_response)(log_probs_SM, batch.segment_ids)
+    return jax.vmap(sum_by_response)(values_SM, batch.segment_ids)
 
 
 def by_example(values_SQ: jax.Array, batch: Batch) -> jax.Array:
@@ -76,6 +81,19 @@ def token_log_probs(
     """
     x_SMD = completion_hidden(config, params, batch)
     return target_log_probs(config, params, x_SMD, batch.targets, gradient=gradient)
+
+
+def likeliest_tokens(
+    config: TransformerConfig, params, batch: Batch, count: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return each completion token's log-prob, and the likeliest tokens in its place.
+
+    Log-probs are in nats, float32 [S, M]; the `count` likeliest tokens come first to last, with
+    ids [S, M, count] and log-probs [S, M, count]. No gradient is taken.
+    """
+    models = [(params, completion_hidden(config, params, batch))]
+    function = functools.partial(_likeliest, count)
+    return _in_chunks(config, function, models, batch.targets, gradient=False)
 
 
 def batch_hidden(config: TransformerConfig, params, batch: Batch) -> jax.Array:
@@ -132,8 +150,8 @@ def _in_chunks(
 ):
     """Return function(targets_SM, logits_SMV of each model), over chunks whose logits fit.
 
-    models: pairs of weights and their hidden states [S, M, D]. The logits are computed again in the
-    backward pass.
+    The function's values are arrays [S, M, ...]. models: pairs of weights and their hidden states
+    [S, M, D]. The logits are computed again in the backward pass.
     """
     shards, positions = targets_SM.shape
     # In positions: each has a logit for every token of the vocabulary.
@@ -162,7 +180,8 @@ def _in_chunks(
 
     def join(x):
         # What came of the padding is cut off.
-        return jnp.moveaxis(x, 0, 1).reshape(shards, -1)[:, :positions]
+        x = jnp.moveaxis(x, 0, 1)
+        return x.reshape(shards, chunks * chunk, *x.shape[3:])[:, :positions]
 
     def of_chunk(chunk_of_hidden_and_targets):
         return _of_logits(function, jax.vmap(unembed), heads, *chunk_of_hidden_and_targets)
@@ -193,6 +212,13 @@ def _of_logits(function, unembed, heads, hidden, targets_SM):
 def _target_log_probs(targets_SM, logits_SMV):
     # Not log_softmax, which would make another array as large as the logits.
     return _at(targets_SM, logits_SMV) - jax.nn.logsumexp(logits_SMV, axis=-1)
+
+
+def _likeliest(count: int, targets_SM, logits_SMV):
+    total_SM = jax.nn.logsumexp(logits_SMV, axis=-1)
+    top_logits_SMk, top_ids_SMk = jax.lax.top_k(logits_SMV, count)
+    log_probs_SM = _at(targets_SM, logits_SMV) - total_SM
+    return log_probs_SM, top_ids_SMk, top_logits_SMk - total_SM[..., None]
 
 
 def _target_kls(targets_SM, logits_SMV, reference_logits_SMV):

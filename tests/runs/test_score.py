@@ -3,18 +3,21 @@
 import datetime
 import json
 import re
+from unittest import mock
 
 import jax
 import numpy as np
 import pyarrow.parquet
 import pytest
 
+from dpo_jax import score
 from dpo_jax.models import families, hf
 from dpo_jax.training.metrics import read_rows
 from tests.helpers.rows import write_jsonl
 from tests.helpers.tiny_models import random_params
 from tests.helpers.tiny_runs import (
     dpo_config,
+    on_devices,
     run,
     score_file,
     scratch_config,
@@ -225,14 +228,15 @@ def test_score_reports_accuracy(scored, tmp_path, capsys):
         compared = (sums, sums / lengths, sums - theirs, (sums - theirs) / lengths)
         return [f"{(values[:, 0] > values[:, 1]).mean():.1%}" for values in compared]
 
-    heads = "chosen more likely than rejected, by pairs log-prob per token log-ratio"
+    heads = "chosen more likely than rejected, by pairs prompts log-prob per token log-ratio"
     title = told.index(next(line for line in told if line.split()[:2] == ["chosen", "more"]))
     assert " ".join(told[title].split()).startswith(heads)
     subsets = dict(all=lines)
     for name in ("easy", "hard"):
         subsets[name] = [line for line in lines if line["subset"] == name]
-    for row, (name, some) in zip(told[title + 1 :], subsets.items(), strict=True):
-        assert row.split() == [name, str(len(some)), *rates(some)]
+    for row, (name, some) in zip(told[title + 1 : -1], subsets.items(), strict=True):
+        # All have one prompt, so that nothing is known of the error.
+        assert row.split() == [name, str(len(some)), "1", *rates(some)]
     # The other model is a model of its own.
     score_file(other, tmp_path / "rows.jsonl", tmp_path / "other.jsonl")
     its = [json.loads(line) for line in (tmp_path / "other.jsonl").read_text().splitlines()]
@@ -265,3 +269,136 @@ def test_score_of_one_split(scored, tmp_path):
         score_file(folder / "model", tmp_path / "data", tmp_path / "out.jsonl", split="test")
     score_file(folder / "model", tmp_path / "data", tmp_path / "out.jsonl", split="raw")
     assert [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()] == rows
+
+
+# implicit rewards, single tokens, next tokens
+
+
+@pytest.fixture(scope="module")
+def compared(scored, tmp_path_factory):
+    """Return the lines of pairs and completions under two models, and what was said of them."""
+    folder, _ = scored
+    work = tmp_path_factory.mktemp("compared")
+    other = write_model(work / "other", scale=5)
+    rows = []
+    for number in range(12):
+        prompt = f"w{number // 3}"
+        rows.append(dict(prompt=prompt, chosen=f"w{number} w3", rejected=f"w{30 - number} w1 w2"))
+    rows += [dict(prompt="w5 w6", completion="w7 w8"), dict(prompt="w5 w6", completion="")]
+    path = write_jsonl(work / "rows.jsonl", rows)
+    options = dict(reference=str(other), per_token=True, top=3)
+    with mock.patch.object(score, "say") as say:
+        score_file(folder / "model", path, work / "out.jsonl", beta=0.5, **options)
+    told = "\n".join(call.args[0] for call in say.call_args_list)
+    lines = [json.loads(line) for line in (work / "out.jsonl").read_text().splitlines()]
+    return folder, work, options, lines, told
+
+
+def test_score_implicit_rewards(compared):
+    _, _, _, lines, told = compared
+    margins = []
+    for line in lines[:12]:
+        rewards = []
+        for side in ("chosen", "rejected"):
+            log_ratio = line[f"logp_{side}"] - line[f"reference_logp_{side}"]
+            rewards.append(0.5 * log_ratio)
+            assert line[f"implicit_reward_{side}"] == pytest.approx(rewards[-1], rel=1e-12)
+            ratios = line[f"token_log_ratios_{side}"]
+            assert sum(ratios) == pytest.approx(log_ratio, abs=1e-4)
+        margins.append(rewards[0] - rewards[1])
+        assert line["implicit_margin"] == pytest.approx(margins[-1], rel=1e-12)
+    # Of four prompts with three pairs each, a prompt's mean is one observation.
+    means = np.array(margins).reshape(4, 3).mean(axis=1)
+    error = means.std(ddof=1) / 2
+    assert f"{np.mean(margins):.4g} ±{error:.4g}" in told
+    successes = (np.array(margins) > 0).reshape(4, 3).mean(axis=1)
+    assert f"{successes.mean():.1%} ±{successes.std(ddof=1) / 2:.1%}" in told
+    assert "implicit reward, beta 0.5" in told
+
+
+def test_score_token_log_probs_sum_to_the_rows(compared):
+    _, _, _, lines, _ = compared
+    for line in lines:
+        for side in ("_chosen", "_rejected") if "chosen" in line else ("",):
+            for model in ("", "reference_"):
+                log_probs = line[f"{model}token_logps{side}"]
+                assert len(log_probs) == line[f"tokens{side}"] == len(line[f"token_ids{side}"])
+                total = np.sum(np.float32(log_probs), dtype=np.float32)
+                np.testing.assert_allclose(total, line[f"{model}logp{side}"], rtol=1e-6, atol=1e-5)
+
+
+def test_score_perplexity_of_completions(compared):
+    _, _, _, lines, told = compared
+    *_, one, empty = lines
+    for model in ("", "reference_"):
+        assert one[f"{model}perplexity"] == pytest.approx(np.exp(-one[f"{model}logp"] / 3))
+        assert empty[f"{model}perplexity"] == pytest.approx(np.exp(-empty[f"{model}logp"]))
+    log_probs = [one["logp"] + empty["logp"], one["reference_logp"] + empty["reference_logp"]]
+    shown = ", reference ".join(f"{np.exp(-log_prob / 4):.4g}" for log_prob in log_probs)
+    assert f"perplexity per token, completions: {shown} (4 tokens)" in told
+
+
+def test_score_is_the_same_without_token_fields(compared, tmp_path):
+    """And on one device: what is asked for besides changes no number."""
+    folder, work, options, lines, _ = compared
+    plain = dict(reference=options["reference"], beta=0.5)
+    score_file(folder / "model", work / "rows.jsonl", tmp_path / "plain.jsonl", **plain)
+    text = (tmp_path / "plain.jsonl").read_text()
+    for line, row in zip(lines, map(json.loads, text.splitlines()), strict=True):
+        assert row == {name: line[name] for name in row}
+        assert not any(name.startswith(("token_", "top_")) for name in row)
+
+
+def test_score_tokens_on_one_device_as_on_eight(compared, tmp_path):
+    folder, work, options, lines, _ = compared
+    with on_devices(1):
+        score_file(folder / "model", work / "rows.jsonl", tmp_path / "one.jsonl", **options)
+    for line, text in zip(lines, (tmp_path / "one.jsonl").read_text().splitlines(), strict=True):
+        row = json.loads(text)
+        for name, value in row.items():
+            if "logp" in name:
+                np.testing.assert_allclose(value, line[name], atol=1e-5)
+            elif "ids" in name or "texts" in name:
+                assert value == line[name]
+
+
+def test_score_next_tokens_are_those_after_the_prompt(compared, tmp_path):
+    """Those of an empty completion, of the model and its reference."""
+    folder, work, options, lines, _ = compared
+    wanted = dict(prompts=str(work / "rows.jsonl"), top=3, reference=options["reference"])
+    score_file(folder / "model", "", tmp_path / "next.jsonl", **wanted)
+    rows = [json.loads(text) for text in (tmp_path / "next.jsonl").read_text().splitlines()]
+    given = [json.loads(text) for text in (work / "rows.jsonl").read_text().splitlines()]
+    assert [
+        {name: row[name] for name in there} for row, there in zip(rows, given, strict=True)
+    ] == (given)
+    for line, row in zip(lines, rows, strict=True):
+        side = "_chosen" if "chosen" in line else ""
+        for model in ("", "reference_"):
+            assert row[f"{model}top_ids"] == line[f"{model}top_ids{side}"][:1]
+            found = row[f"{model}top_logps"]
+            np.testing.assert_allclose(found, line[f"{model}top_logps{side}"][:1], atol=1e-5)
+    assert not rows[0].keys() & {"logp", "tokens", "logp_chosen", "token_ids"}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (dict(data="a", prompts="b", top=2), "found both"),
+        (dict(data=""), "found neither"),
+        (dict(data="", prompts="b"), "Expected --top=K"),
+        (dict(data="", prompts="b", top=2, per_token=True), "no --per_token"),
+        (dict(data="a", beta=0.2), "--beta=0.2 is the factor"),
+        (dict(data="", prompts="b", top=2, beta=0.2, reference="r"), "--beta=0.2 is the factor"),
+    ],
+)
+def test_score_refuses_flags_that_do_not_fit(options, words):
+    with pytest.raises(ValueError, match=words):
+        score.Options(model="m", out="o", **options)
+
+
+def test_score_refuses_more_tokens_than_there_are(scored, tmp_path):
+    folder, _ = scored
+    with pytest.raises(ValueError, match="--top=41: .* has 40 tokens"):
+        score_file(folder / "model", folder / "pairs.jsonl", tmp_path / "out.jsonl", top=41)
+    assert not (tmp_path / "out.jsonl").exists()

@@ -11,7 +11,12 @@ import pytest
 from dpo_jax.data import packing
 from dpo_jax.data.batches import Batches, evaluation_order
 from dpo_jax.models import log_probs, transformer
-from dpo_jax.models.log_probs import response_log_probs, token_kls, token_log_probs
+from dpo_jax.models.log_probs import (
+    likeliest_tokens,
+    response_log_probs,
+    token_kls,
+    token_log_probs,
+)
 from tests.helpers.tiny import random_pairs, tiny_config
 from tests.helpers.tiny_models import random_params
 
@@ -238,3 +243,28 @@ def test_token_log_probs_never_make_full_logits(tiny, monkeypatch):
         and f"{positions},{config.vocab}]" not in jaxpr
         and f"{chunk},{config.vocab}]" in jaxpr
     )
+
+
+def test_likeliest_tokens_equal_sorted_float64(tiny, monkeypatch):
+    """In chunks and in one piece, without logits of all positions."""
+    config, params = tiny
+    batch = flat(random_pairs(60, seed=6))
+
+    @jax.jit
+    def all_logits(params):
+        hidden = log_probs.completion_hidden(config, params, batch)
+        return transformer.unembed(config, params, hidden)
+
+    logits = np.asarray(all_logits(params), np.float64)
+    expected = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+    monkeypatch.setattr("dpo_jax.models.log_probs.CHUNK_LOGITS", 128 * config.vocab)
+    found = jax.jit(likeliest_tokens, static_argnums=(0, 3))(config, params, batch, 3)
+    of_target_SM, ids_SMk, of_top_SMk = (np.asarray(x) for x in found)
+    np.testing.assert_array_equal(ids_SMk, np.argsort(-expected, axis=-1)[..., :3])
+    np.testing.assert_allclose(of_top_SMk, -np.sort(-expected, axis=-1)[..., :3], atol=1e-5)
+    of_target = np.take_along_axis(expected, batch.targets[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(of_target_SM, of_target, atol=1e-5)
+
+    positions = batch.targets.shape[1]
+    jaxpr = str(jax.make_jaxpr(lambda p: likeliest_tokens(config, p, batch, 3))(params))
+    assert positions > 256 and f"{positions},{config.vocab}]" not in jaxpr
