@@ -29,7 +29,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dpo_jax import config as configs
-from dpo_jax import config_checks, config_files, console, loss_table, report
+from dpo_jax import config_checks, config_files, console, loss_table, report, stage_table
 from dpo_jax.data import dataset, mismatched, sources, splits
 from dpo_jax.data import tokenizer as tokenizers
 from dpo_jax.data.batches import (
@@ -525,7 +525,11 @@ class Trainer:
             )
             self._base = model.params if self._lora else None
             self._reference = self._choose_reference(reference, seed)
-            self._state = self._programs.init_state(self._initial_params(seed, donate))
+            moved = None
+            if stage_table.moves_reference(self._block):
+                moved, self._reference = self._moving_reference(reference), None
+            params = self._initial_params(seed, donate)
+            self._state = self._programs.init_state(params, reference=moved)
 
     def __repr__(self) -> str:
         adapters_shown = f", lora rank {self._lora.rank}" if self._lora else ""
@@ -699,6 +703,21 @@ class Trainer:
             )
         return reference.params
 
+    def _moving_reference(self, reference) -> dict:
+        """Return the weights of the chosen reference in arrays of their own, which moves delete."""
+        given = f"reference_every={self._block.reference_every}"
+        if self._reference is None:
+            raise ValueError(
+                f"{given} moves a reference, and there is none to move: leave it out, or give "
+                "neither reference='none' nor reference_log_probs."
+            )
+        if self._lora and isinstance(reference, Model):
+            raise ValueError(
+                f"{given} moves the reference to the policy, and under adapters another model "
+                "cannot become it: leave reference or reference_every out."
+            )
+        return copy_params(self._reference)
+
     def _frozen(self) -> Frozen:
         """Return what an update reads and never changes."""
         if self._block.schedule != "constant" and not self._schedule_steps:
@@ -710,12 +729,15 @@ class Trainer:
         if self._lora:
             hyper["lora_scale"] = np.float32(self._lora.scale)
         hyper = jax.device_put(hyper, sharding.replicated(self._initial.mesh))
-        return Frozen(hyper, self._reference, self._base)
+        return Frozen(hyper, self._reference, self._base).beside(self._state)
 
     def _update(self, placed) -> dict:
         """Make an update, and return its metrics as they are on the device."""
         self._state, metrics = self._programs.update(self._state, self._frozen(), placed)
         self._steps_done += 1
+        block = self._block
+        if stage_table.moves_reference(block) and self._steps_done % block.reference_every == 0:
+            self._state = self._programs.move_reference(self._state, block.reference_mix)
         return metrics
 
     def _finish(self, batch: PlannedBatch, metrics: dict) -> dict[str, float]:

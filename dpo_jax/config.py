@@ -463,6 +463,18 @@ DPO = dict(
         "(those that round 1 starts from), none (reference-free), or a path; losses that need no "
         "reference load none",
     ),
+    reference_every=Field(
+        0,
+        "steps between moves of the reference to the policy (TR-DPO); 0: it stays",
+        least=0,
+        most=MANY,
+    ),
+    reference_mix=Field(
+        1.0,
+        "share of the policy in the weights of a moved reference; 1: the policy takes its place",
+        least=ABOVE_ZERO,
+        most=1,
+    ),
     cache_reference=Field(
         False,
         "compute the reference's log-probs before training and keep them in WORKDIR/reference",

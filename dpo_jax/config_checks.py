@@ -318,6 +318,7 @@ def _validate_dpo(config):
         _fail("dpo.reference", block.reference, "'init', 'first', 'none' or the path of a model")
     if not loss_table.properties(block.loss).needs_reference:
         _validate_no_reference(block)
+    _validate_moved_reference(config)
     if config.data.source == "toy" and block.reference not in ("init", "first"):
         expected = "'init' or 'first' on the toy, whose exact KL is to the initial policy"
         _fail("dpo.reference", block.reference, expected)
@@ -382,6 +383,42 @@ def _validate_kto(config):
     if config.data.source == "toy" and block.reference not in ("init", "first"):
         expected = "'init' or 'first' on the toy, whose exact KL is to the initial policy"
         _fail("kto.reference", block.reference, expected)
+
+
+def _validate_moved_reference(config):
+    """Check that a reference which moves is one that can, and that all else goes with it."""
+    block = config.dpo
+    if not block.reference_every:
+        if block.reference_mix != 1:
+            expected = "1, its default, as dpo.reference_every is 0: the reference stays"
+            _fail("dpo.reference_mix", block.reference_mix, expected)
+        return
+
+    reason = ""
+    if not loss_table.needs_reference(block.loss):
+        reason = f"the {block.loss} loss needs no reference"
+    elif block.reference == "none":
+        reason = "dpo.reference is 'none'"
+    elif block.cache_reference:
+        reason = "dpo.cache_reference keeps the log-probs of a reference that stays"
+    elif config.model.lora.rank and block.reference != "init":
+        reason = (
+            f"under adapters the reference {block.reference!r} is another model than their base"
+        )
+    if reason:
+        _fail("dpo.reference_every", block.reference_every, f"0, as {reason}")
+    if config.model.lora.rank and block.reference_mix != 1:
+        expected = (
+            "1 under adapters: a mean of their factors is not the mean of what these make of the "
+            "weights"
+        )
+        _fail("dpo.reference_mix", block.reference_mix, expected)
+    if block.keep_best.startswith(("loss/", "rewards_")):
+        expected = (
+            "a metric that does not depend on the reference, or empty, as dpo.reference_every "
+            "moves it: later values are measured against another one"
+        )
+        _fail("dpo.keep_best", block.keep_best, expected)
 
 
 def _validate_ppo(config):

@@ -121,6 +121,11 @@ def reference_of(config: ConfigDict, stage: str) -> str:
     return "init" if reference == "first" and config.rounds == 1 else reference
 
 
+def moves_reference(block: ConfigDict) -> bool:
+    """Return whether the reference of a stage, by its config block, moves to the policy."""
+    return block.get("reference_every", 0) > 0
+
+
 def keeps_reference(config: ConfigDict, stage: str) -> bool:
     """Return whether the reference's log-probs are computed before training, and kept."""
     return config[stage].get("cache_reference", False)

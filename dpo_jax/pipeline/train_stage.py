@@ -77,7 +77,7 @@ class Models:
         return sharding.shard_params(self.run.mesh, values)
 
     def load_reference(self) -> dict | None:
-        """Load the weights of the reference, or its adapters."""
+        """Load the weights of the reference, or its adapters; others may read them too."""
         if self.reference is None:
             return None
         if self.reference is not self.initial:
@@ -88,6 +88,25 @@ class Models:
             # Adapters that have no effect yet: the base through the policy's own program.
             return self.load_trained()
         return self.initial_params
+
+    def load_moving_reference(self) -> dict:
+        """Load what the reference is before it moves, in arrays of its own.
+
+        Raises ValueError where it has another shape than the policy, and so cannot become it.
+        """
+        if self.lora:
+            return self.load_trained()
+        other, policy = (
+            jax.tree.map(lambda leaf: leaf.shape, checkpoint.shapes)
+            for checkpoint in (self.reference, self.initial)
+        )
+        if other != policy:
+            raise ValueError(
+                f"config.dpo.reference: {self.reference.path} has weights of other shapes than "
+                f"{self.initial.path}, so it cannot move to the policy. Set dpo.reference_every to "
+                "0, or give a reference of the policy's shape."
+            )
+        return self.reference.load_params(self.run.mesh)
 
     def load_base(self) -> dict | None:
         """Load the frozen weights under the adapters."""
@@ -125,6 +144,10 @@ def train_stage(run: Run, stage: str) -> dict:
         batch_size = microbatch_size_of(block)
         cache = ReferenceCache(run.workdir, models.reference, run.mesh, batch_size)
 
+    # With kept log-probs the reference itself is not needed.
+    load_reference = (lambda: None) if cache else models.load_reference
+    if stage_table.moves_reference(block):
+        load_reference = models.load_moving_reference
     job = Job(
         name=stage,
         folder=run.folder(stage),
@@ -132,8 +155,7 @@ def train_stage(run: Run, stage: str) -> dict:
         model=models.config,
         mesh=run.mesh,
         load_init=models.load_trained,
-        # With kept log-probs the reference itself is not needed.
-        load_reference=(lambda: None) if cache else models.load_reference,
+        load_reference=load_reference,
         log=run.config.log,
         config=json.loads(run.config.to_json()),
         probe=probe,

@@ -518,8 +518,10 @@ def _abstract(shapes, shardings):
 
 
 def _as_dict(state: TrainState) -> dict:
-    """Return the state as it is saved; a stage without controls has no entry for them."""
+    """Return the state as it is saved, without entries for controls or a reference it has not."""
     parts = dict(step=state.step, params=state.params, opt_state=state.opt_state)
     if state.controls:
         parts["controls"] = state.controls
+    if state.reference is not None:
+        parts["reference"] = state.reference
     return parts

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from dpo_jax import stopping
+from dpo_jax import stage_table, stopping
 from dpo_jax.console import say
 from dpo_jax.data.batches import (
     Batches,
@@ -92,11 +92,12 @@ class DataFeed:
         # The thread starts with the first step: a check or an evaluation comes before it.
         self._ahead = prefetch(self._load, range(first_step, self.total))
 
-    def check(self, params: dict) -> str:
+    def check(self, state: TrainState) -> str:
+        frozen = self._frozen.beside(state)
         # The metrics of its first microbatch, which is as large as a batch of the evaluation.
         first = jax.tree.map(lambda x: x[:1], self._batches[0])
         batch = sharding.shard_batch(self._job.mesh, first, axis=1)
-        measured = self._job.programs.measure(params, self._frozen, batch)
+        measured = self._job.programs.measure(state.params, frozen, batch)
         first_batch = FirstBatch(
             examples=self._data.train,
             indices=self._batches.order[0],
@@ -110,20 +111,26 @@ class DataFeed:
             self._job.model,
             self._job.block,
             self._job.mesh,
-            self._frozen.full(params),
-            self._frozen.full(self._frozen.reference),
+            frozen.full(state.params),
+            frozen.full(frozen.reference),
             first_batch,
         )
 
     def run(self, state: TrainState, step: int) -> tuple[TrainState, dict]:
         loaded, batch = next(self._ahead)
         assert loaded == step, f"step {step} was asked for, and step {loaded} is next"
-        return self._job.programs.update(state, self._frozen, batch)
+        programs = self._job.programs
+        state, metrics = programs.update(state, self._frozen, batch)
+        block = self._job.block
+        if stage_table.moves_reference(block) and (step + 1) % block.reference_every == 0:
+            state = programs.move_reference(state, block.reference_mix)
+        return state, metrics
 
-    def evaluate(self, params: dict) -> dict[str, float]:
+    def evaluate(self, state: TrainState) -> dict[str, float]:
         if self._held_out is None:
             return {}
-        return evaluate(self._job.programs, self._job.mesh, params, self._frozen, self._held_out)
+        frozen = self._frozen.beside(state)
+        return evaluate(self._job.programs, self._job.mesh, state.params, frozen, self._held_out)
 
     def tokens(self, step: int) -> int:
         tokens = self._batches.tokens(step)
@@ -132,12 +139,13 @@ class DataFeed:
 
     def flops(self, step: int) -> int:
         # A kept reference costs nothing here, and under adapters no gradient of the base is made.
+        moves_reference = stage_table.moves_reference(self._job.block)
         mismatched = self._batches.mismatched
         return flops.of_step(
             self._job.model,
             self._batches.contents(step),
             mismatched=None if mismatched is None else mismatched.contents(step),
-            reference=self._frozen.reference is not None,
+            reference=moves_reference or self._frozen.reference is not None,
             frozen=self._job.lora is not None,
         )
 

@@ -21,7 +21,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from dpo_jax import loss_table, stopping
+from dpo_jax import loss_table, stage_table, stopping
 from dpo_jax.console import Progress, say
 from dpo_jax.models.lora import Lora
 from dpo_jax.models.transformer import TransformerConfig
@@ -54,7 +54,8 @@ class Job:
     model: TransformerConfig
     mesh: jax.sharding.Mesh
     load_init: Callable  # () -> what is trained, on the mesh: weights, or adapters
-    load_reference: Callable  # () -> the reference's weights or adapters, or None
+    # () -> the reference's weights or adapters, or None; where it moves, in arrays of its own
+    load_reference: Callable
     log: object  # the config's log block
     config: dict  # the whole config, for Weights & Biases
     # At each evaluation, full weights -> ({name: value}, rows of completions to show): prompt,
@@ -102,12 +103,13 @@ def stage_programs(
         block.weight_decay,
         block.schedule,
         adapters,
+        stage_table.moves_reference(block),
     )
 
 
 @functools.cache
 def _programs(
-    name, loss, divergence, model, mesh, optimizer, weight_decay, schedule, lora
+    name, loss, divergence, model, mesh, optimizer, weight_decay, schedule, lora, moves_reference
 ) -> Programs:
     objective = objectives.make(name, model, loss, divergence)
     return make_programs(
@@ -119,6 +121,7 @@ def _programs(
         weight_decay=weight_decay,
         schedule=schedule,
         lora=lora,
+        moves_reference=moves_reference,
     )
 
 
@@ -136,7 +139,7 @@ class Feed(typing.Protocol):
     def start(self, frozen: Frozen, first_step: int) -> None:
         """Take what updates read and never change, and get ready to run from `first_step` on."""
 
-    def check(self, params: dict) -> str:
+    def check(self, state: TrainState) -> str:
         """Check the first batch under what training starts from; return a line to show.
 
         Raises SelfCheckFailed.
@@ -148,7 +151,7 @@ class Feed(typing.Protocol):
         Deletes `state`. Steps come in order, without a gap.
         """
 
-    def evaluate(self, params: dict) -> dict[str, float]:
+    def evaluate(self, state: TrainState) -> dict[str, float]:
         """Return metrics of what is trained on what is held out, {name: value}."""
 
     def tokens(self, step: int) -> int:
@@ -191,7 +194,9 @@ def train(job: Job, feed: Feed) -> tuple[dict, dict[str, float]]:
         with signals.at_once(saves=False):
             # What no step changes: adapters' base, reference, numbers.
             base = job.load_base()
-            frozen = Frozen(_hyper(job, feed.updates), job.load_reference(), base)
+            moves_reference = stage_table.moves_reference(job.block)
+            reference = None if moves_reference else job.load_reference()
+            frozen = Frozen(_hyper(job, feed.updates), reference, base)
             # Restored first, as a damaged checkpoint makes the run begin at an earlier step.
             restored = checkpoints.restore_latest(shapes, programs.shardings)
             first_step = restored.step if restored else 0
@@ -203,8 +208,9 @@ def train(job: Job, feed: Feed) -> tuple[dict, dict[str, float]]:
                 say(f"{job.name}: resuming after step {first_step}")
                 state = restored.state
             else:
-                state = programs.init_state(job.load_init(), feed.controls)
-                say(f"{job.name}: {feed.check(state.params)}")
+                moved = job.load_reference() if moves_reference else None
+                state = programs.init_state(job.load_init(), feed.controls, moved)
+                say(f"{job.name}: {feed.check(state)}")
             recorder = _Recorder(job, feed, frozen, checkpoints, writer, first_step)
             recorder.signals = signals
             if restored:
@@ -418,7 +424,7 @@ class _Recorder:
         self._progress.close()
 
     def _evaluate(self, step: int, state: TrainState) -> dict[str, float]:
-        values = self._feed.evaluate(state.params)
+        values = self._feed.evaluate(state)
         completions = []
         if self._job.probe:
             measured, completions = self._job.probe(self._frozen.full(state.params))

@@ -147,10 +147,10 @@ class RolloutFeed:
         # A step depends on its number and the state alone, so nothing is prepared.
         self._frozen = frozen
 
-    def check(self, params: dict) -> str:
+    def check(self, state: TrainState) -> str:
         """Check that what samples is what trains, and that policy and reference start equal."""
         few = self._order[0][: self._job.block.minibatch_size]
-        rollout = self._collect(params, 0, few)
+        rollout = self._collect(state.params, 0, few)
         gap = _largest_gap(rollout.log_probs, rollout.sampler_log_probs)
         ratio = _largest_gap(rollout.log_probs, rollout.reference_log_probs)
         tolerance = CHECK_TOLERANCE if self._job.model.dtype == "float32" else 50 * CHECK_TOLERANCE
@@ -203,7 +203,7 @@ class RolloutFeed:
         placed = place_controls(controls.to_dict(), self._job.programs.shardings)
         return dataclasses.replace(state, controls=placed), metrics
 
-    def evaluate(self, params: dict) -> dict[str, float]:
+    def evaluate(self, state: TrainState) -> dict[str, float]:
         # A policy has no held-out loss. The job's probe samples from it.
         return {}
 

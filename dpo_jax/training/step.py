@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from dpo_jax.models import lora as lora_lib
@@ -38,6 +39,9 @@ class TrainState:
     opt_state: optax.OptState
     # Scalars that a stage adapts as it goes: PPO's kl_coef.
     controls: dict = dataclasses.field(default_factory=dict)
+    # The reference, where it moves in training; None: `Frozen` has it, or there is none. Updates
+    # leave it as it is.
+    reference: dict | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +50,8 @@ class Frozen:
 
     # Scalars, traced: lr, warmup_steps, steps, max_grad_norm, lora_scale, the objective's own.
     hyper: dict
-    # Weights, or adapters over `base`. None: there is no reference, or its log-probs are kept.
+    # Weights, or adapters over `base`. None: there is no reference, or its log-probs are kept, or
+    # it moves, and the state holds it.
     reference: dict | None = None
     # Weights under the adapters. None: all weights are trained.
     base: dict | None = None
@@ -54,6 +59,12 @@ class Frozen:
     def full(self, params: dict) -> dict:
         """Return the weights to run for `params`, the trained ones or the reference's."""
         return full_params(self.base, params, self.hyper)
+
+    def beside(self, state: TrainState) -> "Frozen":
+        """Return the inputs of an update or evaluation, with the reference that the state holds."""
+        if state.reference is None:
+            return self
+        return dataclasses.replace(self, reference=state.reference)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,14 +79,22 @@ class Programs:
     # (params, reference, hyper, batch) -> sums of the objective's first pass over mismatched rows
     # of one microbatch, jitted; None where it has none.
     first_pass: Callable | None = None
+    move: Callable | None = None  # see make_move; None: the reference stays
 
-    def init_state(self, params: dict, controls: dict | None = None) -> TrainState:
-        """Return the state before the first update. It takes `params` over: updates delete them."""
-        return init_state(self.optimizer, params, controls or {}, self.shardings)
+    def init_state(
+        self, params: dict, controls: dict | None = None, reference: dict | None = None
+    ) -> TrainState:
+        """Return the state before the first update.
+
+        It takes `params` over, as updates delete them, and a `reference` that moves.
+        """
+        state = init_state(self.optimizer, params, controls or {}, self.shardings)
+        return dataclasses.replace(state, reference=reference)
 
     def abstract_state(self, controls: dict) -> TrainState:
         """Return the shapes and dtypes of the state."""
-        return abstract_state(self.optimizer, self.trained, controls)
+        shapes = abstract_state(self.optimizer, self.trained, controls)
+        return dataclasses.replace(shapes, reference=self.trained if self.move else None)
 
     def update(self, state: TrainState, frozen: Frozen, batch) -> tuple[TrainState, dict]:
         """Return the state after one update, and metrics {name: (sum, count)} before it.
@@ -84,11 +103,27 @@ class Programs:
         """
         # jax would name a deleted buffer here, and not what deleted it.
         require_alive(state.params, "the state")
+        frozen = frozen.beside(state)
         require_apart(state.params, frozen.reference)
-        return self.train_step(state, frozen.reference, frozen.hyper, batch, frozen.base)
+        # A reference that the state holds is read alone, and not donated with the rest.
+        kept = state.reference
+        state = dataclasses.replace(state, reference=None)
+        state, metrics = self.train_step(state, frozen.reference, frozen.hyper, batch, frozen.base)
+        return dataclasses.replace(state, reference=kept), metrics
+
+    def move_reference(self, state: TrainState, mix: float) -> TrainState:
+        """Return the state with its reference moved to the policy; deletes the old reference.
+
+        TR-DPO (Gorbatovski et al. 2024, eqs. 4 and 5): mix * policy + (1 - mix) * reference.
+        """
+        moved = self.move(state.params, state.reference, np.float32(mix))
+        return dataclasses.replace(state, reference=moved)
 
     def measure(self, params: dict, frozen: Frozen, batch) -> dict:
-        """Return metrics {name: (sum, count)} of a batch of one microbatch; changes nothing."""
+        """Return metrics {name: (sum, count)} of a batch of one microbatch; changes nothing.
+
+        frozen: `beside` the state, where the reference moves.
+        """
         require_alive(params, "what is measured")
         reference = frozen.full(frozen.reference)
         full = frozen.full(params)
@@ -109,13 +144,14 @@ def make_programs(
     weight_decay: float = 0.0,
     schedule: str = "constant",
     lora: Lora | None = None,
+    moves_reference: bool = False,
 ) -> Programs:
     """Return what trains an objective on a mesh; nothing is compiled before the first call.
 
     objective: (params, reference, hyper, microbatch) -> ((total, count), metrics), as in
     objectives.py with model and loss filled in. first_pass: as `objectives.make_first_pass` gives
     it. optimizer, schedule: names from optim.py. lora: the adapters that are trained instead of the
-    weights.
+    weights. moves_reference: whether the state holds the reference.
     """
     # The optimiser without its learning rate, which is an input of the program.
     direction = optim.make(optimizer, weight_decay)
@@ -123,10 +159,15 @@ def make_programs(
     trained = lora_lib.abstract(model, lora) if lora else transformer.abstract(model)
     shardings = state_shardings(mesh, direction, trained)
     train_step = make_train_step(objective, direction, schedule, shardings, first_pass)
+    eval_step = make_eval_step(objective)
     of_one = None
     if first_pass is not None:
         of_one = jax.jit(functools.partial(sum_over_microbatches, first_pass))
-    return Programs(direction, trained, shardings, train_step, make_eval_step(objective), of_one)
+    move = None
+    if moves_reference:
+        move = make_move(shardings)
+        shardings = dataclasses.replace(shardings, reference=shardings.params)
+    return Programs(direction, trained, shardings, train_step, eval_step, of_one, move)
 
 
 def state_shardings(mesh, optimizer, params) -> TrainState:
@@ -264,6 +305,16 @@ def sum_over_microbatches(first_pass: Callable, params, reference, hyper, batch)
 def means(sums: dict) -> dict:
     """Return {name: mean} from {name: (sum, count)}."""
     return {name: total / count for name, (total, count) in sums.items()}
+
+
+def make_move(shardings: TrainState):
+    """Return move(params, reference, mix) -> the moved reference, jitted; it is donated."""
+
+    def move(params, reference, mix):
+        # With a mix of 1 exactly the policy, whatever the reference was.
+        return jax.tree.map(lambda new, old: mix * new + (1 - mix) * old, params, reference)
+
+    return jax.jit(move, donate_argnums=1, out_shardings=shardings.params)
 
 
 def full_params(base, params, hyper):

@@ -56,6 +56,9 @@ def write_torch_model(family, folder):
     tokenizer().save_pretrained(folder)
 
 
+# Their moves of the reference, as TRL and we call them: every 4 steps, by 0.6 of the policy.
+MOVED = dict(sync_ref_model=True, ref_model_sync_steps=4, ref_model_mixup_alpha=0.6)
+OUR_MOVED = dict(reference_every=4, reference_mix=0.6)
 # Family, loss, TRL's name of it, and label smoothing. All but the paper's loss are slow together.
 RUNS = [
     ("gpt2", "sigmoid", "sigmoid", 0.0),
@@ -75,14 +78,14 @@ RUNS = [
 ]
 
 
-def trl_run(model_path, rows, workdir, loss, label_smoothing):
+def trl_run(model_path, rows, workdir, loss, label_smoothing, **options):
     """Losses of each step, and the trained torch model."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     words = AutoTokenizer.from_pretrained(model_path)
     words.pad_token = "?"
-    options = trl.DPOConfig(
+    settings = trl.DPOConfig(
         output_dir=str(workdir),
         per_device_train_batch_size=BATCH,
         max_steps=STEPS,
@@ -103,10 +106,11 @@ def trl_run(model_path, rows, workdir, loss, label_smoothing):
         gradient_checkpointing=False,
         max_length=None,
         use_cpu=True,
+        **options,
     )
     trainer = trl.DPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32),
-        args=options,
+        args=settings,
         train_dataset=Dataset.from_list(rows),
         processing_class=words,
     )
@@ -118,8 +122,23 @@ def trl_run(model_path, rows, workdir, loss, label_smoothing):
 
 @pytest.mark.parametrize("family, loss, their_loss, label_smoothing", RUNS)
 def test_dpo_follows_trl(family, loss, their_loss, label_smoothing, tmp_path, monkeypatch):
+    assert_follows_trl(family, loss, their_loss, label_smoothing, tmp_path, monkeypatch)
+
+
+@pytest.mark.slow
+def test_moved_reference_follows_trl(tmp_path, monkeypatch):
+    assert_follows_trl(
+        "gpt2", "sigmoid", "sigmoid", 0.0, tmp_path, monkeypatch, theirs=MOVED, ours=OUR_MOVED
+    )
+
+
+def assert_follows_trl(
+    family, loss, their_loss, label_smoothing, tmp_path, monkeypatch, *, theirs=None, ours=None
+):
+    """Train twenty steps with both, and compare losses and weights; theirs, ours: more options."""
     from transformers import AutoModelForCausalLM
 
+    their_options, our_fields = theirs or {}, ours or {}
     devices = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda *_: devices)
     model, data = tmp_path / "model", tmp_path / "data"
@@ -129,7 +148,9 @@ def test_dpo_follows_trl(family, loss, their_loss, label_smoothing, tmp_path, mo
     rows = [json.loads(line) for line in train.read_text().splitlines()]
     write_pairs(data / "test.jsonl", count=4, seed=1)
     rows = [row | {side: " " + row[side] for side in ("chosen", "rejected")} for row in rows]
-    theirs, trained = trl_run(model, rows, tmp_path / "trl", their_loss, label_smoothing)
+    theirs, trained = trl_run(
+        model, rows, tmp_path / "trl", their_loss, label_smoothing, **their_options
+    )
 
     config = configs.default(("dpo",))
     config.model.path, config.data.path, config.data.shuffle = str(model), str(data), False
@@ -143,6 +164,7 @@ def test_dpo_follows_trl(family, loss, their_loss, label_smoothing, tmp_path, mo
         max_grad_norm=CLIP,
         warmup_steps=0,
         eval_every=100,
+        **our_fields,
     )
     folder = run(config, tmp_path / "ours")
     ours = [row["loss/train"] for row in read_rows(folder / "metrics.jsonl") if row["step"]]

@@ -139,6 +139,15 @@ def test_validate_refuses_numbers_that_the_loss_does_not_take(loss):
             "expected 'reverse_kl', as the nca loss has no other divergence",
         ),
         (dict(loss="nll=1", divergence="forward_kl"), "as the nll=1 loss has no other divergence"),
+        (
+            dict(reference_mix=0.5),
+            "reference_mix = 0.5: expected 1, its default, as dpo.reference_e",
+        ),
+        (dict(reference_every=9, reference="none"), "expected 0, as dpo.reference is 'none'"),
+        (dict(reference_every=9, loss="simpo"), "expected 0, as the simpo loss needs no reference"),
+        (dict(reference_every=9, cache_reference=True), "expected 0, as dpo.cache_reference keeps"),
+        (dict(reference_every=9, keep_best="loss/eval"), "keep_best = 'loss/eval': expected a met"),
+        (dict(reference_every=9, reference_mix=1.5), "reference_mix = 1.5: expected between"),
     ],
 )
 def test_validate_refuses_what_the_loss_has_no_use_for(fields, expected):
@@ -176,6 +185,19 @@ def test_defaults_are_the_papers():
     ) == (0.1, 64, 1e-6, 150, "rmsprop", 10.0)
     data = configs.default(("dpo",)).data
     assert (data.max_length, data.max_prompt_length) == (512, 256)
+
+
+def test_reference_moves_under_adapters():
+    config = valid()
+    config.model.lora.rank = 4
+    config.dpo.reference_every = 9
+    config_checks.validate(config)
+    config.dpo.reference_mix = 0.5
+    with pytest.raises(ValueError, match="reference_mix = 0.5: expected 1 under adapters"):
+        config_checks.validate(config)
+    config.dpo.update(reference_mix=1.0, reference="another/model")
+    with pytest.raises(ValueError, match="reference_every = 9: expected 0, as under adapters"):
+        config_checks.validate(config)
 
 
 def test_override_of_missing_stage_is_refused():
