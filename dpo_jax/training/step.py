@@ -114,7 +114,7 @@ class Programs:
     def move_reference(self, state: TrainState, mix: float) -> TrainState:
         """Return the state with its reference moved to the policy; deletes the old reference.
 
-        TR-DPO (Gorbatovski et al. 2024, eqs. 4 and 5): mix * policy + (1 - mix) * reference.
+        TR-DPO (Gorbatovski et al. 2024): mix * policy + (1 - mix) * reference.
         """
         moved = self.move(state.params, state.reference, np.float32(mix))
         return dataclasses.replace(state, reference=moved)

@@ -118,8 +118,8 @@ def test_moved_reference_lies_as_the_policy(model, pairs, tmp_path):
 
 
 def test_adapters_take_the_place_of_the_reference(model, pairs, tmp_path):
-    fields = dict(reference_mix=1.0, model__lora__rank=2, lr=0.5)
-    config = moving_config(model, pairs, eval_every=3, **fields)
+    config = moving_config(model, pairs, eval_every=3, reference_mix=1.0, lr=0.5)
+    config.model.lora.rank = 2
     with on_devices(1):
         folder = run(config, tmp_path)
     rows = {row["step"]: row for row in read_rows(folder / "metrics.jsonl")}

@@ -142,6 +142,23 @@ def test_own_length_is_measured_too(tmp_path):
     assert (found.cut_at(10).tokens, found.cut_at(10).max_prompt_length) == (3, 5)
 
 
+@pytest.mark.parametrize("has_model", [False, True])
+def test_weights_and_margins_are_shown(tmp_path, has_model):
+    rows = [pair | dict(votes=i % 3, gap=-i) for i, pair in enumerate(word_pairs(6))]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    found = look(
+        path, tokenizer() if has_model else None, weight="votes", margin="gap", eval_fraction=0
+    )
+    lines = [" ".join(line.split()) for line in lines_of(found)]
+    # Rows are cut to several lengths, and counted once.
+    assert "weights, sum 6 0" in lines and "target margins, least -5 0" in lines
+    assert "rows.jsonl row 1, weight 0, target margin 0" in lines
+    with pytest.raises(
+        ValueError, match="config.data.weight = 'votes': expected empty, as the row"
+    ):
+        data_report.look(setup(weight="votes", path=str(path)), "sft", None, shown=0)
+
+
 def test_rows_of_a_prompt(tmp_path):
     rows = []
     for prompt, count in (("a", 1), ("b", 2), ("c", 2), ("d", 4), ("e", 7)):
