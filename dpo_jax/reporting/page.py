@@ -144,18 +144,20 @@ def _e(value: object) -> str:
 
 def _friend(records: list[Record], link: Callable[[str], str]) -> _Section:
     """Return what the checks found, warnings first, and what they looked at in vain."""
-    lines = []
+    # Of a sweep's runs many say the same: they share a box.
+    boxes: dict[tuple[str, str], list[tuple[str, Remark]]] = {}
     fine = []
     for record in records:
         passed = []
-        for name, found in remarks(record).items():
+        for check, found in remarks(record).items():
             if found == []:
-                passed.append(name)
-            lines += [(record.name, remark) for remark in found or []]
+                passed.append(check)
+            for remark in found or []:
+                boxes.setdefault((remark.level, check), []).append((record.name, remark))
         if passed:
             fine.append(f"<li><b>{_e(record.name)}</b>: {_e(', '.join(passed))}</li>")
-    lines.sort(key=lambda line: line[1].level != "warning")
-    items = [_remark(name, remark, link) for name, remark in lines]
+    in_order = sorted(boxes.items(), key=lambda box: box[0][0] != "warning")
+    items = [_box(level, lines, link) for (level, _), lines in in_order]
     body = f'<ul class="remarks">{"".join(items)}</ul>' if items else "<p>Nothing to remark.</p>"
     if fine:
         opened = "" if items else " open"
@@ -166,15 +168,21 @@ def _friend(records: list[Record], link: Callable[[str], str]) -> _Section:
     return _Section("friend", "What a careful friend would say", body)
 
 
-def _remark(name: str, remark: Remark, link: Callable[[str], str]) -> str:
-    target = link(remark.page)
-    page_name = f"docs/{remark.page.partition('#')[0]}"
-    read = f'<a href="{_e(target)}">{_e(page_name)}</a>' if target else _e(f"docs/{remark.page}")
-    mark = "!" if remark.level == "warning" else "i"
+def _box(level: str, lines: list[tuple[str, Remark]], link: Callable[[str], str]) -> str:
+    """Return the box of a check: what it says of one run or several, and what to read."""
+    mark = "!" if level == "warning" else "i"
+    pages = dict.fromkeys(remark.page for _, remark in lines)
+    texts = [f"<p><b>{_e(name)}</b> {_e(remark.text)}</p>" for name, remark in lines]
+    read = ", ".join(_page_link(page, link(page)) for page in pages)
     return (
-        f'<li class="{remark.level}"><i>{mark}</i><span><b>{_e(name)}</b> {_e(remark.text)} '
-        f"{read}</span></li>"
+        f'<li class="{level}"><i>{mark}</i><div>{"".join(texts)}'
+        f'<p class="read">Read {read}</p></div></li>'
     )
+
+
+def _page_link(name: str, target: str) -> str:
+    """Return a link to a page of docs/, or its name where it is not known where that is."""
+    return f'<a href="{_e(target)}">docs/{_e(name)}</a>' if target else f"docs/{_e(name)}"
 
 
 def _runs(records: list[Record]) -> _Section:
@@ -247,9 +255,10 @@ def _stage(stage: str, group: list[Record]) -> _Section:
         for index, record in enumerate(group)
     ]
     figures.append(charts.chart("True reward against KL", against, x_label="KL, nats"))
+    faint = "Faint: each training step. " if len(group) <= FEW_RUNS else ""
     legend = (
-        '<p class="note">Faint: each training step. Lines: mean over the last steps. Dots: '
-        "evaluations on held-out examples. Numbers: the last values.</p>"
+        f'<p class="note">{faint}Lines: mean over the last steps of training. Dots: evaluations '
+        "on held-out examples. Numbers: the last values.</p>"
     )
     body += f'{legend}<div class="charts">{"".join(figures)}</div>'
     return _Section(f"stage-{_anchor(stage)}", f"Curves of {stage}", body)
@@ -359,14 +368,14 @@ def _comparison(group: list[Record]) -> str:
 
 def _samples(records: list[Record]) -> _Section | None:
     """Return completions of the policy beside those of the reference."""
-    parts = []
-    for record in records:
-        if not record.samples:
-            continue
-        blocks = [_sample(sample) for sample in record.samples[:SAMPLES]]
-        parts.append(f"<h3>{_e(record.name)}</h3>{''.join(blocks)}")
-    if not parts:
+    sampled = [record for record in records if record.samples]
+    if not sampled:
         return None
+    parts = []
+    for index, record in enumerate(sampled):
+        blocks = "".join(_sample(sample) for sample in record.samples[:SAMPLES])
+        opened = "" if index else " open"
+        parts.append(f"<details{opened}><summary>{_e(record.name)}</summary>{blocks}</details>")
     return _Section("samples", "Completions", "".join(parts))
 
 

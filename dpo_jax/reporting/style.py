@@ -78,6 +78,9 @@ ul.remarks{list-style:none;margin:0;padding:0;display:grid;gap:8px}
   font:600 13px/20px system-ui,sans-serif;background:var(--line)}
 .remarks .warning i{background:var(--warn);color:var(--warn-paper)}
 details{margin:8px 0;color:var(--faint);font-size:13.5px}
+.remarks p{margin:0 0 2px}
+.remarks .read{font-size:13px;color:var(--faint)}
+.sample{color:var(--ink)}
 details table{color:var(--ink)}
 summary{cursor:pointer}
 .sample{margin:0 0 12px;padding:10px 12px;background:var(--card);border:1px solid var(--line);

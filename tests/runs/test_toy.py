@@ -1,12 +1,19 @@
 """The README's first command: all stages of configs/toy.py reach the analytic optimum."""
 
 import json
+import re
 
 import pytest
 
 from configs import toy
+from dpo_jax import report
 from dpo_jax.pipeline.stages import run_stages
+from dpo_jax.reporting.remarks import remarks
+from tests.helpers.html_pages import Page
+from tests.helpers.paths import ROOT
 from tests.helpers.tiny_runs import command
+
+FOLDERS = ["sft", "pairs", "dpo", "evaluate"]
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +56,13 @@ def test_toy_stage_folders(workdir):
     assert (workdir / "evaluate" / "toy.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_toy_report_has_nothing_to_remark(workdir):
+    page = Page((workdir / "report.html").read_text())
+    assert "What a careful friend would say Nothing to remark." in page.text
+    assert page.ids == ["friend", "runs", "stage-dpo", "stage-sft", "ledger", "config"]
+    assert [record.name for record in report.records_of(workdir)] == FOLDERS
+
+
 def test_toy_labels_by_bradley_terry(workdir):
     rows = [
         json.loads(line) for line in (workdir / "pairs" / "pairs.jsonl").read_text().splitlines()
@@ -64,3 +78,23 @@ def test_toy_second_start_reuses_all(workdir, capsys):
     run_stages(toy.get_config(), str(workdir))
     assert capsys.readouterr().out.count("already done") == 4
     assert before == {path: path.stat().st_mtime for path in workdir.rglob("done.json")}
+
+
+def test_toy_with_a_hundredfold_learning_rate_is_called_broken(workdir):
+    """Its report's remarks are those of docs/reports.md, but for numbers."""
+    config = toy.get_config()
+    config.dpo.lr *= 100
+    config.run = "broken"
+    run_stages(config, str(workdir))
+    (record,) = [record for record in report.records_of(workdir) if record.name == "broken"]
+    said = [remark for found in remarks(record).values() for remark in found or []]
+    warnings = [remark.text for remark in said if remark.level == "warning"]
+    assert any(text.startswith("The weights' norm went from") for text in warnings)
+    assert any(text.startswith("The loss on held-out examples is") for text in warnings)
+
+    def without_numbers(text: str) -> str:
+        return re.sub(r"\d[\d.]*\d|\d", "#", " ".join(text.split()))
+
+    documented = without_numbers((ROOT / "docs" / "reports.md").read_text())
+    for remark in said:
+        assert without_numbers(f"**{remark.level}**: {remark.text}") in documented
