@@ -11,11 +11,11 @@ from ml_collections import ConfigDict
 
 from dpo_jax import config as configs
 from dpo_jax import stage_table
-from dpo_jax.console import say
+from dpo_jax.console import say, warn
 from dpo_jax.data import batches, dataset
 from dpo_jax.data import tokenizer as tokenizers
 from dpo_jax.data.examples import Examples
-from dpo_jax.data.ledger import Reading
+from dpo_jax.data.ledger import Counts, Reading
 from dpo_jax.models import loading, log_probs
 from dpo_jax.models.lora import Lora
 from dpo_jax.parallel import agreement
@@ -143,6 +143,8 @@ class Run:
         _check_same_tokens(source, dict(train=loaded.train, eval=loaded.eval))
 
         say(loaded.ledger.table())
+        if kind == "unpaired":
+            _say_of_labels(stage, loaded.ledger.train, self.config[stage])
         shown = min(self.config.data.show, len(loaded.train))
         if shown:
             say(dataset.show(loaded.train, tokenizer, range(shown)))
@@ -278,6 +280,18 @@ class Run:
     def _before(self, stage: str) -> tuple[str, ...]:
         """Return the stages before a stage."""
         return self.config.stages[: self.config.stages.index(stage)]
+
+
+def _say_of_labels(stage: str, counts: Counts, block: ConfigDict) -> None:
+    """Say how unpaired rows come of pairs, and warn where their two kinds do not balance."""
+    if counts.further_pairs:
+        say(
+            f"{stage}: each pair counts as two rows, its chosen response as desirable and its "
+            "rejected one as undesirable"
+        )
+    imbalance = counts.imbalance(block.desirable_weight, block.undesirable_weight)
+    if imbalance:
+        warn(f"{stage}: {imbalance}.")
 
 
 def _source(data: ConfigDict) -> str:

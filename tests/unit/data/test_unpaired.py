@@ -7,17 +7,37 @@ import json
 import numpy as np
 import pytest
 
+from dpo_jax import config as configs
+from dpo_jax.data import dataset
 from dpo_jax.data.examples import Examples
 from dpo_jax.data.ledger import Counts
 from tests.helpers.chat_tokenizers import make_tokenizer
 from tests.helpers.rows import assistant, user, write_jsonl
-from tests.unit.data.test_formats import CHATML, load, shown
 
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 LABELS = [True, 1, "true", "1.0", "yes", "False", 0, 0.0, "0"]
 
 
 def chatml():
     return make_tokenizer(CHATML, "<|im_end|>")
+
+
+def load(path, tokenizer, kind, **changes):
+    """Read, tokenise and check a data set as a run does."""
+    data = configs.default(("kto",)).data
+    data.update({"path": str(path), "max_length": 4000, "eval_fraction": 0.0} | changes)
+    return dataset.load(data, tokenizer, kind)
+
+
+def shown(example, tokenizer):
+    """The prompt, and the completion with what is trained on between marks."""
+    found = []
+    for runs in dataset.decoded(example, tokenizer):
+        found.append("".join(f"⟦{text}⟧" if marked else text for text, marked in runs))
+    return tuple(found)
 
 
 def row(label, number=0):
