@@ -92,6 +92,11 @@ def make_jobs(inputs: pathlib.Path) -> dict[str, Job]:
     """Return the jobs by name, all but the judge's, which needs a server."""
     jobs = [
         Job("toy dpo", "dpo_jax.train", ("--config=toy", *toy_flags("sft", "dpo"))),
+        Job(
+            "rounds",
+            "dpo_jax.train",
+            ("--config=toy", "--config.rounds=3", *toy_flags("sft", "dpo")),
+        ),
         Job("toy ppo", "dpo_jax.train", ("--config=toy:ppo", *toy_flags("sft", "rm", "ppo"))),
         Job("dpo", "dpo_jax.train", dpo_flags(inputs)),
         Job("lora", "dpo_jax.train", (*dpo_flags(inputs), "--config.model.lora.rank=4")),

@@ -14,6 +14,7 @@ PART = "kills"
 JOBS = (
     "toy dpo",
     "toy ppo",
+    "rounds",
     "dpo",
     "lora",
     "sample",
@@ -32,6 +33,7 @@ TRAINING = ("in a save", "in an export")
 AIMS_OF = {
     "toy dpo": TRAINING,
     "toy ppo": TRAINING,
+    "rounds": TRAINING,
     "dpo": TRAINING,
     "lora": TRAINING,
     "judge": ("in judging",),

@@ -190,8 +190,12 @@ def test_check_finds_damage_in_a_later_round(three, tmp_path, capsys):
     "method, fields",
     [
         ("dpo", dict(loss="simpo", beta=2.0)),  # without a reference
-        ("dpo", dict(loss="ipo", reference="first", cache_reference=True)),
-        ("unlikelihood", {}),
+        pytest.param(
+            "dpo", dict(loss="ipo", reference="first", cache_reference=True), marks=pytest.mark.slow
+        ),
+        pytest.param("dpo", dict(loss="orpo"), marks=pytest.mark.slow),
+        pytest.param("unlikelihood", {}, marks=pytest.mark.slow),
+        pytest.param("preferred_ft", {}, marks=pytest.mark.slow),
     ],
 )
 def test_rounds_of_other_objectives(tmp_path, method, fields):
@@ -212,6 +216,7 @@ def longest(prompts, completions):
     return [len(text) for text in completions]
 
 
+@pytest.mark.slow
 def test_rounds_of_a_model_and_a_python_reward(model, tmp_path):
     """Sampled rewards and KLs; adapters, which later rounds have over merged weights; a name."""
     write_pairs(tmp_path / "pairs.jsonl", count=40)
@@ -244,6 +249,6 @@ def test_rounds_of_a_model_and_a_python_reward(model, tmp_path):
     start, *_ = read_rows(folders["dpo"] / "metrics.jsonl")
     assert start["frontier/kl"] != 0
     evaluated = json.loads((folders["evaluate"] / "evaluate.json").read_text())
-    assert evaluated["policy"] == "dpo" and evaluated["kl"] != 0
+    assert evaluated["policy"] == "dpo" and evaluated["frontier/kl"] != 0
     card = (folders["dpo"] / "adapter" / "README.md").read_text()
     assert "round 2" in card and str(before / "hf") in card
