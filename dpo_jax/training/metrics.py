@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import jax
 
+from dpo_jax import config as configs
 from dpo_jax.console import warn
 from dpo_jax.training.metric_names import OF_UPDATE
 from dpo_jax.whole_file import append, parse_object, set_aside, whole_file
@@ -171,6 +172,8 @@ class Writer(contextlib.ExitStack):
         except ImportError as error:
             raise ImportError("config.log.wandb needs wandb: pip install wandb") from error
         folder = pathlib.Path(folder).absolute()
+        # Of WORKDIR and the stage, and of the round between them.
+        in_round = configs.is_round_folder(folder.parent.name)
         # The id is kept with the run, so that a resumed run continues its own curve.
         id_file = folder / "wandb_id"
         if not id_file.exists():
@@ -178,7 +181,7 @@ class Writer(contextlib.ExitStack):
         start = functools.partial(
             wandb.init,
             project=project,
-            name=f"{folder.parent.name}/{folder.name}",
+            name="/".join(folder.parts[-3 if in_round else -2 :]),
             dir=str(folder),
             config=config,
             resume="allow",

@@ -13,6 +13,7 @@ from dpo_jax import check, runs
 from dpo_jax.config import default
 from dpo_jax.training.metrics import read_rows
 from dpo_jax.workdir import StageChanged, read_weights
+from tests.helpers import bucket_folders
 from tests.helpers.tiny_runs import (
     on_devices,
     rows_without_timings,
@@ -209,6 +210,21 @@ def test_rounds_of_other_objectives(tmp_path, method, fields):
     # Kept log-probs are of the reference and the pairs, so of both rounds in one place.
     kept = list((tmp_path / "reference").glob("*/train.npy"))
     assert len(kept) == (2 if fields.get("cache_reference") else 0)
+
+
+@pytest.mark.slow
+def test_rounds_in_a_bucket_go_on_on_another_machine(three, tmp_path, monkeypatch):
+    bucket = tmp_path / "buckets" / "bucket" / "run"
+    bucket_folders.use(monkeypatch, tmp_path / "buckets", tmp_path / "first")
+    run_here(config_of(rounds=2), "s3://bucket/run")
+    bucket_folders.use(monkeypatch, tmp_path / "buckets", tmp_path / "second")
+    with sigterm_at(3):
+        run_here(config_of(rounds=3), "s3://bucket/run")
+    assert not (bucket / "round_3" / "dpo" / "done.json").exists()
+    bucket_folders.use(monkeypatch, tmp_path / "buckets", tmp_path / "third")
+    run_here(config_of(rounds=3), "s3://bucket/run")
+    for name in ("", "round_2", "round_3"):
+        assert_equal_stages(bucket / name, three / name)
 
 
 def longest(prompts, completions):
