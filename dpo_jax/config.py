@@ -690,16 +690,17 @@ def folder_names(config: ConfigDict) -> dict[str, str]:
     but the last training one comes after a stage of the run's name.
     """
     names = {}
-    is_after = config.rounds > 1
+    is_after = False
     for stage in config.stages:
+        is_in_later_round = config.rounds > 1 and stage_table.repeats(config, stage)
         is_run = bool(config.run) and stage == stage_table.training_stages(config)[-1]
         name = stage
         if is_run:
             name = config.run
-        elif config.run and is_after and stage_table.repeats(config, stage):
+        elif config.run and (is_after or is_in_later_round):
             name = f"{stage}-{config.run}"
         is_after = is_after or is_run
-        if config.rounds > 1 and stage_table.repeats(config, stage):
+        if is_in_later_round:
             name = f"round_{config.rounds}/{name}"
         names[stage] = name
     return names

@@ -311,6 +311,11 @@ def test_folder_names():
         "dpo": "beta05",
         "evaluate": "evaluate-beta05",
     }
+    # Whether it makes pairs of its own or not.
+    without_pairs = configs.default(("sft", "ppo", "evaluate"))
+    without_pairs.run = "high"
+    names = configs.folder_names(without_pairs)
+    assert names == {"sft": "sft", "ppo": "high", "evaluate": "evaluate-high"}
 
 
 def sampled(*stages):
