@@ -66,6 +66,8 @@ def read_stage(folder: pathlib.Path) -> StageRun:
     for name, kind in (("stage", str), ("depends_on", dict), ("config", dict)):
         if not isinstance(started.get(name), kind):
             raise ValueError(f"config.json has no {name!r} of a run")
+    if type(started["depends_on"].get("rounds", 1)) is not int:
+        raise ValueError("config.json has 'rounds' that are none of a run")
     if not isinstance(started["config"].get("stages"), list):
         raise ValueError("config.json has no 'stages' of a run")
     done = folder / "done.json"

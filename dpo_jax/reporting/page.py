@@ -50,6 +50,7 @@ PLOTS = (
         {"logps_{split}/chosen": "chosen", "logps_{split}/rejected": "rejected"},
         title_of_one="Log-probs of responses, nats",
     ),
+    Plot("KTO's baseline, the KL of the batch, nats", {"kto_{split}/kl": ""}),
     Plot("True reward of completions", {"frontier/reward": ""}),
     Plot("KL to the reference, nats", {"frontier/kl": ""}),
     Plot("Length of completions, tokens", {"frontier/length": ""}),
@@ -61,6 +62,8 @@ PLOTS = (
     Plot("Length of PPO's completions, tokens", {"ppo_train/length": ""}),
     Plot("PPO's completions that end by EOS, share", {"ppo_train/eos_rate": ""}),
     Plot("PPO's clipped tokens, share", {"ppo_train/clipped": ""}),
+    Plot("KL of PPO's updates, nats a token", {"ppo_train/kl_to_sampler": ""}),
+    Plot("PPO's policy loss", {"ppo_train/policy_loss": ""}),
     Plot("PPO's value loss", {"ppo_train/value_loss": ""}, is_log=True),
     Plot(
         "Lengths of the data's responses, tokens",

@@ -52,6 +52,12 @@ class Record:
         """Return the values of a metric in the order of the steps."""
         return [value for _, value in self.points(metric)]
 
+    def count(self, split: str, name: str) -> int:
+        """Return a count of the ledger; 0 where it has none."""
+        counts = self.ledger.get(split)
+        found = counts.get(name) if isinstance(counts, dict) else 0
+        return found if type(found) is int else 0
+
     @property
     def last_step(self) -> int | None:
         """The step of the last row; None without rows."""

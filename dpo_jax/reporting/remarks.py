@@ -192,8 +192,9 @@ def _margins(record: Record) -> Found:
 
 
 def _chosen(record: Record) -> Found:
-    if not record.values("rewards_train/margins"):
-        return None  # not trained on pairs
+    # Those of other stages are all that is trained, and are in the loss.
+    if record.stage != "dpo":
+        return None
     found = _ends(record, "logps_eval/chosen")
     if not found:
         return None
@@ -218,8 +219,7 @@ def _chosen(record: Record) -> Found:
 
 def _accuracy(record: Record) -> Found:
     accuracies = record.values("rewards_eval/accuracies")
-    kept = record.ledger.get("eval", {})
-    count = kept.get("kept") if isinstance(kept, dict) else None
+    count = record.count("eval", "kept")
     where = "held-out pairs"
     if len(accuracies) < 2 or not count:
         training = record.values("rewards_train/accuracies")
@@ -332,13 +332,12 @@ def _answers(record: Record) -> Found:
     """Look for answers without an end: in the data, and in what the policy writes."""
     found = []
     measured = False
-    train = record.ledger.get("train", {})
-    kept = train.get("kept") if isinstance(train, dict) else None
+    kept = record.count("train", "kept")
     if kept:
         measured = True
-        cut = train.get("responses_truncated", 0)
-        # A pair has two responses.
-        share = cut / (kept * STAGES[record.stage].responses if record.stage in STAGES else kept)
+        cut = record.count("train", "responses_truncated")
+        is_of_pairs = record.stage in STAGES and STAGES[record.stage].responses == 2
+        share = cut / (2 * kept if is_of_pairs else kept)
         if share >= CUT_ANSWERS:
             found += _warning(
                 f"{cut:,} responses ({share:.1%}) were cut at data.max_length and have no end: the "

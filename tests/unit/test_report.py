@@ -9,6 +9,8 @@ import sys
 import pytest
 
 from dpo_jax import report
+from dpo_jax.reporting.page import PLOTS
+from dpo_jax.training.metric_names import METRICS
 from tests.helpers import bucket_folders
 from tests.helpers.documented import anchors
 from tests.helpers.html_pages import Page
@@ -191,8 +193,16 @@ def test_damaged_metrics(workdir, content, words):
 @pytest.mark.parametrize(
     "name", ["ledger.json", "completions.jsonl", "reference_completions.jsonl"]
 )
-@pytest.mark.parametrize("content", [b"", b"\xff", b"[]", b'{"train": 3, "prompt": {}}', b"{}"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"", b"\xff", b"[]", b"{}", b'{"train": 3, "prompt": {}}'),
+        *(b'{"train": {"kept": "x"}, "eval": []}', b'{"train": {"kept": 9, "dropped": null}}'),
+    ],
+)
 def test_other_damaged_files(workdir, name, content):
+    dpo = write_stage(workdir, "dpo", "dpo", rows=rows())
+    (dpo / "ledger.json").write_bytes(content)
     write_evaluation(workdir, [dict(prompt="p", completion="c", reward="high")])
     (workdir / "evaluate" / name).write_bytes(content + b"\n")
     page_of(workdir)
@@ -251,6 +261,30 @@ def test_ppo(workdir):
     assert "The KL is 20 nats at the end, and target_kl is 3." in text
     assert "Reward of PPO's completions training 1" in text
     assert "1* 20*" in text  # of training steps
+
+
+def test_rounds_lie_over_each_other(workdir):
+    write_stage(workdir, "dpo", "dpo", rows=rows(), done={})
+    write_stage(
+        workdir / "round_2", "dpo", "dpo", fields={"rounds": "2"}, rows=rows(margin=3.0), done={}
+    )
+    page = page_of(workdir)
+    assert "Margin, training dpo 1 round_2/dpo 3" in page.text
+    assert page.ids.count("stage-dpo") == 1
+
+
+def test_every_metric_is_drawn_or_left_out_on_purpose():
+    drawn = {metric for plot in PLOTS for metric in plot.metrics}
+    left_out = {
+        # They follow from the steps, or from the tokens a second.
+        *("counters/examples", "counters/updates", "examples_per_second"),
+        # The noisier estimate of the KL, and standard errors.
+        *("frontier/kl_sampled", "frontier/kl_sampled_se", "frontier/kl_se"),
+        "frontier/reward_se",
+        # A property of the data.
+        "kto_{split}/desirable",
+    }
+    assert drawn.isdisjoint(left_out) and drawn | left_out == set(METRICS)
 
 
 def test_nothing_there(tmp_path):
@@ -329,8 +363,17 @@ def test_report_in_a_bucket(tmp_path, monkeypatch):
     bucket_folders.use(monkeypatch, tmp_path / "buckets", tmp_path / "copies")
     folder = report._pulled("s3://bucket/run")
     report.write([folder], folder / "report.html")
-    page = Page((bucket / "run" / "report.html").read_text())
+    written = bucket / "run" / "report.html"
+    page = Page(written.read_text())
     assert "s3://bucket/run" in page.text and str(tmp_path) not in page.text
     # It is read from anywhere, so that docs/ of this machine are not linked.
     assert all(link.startswith("#") for link in page.links)
     assert "docs/metrics.md#a-healthy-dpo-run" in page.text
+
+    # A run that ends writes it there too, and a page of this machine may tell of a bucket.
+    written.write_text("an old one")
+    with report.at_end("s3://bucket/run"):
+        pass
+    assert Page(written.read_text()).ids == page.ids
+    report.write([report._pulled("s3://bucket/run")], tmp_path / "here.html")
+    assert "s3://bucket/run" in Page((tmp_path / "here.html").read_text()).text
