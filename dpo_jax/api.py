@@ -476,9 +476,9 @@ class Trainer:
         objective: "dpo", "kto", "sft", "preferred_ft", "unlikelihood", "rm", or a loss of your own,
         a function (chosen_log_ratio, rejected_log_ratio, beta) -> loss of each pair, in place of
         DPO's. settings: the fields of that stage's config block, with its defaults: lr, beta, loss,
-        label_smoothing, alpha, optimizer, weight_decay, schedule, warmup_steps (150),
-        max_grad_norm, microbatch_size, and steps, over which a linear or cosine schedule runs
-        (`fit` sets it).
+        label_smoothing, alpha, reference_every, reference_mix, optimizer, weight_decay, schedule,
+        warmup_steps (150), max_grad_norm, microbatch_size, and steps, over which a linear or cosine
+        schedule runs (`fit` sets it).
 
         reference: of dpo and kto: "init", the model that training starts from; another model; or,
         of dpo, "none". reference_log_probs: of dpo, what the reference's `log_probs` returned for

@@ -167,7 +167,8 @@ def lay_out(
     if stage_table.keeps_reference(config, stage):
         reference_log_probs = np.zeros((size, 2), np.float32)
     # Target margins are an input of the program, where the run has them.
-    numbers = Numbers(target_margin=0.0 if config.data.margin else None)
+    has_margins = bool(config.data.margin) and stage_table.reads_pairs(config, stage)
+    numbers = Numbers(target_margin=0.0 if has_margins else None)
     is_unpaired = STAGES[stage].kind == "unpaired"
     # Whatever their labels are: the program is the same.
     of_row = dict(where="made up", numbers=numbers, label=True if is_unpaired else None)

@@ -156,6 +156,24 @@ def test_start_stage_ignores_a_field_that_was_not_free_before(tmp_path):
     assert status(tmp_path) == "unfinished"
 
 
+def test_start_stage_knows_defaults_of_newer_fields(tmp_path):
+    """A folder of an earlier version lacks fields; it has their defaults, and refuses others."""
+    names = ("data.weight", "data.margin", "dpo.reference_every", "dpo.reference_mix")
+
+    def forget(record):
+        for name in names:
+            del record["depends_on"][name]
+
+    change_record(begin(tmp_path) / "config.json", forget)
+    assert status(tmp_path) == "unfinished"
+    config = configs.default(("dpo",))
+    config.data.weight, config.dpo.reference_every = "votes", 9
+    with pytest.raises(StageChanged) as error:
+        start_stage(tmp_path, config, "dpo", VERSIONS)
+    assert "config.data.weight: '' in the folder, 'votes' now" in str(error.value)
+    assert "config.dpo.reference_every: 0 in the folder, 9 now" in str(error.value)
+
+
 # files that are not what was written
 
 
