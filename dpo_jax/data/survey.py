@@ -238,19 +238,21 @@ def _read_texts(data, kind: str, watch: Callable[[str, TextExample], None]) -> L
     """Read the examples without tokenising them; return the ledger, in which all are kept."""
     ledgers = {}
     for part in splits.parts(data, kind):
-        numbers = {"train": [], "eval": []}
+        weights = {"train": array("f"), "eval": array("f")}
+        margins = {"train": array("f"), "eval": array("f")}
         for split, example in part.examples():
             watch(split, example)
-            numbers[split].append(example.numbers)
+            if example.numbers.weight is not None:
+                weights[split].append(example.numbers.weight)
+            if example.numbers.target_margin is not None:
+                margins[split].append(example.numbers.target_margin)
             counts = getattr(part.ledger, split)
             counts.kept += 1
             if example.label is not None:
                 counts.count_label(example.label)
-        for split, of_split in numbers.items():
-            getattr(part.ledger, split).count_numbers(
-                data.weight and np.array([each.weight for each in of_split]),
-                data.margin and np.array([each.target_margin for each in of_split]),
-            )
+        for split in weights:
+            counts = getattr(part.ledger, split)
+            counts.count_numbers(np.array(weights[split]), np.array(margins[split]))
         ledgers[part.name] = part.ledger
     ledger = Ledger.of_parts(ledgers)
     ledger.check(data.max_dropped, data.path or data.mix)
