@@ -806,6 +806,11 @@ class Trainer:
             raise ValueError("there are no examples.")
         if examples.target_margins is not None:
             self._check_takes_margins()
+        if examples.weights is not None and self._is_unpaired:
+            raise ValueError(
+                f"{self._objective} takes no weights, which are of pairs. Encode the rows without "
+                "weight=."
+            )
         found = len(examples.responses[0])
         wanted = STAGES[self._objective].responses
         is_labelled = found == 1 and examples.labels is not None

@@ -97,6 +97,25 @@ def test_encode_pairs(loaded, pairs):
     assert pairs.where == [f"rows[{i}]" for i in range(4)]
 
 
+def test_numbers_that_an_objective_does_not_take(loaded):
+    rows = [row | dict(votes=2, gap=1) for row in ROWS]
+    margins = loaded.encode(rows, margin="gap")
+    assert margins.target_margins.tolist() == [1] * 4
+    for objective, settings in (
+        ("dpo", dict(loss="nca")),
+        ("dpo", dict(loss="sigmoid=1,apo_zero=1")),
+        ("unlikelihood", {}),
+        (lambda chosen, rejected, beta: rejected - chosen, {}),
+    ):
+        with pytest.raises(ValueError, match="the examples have target margins, and .* takes none"):
+            dpo_jax.Trainer(loaded, objective, **settings).step(margins)
+    weights = loaded.encode(rows, kind="unpaired", weight="votes")
+    with pytest.raises(ValueError, match="kto takes no weights, which are of pairs"):
+        dpo_jax.Trainer(loaded, "kto").step(weights)
+    with pytest.raises(ValueError, match=r"rows\[0\]: data.weight names a column 'vote', which is"):
+        loaded.encode(rows, weight="vote")
+
+
 def test_encode_any_iterable_and_source(loaded):
     transcript = "\n\nHuman: w1\n\nAssistant:"
     rows = ({"chosen": transcript + end, "rejected": transcript + " w9"} for end in (" w2", " w3"))
