@@ -212,8 +212,8 @@ def content(path: pathlib.Path):
         record = json.loads(path.read_text())
         left_out = ("finished", "date", "files", "sha256")
         return {name: value for name, value in record.items() if name not in left_out}
-    if path.suffix == ".png":
-        return "picture"  # matplotlib writes its version and the date into it
+    if path.suffix in (".png", ".html"):
+        return "picture"  # matplotlib writes its version and the date into it, a report times
     data = path.read_bytes()
     if path.suffix == ".json" and len(data) < LARGEST_JSON:
         return json.loads(data)
