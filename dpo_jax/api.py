@@ -683,6 +683,12 @@ class Trainer:
             if isinstance(reference, Model) or self._reference_log_probs is not None:
                 raise ValueError(f"the {loss} loss needs no reference: leave it out.")
             return None
+        ld_alpha = self._block.get("ld_alpha", 1.0)
+        if self._reference_log_probs is not None and ld_alpha != 1:
+            raise ValueError(
+                f"ld_alpha={ld_alpha:g} needs the reference's log-probs of parts of responses, and "
+                "reference_log_probs are those of whole ones: give reference in their place."
+            )
         divergence = self._block.get("divergence", "reverse_kl")
         if reference == "none" and divergence != "reverse_kl":
             raise ValueError(f"divergence={divergence!r} needs a reference, and it is 'none'.")

@@ -27,12 +27,12 @@ END = ("steps", "epochs")  # fields of a training stage
 # would change the order of the data, the optimiser's state, or what the checkpoints are rated by.
 ALLOWED = (
     *("lr", "schedule", "warmup_steps", "max_grad_norm", "weight_decay", "steps", "epochs"),
-    *("eval_every", "loss", "divergence", *loss_table.numbers(), "alpha"),
+    *("eval_every", "loss", "divergence", *loss_table.numbers(), "weighting", "ld_alpha", "alpha"),
     *("target_kl", "kl_horizon", "inner_epochs", "gae_lambda", "clip", "value_clip", "value_coef"),
 )
 # Those by which an evaluation has other numbers for the same weights.
-OF_REWARDS = ("loss", "divergence", "divergence_alpha", "beta")  # implicit ones
-OF_LOSS = ("loss", "divergence", *loss_table.numbers(), "alpha")
+OF_REWARDS = ("loss", "divergence", "divergence_alpha", "ld_alpha", "beta")  # implicit ones
+OF_LOSS = ("loss", "divergence", *loss_table.numbers(), "weighting", "ld_alpha", "alpha")
 
 SAME_CONTENTS = "its contents are equal"
 REWRITTEN = "it does not hold what it held when the stage began"

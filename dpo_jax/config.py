@@ -457,6 +457,18 @@ DPO = dict(
         least=0,
         most=1,
     ),
+    weighting=Field(
+        "none",
+        "weight of each pair's loss: none (1), or wpo: near 1 for a pair that the policy itself "
+        "might have written, and less for others",
+    ),
+    ld_alpha=Field(
+        1.0,
+        "LD-DPO: factor of the log-probs of a response's tokens beyond the length of the pair's "
+        "shorter response, in log-ratios; 1: all tokens count alike",
+        least=0,
+        most=1,
+    ),
     reference=Field(
         "init",
         "reference model: init (the weights that the stage starts from, in each round), first "

@@ -42,6 +42,7 @@ ALLOWED = {  # field -> its values; STAGE stands for every training stage
     "preferred_ft.loss": ("sum", "token_mean"),
     "dpo.loss": tuple(LOSSES),
     "dpo.divergence": tuple(DIVERGENCES),
+    "dpo.weighting": ("none", "wpo"),
     "pairs.choose": ("all", "best_worst", "best_random"),
     "pairs.labels": ("bradley_terry", "deterministic", "judge"),
     "STAGE.optimizer": OPTIMIZERS,
@@ -312,6 +313,7 @@ def _validate_dpo(config):
     block = config.dpo
     _validate_loss_numbers(block)
     _validate_divergence(block)
+    _validate_ld(block)
     if block.cache_reference and block.reference == "none":
         _fail("dpo.cache_reference", True, "False, as dpo.reference is 'none'")
     if not block.reference:
@@ -358,6 +360,20 @@ def _validate_divergence(block):
     if block.reference == "none":
         expected = "'reverse_kl', as dpo.reference is 'none'"
         _fail("dpo.divergence", block.divergence, expected)
+
+
+def _validate_ld(block):
+    if block.ld_alpha == 1:
+        return
+    if not loss_table.properties(block.loss).needs_reference:
+        expected = f"1, as the {block.loss} loss has no log-ratios whose tokens could count less"
+        _fail("dpo.ld_alpha", block.ld_alpha, expected)
+    if block.cache_reference:
+        expected = (
+            f"False, as dpo.ld_alpha is {block.ld_alpha:g}: log-probs are kept of whole responses, "
+            "not of their parts"
+        )
+        _fail("dpo.cache_reference", True, expected)
 
 
 def _validate_no_reference(block):

@@ -129,3 +129,14 @@ def moves_reference(block: ConfigDict) -> bool:
 def keeps_reference(config: ConfigDict, stage: str) -> bool:
     """Return whether the reference's log-probs are computed before training, and kept."""
     return config[stage].get("cache_reference", False)
+
+
+def can_keep_reference(config: ConfigDict, stage: str) -> bool:
+    """Return whether a stage could read kept log-probs in place of its reference's weights.
+
+    Not of a reference that moves, nor in LD-DPO, which needs log-probs of parts of responses.
+    """
+    block = config[stage]
+    if "cache_reference" not in block or reference_of(config, stage) == "none":
+        return False
+    return not moves_reference(block) and block.get("ld_alpha", 1.0) == 1.0

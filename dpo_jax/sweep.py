@@ -5,9 +5,10 @@
 Makes one run for each value, all in WORKDIR, each named as `dpo-jax train` names it with this value
 (dpo-beta0.05; dpo, at the config's own value). Finished runs are skipped, and an interrupted one
 continues. The runs share the stages before the last training stage, the compiled step, and for dpo
-the reference's log-probs, which are computed once and kept in WORKDIR/reference. Other fields are
-set as usual, --config.FIELD=VALUE. The result is a table, and the curves in
-WORKDIR/sweep_FIELD.png; WORKDIR/report.html has all there is to see of the runs.
+the reference's log-probs, which are computed once and kept in WORKDIR/reference (not where
+dpo.ld_alpha is below 1). Other fields are set as usual, --config.FIELD=VALUE. The result is a
+table, and the curves in WORKDIR/sweep_FIELD.png; WORKDIR/report.html has all there is to see of the
+runs.
 
 Values that have commas of their own, as mixtures of losses do, are separated by semicolons:
 
@@ -60,8 +61,7 @@ def points(
         point = config.copy_and_resolve_references()
         config_files.override(point, {field: value})
         name_run(point, base or config, swept=field)
-        has_reference = stage_table.reference_of(point, stage) != "none"
-        if "cache_reference" in point[stage] and has_reference:
+        if stage_table.can_keep_reference(point, stage):
             point[stage].cache_reference = True
         config_checks.validate(point)
         found.append((value, point))

@@ -10,6 +10,7 @@ transformer.py, and Q: responses of a shard.
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +53,46 @@ def response_log_probs(
     return by_response(log_probs_SM, batch)
 
 
+class ExampleSums(NamedTuple):
+    """Sums over the tokens of each example's responses, nats, float32 [S, P, K] each."""
+
+    log_probs: jax.Array
+    # log sum_v p(v)^2 of each step, over the vocabulary. No gradient goes through it.
+    log_sum_squares: jax.Array | None = None
+    # Log-probs of as many first tokens as the shortest of the example's responses has.
+    shared_log_probs: jax.Array | None = None
+
+
+def example_log_probs(
+    config: TransformerConfig,
+    params,
+    batch: Batch,
+    *,
+    squares: bool = False,
+    shared: bool = False,
+    gradient: bool = True,
+) -> ExampleSums:
+    """Return the summed log-probs of each example's responses, of one pass.
+
+    squares, shared: whether to return `log_sum_squares` and `shared_log_probs`, too. gradient: as
+    in `response_log_probs`.
+    """
+    log_sum_squares = None
+    if squares:
+        models = [(params, completion_hidden(config, params, batch))]
+        log_probs_SM, squares_SM = _in_chunks(
+            config, _target_log_probs_and_squares, models, batch.targets, gradient=gradient
+        )
+        log_sum_squares = by_example(by_response(squares_SM, batch), batch)
+    else:
+        log_probs_SM = token_log_probs(config, params, batch, gradient=gradient)
+    log_probs_SPK = by_example(by_response(log_probs_SM, batch), batch)
+    shared_log_probs = None
+    if shared:
+        shared_log_probs = _sum_of_shared(log_probs_SM, log_probs_SPK, batch)
+    return ExampleSums(log_probs_SPK, log_sum_squares, shared_log_probs)
+
+
 def by_response(values_SM: jax.Array, batch: Batch) -> jax.Array:
     """Return the sum of each response's values, [S, Q], from those of completion tokens."""
     responses = batch.response_lengths.shape[-1]
@@ -61,6 +102,34 @@ def by_response(values_SM: jax.Array, batch: Batch) -> jax.Array:
         return jax.ops.segment_sum(values_M, segment_ids_M, responses)
 
     return jax.vmap(sum_by_response)(values_SM, batch.segment_ids)
+
+
+def _sum_of_shared(log_probs_SM: jax.Array, whole_SPK: jax.Array, batch: Batch) -> jax.Array:
+    """Return the sum over the first tokens of responses, as many as an example's shortest has.
+
+    whole_SPK: the sum over all tokens. A response of several examples is cut differently in each,
+    so its sums up to every token are made, and read where it is cut.
+    """
+
+    def add(earlier, later):
+        (total, has_start), (log_prob, is_start) = earlier, later
+        # Sums begin anew with each response: differences of longer ones would lose their digits.
+        return jnp.where(is_start, log_prob, total + log_prob), has_start | is_start
+
+    def read(sums_M, lengths_Q, response_index_PK, shared_PK):
+        # Responses follow one another. One without a token has nothing to read.
+        starts_Q = jnp.cumsum(lengths_Q) - lengths_Q
+        last_PK = starts_Q[response_index_PK] + shared_PK - 1
+        return jnp.where(shared_PK > 0, sums_M[last_PK], 0)
+
+    before_SM = jnp.pad(batch.segment_ids, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+    is_start_SM = batch.segment_ids != before_SM
+    sums_SM, _ = jax.lax.associative_scan(add, (log_probs_SM, is_start_SM), axis=1)
+    lengths_SPK = by_example(batch.response_lengths, batch)
+    shared_SPK = jnp.broadcast_to(lengths_SPK.min(-1, keepdims=True), lengths_SPK.shape)
+    cut_SPK = jax.vmap(read)(sums_SM, batch.response_lengths, batch.response_index, shared_SPK)
+    # The same bits where nothing is cut off, though they were added up in another order.
+    return jnp.where(shared_SPK == lengths_SPK, whole_SPK, cut_SPK)
 
 
 def by_example(values_SQ: jax.Array, batch: Batch) -> jax.Array:
@@ -219,6 +288,14 @@ def _likeliest(count: int, targets_SM, logits_SMV):
     top_logits_SMk, top_ids_SMk = jax.lax.top_k(logits_SMV, count)
     log_probs_SM = _at(targets_SM, logits_SMV) - total_SM
     return log_probs_SM, top_ids_SMk, top_logits_SMk - total_SM[..., None]
+
+
+def _target_log_probs_and_squares(targets_SM, logits_SMV):
+    """Return log p of each target, and log sum_v p(v)^2 of its step, without a gradient."""
+    fixed_SMV = jax.lax.stop_gradient(logits_SMV)
+    log_totals_SM = jax.nn.logsumexp(fixed_SMV, axis=-1)
+    squares_SM = jax.nn.logsumexp(2 * fixed_SMV, axis=-1) - 2 * log_totals_SM
+    return _target_log_probs(targets_SM, logits_SMV), squares_SM
 
 
 def _target_kls(targets_SM, logits_SMV, reference_logits_SMV):

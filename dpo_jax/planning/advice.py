@@ -22,8 +22,7 @@ def remedies(config: ConfigDict, stage: str, chips: int) -> Iterator[dict]:
     fsdp = math.gcd(chips, block.batch_size)
     yield {"mesh.data": 1, "mesh.fsdp": fsdp, "mesh.tensor": chips // fsdp}
     yield {"model.remat": "full"}
-    has_reference = stage_table.reference_of(config, stage) != "none"
-    if "cache_reference" in block and has_reference:
+    if stage_table.can_keep_reference(config, stage):
         yield {f"{stage}.cache_reference": True}
     yield {"model.dtype": "bfloat16"}
     size = microbatch_size_of(block)

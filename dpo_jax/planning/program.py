@@ -16,7 +16,7 @@ from dpo_jax.models import transformer
 from dpo_jax.models.lora import Lora
 from dpo_jax.models.transformer import TransformerConfig
 from dpo_jax.parallel import sharding
-from dpo_jax.training import objectives, optim
+from dpo_jax.training import losses, objectives, optim
 from dpo_jax.training.step import TrainState, abstract_state, make_train_step, state_shardings
 
 
@@ -74,8 +74,8 @@ def make_program(
     reference = _reference(config, stage, state, base)
 
     if objective is None:
-        divergence = block.get("divergence", "reverse_kl")
-        objective = objectives.make(stage, model, block.get("loss", ""), divergence)
+        choices = losses.choices_of(block)
+        objective = objectives.make(stage, model, block.get("loss", ""), choices)
     first_pass = objectives.make_first_pass(stage, model)
     step = make_train_step(objective, optimizer, block.schedule, shardings, first_pass)
 

@@ -26,8 +26,8 @@ from dpo_jax.console import Progress, say
 from dpo_jax.models.lora import Lora
 from dpo_jax.models.transformer import TransformerConfig
 from dpo_jax.parallel import hardware, processes, sharding
+from dpo_jax.training import losses, objectives
 from dpo_jax.training import metrics as metrics_lib
-from dpo_jax.training import objectives
 from dpo_jax.training.checkpoint import Checkpoints, DamagedCheckpoint, Restored
 from dpo_jax.training.metric_names import is_evaluation
 from dpo_jax.training.metrics import Writer
@@ -96,7 +96,7 @@ def stage_programs(
     return _programs(
         name,
         loss or named,
-        block.get("divergence", "reverse_kl"),
+        losses.choices_of(block),
         model,
         mesh,
         block.optimizer,
@@ -109,9 +109,9 @@ def stage_programs(
 
 @functools.cache
 def _programs(
-    name, loss, divergence, model, mesh, optimizer, weight_decay, schedule, lora, moves_reference
+    name, loss, choices, model, mesh, optimizer, weight_decay, schedule, lora, moves_reference
 ) -> Programs:
-    objective = objectives.make(name, model, loss, divergence)
+    objective = objectives.make(name, model, loss, choices)
     return make_programs(
         objective,
         model,

@@ -32,6 +32,7 @@ import jax.numpy as jnp
 
 from dpo_jax import loss_table
 from dpo_jax.loss_table import LOSSES, OWN_NUMBERS
+from dpo_jax.models.log_probs import ExampleSums
 
 # Scores of another divergence than reverse KL grow like e^|log-ratio|. At this one float32 still
 # holds their square; beyond it they are flat.
@@ -84,22 +85,35 @@ class Pairs:
 
 
 @dataclasses.dataclass(frozen=True)
-class Preference:
-    """A preference loss with what it is made of, as the objective takes it."""
+class Choices:
+    """The choices of config.dpo, beside its loss, that are compiled in."""
+
+    divergence: str = "reverse_kl"  # as config.dpo.divergence
+    weighting: str = "none"  # as config.dpo.weighting
+    is_length_desensitized: bool = False  # config.dpo.ld_alpha is below 1
+
+
+PLAIN = Choices()
+
+
+def choices_of(block) -> Choices:
+    """Return the choices in the config block of a stage; the defaults where it is not dpo's."""
+    return Choices(
+        divergence=block.get("divergence", "reverse_kl"),
+        weighting=block.get("weighting", "none"),
+        is_length_desensitized=block.get("ld_alpha", 1.0) < 1.0,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """A loss function of pairs, and the numbers that it takes."""
 
     function: Callable  # of `Pairs` and the numbers
     numbers: tuple[str, ...] = OWN_NUMBERS
-    divergence: str = "reverse_kl"  # as config.dpo.divergence
-
-    def scores(self, log_ratios: jax.Array, hyper: dict) -> jax.Array:
-        """Return what beta turns into implicit rewards."""
-        return divergence_scores(log_ratios, self.divergence, hyper.get("divergence_alpha"))
 
     def __call__(self, pairs: Pairs, hyper: dict) -> jax.Array:
-        """Return the loss of each pair, with the numbers that are in `hyper`.
-
-        Raises ValueError where it has another shape than the pairs.
-        """
+        """Return the loss of each pair; ValueError where it has another shape than the pairs."""
         values = self.function(pairs, *[hyper[name] for name in self.numbers])
         # It would be broadcast to the pairs, and train on something else without a word.
         expected = pairs.chosen_log_ratios.shape
@@ -112,24 +126,37 @@ class Preference:
 
 
 @dataclasses.dataclass(frozen=True)
-class Mixture:
-    """A weighted sum of preference losses, which the objective takes as it takes one."""
+class Preference:
+    """A preference loss with what it is made of, as the objective takes it."""
 
-    losses: tuple[Preference, ...]  # under one divergence
+    terms: tuple[Term, ...]
+    is_mixture: bool = False  # the sum of terms, weighted; otherwise there is one term
+    choices: Choices = PLAIN
+
+    def compared(self, sums: ExampleSums, hyper: dict) -> jax.Array:
+        """Return the log-probs of responses that log-ratios are made of.
+
+        LD-DPO (Liu et al. 2024) counts the tokens beyond the length of the pair's shorter
+        response by a factor alpha.
+        """
+        if not self.choices.is_length_desensitized:
+            return sums.log_probs
+        rest = sums.log_probs - sums.shared_log_probs
+        return sums.shared_log_probs + hyper["ld_alpha"] * rest
 
     def scores(self, log_ratios: jax.Array, hyper: dict) -> jax.Array:
         """Return what beta turns into implicit rewards."""
-        return self.losses[0].scores(log_ratios, hyper)
+        return divergence_scores(log_ratios, self.choices.divergence, hyper.get("divergence_alpha"))
 
     def __call__(self, pairs: Pairs, hyper: dict) -> jax.Array:
-        """Return the loss of each pair; hyper["loss_weights"] has a weight for each loss."""
-        weighted = zip(hyper["loss_weights"], self.losses, strict=True)
-        return sum(weight * loss(pairs, hyper) for weight, loss in weighted)
+        """Return the loss of each pair, with the numbers that are in `hyper`."""
+        if not self.is_mixture:
+            return self.terms[0](pairs, hyper)
+        weighted = zip(hyper["loss_weights"], self.terms, strict=True)
+        return sum(weight * term(pairs, hyper) for weight, term in weighted)
 
 
-def preference(
-    loss: str | tuple[str, ...] | Callable, divergence: str = "reverse_kl"
-) -> Preference | Mixture:
+def preference(loss: str | tuple[str, ...] | Callable, choices: Choices = PLAIN) -> Preference:
     """Return a loss of the config, or one that is made of a function: the caller's, or one here.
 
     loss: config.dpo.loss, or the names in a mixture, as its weights are traced.
@@ -137,11 +164,28 @@ def preference(
     if isinstance(loss, str) and loss_table.is_mixture(loss):
         loss = tuple(loss_table.names(loss))
     if isinstance(loss, tuple):
-        return Mixture(tuple(preference(name, divergence) for name in loss))
+        return Preference(tuple(map(_term, loss)), is_mixture=True, choices=choices)
+    return Preference((_term(loss),), choices=choices)
+
+
+def _term(loss: str | Callable) -> Term:
     for name, function in PREFERENCE.items():
         if loss in (name, function):
-            return Preference(function, LOSSES[name].numbers, divergence)
-    return Preference(loss, divergence=divergence)
+            return Term(function, LOSSES[name].numbers)
+    return Term(loss)
+
+
+def wpo_weights(log_probs, log_sum_squares, lengths) -> jax.Array:
+    """Return the weight of each pair in WPO (Zhou et al. 2024, eq. 2 with sampled alignment).
+
+    exp of the sum over both responses of the mean of log p - log sum_v p(v)^2 over tokens, at most
+    1: near 1 for pairs that the policy itself might have written. No gradient goes through it.
+    Arrays [..., 2]: chosen, rejected.
+    """
+    aligned = (log_probs - log_sum_squares) / lengths
+    # It would be above 0 where the policy's likeliest tokens are all that was written.
+    exponent = jnp.minimum(aligned.sum(-1), 0.0)
+    return jax.lax.stop_gradient(jnp.exp(exponent))
 
 
 def divergence_scores(log_ratios: jax.Array, divergence: str, alpha=None) -> jax.Array:

@@ -23,7 +23,7 @@ import numpy as np
 
 from dpo_jax import loss_table
 from dpo_jax.data.packing import Batch
-from dpo_jax.models.log_probs import by_example, response_log_probs
+from dpo_jax.models.log_probs import by_example, example_log_probs, response_log_probs
 from dpo_jax.models.values import response_rewards, token_values
 from dpo_jax.training import losses
 
@@ -54,21 +54,25 @@ def sft(model, loss, params, _reference, _hyper, batch: Batch):
 def dpo(model, loss, params, reference, hyper, batch: Batch):
     """A preference loss on pairs, mean over pairs (Rafailov et al. 2023, eq. 7).
 
-    loss: a `losses.Preference` or `losses.Mixture`. reference: None where the batch has its
-    log-probs, or where there is no reference. Raises ValueError where the loss has another shape
-    than the pairs.
+    loss: a `losses.Preference`. reference: None where the batch has its log-probs, or where there
+    is no reference. Raises ValueError where the loss has another shape than the pairs.
     """
-    log_probs_SP2 = by_example(response_log_probs(model, params, batch), batch)
+    choices = loss.choices
+    is_weighted = choices.weighting == "wpo"
+    sums_of = functools.partial(
+        example_log_probs, model, batch=batch, shared=choices.is_length_desensitized
+    )
+    sums = sums_of(params, squares=is_weighted)
+    log_probs_SP2 = sums.log_probs
     # Without a reference the log-ratio is the log-prob itself.
-    log_ratios_SP2 = log_probs_SP2
+    log_ratios_SP2 = loss.compared(sums, hyper)
     if reference is not None:
         # The name is for profiles, as is the optimiser's in step.py and the head's in log_probs.py.
         with jax.named_scope("reference"):
-            reference_SQ = response_log_probs(model, reference, batch, gradient=False)
-            reference_SP2 = by_example(reference_SQ, batch)
-        log_ratios_SP2 = log_probs_SP2 - jax.lax.stop_gradient(reference_SP2)
+            reference_SP2 = loss.compared(sums_of(reference, gradient=False), hyper)
+        log_ratios_SP2 = log_ratios_SP2 - jax.lax.stop_gradient(reference_SP2)
     elif batch.reference_log_probs is not None:
-        log_ratios_SP2 = log_probs_SP2 - batch.reference_log_probs
+        log_ratios_SP2 = log_ratios_SP2 - batch.reference_log_probs
     log_probs_SP2 = _of_pairs(log_probs_SP2, batch, NO_PAIR)
     log_ratios_SP2 = _of_pairs(log_ratios_SP2, batch, 0.0)
     scores_SP2 = loss.scores(log_ratios_SP2, hyper)
@@ -84,6 +88,8 @@ def dpo(model, loss, params, reference, hyper, batch: Batch):
         target_margins=batch.target_margins,
     )
     loss_SP = loss(pairs, hyper)
+    if is_weighted:
+        loss_SP *= losses.wpo_weights(log_probs_SP2, sums.log_sum_squares, lengths_SP2)
     # The implicit rewards of eq. 5, for the metrics alone.
     rewards_SP2 = hyper["beta"] * scores_SP2
     return _pair_metrics(batch, loss_SP, rewards_SP2=rewards_SP2, log_probs_SP2=log_probs_SP2)
@@ -194,7 +200,8 @@ FIRST_PASSES = {"kto": kto_first_pass}
 # The fields of the stages' config blocks that are in `hyper`.
 OBJECTIVE_NUMBERS = (
     *loss_table.numbers(),
-    *("alpha", "desirable_weight", "undesirable_weight", "clip", "value_clip", "value_coef"),
+    *("ld_alpha", "alpha", "desirable_weight", "undesirable_weight"),
+    *("clip", "value_clip", "value_coef"),
 )
 
 
@@ -202,16 +209,15 @@ def make(
     name: str,
     model,
     loss: str | tuple[str, ...] | Callable = "",
-    divergence: str = "reverse_kl",
+    choices: losses.Choices = losses.PLAIN,
 ) -> Callable:
     """Return (params, reference, hyper, batch) -> (total, count), metrics.
 
     name: a key of OBJECTIVES. loss: the config's choice by name; for dpo also the names in a
-    mixture, or a function of pairs, beta and label_smoothing. divergence: of dpo, as
-    config.dpo.divergence.
+    mixture, or a function of pairs, beta and label_smoothing. choices: of dpo.
     """
     if name == "dpo":
-        loss = losses.preference(loss, divergence)
+        loss = losses.preference(loss, choices)
     return functools.partial(OBJECTIVES[name], model, loss)
 
 

@@ -1,6 +1,7 @@
 """Losses and their gradients against TRL's own, or the same formulas written with torch."""
 
 import collections
+import copy
 import types
 
 import jax
@@ -9,8 +10,12 @@ import numpy as np
 import pytest
 
 from dpo_jax import loss_table
+from dpo_jax.data.batches import Batches
+from dpo_jax.data.examples import Example
 from dpo_jax.loss_table import LOSSES
-from dpo_jax.training import losses
+from dpo_jax.models import families, hf
+from dpo_jax.training import losses, objectives
+from tests.helpers import tiny_models
 
 torch = pytest.importorskip("torch", reason="the independent reference is torch autograd")
 trl = pytest.importorskip("trl", reason="the independent reference is TRL's trainers")
@@ -48,7 +53,7 @@ def weights_of(name) -> list[float]:
 
 def ours(name, divergence="reverse_kl", eps=EPS):
     """Losses, and their gradients by both responses' log-probs, where the reference's are 0."""
-    of_pairs = losses.preference(name, divergence)
+    of_pairs = losses.preference(name, losses.Choices(divergence))
     hyper = NUMBERS | dict(label_smoothing=eps, loss_weights=weights_of(name))
 
     def loss(chosen, rejected):
@@ -94,7 +99,7 @@ class Stand:
         self.simpo_gamma = NUMBERS["simpo_gamma"]
         self.alpha = 0.0  # of AlphaPO
         self.args = self.accelerator = self.model = self
-        self._metrics = {"train": collections.defaultdict(list)}
+        self._metrics = collections.defaultdict(lambda: collections.defaultdict(list))
 
     def gather(self, value):
         return value
@@ -195,6 +200,104 @@ def test_losses_without_reference_equal_trl(name):
     # ORPO is in float32 there.
     tolerance = 1e-5 if name == "orpo" else 1e-9
     assert_equal_to_torch(ours(name), values, chosen, rejected, tolerance)
+
+
+def torch_outputs(model):
+    """What TRL's patched model returns, as far as its loss reads it, from a model's logits."""
+
+    def outputs(input_ids, labels, **_):
+        log_probs = model(input_ids).logits[:, :-1].log_softmax(-1)
+        mask = labels[:, 1:] != -100
+        at = log_probs.gather(-1, input_ids[:, 1:, None])[..., 0] * mask
+        rest = torch.zeros_like(at).detach()
+        squares = (2 * log_probs).logsumexp(-1).detach()
+        return types.SimpleNamespace(
+            log_probs=at,
+            log_sum_sq_probs=squares,
+            entropy=rest,
+            mean_logits=rest,
+            is_top1=rest.bool(),
+        )
+
+    return outputs
+
+
+def trl_inputs(pairs):
+    """A batch of pairs as TRL has them: the chosen ones first, padded on the right."""
+    rows = [(pair.prompt, pair.responses[side]) for side in (0, 1) for pair in pairs]
+    longest = max(len(prompt) + len(response) for prompt, response in rows)
+    input_ids, completion_mask = torch.zeros((2, len(rows), longest), dtype=torch.long)
+    for row, (prompt, response) in enumerate(rows):
+        length = len(prompt) + len(response)
+        input_ids[row, :length] = torch.tensor(np.concatenate([prompt, response]))
+        completion_mask[row, len(prompt) : length] = 1
+    return dict(
+        input_ids=input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        completion_mask=completion_mask,
+    )
+
+
+def as_ours(model, folder):
+    """The weights of a torch model, in our tree."""
+    model.save_pretrained(folder)
+    config = families.from_hf(hf.read_config(folder))
+    return config, hf.load(folder, config, tiny_models.placed(config))
+
+
+@pytest.mark.parametrize(
+    "loss, weighting, ld_alpha",
+    [
+        ("sigmoid", "wpo", 1.0),
+        ("sigmoid=1,nll=0.5", "none", 0.4),
+        ("ipo=1,nca=0.5,apo_zero=2", "wpo", 0.4),
+        ("sppo_hard", "none", 0.0),
+    ],
+)
+def test_weighting_and_desensitizing_equal_trl(loss, weighting, ld_alpha, tmp_path):
+    """Loss of a batch and gradients of all weights, by TRL's code on a model of transformers."""
+    rng = np.random.default_rng(0)
+    # Chosen responses of one length, as TRL means their likelihood over tokens.
+    pairs = []
+    for length in (2, 9, 4, 7, 6, 5):
+        prompt, chosen, rejected = (rng.integers(0, 96, n).astype(np.int32) for n in (5, 5, length))
+        pairs.append(Example(prompt, (chosen, rejected)))
+    # Less steep, so that the weights of WPO are not all about 0.
+    policy, reference = (copy.deepcopy(tiny_models.torch_model("gpt2")) for _ in range(2))
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.mul_(0.5)
+        for parameter in reference.parameters():
+            parameter.mul_(0.45)
+    stand = Stand(loss)
+    stand.precompute_ref_logps, stand.gradient_checkpointing_kwargs = False, None
+    stand.model = policy
+    stand.use_weighting = weighting == "wpo"
+    stand.ld_alpha = ld_alpha
+    stand.ref_model = torch_outputs(reference)
+    value = trl.DPOTrainer._compute_loss(stand, torch_outputs(policy), trl_inputs(pairs), False)
+    value.backward()
+
+    config, params = as_ours(policy, tmp_path / "policy")
+    _, reference_params = as_ours(reference, tmp_path / "reference")
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.copy_(parameter.grad)
+    _, expected = as_ours(policy, tmp_path / "gradient")
+    batch = jax.tree.map(lambda x: x[0], Batches(pairs, np.arange(len(pairs))[None])[0])
+    choices = losses.Choices(weighting=weighting, is_length_desensitized=ld_alpha < 1)
+    objective = objectives.make("dpo", config, loss, choices)
+    hyper = NUMBERS | dict(ld_alpha=ld_alpha, label_smoothing=0.0, loss_weights=weights_of(loss))
+
+    def mean(params):
+        (total, count), _ = objective(params, reference_params, hyper, batch)
+        return total / count
+
+    found, gradient = jax.jit(jax.value_and_grad(mean))(params)
+    np.testing.assert_allclose(found, value.item(), rtol=1e-5)
+    largest = max(float(abs(leaf).max()) for leaf in jax.tree.leaves(expected))
+    for ours, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5 * largest)
 
 
 def torch_gradient(function, *inputs):

@@ -12,7 +12,7 @@ from dpo_jax.data.examples import Example
 from dpo_jax.data.packing import Batch, RolloutTargets, RowLimits
 from dpo_jax.models import families
 from dpo_jax.parallel import sharding
-from dpo_jax.training import objectives, optim, step
+from dpo_jax.training import losses, objectives, optim, step
 from tests.helpers.tiny import HYPER as STAGE_HYPER
 from tests.helpers.tiny import first_responses, masked_pairs, random_pairs
 from tests.helpers.tiny_models import hf_config, random_params
@@ -20,13 +20,14 @@ from tests.helpers.tiny_models import hf_config, random_params
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4), (4, 1, 2), (2, 4, 1)]  # data, fsdp, tensor
 FAMILIES = ["gpt2", "gptj", "neox-parallel", "llama2", "qwen3", "mistral-window"]
 HEADS = {"dpo": "lm", "sft": "lm", "rm": "reward", "ppo": "lm_value"}
+WEIGHTED = "dpo with weights"  # WPO and LD-DPO at once
 # Each objective and each family meets every mesh or most of them, without all 144 combinations.
 CASES = [
     (name, family, MESHES[(i + j) % len(MESHES)])
     for i, family in enumerate(FAMILIES)
     for j, name in enumerate(HEADS)
 ]
-HYPER = STAGE_HYPER | dict(max_grad_norm=np.float32(1e6))
+HYPER = STAGE_HYPER | dict(max_grad_norm=np.float32(1e6), ld_alpha=np.float32(0.4))
 
 
 def make_batch(name: str, shards: int, window: int | None, make_pairs=random_pairs) -> Batch:
@@ -53,7 +54,10 @@ def stepped(name: str, config, params, mesh, make_pairs=random_pairs) -> tuple[d
     """The update of the weights in a step of gradient descent, and the metrics."""
     optimizer = optim.make("sgd", 0.0)
     shardings = step.state_shardings(mesh, optimizer, params)
-    objective = objectives.make(name, config, "sum" if name == "sft" else "sigmoid")
+    choices = losses.PLAIN
+    if name == WEIGHTED:
+        name, choices = "dpo", losses.Choices(weighting="wpo", is_length_desensitized=True)
+    objective = objectives.make(name, config, "sum" if name == "sft" else "sigmoid", choices)
     train_step = step.make_train_step(objective, optimizer, "constant", shardings)
     placed = jax.device_put(params, shardings.params)
     reference = jax.tree.map(lambda x: x * 1.05, placed) if name == "dpo" else None
@@ -71,7 +75,7 @@ def stepped(name: str, config, params, mesh, make_pairs=random_pairs) -> tuple[d
 
 @functools.cache
 def of_one_device(name: str, family: str, make_pairs=random_pairs) -> tuple:
-    config = dataclasses.replace(families.from_hf(hf_config(family)), head=HEADS[name])
+    config = dataclasses.replace(families.from_hf(hf_config(family)), head=HEADS.get(name, "lm"))
     params = random_params(config)
     return (
         config,
@@ -98,6 +102,12 @@ def check_on_mesh(name, family, sizes, make_pairs=random_pairs):
 @pytest.mark.parametrize("name, family, sizes", CASES)
 def test_train_step_is_equal_on_meshes(name, family, sizes):
     check_on_mesh(name, family, sizes)
+
+
+@pytest.mark.parametrize("family, sizes", [("gpt2", (2, 2, 2)), ("llama2", (8, 1, 1))])
+def test_weighted_train_step_is_equal_on_meshes(family, sizes):
+    """Squared probabilities are added up over parts of the vocabulary, too."""
+    check_on_mesh(WEIGHTED, family, sizes)
 
 
 @pytest.mark.parametrize(

@@ -112,3 +112,9 @@ def test_points_of_mixtures_are_separated_by_semicolons(model, pairs):
     assert value == "sigmoid=1,nll=0.2"
     with pytest.raises(ValueError, match="expected a semicolon after each value"):
         sweep.points(config, "dpo.loss=sigmoid=1,nll=0.2")
+
+
+@pytest.mark.parametrize("swept", ["dpo.ld_alpha=0.5,1", "dpo.reference_every=4,0"])
+def test_points_keep_no_reference_that_moves_or_is_asked_for_parts(model, pairs, swept):
+    points = sweep.points(dpo_config(model, pairs), swept)
+    assert [point.dpo.cache_reference for _, point in points] == [False, True]

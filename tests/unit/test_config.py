@@ -133,6 +133,10 @@ def test_validate_refuses_numbers_that_the_loss_does_not_take(loss):
         (dict(loss="orpo", cache_reference=True), "expected False, as the orpo loss needs no"),
         (dict(loss="simpo=1,nll=1", cache_reference=True), "the simpo=1,nll=1 loss needs no"),
         (dict(loss="sigmoid=1,nll=1", simpo_gamma=0.5), "the sigmoid=1,nll=1 loss does not take"),
+        (dict(weighting="dpo"), "expected one of none, wpo"),
+        (dict(ld_alpha=1.5), "expected between 0 and 1"),
+        (dict(loss="simpo", ld_alpha=0.5), "1, as the simpo loss has no log-ratios"),
+        (dict(ld_alpha=0.5, cache_reference=True), "expected False, as dpo.ld_alpha is 0.5"),
         (dict(loss="sigmoid=1,exo=1"), "label_smoothing = 0.0: expected more than 0"),
         (
             dict(loss="sigmoid=1,nca=1,nll=1", divergence="forward_kl"),
@@ -170,6 +174,8 @@ def test_validate_takes_mixtures_with_all_that_their_losses_take():
     # No divergence changes the loss of one that has no log-ratios.
     config.dpo.update(loss="hinge=1,simpo=1", label_smoothing=0.0, simpo_gamma=0.5)
     config.dpo.cache_reference = True
+    config_checks.validate(config)
+    config.dpo.update(cache_reference=False, ld_alpha=0.5, weighting="wpo")
     config_checks.validate(config)
 
 

@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 
 from dpo_jax.data import packing
-from dpo_jax.data.batches import Batches, evaluation_order
+from dpo_jax.data.batches import FILLER, Batches, evaluation_order
+from dpo_jax.data.examples import Example
 from dpo_jax.models import log_probs, transformer
 from dpo_jax.models.log_probs import (
+    by_example,
+    example_log_probs,
     likeliest_tokens,
     response_log_probs,
     token_kls,
@@ -22,6 +25,7 @@ from tests.helpers.tiny_models import random_params
 
 LOGITS = jax.jit(transformer.logits, static_argnums=0)
 LOG_PROBS = jax.jit(response_log_probs, static_argnums=0)
+SUMS = jax.jit(example_log_probs, static_argnums=0, static_argnames=("squares", "shared"))
 PAIRS = random_pairs(60, seed=5)
 SHARDS = 2
 
@@ -93,6 +97,63 @@ def test_token_kls_never_make_full_logits(tiny, batch):
         and f"{positions},{config.vocab}]" not in jaxpr
         and f"{chunk},{config.vocab}]" in jaxpr
     )
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("share", [False, True])
+def test_sums_of_examples_equal_float64(tiny, share):
+    """Sums of squared probabilities, and of the first tokens, against each sequence alone."""
+    config, params = tiny
+    # Each response is in two pairs, which cut it to different lengths.
+    pairs = []
+    for pair, other in zip(PAIRS, PAIRS[1:], strict=False):
+        chosen, _ = pair.responses
+        pairs += [pair, Example(pair.prompt, (chosen, other.responses[1]))]
+    order = evaluation_order(len(pairs), len(pairs))
+    batches = Batches(pairs, order, shards=SHARDS, share=share)
+    batch = jax.tree.map(lambda x: x[0], batches[0])
+    sums = jax.device_get(SUMS(config, params, batch, squares=True, shared=True)._asdict())
+    indices = batches.indices(0).reshape(batch.weights.shape)
+    for place in np.ndindex(indices.shape):
+        if indices[place] == FILLER:
+            continue
+        pair = pairs[indices[place]]
+        shorter = min(map(len, pair.responses))
+        for side, response in enumerate(pair.responses):
+            ids = np.concatenate([pair.prompt, response])
+            tokens_BT = np.pad(ids, (0, 24 - len(ids)))[None]
+            logits_TV = np.asarray(LOGITS(config, params, tokens_BT)[0], np.float64)
+            logits_TV = logits_TV[len(pair.prompt) - 1 :][: len(response)]
+            log_probs_TV = logits_TV - np.logaddexp.reduce(logits_TV, axis=-1, keepdims=True)
+            log_probs_T = log_probs_TV[np.arange(len(response)), response]
+            squares_T = np.logaddexp.reduce(2 * log_probs_TV, axis=-1)
+            for name, expected in (
+                ("log_probs", log_probs_T.sum()),
+                ("log_sum_squares", squares_T.sum()),
+                ("shared_log_probs", log_probs_T[:shorter].sum()),
+            ):
+                found = sums[name][place][side]
+                np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-4)
+
+
+def test_what_is_not_asked_for_is_not_made(tiny, batch):
+    config, params = tiny
+    sums = SUMS(config, params, batch)
+    assert sums.log_sum_squares is None and sums.shared_log_probs is None
+    plain = by_example(LOG_PROBS(config, params, batch), batch)
+    np.testing.assert_array_equal(sums.log_probs, plain)
+
+
+def test_squares_have_no_gradient(tiny, batch):
+    config, params = tiny
+    gradient = jax.jit(
+        jax.grad(
+            lambda params: example_log_probs(
+                config, params, batch, squares=True
+            ).log_sum_squares.sum()
+        )
+    )(params)
+    assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(gradient))
 
 
 @pytest.mark.parametrize(

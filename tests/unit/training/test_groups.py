@@ -171,8 +171,15 @@ def every_loss(pairs, beta, label_smoothing):
     return total
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_shared_equals_apart_with_masks_and_many_responses(tiny, dtype):
+@pytest.mark.parametrize(
+    "dtype, choices",
+    [
+        ("float32", losses.PLAIN),
+        ("bfloat16", losses.PLAIN),
+        ("float32", losses.Choices(weighting="wpo", is_length_desensitized=True)),
+    ],
+)
+def test_shared_equals_apart_with_masks_and_many_responses(tiny, dtype, choices):
     """More responses to a prompt than a row or a token's slots hold, and pairs of equal ones."""
     config, params = tiny
     config = dataclasses.replace(config, dtype=dtype)
@@ -180,8 +187,8 @@ def test_shared_equals_apart_with_masks_and_many_responses(tiny, dtype):
     params = jax.tree.map(lambda x: x / 4, params)
     reference = jax.tree.map(lambda x: x * 1.05, params)
     pairs = odd_groups(completions=35)
-    objective = objectives.make("dpo", config, every_loss)
-    hyper = HYPER | dict(label_smoothing=np.float32(0.1))
+    objective = objectives.make("dpo", config, every_loss, choices)
+    hyper = HYPER | dict(label_smoothing=np.float32(0.1), ld_alpha=np.float32(0.4))
     gradient = jax.jit(
         lambda params, batch: step.accumulate(objective, params, reference, hyper, batch)
     )

@@ -11,14 +11,19 @@ import pytest
 from dpo_jax.data.batches import Batches, training_order
 from dpo_jax.data.examples import Example
 from dpo_jax.models import transformer
-from dpo_jax.models.log_probs import response_log_probs
+from dpo_jax.models.log_probs import by_example, example_log_probs, response_log_probs
 from dpo_jax.parallel import sharding
 from dpo_jax.training import objectives, optim, step
+from dpo_jax.training.losses import PLAIN, Choices
 from tests.helpers.tiny import HYPER, random_pairs
 
+# WPO and LD-DPO at once, and the number that LD-DPO takes.
+WEIGHTED = Choices(weighting="wpo", is_length_desensitized=True)
+LD_ALPHA = dict(ld_alpha=np.float32(0.4))
 
-def objective_of(name, loss, config):
-    return objectives.make(name, config, loss)
+
+def objective_of(name, loss, config, choices=PLAIN):
+    return objectives.make(name, config, loss, choices)
 
 
 def rows(name, count=12):
@@ -27,17 +32,17 @@ def rows(name, count=12):
 
 
 @pytest.mark.parametrize(
-    "name, loss",
+    "name, loss, choices",
     [
-        ("dpo", "sigmoid"),
-        ("dpo", "sigmoid=1,nll=0.5"),
-        ("sft", "sum"),
-        ("sft", "token_mean"),
-        ("unlikelihood", ""),
-        ("rm", ""),
+        ("dpo", "sigmoid", PLAIN),
+        ("dpo", "sigmoid=1,nll=0.5", WEIGHTED),
+        ("sft", "sum", PLAIN),
+        ("sft", "token_mean", PLAIN),
+        ("unlikelihood", "", PLAIN),
+        ("rm", "", PLAIN),
     ],
 )
-def test_accumulate_any_number_of_microbatches(tiny, name, loss):
+def test_accumulate_any_number_of_microbatches(tiny, name, loss, choices):
     config, params = tiny
     params = jax.tree.map(lambda x: x / 2, params)  # less steep, so that rounding stays small
     if name == "rm":
@@ -46,11 +51,11 @@ def test_accumulate_any_number_of_microbatches(tiny, name, loss):
             params | {"head": {"scalar": np.ones(16)}},
         )
     reference = jax.tree.map(lambda x: x * 1.05, params)
-    hyper = HYPER | dict(loss_weights=np.float32([1, 0.5]))
+    hyper = HYPER | LD_ALPHA | dict(loss_weights=np.float32([1, 0.5]))
     examples, order = rows(name), training_order(12, 12, 1, 0)
     gradient = jax.jit(
         lambda params, batch: step.accumulate(
-            objective_of(name, loss, config), params, reference, hyper, batch
+            objective_of(name, loss, config, choices), params, reference, hyper, batch
         )
     )
     grads, metrics = gradient(params, Batches(examples, order)[0])
@@ -178,7 +183,7 @@ def test_dpo_under_another_divergence(tiny):
     config, params = tiny
     batch = jax.tree.map(lambda x: x[0], Batches(rows("dpo"), np.arange(12)[None])[0])
     reference = jax.tree.map(lambda x: x * 1.05, params)
-    objective = objectives.make("dpo", config, "sigmoid", "forward_kl")
+    objective = objectives.make("dpo", config, "sigmoid", Choices("forward_kl"))
     (total, count), metrics = objective(params, reference, HYPER, batch)
     of_policy = response_log_probs(config, params, batch)[0]
     of_reference = response_log_probs(config, reference, batch)[0]
@@ -218,3 +223,68 @@ def test_dpo_takes_a_function_of_pairs(tiny):
         expected.append(log_ratios / lengths)
     by_hand = np.maximum(1 - 0.3 * (expected[0] - expected[1]), 0).sum()
     assert float(total) == pytest.approx(float(by_hand), rel=1e-4)
+
+
+def test_dpo_with_wpo_weights(tiny):
+    """The loss of each pair by its weight, whose gradient is that of the losses alone."""
+    config, params = tiny
+    batch = jax.tree.map(lambda x: x[0], Batches(rows("dpo"), np.arange(12)[None])[0])
+    reference = jax.tree.map(lambda x: x * 1.05, params)
+    sums = jax.jit(lambda: example_log_probs(config, params, batch, squares=True))()
+    lengths = by_example(batch.response_lengths, batch)
+    exponents = ((sums.log_probs - sums.log_sum_squares) / lengths).sum(-1)
+    weights = np.minimum(np.exp(exponents), 1)
+    assert 0 < weights.min() < weights.max()
+
+    # A weight of the data acts as this one does, but for the count that the mean is over.
+    by_hand = dataclasses.replace(batch, weights=batch.weights * weights)
+
+    def evaluated(choices, batch):
+        objective = objective_of("dpo", "sigmoid", config, choices)
+
+        def total(params):
+            (total, count), metrics = objective(params, reference, HYPER, batch)
+            return total, (count, metrics)
+
+        return jax.jit(jax.value_and_grad(total, has_aux=True))(params)
+
+    (total, (count, metrics)), gradient = evaluated(Choices(weighting="wpo"), batch)
+    (expected, (_, of_weights)), wanted = evaluated(PLAIN, by_hand)
+    assert count == 12 and float(total) == pytest.approx(float(expected), rel=1e-5)
+    assert float(of_weights["loss"][1]) == pytest.approx(float(weights.sum()), rel=1e-5)
+    for ours, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+    # Nothing but the loss is weighted.
+    (_, (_, unweighted)), _ = evaluated(PLAIN, batch)
+    for name in metrics.keys() - {"loss"}:
+        np.testing.assert_allclose(metrics[name], unweighted[name], rtol=1e-5, err_msg=name)
+
+
+def test_length_desensitized_at_the_ends_of_alpha(tiny):
+    """1 is DPO, and 0 is DPO on responses that are cut to the shorter one of their pair."""
+    config, params = tiny
+    examples = rows("dpo")
+    cut = []
+    for pair in examples:
+        shorter = min(map(len, pair.responses))
+        cut.append(Example(pair.prompt, tuple(ids[:shorter] for ids in pair.responses)))
+    lengths = [pair.completion_lengths() for pair in examples]
+    assert [pair.completion_lengths() for pair in cut] != lengths
+    reference = jax.tree.map(lambda x: x * 1.05, params)
+
+    def total(pairs, choices, ld_alpha):
+        batch = jax.tree.map(lambda x: x[0], Batches(pairs, np.arange(12)[None])[0])
+        objective = objective_of("dpo", "sigmoid", config, choices)
+        hyper = HYPER | dict(ld_alpha=np.float32(ld_alpha))
+        return jax.jit(objective)(params, reference, hyper, batch)
+
+    desensitized = Choices(is_length_desensitized=True)
+    for ld_alpha, pairs in ((1.0, examples), (0.0, cut)):
+        (found, _), metrics = total(examples, desensitized, ld_alpha)
+        (expected, _), plain = total(pairs, PLAIN, 1.0)
+        assert float(found) == pytest.approx(float(expected), rel=1e-5)
+        margins = float(plain["rewards/margins"][0])
+        assert float(metrics["rewards/margins"][0]) == pytest.approx(margins, rel=1e-4)
+    # Log-probs of whole responses stay a metric.
+    _, plain = total(examples, PLAIN, 1.0)
+    np.testing.assert_array_equal(metrics["logps/chosen"], plain["logps/chosen"])
