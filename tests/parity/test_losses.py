@@ -251,7 +251,6 @@ def as_ours(model, folder):
         ("sigmoid", "wpo", 1.0),
         ("sigmoid=1,nll=0.5", "none", 0.4),
         ("ipo=1,nca=0.5,apo_zero=2", "wpo", 0.4),
-        ("sppo_hard", "none", 0.0),
     ],
 )
 def test_weighting_and_desensitizing_equal_trl(loss, weighting, ld_alpha, tmp_path):

@@ -54,9 +54,11 @@ def stepped(name: str, config, params, mesh, make_pairs=random_pairs) -> tuple[d
     """The update of the weights in a step of gradient descent, and the metrics."""
     optimizer = optim.make("sgd", 0.0)
     shardings = step.state_shardings(mesh, optimizer, params)
-    choices = losses.PLAIN
+    choices, hyper = losses.PLAIN, HYPER
     if name == WEIGHTED:
         name, choices = "dpo", losses.Choices(weighting="wpo", is_length_desensitized=True)
+        # The weights are near 0, and a small update would be rounded with what it is added to.
+        hyper = HYPER | dict(lr=np.float32(10))
     objective = objectives.make(name, config, "sum" if name == "sft" else "sigmoid", choices)
     train_step = step.make_train_step(objective, optimizer, "constant", shardings)
     placed = jax.device_put(params, shardings.params)
@@ -65,7 +67,7 @@ def stepped(name: str, config, params, mesh, make_pairs=random_pairs) -> tuple[d
     batch = sharding.shard_batch(mesh, made, axis=1)
     with jax.set_mesh(mesh):
         state, metrics = train_step(
-            step.init_state(optimizer, placed, {}, shardings), reference, HYPER, batch
+            step.init_state(optimizer, placed, {}, shardings), reference, hyper, batch
         )
     return (
         jax.tree.map(lambda after, before: np.asarray(after) - before, state.params, params),
@@ -104,10 +106,9 @@ def test_train_step_is_equal_on_meshes(name, family, sizes):
     check_on_mesh(name, family, sizes)
 
 
-@pytest.mark.parametrize("family, sizes", [("gpt2", (2, 2, 2)), ("llama2", (8, 1, 1))])
-def test_weighted_train_step_is_equal_on_meshes(family, sizes):
+def test_weighted_train_step_is_equal_on_meshes():
     """Squared probabilities are added up over parts of the vocabulary, too."""
-    check_on_mesh(WEIGHTED, family, sizes)
+    check_on_mesh(WEIGHTED, "gpt2", (2, 2, 2))
 
 
 @pytest.mark.parametrize(
