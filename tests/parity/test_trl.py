@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from dpo_jax import config as configs
+from dpo_jax import loss_table
 from dpo_jax.training.metrics import read_rows
+from tests.helpers.rows import write_jsonl
 from tests.helpers.tiny_runs import run, tokenizer, write_pairs
 
 torch = pytest.importorskip("torch", reason="TRL runs on torch")
@@ -56,33 +58,50 @@ def write_torch_model(family, folder):
     tokenizer().save_pretrained(folder)
 
 
-# Their moves of the reference, as TRL and we call them: every 4 steps, by 0.6 of the policy.
-MOVED = dict(sync_ref_model=True, ref_model_sync_steps=4, ref_model_mixup_alpha=0.6)
-OUR_MOVED = dict(reference_every=4, reference_mix=0.6)
-# Family, loss, TRL's name of it, and label smoothing. All but the paper's loss are slow together.
+# Family, config.dpo.loss, and other fields of config.dpo. All but the paper's are slow together.
 RUNS = [
-    ("gpt2", "sigmoid", "sigmoid", 0.0),
-    ("llama", "sigmoid", "sigmoid", 0.0),
+    ("gpt2", "sigmoid", {}),
+    ("llama", "sigmoid", {}),
     *(
         pytest.param("gpt2", *given, marks=pytest.mark.slow)
         for given in (
-            ("apo_zero", "apo_zero", 0.0),
-            ("exo", "exo_pair", 0.1),
-            ("nca", "nca_pair", 0.0),
-            ("sppo_hard", "sppo_hard", 0.0),
-            ("ipo", "ipo", 0.0),
-            ("hinge", "hinge", 0.0),
-            ("robust", "robust", 0.1),
+            ("apo_zero", {}),
+            ("exo", dict(label_smoothing=0.1)),
+            ("nca", {}),
+            ("sppo_hard", {}),
+            ("ipo", {}),
+            ("hinge", {}),
+            ("robust", dict(label_smoothing=0.1)),
+            ("sigmoid=0.8,bco_pair=0.2,nll=1", {}),
+            ("sigmoid", dict(weighting="wpo")),
+            ("sigmoid", dict(ld_alpha=0.5)),
+            # The reference moves every 4 steps, by 0.6 of the way to the policy.
+            ("sigmoid", dict(reference_every=4, reference_mix=0.6)),
         )
     ),
 ]
+THEIR_NAMES = dict(exo="exo_pair", nca="nca_pair", nll="sft")  # where TRL has another name
 
 
-def trl_run(model_path, rows, workdir, loss, label_smoothing, **options):
+def trl_options(label_smoothing=0.0, weighting="none", ld_alpha=1.0, **moved) -> dict:
+    """Return fields of config.dpo as TRL has them; moved: those of a moving reference."""
+    options = dict(label_smoothing=label_smoothing, use_weighting=weighting == "wpo")
+    if ld_alpha < 1:
+        options |= dict(ld_alpha=ld_alpha)
+    if moved:
+        steps, share = moved["reference_every"], moved["reference_mix"]
+        options |= dict(
+            sync_ref_model=True, ref_model_sync_steps=steps, ref_model_mixup_alpha=share
+        )
+    return options
+
+
+def trl_run(model_path, rows, workdir, loss, **options):
     """Losses of each step, and the trained torch model."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    weights = loss_table.weights(loss)
     words = AutoTokenizer.from_pretrained(model_path)
     words.pad_token = "?"
     settings = trl.DPOConfig(
@@ -91,8 +110,8 @@ def trl_run(model_path, rows, workdir, loss, label_smoothing, **options):
         max_steps=STEPS,
         learning_rate=LR,
         beta=BETA,
-        loss_type=[loss],
-        label_smoothing=label_smoothing,
+        loss_type=[THEIR_NAMES.get(name, name) for name in weights],
+        loss_weights=list(weights.values()),
         optim="rmsprop",
         lr_scheduler_type="constant",
         warmup_steps=0,
@@ -120,25 +139,10 @@ def trl_run(model_path, rows, workdir, loss, label_smoothing, **options):
     ], trainer.model.eval()
 
 
-@pytest.mark.parametrize("family, loss, their_loss, label_smoothing", RUNS)
-def test_dpo_follows_trl(family, loss, their_loss, label_smoothing, tmp_path, monkeypatch):
-    assert_follows_trl(family, loss, their_loss, label_smoothing, tmp_path, monkeypatch)
-
-
-@pytest.mark.slow
-def test_moved_reference_follows_trl(tmp_path, monkeypatch):
-    assert_follows_trl(
-        "gpt2", "sigmoid", "sigmoid", 0.0, tmp_path, monkeypatch, theirs=MOVED, ours=OUR_MOVED
-    )
-
-
-def assert_follows_trl(
-    family, loss, their_loss, label_smoothing, tmp_path, monkeypatch, *, theirs=None, ours=None
-):
-    """Train twenty steps with both, and compare losses and weights; theirs, ours: more options."""
+@pytest.mark.parametrize("family, loss, fields", RUNS)
+def test_dpo_follows_trl(family, loss, fields, tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM
 
-    their_options, our_fields = theirs or {}, ours or {}
     devices = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda *_: devices)
     model, data = tmp_path / "model", tmp_path / "data"
@@ -146,11 +150,13 @@ def assert_follows_trl(
     write_torch_model(family, model)
     train = write_pairs(data / "train.jsonl", count=STEPS * BATCH)
     rows = [json.loads(line) for line in train.read_text().splitlines()]
+    if "nll" in loss:
+        # TRL means the likelihood over the tokens of a batch: the same where all are equally long.
+        rows = [row | dict(chosen=" ".join(row["chosen"].split()[:2])) for row in rows]
+        write_jsonl(train, rows)
     write_pairs(data / "test.jsonl", count=4, seed=1)
     rows = [row | {side: " " + row[side] for side in ("chosen", "rejected")} for row in rows]
-    theirs, trained = trl_run(
-        model, rows, tmp_path / "trl", their_loss, label_smoothing, **their_options
-    )
+    theirs, trained = trl_run(model, rows, tmp_path / "trl", loss, **trl_options(**fields))
 
     config = configs.default(("dpo",))
     config.model.path, config.data.path, config.data.shuffle = str(model), str(data), False
@@ -160,16 +166,15 @@ def assert_follows_trl(
         lr=LR,
         beta=BETA,
         loss=loss,
-        label_smoothing=label_smoothing,
         max_grad_norm=CLIP,
         warmup_steps=0,
         eval_every=100,
-        **our_fields,
+        **fields,
     )
     folder = run(config, tmp_path / "ours")
     ours = [row["loss/train"] for row in read_rows(folder / "metrics.jsonl") if row["step"]]
 
-    print(f"\n{family}, {loss}: step, TRL's loss, ours, difference")
+    print(f"\n{family}, {loss}, {fields}: step, TRL's loss, ours, difference")
     for step, (a, b) in enumerate(zip(theirs, ours, strict=True), 1):
         print(f"{step:4d}  {a:.6f}  {b:.6f}  {b - a:+.1e}")
     # SPPO's squares are up to 50, of which float32 has no four decimals after twenty steps.

@@ -13,6 +13,8 @@ import pytest
 from dpo_jax import config as configs
 from dpo_jax import config_checks, config_files
 from dpo_jax.data.packing import Batch
+from dpo_jax.loss_table import LOSSES
+from dpo_jax.stage_table import STAGES
 from dpo_jax.training.metric_names import METRICS
 from tests.helpers.documented import anchors, documented_metrics
 from tests.helpers.paths import ROOT
@@ -269,6 +271,21 @@ def test_config_reference_has_every_field():
     for field, _, _ in configs.field_docs():
         names = (field, f"STAGE.{field.rpartition('.')[2]}")
         assert any(f"| `{name}` |" in page for name in names), field
+
+
+def test_table_of_objectives_is_that_of_the_losses():
+    """Every loss, with its reference and numbers, and every stage that trains."""
+    page = (ROOT / "docs" / "methods.md").read_text()
+    section = page.partition("## What each objective needs\n")[2].partition("\n## ")[0]
+    stages, told = set(), {}
+    for line in re.findall(r"^\| `.*$", section, re.M):
+        _, names, _, reference, numbers, _ = line.split("|")
+        stage, *losses = re.findall(r"`(\w+)`", names)
+        stages.add(stage)
+        for loss in losses:
+            told[loss] = (reference.strip() != "no", tuple(re.findall(r"`(\w+)`", numbers)))
+    assert stages == {name for name, stage in STAGES.items() if stage.trains} | {"best_of_n"}
+    assert told == {name: (loss.needs_reference, loss.numbers) for name, loss in LOSSES.items()}
 
 
 def test_every_metric_is_explained():
