@@ -52,6 +52,19 @@ def test_group_of_too_few(pairs, responses):
         Group(1, 1, pairs, responses)
 
 
+@pytest.mark.parametrize(
+    ("choose", "pairs", "responses"), [("all", 6, 4), ("best_worst", 1, 2), ("best_random", 1, 2)]
+)
+def test_group_of_own_pairs(choose, pairs, responses):
+    """Of four completions, all pairs or the one that is taken."""
+    config = configs.default(("pairs", "dpo"))
+    config.model.path, config.data.path = "gpt2", "prompts.jsonl"
+    config.pairs.update(prompts=100, completions=4, choose=choose)
+    found = groups.group_of(config, "dpo", Assumptions())
+    assert (found.pairs, found.responses) == (pairs, responses)
+    assert planner.examples_and_steps(config, "dpo", Assumptions())[0] == 100 * pairs
+
+
 def test_group_of_config():
     config = scratch_config()
     assert groups.group_of(config, "dpo", Assumptions()) == Group(16, 16, 1, 2)
