@@ -12,7 +12,7 @@ from dpo_jax.pipeline.run import Run
 from dpo_jax.training import losses
 from experiments import loss_zoo
 from tests.helpers.paths import ROOT
-from tests.helpers.tiny_runs import plant
+from tests.helpers.tiny_runs import on_devices, plant
 
 RESULTS = ROOT / "experiments" / "results" / "loss_zoo"
 
@@ -62,11 +62,11 @@ def test_zoo_resumes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(loss_zoo, "LINES", lines)
     config, _ = small("sigmoid", 2, 0, "bradley_terry", 4)
     config.stages, config.run = ("sft", "pairs"), ""
-    plant(Run(config, tmp_path / "bradley_terry-0", sharding.make_mesh()), "sft")
-
     options = dict(seeds=1, steps=4, processes=1)
-    first = loss_zoo.run(str(tmp_path), ["sigmoid"], ["bradley_terry"], **options)
-    result = loss_zoo.run(str(tmp_path), list(lines), ["bradley_terry"], **options)
+    with on_devices(1):
+        plant(Run(config, tmp_path / "bradley_terry-0", sharding.make_mesh()), "sft")
+        first = loss_zoo.run(str(tmp_path), ["sigmoid"], ["bradley_terry"], **options)
+        result = loss_zoo.run(str(tmp_path), list(lines), ["bradley_terry"], **options)
 
     assert json.loads((tmp_path / "loss_zoo.json").read_text()) == json.loads(json.dumps(result))
     rows = result["rows"]
