@@ -50,94 +50,90 @@ class Line:
     """A loss with the grid of one of its numbers."""
 
     title: str
-    settings: dict  # fields of config.dpo that all its runs share
-    strength: str  # the field of config.dpo that its runs differ in
+    settings: dict  # fields of its stage that all its runs share
+    strength: str  # the field of its stage that its runs differ in
     values: tuple[float, ...]  # from the one that stays nearest to the reference
     letter: str = "β"  # how the strength is written
+    stage: str = "dpo"
 
 
 LINES = {
-    "sigmoid": Line("sigmoid (DPO)", dict(), "beta", (4, 2, 1.2, 0.8, 0.5, 0.3)),
+    "sigmoid": Line("sigmoid (DPO)", dict(), "beta", (2, 1.2, 0.8, 0.5, 0.3)),
     "smoothed": Line(
         "sigmoid, label_smoothing 0.1 (cDPO)",
         dict(label_smoothing=0.1),
         "beta",
-        (2, 1, 0.6, 0.4, 0.2, 0.1),
+        (2, 1, 0.6, 0.4, 0.2),
     ),
     "robust": Line(
         "robust, label_smoothing 0.1",
         dict(loss="robust", label_smoothing=0.1),
         "beta",
-        (24, 12, 6, 3, 2, 1.2),
+        (12, 6, 3, 2, 1.2),
     ),
-    "ipo_sum": Line("ipo_sum", dict(loss="ipo_sum"), "beta", (1, 0.5, 0.25, 0.12, 0.06, 0.03)),
-    "hinge": Line("hinge", dict(loss="hinge"), "beta", (2, 1, 0.7, 0.5, 0.3, 0.15)),
+    "ipo_sum": Line("ipo_sum", dict(loss="ipo_sum"), "beta", (0.5, 0.25, 0.12, 0.06, 0.03)),
+    "hinge": Line("hinge", dict(loss="hinge"), "beta", (2, 1, 0.5, 0.3, 0.15)),
     "exo": Line(
         "exo, label_smoothing 0.001",
         dict(loss="exo", label_smoothing=0.001),
         "beta",
-        (12, 6, 3, 2, 1.2, 0.6),
+        (6, 3, 2, 1.2, 0.6),
     ),
     "exo_smoothed": Line(
         "exo, label_smoothing 0.1",
         dict(loss="exo", label_smoothing=0.1),
         "beta",
-        (4, 2, 1, 0.6, 0.4, 0.2),
+        (2, 1, 0.6, 0.4, 0.2),
     ),
-    "discopop": Line("discopop", dict(loss="discopop"), "beta", (4, 2, 1, 0.6, 0.4, 0.2)),
-    "dpop": Line("dpop, λ 50", dict(loss="dpop"), "beta", (1, 0.1, 0.01)),
+    "discopop": Line("discopop", dict(loss="discopop"), "beta", (2, 1, 0.6, 0.4)),
+    "dpop": Line("dpop, λ 50", dict(loss="dpop"), "beta", (1, 0.01)),
     "dpop_lambda": Line(
         "dpop, β 0.3",
         dict(loss="dpop", beta=0.3),
         "dpop_lambda",
-        (5, 1, 0.3, 0.1, 0.03, 0.01),
+        (1, 0.3, 0.1, 0.03, 0.01),
         "λ ",
     ),
-    "apo_zero": Line("apo_zero", dict(loss="apo_zero"), "beta", (4, 2, 1, 0.5, 0.25, 0.1)),
-    "apo_down": Line("apo_down", dict(loss="apo_down"), "beta", (30, 10, 4, 2, 1, 0.25)),
-    "nca": Line("nca", dict(loss="nca"), "beta", (2, 1, 0.5, 0.25, 0.12, 0.06)),
-    "bco_pair": Line("bco_pair", dict(loss="bco_pair"), "beta", (2, 1, 0.5, 0.25, 0.12, 0.06)),
-    "sppo_hard": Line(
-        "sppo_hard", dict(loss="sppo_hard"), "beta", (0.5, 0.25, 0.12, 0.06, 0.03, 0.015)
-    ),
+    "apo_zero": Line("apo_zero", dict(loss="apo_zero"), "beta", (4, 2, 1, 0.5, 0.1)),
+    "apo_down": Line("apo_down", dict(loss="apo_down"), "beta", (30, 4, 1, 0.25)),
+    "nca": Line("nca", dict(loss="nca"), "beta", (1, 0.5, 0.25, 0.12, 0.06)),
+    "bco_pair": Line("bco_pair", dict(loss="bco_pair"), "beta", (1, 0.5, 0.25, 0.12, 0.06)),
+    "sppo_hard": Line("sppo_hard", dict(loss="sppo_hard"), "beta", (0.25, 0.12, 0.06, 0.03, 0.015)),
     "simpo": Line(
         "simpo, γ 1, lr 2e-3",
         dict(loss="simpo"),
         "beta",
-        (40, 20, 10, 5, 2.5, 1.2),
+        (40, 10, 5, 2.5),
     ),
     "simpo_lr": Line(
         "simpo, β 2.5, γ 1",
         dict(loss="simpo", beta=2.5),
         "lr",
-        (2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 2e-3),
+        (2e-5, 5e-5, 1e-4, 2e-4, 5e-4),
         "lr ",
     ),
-    "orpo": Line("orpo", dict(loss="orpo"), "orpo_lambda", (0.1, 0.3, 1, 3, 10, 30), "λ "),
-    "cpo": Line("cpo, α 1", dict(loss="cpo"), "beta", (0.01, 0.03, 0.1, 0.3, 1, 2)),
+    "orpo": Line("orpo", dict(loss="orpo"), "orpo_lambda", (0.3, 1, 3, 10, 30), "λ "),
+    "cpo": Line("cpo, α 1", dict(loss="cpo"), "beta", (0.1, 0.3, 1, 2)),
     "cpo_alpha": Line(
-        "cpo, β 0.3", dict(loss="cpo", beta=0.3), "cpo_alpha", (3, 1, 0.3, 0.1, 0.03, 0.01), "α "
+        "cpo, β 0.3", dict(loss="cpo", beta=0.3), "cpo_alpha", (3, 0.3, 0.1, 0.03, 0.01), "α "
     ),
     "rpo": Line(
-        "sigmoid=1,nll=1 (RPO)", dict(loss="sigmoid=1,nll=1"), "beta", (4, 2, 1, 0.5, 0.25, 0.1)
+        "sigmoid=1,nll=1 (RPO)", dict(loss="sigmoid=1,nll=1"), "beta", (2, 1, 0.5, 0.25, 0.1)
     ),
-    "mpo": Line(
-        "sigmoid=0.8,bco_pair=0.2,nll=1 (MPO)",
-        dict(loss="sigmoid=0.8,bco_pair=0.2,nll=1"),
-        "beta",
-        (4, 2, 1, 0.5, 0.25, 0.1),
+    "rpo_weak": Line(
+        "sigmoid=1,nll=0.1", dict(loss="sigmoid=1,nll=0.1"), "beta", (2, 1, 0.5, 0.35, 0.2)
     ),
     "forward_kl": Line(
-        "sigmoid, forward KL", dict(divergence="forward_kl"), "beta", (4, 2, 1, 0.5, 0.25, 0.1)
+        "sigmoid, forward KL", dict(divergence="forward_kl"), "beta", (2, 1, 0.5, 0.25, 0.1)
     ),
     "jensen_shannon": Line(
         "sigmoid, Jensen-Shannon",
         dict(divergence="jensen_shannon"),
         "beta",
-        (4, 2, 1, 0.5, 0.25, 0.1),
+        (4, 2, 1, 0.5, 0.25),
     ),
     "alpha": Line(
-        "sigmoid, α-divergence, α 0.5", dict(divergence="alpha"), "beta", (4, 2, 1, 0.5, 0.25, 0.1)
+        "sigmoid, α-divergence, α 0.5", dict(divergence="alpha"), "beta", (2, 1, 0.5, 0.25, 0.1)
     ),
 }
 
@@ -149,18 +145,20 @@ def config_of(name: str, value: float, seed: int, labels: str, steps: int = STEP
     from dpo_jax.config import default
 
     line = LINES[name]
-    config = toy.get_config("dpo")
+    config = toy.get_config(line.stage)
     config.seed = seed
-    config.stages = ("sft", "pairs", "dpo")
+    config.stages = ("sft", "pairs", line.stage)
     config.pairs.labels = labels
+    block = config[line.stage]
     # The toy's own beta is refused by losses that take none; the default is not.
-    config.dpo.beta = default(("dpo",)).dpo.beta
-    config.dpo.update(line.settings | {line.strength: float(value)})
-    config.dpo.update(steps=steps, eval_every=steps, save_every=steps, log_every=steps)
-    # The runs of a seed share the reference's log-probs.
-    config.dpo.cache_reference = loss_table.needs_reference(config.dpo.loss)
+    block.beta = default((line.stage,))[line.stage].beta
+    block.update(line.settings | {line.strength: float(value)})
+    block.update(steps=steps, eval_every=steps, save_every=steps, log_every=steps)
+    if line.stage == "dpo":
+        # The runs of a seed share the reference's log-probs.
+        block.cache_reference = loss_table.needs_reference(block.loss)
     config.run = f"{name}_{value:g}"
-    return config, "dpo"
+    return config, line.stage
 
 
 def prepare(workdir: str, labels: str, seed: int) -> dict:
