@@ -36,7 +36,7 @@ LABELS = {
 }
 KLS = (0.5, 1.0, 2.0, 4.0)  # nats, at which losses are compared
 BASELINE = "sigmoid"
-COMPARED_KL = 2.0  # at which each loss is compared with the baseline, seed by seed
+COMPARED_KL = 1.0  # at which each loss is compared with the baseline, seed by seed
 CURVE_POINTS = 200
 LARGEST_KL = 14.0  # of the figure
 COLUMNS = 5
@@ -123,6 +123,7 @@ LINES = {
     "rpo_weak": Line(
         "sigmoid=1,nll=0.1", dict(loss="sigmoid=1,nll=0.1"), "beta", (2, 1, 0.5, 0.35, 0.2)
     ),
+    "kto": Line("KTO (stage kto)", {}, "beta", (2, 1, 0.5, 0.25, 0.1), stage="kto"),
     "forward_kl": Line(
         "sigmoid, forward KL", dict(divergence="forward_kl"), "beta", (2, 1, 0.5, 0.25, 0.1)
     ),
@@ -179,7 +180,8 @@ def prepare(workdir: str, labels: str, seed: int) -> dict:
 def run_line(workdir: str, labels: str, seed: int, name: str, values, steps: int) -> list[dict]:
     """Train a line's runs with one seed; return a row for each.
 
-    A run whose weights are not finite in the end has no reward, KL and gap (None).
+    chosen: the mean log-ratio of the chosen responses of held-out pairs. A run whose weights are
+    not finite in the end has no reward, KL, gap and chosen (None).
     """
     from dpo_jax import config as configs
     from dpo_jax.evaluation import exact
@@ -194,12 +196,12 @@ def run_line(workdir: str, labels: str, seed: int, name: str, values, steps: int
             run_stages(config, _folder(workdir, labels, seed))
         trained = pathlib.Path(_folder(workdir, labels, seed)) / configs.folder_names(config)[stage]
         row = dict(labels=labels, loss=name, value=value, seed=seed, step=steps)
-        row |= dict(reward=None, kl=None, gap=None)
+        row |= dict(reward=None, kl=None, gap=None, chosen=None)
         with contextlib.suppress(ArithmeticError):
             policy_PC = _log_probs(trained)
             reward, kl = exact.reward_and_kl(policy_PC, reference_PC, rewards_PC)
             bound = float(exact.bound(reference_PC, rewards_PC, [kl])[0])
-            row |= dict(reward=reward, kl=kl, gap=bound - reward)
+            row |= dict(reward=reward, kl=kl, gap=bound - reward, chosen=_chosen(trained))
         rows.append(row)
         print(f"{row} {time.monotonic() - began:.0f} s", flush=True)
     return rows
@@ -207,6 +209,14 @@ def run_line(workdir: str, labels: str, seed: int, name: str, values, steps: int
 
 def _folder(workdir: str, labels: str, seed: int) -> str:
     return f"{workdir}/{labels}-{seed}"
+
+
+def _chosen(trained: pathlib.Path) -> float:
+    """Return how much likelier a stage made the chosen responses of held-out pairs, in nats."""
+    from dpo_jax.training.metrics import read_rows
+
+    evaluated = [row for row in read_rows(trained / "metrics.jsonl") if "logps_eval/chosen" in row]
+    return evaluated[-1]["logps_eval/chosen"] - evaluated[0]["logps_eval/chosen"]
 
 
 def _log_probs(trained: pathlib.Path) -> np.ndarray:
@@ -233,18 +243,19 @@ def _reference(workdir: str, labels: str, seed: int) -> tuple[np.ndarray, np.nda
 # The table
 
 
-def gap_at(rows: list[dict], kl: float) -> float | None:
+def at_kl(rows: list[dict], kl: float, name: str = "gap") -> float | None:
     """Return a frontier's gap at a KL, interpolated between its runs; None outside of them.
 
     rows: of one loss and seed. The gap is interpolated rather than the reward, whose curve bends
     between two runs, and along the root of the KL, as near the reference rewards grow with it.
+    name: of another value of the rows instead of the gap.
     """
     finite = [row for row in rows if row["kl"] is not None]
     ordered = sorted(finite, key=_kl)
     if not ordered or not ordered[0]["kl"] <= kl <= ordered[-1]["kl"]:
         return None
     roots = np.sqrt([row["kl"] for row in ordered])
-    return float(np.interp(np.sqrt(kl), roots, [row["gap"] for row in ordered]))
+    return float(np.interp(np.sqrt(kl), roots, [row[name] for row in ordered]))
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -259,45 +270,52 @@ def interval(values: list[float]) -> tuple[float, float]:
 def summary(rows: list[dict]) -> list[dict]:
     """Return what the table shows of each line and kind of labels.
 
-    gaps: KL -> [mean, half width] over the seeds, where all of them reach that KL. differences:
-    the same of the gap minus the baseline's with the same seed. kl: the lowest and the highest mean
-    KL of its runs. worst: the run with the largest mean gap (value, kl, gap). diverged: how many
-    runs have weights that are not finite.
+    gaps: KL -> [mean, half width] over the seeds, where all of them reach that KL. difference: the
+    same of the gap minus the baseline's with the same seed, at COMPARED_KL. chosen: the mean
+    log-ratio of chosen responses at COMPARED_KL. kl: the lowest and the highest mean KL of its
+    runs. worst: the run with the largest mean gap (value, kl, gap). diverged: how many runs have
+    weights that are not finite.
     """
     found = []
     for labels in LABELS:
         of_labels = [row for row in rows if row["labels"] == labels]
-        baseline = _gaps(of_labels, BASELINE)
+        baseline = _by_seed(of_labels, BASELINE)
         for name in LINES:
-            of_line = [row for row in of_labels if row["loss"] == name]
-            if not of_line:
+            by_seed = _by_seed(of_labels, name)
+            if not by_seed:
                 continue
-            gaps, differences = {}, {}
-            for kl, by_seed in _gaps(of_labels, name).items():
-                if None in by_seed.values():
-                    continue
-                gaps[f"{kl:g}"] = interval(list(by_seed.values()))
-                other = baseline[kl]
-                if name != BASELINE and all(other.get(seed) is not None for seed in by_seed):
-                    changes = [gap - other[seed] for seed, gap in by_seed.items()]
-                    differences[f"{kl:g}"] = interval(changes)
-            found.append(
-                dict(labels=labels, loss=name, gaps=gaps, differences=differences)
-                | _extremes(of_line)
-            )
+            one = dict(labels=labels, loss=name, gaps={}, difference=None, chosen=None)
+            for kl in KLS:
+                gaps = [at_kl(of_seed, kl) for of_seed in by_seed.values()]
+                if None not in gaps:
+                    one["gaps"][f"{kl:g}"] = interval(gaps)
+            if f"{COMPARED_KL:g}" in one["gaps"]:
+                one |= _compared(by_seed, baseline)
+            of_line = [row for of_seed in by_seed.values() for row in of_seed]
+            found.append(one | _extremes(of_line))
     return found
 
 
-def _gaps(rows: list[dict], name: str) -> dict[float, dict[int, float | None]]:
-    """Return a line's gap at each of KLS for each seed."""
-    by_seed: dict[int, list[dict]] = {}
+def _by_seed(rows: list[dict], name: str) -> dict[int, list[dict]]:
+    found: dict[int, list[dict]] = {}
     for row in rows:
         if row["loss"] == name:
-            by_seed.setdefault(row["seed"], []).append(row)
-    found = {}
-    for kl in KLS:
-        found[kl] = {seed: gap_at(of_seed, kl) for seed, of_seed in by_seed.items()}
+            found.setdefault(row["seed"], []).append(row)
     return found
+
+
+def _compared(by_seed: dict[int, list[dict]], baseline: dict[int, list[dict]]) -> dict:
+    """Return a line's log-ratio of chosen responses, and its gap minus the baseline's."""
+    chosen = [at_kl(of_seed, COMPARED_KL, "chosen") for of_seed in by_seed.values()]
+    differences = []
+    for seed, of_seed in by_seed.items():
+        other = at_kl(baseline.get(seed, []), COMPARED_KL)
+        if other is not None:
+            differences.append(at_kl(of_seed, COMPARED_KL) - other)
+    compared = dict(chosen=float(np.mean(chosen)))
+    if len(differences) == len(by_seed):
+        compared["difference"] = interval(differences)
+    return compared
 
 
 def _extremes(rows: list[dict]) -> dict:
@@ -328,9 +346,10 @@ def _gap(row: dict) -> float:
 
 def table(found: list[dict], labels: str) -> str:
     """Return the summary of one kind of labels as a Markdown table."""
+    at = f"at KL {COMPARED_KL:g}"
     titles = ["loss", "strength"]
     titles += [f"gap at KL {kl:g}" for kl in KLS]
-    titles += [f"more than {BASELINE} at KL {COMPARED_KL:g}", "KL reached", "largest gap"]
+    titles += [f"minus {BASELINE}'s {at}", f"log-ratio of chosen {at}", "KL reached", "largest gap"]
     lines = ["| " + " | ".join(titles) + " |", "|---|---|" + "---:|" * (len(titles) - 2)]
     for one in found:
         if one["labels"] != labels:
@@ -339,15 +358,16 @@ def table(found: list[dict], labels: str) -> str:
         cells = [line.title, f"{line.letter}{line.values[0]:g} to {line.values[-1]:g}"]
         for kl in KLS:
             cells.append(_with_interval(one["gaps"].get(f"{kl:g}"), "{:.3f}"))
-        cells.append(_with_interval(one["differences"].get(f"{COMPARED_KL:g}"), "{:+.3f}"))
+        is_baseline = one["loss"] == BASELINE
+        cells.append("" if is_baseline else _with_interval(one["difference"], "{:+.3f}"))
+        cells.append("–" if one["chosen"] is None else f"{one['chosen']:+.2f}")
         if one["kl"]:
             low, high = one["kl"]
             worst = one["worst"]
-            cells.append(f"{low:.2f} to {high:.1f}")
             where = f"{line.letter}{worst['value']:g}, KL {worst['kl']:.1f}"
-            cells.append(f"{worst['gap']:.2f} ({where})")
+            cells += [f"{low:.2f} to {high:.1f}", f"{worst['gap']:.2f} ({where})"]
         else:
-            cells += ["", "all diverge"]
+            cells += ["–", "all diverge"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

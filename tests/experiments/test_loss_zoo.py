@@ -24,7 +24,8 @@ def test_zoo_has_every_loss():
             config, stage = loss_zoo.config_of(name, value, 0, "bradley_terry")
             config_checks.validate(config)
             assert config[stage][line.strength] == value
-        drawn |= {*loss_table.names(config.dpo.loss), config.dpo.divergence}
+        if stage == "dpo":
+            drawn |= {*loss_table.names(config.dpo.loss), config.dpo.divergence}
     left_out = {"sigmoid_norm", "ipo"}  # see the test below
     assert drawn == (loss_table.LOSSES.keys() | loss_table.DIVERGENCES.keys()) - left_out
 
@@ -90,11 +91,16 @@ def test_zoo_resumes(tmp_path, monkeypatch, capsys):
 
 
 def test_gap_is_interpolated_along_the_root_of_kl():
-    rows = [dict(kl=4.0, gap=0.5), dict(kl=1.0, gap=0.1), dict(kl=None, gap=None)]
-    assert loss_zoo.gap_at(rows, 1.0) == pytest.approx(0.1)
-    assert loss_zoo.gap_at(rows, 2.25) == pytest.approx(0.3)  # the root is half way
-    assert loss_zoo.gap_at(rows, 0.9) is None and loss_zoo.gap_at(rows, 4.1) is None
-    assert loss_zoo.gap_at(rows[2:], 1.0) is None
+    rows = [
+        dict(kl=4.0, gap=0.5, chosen=-3.0),
+        dict(kl=1.0, gap=0.1, chosen=1.0),
+        dict(kl=None, gap=None),
+    ]
+    assert loss_zoo.at_kl(rows, 1.0) == pytest.approx(0.1)
+    assert loss_zoo.at_kl(rows, 2.25) == pytest.approx(0.3)  # the root is half way
+    assert loss_zoo.at_kl(rows, 2.25, "chosen") == pytest.approx(-1)
+    assert loss_zoo.at_kl(rows, 0.9) is None and loss_zoo.at_kl(rows, 4.1) is None
+    assert loss_zoo.at_kl(rows[2:], 1.0) is None
 
 
 def test_interval_is_students():
@@ -109,7 +115,7 @@ def zoo_rows(loss, gaps, kls=(0.25, 5.0), value=1.0):
     for seed, gap in enumerate(gaps):
         for place, kl in enumerate(kls):
             row = dict(labels="bradley_terry", loss=loss, value=value / (1 + place), seed=seed)
-            rows.append(row | dict(step=240, reward=0.0, kl=kl, gap=gap))
+            rows.append(row | dict(step=240, reward=0.0, kl=kl, gap=gap, chosen=-1.0))
     return rows
 
 
@@ -118,12 +124,11 @@ def test_summary_compares_seed_by_seed():
     rows += [dict(rows[0], loss="hinge", value=0.1, kl=None, gap=None, reward=None)]
     sigmoid, hinge = loss_zoo.summary(rows)
     assert sigmoid["gaps"]["2"] == pytest.approx(loss_zoo.interval([0.1, 0.2, 0.6]))
-    assert sigmoid["differences"] == {} and sigmoid["diverged"] == 0
+    assert sigmoid["diverged"] == 0
     assert sigmoid["gaps"].keys() == {"0.5", "1", "2", "4"}
     assert hinge["gaps"].keys() == {"0.5", "1", "2"}  # 4 is beyond its runs
-    mean, half = hinge["differences"]["2"]
+    mean, half = hinge["difference"]
     assert mean == pytest.approx(0.1) and half == pytest.approx(0, abs=1e-9)
     assert hinge["kl"] == [0.25, 2.5] and hinge["diverged"] == 1
     text = loss_zoo.table([sigmoid, hinge], "bradley_terry")
-    assert "| +0.100 ± 0.000 | 0.25 to 2.5 |" in text.splitlines()[-1]
-    assert "| – |" in text.splitlines()[-1]
+    assert "| – | +0.100 ± 0.000 | -1.00 | 0.25 to 2.5 |" in text.splitlines()[-1]
