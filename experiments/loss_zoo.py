@@ -123,6 +123,12 @@ LINES = {
     "rpo_weak": Line(
         "sigmoid=1,nll=0.1", dict(loss="sigmoid=1,nll=0.1"), "beta", (2, 1, 0.5, 0.35, 0.2)
     ),
+    "tr_dpo": Line(
+        "TR-DPO: sigmoid, reference_every 60",
+        dict(reference_every=60),
+        "beta",
+        (8, 4, 2, 1.2, 0.8),
+    ),
     "kto": Line("KTO (stage kto)", {}, "beta", (2, 1, 0.5, 0.25, 0.1), stage="kto"),
     "forward_kl": Line(
         "sigmoid, forward KL", dict(divergence="forward_kl"), "beta", (2, 1, 0.5, 0.25, 0.1)
@@ -157,7 +163,8 @@ def config_of(name: str, value: float, seed: int, labels: str, steps: int = STEP
     block.update(steps=steps, eval_every=steps, save_every=steps, log_every=steps)
     if line.stage == "dpo":
         # The runs of a seed share the reference's log-probs.
-        block.cache_reference = loss_table.needs_reference(block.loss)
+        moves = block.reference_every > 0
+        block.cache_reference = loss_table.needs_reference(block.loss) and not moves
     config.run = f"{name}_{value:g}"
     return config, line.stage
 
