@@ -129,7 +129,7 @@ LINES = {
         "beta",
         (8, 4, 2, 1.2, 0.8),
     ),
-    "kto": Line("KTO (stage kto)", {}, "beta", (2, 1, 0.5, 0.25, 0.1), stage="kto"),
+    "kto": Line("KTO (stage kto)", {}, "beta", (8, 4, 2, 1, 0.25), stage="kto"),
     "forward_kl": Line(
         "sigmoid, forward KL", dict(divergence="forward_kl"), "beta", (2, 1, 0.5, 0.25, 0.1)
     ),
