@@ -123,6 +123,9 @@ LINES = {
     "rpo_weak": Line(
         "sigmoid=1,nll=0.1", dict(loss="sigmoid=1,nll=0.1"), "beta", (2, 1, 0.5, 0.35, 0.2)
     ),
+    "wpo": Line(
+        "WPO: sigmoid, weighting wpo", dict(weighting="wpo"), "beta", (2, 1.2, 0.8, 0.5, 0.3)
+    ),
     "tr_dpo": Line(
         "TR-DPO: sigmoid, reference_every 60",
         dict(reference_every=60),
