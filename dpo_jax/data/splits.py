@@ -34,6 +34,7 @@ NOTHING_HELD_OUT = (
     "own (files named train and test, data.eval_split), or --config.data.eval_fraction=0 to do "
     "without."
 )
+LABELLED_ROW = '{"prompt": "Name a colour.", "completion": " Blue.", "label": true}'
 # What an assistant's message may say beside its content.
 SAID_BESIDE = ("reasoning_content", "reasoning", "thinking", "tool_calls")
 
@@ -520,11 +521,13 @@ def _unpaired(row: Row, where: str) -> list[TextExample]:
                 examples.append(dataclasses.replace(pair, responses=(response,), label=label))
         return examples
     if row.label is None:
-        raise Malformed(
+        error = Malformed(
             "an unpaired row needs a field 'label', true for a desirable completion and false for "
             "an undesirable one",
             advice="if another column has it, name it with --config.data.columns=label=COLUMN",
         )
+        error.example = f"KTO rows: {LABELLED_ROW}"
+        raise error
     label = row.label
     row = dataclasses.replace(row, label=None)
     (example,) = examples_of(row, "sft", "last", where)

@@ -297,8 +297,13 @@ def _cut_as_trained(
 # ---- lengths, and what a cut costs
 
 
-def _part_names(responses: int) -> tuple[str, ...]:
-    return ("prompt", "chosen", "rejected") if responses == 2 else ("prompt", "completion")
+def _part_names(responses: int, label: bool | None = None) -> tuple[str, ...]:
+    """Return the names of a row's parts; label: of an unpaired row, where it is to be shown."""
+    if responses == 2:
+        return ("prompt", "chosen", "rejected")
+    if label is None:
+        return ("prompt", "completion")
+    return ("prompt", "desirable completion" if label else "undesirable completion")
 
 
 def _cuts(whole: Examples, parts: list[dataset.LoadedPart], data, tokenizer) -> list[Cut]:
@@ -361,7 +366,7 @@ def _spread(size: int, count: int) -> list[int]:
 def _token_row(examples: Examples, index: int, tokenizer) -> ShownRow:
     """Return an example as its tokens say it."""
     example = examples[index]
-    names = _part_names(len(example.responses))
+    names = _part_names(len(example.responses), example.label)
     parts = {}
     for name, runs in zip(names, dataset.decoded(example, tokenizer), strict=True):
         parts[name] = tuple(Piece(text, is_trained_on) for text, is_trained_on in runs)
@@ -372,7 +377,7 @@ def _token_row(examples: Examples, index: int, tokenizer) -> ShownRow:
 
 def _text_row(example: TextExample) -> ShownRow:
     """Return an example as its text says it, before any chat template."""
-    names = _part_names(len(example.responses))
+    names = _part_names(len(example.responses), example.label)
     parts = {"prompt": tuple(_pieces(example.prompt, ()))}
     for name, response in zip(names[1:], example.responses, strict=True):
         parts[name] = tuple(_pieces(response, ("assistant",)))
