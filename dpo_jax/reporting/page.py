@@ -27,12 +27,11 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-a
 class Plot:
     """A chart of a stage: metrics by name, with {split} for train and eval, and their labels."""
 
-    title: str
+    title: str  # {responses}: those of its metrics
     metrics: dict[str, str]  # metric -> label
     is_log: bool = False
     is_exact: bool = False  # without noise, so that no mean is drawn
     note: str = ""
-    title_of_one: str = ""  # where a stage has no rejected responses
 
 
 # In the order of the page; a chart of which nothing was measured is left out.
@@ -42,13 +41,12 @@ PLOTS = (
     Plot("Accuracy", {"rewards_{split}/accuracies": ""}),
     Plot("Margin", {"rewards_{split}/margins": ""}),
     Plot(
-        "Rewards of chosen and rejected",
+        "Rewards of {responses}",
         {"rewards_{split}/chosen": "chosen", "rewards_{split}/rejected": "rejected"},
     ),
     Plot(
-        "Log-probs of chosen and rejected, nats",
+        "Log-probs of {responses}, nats",
         {"logps_{split}/chosen": "chosen", "logps_{split}/rejected": "rejected"},
-        title_of_one="Log-probs of responses, nats",
     ),
     Plot("KTO's baseline, the KL of the batch, nats", {"kto_{split}/kl": ""}),
     Plot("True reward of completions", {"frontier/reward": ""}),
@@ -66,9 +64,8 @@ PLOTS = (
     Plot("PPO's policy loss", {"ppo_train/policy_loss": ""}),
     Plot("PPO's value loss", {"ppo_train/value_loss": ""}, is_log=True),
     Plot(
-        "Lengths of the data's responses, tokens",
+        "Lengths of the data: {responses}, tokens",
         {"lengths_{split}/chosen": "chosen", "lengths_{split}/rejected": "rejected"},
-        title_of_one="Lengths of the data's responses, tokens",
     ),
     Plot("Norm of the gradient", {"grad_norm": ""}, is_log=True),
     Plot("Norm of the weights", {"param_norm": ""}),
@@ -273,10 +270,10 @@ def _anchor(text: str) -> str:
 
 def _of_its_data(plot: Plot, record: Record) -> Plot:
     """Return a plot as it is for a stage without rejected responses, if this is one."""
-    if not plot.title_of_one or len(_metrics_of(plot, record)) > 1:
+    if len(plot.metrics) == 1 or len(_metrics_of(plot, record)) > 1:
         return plot
     chosen, *_ = plot.metrics
-    return dataclasses.replace(plot, title=plot.title_of_one, metrics={chosen: ""})
+    return dataclasses.replace(plot, metrics={chosen: ""})
 
 
 def _metrics_of(plot: Plot, record: Record) -> list[str]:
@@ -312,7 +309,8 @@ def _chart_of_one(plot: Plot, record: Record) -> str:
         )
         name = f"{label}, held out" if label else "held out"
         curves.append(Curve(name, held_out, index if label else 1, is_dotted=True))
-    return charts.chart(plot.title, curves, is_log=plot.is_log, note=plot.note)
+    title = plot.title.format(responses=" and ".join(plot.metrics.values()) or "responses")
+    return charts.chart(title, curves, is_log=plot.is_log, note=plot.note)
 
 
 def _charts_of_several(plot: Plot, group: list[Record]) -> list[str]:
@@ -336,7 +334,7 @@ def _charts_of_several(plot: Plot, group: list[Record]) -> list[str]:
             )
             for index, record in enumerate(group)
         ]
-        title = f"{plot.title}: {label}" if label else plot.title
+        title = plot.title.format(responses=label or "responses")
         if is_split:
             title += ", held out" if is_held_out else ", training"
         found.append(charts.chart(title, curves, is_log=plot.is_log, note=plot.note))
