@@ -52,16 +52,25 @@ def answered(fields: dict, data, where: str, counts: Counts | None = None) -> li
     """Return what there is to score in a row: its pairs, or its one completion.
 
     Each has a place of its own: that of the row, and of several pairs also their number. Of a tie,
-    each answer is a completion of its own. Equal and empty answers are as good as others.
+    each answer is a completion of its own, and so is each of the `completions` that `sample` writes
+    of a prompt. Equal and empty answers are as good as others.
     counts: counts what the row is recognised as. Raises one of REFUSALS where there is nothing.
     """
     parse = sources.parser(data)
+    fields = {name: _with_content(value) for name, value in fields.items()}
     try:
-        row = parse({name: _with_content(value) for name, value in fields.items()})
+        row = parse(fields)
     except Tie as tie:
         if tie.row is None:
             raise
         return _answers(tie.row, data, where)
+    except Malformed:
+        sampled = _sampled(fields)
+        if not sampled:
+            raise
+        row = parse(sampled[0])
+        responses = [parse(alone).responses[0] for alone in sampled]
+        return _answers(dataclasses.replace(row, responses=tuple(responses)), data, where)
     if counts is not None:
         counts.recognise(row)
     if len(row.responses) == 1:
@@ -85,6 +94,15 @@ def _answers(row: Row, data, where: str) -> list[TextExample]:
         place = f"{where} answer {number}"
         examples += examples_of(alone, "sft", data.turns, place, keep_all=True)
     return examples
+
+
+def _sampled(fields: dict) -> list[dict]:
+    """Return a row for each of several sampled `completions`; [] where there are no such texts."""
+    texts = fields.get("completions")
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        return []
+    others = {name: value for name, value in fields.items() if name != "completions"}
+    return [others | {"completion": text} for text in texts]
 
 
 def _with_content(value):

@@ -19,6 +19,7 @@ from tests.helpers.tiny_runs import (
     dpo_config,
     on_devices,
     run,
+    sample_file,
     score_file,
     scratch_config,
     write_model,
@@ -402,3 +403,24 @@ def test_score_refuses_more_tokens_than_there_are(scored, tmp_path):
     with pytest.raises(ValueError, match="--top=41: .* has 40 tokens"):
         score_file(folder / "model", folder / "pairs.jsonl", tmp_path / "out.jsonl", top=41)
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_score_completions_that_were_sampled(scored, tmp_path):
+    """Each of several is a line of its own, with the log-prob that it was sampled with."""
+    folder, _ = scored
+    write_jsonl(tmp_path / "prompts.jsonl", [dict(prompt="w1 w2", id=3), dict(prompt="w4", id=4)])
+    sample_file(folder / "model", tmp_path / "prompts.jsonl", tmp_path / "rows.jsonl")
+    sampled = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    settings = dict(append_eos=False)  # most are cut before it
+    lines_at = tmp_path / "out.jsonl"
+    score_file(folder / "model", tmp_path / "rows.jsonl", lines_at, settings=settings)
+    lines = [json.loads(line) for line in lines_at.read_text().splitlines()]
+    assert [line["id"] for line in lines] == [3, 3, 4, 4]
+    compared = 0
+    for number, line in enumerate(lines):
+        row = sampled[number // 2]
+        assert line["completion"].split() == row["completions"][number % 2].split()
+        if line["tokens"] == row["tokens"][number % 2]:
+            assert line["logp"] == pytest.approx(row["logp"][number % 2], abs=1e-4)
+            compared += 1
+    assert compared
