@@ -238,6 +238,24 @@ def test_field_docs_equal_defaults():
     assert configs.flat_fields("", tree) == docs
 
 
+@pytest.mark.parametrize(
+    "field, value, expected",
+    [
+        ("batch_size", 1, "at least 2: its KL is of each prompt"),
+        ("reference", "none", "KTO compares the policy with a reference"),
+        ("desirable_weight", 0.0, "more than 0"),
+        ("undesirable_weight", float("inf"), "a finite number"),
+    ],
+)
+def test_kto_refuses_wrong_values(field, value, expected):
+    config = configs.default(("kto",))
+    config.model.path, config.data.path = "gpt2", "rows.jsonl"
+    config_checks.validate(config)
+    config.kto[field] = value
+    with pytest.raises(ValueError, match=rf"config.kto.{field} = .*{expected}"):
+        config_checks.validate(config)
+
+
 def test_dependencies_of_stage():
     config = valid()
     fields = configs.dependencies(config, "sft")

@@ -215,6 +215,7 @@ def test_kind_is_found(tmp_path):
     pair, completion = row("a", "b", "c"), {"prompt": "a", "completion": "b"}
     assert kind_of(pair) == "pairs"
     assert kind_of(completion) == "sft"
+    assert kind_of(completion | {"label": False}) == "unpaired"
     assert kind_of({"prompt": "a"}, pair) == "pairs"  # the first row is broken
     assert kind_of(row("a", "b", "b"), pair) == "pairs"
     assert kind_of({"text": "a"}, source="imdb") == "sft"
@@ -222,6 +223,19 @@ def test_kind_is_found(tmp_path):
     both = write_jsonl(tmp_path / "c.jsonl", [pair])
     for mix, kind in ((f"{both}=1,{completions}", "pairs"), (f"{completions},{both}", "sft")):
         assert survey.find_kind(settings("", mix=mix)) == kind
+
+
+def test_labelled_rows_that_do_not_balance(tmp_path):
+    rows = [dict(prompt=f"p{i}", completion="c", label=i % 4 == 0) for i in range(80)]
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    write_jsonl(tmp_path / "test.jsonl", rows[:2])
+    found = look(tmp_path, kind="unpaired")
+    said = [" ".join(line.split()) for line in lines_of(found)]
+    assert "desirable 20 1" in said and "undesirable 60 1" in said
+    assert "--- desirable completion" in said and "--- completion" not in said
+    advice = data_report.advise(found, setup(path=str(tmp_path)))
+    assert "--config=kto" in advice.command
+    assert "config.kto.desirable_weight between 3 and 4" in " ".join(advice.warnings)
 
 
 def test_mixture(tmp_path):

@@ -141,6 +141,20 @@ def test_layout_of_one_response():
     assert groups.pairs_together(config, "preferred_ft", IMDB) == 3
 
 
+def test_layout_of_unpaired_rows():
+    """KTO reads both responses of each pair, and every prompt with another row's completion."""
+    config = configs.default(("sft", "pairs", "kto"))
+    config.kto.batch_size = 24
+    assert len(groups.examples_of(config, "kto", IMDB)) == 2 * IMDB.pairs
+    batches = groups.lay_out(config, "kto", IMDB, shards=1)
+    # Two prompts of four responses, each in three pairs; the other prompt's four are as many.
+    assert batches.reading().tokens == 2 * (8 + 4 * 60)
+    assert batches.mismatched.examples.own_prompts == 0
+    assert batches[0].labels.all() and batches[0].mismatched.weights.sum() == 24
+    steps = planner.examples_and_steps(config, "kto", planner.Assumptions())[0]
+    assert steps == config.pairs.prompts * 12
+
+
 def sharing(group, shards, **changes):
     config = scratch_config(**dict(data__order="prompts") | changes)
     model = planner.model_config(config, "dpo")
