@@ -79,7 +79,8 @@ class Run:
         It is the policy of the round before; in round 1, and for a reward model in any round, the
         result of sft before it, or the config's model.
         """
-        if self.config.rounds > 1 and STAGES[stage].head != "reward":
+        is_later_round = self.config.rounds > 1 and stage_table.repeats(self.config, stage)
+        if is_later_round and STAGES[stage].head != "reward":
             (policy,) = stage_table.policy_stages(self.config)
             before = self.of_round(self.config.rounds - 1)
             return self._result(before.folder(policy))

@@ -7,6 +7,7 @@ import pytest
 
 from dpo_jax import config as configs
 from dpo_jax import config_checks, stage_table, workdir
+from dpo_jax.models import loading
 from dpo_jax.pipeline import exports
 from dpo_jax.pipeline.run import PURPOSES, Run
 from dpo_jax.workdir import finish_stage, read_config, start_stage
@@ -130,6 +131,22 @@ def test_last_stage_is_of_the_last_round(tmp_path):
             stored[number, stage] = exports.dtype_of(config, is_last, "bfloat16")
     assert stored.pop((3, "dpo")) == "bfloat16"
     assert set(stored.values()) == {"float32"}
+
+
+def test_what_stages_of_a_later_round_start_from(tmp_path, monkeypatch):
+    """A reward model starts anew, and sft is of no round."""
+    opened = []
+    monkeypatch.setattr(Run, "_result", lambda self, folder: opened.append(folder))
+    monkeypatch.setattr(loading, "open_checkpoint", lambda path, **_: opened.append(path))
+    run = Run(config_of(), tmp_path, mesh=None, rounds=3)
+    for stage in STAGES:
+        run.initial(stage)
+    policy, first = tmp_path / "round_2" / "dpo", tmp_path / "sft"
+    assert opened == ["PATH", policy, first, policy, policy]
+    opened.clear()
+    run.of_round(2).initial("pairs")
+    run.of_round(1).initial("pairs")
+    assert opened == [tmp_path / "dpo", first]
 
 
 @pytest.mark.parametrize(
