@@ -13,7 +13,7 @@ COMMANDS = {
     "report": "one page about the runs of a folder: curves, what they point to, samples",
     "check": "verify what the runs of a folder have left: checkpoints, models, pairs, records",
     "sample": "sample completions from a model for a file of prompts",
-    "score": "log-probs of a file of preference pairs under a model",
+    "score": "log-probs and implicit rewards of a file of pairs or completions",
     "plan": "memory, time and cost of a run on TPUs or GPUs, before it starts",
 }
 # The command's module, where it has another name: dpo_jax.data is the package of all data code.

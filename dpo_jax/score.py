@@ -111,13 +111,17 @@ class Found:
     places: dict[str, tuple[int, int]]  # where -> its kind, and its index there
 
 
-@data_flags.named(FIELDS, path="data")
 def score_file(options: Options, mesh) -> None:
     """Score the rows of a file, and write them all, in the file's order.
 
     Raises FileExistsError if the file to write is there already, and what reading the model and the
     data raises.
     """
+    with data_flags.named(FIELDS, path="prompts" if options.prompts else "data"):
+        _score_file(options, mesh)
+
+
+def _score_file(options: Options, mesh) -> None:
     out = shadow.place(options.out)
     folder = out.absolute().parent
     if shadow.is_copy(out):

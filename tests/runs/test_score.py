@@ -398,6 +398,18 @@ def test_score_refuses_flags_that_do_not_fit(options, words):
         score.Options(model="m", out="o", **options)
 
 
+def test_score_names_the_row_without_a_prompt(scored, tmp_path):
+    folder, _ = scored
+    path = write_jsonl(tmp_path / "rows.jsonl", [dict(prompt="w1"), dict(text=3)])
+    wanted = dict(prompts=str(path), top=2)
+    with pytest.raises(ValueError, match=r"rows.jsonl row 2: "):
+        score_file(folder / "model", "", tmp_path / "out.jsonl", **wanted)
+    wanted["prompts"] = str(tmp_path / "missing.jsonl")
+    with pytest.raises(FileNotFoundError, match="^--prompts='.*missing"):
+        score_file(folder / "model", "", tmp_path / "out.jsonl", **wanted)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
 def test_score_refuses_more_tokens_than_there_are(scored, tmp_path):
     folder, _ = scored
     with pytest.raises(ValueError, match="--top=41: .* has 40 tokens"):
