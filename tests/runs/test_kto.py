@@ -102,12 +102,12 @@ def test_interrupted_run_resumes_exactly(model, labelled, whole, tmp_path):
 
 @pytest.mark.slow
 def test_adapters_start_as_the_reference(model, labelled, tmp_path):
-    config = kto_config(model, labelled, **{"model.lora.rank": 2, "kto.steps": 3})
+    config = kto_config(model, labelled, **{"model.lora.rank": 2, "kto.lr": 0.03})
     with on_devices(1):
         folder = run(config, tmp_path)
     rows = read_rows(folder / "metrics.jsonl")
     assert rows[0]["kto_eval/kl"] == 0
-    assert rows[-1]["loss/eval"] < rows[0]["loss/eval"]
+    assert rows[-1]["rewards_eval/margins"] > 0.01
     assert (folder / "adapter").exists()
 
 
