@@ -36,7 +36,7 @@ LABELS = {
 }
 KLS = (0.5, 1.0, 2.0, 4.0)  # nats, at which losses are compared
 BASELINE = "sigmoid"
-COMPARED_KL = 1.0  # at which each loss is compared with the baseline, seed by seed
+COMPARED_KL = 0.5  # at which each loss is compared with the baseline, seed by seed
 CURVE_POINTS = 200
 LARGEST_KL = 14.0  # of the figure
 COLUMNS = 5
@@ -416,7 +416,7 @@ def draw(path: pathlib.Path, rows: list[dict], curve: dict) -> None:
     first.set_xscale("function", functions=(_signed_root, _signed_square))
     lowest, highest = min(curve["reward"]), max(curve["reward"])
     first.set(
-        xlim=(0, LARGEST_KL),
+        xlim=(-0.02, LARGEST_KL),
         xticks=(0, 0.5, 2, 4, 8, 12),
         ylim=(lowest - 0.3, highest + 0.3),
     )

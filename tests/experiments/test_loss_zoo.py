@@ -132,3 +132,20 @@ def test_summary_compares_seed_by_seed():
     assert hinge["kl"] == [0.25, 2.5] and hinge["diverged"] == 1
     text = loss_zoo.table([sigmoid, hinge], "bradley_terry")
     assert "| – | +0.100 ± 0.000 | -1.00 | 0.25 to 2.5 |" in text.splitlines()[-1]
+
+
+def test_page_shows_the_measured_table():
+    result = json.loads((RESULTS / "loss_zoo.json").read_text())
+    rows = result["rows"]
+    assert json.loads(json.dumps(loss_zoo.summary(rows))) == result["summary"]
+    page = (ROOT / "docs" / "losses.md").read_text()
+    for labels in {row["labels"] for row in rows}:
+        assert loss_zoo.table(result["summary"], labels) in page
+    # Every run of every line is there, and none is above the bound.
+    found = {(row["labels"], row["loss"], row["value"], row["seed"]) for row in rows}
+    for name, line in loss_zoo.LINES.items():
+        for value in line.values:
+            for seed in range(loss_zoo.SEEDS):
+                assert ("bradley_terry", name, value, seed) in found
+    assert len(found) == len(rows)
+    assert min(row["gap"] for row in rows if row["gap"] is not None) > -1e-4
