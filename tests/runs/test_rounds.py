@@ -194,7 +194,7 @@ def test_check_finds_damage_in_a_later_round(three, tmp_path, capsys):
         pytest.param(
             "dpo", dict(loss="ipo", reference="first", cache_reference=True), marks=pytest.mark.slow
         ),
-        pytest.param("dpo", dict(loss="orpo"), marks=pytest.mark.slow),
+        pytest.param("dpo", dict(loss="orpo", beta=0.1), marks=pytest.mark.slow),
         pytest.param("unlikelihood", {}, marks=pytest.mark.slow),
         pytest.param("preferred_ft", {}, marks=pytest.mark.slow),
     ],
