@@ -3,6 +3,9 @@
 import json
 import pathlib
 import shutil
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -14,7 +17,9 @@ from dpo_jax.config import default
 from dpo_jax.training.metrics import read_rows
 from dpo_jax.workdir import StageChanged, read_weights
 from tests.helpers import bucket_folders
+from tests.helpers.paths import ROOT
 from tests.helpers.tiny_runs import (
+    environment,
     on_devices,
     rows_without_timings,
     run,
@@ -121,6 +126,44 @@ def test_rounds_have_prompts_of_their_own(three):
         drawn.append([row["completions"] for row in sampled])
     # Round 3 has the first prompts of round 1 again, and other completions of them.
     assert drawn[2][6:] != drawn[0][:6]
+
+
+# A run of three rounds in a process of its own, for a kill that can tidy up nothing.
+IN_A_PROCESS = """
+import sys
+from dpo_jax.pipeline.stages import run_stages
+from tests.runs.test_rounds import config_of
+
+run_stages(config_of(rounds=3), sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+def test_killed_in_every_stage_of_every_round(three, tmp_path):
+    """One run, killed in each of its ten stages in turn and started again: the same bits."""
+    of_round = ("pairs", "dpo", "evaluate")
+    stages = ["sft", *of_round]
+    stages += [f"round_{number}/{stage}" for number in (2, 3) for stage in of_round]
+    for stage in stages:
+        process = subprocess.Popen(
+            [sys.executable, "-c", IN_A_PROCESS, str(tmp_path)],
+            cwd=ROOT,
+            env=environment(),
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        while not (tmp_path / stage / "config.json").exists():
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.001)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -9
+        assert not (tmp_path / stage / "done.json").exists(), f"{stage} was over before the kill"
+    run_here(config_of(rounds=3), tmp_path)
+    assert_equal_stages(tmp_path, three)
+    for number in (2, 3):
+        assert_equal_stages(tmp_path / f"round_{number}", three / f"round_{number}")
 
 
 def test_a_longer_run_reuses_its_rounds_and_resumes(three, tmp_path, capsys):
