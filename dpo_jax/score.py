@@ -50,6 +50,7 @@ FIELDS = (  # of config.data, each a flag
     "ignore",
     "on_bad_row",
 )
+OF_RESPONSES = ("max_prompt_length", "append_eos", "turns", "on_bad_row")  # not of prompts alone
 DEFAULT_BETA = 0.1  # as config.dpo.beta
 SHOWN = 5  # prompts whose likeliest next tokens are printed
 AT_ONCE = 1000  # prompts that are tokenised together
@@ -86,6 +87,14 @@ class Options:
                 f"--prompts={self.prompts}: a prompt alone has no tokens to score. Expected "
                 "--top=K, the number of likeliest next tokens to show, and no --per_token."
             )
+        for name in OF_RESPONSES:
+            default = configs.DATA[name].default
+            value = self.settings.get(name, default)
+            if self.prompts and value != default:
+                raise ValueError(
+                    f"--{name}={value} is about rows with responses, and --prompts={self.prompts} "
+                    f"has prompts alone. Leave --{name} out."
+                )
         if self.beta is not None and (self.prompts or not self.reference):
             raise ValueError(
                 f"--beta={self.beta:g} is the factor of implicit rewards, of which there are none "

@@ -5,6 +5,7 @@ of the second model, the reference, start with "reference_".
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -51,11 +52,15 @@ class TokenTexts:
 
 
 def perplexity(log_prob: float, tokens: int) -> float | None:
-    """Return exp(-log_prob / tokens), the perplexity per token; None without tokens."""
+    """Return exp(-log_prob / tokens), the perplexity per token.
+
+    None without tokens, and where it is beyond all floats: JSON has no number for it.
+    """
     if not tokens:
         return None
     with np.errstate(over="ignore"):
-        return float(np.exp(-log_prob / tokens))
+        value = float(np.exp(-log_prob / tokens))
+    return value if math.isfinite(value) else None
 
 
 def summed_fields(
@@ -205,7 +210,9 @@ def _perplexities(pairs: list[dict], completions: list[dict]) -> list[str]:
             if f"{prefix}logp{side}" not in rows[0]:
                 continue
             log_prob = sum(row[f"{prefix}logp{side}"] for row in rows)
-            found.append(f"{of_model}{perplexity(log_prob, tokens):.4g}")
+            value = perplexity(log_prob, tokens)
+            told = "beyond all numbers" if value is None else f"{value:.4g}"
+            found.append(of_model + told)
         lines.append(f"perplexity per token, {name}: {', '.join(found)} ({tokens:,} tokens)")
     return lines
 

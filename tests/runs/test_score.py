@@ -389,6 +389,10 @@ def test_score_next_tokens_are_those_after_the_prompt(compared, tmp_path):
         (dict(data=""), "found neither"),
         (dict(data="", prompts="b"), "Expected --top=K"),
         (dict(data="", prompts="b", top=2, per_token=True), "no --per_token"),
+        (
+            dict(data="", prompts="b", top=2, settings=dict(on_bad_row="drop")),
+            "--on_bad_row=drop is about rows with responses",
+        ),
         (dict(data="a", beta=0.2), "--beta=0.2 is the factor"),
         (dict(data="", prompts="b", top=2, beta=0.2, reference="r"), "--beta=0.2 is the factor"),
     ],
