@@ -679,7 +679,7 @@ class Trainer:
                 "another row's completion, and which one depends on the batch."
             )
         loss = self._block.get("loss", "")
-        if not loss_table.needs_reference(loss):
+        if not loss_table.properties(loss).needs_reference:
             if isinstance(reference, Model) or self._reference_log_probs is not None:
                 raise ValueError(f"the {loss} loss needs no reference: leave it out.")
             return None

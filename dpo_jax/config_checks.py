@@ -366,7 +366,7 @@ def _validate_ld(block):
     if block.ld_alpha == 1:
         return
     if not loss_table.properties(block.loss).needs_reference:
-        expected = f"1, as the {block.loss} loss has no log-ratios whose tokens could count less"
+        expected = f"1, as dpo.ld_alpha shortens log-ratios and the {block.loss} loss uses none"
         _fail("dpo.ld_alpha", block.ld_alpha, expected)
     if block.cache_reference:
         expected = (
@@ -411,7 +411,7 @@ def _validate_moved_reference(config):
         return
 
     reason = ""
-    if not loss_table.needs_reference(block.loss):
+    if not loss_table.properties(block.loss).needs_reference:
         reason = f"the {block.loss} loss needs no reference"
     elif block.reference == "none":
         reason = "dpo.reference is 'none'"

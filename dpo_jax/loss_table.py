@@ -21,7 +21,8 @@ class Loss:
     # The two log-ratios enter by their difference alone, so that what another divergence adds to
     # both of them cancels.
     takes_divergence: bool = False
-    # It is of the scaled margin, from which a target for each pair can be subtracted (data.margin).
+    # The scaled margin enters as a whole, so that a target margin of each pair (data.margin) can be
+    # subtracted from it.
     takes_margin: bool = False
 
 
@@ -50,6 +51,7 @@ LOSSES = {
 LEAST_WEIGHT = 1e-12
 LARGEST_WEIGHT = 1e6
 OWN_NUMBERS = ("beta", "label_smoothing")  # what a function of the caller's takes after the pairs
+OWN = Loss(OWN_NUMBERS)  # a loss by another name than the table's, such as a function's
 
 # config.dpo.divergence -> the fields of config.dpo that it takes
 DIVERGENCES = {
@@ -92,11 +94,15 @@ def weights(loss: str) -> dict[str, float]:
 
     Raises ValueError with what was expected instead.
     """
+    if ";" in loss:
+        raise ValueError("commas between the losses of a mixture, not semicolons")
     found = {}
     for entry, name in zip(loss.split(","), names(loss), strict=True):
+        if not entry.strip():
+            raise ValueError("a loss before and after each comma; one of them is missing")
         if name not in LOSSES:
             raise ValueError(
-                f"losses of {', '.join(LOSSES)}, each with its weight; {name!r} is none"
+                f"losses of {', '.join(LOSSES)}, each with its weight; {name!r} is not a loss"
             )
         if name in found:
             raise ValueError(f"each loss once in a mixture; {name} is there twice")
@@ -118,8 +124,8 @@ def _weight(name: str, entry: str) -> float:
     if weight == 0 or LEAST_WEIGHT <= weight <= LARGEST_WEIGHT:
         return weight
     raise ValueError(
-        f"weights that are 0 or a number up to {LARGEST_WEIGHT:,.0f}, as in sigmoid=1,nll=0.2; the "
-        f"weight of {name} is {text.strip()!r}"
+        f"weights that are 0, or between {LEAST_WEIGHT:g} and {LARGEST_WEIGHT:,.0f}, as in "
+        f"sigmoid=1,nll=0.2; the weight of {name} is {text.strip()!r}"
     )
 
 
@@ -127,11 +133,13 @@ def properties(loss: str) -> Loss:
     """Return the properties of config.dpo.loss; a mixture takes and needs all that its losses do.
 
     A divergence changes log-ratios alone. So a mixture takes one if all of its losses that use
-    log-ratios do, and some loss uses them. The likelihood alone has no margin to ask for more of.
+    log-ratios do, and some loss uses them. The term nll compares no responses: it does not keep a
+    mixture from taking a target margin, and takes none alone. Any other name than the table's has
+    the properties of a function of the caller's.
     """
-    lines = [LOSSES[name] for name in names(loss)]
+    lines = [LOSSES.get(name, OWN) for name in names(loss)]
     of_log_ratios = [line for line in lines if line.needs_reference]
-    comparing = [LOSSES[name] for name in names(loss) if name != "nll"]
+    comparing = [LOSSES.get(name, OWN) for name in names(loss) if name != "nll"]
     taken = {}
     for line in lines:
         taken |= dict.fromkeys(line.numbers)
@@ -146,8 +154,3 @@ def properties(loss: str) -> Loss:
 def takers_of_margin() -> list[str]:
     """Return the losses that take a target margin of each pair."""
     return [name for name, loss in LOSSES.items() if loss.takes_margin]
-
-
-def needs_reference(loss: str) -> bool:
-    """Return whether a loss needs a reference, as one by another name than the table's does."""
-    return any(name not in LOSSES or LOSSES[name].needs_reference for name in names(loss))

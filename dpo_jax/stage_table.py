@@ -115,7 +115,7 @@ def reference_of(config: ConfigDict, stage: str) -> str:
 
     init: what the stage starts from. first: what it started from in round 1, in later rounds.
     """
-    if not loss_table.needs_reference(config[stage].get("loss", "")):
+    if not loss_table.properties(config[stage].get("loss", "")).needs_reference:
         return "none"
     reference = config[stage].get("reference", STAGES[stage].reference)
     return "init" if reference == "first" and config.rounds == 1 else reference

@@ -167,7 +167,7 @@ def config_of(name: str, value: float, seed: int, labels: str, steps: int = STEP
     if line.stage == "dpo":
         # The runs of a seed share the reference's log-probs.
         moves = block.reference_every > 0
-        block.cache_reference = loss_table.needs_reference(block.loss) and not moves
+        block.cache_reference = loss_table.properties(block.loss).needs_reference and not moves
     config.run = f"{name}_{value:g}"
     return config, line.stage
 
