@@ -98,25 +98,29 @@ class ModelCard:
     def text(self) -> str:
         """Return the card of the whole model."""
         kind = "reward" if STAGES[self.stage].head == "reward" else "lm"
-        return self._card("transformers", LOADING[kind])
+        return self._card("transformers", LOADING[kind], self._base)
 
     def adapter_text(self) -> str:
         """Return the card of the adapters alone."""
         is_reward = STAGES[self.stage].head == "reward"
         loading = LOADING["reward_adapter" if is_reward else "adapter"]
-        return self._card("peft", loading.format(base=json.dumps(self.start or self._base)))
+        start = self.start or self._base
+        # Adapters over the sft stage's weights, or an earlier round's, are over no hub's model.
+        hub_base = self._base if start == self._base else ""
+        return self._card("peft", loading.format(base=json.dumps(start)), hub_base)
 
     @property
     def _base(self) -> str:
         return self.config.model.path
 
-    def _card(self, library: str, loading: str) -> str:
+    def _card(self, library: str, loading: str, hub_base: str) -> str:
+        """Return a card; hub_base: what its head names as the base, where that is on the hub."""
         base = self._base or "random weights"
         path = pathlib.PurePath(base)
         # An export's folder is called hf, whatever it holds: its stage's name says more.
         name = path.parent.name if path.name == "hf" else path.name
         parts = [
-            self._front_matter(library),
+            self._front_matter(library, hub_base),
             f"# {name}, {METHODS[self.stage]}",
             f"{self._summary()} In the commands below, MODEL stands for this folder, or for its "
             "name on the hub.",
@@ -133,13 +137,13 @@ class ModelCard:
         parts += ["## Loading", loading]
         return "\n\n".join(part.strip() for part in parts) + "\n"
 
-    def _front_matter(self, library: str) -> str:
+    def _front_matter(self, library: str, base: str) -> str:
         """Return the head that the hub reads, in YAML."""
         is_reward = STAGES[self.stage].head == "reward"
         fields = {}
         # The hub knows models and data sets by their names on it, and by no path.
-        if _is_hub_name(self._base):
-            fields["base_model"] = self._base.partition("@")[0]
+        if _is_hub_name(base):
+            fields["base_model"] = base.partition("@")[0]
             fields["base_model_relation"] = "adapter" if library == "peft" else "finetune"
         hub_names = [name.partition(":")[0] for name in self._paths() if _is_hub_name(name)]
         # Two subsets are one data set on the hub.

@@ -54,16 +54,21 @@ class Prompts:
 
 
 def make(
-    examples, tokenizer, sampling, seed: int, read: Iterable[tuple[str, Conversation | None]] = ()
+    examples,
+    tokenizer,
+    sampling,
+    seed: int,
+    read: Iterable[tuple[str, Conversation | None]] | None = None,
 ) -> Prompts:
     """Return the prompts of tokenised examples; with sampling.max_prefix, starts of their texts.
 
     sampling: config.sampling. A prefix has sampling.min_prefix to max_prefix tokens, each length as
     likely (appendix C.1), after the BOS or whatever else the tokenizer starts a text with. Texts
     that end within max_prefix tokens are left out. read: where each example stood, and its
-    conversation, in the order of the examples; some of them may have been dropped since.
+    conversation, in the order of the examples; some of them may have been dropped since. None: no
+    prompt is a conversation.
     """
-    conversations = _of_examples(examples, read)
+    conversations = None if read is None else _of_examples(examples, read)
     if not sampling.max_prefix:
         ids = list(examples.prompts)
         texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
@@ -93,12 +98,20 @@ def make(
 def _of_examples(
     examples, read: Iterable[tuple[str, Conversation | None]]
 ) -> list[Conversation | None] | None:
-    """Return the conversation of each example, or None where no prompt is one."""
+    """Return the conversation of each example, or None where no prompt is one.
+
+    Raises RuntimeError for an example that is not among what was read, in the same order.
+    """
     left = iter(read)
     found = []
     for where in examples.where:
-        conversation = next((chat for place, chat in left if place == where), None)
-        found.append(conversation)
+        for place, conversation in left:
+            if place == where:
+                found.append(conversation)
+                break
+        else:
+            # From here on all prompts would lose their conversations.
+            raise RuntimeError(f"{where}: no conversation was read there, or not in this order.")
     return found if any(found) else None
 
 

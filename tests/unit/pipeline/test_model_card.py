@@ -15,7 +15,7 @@ LEDGER = dict(
 )
 
 
-def card(tmp_path, stages=("dpo",), stage="dpo", adapter=False, **fields) -> str:
+def card(tmp_path, stages=("dpo",), stage="dpo", adapter=False, start="", **fields) -> str:
     """Return a card. fields: of the config, with two underscores for dots."""
     config = configs.default(stages)
     values = dict(model__path="owner/base-7b", data__path="org/pairs:subset") | fields
@@ -27,7 +27,9 @@ def card(tmp_path, stages=("dpo",), stage="dpo", adapter=False, **fields) -> str
         block[field] = value
     (tmp_path / "ledger.json").write_text(json.dumps(LEDGER))
     (tmp_path / "config.json").write_text(json.dumps(dict(date="2026-11-26")))
-    made = ModelCard(config, stage, tmp_path, "f" * 64, {"loss/eval": 0.512345678}, "bfloat16")
+    made = ModelCard(
+        config, stage, tmp_path, "f" * 64, {"loss/eval": 0.512345678}, "bfloat16", start
+    )
     return made.adapter_text() if adapter else made.text()
 
 
@@ -50,6 +52,19 @@ def test_head_of_an_adapter(tmp_path):
     found = head(card(tmp_path, adapter=True, model__lora__rank=8))
     assert found["base_model_relation"] == "adapter" and found["library_name"] == "peft"
     assert found["tags"] == ["dpo_jax", "dpo", "lora"]
+
+
+@pytest.mark.parametrize("start", ["runs/mine/dpo/hf", "runs/mine/sft/hf"])
+def test_head_of_an_adapter_over_other_weights_than_the_hubs(start, tmp_path):
+    """An earlier round's, or the sft stage's: over those of the hub it would be another model."""
+    text = card(tmp_path, adapter=True, start=start, model__lora__rank=8)
+    assert "base_model" not in head(text) and "base_model_relation" not in head(text)
+    assert f'from_pretrained("{start}")' in text
+    same = card(tmp_path, adapter=True, start="owner/base-7b", model__lora__rank=8)
+    assert head(same)["base_model"] == "owner/base-7b"
+    # The whole model comes from the hub's, on whatever way.
+    whole = head(card(tmp_path, start=start, model__lora__rank=8))
+    assert (whole["base_model"], whole["base_model_relation"]) == ("owner/base-7b", "finetune")
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,14 @@ def test_conversations_follow_examples_that_are_kept():
     assert prompts.make(examples, tokenizer(), sampling, 0).conversations is None
 
 
+@pytest.mark.parametrize("places", [("row 1", "row 9"), ("row 2", "row 1")])
+def test_prompts_that_were_not_read_in_this_order_are_refused(places):
+    read = [("row 1", CHAT), ("row 2", CHAT)]
+    sampling = ConfigDict(dict(max_prefix=0))
+    with pytest.raises(RuntimeError, match=f"{places[1]}: no conversation was read there"):
+        prompts.make(examples_at(*places), tokenizer(), sampling, 0, read)
+
+
 def test_prefix_is_start_of_answer():
     read = [("row 1", CHAT), ("row 2", None)]
     made = prompts.make(examples_at("row 1", "row 2"), tokenizer(), SAMPLING, 0, read)
