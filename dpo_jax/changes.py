@@ -20,7 +20,7 @@ from dpo_jax import config_files, loss_table, stage_table
 
 PATHS = (
     *("model.path", "model.tokenizer", "data.path", "data.sft_path", "data.mix"),
-    *("reward.path", "dpo.reference", "pairs.judge.template"),
+    *("reward.path", "dpo.reference", "kto.reference", "pairs.judge.template"),
 )
 END = ("steps", "epochs")  # fields of a training stage
 # Fields of a training stage that a resumed run can go on with, as --allow_change names them. Others
@@ -28,11 +28,15 @@ END = ("steps", "epochs")  # fields of a training stage
 ALLOWED = (
     *("lr", "schedule", "warmup_steps", "max_grad_norm", "weight_decay", "steps", "epochs"),
     *("eval_every", "loss", "divergence", *loss_table.numbers(), "weighting", "ld_alpha", "alpha"),
+    *("desirable_weight", "undesirable_weight"),
     *("target_kl", "kl_horizon", "inner_epochs", "gae_lambda", "clip", "value_clip", "value_coef"),
 )
 # Those by which an evaluation has other numbers for the same weights.
 OF_REWARDS = ("loss", "divergence", "divergence_alpha", "ld_alpha", "beta")  # implicit ones
-OF_LOSS = ("loss", "divergence", *loss_table.numbers(), "weighting", "ld_alpha", "alpha")
+OF_LOSS = (
+    *("loss", "divergence", *loss_table.numbers(), "weighting", "ld_alpha", "alpha"),
+    *("desirable_weight", "undesirable_weight"),
+)
 
 SAME_CONTENTS = "its contents are equal"
 REWRITTEN = "it does not hold what it held when the stage began"

@@ -279,6 +279,10 @@ def _validate_columns_of_numbers(config):
             continue
         if config.data.source == "toy":
             _fail(f"data.{field}", column, "empty: the toy makes its own data")
+        for stage in config.stages:
+            if stage_table.reads_unpaired(config, stage):
+                expected = f"empty, as the stage {stage} takes rows one by one, without {field}s"
+                _fail(f"data.{field}", column, expected)
         if not readers:
             reason = "no stage trains on pairs of the data"
             if "pairs" in config.stages:
@@ -321,9 +325,14 @@ def _validate_dpo(config):
     if not loss_table.properties(block.loss).needs_reference:
         _validate_no_reference(block)
     _validate_moved_reference(config)
-    if config.data.source == "toy" and block.reference not in ("init", "first"):
+    _validate_toy_reference(config, "dpo")
+
+
+def _validate_toy_reference(config, stage):
+    reference = config[stage].reference
+    if config.data.source == "toy" and reference not in ("init", "first"):
         expected = "'init' or 'first' on the toy, whose exact KL is to the initial policy"
-        _fail("dpo.reference", block.reference, expected)
+        _fail(f"{stage}.reference", reference, expected)
 
 
 def _validate_loss_numbers(block):
@@ -396,9 +405,7 @@ def _validate_kto(config):
             "'init', 'first' or the path of a model: KTO compares the policy with a reference"
         )
         _fail("kto.reference", block.reference, expected)
-    if config.data.source == "toy" and block.reference not in ("init", "first"):
-        expected = "'init' or 'first' on the toy, whose exact KL is to the initial policy"
-        _fail("kto.reference", block.reference, expected)
+    _validate_toy_reference(config, "kto")
 
 
 def _validate_moved_reference(config):
@@ -417,7 +424,7 @@ def _validate_moved_reference(config):
         reason = "dpo.reference is 'none'"
     elif block.cache_reference:
         reason = "dpo.cache_reference keeps the log-probs of a reference that stays"
-    elif config.model.lora.rank and block.reference != "init":
+    elif config.model.lora.rank and stage_table.reference_of(config, "dpo") != "init":
         reason = (
             f"under adapters the reference {block.reference!r} is another model than their base"
         )

@@ -102,6 +102,11 @@ def reads_pairs(config: ConfigDict, stage: str) -> bool:
     return STAGES[stage].data == "pairs" and not trains_on_samples(config, stage)
 
 
+def reads_unpaired(config: ConfigDict, stage: str) -> bool:
+    """Return whether a stage trains on single completions of the data, each with its label."""
+    return STAGES[stage].data == "unpaired" and not trains_on_samples(config, stage)
+
+
 def trains_in_groups(config: ConfigDict, stage: str) -> bool:
     """Return whether a stage trains on examples of which several may belong together.
 

@@ -39,6 +39,15 @@ def test_compare_takes_paths_of_equal_contents(is_done):
     assert refused(path="hub/name", is_done=is_done) == "what the new one holds is not known"
 
 
+@pytest.mark.parametrize("stage", ["dpo", "kto"])
+def test_compare_takes_a_moved_reference_of_equal_contents(stage):
+    field = f"{stage}.reference"
+    old, new = {field: "old", f"{stage}.steps": 8}, {field: "equal", f"{stage}.steps": 8}
+    started = Started(stage, old, {field: "a"}, 4, is_done=False)
+    accepted, reasons = compare(started, new, frozenset(), lambda _, path: {"equal": "a"}[path])
+    assert reasons == {} and [change.field for change in accepted] == [field]
+
+
 @pytest.mark.parametrize(("stage", "path"), [("dpo", "model.path"), ("pairs", "data.path")])
 def test_compare_refuses_other_contents_at_the_same_path(stage, path):
     fields = {path: "there", f"{stage}.steps": 4, f"{stage}.epochs": 1.0, "dpo.reference": "gone"}
@@ -109,6 +118,14 @@ def test_compare_takes_what_is_allowed_while_training_goes_on():
     assert refused(seed=1) == ""
 
 
+@pytest.mark.parametrize("field", ["beta", "desirable_weight", "undesirable_weight"])
+def test_compare_takes_the_numbers_of_kto(field):
+    name = f"kto.{field}"
+    started = Started("kto", {name: 1.0, "kto.keep_best": ""}, {}, 4, is_done=False)
+    now = {name: 2.0, "kto.keep_best": ""}
+    assert compare(started, now, frozenset([name]), lambda *_: "")[1] == {}
+
+
 @pytest.mark.parametrize(
     ("metric", "field", "is_taken"),
     [
@@ -117,6 +134,8 @@ def test_compare_takes_what_is_allowed_while_training_goes_on():
         ("loss/eval", "beta", False),
         ("loss/eval", "simpo_gamma", False),
         ("loss/eval", "loss", False),
+        ("loss/eval", "desirable_weight", False),
+        ("loss/eval", "undesirable_weight", False),
         ("rewards_eval/margins", "beta", False),
         ("rewards_eval/margins", "label_smoothing", True),
         ("rewards_eval/accuracies", "beta", True),

@@ -206,6 +206,9 @@ def test_reference_moves_under_adapters():
     config.dpo.update(reference_mix=1.0, reference="another/model")
     with pytest.raises(ValueError, match="reference_every = 9: expected 0, as under adapters"):
         config_checks.validate(config)
+    # In the only round the first policy is the base of the adapters.
+    config.dpo.reference = "first"
+    config_checks.validate(config)
 
 
 def test_override_of_missing_stage_is_refused():
@@ -308,6 +311,9 @@ def test_grouping_counts_from_first_stage_that_reads_it(stages, first):
         (("dpo",), dict(data__weight="w", data__margin="m", dpo__loss="hinge=1,nll=0.2"), ""),
         (("dpo",), dict(data__margin="m", dpo__loss="hinge=1,nca=1"), "takes no margin"),
         (("dpo",), dict(data__margin="m", dpo__loss="nll=1"), "takes no margin"),
+        (("kto",), dict(data__weight="w"), "the stage kto takes rows one by one, without weights"),
+        (("rm", "kto"), dict(data__weight="w"), "kto takes rows one by one, without weights"),
+        (("rm", "kto"), dict(data__margin="m"), "kto takes rows one by one, without margins"),
     ],
 )
 def test_columns_of_numbers_are_used(stages, fields, expected):
