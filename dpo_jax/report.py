@@ -27,7 +27,7 @@ from dpo_jax.runs import StageRun
 from dpo_jax.storage import shadow
 from dpo_jax.storage.addresses import address_of, is_address, shown
 from dpo_jax.whole_file import parse_object, whole_file
-from dpo_jax.workdir import COMPLETIONS, REFERENCE_COMPLETIONS
+from dpo_jax.workdir import COMPLETIONS, REFERENCE_COMPLETIONS, STOPPED
 
 PAGE = "report.html"  # in WORKDIR
 LARGEST = 1e300  # a value beyond is none that anybody measured
@@ -66,6 +66,7 @@ def _unreadable(name: str, error: Exception) -> Record:
         problems=[f"{name}: cannot be read: {error}"],
         ledger={},
         result={},
+        stopped="",
         samples=[],
     )
 
@@ -89,6 +90,7 @@ def _record(run: StageRun, workdir: pathlib.Path, prefix: str) -> Record:
         problems=problems,
         ledger=ledger,
         result=run.evaluation,
+        stopped=_stopped(run, rows, name, problems),
         samples=samples,
     )
 
@@ -145,6 +147,18 @@ def _object(path: pathlib.Path, name: str, problems: list[str]) -> dict:
         problems.append(f"{name}: {path.name} is not a JSON object, and left out.")
         return {}
     return found
+
+
+def _stopped(run: StageRun, rows: list[dict], name: str, problems: list[str]) -> str:
+    """Return what a stage said when a number was not finite; "" if it went on since then."""
+    if run.finished or runs.status(run).startswith("running"):
+        return ""
+    found = _object(run.folder / STOPPED, name, problems)
+    step, reason = found.get("step"), found.get("reason")
+    if type(step) is not int or not isinstance(reason, str):
+        return ""
+    last = rows[-1]["step"] if rows else -1
+    return reason if last < step else ""
 
 
 def _samples(folder: pathlib.Path, name: str, problems: list[str]) -> list[Sample]:

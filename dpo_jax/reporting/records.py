@@ -36,6 +36,7 @@ class Record:
     problems: list[str]  # a line for each file that could not be read, wholly or in part
     ledger: dict  # of data, or {}
     result: dict  # numbers that done.json keeps
+    stopped: str  # what a run that ended by a number that is not finite said; "" for others
     samples: list[Sample]
 
     @property

@@ -109,6 +109,12 @@ def _ends_of_samples(record: Record, measured: str, sampled: str) -> tuple[float
     return found
 
 
+def _finite(record: Record) -> Found:
+    if record.stopped:
+        return _warning(record.stopped, OPTIMISER)
+    return [] if record.values("loss/train") else None
+
+
 def _gradient(record: Record) -> Found:
     norms = record.values("grad_norm")
     if len(norms) < 4:
@@ -384,6 +390,7 @@ def _is_policy(record: Record) -> bool:
 
 
 CHECKS: dict[str, Callable[[Record], Found]] = {
+    "finite numbers": _finite,
     "gradient": _gradient,
     "size of the weights": _weights,
     "loss against the start": _loss,

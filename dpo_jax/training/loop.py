@@ -33,6 +33,7 @@ from dpo_jax.training.metric_names import is_evaluation
 from dpo_jax.training.metrics import Writer
 from dpo_jax.training.profile import Profile
 from dpo_jax.training.step import Frozen, Programs, TrainState, make_programs
+from dpo_jax.workdir import STOPPED, write_json
 
 NAMED = 3  # examples of a batch that an error message names
 
@@ -512,10 +513,14 @@ class _Recorder:
         else:
             kept = "No checkpoint was saved yet."
             how = ""
-        raise FloatingPointError(
+        reason = (
             f"{self._job.name} stopped at step {step}: {name} is {value}, {where}. {kept} "
             f"Try a lower lr or max_grad_norm{how}, or leave out a bad example."
         )
+        # For the report. A disk that is full is not what stopped the run.
+        with contextlib.suppress(OSError):
+            write_json(self._job.folder / STOPPED, dict(step=step, reason=reason))
+        raise FloatingPointError(reason)
 
 
 def _evaluations(folder: pathlib.Path) -> dict[int, dict[str, float]]:

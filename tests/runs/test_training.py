@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dpo_jax import config as configs
+from dpo_jax import report
 from dpo_jax.data import batches, tokenizer
 from dpo_jax.models import log_probs
 from dpo_jax.parallel import sharding
@@ -293,6 +294,12 @@ def test_overflowing_update_is_not_saved(model, pairs, tmp_path):
     with pytest.raises(FloatingPointError, match="step 1: param_norm is (inf|nan)"):
         run(dpo_config(model, pairs, lr=1e38, max_grad_norm=0.0, warmup_steps=0, steps=1), tmp_path)
     assert not (tmp_path / "dpo" / "done.json").exists() and not (tmp_path / "dpo" / "hf").exists()
+    report.write([tmp_path], tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    assert re.search(r"dpo stopped at step 1: param_norm is (inf|nan), on the batch of", text)
+    # What went on to its end has nothing of it in its result.
+    run(dpo_config(model, pairs, steps=1), tmp_path)
+    assert "stopped.json" not in json.loads((tmp_path / "dpo" / "done.json").read_text())["files"]
 
 
 def test_keep_best_exports_best(model, pairs, tmp_path):

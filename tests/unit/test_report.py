@@ -75,7 +75,7 @@ def test_page_of_a_run(workdir):
         "dropped.empty 3",
         "kept 64 8",
         "dpo.beta 0.5 2",  # the toy's own value
-        "Looked at, and nothing found dpo : gradient, loss against the start, margins",
+        "nothing found dpo : finite numbers, gradient, loss against the start, margins",
     ):
         assert words in text, words
     assert page.elements.count("figure") == 11
@@ -337,6 +337,20 @@ def test_end_by_a_loss_that_is_not_finite_writes_the_page(workdir):
     with pytest.raises(FloatingPointError), report.at_end(workdir):
         raise FloatingPointError("dpo stopped at step 4")
     assert "stopped at step 3" in (workdir / "report.html").read_text()
+
+
+def test_stop_by_a_number_that_is_not_finite_is_a_warning(workdir):
+    """It stays one until the run has got beyond the step."""
+    folder = write_stage(workdir, "dpo", "dpo", rows=rows(steps=3))
+    stopped = dict(step=4, reason="dpo stopped at step 4: param_norm is inf")
+    (folder / "stopped.json").write_text(json.dumps(stopped))
+    page = page_of(workdir)
+    assert "friend would say ! dpo dpo stopped at step 4: param_norm is inf" in page.text
+    with (folder / ".lock").open("w") as file:  # the next attempt has begun
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert "param_norm is inf" not in page_of(workdir).text
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(steps=4)))
+    assert "param_norm is inf" not in page_of(workdir).text
 
 
 def test_a_page_that_cannot_be_written_fails_no_run(workdir, capsys):

@@ -13,7 +13,9 @@ from tests.helpers.paths import ROOT
 STEPS = 40
 
 
-def record(stage="dpo", *, ledger=None, model=None, rows=(), is_finished=True, **block) -> Record:
+def record(
+    stage="dpo", *, ledger=None, model=None, rows=(), is_finished=True, stopped="", **block
+) -> Record:
     """Return a run with rows {step: values}."""
     return Record(
         name=stage,
@@ -27,6 +29,7 @@ def record(stage="dpo", *, ledger=None, model=None, rows=(), is_finished=True, *
         problems=[],
         ledger=ledger or {},
         result={},
+        stopped=stopped,
         samples=[],
     )
 
@@ -71,6 +74,15 @@ def said(check: str, run: Record) -> str:
 def late(early: float, end: float) -> list[float]:
     """Return values of which the last quarter differs."""
     return [early] * (STEPS - STEPS // 4) + [end] * (STEPS // 4)
+
+
+def test_number_that_is_not_finite():
+    rows = training(loss__train=0.5)
+    assert said("finite numbers", record(rows=rows)) == ""
+    # Also before the first row.
+    for found in (rows, ()):
+        run = record(rows=found, stopped="dpo stopped at step 41: grad_norm is inf")
+        assert said("finite numbers", run).startswith("warning: dpo stopped at step 41: grad_norm")
 
 
 def test_gradient():
