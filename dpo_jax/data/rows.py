@@ -15,6 +15,7 @@ Text = str | list
 ONE_PAIR = ((0, 1),)
 MOST_NAMED = 20  # fields that a message lists
 MOST_NUMBER = 1_000_000  # a weight or margin: beyond it, sums of float32 lose the other pairs
+LEAST_WEIGHT = 1e-12  # of those above 0: float32 holds it, and its products with a gradient
 # Words for yes and no, and for answers that somebody liked or did not.
 TRUTHS = {
     **dict.fromkeys(("true", "yes", "desirable", "liked", "good", "chosen"), True),
@@ -93,25 +94,43 @@ def numbers_of(fields: dict, weight: str, margin: str) -> Numbers:
     """
     found = {}
     if weight:
-        found["weight"] = _number_within(fields, weight, "data.weight", least=0)
+        number = _finite_number(fields, weight, "data.weight")
+        if number != 0 and not LEAST_WEIGHT <= number <= MOST_NUMBER:
+            expected = f"0, or a number from {LEAST_WEIGHT:g} to {MOST_NUMBER:,}"
+            raise _wrong_number(weight, "data.weight", expected, fields[weight])
+        found["weight"] = number
     if margin:
-        found["target_margin"] = _number_within(fields, margin, "data.margin", least=-MOST_NUMBER)
+        number = _finite_number(fields, margin, "data.margin")
+        if abs(number) > MOST_NUMBER:
+            expected = f"a number from {-MOST_NUMBER:,} to {MOST_NUMBER:,}"
+            raise _wrong_number(margin, "data.margin", expected, fields[margin])
+        found["target_margin"] = number
     return Numbers(**found)
 
 
-def _number_within(fields: dict, column: str, option: str, *, least: float) -> float:
+def _finite_number(fields: dict, column: str, option: str) -> float:
     """Return a number from the column that an option names."""
     if column not in fields:
-        raise Malformed(f"{option} names a column {column!r}, which is not there", names_of(fields))
+        reason = f"{option} names a column {column!r}, which is not there"
+        raise _of_column(column, option, reason, names_of(fields))
     value = fields[column]
     # Python has True as 1.
     number = None if isinstance(value, bool) else number_of(value)
     if number is None:
-        raise Malformed(f"column {column!r} ({option}) is not a finite number", shown(value))
-    if not least <= number <= MOST_NUMBER:
-        expected = f"a number from {least:,} to {MOST_NUMBER:,}"
-        raise Malformed(f"column {column!r} ({option}) is not {expected}", shown(value))
+        raise _wrong_number(column, option, "a finite number", value)
     return number
+
+
+def _wrong_number(column: str, option: str, expected: str, value) -> Malformed:
+    reason = f"column {column!r} ({option}) is not {expected}"
+    return _of_column(column, option, reason, shown(value))
+
+
+def _of_column(column: str, option: str, reason: str, found: str) -> Malformed:
+    error = Malformed(reason, found)
+    # The row's texts are right: it is shown with the column alone.
+    error.example = f"{option}: {{{json.dumps(column, ensure_ascii=False)}: 1.5, ...}}"
+    return error
 
 
 def shown(value) -> str:

@@ -133,7 +133,10 @@ class ModelCard:
         ]
         if self.evaluation:
             rows = [(metric, f"{value:.6g}") for metric, value in self.evaluation.items()]
-            parts += ["## Results", "At the end of training, on what was held out:", _table(rows)]
+            results = "At the end of training, on what was held out"
+            if stage_table.moves_reference(self.config[self.stage]):
+                results += " (loss and rewards against the reference as it had moved by then)"
+            parts += ["## Results", f"{results}:", _table(rows)]
         parts += ["## Loading", loading]
         return "\n\n".join(part.strip() for part in parts) + "\n"
 

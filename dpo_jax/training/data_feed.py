@@ -208,6 +208,8 @@ class DataFeed:
                 f"{block.warmup_steps}), so the learning rate only reaches {reached:.0%} of "
                 f"{block.lr:g}. Lower warmup_steps, unless this is intended."
             )
+        if stage_table.moves_reference(block):
+            say_moves_in_vain(name, block, steps)
         return batches
 
     def _evaluation_batches(self) -> Batches | None:
@@ -245,6 +247,23 @@ def say_own_prompts(name: str, batches: Batches) -> None:
             f"{name}: {own:,} of {rows:,} rows are in batches of too few prompts, so the KL is "
             f"also measured on completions of their own. A larger config.{name}.batch_size, or "
             "--config.data.order=pairs, mixes more prompts."
+        )
+
+
+def say_moves_in_vain(name: str, block, steps: int) -> None:
+    """Say where no step sees a moved reference, and where the last evaluation says nothing."""
+    every = block.reference_every
+    if every >= steps:
+        say(
+            f"{name}: the run ends before a step sees a moved reference "
+            f"(config.{name}.reference_every = {every}, and {steps} steps), so the reference is "
+            "fixed. Lower reference_every, unless this is intended."
+        )
+    if block.reference_mix == 1 and steps % every == 0:
+        say(
+            f"{name}: the reference becomes the policy after the last step too, so the last "
+            "evaluation compares the policy with itself: its rewards are 0, and its loss is the "
+            "same whatever was learned (log 2 for sigmoid)."
         )
 
 

@@ -117,14 +117,15 @@ def test_moved_reference_lies_as_the_policy(model, pairs, tmp_path):
         np.testing.assert_allclose(weights(folder)[name], value, atol=1e-5)
 
 
-def test_adapters_take_the_place_of_the_reference(model, pairs, tmp_path):
-    config = moving_config(model, pairs, eval_every=3, reference_mix=1.0, lr=0.5)
+def test_adapters_take_the_place_of_the_reference(model, pairs, tmp_path, capsys):
+    config = moving_config(model, pairs, steps=9, eval_every=1, reference_mix=1.0, lr=0.5)
     config.model.lora.rank = 2
     with on_devices(1):
         folder = run(config, tmp_path)
     rows = {row["step"]: row for row in read_rows(folder / "metrics.jsonl")}
     # Evaluated after the move, and trained on before it.
-    for step in (0, 3, 6):
+    for step in (0, 3, 6, 9):
         assert rows[step]["loss/eval"] == pytest.approx(np.log(2), abs=1e-6)
     assert rows[3]["loss/train"] != pytest.approx(np.log(2), abs=1e-4)
     assert rows[8]["loss/eval"] != pytest.approx(np.log(2), abs=1e-6)
+    assert "the last evaluation compares the policy with itself" in capsys.readouterr().out

@@ -69,16 +69,28 @@ def test_no_column_no_numbers(tmp_path):
         (float("inf"), "is not a finite number; found inf"),
         ("many", r"is not a finite number; found 'many' \(str\)"),
         ([1], r"is not a finite number; found \[1\]"),
-        (-0.5, "is not a number from 0 to 1,000,000; found -0.5"),
-        (2e6, "is not a number from 0 to 1,000,000"),
+        (-0.5, "is not 0, or a number from 1e-12 to 1,000,000; found -0.5"),
+        (1e-13, "is not 0, or a number from 1e-12 to 1,000,000; found 1e-13"),
+        (2e6, "is not 0, or a number from 1e-12 to 1,000,000"),
     ],
 )
 def test_wrong_weight(tmp_path, value, reason):
     path = write_jsonl(tmp_path / "pairs.jsonl", [ROWS[0], ROWS[1] | dict(votes=value)])
-    with pytest.raises(ValueError, match=rf"pairs.jsonl row 2: .*{reason}"):
+    with pytest.raises(ValueError, match=rf"pairs.jsonl row 2: .*{reason}") as error:
         load(path, weight="votes")
+    # The texts are right, so no example has others.
+    assert 'a right row for data.weight: {"votes": 1.5, ...}\n' in str(error.value)
+    assert '"chosen"' not in str(error.value)
     dropped = load(path, weight="votes", on_bad_row="drop", max_dropped=0.5)
     assert dropped.ledger.train.kept == 1
+
+
+@pytest.mark.parametrize("value", [-1_000_001, 1_000_001])
+def test_margin_out_of_range(tmp_path, value):
+    path = write_jsonl(tmp_path / "pairs.jsonl", [ROWS[0] | dict(gap=value)])
+    expected = r"\(data.margin\) is not a number from -1,000,000 to 1,000,000; found -?1000001"
+    with pytest.raises(ValueError, match=expected):
+        load(path, margin="gap")
 
 
 def test_column_that_is_not_there(tmp_path):

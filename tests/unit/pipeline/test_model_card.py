@@ -148,6 +148,11 @@ def test_card_of_reward_model(tmp_path):
     assert "AutoModelForSequenceClassification" in text and "vllm" not in text
 
 
+def test_card_of_a_moved_reference(tmp_path):
+    told = "against the reference as it had moved by then"
+    assert told in card(tmp_path, dpo__reference_every=9) and told not in card(tmp_path)
+
+
 def test_card_of_random_weights(tmp_path):
     text = card(tmp_path, model__path="", model__scratch={"model_type": "gpt2"})
     assert "| model | random weights |" in text
