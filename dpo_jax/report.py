@@ -21,8 +21,8 @@ from absl import flags
 
 from dpo_jax import command_line, runs
 from dpo_jax.console import say, warn
-from dpo_jax.reporting.page import SAMPLES, page
-from dpo_jax.reporting.records import Completion, Record, Sample
+from dpo_jax.reporting.page import page
+from dpo_jax.reporting.records import LARGEST, Completion, Record, Sample, can_be_drawn
 from dpo_jax.runs import StageRun
 from dpo_jax.storage import shadow
 from dpo_jax.storage.addresses import address_of, is_address, shown
@@ -30,7 +30,6 @@ from dpo_jax.whole_file import parse_object, whole_file
 from dpo_jax.workdir import COMPLETIONS, REFERENCE_COMPLETIONS, STOPPED
 
 PAGE = "report.html"  # in WORKDIR
-LARGEST = 1e300  # a value beyond is none that anybody measured
 DOCS = pathlib.Path(__file__).parents[1] / "docs"  # beside the package, in a copy of the repository
 
 
@@ -76,8 +75,9 @@ def _record(run: StageRun, workdir: pathlib.Path, prefix: str) -> Record:
     name = prefix + run.name
     problems = []
     rows = _rows(run.folder / "metrics.jsonl", name, problems)
-    ledger = _object(run.folder / "ledger.json", name, problems)
+    ledger = _ledger(run.folder / "ledger.json", name, problems)
     samples = _samples(run.folder, name, problems) if run.stage == "evaluate" else []
+    result = {key: value for key, value in run.evaluation.items() if can_be_drawn(value)}
     return Record(
         name=name,
         stage=run.stage,
@@ -89,7 +89,7 @@ def _record(run: StageRun, workdir: pathlib.Path, prefix: str) -> Record:
         rows=rows,
         problems=problems,
         ledger=ledger,
-        result=run.evaluation,
+        result=result,
         stopped=_stopped(run, rows, name, problems),
         samples=samples,
     )
@@ -119,10 +119,10 @@ def _rows(path: pathlib.Path, name: str, problems: list[str]) -> list[dict]:
     # What follows the last newline is being written, or was cut by a kill.
     for line in lines[:-1]:
         row = parse_object(line)
-        if row is None or type(row.get("step")) is not int:
+        if row is None or not _is_count(row.get("step")):
             damaged += 1
             continue
-        rows[row["step"]] = {key: value for key, value in row.items() if _can_be_drawn(value)}
+        rows[row["step"]] = {key: value for key, value in row.items() if can_be_drawn(value)}
     if damaged:
         problems.append(
             f"{name}: {damaged} of {len(lines) - 1} lines of metrics.jsonl are damaged and left "
@@ -133,20 +133,49 @@ def _rows(path: pathlib.Path, name: str, problems: list[str]) -> list[dict]:
     return [rows[step] for step in sorted(rows)]
 
 
-def _can_be_drawn(value: object) -> bool:
-    """Return whether a value is a finite number, and small enough for differences to be so too."""
-    return type(value) in (int, float) and abs(value) <= LARGEST
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value <= LARGEST
 
 
 def _object(path: pathlib.Path, name: str, problems: list[str]) -> dict:
     """Return the object in a JSON file; {} where there is none."""
     if not path.exists():
         return {}
-    found = parse_object(path.read_bytes())
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        problems.append(f"{name}: {path.name} cannot be read: {error}")
+        return {}
+    found = parse_object(data)
     if found is None:
         problems.append(f"{name}: {path.name} is not a JSON object, and left out.")
         return {}
     return found
+
+
+def _ledger(path: pathlib.Path, name: str, problems: list[str]) -> dict:
+    """Return a ledger without numbers that are none of a ledger."""
+    odd = []
+    ledger = _without_odd_numbers(_object(path, name, problems), "", odd)
+    if odd:
+        problems.append(f"{name}: {path.name} has numbers that are no counts, left out: {odd[0]}.")
+    return ledger
+
+
+def _without_odd_numbers(tree: dict, prefix: str, odd: list[str]) -> dict:
+    """Return nested dicts without numbers that are negative or too large; odd: takes their names.
+
+    A list is not looked into: it is shown as it is.
+    """
+    kept = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            kept[key] = _without_odd_numbers(value, f"{prefix}{key}.", odd)
+        elif isinstance(value, int | float) and not (can_be_drawn(value) and value >= 0):
+            odd.append(f"{prefix}{key}")
+        else:
+            kept[key] = value
+    return kept
 
 
 def _stopped(run: StageRun, rows: list[dict], name: str, problems: list[str]) -> str:
@@ -162,39 +191,54 @@ def _stopped(run: StageRun, rows: list[dict], name: str, problems: list[str]) ->
 
 
 def _samples(folder: pathlib.Path, name: str, problems: list[str]) -> list[Sample]:
-    """Return the first completions that an evaluate stage has kept."""
-    policy = list(_first_rows(folder / COMPLETIONS))
-    references = list(_first_rows(folder / REFERENCE_COMPLETIONS))
+    """Return the completions that an evaluate stage has kept."""
+    policy = _completions(folder / COMPLETIONS, name, problems)
+    references = _completions(folder / REFERENCE_COMPLETIONS, name, problems)
     samples = []
-    for index, row in enumerate(policy):
-        other = references[index] if index < len(references) else None
+    for index, row in policy.items():
+        other = references.get(index)
         # Rows are of the same prompts, unless a file was changed.
-        is_same = other is not None and other.get("prompt") == row.get("prompt")
-        try:
-            reference = _completion(other) if is_same else None
-            samples.append(Sample(str(row["prompt"]), _completion(row), reference))
-        except KeyError:
-            problems.append(
-                f"{name}: row {index + 1} of {COMPLETIONS} has no prompt or completion."
-            )
+        is_same = other is not None and other["prompt"] == row["prompt"]
+        reference = _completion(other) if is_same else None
+        samples.append(Sample(str(row["prompt"]), _completion(row), reference))
     return samples
 
 
 def _completion(row: dict) -> Completion:
     reward = row.get("reward")
-    return Completion(str(row["completion"]), reward if isinstance(reward, int | float) else None)
+    return Completion(str(row["completion"]), reward if can_be_drawn(reward) else None)
 
 
-def _first_rows(path: pathlib.Path) -> Iterator[dict]:
-    """Yield the first rows of a JSON lines file, as many as a page shows."""
+def _completions(path: pathlib.Path, name: str, problems: list[str]) -> dict[int, dict]:
+    """Return the rows of a file of completions that can be read, by their number."""
     if not path.exists():
-        return
-    with path.open("rb") as file:
-        for _ in range(SAMPLES):
-            row = parse_object(file.readline())
-            if row is None:
-                return
-            yield row
+        return {}
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        problems.append(f"{name}: {path.name} cannot be read: {error}")
+        return {}
+    rows = {}
+    damaged = []
+    odd = []
+    for number, line in enumerate(lines, 1):
+        row = parse_object(line)
+        if row is None or "prompt" not in row or "completion" not in row:
+            damaged.append(number)
+            continue
+        rows[number] = row
+        if row.get("reward") is not None and not can_be_drawn(row["reward"]):
+            odd.append(number)
+    for numbers, words in (
+        (damaged, "have no prompt or completion and are left out"),
+        (odd, "have a reward that is no finite number and is left out"),
+    ):
+        if numbers:
+            problems.append(
+                f"{name}: {len(numbers)} of {len(lines)} rows of {path.name} {words}; the first is "
+                f"row {numbers[0]}."
+            )
+    return rows
 
 
 def text_of(workdirs: list[pathlib.Path], out: pathlib.Path) -> str:

@@ -88,7 +88,10 @@ def read_stage(folder: pathlib.Path) -> StageRun:
 def _history(started: dict) -> list[dict]:
     rows = started.get("changes", [])
     expected = {"field", "step", "old", "new"}
-    if not all(isinstance(row, dict) and expected <= row.keys() for row in rows):
+    are_changes = isinstance(rows, list) and all(
+        isinstance(row, dict) and expected <= row.keys() for row in rows
+    )
+    if not are_changes:
         raise ValueError("config.json has 'changes' that are none of a run")
     return rows
 

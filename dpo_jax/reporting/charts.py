@@ -135,7 +135,9 @@ def _log_ticks(low: float, high: float) -> tuple[float, ...]:
 
 
 def number(value: float) -> str:
-    """Return a value as it is written beside an axis or in a legend."""
+    """Return a value as it is written beside an axis or in a legend; inf and nan by their names."""
+    if not math.isfinite(value):
+        return str(value)
     if value == 0:
         return "0"
     size = abs(value)

@@ -5,6 +5,15 @@ import typing
 
 from dpo_jax.reporting.charts import Points
 
+LARGEST = 1e100  # a value beyond it, or below its inverse, was not measured in float32
+
+
+def can_be_drawn(value: object) -> bool:
+    """Return whether a value is a number, and finite, as its square and its inverse are."""
+    if type(value) not in (int, float):
+        return False
+    return value == 0 or 1 / LARGEST <= abs(value) <= LARGEST
+
 
 class Completion(typing.NamedTuple):
     """A text that a model gave, and its reward where one was measured."""
@@ -45,6 +54,17 @@ class Record:
         block = self.config.get(self.stage)
         return block if isinstance(block, dict) else {}
 
+    def number(self, name: str) -> float | None:
+        """Return a number of the stage's own fields; None where it is none, or is not finite."""
+        found = self.block.get(name)
+        return found if can_be_drawn(found) else None
+
+    @property
+    def has_adapters(self) -> bool:
+        model = self.config.get("model")
+        lora = model.get("lora") if isinstance(model, dict) else None
+        return isinstance(lora, dict) and bool(lora.get("rank"))
+
     def points(self, metric: str) -> Points:
         """Return (step, value) of a metric wherever it was written."""
         return [(row["step"], row[metric]) for row in self.rows if metric in row]
@@ -57,7 +77,7 @@ class Record:
         """Return a count of the ledger; 0 where it has none."""
         counts = self.ledger.get(split)
         found = counts.get(name) if isinstance(counts, dict) else 0
-        return found if type(found) is int else 0
+        return found if type(found) is int and found > 0 else 0
 
     @property
     def last_step(self) -> int | None:
@@ -67,4 +87,4 @@ class Record:
     @property
     def total(self) -> int | None:
         """The steps that the stage has, where that is known: of a finished one, or one by steps."""
-        return self.last_step if self.is_finished else self.block.get("steps") or None
+        return self.last_step if self.is_finished else self.number("steps") or None

@@ -135,7 +135,7 @@ def _gradient(record: Record) -> Found:
             f"{late / max(early, ZERO_GRADIENT):.3g} times that of the first. Lower lr.",
             OPTIMISER,
         )
-    limit = record.block.get("max_grad_norm") or math.inf
+    limit = record.number("max_grad_norm") or math.inf
     cut = statistics.fmean(norm > limit for norm in norms)
     if cut >= ALWAYS_CUT:
         return _note(
@@ -149,8 +149,7 @@ def _gradient(record: Record) -> Found:
 def _weights(record: Record) -> Found:
     norms = record.values("param_norm")
     # Adapters, heads and models from scratch begin near zero and are meant to grow.
-    lora = record.config.get("model", {}).get("lora", {}).get("rank")
-    if len(norms) < 2 or lora or not _is_policy(record):
+    if len(norms) < 2 or record.has_adapters or not _is_policy(record):
         return None
     if norms[-1] >= GROWN_WEIGHTS * norms[0]:
         return _warning(
@@ -233,7 +232,7 @@ def _accuracy(record: Record) -> Found:
             return None
         batches = max(1, round(END * len(training)))
         accuracies = [*training[:-1], end_of(training)]
-        count = batches * record.block.get("batch_size", 1)
+        count = batches * max(record.number("batch_size") or 1, 1)
         where = "training pairs"
     error = math.sqrt(0.25 / count)
     distance = accuracies[-1] - 0.5
@@ -322,13 +321,13 @@ def _evaluation(record: Record) -> Found:
 
 
 def _warm_up(record: Record) -> Found:
-    warm_up = record.block.get("warmup_steps")
+    warm_up = record.number("warmup_steps")
     if warm_up is None or not record.total or not record.values("lr"):
         return None
     if warm_up >= record.total:
         return _warning(
             f"The warm-up of {warm_up} steps is not over at the last of {record.total}: the "
-            f"learning rate never reached {record.block.get('lr', 0):g}. Lower warmup_steps.",
+            f"learning rate never reached {record.number('lr') or 0:g}. Lower warmup_steps.",
             OPTIMISER,
         )
     return []
@@ -369,7 +368,7 @@ def _ppo(record: Record) -> Found:
     if not kl:
         return None
     found = []
-    target = record.block.get("target_kl") or math.inf
+    target = record.number("target_kl") or math.inf
     if end_of(kl) >= ABOVE_TARGET * target:
         found += _warning(
             f"The KL is {end_of(kl):.3g} nats at the end, and target_kl is {target:g}. Lower lr, "

@@ -181,6 +181,10 @@ def test_run_that_is_still_going(workdir):
         (b'{"step": 1, "lr": 1e308}\n{"step": 2, "lr": -1e308}\n', ""),
         (b'{"step": 1, "lr": %d}\n' % 10**400, ""),
         (b'{"step": 5, "lr": 1}\n{"step": 1, "lr": 2}\n', ""),
+        (b'{"step": %d, "lr": 1}\n' % 10**400, "dpo: 1 of 1 lines of metrics.jsonl"),
+        (b'{"step": -1, "lr": 1}\n', "dpo: 1 of 1 lines of metrics.jsonl"),
+        (b'{"step": %d, "step_time": 1e99}\n' % 10**99, ""),
+        (b'{"step": 1, "grad_norm": 1e-320}\n{"step": 2, "grad_norm": 1e300}\n', ""),
         (b"[" * 100_000 + b"\n", "dpo: 1 of 1 lines of metrics.jsonl"),
     ],
 )
@@ -190,22 +194,105 @@ def test_damaged_metrics(workdir, content, words):
     assert words in page_of(workdir).text
 
 
+NO_COUNT = "ledger.json has numbers that are no counts, left out: {name}."
+NO_ROW = "1 of 2 rows of {name} have no prompt or completion and are left out; the first is row 1."
+NO_REWARD = "1 of 2 rows of {name} have a reward that is no finite number and is left out"
+
+
 @pytest.mark.parametrize(
-    "name", ["ledger.json", "completions.jsonl", "reference_completions.jsonl"]
-)
-@pytest.mark.parametrize(
-    "content",
+    "content, words",
     [
-        *(b"", b"\xff", b"[]", b"{}", b'{"train": 3, "prompt": {}}'),
-        *(b'{"train": {"kept": "x"}, "eval": []}', b'{"train": {"kept": 9, "dropped": null}}'),
+        *((content, "ledger.json is not a JSON object") for content in (b"", b"\xff", b"[]")),
+        (b"[" * 100_000, "ledger.json is not a JSON object"),
+        *((content, "") for content in (b"{}", b'{"train": 3}', b'{"eval": {"kept": "x"}}')),
+        (b'{"eval": {"kept": -5}}', NO_COUNT.format(name="eval.kept")),
+        (b'{"eval": {"kept": %d}}' % 10**400, NO_COUNT.format(name="eval.kept")),
+        (b'{"train": {"kept": 5, "x": Infinity}}', NO_COUNT.format(name="train.x")),
+        (b'{"train": {"dropped": {"x": NaN}}}', NO_COUNT.format(name="train.dropped.x")),
+        (None, "ledger.json cannot be read: [Errno 21] Is a directory"),
     ],
 )
-def test_other_damaged_files(workdir, name, content):
-    dpo = write_stage(workdir, "dpo", "dpo", rows=rows())
-    (dpo / "ledger.json").write_bytes(content)
-    write_evaluation(workdir, [dict(prompt="p", completion="c", reward="high")])
-    (workdir / "evaluate" / name).write_bytes(content + b"\n")
-    page_of(workdir)
+def test_damaged_ledger(workdir, content, words):
+    folder = write_stage(workdir, "dpo", "dpo", rows=rows())
+    write(folder / "ledger.json", content)
+    text = page_of(workdir).text
+    assert words in text and "20 of 240" in text
+    assert words or "ledger.json" not in text
+
+
+def write(path, content: bytes | None) -> None:
+    """Write a file; None: a folder of its name, which cannot be opened as one."""
+    path.unlink(missing_ok=True)
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["completions.jsonl", "reference_completions.jsonl"])
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        *((line, NO_ROW) for line in (b"", b"\xff", b"[]", b"{}", b'{"prompt": {}}')),
+        (b'{"prompt": "p0", "completion": "", "reward": "high"}', NO_REWARD),
+        (b'{"prompt": "p0", "completion": "", "reward": Infinity}', NO_REWARD),
+        (b'{"prompt": "p0", "completion": "", "reward": %d}' % 10**400, NO_REWARD),
+        (b'{"prompt": {}, "completion": [1], "reward": null}', ""),
+        (None, "{name} cannot be read: [Errno 21] Is a directory"),
+    ],
+)
+def test_damaged_completions(workdir, name, line, words):
+    """The other rows are shown."""
+    both = [dict(prompt=f"p{i}", completion=f"c{i}", reward=1.0) for i in range(2)]
+    write_evaluation(workdir, both, both)
+    second = json.dumps(both[1]).encode()
+    write(workdir / "evaluate" / name, None if line is None else line + b"\n" + second + b"\n")
+    text = page_of(workdir).text
+    assert words.format(name=name) in text
+    assert words or "completions.jsonl" not in text
+    kept = "" if line is None and name == "completions.jsonl" else "p1 policy, reward 1 c1"
+    assert kept in text
+    assert ("reference, reward 1 c1" in text) == (line is not None)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        *(("model", 5), ("model.lora", 5), ("model.lora.rank", "x"), ("dpo", 5)),
+        *(("dpo.max_grad_norm", "x"), ("dpo.warmup_steps", "x"), ("dpo.warmup_steps", 10**400)),
+        *(("dpo.steps", "x"), ("dpo.batch_size", -1), ("dpo.lr", None), ("dpo.lr", float("nan"))),
+        *(("dpo.beta", float("inf")), ("dpo.loss", 5), ("dpo.reference_every", "x")),
+    ],
+)
+def test_config_of_wrong_types(workdir, field, value):
+    found = rows()
+    for row in found[1:]:
+        row |= {"param_norm": 1.0, "rewards_train/accuracies": 0.75, "lengths_train/chosen": 9.0}
+        row |= {"lengths_train/rejected": 1.0}
+    folder = write_stage(workdir, "dpo", "dpo", rows=found)
+    config = json.loads((folder / "config.json").read_text())
+    block = config["config"]
+    *parents, name = field.split(".")
+    for parent in parents:
+        block = block[parent]
+    block[name] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "Loss training 0.5 held out 0.5" in page_of(workdir).text
+
+
+def test_changes_of_a_wrong_type(workdir):
+    folder = write_stage(workdir, "dpo", "dpo", rows=rows())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | dict(changes=5)))
+    text = page_of(workdir).text
+    assert "dpo: cannot be read: config.json has 'changes' that are none of a run" in text
+
+
+def test_result_that_is_not_finite(workdir):
+    for index, value in enumerate((float("inf"), 10**400, "x")):
+        done = dict(evaluation={"frontier/reward": value, "frontier/kl": 0.25})
+        write_stage(workdir, f"evaluate-{index}", "evaluate", done=done)
+    assert page_of(workdir).text.count("03:04 0.25") == 3
 
 
 def test_unreadable_stage_is_a_line(workdir):
