@@ -131,6 +131,23 @@ def moves_reference(block: ConfigDict) -> bool:
     return block.get("reference_every", 0) > 0
 
 
+def aims_at_optimum(config: ConfigDict, stage: str) -> bool:
+    """Return whether a stage's loss is least at its reference times exp(reward / beta) (eq. 4).
+
+    It is so for DPO's own loss, as the paper has it, on sampled pairs with labels that follow
+    Bradley-Terry. Other losses have other optima, and so has a mixture.
+    """
+    if stage != "dpo" or not trains_on_samples(config, stage):
+        return False
+    if reference_of(config, stage) == "none" or moves_reference(config.dpo):
+        return False
+    expected = dict(
+        loss="sigmoid", label_smoothing=0, divergence="reverse_kl", weighting="none", ld_alpha=1
+    )
+    has_own_loss = all(config.dpo[name] == value for name, value in expected.items())
+    return has_own_loss and config.pairs.labels == "bradley_terry"
+
+
 def keeps_reference(config: ConfigDict, stage: str) -> bool:
     """Return whether the reference's log-probs are computed before training, and kept."""
     return config[stage].get("cache_reference", False)

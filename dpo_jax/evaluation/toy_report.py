@@ -41,7 +41,7 @@ def write(
     """Write toy.json and toy.png from a stage's metrics, print the table, return the values.
 
     trained: the stage's folder in each round so far. reference: where that stage started in round
-    1. reward: a name in toy.REWARDS. beta: of DPO, whose optimum is known; None for other methods.
+    1. reward: a name in toy.REWARDS. beta: of a loss whose optimum is known; None for others.
     is_moved: each round's reference is the policy of the round before.
     """
     reference_PC, rewards_PC = exact_reference(reference, reward)

@@ -151,10 +151,11 @@ def gathered(param: jax.Array) -> np.ndarray:
     return np.asarray(param, np.float32)
 
 
-def load(path, config: TransformerConfig, shardings, adapters=()):
+def load(path, config: TransformerConfig, shardings, adapters=(), rounded_to: str = ""):
     """Load the weights in a local folder as float32 arrays, placed by a tree of NamedShardings.
 
-    adapters: peft.Adapters to merge into them, the first one first. Raises FileNotFoundError when
+    adapters: peft.Adapters to merge into them, the first one first. rounded_to: the type whose
+    precision the numbers keep, as if they had been exported in it. Raises FileNotFoundError when
     files are missing, and ValueError with the name of every tensor that is unknown, missing, set
     twice, wrongly shaped or not a float.
     """
@@ -184,6 +185,8 @@ def load(path, config: TransformerConfig, shardings, adapters=()):
                 zeros.append(stored[name])
             for adapter in adapters:
                 values = adapter.merge(tensor, name, values)
+            if rounded_to:
+                values = _rounded(name, values, rounded_to)
             values = tensor.unpack(config, values)
             for piece, value in zip(pieces, values, strict=True):
                 piece.fill(value, layer)

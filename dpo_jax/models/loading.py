@@ -138,13 +138,14 @@ def _largest_id(example) -> int:
 
 
 def open_checkpoint(
-    path: str, *, tokenizer_path: str = "", tokenizer=None, **options
+    path: str, *, tokenizer_path: str = "", tokenizer=None, rounded_to: str = "", **options
 ) -> Checkpoint:
     """Open a model in Hugging Face format by hub name or folder.
 
     A folder with a LoRA adapter stands for its base with the adapter merged into it.
     tokenizer_path: where the tokenizer is, if not with the model. tokenizer: an open one to use
-    instead. options: those of `families.from_hf`; head is "reward" for a reward model.
+    instead. rounded_to: one of export.DTYPES, to load the weights as if they had been exported in
+    it. options: those of `families.from_hf`; head is "reward" for a reward model.
     """
     folder, adapters = find(path)
     hf_config = hf.read_config(folder)
@@ -166,7 +167,7 @@ def open_checkpoint(
         # Before it takes hours: each host reads its own copy.
         agreement.check_same_files(_files(path, folder, adapters))
         placed = _placed(mesh, config)
-        return hf.load(folder, config, placed, adapters)
+        return hf.load(folder, config, placed, adapters, rounded_to)
 
     @functools.cache  # it reads all of the weights
     def fingerprint():

@@ -83,7 +83,7 @@ def is_gone(stage: str, folder: pathlib.Path) -> bool:
 def source_dtype(folder: pathlib.Path) -> str:
     """Return in which type the model was stored that a finished stage started from; "" if unknown.
 
-    That stage's own hf/ is in float32.
+    That stage's own hf/ may be stored in another one.
     """
     return _read(folder).get("source", "")
 

@@ -70,8 +70,11 @@ class Run:
 
     def is_last(self, stage: str) -> bool:
         """Return whether no other stage of the run trains after a stage that trains."""
-        is_last_round = self.config.rounds >= self.rounds
-        return is_last_round and stage == stage_table.training_stages(self.config)[-1]
+        return self.config.rounds >= self.rounds and self.is_last_of_round(stage)
+
+    def is_last_of_round(self, stage: str) -> bool:
+        """Return whether no other stage of the round trains after a stage that trains."""
+        return stage == stage_table.training_stages(self.config)[-1]
 
     def initial(self, stage: str) -> loading.Checkpoint:
         """Return what a stage starts from.

@@ -100,12 +100,16 @@ def evaluate_stage(run: Run, stage: str) -> dict:
                 [run.of_round(number).folder(trained) for number in numbers],
                 run.load(start),
                 run.config.reward.kind,
-                # The optimum that beta has is DPO's: KTO's loss has another.
-                run.config.dpo.beta if trained == "dpo" else None,
+                run.config.dpo.beta if stage_table.aims_at_optimum(run.config, trained) else None,
                 is_moved=stage_table.reference_of(run.config, trained) == "init",
             )
-    # The exported model, not a checkpoint: adapters are merged there.
-    end = loading.open_checkpoint(str(run.folder(trained) / "hf"), dtype=run.config.model.dtype)
+    # The exported model, not a checkpoint: adapters are merged there. A run that ends with this
+    # round rounds its weights, and one that goes on has kept them exact: both measure the same.
+    folder = run.folder(trained)
+    source = exports.source_dtype(folder)
+    rounded_to = exports.dtype_of(run.config, run.is_last_of_round(trained), source)
+    dtype = run.config.model.dtype
+    end = loading.open_checkpoint(str(folder / "hf"), rounded_to=rounded_to, dtype=dtype)
     measure = policy_measure(run, start)
     reference = start.load_params(run.mesh)
     values, rows = measure(end.load_params(run.mesh), reference)

@@ -17,7 +17,7 @@ import pytest
 
 from dpo_jax import command_line, sample, score, stage_table
 from dpo_jax import config as configs
-from dpo_jax.models import hf, transformer
+from dpo_jax.models import export, hf, transformer
 from dpo_jax.parallel import sharding
 from dpo_jax.pipeline.run import versions
 from dpo_jax.pipeline.stages import run_stages
@@ -82,11 +82,14 @@ def tiny_hf_config():
     )
 
 
-def write_model(folder, scale: float = 4, *, chat_template: str = "") -> pathlib.Path:
+def write_model(
+    folder, scale: float = 4, *, chat_template: str = "", dtype: str = "float32"
+) -> pathlib.Path:
     """Write a random two-layer Llama of 40 words in Hugging Face format; return its folder.
 
     Its weights are `scale` times as large as those of an initialisation, so that its log-probs are
-    far from uniform. chat_template: of its tokenizer, which else has none.
+    far from uniform. chat_template: of its tokenizer, which else has none. dtype: of the stored
+    weights.
     """
     hf_config = tiny_hf_config()
     config = tiny_config()
@@ -96,7 +99,7 @@ def write_model(folder, scale: float = 4, *, chat_template: str = "") -> pathlib
     words = tokenizer()
     if chat_template:
         words.chat_template = chat_template
-    hf.save(folder, config, hf_config, params, words)
+    hf.save(folder, config, hf_config, params, words, options=export.Options(dtype))
     return pathlib.Path(folder)
 
 

@@ -25,6 +25,7 @@ from tests.helpers.tiny_runs import (
     run,
     sigterm_at,
     weights,
+    write_model,
     write_pairs,
 )
 
@@ -275,21 +276,45 @@ def longest(prompts, completions):
     return [len(text) for text in completions]
 
 
+def config_of_model(model, tmp_path, rounds: int):
+    """Return the config of a short run of a model; its pairs are written first."""
+    config = default(("pairs", "dpo", "evaluate"))
+    config.rounds = rounds
+    config.model.path = str(model)
+    config.data.path = str(write_pairs(tmp_path / "pairs.jsonl", count=40))
+    config.data.eval_fraction = 0.2
+    config.sampling.update(max_new_tokens=4, batch_size=32)
+    config.pairs.update(prompts=8, completions=2)
+    config.dpo.update(batch_size=4, steps=3, lr=0.01, eval_every=3, save_every=3, warmup_steps=0)
+    config.evaluate.prompts = 8
+    return config
+
+
+@pytest.mark.slow
+def test_round_1_of_a_bfloat16_model_is_measured_as_the_run_without_rounds(tmp_path):
+    """Though the weights of the one are exported in bfloat16, and those of the other are exact."""
+    model = write_model(tmp_path / "model", dtype="bfloat16")
+    run_here(config_of_model(model, tmp_path, 1), tmp_path / "one", reward=longest)
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    shutil.rmtree(tmp_path / "two" / "evaluate")
+    with sigterm_at(2):  # of the next thing that is trained: round 2
+        run_here(config_of_model(model, tmp_path, 2), tmp_path / "two", reward=longest)
+    stored = [weights(tmp_path / name / "dpo") for name in ("one", "two")]
+    assert [{str(x.dtype) for x in values.values()} for values in stored] == [
+        {"bfloat16"},
+        {"float32"},
+    ]
+    for name in ("evaluate.json", "completions.jsonl", "reference_completions.jsonl"):
+        one, two = (tmp_path / folder / "evaluate" / name for folder in ("one", "two"))
+        assert one.read_bytes() == two.read_bytes(), name
+
+
 @pytest.mark.slow
 def test_rounds_of_a_model_and_a_python_reward(model, tmp_path):
     """Sampled rewards and KLs; adapters, which later rounds have over merged weights; a name."""
-    write_pairs(tmp_path / "pairs.jsonl", count=40)
-    config = default(("pairs", "dpo", "evaluate"))
-    config.rounds = 2
+    config = config_of_model(model, tmp_path, 2)
     config.run = "mine"
-    config.model.path = str(model)
-    config.data.path = str(tmp_path / "pairs.jsonl")
-    config.data.eval_fraction = 0.2
     config.model.lora.rank = 2
-    config.sampling.update(max_new_tokens=4, batch_size=32)
-    config.pairs.update(prompts=8, completions=2)
-    config.dpo.update(batch_size=4, steps=3, lr=0.01, eval_every=3, save_every=3)
-    config.evaluate.prompts = 8
     with on_devices(1):
         folders = dpo_jax.run(config, tmp_path / "run", reward=longest)
     later = tmp_path / "run" / "round_2"

@@ -47,6 +47,39 @@ def test_a_function_of_the_callers_has_a_reference():
     assert stage_table.reference_of(config, "dpo") == "init"
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"dpo.loss": "ipo"},
+        {"dpo.loss": "sigmoid_norm"},
+        {"dpo.loss": "simpo"},
+        {"dpo.loss": "sigmoid=1,nll=0.2"},
+        {"dpo.loss": "function:mine"},
+        {"dpo.label_smoothing": 0.1},
+        {"dpo.divergence": "jensen_shannon"},
+        {"dpo.weighting": "wpo"},
+        {"dpo.ld_alpha": 0.5},
+        {"dpo.reference_every": 10},
+        {"dpo.reference": "none"},
+        {"pairs.labels": "deterministic"},
+    ],
+)
+def test_only_the_papers_loss_aims_at_its_optimum(fields):
+    config = configs.default(("sft", "pairs", "dpo", "evaluate"))
+    config.pairs.labels = "bradley_terry"
+    assert stage_table.aims_at_optimum(config, "dpo")
+    config.dpo.update(reference="first", beta=3.0)
+    assert stage_table.aims_at_optimum(config, "dpo")
+    config.update_from_flattened_dict(fields)
+    assert not stage_table.aims_at_optimum(config, "dpo")
+
+
+def test_other_stages_aim_at_no_known_optimum():
+    config = configs.default(("sft", "pairs", "kto", "evaluate"))
+    config.pairs.labels = "bradley_terry"
+    assert not stage_table.aims_at_optimum(config, "kto")
+
+
 def test_sampled_pairs_of_run_alone():
     config = configs.default(("sft", "pairs", "dpo"))
     assert stage_table.trains_on_samples(config, "dpo")

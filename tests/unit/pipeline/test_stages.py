@@ -1,9 +1,19 @@
-"""What is refused before the first stage runs."""
+"""What is refused before the first stage runs, and which weights are evaluated."""
 
+import collections
+
+import jax
+import numpy as np
 import pytest
 
 from configs import imdb_small
+from dpo_jax import config as configs
+from dpo_jax.parallel import sharding
+from dpo_jax.pipeline import exports, stages
+from dpo_jax.pipeline.run import Run
 from dpo_jax.pipeline.stages import run_stages
+from dpo_jax.workdir import EXPORT, finish_stage, start_stage
+from tests.helpers.tiny_runs import write_model
 
 
 def test_run_stages_refuses_unreadable_reward(tmp_path):
@@ -17,3 +27,28 @@ def test_run_stages_refuses_unreadable_reward(tmp_path):
     ):
         run_stages(config, str(tmp_path / "run"))
     assert not (tmp_path / "run" / "sft").exists()
+
+
+def test_evaluate_measures_weights_as_the_run_without_rounds_exports_them(tmp_path, monkeypatch):
+    """A round that others follow has kept them exact, where that run has rounded them."""
+    measured = []
+
+    def measure(params, reference):
+        measured.append(params)
+        return collections.defaultdict(float), []
+
+    monkeypatch.setattr(stages, "policy_measure", lambda run, start: measure)
+    config = configs.default(("pairs", "dpo", "evaluate"))
+    config.model.path = str(write_model(tmp_path / "model", dtype="bfloat16"))
+    config.data.path = "PAIRS"
+    for rounds in (1, 2):
+        run = Run(config, tmp_path / f"of_{rounds}", sharding.make_mesh(), rounds)
+        record = exports.record(config, run.is_last("dpo"), "bfloat16")
+        folder, _ = start_stage(run.workdir, config, "dpo", {})
+        write_model(folder / "hf", scale=3, dtype=record["dtype"])
+        finish_stage(folder, **{EXPORT: record})
+        run.folder("evaluate").mkdir()
+        stages.evaluate_stage(run, "evaluate")
+    rounded, _, exact, _ = map(jax.tree.leaves, measured)
+    for one, other in zip(rounded, exact, strict=True):
+        np.testing.assert_array_equal(one, other)
