@@ -60,10 +60,20 @@ class Record:
         return found if can_be_drawn(found) else None
 
     @property
-    def has_adapters(self) -> bool:
+    def _model(self) -> dict:
         model = self.config.get("model")
-        lora = model.get("lora") if isinstance(model, dict) else None
+        return model if isinstance(model, dict) else {}
+
+    @property
+    def has_adapters(self) -> bool:
+        lora = self._model.get("lora")
         return isinstance(lora, dict) and bool(lora.get("rank"))
+
+    @property
+    def is_from_scratch(self) -> bool:
+        """Whether training began with random weights: no model is given, and none is fine-tuned."""
+        stages = self.config.get("stages") or []
+        return self._model.get("path") == "" and "sft" not in stages
 
     def points(self, metric: str) -> Points:
         """Return (step, value) of a metric wherever it was written."""

@@ -9,6 +9,7 @@ import statistics
 import typing
 from collections.abc import Callable
 
+from dpo_jax import loss_table
 from dpo_jax.reporting.records import Record
 from dpo_jax.stage_table import STAGES
 
@@ -19,6 +20,8 @@ ZERO_GRADIENT = 1e-6
 # Gradients shrink or stay as a model learns. A batch may double the norm, not all of a quarter of a
 # run ten times.
 EXPLODING = 10.0
+# And what people cut gradients to is 1 to 10: far below it, no gradient is large.
+LARGE_GRADIENT = 0.1
 # Cutting spikes is what max_grad_norm is for. If nearly every step is cut, it sets the step's size,
 # and lr no longer does.
 ALWAYS_CUT = 0.9
@@ -129,7 +132,7 @@ def _gradient(record: Record) -> Found:
             "infinite in the loss?",
             OPTIMISER,
         )
-    if late >= EXPLODING * early:
+    if late >= max(EXPLODING * early, LARGE_GRADIENT):
         return _warning(
             f"The gradient explodes: its norm is {late:.3g} over the last quarter of the steps, "
             f"{late / max(early, ZERO_GRADIENT):.3g} times that of the first. Lower lr.",
@@ -149,7 +152,8 @@ def _gradient(record: Record) -> Found:
 def _weights(record: Record) -> Found:
     norms = record.values("param_norm")
     # Adapters, heads and models from scratch begin near zero and are meant to grow.
-    if len(norms) < 2 or record.has_adapters or not _is_policy(record):
+    is_new = record.has_adapters or record.is_from_scratch
+    if len(norms) < 2 or is_new or not _is_policy(record):
         return None
     if norms[-1] >= GROWN_WEIGHTS * norms[0]:
         return _warning(
@@ -164,7 +168,7 @@ def _loss(record: Record) -> Found:
     """Look whether the loss is above that of the start; PPO's says nothing."""
     if record.stage == "ppo":
         return None
-    held_out = _ends(record, "loss/eval")
+    held_out = None if _moves_reference(record) else _ends(record, "loss/eval")
     training = record.values("loss/train")
     if held_out:
         where, (start, end) = "on held-out examples", held_out
@@ -183,7 +187,7 @@ def _loss(record: Record) -> Found:
 
 def _margins(record: Record) -> Found:
     margins = record.values("rewards_train/margins")
-    if not margins:
+    if not margins or not _compares_with_start(record):
         return None
     end = end_of(margins)
     if end >= SATURATED_MARGIN:
@@ -223,6 +227,10 @@ def _chosen(record: Record) -> Found:
 
 
 def _accuracy(record: Record) -> Found:
+    # A run that is still warming up has learned next to nothing yet.
+    is_warming_up = (record.last_step or 0) < (record.number("warmup_steps") or 0)
+    if not _compares_with_start(record) or (is_warming_up and not record.is_finished):
+        return None
     accuracies = record.values("rewards_eval/accuracies")
     count = record.count("eval", "kept")
     where = "held-out pairs"
@@ -270,9 +278,12 @@ def _lengths(record: Record) -> Found:
         measured = True
         ratio = statistics.fmean(chosen) / max(statistics.fmean(rejected), 1.0)
         if ratio >= LONGER_CHOSEN:
+            # Other losses are means over tokens already, or have no kin that is.
+            is_of_sums = record.stage == "dpo" and record.block.get("loss") == "sigmoid"
+            advice = " Compare with dpo.loss=sigmoid_norm." if is_of_sums else ""
             found += _note(
                 f"Chosen responses are {ratio:.2g} times as long as rejected ones, so that longer "
-                "answers are learned too. Compare with dpo.loss=sigmoid_norm.",
+                f"answers are learned too.{advice}",
                 PAIRS,
             )
     return found if measured else None
@@ -296,7 +307,7 @@ def _evaluation(record: Record) -> Found:
     """Look whether what is held out falls behind what is trained on."""
     held_out = record.values("loss/eval")
     training = record.values("loss/train")
-    if len(held_out) < 3 or not training:
+    if len(held_out) < 3 or not training or _moves_reference(record):
         return None
     found = []
     start, lowest, end = held_out[0], min(held_out), held_out[-1]
@@ -382,6 +393,27 @@ def _ppo(record: Record) -> Found:
             PPO,
         )
     return found
+
+
+def _moves_reference(record: Record) -> bool:
+    """Return whether rewards and losses begin anew as the reference moves to the policy.
+
+    A move comes before the evaluation of the same step, which may then see no difference at all.
+    """
+    return (record.number("reference_every") or 0) > 0
+
+
+def _compares_with_start(record: Record) -> bool:
+    """Return whether rewards are 0 at the start: log-ratios to a reference that stays.
+
+    Without a reference they are log-probs, whose accuracy and margin are not 0.5 and 0 there.
+    """
+    loss = record.block.get("loss")
+    if _moves_reference(record) or record.block.get("reference") == "none":
+        return False
+    if not isinstance(loss, str) or not set(loss_table.names(loss)) <= loss_table.LOSSES.keys():
+        return True  # of another stage
+    return loss_table.properties(loss).needs_reference
 
 
 def _is_policy(record: Record) -> bool:

@@ -94,6 +94,9 @@ def test_gradient():
     assert of(late(1.0, 2 * zero)) == ""
     assert of(late(1.0, friend.EXPLODING)).startswith("warning: The gradient explodes")
     assert of(late(1.0, 0.9 * friend.EXPLODING)) == ""
+    # From nothing, to next to nothing.
+    small = friend.LARGE_GRADIENT
+    assert of([0.0] * 10 + [0.9 * small] * 30) == "" and "explodes" in of([0.0] * 10 + [small] * 30)
     # One batch is no explosion.
     assert of([1.0] * (STEPS - 1) + [1e6]) == ""
 
@@ -120,6 +123,10 @@ def test_size_of_weights():
     check = friend.CHECKS["size of the weights"]
     assert check(record(rows=training(param_norm=grown), model={"lora": {"rank": 8}})) is None
     assert check(record("sft", rows=training(param_norm=grown))) is None
+    scratch = record(rows=training(param_norm=grown), model={"path": ""})
+    assert check(scratch) is None
+    scratch.config["stages"] = ["sft", "dpo"]  # what dpo begins with is fine-tuned
+    assert check(scratch)
 
 
 def test_loss_against_start():
@@ -188,6 +195,57 @@ def test_accuracy():
     assert of(limit - 0.001, count=4 * pairs) == ""
 
 
+def test_accuracy_of_a_run_that_warms_up():
+    rows = evaluations(rewards_eval__accuracies=[0.0, 0.52])
+
+    def of(**more):
+        run = record(rows=rows, ledger={"eval": {"kept": 256}}, steps=2000, **more)
+        return friend.CHECKS["accuracy against chance"](run)
+
+    assert of(warmup_steps=150, is_finished=False) is None
+    assert of(warmup_steps=150) and of(warmup_steps=10, is_finished=False)
+
+
+def moved() -> list[dict]:
+    """Return rows of a healthy run whose reference moves just before each evaluation."""
+    held_out = evaluations(
+        loss__eval=[0.69, 0.6, 0.69, 0.74], rewards_eval__accuracies=[0.0, 0.7, 0.0, 0.0]
+    )
+    rows = training(
+        loss__train=0.4, rewards_train__margins=9.0, rewards_train__accuracies=0.9, lr=1e-6
+    )
+    return merged(held_out, rows)
+
+
+@pytest.mark.parametrize(
+    "check", ["accuracy against chance", "margins", "evaluation against training"]
+)
+def test_reference_that_moves(check):
+    ledger = {"eval": {"kept": 256}}
+    assert friend.CHECKS[check](record(rows=moved(), ledger=ledger, reference_every=10)) is None
+    assert friend.CHECKS[check](record(rows=moved(), ledger=ledger, reference_every=0))
+
+
+def test_loss_with_a_reference_that_moves_is_that_of_training():
+    check = friend.CHECKS["loss against the start"]
+    assert check(record(rows=moved(), reference_every=10)) == []
+    assert check(record(rows=moved(), reference_every=0))
+
+
+@pytest.mark.parametrize("check", ["accuracy against chance", "margins"])
+def test_rewards_that_are_no_log_ratios(check):
+    """The friend does not know what they were at the start."""
+
+    def of(**block):
+        return friend.CHECKS[check](record(rows=moved(), ledger={"eval": {"kept": 256}}, **block))
+
+    for loss in ("simpo", "orpo", "cpo", "nll", "cpo=1,nll=0.2"):
+        assert of(loss=loss) is None
+    assert of(loss="sigmoid", reference="none") is None
+    for loss in ("sigmoid", "ipo", "sigmoid=1,nll=0.2", "of another version"):
+        assert of(loss=loss, reference="init")
+
+
 def test_accuracy_of_training_where_nothing_is_held_out():
     def of(accuracy):
         rows = training(rewards_train__accuracies=late(0.5, accuracy))
@@ -205,12 +263,17 @@ def test_lengths():
     drawn = record("ppo", rows=training(ppo_train__length=late(10.0, 16.0)))
     assert "grew from 10 to 16 tokens" in said("lengths", drawn)
 
-    def of_data(ratio):
+    def of_data(ratio, stage="dpo", loss="sigmoid"):
         rows = training(lengths_train__chosen=100.0 * ratio, lengths_train__rejected=100.0)
-        return said("lengths", record(rows=rows))
+        return said("lengths", record(stage, rows=rows, loss=loss))
 
     assert of_data(friend.LONGER_CHOSEN).startswith("note: Chosen responses are 1.3 times")
     assert of_data(friend.LONGER_CHOSEN - 0.01) == ""
+    advice = "Compare with dpo.loss=sigmoid_norm."
+    assert of_data(2.0).endswith(advice)
+    for run in (dict(loss="sigmoid_norm"), dict(loss="simpo"), dict(stage="rm")):
+        found = of_data(2.0, **run)
+        assert found.startswith("note: Chosen responses are 2 times") and advice not in found
 
 
 def test_repetition():
