@@ -13,12 +13,22 @@ from dpo_jax.data.packing import FILLER
 from dpo_jax.data.rows import Numbers
 from dpo_jax.training import metrics as metrics_lib
 from dpo_jax.training import objectives, step
+from dpo_jax.training.losses import PLAIN, Choices
 from tests.helpers.tiny import HYPER, random_pairs, tiny_config
 from tests.helpers.tiny_models import random_params
 
 WEIGHTS = (2.0, 0.0, 1.0, 3.0)
 MARGINS = (0.5, 2.0, -1.0, 0.0)
-OBJECTIVES = [("dpo", "sigmoid"), ("preferred_ft", "token_mean")]
+OBJECTIVES = [
+    ("dpo", "sigmoid"),
+    ("preferred_ft", "token_mean"),
+    ("unlikelihood", ""),
+    ("rm", ""),
+]
+MIXTURE = "sigmoid=1,nll=0.5"
+# WPO and LD-DPO at once; the numbers that they and the mixture take.
+WEIGHTED = Choices(weighting="wpo", is_length_desensitized=True)
+NUMBERS = HYPER | dict(ld_alpha=np.float32(0.4), loss_weights=np.float32([1, 0.5]))
 
 
 def examples_of(name, order=range(4), weights=None, margins=None) -> Examples:
@@ -34,21 +44,21 @@ def examples_of(name, order=range(4), weights=None, margins=None) -> Examples:
 
 @pytest.fixture(scope="module")
 def measure():
-    """Return (objective, loss, batch) -> (gradient, means) of a model of one layer."""
+    """Return (objective, loss, batch, choices) -> (gradient, means) of a model of one layer."""
 
     def config_of(name):
         return tiny_config(layers=1, head="reward" if name == "rm" else "lm")
 
     @functools.cache
-    def compiled(name, loss):
+    def compiled(name, loss, choices):
         config = config_of(name)
-        objective = objectives.make(name, config, loss)
+        objective = objectives.make(name, config, loss, choices)
         return jax.jit(functools.partial(step.accumulate, objective))
 
-    def measured(name, loss, batch):
+    def measured(name, loss, batch, choices=PLAIN):
         params = random_params(config_of(name))
         reference = jax.tree.map(lambda x: x * 1.05, params)
-        gradient, metrics = compiled(name, loss)(params, reference, HYPER, batch)
+        gradient, metrics = compiled(name, loss, choices)(params, reference, NUMBERS, batch)
         return gradient, metrics_lib.named(metrics, "train")
 
     return measured
@@ -95,11 +105,11 @@ def test_weights_that_change_nothing(measure):
 
 def test_weights_and_margins_in_any_layout(measure):
     examples = examples_of("dpo", weights=WEIGHTS, margins=MARGINS)
-    whole = measure("dpo", "sigmoid", batch_of(examples))
+    whole = measure("dpo", MIXTURE, batch_of(examples), WEIGHTED)
     # The fourth cell has the pair of weight 0 alone, or none at all.
     order = [2, 0, 3, 1, FILLER, FILLER]
     split = batch_of(examples, order=order, microbatches=2, shards=2)
-    assert_same(measure("dpo", "sigmoid", split), whole, rtol=2e-5)
+    assert_same(measure("dpo", MIXTURE, split, WEIGHTED), whole, rtol=2e-5)
 
 
 def test_margin_is_asked_and_not_measured(measure):
