@@ -191,7 +191,7 @@ def _stopped(run: StageRun, rows: list[dict], name: str, problems: list[str]) ->
 
 
 def _samples(folder: pathlib.Path, name: str, problems: list[str]) -> list[Sample]:
-    """Return the completions that an evaluate stage has kept."""
+    """Return all completions that an evaluate stage has kept."""
     policy = _completions(folder / COMPLETIONS, name, problems)
     references = _completions(folder / REFERENCE_COMPLETIONS, name, problems)
     samples = []

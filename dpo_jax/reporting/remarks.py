@@ -45,6 +45,11 @@ LONGER = 1.5
 LONGER_CHOSEN = 1.3
 # The share of repeated 3-grams is 0.0 to 0.1 in good text.
 REPEATING = 0.1
+# Policy and reference answer the same prompts with the same seed. Preferences narrow a policy's
+# answers; half as many different ones as the reference has is a few answers for many prompts.
+FEWER_DISTINCT = 0.5
+# Of fewer completions, a few that are equal decide.
+LEAST_COMPLETIONS = 20
 # Of what an evaluation loss had fallen in all: a tenth is beyond the noise of a few hundred pairs.
 TURNED_UP = 0.1
 # Accuracy on the training batches over that on held-out pairs. 0.15 is 5 standard errors of 256
@@ -303,6 +308,23 @@ def _repetition(record: Record) -> Found:
     return []
 
 
+def _distinct(record: Record) -> Found:
+    """Look whether the policy gives many prompts the same answer, as after a collapse to one."""
+    both = [sample for sample in record.samples if sample.reference]
+    if len(both) < LEAST_COMPLETIONS:
+        return None
+    policy = len({sample.policy.text for sample in both}) / len(both)
+    reference = len({sample.reference.text for sample in both}) / len(both)
+    if policy <= FEWER_DISTINCT * reference:
+        return _warning(
+            f"{policy:.0%} of the policy's completions are distinct, and {reference:.0%} of the "
+            f"reference's, to the same {len(both):,} prompts: the policy gives many prompts the "
+            "same answer. It collapses.",
+            SAMPLES,
+        )
+    return []
+
+
 def _evaluation(record: Record) -> Found:
     """Look whether what is held out falls behind what is trained on."""
     held_out = record.values("loss/eval")
@@ -430,6 +452,7 @@ CHECKS: dict[str, Callable[[Record], Found]] = {
     "accuracy against chance": _accuracy,
     "lengths": _lengths,
     "repetition": _repetition,
+    "distinct completions": _distinct,
     "evaluation against training": _evaluation,
     "warm-up": _warm_up,
     "ends of answers": _answers,

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from dpo_jax.reporting import remarks as friend
-from dpo_jax.reporting.records import Record
+from dpo_jax.reporting.records import Completion, Record, Sample
 from tests.helpers.documented import anchors
 from tests.helpers.paths import ROOT
 
@@ -282,6 +282,25 @@ def test_repetition():
 
     assert of(0.021 + friend.REPEATING).startswith("warning: Completions repeat themselves")
     assert of(0.019 + friend.REPEATING) == ""
+
+
+def test_distinct_completions():
+    def of(policy, reference=40, count=40):
+        """Return what is said of so many distinct completions, of `count`."""
+        run = record("evaluate")
+        run.samples = [
+            Sample(f"p{i}", Completion(f"a{i % policy}"), Completion(f"b{i % reference}"))
+            for i in range(count)
+        ]
+        return friend.CHECKS["distinct completions"](run)
+
+    limit = round(40 * friend.FEWER_DISTINCT)
+    assert of(limit + 1) == [] and of(limit)[0].level == "warning"
+    assert of(1)[0].text.startswith("2% of the policy's completions are distinct, and 100% of")
+    # Short answers, as yes and no, are no collapse if the reference gives them too.
+    assert of(2, reference=3) == [] and of(1, reference=2)
+    least = friend.LEAST_COMPLETIONS
+    assert of(1, count=least - 1) is None and of(1, count=least)
 
 
 def test_evaluation_that_turns_up():
