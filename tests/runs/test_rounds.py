@@ -14,9 +14,11 @@ import dpo_jax
 from configs import toy
 from dpo_jax import check, runs
 from dpo_jax.config import default
+from dpo_jax.evaluation.chat_api import BudgetExhausted
 from dpo_jax.training.metrics import read_rows
 from dpo_jax.workdir import StageChanged, read_weights
 from tests.helpers import bucket_folders
+from tests.helpers.judge_server import JudgeServer, longer, prefers
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_runs import (
     environment,
@@ -39,6 +41,8 @@ def config_of(rounds: int = 1, method: str = "dpo", **fields):
     config.pairs.prompts = PROMPTS
     short = dict(batch_size=16, eval_every=3, save_every=2, warmup_steps=0)
     config.sft.update(steps=2, **short)
+    if method == "ppo":  # on a reward model, which is trained first
+        config.rm.update(steps=4, **short)
     # Few rows to sample from, so that rounds use them up.
     config.data.max_rows = 30
     config.data.max_eval_rows = 20
@@ -241,6 +245,9 @@ def test_check_finds_damage_in_a_later_round(three, tmp_path, capsys):
         pytest.param("dpo", dict(loss="orpo", beta=0.1), marks=pytest.mark.slow),
         pytest.param("unlikelihood", {}, marks=pytest.mark.slow),
         pytest.param("preferred_ft", {}, marks=pytest.mark.slow),
+        pytest.param("kto", {}, marks=pytest.mark.slow),
+        pytest.param("kto", dict(reference="first"), marks=pytest.mark.slow),
+        pytest.param("ppo", dict(minibatch_size=8), marks=pytest.mark.slow),
     ],
 )
 def test_rounds_of_other_objectives(tmp_path, method, fields):
@@ -336,3 +343,29 @@ def test_rounds_of_a_model_and_a_python_reward(model, tmp_path):
     assert evaluated["policy"] == "dpo" and evaluated["frontier/kl"] != 0
     card = (folders["dpo"] / "adapter" / "README.md").read_text()
     assert "round 2" in card and str(before / "hf") in card
+
+
+@pytest.mark.slow
+def test_rounds_of_a_judge_resume_and_pay_no_call_twice(model, tmp_path):
+    """Stopped by its cap, which counts the answers of one round."""
+    config = config_of_model(model, tmp_path, 2)
+    config.stages = ("pairs", "dpo")
+    config.pairs.labels = "judge"
+    config.pairs.judge.update(model="m", max_calls=5)
+    workdir = tmp_path / "run"
+    folders = (workdir / "pairs", workdir / "round_2" / "pairs")
+    with JudgeServer(prefers(longer)) as server, server.environment():
+        with pytest.raises(BudgetExhausted):
+            run_here(config, workdir)
+        assert len(server.requests) == 5
+        # Enough for the pairs of one round, of the prompts to train on and of those held out.
+        config.pairs.judge.max_calls = cap = 24
+        run_here(config, workdir)
+        asked = len(server.requests)
+        run_here(config, workdir)
+        assert len(server.requests) == asked
+    kept = [rows_of(folder / "judgements.jsonl") for folder in folders]
+    assert max(map(len, kept)) <= cap < len(kept[0]) + len(kept[1]) == asked
+    for folder in folders:
+        assert rows_of(folder / "pairs.jsonl")
+    assert (workdir / "round_2" / "dpo" / "hf").exists()
