@@ -14,6 +14,7 @@ import datetime
 import functools
 import os
 import pathlib
+import urllib.parse
 from collections.abc import Iterator
 
 import jax
@@ -272,6 +273,7 @@ def _link(out: pathlib.Path, target: str) -> str:
         return ""
     file, _, heading = target.partition("#")
     path = pathlib.PurePath(os.path.relpath(DOCS / file, out.absolute().parent)).as_posix()
+    path = urllib.parse.quote(os.fsencode(path))
     return f"{path}#{heading}" if heading else path
 
 

@@ -143,7 +143,7 @@ def _e(value: object) -> str:
 
 
 def _friend(records: list[Record], link: Callable[[str], str]) -> _Section:
-    """Return what the checks found, warnings first, and what they looked at in vain."""
+    """Return what the checks found, warnings first, and the checks that found nothing."""
     # Of a sweep's runs many say the same: they share a box.
     boxes: dict[tuple[str, str], list[tuple[str, Remark]]] = {}
     fine = []

@@ -73,7 +73,7 @@ TRUNCATION = "data.md#truncation"
 
 
 class Remark(typing.NamedTuple):
-    """A line of the friend's."""
+    """A remark on a stage, with the page that explains it."""
 
     level: str  # "warning": something is wrong; "note": good to know
     text: str

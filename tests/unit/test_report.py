@@ -101,6 +101,15 @@ def test_page_loads_nothing_and_its_links_resolve(workdir):
     assert "content=\"default-src 'none'; style-src 'unsafe-inline';" in text
 
 
+def test_links_from_a_folder_of_an_odd_name(tmp_path, monkeypatch):
+    """A browser reads # and % of a link, and not of a folder's name."""
+    docs = tmp_path / "a#b c%20é" / "docs"
+    docs.mkdir(parents=True)
+    monkeypatch.setattr(report, "DOCS", docs)
+    link = report._link(tmp_path / "report.html", "metrics.md#ppo")
+    assert link == "a%23b%20c%2520%C3%A9/docs/metrics.md#ppo"
+
+
 def test_texts_of_data_are_no_html(workdir):
     """Completions, names of folders, configs, ledgers and metrics may come from anybody."""
     name = EVIL.replace("/", "∕")  # no file's name holds a slash

@@ -1,5 +1,6 @@
 """The friend's remarks: made-up metrics on both sides of each threshold."""
 
+import json
 import pathlib
 import re
 
@@ -390,3 +391,27 @@ def test_every_check_is_described():
     text = (ROOT / "docs" / "reports.md").read_text()
     for name in friend.CHECKS:
         assert f"| {name} |" in text, name
+
+
+def test_numbers_of_the_page():
+    """They are those of two real runs."""
+    text = " ".join((ROOT / "docs" / "reports.md").read_text().split())
+    results = ROOT / "experiments" / "results" / "reports" / "toy.json"
+    runs = json.loads(results.read_text())["runs"]
+    for run in runs.values():
+        assert run["command"] in text
+    # Of each run the first two rows, the one of the highest training loss, and the last.
+    start, _, _, end = runs["toy"]["rows"]
+    assert f"goes from {start['loss/eval']:.4g} to {end['loss/eval']:.4g}, and training" in text
+    assert end["logps_eval/chosen"] == pytest.approx(start["logps_eval/chosen"], abs=0.1)
+    assert end["logps_eval/rejected"] < start["logps_eval/rejected"] - 0.5
+
+    rows = runs["broken"]["rows"]
+    assert f"with an accuracy of {rows[-1]['rewards_eval/accuracies']:.4g} that" in text
+    assert rows[2]["step"] < 50 and rows[2]["loss/train"] > 25
+    ledger = {"eval": {"kept": runs["broken"]["held_out_pairs"]}}
+    found = friend.remarks(record(rows=rows, ledger=ledger))
+    said = [remark for remarks in found.values() for remark in remarks or []]
+    assert len(said) == text.count("- **warning**") + text.count("- **note**") == 3
+    for remark in said:
+        assert f"- **{remark.level}**: {remark.text}" in text
