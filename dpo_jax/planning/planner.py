@@ -85,6 +85,11 @@ def plan(
         memory, work = _estimated(program, model, batches, topology, flops_per_chip)
     else:
         memory, work = _compiled(program, traced, topology, flops_per_chip)
+    # `evaluate` measures the KL to the initial policy: a copy beside a reference that moves.
+    # Under adapters it is their base.
+    moves_reference = stage_table.moves_reference(config[stage])
+    if moves_reference and "evaluate" in config.stages and program.base is None:
+        memory["initial"] = memory["params"]
 
     needed_flops = 0.0
     for step in range(len(batches)):

@@ -67,7 +67,7 @@ class Report:
     sharing: Sharing
     compiled: bool  # by the chip's compiler; otherwise estimated from the sizes
     capacity_gib: float  # memory of a chip
-    hbm_gib: dict[str, float]  # memory that the step takes on a chip, by kind
+    hbm_gib: dict[str, float]  # memory of a chip that is taken during a step, by kind
     flops_per_step: float  # that the program does, over all chips
     needed_flops_per_step: float  # that the model needs, without recomputation or padding
     collectives: dict[str, dict] | None  # kind -> count and GiB received by a chip

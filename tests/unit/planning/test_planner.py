@@ -175,6 +175,20 @@ def test_plan_adapters(tmp_path):
     assert report.hbm_gib["reference"] == pytest.approx(whole.hbm_gib["params"])
 
 
+def test_plan_moved_reference():
+    """The reference that moves is beside the initial policy, which evaluate's KL is to."""
+    topology = topologies.parse("h200:8")
+    config = scratch_config(batch_size=8, reference_every=4)
+    alone = planner.plan(config, topology, "dpo").hbm_gib
+    config = configs.default(("dpo", "evaluate"))
+    config.update(scratch_config(batch_size=8, reference_every=4))
+    config.stages = ("dpo", "evaluate")
+    measured = planner.plan(config, topology, "dpo").hbm_gib
+    assert measured == alone | dict(initial=alone["params"])
+    config.dpo.reference_every = 0
+    assert planner.plan(config, topology, "dpo").hbm_gib == alone
+
+
 def test_plan_refuses_other_stage():
     with pytest.raises(ValueError, match="--stage=sft: expected one of dpo"):
         planner.plan(scratch_config(), topologies.parse("h200:8"), "sft")
