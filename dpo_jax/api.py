@@ -209,6 +209,7 @@ class Model:
             )
         if not len(examples):
             raise ValueError("there is no row to encode.")
+        examples.max_length = data.max_length
         with console.quiet():
             for warning in counts.warnings:
                 # Fields of a config are settings of this call.
@@ -606,6 +607,8 @@ class Trainer:
     ) -> dict[str, float]:
         """Return metrics of the model as it is now, over all examples: {"loss/eval": ...}."""
         self._check_kind(examples)
+        if self._is_unpaired:
+            self._check_rows(len(examples))
         _check_number("evaluate", "batch_size", batch_size, least=1)
         mesh = self._initial.mesh
         size = sharding.whole_shards(batch_size, mesh)
@@ -673,7 +676,12 @@ class Trainer:
             if reference != "init" or self._reference_log_probs is not None:
                 raise ValueError(f"{self._objective} has no reference; dpo has.")
             return None
-        if self._is_unpaired and (reference == "none" or self._reference_log_probs is not None):
+        if self._is_unpaired and reference == "none":
+            raise ValueError(
+                f"{self._objective} compares the policy with a reference: give 'init' or a model "
+                "in place of reference='none'."
+            )
+        if self._is_unpaired and self._reference_log_probs is not None:
             raise ValueError(
                 f"{self._objective} needs the reference itself: it also reads each prompt with "
                 "another row's completion, and which one depends on the batch."
@@ -771,6 +779,8 @@ class Trainer:
         """Lay out a plan's batches, as the command does."""
         self._check_kind(plan.examples)
         batch_size = plan.order.shape[1]
+        if self._is_unpaired:
+            self._check_rows(min(batch_size, len(plan.examples)))
         size = min(self._block.microbatch_size or batch_size, batch_size)
         layout = self._layout() | dict(microbatches=-(-batch_size // size))
         examples, order = plan.examples, plan.order
@@ -793,8 +803,15 @@ class Trainer:
 
     def _longest(self, examples: Examples) -> int:
         """Return how long a prompt and another row's completion may be together, in tokens."""
-        max_length = configs.DATA["max_length"].default
-        return mismatched.longest(examples, max_length, self._config.max_positions)
+        return mismatched.longest(examples, examples.max_length, self._config.max_positions)
+
+    def _check_rows(self, count: int) -> None:
+        """Raise ValueError where too few rows stand together to be mismatched."""
+        if count < 2:
+            raise ValueError(
+                f"{self._objective} takes at least 2 rows together, as its KL is of each prompt "
+                f"with the completion of another row; found {count}."
+            )
 
     def _kept_log_probs(self, examples: Examples) -> np.ndarray | None:
         if self._reference_log_probs is None:

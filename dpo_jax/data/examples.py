@@ -86,6 +86,7 @@ class Examples(Sequence):
         self._weights = Run(np.float32)
         self._target_margins = Run(np.float32)
         self._data_set = 0  # that of the examples appended next
+        self.max_length = 0  # what each was cut to, in tokens; 0: not known
         self._parts = 0  # of each example, a prompt and its responses; 0 while there is none
         self.where = Places()  # the file and row of each
 
@@ -317,6 +318,7 @@ class Examples(Sequence):
         some._ids = self._ids
         some._masks = self._masks
         some._parts = self._parts
+        some.max_length = self.max_length
         some._starts.extend(self._starts.all()[index])
         some._mask_starts.extend(self._mask_starts.all()[index])
         some._sampled_sets.extend(self._sampled_sets.all()[index])

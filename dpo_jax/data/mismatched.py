@@ -95,7 +95,7 @@ class Mismatched(Sequence):
 def longest(examples: Examples, max_length: int, positions: int) -> int:
     """Return how long a prompt and another row's completion may be together, in tokens.
 
-    max_length: config.data.max_length; sampled examples may be longer. positions: of the model.
+    max_length: that the examples were cut to; sampled ones may be longer. positions: of the model.
     """
     prompt_P, response_PK, _ = examples.lengths()
     own_P = prompt_P + response_PK.max(axis=1, initial=0)

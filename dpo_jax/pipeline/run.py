@@ -148,6 +148,7 @@ class Run:
 
         say(loaded.ledger.table())
         if kind == "unpaired":
+            _check_can_be_mismatched(stage, source, loaded)
             _say_of_labels(stage, loaded.ledger.train, self.config[stage])
         shown = min(self.config.data.show, len(loaded.train))
         if shown:
@@ -284,6 +285,18 @@ class Run:
     def _before(self, stage: str) -> tuple[str, ...]:
         """Return the stages before a stage."""
         return self.config.stages[: self.config.stages.index(stage)]
+
+
+def _check_can_be_mismatched(stage: str, source: str, loaded: dataset.Dataset) -> None:
+    """Raise ValueError where a split has one row alone, which has no other row's completion."""
+    for split, examples in (("training", loaded.train), ("held-out", loaded.eval)):
+        if len(examples) == 1:
+            raise ValueError(
+                f"{source}: there is 1 {split} row ({examples.where[0]}), and the stage {stage} "
+                "needs at least 2, as its KL is of each prompt with the completion of another row. "
+                "Give more rows, or change config.data.eval_fraction, which is the share that is "
+                "held out (0: none)."
+            )
 
 
 def _say_of_labels(stage: str, counts: Counts, block: ConfigDict) -> None:

@@ -149,7 +149,9 @@ def kto_first_pass(model, params, reference, _hyper, batch: Batch):
         log_ratios_SQ = response_log_probs(model, params, batch, gradient=False)
         log_ratios_SQ -= response_log_probs(model, reference, batch, gradient=False)
         log_ratios_SP = by_example(log_ratios_SQ, batch)[..., 0]
-    return _sums({"mismatched_log_ratio": log_ratios_SP}, batch.weights)
+    # A cut may leave of a completion only what is not trained on.
+    has_tokens_SP = by_example(batch.response_lengths, batch)[..., 0] > 0
+    return _sums({"mismatched_log_ratio": log_ratios_SP}, batch.weights * has_tokens_SP)
 
 
 def rm(model, _loss, params, _reference, _hyper, batch: Batch):

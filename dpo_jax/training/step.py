@@ -303,8 +303,8 @@ def sum_over_microbatches(first_pass: Callable, params, reference, hyper, batch)
 
 
 def means(sums: dict) -> dict:
-    """Return {name: mean} from {name: (sum, count)}."""
-    return {name: total / count for name, (total, count) in sums.items()}
+    """Return {name: mean} from {name: (sum, count)}, with 0 where nothing counts."""
+    return {name: total / jnp.maximum(count, 1) for name, (total, count) in sums.items()}
 
 
 def make_move(shardings: TrainState):

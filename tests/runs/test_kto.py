@@ -20,6 +20,7 @@ from tests.helpers.tiny_runs import (
 )
 
 COUNT, BATCH = 96, 16
+LENGTHS = dict(max_length=14, max_prompt_length=9)  # all prompts whole, many mismatched rows cut
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +45,7 @@ def kto_config(model, data, **fields):
     """Return the config of a short run, whose updates follow the gradient."""
     config = configs.default(("kto",))
     config.model.path, config.data.path, config.data.shuffle = str(model), str(data), False
+    config.data.update(LENGTHS)
     config.kto.update(
         batch_size=BATCH, steps=6, optimizer="sgd", lr=0.3, warmup_steps=0, eval_every=3
     )
@@ -116,7 +118,7 @@ def test_trainer_makes_the_same_steps(model, labelled, whole):
     lines = (labelled / "train.jsonl").read_text().splitlines()
     with on_devices(1):
         loaded = dpo_jax.load(model)
-        rows = loaded.encode(map(json.loads, lines), kind="unpaired")
+        rows = loaded.encode(map(json.loads, lines), kind="unpaired", **LENGTHS)
         trainer = dpo_jax.Trainer(
             loaded, "kto", optimizer="sgd", lr=0.3, warmup_steps=0, desirable_weight=1.5
         )
@@ -131,8 +133,16 @@ def test_trainer_makes_the_same_steps(model, labelled, whole):
             dpo_jax.Trainer(loaded, "sft").step(rows[:4])
         with pytest.raises(ValueError, match="kto takes completions with labels"):
             trainer.step(loaded.encode(map(json.loads, lines[:4]), kind="sft"))
-        with pytest.raises(ValueError, match="kto needs the reference itself"):
-            dpo_jax.Trainer(loaded, "kto", reference="none")
+
+
+def test_a_held_out_row_alone_is_refused(model, labelled, tmp_path):
+    for split, count in (("train", 4), ("test", 1)):
+        lines = (labelled / f"{split}.jsonl").read_text().splitlines(keepends=True)
+        (tmp_path / f"{split}.jsonl").write_text("".join(lines[:count]))
+    config = kto_config(model, tmp_path)
+    (tmp_path / "kto").mkdir()
+    with pytest.raises(ValueError, match="there is 1 held-out row .*test.jsonl row 1.* at least 2"):
+        Run(config, tmp_path, mesh=None).load_data("kto", tokenizer())
 
 
 def test_pairs_are_read_one_by_one(model, pairs, tmp_path, capsys):

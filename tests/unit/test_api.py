@@ -36,6 +36,10 @@ def trainer_of(loaded, objective="dpo", **settings):
     return dpo_jax.Trainer(loaded, objective, **dict(lr=1e-3, warmup_steps=0) | settings)
 
 
+def tokens_of(example):
+    return len(example.prompt) + len(example.responses[0])
+
+
 def run_python(code: str) -> str:
     return subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, check=True
@@ -114,6 +118,37 @@ def test_numbers_that_an_objective_does_not_take(loaded):
         dpo_jax.Trainer(loaded, "kto").step(weights)
     with pytest.raises(ValueError, match=r"rows\[0\]: data.weight names a column 'vote', which is"):
         loaded.encode(rows, weight="vote")
+
+
+@pytest.mark.parametrize("max_length", [6, 40])
+def test_mismatched_rows_are_cut_as_in_a_run(loaded, max_length):
+    """By what `encode` was told, whichever rows are in a call."""
+    long = dict(prompt="w1 " * 4, completion="w7", label=True)
+    answer = dict(prompt="w2", completion="w8 " * (max_length - 3), label=False)
+    settings = dict(kind="unpaired", max_length=max_length, max_prompt_length=5)
+    rows = loaded.encode([long, answer, long], **settings)
+    trainer = trainer_of(loaded, "kto")
+    for some in (rows, rows[:2]):
+        plan = dpo_jax.batches(some, batch_size=len(some), steps=1, seed=None)
+        found = max(map(tokens_of, trainer._lay_out(plan).mismatched.examples))
+        assert found == max_length
+
+
+def test_kto_takes_two_rows_or_more_and_a_reference(loaded, pairs):
+    rows = loaded.encode(ROWS, kind="unpaired")
+    trainer = trainer_of(loaded, "kto")
+    for use in (
+        lambda: trainer.step(rows[:1]),
+        lambda: trainer.fit(rows, batch_size=1),
+        lambda: trainer.fit(rows[:1], batch_size=4, steps=1),
+        lambda: trainer.evaluate(rows[:1]),
+    ):
+        with pytest.raises(ValueError, match="kto takes at least 2 rows together, .*; found 1"):
+            use()
+    with pytest.raises(ValueError, match="kto compares the policy with a reference"):
+        trainer_of(loaded, "kto", reference="none")
+    with pytest.raises(ValueError, match="kto needs the reference itself"):
+        trainer_of(loaded, "kto", reference_log_probs=loaded.log_probs(pairs))
 
 
 def test_encode_any_iterable_and_source(loaded):

@@ -8,7 +8,8 @@ import pytest
 from dpo_jax.data.batches import unpaired, unpaired_evaluation
 from dpo_jax.data.examples import FILLER, Examples
 from dpo_jax.data.mismatched import Mismatched, longest, partners
-from dpo_jax.training import losses
+from dpo_jax.training import losses, objectives
+from dpo_jax.training.step import means
 
 CHOSEN, REJECTED = (2.0, -1.0, 0.0), (-1.5, 3.0, 0.0)
 
@@ -102,6 +103,23 @@ def test_mismatched_masks_are_cut():
     assert first.responses[0].tolist() == [5, 6]
     assert first.completion_masks[0].tolist() == [True, False]
     assert second.completion_masks is None
+
+
+def test_mismatched_completion_without_a_trained_token_does_not_count(monkeypatch):
+    examples = Examples()
+    examples.append([1, 2, 3], [[4]], "a", label=True)
+    examples.append([5], [[6, 7, 8]], "b", (np.array([False, False, True]),), label=False)
+    batch = unpaired(examples, np.array([[0, 1]]), max_length=4)[0].mismatched
+    cell = jax.tree.map(lambda x: x[0], batch)
+
+    def log_probs(_model, params, batch, **_):
+        return jnp.full(batch.response_lengths.shape, params)
+
+    monkeypatch.setattr(objectives, "response_log_probs", log_probs)
+    sums = objectives.kto_first_pass(None, 3.0, 1.0, {}, cell)
+    total, count = sums["mismatched_log_ratio"]
+    assert (total, count) == (2, 1)  # that of prompt b with completion a
+    assert means({"mismatched_log_ratio": (0.0, 0.0)}) == {"mismatched_log_ratio": 0}
 
 
 def test_batches_carry_labels_and_mismatched_rows():
