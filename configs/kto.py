@@ -10,8 +10,9 @@ desirable, the rejected one not. To see what is in them first, and whether both 
     python -m dpo_jax.data ROWS --model=MODEL
 
 Hardware: one CPU or more. Weights, gradients, optimiser state and reference take 16 bytes per
-parameter in total (split over the devices with mesh.fsdp). A step takes about a third longer than
-DPO's on as many tokens. Time: the progress line shows an estimate after the first steps.
+parameter in total (split over the devices with mesh.fsdp). A step costs half as much again,
+by FLOPs, as DPO's on the same responses. Time: the progress line shows an estimate after the first
+steps.
 Writes WORKDIR/kto/hf, the policy in Hugging Face format, and WORKDIR/kto/metrics.jsonl. If you
 change a field of kto, its name and value are added to the folder, as in WORKDIR/kto-beta0.5.
 """

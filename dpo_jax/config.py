@@ -503,11 +503,12 @@ KTO = dict(
     ),
     desirable_weight=Field(
         1.0,
-        "weight of the desirable rows: with their number, 1 to 4/3 times the undesirable rows'",
+        "weight of desirable rows; weight x rows should be 1 to 4/3 times that of the undesirable "
+        "rows",
         least=ABOVE_ZERO,
         most=1e6,
     ),
-    undesirable_weight=Field(1.0, "weight of the undesirable rows", least=ABOVE_ZERO, most=1e6),
+    undesirable_weight=Field(1.0, "weight of undesirable rows", least=ABOVE_ZERO, most=1e6),
     reference=Field(
         "init",
         "reference model: init (the weights that the stage starts from, in each round), first "

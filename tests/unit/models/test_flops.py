@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from dpo_jax.data import packing
-from dpo_jax.data.examples import Example
+from dpo_jax.data.batches import Batches, unpaired
+from dpo_jax.data.examples import Example, Examples
 from dpo_jax.models import flops, transformer
 from dpo_jax.models.log_probs import response_log_probs
 from tests.helpers.tiny import tiny_config
@@ -66,6 +67,23 @@ def test_forward_flops_of_several_responses_in_a_row():
     whole = 4 * config.layers * config.heads * config.head_width * square
     assert done == parts["dense"] + parts["head"] + whole
     assert whole / 2 < parts["attention"] < whole
+
+
+def test_a_step_of_kto_costs_half_as_much_again_as_one_of_dpo():
+    """On the same responses, with a live reference: six forward passes for four."""
+    config = tiny_config(width=32, mlp_width=64, head_width=8)
+    pairs, rows = Examples(), Examples()
+    for number in range(4):
+        prompt, sides = [number] * 6, ([10 + number] * 5, [20 + number] * 5)
+        pairs.append(prompt, sides, "pair")
+        for side in sides:
+            rows.append(prompt, [side], "row", label=True)
+    of_pairs = Batches(pairs, np.arange(4)[None])
+    of_rows = unpaired(rows, np.arange(8)[None], max_length=20)
+    dpo = flops.of_step(config, of_pairs.contents(0), reference=True)
+    mismatched = of_rows.mismatched.contents(0)
+    kto = flops.of_step(config, of_rows.contents(0), reference=True, mismatched=mismatched)
+    assert kto == 1.5 * dpo
 
 
 def test_forward_flops_of_window():
