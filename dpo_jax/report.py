@@ -91,7 +91,7 @@ def _record(run: StageRun, workdir: pathlib.Path, prefix: str) -> Record:
         problems=problems,
         ledger=ledger,
         result=result,
-        stopped=_stopped(run, rows, name, problems),
+        stopped=_stopped(run, name, problems),
         samples=samples,
     )
 
@@ -179,16 +179,10 @@ def _without_odd_numbers(tree: dict, prefix: str, odd: list[str]) -> dict:
     return kept
 
 
-def _stopped(run: StageRun, rows: list[dict], name: str, problems: list[str]) -> str:
-    """Return what a stage said when a number was not finite; "" if it went on since then."""
-    if run.finished or runs.status(run).startswith("running"):
-        return ""
-    found = _object(run.folder / STOPPED, name, problems)
-    step, reason = found.get("step"), found.get("reason")
-    if type(step) is not int or not isinstance(reason, str):
-        return ""
-    last = rows[-1]["step"] if rows else -1
-    return reason if last < step else ""
+def _stopped(run: StageRun, name: str, problems: list[str]) -> str:
+    """Return what a stage's last attempt said as a number was not finite; "" if none did so."""
+    reason = _object(run.folder / STOPPED, name, problems).get("reason")
+    return reason if isinstance(reason, str) else ""
 
 
 def _samples(folder: pathlib.Path, name: str, problems: list[str]) -> list[Sample]:

@@ -44,7 +44,7 @@ from dpo_jax.whole_file import (
 
 COMPLETIONS = "completions.jsonl"  # what a stage has sampled so far
 REFERENCE_COMPLETIONS = "reference_completions.jsonl"  # beside them, of an evaluate stage
-STOPPED = "stopped.json"  # at which step a number was not finite, and what was said
+STOPPED = "stopped.json"  # what was said as a number was not finite, of the last attempt
 SUMS = "completions.sums"  # after each write to it: the number of its rows, and their sha256
 RESULTS = "results"  # folder of what a stage left at earlier ends: results/STEP
 EXPORTS = ("hf", "adapter")  # folders of a stage's model
@@ -53,7 +53,7 @@ EXPORT = "export"
 # Parts of a stage's folder that done.json says nothing of: they may change when the stage is done,
 # or have a sha256 of their own.
 _NO_RESULT = (
-    *("checkpoints", RESULTS, "config.json", "done.json", STOPPED, ".lock"),
+    *("checkpoints", RESULTS, "config.json", "done.json", ".lock"),
     *("wandb", "wandb_id", "profile"),
 )
 _NO_RESULT_SUFFIXES = (".draft", ".damaged")

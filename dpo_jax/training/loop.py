@@ -191,6 +191,9 @@ def train(job: Job, feed: Feed) -> tuple[dict, dict[str, float]]:
         Profile(job.folder / "profile", job.log.profile) as profile,
         contextlib.closing(feed),
     ):
+        # What ended an earlier attempt need not end this one.
+        if jax.process_index() == 0:
+            (job.folder / STOPPED).unlink(missing_ok=True)
         # Before the first step there is nothing to save.
         with signals.at_once(saves=False):
             # What no step changes: adapters' base, reference, numbers.
@@ -519,7 +522,7 @@ class _Recorder:
         )
         # For the report. A disk that is full is not what stopped the run.
         with contextlib.suppress(OSError):
-            write_json(self._job.folder / STOPPED, dict(step=step, reason=reason))
+            write_json(self._job.folder / STOPPED, dict(reason=reason))
         raise FloatingPointError(reason)
 
 
