@@ -11,7 +11,8 @@ import pytest
 from dpo_jax import config as configs
 from dpo_jax.training import losses
 from dpo_jax.training.metrics import read_rows
-from tests.helpers.tiny_runs import on_devices, run, tokenizer, write_pairs
+from tests.helpers import trl_runs
+from tests.helpers.tiny_runs import on_devices, run, write_pairs
 
 torch = pytest.importorskip("torch", reason="TRL runs on torch")
 trl = pytest.importorskip("trl", reason="the independent reference is TRL's KTOTrainer")
@@ -82,39 +83,9 @@ def test_kto_equals_trl(labels, shift):
     np.testing.assert_allclose(gradient, given.grad, rtol=1e-9)
 
 
-def write_torch_model(folder):
-    """A random torch model, its norms and biases too, with the tests' forty words."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    hf_config = GPT2Config(
-        vocab_size=40,
-        n_embd=32,
-        n_layer=2,
-        n_head=4,
-        n_positions=64,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
-    torch.manual_seed(0)
-    model = GPT2LMHeadModel(hf_config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-
-
 def trl_run(model_path, rows, workdir):
-    """Losses and KLs of each step, and the trained torch model."""
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    words = AutoTokenizer.from_pretrained(model_path)
-    words.pad_token = "?"
-    options = trl.KTOConfig(
+    """Return the losses and KLs of each step, and the trained torch model."""
+    settings = trl.KTOConfig(
         output_dir=str(workdir),
         per_device_train_batch_size=BATCH,
         max_steps=STEPS,
@@ -122,39 +93,19 @@ def trl_run(model_path, rows, workdir):
         beta=BETA,
         desirable_weight=WEIGHTS[0],
         undesirable_weight=WEIGHTS[1],
-        optim="rmsprop",
-        lr_scheduler_type="constant",
-        warmup_steps=0,
         max_grad_norm=CLIP,
-        logging_steps=1,
-        train_sampling_strategy="sequential",
-        report_to=[],
-        save_strategy="no",
-        bf16=False,
-        fp16=False,
-        gradient_checkpointing=False,
-        max_length=None,
-        use_cpu=True,
+        **trl_runs.SETTINGS,
     )
-    trainer = trl.KTOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32),
-        args=options,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=words,
-    )
-    trainer.train()
-    history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    return [entry["loss"] for entry in history], [entry["kl"] for entry in history], trainer.model
+    history, trained = trl_runs.train(trl.KTOTrainer, settings, model_path, rows)
+    return [entry["loss"] for entry in history], [entry["kl"] for entry in history], trained
 
 
 @pytest.mark.slow
 def test_kto_follows_trl(tmp_path):
     """Same model, data order, optimiser and settings, twenty steps."""
-    from transformers import AutoModelForCausalLM
-
     model, data = tmp_path / "model", tmp_path / "data"
     data.mkdir()
-    write_torch_model(model)
+    trl_runs.write_torch_model("gpt2", model)
     pairs = write_pairs(tmp_path / "pairs.jsonl", count=STEPS * BATCH)
     rows = []
     for number, line in enumerate(pairs.read_text().splitlines()):
@@ -195,9 +146,6 @@ def test_kto_follows_trl(tmp_path):
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
     np.testing.assert_allclose(our_kls, their_kls, rtol=0, atol=1e-4)
     assert max(their_kls) > 0.1  # the term is at work
-    tokens = torch.arange(40)[None]
-    exported = AutoModelForCausalLM.from_pretrained(folder / "hf").eval()
-    with torch.no_grad():
-        difference = (exported(tokens).logits - trained.eval()(tokens).logits).abs().max()
+    difference = trl_runs.logits_difference(folder / "hf", trained)
     print(f"largest difference of the final logits {difference:.1e}")
     assert difference < 1e-3

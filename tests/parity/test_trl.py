@@ -9,54 +9,14 @@ import pytest
 from dpo_jax import config as configs
 from dpo_jax import loss_table
 from dpo_jax.training.metrics import read_rows
+from tests.helpers import trl_runs
 from tests.helpers.rows import write_jsonl
-from tests.helpers.tiny_runs import run, tokenizer, write_pairs
+from tests.helpers.tiny_runs import run, write_pairs
 
-torch = pytest.importorskip("torch", reason="TRL runs on torch")
+pytest.importorskip("torch", reason="TRL runs on torch")
 trl = pytest.importorskip("trl", reason="the independent reference is TRL's DPOTrainer")
 
 STEPS, BATCH, LR, BETA, CLIP = 20, 4, 1e-3, 0.1, 10.0
-FAMILIES = {
-    "gpt2": dict(
-        model_type="gpt2",
-        vocab_size=40,
-        n_embd=32,
-        n_layer=2,
-        n_head=4,
-        n_positions=64,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-    ),
-    "llama": dict(
-        model_type="llama",
-        vocab_size=40,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=48,
-        max_position_embeddings=64,
-    ),
-}
-
-
-def write_torch_model(family, folder):
-    """A random torch model, its norms and biases too, with the tests' forty words."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    fields = dict(FAMILIES[family])
-    hf_config = AutoConfig.for_model(
-        fields.pop("model_type"), bos_token_id=0, eos_token_id=1, **fields
-    )
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(hf_config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-
 
 # Family, config.dpo.loss, and other fields of config.dpo. All but the paper's are slow together.
 RUNS = [
@@ -97,13 +57,8 @@ def trl_options(label_smoothing=0.0, weighting="none", ld_alpha=1.0, **moved) ->
 
 
 def trl_run(model_path, rows, workdir, loss, **options):
-    """Losses of each step, and the trained torch model."""
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+    """Return the losses of each step, and the trained torch model."""
     weights = loss_table.weights(loss)
-    words = AutoTokenizer.from_pretrained(model_path)
-    words.pad_token = "?"
     settings = trl.DPOConfig(
         output_dir=str(workdir),
         per_device_train_batch_size=BATCH,
@@ -112,42 +67,21 @@ def trl_run(model_path, rows, workdir, loss, **options):
         beta=BETA,
         loss_type=[THEIR_NAMES.get(name, name) for name in weights],
         loss_weights=list(weights.values()),
-        optim="rmsprop",
-        lr_scheduler_type="constant",
-        warmup_steps=0,
         max_grad_norm=CLIP,
-        logging_steps=1,
-        train_sampling_strategy="sequential",
-        report_to=[],
-        save_strategy="no",
-        bf16=False,
-        fp16=False,
-        gradient_checkpointing=False,
-        max_length=None,
-        use_cpu=True,
+        **trl_runs.SETTINGS,
         **options,
     )
-    trainer = trl.DPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32),
-        args=settings,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=words,
-    )
-    trainer.train()
-    return [
-        entry["loss"] for entry in trainer.state.log_history if "loss" in entry
-    ], trainer.model.eval()
+    history, trained = trl_runs.train(trl.DPOTrainer, settings, model_path, rows)
+    return [entry["loss"] for entry in history], trained
 
 
 @pytest.mark.parametrize("family, loss, fields", RUNS)
 def test_dpo_follows_trl(family, loss, fields, tmp_path, monkeypatch):
-    from transformers import AutoModelForCausalLM
-
     devices = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda *_: devices)
     model, data = tmp_path / "model", tmp_path / "data"
     data.mkdir()
-    write_torch_model(family, model)
+    trl_runs.write_torch_model(family, model)
     train = write_pairs(data / "train.jsonl", count=STEPS * BATCH)
     rows = [json.loads(line) for line in train.read_text().splitlines()]
     if "nll" in loss:
@@ -181,9 +115,6 @@ def test_dpo_follows_trl(family, loss, fields, tmp_path, monkeypatch):
     tolerance = max(1e-4, 1e-5 * max(theirs))
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance)
     assert theirs[-1] < theirs[0] - 0.02  # it has learned: a run that stands still would agree too
-    tokens = torch.arange(40)[None]
-    exported = AutoModelForCausalLM.from_pretrained(folder / "hf").eval()
-    with torch.no_grad():
-        difference = (exported(tokens).logits - trained(tokens).logits).abs().max()
+    difference = trl_runs.logits_difference(folder / "hf", trained)
     print(f"{family}: largest difference of the final logits {difference:.1e}")
     assert difference < 1e-3
