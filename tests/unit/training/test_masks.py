@@ -1,11 +1,11 @@
 """Examples with masks: what users and tools say within an answer is read, and never trained on."""
 
 import dataclasses
-import types
 
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from dpo_jax.data.batches import Batches, evaluation_order, training_order
 from dpo_jax.data.examples import Example, Examples
@@ -199,7 +199,7 @@ def test_self_check_passes_masks(models):
         reference_log_probs=None,
         show=str,
     )
-    block = types.SimpleNamespace(loss="sigmoid", beta=0.1, label_smoothing=0.0)
+    block = ConfigDict(dict(loss="sigmoid", beta=0.1, weighting="none"))
     mesh = sharding.make_mesh(data=4, tensor=2)
     line = self_check.self_check(config, block, mesh, params, params, first_batch)
     assert "packed batch matches separate rows" in line

@@ -13,7 +13,7 @@ import pytest
 
 from dpo_jax import console
 from dpo_jax.data.batches import Batches
-from dpo_jax.data.examples import Example
+from dpo_jax.data.examples import Examples
 from dpo_jax.data.packing import RolloutTargets
 from dpo_jax.evaluation import plots
 from dpo_jax.models import transformer
@@ -52,17 +52,21 @@ def test_describe_metrics_of_objectives(tiny, split):
 
 def metrics_of(name, model) -> list[str]:
     """Return the names of an objective's metrics, without running it."""
-    responses = 1 if name in ("sft", "preferred_ft") else 2
-    examples = [Example(pair.prompt, pair.responses[:responses]) for pair in random_pairs(2)]
+    responses = 1 if name in ("sft", "preferred_ft", "kto") else 2
+    examples = Examples()
+    for number, pair in enumerate(random_pairs(2)):
+        label = number == 0 if name == "kto" else None
+        examples.append(pair.prompt, pair.responses[:responses], "a row", label=label)
     sizes = [sum(example.completion_lengths()) for example in examples]
     of_examples = [np.zeros(size, np.float32) for size in sizes]
     rollout = RolloutTargets(of_examples, of_examples, of_examples, of_examples)
     batches = Batches(examples, np.array([[0, 1]]), share=False, rollout=rollout)
     microbatch = jax.tree.map(lambda x: x[0], batches[0])
-    hyper = dict.fromkeys(OBJECTIVE_NUMBERS, np.float32(0.5))
+    hyper = dict.fromkeys((*OBJECTIVE_NUMBERS, "mismatched_log_ratio"), np.float32(0.5))
     abstract = transformer.abstract(model)
     measure = objectives.make(name, model, "sigmoid")
-    _, found = jax.eval_shape(measure, abstract, None, hyper, microbatch)
+    reference = abstract if name == "kto" else None
+    _, found = jax.eval_shape(measure, abstract, reference, hyper, microbatch)
     return list(found)
 
 

@@ -2,11 +2,11 @@
 
 import dataclasses
 import math
-import types
 
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from dpo_jax.data.examples import Examples
 from dpo_jax.parallel import sharding
@@ -32,7 +32,7 @@ LOG_2 = {"loss/train": math.log(2), "rewards_train/margins": 0.0}
 
 def check(tiny, data, reference="same", loss="sigmoid", eos_id=EOS, exact=True, measured=LOG_2):
     config, params = tiny
-    block = types.SimpleNamespace(loss=loss, beta=0.1, label_smoothing=0.0)
+    block = ConfigDict(dict(loss=loss, beta=0.1, weighting="none"))
     reference = params if isinstance(reference, str) else reference
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     first_batch = self_check.FirstBatch(
