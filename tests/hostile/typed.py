@@ -21,6 +21,7 @@ STAGES = {  # a config of all fields would run no stages: each of these runs som
     "toy:best_of_n": ("best_of_n",),
     "toy:preferred_ft": ("preferred_ft",),
     "toy:unlikelihood": ("unlikelihood",),
+    "toy:kto": ("kto",),
 }
 
 HEAD = "from dpo_jax import config\ndef get_config():\n    c = config.default(('sft',))\n"
