@@ -273,7 +273,8 @@ def test_kill_of_one_ends_all_and_a_damaged_checkpoint_is_passed_over(model, pai
     kill_one("save", 4, tmp_path / "run", model, pairs, 2, **fields)
     checkpoints = tmp_path / "run" / NAME / "checkpoints"
     *_, good, newest = sorted(int(path.name) for path in checkpoints.glob("[0-9]"))
-    files = [path for path in (checkpoints / str(newest)).rglob("*") if path.is_file()]
+    # Not in ocdbt.process_*, whose data is copied here when a save ends.
+    files = (checkpoints / str(newest) / "state" / "d").iterdir()
     largest = max(files, key=lambda path: path.stat().st_size)
     os.truncate(largest, largest.stat().st_size // 2)
 

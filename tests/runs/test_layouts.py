@@ -70,7 +70,7 @@ def check_sharing(name, readings):
         assert shared["tokens"] < 0.9 * shared["tokens_one_at_a_time"]
 
 
-@pytest.mark.parametrize("name", ["toy", "hh", "stories260k"])
+@pytest.mark.parametrize("name", ["toy", pytest.param("hh", marks=pytest.mark.slow), "stories260k"])
 def test_shared_runs_equal_separate_ones(name, tmp_path, monkeypatch):
     if name == "toy":
         config = toy_config()
@@ -99,5 +99,9 @@ def test_shared_runs_equal_separate_ones(name, tmp_path, monkeypatch):
     assert len(rows["shared"]) > STEPS
     for shared, separate in zip(rows["shared"], rows["separate"], strict=True):
         assert shared.keys() == separate.keys()
+        # Where policy and reference are equal, rounding decides the signs that an accuracy counts.
+        is_start = abs(separate.get("rewards_train/margins", 1.0)) < 1e-6
         for metric, value in separate.items():
+            if is_start and metric == "rewards_train/accuracies":
+                continue
             assert shared[metric] == pytest.approx(value, rel=1e-5, abs=1e-5), metric

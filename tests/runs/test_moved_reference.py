@@ -117,6 +117,7 @@ def test_moved_reference_lies_as_the_policy(model, pairs, tmp_path):
         np.testing.assert_allclose(weights(folder)[name], value, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_adapters_take_the_place_of_the_reference(model, pairs, tmp_path, capsys):
     config = moving_config(model, pairs, steps=9, eval_every=1, reference_mix=1.0, lr=0.5)
     config.model.lora.rank = 2
