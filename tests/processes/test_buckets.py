@@ -6,6 +6,8 @@ import sys
 import time
 from collections.abc import Callable
 
+import pytest
+
 from dpo_jax.storage import buckets, shadow
 from tests.faults import files, jobs
 from tests.helpers import bucket_servers
@@ -120,6 +122,7 @@ def test_two_machines_lost_in_a_save_and_an_export(tmp_path, monkeypatch):
     assert found == local_result(tmp_path / "local", devices=2)
 
 
+@pytest.mark.slow
 def test_one_machine_lost_on_s3(tmp_path, monkeypatch):
     with bucket_servers.s3() as variables:
         address = "s3://bucket/run"

@@ -84,6 +84,7 @@ def assert_equal_metrics(folder, expected):
             np.testing.assert_allclose(row[name], value, rtol=2e-4, atol=1e-4, err_msg=name)
 
 
+@pytest.mark.slow
 def test_parts_are_equal_to_the_whole(model, labelled, whole, tmp_path):
     """The KL is of the whole batch, and that of an evaluation of all held-out rows."""
     config = kto_config(model, labelled, **{"kto.microbatch_size": BATCH // 2})

@@ -90,6 +90,7 @@ def test_weight_counts_how_often(measure, name, loss):
     assert_same(measure(name, loss, weighted), measure(name, loss, repeated))
 
 
+@pytest.mark.slow
 def test_weights_that_change_nothing(measure):
     plain = measure("dpo", "sigmoid", batch_of(examples_of("dpo")))
     # A power of two rounds nothing, and the gradient is divided by the sum of the weights.
