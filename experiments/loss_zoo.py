@@ -25,7 +25,7 @@ import time
 import numpy as np
 
 from experiments.commands import in_workdir
-from experiments.toy_frontier import one_thread
+from experiments.toy_runs import bound_curve, one_thread
 
 SEEDS = 3
 STEPS = 240
@@ -37,7 +37,6 @@ LABELS = {
 KLS = (0.5, 1.0, 2.0, 4.0)  # nats, at which losses are compared
 BASELINE = "sigmoid"
 COMPARED_KL = 0.5  # at which each loss is compared with the baseline, seed by seed
-CURVE_POINTS = 200
 LARGEST_KL = 14.0  # of the figure
 COLUMNS = 5
 MARKS = ("o", "s", "^", "D", "v")  # by seed
@@ -174,16 +173,13 @@ def config_of(name: str, value: float, seed: int, labels: str, steps: int = STEP
 
 def prepare(workdir: str, labels: str, seed: int) -> dict:
     """Make the model and the pairs that all runs of a seed share; return the bound's curve."""
-    from dpo_jax.evaluation import exact
     from dpo_jax.pipeline.stages import run_stages
 
     config, _ = config_of(BASELINE, LINES[BASELINE].values[0], seed, labels)
     config.stages, config.run = ("sft", "pairs"), ""
     with contextlib.redirect_stdout(io.StringIO()):
         run_stages(config, _folder(workdir, labels, seed))
-    reference_PC, rewards_PC = _reference(workdir, labels, seed)
-    kls = LARGEST_KL * np.linspace(0, 1, CURVE_POINTS) ** 2  # denser near 0, where it is steep
-    bound = exact.bound(reference_PC, rewards_PC, kls)
+    kls, bound = bound_curve(*_reference(workdir, labels, seed), LARGEST_KL)
     return dict(labels=labels, seed=seed, kl=kls.tolist(), reward=bound.tolist())
 
 

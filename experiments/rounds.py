@@ -17,16 +17,14 @@ core it takes about 12 minutes.
 """
 
 import contextlib
-import importlib.metadata
 import io
 import json
-import multiprocessing
-import os
 import pathlib
 import time
 
 import numpy as np
 
+from experiments import toy_runs
 from experiments.commands import in_workdir
 
 ROUNDS = 3
@@ -44,7 +42,6 @@ PROMPTS = 1000  # of a round; each gives six pairs
 STEPS = 120  # of a round
 # 97.5% quantiles of Student's t, by degrees of freedom.
 T_QUANTILES = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
-CURVE_POINTS = 200
 
 
 def config_of(arm: str, target: float, seed: int):
@@ -76,9 +73,6 @@ def run_seed(workdir: str, seed: int) -> list[dict]:
     """Make all runs of a seed; return a row for each run and round."""
     from dpo_jax import config as configs
     from dpo_jax.evaluation import exact
-    from dpo_jax.evaluation.toy_report import exact_reference
-    from dpo_jax.models import loading
-    from dpo_jax.parallel import sharding
     from dpo_jax.pipeline.stages import run_stages
     from dpo_jax.training.metrics import read_rows
 
@@ -111,8 +105,7 @@ def run_seed(workdir: str, seed: int) -> list[dict]:
                 flush=True,
             )
 
-    first = loading.open_checkpoint(str(folder / "sft" / "hf")).load(sharding.make_mesh())
-    reference_PC, rewards_PC = exact_reference(first, "toy")
+    reference_PC, rewards_PC = toy_runs.first_policy(folder)
     for row in rows:
         bound = float(exact.bound(reference_PC, rewards_PC, [row["kl"]])[0])
         row["gap"] = bound - row["reward"]
@@ -207,15 +200,8 @@ def _shown(value: dict[str, float]) -> str:
 
 def curve(workdir: str, largest: float) -> tuple[np.ndarray, np.ndarray]:
     """Return KLs up to `largest` and the bound at them, for the first seed."""
-    from dpo_jax.evaluation import exact
-    from dpo_jax.evaluation.toy_report import exact_reference
-    from dpo_jax.models import loading
-    from dpo_jax.parallel import sharding
-
-    sft = loading.open_checkpoint(str(pathlib.Path(workdir) / f"0-{ROUNDS}" / "sft" / "hf"))
-    reference_PC, rewards_PC = exact_reference(sft.load(sharding.make_mesh()), "toy")
-    kls = largest * np.linspace(0, 1, CURVE_POINTS) ** 2
-    return kls, exact.bound(reference_PC, rewards_PC, kls)
+    policy = toy_runs.first_policy(pathlib.Path(workdir) / f"0-{ROUNDS}")
+    return toy_runs.bound_curve(*policy, largest)
 
 
 def draw(path: pathlib.Path, rows: list[dict], bound: tuple, targets: list[dict]) -> None:
@@ -275,13 +261,7 @@ def run(workdir: str, jobs: int) -> list[dict]:
 
     began = time.monotonic()
     tasks = [(workdir, seed) for seed in range(SEEDS)]
-    if jobs == 1:
-        found = [run_seed(*task) for task in tasks]
-    else:
-        spawn = multiprocessing.get_context("spawn")
-        with spawn.Pool(jobs, initializer=one_thread, maxtasksperchild=1) as pool:
-            found = pool.starmap(run_seed, tasks, chunksize=1)
-    rows = [row for part in found for row in part]
+    rows = toy_runs.rows_of_tasks(run_seed, tasks, jobs)
     targets, equal = at_targets(rows), matched(rows)
     folder = pathlib.Path(workdir)
     result = dict(targets=targets, equal_kl=equal, rows=rows)
@@ -293,22 +273,6 @@ def run(workdir: str, jobs: int) -> list[dict]:
     return rows
 
 
-def one_thread():
-    """Give a process one thread: these steps are too small to share between cores.
-
-    Nor does fusion pay for its compilation here, which would take a third of the time.
-    """
-    given = os.environ.get("XLA_FLAGS", "")
-    ours = "--xla_cpu_multi_thread_eigen=false"
-    # XLA ends a process whose flags it does not know, and newer versions do not know this one.
-    if importlib.metadata.version("jaxlib").startswith("0.10."):
-        ours += " --xla_cpu_use_fusion_emitters=false"
-    os.environ["XLA_FLAGS"] = f"{given} {ours}"
-    from dpo_jax.parallel import processes
-
-    processes.start()
-
-
 def main():
     from absl import flags
 
@@ -317,7 +281,7 @@ def main():
     workdir = flags.DEFINE_string("workdir", None, "Folder of the runs and the results.")
     jobs = flags.DEFINE_integer("jobs", 1, "Number of processes.")
     flags.mark_flags_as_required(["workdir"])
-    one_thread()
+    toy_runs.one_thread()
 
     def compare():
         with in_workdir(workdir.value) as folder:

@@ -12,16 +12,14 @@ checkpoint, and DIR/frontier.png.
 """
 
 import contextlib
-import importlib.metadata
 import io
 import json
-import multiprocessing
-import os
 import pathlib
 import time
 
 import numpy as np
 
+from experiments import toy_runs
 from experiments.commands import in_workdir
 
 # Panel -> (title, labels, reward, seeds).
@@ -42,7 +40,6 @@ SWEEPS = {
 STEPS = {"dpo": 240, "unlikelihood": 240, "preferred_ft": 240, "rm": 240, "ppo": 27}
 BEST_OF = (1, 4, 16, 64, 128)
 RM_BETAS = (5.0, 2.0, 1.0, 0.5, 0.25)  # for the optimal policies of the learned reward
-CURVE_POINTS = 200
 
 
 def config_of(panel: str, method: str, value: float | None, seed: int):
@@ -116,16 +113,12 @@ def exact_rows(folder: pathlib.Path, panel: str, seed: int, runs: list[dict]) ->
     """
     from dpo_jax.data import toy
     from dpo_jax.evaluation import exact
-    from dpo_jax.evaluation.toy_report import exact_reference
-    from dpo_jax.models import loading
     from dpo_jax.parallel import sharding
     from dpo_jax.rewards import make
 
-    mesh = sharding.make_mesh()
-    sft = loading.open_checkpoint(str(folder / "sft" / "hf"))
-    reference_PC, rewards_PC = exact_reference(sft.load(mesh), PANELS[panel][2])
+    reference_PC, rewards_PC = toy_runs.first_policy(folder, PANELS[panel][2])
     prompts_P, ids_CT = toy.PROMPTS, toy.completions()
-    learned_reward = make.make_reward("rm", str(folder / "rm" / "hf"), 4096, mesh)
+    learned_reward = make.make_reward("rm", str(folder / "rm" / "hf"), 4096, sharding.make_mesh())
     learned = []
     for prompt in prompts_P:
         prompt_ids = np.array([prompt], np.int32)
@@ -157,17 +150,9 @@ def exact_rows(folder: pathlib.Path, panel: str, seed: int, runs: list[dict]) ->
 
 def curve(workdir: str, panel: str, largest: float) -> tuple[np.ndarray, np.ndarray]:
     """Return KLs up to `largest` and the bound at them, for a panel's first seed."""
-    from dpo_jax.evaluation import exact
-    from dpo_jax.evaluation.toy_report import exact_reference
-    from dpo_jax.models import loading
-    from dpo_jax.parallel import sharding
-
     _, _, reward, seeds = PANELS[panel]
-    folder = pathlib.Path(workdir) / f"{panel}-{seeds[0]}"
-    sft = loading.open_checkpoint(str(folder / "sft" / "hf"))
-    reference_PC, rewards_PC = exact_reference(sft.load(sharding.make_mesh()), reward)
-    kls = largest * np.linspace(0, 1, CURVE_POINTS) ** 2
-    return kls, exact.bound(reference_PC, rewards_PC, kls)
+    policy = toy_runs.first_policy(pathlib.Path(workdir) / f"{panel}-{seeds[0]}", reward)
+    return toy_runs.bound_curve(*policy, largest)
 
 
 def table(rows: list[dict]) -> str:
@@ -197,13 +182,7 @@ def run(workdir: str, panels: list[str], jobs: int) -> list[dict]:
 
     began = time.monotonic()
     tasks = [(workdir, panel, seed) for panel in panels for seed in PANELS[panel][3]]
-    if jobs == 1:
-        found = [run_seed(*task) for task in tasks]
-    else:
-        spawn = multiprocessing.get_context("spawn")
-        with spawn.Pool(jobs, initializer=one_thread, maxtasksperchild=1) as pool:
-            found = pool.starmap(run_seed, tasks, chunksize=1)
-    rows = [row for part in found for row in part]
+    rows = toy_runs.rows_of_tasks(run_seed, tasks, jobs)
     (pathlib.Path(workdir) / "frontier.json").write_text(json.dumps(rows, indent=1) + "\n")
     curves = {}
     for panel in panels:
@@ -219,22 +198,6 @@ def run(workdir: str, panels: list[str], jobs: int) -> list[dict]:
     print(table(rows))
     say(f"{workdir}/frontier.json, {workdir}/frontier.png: {time.monotonic() - began:.0f} s")
     return rows
-
-
-def one_thread():
-    """Give a process one thread: these steps are too small to share between cores.
-
-    Nor does fusion pay for its compilation here, which would take a third of the time.
-    """
-    given = os.environ.get("XLA_FLAGS", "")
-    ours = "--xla_cpu_multi_thread_eigen=false"
-    # XLA ends a process whose flags it does not know, and newer versions do not know this one.
-    if importlib.metadata.version("jaxlib").startswith("0.10."):
-        ours += " --xla_cpu_use_fusion_emitters=false"
-    os.environ["XLA_FLAGS"] = f"{given} {ours}"
-    from dpo_jax.parallel import processes
-
-    processes.start()
 
 
 def main():

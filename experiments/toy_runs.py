@@ -1,0 +1,59 @@
+"""What the experiments on the toy share: their processes, and the exact bound of their runs."""
+
+import importlib.metadata
+import multiprocessing
+import os
+import pathlib
+from collections.abc import Callable
+
+import numpy as np
+
+CURVE_POINTS = 200
+
+
+def one_thread():
+    """Give a process one thread: these steps are too small to share between cores.
+
+    Nor does fusion pay for its compilation here, which would take a third of the time.
+    """
+    given = os.environ.get("XLA_FLAGS", "")
+    ours = "--xla_cpu_multi_thread_eigen=false"
+    # XLA ends a process whose flags it does not know, and newer versions do not know this one.
+    if importlib.metadata.version("jaxlib").startswith("0.10."):
+        ours += " --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] = f"{given} {ours}"
+    from dpo_jax.parallel import processes
+
+    processes.start()
+
+
+def rows_of_tasks(make_rows: Callable, tasks: list[tuple], jobs: int) -> list[dict]:
+    """Return the rows of all tasks, in their order; with several jobs, a process for each task.
+
+    make_rows: takes the values of a task, and returns a list of rows.
+    """
+    if jobs == 1:
+        found = [make_rows(*task) for task in tasks]
+    else:
+        spawn = multiprocessing.get_context("spawn")
+        with spawn.Pool(jobs, initializer=one_thread, maxtasksperchild=1) as pool:
+            found = pool.starmap(make_rows, tasks, chunksize=1)
+    return [row for part in found for row in part]
+
+
+def first_policy(workdir: pathlib.Path, reward: str = "toy") -> tuple:
+    """Return the log-probs and rewards of all completions, [P, C], of a run's SFT model."""
+    from dpo_jax.evaluation.toy_report import exact_reference
+    from dpo_jax.models import loading
+    from dpo_jax.parallel import sharding
+
+    sft = loading.open_checkpoint(str(workdir / "sft" / "hf"))
+    return exact_reference(sft.load(sharding.make_mesh()), reward)
+
+
+def bound_curve(reference_PC, rewards_PC, largest: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return KLs up to `largest` and the highest reward at each."""
+    from dpo_jax.evaluation import exact
+
+    kls = largest * np.linspace(0, 1, CURVE_POINTS) ** 2  # denser near 0, where it is steep
+    return kls, exact.bound(reference_PC, rewards_PC, kls)
