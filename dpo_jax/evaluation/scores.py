@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dpo_jax.data.examples import Example
+from dpo_jax.evaluation.statistics import clustered_error
 from dpo_jax.models.inference import TokenScores
 
 SIDES = {1: ("",), 2: ("_chosen", "_rejected")}  # responses -> what the names of the fields end in
@@ -128,21 +129,6 @@ def token_fields(
             log_ratios = log_probs[""].astype(np.float64) - log_probs[REFERENCE]
             fields[f"token_log_ratios{side}"] = log_ratios.tolist()
     return fields
-
-
-def clustered_error(values_N: np.ndarray, clusters_N: np.ndarray) -> float | None:
-    """Return the standard error of a mean whose values may be alike within a cluster.
-
-    It is sqrt(C / (C - 1) * sum over C clusters of (sum of deviations from the mean)²) / N (Liang
-    and Zeger 1986). Clusters of one value each give the usual one. None where there is one cluster.
-    """
-    _, number_N = np.unique(clusters_N, return_inverse=True)
-    deviations_C = np.bincount(number_N, values_N - np.mean(values_N))
-    clusters = len(deviations_C)
-    if clusters < 2:
-        return None
-    variance = clusters / (clusters - 1) * (deviations_C**2).sum()
-    return float(np.sqrt(variance) / len(values_N))
 
 
 def report(pairs: list[dict], completions: list[dict], beta: float) -> str:

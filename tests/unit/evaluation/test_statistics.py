@@ -1,0 +1,205 @@
+"""Intervals, bootstraps, matched KL and Holm against scipy, closed forms and simulated coverage."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from dpo_jax.evaluation import statistics
+
+
+def covers(found, truth) -> bool:
+    return found["low"] < truth < found["high"]
+
+
+@pytest.mark.parametrize("n", [2, 3, 10, 200])
+def test_mean_interval_equals_scipy(n):
+    values = np.random.default_rng(n).normal(3, 2, n)
+    found = statistics.mean_interval(values)
+    expected = scipy.stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    np.testing.assert_allclose([found["low"], found["high"]], expected, rtol=1e-10)
+    assert found["se"] == pytest.approx(scipy.stats.sem(values))
+    assert found["mean"] == pytest.approx(values.mean()) and found["n"] == n
+
+
+def test_mean_interval_of_few():
+    assert statistics.mean_interval([2.0]) == dict(mean=2.0, se=None, low=None, high=None, n=1)
+    assert statistics.mean_interval([])["mean"] is None
+
+
+def test_t_quantiles_are_those_of_the_tables():
+    found = [statistics.t_quantile(degrees) for degrees in (1, 2, 4, 9, 1000)]
+    np.testing.assert_allclose(found, [12.7062, 4.3027, 2.7764, 2.2622, 1.9623], atol=1e-4)
+
+
+def test_clustered_error_of_single_values():
+    """Where each value is a cluster, it is the ordinary error of a mean."""
+    values = np.random.default_rng(0).normal(size=30)
+    error = statistics.clustered_error(values, np.arange(30))
+    assert error == pytest.approx(values.std(ddof=1) / math.sqrt(30), rel=1e-12)
+
+
+def test_clustered_error_of_repeated_values():
+    """Values that are all there three times say no more than once each."""
+    values = np.random.default_rng(1).normal(size=20)
+    once = statistics.clustered_error(values, np.arange(20))
+    thrice = statistics.clustered_error(np.repeat(values, 3), np.repeat(np.arange(20), 3))
+    assert thrice == pytest.approx(once, rel=1e-12)
+
+
+def test_clustered_error_covers_the_mean():
+    """About 95 % of means lie within two errors of the truth, where clusters are unequal."""
+    rng = np.random.default_rng(2)
+    covered = 0
+    for _ in range(400):
+        sizes = rng.integers(1, 6, 60)
+        clusters = np.repeat(np.arange(60), sizes)
+        values = rng.normal(size=60)[clusters] + 0.3 * rng.normal(size=len(clusters))
+        covered += abs(values.mean()) < 1.96 * statistics.clustered_error(values, clusters)
+    assert 0.91 < covered / 400 < 0.98
+
+
+def test_clustered_error_of_one_cluster_is_unknown():
+    assert statistics.clustered_error(np.array([1.0, 2.0]), np.array([7, 7])) is None
+
+
+def test_clustered_interval_of_single_values_is_the_usual_one():
+    values = np.random.default_rng(3).normal(size=12)
+    found = statistics.clustered_interval(values, np.arange(12))
+    assert found == pytest.approx(statistics.mean_interval(values))
+    assert statistics.clustered_interval([1.0, 2.0], ["a", "a"])["low"] is None
+
+
+def test_clustered_interval_covers_the_mean_of_few_clusters():
+    rng = np.random.default_rng(4)
+    covered = 0
+    for _ in range(1000):
+        clusters = np.repeat(np.arange(8), 5)
+        values = rng.normal(size=8)[clusters] + rng.normal(size=40)
+        covered += covers(statistics.clustered_interval(values, clusters), 0)
+    assert 0.93 < covered / 1000 < 0.97
+
+
+def test_paired_difference_equals_scipy():
+    rng = np.random.default_rng(5)
+    first = rng.normal(size=30)
+    second = 0.7 * first + rng.normal(0.3, 0.5, 30)
+    found = statistics.paired_difference(first, second)
+    expected = scipy.stats.ttest_rel(first, second)
+    assert found["p"] == pytest.approx(expected.pvalue, rel=1e-9)
+    low, high = expected.confidence_interval(0.95)
+    assert [found["low"], found["high"]] == pytest.approx([low, high])
+    assert found["difference"] == pytest.approx(np.mean(first - second)) and found["n"] == 30
+
+
+def test_paired_difference_of_clusters_of_one_size_is_that_of_their_means():
+    rng = np.random.default_rng(6)
+    first, second = rng.normal(size=(2, 20, 3)) + rng.normal(size=(20, 1))
+    found = statistics.paired_difference(
+        first.ravel(), second.ravel(), clusters=np.repeat(np.arange(20), 3)
+    )
+    expected = scipy.stats.ttest_rel(first.mean(axis=1), second.mean(axis=1))
+    assert found["p"] == pytest.approx(expected.pvalue) and found["n"] == 20
+    assert (found["low"], found["high"]) == pytest.approx(expected.confidence_interval(0.95))
+
+
+def test_paired_difference_of_extremes():
+    assert statistics.paired_difference([2.0, 3.0], [1.0, 2.0])["p"] == 0
+    assert statistics.paired_difference([1.0, 2.0], [1.0, 2.0])["p"] == 1
+    assert statistics.paired_difference([1.0], [2.0])["p"] is None
+    with pytest.raises(ValueError, match="2 values are to be compared with 3"):
+        statistics.paired_difference([1, 2], [1, 2, 3])
+
+
+def test_bootstrap_mean_equals_scipy():
+    values = np.random.default_rng(7).exponential(size=80)
+    found = statistics.bootstrap_mean(values, np.arange(80), resamples=4000)
+    expected = scipy.stats.bootstrap(
+        [values], np.mean, method="percentile", n_resamples=4000, random_state=0
+    ).confidence_interval
+    np.testing.assert_allclose(found, expected, atol=0.02)
+
+
+@pytest.mark.parametrize(("clusters", "least", "most"), [(10, 0.83, 0.92), (50, 0.9, 0.96)])
+def test_bootstrap_mean_covers_what_it_says(clusters, least, most):
+    """Clusters of unequal sizes, alike within; the docstring gives the coverage."""
+    rng = np.random.default_rng(8)
+    covered = 0
+    for number in range(300):
+        of_value = np.repeat(np.arange(clusters), rng.integers(1, 5, clusters))
+        values = rng.normal(size=clusters)[of_value] + 0.3 * rng.normal(size=len(of_value))
+        low, high = statistics.bootstrap_mean(values, of_value, resamples=200, seed=number)
+        covered += low < 0 < high
+    assert least < covered / 300 < most
+
+
+def test_reward_at_kl():
+    assert statistics.reward_at_kl([0, 2], [1, 5], 0.5) == 2
+    assert statistics.reward_at_kl([0, 1, 3], [0, 1, 2], 1) == 1
+    assert statistics.reward_at_kl([0, 1, 3], [0, 1, 2], 3) == 2
+    assert math.isnan(statistics.reward_at_kl([0, 1, 3], [0, 1, 2], 3.1))
+    assert statistics.reward_at_kl([0], [7], 0) == 7
+    assert math.isnan(statistics.reward_at_kl([0], [7], 1))
+
+
+def test_reward_at_kl_of_a_path_that_returns():
+    """From KL 0 up to 4 and back to 2: at 3 it is the way back that counts."""
+    assert statistics.reward_at_kl([0, 4, 2], [0, 4, 6], 3) == 5
+    assert statistics.reward_at_kl([0, 4, 2], [0, 4, 6], 1) == 1
+    assert statistics.reward_at_kl([0, 2, 2], [0, 2, 3], 2) == 3
+
+
+def path(rng, units: int, height: float) -> statistics.Path:
+    """A path with mean KLs 0, 1, 2, 3 and mean rewards height times sqrt(KL)."""
+    kls_K = np.arange(4.0)[:, None]
+    noise_U = 0.2 * rng.normal(size=units)
+    kls_KU = kls_K * (1 + noise_U)
+    rewards_KU = height * np.sqrt(kls_K) + 0.5 * rng.normal(size=(1, units))
+    return statistics.Path(kls_KU, rewards_KU)
+
+
+def test_matched_difference_covers_the_truth():
+    """At KL 1.5, between points, by chords of the square root."""
+    rng = np.random.default_rng(9)
+    at_kl = (1 + math.sqrt(2)) / 2
+    covered = 0
+    for number in range(150):
+        first, second = path(rng, 60, 1.5), path(rng, 60, 1.0)
+        found = statistics.matched_difference(first, second, 1.5, resamples=80, seed=number)
+        covered += covers(found, 0.5 * at_kl)
+    assert 0.87 < covered / 150 < 0.98
+
+
+def test_matched_difference_of_shifted_rewards():
+    """What all units have in common cancels; what the second never reaches is unknown."""
+    first = path(np.random.default_rng(10), 20, 1.0)
+    second = statistics.Path(first.kls_KU, first.rewards_KU - 0.25)
+    found = statistics.matched_difference(first, second, 1.5, resamples=50)
+    assert found["difference"] == pytest.approx(0.25)
+    assert (found["low"], found["high"]) == pytest.approx((0.25, 0.25))
+    assert found["first"] - found["second"] == pytest.approx(0.25) and found["reached"] == 1
+
+    short = statistics.Path(first.kls_KU / 10, first.rewards_KU)
+    found = statistics.matched_difference(first, short, 1.5, resamples=50)
+    assert (found["difference"], found["low"], found["se"]) == (None, None, None)
+    assert found["reached"] == 0 and found["first"] is not None
+    with pytest.raises(ValueError, match="paths of 20 and 3 units"):
+        statistics.matched_difference(first, path(np.random.default_rng(0), 3, 1.0), 1.5)
+
+
+def test_holm_is_bonferroni_closed():
+    """By the closure: the largest p of all sets with the hypothesis, each by Bonferroni."""
+    p = np.array([0.01, 0.04, 0.03, 0.005, 0.8, 0.03])
+    expected = []
+    for tested in range(len(p)):
+        of_sets = [
+            min(1.0, len(chosen) * p[list(chosen)].min())
+            for size in range(1, len(p) + 1)
+            for chosen in itertools.combinations(range(len(p)), size)
+            if tested in chosen
+        ]
+        expected.append(max(of_sets))
+    assert statistics.holm(p) == pytest.approx(expected)
+    assert statistics.holm([]) == [] and statistics.holm([0.3]) == [0.3]
