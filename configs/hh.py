@@ -3,10 +3,10 @@
     python -m dpo_jax.train --config=configs/hh.py --config.mesh.fsdp=-1 --config.mesh.data=1
     python -m experiments.hh_winrate --config=configs/hh.py --workdir=runs/hh --dry_run
 
-You can add a method after a colon: dpo (the default) or best_of_n (ranked by a reward model).
-Methods with the same --workdir share the sft stage, which is the paper's Preferred-FT. The second
-command judges the methods, and DPO at each of its checkpoints: one every 300 steps, 22 GB each
-(--config.dpo.keep=1 keeps only the last).
+You can add a method after a colon: dpo (the default), unlikelihood or best_of_n (ranked by a reward
+model). Methods with the same --workdir share the sft stage, which is the paper's Preferred-FT. The
+second command judges the methods, and DPO at each of its checkpoints: one every 300 steps, 22 GB
+each (--config.dpo.keep=1 keeps only the last).
 
 Hardware: weights, gradients, optimiser state and reference take 45 GB in total. The paper's
 reference code takes 1.5 h for SFT and 2.75 h for DPO on four A100-80G. Writes WORKDIR/sft/hf and
@@ -17,6 +17,7 @@ from dpo_jax.config import default
 
 METHODS = {  # method -> what runs after sft
     "dpo": ("dpo",),
+    "unlikelihood": ("unlikelihood",),
     "best_of_n": ("rm", "best_of_n"),
 }
 

@@ -8,9 +8,9 @@
 You can add a size, a method, or both, separated by a comma, after a colon. Sizes: gptj (the default
 and the paper's: GPT-J-6B, already supervised by CarperAI), pythia1b and pythia2.8b (which begin
 with the stage sft), and tiny, for tests, on rows that `python -m experiments.tiny_tldr
-runs/tldr_tiny` makes. Methods: dpo (the default), preferred_ft, ppo (on a reward model) or
-best_of_n. Methods with the same --workdir share the stages sft and rm. The last command judges them
-all.
+runs/tldr_tiny` makes. Methods: dpo (the default), preferred_ft, unlikelihood, ppo (on a reward
+model) or best_of_n. Methods with the same --workdir share the stages sft and rm. The last command
+judges them.
 
 Hardware: weights, gradients, optimiser state and reference of DPO take 97 GB in total for gptj, 16
 GB for pythia1b and 45 GB for pythia2.8b, with bfloat16 compute. Time: not measured. Prompts have up
@@ -24,6 +24,7 @@ from dpo_jax.config import default
 METHODS = {  # method -> what runs after sft
     "dpo": ("dpo",),
     "preferred_ft": ("preferred_ft",),
+    "unlikelihood": ("unlikelihood",),
     "ppo": ("rm", "ppo"),
     "best_of_n": ("rm", "best_of_n"),
 }
@@ -80,6 +81,7 @@ def get_config(choice=""):
         "sft": other | dict(loss="token_mean", batch_size=128, microbatch_size=32),
         "dpo": dict(microbatch_size=32, beta=0.5),
         "preferred_ft": dict(microbatch_size=32),
+        "unlikelihood": dict(microbatch_size=32),
         "rm": other | dict(microbatch_size=32, epochs=1.0),
         "ppo": dict(batch_size=512, minibatch_size=128, microbatch_size=32, lr=3e-6),
     }

@@ -1,4 +1,4 @@
-"""What the experiments' commands share: their configs, and WORKDIR in a folder or a bucket.
+"""What the experiments' commands share: configs, flags, and WORKDIR in a folder or a bucket.
 
 --config=NAME or --config=NAME:SIZE, then --config.FIELD=VALUE for every run that has the field
 """
@@ -50,6 +50,15 @@ def config_maker(choice: str, overrides: dict[str, str]) -> Callable[[str], Conf
         nearest = with_block[0] if with_block else configs[0]
         raise ValueError(config_files.unknown_field(nearest, field))
     return make
+
+
+def refuse_flags(where: str, *names: str) -> None:
+    """Raise ValueError if one of the flags is on the command line, though it would do nothing."""
+    from absl import flags
+
+    given = [f"--{name}" for name in names if flags.FLAGS[name].present]
+    if given:
+        raise ValueError(f"{', '.join(given)} would do nothing {where}.")
 
 
 @contextlib.contextmanager

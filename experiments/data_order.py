@@ -23,7 +23,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from experiments.commands import in_workdir
+from experiments.commands import in_workdir, refuse_flags
 
 PARTS = ("toy", "hh")
 # Arm -> (config.data.order, what is added to the seed of the order).
@@ -347,6 +347,8 @@ def main():
     os.environ["XLA_FLAGS"] = f"{given} --xla_cpu_multi_thread_eigen=false"
 
     def measure():
+        if "hh" not in parts.value:
+            refuse_flags("without --part=hh", "model", "hh")
         with in_workdir(workdir.value) as folder:
             run(pathlib.Path(folder), parts.value, seeds.value, model.value, hh.value)
 

@@ -5,18 +5,22 @@
 DPO, Preferred-FT, the base model after two examples and the best of N answer the same test
 dialogues of one turn, at several temperatures. A judge compares each answer with the response that
 people chose. DPO is also judged at each checkpoint that its training kept (config.dpo.save_every,
-config.dpo.keep), at temperature 1. Flags and files are those of experiments.tldr_winrate.
+config.dpo.keep), at temperatures 0.7 and 1 as in the figure's right half, or at --temperatures. So
+is unlikelihood with --method=unlikelihood, which the paper has no win rates of. Flags and files are
+those of experiments.tldr_winrate.
 """
 
 from dpo_jax.data import splits
 from dpo_jax.data.rows import TextExample
 from experiments import winrate
-from experiments.winrate import Options, Point, Task
+from experiments.winrate import Defaults, Options, Point, Task
 
 HUMAN = "\n\nHuman:"
 # "training" is DPO at its checkpoints.
 METHODS = ("dpo", "preferred_ft", "base", "best_of_n", "training")
+CHOICES = (*METHODS, "unlikelihood")
 TEMPERATURES = (0.25, 0.7, 1.0)
+TRAINING_TEMPERATURES = (0.7, 1.0)
 SHOTS = 2  # examples before the base model's prompts
 LONGEST_SHOT = 400  # characters of an example
 
@@ -24,6 +28,8 @@ LONGEST_SHOT = 400  # characters of an example
 def run(make_config, workdir: str, options: Options) -> list[dict]:
     """Run the experiment; return a row for each win rate."""
     trains = ("dpo",) if {"dpo", "training"} & set(options.methods) else ()
+    if "unlikelihood" in options.methods:
+        trains = (*trains, "unlikelihood")
     return winrate.run(
         "hh", make_config, workdir, options, trains=trains, make_task=task, make_points=points
     )
@@ -47,12 +53,15 @@ def points(runs: dict, options: Options) -> list[Point]:
         "best_of_n": supervised,
         "base": winrate.start(dpo, "sft", "base", lambda: shots(_data(dpo))),
     }
+    if "unlikelihood" in runs:
+        policies["unlikelihood"] = winrate.trained(runs["unlikelihood"], "unlikelihood")
     found = []
     for method in options.methods:
         if method == "training":
             at_steps = {0: supervised} | winrate.at_checkpoints(dpo, "dpo")
-            for step, policy in at_steps.items():
-                found.append(Point("dpo", policy, temperature=1.0, step=step))
+            for temperature in options.training_temperatures or options.temperatures:
+                for step, policy in at_steps.items():
+                    found.append(Point("dpo", policy, temperature, step=step))
             continue
         for temperature in options.temperatures:
             if method == "best_of_n":
@@ -106,9 +115,9 @@ def _one_turn(example: TextExample) -> bool:
 
 def main():
     def defaults():
-        return METHODS, TEMPERATURES, "dialogue"
+        return Defaults(METHODS, TEMPERATURES, "dialogue", TRAINING_TEMPERATURES)
 
-    winrate.main(__doc__, "hh", METHODS, defaults, run)
+    winrate.main(__doc__, "hh", CHOICES, defaults, run)
 
 
 if __name__ == "__main__":

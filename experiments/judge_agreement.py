@@ -27,7 +27,7 @@ from dpo_jax.data.readers import read_jsonl
 from dpo_jax.evaluation import judge as judges
 from dpo_jax.evaluation import winrate_stats
 from dpo_jax.storage.addresses import shown
-from experiments.commands import in_workdir
+from experiments.commands import in_workdir, refuse_flags
 
 PEOPLE = "people"
 
@@ -198,11 +198,15 @@ def main():
     reward_models = flags.DEFINE_multi_string(
         "reward_model", [], "Folder of a reward model that dpo_jax trained; may be repeated."
     )
+    known = set(flags.FLAGS)
     make = judges.define_flags()
+    judge_flags = sorted(set(flags.FLAGS) - known)
     flags.mark_flags_as_required(["votes", "workdir"])
 
     def compare_judges():
         chosen = {}
+        if not names.value:
+            refuse_flags("without --judge=MODEL:TEMPLATE", *judge_flags)
         for name in names.value:
             model, _, template = name.rpartition(":")
             chosen[name] = make(model=model, template=template)

@@ -6,6 +6,7 @@
 DPO, PPO, Preferred-FT, the supervised model, its base and the best of N summarise the same test
 posts, at several temperatures. A judge compares each summary with the one that people wrote.
 --dataset=cnn_dailymail does the same with DPO and PPO on news, which neither was trained on.
+--method=unlikelihood adds a method of which the paper shows samples (table 3), but no win rates.
 
 MODEL is behind OPENAI_BASE_URL and OPENAI_API_KEY; --judge=reward takes the run's reward model
 instead. What is not trained yet is trained first. --config.FIELD=VALUE changes a field of every run
@@ -19,17 +20,18 @@ from dpo_jax.data import splits
 from dpo_jax.data.sources import CUE
 from dpo_jax.models import families, hf
 from dpo_jax.models.loading import open_checkpoint
-from experiments import winrate
-from experiments.winrate import Options, Point, Policy, Task
+from experiments import commands, winrate
+from experiments.winrate import Defaults, Options, Point, Policy, Task
 
 # A supervised model -> the model that it was made of.
 BASES = {"CarperAI/openai_summarize_tldr_sft": "EleutherAI/gpt-j-6b"}
-TRAINED = ("dpo", "ppo", "preferred_ft")
-METHODS = (*TRAINED, "sft", "base", "best_of_n")
-# Name -> methods, temperatures and template if no flag names them.
+TRAINED = ("dpo", "ppo", "preferred_ft", "unlikelihood")
+# The paper has samples of unlikelihood here (table 3), but no win rates.
+METHODS = ("dpo", "ppo", "preferred_ft", "sft", "base", "best_of_n")
+CHOICES = (*METHODS, "unlikelihood")
 DATASETS = {
-    "tldr": (METHODS, (0.0, 0.25, 0.5, 0.75, 1.0), "summary_concise"),
-    "cnn_dailymail": (("dpo", "ppo"), (0.0, 0.25), "news_concise"),
+    "tldr": Defaults(METHODS, (0.0, 0.25, 0.5, 0.75, 1.0), "summary_concise"),
+    "cnn_dailymail": Defaults(("dpo", "ppo"), (0.0, 0.25), "news_concise"),
 }
 
 
@@ -139,15 +141,15 @@ def main():
 
     def start(make_config, workdir, options):
         if dataset.value == "tldr":
-            winrate.refuse_flags("with --dataset=tldr, which is at config.data.sft_path", "path")
+            commands.refuse_flags("with --dataset=tldr, which is at config.data.sft_path", "path")
         if "base" not in options.methods:
-            winrate.refuse_flags("without --method=base", "base")
+            commands.refuse_flags("without --method=base", "base")
         run(make_config, workdir, options, dataset.value, path.value, base.value)
 
     def defaults():
         return DATASETS[dataset.value]
 
-    winrate.main(__doc__, "tldr", METHODS, defaults, start)
+    winrate.main(__doc__, "tldr", CHOICES, defaults, start)
 
 
 if __name__ == "__main__":

@@ -120,15 +120,18 @@ class Options:
     counts: tuple[int, ...] = (1, 4, 16, 64, 128)  # the N of best of N
     prompts: int = 256
     dry_run: bool = False
+    # Of the points over training; None: the same as of all others.
+    training_temperatures: tuple[float, ...] | None = None
 
     def __post_init__(self):
         if min(self.counts, default=0) < 1 or len(set(self.counts)) < len(self.counts):
             given = ",".join(map(str, self.counts))
             raise ValueError(f"--best_of={given}: expected numbers of 1 or more, each once.")
         in_range = [0 <= temperature < math.inf for temperature in self.temperatures]
-        if not in_range or not all(in_range):
+        is_each_once = len(set(self.temperatures)) == len(self.temperatures)
+        if not in_range or not all(in_range) or not is_each_once:
             given = ",".join(map(str, self.temperatures))
-            raise ValueError(f"--temperatures={given}: expected numbers of 0 or more.")
+            raise ValueError(f"--temperatures={given}: expected numbers of 0 or more, each once.")
 
 
 def run(
@@ -584,25 +587,35 @@ def _lines(path: pathlib.Path) -> int:
     return path.read_bytes().count(b"\n")
 
 
-def refuse_flags(where: str, *names: str) -> None:
-    """Raise ValueError if one of the flags is on the command line, though it would do nothing."""
-    from absl import flags
+@dataclasses.dataclass(frozen=True)
+class Defaults:
+    """What an experiment judges where no flag says otherwise."""
 
-    given = [f"--{name}" for name in names if flags.FLAGS[name].present]
-    if given:
-        raise ValueError(f"{', '.join(given)} would do nothing {where}.")
+    methods: tuple[str, ...]
+    temperatures: tuple[float, ...]
+    template: str
+    training_temperatures: tuple[float, ...] | None = None  # as Options has it
+
+
+def _numbers(flag, kind: type) -> tuple:
+    """Return the value of a flag that lists numbers; ValueError for what is none."""
+    try:
+        return tuple(map(kind, flag.value))
+    except ValueError:
+        given = ",".join(flag.value)
+        raise ValueError(f"--{flag.name}={given}: expected numbers, separated by commas.") from None
 
 
 def main(
     description: str,
     default_config: str,
     methods: tuple[str, ...],
-    defaults: Callable,
+    defaults: Callable[[], Defaults],
     run: Callable,
 ) -> None:
     """Run the command of an experiment.
 
-    defaults: () -> (methods, temperatures, template), for those that no flag names. run:
+    methods: those that --method may name. defaults: called once the flags are parsed. run:
     (make_config, workdir, options) -> None.
     """
     from absl import flags
@@ -610,7 +623,7 @@ def main(
     config = command_line.define_config(default_config)
     workdir = flags.DEFINE_string("workdir", None, "Folder of the runs and the results.")
     method = flags.DEFINE_multi_enum(
-        "method", None, methods, "A method to judge; may be repeated. Default: all."
+        "method", None, methods, "A method to judge; may be repeated. Default: the paper's."
     )
     temperatures = flags.DEFINE_list(
         "temperatures", None, "Sampling temperatures of the policies. Default: the paper's."
@@ -634,7 +647,7 @@ def main(
 
     def judge_asked_for(default_template: str) -> judges.Judge | None:
         if judge.value == "reward":
-            refuse_flags("with --judge=reward", *judge_flags)
+            commands.refuse_flags("with --judge=reward", *judge_flags)
             return None
         if not (judge_model.value or dry_run.value):
             raise ValueError(
@@ -646,17 +659,22 @@ def main(
         )
 
     def start():
-        default_methods, default_temperatures, default_template = defaults()
+        default = defaults()
+        chosen = dict(
+            temperatures=default.temperatures, training_temperatures=default.training_temperatures
+        )
+        if temperatures.present:
+            chosen = dict(temperatures=_numbers(temperatures, float))
         options = Options(
-            methods=tuple(method.value or default_methods),
-            temperatures=tuple(map(float, temperatures.value or default_temperatures)),
-            judge=judge_asked_for(default_template),
-            counts=tuple(map(int, counts.value)),
+            methods=tuple(method.value or default.methods),
+            judge=judge_asked_for(default.template),
+            **chosen,
+            counts=_numbers(counts, int),
             prompts=prompts.value,
             dry_run=dry_run.value,
         )
         if "best_of_n" not in options.methods:
-            refuse_flags("without --method=best_of_n", "best_of")
+            commands.refuse_flags("without --method=best_of_n", "best_of")
         make_config = commands.config_maker(config.choice, config.overrides)
         with commands.in_workdir(workdir.value, dry_run=dry_run.value) as folder:
             run(make_config, folder, options)

@@ -1,6 +1,7 @@
 """Report win rates as a table, a figure and JSON."""
 
 import pathlib
+from collections.abc import Callable
 
 from dpo_jax.console import say
 from dpo_jax.evaluation import plots, winrate_stats
@@ -77,7 +78,8 @@ def panels(rows: list[dict]) -> dict[str, tuple[str, list[dict]]]:
     by_method, best_of_n, over_training = [], [], []
     for row in rows:
         if row["step"] is not None:
-            over_training.append(row | dict(x=row["step"], label=row["method"]))
+            name = f"{row['method']}, T={row['temperature']:g}"
+            over_training.append(row | dict(x=row["step"], label=name))
             continue
         drawn = row | dict(x=row["temperature"], label=label(row))
         if row["method"] == "best_of_n":
@@ -97,14 +99,14 @@ def panels(rows: list[dict]) -> dict[str, tuple[str, list[dict]]]:
 def table(rows: list[dict], paired: list[dict]) -> str:
     """Return the tables in Markdown, those that have rows.
 
-    Win rates by method and temperature, and by step; methods compared on the same prompts; then
+    Win rates by method and by step at each temperature; methods compared on the same prompts; then
     what else was measured of the answers.
     """
     at_end = [row for row in rows if row["step"] is None]
     over_training = [row for row in rows if row["step"] is not None]
     tables = [
-        _by_temperature(at_end),
-        [("step", "win rate"), *((str(row["step"]), cell(row)) for row in over_training)],
+        _by_temperature(at_end, "win rate", label),
+        _by_temperature(over_training, "step", lambda row: str(row["step"])),
         _comparisons(paired),
         _measured(at_end, [name for name in ("words", *ROUGE) if name in rows[0]]),
     ]
@@ -115,11 +117,12 @@ def table(rows: list[dict], paired: list[dict]) -> str:
 Lines = list[tuple[str, ...]]
 
 
-def _by_temperature(rows: list[dict]) -> Lines:
+def _by_temperature(rows: list[dict], head: str, name_of: Callable[[dict], str]) -> Lines:
+    """Return a line for each name and a column for each temperature."""
     temperatures = sorted({row["temperature"] for row in rows})
-    cells = {(label(row), row["temperature"]): cell(row) for row in rows}
-    names = dict.fromkeys(map(label, rows))  # each once, in their order
-    lines = [("win rate", *(f"T={temperature:g}" for temperature in temperatures))]
+    cells = {(name_of(row), row["temperature"]): cell(row) for row in rows}
+    names = dict.fromkeys(map(name_of, rows))  # each once, in their order
+    lines = [(head, *(f"T={temperature:g}" for temperature in temperatures))]
     for name in names:
         found = [cells.get((name, temperature), "") for temperature in temperatures]
         lines.append((name, *found))

@@ -418,6 +418,8 @@ def define_flags() -> Callable[..., Judge]:
     )
 
     def make_judge(**fields) -> Judge:
+        if holders["orders"].value == 2 and holders["seed"].present:
+            raise ValueError("--judge_seed would do nothing with --orders=2, which asks both.")
         given = {name: holder.value for name, holder in holders.items()}
         return Judge(**given | fields)
 

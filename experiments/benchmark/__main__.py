@@ -33,6 +33,7 @@ from absl import flags
 from dpo_jax import command_line
 from experiments.benchmark import report, work
 from experiments.benchmark.worker import Worker
+from experiments.commands import refuse_flags
 
 PROFILED = 2  # steps in a profile
 PEERS = ("trl", "tunix", "none")
@@ -223,6 +224,8 @@ def main():
     check_pairs(options)
     if options.compiled and options.peer != "trl":
         raise ValueError(f"--compiled is for --peer=trl, not for {options.peer}: leave it out.")
+    if options.peer == "none":
+        refuse_flags("with --peer=none", "peer_python")
     if options.peer == "tunix":
         check_tunix(options)
     with tempfile.TemporaryDirectory(prefix="dpo_jax_benchmark_") as folder:

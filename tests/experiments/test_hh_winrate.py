@@ -20,7 +20,7 @@ from dpo_jax.rewards import reward_model
 from dpo_jax.training.checkpoint import Checkpoints
 from dpo_jax.training.step import TrainState
 from dpo_jax.workdir import finish_stage, read_lines
-from experiments import hh_winrate, winrate
+from experiments import hh_winrate, winrate, winrate_report
 from experiments.winrate import Options
 from tests.helpers.clock import set_today
 from tests.helpers.judge_server import JudgeServer, prefers
@@ -91,7 +91,7 @@ def check(workdir, rows, judged):
     assert samples["dpo_at_2-1-1"] == samples["dpo-1-1"] != samples["dpo_at_1-1-1"]
     assert samples["dpo-1-1"] != samples["preferred_ft-1-1"]
     assert (judged / "winrate.png").read_bytes().startswith(b"\x89PNG")
-    assert "| step | win rate |\n|---|---|\n| 0 | " in (judged / "winrate.md").read_text()
+    assert "| step | T=1 |\n|---|---|\n| 0 | " in (judged / "winrate.md").read_text()
 
 
 def test_hh_policies_and_checkpoints_are_judged(arguments, tmp_path, monkeypatch):
@@ -248,7 +248,7 @@ def test_hh_winrate_command(arguments, tmp_path):
                 capture_output=True,
             )
         assert done.returncode == 0, done.stderr
-        assert "| best of 4 | " in done.stdout and "| step | win rate |" in done.stdout
+        assert "| best of 4 | " in done.stdout and "| step | T=0 | T=1 |" in done.stdout
         assert bool(server.prompts) == (flags[0] != "--judge=reward")
 
 
@@ -300,3 +300,33 @@ def test_hh_winrate_dry_run(tmp_path, capsys):
     )
     assert lines[-2].startswith("over training: not counted")
     assert not list(tmp_path.iterdir())
+
+
+def test_hh_training_temperatures(tmp_path, monkeypatch):
+    """Figure 3, right: the curve over training at 0.7 and 1, or at what is asked for."""
+    run = Run(experiment_configs("configs/hh.py", [])("dpo"), tmp_path, None)
+    later = winrate.Policy("dpo_at_300", {}, None)
+    monkeypatch.setattr(winrate, "at_checkpoints", lambda *_: {300: later})
+
+    def drawn(**chosen):
+        found = hh_winrate.points(dict(dpo=run), Options(("training",), judge=JUDGE, **chosen))
+        return [(point.step, point.temperature) for point in found]
+
+    temperatures = hh_winrate.TRAINING_TEMPERATURES
+    both = drawn(temperatures=(0.25,), training_temperatures=temperatures)
+    assert both == [(0, 0.7), (300, 0.7), (0, 1.0), (300, 1.0)]
+    assert drawn(temperatures=(0.7,)) == [(0, 0.7), (300, 0.7)]
+
+
+def test_training_table_has_a_column_for_each_temperature():
+    rate = dict(rate=0.5, low=0.25, high=0.75, unparsable=0, words=2.0, method="dpo", best_of=1)
+    rows = []
+    for step in (0, 300):
+        for temperature in (0.7, 1.0):
+            rows.append(rate | dict(step=step, temperature=temperature))
+    cell = "0.500 [0.250, 0.750]"
+    assert f"| step | T=0.7 | T=1 |\n|---|---|---|\n| 0 | {cell} | {cell} |" in (
+        winrate_report.table(rows, [])
+    )
+    (_, drawn), *_ = winrate_report.panels(rows).values()
+    assert {row["label"] for row in drawn} == {"dpo, T=0.7", "dpo, T=1"}

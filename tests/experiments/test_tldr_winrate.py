@@ -405,6 +405,7 @@ def test_dry_run_counts(make_config, tmp_path, capsys):
         (dict(counts=(1, 0)), "", "--best_of=1,0: expected"),
         (dict(counts=(4, 4)), "", "each once"),
         (dict(temperatures=(-1.0,)), "", "--temperatures=-1.0: expected"),
+        (dict(temperatures=(1.0, 1.0)), "", "--temperatures=1.0,1.0: expected .* each once"),
     ],
 )
 def test_errors_come_before_training(changes, argument, message, arguments, tmp_path, monkeypatch):
@@ -420,7 +421,7 @@ def test_errors_come_before_training(changes, argument, message, arguments, tmp_
 def test_configs_are_valid_and_share():
     for size in ("gptj", "pythia1b", "pythia2.8b", "tiny"):
         make, shared = experiment_configs(f"configs/tldr.py:{size}", []), {}
-        for method in ("dpo", "preferred_ft", "ppo", "best_of_n", "rm"):
+        for method in ("dpo", "preferred_ft", "unlikelihood", "ppo", "best_of_n", "rm"):
             config = winrate.config_of(make, method)
             config_checks.validate(config)
             for stage in {"sft", "rm"} & set(config.stages):
@@ -482,9 +483,9 @@ def test_useless_flags_are_refused(monkeypatch):
         flags.DEFINE_string(name, "", "", flag_values=values)
     monkeypatch.setattr(flags, "FLAGS", values)
     values(["program", "--path=x"])
-    winrate.refuse_flags("here", "base")
+    commands.refuse_flags("here", "base")
     with pytest.raises(ValueError, match="--path would do nothing here"):
-        winrate.refuse_flags("here", "base", "path")
+        commands.refuse_flags("here", "base", "path")
 
 
 def test_method_in_config_is_refused():
