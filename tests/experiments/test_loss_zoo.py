@@ -134,13 +134,10 @@ def test_summary_compares_seed_by_seed():
     assert "| – | +0.100 ± 0.000 | -1.00 | 0.25 to 2.5 |" in text.splitlines()[-1]
 
 
-def test_page_shows_the_measured_table():
+def test_committed_summary_follows_from_its_rows():
     result = json.loads((RESULTS / "loss_zoo.json").read_text())
     rows = result["rows"]
     assert json.loads(json.dumps(loss_zoo.summary(rows))) == result["summary"]
-    page = (ROOT / "docs" / "losses.md").read_text()
-    for labels in {row["labels"] for row in rows}:
-        assert loss_zoo.table(result["summary"], labels) in page
     # Every run of every line is there, and none is above the bound.
     found = {(row["labels"], row["loss"], row["value"], row["seed"]) for row in rows}
     for name, line in loss_zoo.LINES.items():

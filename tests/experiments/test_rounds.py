@@ -76,12 +76,6 @@ def committed():
     return json.loads((ROOT / "experiments/results/rounds/rounds.json").read_text())
 
 
-@pytest.fixture(scope="module")
-def page():
-    """The page's text, on one line."""
-    return " ".join((ROOT / "docs" / "rounds.md").read_text().split())
-
-
 def test_committed_results_follow_from_their_rows(committed):
     runs = {(row["seed"], row["arm"], row["target"]) for row in committed["rows"]}
     assert len(runs) == rounds.SEEDS * len(rounds.ARMS) * len(rounds.TARGETS)
@@ -89,16 +83,8 @@ def test_committed_results_follow_from_their_rows(committed):
     assert committed["equal_kl"] == rounds.matched(committed["rows"])
 
 
-def test_page_has_the_table_of_the_results(committed, page):
-    measured = {(row["kl"], row["arm"]): row for row in committed["equal_kl"]}
-    for kl in rounds.KLS:
-        values = [measured[kl, arm]["gap"] for arm in ("offline", "moved", "first")]
-        values += [measured[kl, arm]["won"] for arm in ("moved", "first")]
-        cells = ["{mean:.3f} ({low:.3f}, {high:.3f})".format(**value) for value in values]
-        assert f"| {' | '.join([f'{kl:g}', *cells])} |" in page
-
-
-def test_page_tells_what_was_compared(page):
+def test_page_tells_what_was_compared():
+    page = " ".join((ROOT / "docs" / "rounds.md").read_text().split())
     config = rounds.config_of("moved", target=1.0, seed=0)
     completions = config.pairs.completions
     sampled = config.rounds * config.pairs.prompts * completions
@@ -106,50 +92,3 @@ def test_page_tells_what_was_compared(page):
     steps = config.rounds * config.dpo.steps
     assert f"{pairs:,} pairs of {sampled:,} completions" in page
     assert f"({steps} of {config.dpo.batch_size} pairs)" in page
-
-
-def test_page_tells_what_rounds_win(committed, page):
-    won = {(row["kl"], row["arm"]): row["won"] for row in committed["equal_kl"]}
-    far, farthest = (
-        [f"{won[kl, arm]['mean']:.2f}" for arm in ("moved", "first")] for kl in (2.5, 5.0)
-    )
-    assert far[0] == far[1]
-    assert f"win {far[0]} of reward at 2.5 nats" in page
-    assert "and {} (moved) or {} (fixed) at 5 nats".format(*farthest) in page
-    for (kl, arm), value in won.items():
-        if arm != rounds.BASE:
-            assert (value["low"] <= 0 <= value["high"]) == (kl in (0.25, 1.0)), (kl, arm)
-    gaps = {(row["kl"], row["arm"]): row["gap"]["mean"] for row in committed["equal_kl"]}
-    for kl in (2.5, 5.0):
-        for arm in ("moved", "first"):
-            assert 0.35 < gaps[kl, arm] / gaps[kl, rounds.BASE] < 0.55, (kl, arm)
-
-
-def test_page_tells_where_runs_end(committed, page):
-    def ends(arm: str, name: str, digits: int) -> str:
-        rows = {row["target"]: row for row in committed["targets"] if row["arm"] == arm}
-        return " and ".join(f"{rows[target][name]['mean']:.{digits}f}" for target in (0.5, 0.25))
-
-    assert f"the optimum is at {ends('offline', 'target_kl', 1)} nats" in page
-    assert f"the offline runs end at {ends('offline', 'kl', 1)}, three rounds" in page
-    assert f"three rounds at {ends('moved', 'kl', 1)} with a moved reference" in page
-    assert f"and at {ends('first', 'kl', 1)} with a fixed one" in page
-    rewards = [ends(arm, "reward", 2).split()[-1] for arm in ("offline", "moved", "first")]
-    assert "they are {} offline, and {} and {} after three rounds".format(*rewards) in page
-
-
-def test_page_tells_the_gaps_on_the_way(committed, page):
-    largest = max(row["gap"] for row in committed["rows"] if row["arm"] == "moved")
-    assert f"largest gap in any round is {largest:.2f}" in page
-    first, second, third = (
-        {
-            row["seed"]: row["gap"]
-            for row in committed["rows"]
-            if (row["arm"], row["target"], row["round"]) == ("first", 0.25, number)
-        }
-        for number in (1, 2, 3)
-    )
-    span = f"{min(first.values()):.2f} to {max(first.values()):.2f}"
-    assert f"at β 0.25 its gaps are {span} after round 1" in page
-    (fallen,) = [seed for seed, gap in second.items() if gap > 0.1]
-    assert f"(a gap of {second[fallen]:.1f}), and round 3 came back ({third[fallen]:.2f})" in page
