@@ -7,6 +7,7 @@ import pytest
 
 from dpo_jax.evaluation import exact, frontier
 
+SHORT_GRID = np.geomspace(4, 0.12, 70)  # of betas, for simulations
 REWARDS = np.random.default_rng(0).normal(size=(3, 40))
 
 
@@ -14,30 +15,63 @@ def test_frontier_of_whole_language_is_exact():
     """Each of 40 completions once, alike under the reference: the estimate is the bound, as far as
     it goes.
     """
-    kls, rewards = frontier.frontier(REWARDS)
+    kls, rewards, *_ = frontier.frontier(REWARDS)
     uniform = np.full(REWARDS.shape, -np.log(40))
     np.testing.assert_allclose(rewards, exact.bound(uniform, REWARDS, kls), atol=1e-5)
     assert kls[0] < 1e-5 and rewards[0] == pytest.approx(REWARDS.mean(), abs=1e-2)
     assert (np.diff(kls) >= 0).all() and len(kls) > 100
 
 
-def test_frontier_of_normal_reward():
-    """Its optimum has reward 1 / beta and KL 1 / (2 beta^2), so sqrt(2 KL) at each KL; the estimate
-    is just below.
+@pytest.mark.parametrize(
+    ("samples", "simulations", "bias"), [(32, 60, -0.11), (128, 40, -0.13), (1024, 6, -0.14)]
+)
+def test_frontier_of_normal_reward_is_low(samples, simulations, bias, monkeypatch):
+    """Its optimum has reward 1 / beta and KL 1 / (2 beta²), so sqrt(2 KL) at each KL. The docstring
+    says by how much the estimate is low at the end, and one nat before.
     """
-    rng, errors = np.random.default_rng(1), []
-    for _ in range(5):
-        kls, rewards = frontier.frontier(rng.normal(size=(64, 256)))
-        errors.append(np.interp([0.5, 2.0, 3.5], kls, rewards) - np.sqrt([1.0, 4.0, 7.0]))
-    np.testing.assert_allclose(np.mean(errors, axis=0), [0, -0.02, -0.11], atol=0.03)
+    monkeypatch.setattr(frontier, "RESAMPLES", 2)
+    monkeypatch.setattr(frontier, "BETAS", SHORT_GRID)
+    rng = np.random.default_rng(1)
+    errors = []
+    for _ in range(simulations):
+        kls, rewards, *_ = frontier.frontier(rng.normal(size=(64, samples)))
+        at_end = rewards[-1] - np.sqrt(2 * kls[-1])
+        before = kls[-1] - 1
+        errors.append((at_end, np.interp(before, kls, rewards) - np.sqrt(2 * before)))
+    at_end, before = np.mean(errors, axis=0)
+    assert at_end == pytest.approx(bias, abs=0.03)
+    assert bias / 2 - 0.02 < before < 0.01
+
+
+def test_frontier_interval_covers_the_optimum(monkeypatch):
+    """At half a nat, where 128 samples are hardly low.
+
+    Prompts differ in their mean reward, so that most of the noise is of the prompts.
+    """
+    monkeypatch.setattr(frontier, "RESAMPLES", 200)
+    monkeypatch.setattr(frontier, "BETAS", SHORT_GRID)
+    rng = np.random.default_rng(3)
+    covered = 0
+    for _ in range(60):
+        rewards = rng.normal(size=(40, 128)) + 0.5 * rng.normal(size=(40, 1))
+        found = frontier.frontier(rewards)
+        low, high = (np.interp(0.5, found.kls, bound) for bound in (found.low, found.high))
+        covered += low < 1.0 < high
+    assert 52 <= covered <= 60
+
+
+def test_frontier_interval_is_around_the_curve():
+    found = frontier.frontier(REWARDS)
+    assert (found.low <= found.rewards).all() and (found.rewards <= found.high).all()
+    assert frontier.frontier(REWARDS[:1]).low is None  # one prompt says nothing of others
 
 
 def test_frontier_ends_where_untrusted():
-    kls, _ = frontier.frontier(REWARDS)
+    kls = frontier.frontier(REWARDS).kls
     assert np.log(40) - 2.1 < kls[-1] <= np.log(40) - 2
     # Half the samples have all the reward there is.
     halves = np.repeat([[0.0, 1.0]], 20, axis=0).T.reshape(1, -1)
-    kls, rewards = frontier.frontier(halves)
+    kls, rewards, *_ = frontier.frontier(halves)
     assert len(kls) == len(frontier.BETAS)  # the samples tell it all
     assert kls[-1] == pytest.approx(np.log(2)) and rewards[-1] == pytest.approx(1)
 
@@ -45,7 +79,7 @@ def test_frontier_ends_where_untrusted():
 def test_frontier_refuses_few_samples():
     with pytest.raises(ValueError, match="7 samples .* expected 8 or more"):
         frontier.frontier(REWARDS[:, :7])
-    assert len(frontier.frontier(REWARDS[:, :8])[0])
+    assert len(frontier.frontier(REWARDS[:, :8]).kls)
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 8])
