@@ -11,6 +11,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # to run from a clone that is not installed
 
 from dpo_jax import config as configs  # noqa: E402
+from dpo_jax.stage_table import STAGES  # noqa: E402
 
 PAGE = ROOT / "docs" / "config.md"
 INTRO = """\
@@ -99,7 +100,7 @@ def fields_of_blocks() -> dict[str, dict[str, tuple]]:
     found = {}
     for dotted, default, meaning in configs.field_docs():
         block, _, name = dotted.rpartition(".")
-        if block in configs.STAGE_FIELDS and name in configs.TRAINING:
+        if block in STAGES and STAGES[block].trains and name in configs.TRAINING:
             block = "STAGE"
             default = configs.TRAINING[name].default
         found.setdefault(block, {})[name] = (default, meaning)
@@ -147,7 +148,7 @@ def different_defaults() -> list[str]:
         changed = [
             f"`{name}` `{shown(fields[name].default)}`"
             for name, common in configs.TRAINING.items()
-            if name in fields and fields[name].default != common.default
+            if STAGES[stage].trains and fields[name].default != common.default
         ]
         if changed:
             lines.append(f"| `{stage}` | {', '.join(changed)} |")

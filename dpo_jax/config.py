@@ -55,7 +55,12 @@ RUN = dict(
         "folder name of the last training stage; empty: the stage's name, plus whatever was "
         "changed",
     ),
-    seed=Field(0, "seed of random weights, data order and sampling", least=0, most=SEEDS),
+    seed=Field(
+        0,
+        "seed of all that the run draws; the seed of a stage is added to it for that stage alone",
+        least=0,
+        most=SEEDS,
+    ),
     rounds=Field(
         1,
         "how often the stages from pairs on are run, each time from the policy of the round "
@@ -323,6 +328,13 @@ TRAINING = dict(  # of every stage that trains
         "keep and export the checkpoint with the best value of this evaluation metric (the lowest, "
         "for losses)",
     ),
+    seed=Field(
+        0,
+        "added to config.seed for what this stage draws: the order of its examples, new adapters, "
+        "completions of ppo",
+        least=0,
+        most=SEEDS,
+    ),
 )
 
 
@@ -387,16 +399,16 @@ PAIRS = dict(
         "sigmoid(difference); judge: the completion that a chat model prefers",
     ),
     judge=JUDGE,
-)
-
-PREFERRED_FT = SFT | dict(
     seed=Field(
         0,
-        "added to config.seed for the data order; the paper's runs differ only in this",
+        "added to config.seed for what this stage draws: prompts, completions, labels, the order "
+        "in which a judge sees two completions",
         least=0,
         most=SEEDS,
     ),
 )
+
+PREFERRED_FT = SFT
 
 UNLIKELIHOOD = dict(
     alpha=Field(0.5, "weight of the rejected response's log-prob", least=0, most=1e6),
@@ -562,6 +574,7 @@ BEST_OF_N = dict(
     ),
     reward=Field("rm", "reward to choose by: rm (the rm stage's model) or true (config.reward)"),
     prompts=Field(256, "number of held-out prompts", least=1, most=MANY),
+    seed=Field(0, "added to config.seed for the completions", least=0, most=SEEDS),
 )
 
 EVALUATE = dict(
@@ -577,6 +590,9 @@ EVALUATE = dict(
         "the reference at the end; 0: none",
         least=0,
         most=1_000_000,
+    ),
+    seed=Field(
+        0, "added to config.seed for the completions that are measured", least=0, most=SEEDS
     ),
 )
 

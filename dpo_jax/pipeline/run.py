@@ -111,14 +111,18 @@ class Run:
         source = dataclasses.replace(checkpoint.source, dtype=dtype)
         return dataclasses.replace(checkpoint, source=source)
 
-    def seed(self, purpose: str) -> int:
-        """Return the seed of one of PURPOSES in this round: config.seed in round 1."""
+    def seed(self, stage: str, purpose: str) -> int:
+        """Return a stage's seed for one of PURPOSES in this round.
+
+        It is config.seed, or that of a later round, plus the stage's own.
+        """
+        own = self.config[stage].seed
         if self.config.rounds == 1:
-            return self.config.seed
+            return self.config.seed + own
         branch = (PURPOSES.index(purpose), self.config.rounds)
         sequence = np.random.SeedSequence(self.config.seed, spawn_key=branch)
         (seed,) = sequence.generate_state(1)
-        return int(seed)
+        return int(seed) + own
 
     def load(self, checkpoint: loading.Checkpoint) -> loading.Model:
         """Load a checkpoint's weights onto the run's mesh."""
@@ -226,15 +230,14 @@ class Run:
             return "rm", str(self.folder("rm") / "hf")
         return block.kind, block.path
 
-    def sampling(self, n: int = 1, seed: int | None = None) -> Sampling:
-        """Return how the stages of this run sample: n completions of each prompt.
-
-        seed: None for what is measured, which then has the same draws in all rounds.
-        """
+    def sampling(self, seed: int, n: int = 1) -> Sampling:
+        """Return how the stages of this run sample: n completions of each prompt."""
         block = self.config.sampling
-        if seed is None:
-            seed = self.config.seed
         return Sampling(block.max_new_tokens, n=n, seed=seed, batch_size=block.batch_size)
+
+    def measuring(self, stage: str) -> Sampling:
+        """Return how evaluate or best_of_n samples: with the same draws in all rounds."""
+        return self.sampling(self.config.seed + self.config[stage].seed)
 
     def eos_id(self, tokenizer) -> int | None:
         """Return the token that ends a completion, if one does."""

@@ -63,7 +63,7 @@ def pairs_stage(run: Run, stage: str) -> dict:
     run.record_weights(stage, policy=initial, reward=reward_model)
 
     # A random choice: the first prompts of a data set may be alike.
-    order = np.random.default_rng(run.config.seed).permutation(count)
+    order = np.random.default_rng(run.config.seed + block.seed).permutation(count)
     start = (run.config.rounds - 1) * block.prompts
     chosen = order.take(range(start, start + block.prompts), mode="wrap")
     held_out = min(preference_pairs.EVAL_PROMPTS, len(prompts["eval"]))
@@ -71,8 +71,8 @@ def pairs_stage(run: Run, stage: str) -> dict:
         run.load(initial),
         dict(train=prompts["train"].take(chosen), eval=prompts["eval"].take(range(held_out))),
         run.reward("true") if asks_reward else None,
-        preference_pairs.labelling_of(block, run.seed("judging")),
-        run.sampling(n=block.completions, seed=run.seed("sampling")),
+        preference_pairs.labelling_of(block, run.seed(stage, "judging")),
+        run.sampling(run.seed(stage, "sampling"), n=block.completions),
         run.folder(stage),
     )
 
@@ -139,7 +139,7 @@ def best_of_n_stage(run: Run, stage: str) -> dict:
         run.reward("true"),
         run.reward(block.reward),
         block.n,
-        run.sampling(),
+        run.measuring(stage),
     )
 
 

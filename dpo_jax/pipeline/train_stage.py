@@ -36,6 +36,7 @@ class Models:
     """The models of a training stage, and how their weights come onto the run's mesh."""
 
     run: Run
+    stage: str
     initial: Checkpoint  # what training starts from
     first: Checkpoint  # what it starts from in round 1: the initial one itself, or another
     config: TransformerConfig  # of the model that is trained: the initial one, with another head
@@ -73,7 +74,7 @@ class Models:
         """Load what is trained: the initial weights, or adapters, the same on any mesh."""
         if not self.lora:
             return self.load_initial()
-        values = adapters.init(self.config, self.lora, self.run.seed("adapters"))
+        values = adapters.init(self.config, self.lora, self.run.seed(self.stage, "adapters"))
         return sharding.shard_params(self.run.mesh, values)
 
     def load_reference(self) -> dict | None:
@@ -122,6 +123,7 @@ def train_stage(run: Run, stage: str) -> dict:
     first = run.first(stage) if is_later_round else initial
     models = Models(
         run,
+        stage,
         initial,
         first,
         config=dataclasses.replace(initial.config, head=table.head),
@@ -184,7 +186,7 @@ def _rollout_feed(run: Run, job: Job, initial: Checkpoint) -> Feed:
         tokenizer=initial.tokenizer,
         eos_id=run.eos_id(initial.tokenizer),
         other_eos_ids=initial.other_eos_ids,
-        sampling=run.sampling(seed=run.seed("sampling")),
+        sampling=run.sampling(run.seed(job.name, "sampling")),
     )
 
 
@@ -197,7 +199,7 @@ def _data_feed(run: Run, job: Job, models: Models, cache: ReferenceCache | None)
 
     seed = None
     if run.config.data.shuffle:
-        seed = run.seed("data order") + job.block.get("seed", 0)
+        seed = run.seed(job.name, "data order")
     # Sampled responses may end by their length, without EOS.
     sampled = stage_table.trains_on_samples(run.config, job.name)
     longest_mismatched = mismatched.longest(
@@ -347,6 +349,6 @@ def policy_measure(run: Run, initial: Checkpoint) -> Callable:
 
     def measure(params, reference):
         model = initial.model(params, run.mesh, append_eos=run.config.data.append_eos)
-        return reward_kl.evaluate(model, reference, held_out, reward, run.sampling())
+        return reward_kl.evaluate(model, reference, held_out, reward, run.measuring("evaluate"))
 
     return measure

@@ -109,14 +109,33 @@ def test_seeds_of_rounds(tmp_path):
     """Round 1 has the config's own; others have one of their own for each purpose."""
     run = Run(config_of(), tmp_path, mesh=None, rounds=3)
     run.config.seed = 7
-    assert {run.of_round(1).seed(purpose) for purpose in PURPOSES} == {7}
-    seeds = [run.of_round(number).seed(purpose) for number in (2, 3) for purpose in PURPOSES]
+    assert {run.of_round(1).seed("dpo", purpose) for purpose in PURPOSES} == {7}
+    seeds = [run.of_round(number).seed("dpo", purpose) for number in (2, 3) for purpose in PURPOSES]
     assert len({*seeds, 7}) == 1 + 2 * len(PURPOSES)
     assert all(0 <= seed <= configs.SEEDS for seed in seeds)
     expected = np.random.SeedSequence(7, spawn_key=(0, 2)).generate_state(1)
-    assert run.of_round(2).seed("sampling") == expected
+    assert run.of_round(2).seed("pairs", "sampling") == expected
     # What is measured has the same draws in all rounds.
-    assert run.of_round(2).sampling().seed == 7
+    assert run.of_round(2).measuring("evaluate").seed == 7
+
+
+def test_seed_of_a_stage_moves_that_stage_alone(tmp_path):
+    """In every round."""
+    run = Run(config_of(), tmp_path, mesh=None, rounds=2)
+    run.config.seed = 7
+
+    def seeds(number):
+        in_round = run.of_round(number)
+        return {stage: in_round.seed(stage, "sampling") for stage in run.config.stages}
+
+    before = {number: seeds(number) for number in (1, 2)}
+    for stage in run.config.stages:
+        run.config[stage].seed = 3
+        for number in (1, 2):
+            assert seeds(number) == before[number] | {stage: before[number][stage] + 3}
+        run.config[stage].seed = 0
+    run.config.evaluate.seed = 2
+    assert run.measuring("evaluate").seed == 9
 
 
 def test_last_stage_is_of_the_last_round(tmp_path):

@@ -100,6 +100,17 @@ def test_start_stage_refuses_other_version(tmp_path, name):
     assert (folder / "checkpoints" / "40").exists()
 
 
+def test_start_stage_without_its_seed_is_0(tmp_path):
+    """As in folders from before stages had seeds."""
+    path = begin(tmp_path) / "config.json"
+    change_record(path, lambda record: record["depends_on"].pop("dpo.seed"))
+    assert status(tmp_path) == "unfinished"
+    config = configs.default(("dpo",))
+    config.dpo.seed = 1
+    with pytest.raises(StageChanged, match=r"config.dpo.seed: 0 in the folder, 1 now"):
+        start_stage(tmp_path, config, "dpo", VERSIONS)
+
+
 @pytest.mark.parametrize("name", VERSIONS)
 def test_start_stage_reuses_finished_version(tmp_path, name):
     finish_stage(begin(tmp_path))
