@@ -7,15 +7,16 @@
 
 The stages are sft, pairs (sampled, and labelled by the true reward), dpo and evaluate. You can add
 a method after a colon: dpo (the default), preferred_ft, unlikelihood, ppo (on a reward model),
-ppo_gt (on the true reward) or best_of_n. Methods with the same --workdir share the earlier stages;
-give each its own name (--config.run). The last command runs the whole sweep of figure 2.
+ppo_gt (on the true reward), ppo_gt_trl (on the true reward, by TRL's settings off the shelf) or
+best_of_n. Methods with the same --workdir share the earlier stages; give each its own name
+(--config.run). The last command runs the whole sweep of figure 2.
 
 The true reward is siebert/sentiment-roberta-large-english. Hardware: weights, gradients, optimiser
 state and reference of DPO take 12 GB in total. Time: not measured. Writes
 WORKDIR/evaluate/evaluate.json (reward and KL) and completions.jsonl, and each stage's hf/.
 """
 
-from dpo_jax.config import METHODS, default
+from dpo_jax.config import METHODS, TRL_PPO, default
 
 
 def get_config(method="dpo"):
@@ -33,4 +34,7 @@ def get_config(method="dpo"):
     }
     for stage in ("sft", *METHODS[method]):
         config[stage].update(settings.get(stage, {}))
+    if method == "ppo_gt_trl":
+        # A step has a quarter of the other runs' completions, so there are four times as many.
+        config.ppo.update(TRL_PPO | dict(eval_every=20, save_every=40))
     return config

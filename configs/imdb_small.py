@@ -13,7 +13,7 @@ width 192 (3.4 million weights) over a byte-level BPE of 8,192 pieces, and is tr
 on the first 72 tokens of 75,000 reviews. Writes the same files as configs/imdb.py.
 """
 
-from dpo_jax.config import METHODS, default
+from dpo_jax.config import METHODS, TRL_PPO, default
 
 
 def get_config(method="dpo"):
@@ -82,4 +82,9 @@ def get_config(method="dpo"):
     }
     for stage in METHODS[method]:
         config[stage].update(settings.get(stage, {}))
+    if method == "ppo_gt_trl":
+        # As many completions as the other PPO runs. TRL's learning rate is for a GPT-2 that is
+        # trained for longer.
+        fitted = dict(lr=1e-4, kl_horizon=1000, steps=20, eval_every=5)
+        config.ppo.update(TRL_PPO | fitted)
     return config

@@ -4,15 +4,16 @@
     python -m dpo_jax.train --config=configs/toy.py:ppo --config.run=ppo_rm --workdir=runs/toy
 
 You can add a method after a colon: dpo (the default), preferred_ft, unlikelihood, kto (on each
-response of a pair alone), ppo (on a reward model), ppo_gt (on the true reward) or best_of_n.
-Methods with the same --workdir share the earlier stages; give each its own name (--config.run).
+response of a pair alone), ppo (on a reward model), ppo_gt (on the true reward), ppo_gt_trl (the
+same by TRL's settings, with the toy's learning rate) or best_of_n. Methods with the same --workdir
+share the earlier stages; give each its own name (--config.run).
 
 Hardware: 2 CPU cores, 22 to 67 s. Writes WORKDIR/evaluate/toy.json and toy.png: the policy's exact
 reward and KL, and the highest reward attainable at that KL. DPO comes within 0.03 (reward) and
 0.02 (KL) of its optimum.
 """
 
-from dpo_jax.config import METHODS, default
+from dpo_jax.config import METHODS, TRL_PPO, default
 
 
 def get_config(method="dpo"):
@@ -74,4 +75,9 @@ def get_config(method="dpo"):
     }
     for stage in METHODS[method]:
         config[stage].update(settings.get(stage, {}))
+    if method == "ppo_gt_trl":
+        # As many completions as the other PPO runs. TRL's own learning rate is for a GPT-2, and its
+        # horizon for a longer run.
+        fitted = dict(target_kl=3.0, kl_horizon=2000, lr=5e-4, schedule="linear")
+        config.ppo.update(TRL_PPO | fitted | dict(steps=80, eval_every=20, save_every=40))
     return config

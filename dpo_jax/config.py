@@ -28,8 +28,29 @@ METHODS = {  # method -> the stages after sft, in a run that samples its own pai
     "kto": ("pairs", "kto", "evaluate"),
     "ppo": ("pairs", "rm", "ppo", "evaluate"),
     "ppo_gt": ("ppo", "evaluate"),
+    "ppo_gt_trl": ("ppo", "evaluate"),
     "best_of_n": ("pairs", "rm", "best_of_n"),
 }
+# TRL's settings of PPO, off the shelf: its defaults, and those of its sentiment example, in May
+# 2023, when the paper was written.
+TRL_PPO = dict(
+    normalize_rewards=False,
+    target_kl=6.0,
+    init_kl_coef=0.2,
+    kl_horizon=10_000,
+    batch_size=256,
+    minibatch_size=16,
+    inner_epochs=4,
+    gae_lambda=0.95,
+    clip=0.2,
+    value_clip=0.2,
+    value_coef=0.1,
+    optimizer="adamw",  # without weight decay: torch's Adam
+    lr=1.41e-5,
+    schedule="constant",
+    warmup_steps=0,
+    max_grad_norm=0.0,
+)
 
 
 SEEDS = 2**32 - 1  # jax takes 32 bits of a seed: a larger one would be another's double
@@ -531,6 +552,10 @@ KTO = dict(
 
 PPO = dict(
     reward=Field("rm", "reward to maximise: rm (the rm stage's model) or true (config.reward)"),
+    normalize_rewards=Field(
+        True,
+        "bring rewards to mean 0 and deviation 1 of the first step's; False: take them as they are",
+    ),
     target_kl=Field(
         6.0,
         "target KL to the reference, in nats per completion; kl_coef adapts to reach it",
@@ -539,7 +564,8 @@ PPO = dict(
     ),
     init_kl_coef=Field(
         0.2,
-        "initial weight of the KL penalty; rewards are scaled to unit standard deviation",
+        "initial weight of the KL penalty, on the scale of the rewards (see normalize_rewards); "
+        "0: no penalty at any step",
         least=0,
         most=1e6,
     ),

@@ -3,8 +3,10 @@
     python -m experiments.imdb_frontier --config=FILE --workdir=DIR
 
 Makes 22 runs over one SFT model and one set of pairs: DPO at 4 betas, unlikelihood at 4 alphas, PPO
-on the learned reward and on the true one at 4 target KLs each, and Preferred-FT with 6 seeds. Each
-run is evaluated while it trains. Every run is an ordinary run of dpo_jax.train in DIR, so finished
+on the learned reward, on the true one, and on the true one by TRL's settings at 4 target KLs each,
+and Preferred-FT with 2 seeds. (The paper gives the values and the sum of 22 runs; that TRL's PPO
+has the same 4 target KLs, and Preferred-FT the 2 runs that remain, is inferred.) Each run is
+evaluated while it trains. Every run is an ordinary run of dpo_jax.train in DIR, so finished
 runs are reused and interrupted ones resume.
 
 --dry_run lists the runs, whether they are done, and what each will cost. --run=NAME picks runs,
@@ -29,7 +31,8 @@ SWEEP = {
     "unlikelihood": ("unlikelihood.alpha", (0.05, 0.1, 0.5, 1.0), "α={:g}"),
     "ppo_gt": ("ppo.target_kl", (3.0, 6.0, 9.0, 12.0), "target {:g}"),
     "ppo": ("ppo.target_kl", (3.0, 6.0, 9.0, 12.0), "target {:g}"),
-    "preferred_ft": ("preferred_ft.seed", (0, 1, 2, 3, 4, 5), "seed {:g}"),
+    "ppo_gt_trl": ("ppo.target_kl", (3.0, 6.0, 9.0, 12.0), "target {:g}"),
+    "preferred_ft": ("preferred_ft.seed", (0, 1), "seed {:g}"),
 }
 REVIEWS = 25_000  # in IMDb's train split; each gives one prompt
 MEASURED = (

@@ -113,6 +113,7 @@ STYLES = {
     "kto": ("tab:pink", "*", "KTO"),
     "ppo": ("tab:orange", "s", "PPO, reward model"),
     "ppo_gt": ("tab:green", "D", "PPO, true reward"),
+    "ppo_gt_trl": ("tab:cyan", "h", "PPO, true reward, TRL's settings"),
     "unlikelihood": ("tab:red", "v", "unlikelihood"),
     "preferred_ft": ("tab:purple", "P", "Preferred-FT"),
     "best_of_n": ("tab:brown", "x", "best of N"),

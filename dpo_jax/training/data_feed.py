@@ -84,7 +84,8 @@ class DataFeed:
         self._held_out = self._evaluation_batches()
         self._ahead = None  # batches that a thread prepares
         self.total = len(self._batches)
-        self.updates = self.total
+        self.updates_per_step = 1
+        self.waits = False
         self.controls: dict[str, float] = {}
 
     def start(self, frozen: Frozen, first_step: int) -> None:
@@ -201,13 +202,7 @@ class DataFeed:
         most_tokens = max(shape.tokens for shape in batches.shapes)
         if gains_by_huge_pages(self._job.model, self._job.mesh, most_tokens):
             say_how_to_get_huge_pages()
-        if block.warmup_steps >= steps:
-            reached = steps / (block.warmup_steps + 1)
-            say(
-                f"{name}: the run ends before its warm-up (config.{name}.warmup_steps = "
-                f"{block.warmup_steps}), so the learning rate only reaches {reached:.0%} of "
-                f"{block.lr:g}. Lower warmup_steps, unless this is intended."
-            )
+        say_unfinished_warmup(name, block, steps)
         if stage_table.moves_reference(block):
             say_moves_in_vain(name, block, steps)
         return batches
@@ -265,6 +260,18 @@ def say_moves_in_vain(name: str, block, steps: int) -> None:
             "evaluation compares the policy with itself: its rewards are 0, and its loss is the "
             "same whatever was learned (log 2 for sigmoid)."
         )
+
+
+def say_unfinished_warmup(name: str, block, steps: int) -> None:
+    """Say where the run ends before its warm-up, so that it never has its learning rate."""
+    if block.warmup_steps < steps:
+        return
+    reached = steps / (block.warmup_steps + 1)
+    say(
+        f"{name}: the run ends before its warm-up (config.{name}.warmup_steps = "
+        f"{block.warmup_steps}), so the learning rate only reaches {reached:.0%} of "
+        f"{block.lr:g}. Lower warmup_steps, unless this is intended."
+    )
 
 
 def say_uneven_shards(name: str, block, shards: int) -> None:

@@ -134,7 +134,8 @@ class Feed(typing.Protocol):
     """
 
     total: int  # steps
-    updates: int  # optimiser updates in all steps together
+    updates_per_step: int  # optimiser updates in a step
+    waits: bool  # for the device in each step, so that metrics fetched late would save no time
     controls: dict[str, float]  # scalars that the state starts with
 
     def start(self, frozen: Frozen, first_step: int) -> None:
@@ -200,7 +201,7 @@ def train(job: Job, feed: Feed) -> tuple[dict, dict[str, float]]:
             base = job.load_base()
             moves_reference = stage_table.moves_reference(job.block)
             reference = None if moves_reference else job.load_reference()
-            frozen = Frozen(_hyper(job, feed.updates), reference, base)
+            frozen = Frozen(_hyper(job, feed), reference, base)
             # Restored first, as a damaged checkpoint makes the run begin at an earlier step.
             restored = checkpoints.restore_latest(shapes, programs.shardings)
             first_step = restored.step if restored else 0
@@ -247,9 +248,9 @@ def train(job: Job, feed: Feed) -> tuple[dict, dict[str, float]]:
         return state.params, recorder.evaluation_of(best_step, state)
 
 
-def _hyper(job: Job, updates: int) -> dict:
+def _hyper(job: Job, feed: Feed) -> dict:
     """Return the stage's traced numbers, on the mesh."""
-    hyper = objectives.numbers(job.block, updates)
+    hyper = objectives.numbers(job.block, feed.total, feed.updates_per_step)
     # Traced as the others, so that a sweep over alpha shares a program.
     if job.lora:
         hyper["lora_scale"] = np.float32(job.lora.scale)
@@ -261,7 +262,8 @@ class _Recorder:
     """Follows each step up with a row of metrics, progress, evaluations and checkpoints.
 
     A step's metrics are fetched once the next step has been dispatched, so that the device never
-    waits for the host; only before an evaluation or a checkpoint are they needed at once.
+    waits for the host; only before an evaluation or a checkpoint are they needed at once. Those of
+    a feed that waits for the device are fetched at once, as there is nothing to gain.
     """
 
     def __init__(
@@ -328,6 +330,9 @@ class _Recorder:
         evaluates = step % block.eval_every == 0 or is_last
         saves = step % block.save_every == 0 or is_last
         if not evaluates and not saves:
+            # Fetched with the next step, a step's time would be that of the next one's samples.
+            if self._feed.waits:
+                self._write_pending()
             return
 
         # Fetched first: a step that is not finite stops the run here, before it could be saved.
@@ -473,7 +478,7 @@ class _Recorder:
         row |= {
             "counters/examples": step * batch_size,
             "step_time": seconds,
-            "counters/updates": step * self._feed.updates // self._feed.total,
+            "counters/updates": step * self._feed.updates_per_step,
             "examples_per_second": batch_size / seconds,
             "tokens_per_second": tokens / seconds,
         }

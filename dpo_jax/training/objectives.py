@@ -228,10 +228,17 @@ def make_first_pass(name: str, model) -> Callable | None:
     return functools.partial(FIRST_PASSES[name], model) if name in FIRST_PASSES else None
 
 
-def numbers(block, steps: int) -> dict:
-    """Return `hyper`: the numbers of a stage that are traced, not compiled in."""
+def numbers(block, steps: int, updates_per_step: int = 1) -> dict:
+    """Return `hyper`: the numbers of a stage that are traced, not compiled in.
+
+    The learning rate goes by updates, of which PPO makes several a step, so both lengths of its
+    schedule are in updates here.
+    """
     found = dict(
-        lr=block.lr, warmup_steps=block.warmup_steps, steps=steps, max_grad_norm=block.max_grad_norm
+        lr=block.lr,
+        warmup_steps=block.warmup_steps * updates_per_step,
+        steps=steps * updates_per_step,
+        max_grad_norm=block.max_grad_norm,
     )
     for name in OBJECTIVE_NUMBERS:
         if name in block:

@@ -36,7 +36,7 @@ from dpo_jax.sampling.prompts import Prompts
 from dpo_jax.sampling.sampler import Sampling
 from dpo_jax.training import losses
 from dpo_jax.training import metrics as metrics_lib
-from dpo_jax.training.data_feed import say_uneven_shards
+from dpo_jax.training.data_feed import say_uneven_shards, say_unfinished_warmup
 from dpo_jax.training.loop import Job
 from dpo_jax.training.self_check import SelfCheckFailed
 from dpo_jax.training.step import Frozen, TrainState, place_controls
@@ -80,7 +80,8 @@ class Controls:
     """
 
     kl_coef: float  # the weight of the KL penalty
-    reward_mean: float = 0.0  # of the first step's rewards, the reference's own
+    # Of the first step's rewards, the reference's own; 0 and 1 where rewards are taken as they are.
+    reward_mean: float = 0.0
     reward_std: float = 1.0
 
     @classmethod
@@ -123,7 +124,8 @@ class RolloutFeed:
             )
         sampler.check(job.model, prompts.ids, sampling)
         minibatches = block.batch_size // block.minibatch_size
-        self.updates = self.total * block.inner_epochs * minibatches
+        self.updates_per_step = block.inner_epochs * minibatches
+        self.waits = True  # for the samples, which it rewards
         self.controls = Controls(kl_coef=block.init_kl_coef).to_dict()
         self._job = job
         self._prompts = prompts
@@ -139,9 +141,10 @@ class RolloutFeed:
         self._shape = self._largest_shape()
         say(
             f"ppo: {self.total} steps of {block.batch_size} completions from {size} prompts, "
-            f"{self.updates} updates of {block.minibatch_size}"
+            f"{self.total * self.updates_per_step} updates of {block.minibatch_size}"
         )
         say_uneven_shards("ppo", block, shards)
+        say_unfinished_warmup("ppo", block, self.total)
 
     def start(self, frozen: Frozen, first_step: int) -> None:
         # A step depends on its number and the state alone, so nothing is prepared.
@@ -171,7 +174,7 @@ class RolloutFeed:
         self._tokens_of_step[step] = rollout.tokens
         controls = Controls.of_state(state)
         # The policy is still the reference, so these rewards are the reference's own.
-        if step == 0:
+        if step == 0 and block.normalize_rewards:
             controls = dataclasses.replace(
                 controls,
                 reward_mean=rollout.rewards.mean(),
@@ -305,8 +308,8 @@ def targets(rollout: Rollout, controls: Controls, gae_lambda: float) -> packing.
 
     The reward of a token is minus kl_coef times its log-ratio to the reference. The last token also
     gets the completion's reward, brought to mean 0 and deviation 1 of the first step's, which are
-    the reference's own (Ziegler et al. 2019). Advantages are brought to mean 0 and deviation 1 over
-    all tokens of the step.
+    the reference's own (Ziegler et al. 2019), or as it is, by the controls. Advantages are brought
+    to mean 0 and deviation 1 over all tokens of the step.
     """
     lengths_B = np.array([len(log_probs) for log_probs in rollout.log_probs])
     longest = lengths_B.max()
@@ -347,7 +350,7 @@ def adapted_kl_coef(
     """Return the next weight of the KL penalty: more where the KL was above its target.
 
     It moves at most 20 % of the way to the horizon, which is in completions (Ziegler et al. 2019,
-    section 2.2).
+    section 2.2). A weight of 0 stays 0.
     """
     error = np.clip(kl / target - 1, -0.2, 0.2)
     return kl_coef * (1 + error * completions / horizon)

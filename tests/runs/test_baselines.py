@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -245,6 +246,41 @@ def test_ppo_resumes_exactly(workdir, method, monkeypatch):
     assert weights(whole).keys() == weights(workdir / "sft").keys()
     if method == "ppo_gt":
         assert rows[-1]["ppo_train/reward"] > rows[1]["ppo_train/reward"] + 0.5
+
+
+def test_ppo_takes_rewards_as_they_are(workdir):
+    """Without a KL penalty too; its warm-up counts steps, and each step's time has its samples."""
+
+    def three(prompts, completions):
+        time.sleep(0.05)
+        return [3.0] * len(completions)
+
+    config = toy_config(
+        "ppo_gt",
+        ppo=dict(
+            batch_size=64,
+            minibatch_size=32,
+            inner_epochs=1,
+            steps=3,
+            lr=1e-9,
+            schedule="constant",
+            warmup_steps=2,
+            init_kl_coef=0.0,
+            gae_lambda=1.0,
+            normalize_rewards=False,
+        ),
+    )
+    config.stages = ("sft", "ppo")
+    config.run = "as_they_are"
+    run_stages(config, str(workdir), reward=three)
+    rows = read_rows(workdir / "as_they_are" / "metrics.jsonl")[1:]
+    assert [row["ppo_train/kl_coef"] for row in rows] == [0, 0, 0]
+    # Half the square of 3 - 0, as the value head starts from zero, and the policy hardly moves.
+    for row in rows:
+        assert row["ppo_train/value_loss"] == pytest.approx(4.5, rel=1e-3)
+    # Two updates a step, so 1/5 and 2/5 of the rate in step 1, 3/5 and 4/5 in step 2.
+    assert [row["lr"] / 1e-9 for row in rows] == pytest.approx([0.3, 0.7, 1.0])
+    assert min(row["step_time"] for row in rows) > 0.05
 
 
 def test_ppo_of_llama_with_reward_model(model, pairs, tmp_path, capsys):
