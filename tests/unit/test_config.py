@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from configs import imdb, imdb_small, toy
 from dpo_jax import config as configs
 from dpo_jax import config_checks, config_files, loss_table
 from dpo_jax.loss_table import LOSSES
@@ -220,10 +221,38 @@ def test_override_of_missing_stage_is_refused():
 def test_config_files_are_valid(name):
     module = importlib.import_module(f"configs.{name}")
     config = module.get_config()
-    if name in ("dpo", "kto", "sft"):
+    if name in ("dpo", "kto", "ppo", "rm", "sft"):
         config.model.path, config.data.path = "gpt2", "pairs.jsonl"
     config_checks.validate(config)
     assert f"--config=configs/{name}.py" in module.__doc__
+
+
+def test_configs_rm_and_ppo_share_a_reward_model():
+    """So a WORKDIR that has one serves the other; with a model at hand there is no stage rm."""
+    alone, with_ppo = config_files.load("rm"), config_files.load("ppo")
+    for config in (alone, with_ppo):
+        config.model.path, config.data.path = "gpt2", "pairs.jsonl"
+    assert configs.dependencies(alone, "rm") == configs.dependencies(with_ppo, "rm")
+    of_others = config_files.load("ppo:model")
+    of_others.model.path, of_others.data.path = "gpt2", "pairs.jsonl"
+    with pytest.raises(ValueError, match="config.reward.path = '': expected a hub name, a folder"):
+        config_checks.validate(of_others)
+    of_others.reward.path = "siebert/x"
+    config_checks.validate(of_others)
+
+
+@pytest.mark.parametrize("module", [imdb, imdb_small, toy])
+def test_trl_ppo_differs_from_ppo_gt_by_trls_settings(module):
+    """In its own block alone; what the paper does not have of TRL stays the run's."""
+    ours, trls = module.get_config("ppo_gt"), module.get_config("ppo_gt_trl")
+    assert not trls.ppo.normalize_rewards and trls.ppo.reward == ours.ppo.reward == "true"
+    assert (trls.ppo.batch_size, trls.ppo.minibatch_size, trls.ppo.inner_epochs) == (256, 16, 4)
+    assert trls.ppo.steps * trls.ppo.batch_size == ours.ppo.steps * ours.ppo.batch_size
+    assert trls.ppo.epochs == ours.ppo.epochs
+    if module is imdb:
+        assert configs.TRL_PPO.items() <= trls.ppo.to_dict().items()
+    trls.ppo = ours.ppo
+    assert trls.to_dict() == ours.to_dict()
 
 
 def test_field_docs_explain_every_field():
