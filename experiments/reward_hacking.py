@@ -1,0 +1,241 @@
+"""Look for reward hacking on the toy: PPO on a learned reward, with and without the KL penalty.
+
+    python -m experiments.reward_hacking --workdir=DIR
+
+A reward model is trained on few pairs, so that it is wrong about completions that they lack. PPO
+then maximises it, once with the KL penalty that adapts to a target and once with none
+(ppo.init_kl_coef=0), and DPO is trained on the same pairs at a tiny beta. All completions can be
+enumerated, so the true reward, the learned one and the KL of each checkpoint are exact.
+
+Trains configs/toy.py in DIR/seed-N for each seed, and reuses the runs that are finished. Writes
+DIR/reward_hacking.json, with a row per reward model and per checkpoint, and the figure as
+DIR/reward_hacking.png and .pdf. It takes about a minute per seed and idle CPU core.
+"""
+
+import contextlib
+import dataclasses
+import io
+import json
+import pathlib
+import time
+
+import numpy as np
+
+from experiments import toy_runs
+from experiments.commands import in_workdir
+from experiments.implicit_reward import agreement
+
+PROMPTS = 300  # that pairs are sampled for, 6 of each; the toy's own run has 10,300
+# Run -> (method of configs/toy.py, changes of the stage's block, colour, name in the figure).
+RUNS = {
+    "ppo_kl": ("ppo", {}, "tab:blue", "PPO, KL penalty adapts to 3 nats"),
+    "ppo_no_kl": ("ppo", dict(init_kl_coef=0.0), "tab:red", "PPO, no KL penalty"),
+    "dpo_tiny_beta": ("dpo", dict(beta=0.01), "tab:green", "DPO, β 0.01"),
+}
+STEPS = {"ppo": 60, "dpo": 240}
+CHECKPOINTS = 12  # of each run, after equal numbers of steps
+PANELS = {  # against the share of the training that is done
+    "learned_reward": "learned reward, less the reference's",
+    "true_reward": "true reward, less the reference's",
+    "kl": "KL(policy || reference), nats",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Completions:
+    """The reference's log-probs of all completions and their rewards, [P, C] each."""
+
+    reference_PC: np.ndarray  # nats
+    true_PC: np.ndarray
+    learned_PC: np.ndarray
+
+    def measure(self, policy_PC: np.ndarray) -> dict[str, float]:
+        """Return expected rewards, as gains over the reference, and the KL of a policy."""
+        from dpo_jax.evaluation.exact import reward_and_kl
+
+        found = {}
+        rewards = dict(true_reward=self.true_PC, learned_reward=self.learned_PC)
+        for name, rewards_PC in rewards.items():
+            start, _ = reward_and_kl(self.reference_PC, self.reference_PC, rewards_PC)
+            reward, found["kl"] = reward_and_kl(policy_PC, self.reference_PC, rewards_PC)
+            # A reward that is learned from pairs is known up to a number for each prompt.
+            found[name] = reward - start
+        return found
+
+
+def config_of(name: str, seed: int):
+    """Return the config of one of RUNS, and the stage that it is about."""
+    from configs import toy
+
+    stage, changes, _, _ = RUNS[name]
+    config = toy.get_config(stage)
+    config.seed = seed
+    config.run = name
+    config.pairs.prompts = PROMPTS
+    every = STEPS[stage] // CHECKPOINTS
+    config[stage].update(steps=STEPS[stage], eval_every=every, save_every=every, keep=CHECKPOINTS)
+    config[stage].update(changes)
+    return config, stage
+
+
+def run_seed(workdir: str, seed: int) -> list[dict]:
+    """Make a seed's runs that are not done; return its rows, that of the reward model first."""
+    from dpo_jax.pipeline.stages import run_stages
+
+    folder = pathlib.Path(workdir) / f"seed-{seed}"
+    for name in RUNS:
+        began = time.monotonic()
+        config, _ = config_of(name, seed)
+        with contextlib.redirect_stdout(io.StringIO()):
+            run_stages(config, str(folder))
+        print(f"seed {seed}: {name} ({time.monotonic() - began:.0f} s)", flush=True)
+
+    reference_PC, true_PC = toy_runs.first_policy(folder)
+    completions = Completions(reference_PC, true_PC, learned_rewards(folder))
+    rows = [reward_model_row(folder, seed, completions)]
+    for name in RUNS:
+        rows += rows_of(folder, name, seed, completions)
+    return rows
+
+
+def learned_rewards(folder: pathlib.Path) -> np.ndarray:
+    """Return the reward model's rewards of all completions, [P, C]."""
+    from dpo_jax.data import toy
+    from dpo_jax.parallel import sharding
+    from dpo_jax.rewards import make
+
+    reward = make.make_reward("rm", str(folder / "rm" / "hf"), 4096, sharding.make_mesh())
+    completion_ids = toy.completions().astype(np.int32)
+    learned = []
+    for prompt in toy.PROMPTS:
+        prompt_ids = np.array([prompt], np.int32)
+        learned.append(reward((), (), [(prompt_ids, ids_T) for ids_T in completion_ids]))
+    return np.stack(learned)
+
+
+def reward_model_row(folder: pathlib.Path, seed: int, completions: Completions) -> dict:
+    """Return how well the learned reward agrees with the true one, and its held-out accuracy."""
+    from dpo_jax.training.metrics import read_rows
+
+    last = read_rows(folder / "rm" / "metrics.jsonl")[-1]
+    row = dict(run="rm", seed=seed, prompts=PROMPTS)
+    row["accuracy"] = last["rewards_eval/accuracies"]
+    weights = {
+        "reference": np.exp(completions.reference_PC),
+        "uniform": np.full(completions.true_PC.shape, 1 / completions.true_PC.shape[-1]),
+    }
+    for name, weights_PC in weights.items():
+        found = agreement(completions.true_PC, completions.learned_PC, weights_PC)
+        row |= {f"{measure}_{name}": value for measure, value in found.items()}
+    return row
+
+
+def rows_of(folder: pathlib.Path, name: str, seed: int, completions: Completions) -> list[dict]:
+    """Return a row for each checkpoint of a run, and one for the reference that it starts from."""
+    from dpo_jax.data import toy
+    from dpo_jax.evaluation import exact
+    from dpo_jax.models import loading, transformer
+    from dpo_jax.parallel import sharding
+    from dpo_jax.training import checkpoint
+
+    config, stage = config_of(name, seed)
+    model = loading.open_checkpoint(str(folder / "sft" / "hf")).config
+    trained = dataclasses.replace(model, head="lm_value") if stage == "ppo" else model
+    shapes = transformer.abstract(trained)
+    placed = sharding.param_shardings(sharding.make_mesh(), shapes)
+    checkpoints = folder / name / "checkpoints"
+
+    policies = {0: completions.reference_PC}
+    for step in checkpoint.saved_steps(checkpoints):
+        params = checkpoint.load_params(checkpoints, step, shapes, placed)
+        policies[step] = exact.enumerate_log_probs(model, params, toy.PROMPTS)
+    rows = []
+    for step, policy_PC in sorted(policies.items()):
+        about = dict(run=name, seed=seed, step=step, progress=step / config[stage].steps)
+        rows.append(about | completions.measure(policy_PC))
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    """Return each run's best and last checkpoint by the true reward, over the seeds."""
+    heading = (
+        f"{'run':<16}{'seed':>5}{'KL':>8}{'learned':>9}{'true':>8}{'best true':>11}{'at KL':>8}"
+    )
+    lines = []
+    for row in rows:
+        if row["run"] == "rm":
+            lines.append(
+                f"reward model of seed {row['seed']}: held-out accuracy {row['accuracy']:.3f}, "
+                f"correlation {row['correlation_reference']:.3f} by the reference, "
+                f"{row['correlation_uniform']:.3f} over all completions alike"
+            )
+    lines.append(heading)
+    for name in RUNS:
+        for seed in sorted({row["seed"] for row in rows}):
+            of_run = [row for row in rows if (row["run"], row["seed"]) == (name, seed)]
+            last, best = of_run[-1], max(of_run, key=lambda row: row["true_reward"])
+            lines.append(
+                f"{name:<16}{seed:>5}{last['kl']:>8.2f}{last['learned_reward']:>9.2f}"
+                f"{last['true_reward']:>8.2f}{best['true_reward']:>11.2f}{best['kl']:>8.2f}"
+            )
+    return "\n".join(lines)
+
+
+def draw(paths: list[pathlib.Path], rows: list[dict]) -> None:
+    """Draw each of PANELS over training: a thin line per seed, and a thick one, their mean."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13.2, 4.4), dpi=130, layout="constrained")
+    for axes, (measure, title) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
+        for name, (_, _, color, label) in RUNS.items():
+            lines = {}
+            for row in rows:
+                if row["run"] == name:
+                    lines.setdefault(row["seed"], []).append((row["progress"], row[measure]))
+            points_SX2 = np.array(list(lines.values()))
+            progress_X = points_SX2[0, :, 0]
+            for values_X in points_SX2[:, :, 1]:
+                axes.plot(progress_X, values_X, color=color, linewidth=0.7, alpha=0.5)
+            mean_X = points_SX2[:, :, 1].mean(axis=0)
+            axes.plot(progress_X, mean_X, color=color, linewidth=2, marker="o", ms=3, label=label)
+        axes.set(title=title, xlabel="share of the training that is done")
+        axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    for path in paths:
+        figure.savefig(path)
+
+
+def run(folder: pathlib.Path, seeds: int, jobs: int) -> list[dict]:
+    """Make the runs that are not done; write reward_hacking.json, .png and .pdf."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tasks = [(str(folder), seed) for seed in range(seeds)]
+    rows = toy_runs.rows_of_tasks(run_seed, tasks, jobs)
+    (folder / "reward_hacking.json").write_text(json.dumps(rows, indent=1) + "\n")
+    draw([folder / f"reward_hacking.{suffix}" for suffix in ("png", "pdf")], rows)
+    print(table(rows))
+    return rows
+
+
+def main():
+    from absl import flags
+
+    from dpo_jax import command_line
+    from dpo_jax.parallel import processes
+
+    workdir = flags.DEFINE_string("workdir", None, "Folder of the runs and the results.")
+    seeds = flags.DEFINE_integer(
+        "seeds", 3, "How many seeds: 0, 1, ...", lower_bound=1, upper_bound=20
+    )
+    jobs = flags.DEFINE_integer("jobs", 2, "Number of processes.", lower_bound=1, upper_bound=20)
+    flags.mark_flags_as_required(["workdir"])
+    processes.start()
+
+    def look():
+        with in_workdir(workdir.value) as folder:
+            run(pathlib.Path(folder), seeds.value, jobs.value)
+
+    command_line.run(look, __doc__)
+
+
+if __name__ == "__main__":
+    main()
