@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from ml_collections import ConfigDict
 
 from dpo_jax import config_files, stage_table
-from dpo_jax.data.batches import microbatch_size_of
+from dpo_jax.data.batches import microbatch_size_of, update_size_of
 from dpo_jax.planning.report import Advice, Report
 
 GPUS_PER_MACHINE = 8  # tensor parallelism stays within a machine
@@ -19,7 +19,7 @@ def remedies(config: ConfigDict, stage: str, chips: int) -> Iterator[dict]:
     block = config[stage]
     # fsdp first: it splits weights, their state and the batch, at less traffic than tensor. What
     # the batch does not divide is left to tensor.
-    fsdp = math.gcd(chips, block.batch_size)
+    fsdp = math.gcd(chips, update_size_of(block))
     yield {"mesh.data": 1, "mesh.fsdp": fsdp, "mesh.tensor": chips // fsdp}
     yield {"model.remat": "full"}
     if stage_table.can_keep_reference(config, stage):
@@ -30,6 +30,12 @@ def remedies(config: ConfigDict, stage: str, chips: int) -> Iterator[dict]:
     while size % 2 == 0 and size // 2 % fsdp == 0:
         size //= 2
         yield {f"{stage}.microbatch_size": size}
+    if stage_table.STAGES[stage].samples:
+        # The same completions, fewer at a time.
+        size = config.sampling.batch_size
+        while size % 2 == 0 and size // 2 % fsdp == 0:
+            size //= 2
+            yield {"sampling.batch_size": size}
     if config.model.path and not config.model.lora.rank:
         yield {"model.lora.rank": 16}  # last, because it is another way to train
 

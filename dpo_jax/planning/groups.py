@@ -20,9 +20,10 @@ from dpo_jax.data.batches import (
     microbatches_of,
     sizes_for_whole_groups,
     unpaired,
+    update_size_of,
 )
 from dpo_jax.data.examples import Examples
-from dpo_jax.data.packing import ANY_ROWS, RowLimits
+from dpo_jax.data.packing import ANY_ROWS, RolloutTargets, RowLimits
 from dpo_jax.data.rows import Numbers
 from dpo_jax.models.transformer import TransformerConfig
 from dpo_jax.planning.report import Sharing, Suggestion
@@ -88,14 +89,16 @@ def group_of(config: ConfigDict, stage: str, assumed) -> Group:
     longest_response = data.max_length - data.max_prompt_length
     pairs = assumed.pairs_per_prompt
     responses = assumed.responses_per_prompt
-    if stage_table.trains_on_samples(config, stage):
+    is_sampled = STAGES[stage].samples or stage_table.trains_on_samples(config, stage)
+    if is_sampled:
         longest_prompt = config.sampling.max_prefix or data.max_prompt_length
         longest_response = config.sampling.max_new_tokens
-        if not pairs:
-            responses = responses or stage_table.completions_in_pairs(config)
+    if stage_table.trains_on_samples(config, stage) and not pairs:
+        responses = responses or stage_table.completions_in_pairs(config)
     prompt = assumed.prompt_tokens or longest_prompt
     response = assumed.response_tokens or longest_response
-    if prompt + response > data.max_length:
+    # What is sampled is as long as config.sampling says, and is not cut.
+    if prompt + response > data.max_length and not STAGES[stage].samples:
         raise ValueError(
             f"a prompt of {prompt} tokens and a response of {response} make {prompt + response}, "
             f"but examples are cut to config.data.max_length = {data.max_length}. Lower "
@@ -158,7 +161,7 @@ def lay_out(
     shards: that split a batch. limits: of attention's rows.
     """
     block = config[stage]
-    batch_size = block.batch_size
+    batch_size = update_size_of(block)
     together = pairs_together(config, stage, group)
     # After so many steps a batch begins with a prompt again.
     steps = min(together // math.gcd(batch_size, together), MOST_STEPS)
@@ -178,6 +181,11 @@ def lay_out(
     layout = dict(microbatches=microbatches_of(block, shards), shards=shards, limits=limits)
     if is_unpaired:
         return unpaired(examples, order, config.data.max_length, **layout)
+    if STAGES[stage].samples:
+        # As in PPO, whose updates learn from numbers of each token of a completion.
+        of_tokens = [np.zeros(group.response_tokens, np.float32)] * size
+        rollout = RolloutTargets(*[of_tokens] * len(dataclasses.fields(RolloutTargets)))
+        return Batches(examples, order, **layout, share=False, rollout=rollout)
     return Batches(examples, order, **layout, reference_log_probs=reference_log_probs)
 
 
@@ -238,7 +246,7 @@ def _suggestions(
     There is at most one of each kind: the order of the data; microbatches alone, which change no
     update; the batch; and the mesh. Where the order is of pairs, the others come on top of it.
     """
-    here = _computed(batches) / config[stage].batch_size
+    here = _computed(batches) / update_size_of(config[stage])
     grouped = config
     by_order = {}
     kinds = []  # of changes, and the tokens a pair that they must beat

@@ -19,7 +19,7 @@ from dpo_jax.data.batches import Batches, steps_of
 from dpo_jax.models import attention, families, flops, hf, loading, transformer
 from dpo_jax.models.transformer import TransformerConfig
 from dpo_jax.parallel import sharding
-from dpo_jax.planning import groups, hlo, presets, roofline
+from dpo_jax.planning import groups, hlo, presets, rollouts, roofline
 from dpo_jax.planning.program import Program, make_program
 from dpo_jax.planning.report import Report
 from dpo_jax.planning.roofline import Work
@@ -27,8 +27,7 @@ from dpo_jax.planning.topologies import MissingCompiler, Topology
 from dpo_jax.stage_table import STAGES
 
 GIB = 2**30
-# Stages whose steps read rows of data. Most of a PPO step is sampling, which is not planned.
-PLANNED_STAGES = tuple(name for name, stage in STAGES.items() if stage.trains and not stage.samples)
+PLANNED_STAGES = tuple(name for name, stage in STAGES.items() if stage.trains)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,16 +132,16 @@ def plan(
         topology,
         flops=cells * forward_flops / topology.chips,
     )
+    if STAGES[stage].samples:
+        report = rollouts.with_rollout(report, config, model, batches, mesh, topology)
     return _with_hours(report, config, assumed, topology, forward)
 
 
 def _check_stage(config: ConfigDict, stage: str) -> None:
     planned = [name for name in config.stages if name in PLANNED_STAGES]
     if stage not in planned:
-        raise ValueError(
-            f"--stage={stage}: expected one of {', '.join(planned)}. A ppo stage is not planned, "
-            "as most of its time goes into sampling."
-        )
+        found = ", ".join(planned) or "a stage that trains, and config.stages has none"
+        raise ValueError(f"--stage={stage}: expected one of {found}.")
 
 
 def model_config(config: ConfigDict, stage: str, name: str = "") -> TransformerConfig:
@@ -176,7 +175,8 @@ def examples_and_steps(config: ConfigDict, stage: str, assumed: Assumptions) -> 
     block = config[stage]
     data = config.data
     path = data.path
-    if STAGES[stage].data == "sft" and data.sft_path:
+    # Prompts to sample from are those of the supervised data.
+    if STAGES[stage].data in ("sft", "prompts") and data.sft_path:
         path = data.sft_path
     examples = assumed.examples or presets.EXAMPLES.get(path, 0)
     if stage_table.trains_on_samples(config, stage):

@@ -16,6 +16,7 @@ from dpo_jax.models import transformer
 from dpo_jax.models.lora import Lora
 from dpo_jax.models.transformer import TransformerConfig
 from dpo_jax.parallel import sharding
+from dpo_jax.stage_table import STAGES
 from dpo_jax.training import losses, objectives, optim
 from dpo_jax.training.step import TrainState, abstract_state, make_train_step, state_shardings
 
@@ -99,9 +100,12 @@ def _placed_state(state: TrainState, shardings: TrainState, mesh) -> TrainState:
 
 
 def _reference(config: ConfigDict, stage: str, state: TrainState, base: dict | None) -> dict | None:
-    """The live reference's weights; None if the stage has none or reads kept log-probs."""
+    """The live reference's weights; None if a step reads none, or kept log-probs."""
     reference = stage_table.reference_of(config, stage)
     if reference == "none" or stage_table.keeps_reference(config, stage):
+        return None
+    # PPO's updates learn from log-probs that were measured with the samples.
+    if STAGES[stage].samples:
         return None
     # Under adapters the initial policy is another copy of them; a model at a path comes whole.
     if base is not None and reference != "init":

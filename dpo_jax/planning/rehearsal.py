@@ -21,12 +21,17 @@ from dpo_jax.models import lora as adapters
 from dpo_jax.models.lora import Lora
 from dpo_jax.parallel import sharding
 from dpo_jax.planning import groups, planner
+from dpo_jax.stage_table import STAGES
 from dpo_jax.training import objectives
 from dpo_jax.training.loop import stage_programs
 from dpo_jax.training.step import copy_params
 
 GIB = 2**30
 SCALE = 0.02  # of the random weights
+# Stages whose step reads rows of data. Most of a PPO step is sampling.
+REHEARSED_STAGES = tuple(
+    name for name, stage in STAGES.items() if stage.trains and not stage.samples
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +56,11 @@ def rehearse_all(config: ConfigDict) -> list[Rehearsal]:
     Stages whose step begins with sampling are left out. Raises ValueError if there is no other.
     """
     training = stage_table.training_stages(config)
-    stages = [stage for stage in training if stage in planner.PLANNED_STAGES]
+    stages = [stage for stage in training if stage in REHEARSED_STAGES]
     if not stages:
         raise ValueError(
             f"--rehearse: no stage of config.stages = {', '.join(config.stages)} can be rehearsed. "
-            f"Those that can are {', '.join(planner.PLANNED_STAGES)}."
+            f"Those that can are {', '.join(REHEARSED_STAGES)}."
         )
     for stage in training:
         if stage not in stages:

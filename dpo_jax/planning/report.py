@@ -74,6 +74,10 @@ class Report:
     seconds: dict[str, float] | None  # part of roofline.PARTS -> least time of a step
     steps: int = 0  # of the whole stage; 0 if neither the config nor the data tells
     hours: float | None = None
+    # Of PPO: what a step does, one after the other -> part of roofline.PARTS -> least time. The
+    # fields above are then sums over them.
+    phases: dict[str, dict[str, float]] | None = None
+    updates_per_step: int = 1
     missing_compiler: str = ""  # what to install, where the numbers are estimated for lack of it
     advice: Advice | None = None
     # A line for each axis of the mesh that leaves weights whole, as sharding.unsplit has them.
@@ -89,7 +93,9 @@ class Report:
 
     @property
     def step_seconds(self) -> float | None:
-        """The least time of a step whose parts overlap perfectly."""
+        """The least time of a step whose parts overlap perfectly; its phases do not."""
+        if self.phases:
+            return sum(max(seconds.values()) for seconds in self.phases.values())
         return max(self.seconds.values()) if self.seconds else None
 
     @property
@@ -116,9 +122,11 @@ class Report:
             "chip_hours",
         )
         values = dataclasses.asdict(self) | {name: getattr(self, name) for name in derived}
-        for name in ("advice", "unsplit"):
+        for name in ("advice", "unsplit", "phases"):
             if not values[name]:
                 del values[name]
+        if self.updates_per_step == 1:
+            del values["updates_per_step"]
         return values
 
 
@@ -134,10 +142,15 @@ def table(report: Report) -> str:
 
 def _header(report: Report) -> list[str]:
     mesh = " x ".join(f"{axis} {report.mesh[axis]}" for axis in ("data", "fsdp", "tensor"))
+    examples = f"{report.batch_size} examples a step"
+    if STAGES[report.stage].samples:
+        examples = (
+            f"{report.batch_size} completions a step, {report.updates_per_step} updates, each"
+        )
     return [
         f"{report.stage} of {report.parameters / 1e9:.2f} billion parameters in {report.dtype} "
         f"on {report.topology}, {report.chips} chips: {mesh}",
-        f"{report.batch_size} examples a step in {_count(report.microbatches, 'microbatch')}; "
+        f"{examples} in {_count(report.microbatches, 'microbatch')}; "
         f"assumed: prompts of {report.prompt_tokens} tokens, responses of {report.response_tokens},"
         f" {_responses_of_prompt(report)}",
     ]
@@ -164,6 +177,9 @@ def _tokens(report: Report) -> list[str]:
     line = (
         f"reads {sharing.tokens:,.0f} tokens a step; one {example} at a time {sharing.apart:,.0f}"
     )
+    if STAGES[report.stage].samples:
+        # Nothing is shared, as each completion has a prompt of its own.
+        line = f"an update reads {sharing.tokens:,.0f} tokens"
     lines = [line]
     if sharing.pairs_together < report.pairs_per_prompt:
         if sharing.pairs_together == 1:
@@ -246,6 +262,9 @@ def _advice(advice: Advice) -> list[str]:
 
 def _times(report: Report) -> list[str]:
     lines = ["least time, seconds a step"]
+    for phase, seconds in (report.phases or {}).items():
+        part = max(seconds, key=seconds.get)
+        lines.append(f"  {phase:<24}{seconds[part]:10.4f}  limited by {roofline.PARTS[part]}")
     for part, value in report.seconds.items():
         mark = "  <- bottleneck" if part == report.bottleneck else ""
         lines.append(f"  {roofline.PARTS[part]:<24}{value:10.4f}{mark}")

@@ -1,8 +1,8 @@
 """The roofline: the least time a step can take, with products, memory and network at their peaks.
 
 For a compiled step, `hlo.py` reads the bytes from the program. Where the GPU compiler is not
-installed, `estimate` derives them from the model's sizes. `forward` does so for the pass of a kept
-reference.
+installed, `estimate` derives them from the model's sizes. `forward` and `sampling` do so for what
+no plan compiles: the pass of a kept reference, and the completions of PPO.
 """
 
 import dataclasses
@@ -129,6 +129,42 @@ def forward(
     gathered = read * (1 - 1 / mesh["fsdp"])
     network = _between_machines(mesh, topology)["fsdp"] * gathered
     return Work(flops, read, {"all-gather": (0, gathered)}, network)
+
+
+def sampling(
+    config: TransformerConfig,
+    mesh: dict,
+    topology: Topology,
+    *,
+    calls: int,
+    rows: int,
+    prompt: int,
+    new: int,
+    flops: float,
+) -> tuple[Work, int]:
+    """Estimate a device's work in sampling, and the bytes that it takes beside the weights.
+
+    calls: batches, one after the other. rows: completions of a batch on a device, each of a prompt
+    of so many tokens and so many new ones; none ends early. flops: of all calls, on a device.
+    """
+    tensor = mesh["tensor"]
+    itemsize = _itemsize(config)
+    # Each pass gathers and reads the weights: one of the prompts, and one for every new token.
+    once = forward(config, mesh, calls * (1 + new), topology, flops=flops)
+
+    split_heads = tensor if config.kv_heads % tensor == 0 else 1
+    of_token = 2 * config.layers * config.kv_heads * config.head_width * itemsize / split_heads
+    cache = rows * (prompt + new) * of_token
+    # Attention looks at all slots, and masks those that are still empty.
+    moved = once.memory + calls * new * cache
+
+    # The prompts' own keys and values are there while they are copied to where there is room.
+    copied = rows * prompt * of_token
+    # float32, 4 bytes each: the logits, what is drawn from, and the sums of that.
+    logits = 3 * 4 * rows * config.vocab / tensor
+    gathered_layers = 2 * _weights(config) / config.layers * itemsize / tensor
+    taken = int(cache + copied + logits + gathered_layers)
+    return dataclasses.replace(once, memory=moved), taken
 
 
 def _between_machines(mesh: dict, topology: Topology) -> dict[str, float]:

@@ -11,7 +11,7 @@ from dpo_jax import config as configs
 from dpo_jax.models import flops, transformer
 from dpo_jax.models.log_probs import response_log_probs
 from dpo_jax.parallel import sharding
-from dpo_jax.planning import groups, hlo, planner, topologies
+from dpo_jax.planning import advice, groups, hlo, planner, topologies
 from dpo_jax.planning import report as report_lib
 from dpo_jax.planning.groups import Group
 from dpo_jax.planning.planner import Assumptions
@@ -20,6 +20,7 @@ from dpo_jax.training import optim
 from dpo_jax.training.step import init_state, state_shardings
 from tests.helpers.tiny_runs import SCRATCH, scratch_config
 
+GIB = 2**30
 pytestmark = pytest.mark.usefixtures("without_gpu_compiler")
 
 
@@ -187,6 +188,80 @@ def test_plan_moved_reference():
     assert measured == alone | dict(initial=alone["params"])
     config.dpo.reference_every = 0
     assert planner.plan(config, topology, "dpo").hbm_gib == alone
+
+
+def ppo_config():
+    """Return the config of PPO on a reward model, from random weights of a small Llama."""
+    base = scratch_config()
+    config = configs.default(("rm", "ppo"))
+    config.model, config.data = base.model, base.data
+    config.ppo.update(
+        batch_size=64, minibatch_size=16, microbatch_size=8, inner_epochs=3, steps=0, epochs=2.0
+    )
+    config.reward.update(kind="rm", path="")
+    config.sampling.update(max_new_tokens=12, batch_size=32)
+    return config
+
+
+def of_one_completion(config):
+    """Return the contents of a single completion of the planned lengths."""
+    alone = config.copy_and_resolve_references()
+    alone.ppo.update(batch_size=1, minibatch_size=1, microbatch_size=1)
+    return groups.lay_out(alone, "ppo", Group(16, 12), 1).contents(0)
+
+
+def test_plan_ppo():
+    """All that a step holds and does: the updates, as often as they are made, and the rollout."""
+    config, topology = ppo_config(), topologies.parse("h200:8")
+    config.mesh.update(data=1, fsdp=4, tensor=2)
+    report = planner.plan(config, topology, "ppo", Assumptions(examples=160))
+    assert report.updates_per_step == 3 * 64 // 16 and report.steps == 5
+    assert (report.prompt_tokens, report.response_tokens) == (16, 12)
+
+    # The reference lacks the value head, and the reward model the one of the language model.
+    model = planner.model_config(config, "ppo")
+    rewarder = dataclasses.replace(model, head="reward")
+    head = 4 * model.width / GIB
+    assert report.hbm_gib["params"] - head <= report.hbm_gib["reference"]
+    assert report.hbm_gib["reference"] < report.hbm_gib["params"]
+    assert 0 < report.hbm_gib["reward model"] < report.hbm_gib["reference"]
+
+    assert report.phases.keys() == {"sampling", "measuring", "rewarding", "updates"}
+    for part in ("compute", "memory", "interconnect"):
+        parts = [seconds[part] for seconds in report.phases.values()]
+        assert report.seconds[part] == pytest.approx(sum(parts)) and min(parts) > 0
+    least = sum(max(seconds.values()) for seconds in report.phases.values())
+    assert report.step_seconds == pytest.approx(least)
+    assert report.hours == pytest.approx(5 * least / 3600)
+    # A forward pass over each completion as it is sampled, one under policy and reference each, one
+    # of the reward model, and three epochs of three, the backward pass being as much as two.
+    contents = of_one_completion(config)
+    of_policy = sum(flops.forward(model, contents).values())
+    of_rewarder = sum(flops.forward(rewarder, contents).values())
+    needed = 64 * ((3 + 3 * 3) * of_policy + of_rewarder)
+    assert report.needed_flops_per_step == pytest.approx(needed)
+    assert 0.3 < report.needed_flops_per_step / report.flops_per_step <= 1
+
+    lines = report_lib.table(report).splitlines()
+    assert lines[1].startswith("64 completions a step, 12 updates, each in 2 microbatches; assumed")
+    assert any(line.startswith("  sampling ") and " limited by " in line for line in lines)
+    values = json.loads(json.dumps(report.to_dict()))
+    assert values["updates_per_step"] == 12 and values["phases"]["updates"]
+
+
+def test_plan_ppo_memory_of_sampling():
+    """It is beside the weights what the updates' temporaries are, and they take turns."""
+    config, topology = ppo_config(), topologies.parse("h200:1")
+    few = planner.plan(config, topology, "ppo").hbm_gib
+    config.ppo.batch_size = config.sampling.batch_size = 2048
+    many = planner.plan(config, topology, "ppo").hbm_gib
+    assert many["sampling"] > few["sampling"] >= 0
+    assert {kind: size for kind, size in many.items() if kind != "sampling"} == {
+        kind: size for kind, size in few.items() if kind != "sampling"
+    }
+    # So fewer completions at a time are tried, where a plan does not fit.
+    tries = list(advice.remedies(config, "ppo", 1))
+    assert {"sampling.batch_size": 1024} in tries and {"ppo.microbatch_size": 4} in tries
 
 
 def test_plan_refuses_other_stage():

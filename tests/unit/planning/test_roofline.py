@@ -1,9 +1,11 @@
 """The roofline by hand."""
 
+import jax
 import pytest
 
 from dpo_jax.data import packing
 from dpo_jax.data.packing import RowLimits
+from dpo_jax.models import transformer
 from dpo_jax.planning import groups, planner, roofline, topologies
 from tests.helpers.tiny_runs import SCRATCH, scratch_config
 
@@ -16,6 +18,26 @@ def test_seconds_by_hand():
         compute=1.0, memory=2.0, interconnect=3.0
     )
     assert roofline.seconds(topology, "float32", work)["compute"] == pytest.approx(6.0)
+
+
+def test_sampling_by_hand():
+    """Two batches of 3 completions on a device, of 16 tokens and 12 new ones, over fsdp 4."""
+    model = planner.model_config(scratch_config(), "dpo")
+    mesh = dict(data=1, fsdp=4, tensor=1)
+    topology = topologies.parse("h100:4")
+    work, taken = roofline.sampling(
+        model, mesh, topology, calls=2, rows=3, prompt=16, new=12, flops=7.0
+    )
+    weights = sum(leaf.size for leaf in jax.tree.leaves(transformer.abstract(model)))
+    # Keys and values of 2 heads of 16 numbers in 2 layers, in float32.
+    of_token = 2 * 2 * 2 * 16 * 4
+    cache = 3 * (16 + 12) * of_token
+    passes = 2 * (1 + 12)
+    assert work.flops == 7.0
+    assert work.memory == passes * 4 * weights + 2 * 12 * cache
+    assert work.collectives == {"all-gather": (0, passes * 4 * weights * 3 / 4)}
+    logits = 3 * 4 * 3 * SCRATCH["vocab_size"]
+    assert taken == int(cache + 3 * 16 * of_token + logits + 2 * (weights / 2) * 4)
 
 
 def test_rows_in_two_parts_by_hand():
