@@ -276,6 +276,8 @@ def draw(path: pathlib.Path, found: dict[str, dict]) -> None:
     """Draw each seed's difference from BASE in reward at equal KL, and in held-out accuracy."""
     from matplotlib.figure import Figure
 
+    from dpo_jax.evaluation import plots
+
     groups = {
         "toy: reward at equal KL": [name for name in found if name.startswith("toy: reward at")],
         "held-out accuracy": [name for name in found if name.endswith(": accuracy")],
@@ -302,7 +304,7 @@ def draw(path: pathlib.Path, found: dict[str, dict]) -> None:
         axes.set(title=title, ylabel=f"difference from “{BASE}”, same seed")
         axes.grid(alpha=0.3, axis="y")
         axes.legend(frameon=False)
-    figure.savefig(path, dpi=130)
+    plots.save(figure, path, dpi=130)
 
 
 def run(folder: pathlib.Path, parts: list[str], seeds: int, model: str, hh: str):

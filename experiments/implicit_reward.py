@@ -101,6 +101,8 @@ def draw(path: pathlib.Path, rows: list[dict], seeds: list[Rewards]) -> None:
     """Draw the implicit against the true reward: a column per seed, a row per way to count."""
     from matplotlib.figure import Figure
 
+    from dpo_jax.evaluation import plots
+
     figure = Figure(figsize=(4.1 * len(seeds) + 0.8, 8.2), dpi=110, layout="constrained")
     all_axes = figure.subplots(len(WEIGHTS), len(seeds), squeeze=False, sharex=True, sharey=True)
     for name, of_row in zip(WEIGHTS, all_axes, strict=True):
@@ -132,7 +134,7 @@ def draw(path: pathlib.Path, rows: list[dict], seeds: list[Rewards]) -> None:
         )
     for axes in all_axes[-1]:
         axes.set_xlabel("true reward, less the prompt's mean")
-    figure.savefig(path)
+    plots.save(figure, path)
 
 
 def _draw_panel(axes, rewards: Rewards, name: str):

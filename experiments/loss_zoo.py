@@ -396,6 +396,8 @@ def draw(path: pathlib.Path, rows: list[dict], curve: dict) -> None:
     """
     from matplotlib.figure import Figure
 
+    from dpo_jax.evaluation import plots
+
     names = [name for name in LINES if any(row["loss"] == name for row in rows)]
     across = min(COLUMNS, len(names))
     down = -(-len(names) // across)
@@ -430,7 +432,7 @@ def draw(path: pathlib.Path, rows: list[dict], curve: dict) -> None:
         ncols=len(handles),
         frameon=False,
     )
-    figure.savefig(path)
+    plots.save(figure, path)
 
 
 def _draw_runs(axes, name: str, rows: list[dict]) -> None:

@@ -208,6 +208,8 @@ def draw(path: pathlib.Path, rows: list[dict], bound: tuple, targets: list[dict]
     """Draw the rounds of the first seed along the frontier, and the gaps of all seeds."""
     from matplotlib.figure import Figure
 
+    from dpo_jax.evaluation import plots
+
     figure = Figure(figsize=(12, 4.8), layout="constrained")
     walks, gaps = figure.subplots(1, 2)
     walks.plot(*bound, color="black", linewidth=1.2, label="highest reward at this KL (exact)")
@@ -252,7 +254,7 @@ def draw(path: pathlib.Path, rows: list[dict], bound: tuple, targets: list[dict]
         axes.grid(alpha=0.3)
     walks.legend(frameon=False, loc="lower right")
     gaps.legend(frameon=False)
-    figure.savefig(path, dpi=130)
+    plots.save(figure, path, dpi=130)
 
 
 def run(workdir: str, jobs: int) -> list[dict]:

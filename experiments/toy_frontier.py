@@ -1,32 +1,34 @@
 """Draw the exact reward/KL frontier of every method on the toy.
 
-    python -m experiments.toy_frontier --workdir=DIR
+    python -m experiments.toy_frontier --workdir=DIR --seeds=10
 
 All completions are enumerated, so the rewards, the KLs and the highest reward at each KL are exact
-(the paper's figure 2, left, relies on samples). Panels: (a) additive reward, Bradley-Terry labels,
-two seeds; (b) deterministic labels; (c) a reward that saturates.
+(the paper's figure 2, left, relies on samples). Panels: (a) additive reward, Bradley-Terry labels;
+(b) deterministic labels; (c) a reward that saturates. --seeds=N takes N seeds of each panel, and
+--seeds=10,3,3 as many of each panel in turn.
 
-Every run is an ordinary run of dpo_jax.train in DIR/PANEL-SEED, so finished runs are reused. Runs
-of one process share their compiled steps. Writes DIR/frontier.json, with a row per run and
-checkpoint, and DIR/frontier.png.
+All runs start from one SFT model, DIR/shared/sft. A seed then draws its own completions, labels and
+order of the data. Every run is an ordinary run of dpo_jax.train in DIR/PANEL-SEED, so finished runs
+are reused. Runs of one process share their compiled steps. Writes DIR/frontier.json, with a row per
+run and checkpoint, DIR/frontier.png and .pdf, and as .csv, .md and .tex two tables: DIR/frontier,
+the ends of all runs over seeds, and DIR/matched_kl, all methods at equal KLs.
 """
 
 import contextlib
 import io
-import json
 import pathlib
 import time
 
 import numpy as np
 
-from experiments import toy_runs
+from experiments import frontier_file, toy_runs
 from experiments.commands import in_workdir
 
-# Panel -> (title, labels, reward, seeds).
+# Panel -> (title, labels, reward).
 PANELS = {
-    "a": ("(a) additive reward, Bradley-Terry labels", "bradley_terry", "toy", (0, 1)),
-    "b": ("(b) additive reward, deterministic labels", "deterministic", "toy", (0,)),
-    "c": ("(c) saturating reward, Bradley-Terry labels", "bradley_terry", "toy_saturating", (0,)),
+    "a": ("(a) additive reward, Bradley-Terry labels", "bradley_terry", "toy"),
+    "b": ("(b) additive reward, deterministic labels", "deterministic", "toy"),
+    "c": ("(c) saturating reward, Bradley-Terry labels", "bradley_terry", "toy_saturating"),
 }
 # Method -> (swept field, its values, how a value is written).
 SWEEPS = {
@@ -42,13 +44,29 @@ BEST_OF = (1, 4, 16, 64, 128)
 RM_BETAS = (5.0, 2.0, 1.0, 0.5, 0.25)  # for the optimal policies of the learned reward
 
 
-def config_of(panel: str, method: str, value: float | None, seed: int):
-    """Return the config of one run, and the stage that trains it."""
+def shared_sft(workdir: str) -> str:
+    """Train the SFT model that all runs start from, if it is not done; return its folder."""
+    from configs import toy
+    from dpo_jax.pipeline.stages import run_stages
+
+    config = toy.get_config()
+    config.stages = ("sft",)
+    folder = pathlib.Path(workdir) / "shared"
+    with contextlib.redirect_stdout(io.StringIO()):
+        run_stages(config, str(folder))
+    return str(folder / "sft" / "hf")
+
+
+def config_of(panel: str, method: str, value: float | None, seed: int, sft: str):
+    """Return the config of one run, and the stage that trains it. sft: where it starts."""
     from configs import toy
 
-    _, labels, reward, _ = PANELS[panel]
+    _, labels, reward = PANELS[panel]
     config = toy.get_config(method)
     config.seed = seed
+    config.stages = config.stages[1:]
+    config.model.path = sft
+    config.model.scratch = {}
     config.reward.kind = reward
     if "pairs" in config.stages:
         config.pairs.labels = labels
@@ -68,55 +86,63 @@ def config_of(panel: str, method: str, value: float | None, seed: int):
     return config, stage
 
 
-def run_seed(workdir: str, panel: str, seed: int) -> list[dict]:
-    """Make all runs of a panel with one seed; return their rows and those that need no training."""
+def run_seeds(workdir: str, panel: str, seeds: list[int], sft: str) -> list[dict]:
+    """Make all runs of a panel with some seeds; return their rows."""
+    rows = []
+    for seed in seeds:
+        folder = pathlib.Path(workdir) / f"{panel}-{seed}"
+        for method, (_, values, _) in SWEEPS.items():
+            for value in values:
+                rows += run_one(folder, panel, method, value, seed, sft)
+        rows += learned_optima(folder, panel, seed, sft)
+    return rows
+
+
+def run_one(
+    folder: pathlib.Path, panel: str, method: str, value: float | None, seed: int, sft: str
+) -> list[dict]:
+    """Make one run, if it is not done; return a row for each of its evaluations."""
     from dpo_jax import config as configs
     from dpo_jax.pipeline.stages import run_stages
     from dpo_jax.training.metrics import read_rows
 
-    folder = pathlib.Path(workdir) / f"{panel}-{seed}"
+    began = time.monotonic()
+    config, stage = config_of(panel, method, value, seed, sft)
+    with contextlib.redirect_stdout(io.StringIO()):
+        run_stages(config, str(folder))
+    trained = folder / configs.folder_names(config)[stage]
+    about = about_of(panel, method, value, seed)
     rows = []
-    sweeps = list(SWEEPS.items())
-    if seed % 2:
-        sweeps.reverse()  # two seeds at a time then compile half of the programs each
-    for method, (_, values, label) in sweeps:
-        for value in values:
-            began = time.monotonic()
-            config, stage = config_of(panel, method, value, seed)
-            with contextlib.redirect_stdout(io.StringIO()):
-                run_stages(config, str(folder))
-            trained = folder / configs.folder_names(config)[stage]
-            parameter = label.format(value) if value else ""
-            about = dict(panel=panel, method=method, parameter=parameter, seed=seed)
-            for row in read_rows(trained / "metrics.jsonl"):
-                if row["step"] == 0 or "frontier/kl" not in row:
-                    continue
-                measured = dict(
-                    step=row["step"], reward=row["frontier/reward"], kl=row["frontier/kl"]
-                )
-                if method == "dpo":
-                    measured["beta"] = value
-                rows.append(about | measured)
-            last, seconds = rows[-1], time.monotonic() - began
-            print(
-                f"{panel} seed {seed}: {method} {parameter:<12} reward {last['reward']:.3f}  "
-                f"KL {last['kl']:.3f}  ({seconds:.0f} s)",
-                flush=True,
-            )
-    return rows + exact_rows(folder, panel, seed, rows)
+    for row in read_rows(trained / "metrics.jsonl"):
+        # At step 0 every policy is the reference, which has a row of its own.
+        if row["step"] and "frontier/kl" in row:
+            measured = dict(reward=row["frontier/reward"], kl=row["frontier/kl"])
+            rows.append(about | dict(step=row["step"]) | measured)
+    last, seconds = rows[-1], time.monotonic() - began
+    print(
+        f"{panel} seed {seed}: {method} {about['parameter']:<12} reward {last['reward']:.3f}  "
+        f"KL {last['kl']:.3f}  ({seconds:.0f} s)",
+        flush=True,
+    )
+    return rows
 
 
-def exact_rows(folder: pathlib.Path, panel: str, seed: int, runs: list[dict]) -> list[dict]:
-    """Return rows of best of N, of the learned reward's optima and of Preferred-FT's closed form.
+def about_of(panel: str, method: str, value: float | None, seed: int | None) -> dict:
+    """Return what says which run a row is of."""
+    labels = dict(best_of_n="N={:g}", rm_optimum="β={:g}")
+    label = labels[method] if method in labels else SWEEPS.get(method, (None, (), ""))[2]
+    parameter = "" if value is None else label.format(value)
+    return dict(panel=panel, method=method, parameter=parameter, value=value, seed=seed)
 
-    Adds to every row, those of `runs` too, its gap to the bound.
-    """
+
+def learned_optima(folder: pathlib.Path, panel: str, seed: int, sft: str) -> list[dict]:
+    """Return rows of the optimal policies of a seed's reward model."""
     from dpo_jax.data import toy
     from dpo_jax.evaluation import exact
     from dpo_jax.parallel import sharding
     from dpo_jax.rewards import make
 
-    reference_PC, rewards_PC = toy_runs.first_policy(folder, PANELS[panel][2])
+    reference_PC, rewards_PC = toy_runs.policy_of(sft, PANELS[panel][2])
     prompts_P, ids_CT = toy.PROMPTS, toy.completions()
     learned_reward = make.make_reward("rm", str(folder / "rm" / "hf"), 4096, sharding.make_mesh())
     learned = []
@@ -126,78 +152,115 @@ def exact_rows(folder: pathlib.Path, panel: str, seed: int, runs: list[dict]) ->
         learned.append(learned_reward((), (), tokens))
     learned_PC = np.stack(learned)
 
-    points = []
-    for n in BEST_OF:
-        points.append(("best_of_n", f"N={n}", exact.best_of_n(reference_PC, rewards_PC, n)))
-    for beta in RM_BETAS:
-        optimum = exact.optimum(reference_PC, rewards_PC, beta, learned_PC)
-        points.append(("rm_optimum", f"β={beta:g}", optimum))
-    closed_form = exact.preferred_ft(reference_PC, rewards_PC, PANELS[panel][1])
-    points.append(("preferred_ft_closed_form", "", closed_form))
-
     rows = []
-    for method, parameter, (reward, kl) in points:
-        about = dict(panel=panel, method=method, parameter=parameter, seed=seed)
+    for beta in RM_BETAS:
+        reward, kl = exact.optimum(reference_PC, rewards_PC, beta, learned_PC)
+        about = about_of(panel, "rm_optimum", beta, seed)
         rows.append(about | dict(step=0, reward=reward, kl=kl))
-    for row in [*runs, *rows]:
-        bound = float(exact.bound(reference_PC, rewards_PC, [row["kl"]])[0])
-        row["gap"] = bound - row["reward"]
-        if row["method"] == "dpo":
-            reward, kl = exact.optimum(reference_PC, rewards_PC, row.pop("beta"))
-            row["analytic_reward"], row["analytic_kl"] = reward, kl
     return rows
 
 
-def curve(workdir: str, panel: str, largest: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return KLs up to `largest` and the bound at them, for a panel's first seed."""
-    _, _, reward, seeds = PANELS[panel]
-    policy = toy_runs.first_policy(pathlib.Path(workdir) / f"{panel}-{seeds[0]}", reward)
-    return toy_runs.bound_curve(*policy, largest)
+def rows_without_seed(panel: str, sft: str) -> list[dict]:
+    """Return rows of the reference, of best of N and of Preferred-FT's closed form.
+
+    They follow from the SFT model alone, and are exact.
+    """
+    from dpo_jax.evaluation import exact
+
+    _, labels, reward_name = PANELS[panel]
+    reference_PC, rewards_PC = toy_runs.policy_of(sft, reward_name)
+    start, _ = exact.reward_and_kl(reference_PC, reference_PC, rewards_PC)
+    points = [("reference", None, (start, 0.0))]
+    for n in BEST_OF:
+        points.append(("best_of_n", n, exact.best_of_n(reference_PC, rewards_PC, n)))
+    closed_form = exact.preferred_ft(reference_PC, rewards_PC, labels)
+    points.append(("preferred_ft_closed_form", None, closed_form))
+    rows = []
+    for method, value, (reward, kl) in points:
+        about = about_of(panel, method, value, None)
+        rows.append(about | dict(step=0, reward=float(reward), kl=float(kl)))
+    return rows
+
+
+def add_bounds(rows: list[dict], panel: str, sft: str) -> None:
+    """Add to a panel's rows their gap to the bound, and the optimum that DPO aims at."""
+    from dpo_jax.evaluation import exact
+
+    reference_PC, rewards_PC = toy_runs.policy_of(sft, PANELS[panel][2])
+    bounds = exact.bound(reference_PC, rewards_PC, [row["kl"] for row in rows])
+    optima = {}
+    for row, bound in zip(rows, bounds, strict=True):
+        row["gap"] = float(bound) - row["reward"]
+        if row["method"] == "dpo":
+            beta = row["value"]
+            if beta not in optima:
+                optima[beta] = exact.optimum(reference_PC, rewards_PC, beta)
+            row["analytic_reward"], row["analytic_kl"] = optima[beta]
 
 
 def table(rows: list[dict]) -> str:
-    """Return the last row of each run as a table."""
-    last = {}
-    for row in rows:
-        last[row["panel"], row["method"], row["parameter"], row["seed"]] = row
-
-    def place(row):
-        return row["panel"], row["method"], row["seed"], row["kl"]
-
-    heading = f"{'panel':<6}{'method':<26}{'':<12}{'seed':>4}{'reward':>9}{'KL':>9}{'gap':>9}"
-    lines = [f"{heading}   optimum for its β"]
-    for row in sorted(last.values(), key=place):
-        line = f"{row['panel']:<6}{row['method']:<26}{row['parameter']:<12}{row['seed']:>4}"
-        line += f"{row['reward']:>9.3f}{row['kl']:>9.3f}{row['gap']:>9.4f}"
-        if "analytic_kl" in row:
-            line += f"   {row['analytic_reward']:.3f} / {row['analytic_kl']:.3f}"
+    """Return the ends of all runs over seeds as a table for a person."""
+    heading = f"{'panel':<6}{'method':<26}{'':<12}{'seeds':>5}{'reward':>9}{'KL':>9}{'gap':>9}"
+    lines = [f"{heading}{'worst':>9}   off its optimum, at most"]
+    for row in frontier_file.over_seeds(rows):
+        line = f"{row['panel']:<6}{row['method']:<26}{row['parameter']:<12}{row['seeds'] or '':>5}"
+        line += f"{row['reward']:>9.3f}{row['kl']:>9.3f}{row['gap']:>9.4f}{row['gap_worst']:>9.4f}"
+        if "kl_off_worst" in row:
+            line += f"   {row['reward_off_worst']:.3f} / {row['kl_off_worst']:.3f}"
         lines.append(line)
     return "\n".join(lines)
 
 
-def run(workdir: str, panels: list[str], jobs: int) -> list[dict]:
-    """Run the panels, one process per seed; write frontier.json and frontier.png."""
+def parts(seeds: int, jobs: int) -> list[list[int]]:
+    """Return the seeds of each process: a process compiles once for all of its seeds."""
+    return [list(range(first, seeds, jobs)) for first in range(min(jobs, seeds))]
+
+
+def run(workdir: str, panels: dict[str, int], jobs: int) -> list[dict]:
+    """Run as many seeds of each panel as it says; write the rows, the tables and the figure."""
     from dpo_jax.console import say
-    from dpo_jax.evaluation import plots
+    from dpo_jax.evaluation.frontier import Curve
 
     began = time.monotonic()
-    tasks = [(workdir, panel, seed) for panel in panels for seed in PANELS[panel][3]]
-    rows = toy_runs.rows_of_tasks(run_seed, tasks, jobs)
-    (pathlib.Path(workdir) / "frontier.json").write_text(json.dumps(rows, indent=1) + "\n")
+    sft = shared_sft(workdir)
+    tasks = [
+        (workdir, panel, part, sft)
+        for panel, seeds in panels.items()
+        for part in parts(seeds, jobs)
+    ]
+    found = toy_runs.rows_of_tasks(run_seeds, tasks, jobs)
+    rows = []
     curves = {}
     for panel in panels:
-        largest = max(row["kl"] for row in rows if row["panel"] == panel)
-        curves[panel] = curve(workdir, panel, 1.05 * largest)
-    plots.panels(
-        pathlib.Path(workdir) / "frontier.png",
+        of_panel = rows_without_seed(panel, sft) + [row for row in found if row["panel"] == panel]
+        add_bounds(of_panel, panel, sft)
+        rows += of_panel
+        largest = 1.05 * max(row["kl"] for row in of_panel)
+        policy = toy_runs.policy_of(sft, PANELS[panel][2])
+        curves[panel] = Curve(*toy_runs.bound_curve(*policy, largest))
+    frontier_file.write(
+        pathlib.Path(workdir),
         rows,
         curves,
         {panel: PANELS[panel][0] for panel in panels},
-        curve_name="highest reward at this KL (exact, first seed)",
+        curve_name="highest reward at this KL (exact)",
     )
     print(table(rows))
     say(f"{workdir}/frontier.json, {workdir}/frontier.png: {time.monotonic() - began:.0f} s")
     return rows
+
+
+def seeds_of(panels: list[str], given: list[str]) -> dict[str, int]:
+    """Return the number of seeds of each panel, as --seeds gives them. Raises ValueError."""
+    numbers = [int(text) if text.isdecimal() else 0 for text in given]
+    if len(numbers) == 1:
+        numbers *= len(panels)
+    if len(numbers) != len(panels) or min(numbers) < 1:
+        raise ValueError(
+            f"--seeds={','.join(given)} is for {len(panels)} panels: expected a number from 1 on, "
+            "or one for each panel, such as --seeds=10,3,3."
+        )
+    return dict(zip(panels, numbers, strict=True))
 
 
 def main():
@@ -210,13 +273,16 @@ def main():
     panels = flags.DEFINE_multi_enum(
         "panel", list(PANELS), list(PANELS), "A panel to make; may be repeated. Default: all."
     )
-    jobs = flags.DEFINE_integer("jobs", 2, "Number of processes.")
+    seeds = flags.DEFINE_list(
+        "seeds", ["2"], "Number of seeds of each panel; or several, one for each panel in turn."
+    )
+    jobs = flags.DEFINE_integer("jobs", 2, "Number of processes.", lower_bound=1)
     flags.mark_flags_as_required(["workdir"])
     processes.start()
 
     def make_panels():
         with in_workdir(workdir.value) as folder:
-            run(folder, panels.value, jobs.value)
+            run(folder, seeds_of(panels.value, seeds.value), jobs.value)
 
     command_line.run(make_panels, __doc__)
 

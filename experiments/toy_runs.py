@@ -43,12 +43,17 @@ def rows_of_tasks(make_rows: Callable, tasks: list[tuple], jobs: int) -> list[di
 
 def first_policy(workdir: pathlib.Path, reward: str = "toy") -> tuple:
     """Return the log-probs and rewards of all completions, [P, C], of a run's SFT model."""
+    return policy_of(str(workdir / "sft" / "hf"), reward)
+
+
+def policy_of(model: str, reward: str = "toy") -> tuple:
+    """Return the log-probs and rewards of all completions, [P, C], of the model in a folder."""
     from dpo_jax.evaluation.toy_report import exact_reference
     from dpo_jax.models import loading
     from dpo_jax.parallel import sharding
 
-    sft = loading.open_checkpoint(str(workdir / "sft" / "hf"))
-    return exact_reference(sft.load(sharding.make_mesh()), reward)
+    checkpoint = loading.open_checkpoint(model)
+    return exact_reference(checkpoint.load(sharding.make_mesh()), reward)
 
 
 def bound_curve(reference_PC, rewards_PC, largest: float) -> tuple[np.ndarray, np.ndarray]:

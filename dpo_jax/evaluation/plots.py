@@ -1,7 +1,12 @@
 """Figures, drawn without a display. matplotlib is imported only when a figure is drawn."""
 
+import pathlib
+
 import jax
 import numpy as np
+
+from dpo_jax.evaluation import statistics
+from dpo_jax.evaluation.frontier import Curve
 
 
 def frontier(
@@ -68,7 +73,7 @@ def frontier(
     axes.set(xlim=_limits([0, *kls]), ylim=_limits([reference, *rewards]))
     axes.legend(loc="lower right", frameon=False)  # below the curve, where a policy seldom is
     figure.colorbar(points, label="step")
-    _save(figure, path, dpi=150)
+    save(figure, path, dpi=150)
 
 
 # Metric -> title of its panel in `curves`.
@@ -104,7 +109,7 @@ def curves(path, runs: dict[str, list[dict]], field: str) -> None:
     figure.legend(
         *axes.get_legend_handles_labels(), title=field, loc="outside right upper", frameon=False
     )
-    _save(figure, path)
+    save(figure, path)
 
 
 # Method -> colour, marker and name of its points.
@@ -132,16 +137,18 @@ PLACES = [(right, up, gap) for gap in (5, 11, 18, 26) for right, up in DIRECTION
 
 
 def panels(
-    path, rows: list[dict], curves: dict[str, tuple], titles: dict[str, str], *, curve_name: str
+    path, rows: list[dict], curves: dict[str, Curve], titles: dict[str, str], *, curve_name: str
 ) -> None:
     """Draw reward against KL for all methods, one panel for each value of the rows' `panel`.
 
-    rows: as in frontier.json: panel, method, parameter, seed, step, reward, kl, and, if known, the
-    optimum that a run aims at (analytic_reward, analytic_kl).
-    curves: panel -> (kls, rewards) of the highest reward, from KL 0, where the reference is.
+    rows: as in frontier.json: panel, method, parameter, seed, step, reward, kl, and, where known,
+    reward_se and kl_se, and the optimum that a run aims at (analytic_reward, analytic_kl).
+    curves: panel -> the highest reward, from KL 0, where the reference is.
 
-    A thin line joins a run's checkpoints; its last one is the large point. The KL axis is scaled by
-    the square root, because many points lie near 0.
+    A thin line joins a run's checkpoints; its last one is the large point. Seeds are drawn as their
+    mean, with dots where each of them ends. Bars are 95 % intervals, over seeds or, of one seed, by
+    its standard errors; the band is that of an estimated curve. The KL axis is scaled by the square
+    root, because many points lie near 0.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -152,10 +159,10 @@ def panels(
     large_points = {}
     for number, (panel, title) in enumerate(titles.items(), 1):
         axes = figure.add_subplot(1, len(titles), number, title=title)
-        _draw_curve(axes, *curves[panel], curve_name)
+        _draw_curve(axes, curves[panel], curve_name)
         of_panel = [row for row in rows if row["panel"] == panel]
         large_points[axes] = _draw_methods(axes, of_panel)
-        _scale(axes, large_points[axes], curves[panel])
+        _scale(axes, large_points[axes], curves[panel][:2])
         legend |= dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
     figure.legend(
         legend.values(),
@@ -169,8 +176,8 @@ def panels(
     figure.canvas.draw()
     figure.set_layout_engine("none")
     for panel, axes in zip(titles, large_points, strict=True):
-        _label(axes, large_points[axes], curves[panel])
-    _save(figure, path)
+        _label(axes, large_points[axes], curves[panel][:2])
+    save(figure, path)
 
 
 def win_rates(path, panels: dict[str, tuple[str, list[dict]]]) -> None:
@@ -211,11 +218,14 @@ def win_rates(path, panels: dict[str, tuple[str, list[dict]]]) -> None:
                 label=label if method == "best_of_n" else name,
             )
         axes.legend(frameon=False, fontsize=8)
-    _save(figure, path)
+    save(figure, path)
 
 
-def _draw_curve(axes, kls, rewards, name: str) -> None:
+def _draw_curve(axes, curve: Curve, name: str) -> None:
+    kls, rewards, low, high = curve
     axes.plot(kls, rewards, color="black", linewidth=1.2, label=name)
+    if low is not None:
+        axes.fill_between(kls, low, high, color="black", alpha=0.12, linewidth=0)
     axes.plot(kls[0], rewards[0], "s", color="black", markersize=7, zorder=5, label="reference")
 
 
@@ -223,44 +233,71 @@ def _draw_methods(axes, rows: list[dict]) -> list[tuple]:
     """Draw each method's runs; return (kl, reward, parameter or "", colour) of large points."""
     large_points = []
     for method, (color, marker, name) in STYLES.items():
-        whole = dict(linestyle="", color=color, marker=marker, markersize=7, alpha=0.85, label=name)
+        # parameter -> seed -> the rows of a run.
         runs = {}
         for row in rows:
             if row["method"] == method:
-                parameter = "" if method in UNTRAINED else row["parameter"]
-                runs.setdefault((row["seed"], parameter), []).append(row)
-        for run in runs.values():
-            kls, rewards = [row["kl"] for row in run], [row["reward"] for row in run]
-            if method in UNTRAINED:
-                axes.plot(kls, rewards, color=color, linewidth=1, linestyle="--", alpha=0.6)
-                last = run
-            else:
+                of_parameter = runs.setdefault(row["parameter"], {})
+                of_parameter.setdefault(row["seed"], []).append(row)
+        last = []
+        for parameter, seeds in runs.items():
+            if method not in UNTRAINED:
+                walk = [_point(same_step) for same_step in zip(*seeds.values(), strict=False)]
+                kls, rewards = zip(*[(point["kl"], point["reward"]) for point in walk], strict=True)
+                _line(axes, kls, rewards, color, linewidth=0.6, marker=marker, markersize=2.5)
+            ends = [run[-1] for run in seeds.values()]
+            last.append(_point(ends))
+            large_points.append((last[-1]["kl"], last[-1]["reward"], parameter, color))
+            if len(ends) > 1:
+                dots = [row["kl"] for row in ends], [row["reward"] for row in ends]
+                axes.plot(*dots, ".", color=color, markersize=2.5, alpha=0.4)
+        kls, rewards = [point["kl"] for point in last], [point["reward"] for point in last]
+        if method in UNTRAINED:
+            _line(axes, kls, rewards, color, linewidth=1, linestyle="--")
+        for point in last:
+            _draw_bars(axes, point, color)
+            if "analytic_kl" in point:
                 axes.plot(
-                    kls,
-                    rewards,
-                    color=color,
-                    linewidth=0.6,
-                    alpha=0.5,
-                    marker=marker,
-                    markersize=2.5,
+                    point["analytic_kl"],
+                    point["analytic_reward"],
+                    "*",
+                    color="crimson",
+                    markersize=9,
+                    fillstyle="none",
+                    zorder=6,
+                    label=f"{name}: optimum for its β",
                 )
-                last = run[-1:]
-            axes.plot([row["kl"] for row in last], [row["reward"] for row in last], **whole)
-            for row in last:
-                if "analytic_kl" in row:
-                    axes.plot(
-                        row["analytic_kl"],
-                        row["analytic_reward"],
-                        "*",
-                        color="crimson",
-                        markersize=9,
-                        fillstyle="none",
-                        zorder=6,
-                        label=f"{name}: optimum for its β",
-                    )
-            for row in last:
-                large_points.append((row["kl"], row["reward"], row["parameter"], color))
+        if last:
+            whole = dict(linestyle="", color=color, marker=marker, markersize=7, alpha=0.85)
+            axes.plot(kls, rewards, label=name, **whole)
     return large_points
+
+
+def _line(axes, kls, rewards, color: str, **options) -> None:
+    axes.plot(kls, rewards, color=color, alpha=0.5, **options)
+
+
+def _point(seeds: list[dict]) -> dict:
+    """Return the means of rows that differ in their seed, with the ends of their intervals."""
+    point = {}
+    for name in ("kl", "reward"):
+        point |= statistics.over_seeds(seeds, name)
+    for name in ("analytic_kl", "analytic_reward"):
+        if name in seeds[0]:
+            point[name] = float(np.mean([row[name] for row in seeds]))
+    return point
+
+
+def _draw_bars(axes, point: dict, color: str) -> None:
+    """Draw the intervals of a point along both axes, as far as they are known."""
+    bars = {}
+    for side, name in (("xerr", "kl"), ("yerr", "reward")):
+        low, high = point[f"{name}_low"], point[f"{name}_high"]
+        if low is not None:
+            bars[side] = [[point[name] - low], [high - point[name]]]
+    if bars:
+        options = dict(fmt="none", ecolor=color, elinewidth=1, capsize=2, zorder=4)
+        axes.errorbar(point["kl"], point["reward"], label="95 % interval", **bars, **options)
 
 
 def _scale(axes, points: list[tuple], curve: tuple) -> None:
@@ -348,7 +385,14 @@ def _limits(values) -> tuple[float, float]:
     return min(values) - room, max(values) + room
 
 
-def _save(figure, path, **options) -> None:
-    """Write the picture, on process 0 only."""
-    if jax.process_index() == 0:
-        figure.savefig(path, **options)
+def save(figure, path, **options) -> None:
+    """Write the picture as PNG, and beside it as PDF, on process 0 only."""
+    import matplotlib
+
+    if jax.process_index() != 0:
+        return
+    path = pathlib.Path(path)
+    # Publishers take no Type 3 fonts; without a date, equal figures are equal files.
+    with matplotlib.rc_context({"pdf.fonttype": 42}):
+        figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None}, **options)
+    figure.savefig(path, **options)

@@ -17,6 +17,7 @@ from scipy import special
 
 LEVEL = 0.95
 TAILS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
+NORMAL = float(special.ndtri(TAILS[1]))  # standard errors on either side, of many values
 RESAMPLES = 2000
 # Resamples that must reach a KL before an interval there is given: those that do not would be left
 # out of it, and they are not like the others.
@@ -38,6 +39,20 @@ def mean_interval(values) -> dict:
     se = float(values_N.std(ddof=1)) / math.sqrt(n)
     half = t_quantile(n - 1) * se
     return dict(mean=mean, se=se, low=mean - half, high=mean + half, n=n)
+
+
+def over_seeds(rows: Sequence[dict], name: str) -> dict:
+    """Return the mean of a measure over rows that differ in their seed: NAME, NAME_low, NAME_high.
+
+    The interval is that of `mean_interval`. The row of one seed gives its own, if it has NAME_se:
+    the noise of its evaluation, as far as the measure was sampled.
+    """
+    found = mean_interval([row[name] for row in rows])
+    low, high = found["low"], found["high"]
+    error = rows[0].get(f"{name}_se")
+    if len(rows) == 1 and error is not None:
+        low, high = (float(rows[0][name] + side * NORMAL * error) for side in (-1, 1))
+    return {name: found["mean"], f"{name}_low": low, f"{name}_high": high}
 
 
 def t_quantile(degrees: int) -> float:

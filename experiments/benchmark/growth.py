@@ -77,6 +77,8 @@ def draw(path: pathlib.Path, rows: list[dict], title: str) -> None:
     """
     from matplotlib.figure import Figure
 
+    from dpo_jax.evaluation import plots
+
     figure = Figure(figsize=(9, 3.8), dpi=150, layout="constrained")
     figure.suptitle(title)
     by_pairs = [row for row in rows if row["line"] == "pairs"]
@@ -91,7 +93,7 @@ def draw(path: pathlib.Path, rows: list[dict], title: str) -> None:
     ms_per_token = np.array([1e3 / row["tokens"] for row in by_length])
     _draw_line(axes, [row["length"] for row in by_length], by_length, ms_per_token)
     axes.set_ylim(0, 1.3 * axes.dataLim.ymax)
-    figure.savefig(path)
+    plots.save(figure, path)
 
 
 def _draw_line(axes, xs: list[int], rows: list[dict], scale: np.ndarray) -> None:

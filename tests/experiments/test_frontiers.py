@@ -1,11 +1,10 @@
 """The two frontier experiments: their runs, and what the toy's finds."""
 
-import json
-
 import jax
 import numpy as np
 import pytest
 
+from configs import toy as toy_config
 from dpo_jax import config as configs
 from dpo_jax import config_checks
 from dpo_jax.data import toy
@@ -16,7 +15,7 @@ from dpo_jax.pipeline.run import Run
 from dpo_jax.rewards import make
 from dpo_jax.sampling import prompts
 from dpo_jax.sampling.sampler import Sampling
-from experiments import imdb_frontier, toy_frontier
+from experiments import frontier_file, imdb_frontier, toy_frontier
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_runs import experiment_configs, plant
 
@@ -61,17 +60,40 @@ def test_frontier_runs_share_stages(module):
     assert shared.keys() == {"sft", "pairs", "rm"}
 
 
-def test_toy_frontier_runs_are_valid():
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory):
+    """A folder with the first model and a reward model, both random, and the first one's path."""
+    folder = tmp_path_factory.mktemp("untrained")
+    run = Run(toy_config.get_config("ppo"), folder, sharding.make_mesh(devices=jax.devices()[:1]))
+    plant(run, "sft")
+    plant(run, "rm", head="reward")
+    return folder, str(folder / "sft" / "hf")
+
+
+def test_toy_frontier_runs_are_valid(untrained):
+    _, sft = untrained
     for panel in toy_frontier.PANELS:
         runs = [
-            toy_frontier.config_of(panel, method, value, 0)
+            toy_frontier.config_of(panel, method, value, 3, sft)
             for method, (_, values, _) in toy_frontier.SWEEPS.items()
             for value in values
         ]
         for config, stage in runs:
             config_checks.validate(config)
             assert configs.folder_names(config)[stage] == config.run
+            assert (config.seed, config.model.path) == (3, sft)
+            assert "sft" not in config.stages
         assert len({config.run for config, _ in runs}) == 20
+
+
+def test_toy_frontier_seeds():
+    assert toy_frontier.seeds_of(["a", "c"], ["10"]) == {"a": 10, "c": 10}
+    assert toy_frontier.seeds_of(["a", "c"], ["10", "3"]) == {"a": 10, "c": 3}
+    for given in (["10", "3", "3"], ["0"], ["x"], ["2", "-1"]):
+        with pytest.raises(ValueError, match="is for 2 panels: expected a number from 1 on"):
+            toy_frontier.seeds_of(["a", "c"], given)
+    assert toy_frontier.parts(5, 2) == [[0, 2, 4], [1, 3]]
+    assert toy_frontier.parts(1, 2) == [[0]]
 
 
 def sampled(folder, run) -> dict[str, float]:
@@ -79,7 +101,9 @@ def sampled(folder, run) -> dict[str, float]:
     enumerated.
     """
     mesh = sharding.make_mesh()
-    start, end = (loading.open_checkpoint(str(folder / name / "hf")) for name in ("sft", run))
+    start, end = (
+        loading.open_checkpoint(str(folder / name / "hf")) for name in ("shared/sft", f"a-0/{run}")
+    )
     ids = [np.array([prompt], np.int32) for prompt in np.resize(toy.PROMPTS, 8192)]
     found = prompts.Prompts(ids, start.tokenizer.batch_decode(ids))
     values, _ = reward_kl.evaluate(
@@ -92,43 +116,100 @@ def sampled(folder, run) -> dict[str, float]:
     return values
 
 
-def test_frontier_points_are_inside_bound(tmp_path):
+def test_frontier_points_are_inside_bound(untrained):
     """Of a random reference and a random reward model: best of one is the reference, and nothing
     beats the bound.
     """
-    config, _ = toy_frontier.config_of("a", "ppo", 3.0, 0)
-    run = Run(config, tmp_path, sharding.make_mesh(devices=jax.devices()[:1]))
-    plant(run, "sft")
-    plant(run, "rm", head="reward")
-    rows = toy_frontier.exact_rows(tmp_path, "a", 0, [])
+    folder, sft = untrained
+    rows = toy_frontier.rows_without_seed("a", sft)
+    rows += toy_frontier.learned_optima(folder, "a", 0, sft)
+    toy_frontier.add_bounds(rows, "a", sft)
     assert {row["method"] for row in rows} == {
+        "reference",
         "best_of_n",
         "rm_optimum",
         "preferred_ft_closed_form",
     }
     assert min(row["gap"] for row in rows) >= -1e-4
-    best = {row["parameter"]: row for row in rows if row["method"] == "best_of_n"}
-    assert best["N=1"]["kl"] == pytest.approx(0, abs=1e-6)
-    assert 0 < best["N=4"]["kl"] < np.log(4) and best["N=4"]["reward"] > best["N=1"]["reward"]
+    best = {row["value"]: row for row in rows if row["method"] == "best_of_n"}
+    assert best[1]["kl"] == pytest.approx(0, abs=1e-6)
+    assert best[1]["reward"] == pytest.approx(rows[0]["reward"], abs=1e-5) and rows[0]["kl"] == 0
+    assert 0 < best[4]["kl"] < np.log(4) and best[4]["reward"] > best[1]["reward"]
     optima = [row for row in rows if row["method"] == "rm_optimum"]
     # Beta falls from one optimum to the next.
     assert all(a["kl"] < b["kl"] for a, b in zip(optima, optima[1:], strict=False))
 
 
+def about(row: dict) -> tuple:
+    return row["method"], row["value"]
+
+
+def made_up_runs(workdir, panel, seeds, sft) -> list[dict]:
+    """Rows of DPO and PPO at two strengths each: DPO is ahead by a tenth, and a bit by the seed."""
+    rows = []
+    for seed in seeds:
+        for method, values, behind in (("dpo", (2.0, 1.0), 0.0), ("ppo", (0.5, 3.0), 0.1)):
+            for number, value in enumerate(values):
+                for step in (80, 240):
+                    kl = (0.2 + number) * step / 240
+                    reward = kl - 5 - behind + 0.01 * seed * (1 + number)
+                    named = toy_frontier.about_of(panel, method, value, seed)
+                    rows.append(named | dict(step=step, kl=kl, reward=reward))
+    return rows
+
+
+def test_toy_frontier_files(untrained, tmp_path, monkeypatch, capsys):
+    """Rows with numbers, the reference, curves; tables over seeds and at equal KLs; figures."""
+    _, sft = untrained
+    monkeypatch.setattr(toy_frontier, "shared_sft", lambda workdir: sft)
+    monkeypatch.setattr(toy_frontier, "run_seeds", made_up_runs)
+    rows = toy_frontier.run(str(tmp_path), {"a": 3}, jobs=1)
+    assert frontier_file.read(tmp_path / "frontier.json")[0] == rows
+    curve = frontier_file.read(tmp_path / "frontier.json")[1]["a"]
+    (reference,) = [row for row in rows if row["method"] == "reference"]
+    assert (reference["step"], reference["kl"], reference["seed"]) == (0, 0.0, None)
+    assert curve.kls[0] == 0 and curve.rewards[0] == pytest.approx(reference["reward"], abs=1e-5)
+    assert {(row["value"], row["seed"]) for row in rows if row["method"] == "dpo"} == {
+        (value, seed) for value in (2.0, 1.0) for seed in range(3)
+    }
+
+    found = {about(row): row for row in frontier_file.over_seeds(rows)}
+    of_dpo = found["dpo", 1.0]
+    ends = [1.2 - 5 + 0.02 * seed for seed in range(3)]
+    assert of_dpo["seeds"] == 3 and of_dpo["reward"] == pytest.approx(np.mean(ends))
+    half = 4.3027 * np.std(ends, ddof=1) / np.sqrt(3)
+    assert of_dpo["reward_high"] - of_dpo["reward"] == pytest.approx(half, rel=1e-4)
+    (optimum,) = {row["analytic_reward"] for row in rows if about(row) == ("dpo", 1.0)}
+    off = max(abs(end - optimum) for end in ends)
+    assert of_dpo["reward_off_worst"] == pytest.approx(off, abs=1e-5)
+    assert found["best_of_n", 4]["seeds"] is None
+
+    # At a KL of 0.5, between the ends at 0.2 and 1.2, PPO is behind by a tenth with every seed.
+    equal = {(row["kl"], row["method"]): row for row in frontier_file.at_matched_kl(rows)}
+    of_ppo = equal[0.5, "ppo"]
+    assert of_ppo["behind"] == pytest.approx(0.1) and of_ppo["seeds"] == 3
+    assert of_ppo["p"] <= of_ppo["p_holm"] < 1e-6
+    assert (2.0, "dpo") not in equal  # none came so far
+    assert "Holm" in (tmp_path / "matched_kl.md").read_text()
+    assert (tmp_path / "frontier.csv").read_text().startswith("panel,method,parameter,seeds,")
+    assert r"\toprule" in (tmp_path / "frontier.tex").read_text()
+    for suffix, start in ((".png", b"\x89PNG"), (".pdf", b"%PDF")):
+        assert (tmp_path / "frontier").with_suffix(suffix).read_bytes().startswith(start)
+    assert "dpo" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_toy_frontier_equals_theory(tmp_path):
     """Panel (a), two seeds: exact facts only; which method is ahead is reported, not asserted."""
-    rows = toy_frontier.run(str(tmp_path), ["a"], jobs=2)
-    assert json.loads((tmp_path / "frontier.json").read_text()) == rows
-    assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    rows = toy_frontier.run(str(tmp_path), {"a": 2}, jobs=2)
     assert min(row["gap"] for row in rows) >= -1e-4  # the bound is never crossed
     last = {(row["method"], row["parameter"], row["seed"]): row for row in rows}
+    closed = last["preferred_ft_closed_form", "", None]
     for seed in (0, 1):
         for beta in ("β=5", "β=2"):
             row = last["dpo", beta, seed]
             assert abs(row["reward"] - row["analytic_reward"]) < 0.03, (beta, seed)
             assert abs(row["kl"] - row["analytic_kl"]) < 0.02, (beta, seed)
-        closed = last["preferred_ft_closed_form", "", seed]
         assert abs(last["preferred_ft", "", seed]["reward"] - closed["reward"]) < 0.03
         assert abs(last["preferred_ft", "", seed]["kl"] - closed["kl"]) < 0.03
     for run, row in (
@@ -136,7 +217,7 @@ def test_toy_frontier_equals_theory(tmp_path):
         ("dpo_0.5", last["dpo", "β=0.5", 0]),
         ("ppo_gt_1", last["ppo_gt", "target 1", 0]),
     ):
-        values = sampled(tmp_path / "a-0", run)
+        values = sampled(tmp_path, run)
         for name, exact in (
             ("reward", row["reward"]),
             ("kl", row["kl"]),

@@ -9,6 +9,7 @@ import pytest
 
 from dpo_jax.data import toy
 from dpo_jax.evaluation import exact, plots
+from dpo_jax.evaluation.frontier import Curve
 from dpo_jax.models import transformer
 from dpo_jax.parallel import sharding
 from tests.helpers.tiny import tiny_config
@@ -323,41 +324,66 @@ def drawn(tmp_path_factory):
         row | dict(panel="b", kl=2 * row["kl"]) for row in frontier_rows("a")[::2]
     ]
     kls = np.linspace(0, 5, 50)
+    bound = 2 * np.sqrt(kls)
     path = tmp_path_factory.mktemp("plots") / "frontier.png"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            Figure, "savefig", lambda figure, *args: (figures.append(figure), save(figure, *args))
+            Figure,
+            "savefig",
+            lambda figure, *args, **options: (
+                figures.append(figure),
+                save(figure, *args, **options),
+            ),
         )
         plots.panels(
             path,
             rows,
-            {"a": (kls, 2 * np.sqrt(kls)), "b": (kls, 2 * np.sqrt(kls))},
+            {"a": Curve(kls, bound), "b": Curve(kls, bound, bound - 0.1, bound + 0.1)},
             {"a": "first", "b": "second"},
             curve_name="the bound",
         )
     assert path.read_bytes().startswith(b"\x89PNG")
+    assert path.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
     return figures[0], rows
 
 
 def test_plot_panels_have_points(drawn):
+    """The means of the seeds' ends, with bars along both axes where there are two seeds."""
     figure, rows = drawn
     assert [axes.get_title() for axes in figure.axes] == ["first", "second"]
     for axes, panel in zip(figure.axes, "ab", strict=True):
         ends = {}
         for row in rows:
             if row["panel"] == panel and row["method"] in plots.STYLES:
-                ends[row["method"], row["parameter"], row["seed"]] = row
+                seeds = ends.setdefault((row["method"], row["parameter"]), {})
+                seeds[row["seed"]] = row["kl"], row["reward"]
         names = {name: method for method, (_, _, name) in plots.STYLES.items()}
-        found = {
-            (names[line.get_label()], kl, reward)
+        found = sorted(
+            (names[line.get_label()], float(kl), float(reward))
             for line in axes.lines
             if line.get_label() in names
             for kl, reward in zip(*line.get_data(), strict=True)
+        )
+        expected = sorted(
+            (method, *np.mean(list(seeds.values()), axis=0)) for (method, _), seeds in ends.items()
+        )
+        assert [point[0] for point in found] == [point[0] for point in expected]
+        np.testing.assert_allclose(
+            [point[1:] for point in found], [point[1:] for point in expected], rtol=1e-12
+        )
+        bars = [bar.get_segments()[0] for bar in axes.containers for bar in bar.lines[2]]
+        widths = sorted(float(np.ptp(bar[:, 0])) for bar in bars if np.ptp(bar[:, 0]))
+        expected_widths = sorted(
+            2 * 12.7062 * abs(seeds[0][0] - seeds[1][0]) / 2
+            for seeds in ends.values()
+            if len(seeds) == 2
+        )
+        np.testing.assert_allclose(widths, expected_widths, rtol=1e-5)
+        heights = [np.ptp(bar[:, 1]) for bar in bars if np.ptp(bar[:, 1])]
+        assert len(heights) == len(widths)
+        assert {text.get_text() for text in axes.texts} == {parameter for _, parameter in ends} - {
+            ""
         }
-        assert found == {(row["method"], row["kl"], row["reward"]) for row in ends.values()}
-        assert {text.get_text() for text in axes.texts} == {
-            row["parameter"] for row in ends.values()
-        } - {""}
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
         "the bound",
         "reference",
@@ -367,7 +393,33 @@ def test_plot_panels_have_points(drawn):
         "unlikelihood",
         "Preferred-FT",
         "best of N",
+        "95 % interval",
     ]
+
+
+def test_plot_panels_draws_the_error_of_one_seed(tmp_path):
+    """Rows with errors of their own have bars of 1.96 of them; rows without have none."""
+    from matplotlib.axes import Axes
+
+    rows = [
+        dict(panel="a", method="dpo", parameter=name, seed=0, step=9, kl=1.0, reward=2.0) | errors
+        for name, errors in (("β=1", dict(reward_se=0.1, kl_se=0.05)), ("β=2", {}))
+    ]
+    drawn, errorbar = [], Axes.errorbar
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            Axes,
+            "errorbar",
+            lambda axes, *args, **options: (
+                drawn.append(options),
+                errorbar(axes, *args, **options),
+            )[1],
+        )
+        curve = Curve(np.array([0.0, 2.0]), np.array([0.0, 3.0]))
+        plots.panels(tmp_path / "one.png", rows, {"a": curve}, {"a": ""}, curve_name="")
+    (bars,) = drawn
+    np.testing.assert_allclose(np.ravel(bars["yerr"]), 2 * [0.195996], rtol=1e-5)
+    np.testing.assert_allclose(np.ravel(bars["xerr"]), 2 * [0.097998], rtol=1e-5)
 
 
 def test_plot_labels_hide_nothing(drawn):

@@ -29,6 +29,16 @@ def test_mean_interval_of_few():
     assert statistics.mean_interval([])["mean"] is None
 
 
+def test_over_seeds():
+    rows = [dict(kl=1.0, kl_se=0.5), dict(kl=2.0, kl_se=0.5)]
+    found = statistics.over_seeds(rows, "kl")
+    half = 12.7062 * 0.5  # the error of two seeds is half their distance
+    assert found == pytest.approx(dict(kl=1.5, kl_low=1.5 - half, kl_high=1.5 + half), abs=1e-4)
+    of_one = statistics.over_seeds(rows[:1], "kl")
+    assert of_one == pytest.approx(dict(kl=1.0, kl_low=1 - 0.98, kl_high=1 + 0.98), abs=1e-4)
+    assert statistics.over_seeds([dict(kl=1.0)], "kl")["kl_low"] is None
+
+
 def test_t_quantiles_are_those_of_the_tables():
     found = [statistics.t_quantile(degrees) for degrees in (1, 2, 4, 9, 1000)]
     np.testing.assert_allclose(found, [12.7062, 4.3027, 2.7764, 2.2622, 1.9623], atol=1e-4)
