@@ -227,6 +227,11 @@ DATA = dict(
     max_dropped=Field(
         0.05, "stop if more than this share of the rows would be dropped", least=0, most=1
     ),
+    on_leak=Field(
+        "error",
+        "what to do where a held-out prompt that evaluate, best_of_n or a win rate is to judge is "
+        "trained on by a stage of the run: error (stop), drop (judge others in its place) or allow",
+    ),
     show=Field(
         0,
         "print this many examples as the model reads them, with the trained part marked",
@@ -722,6 +727,16 @@ OF_PAIRS = ("data.weight", "data.margin")
 OPEN_BLOCKS = ("model.scratch", "data.template")
 
 
+def sft_data(config: ConfigDict) -> ConfigDict:
+    """Return the data block of sft and of prompts: config.data, at data.sft_path if given."""
+    data = config.data.copy_and_resolve_references()
+    data.update(weight="", margin="")  # they are of pairs
+    if data.sft_path:
+        # The split to evaluate on is the other data set's.
+        data.update(path=data.sft_path, mix="", eval_split="")
+    return data
+
+
 def model_options(config: ConfigDict) -> dict:
     """Return how a run's models compute: options of `families.from_hf`."""
     return {name: config.model[name] for name in ("dtype", "attention", "remat", "unroll")}
@@ -806,6 +821,9 @@ def dependencies(config: ConfigDict, stage: str) -> dict:
         fields["rounds"] = config.rounds
     for block in blocks:
         fields |= flat_fields(block, json.loads(config[block].to_json()))
+    # Where a run is not stopped, it judges the same prompts as if all were allowed.
+    if fields["data.on_leak"] == "allow":
+        fields["data.on_leak"] = "error"
     return {name: value for name, value in fields.items() if may_matter(config, stage, name)}
 
 
@@ -814,6 +832,8 @@ def may_matter(config: ConfigDict, stage: str, field: str) -> bool:
     if is_free(field):
         return False
     so_far = stages_so_far(config, stage)
+    if field == "data.on_leak":
+        return stage_table.is_judged(config, stage)
     if field in OF_PAIRS:
         return any(stage_table.reads_pairs(config, name) for name in so_far)
     if field in GROUPING:

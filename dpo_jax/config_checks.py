@@ -31,6 +31,7 @@ ALLOWED = {  # field -> its values; STAGE stands for every training stage
     "data.source": tuple(SOURCES),
     "data.truncate": TRUNCATIONS,
     "data.on_bad_row": ("error", "drop"),
+    "data.on_leak": ("error", "drop", "allow"),
     "data.order": ("prompts", "pairs"),
     "data.turns": ("all", "last"),
     "export.dtype": EXPORT_DTYPES,

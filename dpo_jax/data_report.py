@@ -258,7 +258,7 @@ def _repeats(found: Survey, style: Style) -> list[str]:
         label = f"eval rows {'whose prompt is' if has_prompts else 'that are'} trained on"
         rows = [
             [label, _of(repeats.eval_prompts_in_train, evals)],
-            ["  the same, but for case and white space", _of(nearly, evals)],
+            ["  the same, but for case, white space and Unicode form", _of(nearly, evals)],
         ]
     rows.append(["training rows equal to an earlier one", _of(repeats.train_rows_repeated, train)])
     if found.kind == "pairs":

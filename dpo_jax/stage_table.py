@@ -60,6 +60,8 @@ STAGES = {
     "evaluate": Stage(data="prompts"),
 }
 
+JUDGING = ("best_of_n", "evaluate")  # they report on held-out prompts
+
 
 def training_stages(config: ConfigDict) -> list[str]:
     """Return the stages of a run that train, in order."""
@@ -79,6 +81,13 @@ def repeats(config: ConfigDict, stage: str) -> bool:
 def samples(config: ConfigDict) -> bool:
     """Return whether any stage of a run samples, and so has a reward."""
     return any(STAGES[stage].samples for stage in config.stages)
+
+
+def is_judged(config: ConfigDict, stage: str) -> bool:
+    """Return whether a stage's numbers are of held-out prompts: of its own, or of evaluate's."""
+    if stage in JUDGING:
+        return True
+    return STAGES[stage].is_policy and "evaluate" in config.stages
 
 
 def asks_reward(config: ConfigDict, stage: str) -> bool:

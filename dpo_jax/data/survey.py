@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dpo_jax.data import dataset, mixtures, readers, sources, splits
+from dpo_jax.data import dataset, leaks, mixtures, readers, sources, splits
 from dpo_jax.data.examples import Examples
 from dpo_jax.data.ledger import Counts, Ledger
 from dpo_jax.data.rows import Numbers, Text, TextExample
@@ -43,7 +43,7 @@ class Repeats:
     """Prompts and rows that are there more than once."""
 
     eval_prompts_in_train: int  # eval rows whose prompt is a training prompt too
-    eval_prompts_nearly_in_train: int  # likewise, whatever the case and the white space
+    eval_prompts_nearly_in_train: int  # likewise, or normalised: see leaks.py
     train_rows_repeated: int  # training rows that are equal to an earlier one
     train_pairs_reversed: int  # pairs whose responses another pair has the other way round
 
@@ -392,19 +392,7 @@ def _pieces(text: Text, roles: Sequence[str]) -> Iterator[Piece]:
     for index, message in enumerate(text):
         gap = "\n" if index else ""
         yield Piece(f"{gap}{message['role']}: ", False)
-        yield Piece(_plain([message]), message["role"] in roles)
-
-
-def _plain(text: Text) -> str:
-    """Return all that a text or a conversation says: contents, calls of tools and reasoning."""
-    if isinstance(text, str):
-        return text
-    said = []
-    for message in text:
-        for key, value in message.items():
-            if key != "role":
-                said.append(value if isinstance(value, str) else json.dumps(value, default=str))
-    return "\n".join(said)
+        yield Piece(leaks.plain([message]), message["role"] in roles)
 
 
 # ---- repeats, by hashes
@@ -416,7 +404,7 @@ class _Seen:
     def __init__(self, shown: int):
         self._shown = shown
         self._prompts = array("Q")
-        self._nearly = array("Q")  # of the prompts, whatever the case and the white space
+        self._nearly = array("Q")  # of the prompts, normalised
         self._rows = array("Q")
         self._reversed = array("Q")  # of the rows, with their responses the other way round
         self._lengths = array("Q")  # of the parts of each row, one after the other
@@ -434,14 +422,12 @@ class _Seen:
         prompt = json.dumps(example.prompt or example.responses[0])
         self._without_prompt += not example.prompt
         self._prompts.append(splits.prompt_hash(example))
-        # Without the roles of a chat, so that the same text in another form counts as nearly equal.
-        words = _plain(splits.question(example)).lower().split()
-        self._nearly.append(splits.hash64(" ".join(words)))
-        responses = [_plain(response) for response in example.responses]
+        self._nearly.append(splits.hash64(leaks.normalised(splits.question(example))))
+        responses = [leaks.plain(response) for response in example.responses]
         self._rows.append(splits.hash64(json.dumps([prompt, *responses])))
         self._reversed.append(splits.hash64(json.dumps([prompt, *reversed(responses)])))
         self._parts = 1 + len(responses)
-        self._lengths.extend(map(len, (_plain(example.prompt), *responses)))
+        self._lengths.extend(map(len, (leaks.plain(example.prompt), *responses)))
 
         # Every so many rows one is kept, and every other one let go of where they become many.
         if self._shown and index % self._stride == 0:

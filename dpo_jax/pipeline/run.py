@@ -12,14 +12,14 @@ from ml_collections import ConfigDict
 from dpo_jax import config as configs
 from dpo_jax import stage_table
 from dpo_jax.console import say, warn
-from dpo_jax.data import batches, dataset
+from dpo_jax.data import batches, dataset, leaks, toy
 from dpo_jax.data import tokenizer as tokenizers
 from dpo_jax.data.examples import Examples
 from dpo_jax.data.ledger import Counts, Reading
 from dpo_jax.models import loading, log_probs
 from dpo_jax.models.lora import Lora
 from dpo_jax.parallel import agreement
-from dpo_jax.pipeline import exports, preference_pairs
+from dpo_jax.pipeline import exports, leak_checks, preference_pairs
 from dpo_jax.rewards import make
 from dpo_jax.sampling import prompts
 from dpo_jax.sampling.prompts import Conversation, Prompts
@@ -141,16 +141,29 @@ class Run:
         """
         kind = STAGES[stage].kind
         distinct = self.config[stage].get("distinct", False)
-        if stage_table.trains_on_samples(self.config, stage):
+        gathered = leaks.Gathered()
+        is_sampled = stage_table.trains_on_samples(self.config, stage)
+        if is_sampled:
             source = str(self.folder("pairs"))
             loaded = preference_pairs.load(self.folder("pairs"), kind, distinct)
         else:
             data = self.sft_data() if STAGES[stage].data == "sft" else self.config.data
             source = _source(data)
-            loaded = dataset.load(data, tokenizer, kind, date=self.date, distinct=distinct)
+            loaded = dataset.load(
+                data, tokenizer, kind, date=self.date, distinct=distinct, watch=gathered.add
+            )
         _check_same_tokens(source, dict(train=loaded.train, eval=loaded.eval))
 
         say(loaded.ledger.table())
+        ledger = loaded.ledger.to_dict()
+        # Prompts of sampled pairs are those of the stage pairs.
+        if not is_sampled:
+            seen = {
+                split: gathered.hashes(split, examples.where)
+                for split, examples in (("train", loaded.train), ("eval", loaded.eval))
+            }
+            ledger["leaks"] = leak_checks.report(self, stage, source, seen)
+            leak_checks.check_ahead(self, stage, tokenizer, ledger["leaks"])
         if kind == "unpaired":
             _check_can_be_mismatched(stage, source, loaded)
             _say_of_labels(stage, loaded.ledger.train, self.config[stage])
@@ -158,25 +171,22 @@ class Run:
         if shown:
             say(dataset.show(loaded.train, tokenizer, range(shown)))
         fingerprints = [*loaded.train.fingerprints, *loaded.eval.fingerprints]
-        self.record(stage, loaded.ledger.to_dict(), fingerprints)
+        self.record(stage, ledger, fingerprints)
         return loaded
 
     def sft_data(self) -> ConfigDict:
         """Return the data block of sft and of prompts: config.data, at data.sft_path if given."""
-        data = self.config.data.copy_and_resolve_references()
-        data.update(weight="", margin="")  # they are of pairs
-        if data.sft_path:
-            # The split to evaluate on is the other data set's.
-            data.update(path=data.sft_path, mix="", eval_split="")
-        return data
+        return configs.sft_data(self.config)
 
     def load_prompts(self, tokenizer) -> dict[str, Prompts]:
         """Return the prompts to sample from, of the splits train and eval."""
         if self.date not in self._prompts:
             data = self.sft_data()
             read = dict(train=[], eval=[])
+            gathered = leaks.Gathered()
 
             def watch(split, text):
+                gathered.add(split, text)
                 # A reward model or a judge may read conversations in its own way.
                 is_chat = isinstance(text.prompt, list)
                 conversation = Conversation(text.prompt, text.tools) if is_chat else None
@@ -186,15 +196,35 @@ class Run:
             found = {}
             for split, examples in (("train", loaded.train), ("eval", loaded.eval)):
                 found[split] = prompts.make(
-                    examples, tokenizer, self.config.sampling, self.config.seed, read[split]
+                    examples,
+                    tokenizer,
+                    self.config.sampling,
+                    self.config.seed,
+                    read[split],
+                    gathered.hashes(split),
                 )
             _check_same_tokens(_source(data), found)
             self._prompts[self.date] = found
         return self._prompts[self.date]
 
+    def training_prompts(self, stage: str, tokenizer) -> Prompts:
+        """Return the prompts that a stage learns to complete, and write its ledger."""
+        loaded = self.load_prompts(tokenizer)
+        prompts = loaded["train"]
+        seen = dict(train=prompts.hashes)
+        found = leak_checks.report(self, stage, _source(self.sft_data()), seen)
+        found |= leak_checks.prefixes(self, loaded["eval"], prompts)
+        leak_checks.check_ahead(self, stage, tokenizer, found)
+        self.record(stage, dict(prompts=len(prompts), leaks=found), prompts.fingerprint)
+        return prompts
+
     def eval_prompts(self, stage: str, tokenizer) -> Prompts:
-        """Return the first held-out prompts, as many as the stage's block asks for."""
-        held_out = self.load_prompts(tokenizer)["eval"]
+        """Return the first held-out prompts, as many as the stage's block asks for.
+
+        Raises ValueError where there are fewer, or where one is trained on and config.data.on_leak
+        is to stop the run.
+        """
+        held_out = leak_checks.judged(self, stage, self.load_prompts(tokenizer))
         wanted = self.config[stage].prompts
         if len(held_out) < wanted:
             raise ValueError(
@@ -203,6 +233,10 @@ class Run:
                 f"{self.config.data.max_eval_rows})."
             )
         return held_out.take(range(wanted))
+
+    def is_measured_exactly(self) -> bool:
+        """Return whether reward and KL are exact, as on the toy under a reward of its own."""
+        return self.config.data.source == "toy" and self.config.reward.kind in toy.REWARDS
 
     def reward(self, name: str) -> Callable:
         """Return a stage's reward: "true" (config.reward) or "rm" (the rm stage's model).

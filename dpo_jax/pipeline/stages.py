@@ -19,9 +19,9 @@ from dpo_jax.console import compile_times, say
 from dpo_jax.evaluation import best_of_n, reward_kl, toy_report
 from dpo_jax.models import loading
 from dpo_jax.parallel import agreement, processes, sharding
-from dpo_jax.pipeline import exports, preference_pairs
+from dpo_jax.pipeline import exports, leak_checks, preference_pairs
 from dpo_jax.pipeline.run import FUNCTION, Run, versions
-from dpo_jax.pipeline.train_stage import is_measured_exactly, policy_measure, train_stage
+from dpo_jax.pipeline.train_stage import policy_measure, train_stage
 from dpo_jax.rewards import make
 from dpo_jax.stage_table import STAGES
 from dpo_jax.storage import shadow
@@ -57,42 +57,38 @@ def pairs_stage(run: Run, stage: str) -> dict:
             f"config.pairs.prompts = {block.prompts}, but there are only {count} training prompts. "
             "Lower it, or read more rows (config.data.train_split, config.data.max_rows)."
         )
-    _check_eval_prompts(run, initial.tokenizer)
-    asks_reward = stage_table.asks_reward(run.config, stage)
-    reward_model = run.reward_model("true") if asks_reward else None
-    run.record_weights(stage, policy=initial, reward=reward_model)
-
     # A random choice: the first prompts of a data set may be alike.
     order = np.random.default_rng(run.config.seed + block.seed).permutation(count)
     start = (run.config.rounds - 1) * block.prompts
     chosen = order.take(range(start, start + block.prompts), mode="wrap")
-    held_out = min(preference_pairs.EVAL_PROMPTS, len(prompts["eval"]))
-    return preference_pairs.make_pairs(
+    training = prompts["train"].take(chosen)
+    held_out_count = min(preference_pairs.EVAL_PROMPTS, len(prompts["eval"]))
+    held_out = prompts["eval"].take(range(held_out_count))
+    splits = dict(train=training.hashes, eval=held_out.hashes)
+    found = leak_checks.report(run, stage, str(run.folder(stage)), splits)
+    found |= leak_checks.prefixes(run, prompts["eval"], prompts["train"])
+    leak_checks.check_ahead(run, stage, initial.tokenizer, found)
+    asks_reward = stage_table.asks_reward(run.config, stage)
+    reward_model = run.reward_model("true") if asks_reward else None
+    run.record_weights(stage, policy=initial, reward=reward_model)
+
+    made = preference_pairs.make_pairs(
         run.load(initial),
-        dict(train=prompts["train"].take(chosen), eval=prompts["eval"].take(range(held_out))),
+        dict(train=training, eval=held_out),
         run.reward("true") if asks_reward else None,
         preference_pairs.labelling_of(block, run.seed(stage, "judging")),
         run.sampling(run.seed(stage, "sampling"), n=block.completions),
         run.folder(stage),
     )
-
-
-def _check_eval_prompts(run: Run, tokenizer) -> None:
-    """Raise ValueError if a later stage needs more held-out prompts than the data has.
-
-    Sampling the pairs and training on them may take hours, so this comes before.
-    """
-    for stage in ("best_of_n", "evaluate"):
-        is_exact = stage == "evaluate" and is_measured_exactly(run)
-        if stage in run.config.stages and not is_exact:
-            run.eval_prompts(stage, tokenizer)
+    leak_checks.add_to_ledger(run.folder(stage), found)
+    return made
 
 
 def evaluate_stage(run: Run, stage: str) -> dict:
     """Measure the trained policy's reward, and its KL to where it began in round 1."""
     (trained,) = stage_table.policy_stages(run.config)
     start = run.first(trained)
-    if is_measured_exactly(run):
+    if run.is_measured_exactly():
         numbers = range(1, run.config.rounds + 1)
         with jax.set_mesh(run.mesh):
             return toy_report.write(
@@ -111,6 +107,9 @@ def evaluate_stage(run: Run, stage: str) -> dict:
     dtype = run.config.model.dtype
     end = loading.open_checkpoint(str(folder / "hf"), rounded_to=rounded_to, dtype=dtype)
     measure = policy_measure(run, start)
+    asked = run.eval_prompts(stage, start.tokenizer)
+    prompts = run.load_prompts(start.tokenizer)
+    leak_checks.record_judged(run, stage, asked, prompts["train"])
     reference = start.load_params(run.mesh)
     values, rows = measure(end.load_params(run.mesh), reference)
     # For the table side by side. The same seed, so the two differ by their weights alone.
@@ -129,6 +128,8 @@ def best_of_n_stage(run: Run, stage: str) -> dict:
     initial = run.initial(stage)
     block = run.config.best_of_n
     held_out = run.eval_prompts(stage, initial.tokenizer)
+    prompts = run.load_prompts(initial.tokenizer)
+    leak_checks.record_judged(run, stage, held_out, prompts["train"])
     run.record_weights(
         stage, policy=initial, reward=run.reward_model(block.reward), true=run.reward_model("true")
     )

@@ -11,7 +11,7 @@ import numpy as np
 from dpo_jax import config as configs
 from dpo_jax import stage_table
 from dpo_jax.console import say
-from dpo_jax.data import dataset, mismatched, toy
+from dpo_jax.data import dataset, mismatched
 from dpo_jax.data.batches import microbatch_size_of
 from dpo_jax.evaluation import reward_kl, toy_report
 from dpo_jax.models import export, hf, loading, peft, transformer
@@ -23,6 +23,7 @@ from dpo_jax.parallel import processes, sharding
 from dpo_jax.pipeline import exports
 from dpo_jax.pipeline.model_card import ModelCard
 from dpo_jax.pipeline.run import Run
+from dpo_jax.sampling.prompts import Prompts
 from dpo_jax.stage_table import STAGES
 from dpo_jax.training.data_feed import DataFeed
 from dpo_jax.training.loop import Feed, Job, train
@@ -130,6 +131,11 @@ def train_stage(run: Run, stage: str) -> dict:
         reference=_reference(run, stage, initial, first),
         lora=run.lora(),
     )
+    # First, as no prompt may be judged that is trained on.
+    if table.samples:
+        prompts = run.training_prompts(stage, initial.tokenizer)
+    else:
+        data = run.load_data(stage, initial.tokenizer)
     probe = _probe(run, stage, models)
     run.record_weights(
         stage,
@@ -166,19 +172,17 @@ def train_stage(run: Run, stage: str) -> dict:
         loss=run.loss if table.has_preference_loss else None,
     )
     if table.samples:
-        feed = _rollout_feed(run, job, initial)
+        feed = _rollout_feed(run, job, initial, prompts)
     else:
-        feed = _data_feed(run, job, models, cache)
+        feed = _data_feed(run, job, models, data, cache)
     params, evaluation = train(job, feed)
     _export(job, models, params, evaluation)
     record = exports.record(run.config, run.is_last(stage), initial.source.dtype)
     return {"evaluation": evaluation, EXPORT: record}
 
 
-def _rollout_feed(run: Run, job: Job, initial: Checkpoint) -> Feed:
+def _rollout_feed(run: Run, job: Job, initial: Checkpoint, prompts: Prompts) -> Feed:
     """Return the feed of a stage that learns from the policy's own completions."""
-    prompts = run.load_prompts(initial.tokenizer)["train"]
-    run.record(job.name, dict(prompts=len(prompts)), prompts.fingerprint)
     return RolloutFeed(
         job,
         prompts,
@@ -190,10 +194,11 @@ def _rollout_feed(run: Run, job: Job, initial: Checkpoint) -> Feed:
     )
 
 
-def _data_feed(run: Run, job: Job, models: Models, cache: ReferenceCache | None) -> Feed:
+def _data_feed(
+    run: Run, job: Job, models: Models, data: dataset.Dataset, cache: ReferenceCache | None
+) -> Feed:
     """Return the feed of a stage that learns from examples of data."""
     initial = models.initial
-    data = run.load_data(job.name, initial.tokenizer)
     initial.check(data.train)
     initial.check(data.eval)
 
@@ -318,7 +323,7 @@ def _probe(run: Run, stage: str, models: Models) -> Callable | None:
     if "evaluate" not in run.config.stages or not STAGES[stage].is_policy:
         return None
     first = models.first
-    if is_measured_exactly(run):
+    if run.is_measured_exactly():
         with jax.set_mesh(run.mesh):
             reference = first.model(models.first_params, run.mesh)
             measure_exactly = toy_report.probe(reference, run.config.reward.kind)
@@ -335,11 +340,6 @@ def _probe(run: Run, stage: str, models: Models) -> Callable | None:
         return values, rows[:shown]
 
     return probe
-
-
-def is_measured_exactly(run: Run) -> bool:
-    """Return whether reward and KL are exact, as on the toy under a reward of its own."""
-    return run.config.data.source == "toy" and run.config.reward.kind in toy.REWARDS
 
 
 def policy_measure(run: Run, initial: Checkpoint) -> Callable:

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from dpo_jax.data.leaks import Hashes
+
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
@@ -25,6 +27,8 @@ class Prompts:
     # Of each prompt, whole even where the model reads it cut; None where it is plain text. None
     # instead of the list: all are.
     conversations: list[Conversation | None] | None = None
+    # Of the data's prompts, of which these may be prefixes; None where they are not known.
+    hashes: Hashes | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -42,7 +46,9 @@ class Prompts:
         if conversations is not None:
             conversations = [conversations[index] for index in indices]
         ids = [self.ids[index] for index in indices]
-        return Prompts(ids, [self.texts[index] for index in indices], conversations)
+        texts = [self.texts[index] for index in indices]
+        hashes = None if self.hashes is None else self.hashes.take(indices)
+        return Prompts(ids, texts, conversations, hashes)
 
     def followed_by(self, others: "Prompts") -> "Prompts":
         """Return these prompts and then others."""
@@ -50,7 +56,11 @@ class Prompts:
         if self.conversations is not None or others.conversations is not None:
             first = self.conversations or [None] * len(self)
             conversations = [*first, *(others.conversations or [None] * len(others))]
-        return Prompts([*self.ids, *others.ids], [*self.texts, *others.texts], conversations)
+        hashes = None
+        if self.hashes is not None and others.hashes is not None:
+            hashes = self.hashes.followed_by(others.hashes)
+        ids = [*self.ids, *others.ids]
+        return Prompts(ids, [*self.texts, *others.texts], conversations, hashes)
 
 
 def make(
@@ -59,6 +69,7 @@ def make(
     sampling,
     seed: int,
     read: Iterable[tuple[str, Conversation | None]] | None = None,
+    hashes: Hashes | None = None,
 ) -> Prompts:
     """Return the prompts of tokenised examples; with sampling.max_prefix, starts of their texts.
 
@@ -66,13 +77,19 @@ def make(
     likely (appendix C.1), after the BOS or whatever else the tokenizer starts a text with. Texts
     that end within max_prefix tokens are left out. read: where each example stood, and its
     conversation, in the order of the examples; some of them may have been dropped since. None: no
-    prompt is a conversation.
+    prompt is a conversation. hashes: of what was read, in its order.
     """
-    conversations = None if read is None else _of_examples(examples, read)
+    conversations = None
+    if read is not None:
+        read = list(read)
+        places = _of_examples(examples, read)
+        found = [read[place][1] for place in places]
+        conversations = found if any(found) else None
+        hashes = None if hashes is None else hashes.take(places)
     if not sampling.max_prefix:
         ids = list(examples.prompts)
         texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return Prompts(ids, texts, conversations)
+        return Prompts(ids, texts, conversations, hashes)
     rng = np.random.default_rng(seed)
     lengths = rng.integers(sampling.min_prefix, sampling.max_prefix + 1, len(examples))
     ids = []
@@ -83,8 +100,9 @@ def make(
             ids.append(np.concatenate([example.prompt, text[:length]]))
             kept.append(index)
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    hashes = None if hashes is None else hashes.take(kept)
     if conversations is None:
-        return Prompts(ids, texts)
+        return Prompts(ids, texts, hashes=hashes)
     begun = []
     for index, text in zip(kept, texts, strict=True):
         conversation = conversations[index]
@@ -92,27 +110,25 @@ def make(
             before = tokenizer.decode(examples.prompts[index], skip_special_tokens=True)
             conversation = dataclasses.replace(conversation, begun=text[len(before) :])
         begun.append(conversation)
-    return Prompts(ids, texts, begun)
+    return Prompts(ids, texts, begun, hashes)
 
 
-def _of_examples(
-    examples, read: Iterable[tuple[str, Conversation | None]]
-) -> list[Conversation | None] | None:
-    """Return the conversation of each example, or None where no prompt is one.
+def _of_examples(examples, read: list[tuple[str, Conversation | None]]) -> list[int]:
+    """Return which of what was read each example is.
 
     Raises RuntimeError for an example that is not among what was read, in the same order.
     """
-    left = iter(read)
+    left = iter(enumerate(read))
     found = []
     for where in examples.where:
-        for place, conversation in left:
+        for number, (place, _) in left:
             if place == where:
-                found.append(conversation)
+                found.append(number)
                 break
         else:
             # From here on all prompts would lose their conversations.
             raise RuntimeError(f"{where}: no conversation was read there, or not in this order.")
-    return found if any(found) else None
+    return found
 
 
 def completion_texts(prompts: Prompts, completions: list[np.ndarray], tokenizer) -> list[str]:

@@ -1,0 +1,181 @@
+"""Held-out prompts of a run that its stages train on: reported by each stage, refused where judged.
+
+A stage that reads data writes the hashes of its prompts to its folder (see data/leaks.py), and is
+compared with the stages of the run before it. Models that the run starts from, and other runs in
+the same WORKDIR, are not looked at.
+"""
+
+import functools
+import pathlib
+
+import jax
+import numpy as np
+
+from dpo_jax import config as configs
+from dpo_jax import stage_table
+from dpo_jax.console import say, warn
+from dpo_jax.data import leaks
+from dpo_jax.data.leaks import Hashes, Seen
+from dpo_jax.parallel import processes
+from dpo_jax.sampling.prompts import Prompts
+from dpo_jax.stage_table import STAGES
+from dpo_jax.workdir import read_ledger, write_record
+
+# What a stage does with held-out prompts, in a message.
+JUDGED = {"evaluate": "evaluate is to report on", "best_of_n": "best_of_n is to report on"}
+
+
+def report(run, stage: str, source: str, splits: dict[str, Hashes]) -> dict:
+    """Keep the prompts of a stage, show which held-out ones are trained on, and return that.
+
+    run: a `Run`. source: where the prompts are from. splits: train, and those to evaluate on. The
+    result is for the stage's ledger.
+    """
+
+    def compare() -> dict:
+        folder = run.folder(stage)
+        folder.mkdir(parents=True, exist_ok=True)
+        leaks.write(folder, Seen(_name(run, folder), source, splits))
+        seen, unknown = _seen(run, stage)
+        found = leaks.of_run(seen)
+        return dict(told=leaks.table(found, unknown), values=leaks.to_dict(found, unknown))
+
+    found = processes.from_first(compare)
+    if found["told"]:
+        say(found["told"])
+    return found["values"]
+
+
+def check_ahead(run, stage: str, tokenizer, found: dict) -> None:
+    """Raise ValueError where a later stage is to judge a prompt that is trained on, or lacks some.
+
+    Training may take hours, so this comes before. found: what `report` returned.
+    """
+    # The prompts are those of the data that sft has just read: where none of these is trained on,
+    # they need not be read once more.
+    if stage == "sft" and not any(one["normalised"] for one in found["held_out"].values()):
+        return
+    for judging in stage_table.JUDGING:
+        is_exact = judging == "evaluate" and run.is_measured_exactly()
+        if judging in run.config.stages and not is_exact:
+            run.eval_prompts(judging, tokenizer)
+
+
+def judged(run, stage: str, prompts: dict[str, Prompts]) -> Prompts:
+    """Return the held-out prompts that a stage may judge; ValueError where it is to stop.
+
+    prompts: of the splits train and eval. The first ones are judged, as many as the stage's block
+    asks for.
+    """
+    held_out = prompts["eval"]
+    data = run.config.data
+    # The toy has four prompts, which are all trained on: it is measured on fresh completions.
+    if held_out.hashes is None or data.source == "toy" or data.on_leak == "allow":
+        return held_out
+    if data.on_leak == "drop":
+        # Also those that other methods of the same data would train on, so that all judge the same.
+        possible = Seen("", "", dict(train=prompts["train"].hashes))
+
+        def trained() -> np.ndarray:
+            return leaks.trained(held_out.hashes, [possible, *_seen(run, stage)[0]])
+
+        is_trained = processes.from_first(trained)
+        return held_out.take(np.flatnonzero(~is_trained))
+    wanted = held_out.take(range(min(len(held_out), run.config[stage].prompts)))
+
+    def why_not() -> str:
+        seen, _ = _seen(run, stage)
+        return leaks.refusal(JUDGED[stage], wanted.hashes, wanted.texts, seen)
+
+    refusal = processes.from_first(why_not)
+    if refusal:
+        raise ValueError(refusal)
+    return held_out
+
+
+def record_judged(run, stage: str, asked: Prompts, training: Prompts) -> None:
+    """Write to a stage's ledger how many of the prompts that it judges are trained on.
+
+    training: the prompts of the training split, of which prefixes may be the same.
+    """
+    if jax.process_index():
+        return
+    folder = run.folder(stage)
+    found = {}
+    if asked.hashes is not None:
+        seen, unknown = _seen(run, stage)
+        leak = leaks.leak(_name(run, folder), asked.hashes, seen)
+        found = leaks.to_dict([leak], unknown)
+        if leak.normalised and run.config.data.source != "toy":
+            warn(
+                f"{stage}: {leak.normalised:,} of {leak.prompts:,} prompts that are judged are "
+                f"trained on ({leak.told()}), as config.data.on_leak=allow takes them."
+            )
+    found |= prefixes(run, asked, training)
+    write_record(folder / "ledger.json", dict(prompts=len(asked), leaks=found))
+
+
+def prefixes(run, held_out: Prompts, training: Prompts) -> dict:
+    """Return how many held-out prefixes are training prefixes too, and say so; {} without any."""
+    if not run.config.sampling.max_prefix:
+        return {}
+    shared = leaks.shared_prefixes(held_out.ids, training.ids)
+    block = run.config.sampling
+    say(
+        f"{shared:,} of {len(held_out):,} held-out prefixes of {block.min_prefix} to "
+        f"{block.max_prefix} tokens are training prefixes, too: so short ones often are, though "
+        "the texts that they begin are others"
+    )
+    return dict(prefixes=dict(prompts=len(held_out), trained_on=shared))
+
+
+def add_to_ledger(folder: pathlib.Path, values: dict) -> None:
+    """Add leaks to the ledger of a stage that has written it. Process 0 only."""
+    if jax.process_index() == 0:
+        write_record(folder / "ledger.json", read_ledger(folder) | dict(leaks=values))
+
+
+def _seen(run, stage: str) -> tuple[list[Seen], list[str]]:
+    """Return the prompts of a stage and of those before it, and the stages that are not known."""
+    seen = []
+    unknown = []
+    for name, folder in _folders(run, stage):
+        found = _load(folder, _state(folder))
+        if found is not None:
+            seen.append(found)
+        elif (folder / "done.json").exists():
+            unknown.append(name)
+    return seen, unknown
+
+
+def _folders(run, last: str) -> list[tuple[str, pathlib.Path]]:
+    """Return the folders of the stages that read prompts of data to train on, up to a stage."""
+    found = []
+    for number in range(1, run.config.rounds + 1):
+        in_round = run.of_round(number)
+        for stage in run.config.stages:
+            if number > 1 and not stage_table.repeats(run.config, stage):
+                continue
+            is_after = run.config.stages.index(stage) > run.config.stages.index(last)
+            if is_after and number == run.config.rounds:
+                break
+            is_sampled = stage_table.trains_on_samples(run.config, stage)
+            if (STAGES[stage].trains or stage == "pairs") and not is_sampled:
+                folder = in_round.folder(stage)
+                found.append((_name(run, folder), folder))
+    return found
+
+
+def _name(run, folder: pathlib.Path) -> str:
+    return folder.relative_to(run.workdir).as_posix()
+
+
+def _state(folder: pathlib.Path) -> tuple:
+    """Return what is another once the hashes in a folder are written again."""
+    path = folder / leaks.FILE
+    return (path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else ()
+
+
+@functools.lru_cache(maxsize=16)  # a run asks for the same ones before each stage
+def _load(folder: pathlib.Path, _state: tuple) -> Seen | None:
+    return leaks.load(folder)
