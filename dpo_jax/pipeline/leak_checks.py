@@ -11,7 +11,6 @@ import pathlib
 import jax
 import numpy as np
 
-from dpo_jax import config as configs
 from dpo_jax import stage_table
 from dpo_jax.console import say, warn
 from dpo_jax.data import leaks
