@@ -23,6 +23,7 @@ from dpo_jax.pipeline import exports, leak_checks, preference_pairs
 from dpo_jax.pipeline.run import FUNCTION, Run, versions
 from dpo_jax.pipeline.train_stage import policy_measure, train_stage
 from dpo_jax.rewards import make
+from dpo_jax.sampling.prompts import Prompts
 from dpo_jax.stage_table import STAGES
 from dpo_jax.storage import shadow
 from dpo_jax.storage.addresses import address_of, scheme_of
@@ -106,10 +107,7 @@ def evaluate_stage(run: Run, stage: str) -> dict:
     rounded_to = exports.dtype_of(run.config, run.is_last_of_round(trained), source)
     dtype = run.config.model.dtype
     end = loading.open_checkpoint(str(folder / "hf"), rounded_to=rounded_to, dtype=dtype)
-    measure = policy_measure(run, start)
-    asked = run.eval_prompts(stage, start.tokenizer)
-    prompts = run.load_prompts(start.tokenizer)
-    leak_checks.record_judged(run, stage, asked, prompts["train"])
+    measure = policy_measure(run, start, judged_prompts(run, stage, start.tokenizer))
     reference = start.load_params(run.mesh)
     values, rows = measure(end.load_params(run.mesh), reference)
     # For the table side by side. The same seed, so the two differ by their weights alone.
@@ -127,9 +125,7 @@ def best_of_n_stage(run: Run, stage: str) -> dict:
     """Choose the best of N completions of the model that the stages before made, for each N."""
     initial = run.initial(stage)
     block = run.config.best_of_n
-    held_out = run.eval_prompts(stage, initial.tokenizer)
-    prompts = run.load_prompts(initial.tokenizer)
-    leak_checks.record_judged(run, stage, held_out, prompts["train"])
+    held_out = judged_prompts(run, stage, initial.tokenizer)
     run.record_weights(
         stage, policy=initial, reward=run.reward_model(block.reward), true=run.reward_model("true")
     )
@@ -142,6 +138,13 @@ def best_of_n_stage(run: Run, stage: str) -> dict:
         block.n,
         run.measuring(stage),
     )
+
+
+def judged_prompts(run: Run, stage: str, tokenizer) -> Prompts:
+    """Return the held-out prompts that a stage judges; its ledger says how many are trained on."""
+    asked = run.eval_prompts(stage, tokenizer)
+    leak_checks.record_judged(run, stage, asked, run.load_prompts(tokenizer)["train"])
+    return asked
 
 
 OTHER_STAGES = {  # all that do not train

@@ -332,7 +332,7 @@ def _probe(run: Run, stage: str, models: Models) -> Callable | None:
             return measure_exactly(params), []
 
         return exact_probe
-    measure = policy_measure(run, first)
+    measure = policy_measure(run, first, run.eval_prompts("evaluate", first.tokenizer))
     shown = run.config.evaluate.show
 
     def probe(params) -> tuple[dict[str, float], list[dict]]:
@@ -342,9 +342,8 @@ def _probe(run: Run, stage: str, models: Models) -> Callable | None:
     return probe
 
 
-def policy_measure(run: Run, initial: Checkpoint) -> Callable:
-    """Return (policy's weights, reference's) -> (values, rows), on evaluate's held-out prompts."""
-    held_out = run.eval_prompts("evaluate", initial.tokenizer)
+def policy_measure(run: Run, initial: Checkpoint, held_out: Prompts) -> Callable:
+    """Return (policy's weights, reference's) -> (values, rows), on held-out prompts."""
     reward = run.reward("true")
 
     def measure(params, reference):

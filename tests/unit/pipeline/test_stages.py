@@ -37,7 +37,8 @@ def test_evaluate_measures_weights_as_the_run_without_rounds_exports_them(tmp_pa
         measured.append(params)
         return collections.defaultdict(float), []
 
-    monkeypatch.setattr(stages, "policy_measure", lambda run, start: measure)
+    monkeypatch.setattr(stages, "judged_prompts", lambda run, stage, tokenizer: None)
+    monkeypatch.setattr(stages, "policy_measure", lambda run, start, prompts: measure)
     config = configs.default(("pairs", "dpo", "evaluate"))
     config.model.path = str(write_model(tmp_path / "model", dtype="bfloat16"))
     config.data.path = "PAIRS"
