@@ -86,15 +86,20 @@ def config_of(panel: str, method: str, value: float | None, seed: int, sft: str)
     return config, stage
 
 
-def run_seeds(workdir: str, panel: str, seeds: list[int], sft: str) -> list[dict]:
-    """Make all runs of a panel with some seeds; return their rows."""
+def run_seeds(
+    workdir: str, panel: str, methods: list[str], seeds: list[int], sft: str
+) -> list[dict]:
+    """Make the runs of some methods on a panel with some seeds; return their rows."""
     rows = []
-    for seed in seeds:
-        folder = pathlib.Path(workdir) / f"{panel}-{seed}"
-        for method, (_, values, _) in SWEEPS.items():
-            for value in values:
+    folders = {seed: pathlib.Path(workdir) / f"{panel}-{seed}" for seed in seeds}
+    # Method by method: where the command is stopped early, --method draws those that all seeds have.
+    for method in methods:
+        for seed, folder in folders.items():
+            for value in SWEEPS[method][1]:
                 rows += run_one(folder, panel, method, value, seed, sft)
-        rows += learned_optima(folder, panel, seed, sft)
+    if "ppo" in methods:  # it has trained a reward model
+        for seed, folder in folders.items():
+            rows += learned_optima(folder, panel, seed, sft)
     return rows
 
 
@@ -216,7 +221,7 @@ def parts(seeds: int, jobs: int) -> list[list[int]]:
     return [list(range(first, seeds, jobs)) for first in range(min(jobs, seeds))]
 
 
-def run(workdir: str, panels: dict[str, int], jobs: int) -> list[dict]:
+def run(workdir: str, panels: dict[str, int], methods: list[str], jobs: int) -> list[dict]:
     """Run as many seeds of each panel as it says; write the rows, the tables and the figure."""
     from dpo_jax.console import say
     from dpo_jax.evaluation.frontier import Curve
@@ -224,7 +229,7 @@ def run(workdir: str, panels: dict[str, int], jobs: int) -> list[dict]:
     began = time.monotonic()
     sft = shared_sft(workdir)
     tasks = [
-        (workdir, panel, part, sft)
+        (workdir, panel, methods, part, sft)
         for panel, seeds in panels.items()
         for part in parts(seeds, jobs)
     ]
@@ -276,13 +281,16 @@ def main():
     seeds = flags.DEFINE_list(
         "seeds", ["2"], "Number of seeds of each panel; or several, one for each panel in turn."
     )
+    methods = flags.DEFINE_multi_enum(
+        "method", list(SWEEPS), list(SWEEPS), "A method to run; may be repeated. Default: all."
+    )
     jobs = flags.DEFINE_integer("jobs", 2, "Number of processes.", lower_bound=1)
     flags.mark_flags_as_required(["workdir"])
     processes.start()
 
     def make_panels():
         with in_workdir(workdir.value) as folder:
-            run(folder, seeds_of(panels.value, seeds.value), jobs.value)
+            run(folder, seeds_of(panels.value, seeds.value), methods.value, jobs.value)
 
     command_line.run(make_panels, __doc__)
 

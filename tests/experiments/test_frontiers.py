@@ -144,7 +144,7 @@ def about(row: dict) -> tuple:
     return row["method"], row["value"]
 
 
-def made_up_runs(workdir, panel, seeds, sft) -> list[dict]:
+def made_up_runs(workdir, panel, methods, seeds, sft) -> list[dict]:
     """Rows of DPO and PPO at two strengths each: DPO is ahead by a tenth, and a bit by the seed."""
     rows = []
     for seed in seeds:
@@ -163,7 +163,7 @@ def test_toy_frontier_files(untrained, tmp_path, monkeypatch, capsys):
     _, sft = untrained
     monkeypatch.setattr(toy_frontier, "shared_sft", lambda workdir: sft)
     monkeypatch.setattr(toy_frontier, "run_seeds", made_up_runs)
-    rows = toy_frontier.run(str(tmp_path), {"a": 3}, jobs=1)
+    rows = toy_frontier.run(str(tmp_path), {"a": 3}, ["dpo", "ppo"], jobs=1)
     assert frontier_file.read(tmp_path / "frontier.json")[0] == rows
     curve = frontier_file.read(tmp_path / "frontier.json")[1]["a"]
     (reference,) = [row for row in rows if row["method"] == "reference"]
@@ -201,7 +201,7 @@ def test_toy_frontier_files(untrained, tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_toy_frontier_equals_theory(tmp_path):
     """Panel (a), two seeds: exact facts only; which method is ahead is reported, not asserted."""
-    rows = toy_frontier.run(str(tmp_path), {"a": 2}, jobs=2)
+    rows = toy_frontier.run(str(tmp_path), {"a": 2}, list(toy_frontier.SWEEPS), jobs=2)
     assert min(row["gap"] for row in rows) >= -1e-4  # the bound is never crossed
     last = {(row["method"], row["parameter"], row["seed"]): row for row in rows}
     closed = last["preferred_ft_closed_form", "", None]
