@@ -24,6 +24,7 @@ import time
 
 import numpy as np
 
+from dpo_jax.evaluation import statistics
 from experiments.commands import in_workdir
 from experiments.toy_runs import bound_curve, one_thread
 
@@ -40,8 +41,6 @@ COMPARED_KL = 0.5  # at which each loss is compared with the baseline, seed by s
 LARGEST_KL = 14.0  # of the figure
 COLUMNS = 5
 MARKS = ("o", "s", "^", "D", "v")  # by seed
-# Degrees of freedom -> Student's t that 95 % of the distribution lie within.
-T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,11 +265,10 @@ def at_kl(rows: list[dict], kl: float, name: str = "gap") -> float | None:
 
 def interval(values: list[float]) -> tuple[float, float]:
     """Return the mean and the half width of Student's 95 % interval; 0 of a single value."""
-    count = len(values)
-    if count == 1:
-        return float(values[0]), 0.0
-    half = T_95[count - 1] * np.std(values, ddof=1) / np.sqrt(count)
-    return float(np.mean(values)), float(half)
+    found = statistics.mean_interval(values)
+    if found["n"] == 1:
+        return found["mean"], 0.0
+    return found["mean"], found["high"] - found["mean"]
 
 
 def summary(rows: list[dict]) -> list[dict]:

@@ -24,6 +24,7 @@ import time
 
 import numpy as np
 
+from dpo_jax.evaluation import statistics
 from experiments import toy_runs
 from experiments.commands import in_workdir
 
@@ -40,8 +41,6 @@ KLS = (0.25, 1.0, 2.5, 5.0)  # nats, at which the arms are compared
 SEEDS = 5
 PROMPTS = 1000  # of a round; each gives six pairs
 STEPS = 120  # of a round
-# 97.5% quantiles of Student's t, by degrees of freedom.
-T_QUANTILES = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
 
 
 def config_of(arm: str, target: float, seed: int):
@@ -137,14 +136,10 @@ def _kl(row: dict) -> float:
 
 
 def interval(values) -> dict[str, float]:
-    """Return the mean of values over seeds, with its 95% interval by Student's t."""
-    values = np.asarray(values, float)
-    count = len(values)
-    half = float("nan")
-    if 2 <= count <= len(T_QUANTILES) + 1:
-        half = float(T_QUANTILES[count - 2] * values.std(ddof=1) / np.sqrt(count))
-    mean = float(values.mean())
-    return dict(seeds=count, mean=mean, low=mean - half, high=mean + half)
+    """Return the mean of values over seeds, with its 95% interval by Student's t; nan of one."""
+    found = statistics.mean_interval(values)
+    low, high = (float("nan") if found[end] is None else found[end] for end in ("low", "high"))
+    return dict(seeds=found["n"], mean=found["mean"], low=low, high=high)
 
 
 def matched(rows: list[dict]) -> list[dict]:

@@ -92,7 +92,7 @@ def run_seeds(
     """Make the runs of some methods on a panel with some seeds; return their rows."""
     rows = []
     folders = {seed: pathlib.Path(workdir) / f"{panel}-{seed}" for seed in seeds}
-    # Method by method: where the command is stopped early, --method draws those that all seeds have.
+    # Method by method: where this is stopped early, --method draws what all seeds have.
     for method in methods:
         for seed, folder in folders.items():
             for value in SWEEPS[method][1]:

@@ -106,7 +106,7 @@ def test_gap_is_interpolated_along_the_root_of_kl():
 def test_interval_is_students():
     """The half width of three values: t(0.975, 2) standard errors."""
     mean, half = loss_zoo.interval([1.0, 2.0, 6.0])
-    assert mean == 3 and half == pytest.approx(4.303 * np.sqrt(7 / 3))
+    assert mean == 3 and half == pytest.approx(4.30265 * np.sqrt(7 / 3), rel=1e-5)
 
 
 def zoo_rows(loss, gaps, kls=(0.25, 5.0), value=1.0):
