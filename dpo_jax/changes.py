@@ -133,6 +133,8 @@ def _why_not_rated(started: Started, name: str) -> str:
         fields = OF_LOSS
     elif metric.startswith("rewards_"):
         fields = OF_REWARDS
+    elif metric.startswith("dpo_"):
+        fields = OF_LOSS
     else:
         return ""
     last = name.rpartition(".")[2]

@@ -437,7 +437,7 @@ def _validate_moved_reference(config):
             "weights"
         )
         _fail("dpo.reference_mix", block.reference_mix, expected)
-    if block.keep_best.startswith(("loss/", "rewards_")):
+    if block.keep_best.startswith(("loss/", "rewards_", "dpo_")):
         expected = (
             "a metric that does not depend on the reference, or empty, as dpo.reference_every "
             "moves it: later values are measured against another one"

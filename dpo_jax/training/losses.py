@@ -155,6 +155,16 @@ class Preference:
         weighted = zip(hyper["loss_weights"], self.terms, strict=True)
         return sum(weight * term(pairs, hyper) for weight, term in weighted)
 
+    def gradient_weight(self, pairs: Pairs, hyper: dict) -> jax.Array | None:
+        """Return the weight of each pair in the gradient; None where the loss is not `sigmoid`.
+
+        The gradient of a pair's loss is -beta times this, times the gradient of its margin. Other
+        losses have other weights, or none: those that move the two log-ratios apart.
+        """
+        if self.is_mixture or self.terms[0].function is not sigmoid:
+            return None
+        return Term(sigmoid_weight, self.terms[0].numbers)(pairs, hyper)
+
 
 def preference(loss: str | tuple[str, ...] | Callable, choices: Choices = PLAIN) -> Preference:
     """Return a loss of the config, or one that is made of a function: the caller's, or one here.
@@ -211,6 +221,16 @@ def sigmoid(pairs: Pairs, beta, label_smoothing=0.0) -> jax.Array:
     label_smoothing > 0 is conservative DPO: that share of the labels is taken as flipped.
     """
     return _smoothed_sigmoid(pairs.beyond_target(beta * pairs.margin), label_smoothing)
+
+
+def sigmoid_weight(pairs: Pairs, beta, label_smoothing=0.0) -> jax.Array:
+    """Return the weight of each pair in the gradient of `sigmoid`.
+
+    sigmoid(rejected reward - chosen reward), from 1 where the policy orders a pair wrongly to 0
+    where it is sure (section 4, "What does the DPO update do?"). label_smoothing is subtracted: the
+    weight falls below 0 beyond the margin at which that loss is least.
+    """
+    return jax.nn.sigmoid(-pairs.beyond_target(beta * pairs.margin)) - label_smoothing
 
 
 def sigmoid_norm(pairs: Pairs, beta, label_smoothing=0.0) -> jax.Array:

@@ -54,6 +54,13 @@ METRICS = {
         "tokens", "Tokens of the chosen response that are trained on."
     ),
     "lengths_{split}/rejected": Metric("tokens", "The same of the rejected response."),
+    "dpo_{split}/gradient_weight": Metric(
+        "",
+        "Of dpo with the loss sigmoid: weight of a pair in the gradient, sigmoid of the rejected "
+        "minus the chosen reward, mean over pairs. Starts at 0.5, and falls to 0 for pairs that "
+        "the policy orders rightly.",
+        lower_is_better=True,
+    ),
     # KTO: "chosen" stands for the desirable rows above, and "rejected" for the others, each a mean
     # over the rows of that kind.
     "kto_{split}/kl": Metric(

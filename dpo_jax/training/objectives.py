@@ -88,11 +88,19 @@ def dpo(model, loss, params, reference, hyper, batch: Batch):
         target_margins=batch.target_margins,
     )
     loss_SP = loss(pairs, hyper)
+    weight_SP = loss.gradient_weight(pairs, hyper)
     if is_weighted:
-        loss_SP *= losses.wpo_weights(log_probs_SP2, sums.log_sum_squares, lengths_SP2)
+        wpo_SP = losses.wpo_weights(log_probs_SP2, sums.log_sum_squares, lengths_SP2)
+        loss_SP *= wpo_SP
+        weight_SP = None if weight_SP is None else weight_SP * wpo_SP
     # The implicit rewards of eq. 5, for the metrics alone.
     rewards_SP2 = hyper["beta"] * scores_SP2
-    return _pair_metrics(batch, loss_SP, rewards_SP2=rewards_SP2, log_probs_SP2=log_probs_SP2)
+    total, metrics = _pair_metrics(
+        batch, loss_SP, rewards_SP2=rewards_SP2, log_probs_SP2=log_probs_SP2
+    )
+    if weight_SP is not None:
+        metrics |= _sums({"dpo/gradient_weight": jax.lax.stop_gradient(weight_SP)}, batch.weights)
+    return total, metrics
 
 
 def unlikelihood(model, _loss, params, _reference, hyper, batch: Batch):

@@ -140,6 +140,7 @@ def test_compare_takes_the_numbers_of_kto(field):
         ("rewards_eval/margins", "label_smoothing", True),
         ("rewards_eval/accuracies", "beta", True),
         ("rewards_eval/accuracies", "divergence", False),
+        ("dpo_eval/gradient_weight", "beta", False),
         ("logps_eval/chosen", "beta", True),
     ],
 )

@@ -77,6 +77,32 @@ def test_losses_equal_published_values():
     np.testing.assert_allclose(found, case["rso_hinge_gamma_0_1"], atol=1e-6)
 
 
+@pytest.mark.parametrize("eps", [0.0, 0.2])
+@pytest.mark.parametrize("target", [None, 1.5])
+def test_gradient_weight_is_the_derivative_by_the_scaled_margin(eps, target):
+    """The paper's section 4: sigmoid of the rejected minus the chosen reward."""
+    hyper = NUMBERS | dict(label_smoothing=eps)
+    targets = None if target is None else jnp.full(50, target)
+    of_pairs = losses.preference("sigmoid")
+
+    def pairs(margin):
+        return dataclasses.replace(pairs_of_margin(margin), target_margins=targets)
+
+    margin = jnp.asarray(CHOSEN - REJECTED)
+    gradient = jax.grad(lambda margin: of_pairs(pairs(margin), hyper).sum())(margin)
+    found = of_pairs.gradient_weight(pairs(margin), hyper)
+    np.testing.assert_allclose(-BETA * found, gradient, atol=1e-6)
+    if target is None and not eps:
+        rewards = BETA * CHOSEN, BETA * REJECTED
+        np.testing.assert_allclose(found, 1 / (1 + np.exp(rewards[0] - rewards[1])), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", [*(name for name in LOSSES if name != "sigmoid"), "sigmoid=1"])
+def test_other_losses_have_no_gradient_weight(name):
+    pairs = pairs_of_margin(jnp.asarray(CHOSEN))
+    assert losses.preference(name).gradient_weight(pairs, NUMBERS) is None
+
+
 def test_sigmoid_gradient_is_closed_form():
     """d loss / d chosen = -beta sigmoid(-beta margin): beta enters once."""
     gradient = jax.grad(lambda c: loss("sigmoid", c).sum())(CHOSEN)

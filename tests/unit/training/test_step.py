@@ -119,6 +119,40 @@ def test_reference_gets_no_gradient(tiny):
     assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(gradient))
 
 
+@pytest.mark.parametrize("choices", [PLAIN, Choices(weighting="wpo")])
+def test_dpo_gradient_is_the_weight_times_that_of_unlikelihood(tiny, choices):
+    """Without the weight, DPO's gradient is beta times that of unlikelihood with alpha 1."""
+    config, params = tiny
+    batch = jax.tree.map(lambda x: x[0], Batches(rows("dpo"), training_order(12, 12, 1, 0))[0])
+    reference = jax.tree.map(lambda x: x * 1.05, params)
+    hyper = HYPER | dict(alpha=np.float32(1))
+
+    def gradient_of(objective):
+        def total(params, batch):
+            (total, _), metrics = objective(params, reference, hyper, batch)
+            return total, metrics
+
+        return jax.jit(jax.grad(total, has_aux=True))
+
+    weighted = gradient_of(objective_of("dpo", "sigmoid", config, choices))
+    plain = gradient_of(objective_of("unlikelihood", "", config))
+    weights = []
+    for pair in range(3):
+        one = dataclasses.replace(batch, weights=batch.weights * (np.arange(12) == pair))
+        gradient, metrics = weighted(params, one)
+        other, _ = plain(params, one)
+        weight, count = metrics["dpo/gradient_weight"]
+        assert count == 1
+        weights.append(float(weight))
+        scale = float(hyper["beta"] * weight)
+        largest = max(float(abs(leaf).max()) for leaf in jax.tree.leaves(gradient))
+        for found, unweighted in zip(
+            jax.tree.leaves(gradient), jax.tree.leaves(other), strict=True
+        ):
+            np.testing.assert_allclose(found, scale * unweighted, atol=1e-4 * largest)
+    assert len(set(weights)) == 3
+
+
 def test_accumulate_ignores_filler_rows(tiny):
     config, params = tiny
     objective = jax.jit(objective_of("dpo", "sigmoid", config))
