@@ -74,6 +74,7 @@ RUN_SETTINGS = (
     "log_every",
     "keep",
     "keep_best",
+    "patience",
     "reference",
     "cache_reference",
     "distinct",

@@ -354,6 +354,13 @@ TRAINING = dict(  # of every stage that trains
         "keep and export the checkpoint with the best value of this evaluation metric (the lowest, "
         "for losses)",
     ),
+    patience=Field(
+        0,
+        "end the stage after this many evaluations in a row without a better value of keep_best; "
+        "0: never",
+        least=0,
+        most=MANY,
+    ),
     seed=Field(
         0,
         "added to config.seed for what this stage draws: the order of its examples, new adapters, "

@@ -312,6 +312,12 @@ def _validate_training(stage, block):
     if block.weight_decay and block.optimizer not in ("adamw", "lion"):
         expected = f"0, as {block.optimizer} has no weight decay (adamw and lion have)"
         _fail(f"{stage}.weight_decay", block.weight_decay, expected)
+    if block.patience and not block.keep_best:
+        expected = (
+            f"0, as {stage}.keep_best is empty: name the evaluation metric that must improve, "
+            "such as loss/eval"
+        )
+        _fail(f"{stage}.patience", block.patience, expected)
 
 
 def _validate_dpo(config):

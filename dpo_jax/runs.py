@@ -48,6 +48,7 @@ class StageRun:
     last_row: dict[str, float]  # of metrics.jsonl, or {}
     finished: str  # date and time, or ""
     history: list[dict]  # changes of the config since the start, as `changes.rows` has them
+    early_stop: str = ""  # "at step 120 of 240", where the stage's patience ended it
 
     @property
     def round(self) -> int:
@@ -82,7 +83,16 @@ def read_stage(folder: pathlib.Path) -> StageRun:
         last_row=next(_rows_from_end(metrics), {}),
         finished=str(result.get("finished", "")) if done.exists() else "",
         history=_history(started),
+        early_stop=_early_stop(result),
     )
+
+
+def _early_stop(result: dict) -> str:
+    """Return where the stage's patience ended it, by its done.json; "" where it did not."""
+    found = result.get("early_stop")
+    if not isinstance(found, dict) or not {"step", "steps"} <= found.keys():
+        return ""
+    return f"at step {found['step']} of {found['steps']}"
 
 
 def _history(started: dict) -> list[dict]:
@@ -212,7 +222,8 @@ def _configs(name: str) -> list[ConfigDict]:
 def status(run: StageRun) -> str:
     """Say whether a stage finished, is running, or at which step it stopped."""
     if run.finished:
-        return f"finished {run.finished[:16]}"
+        early = f", early {run.early_stop}" if run.early_stop else ""
+        return f"finished {run.finished[:16]}{early}"
     step = run.last_row.get("step")
     block = run.config.get(run.stage)
     total = block.get("steps", 0) if isinstance(block, ConfigDict) else 0

@@ -50,6 +50,7 @@ RESULTS = "results"  # folder of what a stage left at earlier ends: results/STEP
 EXPORTS = ("hf", "adapter")  # folders of a stage's model
 FILES = "files"  # keys in done.json: of the result's files, and of how its hf/ is stored
 EXPORT = "export"
+EARLY_STOP = "early_stop"  # of a stage that its patience ended
 # Parts of a stage's folder that done.json says nothing of: they may change when the stage is done,
 # or have a sha256 of their own.
 _NO_RESULT = (
@@ -67,7 +68,11 @@ CONFIG_FIELDS = dict(
     contents=dict,
     changes=list,
 )
-DONE_FIELDS = {FILES: dict, EXPORT: dict(asked=str, dtype=str, source=str)}
+DONE_FIELDS = {
+    FILES: dict,
+    EXPORT: dict(asked=str, dtype=str, source=str),
+    EARLY_STOP: dict(step=int, steps=int, metric=str, best_step=int),
+}
 LEDGER_FIELDS = dict(train=dict, eval=dict, prompts=int, fingerprint=str | list)
 WEIGHTS_FIELDS = dict.fromkeys(
     ("policy", "base", "start", "reference", "reward", "true"), dict(path=str, fingerprint=str)

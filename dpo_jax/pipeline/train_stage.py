@@ -29,7 +29,7 @@ from dpo_jax.training.data_feed import DataFeed
 from dpo_jax.training.loop import Feed, Job, train
 from dpo_jax.training.ppo import RolloutFeed
 from dpo_jax.training.reference_cache import ReferenceCache
-from dpo_jax.workdir import EXPORT
+from dpo_jax.workdir import EARLY_STOP, EXPORT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,10 +175,13 @@ def train_stage(run: Run, stage: str) -> dict:
         feed = _rollout_feed(run, job, initial, prompts)
     else:
         feed = _data_feed(run, job, models, data, cache)
-    params, evaluation = train(job, feed)
-    _export(job, models, params, evaluation)
+    trained = train(job, feed)
+    _export(job, models, trained.params, trained.evaluation)
     record = exports.record(run.config, run.is_last(stage), initial.source.dtype)
-    return {"evaluation": evaluation, EXPORT: record}
+    result = {"evaluation": trained.evaluation, EXPORT: record}
+    if trained.early_stop:
+        result[EARLY_STOP] = trained.early_stop
+    return result
 
 
 def _rollout_feed(run: Run, job: Job, initial: Checkpoint, prompts: Prompts) -> Feed:

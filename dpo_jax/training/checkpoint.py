@@ -55,6 +55,7 @@ class Restored:
     state: TrainState
     rows: dict  # of metrics.jsonl at its save, as Writer.written
     row: dict  # of this step, where the run was stopped before its evaluation; else {}
+    patience: dict = dataclasses.field(default_factory=dict)  # as Patience.kept; {}: none is set
 
 
 class Checkpoints:
@@ -150,12 +151,13 @@ class Checkpoints:
         rows: dict | None = None,
         *,
         row: dict | None = None,
+        patience: dict | None = None,
     ) -> None:
         """Save in the background, unless the step is saved already.
 
         The state may be donated right after. evaluation: its metrics, where it was evaluated. rows:
         what is known of metrics.jsonl up to this step. row: the step's own, where it still lacks
-        its evaluation, which is added later by `rate`.
+        its evaluation, which is added later by `rate`. patience: as `Patience.kept`.
         """
         # A signal may come at a step that was saved as it is.
         if step == self.latest():
@@ -163,7 +165,10 @@ class Checkpoints:
         metrics = self._kept_metrics(evaluation) if evaluation else None
         tree = _as_dict(state)
         # Of what is on the device: damage on the way to the disk shows too.
-        kept = with_sha256({"sums": sums(tree), "rows": rows or {}, "row": row or {}})
+        kept = {"sums": sums(tree), "rows": rows or {}, "row": row or {}}
+        if patience:
+            kept["patience"] = patience
+        kept = with_sha256(kept)
         self._end_last_save()
         # In a bucket, a checkpoint counts only with the rows that it says were written.
         if jax.process_index() == 0:
@@ -232,7 +237,13 @@ class Checkpoints:
         placed = jax.tree.broadcast(shardings, shapes)
         abstract = _as_dict(_abstract(shapes, placed))
         tree, kept = _load(self._checkpointer.directory / str(step), abstract)
-        return Restored(step, TrainState(**tree), kept.get("rows", {}), kept.get("row", {}))
+        return Restored(
+            step,
+            TrainState(**tree),
+            kept.get("rows", {}),
+            kept.get("row", {}),
+            kept.get("patience", {}),
+        )
 
     def restore_best(self, step: int, shapes: TrainState, shardings: TrainState) -> TrainState:
         """Return the state of the step that is the result; DamagedCheckpoint says what to do."""

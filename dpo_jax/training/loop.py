@@ -169,12 +169,54 @@ class Feed(typing.Protocol):
         """Let go of threads and files."""
 
 
-def train(job: Job, feed: Feed) -> tuple[dict, dict[str, float]]:
+@dataclasses.dataclass
+class Patience:
+    """How long a stage has waited for a better value of its keep_best metric."""
+
+    limit: int  # evaluations; 0: it never ends for this
+    is_worse: Callable  # (value, other value) -> whether the first is worse
+    best: float | None = None
+    best_step: int = 0
+    waited: int = 0  # evaluations since the best one
+
+    @property
+    def is_over(self) -> bool:
+        return 0 < self.limit <= self.waited
+
+    @property
+    def kept(self) -> dict:
+        """What a checkpoint keeps of it; {} where no patience is set."""
+        if not self.limit:
+            return {}
+        return dict(best=self.best, best_step=self.best_step, waited=self.waited)
+
+    def resume(self, kept: dict) -> None:
+        """Go on from what a checkpoint kept."""
+        for name, value in kept.items():
+            setattr(self, name, value)
+
+    def add(self, step: int, value: float) -> None:
+        """Count an evaluation. An equal value is no better one."""
+        if self.best is None or self.is_worse(self.best, value):
+            self.best, self.best_step, self.waited = value, step, 0
+        else:
+            self.waited += 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """The result of a stage: its last state, or with keep_best that of the best checkpoint."""
+
+    params: dict  # weights, or adapters
+    evaluation: dict[str, float]
+    early_stop: dict  # where its patience ended it: step, of how many, and why; else {}
+
+
+def train(job: Job, feed: Feed) -> Trained:
     """Train a stage, from its latest checkpoint if it has one.
 
-    Returns what was trained (weights, or adapters) and the last evaluation; with keep_best, those
-    of the best checkpoint. Raises Interrupted after a signal, and FloatingPointError at the first
-    loss or gradient that is not finite.
+    Raises Interrupted after a signal, and FloatingPointError at the first loss or gradient that is
+    not finite.
     """
     programs = job.programs
     # What a checkpoint holds is known before anything is loaded.
@@ -225,6 +267,9 @@ def train(job: Job, feed: Feed) -> tuple[dict, dict[str, float]]:
 
         # Step, log, evaluate, save.
         for step in range(first_step, feed.total):
+            # Asked before the step: a resumed run may have ended at its last checkpoint.
+            if recorder.patience.is_over:
+                break
             # The first one is compiled, which may take minutes, and is soon made again.
             is_first = step == first_step
             with signals.at_once(saves=False) if is_first else contextlib.nullcontext():
@@ -239,13 +284,14 @@ def train(job: Job, feed: Feed) -> tuple[dict, dict[str, float]]:
         recorder.close()
 
         # The result is the last state, or the best one that was saved.
+        early_stop = recorder.early_stop()
         best = recorder.best()
         if best is None:
-            return state.params, recorder.evaluation
+            return Trained(state.params, recorder.evaluation, early_stop)
         best_step, value = best
         say(f"{job.name}: best {job.block.keep_best} {value:.4g} at step {best_step}")
         state = checkpoints.restore_best(best_step, shapes, programs.shardings)
-        return state.params, recorder.evaluation_of(best_step, state)
+        return Trained(state.params, recorder.evaluation_of(best_step, state), early_stop)
 
 
 def _hyper(job: Job, feed: Feed) -> dict:
@@ -286,18 +332,22 @@ class _Recorder:
         self.signals = stopping.Signals()  # those that stop the run
         self._progress = Progress(job.name, first_step, feed.total)
         self.evaluation = {}
+        self.patience = Patience(job.block.patience, checkpoints.is_worse)
+        self._step = first_step  # the last one
         self._clock = time.monotonic()
 
     def resume(self, state: TrainState, restored: Restored) -> None:
         """Go on with the rows of a checkpoint."""
         step = restored.step
         self._writer.rewind(step, restored.rows)
+        self.patience.resume(restored.patience)
         if restored.row:
             # The run was stopped in this evaluation.
             self.evaluation = self._evaluate(step, state)
             self._write(step, restored.row | self.evaluation, always=True)
             if self.evaluation:
                 self._checkpoints.rate(step, self.evaluation)
+                self._wait(step)
         elif step >= self._feed.total:
             # A run that is resumed after its last step has no other evaluation to return.
             self.evaluation = self.evaluation_of(step, state)
@@ -325,6 +375,7 @@ class _Recorder:
         # This step is under way on the device, so fetching the one before holds nothing up.
         self._write_pending()
         self._pending = (step, metrics)
+        self._step = step
         block = self._job.block
         is_last = step == self._feed.total
         evaluates = step % block.eval_every == 0 or is_last
@@ -353,11 +404,15 @@ class _Recorder:
             # The best one is saved even where no save is due.
             if block.keep_best and self.evaluation:
                 is_best = self._checkpoints.is_better(self.evaluation[block.keep_best])
+                self._wait(step)
         self._write(step, row, always=evaluates)
-        if saves or is_best:
+        # The last step is saved too, so that a run which is resumed there trains no further.
+        if saves or is_best or self.patience.is_over:
             # Without held-out examples there is nothing to compare checkpoints by.
             measured = self.evaluation if evaluates and self.evaluation else None
-            self._checkpoints.save(step, state, measured, self._writer.written)
+            self._checkpoints.save(
+                step, state, measured, self._writer.written, patience=self.patience.kept
+            )
         # Evaluations and checkpoints are no part of the next step's time.
         self._clock = time.monotonic()
 
@@ -369,7 +424,9 @@ class _Recorder:
         row: the step's metrics, where it still lacks its evaluation.
         """
         self._write_pending()
-        self._checkpoints.save(step, state, rows=self._writer.written, row=row)
+        self._checkpoints.save(
+            step, state, rows=self._writer.written, row=row, patience=self.patience.kept
+        )
         self._progress.close()
         say(
             f"{self._job.name}: stopped by {signal.Signals(signum).name} after step {step}, which "
@@ -377,6 +434,27 @@ class _Recorder:
         )
         stopping.said()
         raise Interrupted(128 + signum)
+
+    def early_stop(self) -> dict:
+        """Say that the stage's patience ended it, and return what is kept of that; {} if not."""
+        step, steps = self._step, self._feed.total
+        if step == steps or not self.patience.is_over:
+            return {}
+        metric = self._job.block.keep_best
+        patience = self.patience
+        say(
+            f"{self._job.name}: ended early, at step {step} of {steps}: {patience.waited} "
+            f"evaluations since step {patience.best_step} brought no better {metric} than "
+            f"{patience.best:.4g} (config.{self._job.name}.patience = {patience.limit})"
+        )
+        return dict(step=step, steps=steps, metric=metric, best_step=patience.best_step)
+
+    def _wait(self, step: int) -> None:
+        """Count an evaluation for the stage's patience, the same in every process."""
+        if self.patience.limit:
+            value = self.evaluation[self._job.block.keep_best]
+            # A process that went on alone would wait for the others for ever.
+            self.patience.add(step, processes.from_first(lambda: value))
 
     def best(self) -> tuple[int, float] | None:
         """Return step and metric of the best checkpoint; None where the last one is the result.

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from configs import dpo
-from dpo_jax import stopping
+from dpo_jax import runs, stopping
 from dpo_jax.training import data_feed
 from dpo_jax.training.loop import Interrupted
 from dpo_jax.training.metrics import read_rows
@@ -222,3 +222,41 @@ def test_run_resumes_on_another_mesh(fields, tmp_path, uninterrupted, capsys):
             expected["loss/train" if row["step"] else "loss/eval"],
             atol=1e-5,
         )
+
+
+def test_run_that_loses_patience_ends_early_and_resumes_exactly(fields, tmp_path, capsys):
+    """The rejected reward falls, and high is good: step 4 is the best, and two more are waited."""
+    fields = fields | {
+        "dpo.keep_best": "rewards_eval/rejected",
+        "dpo.patience": 2,
+        "dpo.eval_every": 4,
+        "dpo.save_every": 5,
+        "dpo.lr": 1e-3,
+        "dpo.schedule": "linear",
+    }
+    whole = run_here(fields, tmp_path / "whole")
+    assert (
+        "dpo: ended early, at step 12 of 40: 2 evaluations since step 4" in capsys.readouterr().out
+    )
+    rows = read_rows(whole / "metrics.jsonl")
+    assert rows[-1]["step"] == 12
+    measured = {row["step"]: row.get("rewards_eval/rejected") for row in rows}
+    assert measured[4] > max(measured[8], measured[12])
+    done = json.loads((whole / "done.json").read_text())
+    expected = dict(step=12, steps=40, metric="rewards_eval/rejected", best_step=4)
+    assert done["early_stop"] == expected
+    assert done["evaluation"]["rewards_eval/rejected"] == measured[4]
+
+    # What was waited before the signal counts.
+    run_until_sigterm(8, fields, tmp_path / "killed")
+    assert_equal(run_here(fields, tmp_path / "killed"), whole)
+    assert "resuming after step 9" in capsys.readouterr().out
+
+    # A run that was killed after its last step trains no further.
+    (whole / "done.json").rename(tmp_path / "done.json")
+    before = rows_without_timings(whole)
+    run_here(fields, tmp_path / "whole")
+    assert "resuming after step 12" in capsys.readouterr().out
+    assert rows_without_timings(whole) == before
+    assert json.loads((whole / "done.json").read_text())["early_stop"] == expected
+    assert ", early at step 12 of 40" in runs.status(runs.read_stage(whole))

@@ -53,6 +53,7 @@ def valid():
         ("sft.optimizer", "adam", "one of rmsprop"),
         ("sft.weight_decay", 0.1, "0, as rmsprop has no weight decay"),
         ("sft.schedule", "step", "one of constant"),
+        ("sft.patience", 3, "0, as sft.keep_best is empty: name the evaluation metric"),
         ("dpo.loss", "kto", "one of sigmoid"),
         ("dpo.loss", "sigmoid=1,rpo=2", "'rpo' is not a loss"),
         ("dpo.loss", "sigmoid=1,", "a loss before and after each comma"),

@@ -39,6 +39,12 @@ def test_line_of_finished_run(workdir):
     assert line == ["dpo", "0.4292", "0.81", "-0.3961", "0.2542", *finished, "dpo.beta=0.5"]
 
 
+def test_line_of_run_that_ended_early(workdir):
+    ended = dict(step=80, steps=240, metric="loss/eval", best_step=40)
+    write_stage(workdir, "dpo", "dpo", done=dict(early_stop=ended))
+    assert "finished 2026-01-02 03:04, early at step 80 of 240" in runs.table(workdir)
+
+
 def test_line_of_stopped_run(workdir):
     rows = [
         {"step": 0, "loss/eval": 0.6931, "rewards_eval/accuracies": 0.0},

@@ -125,6 +125,17 @@ def test_start_stage_without_version_is_1(tmp_path):
         status(tmp_path, forward=2)
 
 
+def test_start_stage_resumes_a_folder_from_before_a_field(tmp_path):
+    """Where the field has its default, as the folder's stage had no other behaviour."""
+    folder = begin(tmp_path)
+    change_record(folder / "config.json", lambda record: record["depends_on"].pop("dpo.patience"))
+    assert status(tmp_path) == "unfinished"
+    config = configs.default(("dpo",))
+    config.dpo.update(patience=3, keep_best="loss/eval")
+    with pytest.raises(StageChanged, match="config.dpo.patience: 0 in the folder, 3 now"):
+        start_stage(tmp_path, config, "dpo", VERSIONS)
+
+
 def test_start_stage_restarts_without_checkpoint(tmp_path):
     folder = begin(tmp_path)
     (folder / "checkpoints" / "40").rmdir()

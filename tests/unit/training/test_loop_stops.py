@@ -1,5 +1,7 @@
-"""How an evaluation of several processes ends by a signal."""
+"""How training ends early: by a signal in an evaluation, or by its patience."""
 
+import json
+import operator
 import signal
 import types
 
@@ -45,3 +47,28 @@ def after_an_evaluation_that(raises: BaseException, monkeypatch) -> list[int]:
 def test_only_what_stops_all_processes_is_saved(count, error, saved, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: count)
     assert after_an_evaluation_that(error(signal.SIGINT), monkeypatch) == saved
+
+
+@pytest.mark.parametrize(
+    "limit, is_worse, values, over_at",
+    [
+        (2, operator.lt, [1, 2, 2, 1.5], 4),  # an equal value is no better one
+        (2, operator.lt, [1, 0, 1.1, 1, 1], 5),  # a better one begins the wait anew
+        (2, operator.gt, [1, 2, 3], 3),  # of a loss
+        (1, operator.lt, [1, 1], 2),
+        (3, operator.lt, [1, 0, 0], None),
+        (0, operator.lt, [1, 0, 0, 0, 0], None),
+    ],
+)
+def test_patience_ends_after_evaluations_without_a_better_one(limit, is_worse, values, over_at):
+    """As it does when it is saved and resumed after every evaluation."""
+    patience = loop.Patience(limit, is_worse)
+    ended = None
+    for step, value in enumerate(values, 1):
+        resumed = loop.Patience(limit, is_worse)
+        resumed.resume(json.loads(json.dumps(patience.kept)))
+        patience = resumed
+        patience.add(step, value)
+        if patience.is_over and ended is None:
+            ended = step
+    assert ended == over_at
