@@ -2,8 +2,9 @@
 
 Adds to each row the `completion` as text without EOS, its `logp` (summed over its tokens, nats,
 under the model itself) and `tokens` (how many, EOS included). With --n above 1 it adds
-`completions`, and lists of the other two. Rows are in any format and shape that training reads;
-they need a prompt, and no answers.
+`completions`, and lists of the other two. With --beams=K nothing is drawn: the completion is the
+likeliest one that beam search finds. Rows are in any format and shape that training reads; they
+need a prompt, and no answers.
 
 Rows are written as they are made. The same command continues a file where a killed one stopped;
 what the file was made with is kept beside it, in OUT.settings.json, and sums by which its rows are
@@ -78,7 +79,7 @@ def _sample_file(options: Options, path: pathlib.Path, mesh) -> None:
         prompts=f"{len(rows)} rows, sha256 {digest[:16]}",
         dtype=options.dtype,
         tokenization=TOKENIZATION_VERSION,
-        **dataclasses.asdict(options.sampling),
+        **_drawn_by(options.sampling),
         **options.settings,
     )
     source = f"--prompts={options.prompts}"
@@ -179,6 +180,15 @@ def _begin(
     return start, day
 
 
+def _drawn_by(sampling: sampler.Sampling) -> dict:
+    """Return the settings of sampling, as they are kept beside an output."""
+    settings = dataclasses.asdict(sampling)
+    # Files that are older than beam search have no such setting, and are continued.
+    if not sampling.beams:
+        del settings["beams"]
+    return settings
+
+
 def _settings_of(path: pathlib.Path) -> pathlib.Path:
     """Return the file that says what the rows of an output were made with."""
     return path.with_name(path.name + ".settings.json")
@@ -256,6 +266,14 @@ def main():
         ),
         seed=flags.DEFINE_integer(
             "seed", 0, "Seed of the draws.", lower_bound=0, upper_bound=configs.SEEDS
+        ),
+        beams=flags.DEFINE_integer(
+            "beams",
+            0,
+            "Above 0: beam search for the likeliest completion, with so many beams; nothing is "
+            "drawn.",
+            lower_bound=0,
+            upper_bound=100_000,
         ),
         batch_size=flags.DEFINE_integer(
             "batch_size",

@@ -1,6 +1,9 @@
 """What the experiments on the toy share: their processes, and the exact bound of their runs."""
 
+import contextlib
 import importlib.metadata
+import io
+import json
 import multiprocessing
 import os
 import pathlib
@@ -62,3 +65,21 @@ def bound_curve(reference_PC, rewards_PC, largest: float) -> tuple[np.ndarray, n
 
     kls = largest * np.linspace(0, 1, CURVE_POINTS) ** 2  # denser near 0, where it is steep
     return kls, exact.bound(reference_PC, rewards_PC, kls)
+
+
+def evaluations_of(config, folder: pathlib.Path) -> tuple[list[dict], dict]:
+    """Run a config of the toy, unless that is done; return its evaluations, and how it ended.
+
+    evaluations: rows of metrics.jsonl that have the exact reward and KL, by metric, each with its
+    step. The end is what evaluate/toy.json has: among others the optimum's reward and KL.
+    """
+    import dpo_jax
+    from dpo_jax import stage_table
+    from dpo_jax.training.metrics import read_rows
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        folders = dpo_jax.run(config, folder)
+    (stage,) = stage_table.policy_stages(config)
+    rows = read_rows(folders[stage] / "metrics.jsonl")
+    end = json.loads((folders["evaluate"] / "toy.json").read_text())
+    return [row for row in rows if "frontier/kl" in row], end

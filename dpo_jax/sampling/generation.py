@@ -14,7 +14,7 @@ from dpo_jax.data.rows import TextExample
 from dpo_jax.data.tokenizer import CHAT_LOSES, encode_prompts
 from dpo_jax.models.loading import Model
 from dpo_jax.models.transformer import TransformerConfig
-from dpo_jax.sampling import sampler
+from dpo_jax.sampling import beam, sampler
 from dpo_jax.sampling.prompts import Prompts, completion_texts
 from dpo_jax.sampling.sampler import Sampling
 
@@ -80,7 +80,7 @@ def _cut_warning(texts: list[TextExample], count: int, limit: int, truncate: str
 
 def prompts_at_a_time(sampling: Sampling) -> int:
     """Return how many prompts one batch of completions takes."""
-    return max(1, sampling.batch_size // sampling.n)
+    return max(1, sampling.batch_size // max(sampling.n, sampling.beams))
 
 
 def generate(
@@ -93,7 +93,10 @@ def generate(
     size = prompts_at_a_time(sampling)
     for start in range(first, len(prompts), size):
         part = prompts.take(range(start, min(start + size, len(prompts))))
-        drawn = sampler.sample(model, part.ids, sampling, first=start)
+        if sampling.beams:
+            drawn = beam.search(model, part.ids, sampling)
+        else:
+            drawn = sampler.sample(model, part.ids, sampling, first=start)
         flat = [completion for completions in drawn for completion in completions]
         # Each completion is decoded after its own prompt.
         repeated = part.take(np.repeat(np.arange(len(part)), sampling.n))

@@ -43,6 +43,9 @@ class Sampling:
     n: int = 1  # completions of each prompt
     seed: int = 0
     batch_size: int = 64  # completions at a time, over all devices
+    # Above 0: the likeliest completion that beam search with so many beams finds (beam.py), and
+    # nothing is drawn.
+    beams: int = 0
 
 
 @dataclasses.dataclass
@@ -91,9 +94,7 @@ def sample(
             # The last ones of a prompt may be more than were asked for.
             for number in range(first_number, min(first_number + n, sampling.n)):
                 row = place * n + number - first_number
-                found[index][number] = _completion(
-                    tokens_BM[row], log_probs_BM[row], model.stop_ids
-                )
+                found[index][number] = completion(tokens_BM[row], log_probs_BM[row], model.stop_ids)
     return found
 
 
@@ -125,6 +126,7 @@ def check(
         ("n", sampling.n, 1),
         ("first", first, 0),
         ("batch_size", sampling.batch_size, 1),
+        ("beams", sampling.beams, 0),
     ):
         if not least <= value < np.inf:
             raise ValueError(f"{name}={value}: expected {least} or more.")
@@ -132,6 +134,8 @@ def check(
         raise ValueError(
             f"top_p={sampling.top_p}: expected more than 0, and at most 1, which keeps all tokens."
         )
+    if sampling.beams:
+        _check_beams(sampling)
     for index, prompt in enumerate(prompts, first):
         # A completion's first token is predicted from the prompt's last.
         if not len(prompt):
@@ -155,21 +159,41 @@ def check(
             )
 
 
+def _check_beams(sampling: Sampling) -> None:
+    """Raise ValueError for settings that beam search has no use for, or too many beams."""
+    unused = Sampling(sampling.max_new_tokens)
+    for name in ("temperature", "top_k", "top_p", "n", "seed"):
+        value, default = getattr(sampling, name), getattr(unused, name)
+        if value != default:
+            raise ValueError(
+                f"{name}={value} with beams={sampling.beams}: expected {default}, its default, as "
+                "beam search draws nothing and returns one completion. Leave one of the two out."
+            )
+    if sampling.beams > sampling.batch_size:
+        raise ValueError(
+            f"beams={sampling.beams}: expected at most batch_size={sampling.batch_size}, as the "
+            "beams of a prompt are extended together. Raise batch_size."
+        )
+
+
 def _batch(prompts, starts: np.ndarray, n: int, first: int) -> dict:
     """Return prompts [P, T] padded on the right, their lengths, and the numbers of each row's key.
 
     starts: [P, 2], the index of the prompt and the number of the first of its n completions.
     """
-    ids = [prompts[index] for index, _ in starts]
-    # Widths double, so a hundred lengths of prompts need a handful of programs.
-    longest = max(map(len, ids))
-    width = SHORTEST * _power_of_2(-(-longest // SHORTEST))
-    return dict(
-        tokens=pad_right(ids, width),
-        lengths=np.array([len(prompt) for prompt in ids], np.int32),
+    return padded([prompts[index] for index, _ in starts]) | dict(
         rows=(starts[:, 0] + first).astype(np.uint32),
         numbers=(starts[:, 1:] + np.arange(n)).astype(np.uint32),
     )
+
+
+def padded(ids: list[np.ndarray]) -> dict:
+    """Return prompts [P, T] padded on the right, and their lengths."""
+    # Widths double, so a hundred lengths of prompts need a handful of programs.
+    longest = max(map(len, ids))
+    width = SHORTEST * _power_of_2(-(-longest // SHORTEST))
+    lengths_P = np.array([len(prompt) for prompt in ids], np.int32)
+    return dict(tokens=pad_right(ids, width), lengths=lengths_P)
 
 
 def _settings(sampling: Sampling, stop_ids: tuple[int, ...]) -> dict:
@@ -192,23 +216,17 @@ def _power_of_2(size: int) -> int:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _generate(config, max_new_tokens, params, batch, settings):
     """Return tokens and their log-probs, [B, M] each; 0 after a row's EOS."""
-    tokens_PT = batch["tokens"]
-    prompts, width = tokens_PT.shape
-    n = batch["numbers"].shape[1]
+    prompts, n = batch["numbers"].shape
     rows = prompts * n
     lengths_B = jnp.repeat(batch["lengths"], n)
     rows_B = jnp.repeat(batch["rows"], n)
     numbers_B = batch["numbers"].ravel()
     keys_B = jax.vmap(_row_key, (None, 0, 0))(settings["seed"], rows_B, numbers_B)
 
-    # Prefill: each prompt once, then the hidden state of its last token.
-    positions_PT = jnp.broadcast_to(jnp.arange(width), tokens_PT.shape)
-    cache = transformer.empty_cache(config, prompts, width)
-    x_PTD, cache = transformer.step(config, params, tokens_PT, positions_PT, cache)
-    x_PD = jnp.take_along_axis(x_PTD, (batch["lengths"] - 1)[:, None, None], axis=1)[:, 0]
+    x_PD, cache = prefill(config, params, batch)
     # All completions of a prompt begin with its keys and values.
     x_BD = jnp.repeat(x_PD, n, axis=0)
-    cache = {name: _with_room(x_LPKUC, n, max_new_tokens) for name, x_LPKUC in cache.items()}
+    cache = {name: with_room(x_LPKUC, n, max_new_tokens) for name, x_LPKUC in cache.items()}
 
     def is_unfinished(state):
         # Once all rows have ended there is nothing left to draw.
@@ -257,7 +275,18 @@ def _generate(config, max_new_tokens, params, batch, settings):
     return constrain(end["tokens_BM"]), constrain(end["log_probs_BM"])
 
 
-def _with_room(cache_LPKUC, n: int, slots: int) -> jax.Array:
+def prefill(config, params, batch) -> tuple[jax.Array, dict]:
+    """Return the hidden state of each prompt's last token, [P, D], and the cache of all of them."""
+    tokens_PT = batch["tokens"]
+    prompts, width = tokens_PT.shape
+    positions_PT = jnp.broadcast_to(jnp.arange(width), tokens_PT.shape)
+    cache = transformer.empty_cache(config, prompts, width)
+    x_PTD, cache = transformer.step(config, params, tokens_PT, positions_PT, cache)
+    x_PD = jnp.take_along_axis(x_PTD, (batch["lengths"] - 1)[:, None, None], axis=1)[:, 0]
+    return x_PD, cache
+
+
+def with_room(cache_LPKUC, n: int, slots: int) -> jax.Array:
     """Return the cache of the prompts' n rows each, [L, B, K, U, C], with room for more slots."""
     # A compiled loop cannot grow it, so there is room for all that may come.
     cache_LBKUC = jnp.repeat(cache_LPKUC, n, axis=1)
@@ -357,7 +386,7 @@ def _likeliest(depth_BV, weights_BV, enough) -> jax.Array:
     return depth_BV <= high_B1
 
 
-def _completion(tokens_M, log_probs_M, stop_ids: tuple[int, ...]) -> Completion:
+def completion(tokens_M, log_probs_M, stop_ids: tuple[int, ...]) -> Completion:
     """Return what was drawn up to a token that ends it, or all of it."""
     eos_places = np.flatnonzero(np.isin(tokens_M, stop_ids))
     has_ended = len(eos_places) > 0

@@ -1,4 +1,4 @@
-"""Greedy sampling against transformers' generate."""
+"""Greedy sampling and beam search against transformers' generate."""
 
 import jax
 import numpy as np
@@ -7,6 +7,7 @@ import pytest
 from dpo_jax.models import families, hf, transformer
 from dpo_jax.models.loading import Model
 from dpo_jax.parallel import sharding
+from dpo_jax.sampling.beam import search
 from dpo_jax.sampling.sampler import Sampling, sample
 from tests.helpers import tiny_models
 from tests.helpers.tiny import random_pairs
@@ -60,3 +61,41 @@ def test_sample_greedy_equals_generate(variant, tmp_path):
         assert one.tokens.tolist() == whole[0, len(prompt) :].tolist()
         expected = log_probs[len(prompt) - 1 : -1].gather(1, whole[0, len(prompt) :, None])[:, 0]
         np.testing.assert_allclose(one.log_probs, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", ["gpt2", "mistral-window"])
+@pytest.mark.parametrize("beams", [2, 5])
+def test_beam_search_equals_generate(variant, beams, tmp_path):
+    """Prompts of several lengths, in more than one batch; some completions end by EOS."""
+    torch = pytest.importorskip("torch", reason="compares with transformers' torch models")
+    folder, mesh = tiny_models.write(variant, tmp_path), one_device()
+    config = families.from_hf(hf.read_config(folder))
+    params = hf.load(folder, config, sharding.param_shardings(mesh, transformer.abstract(config)))
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(2, 96, length).astype(np.int32) for length in (3, 11, 1, 7, 5)]
+    sampling = Sampling(8, beams=beams, batch_size=2 * beams)
+    model = tiny_models.torch_model(variant)
+    # More tokens end a completion, so that some do early.
+    stop_ids = tuple(range(1, 9))
+    ours = search(Model(config, params, None, mesh, 1, stop_ids[1:]), prompts, sampling)
+    ended = 0
+    for prompt, (one,) in zip(prompts, ours, strict=True):
+        with torch.no_grad():
+            whole = model.generate(
+                torch.tensor(prompt[None].astype(int)),
+                do_sample=False,
+                num_beams=beams,
+                length_penalty=0.0,
+                max_new_tokens=8,
+                pad_token_id=0,
+                eos_token_id=list(stop_ids),
+            )
+            log_probs = model(whole).logits[0].double().log_softmax(-1)
+        theirs = whole[0, len(prompt) :].tolist()
+        assert one.tokens.tolist() == theirs
+        expected = [
+            float(log_probs[len(prompt) - 1 + place, token]) for place, token in enumerate(theirs)
+        ]
+        np.testing.assert_allclose(one.log_probs, expected, atol=1e-4)
+        ended += one.ended
+    assert 0 < ended < len(prompts)

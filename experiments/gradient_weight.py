@@ -1,0 +1,198 @@
+"""Train the toy by DPO's gradient with its weight and without it.
+
+    python -m experiments.gradient_weight --workdir=DIR
+
+The gradient of DPO's loss of a pair is
+
+    -beta * weight * (gradient of log p(chosen) - gradient of log p(rejected))
+
+with the weight sigmoid(r(rejected) - r(chosen)) of implicit rewards (the paper's section 4). The
+paper says that without the weight the model degenerates. What is left then is beta times the
+gradient of the stage `unlikelihood` with alpha 1, so that is what is trained here, from the same
+model, on the same pairs in the same order, with the same learning rate. RMSprop does not see the
+factor beta; the norm that gradients are clipped to is divided by it.
+
+Each run is an ordinary run of configs/toy.py in DIR/seed-N; finished runs are reused. Writes
+DIR/gradient_weight.json, with the rows of all evaluations, and gradient_weight.png. Rewards and KLs
+are exact. It takes about a minute of one CPU core per seed.
+"""
+
+import json
+import pathlib
+
+from experiments.commands import in_workdir
+from experiments.toy_runs import bound_curve, evaluations_of, first_policy, one_thread
+
+METHODS = {"weighted": "DPO", "unweighted": "without the weight"}
+COLORS = {"weighted": "#1f4e9c", "unweighted": "crimson"}
+EVERY = 10  # steps between evaluations
+SEEDS = 3
+
+
+def config_of(method: str, seed: int):
+    """Return the config of one run, and the stage that trains it."""
+    from configs import toy
+
+    stage = "dpo" if method == "weighted" else "unlikelihood"
+    config = toy.get_config(stage)
+    config.seed = seed
+    block = config[stage]
+    block.eval_every = EVERY
+    if method == "unweighted":
+        beta = toy.get_config("dpo").dpo.beta
+        block.update(alpha=1.0, max_grad_norm=block.max_grad_norm / beta)
+    config.run = f"gradient_{method}"
+    return config
+
+
+def rows_of_seed(workdir: pathlib.Path, seed: int) -> list[dict]:
+    """Train a seed's two runs; return a row for each evaluation.
+
+    chosen, rejected: how much likelier the held-out responses are than under the reference, mean
+    over pairs, nats. gradient_weight: of DPO alone.
+    """
+    rows = []
+    for method in METHODS:
+        evaluations, _ = evaluations_of(config_of(method, seed), workdir / f"seed-{seed}")
+        first = evaluations[0]
+        for evaluation in evaluations:
+            changes = {}
+            for side in ("chosen", "rejected"):
+                name = f"logps_eval/{side}"
+                changes[side] = evaluation[name] - first[name]
+            rows.append(
+                dict(
+                    method=method,
+                    seed=seed,
+                    step=evaluation["step"],
+                    reward=evaluation["frontier/reward"],
+                    kl=evaluation["frontier/kl"],
+                    **changes,
+                    gradient_weight=evaluation.get("dpo_eval/gradient_weight"),
+                )
+            )
+        print(f"seed {seed}, {method}: {rows[-1]}", flush=True)
+    return rows
+
+
+def summary(rows: list[dict]) -> list[dict]:
+    """Return for each method the last values, and the highest reward on the way with its step.
+
+    Each is a mean with a 95 % interval over the seeds, as statistics.mean_interval.
+    """
+    from dpo_jax.evaluation.statistics import mean_interval
+
+    last_step = max(row["step"] for row in rows)
+    found = []
+    for method in METHODS:
+        of_method = [row for row in rows if row["method"] == method]
+        last = [row for row in of_method if row["step"] == last_step]
+        one = dict(method=method, step=last_step)
+        for name in ("reward", "kl", "chosen", "rejected"):
+            one[name] = mean_interval([row[name] for row in last])
+        best = []
+        for seed in sorted({row["seed"] for row in of_method}):
+            of_seed = [row for row in of_method if row["seed"] == seed]
+            best.append(max(of_seed, key=lambda row: row["reward"]))
+        one["best_reward"] = mean_interval([row["reward"] for row in best])
+        one["best_steps"] = [row["step"] for row in best]
+        found.append(one)
+    return found
+
+
+def table(found: list[dict]) -> str:
+    """Return the summary as a Markdown table."""
+    names = ("reward", "kl", "chosen", "rejected", "best_reward")
+    lines = [
+        "| gradient | reward | KL, nats | chosen, nats | rejected, nats | highest reward |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for one in found:
+        cells = [METHODS[one["method"]]]
+        cells += [_cell(one[name]) for name in names]
+        low, high = min(one["best_steps"]), max(one["best_steps"])
+        cells[-1] += f" (step {low})" if low == high else f" (steps {low} to {high})"
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(measured: dict) -> str:
+    half = "" if measured["high"] is None else f" ± {measured['high'] - measured['mean']:.2f}"
+    return f"{measured['mean']:.2f}{half}"
+
+
+def draw(path: pathlib.Path, rows: list[dict], curve: dict) -> None:
+    """Draw reward against KL, KL and log-probs over the steps, and the weight of DPO's gradient."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12.5, 7.6), dpi=110, layout="constrained")
+    (frontier, reward), (log_probs, weight) = figure.subplots(2, 2)
+    frontier.plot(
+        curve["kl"], curve["reward"], color="black", linewidth=1, label="highest possible"
+    )
+    styles = {"chosen": "-", "rejected": ":"}
+    for method, title in METHODS.items():
+        for seed in sorted({row["seed"] for row in rows}):
+            run = [row for row in rows if (row["method"], row["seed"]) == (method, seed)]
+            steps = [row["step"] for row in run]
+            label = title if seed == 0 else None
+            line = dict(color=COLORS[method], linewidth=1.1, alpha=0.85)
+            kls, rewards = [row["kl"] for row in run], [row["reward"] for row in run]
+            frontier.plot(kls, rewards, ".-", markersize=3, label=label, **line)
+            reward.plot(steps, rewards, label=label, **line)
+            for side, style in styles.items():
+                of_side = f"{title}, {side}" if seed == 0 else None
+                changes = [row[side] for row in run]
+                log_probs.plot(steps, changes, linestyle=style, label=of_side, **line)
+            if method == "weighted":
+                weights = [row["gradient_weight"] for row in run]
+                weight.plot(steps, weights, label=label, **line)
+    frontier.set(xlabel="KL(policy || reference), nats", ylabel="expected true reward")
+    reward.set(xlabel="step", ylabel="expected true reward")
+    log_probs.set(
+        xlabel="step", ylabel="log-prob of held-out responses\nless the reference's, nats"
+    )
+    log_probs.set_yscale("symlog", linthresh=1)
+    weight.set(xlabel="step", ylabel="mean weight of held-out pairs", ylim=(0, 0.55))
+    for axes in (frontier, reward, log_probs, weight):
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path)
+    figure.savefig(path.with_suffix(".pdf"))
+
+
+def run(folder: pathlib.Path, seeds: int) -> dict:
+    """Make the runs that are not done; write the rows and the figure, and print the table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for seed in range(seeds):
+        rows += rows_of_seed(folder, seed)
+    largest = max(row["kl"] for row in rows)
+    kls, bound = bound_curve(*first_policy(folder / "seed-0"), largest)
+    curve = dict(seed=0, kl=kls.tolist(), reward=bound.tolist())
+    result = dict(summary=summary(rows), rows=rows, bound=curve)
+    (folder / "gradient_weight.json").write_text(json.dumps(result, indent=1) + "\n")
+    draw(folder / "gradient_weight.png", rows, curve)
+    print(table(result["summary"]))
+    return result
+
+
+def main():
+    from absl import flags
+
+    from dpo_jax import command_line
+
+    workdir = flags.DEFINE_string("workdir", None, "Folder of the runs and the results.")
+    seeds = flags.DEFINE_integer("seeds", SEEDS, "How many: 0, 1, ...", lower_bound=1)
+    flags.mark_flags_as_required(["workdir"])
+
+    def compare():
+        one_thread()
+        with in_workdir(workdir.value) as folder:
+            run(pathlib.Path(folder), seeds.value)
+
+    command_line.run(compare, __doc__)
+
+
+if __name__ == "__main__":
+    main()
