@@ -84,7 +84,8 @@ ENCODING = (
     *("source", "max_length", "max_prompt_length", "truncate", "append_eos"),
     *("columns", "turns", "template", "ignore", "weight", "margin"),
 )
-SAMPLING = dict(max_new_tokens=128, temperature=1.0, top_k=0, top_p=1.0)  # generate's defaults
+# generate's defaults
+SAMPLING = dict(max_new_tokens=128, temperature=1.0, top_k=0, top_p=1.0, beams=0)
 # The stages that train on given examples; ppo samples what it learns from.
 OBJECTIVES = [name for name, stage in STAGES.items() if stage.trains and not stage.samples]
 
@@ -267,8 +268,8 @@ class Model:
         which part of it stays. tools: definitions of those that the model may call, for all
         prompts. template, ignore: as in config.data. date: what chat templates take for today;
         None: today. sampling: max_new_tokens (128), temperature (1.0; 0 takes the likeliest token),
-        top_k and top_p. As the command `sample`: a completion depends on its prompt, its index and
-        the seed alone.
+        top_k and top_p; or beams, above 0 for beam search, which draws nothing. As the command
+        `sample`: a completion depends on its prompt, its index and the seed alone.
         """
         self._check_usable("lm")
         if isinstance(prompts, str):

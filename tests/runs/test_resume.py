@@ -248,9 +248,9 @@ def test_run_that_loses_patience_ends_early_and_resumes_exactly(fields, tmp_path
     assert done["evaluation"]["rewards_eval/rejected"] == measured[4]
 
     # What was waited before the signal counts.
-    run_until_sigterm(8, fields, tmp_path / "killed")
+    run_until_sigterm(9, fields, tmp_path / "killed")
     assert_equal(run_here(fields, tmp_path / "killed"), whole)
-    assert "resuming after step 9" in capsys.readouterr().out
+    assert "resuming after step 10" in capsys.readouterr().out
 
     # A run that was killed after its last step trains no further.
     (whole / "done.json").rename(tmp_path / "done.json")
