@@ -2,14 +2,15 @@
 
     python -m experiments.reward_hacking --workdir=DIR
 
-A reward model is trained on few pairs, so that it is wrong about completions that they lack. PPO
-then maximises it, once with the KL penalty that adapts to a target and once with none
+A reward model is trained on few pairs, so that it is wrong about completions that they lack; and on
+very few. PPO then maximises it, once with the KL penalty that adapts to a target and once with none
 (ppo.init_kl_coef=0), and DPO is trained on the same pairs at a tiny beta. All completions can be
 enumerated, so the true reward, the learned one and the KL of each checkpoint are exact.
 
-Trains configs/toy.py in DIR/seed-N for each seed, and reuses the runs that are finished. Writes
-DIR/reward_hacking.json, with a row per reward model and per checkpoint, and the figure as
-DIR/reward_hacking.png and .pdf. It takes about a minute per seed and idle CPU core.
+Trains configs/toy.py in DIR/PROMPTS-SEED for each number of prompts that pairs are made for, and
+each seed, and reuses the runs that are finished. Writes DIR/reward_hacking.json, with a row per
+reward model and per checkpoint, and the figure as DIR/reward_hacking.png and .pdf. It takes about
+two minutes per seed and idle CPU core.
 """
 
 import contextlib
@@ -21,11 +22,12 @@ import time
 
 import numpy as np
 
+from dpo_jax.stage_table import STAGES
 from experiments import toy_runs
 from experiments.commands import in_workdir
 from experiments.implicit_reward import agreement
 
-PROMPTS = 300  # that pairs are sampled for, 6 of each; the toy's own run has 10,300
+PROMPTS = (50, 300)  # that pairs are sampled for, 6 of each; the toy's own run has 10,300
 # Run -> (method of configs/toy.py, changes of the stage's block, colour, name in the figure).
 RUNS = {
     "ppo_kl": ("ppo", {}, "tab:blue", "PPO, KL penalty adapts to 3 nats"),
@@ -63,7 +65,7 @@ class Completions:
         return found
 
 
-def config_of(name: str, seed: int):
+def config_of(name: str, prompts: int, seed: int):
     """Return the config of one of RUNS, and the stage that it is about."""
     from configs import toy
 
@@ -71,30 +73,35 @@ def config_of(name: str, seed: int):
     config = toy.get_config(stage)
     config.seed = seed
     config.run = name
-    config.pairs.prompts = PROMPTS
+    config.pairs.prompts = prompts
     every = STEPS[stage] // CHECKPOINTS
     config[stage].update(steps=STEPS[stage], eval_every=every, save_every=every, keep=CHECKPOINTS)
     config[stage].update(changes)
     return config, stage
 
 
-def run_seed(workdir: str, seed: int) -> list[dict]:
+def run_seed(workdir: str, prompts: int, seed: int) -> list[dict]:
     """Make a seed's runs that are not done; return its rows, that of the reward model first."""
     from dpo_jax.pipeline.stages import run_stages
 
-    folder = pathlib.Path(workdir) / f"seed-{seed}"
+    folder = pathlib.Path(workdir) / f"{prompts}-{seed}"
     for name in RUNS:
         began = time.monotonic()
-        config, _ = config_of(name, seed)
+        config, _ = config_of(name, prompts, seed)
         with contextlib.redirect_stdout(io.StringIO()):
             run_stages(config, str(folder))
-        print(f"seed {seed}: {name} ({time.monotonic() - began:.0f} s)", flush=True)
+        seconds = time.monotonic() - began
+        print(f"{prompts} prompts, seed {seed}: {name} ({seconds:.0f} s)", flush=True)
 
     reference_PC, true_PC = toy_runs.first_policy(folder)
     completions = Completions(reference_PC, true_PC, learned_rewards(folder))
-    rows = [reward_model_row(folder, seed, completions)]
+    about = dict(prompts=prompts, seed=seed)
+    rows = [about | reward_model_row(folder, completions)]
     for name in RUNS:
-        rows += rows_of(folder, name, seed, completions)
+        config, stage = config_of(name, prompts, seed)
+        for row in rows_of(folder / name, stage, completions):
+            progress = row["step"] / config[stage].steps
+            rows.append(about | dict(run=name, progress=progress) | row)
     return rows
 
 
@@ -113,13 +120,12 @@ def learned_rewards(folder: pathlib.Path) -> np.ndarray:
     return np.stack(learned)
 
 
-def reward_model_row(folder: pathlib.Path, seed: int, completions: Completions) -> dict:
+def reward_model_row(folder: pathlib.Path, completions: Completions) -> dict:
     """Return how well the learned reward agrees with the true one, and its held-out accuracy."""
     from dpo_jax.training.metrics import read_rows
 
     last = read_rows(folder / "rm" / "metrics.jsonl")[-1]
-    row = dict(run="rm", seed=seed, prompts=PROMPTS)
-    row["accuracy"] = last["rewards_eval/accuracies"]
+    row = dict(run="rm", accuracy=last["rewards_eval/accuracies"])
     weights = {
         "reference": np.exp(completions.reference_PC),
         "uniform": np.full(completions.true_PC.shape, 1 / completions.true_PC.shape[-1]),
@@ -130,7 +136,7 @@ def reward_model_row(folder: pathlib.Path, seed: int, completions: Completions) 
     return row
 
 
-def rows_of(folder: pathlib.Path, name: str, seed: int, completions: Completions) -> list[dict]:
+def rows_of(trained: pathlib.Path, stage: str, completions: Completions) -> list[dict]:
     """Return a row for each checkpoint of a run, and one for the reference that it starts from."""
     from dpo_jax.data import toy
     from dpo_jax.evaluation import exact
@@ -138,12 +144,11 @@ def rows_of(folder: pathlib.Path, name: str, seed: int, completions: Completions
     from dpo_jax.parallel import sharding
     from dpo_jax.training import checkpoint
 
-    config, stage = config_of(name, seed)
-    model = loading.open_checkpoint(str(folder / "sft" / "hf")).config
-    trained = dataclasses.replace(model, head="lm_value") if stage == "ppo" else model
-    shapes = transformer.abstract(trained)
+    model = loading.open_checkpoint(str(trained / "hf")).config
+    with_head = dataclasses.replace(model, head=STAGES[stage].head)
+    shapes = transformer.abstract(with_head)
     placed = sharding.param_shardings(sharding.make_mesh(), shapes)
-    checkpoints = folder / name / "checkpoints"
+    checkpoints = trained / "checkpoints"
 
     policies = {0: completions.reference_PC}
     for step in checkpoint.saved_steps(checkpoints):
@@ -151,64 +156,77 @@ def rows_of(folder: pathlib.Path, name: str, seed: int, completions: Completions
         policies[step] = exact.enumerate_log_probs(model, params, toy.PROMPTS)
     rows = []
     for step, policy_PC in sorted(policies.items()):
-        about = dict(run=name, seed=seed, step=step, progress=step / config[stage].steps)
-        rows.append(about | completions.measure(policy_PC))
+        rows.append(dict(step=step) | completions.measure(policy_PC))
     return rows
 
 
 def table(rows: list[dict]) -> str:
-    """Return each run's best and last checkpoint by the true reward, over the seeds."""
-    heading = (
-        f"{'run':<16}{'seed':>5}{'KL':>8}{'learned':>9}{'true':>8}{'best true':>11}{'at KL':>8}"
-    )
+    """Return each run's last checkpoint, and the best one by the true reward, for every seed."""
     lines = []
     for row in rows:
         if row["run"] == "rm":
             lines.append(
-                f"reward model of seed {row['seed']}: held-out accuracy {row['accuracy']:.3f}, "
-                f"correlation {row['correlation_reference']:.3f} by the reference, "
-                f"{row['correlation_uniform']:.3f} over all completions alike"
+                f"reward model of {row['prompts']} prompts, seed {row['seed']}: held-out accuracy "
+                f"{row['accuracy']:.3f}, correlation {row['correlation_reference']:.3f} by the "
+                f"reference, {row['correlation_uniform']:.3f} over all completions alike"
             )
-    lines.append(heading)
-    for name in RUNS:
-        for seed in sorted({row["seed"] for row in rows}):
-            of_run = [row for row in rows if (row["run"], row["seed"]) == (name, seed)]
-            last, best = of_run[-1], max(of_run, key=lambda row: row["true_reward"])
-            lines.append(
-                f"{name:<16}{seed:>5}{last['kl']:>8.2f}{last['learned_reward']:>9.2f}"
-                f"{last['true_reward']:>8.2f}{best['true_reward']:>11.2f}{best['kl']:>8.2f}"
-            )
+    heading = f"{'prompts':<9}{'run':<15}{'seed':>4}{'KL':>8}{'learned':>9}{'true':>8}"
+    lines.append(f"{heading}{'best true':>11}{'at KL':>8}")
+    runs = {}
+    for row in rows:
+        if row["run"] in RUNS:
+            runs.setdefault((row["prompts"], row["run"], row["seed"]), []).append(row)
+    for (prompts, name, seed), of_run in sorted(runs.items()):
+        last, best = of_run[-1], max(of_run, key=lambda row: row["true_reward"])
+        lines.append(
+            f"{prompts:<9}{name:<15}{seed:>4}{last['kl']:>8.2f}{last['learned_reward']:>9.2f}"
+            f"{last['true_reward']:>8.2f}{best['true_reward']:>11.2f}{best['kl']:>8.2f}"
+        )
     return "\n".join(lines)
 
 
 def draw(paths: list[pathlib.Path], rows: list[dict]) -> None:
-    """Draw each of PANELS over training: a thin line per seed, and a thick one, their mean."""
+    """Draw PANELS over training, a row for each number of prompts.
+
+    A thin line is a seed, and a thick one the mean of the seeds.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13.2, 4.4), dpi=130, layout="constrained")
-    for axes, (measure, title) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
-        for name, (_, _, color, label) in RUNS.items():
-            lines = {}
-            for row in rows:
-                if row["run"] == name:
-                    lines.setdefault(row["seed"], []).append((row["progress"], row[measure]))
-            points_SX2 = np.array(list(lines.values()))
-            progress_X = points_SX2[0, :, 0]
-            for values_X in points_SX2[:, :, 1]:
-                axes.plot(progress_X, values_X, color=color, linewidth=0.7, alpha=0.5)
-            mean_X = points_SX2[:, :, 1].mean(axis=0)
-            axes.plot(progress_X, mean_X, color=color, linewidth=2, marker="o", ms=3, label=label)
-        axes.set(title=title, xlabel="share of the training that is done")
-        axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    sizes = sorted({row["prompts"] for row in rows})
+    figure = Figure(figsize=(13.2, 4.0 * len(sizes)), dpi=110, layout="constrained")
+    all_axes = figure.subplots(len(sizes), len(PANELS), squeeze=False, sharex=True, sharey="col")
+    for prompts, of_size in zip(sizes, all_axes, strict=True):
+        of_prompts = [row for row in rows if row["prompts"] == prompts]
+        for axes, (measure, title) in zip(of_size, PANELS.items(), strict=True):
+            for name in RUNS:
+                _draw_run(axes, [row for row in of_prompts if row["run"] == name], name, measure)
+            axes.set_title(f"{title}\n{6 * prompts:,} pairs", fontsize=10)
+            axes.grid(alpha=0.3)
+    for axes in all_axes[-1]:
+        axes.set_xlabel("share of the training that is done")
+    all_axes[0, -1].legend(frameon=False)
     for path in paths:
         figure.savefig(path)
+
+
+def _draw_run(axes, rows: list[dict], name: str, measure: str) -> None:
+    """Draw a measure of one of RUNS over training, by seeds."""
+    _, _, color, label = RUNS[name]
+    lines = {}
+    for row in rows:
+        lines.setdefault(row["seed"], []).append((row["progress"], row[measure]))
+    points_SX2 = np.array(list(lines.values()))
+    progress_X = points_SX2[0, :, 0]
+    for values_X in points_SX2[:, :, 1]:
+        axes.plot(progress_X, values_X, color=color, linewidth=0.7, alpha=0.5)
+    mean_X = points_SX2[:, :, 1].mean(axis=0)
+    axes.plot(progress_X, mean_X, color=color, linewidth=2, marker="o", markersize=3, label=label)
 
 
 def run(folder: pathlib.Path, seeds: int, jobs: int) -> list[dict]:
     """Make the runs that are not done; write reward_hacking.json, .png and .pdf."""
     folder.mkdir(parents=True, exist_ok=True)
-    tasks = [(str(folder), seed) for seed in range(seeds)]
+    tasks = [(str(folder), prompts, seed) for prompts in PROMPTS for seed in range(seeds)]
     rows = toy_runs.rows_of_tasks(run_seed, tasks, jobs)
     (folder / "reward_hacking.json").write_text(json.dumps(rows, indent=1) + "\n")
     draw([folder / f"reward_hacking.{suffix}" for suffix in ("png", "pdf")], rows)
