@@ -163,7 +163,8 @@ def sampling(
     # float32, 4 bytes each: the logits, what is drawn from, and the sums of that.
     logits = 3 * 4 * rows * config.vocab / tensor
     gathered_layers = 2 * _weights(config) / config.layers * itemsize / tensor
-    taken = int(cache + copied + logits + gathered_layers)
+    # Compiled for a CPU, the loop has a second cache, that each token's is written into.
+    taken = int(2 * cache + copied + logits + gathered_layers)
     return dataclasses.replace(once, memory=moved), taken
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import toy
-from dpo_jax import config as configs
+from dpo_jax import config_files
 from dpo_jax.models import loading
 from dpo_jax.parallel import sharding
 from dpo_jax.pipeline.run import Run
@@ -287,9 +287,10 @@ def test_ppo_of_llama_with_reward_model(model, pairs, tmp_path, capsys):
     """rm on pairs of text, then ppo on its own completions, evaluated while it trains, on a mesh of
     four devices.
 
-    Both by adapters, beside which the reward's and the value's heads are trained whole.
+    Both by adapters, beside which the reward's and the value's heads are trained whole. Then ppo
+    again, on the path of that reward model.
     """
-    config = configs.default(("rm", "ppo", "evaluate"))
+    config = config_files.load("ppo")
     base = dpo_config(model, pairs)
     config.model, config.data = base.model, base.data
     config.model.lora.rank = 2
@@ -300,8 +301,7 @@ def test_ppo_of_llama_with_reward_model(model, pairs, tmp_path, capsys):
     config.ppo.update(
         batch_size=16, minibatch_size=16, steps=3, lr=1e-3, eval_every=3, save_every=3
     )
-    # People's preferences: no other reward is known.
-    config.reward.update(kind="rm", path="", batch_size=16)
+    config.reward.batch_size = 16
     config.sampling.update(max_new_tokens=6, batch_size=16)
     config.evaluate.update(prompts=12, show=2)
     with on_devices(4):
@@ -322,3 +322,12 @@ def test_ppo_of_llama_with_reward_model(model, pairs, tmp_path, capsys):
         assert lines[0] == f"--- {sampled[0]['prompt']!r}"
         assert lines[1].endswith(f") {sampled[0]['completion']!r}")
         assert lines[2].startswith("--- ") and not lines[4].startswith("--- ")
+
+    of_path = config.copy_and_resolve_references()
+    of_path.stages, of_path.run = ("ppo",), "path"
+    of_path.reward.update(kind="model", path=str(tmp_path / "rm" / "hf"))
+    of_path.ppo.update(reward="true", steps=1)
+    with on_devices(4):
+        first, step = rows_without_timings(run(of_path, tmp_path))[:2]
+    for name in ("ppo_train/reward", "ppo_train/kl", "ppo_train/value_loss"):
+        assert step[name] == rows[1][name]

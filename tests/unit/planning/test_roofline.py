@@ -37,7 +37,7 @@ def test_sampling_by_hand():
     assert work.memory == passes * 4 * weights + 2 * 12 * cache
     assert work.collectives == {"all-gather": (0, passes * 4 * weights * 3 / 4)}
     logits = 3 * 4 * 3 * SCRATCH["vocab_size"]
-    assert taken == int(cache + 3 * 16 * of_token + logits + 2 * (weights / 2) * 4)
+    assert taken == int(2 * cache + 3 * 16 * of_token + logits + 2 * (weights / 2) * 4)
 
 
 def test_rows_in_two_parts_by_hand():
