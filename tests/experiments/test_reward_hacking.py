@@ -1,0 +1,62 @@
+"""The experiment on reward hacking: its runs, what it measures, and what it draws."""
+
+import numpy as np
+import pytest
+
+from dpo_jax import config as configs
+from dpo_jax import config_checks
+from experiments import reward_hacking
+
+
+def test_runs_share_a_reward_model():
+    """And differ in the penalty alone: a weight of 0 stays 0, whatever the target."""
+    shared = {}
+    found = {}
+    for name in reward_hacking.RUNS:
+        config, stage = reward_hacking.config_of(name, 300, 1)
+        config_checks.validate(config)
+        found[name] = config[stage]
+        assert config[stage].steps % config[stage].eval_every == 0
+        for before in ("sft", "pairs", "rm"):
+            if before in config.stages:
+                fields = configs.dependencies(config, before)
+                assert shared.setdefault(before, fields) == fields
+    assert shared.keys() == {"sft", "pairs", "rm"}
+    assert found["ppo_kl"].init_kl_coef > 0 == found["ppo_no_kl"].init_kl_coef
+    found["ppo_no_kl"].init_kl_coef = found["ppo_kl"].init_kl_coef
+    assert found["ppo_no_kl"] == found["ppo_kl"]
+
+
+def test_measure_by_hand():
+    """Of one prompt with two completions, of which the policy always gives the second."""
+    reference_PC = np.log([[0.75, 0.25]])
+    true_PC, learned_PC = np.array([[1.0, 3.0]]), np.array([[10.0, 6.0]])
+    completions = reward_hacking.Completions(reference_PC, true_PC, learned_PC)
+    start = completions.measure(reference_PC)
+    assert start == pytest.approx(dict(kl=0, true_reward=0, learned_reward=0))
+    policy_PC = np.log([[1e-12, 1 - 1e-12]])
+    assert completions.measure(policy_PC) == pytest.approx(
+        dict(kl=np.log(4), true_reward=3 - 1.5, learned_reward=6 - 9.0), abs=1e-9
+    )
+
+
+def test_table_and_figure(tmp_path):
+    """The best checkpoint by the true reward is not the last one, where the policy hacks."""
+    rows = []
+    for seed in (0, 1):
+        rows.append(
+            dict(run="rm", prompts=50, seed=seed, accuracy=0.75)
+            | dict(correlation_reference=0.9, correlation_uniform=0.6)
+        )
+        for name in reward_hacking.RUNS:
+            for step, true in ((0, 0.0), (5, 2.25), (10, 1.5)):
+                about = dict(prompts=50, seed=seed, run=name, step=step, progress=step / 10)
+                rows.append(about | dict(kl=step / 2, true_reward=true, learned_reward=step / 4))
+    lines = reward_hacking.table(rows).splitlines()
+    assert lines[0].startswith("reward model of 50 prompts, seed 0: held-out accuracy 0.750")
+    assert lines[-1].split() == ["50", "ppo_no_kl", "1", "5.00", "2.50", "1.50", "2.25", "2.50"]
+    assert len(lines) == 2 + 1 + 2 * len(reward_hacking.RUNS)
+    paths = [tmp_path / "figure.png", tmp_path / "figure.pdf"]
+    reward_hacking.draw(paths, rows)
+    assert paths[0].read_bytes().startswith(b"\x89PNG")
+    assert paths[1].read_bytes().startswith(b"%PDF")
