@@ -403,9 +403,11 @@ def _ppo(record: Record) -> Found:
     found = []
     target = record.number("target_kl") or math.inf
     if end_of(kl) >= ABOVE_TARGET * target:
+        remedy = "Lower lr, or kl_horizon."
+        if record.number("init_kl_coef") == 0:
+            remedy = "As init_kl_coef is 0, there is no KL penalty to hold it; set another."
         found += _warning(
-            f"The KL is {end_of(kl):.3g} nats at the end, and target_kl is {target:g}. Lower lr, "
-            "or kl_horizon.",
+            f"The KL is {end_of(kl):.3g} nats at the end, and target_kl is {target:g}. {remedy}",
             PPO,
         )
     if clipped and end_of(clipped) >= MOSTLY_CLIPPED:

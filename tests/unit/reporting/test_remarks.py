@@ -361,11 +361,13 @@ def test_fewer_ends():
 
 
 def test_ppo():
-    def of(kl=1.0, clipped=0.1):
+    def of(kl=1.0, clipped=0.1, **fields):
         rows = training(ppo_train__kl=kl, ppo_train__clipped=clipped)
-        return said("PPO's KL and clipping", record("ppo", rows=rows, target_kl=6.0))
+        return said("PPO's KL and clipping", record("ppo", rows=rows, target_kl=6.0, **fields))
 
-    assert "The KL is 12 nats at the end, and target_kl is 6" in of(kl=6 * friend.ABOVE_TARGET)
+    far = 6 * friend.ABOVE_TARGET
+    assert "The KL is 12 nats at the end, and target_kl is 6. Lower lr" in of(kl=far)
+    assert "As init_kl_coef is 0, there is no KL penalty" in of(kl=far, init_kl_coef=0.0)
     assert of(kl=5.9 * friend.ABOVE_TARGET) == ""
     assert "50% of the tokens are clipped" in of(clipped=friend.MOSTLY_CLIPPED)
     assert of(clipped=0.49) == ""
