@@ -9,8 +9,8 @@ enumerated, so the true reward, the learned one and the KL of each checkpoint ar
 
 Trains configs/toy.py in DIR/PROMPTS-SEED for each number of prompts that pairs are made for, and
 each seed, and reuses the runs that are finished. Writes DIR/reward_hacking.json, with a row per
-reward model and per checkpoint, and the figure as DIR/reward_hacking.png and .pdf. It takes about
-two minutes per seed and idle CPU core.
+reward model and per checkpoint, the figure as DIR/reward_hacking.png and .pdf, and a table of how
+the runs end as .csv, .md and .tex. It takes about two minutes per seed and idle CPU core.
 """
 
 import contextlib
@@ -22,6 +22,8 @@ import time
 
 import numpy as np
 
+from dpo_jax.evaluation import tables
+from dpo_jax.evaluation.tables import Column
 from dpo_jax.stage_table import STAGES
 from experiments import toy_runs
 from experiments.commands import in_workdir
@@ -36,6 +38,18 @@ RUNS = {
 }
 STEPS = {"ppo": 60, "dpo": 240}
 CHECKPOINTS = 12  # of each run, after equal numbers of steps
+PAIRS_OF_PROMPT = 6  # every two of its 4 completions
+COLUMNS = [
+    Column("pairs", "pairs", ",d"),
+    Column("run", "run"),
+    Column("seed", "seed", "d"),
+    Column("KL", "kl", ".2f"),
+    Column("learned reward", "learned_reward", ".2f"),
+    Column("true reward", "true_reward", ".2f"),
+    Column("best true reward", "best_true_reward", ".2f"),
+    Column("at KL", "best_kl", ".2f"),
+    Column("lost since", "lost", ".2f"),
+]
 PANELS = {  # against the share of the training that is done
     "learned_reward": "learned reward, less the reference's",
     "true_reward": "true reward, less the reference's",
@@ -160,29 +174,29 @@ def rows_of(trained: pathlib.Path, stage: str, completions: Completions) -> list
     return rows
 
 
-def table(rows: list[dict]) -> str:
-    """Return each run's last checkpoint, and the best one by the true reward, for every seed."""
-    lines = []
-    for row in rows:
-        if row["run"] == "rm":
-            lines.append(
-                f"reward model of {row['prompts']} prompts, seed {row['seed']}: held-out accuracy "
-                f"{row['accuracy']:.3f}, correlation {row['correlation_reference']:.3f} by the "
-                f"reference, {row['correlation_uniform']:.3f} over all completions alike"
-            )
-    heading = f"{'prompts':<9}{'run':<15}{'seed':>4}{'KL':>8}{'learned':>9}{'true':>8}"
-    lines.append(f"{heading}{'best true':>11}{'at KL':>8}")
+def summary(rows: list[dict]) -> list[dict]:
+    """Return a row per run: its last checkpoint, and its best one by the true reward."""
     runs = {}
     for row in rows:
         if row["run"] in RUNS:
             runs.setdefault((row["prompts"], row["run"], row["seed"]), []).append(row)
+    found = []
     for (prompts, name, seed), of_run in sorted(runs.items()):
         last, best = of_run[-1], max(of_run, key=lambda row: row["true_reward"])
-        lines.append(
-            f"{prompts:<9}{name:<15}{seed:>4}{last['kl']:>8.2f}{last['learned_reward']:>9.2f}"
-            f"{last['true_reward']:>8.2f}{best['true_reward']:>11.2f}{best['kl']:>8.2f}"
+        found.append(
+            dict(
+                pairs=PAIRS_OF_PROMPT * prompts,
+                run=name,
+                seed=seed,
+                kl=last["kl"],
+                learned_reward=last["learned_reward"],
+                true_reward=last["true_reward"],
+                best_true_reward=best["true_reward"],
+                best_kl=best["kl"],
+                lost=best["true_reward"] - last["true_reward"],
+            )
         )
-    return "\n".join(lines)
+    return found
 
 
 def draw(paths: list[pathlib.Path], rows: list[dict]) -> None:
@@ -200,7 +214,7 @@ def draw(paths: list[pathlib.Path], rows: list[dict]) -> None:
         for axes, (measure, title) in zip(of_size, PANELS.items(), strict=True):
             for name in RUNS:
                 _draw_run(axes, [row for row in of_prompts if row["run"] == name], name, measure)
-            axes.set_title(f"{title}\n{6 * prompts:,} pairs", fontsize=10)
+            axes.set_title(f"{title}\n{PAIRS_OF_PROMPT * prompts:,} pairs", fontsize=10)
             axes.grid(alpha=0.3)
     for axes in all_axes[-1]:
         axes.set_xlabel("share of the training that is done")
@@ -230,7 +244,8 @@ def run(folder: pathlib.Path, seeds: int, jobs: int) -> list[dict]:
     rows = toy_runs.rows_of_tasks(run_seed, tasks, jobs)
     (folder / "reward_hacking.json").write_text(json.dumps(rows, indent=1) + "\n")
     draw([folder / f"reward_hacking.{suffix}" for suffix in ("png", "pdf")], rows)
-    print(table(rows))
+    tables.write(folder / "reward_hacking", summary(rows), COLUMNS)
+    print(tables.to_markdown(summary(rows), COLUMNS))
     return rows
 
 

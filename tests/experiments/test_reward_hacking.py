@@ -52,10 +52,12 @@ def test_table_and_figure(tmp_path):
             for step, true in ((0, 0.0), (5, 2.25), (10, 1.5)):
                 about = dict(prompts=50, seed=seed, run=name, step=step, progress=step / 10)
                 rows.append(about | dict(kl=step / 2, true_reward=true, learned_reward=step / 4))
-    lines = reward_hacking.table(rows).splitlines()
-    assert lines[0].startswith("reward model of 50 prompts, seed 0: held-out accuracy 0.750")
-    assert lines[-1].split() == ["50", "ppo_no_kl", "1", "5.00", "2.50", "1.50", "2.25", "2.50"]
-    assert len(lines) == 2 + 1 + 2 * len(reward_hacking.RUNS)
+    found = reward_hacking.summary(rows)
+    assert [row["run"] for row in found] == sorted(2 * list(reward_hacking.RUNS))
+    expected = dict(kl=5, learned_reward=2.5, true_reward=1.5, best_true_reward=2.25, best_kl=2.5)
+    for row in found:
+        assert row["pairs"] == 300
+        assert row == row | expected | dict(lost=0.75)
     paths = [tmp_path / "figure.png", tmp_path / "figure.pdf"]
     reward_hacking.draw(paths, rows)
     assert paths[0].read_bytes().startswith(b"\x89PNG")
