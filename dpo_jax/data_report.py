@@ -16,6 +16,7 @@ import pathlib
 import shlex
 import sys
 import textwrap
+from collections.abc import Sequence
 
 import numpy as np
 from absl import flags
@@ -23,7 +24,7 @@ from ml_collections import ConfigDict
 
 from dpo_jax import command_line, config_checks, config_files, stage_table
 from dpo_jax import config as configs
-from dpo_jax.data import batches, dataset, survey, toy
+from dpo_jax.data import batches, dataset, leaks, survey, toy
 from dpo_jax.data import tokenizer as tokenizers
 from dpo_jax.data.ledger import CHAT_LINES, Counts
 from dpo_jax.data.survey import Cut, Piece, ShownRow, Survey
@@ -91,8 +92,17 @@ class Style:
         return f"{code}{text}{PLAIN}" if self._has_colours else text
 
 
-def report(found: Survey, title: str, advice: Advice, style: Style) -> str:
-    """Return the report as text."""
+def report(
+    found: Survey,
+    title: str,
+    advice: Advice,
+    style: Style,
+    leaked: Sequence[leaks.Leak] = (),
+) -> str:
+    """Return the report as text.
+
+    leaked: of a run with several data sets, the held-out prompts of each that any stage trains on.
+    """
     blocks = [
         [style.heading(title), *_splits(found)],
         _sets(found, style),
@@ -100,6 +110,7 @@ def report(found: Survey, title: str, advice: Advice, style: Style) -> str:
         _lengths(found, style),
         _prompts(found, style),
         _repeats(found, style),
+        leaks.table(leaked).splitlines(),
         _cuts(found, style),
         *[_shown(row, style) for row in found.rows],
         [style.heading("To train on it"), *_command(advice.command), *_notes(advice.reasons)],
@@ -728,15 +739,25 @@ def main():
             opened, positions = open_tokenizer(config.model.path, config.model.tokenizer)
             setup = dataclasses.replace(setup, positions=positions)
         found, advice = look(setup, kind.value, opened, shown=shown.value)
+        leaked = _leaks(config) if setup.choice else []
 
         # https://no-color.org: whoever sets the variable wants none.
         has_colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-        print(report(found, _title(found, config), advice, Style(has_colours)))
+        print(report(found, _title(found, config), advice, Style(has_colours), leaked))
         if out.value:
             with whole_file(out.value) as draft:
-                draft.write_text(json.dumps(to_dict(found, advice), indent=2) + "\n")
+                values = to_dict(found, advice) | dict(leaks=leaks.to_dict(leaked))
+                draft.write_text(json.dumps(values, indent=2) + "\n")
 
     command_line.run(show_data, __doc__, config=config_flags, positional="PATH")
+
+
+def _leaks(config: ConfigDict) -> list[leaks.Leak]:
+    """Return the leaks between the data sets of a run; none where it has one, as Repeats tells."""
+    if not config.data.sft_path:
+        return []
+    seen = leaks.read_run(config)
+    return leaks.of_run(seen) if len(seen) > 1 else []
 
 
 def _check_folder(out: str) -> None:

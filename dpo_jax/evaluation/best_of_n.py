@@ -50,7 +50,9 @@ def write(
     ranked_PM = true_PM
     if ranking is not true:
         ranked_PM = ranking(prompt_texts, texts, tokens).reshape(true_PM.shape)
-    result = [dict(n=n) | frontier.best_of_n(true_PM, ranked_PM, n) for n in counts]
+    result = []
+    for n in counts:
+        result.append(dict(n=n) | frontier.best_of_n(true_PM, ranked_PM, n, prompts.clusters))
     write_json(folder / "best_of_n.json", result)
     for row in result:
         say("best_of_n: " + json.dumps(row))

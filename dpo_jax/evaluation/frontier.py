@@ -82,10 +82,11 @@ def _optimum(rewards_PM, beta: float) -> tuple[np.ndarray, np.ndarray]:
     return kl_P, (weights_PM * rewards_PM).sum(axis=-1)
 
 
-def best_of_n(rewards_PM, ranking_PM, n: int) -> dict[str, float]:
+def best_of_n(rewards_PM, ranking_PM, n: int, clusters_P=None) -> dict[str, float | None]:
     """Estimate the true reward of the best of n samples, its standard error and a bound of its KL.
 
-    rewards_PM: true rewards. ranking_PM: the reward that picks the best.
+    rewards_PM: true rewards. ranking_PM: the reward that picks the best. clusters_P: as for
+    `statistics.standard_error`.
 
     The reward is averaged over all subsets of n of the M samples, so it is unbiased: the m-th
     lowest sample is the best of C(m - 1, n - 1) of the C(M, n) subsets. The KL,
@@ -105,6 +106,6 @@ def best_of_n(rewards_PM, ranking_PM, n: int) -> dict[str, float]:
     reward_P = np.einsum("PM,M->P", ordered_PM, share_M)
     return dict(
         reward=float(reward_P.mean()),
-        reward_se=float(reward_P.std(ddof=1) / math.sqrt(len(reward_P))),
+        reward_se=statistics.standard_error(reward_P, clusters_P),
         kl=math.log(n) - (n - 1) / n,
     )

@@ -15,6 +15,7 @@ import numpy as np
 
 from dpo_jax.data import packing
 from dpo_jax.data.examples import Example
+from dpo_jax.evaluation import statistics
 from dpo_jax.models.inference import map_tokens
 from dpo_jax.models.loading import Model
 from dpo_jax.models.log_probs import token_kls
@@ -35,7 +36,8 @@ def evaluate(
 
     reference: its weights. sampling: one completion per prompt, at temperature 1. The values are
     frontier/reward, /kl (exact per step) and /kl_sampled (log-ratios), each with its standard error
-    (_se), and /length (tokens), /eos_rate and /repetition.
+    (_se, clustered by prompt; without it where all rows have one prompt), and /length (tokens),
+    /eos_rate and /repetition.
     """
     # sampling.n is 1.
     drawn = [completion for (completion,) in sampler.sample(model, prompts.ids, sampling)]
@@ -55,7 +57,9 @@ def evaluate(
     )
     values = {f"frontier/{name}": float(values_B.mean()) for name, values_B in found.items()}
     for name in ("reward", "kl", "kl_sampled"):
-        values[f"frontier/{name}_se"] = float(found[name].std(ddof=1) / np.sqrt(len(tokens)))
+        error = statistics.standard_error(found[name], prompts.clusters)
+        if error is not None:
+            values[f"frontier/{name}_se"] = error
     rows = []
     for index, (prompt, text) in enumerate(zip(prompts.texts, texts, strict=True)):
         measured = dict(

@@ -75,6 +75,17 @@ def clustered_error(values_N: np.ndarray, clusters_N: np.ndarray) -> float | Non
     return float(np.sqrt(variance) / len(values_N))
 
 
+def standard_error(values_N: np.ndarray, clusters_N: np.ndarray | None = None) -> float | None:
+    """Return the standard error of a mean, clustered where several values share a prompt.
+
+    clusters_N: a number for each value, equal for equal prompts; None: the values are independent.
+    None where there is one prompt.
+    """
+    if clusters_N is not None and len(np.unique(clusters_N)) < len(values_N):
+        return clustered_error(values_N, clusters_N)
+    return float(np.std(values_N, ddof=1) / np.sqrt(len(values_N)))
+
+
 def clustered_interval(values, clusters) -> dict:
     """Return mean, se, low and high of values that may be alike within a cluster, and n clusters.
 

@@ -5,6 +5,7 @@ compared with the stages of the run before it. Models that the run starts from, 
 the same WORKDIR, are not looked at.
 """
 
+import dataclasses
 import functools
 import pathlib
 
@@ -68,8 +69,11 @@ def judged(run, stage: str, prompts: dict[str, Prompts]) -> Prompts:
     """
     held_out = prompts["eval"]
     data = run.config.data
-    # The toy has four prompts, which are all trained on: it is measured on fresh completions.
-    if held_out.hashes is None or data.source == "toy" or data.on_leak == "allow":
+    # The toy has four prompts, which are all trained on, and draws that of each row anew: what is
+    # measured is fresh completions, and rows with one prompt are independent.
+    if data.source == "toy":
+        return dataclasses.replace(held_out, hashes=None)
+    if held_out.hashes is None or data.on_leak == "allow":
         return held_out
     if data.on_leak == "drop":
         # Also those that other methods of the same data would train on, so that all judge the same.
@@ -105,7 +109,7 @@ def record_judged(run, stage: str, asked: Prompts, training: Prompts) -> None:
         seen, unknown = _seen(run, stage)
         leak = leaks.leak(_name(run, folder), asked.hashes, seen)
         found = leaks.to_dict([leak], unknown)
-        if leak.normalised and run.config.data.source != "toy":
+        if leak.normalised:
             warn(
                 f"{stage}: {leak.normalised:,} of {leak.prompts:,} prompts that are judged are "
                 f"trained on ({leak.told()}), as config.data.on_leak=allow takes them."

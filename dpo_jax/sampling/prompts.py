@@ -34,6 +34,11 @@ class Prompts:
         return len(self.ids)
 
     @property
+    def clusters(self) -> np.ndarray | None:
+        """A number of each prompt, equal for rows of one prompt of the data; None: not known."""
+        return None if self.hashes is None else self.hashes.exact
+
+    @property
     def fingerprint(self) -> str:
         """The sha256 of all ids, and of where each prompt ends."""
         numbers = np.concatenate([[len(self), *map(len, self.ids)], *self.ids])

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from dpo_jax import config as configs
-from dpo_jax.data import toy
+from dpo_jax import data_report
+from dpo_jax.data import leaks, toy
 from dpo_jax.pipeline import leak_checks
 from dpo_jax.pipeline.run import Run
 from dpo_jax.pipeline.stages import run_stages
@@ -70,6 +71,23 @@ def test_prompts_of_another_data_set_are_counted(files, tmp_path, capsys):
         prompts=10 + LEAKED, exact=LEAKED // 2, normalised=LEAKED, by=dict(dpo=LEAKED)
     )
     assert f"(dpo trains on {LEAKED})" in capsys.readouterr().out
+
+
+def test_data_command_counts_the_same_before_a_run(files):
+    """dpo-jax data --config=NAME reads the texts of all data sets."""
+    config = config_of(files, ("sft", "dpo"))
+    found = leaks.of_run(leaks.read_run(config))
+    sft, dpo = found
+    assert (sft.held_out, sft.prompts, sft.exact) == ("sft", 10 + LEAKED, LEAKED // 2)
+    assert sft.by == dict(dpo=LEAKED) and not dpo.normalised
+    setup = data_report.Setup("dpo", config, {})
+    survey, advice = data_report.look(setup, "auto", None, shown=0)
+    leaked = data_report._leaks(config)
+    assert leaked == found
+    text = data_report.report(survey, "", advice, data_report.Style(False), leaked)
+    assert f"(dpo trains on {LEAKED})" in text
+    config.data.sft_path = ""  # one data set, of which Repeats tells
+    assert not data_report._leaks(config)
 
 
 def test_stages_of_an_earlier_version_are_named(files, tmp_path):
@@ -137,7 +155,9 @@ def test_toy_is_exempt(tmp_path):
     seen = dict(train=prompts["train"].hashes, eval=prompts["eval"].hashes)
     found = leak_checks.report(run, "sft", "toy", seen)
     assert found["held_out"]["sft"] == dict(prompts=4, exact=4, normalised=4, by=dict(sft=4))
-    assert leak_checks.judged(run, "best_of_n", prompts) is prompts["eval"]
+    judged = leak_checks.judged(run, "best_of_n", prompts)
+    assert judged.texts == prompts["eval"].texts
+    assert judged.clusters is None  # the prompt of each row is drawn anew
 
 
 def test_prefixes_of_texts_are_told_and_not_refused(tmp_path, capsys):

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from dpo_jax.evaluation import exact, frontier
+from dpo_jax.evaluation import exact, frontier, statistics
 
 SHORT_GRID = np.geomspace(4, 0.12, 70)  # of betas, for simulations
 REWARDS = np.random.default_rng(0).normal(size=(3, 40))
@@ -95,6 +95,17 @@ def test_best_of_n_equals_all_subsets(n, ranked_by):
     of_prompt = np.mean(best, axis=1)
     assert found["reward"] == pytest.approx(of_prompt.mean())
     assert found["reward_se"] == pytest.approx(of_prompt.std(ddof=1) / np.sqrt(3))
+
+
+def test_error_of_best_of_n_is_clustered_by_prompt():
+    """Rows that are all there twice say no more than once each."""
+    twice = np.repeat(REWARDS, 2, axis=0)
+    once = statistics.clustered_error(REWARDS[:, :8].max(axis=1), np.arange(len(REWARDS)))
+    clusters = np.repeat(np.arange(len(REWARDS)), 2)
+    found = frontier.best_of_n(twice[:, :8], twice[:, :8], 8, clusters)
+    assert found["reward_se"] == pytest.approx(once)
+    one_prompt = np.zeros(len(REWARDS))
+    assert frontier.best_of_n(REWARDS, REWARDS, 1, one_prompt)["reward_se"] is None
 
 
 def test_best_of_n_with_ties():

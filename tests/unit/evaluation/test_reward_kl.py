@@ -1,10 +1,13 @@
 """Sampled reward and KL against enumeration, float64 and values by hand."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
 from dpo_jax.data import toy
+from dpo_jax.data.leaks import Hashes
 from dpo_jax.evaluation import exact, reward_kl
 from dpo_jax.models import transformer
 from dpo_jax.models.loading import Model
@@ -128,7 +131,7 @@ def test_evaluate_by_hand(monkeypatch):
     words = list(toy.WORDS)
     asked = Prompts([np.array([5], np.int32), np.array([1, 6], np.int32)], ["film", "good plot"])
 
-    def measure(*completions):
+    def measure(*completions, prompts=asked):
         drawn = [
             [Completion(np.array(tokens, np.int32), np.zeros(len(tokens), np.float32), ended)]
             for tokens, ended in completions
@@ -136,7 +139,7 @@ def test_evaluate_by_hand(monkeypatch):
         monkeypatch.setattr(sampler, "sample", lambda *_, **__: drawn)
         model = Model(CONFIG, POLICY, toy.tokenizer(), ONE_DEVICE, eos_id=7)
         sampling = sampler.Sampling(12, batch_size=4)
-        return reward_kl.evaluate(model, REFERENCE, asked, reward, sampling)
+        return reward_kl.evaluate(model, REFERENCE, prompts, reward, sampling)
 
     def reward(prompts, completions, tokens, conversations=None):
         assert prompts == asked.texts
@@ -152,6 +155,12 @@ def test_evaluate_by_hand(monkeypatch):
     assert rows[1] | dict(kl=0) == dict(
         prompt="good plot", completion=" bad acting", reward=2.0, length=2, kl=0
     )
+
+    # Both rows have one prompt of the data, so nothing is known of others.
+    one = np.array([7, 7], np.uint64)
+    shared = dataclasses.replace(asked, hashes=Hashes(one, one))
+    values, _ = measure(([0, 1, 2, 0, 1, 2], False), ([3, 7], True), prompts=shared)
+    assert values["frontier/reward"] == 4 and "frontier/reward_se" not in values
 
     compiled = reward_kl._token_kls._cache_size()
     measure(([3], False), ([3, 7], True))

@@ -75,6 +75,17 @@ def test_clustered_error_of_one_cluster_is_unknown():
     assert statistics.clustered_error(np.array([1.0, 2.0]), np.array([7, 7])) is None
 
 
+def test_standard_error_is_the_usual_one_unless_values_share_a_prompt():
+    values = np.random.default_rng(5).normal(size=20)
+    usual = values.std(ddof=1) / math.sqrt(20)
+    assert statistics.standard_error(values) == usual
+    assert statistics.standard_error(values, np.arange(20)) == usual
+    prompts = np.repeat(np.arange(10), 2)
+    clustered = statistics.clustered_error(values, prompts)
+    assert statistics.standard_error(values, prompts) == clustered != usual
+    assert statistics.standard_error(values, np.zeros(20)) is None
+
+
 def test_clustered_interval_of_single_values_is_the_usual_one():
     values = np.random.default_rng(3).normal(size=12)
     found = statistics.clustered_interval(values, np.arange(12))
