@@ -1,5 +1,6 @@
 """Eight fake CPU devices, quick compiles and a shared compile cache for every test."""
 
+import gc
 import os
 import tempfile
 
@@ -8,12 +9,16 @@ from tests.helpers.quick_compiles import QUICK_COMPILES
 # Commands that tests start inherit it.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_COMPILES}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # also where a TPU's or a GPU's library is installed
+# Programs need not say which line of Python each operation comes from.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 # The data sets library would tell the hub of every file that it opens, and wait for an answer.
 os.environ["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"
 if "PYTEST_XDIST_WORKER" not in os.environ:
-    # Workers and runs share what they compile, in a cache that goes when the tests end.
-    CACHE = tempfile.TemporaryDirectory()
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
+    # Workers and runs share what they compile, in a cache that goes when the tests end; .ci/run
+    # names one that its groups share.
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        CACHE = tempfile.TemporaryDirectory()
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax  # noqa: E402
@@ -56,6 +61,16 @@ def pytest_collection_modifyitems(items):
         return next(found, len(LONGEST))
 
     items.sort(key=place)
+
+
+def pytest_collection_finish():
+    """Collect garbage less often, and only among what the tests make.
+
+    Tracing makes many objects, and each full collection would visit those of every library.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 
 from tests.helpers import goldens
-from tests.helpers.paths import ROOT, STORIES
+from tests.helpers.paths import ROOT, STORIES, python_path
 from tests.helpers.quick_compiles import QUICK_COMPILES
 from tests.helpers.rows import write_jsonl
 
@@ -204,7 +204,7 @@ def environment(job: Job, folder: pathlib.Path, **changes: str | None) -> dict[s
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "HF_UPDATE_DOWNLOAD_COUNTS": "0",
         "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": python_path(ROOT),
     }
     variables |= job.environment | changes
     return {name: value for name, value in variables.items() if value is not None}

@@ -28,7 +28,7 @@ from dpo_jax.training.metric_names import TIMINGS
 from dpo_jax.training.metrics import read_rows
 from dpo_jax.workdir import finish_stage, start_stage
 from experiments import commands
-from tests.helpers.paths import ROOT
+from tests.helpers.paths import ROOT, python_path
 from tests.helpers.tiny import tiny_config
 from tests.helpers.tiny_models import random_params
 
@@ -241,8 +241,8 @@ def free_port() -> int:
 
 
 def environment(devices: int = 1) -> dict:
-    """Return the environment of a command that is to see so many CPU devices."""
-    return os.environ | dict(JAX_NUM_CPU_DEVICES=str(devices))
+    """Return the environment of a command that is to see so many CPU devices, and no torch."""
+    return os.environ | dict(JAX_NUM_CPU_DEVICES=str(devices), PYTHONPATH=python_path())
 
 
 def weights(folder) -> dict[str, np.ndarray]:

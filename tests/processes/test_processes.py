@@ -17,7 +17,7 @@ from dpo_jax import sweep
 from dpo_jax.parallel import processes, sharding
 from dpo_jax.workdir import read_lines
 from tests.helpers import poor
-from tests.helpers.paths import ROOT
+from tests.helpers.paths import ROOT, python_path
 from tests.helpers.tiny_runs import (
     command,
     dpo_config,
@@ -92,7 +92,7 @@ def start(
                 f"--process_id={index}",
             ],
             cwd=folder(index),
-            env=env or environment(2) | dict(PYTHONPATH=str(ROOT)),
+            env=env or environment(2) | dict(PYTHONPATH=python_path(ROOT)),
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

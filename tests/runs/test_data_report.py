@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from tests.helpers.paths import ROOT, STORIES
+from tests.helpers.paths import ROOT, STORIES, python_path
 from tests.helpers.rows import write_jsonl
 
 NAMES = ["Lily", "Tom", "Mia", "Ben", "Sue", "Max"]
@@ -50,7 +50,7 @@ def run(folder, *arguments) -> subprocess.CompletedProcess:
         text=True,
         capture_output=True,
         # A program that is on no terminal, and no accelerator: a look needs neither.
-        env=os.environ | dict(PYTHONPATH=str(ROOT), JAX_PLATFORMS="nonesuch"),
+        env=os.environ | dict(PYTHONPATH=python_path(ROOT), JAX_PLATFORMS="nonesuch"),
     )
 
 
@@ -95,7 +95,7 @@ def test_recommended_command_runs(folder):
         cwd=folder,
         text=True,
         capture_output=True,
-        env=os.environ | dict(PYTHONPATH=str(ROOT)),
+        env=os.environ | dict(PYTHONPATH=python_path(ROOT)),
     )
     assert trained.returncode == 0, trained.stderr
     (kept,) = folder.glob("run/*/ledger.json")
@@ -135,6 +135,6 @@ def test_look_at_texts_loads_no_jax(folder):
         "import sys\nsys.argv = ['dpo-jax', 'data', 'PAIRS']\nfrom dpo_jax import __main__\n"
         "try:\n    __main__.main()\nexcept SystemExit:\n    sys.exit('jax' in sys.modules)"
     )
-    env = os.environ | dict(PYTHONPATH=str(ROOT))
+    env = os.environ | dict(PYTHONPATH=python_path(ROOT))
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=env, capture_output=True)
     assert done.returncode == 0, done.stderr

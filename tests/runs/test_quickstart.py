@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.helpers.paths import ROOT
+from tests.helpers.paths import ROOT, python_path
 
 NOTEBOOK = ROOT / "docs" / "quickstart.ipynb"
 HAS_JUPYTER = all(importlib.util.find_spec(name) for name in ("nbclient", "ipykernel"))
@@ -37,8 +37,9 @@ for cell in json.load(open(sys.argv[1]))["cells"]:
 def test_notebook_runs(tmp_path):
     """In Jupyter where it is installed; else its code, cell by cell."""
     code = AS_JUPYTER if HAS_JUPYTER else AS_SCRIPT
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    env = os.environ | dict(PYTHONPATH=path, HF_HUB_OFFLINE="1", JAX_NUM_CPU_DEVICES="1")
+    env = os.environ | dict(
+        PYTHONPATH=python_path(ROOT), HF_HUB_OFFLINE="1", JAX_NUM_CPU_DEVICES="1"
+    )
     if not HAS_JUPYTER:
         env["MPLBACKEND"] = "Agg"  # Jupyter's own draws into the notebook
     done = subprocess.run(
