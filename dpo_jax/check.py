@@ -61,7 +61,7 @@ def _is_stage(folder: pathlib.Path) -> bool:
 
 def _stage(folder: pathlib.Path) -> Iterator[Finding]:
     """Yield a Finding for each part of a stage's folder."""
-    from dpo_jax import workdir
+    from dpo_jax import costs, workdir
     from dpo_jax.evaluation import chat_api, judge
 
     if not any(path.name != ".lock" for path in folder.iterdir()):
@@ -71,6 +71,7 @@ def _stage(folder: pathlib.Path) -> Iterator[Finding]:
         "done.json": workdir.read_done,
         "ledger.json": workdir.read_ledger,
         "weights.json": workdir.read_weights,
+        "cost.json": costs.read,
     }
     for name, read in readers.items():
         # Only the first is there in every stage.

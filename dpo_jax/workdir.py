@@ -44,6 +44,7 @@ from dpo_jax.whole_file import (
 
 COMPLETIONS = "completions.jsonl"  # what a stage has sampled so far
 REFERENCE_COMPLETIONS = "reference_completions.jsonl"  # beside them, of an evaluate stage
+COST = "cost.json"  # what a stage took: see costs.py
 STOPPED = "stopped.json"  # what was said as a number was not finite, of the last attempt
 SUMS = "completions.sums"  # after each write to it: the number of its rows, and their sha256
 RESULTS = "results"  # folder of what a stage left at earlier ends: results/STEP
@@ -54,7 +55,7 @@ EARLY_STOP = "early_stop"  # of a stage that its patience ended
 # Parts of a stage's folder that done.json says nothing of: they may change when the stage is done,
 # or have a sha256 of their own.
 _NO_RESULT = (
-    *("checkpoints", RESULTS, "config.json", "done.json", ".lock"),
+    *("checkpoints", RESULTS, "config.json", "done.json", ".lock", COST),
     *("wandb", "wandb_id", "profile"),
 )
 _NO_RESULT_SUFFIXES = (".draft", ".damaged")
@@ -218,7 +219,7 @@ def _make_stage(
     """
     # An attempt that failed before its first checkpoint binds nobody: nothing is lost.
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("ledger.json", "weights.json"):
+    for name in ("ledger.json", "weights.json", COST):
         (folder / name).unlink(missing_ok=True)
     fields = _dependencies(config, stage)
     contents = {name: contents_of(name, fields.get(name, "")) for name in config_changes.PATHS}

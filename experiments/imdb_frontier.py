@@ -1,30 +1,39 @@
 """Reproduce the paper's figure 2, left: reward against KL on IMDb.
 
     python -m experiments.imdb_frontier --config=FILE --workdir=DIR
+    python -m experiments.imdb_frontier --config=FILE --workdir=DIR --run='dpo_*' --seeds=3
 
 Makes 22 runs over one SFT model and one set of pairs: DPO at 4 betas, unlikelihood at 4 alphas, PPO
 on the learned reward, on the true one, and on the true one by TRL's settings at 4 target KLs each,
 and Preferred-FT with 2 seeds. (The paper gives the values and the sum of 22 runs; that TRL's PPO
-has the same 4 target KLs, and Preferred-FT the 2 runs that remain, is inferred.) Each run is
-evaluated while it trains. Every run is an ordinary run of dpo_jax.train in DIR, so finished
-runs are reused and interrupted ones resume.
+has the same 4 target KLs, and Preferred-FT the 2 runs that remain, is inferred.) best_of_n is made
+beside them: it is not in the paper's figure for IMDb, and its samples give the optimum, as
+estimated from the reference. Each run is evaluated while it trains. Every run is an ordinary run of
+dpo_jax.train in DIR, so finished runs are reused and interrupted ones resume.
 
---dry_run lists the runs, whether they are done, and what each will cost. --run=NAME picks runs,
-with * for any letters. --config.FIELD=VALUE changes a field of every run that has it. Writes
-DIR/frontier.json, with a row per run and checkpoint, and DIR/frontier.png with the optimum as
-estimated from the reference's samples, as far as that estimate can be trusted.
+--run=NAME picks runs, with * for any letters, and may be repeated. --seeds=N makes N seeds of each
+run that is picked, by the seed of the stage that trains it (dpo.seed): all start from one SFT
+model, and learn from one set of pairs. --dry_run lists the runs, whether they are done, and what
+each will cost. --config.FIELD=VALUE changes a field of every run that has it.
+
+After each run the results of all runs in DIR are written: frontier.json, with a row per run and
+checkpoint and the optimum's curve (see frontier_file.py), frontier.png and .pdf; and as .csv, .md
+and .tex the tables frontier (the ends, over seeds), comparisons (on the same prompts, and at equal
+KL) and costs.
 """
 
 import fnmatch
 import json
 import math
 import pathlib
+from typing import NamedTuple
 
 import numpy as np
 
 from dpo_jax.data.batches import steps_of
 from experiments.commands import config_maker, in_workdir
 
+PANEL = "imdb"
 # Method -> (swept field, its values, how a value is written).
 SWEEP = {
     "dpo": ("dpo.beta", (0.05, 0.1, 1.0, 5.0), "β={:g}"),
@@ -32,8 +41,10 @@ SWEEP = {
     "ppo_gt": ("ppo.target_kl", (3.0, 6.0, 9.0, 12.0), "target {:g}"),
     "ppo": ("ppo.target_kl", (3.0, 6.0, 9.0, 12.0), "target {:g}"),
     "ppo_gt_trl": ("ppo.target_kl", (3.0, 6.0, 9.0, 12.0), "target {:g}"),
-    "preferred_ft": ("preferred_ft.seed", (0, 1), "seed {:g}"),
+    "preferred_ft": ("", (None,), ""),
 }
+SEEDS = {"preferred_ft": 2}  # as many as the paper has; of other methods it has one
+BEST_OF_N = "best_of_n"  # the run that trains nothing
 REVIEWS = 25_000  # in IMDb's train split; each gives one prompt
 MEASURED = (
     "reward",
@@ -48,20 +59,95 @@ MEASURED = (
 )
 
 
-def run_name(method: str, value: float) -> str:
-    """Return the name of a run's folder."""
-    return f"{method}_{value:g}"
+class Run(NamedTuple):
+    """One run: a method, the value of its swept field, and a seed of its training."""
+
+    method: str
+    value: float | None
+    seed: int = 0
+
+    @property
+    def base(self) -> str:
+        """The name of the run with the first seed."""
+        return self._replace(seed=0).name
+
+    @property
+    def name(self) -> str:
+        """The name of the run's folder."""
+        if self.value is None:
+            return f"{self.method}_{self.seed}"
+        name = f"{self.method}_{self.value:g}"
+        return f"{name}_seed{self.seed}" if self.seed else name
+
+    @property
+    def parameter(self) -> str:
+        """The value as a figure writes it."""
+        return "" if self.value is None else SWEEP[self.method][2].format(self.value)
+
+    @property
+    def stage(self) -> str:
+        """The stage that trains it."""
+        return "ppo" if self.method.startswith("ppo") else self.method
 
 
-def config_of(make_config, method: str, value: float):
-    """Return one run's config, and the stage that the run is about."""
-    config = make_config(method)
-    stage, _, field = SWEEP[method][0].partition(".")
-    config[stage][field] = value
-    if stage == "dpo":
-        config.dpo.cache_reference = True  # the four runs share the reference's log-probs
-    config.run = run_name(method, value)
-    return config, stage
+def points() -> list[Run]:
+    """Return the first seed of every run."""
+    return [Run(method, value) for method, (_, values, _) in SWEEP.items() for value in values]
+
+
+def chosen(patterns: list[str], seeds: int) -> list[Run]:
+    """Return the runs that are to be made, with their seeds.
+
+    A pattern that a run's name without its seed fits picks all of its seeds. Raises ValueError for
+    a pattern that fits nothing.
+    """
+    known = []
+    for point in points():
+        for seed in range(max(seeds, SEEDS.get(point.method, 1))):
+            known.append(point._replace(seed=seed))
+    found = set()
+    for pattern in patterns:
+        fits = [
+            run
+            for run in known
+            if fnmatch.fnmatch(run.base, pattern) or fnmatch.fnmatch(run.name, pattern)
+        ]
+        if not fits and not fnmatch.fnmatch(BEST_OF_N, pattern):
+            names = ", ".join([*(run.name for run in known), BEST_OF_N])
+            raise ValueError(f"--run={pattern} matches no run. The runs are: {names}.")
+        found.update(fits)
+    return [run for run in known if run in found]
+
+
+def runs_in(folder: pathlib.Path) -> list[Run]:
+    """Return the runs that have begun in a folder, in the order of `points`."""
+    found = []
+    for point in points():
+        seeds = {0}
+        stem = point._replace(seed=1).name.removesuffix("1")
+        for path in folder.glob(f"{stem}*"):
+            number = path.name.removeprefix(stem)
+            if number.isdecimal():
+                seeds.add(int(number))
+        for seed in sorted(seeds):
+            run = point._replace(seed=seed)
+            if (folder / run.name / "metrics.jsonl").exists():
+                found.append(run)
+    return found
+
+
+def config_of(make_config, run: Run):
+    """Return the config of a run."""
+    config = make_config(run.method)
+    field = SWEEP[run.method][0].rpartition(".")[2]
+    if field:
+        config[run.stage][field] = run.value
+    # A seed that is given for all runs is that of the first.
+    config[run.stage].seed += run.seed
+    if run.stage == "dpo":
+        config.dpo.cache_reference = True  # the runs share the reference's log-probs
+    config.run = run.name
+    return config
 
 
 def cost(config, stage: str) -> str:
@@ -79,83 +165,197 @@ def cost(config, stage: str) -> str:
     return f"{steps} steps: {steps * block.batch_size:,} pairs of up to {size} tokens"
 
 
-def rows_of(folder: pathlib.Path, method: str, value: float) -> list[dict]:
-    """Return a row for each evaluation of a run; none if the run has not begun."""
+def rows_of(folder: pathlib.Path, config, run: Run) -> list[dict]:
+    """Return a row for each evaluation of a run, as frontier.json has them."""
+    from dpo_jax import config as configs
     from dpo_jax.training.metrics import read_rows
 
-    if not (folder / "metrics.jsonl").exists():
-        return []
-    seed = value if method == "preferred_ft" else 0
-    label = SWEEP[method][2].format(value)
-    about = dict(panel="imdb", method=method, parameter=label, seed=seed)
+    names = configs.folder_names(config)
+    about = dict(
+        panel=PANEL,
+        method=run.method,
+        parameter=run.parameter,
+        value=run.value,
+        seed=config.seed + config[run.stage].seed,
+    )
     rows = []
-    for row in read_rows(folder / "metrics.jsonl"):
+    for row in read_rows(folder / names[run.stage] / "metrics.jsonl"):
+        # At step 0 the policy is the reference, which has a row of its own.
         if row["step"] and "frontier/kl" in row:
-            measured = {name: row[f"frontier/{name}"] for name in MEASURED}
-            rows.append(about | dict(step=row["step"]) | measured)
+            rows.append(about | dict(step=row["step"]) | measured_in(row))
+    evaluated = folder / names["evaluate"] / "evaluate.json"
+    if rows and evaluated.exists():
+        rows[-1] |= measured_in(json.loads(evaluated.read_text()))
     return rows
 
 
-def best_of_n(make_config, folder: pathlib.Path) -> tuple[list[dict], tuple]:
-    """Return rows of best of N and the estimated optimum, from the reference's same samples."""
+def measured_in(values: dict) -> dict:
+    """Return what an evaluation has measured of a policy, by the names of frontier.json."""
+    return {name: values[f"frontier/{name}"] for name in MEASURED}
+
+
+def ends_of(folder: pathlib.Path, made: dict) -> tuple[list, np.ndarray | None]:
+    """Return the ends of finished runs on each prompt, and the reference's rewards there.
+
+    made: Run -> its config. Seeds of a run are averaged, prompt by prompt.
+    """
+    from dpo_jax import config as configs
+    from dpo_jax.workdir import COMPLETIONS, REFERENCE_COMPLETIONS, read_lines
+    from experiments.comparisons import End
+
+    reference_U = None
+    prompts = None
+    grouped = {}
+    for run, config in made.items():
+        evaluated = folder / configs.folder_names(config)["evaluate"]
+        if not (evaluated / "done.json").exists():
+            continue
+        completions = read_lines(evaluated / COMPLETIONS)
+        texts = [row["prompt"] for row in completions]
+        if prompts is None:
+            prompts = texts
+            reference = read_lines(evaluated / REFERENCE_COMPLETIONS)
+            reference_U = np.array([row["reward"] for row in reference])
+        if texts != prompts:
+            raise ValueError(
+                f"{evaluated} has other prompts than the runs before it: expected the same in "
+                "every run, which are compared prompt by prompt. Make it again with their "
+                "config.evaluate.prompts and config.data."
+            )
+        grouped.setdefault((run.method, run.parameter), []).append(completions)
+    ends = []
+    for (method, parameter), seeds in grouped.items():
+        means = {}
+        for name in ("reward", "kl"):
+            of_seeds = [[row[name] for row in completions] for completions in seeds]
+            means[name] = np.mean(of_seeds, axis=0)
+        ends.append(End(method, parameter, means["reward"], means["kl"], len(seeds)))
+    return ends, reference_U
+
+
+def best_of_n(folder: pathlib.Path) -> tuple[list[dict], object]:
+    """Return rows of best of N and the estimated optimum, from the reference's same samples.
+
+    They are none, and None, before best_of_n is done.
+    """
     from dpo_jax.evaluation import frontier
-    from dpo_jax.pipeline.stages import run_stages
     from dpo_jax.workdir import read_lines
 
-    run_stages(make_config("best_of_n"), str(folder))
+    made = folder / BEST_OF_N
+    if not (made / "done.json").exists():
+        return [], None
     rewards = []
-    for row in read_lines(folder / "best_of_n" / "completions.jsonl"):
+    for row in read_lines(made / "completions.jsonl"):
         rewards.append([completion["reward"] for completion in row["completions"]])
     rows = []
-    for row in json.loads((folder / "best_of_n" / "best_of_n.json").read_text()):
-        about = dict(panel="imdb", method="best_of_n", parameter=f"N={row['n']}", seed=0, step=0)
+    for row in json.loads((made / "best_of_n.json").read_text()):
+        n = row["n"]
+        about = dict(panel=PANEL, method=BEST_OF_N, parameter=f"N={n}", value=n, seed=None, step=0)
         rows.append(about | {name: row[name] for name in ("reward", "reward_se", "kl")})
     return rows, frontier.frontier(np.array(rewards))
 
 
-def run(make_config, workdir: str, names: list[str], dry_run: bool) -> None:
-    """Make the runs that are not done and draw the figure; with dry_run only list them.
+def reference_row(folder: pathlib.Path, made: dict, rewards_U: np.ndarray | None) -> dict | None:
+    """Return the row of what all runs start from: step 0, at KL 0; None where nothing has begun.
 
-    make_config: method -> config. names: patterns of the runs to make; ValueError if a pattern
-    matches no run.
+    rewards_U: its rewards as a finished run's evaluation has them. Before, it is row 0 of a run.
     """
-    from dpo_jax import config as configs
+    from dpo_jax.training.metrics import read_rows
+
+    about = dict(panel=PANEL, method="reference", parameter="", value=None, seed=None, step=0)
+    if rewards_U is not None:
+        error = float(rewards_U.std(ddof=1) / math.sqrt(len(rewards_U)))
+        return about | dict(reward=float(rewards_U.mean()), reward_se=error, kl=0.0)
+    for run in made:
+        for row in read_rows(folder / run.name / "metrics.jsonl")[:1]:
+            if "frontier/reward" in row:
+                measured = dict(reward=row["frontier/reward"], reward_se=row["frontier/reward_se"])
+                return about | measured | dict(kl=0.0)
+    return None
+
+
+def report(make_config, folder: pathlib.Path) -> None:
+    """Write the results of all runs in a folder, as far as they are done."""
+    from dpo_jax.evaluation import tables
+    from dpo_jax.evaluation.frontier import Curve
+    from dpo_jax.training.metrics import read_rows
+    from experiments import comparisons, cost_table, frontier_file
+
+    made = {run: config_of(make_config, run) for run in runs_in(folder)}
+    rows = []
+    for run, config in made.items():
+        rows += rows_of(folder, config, run)
+    ends, reference_U = ends_of(folder, made)
+    start = reference_row(folder, made, reference_U)
+    if not rows or start is None:
+        return
+    of_reference, optimum = best_of_n(folder)
+    # Before best_of_n is done, all that is known of the optimum is where it begins.
+    curve = optimum or Curve(np.zeros(1), np.array([start["reward"]]))
+    frontier_file.write(
+        folder,
+        [start, *rows, *of_reference],
+        {PANEL: curve},
+        {PANEL: "controlled sentiment on IMDb"},
+        curve_name="optimum, estimated from the reference's samples" if optimum else "_",
+    )
+
+    if ends:
+        beta = make_config("dpo").dpo.beta
+        compared = comparisons.compare(ends, reference_U, ("dpo", Run("dpo", beta).parameter))
+        for row in compared:
+            of_row = [run for run in made if (run.method, run.parameter) == key_of(row)]
+            if of_row[0].stage == "ppo":
+                # Of the first seed: the others have the same steps.
+                steps = read_rows(folder / of_row[0].name / "metrics.jsonl")
+                kls = [step["ppo_train/kl"] for step in steps if "ppo_train/kl" in step]
+                row |= comparisons.settling(kls)
+        tables.write(folder / "comparisons", compared, comparisons.COLUMNS)
+
+    finished = {}
+    for run, config in made.items():
+        if (folder / run.name / "done.json").exists():
+            finished.setdefault(run.method, []).append(config)
+    if of_reference:
+        finished[BEST_OF_N] = [make_config(BEST_OF_N)]
+    cost_table.write(folder, finished)
+
+
+def key_of(row: dict) -> tuple[str, str]:
+    """Return what tells the runs of a table apart."""
+    return row["method"], row["parameter"]
+
+
+def run(
+    make_config, workdir: str, patterns: list[str], *, seeds: int = 1, dry_run: bool = False
+) -> None:
+    """Make the runs that are not done, and write the results after each; or only list the runs.
+
+    make_config: method -> config. patterns: of the runs to make. Raises ValueError as `chosen`.
+    """
     from dpo_jax import config_checks
     from dpo_jax.console import say
-    from dpo_jax.evaluation import plots
     from dpo_jax.pipeline.stages import run_stages
-    from dpo_jax.workdir import write_json
 
     folder = pathlib.Path(workdir)
-    known = [
-        run_name(method, value) for method, (_, values, _) in SWEEP.items() for value in values
-    ]
-    for name in names:
-        if not fnmatch.filter(known, name):
-            raise ValueError(f"--run={name} matches no run. The runs are: {', '.join(known)}.")
-    rows = []
-    for method, (_, values, _) in SWEEP.items():
-        for value in values:
-            config, stage = config_of(make_config, method, value)
-            config_checks.validate(config)
-            trained = folder / configs.folder_names(config)[stage]
-            if any(fnmatch.fnmatch(config.run, name) for name in names):
-                done = (trained / "done.json").exists()
-                say(f"{config.run:<22}{'done' if done else cost(config, stage)}")
-                if not dry_run:
-                    attempt(run_stages, config, workdir)
-            rows += rows_of(trained, method, value)
+    for of_run in chosen(patterns, seeds):
+        config = config_of(make_config, of_run)
+        config_checks.validate(config)
+        done = (folder / of_run.name / "done.json").exists()
+        say(f"{of_run.name:<22}{'done' if done else cost(config, of_run.stage)}")
+        if not dry_run:
+            attempt(run_stages, config, workdir)
+            report(make_config, folder)
+    if any(fnmatch.fnmatch(BEST_OF_N, pattern) for pattern in patterns):
+        config = make_config(BEST_OF_N)
+        block = config.best_of_n
+        done = (folder / BEST_OF_N / "done.json").exists()
+        samples = f"{block.prompts * max(block.n):,} completions of the reference"
+        say(f"{BEST_OF_N:<22}{'done' if done else samples}")
+        if not dry_run:
+            run_stages(config, workdir)
+            report(make_config, folder)
     if not dry_run:
-        of_reference, optimum = best_of_n(make_config, folder)
-        rows += of_reference
-        write_json(folder / "frontier.json", rows)
-        plots.panels(
-            folder / "frontier.png",
-            rows,
-            {"imdb": optimum},
-            {"imdb": "controlled sentiment on IMDb"},
-            curve_name="optimum, estimated from the reference",
-        )
         say(f"{folder / 'frontier.json'}, {folder / 'frontier.png'}")
 
 
@@ -179,13 +379,16 @@ def main():
     names = flags.DEFINE_multi_string(
         "run", ["*"], "A run to make, such as dpo_0.1 or ppo_*; may be repeated. Default: all."
     )
+    seeds = flags.DEFINE_integer(
+        "seeds", 1, "Number of seeds of each run that is made.", lower_bound=1
+    )
     dry_run = flags.DEFINE_bool("dry_run", False, "Only list the runs and their cost.")
     flags.mark_flags_as_required(["workdir"])
 
     def make_runs():
         make_config = config_maker(config.choice, config.overrides)
         with in_workdir(workdir.value, dry_run=dry_run.value) as folder:
-            run(make_config, folder, names.value, dry_run.value)
+            run(make_config, folder, names.value, seeds=seeds.value, dry_run=dry_run.value)
 
     device_command.run(make_runs, __doc__, config=config)
 

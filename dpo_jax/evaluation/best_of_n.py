@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from dpo_jax import costs
 from dpo_jax.console import say
 from dpo_jax.evaluation import frontier
 from dpo_jax.models.loading import Model
@@ -35,6 +36,7 @@ def write(
     """
     sampling = dataclasses.replace(sampling, n=max(counts))
     rows = rollouts.complete(model, prompts, true, sampling, folder)
+    costs.write_work(folder, rollouts.work_of(model.config, rows))
     prompt_texts = []
     texts = []
     tokens = []

@@ -9,6 +9,7 @@ import math
 import jax
 import numpy as np
 
+from dpo_jax.data.examples import Example
 from dpo_jax.data.packing import Contents
 from dpo_jax.models import transformer
 from dpo_jax.models.transformer import TransformerConfig
@@ -43,6 +44,19 @@ def forward(config: TransformerConfig, contents: Contents) -> dict[str, int]:
         * config.width
         * (1 if config.head == "reward" else config.vocab)
         * contents.completion_tokens,
+    )
+
+
+def contents_of(examples: list[Example]) -> Contents:
+    """Return what is read where each example, of one response, is read by itself."""
+    prompt_E = np.array([len(example.prompt) for example in examples])
+    response_E = np.array([len(example.responses[0]) for example in examples])
+    return Contents(
+        tokens=int((prompt_E + response_E).sum()),
+        completion_tokens=int(response_E.sum()),
+        prompt=prompt_E,
+        context=prompt_E,
+        response=response_E,
     )
 
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dpo_jax import costs
 from dpo_jax.console import say
 from dpo_jax.data import conversations, readers
 from dpo_jax.data.dataset import Dataset
@@ -108,6 +109,7 @@ def make_pairs(
     if labelling.judge:
         processes.from_first(functools.partial(_check_key, folder))
     rows = rollouts.complete(model, train.followed_by(held_out), reward, sampling, folder)
+    costs.write_work(folder, rollouts.work_of(model.config, rows))
     splits = dict(train=rows[: len(train)], eval=rows[len(train) :])
 
     ledger = {}

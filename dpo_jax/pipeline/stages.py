@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dpo_jax import config as configs
-from dpo_jax import config_checks, stage_table
+from dpo_jax import config_checks, costs, stage_table
 from dpo_jax.console import compile_times, say
 from dpo_jax.evaluation import best_of_n, reward_kl, toy_report
 from dpo_jax.models import loading
@@ -297,7 +297,7 @@ def _run_stage(run: Run, stage: str, allowed: frozenset[str]) -> None:
         date = processes.from_first(lambda: start_date(folder).isoformat())
         run.date = datetime.date.fromisoformat(date)
         make_result = OTHER_STAGES.get(stage, train_stage)
-        with compile_times(stage):
+        with costs.measured(folder), compile_times(stage):
             result = make_result(run, stage)
         finish_stage(folder, **result)
 

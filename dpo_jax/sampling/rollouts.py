@@ -10,7 +10,11 @@ import jax
 import numpy as np
 
 from dpo_jax.console import Progress, say
+from dpo_jax.costs import Work
+from dpo_jax.data.packing import Contents
+from dpo_jax.models import flops
 from dpo_jax.models.loading import Model
+from dpo_jax.models.transformer import TransformerConfig
 from dpo_jax.parallel import processes
 from dpo_jax.sampling import prompts as prompts_lib
 from dpo_jax.sampling import sampler
@@ -62,6 +66,31 @@ def complete(
         progress.update(len(rows), {})
     progress.close()
     return rows
+
+
+def work_of(config: TransformerConfig, rows: list[dict]) -> Work:
+    """Return what sampling the completions of some rows took; a reward's own work is left out.
+
+    A prompt is read once for all its completions.
+    """
+    prompts = []
+    contexts = []
+    responses = []
+    for row in rows:
+        prompts.append(len(row["tokens"]))
+        for completion in row["completions"]:
+            contexts.append(len(row["tokens"]))
+            responses.append(len(completion["tokens"]))
+    sampled = sum(responses)
+    contents = Contents(
+        tokens=sum(prompts) + sampled,
+        completion_tokens=sampled,
+        prompt=np.array(prompts),
+        context=np.array(contexts),
+        response=np.array(responses),
+    )
+    needed = sum(flops.forward(config, contents).values())
+    return Work(samples=len(responses), sampled_tokens=sampled, flops=needed)
 
 
 def with_rewards(

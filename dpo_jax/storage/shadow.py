@@ -40,6 +40,7 @@ _NOT_PUSHED_FOLDERS = ("wandb", "hf.partial", "hf.old", "adapter.partial", "adap
 # What is read of a stage without its folder being locked.
 _STAGE_RECORDS = (
     *("config.json", "done.json", "stopped.json", "ledger.json", "weights.json"),
+    "cost.json",
     *("metrics.jsonl", "completions.jsonl", "completions.sums", "reference_completions.jsonl"),
 )
 _EXPORTS = ("hf", "adapter")  # folders of a stage, which have a config.json of their own

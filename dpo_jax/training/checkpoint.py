@@ -56,6 +56,8 @@ class Restored:
     rows: dict  # of metrics.jsonl at its save, as Writer.written
     row: dict  # of this step, where the run was stopped before its evaluation; else {}
     patience: dict = dataclasses.field(default_factory=dict)  # as Patience.kept; {}: none is set
+    # What training had taken, as Spent.to_dict; {} of an earlier version.
+    spent: dict = dataclasses.field(default_factory=dict)
 
 
 class Checkpoints:
@@ -152,12 +154,14 @@ class Checkpoints:
         *,
         row: dict | None = None,
         patience: dict | None = None,
+        spent: dict | None = None,
     ) -> None:
         """Save in the background, unless the step is saved already.
 
         The state may be donated right after. evaluation: its metrics, where it was evaluated. rows:
         what is known of metrics.jsonl up to this step. row: the step's own, where it still lacks
-        its evaluation, which is added later by `rate`. patience: as `Patience.kept`.
+        its evaluation, which is added later by `rate`. patience: as `Patience.kept`. spent: what
+        training took up to this step.
         """
         # A signal may come at a step that was saved as it is.
         if step == self.latest():
@@ -165,7 +169,7 @@ class Checkpoints:
         metrics = self._kept_metrics(evaluation) if evaluation else None
         tree = _as_dict(state)
         # Of what is on the device: damage on the way to the disk shows too.
-        kept = {"sums": sums(tree), "rows": rows or {}, "row": row or {}}
+        kept = {"sums": sums(tree), "rows": rows or {}, "row": row or {}, "spent": spent or {}}
         if patience:
             kept["patience"] = patience
         kept = with_sha256(kept)
@@ -237,13 +241,8 @@ class Checkpoints:
         placed = jax.tree.broadcast(shardings, shapes)
         abstract = _as_dict(_abstract(shapes, placed))
         tree, kept = _load(self._checkpointer.directory / str(step), abstract)
-        return Restored(
-            step,
-            TrainState(**tree),
-            kept.get("rows", {}),
-            kept.get("row", {}),
-            kept.get("patience", {}),
-        )
+        told = [kept.get(name, {}) for name in ("rows", "row", "patience", "spent")]
+        return Restored(step, TrainState(**tree), *told)
 
     def restore_best(self, step: int, shapes: TrainState, shardings: TrainState) -> TrainState:
         """Return the state of the step that is the result; DamagedCheckpoint says what to do."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from dpo_jax import stage_table, stopping
+from dpo_jax import costs, stage_table, stopping
 from dpo_jax.console import say
 from dpo_jax.data.batches import (
     Batches,
@@ -139,15 +139,28 @@ class DataFeed:
         return tokens if mismatched is None else tokens + mismatched.tokens(step)
 
     def flops(self, step: int) -> int:
-        # A kept reference costs nothing here, and under adapters no gradient of the base is made.
-        moves_reference = stage_table.moves_reference(self._job.block)
+        # A kept reference costs nothing here.
+        return self._flops(step, self._frozen.reference is not None)
+
+    def _flops(self, step: int, reference: bool) -> int:
+        """Return the FLOPs of a step, with or without the forward pass of a fixed reference."""
         mismatched = self._batches.mismatched
         return flops.of_step(
             self._job.model,
             self._batches.contents(step),
             mismatched=None if mismatched is None else mismatched.contents(step),
-            reference=moves_reference or self._frozen.reference is not None,
+            reference=reference or stage_table.moves_reference(self._job.block),
+            # Under adapters no gradient of the base is made.
             frozen=self._job.lora is not None,
+        )
+
+    def work(self, step: int) -> costs.Work:
+        # Kept log-probs count too: another run may have computed them, but this one needed them.
+        is_kept = self._reference_log_probs is not None
+        return costs.Work(
+            examples=self._job.block.batch_size,
+            read_tokens=self.tokens(step),
+            flops=self._flops(step, is_kept or self._frozen.reference is not None),
         )
 
     def examples(self, step: int) -> list[str]:

@@ -21,7 +21,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from dpo_jax import loss_table, stage_table, stopping
+from dpo_jax import costs, loss_table, stage_table, stopping
 from dpo_jax.console import Progress, say
 from dpo_jax.models.lora import Lora
 from dpo_jax.models.transformer import TransformerConfig
@@ -161,6 +161,12 @@ class Feed(typing.Protocol):
 
     def flops(self, step: int) -> int | None:
         """Return FLOPs that the step's real tokens need; None where that is not all its work."""
+
+    def work(self, step: int) -> costs.Work:
+        """Return what the method needs for the step, wherever it was done.
+
+        The reference's log-probs count that were computed before training.
+        """
 
     def examples(self, step: int) -> list[str]:
         """Return names of the step's examples, for an error message."""
@@ -334,11 +340,13 @@ class _Recorder:
         self.evaluation = {}
         self.patience = Patience(job.block.patience, checkpoints.is_worse)
         self._step = first_step  # the last one
+        self._spent = costs.Spent()
         self._clock = time.monotonic()
 
     def resume(self, state: TrainState, restored: Restored) -> None:
         """Go on with the rows of a checkpoint."""
         step = restored.step
+        self._spent = costs.Spent.of_dict(restored.spent)
         self._writer.rewind(step, restored.rows)
         self.patience.resume(restored.patience)
         if restored.row:
@@ -411,7 +419,12 @@ class _Recorder:
             # Without held-out examples there is nothing to compare checkpoints by.
             measured = self.evaluation if evaluates and self.evaluation else None
             self._checkpoints.save(
-                step, state, measured, self._writer.written, patience=self.patience.kept
+                step,
+                state,
+                measured,
+                self._writer.written,
+                patience=self.patience.kept,
+                spent=self._spent.to_dict(),
             )
         # Evaluations and checkpoints are no part of the next step's time.
         self._clock = time.monotonic()
@@ -425,7 +438,12 @@ class _Recorder:
         """
         self._write_pending()
         self._checkpoints.save(
-            step, state, rows=self._writer.written, row=row, patience=self.patience.kept
+            step,
+            state,
+            rows=self._writer.written,
+            row=row,
+            patience=self.patience.kept,
+            spent=self._spent.to_dict(),
         )
         self._progress.close()
         say(
@@ -506,8 +524,9 @@ class _Recorder:
         return dict(map(tuple, found))
 
     def close(self) -> None:
-        """Write the last row."""
+        """Write the last row, and what training took."""
         self._write_pending()
+        costs.write(self._job.folder, **self._spent.to_dict())
         self._progress.close()
 
     def _evaluate(self, step: int, state: TrainState) -> dict[str, float]:
@@ -550,6 +569,7 @@ class _Recorder:
         now = time.monotonic()
         seconds = now - self._clock
         self._clock = now
+        self._spent = self._spent.plus(seconds, self._feed.work(step - 1))
         batch_size = self._job.block.batch_size
         tokens = self._feed.tokens(step - 1)
         needed_flops = self._feed.flops(step - 1)

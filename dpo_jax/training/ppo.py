@@ -15,6 +15,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
+from dpo_jax import costs
 from dpo_jax.console import say
 from dpo_jax.data import packing
 from dpo_jax.data.batches import (
@@ -25,6 +26,7 @@ from dpo_jax.data.batches import (
     training_order,
 )
 from dpo_jax.data.examples import Example
+from dpo_jax.models import flops
 from dpo_jax.models.inference import map_tokens
 from dpo_jax.models.loading import Model
 from dpo_jax.models.log_probs import token_log_probs
@@ -136,6 +138,7 @@ class RolloutFeed:
         self._sampling = sampling
         self._order = training_order(size, block.batch_size, self.total, sampling.seed)
         self._tokens_of_step = {}
+        self._work_of_step = {}
         shards = sharding.batch_shards(job.mesh)
         self._splits = dict(microbatches=microbatches_of(block, shards), shards=shards)
         self._shape = self._largest_shape()
@@ -172,6 +175,7 @@ class RolloutFeed:
         block = self._job.block
         rollout = self._collect(state.params, step, self._order[step])
         self._tokens_of_step[step] = rollout.tokens
+        self._work_of_step[step] = self._work_of(rollout)
         controls = Controls.of_state(state)
         # The policy is still the reference, so these rewards are the reference's own.
         if step == 0 and block.normalize_rewards:
@@ -216,6 +220,28 @@ class RolloutFeed:
     def flops(self, step: int) -> None:
         # Most of a step is sampling, which is bound by memory.
         return None
+
+    def work(self, step: int) -> costs.Work:
+        return self._work_of_step[step]
+
+    def _work_of(self, rollout: Rollout) -> costs.Work:
+        """Return what a step takes, all models together; a true reward's own work is left out."""
+        block, model = self._job.block, self._job.model
+        contents = flops.contents_of(rollout.examples)
+        once = sum(flops.forward(model, contents).values())
+        # To sample, then to measure policy and reference.
+        needed = 3 * once
+        if block.reward == "rm":  # a model of the same size
+            rewarding = flops.forward(dataclasses.replace(model, head="reward"), contents)
+            needed += sum(rewarding.values())
+        update = flops.of_step(model, contents, frozen=self._job.lora is not None)
+        return costs.Work(
+            samples=block.batch_size,
+            sampled_tokens=rollout.tokens,
+            examples=block.inner_epochs * block.batch_size,
+            read_tokens=block.inner_epochs * contents.tokens,
+            flops=needed + block.inner_epochs * update,
+        )
 
     def examples(self, step: int) -> list[str]:
         return [f"prompt {index}" for index in self._order[step]]

@@ -215,8 +215,8 @@ def result(workdir: pathlib.Path) -> dict:
         name = path.relative_to(workdir)
         # The reference's log-probs are verified where they are read, which a finished run does not.
         is_other = "checkpoints" in name.parts or name.parts[0] == "reference"
-        # The report tells times, and commands alone write it.
-        is_note = path.name in (".lock", "report.html") or path.suffix == ".sums"
+        # The report and the costs tell times, which are of an attempt.
+        is_note = path.name in (".lock", "report.html", "cost.json") or path.suffix == ".sums"
         is_note = is_note or ".damaged" in path.name
         if path.is_file() and not is_other and not is_note:
             found[str(name)] = goldens.content(path)

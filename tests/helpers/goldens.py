@@ -25,6 +25,8 @@ from tests.helpers.paths import ROOT, SHARED, STORIES
 from tests.helpers.tiny_hh import write_dialogues
 
 MANIFEST = "goldens.json"
+# What cost.json measures of the machine; its counts are of the run.
+MEASURED = ("attempts", "seconds", "step_seconds", "peak_memory", "memory")
 LARGEST_JSON = 20_000  # bytes; what is longer is written down as its hash
 PAIRS = [
     ("Once upon a time", " there was a little girl named Lily.", " the."),
@@ -207,10 +209,10 @@ def content(path: pathlib.Path):
     if path.name == "metrics.jsonl":
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         return [digest({k: v for k, v in row.items() if k not in TIMINGS}) for row in rows]
-    records = ("done.json", "config.json", "ledger.json", "weights.json")
+    records = ("done.json", "config.json", "ledger.json", "weights.json", "cost.json")
     if path.name in records or path.name.endswith(".settings.json"):
         record = json.loads(path.read_text())
-        left_out = ("finished", "date", "files", "sha256")
+        left_out = ("finished", "date", "files", "sha256", *MEASURED)
         return {name: value for name, value in record.items() if name not in left_out}
     if path.suffix in (".png", ".html"):
         return "picture"  # matplotlib writes its version and the date into it, a report times

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from configs import dpo
-from dpo_jax import runs, stopping
+from dpo_jax import costs, runs, stopping
 from dpo_jax.training import data_feed
 from dpo_jax.training.loop import Interrupted
 from dpo_jax.training.metrics import read_rows
@@ -111,6 +111,13 @@ def test_signalled_run_resumes_exactly(fields, tmp_path, uninterrupted, capsys):
     run_here(fields, tmp_path)
     assert "resuming after step 14" in capsys.readouterr().out
     assert_equal(tmp_path / "dpo", uninterrupted)
+    # It has read no more than the uninterrupted one, in two attempts.
+    cost, expected = costs.read(tmp_path / "dpo"), costs.read(uninterrupted)
+    for name in ("steps", "examples", "read_tokens", "flops", "samples"):
+        assert cost[name] == expected[name], name
+    assert (cost["attempts"], expected["attempts"]) == (2, 1)
+    assert cost["steps"] == 40 and cost["examples"] == 320 and cost["flops"] > 0
+    assert 0 < cost["step_seconds"] < cost["seconds"]
 
 
 @pytest.mark.parametrize("keep_best", ["", "loss/eval"])

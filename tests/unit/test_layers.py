@@ -25,6 +25,7 @@ FLOORS = [  # the rooms and the files beside them, from the ground up
         "run_name",
         "console",
         "contents",
+        "costs",
         "stopping",
         "surroundings",
         "workdir",

@@ -1,0 +1,149 @@
+"""Runs compared on the same prompts: by their ends, and at equal KL, with intervals.
+
+Prompts are the units. Rewards of seeds are averaged prompt by prompt, so the interval is of the
+prompts and their samples, and not of the training.
+
+Letters: U prompts, K points of a path, R resamples.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from dpo_jax.evaluation import statistics, tables
+
+QUARTER = 4  # the last part of training in which PPO's KL may still rise: one of so many
+SETTLED = 0.1  # share of its KL by which it may
+
+COLUMNS = [
+    tables.Column("method", "method"),
+    tables.Column("", "parameter"),
+    tables.Column("seeds", "seeds", "d"),
+    tables.Column("KL, nats", "kl", ".2f"),
+    tables.Column("reward", "reward", ".3f", interval=("reward_low", "reward_high")),
+    tables.Column(
+        "less than the compared run by", "behind", ".3f", interval=("behind_low", "behind_high")
+    ),
+    tables.Column("p, Holm", "behind_p_holm", ".2g"),
+    tables.Column("DPO at this KL", "dpo_at_kl", ".3f"),
+    tables.Column(
+        "less than DPO at this KL by", "below", ".3f", interval=("below_low", "below_high")
+    ),
+    tables.Column("p, Holm", "below_p_holm", ".2g"),
+    tables.Column("KL's rise in the last quarter", "kl_rise", "+.0%"),
+    tables.Column("settled", "settled"),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class End:
+    """Rewards and KLs of a run's end on each prompt, [U]: the means over its seeds."""
+
+    method: str
+    parameter: str
+    rewards_U: np.ndarray
+    kls_U: np.ndarray
+    seeds: int = 1
+
+
+def compare(ends: list[End], reference_U: np.ndarray, compared: tuple[str, str]) -> list[dict]:
+    """Return a row for each run: beside one DPO run, and beside all of them at the same KL.
+
+    reference_U: the rewards of what all runs start from. compared: method and parameter of the run
+    that the others are compared with. p-values are adjusted by Holm's method within each column.
+    """
+    path = path_of([end for end in ends if end.method == "dpo"], reference_U)
+    others = {(end.method, end.parameter): end for end in ends}
+    baseline = others.get(compared)
+    rows = []
+    for end in ends:
+        of_prompts = statistics.mean_interval(end.rewards_U)
+        row = dict(method=end.method, parameter=end.parameter, seeds=end.seeds)
+        row |= dict(kl=float(end.kls_U.mean()), reward=of_prompts["mean"])
+        row |= dict(reward_low=of_prompts["low"], reward_high=of_prompts["high"])
+        if baseline is not None and end is not baseline:
+            found = statistics.paired_difference(baseline.rewards_U, end.rewards_U)
+            row |= _named("behind", found)
+        if path is not None and end.method != "dpo":
+            row |= _named("below", below_path(path, end))
+            row["dpo_at_kl"] = _known(path.reward_at(row["kl"]))
+        rows.append(row)
+    for name in ("behind", "below"):
+        tested = [row for row in rows if row.get(f"{name}_p") is not None]
+        adjusted = statistics.holm([row[f"{name}_p"] for row in tested]) if tested else []
+        for row, p in zip(tested, adjusted, strict=True):
+            row[f"{name}_p_holm"] = p
+    return rows
+
+
+def path_of(ends: list[End], reference_U: np.ndarray) -> statistics.Path | None:
+    """Return the path from the reference through the ends of a method's runs, by their KL."""
+    if not ends:
+        return None
+    kls = [np.zeros_like(reference_U)]
+    rewards = [reference_U]
+    for end in sorted(ends, key=_mean_kl):
+        kls.append(end.kls_U)
+        rewards.append(end.rewards_U)
+    return statistics.Path(np.stack(kls), np.stack(rewards))
+
+
+def below_path(path: statistics.Path, end: End) -> dict:
+    """Return by how much a run's reward is below a path at the run's own KL, with its interval.
+
+    Prompts are drawn again for both, so that in each resample the run has another KL, at which the
+    path is read. Nothing is said where the path does not reach it in 95 % of the resamples. p is
+    two-sided: twice the smaller share of resamples on either side of 0.
+    """
+
+    def below(drawn_U=slice(None)) -> float:
+        kl = float(end.kls_U[drawn_U].mean())
+        return path.reward_at(kl, drawn_U) - float(end.rewards_U[drawn_U].mean())
+
+    found_R = statistics.bootstrap(below, len(end.rewards_U))
+    reached_R = found_R[np.isfinite(found_R)]
+    found = dict(difference=_known(below()), low=None, high=None, p=None)
+    if len(reached_R) >= statistics.REACHED * len(found_R):
+        low, high = statistics.percentiles(reached_R)
+        # Not 0, which so many resamples cannot show.
+        smaller = min((reached_R <= 0).mean(), (reached_R >= 0).mean())
+        p = min(1.0, 2 * max(float(smaller), 1 / len(reached_R)))
+        found |= dict(low=float(low), high=float(high), p=p)
+    return found
+
+
+def settling(kls: list[float]) -> dict:
+    """Return kl_rise, the share by which a run's KL rose in its last quarter, and whether it has
+    settled: "yes", or "no" where that is more than 10 %.
+
+    kls: of its steps in training. The rise is taken from the means of the quarter's two halves, so
+    that the noise of single steps is averaged; {} for fewer than 16 steps.
+    """
+    quarter = len(kls) // QUARTER
+    half = quarter // 2
+    if half < 2:
+        return {}
+    first = float(np.mean(kls[-2 * half : -half]))
+    second = float(np.mean(kls[-half:]))
+    # From the middle of one half to that of the other is half of the quarter.
+    rise = 2 * (second - first) / max(abs(second), 1e-6)
+    return dict(kl_rise=rise, settled="yes" if abs(rise) <= SETTLED else "no")
+
+
+def _named(name: str, found: dict) -> dict:
+    """Return a difference with its interval and p by the names of a table's fields."""
+    return {
+        name: found["difference"],
+        f"{name}_low": found["low"],
+        f"{name}_high": found["high"],
+        f"{name}_p": found["p"],
+    }
+
+
+def _mean_kl(end: End) -> float:
+    return float(end.kls_U.mean())
+
+
+def _known(value: float) -> float | None:
+    return value if math.isfinite(value) else None

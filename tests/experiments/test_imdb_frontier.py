@@ -1,0 +1,166 @@
+"""The runs of the IMDb frontier with their seeds, and what is reported of those that are done."""
+
+import csv
+
+import numpy as np
+import pytest
+
+from dpo_jax import costs
+from dpo_jax.workdir import write_json, write_lines
+from experiments import comparisons, cost_table, frontier_file, imdb_frontier
+from experiments.imdb_frontier import Run
+from tests.helpers.paths import ROOT
+from tests.helpers.tiny_runs import experiment_configs
+
+PROMPTS = 64
+
+
+def test_seeds_are_of_the_runs_that_are_picked():
+    names = [run.name for run in imdb_frontier.chosen(["dpo_*"], seeds=2)]
+    assert names == [
+        f"dpo_{beta}{end}" for beta in ("0.05", "0.1", "1", "5") for end in ("", "_seed1")
+    ]
+    assert [run.name for run in imdb_frontier.chosen(["ppo_3", "best_of_n"], seeds=1)] == ["ppo_3"]
+    assert [run.name for run in imdb_frontier.chosen(["dpo_1_seed2"], seeds=3)] == ["dpo_1_seed2"]
+    # The paper has two seeds of Preferred-FT.
+    names = [run.name for run in imdb_frontier.chosen(["preferred_ft_*"], seeds=1)]
+    assert names == ["preferred_ft_0", "preferred_ft_1"]
+    assert len(imdb_frontier.chosen(["*"], seeds=1)) == 22
+    with pytest.raises(ValueError, match="--run=dpo_1_seed2 matches no run"):
+        imdb_frontier.chosen(["dpo_1_seed2"], seeds=2)
+
+
+def test_a_seed_trains_one_stage_anew():
+    make_config = experiment_configs(str(ROOT / "configs" / "imdb.py"), ["--config.seed=5"])
+    config = imdb_frontier.config_of(make_config, Run("ppo", 3.0, 2))
+    assert (config.run, config.seed, config.ppo.seed, config.rm.seed) == ("ppo_3_seed2", 5, 2, 0)
+
+
+def plant(folder, make_config, run: Run, kl: float, reward: float, steps=(0, 4, 8)):
+    """Make a run done without training: what it measured, and what it took."""
+    rng = np.random.default_rng([run.seed, int(100 * kl)])
+    noise_U = np.random.default_rng(0).normal(size=PROMPTS) * 0.1  # what prompts have in common
+    rewards_U = reward + noise_U + 0.02 * rng.normal(size=PROMPTS)
+    kls_U = kl * rng.uniform(0.8, 1.2, PROMPTS)
+    values = {f"frontier/{name}": 0.1 for name in imdb_frontier.MEASURED}
+    values |= {"frontier/reward": float(rewards_U.mean()), "frontier/kl": float(kls_U.mean())}
+    rows = [{"step": step} | values for step in steps]
+    if run.stage == "ppo":
+        rows += [{"step": 9 + step, "ppo_train/kl": kl * step / 32} for step in range(33)]
+    trained, evaluated = folder / run.name, folder / f"evaluate-{run.name}"
+    for made in (trained, evaluated):
+        made.mkdir(parents=True)
+        (made / "done.json").write_text("{}")
+    write_lines(trained / "metrics.jsonl", rows)
+    costs.write(trained, seconds=60.0, flops=10**12, examples=8, peak_memory=2**30)
+    write_json(evaluated / "evaluate.json", values)
+    for name, of_prompts in (("", rewards_U), ("reference_", 0.5 + noise_U)):
+        lines = [
+            dict(prompt=f"prompt {u}", completion="", reward=float(value), kl=float(kls_U[u]))
+            for u, value in enumerate(of_prompts)
+        ]
+        write_lines(evaluated / f"{name}completions.jsonl", lines)
+
+
+@pytest.fixture
+def make_config():
+    return experiment_configs(str(ROOT / "configs" / "imdb.py"), ["--config.seed=5"])
+
+
+def test_report_of_the_runs_that_are_done(tmp_path, make_config):
+    """Without best of N, and with several seeds of some runs: rows, tables and a figure."""
+    for seed in (0, 1):
+        plant(tmp_path, make_config, Run("dpo", 0.1, seed), 2.0, 0.8)
+    plant(tmp_path, make_config, Run("dpo", 1.0), 0.5, 0.6)
+    plant(tmp_path, make_config, Run("ppo", 3.0), 1.25, 0.6)
+    plant(tmp_path, make_config, Run("preferred_ft", None), 0.1, 0.52)
+    imdb_frontier.report(make_config, tmp_path)
+
+    rows, curves = frontier_file.read(tmp_path / "frontier.json")
+    found = {(row["method"], row["value"], row["seed"]) for row in rows}
+    assert found == {
+        ("reference", None, None),
+        ("dpo", 0.1, 5),
+        ("dpo", 0.1, 6),
+        ("dpo", 1.0, 5),
+        ("ppo", 3.0, 5),
+        ("preferred_ft", None, 5),
+    }
+    assert [row["step"] for row in rows if row["value"] == 1.0] == [4, 8]
+    (start,) = [row for row in rows if row["method"] == "reference"]
+    assert start["kl"] == 0 and start["reward"] == pytest.approx(0.5, abs=0.05)
+    assert list(curves["imdb"].rewards) == [start["reward"]]
+    for name in ("frontier.png", "frontier.pdf", "frontier.tex", "comparisons.md", "costs.csv"):
+        assert (tmp_path / name).stat().st_size > 100
+
+    with open(tmp_path / "comparisons.csv") as file:
+        table = {(row["method"], row["parameter"]): row for row in csv.DictReader(file)}
+    ppo = table["ppo", "target 3"]
+    # Halfway between DPO's runs, at 0.5 and 2 nats, DPO has 0.7.
+    assert float(ppo["dpo_at_kl"]) == pytest.approx(0.7, abs=0.02)
+    assert float(ppo["below_low"]) < 0.1 < float(ppo["below_high"])
+    assert (
+        float(ppo["behind"]) == pytest.approx(0.2, abs=0.02) and float(ppo["behind_p_holm"]) < 1e-6
+    )
+    assert ppo["settled"] == "no" and float(ppo["kl_rise"]) == pytest.approx(0.25, abs=0.05)
+    assert table["dpo", "β=0.1"]["seeds"] == "2" and table["dpo", "β=0.1"]["behind"] == ""
+
+
+def test_report_of_runs_that_have_just_begun(tmp_path, make_config):
+    imdb_frontier.report(make_config, tmp_path)
+    assert not list(tmp_path.iterdir())
+    folder = tmp_path / "dpo_1"
+    folder.mkdir()
+    values = {f"frontier/{name}": 0.1 for name in imdb_frontier.MEASURED}
+    write_lines(folder / "metrics.jsonl", [{"step": 0} | values, {"step": 2} | values])
+    imdb_frontier.report(make_config, tmp_path)
+    rows, _ = frontier_file.read(tmp_path / "frontier.json")
+    assert [row["method"] for row in rows] == ["reference", "dpo"]
+
+
+def test_runs_on_other_prompts_are_not_compared(tmp_path, make_config):
+    plant(tmp_path, make_config, Run("dpo", 1.0), 0.5, 0.6)
+    plant(tmp_path, make_config, Run("ppo", 3.0), 1.0, 0.6)
+    path = tmp_path / "evaluate-ppo_3" / "completions.jsonl"
+    path.write_text(path.read_text().replace("prompt 7", "another"))
+    with pytest.raises(ValueError, match="evaluate-ppo_3 has other prompts than the runs before"):
+        imdb_frontier.report(make_config, tmp_path)
+
+
+def test_below_a_path_says_nothing_beyond_its_end():
+    ones_U = np.ones(50)
+    noise_U = np.random.default_rng(0).normal(size=50)
+    dpo = comparisons.End("dpo", "", 2 * ones_U + noise_U, ones_U)
+    path = comparisons.path_of([dpo], ones_U + noise_U)
+    near = comparisons.End("ppo", "", 1.25 * ones_U + noise_U, 0.5 * ones_U)
+    found = comparisons.below_path(path, near)
+    assert found["difference"] == pytest.approx(0.25) and found["low"] == pytest.approx(0.25)
+    assert found["p"] == pytest.approx(2 / 2000)
+    beyond = comparisons.End("ppo", "", ones_U, 2 * ones_U)
+    found = comparisons.below_path(path, beyond)
+    assert found == dict(difference=None, low=None, high=None, p=None)
+
+
+def test_settling():
+    assert comparisons.settling([1.0] * 15) == {}
+    assert comparisons.settling([5.0] * 40) == dict(kl_rise=0.0, settled="yes")
+    assert comparisons.settling(list(np.linspace(0, 6, 40)))["settled"] == "no"
+
+
+def test_costs_are_sums_over_the_stages_of_a_method(tmp_path, make_config):
+    """Without SFT, which all share; means over the runs of a method."""
+    for name, seconds, samples in (("sft", 900, 0), ("pairs", 60, 400), ("rm", 30, 0)):
+        (tmp_path / name).mkdir()
+        costs.write(tmp_path / name, seconds=seconds, samples=samples, peak_memory=2**30)
+    for name, seconds in (("ppo_3", 600), ("ppo_6", 1200)):
+        (tmp_path / name).mkdir()
+        costs.write(
+            tmp_path / name, seconds=seconds, samples=1000, peak_memory=2**31, flops=3 * 10**12
+        )
+    runs = [imdb_frontier.config_of(make_config, Run("ppo", value)) for value in (3.0, 6.0)]
+    (row,) = cost_table.rows_of(tmp_path, dict(ppo=runs))
+    assert (row["stages"], row["runs"], row["samples"]) == ("pairs, rm, ppo", 2, 1400)
+    assert (row["minutes"], row["gib"], row["teraflops"]) == (16.5, 2, 3)
+    (tmp_path / "rm" / "cost.json").unlink()  # as of an earlier version
+    (row,) = cost_table.rows_of(tmp_path, dict(ppo=runs))
+    assert (row["minutes"], row["gib"], row["samples"]) == (None, None, None)
