@@ -94,7 +94,7 @@ class Calls:
         self._endpoint = endpoint
         self._file = file
         self._client = None
-        self._answers = {row["key"]: row["answer"] for row in rows}
+        self._rows = {row["key"]: row for row in rows}
         answered = [row for row in rows if row["answer"] is not None]
         # Whether this model has answered anything: a refusal is then the question's fault.
         self._answered = any(
@@ -103,15 +103,15 @@ class Calls:
         )
         self._refusals = []  # rows that wait for the first answer before they are kept
         self.count = len(answered)
-        self.spent = sum(endpoint.cost(row["prompt"], row["usage"]) for row in rows)
+        self.spent = sum(map(self.cost, rows))
         self.new = self.retries = self.refused = 0  # by this process
         self._in_flight = 0
         self._reserved = 0.0  # the most that the calls in flight can cost
         self._landed = asyncio.Condition()
         self._next_start = 0.0  # when the next request may start, for requests_per_minute
 
-    async def ask(self, prompt: str, **about) -> str | None:
-        """Return the answer to a prompt, or None if the endpoint refuses this very question.
+    async def ask(self, prompt: str, **about) -> dict:
+        """Return the kept call of a prompt; its answer is None if the endpoint refuses it.
 
         A refusal is kept too, and not asked again. `about` belongs to the question's identity and
         is kept beside the answer, in JSON's types. Raises BudgetExhausted before a call that could
@@ -124,12 +124,16 @@ class Calls:
             **about,
         )
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        if key not in self._answers:
+        if key not in self._rows:
             async with self._budget(self._endpoint.cost(prompt, None)):
                 found = await self._send(prompt)
                 date = time.strftime("%Y-%m-%d %H:%M:%S")
                 self._take(dict(key=key, **identity, **found, date=date))
-        return self._answers[key]
+        return self._rows[key]
+
+    def cost(self, row: dict) -> float:
+        """Return the cost of a kept call."""
+        return self._endpoint.cost(row["prompt"], row["usage"])
 
     @contextlib.asynccontextmanager
     async def _budget(self, bound: float):
@@ -162,7 +166,7 @@ class Calls:
 
     def _take(self, row: dict) -> None:
         """Keep an answer. A refusal waits until an answer shows that the endpoint works."""
-        self._answers[row["key"]] = row["answer"]
+        self._rows[row["key"]] = row
         if row["answer"] is None:
             self._refusals.append(row)
             if len(self._refusals) >= MOST_REFUSALS:
@@ -172,7 +176,7 @@ class Calls:
         self._keep(row)
         self.count += 1
         self.new += 1
-        self.spent += self._endpoint.cost(row["prompt"], row["usage"])
+        self.spent += self.cost(row)
         self.settle()
 
     def settle(self) -> None:

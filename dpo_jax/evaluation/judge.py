@@ -31,9 +31,12 @@ __all__ = [
     "ChatError",
     "Comparison",
     "Judge",
+    "Vote",
+    "combined",
     "compare",
     "compare_by_reward",
     "define_flags",
+    "vote",
     "write_verdicts",
 ]
 
@@ -113,6 +116,17 @@ class Comparison:
     other: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Vote:
+    """The verdict on a comparison in one order, and how it came about."""
+
+    order: str  # one of ORDERS; "" where no call was needed
+    verdict: str | None
+    answer: str = ""  # the judge's last words, whatever could be read of them
+    calls: int = 0  # questions asked until an answer could be read
+    cost: float = 0.0  # of these calls, by the judge's prices
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Judge(chat_api.Endpoint):
     """A chat model with a question to ask; other fields are in chat_api.Endpoint."""
@@ -141,9 +155,23 @@ def compare(
 ) -> list[str | None]:
     """Return the verdict of each comparison: "win" (for ours), "tie", "loss" or None.
 
-    None means that no answer could be read, or that the endpoint refused the question. Calls are
-    kept in folder/judgements.jsonl and not made again, so neither network nor key is needed if all
-    are there. progress: called with a line now and then. Raises BudgetExhausted before a call that
+    It is `combined` of what `vote` returns and raises.
+    """
+    return [combined(votes) for votes in vote(judge, comparisons, folder, progress)]
+
+
+def vote(
+    judge: Judge,
+    comparisons: list[Comparison],
+    folder: pathlib.Path,
+    progress: Callable[[str], None] = _print,
+) -> list[tuple[Vote, ...]]:
+    """Return the votes on each comparison: one, or with judge.orders=2 one in each order.
+
+    A verdict of None means that no answer could be read, or that the endpoint refused the question.
+    Equal comparisons share their votes, which are paid for once. Calls are kept in
+    folder/judgements.jsonl and not made again, so neither network nor key is needed if all are
+    there. progress: called with a line now and then. Raises BudgetExhausted before a call that
     could pass a cap, and ChatError if the endpoint fails; calls in flight are kept first.
     """
     stripped = []
@@ -155,13 +183,15 @@ def compare(
         if _without_call(comparison) is None:
             questions += [(comparison, order) for order in _orders(judge, comparison)]
     found = asyncio.run(_ask_all(judge, questions, pathlib.Path(folder) / JUDGEMENTS, progress))
-    verdicts = []
+    votes = []
     for comparison in stripped:
         verdict = _without_call(comparison)
         if verdict is None:
-            verdict = _combined([found[comparison, order] for order in _orders(judge, comparison)])
-        verdicts.append(verdict)
-    return verdicts
+            orders = _orders(judge, comparison)
+            votes.append(tuple(found[comparison, order] for order in orders))
+        else:
+            votes.append((Vote("", verdict),))
+    return votes
 
 
 def compare_by_reward(reward: Callable, comparisons: list[Comparison]) -> list[str]:
@@ -278,7 +308,7 @@ def read_choice(answer: str) -> str | None:
 
 
 async def _ask_all(judge: Judge, questions: list, path: pathlib.Path, show: Callable) -> dict:
-    """Ask all questions: (comparison, order) -> verdict. After a failure no new call is made."""
+    """Ask all questions: (comparison, order) -> vote. After a failure no new call is made."""
     template = read_template(judge.template)
     waiting = collections.deque(questions)
     found = {}
@@ -303,22 +333,27 @@ async def _ask_all(judge: Judge, questions: list, path: pathlib.Path, show: Call
     return found
 
 
-async def _ask(
-    calls: chat_api.Calls, template: str, comparison: Comparison, order: str
-) -> str | None:
-    """Ask for a verdict in one order; None after unreadable answers or a refusal."""
+async def _ask(calls: chat_api.Calls, template: str, comparison: Comparison, order: str) -> Vote:
+    """Ask for a vote in one order; its verdict is None after unreadable answers or a refusal."""
     ours_first = order == ORDERS[0]
     a, b = comparison.ours, comparison.other
     if not ours_first:
         a, b = b, a
     prompt = template.format(prompt=comparison.prompt, a=a, b=b)
+    verdict = None
+    answer = ""
+    cost = 0.0
     for attempt in range(ATTEMPTS):
-        answer = await calls.ask(prompt, template=_digest(template), order=order, attempt=attempt)
-        if answer is None:
-            return None
-        if choice := read_choice(answer):
-            return "win" if (choice == "A") == ours_first else "loss"
-    return None
+        call = await calls.ask(prompt, template=_digest(template), order=order, attempt=attempt)
+        cost += calls.cost(call)
+        if call["answer"] is None:
+            break
+        answer = call["answer"]
+        choice = read_choice(answer)
+        if choice:
+            verdict = "win" if (choice == "A") == ours_first else "loss"
+            break
+    return Vote(order, verdict, answer, attempt + 1, cost)
 
 
 class _Report:
@@ -371,8 +406,9 @@ def _without_call(comparison: Comparison) -> str | None:
     return None if other else "win"
 
 
-def _combined(verdicts: list[str | None]) -> str | None:
-    """One verdict from those of each order; a tie if they differ."""
+def combined(votes: tuple[Vote, ...]) -> str | None:
+    """Return one verdict from those of each order: a tie if they differ, None if one is None."""
+    verdicts = [one.verdict for one in votes]
     if None in verdicts:
         return None
     return verdicts[0] if len(set(verdicts)) == 1 else "tie"

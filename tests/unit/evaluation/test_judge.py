@@ -544,6 +544,28 @@ def test_compare_by_reward():
     assert judge.compare_by_reward(lambda *_: np.zeros(0), []) == []
 
 
+def test_votes_of_both_orders(tmp_path):
+    """A judge of positions says A twice, which makes a tie; each vote has its cost."""
+    settings = a_judge(orders=2, input_price=1e6, output_price=0.0)
+    rows = [*comparisons(1), Comparison("post", "x", "x")]
+    with JudgeServer(always("A")) as server, server.environment():
+        (asked_both, no_call) = judge.vote(settings, rows, tmp_path, quiet)
+    assert [(vote.order, vote.verdict) for vote in asked_both] == [
+        ("ours, other", "win"),
+        ("other, ours", "loss"),
+    ]
+    assert judge.combined(asked_both) == "tie" == judge.combined(no_call)
+    for vote, prompt in zip(asked_both, sorted(server.prompts), strict=True):
+        assert (vote.answer, vote.calls, vote.cost) == (answer("A"), 1, len(prompt.split()))
+    assert no_call == (judge.Vote("", "tie"),)
+
+
+def test_vote_that_cannot_be_read(tmp_path):
+    with JudgeServer(lambda *_: "Both are fine.") as server, server.environment():
+        ((vote,),) = judge.vote(a_judge(), comparisons(1), tmp_path, quiet)
+    assert (vote.verdict, vote.answer, vote.calls) == (None, "Both are fine.", judge.ATTEMPTS)
+
+
 def test_write_verdicts_record(tmp_path):
     settings = a_judge(seed=3, template="summary_simple")
     began = time.strftime("%Y-%m-%d %H:%M:%S")

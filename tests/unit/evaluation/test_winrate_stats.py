@@ -5,7 +5,9 @@ import math
 
 import numpy as np
 import pytest
+import scipy.special
 import scipy.stats
+import sklearn.linear_model
 import sklearn.metrics
 
 from dpo_jax.evaluation import winrate_stats
@@ -220,3 +222,93 @@ def test_agreement_with_undefined_kappa():
     )
     perfect = winrate_stats.agreement([[("win", "win")]] * 5 + [[("loss", "loss")]] * 5)
     assert (perfect["kappa"], perfect["kappa_low"], perfect["kappa_high"]) == (1, 1, 1)
+
+
+def biased_votes(rng, n, theta, phi, spread=100):
+    """Votes of a judge with a known bias to length, and by how much ours are longer."""
+    longer_by = rng.normal(0.8 * spread, spread, n).round()
+    chances = scipy.special.expit(theta + phi * np.tanh(longer_by / longer_by.std()))
+    verdicts = np.where(rng.random(n) < chances, "win", "loss")
+    return verdicts.tolist(), longer_by.tolist()
+
+
+def test_length_controlled_finds_the_rate_at_equal_length():
+    """Our answers are longer and the judge likes that: 58 % at equal length, 71 % as they are."""
+    verdicts, longer_by = biased_votes(np.random.default_rng(0), 20_000, 0.3, 1.5)
+    found = winrate_stats.length_controlled(verdicts, longer_by)
+    assert winrate_stats.win_rate(verdicts)["rate"] > 0.7
+    assert found["low"] < scipy.special.expit(0.3) < found["high"] < found["low"] + 0.025
+    assert found["length_effect"] == pytest.approx(1.5, abs=0.1)
+    turned = ["loss" if verdict == "win" else "win" for verdict in verdicts]
+    other = winrate_stats.length_controlled(turned, [-length for length in longer_by])
+    assert other["rate"] == pytest.approx(1 - found["rate"])
+
+
+def test_length_controlled_equals_sklearn():
+    """Ties are half a win and half a loss."""
+    verdicts, longer_by = biased_votes(np.random.default_rng(1), 60, -0.4, 0.8)
+    verdicts[::7] = ["tie"] * len(verdicts[::7])
+    verdicts[3] = None
+    given = [number for number, verdict in enumerate(verdicts) if verdict]
+    scale = np.std([longer_by[number] for number in given])
+    inputs, wins, weights = [], [], []
+    for number in given:
+        points = winrate_stats.POINTS[verdicts[number]]
+        inputs += [[np.tanh(longer_by[number] / scale)]] * 2
+        wins += [1, 0]
+        weights += [points, 1 - points]
+    fit = sklearn.linear_model.LogisticRegression(C=1e10, tol=1e-10)
+    fit.fit(inputs, wins, sample_weight=weights)
+    found = winrate_stats.length_controlled(verdicts, longer_by)
+    assert found["length_effect"] == pytest.approx(fit.coef_.item(), abs=1e-5)
+    assert found["rate"] == pytest.approx(scipy.special.expit(fit.intercept_.item()), abs=1e-5)
+
+
+def test_length_controlled_without_an_optimum():
+    undefined = dict(rate=None, low=None, high=None, length_effect=None)
+    for verdicts, longer_by in [
+        ([], []),
+        (["win", "win"], [3, 4]),
+        (["loss", "loss", "win", "win"], [1, 2, 2, 9]),  # the longer answer always wins
+        (["win", "tie", "loss"], [1, 2, 3]),
+    ]:
+        assert winrate_stats.length_controlled(verdicts, longer_by) == undefined
+    # Lengths that are all alike explain nothing.
+    found = winrate_stats.length_controlled(["win"] * 3 + ["loss"], [5] * 4)
+    assert (found["rate"], found["length_effect"]) == (pytest.approx(0.75), 0)
+    assert found["low"] < 0.75 < found["high"]
+
+
+def test_intervals_cover_with_several_verdicts_on_a_prompt():
+    """Prompts differ in how easily they are won; ignoring it, intervals would cover too little."""
+    rng = np.random.default_rng(0)
+    prompts = np.repeat(np.arange(60), 4).tolist()
+    held, held_at_equal_length, ignoring = [], [], []
+    for _ in range(300):
+        ease = np.repeat(rng.beta(1, 1, 60), 4)
+        verdicts = np.where(rng.random(240) < ease, "win", "loss").tolist()
+        longer_by = rng.integers(-9, 10, 240).tolist()
+        found = winrate_stats.win_rate(verdicts, prompts)
+        held.append(found["low"] <= 0.5 <= found["high"])
+        found = winrate_stats.length_controlled(verdicts, longer_by, prompts)
+        held_at_equal_length.append(found["low"] <= 0.5 <= found["high"])
+        found = winrate_stats.win_rate(verdicts)
+        ignoring.append(found["low"] <= 0.5 <= found["high"])
+    assert 0.92 < np.mean(held) < 0.985 and 0.92 < np.mean(held_at_equal_length) < 0.985
+    assert np.mean(ignoring) < 0.87
+
+
+def test_one_verdict_on_each_prompt_is_wilson():
+    verdicts = ["win", "tie", "loss", "win", None]
+    assert winrate_stats.win_rate(verdicts, list("abcde")) == winrate_stats.win_rate(verdicts)
+    # All alike: as many as there are prompts, not verdicts.
+    found = winrate_stats.win_rate(["win"] * 6, list("aabbcc"))
+    assert (found["low"], found["high"]) == winrate_stats.wilson(3, 3) and found["n"] == 6
+
+
+def test_mean_points_of_several_runs():
+    runs = [["win", "loss", None], ["loss", None, None]]
+    points = winrate_stats.mean_points(runs)
+    np.testing.assert_array_equal(points, [0.5, 0, np.nan])
+    found = winrate_stats.paired_points(points, np.array([0, 0.5, 1]))
+    assert (found["better"], found["worse"], found["n"]) == (1, 1, 2)
