@@ -27,8 +27,8 @@ LONGEST_SHOT = 400  # characters of an example
 
 def run(make_config, workdir: str, options: Options) -> list[dict]:
     """Run the experiment; return a row for each win rate."""
-    trains = ("dpo",) if {"dpo", "training"} & set(options.methods) else ()
-    if "unlikelihood" in options.methods:
+    trains = ("dpo",) if {"dpo", "training"} & set(options.answering) else ()
+    if "unlikelihood" in options.answering:
         trains = (*trains, "unlikelihood")
     return winrate.run(
         "hh", make_config, workdir, options, trains=trains, make_task=task, make_points=points

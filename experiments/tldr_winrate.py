@@ -48,12 +48,12 @@ def run(
     path: where the data set is, unless it is the config's posts. base: hub name or folder of the
     model for the method base, unless it is what the config's stage sft starts from.
     """
-    if "base" in options.methods:
+    if "base" in options.answering:
         base = find_base(make_config("dpo"), base)
         if base and not options.dry_run:
             # Before training, as it may not be there.
             families.from_hf(hf.read_config(hf.fetch(base, weights=False)))
-    trains = tuple(method for method in TRAINED if method in options.methods)
+    trains = tuple(method for method in TRAINED if method in options.answering)
 
     def make_task(runs, options):
         return task(runs, options, dataset, path)
@@ -142,7 +142,7 @@ def main():
     def start(make_config, workdir, options):
         if dataset.value == "tldr":
             commands.refuse_flags("with --dataset=tldr, which is at config.data.sft_path", "path")
-        if "base" not in options.methods:
+        if "base" not in options.answering:
             commands.refuse_flags("without --method=base", "base")
         run(make_config, workdir, options, dataset.value, path.value, base.value)
 

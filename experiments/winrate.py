@@ -1,12 +1,16 @@
-"""Judge win rates against a data set's own responses: shared by tldr_winrate and hh_winrate.
+"""Judge win rates: shared by tldr_winrate and hh_winrate.
 
+    WORKDIR/METHOD_seedN/  what --seeds trains beside WORKDIR/METHOD
     WORKDIR/winrate/TASK/samples/POLICY-TEMPERATURE-N/  settings.json  completions.jsonl
-    WORKDIR/winrate/TASK/JUDGE/  judgements.jsonl  verdicts/  winrate.json  winrate.md  winrate.png
-    WORKDIR/winrate/TASK/JUDGE-both_orders/  the same with --orders=2, without judgements.jsonl
+    WORKDIR/winrate/TASK/JUDGE/  judgements.jsonl  verdicts/  votes.jsonl  examples/
+        winrate.json  winrate.csv  winrate.md  winrate.tex  winrate.png  winrate.pdf
+    WORKDIR/winrate/TASK/JUDGE-against_METHOD_TEMPERATURE/  the same with --against
+    WORKDIR/winrate/TASK/JUDGE-both_orders/  the same with --orders=2
 
-All policies answer the same prompts, and a judge compares each answer with the data's own response.
-What was trained, sampled or judged is kept, so an interrupted command resumes and no question is
-asked twice. Both orders share the judge's answers in judgements.jsonl.
+All policies answer the same prompts, and a judge compares each answer with the data's own response,
+or with --against with that of another policy. What was trained, sampled or judged is kept, so an
+interrupted command resumes and no question is asked twice. All comparisons by a judge share its
+answers in JUDGE/judgements.jsonl.
 """
 
 import dataclasses
@@ -55,6 +59,9 @@ from dpo_jax.workdir import (
 )
 from experiments import commands, winrate_report
 
+# What all seeds of training have in common: the methods learn from them.
+SHARED = ("sft", "rm")
+
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
@@ -79,23 +86,29 @@ class Point:
     n: int = 1
     samples: int = 1  # completions of each prompt; the first n of them count
     step: int | None = None  # of training, if that is what varies
+    seed: int = 0  # of training: 0 is the run's own
+    draw: int = 0  # of the answers: 0 is drawn by the run's own seed
 
     @property
     def folder(self) -> str:
         """The name of its completions' folder, which points may share."""
-        return f"{self.policy.name}-{self.temperature:g}-{self.samples}"
+        return f"{self.policy.name}-{self.temperature:g}-{self.samples}{self._suffix}"
 
     @property
     def name(self) -> str:
         """The name of its file of verdicts."""
         best = f"-best_of_{self.n}" if self.method == "best_of_n" else ""
-        return f"{self.policy.name}-{self.temperature:g}{best}"
+        return f"{self.policy.name}-{self.temperature:g}{best}{self._suffix}"
+
+    @property
+    def _suffix(self) -> str:
+        return f"-draw_{self.draw}" if self.draw else ""
 
     @property
     def answers(self) -> tuple:
         """A key that is equal for points with the same answers."""
         n = self.n if self.samples > 1 else 1
-        return self.policy.name, self.temperature, n
+        return self.policy.name, self.temperature, n, self.draw
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,8 +135,36 @@ class Options:
     dry_run: bool = False
     # Of the points over training; None: the same as of all others.
     training_temperatures: tuple[float, ...] | None = None
+    # Method and temperature of the answers to compare with; None: the data's own responses.
+    against: tuple[str, float] | None = None
+    seeds: int = 1  # of training: so often each method is trained
+    draws: int = 1  # so often each prompt is answered at a temperature above 0
+    show: int = 8  # prompts on a page of examples; 0: no pages
+
+    @property
+    def answering(self) -> tuple[str, ...]:
+        """All methods whose answers are needed."""
+        methods = self.methods
+        if self.against and self.against[0] not in methods:
+            methods = (*methods, self.against[0])
+        return methods
+
+    @property
+    def opponent(self) -> str:
+        """The name of what answers are compared with."""
+        if self.against is None:
+            return "the data's response"
+        method, temperature = self.against
+        return f"{method}, T={temperature:g}"
 
     def __post_init__(self):
+        if self.against is not None:
+            method, temperature = self.against
+            if method in ("training", "best_of_n") or not 0 <= temperature < math.inf:
+                raise ValueError(
+                    f"--against={method}:{temperature:g}: expected METHOD:TEMPERATURE, such as "
+                    "ppo:0, of a method that has one answer to a prompt."
+                )
         if min(self.counts, default=0) < 1 or len(set(self.counts)) < len(self.counts):
             given = ",".join(map(str, self.counts))
             raise ValueError(f"--best_of={given}: expected numbers of 1 or more, each once.")
@@ -155,25 +196,22 @@ def run(
     """
     if options.judge is None or "best_of_n" in options.methods:
         trains = ("rm", *trains)
-    if not trains and set(options.methods) != {"base"}:
+    if not trains and set(options.answering) != {"base"}:
         trains = ("sft",)
-    configs_by_method = {method: config_of(make_config, method) for method in ("dpo", *trains)}
-    # A config without the stage sft leaves nothing to train for "sft".
-    trains = [method for method in trains if configs_by_method[method].stages]
-    for method in ("dpo", *trains):
-        _check(configs_by_method[method])
-    mesh = sharding.make_mesh(**configs_by_method["dpo"].mesh)
-    runs = {}
-    for method, config in configs_by_method.items():
-        runs[method] = Run(config, pathlib.Path(workdir), mesh)
+    if options.seeds > 1 and not set(trains) - set(SHARED):
+        raise ValueError(
+            "--seeds would do nothing without a method that is trained on preferences."
+        )
+    runs_by_seed = _runs_by_seed(make_config, workdir, trains, options.seeds)
+    runs = runs_by_seed[0]
+    trained_runs = _trained_runs(runs_by_seed, trains)
 
     folder = pathlib.Path(workdir) / "winrate" / name
     sampled_in = folder / "samples"
-    calls_in = judged_in = folder / judge_name(options.judge)
-    if options.judge is not None and options.judge.orders == 2:
-        judged_in = calls_in.with_name(f"{calls_in.name}-both_orders")
-    trained_runs = {method: runs[method] for method in trains}
-    left = Left(trained_runs, make_points(runs, options), options, sampled_in)
+    calls_in = folder / judge_name(options.judge)
+    judged_in = calls_in.with_name(calls_in.name + _variant(options))
+    contest = _contest(runs_by_seed, options, make_points)
+    left = Left(trained_runs, contest, options, sampled_in)
     if options.dry_run:
         say(plan(left, options, calls_in))
         return []
@@ -183,16 +221,112 @@ def run(
     task = make_task(runs, options)
     if options.judge and left.any() and jax.process_index() == 0:
         chat_api.api_key()
-    for method in trains:
-        run_stages(configs_by_method[method], workdir)
-    points = make_points(runs, options)  # again, as training has left checkpoints
-    samples = sample_all(task, points, sampled_in, runs, make_config("best_of_n").sampling)
+    for run in trained_runs.values():
+        run_stages(run.config, workdir)
+    contest = _contest(runs_by_seed, options, make_points)  # training has left checkpoints
+    sampling = make_config("best_of_n").sampling
+    samples = sample_all(task, contest.sampled, sampled_in, runs, sampling)
     judge = _make_judge(options.judge, task, runs, calls_in)
-    rows, stopped = judge_all(task, points, samples, judge, judged_in)
-    winrate_report.write(name, len(task.examples), rows, judged_in, complete=not stopped)
+    rows, stopped = judge_all(task, contest, samples, judge, judged_in)
+    about = dict(task=name, against=options.opponent, prompts=len(task.examples))
+    winrate_report.write(about, rows, judged_in, complete=not stopped)
     if stopped:
         raise stopped
     return rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Contest:
+    """What is judged: the answers of points, each beside an opponent's."""
+
+    points: list[Point]
+    opponent: Point | None  # None: the data's own responses
+    opponent_name: str
+    show: int  # prompts on a page of examples
+
+    @property
+    def sampled(self) -> list[Point]:
+        """All points whose answers are needed."""
+        return [*self.points, *([self.opponent] if self.opponent else [])]
+
+
+def _contest(runs_by_seed: list[dict], options: Options, make_points: Callable) -> Contest:
+    """Return what is to be judged, as far as training has come."""
+    found = {}
+    for seed, runs in enumerate(runs_by_seed):
+        for point in make_points(runs, options):
+            # At temperature 0 all draws would be the same.
+            for draw in range(options.draws if point.temperature else 1):
+                drawn = dataclasses.replace(point, seed=seed, draw=draw)
+                # Policies that another seed does not train again count once.
+                found.setdefault((drawn.method, drawn.name, drawn.step), drawn)
+    points = list(found.values())
+    opponent = None
+    if options.against is not None:
+        method, temperature = options.against
+        alone = dataclasses.replace(
+            options, methods=(method,), temperatures=(temperature,), against=None
+        )
+        (opponent,) = make_points(runs_by_seed[0], alone)
+        # Beside itself it would tie everywhere.
+        points = [point for point in points if point.answers != opponent.answers]
+        if not points:
+            raise ValueError(f"--against={method}:{temperature:g}: no other answers are judged.")
+    return Contest(points, opponent, options.opponent, options.show)
+
+
+def _variant(options: Options) -> str:
+    """Return what tells the folder of these results from others of the same judge."""
+    against = ""
+    if options.against is not None:
+        method, temperature = options.against
+        against = f"-against_{method}_{temperature:g}"
+    both = options.judge is not None and options.judge.orders == 2
+    return against + ("-both_orders" if both else "")
+
+
+def _runs_by_seed(
+    make_config: Callable, workdir: str, trains: tuple[str, ...], seeds: int
+) -> list[dict]:
+    """Return method -> Run for each seed of training, "dpo" included; methods may share a run."""
+    configs_by_method = {method: config_of(make_config, method) for method in ("dpo", *trains)}
+    for config in configs_by_method.values():
+        if config.stages:
+            _check(config)
+    mesh = sharding.make_mesh(**configs_by_method["dpo"].mesh)
+    place = pathlib.Path(workdir)
+    first = {method: Run(config, place, mesh) for method, config in configs_by_method.items()}
+    found = [first]
+    for seed in range(1, seeds):
+        runs = dict(first)
+        for method in trains:
+            if method not in SHARED:
+                runs[method] = Run(of_seed(make_config(method), seed), place, mesh)
+        found.append(runs)
+    return found
+
+
+def of_seed(config, seed: int):
+    """Return a method's config with another seed of its own stage, which gets its own folder.
+
+    The stages before it are shared.
+    """
+    stage = config.stages[-1]
+    config[stage].seed += seed
+    config.run = f"{stage}_seed{seed}"
+    return config
+
+
+def _trained_runs(runs_by_seed: list[dict], trains: tuple[str, ...]) -> dict:
+    """Return a name for people -> Run, for all that are trained, in order."""
+    found = {}
+    for seed, runs in enumerate(runs_by_seed):
+        for method in trains:
+            # A config without the stage sft leaves nothing to train for "sft".
+            if not runs[method].config.stages or (seed and method in SHARED):
+                continue
+            found[f"{method}, seed {seed}" if seed else method] = runs[method]
+    return found
 
 
 def _check(config) -> None:
@@ -229,7 +363,7 @@ def trained(run: Run, stage: str) -> Policy:
         folder = run.folder(stage) / "hf"
         return loading.open_checkpoint(str(folder), dtype=run.config.model.dtype)
 
-    return Policy(stage, configs.dependencies(run.config, stage), open_result)
+    return Policy(run.folder(stage).name, configs.dependencies(run.config, stage), open_result)
 
 
 def start(run: Run, stage: str, name: str, shots: Callable[[], str] = str) -> Policy:
@@ -252,6 +386,7 @@ def at_checkpoints(run: Run, stage: str) -> dict[int, Policy]:
 
     Checkpoints that only an interruption left are not among them.
     """
+    name = run.folder(stage).name
     folder = run.folder(stage) / "checkpoints"
     steps = checkpoint.saved_steps(folder)
     if not steps:
@@ -273,7 +408,7 @@ def at_checkpoints(run: Run, stage: str) -> dict[int, Policy]:
     for step in steps:
         if step % save_every == 0 or step == steps[-1]:
             opened = functools.partial(open_at, step)
-            policies[step] = Policy(f"{stage}_at_{step}", made_by | dict(checkpoint=step), opened)
+            policies[step] = Policy(f"{name}_at_{step}", made_by | dict(checkpoint=step), opened)
     return policies
 
 
@@ -377,11 +512,12 @@ def _sample(point: Point, opened: Opened, runs: dict, sampling, folder) -> list[
     """
     run = runs["dpo"]
     prompts, ranked = opened.prompts, point.samples > 1
+    seed = run.config.seed + point.draw
     settings = point.policy.made_by | dict(
         temperature=point.temperature,
         samples=point.samples,
         max_new_tokens=sampling.max_new_tokens,
-        seed=run.config.seed,
+        seed=seed,
     )
     if ranked:
         reward_model = configs.dependencies(runs["rm"].config, "rm")
@@ -400,7 +536,7 @@ def _sample(point: Point, opened: Opened, runs: dict, sampling, folder) -> list[
             sampling.max_new_tokens,
             point.temperature,
             n=point.samples,
-            seed=run.config.seed,
+            seed=seed,
             batch_size=sampling.batch_size,
         )
         return rollouts.complete(model, prompts, reward, settings, folder)
@@ -439,9 +575,10 @@ def judge_name(judge: judges.Judge | None) -> str:
 def _make_judge(
     judge: judges.Judge | None, task: Task, runs: dict, calls: pathlib.Path
 ) -> Callable[[list[Comparison], pathlib.Path], dict]:
-    """Return (comparisons, file) -> result: who judged, verdicts and win rate.
+    """Return (comparisons, file) -> result: who judged, verdicts, win rate, and votes.
 
-    The result is also written to the file. calls: the folder that keeps the judge's answers.
+    The result is also written to the file, without the votes. calls: the folder that keeps the
+    judge's answers.
     """
 
     def by_chat(comparisons, path):
@@ -451,8 +588,10 @@ def _make_judge(
             shown.append(dataclasses.replace(comparison, prompt=prompt))
 
         def ask():
-            verdicts = judges.compare(judge, shown, calls, say)
-            return judges.write_verdicts(path, judge, verdicts, calls)
+            votes = judges.vote(judge, shown, calls, say)
+            verdicts = [judges.combined(of_prompt) for of_prompt in votes]
+            result = judges.write_verdicts(path, judge, verdicts, calls)
+            return result | dict(votes=winrate_report.as_records(votes))
 
         return processes.from_first(ask)
 
@@ -477,30 +616,34 @@ def _make_judge(
         verdicts = judges.compare_by_reward(reward_of_answers, comparisons)
         result = dict(judge="reward model", **winrate_stats.win_rate(verdicts), verdicts=verdicts)
         write_json(path, result)
-        return result
+        votes = [(judges.Vote("", verdict),) for verdict in verdicts]
+        return result | dict(votes=winrate_report.as_records(votes))
 
     return by_chat if judge else by_reward
 
 
 def judge_all(
-    task: Task, points: list[Point], samples: dict, judge: Callable, folder: pathlib.Path
+    task: Task, contest: Contest, samples: dict, judge: Callable, folder: pathlib.Path
 ) -> tuple[list[dict], Exception | None]:
     """Return a row for each point, and the error that ended the judging early, or None.
 
-    A row has the point, its win rate and verdicts, and what else was measured of its answers. The
-    error is that of a spent budget or a failing endpoint.
+    A row has the point, its win rate, verdicts and votes, and what else was measured of its
+    answers. The error is that of a spent budget or a failing endpoint. Writes each point's page of
+    examples.
     """
     (folder / "verdicts").mkdir(parents=True, exist_ok=True)
     references = [reply(example.responses[0]) for example in task.examples]
+    others = references
+    if contest.opponent is not None:
+        others = _spaced(task, _answers(task, contest.opponent, samples[contest.opponent.folder]))
     rows = []
+    points = contest.points
     for number, point in enumerate(points, 1):
         answers = _answers(task, point, samples[point.folder])
         comparisons = []
-        for example, answer, reference in zip(task.examples, answers, references, strict=True):
-            # Task.read strips answers, but in text responses follow their prompts after a space.
-            space = " " if isinstance(example.prompt, str) else ""
-            prompt = transcript(example.prompt)
-            comparisons.append(Comparison(prompt, space + answer, reference))
+        pairs = zip(task.examples, _spaced(task, answers), others, strict=True)
+        for example, answer, other in pairs:
+            comparisons.append(Comparison(transcript(example.prompt), answer, other))
         try:
             result = judge(comparisons, folder / "verdicts" / f"{point.name}.json")
         except (judges.BudgetExhausted, judges.ChatError) as error:
@@ -512,15 +655,32 @@ def judge_all(
             temperature=point.temperature,
             best_of=point.n,
             step=point.step,
+            seed=point.seed,
+            draw=point.draw,
             **{name: result.pop(name) for name in winrate_report.RATES},
             verdicts=result.pop("verdicts"),
+            votes=result.pop("votes"),
             judged=result,  # what is left says who judged
             words=float(np.mean([len(answer.split()) for answer in answers])),
         )
+        shown = [task.shown(comparison.prompt).strip() for comparison in comparisons]
+        row["compared"] = winrate_report.compared(shown, answers, others)
+        if contest.show:
+            winrate_report.write_examples(
+                folder / "examples" / f"{point.name}.md", row, contest.opponent_name, contest.show
+            )
         if task.rouge:
             row |= winrate_report.rouge(answers, references)
         rows.append(row)
     return rows, None
+
+
+def _spaced(task: Task, answers: list[str]) -> list[str]:
+    """Return answers as they follow prompts in text, after the space that Task.read strips."""
+    spaced = []
+    for example, answer in zip(task.examples, answers, strict=True):
+        spaced.append(f" {answer}" if isinstance(example.prompt, str) else answer)
+    return spaced
 
 
 def _answers(task: Task, point: Point, samples: list[dict]) -> list[str]:
@@ -535,11 +695,11 @@ def _answers(task: Task, point: Point, samples: list[dict]) -> list[str]:
 class Left:
     """What is left to do before the judge is asked.
 
-    stages: method -> stages to train. completions: folder -> number of completions to sample.
+    stages: name of a run -> stages to train. completions: folder -> how many to sample.
     """
 
-    def __init__(self, runs: dict, points: list[Point], options: Options, sampled: pathlib.Path):
-        self.points = points
+    def __init__(self, runs: dict, contest: Contest, options: Options, sampled: pathlib.Path):
+        self.points = contest.points
         self.stages = {}
         for method, run in runs.items():
             unfinished = []
@@ -548,7 +708,7 @@ class Left:
                     unfinished.append(stage)
             self.stages[method] = unfinished
         self.completions = {}
-        for point in points:
+        for point in contest.sampled:
             missing = options.prompts - _lines(sampled / point.folder / COMPLETIONS)
             self.completions[point.folder] = max(missing, 0) * point.samples
 
@@ -606,6 +766,21 @@ def _numbers(flag, kind: type) -> tuple:
         raise ValueError(f"--{flag.name}={given}: expected numbers, separated by commas.") from None
 
 
+def _opponent(text: str, methods: tuple[str, ...]) -> tuple[str, float]:
+    """Return the method and the temperature that --against names; ValueError for no such."""
+    method, _, temperature = text.partition(":")
+    try:
+        number = float(temperature)
+    except ValueError:
+        number = -1.0
+    if method not in methods or not 0 <= number < math.inf:
+        raise ValueError(
+            f"--against={text}: expected METHOD:TEMPERATURE, such as ppo:0; the methods are "
+            f"{', '.join(methods)}."
+        )
+    return method, number
+
+
 def main(
     description: str,
     default_config: str,
@@ -629,6 +804,29 @@ def main(
         "temperatures", None, "Sampling temperatures of the policies. Default: the paper's."
     )
     counts = flags.DEFINE_list("best_of", list(map(str, Options.counts)), "The N of best of N.")
+    against = flags.DEFINE_string(
+        "against",
+        None,
+        "METHOD:TEMPERATURE whose answers to compare with, such as ppo:0. Default: the data's own "
+        "responses.",
+    )
+    seeds = flags.DEFINE_integer(
+        "seeds",
+        Options.seeds,
+        "How often each method is trained, with seeds 0, 1, ... of its stage.",
+        lower_bound=1,
+        upper_bound=100,
+    )
+    draws = flags.DEFINE_integer(
+        "draws",
+        Options.draws,
+        "How often each prompt is answered at a temperature above 0.",
+        lower_bound=1,
+        upper_bound=1000,
+    )
+    show = flags.DEFINE_integer(
+        "show", Options.show, "Prompts on each page of examples; 0: no pages.", lower_bound=0
+    )
     prompts = flags.DEFINE_integer(
         "prompts", Options.prompts, "How many held-out prompts to answer.", lower_bound=1
     )
@@ -672,7 +870,13 @@ def main(
             counts=_numbers(counts, int),
             prompts=prompts.value,
             dry_run=dry_run.value,
+            against=_opponent(against.value, methods) if against.value else None,
+            seeds=seeds.value,
+            draws=draws.value,
+            show=show.value,
         )
+        if not any((*options.temperatures, *(options.training_temperatures or ()))):
+            commands.refuse_flags("at temperature 0, where all answers are the same", "draws")
         if "best_of_n" not in options.methods:
             commands.refuse_flags("without --method=best_of_n", "best_of")
         make_config = commands.config_maker(config.choice, config.overrides)

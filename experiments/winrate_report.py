@@ -1,43 +1,161 @@
-"""Report win rates as a table, a figure and JSON."""
+"""Report win rates: tables, a figure, votes and pages of examples."""
 
+import dataclasses
 import pathlib
+import re
 from collections.abc import Callable
 
+import numpy as np
+
 from dpo_jax.console import say
-from dpo_jax.evaluation import plots, winrate_stats
-from dpo_jax.workdir import write_json, write_text
+from dpo_jax.evaluation import plots, statistics, tables, winrate_stats
+from dpo_jax.evaluation.judge import ORDERS, Vote
+from dpo_jax.workdir import write_json, write_lines, write_text
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
 RATES = ("rate", "low", "high", "wins", "ties", "losses", "unparsable", "n")
+COUNTED = ("wins", "ties", "losses", "unparsable", "n")
+POINT = ("method", "temperature", "best_of", "step")  # what rows of a group have in common
+# Of a row, what has a file of its own or is the same for all rows.
+NOT_WRITTEN = ("judged", "verdicts", "votes", "compared", "points")
+# Columns of winrate.csv and winrate.tex.
+COLUMNS = (
+    tables.Column("method", "name"),
+    tables.Column("T", "temperature", "g"),
+    tables.Column("step", "step", "g"),
+    tables.Column("seeds", "seeds", "g"),
+    tables.Column("draws", "draws", "g"),
+    tables.Column("win rate", "rate", ".3f", interval=("low", "high")),
+    tables.Column(
+        "at equal length",
+        "equal_length_rate",
+        ".3f",
+        interval=("equal_length_low", "equal_length_high"),
+    ),
+    *(tables.Column(name, name, "g") for name in COUNTED),
+    tables.Column("words", "words", ".3g"),
+)
 
 
-def write(
-    task: str, prompts: int, rows: list[dict], folder: pathlib.Path, *, complete: bool
-) -> None:
-    """Write winrate.json, winrate.md and winrate.png, and print the table.
+def write(about: dict, rows: list[dict], folder: pathlib.Path, *, complete: bool) -> None:
+    """Write votes.jsonl, winrate.json, .csv, .md, .tex and the figure, and print the tables.
 
-    rows: as winrate.judge_all makes them. complete: whether they are all that was asked for.
+    about: task, against and prompts, for winrate.json. rows: as winrate.judge_all makes them.
+    complete: whether they are all that was asked for.
     """
     if not rows:
         return
-    paired = against(rows, "dpo")
-    written = []
-    for row in rows:
-        # The verdicts have files of their own, and the judge is the same for all rows.
-        written.append({name: row[name] for name in row if name not in ("judged", "verdicts")})
-    result = dict(
-        task=task,
-        prompts=prompts,
+    groups = grouped(rows)
+    paired = compared_with(groups, "dpo")
+    result = about | dict(
         complete=complete,
         judged=rows[-1]["judged"],
         paired=paired,
-        rows=written,
+        rows=[written(row) for row in rows],
+        groups=[written(group) for group in groups],
     )
     write_json(folder / "winrate.json", result)
-    text = table(rows, paired)
+    write_lines(folder / "votes.jsonl", vote_rows(rows, about["against"]))
+    text = table(groups, paired)
     write_text(folder / "winrate.md", text)
-    plots.win_rates(folder / "winrate.png", panels(rows))
-    say(f"{text}\n{folder}: winrate.json, winrate.md, winrate.png")
+    named = [group | dict(name=label(group)) for group in groups]
+    write_text(folder / "winrate.csv", tables.to_csv(named, COLUMNS))
+    write_text(folder / "winrate.tex", tables.to_latex(named, COLUMNS))
+    plots.win_rates(folder / "winrate.png", panels(groups))
+    say(f"{text}\n{folder}: winrate.json, .csv, .md, .tex, .png and votes.jsonl")
+
+
+def written(row: dict) -> dict:
+    """Return a row without what stands elsewhere."""
+    return {name: row[name] for name in row if name not in NOT_WRITTEN}
+
+
+def grouped(rows: list[dict]) -> list[dict]:
+    """Return a row for each point over its seeds and draws: their numbers, the rates and counts.
+
+    The interval of one seed is that over prompts: Wilson's, or for several draws clustered by
+    prompt. Of several seeds it is Student's t over the seeds' rates, which says what another
+    training would give on these prompts; prompts_low and prompts_high are then the interval over
+    prompts for these very seeds.
+    """
+    by_point = {}
+    for row in rows:
+        by_point.setdefault(tuple(row[name] for name in POINT), []).append(row)
+    return [_group(of_point) for of_point in by_point.values()]
+
+
+def _group(rows: list[dict]) -> dict:
+    """Return one row for those of a point."""
+    first = rows[0]
+    verdicts, longer_by, prompts = [], [], []
+    for row in rows:
+        verdicts += row["verdicts"]
+        prompts += range(len(row["verdicts"]))
+        for pair in row["compared"]:
+            longer_by.append(len(pair["ours"].strip()) - len(pair["other"].strip()))
+    over_prompts = winrate_stats.win_rate(verdicts, prompts)
+    group = {name: first[name] for name in POINT}
+    group |= dict(
+        seeds=len({row["seed"] for row in rows}),
+        draws=len({row["draw"] for row in rows}),
+        **over_prompts,
+        points=winrate_stats.mean_points([row["verdicts"] for row in rows]),
+    )
+    rates = _rates_of_seeds(rows)
+    if len(rates) > 1:
+        over_seeds = statistics.mean_interval(rates)
+        group |= dict(
+            rate=over_seeds["mean"],
+            low=max(0.0, over_seeds["low"]),
+            high=min(1.0, over_seeds["high"]),
+            prompts_low=over_prompts["low"],
+            prompts_high=over_prompts["high"],
+        )
+    at_equal_length = winrate_stats.length_controlled(verdicts, longer_by, prompts)
+    for name in ("rate", "low", "high"):
+        group[f"equal_length_{name}"] = at_equal_length[name]
+    group["length_effect"] = at_equal_length["length_effect"]
+    for name in ("words", *ROUGE):
+        if name in first:
+            group[name] = float(np.mean([row[name] for row in rows]))
+    return group
+
+
+def _rates_of_seeds(rows: list[dict]) -> list[float]:
+    """Return the win rate of each seed over its draws, of those that have any verdict."""
+    verdicts = {}
+    for row in rows:
+        verdicts.setdefault(row["seed"], []).extend(row["verdicts"])
+    rates = [winrate_stats.win_rate(of_seed)["rate"] for of_seed in verdicts.values()]
+    return [rate for rate in rates if rate is not None]
+
+
+def as_records(votes: list[tuple[Vote, ...]]) -> list[list[dict]]:
+    """Return the votes on each comparison as JSON holds them."""
+    return [[dataclasses.asdict(vote) for vote in of_prompt] for of_prompt in votes]
+
+
+def compared(prompts: list[str], ours: list[str], others: list[str]) -> list[dict]:
+    """Return a row for each prompt: prompt, ours and other, as the judge reads them."""
+    rows = []
+    for prompt, our, other in zip(prompts, ours, others, strict=True):
+        rows.append(dict(prompt=prompt, ours=our.strip(), other=other.strip()))
+    return rows
+
+
+def vote_rows(rows: list[dict], opponent: str) -> list[dict]:
+    """Return a row for each vote, with what was compared and by whom it was written.
+
+    Their fields prompt, ours, other and matchup are those of judge_agreement's file of people's
+    votes.
+    """
+    found = []
+    for row in rows:
+        about = {name: row[name] for name in (*POINT, "seed", "draw") if name in row}
+        for pair, votes in zip(row["compared"], row["votes"], strict=True):
+            for vote in votes:
+                found.append(dict(matchup=f"{full_name(row)}; {opponent}") | about | pair | vote)
+    return found
 
 
 def label(row: dict) -> str:
@@ -47,29 +165,49 @@ def label(row: dict) -> str:
     return row["method"]
 
 
-def cell(result: dict) -> str:
-    """Return a win rate and its interval as text."""
-    return _with_interval(result, "rate")
+def full_name(row: dict) -> str:
+    """Return the name of one row's answers."""
+    name = f"{label(row)}, T={row['temperature']:g}"
+    if row["step"] is not None:
+        name += f", step {row['step']}"
+    if row["seed"]:
+        name += f", seed {row['seed']}"
+    if row["draw"]:
+        name += f", draw {row['draw']}"
+    return name
 
 
-def _with_interval(result: dict, name: str) -> str:
+def cell(result: dict, name: str = "rate", ends: str = "") -> str:
+    """Return a value and its interval as text; ends: what the interval's fields begin with."""
     value = result[name]
     if value is None:
         return "none"
-    return f"{value:.3f} [{result['low']:.3f}, {result['high']:.3f}]"
+    low, high = result[f"{ends}low"], result[f"{ends}high"]
+    if low is None:
+        return f"{value:.3f}"
+    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
 
-def against(rows: list[dict], method: str) -> list[dict]:
-    """Compare a method with each other one, prompt by prompt, at the same temperature."""
-    rows = [row for row in rows if row["step"] is None]
-    verdicts = {row["temperature"]: row["verdicts"] for row in rows if row["method"] == method}
+def compared_with(groups: list[dict], method: str) -> list[dict]:
+    """Compare a method with each other one, prompt by prompt, at the same temperature.
+
+    p_holm is p adjusted for the number of comparisons.
+    """
+    groups = [group for group in groups if group["step"] is None]
+    points = {
+        group["temperature"]: group["points"] for group in groups if group["method"] == method
+    }
     found = []
-    for row in rows:
-        temperature = row["temperature"]
-        if row["method"] == method or temperature not in verdicts:
+    for group in groups:
+        temperature = group["temperature"]
+        if group["method"] == method or temperature not in points:
             continue
-        about = dict(first=method, second=label(row), temperature=temperature)
-        found.append(about | winrate_stats.paired(verdicts[temperature], row["verdicts"]))
+        about = dict(first=method, second=label(group), temperature=temperature)
+        pair = winrate_stats.paired_points(points[temperature], group["points"])
+        found.append(about | pair)
+    adjusted = statistics.holm([pair["p"] for pair in found])
+    for pair, p_holm in zip(found, adjusted, strict=True):
+        pair["p_holm"] = p_holm
     return found
 
 
@@ -96,31 +234,43 @@ def panels(rows: list[dict]) -> dict[str, tuple[str, list[dict]]]:
     return {title: (varies, drawn) for title, (varies, drawn) in found.items() if drawn}
 
 
-def table(rows: list[dict], paired: list[dict]) -> str:
+def table(groups: list[dict], paired: list[dict]) -> str:
     """Return the tables in Markdown, those that have rows.
 
-    Win rates by method and by step at each temperature; methods compared on the same prompts; then
-    what else was measured of the answers.
+    Win rates by method and by step at each temperature, as they are and at equal length; methods
+    compared on the same prompts; then what else was measured of the answers.
     """
-    at_end = [row for row in rows if row["step"] is None]
-    over_training = [row for row in rows if row["step"] is not None]
-    tables = [
-        _by_temperature(at_end, "win rate", label),
-        _by_temperature(over_training, "step", lambda row: str(row["step"])),
+    at_end = [group for group in groups if group["step"] is None]
+    over_training = [group for group in groups if group["step"] is not None]
+
+    def step_of(group):
+        return str(group["step"])
+
+    def at_equal_length(group):
+        return cell(group, "equal_length_rate", "equal_length_")
+
+    parts = [
+        _by_temperature(at_end, "win rate", label, cell),
+        _by_temperature(at_end, "at equal length", label, at_equal_length),
+        _by_temperature(over_training, "step", step_of, cell),
         _comparisons(paired),
-        _measured(at_end, [name for name in ("words", *ROUGE) if name in rows[0]]),
+        _measured(at_end, [name for name in ("words", *ROUGE) if name in groups[0]]),
     ]
-    return "\n".join(_markdown(lines) for lines in tables if len(lines) > 1)
+    text = "\n".join(_markdown(lines) for lines in parts if len(lines) > 1)
+    seeds = max(group["seeds"] for group in groups)
+    if seeds > 1:
+        text += f"\nMeans of up to {seeds} seeds of training, with Student's interval over seeds.\n"
+    return text
 
 
 # The lines of a table are tuples of cells, its heads first.
 Lines = list[tuple[str, ...]]
 
 
-def _by_temperature(rows: list[dict], head: str, name_of: Callable[[dict], str]) -> Lines:
+def _by_temperature(rows: list[dict], head: str, name_of: Callable, cell_of: Callable) -> Lines:
     """Return a line for each name and a column for each temperature."""
     temperatures = sorted({row["temperature"] for row in rows})
-    cells = {(name_of(row), row["temperature"]): cell(row) for row in rows}
+    cells = {(name_of(row), row["temperature"]): cell_of(row) for row in rows}
     names = dict.fromkeys(map(name_of, rows))  # each once, in their order
     lines = [(head, *(f"T={temperature:g}" for temperature in temperatures))]
     for name in names:
@@ -130,15 +280,16 @@ def _by_temperature(rows: list[dict], head: str, name_of: Callable[[dict], str])
 
 
 def _comparisons(paired: list[dict]) -> Lines:
-    lines = [("beside", "T", "difference of win rates", "better on", "worse on", "p")]
+    lines = [("beside", "T", "difference of win rates", "better on", "worse on", "p", "p by Holm")]
     for pair in paired:
         line = (
             f"{pair['first']} - {pair['second']}",
             f"{pair['temperature']:g}",
-            _with_interval(pair, "difference"),
+            cell(pair, "difference"),
             str(pair["better"]),
             str(pair["worse"]),
             f"{pair['p']:.2g}",
+            f"{pair['p_holm']:.2g}",
         )
         lines.append(line)
     return lines
@@ -176,3 +327,54 @@ def rouge(answers: list[str], references: list[str]) -> dict[str, float]:
     for name in ROUGE:
         means[name] = sum(one[name].fmeasure for one in measured) / len(measured)
     return means
+
+
+def write_examples(path: pathlib.Path, row: dict, opponent: str, count: int) -> None:
+    """Write a page of the first prompts with both answers, the verdict and the judge's words.
+
+    row: as winrate.judge_all makes them. The prompts are in an order that does not depend on the
+    answers, so they are not chosen to please.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    name = full_name(row)
+    lines = [f"# {escaped(name)} against {escaped(opponent)}", ""]
+    total = len(row["compared"])
+    lines += [f"Win rate {cell(row)}, {min(count, total)} of {total} prompts.", ""]
+    verdicts = {"win": f"{name} wins", "loss": f"{opponent} wins", "tie": "tie", None: "no verdict"}
+    shown = zip(row["compared"], row["votes"], row["verdicts"], strict=True)
+    for number, (pair, votes, verdict) in enumerate(shown, 1):
+        if number > count:
+            break
+        lines += [f"## {number}. {escaped(verdicts[verdict])}", ""]
+        lines += ["**Prompt**", "", quoted(pair["prompt"]), ""]
+        lines += [f"**{escaped(name)}**", "", quoted(pair["ours"]), ""]
+        lines += [f"**{escaped(opponent)}**", "", quoted(pair["other"]), ""]
+        for vote in votes:
+            if not vote["order"]:
+                lines += ["**Judge**: needed no answer from a chat model.", ""]
+                continue
+            first = name if vote["order"] == ORDERS[0] else opponent
+            heading = f"**Judge**, who saw {escaped(first)} as A: {verdicts[vote['verdict']]}"
+            lines += [heading, "", quoted(vote["answer"]), ""]
+    write_text(path, "\n".join(lines))
+
+
+def quoted(text: str) -> str:
+    """Return text as a quotation in Markdown that shows it as it is."""
+    lines = text.strip().splitlines() or ["(empty)"]
+    # A backslash at the end of a line keeps the break, but shows where an empty line follows.
+    shown = []
+    for line, following in zip(lines, [*lines[1:], ""], strict=True):
+        mark = "\\" if line.strip() and following.strip() else ""
+        shown.append(f"> {escaped(line)}{mark}".rstrip())
+    return "\n".join(shown)
+
+
+def escaped(line: str) -> str:
+    """Return a line of text with all that Markdown or HTML would read as its own escaped."""
+    plain = "".join(mark if mark.isprintable() else " " for mark in line)
+    indent = len(plain) - len(plain.lstrip())
+    text = re.sub(r"([\\`*_\[\]{}<>|~#&$:@!])", r"\\\1", plain.strip())
+    # Lists and underlined headings begin with these.
+    text = re.sub(r"^(\d*)([-+=.)])", r"\1\\\2", text)
+    return "&nbsp;" * indent + text

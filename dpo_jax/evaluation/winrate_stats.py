@@ -168,6 +168,11 @@ def paired_points(first_N: np.ndarray, second_N: np.ndarray) -> dict:
 
     Points are means where a method has several answers to a prompt.
     """
+    if len(first_N) != len(second_N):
+        raise ValueError(
+            f"{len(first_N)} verdicts are to be compared with {len(second_N)}: expected verdicts "
+            "on the same prompts."
+        )
     differences_N = first_N - second_N
     differences_N = differences_N[~np.isnan(differences_N)]
     n = len(differences_N)

@@ -20,7 +20,7 @@ from dpo_jax.rewards import reward_model
 from dpo_jax.training.checkpoint import Checkpoints
 from dpo_jax.training.step import TrainState
 from dpo_jax.workdir import finish_stage, read_lines
-from experiments import hh_winrate, winrate, winrate_report
+from experiments import hh_winrate, winrate
 from experiments.winrate import Options
 from tests.helpers.clock import set_today
 from tests.helpers.judge_server import JudgeServer, prefers
@@ -316,17 +316,3 @@ def test_hh_training_temperatures(tmp_path, monkeypatch):
     both = drawn(temperatures=(0.25,), training_temperatures=temperatures)
     assert both == [(0, 0.7), (300, 0.7), (0, 1.0), (300, 1.0)]
     assert drawn(temperatures=(0.7,)) == [(0, 0.7), (300, 0.7)]
-
-
-def test_training_table_has_a_column_for_each_temperature():
-    rate = dict(rate=0.5, low=0.25, high=0.75, unparsable=0, words=2.0, method="dpo", best_of=1)
-    rows = []
-    for step in (0, 300):
-        for temperature in (0.7, 1.0):
-            rows.append(rate | dict(step=step, temperature=temperature))
-    cell = "0.500 [0.250, 0.750]"
-    assert f"| step | T=0.7 | T=1 |\n|---|---|---|\n| 0 | {cell} | {cell} |" in (
-        winrate_report.table(rows, [])
-    )
-    (_, drawn), *_ = winrate_report.panels(rows).values()
-    assert {row["label"] for row in drawn} == {"dpo, T=0.7", "dpo, T=1"}

@@ -1,5 +1,6 @@
 """The TL;DR experiment on a tiny model and made-up posts, with a judge on the loopback."""
 
+import csv
 import functools
 import json
 import shutil
@@ -14,13 +15,14 @@ from absl import flags
 
 from dpo_jax import config as configs
 from dpo_jax import config_checks
+from dpo_jax.evaluation import statistics
 from dpo_jax.evaluation.judge import BudgetExhausted, Judge
 from dpo_jax.models import hf
 from dpo_jax.parallel import sharding
 from dpo_jax.pipeline.run import Run
 from dpo_jax.rewards import make
 from dpo_jax.workdir import StageChanged, read_lines
-from experiments import commands, tiny_tldr, tldr_winrate, winrate, winrate_report
+from experiments import commands, judge_agreement, tiny_tldr, tldr_winrate, winrate, winrate_report
 from experiments.winrate import Options
 from tests.helpers import bucket_folders
 from tests.helpers.judge_server import JudgeServer, answer, prefers, texts
@@ -192,7 +194,106 @@ def test_report_table_figure_json(finished):
         f"| dpo - sft | 1 | {pair['difference']:.3f} [{pair['low']:.3f}, {pair['high']:.3f}] | "
         in table
     )
+    adjusted = statistics.holm([row["p"] for row in written["paired"]])
+    assert [row["p_holm"] for row in written["paired"]] == adjusted
+    with (folder / "winrate.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [(line["name"], float(line["rate"])) for line in lines] == [
+        (winrate_report.label(row), row["rate"]) for row in rows
+    ]
+    assert r"\toprule" in (folder / "winrate.tex").read_text()
     assert "| answers | T | words | rouge1 | rouge2 | rougeL | unparsable |" in table
+
+
+def test_votes_and_examples(finished):
+    """Each vote has a row, which says who it is for; each win rate has a page of examples."""
+    workdir, rows, asked = finished
+    votes = read_lines(results(workdir) / "votes.jsonl")
+    assert len(votes) == 8 * len(rows)
+    for number, vote in enumerate(votes):
+        row = rows[number // 8]
+        assert vote["matchup"] == f"{winrate_report.full_name(row)}; the data's response"
+        assert vote["verdict"] == row["verdicts"][number % 8]
+        if vote["calls"]:
+            a, b = vote["ours"], vote["other"]
+            if vote["order"] == "other, ours":
+                a, b = b, a
+            assert any(vote["prompt"] in prompt and (a, b) == texts(prompt) for prompt in asked)
+            assert vote["answer"].startswith("Comparison: ") and vote["cost"] == 0
+    # They can go to people, who add their votes.
+    path = workdir / "votes.jsonl"
+    path.write_text("".join(json.dumps(vote | dict(votes=["win"])) + "\n" for vote in votes))
+    assert len(judge_agreement.read_votes(str(path))) == len(votes)
+    page = (results(workdir) / "examples" / "dpo-1.md").read_text()
+    assert page.startswith(
+        f"# dpo, T=1 against the data's response\n\nWin rate {rows[1]['rate']:.3f}"
+    )
+    assert page.count("## ") == 8
+    assert page.count("> Comparison\\: they differ.\\\n> Better\\: ") == sum(
+        bool(vote["calls"]) for vote in votes[8:16]
+    )
+
+
+def test_against_another_policy(finished, make_config):
+    """As in table 2; the samples and the judge's answers are those of the other win rates."""
+    workdir, _, _ = finished
+    options = Options(("dpo", "sft"), (0.0, 1.0), JUDGE, prompts=8, against=("sft", 0.0))
+    with JudgeServer(prefers(len)) as server, server.environment():
+        rows = tldr_winrate.run(make_config, str(workdir), options)
+    # Not the opponent beside itself.
+    names = [winrate_report.full_name(row) for row in rows]
+    assert names == ["dpo, T=0", "dpo, T=1", "sft, T=1"]
+    samples = workdir / "winrate" / "tldr" / "samples"
+    first, other = (
+        read_lines(samples / name / "completions.jsonl") for name in ("dpo-1-1", "sft-0-1")
+    )
+    for number, verdict in enumerate(rows[1]["verdicts"]):
+        pair = [sampled[number]["completions"][0]["text"].strip() for sampled in (first, other)]
+        gap = len(pair[0]) - len(pair[1])
+        expected = "win" if gap > 0 else "loss" if gap < 0 else None
+        assert verdict == expected or expected is None
+    folder = results(workdir).with_name("loopback-summary_concise-against_sft_0")
+    assert json.loads((folder / "winrate.json").read_text())["against"] == "sft, T=0"
+    assert len(server.prompts) <= 24 and not (folder / "judgements.jsonl").exists()
+    with pytest.raises(ValueError, match="--against=sft:0: no other answers are judged"):
+        alone = Options(("sft",), (0.0,), JUDGE, prompts=8, against=("sft", 0.0))
+        tldr_winrate.run(make_config, str(workdir), alone)
+
+
+def test_seeds_and_draws(finished, make_config):
+    """Another training of DPO alone, and another draw of each answer."""
+    workdir, first_rows, _ = finished
+    again = Run(winrate.of_seed(make_config("dpo"), 1), workdir, sharding.make_mesh())
+    assert (again.folder("sft").name, again.folder("dpo").name) == ("sft", "dpo_seed1")
+    assert again.config.dpo.seed == 1 and again.config.seed == 0
+    plant(again, "dpo")
+    options = Options(("dpo", "sft"), (0.0, 1.0), JUDGE, prompts=8, seeds=2, draws=2)
+    with JudgeServer(prefers(len)) as server, server.environment():
+        rows = tldr_winrate.run(make_config, str(workdir), options)
+    assert [(row["method"], row["temperature"], row["seed"], row["draw"]) for row in rows] == [
+        ("dpo", 0, 0, 0),
+        ("dpo", 1, 0, 0),
+        ("dpo", 1, 0, 1),
+        ("sft", 0, 0, 0),
+        ("sft", 1, 0, 0),
+        ("sft", 1, 0, 1),
+        ("dpo", 0, 1, 0),
+        ("dpo", 1, 1, 0),
+        ("dpo", 1, 1, 1),
+    ]
+    assert rows[1]["verdicts"] == first_rows[1]["verdicts"]
+    samples = workdir / "winrate" / "tldr" / "samples"
+    drawn = [
+        read_lines(samples / f"sft-1-1{draw}" / "completions.jsonl") for draw in ("", "-draw_1")
+    ]
+    assert drawn[0] != drawn[1]
+    groups = json.loads((results(workdir) / "winrate.json").read_text())["groups"]
+    (dpo,) = [row for row in groups if (row["method"], row["temperature"]) == ("dpo", 1)]
+    rates = [np.mean([rows[number]["rate"] for number in pair]) for pair in ((1, 2), (7, 8))]
+    assert (dpo["seeds"], dpo["draws"], dpo["n"]) == (2, 2, 32)
+    assert dpo["rate"] == pytest.approx(np.mean(rates))
+    (sft,) = [row for row in groups if (row["method"], row["temperature"]) == ("sft", 1)]
+    assert (sft["seeds"], sft["draws"], sft["n"]) == (1, 2, 16) and sft["low"] < sft["rate"]
 
 
 def test_finished_experiment_replays(finished, make_config, monkeypatch):
@@ -405,6 +506,8 @@ def test_dry_run_counts(make_config, tmp_path, capsys):
         (dict(counts=(1, 0)), "", "--best_of=1,0: expected"),
         (dict(counts=(4, 4)), "", "each once"),
         (dict(temperatures=(-1.0,)), "", "--temperatures=-1.0: expected"),
+        (dict(against=("training", 0.0)), "", "--against=training:0: expected METHOD:TEMPERATURE"),
+        (dict(methods=("sft",), seeds=2), "", "--seeds would do nothing without a method"),
         (dict(temperatures=(1.0, 1.0)), "", "--temperatures=1.0,1.0: expected .* each once"),
     ],
 )

@@ -108,7 +108,7 @@ def test_paired_equal_methods_have_width():
 
 def test_paired_refuses_unequal_lists():
     assert winrate_stats.paired([None], ["win"])["difference"] is None
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match="1 verdicts are to be compared with 2"):
         winrate_stats.paired(["win"], ["win", "loss"])
 
 
