@@ -39,7 +39,7 @@ def task(runs: dict, options: Options) -> Task:
     """Return the task: held-out dialogues of one turn."""
     data = _data(runs["dpo"])
     texts, _ = splits.read(data, "sft")
-    examples = winrate.held_out(texts["eval"], options.prompts, _one_turn)
+    examples = winrate.held_out(texts["eval"], options.prompts, one_turn)
     return Task(examples, data, shown=str.strip, read=answer, date=winrate.date_of(runs["dpo"]))
 
 
@@ -87,7 +87,7 @@ def shots(data) -> str:
                 "messages: choose methods without base by --method."
             )
         length = len(example.prompt + example.responses[0])
-        if _one_turn(example) and length <= LONGEST_SHOT:
+        if one_turn(example) and length <= LONGEST_SHOT:
             short[example.prompt] = example
     if len(short) < SHOTS:
         raise ValueError(
@@ -106,7 +106,8 @@ def _data(run):
     return data
 
 
-def _one_turn(example: TextExample) -> bool:
+def one_turn(example: TextExample) -> bool:
+    """Return whether an example is a question and its answer, without turns before them."""
     if isinstance(example.prompt, list):
         asked = [message for message in example.prompt if message["role"] == "user"]
         return len(asked) == 1 and len(example.responses[0]) == 1

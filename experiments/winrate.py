@@ -526,7 +526,7 @@ def _sample(point: Point, opened: Opened, runs: dict, sampling, folder) -> list[
         # Through JSON, so that they compare equal to what is read from the file.
         _claim(folder / "settings.json", json.loads(json.dumps(settings)))
         reward, params = _no_reward, None
-        if _lines(folder / COMPLETIONS) < len(prompts):
+        if lines_in(folder / COMPLETIONS) < len(prompts):
             params = opened.load_params(run.mesh)
             if ranked:
                 reward = runs["rm"].reward("rm")
@@ -666,9 +666,9 @@ def judge_all(
         shown = [task.shown(comparison.prompt).strip() for comparison in comparisons]
         row["compared"] = winrate_report.compared(shown, answers, others)
         if contest.show:
-            winrate_report.write_examples(
-                folder / "examples" / f"{point.name}.md", row, contest.opponent_name, contest.show
-            )
+            page = folder / "examples" / f"{point.name}.md"
+            name = winrate_report.full_name(row)
+            winrate_report.write_examples(page, name, contest.opponent_name, row, contest.show)
         if task.rouge:
             row |= winrate_report.rouge(answers, references)
         rows.append(row)
@@ -709,7 +709,7 @@ class Left:
             self.stages[method] = unfinished
         self.completions = {}
         for point in contest.sampled:
-            missing = options.prompts - _lines(sampled / point.folder / COMPLETIONS)
+            missing = options.prompts - lines_in(sampled / point.folder / COMPLETIONS)
             self.completions[point.folder] = max(missing, 0) * point.samples
 
     def any(self) -> bool:
@@ -732,7 +732,7 @@ def plan(left: Left, options: Options, calls: pathlib.Path) -> str:
         title = f"judge {len(left.points)} win rates"
         different = {point.answers for point in left.points}
         questions = len(different) * options.prompts * options.judge.orders
-        kept = _lines(calls / judges.JUDGEMENTS)
+        kept = lines_in(calls / judges.JUDGEMENTS)
         lines.append(
             f"{title:<32}{questions:,} questions, up to {judges.ATTEMPTS} calls each; "
             f"{kept:,} calls are kept"
@@ -740,7 +740,7 @@ def plan(left: Left, options: Options, calls: pathlib.Path) -> str:
     return "\n".join(lines)
 
 
-def _lines(path: pathlib.Path) -> int:
+def lines_in(path: pathlib.Path) -> int:
     """Return how many whole lines a file has; another process may be writing the next."""
     if not path.exists():
         return 0

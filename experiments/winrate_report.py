@@ -55,7 +55,12 @@ def write(about: dict, rows: list[dict], folder: pathlib.Path, *, complete: bool
         groups=[written(group) for group in groups],
     )
     write_json(folder / "winrate.json", result)
-    write_lines(folder / "votes.jsonl", vote_rows(rows, about["against"]))
+    votes = []
+    for row in rows:
+        point = {name: row[name] for name in (*POINT, "seed", "draw")}
+        matchup = f"{full_name(row)}; {about['against']}"
+        votes += vote_rows(row["compared"], row["votes"], dict(matchup=matchup) | point)
+    write_lines(folder / "votes.jsonl", votes)
     text = table(groups, paired)
     write_text(folder / "winrate.md", text)
     named = [group | dict(name=label(group)) for group in groups]
@@ -143,18 +148,16 @@ def compared(prompts: list[str], ours: list[str], others: list[str]) -> list[dic
     return rows
 
 
-def vote_rows(rows: list[dict], opponent: str) -> list[dict]:
-    """Return a row for each vote, with what was compared and by whom it was written.
+def vote_rows(pairs: list[dict], votes: list[list[dict]], about: dict) -> list[dict]:
+    """Return a row for each vote: about, what was compared, and the vote.
 
-    Their fields prompt, ours, other and matchup are those of judge_agreement's file of people's
-    votes.
+    pairs, votes: as `compared` and `as_records` return them. about: of all rows. With a `matchup`
+    there, prompt, ours and other are as in judge_agreement's file of people's votes.
     """
     found = []
-    for row in rows:
-        about = {name: row[name] for name in (*POINT, "seed", "draw") if name in row}
-        for pair, votes in zip(row["compared"], row["votes"], strict=True):
-            for vote in votes:
-                found.append(dict(matchup=f"{full_name(row)}; {opponent}") | about | pair | vote)
+    for pair, of_pair in zip(pairs, votes, strict=True):
+        for vote in of_pair:
+            found.append(about | pair | vote)
     return found
 
 
@@ -329,14 +332,14 @@ def rouge(answers: list[str], references: list[str]) -> dict[str, float]:
     return means
 
 
-def write_examples(path: pathlib.Path, row: dict, opponent: str, count: int) -> None:
+def write_examples(path: pathlib.Path, name: str, opponent: str, row: dict, count: int) -> None:
     """Write a page of the first prompts with both answers, the verdict and the judge's words.
 
-    row: as winrate.judge_all makes them. The prompts are in an order that does not depend on the
-    answers, so they are not chosen to please.
+    name, opponent: whose answers they are. row: rate, low, high, verdicts, and compared and votes
+    of each prompt. The prompts are in an order that does not depend on the answers, so they are not
+    chosen to please.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    name = full_name(row)
     lines = [f"# {escaped(name)} against {escaped(opponent)}", ""]
     total = len(row["compared"])
     lines += [f"Win rate {cell(row)}, {min(count, total)} of {total} prompts.", ""]

@@ -418,8 +418,10 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def define_flags() -> Callable[..., Judge]:
+def define_flags(orders: int = Judge.orders) -> Callable[..., Judge]:
     """Define the flags of a command that judges; return a function that makes a Judge of them.
+
+    orders: the default of --orders.
 
     Call the function once the flags are parsed. It takes the fields that have no flag (model,
     template) and those that should override one.
@@ -431,7 +433,7 @@ def define_flags() -> Callable[..., Judge]:
             "judge_temperature", Judge.temperature, "The judge's sampling temperature."
         ),
         orders=flags.DEFINE_integer(
-            "orders", Judge.orders, "1: draw which answer is A; 2: ask both, disagreement ties."
+            "orders", orders, "1: draw which answer is A; 2: ask both, disagreement ties."
         ),
         seed=flags.DEFINE_integer("judge_seed", Judge.seed, "Seed of the drawn order."),
         concurrency=flags.DEFINE_integer(

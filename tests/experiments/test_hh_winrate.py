@@ -263,7 +263,7 @@ def test_shots_have_one_turn(monkeypatch):
         TextExample(prompt, (response,), "")
         for response in (" Hi.", f" Hi.{HUMAN} And?{ASSISTANT} Bye.", " Hi." * 100)
     )
-    assert hh_winrate._one_turn(one) and not hh_winrate._one_turn(more)
+    assert hh_winrate.one_turn(one) and not hh_winrate.one_turn(more)
     monkeypatch.setattr(
         hh_winrate.splits, "read", lambda *_: (dict(train=[one, one, more, long]), None)
     )

@@ -111,7 +111,7 @@ def test_examples_page(tmp_path):
     vote = Vote("other, ours", "win", "Comparison: *better*.\nBetter: B", 1)
     row["votes"] = winrate_report.as_records([(vote,), (vote, vote), (Vote("", "tie"),)])
     path = tmp_path / "examples" / "one.md"
-    winrate_report.write_examples(path, row, "the data's response", 2)
+    winrate_report.write_examples(path, "dpo, T=1", "the data's response", row, 2)
     text = path.read_text()
     assert "Win rate 0.500 [" in text and ", 2 of 3 prompts." in text
     assert "## 1. dpo, T=1 wins\n\n**Prompt**\n\n> post\n" in text
