@@ -234,68 +234,6 @@ def test_votes_and_examples(finished):
     )
 
 
-def test_against_another_policy(finished, make_config):
-    """As in table 2; the samples and the judge's answers are those of the other win rates."""
-    workdir, _, _ = finished
-    options = Options(("dpo", "sft"), (0.0, 1.0), JUDGE, prompts=8, against=("sft", 0.0))
-    with JudgeServer(prefers(len)) as server, server.environment():
-        rows = tldr_winrate.run(make_config, str(workdir), options)
-    # Not the opponent beside itself.
-    names = [winrate_report.full_name(row) for row in rows]
-    assert names == ["dpo, T=0", "dpo, T=1", "sft, T=1"]
-    samples = workdir / "winrate" / "tldr" / "samples"
-    first, other = (
-        read_lines(samples / name / "completions.jsonl") for name in ("dpo-1-1", "sft-0-1")
-    )
-    for number, verdict in enumerate(rows[1]["verdicts"]):
-        pair = [sampled[number]["completions"][0]["text"].strip() for sampled in (first, other)]
-        gap = len(pair[0]) - len(pair[1])
-        expected = "win" if gap > 0 else "loss" if gap < 0 else None
-        assert verdict == expected or expected is None
-    folder = results(workdir).with_name("loopback-summary_concise-against_sft_0")
-    assert json.loads((folder / "winrate.json").read_text())["against"] == "sft, T=0"
-    assert len(server.prompts) <= 24 and not (folder / "judgements.jsonl").exists()
-    with pytest.raises(ValueError, match="--against=sft:0: no other answers are judged"):
-        alone = Options(("sft",), (0.0,), JUDGE, prompts=8, against=("sft", 0.0))
-        tldr_winrate.run(make_config, str(workdir), alone)
-
-
-def test_seeds_and_draws(finished, make_config):
-    """Another training of DPO alone, and another draw of each answer."""
-    workdir, first_rows, _ = finished
-    again = Run(winrate.of_seed(make_config("dpo"), 1), workdir, sharding.make_mesh())
-    assert (again.folder("sft").name, again.folder("dpo").name) == ("sft", "dpo_seed1")
-    assert again.config.dpo.seed == 1 and again.config.seed == 0
-    plant(again, "dpo")
-    options = Options(("dpo", "sft"), (0.0, 1.0), JUDGE, prompts=8, seeds=2, draws=2)
-    with JudgeServer(prefers(len)) as server, server.environment():
-        rows = tldr_winrate.run(make_config, str(workdir), options)
-    assert [(row["method"], row["temperature"], row["seed"], row["draw"]) for row in rows] == [
-        ("dpo", 0, 0, 0),
-        ("dpo", 1, 0, 0),
-        ("dpo", 1, 0, 1),
-        ("sft", 0, 0, 0),
-        ("sft", 1, 0, 0),
-        ("sft", 1, 0, 1),
-        ("dpo", 0, 1, 0),
-        ("dpo", 1, 1, 0),
-        ("dpo", 1, 1, 1),
-    ]
-    assert rows[1]["verdicts"] == first_rows[1]["verdicts"]
-    samples = workdir / "winrate" / "tldr" / "samples"
-    drawn = [
-        read_lines(samples / f"sft-1-1{draw}" / "completions.jsonl") for draw in ("", "-draw_1")
-    ]
-    assert drawn[0] != drawn[1]
-    groups = json.loads((results(workdir) / "winrate.json").read_text())["groups"]
-    (dpo,) = [row for row in groups if (row["method"], row["temperature"]) == ("dpo", 1)]
-    rates = [np.mean([rows[number]["rate"] for number in pair]) for pair in ((1, 2), (7, 8))]
-    assert (dpo["seeds"], dpo["draws"], dpo["n"]) == (2, 2, 32)
-    assert dpo["rate"] == pytest.approx(np.mean(rates))
-    (sft,) = [row for row in groups if (row["method"], row["temperature"]) == ("sft", 1)]
-    assert (sft["seeds"], sft["draws"], sft["n"]) == (1, 2, 16) and sft["low"] < sft["rate"]
-
-
 def test_finished_experiment_replays(finished, make_config, monkeypatch):
     workdir, rows, _ = finished
     for name in ("OPENAI_BASE_URL", "OPENAI_API_KEY"):
@@ -467,6 +405,68 @@ def test_two_processes_sample_and_one_asks(finished, arguments, tmp_path):
     found = json.loads((results(tmp_path) / "winrate.json").read_text())["rows"]
     for name in ("wins", "ties", "losses"):
         assert [row[name] for row in found] == [row[name] for row in rows]
+
+
+def test_against_another_policy(finished, make_config):
+    """As in table 2; the samples and the judge's answers are those of the other win rates."""
+    workdir, _, _ = finished
+    options = Options(("dpo", "sft"), (0.0, 1.0), JUDGE, prompts=8, against=("sft", 0.0))
+    with JudgeServer(prefers(len)) as server, server.environment():
+        rows = tldr_winrate.run(make_config, str(workdir), options)
+    # Not the opponent beside itself.
+    names = [winrate_report.full_name(row) for row in rows]
+    assert names == ["dpo, T=0", "dpo, T=1", "sft, T=1"]
+    samples = workdir / "winrate" / "tldr" / "samples"
+    first, other = (
+        read_lines(samples / name / "completions.jsonl") for name in ("dpo-1-1", "sft-0-1")
+    )
+    for number, verdict in enumerate(rows[1]["verdicts"]):
+        pair = [sampled[number]["completions"][0]["text"].strip() for sampled in (first, other)]
+        gap = len(pair[0]) - len(pair[1])
+        expected = "win" if gap > 0 else "loss" if gap < 0 else None
+        assert verdict == expected or expected is None
+    folder = results(workdir).with_name("loopback-summary_concise-against_sft_0")
+    assert json.loads((folder / "winrate.json").read_text())["against"] == "sft, T=0"
+    assert len(server.prompts) <= 24 and not (folder / "judgements.jsonl").exists()
+    with pytest.raises(ValueError, match="--against=sft:0: no other answers are judged"):
+        alone = Options(("sft",), (0.0,), JUDGE, prompts=8, against=("sft", 0.0))
+        tldr_winrate.run(make_config, str(workdir), alone)
+
+
+def test_seeds_and_draws(finished, make_config):
+    """Another training of DPO alone, and another draw of each answer."""
+    workdir, first_rows, _ = finished
+    again = Run(winrate.of_seed(make_config("dpo"), 1), workdir, sharding.make_mesh())
+    assert (again.folder("sft").name, again.folder("dpo").name) == ("sft", "dpo_seed1")
+    assert again.config.dpo.seed == 1 and again.config.seed == 0
+    plant(again, "dpo")
+    options = Options(("dpo", "sft"), (0.0, 1.0), JUDGE, prompts=8, seeds=2, draws=2)
+    with JudgeServer(prefers(len)) as server, server.environment():
+        rows = tldr_winrate.run(make_config, str(workdir), options)
+    assert [(row["method"], row["temperature"], row["seed"], row["draw"]) for row in rows] == [
+        ("dpo", 0, 0, 0),
+        ("dpo", 1, 0, 0),
+        ("dpo", 1, 0, 1),
+        ("sft", 0, 0, 0),
+        ("sft", 1, 0, 0),
+        ("sft", 1, 0, 1),
+        ("dpo", 0, 1, 0),
+        ("dpo", 1, 1, 0),
+        ("dpo", 1, 1, 1),
+    ]
+    assert rows[1]["verdicts"] == first_rows[1]["verdicts"]
+    samples = workdir / "winrate" / "tldr" / "samples"
+    drawn = [
+        read_lines(samples / f"sft-1-1{draw}" / "completions.jsonl") for draw in ("", "-draw_1")
+    ]
+    assert drawn[0] != drawn[1]
+    groups = json.loads((results(workdir) / "winrate.json").read_text())["groups"]
+    (dpo,) = [row for row in groups if (row["method"], row["temperature"]) == ("dpo", 1)]
+    rates = [np.mean([rows[number]["rate"] for number in pair]) for pair in ((1, 2), (7, 8))]
+    assert (dpo["seeds"], dpo["draws"], dpo["n"]) == (2, 2, 32)
+    assert dpo["rate"] == pytest.approx(np.mean(rates))
+    (sft,) = [row for row in groups if (row["method"], row["temperature"]) == ("sft", 1)]
+    assert (sft["seeds"], sft["draws"], sft["n"]) == (1, 2, 16) and sft["low"] < sft["rate"]
 
 
 def test_dry_run_counts(make_config, tmp_path, capsys):
