@@ -329,6 +329,9 @@ def main():
         if OUT.exists():
             rows = {row["name"]: row for row in map(json.loads, OUT.read_text().splitlines())}
         plans = all_plans()
+        unknown = [name for name in only.value if name not in plans]
+        if unknown:
+            raise ValueError(f"--only={unknown[0]}: expected one of {', '.join(plans)}.")
         for name, (pod, plain) in plans.items():
             command = pod.command(plain)
             planned = name in rows and rows[name]["command"] == command
