@@ -756,7 +756,7 @@ def _leaks(config: ConfigDict) -> list[leaks.Leak]:
     """Return the leaks between the data sets of a run; none where it has one, as Repeats tells."""
     if not config.data.sft_path:
         return []
-    seen = leaks.read_run(config)
+    seen = leaks.read_runs([config])
     return leaks.of_run(seen) if len(seen) > 1 else []
 
 

@@ -183,24 +183,27 @@ def read(data, kind: str, stage: str, name: str) -> Seen:
     return Seen(stage, name, {split: gathered.hashes(split) for split in sorted(found)})
 
 
-def read_run(config) -> list[Seen]:
-    """Read the prompts of all data sets that a run trains on, without tokenising them.
+def read_runs(run_configs: Iterable) -> list[Seen]:
+    """Read the prompts of all data sets that runs train on, without tokenising them.
 
-    Each data set is read once, under the name of the first stage that trains on it. Prompts that
-    are sampled from count as trained on, all of them. Raises what `splits.parts` raises.
+    run_configs: the configs of runs that share a WORKDIR, or of one. Each data set is read once,
+    under the name of the first stage that trains on it. Prompts that are sampled from count as
+    trained on, all of them. Raises what `splits.parts` raises.
     """
     found = {}
-    for stage in config.stages:
-        table = stage_table.STAGES[stage]
-        is_sampled = stage_table.trains_on_samples(config, stage)
-        if is_sampled or not (table.trains or stage == "pairs"):
-            continue
-        is_of_sft = table.data in ("sft", "prompts")
-        data = configs.sft_data(config) if is_of_sft else config.data
-        key = tuple(data[name] for name in ("source", "path", "mix", "train_split", "eval_split"))
-        if key not in found:
-            kind = "sft" if is_of_sft else table.kind
-            found[key] = read(data, kind, stage, data.path or data.mix or data.source)
+    for config in run_configs:
+        for stage in config.stages:
+            table = stage_table.STAGES[stage]
+            is_sampled = stage_table.trains_on_samples(config, stage)
+            if is_sampled or not (table.trains or stage == "pairs"):
+                continue
+            is_of_sft = table.data in ("sft", "prompts")
+            data = configs.sft_data(config) if is_of_sft else config.data
+            names = ("source", "path", "mix", "train_split", "eval_split")
+            key = tuple(data[name] for name in names)
+            if key not in found:
+                kind = "sft" if is_of_sft else table.kind
+                found[key] = read(data, kind, stage, data.path or data.mix or data.source)
     return list(found.values())
 
 

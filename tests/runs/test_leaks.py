@@ -76,7 +76,7 @@ def test_prompts_of_another_data_set_are_counted(files, tmp_path, capsys):
 def test_data_command_counts_the_same_before_a_run(files):
     """dpo-jax data --config=NAME reads the texts of all data sets."""
     config = config_of(files, ("sft", "dpo"))
-    found = leaks.of_run(leaks.read_run(config))
+    found = leaks.of_run(leaks.read_runs([config]))
     sft, dpo = found
     assert (sft.held_out, sft.prompts, sft.exact) == ("sft", 10 + LEAKED, LEAKED // 2)
     assert sft.by == dict(dpo=LEAKED) and not dpo.normalised
