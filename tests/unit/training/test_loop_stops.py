@@ -72,3 +72,15 @@ def test_patience_ends_after_evaluations_without_a_better_one(limit, is_worse, v
         if patience.is_over and ended is None:
             ended = step
     assert ended == over_at
+
+
+def test_processes_wait_by_the_first_ones_evaluation(monkeypatch):
+    """One whose own value differs in its last bit would end, or go on, alone."""
+    recorder = object.__new__(loop._Recorder)
+    recorder._job = types.SimpleNamespace(block=types.SimpleNamespace(keep_best="loss/eval"))
+    recorder.patience = loop.Patience(1, operator.gt)
+    monkeypatch.setattr(loop.processes, "from_first", lambda _: 0.5)
+    for step in (1, 2):
+        recorder.evaluation = {"loss/eval": 0.5 - step / 1e6}
+        recorder._wait(step)
+    assert recorder.patience.is_over and recorder.patience.best == 0.5
