@@ -24,6 +24,14 @@ from experiments.commands import in_workdir
 from experiments.toy_runs import bound_curve, evaluations_of, first_policy, one_thread
 
 METHODS = {"weighted": "DPO", "unweighted": "without the weight"}
+# What the table shows of a method's last row -> its title
+COLUMNS = {
+    "reward": "reward",
+    "kl": "KL, nats",
+    "gap": "below the highest reward at that KL",
+    "chosen": "chosen, nats",
+    "rejected": "rejected, nats",
+}
 COLORS = {"weighted": "#1f4e9c", "unweighted": "crimson"}
 EVERY = 10  # steps between evaluations
 SEEDS = 3
@@ -49,11 +57,12 @@ def rows_of_seed(workdir: pathlib.Path, seed: int) -> list[dict]:
     """Train a seed's two runs; return a row for each evaluation.
 
     chosen, rejected: how much likelier the held-out responses are than under the reference, mean
-    over pairs, nats. gradient_weight: of DPO alone.
+    over pairs, nats. gradient_weight: of DPO alone. gap: of the last row, how far its reward is
+    below the highest one at its KL.
     """
     rows = []
     for method in METHODS:
-        evaluations, _ = evaluations_of(config_of(method, seed), workdir / f"seed-{seed}")
+        evaluations, end = evaluations_of(config_of(method, seed), workdir / f"seed-{seed}")
         first = evaluations[0]
         for evaluation in evaluations:
             changes = {}
@@ -71,12 +80,13 @@ def rows_of_seed(workdir: pathlib.Path, seed: int) -> list[dict]:
                     gradient_weight=evaluation.get("dpo_eval/gradient_weight"),
                 )
             )
+        rows[-1]["gap"] = end["gap"]
         print(f"seed {seed}, {method}: {rows[-1]}", flush=True)
     return rows
 
 
 def summary(rows: list[dict]) -> list[dict]:
-    """Return for each method the last values, and the highest reward on the way with its step.
+    """Return the last values of each method.
 
     Each is a mean with a 95 % interval over the seeds, as statistics.mean_interval.
     """
@@ -88,37 +98,27 @@ def summary(rows: list[dict]) -> list[dict]:
         of_method = [row for row in rows if row["method"] == method]
         last = [row for row in of_method if row["step"] == last_step]
         one = dict(method=method, step=last_step)
-        for name in ("reward", "kl", "chosen", "rejected"):
+        for name in COLUMNS:
             one[name] = mean_interval([row[name] for row in last])
-        best = []
-        for seed in sorted({row["seed"] for row in of_method}):
-            of_seed = [row for row in of_method if row["seed"] == seed]
-            best.append(max(of_seed, key=lambda row: row["reward"]))
-        one["best_reward"] = mean_interval([row["reward"] for row in best])
-        one["best_steps"] = [row["step"] for row in best]
         found.append(one)
     return found
 
 
 def table(found: list[dict]) -> str:
     """Return the summary as a Markdown table."""
-    names = ("reward", "kl", "chosen", "rejected", "best_reward")
     lines = [
-        "| gradient | reward | KL, nats | chosen, nats | rejected, nats | highest reward |",
-        "|---|---:|---:|---:|---:|---:|",
+        f"| gradient | {' | '.join(COLUMNS.values())} |",
+        f"|---|{'---:|' * len(COLUMNS)}",
     ]
     for one in found:
-        cells = [METHODS[one["method"]]]
-        cells += [_cell(one[name]) for name in names]
-        low, high = min(one["best_steps"]), max(one["best_steps"])
-        cells[-1] += f" (step {low})" if low == high else f" (steps {low} to {high})"
+        cells = [METHODS[one["method"]], *(_cell(one[name]) for name in COLUMNS)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def _cell(measured: dict) -> str:
     half = "" if measured["high"] is None else f" ± {measured['high'] - measured['mean']:.2f}"
-    return f"{measured['mean']:.2f}{half}"
+    return f"{measured['mean']:.2f}{half}".replace("-", "−")
 
 
 def draw(path: pathlib.Path, rows: list[dict], curve: dict) -> None:

@@ -27,6 +27,7 @@ def rows_of_weights(seeds=(0, 1)):
                 row = dict(method=method, seed=seed, step=step, gradient_weight=0.4)
                 row |= dict(reward=share * (reward + seed), kl=share, chosen=-share, rejected=-2.0)
                 rows.append(row)
+            rows[-1]["gap"] = 0.25
     return rows
 
 
@@ -34,11 +35,10 @@ def test_summary_of_weights(tmp_path):
     rows = rows_of_weights()
     weighted, unweighted = gradient_weight.summary(rows)
     assert weighted["reward"]["mean"] == 2.5 and weighted["step"] == 20
-    assert weighted["best_reward"]["mean"] == 3.75 and weighted["best_steps"] == [10, 10]
-    assert unweighted["best_reward"]["mean"] == 0 and unweighted["best_steps"] == [0, 0]
+    assert weighted["gap"]["mean"] == 0.25 and unweighted["reward"]["mean"] == -2.5
     assert gradient_weight.summary(rows_of_weights([0]))[0]["kl"]["high"] is None
     lines = gradient_weight.table([weighted, unweighted]).splitlines()
-    assert lines[2].startswith("| DPO | 2.50 ± ") and lines[2].endswith("(step 10) |")
+    assert lines[2].startswith("| DPO | 2.50 ± ") and lines[2].endswith(" | −2.00 ± 0.00 |")
     curve = dict(kl=[0, 1], reward=[0, 3])
     gradient_weight.draw(tmp_path / "figure.png", rows, curve)
     assert (tmp_path / "figure.png").stat().st_size and (tmp_path / "figure.pdf").stat().st_size
