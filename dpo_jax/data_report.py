@@ -123,9 +123,9 @@ def _sets(found: Survey, style: Style) -> list[str]:
     """Return the table of the sets of a mixture; nothing where there is one set."""
     rows = []
     for name, ledger in found.ledger.parts.items():
-        counts = [ledger.train.kept, ledger.train.not_drawn, ledger.eval.kept]
+        counts = [ledger.train.kept, ledger.train.not_drawn, ledger.eval.kept, ledger.test.kept]
         rows.append([name, *map(_number, counts)])
-    headings = ["Sets", "trained on", "not drawn", "evaluated on"]
+    headings = ["Sets", "trained on", "not drawn", "validated on", "tested on"]
     return _table(headings, rows, style) if rows else []
 
 
@@ -133,10 +133,12 @@ def _splits(found: Survey) -> list[str]:
     """Return the line that says what each split is used for; nothing in a mixture."""
     if not found.uses:
         return []
-    says = {"train": "trained on", "eval": "evaluated on", "": "not used"}
+    says = {"train": "trained on", "eval": "validated on", "test": "tested on", "": "not used"}
+    if found.ledger.eval.held_out:
+        says["eval"] = "validated and tested on, different prompts"
     uses = [f"{split} ({says[use]})" for split, use in found.uses.items()]
     if found.ledger.train.held_out:
-        uses.append("a part of its prompts is held out to evaluate on")
+        uses.append("a part of its prompts is held out to validate and test on")
     elif "eval" not in found.uses.values():
         uses.append("nothing is held out to evaluate on")
     return ["splits: " + ", ".join(uses)]
@@ -144,35 +146,43 @@ def _splits(found: Survey) -> list[str]:
 
 def _rows(found: Survey, style: Style) -> list[str]:
     """Return the table of what became of the rows."""
-    train, evals = found.ledger.train, found.ledger.eval
-    lines = [("read", train.read, evals.read)]
-    if train.further_pairs or evals.further_pairs:
-        lines.append((found.ledger.further, train.further_pairs, evals.further_pairs))
+    by_split = found.ledger.by_split()
+
+    def of_each(name: str) -> list:
+        return [getattr(counts, name) for counts in by_split.values()]
+
+    def by_key(label: str, name: str) -> list[tuple]:
+        found = of_each(name)
+        # Each once, in the order in which the splits have them.
+        keys = dict.fromkeys(key for of_split in found for key in of_split)
+        return [(f"  {label}{key}", *(of_split.get(key, 0) for of_split in found)) for key in keys]
+
+    lines = [("read", *of_each("read"))]
+    if any(of_each("further_pairs")):
+        lines.append((found.ledger.further, *of_each("further_pairs")))
     for label, name in KEYED.items():
-        lines += _by_key(label, getattr(train, name), getattr(evals, name))
-    if train.held_out:
-        lines.append(("  held out to evaluate on", train.held_out, ""))
-    if train.not_drawn or evals.not_drawn:
-        lines.append(("  not drawn for the mixture", train.not_drawn, evals.not_drawn))
-    lines.append(("kept", train.kept, evals.kept))
-    for label in train.labels | evals.labels:
-        lines.append((f"  {label}", train.labels.get(label, 0), evals.labels.get(label, 0)))
+        lines += by_key(f"{label}: ", name)
+    held_out = of_each("held_out")
+    if any(held_out):
+        lines.append(("  held out", *(count or "" for count in held_out)))
+    if any(of_each("not_drawn")):
+        lines.append(("  not drawn", *of_each("not_drawn")))
+    lines.append(("kept", *of_each("kept")))
+    lines += by_key("", "labels")
+    lines += by_key("subset ", "subsets")
+    if any(of_each("prompts")):
+        lines.append(("prompts", *of_each("prompts")))
     for label, name in CHAT_LINES.items():
-        if getattr(train, name) or getattr(evals, name):
-            lines.append((f"  {label}", getattr(train, name), getattr(evals, name)))
+        if any(of_each(name)):
+            lines.append((f"  {label}", *of_each(name)))
     for label, name in (("weights", "weights"), ("target margins", "margins")):
-        for part in getattr(train, name):
-            values = [getattr(counts, name).get(part, 0) for counts in (train, evals)]
-            lines.append((f"  {label}, {part}", *(f"{value:.6g}" for value in values)))
-    table = _table(["Rows", "train", "eval"], [[*map(_number, line)] for line in lines], style)
-    for counts in (train, evals):
+        for label_of_part, *values in by_key(f"{label}, ", name):
+            lines.append((label_of_part, *(f"{value:.6g}" for value in values)))
+    table = _table(["Rows", *by_split], [[*map(_number, line)] for line in lines], style)
+    for counts in by_split.values():
         for line in counts.drops():
             table += _wrapped(f"dropped: {line}")
     return table
-
-
-def _by_key(label: str, train: dict[str, int], evals: dict[str, int]) -> list[tuple]:
-    return [(f"  {label}: {key}", train.get(key, 0), evals.get(key, 0)) for key in train | evals]
 
 
 def _lengths(found: Survey, style: Style) -> list[str]:

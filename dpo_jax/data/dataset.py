@@ -3,7 +3,7 @@
 import datetime
 import itertools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -16,11 +16,12 @@ from dpo_jax.data.tokenizer import CUE_TOKENS, ChatLengths, Encoder
 
 @dataclass
 class Dataset:
-    """Tokenised examples to train and to evaluate on, and what became of all rows."""
+    """Tokenised examples to train, to validate and to test on, and what became of all rows."""
 
     train: Examples
     eval: Examples
     ledger: Ledger
+    test: Examples = field(default_factory=Examples)
 
 
 @dataclass
@@ -54,6 +55,7 @@ def load(
         for split, of_all in examples.items():
             check_cue(part.data, of_all[part.own[split]], tokenizer)
     ledger = Ledger.of_parts({name: part.ledger for name, part in parts.items()})
+    ledger.count_subsets(examples)
     ledger.check(data.max_dropped, data.path or data.mix)
     for split, of_split in examples.items():
         if len(of_split) and of_split.weights is not None and not of_split.weights.any():
@@ -61,7 +63,7 @@ def load(
                 f"all {len(of_split)} {split} rows of {data.path or data.mix} have a weight of 0 "
                 f"in column {data.weight!r} (data.weight). Give those that count a weight above 0."
             )
-    return Dataset(examples["train"], examples["eval"], ledger)
+    return Dataset(examples["train"], examples["eval"], ledger, examples["test"])
 
 
 def load_parts(
@@ -78,7 +80,7 @@ def load_parts(
     Returns the examples of each split, and the data sets that they are from, by name. watch: called
     with the split of each example and its text.
     """
-    examples = {split: Examples(distinct=distinct) for split in ("train", "eval")}
+    examples = {split: Examples(distinct=distinct) for split in splits.SPLITS}
     parts = {}
     for part in splits.parts(data, kind):
         truncate = truncation(part.data)
@@ -93,10 +95,9 @@ def load_parts(
                 watch(split, text)
             encoders[split].add(text)
         ledger = part.ledger
-        _, train_counts = encoders["train"].finish()
-        _, eval_counts = encoders["eval"].finish()
-        ledger.train = ledger.train.plus(train_counts)
-        ledger.eval = ledger.eval.plus(eval_counts)
+        for split, encoder in encoders.items():
+            _, counts = encoder.finish()
+            setattr(ledger, split, getattr(ledger, split).plus(counts))
         own = {split: slice(first[split], len(into)) for split, into in examples.items()}
         chat_lengths = {split: encoder.chat_lengths for split, encoder in encoders.items()}
         parts[part.name] = LoadedPart(part.data, ledger, own, chat_lengths)

@@ -21,6 +21,7 @@ Masks = tuple[np.ndarray, ...]
 
 # How many numbers of a run stay in memory; 4 million token ids are 16 MB.
 IN_MEMORY = 1 << 22
+MOST_SUBSETS = 32  # more names of subsets are no subsets, but say something of single rows
 BLOCK = 1000  # examples read at a time, where all are
 # A prompt and a response together are shorter, so that sizes of batches can be numbers of 64 bits.
 LENGTH_LIMIT = 2**28
@@ -85,6 +86,10 @@ class Examples(Sequence):
         # How often each counts, and its target margin; empty where no column says it.
         self._weights = Run(np.float32)
         self._target_margins = Run(np.float32)
+        # What tells their prompts apart before they are tokenised; 0: not known.
+        self._questions = Run(np.uint64)
+        self._subsets = Run(np.int32)  # the number of each one's subset in the names
+        self._subset_names: dict[str, int] = {}  # name -> number, of MOST_SUBSETS + 1 at most
         self._data_set = 0  # that of the examples appended next
         self.max_length = 0  # what each was cut to, in tokens; 0: not known
         self._parts = 0  # of each example, a prompt and its responses; 0 while there is none
@@ -99,12 +104,15 @@ class Examples(Sequence):
         sampled_set: int | None = None,
         label: bool | None = None,
         numbers: Numbers = NO_NUMBERS,
+        subset: str = "",
+        question_hash: int = 0,
     ) -> bool:
         """Append an example, ids as int32; return False where it is left out, as not distinct.
 
         sampled_set: the number of the set of completions that the responses were sampled with,
         if any. It decides what belongs together: see `groups`. label: whether the response of an
-        unpaired row is desirable. numbers: of columns, which all examples have or none.
+        unpaired row is desirable. numbers: of columns, which all examples have or none. subset: of
+        the data set, "" where it has none. question_hash: as a `TextExample` has it.
 
         Raises ValueError where it has not as many responses as those before it, where its prompt
         has no token, from which the first of a response could be predicted, or where it is too
@@ -152,8 +160,15 @@ class Examples(Sequence):
         self._sampled_sets.append(-1 if sampled_set is None else sampled_set)
         self._labels.append(-1 if label is None else int(label))
         self._data_sets.append(self._data_set)
+        self._questions.append(question_hash)
+        self._subsets.append(self._number_of_subset(subset))
         self.where.append(where)
         return True
+
+    def _number_of_subset(self, subset: str) -> int:
+        if subset not in self._subset_names and len(self._subset_names) <= MOST_SUBSETS:
+            self._subset_names[subset] = len(self._subset_names)
+        return self._subset_names.get(subset, MOST_SUBSETS)
 
     def _append_number(self, run: "Run", number: float | None, where: str) -> None:
         """Append a number to a run that all examples are in, or none is."""
@@ -213,6 +228,37 @@ class Examples(Sequence):
         """Which examples are desirable, bool [P]; None: they are no unpaired rows."""
         labels_P = self._labels.all()
         return labels_P > 0 if len(labels_P) and labels_P.min() >= 0 else None
+
+    @property
+    def question_hashes(self) -> np.ndarray:
+        """What tells the prompts apart before they are tokenised, uint64 [P]; 0: not known."""
+        return self._questions.all()
+
+    @property
+    def subsets(self) -> tuple[list[str], np.ndarray]:
+        """The names of the subsets, and the number of each example's, int32 [P].
+
+        There are no names where all examples are of one subset, or of more than MOST_SUBSETS.
+        """
+        number_P = self._subsets.all()
+        present = np.unique(number_P)
+        names = list(self._subset_names)
+        if len(present) < 2 or len(names) > MOST_SUBSETS:
+            return [], np.zeros(len(self), np.int32)
+        # In the order of their names, so that it does not depend on the order of the rows.
+        found = sorted((names[number], number) for number in present)
+        place = np.zeros(len(names), np.int32)
+        place[[number for _, number in found]] = np.arange(len(found))
+        return [name or "other" for name, _ in found], place[number_P]
+
+    def subset(self, index: int) -> str:
+        """Return the name of an example's subset; "" where it has none, or there are too many."""
+        number = self._subsets[index]
+        return list(self._subset_names)[number] if number < len(self._subset_names) else ""
+
+    def question_hash(self, index: int) -> int:
+        """Return what tells an example's prompt apart; 0: not known."""
+        return self._questions[index]
 
     def numbers(self, index: int) -> Numbers:
         """Return the numbers of an example, as it was appended with."""
@@ -324,6 +370,9 @@ class Examples(Sequence):
         some._sampled_sets.extend(self._sampled_sets.all()[index])
         some._labels.extend(self._labels.all()[index])
         some._data_sets.extend(self._data_sets.all()[index])
+        some._questions.extend(self._questions.all()[index])
+        some._subsets.extend(self._subsets.all()[index])
+        some._subset_names = dict(self._subset_names)
         for name in ("_weights", "_target_margins"):
             if getattr(self, name).end:
                 getattr(some, name).extend(getattr(self, name).all()[index])

@@ -4,6 +4,7 @@ Rows add up in each split: rows + further pairs = filtered + dropped + held out 
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -23,6 +24,7 @@ NOT_DISTINCT = "an earlier row has this response"  # a reason in Counts.filtered
 # Weighted desirable rows to weighted undesirable ones, at which KTO is meant to be trained.
 BALANCED = (1.0, 4 / 3)
 ROUNDED = 0.01  # how far beyond is taken for rounding
+HEADINGS = ("train", "validation", "test")  # of the table's columns
 COLUMN = 12  # characters of a column of the table
 WIDEST = 100  # characters of a table with a column for each set of a mixture
 
@@ -75,9 +77,12 @@ class Counts:
     # reason -> where the first few dropped rows are
     examples: dict[str, list[str]] = field(default_factory=dict)
     further_pairs: int = 0  # of rows that have several; one is counted by `read`
-    held_out: int = 0  # rows moved from train to eval
-    not_drawn: int = 0  # rows that a mixture leaves out, which takes a part of each set
+    held_out: int = 0  # rows moved from train to eval or test, or from eval to test
+    not_drawn: int = 0  # rows beyond max_rows or max_eval_rows, or that a mixture leaves out
     kept: int = 0  # rows that are trained or evaluated on
+    prompts: int = 0  # different prompts of the kept rows
+    # subset -> kept rows; empty where all are of one, or there are too many to be subsets
+    subsets: dict[str, int] = field(default_factory=dict)
     # "desirable" and "undesirable" -> kept rows; empty where rows have no labels
     labels: dict[str, int] = field(default_factory=dict)
     prompts_truncated: int = 0
@@ -107,6 +112,10 @@ class Counts:
                 total = float(values.sum(dtype=np.float64))
                 spread = dict(sum=total, least=float(values.min()), most=float(values.max()))
                 setattr(self, name, spread)
+
+    def count_prompts(self, question_hashes: np.ndarray) -> None:
+        """Count the different prompts of the kept rows, where they are known."""
+        self.prompts = len(np.unique(question_hashes[question_hashes > 0]))
 
     def recognise(self, row) -> None:
         """Count a row by its shape, "" where its source has one alone, and what is odd about it."""
@@ -256,11 +265,13 @@ class Reading:
 
 @dataclass
 class Ledger:
-    """The counts of both splits."""
+    """The counts of all splits."""
 
     train: Counts = field(default_factory=Counts)
-    eval: Counts = field(default_factory=Counts)
+    eval: Counts = field(default_factory=Counts)  # what training evaluates on: validation
+    test: Counts = field(default_factory=Counts)  # what results are reported on
     shared_prompts: int = 0  # eval rows whose prompt is a training prompt too
+    shared_test_prompts: int = 0  # test rows whose prompt is a training prompt too
     parts: dict[str, "Ledger"] = field(default_factory=dict)  # of a mixture: by data set
 
     @classmethod
@@ -272,8 +283,24 @@ class Ledger:
         for part in parts.values():
             total.train = total.train.plus(part.train)
             total.eval = total.eval.plus(part.eval)
+            total.test = total.test.plus(part.test)
             total.shared_prompts += part.shared_prompts
+            total.shared_test_prompts += part.shared_test_prompts
         return total
+
+    def count_subsets(self, examples: dict) -> None:
+        """Count the kept rows of each subset; examples: the `Examples` of each split, by name."""
+        for split, of_split in examples.items():
+            names, number_P = of_split.subsets
+            counts = getattr(self, split)
+            for number, name in enumerate(names):
+                counts.subsets[name] = int((number_P == number).sum())
+            # Several sets may have the same prompts.
+            counts.count_prompts(of_split.question_hashes)
+
+    def by_split(self) -> dict[str, Counts]:
+        """Return the counts by the name that a person reads."""
+        return dict(zip(HEADINGS, (self.train, self.eval, self.test), strict=True))
 
     @property
     def further(self) -> str:
@@ -285,7 +312,7 @@ class Ledger:
     def to_dict(self) -> dict:
         """Return the ledger as plain dicts, for a JSON file."""
         values = dataclasses.asdict(self)
-        for counts in (values["train"], values["eval"]):
+        for counts in (values["train"], values["eval"], values["test"]):
             for name in ("weights", "margins"):
                 if not counts[name]:
                     del counts[name]
@@ -300,15 +327,15 @@ class Ledger:
         A mixture also has a column for the training rows of each set. Of more sets than there is
         room for, each has a table of its own.
         """
-        rows = [("", "train", "eval"), *self._rows()]
-        lines = _aligned(rows, [COLUMN, COLUMN])
+        rows = [("", *HEADINGS), *self._rows()]
+        lines = _aligned(rows, [COLUMN] * len(HEADINGS))
         of_sets = self._columns_of_sets() if self.parts else []
         has_room = bool(of_sets) and max(map(len, of_sets)) <= WIDEST
         if has_room:
             lines = of_sets
-        for name, counts in (("train", self.train), ("eval", self.eval)):
+        for name, counts in self.by_split().items():
             lines += [f"dropped from {name}: {line}" for line in counts.drops()]
-        for name, counts in (("train", self.train), ("eval", self.eval)):
+        for name, counts in self.by_split().items():
             lines += [f"warning, {name}: {line}" for line in counts.all_warnings()]
         if not has_room:
             for name, part in self.parts.items():
@@ -317,10 +344,10 @@ class Ledger:
 
     def _columns_of_sets(self) -> list[str]:
         """Return the lines of the table with a column for each set, then what these are."""
-        rows = [["", "train", "eval"], *map(list, self._rows())]
+        rows = [["", *HEADINGS], *map(list, self._rows())]
         notes = []
         for number, (name, part) in enumerate(self.parts.items(), 1):
-            train_of = {label: train for label, train, _ in part._rows()}
+            train_of = {label: train for label, train, *_ in part._rows()}
             rows[0].append(f"[{number}]")
             for row in rows[1:]:
                 # A set has no line for what is not in it.
@@ -332,39 +359,45 @@ class Ledger:
         return [*_aligned(rows, widths), *notes]
 
     def _rows(self) -> Iterator[tuple]:
-        """Yield the lines of the table: (label, train, eval)."""
-        both = self.train, self.eval
+        """Yield the lines of the table: (label, train, validation, test)."""
 
-        def of_both(name: str) -> list:
-            return [getattr(counts, name) for counts in both]
+        def of_each(name: str) -> list:
+            return [getattr(counts, name) for counts in self.by_split().values()]
 
         def by_key(name: str) -> Iterator[tuple]:
-            train, evals = of_both(name)
-            for key in train | evals:
-                yield key, (train.get(key, 0), evals.get(key, 0))
+            found = of_each(name)
+            # Each once, in the order in which the splits have them.
+            for key in dict.fromkeys(itertools.chain.from_iterable(found)):
+                yield key, [of_split.get(key, 0) for of_split in found]
 
-        yield "rows", *of_both("read")
-        if any(of_both("further_pairs")):
-            yield self.further, *of_both("further_pairs")
+        yield "rows", *of_each("read")
+        if any(of_each("further_pairs")):
+            yield self.further, *of_each("further_pairs")
         for shape, numbers in by_key("shapes"):
             yield f"  recognised as: {shape}", *numbers
         for reason, numbers in by_key("filtered"):
             yield f"  filtered: {reason}", *numbers
         for reason, numbers in by_key("dropped"):
             yield f"  dropped: {reason}", *numbers
-        yield "  held out for eval", self.train.held_out, ""
-        if any(of_both("not_drawn")):
-            yield "  not drawn for the mixture", *of_both("not_drawn")
-        yield "kept", *of_both("kept")
+        yield "  held out", self.train.held_out, self.eval.held_out or "", ""
+        if any(of_each("not_drawn")):
+            yield "  not drawn", *of_each("not_drawn")
+        yield "kept", *of_each("kept")
         for label, numbers in by_key("labels"):
             yield f"  {label}", *numbers
-        yield "prompts cut", *of_both("prompts_truncated")
-        yield "responses cut", *of_both("responses_truncated")
-        yield "  EOS lost", *of_both("eos_lost")
-        merges = [f"{counts.boundary_merges} of {counts.boundaries}" for counts in both]
+        for subset, numbers in by_key("subsets"):
+            yield f"  subset {subset}", *numbers
+        if any(of_each("prompts")):
+            yield "prompts", *of_each("prompts")
+        yield "prompts cut", *of_each("prompts_truncated")
+        yield "responses cut", *of_each("responses_truncated")
+        yield "  EOS lost", *of_each("eos_lost")
+        merges = []
+        for counts in self.by_split().values():
+            merges.append(f"{counts.boundary_merges} of {counts.boundaries}")
         yield "boundary merges", *merges
         for label, name in CHAT_LINES.items():
-            numbers = of_both(name)
+            numbers = of_each(name)
             if any(numbers):
                 yield label, *numbers
         for part, numbers in by_key("mean_tokens"):
@@ -372,7 +405,7 @@ class Ledger:
         for label, name in (("weights", "weights"), ("target margins", "margins")):
             for part, numbers in by_key(name):
                 yield f"{label}, {part}", *(f"{number:.6g}" for number in numbers)
-        yield "eval prompts also in train", "", self.shared_prompts
+        yield "rows whose prompt is trained on", "", self.shared_prompts, self.shared_test_prompts
 
     def check(self, max_dropped: float, path: str) -> None:
         """Stop a run whose data is mostly bad.
@@ -387,7 +420,7 @@ class Ledger:
                 raise ValueError(f"data.mix: {name}: {error}") from None
         if not self.train.read:
             raise ValueError(f"{path} has no rows to train on.")
-        for name, counts in (("train", self.train), ("eval", self.eval)):
+        for name, counts in self.by_split().items():
             dropped = sum(counts.dropped.values())
             judged = counts.read + counts.further_pairs - sum(counts.filtered.values())
             reasons = "".join(f"\n  {line}" for line in counts.drops())

@@ -72,6 +72,19 @@ def _refuse_comma(before: str, following: list[str]) -> None:
         raise _wrong(f"{before},{share}", f"write the share with a point: {before}.{share}")
 
 
+def short_names(ingredients: list[Ingredient]) -> list[str]:
+    """Return names of the sets without their folders, each different: names of subsets."""
+    names = []
+    for ingredient in ingredients:
+        last = ingredient.path.rstrip("/").rpartition("/")[2]
+        is_file = Path(ingredient.path).expanduser().is_file()
+        names.append(last.partition(".")[0] or last if is_file else last)
+    if len(set(names)) == len(names):
+        return names
+    # As they are written, with slashes that part the names of no metric.
+    return [ingredient.name.replace("/", "_") for ingredient in ingredients]
+
+
 def _overlap(one: Ingredient, other: Ingredient) -> bool:
     """Return whether two sets are the same rows, however their path is written."""
     if _place(one.path) != _place(other.path):

@@ -745,6 +745,11 @@ def _split_name(file: Path, folder: Path) -> str:
     return stem if shard and stem.lower() not in SHARD_WORDS else ""
 
 
+def names_split(name: str) -> bool:
+    """Return whether a word in the name of a file or folder stands for a split."""
+    return bool(_splits_in(name))
+
+
 def _splits_in(name: str) -> list[str]:
     """Return the splits that the words of a name stand for, each once."""
     splits = []

@@ -68,6 +68,8 @@ class TextExample:
     is_conversation: bool = False
     label: bool | None = None  # of unpaired rows: whether the completion is desirable
     numbers: Numbers = NO_NUMBERS
+    subset: str = ""  # of the data set, if it has any
+    question_hash: int = 0  # tells prompts apart, whatever form they are in; 0: not known
 
 
 def text_field(fields: dict, name: str) -> str:

@@ -1,7 +1,11 @@
-"""The examples of a data set, in two splits: which rows are trained on, and which are held out.
+"""The examples of a data set, in three splits: to train on, to validate on, and to test on.
+
+A prompt that is held out is of validation ("eval") or of test for good, whatever is drawn of the
+two: what training evaluates on, and selects by, is never what is reported.
 
 Rows are read one after the other and none is kept, but for sources whose rows come sorted: these
-are in memory, to be put in another order.
+are in memory, to be put in another order. Where a part of them is drawn or held out, they are read
+twice; of each, the first pass keeps a few hashes.
 """
 
 import dataclasses
@@ -10,22 +14,29 @@ import hashlib
 import itertools
 import json
 import os
+import re
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from dpo_jax.data import mixtures, sources, toy
+from dpo_jax.data import draws, mixtures, sources, toy
 from dpo_jax.data.conversations import as_context, is_trained_on
 from dpo_jax.data.ledger import Counts, Filtered, Ledger, Malformed, Unusable
-from dpo_jax.data.readers import fields_of, find_splits
+from dpo_jax.data.readers import fields_of, find_splits, names_split
 from dpo_jax.data.rows import Row, Text, TextExample, names_of
 from dpo_jax.data.sources import SOURCES, Source
 
+SPLITS = ("train", "eval", "test")  # to train on, to validate on, to test on
 # Where data.eval_split is empty, the first of these that the data set has.
-EVAL_SPLITS = ("test", "validation", "valid", "valid1")
+VALIDATION_SPLITS = ("validation", "valid", "valid1")
+TEST_SPLIT = "test"
+# Fields that say which subset a row is of; SHP adds the split to it.
+SUBSET_FIELDS = ("subset", "domain")
+SPLIT_OF_DOMAIN = re.compile(r"_(train|validation|test)$")
+LONGEST_SUBSET = 80  # characters of a name
 # A longer system text, in characters, is taken for what the question is about, not for a manner to
 # answer in.
 LONGEST_MANNER = 200
@@ -38,7 +49,7 @@ LABELLED_ROW = '{"prompt": "Name a colour.", "completion": " Blue.", "label": tr
 # What an assistant's message may say beside its content.
 SAID_BESIDE = ("reasoning_content", "reasoning", "thinking", "tool_calls")
 
-# (split, example) of each example, where split is "train" or "eval"
+# (split, example) of each example, where split is one of SPLITS
 SplitExamples = Iterator[tuple[str, TextExample]]
 
 
@@ -47,25 +58,30 @@ class Part:
     """One of the data sets that are read, and what became of its rows."""
 
     data: object  # its config block
-    read: Callable[[Ledger], SplitExamples]
+    read: Callable[[Ledger, Collection[str]], SplitExamples]
     name: str = ""  # in a mixture
     # Filled as examples are read, and complete when the last one is.
     ledger: Ledger = field(default_factory=Ledger)
 
-    def examples(self) -> SplitExamples:
-        """Read the examples, which can be done once."""
-        return self.read(self.ledger)
+    def examples(self, wanted: Collection[str] = SPLITS) -> SplitExamples:
+        """Read the examples, which can be done once; wanted: of these splits alone.
+
+        Rows of others are not read where they are in files of their own.
+        """
+        return self.read(self.ledger, wanted)
 
 
-def read(data, kind: str) -> tuple[dict[str, list[TextExample]], Ledger]:
-    """Read the examples of both splits, and what became of all rows.
+def read(
+    data, kind: str, wanted: Collection[str] = SPLITS
+) -> tuple[dict[str, list[TextExample]], Ledger]:
+    """Read the examples of all splits, or of some, and what became of all rows.
 
-    Returns {"train": [...], "eval": [...]} and a ledger. Otherwise as `parts`.
+    Returns {"train": [...], "eval": [...], "test": [...]} and a ledger. Otherwise as `parts`.
     """
-    examples = {"train": [], "eval": []}
+    examples = {split: [] for split in SPLITS}
     ledgers = {}
     for part in parts(data, kind):
-        for split, example in part.examples():
+        for split, example in part.examples(wanted):
             examples[split].append(example)
         ledgers[part.name] = part.ledger
     return examples, Ledger.of_parts(ledgers)
@@ -99,35 +115,39 @@ class _Reading:
 
     data: object
     kind: str
-    # In a mixture, whose sets may have files of the same name: what goes before theirs.
+    # In a mixture, whose sets may have files of the same name: what goes before theirs, and the
+    # subset that the set is.
     folder: str = ""
+    subset: str = ""
 
-    def splits(self) -> tuple[Iterable, Callable[[], Iterable] | None]:
-        """Return the records to train on, and what reads those to evaluate on, if there are any."""
+    def streams(self) -> dict[str, Callable[[], Iterable]]:
+        """Return what reads the records of each of SPLITS that has files of its own."""
         splits = find_splits(self.data.path)
-        train_names, eval_name = choose(list(splits), self.data)
-        train = itertools.chain.from_iterable(splits[name]() for name in train_names)
-        return train, splits[eval_name] if eval_name else None
+        train_names, eval_name, test_name = choose(list(splits), self.data)
 
-    def rows(
-        self, records: Iterable, counts: Counts, limit: int = 0
-    ) -> Iterator[tuple[dict, list[TextExample]]]:
+        def train():
+            return itertools.chain.from_iterable(splits[name]() for name in train_names)
+
+        streams = {"train": train}
+        if eval_name:
+            streams["eval"] = splits[eval_name]
+        if test_name:
+            streams["test"] = splits[test_name]
+        return streams
+
+    def rows(self, records: Iterable, counts: Counts) -> Iterator[tuple[dict, list[TextExample]]]:
         """Yield the fields and the examples of each good row, and count the others by reason.
 
-        records: (where, record) of each. limit: of examples, 0 for none; the row that passes it is
-        the last.
+        records: (where, record) of each.
         """
         data = self.data
         source = SOURCES[data.source]
         parse = sources.parser(data)
         if source.sorted:
             records = sorted(records, key=lambda record: _hash(str(record[1])))
-        found = 0
         for where, record in records:
-            # Before the row is counted as read: rows after the last one needed are not looked at.
-            if limit and found >= limit:
-                break
             counts.read += 1
+            file, _, _ = where.rpartition(" row ")
             if self.folder:
                 where = os.path.join(self.folder, where)
             try:
@@ -146,38 +166,189 @@ class _Reading:
                 counts.drop(error.reason, where)
             else:
                 counts.further_pairs += len(examples) - 1
-                found += len(examples)
-                yield fields, examples
+                subset = self.subset or subset_of(fields, file)
+                # The pairs of a row have one prompt.
+                question_hash = prompt_hash(examples[0])
+                marked = [
+                    dataclasses.replace(example, subset=subset, question_hash=question_hash)
+                    for example in examples
+                ]
+                yield fields, marked
 
 
-def _read_set(reading: _Reading, ledger: Ledger) -> SplitExamples:
+def subset_of(fields: dict, file: str) -> str:
+    """Return the subset that a row is of: as a field says, or else as the folder of its file does.
+
+    file: the name of its file, as it is named in messages. "" where nothing tells.
+    """
+    for name in SUBSET_FIELDS:
+        value = fields.get(name)
+        if isinstance(value, str) and 0 < len(value) <= LONGEST_SUBSET:
+            return SPLIT_OF_DOMAIN.sub("", value)
+    return _folder_subset(file)
+
+
+@functools.lru_cache(maxsize=1000)
+def _folder_subset(file: str) -> str:
+    """Return the folders that a file is in, without those that are named after a split."""
+    folders = os.path.dirname(file).split("/")
+    return "/".join(folder for folder in folders if folder and not names_split(folder))
+
+
+def _read_set(reading: _Reading, ledger: Ledger, wanted: Collection[str]) -> SplitExamples:
     """Yield the examples of one data set, and fill its ledger."""
     data = reading.data
     if data.source == "toy":
         yield from _count_shared_prompts(_toy_examples(data, reading.kind, ledger), ledger)
         return
-    train, evals = reading.splits()
-    train = _flat(reading.rows(train, ledger.train, data.max_rows))
-    if evals:
-        evals = _flat(reading.rows(evals(), ledger.eval, data.max_eval_rows))
-        both = itertools.chain(
-            zip(itertools.repeat("train"), train), zip(itertools.repeat("eval"), evals)
-        )
-        yield from _count_shared_prompts(both, ledger)
-        return
-    for split, example in _hold_out(train, data.eval_fraction, ledger.train):
-        if split == "eval":
-            # All that is held out is kept from training, even if the evaluation reads fewer.
-            ledger.train.held_out += 1
-            if data.max_eval_rows and ledger.eval.read == data.max_eval_rows:
-                continue
-            ledger.eval.read += 1
-        yield split, example
+    streams = reading.streams()
+    plans = _plans_of_set(reading, streams, ledger)
+    yield from _count_shared_prompts(_planned(reading, streams, plans, ledger, wanted), ledger)
 
 
-def _flat(rows: Iterable[tuple[dict, list[TextExample]]]) -> Iterator[TextExample]:
-    for _, examples in rows:
-        yield from examples
+@dataclass
+class _Plan:
+    """What becomes of each good row of a stream, in its order."""
+
+    sides: np.ndarray  # int8 [R]: an index into SPLITS, or LEFT_OUT
+    is_drawn: np.ndarray  # bool [R]: else the row is counted as not drawn
+
+    @classmethod
+    def of_all(cls, found: "_Found", split: str) -> "_Plan":
+        """Return the plan by which all rows are of one split."""
+        count = len(found.prompts)
+        return cls(np.full(count, SPLITS.index(split), np.int8), np.ones(count, bool))
+
+    def draw(self, found: "_Found", split: str, most: int) -> None:
+        """Draw at most `most` examples of a split, 0 for all."""
+        index = np.flatnonzero(self.sides == SPLITS.index(split))
+        sizes = found.sizes[index]
+        order = draws.order(found.prompts[index], found.rows[index], found.strata[index], sizes)
+        self.is_drawn[index] = draws.drawn(order, sizes, most)
+
+
+LEFT_OUT = -1  # a row whose prompt is of another split
+
+
+@dataclass
+class _Found:
+    """What a first pass finds out about the good rows of a stream: numbers of each, [R]."""
+
+    rows: np.ndarray  # hashes of what they say, uint64
+    prompts: np.ndarray  # and of their prompts, uint64
+    strata: np.ndarray  # and of their subsets, uint64
+    sizes: np.ndarray  # how many examples each makes, int32
+
+
+def _find(reading: _Reading, records: Iterable) -> _Found:
+    """Read a stream once, for the hashes of its good rows."""
+    rows, prompts, strata, sizes = array("Q"), array("Q"), array("Q"), array("i")
+    for fields, examples in reading.rows(records, Counts()):
+        rows.append(_row_hash(fields))
+        prompts.append(examples[0].question_hash)
+        strata.append(_subset_hash(examples[0].subset))
+        sizes.append(len(examples))
+    hashes = [np.array(numbers, np.uint64) for numbers in (rows, prompts, strata)]
+    return _Found(*hashes, np.array(sizes, np.int32))
+
+
+@functools.lru_cache(maxsize=10_000)
+def _subset_hash(subset: str) -> int:
+    return hash64(subset)
+
+
+def _plans_of_set(
+    reading: _Reading, streams: dict[str, Callable], ledger: Ledger
+) -> dict[str, Callable[[], _Plan | None]]:
+    """Return what plans each stream, when it is its turn; a plan of None trains on all rows."""
+    data = reading.data
+    holds_out = "eval" not in streams and data.eval_fraction > 0
+
+    def plan_train() -> _Plan | None:
+        if not holds_out and not data.max_rows:
+            return None
+        found = _find(reading, streams["train"]())
+        plan = _Plan.of_all(found, "train")
+        if holds_out:
+            is_held_out = _held_out(found.prompts, data.eval_fraction)
+            if len(found.prompts) and not is_held_out.any():
+                ledger.train.warnings.append(f"all rows have one prompt, {NOTHING_HELD_OUT}")
+            _divide(plan, found, is_held_out)
+            for split in ("eval", "test"):
+                plan.draw(found, split, data.max_eval_rows)
+        plan.draw(found, "train", data.max_rows)
+        return plan
+
+    @functools.cache
+    def found_of(split: str) -> _Found:
+        return _find(reading, streams[split]())
+
+    def plan_eval() -> _Plan:
+        found = found_of("eval")
+        plan = _Plan.of_all(found, "eval")
+        if "test" in streams:
+            # Some data sets repeat prompts between their splits.
+            plan.sides[np.isin(found.prompts, found_of("test").prompts)] = LEFT_OUT
+        else:
+            _divide(plan, found, np.ones(len(found.prompts), bool))
+        for split in ("eval", "test"):
+            plan.draw(found, split, data.max_eval_rows)
+        return plan
+
+    def plan_test() -> _Plan:
+        plan = _Plan.of_all(found_of("test"), "test")
+        plan.draw(found_of("test"), "test", data.max_eval_rows)
+        return plan
+
+    return dict(train=plan_train, eval=plan_eval, test=plan_test)
+
+
+def _divide(plan: _Plan, found: _Found, is_held_out: np.ndarray) -> None:
+    """Divide the rows that are held out between validation and test."""
+    index = np.flatnonzero(is_held_out)
+    is_test = draws.are_test(found.prompts[index])
+    plan.sides[index] = np.where(is_test, SPLITS.index("test"), SPLITS.index("eval"))
+
+
+def _planned(
+    reading: _Reading,
+    streams: dict[str, Callable],
+    plans: dict[str, Callable[[], _Plan | None]],
+    ledger: Ledger,
+    wanted: Collection[str],
+) -> SplitExamples:
+    """Yield the examples of the streams as planned, and count those of all rows."""
+    for own, records in streams.items():
+        gives = {own}
+        if own == "eval" or (own == "train" and "eval" not in streams):
+            gives = set(SPLITS[SPLITS.index(own) :])
+        if gives.isdisjoint(wanted):
+            continue
+        plan = plans[own]()
+        counts = getattr(ledger, own)
+        rows = reading.rows(records(), counts)
+        for number, (_, examples) in enumerate(rows):
+            split, is_drawn = own, True
+            if plan is not None:
+                if number == len(plan.sides):
+                    raise RuntimeError(f"{examples[0].where}: the file changed while it was read.")
+                side = plan.sides[number]
+                if side == LEFT_OUT:
+                    other = "evaluated" if own == "train" else "tested"
+                    for _ in examples:
+                        counts.filter(f"its prompt is {other} on")
+                    continue
+                split, is_drawn = SPLITS[side], plan.is_drawn[number]
+            into = getattr(ledger, split)
+            if split != own:
+                counts.held_out += len(examples)
+                into.read += 1
+                into.further_pairs += len(examples) - 1
+            if not is_drawn:
+                into.not_drawn += len(examples)
+            elif split in wanted:
+                for example in examples:
+                    yield split, example
 
 
 def _toy_examples(data, kind: str, ledger: Ledger) -> SplitExamples:
@@ -188,19 +359,20 @@ def _toy_examples(data, kind: str, ledger: Ledger) -> SplitExamples:
 
 
 def _count_shared_prompts(examples: SplitExamples, ledger: Ledger) -> SplitExamples:
-    """Yield all examples, and count those to evaluate on whose prompt is trained on."""
-    hashes = {"train": array("Q"), "eval": array("Q")}
+    """Yield all examples, and count those held out whose prompt is trained on."""
+    hashes = {split: array("Q") for split in SPLITS}
     for split, example in examples:
-        hashes[split].append(prompt_hash(example))
+        hashes[split].append(example.question_hash or prompt_hash(example))
         yield split, example
     # Counted and shown, not removed: some data sets repeat prompts between their splits.
     ledger.shared_prompts += int(np.isin(hashes["eval"], hashes["train"]).sum())
+    ledger.shared_test_prompts += int(np.isin(hashes["test"], hashes["train"]).sum())
 
 
-def choose(names: list[str], data) -> tuple[list[str], str]:
-    """Return the splits to train on and the one to evaluate on.
+def choose(names: list[str], data) -> tuple[list[str], str, str]:
+    """Return the splits to train on, the one to validate on, and the one to test on.
 
-    The latter is "" where a part of the training rows is to be held out.
+    The latter two are "" where there is none: then a part of the split before is taken.
     """
     train = data.train_split.split("+")
     # A single file has one split, whatever it is called: the default name then means that one.
@@ -217,37 +389,15 @@ def choose(names: list[str], data) -> tuple[list[str], str]:
             f"data.eval_split={data.eval_split!r} is trained on (data.train_split="
             f"{data.train_split!r}): leave it empty to hold out data.eval_fraction of the prompts."
         )
+    unused = [name for name in names if name not in train]
+    test = TEST_SPLIT if TEST_SPLIT in unused else ""
     if data.eval_split:
-        return train, data.eval_split
-    unused = [name for name in EVAL_SPLITS if name in names and name not in train]
-    return train, unused[0] if unused else ""
-
-
-def _hold_out(examples: Iterable[TextExample], fraction: float, counts: Counts) -> SplitExamples:
-    """Part the examples by prompt into "train" and "eval".
-
-    A prompt's side depends on its question alone, so SFT and DPO on the same prompts hold out the
-    same ones. Of few prompts, at least one is held out; a fraction of 0 holds out none. counts: of
-    the rows to train on, warned of where all have one prompt.
-    """
-    # Until a prompt is held out, it may be that none is, and that the least has to be.
-    waiting = []
-    is_any_held_out = not fraction
-    for example in examples:
-        # By prompt, not by row: no prompt is both trained on and evaluated.
-        place = _place(prompt_hash(example))
-        waiting.append((place, example))
-        is_any_held_out |= place < fraction
-        if is_any_held_out:
-            for place, example in waiting:
-                yield ("eval" if place < fraction else "train"), example
-            waiting = []
-    places = {place for place, _ in waiting}
-    held_out = min(places) if len(places) > 1 else None
-    if len(places) == 1:
-        counts.warnings.append(f"all rows have one prompt, {NOTHING_HELD_OUT}")
-    for place, example in waiting:
-        yield ("eval" if place == held_out else "train"), example
+        # Another one than those that are known may be a part of the test split.
+        return train, data.eval_split, test if data.eval_split in VALIDATION_SPLITS else ""
+    validation = [name for name in VALIDATION_SPLITS if name in unused]
+    if validation:
+        return train, validation[0], test
+    return train, test, ""
 
 
 def prompt_hash(example: TextExample) -> int:
@@ -318,17 +468,24 @@ def hash64(text: str) -> int:
 
 @dataclass
 class _Survey:
-    """What a first pass over a set of a mixture finds out: hashes of its good rows, uint64."""
+    """What a first pass over a set of a mixture finds out, and what is planned for its rows."""
 
     reading: _Reading
     ingredient: mixtures.Ingredient
-    train_rows: np.ndarray
-    train_prompts: np.ndarray
-    # Of the rows to evaluate on: of a split of their own, or held out from the training rows.
-    eval_rows: np.ndarray
-    eval_prompts: np.ndarray
-    train: mixtures.Draw | None = None  # which rows are trained on,
-    eval: mixtures.Draw | None = None  # and evaluated on
+    streams: dict[str, Callable[[], Iterable]]
+    found: dict[str, _Found]  # of each stream
+    plans: dict[str, _Plan]
+    share: float = 1.0  # of the rows to train on, how much is drawn
+
+    def held_out(self) -> Iterator[tuple[_Found, _Plan, np.ndarray]]:
+        """Yield the streams with rows that are held out, with the indices of those."""
+        for name, found in self.found.items():
+            plan = self.plans[name]
+            yield found, plan, np.flatnonzero(plan.sides > SPLITS.index("train"))
+
+    def prompts(self) -> np.ndarray:
+        """Return the hashes of all prompts that are held out."""
+        return np.concatenate([found.prompts[index] for found, _, index in self.held_out()])
 
 
 def _parts_of_mixture(data, kind: str) -> list[Part]:
@@ -340,7 +497,8 @@ def _parts_of_mixture(data, kind: str) -> list[Part]:
             f"which sets are read, and how much of each. Pass --config.data.{name}= to clear it."
         )
     surveys = []
-    for ingredient in mixtures.parse(data.mix, SOURCES):
+    ingredients = mixtures.parse(data.mix, SOURCES)
+    for ingredient, subset in zip(ingredients, mixtures.short_names(ingredients), strict=True):
         set_data = data.copy_and_resolve_references()
         set_data.update(
             mix="",
@@ -353,46 +511,65 @@ def _parts_of_mixture(data, kind: str) -> list[Part]:
         if set_data.source == "toy":
             raise ValueError("data.mix: the toy makes its own data, and is in no mixture.")
         _check_kind(set_data, kind)
-        reading = _Reading(set_data, kind, _folder_of(ingredient.path))
+        reading = _Reading(set_data, kind, _folder_of(ingredient.path), subset)
         surveys.append(_survey(reading, ingredient))
 
-    eval_prompts = np.unique(np.concatenate([survey.eval_prompts for survey in surveys]))
+    _divide_mixture(surveys)
+    held_out = np.unique(np.concatenate([survey.prompts() for survey in surveys]))
     for survey in surveys:
-        may_train = ~np.isin(survey.train_prompts, eval_prompts)
-        survey.train = mixtures.draw(survey.train_rows[may_train], survey.ingredient)
-    _draw_evaluation(surveys, data.max_eval_rows)
+        found, plan = survey.found["train"], survey.plans["train"]
+        in_train = plan.sides == SPLITS.index("train")
+        # No prompt is trained on that any of the sets evaluates on.
+        plan.sides[in_train & np.isin(found.prompts, held_out)] = LEFT_OUT
+        index = np.flatnonzero(plan.sides == SPLITS.index("train"))
+        draw = mixtures.draw(found.rows[index], survey.ingredient)
+        survey.share = max(draw.limit / 2.0**64, 2.0**-64)
+        plan.is_drawn[index] = [draw.takes(row) for row in found.rows[index].tolist()]
+    for split in ("eval", "test"):
+        _draw_evaluation(surveys, split, data.max_eval_rows)
 
-    evaluated_on = set(eval_prompts.tolist())
-    found = []
+    parts_of_mixture = []
     for survey in surveys:
-        read_drawn = functools.partial(_drawn_examples, survey, evaluated_on)
-        found.append(Part(survey.reading.data, read_drawn, survey.ingredient.name))
-    return found
+        read_drawn = functools.partial(_drawn_examples, survey, bool(len(held_out)))
+        parts_of_mixture.append(Part(survey.reading.data, read_drawn, survey.ingredient.name))
+    return parts_of_mixture
 
 
 def _survey(reading: _Reading, ingredient: mixtures.Ingredient) -> _Survey:
-    train, evals = reading.splits()
-    train_rows, train_prompts = _hashes(reading, train)
-    if evals:
-        eval_rows, eval_prompts = _hashes(reading, evals())
-    else:
-        is_held_out = _held_out(train_prompts, reading.data.eval_fraction)
-        eval_rows, eval_prompts = train_rows[is_held_out], train_prompts[is_held_out]
-    return _Survey(reading, ingredient, train_rows, train_prompts, eval_rows, eval_prompts)
+    """Read a set of a mixture once, and find out which of its rows are held out."""
+    streams = reading.streams()
+    found, plans = {}, {}
+    for split, records in streams.items():
+        found[split] = _find(reading, records())
+        plans[split] = _Plan.of_all(found[split], split)
+    if "eval" not in streams:
+        is_held_out = _held_out(found["train"].prompts, reading.data.eval_fraction)
+        plans["train"].sides[is_held_out] = SPLITS.index("eval")
+    return _Survey(reading, ingredient, streams, found, plans)
 
 
-def _hashes(reading: _Reading, records: Iterable) -> tuple[np.ndarray, np.ndarray]:
-    """Return the hashes of the good rows and of their prompts."""
-    rows, prompts = array("Q"), array("Q")
-    for fields, examples in reading.rows(records, Counts()):
-        rows.append(_row_hash(fields))
-        # The pairs of a row have one prompt.
-        prompts.append(prompt_hash(examples[0]))
-    return np.array(rows, np.uint64), np.array(prompts, np.uint64)
+def _divide_mixture(surveys: list[_Survey]) -> None:
+    """Divide what is held out between validation and test, each prompt alike in all sets."""
+    to_divide = [survey for survey in surveys if "test" not in survey.streams]
+    prompts = [survey.prompts() for survey in to_divide]
+    everything = np.concatenate([*prompts, np.zeros(0, np.uint64)])
+    test_prompts = everything[draws.are_test(everything)]
+    of_splits = [survey.found["test"].prompts for survey in surveys if "test" in survey.streams]
+    # Those of a split of their own come first: they cannot be of validation in another set.
+    test_prompts = np.unique(np.concatenate([test_prompts, *of_splits]))
+    for survey in surveys:
+        for found, plan, index in survey.held_out():
+            is_test = np.isin(found.prompts[index], test_prompts)
+            plan.sides[index[is_test]] = SPLITS.index("test")
 
 
 def _held_out(prompts: np.ndarray, fraction: float) -> np.ndarray:
-    """Return which prompts are held out, as `_hold_out` does."""
+    """Return which rows of a set are held out, by the hashes of their prompts.
+
+    A prompt's side depends on its question alone, so SFT and DPO on the same prompts hold out the
+    same ones, and no prompt is both trained on and evaluated. Of few prompts, at least one is held
+    out, unless all are the same; a fraction of 0 holds out none.
+    """
     place = (prompts >> np.uint64(16)) / 2**48
     is_held_out = place < fraction
     if fraction and not is_held_out.any() and len(np.unique(place)) > 1:
@@ -400,62 +577,43 @@ def _held_out(prompts: np.ndarray, fraction: float) -> np.ndarray:
     return is_held_out
 
 
-def _draw_evaluation(surveys: list[_Survey], max_rows: int) -> None:
-    """Draw at most `max_rows` rows to evaluate on (0: all), as many of each set as its share."""
-    # A set of which half is trained on comes up half as often: its hashes count twice.
-    scaled = []
-    for survey in surveys:
-        share = max(survey.train.limit / 2.0**64, 2.0**-64)
-        scaled.append(survey.eval_rows / 2.0**64 / share)
-    everything = np.concatenate(scaled)
-    for survey in surveys:
-        survey.eval = mixtures.Draw(2**64, 0)
-    if not max_rows or len(everything) <= max_rows:
-        return
-    limit = np.partition(everything, max_rows - 1)[max_rows - 1]
-    left = max_rows - int((everything < limit).sum())
-    for survey, of_set in zip(surveys, scaled, strict=True):
-        # Copies of one row have the same hash, so some of them may be taken and others not.
-        count = int((of_set < limit).sum())
-        at_limit = min(left, int((of_set == limit).sum()))
-        left -= at_limit
-        survey.eval = mixtures.Draw(0, 0)
-        if count + at_limit:
-            survey.eval = mixtures.smallest(survey.eval_rows, count + at_limit)
+def _draw_evaluation(surveys: list[_Survey], split: str, most: int) -> None:
+    """Draw at most `most` examples of a split (0: all), as many of each set as its share.
+
+    A set of which half is trained on comes up half as often.
+    """
+    held_out = []  # (plan, indices) of each stream that has rows of the split
+    columns = {name: [] for name in ("prompts", "rows", "strata", "sizes", "scale")}
+    for number, survey in enumerate(surveys):
+        for found, plan, index in survey.held_out():
+            index = index[plan.sides[index] == SPLITS.index(split)]
+            held_out.append((plan, index))
+            columns["prompts"].append(found.prompts[index])
+            columns["rows"].append(found.rows[index])
+            columns["sizes"].append(found.sizes[index])
+            columns["strata"].append(np.full(len(index), number))
+            columns["scale"].append(np.full(len(index), survey.share))
+    values = {name: np.concatenate(of_sets) for name, of_sets in columns.items()}
+    is_drawn = draws.drawn(draws.order(**values), values["sizes"], most)
+    start = 0
+    for plan, index in held_out:
+        plan.is_drawn[index] = is_drawn[start : start + len(index)]
+        start += len(index)
 
 
-def _drawn_examples(survey: _Survey, evaluated_on: set[int], ledger: Ledger) -> SplitExamples:
-    reading = survey.reading
-    train, evals = reading.splits()
-    if not evaluated_on and reading.data.eval_fraction:
+def _drawn_examples(
+    survey: _Survey, is_any_held_out: bool, ledger: Ledger, wanted: Collection[str]
+) -> SplitExamples:
+    if not is_any_held_out and survey.reading.data.eval_fraction:
         # Each set of a mixture holds out prompts of its own, where it has two or more.
         reason = "no data set has two different prompts"
         ledger.train.warnings.append(f"{reason}, {NOTHING_HELD_OUT}")
-    own_prompts = set() if evals else set(survey.eval_prompts.tolist())
-    for fields, examples in reading.rows(train, ledger.train):
-        prompt = prompt_hash(examples[0])
-        if prompt in own_prompts:
-            ledger.train.held_out += len(examples)
-            ledger.eval.read += 1
-            ledger.eval.further_pairs += len(examples) - 1
-            yield from _drawn(survey.eval, "eval", fields, examples, ledger.eval)
-        elif prompt in evaluated_on:
-            for _ in examples:
-                ledger.train.filter("its prompt is evaluated on")
-        else:
-            yield from _drawn(survey.train, "train", fields, examples, ledger.train)
-    if evals:
-        for fields, examples in reading.rows(evals(), ledger.eval):
-            yield from _drawn(survey.eval, "eval", fields, examples, ledger.eval)
+    plans = {split: functools.partial(_known, plan) for split, plan in survey.plans.items()}
+    yield from _planned(survey.reading, survey.streams, plans, ledger, wanted)
 
 
-def _drawn(draw: mixtures.Draw, split: str, fields: dict, examples: list, counts: Counts):
-    """Yield (split, example) of a row's examples if the row is drawn; else count them."""
-    if draw.takes(_row_hash(fields)):
-        for example in examples:
-            yield split, example
-    else:
-        counts.not_drawn += len(examples)
+def _known(plan: _Plan) -> _Plan:
+    return plan
 
 
 def _folder_of(path: str) -> str:

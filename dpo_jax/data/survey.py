@@ -73,7 +73,7 @@ class Survey:
     kind: str  # "pairs", "unpaired" or "sft"
     unit: str  # of lengths: "tokens" or "characters"
     truncate: tuple[str, ...]  # which part of a cut prompt stays; of a mixture, several
-    uses: dict[str, str]  # split -> "train", "eval", or "" where it is not used
+    uses: dict[str, str]  # split -> "train", "eval", "test", or "" where it is not used
     ledger: Ledger
     lengths: dict[str, np.ndarray]  # of each training row before a cut, by part
     trained_on: dict[str, np.ndarray]  # how much of each response is trained on, by part
@@ -95,7 +95,8 @@ class Survey:
 def find_kind(data) -> str:
     """Return what the rows are: "pairs", "unpaired" (labelled), or "sft" where they are neither."""
     data = data.copy_and_resolve_references()
-    data.eval_fraction = 0.0  # else the first row waits until it is known which are held out
+    # Else all rows are read first, to know which are held out or drawn.
+    data.update(eval_fraction=0.0, max_rows=0)
     data.update(weight="", margin="")  # texts alone tell
     if data.mix:
         # The first set tells.
@@ -163,7 +164,7 @@ class _Showing:
 
 
 def _take(data, kind: str, tokenizer, showing: _Showing, *, must_keep_cue: bool = True) -> Survey:
-    seen = {split: _Seen(showing.rows) for split in ("train", "eval")}
+    seen = {split: _Seen(showing.rows) for split in splits.SPLITS}
 
     def watch(split: str, example: TextExample) -> None:
         seen[split].add(example)
@@ -219,15 +220,17 @@ def _at_length(data, max_length: int, max_prompt_length: int):
 
 
 def _uses(data) -> dict[str, str]:
-    """Return what each split of the data is used for: "train", "eval", or ""."""
+    """Return what each split of the data is used for: one of splits.SPLITS, or ""."""
     if data.source == "toy":
         return {"train": "train", "eval": "eval"}
     names = list(readers.find_splits(data.path))
-    train_names, eval_name = splits.choose(names, data)
+    train_names, eval_name, test_name = splits.choose(names, data)
     uses = dict.fromkeys(names, "")
     uses |= dict.fromkeys(train_names, "train")
     if eval_name:
         uses[eval_name] = "eval"
+    if test_name:
+        uses[test_name] = "test"
     return uses
 
 
@@ -237,9 +240,10 @@ def _uses(data) -> dict[str, str]:
 def _read_texts(data, kind: str, watch: Callable[[str, TextExample], None]) -> Ledger:
     """Read the examples without tokenising them; return the ledger, in which all are kept."""
     ledgers = {}
+    counted = {split: Examples() for split in splits.SPLITS}
     for part in splits.parts(data, kind):
-        weights = {"train": array("f"), "eval": array("f")}
-        margins = {"train": array("f"), "eval": array("f")}
+        weights = {split: array("f") for split in splits.SPLITS}
+        margins = {split: array("f") for split in splits.SPLITS}
         for split, example in part.examples():
             watch(split, example)
             if example.numbers.weight is not None:
@@ -250,11 +254,21 @@ def _read_texts(data, kind: str, watch: Callable[[str, TextExample], None]) -> L
             counts.kept += 1
             if example.label is not None:
                 counts.count_label(example.label)
+            # Without ids, for the numbers of subsets and prompts alone.
+            in_split = (*[[0]] * len(example.responses),)
+            counted[split].append(
+                [0],
+                in_split,
+                example.where,
+                subset=example.subset,
+                question_hash=example.question_hash,
+            )
         for split in weights:
             counts = getattr(part.ledger, split)
             counts.count_numbers(np.array(weights[split]), np.array(margins[split]))
         ledgers[part.name] = part.ledger
     ledger = Ledger.of_parts(ledgers)
+    ledger.count_subsets(counted)
     ledger.check(data.max_dropped, data.path or data.mix)
     return ledger
 
@@ -287,11 +301,14 @@ def _cut_as_trained(
                 labels={},
                 weights={},
                 margins={},
+                prompts=0,
             )
             setattr(part.ledger, split, before.plus(counts))
             if must_keep_cue:
                 dataset.check_cue(settings, into[first:], tokenizer)
-    return kept["train"], Ledger.of_parts({name: part.ledger for name, part in parts.items()})
+    ledger = Ledger.of_parts({name: part.ledger for name, part in parts.items()})
+    ledger.count_subsets(kept)
+    return kept["train"], ledger
 
 
 # ---- lengths, and what a cut costs

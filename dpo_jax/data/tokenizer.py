@@ -170,6 +170,7 @@ class Encoder:
         added = self._examples[self._first :]
         self._counts.mean_tokens = _mean_tokens(added)
         self._counts.labels = _label_counts(added)
+        self._counts.count_prompts(added.question_hashes)
         self._counts.count_numbers(added.weights, added.target_margins)
         return self._examples, self._counts
 
@@ -191,7 +192,13 @@ class Encoder:
         """
         whole = _with_ends(tokens, self._rule, self._keep_all)
         counts = self._counts
-        of_row = dict(where=text.where, label=text.label, numbers=text.numbers)
+        of_row = dict(
+            where=text.where,
+            label=text.label,
+            numbers=text.numbers,
+            subset=text.subset,
+            question_hash=text.question_hash,
+        )
         _append_cut(self._examples, whole, of_row, self._rule, counts, self._keep_all)
         if tokens.is_chat:
             prompt, responses, _ = whole
@@ -270,7 +277,13 @@ def cut_examples(whole: Examples, tokenizer, data, truncate: str, *, into: Examp
         masks = list(example.completion_masks or [None] * len(responses))
         try:
             parts = (example.prompt.tolist(), responses, masks)
-            of_row = dict(where=where, label=example.label, numbers=whole.numbers(index))
+            of_row = dict(
+                where=where,
+                label=example.label,
+                numbers=whole.numbers(index),
+                subset=whole.subset(index),
+                question_hash=whole.question_hash(index),
+            )
             _append_cut(into, parts, of_row, rule, counts, keep_all=False)
         except Unusable as reason:
             counts.drop(str(reason), where)
@@ -278,6 +291,7 @@ def cut_examples(whole: Examples, tokenizer, data, truncate: str, *, into: Examp
     added = into[first:]
     counts.mean_tokens = _mean_tokens(added)
     counts.labels = _label_counts(added)
+    counts.count_prompts(added.question_hashes)
     counts.count_numbers(added.weights, added.target_margins)
     return counts
 

@@ -58,16 +58,14 @@ def check_ahead(run, stage: str, tokenizer, found: dict) -> None:
     for judging in stage_table.JUDGING:
         is_exact = judging == "evaluate" and run.is_measured_exactly()
         if judging in run.config.stages and not is_exact:
-            run.eval_prompts(judging, tokenizer)
+            run.test_prompts(judging, tokenizer)
 
 
-def judged(run, stage: str, prompts: dict[str, Prompts]) -> Prompts:
+def judged(run, stage: str, held_out: Prompts, training: Prompts) -> Prompts:
     """Return the held-out prompts that a stage may judge; ValueError where it is to stop.
 
-    prompts: of the splits train and eval. The first ones are judged, as many as the stage's block
-    asks for.
+    training: the prompts of the training split. As many are judged as the stage's block asks for.
     """
-    held_out = prompts["eval"]
     data = run.config.data
     # The toy has four prompts, which are all trained on, and draws that of each row anew: what is
     # measured is fresh completions, and rows with one prompt are independent.
@@ -77,14 +75,14 @@ def judged(run, stage: str, prompts: dict[str, Prompts]) -> Prompts:
         return held_out
     if data.on_leak == "drop":
         # Also those that other methods of the same data would train on, so that all judge the same.
-        possible = Seen("", "", dict(train=prompts["train"].hashes))
+        possible = Seen("", "", dict(train=training.hashes))
 
         def trained() -> np.ndarray:
             return leaks.trained(held_out.hashes, [possible, *_seen(run, stage)[0]])
 
         is_trained = processes.from_first(trained)
         return held_out.take(np.flatnonzero(~is_trained))
-    wanted = held_out.take(range(min(len(held_out), run.config[stage].prompts)))
+    wanted = held_out.spread(run.config[stage].prompts)
 
     def why_not() -> str:
         seen, _ = _seen(run, stage)

@@ -12,10 +12,11 @@ from ml_collections import ConfigDict
 from dpo_jax import config as configs
 from dpo_jax import stage_table
 from dpo_jax.console import say, warn
-from dpo_jax.data import batches, dataset, leaks, toy
+from dpo_jax.data import batches, dataset, draws, leaks, toy
 from dpo_jax.data import tokenizer as tokenizers
 from dpo_jax.data.examples import Examples
 from dpo_jax.data.ledger import Counts, Reading
+from dpo_jax.data.splits import SPLITS
 from dpo_jax.models import loading, log_probs
 from dpo_jax.models.lora import Lora
 from dpo_jax.parallel import agreement
@@ -159,8 +160,7 @@ class Run:
         # Prompts of sampled pairs are those of the stage pairs.
         if not is_sampled:
             seen = {
-                split: gathered.hashes(split, examples.where)
-                for split, examples in (("train", loaded.train), ("eval", loaded.eval))
+                split: gathered.hashes(split, getattr(loaded, split).where) for split in SPLITS
             }
             ledger["leaks"] = leak_checks.report(self, stage, source, seen)
             leak_checks.check_ahead(self, stage, tokenizer, ledger["leaks"])
@@ -179,10 +179,10 @@ class Run:
         return configs.sft_data(self.config)
 
     def load_prompts(self, tokenizer) -> dict[str, Prompts]:
-        """Return the prompts to sample from, of the splits train and eval."""
+        """Return the prompts to sample from, of the splits train, eval (validation) and test."""
         if self.date not in self._prompts:
             data = self.sft_data()
-            read = dict(train=[], eval=[])
+            read = {split: [] for split in SPLITS}
             gathered = leaks.Gathered()
 
             def watch(split, text):
@@ -194,12 +194,14 @@ class Run:
 
             loaded = dataset.load(data, tokenizer, "sft", date=self.date, watch=watch)
             found = {}
-            for split, examples in (("train", loaded.train), ("eval", loaded.eval)):
+            for split in SPLITS:
+                # What is held out is the same under every seed.
+                seed = self.config.seed if split == "train" else None
                 found[split] = prompts.make(
-                    examples,
+                    getattr(loaded, split),
                     tokenizer,
                     self.config.sampling,
-                    self.config.seed,
+                    seed,
                     read[split],
                     gathered.hashes(split),
                 )
@@ -218,21 +220,39 @@ class Run:
         self.record(stage, dict(prompts=len(prompts), leaks=found), prompts.fingerprint)
         return prompts
 
-    def eval_prompts(self, stage: str, tokenizer) -> Prompts:
-        """Return the first held-out prompts, as many as the stage's block asks for.
+    def validation_prompts(self, most: int, tokenizer) -> Prompts:
+        """Return prompts that training may be evaluated on, `most` where there are as many."""
+        return self.load_prompts(tokenizer)["eval"].spread(most)
 
-        Raises ValueError where there are fewer, or where one is trained on and config.data.on_leak
-        is to stop the run.
+    def test_prompts(self, stage: str, tokenizer) -> Prompts:
+        """Return prompts that results are reported on, as many as the stage's block asks for.
+
+        Training has not been evaluated on them, unless too few are held out to be divided. Raises
+        ValueError where there are fewer, or where one is trained on and config.data.on_leak is to
+        stop the run.
         """
-        held_out = leak_checks.judged(self, stage, self.load_prompts(tokenizer))
+        loaded = self.load_prompts(tokenizer)
+        kind = "test" if len(loaded["test"]) else "held-out"
+        held_out = loaded["test"] if len(loaded["test"]) else loaded["eval"]
+        held_out = leak_checks.judged(self, stage, held_out, loaded["train"])
         wanted = self.config[stage].prompts
         if len(held_out) < wanted:
             raise ValueError(
-                f"config.{stage}.prompts = {wanted}, but there are only {len(held_out)} held-out "
-                f"prompts. Lower it, or hold out more (config.data.max_eval_rows = "
+                f"config.{stage}.prompts = {wanted}, but there are only {len(held_out)} {kind} "
+                "prompts. Lower it, or hold out more (config.data.max_eval_rows = "
                 f"{self.config.data.max_eval_rows})."
             )
-        return held_out.take(range(wanted))
+        return held_out.spread(wanted)
+
+    def say_of_test_prompts(self, stage: str, tokenizer) -> None:
+        """Warn where a stage reports on prompts that training was evaluated on."""
+        if not len(self.load_prompts(tokenizer)["test"]):
+            warn(
+                f"{stage}: too few prompts are held out to keep some for testing alone, so it "
+                "reports on those that training was evaluated on. Hold out more of them, "
+                f"{2 * draws.FEWEST_IN_HALF} or a few more (config.data.eval_fraction = "
+                f"{self.config.data.eval_fraction:g})."
+            )
 
     def is_measured_exactly(self) -> bool:
         """Return whether reward and KL are exact, as on the toy under a reward of its own."""
@@ -280,7 +300,15 @@ class Run:
     def record(self, stage: str, ledger: dict, fingerprint) -> None:
         """Write ledger.json; raise StageChanged where the data of a resumed stage has changed."""
         path = self.folder(stage) / "ledger.json"
-        if path.exists() and read_ledger(path.parent).get("fingerprint") != fingerprint:
+        before = read_ledger(path.parent) if path.exists() else {}
+        if before and before.get("fingerprint") != fingerprint:
+            if "eval" in before and "test" not in before:
+                raise StageChanged(
+                    f"{self.folder(stage)} was begun by a version that held out other rows: they "
+                    "were the first ones of the files, and are drawn by a hash of their prompts "
+                    "now, with those to test on apart (docs/data.md). Let the version that began "
+                    "the stage finish it, or give another --workdir."
+                )
             raise StageChanged(
                 f"the data of {self.folder(stage)} has changed since the stage began: its tokens "
                 "are not those that the checkpoint was trained on. Put the old data back, or give "

@@ -63,8 +63,7 @@ def pairs_stage(run: Run, stage: str) -> dict:
     start = (run.config.rounds - 1) * block.prompts
     chosen = order.take(range(start, start + block.prompts), mode="wrap")
     training = prompts["train"].take(chosen)
-    held_out_count = min(preference_pairs.EVAL_PROMPTS, len(prompts["eval"]))
-    held_out = prompts["eval"].take(range(held_out_count))
+    held_out = run.validation_prompts(preference_pairs.EVAL_PROMPTS, initial.tokenizer)
     splits = dict(train=training.hashes, eval=held_out.hashes)
     found = leak_checks.report(run, stage, str(run.folder(stage)), splits)
     found |= leak_checks.prefixes(run, prompts["eval"], prompts["train"])
@@ -141,8 +140,9 @@ def best_of_n_stage(run: Run, stage: str) -> dict:
 
 
 def judged_prompts(run: Run, stage: str, tokenizer) -> Prompts:
-    """Return the held-out prompts that a stage judges; its ledger says how many are trained on."""
-    asked = run.eval_prompts(stage, tokenizer)
+    """Return the test prompts that a stage judges; its ledger says how many are trained on."""
+    run.say_of_test_prompts(stage, tokenizer)
+    asked = run.test_prompts(stage, tokenizer)
     leak_checks.record_judged(run, stage, asked, run.load_prompts(tokenizer)["train"])
     return asked
 

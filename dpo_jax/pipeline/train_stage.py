@@ -335,7 +335,8 @@ def _probe(run: Run, stage: str, models: Models) -> Callable | None:
             return measure_exactly(params), []
 
         return exact_probe
-    measure = policy_measure(run, first, run.eval_prompts("evaluate", first.tokenizer))
+    wanted = run.config.evaluate.prompts
+    measure = policy_measure(run, first, run.validation_prompts(wanted, first.tokenizer))
     shown = run.config.evaluate.show
 
     def probe(params) -> tuple[dict[str, float], list[dict]]:

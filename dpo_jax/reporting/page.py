@@ -404,7 +404,10 @@ def _ledgers(records: list[Record]) -> _Section | None:
     """Return the counts of each stage's data, those that are not 0."""
     parts = []
     for record in records:
-        splits = [name for name in ("train", "eval") if isinstance(record.ledger.get(name), dict)]
+        splits = []
+        for name in ("train", "eval", "test"):
+            if isinstance(record.ledger.get(name), dict):
+                splits.append(name)
         flat = {name: _flat(record.ledger[name]) for name in splits}
         names = {name: None for fields in flat.values() for name in fields}
         rows = []

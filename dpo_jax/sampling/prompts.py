@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from dpo_jax.data import draws
 from dpo_jax.data.leaks import Hashes
 
 
@@ -29,6 +30,7 @@ class Prompts:
     conversations: list[Conversation | None] | None = None
     # Of the data's prompts, of which these may be prefixes; None where they are not known.
     hashes: Hashes | None = None
+    subsets: np.ndarray | None = None  # the number of each one's subset [P]; None: not known
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -53,7 +55,19 @@ class Prompts:
         ids = [self.ids[index] for index in indices]
         texts = [self.texts[index] for index in indices]
         hashes = None if self.hashes is None else self.hashes.take(indices)
-        return Prompts(ids, texts, conversations, hashes)
+        subsets = None if self.subsets is None else self.subsets[indices]
+        return Prompts(ids, texts, conversations, hashes, subsets)
+
+    def spread(self, most: int) -> "Prompts":
+        """Return `most` of the prompts, or all, in their order: as different as they can be.
+
+        They are chosen by the hashes of the data's prompts, in the shares of their subsets, and
+        none comes twice before all others have come. A larger number of them has all of a smaller
+        one. Where hashes or subsets are not known they are the first ones.
+        """
+        if self.hashes is None or self.subsets is None:
+            return self.take(range(min(most, len(self))))
+        return self.take(draws.spread(self.hashes.exact, self.subsets, most))
 
     def followed_by(self, others: "Prompts") -> "Prompts":
         """Return these prompts and then others."""
@@ -72,7 +86,7 @@ def make(
     examples,
     tokenizer,
     sampling,
-    seed: int,
+    seed: int | None,
     read: Iterable[tuple[str, Conversation | None]] | None = None,
     hashes: Hashes | None = None,
 ) -> Prompts:
@@ -80,9 +94,10 @@ def make(
 
     sampling: config.sampling. A prefix has sampling.min_prefix to max_prefix tokens, each length as
     likely (appendix C.1), after the BOS or whatever else the tokenizer starts a text with. Texts
-    that end within max_prefix tokens are left out. read: where each example stood, and its
-    conversation, in the order of the examples; some of them may have been dropped since. None: no
-    prompt is a conversation. hashes: of what was read, in its order.
+    that end within max_prefix tokens are left out. seed: by which lengths are drawn; None: each
+    depends on its text alone, so that every run is measured on the same prefixes. read: where each
+    example stood, and its conversation, in the order of the examples; some of them may have been
+    dropped since. None: no prompt is a conversation. hashes: of what was read, in its order.
     """
     conversations = None
     if read is not None:
@@ -91,12 +106,22 @@ def make(
         found = [read[place][1] for place in places]
         conversations = found if any(found) else None
         hashes = None if hashes is None else hashes.take(places)
+    question_hashes = examples.question_hashes
+    subsets = None
+    if question_hashes.all():
+        _, subsets = examples.subsets
     if not sampling.max_prefix:
         ids = list(examples.prompts)
         texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return Prompts(ids, texts, conversations, hashes)
-    rng = np.random.default_rng(seed)
-    lengths = rng.integers(sampling.min_prefix, sampling.max_prefix + 1, len(examples))
+        return Prompts(ids, texts, conversations, hashes, subsets)
+    if seed is None:
+        choices = sampling.max_prefix + 1 - sampling.min_prefix
+        # Not the lowest bit, which tells validation from test.
+        drawn = (question_hashes >> np.uint64(1)) % np.uint64(choices)
+        lengths = sampling.min_prefix + drawn.astype(int)
+    else:
+        rng = np.random.default_rng(seed)
+        lengths = rng.integers(sampling.min_prefix, sampling.max_prefix + 1, len(examples))
     ids = []
     kept = []
     for index, (example, length) in enumerate(zip(examples, lengths, strict=True)):
@@ -106,8 +131,9 @@ def make(
             kept.append(index)
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     hashes = None if hashes is None else hashes.take(kept)
+    subsets = None if subsets is None else subsets[kept]
     if conversations is None:
-        return Prompts(ids, texts, hashes=hashes)
+        return Prompts(ids, texts, hashes=hashes, subsets=subsets)
     begun = []
     for index, text in zip(kept, texts, strict=True):
         conversation = conversations[index]
@@ -115,7 +141,7 @@ def make(
             before = tokenizer.decode(examples.prompts[index], skip_special_tokens=True)
             conversation = dataclasses.replace(conversation, begun=text[len(before) :])
         begun.append(conversation)
-    return Prompts(ids, texts, begun, hashes)
+    return Prompts(ids, texts, begun, hashes, subsets)
 
 
 def _of_examples(examples, read: list[tuple[str, Conversation | None]]) -> list[int]:

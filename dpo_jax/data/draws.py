@@ -1,0 +1,94 @@
+"""Draws of rows by hashes of what they say: the same whatever the order of a file or a seed.
+
+Rows are drawn in an order of which every start has the subsets in the shares that they have in the
+whole, within one row, and the rows of a prompt side by side. So a smaller draw is a part of a
+larger one.
+"""
+
+import numpy as np
+
+# Prompts that validation and test must have each, for held-out prompts to be divided into the two.
+FEWEST_IN_HALF = 8
+
+
+def order(
+    prompts: np.ndarray,
+    rows: np.ndarray,
+    strata: np.ndarray,
+    sizes: np.ndarray | None = None,
+    scale: np.ndarray | None = None,
+) -> np.ndarray:
+    """Return the order in which rows are drawn, as indices.
+
+    prompts, rows: hashes [R] of a row's prompt and of the whole row. strata: what tells its subset
+    [R]. sizes: examples of each row; None: one. scale: how much more often each row's stratum comes
+    up than its rows alone make it [R]; None: 1.
+    """
+    count = len(prompts)
+    if sizes is None:
+        sizes = np.ones(count, int)
+    _, number_R = np.unique(strata, return_inverse=True)
+    total_S = np.bincount(number_R, sizes)
+    # By stratum, in it by prompt, and in that by row.
+    sorted_R = np.lexsort((rows, prompts, number_R))
+    before_R = np.cumsum(sizes[sorted_R]) - sizes[sorted_R]
+    stratum_R = number_R[sorted_R]
+    start_S = np.concatenate([[0], np.cumsum(total_S)[:-1]]) if count else np.zeros(0)
+    # Where in its stratum the middle of a row lies, from 0 to 1.
+    middle_R = before_R - start_S[stratum_R] + sizes[sorted_R] / 2
+    place_R = np.empty(count)
+    place_R[sorted_R] = middle_R / total_S[stratum_R]
+    if scale is not None:
+        place_R = place_R / scale
+    return np.lexsort((rows, prompts, place_R))
+
+
+def drawn(order_R: np.ndarray, sizes: np.ndarray, most: int) -> np.ndarray:
+    """Return which rows are drawn, bool [R]: the first in order that make `most` examples; 0: all.
+
+    The last one may have more pairs than are left.
+    """
+    if not most:
+        return np.ones(len(order_R), bool)
+    sizes_in_order = sizes[order_R]
+    is_drawn_R = np.empty(len(order_R), bool)
+    is_drawn_R[order_R] = np.cumsum(sizes_in_order) - sizes_in_order < most
+    return is_drawn_R
+
+
+def are_test(prompts: np.ndarray) -> np.ndarray:
+    """Return which held-out prompts are of the test half, by their hashes; the others validate.
+
+    Of few prompts none is. The lowest bit decides: whether a prompt is held out depends on the
+    highest, and so does the order in which prompts are drawn.
+    """
+    is_test = prompts & np.uint64(1) == 1
+    in_test = len(np.unique(prompts[is_test]))
+    in_validation = len(np.unique(prompts[~is_test]))
+    if min(in_test, in_validation) < FEWEST_IN_HALF:
+        return np.zeros(len(prompts), bool)
+    return is_test
+
+
+def spread(prompts: np.ndarray, strata: np.ndarray, count: int) -> np.ndarray:
+    """Return the indices of `count` rows to take a prompt from, in their own order.
+
+    Different prompts come before a second row of any prompt, and strata in their shares.
+    """
+    if count >= len(prompts):
+        return np.arange(len(prompts))
+    # The occurrence of each row's prompt, counted from 0.
+    by_prompt = np.argsort(prompts, kind="stable")
+    sorted_prompts = prompts[by_prompt]
+    is_first = np.concatenate([[True], sorted_prompts[1:] != sorted_prompts[:-1]])
+    starts = np.flatnonzero(is_first)
+    occurrence = np.empty(len(prompts), int)
+    occurrence[by_prompt] = np.arange(len(prompts)) - starts[np.cumsum(is_first) - 1]
+    chosen = []
+    for number in range(occurrence.max() + 1):
+        index = np.flatnonzero(occurrence == number)
+        in_order = order(prompts[index], index, strata[index])
+        chosen.extend(index[in_order].tolist())
+        if len(chosen) >= count:
+            break
+    return np.sort(chosen[:count])
