@@ -38,8 +38,7 @@ def run(make_config, workdir: str, options: Options) -> list[dict]:
 def task(runs: dict, options: Options) -> Task:
     """Return the task: held-out dialogues of one turn."""
     data = _data(runs["dpo"])
-    texts, _ = splits.read(data, "sft")
-    examples = winrate.held_out(texts["eval"], options.prompts, one_turn)
+    examples = winrate.held_out(winrate.test_examples(data), options.prompts, one_turn)
     return Task(examples, data, shown=str.strip, read=answer, date=winrate.date_of(runs["dpo"]))
 
 
@@ -78,7 +77,7 @@ def answer(completion: str) -> str:
 
 def shots(data) -> str:
     """Return short dialogues of one turn from the training examples, as one text."""
-    texts, _ = splits.read(data, "sft")
+    texts, _ = splits.read(data, "sft", wanted=("train",))
     short = {}
     for example in texts["train"]:
         if isinstance(example.prompt, list):

@@ -166,7 +166,11 @@ def cost(config, stage: str) -> str:
 
 
 def rows_of(folder: pathlib.Path, config, run: Run) -> list[dict]:
-    """Return a row for each evaluation of a run, as frontier.json has them."""
+    """Return a row for each evaluation of a run, as frontier.json has them.
+
+    Each says by "prompts" what it was measured on: validation prompts while the run trained, and
+    test prompts for the finished policy, in the place of its last evaluation.
+    """
     from dpo_jax import config as configs
     from dpo_jax.training.metrics import read_rows
 
@@ -182,10 +186,11 @@ def rows_of(folder: pathlib.Path, config, run: Run) -> list[dict]:
     for row in read_rows(folder / names[run.stage] / "metrics.jsonl"):
         # At step 0 the policy is the reference, which has a row of its own.
         if row["step"] and "frontier/kl" in row:
-            rows.append(about | dict(step=row["step"]) | measured_in(row))
+            of_step = dict(step=row["step"], prompts="validation")
+            rows.append(about | of_step | measured_in(row))
     evaluated = folder / names["evaluate"] / "evaluate.json"
     if rows and evaluated.exists():
-        rows[-1] |= measured_in(json.loads(evaluated.read_text()))
+        rows[-1] |= dict(prompts="test") | measured_in(json.loads(evaluated.read_text()))
     return rows
 
 

@@ -16,7 +16,6 @@ are listed in experiments/winrate.py.
 
 import functools
 
-from dpo_jax.data import splits
 from dpo_jax.data.sources import CUE
 from dpo_jax.models import families, hf
 from dpo_jax.models.loading import open_checkpoint
@@ -90,9 +89,8 @@ def task(runs: dict, options: Options, dataset: str, path: str) -> Task:
     data = runs["dpo"].sft_data()
     data.max_eval_rows = 0
     if dataset != "tldr":
-        data.update(source=dataset, path=path, max_rows=1, train_split="train", eval_split="")
-    texts, _ = splits.read(data, "sft")
-    examples = winrate.held_out(texts["eval"], options.prompts)
+        data.update(source=dataset, path=path, train_split="train", eval_split="")
+    examples = winrate.held_out(winrate.test_examples(data), options.prompts)
     date = winrate.date_of(runs["dpo"])
     return Task(examples, data, shown=text, read=str.strip, date=date, rouge=True)
 

@@ -29,7 +29,7 @@ import numpy as np
 from dpo_jax import command_line, config_checks, device_command
 from dpo_jax import config as configs
 from dpo_jax.console import say
-from dpo_jax.data import dataset
+from dpo_jax.data import dataset, splits
 from dpo_jax.data.conversations import as_messages, reply, transcript
 from dpo_jax.data.examples import Examples
 from dpo_jax.data.rows import TextExample
@@ -428,6 +428,12 @@ def best_of_n(policy: Policy, temperature: float, counts: tuple[int, ...]) -> li
     # At temperature 0 all completions of a prompt are the same, so one will do.
     samples = max(counts) if temperature else 1
     return [Point("best_of_n", policy, temperature, n, samples) for n in counts]
+
+
+def test_examples(data) -> list[TextExample]:
+    """Return the examples to test on; where too few are held out, those of validation too."""
+    texts, _ = splits.read(data, "sft", wanted=("eval", "test"))
+    return texts["test"] or texts["eval"]
 
 
 def held_out(

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dpo_jax.data.examples import Example
-from dpo_jax.evaluation.statistics import clustered_error
+from dpo_jax.data.grouping import clustered_error
 from dpo_jax.models.inference import TokenScores
 
 SIDES = {1: ("",), 2: ("_chosen", "_rejected")}  # responses -> what the names of the fields end in

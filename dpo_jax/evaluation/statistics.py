@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from scipy import special
 
+from dpo_jax.data.grouping import clustered_error
+
 LEVEL = 0.95
 TAILS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
 NORMAL = float(special.ndtri(TAILS[1]))  # standard errors on either side, of many values
@@ -58,21 +60,6 @@ def over_seeds(rows: Sequence[dict], name: str) -> dict:
 def t_quantile(degrees: int) -> float:
     """Return how many standard errors the interval of Student's t reaches on either side."""
     return float(special.stdtrit(degrees, TAILS[1]))
-
-
-def clustered_error(values_N: np.ndarray, clusters_N: np.ndarray) -> float | None:
-    """Return the standard error of a mean whose values may be alike within a cluster.
-
-    It is sqrt(C / (C - 1) * sum over C clusters of (sum of deviations from the mean)²) / N (Liang
-    and Zeger 1986). Clusters of one value each give the usual one. None where there is one cluster.
-    """
-    _, number_N = np.unique(clusters_N, return_inverse=True)
-    deviations_C = np.bincount(number_N, values_N - np.mean(values_N))
-    clusters = len(deviations_C)
-    if clusters < 2:
-        return None
-    variance = clusters / (clusters - 1) * (deviations_C**2).sum()
-    return float(np.sqrt(variance) / len(values_N))
 
 
 def standard_error(values_N: np.ndarray, clusters_N: np.ndarray | None = None) -> float | None:

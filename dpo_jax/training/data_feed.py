@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -24,6 +24,7 @@ from dpo_jax.data.batches import (
     update_size_of,
 )
 from dpo_jax.data.dataset import Dataset
+from dpo_jax.data.examples import FILLER, Examples
 from dpo_jax.data.packing import RowLimits
 from dpo_jax.models import attention, flops
 from dpo_jax.models.transformer import TransformerConfig
@@ -436,7 +437,7 @@ def say_how_to_get_huge_pages() -> None:
 def evaluate(
     programs: Programs, mesh, params: dict, frozen: Frozen, batches: Batches
 ) -> dict[str, float]:
-    """Return metrics over all batches, each example weighted alike.
+    """Return metrics over all batches, each example weighted alike, and by subset too.
 
     batches: of one microbatch each; examples that only fill up the last one count for nothing.
     """
@@ -446,22 +447,48 @@ def evaluate(
     hyper = frozen.hyper
     if batches.mismatched is not None:
         first_pass = functools.partial(programs.first_pass, full, reference, hyper)
-        hyper = hyper | means(_total(first_pass, mesh, batches.mismatched))
+        total = None
+        for sums in _measured(first_pass, mesh, batches.mismatched):
+            total = metrics_lib.add(total, sums)
+        hyper = hyper | means(total)
     measure = functools.partial(programs.eval_step, full, reference, hyper)
-    return metrics_lib.named(_total(measure, mesh, batches), "eval")
-
-
-def _total(measure: Callable, mesh, batches: Batches) -> dict:
-    """Return {name: (sum, count)} over all batches; measure: a batch on the mesh -> its sums."""
     total = None
-    before = None  # the total of the batch before the last
+    found = []
+    for sums, of_each in _measured(measure, mesh, batches):
+        total = metrics_lib.add(total, sums)
+        found.append(of_each)
+    values = metrics_lib.named(total, "eval")
+    if isinstance(batches.examples, Examples):
+        prompts_P, _ = batches.examples.identities()
+        of_each = _by_example(found, batches)
+        values |= metrics_lib.detailed(of_each, batches.examples.subsets, prompts_P)
+    return values
+
+
+def _measured(measure: Callable, mesh, batches: Batches) -> Iterator:
+    """Yield what is measured of each batch; measure: a batch on the mesh -> arrays there."""
+    before, last = None, None
     for step in range(len(batches)):
         if jax.process_count() > 1:
             # A signal is asked for here, so the host must not be far ahead of the devices. One
             # batch is left to them meanwhile.
             jax.block_until_ready(before)
-            before = total
+            before = last
         stopping.may_stop()
         batch = sharding.shard_batch(mesh, batches.without_mismatched(step), axis=1)
-        total = metrics_lib.add(total, measure(batch))
-    return total
+        last = measure(batch)
+        yield last
+
+
+def _by_example(found: list[dict], batches: Batches) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return {name: (value, count)} of each example, [P], from those of all batches, [S, P]."""
+    of_each = {}
+    for step, of_batch in enumerate(jax.device_get(found)):
+        index = batches.indices(step)
+        is_example = index != FILLER
+        for name, parts in of_batch.items():
+            if name not in of_each:
+                of_each[name] = tuple(np.zeros(len(batches.examples)) for _ in parts)
+            for into, part_SP in zip(of_each[name], parts, strict=True):
+                into[index[is_example]] = part_SP.ravel()[is_example]
+    return of_each

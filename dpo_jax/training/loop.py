@@ -293,11 +293,14 @@ def train(job: Job, feed: Feed) -> Trained:
         early_stop = recorder.early_stop()
         best = recorder.best()
         if best is None:
+            recorder.say_by_subset(recorder.evaluation)
             return Trained(state.params, recorder.evaluation, early_stop)
         best_step, value = best
         say(f"{job.name}: best {job.block.keep_best} {value:.4g} at step {best_step}")
         state = checkpoints.restore_best(best_step, shapes, programs.shardings)
-        return Trained(state.params, recorder.evaluation_of(best_step, state), early_stop)
+        evaluation = recorder.evaluation_of(best_step, state)
+        recorder.say_by_subset(evaluation)
+        return Trained(state.params, evaluation, early_stop)
 
 
 def _hyper(job: Job, feed: Feed) -> dict:
@@ -522,6 +525,12 @@ class _Recorder:
         """Return the evaluations in metrics.jsonl, by step, the same in every process."""
         found = processes.from_first(lambda: list(_evaluations(self._job.folder).items()))
         return dict(map(tuple, found))
+
+    def say_by_subset(self, evaluation: dict[str, float]) -> None:
+        """Show an evaluation's means by subset, where the data has subsets."""
+        table = metrics_lib.table_by_subset(evaluation)
+        if table:
+            say(f"{self._job.name}: {table}")
 
     def close(self) -> None:
         """Write the last row, and what training took."""

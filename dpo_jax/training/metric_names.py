@@ -46,6 +46,9 @@ METRICS = {
         "share",
         "Pairs whose chosen reward is the higher one. A tie is no success, so DPO starts at 0.",
     ),
+    "rewards_eval/accuracies_se": Metric(
+        "share", "Standard error of the accuracy, clustered by prompt; left out for one prompt."
+    ),
     "logps_{split}/chosen": Metric(
         "nats", "Log-probability of the chosen response, summed over its tokens; mean over pairs."
     ),
@@ -135,16 +138,33 @@ TIMINGS = (
     "model_flops_utilization",
 )
 
+# Of several subsets, an evaluation has these for each too: rewards_eval/accuracies/SUBSET.
+BY_SUBSET = ("loss", "nll_per_token", "rewards/accuracies", "rewards/margins")
+# The same by the names of an evaluation.
+WITH_SUBSETS = (
+    *("loss/eval", "nll_per_token/eval", "rewards_eval/accuracies", "rewards_eval/accuracies_se"),
+    "rewards_eval/margins",
+)
+
 # Metrics of an update as a whole, which have no split.
 OF_UPDATE = ("grad_norm", "param_norm", "update_norm", "lr")
 
 _SPLIT = re.compile(r"(?<=[_/])(train|eval)(?=/|$)")
-_OF_EVALUATION = re.compile(r"_eval/|/eval$|^frontier/")
+_OF_EVALUATION = re.compile(r"_eval/|/eval(/|$)|^frontier/")
 
 
 def describe(name: str) -> Metric:
     """Return what a metric of metrics.jsonl means; KeyError for a name that is not ours."""
+    name, _ = of_subset(name)
     return METRICS.get(name) or METRICS[_SPLIT.sub("{split}", name)]
+
+
+def of_subset(name: str) -> tuple[str, str]:
+    """Return the name of a metric without that of a subset, and the subset, "" for all of them."""
+    for whole in WITH_SUBSETS:
+        if name.startswith(f"{whole}/"):
+            return whole, name[len(whole) + 1 :]
+    return name, ""
 
 
 def is_evaluation(name: str) -> bool:

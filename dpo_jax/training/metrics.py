@@ -15,10 +15,12 @@ import uuid
 from collections.abc import Callable
 
 import jax
+import numpy as np
 
 from dpo_jax import config as configs
 from dpo_jax.console import warn
-from dpo_jax.training.metric_names import OF_UPDATE
+from dpo_jax.data.grouping import clustered_error
+from dpo_jax.training.metric_names import OF_UPDATE, WITH_SUBSETS, of_subset
 from dpo_jax.whole_file import append, parse_object, set_aside, whole_file
 
 # Seconds in which Weights & Biases may take the last rows at the end of a stage: less than the
@@ -35,13 +37,7 @@ def named(metrics: dict, split: str) -> dict[str, float]:
     """
     means = {}
     for name, (total, count) in jax.device_get(metrics).items():
-        group, _, rest = name.partition("/")
-        if name in OF_UPDATE:
-            full_name = name
-        elif rest:
-            full_name = f"{group}_{split}/{rest}"
-        else:
-            full_name = f"{name}/{split}"
+        full_name = name_of(name, split)
         # Of a batch that has other examples.
         if not count and metrics["loss"][1]:
             continue
@@ -53,6 +49,71 @@ def named(metrics: dict, split: str) -> dict[str, float]:
     if chosen in means and rejected in means:
         means.setdefault(margins, means[chosen] - means[rejected])
     return means
+
+
+def detailed(
+    of_each: dict[str, tuple[np.ndarray, np.ndarray]],
+    subsets: tuple[list[str], np.ndarray],
+    prompts_P: np.ndarray,
+) -> dict[str, float]:
+    """Return what an evaluation has beside its means: errors of accuracies, and means by subset.
+
+    of_each: {name: (value, count)} of each example, [P], that a metric is the sum of. subsets: the
+    names of the subsets, and the number of each example's. prompts_P: the number of its prompt.
+    """
+    names, subset_P = subsets
+    found = {}
+    for metric, (value_P, count_P) in of_each.items():
+        for number, subset in enumerate(["", *names], -1):
+            is_counted_P = count_P > 0
+            if subset:
+                is_counted_P &= subset_P == number
+            weights_N = count_P[is_counted_P]
+            if not len(weights_N):
+                continue
+            values_N = value_P[is_counted_P] / weights_N
+            end = f"/{subset}" if subset else ""
+            total = value_P[is_counted_P].sum()
+            name = name_of(metric, "eval")
+            if subset:
+                found[name + end] = float(total / weights_N.sum())
+            if metric == "rewards/accuracies":
+                error = clustered_error(values_N, prompts_P[is_counted_P], weights_N)
+                if error is not None:
+                    found[f"{name}_se{end}"] = error
+    return found
+
+
+def table_by_subset(evaluation: dict[str, float]) -> str:
+    """Return an evaluation's means by subset as a table; "" where there are no subsets."""
+    rows = {}  # subset -> {metric: value}
+    for name, value in evaluation.items():
+        whole, subset = of_subset(name)
+        if subset:
+            rows.setdefault(subset, {})[whole] = value
+    if not rows:
+        return ""
+    rows = {"all": evaluation} | rows
+    width = max(len("held out, by subset"), *map(len, rows))
+    columns = [name for name in WITH_SUBSETS if name in evaluation and not name.endswith("_se")]
+    lines = ["  ".join([f"{'held out, by subset':<{width}}", *(f"{name:>24}" for name in columns)])]
+    for subset, values in rows.items():
+        cells = []
+        for name in columns:
+            cell = f"{values[name]:.4g}" if name in values else ""
+            if f"{name}_se" in values:
+                cell += f" ±{values[f'{name}_se']:.2g}"
+            cells.append(f"{cell:>24}")
+        lines.append("  ".join([f"{subset:<{width}}", *cells]))
+    return "\n".join(lines)
+
+
+def name_of(name: str, split: str) -> str:
+    """Return the name in metrics.jsonl of what an objective calls so."""
+    group, _, rest = name.partition("/")
+    if name in OF_UPDATE:
+        return name
+    return f"{group}_{split}/{rest}" if rest else f"{name}/{split}"
 
 
 def add(total: dict | None, metrics: dict) -> dict:
@@ -143,8 +204,13 @@ class Writer(contextlib.ExitStack):
         append(self._path, line)
         self._count += 1
         self._digest.update(line)
+        self._send(step, values)
+
+    def _send(self, step: int, values: dict[str, float]) -> None:
+        """Send a row's values to the sinks, without those by subset, of which there are many."""
+        whole = {name: value for name, value in values.items() if not of_subset(name)[1]}
         for sink in self._sinks:
-            sink.write(step, values)
+            sink.write(step, whole)
 
     def amend(self, step: int, values: dict[str, float]) -> None:
         """Add values to the row of an earlier step, or write it in its place if it is lost."""
@@ -153,8 +219,7 @@ class Writer(contextlib.ExitStack):
         rows = {row["step"]: row for row in read_rows(self._path)}
         rows[step] = rows.get(step, dict(step=step)) | values
         self._rewrite([json.dumps(rows[key]).encode() + b"\n" for key in sorted(rows)])
-        for sink in self._sinks:
-            sink.write(step, values)
+        self._send(step, values)
 
     def show(self, step: int, completions: list[dict]) -> None:
         """Send completions of an evaluation to TensorBoard and Weights & Biases, and to no file.

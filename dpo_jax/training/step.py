@@ -25,6 +25,7 @@ from dpo_jax.models.lora import Lora
 from dpo_jax.models.transformer import TransformerConfig
 from dpo_jax.parallel import sharding
 from dpo_jax.training import optim
+from dpo_jax.training.metric_names import BY_SUBSET
 
 
 @jax.tree_util.register_dataclass
@@ -131,7 +132,8 @@ class Programs:
         if self.first_pass is not None:
             hyper = hyper | means(self.first_pass(full, reference, hyper, batch.mismatched))
             batch = dataclasses.replace(batch, mismatched=None)
-        return self.eval_step(full, reference, hyper, batch)
+        metrics, _ = self.eval_step(full, reference, hyper, batch)
+        return metrics
 
 
 def make_programs(
@@ -271,16 +273,26 @@ def make_train_step(
 
 
 def make_eval_step(objective):
-    """Return eval_step(params, reference, hyper, batch) -> metrics, jitted.
+    """Return eval_step(params, reference, hyper, batch) -> (metrics, of_each), jitted.
 
-    batch: of one microbatch; params, reference: full weights.
+    batch: of one microbatch; params, reference: full weights. of_each: {name: (value, count)} of
+    each example, [S, P], that the metrics BY_SUBSET are the sums of.
     """
 
     def eval_step(params, reference, hyper, batch):
         # The axis of microbatches is there, with one of them: nothing is accumulated here.
         microbatch = jax.tree.map(lambda x: x[0], batch)
-        _, metrics = objective(params, reference, hyper, microbatch)
-        return metrics
+
+        def measure(weights_SP):
+            weighted = dataclasses.replace(microbatch, weights=weights_SP)
+            _, metrics = objective(params, reference, hyper, weighted)
+            return {name: metrics[name] for name in BY_SUBSET if name in metrics}, metrics
+
+        # They are sums of weights times values, so the derivative by a weight is the value of that
+        # example. The weights come in last, and nothing else is differentiated.
+        values_SP, metrics = jax.jacrev(measure, has_aux=True)(microbatch.weights)
+        of_each = jax.tree.map(lambda x: sharding.constrain(x * microbatch.weights), values_SP)
+        return metrics, of_each
 
     return jax.jit(eval_step)
 

@@ -104,6 +104,8 @@ def test_ledger_json_and_table(tmp_path, letters):
             "held_out": 0,
             "not_drawn": 0,
             "kept": 31,
+            "prompts": 31,
+            "subsets": {},
             "labels": {},
             "prompts_truncated": 1,
             "responses_truncated": 1,
@@ -128,6 +130,8 @@ def test_ledger_json_and_table(tmp_path, letters):
             "held_out": 0,
             "not_drawn": 0,
             "kept": 2,
+            "prompts": 2,
+            "subsets": {},
             "labels": {},
             "prompts_truncated": 0,
             "responses_truncated": 0,
@@ -137,7 +141,29 @@ def test_ledger_json_and_table(tmp_path, letters):
             **NO_CHAT,
             "mean_tokens": {"prompt": 8, "chosen": 5, "rejected": 5, "chosen minus rejected": 0},
         },
+        "test": {
+            "read": 0,
+            "shapes": {},
+            "filtered": {},
+            "dropped": {},
+            "examples": {},
+            "further_pairs": 0,
+            "held_out": 0,
+            "not_drawn": 0,
+            "kept": 0,
+            "prompts": 0,
+            "subsets": {},
+            "labels": {},
+            "prompts_truncated": 0,
+            "responses_truncated": 0,
+            "eos_lost": 0,
+            "boundaries": 0,
+            "boundary_merges": 0,
+            **NO_CHAT,
+            "mean_tokens": {},
+        },
         "shared_prompts": 2,
+        "shared_test_prompts": 0,
     }
     assert data.ledger.table() == TABLE
 
@@ -155,21 +181,22 @@ NO_CHAT = {
     "warnings": [],
 }
 TABLE = """\
-                                           train          eval
-rows                                          32             2
-  recognised as: TRL pairs, text              32             2
-  dropped: empty response                      1             0
-  held out for eval                            0
-kept                                          31             2
-prompts cut                                    1             0
-responses cut                                  1             0
-  EOS lost                                     1             0
-boundary merges                          0 of 62        0 of 4
-mean tokens, prompt                          9.0           8.0
-mean tokens, chosen                          4.9           5.0
-mean tokens, rejected                        5.5           5.0
-mean tokens, chosen minus rejected          -0.6           0.0
-eval prompts also in train                                   2
+                                           train    validation          test
+rows                                          32             2             0
+  recognised as: TRL pairs, text              32             2             0
+  dropped: empty response                      1             0             0
+  held out                                     0
+kept                                          31             2             0
+prompts                                       31             2             0
+prompts cut                                    1             0             0
+responses cut                                  1             0             0
+  EOS lost                                     1             0             0
+boundary merges                          0 of 62        0 of 4        0 of 0
+mean tokens, prompt                          9.0           8.0           0.0
+mean tokens, chosen                          4.9           5.0           0.0
+mean tokens, rejected                        5.5           5.0           0.0
+mean tokens, chosen minus rejected          -0.6           0.0           0.0
+rows whose prompt is trained on                              2             0
 dropped from train: 1 x empty response (train.jsonl row 31)"""
 
 
@@ -221,7 +248,7 @@ def test_ledger_checks_eval_split():
     ledger = Ledger(
         Counts(read=9, kept=9), Counts(read=4, kept=2, dropped={"r": 2}, examples={"r": ["a"]})
     )
-    with pytest.raises(ValueError, match=r"2 of 4 eval rows \(50.0%\) had to be dropped"):
+    with pytest.raises(ValueError, match=r"2 of 4 validation rows \(50.0%\) had to be dropped"):
         ledger.check(0.05, "rows.jsonl")
     ledger.check(0.5, "rows.jsonl")
 
@@ -385,7 +412,9 @@ def test_load_real_hh_pairs():
     )
     data = dataset.load(config, tokenizer, "pairs")
     train, evals = data.ledger.train, data.ledger.eval
-    assert (train.read, train.held_out, train.kept, evals.kept) == (2312, 56, 2252, 56)
+    test = data.ledger.test
+    assert (train.read, train.held_out, train.kept) == (2312, 56, 2252)
+    assert (evals.kept, test.kept) == (28, 28)
     assert (train.prompts_truncated, train.responses_truncated, train.eos_lost) == (636, 295, 295)
     assert train.mean_tokens["chosen"] == pytest.approx(90.9, abs=0.05)
     lengths = [len(pair.prompt) + max(map(len, pair.responses)) for pair in data.train]
@@ -428,7 +457,7 @@ PEAK_MEMORY = """if True:
     loaded.train.fingerprint
     # Not ru_maxrss, which starts at what the parent process had.
     peak = re.search("VmHWM: *([0-9]+) kB", open("/proc/self/status").read().replace("\\t", " "))
-    print(len(loaded.train) + len(loaded.eval), int(peak[1]) // 1024)
+    print(sum(map(len, (loaded.train, loaded.eval, loaded.test))), int(peak[1]) // 1024)
 """
 
 

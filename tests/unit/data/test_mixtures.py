@@ -117,7 +117,8 @@ def test_counts_and_shares(tmp_path):
     assert of_set["a"] == 100
     assert 200 < of_set["b"] < 340  # of about 900
     assert of_set["c"] == 50 - ledger.parts[f"{tmp_path}/c.jsonl"].train.held_out
-    assert held_out == len(examples["eval"]) == ledger.eval.read and 100 < held_out < 210
+    assert len(examples["eval"]) == ledger.eval.read and len(examples["test"]) == ledger.test.read
+    assert held_out == ledger.eval.read + ledger.test.read and 100 < held_out < 210
     # Every row of every set is somewhere.
     read_of = [part.train.read for part in ledger.parts.values()]
     assert read_of == [500, 1000, 50] and ledger.train.read == 1550
@@ -186,10 +187,11 @@ def test_no_prompt_crosses_between_forms(tmp_path):
     test = [{"prompt": f"q{number}", **answers} for number in range(30)]
     write_jsonl(tmp_path / "texts" / "test.jsonl", test)
     examples, ledger = read(",".join(str(tmp_path / name) for name in forms))
-    train, held_out = (
-        {splits.question(example) for example in examples[split]} for split in ("train", "eval")
+    train, validation, test = (
+        {splits.question(example) for example in examples[split]} for split in splits.SPLITS
     )
-    assert not train & held_out and len(train | held_out) == 200
+    held_out = validation | test
+    assert not train & held_out and not validation & test and len(train | held_out) == 200
     assert {f"q{number}" for number in range(30)} < held_out
     assert ledger.shared_prompts == 0
 
@@ -199,10 +201,16 @@ def test_evaluation_is_drawn_by_share(tmp_path):
         write_jsonl(tmp_path / name / "train.jsonl", rows(100, name))
         write_jsonl(tmp_path / name / "test.jsonl", rows(400, f"{name}t"))
     examples, ledger = read(f"{tmp_path}/a, {tmp_path}/b=25%", max_eval_rows=100)
-    of_set = collections.Counter(example.prompt[0] for example in examples["eval"])
-    assert len(examples["eval"]) == 100 and 65 < of_set["a"] < 92
-    assert ledger.eval.read == 800 and ledger.eval.not_drawn == 700
-    assert len(read(f"{tmp_path}/a, {tmp_path}/b=25%")[0]["eval"]) == 800
+    everything, _ = read(f"{tmp_path}/a, {tmp_path}/b=25%")
+    assert len(everything["eval"]) + len(everything["test"]) == 800
+    for split in ("eval", "test"):
+        of_set = collections.Counter(example.prompt[0] for example in examples[split])
+        of_all = collections.Counter(example.prompt[0] for example in everything[split])
+        share = of_all["a"] / (of_all["a"] + 0.25 * of_all["b"])
+        assert len(examples[split]) == 100 and abs(of_set["a"] - 100 * share) <= 1
+        assert {example.subset for example in examples[split]} == {"a", "b"}
+    assert ledger.eval.read == 800 and ledger.eval.held_out == ledger.test.read
+    assert ledger.eval.not_drawn + ledger.test.not_drawn == 600
 
 
 def test_sources_and_splits(tmp_path):
@@ -285,13 +293,14 @@ def test_load_mixture(tmp_path):
     assert loaded.ledger.train.mean_tokens["prompt"] == pytest.approx(prompt.mean())
     table = loaded.ledger.table()
     lines = table.splitlines()
-    assert lines[0].split() == ["train", "eval", "[1]", "[2]"]
-    kept = [loaded.ledger.train.kept, loaded.ledger.eval.kept, 20, b.train.kept]
+    assert lines[0].split() == ["train", "validation", "test", "[1]", "[2]"]
+    kept = [loaded.ledger.train.kept, loaded.ledger.eval.kept, loaded.ledger.test.kept]
+    kept += [20, b.train.kept]
     assert ["kept", *map(str, kept)] in [line.split() for line in lines]
     # A count that one set alone has
     label = "  dropped: chosen and rejected are equal"
     [dropped] = [line.removeprefix(label) for line in lines if line.startswith(label)]
-    assert dropped.split() == ["1", "0", "0", "1"]
+    assert dropped.split() == ["1", "0", "0", "0", "1"]
     assert f"[1] training rows of {tmp_path}/a.jsonl" in lines
     assert max(map(len, lines[: lines.index(f"[1] training rows of {tmp_path}/a.jsonl")])) <= 100
     assert set(loaded.ledger.to_dict()["parts"]) == {f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl"}
@@ -328,9 +337,10 @@ def test_table_of_many_sets():
     """Sets whose columns do not fit have a table each."""
     parts = {f"{number}.jsonl": Ledger(Counts(read=number)) for number in range(20)}
     lines = Ledger.of_parts(parts).table().splitlines()
-    assert lines[0].split() == ["train", "eval"] and lines[1].split() == ["rows", "190", "0"]
+    assert lines[0].split() == ["train", "validation", "test"]
+    assert lines[1].split() == ["rows", "190", "0", "0"]
     own = lines.index("of these, 7.jsonl")
-    assert lines[own + 2].split() == ["rows", "7", "0"]
+    assert lines[own + 2].split() == ["rows", "7", "0", "0"]
 
 
 def test_mostly_bad_set_of_a_large_mixture(tmp_path):
