@@ -147,7 +147,8 @@ DATA = dict(
     train_split=Field("train", "split to train on, or several joined by +"),
     eval_split=Field(
         "",
-        "split to evaluate on; empty: test or validation if there is one, else a held-out share",
+        "split to evaluate on in training; empty: validation or test if there is one, else a "
+        "held-out share",
     ),
     eval_fraction=Field(
         0.02,
@@ -157,11 +158,15 @@ DATA = dict(
         most=1,
     ),
     max_rows=Field(
-        0, "train on this many rows only, the first ones; 0: on all", least=0, most=MANY
+        0,
+        "train on this many rows only, drawn by a hash of their prompts; 0: on all",
+        least=0,
+        most=MANY,
     ),
     max_eval_rows=Field(
         256,
-        "evaluate on this many held-out rows only, the first ones; 0: on all",
+        "validate on this many held-out rows only, and test on as many others, drawn by a hash of "
+        "their prompts; 0: on all",
         least=0,
         most=MANY,
     ),

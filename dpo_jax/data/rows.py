@@ -5,7 +5,7 @@ import itertools
 import json
 import math
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dpo_jax.data.ledger import Malformed
 
@@ -69,7 +69,8 @@ class TextExample:
     label: bool | None = None  # of unpaired rows: whether the completion is desirable
     numbers: Numbers = NO_NUMBERS
     subset: str = ""  # of the data set, if it has any
-    question_hash: int = 0  # tells prompts apart, whatever form they are in; 0: not known
+    # What tells prompts apart, whatever form they are in; 0: not known. It follows from the others.
+    question_hash: int = field(default=0, compare=False)
 
 
 def text_field(fields: dict, name: str) -> str:
@@ -146,8 +147,8 @@ def shown(value) -> str:
 def names_of(fields: Collection) -> str:
     """Return the names of fields as a list for a message, however many and however odd they are."""
     names = []
-    for field in itertools.islice(fields, MOST_NAMED):
-        name = str(field)
+    for key in itertools.islice(fields, MOST_NAMED):
+        name = str(key)
         short = name if len(name) < 80 else name[:77] + "..."
         names.append(short if short.isprintable() else repr(short))
     more = len(fields) - len(names)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from dpo_jax.data.packing import Batch
 from dpo_jax.models import lora as lora_lib
 from dpo_jax.models import transformer
 from dpo_jax.models.lora import Lora
@@ -276,12 +277,17 @@ def make_eval_step(objective):
     """Return eval_step(params, reference, hyper, batch) -> (metrics, of_each), jitted.
 
     batch: of one microbatch; params, reference: full weights. of_each: {name: (value, count)} of
-    each example, [S, P], that the metrics BY_SUBSET are the sums of.
+    each example, [S, P], that the metrics BY_SUBSET are the sums of; {} where batches have no
+    weights, as those of an objective from elsewhere.
     """
 
     def eval_step(params, reference, hyper, batch):
         # The axis of microbatches is there, with one of them: nothing is accumulated here.
         microbatch = jax.tree.map(lambda x: x[0], batch)
+
+        if not isinstance(microbatch, Batch):
+            _, metrics = objective(params, reference, hyper, microbatch)
+            return metrics, {}
 
         def measure(weights_SP):
             weighted = dataclasses.replace(microbatch, weights=weights_SP)

@@ -151,7 +151,7 @@ def test_weights_and_margins_are_shown(tmp_path, has_model):
     )
     lines = [" ".join(line.split()) for line in lines_of(found)]
     # Rows are cut to several lengths, and counted once.
-    assert "weights, sum 6 0" in lines and "target margins, least -5 0" in lines
+    assert "weights, sum 6 0 0" in lines and "target margins, least -5 0 0" in lines
     assert "rows.jsonl row 1, weight 0, target margin 0" in lines
     with pytest.raises(
         ValueError, match="config.data.weight = 'votes': expected empty, as the row"
@@ -231,7 +231,7 @@ def test_labelled_rows_that_do_not_balance(tmp_path):
     write_jsonl(tmp_path / "test.jsonl", rows[:2])
     found = look(tmp_path, kind="unpaired")
     said = [" ".join(line.split()) for line in lines_of(found)]
-    assert "desirable 20 1" in said and "undesirable 60 1" in said
+    assert "desirable 20 1 0" in said and "undesirable 60 1 0" in said
     assert "--- desirable completion" in said and "--- completion" not in said
     advice = data_report.advise(found, setup(path=str(tmp_path)))
     assert "--config=kto" in advice.command
@@ -249,8 +249,8 @@ def test_mixture(tmp_path):
     lines = [line.split() for line in lines_of(found)]
     start = next(i for i, line in enumerate(lines) if line[:1] == ["Sets"])
     assert lines[start + 1 : start + 3] == [
-        [f"{tmp_path}/a.jsonl", "8", "12", "0"],
-        [f"{tmp_path}/b.jsonl", "10", "0", "0"],
+        [f"{tmp_path}/a.jsonl", "8", "12", "0", "0"],
+        [f"{tmp_path}/b.jsonl", "10", "0", "0", "0"],
     ]
 
 

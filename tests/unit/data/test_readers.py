@@ -730,7 +730,7 @@ def test_find_splits_of_real_imdb():
         max_rows=5,
         max_eval_rows=5,
     )
-    assert [len(side) for side in rows.values()] == [5, 5]
+    assert [len(side) for side in rows.values()] == [5, 5, 5]
     assert not any("<br" in row.responses[0] for side in rows.values() for row in side)
 
 
@@ -742,7 +742,7 @@ def test_find_splits_of_hub_name(monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda self, path, timeout: None)
     monkeypatch.setattr(datasets, "load_dataset", lambda *path: {("me/mine", None): parts}[path])
     rows, _ = read("me/mine")
-    assert [len(side) for side in rows.values()] == [1500, 2]
+    assert [len(side) for side in rows.values()] == [1500, 2, 0]
     assert rows["train"][-1] == TextExample(
         "p1499", ("good 1499", "bad 1499"), "me/mine[train] row 1500"
     )

@@ -1,10 +1,13 @@
 """Every source's quirks, and what a person is told when a row is wrong."""
 
+import json
+
 import pytest
 
 from dpo_jax.data import sources
 from dpo_jax.data.ledger import Filtered, Malformed, Unusable
 from dpo_jax.data.rows import TextExample
+from dpo_jax.data.splits import SPLITS, hash64
 from tests.helpers.paths import SHARED, needs_shared
 from tests.helpers.rows import PAIR, pairs, read, user, write_jsonl, write_parquet
 
@@ -261,7 +264,7 @@ def test_cnn_dailymail_row(tmp_path):
     for name in ("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001"):
         write_parquet(tmp_path / "3.0.0" / f"{name}.parquet", [row | {"id": name}])
     rows, _ = read(tmp_path / "3.0.0", "sft", source="cnn_dailymail")
-    assert [len(side) for side in rows.values()] == [2, 1]
+    assert [len(side) for side in rows.values()] == [2, 1, 0]
     with pytest.raises(ValueError, match="'cnn_dailymail' has no pairs"):
         read(tmp_path / "3.0.0", source="cnn_dailymail")
 
@@ -342,14 +345,18 @@ def test_read_choice_of_splits(tmp_path):
 
     def sizes(**changes):
         rows, _ = read(tmp_path, **changes)
-        return len(rows["train"]), len(rows["eval"])
+        return tuple(len(rows[split]) for split in SPLITS)
 
-    assert sizes() == (4, 1)  # test comes before validation
-    assert sizes(eval_split="validation") == (4, 2)
-    assert sizes(train_split="train+extra") == (7, 1)
+    # Where there are both, neither is divided.
+    assert sizes() == (4, 2, 1)
+    assert sizes(eval_split="validation") == (4, 2, 1)
+    assert sizes(train_split="train+extra") == (7, 2, 1)
+    assert sizes(eval_split="test") == (4, 1, 0)
+    assert sizes(eval_split="extra") == (4, 3, 0)
     # Test is trained on, so validation is what is left.
-    assert sizes(train_split="train+test") == (5, 2)
-    assert sizes(max_rows=2, eval_split="validation", max_eval_rows=1) == (2, 1)
+    assert sizes(train_split="train+test") == (5, 2, 0)
+    assert sizes(train_split="train+validation") == (6, 1, 0)
+    assert sizes(max_rows=2, eval_split="validation", max_eval_rows=1) == (2, 1, 1)
     with pytest.raises(
         ValueError,
         match=r"has no split 'tests'; it has extra, test, train, validation. "
@@ -364,29 +371,38 @@ def test_read_choice_of_splits(tmp_path):
         sizes(train_split="train+test", eval_split="test")
 
 
-def test_read_stops_at_max_rows(tmp_path):
-    rows = [*pairs(2), PAIR | {"chosen": ""}, *pairs(1, "q"), "not JSON"]
+def test_max_rows_are_of_good_rows(tmp_path):
+    rows = [*pairs(2), PAIR | {"chosen": ""}, *pairs(1, "q")]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
-    rows, ledger = read(path, max_rows=3)
-    assert [row.where for row in rows["train"]] == [f"rows.jsonl row {n}" for n in (1, 2, 4)]
+    # Where nothing is cut, all rows stay in their order.
+    for max_rows in (0, 3, 4):
+        rows, ledger = read(path, max_rows=max_rows)
+        assert [row.where for row in rows["train"]] == [f"rows.jsonl row {n}" for n in (1, 2, 4)]
+    rows, ledger = read(path, max_rows=2)
     assert ledger.train.read == 4 and ledger.train.dropped == {"empty response": 1}
+    assert len(rows["train"]) == 2 and ledger.train.not_drawn == 1
 
 
 def test_read_holds_out_of_only_split(tmp_path):
     rows = [row for i in range(300) for row in pairs(1, f"{i}:") * 3]  # three pairs for each prompt
     write_jsonl(tmp_path / "test.jsonl", rows)
     out, ledger = read(tmp_path, eval_fraction=0.1)
-    train, evals = ({row.prompt for row in out[side]} for side in ("train", "eval"))
-    assert not train & evals and len(train) + len(evals) == 300
-    assert 15 <= len(evals) <= 45 and len(out["eval"]) == 3 * len(evals)
-    assert ledger.shared_prompts == 0
-    assert ledger.train.held_out == ledger.eval.read == len(out["eval"])
-    assert ledger.train.read == 900 == len(out["train"]) + len(out["eval"])
+    train, evals, tests = ({row.prompt for row in out[side]} for side in SPLITS)
+    assert not train & (evals | tests) and not evals & tests
+    assert len(train) + len(evals) + len(tests) == 300
+    assert 8 <= len(evals) <= 23 and len(out["eval"]) == 3 * len(evals)
+    assert 8 <= len(tests) <= 23 and len(out["test"]) == 3 * len(tests)
+    assert ledger.shared_prompts == ledger.shared_test_prompts == 0
+    assert ledger.eval.read == len(out["eval"]) and ledger.test.read == len(out["test"])
+    assert ledger.train.held_out == ledger.eval.read + ledger.test.read
+    assert ledger.train.read == 900 == sum(map(len, out.values()))
     # the side of a prompt depends on nothing but its text: not on other rows, their order, or the
     # kind
-    write_jsonl(tmp_path / "test.jsonl", rows[:450:-1])
+    write_jsonl(tmp_path / "test.jsonl", rows[:150:-1])
     again, _ = read(tmp_path, "sft", eval_fraction=0.1)
-    assert {row.prompt for row in again["eval"]} == evals & {row["prompt"] for row in rows[451:]}
+    left = {row["prompt"] for row in rows[151:]}
+    assert {row.prompt for row in again["eval"]} == evals & left
+    assert {row.prompt for row in again["test"]} == tests & left
     with pytest.raises(ValueError, match="has no split 'train'; it has test"):
         read(tmp_path, eval_split="test")
 
@@ -400,16 +416,20 @@ def test_held_out_prompts_are_pinned(tmp_path):
     assert [row.prompt for row in read(path, eval_fraction=0.1)[0]["eval"]] == HELD_OUT
     few = write_jsonl(tmp_path / "few.jsonl", pairs(3))
     assert [row.prompt for row in read(few, eval_fraction=0.001)[0]["eval"]] == ["p2"]  # the least
-    assert [len(side) for side in read(few, eval_fraction=0.0)[0].values()] == [3, 0]
+    assert [len(side) for side in read(few, eval_fraction=0.0)[0].values()] == [3, 0, 0]
+    # One of them is drawn by its hash, and all are kept from training.
     rows, ledger = read(path, eval_fraction=0.1, max_eval_rows=1)
-    assert [row.prompt for row in rows["eval"]] == HELD_OUT[:1]
-    assert ledger.eval.read == 1 and ledger.train.held_out == len(HELD_OUT)
+    first = min(HELD_OUT, key=lambda prompt: hash64(json.dumps(prompt)))
+    assert [row.prompt for row in rows["eval"]] == [first] != HELD_OUT[:1]
+    assert ledger.eval.read == ledger.train.held_out == len(HELD_OUT)
+    assert ledger.eval.not_drawn == len(HELD_OUT) - 1
 
 
 def test_held_out_by_text_without_prompt(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", [{"text": f"text {i}"} for i in range(100)])
     rows, ledger = read(path, "sft", eval_fraction=0.2)
-    assert len(rows["train"]) + len(rows["eval"]) == 100 and 5 < len(rows["eval"]) < 40
+    assert sum(map(len, rows.values())) == 100
+    assert 5 < len(rows["eval"]) + len(rows["test"]) < 40
     assert ledger.shared_prompts == 0
 
 
@@ -427,7 +447,7 @@ def test_imdb_is_shuffled(tmp_path):
     numbers = [int(row.responses[0].split()[1]) for row in rows["train"]]
     assert numbers != sorted(numbers) and 4 <= sum(number >= 50 for number in numbers) <= 16
     assert rows["train"] == read(tmp_path, "sft", source="imdb", max_rows=20)[0]["train"]
-    assert [row.responses for row in rows["eval"]] == [row.responses for row in rows["train"]]
+    assert len(rows["eval"]) == len(rows["test"]) == 20
 
 
 # the hub
