@@ -159,9 +159,7 @@ class Run:
         ledger = loaded.ledger.to_dict()
         # Prompts of sampled pairs are those of the stage pairs.
         if not is_sampled:
-            seen = {
-                split: gathered.hashes(split, getattr(loaded, split).where) for split in SPLITS
-            }
+            seen = {split: gathered.hashes(split, getattr(loaded, split).where) for split in SPLITS}
             ledger["leaks"] = leak_checks.report(self, stage, source, seen)
             leak_checks.check_ahead(self, stage, tokenizer, ledger["leaks"])
         if kind == "unpaired":

@@ -138,11 +138,11 @@ def test_leaked_prompts_can_be_left_out(files, tmp_path):
     run = Run(config, tmp_path, mesh=None)
     words = tokenizer()
     run.load_data("dpo", words)
-    asked = run.eval_prompts("evaluate", words)
+    asked = run.test_prompts("evaluate", words)
     assert sorted(asked.texts) == sorted(f"w1 w{number}" for number in range(22, 32))
     config.evaluate.prompts = 11
     with pytest.raises(ValueError, match="evaluate.prompts = 11, but there are only 10"):
-        run.eval_prompts("evaluate", words)
+        run.test_prompts("evaluate", words)
 
 
 def test_toy_is_exempt(tmp_path):
@@ -176,7 +176,7 @@ def test_prefixes_of_texts_are_told_and_not_refused(tmp_path, capsys):
     ledger = read_ledger(run.folder("ppo"))
     assert ledger["leaks"]["prefixes"] == dict(prompts=12, trained_on=12)
     assert "12 of 12 held-out prefixes of 2 to 2 tokens" in capsys.readouterr().out
-    asked = run.eval_prompts("evaluate", tokenizer())
+    asked = run.test_prompts("evaluate", tokenizer())
     run.folder("evaluate").mkdir()
     leak_checks.record_judged(run, "evaluate", asked, prompts)
     found = read_ledger(run.folder("evaluate"))["leaks"]
