@@ -484,11 +484,12 @@ def _by_example(found: list[dict], batches: Batches) -> dict[str, tuple[np.ndarr
     """Return {name: (value, count)} of each example, [P], from those of all batches, [S, P]."""
     of_each = {}
     for step, of_batch in enumerate(jax.device_get(found)):
-        index = batches.indices(step)
-        is_example = index != FILLER
+        cells_SP = batches.indices(step).reshape(batches.shards, -1)
         for name, parts in of_batch.items():
             if name not in of_each:
                 of_each[name] = tuple(np.zeros(len(batches.examples)) for _ in parts)
             for into, part_SP in zip(of_each[name], parts, strict=True):
-                into[index[is_example]] = part_SP.ravel()[is_example]
+                for cell, values in zip(cells_SP, part_SP, strict=True):
+                    index = cell[cell != FILLER]  # they come first in their cell
+                    into[index] = values[: len(index)]
     return of_each

@@ -29,7 +29,9 @@ def files(tmp_path_factory):
     posts = folder / "posts"
     posts.mkdir()
     own = [dict(prompt=f"w1 w{number}", completion="w2") for number in range(2, 32)]
-    splits = dict(train=own[:20])
+    # With a split of its own to validate on, all others are tested on.
+    validation = [dict(prompt=f"w2 w{number}", completion="w1") for number in range(2, 5)]
+    splits = dict(train=own[:20], validation=validation)
     # Half of them in another spelling.
     splits["test"] = own[20:]
     for number, row in enumerate(rows[:LEAKED]):
@@ -68,7 +70,7 @@ def test_prompts_of_another_data_set_are_counted(files, tmp_path, capsys):
     found = ledger["leaks"]["held_out"]
     assert ledger["shared_prompts"] == 0 == found["dpo"]["normalised"]
     assert found["sft"] == dict(
-        prompts=10 + LEAKED, exact=LEAKED // 2, normalised=LEAKED, by=dict(dpo=LEAKED)
+        prompts=3 + 10 + LEAKED, exact=LEAKED // 2, normalised=LEAKED, by=dict(dpo=LEAKED)
     )
     assert f"(dpo trains on {LEAKED})" in capsys.readouterr().out
 
@@ -155,7 +157,7 @@ def test_toy_is_exempt(tmp_path):
     seen = dict(train=prompts["train"].hashes, eval=prompts["eval"].hashes)
     found = leak_checks.report(run, "sft", "toy", seen)
     assert found["held_out"]["sft"] == dict(prompts=4, exact=4, normalised=4, by=dict(sft=4))
-    judged = leak_checks.judged(run, "best_of_n", prompts)
+    judged = leak_checks.judged(run, "best_of_n", prompts["eval"], prompts["train"])
     assert judged.texts == prompts["eval"].texts
     assert judged.clusters is None  # the prompt of each row is drawn anew
 
