@@ -57,7 +57,7 @@ from dpo_jax.workdir import (
     write_json,
     write_record,
 )
-from experiments import commands, winrate_report
+from experiments import commands, unseen, winrate_report
 
 # What all seeds of training have in common: the methods learn from them.
 SHARED = ("sft", "rm")
@@ -218,7 +218,7 @@ def run(
 
     processes.check_shared(workdir)
     # Before training, as the data may have too few prompts and the key may be missing.
-    task = make_task(runs, options)
+    task = unseen.task(make_task, runs, options)
     if options.judge and left.any() and jax.process_index() == 0:
         chat_api.api_key()
     for run in trained_runs.values():
@@ -228,7 +228,14 @@ def run(
     samples = sample_all(task, contest.sampled, sampled_in, runs, sampling)
     judge = _make_judge(options.judge, task, runs, calls_in)
     rows, stopped = judge_all(task, contest, samples, judge, judged_in)
-    about = dict(task=name, against=options.opponent, prompts=len(task.examples))
+    about = dict(
+        task=name,
+        against=options.opponent,
+        prompts=len(task.examples),
+        warning=winrate_report.of_optimised_judge(
+            options.judge, {point.method for point in contest.sampled}
+        ),
+    )
     winrate_report.write(about, rows, judged_in, complete=not stopped)
     if stopped:
         raise stopped

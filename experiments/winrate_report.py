@@ -12,6 +12,7 @@ from dpo_jax.evaluation import plots, statistics, tables, winrate_stats
 from dpo_jax.evaluation.judge import ORDERS, Vote
 from dpo_jax.workdir import write_json, write_lines, write_text
 
+OPTIMISING = {"ppo", "best_of_n"}  # methods that are made for the run's reward model
 ROUGE = ("rouge1", "rouge2", "rougeL")
 RATES = ("rate", "low", "high", "wins", "ties", "losses", "unparsable", "n")
 COUNTED = ("wins", "ties", "losses", "unparsable", "n")
@@ -40,8 +41,8 @@ COLUMNS = (
 def write(about: dict, rows: list[dict], folder: pathlib.Path, *, complete: bool) -> None:
     """Write votes.jsonl, winrate.json, .csv, .md, .tex and the figure, and print the tables.
 
-    about: task, against and prompts, for winrate.json. rows: as winrate.judge_all makes them.
-    complete: whether they are all that was asked for.
+    about: task, against, prompts and warning, for winrate.json. rows: as winrate.judge_all makes
+    them. complete: whether they are all that was asked for.
     """
     if not rows:
         return
@@ -62,12 +63,28 @@ def write(about: dict, rows: list[dict], folder: pathlib.Path, *, complete: bool
         votes += vote_rows(row["compared"], row["votes"], dict(matchup=matchup) | point)
     write_lines(folder / "votes.jsonl", votes)
     text = table(groups, paired)
+    if about.get("warning"):
+        text += f"\n{about['warning']}\n"
     write_text(folder / "winrate.md", text)
     named = [group | dict(name=label(group)) for group in groups]
     write_text(folder / "winrate.csv", tables.to_csv(named, COLUMNS))
     write_text(folder / "winrate.tex", tables.to_latex(named, COLUMNS))
     plots.win_rates(folder / "winrate.png", panels(groups))
     say(f"{text}\n{folder}: winrate.json, .csv, .md, .tex, .png and votes.jsonl")
+
+
+def of_optimised_judge(judge, methods: set[str]) -> str:
+    """Return a warning where a judge is the reward model that methods optimise; "" else.
+
+    judge: None for the run's reward model. methods: whose answers are judged.
+    """
+    optimised = " and ".join(sorted(methods & OPTIMISING))
+    if judge is not None or not optimised:
+        return ""
+    return (
+        f"Warning: the judge is the reward model that {optimised} optimised, so these win rates "
+        "say how well it was optimised, and not which answers are better."
+    )
 
 
 def written(row: dict) -> dict:
