@@ -83,3 +83,65 @@ def evaluations_of(config, folder: pathlib.Path) -> tuple[list[dict], dict]:
     rows = read_rows(folders[stage] / "metrics.jsonl")
     end = json.loads((folders["evaluate"] / "toy.json").read_text())
     return [row for row in rows if "frontier/kl" in row], end
+
+
+def likeliest_reward(pairs: pathlib.Path) -> np.ndarray:
+    """Return the reward under which a file's labels are the likeliest, of all completions, [P, C].
+
+    By Bradley-Terry, among rewards that are sums of a number for each word after each other word:
+    the toy's additive reward is one of them. Where it differs from the true reward, the labels
+    are to blame, of which there are only so many, and no training.
+    """
+    from dpo_jax.data import toy
+    from dpo_jax.workdir import read_lines
+
+    prompts, chosen, rejected = [], [], []
+    for row in read_lines(pairs):
+        (prompt,), *responses = row["tokens"]
+        prompts.append(prompt)
+        chosen.append(responses[0])
+        rejected.append(responses[1])
+    prompts_N = np.array(prompts)
+    features_NF = _followings(prompts_N, np.array(chosen)) - _followings(
+        prompts_N, np.array(rejected)
+    )
+    numbers_F = _fit_bradley_terry(features_NF.astype(float))
+    ids_CT = toy.completions()
+    return np.stack(
+        [_followings(np.full(len(ids_CT), prompt), ids_CT) @ numbers_F for prompt in toy.PROMPTS]
+    )
+
+
+def _followings(prompts_N: np.ndarray, ids_NT: np.ndarray) -> np.ndarray:
+    """How often each word follows each other one, prompts included: [N, V * V]."""
+    from dpo_jax.data import toy
+
+    words = len(toy.WORDS)
+    before_NT = np.column_stack([prompts_N, ids_NT[:, :-1]])
+    found_NF = np.zeros((len(ids_NT), words**2), np.float32)
+    every_row = np.arange(len(ids_NT))
+    for following_N in (before_NT * words + ids_NT).T:
+        # Within a place, a row has one following: no index comes twice.
+        found_NF[every_row, following_N] += 1
+    return found_NF
+
+
+def _fit_bradley_terry(features_NF: np.ndarray) -> np.ndarray:
+    """Fit numbers_F so that the first of each pair wins with sigmoid(features @ numbers): Newton's.
+
+    A little of a ridge settles what no pair tells, such as what is added to all completions.
+    """
+    ridge_FF = 1e-3 * np.eye(features_NF.shape[1])
+    numbers_F = np.zeros(features_NF.shape[1])
+    for _ in range(50):
+        doubt_N = 1 / (1 + np.exp(features_NF @ numbers_F))
+        slope_F = features_NF.T @ doubt_N - ridge_FF @ numbers_F
+        weights_N1 = (doubt_N * (1 - doubt_N))[:, None]
+        step_F = np.linalg.solve((features_NF * weights_N1).T @ features_NF + ridge_FF, slope_F)
+        numbers_F += step_F
+        if np.abs(step_F).max() < 1e-9:
+            return numbers_F
+    raise ArithmeticError(
+        "the labels have no likeliest reward: Newton's method has not settled in 50 steps. Labels "
+        "that always prefer the higher reward have none."
+    )

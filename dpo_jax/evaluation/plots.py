@@ -125,10 +125,11 @@ STYLES = {
     "sft": ("tab:gray", "^", "SFT"),
     "base": ("black", "*", "base model"),
     "rm_optimum": ("tab:olive", "+", "optimum for the reward model"),
+    "label_optimum": ("tab:cyan", "1", "optimum for the labels' likeliest reward"),
     "preferred_ft_closed_form": ("tab:purple", "X", "Preferred-FT, closed form"),
 }
 # Methods without steps: a dashed line joins their parameters.
-UNTRAINED = ("best_of_n", "rm_optimum", "preferred_ft_closed_form")
+UNTRAINED = ("best_of_n", "rm_optimum", "label_optimum", "preferred_ft_closed_form")
 TICKS = (0, 0.1, 0.5, 1, 2, 4, 6, 8, 10, 15, 20, 30, 40, 60)  # nats
 MARK = 5  # typographic points around a point that labels keep clear of
 # Where a label may stand beside its point: direction (right, up) and gap, nearest first.

@@ -1,5 +1,7 @@
 """The two frontier experiments: their runs, and what the toy's finds."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from dpo_jax.pipeline.run import Run
 from dpo_jax.rewards import make
 from dpo_jax.sampling import prompts
 from dpo_jax.sampling.sampler import Sampling
-from experiments import frontier_file, imdb_frontier, toy_frontier
+from experiments import frontier_file, imdb_frontier, toy_frontier, toy_runs
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_runs import experiment_configs, plant
 
@@ -121,7 +123,7 @@ def test_frontier_points_are_inside_bound(untrained):
     """
     folder, sft = untrained
     rows = toy_frontier.rows_without_seed("a", sft)
-    rows += toy_frontier.learned_optima(folder, "a", 0, sft)
+    rows += toy_frontier.optima("a", "rm_optimum", 0, sft, toy_frontier.learned_reward(folder))
     toy_frontier.add_bounds(rows, "a", sft)
     assert {row["method"] for row in rows} == {
         "reference",
@@ -137,6 +139,26 @@ def test_frontier_points_are_inside_bound(untrained):
     optima = [row for row in rows if row["method"] == "rm_optimum"]
     # Beta falls from one optimum to the next.
     assert all(a["kl"] < b["kl"] for a, b in zip(optima, optima[1:], strict=False))
+
+
+def test_likeliest_reward_of_many_labels_is_the_true_one(tmp_path):
+    """With 20,000 pairs of random completions, up to a constant for each prompt."""
+    rng = np.random.default_rng(0)
+    count = 20_000
+    of_prompt = rng.integers(0, len(toy.PROMPTS), count)
+    rewards_PC = toy.rewards(toy.PROMPTS, toy.completions())
+    drawn = rng.integers(0, rewards_PC.shape[1], (count, 2))
+    first, second = rewards_PC[of_prompt, drawn[:, 0]], rewards_PC[of_prompt, drawn[:, 1]]
+    is_second = rng.random(count) > 1 / (1 + np.exp(second - first))
+    drawn[is_second] = drawn[is_second, ::-1]
+    prompts, pairs = toy.PROMPTS[of_prompt].tolist(), toy.completions()[drawn].tolist()
+    with open(tmp_path / "pairs.jsonl", "w") as file:
+        for prompt, pair in zip(prompts, pairs, strict=True):
+            file.write(json.dumps(dict(tokens=[[prompt], *pair])) + "\n")
+    found_PC = toy_runs.likeliest_reward(tmp_path / "pairs.jsonl")
+    difference_PC = found_PC - rewards_PC
+    difference_PC -= difference_PC.mean(axis=-1, keepdims=True)
+    assert np.sqrt((difference_PC**2).mean()) < 0.1 < rewards_PC.std() / 10
 
 
 def about(row: dict) -> tuple:
