@@ -140,7 +140,26 @@ def _group(rows: list[dict]) -> dict:
     for name in ("words", *ROUGE):
         if name in first:
             group[name] = float(np.mean([row[name] for row in rows]))
+    by_subset = _by_subset(rows)
+    if len(by_subset) > 1:
+        group["by_subset"] = by_subset
     return group
+
+
+def _by_subset(rows: list[dict]) -> dict[str, dict]:
+    """Return the win rate of each subset of the data over all rows, with Wilson's interval."""
+    verdicts, prompts = {}, {}
+    for row in rows:
+        for number, (pair, verdict) in enumerate(
+            zip(row["compared"], row["verdicts"], strict=True)
+        ):
+            subset = pair.get("subset", "")
+            verdicts.setdefault(subset, []).append(verdict)
+            prompts.setdefault(subset, []).append(number)
+    found = {}
+    for subset in sorted(verdicts):
+        found[subset] = winrate_stats.win_rate(verdicts[subset], prompts[subset])
+    return found
 
 
 def _rates_of_seeds(rows: list[dict]) -> list[float]:
@@ -157,11 +176,19 @@ def as_records(votes: list[tuple[Vote, ...]]) -> list[list[dict]]:
     return [[dataclasses.asdict(vote) for vote in of_prompt] for of_prompt in votes]
 
 
-def compared(prompts: list[str], ours: list[str], others: list[str]) -> list[dict]:
-    """Return a row for each prompt: prompt, ours and other, as the judge reads them."""
+def compared(
+    prompts: list[str], ours: list[str], others: list[str], subsets: list[str] | None = None
+) -> list[dict]:
+    """Return a row for each prompt: prompt, ours and other, as the judge reads them, and subset.
+
+    subsets: of the data set; "" for prompts of none.
+    """
     rows = []
-    for prompt, our, other in zip(prompts, ours, others, strict=True):
-        rows.append(dict(prompt=prompt, ours=our.strip(), other=other.strip()))
+    for prompt, our, other, subset in zip(
+        prompts, ours, others, subsets or [""] * len(prompts), strict=True
+    ):
+        about = dict(subset=subset) if subset else {}
+        rows.append(dict(prompt=prompt, ours=our.strip(), other=other.strip()) | about)
     return rows
 
 
@@ -273,6 +300,7 @@ def table(groups: list[dict], paired: list[dict]) -> str:
         _by_temperature(at_end, "win rate", label, cell),
         _by_temperature(at_end, "at equal length", label, at_equal_length),
         _by_temperature(over_training, "step", step_of, cell),
+        _subsets(at_end),
         _comparisons(paired),
         _measured(at_end, [name for name in ("words", *ROUGE) if name in groups[0]]),
     ]
@@ -296,6 +324,18 @@ def _by_temperature(rows: list[dict], head: str, name_of: Callable, cell_of: Cal
     for name in names:
         found = [cells.get((name, temperature), "") for temperature in temperatures]
         lines.append((name, *found))
+    return lines
+
+
+def _subsets(groups: list[dict]) -> Lines:
+    """Return a line for each method and temperature and a column for each subset of the data."""
+    subsets = sorted({subset for group in groups for subset in group.get("by_subset", {})})
+    if not subsets:
+        return []
+    lines = [("by subset", "T", *(escaped(subset or "none") for subset in subsets))]
+    for group in groups:
+        cells = [cell(group["by_subset"][subset]) for subset in subsets]
+        lines.append((label(group), f"{group['temperature']:g}", *cells))
     return lines
 
 
@@ -359,7 +399,7 @@ def write_examples(path: pathlib.Path, name: str, opponent: str, row: dict, coun
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [f"# {escaped(name)} against {escaped(opponent)}", ""]
     total = len(row["compared"])
-    lines += [f"Win rate {cell(row)}, {min(count, total)} of {total} prompts.", ""]
+    lines += [f"Win rate {cell(row)}, the first {min(count, total)} of {total} comparisons.", ""]
     verdicts = {"win": f"{name} wins", "loss": f"{opponent} wins", "tie": "tie", None: "no verdict"}
     shown = zip(row["compared"], row["votes"], row["verdicts"], strict=True)
     for number, (pair, votes, verdict) in enumerate(shown, 1):
@@ -371,7 +411,7 @@ def write_examples(path: pathlib.Path, name: str, opponent: str, row: dict, coun
         lines += [f"**{escaped(opponent)}**", "", quoted(pair["other"]), ""]
         for vote in votes:
             if not vote["order"]:
-                lines += ["**Judge**: needed no answer from a chat model.", ""]
+                lines += ["**Judge**: no chat model was asked.", ""]
                 continue
             first = name if vote["order"] == ORDERS[0] else opponent
             heading = f"**Judge**, who saw {escaped(first)} as A: {verdicts[vote['verdict']]}"
@@ -394,7 +434,7 @@ def escaped(line: str) -> str:
     """Return a line of text with all that Markdown or HTML would read as its own escaped."""
     plain = "".join(mark if mark.isprintable() else " " for mark in line)
     indent = len(plain) - len(plain.lstrip())
-    text = re.sub(r"([\\`*_\[\]{}<>|~#&$:@!])", r"\\\1", plain.strip())
-    # Lists and underlined headings begin with these.
-    text = re.sub(r"^(\d*)([-+=.)])", r"\1\\\2", text)
+    text = re.sub(r"([\\`*_\[\]<>|~&$@]|:(?=//))", r"\\\1", plain.strip())
+    # Lists and headings begin with these, or are underlined by them.
+    text = re.sub(r"^(\d*)([-+=.)#])", r"\1\\\2", text)
     return "&nbsp;" * indent + text

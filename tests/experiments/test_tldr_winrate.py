@@ -229,7 +229,7 @@ def test_votes_and_examples(finished):
         f"# dpo, T=1 against the data's response\n\nWin rate {rows[1]['rate']:.3f}"
     )
     assert page.count("## ") == 8
-    assert page.count("> Comparison\\: they differ.\\\n> Better\\: ") == sum(
+    assert page.count("> Comparison: they differ.\\\n> Better: ") == sum(
         bool(vote["calls"]) for vote in votes[8:16]
     )
 

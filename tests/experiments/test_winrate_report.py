@@ -10,11 +10,11 @@ from experiments import winrate_report
 
 def a_row(verdicts, **fields):
     """A row as winrate.judge_all makes it, of answers that are all of one length."""
-    pair = dict(prompt="post", ours="two words", other="the other")
+    pairs = [dict(prompt="post", ours="two words", other="the other") for _ in verdicts]
     votes = [[dict(order="", verdict=verdict, answer="")] for verdict in verdicts]
     about = dict(method="dpo", temperature=1.0, best_of=1, step=None, seed=0, draw=0, words=2.0)
     row = about | winrate_stats.win_rate(verdicts)
-    return row | dict(verdicts=verdicts, compared=[pair] * len(verdicts), votes=votes) | fields
+    return row | dict(verdicts=verdicts, compared=pairs, votes=votes) | fields
 
 
 def test_seeds_have_an_interval_of_their_own():
@@ -31,6 +31,19 @@ def test_seeds_have_an_interval_of_their_own():
     np.testing.assert_allclose(group["points"], [1, 1, 2 / 3, 0.5 / 3])
     table = winrate_report.table([group], [])
     assert "Means of up to 3 seeds of training" in table
+
+
+def test_subsets_have_rates_of_their_own():
+    row = a_row(["win", "win", "loss", None])
+    for pair, subset in zip(row["compared"], ("helpful", "harmless", "harmless", ""), strict=True):
+        pair["subset"] = subset
+    (group,) = winrate_report.grouped([row])
+    assert {name: found["rate"] for name, found in group["by_subset"].items()} == {
+        "": None,
+        "harmless": 0.5,
+        "helpful": 1,
+    }
+    assert "| by subset | T | none | harmless | helpful |" in winrate_report.table([group], [])
 
 
 def test_one_seed_has_the_interval_of_its_prompts():
@@ -113,8 +126,8 @@ def test_examples_page(tmp_path):
     path = tmp_path / "examples" / "one.md"
     winrate_report.write_examples(path, "dpo, T=1", "the data's response", row, 2)
     text = path.read_text()
-    assert "Win rate 0.500 [" in text and ", 2 of 3 prompts." in text
+    assert "Win rate 0.500 [" in text and ", the first 2 of 3 comparisons." in text
     assert "## 1. dpo, T=1 wins\n\n**Prompt**\n\n> post\n" in text
     assert "## 2. the data's response wins" in text and "## 3." not in text
-    assert text.count("who saw the data's response as A: dpo, T=1 wins\n\n> Comparison\\: ") == 3
-    assert text.endswith("Better\\: B\n")
+    assert text.count("who saw the data's response as A: dpo, T=1 wins\n\n> Comparison: ") == 3
+    assert text.endswith("Better: B\n")
