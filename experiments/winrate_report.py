@@ -1,6 +1,7 @@
 """Report win rates: tables, a figure, votes and pages of examples."""
 
 import dataclasses
+import math
 import pathlib
 import re
 from collections.abc import Callable
@@ -96,9 +97,9 @@ def grouped(rows: list[dict]) -> list[dict]:
     """Return a row for each point over its seeds and draws: their numbers, the rates and counts.
 
     The interval of one seed is that over prompts: Wilson's, or for several draws clustered by
-    prompt. Of several seeds it is Student's t over the seeds' rates, which says what another
-    training would give on these prompts; prompts_low and prompts_high are then the interval over
-    prompts for these very seeds.
+    prompt. Of several seeds, prompts_low and prompts_high are that interval for these very seeds,
+    and seeds_low and seeds_high Student's t over the seeds' rates, for other trainings on these
+    very prompts. low and high add their widths in quadrature, for other prompts and trainings.
     """
     by_point = {}
     for row in rows:
@@ -126,13 +127,15 @@ def _group(rows: list[dict]) -> dict:
     rates = _rates_of_seeds(rows)
     if len(rates) > 1:
         over_seeds = statistics.mean_interval(rates)
-        group |= dict(
-            rate=over_seeds["mean"],
-            low=max(0.0, over_seeds["low"]),
-            high=min(1.0, over_seeds["high"]),
-            prompts_low=over_prompts["low"],
-            prompts_high=over_prompts["high"],
-        )
+        group["rate"] = over_seeds["mean"]
+        for side in ("low", "high"):
+            group[f"seeds_{side}"] = over_seeds[side]
+            group[f"prompts_{side}"] = over_prompts[side]
+            reach = math.hypot(
+                over_seeds[side] - over_seeds["mean"], over_prompts[side] - over_prompts["rate"]
+            )
+            end = over_seeds["mean"] + (reach if side == "high" else -reach)
+            group[side] = min(1.0, max(0.0, end))
     at_equal_length = winrate_stats.length_controlled(verdicts, longer_by, prompts)
     for name in ("rate", "low", "high"):
         group[f"equal_length_{name}"] = at_equal_length[name]
@@ -307,7 +310,7 @@ def table(groups: list[dict], paired: list[dict]) -> str:
     text = "\n".join(_markdown(lines) for lines in parts if len(lines) > 1)
     seeds = max(group["seeds"] for group in groups)
     if seeds > 1:
-        text += f"\nMeans of up to {seeds} seeds of training, with Student's interval over seeds.\n"
+        text += f"\nMeans of up to {seeds} seeds of training; intervals over seeds and prompts.\n"
     return text
 
 

@@ -18,17 +18,27 @@ def a_row(verdicts, **fields):
 
 
 def test_seeds_have_an_interval_of_their_own():
-    """Student's over the rates of seeds; prompts_low and prompts_high are over prompts."""
+    """Student's over the rates of seeds, beside that over prompts; the whole one has both."""
     runs = [["win", "win", "loss", "loss"], ["win", "win", "win", "loss"], ["win"] * 3 + ["tie"]]
     (group,) = winrate_report.grouped(
         [a_row(verdicts, seed=seed) for seed, verdicts in enumerate(runs)]
     )
     expected = statistics.mean_interval([0.5, 0.75, 0.875])
-    assert (group["rate"], group["low"]) == (expected["mean"], max(0, expected["low"]))
+    assert (group["rate"], group["seeds_low"]) == (expected["mean"], expected["low"])
     assert group["high"] == 1 and group["seeds"] == 3
     pooled = winrate_stats.win_rate(sum(runs, []), [*range(4)] * 3)
     assert (group["prompts_low"], group["prompts_high"]) == (pooled["low"], pooled["high"])
+    reach = np.hypot(expected["mean"] - expected["low"], pooled["rate"] - pooled["low"])
+    assert group["low"] == pytest.approx(expected["mean"] - reach)
     np.testing.assert_allclose(group["points"], [1, 1, 2 / 3, 0.5 / 3])
+    # Seeds that agree say nothing of other prompts.
+    alike = [a_row(["win", "loss"] * 8, seed=seed) for seed in range(3)]
+    (group,) = winrate_report.grouped(alike)
+    assert group["seeds_low"] == group["seeds_high"] == 0.5
+    ends = [group["low"], group["high"]]
+    assert ends == pytest.approx([group["prompts_low"], group["prompts_high"]])
+    # As the usual error of a mean has n - 1.
+    assert ends == pytest.approx(list(winrate_stats.wilson(7.5, 15)))
     table = winrate_report.table([group], [])
     assert "Means of up to 3 seeds of training" in table
 
