@@ -16,7 +16,7 @@ LONGEST_VALUE = 60  # characters of a value in a name; the end of a path tells m
 
 
 def name_run(
-    config: ConfigDict, base: ConfigDict, swept: str = "", unnamed: Container[str] = ()
+    config: ConfigDict, base: ConfigDict, swept: Container[str] = (), unnamed: Container[str] = ()
 ) -> None:
     """Set config.run to a name for what the last training stage changes, such as dpo-beta0.5.
 
@@ -24,8 +24,8 @@ def name_run(
     the name: `workdir.start_stage` refuses a WORKDIR whose earlier stages differ. The name is left
     as it is where one is given, or where no field that is part of it has changed.
 
-    swept: the field of the last training stage (dotted name) that a sweep varies. It is always part
-    of the name, and a name that is given becomes the first part of each run's.
+    swept: the fields of the last training stage (dotted names) that a sweep varies. They are always
+    part of the name, and a name that is given becomes the first part of each run's.
 
     unnamed: fields (dotted names) that are left out of the name, as the run that goes on under it
     had other values of them.
@@ -41,7 +41,7 @@ def name_run(
     for name in configs.STAGE_FIELDS[stage]:
         field = f"{stage}.{name}"
         value = config[stage][name]
-        is_part = field == swept or (is_named(field) and field not in unnamed)
+        is_part = field in swept or (is_named(field) and field not in unnamed)
         if value != base[stage][name] and is_part:
             named[field] = value
     if named:
@@ -54,6 +54,11 @@ def name_of(stem: str, fields: dict) -> str:
     for field, value in fields.items():
         parts.append(field.rpartition(".")[2] + _text(value))
     return "-".join(parts)
+
+
+def folder_of(fields: dict) -> str:
+    """Return the name of a folder for values of some dotted fields, as pairs.prompts100."""
+    return "-".join(field + _text(value) for field, value in fields.items())
 
 
 def is_named(field: str) -> bool:

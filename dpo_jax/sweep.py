@@ -1,19 +1,35 @@
-"""Sweep a field: dpo-jax sweep --config=NAME [--workdir=WORKDIR] --sweep=FIELD=V1,V2,...
+"""Sweep fields: dpo-jax sweep --config=NAME [--workdir=WORKDIR] --sweep=FIELD=V1,V2,...
 
     dpo-jax sweep --config=imdb --sweep=dpo.beta=0.05,0.1,1,5
+    dpo-jax sweep --config=imdb --sweep=dpo.beta=0.1,1 --sweep=dpo.seed=0,1,2
+    dpo-jax sweep --config=toy --sweep=pairs.prompts=1000,10000
 
-Makes one run for each value, all in WORKDIR, each named as `dpo-jax train` names it with this value
-(dpo-beta0.05; dpo, at the config's own value). Finished runs are skipped, and an interrupted one
-continues. The runs share the stages before the last training stage, the compiled step, and for dpo
-the reference's log-probs, which are computed once and kept in WORKDIR/reference (not where
-dpo.ld_alpha is below 1). Other fields are set as usual, --config.FIELD=VALUE. The result is a
-table, and the curves in WORKDIR/sweep_FIELD.png; WORKDIR/report.html has all there is to see of the
-runs.
+Makes one run for each value, or for each combination where several fields are swept. Any field can
+be. Values of the last training stage are runs in WORKDIR, each named as `dpo-jax train` names it
+with this value (dpo-beta0.05; dpo, at the config's own value). A value of another field has a
+folder of its own, WORKDIR/pairs.prompts1000, with its own stages from the first that depends on it;
+those before are shared by a link. Finished runs are skipped, and an interrupted one continues. Runs
+share the compiled step, and for dpo the reference's log-probs, which are computed once and kept in
+WORKDIR/reference (not where dpo.ld_alpha is below 1). Other fields are set as usual,
+--config.FIELD=VALUE.
+
+Seeds (seed, dpo.seed, pairs.seed, ...) are averaged: the result is a table with mean and 95 %
+interval over seeds, WORKDIR/sweep_FIELD.csv, .md and .tex, and the curves in sweep_FIELD.png and
+.pdf. report.html, in WORKDIR and in each of these folders, has all there is to see of its runs.
 
 Values that have commas of their own, as mixtures of losses do, are separated by semicolons:
 
     dpo-jax sweep --config=imdb --sweep="dpo.loss=sigmoid;sigmoid=1,nll=0.2;sigmoid=1,nll=1"
 """
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import json
+import os
+import pathlib
+from collections.abc import Sequence
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -21,106 +37,241 @@ from ml_collections import ConfigDict
 from dpo_jax import command_line, config_checks, config_files, device_command, report, stage_table
 from dpo_jax import config as configs
 from dpo_jax.console import SHOWN, say
-from dpo_jax.evaluation import plots
+from dpo_jax.evaluation import plots, statistics, tables
+from dpo_jax.parallel import processes
 from dpo_jax.pipeline.stages import run_stages
-from dpo_jax.run_name import name_run
+from dpo_jax.run_name import folder_of, name_run
+from dpo_jax.storage import shadow
 from dpo_jax.training.metric_names import is_evaluation
 from dpo_jax.training.metrics import read_rows
 from dpo_jax.workdir import open_workdir
 
+NOT_SWEPT = ("stages", "run")  # they say what a run is, and how it is called
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One run of a sweep."""
+
+    values: dict[str, str]  # swept field -> its value, as it was given
+    config: ConfigDict
+    folder: str = ""  # the folder in WORKDIR that is the run's own WORKDIR; "": WORKDIR itself
+
+    @property
+    def shown(self) -> str:
+        """The values as a person reads them."""
+        return ", ".join(f"{field} = {value}" for field, value in self.values.items())
+
+    @property
+    def group(self) -> tuple[tuple[str, str], ...]:
+        """What is equal in runs that differ in seeds alone."""
+        return tuple(item for item in self.values.items() if not is_seed(item[0]))
+
+
+def is_seed(field: str) -> bool:
+    """Return whether a field (dotted name) is a seed."""
+    return field.rpartition(".")[2] == "seed"
+
 
 def points(
-    config: ConfigDict, sweep: str, base: ConfigDict | None = None
-) -> list[tuple[str, ConfigDict]]:
-    """Return (value as it was given, config of its run) for each value of FIELD=V1,V2,...
+    config: ConfigDict, sweeps: Sequence[str], base: ConfigDict | None = None
+) -> list[Point]:
+    """Return the runs of a sweep, in the order of the values, the last field varying fastest.
 
-    Values are separated by semicolons instead where there is one. base: the config file's own,
-    without overrides: runs are named after what they change of it. Raises ValueError if the config
-    or a value is wrong, or FIELD is no field of the config's last training stage.
+    sweeps: FIELD=V1,V2,... for each field. Values are separated by semicolons instead where there
+    is one. base: the config file's own, without overrides: runs are named after what they change of
+    it. Raises ValueError if the config, a field or a value is wrong.
     """
     config_checks.validate(config)
-    field, _, values = sweep.partition("=")
-    stage, _, name = field.rpartition(".")
     trained = stage_table.training_stages(config)
     if not trained:
-        raise ValueError(f"--sweep={sweep}: this config trains nothing that could be swept.")
+        raise ValueError(f"--sweep={sweeps[0]}: this config trains nothing that could be swept.")
     last = trained[-1]
-    if stage != last or name not in config[last] or not values:
-        raise ValueError(
-            f"--sweep={sweep}: expected FIELD=V1,V2,... with a field of the last training stage, "
-            f"such as {last}.lr=1e-6,1e-5. The fields of {last} are {', '.join(config[last])}."
-        )
-    if name == "loss" and "=" in values and ";" not in values:
+    values = {}
+    for sweep in sweeps:
+        field, of_field = _values_of(config, sweep, last)
+        if field in values:
+            raise ValueError(
+                f"--sweep={sweep}: {field} is swept twice. Give all of its values at once."
+            )
+        values[field] = of_field
+    found = []
+    for combination in itertools.product(*values.values()):
+        of_point = dict(zip(values, combination, strict=True))
+        point = config.copy_and_resolve_references()
+        config_files.override(point, of_point)
+        own = [field for field in of_point if field.rpartition(".")[0] == last]
+        others = {}
+        for field in of_point:
+            now = config_files.value_of(point, field)
+            if field not in own and now != config_files.value_of(config, field):
+                others[field] = now
+        name_run(point, base or config, swept=own)
+        if stage_table.can_keep_reference(point, last):
+            point[last].cache_reference = True
+        config_checks.validate(point)
+        found.append(Point(of_point, point, folder_of(others)))
+    return found
+
+
+def _values_of(config: ConfigDict, sweep: str, last: str) -> tuple[str, list[str]]:
+    """Return the field of a --sweep, and its values; ValueError where it is none."""
+    field, _, values = sweep.partition("=")
+    expected = f"expected FIELD=V1,V2,... with a field of the config, such as {last}.lr=1e-6,1e-5."
+    if field in NOT_SWEPT:
+        raise ValueError(f"--sweep={sweep}: {field} cannot be swept; {expected}")
+    if not config_files.has_field(config, field):
+        why = config_files.unknown_field(config, field).partition(": ")[2]
+        raise ValueError(f"--sweep={sweep}: {expected} {why}")
+    if not values.strip(";,"):
+        raise ValueError(f"--sweep={sweep}: {expected}")
+    if field == f"{last}.loss" and "=" in values and ";" not in values:
         # By its commas a mixture would fall into its losses, each a run of its own.
         raise ValueError(
             f"--sweep={sweep}: mixtures of losses have commas of their own: expected a semicolon "
             f"after each value, as in --sweep='{field}=sigmoid;sigmoid=1,nll=0.2'."
         )
+    return field, values.strip(";").split(";" if ";" in values else ",")
+
+
+def share_stages(workdir: pathlib.Path, config: ConfigDict, swept: list[Point]) -> None:
+    """Link the stages before the last training stage that runs in several folders have in common.
+
+    A stage is the same where all that it depends on is. It is made in WORKDIR if it is that of the
+    config itself, or else in the folder of the first run that needs it. Nothing that is there is
+    touched. In a bucket, which has no links, each folder has stages of its own.
+    """
+    if shadow.is_copy(workdir):
+        return
+    makers = {}
+    for of_config, folder in ((config, ""), *((point.config, point.folder) for point in swept)):
+        first = configs.of_round(of_config, 1)
+        last = stage_table.training_stages(first)[-1]
+        for stage in first.stages[: first.stages.index(last)]:
+            depends_on = json.dumps(configs.dependencies(first, stage), sort_keys=True)
+            maker = makers.setdefault((stage, depends_on), folder)
+            if maker != folder:
+                _link(workdir / folder / stage, workdir / maker / stage)
+        if folder:
+            # Kept log-probs are found by what they depend on, so all runs can share them.
+            _link(workdir / folder / "reference", workdir / "reference")
+
+
+def _link(link: pathlib.Path, target: pathlib.Path) -> None:
+    """Make a relative link to a folder, unless something has its name already."""
+    if link.exists() or link.is_symlink():
+        return
+    target.mkdir(parents=True, exist_ok=True)
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(os.path.relpath(target, link.parent))
+
+
+def summaries(runs: list[tuple[Point, list[dict]]]) -> list[dict]:
+    """Return the last evaluation of each run, as mean and interval over the seeds of a sweep.
+
+    Each row has the swept fields that are no seeds, seeds (their number), step, and for each metric
+    that training shows NAME, NAME_low and NAME_high.
+    """
+    grouped = {}
+    for point, rows in runs:
+        evaluations = [row for row in rows if any(map(is_evaluation, row))]
+        if evaluations:
+            grouped.setdefault(point.group, []).append(evaluations[-1])
     found = []
-    for value in values.strip(";").split(";" if ";" in values else ","):
-        point = config.copy_and_resolve_references()
-        config_files.override(point, {field: value})
-        name_run(point, base or config, swept=field)
-        if stage_table.can_keep_reference(point, stage):
-            point[stage].cache_reference = True
-        config_checks.validate(point)
-        found.append((value, point))
+    for group, last in grouped.items():
+        summary = dict(group) | dict(seeds=len(last), step=last[0]["step"])
+        for name in SHOWN:
+            if is_evaluation(name) and all(name in row for row in last):
+                of_seeds = statistics.mean_interval([row[name] for row in last])
+                summary[name] = of_seeds["mean"]
+                summary[f"{name}_low"], summary[f"{name}_high"] = of_seeds["low"], of_seeds["high"]
+        found.append(summary)
     return found
 
 
-def table(field: str, runs: dict[str, list[dict]]) -> str:
-    """Return a table of the last evaluation of each run, with the metrics that training shows."""
-    last_evaluations = {}
-    for value, rows in runs.items():
-        evaluations = [row for row in rows if any(map(is_evaluation, row))]
-        last_evaluations[value] = evaluations[-1]
-    first = next(iter(last_evaluations.values()))
-    names = [name for name in SHOWN if name in first and is_evaluation(name)]
-    widths = {name: max(len(SHOWN[name]), 8) + 2 for name in names}
-    heads = "".join(f"{SHOWN[name]:>{widths[name]}}" for name in names)
-    lines = [f"{field:<16}{'step':>7}{heads}"]
-    for value, row in last_evaluations.items():
-        cells = "".join(f"{row[name]:>{widths[name]}.4g}" for name in names)
-        lines.append(f"{value:<16}{row['step']:>7}{cells}")
+def columns(rows: list[dict], fields: Sequence[str]) -> list[tables.Column]:
+    """Return the columns of a table of `summaries`; fields: those that were swept."""
+    found = [tables.Column(field, field) for field in fields if not is_seed(field)]
+    if any(map(is_seed, fields)):
+        found.append(tables.Column("seeds", "seeds", "d"))
+    found.append(tables.Column("step", "step", "d"))
+    for name in SHOWN:
+        if name in rows[0]:
+            ends = (f"{name}_low", f"{name}_high")
+            found.append(tables.Column(SHOWN[name], name, ".4g", interval=ends))
+    return found
+
+
+def table(rows: list[dict], shown: list[tables.Column]) -> str:
+    """Return `summaries` as a table for a terminal."""
+    cells = [[column.title for column in shown]]
+    for row in rows:
+        cells.append([column.shown(row) for column in shown])
+    widths = [max(map(len, of_column)) for of_column in zip(*cells, strict=True)]
+    lines = []
+    for of_row in cells:
+        parts = []
+        for column, cell, width in zip(shown, of_row, widths, strict=True):
+            parts.append(f"{cell:>{width}}" if column.number_format else f"{cell:<{width}}")
+        lines.append("  ".join(parts).rstrip())
     return "\n".join(lines)
 
 
 def run(
-    config: ConfigDict, workdir: str, sweep: str, base: ConfigDict | None = None
-) -> dict[str, list[dict]]:
-    """Make the runs that are not done; return the rows of metrics of each value's run."""
-    field = sweep.partition("=")[0]
-    stage = field.partition(".")[0]
-    runs = {}
-    swept = points(config, sweep, base)
-    with report.at_end(workdir), open_workdir(workdir) as folder:
-        for value, point in swept:
-            say(f"--- {field} = {value}")
-            run_stages(point, folder)
-            rows = folder / configs.folder_names(point)[stage] / "metrics.jsonl"
-            runs[value] = read_rows(rows)
-        picture = folder / f"sweep_{field}.png"
-        plots.curves(picture, runs, field)
-    say(table(field, runs))
+    config: ConfigDict, workdir: str, sweeps: Sequence[str], base: ConfigDict | None = None
+) -> list[tuple[Point, list[dict]]]:
+    """Make the runs that are not done; return each with the rows of its metrics."""
+    swept = points(config, sweeps, base)
+    last = stage_table.training_stages(config)[-1]
+    fields = list(swept[0].values)
+    runs = []
+    workdirs = [os.path.join(workdir, point.folder) if point.folder else workdir for point in swept]
+    with contextlib.ExitStack() as ends:
+        for of_runs in dict.fromkeys(workdirs):
+            ends.enter_context(report.at_end(of_runs))
+        folder = ends.enter_context(open_workdir(workdir))
+        processes.from_first(functools.partial(share_stages, folder, config, swept))
+        for point in swept:
+            say(f"--- {point.shown}")
+            run_stages(point.config, folder / point.folder)
+            trained = folder / point.folder / configs.folder_names(point.config)[last]
+            runs.append((point, read_rows(trained / "metrics.jsonl")))
+        found = summaries(runs)
+        picture = folder / f"sweep_{'-'.join(fields)}.png"
+        _draw(picture, runs, fields)
+        if found:
+            shown = columns(found, fields)
+            processes.from_first(functools.partial(tables.write, picture, found, shown))
+            say(table(found, shown))
     say(str(picture))
     return runs
+
+
+def _draw(picture: pathlib.Path, runs: list[tuple[Point, list[dict]]], fields: list[str]) -> None:
+    """Draw the curves of all runs, those of seeds as one."""
+    by_label = {}
+    for point, rows in runs:
+        label = ", ".join(value for _, value in point.group)
+        by_label.setdefault(label or "mean over seeds", []).append(rows)
+    names = [field for field in fields if not is_seed(field)]
+    plots.curves(picture, by_label, ", ".join(names))
 
 
 def main():
     config = command_line.define_config()
     workdir = command_line.define_workdir()
-    sweep = flags.DEFINE_string(
-        "sweep", None, "FIELD=V1,V2,...: a field of the last training stage, and its values."
+    sweeps = flags.DEFINE_multi_string(
+        "sweep", None, "FIELD=V1,V2,...: a field and its values. Several make all combinations."
     )
     flags.mark_flags_as_required(["sweep"])
 
-    def sweep_field():
+    def sweep_fields():
         swept = config.load()
         folder = workdir.value or config.default_workdir()
         say(f"WORKDIR is {folder}")
-        run(swept, folder, sweep.value, base=config_files.load(config.choice))
+        run(swept, folder, sweeps.value, base=config_files.load(config.choice))
 
-    device_command.run(sweep_field, __doc__, config=config)
+    device_command.run(sweep_fields, __doc__, config=config)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,8 @@ from dpo_jax.data.batches import steps_of
 from experiments.commands import config_maker, in_workdir
 
 PANEL = "imdb"
+TITLE = "controlled sentiment on IMDb"
+NOT_IN_PAPER = "\n(best of N is not in the paper's figure)"
 # Method -> (swept field, its values, how a value is written).
 SWEEP = {
     "dpo": ("dpo.beta", (0.05, 0.1, 1.0, 5.0), "β={:g}"),
@@ -301,7 +303,7 @@ def report(make_config, folder: pathlib.Path) -> None:
         folder,
         [start, *rows, *of_reference],
         {PANEL: curve},
-        {PANEL: "controlled sentiment on IMDb"},
+        {PANEL: TITLE + (NOT_IN_PAPER if of_reference else "")},
         curve_name="optimum, estimated from the reference's samples" if optimum else "_",
     )
 

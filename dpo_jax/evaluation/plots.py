@@ -88,24 +88,44 @@ CURVES = {
 }
 
 
-def curves(path, runs: dict[str, list[dict]], field: str) -> None:
+def curves(path, runs: dict[str, list[list[dict]]], field: str) -> None:
     """Draw the evaluations of several runs against the step, one panel per metric.
 
-    runs: value of `field` -> rows of metrics.jsonl.
+    runs: value of `field` -> the rows of metrics.jsonl of each seed. Seeds are drawn as their mean,
+    with bars of its 95 % interval.
     """
     from matplotlib.figure import Figure
 
-    measured = {name for rows in runs.values() for row in rows for name in row}
+    measured = set()
+    for seeds in runs.values():
+        for rows in seeds:
+            measured.update(*rows)
     found = [name for name in CURVES if name in measured]
     figure = Figure(figsize=(4.2 * len(found), 3.8), dpi=150, layout="constrained")
     for number, name in enumerate(found, 1):
         axes = figure.add_subplot(1, len(found), number, title=CURVES[name], xlabel="step")
         axes.grid(alpha=0.3)
-        for label, rows in runs.items():
-            with_value = [row for row in rows if name in row]
-            steps = [row["step"] for row in with_value]
-            values = [row[name] for row in with_value]
-            axes.plot(steps, values, marker="o", markersize=3, label=label)
+        for label, seeds in runs.items():
+            values = {}
+            for rows in seeds:
+                for row in rows:
+                    if name in row:
+                        values.setdefault(row["step"], []).append(row[name])
+            found_S = [statistics.mean_interval(of_step) for of_step in values.values()]
+            means = [of_step["mean"] for of_step in found_S]
+            bars = [
+                0 if of_step["se"] is None else of_step["high"] - of_step["mean"]
+                for of_step in found_S
+            ]
+            axes.errorbar(
+                list(values),
+                means,
+                bars if any(bars) else None,
+                marker="o",
+                markersize=3,
+                capsize=2,
+                label=label,
+            )
     figure.legend(
         *axes.get_legend_handles_labels(), title=field, loc="outside right upper", frameon=False
     )

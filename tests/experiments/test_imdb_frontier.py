@@ -86,7 +86,8 @@ def test_report_of_the_runs_that_are_done(tmp_path, make_config):
         ("ppo", 3.0, 5),
         ("preferred_ft", None, 5),
     }
-    assert [row["step"] for row in rows if row["value"] == 1.0] == [4, 8]
+    walk = [(row["step"], row["prompts"]) for row in rows if row["value"] == 1.0]
+    assert walk == [(4, "validation"), (8, "test")]
     (start,) = [row for row in rows if row["method"] == "reference"]
     assert start["kl"] == 0 and start["reward"] == pytest.approx(0.5, abs=0.05)
     assert list(curves["imdb"].rewards) == [start["reward"]]

@@ -190,7 +190,7 @@ def test_sweep_in_two_processes(model, pairs, tmp_path):
     assert out.count("train rows to compute") == 1
     with on_devices(4):
         config, base = run_config(model, pairs, steps=2), configs.default(("dpo",))
-        sweep.run(config, str(tmp_path / "one"), text, base=base)
+        sweep.run(config, str(tmp_path / "one"), [text], base=base)
     names = {path.parent.name for path in (tmp_path / "one").glob("*/done.json")}
     assert len(names) == 2
     for name in names:

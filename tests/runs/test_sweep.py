@@ -1,14 +1,18 @@
 """The sweep command: one run for each value of a field."""
 
 import collections
+import csv
+import json
 import subprocess
 import sys
 
 import jax
 import pytest
 
+from configs import toy
 from dpo_jax import sweep
 from dpo_jax.training.metrics import read_rows
+from tests.faults import files
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_runs import dpo_config, environment, on_devices
 
@@ -31,8 +35,9 @@ def traces():
 def test_sweep_shares_reference_and_program(model, pairs, tmp_path, capsys, traces):
     config = dpo_config(model, pairs)
     with on_devices(1):
-        runs = sweep.run(config, str(tmp_path), "dpo.beta=0.1,1")
+        made = sweep.run(config, str(tmp_path), ["dpo.beta=0.1,1"])
     out = capsys.readouterr().out
+    runs = {point.values["dpo.beta"]: rows for point, rows in made}
     assert runs.keys() == {"0.1", "1"} and runs["1"] == read_rows(
         tmp_path / "dpo-beta1" / "metrics.jsonl"
     )
@@ -67,54 +72,158 @@ def test_sweep_shares_reference_and_program(model, pairs, tmp_path, capsys, trac
     assert (again.returncode, again.stderr) == (0, "") and again.stdout.count("already done") == 2
 
 
+def evaluated(step, loss, **more):
+    """Return a row of an evaluation."""
+    return {"step": step, "loss/eval": loss, "rewards_eval/accuracies": 0.75} | more
+
+
 def test_table_shows_labelled_metrics_of_last_evaluation():
-    first = {"step": 0, "loss/eval": 0.6931, "rewards_eval/accuracies": 0.0}
-    last = {"step": 9, "loss/eval": 0.5, "rewards_eval/accuracies": 0.75, "logps_eval/chosen": -9.0}
-    frontier = {"frontier/reward": 1.25, "frontier/kl": 3.0, "frontier/reward_se": 0.1}
+    first, last = evaluated(0, 0.6931), evaluated(9, 0.5, **{"frontier/reward": 1.25})
     training = {"step": 9, "loss/train": 0.4, "lr": 1e-6}
-    text = sweep.table("dpo.beta", {"0.1": [first, last | frontier | training, training]})
+    point = sweep.Point({"dpo.beta": "0.1"}, config=None)
+    found = sweep.summaries([(point, [first, last | training, training])])
+    text = sweep.table(found, sweep.columns(found, ["dpo.beta"]))
     assert text.splitlines() == [
-        "dpo.beta           step  eval loss  eval accuracy  eval reward   eval KL",
-        "0.1                   9        0.5           0.75         1.25         3",
+        "dpo.beta  step  eval loss  eval accuracy  eval reward",
+        "0.1          9        0.5           0.75         1.25",
     ]
 
 
+def test_table_has_means_over_seeds():
+    """With Student's interval: 12.71 standard errors of two."""
+    runs = []
+    for beta, losses in (("0.1", (0.4, 0.6)), ("1", (0.3, 0.3))):
+        for seed, loss in enumerate(losses):
+            values = {"dpo.beta": beta, "seed": str(seed)}
+            runs.append((sweep.Point(values, config=None), [evaluated(9, loss)]))
+    found = sweep.summaries(runs)
+    assert [(row["dpo.beta"], row["seeds"], row["loss/eval"]) for row in found] == [
+        ("0.1", 2, 0.5),
+        ("1", 2, 0.3),
+    ]
+    assert found[0]["loss/eval_high"] == pytest.approx(0.5 + 12.706 * 0.1, abs=1e-3)
+    text = sweep.table(found, sweep.columns(found, ["dpo.beta", "seed"]))
+    assert text.splitlines()[1].split("  ")[0] == "0.1" and "0.5 [" in text
+
+
 @pytest.mark.parametrize(
-    "text", ["dpo.gamma=1,2", "data.max_length=1,2", "dpo.beta", "beta=1", "sft.lr=1,2"]
+    "text, said",
+    [
+        ("dpo.gamma=1,2", "a field of the config, such as dpo.lr=1e-6,1e-5"),
+        ("beta=1", "a field of the config"),
+        ("sft.lr=1,2", "this config runs no stage sft"),
+        ("dpo.beta", "expected FIELD=V1,V2"),
+        ("dpo.beta=", "expected FIELD=V1,V2"),
+        ("run=a,b", "run cannot be swept"),
+        ("stages=sft,dpo", "stages cannot be swept"),
+    ],
 )
-def test_points_refuses_what_is_no_sweep(model, pairs, text):
-    with pytest.raises(ValueError, match="a field of the last training stage, such as dpo.lr"):
-        sweep.points(dpo_config(model, pairs), text)
+def test_points_refuses_what_is_no_sweep(model, pairs, text, said):
+    with pytest.raises(ValueError, match=f"^--sweep={text}: .*{said}"):
+        sweep.points(dpo_config(model, pairs), [text])
+
+
+def test_points_refuses_a_field_twice(model, pairs):
+    with pytest.raises(ValueError, match="--sweep=dpo.beta=3: dpo.beta is swept twice"):
+        sweep.points(dpo_config(model, pairs), ["dpo.beta=1,2", "dpo.beta=3"])
+
+
+def test_points_of_several_fields_are_all_combinations(model, pairs):
+    """The last training stage's are in the run's name, others in the folder's."""
+    config = toy.get_config()
+    swept = sweep.points(config, ["pairs.prompts=10300,50", "dpo.beta=2,1", "seed=0,3"])
+    assert [(point.folder, point.config.run) for point in swept] == [
+        ("", ""),
+        ("seed3", ""),
+        ("", "dpo-beta1"),
+        ("seed3", "dpo-beta1"),
+        ("pairs.prompts50", ""),
+        ("pairs.prompts50-seed3", ""),
+        ("pairs.prompts50", "dpo-beta1"),
+        ("pairs.prompts50-seed3", "dpo-beta1"),
+    ]
+    last = swept[-1].config
+    assert (last.pairs.prompts, last.dpo.beta, last.seed) == (50, 1, 3)
+    ranks = sweep.points(dpo_config(model, pairs), ["model.lora.rank=2,4"])
+    assert [point.folder for point in ranks] == ["model.lora.rank2", "model.lora.rank4"]
+
+
+def test_runs_share_the_stages_that_depend_on_no_swept_field(tmp_path):
+    config = toy.get_config()
+    swept = sweep.points(config, ["pairs.prompts=50,60", "seed=0,3"])
+    for _ in range(2):  # again, with the links there
+        sweep.share_stages(tmp_path, config, swept)
+    links = {}
+    for path in sorted(tmp_path.glob("*/*")):
+        if path.is_symlink():
+            links[str(path.relative_to(tmp_path))] = str(path.resolve().relative_to(tmp_path))
+    folders = (
+        "pairs.prompts50",
+        "pairs.prompts50-seed3",
+        "pairs.prompts60",
+        "pairs.prompts60-seed3",
+    )
+    expected = {f"{folder}/reference": "reference" for folder in folders}
+    expected |= {
+        "pairs.prompts50/sft": "sft",
+        "pairs.prompts60/sft": "sft",
+        "pairs.prompts60-seed3/sft": "pairs.prompts50-seed3/sft",
+    }
+    assert links == expected
+
+
+def test_sweep_of_an_earlier_stage_and_of_seeds(tmp_path, capsys):
+    """One SFT model and two sets of pairs, each with two seeds of training."""
+    config = files.small_config("dpo")
+    config.evaluate.show = 0
+    with on_devices(1):
+        made = sweep.run(config, str(tmp_path), ["pairs.prompts=20,24", "dpo.seed=0,1"])
+    out = capsys.readouterr().out
+    assert out.count("sft: exported") == 1 and out.count("dpo: exported") == 4
+    assert len({json.dumps(rows[-1]["loss/train"]) for _, rows in made}) == 4
+    assert (tmp_path / "pairs.prompts20" / "dpo-seed1" / "done.json").exists()
+    with open(tmp_path / "sweep_pairs.prompts-dpo.seed.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["pairs.prompts"], row["seeds"]) for row in rows] == [("20", "2"), ("24", "2")]
+    low, mean, high = (float(rows[0][f"loss/eval{end}"]) for end in ("_low", "", "_high"))
+    assert low < mean < high
+    for suffix in (".png", ".pdf", ".md", ".tex"):
+        assert (tmp_path / f"sweep_pairs.prompts-dpo.seed{suffix}").stat().st_size > 100
 
 
 def test_points_of_names_and_wrong_values(model, pairs):
-    (first, config), (second, changed) = sweep.points(
-        dpo_config(model, pairs), "dpo.loss=sigmoid,ipo"
-    )
-    assert (first, second) == ("sigmoid", "ipo")
+    swept = sweep.points(dpo_config(model, pairs), ["dpo.loss=sigmoid,ipo"])
+    assert [point.values["dpo.loss"] for point in swept] == ["sigmoid", "ipo"]
+    config, changed = (point.config for point in swept)
     assert (config.run, changed.run) == ("", "dpo-lossipo")  # sigmoid is the config's own
     assert config.dpo.cache_reference and changed.dpo.cache_reference
     with pytest.raises(ValueError, match="config.dpo.beta = -1"):
-        sweep.points(dpo_config(model, pairs), "dpo.beta=0.1,-1")
+        sweep.points(dpo_config(model, pairs), ["dpo.beta=0.1,-1"])
     none = dpo_config(model, pairs, reference="none")
-    assert not sweep.points(none, "dpo.beta=0.1")[0][1].dpo.cache_reference
-    assert not sweep.points(dpo_config(model, pairs), "dpo.loss=orpo")[0][1].dpo.cache_reference
+    assert not sweep.points(none, ["dpo.beta=0.1"])[0].config.dpo.cache_reference
+    assert not sweep.points(dpo_config(model, pairs), ["dpo.loss=orpo"])[
+        0
+    ].config.dpo.cache_reference
 
 
 def test_points_of_mixtures_are_separated_by_semicolons(model, pairs):
     config = dpo_config(model, pairs)
-    points = sweep.points(config, "dpo.loss=sigmoid;sigmoid=1,nll=0.2;simpo,nll=1")
-    assert [value for value, _ in points] == ["sigmoid", "sigmoid=1,nll=0.2", "simpo,nll=1"]
-    runs = [point.run for _, point in points]
+    points = sweep.points(config, ["dpo.loss=sigmoid;sigmoid=1,nll=0.2;simpo,nll=1"])
+    assert [point.values["dpo.loss"] for point in points] == [
+        "sigmoid",
+        "sigmoid=1,nll=0.2",
+        "simpo,nll=1",
+    ]
+    runs = [point.config.run for point in points]
     assert runs == ["", "dpo-losssigmoid-1-nll-0.2", "dpo-losssimpo-nll-1"]
-    assert [point.dpo.cache_reference for _, point in points] == [True, True, False]
-    ((value, _),) = sweep.points(config, "dpo.loss=sigmoid=1,nll=0.2;")
-    assert value == "sigmoid=1,nll=0.2"
+    assert [point.config.dpo.cache_reference for point in points] == [True, True, False]
+    (point,) = sweep.points(config, ["dpo.loss=sigmoid=1,nll=0.2;"])
+    assert point.values["dpo.loss"] == "sigmoid=1,nll=0.2"
     with pytest.raises(ValueError, match="expected a semicolon after each value"):
-        sweep.points(config, "dpo.loss=sigmoid=1,nll=0.2")
+        sweep.points(config, ["dpo.loss=sigmoid=1,nll=0.2"])
 
 
 @pytest.mark.parametrize("swept", ["dpo.ld_alpha=0.5,1", "dpo.reference_every=4,0"])
 def test_points_keep_no_reference_that_moves_or_is_asked_for_parts(model, pairs, swept):
-    points = sweep.points(dpo_config(model, pairs), swept)
-    assert [point.dpo.cache_reference for _, point in points] == [False, True]
+    points = sweep.points(dpo_config(model, pairs), [swept])
+    assert [point.config.dpo.cache_reference for point in points] == [False, True]

@@ -13,7 +13,7 @@ def base():
     return config
 
 
-def named(swept="", **overrides) -> str:
+def named(swept=(), **overrides) -> str:
     """The name of a run with overrides: block__field=value."""
     config = base()
     for name, value in overrides.items():
@@ -83,12 +83,12 @@ def test_run_name_of_shortened_stages():
 
 
 def test_run_name_in_sweep():
-    assert named("dpo.beta", dpo__beta=0.5) == "dpo-beta0.5"
-    assert named("dpo.beta", dpo__beta=0.5, dpo__lr=1e-5) == "dpo-beta0.5-lr1e-05"
-    assert named("dpo.beta", dpo__beta=0.5, data__max_rows=10) == "dpo-beta0.5"
-    assert named("dpo.beta", dpo__lr=1e-5, data__max_rows=10) == "dpo-lr1e-05"
-    assert named("dpo.beta", dpo__beta=0.5, run="mine") == "mine-beta0.5"
-    assert named("dpo.steps", dpo__steps=7) == "dpo-steps7"
+    assert named(["dpo.beta"], dpo__beta=0.5) == "dpo-beta0.5"
+    assert named(["dpo.beta"], dpo__beta=0.5, dpo__lr=1e-5) == "dpo-beta0.5-lr1e-05"
+    assert named(["dpo.beta"], dpo__beta=0.5, data__max_rows=10) == "dpo-beta0.5"
+    assert named(["dpo.beta"], dpo__lr=1e-5, data__max_rows=10) == "dpo-lr1e-05"
+    assert named(["dpo.beta"], dpo__beta=0.5, run="mine") == "mine-beta0.5"
+    assert named(["dpo.steps"], dpo__steps=7) == "dpo-steps7"
 
 
 def test_run_name_as_suffix():
