@@ -67,10 +67,7 @@ def judged(run, stage: str, held_out: Prompts, training: Prompts) -> Prompts:
     training: the prompts of the training split. As many are judged as the stage's block asks for.
     """
     data = run.config.data
-    # The toy has four prompts, which are all trained on, and draws that of each row anew: what is
-    # measured is fresh completions, and rows with one prompt are independent.
-    if data.source == "toy":
-        return dataclasses.replace(held_out, hashes=None)
+    held_out = with_clusters(run, held_out)
     if held_out.hashes is None or data.on_leak == "allow":
         return held_out
     if data.on_leak == "drop":
@@ -92,6 +89,15 @@ def judged(run, stage: str, held_out: Prompts, training: Prompts) -> Prompts:
     if refusal:
         raise ValueError(refusal)
     return held_out
+
+
+def with_clusters(run, prompts: Prompts) -> Prompts:
+    """Return prompts that know which of their rows are alike: those of one prompt of the data.
+
+    The toy has four prompts, which are all trained on, and draws that of each row anew: what is
+    measured is fresh completions, and rows with one prompt are independent.
+    """
+    return dataclasses.replace(prompts, hashes=None) if run.config.data.source == "toy" else prompts
 
 
 def record_judged(run, stage: str, asked: Prompts, training: Prompts) -> None:

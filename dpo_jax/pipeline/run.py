@@ -220,7 +220,8 @@ class Run:
 
     def validation_prompts(self, most: int, tokenizer) -> Prompts:
         """Return prompts that training may be evaluated on, `most` where there are as many."""
-        return self.load_prompts(tokenizer)["eval"].spread(most)
+        found = self.load_prompts(tokenizer)["eval"].spread(most)
+        return leak_checks.with_clusters(self, found)
 
     def test_prompts(self, stage: str, tokenizer) -> Prompts:
         """Return prompts that results are reported on, as many as the stage's block asks for.

@@ -64,7 +64,9 @@ def pairs_stage(run: Run, stage: str) -> dict:
     chosen = order.take(range(start, start + block.prompts), mode="wrap")
     training = prompts["train"].take(chosen)
     held_out = run.validation_prompts(preference_pairs.EVAL_PROMPTS, initial.tokenizer)
-    splits = dict(train=training.hashes, eval=held_out.hashes)
+    splits = dict(train=training.hashes)
+    if held_out.hashes is not None:
+        splits["eval"] = held_out.hashes
     found = leak_checks.report(run, stage, str(run.folder(stage)), splits)
     found |= leak_checks.prefixes(run, prompts["eval"], prompts["train"])
     leak_checks.check_ahead(run, stage, initial.tokenizer, found)

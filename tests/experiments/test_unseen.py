@@ -19,7 +19,12 @@ def data(tmp_path_factory):
     """Posts and comparisons, of which some are about test posts in other spelling."""
     folder = tmp_path_factory.mktemp("unseen")
     splits = {
-        "posts": dict(train=tiny_tldr.posts(20, 0), test=tiny_tldr.posts(20, 1)),
+        # With a split of their own to validate on, all others are tested on.
+        "posts": dict(
+            train=tiny_tldr.posts(20, 0),
+            validation=tiny_tldr.posts(3, 4),
+            test=tiny_tldr.posts(20, 1),
+        ),
         "comparisons": dict(train=tiny_tldr.comparisons(20, 2), test=tiny_tldr.comparisons(4, 3)),
     }
     for row in tiny_tldr.comparisons(20, 1)[:LEAKED]:

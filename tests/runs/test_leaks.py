@@ -80,7 +80,7 @@ def test_data_command_counts_the_same_before_a_run(files):
     config = config_of(files, ("sft", "dpo"))
     found = leaks.of_run(leaks.read_runs([config]))
     sft, dpo = found
-    assert (sft.held_out, sft.prompts, sft.exact) == ("sft", 10 + LEAKED, LEAKED // 2)
+    assert (sft.held_out, sft.prompts, sft.exact) == ("sft", 3 + 10 + LEAKED, LEAKED // 2)
     assert sft.by == dict(dpo=LEAKED) and not dpo.normalised
     setup = data_report.Setup("dpo", config, {})
     survey, advice = data_report.look(setup, "auto", None, shown=0)
