@@ -2,15 +2,16 @@
 
     python -m experiments.reward_hacking --workdir=DIR
 
-A reward model is trained on few pairs, so that it is wrong about completions that they lack; and on
-very few. PPO then maximises it, once with the KL penalty that adapts to a target and once with none
-(ppo.init_kl_coef=0), and DPO is trained on the same pairs at a tiny beta. All completions can be
-enumerated, so the true reward, the learned one and the KL of each checkpoint are exact.
+A reward model is trained on few pairs (of --prompts prompts; the toy's own run has 10,300), so that
+it is wrong about completions that they lack. PPO then maximises it, once with the KL penalty that
+adapts to a target and once with none (ppo.init_kl_coef=0), and DPO is trained on the same pairs at
+a tiny beta. All completions can be enumerated, so the true reward, the learned one and the KL of
+each checkpoint are exact.
 
-Trains configs/toy.py in DIR/PROMPTS-SEED for each number of prompts that pairs are made for, and
-each seed, and reuses the runs that are finished. Writes DIR/reward_hacking.json, with a row per
-reward model and per checkpoint, the figure as DIR/reward_hacking.png and .pdf, and a table of how
-the runs end as .csv, .md and .tex. It takes about two minutes per seed and idle CPU core.
+Trains configs/toy.py in DIR/PROMPTS-SEED for each seed, and reuses the runs that are finished.
+Writes DIR/reward_hacking.json, with a row per reward model and per checkpoint, the figure as
+DIR/reward_hacking.png and .pdf, and a table of how the runs end as .csv, .md and .tex. It takes
+about a minute per seed on an idle CPU core.
 """
 
 import contextlib
@@ -29,7 +30,6 @@ from experiments import toy_runs
 from experiments.commands import in_workdir
 from experiments.implicit_reward import agreement
 
-PROMPTS = (50, 300)  # that pairs are sampled for, 6 of each; the toy's own run has 10,300
 # Run -> (method of configs/toy.py, changes of the stage's block, colour, name in the figure).
 RUNS = {
     "ppo_kl": ("ppo", {}, "tab:blue", "PPO, KL penalty adapts to 3 nats"),
@@ -237,10 +237,13 @@ def _draw_run(axes, rows: list[dict], name: str, measure: str) -> None:
     axes.plot(progress_X, mean_X, color=color, linewidth=2, marker="o", markersize=3, label=label)
 
 
-def run(folder: pathlib.Path, seeds: int, jobs: int) -> list[dict]:
-    """Make the runs that are not done; write reward_hacking.json, .png and .pdf."""
+def run(folder: pathlib.Path, sizes: list[int], seeds: int, jobs: int) -> list[dict]:
+    """Make the runs that are not done, and write rows, figure and table.
+
+    sizes: how many prompts the pairs are sampled for.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    tasks = [(str(folder), prompts, seed) for prompts in PROMPTS for seed in range(seeds)]
+    tasks = [(str(folder), prompts, seed) for prompts in sizes for seed in range(seeds)]
     rows = toy_runs.rows_of_tasks(run_seed, tasks, jobs)
     (folder / "reward_hacking.json").write_text(json.dumps(rows, indent=1) + "\n")
     draw([folder / f"reward_hacking.{suffix}" for suffix in ("png", "pdf")], rows)
@@ -259,13 +262,20 @@ def main():
     seeds = flags.DEFINE_integer(
         "seeds", 3, "How many seeds: 0, 1, ...", lower_bound=1, upper_bound=20
     )
+    prompts = flags.DEFINE_multi_integer(
+        "prompts",
+        [300],
+        "Prompts that pairs are sampled for, 6 of each; may be repeated.",
+        lower_bound=50,
+        upper_bound=1_000_000,
+    )
     jobs = flags.DEFINE_integer("jobs", 2, "Number of processes.", lower_bound=1, upper_bound=20)
     flags.mark_flags_as_required(["workdir"])
     processes.start()
 
     def look():
         with in_workdir(workdir.value) as folder:
-            run(pathlib.Path(folder), seeds.value, jobs.value)
+            run(pathlib.Path(folder), prompts.value, seeds.value, jobs.value)
 
     command_line.run(look, __doc__)
 

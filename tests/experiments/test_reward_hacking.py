@@ -1,11 +1,17 @@
 """The experiment on reward hacking: its runs, what it measures, and what it draws."""
 
+import json
+
 import numpy as np
 import pytest
 
 from dpo_jax import config as configs
 from dpo_jax import config_checks
+from dpo_jax.evaluation import tables
 from experiments import reward_hacking
+from tests.helpers.paths import ROOT
+
+RESULTS = ROOT / "experiments" / "results" / "reward_hacking"
 
 
 def test_runs_share_a_reward_model():
@@ -62,3 +68,37 @@ def test_table_and_figure(tmp_path):
     reward_hacking.draw(paths, rows)
     assert paths[0].read_bytes().startswith(b"\x89PNG")
     assert paths[1].read_bytes().startswith(b"%PDF")
+
+
+def test_page_shows_the_committed_numbers():
+    rows = json.loads((RESULTS / "reward_hacking.json").read_text())
+    found = reward_hacking.summary(rows)
+    table = tables.to_markdown(found, reward_hacking.COLUMNS)
+    assert (RESULTS / "reward_hacking.md").read_text() == table
+    page = (ROOT / "docs" / "reproducing.md").read_text()
+    section = page.partition("## Reward hacking")[2].partition("\n## ")[0]
+    assert table in section
+    text = " ".join(section.split())
+    ends = {(row["run"], row["seed"]): row for row in found}
+
+    hacked = ends["ppo_no_kl", 1]
+    of_run = [row for row in rows if (row["run"], row["seed"]) == ("ppo_no_kl", 1)]
+    best = max(of_run, key=lambda row: row["true_reward"])
+    assert (
+        f"to {hacked['best_true_reward']:.2f} at {hacked['best_kl']:.2f} nats, and then falls to "
+        f"{hacked['true_reward']:.2f} while the learned reward goes on rising, from "
+        f"{best['learned_reward']:.2f} to {hacked['learned_reward']:.2f}."
+    ) in text
+    after = [row for row in of_run if row["step"] >= best["step"]]
+    learned = [row["learned_reward"] for row in after]
+    assert learned == sorted(learned)
+    assert ends["ppo_no_kl", 0]["lost"] == 0
+    for seed in (0, 1):
+        assert f"{ends['ppo_kl', seed]['true_reward']:.2f}" in text
+        assert ends["ppo_no_kl", seed]["true_reward"] > ends["ppo_kl", seed]["true_reward"]
+    far = [ends["dpo_tiny_beta", seed]["kl"] for seed in (0, 1)]
+    assert f"({far[0]:.2f} and {far[1]:.2f} nats)" in text
+    dpo = [
+        row["learned_reward"] for row in rows if (row["run"], row["seed"]) == ("dpo_tiny_beta", 1)
+    ]
+    assert f"falls from {max(dpo):.2f} to {dpo[-1]:.2f}" in text
