@@ -16,7 +16,7 @@ import statistics
 import numpy as np
 import pytest
 
-from experiments import loss_zoo, rounds
+from experiments import gradient_weight, loss_zoo, rounds
 from tests.helpers.paths import ROOT
 from tests.helpers.quoted import measured, numbers, page, paragraph, unaccounted
 
@@ -229,6 +229,11 @@ def of_reports() -> list[str]:
         f"is {broken_loss[-1]:.2f} at the end and was {broken_loss[0]:.4f} at the start",
         f"(by {fallen:.3f} nats a response, {fallen / length:.2f} a token)",
     ]
+
+
+def of_gradient_weight() -> list[str]:
+    found = measured("gradient_weight/gradient_weight.json")
+    return gradient_weight.table(found["summary"]).splitlines()[2:]
 
 
 def of_rounds() -> list[str]:
@@ -453,6 +458,7 @@ QUOTED = {
     "docs/planning.md": of_planning,
     "docs/reports.md": of_reports,
     "docs/rounds.md": of_rounds,
+    "docs/gradient_weight.md": of_gradient_weight,
     "docs/losses.md": of_losses,
     "docs/lora.md": of_lora,
     "docs/out_of_memory.md": of_out_of_memory,
