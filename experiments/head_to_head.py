@@ -33,7 +33,7 @@ import numpy as np
 from dpo_jax import command_line, device_command, sample
 from dpo_jax import config as configs
 from dpo_jax.console import say
-from dpo_jax.data import every_row, splits
+from dpo_jax.data import every_row
 from dpo_jax.data.conversations import transcript
 from dpo_jax.data.readers import read_jsonl
 from dpo_jax.evaluation import chat_api, tables, winrate_stats
@@ -44,7 +44,7 @@ from dpo_jax.pipeline.run import Run
 from dpo_jax.rewards import make
 from dpo_jax.sampling.sampler import Sampling
 from dpo_jax.workdir import write_json, write_lines, write_text
-from experiments import commands, hh_winrate, tldr_winrate, winrate, winrate_report
+from experiments import commands, hh_winrate, tldr_winrate, unseen, winrate, winrate_report
 
 # Task -> how the judge reads prompts, and answers.
 TASKS = {
@@ -291,16 +291,23 @@ def _write(
 def write_prompts(config, count: int, folder: pathlib.Path, mesh) -> str:
     """Write held-out prompts of a config's data to a file, as the win rates have them.
 
-    Returns its path. Raises ValueError where the data has fewer.
+    Returns its path. Raises ValueError where the data has fewer, or where a stage of the config
+    trains on one and config.data.on_leak does not say otherwise.
     """
-    data = Run(config, folder, mesh).sft_data()
-    data.max_eval_rows = 0
-    texts, _ = splits.read(data, "sft")
-    examples = texts["eval"]
-    if data.source == "hh":
-        examples = [example for example in examples if hh_winrate.one_turn(example)]
+
+    def make_task(runs, options):
+        data = runs["dpo"].sft_data()
+        data.max_eval_rows = 0
+        examples = winrate.test_examples(data)
+        if data.source == "hh":
+            examples = [example for example in examples if hh_winrate.one_turn(example)]
+        found = winrate.held_out(examples, options.prompts)
+        return winrate.Task(found, data, str.strip, str.strip, winrate.date_of(runs["dpo"]))
+
+    asked = winrate.Options(("dpo",), (1.0,), None, prompts=count)
+    made = unseen.task(make_task, dict(dpo=Run(config, folder, mesh)), asked)
     rows = []
-    for example in winrate.held_out(examples, count):
+    for example in made.examples:
         row = dict(prompt=example.prompt)
         rows.append(row | (dict(tools=example.tools) if example.tools else {}))
     folder.mkdir(parents=True, exist_ok=True)

@@ -677,7 +677,8 @@ def judge_all(
             words=float(np.mean([len(answer.split()) for answer in answers])),
         )
         shown = [task.shown(comparison.prompt).strip() for comparison in comparisons]
-        row["compared"] = winrate_report.compared(shown, answers, others)
+        subsets = [example.subset for example in task.examples]
+        row["compared"] = winrate_report.compared(shown, answers, others, subsets)
         if contest.show:
             page = folder / "examples" / f"{point.name}.md"
             name = winrate_report.full_name(row)
