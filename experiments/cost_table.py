@@ -64,9 +64,8 @@ def _cost_of(folder: pathlib.Path, config) -> dict:
     return total
 
 
-def write(folder: pathlib.Path, runs: dict[str, list]) -> list[dict]:
-    """Write costs.csv, costs.md and costs.tex beside the results of a frontier; return the rows."""
+def write(out: pathlib.Path, folder: pathlib.Path, runs: dict[str, list]) -> None:
+    """Write costs.csv, costs.md and costs.tex to `out`; folder, runs: as for `rows_of`."""
     rows = rows_of(folder, runs)
     if rows:
-        tables.write(folder / "costs", rows, COLUMNS)
-    return rows
+        tables.write(out / "costs", rows, COLUMNS)

@@ -325,7 +325,7 @@ def report(make_config, folder: pathlib.Path) -> None:
             finished.setdefault(run.method, []).append(config)
     if of_reference:
         finished[BEST_OF_N] = [make_config(BEST_OF_N)]
-    cost_table.write(folder, finished)
+    cost_table.write(folder, folder, finished)
 
 
 def key_of(row: dict) -> tuple[str, str]:

@@ -10,8 +10,9 @@ All completions are enumerated, so the rewards, the KLs and the highest reward a
 All runs start from one SFT model, DIR/shared/sft. A seed then draws its own completions, labels and
 order of the data. Every run is an ordinary run of dpo_jax.train in DIR/PANEL-SEED, so finished runs
 are reused. Runs of one process share their compiled steps. Writes DIR/frontier.json, with a row per
-run and checkpoint, DIR/frontier.png and .pdf, and as .csv, .md and .tex two tables: DIR/frontier,
-the ends of all runs over seeds, and DIR/matched_kl, all methods at equal KLs.
+run and checkpoint, DIR/frontier.png and .pdf, and as .csv, .md and .tex the tables DIR/frontier,
+the ends of all runs over seeds, and DIR/matched_kl, all methods at equal KLs, and
+DIR/costs, what a run of each method takes in the first panel.
 """
 
 import contextlib
@@ -21,7 +22,7 @@ import time
 
 import numpy as np
 
-from experiments import frontier_file, toy_runs
+from experiments import cost_table, frontier_file, toy_runs
 from experiments.commands import in_workdir
 
 # Panel -> (title, labels, reward).
@@ -262,9 +263,18 @@ def run(workdir: str, panels: dict[str, int], methods: list[str], jobs: int) -> 
         {panel: PANELS[panel][0] for panel in panels},
         curve_name="highest reward at this KL (exact)",
     )
+    write_costs(pathlib.Path(workdir), next(iter(panels)), sft)
     print(table(rows))
     say(f"{workdir}/frontier.json, {workdir}/frontier.png: {time.monotonic() - began:.0f} s")
     return rows
+
+
+def write_costs(folder: pathlib.Path, panel: str, sft: str) -> None:
+    """Write what each method costs, in its runs of a panel's first seed."""
+    runs = {}
+    for method, (_, values, _) in SWEEPS.items():
+        runs[method] = [config_of(panel, method, value, 0, sft)[0] for value in values]
+    cost_table.write(folder, folder / f"{panel}-0", runs)
 
 
 def seeds_of(panels: list[str], given: list[str]) -> dict[str, int]:
