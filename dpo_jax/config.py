@@ -616,14 +616,14 @@ BEST_OF_N = dict(
         most=1_000_000,
     ),
     reward=Field("rm", "reward to choose by: rm (the rm stage's model) or true (config.reward)"),
-    prompts=Field(256, "number of held-out prompts", least=1, most=MANY),
+    prompts=Field(256, "number of test prompts", least=1, most=MANY),
     seed=Field(0, "added to config.seed for the completions", least=0, most=SEEDS),
 )
 
 EVALUATE = dict(
     prompts=Field(
         256,
-        "number of held-out prompts, at each evaluation in training and at the end",
+        "number of test prompts, and of validation prompts at each evaluation in training",
         least=2,
         most=MANY,
     ),
