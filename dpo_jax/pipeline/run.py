@@ -303,10 +303,11 @@ class Run:
         if before and before.get("fingerprint") != fingerprint:
             if "eval" in before and "test" not in before:
                 raise StageChanged(
-                    f"{self.folder(stage)} was begun by a version that held out other rows: they "
-                    "were the first ones of the files, and are drawn by a hash of their prompts "
-                    "now, with those to test on apart (docs/data.md). Let the version that began "
-                    "the stage finish it, or give another --workdir."
+                    f"{self.folder(stage)} was begun by an earlier version, which read other rows, "
+                    "unless the data itself has changed: held-out rows and those of "
+                    "config.data.max_rows were the first ones of the files, and are drawn by a "
+                    "hash of their prompts now, with those to test on apart (docs/data.md). Let "
+                    "the version that began the stage finish it, or give another --workdir."
                 )
             raise StageChanged(
                 f"the data of {self.folder(stage)} has changed since the stage began: its tokens "

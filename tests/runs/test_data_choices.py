@@ -46,3 +46,11 @@ def test_run_on_mixture(model, pairs, tmp_path):
     kept = sum(part["train"]["kept"] for part in parts)
     assert ledger["train"]["kept"] == kept and ledger["shared_prompts"] == 0
     assert rows_without_timings(folder)[0]["loss/eval"] == pytest.approx(0.6931, abs=1e-4)
+    # Each set is a subset, and they add up to the whole.
+    last = rows_without_timings(folder)[-1]
+    subsets = ledger["eval"]["subsets"]
+    assert set(subsets) == {"pairs", "other"} and sum(subsets.values()) == ledger["eval"]["kept"]
+    for name in ("loss/eval", "rewards_eval/accuracies", "rewards_eval/margins"):
+        of_subsets = sum(last[f"{name}/{subset}"] * count for subset, count in subsets.items())
+        assert of_subsets == pytest.approx(last[name] * ledger["eval"]["kept"], rel=1e-4)
+    assert 0 <= last["rewards_eval/accuracies_se"] < 0.6

@@ -376,6 +376,7 @@ def test_every_metric_is_drawn_or_left_out_on_purpose():
         *("counters/examples", "counters/updates", "examples_per_second"),
         # The noisier estimate of the KL, and standard errors.
         *("frontier/kl_sampled", "frontier/kl_sampled_se", "frontier/kl_se"),
+        "rewards_eval/accuracies_se",
         "frontier/reward_se",
         # A property of the data.
         "kto_{split}/desirable",

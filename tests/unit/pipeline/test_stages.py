@@ -12,7 +12,7 @@ from dpo_jax.parallel import sharding
 from dpo_jax.pipeline import exports, stages
 from dpo_jax.pipeline.run import Run
 from dpo_jax.pipeline.stages import run_stages
-from dpo_jax.workdir import EXPORT, finish_stage, start_stage
+from dpo_jax.workdir import EXPORT, StageChanged, finish_stage, start_stage, write_record
 from tests.helpers.tiny_runs import write_model
 
 
@@ -53,3 +53,16 @@ def test_evaluate_measures_weights_as_the_run_without_rounds_exports_them(tmp_pa
     rounded, _, exact, _ = map(jax.tree.leaves, measured)
     for one, other in zip(rounded, exact, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_rows_that_an_earlier_version_held_out(tmp_path):
+    """Its ledgers have no test split; a stage that reads what it read goes on."""
+    run = Run(configs.default(("dpo",)), tmp_path, mesh=None)
+    run.folder("dpo").mkdir()
+    before = dict(train={}, eval={}, fingerprint=["a", "b"])
+    write_record(run.folder("dpo") / "ledger.json", before)
+    with pytest.raises(StageChanged, match="begun by an earlier version, which read other rows"):
+        run.record("dpo", dict(train={}, eval={}, test={}), ["a", "c"])
+    run.record("dpo", dict(train={}, eval={}, test={}), ["a", "b"])
+    with pytest.raises(StageChanged, match="has changed since the stage began"):
+        run.record("dpo", dict(train={}, eval={}, test={}), ["a", "c"])
