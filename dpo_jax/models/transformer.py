@@ -223,6 +223,8 @@ class Transformer(nn.Module):
             in_axes=(*[nn.broadcast] * 3, 0),
             length=config.layers,
             unroll=unrolled_layers(config),
+            # The check traces the block once more; in init, which draws from the keys by the count.
+            check_constancy_invariants=self.is_initializing(),
         )
         x_SND, new = stack(config, name="layers")(x_SND, positions_SN, rotation, layout, cache)
         Head(config, name="head")()  # makes the head's weights, and computes nothing
