@@ -15,10 +15,10 @@ from dpo_jax.parallel import sharding
 from dpo_jax.pipeline.run import Run
 from dpo_jax.pipeline.stages import run_stages
 from dpo_jax.rewards import make
-from dpo_jax.training import metric_names
 from dpo_jax.training.loop import Interrupted
 from dpo_jax.training.metrics import read_rows
 from dpo_jax.workdir import StageChanged, read_lines
+from tests.helpers.documented import documented_metrics
 from tests.helpers.rows import change_record
 from tests.helpers.tiny_runs import dpo_config, on_devices, rows_without_timings, run, weights
 
@@ -77,7 +77,18 @@ def test_losses_without_reference_move_policy(workdir, method):
         (workdir / name).rename(workdir / f"{method}_{name}")
 
 
+def assert_explained(*folders):
+    """Assert that docs/metrics.md has every metric of some stages."""
+    explained = documented_metrics()
+    for folder in folders:
+        rows = read_rows(folder / "metrics.jsonl")
+        assert rows
+        for row in rows:
+            assert not row.keys() - explained, folder
+
+
 def test_rm_starts_at_log_2_and_learns(workdir):
+    assert_explained(workdir / "sft", workdir / "rm")
     rows = rows_without_timings(workdir / "rm")
     assert abs(rows[0]["loss/eval"] - np.log(2)) < 1e-6
     assert rows[-1]["loss/eval"] < 0.6 and rows[-1]["rewards_eval/accuracies"] > 0.65
@@ -128,6 +139,7 @@ def test_other_order_trains_on_same_pairs(workdir, tmp_path, capsys):
         assert f"{name}: already done" in printed
     assert in_groups.name == "in_groups"
     assert rows_without_timings(in_groups) != rows_without_timings(pairs_alone)
+    assert_explained(pairs_alone)
 
 
 def test_pairs_resume_after_kill(workdir, tmp_path, monkeypatch):
@@ -186,18 +198,27 @@ def test_pairs_resume_after_kill(workdir, tmp_path, monkeypatch):
         ).read_text()
 
 
-@pytest.mark.parametrize("method", ["ppo", "ppo_gt"])
-def test_ppo_resumes_exactly(workdir, method, monkeypatch):
-    """Rows, weights and the adapted penalty, bit for bit; the value head is not exported."""
-    config = toy_config(
-        method, ppo=dict(batch_size=64, minibatch_size=32, steps=4 if method == "ppo" else 12)
-    )
+def ppo_config(method, steps):
+    config = toy_config(method, ppo=dict(batch_size=64, minibatch_size=32, steps=steps))
     config.stages = [stage for stage in config.stages if stage != "evaluate"]
-    config.run = f"{method}_whole"
+    return config
+
+
+def test_ppo_on_the_true_reward_learns(workdir):
+    config = ppo_config("ppo_gt", steps=12)
+    config.run = "ppo_gt"
+    rows = rows_without_timings(run(config, workdir))
+    assert rows[-1]["ppo_train/reward"] > rows[1]["ppo_train/reward"] + 0.5
+
+
+def test_ppo_resumes_exactly(workdir, monkeypatch):
+    """Rows, weights and the adapted penalty, bit for bit; the value head is not exported."""
+    config = ppo_config("ppo", steps=4)
+    config.run = "whole"
     whole = run(config, workdir)
     rows = rows_without_timings(whole)
     assert [row["step"] for row in rows] == list(range(config.ppo.steps + 1))
-    assert all(metric_names.describe(name).meaning for name in rows[-1].keys() - {"step"})
+    assert_explained(whole)
     updates = config.ppo.inner_epochs * config.ppo.batch_size // config.ppo.minibatch_size
     assert [row["counters/updates"] for row in rows[1:]] == [
         updates * row["step"] for row in rows[1:]
@@ -208,7 +229,7 @@ def test_ppo_resumes_exactly(workdir, method, monkeypatch):
     )
     coefficients = [row["ppo_train/kl_coef"] for row in rows[1:]]
     assert len(set(coefficients)) == config.ppo.steps and abs(rows[1]["ppo_train/kl"]) < 1e-4
-    config.run = f"{method}_stopped"
+    config.run = "stopped"
     calls = []
 
     def stop(*args):
@@ -217,11 +238,7 @@ def test_ppo_resumes_exactly(workdir, method, monkeypatch):
             signal.raise_signal(signal.SIGTERM)
         return rewarded(*args)
 
-    rewarded = (
-        make.make_reward("rm", str(workdir / "rm" / "hf"), 64, sharding.make_mesh())
-        if method == "ppo"
-        else make.make_reward("toy", "", 64, sharding.make_mesh())
-    )
+    rewarded = make.make_reward("rm", str(workdir / "rm" / "hf"), 64, sharding.make_mesh())
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(make, "make_reward", lambda *_: stop)
         run(config, workdir)
@@ -244,8 +261,6 @@ def test_ppo_resumes_exactly(workdir, method, monkeypatch):
     for name, values in weights(whole).items():
         np.testing.assert_array_equal(weights(stopped)[name], values)
     assert weights(whole).keys() == weights(workdir / "sft").keys()
-    if method == "ppo_gt":
-        assert rows[-1]["ppo_train/reward"] > rows[1]["ppo_train/reward"] + 0.5
 
 
 def test_ppo_takes_rewards_as_they_are(workdir):

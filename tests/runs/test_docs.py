@@ -1,12 +1,8 @@
-"""What the pages show, run: the recipe on a tiny model, and the metrics that runs write."""
+"""What the pages show, run: the recipe on a tiny model."""
 
 import pytest
 
-from configs import toy
-from dpo_jax.pipeline.stages import run_stages
-from dpo_jax.training.metrics import read_rows
-from tests.helpers.documented import documented_metrics
-from tests.helpers.tiny_runs import command, on_devices, write_model, write_pairs
+from tests.helpers.tiny_runs import command, write_model, write_pairs
 
 
 @pytest.fixture(scope="module")
@@ -49,22 +45,3 @@ def test_trained_model_can_score(trained):
     )
     assert done.returncode == 0, done.stderr
     assert len((folder / "scored.jsonl").read_text().splitlines()) == 60
-
-
-@pytest.mark.parametrize("method", ["dpo", "ppo"])
-def test_every_metric_is_explained(method, tmp_path):
-    config = toy.get_config(method)
-    config.sampling.batch_size = 64
-    config.pairs.prompts = 40
-    for stage in {"sft", "rm", "dpo", "ppo"} & set(config.stages):
-        config[stage].update(steps=2, batch_size=16, eval_every=1, save_every=2)
-    if method == "ppo":
-        config.ppo.minibatch_size = 8
-    with on_devices(1):
-        run_stages(config, str(tmp_path))
-    explained = documented_metrics()
-    files = list(tmp_path.glob("*/metrics.jsonl"))
-    assert method in {file.parent.name for file in files}
-    for file in files:
-        for row in read_rows(file):
-            assert not row.keys() - explained, file

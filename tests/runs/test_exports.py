@@ -15,7 +15,21 @@ from dpo_jax.models import loading
 from dpo_jax.workdir import StageChanged
 from tests.helpers import chat_model
 from tests.helpers.paths import ROOT
-from tests.helpers.tiny_runs import dpo_config, environment, rows_without_timings, run, weights
+from tests.helpers.tiny_runs import (
+    dpo_config,
+    environment,
+    on_devices,
+    rows_without_timings,
+    run,
+    weights,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    """An export is the same from any mesh (test_training.py), and one device compiles faster."""
+    with on_devices(1):
+        yield
 
 
 @pytest.fixture(scope="module")

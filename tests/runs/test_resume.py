@@ -1,9 +1,6 @@
 """An interrupted run that is started again equals the uninterrupted one, bit for bit."""
 
-import datetime
 import json
-import pathlib
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +15,6 @@ from dpo_jax.training import data_feed
 from dpo_jax.training.loop import Interrupted
 from dpo_jax.training.metrics import read_rows
 from tests.helpers.paths import ROOT
-from tests.helpers.rows import write_jsonl
 from tests.helpers.tiny_runs import (
     environment,
     on_devices,
@@ -167,52 +163,6 @@ def test_run_resumes_within_group(fields, tmp_path, capsys):
     assert_equal(killed, whole)
     alone = run_here(fields | {"data.order": "pairs"}, tmp_path / "alone")
     assert rows_without_timings(alone) != rows_without_timings(whole)
-
-
-# Writes the day of the month as a word, as the templates of Llama 3.2 and others write the date.
-DATED = (
-    "{{ strftime_now('w%-d') }}{% for m in messages %}{{ ' ' + m.content }}"
-    "{% if m.role == 'assistant' %} </s>{% endif %}{% endfor %}"
-)
-
-
-def on_day(number, fields, workdir, until=None):
-    """Run on a day of January 2026, and ask it to stop at step `until`; its folder."""
-
-    class Date(datetime.date):
-        @classmethod
-        def today(cls):
-            return cls(2026, 1, number)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datetime, "date", Date)
-        if until:
-            run_until_sigterm(until, fields, workdir)
-        else:
-            run_here(fields, workdir)
-    return workdir / "dpo"
-
-
-def test_run_resumes_on_another_day(fields, tmp_path, capsys):
-    """A chat template writes the date: it is that of the stage's start, whenever it goes on."""
-    model = shutil.copytree(fields["model.path"], tmp_path / "model")
-    (model / "chat_template.jinja").write_text(DATED)
-    rows = []
-    for line in pathlib.Path(fields["data.path"]).read_text().splitlines():
-        row = json.loads(line)
-        turns = {name: [{"role": "assistant", "content": row[name]}] for name in row}
-        rows.append(turns | {"prompt": [{"role": "user", "content": row["prompt"]}]})
-    path = write_jsonl(tmp_path / "chats.jsonl", rows)
-    fields = fields | {"model.path": str(model), "data.path": str(path), "dpo.steps": 8}
-
-    whole = on_day(5, fields, tmp_path / "whole")
-    on_day(5, fields, tmp_path / "killed", until=5)
-    killed = on_day(6, fields, tmp_path / "killed")
-    assert "resuming after step 6" in capsys.readouterr().out
-    assert_equal(killed, whole)
-    # The date does reach the tokens: a run that is started a day later is another one.
-    later = on_day(6, fields, tmp_path / "later")
-    assert rows_without_timings(later) != rows_without_timings(whole)
 
 
 def test_run_resumes_on_another_mesh(fields, tmp_path, uninterrupted, capsys):

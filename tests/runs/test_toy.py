@@ -11,7 +11,7 @@ from dpo_jax.pipeline.stages import run_stages
 from dpo_jax.reporting.remarks import remarks
 from tests.helpers.html_pages import Page
 from tests.helpers.paths import ROOT
-from tests.helpers.tiny_runs import command
+from tests.helpers.tiny_runs import command, on_devices
 
 FOLDERS = ["sft", "pairs", "dpo", "evaluate"]
 
@@ -85,7 +85,8 @@ def test_toy_with_a_hundredfold_learning_rate_is_called_broken(workdir):
     config = toy.get_config()
     config.dpo.lr *= 100
     config.run = "broken"
-    run_stages(config, str(workdir))
+    with on_devices(1):
+        run_stages(config, str(workdir))
     (record,) = [record for record in report.records_of(workdir) if record.name == "broken"]
     said = [remark for found in remarks(record).values() for remark in found or []]
     warnings = [remark.text for remark in said if remark.level == "warning"]

@@ -384,7 +384,15 @@ def test_trainer_of_every_objective(loaded, objective):
     assert trainer.evaluate(examples)["loss/eval"] < first["loss/train"]
 
 
-@pytest.mark.parametrize("loss", ["sigmoid_norm", "ipo", "ipo_sum", "hinge", "robust"])
+# Each compiles a program, and test_losses.py has the formulas of all.
+@pytest.mark.parametrize(
+    "loss",
+    [
+        "sigmoid_norm",
+        "robust",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("ipo", "ipo_sum", "hinge")),
+    ],
+)
 def test_trainer_of_every_loss(loaded, pairs, loss):
     trainer = trainer_of(loaded, loss=loss)
     assert np.isfinite(trainer.step(pairs)["loss/train"])
