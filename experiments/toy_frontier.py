@@ -10,9 +10,9 @@ All completions are enumerated, so the rewards, the KLs and the highest reward a
 All runs start from one SFT model, DIR/shared/sft. A seed then draws its own completions, labels and
 order of the data. Every run is an ordinary run of dpo_jax.train in DIR/PANEL-SEED, so finished runs
 are reused. Runs of one process share their compiled steps. Writes DIR/frontier.json, with a row per
-run and checkpoint, DIR/frontier.png and .pdf, and as .csv, .md and .tex the tables DIR/frontier,
-the ends of all runs over seeds, and DIR/matched_kl, all methods at equal KLs, and
-DIR/costs, what a run of each method takes in the first panel.
+run and checkpoint, DIR/frontier.png and .pdf, and as .csv, .md and .tex three tables: DIR/frontier,
+the ends of all runs over seeds; DIR/matched_kl, all methods at equal KLs; and DIR/costs, what a run
+of each method takes, beside its reward at 1 nat (the first seed of the first panel).
 """
 
 import contextlib
@@ -44,6 +44,7 @@ SWEEPS = {
 STEPS = {"dpo": 480, "unlikelihood": 480, "preferred_ft": 480, "rm": 480, "ppo": 27}
 BEST_OF = (1, 4, 16, 64, 128)
 RM_BETAS = (5.0, 2.0, 1.0, 0.5, 0.25)  # for the optimal policies of the learned reward
+COSTS_KL = 1.0  # nats, at which the table of costs has the methods' rewards
 # Panels whose labels have a likeliest reward, and one of the same form as the true one.
 LIKELIEST = ("a",)
 # Methods whose points are to lie at the optimum of the true reward.
@@ -216,6 +217,25 @@ def add_bounds(rows: list[dict], panel: str, sft: str) -> None:
             row["analytic_reward"], row["analytic_kl"] = optima[beta]
 
 
+def write_costs(workdir: str, panel: str, methods: list[str], sft: str, rows: list[dict]) -> None:
+    """Write what a run of each method takes, on a panel's first seed, beside its reward at a KL."""
+    from dpo_jax.evaluation import tables
+
+    runs = {}
+    for method in methods:
+        values = SWEEPS[method][1]
+        runs[method] = [config_of(panel, method, value, 0, sft)[0] for value in values]
+    at_kl = {}
+    for row in frontier_file.at_matched_kl(rows):
+        if (row["panel"], row["kl"]) == (panel, COSTS_KL):
+            at_kl[row["method"]] = row["reward"]
+    found = cost_table.rows_of(pathlib.Path(workdir) / f"{panel}-0", runs)
+    for row in found:
+        row["reward"] = at_kl.get(row["method"])
+    column = tables.Column(f"reward at {COSTS_KL:g} nat", "reward", "z.3f")
+    tables.write(pathlib.Path(workdir) / "costs", found, [*cost_table.COLUMNS, column])
+
+
 def table(rows: list[dict]) -> str:
     """Return the ends of all runs over seeds as a table for a person."""
     heading = f"{'panel':<6}{'method':<26}{'':<12}{'seeds':>5}{'reward':>9}{'KL':>9}{'gap':>9}"
@@ -263,18 +283,10 @@ def run(workdir: str, panels: dict[str, int], methods: list[str], jobs: int) -> 
         {panel: PANELS[panel][0] for panel in panels},
         curve_name="highest reward at this KL (exact)",
     )
-    write_costs(pathlib.Path(workdir), next(iter(panels)), sft)
+    write_costs(workdir, next(iter(panels)), methods, sft, rows)
     print(table(rows))
     say(f"{workdir}/frontier.json, {workdir}/frontier.png: {time.monotonic() - began:.0f} s")
     return rows
-
-
-def write_costs(folder: pathlib.Path, panel: str, sft: str) -> None:
-    """Write what each method costs, in its runs of a panel's first seed."""
-    runs = {}
-    for method, (_, values, _) in SWEEPS.items():
-        runs[method] = [config_of(panel, method, value, 0, sft)[0] for value in values]
-    cost_table.write(folder, folder / f"{panel}-0", runs)
 
 
 def seeds_of(panels: list[str], given: list[str]) -> dict[str, int]:

@@ -211,6 +211,10 @@ def test_toy_frontier_files(untrained, tmp_path, monkeypatch, capsys):
     assert of_ppo["behind"] == pytest.approx(0.1) and of_ppo["seeds"] == 3
     assert of_ppo["p"] <= of_ppo["p_holm"] < 1e-6
     assert (2.0, "dpo") not in equal  # none came so far
+    costs = (tmp_path / "costs.csv").read_text().splitlines()
+    assert costs[0].startswith("method,stages,") and costs[0].endswith(",reward")
+    assert [line.split(",")[0] for line in costs[1:]] == ["dpo", "ppo"]
+    assert float(costs[1].rsplit(",", 1)[1]) == pytest.approx(equal[1.0, "dpo"]["reward"])
     assert "Holm" in (tmp_path / "matched_kl.md").read_text()
     assert (tmp_path / "frontier.csv").read_text().startswith("panel,method,parameter,seeds,")
     assert r"\toprule" in (tmp_path / "frontier.tex").read_text()
