@@ -223,6 +223,28 @@ def test_toy_frontier_files(untrained, tmp_path, monkeypatch, capsys):
     assert "dpo" in capsys.readouterr().out
 
 
+def test_pages_say_how_near_dpo_comes():
+    """The table of docs/reproducing.md and the claim of configs/toy.py are those of the rows."""
+    found = json.loads((ROOT / "experiments/results/toy_frontier/steps.json").read_text())
+    names = {None: "labels alone", 240: "240 steps", 480: "480 steps", 960: "960 steps"}
+    page = (ROOT / "docs" / "reproducing.md").read_text()
+    docstring = (ROOT / "configs" / "toy.py").read_text()
+    for steps, name in names.items():
+        of_steps = [row for row in found["rows"] if row["steps"] == steps]
+        assert sorted(row["seed"] for row in of_steps) == list(range(100, 105))
+        cells = []
+        for measure in ("reward", "kl"):
+            off = np.array([row[f"{measure}_off"] for row in of_steps])
+            expected = [row[measure] - found[f"analytic_{measure}"] for row in of_steps]
+            np.testing.assert_allclose(off, expected)
+            worst = f"{abs(off).max():.3f}"
+            cells.append(f"{off.mean():.3f} ± {off.std(ddof=1):.3f}, {worst}")
+            if steps in (None, 240):
+                assert worst in docstring
+        (line,) = [line for line in page.splitlines() if line.startswith("| ") and name in line]
+        assert line.endswith(f"| {' | '.join(cells)} |")
+
+
 @pytest.mark.slow
 def test_toy_frontier_equals_theory(tmp_path):
     """Panel (a), two seeds: exact facts only; which method is ahead is reported, not asserted."""
