@@ -125,7 +125,7 @@ def draw(path: pathlib.Path, rows: list[dict]) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10.5, 4.4), dpi=120, layout="constrained")
-    panels = figure.subplots(1, len(LEARNING_RATES), sharey=True)
+    panels = figure.subplots(1, len(LEARNING_RATES), sharey=True, squeeze=False)[0]
     colors = matplotlib.colormaps["plasma"]([0.75, 0.45, 0.05])
     for optimizer, axes in zip(LEARNING_RATES, panels, strict=True):
         for beta, color in zip(BETAS, colors, strict=True):

@@ -16,7 +16,7 @@ import statistics
 import numpy as np
 import pytest
 
-from experiments import gradient_weight, loss_zoo, rounds
+from experiments import beta, gradient_weight, loss_zoo, rounds
 from tests.helpers.paths import ROOT
 from tests.helpers.quoted import measured, numbers, page, paragraph, unaccounted
 
@@ -229,6 +229,17 @@ def of_reports() -> list[str]:
         f"is {broken_loss[-1]:.2f} at the end and was {broken_loss[0]:.4f} at the start",
         f"(by {fallen:.3f} nats a response, {fallen / length:.2f} a token)",
     ]
+
+
+def of_beta() -> list[str]:
+    """Return the table of the page, and check what it says of the order of the values of beta."""
+    found = measured("beta/beta.json")
+    one, two, four = [row["first"]["mean"] for row in found["summary"][:3]]
+    assert 1.8 < two / one < 2.2 and 1.8 < four / one < 2.2  # "twice as far"
+    last = [row["last"]["mean"] for row in found["summary"][:3]]
+    assert last == sorted(last, reverse=True)
+    assert four > last[2] / 2  # "more than half-way"
+    return beta.table(found["summary"]).splitlines()[2:]
 
 
 def of_gradient_weight() -> list[str]:
@@ -458,6 +469,7 @@ QUOTED = {
     "docs/planning.md": of_planning,
     "docs/reports.md": of_reports,
     "docs/rounds.md": of_rounds,
+    "docs/beta.md": of_beta,
     "docs/gradient_weight.md": of_gradient_weight,
     "docs/losses.md": of_losses,
     "docs/lora.md": of_lora,
