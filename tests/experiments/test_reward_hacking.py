@@ -93,11 +93,12 @@ def test_page_shows_the_committed_numbers():
     learned = [row["learned_reward"] for row in after]
     assert learned == sorted(learned)
     assert ends["ppo_no_kl", 0]["lost"] == 0
-    for seed in (0, 1):
+    assert f"and in seed 2 only {ends['ppo_no_kl', 2]['lost']:.2f}." in text
+    for seed in (0, 1, 2):
         assert f"{ends['ppo_kl', seed]['true_reward']:.2f}" in text
         assert ends["ppo_no_kl", seed]["true_reward"] > ends["ppo_kl", seed]["true_reward"]
-    far = [ends["dpo_tiny_beta", seed]["kl"] for seed in (0, 1)]
-    assert f"({far[0]:.2f} and {far[1]:.2f} nats)" in text
+    far = [ends["dpo_tiny_beta", seed]["kl"] for seed in (0, 1, 2)]
+    assert f"({far[0]:.2f}, {far[1]:.2f} and {far[2]:.2f} nats)" in text
     dpo = [
         row["learned_reward"] for row in rows if (row["run"], row["seed"]) == ("dpo_tiny_beta", 1)
     ]
