@@ -265,7 +265,7 @@ def test_shots_have_one_turn(monkeypatch):
     )
     assert hh_winrate.one_turn(one) and not hh_winrate.one_turn(more)
     monkeypatch.setattr(
-        hh_winrate.splits, "read", lambda *_: (dict(train=[one, one, more, long]), None)
+        hh_winrate.splits, "read", lambda *_, **__: (dict(train=[one, one, more, long]), None)
     )
     with pytest.raises(
         ValueError, match="shown 2 training dialogues of one turn and up to 400 .* the data has 1: "
