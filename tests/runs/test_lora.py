@@ -28,9 +28,9 @@ from tests.helpers.tiny_runs import (
 
 
 def lora_config(model, pairs, **fields):
-    """Six steps of DPO on the same eight rows, one shape to compile; `fields` are of model.lora."""
+    """Six steps of DPO, twice on the same 24 rows; `fields` are of model.lora."""
     config = dpo_config(
-        model, pairs, optimizer="adamw", lr=3e-3, data__shuffle=False, data__max_rows=11
+        model, pairs, optimizer="adamw", lr=3e-3, data__shuffle=False, data__max_rows=24
     )
     config.model.lora.update(dict(rank=2, alpha=4.0, targets=("q", "v", "down")) | fields)
     return config
