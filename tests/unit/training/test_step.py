@@ -288,9 +288,11 @@ def test_dpo_with_wpo_weights(tiny):
     assert float(of_weights["loss"][1]) == pytest.approx(float(weights.sum()), rel=1e-5)
     for ours, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
-    # Nothing but the loss is weighted.
+    # Nothing is weighted but the loss, and with it what a pair weighs in the gradient.
+    weight = "dpo/gradient_weight"
+    np.testing.assert_allclose(metrics[weight][0], of_weights[weight][0], rtol=1e-4)
     (_, (_, unweighted)), _ = evaluated(PLAIN, batch)
-    for name in metrics.keys() - {"loss"}:
+    for name in metrics.keys() - {"loss", weight}:
         np.testing.assert_allclose(metrics[name], unweighted[name], rtol=1e-5, err_msg=name)
 
 
