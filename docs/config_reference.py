@@ -52,6 +52,7 @@ otherwise.
 | `toy` | a method | a complete experiment in about a minute, on generated data |
 | `imdb` | a method | controlled sentiment with gpt2-large (paper, section 6.1) |
 | `imdb_small` | a method | the same with 3.4 million weights, for 2 CPU cores |
+| `imdb_smollm2` | a method | the same with SmolLM2-135M, for 2 CPU cores |
 | `tldr` | a size, a method, or both, separated by a comma | summarisation (section 6.2) |
 | `hh` | a method | single-turn dialogue (section 6.2) |
 

@@ -22,7 +22,7 @@ from tests.helpers.paths import ROOT
 from tests.helpers.tiny_runs import experiment_configs, plant
 
 
-@pytest.mark.parametrize("config", ["imdb", "imdb_small"])
+@pytest.mark.parametrize("config", ["imdb", "imdb_small", "imdb_smollm2"])
 def test_imdb_frontier_dry_run(config, tmp_path, capsys):
     make_config = experiment_configs(
         str(ROOT / "configs" / f"{config}.py"), ["--config.dpo.steps=7"]
@@ -45,7 +45,7 @@ def test_imdb_frontier_runs_by_name(tmp_path, capsys):
         imdb_frontier.run(make_config, str(tmp_path), ["dpo_7"], dry_run=True)
 
 
-@pytest.mark.parametrize("module", ["imdb", "imdb_small"])
+@pytest.mark.parametrize("module", ["imdb", "imdb_small", "imdb_smollm2"])
 def test_frontier_runs_share_stages(module):
     """So one SFT model, one set of pairs and one reward model serve them all."""
     make_config = experiment_configs(str(ROOT / "configs" / f"{module}.py"), [])

@@ -4,7 +4,7 @@ import pytest
 
 from dpo_jax import config_files
 
-LISTED = "dpo, hh, imdb, imdb_small, kto, ppo, rm, sft, tldr, toy"
+LISTED = "dpo, hh, imdb, imdb_small, imdb_smollm2, kto, ppo, rm, sft, tldr, toy"
 
 
 @pytest.fixture
