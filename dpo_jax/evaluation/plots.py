@@ -145,7 +145,7 @@ STYLES = {
     "sft": ("tab:gray", "^", "SFT"),
     "base": ("black", "*", "base model"),
     "rm_optimum": ("tab:olive", "+", "optimum for the reward model"),
-    "label_optimum": ("tab:cyan", "1", "optimum for the labels' likeliest reward"),
+    "label_optimum": ("tab:cyan", "1", "optimum for the labels"),
     "preferred_ft_closed_form": ("tab:purple", "X", "Preferred-FT, closed form"),
 }
 # Methods without steps: a dashed line joins their parameters.
@@ -189,7 +189,7 @@ def panels(
         legend.values(),
         legend.keys(),
         loc="outside lower center",
-        ncols=3 * len(titles),
+        ncols=3 * len(titles) if len(titles) > 1 else 2,
         frameon=False,
         fontsize=8,
     )
@@ -277,7 +277,7 @@ def _draw_methods(axes, rows: list[dict]) -> list[tuple]:
             _line(axes, kls, rewards, color, linewidth=1, linestyle="--")
         for point in last:
             _draw_bars(axes, point, color)
-            if "analytic_kl" in point:
+            if "analytic_kl" in point and method not in UNTRAINED:
                 axes.plot(
                     point["analytic_kl"],
                     point["analytic_reward"],
