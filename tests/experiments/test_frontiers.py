@@ -10,7 +10,7 @@ from configs import toy as toy_config
 from dpo_jax import config as configs
 from dpo_jax import config_checks
 from dpo_jax.data import toy
-from dpo_jax.evaluation import reward_kl
+from dpo_jax.evaluation import reward_kl, tables
 from dpo_jax.models import loading
 from dpo_jax.parallel import sharding
 from dpo_jax.pipeline.run import Run
@@ -243,6 +243,32 @@ def test_pages_say_how_near_dpo_comes():
                 assert worst in docstring
         (line,) = [line for line in page.splitlines() if line.startswith("| ") and name in line]
         assert line.endswith(f"| {' | '.join(cells)} |")
+
+
+def test_pages_say_what_all_seeds_of_dpo_do():
+    """The table of docs/reproducing.md is that of the committed rows, and so are the claims."""
+    rows, curves = frontier_file.read(
+        ROOT / "experiments" / "results" / "toy_frontier" / "dpo" / "frontier.json"
+    )
+    assert curves["a"].kls[0] == 0 and curves["a"].low is None
+    found = frontier_file.over_seeds(rows)
+    of_dpo = {row["value"]: row for row in found if row["method"] == "dpo"}
+    page = " ".join((ROOT / "docs" / "reproducing.md").read_text().split())
+    shown = [
+        column
+        for column in frontier_file.OVER_SEEDS
+        if column.field not in ("panel", "method", "seeds")
+    ]
+    assert " ".join(tables.to_markdown(list(of_dpo.values()), shown).split()) in page
+
+    worst = max(row["gap_worst"] for row in of_dpo.values())
+    near = max(of_dpo[beta]["gap_worst"] for beta in (5.0, 2.0, 1.0))
+    assert f"within {near:.3f} of the highest reward at its KL for β of 1" in page
+    assert f"within {worst:.3f} for all β" in page
+    at_2 = of_dpo[2.0]
+    assert f"At β 2 it is up to {at_2['reward_off_worst']:.3f} from" in page
+    assert f"aims at and {at_2['kl_off_worst']:.3f} nats from the KL" in page
+    assert f"gaps of up to {worst:.2f} over" in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.slow
