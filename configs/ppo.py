@@ -7,9 +7,9 @@
 
 The stages are rm (as in configs/rm.py), ppo and evaluate. MODEL: a Hugging Face name or folder,
 usually the model that SFT has left. PAIRS: as for configs/dpo.py. PPO samples from their prompts,
-or from those of --config.data.sft_path=PROMPTS. PROMPTS: rows of prompt and completion, of which
-only the prompts are used. With the choice model there is no stage rm: REWARD is a reward model that
-you have, such as WORKDIR/rm/hf or one of the hub.
+or from those of --config.data.sft_path=PROMPTS. PROMPTS: rows of a prompt, text or chat messages;
+completions beside it are not used. With the choice model there is no stage rm: REWARD is a reward
+model that you have, such as WORKDIR/rm/hf or one of the hub.
 
 Hardware: one CPU or more. Weights, gradients, optimiser state and reference take 20 bytes per
 parameter in total, and the reward model 4 more (split over the devices with mesh.fsdp). Time: the

@@ -269,18 +269,30 @@ def _repeats(found: Survey, style: Style) -> list[str]:
     """Return the table of what is there more than once."""
     repeats = found.repeats
     if not any(dataclasses.astuple(repeats)):
-        return ["no prompt is in both splits, and no training row is there twice or reversed"]
-    evals = found.ledger.eval.kept
+        return ["no held-out prompt is trained on, and no training row is there twice or reversed"]
     train = found.ledger.train.kept
+    held_out = (
+        (
+            "validation",
+            found.ledger.eval.kept,
+            repeats.eval_prompts_in_train,
+            repeats.eval_prompts_nearly_in_train,
+        ),
+        (
+            "test",
+            found.ledger.test.kept,
+            repeats.test_prompts_in_train,
+            repeats.test_prompts_nearly_in_train,
+        ),
+    )
+    are = "whose prompt is" if len(found.rows_per_prompt) else "that are"
     rows = []
-    if evals:
-        nearly = repeats.eval_prompts_nearly_in_train
-        has_prompts = len(found.rows_per_prompt)
-        label = f"eval rows {'whose prompt is' if has_prompts else 'that are'} trained on"
-        rows = [
-            [label, _of(repeats.eval_prompts_in_train, evals)],
-            ["  the same, but for case, white space and Unicode form", _of(nearly, evals)],
-        ]
+    for split, count, exactly, nearly in held_out:
+        if count:
+            rows += [
+                [f"{split} rows {are} trained on", _of(exactly, count)],
+                ["  the same, but for case, white space and Unicode form", _of(nearly, count)],
+            ]
     rows.append(["training rows equal to an earlier one", _of(repeats.train_rows_repeated, train)])
     if found.kind == "pairs":
         label = "training pairs that are there the other way round, too"
@@ -594,7 +606,7 @@ def _warnings(found: Survey, setup: Setup, max_length: int) -> list[str]:
         imbalance = train.imbalance(block.desirable_weight, block.undesirable_weight)
         if imbalance:
             warnings.append(imbalance)
-    if found.repeats.eval_prompts_in_train:
+    if found.repeats.eval_prompts_in_train or found.repeats.test_prompts_in_train:
         warnings.append(
             "some prompts are both trained and evaluated on, so the evaluation is too good"
         )

@@ -45,7 +45,7 @@ def load(
 ) -> Dataset:
     """Read, tokenise and check the data that the config `data` names.
 
-    kind: "sft", "pairs" or "unpaired". date: what chat templates take for today; None: today.
+    kind: as for `splits.parts`. date: what chat templates take for today; None: today.
     distinct: leave out a row whose tokens an earlier row of the split has. watch: as for
     `load_parts`. Raises ValueError or FileNotFoundError with the file, row and field, or with the
     reasons for which too many rows were dropped.

@@ -202,7 +202,7 @@ def read_runs(run_configs: Iterable) -> list[Seen]:
             names = ("source", "path", "mix", "train_split", "eval_split")
             key = tuple(data[name] for name in names)
             if key not in found:
-                kind = "sft" if is_of_sft else table.kind
+                kind = table.data if is_of_sft else table.kind
                 found[key] = read(data, kind, stage, data.path or data.mix or data.source)
     return list(found.values())
 

@@ -57,7 +57,8 @@ class Row:
 class TextExample:
     """A prompt and its responses.
 
-    They are (chosen, rejected) for pairs, and (completion,) for SFT and for unpaired rows.
+    They are (chosen, rejected) for pairs, (completion,) for SFT and for unpaired rows, and () for a
+    prompt alone, which is sampled from.
     """
 
     prompt: Text

@@ -132,6 +132,10 @@ class Shape:
         return {*self.needs, *self.also}
 
 
+class NoShape(Malformed):
+    """This row has none of SHAPES."""
+
+
 def local(fields: dict, columns: dict | None = None, ignore: tuple = ()) -> Row:
     """Return a row of the user's own data, in whichever of SHAPES it is.
 
@@ -230,6 +234,36 @@ def local_prompt(fields: dict, columns: dict | None = None, ignore: tuple = ()) 
         if prompt[-1]["role"] == "assistant":
             prompt = prompt[: last_turn(prompt)]
     return Row(prompt, (), tools=row.tools)
+
+
+def local_or_prompt(fields: dict, columns: dict | None = None, ignore: tuple = ()) -> Row:
+    """Return a row as `local` does, or a prompt alone, with no responses.
+
+    A prompt alone is text, or messages that end in a turn of a user or a tool. Raises Malformed as
+    `local` does, and where there is no prompt either; Unusable for an empty one.
+    """
+    columns = columns or {}
+    try:
+        row = local(fields, columns, ignore)
+    except NoShape:
+        # Nothing in the row is an answer to train on.
+        row = local(_answered_by_stand_in(_given(fields, columns, ignore)))
+        prompt = row.prompt
+    else:
+        # A whole conversation may lack its answer.
+        if row.prompt != [] or row.responses[0][-1]["role"] == "assistant":
+            return row
+        prompt = row.responses[0]
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise Unusable("empty prompt")
+        return Row(prompt, (), shape="prompts, text")
+    last = prompt[-1]["role"]
+    if last not in ("user", "tool"):
+        raise Malformed(
+            "a prompt of messages does not end in a turn of a user or a tool", f"role {last!r}"
+        )
+    return Row(prompt, (), tools=row.tools, shape="prompts, chat")
 
 
 def _answered_by_stand_in(fields: dict) -> dict:
@@ -411,7 +445,7 @@ def _ambiguous(shapes: list[Shape]) -> Malformed:
     return Malformed(f"the row could be {names}", advice=f"choose with {', or '.join(lines)}")
 
 
-def _unrecognised(fields: dict) -> Malformed:
+def _unrecognised(fields: dict) -> NoShape:
     """Return the error that says which shapes a row is nearest to, and what it lacks."""
     started = []
     for shape in SHAPES:
@@ -430,7 +464,7 @@ def _unrecognised(fields: dict) -> Malformed:
         hints.append(f"{shape.name}, {lacks}")
     nearest = f"nearest: {'; '.join(hints[:3])}" if hints else ""
     nearest = _hint_of_names(fields) or nearest
-    error = Malformed("no known shape of row", names_of(fields), nearest)
+    error = NoShape("no known shape of row", names_of(fields), nearest)
     error.example = (
         f"{SHAPES[0].name}: {SHAPES[0].example}\n"
         "  if your columns have other names: --config.data.columns=prompt=COLUMN,chosen=COLUMN,"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from dpo_jax.data.ledger import Filtered, Malformed, Unusable
 from dpo_jax.data.rows import ONE_PAIR, Row, numbers_of, text_field
-from dpo_jax.data.shapes import local, parse_columns, shp
+from dpo_jax.data.shapes import local, local_or_prompt, parse_columns, shp
 
 ASSISTANT = "\n\nAssistant:"
 CUE = "TL;DR:"
@@ -166,12 +166,13 @@ SOURCES = {
 }
 
 
-def parser(data) -> Callable[[dict], Row]:
+def parser(data, *, takes_prompts: bool = False) -> Callable[[dict], Row]:
     """Return the function that reads a record's fields as the config `data` says.
 
-    Raises ValueError where data.columns is wrong, or set for a source other than local.
+    takes_prompts: read local rows of a prompt alone, too. Raises ValueError where data.columns is
+    wrong, or set for a source other than local.
     """
-    parse = _parser_of_texts(data)
+    parse = _parser_of_texts(data, takes_prompts)
     if not data.weight and not data.margin:
         return parse
     return functools.partial(_with_numbers, parse, data.weight, data.margin)
@@ -183,10 +184,11 @@ def _with_numbers(parse: Callable[[dict], Row], weight: str, margin: str, fields
     return dataclasses.replace(row, numbers=numbers_of(fields, weight, margin))
 
 
-def _parser_of_texts(data) -> Callable[[dict], Row]:
+def _parser_of_texts(data, takes_prompts: bool) -> Callable[[dict], Row]:
     columns = parse_columns(data.columns)
     if data.source == "local":
-        return functools.partial(local, columns=columns, ignore=tuple(data.ignore))
+        parse = local_or_prompt if takes_prompts else local
+        return functools.partial(parse, columns=columns, ignore=tuple(data.ignore))
     if columns:
         raise ValueError(
             f"data.columns={data.columns!r} is for data.source=local; the columns of "

@@ -27,6 +27,7 @@ from dpo_jax.data.conversations import as_context, is_trained_on
 from dpo_jax.data.ledger import Counts, Filtered, Ledger, Malformed, Unusable
 from dpo_jax.data.readers import fields_of, find_splits, names_split
 from dpo_jax.data.rows import Row, Text, TextExample, names_of
+from dpo_jax.data.shapes import PROMPTS, NoShape
 from dpo_jax.data.sources import SOURCES, Source
 
 SPLITS = ("train", "eval", "test")  # to train on, to validate on, to test on
@@ -44,6 +45,9 @@ NOTHING_HELD_OUT = (
     "so none is held out and nothing is evaluated. Pass rows to evaluate on as a split of their "
     "own (files named train and test, data.eval_split), or --config.data.eval_fraction=0 to do "
     "without."
+)
+PROMPTS_ALONE = (
+    "Rows of a prompt alone are for stages that only sample: ppo, pairs, best_of_n and evaluate."
 )
 LABELLED_ROW = '{"prompt": "Name a colour.", "completion": " Blue.", "label": true}'
 # What an assistant's message may say beside its content.
@@ -90,8 +94,8 @@ def read(
 def parts(data, kind: str) -> list[Part]:
     """Return the data sets to read: the one at data.path, or those of data.mix.
 
-    kind: "sft", "pairs" or "unpaired". Raises ValueError or FileNotFoundError that says which file,
-    row, field or split is wrong; so does reading the examples.
+    kind: "sft", "pairs", "unpaired" or "prompts". Raises ValueError or FileNotFoundError that says
+    which file, row, field or split is wrong; so does reading the examples.
     """
     if data.source not in SOURCES:
         raise ValueError(f"data.source={data.source!r} is not one of {', '.join(SOURCES)}.")
@@ -142,7 +146,7 @@ class _Reading:
         """
         data = self.data
         source = SOURCES[data.source]
-        parse = sources.parser(data)
+        parse = sources.parser(data, takes_prompts=self.kind == "prompts")
         if source.sorted:
             records = sorted(records, key=lambda record: _hash(str(record[1])))
         for where, record in records:
@@ -352,6 +356,7 @@ def _planned(
 
 
 def _toy_examples(data, kind: str, ledger: Ledger) -> SplitExamples:
+    kind = "sft" if kind == "prompts" else kind
     for split, examples in toy.examples(data, kind).items():
         for example in examples:
             getattr(ledger, split).read += 1
@@ -629,13 +634,17 @@ def examples_of(
 ) -> list[TextExample]:
     """Return the examples of a row: its pairs, for SFT its best response, or its unpaired rows.
 
-    kind: "pairs", "sft" or "unpaired". turns: as config.data.turns, for SFT. Raises Malformed where
-    this kind of training lacks a response or a label, Filtered where SFT has no use of it, and,
-    unless keep_all, Unusable where a response is empty or both of a pair are equal.
+    kind: "pairs", "sft", "unpaired", or "prompts", which are as for SFT, or without a response.
+    turns: as config.data.turns, for SFT. Raises Malformed where this kind of training lacks a
+    response or a label, Filtered where SFT has no use of it, and, unless keep_all, Unusable where a
+    response is empty or both of a pair are equal.
     """
     if kind == "unpaired":
         return _unpaired(row, where)
-    if kind == "sft":
+    if kind == "prompts" and not row.responses:
+        prompt = as_context(row.prompt) if isinstance(row.prompt, list) else row.prompt
+        return [TextExample(prompt, (), where, row.tools)]
+    if kind in ("sft", "prompts"):
         if row.label is False:
             raise Filtered("label is false: an answer that was not liked")
         prompt, response = row.prompt, row.responses[0]
@@ -740,15 +749,16 @@ def _said(response: Text) -> str:
 def _explain(error: Malformed, where: str, record, data, source: Source) -> str:
     """Say what is wrong with a record, to the person who can mend it."""
     try:
-        found = names_of(fields_of(record))
+        fields = fields_of(record)
     except Malformed:
-        found = ""
-    return "\n".join(
-        [
-            f"{where}: {error}.",
-            f"  data.path: {data.path}",
-            f"  fields found: {found or 'none'}",
-            f"  a right row for {error.example or f'data.source={data.source}: {source.example}'}",
-            "Fix the row, or drop and count such rows with --config.data.on_bad_row=drop.",
-        ]
-    )
+        fields = {}
+    lines = [
+        f"{where}: {error}.",
+        f"  data.path: {data.path}",
+        f"  fields found: {names_of(fields) or 'none'}",
+        f"  a right row for {error.example or f'data.source={data.source}: {source.example}'}",
+    ]
+    if isinstance(error, NoShape) and not fields.keys().isdisjoint(PROMPTS):
+        lines.append(PROMPTS_ALONE)
+    lines.append("Fix the row, or drop and count such rows with --config.data.on_bad_row=drop.")
+    return "\n".join(lines)

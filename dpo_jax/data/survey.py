@@ -44,6 +44,8 @@ class Repeats:
 
     eval_prompts_in_train: int  # eval rows whose prompt is a training prompt too
     eval_prompts_nearly_in_train: int  # likewise, or normalised: see leaks.py
+    test_prompts_in_train: int  # test rows whose prompt is a training prompt too
+    test_prompts_nearly_in_train: int  # likewise, or normalised
     train_rows_repeated: int  # training rows that are equal to an earlier one
     train_pairs_reversed: int  # pairs whose responses another pair has the other way round
 
@@ -205,7 +207,7 @@ def _take(data, kind: str, tokenizer, showing: _Showing, *, must_keep_cue: bool 
         lengths=lengths,
         trained_on=trained_on,
         rows_per_prompt=seen["train"].rows_per_prompt(),
-        repeats=_repeats(seen["train"], seen["eval"]),
+        repeats=_repeats(seen["train"], seen["eval"], seen["test"]),
         cuts=cuts,
         rows=rows,
         chat_lengths=chat_lengths,
@@ -485,13 +487,15 @@ class _Seen:
         return np.array(self._reversed)
 
 
-def _repeats(train: _Seen, evals: _Seen) -> Repeats:
+def _repeats(train: _Seen, evals: _Seen, tests: _Seen) -> Repeats:
     reversed_pairs = np.isin(train.reversed, train.rows)
     # A row whose reverse is itself is one completion, or a pair of equal responses.
     reversed_pairs &= train.reversed != train.rows
     return Repeats(
         eval_prompts_in_train=int(np.isin(evals.prompts, train.prompts).sum()),
         eval_prompts_nearly_in_train=int(np.isin(evals.nearly, train.nearly).sum()),
+        test_prompts_in_train=int(np.isin(tests.prompts, train.prompts).sum()),
+        test_prompts_nearly_in_train=int(np.isin(tests.nearly, train.nearly).sum()),
         train_rows_repeated=len(train.rows) - len(np.unique(train.rows)),
         train_pairs_reversed=int(reversed_pairs.sum()),
     )

@@ -190,6 +190,9 @@ class Encoder:
 
         Raises Unusable where it cannot be trained on, unless all are to be kept.
         """
+        if not text.responses:
+            self._append_prompt(tokens, text)
+            return
         whole = _with_ends(tokens, self._rule, self._keep_all)
         counts = self._counts
         of_row = dict(
@@ -203,6 +206,19 @@ class Encoder:
         if tokens.is_chat:
             prompt, responses, _ = whole
             self.chat_lengths.add(len(prompt), max(map(len, responses)))
+
+    def _append_prompt(self, tokens: "_Tokens", text: TextExample) -> None:
+        """Append a prompt alone, with one response of no tokens."""
+        whole = _started(tokens.prompt, self._rule, tokens.is_chat)
+        # As for `encode_prompts`: the rest of max_length is its answer's.
+        prompt = _cut_prompt(whole, self._rule)
+        self._counts.prompts_truncated += len(prompt) < len(whole)
+        self._examples.append(
+            prompt, ((),), text.where, subset=text.subset, question_hash=text.question_hash
+        )
+        if tokens.is_chat:
+            room = self._rule.max_length - self._rule.max_prompt_length
+            self.chat_lengths.add(len(whole), room)
 
 
 class ChatLengths:
@@ -498,6 +514,8 @@ def _render(text: TextExample, chat: Chat) -> Rendered:
     """
     if isinstance(text.prompt, list):
         chat.check(text.where)
+        if not text.responses:
+            return Rendered(chat.prompt(text.prompt, text.tools), (), is_chat=True)
         return chat.example(text.prompt, text.responses, text.tools)
     _check_no_tools(text, chat)
     eos = chat.tokenizer.eos_token

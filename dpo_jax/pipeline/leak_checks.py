@@ -46,15 +46,11 @@ def report(run, stage: str, source: str, splits: dict[str, Hashes]) -> dict:
     return found["values"]
 
 
-def check_ahead(run, stage: str, tokenizer, found: dict) -> None:
+def check_ahead(run, tokenizer) -> None:
     """Raise ValueError where a later stage is to judge a prompt that is trained on, or lacks some.
 
-    Training may take hours, so this comes before. found: what `report` returned.
+    Training may take hours, so this comes before.
     """
-    # The prompts are those of the data that sft has just read: where none of these is trained on,
-    # they need not be read once more.
-    if stage == "sft" and not any(one["normalised"] for one in found["held_out"].values()):
-        return
     for judging in stage_table.JUDGING:
         is_exact = judging == "evaluate" and run.is_measured_exactly()
         if judging in run.config.stages and not is_exact:

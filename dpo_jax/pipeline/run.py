@@ -161,7 +161,7 @@ class Run:
         if not is_sampled:
             seen = {split: gathered.hashes(split, getattr(loaded, split).where) for split in SPLITS}
             ledger["leaks"] = leak_checks.report(self, stage, source, seen)
-            leak_checks.check_ahead(self, stage, tokenizer, ledger["leaks"])
+            leak_checks.check_ahead(self, tokenizer)
         if kind == "unpaired":
             _check_can_be_mismatched(stage, source, loaded)
             _say_of_labels(stage, loaded.ledger.train, self.config[stage])
@@ -190,7 +190,7 @@ class Run:
                 conversation = Conversation(text.prompt, text.tools) if is_chat else None
                 read[split].append((text.where, conversation))
 
-            loaded = dataset.load(data, tokenizer, "sft", date=self.date, watch=watch)
+            loaded = dataset.load(data, tokenizer, "prompts", date=self.date, watch=watch)
             found = {}
             for split in SPLITS:
                 # What is held out is the same under every seed.
@@ -214,7 +214,7 @@ class Run:
         seen = dict(train=prompts.hashes)
         found = leak_checks.report(self, stage, _source(self.sft_data()), seen)
         found |= leak_checks.prefixes(self, loaded["eval"], prompts)
-        leak_checks.check_ahead(self, stage, tokenizer, found)
+        leak_checks.check_ahead(self, tokenizer)
         self.record(stage, dict(prompts=len(prompts), leaks=found), prompts.fingerprint)
         return prompts
 

@@ -69,7 +69,7 @@ def pairs_stage(run: Run, stage: str) -> dict:
         splits["eval"] = held_out.hashes
     found = leak_checks.report(run, stage, str(run.folder(stage)), splits)
     found |= leak_checks.prefixes(run, prompts["eval"], prompts["train"])
-    leak_checks.check_ahead(run, stage, initial.tokenizer, found)
+    leak_checks.check_ahead(run, initial.tokenizer)
     asks_reward = stage_table.asks_reward(run.config, stage)
     reward_model = run.reward_model("true") if asks_reward else None
     run.record_weights(stage, policy=initial, reward=reward_model)

@@ -126,6 +126,12 @@ def make(
     kept = []
     for index, (example, length) in enumerate(zip(examples, lengths, strict=True)):
         text = example.responses[0]
+        if not len(text):
+            raise ValueError(
+                f"{examples.where[index]} is a prompt alone, without a completion that "
+                f"config.sampling.max_prefix = {sampling.max_prefix} could take a start of. Set it "
+                "to 0, or give rows of texts."
+            )
         if len(text) > sampling.max_prefix + 1:  # its last token may be EOS
             ids.append(np.concatenate([example.prompt, text[:length]]))
             kept.append(index)

@@ -17,9 +17,9 @@ from dpo_jax.pipeline.stages import run_stages
 from dpo_jax.rewards import make
 from dpo_jax.training.loop import Interrupted
 from dpo_jax.training.metrics import read_rows
-from dpo_jax.workdir import StageChanged, read_lines
+from dpo_jax.workdir import StageChanged, read_ledger, read_lines
 from tests.helpers.documented import documented_metrics
-from tests.helpers.rows import change_record
+from tests.helpers.rows import change_record, write_jsonl
 from tests.helpers.tiny_runs import dpo_config, on_devices, rows_without_timings, run, weights
 
 STEPS = dict(sft=30, rm=40, preferred_ft=6, unlikelihood=6, ppo=4)
@@ -348,3 +348,31 @@ def test_ppo_of_llama_with_reward_model(model, pairs, tmp_path, capsys):
     for name in ("ppo_train/kl", "ppo_train/length", "ppo_train/eos_rate"):
         assert step[name] == rows[1][name]
     assert np.isfinite(step["ppo_train/reward"])
+
+
+def many_words(prompts, completions):
+    return [len(completion.split()) for completion in completions]
+
+
+def test_ppo_on_prompts_alone(model, tmp_path):
+    """configs/ppo.py:model, on rows without an answer, and with a reward of one's own."""
+    rows = [dict(prompt=f"w{3 + n % 30} w{3 + n // 30}") for n in range(90)]
+    config = config_files.load("ppo:model")
+    config.model.path = str(model)
+    config.data.path = str(write_jsonl(tmp_path / "prompts.jsonl", rows))
+    config.data.eval_fraction = 0.4
+    config.reward.path = "unread"  # the function takes its place
+    config.ppo.update(batch_size=8, minibatch_size=8, steps=1, lr=1e-3, eval_every=1, save_every=1)
+    config.sampling.update(max_new_tokens=4, batch_size=16)
+    config.evaluate.update(prompts=8, show=2)
+    with on_devices(1):
+        folder = run(config, tmp_path, reward=many_words)
+    assert rows_without_timings(folder)[-1]["frontier/kl"] > 0
+    assert read_ledger(folder)["prompts"] == 54
+    assert read_ledger(folder)["leaks"]["held_out"] == {}
+    evaluated = tmp_path / "evaluate"
+    assert read_ledger(evaluated)["prompts"] == 8
+    assert read_ledger(evaluated)["leaks"]["held_out"]["evaluate"]["normalised"] == 0
+    asked = {row["prompt"] for row in rows}
+    completions = read_lines(evaluated / "completions.jsonl")
+    assert len(completions) == 8 and {row["prompt"] for row in completions} <= asked

@@ -60,8 +60,10 @@ def test_reward_function_labels_and_measures(workdir):
     assert "frontier/reward" in read_rows(workdir / "dpo" / "metrics.jsonl")[-1]
 
 
-def test_too_few_held_out_prompts_are_refused_before_sampling(workdir, tmp_path):
-    shutil.copytree(workdir / "sft", tmp_path / "sft")
+@pytest.mark.parametrize("first", ["sft", "pairs"])
+def test_too_few_held_out_prompts_are_refused_before_training(workdir, tmp_path, first):
+    if first == "pairs":
+        shutil.copytree(workdir / "sft", tmp_path / "sft")
     config = short("dpo")
     config.evaluate.prompts = 100_000
     with (
@@ -69,6 +71,7 @@ def test_too_few_held_out_prompts_are_refused_before_sampling(workdir, tmp_path)
         pytest.raises(ValueError, match=r"evaluate.prompts = 100000, but there are only \d+ held"),
     ):
         run_stages(config, str(tmp_path), reward=distinct_words)
+    assert (tmp_path / "sft" / "checkpoints").exists() == (first == "pairs")
     assert not (tmp_path / "pairs" / "pairs.jsonl").exists()
     assert not (tmp_path / "dpo").exists()
 

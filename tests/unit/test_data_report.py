@@ -193,17 +193,23 @@ def test_repeats(tmp_path):
     ]
     evals = [row("A prompt.", "x", "z"), row("another one. ", "x", "z"), row("New.", "x", "z")]
     write_jsonl(tmp_path / "train.jsonl", train)
-    write_jsonl(tmp_path / "test.jsonl", evals)
+    write_jsonl(tmp_path / "validation.jsonl", evals)
+    tests = [row("Another  one.", "x", "z"), row("ANOTHER one.", "x", "z"), row("Other.", "x", "z")]
+    write_jsonl(tmp_path / "test.jsonl", [*tests, row("One more.", "x", "z")])
     found = look(tmp_path)
     assert found.repeats == Repeats(
         eval_prompts_in_train=1,
         eval_prompts_nearly_in_train=2,
+        test_prompts_in_train=1,
+        test_prompts_nearly_in_train=2,
         train_rows_repeated=1,
         train_pairs_reversed=3,
     )
     assert found.repeats.eval_prompts_in_train == found.ledger.shared_prompts
+    assert found.repeats.test_prompts_in_train == found.ledger.shared_test_prompts
     said = [" ".join(line.split()) for line in lines_of(found)]
-    assert "eval rows whose prompt is trained on 1 of 3 (33 %)" in said
+    assert "validation rows whose prompt is trained on 1 of 3 (33 %)" in said
+    assert "test rows whose prompt is trained on 1 of 4 (25 %)" in said
     assert "training pairs that are there the other way round, too 3 of 4 (75 %)" in said
     assert sum(line.startswith("warning: some p") for line in said) == 2
 
@@ -399,7 +405,7 @@ def a_survey(*, lengths=((4, 5),), cuts=(), kept=20_000, unit="tokens", **fields
         lengths={"prompt": np.array([3]), "chosen": chosen, "rejected": rejected},
         trained_on={"chosen": chosen, "rejected": rejected},
         rows_per_prompt=np.ones(1, int),
-        repeats=Repeats(0, 0, 0, 0),
+        repeats=Repeats(0, 0, 0, 0, 0, 0),
         cuts=measured,
         rows=[],
         **fields,

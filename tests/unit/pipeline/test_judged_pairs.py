@@ -1,12 +1,14 @@
 """Pairs whose labels are a judge's votes: kept, capped, resumed, and left out where undecided."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from dpo_jax import config as configs
 from dpo_jax import config_checks, stage_table
+from dpo_jax.costs import Work
 from dpo_jax.evaluation.judge import JUDGEMENTS, BudgetExhausted, Judge
 from dpo_jax.pipeline import preference_pairs
 from dpo_jax.pipeline.preference_pairs import Labelling
@@ -37,11 +39,14 @@ def make(tmp_path, monkeypatch):
 
     def pairs_of(rows, conversations=None, **judge):
         monkeypatch.setattr(rollouts, "complete", lambda *_: rows)
+        # No model samples here, so none says what it computes.
+        monkeypatch.setattr(rollouts, "work_of", lambda *_: Work())
         prompts = prompts_of(rows, conversations)
         splits = dict(train=prompts.take(range(len(rows) - 1)), eval=prompts.take([len(rows) - 1]))
         labelling = Labelling("judge", judge=Judge(**dict(model="m", template="dialogue") | judge))
         sampling = Sampling(max_new_tokens=3, n=len(rows[0]["completions"]))
-        preference_pairs.make_pairs(None, splits, None, labelling, sampling, tmp_path)
+        model = SimpleNamespace(config=None)
+        preference_pairs.make_pairs(model, splits, None, labelling, sampling, tmp_path)
         lines = (tmp_path / "pairs.jsonl").read_text().splitlines()
         ledger = json.loads((tmp_path / "ledger.json").read_text())
         return [json.loads(line) for line in lines], ledger

@@ -88,3 +88,40 @@ def test_run_keeps_conversations_of_prompts(tmp_path):
             assert message["role"] == "user" and text.split()[-1] == message["content"]
             chats += 1
     assert chats == 5
+
+
+def prompts_alone_config(path):
+    config = configs.default(("ppo",))
+    config.data.update(path=str(path), eval_fraction=0.4)
+    return config
+
+
+def test_prompts_alone_are_those_of_rows_with_answers(tmp_path):
+    """Text and chat, whose conversations a reward may read."""
+    words = tokenizer()
+    words.chat_template = TEMPLATE
+    found = []
+    for answer in ([], [dict(role="assistant", content="w9")]):
+        rows = []
+        for number in range(30):
+            asked = dict(role="user", content=f"w{number}")
+            rows.append(dict(messages=[asked, *answer]))
+            text = dict(prompt=f"w{number} w1")
+            rows.append(text | dict(completion=" w9") if answer else text)
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        found.append(Run(prompts_alone_config(path), tmp_path, mesh=None).load_prompts(words))
+    for split in ("train", "eval", "test"):
+        alone, answered = (of_rows[split] for of_rows in found)
+        assert len(alone) and alone.fingerprint == answered.fingerprint
+        assert alone.conversations == answered.conversations
+        assert (alone.hashes.exact == answered.hashes.exact).all()
+
+
+def test_prompts_alone_have_no_prefixes(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "w1"}\n')
+    config = prompts_alone_config(path)
+    config.sampling.update(min_prefix=1, max_prefix=2)
+    with pytest.raises(ValueError, match="row 1 is a prompt alone, .*max_prefix = 2 could take"):
+        Run(config, tmp_path, mesh=None).load_prompts(tokenizer())
