@@ -47,7 +47,8 @@ NOTHING_HELD_OUT = (
     "without."
 )
 PROMPTS_ALONE = (
-    "Rows of a prompt alone are for stages that only sample: ppo, pairs, best_of_n and evaluate."
+    "Rows of a prompt alone are for stages that only sample (ppo, pairs, best_of_n and evaluate); "
+    "all others, and the command `dpo-jax data`, need an answer."
 )
 LABELLED_ROW = '{"prompt": "Name a colour.", "completion": " Blue.", "label": true}'
 # What an assistant's message may say beside its content.

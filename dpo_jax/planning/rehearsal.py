@@ -3,10 +3,11 @@
 Weights are random but of the real size, and examples are made up, all of the longest lengths that
 the config allows. So neither weights nor data are read, and no step of the run itself takes more
 time. Memory lacks one thing: the initial weights that the stage `evaluate` may keep beside those of
-the reference.
+the reference. A step of PPO is whole, but for the reward, which costs no time here.
 """
 
 import dataclasses
+import pathlib
 import time
 
 import jax
@@ -20,18 +21,18 @@ from dpo_jax.models import attention, transformer
 from dpo_jax.models import lora as adapters
 from dpo_jax.models.lora import Lora
 from dpo_jax.parallel import sharding
-from dpo_jax.planning import groups, planner
+from dpo_jax.planning import groups, planner, rollouts
+from dpo_jax.sampling.prompts import Prompts
+from dpo_jax.sampling.sampler import Sampling
 from dpo_jax.stage_table import STAGES
 from dpo_jax.training import objectives
-from dpo_jax.training.loop import stage_programs
-from dpo_jax.training.step import copy_params
+from dpo_jax.training.loop import Job, stage_programs
+from dpo_jax.training.ppo import RolloutFeed
+from dpo_jax.training.step import Frozen, copy_params
 
 GIB = 2**30
 SCALE = 0.02  # of the random weights
-# Stages whose step reads rows of data. Most of a PPO step is sampling.
-REHEARSED_STAGES = tuple(
-    name for name, stage in STAGES.items() if stage.trains and not stage.samples
-)
+REHEARSED_STAGES = tuple(name for name, stage in STAGES.items() if stage.trains)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +43,10 @@ class Rehearsal:
     mesh: dict[str, int]
     examples: int  # of a step
     tokens: int  # that it reads
-    compile_seconds: float
+    compile_seconds: float | None  # None: the first step compiles its programs itself
     first_seconds: float
     step_seconds: float  # of the second step
-    hbm_gib: float  # of a device, by the compiler
+    hbm_gib: float | None  # of a device, by the compiler; None: of several programs
     peak_gib: float | None  # that a device of this host has held so far; None on a CPU
     capacity_gib: float | None  # that jax may take of a device; None on a CPU
 
@@ -53,22 +54,18 @@ class Rehearsal:
 def rehearse_all(config: ConfigDict) -> list[Rehearsal]:
     """Make a step of each training stage of a config, and say what it takes.
 
-    Stages whose step begins with sampling are left out. Raises ValueError if there is no other.
+    Raises ValueError if there is no training stage.
     """
-    training = stage_table.training_stages(config)
-    stages = [stage for stage in training if stage in REHEARSED_STAGES]
+    stages = stage_table.training_stages(config)
     if not stages:
         raise ValueError(
             f"--rehearse: no stage of config.stages = {', '.join(config.stages)} can be rehearsed. "
             f"Those that can are {', '.join(REHEARSED_STAGES)}."
         )
-    for stage in training:
-        if stage not in stages:
-            say(f"{stage}: not rehearsed, as most of its time goes into sampling")
     found = []
     for stage in stages:
         with compile_times(stage):
-            rehearsal = rehearse(config, stage)
+            rehearsal = rehearse_ppo(config) if stage == "ppo" else rehearse(config, stage)
         say(told(rehearsal))
         found.append(rehearsal)
     say("rehearsed with random weights and made-up examples; nothing was written")
@@ -127,23 +124,115 @@ def rehearse(config: ConfigDict, stage: str) -> Rehearsal:
     )
 
 
+class _NoWords:
+    """A tokenizer's stand-in by which all tokens are the empty text."""
+
+    def batch_decode(self, ids, skip_special_tokens: bool = True) -> list[str]:
+        return [""] * len(ids)
+
+
+def _no_reward(prompts, completions, tokens, conversations) -> list[float]:
+    return [0.0] * len(completions)
+
+
+def rehearse_ppo(config: ConfigDict) -> Rehearsal:
+    """Make two steps of PPO on the run's mesh, each with its samples and updates.
+
+    All completions are as long as is allowed. A reward model of the run's own is held, not run.
+    """
+    block = config.ppo.copy_and_resolve_references()
+    block.update(steps=2, warmup_steps=0)
+    mesh = sharding.make_mesh(**config.mesh)
+    model = planner.model_config(config, "ppo")
+    group = groups.group_of(config, "ppo", planner.Assumptions())
+    lora = Lora(**config.model.lora) if config.model.lora.rank else None
+    job = Job(
+        name="ppo",
+        folder=pathlib.Path(),  # nothing is written
+        block=block,
+        model=model,
+        mesh=mesh,
+        load_init=None,
+        load_reference=None,
+        log=config.log,
+        config={},
+        lora=lora,
+    )
+    ids = np.arange(block.batch_size * group.prompt_tokens) % model.vocab
+    prompts = Prompts(
+        list(ids.reshape(block.batch_size, -1).astype(np.int32)), [""] * block.batch_size
+    )
+    feed = RolloutFeed(
+        job,
+        prompts,
+        _no_reward,
+        tokenizer=_NoWords(),
+        eos_id=None,
+        sampling=Sampling(group.response_tokens, batch_size=config.sampling.batch_size),
+    )
+
+    with jax.set_mesh(mesh):
+        params = _random(mesh, transformer.abstract(model))
+        base = None
+        if lora:
+            base = params
+            params = _random(mesh, adapters.abstract(model, lora))
+        reference = _reference(config, "ppo", model, mesh, params, base)
+        rewarder = None
+        if block.reward == "rm":
+            rewarder = _random(mesh, transformer.abstract(rollouts.rewarder(model)))
+        state = job.programs.init_state(params, feed.controls)
+        hyper = objectives.numbers(block, feed.total, feed.updates_per_step)
+        if lora:
+            hyper["lora_scale"] = np.float32(lora.scale)
+        hyper = jax.device_put(hyper, sharding.replicated(mesh))
+        feed.start(Frozen(hyper, reference, base), 0)
+        seconds = []
+        for step in range(feed.total):
+            started = time.monotonic()
+            state, metrics = feed.run(state, step)
+            jax.block_until_ready((state, metrics))
+            seconds.append(time.monotonic() - started)
+        peak, capacity = _peak(mesh)
+        del rewarder  # held until here, as beside the run's own steps
+    first_seconds, step_seconds = seconds
+    return Rehearsal(
+        stage="ppo",
+        mesh=dict(mesh.shape),
+        examples=block.batch_size,
+        tokens=block.batch_size * (group.prompt_tokens + group.response_tokens),
+        compile_seconds=None,
+        first_seconds=first_seconds,
+        step_seconds=step_seconds,
+        hbm_gib=None,
+        peak_gib=peak,
+        capacity_gib=capacity,
+    )
+
+
 def told(rehearsal: Rehearsal) -> str:
     """Return lines that say what a stage's step takes."""
     mesh = " x ".join(f"{axis} {size}" for axis, size in rehearsal.mesh.items())
     per_second = rehearsal.tokens / rehearsal.step_seconds
+    compiling = "with compiling"
+    if rehearsal.compile_seconds is not None:
+        compiling = f"after {rehearsal.compile_seconds:.3g} s of compiling"
     lines = [
         f"{rehearsal.stage}: a step of {rehearsal.examples} examples, {rehearsal.tokens:,} tokens, "
         f"on {mesh}",
         f"  time: {rehearsal.step_seconds:.3g} s a step, {per_second:,.0f} tokens a second; the "
-        f"first {rehearsal.first_seconds:.3g} s, after {rehearsal.compile_seconds:.3g} s of "
-        "compiling",
-        f"  memory of a device: {rehearsal.hbm_gib:.3g} GiB by the compiler",
+        f"first {rehearsal.first_seconds:.3g} s, {compiling}",
     ]
+    memory = []
+    if rehearsal.hbm_gib is not None:
+        memory.append(f"{rehearsal.hbm_gib:.3g} GiB by the compiler")
     if rehearsal.peak_gib is not None:
-        lines[-1] += (
-            f"; at most {rehearsal.peak_gib:.3g} GiB were taken so far, of "
+        memory.append(
+            f"at most {rehearsal.peak_gib:.3g} GiB were taken so far, of "
             f"{rehearsal.capacity_gib:.3g} GiB that jax may take"
         )
+    if memory:
+        lines.append(f"  memory of a device: {'; '.join(memory)}")
     return "\n".join(lines)
 
 

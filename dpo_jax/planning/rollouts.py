@@ -115,8 +115,8 @@ def _works(
         "measuring": roofline.forward(model, mesh, passes, topology, flops=2 * forward),
     }
     if block.reward == "rm":
-        rewarder = _rewarder(model)
-        once = sum(flops.forward(rewarder, of_update).values()) * minibatches / topology.chips
+        reward_model = rewarder(model)
+        once = sum(flops.forward(reward_model, of_update).values()) * minibatches / topology.chips
         passes = math.ceil(size / config.reward.batch_size)
         works["rewarding"] = roofline.forward(rewarder, mesh, passes, topology, flops=once)
     return works, taken
@@ -134,11 +134,11 @@ def _resident(config: ConfigDict, model: TransformerConfig, mesh) -> dict[str, i
         reference = adapters.abstract(policy, Lora(**config.model.lora))
     found = dict(reference=_bytes(reference, mesh))
     if config.ppo.reward == "rm":
-        found["reward model"] = _bytes(transformer.abstract(_rewarder(model)), mesh)
+        found["reward model"] = _bytes(transformer.abstract(rewarder(model)), mesh)
     return found
 
 
-def _rewarder(model: TransformerConfig) -> TransformerConfig:
+def rewarder(model: TransformerConfig) -> TransformerConfig:
     """Return the config of the run's own reward model, which starts from the same weights."""
     return dataclasses.replace(model, head="reward", dtype="float32")
 

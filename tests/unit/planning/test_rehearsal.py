@@ -4,10 +4,11 @@ import jax
 import numpy as np
 import pytest
 
+from dpo_jax.config import default
 from dpo_jax.parallel import sharding
 from dpo_jax.planning import groups, planner, rehearsal
 from dpo_jax.planning.program import make_program
-from tests.helpers.tiny_runs import command, on_devices, scratch_config
+from tests.helpers.tiny_runs import SCRATCH, command, on_devices, scratch_config
 
 
 def planned_gib(config, stage, mesh):
@@ -48,6 +49,22 @@ def test_rehearsal_of_adapters():
     text = rehearsal.told(found)
     assert "8 examples, 384 tokens" in text and "GiB by the compiler" in text
     assert "at most" not in text, "a CPU does not say what it has held"
+
+
+def test_rehearsal_of_ppo():
+    """Samples and updates of the real size, by adapters; completions do not end early."""
+    config = default(("ppo",))
+    config.model.scratch.update(SCRATCH)
+    config.model.lora.rank = 2
+    config.data.update(max_length=32, max_prompt_length=16)
+    config.sampling.update(max_new_tokens=4, batch_size=4)
+    config.ppo.update(batch_size=8, minibatch_size=4, inner_epochs=1)
+    with on_devices(1):
+        found = rehearsal.rehearse_ppo(config)
+    assert found.examples == 8 and found.tokens == 8 * (16 + 4)
+    assert found.first_seconds > found.step_seconds > 0
+    text = rehearsal.told(found)
+    assert "s, with compiling" in text and "by the compiler" not in text
 
 
 def test_random_weights_differ():
@@ -98,8 +115,14 @@ def test_rehearse_command_refuses_what_it_has_no_use_for(tmp_path):
 def test_rehearse_command_leaves_nothing(tmp_path):
     workdir = tmp_path / "run"
     done = command(
-        "train", "--config=toy:ppo", "--config.stages=rm,ppo", "--rehearse", f"--workdir={workdir}"
+        "train",
+        "--config=toy:ppo",
+        "--config.stages=rm,ppo",
+        "--config.ppo.batch_size=8",
+        "--config.ppo.minibatch_size=8",
+        "--rehearse",
+        f"--workdir={workdir}",
     )
     assert done.returncode == 0, done.stderr
-    assert "ppo: not rehearsed" in done.stdout and "rm: a step of 256 examples" in done.stdout
+    assert "ppo: a step of 8 examples" in done.stdout and "rm: a step of 256" in done.stdout
     assert not workdir.exists()
