@@ -844,8 +844,11 @@ def may_matter(config: ConfigDict, stage: str, field: str) -> bool:
     if is_free(field):
         return False
     so_far = stages_so_far(config, stage)
+    # A policy is measured while it is trained, on validation prompts and with draws of its own.
     if field == "data.on_leak":
-        return stage_table.is_judged(config, stage)
+        return stage in stage_table.JUDGING
+    if field == "evaluate.seed":
+        return stage == "evaluate"
     if field in OF_PAIRS:
         return any(stage_table.reads_pairs(config, name) for name in so_far)
     if field in GROUPING:

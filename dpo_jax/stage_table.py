@@ -83,13 +83,6 @@ def samples(config: ConfigDict) -> bool:
     return any(STAGES[stage].samples for stage in config.stages)
 
 
-def is_judged(config: ConfigDict, stage: str) -> bool:
-    """Return whether a stage's numbers are of held-out prompts: of its own, or of evaluate's."""
-    if stage in JUDGING:
-        return True
-    return STAGES[stage].is_policy and "evaluate" in config.stages
-
-
 def asks_reward(config: ConfigDict, stage: str) -> bool:
     """Return whether a stage samples and asks the reward, as all do but pairs of a judge."""
     is_judged = stage == "pairs" and config.pairs.labels == "judge"

@@ -108,7 +108,8 @@ def evaluate_stage(run: Run, stage: str) -> dict:
     rounded_to = exports.dtype_of(run.config, run.is_last_of_round(trained), source)
     dtype = run.config.model.dtype
     end = loading.open_checkpoint(str(folder / "hf"), rounded_to=rounded_to, dtype=dtype)
-    measure = policy_measure(run, start, judged_prompts(run, stage, start.tokenizer))
+    held_out = judged_prompts(run, stage, start.tokenizer)
+    measure = policy_measure(run, start, held_out, run.measuring(stage))
     reference = start.load_params(run.mesh)
     values, rows = measure(end.load_params(run.mesh), reference)
     # For the table side by side. The same seed, so the two differ by their weights alone.

@@ -24,6 +24,7 @@ from dpo_jax.pipeline import exports
 from dpo_jax.pipeline.model_card import ModelCard
 from dpo_jax.pipeline.run import Run
 from dpo_jax.sampling.prompts import Prompts
+from dpo_jax.sampling.sampler import Sampling
 from dpo_jax.stage_table import STAGES
 from dpo_jax.training.data_feed import DataFeed
 from dpo_jax.training.loop import Feed, Job, train
@@ -336,7 +337,9 @@ def _probe(run: Run, stage: str, models: Models) -> Callable | None:
 
         return exact_probe
     wanted = run.config.evaluate.prompts
-    measure = policy_measure(run, first, run.validation_prompts(wanted, first.tokenizer))
+    held_out = run.validation_prompts(wanted, first.tokenizer)
+    # Without evaluate.seed, so that it measures a trained policy with other draws.
+    measure = policy_measure(run, first, held_out, run.sampling(run.config.seed))
     shown = run.config.evaluate.show
 
     def probe(params) -> tuple[dict[str, float], list[dict]]:
@@ -346,12 +349,14 @@ def _probe(run: Run, stage: str, models: Models) -> Callable | None:
     return probe
 
 
-def policy_measure(run: Run, initial: Checkpoint, held_out: Prompts) -> Callable:
+def policy_measure(
+    run: Run, initial: Checkpoint, held_out: Prompts, sampling: Sampling
+) -> Callable:
     """Return (policy's weights, reference's) -> (values, rows), on held-out prompts."""
     reward = run.reward("true")
 
     def measure(params, reference):
         model = initial.model(params, run.mesh, append_eos=run.config.data.append_eos)
-        return reward_kl.evaluate(model, reference, held_out, reward, run.measuring("evaluate"))
+        return reward_kl.evaluate(model, reference, held_out, reward, sampling)
 
     return measure

@@ -491,6 +491,18 @@ def test_dependencies_of_sampling_stage():
     assert "reward.kind" not in configs.dependencies(sampled("sft", "pairs", "dpo"), "sft")
 
 
+def test_what_only_judging_depends_on():
+    """A policy that is trained can be judged with other draws, and other prompts left out."""
+    config = sampled("dpo", "best_of_n", "evaluate")
+    fields = {stage: configs.dependencies(config, stage) for stage in config.stages}
+    assert not {"data.on_leak", "evaluate.seed"} & fields["dpo"].keys()
+    assert "data.on_leak" in fields["best_of_n"]
+    assert {"data.on_leak", "evaluate.seed"} <= fields["evaluate"].keys()
+    config.data.on_leak, config.evaluate.seed = "drop", 3
+    for stage in ("dpo", "best_of_n", "evaluate"):
+        assert (configs.dependencies(config, stage) == fields[stage]) == (stage == "dpo")
+
+
 @pytest.mark.parametrize("stages", [("sft",), ("sft", "pairs"), ("dpo",)])
 def test_stages_may_be_taken_out_of_a_config(stages):
     """Their blocks stay, and are not read."""

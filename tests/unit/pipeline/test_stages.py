@@ -38,7 +38,7 @@ def test_evaluate_measures_weights_as_the_run_without_rounds_exports_them(tmp_pa
         return collections.defaultdict(float), []
 
     monkeypatch.setattr(stages, "judged_prompts", lambda run, stage, tokenizer: None)
-    monkeypatch.setattr(stages, "policy_measure", lambda run, start, prompts: measure)
+    monkeypatch.setattr(stages, "policy_measure", lambda *_: measure)
     config = configs.default(("pairs", "dpo", "evaluate"))
     config.model.path = str(write_model(tmp_path / "model", dtype="bfloat16"))
     config.data.path = "PAIRS"
