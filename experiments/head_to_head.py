@@ -10,7 +10,8 @@ MODEL is a folder or a hub name; it answers the rows of FILE as `dpo-jax sample`
 and hh_winrate. A.jsonl and B.jsonl have answers to the same prompts, as `dpo-jax sample` writes
 them. With several answers to a prompt, the first of A is compared with the first of B, and so on.
 
-Both orders are asked unless --orders=1. --reward_model=FOLDER judges by a reward model instead.
+Both orders are asked unless --orders=1. --reward_model=FOLDER judges by a reward model instead: it
+reads prompts and answers as it was trained to, chat messages through its own template.
 --dry_run tells how often the judge would be asked. Writes to DIR:
 
     a.jsonl, b.jsonl   what was sampled from models
@@ -23,6 +24,7 @@ Both orders are asked unless --orders=1. --reward_model=FOLDER judges by a rewar
 """
 
 import dataclasses
+import datetime
 import json
 import pathlib
 from collections.abc import Callable
@@ -32,28 +34,35 @@ import numpy as np
 
 from dpo_jax import command_line, device_command, sample
 from dpo_jax import config as configs
-from dpo_jax.console import say
+from dpo_jax.console import say, warn
 from dpo_jax.data import every_row
-from dpo_jax.data.conversations import transcript
+from dpo_jax.data.conversations import as_messages, transcript
 from dpo_jax.data.readers import read_jsonl
+from dpo_jax.data.rows import TextExample
 from dpo_jax.evaluation import chat_api, tables, winrate_stats
 from dpo_jax.evaluation import judge as judges
 from dpo_jax.evaluation.judge import Comparison
+from dpo_jax.models import loading
 from dpo_jax.parallel import processes, sharding
 from dpo_jax.pipeline.run import Run
-from dpo_jax.rewards import make
+from dpo_jax.rewards import make, reward_model
+from dpo_jax.sampling.prompts import Conversation
 from dpo_jax.sampling.sampler import Sampling
 from dpo_jax.workdir import write_json, write_lines, write_text
 from experiments import commands, hh_winrate, tldr_winrate, unseen, winrate, winrate_report
 
 # Task -> how the judge reads prompts, and answers.
-TASKS = {
+TASKS: dict[str, tuple[Callable, Callable]] = {
     "text": (str.strip, str.strip),
     "tldr": (tldr_winrate.text, str.strip),
     "hh": (str.strip, hh_winrate.answer),
 }
 SIDES = ("a", "b")
 REWARD_BATCH = 64
+OPTIMISED = (
+    "Warning: a reward model judged. If one of the two was optimised for it, as by PPO or best of "
+    "N, the win rate says how well it was optimised, and not which answers are better."
+)
 # Prompts as they stand in a file, cut only where the model could not read them.
 WHOLE_PROMPTS = dict(max_prompt_length=0, truncate="keep_end", columns="", template={}, ignore=())
 COLUMNS = (
@@ -111,8 +120,10 @@ class Options:
         return dict(zip(SIDES, (self.a, self.b), strict=True))
 
 
-def read_answers(path: str) -> dict[str, tuple[object, list[str]]]:
+def read_answers(path: str) -> dict[str, tuple[TextExample, list[str]]]:
     """Return key -> (prompt, answers) of a file of samples, in its order.
+
+    The prompt is an example without responses.
 
     Rows of the same prompt add up. Raises ValueError that names the row without prompt or answer.
     """
@@ -120,14 +131,14 @@ def read_answers(path: str) -> dict[str, tuple[object, list[str]]]:
     found = {}
     for number, row in read_jsonl(path):
         where = f"{path} line {number}"
-        prompt = every_row.prompt(row, data, where).prompt
+        prompt = every_row.prompt(row, data, where)
         answers = row.get("completions", [row.get("completion")])
         if not isinstance(answers, list) or not answers or not all(map(_is_text, answers)):
             raise ValueError(
                 f"{where}: expected a field 'completion', text, or 'completions', a list of texts, "
                 "as `dpo-jax sample` writes them."
             )
-        key = json.dumps(prompt, sort_keys=True)
+        key = json.dumps(prompt.prompt, sort_keys=True)
         found.setdefault(key, (prompt, []))[1].extend(answers)
     if not found:
         raise ValueError(f"{path} has no rows.")
@@ -138,7 +149,7 @@ def _is_text(value) -> bool:
     return isinstance(value, str)
 
 
-def matched(a: dict, b: dict, names: tuple[str, str]) -> list[tuple[object, str, str]]:
+def matched(a: dict, b: dict, names: tuple[str, str]) -> list[tuple[TextExample, str, str]]:
     """Return (prompt, A's answer, B's answer) for all answers, prompt by prompt.
 
     a, b: as read_answers returns them. Raises ValueError where they do not have the same prompts,
@@ -179,7 +190,7 @@ def run(options: Options, folder: pathlib.Path, mesh) -> dict:
                 side.source,
                 options.prompts,
                 path,
-                dataclasses.replace(options.sampling, temperature=side.temperature),
+                drawn_by(options.sampling, letter, side),
                 dtype=options.dtype,
                 settings=WHOLE_PROMPTS,
             )
@@ -189,18 +200,37 @@ def run(options: Options, folder: pathlib.Path, mesh) -> dict:
     pairs = matched(answers["a"], answers["b"], names)
 
     show_prompt, read = TASKS[options.task]
-    prompts = [transcript(prompt) for prompt, _, _ in pairs]
+    shown = [show_prompt(transcript(example.prompt)) for example, _, _ in pairs]
     ours = [read(our) for _, our, _ in pairs]
     others = [read(other) for _, _, other in pairs]
-    compared = winrate_report.compared(list(map(show_prompt, prompts)), ours, others)
+    compared = winrate_report.compared(shown, ours, others)
     if options.judge is not None:
         about, votes = _by_chat(options.judge, compared, folder)
     else:
-        reward = make.make_reward("model", options.reward_model, REWARD_BATCH, mesh)
-        about, votes = _by_reward(options.reward_model, reward, prompts, ours, others)
+        reward = open_reward(options.reward_model, mesh)
+        about, votes = _by_reward(options, reward, pairs)
     result = dict(a=names[0], b=names[1]) | about | measured(compared, votes)
     _write(result, compared, votes, folder, options.show)
     return result
+
+
+def drawn_by(sampling: Sampling, letter: str, side: Side) -> Sampling:
+    """Return how a model's answers are drawn: B's by the next seed.
+
+    By one seed, a model beside itself would give each answer twice.
+    """
+    seed = sampling.seed + SIDES.index(letter)
+    return dataclasses.replace(sampling, temperature=side.temperature, seed=seed)
+
+
+def check_differ(a: Side, b: Side) -> None:
+    """Raise ValueError where all answers of the two are the same."""
+    if a == b and not a.temperature:
+        what = "one file" if a.temperature is None else "one model at temperature 0"
+        raise ValueError(
+            f"--a={a.source} and --b={b.source} are {what}: all answers would be the same. Compare "
+            "two models or files, or give a temperature above 0."
+        )
 
 
 def _check_key(options: Options, folder: pathlib.Path) -> None:
@@ -229,12 +259,71 @@ def _by_chat(judge: judges.Judge, compared: list[dict], folder: pathlib.Path) ->
     return about, votes
 
 
-def _by_reward(path: str, reward: Callable, prompts: list, ours: list, others: list) -> tuple:
+def open_reward(path: str, mesh) -> Callable[[list[TextExample]], np.ndarray]:
+    """Return the reward of examples with one response each, by the model in a folder or on the hub.
+
+    The model reads them as it was trained to.
+    """
+    if loading.is_own(*loading.find(path)):
+        data = configs.default(()).data
+        return reward_model.of_examples(path, REWARD_BATCH, mesh, data, datetime.date.today())
+    of_texts = make.make_reward("model", path, REWARD_BATCH, mesh)
+
+    def reward(examples: list[TextExample]) -> np.ndarray:
+        conversations = []
+        for example in examples:
+            is_chat = isinstance(example.prompt, list)
+            conversations.append(Conversation(example.prompt, example.tools) if is_chat else None)
+        prompts = [transcript(example.prompt) for example in examples]
+        answers = [answer_text(example.responses[0]) for example in examples]
+        return of_texts(prompts, answers, None, conversations)
+
+    return reward
+
+
+def answer_text(response) -> str:
+    """Return a response as the text that it says."""
+    return response if isinstance(response, str) else response[0]["content"]
+
+
+def read_by_model(task: str, prompt, answer: str) -> str:
+    """Return an answer as a reward model reads it after its prompt.
+
+    After a prompt of plain text, it keeps the space that it begins with. Posts and dialogues end
+    without one, so that each of their answers begins with one, as in training.
+    """
+    _, read = TASKS[task]
+    text = read(answer)
+    if not isinstance(prompt, str):
+        return text
+    if task != "text":
+        return f" {text}"
+    return answer[: len(answer) - len(answer.lstrip())] + text
+
+
+def _by_reward(
+    options: Options, reward: Callable, pairs: list[tuple[TextExample, str, str]]
+) -> tuple:
     """Return who judged, and the one vote on each comparison as records."""
-    comparisons = [Comparison(*texts) for texts in zip(prompts, ours, others, strict=True)]
-    verdicts = judges.compare_by_reward(reward, comparisons)
+    comparisons = []
+    for example, *answers in pairs:
+        texts = [read_by_model(options.task, example.prompt, answer) for answer in answers]
+        comparisons.append(Comparison(transcript(example.prompt), *texts))
+
+    def of_answers(_prompts, answers, _tokens):
+        # All of A's come first, then all of B's.
+        prompts = [example for example, _, _ in pairs] * 2
+        examples = []
+        for example, answer in zip(prompts, answers, strict=True):
+            is_chat = isinstance(example.prompt, list)
+            response = as_messages("assistant", answer) if is_chat else answer
+            examples.append(dataclasses.replace(example, responses=(response,)))
+        return reward(examples)
+
+    verdicts = judges.compare_by_reward(of_answers, comparisons)
     votes = [(judges.Vote("", verdict),) for verdict in verdicts]
-    return dict(judge=f"reward model {path}"), winrate_report.as_records(votes)
+    about = dict(judge=f"reward model {options.reward_model}", warning=OPTIMISED)
+    return about, winrate_report.as_records(votes)
 
 
 def measured(compared: list[dict], votes: list[list[dict]]) -> dict:
@@ -281,10 +370,15 @@ def _write(
     write_json(folder / "head_to_head.json", result)
     makers = {".csv": tables.to_csv, ".md": tables.to_markdown, ".tex": tables.to_latex}
     for suffix, make_table in makers.items():
-        write_text(folder / f"head_to_head{suffix}", make_table([result], COLUMNS))
+        text = make_table([result], COLUMNS)
+        if suffix == ".md" and "warning" in result:
+            text += f"\n{result['warning']}\n"
+        write_text(folder / f"head_to_head{suffix}", text)
     if show:
         row = result | dict(compared=compared, votes=votes)
         winrate_report.write_examples(folder / "examples.md", *names, row, show)
+    if "warning" in result:
+        warn(result["warning"].removeprefix("Warning: "))
     say(f"{tables.to_markdown([result], COLUMNS)}\n{folder}: head_to_head.json, votes.jsonl")
 
 
@@ -317,14 +411,21 @@ def write_prompts(config, count: int, folder: pathlib.Path, mesh) -> str:
 
 
 def plan(options: Options, count: int, folder: pathlib.Path) -> str:
-    """Return what is to be sampled and judged as text. count: prompts."""
+    """Return what is to be sampled and judged as text. count: prompts.
+
+    Raises ValueError where two files do not match.
+    """
     lines = []
     answers = count * options.sampling.n
-    for side in options.sides.values():
+    files = {}
+    for letter, side in options.sides.items():
         if side.temperature is not None:
             lines.append(f"sample {side.name}: {answers:,} answers")
         else:
-            answers = sum(len(texts) for _, texts in read_answers(side.source).values())
+            files[letter] = read_answers(side.source)
+            answers = sum(len(texts) for _, texts in files[letter].values())
+    if len(files) == len(SIDES):
+        matched(files["a"], files["b"], (options.a.name, options.b.name))
     if options.judge is not None:
         kept = winrate.lines_in(folder / judges.JUDGEMENTS)
         lines.append(
@@ -384,7 +485,11 @@ def main():
         "n", 1, "Answers of each model to each prompt.", lower_bound=1, upper_bound=100_000
     )
     seed = flags.DEFINE_integer(
-        "seed", 0, "Seed of the models' answers.", lower_bound=0, upper_bound=configs.SEEDS
+        "seed",
+        0,
+        "Seed of the answers of model A; B's is the next one.",
+        lower_bound=0,
+        upper_bound=configs.SEEDS - 1,
     )
     batch_size = flags.DEFINE_integer(
         "batch_size", 64, "Answers at a time, over all devices.", lower_bound=1, upper_bound=100_000
@@ -439,6 +544,7 @@ def main():
         for letter in SIDES:
             sides[letter] = side_of(sources[letter].value, temperatures[letter].value)
         check_flags(sides)
+        check_differ(**sides)
         sampling = Sampling(
             max_new_tokens.value, n=n.value, seed=seed.value, batch_size=batch_size.value
         )

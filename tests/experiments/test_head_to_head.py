@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from dpo_jax.evaluation.judge import BudgetExhausted, Judge
@@ -117,6 +118,49 @@ def test_files_that_do_not_match(rows_a, rows_b, message, tmp_path):
     b = Side(str(write_jsonl(tmp_path / "b.jsonl", rows_b)), None)
     with pytest.raises(ValueError, match=message):
         head_to_head.run(Options(a, b, JUDGE), tmp_path / "out", None)
+    # Nor does a dry run pass.
+    with pytest.raises(ValueError, match=message):
+        head_to_head.plan(Options(a, b, JUDGE), 1, tmp_path / "out")
+
+
+def test_reward_model_reads_what_it_was_trained_on(tmp_path, monkeypatch, capsys):
+    """Text keeps the space between prompt and answer; messages stay messages, for its template."""
+    rows_a = [dict(prompt="POST: x\nTL;DR:", completion=" good one a")]
+    rows_a.append(dict(prompt=[user("hi")], completion="yo a"))
+    rows_b = [row | dict(completion=row["completion"].replace(" a", " longer b")) for row in rows_a]
+    a = Side(str(write_jsonl(tmp_path / "a.jsonl", rows_a)), None)
+    b = Side(str(write_jsonl(tmp_path / "b.jsonl", rows_b)), None)
+    read = []
+
+    def reward(examples):
+        read.extend((example.prompt, *example.responses) for example in examples)
+        return np.arange(len(examples), dtype=float)
+
+    monkeypatch.setattr(head_to_head, "open_reward", lambda path, mesh: reward)
+    for task in ("text", "tldr"):
+        read.clear()
+        asked = Options(a, b, None, reward_model="rm", task=task)
+        result = head_to_head.run(asked, tmp_path / task, None)
+        assert read == [
+            ("POST: x\nTL;DR:", " good one a"),
+            ([user("hi")], [dict(role="assistant", content="yo a")]),
+            ("POST: x\nTL;DR:", " good one longer b"),
+            ([user("hi")], [dict(role="assistant", content="yo longer b")]),
+        ]
+    assert result["losses"] == 2 and "If one of the two was optimised for it" in result["warning"]
+    assert result["warning"] in (tmp_path / "tldr" / "head_to_head.md").read_text()
+    assert "a reward model judged" in capsys.readouterr().out
+
+
+def test_sides_draw_by_seeds_of_their_own():
+    model = Side("m", 1.0)
+    drawn = [head_to_head.drawn_by(Sampling(8, seed=3), letter, model) for letter in "ab"]
+    assert [sampling.seed for sampling in drawn] == [3, 4]
+    head_to_head.check_differ(model, model)
+    with pytest.raises(ValueError, match="are one model at temperature 0: all answers would be"):
+        head_to_head.check_differ(Side("m", 0.0), Side("m", 0.0))
+    with pytest.raises(ValueError, match="are one file: all answers would be the same"):
+        head_to_head.check_differ(Side("a.jsonl", None), Side("a.jsonl", None))
 
 
 def test_prompts_of_a_config(tmp_path):
