@@ -38,15 +38,17 @@ def task(make_task: Callable, runs: dict, options):
                     "that are trained on, as config.data.on_leak=drop leaves these out."
                 ) from None
             kept = _not_trained_on(made.examples, seen)
-        return dataclasses.replace(made, examples=kept[: options.prompts])
+        made = dataclasses.replace(made, examples=kept[: options.prompts])
 
     prompts = Hashes.of(made.examples)
     texts = [leaks.plain(example.prompt) for example in made.examples]
     refusal = leaks.refusal(JUDGED, prompts, texts, seen)
     if refusal and on_leak == "error":
         raise ValueError(refusal)
+    leak = leaks.leak("", prompts, seen)
+    if leak.selected_on:
+        warn(leak.selection())
     if refusal:
-        leak = leaks.leak("", prompts, seen)
         warn(
             f"{leak.normalised:,} of the {leak.prompts:,} prompts that are judged are trained on "
             f"({leak.told()}), as config.data.on_leak=allow takes them."

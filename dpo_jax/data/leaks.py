@@ -1,9 +1,10 @@
 """Held-out prompts that are trained on, across all data sets of a run.
 
-A prompt is known by 8 bytes, so that memory hardly grows with the data: a set of a million prompts
-takes 16 MB. Prompts are compared as they stand (exactly), and by their normalised texts: Unicode's
-NFKC form, whatever the case and the white space. What has no prompt, as a film review, is its own
-prompt, and counts where its whole text is trained on.
+A prompt is known by 8 bytes in each of two forms, so memory hardly grows with the data: a million
+rows take 24 MB while they are read, and their prompts 16 MB after that. Prompts are compared as
+they stand (exactly), and by their normalised texts: Unicode's NFKC form, whatever the case and the
+white space. What has no prompt, as a film review, is its own prompt, and counts where its whole
+text is trained on.
 
     STAGE/prompts.safetensors   the hashes of what a stage trains on and holds out
 
@@ -28,6 +29,7 @@ from dpo_jax.whole_file import whole_file
 
 FILE = "prompts.safetensors"
 TRAIN = "train"  # the split that is trained on; all others are held out
+VALIDATION, TEST = "eval", "test"  # of those, what training is evaluated on, and what is reported
 SHOWN = 60  # characters of a prompt in a message
 NORMALISED = "the same after Unicode NFKC, whatever the case and the white space"
 
@@ -106,8 +108,8 @@ class Gathered:
     def hashes(self, split: str, kept: Iterable[str] | None = None) -> Hashes:
         """Return the hashes of a split, in the order in which the examples were read.
 
-        kept: where the examples stand that are used; others, as those with equal responses once
-        they are cut, are left out. None: all are used.
+        kept: where the examples stand that are used, which takes 8 bytes each; others, as those
+        with equal responses once they are cut, are left out. None: all are used.
         """
         if split not in self._exact:
             return Hashes.none()
@@ -116,7 +118,7 @@ class Gathered:
         )
         if kept is None:
             return found
-        places = np.fromiter({hash(where) for where in kept}, np.int64)
+        places = np.fromiter((hash(where) for where in kept), np.int64)
         return found.take(np.flatnonzero(np.isin(np.array(self._places[split]), places)))
 
 
@@ -158,6 +160,11 @@ class Seen:
     def trained(self) -> Hashes:
         """The prompts that the stage trains on."""
         return self.splits.get(TRAIN, Hashes.none())
+
+    @property
+    def validated(self) -> Hashes:
+        """The prompts that training is evaluated on, and by which results are selected."""
+        return self.splits.get(VALIDATION, Hashes.none())
 
     @property
     def held_out(self) -> Hashes:
@@ -258,14 +265,38 @@ class Leak:
     exact: int
     normalised: int  # those that are the same exactly among them
     by: dict[str, int]  # stage that trains on some of them -> how many, normalised
+    # Prompts to report on that a stage validates on, and so may have been selected by, normalised.
+    selected_on: int = 0
+    selected_by: dict[str, int] = dataclasses.field(default_factory=dict)  # stage -> how many
 
     def told(self) -> str:
         """Return which stages train on them, as a part of a sentence."""
         return ", ".join(f"{stage} trains on {count:,}" for stage, count in self.by.items())
 
+    def told_of_selection(self) -> str:
+        """Return which stages validate on them, as a part of a sentence."""
+        found = self.selected_by.items()
+        return ", ".join(f"{stage} validates on {count:,}" for stage, count in found)
 
-def leak(held_out: str, prompts: Hashes, seen: Iterable[Seen]) -> Leak:
-    """Return how many of some prompts the stages that were seen train on."""
+    def selection(self) -> str:
+        """Return a warning where prompts that are judged are validated on; "" where none is."""
+        if not self.selected_on:
+            return ""
+        return (
+            f"{self.selected_on:,} of the {self.prompts:,} prompts that are judged are validated "
+            f"on, too ({self.told_of_selection()}), and what is chosen by validation looks better "
+            "on them. Give the data sets splits with other prompts, or choose nothing by these "
+            "evaluations."
+        )
+
+
+def leak(
+    held_out: str, prompts: Hashes, seen: Sequence[Seen], reported: Hashes | None = None
+) -> Leak:
+    """Return how many of some prompts the stages that were seen train on, or select by.
+
+    reported: those of the prompts that results are reported on; None: all of them.
+    """
     once = prompts.distinct()
     exactly = np.zeros(len(once), bool)
     nearly = np.zeros(len(once), bool)
@@ -276,12 +307,26 @@ def leak(held_out: str, prompts: Hashes, seen: Iterable[Seen]) -> Leak:
         nearly |= of_stage
         if of_stage.any():
             by[one.stage] = int(of_stage.sum())
-    return Leak(held_out, len(once), int(exactly.sum()), int(nearly.sum()), by)
+    to_report = once if reported is None else reported.distinct()
+    selected = np.zeros(len(to_report), bool)
+    selected_by = {}
+    for one in seen:
+        _, of_stage = to_report.are_in(one.validated)
+        selected |= of_stage
+        if of_stage.any():
+            selected_by[one.stage] = int(of_stage.sum())
+    counts = (len(once), int(exactly.sum()), int(nearly.sum()))
+    return Leak(held_out, *counts, by, int(selected.sum()), selected_by)
 
 
 def of_run(seen: Sequence[Seen]) -> list[Leak]:
     """Return the leaks of each held-out set among the stages of a run so far."""
-    return [leak(one.stage, one.held_out, seen) for one in seen if len(one.held_out)]
+    found = []
+    for one in seen:
+        if len(one.held_out):
+            reported = one.splits.get(TEST, Hashes.none())
+            found.append(leak(one.stage, one.held_out, seen, reported))
+    return found
 
 
 def to_dict(leaks: Iterable[Leak], unknown: Sequence[str] = ()) -> dict:
@@ -303,13 +348,17 @@ def table(leaks: Sequence[Leak], unknown: Sequence[str] = ()) -> str:
         label = "held-out prompts that are trained on"
         names = [f"  held out by {one.held_out}" for one in leaks]
         width = max(map(len, [label, *names]))
-        lines.append(f"{label:<{width}}  {'prompts':>10}  {'exactly':>10}  {'nearly':>10}")
+        columns = ("prompts", "exactly", "nearly", "selected on")
+        lines.append(f"{label:<{width}}" + "".join(f"  {column:>11}" for column in columns))
         for one, name in zip(leaks, names, strict=True):
-            numbers = "".join(f"  {n:>10,}" for n in (one.prompts, one.exact, one.normalised))
-            told = f"  ({one.told()})" if one.by else ""
-            lines.append(f"{name:<{width}}{numbers}{told}")
-        if any(one.normalised for one in leaks):
+            counts = (one.prompts, one.exact, one.normalised, one.selected_on)
+            numbers = "".join(f"  {count:>11,}" for count in counts)
+            told = "; ".join(filter(None, (one.told(), one.told_of_selection())))
+            lines.append(f"{name:<{width}}{numbers}" + (f"  ({told})" if told else ""))
+        if any(one.normalised or one.selected_on for one in leaks):
             lines.append(f"nearly: {NORMALISED}")
+        if any(one.selected_on for one in leaks):
+            lines.append("selected on: test prompts that a stage validates on, exactly or nearly")
     if unknown:
         lines.append(
             f"not known of: {', '.join(unknown)}, which an earlier version of dpo_jax trained"

@@ -54,7 +54,8 @@ def check_ahead(run, tokenizer) -> None:
     for judging in stage_table.JUDGING:
         is_exact = judging == "evaluate" and run.is_measured_exactly()
         if judging in run.config.stages and not is_exact:
-            run.test_prompts(judging, tokenizer)
+            asked = run.test_prompts(judging, tokenizer)
+            warn_of_selection(run, stage, judging, asked, run.load_prompts(tokenizer))
 
 
 def judged(run, stage: str, held_out: Prompts, training: Prompts) -> Prompts:
@@ -85,6 +86,25 @@ def judged(run, stage: str, held_out: Prompts, training: Prompts) -> Prompts:
     if refusal:
         raise ValueError(refusal)
     return held_out
+
+
+def warn_of_selection(
+    run, stage: str, judging: str, asked: Prompts, loaded: dict[str, Prompts]
+) -> None:
+    """Warn where a stage judges prompts that training is validated on, in any data set so far.
+
+    stage: the one at work. asked: the prompts that are judged. loaded: those of each split, where
+    they are from; where none are of test, another warning says so.
+    """
+    if asked.hashes is None or not len(loaded["test"]):
+        return
+
+    def told() -> str:
+        return leaks.leak(judging, asked.hashes, _seen(run, stage)[0]).selection()
+
+    warning = processes.from_first(told)
+    if warning:
+        warn(f"{judging}: {warning}")
 
 
 def with_clusters(run, prompts: Prompts) -> Prompts:

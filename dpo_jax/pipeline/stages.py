@@ -146,7 +146,9 @@ def judged_prompts(run: Run, stage: str, tokenizer) -> Prompts:
     """Return the test prompts that a stage judges; its ledger says how many are trained on."""
     run.say_of_test_prompts(stage, tokenizer)
     asked = run.test_prompts(stage, tokenizer)
-    leak_checks.record_judged(run, stage, asked, run.load_prompts(tokenizer)["train"])
+    loaded = run.load_prompts(tokenizer)
+    leak_checks.warn_of_selection(run, stage, stage, asked, loaded)
+    leak_checks.record_judged(run, stage, asked, loaded["train"])
     return asked
 
 

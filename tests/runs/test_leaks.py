@@ -10,8 +10,9 @@ from dpo_jax import data_report
 from dpo_jax.data import leaks, toy
 from dpo_jax.pipeline import leak_checks
 from dpo_jax.pipeline.run import Run
-from dpo_jax.pipeline.stages import run_stages
+from dpo_jax.pipeline.stages import judged_prompts, run_stages
 from dpo_jax.workdir import read_done, read_ledger
+from tests.helpers.rows import write_jsonl
 from tests.helpers.tiny_runs import dpo_config, on_devices, tokenizer, write_model, write_pairs
 
 LEAKED = 12
@@ -70,7 +71,12 @@ def test_prompts_of_another_data_set_are_counted(files, tmp_path, capsys):
     found = ledger["leaks"]["held_out"]
     assert ledger["shared_prompts"] == 0 == found["dpo"]["normalised"]
     assert found["sft"] == dict(
-        prompts=3 + 10 + LEAKED, exact=LEAKED // 2, normalised=LEAKED, by=dict(dpo=LEAKED)
+        prompts=3 + 10 + LEAKED,
+        exact=LEAKED // 2,
+        normalised=LEAKED,
+        by=dict(dpo=LEAKED),
+        selected_on=0,
+        selected_by={},
     )
     assert f"(dpo trains on {LEAKED})" in capsys.readouterr().out
 
@@ -134,6 +140,38 @@ def test_refused_run_goes_on_where_leaks_are_allowed(files, tmp_path, capsys):
     assert "prompts.safetensors" in read_done(tmp_path / "dpo")["files"]
 
 
+def test_judged_prompts_that_dpo_validates_on_are_told(files, tmp_path, capsys):
+    """Of pairs with a split to validate on and none to test on: half of the judged prompts."""
+    model, _, _ = files
+    pairs, posts = tmp_path / "pairs", tmp_path / "posts"
+    questions = [f"w1 w{number}" for number in range(2, 32)]
+    rows = dict(train=questions[:10], validation=questions[10:20], test=questions[10:])
+    for name, prompts in rows.items():
+        answered = [dict(prompt=prompt, chosen="w2", rejected="w3") for prompt in prompts]
+        if name != "test":
+            write_jsonl(pairs / f"{name}.jsonl", answered)
+        if name != "validation":
+            write_jsonl(posts / f"{name}.jsonl", answered)
+    # Those of sft are other ones.
+    posts_of_sft = [dict(prompt=f"w3 w{number}", completion="w2") for number in range(2, 12)]
+    write_jsonl(posts / "validation.jsonl", posts_of_sft)
+    config = config_of((model, pairs, posts), ("sft", "dpo", "evaluate"))
+    run = Run(config, tmp_path / "run", mesh=None)
+    words = tokenizer()
+    run.load_data("sft", words)
+    assert "validated on" not in capsys.readouterr().out
+    run.load_data("dpo", words)
+    ledger = read_ledger(run.folder("dpo"))["leaks"]["held_out"]
+    assert ledger["sft"]["selected_on"] == 10 and ledger["dpo"]["selected_on"] == 0
+    warning = "10 of the 20 prompts that are judged are validated on, too (dpo validates on 10)"
+    assert f"evaluate: {warning}" in capsys.readouterr().out
+    run.folder("evaluate").mkdir()
+    judged_prompts(run, "evaluate", words)
+    assert warning in capsys.readouterr().out
+    ledger = read_ledger(run.folder("evaluate"))["leaks"]["held_out"]["evaluate"]
+    assert ledger["selected_by"] == dict(dpo=10)
+
+
 def test_leaked_prompts_can_be_left_out(files, tmp_path):
     config = config_of(files, ("dpo", "evaluate"), "drop")
     config.evaluate.prompts = 10
@@ -156,7 +194,8 @@ def test_toy_is_exempt(tmp_path):
     prompts = run.load_prompts(toy.tokenizer())
     seen = dict(train=prompts["train"].hashes, eval=prompts["eval"].hashes)
     found = leak_checks.report(run, "sft", "toy", seen)
-    assert found["held_out"]["sft"] == dict(prompts=4, exact=4, normalised=4, by=dict(sft=4))
+    found = found["held_out"]["sft"]
+    assert (found["prompts"], found["normalised"], found["by"]) == (4, 4, dict(sft=4))
     judged = leak_checks.judged(run, "best_of_n", prompts["eval"], prompts["train"])
     assert judged.texts == prompts["eval"].texts
     assert judged.clusters is None  # the prompt of each row is drawn anew

@@ -10,6 +10,7 @@ from dpo_jax.data import leaks
 from dpo_jax.data.leaks import Gathered, Hashes, Seen
 from dpo_jax.data.rows import TextExample
 
+NOT_SELECTED = dict(selected_on=0, selected_by={})
 WORDS = ["a", "cat", "Straße", "Ünder", "ﬁne", "SAT", "on", "№", "mat", "ß"]
 
 
@@ -112,17 +113,31 @@ def test_report_has_a_line_for_each_held_out_set():
     found = leaks.of_run(run)
     assert leaks.to_dict(found) == {
         "held_out": {
-            "sft": dict(prompts=2, exact=1, normalised=2, by=dict(dpo=2)),
-            "dpo": dict(prompts=1, exact=0, normalised=0, by={}),
+            "sft": dict(prompts=2, exact=1, normalised=2, by=dict(dpo=2)) | NOT_SELECTED,
+            "dpo": dict(prompts=1, exact=0, normalised=0, by={}) | NOT_SELECTED,
         }
     }
     table = leaks.table(found, ["rm"]).splitlines()
-    assert " ".join(table[1].split()) == "held out by sft 2 1 2 (dpo trains on 2)"
-    assert " ".join(table[2].split()) == "held out by dpo 1 0 0"
+    assert " ".join(table[1].split()) == "held out by sft 2 1 2 0 (dpo trains on 2)"
+    assert " ".join(table[2].split()) == "held out by dpo 1 0 0 0"
     assert table[3] == f"nearly: {leaks.NORMALISED}"
     assert table[4].startswith("not known of: rm,")
     json.dumps(leaks.to_dict(found, ["rm"]))
     assert leaks.table([]) == ""
+
+
+def test_test_prompts_that_another_set_validates_on_are_told():
+    """Of two data sets, of which one validates on all its held-out prompts."""
+    sft = Seen("sft", "", dict(test=Hashes.of(examples("a", "b", "c"))))
+    dpo = Seen("dpo", "", dict(eval=Hashes.of(examples("A", "c", "d"))))
+    found = leaks.of_run([sft, dpo])
+    assert [(one.selected_on, one.selected_by) for one in found] == [(2, dict(dpo=2)), (0, {})]
+    lines = leaks.table(found).splitlines()
+    assert " ".join(lines[1].split()) == "held out by sft 3 0 0 2 (dpo validates on 2)"
+    assert lines[-1].startswith("selected on: test prompts")
+    judged = leaks.leak("evaluate", Hashes.of(examples("c", "e")), [sft, dpo])
+    assert judged.selection().startswith("1 of the 2 prompts that are judged are validated on, too")
+    assert leaks.leak("evaluate", Hashes.of(examples("e")), [sft, dpo]).selection() == ""
 
 
 def test_refusal_names_counts_an_example_and_the_way_out():
