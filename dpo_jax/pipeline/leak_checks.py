@@ -55,7 +55,7 @@ def check_ahead(run, tokenizer) -> None:
         is_exact = judging == "evaluate" and run.is_measured_exactly()
         if judging in run.config.stages and not is_exact:
             asked = run.test_prompts(judging, tokenizer)
-            warn_of_selection(run, stage, judging, asked, run.load_prompts(tokenizer))
+            warn_of_selection(run, judging, asked, run.load_prompts(tokenizer))
 
 
 def judged(run, stage: str, held_out: Prompts, training: Prompts) -> Prompts:
@@ -88,23 +88,21 @@ def judged(run, stage: str, held_out: Prompts, training: Prompts) -> Prompts:
     return held_out
 
 
-def warn_of_selection(
-    run, stage: str, judging: str, asked: Prompts, loaded: dict[str, Prompts]
-) -> None:
+def warn_of_selection(run, stage: str, asked: Prompts, loaded: dict[str, Prompts]) -> None:
     """Warn where a stage judges prompts that training is validated on, in any data set so far.
 
-    stage: the one at work. asked: the prompts that are judged. loaded: those of each split, where
-    they are from; where none are of test, another warning says so.
+    asked: the prompts that it judges. loaded: those of each split that they are from; where none
+    are of test, another warning says so.
     """
     if asked.hashes is None or not len(loaded["test"]):
         return
 
     def told() -> str:
-        return leaks.leak(judging, asked.hashes, _seen(run, stage)[0]).selection()
+        return leaks.leak(stage, asked.hashes, _seen(run, stage)[0]).selection()
 
     warning = processes.from_first(told)
     if warning:
-        warn(f"{judging}: {warning}")
+        warn(f"{stage}: {warning}")
 
 
 def with_clusters(run, prompts: Prompts) -> Prompts:

@@ -147,7 +147,7 @@ def judged_prompts(run: Run, stage: str, tokenizer) -> Prompts:
     run.say_of_test_prompts(stage, tokenizer)
     asked = run.test_prompts(stage, tokenizer)
     loaded = run.load_prompts(tokenizer)
-    leak_checks.warn_of_selection(run, stage, stage, asked, loaded)
+    leak_checks.warn_of_selection(run, stage, asked, loaded)
     leak_checks.record_judged(run, stage, asked, loaded["train"])
     return asked
 
