@@ -147,6 +147,17 @@ def open_workdir(workdir: str | os.PathLike) -> Iterator[pathlib.Path]:
 class StageChanged(ValueError):
     """A stage's folder was made with another config, other data, other weights or other code."""
 
+    @classmethod
+    def with_other_rows(cls, folder: pathlib.Path) -> "StageChanged":
+        """Return the error about a stage that an earlier version began, with rows of its own."""
+        return cls(
+            f"{folder} was begun by an earlier version, which read other rows, unless the data "
+            "itself has changed: held-out rows and those of config.data.max_rows were the first "
+            "ones of the files, and are drawn by a hash of their prompts now, with those to test "
+            "on apart (docs/data.md). Let the version that began the stage finish it, or give "
+            "another --workdir."
+        )
+
 
 def start_stage(
     workdir: pathlib.Path,
@@ -272,6 +283,22 @@ def read_config(folder: pathlib.Path) -> dict:
     """Return the record in a stage's config.json; ValueError where it is damaged."""
     remedy = f"Put it back from a copy, or remove {folder} to make the stage again."
     return read_record(folder / "config.json", remedy, **CONFIG_FIELDS)
+
+
+def is_of_other_rows(folder: pathlib.Path) -> bool:
+    """Return whether a version that drew other rows of the data started a stage.
+
+    False for a folder of no stage. Those versions had no data.on_leak.
+    """
+    if not (folder / "config.json").exists():
+        return False
+    data = read_config(folder).get("config", {}).get("data", {})
+    return bool(data) and "on_leak" not in data
+
+
+def runs_of_other_rows(folder: pathlib.Path, stage: str) -> list[str]:
+    """Return the names of a stage's other runs beside a folder for which that is so."""
+    return [other.name for other, _ in _others(folder, stage) if is_of_other_rows(other)]
 
 
 def start_date(folder: pathlib.Path) -> datetime.date:

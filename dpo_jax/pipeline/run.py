@@ -157,8 +157,11 @@ class Run:
 
         say(loaded.ledger.table())
         ledger = loaded.ledger.to_dict()
+        fingerprints = [*loaded.train.fingerprints, *loaded.eval.fingerprints]
         # Prompts of sampled pairs are those of the stage pairs.
         if not is_sampled:
+            # First, as a stage that is refused keeps what it has written.
+            self.check_fingerprint(stage, fingerprints)
             seen = {split: gathered.hashes(split, getattr(loaded, split).where) for split in SPLITS}
             ledger["leaks"] = leak_checks.report(self, stage, source, seen)
             leak_checks.check_ahead(self, tokenizer)
@@ -168,7 +171,6 @@ class Run:
         shown = min(self.config.data.show, len(loaded.train))
         if shown:
             say(dataset.show(loaded.train, tokenizer, range(shown)))
-        fingerprints = [*loaded.train.fingerprints, *loaded.eval.fingerprints]
         self.record(stage, ledger, fingerprints)
         return loaded
 
@@ -211,6 +213,7 @@ class Run:
         """Return the prompts that a stage learns to complete, and write its ledger."""
         loaded = self.load_prompts(tokenizer)
         prompts = loaded["train"]
+        self.check_fingerprint(stage, prompts.fingerprint)
         seen = dict(train=prompts.hashes)
         found = leak_checks.report(self, stage, _source(self.sft_data()), seen)
         found |= leak_checks.prefixes(self, loaded["eval"], prompts)
@@ -296,24 +299,26 @@ class Run:
         """Return the token that ends a completion, if one does."""
         return tokenizer.eos_token_id if self.config.data.append_eos else None
 
+    def check_fingerprint(self, stage: str, fingerprint) -> None:
+        """Raise StageChanged where the data of a resumed stage has changed since it began."""
+        folder = self.folder(stage)
+        before = read_ledger(folder) if (folder / "ledger.json").exists() else {}
+        if not before or before.get("fingerprint") == fingerprint:
+            return
+        # Ledgers of rows and of prompts, from before rows were drawn by a hash.
+        lacks_test = "eval" in before and "test" not in before
+        lacks_leaks = "prompts" in before and "leaks" not in before
+        if lacks_test or lacks_leaks:
+            raise StageChanged.with_other_rows(folder)
+        raise StageChanged(
+            f"the data of {folder} has changed since the stage began: its tokens are not those "
+            "that the checkpoint was trained on. Put the old data back, or give another --workdir."
+        )
+
     def record(self, stage: str, ledger: dict, fingerprint) -> None:
         """Write ledger.json; raise StageChanged where the data of a resumed stage has changed."""
+        self.check_fingerprint(stage, fingerprint)
         path = self.folder(stage) / "ledger.json"
-        before = read_ledger(path.parent) if path.exists() else {}
-        if before and before.get("fingerprint") != fingerprint:
-            if "eval" in before and "test" not in before:
-                raise StageChanged(
-                    f"{self.folder(stage)} was begun by an earlier version, which read other rows, "
-                    "unless the data itself has changed: held-out rows and those of "
-                    "config.data.max_rows were the first ones of the files, and are drawn by a "
-                    "hash of their prompts now, with those to test on apart (docs/data.md). Let "
-                    "the version that began the stage finish it, or give another --workdir."
-                )
-            raise StageChanged(
-                f"the data of {self.folder(stage)} has changed since the stage began: its tokens "
-                "are not those that the checkpoint was trained on. Put the old data back, or give "
-                "another --workdir."
-            )
         write_record(path, ledger | dict(fingerprint=fingerprint))
 
     def record_reading(self, stage: str, reading: Reading) -> None:

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from dpo_jax import config as configs
 from dpo_jax import config_checks, costs, stage_table
-from dpo_jax.console import compile_times, say
+from dpo_jax.console import compile_times, say, warn
 from dpo_jax.evaluation import best_of_n, reward_kl, toy_report
 from dpo_jax.models import loading
 from dpo_jax.parallel import agreement, processes, sharding
@@ -23,6 +23,7 @@ from dpo_jax.pipeline import exports, leak_checks, preference_pairs
 from dpo_jax.pipeline.run import FUNCTION, Run, versions
 from dpo_jax.pipeline.train_stage import policy_measure, train_stage
 from dpo_jax.rewards import make
+from dpo_jax.sampling import rollouts
 from dpo_jax.sampling.prompts import Prompts
 from dpo_jax.stage_table import STAGES
 from dpo_jax.storage import shadow
@@ -31,11 +32,14 @@ from dpo_jax.training import losses
 from dpo_jax.workdir import (
     COMPLETIONS,
     REFERENCE_COMPLETIONS,
+    StageChanged,
     check_files,
     check_is_only_taker,
     finish_stage,
+    is_of_other_rows,
     lock_folder,
     open_workdir,
+    runs_of_other_rows,
     stage_status,
     start_date,
     start_stage,
@@ -64,6 +68,9 @@ def pairs_stage(run: Run, stage: str) -> dict:
     chosen = order.take(range(start, start + block.prompts), mode="wrap")
     training = prompts["train"].take(chosen)
     held_out = run.validation_prompts(preference_pairs.EVAL_PROMPTS, initial.tokenizer)
+    sampling = run.sampling(run.seed(stage, "sampling"), n=block.completions)
+    # First, as a stage that is refused keeps what it has written.
+    rollouts.so_far(training.followed_by(held_out), sampling, run.folder(stage))
     splits = dict(train=training.hashes)
     if held_out.hashes is not None:
         splits["eval"] = held_out.hashes
@@ -79,7 +86,7 @@ def pairs_stage(run: Run, stage: str) -> dict:
         dict(train=training, eval=held_out),
         run.reward("true") if asks_reward else None,
         preference_pairs.labelling_of(block, run.seed(stage, "judging")),
-        run.sampling(run.seed(stage, "sampling"), n=block.completions),
+        sampling,
         run.folder(stage),
     )
     leak_checks.add_to_ledger(run.folder(stage), found)
@@ -243,7 +250,43 @@ def _check_stages(rounds: list[Run], allowed: frozenset[str]) -> None:
     """Raise StageChanged where the folder of any stage was made with a config that it refuses."""
     for run in rounds:
         for stage in _stages_of(run):
-            stage_status(run.workdir, run.config, stage, versions(), allowed)
+            status, _ = stage_status(run.workdir, run.config, stage, versions(), allowed)
+            if status == "unfinished":
+                _check_warmup(run, stage)
+
+
+def _check_warmup(run: Run, stage: str) -> None:
+    """Raise StageChanged for a PPO that an earlier version began, with a warm-up in updates."""
+    folder = run.folder(stage)
+    if stage != "ppo" or not run.config.ppo.warmup_steps or not is_of_other_rows(folder):
+        return
+    raise StageChanged(
+        f"{folder} was begun by an earlier version, which counted config.ppo.warmup_steps = "
+        f"{run.config.ppo.warmup_steps} in updates. They are steps now, of several updates each, "
+        "so its learning rates would change half-way. Let the version that began the stage finish "
+        "it, or give another --workdir."
+    )
+
+
+def _say_of_other_rows(run: Run, stage: str, is_done: bool) -> None:
+    """Warn where runs that an earlier version made from other rows stand beside this one's."""
+    # The toy makes its own rows, the same as before.
+    if run.config.data.source == "toy":
+        return
+    folder = run.folder(stage)
+
+    def found() -> list[str]:
+        if is_done:
+            return [folder.name] if is_of_other_rows(folder) else []
+        return runs_of_other_rows(folder, stage)
+
+    names = processes.from_first(found)
+    if names:
+        warn(
+            f"{stage}: an earlier version, which chose other rows of the data to train and to "
+            f"evaluate on, made {', '.join(names)}: those numbers are not comparable with the ones "
+            "of stages that are made now (docs/data.md). Give another --workdir to compare."
+        )
 
 
 def _check_name(config: ConfigDict, workdir: pathlib.Path, allowed: frozenset[str]) -> None:
@@ -285,6 +328,8 @@ def _run_stage(run: Run, stage: str, allowed: frozenset[str]) -> None:
         begin = functools.partial(start_stage, run.workdir, run.config, stage, versions(), allowed)
         # Process 0 decides for all, for it alone writes there.
         status = processes.from_first(lambda: begin()[1])
+        if status != "unfinished":
+            _say_of_other_rows(run, stage, is_done=status == "done")
         if status == "done":
             gone = functools.partial(exports.is_gone, stage, folder)
             is_last = STAGES[stage].trains and run.is_last(stage)

@@ -20,7 +20,7 @@ from dpo_jax.sampling import prompts as prompts_lib
 from dpo_jax.sampling import sampler
 from dpo_jax.sampling.prompts import Prompts
 from dpo_jax.sampling.sampler import Sampling
-from dpo_jax.workdir import StageChanged, completions
+from dpo_jax.workdir import SealedRows, StageChanged, completions, is_of_other_rows
 
 CHUNKS = 4  # sampling batches between two writes of completions.jsonl
 
@@ -40,17 +40,8 @@ def complete(
     """
     # All prompts are checked before the first of them costs anything.
     sampler.check(model.config, prompts.ids, sampling)
-    # Whole batches: a batch has all completions of its prompts.
-    size = CHUNKS * max(1, sampling.batch_size // sampling.n)
-    kept = completions(folder, at_once=size)
-    # One process reads: it may cut the file.
-    rows = processes.from_first(kept.read)
-    for row, ids in zip(rows, prompts.ids, strict=False):
-        if row.get("tokens") != ids.tolist():
-            raise StageChanged(
-                f"the prompts of {folder} have changed since its first completions were sampled. "
-                "Put the old data back, or give another --workdir."
-            )
+    size = _prompts_at_once(sampling)
+    kept, rows = so_far(prompts, sampling, folder)
     if len(rows) >= len(prompts):
         return rows[: len(prompts)]
     if rows:
@@ -66,6 +57,29 @@ def complete(
         progress.update(len(rows), {})
     progress.close()
     return rows
+
+
+def so_far(
+    prompts: Prompts, sampling: Sampling, folder: pathlib.Path
+) -> tuple[SealedRows, list[dict]]:
+    """Return completions.jsonl and its rows; StageChanged where they are of other prompts."""
+    kept = completions(folder, at_once=_prompts_at_once(sampling))
+    # One process reads: it may cut the file.
+    rows = processes.from_first(kept.read)
+    for row, ids in zip(rows, prompts.ids, strict=False):
+        if row.get("tokens") != ids.tolist():
+            if is_of_other_rows(folder):
+                raise StageChanged.with_other_rows(folder)
+            raise StageChanged(
+                f"the prompts of {folder} have changed since its first completions were sampled. "
+                "Put the old data back, or give another --workdir."
+            )
+    return kept, rows
+
+
+def _prompts_at_once(sampling: Sampling) -> int:
+    """Return the prompts between two writes: whole batches, with all completions of a prompt."""
+    return CHUNKS * max(1, sampling.batch_size // sampling.n)
 
 
 def work_of(config: TransformerConfig, rows: list[dict]) -> Work:
