@@ -30,6 +30,8 @@ from dpo_jax.whole_file import whole_file
 FILE = "prompts.safetensors"
 TRAIN = "train"  # the split that is trained on; all others are held out
 VALIDATION, TEST = "eval", "test"  # of those, what training is evaluated on, and what is reported
+# Of the training split, the questions of further turns that are answered in a response.
+FURTHER = "further"
 SHOWN = 60  # characters of a prompt in a message
 NORMALISED = "the same after Unicode NFKC, whatever the case and the white space"
 
@@ -93,6 +95,12 @@ class Gathered:
 
     def add(self, split: str, example: TextExample) -> None:
         """Add an example of a split."""
+        self._add_question(split, splits.question(example), example.where)
+        if split == TRAIN:
+            for question in splits.answered_questions(example):
+                self._add_question(FURTHER, question, example.where)
+
+    def _add_question(self, split: str, question: Text, where: str) -> None:
         if split not in self._exact:
             for hashes, kind in (
                 (self._exact, "Q"),
@@ -100,10 +108,18 @@ class Gathered:
                 (self._places, "q"),
             ):
                 hashes[split] = array(kind)
-        self._exact[split].append(splits.prompt_hash(example))
-        self._normalised[split].append(splits.hash64(normalised(splits.question(example))))
+        self._exact[split].append(splits.hash_of(question))
+        self._normalised[split].append(splits.hash64(normalised(question)))
         # Only compared in this process, where hash() is the same.
-        self._places[split].append(hash(example.where))
+        self._places[split].append(hash(where))
+
+    def trained_on(self, kept: Iterable[str] | None = None) -> Hashes:
+        """Return the hashes of all that is trained on: of each turn whose answer is, too.
+
+        kept: as for `hashes`.
+        """
+        kept = kept if kept is None else list(kept)
+        return self.hashes(TRAIN, kept).followed_by(self.hashes(FURTHER, kept))
 
     def hashes(self, split: str, kept: Iterable[str] | None = None) -> Hashes:
         """Return the hashes of a split, in the order in which the examples were read.
@@ -187,7 +203,10 @@ def read(data, kind: str, stage: str, name: str) -> Seen:
         for split, example in part.examples():
             found.add(split)
             gathered.add(split, example)
-    return Seen(stage, name, {split: gathered.hashes(split) for split in sorted(found)})
+    of_splits = {split: gathered.hashes(split) for split in sorted(found)}
+    if TRAIN in found and kind != "prompts":  # of those, no answer is trained on
+        of_splits[TRAIN] = gathered.trained_on()
+    return Seen(stage, name, of_splits)
 
 
 def read_runs(run_configs: Iterable) -> list[Seen]:

@@ -408,8 +408,13 @@ def choose(names: list[str], data) -> tuple[list[str], str, str]:
 
 def prompt_hash(example: TextExample) -> int:
     """Return 8 bytes that tell prompts apart, whatever form they are in."""
+    return hash_of(question(example))
+
+
+def hash_of(asked: Text) -> int:
+    """Return 8 bytes that tell what `question` returns apart."""
     # JSON, for it may be a list of messages.
-    return hash64(json.dumps(question(example)))
+    return hash64(json.dumps(asked))
 
 
 def question(example: TextExample) -> Text:
@@ -439,6 +444,26 @@ def question(example: TextExample) -> Text:
     # What comes after it, such as calls of tools, may be in one row's prompt and another's answer.
     asked = turns[:end] or turns
     return asked[0]["content"] if len(asked) == 1 else asked
+
+
+def answered_questions(example: TextExample) -> list[Text]:
+    """Return what tells the prompt of each further answer apart that an example trains on.
+
+    A response of several turns answers more than its prompt: each turn of the assistant that is
+    trained on has the conversation up to it as its prompt. Without those that `question` is of.
+    """
+    found = []
+    for response in example.responses:
+        if isinstance(response, str) or isinstance(example.prompt, str):
+            continue
+        for turn, message in enumerate(response):
+            if message["role"] != "assistant" or not is_trained_on(message):
+                continue
+            asked = question(TextExample([*example.prompt, *response[:turn]], (), example.where))
+            if asked not in found:
+                found.append(asked)
+    own = question(example)
+    return [asked for asked in found if asked != own]
 
 
 def _row_hash(fields: dict) -> int:

@@ -163,6 +163,7 @@ class Run:
             # First, as a stage that is refused keeps what it has written.
             self.check_fingerprint(stage, fingerprints)
             seen = {split: gathered.hashes(split, getattr(loaded, split).where) for split in SPLITS}
+            seen["train"] = gathered.trained_on(loaded.train.where)
             ledger["leaks"] = leak_checks.report(self, stage, source, seen)
             leak_checks.check_ahead(self, tokenizer)
         if kind == "unpaired":
@@ -186,7 +187,8 @@ class Run:
             gathered = leaks.Gathered()
 
             def watch(split, text):
-                gathered.add(split, text)
+                # Of a whole conversation, the turns that are sampled from are asked, and no others.
+                gathered.add(split, dataclasses.replace(text, is_conversation=False))
                 # A reward model or a judge may read conversations in its own way.
                 is_chat = isinstance(text.prompt, list)
                 conversation = Conversation(text.prompt, text.tools) if is_chat else None

@@ -6,9 +6,10 @@ import random
 import numpy as np
 import pytest
 
-from dpo_jax.data import leaks
+from dpo_jax.data import leaks, splits
 from dpo_jax.data.leaks import Gathered, Hashes, Seen
 from dpo_jax.data.rows import TextExample
+from tests.helpers.rows import assistant, data_config, user, write_jsonl
 
 NOT_SELECTED = dict(selected_on=0, selected_by={})
 WORDS = ["a", "cat", "Straße", "Ünder", "ﬁne", "SAT", "on", "№", "mat", "ß"]
@@ -106,6 +107,43 @@ def test_examples_that_are_not_used_are_left_out():
     kept = gathered.hashes("train", kept=["row 0", "row 3"])
     assert np.array_equal(kept.exact, Hashes.of(examples("a", "c")).exact)
     assert len(gathered.hashes("train")) == 4 and not len(gathered.hashes("eval"))
+
+
+@pytest.mark.parametrize("turns, leaked", [("all", ["q", "later"]), ("last", ["later"])])
+def test_every_turn_that_is_trained_on_counts(tmp_path, turns, leaked):
+    """SFT on two exchanges answers both questions, unless data.turns takes the last alone."""
+    chat = [user("q"), assistant("a"), user("r"), assistant("b")]
+    data = data_config(path=str(write_jsonl(tmp_path / "chats.jsonl", [dict(messages=chat)])))
+    data.turns = turns
+    trained = leaks.read(data, "sft", "sft", "").trained
+    prompts = dict(q="q", r="r", later=chat[:3])
+    found = [name for name, prompt in prompts.items() if is_in(prompt, trained)]
+    assert found == leaked
+    # Of prompts that are sampled from, the answers in the file are not trained on.
+    sampled_from = leaks.read(data, "prompts", "ppo", "").trained
+    assert len(sampled_from) == 1
+
+
+def is_in(prompt, trained: Hashes) -> bool:
+    exactly, _ = Hashes.of(examples(prompt)).are_in(trained)
+    return bool(exactly.all())
+
+
+def test_turns_that_are_not_trained_on_do_not_count():
+    """Weights of 0, and calls of tools within one answer; an example that is cut is left out."""
+    first = [user("q"), assistant("a")]
+    further = [user("r"), assistant("b") | {"weight": 0}, user("s"), assistant("c")]
+    call = [{"role": "assistant", "tool_calls": []}, {"role": "tool", "content": "9"}]
+    chat = TextExample(first[:1], ([*first[1:], *further],), "row 1", is_conversation=True)
+    with_call = TextExample([user("t")], ([*call, assistant("d")],), "row 2")
+    assert splits.answered_questions(chat) == ["q"]
+    assert splits.answered_questions(with_call) == []
+    gathered = Gathered()
+    for example in (chat, with_call):
+        gathered.add("train", example)
+        gathered.add("eval", example)
+    assert len(gathered.trained_on()) == 3 and len(gathered.hashes("eval")) == 2
+    assert len(gathered.trained_on(["row 2"])) == 1
 
 
 def test_report_has_a_line_for_each_held_out_set():
