@@ -56,7 +56,7 @@ def benchmark(name: str, peer: str = "trl") -> dict:
 
 
 def of_readme() -> list[str]:
-    rows = []
+    rows = [*_toy_frontier_in_readme(), *_small_imdb_in_readme()]
     for title, name in (
         ("TL;DR, 4 pairs of 5 summaries a prompt", "tldr_groups_live"),
         ("IMDb, 6 pairs of 4 completions a prompt", "imdb_groups_live"),
@@ -68,6 +68,31 @@ def of_readme() -> list[str]:
     second_day = measured("benchmark/h200_gpt2_tldr_groups_live.json")["ratios"]["trl"]
     rows.append(f"and {second_day['pairs_per_second']:.1f} times TRL's pairs/s on two days")
     return rows
+
+
+def ends(rows: list[dict], method: str) -> dict:
+    """Return the last row of each run of a method: (parameter, seed) -> row."""
+    return {(row["parameter"], row["seed"]): row for row in rows if row["method"] == method}
+
+
+def _toy_frontier_in_readme() -> list[str]:
+    of_dpo = ends(measured("toy_frontier/dpo/frontier.json")["rows"], "dpo").values()
+    two_seeds = measured("toy_frontier/frontier.json")
+    of_ppo = ends([row for row in two_seeds if row["panel"] == "a"], "ppo").values()
+    return [
+        f"(gaps of up to {max(row['gap'] for row in of_dpo):.2f} over ten seeds), PPO on a learned "
+        f"reward is further below it ({span([row['gap'] for row in of_ppo], '{:.1f}')}, two seeds)"
+    ]
+
+
+def _small_imdb_in_readme() -> list[str]:
+    rows = measured("imdb_small/frontier.json")
+    chosen = (("dpo", "β=0.1"), ("ppo", "target 6"), ("best_of_n", "N=128"))
+    of_dpo, of_ppo, of_best = (
+        f"{row['reward']:.3f} at {row['kl']:.1f}"
+        for row in (ends(rows, method)[parameter, 0] for method, parameter in chosen)
+    )
+    return [f"reward {of_dpo} nats for DPO, {of_ppo} for PPO, {of_best} for best of 128"]
 
 
 def of_performance() -> list[str]:
@@ -594,7 +619,7 @@ GIVEN: dict[str, list[str]] = {
         page("docs/reports.md").partition("What the friend looks at")[2],
     ],
 }
-PAGES = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
+PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 PAGES = [name for name in PAGES if name not in [f"docs/{page}.md" for page in WITHOUT_RESULTS]]
 
 
