@@ -196,6 +196,8 @@ def subset_of(fields: dict, file: str) -> str:
 @functools.lru_cache(maxsize=1000)
 def _folder_subset(file: str) -> str:
     """Return the folders that a file is in, without those that are named after a split."""
+    if file.endswith("]"):  # a split of the hub, owner/name[train]
+        return ""
     folders = os.path.dirname(file).split("/")
     return "/".join(folder for folder in folders if folder and not names_split(folder))
 

@@ -288,14 +288,14 @@ def test_plan_reads_what_the_run_reads(tmp_path, monkeypatch, capsys):
     config = dpo_config(
         write_model(tmp_path / "model"), tmp_path / "pairs.jsonl", data__order="prompts"
     )
-    read = []
+    read = {}
     lengths = set()
 
     def record(self, step):
-        read.append(self._batches.tokens(step))
+        read[step] = self._batches.tokens(step)
         prompt_P, response_PK, _ = self._data.train.lengths()
         lengths.update(zip(prompt_P.tolist(), response_PK[:, 0].tolist(), strict=True))
-        return read[-1]
+        return read[step]
 
     monkeypatch.setattr(DataFeed, "tokens", record)
     with on_devices(2):
@@ -304,7 +304,7 @@ def test_plan_reads_what_the_run_reads(tmp_path, monkeypatch, capsys):
     assumed = Assumptions(prompt_tokens, response_tokens, pairs_per_prompt=6)
     report = planner.plan(config, topologies.parse("h200:2"), "dpo", assumed)
     assert report.sharing.cells == 2 and len(read) == 6
-    assert report.sharing.tokens == np.mean(read) < report.sharing.apart
+    assert report.sharing.tokens == np.mean(list(read.values())) < report.sharing.apart
     # Four rows of each cell cut prompts of six.
     assert report.sharing.is_lost
     assert "of a step (microbatches x data shards) have 4 rows each" in capsys.readouterr().out
