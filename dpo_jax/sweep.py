@@ -8,14 +8,16 @@ Makes one run for each value, or for each combination where several fields are s
 be. Values of the last training stage are runs in WORKDIR, each named as `dpo-jax train` names it
 with this value (dpo-beta0.05; dpo, at the config's own value). A value of another field has a
 folder of its own, WORKDIR/pairs.prompts1000, with its own stages from the first that depends on it;
-those before are shared by a link. Finished runs are skipped, and an interrupted one continues. Runs
-share the compiled step, and for dpo the reference's log-probs, which are computed once and kept in
-WORKDIR/reference (not where dpo.ld_alpha is below 1). Other fields are set as usual,
---config.FIELD=VALUE.
+those before, training too, are shared by a link. Finished runs are skipped, and an interrupted one
+continues. Runs share the compiled step, and for dpo the reference's log-probs, which are computed
+once and kept in WORKDIR/reference (not where dpo.ld_alpha is below 1). Other fields are set as
+usual, --config.FIELD=VALUE.
 
-Seeds (seed, dpo.seed, pairs.seed, ...) are averaged: the result is a table with mean and 95 %
-interval over seeds, WORKDIR/sweep_FIELD.csv, .md and .tex, and the curves in sweep_FIELD.png and
-.pdf. report.html, in WORKDIR and in each of these folders, has all there is to see of its runs.
+One seed (seed, dpo.seed, pairs.seed, ...) can be swept, and is averaged over: the result is a table
+with mean and 95 % interval over seeds, WORKDIR/sweep_FIELD.csv, .md and .tex, and the curves in
+sweep_FIELD.png and .pdf. It has what training measured; a seed that training does not read, such as
+evaluate.seed, makes no other run of it. report.html, in WORKDIR and in each of these folders, has
+all there is to see of its runs.
 
 Values that have commas of their own, as mixtures of losses do, are separated by semicolons:
 
@@ -42,7 +44,7 @@ from dpo_jax.parallel import processes
 from dpo_jax.pipeline.stages import run_stages
 from dpo_jax.run_name import folder_of, name_run
 from dpo_jax.storage import shadow
-from dpo_jax.training.metric_names import is_evaluation
+from dpo_jax.training.metric_names import is_evaluation, is_share
 from dpo_jax.training.metrics import read_rows
 from dpo_jax.workdir import open_workdir
 
@@ -94,6 +96,14 @@ def points(
             raise ValueError(
                 f"--sweep={sweep}: {field} is swept twice. Give all of its values at once."
             )
+        _check_values(config, sweep, field, of_field)
+        seeds = [before for before in values if is_seed(before)]
+        if is_seed(field) and seeds:
+            # Runs with one of the seeds in common are alike, so they do not count as so many.
+            raise ValueError(
+                f"--sweep={sweep}: {seeds[0]} is swept too, and a table takes all of its runs for "
+                "independent. Sweep one seed; seed itself changes all that a run draws."
+            )
         values[field] = of_field
     found = []
     for combination in itertools.product(*values.values()):
@@ -134,8 +144,23 @@ def _values_of(config: ConfigDict, sweep: str, last: str) -> tuple[str, list[str
     return field, values.strip(";").split(";" if ";" in values else ",")
 
 
+def _check_values(config: ConfigDict, sweep: str, field: str, texts: list[str]) -> None:
+    """Raise ValueError where two texts are one value: a run would count twice."""
+    found = []
+    for text in texts:
+        point = config.copy_and_resolve_references()
+        config_files.override(point, {field: text})
+        value = config_files.value_of(point, field)
+        if value in found:
+            first = texts[found.index(value)]
+            raise ValueError(
+                f"--sweep={sweep}: {first} and {text} are the same value of {field}. Give it once."
+            )
+        found.append(value)
+
+
 def share_stages(workdir: pathlib.Path, config: ConfigDict, swept: list[Point]) -> None:
-    """Link the stages before the last training stage that runs in several folders have in common.
+    """Link the stages up to the last training stage that runs in several folders have in common.
 
     A stage is the same where all that it depends on is. It is made in WORKDIR if it is that of the
     config itself, or else in the folder of the first run that needs it. Nothing that is there is
@@ -145,16 +170,35 @@ def share_stages(workdir: pathlib.Path, config: ConfigDict, swept: list[Point]) 
         return
     makers = {}
     for of_config, folder in ((config, ""), *((point.config, point.folder) for point in swept)):
-        first = configs.of_round(of_config, 1)
-        last = stage_table.training_stages(first)[-1]
-        for stage in first.stages[: first.stages.index(last)]:
-            depends_on = json.dumps(configs.dependencies(first, stage), sort_keys=True)
-            maker = makers.setdefault((stage, depends_on), folder)
-            if maker != folder:
-                _link(workdir / folder / stage, workdir / maker / stage)
+        for number in range(1, of_config.rounds + 1):
+            of_round = configs.of_round(of_config, number)
+            names = configs.folder_names(of_round)
+            last = stage_table.training_stages(of_round)[-1]
+            for stage in of_round.stages[: of_round.stages.index(last) + 1]:
+                name = names[stage]
+                maker = makers.setdefault((name, _all_of(of_round, stage)), folder)
+                if maker != folder:
+                    _link(workdir / folder / name, workdir / maker / name)
         if folder:
             # Kept log-probs are found by what they depend on, so all runs can share them.
             _link(workdir / folder / "reference", workdir / "reference")
+
+
+def _all_of(config: ConfigDict, stage: str) -> str:
+    """Return all that the result of a stage depends on, as text."""
+    return json.dumps(configs.dependencies(config, stage), sort_keys=True)
+
+
+def trained_once(runs: list[tuple[Point, list[dict]]]) -> list[tuple[Point, list[dict]]]:
+    """Return the runs, but one alone of those that differ in seeds which training does not read.
+
+    Such a seed, as that of evaluate, says nothing of how training varies.
+    """
+    found = {}
+    for point, rows in runs:
+        last = stage_table.training_stages(point.config)[-1]
+        found.setdefault((point.group, _all_of(point.config, last)), (point, rows))
+    return list(found.values())
 
 
 def _link(link: pathlib.Path, target: pathlib.Path) -> None:
@@ -169,8 +213,9 @@ def _link(link: pathlib.Path, target: pathlib.Path) -> None:
 def summaries(runs: list[tuple[Point, list[dict]]]) -> list[dict]:
     """Return the last evaluation of each run, as mean and interval over the seeds of a sweep.
 
-    Each row has the swept fields that are no seeds, seeds (their number), step, and for each metric
-    that training shows NAME, NAME_low and NAME_high.
+    Each row has the swept fields that are no seeds, seeds (their number), and for each metric that
+    training shows NAME, NAME_low and NAME_high. step and last_step are the first and the last step
+    at which a seed ended, and steps both as text.
     """
     grouped = {}
     for point, rows in runs:
@@ -179,10 +224,14 @@ def summaries(runs: list[tuple[Point, list[dict]]]) -> list[dict]:
             grouped.setdefault(point.group, []).append(evaluations[-1])
     found = []
     for group, last in grouped.items():
-        summary = dict(group) | dict(seeds=len(last), step=last[0]["step"])
+        ends = [row["step"] for row in last]
+        steps = f"{min(ends)} to {max(ends)}" if min(ends) < max(ends) else str(ends[0])
+        summary = dict(group) | dict(seeds=len(last))
+        summary |= dict(step=min(ends), last_step=max(ends), steps=steps)
         for name in SHOWN:
             if is_evaluation(name) and all(name in row for row in last):
-                of_seeds = statistics.mean_interval([row[name] for row in last])
+                values = [row[name] for row in last]
+                of_seeds = statistics.mean_interval(values, is_share=is_share(name))
                 summary[name] = of_seeds["mean"]
                 summary[f"{name}_low"], summary[f"{name}_high"] = of_seeds["low"], of_seeds["high"]
         found.append(summary)
@@ -194,7 +243,11 @@ def columns(rows: list[dict], fields: Sequence[str]) -> list[tables.Column]:
     found = [tables.Column(field, field) for field in fields if not is_seed(field)]
     if any(map(is_seed, fields)):
         found.append(tables.Column("seeds", "seeds", "d"))
-    found.append(tables.Column("step", "step", "d"))
+    # With patience, seeds end at steps of their own.
+    if any(row["step"] != row["last_step"] for row in rows):
+        found.append(tables.Column("steps", "steps"))
+    else:
+        found.append(tables.Column("step", "step", "d"))
     for name in SHOWN:
         if name in rows[0]:
             ends = (f"{name}_low", f"{name}_high")
@@ -236,9 +289,10 @@ def run(
             run_stages(point.config, folder / point.folder)
             trained = folder / point.folder / configs.folder_names(point.config)[last]
             runs.append((point, read_rows(trained / "metrics.jsonl")))
-        found = summaries(runs)
+        different = trained_once(runs)
+        found = summaries(different)
         picture = folder / f"sweep_{'-'.join(fields)}.png"
-        _draw(picture, runs, fields)
+        _draw(picture, different, fields)
         if found:
             shown = columns(found, fields)
             processes.from_first(functools.partial(tables.write, picture, found, shown))

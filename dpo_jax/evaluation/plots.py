@@ -7,6 +7,7 @@ import numpy as np
 
 from dpo_jax.evaluation import statistics
 from dpo_jax.evaluation.frontier import Curve
+from dpo_jax.training.metric_names import is_share
 
 
 def frontier(
@@ -96,11 +97,11 @@ def curves(path, runs: dict[str, list[list[dict]]], field: str) -> None:
     """
     from matplotlib.figure import Figure
 
-    measured = set()
+    in_rows = set()
     for seeds in runs.values():
         for rows in seeds:
-            measured.update(*rows)
-    found = [name for name in CURVES if name in measured]
+            in_rows.update(*rows)
+    found = [name for name in CURVES if name in in_rows]
     figure = Figure(figsize=(4.2 * len(found), 3.8), dpi=150, layout="constrained")
     for number, name in enumerate(found, 1):
         axes = figure.add_subplot(1, len(found), number, title=CURVES[name], xlabel="step")
@@ -111,16 +112,18 @@ def curves(path, runs: dict[str, list[list[dict]]], field: str) -> None:
                 for row in rows:
                     if name in row:
                         values.setdefault(row["step"], []).append(row[name])
-            found_S = [statistics.mean_interval(of_step) for of_step in values.values()]
-            means = [of_step["mean"] for of_step in found_S]
-            bars = [
-                0 if of_step["se"] is None else of_step["high"] - of_step["mean"]
-                for of_step in found_S
-            ]
+            means, below, above = [], [], []
+            for of_step in values.values():
+                measured = statistics.mean_interval(of_step, is_share=is_share(name))
+                mean = measured["mean"]
+                is_alone = measured["se"] is None
+                means.append(mean)
+                below.append(0 if is_alone else mean - measured["low"])
+                above.append(0 if is_alone else measured["high"] - mean)
             axes.errorbar(
                 list(values),
                 means,
-                bars if any(bars) else None,
+                [below, above] if any(above) or any(below) else None,
                 marker="o",
                 markersize=3,
                 capsize=2,

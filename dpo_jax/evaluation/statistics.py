@@ -26,10 +26,11 @@ RESAMPLES = 2000
 REACHED = LEVEL
 
 
-def mean_interval(values) -> dict:
+def mean_interval(values, *, is_share: bool = False) -> dict:
     """Return mean, se, low and high of independent values, such as those of seeds, and n.
 
-    The interval is Student's t. se, low and high are None for one value, and all but n for none.
+    The interval is Student's t; that of shares ends at 0 and 1. se, low and high are None for one
+    value, and all but n for none.
     """
     values_N = np.asarray(values, float)
     n = len(values_N)
@@ -40,7 +41,10 @@ def mean_interval(values) -> dict:
         return dict(mean=mean, se=None, low=None, high=None, n=1)
     se = float(values_N.std(ddof=1)) / math.sqrt(n)
     half = t_quantile(n - 1) * se
-    return dict(mean=mean, se=se, low=mean - half, high=mean + half, n=n)
+    low, high = mean - half, mean + half
+    if is_share:
+        low, high = max(low, 0.0), min(high, 1.0)
+    return dict(mean=mean, se=se, low=low, high=high, n=n)
 
 
 def over_seeds(rows: Sequence[dict], name: str) -> dict:

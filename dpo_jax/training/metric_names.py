@@ -170,3 +170,8 @@ def of_subset(name: str) -> tuple[str, str]:
 def is_evaluation(name: str) -> bool:
     """Return whether a metric is measured at an evaluation, rather than of a training step."""
     return _OF_EVALUATION.search(name) is not None
+
+
+def is_share(name: str) -> bool:
+    """Return whether a metric is a share, from 0 to 1; KeyError for a name that is not ours."""
+    return describe(name).unit == "share"

@@ -106,6 +106,20 @@ def test_table_has_means_over_seeds():
     assert text.splitlines()[1].split("  ")[0] == "0.1" and "0.5 [" in text
 
 
+def test_table_of_seeds_that_end_at_other_steps():
+    """A row has all of their steps; an accuracy's interval ends at 1."""
+    runs = []
+    for seed, (step, accuracy) in enumerate(((6, 0.6), (9, 0.9))):
+        row = evaluated(step, 0.5) | {"rewards_eval/accuracies": accuracy}
+        runs.append((sweep.Point({"seed": str(seed)}, config=None), [row]))
+    found = sweep.summaries(runs)
+    text = sweep.table(found, sweep.columns(found, ["seed"]))
+    assert text.splitlines() == [
+        "seeds  steps        eval loss  eval accuracy",
+        "    2  6 to 9  0.5 [0.5, 0.5]    0.75 [0, 1]",
+    ]
+
+
 @pytest.mark.parametrize(
     "text, said",
     [
@@ -126,6 +140,32 @@ def test_points_refuses_what_is_no_sweep(model, pairs, text, said):
 def test_points_refuses_a_field_twice(model, pairs):
     with pytest.raises(ValueError, match="--sweep=dpo.beta=3: dpo.beta is swept twice"):
         sweep.points(dpo_config(model, pairs), ["dpo.beta=1,2", "dpo.beta=3"])
+
+
+@pytest.mark.parametrize(
+    "sweeps, said",
+    [
+        (["dpo.seed=0,0"], "0 and 0 are the same value of dpo.seed"),
+        (["dpo.beta=1,2,1.0"], "1 and 1.0 are the same value of dpo.beta"),
+        (["seed=0,1", "dpo.seed=0,1"], "seed is swept too, and a table takes"),
+    ],
+)
+def test_points_refuses_runs_that_are_no_others(model, pairs, sweeps, said):
+    with pytest.raises(ValueError, match=f"^--sweep={sweeps[-1]}: {said}"):
+        sweep.points(dpo_config(model, pairs), sweeps)
+
+
+def test_seeds_of_evaluation_are_no_seeds_of_training():
+    """A table is of what training measured: the same run counts once, for each other value."""
+    swept = sweep.points(toy.get_config(), ["dpo.beta=1,2", "evaluate.seed=0,1"])
+    runs = [(point, [evaluated(9, 0.5)]) for point in swept]
+    kept = [point.values for point, _ in sweep.trained_once(runs)]
+    assert kept == [
+        {"dpo.beta": "1", "evaluate.seed": "0"},
+        {"dpo.beta": "2", "evaluate.seed": "0"},
+    ]
+    swept = sweep.points(toy.get_config(), ["dpo.seed=0,1"])
+    assert len(sweep.trained_once([(point, []) for point in swept])) == 2
 
 
 def test_points_of_several_fields_are_all_combinations(model, pairs):
@@ -170,6 +210,18 @@ def test_runs_share_the_stages_that_depend_on_no_swept_field(tmp_path):
         "pairs.prompts60-seed3/sft": "pairs.prompts50-seed3/sft",
     }
     assert links == expected
+
+
+def test_runs_that_train_alike_share_the_last_stage_too(tmp_path):
+    config = toy.get_config()
+    config.rounds = 2
+    swept = sweep.points(config, ["dpo.beta=1,2", "evaluate.seed=0,1"])
+    sweep.share_stages(tmp_path, config, swept)
+    names = ["sft", "pairs", "dpo", "dpo-beta1", "round_2/dpo", "round_2/dpo-beta1"]
+    for name in names:
+        path = tmp_path / "evaluate.seed1" / name
+        assert path.is_symlink() and path.resolve() == tmp_path / name
+    assert not (tmp_path / "evaluate.seed1" / "evaluate").exists()
 
 
 def test_sweep_of_an_earlier_stage_and_of_seeds(tmp_path, capsys):
