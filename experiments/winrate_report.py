@@ -17,6 +17,7 @@ OPTIMISING = {"ppo", "best_of_n"}  # methods that are made for the run's reward 
 ROUGE = ("rouge1", "rouge2", "rougeL")
 RATES = ("rate", "low", "high", "wins", "ties", "losses", "unparsable", "n")
 COUNTED = ("wins", "ties", "losses", "unparsable", "n")
+P_HEADS = ("p over prompts", "p by Holm")  # of comparisons; they leave seeds of training out
 POINT = ("method", "temperature", "best_of", "step")  # what rows of a group have in common
 # Of a row, what has a file of its own or is the same for all rows.
 NOT_WRITTEN = ("judged", "verdicts", "votes", "compared", "points")
@@ -100,6 +101,7 @@ def grouped(rows: list[dict]) -> list[dict]:
     prompt. Of several seeds, prompts_low and prompts_high are that interval for these very seeds,
     and seeds_low and seeds_high Student's t over the seeds' rates, for other trainings on these
     very prompts. low and high add their widths in quadrature, for other prompts and trainings.
+    So do the intervals at equal length and of subsets; a seed without such a rate leaves them out.
     """
     by_point = {}
     for row in rows:
@@ -110,13 +112,7 @@ def grouped(rows: list[dict]) -> list[dict]:
 def _group(rows: list[dict]) -> dict:
     """Return one row for those of a point."""
     first = rows[0]
-    verdicts, longer_by, prompts = [], [], []
-    for row in rows:
-        verdicts += row["verdicts"]
-        prompts += range(len(row["verdicts"]))
-        for pair in row["compared"]:
-            longer_by.append(len(pair["ours"].strip()) - len(pair["other"].strip()))
-    over_prompts = winrate_stats.win_rate(verdicts, prompts)
+    over_prompts = winrate_stats.win_rate(_verdicts(rows), _prompts(rows))
     group = {name: first[name] for name in POINT}
     group |= dict(
         seeds=len({row["seed"] for row in rows}),
@@ -124,29 +120,71 @@ def _group(rows: list[dict]) -> dict:
         **over_prompts,
         points=winrate_stats.mean_points([row["verdicts"] for row in rows]),
     )
-    rates = _rates_of_seeds(rows)
+    by_seed = {}
+    for row in rows:
+        by_seed.setdefault(row["seed"], []).append(row)
+    rates = [winrate_stats.win_rate(_verdicts(of_seed))["rate"] for of_seed in by_seed.values()]
+    rates = [rate for rate in rates if rate is not None]
     if len(rates) > 1:
         over_seeds = statistics.mean_interval(rates)
-        group["rate"] = over_seeds["mean"]
         for side in ("low", "high"):
             group[f"seeds_{side}"] = over_seeds[side]
             group[f"prompts_{side}"] = over_prompts[side]
-            reach = math.hypot(
-                over_seeds[side] - over_seeds["mean"], over_prompts[side] - over_prompts["rate"]
-            )
-            end = over_seeds["mean"] + (reach if side == "high" else -reach)
-            group[side] = min(1.0, max(0.0, end))
-    at_equal_length = winrate_stats.length_controlled(verdicts, longer_by, prompts)
+        group |= over_both(over_prompts, rates)
+    at_equal_length = _at_equal_length(rows)
+    group["length_effect"] = at_equal_length["length_effect"]
+    if len(by_seed) > 1:
+        of_seeds = [_at_equal_length(of_seed)["rate"] for of_seed in by_seed.values()]
+        at_equal_length = over_both(at_equal_length, of_seeds)
     for name in ("rate", "low", "high"):
         group[f"equal_length_{name}"] = at_equal_length[name]
-    group["length_effect"] = at_equal_length["length_effect"]
     for name in ("words", *ROUGE):
         if name in first:
             group[name] = float(np.mean([row[name] for row in rows]))
     by_subset = _by_subset(rows)
+    if len(by_seed) > 1:
+        of_seeds = [_by_subset(of_seed) for of_seed in by_seed.values()]
+        for subset, found in by_subset.items():
+            found |= over_both(found, [of_seed[subset]["rate"] for of_seed in of_seeds])
     if len(by_subset) > 1:
         group["by_subset"] = by_subset
     return group
+
+
+def over_both(over_prompts: dict, rates: list[float | None]) -> dict:
+    """Return rate, low and high for other prompts and other trainings.
+
+    over_prompts: rate, low and high of all seeds, for these very trainings. rates: of each seed.
+    The widths on either side add up in quadrature. Where a seed has no rate, there is no interval.
+    """
+    if None in rates or None in (over_prompts["low"], over_prompts["high"]):
+        return dict(rate=over_prompts["rate"], low=None, high=None)
+    over_seeds = statistics.mean_interval(rates)
+    mean = over_seeds["mean"]
+    reach = {}
+    for side in ("low", "high"):
+        of_prompts = over_prompts[side] - over_prompts["rate"]
+        reach[side] = math.hypot(over_seeds[side] - mean, of_prompts)
+    return dict(rate=mean, low=max(0.0, mean - reach["low"]), high=min(1.0, mean + reach["high"]))
+
+
+def _verdicts(rows: list[dict]) -> list[str | None]:
+    """Return the verdicts of all rows, one row after the other."""
+    return [verdict for row in rows for verdict in row["verdicts"]]
+
+
+def _prompts(rows: list[dict]) -> list[int]:
+    """Return the number of the prompt of each verdict."""
+    return [number for row in rows for number in range(len(row["verdicts"]))]
+
+
+def _at_equal_length(rows: list[dict]) -> dict:
+    """Return the win rate that answers of equal length would have, over all rows."""
+    longer_by = []
+    for row in rows:
+        for pair in row["compared"]:
+            longer_by.append(len(pair["ours"].strip()) - len(pair["other"].strip()))
+    return winrate_stats.length_controlled(_verdicts(rows), longer_by, _prompts(rows))
 
 
 def _by_subset(rows: list[dict]) -> dict[str, dict]:
@@ -163,15 +201,6 @@ def _by_subset(rows: list[dict]) -> dict[str, dict]:
     for subset in sorted(verdicts):
         found[subset] = winrate_stats.win_rate(verdicts[subset], prompts[subset])
     return found
-
-
-def _rates_of_seeds(rows: list[dict]) -> list[float]:
-    """Return the win rate of each seed over its draws, of those that have any verdict."""
-    verdicts = {}
-    for row in rows:
-        verdicts.setdefault(row["seed"], []).extend(row["verdicts"])
-    rates = [winrate_stats.win_rate(of_seed)["rate"] for of_seed in verdicts.values()]
-    return [rate for rate in rates if rate is not None]
 
 
 def as_records(votes: list[tuple[Vote, ...]]) -> list[list[dict]]:
@@ -308,9 +337,17 @@ def table(groups: list[dict], paired: list[dict]) -> str:
         _measured(at_end, [name for name in ("words", *ROUGE) if name in groups[0]]),
     ]
     text = "\n".join(_markdown(lines) for lines in parts if len(lines) > 1)
+    if paired:
+        text += (
+            "\nDifferences and p are over prompts, for these very trainings: they do not say how "
+            "much another seed of training would change.\n"
+        )
     seeds = max(group["seeds"] for group in groups)
     if seeds > 1:
-        text += f"\nMeans of up to {seeds} seeds of training; intervals over seeds and prompts.\n"
+        text += (
+            f"\nMeans of up to {seeds} seeds of training; intervals of win rates are over seeds "
+            "and prompts.\n"
+        )
     return text
 
 
@@ -343,7 +380,7 @@ def _subsets(groups: list[dict]) -> Lines:
 
 
 def _comparisons(paired: list[dict]) -> Lines:
-    lines = [("beside", "T", "difference of win rates", "better on", "worse on", "p", "p by Holm")]
+    lines = [("beside", "T", "difference of win rates", "better on", "worse on", *P_HEADS)]
     for pair in paired:
         line = (
             f"{pair['first']} - {pair['second']}",

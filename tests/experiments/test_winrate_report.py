@@ -43,6 +43,27 @@ def test_seeds_have_an_interval_of_their_own():
     assert "Means of up to 3 seeds of training" in table
 
 
+def test_seeds_count_at_equal_length_and_in_subsets():
+    """They are as far apart there, so that these intervals are no narrower."""
+    rows = []
+    for seed, wins in enumerate((30, 50, 70)):
+        row = a_row(["win"] * wins + ["loss"] * (100 - wins), seed=seed)
+        for number, pair in enumerate(row["compared"]):
+            pair["subset"] = ("helpful", "harmless")[number % 2]
+        rows.append(row)
+    (group,) = winrate_report.grouped(rows)
+    assert (group["rate"], group["low"], group["high"]) == (pytest.approx(0.5), 0, 1)
+    found = [group[f"equal_length_{name}"] for name in ("rate", "low", "high")]
+    assert found == [pytest.approx(0.5), 0, 1]
+    for of_subset in group["by_subset"].values():
+        found = [of_subset[name] for name in ("rate", "low", "high")]
+        assert found == [pytest.approx(0.5), 0, 1]
+    # A seed that wins always has no rate at equal length.
+    rows[2] |= dict(verdicts=["win"] * 100)
+    (group,) = winrate_report.grouped(rows)
+    assert group["equal_length_rate"] > 0.5 and group["equal_length_low"] is None
+
+
 def test_subsets_have_rates_of_their_own():
     row = a_row(["win", "win", "loss", None])
     for pair, subset in zip(row["compared"], ("helpful", "harmless", "harmless", ""), strict=True):
@@ -74,7 +95,9 @@ def test_comparisons_are_adjusted_for_their_number():
     paired = winrate_report.compared_with(winrate_report.grouped(rows), "dpo")
     assert [pair["p"] for pair in paired] == [2 / 2**6, 2 / 2**7, 2 / 2**8]
     assert [pair["p_holm"] for pair in paired] == statistics.holm([2 / 2**6, 2 / 2**7, 2 / 2**8])
-    assert "| p | p by Holm |" in winrate_report.table(winrate_report.grouped(rows), paired)
+    table = winrate_report.table(winrate_report.grouped(rows), paired)
+    assert "| p over prompts | p by Holm |" in table
+    assert "p are over prompts, for these very trainings" in table
 
 
 def test_training_table_has_a_column_for_each_temperature():
