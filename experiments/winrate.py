@@ -61,6 +61,8 @@ from experiments import commands, unseen, winrate_report
 
 # What all seeds of training have in common: the methods learn from them.
 SHARED = ("sft", "rm")
+# Methods that no others are compared with: they have no one answer to a prompt at a temperature.
+NO_OPPONENTS = ("training", "best_of_n")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,10 +162,10 @@ class Options:
     def __post_init__(self):
         if self.against is not None:
             method, temperature = self.against
-            if method in ("training", "best_of_n") or not 0 <= temperature < math.inf:
+            if method in NO_OPPONENTS or not 0 <= temperature < math.inf:
                 raise ValueError(
                     f"--against={method}:{temperature:g}: expected METHOD:TEMPERATURE, such as "
-                    "ppo:0, of a method that has one answer to a prompt."
+                    "dpo:0, of a method that has one answer to a prompt."
                 )
         if min(self.counts, default=0) < 1 or len(set(self.counts)) < len(self.counts):
             given = ",".join(map(str, self.counts))
@@ -780,17 +782,27 @@ def _numbers(flag, kind: type) -> tuple:
         raise ValueError(f"--{flag.name}={given}: expected numbers, separated by commas.") from None
 
 
-def _opponent(text: str, methods: tuple[str, ...]) -> tuple[str, float]:
+def opponents(methods: tuple[str, ...]) -> list[str]:
+    """Return the methods that --against may name."""
+    return [method for method in methods if method not in NO_OPPONENTS]
+
+
+def _example(methods: tuple[str, ...]) -> str:
+    """Return a value of --against, of the second method: the first is what most are after."""
+    return f"{opponents(methods)[1]}:0"
+
+
+def opponent_of(text: str, methods: tuple[str, ...]) -> tuple[str, float]:
     """Return the method and the temperature that --against names; ValueError for no such."""
     method, _, temperature = text.partition(":")
     try:
         number = float(temperature)
     except ValueError:
         number = -1.0
-    if method not in methods or not 0 <= number < math.inf:
+    if method not in opponents(methods) or not 0 <= number < math.inf:
         raise ValueError(
-            f"--against={text}: expected METHOD:TEMPERATURE, such as ppo:0; the methods are "
-            f"{', '.join(methods)}."
+            f"--against={text}: expected METHOD:TEMPERATURE, such as {_example(methods)}; the "
+            f"methods are {', '.join(opponents(methods))}."
         )
     return method, number
 
@@ -821,8 +833,8 @@ def main(
     against = flags.DEFINE_string(
         "against",
         None,
-        "METHOD:TEMPERATURE whose answers to compare with, such as ppo:0. Default: the data's own "
-        "responses.",
+        f"METHOD:TEMPERATURE whose answers to compare with, such as {_example(methods)}; METHOD is "
+        f"one of {', '.join(opponents(methods))}. Default: the data's own responses.",
     )
     seeds = flags.DEFINE_integer(
         "seeds",
@@ -884,7 +896,7 @@ def main(
             counts=_numbers(counts, int),
             prompts=prompts.value,
             dry_run=dry_run.value,
-            against=_opponent(against.value, methods) if against.value else None,
+            against=opponent_of(against.value, methods) if against.value else None,
             seeds=seeds.value,
             draws=draws.value,
             show=show.value,

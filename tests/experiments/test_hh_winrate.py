@@ -316,3 +316,11 @@ def test_hh_training_temperatures(tmp_path, monkeypatch):
     both = drawn(temperatures=(0.25,), training_temperatures=temperatures)
     assert both == [(0, 0.7), (300, 0.7), (0, 1.0), (300, 1.0)]
     assert drawn(temperatures=(0.7,)) == [(0, 0.7), (300, 0.7)]
+
+
+def test_against_names_methods_that_have_one_answer():
+    assert winrate.opponent_of("preferred_ft:0.7", hh_winrate.CHOICES) == ("preferred_ft", 0.7)
+    expected = "such as preferred_ft:0; the methods are dpo, preferred_ft, base, unlikelihood.$"
+    for text in ("ppo:0", "training:0", "best_of_n:1", "dpo", "dpo:-1"):
+        with pytest.raises(ValueError, match=f"^--against={text}: .* {expected}"):
+            winrate.opponent_of(text, hh_winrate.CHOICES)
