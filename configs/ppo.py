@@ -11,6 +11,10 @@ or from those of --config.data.sft_path=PROMPTS. PROMPTS: rows of a prompt, text
 completions beside it are not used. With the choice model there is no stage rm: REWARD is a reward
 model that you have, such as WORKDIR/rm/hf or one of the hub.
 
+A tenth of the prompts is held out, and 8 of those are measured, so that a hundred rows are enough.
+Of a few thousand rows, measure more, for smaller standard errors: --config.evaluate.prompts=64, or
+128 of ten thousand with --config.data.eval_fraction=0.03 (the same for configs/rm.py).
+
 Hardware: one CPU or more. Weights, gradients, optimiser state and reference take 20 bytes per
 parameter in total, and the reward model 4 more (split over the devices with mesh.fsdp). Time: the
 progress line shows an estimate after the first steps.
@@ -37,5 +41,7 @@ def get_config(choice="rm"):
     config.sampling.max_new_tokens = 128
     # A quarter of the paper's, whose 25,000 prompts make more steps than yours may.
     config.ppo.update(batch_size=256, minibatch_size=64)
-    config.evaluate.prompts = 64
+    # Few enough for a hundred rows, of which a tenth is held out.
+    config.data.eval_fraction = 0.1
+    config.evaluate.prompts = 8
     return config

@@ -5,7 +5,7 @@
 
 MODEL: a Hugging Face name or folder, usually the model that SFT has left. PAIRS: as for
 configs/dpo.py. configs/ppo.py trains the same reward model first, or takes this one: give both the
-same --workdir, MODEL and PAIRS.
+same --workdir, MODEL and PAIRS. A tenth of the prompts is held out (--config.data.eval_fraction).
 
 Hardware: one CPU or more. Weights, gradients and optimiser state take 12 bytes per parameter in
 total (split over the devices with mesh.fsdp). Time: the progress line shows an estimate after the
@@ -19,4 +19,6 @@ from dpo_jax.config import default
 
 
 def get_config():
-    return default(("rm",))
+    config = default(("rm",))
+    config.data.eval_fraction = 0.1  # as configs/ppo.py
+    return config

@@ -218,19 +218,35 @@ def read_runs(run_configs: Iterable) -> list[Seen]:
     """
     found = {}
     for config in run_configs:
-        for stage in config.stages:
-            table = stage_table.STAGES[stage]
-            is_sampled = stage_table.trains_on_samples(config, stage)
-            if is_sampled or not (table.trains or stage == "pairs"):
-                continue
-            is_of_sft = table.data in ("sft", "prompts")
-            data = configs.sft_data(config) if is_of_sft else config.data
-            names = ("source", "path", "mix", "train_split", "eval_split")
-            key = tuple(data[name] for name in names)
+        for stage, (key, data) in data_sets(config).items():
             if key not in found:
-                kind = table.data if is_of_sft else table.kind
-                found[key] = read(data, kind, stage, data.path or data.mix or data.source)
+                found[key] = read_of_stage(data, stage)
     return list(found.values())
+
+
+def data_sets(config) -> dict[str, tuple[tuple, object]]:
+    """Return (what tells it from others, config block) of the data set of each stage, in order.
+
+    Stages that do not train, or that train on the run's own samples, have none.
+    """
+    found = {}
+    for stage in config.stages:
+        table = stage_table.STAGES[stage]
+        is_sampled = stage_table.trains_on_samples(config, stage)
+        if is_sampled or not (table.trains or stage == "pairs"):
+            continue
+        is_of_sft = table.data in ("sft", "prompts")
+        data = configs.sft_data(config) if is_of_sft else config.data
+        names = ("source", "path", "mix", "train_split", "eval_split")
+        found[stage] = (tuple(data[name] for name in names), data)
+    return found
+
+
+def read_of_stage(data, stage: str) -> Seen:
+    """Read the prompts of a data set that a stage trains on, without tokenising it."""
+    table = stage_table.STAGES[stage]
+    kind = table.data if table.data in ("sft", "prompts") else table.kind
+    return read(data, kind, stage, data.path or data.mix or data.source)
 
 
 def write(folder: pathlib.Path, seen: Seen) -> None:

@@ -8,6 +8,7 @@ the same WORKDIR, are not looked at.
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -46,22 +47,65 @@ def report(run, stage: str, source: str, splits: dict[str, Hashes]) -> dict:
     return found["values"]
 
 
-def check_ahead(run, tokenizer) -> None:
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """The held-out prompts that a stage may judge."""
+
+    prompts: Prompts
+    held_out: int  # how many there were
+    kind: str = "held-out"  # of what they are, for a message
+
+    def told(self) -> str:
+        """Return how many were left out, as a sentence without its end; "" where none was."""
+        left_out = self.held_out - len(self.prompts)
+        if not left_out:
+            return ""
+        return (
+            f"{left_out:,} of {self.held_out:,} {self.kind} prompts are trained on and left out "
+            "(config.data.on_leak=drop)"
+        )
+
+
+def check_ahead(run, stage: str, tokenizer) -> None:
     """Raise ValueError where a later stage is to judge a prompt that is trained on, or lacks some.
 
-    Training may take hours, so this comes before.
+    Training may take hours, so this comes before. stage: the one that is about to train. Data sets
+    that only later stages train on are read for it.
     """
+    later = functools.cache(functools.partial(_read_later, run, stage))
     for judging in stage_table.JUDGING:
         is_exact = judging == "evaluate" and run.is_measured_exactly()
         if judging in run.config.stages and not is_exact:
-            asked = run.test_prompts(judging, tokenizer)
+            run.say_of_test_prompts(judging, tokenizer)
+            found = run.test_prompts(judging, tokenizer, later)
+            asked = found.prompts.spread(run.config[judging].prompts)
             warn_of_selection(run, judging, asked, run.load_prompts(tokenizer))
 
 
-def judged(run, stage: str, held_out: Prompts, training: Prompts) -> Prompts:
+def _read_later(run, stage: str) -> list[Seen]:
+    """Read the prompts of the data sets that only stages after a stage train on."""
+    index = run.config.stages.index(stage)
+    known = set()
+    found = []
+    for name, (key, data) in leaks.data_sets(run.config).items():
+        if run.config.stages.index(name) > index and key not in known:
+            seen = leaks.read_of_stage(data, name)
+            found.append(dataclasses.replace(seen, data=f"config.data: {seen.data}"))
+        known.add(key)
+    return found
+
+
+def judged(
+    run,
+    stage: str,
+    held_out: Prompts,
+    training: Prompts,
+    later: Callable[[], list[Seen]] = list,
+) -> Prompts:
     """Return the held-out prompts that a stage may judge; ValueError where it is to stop.
 
-    training: the prompts of the training split. As many are judged as the stage's block asks for.
+    training: the prompts of the training split. later: returns those of data sets that only stages
+    to come train on. As many are judged as the stage's block asks for.
     """
     data = run.config.data
     held_out = with_clusters(run, held_out)
@@ -72,7 +116,8 @@ def judged(run, stage: str, held_out: Prompts, training: Prompts) -> Prompts:
         possible = Seen("", "", dict(train=training.hashes))
 
         def trained() -> np.ndarray:
-            return leaks.trained(held_out.hashes, [possible, *_seen(run, stage)[0]])
+            seen, _ = _seen(run, stage)
+            return leaks.trained(held_out.hashes, [possible, *seen, *later()])
 
         is_trained = processes.from_first(trained)
         return held_out.take(np.flatnonzero(~is_trained))
@@ -80,7 +125,7 @@ def judged(run, stage: str, held_out: Prompts, training: Prompts) -> Prompts:
 
     def why_not() -> str:
         seen, _ = _seen(run, stage)
-        return leaks.refusal(JUDGED[stage], wanted.hashes, wanted.texts, seen)
+        return leaks.refusal(JUDGED[stage], wanted.hashes, wanted.texts, [*seen, *later()])
 
     refusal = processes.from_first(why_not)
     if refusal:
@@ -114,11 +159,15 @@ def with_clusters(run, prompts: Prompts) -> Prompts:
     return dataclasses.replace(prompts, hashes=None) if run.config.data.source == "toy" else prompts
 
 
-def record_judged(run, stage: str, asked: Prompts, training: Prompts) -> None:
+def record_judged(run, stage: str, whole: Judged, training: Prompts) -> None:
     """Write to a stage's ledger how many of the prompts that it judges are trained on.
 
-    training: the prompts of the training split, of which prefixes may be the same.
+    whole: what it may judge, of which it takes as many as its block asks for. training: the
+    prompts of the training split, of which prefixes may be the same.
     """
+    if whole.told():
+        say(f"{stage}: {whole.told()}")
+    asked = whole.prompts.spread(run.config[stage].prompts)
     if jax.process_index():
         return
     folder = run.folder(stage)
@@ -133,6 +182,9 @@ def record_judged(run, stage: str, asked: Prompts, training: Prompts) -> None:
                 f"trained on ({leak.told()}), as config.data.on_leak=allow takes them."
             )
     found |= prefixes(run, asked, training)
+    left_out = whole.held_out - len(whole.prompts)
+    if left_out:
+        found["left_out"] = dict(prompts=whole.held_out, trained_on=left_out)
     write_record(folder / "ledger.json", dict(prompts=len(asked), leaks=found))
 
 

@@ -60,6 +60,8 @@ class Run:
     # What chat templates take for today: the day on which the stage at work was started.
     date: datetime.date = dataclasses.field(default_factory=datetime.date.today)
     _prompts: dict = dataclasses.field(default_factory=dict)  # by date; read once
+    _ledgers: dict = dataclasses.field(default_factory=dict)  # of those prompts, by date
+    _warned: set = dataclasses.field(default_factory=set)  # stages that few prompts were told of
 
     def folder(self, stage: str) -> pathlib.Path:
         """Return the stage's folder under WORKDIR."""
@@ -165,7 +167,7 @@ class Run:
             seen = {split: gathered.hashes(split, getattr(loaded, split).where) for split in SPLITS}
             seen["train"] = gathered.trained_on(loaded.train.where)
             ledger["leaks"] = leak_checks.report(self, stage, source, seen)
-            leak_checks.check_ahead(self, tokenizer)
+            leak_checks.check_ahead(self, stage, tokenizer)
         if kind == "unpaired":
             _check_can_be_mismatched(stage, source, loaded)
             _say_of_labels(stage, loaded.ledger.train, self.config[stage])
@@ -209,6 +211,7 @@ class Run:
                 )
             _check_same_tokens(_source(data), found)
             self._prompts[self.date] = found
+            self._ledgers[self.date] = loaded.ledger
         return self._prompts[self.date]
 
     def training_prompts(self, stage: str, tokenizer) -> Prompts:
@@ -219,7 +222,7 @@ class Run:
         seen = dict(train=prompts.hashes)
         found = leak_checks.report(self, stage, _source(self.sft_data()), seen)
         found |= leak_checks.prefixes(self, loaded["eval"], prompts)
-        leak_checks.check_ahead(self, tokenizer)
+        leak_checks.check_ahead(self, stage, tokenizer)
         self.record(stage, dict(prompts=len(prompts), leaks=found), prompts.fingerprint)
         return prompts
 
@@ -228,35 +231,51 @@ class Run:
         found = self.load_prompts(tokenizer)["eval"].spread(most)
         return leak_checks.with_clusters(self, found)
 
-    def test_prompts(self, stage: str, tokenizer) -> Prompts:
-        """Return prompts that results are reported on, as many as the stage's block asks for.
+    def test_prompts(
+        self, stage: str, tokenizer, later: Callable[[], list[leaks.Seen]] = list
+    ) -> leak_checks.Judged:
+        """Return prompts that results are reported on, of which the stage takes as many as it asks.
 
-        Training has not been evaluated on them, unless too few are held out to be divided. Raises
-        ValueError where there are fewer, or where one is trained on and config.data.on_leak is to
-        stop the run.
+        Training has not been evaluated on them, unless too few are held out to be divided. later:
+        as for `leak_checks.judged`. Raises ValueError where there are fewer, or where one is
+        trained on and config.data.on_leak is to stop the run.
         """
         loaded = self.load_prompts(tokenizer)
         kind = "test" if len(loaded["test"]) else "held-out"
         held_out = loaded["test"] if len(loaded["test"]) else loaded["eval"]
-        held_out = leak_checks.judged(self, stage, held_out, loaded["train"])
+        prompts = leak_checks.judged(self, stage, held_out, loaded["train"], later)
+        found = leak_checks.Judged(prompts, len(held_out), kind)
         wanted = self.config[stage].prompts
-        if len(held_out) < wanted:
+        if len(prompts) < wanted:
+            told = f"; {found.told()}" if found.told() else ""
             raise ValueError(
-                f"config.{stage}.prompts = {wanted}, but there are only {len(held_out)} {kind} "
-                "prompts. Lower it, or hold out more (config.data.max_eval_rows = "
-                f"{self.config.data.max_eval_rows})."
+                f"config.{stage}.prompts = {wanted}, but there are only {len(prompts)} {kind} "
+                f"prompts{told}. Lower it, or hold out more ({self._limit_of_held_out(kind)})."
             )
-        return held_out.spread(wanted)
+        return found
+
+    def _limit_of_held_out(self, kind: str) -> str:
+        """Return which field limits the held-out prompts, and its value, as a part of an error."""
+        data = self.sft_data()
+        ledger = self._ledgers[self.date]
+        counts = ledger.test if kind == "test" else ledger.eval
+        if counts.not_drawn:
+            return f"config.data.max_eval_rows = {data.max_eval_rows}"
+        if not ledger.train.held_out and ledger.eval.read:
+            return "rows of the data's own split to evaluate on"
+        half = ", of which about half are tested on" if kind == "test" else ""
+        return f"config.data.eval_fraction = {data.eval_fraction:g}{half}"
 
     def say_of_test_prompts(self, stage: str, tokenizer) -> None:
-        """Warn where a stage reports on prompts that training was evaluated on."""
-        if not len(self.load_prompts(tokenizer)["test"]):
-            warn(
-                f"{stage}: too few prompts are held out to keep some for testing alone, so it "
-                "reports on those that training was evaluated on. Hold out more of them, "
-                f"{2 * draws.FEWEST_IN_HALF} or a few more (config.data.eval_fraction = "
-                f"{self.config.data.eval_fraction:g})."
-            )
+        """Warn, once, where a stage reports on prompts that training was evaluated on."""
+        if len(self.load_prompts(tokenizer)["test"]) or stage in self._warned:
+            return
+        self._warned.add(stage)
+        warn(
+            f"{stage}: too few prompts are held out to keep some for testing alone, so it "
+            "reports on those that training is evaluated on. Hold out more of them, "
+            f"{2 * draws.FEWEST_IN_HALF} or a few more ({self._limit_of_held_out('held-out')})."
+        )
 
     def is_measured_exactly(self) -> bool:
         """Return whether reward and KL are exact, as on the toy under a reward of its own."""

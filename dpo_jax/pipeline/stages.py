@@ -76,7 +76,7 @@ def pairs_stage(run: Run, stage: str) -> dict:
         splits["eval"] = held_out.hashes
     found = leak_checks.report(run, stage, str(run.folder(stage)), splits)
     found |= leak_checks.prefixes(run, prompts["eval"], prompts["train"])
-    leak_checks.check_ahead(run, initial.tokenizer)
+    leak_checks.check_ahead(run, stage, initial.tokenizer)
     asks_reward = stage_table.asks_reward(run.config, stage)
     reward_model = run.reward_model("true") if asks_reward else None
     run.record_weights(stage, policy=initial, reward=reward_model)
@@ -152,10 +152,11 @@ def best_of_n_stage(run: Run, stage: str) -> dict:
 def judged_prompts(run: Run, stage: str, tokenizer) -> Prompts:
     """Return the test prompts that a stage judges; its ledger says how many are trained on."""
     run.say_of_test_prompts(stage, tokenizer)
-    asked = run.test_prompts(stage, tokenizer)
+    judged = run.test_prompts(stage, tokenizer)
+    asked = judged.prompts.spread(run.config[stage].prompts)
     loaded = run.load_prompts(tokenizer)
     leak_checks.warn_of_selection(run, stage, asked, loaded)
-    leak_checks.record_judged(run, stage, asked, loaded["train"])
+    leak_checks.record_judged(run, stage, judged, loaded["train"])
     return asked
 
 

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from configs import ppo
 from dpo_jax import config as configs
 from dpo_jax import data_report
 from dpo_jax.data import leaks, toy
@@ -108,16 +109,22 @@ def test_stages_of_an_earlier_version_are_named(files, tmp_path):
 
 @pytest.mark.parametrize("stages", [("sft", "dpo", "evaluate"), ("sft", "rm", "best_of_n")])
 def test_run_stops_before_it_trains(files, tmp_path, stages):
-    """Not after hours of training, where evaluate would find it out."""
+    """Before sft, although a later stage trains on the prompts, of pairs that sft does not read."""
     config = config_of(files, stages)
     config.reward.update(kind="rm", path="")
     if "best_of_n" in stages:
         config.best_of_n.prompts = 20
     run = Run(config, tmp_path, mesh=None)
-    run.load_data("sft", tokenizer())
     with pytest.raises(ValueError, match=f"of the 20 prompts that {stages[-1]} is to") as stopped:
-        run.load_data(stages[1], tokenizer())
+        run.load_data("sft", tokenizer())
     assert f"by {stages[1]} (config.data: {files[1]})" in str(stopped.value)
+    # Where sft is done, too.
+    config.data.on_leak = "allow"
+    run.load_data("sft", tokenizer())
+    config.data.on_leak = "error"
+    with pytest.raises(ValueError, match=f"of the 20 prompts that {stages[-1]} is to") as again:
+        run.load_data(stages[1], tokenizer())
+    assert str(again.value) == str(stopped.value)
 
 
 def test_refused_run_goes_on_where_leaks_are_allowed(files, tmp_path, capsys):
@@ -172,17 +179,28 @@ def test_judged_prompts_that_dpo_validates_on_are_told(files, tmp_path, capsys):
     assert ledger["selected_by"] == dict(dpo=10)
 
 
-def test_leaked_prompts_can_be_left_out(files, tmp_path):
+def test_leaked_prompts_can_be_left_out(files, tmp_path, capsys):
     config = config_of(files, ("dpo", "evaluate"), "drop")
     config.evaluate.prompts = 10
     run = Run(config, tmp_path, mesh=None)
     words = tokenizer()
     run.load_data("dpo", words)
     asked = run.test_prompts("evaluate", words)
-    assert sorted(asked.texts) == sorted(f"w1 w{number}" for number in range(22, 32))
+    own = [f"w1 w{number}" for number in range(22, 32)]
+    assert sorted(asked.prompts.texts) == sorted(own)
+    run.folder("evaluate").mkdir()
+    leak_checks.record_judged(run, "evaluate", asked, run.load_prompts(words)["train"])
+    told = (
+        f"{LEAKED} of {10 + LEAKED} test prompts are trained on and left out "
+        "(config.data.on_leak=drop)"
+    )
+    assert f"evaluate: {told}" in " ".join(capsys.readouterr().out.split())
+    left_out = read_ledger(run.folder("evaluate"))["leaks"]["left_out"]
+    assert left_out == dict(prompts=10 + LEAKED, trained_on=LEAKED)
     config.evaluate.prompts = 11
-    with pytest.raises(ValueError, match="evaluate.prompts = 11, but there are only 10"):
+    with pytest.raises(ValueError, match="evaluate.prompts = 11, but there are only 10") as few:
         run.test_prompts("evaluate", words)
+    assert told in str(few.value) and "the data's own split" in str(few.value)
 
 
 def test_toy_is_exempt(tmp_path):
@@ -223,3 +241,31 @@ def test_prefixes_of_texts_are_told_and_not_refused(tmp_path, capsys):
     found = read_ledger(run.folder("evaluate"))["leaks"]
     assert found["held_out"]["evaluate"]["normalised"] == 0
     assert found["prefixes"]["trained_on"] == 12
+
+
+def test_what_limits_the_prompts_to_judge(tmp_path, capsys):
+    """configs/ppo.py works on a few hundred pairs; an error names the field that is too low."""
+    config = ppo.get_config()
+    config.data.path = str(write_pairs(tmp_path / "pairs.jsonl", 200))
+    words = tokenizer()
+    asked = Run(config, tmp_path, mesh=None).test_prompts("evaluate", words)
+    assert 8 <= len(asked.prompts) < 20 and asked.kind == "test"
+    config.evaluate.prompts = 64
+    for fields, limit in (
+        (dict(), "config.data.eval_fraction = 0.1, of which about half are tested on"),
+        (dict(max_eval_rows=4), "config.data.max_eval_rows = 4"),
+    ):
+        config.data.update(fields)
+        with pytest.raises(ValueError, match=f"evaluate.prompts = 64, but .*[(]{limit}[)]"):
+            Run(config, tmp_path, mesh=None).test_prompts("evaluate", words)
+    # So few that none are apart: said once, before training.
+    config.data.update(eval_fraction=0.02, max_eval_rows=256)
+    config.evaluate.prompts = 2
+    run = Run(config, tmp_path, mesh=None)
+    capsys.readouterr()
+    leak_checks.check_ahead(run, "rm", words)
+    told = "evaluate: too few prompts are held out to keep some for testing alone"
+    assert told in " ".join(capsys.readouterr().out.split())
+    run.folder("evaluate").mkdir()
+    judged_prompts(run, "evaluate", words)
+    assert told not in " ".join(capsys.readouterr().out.split())
