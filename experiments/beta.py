@@ -124,6 +124,8 @@ def draw(path: pathlib.Path, rows: list[dict]) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
+    from dpo_jax.evaluation import plots
+
     figure = Figure(figsize=(10.5, 4.4), dpi=120, layout="constrained")
     panels = figure.subplots(1, len(LEARNING_RATES), sharey=True, squeeze=False)[0]
     colors = matplotlib.colormaps["plasma"]([0.75, 0.45, 0.05])
@@ -147,8 +149,7 @@ def draw(path: pathlib.Path, rows: list[dict]) -> None:
         axes.grid(alpha=0.3, which="both")
     panels[0].set_ylabel("KL(policy || reference), nats; dotted: the optimum's")
     panels[0].legend(frameon=False)
-    figure.savefig(path)
-    figure.savefig(path.with_suffix(".pdf"))
+    plots.save(figure, path)
 
 
 def run(folder: pathlib.Path, *, seeds: int, steps: int, jobs: int) -> dict:

@@ -1,9 +1,9 @@
 """Runs compared on the same prompts: by their ends, and at equal KL, with intervals.
 
-Prompts are the units. Rewards of seeds are averaged prompt by prompt, so the interval is of the
-prompts and their samples, and not of the training.
+Prompts are the units, however many rows each has. Rewards of seeds are averaged row by row, so the
+interval is of the prompts and their samples, and not of the training.
 
-Letters: U prompts, K points of a path, R resamples.
+Letters: U rows, each a prompt with its completion; K points of a path, R resamples.
 """
 
 import dataclasses
@@ -13,8 +13,8 @@ import numpy as np
 
 from dpo_jax.evaluation import statistics, tables
 
-QUARTER = 4  # the last part of training in which PPO's KL may still rise: one of so many
-SETTLED = 0.1  # share of its KL by which it may
+QUARTER = 4  # the last part of training in which PPO's KL may still move: one of so many
+SETTLED = 0.1  # share of its KL by which it may, up or down
 
 COLUMNS = [
     tables.Column("method", "method"),
@@ -31,14 +31,14 @@ COLUMNS = [
         "less than DPO at this KL by", "below", ".3f", interval=("below_low", "below_high")
     ),
     tables.Column("p, Holm", "below_p_holm", ".2g"),
-    tables.Column("KL's rise in the last quarter", "kl_rise", "+.0%"),
+    tables.Column("KL's change in the last quarter", "kl_change", "+.0%"),
     tables.Column("settled", "settled"),
 ]
 
 
 @dataclasses.dataclass(frozen=True)
 class End:
-    """Rewards and KLs of a run's end on each prompt, [U]: the means over its seeds."""
+    """Rewards and KLs of a run's end in each row, [U]: the means over its seeds."""
 
     method: str
     parameter: str
@@ -47,26 +47,29 @@ class End:
     seeds: int = 1
 
 
-def compare(ends: list[End], reference_U: np.ndarray, compared: tuple[str, str]) -> list[dict]:
+def compare(
+    ends: list[End], reference_U: np.ndarray, compared: tuple[str, str], prompts_U
+) -> list[dict]:
     """Return a row for each run: beside one DPO run, and beside all of them at the same KL.
 
     reference_U: the rewards of what all runs start from. compared: method and parameter of the run
-    that the others are compared with. p-values are adjusted by Holm's method within each column.
+    that the others are compared with. prompts_U: the prompt of each row; those with one prompt
+    count as one. p-values are adjusted by Holm's method within each column.
     """
     path = path_of([end for end in ends if end.method == "dpo"], reference_U)
     others = {(end.method, end.parameter): end for end in ends}
     baseline = others.get(compared)
     rows = []
     for end in ends:
-        of_prompts = statistics.mean_interval(end.rewards_U)
+        of_prompts = statistics.clustered_interval(end.rewards_U, prompts_U)
         row = dict(method=end.method, parameter=end.parameter, seeds=end.seeds)
         row |= dict(kl=float(end.kls_U.mean()), reward=of_prompts["mean"])
         row |= dict(reward_low=of_prompts["low"], reward_high=of_prompts["high"])
         if baseline is not None and end is not baseline:
-            found = statistics.paired_difference(baseline.rewards_U, end.rewards_U)
+            found = statistics.paired_difference(baseline.rewards_U, end.rewards_U, prompts_U)
             row |= _named("behind", found)
         if path is not None and end.method != "dpo":
-            row |= _named("below", below_path(path, end))
+            row |= _named("below", below_path(path, end, prompts_U))
             row["dpo_at_kl"] = _known(path.reward_at(row["kl"]))
         rows.append(row)
     for name in ("behind", "below"):
@@ -89,7 +92,7 @@ def path_of(ends: list[End], reference_U: np.ndarray) -> statistics.Path | None:
     return statistics.Path(np.stack(kls), np.stack(rewards))
 
 
-def below_path(path: statistics.Path, end: End) -> dict:
+def below_path(path: statistics.Path, end: End, prompts_U) -> dict:
     """Return by how much a run's reward is below a path at the run's own KL, with its interval.
 
     Prompts are drawn again for both, so that in each resample the run has another KL, at which the
@@ -101,7 +104,7 @@ def below_path(path: statistics.Path, end: End) -> dict:
         kl = float(end.kls_U[drawn_U].mean())
         return path.reward_at(kl, drawn_U) - float(end.rewards_U[drawn_U].mean())
 
-    found_R = statistics.bootstrap(below, len(end.rewards_U))
+    found_R = statistics.bootstrap(below, len(end.rewards_U), clusters=prompts_U)
     reached_R = found_R[np.isfinite(found_R)]
     found = dict(difference=_known(below()), low=None, high=None, p=None)
     if len(reached_R) >= statistics.REACHED * len(found_R):
@@ -113,22 +116,35 @@ def below_path(path: statistics.Path, end: End) -> dict:
     return found
 
 
-def settling(kls: list[float]) -> dict:
-    """Return kl_rise, the share by which a run's KL rose in its last quarter, and whether it has
-    settled: "yes", or "no" where that is more than 10 %.
+def settling(kls_of_seeds: list[list[float]]) -> dict:
+    """Return kl_change, the share by which a run's KL moved in its last quarter, and `settled`.
 
-    kls: of its steps in training. The rise is taken from the means of the quarter's two halves, so
-    that the noise of single steps is averaged; {} for fewer than 16 steps.
+    kls_of_seeds: of the steps in training, seed by seed. `settled` is "no" where the KL of any seed
+    rose or fell by more than 10 %: then the run ends where it was stopped, and not where it was
+    going. kl_change is that of the seed whose KL moved the most. {} if a seed has fewer than 16
+    steps.
+    """
+    changes = [_change_at_end(kls) for kls in kls_of_seeds]
+    if not changes or None in changes:
+        return {}
+    largest = max(changes, key=abs)
+    return dict(kl_change=largest, settled="yes" if abs(largest) <= SETTLED else "no")
+
+
+def _change_at_end(kls: list[float]) -> float | None:
+    """Return the share by which a seed's KL rose in its last quarter; None for too few steps.
+
+    It is taken from the means of the quarter's two halves, so that the noise of single steps is
+    averaged.
     """
     quarter = len(kls) // QUARTER
     half = quarter // 2
     if half < 2:
-        return {}
+        return None
     first = float(np.mean(kls[-2 * half : -half]))
     second = float(np.mean(kls[-half:]))
     # From the middle of one half to that of the other is half of the quarter.
-    rise = 2 * (second - first) / max(abs(second), 1e-6)
-    return dict(kl_rise=rise, settled="yes" if abs(rise) <= SETTLED else "no")
+    return 2 * (second - first) / max(abs(second), 1e-6)
 
 
 def _named(name: str, found: dict) -> dict:

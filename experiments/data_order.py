@@ -23,6 +23,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from dpo_jax.evaluation import statistics
 from experiments.commands import in_workdir, refuse_flags
 
 PARTS = ("toy", "hh")
@@ -190,13 +191,10 @@ def run_hh(model_path: str, file: str, seed: int, rows: list[dict], path: pathli
 
 
 def at_kl(rows: list[dict], kl: float) -> float:
-    """Return the reward of a frontier at a KL, interpolated between its runs."""
+    """Return the reward of a frontier at a KL, interpolated between its runs; nan beyond them."""
     ordered = sorted(rows, key=_kl)
-    # Near the reference a frontier goes as the root of the KL.
-    roots = np.sqrt([row["kl"] for row in ordered])
-    if kl > ordered[-1]["kl"]:
-        return float("nan")
-    return float(np.interp(np.sqrt(kl), roots, [row["reward"] for row in ordered]))
+    rewards = [row["reward"] for row in ordered]
+    return statistics.reward_at_kl([row["kl"] for row in ordered], rewards, kl)
 
 
 def _kl(row: dict) -> float:

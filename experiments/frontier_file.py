@@ -10,9 +10,14 @@ frontier.json has
   analytic_kl.
 - curves: panel -> kls and rewards of the optimum, with low and high, its 95 % interval, or null
   where the curve is exact.
+- closed_forms: panel -> method -> kls and rewards of a method that is known at any strength.
+
+Intervals are over prompts where rewards are measured on samples (rows with reward_se), and else
+over seeds: see statistics.over_seeds.
 """
 
 import json
+import math
 import pathlib
 
 from dpo_jax.evaluation import plots, statistics, tables
@@ -31,6 +36,7 @@ OVER_SEEDS = [
     tables.Column("reward", "reward", "z.3f", interval=("reward_low", "reward_high")),
     tables.Column("KL, nats", "kl", "z.3f", interval=("kl_low", "kl_high")),
     tables.Column("gap", "gap", "z.3f", interval=("gap_low", "gap_high")),
+    tables.Column("intervals over", "interval_unit"),
     tables.Column("largest gap", "gap_worst", "z.3f"),
     tables.Column("reward off its optimum, at most", "reward_off_worst", "z.3f"),
     tables.Column("KL off, at most", "kl_off_worst", "z.3f"),
@@ -42,9 +48,13 @@ AT_MATCHED_KL = [
     tables.Column("seeds", "seeds", "d"),
     tables.Column("reward", "reward", "z.3f", interval=("reward_low", "reward_high")),
     tables.Column("less than DPO by", "behind", "z.3f", interval=("behind_low", "behind_high")),
+    tables.Column("intervals over", "interval_unit"),
     tables.Column("p", "p", ".2g"),
     tables.Column("p, Holm", "p_holm", ".2g"),
 ]
+
+# panel -> method -> its rewards at any KL.
+ClosedForms = dict[str, dict[str, Curve]]
 
 
 def write(
@@ -54,12 +64,18 @@ def write(
     titles: dict[str, str],
     *,
     curve_name: str,
+    closed_forms: ClosedForms | None = None,
 ) -> None:
     """Write frontier.json, both tables in three formats each, and the figure as PNG and PDF."""
     found = dict(rows=rows, curves={panel: _as_json(curve) for panel, curve in curves.items()})
+    if closed_forms:
+        found["closed_forms"] = {
+            panel: {method: _as_json(curve) for method, curve in methods.items()}
+            for panel, methods in closed_forms.items()
+        }
     (folder / "frontier.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     tables.write(folder / "frontier", over_seeds(rows), OVER_SEEDS)
-    tables.write(folder / "matched_kl", at_matched_kl(rows), AT_MATCHED_KL)
+    tables.write(folder / "matched_kl", at_matched_kl(rows, curves, closed_forms), AT_MATCHED_KL)
     plots.panels(folder / "frontier.png", rows, curves, titles, curve_name=curve_name)
 
 
@@ -67,6 +83,15 @@ def read(path: pathlib.Path) -> tuple[list[dict], dict[str, Curve]]:
     """Return the rows and the curves of a frontier.json."""
     found = json.loads(path.read_text(encoding="utf-8"))
     return found["rows"], {panel: Curve(**curve) for panel, curve in found["curves"].items()}
+
+
+def read_closed_forms(path: pathlib.Path) -> ClosedForms:
+    """Return the closed forms of a frontier.json."""
+    found = json.loads(path.read_text(encoding="utf-8")).get("closed_forms", {})
+    return {
+        panel: {method: Curve(**curve) for method, curve in methods.items()}
+        for panel, methods in found.items()
+    }
 
 
 def _as_json(curve: Curve) -> dict:
@@ -87,7 +112,7 @@ def ends(rows: list[dict]) -> list[dict]:
 def over_seeds(rows: list[dict]) -> list[dict]:
     """Return the ends of all runs: mean and interval over seeds, and the worst of them.
 
-    The interval is Student's t. Of one seed, it is that of the row's own error, if it has one.
+    Intervals are those of `statistics.over_seeds`.
     """
     grouped = {}
     for row in ends(rows):
@@ -97,7 +122,8 @@ def over_seeds(rows: list[dict]) -> list[dict]:
         summary = dict(panel=panel, method=method, parameter=parameter, value=seeds[0]["value"])
         # A point that needs no training is no sample of seeds.
         summary["seeds"] = sum(row["seed"] is not None for row in seeds) or None
-        for name in ("reward", "kl", "gap"):
+        # The reward comes last: whose interval it is stands for the whole row.
+        for name in ("kl", "gap", "reward"):
             if name in seeds[0]:
                 summary |= statistics.over_seeds(seeds, name)
         if "gap" in seeds[0]:
@@ -110,17 +136,26 @@ def over_seeds(rows: list[dict]) -> list[dict]:
     return found
 
 
-def at_matched_kl(rows: list[dict]) -> list[dict]:
+def at_matched_kl(
+    rows: list[dict], curves: dict[str, Curve], closed_forms: ClosedForms | None = None
+) -> list[dict]:
     """Return rewards at MATCHED_KLS, and by how much they are less than DPO's, seed by seed.
 
     A method's path at a seed goes from the reference through the ends of its runs, by their KL.
-    The p-values of a panel are adjusted together, by Holm. Left out are methods that do not reach a
-    KL with every seed.
+    Where rows have their gap to an exact curve, the gap is interpolated, and else the reward, both
+    over sqrt(KL); a closed form is read as it is. Only the seeds with the most runs count: a path
+    through fewer points would be another. Left out are methods that do not reach a KL with each of
+    them.
+
+    Differences are over the seeds that both methods have. Where rewards are measured on samples,
+    their intervals are over prompts, and differences have none, nor a p: `comparisons` has the
+    prompts for that. The p-values of a panel are adjusted together, by Holm.
     """
     found = []
     for panel in dict.fromkeys(row["panel"] for row in rows):
         of_panel = [row for row in rows if row["panel"] == panel]
-        compared = _at_kls_of_panel(panel, of_panel)
+        of_methods = (closed_forms or {}).get(panel, {})
+        compared = _at_kls_of_panel(panel, of_panel, curves[panel], of_methods)
         known = [row for row in compared if row["p"] is not None]
         adjusted = statistics.holm([row["p"] for row in known])
         for row, p in zip(known, adjusted, strict=True):
@@ -129,38 +164,93 @@ def at_matched_kl(rows: list[dict]) -> list[dict]:
     return found
 
 
-def _at_kls_of_panel(panel: str, rows: list[dict]) -> list[dict]:
-    (start,) = [row["reward"] for row in rows if row["method"] == "reference"]
-    seeds = sorted({row["seed"] for row in rows if row["seed"] is not None})
+def _at_kls_of_panel(
+    panel: str, rows: list[dict], curve: Curve, closed_forms: dict[str, Curve]
+) -> list[dict]:
+    (start,) = [row for row in rows if row["method"] == "reference"]
     last = ends(rows)
     found = []
     for kl in MATCHED_KLS:
-        rewards = {}
+        # method -> the rows at this KL, by seed; None: what is not trained.
+        at_kl = {}
         for method in SWEPT:
-            at_seeds = []
-            for seed in seeds:
-                # What is not trained is the same at every seed.
-                runs = [
-                    row for row in last if row["method"] == method and row["seed"] in (seed, None)
-                ]
-                runs.sort(key=_kl)
-                kls = [0.0, *(row["kl"] for row in runs)]
-                at_seeds.append(
-                    statistics.reward_at_kl(kls, [start, *(row["reward"] for row in runs)], kl)
-                )
-            if at_seeds and all(value == value for value in at_seeds):  # nan: not reached
-                rewards[method] = at_seeds
-        for method, at_seeds in rewards.items():
-            of_seeds = statistics.mean_interval(at_seeds)
-            row = dict(panel=panel, kl=kl, method=method, seeds=of_seeds["n"], p=None)
-            row |= dict(reward=of_seeds["mean"])
-            row |= {f"reward_{end}": of_seeds[end] for end in ("low", "high")}
-            if COMPARED in rewards and method != COMPARED:
-                behind = statistics.paired_difference(rewards[COMPARED], at_seeds)
-                row |= dict(behind=behind["difference"], p=behind["p"])
-                row |= {f"behind_{end}": behind[end] for end in ("low", "high")}
+            paths = _paths(start, [row for row in last if row["method"] == method])
+            at_seeds = {seed: _point_at(path, kl, curve) for seed, path in paths.items()}
+            if method in closed_forms:
+                at_seeds = {None: dict(reward=_read(closed_forms[method], kl))}
+            rewards = [point["reward"] for point in at_seeds.values()]
+            if rewards and all(map(math.isfinite, rewards)):  # nan: not reached
+                at_kl[method] = at_seeds
+        for method, at_seeds in at_kl.items():
+            seeds = sum(seed is not None for seed in at_seeds)
+            row = dict(panel=panel, kl=kl, method=method, seeds=seeds or None, p=None)
+            row |= statistics.over_seeds(list(at_seeds.values()), "reward")
+            if COMPARED in at_kl and method != COMPARED:
+                row |= _behind(at_kl[COMPARED], at_seeds)
             found.append(row)
     return found
+
+
+def _paths(start: dict, rows: list[dict]) -> dict[int | None, list[dict]]:
+    """Return a method's path for each of the seeds that have the most runs, from the reference on.
+
+    What is not trained has the seed None.
+    """
+    of_seeds = {}
+    for row in rows:
+        of_seeds.setdefault(row["seed"], []).append(row)
+    most = max(map(len, of_seeds.values()), default=0)
+    return {
+        seed: [start, *sorted(runs, key=_kl)]
+        for seed, runs in of_seeds.items()
+        if len(runs) == most
+    }
+
+
+def _point_at(path: list[dict], kl: float, curve: Curve) -> dict:
+    """Return the reward of a path at a KL, nan where it does not reach it, and its reward_se.
+
+    The error is known where all rows have one. Between two points it is their mean, which is as
+    large as it gets where their samples share the prompts.
+    """
+    kls = [row["kl"] for row in path]
+
+    def at_kl(name: str) -> float:
+        return statistics.reward_at_kl(kls, [row[name] for row in path], kl)
+
+    if all("gap" in row for row in path):
+        return dict(reward=_read(curve, kl) - at_kl("gap"))
+    point = dict(reward=at_kl("reward"))
+    if all(row.get("reward_se") is not None for row in path):
+        point["reward_se"] = at_kl("reward_se")
+    return point
+
+
+def _read(curve: Curve, kl: float) -> float:
+    """Return the reward of a curve at a KL; nan beyond its end."""
+    return statistics.reward_at_kl(curve.kls, curve.rewards, kl)
+
+
+def _behind(compared: dict[int | None, dict], at_seeds: dict[int | None, dict]) -> dict:
+    """Return by how much a method's reward at a KL is below the compared one's, as row fields.
+
+    What is not trained is the same beside every seed of the other.
+    """
+    if None in at_seeds:
+        at_seeds = dict.fromkeys(compared, at_seeds[None])
+    shared = [seed for seed in compared if seed in at_seeds]
+    if not shared:
+        return {}
+    points = [(compared[seed], at_seeds[seed]) for seed in shared]
+    found = statistics.paired_difference(
+        [first["reward"] for first, _ in points], [second["reward"] for _, second in points]
+    )
+    if any("reward_se" in point for pair in points for point in pair):
+        return dict(behind=found["difference"])
+    row = dict(behind=found["difference"], p=found["p"])
+    if found["low"] is not None:
+        row |= dict(behind_low=found["low"], behind_high=found["high"], interval_unit="seeds")
+    return row
 
 
 def _kl(row: dict) -> float:

@@ -125,6 +125,8 @@ def draw(path: pathlib.Path, rows: list[dict], curve: dict) -> None:
     """Draw reward against KL, KL and log-probs over the steps, and the weight of DPO's gradient."""
     from matplotlib.figure import Figure
 
+    from dpo_jax.evaluation import plots
+
     figure = Figure(figsize=(12.5, 7.6), dpi=110, layout="constrained")
     (frontier, reward), (log_probs, weight) = figure.subplots(2, 2)
     frontier.plot(
@@ -157,8 +159,7 @@ def draw(path: pathlib.Path, rows: list[dict], curve: dict) -> None:
     for axes in (frontier, reward, log_probs, weight):
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path)
-    figure.savefig(path.with_suffix(".pdf"))
+    plots.save(figure, path)
 
 
 def run(folder: pathlib.Path, seeds: int) -> dict:

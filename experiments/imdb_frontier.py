@@ -152,6 +152,23 @@ def config_of(make_config, run: Run):
     return config
 
 
+def refuse_swept(overrides: dict[str, str]) -> None:
+    """Raise ValueError for an override of a field that this experiment sweeps."""
+    swept = {field: values for field, values, _ in SWEEP.values() if field}
+    for field in overrides:
+        if field in swept:
+            values = ", ".join(f"{value:g}" for value in swept[field])
+            raise ValueError(
+                f"--config.{field} would do nothing: the experiment itself sets {field} to "
+                f"{values}, one run each. Pick runs by --run, such as --run='{_run_of(field)}'."
+            )
+
+
+def _run_of(field: str) -> str:
+    """Return the name of a run that sweeps a field."""
+    return next(run.name for run in points() if SWEEP[run.method][0] == field)
+
+
 def cost(config, stage: str) -> str:
     """Say what a run has to do after the stages that it shares with others."""
     block, sampling = config[stage], config.sampling
@@ -201,10 +218,10 @@ def measured_in(values: dict) -> dict:
     return {name: values[f"frontier/{name}"] for name in MEASURED}
 
 
-def ends_of(folder: pathlib.Path, made: dict) -> tuple[list, np.ndarray | None]:
-    """Return the ends of finished runs on each prompt, and the reference's rewards there.
+def ends_of(folder: pathlib.Path, made: dict) -> tuple[list, np.ndarray | None, list[str] | None]:
+    """Return the ends of finished runs in each row, the reference's rewards there, the prompts.
 
-    made: Run -> its config. Seeds of a run are averaged, prompt by prompt.
+    made: Run -> its config. Seeds of a run are averaged, row by row.
     """
     from dpo_jax import config as configs
     from dpo_jax.workdir import COMPLETIONS, REFERENCE_COMPLETIONS, read_lines
@@ -237,7 +254,7 @@ def ends_of(folder: pathlib.Path, made: dict) -> tuple[list, np.ndarray | None]:
             of_seeds = [[row[name] for row in completions] for completions in seeds]
             means[name] = np.mean(of_seeds, axis=0)
         ends.append(End(method, parameter, means["reward"], means["kl"], len(seeds)))
-    return ends, reference_U
+    return ends, reference_U, prompts
 
 
 def best_of_n(folder: pathlib.Path) -> tuple[list[dict], object]:
@@ -251,27 +268,32 @@ def best_of_n(folder: pathlib.Path) -> tuple[list[dict], object]:
     made = folder / BEST_OF_N
     if not (made / "done.json").exists():
         return [], None
-    rewards = []
+    rewards, prompts = [], []
     for row in read_lines(made / "completions.jsonl"):
+        prompts.append(row["prompt"])
         rewards.append([completion["reward"] for completion in row["completions"]])
     rows = []
     for row in json.loads((made / "best_of_n.json").read_text()):
         n = row["n"]
         about = dict(panel=PANEL, method=BEST_OF_N, parameter=f"N={n}", value=n, seed=None, step=0)
         rows.append(about | {name: row[name] for name in ("reward", "reward_se", "kl")})
-    return rows, frontier.frontier(np.array(rewards))
+    return rows, frontier.frontier(np.array(rewards), prompts)
 
 
-def reference_row(folder: pathlib.Path, made: dict, rewards_U: np.ndarray | None) -> dict | None:
+def reference_row(
+    folder: pathlib.Path, made: dict, rewards_U: np.ndarray | None, prompts: list[str] | None
+) -> dict | None:
     """Return the row of what all runs start from: step 0, at KL 0; None where nothing has begun.
 
-    rewards_U: its rewards as a finished run's evaluation has them. Before, it is row 0 of a run.
+    rewards_U, prompts: its rewards as a finished run's evaluation has them, and the prompt of each.
+    Before, it is row 0 of a run.
     """
+    from dpo_jax.evaluation import statistics
     from dpo_jax.training.metrics import read_rows
 
     about = dict(panel=PANEL, method="reference", parameter="", value=None, seed=None, step=0)
     if rewards_U is not None:
-        error = float(rewards_U.std(ddof=1) / math.sqrt(len(rewards_U)))
+        error = statistics.standard_error(rewards_U, np.array(prompts))
         return about | dict(reward=float(rewards_U.mean()), reward_se=error, kl=0.0)
     for run in made:
         for row in read_rows(folder / run.name / "metrics.jsonl")[:1]:
@@ -292,8 +314,8 @@ def report(make_config, folder: pathlib.Path) -> None:
     rows = []
     for run, config in made.items():
         rows += rows_of(folder, config, run)
-    ends, reference_U = ends_of(folder, made)
-    start = reference_row(folder, made, reference_U)
+    ends, reference_U, prompts = ends_of(folder, made)
+    start = reference_row(folder, made, reference_U, prompts)
     if not rows or start is None:
         return
     of_reference, optimum = best_of_n(folder)
@@ -309,14 +331,17 @@ def report(make_config, folder: pathlib.Path) -> None:
 
     if ends:
         beta = make_config("dpo").dpo.beta
-        compared = comparisons.compare(ends, reference_U, ("dpo", Run("dpo", beta).parameter))
+        baseline = ("dpo", Run("dpo", beta).parameter)
+        compared = comparisons.compare(ends, reference_U, baseline, prompts)
         for row in compared:
             of_row = [run for run in made if (run.method, run.parameter) == key_of(row)]
             if of_row[0].stage == "ppo":
-                # Of the first seed: the others have the same steps.
-                steps = read_rows(folder / of_row[0].name / "metrics.jsonl")
-                kls = [step["ppo_train/kl"] for step in steps if "ppo_train/kl" in step]
-                row |= comparisons.settling(kls)
+                kls_of_seeds = []
+                for run in of_row:
+                    steps = read_rows(folder / run.name / "metrics.jsonl")
+                    kls = [step["ppo_train/kl"] for step in steps if "ppo_train/kl" in step]
+                    kls_of_seeds.append(kls)
+                row |= comparisons.settling(kls_of_seeds)
         tables.write(folder / "comparisons", compared, comparisons.COLUMNS)
 
     finished = {}
@@ -393,6 +418,7 @@ def main():
     flags.mark_flags_as_required(["workdir"])
 
     def make_runs():
+        refuse_swept(config.overrides)
         make_config = config_maker(config.choice, config.overrides)
         with in_workdir(workdir.value, dry_run=dry_run.value) as folder:
             run(make_config, folder, names.value, seeds=seeds.value, dry_run=dry_run.value)

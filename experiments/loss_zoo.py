@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import io
 import json
+import math
 import multiprocessing
 import pathlib
 import time
@@ -257,10 +258,9 @@ def at_kl(rows: list[dict], kl: float, name: str = "gap") -> float | None:
     """
     finite = [row for row in rows if row["kl"] is not None]
     ordered = sorted(finite, key=_kl)
-    if not ordered or not ordered[0]["kl"] <= kl <= ordered[-1]["kl"]:
-        return None
-    roots = np.sqrt([row["kl"] for row in ordered])
-    return float(np.interp(np.sqrt(kl), roots, [row[name] for row in ordered]))
+    kls = [row["kl"] for row in ordered]
+    found = statistics.reward_at_kl(kls, [row[name] for row in ordered], kl)
+    return found if math.isfinite(found) else None
 
 
 def interval(values: list[float]) -> tuple[float, float]:

@@ -108,7 +108,7 @@ def run_seed(workdir: str, prompts: int, seed: int) -> list[dict]:
         print(f"{prompts} prompts, seed {seed}: {name} ({seconds:.0f} s)", flush=True)
 
     reference_PC, true_PC = toy_runs.first_policy(folder)
-    completions = Completions(reference_PC, true_PC, learned_rewards(folder))
+    completions = Completions(reference_PC, true_PC, toy_runs.learned_rewards(folder))
     about = dict(prompts=prompts, seed=seed)
     rows = [about | reward_model_row(folder, completions)]
     for name in RUNS:
@@ -117,21 +117,6 @@ def run_seed(workdir: str, prompts: int, seed: int) -> list[dict]:
             progress = row["step"] / config[stage].steps
             rows.append(about | dict(run=name, progress=progress) | row)
     return rows
-
-
-def learned_rewards(folder: pathlib.Path) -> np.ndarray:
-    """Return the reward model's rewards of all completions, [P, C]."""
-    from dpo_jax.data import toy
-    from dpo_jax.parallel import sharding
-    from dpo_jax.rewards import make
-
-    reward = make.make_reward("rm", str(folder / "rm" / "hf"), 4096, sharding.make_mesh())
-    completion_ids = toy.completions().astype(np.int32)
-    learned = []
-    for prompt in toy.PROMPTS:
-        prompt_ids = np.array([prompt], np.int32)
-        learned.append(reward((), (), [(prompt_ids, ids_T) for ids_T in completion_ids]))
-    return np.stack(learned)
 
 
 def reward_model_row(folder: pathlib.Path, completions: Completions) -> dict:
@@ -199,12 +184,14 @@ def summary(rows: list[dict]) -> list[dict]:
     return found
 
 
-def draw(paths: list[pathlib.Path], rows: list[dict]) -> None:
+def draw(path: pathlib.Path, rows: list[dict]) -> None:
     """Draw PANELS over training, a row for each number of prompts.
 
     A thin line is a seed, and a thick one the mean of the seeds.
     """
     from matplotlib.figure import Figure
+
+    from dpo_jax.evaluation import plots
 
     sizes = sorted({row["prompts"] for row in rows})
     figure = Figure(figsize=(13.2, 4.0 * len(sizes)), dpi=110, layout="constrained")
@@ -219,8 +206,7 @@ def draw(paths: list[pathlib.Path], rows: list[dict]) -> None:
     for axes in all_axes[-1]:
         axes.set_xlabel("share of the training that is done")
     all_axes[0, -1].legend(frameon=False)
-    for path in paths:
-        figure.savefig(path)
+    plots.save(figure, path)
 
 
 def _draw_run(axes, rows: list[dict], name: str, measure: str) -> None:
@@ -246,7 +232,7 @@ def run(folder: pathlib.Path, sizes: list[int], seeds: int, jobs: int) -> list[d
     tasks = [(str(folder), prompts, seed) for prompts in sizes for seed in range(seeds)]
     rows = toy_runs.rows_of_tasks(run_seed, tasks, jobs)
     (folder / "reward_hacking.json").write_text(json.dumps(rows, indent=1) + "\n")
-    draw([folder / f"reward_hacking.{suffix}" for suffix in ("png", "pdf")], rows)
+    draw(folder / "reward_hacking.png", rows)
     tables.write(folder / "reward_hacking", summary(rows), COLUMNS)
     print(tables.to_markdown(summary(rows), COLUMNS))
     return rows

@@ -12,7 +12,8 @@ order of the data. Every run is an ordinary run of dpo_jax.train in DIR/PANEL-SE
 are reused. Runs of one process share their compiled steps. Writes DIR/frontier.json, with a row per
 run and checkpoint, DIR/frontier.png and .pdf, and as .csv, .md and .tex three tables: DIR/frontier,
 the ends of all runs over seeds; DIR/matched_kl, all methods at equal KLs; and DIR/costs, what a run
-of each method takes, beside its reward at 1 nat (the first seed of the first panel).
+of each method takes (on the first seed of the first panel), beside its reward at 1 nat there, the
+mean over seeds.
 """
 
 import contextlib
@@ -43,6 +44,8 @@ SWEEPS = {
 # 240, DPO at beta 2 was up to 0.043 from the reward it aims at, with seeds 100 to 104.
 STEPS = {"dpo": 480, "unlikelihood": 480, "preferred_ft": 480, "rm": 480, "ppo": 27}
 BEST_OF = (1, 4, 16, 64, 128)
+# Of best of N between those, at which rewards at equal KL are read.
+CLOSED_NS = np.geomspace(1, max(BEST_OF), 60)
 RM_BETAS = (5.0, 2.0, 1.0, 0.5, 0.25)  # for the optimal policies of the learned reward
 COSTS_KL = 1.0  # nats, at which the table of costs has the methods' rewards
 # Panels whose labels have a likeliest reward, and one of the same form as the true one.
@@ -106,7 +109,7 @@ def run_seeds(
                 rows += run_one(folder, panel, method, value, seed, sft)
     for seed, folder in folders.items():
         if "ppo" in methods:  # it has trained a reward model
-            rows += optima(panel, "rm_optimum", seed, sft, learned_reward(folder))
+            rows += optima(panel, "rm_optimum", seed, sft, toy_runs.learned_rewards(folder))
         if panel in LIKELIEST and (folder / "pairs").exists():
             rewards_PC = toy_runs.likeliest_reward(folder / "pairs" / "pairs.jsonl")
             rows += optima(panel, "label_optimum", seed, sft, rewards_PC)
@@ -148,22 +151,6 @@ def about_of(panel: str, method: str, value: float | None, seed: int | None) -> 
     label = labels[method] if method in labels else SWEEPS.get(method, (None, (), ""))[2]
     parameter = "" if value is None else label.format(value)
     return dict(panel=panel, method=method, parameter=parameter, value=value, seed=seed)
-
-
-def learned_reward(folder: pathlib.Path) -> np.ndarray:
-    """Return what a seed's reward model gives to all completions, [P, C]."""
-    from dpo_jax.data import toy
-    from dpo_jax.parallel import sharding
-    from dpo_jax.rewards import make
-
-    prompts_P, ids_CT = toy.PROMPTS, toy.completions()
-    reward = make.make_reward("rm", str(folder / "rm" / "hf"), 4096, sharding.make_mesh())
-    learned = []
-    for prompt in prompts_P:
-        prompt_ids = np.array([prompt], np.int32)
-        tokens = [(prompt_ids, ids_T) for ids_T in ids_CT.astype(np.int32)]
-        learned.append(reward((), (), tokens))
-    return np.stack(learned)
 
 
 def optima(panel: str, method: str, seed: int, sft: str, learned_PC: np.ndarray) -> list[dict]:
@@ -217,8 +204,26 @@ def add_bounds(rows: list[dict], panel: str, sft: str) -> None:
             row["analytic_reward"], row["analytic_kl"] = optima[beta]
 
 
-def write_costs(workdir: str, panel: str, methods: list[str], sft: str, rows: list[dict]) -> None:
-    """Write what a run of each method takes, on a panel's first seed, beside its reward at a KL."""
+def closed_forms(panel: str, sft: str) -> dict:
+    """Return a Curve of best of N by its name, for N between whole numbers too.
+
+    Its distribution of rewards is F^N with that of one sample, F, whatever the N.
+    """
+    from dpo_jax.evaluation import exact
+    from dpo_jax.evaluation.frontier import Curve
+
+    reference_PC, rewards_PC = toy_runs.policy_of(sft, PANELS[panel][2])
+    found = [exact.best_of_n(reference_PC, rewards_PC, n) for n in CLOSED_NS]
+    rewards, kls = np.transpose(found)
+    # Of N = 1, rounding takes the KL below 0.
+    return dict(best_of_n=Curve(kls.clip(0), rewards))
+
+
+def write_costs(workdir: str, panel: str, methods: list[str], sft: str, at_matched_kl: list[dict]):
+    """Write what a run of each method takes, on a panel's first seed, beside its reward at a KL.
+
+    at_matched_kl: rows of rewards, means over all seeds.
+    """
     from dpo_jax.evaluation import tables
 
     runs = {}
@@ -226,13 +231,13 @@ def write_costs(workdir: str, panel: str, methods: list[str], sft: str, rows: li
         values = SWEEPS[method][1]
         runs[method] = [config_of(panel, method, value, 0, sft)[0] for value in values]
     at_kl = {}
-    for row in frontier_file.at_matched_kl(rows):
+    for row in at_matched_kl:
         if (row["panel"], row["kl"]) == (panel, COSTS_KL):
             at_kl[row["method"]] = row["reward"]
     found = cost_table.rows_of(pathlib.Path(workdir) / f"{panel}-0", runs)
     for row in found:
         row["reward"] = at_kl.get(row["method"])
-    column = tables.Column(f"reward at {COSTS_KL:g} nat", "reward", "z.3f")
+    column = tables.Column(f"reward at {COSTS_KL:g} nat, mean over seeds", "reward", "z.3f")
     tables.write(pathlib.Path(workdir) / "costs", found, [*cost_table.COLUMNS, column])
 
 
@@ -269,6 +274,7 @@ def run(workdir: str, panels: dict[str, int], methods: list[str], jobs: int) -> 
     found = toy_runs.rows_of_tasks(run_seeds, tasks, jobs)
     rows = []
     curves = {}
+    closed = {}
     for panel in panels:
         of_panel = rows_without_seed(panel, sft) + [row for row in found if row["panel"] == panel]
         add_bounds(of_panel, panel, sft)
@@ -276,14 +282,17 @@ def run(workdir: str, panels: dict[str, int], methods: list[str], jobs: int) -> 
         largest = 1.05 * max(row["kl"] for row in of_panel)
         policy = toy_runs.policy_of(sft, PANELS[panel][2])
         curves[panel] = Curve(*toy_runs.bound_curve(*policy, largest))
+        closed[panel] = closed_forms(panel, sft)
     frontier_file.write(
         pathlib.Path(workdir),
         rows,
         curves,
         {panel: PANELS[panel][0] for panel in panels},
         curve_name="highest reward at this KL (exact)",
+        closed_forms=closed,
     )
-    write_costs(workdir, next(iter(panels)), methods, sft, rows)
+    at_matched_kl = frontier_file.at_matched_kl(rows, curves, closed)
+    write_costs(workdir, next(iter(panels)), methods, sft, at_matched_kl)
     print(table(rows))
     say(f"{workdir}/frontier.json, {workdir}/frontier.png: {time.monotonic() - began:.0f} s")
     return rows

@@ -59,6 +59,21 @@ def policy_of(model: str, reward: str = "toy") -> tuple:
     return exact_reference(checkpoint.load(sharding.make_mesh()), reward)
 
 
+def learned_rewards(folder: pathlib.Path) -> np.ndarray:
+    """Return what the reward model in a folder of runs gives to all completions, [P, C]."""
+    from dpo_jax.data import toy
+    from dpo_jax.parallel import sharding
+    from dpo_jax.rewards import make
+
+    reward = make.make_reward("rm", str(folder / "rm" / "hf"), 4096, sharding.make_mesh())
+    completion_ids = toy.completions().astype(np.int32)
+    learned = []
+    for prompt in toy.PROMPTS:
+        prompt_ids = np.array([prompt], np.int32)
+        learned.append(reward((), (), [(prompt_ids, ids_T) for ids_T in completion_ids]))
+    return np.stack(learned)
+
+
 def bound_curve(reference_PC, rewards_PC, largest: float) -> tuple[np.ndarray, np.ndarray]:
     """Return KLs up to `largest` and the highest reward at each."""
     from dpo_jax.evaluation import exact

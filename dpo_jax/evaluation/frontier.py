@@ -36,8 +36,10 @@ class Curve(NamedTuple):
     high: np.ndarray | None = None
 
 
-def frontier(rewards_PM) -> Curve:
+def frontier(rewards_PM, clusters_P=None) -> Curve:
     """Return KLs and expected rewards of the optima, with a 95 % interval over prompts.
+
+    clusters_P: a number or the text of each prompt, equal for equal ones; None: they all differ.
 
     M samples hide whatever is rarer than 1 in M. No KL above log M can be found, and log Z and the
     curve come out too low (Jensen's inequality), the more so the further the KL is. The curve
@@ -61,15 +63,18 @@ def frontier(rewards_PM) -> Curve:
     kls_K = kls_B[kls_B <= trusted]
 
     def rewards_of(drawn_P):
-        # Each prompt counts as often as it was drawn; the product is faster than taking columns.
+        # Each row counts as often as it was drawn; the product is faster than taking columns.
         weights_P = np.bincount(drawn_P, minlength=len(rewards_PM)) / len(drawn_P)
         # At the KLs of the curve: those of a resample's optima are others. Its betas go on beyond
         # the curve's end, so nothing is extrapolated.
         return np.interp(kls_K, kls_BP @ weights_P, rewards_BP @ weights_P)
 
-    if len(rewards_PM) < 2:
+    distinct = len(rewards_PM) if clusters_P is None else len(np.unique(clusters_P))
+    if distinct < 2:
         return Curve(kls_K, rewards_B[: len(kls_K)])
-    found_RK = statistics.bootstrap(rewards_of, len(rewards_PM), resamples=RESAMPLES)
+    found_RK = statistics.bootstrap(
+        rewards_of, len(rewards_PM), clusters=clusters_P, resamples=RESAMPLES
+    )
     return Curve(kls_K, rewards_B[: len(kls_K)], *statistics.percentiles(found_RK))
 
 

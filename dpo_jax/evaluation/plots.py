@@ -170,9 +170,10 @@ def panels(
     curves: panel -> the highest reward, from KL 0, where the reference is.
 
     A thin line joins a run's checkpoints; its last one is the large point. Seeds are drawn as their
-    mean, with dots where each of them ends. Bars are 95 % intervals, over seeds or, of one seed, by
-    its standard errors; the band is that of an estimated curve. The KL axis is scaled by the square
-    root, because many points lie near 0.
+    mean, with dots where each of them ends. Bars are 95 % intervals, those of
+    `statistics.over_seeds`: the legend says whether over prompts or over seeds. Two seeds are dots
+    alone: an interval over them reaches 12.7 errors on either side. The band is the interval of an
+    estimated curve. The KL axis is scaled by the square root, because many points lie near 0.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -185,8 +186,8 @@ def panels(
         axes = figure.add_subplot(1, len(titles), number, title=title)
         _draw_curve(axes, curves[panel], curve_name)
         of_panel = [row for row in rows if row["panel"] == panel]
-        large_points[axes] = _draw_methods(axes, of_panel)
-        _scale(axes, large_points[axes], curves[panel][:2])
+        large_points[axes], bar_ends = _draw_methods(axes, of_panel)
+        _scale(axes, large_points[axes], curves[panel][:2], bar_ends)
         legend |= dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
     figure.legend(
         legend.values(),
@@ -253,9 +254,13 @@ def _draw_curve(axes, curve: Curve, name: str) -> None:
     axes.plot(kls[0], rewards[0], "s", color="black", markersize=7, zorder=5, label="reference")
 
 
-def _draw_methods(axes, rows: list[dict]) -> list[tuple]:
-    """Draw each method's runs; return (kl, reward, parameter or "", colour) of large points."""
+def _draw_methods(axes, rows: list[dict]) -> tuple[list[tuple], list[tuple]]:
+    """Draw each method's runs; return (kl, reward, parameter or "", colour) of large points.
+
+    Beside them, (kl, reward) of the ends of their bars.
+    """
     large_points = []
+    bar_ends = []
     for method, (color, marker, name) in STYLES.items():
         # parameter -> seed -> the rows of a run.
         runs = {}
@@ -279,7 +284,7 @@ def _draw_methods(axes, rows: list[dict]) -> list[tuple]:
         if method in UNTRAINED:
             _line(axes, kls, rewards, color, linewidth=1, linestyle="--")
         for point in last:
-            _draw_bars(axes, point, color)
+            bar_ends += _draw_bars(axes, point, color)
             if "analytic_kl" in point and method not in UNTRAINED:
                 axes.plot(
                     point["analytic_kl"],
@@ -294,7 +299,7 @@ def _draw_methods(axes, rows: list[dict]) -> list[tuple]:
         if last:
             whole = dict(linestyle="", color=color, marker=marker, markersize=7, alpha=0.85)
             axes.plot(kls, rewards, label=name, **whole)
-    return large_points
+    return large_points, bar_ends
 
 
 def _line(axes, kls, rewards, color: str, **options) -> None:
@@ -303,32 +308,51 @@ def _line(axes, kls, rewards, color: str, **options) -> None:
 
 def _point(seeds: list[dict]) -> dict:
     """Return the means of rows that differ in their seed, with the ends of their intervals."""
-    point = {}
+    point = dict(seeds=len(seeds))
     for name in ("kl", "reward"):
-        point |= statistics.over_seeds(seeds, name)
+        interval = statistics.over_seeds(seeds, name)
+        point |= interval | {f"{name}_unit": interval["interval_unit"]}
     for name in ("analytic_kl", "analytic_reward"):
         if name in seeds[0]:
             point[name] = float(np.mean([row[name] for row in seeds]))
     return point
 
 
-def _draw_bars(axes, point: dict, color: str) -> None:
-    """Draw the intervals of a point along both axes, as far as they are known."""
-    bars = {}
+def _draw_bars(axes, point: dict, color: str) -> list[tuple]:
+    """Draw the intervals of a point along both axes, as far as they are known; return their ends.
+
+    Ends are (kl, reward). Intervals over two seeds are left out.
+    """
+    ends = []
     for side, name in (("xerr", "kl"), ("yerr", "reward")):
-        low, high = point[f"{name}_low"], point[f"{name}_high"]
-        if low is not None:
-            bars[side] = [[point[name] - low], [high - point[name]]]
-    if bars:
-        options = dict(fmt="none", ecolor=color, elinewidth=1, capsize=2, zorder=4)
-        axes.errorbar(point["kl"], point["reward"], label="95 % interval", **bars, **options)
+        low, high, unit = point[f"{name}_low"], point[f"{name}_high"], point[f"{name}_unit"]
+        if unit is None or (unit == "seeds" and point["seeds"] == 2):
+            continue
+        if name == "kl":
+            low = max(low, 0.0)  # no KL is less
+        axes.errorbar(
+            point["kl"],
+            point["reward"],
+            **{side: [[point[name] - low], [high - point[name]]]},
+            label=f"95 % interval over {unit}",
+            fmt="none",
+            ecolor=color,
+            elinewidth=1,
+            capsize=2,
+            zorder=4,
+        )
+        for end in (low, high):
+            at = dict(kl=point["kl"], reward=point["reward"]) | {name: end}
+            ends.append((at["kl"], at["reward"]))
+    return ends
 
 
-def _scale(axes, points: list[tuple], curve: tuple) -> None:
-    """Give the axes room for the points and the curve above them, names, and a grid."""
-    highest = 1.1 * max(kl for kl, *_ in points)
+def _scale(axes, points: list[tuple], curve: tuple, bar_ends: list[tuple]) -> None:
+    """Give the axes room for points, bars and the curve above them, names, and a grid."""
+    marked = [point[:2] for point in points] + bar_ends
+    highest = 1.1 * max(kl for kl, _ in marked)
     rewards = [reward for kl, reward in zip(*curve, strict=True) if kl < highest]
-    rewards += [point[1] for point in points]
+    rewards += [reward for _, reward in marked]
 
     def signed_root(x):
         return np.sign(x) * np.sqrt(np.abs(x))

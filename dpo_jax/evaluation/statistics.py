@@ -1,4 +1,4 @@
-"""Statistics of seeds and prompts: intervals, bootstraps, paired differences, matched KL, Holm.
+"""Statistics of seeds and prompts: intervals, bootstraps, paired differences, equal KL, Holm.
 
 Intervals cover 95 %. What cannot be said of so few values, such as the error of one, is None.
 Prompts are the units of everything that is measured on data: values of one prompt are alike, so
@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from scipy import special
 
-from dpo_jax.data.grouping import clustered_error
+from dpo_jax.data.grouping import clustered_error, numbered
 
 LEVEL = 0.95
 TAILS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
@@ -50,15 +50,24 @@ def mean_interval(values, *, is_share: bool = False) -> dict:
 def over_seeds(rows: Sequence[dict], name: str) -> dict:
     """Return the mean of a measure over rows that differ in their seed: NAME, NAME_low, NAME_high.
 
-    The interval is that of `mean_interval`. The row of one seed gives its own, if it has NAME_se:
-    the noise of its evaluation, as far as the measure was sampled.
+    The interval is over prompts where all rows have NAME_se, the noise of an evaluation on sampled
+    prompts, whatever the number of seeds. The seeds share their prompts, so the error of their mean
+    is at most the mean of their errors, which is taken. The spread between seeds is no part of it.
+    Other rows are exact: their interval is over seeds, that of `mean_interval`. `interval_unit`
+    says which of both it is, "prompts" or "seeds"; None: there is no interval.
     """
+    errors = [row.get(f"{name}_se") for row in rows]
     found = mean_interval([row[name] for row in rows])
-    low, high = found["low"], found["high"]
-    error = rows[0].get(f"{name}_se")
-    if len(rows) == 1 and error is not None:
-        low, high = (float(rows[0][name] + side * NORMAL * error) for side in (-1, 1))
-    return {name: found["mean"], f"{name}_low": low, f"{name}_high": high}
+    low, high, unit = found["low"], found["high"], "seeds"
+    if None not in errors:
+        half = NORMAL * float(np.mean(errors))
+        low, high, unit = found["mean"] - half, found["mean"] + half, "prompts"
+    return {
+        name: found["mean"],
+        f"{name}_low": low,
+        f"{name}_high": high,
+        "interval_unit": None if low is None else unit,
+    }
 
 
 def t_quantile(degrees: int) -> float:
@@ -70,8 +79,10 @@ def standard_error(values_N: np.ndarray, clusters_N: np.ndarray | None = None) -
     """Return the standard error of a mean, clustered where several values share a prompt.
 
     clusters_N: a number for each value, equal for equal prompts; None: the values are independent.
-    None where there is one prompt.
+    None where there is one prompt, or one value.
     """
+    if len(values_N) < 2:
+        return None
     if clusters_N is not None and len(np.unique(clusters_N)) < len(values_N):
         return clustered_error(values_N, clusters_N)
     return float(np.std(values_N, ddof=1) / np.sqrt(len(values_N)))
@@ -122,41 +133,33 @@ def _two_sided(difference: float | None, found: dict) -> float | None:
 
 
 def bootstrap(
-    statistic: Callable, units: int, *, resamples: int = RESAMPLES, seed: int = 0
+    statistic: Callable, units: int, *, clusters=None, resamples: int = RESAMPLES, seed: int = 0
 ) -> np.ndarray:
     """Return a statistic of each resample of units, stacked: [R, ...].
 
-    statistic: takes the indices of the drawn units, [units], and returns a number or an array.
+    statistic: takes the indices of the drawn units and returns a number or an array. clusters: the
+    prompt of each unit, where prompts have several: whole prompts are drawn, with all their units.
     Resample r is the same whatever the statistic, so that those of two methods are paired.
     """
     rng = np.random.default_rng(seed)
-    return np.stack([statistic(rng.integers(0, units, units)) for _ in range(resamples)])
+    number_U = np.arange(units) if clusters is None else numbered(np.asarray(clusters))
+    sizes_C = np.bincount(number_U)
+    # Of each prompt, where its units stand.
+    members_CU = np.split(np.argsort(number_U, kind="stable"), np.cumsum(sizes_C)[:-1])
+    repeats = len(sizes_C) < units
+    found = []
+    for _ in range(resamples):
+        drawn = rng.integers(0, len(sizes_C), len(sizes_C))
+        if repeats:
+            drawn = np.concatenate([members_CU[cluster] for cluster in drawn])
+        found.append(statistic(drawn))
+    return np.stack(found)
 
 
 def percentiles(values_R) -> tuple:
     """Return the interval between the resamples' percentiles, over the first axis."""
     low, high = np.quantile(values_R, TAILS, axis=0)
     return low, high
-
-
-def bootstrap_mean(
-    values, clusters, *, resamples: int = RESAMPLES, seed: int = 0
-) -> tuple[float, float]:
-    """Return the bootstrap interval of a mean: whole clusters are drawn, with all their values.
-
-    The percentile interval covers less than it says where there are few clusters: about 88 %
-    for 10, 93 % for 50. `clustered_interval` is better there.
-    """
-    _, number_N = np.unique(np.asarray(clusters), return_inverse=True)
-    sizes_C = np.bincount(number_N)
-    sums_C = np.bincount(number_N, np.asarray(values, float))
-
-    def mean(drawn_C):
-        return sums_C[drawn_C].sum() / sizes_C[drawn_C].sum()
-
-    found_R = bootstrap(mean, len(sizes_C), resamples=resamples, seed=seed)
-    low, high = percentiles(found_R)
-    return float(low), float(high)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,66 +181,27 @@ class Path:
 
 
 def reward_at_kl(kls: Sequence[float], rewards: Sequence[float], kl: float) -> float:
-    """Return the reward where a path of points has a KL, by linear interpolation; else nan.
+    """Return the reward where a path of points has a KL, interpolated over sqrt(KL); else nan.
 
-    A path that comes by this KL several times counts where it does so last, as it is trained
-    furthest there. Start it at the reference: KL 0 and its reward.
+    Rewards near the reference grow like the root of the KL, so a chord over the KL itself would be
+    too low between points that are far apart. Where the bound is exact, interpolate the gap to it
+    in place of the reward, for it bends less. A path that comes by this KL several times counts
+    where it does so last, as it is trained furthest there. Start it at the reference: KL 0 and its
+    reward.
     """
-    kls_K, rewards_K = np.asarray(kls, float), np.asarray(rewards, float)
-    low_K = np.minimum(kls_K[:-1], kls_K[1:])
-    high_K = np.maximum(kls_K[:-1], kls_K[1:])
-    between = np.flatnonzero((low_K <= kl) & (kl <= high_K))
+    # Rounding can take a KL of 0 below it.
+    roots_K, values_K = np.sqrt(np.clip(kls, 0, None)), np.asarray(rewards, float)
+    root = math.sqrt(max(kl, 0.0))
+    low_K = np.minimum(roots_K[:-1], roots_K[1:])
+    high_K = np.maximum(roots_K[:-1], roots_K[1:])
+    between = np.flatnonzero((low_K <= root) & (root <= high_K))
     if not len(between):
-        return float(rewards_K[0]) if len(kls_K) == 1 and kls_K[0] == kl else math.nan
+        return float(values_K[0]) if len(roots_K) == 1 and roots_K[0] == root else math.nan
     k = between[-1]
-    step = kls_K[k + 1] - kls_K[k]
-    share = (kl - kls_K[k]) / step if step else 1.0
-    return float(rewards_K[k] + share * (rewards_K[k + 1] - rewards_K[k]))
-
-
-def matched_difference(
-    first: Path, second: Path, kl: float, *, resamples: int = RESAMPLES, seed: int = 0
-) -> dict:
-    """Compare the rewards of two methods at one KL: kl, first, second, difference, se, low, high.
-
-    Both paths have the same units in the same order, which are drawn again together. `reached` is
-    the share of resamples in which both methods come to this KL; se, low and high are None where it
-    is below 95 %, and the rewards are None where a method does not reach the KL. The percentile
-    interval is for prompts; of a few seeds, take `reward_at_kl` of each seed and
-    `paired_difference`.
-    """
-    units = first.kls_KU.shape[-1]
-    if second.kls_KU.shape[-1] != units:
-        raise ValueError(
-            f"paths of {units} and {second.kls_KU.shape[-1]} units are to be compared: expected "
-            "the same prompts or seeds in both."
-        )
-
-    def difference(drawn_U):
-        return first.reward_at(kl, drawn_U) - second.reward_at(kl, drawn_U)
-
-    rewards = first.reward_at(kl), second.reward_at(kl)
-    differences_R = bootstrap(difference, units, resamples=resamples, seed=seed)
-    found_R = differences_R[np.isfinite(differences_R)]
-    low = high = se = None
-    if len(found_R) >= REACHED * resamples and units > 1:
-        low, high = map(float, percentiles(found_R))
-        se = float(found_R.std(ddof=1))
-    return dict(
-        kl=kl,
-        first=_known(rewards[0]),
-        second=_known(rewards[1]),
-        difference=_known(rewards[0] - rewards[1]),
-        se=se,
-        low=low,
-        high=high,
-        reached=len(found_R) / resamples,
-        n=units,
-    )
-
-
-def _known(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    if root == roots_K[k + 1]:
+        return float(values_K[k + 1])
+    slope = (values_K[k + 1] - values_K[k]) / (roots_K[k + 1] - roots_K[k])
+    return float(values_K[k] + slope * (root - roots_K[k]))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -150,23 +150,16 @@ def wilson(successes: float, n: float) -> tuple[float, float]:
     return max(0.0, float(centre - half)), min(1.0, float(centre + half))
 
 
-def paired(first: list[str | None], second: list[str | None]) -> dict:
+def paired_points(first_N: np.ndarray, second_N: np.ndarray) -> dict:
     """Compare two methods judged on the same prompts: difference of win rates, low, high, p, n.
 
-    Prompts where either verdict is None are left out. `better` and `worse` count the prompts where
-    the first method did better or worse. The interval is Agresti and Min's (2005), for differences
-    that may be halves: Wald's after adding two prompts on which each method wins half of the
-    disagreements, so that its width is not 0 if the methods never disagree. p is two-sided, from
-    the exact sign test on the prompts where the methods differ; without ties that is McNemar's
-    exact test.
-    """
-    return paired_points(_points_or_nan(first), _points_or_nan(second))
-
-
-def paired_points(first_N: np.ndarray, second_N: np.ndarray) -> dict:
-    """Compare two methods as `paired` does, by their points on each prompt; nan for none.
-
-    Points are means where a method has several answers to a prompt.
+    first_N, second_N: their points on each prompt, nan for none: POINTS of the verdict, or the mean
+    where a method has several answers. Prompts where either has none are left out. `better` and
+    `worse` count the prompts where the first method did better or worse. The interval is Agresti
+    and Min's (2005), for differences that may be halves: Wald's after adding two prompts on which
+    each method wins half of the disagreements, so that its width is not 0 if the methods never
+    disagree. p is two-sided, from the exact sign test on the prompts where the methods differ;
+    without ties that is McNemar's exact test.
     """
     if len(first_N) != len(second_N):
         raise ValueError(

@@ -11,6 +11,7 @@ from dpo_jax import config as configs
 from dpo_jax import config_checks
 from dpo_jax.data import toy
 from dpo_jax.evaluation import reward_kl, tables
+from dpo_jax.evaluation.frontier import Curve
 from dpo_jax.models import loading
 from dpo_jax.parallel import sharding
 from dpo_jax.pipeline.run import Run
@@ -123,7 +124,7 @@ def test_frontier_points_are_inside_bound(untrained):
     """
     folder, sft = untrained
     rows = toy_frontier.rows_without_seed("a", sft)
-    rows += toy_frontier.optima("a", "rm_optimum", 0, sft, toy_frontier.learned_reward(folder))
+    rows += toy_frontier.optima("a", "rm_optimum", 0, sft, toy_runs.learned_rewards(folder))
     toy_frontier.add_bounds(rows, "a", sft)
     assert {row["method"] for row in rows} == {
         "reference",
@@ -206,11 +207,21 @@ def test_toy_frontier_files(untrained, tmp_path, monkeypatch, capsys):
     assert found["best_of_n", 4]["seeds"] is None
 
     # At a KL of 0.5, between the ends at 0.2 and 1.2, PPO is behind by a tenth with every seed.
-    equal = {(row["kl"], row["method"]): row for row in frontier_file.at_matched_kl(rows)}
+    closed = frontier_file.read_closed_forms(tmp_path / "frontier.json")
+    matched = frontier_file.at_matched_kl(rows, {"a": curve}, closed)
+    equal = {(row["kl"], row["method"]): row for row in matched}
+    assert equal[0.5, "best_of_n"]["seeds"] is None
     of_ppo = equal[0.5, "ppo"]
     assert of_ppo["behind"] == pytest.approx(0.1) and of_ppo["seeds"] == 3
     assert of_ppo["p"] <= of_ppo["p_holm"] < 1e-6
     assert (2.0, "dpo") not in equal  # none came so far
+    written = json.loads((tmp_path / "frontier.json").read_text())["closed_forms"]["a"]
+    best = {row["value"]: row for row in rows if row["method"] == "best_of_n"}
+    ends_of_form = [
+        written["best_of_n"][name][end] for name in ("kls", "rewards") for end in (0, -1)
+    ]
+    expected = [best[n][name] for name in ("kl", "reward") for n in (1, 128)]
+    np.testing.assert_allclose(ends_of_form, expected, atol=1e-9)
     costs = (tmp_path / "costs.csv").read_text().splitlines()
     assert costs[0].startswith("method,stages,") and costs[0].endswith(",reward")
     assert [line.split(",")[0] for line in costs[1:]] == ["dpo", "ppo"]
@@ -221,6 +232,95 @@ def test_toy_frontier_files(untrained, tmp_path, monkeypatch, capsys):
     for suffix, start in ((".png", b"\x89PNG"), (".pdf", b"%PDF")):
         assert (tmp_path / "frontier").with_suffix(suffix).read_bytes().startswith(start)
     assert "dpo" in capsys.readouterr().out
+
+
+CURVE = Curve(np.linspace(0, 3, 100) ** 2, 2 * np.linspace(0, 3, 100))  # 2 sqrt(KL)
+
+
+def run_end(method: str, seed: int | None, kl: float, **measured) -> dict:
+    return dict(panel="a", method=method, parameter=f"{kl:g}", seed=seed, kl=kl) | measured
+
+
+def test_rewards_at_equal_kl_follow_the_root():
+    """Where rows have gaps these are interpolated, and else the rewards; both over sqrt(KL)."""
+    kls = (0.04, 6.25)
+    exact_rows = [run_end("reference", None, 0.0, reward=0.0, gap=0.0)]
+    sampled_rows = [run_end("reference", None, 0.0, reward=0.0)]
+    for kl in kls:
+        gap = 0.1 * np.sqrt(kl)
+        exact_rows.append(run_end("dpo", 0, kl, reward=2 * np.sqrt(kl) - gap, gap=gap))
+        exact_rows.append(
+            run_end("ppo", 0, kl, reward=2 * np.sqrt(kl) - gap - 0.02, gap=gap + 0.02)
+        )
+        sampled_rows.append(run_end("dpo", 0, kl, reward=1.9 * np.sqrt(kl)))
+    for rows in (exact_rows, sampled_rows):
+        found = frontier_file.at_matched_kl(rows, {"a": CURVE})
+        of_dpo = {row["kl"]: row["reward"] for row in found if row["method"] == "dpo"}
+        assert list(of_dpo) == [0.25, 0.5, 1.0, 2.0, 4.0]
+        for kl, reward in of_dpo.items():
+            assert reward == pytest.approx(1.9 * np.sqrt(kl), abs=1e-9)
+    behind = [
+        row["behind"]
+        for row in frontier_file.at_matched_kl(exact_rows, {"a": CURVE})
+        if row["method"] == "ppo"
+    ]
+    np.testing.assert_allclose(behind, 0.02)  # as it is at every KL
+
+
+def test_methods_with_other_seeds_are_compared_on_those_that_both_have():
+    rows = [run_end("reference", None, 0.0, reward=0.0, gap=0.0)]
+    # DPO has seeds 0 to 2, with one run of seed 3; PPO has 1 to 4; unlikelihood has another.
+    seeds = dict(dpo=(0, 1, 2), ppo=(1, 2, 3, 4), unlikelihood=(7,))
+    behind = dict(dpo=0.0, ppo=0.1, unlikelihood=0.3)
+    for method, of_method in seeds.items():
+        for seed in of_method:
+            for kl in (1.0, 2.0):
+                gap = 0.1 * seed + behind[method] * (1 + 0.01 * seed)
+                rows.append(run_end(method, seed, kl, reward=2 * np.sqrt(kl) - gap, gap=gap))
+    rows.append(run_end("dpo", 3, 1.0, reward=-50.0, gap=52.0))
+    # Preferred-FT is in no path, and has seeds of its own.
+    rows += [run_end("preferred_ft", seed, 0.1, reward=0.0, gap=0.6) for seed in (0, 1)]
+    rows.append(run_end("best_of_n", None, 1.0, reward=1.5, gap=0.5))
+    found = frontier_file.at_matched_kl(rows, {"a": CURVE})
+    at_1 = {row["method"]: row for row in found if row["kl"] == 1.0}
+    assert {method: row["seeds"] for method, row in at_1.items()} == dict(
+        dpo=3, ppo=4, unlikelihood=1, best_of_n=None
+    )
+    assert at_1["dpo"]["reward"] == pytest.approx(2 - 0.1)
+    assert at_1["ppo"]["behind"] == pytest.approx(0.1 * 1.015)  # of seeds 1 and 2
+    assert at_1["ppo"]["p"] < 0.01 and at_1["ppo"]["behind_low"] < 0.1015
+    assert "behind" not in at_1["unlikelihood"] and at_1["unlikelihood"]["p"] is None
+    # What has no seed is exact: no interval of its own, but it is compared with DPO at each seed.
+    best = at_1["best_of_n"]
+    assert best["reward_low"] is None and best["interval_unit"] == "seeds"  # of the difference
+    assert best["behind"] == pytest.approx(0.4) and best["behind_low"] < 0.4 < best["behind_high"]
+
+
+def test_sampled_rewards_at_equal_kl_have_intervals_over_prompts():
+    rows = [run_end("reference", None, 0.0, reward=0.0, reward_se=0.02)]
+    for seed in (0, 1):
+        rows.append(run_end("dpo", seed, 1.0, reward=1.0 + seed, reward_se=0.03))
+    rows.append(run_end("best_of_n", None, 1.0, reward=0.9, reward_se=0.05))
+    found = frontier_file.at_matched_kl(rows, {"a": CURVE})
+    at_1 = {row["method"]: row for row in found if row["kl"] == 1.0}
+    for method, error in (("dpo", 0.03), ("best_of_n", 0.05)):
+        row = at_1[method]
+        assert row["interval_unit"] == "prompts"
+        assert row["reward_high"] - row["reward"] == pytest.approx(1.96 * error, rel=1e-3)
+    assert at_1["best_of_n"]["seeds"] is None and at_1["best_of_n"]["p"] is None
+    assert at_1["best_of_n"]["behind"] == pytest.approx(0.6)
+    assert "behind_low" not in at_1["best_of_n"]
+
+
+def test_committed_best_of_n_at_equal_kl_is_near_dpo():
+    """Its closed form is 0.06 below DPO at 0.25 nats; a chord from N = 1 to 4 said 0.4."""
+    path = ROOT / "experiments" / "results" / "toy_frontier" / "dpo" / "frontier.json"
+    rows, curves = frontier_file.read(path)
+    found = frontier_file.at_matched_kl(rows, curves, frontier_file.read_closed_forms(path))
+    table = tables.to_markdown(found, frontier_file.AT_MATCHED_KL)
+    assert (path.parent / "matched_kl.md").read_text().strip() == table.strip()
+    (best,) = [row for row in found if (row["method"], row["kl"]) == ("best_of_n", 0.25)]
+    assert 0.055 < best["behind"] < 0.065
 
 
 def test_pages_say_how_near_dpo_comes():
@@ -257,7 +357,7 @@ def test_pages_say_what_all_seeds_of_dpo_do():
     shown = [
         column
         for column in frontier_file.OVER_SEEDS
-        if column.field not in ("panel", "method", "seeds")
+        if column.field not in ("panel", "method", "seeds", "interval_unit")
     ]
     assert " ".join(tables.to_markdown(list(of_dpo.values()), shown).split()) in page
 

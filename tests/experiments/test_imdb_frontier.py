@@ -97,14 +97,30 @@ def test_report_of_the_runs_that_are_done(tmp_path, make_config):
     with open(tmp_path / "comparisons.csv") as file:
         table = {(row["method"], row["parameter"]): row for row in csv.DictReader(file)}
     ppo = table["ppo", "target 3"]
-    # Halfway between DPO's runs, at 0.5 and 2 nats, DPO has 0.7.
-    assert float(ppo["dpo_at_kl"]) == pytest.approx(0.7, abs=0.02)
-    assert float(ppo["below_low"]) < 0.1 < float(ppo["below_high"])
+    # Between DPO's runs, at 0.5 and 2 nats, and over the roots of the KL.
+    near, far = (table["dpo", parameter] for parameter in ("β=1", "β=0.1"))
+    roots = [float(row["kl"]) ** 0.5 for row in (near, ppo, far)]
+    share = (roots[1] - roots[0]) / (roots[2] - roots[0])
+    low, high = float(near["reward"]), float(far["reward"])
+    assert float(ppo["dpo_at_kl"]) == pytest.approx(low + share * (high - low), abs=1e-9)
+    assert 0.7 < float(ppo["dpo_at_kl"]) < 0.74
+    below = float(ppo["dpo_at_kl"]) - float(ppo["reward"])
+    assert float(ppo["below"]) == pytest.approx(below)
+    assert float(ppo["below_low"]) < below < float(ppo["below_high"])
     assert (
         float(ppo["behind"]) == pytest.approx(0.2, abs=0.02) and float(ppo["behind_p_holm"]) < 1e-6
     )
-    assert ppo["settled"] == "no" and float(ppo["kl_rise"]) == pytest.approx(0.25, abs=0.05)
+    assert ppo["settled"] == "no" and float(ppo["kl_change"]) == pytest.approx(0.25, abs=0.05)
     assert table["dpo", "β=0.1"]["seeds"] == "2" and table["dpo", "β=0.1"]["behind"] == ""
+
+    # Methods are there at equal KL though they have other seeds than others.
+    with open(tmp_path / "matched_kl.csv") as file:
+        matched = {(row["kl"], row["method"]): row for row in csv.DictReader(file)}
+    assert matched["1.0", "dpo"]["seeds"] == matched["1.0", "ppo"]["seeds"] == "1"
+    assert float(matched["1.0", "ppo"]["behind"]) > 0.05
+    with open(tmp_path / "frontier.csv") as file:
+        units = {row["method"]: row["interval_unit"] for row in csv.DictReader(file)}
+    assert set(units.values()) == {"prompts"}
 
 
 def test_report_of_runs_that_have_just_begun(tmp_path, make_config):
@@ -133,19 +149,51 @@ def test_below_a_path_says_nothing_beyond_its_end():
     noise_U = np.random.default_rng(0).normal(size=50)
     dpo = comparisons.End("dpo", "", 2 * ones_U + noise_U, ones_U)
     path = comparisons.path_of([dpo], ones_U + noise_U)
-    near = comparisons.End("ppo", "", 1.25 * ones_U + noise_U, 0.5 * ones_U)
-    found = comparisons.below_path(path, near)
+    near = comparisons.End("ppo", "", 1.25 * ones_U + noise_U, 0.25 * ones_U)
+    found = comparisons.below_path(path, near, np.arange(50))
     assert found["difference"] == pytest.approx(0.25) and found["low"] == pytest.approx(0.25)
     assert found["p"] == pytest.approx(2 / 2000)
     beyond = comparisons.End("ppo", "", ones_U, 2 * ones_U)
-    found = comparisons.below_path(path, beyond)
+    found = comparisons.below_path(path, beyond, np.arange(50))
     assert found == dict(difference=None, low=None, high=None, p=None)
 
 
+def test_rows_of_one_prompt_count_as_one():
+    """Each prompt's rows alike, four times: the interval is that of a fourth as many rows."""
+    rng = np.random.default_rng(0)
+    once, start = rng.normal(size=(2, 16))
+    tables = []
+    for times in (1, 4):
+        rewards_U, reference_U = np.repeat(once, times), np.repeat(start, times)
+        ends = [
+            comparisons.End("dpo", "β=1", rewards_U, np.ones(16 * times)),
+            comparisons.End("ppo", "", reference_U + 0.1, np.full(16 * times, 0.5)),
+        ]
+        prompts_U = np.repeat([f"prompt {number}" for number in range(16)], times)
+        tables.append(comparisons.compare(ends, reference_U, ("dpo", "β=1"), prompts_U))
+    for name in ("reward_low", "behind_low", "behind_p", "below_low", "below_p"):
+        for row, other in zip(*tables, strict=True):
+            assert row.get(name) == (pytest.approx(other[name]) if name in row else None)
+
+
 def test_settling():
-    assert comparisons.settling([1.0] * 15) == {}
-    assert comparisons.settling([5.0] * 40) == dict(kl_rise=0.0, settled="yes")
-    assert comparisons.settling(list(np.linspace(0, 6, 40)))["settled"] == "no"
+    """A KL that moves either way has not settled, nor a run of which one seed has not."""
+    still, rising = [5.0] * 40, list(np.linspace(0, 6, 40))
+    falling = list(np.linspace(9, 3, 40))
+    assert comparisons.settling([[1.0] * 15]) == comparisons.settling([still, [1.0]]) == {}
+    assert comparisons.settling([still, still]) == dict(kl_change=0.0, settled="yes")
+    assert comparisons.settling([rising])["settled"] == "no"
+    found = comparisons.settling([still, falling, still])
+    assert found["settled"] == "no" and found["kl_change"] < -0.3
+
+
+@pytest.mark.parametrize(
+    ("field", "values"), [("dpo.beta", "0.05, 0.1, 1, 5"), ("ppo.target_kl", "3, 6, 9, 12")]
+)
+def test_swept_fields_are_not_overridden(field, values):
+    with pytest.raises(ValueError, match=f"--config.{field} would do nothing.* to {values}, one"):
+        imdb_frontier.refuse_swept({"dpo.steps": "7", field: "0.2"})
+    imdb_frontier.refuse_swept({"dpo.steps": "7", "unlikelihood.lr": "0.2"})
 
 
 def test_costs_are_sums_over_the_stages_of_a_method(tmp_path, make_config):

@@ -64,10 +64,9 @@ def test_table_and_figure(tmp_path):
     for row in found:
         assert row["pairs"] == 300
         assert row == row | expected | dict(lost=0.75)
-    paths = [tmp_path / "figure.png", tmp_path / "figure.pdf"]
-    reward_hacking.draw(paths, rows)
-    assert paths[0].read_bytes().startswith(b"\x89PNG")
-    assert paths[1].read_bytes().startswith(b"%PDF")
+    reward_hacking.draw(tmp_path / "figure.png", rows)
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "figure.pdf").read_bytes().startswith(b"%PDF")
 
 
 def test_page_shows_the_committed_numbers():

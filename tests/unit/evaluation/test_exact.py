@@ -272,7 +272,7 @@ def test_plot_toy_frontier(reference, tmp_path):
 
 
 def frontier_rows(panel: str) -> list[dict]:
-    """Runs of all methods with two seeds and three steps, many of them near each other."""
+    """Runs of all methods with three seeds and three steps, many of them near each other."""
     rng = np.random.default_rng(0)
     parameters = {
         "dpo": ("β=1", "β=0.1", "β=0.05"),
@@ -283,7 +283,7 @@ def frontier_rows(panel: str) -> list[dict]:
         "unknown": ("not drawn",),
     }
     rows = []
-    for (method, values), seed in itertools.product(parameters.items(), (0, 1)):
+    for (method, values), seed in itertools.product(parameters.items(), (0, 1, 2)):
         for number, value in enumerate(values):
             end = np.array([1.0, 1.5]) * (number + 0.1 * rng.random(2) + 0.2)
             rows += [
@@ -348,7 +348,7 @@ def drawn(tmp_path_factory):
 
 
 def test_plot_panels_have_points(drawn):
-    """The means of the seeds' ends, with bars along both axes where there are two seeds."""
+    """The means of the seeds' ends, with bars along both axes where there are seeds."""
     figure, rows = drawn
     assert [axes.get_title() for axes in figure.axes] == ["first", "second"]
     for axes, panel in zip(figure.axes, "ab", strict=True):
@@ -374,13 +374,18 @@ def test_plot_panels_have_points(drawn):
         bars = [bar.get_segments()[0] for bar in axes.containers for bar in bar.lines[2]]
         widths = sorted(float(np.ptp(bar[:, 0])) for bar in bars if np.ptp(bar[:, 0]))
         expected_widths = sorted(
-            2 * 12.7062 * abs(seeds[0][0] - seeds[1][0]) / 2
+            2 * 4.302653 * np.std([kl for kl, _ in seeds.values()], ddof=1) / np.sqrt(3)
             for seeds in ends.values()
-            if len(seeds) == 2
+            if len(seeds) == 3
         )
         np.testing.assert_allclose(widths, expected_widths, rtol=1e-5)
         heights = [np.ptp(bar[:, 1]) for bar in bars if np.ptp(bar[:, 1])]
         assert len(heights) == len(widths)
+        # Whole bars are to be seen.
+        (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+        for bar in bars:
+            assert left <= bar[:, 0].min() and bar[:, 0].max() <= right
+            assert bottom <= bar[:, 1].min() and bar[:, 1].max() <= top
         assert {text.get_text() for text in axes.texts} == {parameter for _, parameter in ends} - {
             ""
         }
@@ -393,18 +398,27 @@ def test_plot_panels_have_points(drawn):
         "unlikelihood",
         "Preferred-FT",
         "best of N",
-        "95 % interval",
+        "95 % interval over seeds",
     ]
 
 
-def test_plot_panels_draws_the_error_of_one_seed(tmp_path):
-    """Rows with errors of their own have bars of 1.96 of them; rows without have none."""
+def test_plot_panels_draws_the_error_of_sampled_prompts(tmp_path):
+    """Rows with errors of their own have bars of 1.96 of them, whatever their seeds; exact rows of
+    one seed, and of two, have none.
+    """
     from matplotlib.axes import Axes
 
-    rows = [
-        dict(panel="a", method="dpo", parameter=name, seed=0, step=9, kl=1.0, reward=2.0) | errors
-        for name, errors in (("β=1", dict(reward_se=0.1, kl_se=0.05)), ("β=2", {}))
-    ]
+    errors = dict(reward_se=0.1, kl_se=0.05)
+    rows = []
+    for parameter, seed, measured in (
+        ("β=1", 0, dict(reward=1.5) | errors),
+        ("β=1", 1, dict(reward=2.5) | errors),
+        ("β=2", 0, dict(reward=2.0)),
+        ("β=4", 0, dict(reward=1.0)),
+        ("β=4", 1, dict(reward=3.0)),
+    ):
+        about = dict(panel="a", method="dpo", parameter=parameter, seed=seed, step=9, kl=1.0)
+        rows.append(about | measured)
     drawn, errorbar = [], Axes.errorbar
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
@@ -417,9 +431,10 @@ def test_plot_panels_draws_the_error_of_one_seed(tmp_path):
         )
         curve = Curve(np.array([0.0, 2.0]), np.array([0.0, 3.0]))
         plots.panels(tmp_path / "one.png", rows, {"a": curve}, {"a": ""}, curve_name="")
-    (bars,) = drawn
-    np.testing.assert_allclose(np.ravel(bars["yerr"]), 2 * [0.195996], rtol=1e-5)
-    np.testing.assert_allclose(np.ravel(bars["xerr"]), 2 * [0.097998], rtol=1e-5)
+    of_kl, of_reward = drawn
+    np.testing.assert_allclose(np.ravel(of_reward["yerr"]), 2 * [0.195996], rtol=1e-5)
+    np.testing.assert_allclose(np.ravel(of_kl["xerr"]), 2 * [0.097998], rtol=1e-5)
+    assert {bars["label"] for bars in drawn} == {"95 % interval over prompts"}
 
 
 def test_plot_labels_hide_nothing(drawn):

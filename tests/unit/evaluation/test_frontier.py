@@ -64,6 +64,9 @@ def test_frontier_interval_is_around_the_curve():
     found = frontier.frontier(REWARDS)
     assert (found.low <= found.rewards).all() and (found.rewards <= found.high).all()
     assert frontier.frontier(REWARDS[:1]).low is None  # one prompt says nothing of others
+    assert frontier.frontier(REWARDS, ["alike"] * 3).low is None
+    twice = frontier.frontier(np.repeat(REWARDS, 2, axis=0), np.repeat(list("abc"), 2))
+    np.testing.assert_allclose(twice.low, found.low)  # rows of one prompt count as one
 
 
 def test_frontier_ends_where_untrusted():

@@ -29,14 +29,31 @@ def test_mean_interval_of_few():
     assert statistics.mean_interval([])["mean"] is None
 
 
-def test_over_seeds():
-    rows = [dict(kl=1.0, kl_se=0.5), dict(kl=2.0, kl_se=0.5)]
-    found = statistics.over_seeds(rows, "kl")
+def test_over_seeds_of_exact_rows_is_over_seeds():
+    found = statistics.over_seeds([dict(kl=1.0), dict(kl=2.0)], "kl")
     half = 12.7062 * 0.5  # the error of two seeds is half their distance
+    assert found.pop("interval_unit") == "seeds"
     assert found == pytest.approx(dict(kl=1.5, kl_low=1.5 - half, kl_high=1.5 + half), abs=1e-4)
-    of_one = statistics.over_seeds(rows[:1], "kl")
-    assert of_one == pytest.approx(dict(kl=1.0, kl_low=1 - 0.98, kl_high=1 + 0.98), abs=1e-4)
-    assert statistics.over_seeds([dict(kl=1.0)], "kl")["kl_low"] is None
+    of_one = statistics.over_seeds([dict(kl=1.0)], "kl")
+    assert of_one == dict(kl=1.0, kl_low=None, kl_high=None, interval_unit=None)
+
+
+def test_over_seeds_of_sampled_rows_is_over_prompts():
+    """One kind of interval, however many seeds there are; an error that is None gives none."""
+    rows = [dict(kl=1.0, kl_se=0.4), dict(kl=2.0, kl_se=0.6)]
+    found = statistics.over_seeds(rows, "kl")
+    assert found.pop("interval_unit") == "prompts"
+    assert found == pytest.approx(dict(kl=1.5, kl_low=1.5 - 0.98, kl_high=1.5 + 0.98), abs=1e-4)
+    found = statistics.over_seeds(rows[:1], "kl")
+    assert found["kl_high"] == pytest.approx(1 + 0.784, abs=1e-4)
+    assert statistics.over_seeds([dict(kl=1.0, kl_se=None)], "kl")["interval_unit"] is None
+
+
+def test_error_of_shared_prompts_is_at_most_the_mean_of_the_errors():
+    rng = np.random.default_rng(0)
+    of_seeds = rng.normal(size=50) + rng.normal(scale=[[0.5], [1.0]], size=(2, 50))
+    of_mean = statistics.standard_error(of_seeds.mean(axis=0))
+    assert of_mean < np.mean([statistics.standard_error(values) for values in of_seeds])
 
 
 def test_t_quantiles_are_those_of_the_tables():
@@ -84,6 +101,8 @@ def test_standard_error_is_the_usual_one_unless_values_share_a_prompt():
     clustered = statistics.clustered_error(values, prompts)
     assert statistics.standard_error(values, prompts) == clustered != usual
     assert statistics.standard_error(values, np.zeros(20)) is None
+    assert statistics.standard_error(values[:1]) is None
+    assert statistics.standard_error(values[:1], np.zeros(1)) is None
 
 
 def test_clustered_interval_of_single_values_is_the_usual_one():
@@ -134,80 +153,57 @@ def test_paired_difference_of_extremes():
         statistics.paired_difference([1, 2], [1, 2, 3])
 
 
-def test_bootstrap_mean_equals_scipy():
+def test_bootstrap_equals_scipy():
     values = np.random.default_rng(7).exponential(size=80)
-    found = statistics.bootstrap_mean(values, np.arange(80), resamples=4000)
+
+    def mean(drawn):
+        return values[drawn].mean()
+
+    found = statistics.percentiles(statistics.bootstrap(mean, 80, resamples=4000))
     expected = scipy.stats.bootstrap(
         [values], np.mean, method="percentile", n_resamples=4000, random_state=0
     ).confidence_interval
     np.testing.assert_allclose(found, expected, atol=0.02)
 
 
-@pytest.mark.parametrize(("clusters", "least", "most"), [(10, 0.83, 0.92), (50, 0.9, 0.96)])
-def test_bootstrap_mean_covers_what_it_says(clusters, least, most):
-    """Clusters of unequal sizes, alike within; the docstring gives the coverage."""
-    rng = np.random.default_rng(8)
-    covered = 0
-    for number in range(300):
-        of_value = np.repeat(np.arange(clusters), rng.integers(1, 5, clusters))
-        values = rng.normal(size=clusters)[of_value] + 0.3 * rng.normal(size=len(of_value))
-        low, high = statistics.bootstrap_mean(values, of_value, resamples=200, seed=number)
-        covered += low < 0 < high
-    assert least < covered / 300 < most
+def test_bootstrap_draws_whole_prompts():
+    """Each prompt's rows come together; prompts without repeats are drawn as units are."""
+    clusters = np.array(["b", "a", "b", "c", "b"])
+
+    def counts(drawn):
+        return np.bincount(drawn, minlength=5)
+
+    found_RU = statistics.bootstrap(counts, 5, clusters=clusters, resamples=50)
+    of_b_R3 = found_RU[:, [0, 2, 4]]
+    assert (of_b_R3 == of_b_R3[:, :1]).all()
+    assert (of_b_R3[:, 0] + found_RU[:, 1] + found_RU[:, 3] == 3).all()
+    alone = statistics.bootstrap(counts, 5, clusters=list("vwxyz"), resamples=50)
+    np.testing.assert_array_equal(alone, statistics.bootstrap(counts, 5, resamples=50))
 
 
 def test_reward_at_kl():
-    assert statistics.reward_at_kl([0, 2], [1, 5], 0.5) == 2
-    assert statistics.reward_at_kl([0, 1, 3], [0, 1, 2], 1) == 1
-    assert statistics.reward_at_kl([0, 1, 3], [0, 1, 2], 3) == 2
-    assert math.isnan(statistics.reward_at_kl([0, 1, 3], [0, 1, 2], 3.1))
+    assert statistics.reward_at_kl([0, 4], [1, 5], 1) == 3
+    assert statistics.reward_at_kl([0, 1, 4], [0, 1, 2], 1) == 1
+    assert statistics.reward_at_kl([0, 1, 4], [0, 1, 2], 4) == 2
+    assert math.isnan(statistics.reward_at_kl([0, 1, 4], [0, 1, 2], 4.1))
     assert statistics.reward_at_kl([0], [7], 0) == 7
     assert math.isnan(statistics.reward_at_kl([0], [7], 1))
+    assert statistics.reward_at_kl([-1e-16, 1], [3, 4], 0) == 3  # a KL of 0 but for rounding
+
+
+def test_reward_at_kl_of_a_root_is_exact():
+    """As the optimum of a normal reward has it, sqrt(2 KL): no chord cuts it short."""
+    kls = np.array([0, 0.61, 1.73, 3.8])
+    for kl in (0.05, 0.25, 1.0, 3.0):
+        found = statistics.reward_at_kl(kls, np.sqrt(2 * kls) - 1, kl)
+        assert found == pytest.approx(math.sqrt(2 * kl) - 1)
 
 
 def test_reward_at_kl_of_a_path_that_returns():
-    """From KL 0 up to 4 and back to 2: at 3 it is the way back that counts."""
-    assert statistics.reward_at_kl([0, 4, 2], [0, 4, 6], 3) == 5
-    assert statistics.reward_at_kl([0, 4, 2], [0, 4, 6], 1) == 1
-    assert statistics.reward_at_kl([0, 2, 2], [0, 2, 3], 2) == 3
-
-
-def path(rng, units: int, height: float) -> statistics.Path:
-    """A path with mean KLs 0, 1, 2, 3 and mean rewards height times sqrt(KL)."""
-    kls_K = np.arange(4.0)[:, None]
-    noise_U = 0.2 * rng.normal(size=units)
-    kls_KU = kls_K * (1 + noise_U)
-    rewards_KU = height * np.sqrt(kls_K) + 0.5 * rng.normal(size=(1, units))
-    return statistics.Path(kls_KU, rewards_KU)
-
-
-def test_matched_difference_covers_the_truth():
-    """At KL 1.5, between points, by chords of the square root."""
-    rng = np.random.default_rng(9)
-    at_kl = (1 + math.sqrt(2)) / 2
-    covered = 0
-    for number in range(150):
-        first, second = path(rng, 60, 1.5), path(rng, 60, 1.0)
-        found = statistics.matched_difference(first, second, 1.5, resamples=80, seed=number)
-        covered += covers(found, 0.5 * at_kl)
-    assert 0.87 < covered / 150 < 0.98
-
-
-def test_matched_difference_of_shifted_rewards():
-    """What all units have in common cancels; what the second never reaches is unknown."""
-    first = path(np.random.default_rng(10), 20, 1.0)
-    second = statistics.Path(first.kls_KU, first.rewards_KU - 0.25)
-    found = statistics.matched_difference(first, second, 1.5, resamples=50)
-    assert found["difference"] == pytest.approx(0.25)
-    assert (found["low"], found["high"]) == pytest.approx((0.25, 0.25))
-    assert found["first"] - found["second"] == pytest.approx(0.25) and found["reached"] == 1
-
-    short = statistics.Path(first.kls_KU / 10, first.rewards_KU)
-    found = statistics.matched_difference(first, short, 1.5, resamples=50)
-    assert (found["difference"], found["low"], found["se"]) == (None, None, None)
-    assert found["reached"] == 0 and found["first"] is not None
-    with pytest.raises(ValueError, match="paths of 20 and 3 units"):
-        statistics.matched_difference(first, path(np.random.default_rng(0), 3, 1.0), 1.5)
+    """From KL 0 up to 16 and back to 4: at 9 it is the way back that counts."""
+    assert statistics.reward_at_kl([0, 16, 4], [0, 4, 6], 9) == 5
+    assert statistics.reward_at_kl([0, 16, 4], [0, 4, 6], 1) == 1
+    assert statistics.reward_at_kl([0, 4, 4], [0, 2, 3], 4) == 3
 
 
 def test_holm_is_bonferroni_closed():

@@ -62,13 +62,20 @@ def test_wilson_covers_truth(shares):
     assert np.mean(held) > 0.935
 
 
+def paired(first: list[str | None], second: list[str | None]) -> dict:
+    """Compare two methods by their verdicts on the same prompts."""
+    points = winrate_stats.POINTS | {None: np.nan}
+    of_methods = [
+        np.array([points[verdict] for verdict in verdicts]) for verdicts in (first, second)
+    ]
+    return winrate_stats.paired_points(*of_methods)
+
+
 def test_paired_by_hand():
     """Differences 1, 1/2, 0, -1/2, and one prompt without a verdict: sum 1, sum of squares 1.5, of
     4.
     """
-    found = winrate_stats.paired(
-        ["win", "win", "tie", "tie", "win"], ["loss", "tie", "tie", "win", None]
-    )
+    found = paired(["win", "win", "tie", "tie", "win"], ["loss", "tie", "tie", "win", None])
     assert found["difference"] == 0.25 and (found["better"], found["worse"], found["n"]) == (
         2,
         1,
@@ -86,7 +93,7 @@ def test_paired_without_ties_is_mcnemar():
         + [("loss", "win")] * 3
         + [("loss", "loss")] * 17
     )
-    found = winrate_stats.paired(*map(list, zip(*both, strict=True)))
+    found = paired(*map(list, zip(*both, strict=True)))
     assert found["difference"] == pytest.approx(7 / 50)
     b, c, n = 10.5, 3.5, 52  # half a prompt more in each cell
     half = 1.959963984540054 * math.sqrt(b + c - (b - c) ** 2 / n) / n
@@ -94,22 +101,22 @@ def test_paired_without_ties_is_mcnemar():
         [found["low"], found["high"]], [(b - c) / n - half, (b - c) / n + half]
     )
     assert found["p"] == pytest.approx(scipy.stats.binomtest(10, 13).pvalue)
-    swapped = winrate_stats.paired(*[[pair[side] for pair in both] for side in (1, 0)])
+    swapped = paired(*[[pair[side] for pair in both] for side in (1, 0)])
     assert (swapped["low"], swapped["high"], swapped["p"]) == pytest.approx(
         (-found["high"], -found["low"], found["p"])
     )
 
 
 def test_paired_equal_methods_have_width():
-    found = winrate_stats.paired(["win"] * 30, ["win"] * 30)
+    found = paired(["win"] * 30, ["win"] * 30)
     assert found["difference"] == 0 and found["p"] == 1
     assert found["low"] == -found["high"] and 0.05 < found["high"] < 0.1
 
 
 def test_paired_refuses_unequal_lists():
-    assert winrate_stats.paired([None], ["win"])["difference"] is None
+    assert paired([None], ["win"])["difference"] is None
     with pytest.raises(ValueError, match="1 verdicts are to be compared with 2"):
-        winrate_stats.paired(["win"], ["win", "loss"])
+        paired(["win"], ["win", "loss"])
 
 
 def test_paired_covers_truth():
@@ -124,7 +131,7 @@ def test_paired_covers_truth():
     truth = shares @ (scores[:, 0] - scores[:, 1])
     held = []
     for row in rng.choice(len(verdicts), p=shares, size=(1000, n)):
-        found = winrate_stats.paired([verdicts[k][0] for k in row], [verdicts[k][1] for k in row])
+        found = paired([verdicts[k][0] for k in row], [verdicts[k][1] for k in row])
         held.append(found["low"] <= truth <= found["high"])
     assert np.mean(held) > 0.935
 
