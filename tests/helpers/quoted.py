@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import re
 
 from tests.helpers.paths import ROOT
@@ -13,6 +14,12 @@ NUMBER = re.compile(
     r"|(?<![\w.])\d[\d,]*(?= ?(?:ms|s|GB|GiB|MB|kB|minutes|seconds|hours|times|%|nats)\b)"
 )
 PLAIN = re.compile(r"\d[\d,]*(?:\.\d+)?")
+
+
+def at_most(value: float, digits: int) -> str:
+    """Return an upper bound as a page writes it: rounded up, so that it still is one."""
+    scale = 10**digits
+    return f"{math.ceil(value * scale) / scale:.{digits}f}"
 
 
 @functools.cache
