@@ -123,6 +123,7 @@ def draw(path: pathlib.Path, rows: list[dict]) -> None:
     """Draw KL over the steps: a panel per optimiser, a colour per beta, a line per seed."""
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     from dpo_jax.evaluation import plots
 
@@ -147,8 +148,11 @@ def draw(path: pathlib.Path, rows: list[dict]) -> None:
             yscale="log",
         )
         axes.grid(alpha=0.3, which="both")
-    panels[0].set_ylabel("KL(policy || reference), nats; dotted: the optimum's")
-    panels[0].legend(frameon=False)
+    panels[0].set_ylabel("KL(policy || reference), nats")
+    lines, labels = panels[0].get_legend_handles_labels()
+    dotted = Line2D([], [], color="gray", linewidth=0.9, linestyle=":")
+    labels.append("optimum of this β (mean of seeds)")
+    panels[0].legend([*lines, dotted], labels, loc="lower right", frameon=False)
     plots.save(figure, path)
 
 

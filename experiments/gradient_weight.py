@@ -20,6 +20,8 @@ are exact. It takes about a minute of one CPU core per seed.
 import json
 import pathlib
 
+import numpy as np
+
 from experiments.commands import in_workdir
 from experiments.toy_runs import bound_curve, evaluations_of, first_policy, one_thread
 
@@ -32,7 +34,7 @@ COLUMNS = {
     "chosen": "chosen, nats",
     "rejected": "rejected, nats",
 }
-COLORS = {"weighted": "#1f4e9c", "unweighted": "crimson"}
+COLORS = {"weighted": "Blues", "unweighted": "YlOrRd"}  # a shade for each seed
 EVERY = 10  # steps between evaluations
 SEEDS = 3
 
@@ -122,44 +124,76 @@ def _cell(measured: dict) -> str:
 
 
 def draw(path: pathlib.Path, rows: list[dict], curve: dict) -> None:
-    """Draw reward against KL, KL and log-probs over the steps, and the weight of DPO's gradient."""
+    """Draw reward against KL, both over the steps, log-probs, and the weight of DPO's gradient.
+
+    DPO's region of the first panel is drawn again in the second. A seed has a shade of its own, and
+    rings mark where runs end.
+    """
+    import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     from dpo_jax.evaluation import plots
 
-    figure = Figure(figsize=(12.5, 7.6), dpi=110, layout="constrained")
-    (frontier, reward), (log_probs, weight) = figure.subplots(2, 2)
-    frontier.plot(
-        curve["kl"], curve["reward"], color="black", linewidth=1, label="highest possible"
-    )
+    figure = Figure(figsize=(15, 8.2), dpi=100, layout="constrained")
+    (whole, near, reward), (kl, log_probs, weight) = figure.subplots(2, 3)
+    for axes in (whole, near):
+        axes.plot(
+            curve["kl"],
+            curve["reward"],
+            color="black",
+            linewidth=1,
+            label=f"highest possible from the reference of seed {curve['seed']}",
+        )
+    seeds = sorted({row["seed"] for row in rows})
     styles = {"chosen": "-", "rejected": ":"}
+    dpo_rows = [row for row in rows if row["method"] == "weighted"]
     for method, title in METHODS.items():
-        for seed in sorted({row["seed"] for row in rows}):
+        shades = matplotlib.colormaps[COLORS[method]](np.linspace(0.45, 0.95, len(seeds)))
+        for seed, shade in zip(seeds, shades, strict=True):
             run = [row for row in rows if (row["method"], row["seed"]) == (method, seed)]
             steps = [row["step"] for row in run]
-            label = title if seed == 0 else None
-            line = dict(color=COLORS[method], linewidth=1.1, alpha=0.85)
             kls, rewards = [row["kl"] for row in run], [row["reward"] for row in run]
-            frontier.plot(kls, rewards, ".-", markersize=3, label=label, **line)
-            reward.plot(steps, rewards, label=label, **line)
+            line = dict(color=shade, linewidth=1.2)
+            for axes in (whole, near):
+                if axes is near and method == "unweighted":
+                    continue  # its first point is beyond
+                label = f"{title}, seed {seed}" if axes is whole else None
+                axes.plot(kls, rewards, ".-", markersize=4, label=label, **line)
+                end = dict(markersize=9, markeredgewidth=2, fillstyle="none", zorder=5)
+                axes.plot(kls[-1:], rewards[-1:], "o", color=shade, **end)
+            reward.plot(steps, rewards, **line)
+            kl.plot(steps, kls, **line)
             for side, style in styles.items():
-                of_side = f"{title}, {side}" if seed == 0 else None
-                changes = [row[side] for row in run]
-                log_probs.plot(steps, changes, linestyle=style, label=of_side, **line)
+                log_probs.plot(steps, [row[side] for row in run], linestyle=style, **line)
             if method == "weighted":
-                weights = [row["gradient_weight"] for row in run]
-                weight.plot(steps, weights, label=label, **line)
-    frontier.set(xlabel="KL(policy || reference), nats", ylabel="expected true reward")
+                weight.plot(steps, [row["gradient_weight"] for row in run], **line)
+    against_kl = dict(xlabel="KL(policy || reference), nats", ylabel="expected true reward")
+    whole.set(title="both; rings: where runs end", **against_kl)
+    near.set(title="DPO alone", xlim=_around(dpo_rows, "kl"), **against_kl)
+    near.set_ylim(_around(dpo_rows, "reward"))
     reward.set(xlabel="step", ylabel="expected true reward")
+    kl.set(xlabel="step", ylabel="KL(policy || reference), nats")
     log_probs.set(
         xlabel="step", ylabel="log-prob of held-out responses\nless the reference's, nats"
     )
     log_probs.set_yscale("symlog", linthresh=1)
-    weight.set(xlabel="step", ylabel="mean weight of held-out pairs", ylim=(0, 0.55))
-    for axes in (frontier, reward, log_probs, weight):
+    of_sides = [Line2D([], [], color="gray", linestyle=style) for style in styles.values()]
+    log_probs.legend(of_sides, styles, frameon=False)
+    weight.set(xlabel="step", ylabel="DPO's mean weight of held-out pairs", ylim=(0, 0.55))
+    for axes in figure.axes:
         axes.grid(alpha=0.3)
-        axes.legend(frameon=False, fontsize=8)
+    handles, labels = whole.get_legend_handles_labels()
+    lower = dict(loc="outside lower center", ncols=len(labels), fontsize=9, frameon=False)
+    figure.legend(handles, labels, **lower)
     plots.save(figure, path)
+
+
+def _around(rows: list[dict], name: str) -> tuple[float, float]:
+    """Return limits that leave a margin around the values of some rows."""
+    values = [row[name] for row in rows]
+    margin = 0.08 * (max(values) - min(values))
+    return min(values) - margin, max(values) + margin
 
 
 def run(folder: pathlib.Path, seeds: int) -> dict:

@@ -258,23 +258,80 @@ def of_reports() -> list[str]:
 
 
 def of_beta() -> list[str]:
-    """Return the table of the page, and check what it says of the order of the values of beta."""
+    """Return the table of the page and its numbers, and check what it says of their order."""
     found = measured("beta/beta.json")
     one, two, four = [row["first"]["mean"] for row in found["summary"][:3]]
     assert 1.8 < two / one < 2.2 and 1.8 < four / one < 2.2  # "twice as far"
     sgd, rmsprop = found["summary"][:3], found["summary"][3:]
     last = [row["last"]["mean"] for row in sgd]
-    assert four > last[2] / 2  # "more than half-way"
+    assert four > last[2] / 2  # "more than half of its way"
+    low, high = sgd[1]["first"]["low"], sgd[1]["first"]["high"]
+    assert low < sgd[2]["first"]["high"] and sgd[2]["first"]["low"] < high  # "no difference"
     # In the end under both, and under RMSprop from the first steps on: the larger, the nearer.
     under_rmsprop = [[row[name]["mean"] for row in rmsprop] for name in ("first", "last")]
     for kls in (last, *under_rmsprop):
         assert kls == sorted(kls, reverse=True)
-    return beta.table(found["summary"]).splitlines()[2:]
+    _passed_by_step(found["rows"])
+    optima = [row["optimum"]["mean"] for row in sgd]
+    short = []
+    for row in found["rows"]:
+        if (row["optimizer"], row["step"]) == ("sgd", beta.STEPS):
+            assert row["kl"] < row["optimum_kl"]  # "all three are short of their optimum"
+    for reached, optimum in zip(last, optima, strict=True):
+        short.append(f"{reached:.3f} of {optimum:.3f}")
+    for row in rmsprop[1:]:
+        # "at their optimum's KL, within the intervals"
+        assert row["last"]["low"] < row["optimum"]["mean"] < row["last"]["high"]
+    ends = []
+    for row in found["rows"]:
+        if (row["optimizer"], row["beta"], row["step"]) == ("rmsprop", 1, beta.STEPS):
+            assert row["kl"] < row["optimum_kl"]  # "below it in each seed"
+            ends.append(row)
+    weights = {1: [], 2: [], 4: []}
+    for row in found["rows"]:
+        if (row["optimizer"], row["step"]) == ("sgd", beta.EVERY):
+            weights[row["beta"]].append(row["gradient_weight"])
+    mean_weights = [f"{statistics.mean(weights[value]):.2f}" for value in (4, 2)]
+    return [
+        *beta.table(found["summary"]).splitlines()[2:],
+        "{} nats, {}, and {}.".format(*short),
+        "(means of {} and {})".format(*mean_weights),
+        f"({span([row['kl'] for row in ends])} nats, of "
+        f"{span([row['optimum_kl'] for row in ends])})",
+    ]
+
+
+def _passed_by_step(rows: list[dict]) -> None:
+    """Check that beta 1 has passed beta 4 by step 24 under SGD, and beta 2 by step 40."""
+    kls = {}
+    for row in rows:
+        if row["optimizer"] == "sgd":
+            kls[row["beta"], row["seed"], row["step"]] = row["kl"]
+    for seed in range(beta.SEEDS):
+        assert kls[1, seed, 24] > kls[4, seed, 24]
+        assert kls[1, seed, 40] > kls[2, seed, 40]
 
 
 def of_gradient_weight() -> list[str]:
+    """Return the table of the page and its numbers, and check what it says of seeds."""
     found = measured("gradient_weight/gradient_weight.json")
-    return gradient_weight.table(found["summary"]).splitlines()[2:]
+    weighted, unweighted = found["summary"]
+    gaps = []
+    for row in found["rows"]:
+        if (row["method"], row["step"]) == ("unweighted", unweighted["step"]):
+            gaps.append(row["gap"])
+    assert len(gaps) == 3 and min(gaps) > 0
+    assert unweighted["gap"]["low"] < 0  # "an interval with 0 in it"
+    assert found["bound"]["seed"] == 0
+    rewards = [f"{one['reward']['mean']:.2f}" for one in (unweighted, weighted)]
+    kls = [f"{one['kl']['mean']:.2f}" for one in (unweighted, weighted)]
+    best = unweighted["reward"]["mean"] + unweighted["gap"]["mean"]
+    words = [
+        f"in each of three seeds ({span(gaps, '{:.1f}')})",
+        "({}, and {} for DPO), but at another KL: ".format(*rewards).replace("-", "−"),
+        f"{kls[0]} nats, where {best:.2f} can be had, and not {kls[1]}.",
+    ]
+    return gradient_weight.table(found["summary"]).splitlines()[2:] + words
 
 
 def of_rounds() -> list[str]:
