@@ -39,7 +39,7 @@ def test_summary_of_weights(tmp_path):
     assert gradient_weight.summary(rows_of_weights([0]))[0]["kl"]["high"] is None
     lines = gradient_weight.table([weighted, unweighted]).splitlines()
     assert lines[2].startswith("| DPO | 2.50 ± ") and lines[2].endswith(" | −2.00 ± 0.00 |")
-    curve = dict(kl=[0, 1], reward=[0, 3])
+    curve = dict(seed=0, kl=[0, 1], reward=[0, 3])
     gradient_weight.draw(tmp_path / "figure.png", rows, curve)
     assert (tmp_path / "figure.png").stat().st_size and (tmp_path / "figure.pdf").stat().st_size
 
