@@ -114,7 +114,10 @@ def _sample_file(options: Options, path: pathlib.Path, mesh) -> None:
             done += len(part)
             progress.update(done, {})
         progress.close()
-    say(f"finished: {path} holds {len(rows)} prompts with {sampling.n} sampled for each")
+    of_each = f"{sampling.n} sampled for each"
+    if sampling.beams:
+        of_each = f"the likeliest completion that {sampling.beams} beams found for each"
+    say(f"finished: {path} holds {len(rows)} prompts with {of_each}")
 
 
 def _read(options: Options) -> tuple[list[dict], list[TextExample]]:

@@ -138,7 +138,7 @@ def _no_reward(prompts, completions, tokens, conversations) -> list[float]:
 def rehearse_ppo(config: ConfigDict) -> Rehearsal:
     """Make two steps of PPO on the run's mesh, each with its samples and updates.
 
-    All completions are as long as is allowed. A reward model of the run's own is held, not run.
+    All completions are as long as is allowed. A reward model is held, not run.
     """
     block = config.ppo.copy_and_resolve_references()
     block.update(steps=2, warmup_steps=0)
@@ -179,8 +179,9 @@ def rehearse_ppo(config: ConfigDict) -> Rehearsal:
             params = _random(mesh, adapters.abstract(model, lora))
         reference = _reference(config, "ppo", model, mesh, params, base)
         rewarder = None
-        if block.reward == "rm":
-            rewarder = _random(mesh, transformer.abstract(rollouts.rewarder(model)))
+        reward_model = rollouts.rewarder(config, model)
+        if reward_model:
+            rewarder = _random(mesh, transformer.abstract(reward_model))
         state = job.programs.init_state(params, feed.controls)
         hyper = objectives.numbers(block, feed.total, feed.updates_per_step)
         if lora:

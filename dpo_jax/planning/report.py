@@ -78,6 +78,7 @@ class Report:
     # fields above are then sums over them.
     phases: dict[str, dict[str, float]] | None = None
     updates_per_step: int = 1
+    counts_reward: bool = True  # in the work and the memory; of PPO
     missing_compiler: str = ""  # what to install, where the numbers are estimated for lack of it
     advice: Advice | None = None
     # A line for each axis of the mesh that leaves weights whole, as sharding.unsplit has them.
@@ -127,6 +128,8 @@ class Report:
                 del values[name]
         if self.updates_per_step == 1:
             del values["updates_per_step"]
+        if self.counts_reward:
+            del values["counts_reward"]
         return values
 
 
@@ -245,6 +248,8 @@ def _work(report: Report) -> list[str]:
         if received["count"]:
             line += f", in {received['count']}"
         lines.append(line)
+    if not report.counts_reward:
+        lines.append("  reward: not counted, neither its work nor its memory")
     return lines
 
 

@@ -5,13 +5,14 @@ sizes, with completions that are all of the greatest length.
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
 from ml_collections import ConfigDict
 
 from dpo_jax.data.batches import Batches, microbatch_size_of, update_size_of
-from dpo_jax.models import flops, transformer
+from dpo_jax.models import families, flops, hf, loading, transformer
 from dpo_jax.models import lora as adapters
 from dpo_jax.models.lora import Lora
 from dpo_jax.models.transformer import TransformerConfig
@@ -49,12 +50,12 @@ def with_rollout(
     memory["sampling"] = max(0.0, taken / GIB - memory.get("temporaries", 0.0))
 
     # Forward passes over all completions: while they are sampled, under policy and reference, and
-    # of the reward model if that is one of this run's own.
+    # of the reward model if its shape is known.
     of_update = batches.contents(0)
     forward = sum(flops.forward(model, of_update).values()) * minibatches
     needed = 3 * forward + updates * update.needed_flops_per_step
     done = 3 * forward + updates * update.flops_per_step
-    if block.reward == "rm":
+    if "rewarding" in works:
         rewarding = works["rewarding"].flops * topology.chips
         needed += rewarding
         done += rewarding
@@ -64,6 +65,7 @@ def with_rollout(
         flops_per_step=done,
         needed_flops_per_step=needed,
         updates_per_step=updates,
+        counts_reward="rewarding" in works,
     )
     if update.seconds:
         phases = {}
@@ -114,33 +116,48 @@ def _works(
         "sampling": sampled,
         "measuring": roofline.forward(model, mesh, passes, topology, flops=2 * forward),
     }
-    if block.reward == "rm":
-        reward_model = rewarder(model)
+    reward_model = rewarder(config, model)
+    if reward_model:
         once = sum(flops.forward(reward_model, of_update).values()) * minibatches / topology.chips
         passes = math.ceil(size / config.reward.batch_size)
-        works["rewarding"] = roofline.forward(rewarder, mesh, passes, topology, flops=once)
+        works["rewarding"] = roofline.forward(reward_model, mesh, passes, topology, flops=once)
     return works, taken
 
 
 def _resident(config: ConfigDict, model: TransformerConfig, mesh) -> dict[str, int]:
-    """Return bytes on a device of the models that updates do not read, by kind.
-
-    A reward model of another shape, or a classifier, is not known here.
-    """
+    """Return bytes on a device of the models that updates do not read, by kind."""
     policy = dataclasses.replace(model, head="lm")
     reference = transformer.abstract(policy)
     if config.model.lora.rank:
         # The reference is another copy of the adapters, over the same base.
         reference = adapters.abstract(policy, Lora(**config.model.lora))
     found = dict(reference=_bytes(reference, mesh))
-    if config.ppo.reward == "rm":
-        found["reward model"] = _bytes(transformer.abstract(rewarder(model)), mesh)
+    reward_model = rewarder(config, model)
+    if reward_model:
+        found["reward model"] = _bytes(transformer.abstract(reward_model), mesh)
     return found
 
 
-def rewarder(model: TransformerConfig) -> TransformerConfig:
-    """Return the config of the run's own reward model, which starts from the same weights."""
-    return dataclasses.replace(model, head="reward", dtype="float32")
+def rewarder(config: ConfigDict, model: TransformerConfig) -> TransformerConfig | None:
+    """Return the config of the reward model that PPO asks; None where it is not known.
+
+    The run's own starts from the weights of the policy. Of one at reward.path the config alone is
+    read; a classifier, and other rewards, have no config of ours.
+    """
+    kind = "rm" if config.ppo.reward == "rm" else config.reward.kind
+    if kind == "rm":
+        return dataclasses.replace(model, head="reward", dtype="float32")
+    return _rewarder_at(config.reward.path) if kind == "model" else None
+
+
+@functools.cache
+def _rewarder_at(path: str) -> TransformerConfig | None:
+    """Return the config of a reward model at a path; None where there is none that we can read."""
+    try:
+        folder, _ = loading.find(path, weights=False)
+        return families.from_hf(hf.read_config(folder), head="reward")
+    except (OSError, ValueError):
+        return None
 
 
 def _bytes(shapes: dict, mesh) -> int:

@@ -374,9 +374,11 @@ class _Recorder:
         self.evaluation = self._evaluate(0, state)
         name, keep_best = self._job.name, self._job.block.keep_best
         if keep_best and not self.evaluation:
+            patience = self.patience.limit
+            ends = f", and config.{name}.patience = {patience} never ends the stage"
             say(
                 f"{name}: no example is held out, so the last step is kept, not the best by "
-                f"config.{name}.keep_best = {keep_best!r}"
+                f"config.{name}.keep_best = {keep_best!r}{ends if patience else ''}"
             )
         self._write(0, self.evaluation, always=True)
         self._clock = time.monotonic()
@@ -463,9 +465,10 @@ class _Recorder:
             return {}
         metric = self._job.block.keep_best
         patience = self.patience
+        evaluations = "1 evaluation" if patience.waited == 1 else f"{patience.waited} evaluations"
         say(
-            f"{self._job.name}: ended early, at step {step} of {steps}: {patience.waited} "
-            f"evaluations since step {patience.best_step} brought no better {metric} than "
+            f"{self._job.name}: ended early, at step {step} of {steps}: {evaluations} "
+            f"since step {patience.best_step} brought no better {metric} than "
             f"{patience.best:.4g} (config.{self._job.name}.patience = {patience.limit})"
         )
         return dict(step=step, steps=steps, metric=metric, best_step=patience.best_step)

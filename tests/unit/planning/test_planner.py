@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 
 from dpo_jax import config as configs
-from dpo_jax.models import flops, transformer
+from dpo_jax.models import families, flops, hf, transformer
 from dpo_jax.models.log_probs import response_log_probs
 from dpo_jax.parallel import sharding
-from dpo_jax.planning import advice, groups, hlo, planner, topologies
+from dpo_jax.planning import advice, groups, hlo, planner, rollouts, topologies
 from dpo_jax.planning import report as report_lib
 from dpo_jax.planning.groups import Group
 from dpo_jax.planning.planner import Assumptions
 from dpo_jax.planning.program import make_program
 from dpo_jax.training import optim
 from dpo_jax.training.step import init_state, state_shardings
-from tests.helpers.tiny_runs import SCRATCH, scratch_config
+from tests.helpers.tiny_runs import SCRATCH, scratch_config, tiny_hf_config
 
 GIB = 2**30
 pytestmark = pytest.mark.usefixtures("without_gpu_compiler")
@@ -247,6 +247,30 @@ def test_plan_ppo():
     assert any(line.startswith("  sampling ") and " limited by " in line for line in lines)
     values = json.loads(json.dumps(report.to_dict()))
     assert values["updates_per_step"] == 12 and values["phases"]["updates"]
+
+
+def test_plan_ppo_on_a_reward_model_of_ones_own(tmp_path):
+    """Its config is read, as another one than the policy's; a reward that is not known is told."""
+    config = ppo_config()
+    config.stages = ("ppo",)
+    config.ppo.reward = "true"
+    config.reward.update(kind="model", path=str(tmp_path))
+    topology = topologies.parse("h200:1")
+    unknown = planner.plan(config, topology, "ppo")
+    assert "reward model" not in unknown.hbm_gib and "rewarding" not in unknown.phases
+    told = "  reward: not counted, neither its work nor its memory"
+    assert told in report_lib.table(unknown).splitlines()
+    rollouts._rewarder_at.cache_clear()
+    hf_config = tiny_hf_config().to_dict() | dict(num_hidden_layers=3)
+    (tmp_path / "config.json").write_text(json.dumps(hf_config))
+    known = planner.plan(config, topology, "ppo")
+    assert told not in report_lib.table(known).splitlines()
+    shape = families.from_hf(hf.read_config(tmp_path), head="reward")
+    sizes = [leaf.size for leaf in jax.tree.leaves(transformer.abstract(shape))]
+    assert known.hbm_gib["reward model"] == pytest.approx(4 * sum(sizes) / GIB)
+    more = known.needed_flops_per_step - unknown.needed_flops_per_step
+    of_one = sum(flops.forward(shape, of_one_completion(config)).values())
+    assert more == pytest.approx(64 * of_one)
 
 
 def test_plan_ppo_memory_of_sampling():
