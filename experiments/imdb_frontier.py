@@ -214,8 +214,11 @@ def rows_of(folder: pathlib.Path, config, run: Run) -> list[dict]:
 
 
 def measured_in(values: dict) -> dict:
-    """Return what an evaluation has measured of a policy, by the names of frontier.json."""
-    return {name: values[f"frontier/{name}"] for name in MEASURED}
+    """Return what an evaluation has measured of a policy, by the names of frontier.json.
+
+    It has no errors where there was one prompt.
+    """
+    return {name: values[f"frontier/{name}"] for name in MEASURED if f"frontier/{name}" in values}
 
 
 def ends_of(folder: pathlib.Path, made: dict) -> tuple[list, np.ndarray | None, list[str] | None]:
@@ -298,8 +301,8 @@ def reference_row(
     for run in made:
         for row in read_rows(folder / run.name / "metrics.jsonl")[:1]:
             if "frontier/reward" in row:
-                measured = dict(reward=row["frontier/reward"], reward_se=row["frontier/reward_se"])
-                return about | measured | dict(kl=0.0)
+                error = row.get("frontier/reward_se")
+                return about | dict(reward=row["frontier/reward"], reward_se=error, kl=0.0)
     return None
 
 

@@ -135,6 +135,19 @@ def test_report_of_runs_that_have_just_begun(tmp_path, make_config):
     assert [row["method"] for row in rows] == ["reference", "dpo"]
 
 
+def test_evaluations_of_one_prompt_have_no_error(tmp_path, make_config):
+    folder = tmp_path / "dpo_1"
+    folder.mkdir()
+    values = {
+        f"frontier/{name}": 0.1 for name in imdb_frontier.MEASURED if not name.endswith("_se")
+    }
+    write_lines(folder / "metrics.jsonl", [{"step": 0} | values, {"step": 2} | values])
+    imdb_frontier.report(make_config, tmp_path)
+    assert "NaN" not in (tmp_path / "frontier.json").read_text()
+    rows, _ = frontier_file.read(tmp_path / "frontier.json")
+    assert rows[0]["reward_se"] is None and "reward_se" not in rows[1]
+
+
 def test_runs_on_other_prompts_are_not_compared(tmp_path, make_config):
     plant(tmp_path, make_config, Run("dpo", 1.0), 0.5, 0.6)
     plant(tmp_path, make_config, Run("ppo", 3.0), 1.0, 0.6)
