@@ -58,6 +58,7 @@ TASKS: dict[str, tuple[Callable, Callable]] = {
     "hh": (str.strip, hh_winrate.answer),
 }
 SIDES = ("a", "b")
+CONFIG = "config"  # --prompts: those of the config's data
 REWARD_BATCH = 64
 OPTIMISED = (
     "Warning: a reward model judged. If one of the two was optimised for it, as by PPO or best of "
@@ -138,8 +139,7 @@ def read_answers(path: str) -> dict[str, tuple[TextExample, list[str]]]:
                 f"{where}: expected a field 'completion', text, or 'completions', a list of texts, "
                 "as `dpo-jax sample` writes them."
             )
-        key = json.dumps(prompt.prompt, sort_keys=True)
-        found.setdefault(key, (prompt, []))[1].extend(answers)
+        found.setdefault(_key(prompt), (prompt, []))[1].extend(answers)
     if not found:
         raise ValueError(f"{path} has no rows.")
     return found
@@ -178,6 +178,7 @@ def run(options: Options, folder: pathlib.Path, mesh) -> dict:
 
     Raises BudgetExhausted or ChatError after keeping what was judged until then.
     """
+    check_matched(options)
     if options.judge is not None and jax.process_index() == 0:
         _check_key(options, folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -212,6 +213,40 @@ def run(options: Options, folder: pathlib.Path, mesh) -> dict:
     result = dict(a=names[0], b=names[1]) | about | measured(compared, votes)
     _write(result, compared, votes, folder, options.show)
     return result
+
+
+def check_matched(options: Options) -> None:
+    """Raise ValueError where a file does not match the other side, before anything is sampled.
+
+    Prompts of a config that are not drawn yet (in a dry run) are not checked.
+    """
+    sides = options.sides.values()
+    are_files = [side.temperature is None for side in sides]
+    if not any(are_files) or (not all(are_files) and options.prompts == CONFIG):
+        return
+    answers = []
+    for side in sides:
+        if side.temperature is None:
+            answers.append(read_answers(side.source))
+        else:
+            answers.append(_to_come(options))
+    matched(*answers, (options.a.name, options.b.name))
+
+
+def _to_come(options: Options) -> dict[str, tuple[TextExample, list[str]]]:
+    """Return what a model will have answered, as read_answers returns it, with empty answers."""
+    data = configs.default(()).data
+    found = {}
+    for where, row in every_row.read(options.prompts):
+        example = every_row.prompt(row, data, where)
+        _, answers = found.setdefault(_key(example), (example, []))
+        answers += [""] * options.sampling.n
+    return found
+
+
+def _key(example: TextExample) -> str:
+    """Return text that is equal for equal prompts."""
+    return json.dumps(example.prompt, sort_keys=True)
 
 
 def drawn_by(sampling: Sampling, letter: str, side: Side) -> Sampling:
@@ -413,19 +448,16 @@ def write_prompts(config, count: int, folder: pathlib.Path, mesh) -> str:
 def plan(options: Options, count: int, folder: pathlib.Path) -> str:
     """Return what is to be sampled and judged as text. count: prompts.
 
-    Raises ValueError where two files do not match.
+    Raises ValueError where a file does not match the other side.
     """
     lines = []
     answers = count * options.sampling.n
-    files = {}
-    for letter, side in options.sides.items():
+    check_matched(options)
+    for side in options.sides.values():
         if side.temperature is not None:
             lines.append(f"sample {side.name}: {answers:,} answers")
         else:
-            files[letter] = read_answers(side.source)
-            answers = sum(len(texts) for _, texts in files[letter].values())
-    if len(files) == len(SIDES):
-        matched(files["a"], files["b"], (options.a.name, options.b.name))
+            answers = sum(len(texts) for _, texts in read_answers(side.source).values())
     if options.judge is not None:
         kept = winrate.lines_in(folder / judges.JUDGEMENTS)
         lines.append(
@@ -532,7 +564,7 @@ def main():
             commands.refuse_flags("as both sides are files", *of_models)
         elif not prompts.value:
             raise ValueError("--prompts is missing: say what the models are to answer.")
-        if prompts.value != "config":
+        if prompts.value != CONFIG:
             commands.refuse_flags("without --prompts=config", "config", "count")
             if config.overrides:
                 raise ValueError("--config.FIELD would do nothing without --prompts=config.")
@@ -562,7 +594,7 @@ def main():
         with commands.in_workdir(workdir.value, dry_run=dry_run.value) as place:
             folder = pathlib.Path(place)
             total = count.value
-            if prompts.value == "config":
+            if prompts.value == CONFIG:
                 made = commands.config_maker(config.choice, config.overrides)("dpo")
                 kind = made.data.source if made.data.source in TASKS else "text"
                 options = dataclasses.replace(options, task=kind)

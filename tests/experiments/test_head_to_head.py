@@ -1,5 +1,6 @@
 """Two models or two files of samples, judged head to head."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -184,8 +185,25 @@ def test_plan_counts(tmp_path):
     a, b = files(tmp_path)
     lines = "judge: 12 questions, up to 3 calls each; 0 calls are kept"
     assert head_to_head.plan(Options(a, b, JUDGE), 99, tmp_path) == lines
-    models = Options(Side("m", 0.25), b, JUDGE, sampling=Sampling(8, n=3))
-    assert head_to_head.plan(models, 2, tmp_path) == f"sample m, T=0.25: 6 answers\n{lines}"
+    asked = [dict(prompt=[user(f"question {number}")]) for number in range(3)]
+    prompts = str(write_jsonl(tmp_path / "prompts.jsonl", asked))
+    model = Side("m", 0.25)
+    options = Options(model, b, JUDGE, prompts=prompts, sampling=Sampling(8, n=2))
+    assert head_to_head.plan(options, 3, tmp_path) == f"sample m, T=0.25: 6 answers\n{lines}"
+
+
+def test_a_file_that_a_model_will_not_match(tmp_path):
+    """It is refused before the model samples, whose folder is not there."""
+    _, b = files(tmp_path)
+    asked = [dict(prompt=[user(f"question {number}")]) for number in range(2)]
+    prompts = str(write_jsonl(tmp_path / "prompts.jsonl", asked))
+    options = Options(Side("m", 1.0), b, JUDGE, prompts=prompts, sampling=Sampling(8, n=2))
+    with pytest.raises(ValueError, match="m, T=1 has no answer to 1 of the other's prompts"):
+        head_to_head.run(options, tmp_path / "out", None)
+    assert not (tmp_path / "out").exists()
+    # Those of a config are not drawn in a dry run.
+    drawn = dataclasses.replace(options, prompts="config")
+    assert "sample m, T=1" in head_to_head.plan(drawn, 2, tmp_path)
 
 
 @pytest.mark.slow
