@@ -114,10 +114,14 @@ def _sample_file(options: Options, path: pathlib.Path, mesh) -> None:
             done += len(part)
             progress.update(done, {})
         progress.close()
-    of_each = f"{sampling.n} sampled for each"
+    say(f"finished: {path} holds {len(rows)} prompts with {_of_each(sampling)}")
+
+
+def _of_each(sampling: sampler.Sampling) -> str:
+    """Return what each prompt has in the end, for the last line."""
     if sampling.beams:
-        of_each = f"the likeliest completion that {sampling.beams} beams found for each"
-    say(f"finished: {path} holds {len(rows)} prompts with {of_each}")
+        return f"the likeliest completion that {sampling.beams} beams found for each"
+    return f"{sampling.n} sampled for each"
 
 
 def _read(options: Options) -> tuple[list[dict], list[TextExample]]:

@@ -28,7 +28,7 @@ from dpo_jax.sampling.prompts import Prompts
 from dpo_jax.stage_table import STAGES
 from dpo_jax.storage import shadow
 from dpo_jax.storage.addresses import address_of, scheme_of
-from dpo_jax.training import losses
+from dpo_jax.training import losses, metric_names
 from dpo_jax.workdir import (
     COMPLETIONS,
     REFERENCE_COMPLETIONS,
@@ -187,6 +187,7 @@ def run_stages(
     fields.
     """
     config_checks.validate(config)
+    _check_keep_best(config)
     _check_bucket(config, workdir)
     config = _with_loss(_with_reward(config, reward), loss)
     agreement.check_same(functools.partial(_fields, config), agreement.SAME_COMMAND)
@@ -310,6 +311,23 @@ def _fields(config: ConfigDict) -> dict:
 
 def _is_done(run: Run, stage: str) -> bool:
     return (run.folder(stage) / "done.json").exists()
+
+
+def _check_keep_best(config: ConfigDict) -> None:
+    """Raise ValueError where keep_best names no metric that a checkpoint can be kept by.
+
+    Which of them a stage has is known at its first evaluation, once all has been compiled.
+    """
+    known = metric_names.kept_by()
+    for stage in stage_table.training_stages(config):
+        name = config[stage].keep_best
+        whole, _ = metric_names.of_subset(name)
+        if name and whole not in known:
+            raise ValueError(
+                f"config.{stage}.keep_best = {name!r}: expected a metric of the evaluation, of "
+                f"which more is better, or less for losses; one of {', '.join(known)}, or one of a "
+                "subset, as loss/eval/SUBSET."
+            )
 
 
 def _check_bucket(config: ConfigDict, workdir: str) -> None:

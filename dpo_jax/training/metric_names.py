@@ -153,6 +153,15 @@ _SPLIT = re.compile(r"(?<=[_/])(train|eval)(?=/|$)")
 _OF_EVALUATION = re.compile(r"_eval/|/eval(/|$)|^frontier/")
 
 
+def kept_by() -> list[str]:
+    """Return the metrics of evaluations that keep_best can name; those of subsets are more.
+
+    Standard errors are left out: the best checkpoint is not that of the largest one, or the least.
+    """
+    names = [name.replace("{split}", "eval") for name in METRICS]
+    return [name for name in names if is_evaluation(name) and not name.endswith("_se")]
+
+
 def describe(name: str) -> Metric:
     """Return what a metric of metrics.jsonl means; KeyError for a name that is not ours."""
     name, _ = of_subset(name)

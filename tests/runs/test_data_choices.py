@@ -14,7 +14,7 @@ from tests.helpers.tiny_runs import dpo_config, on_devices, rows_without_timings
     [("sft",), ("preferred_ft",), ("unlikelihood",), ("dpo",), ("rm", "ppo")],
     ids="_".join,
 )
-def test_training_without_held_out_rows(model, pairs, tmp_path, stages):
+def test_training_without_held_out_rows(model, pairs, tmp_path, stages, capsys):
     config = configs.default(stages)
     config.model.path, config.data.path = str(model), str(pairs)
     config.data.eval_fraction = 0.0
@@ -24,8 +24,12 @@ def test_training_without_held_out_rows(model, pairs, tmp_path, stages):
         config.ppo.minibatch_size = 8
         config.reward.update(kind="rm", path="")
         config.sampling.max_new_tokens = 4
+    if "dpo" in stages:
+        config.dpo.update(keep_best="loss/eval", patience=3)
     with on_devices(1):
         folder = run(config, tmp_path)
+    told = " ".join(capsys.readouterr().out.split())
+    assert ("and config.dpo.patience = 3 never ends the stage" in told) == ("dpo" in stages)
     rows = rows_without_timings(folder)
     assert [row["step"] for row in rows][-1] == 2
     assert not any(is_evaluation(name) for row in rows for name in row)

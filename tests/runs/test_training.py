@@ -253,7 +253,7 @@ def test_failed_attempt_binds_nobody(model, pairs, tmp_path):
     with pytest.raises(FileNotFoundError, match="nope.jsonl"):
         run(dpo_config(model, "nope.jsonl", steps=1), tmp_path)
     with pytest.raises(ValueError, match="expected a metric of the evaluation"):
-        run(dpo_config(model, pairs, steps=1, keep_best="nope"), tmp_path)
+        run(dpo_config(model, pairs, steps=1, keep_best="kto_eval/kl"), tmp_path)
     (tmp_path / "dpo" / "config.draft").write_text("killed while writing")
     run(dpo_config(model, pairs, steps=1), tmp_path)
 
@@ -328,11 +328,18 @@ def test_keep_best_exports_best(model, pairs, tmp_path):
     assert json.loads((folder / "done.json").read_text())["evaluation"]["loss/eval"] == losses[best]
 
 
-def test_keep_best_refuses_unknown_metric(model, pairs, tmp_path):
-    with pytest.raises(
-        ValueError, match="keep_best = 'accuracy': expected a metric of the evaluation; .*loss/eval"
-    ):
-        run(dpo_config(model, pairs, keep_best="accuracy"), tmp_path)
+@pytest.mark.parametrize(
+    "name",
+    ["accuracy", "rewards_evl/accuracies", "rewards_train/margins", "rewards_eval/accuracies_se"],
+)
+def test_keep_best_refuses_unknown_metric(tmp_path, name):
+    """At once, before anything is read or compiled; so it does a standard error."""
+    wanted = f"keep_best = '{name}': expected a metric of the evaluation, .*loss/eval"
+    with pytest.raises(ValueError, match=wanted):
+        run(dpo_config("MODEL", "PAIRS", keep_best=name), tmp_path)
+    assert not (tmp_path / "dpo").exists()
+    known = metric_names.kept_by()
+    assert {"loss/eval", "rewards_eval/accuracies", "frontier/reward"} <= set(known)
 
 
 def test_workdir_may_be_relative(model, pairs, tmp_path, monkeypatch):

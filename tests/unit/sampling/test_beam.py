@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dpo_jax import sample as command
 from dpo_jax.models import transformer
 from dpo_jax.models.loading import Model
 from dpo_jax.parallel import sharding
@@ -98,3 +99,10 @@ def test_check_refuses_what_beam_search_has_no_use_for(fields, expected):
 
 def test_batches_of_prompts_have_room_for_their_beams():
     assert generation.prompts_at_a_time(Sampling(LONGEST, beams=16, batch_size=64)) == 4
+
+
+def test_what_the_command_says_of_beams():
+    """Nothing is drawn."""
+    told = command._of_each(Sampling(LONGEST, beams=3))
+    assert told == "the likeliest completion that 3 beams found for each"
+    assert command._of_each(Sampling(LONGEST, n=2)) == "2 sampled for each"

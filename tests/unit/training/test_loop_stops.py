@@ -84,3 +84,15 @@ def test_processes_wait_by_the_first_ones_evaluation(monkeypatch):
         recorder.evaluation = {"loss/eval": 0.5 - step / 1e6}
         recorder._wait(step)
     assert recorder.patience.is_over and recorder.patience.best == 0.5
+
+
+def test_one_evaluation_is_told_in_the_singular(capsys):
+    recorder = object.__new__(loop._Recorder)
+    block = types.SimpleNamespace(keep_best="loss/eval")
+    recorder._job = types.SimpleNamespace(name="dpo", block=block)
+    recorder._feed = types.SimpleNamespace(total=9)
+    recorder._step = 2
+    recorder.patience = loop.Patience(1, operator.gt, best=0.5, best_step=1, waited=1)
+    assert recorder.early_stop()["best_step"] == 1
+    told = " ".join(capsys.readouterr().out.split())
+    assert "at step 2 of 9: 1 evaluation since step 1 brought no better loss/eval" in told
