@@ -20,6 +20,8 @@ import json
 import math
 import pathlib
 
+import numpy as np
+
 from dpo_jax.evaluation import plots, statistics, tables
 from dpo_jax.evaluation.frontier import Curve
 
@@ -37,6 +39,7 @@ OVER_SEEDS = [
     tables.Column("KL, nats", "kl", "z.3f", interval=("kl_low", "kl_high")),
     tables.Column("gap", "gap", "z.3f", interval=("gap_low", "gap_high")),
     tables.Column("intervals over", "interval_unit"),
+    tables.Column("reward's sd between seeds", "reward_sd", ".3f"),
     tables.Column("largest gap", "gap_worst", "z.3f"),
     tables.Column("reward off its optimum, worst", "reward_off_worst", "z.3f"),
     tables.Column("KL off, worst", "kl_off_worst", "z.3f"),
@@ -110,7 +113,7 @@ def ends(rows: list[dict]) -> list[dict]:
 
 
 def over_seeds(rows: list[dict]) -> list[dict]:
-    """Return the ends of all runs: mean and interval over seeds, and the worst of them.
+    """Return the ends of all runs: mean, interval and spread over seeds, and the worst of them.
 
     Intervals are those of `statistics.over_seeds`.
     """
@@ -126,6 +129,8 @@ def over_seeds(rows: list[dict]) -> list[dict]:
         for name in ("kl", "gap", "reward"):
             if name in seeds[0]:
                 summary |= statistics.over_seeds(seeds, name)
+        if len(seeds) > 1:
+            summary["reward_sd"] = float(np.std([row["reward"] for row in seeds], ddof=1))
         if "gap" in seeds[0]:
             summary["gap_worst"] = max(row["gap"] for row in seeds)
         if "analytic_kl" in seeds[0]:
@@ -210,8 +215,8 @@ def _paths(start: dict, rows: list[dict]) -> dict[int | None, list[dict]]:
 def _point_at(path: list[dict], kl: float, curve: Curve) -> dict:
     """Return the reward of a path at a KL, nan where it does not reach it, and its reward_se.
 
-    The error is known where all rows have one. Between two points it is their mean, which is as
-    large as it gets where their samples share the prompts.
+    The error is known where all rows have one. Between two points it is interpolated, too: theirs
+    can at most add up so, if both are measured on the same prompts.
     """
     kls = [row["kl"] for row in path]
 

@@ -202,6 +202,7 @@ def test_toy_frontier_files(untrained, tmp_path, monkeypatch, capsys):
     assert of_dpo["seeds"] == 3 and of_dpo["reward"] == pytest.approx(np.mean(ends))
     half = 4.3027 * np.std(ends, ddof=1) / np.sqrt(3)
     assert of_dpo["reward_high"] - of_dpo["reward"] == pytest.approx(half, rel=1e-4)
+    assert of_dpo["reward_sd"] == pytest.approx(0.02)  # of 0, 0.02 and 0.04
     (optimum,) = {row["analytic_reward"] for row in rows if about(row) == ("dpo", 1.0)}
     off = max(abs(end - optimum) for end in ends)
     assert of_dpo["reward_off_worst"] == pytest.approx(off, abs=1e-5)
@@ -362,7 +363,7 @@ def test_pages_say_what_all_seeds_of_dpo_do():
     shown = [
         column
         for column in frontier_file.OVER_SEEDS
-        if column.field not in ("panel", "method", "seeds", "interval_unit")
+        if column.field not in ("panel", "method", "seeds", "interval_unit", "reward_sd")
     ]
     assert " ".join(tables.to_markdown(list(of_dpo.values()), shown).split()) in page
 

@@ -119,8 +119,10 @@ def test_report_of_the_runs_that_are_done(tmp_path, make_config):
     assert matched["1.0", "dpo"]["seeds"] == matched["1.0", "ppo"]["seeds"] == "1"
     assert float(matched["1.0", "ppo"]["behind"]) > 0.05
     with open(tmp_path / "frontier.csv") as file:
-        units = {row["method"]: row["interval_unit"] for row in csv.DictReader(file)}
-    assert set(units.values()) == {"prompts"}
+        ends = list(csv.DictReader(file))
+    assert {row["interval_unit"] for row in ends} == {"prompts"}
+    with_seeds = [row["parameter"] for row in ends if row["reward_sd"]]
+    assert with_seeds == ["β=0.1"]
 
 
 def test_report_of_runs_that_have_just_begun(tmp_path, make_config):
