@@ -159,7 +159,8 @@ DATA = dict(
     ),
     max_rows=Field(
         0,
-        "train on this many rows only, drawn by a hash of their prompts; 0: on all",
+        "train on this many rows only, drawn by a hash of their prompts, for which all rows are "
+        "read; 0: on all",
         least=0,
         most=MANY,
     ),

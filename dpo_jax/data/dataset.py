@@ -88,7 +88,11 @@ def load_parts(
         for split, into in examples.items():
             into.begin_data_set()
             first[split] = len(into)
-            encoders[split] = Encoder(tokenizer, part.data, truncate, into=into, date=date)
+            settings = part.data
+            if split == "test" and part.has_test_split:
+                settings = settings.copy_and_resolve_references()
+                settings.on_bad_row = "drop"
+            encoders[split] = Encoder(tokenizer, settings, truncate, into=into, date=date)
         # Each example is tokenised soon after it is read, so that few texts are in memory.
         for split, text in part.examples():
             if watch is not None:

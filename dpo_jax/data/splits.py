@@ -5,7 +5,8 @@ two: what training evaluates on, and selects by, is never what is reported.
 
 Rows are read one after the other and none is kept, but for sources whose rows come sorted: these
 are in memory, to be put in another order. Where a part of them is drawn or held out, they are read
-twice; of each, the first pass keeps a few hashes.
+twice. The first pass looks at all rows and keeps a few hashes of each, also for those who read the
+same files later; the second looks at those rows alone that are used.
 """
 
 import dataclasses
@@ -50,6 +51,7 @@ PROMPTS_ALONE = (
     "Rows of a prompt alone are for stages that only sample (ppo, pairs, best_of_n and evaluate); "
     "all others, and the command `dpo-jax data`, need an answer."
 )
+MOST_KEPT = 4_000_000  # rows, of which 36 bytes each are kept for later readers
 LABELLED_ROW = '{"prompt": "Name a colour.", "completion": " Blue.", "label": true}'
 # What an assistant's message may say beside its content.
 SAID_BESIDE = ("reasoning_content", "reasoning", "thinking", "tool_calls")
@@ -65,6 +67,7 @@ class Part:
     data: object  # its config block
     read: Callable[[Ledger, Collection[str]], SplitExamples]
     name: str = ""  # in a mixture
+    has_test_split: bool = False  # of its own: bad rows of it are counted, and stop no run
     # Filled as examples are read, and complete when the last one is.
     ledger: Ledger = field(default_factory=Ledger)
 
@@ -103,7 +106,12 @@ def parts(data, kind: str) -> list[Part]:
     if data.mix:
         return _parts_of_mixture(data, kind)
     _check_kind(data, kind)
-    return [Part(data, functools.partial(_read_set, _Reading(data, kind)))]
+    if data.source == "toy":
+        return [Part(data, functools.partial(_read_toy, data, kind))]
+    reading = _Reading(data, kind)
+    streams = reading.streams()
+    read_set = functools.partial(_read_set, reading, streams)
+    return [Part(data, read_set, has_test_split="test" in streams)]
 
 
 def _check_kind(data, kind: str) -> None:
@@ -140,45 +148,79 @@ class _Reading:
             streams["test"] = splits[test_name]
         return streams
 
-    def rows(self, records: Iterable, counts: Counts) -> Iterator[tuple[dict, list[TextExample]]]:
-        """Yield the fields and the examples of each good row, and count the others by reason.
+    def in_order(self, records: Iterable) -> Iterable:
+        """Return (where, record) of each row of a stream in the order in which they are used."""
+        if SOURCES[self.data.source].sorted:
+            return sorted(records, key=lambda record: _hash(str(record[1])))
+        return records
 
-        records: (where, record) of each.
+    def rows(self, split: str, records: Iterable, counts: Counts) -> Iterator["_GoodRow"]:
+        """Yield each good row of a stream, and count the others by reason.
+
+        split: whose stream it is. records: as `streams` reads them.
         """
         data = self.data
-        source = SOURCES[data.source]
-        parse = sources.parser(data, takes_prompts=self.kind == "prompts")
-        if source.sorted:
-            records = sorted(records, key=lambda record: _hash(str(record[1])))
-        for where, record in records:
+        parse = self.parser()
+        # A stage that trains does not read the test split, and judging does not need all of it.
+        stops_at_bad_row = data.on_bad_row == "error" and split != "test"
+        for place, (where, record) in enumerate(self.in_order(records)):
             counts.read += 1
-            file, _, _ = where.rpartition(" row ")
-            if self.folder:
-                where = os.path.join(self.folder, where)
             try:
-                fields = fields_of(record)
-                row = parse(fields)
-                counts.recognise(row)
-                examples = examples_of(row, self.kind, data.turns, where)
+                good = self.row(parse, place, where, record, counts)
             except Filtered as reason:
                 # Left out on purpose by the source's rule, which is no fault of the row.
                 counts.filter(str(reason))
             except Unusable as reason:
-                counts.drop(str(reason), where)
+                counts.drop(str(reason), self.named(where))
             except Malformed as error:
-                if data.on_bad_row == "error":
-                    raise ValueError(_explain(error, where, record, data, source)) from None
-                counts.drop(error.reason, where)
+                if stops_at_bad_row:
+                    source = SOURCES[data.source]
+                    told = _explain(error, self.named(where), record, data, source)
+                    raise ValueError(told) from None
+                counts.drop(error.reason, self.named(where))
             else:
-                counts.further_pairs += len(examples) - 1
-                subset = self.subset or subset_of(fields, file)
-                # The pairs of a row have one prompt.
-                question_hash = prompt_hash(examples[0])
-                marked = [
-                    dataclasses.replace(example, subset=subset, question_hash=question_hash)
-                    for example in examples
-                ]
-                yield fields, marked
+                counts.further_pairs += len(good.examples) - 1
+                yield good
+
+    def parser(self) -> Callable[[dict], Row]:
+        """Return the function that reads a record's fields."""
+        return sources.parser(self.data, takes_prompts=self.kind == "prompts")
+
+    def row(
+        self, parse: Callable[[dict], Row], place: int, where: str, record, counts: Counts
+    ) -> "_GoodRow":
+        """Return what a record is used for, and count it as it is recognised.
+
+        Raises Filtered, Unusable or Malformed.
+        """
+        fields = fields_of(record)
+        row = parse(fields)
+        counts.recognise(row)
+        examples = examples_of(row, self.kind, self.data.turns, self.named(where))
+        file, _, _ = where.rpartition(" row ")
+        subset = self.subset or subset_of(fields, file)
+        # The pairs of a row have one prompt.
+        return _GoodRow(place, fields, examples, subset, prompt_hash(examples[0]))
+
+    def named(self, where: str) -> str:
+        """Return where a record stands, as messages name it."""
+        return os.path.join(self.folder, where) if self.folder else where
+
+
+@dataclass(frozen=True)
+class _GoodRow:
+    """A row that can be used."""
+
+    place: int  # in its stream, from 0
+    fields: dict
+    examples: list[TextExample]
+    subset: str
+    question_hash: int
+
+    def marked(self) -> list[TextExample]:
+        """Return the examples with what is known of the row."""
+        known = dict(subset=self.subset, question_hash=self.question_hash)
+        return [dataclasses.replace(example, **known) for example in self.examples]
 
 
 def subset_of(fields: dict, file: str) -> str:
@@ -202,61 +244,75 @@ def _folder_subset(file: str) -> str:
     return "/".join(folder for folder in folders if folder and not names_split(folder))
 
 
-def _read_set(reading: _Reading, ledger: Ledger, wanted: Collection[str]) -> SplitExamples:
+def _read_toy(data, kind: str, ledger: Ledger, _wanted: Collection[str]) -> SplitExamples:
+    yield from _count_shared_prompts(_toy_examples(data, kind, ledger), ledger)
+
+
+def _read_set(
+    reading: _Reading, streams: dict[str, Callable], ledger: Ledger, wanted: Collection[str]
+) -> SplitExamples:
     """Yield the examples of one data set, and fill its ledger."""
-    data = reading.data
-    if data.source == "toy":
-        yield from _count_shared_prompts(_toy_examples(data, reading.kind, ledger), ledger)
-        return
-    streams = reading.streams()
-    plans = _plans_of_set(reading, streams, ledger)
-    yield from _count_shared_prompts(_planned(reading, streams, plans, ledger, wanted), ledger)
+    yield from _count_shared_prompts(_examples_of_set(reading, streams, ledger, wanted), ledger)
 
 
-@dataclass
-class _Plan:
-    """What becomes of each good row of a stream, in its order."""
-
-    sides: np.ndarray  # int8 [R]: an index into SPLITS, or LEFT_OUT
-    is_drawn: np.ndarray  # bool [R]: else the row is counted as not drawn
-
-    @classmethod
-    def of_all(cls, found: "_Found", split: str) -> "_Plan":
-        """Return the plan by which all rows are of one split."""
-        count = len(found.prompts)
-        return cls(np.full(count, SPLITS.index(split), np.int8), np.ones(count, bool))
-
-    def draw(self, found: "_Found", split: str, most: int) -> None:
-        """Draw at most `most` examples of a split, 0 for all."""
-        index = np.flatnonzero(self.sides == SPLITS.index(split))
-        sizes = found.sizes[index]
-        order = draws.order(found.prompts[index], found.rows[index], found.strata[index], sizes)
-        self.is_drawn[index] = draws.drawn(order, sizes, most)
+def _examples_of_set(
+    reading: _Reading, streams: dict[str, Callable], ledger: Ledger, wanted: Collection[str]
+) -> SplitExamples:
+    for own, records in streams.items():
+        if not _may_give(own, streams, wanted):
+            continue
+        plan = _plan_of(own, reading, streams, ledger)
+        if plan is not None:
+            yield from _planned(reading, own, records, plan, ledger, wanted)
+            continue
+        for row in reading.rows(own, records(), getattr(ledger, own)):
+            if own not in wanted:
+                continue
+            for example in row.marked():
+                yield own, example
 
 
-LEFT_OUT = -1  # a row whose prompt is of another split
+def _may_give(own: str, streams: dict[str, Callable], wanted: Collection[str]) -> bool:
+    """Return whether a stream may have examples of the splits that are wanted."""
+    gives = {own}
+    if own == "eval" or (own == "train" and "eval" not in streams):
+        gives = set(SPLITS[SPLITS.index(own) :])
+    return not gives.isdisjoint(wanted)
 
 
-@dataclass
+LEFT_OUT = -1  # the side of a row whose prompt is of another split
+
+
+@dataclass(frozen=True)
 class _Found:
     """What a first pass finds out about the good rows of a stream: numbers of each, [R]."""
 
+    places: np.ndarray  # where in the stream they are, from 0, int64
     rows: np.ndarray  # hashes of what they say, uint64
     prompts: np.ndarray  # and of their prompts, uint64
     strata: np.ndarray  # and of their subsets, uint64
     sizes: np.ndarray  # how many examples each makes, int32
+    counts: Counts  # of all rows, before any is drawn
 
 
-def _find(reading: _Reading, records: Iterable) -> _Found:
+def _find(reading: _Reading, split: str, records: Iterable) -> _Found:
     """Read a stream once, for the hashes of its good rows."""
-    rows, prompts, strata, sizes = array("Q"), array("Q"), array("Q"), array("i")
-    for fields, examples in reading.rows(records, Counts()):
-        rows.append(_row_hash(fields))
-        prompts.append(examples[0].question_hash)
-        strata.append(_subset_hash(examples[0].subset))
-        sizes.append(len(examples))
+    places, rows, prompts, strata, sizes = (
+        array("q"),
+        array("Q"),
+        array("Q"),
+        array("Q"),
+        array("i"),
+    )
+    counts = Counts()
+    for row in reading.rows(split, records, counts):
+        places.append(row.place)
+        rows.append(_row_hash(row.fields))
+        prompts.append(row.question_hash)
+        strata.append(_subset_hash(row.subset))
+        sizes.append(len(row.examples))
     hashes = [np.array(numbers, np.uint64) for numbers in (rows, prompts, strata)]
-    return _Found(*hashes, np.array(sizes, np.int32))
+    return _Found(np.array(places, np.int64), *hashes, np.array(sizes, np.int32), counts)
 
 
 @functools.lru_cache(maxsize=10_000)
@@ -264,98 +320,167 @@ def _subset_hash(subset: str) -> int:
     return hash64(subset)
 
 
-def _plans_of_set(
-    reading: _Reading, streams: dict[str, Callable], ledger: Ledger
-) -> dict[str, Callable[[], _Plan | None]]:
-    """Return what plans each stream, when it is its turn; a plan of None trains on all rows."""
+# What first passes found out, the oldest first: a run reads the same files for several stages.
+_kept: dict[tuple, _Found] = {}
+
+
+def _found(reading: _Reading, split: str, streams: dict[str, Callable]) -> _Found:
+    """Return what a first pass over a stream finds out, or has found out in this process."""
+    files = _files_at(reading.data.path)
+    if not files:
+        return _find(reading, split, streams[split]())
+    settings = sorted(reading.data.to_dict().items())
+    same_files = (repr(settings), files, reading.folder, reading.subset, split)
+    found = _kept.get((*same_files, reading.kind))
+    if found is None and reading.kind == "prompts":
+        # Where each row has an answer, prompts are read as for SFT.
+        of_sft = _kept.get((*same_files, "sft"))
+        found = None if of_sft is None or of_sft.counts.dropped else of_sft
+    if found is None:
+        found = _find(reading, split, streams[split]())
+        _kept[(*same_files, reading.kind)] = found
+        while len(_kept) > 1 and sum(len(kept.rows) for kept in _kept.values()) > MOST_KEPT:
+            del _kept[next(iter(_kept))]
+    return found
+
+
+def _files_at(path: str) -> tuple:
+    """Return name, size and time of each file that a data set may be read from; () if elsewhere."""
+    for candidate in (path, path.rpartition(":")[0]):
+        place = Path(candidate).expanduser()
+        if not candidate or not place.exists():
+            continue
+        files = sorted(place.rglob("*")) if place.is_dir() else [place]
+        found = []
+        for file in files:
+            if file.is_file():
+                state = file.stat()
+                found.append((str(file), state.st_size, state.st_mtime_ns))
+        return tuple(found)
+    return ()
+
+
+@dataclass
+class _Plan:
+    """What becomes of each good row of a stream, in its order."""
+
+    found: _Found
+    sides: np.ndarray  # int8 [R]: an index into SPLITS, or LEFT_OUT
+    is_drawn: np.ndarray  # bool [R]: else the row is counted as not drawn
+
+    @classmethod
+    def of_all(cls, found: _Found, split: str) -> "_Plan":
+        """Return the plan by which all rows are of one split."""
+        count = len(found.prompts)
+        return cls(found, np.full(count, SPLITS.index(split), np.int8), np.ones(count, bool))
+
+    def divide(self, is_held_out: np.ndarray) -> None:
+        """Divide the rows that are held out between validation and test."""
+        index = np.flatnonzero(is_held_out)
+        is_test = draws.are_test(self.found.prompts[index])
+        self.sides[index] = np.where(is_test, SPLITS.index("test"), SPLITS.index("eval"))
+
+    def draw(self, split: str, most: int) -> None:
+        """Draw at most `most` examples of a split, 0 for all."""
+        found = self.found
+        index = np.flatnonzero(self.sides == SPLITS.index(split))
+        sizes = found.sizes[index]
+        order = draws.order(found.prompts[index], found.rows[index], found.strata[index], sizes)
+        self.is_drawn[index] = draws.drawn(order, sizes, most)
+
+
+def _plan_of(
+    own: str, reading: _Reading, streams: dict[str, Callable], ledger: Ledger
+) -> _Plan | None:
+    """Return the plan of a stream of a set on its own; None: all of its rows are trained on."""
     data = reading.data
-    holds_out = "eval" not in streams and data.eval_fraction > 0
-
-    def plan_train() -> _Plan | None:
-        if not holds_out and not data.max_rows:
-            return None
-        found = _find(reading, streams["train"]())
-        plan = _Plan.of_all(found, "train")
-        if holds_out:
-            is_held_out = _held_out(found.prompts, data.eval_fraction)
-            if len(found.prompts) and not is_held_out.any():
-                ledger.train.warnings.append(f"all rows have one prompt, {NOTHING_HELD_OUT}")
-            _divide(plan, found, is_held_out)
-            for split in ("eval", "test"):
-                plan.draw(found, split, data.max_eval_rows)
-        plan.draw(found, "train", data.max_rows)
-        return plan
-
-    @functools.cache
-    def found_of(split: str) -> _Found:
-        return _find(reading, streams[split]())
-
-    def plan_eval() -> _Plan:
-        found = found_of("eval")
-        plan = _Plan.of_all(found, "eval")
-        if "test" in streams:
-            # Some data sets repeat prompts between their splits.
-            plan.sides[np.isin(found.prompts, found_of("test").prompts)] = LEFT_OUT
-        else:
-            _divide(plan, found, np.ones(len(found.prompts), bool))
-        for split in ("eval", "test"):
-            plan.draw(found, split, data.max_eval_rows)
-        return plan
-
-    def plan_test() -> _Plan:
-        plan = _Plan.of_all(found_of("test"), "test")
-        plan.draw(found_of("test"), "test", data.max_eval_rows)
-        return plan
-
-    return dict(train=plan_train, eval=plan_eval, test=plan_test)
+    holds_out = own == "train" and "eval" not in streams and data.eval_fraction > 0
+    if own == "train" and not holds_out and not data.max_rows:
+        return None
+    found = _found(reading, own, streams)
+    plan = _Plan.of_all(found, own)
+    if holds_out:
+        is_held_out = _held_out(found.prompts, data.eval_fraction)
+        if len(found.prompts) and not is_held_out.any():
+            ledger.train.warnings.append(f"all rows have one prompt, {NOTHING_HELD_OUT}")
+        plan.divide(is_held_out)
+    if own == "eval" and "test" in streams:
+        # Some data sets repeat prompts between their splits.
+        plan.sides[np.isin(found.prompts, _test_prompts(reading, streams))] = LEFT_OUT
+    elif own == "eval":
+        plan.divide(np.ones(len(found.prompts), bool))
+    if own == "train":
+        plan.draw("train", data.max_rows)
+    for split in ("eval", "test"):
+        plan.draw(split, data.max_eval_rows)
+    return plan
 
 
-def _divide(plan: _Plan, found: _Found, is_held_out: np.ndarray) -> None:
-    """Divide the rows that are held out between validation and test."""
-    index = np.flatnonzero(is_held_out)
-    is_test = draws.are_test(found.prompts[index])
-    plan.sides[index] = np.where(is_test, SPLITS.index("test"), SPLITS.index("eval"))
+def _test_prompts(reading: _Reading, streams: dict[str, Callable]) -> np.ndarray:
+    """Return the hashes of all prompts of the test split, those of rows without an answer too."""
+    found = _found(reading, "test", streams)
+    if not found.counts.dropped or reading.kind == "prompts":
+        return found.prompts
+    alone = _found(dataclasses.replace(reading, kind="prompts"), "test", streams)
+    return np.concatenate([found.prompts, alone.prompts])
 
 
 def _planned(
     reading: _Reading,
-    streams: dict[str, Callable],
-    plans: dict[str, Callable[[], _Plan | None]],
+    own: str,
+    records: Callable[[], Iterable],
+    plan: _Plan,
     ledger: Ledger,
     wanted: Collection[str],
 ) -> SplitExamples:
-    """Yield the examples of the streams as planned, and count those of all rows."""
-    for own, records in streams.items():
-        gives = {own}
-        if own == "eval" or (own == "train" and "eval" not in streams):
-            gives = set(SPLITS[SPLITS.index(own) :])
-        if gives.isdisjoint(wanted):
+    """Yield the examples of a stream that are planned, and count those of all rows.
+
+    own: whose stream it is. Other rows are not looked at again.
+    """
+    _count_planned(own, plan, ledger)
+    numbers = [SPLITS.index(split) for split in wanted]
+    index = np.flatnonzero(plan.is_drawn & np.isin(plan.sides, numbers))
+    parse = reading.parser()
+    counted = Counts()  # a second time
+    at = 0
+    changed = f"{reading.data.path}: the file changed while it was read."
+    for place, (where, record) in enumerate(reading.in_order(records())):
+        if at == len(index):
+            break
+        if place != plan.found.places[index[at]]:
             continue
-        plan = plans[own]()
-        counts = getattr(ledger, own)
-        rows = reading.rows(records(), counts)
-        for number, (_, examples) in enumerate(rows):
-            split, is_drawn = own, True
-            if plan is not None:
-                if number == len(plan.sides):
-                    raise RuntimeError(f"{examples[0].where}: the file changed while it was read.")
-                side = plan.sides[number]
-                if side == LEFT_OUT:
-                    other = "evaluated" if own == "train" else "tested"
-                    for _ in examples:
-                        counts.filter(f"its prompt is {other} on")
-                    continue
-                split, is_drawn = SPLITS[side], plan.is_drawn[number]
-            into = getattr(ledger, split)
-            if split != own:
-                counts.held_out += len(examples)
-                into.read += 1
-                into.further_pairs += len(examples) - 1
-            if not is_drawn:
-                into.not_drawn += len(examples)
-            elif split in wanted:
-                for example in examples:
-                    yield split, example
+        try:
+            row = reading.row(parse, place, where, record, counted)
+        except (Filtered, Unusable, Malformed):
+            raise RuntimeError(changed) from None
+        number = index[at]
+        if row.question_hash != plan.found.prompts[number]:
+            raise RuntimeError(changed)
+        at += 1
+        for example in row.marked():
+            yield SPLITS[plan.sides[number]], example
+    if at < len(index):
+        raise RuntimeError(changed)
+
+
+def _count_planned(own: str, plan: _Plan, ledger: Ledger) -> None:
+    """Count all rows of a stream: as they were found, and what is planned of them."""
+    counts = getattr(ledger, own).plus(plan.found.counts)
+    setattr(ledger, own, counts)
+    sizes = plan.found.sizes
+    left_out = int(sizes[plan.sides == LEFT_OUT].sum())
+    if left_out:
+        other = "evaluated" if own == "train" else "tested"
+        counts.filtered[f"its prompt is {other} on"] = left_out
+    for number, split in enumerate(SPLITS):
+        is_of_split = plan.sides == number
+        into = getattr(ledger, split)
+        rows, examples = int(is_of_split.sum()), int(sizes[is_of_split].sum())
+        if split != own:
+            counts.held_out += examples
+            into.read += rows
+            into.further_pairs += examples - rows
+        into.not_drawn += int(sizes[is_of_split & ~plan.is_drawn].sum())
 
 
 def _toy_examples(data, kind: str, ledger: Ledger) -> SplitExamples:
@@ -506,19 +631,17 @@ class _Survey:
     reading: _Reading
     ingredient: mixtures.Ingredient
     streams: dict[str, Callable[[], Iterable]]
-    found: dict[str, _Found]  # of each stream
-    plans: dict[str, _Plan]
+    plans: dict[str, _Plan]  # of each stream
     share: float = 1.0  # of the rows to train on, how much is drawn
 
-    def held_out(self) -> Iterator[tuple[_Found, _Plan, np.ndarray]]:
-        """Yield the streams with rows that are held out, with the indices of those."""
-        for name, found in self.found.items():
-            plan = self.plans[name]
-            yield found, plan, np.flatnonzero(plan.sides > SPLITS.index("train"))
+    def held_out(self) -> Iterator[tuple[_Plan, np.ndarray]]:
+        """Yield the plan of each stream, with the indices of the rows that are held out."""
+        for plan in self.plans.values():
+            yield plan, np.flatnonzero(plan.sides > SPLITS.index("train"))
 
     def prompts(self) -> np.ndarray:
         """Return the hashes of all prompts that are held out."""
-        return np.concatenate([found.prompts[index] for found, _, index in self.held_out()])
+        return np.concatenate([plan.found.prompts[index] for plan, index in self.held_out()])
 
 
 def _parts_of_mixture(data, kind: str) -> list[Part]:
@@ -550,7 +673,8 @@ def _parts_of_mixture(data, kind: str) -> list[Part]:
     _divide_mixture(surveys)
     held_out = np.unique(np.concatenate([survey.prompts() for survey in surveys]))
     for survey in surveys:
-        found, plan = survey.found["train"], survey.plans["train"]
+        plan = survey.plans["train"]
+        found = plan.found
         in_train = plan.sides == SPLITS.index("train")
         # No prompt is trained on that any of the sets evaluates on.
         plan.sides[in_train & np.isin(found.prompts, held_out)] = LEFT_OUT
@@ -564,21 +688,22 @@ def _parts_of_mixture(data, kind: str) -> list[Part]:
     parts_of_mixture = []
     for survey in surveys:
         read_drawn = functools.partial(_drawn_examples, survey, bool(len(held_out)))
-        parts_of_mixture.append(Part(survey.reading.data, read_drawn, survey.ingredient.name))
+        part = Part(survey.reading.data, read_drawn, survey.ingredient.name)
+        part.has_test_split = "test" in survey.streams
+        parts_of_mixture.append(part)
     return parts_of_mixture
 
 
 def _survey(reading: _Reading, ingredient: mixtures.Ingredient) -> _Survey:
     """Read a set of a mixture once, and find out which of its rows are held out."""
     streams = reading.streams()
-    found, plans = {}, {}
-    for split, records in streams.items():
-        found[split] = _find(reading, records())
-        plans[split] = _Plan.of_all(found[split], split)
+    plans = {}
+    for split in streams:
+        plans[split] = _Plan.of_all(_found(reading, split, streams), split)
     if "eval" not in streams:
-        is_held_out = _held_out(found["train"].prompts, reading.data.eval_fraction)
+        is_held_out = _held_out(plans["train"].found.prompts, reading.data.eval_fraction)
         plans["train"].sides[is_held_out] = SPLITS.index("eval")
-    return _Survey(reading, ingredient, streams, found, plans)
+    return _Survey(reading, ingredient, streams, plans)
 
 
 def _divide_mixture(surveys: list[_Survey]) -> None:
@@ -587,12 +712,15 @@ def _divide_mixture(surveys: list[_Survey]) -> None:
     prompts = [survey.prompts() for survey in to_divide]
     everything = np.concatenate([*prompts, np.zeros(0, np.uint64)])
     test_prompts = everything[draws.are_test(everything)]
-    of_splits = [survey.found["test"].prompts for survey in surveys if "test" in survey.streams]
+    of_splits = []
+    for survey in surveys:
+        if "test" in survey.streams:
+            of_splits.append(_test_prompts(survey.reading, survey.streams))
     # Those of a split of their own come first: they cannot be of validation in another set.
     test_prompts = np.unique(np.concatenate([test_prompts, *of_splits]))
     for survey in surveys:
-        for found, plan, index in survey.held_out():
-            is_test = np.isin(found.prompts[index], test_prompts)
+        for plan, index in survey.held_out():
+            is_test = np.isin(plan.found.prompts[index], test_prompts)
             plan.sides[index[is_test]] = SPLITS.index("test")
 
 
@@ -618,7 +746,8 @@ def _draw_evaluation(surveys: list[_Survey], split: str, most: int) -> None:
     held_out = []  # (plan, indices) of each stream that has rows of the split
     columns = {name: [] for name in ("prompts", "rows", "strata", "sizes", "scale")}
     for number, survey in enumerate(surveys):
-        for found, plan, index in survey.held_out():
+        for plan, index in survey.held_out():
+            found = plan.found
             index = index[plan.sides[index] == SPLITS.index(split)]
             held_out.append((plan, index))
             columns["prompts"].append(found.prompts[index])
@@ -641,12 +770,9 @@ def _drawn_examples(
         # Each set of a mixture holds out prompts of its own, where it has two or more.
         reason = "no data set has two different prompts"
         ledger.train.warnings.append(f"{reason}, {NOTHING_HELD_OUT}")
-    plans = {split: functools.partial(_known, plan) for split, plan in survey.plans.items()}
-    yield from _planned(survey.reading, survey.streams, plans, ledger, wanted)
-
-
-def _known(plan: _Plan) -> _Plan:
-    return plan
+    for own, records in survey.streams.items():
+        if _may_give(own, survey.streams, wanted):
+            yield from _planned(survey.reading, own, records, survey.plans[own], ledger, wanted)
 
 
 def _folder_of(path: str) -> str:

@@ -197,6 +197,8 @@ class Run:
                 read[split].append((text.where, conversation))
 
             loaded = dataset.load(data, tokenizer, "prompts", date=self.date, watch=watch)
+            for line in loaded.ledger.test.drops():
+                warn(f"test prompts that cannot be read are left out: {line}")
             found = {}
             for split in SPLITS:
                 # What is held out is the same under every seed.

@@ -133,7 +133,7 @@ def test_subsets_in_the_ledger(tmp_path):
         ({"subset": 3}, "helpful-base/train.jsonl.gz", "helpful-base"),
         ({}, "plain_text/train/0.jsonl", "plain_text"),
         ({}, "train.jsonl", ""),
-        ({}, "owner/name[train]", "owner"),
+        ({}, "owner/name[train]", ""),  # of the hub
     ],
 )
 def test_subset_of_a_row(fields, file, subset):

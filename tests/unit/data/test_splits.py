@@ -1,11 +1,15 @@
 """Which examples a row gives, for SFT and for pairs."""
 
+import json
+import os
+
 import pytest
 
+from dpo_jax.data import splits as splits_module
 from dpo_jax.data.ledger import Filtered, Malformed
 from dpo_jax.data.rows import Row, TextExample
 from dpo_jax.data.splits import examples_of, prompt_hash, question
-from tests.helpers.rows import assistant, read, user, write_jsonl
+from tests.helpers.rows import assistant, data_config, pairs, read, user, write_jsonl
 
 CHAT = [user("q"), assistant("a"), user("r"), assistant("x")]
 
@@ -138,3 +142,103 @@ def test_same_questions_are_held_out_in_every_form(tmp_path):
     expected = held_out(paths[0], "pairs")
     for path in paths:
         assert held_out(path, "pairs") == held_out(path, "sft") == expected
+
+
+def test_test_split_without_answers_stops_no_training(tmp_path):
+    """Of a shared task, say: prompts alone, or rows of another form."""
+    unlabelled = [dict(prompt=row["prompt"]) for row in pairs(30, "t")]
+    shared = unlabelled[0]["prompt"]
+    validation = [*pairs(20, "v"), dict(prompt=shared, chosen="a", rejected="b")]
+    write_jsonl(tmp_path / "train.jsonl", pairs(20))
+    write_jsonl(tmp_path / "validation.jsonl", validation)
+    write_jsonl(tmp_path / "test.jsonl", [*unlabelled, dict(prompt="t", chosen="a", rejected="b")])
+    for on_bad_row in ("error", "drop"):
+        found, ledger = read(tmp_path, eval_split="validation", on_bad_row=on_bad_row)
+        assert [len(examples) for examples in found.values()] == [20, 20, 1]
+        # Prompts alone are prompts to judge.
+        assert shared not in [example.prompt for example in found["eval"]]
+        assert sum(ledger.test.dropped.values()) == 30
+        ledger.train.kept = 20
+        ledger.check(0.05, "")
+    write_jsonl(tmp_path / "validation.jsonl", unlabelled)
+    with pytest.raises(ValueError, match="validation.jsonl row 1: no known shape"):
+        read(tmp_path, eval_split="validation")
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """The kind and split of each first pass over a file, as they come."""
+    found = []
+    find = splits_module._find
+
+    def watched(reading, split, records):
+        found.append((reading.kind, split))
+        return find(reading, split, records)
+
+    monkeypatch.setattr(splits_module, "_find", watched)
+    monkeypatch.setattr(splits_module, "_kept", {})
+    return found
+
+
+def test_same_file_is_surveyed_once(tmp_path, passes):
+    """By sft, by evaluate for prompts, and by DPO; again where it has changed, or the settings."""
+    path = write_jsonl(tmp_path / "pairs.jsonl", pairs(50))
+    first, ledger = read(path, "sft", eval_fraction=0.2)
+    for kind in ("sft", "prompts", "prompts"):
+        again, other_ledger = read(path, kind, eval_fraction=0.2)
+        assert again == first and other_ledger == ledger
+    read(path, "pairs", eval_fraction=0.2)
+    assert passes == [("sft", "train"), ("pairs", "train")]
+    read(path, "sft", eval_fraction=0.2, turns="last")
+    assert len(passes) == 3
+    os.utime(path, ns=(1, 1))
+    read(path, "sft", eval_fraction=0.2)
+    assert len(passes) == 4
+    # A row of which only the prompt can be read.
+    with path.open("a") as file:
+        file.write(json.dumps(dict(prompt="alone")) + "\n")
+    dropping = dict(eval_fraction=0.2, on_bad_row="drop")
+    _, of_sft = read(path, "sft", **dropping)
+    _, of_prompts = read(path, "prompts", **dropping)
+    assert (sum(of_sft.train.dropped.values()), of_prompts.train.dropped) == (1, {})
+
+
+def test_only_drawn_rows_are_parsed_twice(tmp_path, monkeypatch, passes):
+    path = write_jsonl(tmp_path / "pairs.jsonl", pairs(50))
+    parsed = []
+    examples_of = splits_module.examples_of
+
+    def watched(row, *args):
+        parsed.append(row.prompt)
+        return examples_of(row, *args)
+
+    monkeypatch.setattr(splits_module, "examples_of", watched)
+    found, ledger = read(path, max_rows=4)
+    assert parsed[50:] == [example.prompt for example in found["train"]]
+    assert len(parsed) == 54 and (ledger.train.read, ledger.train.not_drawn) == (50, 46)
+
+
+@pytest.mark.parametrize("eval_fraction", [0.0, 0.2])
+def test_splits_that_are_not_wanted_are_not_given(tmp_path, eval_fraction):
+    path = write_jsonl(tmp_path / "pairs.jsonl", pairs(50))
+    data = data_config(path=str(path), eval_fraction=eval_fraction)
+    found, ledger = splits_module.read(data, "pairs", ["eval"])
+    assert not found["train"] and not found["test"]
+    assert bool(found["eval"]) == bool(eval_fraction) and ledger.train.read == 50
+
+
+def test_file_that_changes_while_it_is_read(tmp_path, monkeypatch):
+    path = write_jsonl(tmp_path / "pairs.jsonl", pairs(50))
+    find = splits_module._find
+    for others in (pairs(49), pairs(50, "other"), [dict(prompt="p")] * 50):
+
+        def changing(*args, others=others):
+            found = find(*args)
+            write_jsonl(path, others)
+            return found
+
+        monkeypatch.setattr(splits_module, "_kept", {})
+        monkeypatch.setattr(splits_module, "_find", changing)
+        write_jsonl(path, pairs(50))
+        with pytest.raises(RuntimeError, match="changed while it was read"):
+            read(path, eval_fraction=0.2)
