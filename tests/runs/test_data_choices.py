@@ -2,11 +2,22 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from dpo_jax import config as configs
+from dpo_jax.data import dataset
 from dpo_jax.training.metric_names import is_evaluation
-from tests.helpers.tiny_runs import dpo_config, on_devices, rows_without_timings, run, write_pairs
+from tests.helpers.rows import write_jsonl
+from tests.helpers.tiny_runs import (
+    dpo_config,
+    on_devices,
+    rows_without_timings,
+    run,
+    score_file,
+    tokenizer,
+    write_pairs,
+)
 
 
 @pytest.mark.parametrize(
@@ -41,8 +52,9 @@ def test_training_without_held_out_rows(model, pairs, tmp_path, stages, capsys):
 
 def test_run_on_mixture(model, pairs, tmp_path):
     other = write_pairs(tmp_path / "other.jsonl", seed=1)
-    config = dpo_config(model, "", data__mix=f"{pairs}=20, {other}=50%", steps=2)
-    with on_devices(1):
+    config = dpo_config(model, "", data__mix=f"{pairs}=20, {other}=50%", steps=4)
+    # Four devices, whose last batch of an evaluation has fillers.
+    with on_devices(4):
         folder = run(config, tmp_path / "run")
     ledger = json.loads((folder / "ledger.json").read_text())
     parts = [ledger["parts"][name] for name in (str(pairs), str(other))]
@@ -58,3 +70,22 @@ def test_run_on_mixture(model, pairs, tmp_path):
         of_subsets = sum(last[f"{name}/{subset}"] * count for subset, count in subsets.items())
         assert of_subsets == pytest.approx(last[name] * ledger["eval"]["kept"], rel=1e-4)
     assert 0 <= last["rewards_eval/accuracies_se"] < 0.6
+
+    # The rows of one set alone, read from its file and scored by the command.
+    assert ledger["eval"]["kept"] % 4
+    held_out = dataset.load(config.data, tokenizer(), "pairs").eval
+    lines = other.read_text().splitlines()
+    own = [where for where in held_out.where if where.startswith(str(other))]
+    assert len(own) == subsets["other"]
+    rows = [json.loads(lines[int(where.split()[-1]) - 1]) for where in own]
+    alone = write_jsonl(tmp_path / "alone.jsonl", rows)
+    scores = tmp_path / "scores.jsonl"
+    with on_devices(1):
+        score_file(folder / "hf", alone, scores, reference=str(model), beta=config.dpo.beta)
+    scored = [json.loads(line) for line in scores.read_text().splitlines()]
+    margins = np.array([row["implicit_margin"] for row in scored])
+    assert last["rewards_eval/margins/other"] == pytest.approx(margins.mean(), abs=1e-5)
+    assert last["rewards_eval/accuracies/other"] == pytest.approx((margins > 0).mean())
+    assert last["loss/eval/other"] == pytest.approx(np.log1p(np.exp(-margins)).mean(), abs=1e-5)
+    # Far from the other set's, so that a row of the wrong set would show.
+    assert abs(last["rewards_eval/margins/other"] - last["rewards_eval/margins/pairs"]) > 1e-3
