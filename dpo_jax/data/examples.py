@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dpo_jax.data import grouping
-from dpo_jax.data.rows import NO_NUMBERS, Numbers
+from dpo_jax.data.rows import NO_NUMBERS, NO_SUBSET, Numbers
 
 Masks = tuple[np.ndarray, ...]
 
@@ -249,7 +249,7 @@ class Examples(Sequence):
         found = sorted((names[number], number) for number in present)
         place = np.zeros(len(names), np.int32)
         place[[number for _, number in found]] = np.arange(len(found))
-        return [name or "other" for name, _ in found], place[number_P]
+        return [name or NO_SUBSET for name, _ in found], place[number_P]
 
     def subset(self, index: int) -> str:
         """Return the name of an example's subset; "" where it has none, or there are too many."""

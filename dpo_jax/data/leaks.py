@@ -113,12 +113,11 @@ class Gathered:
         # Only compared in this process, where hash() is the same.
         self._places[split].append(hash(where))
 
-    def trained_on(self, kept: Iterable[str] | None = None) -> Hashes:
+    def trained_on(self, kept: Sequence[str] | None = None) -> Hashes:
         """Return the hashes of all that is trained on: of each turn whose answer is, too.
 
         kept: as for `hashes`.
         """
-        kept = kept if kept is None else list(kept)
         return self.hashes(TRAIN, kept).followed_by(self.hashes(FURTHER, kept))
 
     def hashes(self, split: str, kept: Iterable[str] | None = None) -> Hashes:

@@ -13,6 +13,7 @@ from dpo_jax.data.ledger import Malformed
 # message have a value.
 Text = str | list
 ONE_PAIR = ((0, 1),)
+NO_SUBSET = "(none)"  # how a ledger calls the rows that are of no subset
 MOST_NAMED = 20  # fields that a message lists
 MOST_NUMBER = 1_000_000  # a weight or margin: beyond it, sums of float32 lose the other pairs
 LEAST_WEIGHT = 1e-12  # of those above 0: float32 holds it, and its products with a gradient

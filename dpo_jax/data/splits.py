@@ -27,7 +27,7 @@ from dpo_jax.data import draws, mixtures, sources, toy
 from dpo_jax.data.conversations import as_context, is_trained_on
 from dpo_jax.data.ledger import Counts, Filtered, Ledger, Malformed, Unusable
 from dpo_jax.data.readers import fields_of, find_splits, names_split
-from dpo_jax.data.rows import Row, Text, TextExample, names_of
+from dpo_jax.data.rows import NO_SUBSET, Row, Text, TextExample, names_of
 from dpo_jax.data.shapes import PROMPTS, NoShape
 from dpo_jax.data.sources import SOURCES, Source
 
@@ -226,12 +226,13 @@ class _GoodRow:
 def subset_of(fields: dict, file: str) -> str:
     """Return the subset that a row is of: as a field says, or else as the folder of its file does.
 
-    file: the name of its file, as it is named in messages. "" where nothing tells.
+    file: the name of its file, as it is named in messages. "" where nothing tells, or where the
+    field says what rows of no subset are called in a ledger.
     """
     for name in SUBSET_FIELDS:
         value = fields.get(name)
         if isinstance(value, str) and 0 < len(value) <= LONGEST_SUBSET:
-            return SPLIT_OF_DOMAIN.sub("", value)
+            return "" if value == NO_SUBSET else SPLIT_OF_DOMAIN.sub("", value)
     return _folder_subset(file)
 
 

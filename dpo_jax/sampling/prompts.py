@@ -59,7 +59,7 @@ class Prompts:
         return Prompts(ids, texts, conversations, hashes, subsets)
 
     def spread(self, most: int) -> "Prompts":
-        """Return `most` of the prompts, or all, in their order: as different as they can be.
+        """Return `most` of the prompts, or all, in their order, with few of them twice.
 
         They are chosen by the hashes of the data's prompts, in the shares of their subsets, and
         none comes twice before all others have come. A larger number of them has all of a smaller

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_jax.data import dataset, draws, splits
+from dpo_jax.data.examples import Examples
 from tests.helpers.letters import letters_tokenizer
 from tests.helpers.rows import data_config, pairs, read, write_jsonl
 
@@ -133,11 +134,22 @@ def test_subsets_in_the_ledger(tmp_path):
         ({"subset": 3}, "helpful-base/train.jsonl.gz", "helpful-base"),
         ({}, "plain_text/train/0.jsonl", "plain_text"),
         ({}, "train.jsonl", ""),
+        ({"subset": "(none)"}, "train.jsonl", ""),  # as rows of no subset are called
+        ({"subset": "other"}, "train.jsonl", "other"),
         ({}, "owner/name[train]", ""),  # of the hub
     ],
 )
 def test_subset_of_a_row(fields, file, subset):
     assert splits.subset_of(fields, file) == subset
+
+
+def test_rows_of_no_subset_have_a_name_of_their_own():
+    """A subset may be called "other"."""
+    examples = Examples()
+    for number, subset in enumerate(["other", "", "other", "a"]):
+        examples.append([1], ([2], [3]), f"row {number}", subset=subset)
+    names, number_P = examples.subsets
+    assert [names[number] for number in number_P] == ["other", "(none)", "other", "a"]
 
 
 def test_many_names_are_no_subsets(tmp_path):
