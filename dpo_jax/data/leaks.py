@@ -257,8 +257,10 @@ def write(folder: pathlib.Path, seen: Seen) -> None:
         once = hashes.distinct()
         tensors[f"{split}.exact"] = once.exact
         tensors[f"{split}.normalised"] = once.normalised
+    # One text: several keys would be written in any order, and the file's bytes would differ.
+    about = json.dumps(dict(stage=seen.stage, data=seen.data))
     with whole_file(folder / FILE) as draft:
-        save_file(tensors, draft, metadata=dict(stage=seen.stage, data=seen.data))
+        save_file(tensors, draft, metadata=dict(about=about))
 
 
 def load(folder: pathlib.Path) -> Seen | None:
@@ -274,13 +276,13 @@ def load(folder: pathlib.Path) -> Seen | None:
     arrays: dict[str, dict[str, np.ndarray]] = {}
     try:
         with safe_open(path, "numpy") as file:
-            about = file.metadata() or {}
+            about = json.loads((file.metadata() or {})["about"])
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 split, _, kind = name.rpartition(".")
                 arrays.setdefault(split, {})[kind] = file.get_tensor(name)
         found = {split: Hashes(**of_split) for split, of_split in arrays.items()}
         return Seen(about["stage"], about["data"], found)
-    except (SafetensorError, KeyError, TypeError) as error:
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(
             f"{path} is not what was written there ({error}). Put it back from a copy; or remove "
             "it, and which held-out prompts this stage trains on is not known."

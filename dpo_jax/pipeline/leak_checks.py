@@ -36,7 +36,9 @@ def report(run, stage: str, source: str, splits: dict[str, Hashes]) -> dict:
     def compare() -> dict:
         folder = run.folder(stage)
         folder.mkdir(parents=True, exist_ok=True)
-        leaks.write(folder, Seen(_name(run, folder), source, splits))
+        # The folder of the run is another one on another machine.
+        data = source.removeprefix(f"{run.workdir}/")
+        leaks.write(folder, Seen(_name(run, folder), data, splits))
         seen, unknown = _seen(run, stage)
         found = leaks.of_run(seen)
         return dict(told=leaks.table(found, unknown), values=leaks.to_dict(found, unknown))
