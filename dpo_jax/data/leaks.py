@@ -128,13 +128,20 @@ class Gathered:
         """
         if split not in self._exact:
             return Hashes.none()
-        found = Hashes(
-            np.array(self._exact[split], np.uint64), np.array(self._normalised[split], np.uint64)
-        )
+        exact = np.array(self._exact[split], np.uint64)
+        nearly = np.array(self._normalised[split], np.uint64)
+        found = Hashes(exact, nearly)
         if kept is None:
             return found
-        places = np.fromiter((hash(where) for where in kept), np.int64)
-        return found.take(np.flatnonzero(np.isin(np.array(self._places[split]), places)))
+        kept_places = np.fromiter((hash(where) for where in kept), np.int64)
+        if not len(kept_places):
+            return Hashes.none()
+        # np.isin would take many times the memory of its arguments.
+        kept_places.sort()
+        places = np.array(self._places[split], np.int64)
+        next_kept = np.searchsorted(kept_places, places)
+        np.minimum(next_kept, len(kept_places) - 1, out=next_kept)
+        return found.take(np.flatnonzero(kept_places[next_kept] == places))
 
 
 def normalised(text: Text) -> str:

@@ -106,6 +106,7 @@ def test_examples_that_are_not_used_are_left_out():
         gathered.add("train", example)
     kept = gathered.hashes("train", kept=["row 0", "row 3"])
     assert np.array_equal(kept.exact, Hashes.of(examples("a", "c")).exact)
+    assert not len(gathered.hashes("train", kept=[]))
     assert len(gathered.hashes("train")) == 4 and not len(gathered.hashes("eval"))
 
 
