@@ -328,10 +328,10 @@ def test_preempted_run_resumes(model, pairs, tmp_path, times):
 
 def test_sigterm_in_an_evaluation_is_saved_before_its_end(model, pairs, tmp_path):
     """In both, after the step that is evaluated; the evaluation is then made by the resumed run."""
-    # Evaluations of eight batches: at the start, and after every second step.
+    # Evaluations of three batches: at the start, and after every second step.
     fields = dict(steps=4, eval_every=2, save_every=100, microbatch_size=4)
     fields["data__eval_fraction"] = 0.5
-    doomed = ("dpo_jax.training.data_feed", "metrics_lib.add", int(signal.SIGTERM), 10)
+    doomed = ("dpo_jax.training.data_feed", "metrics_lib.add", int(signal.SIGTERM), 5)
     both = start_run(tmp_path / "run", model, pairs, doomed=doomed, **fields)
     outs = [process.communicate(timeout=200) for process in both]
     assert [process.returncode for process in both] == [128 + signal.SIGTERM] * 2, outs
