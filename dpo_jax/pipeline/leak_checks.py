@@ -81,7 +81,7 @@ def check_ahead(run, stage: str, tokenizer) -> None:
             run.say_of_test_prompts(judging, tokenizer)
             found = run.test_prompts(judging, tokenizer, later)
             asked = found.prompts.spread(run.config[judging].prompts)
-            warn_of_selection(run, judging, asked, run.load_prompts(tokenizer))
+            warn_of_selection(run, judging, asked, run.load_prompts(tokenizer), later)
 
 
 def _read_later(run, stage: str) -> list[Seen]:
@@ -135,17 +135,24 @@ def judged(
     return held_out
 
 
-def warn_of_selection(run, stage: str, asked: Prompts, loaded: dict[str, Prompts]) -> None:
-    """Warn where a stage judges prompts that training is validated on, in any data set so far.
+def warn_of_selection(
+    run,
+    stage: str,
+    asked: Prompts,
+    loaded: dict[str, Prompts],
+    later: Callable[[], list[Seen]] = list,
+) -> None:
+    """Warn where a stage judges prompts that training is validated on, in any data set of a run.
 
     asked: the prompts that it judges. loaded: those of each split that they are from; where none
-    are of test, another warning says so.
+    are of test, another warning says so. later: as for `judged`.
     """
     if asked.hashes is None or not len(loaded["test"]):
         return
 
     def told() -> str:
-        return leaks.leak(stage, asked.hashes, _seen(run, stage)[0]).selection()
+        seen, _ = _seen(run, stage)
+        return leaks.leak(stage, asked.hashes, [*seen, *later()]).selection()
 
     warning = processes.from_first(told)
     if warning:

@@ -166,11 +166,11 @@ def test_judged_prompts_that_dpo_validates_on_are_told(files, tmp_path, capsys):
     run = Run(config, tmp_path / "run", mesh=None)
     words = tokenizer()
     run.load_data("sft", words)
-    assert "validated on" not in capsys.readouterr().out
+    warning = "10 of the 20 prompts that are judged are validated on, too (dpo validates on 10)"
+    assert f"evaluate: {warning}" in capsys.readouterr().out  # before anything is trained
     run.load_data("dpo", words)
     ledger = read_ledger(run.folder("dpo"))["leaks"]["held_out"]
     assert ledger["sft"]["selected_on"] == 10 and ledger["dpo"]["selected_on"] == 0
-    warning = "10 of the 20 prompts that are judged are validated on, too (dpo validates on 10)"
     assert f"evaluate: {warning}" in capsys.readouterr().out
     run.folder("evaluate").mkdir()
     judged_prompts(run, "evaluate", words)
