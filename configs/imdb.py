@@ -22,8 +22,14 @@ from dpo_jax.config import METHODS, TRL_PPO, default
 def get_config(method="dpo"):
     config = default(("sft", *METHODS[method]))
     config.model.path = "openai-community/gpt2-large"
-    # Some reviews stand in both splits: no prompt is judged that begins one.
-    config.data.update(source="imdb", path="stanfordnlp/imdb", on_leak="drop")
+    config.data.update(
+        source="imdb",
+        path="stanfordnlp/imdb",
+        # Some reviews stand in both splits: no prompt is judged that begins one. So a few more are
+        # drawn than the 256 that are judged.
+        on_leak="drop",
+        max_eval_rows=300,
+    )
     # A prefix of each review: 25,000 prompts.
     config.sampling.update(max_new_tokens=60, min_prefix=2, max_prefix=8)
     settings = {
