@@ -35,8 +35,10 @@ def get_config(method="dpo"):
         train_split="train+unsupervised",
         max_length=72,
         max_prompt_length=32,
-        on_leak="drop",  # some reviews stand in both splits,
-        max_eval_rows=300,  # so a few more are drawn than the 256 that are judged
+        # Some reviews stand in both splits: no prompt is judged that begins one. So a few more are
+        # drawn than the 256 that are judged.
+        on_leak="drop",
+        max_eval_rows=300,
     )
     config.sft.update(
         loss="token_mean",

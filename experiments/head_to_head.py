@@ -70,12 +70,7 @@ COLUMNS = (
     tables.Column("A", "a"),
     tables.Column("B", "b"),
     tables.Column("A's win rate", "rate", ".3f", interval=("low", "high")),
-    tables.Column(
-        "at equal length",
-        "equal_length_rate",
-        ".3f",
-        interval=("equal_length_low", "equal_length_high"),
-    ),
+    winrate_report.EQUAL_LENGTH,
     tables.Column("wins", "wins", "d"),
     tables.Column("ties", "ties", "d"),
     tables.Column("losses", "losses", "d"),

@@ -22,6 +22,12 @@ POINT = ("method", "temperature", "best_of", "step")  # what rows of a group hav
 # Of a row, what has a file of its own or is the same for all rows.
 NOT_WRITTEN = ("judged", "verdicts", "votes", "compared", "points")
 # Columns of winrate.csv and winrate.tex.
+EQUAL_LENGTH = tables.Column(
+    "at equal length",
+    "equal_length_rate",
+    ".3f",
+    interval=("equal_length_low", "equal_length_high"),
+)
 COLUMNS = (
     tables.Column("method", "name"),
     tables.Column("T", "temperature", "g"),
@@ -29,12 +35,7 @@ COLUMNS = (
     tables.Column("seeds", "seeds", "g"),
     tables.Column("draws", "draws", "g"),
     tables.Column("win rate", "rate", ".3f", interval=("low", "high")),
-    tables.Column(
-        "at equal length",
-        "equal_length_rate",
-        ".3f",
-        interval=("equal_length_low", "equal_length_high"),
-    ),
+    EQUAL_LENGTH,
     *(tables.Column(name, name, "g") for name in COUNTED),
     tables.Column("words", "words", ".3g"),
 )

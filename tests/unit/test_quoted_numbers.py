@@ -31,11 +31,6 @@ def three(value: float) -> str:
     return f"{value:.3g}" if value >= 1 else f"{value:.3f}"
 
 
-def times(ratio: float, low: float, high: float) -> str:
-    """Return a ratio of rates and its range."""
-    return " to ".join([f"{three(ratio)} ({three(low)}", f"{three(high)})"])
-
-
 def benchmark(name: str, peer: str = "trl") -> dict:
     """Return a committed report of the benchmark as the words of the tables."""
     report = measured(f"benchmark/{name}.json")
@@ -623,7 +618,10 @@ RECORDED: dict[str, list[tuple[str, str, str]]] = {
 }
 
 # Pages without results: their numbers are rules, defaults, versions, and what papers say.
-WITHOUT_RESULTS = ("reproducing", "config", "glossary", "formats", "licences", "methods", "metrics")
+WITHOUT_RESULTS = ("config", "glossary", "formats", "licences", "methods", "metrics")
+# This one has results. Its tables and claims about the toy have tests beside their experiments;
+# what it says of other methods on the toy is of two seeds, and waits for all methods with ten.
+NOT_HELD_YET = ("reproducing",)
 VERSIONS = ["Python 3.11", "jax 0.10.2", "TRL 1.16", "Tunix 0.1.7"]
 GIVEN: dict[str, list[str]] = {
     "README.md": [
@@ -685,7 +683,8 @@ GIVEN: dict[str, list[str]] = {
     ],
 }
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
-PAGES = [name for name in PAGES if name not in [f"docs/{page}.md" for page in WITHOUT_RESULTS]]
+LEFT_OUT = [f"docs/{name}.md" for name in (*WITHOUT_RESULTS, *NOT_HELD_YET)]
+PAGES = [name for name in PAGES if name not in LEFT_OUT]
 
 
 @pytest.mark.parametrize("name", PAGES)
