@@ -254,6 +254,15 @@ MESH = dict(
         most=1_000_000,
     ),
     fsdp=Field(1, "devices that split both the weights and the batch", least=-1, most=1_000_000),
+    context=Field(
+        1, "devices that split the tokens of long rows among them", least=1, most=1_000_000
+    ),
+    expert=Field(
+        1,
+        "devices that split the experts of a layer, in models that have them",
+        least=1,
+        most=1_000_000,
+    ),
     tensor=Field(
         1, "devices that split heads, feed-forward width and vocabulary", least=-1, most=1_000_000
     ),

@@ -1,6 +1,7 @@
 """The mesh, and where each array lives on it.
 
-Three axes: `data` holds copies of the weights, `fsdp` splits both the batch and the weights,
+Five axes: `data` holds copies of the weights, `fsdp` splits both the batch and the weights,
+`context` splits the tokens of each shard of the batch, `expert` splits the experts of a layer, and
 `tensor` splits heads, feed-forward width and vocabulary. Weights are placed by the first rule whose
 pattern matches their path; a weight that no rule matches is an error. A dimension that its axes do
 not divide is left whole.
@@ -19,7 +20,9 @@ from jax.sharding import PartitionSpec as P
 
 from dpo_jax.data import packing
 
-AXES = ("data", "fsdp", "tensor")
+# The outermost first: neighbours along the last one are closest to each other.
+AXES = ("data", "fsdp", "context", "expert", "tensor")
+WHERE_USED = ("context", "expert")  # axes that are only named where there are several devices
 BATCH = ("data", "fsdp")  # the axes that split a batch into shards
 NAMED = 3  # weights that a message names
 
@@ -56,30 +59,49 @@ RULES = (
 )
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> jax.sharding.Mesh:
+def make_mesh(
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    *,
+    context: int = 1,
+    expert: int = 1,
+    devices=None,
+) -> jax.sharding.Mesh:
     """Return the device mesh; one size may be -1, which takes all the devices that are left.
 
     Raises ValueError where the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [data, fsdp, tensor]
-    given = math.prod(size for size in sizes if size != -1)
-    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+    sizes = dict(data=data, fsdp=fsdp, context=context, expert=expert, tensor=tensor)
+    left = [axis for axis, size in sizes.items() if size == -1]
+    given = math.prod(size for size in sizes.values() if size != -1)
+    if len(left) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
         raise ValueError(
-            f"mesh.data, mesh.fsdp, mesh.tensor = {sizes}: at most one may be -1, "
-            "the others are 1 or more."
+            f"the mesh {told(sizes)}: at most one size may be -1, the others are 1 or more."
         )
     # Where the others do not divide the devices, -1 stays, and the message below shows it.
-    if -1 in sizes and len(devices) % given == 0:
-        sizes[sizes.index(-1)] = len(devices) // given
-    if math.prod(sizes) != len(devices):
+    if left and len(devices) % given == 0:
+        sizes[left[0]] = len(devices) // given
+    if math.prod(sizes.values()) != len(devices):
         raise ValueError(
-            f"mesh.data x mesh.fsdp x mesh.tensor = {sizes} does not make up the {len(devices)} "
-            "devices found. Change one of them, or set one to -1."
+            f"the mesh {told(sizes)} does not make up the {len(devices)} devices found. Change one "
+            "of the sizes, or set one to -1."
         )
     # Auto: the compiler chooses layouts between the ones that `constrain` pins.
     types = (jax.sharding.AxisType.Auto,) * len(AXES)
-    return jax.sharding.Mesh(arrange(tuple(sizes), devices), AXES, axis_types=types)
+    return jax.sharding.Mesh(arrange(tuple(sizes.values()), devices), AXES, axis_types=types)
+
+
+def told(sizes: dict[str, int]) -> str:
+    """Return the sizes of a mesh as text: data 4 x fsdp 2 x tensor 1."""
+    return " x ".join(f"{axis} {sizes[axis]}" for axis in shown_axes(sizes))
+
+
+def shown_axes(sizes: dict[str, int]) -> list[str]:
+    """Return the axes to show of a mesh: `context` and `expert` only where they are used."""
+    # Plans that were kept before there were these two do not have them.
+    return [axis for axis in AXES if axis not in WHERE_USED or sizes.get(axis, 1) != 1]
 
 
 def arrange(sizes: tuple[int, ...], devices) -> np.ndarray:
@@ -101,9 +123,9 @@ def arrange(sizes: tuple[int, ...], devices) -> np.ndarray:
         left //= outer[-1]
     if left > 1:
         raise ValueError(
-            f"mesh.data, mesh.fsdp, mesh.tensor = {list(sizes)} cannot be laid over the slices or "
-            f"hosts of the {len(devices)} devices: make one of them, data at best, a multiple of "
-            "their number."
+            f"a mesh of {list(sizes)} cannot be laid over the slices or hosts of the "
+            f"{len(devices)} devices: make one of the sizes, data's at best, a multiple of their "
+            "number."
         )
     inner = [size // far for size, far in zip(sizes, outer, strict=True)]
     return mesh_utils.create_hybrid_device_mesh(

@@ -17,6 +17,7 @@ GPUS_PER_MACHINE = 8  # tensor parallelism stays within a machine
 def remedies(config: ConfigDict, stage: str, chips: int) -> Iterator[dict]:
     """Yield changes that save memory, each made on top of those before: dotted field -> value."""
     block = config[stage]
+    chips = _left_chips(config, chips)
     # fsdp first: it splits weights, their state and the batch, at less traffic than tensor. What
     # the batch does not divide is left to tensor.
     fsdp = math.gcd(chips, update_size_of(block))
@@ -74,7 +75,11 @@ def advise(
 
 
 def meshes(config: ConfigDict, stage: str, chips: int) -> Iterator[dict]:
-    """Yield every mesh of the chips whose shards split a microbatch evenly."""
+    """Yield every mesh of the chips whose shards split a microbatch evenly.
+
+    `context` and `expert` stay as they are.
+    """
+    chips = _left_chips(config, chips)
     microbatch_size = microbatch_size_of(config[stage])
     for tensor in (1, 2, 4, GPUS_PER_MACHINE):
         for fsdp in range(1, chips + 1):
@@ -82,6 +87,11 @@ def meshes(config: ConfigDict, stage: str, chips: int) -> Iterator[dict]:
             if splits_chips and microbatch_size % (chips // tensor) == 0:
                 data = chips // (fsdp * tensor)
                 yield {"mesh.data": data, "mesh.fsdp": fsdp, "mesh.tensor": tensor}
+
+
+def _left_chips(config: ConfigDict, chips: int) -> int:
+    """Return the chips that the axes `data`, `fsdp` and `tensor` share."""
+    return chips // (config.mesh.context * config.mesh.expert)
 
 
 def sweep_mesh(

@@ -213,14 +213,13 @@ def rehearse_ppo(config: ConfigDict) -> Rehearsal:
 
 def told(rehearsal: Rehearsal) -> str:
     """Return lines that say what a stage's step takes."""
-    mesh = " x ".join(f"{axis} {size}" for axis, size in rehearsal.mesh.items())
     per_second = rehearsal.tokens / rehearsal.step_seconds
     compiling = "with compiling"
     if rehearsal.compile_seconds is not None:
         compiling = f"after {rehearsal.compile_seconds:.3g} s of compiling"
     lines = [
         f"{rehearsal.stage}: a step of {rehearsal.examples} examples, {rehearsal.tokens:,} tokens, "
-        f"on {mesh}",
+        f"on {sharding.told(rehearsal.mesh)}",
         f"  time: {rehearsal.step_seconds:.3g} s a step, {per_second:,.0f} tokens a second; the "
         f"first {rehearsal.first_seconds:.3g} s, {compiling}",
     ]

@@ -3,6 +3,7 @@
 import dataclasses
 
 from dpo_jax.data.batches import is_sharing_lost
+from dpo_jax.parallel.sharding import shown_axes, told
 from dpo_jax.planning import roofline
 from dpo_jax.stage_table import STAGES
 
@@ -144,7 +145,6 @@ def table(report: Report) -> str:
 
 
 def _header(report: Report) -> list[str]:
-    mesh = " x ".join(f"{axis} {report.mesh[axis]}" for axis in ("data", "fsdp", "tensor"))
     examples = f"{report.batch_size} examples a step"
     if STAGES[report.stage].samples:
         examples = (
@@ -152,7 +152,7 @@ def _header(report: Report) -> list[str]:
         )
     return [
         f"{report.stage} of {report.parameters / 1e9:.2f} billion parameters in {report.dtype} "
-        f"on {report.topology}, {report.chips} chips: {mesh}",
+        f"on {report.topology}, {report.chips} chips: {told(report.mesh)}",
         f"{examples} in {_count(report.microbatches, 'microbatch')}; "
         f"assumed: prompts of {report.prompt_tokens} tokens, responses of {report.response_tokens},"
         f" {_responses_of_prompt(report)}",
@@ -289,10 +289,10 @@ def _times(report: Report) -> list[str]:
 
 def sweep_table(reports: list[Report]) -> str:
     """Return mesh shapes side by side: those that fit first, the fastest on top."""
-    lines = ["data fsdp tensor      GiB a chip  fits    s a step  bottleneck"]
+    axes = shown_axes(reports[0].mesh)
+    lines = [f"{' '.join(axes)}      GiB a chip  fits    s a step  bottleneck"]
     for report in sorted(reports, key=lambda r: (not r.fits, r.step_seconds or 0)):
-        mesh = report.mesh
-        shape = f"{mesh['data']:>4} {mesh['fsdp']:>4} {mesh['tensor']:>6}"
+        shape = " ".join(f"{report.mesh[axis]:>{len(axis)}}" for axis in axes)
         fits = "yes" if report.fits else "no"
         line = f"{shape}  {report.hbm_gib_per_chip:>14.2f}  {fits:<4}"
         if report.seconds:

@@ -14,6 +14,7 @@ from dpo_jax.data.packing import Shape
 from dpo_jax.models import transformer
 from dpo_jax.models.log_probs import chunk_logits
 from dpo_jax.models.transformer import TransformerConfig
+from dpo_jax.parallel.sharding import AXES
 from dpo_jax.planning.topologies import Topology
 
 # Part of a step's time -> its name in tables.
@@ -175,7 +176,7 @@ def _between_machines(mesh: dict, topology: Topology) -> dict[str, float]:
     """
     shares = {}
     stride = 1  # between neighbours on the axis; the last axis is the innermost
-    for axis in ("tensor", "fsdp", "data"):
+    for axis in reversed(AXES):
         size = mesh[axis]
         within = size == 1 or stride * size <= topology.shape[-1]
         if within or not topology.is_gpu:

@@ -14,7 +14,7 @@ import pytest
 
 from dpo_jax import config as configs
 from dpo_jax import sweep
-from dpo_jax.parallel import processes, sharding
+from dpo_jax.parallel import processes
 from dpo_jax.workdir import read_lines
 from tests.helpers import poor
 from tests.helpers.paths import ROOT, python_path
@@ -114,7 +114,10 @@ def run_config(model, pairs, mesh=(2, 2, 1), **fields):
     config = dpo_config(
         model,
         pairs,
-        **{f"mesh__{axis}": size for axis, size in zip(sharding.AXES, mesh, strict=True)},
+        **{
+            f"mesh__{axis}": size
+            for axis, size in zip(("data", "fsdp", "tensor"), mesh, strict=True)
+        },
         **fields,
     )
     config.run = NAME

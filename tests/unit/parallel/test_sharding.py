@@ -13,12 +13,12 @@ from tests.helpers.tiny import tiny_config
 
 
 def test_make_mesh_takes_remaining_devices():
-    assert dict(sharding.make_mesh(data=-1, fsdp=2, tensor=2).shape) == {
-        "data": 2,
-        "fsdp": 2,
-        "tensor": 2,
-    }
-    assert dict(sharding.make_mesh().shape) == {"data": 8, "fsdp": 1, "tensor": 1}
+    mesh = sharding.make_mesh(data=-1, fsdp=2, tensor=2)
+    assert dict(mesh.shape) == dict(data=2, fsdp=2, context=1, expert=1, tensor=2)
+    assert sharding.told(mesh.shape) == "data 2 x fsdp 2 x tensor 2"
+    mesh = sharding.make_mesh(data=1, context=-1, tensor=2)
+    assert sharding.told(mesh.shape) == "data 1 x fsdp 1 x context 4 x tensor 2"
+    assert dict(sharding.make_mesh().shape) == dict(data=8, fsdp=1, context=1, expert=1, tensor=1)
 
 
 def fake(number: int, hosts: int, platform="gpu", **fields):
@@ -57,6 +57,16 @@ def test_make_mesh_refuses_unsplittable_hosts():
         sharding.arrange((16, 1, 1), [fake(number * 3 % 24, hosts=3) for number in range(16)])
 
 
+def test_make_mesh_leaves_devices_where_unused_axes_are():
+    """A mesh without `context` and `expert` has the order of devices of its other axes alone."""
+    devices = [fake(number, hosts=4) for number in range(32)]
+    for data, fsdp, tensor in [(4, 8, 1), (1, 32, 1), (8, 2, 2)]:
+        np.testing.assert_array_equal(
+            sharding.arrange((data, fsdp, 1, 1, tensor), devices).ravel(),
+            sharding.arrange((data, fsdp, tensor), devices).ravel(),
+        )
+
+
 @pytest.mark.parametrize("sizes", [(1, 32, 2), (32, 2, 1), (16, 2, 2)])
 def test_make_mesh_part_of_torus(sizes):
     """64 chips of a v5p, 4 x 4 x 4."""
@@ -75,7 +85,7 @@ def test_make_mesh_refuses_wrong_size(sizes):
 
 @pytest.mark.parametrize("sizes", [(-1, -1, 1), (0, 1, 1)])
 def test_make_mesh_refuses_meaningless_sizes(sizes):
-    with pytest.raises(ValueError, match="at most one may be -1"):
+    with pytest.raises(ValueError, match="at most one size may be -1"):
         sharding.make_mesh(*sizes)
 
 

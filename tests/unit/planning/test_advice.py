@@ -36,3 +36,15 @@ def test_meshes_split_the_batch():
     shapes = [tuple(change.values()) for change in advice.meshes(config, "dpo", 16)]
     assert all(math.prod(shape) == 16 and 8 % (shape[0] * shape[1]) == 0 for shape in shapes)
     assert (1, 8, 2) in shapes and (2, 1, 8) in shapes and (1, 16, 1) not in shapes
+
+
+def test_meshes_leave_context_as_it_is():
+    config = scratch_config(batch_size=8)
+    config.mesh.context = 4
+    shapes = [tuple(change.values()) for change in advice.meshes(config, "dpo", 16)]
+    assert shapes and all(math.prod(shape) == 4 for shape in shapes)
+    assert next(advice.remedies(config, "dpo", 16)) == {
+        "mesh.data": 1,
+        "mesh.fsdp": 4,
+        "mesh.tensor": 1,
+    }

@@ -28,7 +28,7 @@ def test_rehearsal_on_a_mesh(tmp_path, monkeypatch):
     config = scratch_config(batch_size=8)
     config.mesh.update(data=2, fsdp=2, tensor=2)
     (found,) = rehearsal.rehearse_all(config)
-    assert found.stage == "dpo" and found.mesh == dict(data=2, fsdp=2, tensor=2)
+    assert found.stage == "dpo" and sharding.told(found.mesh) == "data 2 x fsdp 2 x tensor 2"
     # A prompt of 16 tokens and two responses of 16 each.
     assert found.examples == 8 and found.tokens == 8 * 48
     assert found.step_seconds > 0 and found.first_seconds > 0 and found.compile_seconds > 0
