@@ -796,7 +796,7 @@ class Trainer:
         mesh = self._initial.mesh
         return dict(
             shards=sharding.batch_shards(mesh),
-            limits=attention.row_limits(self._config.window, sharding.platform_of(mesh)),
+            limits=attention.row_limits(self._config.narrowest_window, sharding.platform_of(mesh)),
         )
 
     @property

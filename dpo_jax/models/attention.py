@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from dpo_jax.data.packing import BUCKETS, MOST_SLOTS, QUERY_BLOCK, RowLimits, Rows
-from dpo_jax.models.linear import wide_product
+from dpo_jax.models.linear import softcapped, wide_product
 from dpo_jax.parallel.hardware import chip_of
 from dpo_jax.parallel.sharding import BATCH, device, fitting
 
@@ -78,15 +78,19 @@ def attend(
     layout: Layout | None = None,
     *,
     window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
     kernel: str = "auto",
 ) -> jax.Array:
     """Return attention of each token over its own sequence so far, [S, N, H, C].
 
-    Without a layout each shard's N tokens are themselves one row. `window` and `kernel` as of
-    `attend_rows`.
+    Without a layout each shard's N tokens are themselves one row. `window`, `scale`, `softcap` and
+    `kernel` as of `attend_rows`.
     """
     shards, _, heads, width = q_SNHC.shape
-    over_rows = functools.partial(attend_rows, window=window, kernel=kernel)
+    over_rows = functools.partial(
+        attend_rows, window=window, scale=scale, softcap=softcap, kernel=kernel
+    )
     if layout is None:
         # One row with one response.
         out_SRATHC = over_rows(*[x[:, None, None] for x in (q_SNHC, k_SNKC, v_SNKC)])
@@ -139,28 +143,37 @@ def _end_to_end(rows: tuple[Rows, ...]) -> jax.Array:
 
 
 def attend_cached(
-    q_SNHC, k_SNKC, v_SNKC, cache: dict, positions_SN, *, window: int | None = None
+    q_SNHC,
+    k_SNKC,
+    v_SNKC,
+    cache: dict,
+    positions_SN,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> jax.Array:
     """Return attention of one new token in each row (N = 1) over the cache and itself.
 
     The result is [S, 1, H, C]. A token sees the cache's slots before its position. cache: one
     layer's k, v [S, K, U, C]; it is only read, so it need not be copied: the token's own key and
     value are separate arguments. A slot that is not seen has a weight of exactly 0. Softmax in
-    float32.
+    float32. `window`, `scale` and `softcap` as of `attend_rows`.
     """
     shards, _, heads, width = q_SNHC.shape
     kv_heads, slots = cache["k"].shape[1:3]
     dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     # Query heads in groups that share a key head: the cache is not repeated for each of them.
-    q_SKGC = (q_SNHC * width**-0.5).reshape(shards, kv_heads, heads // kv_heads, width)
+    scale = width**-0.5 if scale is None else scale
+    q_SKGC = (q_SNHC * scale).reshape(shards, kv_heads, heads // kv_heads, width)
     # A token's slot is its position. Its own slot is not written yet, so distance 0 is not seen.
     distance_SU = positions_SN - jnp.arange(slots)
     seen_SU = distance_SU > 0
     if window is not None:
         seen_SU &= distance_SU < window
-    scores_SKGU = dot("SKGC,SKUC->SKGU", q_SKGC, cache["k"])
+    scores_SKGU = _softcapped(dot("SKGC,SKUC->SKGU", q_SKGC, cache["k"]), softcap)
     scores_SKGU = jnp.where(seen_SU[:, None, None], scores_SKGU, jnp.finfo(jnp.float32).min)
-    own_SKGN = dot("SKGC,SNKC->SKGN", q_SKGC, k_SNKC)
+    own_SKGN = _softcapped(dot("SKGC,SNKC->SKGN", q_SKGC, k_SNKC), softcap)
     # One softmax over the cache and the token itself, which comes last.
     weights = jax.nn.softmax(jnp.concatenate([scores_SKGU, own_SKGN], axis=-1))
     weights = weights.astype(v_SNKC.dtype)
@@ -178,16 +191,22 @@ def attend_rows(
     prompts: Prompts | None = None,
     *,
     window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
     kernel: str = "auto",
 ) -> jax.Array:
     """Return attention of each response over its row's prompt, and over itself, causally.
 
     The result is [S, R, A, T, H, C]; softmax in float32. prompts: None where there are none.
-    window: how many of the latest keys are seen, the query's own included. kernel: see `choose`.
+    window: how many of the latest keys are seen, the query's own included. scale: what scores are
+    multiplied by; None: 1 / root of C. softcap: what scores are bent to stay within. kernel: see
+    `choose`.
 
     Raises ValueError where a response could be further from its prompt than the window reaches.
     """
-    kernel = choose(kernel, q_SRATHC.dtype, q_SRATHC.shape[-1])
+    width = q_SRATHC.shape[-1]
+    kernel = choose(kernel, q_SRATHC.dtype, width, softcap)
+    scale = width**-0.5 if scale is None else scale
     if prompts is not None and window is not None:
         longest = prompts.k.shape[2] + q_SRATHC.shape[3]
         if longest > window:
@@ -197,17 +216,20 @@ def attend_rows(
             )
         window = None
     if kernel == "xla":
-        return _in_blocks(q_SRATHC, k_SRATKC, v_SRATKC, prompts, window)
-    function = _splash if kernel == "splash" else _cudnn
+        return _in_blocks(q_SRATHC, k_SRATKC, v_SRATKC, prompts, window, scale, softcap)
+    if kernel == "splash":
+        function = functools.partial(_splash, scale=scale, softcap=softcap)
+    else:
+        function = functools.partial(_cudnn, scale=scale)
     return _on_each_device(function, q_SRATHC, k_SRATKC, v_SRATKC, prompts, window)
 
 
-def choose(kernel: str, dtype, width: int) -> str:
+def choose(kernel: str, dtype, width: int, softcap: float | None = None) -> str:
     """Return a key of KERNELS: the one named, or what `auto` stands for on the step's device.
 
     auto is splash on a TPU; cudnn on a GPU that `hardware.CHIPS` lists (others may not have it),
-    for 16-bit numbers and heads of a width that all of these take; elsewhere xla, the blocks
-    written here. Raises ValueError where the named kernel cannot run.
+    for 16-bit numbers and heads of a width that all of these take, without a softcap; elsewhere
+    xla, the blocks written here. Raises ValueError where the named kernel cannot run.
     """
     where = device().platform
     dtype = jnp.dtype(dtype)
@@ -216,7 +238,7 @@ def choose(kernel: str, dtype, width: int) -> str:
         cudnn_takes_it = dtype.itemsize == 2 and width % 8 == 0 and width <= 128
         if where == "tpu":
             return "splash"
-        if where == "gpu" and cudnn_takes_it and chip_of(device()):
+        if where == "gpu" and cudnn_takes_it and softcap is None and chip_of(device()):
             return "cudnn"
         return "xla"
     check(kernel, where)
@@ -224,6 +246,11 @@ def choose(kernel: str, dtype, width: int) -> str:
         raise ValueError(
             "config.model.attention = 'cudnn' takes model.dtype=bfloat16 and heads of a multiple "
             f"of 8, up to 128 wide (256 on an H100 or H200), not {dtype} and {width}: take auto."
+        )
+    if kernel == "cudnn" and softcap is not None:
+        raise ValueError(
+            "config.model.attention = 'cudnn' has no softcap of scores, which this model needs: "
+            "take auto."
         )
     return kernel
 
@@ -304,12 +331,12 @@ def _with_prompts(k_SRATKC, v_SRATKC, prompts: Prompts | None):
     return joined(prompts.k, k_SRATKC), joined(prompts.v, v_SRATKC), seen_BU
 
 
-def _splash(q_BTHC, k_BUKC, v_BUKC, seen_BU, window):
+def _splash(q_BTHC, k_BUKC, v_BUKC, seen_BU, window, *, scale, softcap):
     """Run JAX's Pallas kernel for TPUs, over padded rows; on a CPU it is interpreted, slowly."""
     # Imported here: it is experimental, and the other kernels must not depend on it.
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    length, heads, width = q_BTHC.shape[1:]
+    length, heads = q_BTHC.shape[1:3]
     prompt_length = k_BUKC.shape[1] - length
     longest_block = SPLASH_BLOCK[q_BTHC.dtype.itemsize]
     queries, query_block = _blocks(length, longest_block)
@@ -330,7 +357,7 @@ def _splash(q_BTHC, k_BUKC, v_BUKC, seen_BU, window):
     )
 
     # Heads first. The kernel does not scale the queries.
-    arrays = [_lengthened(q_BTHC * width**-0.5, queries).swapaxes(1, 2)]
+    arrays = [_lengthened(q_BTHC * scale, queries).swapaxes(1, 2)]
     arrays += [_lengthened(x_BUKC, keys).swapaxes(1, 2) for x_BUKC in (k_BUKC, v_BUKC)]
     if seen_BU is not None:
         # A query sees keys of its own segment: 1, and 0 where a prompt is padded.
@@ -345,6 +372,7 @@ def _splash(q_BTHC, k_BUKC, v_BUKC, seen_BU, window):
         kernel = splash.make_splash_mha_single_device(
             splash.MultiHeadMask([mask] * heads),
             block_sizes=blocks,
+            attn_logits_soft_cap=softcap,
             interpret=device().platform == "cpu",
         )
         return jax.vmap(kernel)(*arrays)
@@ -388,7 +416,7 @@ def _at_precision(precision: str, function):
     return at_precision
 
 
-def _cudnn(q_BTHC, k_BUKC, v_BUKC, seen_BU, window, implementation="cudnn"):
+def _cudnn(q_BTHC, k_BUKC, v_BUKC, seen_BU, window, implementation="cudnn", *, scale=None):
     """Run NVIDIA's fused kernel; its backward pass may add in another order from run to run."""
     length = q_BTHC.shape[1]
     prompt_length = k_BUKC.shape[1] - length
@@ -412,6 +440,7 @@ def _cudnn(q_BTHC, k_BUKC, v_BUKC, seen_BU, window, implementation="cudnn"):
         k_BUKC,
         v_BUKC,
         mask=mask_B1TU,
+        scale=scale,
         is_causal=seen_BU is None,
         implementation=implementation,
         local_window_size=None if window is None else (window - 1, 0),
@@ -424,7 +453,7 @@ def _lengthened(x_BTHC, length: int):
     return jnp.pad(x_BTHC, ((0, 0), (0, length - x_BTHC.shape[1]), (0, 0), (0, 0)))
 
 
-def _in_blocks(q_SRATHC, k_SRATKC, v_SRATKC, prompts: Prompts | None, window):
+def _in_blocks(q_SRATHC, k_SRATKC, v_SRATKC, prompts: Prompts | None, window, scale, softcap):
     """Return attention in plain XLA.
 
     Blocks of queries see only the keys up to their end, so about half of the square is never
@@ -434,7 +463,7 @@ def _in_blocks(q_SRATHC, k_SRATKC, v_SRATKC, prompts: Prompts | None, window):
     kv_heads = k_SRATKC.shape[4]
     # Heads first, keys transposed: each block is then two batched matrix products with nothing to
     # shuffle, which the CPU runs about twice as fast as the same products over [T, H, C].
-    q_SRATKGC = (q_SRATHC * width**-0.5).reshape(
+    q_SRATKGC = (q_SRATHC * scale).reshape(
         shards, rows, responses, length, kv_heads, heads // kv_heads, width
     )
     q_SRKAGTC = q_SRATKGC.transpose(0, 1, 4, 2, 5, 3, 6)
@@ -452,7 +481,9 @@ def _in_blocks(q_SRATHC, k_SRATKC, v_SRATKC, prompts: Prompts | None, window):
         end = min(start + QUERY_BLOCK, length)
         # The first key that the block's first query sees.
         first = 0 if window is None else max(0, start - window + 1)
-        block = functools.partial(_attend_block, offset=start - first, window=window)
+        block = functools.partial(
+            _attend_block, offset=start - first, window=window, softcap=softcap
+        )
         if keys > QUERY_BLOCK:
             # A single block is not recomputed: its scores are small.
             block = jax.checkpoint(block)
@@ -464,7 +495,16 @@ def _in_blocks(q_SRATHC, k_SRATKC, v_SRATKC, prompts: Prompts | None, window):
     return out_SRKAGTC.transpose(0, 1, 3, 5, 2, 4, 6).reshape(q_SRATHC.shape)
 
 
-def _attend_block(q_SRKAGTC, k_SRKACU, v_SRKAUC, prompts, *, offset: int, window: int | None):
+def _attend_block(
+    q_SRKAGTC,
+    k_SRKACU,
+    v_SRKAUC,
+    prompts,
+    *,
+    offset: int,
+    window: int | None,
+    softcap: float | None,
+):
     """Return attention of a block of queries, the first of which sits at its own key `offset`.
 
     U: here the response's keys up to the block's end. prompts: k_SRKCW, v_SRKWC and lengths_SR of
@@ -475,6 +515,7 @@ def _attend_block(q_SRKAGTC, k_SRKACU, v_SRKAUC, prompts, *, offset: int, window
     q_SRKAIC = q_SRKAGTC.reshape(shards, rows, kv_heads, responses, groups * length, width)
     unseen = jnp.finfo(jnp.float32).min
     scores_SRKAIU = wide_product("SRKAIC,SRKACU->SRKAIU", q_SRKAIC, k_SRKACU)
+    scores_SRKAIU = _softcapped(scores_SRKAIU, softcap)
     query_T1 = offset + jnp.arange(length)[:, None]
     key_1U = jnp.arange(k_SRKACU.shape[-1])[None, :]
     distance_TU = query_T1 - key_1U
@@ -490,6 +531,7 @@ def _attend_block(q_SRKAGTC, k_SRKACU, v_SRKAUC, prompts, *, offset: int, window
         # place, however many responses there are.
         q_SRKJC = q_SRKAIC.reshape(shards, rows, kv_heads, -1, width)
         scores_SRKJW = wide_product("SRKJC,SRKCW->SRKJW", q_SRKJC, k_SRKCW)
+        scores_SRKJW = _softcapped(scores_SRKJW, softcap)
         seen_SRW = jnp.arange(k_SRKCW.shape[-1]) < lengths_SR[..., None]
         scores_SRKJW = jnp.where(seen_SRW[:, :, None, None], scores_SRKJW, unseen)
         highest_SRKJ1 = scores_SRKJW.max(-1, keepdims=True)
@@ -510,6 +552,10 @@ def _attend_block(q_SRKAGTC, k_SRKACU, v_SRKAUC, prompts, *, offset: int, window
     # Divided after the product: that is C numbers for each query, not one for each key.
     out_SRKAIC /= total_SRKAI1
     return out_SRKAIC.astype(v_SRKAUC.dtype).reshape(q_SRKAGTC.shape)
+
+
+def _softcapped(scores, cap: float | None):
+    return scores if cap is None else softcapped(scores, cap)
 
 
 # Tokens to rows and back are gathers whose transposes are gathers too: scatters would be slow on a

@@ -19,7 +19,7 @@ import numpy as np
 from flax import traverse_util
 
 from dpo_jax.models import transformer
-from dpo_jax.models.transformer import Llama3RopeScaling, TransformerConfig
+from dpo_jax.models.transformer import LayerKind, Llama3RopeScaling, Rope, TransformerConfig
 
 # Constants that old versions of transformers stored beside the weights.
 BUFFERS = re.compile(r"\b(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$")
@@ -204,8 +204,7 @@ def _gptj(hf, config):
         activation=hf.activation_function,
         gated=False,
         mlp_width=hf.n_inner or config.mlp_width,
-        rope_width=hf.rotary_dim,
-        rope_interleaved=True,
+        pattern=(LayerKind(rope=Rope(hf.rotary_dim, interleaved=True)),),
         mlp_bias=True,
         head_bias=True,
     )
@@ -215,8 +214,8 @@ def _gpt_neox(hf, config):
     # Pythia rotates the first quarter of each head. int() rounds down, as transformers does.
     rope_width = int(config.head_width * hf.rope_parameters.get("partial_rotary_factor", 1.0))
     return replace(
-        _rope(hf, config),
-        rope_width=rope_width,
+        config,
+        pattern=(LayerKind(rope=_rope(hf, rope_width)),),
         norm="layer",
         norm_eps=hf.layer_norm_eps,
         # Unlike GPT-J's, its MLP has a norm of its own.
@@ -243,26 +242,28 @@ def _llama(hf, config):
 
 
 def _mistral(hf, config):
-    return replace(_gated(hf, config), window=hf.sliding_window)
+    return _gated(hf, config, windows=[hf.sliding_window])
 
 
 def _qwen2(hf, config):
     # Biases of q, k and v alone, which no field says: they are part of the architecture.
-    return replace(_gated(hf, config), qkv_bias=True, window=_window(hf))
+    return replace(_gated(hf, config, windows=_windows(hf)), qkv_bias=True)
 
 
 def _qwen3(hf, config):
     return replace(
-        _gated(hf, config),
-        qk_norm=True,
-        window=_window(hf),
+        _gated(hf, config, windows=_windows(hf)),
+        qk_norm="head",
         qkv_bias=hf.attention_bias,
         out_bias=hf.attention_bias,
     )
 
 
-def _gated(hf, config):
-    """Set what Llama and its relatives share; they rotate whole heads."""
+def _gated(hf, config, windows=(None,)):
+    """Set what Llama and its relatives share; they rotate whole heads.
+
+    windows: of each layer, or of the one kind that there is.
+    """
     share = hf.rope_parameters.get("partial_rotary_factor", 1.0)
     # Weights for a part of each head would load all the same, and be rotated wrongly.
     if share != 1:
@@ -271,9 +272,10 @@ def _gated(hf, config):
     head_width = getattr(hf, "head_dim", None)
     if head_width is None:
         head_width = config.head_width
+    rope = _rope(hf, head_width)
     return replace(
-        _rope(hf, config),
-        rope_width=head_width,
+        config,
+        pattern=_pattern([LayerKind(window, rope) for window in windows]),
         norm="rms",
         norm_eps=hf.rms_norm_eps,
         head_width=head_width,
@@ -284,8 +286,8 @@ def _gated(hf, config):
     )
 
 
-def _rope(hf, config):
-    """Set the rotary base and scaling, which is none or Llama 3's."""
+def _rope(hf, width: int) -> Rope:
+    """Return the rotary embedding of `rope_parameters`, scaled or not, over channels of a head."""
     rope = hf.rope_parameters
     kind = rope.get("rope_type")
     if kind == "default":
@@ -301,18 +303,26 @@ def _rope(hf, config):
         raise _unsupported(
             hf, f"rope_parameters.rope_type = {kind!r}", "'default' and 'llama3' are"
         )
-    return replace(config, rope_theta=rope["rope_theta"], rope_scaling=scaling)
+    return Rope(width, rope["rope_theta"], scaling=scaling)
 
 
-def _window(hf):
-    """Return Qwen's sliding window or None; models that use it in some layers are refused."""
-    # Layers are scanned, so all of them run the same code, with one window.
-    kinds = set(hf.layer_types)
-    if len(kinds) > 1:
+def _windows(hf) -> list[int | None]:
+    """Return the window of each layer, by its `layer_types`."""
+    windows = {"full_attention": None, "sliding_attention": hf.sliding_window}
+    unknown = set(hf.layer_types) - windows.keys()
+    if unknown:
         raise _unsupported(
-            hf, f"a mix of layer_types, {sorted(kinds)},", "all layers must be of one type"
+            hf, f"a layer of type {sorted(unknown)[0]!r}", f"{' and '.join(windows)} are"
         )
-    return hf.sliding_window if kinds == {"sliding_attention"} else None
+    return [windows[kind] for kind in hf.layer_types]
+
+
+def _pattern(kinds: list[LayerKind]) -> tuple[LayerKind, ...]:
+    """Return the shortest pattern that gives the kinds of all layers when it is repeated."""
+    for period in range(1, len(kinds)):
+        if all(kind == kinds[layer % period] for layer, kind in enumerate(kinds)):
+            return tuple(kinds[:period])
+    return tuple(kinds)
 
 
 def _only(hf, **supported):
@@ -327,13 +337,14 @@ def _check(hf, config: TransformerConfig):
     """Refuse what no family supports."""
     for name in ("kv_heads", "head_width", "mlp_width"):
         _check_size(hf, name, getattr(config, name), 10**7)
-    if config.window is not None:
-        _check_size(hf, "sliding_window", config.window, 10**9)
     numbers = {"the norms' epsilon": config.norm_eps}
-    if not config.learned_positions:
-        numbers["rope_theta"] = config.rope_theta
-    if config.rope_scaling:
-        numbers |= dataclasses.asdict(config.rope_scaling)
+    for kind in config.pattern:
+        if kind.window is not None:
+            _check_size(hf, "sliding_window", kind.window, 10**9)
+        if kind.rope is not None:
+            numbers["rope_theta"] = kind.rope.theta
+            if kind.rope.scaling is not None:
+                numbers |= dataclasses.asdict(kind.rope.scaling)
     for name, value in numbers.items():
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if not is_number or not 0 < value < 1e30:  # not for nan either
@@ -353,13 +364,15 @@ def _check(hf, config: TransformerConfig):
             f"num_key_value_heads = {config.kv_heads}",
             f"it must divide num_attention_heads = {config.heads}",
         )
-    # Channels are rotated in pairs.
-    if config.rope_width % 2 or config.rope_width > config.head_width:
-        raise _unsupported(
-            hf,
-            f"a rotary width of {config.rope_width} in heads of {config.head_width}",
-            "it must be even and no wider than the head",
-        )
+    for kind in config.pattern:
+        # Channels are rotated in pairs.
+        width = kind.rope.width if kind.rope else 0
+        if width % 2 or width > config.head_width:
+            raise _unsupported(
+                hf,
+                f"a rotary width of {width} in heads of {config.head_width}",
+                "it must be even and no wider than the head",
+            )
 
 
 def _check_size(hf, field: str, value, most: int):

@@ -4,6 +4,7 @@
 program does, with what it computes again in the backward pass.
 """
 
+import collections
 import math
 
 import jax
@@ -32,14 +33,16 @@ def forward(config: TransformerConfig, contents: Contents) -> dict[str, int]:
         if name.startswith("layers/") and name.endswith("kernel")
     )
     # Two products, queries with keys and weights with values, of 2 FLOPs each: 4 for every pair.
-    window = config.window
-    seen = _seen(contents.prompt, window).sum()
-    # Of a response alone: its prompt's own are counted once for all.
-    seen += _seen(contents.context + contents.response, window).sum()
-    seen = int(seen - _seen(contents.context, window).sum())
+    pairs = 0  # of a token and one that it sees, in all layers
+    windows = collections.Counter(config.kind(layer).window for layer in range(config.layers))
+    for window, count in windows.items():
+        seen = _seen(contents.prompt, window).sum()
+        # Of a response alone: its prompt's own are counted once for all.
+        seen += _seen(contents.context + contents.response, window).sum()
+        pairs += count * int(seen - _seen(contents.context, window).sum())
     return dict(
         dense=2 * layers * contents.tokens,
-        attention=4 * config.layers * config.heads * config.head_width * seen,
+        attention=4 * config.heads * config.head_width * pairs,
         head=2
         * config.width
         * (1 if config.head == "reward" else config.vocab)

@@ -83,7 +83,7 @@ def score_responses(
         responses.alone,
         model.mesh,
         batch_size=batch_size * responses.responses_per_example,
-        limits=row_limits(model.config.window, sharding.platform_of(model.mesh)),
+        limits=row_limits(model.config.narrowest_window, sharding.platform_of(model.mesh)),
         name=name,
     )
     for indices, values_P1 in found:
@@ -149,7 +149,7 @@ def token_scores(
         responses.alone,
         model.mesh,
         batch_size=batch_size * responses.responses_per_example,
-        limits=row_limits(model.config.window, sharding.platform_of(model.mesh)),
+        limits=row_limits(model.config.narrowest_window, sharding.platform_of(model.mesh)),
     )
     packed = {}  # batches that are on their way, by step: they say whose the values are
 

@@ -97,6 +97,11 @@ def _wide_product_backward(equation, operands, grad):
 _wide_product.defvjp(_wide_product_forward, _wide_product_backward)
 
 
+def softcapped(x, cap: float) -> jax.Array:
+    """Return values bent into (-cap, cap): cap tanh(x / cap)."""
+    return cap * jnp.tanh(x / cap)
+
+
 def over_tokens(weight, shape: tuple[int, ...], dtype) -> jax.Array:
     """Return a bias or scale, repeated over the tokens of `shape`, in a dtype.
 

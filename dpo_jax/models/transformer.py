@@ -2,8 +2,10 @@
 
 It is used functionally: `hidden(config, params, ...)` runs the trunk over nested dicts of arrays,
 `unembed` the head, and `step` the trunk with a cache of keys and values, to sample from. Layers are
-stacked on a leading axis and scanned. Weights are float32 and the trunk computes in `config.dtype`;
-norms, rotary angles, softmax and logits are float32. Only this room uses flax.linen.
+stacked on a leading axis and scanned. Layers of several kinds follow one another in a pattern, and
+are scanned in groups that hold the pattern once. Weights are float32 and the trunk computes in
+`config.dtype`; norms, rotary angles, softmax and logits are float32. Only this room uses
+flax.linen.
 
 Letters in array names and einsums:
 
@@ -26,7 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from dpo_jax.models.attention import attend, attend_cached
-from dpo_jax.models.linear import Linear, over_tokens, wide_product
+from dpo_jax.models.linear import Linear, over_tokens, softcapped, wide_product
 from dpo_jax.parallel.sharding import BATCH, constrain, device
 
 HEADS = ("lm", "reward", "lm_value")
@@ -63,6 +65,27 @@ class Llama3RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class Rope:
+    """A rotary embedding: pairs of a head's channels are turned by angles that grow with position.
+
+    Only the first `width` channels of each head are.
+    """
+
+    width: int
+    theta: float = 10_000.0
+    interleaved: bool = False  # pairs are neighbours (GPT-J), not halves
+    scaling: Llama3RopeScaling | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerKind:
+    """What may differ between the layers of a model; their weights have the same shapes."""
+
+    window: int | None = None  # how many of the latest tokens attention sees; None: all
+    rope: Rope | None = None  # None: nothing is turned
+
+
+@dataclasses.dataclass(frozen=True)
 class TransformerConfig:
     """The architecture of a decoder; `models/families.py` reads it from a Hugging Face config."""
 
@@ -74,27 +97,33 @@ class TransformerConfig:
     head_width: int
     mlp_width: int
     max_positions: int  # longest sequence the model was made for
+    # The kinds of its layers, from the first one on, and again from the start after the last.
+    pattern: tuple[LayerKind, ...] = (LayerKind(),)
     norm: str = "rms"  # "rms" or "layer"
     norm_eps: float = 1e-5
+    norm_scale_from_one: bool = False  # its weights are what is added to a scale of 1 (Gemma)
+    norm_before: bool = True  # attention and MLP read normed input
+    norm_after: bool = False  # what they add to the residual stream is normed (Gemma, OLMo 2)
     activation: str = "silu"  # a key of ACTIVATIONS
     gated: bool = True  # down(act(gate(x)) * up(x)) rather than down(act(up(x)))
     parallel: bool = False  # attention and MLP read the same residual (GPT-J, most GPT-NeoX)
     shared_norm: bool = False  # the parallel MLP reads attention's norm too (GPT-J)
-    learned_positions: bool = False  # GPT-2; otherwise rotary
-    rope_width: int = 0  # how much of each head is rotated
-    rope_theta: float = 10_000.0
-    rope_interleaved: bool = False  # pairs are neighbours (GPT-J), not halves
-    rope_scaling: Llama3RopeScaling | None = None
-    qk_norm: bool = False  # RMS norm of each head's query and key (Qwen3)
+    learned_positions: bool = False  # GPT-2
+    embed_scale: float = 1.0  # of the token embeddings, where the trunk reads them (Gemma)
+    # RMS norm of queries and keys: "head", each head by itself (Qwen3, Gemma 3); "width", all heads
+    # together (OLMo 2); "": none
+    qk_norm: str = ""
+    attention_scale: float | None = None  # of queries; None: 1 / root of head_width
+    attention_softcap: float | None = None  # scores stay within it, by a tanh (Gemma 2)
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
     head_bias: bool = False  # GPT-J
     tied: bool = False  # the head is the token embedding
+    logits_softcap: float | None = None  # logits stay within it, by a tanh (Gemma 2)
     # "lm"; "reward": a scalar instead of logits (reward models); "lm_value": both (PPO)
     head: str = "lm"
     scalar_bias: bool = False  # of the scalar: some reward models have one
-    window: int | None = None  # sliding attention window
     dtype: str = "float32"  # compute dtype of the trunk
     attention: str = "auto"  # or a key of attention.KERNELS
     remat: str = "none"  # "none", or a key of REMAT_POLICIES
@@ -105,6 +134,20 @@ class TransformerConfig:
     def __post_init__(self):
         if self.head not in HEADS:
             raise ValueError(f"head={self.head!r}: expected one of {', '.join(HEADS)}.")
+
+    @property
+    def narrowest_window(self) -> int | None:
+        """The shortest window of any layer; None where all see everything."""
+        return min((kind.window for kind in self.pattern if kind.window), default=None)
+
+    @property
+    def ropes(self) -> tuple[Rope, ...]:
+        """The rotary embeddings of its layers, each once."""
+        return tuple(dict.fromkeys(kind.rope for kind in self.pattern if kind.rope is not None))
+
+    def kind(self, layer: int) -> LayerKind:
+        """Return the kind of a layer, counted from 0."""
+        return self.pattern[layer % len(self.pattern)]
 
 
 def hidden(config: TransformerConfig, params, tokens_SN, positions_SN, layout=None) -> jax.Array:
@@ -166,7 +209,11 @@ def unembed(config: TransformerConfig, params, x_D) -> jax.Array:
     else:
         equation, kernel = "...D,DV->...V", params["head"]["kernel"]
     logits = wide_product(equation, x_D.astype(dtype), kernel.astype(dtype))
-    return logits + params["head"]["bias"] if config.head_bias else logits
+    if config.head_bias:
+        logits += params["head"]["bias"]
+    if config.logits_softcap is not None:
+        logits = softcapped(logits, config.logits_softcap)
+    return logits
 
 
 def scalar(params, x_D) -> jax.Array:
@@ -208,27 +255,84 @@ class Transformer(nn.Module):
     def __call__(self, tokens_SN, positions_SN, layout=None, cache=None):
         config = self.config
         x_SND = Embed(config, name="embed")(tokens_SN, positions_SN)
-        # The angles are the same in all layers, so they are computed once.
-        rotation = None if config.learned_positions else rotary_angles(config, positions_SN)
-        block = Block
-        if config.remat != "none":
-            # A scan keeps the forward and backward passes apart: CSE cannot merge what it remakes.
-            block = nn.remat(Block, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
-        # One layer is compiled, whatever their number. Parameters and the cache are split along the
-        # layers; positions, angles and layout are the same for each.
-        stack = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(*[nn.broadcast] * 3, 0),
-            length=config.layers,
-            unroll=unrolled_layers(config),
-            # The check traces the block once more; in init, which draws from the keys by the count.
-            check_constancy_invariants=self.is_initializing(),
-        )
-        x_SND, new = stack(config, name="layers")(x_SND, positions_SN, rotation, layout, cache)
+        # The angles are the same in all layers with one rope, so they are computed once.
+        rotations = [rotary_angles(rope, positions_SN) for rope in config.ropes]
+        inputs = (positions_SN, rotations, layout)
+        if self.is_initializing():
+            # Makes the weights layer by layer, which are alike in all kinds.
+            stack = nn.scan(
+                Block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(nn.broadcast, 0),
+                length=config.layers,
+            )
+            x_SND, new = stack(config, config.kind(0), name="layers")(x_SND, inputs, cache)
+        else:
+            layers = self.variables["params"]["layers"]
+            x_SND, new = run_layers(config, layers, x_SND, inputs, cache)
         Head(config, name="head")()  # makes the head's weights, and computes nothing
         return Norm(config, name="norm_final")(x_SND), new
+
+
+def run_layers(config: TransformerConfig, params_L, x_SND, inputs, cache_L):
+    """Return the last layer's output, and the keys and values of all layers for a cache, if any.
+
+    params_L, cache_L: of all layers, stacked. inputs: what every layer reads besides: positions,
+    angles of each of config.ropes, layout.
+    """
+    # Layers are taken in groups, each of which has every kind of the pattern once. One group is
+    # compiled, whatever their number.
+    period = len(config.pattern)
+    groups = config.layers // period
+
+    def run_group(x_SND, params_and_cache_P):
+        new_P = []
+        for place, kind in enumerate(config.pattern):
+            params, cache = _at_layer(params_and_cache_P, place)
+            x_SND, new = run_layer(kind, params, x_SND, cache)
+            new_P.append(new)
+        return x_SND, _stacked(new_P)
+
+    def run_layer(kind, params, x_SND, cache):
+        def run(params, x_SND, cache):
+            return Block(config, kind).apply({"params": params}, x_SND, inputs, cache)
+
+        if config.remat != "none":
+            # A scan keeps the forward and backward passes apart: CSE cannot merge what it remakes.
+            policy = REMAT_POLICIES[config.remat]
+            run = jax.checkpoint(run, policy=policy, prevent_cse=False)
+        return run(params, x_SND, cache)
+
+    stacked = (params_L, cache_L)
+    if period == 1:
+        # The layers are the groups: nothing to lay out anew.
+        def run_only(x_SND, params_and_cache):
+            return run_layer(config.pattern[0], params_and_cache[0], x_SND, params_and_cache[1])
+
+        return jax.lax.scan(run_only, x_SND, stacked, unroll=unrolled_layers(config))
+
+    scanned = groups * period
+    grouped = jax.tree.map(
+        lambda x_L: x_L[:scanned].reshape(groups, period, *x_L.shape[1:]), stacked
+    )
+    unroll = max(1, unrolled_layers(config) // period)
+    x_SND, new_GP = jax.lax.scan(run_group, x_SND, grouped, unroll=unroll)
+    new_L = jax.tree.map(lambda x_GP: x_GP.reshape(scanned, *x_GP.shape[2:]), new_GP)
+    # Layers that do not make up a group come last.
+    for layer in range(scanned, config.layers):
+        params, cache = _at_layer(stacked, layer)
+        x_SND, new = run_layer(config.kind(layer), params, x_SND, cache)
+        new_L = jax.tree.map(lambda x_L, x: jnp.concatenate([x_L, x[None]]), new_L, new)
+    return x_SND, new_L
+
+
+def _at_layer(stacked, layer: int):
+    return jax.tree.map(lambda x_L: x_L[layer], stacked)
+
+
+def _stacked(trees: list):
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
 class Embed(nn.Module):
@@ -240,6 +344,9 @@ class Embed(nn.Module):
         normal = nn.initializers.normal(0.02)
         table_VD = self.param("tokens", normal, (config.vocab, config.width))
         x_SND = _look_up(config, table_VD, tokens_SN)
+        if config.embed_scale != 1:
+            # Rounded to the compute dtype, as the embeddings are.
+            x_SND *= jnp.asarray(config.embed_scale, x_SND.dtype)
         if config.learned_positions:
             table_UD = self.param("positions", normal, (config.max_positions, config.width))
             x_SND += _look_up(config, table_UD, positions_SN)
@@ -276,23 +383,30 @@ class Head(nn.Module):
 
 class Block(nn.Module):
     config: TransformerConfig
+    kind: LayerKind
 
     @nn.compact
-    def __call__(self, x_SND, positions_SN, rotation, layout, cache):
+    def __call__(self, x_SND, inputs, cache):
         config = self.config
-        # Norms come before attention and MLP, and the residual passes both by (pre-norm).
-        normed_SND = Norm(config, name="norm_attention")(x_SND)
-        attended_SND, new = Attention(config, name="attention")(
-            normed_SND, positions_SN, rotation, layout, cache
+
+        def normed(name, y_SND, *, wanted):
+            return Norm(config, name=name)(y_SND) if wanted else y_SND
+
+        attention_input_SND = normed("norm_attention", x_SND, wanted=config.norm_before)
+        attended_SND, new = Attention(config, self.kind, name="attention")(
+            attention_input_SND, inputs, cache
         )
-        if config.parallel:
-            if not config.shared_norm:
-                normed_SND = Norm(config, name="norm_mlp")(x_SND)
-            # The MLP does not see what attention adds: both read the same input.
-            x_SND = x_SND + attended_SND + Mlp(config, name="mlp")(normed_SND)
+        attended_SND = normed("norm_attended", attended_SND, wanted=config.norm_after)
+        if config.shared_norm:
+            mlp_input_SND = attention_input_SND
         else:
-            x_SND = x_SND + attended_SND
-            x_SND = x_SND + Mlp(config, name="mlp")(Norm(config, name="norm_mlp")(x_SND))
+            # A parallel MLP does not see what attention adds: both read the same input.
+            residual_SND = x_SND if config.parallel else x_SND + attended_SND
+            mlp_input_SND = normed("norm_mlp", residual_SND, wanted=config.norm_before)
+        # The residual passes both by.
+        x_SND = x_SND + attended_SND
+        widened_SND = Mlp(config, name="mlp")(mlp_input_SND)
+        x_SND = x_SND + normed("norm_widened", widened_SND, wanted=config.norm_after)
         # Whole along the width again: `tensor` splits only what is inside attention and the MLP.
         return constrain(x_SND, BATCH), new
 
@@ -304,35 +418,43 @@ class Attention(nn.Module):
     """
 
     config: TransformerConfig
+    kind: LayerKind
 
     @nn.compact
-    def __call__(self, x_SND, positions_SN, rotation, layout, cache):
+    def __call__(self, x_SND, inputs, cache):
         config = self.config
+        positions_SN, rotations, layout = inputs
         D, H, K, C = config.width, config.heads, config.kv_heads, config.head_width
 
         def project(name, heads):
             return Linear((D, heads, C), config.qkv_bias, config.dtype, name=name)(x_SND)
 
         q_SNHC, k_SNKC, v_SNKC = project("q", H), project("k", K), project("v", K)
-        # Before the rotation, which leaves lengths as they are (Qwen3).
+        # Before the rotation, which leaves lengths as they are.
         if config.qk_norm:
-            q_SNHC = Norm(config, name="q_norm")(q_SNHC)
-            k_SNKC = Norm(config, name="k_norm")(k_SNKC)
-        if rotation is not None:
-            q_SNHC = rotate(config, q_SNHC, rotation)
-            k_SNKC = rotate(config, k_SNKC, rotation)
+            axes = 2 if config.qk_norm == "width" else 1
+            q_SNHC = Norm(config, axes, name="q_norm")(q_SNHC)
+            k_SNKC = Norm(config, axes, name="k_norm")(k_SNKC)
+        rope = self.kind.rope
+        if rope is not None:
+            rotation = rotations[config.ropes.index(rope)]
+            q_SNHC = rotate(rope, q_SNHC, rotation)
+            k_SNKC = rotate(rope, k_SNKC, rotation)
         # Heads are split, so that attention needs nothing from another device.
         q_SNHC = constrain(q_SNHC, BATCH, None, "tensor")
         k_SNKC = constrain(k_SNKC, BATCH, None, "tensor")
         v_SNKC = constrain(v_SNKC, BATCH, None, "tensor")
-        window = config.window
+        scoring = dict(
+            window=self.kind.window,
+            scale=config.attention_scale,
+            softcap=config.attention_softcap,
+        )
         # One new token reads the cache. A prompt starts from an empty one, so it is plain attention
         # over itself.
         if cache is not None and x_SND.shape[1] == 1:
-            out_SNHC = attend_cached(q_SNHC, k_SNKC, v_SNKC, cache, positions_SN, window=window)
+            out_SNHC = attend_cached(q_SNHC, k_SNKC, v_SNKC, cache, positions_SN, **scoring)
         else:
-            kernel = config.attention
-            out_SNHC = attend(q_SNHC, k_SNKC, v_SNKC, layout, window=window, kernel=kernel)
+            out_SNHC = attend(q_SNHC, k_SNKC, v_SNKC, layout, kernel=config.attention, **scoring)
         scale = residual_scale(config)
         out = Linear((H, C, D), config.out_bias, config.dtype, scale, name="out")
         return out(out_SNHC), None if cache is None else dict(k=k_SNKC, v=v_SNKC)
@@ -361,21 +483,31 @@ class Mlp(nn.Module):
 
 
 class Norm(nn.Module):
-    """RMS norm, or layer norm with a bias, over the last axis in float32."""
+    """RMS norm, or layer norm with a bias, over the last axis, or axes, in float32."""
 
     config: TransformerConfig
+    axes: int = 1
 
     @nn.compact
     def __call__(self, x):
-        width = x.shape[-1]
+        config = self.config
+        axes = tuple(range(-self.axes, 0))
+        shape = x.shape[-self.axes :]
+
+        def weight(name, start):
+            return over_tokens(self.param(name, start, shape), x.shape, jnp.float32)
+
         y = x.astype(jnp.float32)
-        if self.config.norm == "layer":
-            y -= y.mean(-1, keepdims=True)
+        if config.norm == "layer":
+            y -= y.mean(axes, keepdims=True)
         # In a layer norm the mean is off by now, so this is the variance. An RMS norm keeps it in.
-        y *= jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.config.norm_eps)
-        y *= over_tokens(self.param("scale", nn.initializers.ones, (width,)), y.shape, y.dtype)
-        if self.config.norm == "layer":
-            y += over_tokens(self.param("bias", nn.initializers.zeros, (width,)), y.shape, y.dtype)
+        y *= jax.lax.rsqrt(jnp.mean(y * y, axes, keepdims=True) + config.norm_eps)
+        if config.norm_scale_from_one:
+            y *= 1 + weight("scale", nn.initializers.zeros)
+        else:
+            y *= weight("scale", nn.initializers.ones)
+        if config.norm == "layer":
+            y += weight("bias", nn.initializers.zeros)
         return y.astype(x.dtype)
 
 
@@ -395,13 +527,13 @@ def residual_scale(config: TransformerConfig) -> float:
     return 1 / math.sqrt(2 * config.layers)
 
 
-def rotary_angles(config: TransformerConfig, positions_SN) -> tuple[jax.Array, jax.Array]:
-    """Return cosines and sines of the rotary embedding, [S, N, 1, rope_width / 2] each, float32."""
+def rotary_angles(rope: Rope, positions_SN) -> tuple[jax.Array, jax.Array]:
+    """Return cosines and sines of the rotary embedding, [S, N, 1, rope.width / 2] each, float32."""
     # Float32 whatever the compute dtype: bfloat16 cannot tell large positions apart.
-    exponent = jnp.arange(0, config.rope_width, 2, dtype=jnp.float32) / config.rope_width
-    frequency = config.rope_theta**-exponent
-    if config.rope_scaling is not None:
-        frequency = _llama3_frequencies(frequency, config.rope_scaling)
+    exponent = jnp.arange(0, rope.width, 2, dtype=jnp.float32) / rope.width
+    frequency = rope.theta**-exponent
+    if rope.scaling is not None:
+        frequency = _llama3_frequencies(frequency, rope.scaling)
     angle = positions_SN[..., None, None] * frequency
     return jnp.cos(angle), jnp.sin(angle)
 
@@ -415,18 +547,18 @@ def _llama3_frequencies(frequency, scaling: Llama3RopeScaling):
     return frequency * (blend + (1 - blend) / scaling.factor)
 
 
-def rotate(config: TransformerConfig, x_SNHC, rotation) -> jax.Array:
-    """Rotate the first `rope_width` channels of each head by the token's angles."""
+def rotate(rope: Rope, x_SNHC, rotation) -> jax.Array:
+    """Rotate the first `rope.width` channels of each head by the token's angles."""
     cos, sin = rotation
     # GPT-NeoX and GPT-J rotate the first channels alone; the others carry no position.
-    turned, kept = jnp.split(x_SNHC, [config.rope_width], axis=-1)
+    turned, kept = jnp.split(x_SNHC, [rope.width], axis=-1)
     # Which channels make a pair is a convention of the weights, so it must be the checkpoint's.
-    if config.rope_interleaved:
+    if rope.interleaved:
         a, b = turned[..., 0::2], turned[..., 1::2]
     else:
         a, b = jnp.split(turned, 2, axis=-1)
     pair = (a * cos - b * sin, b * cos + a * sin)
-    if config.rope_interleaved:
+    if rope.interleaved:
         turned = jnp.stack(pair, axis=-1).reshape(turned.shape)
     else:
         turned = jnp.concatenate(pair, axis=-1)

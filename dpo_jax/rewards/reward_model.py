@@ -138,7 +138,7 @@ def token_reward(checkpoint: loading.Checkpoint, batch_size: int, mesh) -> Calla
         longest = _Longest.of(examples)
 
         def shape_for(prompts: int) -> packing.Shape:
-            return _shape_of_any(longest, prompts, in_shard, checkpoint.config.window)
+            return _shape_of_any(longest, prompts, in_shard, checkpoint.config.narrowest_window)
 
         found = map_responses(
             function, examples, mesh, batch_size=in_shard * shards, shape_for=shape_for

@@ -240,7 +240,7 @@ class DataFeed:
 
     def _row_limits(self) -> RowLimits:
         platform = sharding.platform_of(self._job.mesh)
-        return attention.row_limits(self._job.model.window, platform)
+        return attention.row_limits(self._job.model.narrowest_window, platform)
 
     def _kept_log_probs(self, split: str, examples, order: np.ndarray) -> np.ndarray | None:
         if self._reference_log_probs is None:

@@ -75,7 +75,9 @@ class ReferenceCache:
         config = self._checkpoint.config
         with jax.set_mesh(self._mesh):
             # Kernels round differently, and a policy's log-ratios would start from that.
-            kernel = attention.choose(config.attention, config.dtype, config.head_width)
+            kernel = attention.choose(
+                config.attention, config.dtype, config.head_width, config.attention_softcap
+            )
         # Everything that moves a log-prob: a changed input gives another folder, and never old
         # numbers.
         depends_on = dict(
@@ -98,7 +100,9 @@ def _fields_with_effect(config: TransformerConfig) -> dict:
         value = getattr(config, field.name)
         if field.name in WITHOUT_EFFECT or value == field.default:
             continue
-        found[field.name] = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+        if field.name == "pattern":
+            value = [dataclasses.asdict(kind) for kind in value]
+        found[field.name] = value
     return found
 
 

@@ -166,7 +166,7 @@ def check_step(
     config.dpo.update(batch_size=PAIRS, lr=1e-4, warmup_steps=0)
     examples = make_examples(model.vocab)
     order = training_order(len(examples), PAIRS, 1, None)
-    limits = attention.row_limits(model.window, compared[0].device.platform)
+    limits = attention.row_limits(model.narrowest_window, compared[0].device.platform)
     batch = Batches(examples, order, share=share, limits=limits)[0]
     # The CPU's random numbers do not depend on the device.
     with jax.default_device(cpu):

@@ -41,7 +41,7 @@ class Trainer:
         # Each side keeps its own, as the sides start together.
         kept = folder / ("shared" if share else "plain")
         platform = sharding.platform_of(self.mesh)
-        limits = attention.row_limits(self.model.config.window, platform)
+        limits = attention.row_limits(self.model.config.narrowest_window, platform)
         self.batches = Batches(
             data,
             order,

@@ -3,7 +3,7 @@
 import numpy as np
 
 from dpo_jax.data.examples import Example
-from dpo_jax.models.transformer import TransformerConfig
+from dpo_jax.models.transformer import LayerKind, Rope, TransformerConfig
 
 # The numbers of a training stage, as the step takes them.
 HYPER = {
@@ -34,7 +34,7 @@ def tiny_config(**fields) -> TransformerConfig:
         head_width=4,
         mlp_width=32,
         max_positions=64,
-        rope_width=4,
+        pattern=(LayerKind(rope=Rope(4)),),
     )
     return TransformerConfig(**sizes | fields)
 

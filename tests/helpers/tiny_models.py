@@ -54,6 +54,18 @@ VARIANTS = {
         "Qwen3Config",
         SIZES | dict(num_key_value_heads=2, head_dim=16, tie_word_embeddings=True),
     ),
+    # Two and a half times a pattern of two kinds.
+    "qwen3-mixed": (
+        "Qwen3Config",
+        SIZES
+        | dict(
+            num_hidden_layers=5,
+            num_key_value_heads=2,
+            use_sliding_window=True,
+            sliding_window=5,
+            layer_types=["full_attention", "sliding_attention"] * 2 + ["full_attention"],
+        ),
+    ),
 }
 
 

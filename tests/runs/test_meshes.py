@@ -66,7 +66,7 @@ def stepped(name: str, config, params, mesh, make_pairs=random_pairs) -> tuple[d
     train_step = step.make_train_step(objective, optimizer, "constant", shardings)
     placed = jax.device_put(params, shardings.params)
     reference = jax.tree.map(lambda x: x * 1.05, placed) if name == "dpo" else None
-    made = make_batch(name, sharding.batch_shards(mesh), config.window, make_pairs)
+    made = make_batch(name, sharding.batch_shards(mesh), config.narrowest_window, make_pairs)
     batch = sharding.shard_batch(mesh, made, axis=1)
     with jax.set_mesh(mesh):
         state, metrics = train_step(

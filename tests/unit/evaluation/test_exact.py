@@ -11,11 +11,17 @@ from dpo_jax.data import toy
 from dpo_jax.evaluation import exact, plots
 from dpo_jax.evaluation.frontier import Curve
 from dpo_jax.models import transformer
+from dpo_jax.models.transformer import LayerKind
 from dpo_jax.parallel import sharding
 from tests.helpers.tiny import tiny_config
 
 CONFIG = tiny_config(
-    vocab=3, norm="layer", activation="gelu_new", gated=False, learned_positions=True
+    vocab=3,
+    norm="layer",
+    activation="gelu_new",
+    gated=False,
+    learned_positions=True,
+    pattern=(LayerKind(),),
 )
 PROMPTS = np.array([0, 2])
 LENGTH = 4

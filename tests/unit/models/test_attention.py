@@ -370,7 +370,13 @@ def test_cudnn_is_called(monkeypatch):
         (
             (6, 20, 4, 8),
             (6, 20, 2, 8),
-            dict(mask=None, is_causal=True, implementation="cudnn", local_window_size=(4, 0)),
+            dict(
+                mask=None,
+                scale=8**-0.5,
+                is_causal=True,
+                implementation="cudnn",
+                local_window_size=(4, 0),
+            ),
         )
     ]
 

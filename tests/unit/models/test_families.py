@@ -179,11 +179,10 @@ def test_buffers_are_no_tensors():
             "partial_rotary_factor = 0.5",
         ),
         (
-            "qwen2",
-            dict(use_sliding_window=True, sliding_window=5, max_window_layers=1),
-            "mix of layer_types",
+            "qwen3",
+            dict(layer_types=["full_attention", "chunked_attention"]),
+            "a layer of type 'chunked_attention' .* full_attention and sliding_attention are",
         ),
-        ("qwen3", dict(layer_types=["full_attention", "sliding_attention"]), "mix of layer_types"),
     ],
 )
 def test_from_hf_refuses_unsupported_fields(variant, changes, message):
@@ -205,7 +204,16 @@ def test_from_hf_rare_fields():
     windowed = tiny_models.hf_config(
         "qwen2", use_sliding_window=True, sliding_window=5, max_window_layers=0
     )
-    assert families.from_hf(windowed).window == 5
+    assert families.from_hf(windowed).narrowest_window == 5
+    # The first two layers see everything, and the last one does not: no pattern is repeated.
+    late = tiny_models.hf_config(
+        "qwen2",
+        num_hidden_layers=3,
+        use_sliding_window=True,
+        sliding_window=5,
+        max_window_layers=2,
+    )
+    assert [kind.window for kind in families.from_hf(late).pattern] == [None, None, 5]
     biased = families.from_hf(tiny_models.hf_config("qwen3", attention_bias=True))
     assert (biased.qkv_bias, biased.out_bias, biased.mlp_bias) == (True, True, False)
     assert (
@@ -219,4 +227,5 @@ def test_from_hf_passes_options():
         tiny_models.hf_config("llama3"), dtype="bfloat16", remat="dots", unroll=2
     )
     assert (config.dtype, config.remat, config.unroll) == ("bfloat16", "dots", 2)
-    assert config.rope_scaling == transformer.Llama3RopeScaling(8.0, 1.0, 4.0, 16)
+    scaling = transformer.Llama3RopeScaling(8.0, 1.0, 4.0, 16)
+    assert config.ropes == (transformer.Rope(8, 10_000.0, scaling=scaling),)

@@ -9,6 +9,7 @@ from dpo_jax.data.batches import Batches, unpaired
 from dpo_jax.data.examples import Example, Examples
 from dpo_jax.models import flops, transformer
 from dpo_jax.models.log_probs import response_log_probs
+from dpo_jax.models.transformer import LayerKind
 from tests.helpers.tiny import tiny_config
 
 PAIRS = [
@@ -35,7 +36,7 @@ def forward_jaxpr(config, shape, examples=PAIRS):
         {},
         dict(gated=False, parallel=True, shared_norm=True),
         dict(tied=True, kv_heads=4),
-        dict(learned_positions=True, rope_width=0, qk_norm=True),
+        dict(learned_positions=True, pattern=(LayerKind(),), qk_norm="head"),
     ],
 )
 def test_forward_flops_equal_program(fields):

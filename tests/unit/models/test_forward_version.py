@@ -1,7 +1,7 @@
 """FORWARD_VERSION is raised whenever the forward pass gives other numbers.
 
 forward_golden.json holds summed log-probs that this version gives, for every family and variant. To
-record them again, once FORWARD_VERSION is raised:
+record those of a new family, or all of them again, once FORWARD_VERSION is raised:
 
     python -m tests.unit.models.test_forward_version
 """
@@ -65,7 +65,7 @@ def case_params(config: transformer.TransformerConfig) -> dict:
 
 def log_probs_of(config, params, examples) -> np.ndarray:
     """Return the summed log-prob of each response, [pairs, 2]."""
-    limits = packing.RowLimits(config.window)
+    limits = packing.RowLimits(config.narrowest_window)
     batch = packing.pack(examples, packing.shape_of(examples, limits=limits))
     batch = jax.tree.map(lambda x: x[None], batch)
     log_probs_SQ = jax.jit(lambda params: response_log_probs(config, params, batch))(params)
@@ -103,5 +103,9 @@ def test_forward_version_by_published_log_probs():
 
 
 if __name__ == "__main__":
-    log_probs = {case: measured(case).astype(float).round(6).tolist() for case in CASES}
+    golden = json.loads(GOLDEN.read_text())
+    log_probs = golden["log_probs"] if golden["version"] == FORWARD_VERSION else {}
+    for case in CASES:
+        if case not in log_probs:
+            log_probs[case] = measured(case).astype(float).round(6).tolist()
     GOLDEN.write_text(json.dumps(dict(version=FORWARD_VERSION, log_probs=log_probs)) + "\n")

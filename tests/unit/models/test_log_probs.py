@@ -20,6 +20,7 @@ from dpo_jax.models.log_probs import (
     token_kls,
     token_log_probs,
 )
+from dpo_jax.models.transformer import LayerKind
 from tests.helpers.tiny import random_pairs, tiny_config
 from tests.helpers.tiny_models import random_params
 
@@ -266,7 +267,7 @@ def test_padding_changes_no_gradient(tiny):
 
 
 def test_learned_positions_restart_after_prompt():
-    config = tiny_config(learned_positions=True, rope_width=0, kv_heads=4, norm="layer")
+    config = tiny_config(learned_positions=True, pattern=(LayerKind(),), kv_heads=4, norm="layer")
     params = jax.jit(lambda key: jax.tree.map(lambda x: x * 8, transformer.init(config, key)))(
         jax.random.key(3)
     )

@@ -14,6 +14,7 @@ import pytest
 from dpo_jax.data.packing import Rows
 from dpo_jax.models import families, hf, transformer
 from dpo_jax.models.attention import Layout
+from dpo_jax.models.transformer import LayerKind, Rope
 from dpo_jax.parallel import sharding
 from tests.helpers import tiny_models
 from tests.helpers.paths import STORIES
@@ -108,7 +109,12 @@ def flat_hidden(config, params, tokens_N, layout):
 
 # Gradients of these blocks compile in half the time.
 PLAIN = dict(
-    learned_positions=True, gated=False, activation="relu", parallel=True, shared_norm=True
+    learned_positions=True,
+    pattern=(LayerKind(),),
+    gated=False,
+    activation="relu",
+    parallel=True,
+    shared_norm=True,
 )
 
 
@@ -141,7 +147,7 @@ def influence(hidden, config, params, tokens_N):
 
 
 def test_window_reaches_back_by_layers():
-    config, params = tiny(window=3, **PLAIN)
+    config, params = tiny(**PLAIN | dict(pattern=(LayerKind(window=3),)))
     found = influence(row_hidden, config, params, jnp.arange(9))
     distance = np.arange(9)[:, None] - np.arange(9)
     np.testing.assert_array_equal(found > 0, (distance >= 0) & (distance <= 2 * (3 - 1)))
@@ -217,3 +223,40 @@ def test_remat_and_unroll_change_nothing():
             found,
             compiled["none", 1],
         )
+
+
+MIXED = (LayerKind(window=2, rope=Rope(4, 100.0)), LayerKind(rope=Rope(4)), LayerKind(window=3))
+
+
+@pytest.mark.parametrize("layers", [3, 5, 7])  # two left over, none, and one
+def test_pattern_runs_each_layer_in_its_kind(layers):
+    """Grouped in a scan: the same as each layer run by itself, by a plain loop."""
+    config, params = tiny(layers=layers, pattern=MIXED)
+    tokens_SN = np.random.default_rng(0).integers(0, config.vocab, (2, 9))
+    positions_SN = np.broadcast_to(np.arange(9), (2, 9))
+
+    def by_loop(params):
+        embed = transformer.Embed(config)
+        x_SND = embed.apply({"params": params["embed"]}, tokens_SN, positions_SN)
+        rotations = [transformer.rotary_angles(rope, positions_SN) for rope in config.ropes]
+        for layer in range(layers):
+            block = transformer.Block(config, MIXED[layer % 3])
+            weights = jax.tree.map(lambda x_L, layer=layer: x_L[layer], params["layers"])
+            inputs = (positions_SN, rotations, None)
+            x_SND, _ = block.apply({"params": weights}, x_SND, inputs, None)
+        return transformer.Norm(config).apply({"params": params["norm_final"]}, x_SND)
+
+    def grouped(params):
+        return transformer.hidden(config, params, tokens_SN, positions_SN)
+
+    def loss(forward):
+        return lambda params: (forward(params) ** 3).sum()
+
+    np.testing.assert_allclose(jax.jit(grouped)(params), jax.jit(by_loop)(params), atol=1e-5)
+    found = jax.jit(jax.grad(loss(grouped)))(params)
+    expected = jax.jit(jax.grad(loss(by_loop)))(params)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max()),
+        found,
+        expected,
+    )

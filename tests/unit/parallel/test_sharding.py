@@ -93,7 +93,14 @@ FULL = dict(norm="layer", qkv_bias=True, out_bias=True, mlp_bias=True, head_bias
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, FULL, dict(learned_positions=True, tied=True, kv_heads=4), dict(qk_norm=True)]
+    "fields",
+    [
+        {},
+        FULL,
+        dict(learned_positions=True, tied=True, kv_heads=4),
+        dict(qk_norm="head"),
+        dict(qk_norm="width", norm_before=False, norm_after=True),
+    ],
 )
 def test_rules_cover_and_split_parameters(fields):
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)

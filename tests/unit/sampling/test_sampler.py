@@ -13,6 +13,7 @@ from dpo_jax.data.examples import Example
 from dpo_jax.models import families, hf, transformer
 from dpo_jax.models.loading import Model
 from dpo_jax.models.log_probs import token_log_probs
+from dpo_jax.models.transformer import LayerKind
 from dpo_jax.parallel import sharding
 from dpo_jax.sampling import sampler
 from dpo_jax.sampling.sampler import Sampling, sample
@@ -361,7 +362,7 @@ def test_sampling_refuses_wrong_values(tiny, change, message):
 
 
 def test_sample_ends_with_learned_positions():
-    config = tiny_config(learned_positions=True, rope_width=0, max_positions=12)
+    config = tiny_config(learned_positions=True, pattern=(LayerKind(),), max_positions=12)
     params = tiny_models.random_params(config)
     # Padded to more than 12.
     (full,) = draw((config, params), [np.arange(9)], Sampling(3), eos_id=None)

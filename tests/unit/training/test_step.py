@@ -12,6 +12,7 @@ from dpo_jax.data.batches import Batches, training_order
 from dpo_jax.data.examples import Example
 from dpo_jax.models import transformer
 from dpo_jax.models.log_probs import by_example, example_log_probs, response_log_probs
+from dpo_jax.models.transformer import LayerKind
 from dpo_jax.parallel import sharding
 from dpo_jax.training import objectives, optim, step
 from dpo_jax.training.losses import PLAIN, Choices
@@ -198,7 +199,9 @@ def test_train_step_bfloat16_on_float32(tiny):
 def test_embedding_gradient_adds_in_float32(tiny):
     """In bfloat16 a sum of ones stops at 256."""
     config, params = tiny
-    model = dataclasses.replace(config, dtype="bfloat16", learned_positions=True)
+    model = dataclasses.replace(
+        config, dtype="bfloat16", learned_positions=True, pattern=(LayerKind(),)
+    )
     params = transformer.init(model, jax.random.key(0))["embed"]
     ids = np.full((1, 1000), 3)
 
