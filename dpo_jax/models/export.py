@@ -85,6 +85,9 @@ def _rope_of_transformers_4(hf_config) -> dict:
     rope = dict(getattr(hf_config, "rope_parameters", None) or {})
     if not rope:
         return {}
+    # One rope for each type of layer (Gemma 3, OLMo 3).
+    of_windows = rope.get("sliding_attention")
+    rope = dict(rope.get("full_attention", rope))
     theta = rope.pop("rope_theta")
     share = rope.pop("partial_rotary_factor", 1.0)
     scaling = None if rope["rope_type"] == "default" else rope
@@ -92,6 +95,8 @@ def _rope_of_transformers_4(hf_config) -> dict:
     if hf_config.model_type == "gpt_neox":
         # This family has names of its own.
         fields |= dict(rotary_emb_base=theta, rotary_pct=share)
+    if of_windows is not None and hf_config.model_type.startswith("gemma3"):
+        fields |= dict(rope_local_base_freq=of_windows["rope_theta"])
     return fields
 
 

@@ -215,7 +215,7 @@ def _gpt_neox(hf, config):
     rope_width = int(config.head_width * hf.rope_parameters.get("partial_rotary_factor", 1.0))
     return replace(
         config,
-        pattern=(LayerKind(rope=_rope(hf, rope_width)),),
+        pattern=(LayerKind(rope=_rope(hf, hf.rope_parameters, rope_width)),),
         norm="layer",
         norm_eps=hf.layer_norm_eps,
         # Unlike GPT-J's, its MLP has a norm of its own.
@@ -229,12 +229,12 @@ def _gpt_neox(hf, config):
     )
 
 
-# The relatives of Llama differ in biases, in the window and in norms of queries and keys.
+# The relatives of Llama differ in biases, in norms, and in what each layer's attention sees.
 
 
 def _llama(hf, config):
     return replace(
-        _gated(hf, config),
+        _gated(hf, config, ["full_attention"]),
         qkv_bias=hf.attention_bias,
         out_bias=hf.attention_bias,
         mlp_bias=hf.mlp_bias,
@@ -242,53 +242,126 @@ def _llama(hf, config):
 
 
 def _mistral(hf, config):
-    return _gated(hf, config, windows=[hf.sliding_window])
+    return _gated(hf, config, ["sliding_attention"])
 
 
 def _qwen2(hf, config):
     # Biases of q, k and v alone, which no field says: they are part of the architecture.
-    return replace(_gated(hf, config, windows=_windows(hf)), qkv_bias=True)
+    return replace(_gated(hf, config, hf.layer_types), qkv_bias=True)
 
 
 def _qwen3(hf, config):
     return replace(
-        _gated(hf, config, windows=_windows(hf)),
+        _gated(hf, config, hf.layer_types),
         qk_norm="head",
         qkv_bias=hf.attention_bias,
         out_bias=hf.attention_bias,
     )
 
 
-def _gated(hf, config, windows=(None,)):
+def _smollm3(hf, config):
+    config = _gated(hf, config, hf.layer_types)
+    kinds = []
+    for layer, has_rope in zip(range(config.layers), hf.no_rope_layers, strict=False):
+        kind = config.kind(layer)
+        kinds.append(kind if has_rope else replace(kind, rope=None))
+    return replace(
+        config,
+        pattern=_pattern(kinds),
+        qkv_bias=hf.attention_bias,
+        out_bias=hf.attention_bias,
+        mlp_bias=hf.mlp_bias,
+    )
+
+
+def _olmo(hf, config):
+    # OLMo 2 sees everything in every layer; OLMo 3 has a window in most.
+    layer_types = getattr(hf, "layer_types", None) or ["full_attention"]
+    return replace(
+        _gated(hf, config, layer_types),
+        norm_before=False,
+        norm_after=True,
+        qk_norm="width",
+        qkv_bias=hf.attention_bias,
+        out_bias=hf.attention_bias,
+    )
+
+
+def _gemma2(hf, config):
+    return replace(_gemma(hf, config), attention_softcap=hf.attn_logit_softcapping)
+
+
+def _gemma3(hf, config):
+    # transformers has the field, and does not use it.
+    _only(hf, attn_logit_softcapping=None)
+    return replace(_gemma(hf, config), qk_norm="head")
+
+
+def _gemma(hf, config):
+    """Set what Gemma 2 and Gemma 3 share."""
+    if getattr(hf, "use_bidirectional_attention", None):
+        raise _unsupported(hf, "use_bidirectional_attention = True", "only causal attention is")
+    _check_number(hf, "query_pre_attn_scalar", hf.query_pre_attn_scalar)
+    for field in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if getattr(hf, field) is not None:
+            _check_number(hf, field, getattr(hf, field))
+    return replace(
+        _gated(hf, config, hf.layer_types, activation=hf.hidden_activation),
+        norm_scale_from_one=True,
+        norm_after=True,
+        embed_scale=config.width**0.5,
+        attention_scale=hf.query_pre_attn_scalar**-0.5,
+        logits_softcap=hf.final_logit_softcapping,
+        qkv_bias=hf.attention_bias,
+        out_bias=hf.attention_bias,
+    )
+
+
+def _gated(hf, config, layer_types, *, activation=None):
     """Set what Llama and its relatives share; they rotate whole heads.
 
-    windows: of each layer, or of the one kind that there is.
+    layer_types: of each layer, or the one type that there is: full_attention, sliding_attention.
+    activation: where the family has a name of its own for hidden_act.
     """
-    share = hf.rope_parameters.get("partial_rotary_factor", 1.0)
-    # Weights for a part of each head would load all the same, and be rotated wrongly.
-    if share != 1:
-        raise _unsupported(hf, f"rope_parameters.partial_rotary_factor = {share}", "only 1.0 is")
     # Some models have heads whose widths do not add up to the model's (Qwen3).
     head_width = getattr(hf, "head_dim", None)
     if head_width is None:
         head_width = config.head_width
-    rope = _rope(hf, head_width)
+    kinds = [_layer_kind(hf, layer_type, head_width) for layer_type in layer_types]
     return replace(
         config,
-        pattern=_pattern([LayerKind(window, rope) for window in windows]),
+        pattern=_pattern(kinds),
         norm="rms",
         norm_eps=hf.rms_norm_eps,
         head_width=head_width,
         kv_heads=hf.num_key_value_heads,
-        activation=hf.hidden_act,
+        activation=activation or hf.hidden_act,
         gated=True,
         mlp_width=hf.intermediate_size,
     )
 
 
-def _rope(hf, width: int) -> Rope:
+def _layer_kind(hf, layer_type: str, head_width: int) -> LayerKind:
+    """Return the kind of a layer by the name that `layer_types` has for it."""
+    if layer_type == "full_attention":
+        window = None
+    elif layer_type == "sliding_attention":
+        window = hf.sliding_window
+    else:
+        raise _unsupported(
+            hf, f"a layer of type {layer_type!r}", "full_attention and sliding_attention are"
+        )
+    # Where the types have ropes of their own, each stands under its type's name (Gemma 3, OLMo 3).
+    rope = hf.rope_parameters.get(layer_type, hf.rope_parameters)
+    share = rope.get("partial_rotary_factor", 1.0)
+    # Weights for a part of each head would load all the same, and be rotated wrongly.
+    if share != 1:
+        raise _unsupported(hf, f"rope_parameters.partial_rotary_factor = {share}", "only 1.0 is")
+    return LayerKind(window, _rope(hf, rope, head_width))
+
+
+def _rope(hf, rope: dict, width: int) -> Rope:
     """Return the rotary embedding of `rope_parameters`, scaled or not, over channels of a head."""
-    rope = hf.rope_parameters
     kind = rope.get("rope_type")
     if kind == "default":
         scaling = None
@@ -304,17 +377,6 @@ def _rope(hf, width: int) -> Rope:
             hf, f"rope_parameters.rope_type = {kind!r}", "'default' and 'llama3' are"
         )
     return Rope(width, rope["rope_theta"], scaling=scaling)
-
-
-def _windows(hf) -> list[int | None]:
-    """Return the window of each layer, by its `layer_types`."""
-    windows = {"full_attention": None, "sliding_attention": hf.sliding_window}
-    unknown = set(hf.layer_types) - windows.keys()
-    if unknown:
-        raise _unsupported(
-            hf, f"a layer of type {sorted(unknown)[0]!r}", f"{' and '.join(windows)} are"
-        )
-    return [windows[kind] for kind in hf.layer_types]
 
 
 def _pattern(kinds: list[LayerKind]) -> tuple[LayerKind, ...]:
@@ -346,9 +408,7 @@ def _check(hf, config: TransformerConfig):
             if kind.rope.scaling is not None:
                 numbers |= dataclasses.asdict(kind.rope.scaling)
     for name, value in numbers.items():
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not 0 < value < 1e30:  # not for nan either
-            raise _unsupported(hf, f"{name} = {value!r}", "it must be a number above 0")
+        _check_number(hf, name, value)
     if config.activation not in transformer.ACTIVATIONS:
         known = ", ".join(transformer.ACTIVATIONS)
         raise _unsupported(hf, f"activation {config.activation!r}", f"{known} are")
@@ -381,6 +441,13 @@ def _check_size(hf, field: str, value, most: int):
         raise _unsupported(
             hf, f"{field} = {value!r}", f"it must be a whole number from 1 to {most:,}"
         )
+
+
+def _check_number(hf, name: str, value):
+    """Refuse what is no number above 0, or beyond reason."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value < 1e30:  # not for nan either
+        raise _unsupported(hf, f"{name} = {value!r}", "it must be a number above 0")
 
 
 def _unsupported(hf, found: str, supported: str) -> ValueError:
@@ -487,7 +554,7 @@ GPT_NEOX_TENSORS = _table(
     ("score.bias", "1 -> 1", "head/scalar_bias"),
 )
 
-# Mistral's and Qwen's too. Rows for what a model lacks are left out by `tensors`.
+# Mistral's, Qwen's and SmolLM3's too. Rows for what a model lacks are left out by `tensors`.
 LLAMA_TENSORS = _table(
     ("model.embed_tokens.weight", "V D -> V D", "embed/tokens"),
     ("model.layers.{}.input_layernorm.weight", "D -> D", "layers/norm_attention/scale"),
@@ -514,6 +581,33 @@ LLAMA_TENSORS = _table(
     ("score.bias", "1 -> 1", "head/scalar_bias"),
 )
 
+
+def _instead(table: tuple[Tensor, ...], *rows) -> tuple[Tensor, ...]:
+    """Return a table with other rows for the parameters of these."""
+    rows = _table(*rows)
+    replaced = {tensor.paths for tensor in rows}
+    return (*[tensor for tensor in table if tensor.paths not in replaced], *rows)
+
+
+# Gemma has norms before and after; Llama's name for the one before the MLP is that of another here.
+GEMMA_TENSORS = _instead(
+    LLAMA_TENSORS,
+    (
+        "model.layers.{}.post_attention_layernorm.weight",
+        "D -> D",
+        "layers/norm_after_attention/scale",
+    ),
+    ("model.layers.{}.pre_feedforward_layernorm.weight", "D -> D", "layers/norm_mlp/scale"),
+    ("model.layers.{}.post_feedforward_layernorm.weight", "D -> D", "layers/norm_after_mlp/scale"),
+)
+
+# Norms after alone, and those of queries and keys over all heads.
+OLMO_TENSORS = _instead(
+    GEMMA_TENSORS,
+    ("model.layers.{}.self_attn.q_norm.weight", "(H C) -> H C", "layers/attention/q_norm/scale"),
+    ("model.layers.{}.self_attn.k_norm.weight", "(K C) -> K C", "layers/attention/k_norm/scale"),
+)
+
 FAMILIES = {
     "gpt2": Family("GPT2LMHeadModel", "transformer.", _gpt2, GPT2_TENSORS),
     "gptj": Family("GPTJForCausalLM", "transformer.", _gptj, GPTJ_TENSORS),
@@ -522,4 +616,9 @@ FAMILIES = {
     "mistral": Family("MistralForCausalLM", "model.", _mistral, LLAMA_TENSORS),
     "qwen2": Family("Qwen2ForCausalLM", "model.", _qwen2, LLAMA_TENSORS),
     "qwen3": Family("Qwen3ForCausalLM", "model.", _qwen3, LLAMA_TENSORS),
+    "smollm3": Family("SmolLM3ForCausalLM", "model.", _smollm3, LLAMA_TENSORS),
+    "olmo2": Family("Olmo2ForCausalLM", "model.", _olmo, OLMO_TENSORS),
+    "olmo3": Family("Olmo3ForCausalLM", "model.", _olmo, OLMO_TENSORS),
+    "gemma2": Family("Gemma2ForCausalLM", "model.", _gemma2, GEMMA_TENSORS),
+    "gemma3_text": Family("Gemma3ForCausalLM", "model.", _gemma3, GEMMA_TENSORS),
 }

@@ -1,4 +1,4 @@
-"""One decoder for GPT-2, GPT-J, GPT-NeoX, Llama, Mistral, Qwen2 and Qwen3.
+"""One decoder for all families of models; `families.py` lists them.
 
 It is used functionally: `hidden(config, params, ...)` runs the trunk over nested dicts of arrays,
 `unembed` the head, and `step` the trunk with a cache of keys and values, to sample from. Layers are
@@ -396,7 +396,7 @@ class Block(nn.Module):
         attended_SND, new = Attention(config, self.kind, name="attention")(
             attention_input_SND, inputs, cache
         )
-        attended_SND = normed("norm_attended", attended_SND, wanted=config.norm_after)
+        attended_SND = normed("norm_after_attention", attended_SND, wanted=config.norm_after)
         if config.shared_norm:
             mlp_input_SND = attention_input_SND
         else:
@@ -406,7 +406,7 @@ class Block(nn.Module):
         # The residual passes both by.
         x_SND = x_SND + attended_SND
         widened_SND = Mlp(config, name="mlp")(mlp_input_SND)
-        x_SND = x_SND + normed("norm_widened", widened_SND, wanted=config.norm_after)
+        x_SND = x_SND + normed("norm_after_mlp", widened_SND, wanted=config.norm_after)
         # Whole along the width again: `tensor` splits only what is inside attention and the MLP.
         return constrain(x_SND, BATCH), new
 

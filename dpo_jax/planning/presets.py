@@ -31,6 +31,15 @@ _QWEN3 = dict(
     max_position_embeddings=40960,
     rope_parameters=dict(rope_type="default", rope_theta=1_000_000.0),
 )
+_GEMMA = dict(vocab_size=256000, head_dim=256, query_pre_attn_scalar=256)
+_GEMMA2 = dict(model_type="gemma2", sliding_window=4096) | _GEMMA
+_GEMMA3 = dict(model_type="gemma3_text", sliding_window=1024) | _GEMMA | dict(vocab_size=262208)
+_OLMO2 = dict(
+    model_type="olmo2",
+    max_position_embeddings=4096,
+    rope_parameters=dict(rope_type="default", rope_theta=500_000.0),
+)
+_OLMO3 = dict(model_type="olmo3", max_position_embeddings=65536)
 
 
 def _gpt2(layers, width, heads):
@@ -137,10 +146,27 @@ MODELS = {
     "qwen3-0.6b": _decoder(_QWEN3, 28, 1024, 16, 8, 3072, 151936, tie_word_embeddings=True),
     "qwen3-8b": _decoder(_QWEN3, 36, 4096, 32, 8, 12288, 151936),
     "qwen3-32b": _decoder(_QWEN3, 64, 5120, 64, 8, 25600, 151936),
+    "smollm3-3b": _decoder(
+        dict(model_type="smollm3"), 36, 2048, 16, 4, 11008, 128256, max_position_embeddings=65536
+    ),
+    "olmo-2-7b": _decoder(_OLMO2, 32, 4096, 32, 32, 11008, 100352),
+    "olmo-2-13b": _decoder(_OLMO2, 40, 5120, 40, 40, 13824, 100352),
+    "olmo-3-7b": _decoder(_OLMO3, 32, 4096, 32, 32, 11008, 100278),
+    "gemma-2-2b": _decoder(_GEMMA2, 26, 2304, 8, 4, 9216, 256000),
+    "gemma-2-9b": _decoder(_GEMMA2, 42, 3584, 16, 8, 14336, 256000),
+    "gemma-2-27b": _decoder(
+        _GEMMA2, 46, 4608, 32, 16, 36864, 256000, head_dim=128, query_pre_attn_scalar=144
+    ),
+    "gemma-3-1b": _decoder(_GEMMA3, 26, 1152, 4, 1, 6912, 262144, sliding_window=512),
+    "gemma-3-4b": _decoder(_GEMMA3, 34, 2560, 8, 4, 10240, 262208),
+    "gemma-3-12b": _decoder(_GEMMA3, 48, 3840, 16, 8, 15360, 262208),
 }
 ALIASES = {  # fine-tuned models of these sizes under names of their own
     "openai_summarize_tldr_sft": "gpt-j-6b",
     "meta-llama-3-8b": "llama-3-8b",
+    "olmo-2-1124-7b": "olmo-2-7b",
+    "olmo-2-1124-13b": "olmo-2-13b",
+    "olmo-3-1025-7b": "olmo-3-7b",
     "meta-llama-3-70b": "llama-3-70b",
 }
 
@@ -148,10 +174,10 @@ ALIASES = {  # fine-tuned models of these sizes under names of their own
 def find(name: str) -> dict | None:
     """Return the Hugging Face config fields of a model by its name or hub name; None if unknown.
 
-    Suffixes that only say how the weights were trained (-deduped, -Instruct, -hf, -v0.1) are
+    Suffixes that only say how the weights were trained (-deduped, -Instruct, -hf, -it, -v0.1) are
     ignored, so EleutherAI/pythia-2.8b-deduped is pythia-2.8b.
     """
     short = re.sub(
-        r"(-(deduped|instruct|chat|base|hf|v\d+\.\d+))+$", "", name.lower().rpartition("/")[2]
+        r"(-(deduped|instruct|chat|base|hf|it|pt|v\d+\.\d+))+$", "", name.lower().rpartition("/")[2]
     )
     return MODELS.get(ALIASES.get(short, short))

@@ -31,6 +31,13 @@ LLAMA3_ROPE = dict(
     original_max_position_embeddings=16,
 )
 
+GEMMA3_LOCAL_ROPE = dict(rope_type="default", rope_theta=100.0)
+FULL = "full_attention"
+SLIDING = "sliding_attention"
+MIXED = SIZES | dict(num_hidden_layers=5, num_key_value_heads=2, sliding_window=5)
+# Queries are scaled by another width than the heads'.
+GEMMA = dict(head_dim=16, query_pre_attn_scalar=10, hidden_activation="gelu_pytorch_tanh")
+
 # Variant -> the name of its config class in transformers, and the fields.
 VARIANTS = {
     "gpt2": ("GPT2Config", GPT_SIZES),
@@ -54,16 +61,28 @@ VARIANTS = {
         "Qwen3Config",
         SIZES | dict(num_key_value_heads=2, head_dim=16, tie_word_embeddings=True),
     ),
-    # Two and a half times a pattern of two kinds.
+    # Layers that differ, more than twice the pattern, the last time not to its end.
     "qwen3-mixed": (
         "Qwen3Config",
-        SIZES
+        MIXED | dict(use_sliding_window=True, layer_types=[FULL, SLIDING] * 2 + [FULL]),
+    ),
+    "smollm3": ("SmolLM3Config", MIXED | dict(no_rope_layer_interval=2, pad_token_id=0)),
+    "olmo2": ("Olmo2Config", SIZES | dict(num_key_value_heads=2)),
+    "olmo3": ("Olmo3Config", MIXED | dict(layer_types=[SLIDING, FULL] * 2 + [SLIDING])),
+    "gemma2": (
+        "Gemma2Config",
+        MIXED
+        | GEMMA
+        | dict(attn_logit_softcapping=2.0, final_logit_softcapping=4.0, layer_types=None),
+    ),
+    "gemma3": (
+        "Gemma3TextConfig",
+        MIXED
+        | GEMMA
         | dict(
-            num_hidden_layers=5,
-            num_key_value_heads=2,
-            use_sliding_window=True,
-            sliding_window=5,
-            layer_types=["full_attention", "sliding_attention"] * 2 + ["full_attention"],
+            num_hidden_layers=7,
+            layer_types=[SLIDING, SLIDING, FULL] * 2 + [SLIDING],
+            rope_parameters={SLIDING: GEMMA3_LOCAL_ROPE, FULL: PLAIN_ROPE},
         ),
     ),
 }

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
+from flax import traverse_util
 from safetensors.numpy import load_file
 
 from dpo_jax.models import families, hf, transformer
@@ -39,6 +40,41 @@ def test_logits_equal_torch(case):
     assert logits.dtype == jnp.float32
     assert np.abs(expected).max() > 1
     np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
+
+
+def test_gradient_equals_torch(case, tmp_path):
+    """That of the mean log-prob of each next token, tensor by tensor."""
+    import torch
+
+    folder, _, hf_config, config, params = case
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    # torch gives the token that is used for padding no gradient.
+    model.get_input_embeddings().padding_idx = None
+    tokens = torch.tensor(TOKENS)
+    model(tokens, labels=tokens).loss.backward()
+    # Gradients in the place of the weights are written under a checkpoint's names.
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(weight.grad)
+    model.save_pretrained(tmp_path)
+    expected = load_file(tmp_path / "model.safetensors")
+
+    def loss(params):
+        log_probs_BTV = jax.nn.log_softmax(transformer.logits(config, params, TOKENS[:, :-1]))
+        return -jnp.take_along_axis(log_probs_BTV, TOKENS[:, 1:, None], axis=2).mean()
+
+    gradient = traverse_util.flatten_dict(jax.jit(jax.grad(loss))(params), sep="/")
+    compared = set()
+    for tensor in families.tensors(hf_config.model_type, config):
+        for name, layer in tensor.names(config):
+            held = [gradient[path] for path in tensor.paths]
+            found = tensor.pack([np.asarray(x if layer is None else x[layer]) for x in held])
+            largest = np.abs(expected[name]).max()
+            np.testing.assert_allclose(
+                found, expected[name], rtol=0, atol=1e-3 * largest, err_msg=name
+            )
+            compared.add(name)
+    assert compared == expected.keys()
 
 
 def test_save_gives_torch_model_back(case, tmp_path):

@@ -35,6 +35,11 @@ def tokens(completions):
         "mistral-window",
         "qwen2",
         "qwen3",
+        "qwen3-mixed",
+        "smollm3",
+        "olmo3",
+        "gemma2",
+        "gemma3",
     ],
 )
 def test_sample_greedy_equals_generate(variant, tmp_path):

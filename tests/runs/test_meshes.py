@@ -114,6 +114,12 @@ def test_weighted_train_step_is_equal_on_meshes():
     check_on_mesh(WEIGHTED, "gpt2", (2, 2, 2))
 
 
+# Norms over split heads, and layers that differ; logits that are bent, of a split vocabulary.
+@pytest.mark.parametrize("family, sizes", [("olmo3", (2, 2, 2)), ("gemma2", (1, 2, 4))])
+def test_train_step_of_patterns_is_equal_on_meshes(family, sizes):
+    check_on_mesh("dpo", family, sizes)
+
+
 @pytest.mark.parametrize(
     "name, sizes", [("dpo", (8, 1, 1)), ("sft", (2, 2, 2)), ("ppo", (2, 2, 2))]
 )

@@ -80,7 +80,10 @@ def test_config_reads_back_the_same(variant, tmp_path):
     stored = read(folder / "config.json")
     # Only of a kind that says something; "default" is no scaling to transformers 4.
     assert bool(stored.get("rope_scaling")) == (variant == "llama3")
-    assert stored.get("rope_theta") == (rope or {}).get("rope_theta")
+    of_full_layers = (rope or {}).get("full_attention", rope or {})
+    assert stored.get("rope_theta") == of_full_layers.get("rope_theta")
+    has_two = stored["model_type"] == "gemma3_text"
+    assert stored.get("rope_local_base_freq") == (100.0 if has_two else None)
 
 
 def test_config_of_neox_has_names_of_its_own(tmp_path):

@@ -28,6 +28,13 @@ from dpo_jax.planning import presets
         ("Qwen/Qwen2.5-7B-Instruct", 7_615_616_512),
         ("Qwen/Qwen3-8B", 8_190_735_360),
         ("Qwen/Qwen3-0.6B", 596_049_920),
+        ("HuggingFaceTB/SmolLM3-3B", 3_075_098_624),
+        ("allenai/OLMo-2-1124-7B-Instruct", 7_298_617_344),
+        ("allenai/OLMo-2-1124-13B", 13_716_198_400),
+        ("google/gemma-2-2b-it", 2_614_341_888),
+        ("google/gemma-2-9b", 9_241_705_984),
+        ("google/gemma-2-27b", 27_227_128_320),
+        ("google/gemma-3-1b-it", 999_885_952),
     ],
 )
 def test_find_published_parameter_counts(name, count):
