@@ -21,8 +21,16 @@ from flax import traverse_util
 from dpo_jax.models import transformer
 from dpo_jax.models.transformer import LayerKind, Llama3RopeScaling, Rope, TransformerConfig
 
-# Constants that old versions of transformers stored beside the weights.
-BUFFERS = re.compile(r"\b(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$")
+# Tensors that are not read: constants that old versions of transformers stored beside the weights,
+# and the parts of a model of text and images that see images.
+IGNORED = re.compile(
+    r"\b(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$"
+    r"|\b(vision_tower|multi_modal_projector)\."
+)
+# The model_type of models of text and images whose text part is a family. Its tensors have the
+# family's names, with TEXT_PART before them or after "model.".
+WITH_IMAGES = ("gemma3",)
+TEXT_PART = "language_model."
 
 
 # Sizes that every Hugging Face config gives, and what no model comes near.

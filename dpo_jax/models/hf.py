@@ -111,12 +111,14 @@ def read_config(path):
             "fetch it again; for a newer type, install a newer transformers."
         )
     try:
-        return AutoConfig.from_pretrained(file, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(file, trust_remote_code=False)
     except Exception as error:  # noqa: BLE001 - whatever a wrong field makes transformers raise
         raise ValueError(
             f"{file}: transformers cannot read it ({type(error).__name__}: {error}). Correct the "
             "field, or fetch the file again."
         ) from error
+    # Of a model of text and images, the text part is read.
+    return config.text_config if model_type in families.WITH_IMAGES else config
 
 
 def make_config(fields):
@@ -200,7 +202,9 @@ def _check_zeros(tensor: families.Tensor, zeros: list, config: TransformerConfig
 
     zeros: the stored tensors, of those of a table's row, that are all zeros.
     """
-    if not zeros or all(path.endswith("/bias") for path in tensor.paths):
+    # Such scales are what is added to 1, and begin at zero.
+    begins_at_zero = ("/bias", "/scale") if config.norm_scale_from_one else ("/bias",)
+    if not zeros or all(path.endswith(begins_at_zero) for path in tensor.paths):
         return
     names = [f"{stored.name} in {stored.file}" for stored in zeros]
     shown = names[0] + f" (and {len(names) - 1} more)" * (len(names) > 1)
@@ -340,7 +344,13 @@ def _match(
         optional.append(head)
     model = f"{model_type} model"
     found = safetensors_io.match(
-        folder, model, shapes, base=family.base, ignored=families.BUFFERS, optional=optional
+        folder,
+        model,
+        shapes,
+        base=family.base,
+        text_part=families.TEXT_PART,
+        ignored=families.IGNORED,
+        optional=optional,
     )
     # A fine-tuned head that is not the embedding would be lost without a word.
     if tied and head in found and safetensors_io.differ(found[head], found[embedding]):

@@ -127,14 +127,16 @@ def match(
     shapes: dict[str, list[int]],
     *,
     base: str,
+    text_part: str = "",
     ignored: re.Pattern,
     optional: Collection[str] = (),
 ) -> dict[str, Stored]:
     """Return the stored tensor of each name of a model.
 
     model: what the tensors should make up, for the error. shapes: name -> expected shape. base: a
-    prefix of names, which a checkpoint may leave out. ignored: names, without the prefix, that are
-    skipped. optional: names that may be missing.
+    prefix of names, which a checkpoint may leave out. text_part: what names hold besides in a model
+    of text and images. ignored: names, without the prefix, that are skipped. optional: names that
+    may be missing.
 
     Raises ValueError with the name of every tensor that is unknown, missing, set twice, wrongly
     shaped or not a float.
@@ -146,7 +148,7 @@ def match(
     for tensor in read(folder):
         file = tensor.file.name
         stored_name = tensor.name
-        short_name = stored_name.removeprefix(base)
+        short_name = stored_name.replace(text_part, "", 1).removeprefix(base)
         if ignored.search(short_name):
             continue
         name = full_names.get(short_name)

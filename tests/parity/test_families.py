@@ -95,3 +95,37 @@ def test_save_gives_torch_model_back(case, tmp_path):
     assert not any(info.values()), info
     with torch.no_grad():
         np.testing.assert_array_equal(model(torch.tensor(TOKENS)).logits.numpy(), expected)
+
+
+def test_text_part_of_a_model_with_images_is_read(tmp_path):
+    """Gemma 3 of 4B and above: what transformers makes of the same tokens, without an image."""
+    torch = pytest.importorskip("torch", reason="compares with transformers' torch models")
+    text = tiny_models.hf_config("gemma3").to_dict()
+    vision = dict(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+    )
+    fields = dict(
+        image_token_index=95, boi_token_index=94, eoi_token_index=93, mm_tokens_per_image=4
+    )
+    both = transformers.Gemma3Config(text_config=text, vision_config=vision, **fields)
+    model = transformers.AutoModelForImageTextToText.from_config(both, attn_implementation="eager")
+    tokens = TOKENS % 90
+    with torch.no_grad():
+        expected = model.eval()(torch.tensor(tokens)).logits.numpy()
+    model.save_pretrained(tmp_path)
+    hf_config = hf.read_config(tmp_path)
+    config = families.from_hf(hf_config)
+    params = hf.load(tmp_path, config, one_device(config))
+    found = transformer.logits(config, params, tokens)
+    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
+    # What is written is the text part alone.
+    hf.save(tmp_path / "hf", config, hf_config, params)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert type(again).__name__ == "Gemma3ForCausalLM"
+    with torch.no_grad():
+        np.testing.assert_allclose(again(torch.tensor(tokens)).logits, expected, atol=1e-4, rtol=0)
