@@ -80,11 +80,14 @@ class Pod:
         return " ".join(words)
 
 
-def llama(size: str, topology: str, tensor: int = 1) -> Pod:
-    """Return DPO of Llama 3 on 60,000 pairs of up to 512 tokens."""
-    fields = {"model.path": f"llama-3-{size}", "data.path": "PAIRS"}
-    if tensor > 1:
-        fields["mesh.tensor"] = tensor
+def on_pairs(model: str, topology: str, **axes: int) -> Pod:
+    """Return DPO of a model on 60,000 pairs of up to 512 tokens, one a prompt.
+
+    axes: sizes of the mesh's axes besides fsdp, such as tensor=2.
+    """
+    fields = {"model.path": model, "data.path": "PAIRS"}
+    for axis, size in axes.items():
+        fields[f"mesh.{axis}"] = size
     return Pod("dpo", topology, fields, examples=60_000)
 
 
@@ -97,9 +100,9 @@ PODS = {
     "gpt-j-6b tl;dr": Pod("tldr", "v4-32", TLDR | APART),
     "gpt2-large imdb": Pod("imdb", "v5e-8", {"dpo.batch_size": 96} | APART),
     "pythia-2.8b hh": Pod("hh", "v5e-16", {}),
-    "llama-3-8b": llama("8b", "v5p-16"),
-    "llama-3-8b v5e": llama("8b", "v5e-64"),
-    "llama-3-70b": llama("70b", "v5p-256", tensor=2),
+    "llama-3-8b": on_pairs("llama-3-8b", "v5p-16"),
+    "llama-3-8b v5e": on_pairs("llama-3-8b", "v5e-64"),
+    "llama-3-70b": on_pairs("llama-3-70b", "v5p-256", tensor=2),
 }
 # The same with prompts that have several pairs: TL;DR with 4 of 5 summaries, which is a guess, and
 # IMDb with the 6 of the paper's 4 completions.
@@ -116,12 +119,19 @@ GROUPS = {
 # Chips -> the same run with the same batch of 64 pairs, on more chips than the 8 of v5p-16. A v5p
 # is named by its cores, two per chip. With more chips than pairs, the weights are split further.
 GROWTH = {
-    16: llama("8b", "v5p-32"),
-    32: llama("8b", "v5p-64"),
-    64: llama("8b", "v5p-128"),
-    128: llama("8b", "v5p-256", tensor=2),
-    256: llama("8b", "v5p-512", tensor=4),
-    512: llama("8b", "v5p-1024", tensor=8),
+    16: on_pairs("llama-3-8b", "v5p-32"),
+    32: on_pairs("llama-3-8b", "v5p-64"),
+    64: on_pairs("llama-3-8b", "v5p-128"),
+    128: on_pairs("llama-3-8b", "v5p-256", tensor=2),
+    256: on_pairs("llama-3-8b", "v5p-512", tensor=4),
+    512: on_pairs("llama-3-8b", "v5p-1024", tensor=8),
+}
+# Families whose layers differ, or are normed otherwise, each on a small slice.
+OTHER_FAMILIES = {
+    "gemma-3-4b": on_pairs("gemma-3-4b", "v5e-8"),
+    "gemma-2-9b": on_pairs("gemma-2-9b", "v5e-16"),
+    "olmo-2-7b": on_pairs("olmo-2-7b", "v4-16"),
+    "smollm3-3b": on_pairs("smollm3-3b", "v5e-8"),
 }
 PAIRS = {"data.path": "PAIRS"}
 # Run -> config, its changes, examples, and the pairs that one GPU holds at a time (0: all of them).
@@ -293,6 +303,7 @@ def all_plans() -> dict[str, tuple[Pod, bool]]:
     plans |= {name: (pod, False) for name, pod in GROUPS.items()}
     plans |= {f"{name}, plain": (pod, True) for name, pod in PODS.items()}
     plans |= {f"llama-3-8b on {chips}": (pod, False) for chips, pod in GROWTH.items()}
+    plans |= {name: (pod, False) for name, pod in OTHER_FAMILIES.items()}
     return plans | {name: (pod, False) for name, pod in gpu_plans().items()}
 
 
@@ -311,6 +322,7 @@ def sections() -> dict[str, list[str]]:
             if pod in PODS.values() and name.rpartition(",")[0] not in several
         ],
         "From 8 to 512 chips": [f"llama-3-8b on {chips}" for chips in GROWTH],
+        "Other families": list(OTHER_FAMILIES),
         "GPUs": list(gpu_plans()),
     }
 

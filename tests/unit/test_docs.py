@@ -317,3 +317,13 @@ def test_drawings_name_files_that_exist():
     for name in load_script("drawings").PICTURES:
         for file in re.findall(r"[\w/]+\.py", (ROOT / "docs" / name).read_text()):
             assert (ROOT / "dpo_jax" / file).exists(), file
+
+
+def test_add_a_family_shows_the_code():
+    page = (ROOT / "docs" / "add_a_family.md").read_text()
+    shown = re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S)
+    families = (ROOT / "dpo_jax" / "models" / "families.py").read_text()
+    tiny_models = (ROOT / "tests" / "helpers" / "tiny_models.py").read_text()
+    assert len(shown) == 4
+    for block in shown:
+        assert block in families or block in tiny_models, block
