@@ -234,13 +234,9 @@ def choose(kernel: str, dtype, width: int, softcap: float | None = None) -> str:
     where = device().platform
     dtype = jnp.dtype(dtype)
     if kernel == "auto":
-        # Heads up to 256 wide run on an H100 and an H200 only, so auto stays with 128.
-        cudnn_takes_it = dtype.itemsize == 2 and width % 8 == 0 and width <= 128
         if where == "tpu":
             return "splash"
-        if where == "gpu" and cudnn_takes_it and softcap is None and chip_of(device()):
-            return "cudnn"
-        return "xla"
+        return "cudnn" if where == "gpu" and not why_not_cudnn(dtype, width, softcap) else "xla"
     check(kernel, where)
     if kernel == "cudnn" and (dtype.itemsize != 2 or width % 8 or width > 256):
         raise ValueError(
@@ -253,6 +249,18 @@ def choose(kernel: str, dtype, width: int, softcap: float | None = None) -> str:
             "take auto."
         )
     return kernel
+
+
+def why_not_cudnn(dtype, width: int, softcap: float | None) -> str:
+    """Return why `auto` does not take cuDNN's kernel on the step's GPU; "" where it does."""
+    if softcap is not None:
+        return "cuDNN has no soft cap of scores"
+    if jnp.dtype(dtype).itemsize != 2:
+        return "cuDNN takes 16-bit numbers (--config.model.dtype=bfloat16)"
+    # Wider heads, up to 256, run on an H100 and an H200 only, so auto stays with 128.
+    if width % 8 or width > 128:
+        return f"cuDNN takes heads of a multiple of 8 up to 128 wide, not {width}"
+    return "" if chip_of(device()) else "this GPU may not have cuDNN's kernel"
 
 
 def check(kernel: str, where: str) -> None:

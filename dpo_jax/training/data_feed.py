@@ -213,6 +213,7 @@ class DataFeed:
         elif seed is not None and groups.max() + 1 < size:
             say_what_groups_save(name, batches, self._data.train, groups, seed)
         say_uneven_shards(name, block, shards)
+        say_plain_attention(name, self._job.model, self._job.mesh)
         most_tokens = max(shape.tokens for shape in batches.shapes)
         if gains_by_huge_pages(self._job.model, self._job.mesh, most_tokens):
             say_how_to_get_huge_pages()
@@ -304,6 +305,16 @@ def say_uneven_shards(name: str, block, shards: int) -> None:
         f"microbatches x data shards), so {uneven} and are padded. A multiple of {multiple} as "
         f"config.{name}.{field} uses all devices alike."
     )
+
+
+def say_plain_attention(name: str, model, mesh) -> None:
+    """Say why attention has no fused kernel on a GPU, where it has none."""
+    if sharding.platform_of(mesh) != "gpu" or model.attention != "auto":
+        return
+    with jax.set_mesh(mesh):
+        reason = attention.why_not_cudnn(model.dtype, model.head_width, model.attention_softcap)
+    if reason:
+        say(f"{name}: attention runs by plain XLA, which takes more time and memory: {reason}.")
 
 
 def say_what_cells_lose(name: str, block, batches: Batches, examples, groups: np.ndarray) -> None:

@@ -23,9 +23,9 @@ from dpo_jax.planning import topologies
 from tests.helpers.tiny import random_pairs
 
 
-def cudnn_call(q, k, v, prompts=None, window=None):
+def cudnn_call(q, k, v, prompts=None, window=None, scale=None):
     """The one call of cuDNN, made of plain XLA: whether it says what we mean. It needs a GPU."""
-    kernel = functools.partial(attention._cudnn, implementation="xla")
+    kernel = functools.partial(attention._cudnn, implementation="xla", scale=scale)
     return attention._on_each_device(kernel, q, k, v, prompts, window)
 
 
@@ -46,11 +46,14 @@ def of_rows(name):
     return functools.partial(causal_attention, kernel=KERNELS[name])
 
 
-def dense_attention(q_SRTHC, k_SRUKC, v_SRUKC, window):
+def dense_attention(q_SRTHC, k_SRUKC, v_SRUKC, window, scale=None, softcap=None):
     """The whole square, in the dtype of its arguments."""
     group, length = q_SRTHC.shape[3] // k_SRUKC.shape[3], q_SRTHC.shape[2]
     k_SRUHC, v_SRUHC = (jnp.repeat(x, group, axis=3) for x in (k_SRUKC, v_SRUKC))
-    scores_SRHTU = jnp.einsum("SRTHC,SRUHC->SRHTU", q_SRTHC, k_SRUHC) / np.sqrt(q_SRTHC.shape[-1])
+    scores_SRHTU = jnp.einsum("SRTHC,SRUHC->SRHTU", q_SRTHC, k_SRUHC)
+    scores_SRHTU *= scale or q_SRTHC.shape[-1] ** -0.5
+    if softcap:
+        scores_SRHTU = softcap * jnp.tanh(scores_SRHTU / softcap)
     distance_TU = np.arange(length)[:, None] - np.arange(length)
     seen_TU = (distance_TU >= 0) & (distance_TU < (window or length))
     weights_SRHTU = jax.nn.softmax(jnp.where(seen_TU, scores_SRHTU, -jnp.inf))
@@ -325,6 +328,29 @@ def on(monkeypatch, platform, kind):
 def test_choose_auto_by_device(monkeypatch, platform, kind, kernel, dtype, width, expected):
     on(monkeypatch, platform, kind)
     assert choose(kernel, dtype, width) == expected
+
+
+def test_choose_for_a_softcap(monkeypatch):
+    on(monkeypatch, "tpu", "TPU v4")
+    assert choose("auto", "bfloat16", 64, 50.0) == "splash"
+    on(monkeypatch, "gpu", "NVIDIA H200")
+    assert choose("auto", "bfloat16", 64, 50.0) == "xla"
+    assert attention.why_not_cudnn("bfloat16", 64, 50.0) == "cuDNN has no soft cap of scores"
+    with pytest.raises(ValueError, match="'cudnn' has no softcap of scores"):
+        choose("cudnn", "bfloat16", 64, 50.0)
+
+
+@pytest.mark.parametrize("kernel", ["xla", "splash", "cudnn's call"])
+def test_attend_rows_scale_and_softcap(kernel):
+    """Scores bent by a cap that they reach, of queries with a scale of their own."""
+    given = arrays(1, 2, 20, 4, 2, 8)
+    options = dict(scale=0.6) if kernel == "cudnn's call" else dict(scale=0.6, softcap=1.5)
+    attend = functools.partial(KERNELS[kernel], **options)
+    found = value_and_gradients(functools.partial(causal_attention, kernel=attend), 7)(*given)
+    dense = functools.partial(dense_attention, **options)
+    expected = value_and_gradients(dense, 7)(*given)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5 * max(1, np.abs(theirs).max()))
 
 
 @pytest.mark.parametrize(

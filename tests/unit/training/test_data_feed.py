@@ -1,9 +1,16 @@
 """What the feed says of uneven batches, and of a reference that moves in vain."""
 
+import re
+import types
+
+import jax
 import pytest
 from ml_collections import ConfigDict
 
+from dpo_jax.models import attention
+from dpo_jax.parallel import sharding
 from dpo_jax.training import data_feed
+from tests.helpers.tiny import tiny_config
 
 
 @pytest.mark.parametrize(
@@ -44,3 +51,26 @@ def test_reference_that_moves_in_vain(every, mix, steps, told, capsys):
     assert len(lines) == len(told)
     for line, part in zip(lines, told, strict=True):
         assert part in line
+
+
+@pytest.mark.parametrize(
+    "fields, told",
+    [
+        (dict(dtype="bfloat16"), ""),
+        (dict(dtype="float32"), "cuDNN takes 16-bit numbers"),
+        (dict(dtype="bfloat16", attention_softcap=50.0), "plain XLA, .* no soft cap of scores"),
+        (
+            dict(dtype="bfloat16", head_width=256),
+            "heads of a multiple of 8 up to 128 wide, not 256",
+        ),
+        (dict(dtype="float32", attention="xla"), ""),
+    ],
+)
+def test_plain_attention_on_a_gpu_is_said(fields, told, monkeypatch, capsys):
+    gpu = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H200")
+    monkeypatch.setattr(attention, "device", lambda: gpu)
+    monkeypatch.setattr(data_feed.sharding, "platform_of", lambda mesh: "gpu")
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    data_feed.say_plain_attention("dpo", tiny_config(**dict(head_width=8) | fields), mesh)
+    said = capsys.readouterr().out
+    assert re.search(told, said) if told else not said
