@@ -339,7 +339,7 @@ class Model:
                 "the weights of a trained model are in no file that log-probs could be kept for: "
                 "save it, and load it again."
             )
-        return dataclasses.replace(self.checkpoint, load_params=lambda _mesh: self.params)
+        return dataclasses.replace(self.checkpoint, load_params=lambda *_: self.params)
 
     def _check_usable(self, head: str) -> None:
         """Raise where an update has deleted the weights, or the head is another one."""

@@ -119,6 +119,11 @@ MODEL = dict(
         "float32",
         "compute dtype, float32 or bfloat16; weights, log-probs and losses stay float32",
     ),
+    frozen_dtype=Field(
+        "float32",
+        "float32 or bfloat16: what a training stage holds the kernels and embeddings in of weights "
+        "that it reads and does not train: LoRA's base, and a reference that does not move",
+    ),
     attention=Field("auto", "attention kernel: xla, splash (TPU), cudnn (NVIDIA); auto: by device"),
     remat=Field(
         "none",
@@ -865,6 +870,8 @@ def may_matter(config: ConfigDict, stage: str, field: str) -> bool:
         return any(stage_table.trains_in_groups(config, name) for name in so_far)
     if field.startswith("reward."):
         return any(stage_table.asks_reward(config, name) for name in _read_by(config, stage))
+    if field == "model.frozen_dtype":
+        return any(stage_table.holds_frozen(config, name) for name in so_far)
     return True
 
 

@@ -25,6 +25,7 @@ from dpo_jax.stage_table import STAGES
 
 ALLOWED = {  # field -> its values; STAGE stands for every training stage
     "model.dtype": ("float32", "bfloat16"),
+    "model.frozen_dtype": ("float32", "bfloat16"),
     "model.attention": ("auto", "xla", "splash", "cudnn"),
     "model.remat": ("none", "full", "dots"),
     "model.lora.init": ("b_zero", "a_zero"),
@@ -67,6 +68,7 @@ def validate(config: ConfigDict) -> None:
     _validate_model(config.model)
     _validate_lora(config)
     _validate_mesh(config.mesh)
+    _validate_frozen_dtype(config)
     _validate_data(config.data)
     _validate_columns_of_numbers(config)
     for stage in stage_table.training_stages(config):
@@ -256,6 +258,15 @@ def _validate_lora(config):
 def _validate_mesh(mesh):
     if mesh.expert != 1:
         _fail("mesh.expert", mesh.expert, "1, as the layers of this model have no experts")
+
+
+def _validate_frozen_dtype(config):
+    held = config.model.frozen_dtype
+    if held != "float32" and not any(
+        stage_table.holds_frozen(config, stage) for stage in config.stages
+    ):
+        expected = "float32, as no stage trains beside weights that it does not train"
+        _fail("model.frozen_dtype", held, expected)
 
 
 def _validate_data(data):

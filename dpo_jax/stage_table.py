@@ -155,6 +155,19 @@ def keeps_reference(config: ConfigDict, stage: str) -> bool:
     return config[stage].get("cache_reference", False)
 
 
+def holds_frozen(config: ConfigDict, stage: str) -> bool:
+    """Return whether a stage trains beside weights of a policy that it does not train.
+
+    They are LoRA's base, a reference that stays where it is, and the initial policy that the KL of
+    evaluations is to.
+    """
+    if not STAGES[stage].trains:
+        return False
+    reads_reference = reference_of(config, stage) != "none" and not moves_reference(config[stage])
+    measures_kl = STAGES[stage].is_policy and "evaluate" in config.stages
+    return bool(config.model.lora.rank) or reads_reference or measures_kl
+
+
 def can_keep_reference(config: ConfigDict, stage: str) -> bool:
     """Return whether a stage could read kept log-probs in place of its reference's weights.
 

@@ -153,13 +153,21 @@ def gathered(param: jax.Array) -> np.ndarray:
     return np.asarray(param, np.float32)
 
 
-def load(path, config: TransformerConfig, shardings, adapters=(), rounded_to: str = ""):
-    """Load the weights in a local folder as float32 arrays, placed by a tree of NamedShardings.
+def load(
+    path,
+    config: TransformerConfig,
+    shardings,
+    adapters=(),
+    rounded_to: str = "",
+    dtype: str = "float32",
+):
+    """Load the weights in a local folder as arrays placed by a tree of NamedShardings.
 
-    adapters: peft.Adapters to merge into them, the first one first. rounded_to: the type whose
-    precision the numbers keep, as if they had been exported in it. Raises FileNotFoundError when
-    files are missing, and ValueError with the name of every tensor that is unknown, missing, set
-    twice, wrongly shaped or not a float.
+    They are float32, but for kernels and embeddings, which are read into `dtype`. adapters:
+    peft.Adapters to merge into them, the first one first. rounded_to: the type whose precision the
+    numbers keep, as if they had been exported in it. Raises FileNotFoundError when files are
+    missing, and ValueError with the name of every tensor that is unknown, missing, set twice,
+    wrongly shaped or not a float.
     """
     path = pathlib.Path(path)
     hf_config = read_config(path)
@@ -174,12 +182,12 @@ def load(path, config: TransformerConfig, shardings, adapters=(), rounded_to: st
     if tied and embedding in stored and head not in stored:
         # Read only where an adapter parts the two: a tied config has no tensor for the head.
         stored[head] = stored[embedding]
-    shapes = _flat(transformer.abstract(config))
+    shapes = _flat(transformer.abstract(config, dtype))
     shardings = _flat(shardings)
     params = {}
     for tensor in families.tensors(model_type, config):
         # A stored tensor may hold several parameters, as GPT-2's holds q, k and v.
-        pieces = [Pieces(shapes[param].shape, shardings[param]) for param in tensor.paths]
+        pieces = [Pieces(shapes[param], shardings[param]) for param in tensor.paths]
         zeros = []
         for name, layer in tensor.names(config):
             values = stored[name].read() if name in stored else None
@@ -219,10 +227,11 @@ def _check_zeros(tensor: families.Tensor, zeros: list, config: TransformerConfig
 
 
 class Pieces:
-    """This process's pieces of a float32 array, filled on the host; equal pieces share a buffer."""
+    """This process's pieces of an array, filled on the host; equal pieces share a buffer."""
 
-    def __init__(self, shape: tuple[int, ...], sharding: jax.sharding.Sharding):
-        self.shape = shape
+    def __init__(self, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding):
+        """Make room for an array of a leaf's shape and dtype."""
+        self.shape = shape = leaf.shape
         self.sharding = sharding
         self.spans = {}  # device -> (start, end) of its piece along each axis
         for device, index in sharding.addressable_devices_indices_map(shape).items():
@@ -231,7 +240,7 @@ class Pieces:
             self.spans[device] = tuple(spans)
         self.buffers = {}  # spans -> the piece
         for spans in set(self.spans.values()):
-            self.buffers[spans] = np.empty([end - start for start, end in spans], np.float32)
+            self.buffers[spans] = np.empty([end - start for start, end in spans], leaf.dtype)
 
     def fill(self, value: np.ndarray, layer: int | None):
         """Copy this process's part of one layer, or of the whole array when `layer` is None."""
@@ -241,7 +250,7 @@ class Pieces:
                 if not first <= layer < end:
                     continue
                 buffer = buffer[layer - first]
-            # Converts to float32 on the way, whatever is stored.
+            # Converts on the way, whatever is stored.
             buffer[...] = value[tuple(slice(*span) for span in spans)]
 
     def array(self) -> jax.Array:

@@ -39,7 +39,9 @@ class Linear(nn.Module):
     def __call__(self, x):
         inputs, outputs = AXES[self.name]
         kernel = self.param("kernel", nn.initializers.normal(0.02 * self.scale), self.shape)
-        y = product(f"SN{inputs},{inputs}{outputs}->SN{outputs}", x, kernel.astype(self.dtype))
+        if not _is_narrower(kernel, x):
+            kernel = kernel.astype(self.dtype)
+        y = product(f"SN{inputs},{inputs}{outputs}->SN{outputs}", x, kernel)
         if self.has_variable("params", "lora_a"):
             # Through the rank: neither W + A B nor its gradient is ever made.
             a = self.get_variable("params", "lora_a").astype(self.dtype)
@@ -55,11 +57,17 @@ class Linear(nn.Module):
 def product(equation: str, x, kernel) -> jax.Array:
     """Return jnp.einsum(equation, x, kernel), x and the result with the tokens' axes S, N first.
 
-    On a CPU the backward pass takes another order, which XLA's CPU compiler runs faster.
+    On a CPU the backward pass takes another order, which XLA's CPU compiler runs faster. So it does
+    for a frozen kernel that is held in fewer bits than x: it is widened here, once more in the
+    backward pass, so that no wide copy of all layers is kept for it.
     """
-    if device().platform == "cpu":
-        return _product_on_cpu(equation, x, kernel)
+    if device().platform == "cpu" or _is_narrower(kernel, x):
+        return _product(equation, x, kernel)
     return jnp.einsum(equation, x, kernel)
+
+
+def _is_narrower(kernel, x) -> bool:
+    return kernel.dtype.itemsize < x.dtype.itemsize
 
 
 def wide_product(equation: str, x, kernel) -> jax.Array:
@@ -121,13 +129,13 @@ def over_tokens(weight, shape: tuple[int, ...], dtype) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product_on_cpu(equation: str, x, kernel) -> jax.Array:
-    return jnp.einsum(equation, x, kernel)
+def _product(equation: str, x, kernel) -> jax.Array:
+    return jnp.einsum(equation, x, kernel.astype(x.dtype))
 
 
 def _product_forward(equation, x, kernel):
-    # Not a call of `_product_on_cpu`, in which remat policies would see no product to save.
-    y = jnp.einsum(equation, x.value, kernel.value)
+    # Not a call of `_product`, in which remat policies would see no product to save.
+    y = jnp.einsum(equation, x.value, kernel.value.astype(x.value.dtype))
     # A frozen kernel (LoRA's base) has no gradient, and its input is not kept for one.
     saved_x = x.value if kernel.perturbed else None
     return y, (saved_x, kernel.value)
@@ -135,6 +143,7 @@ def _product_forward(equation, x, kernel):
 
 def _product_backward(equation, saved, grad):
     x, kernel = saved
+    kernel = kernel.astype(grad.dtype)
     inputs, out = equation.split("->")
     of_x, of_kernel = inputs.split(",")
     if x is None:
@@ -150,7 +159,7 @@ def _product_backward(equation, saved, grad):
     return grad_x, jnp.moveaxis(outputs_first, range(outputs), range(-outputs, 0))
 
 
-_product_on_cpu.defvjp(_product_forward, _product_backward, symbolic_zeros=True)
+_product.defvjp(_product_forward, _product_backward, symbolic_zeros=True)
 
 
 # A sum over the leading axes is a slow loop in XLA's CPU backend. The same sum as a product with a

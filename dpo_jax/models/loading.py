@@ -56,7 +56,9 @@ class Checkpoint:
     hf_config: object  # the Hugging Face config, which an export writes back
     tokenizer: object
     path: str  # a hub name or a folder; "" for random weights
-    load_params: Callable  # mesh -> the weights, placed on it
+    # (mesh, dtype="float32") -> the weights, placed on it. dtype: of kernels and embeddings; all
+    # others are float32.
+    load_params: Callable
     fingerprint: Callable  # () -> a string that only these weights have
     source: Source = Source()  # what an export keeps of where the model came from
 
@@ -71,12 +73,15 @@ class Checkpoint:
         eos_id = self.tokenizer.eos_token_id
         return tuple(token for token in self.source.eos_ids() if token != eos_id)
 
-    def load(self, mesh: jax.sharding.Mesh, *, append_eos: bool = True) -> Model:
+    def load(
+        self, mesh: jax.sharding.Mesh, *, append_eos: bool = True, dtype: str = "float32"
+    ) -> Model:
         """Load the weights onto a mesh.
 
         append_eos: whether completions end with the tokenizer's EOS, as config.data.append_eos.
+        dtype: as in `load_params`.
         """
-        return self.model(self.load_params(mesh), mesh, append_eos=append_eos)
+        return self.model(self.load_params(mesh, dtype), mesh, append_eos=append_eos)
 
     def model(self, params: dict, mesh: jax.sharding.Mesh, *, append_eos: bool = True) -> Model:
         """Return this model with weights that were made elsewhere, such as trained ones."""
@@ -163,11 +168,11 @@ def open_checkpoint(
             tokenizer_folder = hf.fetch(tokenizer_path, weights=False)
         tokenizer = tokenizers.load(tokenizer_folder)
 
-    def load_params(mesh):
+    def load_params(mesh, dtype="float32"):
         # Before it takes hours: each host reads its own copy.
         agreement.check_same_files(_files(path, folder, adapters))
-        placed = _placed(mesh, config)
-        return hf.load(folder, config, placed, adapters, rounded_to)
+        placed = _placed(mesh, config, dtype)
+        return hf.load(folder, config, placed, adapters, rounded_to, dtype)
 
     @functools.cache  # it reads all of the weights
     def fingerprint():
@@ -180,9 +185,9 @@ def open_checkpoint(
     return Checkpoint(config, hf_config, tokenizer, path, load_params, fingerprint, source)
 
 
-def _placed(mesh, config: TransformerConfig) -> dict:
+def _placed(mesh, config: TransformerConfig, dtype: str) -> dict:
     """Return where weights lie on a mesh, and say once which axes of it do not split them."""
-    shapes = transformer.abstract(config)
+    shapes = transformer.abstract(config, dtype)
     for line in sharding.unsplit(mesh, shapes):
         _say_once(line)
     return sharding.param_shardings(mesh, shapes)
@@ -289,11 +294,11 @@ def from_scratch(fields: dict, seed: int, *, tokenizer_path: str = "", **options
     hf_config = hf.make_config(special | dict(fields))
     config = families.from_hf(hf_config, **options)
 
-    def load_params(mesh):
-        placed = _placed(mesh, config)
+    def load_params(mesh, dtype="float32"):
+        placed = _placed(mesh, config, dtype)
 
         def init(key):
-            return transformer.init(config, key)
+            return transformer.held(transformer.init(config, key), dtype)
 
         # Each device makes its own part: a large model is never whole anywhere.
         return jax.jit(init, out_shardings=placed)(jax.random.key(seed))

@@ -119,24 +119,60 @@ def join(base: dict, params: dict, scale) -> dict:
 
 def merge(base: dict, params: dict, lora: Lora) -> dict:
     """Return plain weights W + scale * A B, in float32, placed as the base."""
+    merged = _flat(merge_by_layer(base, params, lora))
+    for path, value in merged.items():
+        if isinstance(value, MergedKernel):
+            merged[path] = value.whole()
+    return _tree(merged)
+
+
+def merge_by_layer(base: dict, params: dict, lora: Lora) -> dict:
+    """Return plain weights as `merge` does, each kernel as a `MergedKernel`, to be exported.
+
+    The whole of them would take more memory than training did.
+    """
     weights = _flat(base)
     params = _flat(params)
     for path, a in params.items():
         layer, _, name = path.rpartition("/")
         if name == "lora_a":
-            kernel = weights[f"{layer}/kernel"]
-            # Each device adds its own part: a merged kernel lies as the base's does.
-            add = jax.jit(_add_product, out_shardings=kernel.sharding)
-            weights[f"{layer}/kernel"] = add(kernel, a, params[f"{layer}/lora_b"], lora.scale)
+            kernel, b = weights[f"{layer}/kernel"], params[f"{layer}/lora_b"]
+            weights[f"{layer}/kernel"] = MergedKernel(kernel, a, b, lora.scale)
         elif name != "lora_b":
             weights[path] = a
     return _tree(weights)
 
 
+@dataclasses.dataclass(frozen=True)
+class MergedKernel:
+    """The kernels of all layers, merged with their adapters, in float32, where they are asked for.
+
+    The sum is in float32 also where the base is held in fewer bits.
+    """
+
+    kernel: jax.Array
+    a: jax.Array
+    b: jax.Array
+    scale: float
+
+    def whole(self) -> jax.Array:
+        """Return the kernels of all layers, placed as the base's are."""
+        # Each device adds its own part.
+        add = jax.jit(jax.vmap(_add_product, (0, 0, 0, None)), out_shardings=self.kernel.sharding)
+        return add(self.kernel, self.a, self.b, self.scale)
+
+    def __getitem__(self, layer: int) -> jax.Array:
+        return _merged_layer(self.kernel, self.a, self.b, self.scale, layer)
+
+
+@jax.jit
+def _merged_layer(kernel, a, b, scale, layer):
+    return _add_product(kernel[layer], a[layer], b[layer], scale)
+
+
 def _add_product(kernel, a, b, scale):
-    # Over the layers. At the highest precision, for this product is part of the weights for good.
-    product = jax.vmap(lambda a, b: jnp.tensordot(a, b, 1, precision="highest"))(a, b)
-    return kernel + scale * product
+    # At the highest precision, for this product is part of the weights for good.
+    return kernel + scale * jnp.tensordot(a, b, 1, precision="highest")
 
 
 def _flat(tree) -> dict:

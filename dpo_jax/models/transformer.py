@@ -3,8 +3,8 @@
 It is used functionally: `hidden(config, params, ...)` runs the trunk over nested dicts of arrays,
 `unembed` the head, and `step` the trunk with a cache of keys and values, to sample from. Layers are
 stacked on a leading axis and scanned. Layers of several kinds follow one another in a pattern, and
-are scanned in groups that hold the pattern once. Weights are float32 and the trunk computes in
-`config.dtype`; norms, rotary angles, softmax and logits are float32. Only this room uses
+are scanned in groups that hold the pattern once. Trained weights are float32, the trunk computes in
+`config.dtype`, and norms, rotary angles, softmax and logits are float32. Only this room uses
 flax.linen.
 
 Letters in array names and einsums:
@@ -22,6 +22,7 @@ Letters in array names and einsums:
 import dataclasses
 import functools
 import math
+import re
 
 import flax.linen as nn
 import jax
@@ -29,7 +30,7 @@ import jax.numpy as jnp
 
 from dpo_jax.models.attention import attend, attend_cached
 from dpo_jax.models.linear import Linear, over_tokens, softcapped, wide_product
-from dpo_jax.parallel.sharding import BATCH, constrain, device
+from dpo_jax.parallel.sharding import BATCH, constrain, device, path_name
 
 HEADS = ("lm", "reward", "lm_value")
 # A scan copies what each layer keeps for the backward pass into one array, and out again; unrolled
@@ -52,6 +53,9 @@ REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+# Paths of kernels and embeddings: nearly all of the weights, and those that the forward pass rounds
+# to the compute dtype. What else there is, norms, biases and scalar heads, acts in float32.
+KERNELS_AND_EMBEDDINGS = re.compile(r"/kernel$|^embed/")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,9 +247,21 @@ def init(config: TransformerConfig, key: jax.Array):
 
 
 @functools.cache
-def abstract(config: TransformerConfig):
-    """Return the shapes and dtypes of the weights, without making them."""
-    return jax.eval_shape(lambda: init(config, jax.random.key(0)))
+def abstract(config: TransformerConfig, dtype: str = "float32"):
+    """Return the shapes and dtypes of the weights, without making them.
+
+    dtype: of kernels and embeddings, as `held` has them.
+    """
+    return jax.eval_shape(lambda: held(init(config, jax.random.key(0)), dtype))
+
+
+def held(params, dtype: str):
+    """Return weights with their kernels and embeddings in a dtype, and all others as they are."""
+
+    def hold(path, x):
+        return x.astype(dtype) if KERNELS_AND_EMBEDDINGS.search(path_name(path)) else x
+
+    return jax.tree_util.tree_map_with_path(hold, params)
 
 
 class Transformer(nn.Module):

@@ -45,24 +45,32 @@ class Models:
     reference: Checkpoint | None  # the initial one itself, another, or none
     lora: Lora | None
 
+    @property
+    def frozen_dtype(self) -> str:
+        """The dtype of kernels and embeddings that are only read."""
+        return self.run.config.model.frozen_dtype
+
     @functools.cached_property
     def initial_params(self) -> dict:
         """The initial weights, one copy for all that only read them.
 
         What is trained is a copy of its own, as a training step deletes the weights before it.
         """
-        return self.load_initial()
+        return self.load_initial(self.frozen_dtype)
 
     @functools.cached_property
     def first_params(self) -> dict:
         """The weights that round 1 starts from, one copy for all that only read them."""
         if self.first is self.initial:
             return self.initial_params
-        return self.first.load_params(self.run.mesh)
+        return self.first.load_params(self.run.mesh, self.frozen_dtype)
 
-    def load_initial(self) -> dict:
-        """Load the initial weights, with the stage's own head, which starts from zero."""
-        params = self.initial.load_params(self.run.mesh)
+    def load_initial(self, dtype: str = "float32") -> dict:
+        """Load the initial weights, with the stage's own head, which starts from zero.
+
+        dtype: of kernels and embeddings.
+        """
+        params = self.initial.load_params(self.run.mesh, dtype)
         if self.config.head == "lm":
             return params
         placed = sharding.param_shardings(self.run.mesh, transformer.abstract(self.config))
@@ -86,7 +94,7 @@ class Models:
         if self.reference is not self.initial:
             if self.reference is self.first:
                 return self.first_params
-            return self.reference.load_params(self.run.mesh)
+            return self.reference.load_params(self.run.mesh, self.frozen_dtype)
         if self.lora:
             # Adapters that have no effect yet: the base through the policy's own program.
             return self.load_trained()
@@ -151,7 +159,9 @@ def train_stage(run: Run, stage: str) -> dict:
     cache = None
     if stage_table.keeps_reference(run.config, stage):
         batch_size = microbatch_size_of(block)
-        cache = ReferenceCache(run.workdir, models.reference, run.mesh, batch_size)
+        cache = ReferenceCache(
+            run.workdir, models.reference, run.mesh, batch_size, models.frozen_dtype
+        )
 
     # With kept log-probs the reference itself is not needed.
     load_reference = (lambda: None) if cache else models.load_reference
@@ -222,6 +232,8 @@ def _data_feed(
         group_pairs=run.config.data.group_pairs,
         eos_id=None if sampled else run.eos_id(initial.tokenizer),
         reference_is_init=models.reference is initial,
+        # Under adapters the policy's own weights are frozen ones, too.
+        reference_dtype="float32" if models.lora else models.frozen_dtype,
         reference_log_probs=cache.log_probs if cache else None,
         longest_mismatched=longest_mismatched,
         show_example=lambda index: dataset.show(data.train, initial.tokenizer, [index]),
@@ -255,7 +267,7 @@ def _export(job: Job, models: Models, params: dict, evaluation: dict[str, float]
             base=initial.path,
             card=processes.from_first(card.adapter_text),
         )
-        params = adapters.merge(models.initial_params, params, models.lora)
+        params = adapters.merge_by_layer(models.initial_params, params, models.lora)
     if config.head == "lm_value":
         # The policy alone is exported, in the initial model's own shape.
         config = initial.config

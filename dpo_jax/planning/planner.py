@@ -20,7 +20,7 @@ from dpo_jax.models import attention, families, flops, hf, loading, transformer
 from dpo_jax.models.transformer import TransformerConfig
 from dpo_jax.parallel import sharding
 from dpo_jax.planning import groups, hlo, presets, rollouts, roofline
-from dpo_jax.planning.program import Program, make_program
+from dpo_jax.planning.program import Program, bytes_on_device, frozen_weights, make_program
 from dpo_jax.planning.report import Report
 from dpo_jax.planning.roofline import Work
 from dpo_jax.planning.topologies import MissingCompiler, Topology
@@ -88,7 +88,7 @@ def plan(
     # Under adapters it is their base.
     moves_reference = stage_table.moves_reference(config[stage])
     if moves_reference and "evaluate" in config.stages and program.base is None:
-        memory["initial"] = memory["params"]
+        memory["initial"] = bytes_on_device(frozen_weights(config, model, mesh))
 
     needed_flops = 0.0
     for step in range(len(batches)):
@@ -253,15 +253,16 @@ def _estimated(
         forward_passes += 1
     if batches.mismatched is not None:
         forward_passes += 2  # of rows that are about as long, under policy and reference
-    work, temporaries = roofline.estimate(
-        model,
-        batches.shapes[0],
-        dict(program.mesh.shape),
-        batches.microbatches,
+    step = (model, batches.shapes[0], dict(program.mesh.shape), batches.microbatches)
+    work = roofline.estimate(
+        *step,
         flops=flops_per_chip,
         forwards=forward_passes,
         state=arguments["params"] + arguments["optimizer"],
         topology=topology,
+    )
+    temporaries = roofline.temporaries(
+        *step, gradients=bytes_on_device(program.state.params), chip=topology.chip
     )
     return arguments | dict(temporaries=temporaries), work
 

@@ -46,7 +46,7 @@ class Program:
             reference=self.reference,
             batch=self.batch,
         )
-        return {kind: sum(map(_bytes_on_device, jax.tree.leaves(x))) for kind, x in kinds.items()}
+        return {kind: bytes_on_device(x) for kind, x in kinds.items()}
 
 
 def make_program(
@@ -67,12 +67,12 @@ def make_program(
     trained = lora_lib.abstract(model, lora) if lora else weights
     base = None
     if lora:
-        base = jax.tree.map(_placed, weights, sharding.param_shardings(mesh, weights))
+        base = frozen_weights(config, model, mesh)
 
     optimizer = optim.make(block.optimizer, block.weight_decay)
     shardings = state_shardings(mesh, optimizer, trained)
     state = _placed_state(abstract_state(optimizer, trained, {}), shardings, mesh)
-    reference = _reference(config, stage, state, base)
+    reference = _reference(config, stage, model, mesh, state)
 
     if objective is None:
         choices = losses.choices_of(block)
@@ -99,23 +99,37 @@ def _placed_state(state: TrainState, shardings: TrainState, mesh) -> TrainState:
     )
 
 
-def _reference(config: ConfigDict, stage: str, state: TrainState, base: dict | None) -> dict | None:
-    """The live reference's weights; None if a step reads none, or kept log-probs."""
+def frozen_weights(config: ConfigDict, model: TransformerConfig, mesh) -> dict:
+    """Return weights that a step reads and does not change."""
+    weights = transformer.abstract(model, config.model.frozen_dtype)
+    return jax.tree.map(_placed, weights, sharding.param_shardings(mesh, weights))
+
+
+def _reference(
+    config: ConfigDict, stage: str, model: TransformerConfig, mesh, state: TrainState
+) -> dict | None:
+    """Return the live reference's weights; None if a step reads none, or kept log-probs."""
     reference = stage_table.reference_of(config, stage)
     if reference == "none" or stage_table.keeps_reference(config, stage):
         return None
     # PPO's updates learn from log-probs that were measured with the samples.
     if STAGES[stage].samples:
         return None
-    # Under adapters the initial policy is another copy of them; a model at a path comes whole.
-    if base is not None and reference != "init":
-        return base
-    return state.params
+    # One that moves to the policy is held as it is. Under adapters the initial policy is another
+    # copy of them; a model at a path comes whole.
+    is_adapters = config.model.lora.rank and reference == "init"
+    if is_adapters or stage_table.moves_reference(config[stage]):
+        return state.params
+    return frozen_weights(config, model, mesh)
 
 
 def _placed(x, where: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=where)
 
 
-def _bytes_on_device(x: jax.ShapeDtypeStruct) -> int:
-    return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+def bytes_on_device(tree) -> int:
+    """Return the bytes that placed shapes take on one device."""
+    total = 0
+    for x in jax.tree.leaves(tree):
+        total += math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    return total

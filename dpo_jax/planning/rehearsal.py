@@ -84,12 +84,8 @@ def rehearse(config: ConfigDict, stage: str) -> Rehearsal:
     programs = stage_programs(stage, block, model, mesh, lora=lora)
 
     with jax.set_mesh(mesh):
-        params = _random(mesh, transformer.abstract(model))
-        base = None
-        if lora:
-            base = params
-            params = _random(mesh, adapters.abstract(model, lora))
-        reference = _reference(config, stage, model, mesh, params, base)
+        params, base = _trained(config, model, mesh, lora)
+        reference = _reference(config, stage, model, mesh, params)
         state = programs.init_state(params)
         hyper = objectives.numbers(block, steps=1)
         if lora:
@@ -172,12 +168,8 @@ def rehearse_ppo(config: ConfigDict) -> Rehearsal:
     )
 
     with jax.set_mesh(mesh):
-        params = _random(mesh, transformer.abstract(model))
-        base = None
-        if lora:
-            base = params
-            params = _random(mesh, adapters.abstract(model, lora))
-        reference = _reference(config, "ppo", model, mesh, params, base)
+        params, base = _trained(config, model, mesh, lora)
+        reference = _reference(config, "ppo", model, mesh, params)
         rewarder = None
         reward_model = rollouts.rewarder(config, model)
         if reward_model:
@@ -262,14 +254,26 @@ def _hashed(seed: int, leaf: jax.ShapeDtypeStruct) -> jax.Array:
     return (SCALE * (hashed.astype(jnp.float32) / 2.0**31 - 1)).astype(leaf.dtype)
 
 
-def _reference(config: ConfigDict, stage: str, model, mesh, params: dict, base: dict | None):
+def _trained(config: ConfigDict, model, mesh, lora: Lora | None) -> tuple[dict, dict | None]:
+    """Return what is trained, and the frozen weights under it, if it is adapters."""
+    if not lora:
+        return _random(mesh, transformer.abstract(model)), None
+    return _random(mesh, adapters.abstract(model, lora)), _frozen(config, model, mesh)
+
+
+def _frozen(config: ConfigDict, model, mesh) -> dict:
+    return _random(mesh, transformer.abstract(model, config.model.frozen_dtype))
+
+
+def _reference(config: ConfigDict, stage: str, model, mesh, params: dict):
     """Return the live reference's weights or adapters, in arrays of their own, or None."""
     name = stage_table.reference_of(config, stage)
     if name == "none" or stage_table.keeps_reference(config, stage):
         return None
-    if name == "init" or base is None:
+    is_adapters = config.model.lora.rank and name == "init"
+    if is_adapters or stage_table.moves_reference(config[stage]):
         return copy_params(params)
-    return _random(mesh, transformer.abstract(model))
+    return _frozen(config, model, mesh)
 
 
 def _in_vocabulary(batch, size: int):

@@ -23,7 +23,6 @@ from dpo_jax.planning.roofline import Work
 from dpo_jax.planning.topologies import Topology
 
 GIB = 2**30
-FLOAT32 = 4  # bytes of a weight
 
 
 def with_rollout(
@@ -44,7 +43,7 @@ def with_rollout(
     updates = block.inner_epochs * minibatches
     works, taken = _works(update, config, model, batches, topology)
     memory = dict(update.hbm_gib)
-    for kind, held in _resident(config, model, mesh).items():
+    for kind, held in resident(config, model, mesh).items():
         memory[kind] = held / GIB
     # Updates wait for the samples, so that the two take their memory in turn.
     memory["sampling"] = max(0.0, taken / GIB - memory.get("temporaries", 0.0))
@@ -124,13 +123,13 @@ def _works(
     return works, taken
 
 
-def _resident(config: ConfigDict, model: TransformerConfig, mesh) -> dict[str, int]:
+def resident(config: ConfigDict, model: TransformerConfig, mesh) -> dict[str, int]:
     """Return bytes on a device of the models that updates do not read, by kind."""
-    policy = dataclasses.replace(model, head="lm")
-    reference = transformer.abstract(policy)
+    # The reference has the value head too, at zero.
+    reference = transformer.abstract(model, config.model.frozen_dtype)
     if config.model.lora.rank:
         # The reference is another copy of the adapters, over the same base.
-        reference = adapters.abstract(policy, Lora(**config.model.lora))
+        reference = adapters.abstract(model, Lora(**config.model.lora))
     found = dict(reference=_bytes(reference, mesh))
     reward_model = rewarder(config, model)
     if reward_model:
@@ -161,11 +160,11 @@ def _rewarder_at(path: str) -> TransformerConfig | None:
 
 
 def _bytes(shapes: dict, mesh) -> int:
-    """Return the bytes of float32 weights on a device of a mesh."""
+    """Return the bytes of weights on a device of a mesh."""
     placed = sharding.param_shardings(mesh, shapes)
     total = 0
     for leaf, where in zip(jax.tree.leaves(shapes), jax.tree.leaves(placed), strict=True):
-        total += FLOAT32 * math.prod(where.shard_shape(leaf.shape))
+        total += leaf.dtype.itemsize * math.prod(where.shard_shape(leaf.shape))
     return total
 
 

@@ -14,6 +14,7 @@ from dpo_jax.data.packing import Shape
 from dpo_jax.models import transformer
 from dpo_jax.models.log_probs import chunk_logits
 from dpo_jax.models.transformer import TransformerConfig
+from dpo_jax.parallel.hardware import Chip
 from dpo_jax.parallel.sharding import AXES
 from dpo_jax.planning.topologies import Topology
 
@@ -61,8 +62,8 @@ def estimate(
     forwards: int,
     state: int,
     topology: Topology,
-) -> tuple[Work, int]:
-    """Estimate a step's work on a GPU and the bytes of its temporaries, from sizes alone.
+) -> Work:
+    """Estimate a step's work on a GPU, from sizes alone.
 
     mesh: the size of each axis. forwards: forward passes of policy and reference per microbatch,
     with those that remat repeats. state: bytes of weights and optimiser state on a device. The
@@ -74,9 +75,7 @@ def estimate(
     split = fsdp * tensor  # devices that share the weights
     # One shard's tokens: the batch is split over data and fsdp, and a device holds one shard of it.
     layer_input = shape.tokens * config.width * itemsize
-    # With full remat a layer keeps its input alone, and computes the rest again.
-    kept_inputs = 1 if config.remat == "full" else _kept(config)
-    saved = config.layers * layer_input * kept_inputs  # for the backward pass
+    saved = _saved(config, shape)
 
     once = forward(config, mesh, microbatches, topology, flops=flops)
     shares = _between_machines(mesh, topology)
@@ -110,15 +109,40 @@ def estimate(
     # their gradients, out and in. The state twice: the update rewrites it. Float32 gradients 3
     # times, 12 bytes a weight: made, then read for their norm and by the update.
     moved = passes * once.memory + microbatches * 4 * saved + 2 * state + 12 * weights / split
+    return Work(flops, moved, collectives, network)
 
-    gradients = 4 * weights / split * (1 + (microbatches > 1))  # and their sum over microbatches
-    gathered_layers = 2 * (weights / config.layers) * itemsize / tensor  # two are there at a time
+
+def temporaries(
+    config: TransformerConfig,
+    shape: Shape,
+    mesh: dict,
+    microbatches: int,
+    *,
+    gradients: int,
+    chip: Chip | None,
+) -> int:
+    """Estimate the bytes of a step's temporaries on a device, from sizes alone.
+
+    gradients: bytes of all gradients on a device. The other arguments are those of `estimate`.
+    """
+    itemsize = _itemsize(config)
+    tensor = mesh["tensor"]
+    gradients *= 1 + (microbatches > 1)  # and their sum over microbatches
+    # Two layers are there at a time.
+    gathered_layers = 2 * (_weights(config) / config.layers) * itemsize / tensor
     # float32, 4 bytes each. Three arrays of this size are counted: the logits, the softmax's own,
     # and the gradient.
-    logits = 4 * min(chunk_logits(topology.chip), shape.completion_tokens * config.vocab)
+    logits = 4 * min(chunk_logits(chip), shape.completion_tokens * config.vocab)
     rows = _rows(config, shape, itemsize) / tensor
-    temporaries = saved + gradients + gathered_layers + 3 * logits + rows
-    return Work(flops, moved, collectives, network), int(temporaries)
+    return int(_saved(config, shape) + gradients + gathered_layers + 3 * logits + rows)
+
+
+def _saved(config: TransformerConfig, shape: Shape) -> float:
+    """Return the bytes that all layers keep for the backward pass of a shard's tokens."""
+    layer_input = shape.tokens * config.width * _itemsize(config)
+    # With full remat a layer keeps its input alone, and computes the rest again.
+    kept_inputs = 1 if config.remat == "full" else _kept(config)
+    return config.layers * layer_input * kept_inputs
 
 
 def forward(

@@ -58,6 +58,7 @@ class DataFeed:
         eos_id: int | None,
         reference_is_init: bool,
         show_example: Callable[[int], str],
+        reference_dtype: str = "float32",
         reference_log_probs: Callable | None = None,
         longest_mismatched: int = 0,
     ):
@@ -66,6 +67,7 @@ class DataFeed:
         seed: of the data order; None keeps the data's own. shuffled: "prompts" shuffles groups, and
         "pairs" each example alone. group_pairs: most examples of a group. eos_id: the token that
         responses end in, or None. reference_is_init: whether the reference is the initial policy.
+        reference_dtype: that it holds the policy's kernels and embeddings in.
         show_example: index of a training example -> its text, with what is trained on marked.
         reference_log_probs: (split, examples, order) -> the reference's kept log-probs [examples,
         responses]. longest_mismatched: tokens of a prompt and the completion of another row
@@ -75,6 +77,7 @@ class DataFeed:
         self._data = data
         self._eos_id = eos_id
         self._reference_is_init = reference_is_init
+        self._reference_dtype = reference_dtype
         self._show_example = show_example
         self._reference_log_probs = reference_log_probs
         self._longest_mismatched = longest_mismatched
@@ -106,6 +109,7 @@ class DataFeed:
             metrics=metrics_lib.named(measured, "train"),
             eos_id=self._eos_id,
             reference_is_init=self._reference_is_init,
+            reference_dtype=self._reference_dtype,
             reference_log_probs=self._batches.reference_log_probs,
             show=self._show_example,
         )

@@ -4,7 +4,7 @@
                           train.sha256  eval.sha256  of a finished file, checked when it is read
 
 KEY is a hash of what the numbers depend on, and of nothing else: the reference's weights and shape,
-the tokens, the forward pass (FORWARD_VERSION, dtype, attention kernel). So beta, learning rate,
+the tokens, the forward pass (FORWARD_VERSION, dtypes, attention kernel). So beta, learning rate,
 seed, mesh and the run's name share one. A run computes what it needs and does not find, each
 distinct response to a prompt once; killed in between, it continues where it was.
 """
@@ -33,8 +33,19 @@ WITHOUT_EFFECT = ("remat", "unroll", "max_positions")
 class ReferenceCache:
     """The kept log-probs of one reference; its weights are loaded only to compute more of them."""
 
-    def __init__(self, workdir: pathlib.Path, checkpoint: Checkpoint, mesh, batch_size: int):
-        """Keep log-probs in WORKDIR/reference, computed `batch_size` examples at a time."""
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        checkpoint: Checkpoint,
+        mesh,
+        batch_size: int,
+        dtype: str = "float32",
+    ):
+        """Keep log-probs in WORKDIR/reference, computed `batch_size` examples at a time.
+
+        dtype: of the reference's kernels and embeddings.
+        """
+        self._dtype = dtype
         self._root = pathlib.Path(workdir) / "reference"
         self._checkpoint = checkpoint
         self._mesh = mesh
@@ -62,7 +73,7 @@ class ReferenceCache:
             f"reference: {missing_PK.any(axis=1).sum()} of {len(needed)} {split} rows to compute, "
             f"{len(responses)} distinct responses, kept in {path}"
         )
-        model = self._checkpoint.load(self._mesh)
+        model = self._checkpoint.load(self._mesh, dtype=self._dtype)
         for places, values in score_responses("reference", model, responses, self._batch_size):
             kept.ravel()[places] = values
             # After each batch, so that a kill costs one batch.
@@ -86,6 +97,9 @@ class ReferenceCache:
             model=_fields_with_effect(config) | dict(attention=kernel),
             forward=log_probs.FORWARD_VERSION,
         )
+        # Where products are made of 16 bits, it is all the same how many are held.
+        if self._dtype not in ("float32", config.dtype):
+            depends_on["held"] = self._dtype
         text = json.dumps(depends_on, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

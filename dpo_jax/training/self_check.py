@@ -14,11 +14,14 @@ import numpy as np
 
 from dpo_jax.data import packing
 from dpo_jax.data.examples import Examples
+from dpo_jax.models import transformer
 from dpo_jax.models.log_probs import by_example, response_log_probs
 from dpo_jax.models.values import response_rewards
 from dpo_jax.parallel import sharding
 
 CHECKED = 8  # examples that are run through the model
+# A margin is of two log-ratios, and other examples may have larger ones than those.
+MOST_ROUNDING = 4
 LOG_2 = math.log(2)
 KTO_METRICS = ("loss/train", "kto_train/kl", "kto_train/desirable")
 
@@ -35,9 +38,11 @@ class FirstBatch:
     indices: np.ndarray  # which of them the batch holds
     metrics: dict[str, float]  # what the stage's own objective measures of it before any update
     eos_id: int | None  # what responses end in
-    reference_is_init: bool  # so every log-ratio must be 0, and DPO's loss log 2
+    # So every log-ratio must be 0, and DPO's loss log 2, but for the rounding to reference_dtype.
+    reference_is_init: bool
     reference_log_probs: np.ndarray | None  # those kept, of the whole split [examples, responses]
     show: Callable[[int], str]  # index of an example -> its text, for an error message
+    reference_dtype: str = "float32"  # that the reference holds the kernels and embeddings in
 
 
 def self_check(model, block, mesh, params, reference, batch: FirstBatch) -> str:
@@ -45,8 +50,9 @@ def self_check(model, block, mesh, params, reference, batch: FirstBatch) -> str:
 
     Every response has a token to train on, and at least one ends in EOS; log-probs are finite; the
     packed batch gives those of separate rows; and where policy and reference start equal, they are
-    equal in both and the loss is what it must be. block: the stage's config block. params,
-    reference: full weights; the reference may be None.
+    equal in both and the loss is what it must be. A reference that is held in fewer bits is
+    compared with the policy rounded to them. block: the stage's config block. params, reference:
+    full weights; the reference may be None.
     """
     found = [f"{len(batch.indices)} rows"]
     few = batch.indices[:CHECKED]
@@ -55,12 +61,25 @@ def self_check(model, block, mesh, params, reference, batch: FirstBatch) -> str:
         # Packed as in training, with each prompt once for all its responses.
         packed = _measure(model, mesh, params, batch.examples, few, share=True)
         _check_finite(packed, few)
+        start = packed  # of what the reference holds
+        if batch.reference_is_init and batch.reference_dtype != "float32":
+            rounded = transformer.held(params, batch.reference_dtype)
+            start = _measure(model, mesh, rounded, batch.examples, few, share=True)
+            del rounded
         if batch.reference_is_init and reference is not None:
             of_reference = _measure(model, mesh, reference, batch.examples, few, share=True)
             # Exactly 0: the same program has run on the same numbers.
-            _check_ratios(packed - of_reference, few)
+            _check_ratios(start - of_reference, few)
             # Inside one program XLA may fuse the two passes in different ways.
             rounding = block.beta * float(_tolerance(model, packed).max()) / 100
+            ratios = "log-ratios 0"
+            moved = float(np.abs(packed - start).max())
+            if moved:
+                rounding += MOST_ROUNDING * block.beta * moved
+                ratios += (
+                    f" but for a reference in {batch.reference_dtype} (up to {moved:.1g} nats)"
+                )
+            found.append(ratios)
             if "desirable_weight" in block:
                 found.append(_check_kto(batch.metrics, block, rounding))
             else:
@@ -68,7 +87,7 @@ def self_check(model, block, mesh, params, reference, batch: FirstBatch) -> str:
                 loss_name = block.loss if block.weighting == "none" else ""
                 found.append(_check_loss(batch, loss_name, rounding))
         if batch.reference_is_init and batch.reference_log_probs is not None:
-            found.append(_check_kept(packed, batch.reference_log_probs[few], model, few))
+            found.append(_check_kept(start, batch.reference_log_probs[few], model, few))
         if model.head == "reward":
             # A reward model's head starts from 0, so all rewards are equal.
             found.append(_check_loss(batch, "sigmoid", 0))
@@ -172,8 +191,9 @@ def _check_loss(batch: FirstBatch, loss_name: str, rounding: float) -> str:
             f"at equal policy and reference the first batch has a loss of {loss:.6f} and a margin "
             f"of {margin:.3g}; expected {expected:.6f} and 0."
         )
-    equals = " = log 2" if expected == LOG_2 else ""
-    return f"log-ratios 0, loss {loss:.4f}{equals}"
+    is_exact = batch.reference_dtype == "float32"
+    equals = " = log 2" if expected == LOG_2 and is_exact else ""
+    return f"loss {loss:.4f}{equals}"
 
 
 def _check_kto(metrics, block, rounding: float) -> str:
@@ -186,7 +206,7 @@ def _check_kto(metrics, block, rounding: float) -> str:
             f"at equal policy and reference the first batch has a loss of {loss:.6f} and a KL of "
             f"{kl:.3g}; expected {weight / 2:.6f} and 0."
         )
-    return f"log-ratios 0, loss {loss:.4f}, {desirable:.0%} of the rows desirable"
+    return f"loss {loss:.4f}, {desirable:.0%} of the rows desirable"
 
 
 def _check_packing(packed, apart, model, indices) -> float:

@@ -313,6 +313,28 @@ def test_dependencies_of_stage():
     assert configs.dependencies(config, "dpo").keys() > fields.keys()
 
 
+def test_frozen_dtype_counts_where_weights_are_frozen():
+    """Plain SFT, on which many runs may build, has none; adapters have, and so has a reference."""
+    config = configs.default(("sft", "dpo"))
+    config.model.path, config.data.path = "gpt2", "rows.jsonl"
+    config.model.frozen_dtype = "bfloat16"
+
+    def stages_that_depend():
+        stages = config.stages
+        return [s for s in stages if "model.frozen_dtype" in configs.dependencies(config, s)]
+
+    assert stages_that_depend() == ["dpo"]
+    config.dpo.reference_every = 4
+    assert stages_that_depend() == []
+    expected = "expected float32, as no stage trains beside weights that it does not train"
+    with pytest.raises(ValueError, match=f"config.model.frozen_dtype = 'bfloat16': {expected}"):
+        config_checks.validate(config)
+    config.dpo.reference_every = 0
+    config_checks.validate(config)
+    config.model.lora.rank = 2
+    assert stages_that_depend() == ["sft", "dpo"]
+
+
 @pytest.mark.parametrize(
     "stages, first",
     [

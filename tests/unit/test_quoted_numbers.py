@@ -638,7 +638,11 @@ GIVEN: dict[str, list[str]] = {
         "vLLM 0.32",
         "llama-cpp-python 0.3.36",
     ],
-    "docs/lora.md": ["a Llama with 1.1 billion weights", "| 16.0 |"],
+    "docs/lora.md": [
+        "a Llama with 1.1 billion weights",
+        "| 16.0 |",
+        "a model with 8 billion weights then takes 16 GB in place of 32",  # 2 and 4 bytes each
+    ],
     "docs/losses.md": [
         "from 0.2 to 6 nats where a loss reaches them",
         "jax 0.10.2",

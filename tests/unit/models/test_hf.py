@@ -15,7 +15,7 @@ import transformers
 from flax import traverse_util
 from safetensors.numpy import load_file, save_file
 
-from dpo_jax.models import families, hf, safetensors_io
+from dpo_jax.models import families, hf, safetensors_io, transformer
 from tests.helpers import tiny_models
 from tests.helpers.paths import STORIES
 from tests.helpers.tiny_models import placed, random_model, save_model
@@ -214,7 +214,8 @@ def test_load_sharded_equals_whole(untied, tmp_path, axes):
 def test_load_shares_buffers(untied):
     for axes in (dict(fsdp=8), dict(data=8), dict(data=2, fsdp=4)):
         kernel = placed(untied[1], devices=8, **axes)["layers"]["mlp"]["up"]["kernel"]
-        buffers = hf.Pieces((2, 32, 48), kernel).buffers.values()
+        leaf = jax.ShapeDtypeStruct((2, 32, 48), np.float32)
+        buffers = hf.Pieces(leaf, kernel).buffers.values()
         assert sum(buffer.size for buffer in buffers) == 2 * 32 * 48
 
 
@@ -236,6 +237,28 @@ def test_load_shards_with_index(untied, tmp_path):
         FileNotFoundError, match=f"{folder} lacks {files[1].name}, which its index lists"
     ):
         load(folder, untied)
+
+
+def test_load_into_16_bits(untied, tmp_path, monkeypatch):
+    """Kernels and embeddings are rounded as they are read: the host holds no wide copy of them."""
+    folder, config = save_model(untied, tmp_path / "model"), untied[1]
+    held = []
+    array = hf.Pieces.array
+
+    def watched(self):
+        held.extend((self.shape, buffer.dtype) for buffer in self.buffers.values())
+        return array(self)
+
+    monkeypatch.setattr(hf.Pieces, "array", watched)
+    shardings = placed(config, devices=8, fsdp=2, tensor=2, data=2)
+    params = hf.load(folder, config, shardings, dtype="bfloat16")
+    expected = transformer.held(untied[2], "bfloat16")
+    for path, param in flat(params).items():
+        np.testing.assert_array_equal(param, flat(expected)[path], err_msg=path)
+        assert param.dtype == flat(expected)[path].dtype
+        is_wide = param.dtype == np.float32
+        assert is_wide == path.endswith(("scale", "bias")), path
+        assert {dtype for shape, dtype in held if shape == param.shape} == {param.dtype}
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])

@@ -38,6 +38,21 @@ def test_product_gradients_equal_einsum(equation):
         np.testing.assert_allclose(mine, theirs, atol=1e-5)
 
 
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_product_keeps_a_narrow_kernel_as_it_is(platform, monkeypatch):
+    """A frozen kernel of 16 bits is widened in both passes, and no wide copy is kept between."""
+    monkeypatch.setattr(linear, "device", lambda: types.SimpleNamespace(platform=platform))
+    x, kernel = operands("SND,DF->SNF")
+    narrow = kernel.astype(jnp.bfloat16)
+    y, backward = jax.vjp(lambda x: linear.product("SND,DF->SNF", x, narrow), x)
+    wide = jnp.einsum("SND,DF->SNF", x, narrow.astype(jnp.float32))
+    np.testing.assert_array_equal(y, wide)
+    expected = jnp.einsum("SNF,DF->SND", jnp.ones_like(y), narrow.astype(jnp.float32))
+    np.testing.assert_allclose(backward(jnp.ones_like(y))[0], expected, rtol=1e-6)
+    kept = [leaf.dtype for leaf in jax.tree.leaves(backward) if leaf.shape == kernel.shape]
+    assert kept == [jnp.bfloat16]
+
+
 def traced():
     """Forward and backward pass of a product and a bias, as text."""
 

@@ -45,6 +45,23 @@ def test_logits_of_published_story():
     np.testing.assert_allclose(logits[0], golden["first_position_logits"], atol=1e-4)
 
 
+@pytest.mark.parametrize("variant", ["gpt2", "gptj", "llama-biased", "gemma2", "olmo3"])
+def test_held_weights_of_16_bits_move_no_bit_of_16_bit_products(variant):
+    """So no weight is held in 16 bits that acts in more of them."""
+    config = families.from_hf(tiny_models.hf_config(variant), dtype="bfloat16")
+    params = jax.tree.map(jnp.asarray, tiny_models.random_params(config))
+    narrow = transformer.held(params, "bfloat16")
+    assert jax.tree.map(lambda x: x.dtype, narrow) == jax.tree.map(
+        lambda x: x.dtype, transformer.abstract(config, "bfloat16")
+    )
+    tokens = np.random.default_rng(0).integers(0, config.vocab, (2, 9))
+    logits = jax.jit(transformer.logits, static_argnums=0)
+    np.testing.assert_array_equal(logits(config, narrow, tokens), logits(config, params, tokens))
+    # Vectors are left, of each layer: a small part even of this model.
+    wide = [x.size for x in jax.tree.leaves(narrow) if x.dtype == jnp.float32]
+    assert sum(wide) < 0.1 * sum(x.size for x in jax.tree.leaves(params))
+
+
 # Two pairs of prompt, chosen, rejected: lengths 3, 2, 2 and 2, 3, 1; then a token of padding.
 SEQUENCES = [[0, 1, 2, 3, 4], [0, 1, 2, 5, 6], [7, 8, 9, 10, 11], [7, 8, 12]]
 POSITIONS = [0, 1, 2, 3, 4, 3, 4, 0, 1, 2, 3, 4, 2, 0]

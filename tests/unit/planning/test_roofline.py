@@ -23,7 +23,7 @@ def test_seconds_by_hand():
 def test_sampling_by_hand():
     """Two batches of 3 completions on a device, of 16 tokens and 12 new ones, over fsdp 4."""
     model = planner.model_config(scratch_config(), "dpo")
-    mesh = dict(data=1, fsdp=4, tensor=1)
+    mesh = dict(data=1, fsdp=4, context=1, expert=1, tensor=1)
     topology = topologies.parse("h100:4")
     work, taken = roofline.sampling(
         model, mesh, topology, calls=2, rows=3, prompt=16, new=12, flops=7.0

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from dpo_jax.data.examples import Examples
+from dpo_jax.models import transformer
 from dpo_jax.parallel import sharding
 from dpo_jax.training import self_check
 from tests.helpers.tiny import random_pairs
@@ -30,7 +32,16 @@ def examples(count=6, responses_of=lambda number, responses: responses):
 LOG_2 = {"loss/train": math.log(2), "rewards_train/margins": 0.0}
 
 
-def check(tiny, data, reference="same", loss="sigmoid", eos_id=EOS, exact=True, measured=LOG_2):
+def check(
+    tiny,
+    data,
+    reference="same",
+    loss="sigmoid",
+    eos_id=EOS,
+    exact=True,
+    measured=LOG_2,
+    held="float32",
+):
     config, params = tiny
     block = ConfigDict(dict(loss=loss, beta=0.1, weighting="none"))
     reference = params if isinstance(reference, str) else reference
@@ -43,6 +54,7 @@ def check(tiny, data, reference="same", loss="sigmoid", eos_id=EOS, exact=True, 
         reference_is_init=exact,
         reference_log_probs=None,
         show=lambda index: f"tokens of {index}",
+        reference_dtype=held,
     )
     return self_check.self_check(config, block, mesh, params, reference, first_batch)
 
@@ -73,6 +85,27 @@ def test_self_check_shows_other_reference(tiny):
     ):
         check(tiny, examples(), reference=other)
     check(tiny, examples(), reference=other, exact=False)
+
+
+def test_self_check_of_rounded_reference(tiny):
+    """It is compared with the policy rounded as it is, and must be that exactly."""
+    rounded = transformer.held(tiny[1], "bfloat16")
+    line = check(tiny, examples(), reference=rounded, held="bfloat16")
+    found = re.search(
+        r"log-ratios 0 but for a reference in bfloat16 \(up to ([\d.e-]+) nats\), loss 0.6931, ",
+        line,
+    )
+    gap = float(found[1])
+    assert 0.1 < gap < 3  # of weights that are far larger than trained ones
+    # Its rounding moves the loss, and no more than that is let pass.
+    moved = {"loss/train": math.log(2) + 0.1 * gap, "rewards_train/margins": 0.1 * gap}
+    check(tiny, examples(), reference=rounded, held="bfloat16", measured=moved)
+    moved["rewards_train/margins"] = gap
+    with pytest.raises(self_check.SelfCheckFailed, match="expected 0.693147 and 0"):
+        check(tiny, examples(), reference=rounded, held="bfloat16", measured=moved)
+    other = jax.tree.map(lambda x: x * 1.01, rounded)
+    with pytest.raises(self_check.SelfCheckFailed, match="has a log-ratio of .* nats, not 0"):
+        check(tiny, examples(), reference=other, held="bfloat16")
 
 
 def test_self_check_names_empty_response(tiny):
