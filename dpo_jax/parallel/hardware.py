@@ -73,6 +73,18 @@ def chip_of(device) -> Chip | None:
     return None
 
 
+def memory_limit(mesh: jax.sharding.Mesh) -> int | None:
+    """Return the bytes that jax may take of a device of the mesh; None where it is not told.
+
+    It is not on CPUs, whose memory is the host's.
+    """
+    limits = []
+    for device in mesh.local_devices:
+        stats = None if device.platform == "cpu" else device.memory_stats()
+        limits.append((stats or {}).get("bytes_limit"))
+    return None if None in limits else min(limits)
+
+
 def flops_per_second(mesh: jax.sharding.Mesh, dtype: str) -> float:
     """Return the peak FLOP/s of all devices of the mesh together.
 

@@ -23,6 +23,7 @@ from dpo_jax.parallel import processes, sharding
 from dpo_jax.pipeline import exports
 from dpo_jax.pipeline.model_card import ModelCard
 from dpo_jax.pipeline.run import Run
+from dpo_jax.planning import fit
 from dpo_jax.sampling.prompts import Prompts
 from dpo_jax.sampling.sampler import Sampling
 from dpo_jax.stage_table import STAGES
@@ -140,6 +141,7 @@ def train_stage(run: Run, stage: str) -> dict:
         reference=_reference(run, stage, initial, first),
         lora=run.lora(),
     )
+    fit.check(run.config, stage, models.config)
     # First, as no prompt may be judged that is trained on.
     if table.samples:
         prompts = run.training_prompts(stage, initial.tokenizer)

@@ -1,4 +1,4 @@
-"""Changes that make a stage fit, and a comparison of meshes: plans of changed configs."""
+"""Flags that make a stage fit, and a comparison of meshes: plans of changed configs."""
 
 import copy
 import math
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 from ml_collections import ConfigDict
 
-from dpo_jax import config_files, stage_table
+from dpo_jax import config_checks, config_files, stage_table
 from dpo_jax.data.batches import microbatch_size_of, update_size_of
 from dpo_jax.planning.report import Advice, Report
 
@@ -15,17 +15,24 @@ GPUS_PER_MACHINE = 8  # tensor parallelism stays within a machine
 
 
 def remedies(config: ConfigDict, stage: str, chips: int) -> Iterator[dict]:
-    """Yield changes that save memory, each made on top of those before: dotted field -> value."""
+    """Yield changes that save memory, each made on top of those before: dotted field -> value.
+
+    config: with the changes so far.
+    """
     block = config[stage]
     chips = _left_chips(config, chips)
     # fsdp first: it splits weights, their state and the batch, at less traffic than tensor. What
     # the batch does not divide is left to tensor.
     fsdp = math.gcd(chips, update_size_of(block))
-    yield {"mesh.data": 1, "mesh.fsdp": fsdp, "mesh.tensor": chips // fsdp}
+    if chips > 1:
+        yield {"mesh.data": 1, "mesh.fsdp": fsdp, "mesh.tensor": chips // fsdp}
     yield {"model.remat": "full"}
     if stage_table.can_keep_reference(config, stage):
         yield {f"{stage}.cache_reference": True}
     yield {"model.dtype": "bfloat16"}
+    # Rounded to it, frozen weights are those that products are made of anyway.
+    if config.model.lora.rank or _has_live_reference(config, stage):
+        yield {"model.frozen_dtype": "bfloat16"}
     size = microbatch_size_of(block)
     # Smaller microbatches give the same update in more turns, but must still split over fsdp.
     while size % 2 == 0 and size // 2 % fsdp == 0:
@@ -38,15 +45,31 @@ def remedies(config: ConfigDict, stage: str, chips: int) -> Iterator[dict]:
             size //= 2
             yield {"sampling.batch_size": size}
     if config.model.path and not config.model.lora.rank:
-        yield {"model.lora.rank": 16}  # last, because it is another way to train
+        # Last, because it is another way to train.
+        yield {"model.lora.rank": 16}
+        yield {"model.frozen_dtype": "bfloat16"}
+
+
+def _has_live_reference(config: ConfigDict, stage: str) -> bool:
+    """Return whether a step reads the weights of a reference that does not move."""
+    if stage_table.reference_of(config, stage) == "none":
+        return False
+    is_kept = stage_table.keeps_reference(config, stage)
+    return not is_kept and not stage_table.moves_reference(config[stage])
 
 
 def advise(
-    config: ConfigDict, stage: str, report: Report, replan: Callable[[ConfigDict], Report]
+    config: ConfigDict,
+    stage: str,
+    report: Report,
+    replan: Callable[[ConfigDict], Report],
+    *,
+    quiet: bool = False,
 ) -> Advice:
     """Try the remedies one on top of the other until the stage fits.
 
-    report: the plan that does not fit. replan: config -> its report.
+    Those that the run cannot take are left out, and those that take more memory. report: the plan
+    that does not fit. replan: config -> its report. quiet: show no line of each try.
     """
     config = copy.deepcopy(config)
     flags = {}
@@ -57,11 +80,17 @@ def advise(
         for name, value in remedy.items():
             if config_files.value_of(config, name) != value:
                 change[name] = value
-        if not change:
+        changed = copy.deepcopy(config)
+        changed.update_from_flattened_dict(change)
+        if not change or not _is_valid(changed):
             continue
+        found = replan(changed) if quiet else _replan(replan, changed, change)
+        # Two microbatches may take more than one: there is a sum of their gradients, too.
+        if found.hbm_gib_per_chip > report.hbm_gib_per_chip:
+            continue
+        report = found
         config.update_from_flattened_dict(change)
         flags |= change
-        report = _replan(replan, config, change)
         tries.append(
             dict(
                 flags=_as_flags(flags),
@@ -72,6 +101,15 @@ def advise(
         if report.fits:
             break
     return Advice(report.fits, _as_flags(flags), tries)
+
+
+def _is_valid(config: ConfigDict) -> bool:
+    """Return whether a run takes a config: not adapters beside a mix of references, for one."""
+    try:
+        config_checks.validate(config)
+    except ValueError:
+        return False
+    return True
 
 
 def meshes(config: ConfigDict, stage: str, chips: int) -> Iterator[dict]:

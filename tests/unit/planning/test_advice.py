@@ -9,7 +9,7 @@ from tests.helpers.tiny_runs import scratch_config
 
 def test_advise_until_it_fits():
     config = scratch_config(batch_size=64)
-    needs = iter([30.0, 20.0, 15.0])
+    needs = iter([30.0, 31.0, 20.0, 15.0])
     asked = []
 
     def again(config):
@@ -17,18 +17,42 @@ def test_advise_until_it_fits():
         need = next(needs)
         return types.SimpleNamespace(fits=need <= 16, hbm_gib_per_chip=need, capacity_gib=16.0)
 
-    advised = advice.advise(config, "dpo", types.SimpleNamespace(chips=8), again)
-    assert asked == [(8, "none", False), (8, "full", False), (8, "full", True)]
+    advised = advice.advise(
+        config, "dpo", types.SimpleNamespace(chips=8, hbm_gib_per_chip=40.0), again
+    )
+    # What takes more memory is not kept.
+    assert asked == [(8, "none", False), (8, "full", False), (8, "none", True), (8, "none", True)]
     assert advised.fits and advised.flags == (
-        "--config.mesh.data=1 --config.mesh.fsdp=8 --config.model.remat=full "
-        "--config.dpo.cache_reference=True"
+        "--config.mesh.data=1 --config.mesh.fsdp=8 --config.dpo.cache_reference=True "
+        "--config.model.dtype=bfloat16"
     )
     assert config.mesh.fsdp == 1, "the run's own config is left as it is"
     assert list(advice.remedies(config, "dpo", 8))[-3:] == [
         {"dpo.microbatch_size": size} for size in (32, 16, 8)
     ]
     config.model.path = "a model to put adapters over"
-    assert list(advice.remedies(config, "dpo", 8))[-1] == {"model.lora.rank": 16}
+    assert list(advice.remedies(config, "dpo", 8))[-2:] == [
+        {"model.lora.rank": 16},
+        {"model.frozen_dtype": "bfloat16"},
+    ]
+
+
+def test_advise_holds_frozen_weights_in_16_bits():
+    """Where a step reads them: not those of a kept reference, and last over adapters."""
+
+    def of(**fields):
+        config = scratch_config(**fields)
+        never = types.SimpleNamespace(fits=False, hbm_gib_per_chip=9.0, capacity_gib=1.0)
+        report = types.SimpleNamespace(chips=1, hbm_gib_per_chip=9.0)
+        return advice.advise(config, "dpo", report, lambda _: never, quiet=True).flags
+
+    frozen = "--config.model.frozen_dtype=bfloat16"
+    assert frozen not in of() and "cache_reference=True" in of()
+    # LD-DPO needs its reference in each step.
+    needed = of(ld_alpha=0.5)
+    assert frozen in needed and "cache_reference" not in needed
+    assert frozen not in of(reference_every=4)
+    assert "mesh" not in of()
 
 
 def test_meshes_split_the_batch():
