@@ -37,7 +37,7 @@ from dpo_jax.data.tokenizer import encode_example_prompts
 from dpo_jax.evaluation import chat_api, winrate_stats
 from dpo_jax.evaluation import judge as judges
 from dpo_jax.evaluation.judge import Comparison
-from dpo_jax.models import loading
+from dpo_jax.models import loading, transformer
 from dpo_jax.parallel import agreement, processes, sharding
 from dpo_jax.pipeline.run import Run
 from dpo_jax.pipeline.stages import run_stages
@@ -407,9 +407,10 @@ def at_checkpoints(run: Run, stage: str) -> dict[int, Policy]:
     def open_at(step):
         initial = run.initial(stage)
 
-        def load_params(mesh):
+        def load_params(mesh, dtype="float32"):
             placed = sharding.param_shardings(mesh, initial.shapes)
-            return checkpoint.load_params(folder, step, initial.shapes, placed)
+            params = checkpoint.load_params(folder, step, initial.shapes, placed)
+            return transformer.held(params, dtype)
 
         return dataclasses.replace(initial, load_params=load_params)
 

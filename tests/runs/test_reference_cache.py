@@ -215,7 +215,7 @@ def test_cache_of_reference_by_path(model, pairs, tmp_path, monkeypatch):
         != pytest.approx(np.log(2), abs=1e-3)
     )
 
-    def refused(_mesh):
+    def refused(*_):
         raise AssertionError("the reference's weights were loaded")
 
     opened = loading.open_checkpoint
