@@ -107,6 +107,7 @@ def load(
     mesh: jax.sharding.Mesh | dict | None = None,
     dtype: str = "float32",
     tokenizer: str = "",
+    max_length: int = 0,
     **options,
 ) -> "Model":
     """Load a model in Hugging Face format, from a folder or by its name on the hub.
@@ -114,7 +115,9 @@ def load(
     mesh: a mesh, or sizes of its axes as in config.mesh, such as dict(fsdp=2). Axes that are not
     given are as in the commands: every other device holds a copy of the weights and takes its part
     of each batch. dtype: of products, "float32" or "bfloat16"; weights and log-probs are float32.
-    tokenizer: where it is, if not with the model. options: head="reward" for a reward model, and
+    tokenizer: where it is, if not with the model. max_length: the longest sequence that it will
+    read, which matters to models with longrope alone (Phi-3): beyond their original length they
+    take other factors; 0: the original length. options: head="reward" for a reward model, and
     attention, remat and unroll as in config.model.
 
     Compiled programs are kept in a folder between runs, as the commands do, unless jax has been
@@ -125,6 +128,7 @@ def load(
     _check_names("load", options, [name for name in ("head", *known) if name != "dtype"])
     _check_choice("load", "head", options.get("head", "lm"), ("lm", "reward"))
     _check_fields("load", "model", options | dict(dtype=dtype), known)
+    _check_number("load", "max_length", max_length, least=0)
     if isinstance(mesh, dict):
         _check_names("load(mesh=dict(...))", mesh, [*configs.default(()).mesh, "devices"])
         for axis, size in mesh.items():
@@ -140,7 +144,7 @@ def load(
         if mesh is None or isinstance(mesh, dict):
             mesh = sharding.make_mesh(**mesh or {})
         checkpoint = loading.open_checkpoint(
-            str(path), tokenizer_path=tokenizer, dtype=dtype, **options
+            str(path), tokenizer_path=tokenizer, max_length=max_length, dtype=dtype, **options
         )
         return Model(checkpoint, checkpoint.config, checkpoint.load_params(mesh), mesh)
 

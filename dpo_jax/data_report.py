@@ -712,7 +712,9 @@ def open_tokenizer(model_path: str, tokenizer_path: str) -> tuple[object, int]:
         folder = loading.folder_of_tokenizer(model_folder, adapters)
         # A folder with a tokenizer alone is enough to look.
         if (model_folder / "config.json").exists():
-            positions = families.from_hf(hf.read_config(model_folder)).max_positions
+            hf_config = hf.read_config(model_folder)
+            families.from_hf(hf_config)  # which refuses what is not supported
+            positions = hf_config.max_position_embeddings
     if tokenizer_path:
         folder = hf.fetch(tokenizer_path, weights=False)
     return tokenizers.load(folder), positions

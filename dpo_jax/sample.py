@@ -91,7 +91,9 @@ def _sample_file(options: Options, path: pathlib.Path, mesh) -> None:
     start, date = processes.from_first(begin)
     processes.check_shared(path.parent)
     if start < len(rows):
-        checkpoint = loading.open_checkpoint(options.model, dtype=options.dtype)
+        longest = options.settings["max_prompt_length"]
+        longest = longest and longest + sampling.max_new_tokens
+        checkpoint = loading.open_checkpoint(options.model, dtype=options.dtype, max_length=longest)
         encoded = generation.encode(
             prompts,
             checkpoint.tokenizer,

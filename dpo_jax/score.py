@@ -143,15 +143,15 @@ def _score_file(options: Options, mesh) -> None:
         raise FileNotFoundError(f"--out={out}: there is no folder {folder}. Make it first.")
     processes.check_shared(folder)
 
-    checkpoint = loading.open_checkpoint(options.model, dtype=options.dtype)
+    data = configs.default(()).data
+    data.update(source="local", path=options.data or options.prompts, **options.settings)
+    checkpoint = _open(options, options.model, data)
     if options.top > checkpoint.config.vocab:
         raise ValueError(
             f"--top={options.top}: {options.model} has {checkpoint.config.vocab} tokens; expected "
             "no more than that."
         )
-    reference = _open_reference(options, checkpoint) if options.reference else None
-    data = configs.default(()).data
-    data.update(source="local", path=options.data or options.prompts, **options.settings)
+    reference = _open_reference(options, checkpoint, data) if options.reference else None
     encode = _encode_prompts if options.prompts else _encode
     encoded = encode(options, data, checkpoint.tokenizer)
     say(account(encoded.counts))
@@ -174,11 +174,15 @@ def _score_file(options: Options, mesh) -> None:
         say(writer.report())
 
 
-def _open_reference(options: Options, checkpoint: loading.Checkpoint) -> loading.Checkpoint:
-    """Open the second model, which reads the tokens of the first; ValueError where it cannot."""
-    reference = loading.open_checkpoint(
-        options.reference, dtype=options.dtype, tokenizer=checkpoint.tokenizer
+def _open(options: Options, path: str, data, tokenizer=None) -> loading.Checkpoint:
+    return loading.open_checkpoint(
+        path, tokenizer=tokenizer, max_length=data.max_length, dtype=options.dtype
     )
+
+
+def _open_reference(options: Options, checkpoint: loading.Checkpoint, data) -> loading.Checkpoint:
+    """Open the second model, which reads the tokens of the first; ValueError where it cannot."""
+    reference = _open(options, options.reference, data, checkpoint.tokenizer)
     if reference.config.vocab != checkpoint.config.vocab:
         raise ValueError(
             f"--reference={options.reference} has a vocabulary of {reference.config.vocab}, the "

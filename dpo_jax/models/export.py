@@ -92,12 +92,26 @@ def _rope_of_transformers_4(hf_config) -> dict:
     share = rope.pop("partial_rotary_factor", 1.0)
     scaling = None if rope["rope_type"] == "default" else rope
     fields = dict(rope_theta=theta, rope_scaling=scaling)
+    if rope["rope_type"] == "longrope":
+        # Beside rope_scaling, not in it.
+        fields |= dict(original_max_position_embeddings=rope["original_max_position_embeddings"])
+    if hf_config.model_type == "phi3":
+        fields |= dict(partial_rotary_factor=share, rope_scaling=_as_phi3(scaling))
     if hf_config.model_type == "gpt_neox":
         # This family has names of its own.
         fields |= dict(rotary_emb_base=theta, rotary_pct=share)
     if of_windows is not None and hf_config.model_type.startswith("gemma3"):
         fields |= dict(rope_local_base_freq=of_windows["rope_theta"])
     return fields
+
+
+def _as_phi3(scaling: dict | None) -> dict | None:
+    """Return rope_scaling as transformers 4 takes it of Phi-3, which refuses other fields."""
+    if scaling is None:
+        return None
+    elsewhere = ("rope_type", "original_max_position_embeddings")
+    kept = {name: value for name, value in scaling.items() if name not in elsewhere}
+    return kept | dict(type=scaling["rope_type"])
 
 
 def read_fields(file: pathlib.Path) -> dict:

@@ -7,6 +7,7 @@ Letters in the tables' patterns, with those of `transformer.py`: T positions, p 
 are stored as one tensor.
 """
 
+import copy
 import dataclasses
 import functools
 import math
@@ -19,7 +20,17 @@ import numpy as np
 from flax import traverse_util
 
 from dpo_jax.models import transformer
-from dpo_jax.models.transformer import LayerKind, Llama3RopeScaling, Rope, TransformerConfig
+from dpo_jax.models.rope import (
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    Rope,
+    Scaling,
+    YarnScaling,
+    longrope_attention_factor,
+    yarn_attention_factor,
+)
+from dpo_jax.models.transformer import LayerKind, TransformerConfig
 
 # Tensors that are not read: constants that old versions of transformers stored beside the weights,
 # and the parts of a model of text and images that see images.
@@ -48,7 +59,9 @@ class Tensor:
     """A tensor of a checkpoint, or one in every layer, and the parameters that it holds.
 
     name: in the checkpoint; {} stands for the layer. pattern: einops, from its axes to the
-    parameter's; a leading p on the right is one slice for each path.
+    parameter's; a leading p on the right is one slice for each path. Where the slices differ in
+    shape, each has a pattern, and the patterns stand in the order of the slices along the first
+    axis, with | between them.
     """
 
     name: str
@@ -65,6 +78,9 @@ class Tensor:
 
     def shape(self, config: TransformerConfig) -> tuple[int, ...]:
         """Return its shape in the checkpoint."""
+        if self._parts:
+            shapes = [part.shape(config) for part in self._parts]
+            return (sum(first for first, *_ in shapes), *shapes[0][1:])
         left, _ = self.pattern.split(" -> ")
         # A classifier's head is stored as [1, D]: einops writes that axis as 1.
         sizes = self._sizes(config) | {"1": 1}
@@ -73,15 +89,33 @@ class Tensor:
 
     def unpack(self, config: TransformerConfig, stored: np.ndarray) -> list[np.ndarray]:
         """Return the parameters that it holds, in the order of its paths."""
+        if self._parts:
+            ends = np.cumsum([part.shape(config)[0] for part in self._parts])
+            pieces = zip(self._parts, np.split(stored, ends[:-1]), strict=True)
+            return [part.unpack(config, piece)[0] for part, piece in pieces]
         params = einops.rearrange(stored, self.pattern, **self._sizes(config))
         return list(params) if len(self.paths) > 1 else [params]
 
     def pack(self, params: list[np.ndarray]) -> np.ndarray:
         """Return the tensor that holds these parameters: the inverse of `unpack`."""
+        if self._parts:
+            pieces = zip(self._parts, params, strict=True)
+            return np.concatenate([part.pack([param]) for part, param in pieces])
         left, right = self.pattern.split(" -> ")
         stacked = np.stack(params) if len(params) > 1 else params[0]
         # Read from right to left, the pattern is its own inverse.
         return einops.rearrange(stacked, f"{right} -> {left}")
+
+    @functools.cached_property
+    def _parts(self) -> tuple["Tensor", ...]:
+        """Its slices, each as a tensor, where they differ in shape."""
+        patterns = self.pattern.split(" | ")
+        if len(patterns) == 1:
+            return ()
+        return tuple(
+            Tensor(self.name, pattern, (path,))
+            for pattern, path in zip(patterns, self.paths, strict=True)
+        )
 
     def _sizes(self, config):
         sizes = {
@@ -139,7 +173,7 @@ def from_hf(hf_config, **options) -> TransformerConfig:
         kv_heads=heads,
         head_width=width // heads,
         mlp_width=4 * width,
-        max_positions=hf_config.max_position_embeddings,
+        max_positions=_max_positions(hf_config),
         tied=hf_config.tie_word_embeddings,
         **options,
     )
@@ -147,6 +181,36 @@ def from_hf(hf_config, **options) -> TransformerConfig:
     config = configure(hf_config, shared)
     _check(hf_config, config)
     return config
+
+
+def at_length(hf_config, max_length: int):
+    """Return the Hugging Face config of a model for sequences of up to so many tokens.
+
+    transformers takes longrope's short or long factors anew for every batch, by its longest
+    sequence, so that a row's numbers depend on the other rows, and a completion's on its end. Here
+    they are chosen once: a model for more than its original length has the long ones under both
+    names. So it is the same in transformers, too. Every other config is returned as it is.
+    """
+    rope = getattr(hf_config, "rope_parameters", None)
+    if not isinstance(rope, dict) or rope.get("rope_type") != "longrope":
+        return hf_config
+    if max_length <= _rope_number(hf_config, rope, "original_max_position_embeddings"):
+        return hf_config
+    if rope.get("short_factor") == rope.get("long_factor"):
+        return hf_config
+    hf_config = copy.deepcopy(hf_config)
+    hf_config.rope_parameters["short_factor"] = rope.get("long_factor")
+    return hf_config
+
+
+def _max_positions(hf) -> int:
+    """Return how many positions a model was made for, with the factors that it takes."""
+    rope = getattr(hf, "rope_parameters", None) or {}
+    is_short = rope.get("short_factor") != rope.get("long_factor")
+    if rope.get("rope_type") == "longrope" and is_short:
+        original = _rope_number(hf, rope, "original_max_position_embeddings")
+        return min(original, hf.max_position_embeddings)
+    return hf.max_position_embeddings
 
 
 def family(model_type: str) -> Family:
@@ -325,17 +389,23 @@ def _gemma(hf, config):
     )
 
 
-def _gated(hf, config, layer_types, *, activation=None):
-    """Set what Llama and its relatives share; they rotate whole heads.
+def _phi3(hf, config):
+    # Phi-4-mini rotates three quarters of each head.
+    return _gated(hf, config, ["sliding_attention"], partial=True)
+
+
+def _gated(hf, config, layer_types, *, activation=None, partial=False):
+    """Set what Llama and its relatives share.
 
     layer_types: of each layer, or the one type that there is: full_attention, sliding_attention.
-    activation: where the family has a name of its own for hidden_act.
+    activation: where the family has a name of its own for hidden_act. partial: whether it may
+    rotate a part of each head.
     """
     # Some models have heads whose widths do not add up to the model's (Qwen3).
     head_width = getattr(hf, "head_dim", None)
     if head_width is None:
         head_width = config.head_width
-    kinds = [_layer_kind(hf, layer_type, head_width) for layer_type in layer_types]
+    kinds = [_layer_kind(hf, layer_type, head_width, partial) for layer_type in layer_types]
     return replace(
         config,
         pattern=_pattern(kinds),
@@ -349,8 +419,11 @@ def _gated(hf, config, layer_types, *, activation=None):
     )
 
 
-def _layer_kind(hf, layer_type: str, head_width: int) -> LayerKind:
-    """Return the kind of a layer by the name that `layer_types` has for it."""
+def _layer_kind(hf, layer_type: str, head_width: int, partial: bool) -> LayerKind:
+    """Return the kind of a layer by the name that `layer_types` has for it.
+
+    partial: whether it may rotate a part of each head.
+    """
     if layer_type == "full_attention":
         window = None
     elif layer_type == "sliding_attention":
@@ -363,28 +436,83 @@ def _layer_kind(hf, layer_type: str, head_width: int) -> LayerKind:
     rope = hf.rope_parameters.get(layer_type, hf.rope_parameters)
     share = rope.get("partial_rotary_factor", 1.0)
     # Weights for a part of each head would load all the same, and be rotated wrongly.
-    if share != 1:
+    if share != 1 and not partial:
         raise _unsupported(hf, f"rope_parameters.partial_rotary_factor = {share}", "only 1.0 is")
-    return LayerKind(window, _rope(hf, rope, head_width))
+    # int() rounds down, as transformers does.
+    return LayerKind(window, _rope(hf, rope, int(head_width * share)))
 
 
 def _rope(hf, rope: dict, width: int) -> Rope:
     """Return the rotary embedding of `rope_parameters`, scaled or not, over channels of a head."""
+    return Rope(width, rope["rope_theta"], scaling=_scaling(hf, rope, width))
+
+
+def _scaling(hf, rope: dict, width: int) -> Scaling | None:
+    """Return how a rotary embedding is stretched by its `rope_parameters`; None: not at all."""
     kind = rope.get("rope_type")
+    number = functools.partial(_rope_number, hf, rope)
     if kind == "default":
-        scaling = None
-    elif kind == "llama3":
-        scaling = Llama3RopeScaling(
-            rope["factor"],
-            rope["low_freq_factor"],
-            rope["high_freq_factor"],
-            rope["original_max_position_embeddings"],
+        return None
+    if kind == "linear":
+        return LinearScaling(number("factor"))
+    if kind == "llama3":
+        return Llama3Scaling(
+            number("factor"),
+            number("low_freq_factor"),
+            number("high_freq_factor"),
+            number("original_max_position_embeddings"),
         )
-    else:
+    if kind not in ("yarn", "longrope"):
+        kinds = "'default', 'linear', 'llama3', 'yarn' and 'longrope'"
+        raise _unsupported(hf, f"rope_parameters.rope_type = {kind!r}", f"{kinds} are")
+
+    # Both take the logarithms of these.
+    number("rope_theta", above=1)
+    original = number("original_max_position_embeddings", above=1)
+    factor = number("factor", default=hf.max_position_embeddings / original)
+    if kind == "longrope":
+        if rope is not hf.rope_parameters:
+            raise _unsupported(hf, "longrope for one type of layer", "it must be that of all")
+        return LongRopeScaling(
+            # For another length than this one, `at_length` has put the others in their place.
+            _rope_factors(hf, rope, "short_factor", width),
+            number("attention_factor", default=longrope_attention_factor(factor, original)),
+        )
+    attention_factor = yarn_attention_factor(factor)
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        above = yarn_attention_factor(factor, number("mscale"))
+        attention_factor = above / yarn_attention_factor(factor, number("mscale_all_dim"))
+    truncate = rope.get("truncate", True)
+    if not isinstance(truncate, bool):
+        raise _unsupported(hf, f"rope_parameters.truncate = {truncate!r}", "true and false are")
+    return YarnScaling(
+        factor,
+        original,
+        number("attention_factor", default=attention_factor),
+        number("beta_fast", default=32),
+        number("beta_slow", default=1),
+        truncate,
+    )
+
+
+def _rope_number(hf, rope: dict, name: str, *, default=None, above=0):
+    """Return a number of `rope_parameters`; the default where it is not given."""
+    value = default if rope.get(name) is None else rope[name]
+    _check_number(hf, f"rope_parameters.{name}", value, above)
+    return value
+
+
+def _rope_factors(hf, rope: dict, name: str, width: int) -> tuple[float, ...]:
+    """Return the numbers that `rope_parameters` have for each frequency of a rotary width."""
+    values = rope.get(name)
+    if not isinstance(values, list) or len(values) != width // 2:
+        found = f"{len(values)} numbers" if isinstance(values, list) else repr(values)
         raise _unsupported(
-            hf, f"rope_parameters.rope_type = {kind!r}", "'default' and 'llama3' are"
+            hf, f"rope_parameters.{name} = {found}", f"a list of {width // 2} numbers is"
         )
-    return Rope(width, rope["rope_theta"], scaling=scaling)
+    for value in values:
+        _check_number(hf, f"a number in rope_parameters.{name}", value)
+    return tuple(values)
 
 
 def _pattern(kinds: list[LayerKind]) -> tuple[LayerKind, ...]:
@@ -413,8 +541,6 @@ def _check(hf, config: TransformerConfig):
             _check_size(hf, "sliding_window", kind.window, 10**9)
         if kind.rope is not None:
             numbers["rope_theta"] = kind.rope.theta
-            if kind.rope.scaling is not None:
-                numbers |= dataclasses.asdict(kind.rope.scaling)
     for name, value in numbers.items():
         _check_number(hf, name, value)
     if config.activation not in transformer.ACTIVATIONS:
@@ -451,11 +577,11 @@ def _check_size(hf, field: str, value, most: int):
         )
 
 
-def _check_number(hf, name: str, value):
-    """Refuse what is no number above 0, or beyond reason."""
+def _check_number(hf, name: str, value, above=0):
+    """Refuse what is no number above 0, or another one, or beyond reason."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0 < value < 1e30:  # not for nan either
-        raise _unsupported(hf, f"{name} = {value!r}", "it must be a number above 0")
+    if not is_number or not above < value < 1e30:  # not for nan either
+        raise _unsupported(hf, f"{name} = {value!r}", f"it must be a number above {above}")
 
 
 def _unsupported(hf, found: str, supported: str) -> ValueError:
@@ -593,8 +719,8 @@ LLAMA_TENSORS = _table(
 def _instead(table: tuple[Tensor, ...], *rows) -> tuple[Tensor, ...]:
     """Return a table with other rows for the parameters of these."""
     rows = _table(*rows)
-    replaced = {tensor.paths for tensor in rows}
-    return (*[tensor for tensor in table if tensor.paths not in replaced], *rows)
+    replaced = {path for tensor in rows for path in tensor.paths}
+    return (*[tensor for tensor in table if replaced.isdisjoint(tensor.paths)], *rows)
 
 
 # Gemma has norms before and after; Llama's name for the one before the MLP is that of another here.
@@ -616,6 +742,25 @@ OLMO_TENSORS = _instead(
     ("model.layers.{}.self_attn.k_norm.weight", "(K C) -> K C", "layers/attention/k_norm/scale"),
 )
 
+# Llama's, with q, k and v as one tensor, whose parts are of unequal sizes, and gate and up as
+# another.
+PHI3_TENSORS = _instead(
+    LLAMA_TENSORS,
+    (
+        "model.layers.{}.self_attn.qkv_proj.weight",
+        "(H C) D -> D H C | (K C) D -> D K C | (K C) D -> D K C",
+        "layers/attention/q/kernel",
+        "layers/attention/k/kernel",
+        "layers/attention/v/kernel",
+    ),
+    (
+        "model.layers.{}.mlp.gate_up_proj.weight",
+        "(p F) D -> p D F",
+        "layers/mlp/gate/kernel",
+        "layers/mlp/up/kernel",
+    ),
+)
+
 FAMILIES = {
     "gpt2": Family("GPT2LMHeadModel", "transformer.", _gpt2, GPT2_TENSORS),
     "gptj": Family("GPTJForCausalLM", "transformer.", _gptj, GPTJ_TENSORS),
@@ -629,4 +774,5 @@ FAMILIES = {
     "olmo3": Family("Olmo3ForCausalLM", "model.", _olmo, OLMO_TENSORS),
     "gemma2": Family("Gemma2ForCausalLM", "model.", _gemma2, GEMMA_TENSORS),
     "gemma3_text": Family("Gemma3ForCausalLM", "model.", _gemma3, GEMMA_TENSORS),
+    "phi3": Family("Phi3ForCausalLM", "model.", _phi3, PHI3_TENSORS),
 }

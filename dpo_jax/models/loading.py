@@ -109,7 +109,7 @@ class Checkpoint:
         """Check that the model can read every example.
 
         Raises ValueError for a token outside of the vocabulary, and for an example with more tokens
-        than the model has learned positions. Rotary models only get a warning.
+        than a model with a limit can read. Other rotary models only get a warning.
         """
         if not len(examples):
             return
@@ -125,12 +125,11 @@ class Checkpoint:
             )
         if length_P.max() <= self.config.max_positions:
             return
-        if self.config.learned_positions:
+        if self.config.limit:
             first = int(np.argmax(length_P > self.config.max_positions))
             raise ValueError(
                 f"{examples.where[first]} has {length_P[first]} tokens, but the model has "
-                f"{self.config.max_positions} positions: lower config.data.max_length "
-                "(--max_length)."
+                f"{self.config.limit}: lower config.data.max_length (--max_length)."
             )
         warn(
             f"rows of up to {length_P.max()} tokens, but the model was made for "
@@ -143,17 +142,25 @@ def _largest_id(example) -> int:
 
 
 def open_checkpoint(
-    path: str, *, tokenizer_path: str = "", tokenizer=None, rounded_to: str = "", **options
+    path: str,
+    *,
+    tokenizer_path: str = "",
+    tokenizer=None,
+    rounded_to: str = "",
+    max_length: int = 0,
+    **options,
 ) -> Checkpoint:
     """Open a model in Hugging Face format by hub name or folder.
 
     A folder with a LoRA adapter stands for its base with the adapter merged into it.
     tokenizer_path: where the tokenizer is, if not with the model. tokenizer: an open one to use
     instead. rounded_to: one of export.DTYPES, to load the weights as if they had been exported in
-    it. options: those of `families.from_hf`; head is "reward" for a reward model.
+    it. max_length: the longest sequence that it will read, for which longrope's factors are chosen;
+    0: those for short ones. options: those of `families.from_hf`; head is "reward" for a reward
+    model.
     """
     folder, adapters = find(path)
-    hf_config = hf.read_config(folder)
+    hf_config = _at_length(path, hf.read_config(folder), max_length)
     # A reward model has no language model's head that could be tied.
     has_tied_head = hf_config.tie_word_embeddings and options.get("head") != "reward"
     if has_tied_head and any(adapter.unties(hf_config.model_type) for adapter in adapters):
@@ -183,6 +190,17 @@ def open_checkpoint(
         # Read here so that a wrong file is refused before training, not by the export.
         source.eos_ids()
     return Checkpoint(config, hf_config, tokenizer, path, load_params, fingerprint, source)
+
+
+def _at_length(path: str, hf_config, max_length: int):
+    """Return a config with longrope's factors for sequences of this length; say where it is so."""
+    chosen = families.at_length(hf_config, max_length)
+    if chosen is not hf_config:
+        _say_once(
+            f"{path}: longrope's long factors, as max_length = {max_length}, for shorter sequences "
+            "too; so config.json of an export has them as short_factor as well"
+        )
+    return chosen
 
 
 def _placed(mesh, config: TransformerConfig, dtype: str) -> dict:
@@ -281,17 +299,19 @@ def _stored_dtype(folder: pathlib.Path) -> str:
     return STORED_DTYPES.get(safetensors_io.stored_dtype(folder), "float32")
 
 
-def from_scratch(fields: dict, seed: int, *, tokenizer_path: str = "", **options) -> Checkpoint:
+def from_scratch(
+    fields: dict, seed: int, *, tokenizer_path: str = "", max_length: int = 0, **options
+) -> Checkpoint:
     """Make a random model of the family and sizes that fields of a Hugging Face config give.
 
     Without tokenizer_path its tokenizer is the toy's. The ids of BOS and EOS in its config are the
-    tokenizer's, unless the fields give others.
+    tokenizer's, unless the fields give others. max_length: as for `open_checkpoint`.
     """
     tokenizer_folder = hf.fetch(tokenizer_path, weights=False) if tokenizer_path else None
     tokenizer = tokenizers.load(tokenizer_folder) if tokenizer_folder else toy.tokenizer()
     # Those of the config's class are another tokenizer's: `generate` would stop at some word.
     special = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
-    hf_config = hf.make_config(special | dict(fields))
+    hf_config = _at_length("model.scratch", hf.make_config(special | dict(fields)), max_length)
     config = families.from_hf(hf_config, **options)
 
     def load_params(mesh, dtype="float32"):

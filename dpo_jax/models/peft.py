@@ -19,7 +19,7 @@ import numpy as np
 from flax import traverse_util
 from jax.experimental import multihost_utils
 
-from dpo_jax.models import families, safetensors_io
+from dpo_jax.models import families, safetensors_io, transformer
 from dpo_jax.models.export import read_fields
 from dpo_jax.models.families import Tensor
 from dpo_jax.models.hf import gathered
@@ -75,7 +75,7 @@ def save(
         for name, layer in tensor.names(config):
             a = {number: params[path + "lora_a"][layer] for number, path in pieces.items()}
             b = {number: params[path + "lora_b"][layer] for number, path in pieces.items()}
-            of_inputs, of_outputs = pack(tensor, a, b)
+            of_inputs, of_outputs = pack(config, tensor, a, b)
             prefix = "base_model.model." + name.removesuffix(".weight")
             stored[f"{prefix}.lora_A.weight"] = of_inputs
             stored[f"{prefix}.lora_B.weight"] = of_outputs
@@ -94,31 +94,39 @@ def save(
 
 
 def pack(
-    tensor: Tensor, a: dict[int, np.ndarray], b: dict[int, np.ndarray]
+    config: TransformerConfig, tensor: Tensor, a: dict[int, np.ndarray], b: dict[int, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return PEFT's lora_A [rank, inputs] and lora_B [outputs, rank] of a tensor in one layer.
 
     a, b: the factors of those of the tensor's parameters that have an adapter, by their place among
     its paths.
     """
-    left, right = tensor.pattern.split(" -> ")
-    letters = right.removeprefix("p ").split()
     # Input axes of the parameter: all of A's but the rank, which is its last.
     count = next(iter(a.values())).ndim - 1
-    inputs, outputs = " ".join(letters[:count]), " ".join(letters[count:])
-    # The output axes as the checkpoint stores them: p may stand before or among them.
-    stored_outputs = next(
-        group for group in re.findall(r"\(.+?\)|\w", left) if letters[-1] in group
-    ).strip("()")
+    inputs = " ".join(_axes(tensor)[:count])
     # All A's under each other, [n * rank, inputs].
     of_inputs = einops.rearrange(list(a.values()), f"n {inputs} r -> (n r) ({inputs})")
     # Each B only in the columns of its own A. Parameters without an adapter have rows of zeros.
-    blocks = np.zeros((len(tensor.paths), len(b), *next(iter(b.values())).shape), np.float32)
-    for column, (row, factor) in enumerate(b.items()):
-        blocks[row, column] = factor
-    stored_outputs = stored_outputs if "p" in stored_outputs.split() else f"p {stored_outputs}"
-    of_outputs = einops.rearrange(blocks, f"p n r {outputs} -> ({stored_outputs}) (n r)")
+    weights = traverse_util.flatten_dict(transformer.abstract(config), sep="/")
+    columns = []
+    for number, factor in b.items():
+        # Packed as kernels are, of `rank` inputs.
+        kernels = []
+        for path in tensor.paths:
+            outputs = weights[path].shape[1 + count :]
+            kernels.append(np.zeros((len(factor), *[1] * (count - 1), *outputs), np.float32))
+        kernels[number] = factor.reshape(kernels[number].shape)
+        column = tensor.pack(kernels)
+        columns.append(column.T if _inputs_first(tensor) else column)
+    of_outputs = np.concatenate(columns, axis=1)
     return np.ascontiguousarray(of_inputs), np.ascontiguousarray(of_outputs)
+
+
+def _axes(tensor: Tensor) -> list[str]:
+    """Return the letters of a parameter's axes, which differ in the outputs alone."""
+    first, *_ = tensor.pattern.split(" | ")
+    _, right = first.split(" -> ")
+    return right.removeprefix("p ").split()
 
 
 def _module(tensor: Tensor) -> str:
@@ -128,8 +136,8 @@ def _module(tensor: Tensor) -> str:
 
 def _inputs_first(tensor: Tensor) -> bool:
     """Return whether it is stored [inputs, outputs], as GPT-2's are."""
-    left, right = tensor.pattern.split(" -> ")
-    first, *_, last = right.removeprefix("p ").split()
+    left, _ = tensor.pattern.split(" -> ", 1)
+    first, *_, last = _axes(tensor)
     return left.index(first) < left.index(last)
 
 

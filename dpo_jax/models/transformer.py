@@ -30,6 +30,7 @@ import jax.numpy as jnp
 
 from dpo_jax.models.attention import attend, attend_cached
 from dpo_jax.models.linear import Linear, over_tokens, softcapped, wide_product
+from dpo_jax.models.rope import LongRopeScaling, Rope, rotary_angles, rotate
 from dpo_jax.parallel.sharding import BATCH, constrain, device, path_name
 
 HEADS = ("lm", "reward", "lm_value")
@@ -56,29 +57,6 @@ REMAT_POLICIES = {
 # Paths of kernels and embeddings: nearly all of the weights, and those that the forward pass rounds
 # to the compute dtype. What else there is, norms, biases and scalar heads, acts in float32.
 KERNELS_AND_EMBEDDINGS = re.compile(r"/kernel$|^embed/")
-
-
-@dataclasses.dataclass(frozen=True)
-class Llama3RopeScaling:
-    """Llama 3.1's stretching of the low rotary frequencies."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_positions: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Rope:
-    """A rotary embedding: pairs of a head's channels are turned by angles that grow with position.
-
-    Only the first `width` channels of each head are.
-    """
-
-    width: int
-    theta: float = 10_000.0
-    interleaved: bool = False  # pairs are neighbours (GPT-J), not halves
-    scaling: Llama3RopeScaling | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +121,18 @@ class TransformerConfig:
     def narrowest_window(self) -> int | None:
         """The shortest window of any layer; None where all see everything."""
         return min((kind.window for kind in self.pattern if kind.window), default=None)
+
+    @property
+    def limit(self) -> str:
+        """How many positions no sequence may pass, as a message says it; "": none."""
+        if self.learned_positions:
+            return f"{self.max_positions} positions"
+        if any(isinstance(rope.scaling, LongRopeScaling) for rope in self.ropes):
+            return (
+                f"{self.max_positions} positions (by longrope's factors, chosen when it is opened, "
+                "for max_length or, to sample, max_prompt_length + max_new_tokens)"
+            )
+        return ""
 
     @property
     def ropes(self) -> tuple[Rope, ...]:
@@ -541,42 +531,3 @@ def unrolled_layers(config: TransformerConfig) -> int:
 def residual_scale(config: TransformerConfig) -> float:
     """Return the scale of initial weights that write to the residual stream (GPT-2)."""
     return 1 / math.sqrt(2 * config.layers)
-
-
-def rotary_angles(rope: Rope, positions_SN) -> tuple[jax.Array, jax.Array]:
-    """Return cosines and sines of the rotary embedding, [S, N, 1, rope.width / 2] each, float32."""
-    # Float32 whatever the compute dtype: bfloat16 cannot tell large positions apart.
-    exponent = jnp.arange(0, rope.width, 2, dtype=jnp.float32) / rope.width
-    frequency = rope.theta**-exponent
-    if rope.scaling is not None:
-        frequency = _llama3_frequencies(frequency, rope.scaling)
-    angle = positions_SN[..., None, None] * frequency
-    return jnp.cos(angle), jnp.sin(angle)
-
-
-def _llama3_frequencies(frequency, scaling: Llama3RopeScaling):
-    """Divide slow frequencies by the factor, keep fast ones, and blend those between."""
-    # How often each frequency turns over the length that the model was first trained on.
-    turns = scaling.original_max_positions * frequency / (2 * jnp.pi)
-    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    blend = jnp.clip(blend, 0, 1)
-    return frequency * (blend + (1 - blend) / scaling.factor)
-
-
-def rotate(rope: Rope, x_SNHC, rotation) -> jax.Array:
-    """Rotate the first `rope.width` channels of each head by the token's angles."""
-    cos, sin = rotation
-    # GPT-NeoX and GPT-J rotate the first channels alone; the others carry no position.
-    turned, kept = jnp.split(x_SNHC, [rope.width], axis=-1)
-    # Which channels make a pair is a convention of the weights, so it must be the checkpoint's.
-    if rope.interleaved:
-        a, b = turned[..., 0::2], turned[..., 1::2]
-    else:
-        a, b = jnp.split(turned, 2, axis=-1)
-    pair = (a * cos - b * sin, b * cos + a * sin)
-    if rope.interleaved:
-        turned = jnp.stack(pair, axis=-1).reshape(turned.shape)
-    else:
-        turned = jnp.concatenate(pair, axis=-1)
-    # The float32 angles have widened the pairs.
-    return jnp.concatenate([turned.astype(x_SNHC.dtype), kept], axis=-1)

@@ -309,7 +309,10 @@ def _reference(run: Run, stage: str, initial: Checkpoint, first: Checkpoint) -> 
     if name == "first":
         return first
     other = loading.open_checkpoint(
-        name, tokenizer=initial.tokenizer, **configs.model_options(run.config)
+        name,
+        tokenizer=initial.tokenizer,
+        max_length=run.config.data.max_length,
+        **configs.model_options(run.config),
     )
     if other.config.vocab != initial.config.vocab:
         raise ValueError(

@@ -41,6 +41,8 @@ _OLMO2 = dict(
 )
 _OLMO3 = dict(model_type="olmo3", max_position_embeddings=65536)
 
+_PHI3 = dict(model_type="phi3")
+
 
 def _gpt2(layers, width, heads):
     return dict(model_type="gpt2", n_layer=layers, n_embd=width, n_head=heads)
@@ -160,6 +162,23 @@ MODELS = {
     "gemma-3-1b": _decoder(_GEMMA3, 26, 1152, 4, 1, 6912, 262144, sliding_window=512),
     "gemma-3-4b": _decoder(_GEMMA3, 34, 2560, 8, 4, 10240, 262208),
     "gemma-3-12b": _decoder(_GEMMA3, 48, 3840, 16, 8, 15360, 262208),
+    "phi-3-mini-4k": _decoder(
+        _PHI3, 32, 3072, 32, 32, 8192, 32064, max_position_embeddings=4096, sliding_window=2047
+    ),
+    "phi-4": _decoder(_PHI3, 40, 5120, 40, 10, 17920, 100352, max_position_embeddings=16384),
+    # Without its longrope, of which a plan takes no notice.
+    "phi-4-mini": _decoder(
+        _PHI3,
+        32,
+        3072,
+        24,
+        8,
+        8192,
+        200064,
+        max_position_embeddings=131072,
+        tie_word_embeddings=True,
+        rope_parameters=dict(rope_type="default", rope_theta=10_000.0, partial_rotary_factor=0.75),
+    ),
 }
 ALIASES = {  # fine-tuned models of these sizes under names of their own
     "openai_summarize_tldr_sft": "gpt-j-6b",

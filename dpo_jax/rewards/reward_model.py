@@ -59,7 +59,7 @@ def of_examples(path: str, batch_size: int, mesh, data, date: datetime.date) -> 
     Chat messages go through the model's own template. data: the data block of the config that the
     examples were read by. date: what templates take for today.
     """
-    checkpoint = loading.open_checkpoint(path, head="reward")
+    checkpoint = loading.open_checkpoint(path, head="reward", max_length=data.max_length)
     reward_tokens = token_reward(checkpoint, batch_size, mesh)
 
     def reward(texts: list[TextExample]) -> np.ndarray:

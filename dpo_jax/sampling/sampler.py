@@ -150,12 +150,12 @@ def check(
                 f"model's vocabulary is 0 to {config.vocab - 1}: its tokenizer is another model's."
             )
         length = len(prompt) + sampling.max_new_tokens
-        # Learned positions are a table with an end. Rotary ones have none.
-        if config.learned_positions and length > config.max_positions:
+        # Learned positions are a table with an end. Most rotary ones have none.
+        if config.limit and length > config.max_positions:
             raise ValueError(
                 f"prompt {index} has {len(prompt)} tokens, and with max_new_tokens="
-                f"{sampling.max_new_tokens} it passes the model's {config.max_positions} "
-                "positions: shorten the prompts or max_new_tokens."
+                f"{sampling.max_new_tokens} it passes the model's {config.limit}: shorten the "
+                "prompts or max_new_tokens."
             )
 
 

@@ -3,7 +3,8 @@
 import numpy as np
 
 from dpo_jax.data.examples import Example
-from dpo_jax.models.transformer import LayerKind, Rope, TransformerConfig
+from dpo_jax.models.rope import Rope
+from dpo_jax.models.transformer import LayerKind, TransformerConfig
 
 # The numbers of a training stage, as the step takes them.
 HYPER = {

@@ -30,6 +30,21 @@ LLAMA3_ROPE = dict(
     high_freq_factor=4.0,
     original_max_position_embeddings=16,
 )
+YARN_ROPE = dict(
+    rope_type="yarn",
+    rope_theta=100.0,
+    factor=4.0,
+    original_max_position_embeddings=16,
+    beta_fast=2.0,
+    beta_slow=0.1,
+)
+PHI3 = SIZES | dict(num_key_value_heads=2, pad_token_id=0)
+# As Phi-4-mini's config.json has it. It turns three quarters of each head.
+LONGROPE = dict(
+    partial_rotary_factor=0.75,
+    original_max_position_embeddings=24,
+    rope_scaling=dict(type="longrope", short_factor=[1.0, 1.5, 2.0], long_factor=[1.25, 4.0, 8.0]),
+)
 
 GEMMA3_LOCAL_ROPE = dict(rope_type="default", rope_theta=100.0)
 FULL = "full_attention"
@@ -57,10 +72,13 @@ VARIANTS = {
     "mistral": ("MistralConfig", SIZES | dict(num_key_value_heads=2, sliding_window=None)),
     "mistral-window": ("MistralConfig", SIZES | dict(num_key_value_heads=2, sliding_window=5)),
     "qwen2": ("Qwen2Config", SIZES | dict(num_key_value_heads=2)),
+    "qwen2-yarn": ("Qwen2Config", SIZES | dict(num_key_value_heads=2, rope_parameters=YARN_ROPE)),
     "qwen3": (
         "Qwen3Config",
         SIZES | dict(num_key_value_heads=2, head_dim=16, tie_word_embeddings=True),
     ),
+    "phi3": ("Phi3Config", PHI3 | LONGROPE | dict(tie_word_embeddings=True)),
+    "phi3-window": ("Phi3Config", PHI3 | dict(sliding_window=5)),
     # Layers that differ, more than twice the pattern, the last time not to its end.
     "qwen3-mixed": (
         "Qwen3Config",

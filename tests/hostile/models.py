@@ -129,6 +129,8 @@ def _damaged_files() -> Iterator[Case]:
 
 # ---- config.json
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
 FIELDS = [  # of config.json, and values that no model has
     *(
         (field, value)
@@ -144,6 +146,10 @@ FIELDS = [  # of config.json, and values that no model has
         for value in (0, -1.0, math.nan, math.inf, "x", [], 1e308)
     ),
     *(("rope_scaling", value) for value in (3, "llama3", {"rope_type": "llama3"})),
+    *(("rope_scaling", {"rope_type": "linear", "factor": value}) for value in (0, None, "4", [])),
+    *(("rope_scaling", YARN | {name: []}) for name in (*YARN, "attention_factor", "truncate")),
+    *(("rope_scaling", LONGROPE | {name: 3}) for name in ("short_factor", "long_factor")),
+    ("rope_scaling", LONGROPE | {"short_factor": [1.0]}),
     ("rope_parameters", {"rope_type": "default", "rope_theta": 0}),
     ("rope_parameters", []),
     ("rope_parameters", "default"),

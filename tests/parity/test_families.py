@@ -1,5 +1,7 @@
 """Every family against transformers' own torch model, in both directions."""
 
+import copy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -129,3 +131,43 @@ def test_text_part_of_a_model_with_images_is_read(tmp_path):
     assert type(again).__name__ == "Gemma3ForCausalLM"
     with torch.no_grad():
         np.testing.assert_allclose(again(torch.tensor(tokens)).logits, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("length", [24, 25])  # longrope's original length, and a token more
+def test_longrope_takes_factors_of_its_length(length, tmp_path):
+    """Logits, gradients, and an export that transformers computes alike at every length."""
+    torch = pytest.importorskip("torch", reason="compares with transformers' torch models")
+    folder = tiny_models.write("phi3", tmp_path / "source")
+    hf_config = families.at_length(hf.read_config(folder), length)
+    config = families.from_hf(hf_config)
+    params = hf.load(folder, config, one_device(config))
+    # Without the token of padding, whose embedding has no gradient in torch.
+    tokens = np.random.default_rng(0).integers(1, 96, (2, length))
+
+    def loss(params):
+        logits = transformer.logits(config, params, tokens)
+        return (jax.nn.log_softmax(logits)[..., 0]).sum(), logits
+
+    (_, logits), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    theirs = copy.deepcopy(tiny_models.torch_model("phi3"))
+    expected = theirs(torch.tensor(tokens)).logits
+    np.testing.assert_allclose(logits, expected.detach().numpy(), atol=1e-4, rtol=0)
+    expected.log_softmax(-1)[..., 0].sum().backward()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.copy_(parameter.grad)
+    theirs.save_pretrained(tmp_path / "gradient")
+    expected = hf.load(tmp_path / "gradient", config, one_device(config))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3 * np.abs(b).mean()),
+        gradient,
+        expected,
+    )
+
+    # What was trained with the long factors has them at every length, in transformers too.
+    hf.save(tmp_path / "hf", config, hf_config, params)
+    assert families.from_hf(hf.read_config(tmp_path / "hf")) == config
+    exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    with torch.no_grad():
+        of_start = exported(torch.tensor(tokens[:, :10])).logits.numpy()
+    np.testing.assert_allclose(of_start, logits[:, :10], atol=1e-4, rtol=0)

@@ -39,7 +39,14 @@ def loaded(folder, config):
 
 
 @pytest.mark.parametrize(
-    "variant, targets", [("gpt2", ("v", "q", "down")), ("neox-parallel", ()), ("llama2", ())]
+    "variant, targets",
+    [
+        ("gpt2", ("v", "q", "down")),
+        ("neox-parallel", ()),
+        ("llama2", ()),
+        # q and v of the one tensor, up of gate and up.
+        ("phi3", ("v", "q", "up", "out")),
+    ],
 )
 def test_peft_loads_adapter(variant, targets, tmp_path):
     """And what it merges is what we export."""
@@ -138,6 +145,7 @@ def save_random_adapter(model, folder):
                 alpha_pattern={"q_proj": 32},
             ),
         ),
+        ("phi3", dict(target_modules=["qkv_proj", "gate_up_proj"])),
         ("llama2", dict(target_modules=["v_proj"], modules_to_save=["lm_head", "embed_tokens"])),
         ("qwen3", dict(target_modules=["q_proj", "o_proj"], layers_to_transform=[1])),
     ],

@@ -40,6 +40,9 @@ def tokens(completions):
         "olmo3",
         "gemma2",
         "gemma3",
+        "qwen2-yarn",
+        "phi3",
+        "phi3-window",
     ],
 )
 def test_sample_greedy_equals_generate(variant, tmp_path):
@@ -66,6 +69,23 @@ def test_sample_greedy_equals_generate(variant, tmp_path):
         assert one.tokens.tolist() == whole[0, len(prompt) :].tolist()
         expected = log_probs[len(prompt) - 1 : -1].gather(1, whole[0, len(prompt) :, None])[:, 0]
         np.testing.assert_allclose(one.log_probs, expected, atol=1e-4)
+
+
+def test_sample_greedy_equals_generate_past_longrope_s_original_length(tmp_path):
+    """Prompts of more than its 24 tokens, for which both have the long factors."""
+    torch = pytest.importorskip("torch", reason="compares with transformers' torch models")
+    folder, mesh = tiny_models.write("phi3", tmp_path), one_device()
+    config = families.from_hf(families.at_length(hf.read_config(folder), 48))
+    params = hf.load(folder, config, sharding.param_shardings(mesh, transformer.abstract(config)))
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(2, 96, length).astype(np.int32) for length in (25, 36)]
+    ours = sample(Model(config, params, None, mesh, 1), prompts, Sampling(12, temperature=0))
+    for prompt, (one,) in zip(prompts, ours, strict=True):
+        with torch.no_grad():
+            whole = tiny_models.torch_model("phi3").generate(
+                torch.tensor(prompt[None].astype(int)), do_sample=False, max_new_tokens=12
+            )
+        assert one.tokens.tolist() == whole[0, len(prompt) :].tolist()
 
 
 @pytest.mark.parametrize(("variant", "beams"), [("gpt2", 2), ("mistral-window", 5)])

@@ -5,7 +5,7 @@ import pytest
 import transformers
 from flax import traverse_util
 
-from dpo_jax.models import families, transformer
+from dpo_jax.models import families, rope, transformer
 from tests.helpers import tiny_models
 
 LLAMA = {
@@ -59,6 +59,15 @@ def mlp(width):
         "layers/mlp/down/bias": (2, 32),
     }
 
+
+YARN = tiny_models.YARN_ROPE
+LONGROPE = dict(
+    rope_type="longrope",
+    rope_theta=100.0,
+    original_max_position_embeddings=16,
+    short_factor=[1.0] * 4,
+    long_factor=[2.0] * 4,
+)
 
 # Checkpoints and sharding rules go by these: a change here breaks the runs that people have on
 # disk.
@@ -168,8 +177,8 @@ def test_buffers_are_no_tensors():
         ),
         (
             "llama2",
-            dict(rope_parameters=dict(rope_type="linear", factor=2.0, rope_theta=1e4)),
-            "rope_parameters.rope_type = 'linear' .* 'default' and 'llama3' are",
+            dict(rope_parameters=dict(rope_type="dynamic", factor=2.0, rope_theta=1e4)),
+            "rope_parameters.rope_type = 'dynamic' .* 'yarn' and 'longrope' are",
         ),
         (
             "llama2",
@@ -177,6 +186,21 @@ def test_buffers_are_no_tensors():
                 rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5)
             ),
             "partial_rotary_factor = 0.5",
+        ),
+        ("qwen2-yarn", dict(rope_parameters=YARN | dict(factor="4")), "factor = '4' .* a number"),
+        ("qwen2-yarn", dict(rope_parameters=YARN | dict(factor=float("nan"))), "factor = nan"),
+        ("qwen2-yarn", dict(rope_parameters=YARN | dict(rope_theta=1.0)), "rope_theta = 1.0 .*"),
+        ("qwen2-yarn", dict(rope_parameters=YARN | dict(truncate=1)), "truncate = 1 .* true and"),
+        ("qwen2-yarn", dict(rope_parameters=YARN | dict(beta_fast=-1)), "beta_fast = -1"),
+        (
+            "llama2",
+            dict(rope_parameters=LONGROPE | dict(short_factor=[1.0])),
+            "short_factor = 1 numbers .* a list of 4 numbers is",
+        ),
+        (
+            "llama2",
+            dict(rope_parameters=LONGROPE | dict(short_factor=[1.0, 1.0, 0.0, 1.0])),
+            "a number in rope_parameters.short_factor = 0.0 .* above 0",
         ),
         (
             "qwen3",
@@ -227,5 +251,18 @@ def test_from_hf_passes_options():
         tiny_models.hf_config("llama3"), dtype="bfloat16", remat="dots", unroll=2
     )
     assert (config.dtype, config.remat, config.unroll) == ("bfloat16", "dots", 2)
-    scaling = transformer.Llama3RopeScaling(8.0, 1.0, 4.0, 16)
-    assert config.ropes == (transformer.Rope(8, 10_000.0, scaling=scaling),)
+    scaling = rope.Llama3Scaling(8.0, 1.0, 4.0, 16)
+    assert config.ropes == (rope.Rope(8, 10_000.0, scaling=scaling),)
+
+
+def test_at_length_chooses_longrope_factors_once():
+    hf_config = tiny_models.hf_config("phi3")  # made for 64 tokens, of 24 at first
+    short, long = hf_config.rope_parameters["short_factor"], [1.25, 4.0, 8.0]
+    for length, factors, positions in ((0, short, 24), (24, short, 24), (25, long, 64)):
+        config = families.from_hf(families.at_length(hf_config, length))
+        assert config.ropes[0].scaling.factors == tuple(factors)
+        assert config.max_positions == positions and f"{positions} positions" in config.limit
+    # The caller's own is as it was.
+    assert hf_config.rope_parameters["short_factor"] == short
+    others = tiny_models.hf_config("qwen2-yarn")
+    assert families.at_length(others, 10**6) is others and not families.from_hf(others).limit

@@ -50,7 +50,7 @@ def test_pack_is_same_update(variant):
                 {number: params[path + name][1] for number, path in kept.items()}
                 for name in ("lora_a", "lora_b")
             )
-            stored_a, stored_b = peft.pack(tensor, a, b)
+            stored_a, stored_b = peft.pack(config, tensor, a, b)
             update = stored_b @ stored_a
             found = tensor.unpack(config, update.T if hf_config.model_type == "gpt2" else update)
             for number, value in enumerate(found):

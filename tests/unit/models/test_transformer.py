@@ -14,7 +14,8 @@ import pytest
 from dpo_jax.data.packing import Rows
 from dpo_jax.models import families, hf, transformer
 from dpo_jax.models.attention import Layout
-from dpo_jax.models.transformer import LayerKind, Rope
+from dpo_jax.models.rope import Rope, rotary_angles
+from dpo_jax.models.transformer import LayerKind
 from dpo_jax.parallel import sharding
 from tests.helpers import tiny_models
 from tests.helpers.paths import STORIES
@@ -255,7 +256,7 @@ def test_pattern_runs_each_layer_in_its_kind(layers):
     def by_loop(params):
         embed = transformer.Embed(config)
         x_SND = embed.apply({"params": params["embed"]}, tokens_SN, positions_SN)
-        rotations = [transformer.rotary_angles(rope, positions_SN) for rope in config.ropes]
+        rotations = [rotary_angles(rope, positions_SN) for rope in config.ropes]
         for layer in range(layers):
             block = transformer.Block(config, MIXED[layer % 3])
             weights = jax.tree.map(lambda x_L, layer=layer: x_L[layer], params["layers"])
