@@ -1,9 +1,11 @@
-"""What the experiments' commands share: configs, flags, and WORKDIR in a folder or a bucket.
+"""What the experiments' commands share: configs, flags, WORKDIR in a folder or a bucket, machine.
 
 --config=NAME or --config=NAME:SIZE, then --config.FIELD=VALUE for every run that has the field
 """
 
 import contextlib
+import os
+import pathlib
 from collections.abc import Callable, Iterator
 
 from ml_collections import ConfigDict
@@ -59,6 +61,22 @@ def refuse_flags(where: str, *names: str) -> None:
     given = [f"--{name}" for name in names if flags.FLAGS[name].present]
     if given:
         raise ValueError(f"{', '.join(given)} would do nothing {where}.")
+
+
+def machine() -> dict:
+    """Return the CPU's name, its cores, the memory, and the CPU's instructions for bfloat16."""
+    fields = {}
+    for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        fields.setdefault(name.strip(), value.strip())  # of the first core
+    instructions = fields.get("flags", "").split()
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return dict(
+        cpu=fields.get("model name", "unknown"),
+        cores=len(os.sched_getaffinity(0)),
+        memory_gib=round(memory_bytes / 2**30, 1),
+        bfloat16=[name for name in ("amx_bf16", "avx512_bf16") if name in instructions],
+    )
 
 
 @contextlib.contextmanager

@@ -127,10 +127,11 @@ class TokenScores:
         number = self._number_I[place]
         start, stop = self._starts[number], self._starts[number + 1]
         of_top = (start * self._top, stop * self._top)
+        shape = (stop - start, self._top)  # of no tokens at all where top is 0
         return (
             self._log_probs.take(start, stop),
-            self._top_ids.take(*of_top).reshape(-1, self._top),
-            self._top_log_probs.take(*of_top).reshape(-1, self._top),
+            self._top_ids.take(*of_top).reshape(shape),
+            self._top_log_probs.take(*of_top).reshape(shape),
         )
 
 

@@ -33,7 +33,7 @@ from absl import flags
 from dpo_jax import command_line
 from experiments.benchmark import report, work
 from experiments.benchmark.worker import Worker
-from experiments.commands import refuse_flags
+from experiments.commands import machine, refuse_flags
 
 PROFILED = 2  # steps in a profile
 PEERS = ("trl", "tunix", "none")
@@ -175,22 +175,6 @@ def measure(options, told: work.Work, sides: list[Worker]) -> dict:
         sides[0].ask("profile", folder=os.path.abspath(options.profile), count=PROFILED)
         print(f"profile of {PROFILED} steps in {options.profile}")
     return result
-
-
-def machine() -> dict:
-    """Return the CPU's name, its cores, the memory, and the CPU's instructions for bfloat16."""
-    fields = {}
-    for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-        name, _, value = line.partition(":")
-        fields.setdefault(name.strip(), value.strip())  # of the first core
-    instructions = fields.get("flags", "").split()
-    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return dict(
-        cpu=fields.get("model name", "unknown"),
-        cores=len(os.sched_getaffinity(0)),
-        memory_gib=round(memory_bytes / 2**30, 1),
-        bfloat16=[name for name in ("amx_bf16", "avx512_bf16") if name in instructions],
-    )
 
 
 def check_pairs(options) -> None:

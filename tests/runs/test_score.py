@@ -339,15 +339,21 @@ def test_score_perplexity_of_completions(compared):
     assert f"perplexity per token, completions: {shown} (4 tokens)" in told
 
 
-def test_score_is_the_same_without_token_fields(compared, tmp_path):
-    """And on one device: what is asked for besides changes no number."""
+@pytest.mark.parametrize(
+    "left_out, kept",
+    [(("per_token", "top"), ()), (("top",), ("token_",)), (("per_token",), ("top_",))],
+)
+def test_score_is_the_same_without_token_fields(left_out, kept, compared, tmp_path):
+    """What is asked for besides changes no number."""
     folder, work, options, lines, _ = compared
-    plain = dict(reference=options["reference"], beta=0.5)
-    score_file(folder / "model", work / "rows.jsonl", tmp_path / "plain.jsonl", **plain)
-    text = (tmp_path / "plain.jsonl").read_text()
+    fewer = {name: value for name, value in options.items() if name not in left_out}
+    score_file(folder / "model", work / "rows.jsonl", tmp_path / "fewer.jsonl", beta=0.5, **fewer)
+    text = (tmp_path / "fewer.jsonl").read_text()
     for line, row in zip(lines, map(json.loads, text.splitlines()), strict=True):
         assert row == {name: line[name] for name in row}
-        assert not any(name.startswith(("token_", "top_")) for name in row)
+        for beginning in ("token_", "top_"):
+            has_any = any(name.startswith(beginning) for name in row)
+            assert has_any == (beginning in kept), beginning
 
 
 def test_score_tokens_on_one_device_as_on_eight(compared, tmp_path):

@@ -11,12 +11,13 @@ A page's numbers are accounted for in one of three ways:
 A number that is in none of them fails the test, and so do words that the page does not have.
 """
 
+import re
 import statistics
 
 import numpy as np
 import pytest
 
-from experiments import beta, gradient_weight, loss_zoo, rounds
+from experiments import beta, family_parity, gradient_weight, loss_zoo, rounds
 from tests.helpers.paths import ROOT
 from tests.helpers.quoted import at_most, measured, numbers, page, paragraph, unaccounted
 
@@ -545,7 +546,15 @@ def memory_of_a_step() -> list[float]:
     return [sum(float(number) for number in numbers(paragraph(LOG, row))[:2]) for row in rows]
 
 
+def of_models() -> list[str]:
+    families = family_parity.by_family(measured("family_parity.json")["rows"])
+    lines = family_parity.table(families, "family").splitlines()
+    # As `page` has them, without code.
+    return [re.sub(r"`[^`]*`", "", line) for line in lines]
+
+
 QUOTED = {
+    "docs/models.md": of_models,
     "README.md": of_readme,
     "docs/performance.md": of_performance,
     "docs/planning.md": of_planning,
