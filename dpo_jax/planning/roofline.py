@@ -41,7 +41,8 @@ def seconds(topology: Topology, dtype: str, work: Work) -> dict[str, float]:
     chip = topology.chip
     peak = chip.flops if dtype == "bfloat16" else chip.float32_flops
     received = sum(size for _, size in work.collectives.values())
-    interconnect = received / topology.interconnect
+    # A chip alone has no link.
+    interconnect = received / topology.interconnect if received else 0.0
     if work.network:
         # Within a machine and between machines, GPUs receive at the same time.
         interconnect = max(interconnect, work.network / chip.network)

@@ -20,6 +20,12 @@ def test_seconds_by_hand():
     assert roofline.seconds(topology, "float32", work)["compute"] == pytest.approx(6.0)
 
 
+def test_seconds_of_a_chip_alone():
+    work = roofline.Work(flops=918e12, memory=0.0, collectives={})
+    found = roofline.seconds(topologies.parse("v6e:1x1"), "bfloat16", work)
+    assert found == dict(compute=1.0, memory=0.0, interconnect=0.0)
+
+
 def test_sampling_by_hand():
     """Two batches of 3 completions on a device, of 16 tokens and 12 new ones, over fsdp 4."""
     model = planner.model_config(scratch_config(), "dpo")
