@@ -67,7 +67,6 @@ def validate(config: ConfigDict) -> None:
         _validate_alone(field, value)
     _validate_model(config.model)
     _validate_lora(config)
-    _validate_mesh(config.mesh)
     _validate_frozen_dtype(config)
     _validate_data(config.data)
     _validate_columns_of_numbers(config)
@@ -253,11 +252,6 @@ def _validate_lora(config):
     if not config.model.path:
         expected = "0, as there is no model.path: adapters need weights to start from"
         _fail("model.lora.rank", lora.rank, expected)
-
-
-def _validate_mesh(mesh):
-    if mesh.expert != 1:
-        _fail("mesh.expert", mesh.expert, "1, as the layers of this model have no experts")
 
 
 def _validate_frozen_dtype(config):

@@ -126,12 +126,15 @@ GROWTH = {
     256: on_pairs("llama-3-8b", "v5p-512", tensor=4),
     512: on_pairs("llama-3-8b", "v5p-1024", tensor=8),
 }
-# Families whose layers differ, or are normed otherwise, each on a small slice.
+# Families whose layers differ, are normed otherwise, or have experts, on small slices. The experts
+# are gathered on one mesh, as all weights are; on the other they stay, and tokens come to them.
 OTHER_FAMILIES = {
     "gemma-3-4b": on_pairs("gemma-3-4b", "v5e-8"),
     "gemma-2-9b": on_pairs("gemma-2-9b", "v5e-16"),
     "olmo-2-7b": on_pairs("olmo-2-7b", "v4-16"),
     "smollm3-3b": on_pairs("smollm3-3b", "v5e-8"),
+    "qwen3-30b-a3b": on_pairs("qwen3-30b-a3b", "v5p-16"),
+    "qwen3-30b-a3b, expert 4": on_pairs("qwen3-30b-a3b", "v5p-16", expert=4),
 }
 PAIRS = {"data.path": "PAIRS"}
 # Run -> config, its changes, examples, and the pairs that one GPU holds at a time (0: all of them).

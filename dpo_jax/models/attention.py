@@ -56,6 +56,9 @@ class Layout(NamedTuple):
 
     rows: tuple[Rows, ...]  # of each bucket, indices into N with a leading axis of shards
     token_slots: jax.Array  # token_slots_SNJ: all slots of a token, -1 where there are fewer than J
+    # token_counts_SN, float32: how often each token counts where routers are measured; None: they
+    # are not.
+    token_counts: jax.Array | None = None
 
 
 class Prompts(NamedTuple):

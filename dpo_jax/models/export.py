@@ -74,6 +74,9 @@ def config_fields(hf_config, head: str, dtype: str) -> dict:
     fields = hf_config.to_diff_dict()
     # The name before transformers 4.56.
     fields["torch_dtype"] = dtype
+    if hf_config.model_type == "qwen3_moe":
+        # What transformers 4 calls num_local_experts.
+        fields["num_experts"] = hf_config.num_experts
     return fields | _rope_of_transformers_4(hf_config)
 
 

@@ -58,23 +58,24 @@ SIZES = {
 class Tensor:
     """A tensor of a checkpoint, or one in every layer, and the parameters that it holds.
 
-    name: in the checkpoint; {} stands for the layer. pattern: einops, from its axes to the
-    parameter's; a leading p on the right is one slice for each path. Where the slices differ in
-    shape, each has a pattern, and the patterns stand in the order of the slices along the first
-    axis, with | between them.
+    name: in the checkpoint; {} stands for the layer, a second {} for the expert. pattern: einops,
+    from its axes to the parameter's; a leading p on the right is one slice for each path. Where the
+    slices differ in shape, each has a pattern, and the patterns stand in the order of the slices
+    along the first axis, with | between them.
     """
 
     name: str
     pattern: str
     paths: tuple[str, ...]
 
-    def names(self, config: TransformerConfig) -> Iterator[tuple[str, int | None]]:
-        """Yield its name in each layer, with the layer; (name, None) outside of the layers."""
-        if "{}" not in self.name:
-            yield self.name, None
-            return
-        for layer in range(config.layers):
-            yield self.name.format(layer), layer
+    def names(self, config: TransformerConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Yield its name in each layer, and of each expert, with its place in the parameters.
+
+        The place is an index of their first axes: (), (layer,) or (layer, expert).
+        """
+        sizes = (config.layers, config.experts)[: self.name.count("{}")]
+        for place in np.ndindex(sizes):
+            yield self.name.format(*place), place
 
     def shape(self, config: TransformerConfig) -> tuple[int, ...]:
         """Return its shape in the checkpoint."""
@@ -126,6 +127,7 @@ class Tensor:
             "H": config.heads,
             "K": config.kv_heads,
             "C": config.head_width,
+            "E": config.experts,
             "p": len(self.paths),
         }
         return {axis: size for axis, size in sizes.items() if axis in self.pattern}
@@ -392,6 +394,36 @@ def _gemma(hf, config):
 def _phi3(hf, config):
     # Phi-4-mini rotates three quarters of each head.
     return _gated(hf, config, ["sliding_attention"], partial=True)
+
+
+def _qwen3_moe(hf, config):
+    dense = set(hf.mlp_only_layers)
+    dense |= {layer for layer in range(config.layers) if (layer + 1) % hf.decoder_sparse_step}
+    if dense:
+        raise _unsupported(
+            hf, f"an MLP without experts in layer {min(dense)}", "all layers must have them"
+        )
+    return _with_experts(
+        hf,
+        replace(
+            _gated(hf, config, ["sliding_attention"]),
+            qk_norm="head",
+            qkv_bias=hf.attention_bias,
+            out_bias=hf.attention_bias,
+            mlp_width=hf.moe_intermediate_size,
+            norm_topk_prob=hf.norm_topk_prob,
+        ),
+    )
+
+
+def _mixtral(hf, config):
+    return _with_experts(hf, _gated(hf, config, ["sliding_attention"]))
+
+
+def _with_experts(hf, config):
+    _check_size(hf, "num_experts", hf.num_experts, 10**5)
+    _check_size(hf, "num_experts_per_tok", hf.num_experts_per_tok, hf.num_experts)
+    return replace(config, experts=hf.num_experts, experts_per_token=hf.num_experts_per_tok)
 
 
 def _gated(hf, config, layer_types, *, activation=None, partial=False):
@@ -761,6 +793,40 @@ PHI3_TENSORS = _instead(
     ),
 )
 
+QWEN3_MOE_TENSORS = LLAMA_TENSORS + _table(
+    ("model.layers.{}.mlp.gate.weight", "E D -> D E", "layers/mlp/router/kernel"),
+    (
+        "model.layers.{}.mlp.experts.{}.gate_proj.weight",
+        "F D -> D F",
+        "layers/mlp/experts/gate/kernel",
+    ),
+    ("model.layers.{}.mlp.experts.{}.up_proj.weight", "F D -> D F", "layers/mlp/experts/up/kernel"),
+    (
+        "model.layers.{}.mlp.experts.{}.down_proj.weight",
+        "D F -> F D",
+        "layers/mlp/experts/down/kernel",
+    ),
+)
+
+MIXTRAL_TENSORS = LLAMA_TENSORS + _table(
+    ("model.layers.{}.block_sparse_moe.gate.weight", "E D -> D E", "layers/mlp/router/kernel"),
+    (
+        "model.layers.{}.block_sparse_moe.experts.{}.w1.weight",
+        "F D -> D F",
+        "layers/mlp/experts/gate/kernel",
+    ),
+    (
+        "model.layers.{}.block_sparse_moe.experts.{}.w3.weight",
+        "F D -> D F",
+        "layers/mlp/experts/up/kernel",
+    ),
+    (
+        "model.layers.{}.block_sparse_moe.experts.{}.w2.weight",
+        "D F -> F D",
+        "layers/mlp/experts/down/kernel",
+    ),
+)
+
 FAMILIES = {
     "gpt2": Family("GPT2LMHeadModel", "transformer.", _gpt2, GPT2_TENSORS),
     "gptj": Family("GPTJForCausalLM", "transformer.", _gptj, GPTJ_TENSORS),
@@ -775,4 +841,6 @@ FAMILIES = {
     "gemma2": Family("Gemma2ForCausalLM", "model.", _gemma2, GEMMA_TENSORS),
     "gemma3_text": Family("Gemma3ForCausalLM", "model.", _gemma3, GEMMA_TENSORS),
     "phi3": Family("Phi3ForCausalLM", "model.", _phi3, PHI3_TENSORS),
+    "qwen3_moe": Family("Qwen3MoeForCausalLM", "model.", _qwen3_moe, QWEN3_MOE_TENSORS),
+    "mixtral": Family("MixtralForCausalLM", "model.", _mixtral, MIXTRAL_TENSORS),
 }

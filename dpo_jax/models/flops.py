@@ -22,16 +22,17 @@ def forward(config: TransformerConfig, contents: Contents) -> dict[str, int]:
 
     Attention is counted as causal: a token sees itself and those before it, within the window.
     """
-    kernels = {
-        path_name(path): leaf.size
-        for path, leaf in jax.tree_util.tree_leaves_with_path(transformer.abstract(config))
-    }
-    # Norms and biases are left out: they are no products.
-    layers = sum(
-        size
-        for name, size in kernels.items()
-        if name.startswith("layers/") and name.endswith("kernel")
-    )
+    layers = 0  # the weights that multiply a token
+    for path, leaf in jax.tree_util.tree_leaves_with_path(transformer.abstract(config)):
+        name = path_name(path)
+        # Norms and biases are left out: they are no products.
+        if not (name.startswith("layers/") and name.endswith("kernel")):
+            continue
+        # A token is multiplied by the kernels of its own experts alone.
+        is_of_experts = "/experts/" in name
+        layers += (
+            leaf.size * config.experts_per_token // config.experts if is_of_experts else leaf.size
+        )
     # Two products, queries with keys and weights with values, of 2 FLOPs each: 4 for every pair.
     pairs = 0  # of a token and one that it sees, in all layers
     windows = collections.Counter(config.kind(layer).window for layer in range(config.layers))
@@ -88,11 +89,12 @@ def of_step(
     )
 
 
-def of_program(jaxpr) -> int:
+def of_program(jaxpr, sharing: int = 1) -> int:
     """Return the FLOPs of all matrix products of a jaxpr, on all devices together.
 
     The body of a loop counts as often as it runs. All blocks of an attention kernel count, also
-    those that a mask leaves out.
+    those that a mask leaves out. sharing: devices that gather the same tokens, each for its own
+    experts, and are taken to have equally many.
     """
     total = 0
     for equation in jaxpr.eqns:
@@ -103,6 +105,15 @@ def of_program(jaxpr) -> int:
             # queries, keys and values.
             products = 5 if "bwd" in equation.primitive.name else 2
             total += products * 2 * math.prod(queries) * keys[1]
+        # Each row is multiplied by one group's kernel.
+        if equation.primitive.name == "ragged_dot_general":
+            rows, contracted = equation.invars[0].aval.shape
+            total += 2 * rows * contracted * equation.outvars[0].aval.shape[-1] // sharing
+        # So is it in the gradient of the kernels, whose blocks are as many as the rows need.
+        if equation.primitive.name == "pallas_call" and _has_dynamic_grid(equation):
+            x, grad = [variable.aval for variable in equation.invars if variable.aval.ndim == 2]
+            total += 2 * x.size * grad.shape[1] // sharing
+            continue
         if equation.primitive.name == "dot_general":
             # 2 FLOPs for each number of the result and each term of its sum.
             (contracted, _), _ = equation.params["dimension_numbers"]
@@ -112,8 +123,12 @@ def of_program(jaxpr) -> int:
                 * math.prod(equation.outvars[0].aval.shape)
                 * math.prod(sizes[axis] for axis in contracted)
             )
+        if equation.primitive.name == "shard_map":
+            sharing = equation.params["mesh"].shape.get("expert", 1)
         inner = [
-            of_program(found) for value in equation.params.values() for found in _jaxprs(value)
+            of_program(found, sharing)
+            for value in equation.params.values()
+            for found in _jaxprs(value)
         ]
         # One branch runs; the dearest is counted.
         if equation.primitive.name == "cond":
@@ -121,6 +136,10 @@ def of_program(jaxpr) -> int:
         else:
             total += sum(inner) * _times(equation)
     return total
+
+
+def _has_dynamic_grid(equation) -> bool:
+    return not all(isinstance(size, int) for size in equation.params["grid_mapping"].grid)
 
 
 def _times(equation) -> int:

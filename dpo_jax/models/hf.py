@@ -33,6 +33,8 @@ ENDS_OF_BRANCHES = {"layers/attention/out/kernel", "layers/mlp/down/kernel"}
 WEIGHT_FILES = ["model.safetensors", "model-*.safetensors", "adapter_model.safetensors"]
 OTHER_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 HUB_TIMEOUT = 10  # seconds
+# Fields that transformers reads from a config whose class does not declare them.
+UNDECLARED = {"qwen3_moe": ("head_dim",)}
 
 
 def fetch(path, *, weights: bool = True) -> pathlib.Path:
@@ -132,7 +134,8 @@ def make_config(fields):
     families.family(model_type)
     config_class = CONFIG_MAPPING[model_type]
     defaults = config_class()
-    unknown = [field for field in fields if not hasattr(defaults, field)]
+    known = UNDECLARED.get(model_type, ())
+    unknown = [field for field in fields if not hasattr(defaults, field) and field not in known]
     if unknown:
         raise ValueError(f"transformers.{config_class.__name__} has no field {', '.join(unknown)}.")
     return config_class(**fields)
@@ -189,7 +192,7 @@ def load(
         # A stored tensor may hold several parameters, as GPT-2's holds q, k and v.
         pieces = [Pieces(shapes[param], shardings[param]) for param in tensor.paths]
         zeros = []
-        for name, layer in tensor.names(config):
+        for name, place in tensor.names(config):
             values = stored[name].read() if name in stored else None
             if values is not None and safetensors_io.is_zero(values):
                 zeros.append(stored[name])
@@ -199,7 +202,7 @@ def load(
                 values = _rounded(name, values, rounded_to)
             values = tensor.unpack(config, values)
             for piece, value in zip(pieces, values, strict=True):
-                piece.fill(value, layer)
+                piece.fill(value, place)
         _check_zeros(tensor, zeros, config)
         params |= {param: piece.array() for param, piece in zip(tensor.paths, pieces, strict=True)}
     return traverse_util.unflatten_dict(params, sep="/")
@@ -242,14 +245,17 @@ class Pieces:
         for spans in set(self.spans.values()):
             self.buffers[spans] = np.empty([end - start for start, end in spans], leaf.dtype)
 
-    def fill(self, value: np.ndarray, layer: int | None):
-        """Copy this process's part of one layer, or of the whole array when `layer` is None."""
+    def fill(self, value: np.ndarray, place: tuple[int, ...]):
+        """Copy this process's part of what the array has at a place, an index of its first axes."""
         for spans, buffer in self.buffers.items():
-            if layer is not None:
-                (first, end), *spans = spans
-                if not first <= layer < end:
-                    continue
-                buffer = buffer[layer - first]
+            outer, spans = spans[: len(place)], spans[len(place) :]
+            if not all(
+                first <= index < end for index, (first, end) in zip(place, outer, strict=True)
+            ):
+                continue
+            buffer = buffer[
+                tuple(index - first for index, (first, _) in zip(place, outer, strict=True))
+            ]
             # Converts on the way, whatever is stored.
             buffer[...] = value[tuple(slice(*span) for span in spans)]
 
@@ -289,8 +295,8 @@ def save(
     def export_all():
         for tensor in tensors:
             held = [params[param] for param in tensor.paths]
-            for name, layer in tensor.names(config):
-                yield name, _rounded(name, _export(tensor, held, layer), options.dtype)
+            for name, place in tensor.names(config):
+                yield name, _rounded(name, _export(tensor, held, place), options.dtype)
 
     exported = export_all()
     if jax.process_index() == 0:
@@ -389,10 +395,10 @@ def _check_replaceable(path: pathlib.Path):
         )
 
 
-def _export(tensor: families.Tensor, params: list[jax.Array], layer: int | None) -> np.ndarray:
-    """Return a checkpoint's tensor, gathered to the host from parameters or one layer of them."""
-    if layer is not None:
-        params = [param[layer] for param in params]
+def _export(tensor: families.Tensor, params: list[jax.Array], place: tuple[int, ...]) -> np.ndarray:
+    """Return a checkpoint's tensor, gathered to the host from what parameters have at a place."""
+    if place:
+        params = [param[place] for param in params]
     return np.ascontiguousarray(tensor.pack([gathered(param) for param in params]))
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from dpo_jax.console import say, warn
 from dpo_jax.data import packing, toy
 from dpo_jax.data import tokenizer as tokenizers
-from dpo_jax.models import export, families, hf, peft, safetensors_io, transformer
+from dpo_jax.models import experts, export, families, hf, peft, safetensors_io, transformer
 from dpo_jax.models.export import Source
 from dpo_jax.models.peft import Adapter
 from dpo_jax.models.transformer import TransformerConfig
@@ -205,6 +205,7 @@ def _at_length(path: str, hf_config, max_length: int):
 
 def _placed(mesh, config: TransformerConfig, dtype: str) -> dict:
     """Return where weights lie on a mesh, and say once which axes of it do not split them."""
+    experts.check_mesh(config, mesh)
     shapes = transformer.abstract(config, dtype)
     for line in sharding.unsplit(mesh, shapes):
         _say_once(line)

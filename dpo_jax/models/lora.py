@@ -55,9 +55,10 @@ class Lora:
         there = [name for name, path in LAYERS.items() if f"layers/{path}/kernel" in weights]
         unknown = [name for name in self.targets if name not in there]
         if unknown:
+            note = " Experts have no adapters here." if config.experts else ""
             raise ValueError(
                 f"config.model.lora.targets = {self.targets!r}: this model has no "
-                f"{', '.join(unknown)}; it has {', '.join(there)}."
+                f"{', '.join(unknown)}; it has {', '.join(there)}.{note}"
             )
         if self.rank > config.width:
             raise ValueError(

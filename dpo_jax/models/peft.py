@@ -72,9 +72,9 @@ def save(
         # PEFT has one adapter here, of the summed rank.
         ranks[_module(tensor)] = len(pieces) * lora.rank
         fan_in_fan_out = _inputs_first(tensor)  # of all alike
-        for name, layer in tensor.names(config):
-            a = {number: params[path + "lora_a"][layer] for number, path in pieces.items()}
-            b = {number: params[path + "lora_b"][layer] for number, path in pieces.items()}
+        for name, place in tensor.names(config):
+            a = {number: params[path + "lora_a"][place] for number, path in pieces.items()}
+            b = {number: params[path + "lora_b"][place] for number, path in pieces.items()}
             of_inputs, of_outputs = pack(config, tensor, a, b)
             prefix = "base_model.model." + name.removesuffix(".weight")
             stored[f"{prefix}.lora_A.weight"] = of_inputs

@@ -17,6 +17,7 @@ Letters in array names and einsums:
     V  vocabulary                                    H  query heads
     K  key/value heads                               G  query heads per key/value head
     C  width of a head                               r  rank of an adapter
+    E  experts                                       k  experts of a token
 """
 
 import dataclasses
@@ -29,6 +30,7 @@ import jax
 import jax.numpy as jnp
 
 from dpo_jax.models.attention import attend, attend_cached
+from dpo_jax.models.experts import Experts, Routing
 from dpo_jax.models.linear import Linear, over_tokens, softcapped, wide_product
 from dpo_jax.models.rope import LongRopeScaling, Rope, rotary_angles, rotate
 from dpo_jax.parallel.sharding import BATCH, constrain, device, path_name
@@ -55,8 +57,8 @@ REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 # Paths of kernels and embeddings: nearly all of the weights, and those that the forward pass rounds
-# to the compute dtype. What else there is, norms, biases and scalar heads, acts in float32.
-KERNELS_AND_EMBEDDINGS = re.compile(r"/kernel$|^embed/")
+# to the compute dtype. What else there is (norms, biases, routers, scalar heads) acts in float32.
+KERNELS_AND_EMBEDDINGS = re.compile(r"(?<!/router)/kernel$|^embed/")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +102,11 @@ class TransformerConfig:
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
+    # MLPs of a layer, of mlp_width each, of which a router chooses some for each token; 0: one MLP
+    # and no router
+    experts: int = 0
+    experts_per_token: int = 0
+    norm_topk_prob: bool = True  # the weights of a token's experts add up to 1
     head_bias: bool = False  # GPT-J
     tied: bool = False  # the head is the token embedding
     logits_softcap: float | None = None  # logits stay within it, by a tanh (Gemma 2)
@@ -151,6 +158,17 @@ def hidden(config: TransformerConfig, params, tokens_SN, positions_SN, layout=No
     """
     # The second result is for a cache, of which there is none.
     return Transformer(config).apply({"params": params}, tokens_SN, positions_SN, layout)[0]
+
+
+def hidden_and_routing(
+    config: TransformerConfig, params, tokens_SN, positions_SN, layout
+) -> tuple[jax.Array, Routing]:
+    """Return `hidden`, and how the routers of all layers spread the tokens.
+
+    layout: with `token_counts`.
+    """
+    x_SND, kept = Transformer(config).apply({"params": params}, tokens_SN, positions_SN, layout)
+    return x_SND, jax.tree.map(lambda x_L: x_L.sum(0), kept["routing"])
 
 
 def empty_cache(config: TransformerConfig, rows: int, slots: int) -> dict:
@@ -411,7 +429,16 @@ class Block(nn.Module):
             mlp_input_SND = normed("norm_mlp", residual_SND, wanted=config.norm_before)
         # The residual passes both by.
         x_SND = x_SND + attended_SND
-        widened_SND = Mlp(config, name="mlp")(mlp_input_SND)
+        if config.experts:
+            _, _, layout = inputs
+            counts_SN = None if layout is None else layout.token_counts
+            activation = ACTIVATIONS[config.activation]
+            experts = Experts(config, activation, residual_scale(config), name="mlp")
+            widened_SND, routing = experts(mlp_input_SND, counts_SN)
+            if routing is not None:
+                new = {"routing": routing}
+        else:
+            widened_SND = Mlp(config, name="mlp")(mlp_input_SND)
         x_SND = x_SND + normed("norm_after_mlp", widened_SND, wanted=config.norm_after)
         # Whole along the width again: `tensor` splits only what is inside attention and the MLP.
         return constrain(x_SND, BATCH), new

@@ -23,7 +23,7 @@ from dpo_jax.data import packing
 # The outermost first: neighbours along the last one are closest to each other.
 AXES = ("data", "fsdp", "context", "expert", "tensor")
 WHERE_USED = ("context", "expert")  # axes that are only named where there are several devices
-BATCH = ("data", "fsdp")  # the axes that split a batch into shards
+BATCH = ("data", "fsdp", "expert")  # the axes that split a batch into shards
 NAMED = 3  # weights that a message names
 
 # Batches are made of plain numpy arrays by data/, which imports no jax. They come to devices here,
@@ -46,6 +46,9 @@ RULES = (
     (r"mlp/(gate|up)/kernel$", P("fsdp", "tensor")),
     (r"mlp/(gate|up)/bias$", P("tensor")),
     (r"mlp/down/kernel$", P("tensor", "fsdp")),
+    (r"router/kernel$", P("fsdp", None)),
+    (r"experts/(gate|up)/kernel$", P("expert", "fsdp", "tensor")),
+    (r"experts/down/kernel$", P("expert", "tensor", "fsdp")),
     # Adapters: inputs and outputs are split as the kernel's, the rank is whole.
     (r"(q|k|v|gate|up)/lora_a$", P("fsdp")),
     (r"(q|k|v|gate|up)/lora_b$", P(None, "tensor")),

@@ -23,7 +23,8 @@ def remedies(config: ConfigDict, stage: str, chips: int) -> Iterator[dict]:
     chips = _left_chips(config, chips)
     # fsdp first: it splits weights, their state and the batch, at less traffic than tensor. What
     # the batch does not divide is left to tensor.
-    fsdp = math.gcd(chips, update_size_of(block))
+    experts = config.mesh.expert  # shards of the batch too
+    fsdp = math.gcd(chips, update_size_of(block) // experts)
     if chips > 1:
         yield {"mesh.data": 1, "mesh.fsdp": fsdp, "mesh.tensor": chips // fsdp}
     yield {"model.remat": "full"}
@@ -35,13 +36,13 @@ def remedies(config: ConfigDict, stage: str, chips: int) -> Iterator[dict]:
         yield {"model.frozen_dtype": "bfloat16"}
     size = microbatch_size_of(block)
     # Smaller microbatches give the same update in more turns, but must still split over fsdp.
-    while size % 2 == 0 and size // 2 % fsdp == 0:
+    while size % 2 == 0 and size // 2 % (fsdp * experts) == 0:
         size //= 2
         yield {f"{stage}.microbatch_size": size}
     if stage_table.STAGES[stage].samples:
         # The same completions, fewer at a time.
         size = config.sampling.batch_size
-        while size % 2 == 0 and size // 2 % fsdp == 0:
+        while size % 2 == 0 and size // 2 % (fsdp * experts) == 0:
             size //= 2
             yield {"sampling.batch_size": size}
     if config.model.path and not config.model.lora.rank:
@@ -122,7 +123,8 @@ def meshes(config: ConfigDict, stage: str, chips: int) -> Iterator[dict]:
     for tensor in (1, 2, 4, GPUS_PER_MACHINE):
         for fsdp in range(1, chips + 1):
             splits_chips = chips % (fsdp * tensor) == 0
-            if splits_chips and microbatch_size % (chips // tensor) == 0:
+            shards = chips // tensor * config.mesh.expert
+            if splits_chips and microbatch_size % shards == 0:
                 data = chips // (fsdp * tensor)
                 yield {"mesh.data": data, "mesh.fsdp": fsdp, "mesh.tensor": tensor}
 

@@ -303,7 +303,8 @@ def _whole_groups(config: ConfigDict, stage: str, group: Group, shards: int) -> 
 def _fewer_shards(config: ConfigDict, model: TransformerConfig, shards: int) -> Iterator[tuple]:
     """Yield (change, shards) of meshes whose tensor axis takes chips from the batch's axes."""
     tensor = 2 * config.mesh.tensor
-    while tensor <= MOST_TENSOR and shards % 2 == 0 and model.heads % tensor == 0:
+    experts = config.mesh.expert
+    while tensor <= MOST_TENSOR and shards // experts % 2 == 0 and model.heads % tensor == 0:
         shards //= 2
-        yield {"mesh.data": 1, "mesh.fsdp": shards, "mesh.tensor": tensor}, shards
+        yield {"mesh.data": 1, "mesh.fsdp": shards // experts, "mesh.tensor": tensor}, shards
         tensor *= 2

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from dpo_jax import config as configs
 from dpo_jax import config_checks, stage_table
 from dpo_jax.data.batches import Batches, steps_of
-from dpo_jax.models import attention, families, flops, hf, loading, transformer
+from dpo_jax.models import attention, experts, families, flops, hf, loading, transformer
 from dpo_jax.models.transformer import TransformerConfig
 from dpo_jax.parallel import sharding
 from dpo_jax.planning import groups, hlo, presets, rollouts, roofline
@@ -72,6 +72,7 @@ def plan(
             "H200, but is compiled only where there is one. Plan with auto, which takes xla there."
         )
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
+    experts.check_mesh(model, mesh)
     group = groups.group_of(config, stage, assumed)
     limits = attention.row_limits(model.narrowest_window, platform)
     batches = groups.lay_out(config, stage, group, sharding.batch_shards(mesh), limits)

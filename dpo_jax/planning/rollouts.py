@@ -17,6 +17,7 @@ from dpo_jax.models import lora as adapters
 from dpo_jax.models.lora import Lora
 from dpo_jax.models.transformer import TransformerConfig
 from dpo_jax.parallel import sharding
+from dpo_jax.parallel.sharding import BATCH
 from dpo_jax.planning import roofline
 from dpo_jax.planning.report import Report
 from dpo_jax.planning.roofline import Work
@@ -93,7 +94,7 @@ def _works(
     block = config.ppo
     size = block.batch_size
     mesh = update.mesh
-    shards = mesh["data"] * mesh["fsdp"]
+    shards = math.prod(mesh[axis] for axis in BATCH)
     at_a_time = min(config.sampling.batch_size, size)
     calls = math.ceil(size / at_a_time)
     minibatches = size // update_size_of(block)

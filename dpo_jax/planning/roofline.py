@@ -226,9 +226,12 @@ def _itemsize(config: TransformerConfig) -> int:
 def _kept(config: TransformerConfig) -> float:
     """Widths of a layer's input that it keeps for the backward pass without remat."""
     heads = (2 * config.heads + 2 * config.kv_heads) * config.head_width
+    # A token has a copy for each of its experts.
+    inner = config.mlp_width * max(config.experts_per_token, 1)
+    copies = config.experts_per_token
     # About 4 arrays of the input's own width; queries, keys, values and outputs twice; and the
     # MLP's inner arrays: up, its activation and, in a gated one, the gate.
-    return 4 + (2 * heads + (3 if config.gated else 2) * config.mlp_width) / config.width
+    return 4 + copies + (2 * heads + (3 if config.gated else 2) * inner) / config.width
 
 
 def _rows(config: TransformerConfig, shape: Shape, itemsize: int) -> float:

@@ -84,8 +84,8 @@ def write(folder: pathlib.Path, dtype: str = "bfloat16") -> pathlib.Path:
     for tensor in families.tensors("llama", config):
         paths = [path.split("/") for path in tensor.paths]
         leaves = [_leaf(params, path) for path in paths]
-        for name, layer in tensor.names(config):
-            values = [leaf if layer is None else leaf[layer] for leaf in leaves]
+        for name, place in tensor.names(config):
+            values = [leaf[place] for leaf in leaves]
             stored[name] = np.ascontiguousarray(tensor.pack(values).astype(rounded))
     safetensors_io.save_file(stored, folder / "model.safetensors")
     return folder

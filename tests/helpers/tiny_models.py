@@ -103,6 +103,23 @@ VARIANTS = {
             rope_parameters={SLIDING: GEMMA3_LOCAL_ROPE, FULL: PLAIN_ROPE},
         ),
     ),
+    "qwen3-moe": (
+        "Qwen3MoeConfig",
+        SIZES
+        | dict(
+            num_key_value_heads=2,
+            head_dim=16,
+            moe_intermediate_size=24,
+            num_experts=8,
+            num_experts_per_tok=3,
+            tie_word_embeddings=True,
+        ),
+    ),
+    "mixtral": (
+        "MixtralConfig",
+        SIZES
+        | dict(num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, sliding_window=5),
+    ),
 }
 
 

@@ -43,6 +43,8 @@ def tokens(completions):
         "qwen2-yarn",
         "phi3",
         "phi3-window",
+        "qwen3-moe",
+        "mixtral",
     ],
 )
 def test_sample_greedy_equals_generate(variant, tmp_path):

@@ -41,7 +41,6 @@ def valid():
         ("model.lora.alpha", 0.0, "more than 0"),
         ("model.lora.init", "zero", "one of b_zero, a_zero"),
         ("mesh.context", 0, "at least 1"),
-        ("mesh.expert", 2, "1, as the layers of this model have no experts"),
         ("data.source", "hf", "one of local, hh"),
         ("data.path", "", "a hub name, a folder or a file"),
         ("data.truncate", "middle", "one of auto"),

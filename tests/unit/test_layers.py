@@ -58,7 +58,7 @@ FILES = sorted(
 # `python -m dpo_jax.data` starts a command of the top floor, and no code imports the file.
 ENTRY_POINT = PACKAGE / "data" / "__main__.py"
 ONLY_IN = {  # library -> the files that may import it
-    "flax.linen": {"models/transformer.py", "models/linear.py"},
+    "flax.linen": {"models/transformer.py", "models/linear.py", "models/experts.py"},
     "orbax.checkpoint": {"training/checkpoint.py"},
     "transformers": {"models/hf.py", "data/chat.py", "data/tokenizer.py", "data/toy.py"},
     "datasets": {"data/readers.py"},
