@@ -28,7 +28,7 @@ END = ("steps", "epochs")  # fields of a training stage
 ALLOWED = (
     *("lr", "schedule", "warmup_steps", "max_grad_norm", "weight_decay", "steps", "epochs"),
     *("eval_every", "loss", "divergence", *loss_table.numbers(), "weighting", "ld_alpha", "alpha"),
-    *("desirable_weight", "undesirable_weight"),
+    *("desirable_weight", "undesirable_weight", "router_aux_loss_coef"),
     *("target_kl", "kl_horizon", "inner_epochs", "gae_lambda", "clip", "value_clip", "value_coef"),
 )
 # Those by which an evaluation has other numbers for the same weights.

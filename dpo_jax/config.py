@@ -264,7 +264,7 @@ MESH = dict(
     ),
     expert=Field(
         1,
-        "devices that split the experts of a layer, in models that have them",
+        "devices that split both the experts and the batch, in models that have experts",
         least=1,
         most=1_000_000,
     ),
@@ -399,6 +399,15 @@ def _training(**defaults) -> dict[str, Field]:
     return fields
 
 
+BALANCE = dict(  # of the stages in objectives.BALANCED
+    router_aux_loss_coef=Field(
+        0.0,
+        "weight of the load-balancing loss of models with experts, over all tokens of the batch",
+        least=0,
+        most=1e6,
+    )
+)
+
 SFT = dict(
     loss=Field(
         "sum", "sum of an example's token losses (the reference's), or token_mean: over all"
@@ -408,6 +417,7 @@ SFT = dict(
         "train and evaluate on each response to a prompt once, however many rows or pairs choose "
         "it; False: once for each",
     ),
+    **BALANCE,
     **_training(),
 )
 
@@ -465,6 +475,7 @@ PREFERRED_FT = SFT
 
 UNLIKELIHOOD = dict(
     alpha=Field(0.5, "weight of the rejected response's log-prob", least=0, most=1e6),
+    **BALANCE,
     **_training(),
 )
 
@@ -556,6 +567,7 @@ DPO = dict(
         False,
         "compute the reference's log-probs before training and keep them in WORKDIR/reference",
     ),
+    **BALANCE,
     **_training(),
 )
 
@@ -579,6 +591,7 @@ KTO = dict(
         "reference model: init (the weights that the stage starts from, in each round), first "
         "(those that round 1 starts from), or a path",
     ),
+    **BALANCE,
     **_training(),
 )
 

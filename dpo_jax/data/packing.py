@@ -107,6 +107,7 @@ class Batch:
     positions: np.ndarray  # int32 [N], restart with each sequence
     rows: tuple[Rows, ...]  # of each bucket
     token_slots: np.ndarray  # int32 [N, J], slots, or -1
+    token_counts: np.ndarray  # int32 [N], how many responses of examples read it; padding has 0
     logit_positions: np.ndarray  # int32 [M], indices into N
     targets: np.ndarray  # int32 [M], token ids
     segment_ids: np.ndarray  # int32 [M], indices into Q; padding has Q
@@ -296,6 +297,10 @@ def pack(
     for number, (prompt, response) in enumerate(zip(prompts_Q, responses_Q, strict=True)):
         # A response without a token ends where its prompt does.
         last_token_Q[number] = response[-1] if len(response) else prompt[-1]
+    token_counts_N = np.zeros(shape.tokens, np.int32)
+    for number in itertools.chain(*response_index):
+        token_counts_N[prompts_Q[number]] += 1
+        token_counts_N[responses_Q[number]] += 1
     response_index_PK = np.zeros((shape.examples, responses_per_example), np.int32)
     weights_P = np.zeros(shape.examples, np.float32)
     if examples:
@@ -306,6 +311,7 @@ def pack(
         positions=positions_N,
         rows=buckets,
         token_slots=token_slots_NJ,
+        token_counts=token_counts_N,
         last_token=last_token_Q,
         response_index=response_index_PK,
         weights=weights_P,

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from dpo_jax.data.packing import Batch
 from dpo_jax.models import transformer
 from dpo_jax.models.attention import Layout
+from dpo_jax.models.experts import Routing
 from dpo_jax.models.transformer import TransformerConfig
 from dpo_jax.parallel import sharding
 from dpo_jax.parallel.hardware import Chip, chip_of
@@ -61,6 +62,8 @@ class ExampleSums(NamedTuple):
     log_sum_squares: jax.Array | None = None
     # Log-probs of as many first tokens as the shortest of the example's responses has.
     shared_log_probs: jax.Array | None = None
+    # How the routers of experts spread all of the tokens, not by example.
+    routing: Routing | None = None
 
 
 def example_log_probs(
@@ -70,27 +73,36 @@ def example_log_probs(
     *,
     squares: bool = False,
     shared: bool = False,
+    routing: bool = False,
     gradient: bool = True,
 ) -> ExampleSums:
     """Return the summed log-probs of each example's responses, of one pass.
 
-    squares, shared: whether to return `log_sum_squares` and `shared_log_probs`, too. gradient: as
-    in `response_log_probs`.
+    squares, shared, routing: whether to return `log_sum_squares`, `shared_log_probs` and `routing`,
+    too. gradient: as in `response_log_probs`.
     """
+    if routing:
+        x_SND, found_routing = batch_hidden_and_routing(config, params, batch)
+    else:
+        x_SND, found_routing = batch_hidden(config, params, batch), None
+    x_SMD = _at_completions(x_SND, batch)
     log_sum_squares = None
     if squares:
-        models = [(params, completion_hidden(config, params, batch))]
         log_probs_SM, squares_SM = _in_chunks(
-            config, _target_log_probs_and_squares, models, batch.targets, gradient=gradient
+            config,
+            _target_log_probs_and_squares,
+            [(params, x_SMD)],
+            batch.targets,
+            gradient=gradient,
         )
         log_sum_squares = by_example(by_response(squares_SM, batch), batch)
     else:
-        log_probs_SM = token_log_probs(config, params, batch, gradient=gradient)
+        log_probs_SM = target_log_probs(config, params, x_SMD, batch.targets, gradient=gradient)
     log_probs_SPK = by_example(by_response(log_probs_SM, batch), batch)
     shared_log_probs = None
     if shared:
         shared_log_probs = _sum_of_shared(log_probs_SM, log_probs_SPK, batch)
-    return ExampleSums(log_probs_SPK, log_sum_squares, shared_log_probs)
+    return ExampleSums(log_probs_SPK, log_sum_squares, shared_log_probs, found_routing)
 
 
 def by_response(values_SM: jax.Array, batch: Batch) -> jax.Array:
@@ -171,9 +183,23 @@ def batch_hidden(config: TransformerConfig, params, batch: Batch) -> jax.Array:
     return transformer.hidden(config, params, batch.tokens, batch.positions, layout)
 
 
+def batch_hidden_and_routing(
+    config: TransformerConfig, params, batch: Batch
+) -> tuple[jax.Array, Routing]:
+    """Return `batch_hidden`, and how the routers of experts spread the tokens.
+
+    A token counts for each response of an example that reads it, as if each had a row of its own.
+    """
+    layout = Layout(batch.rows, batch.token_slots, batch.token_counts.astype(jnp.float32))
+    return transformer.hidden_and_routing(config, params, batch.tokens, batch.positions, layout)
+
+
 def completion_hidden(config: TransformerConfig, params, batch: Batch) -> jax.Array:
     """Return the trunk's last hidden state where each completion token is predicted, [S, M, D]."""
-    x_SND = batch_hidden(config, params, batch)
+    return _at_completions(batch_hidden(config, params, batch), batch)
+
+
+def _at_completions(x_SND, batch: Batch) -> jax.Array:
     x_SMD = jnp.take_along_axis(x_SND, batch.logit_positions[..., None], axis=1)
     return constrain(x_SMD, BATCH)
 

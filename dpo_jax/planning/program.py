@@ -74,11 +74,15 @@ def make_program(
     state = _placed_state(abstract_state(optimizer, trained, {}), shardings, mesh)
     reference = _reference(config, stage, model, mesh, state)
 
+    routing_pass = None
     if objective is None:
-        choices = losses.choices_of(block)
-        objective = objectives.make(stage, model, block.get("loss", ""), choices)
+        loss = block.get("loss", "")
+        objective = objectives.make(stage, model, loss, losses.choices_of(block))
+        routing_pass = objectives.make_routing_pass(stage, model, loss)
     first_pass = objectives.make_first_pass(stage, model)
-    step = make_train_step(objective, optimizer, block.schedule, shardings, first_pass)
+    step = make_train_step(
+        objective, optimizer, block.schedule, shardings, first_pass, routing_pass
+    )
 
     hyper = objectives.numbers(block, steps=1)
     if lora:

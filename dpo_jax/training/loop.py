@@ -118,6 +118,7 @@ def _programs(
         model,
         mesh,
         first_pass=objectives.make_first_pass(name, model),
+        routing_pass=objectives.make_routing_pass(name, model, loss),
         optimizer=optimizer,
         weight_decay=weight_decay,
         schedule=schedule,

@@ -73,6 +73,13 @@ METRICS = {
         "out.",
     ),
     "kto_{split}/desirable": Metric("share", "Rows whose label is desirable."),
+    # Experts, where a stage has a load-balancing loss.
+    "router_{split}/imbalance": Metric(
+        "",
+        "Load-balancing loss of the routers, before its coefficient; not in loss. The experts of a "
+        "token (k) where all get equally many, and up to the number of all experts.",
+        lower_is_better=True,
+    ),
     # PPO: the completions of a step, then its updates.
     "ppo_train/reward": Metric("", "Reward of the sampled completions, mean over the step's."),
     "ppo_train/kl": Metric(

@@ -23,7 +23,13 @@ import numpy as np
 
 from dpo_jax import loss_table
 from dpo_jax.data.packing import Batch
-from dpo_jax.models.log_probs import by_example, example_log_probs, response_log_probs
+from dpo_jax.models.experts import Routing
+from dpo_jax.models.log_probs import (
+    batch_hidden_and_routing,
+    by_example,
+    example_log_probs,
+    response_log_probs,
+)
 from dpo_jax.models.values import response_rewards, token_values
 from dpo_jax.training import losses
 
@@ -31,13 +37,14 @@ from dpo_jax.training import losses
 NO_PAIR = -1.0
 
 
-def sft(model, loss, params, _reference, _hyper, batch: Batch):
+def sft(model, loss, params, _reference, hyper, batch: Batch):
     """Negative log-likelihood of completions.
 
     loss: "sum", over the tokens of each example, mean over examples; or "token_mean", the mean over
     all tokens.
     """
-    log_probs_SP = by_example(response_log_probs(model, params, batch), batch)[..., 0]
+    sums = example_log_probs(model, params, batch, routing=_is_balanced(model, hyper))
+    log_probs_SP = sums.log_probs[..., 0]
     lengths_SP = by_example(batch.response_lengths, batch)[..., 0]
     total = (-log_probs_SP * batch.weights).sum()
     examples = batch.weights.sum()
@@ -48,7 +55,7 @@ def sft(model, loss, params, _reference, _hyper, batch: Batch):
         "logps/chosen": (-total, examples),
         "lengths/chosen": (tokens, examples),
     }
-    return metrics["loss"], metrics
+    return _balanced(metrics["loss"], metrics, sums.routing, hyper)
 
 
 def dpo(model, loss, params, reference, hyper, batch: Batch):
@@ -62,7 +69,7 @@ def dpo(model, loss, params, reference, hyper, batch: Batch):
     sums_of = functools.partial(
         example_log_probs, model, batch=batch, shared=choices.is_length_desensitized
     )
-    sums = sums_of(params, squares=is_weighted)
+    sums = sums_of(params, squares=is_weighted, routing=_is_balanced(model, hyper))
     log_probs_SP2 = sums.log_probs
     # Without a reference the log-ratio is the log-prob itself.
     log_ratios_SP2 = loss.compared(sums, hyper)
@@ -100,7 +107,7 @@ def dpo(model, loss, params, reference, hyper, batch: Batch):
     )
     if weight_SP is not None:
         metrics |= _sums({"dpo/gradient_weight": jax.lax.stop_gradient(weight_SP)}, batch.weights)
-    return total, metrics
+    return _balanced(total, metrics, sums.routing, hyper)
 
 
 def unlikelihood(model, _loss, params, _reference, hyper, batch: Batch):
@@ -108,10 +115,11 @@ def unlikelihood(model, _loss, params, _reference, hyper, batch: Batch):
 
     A baseline of the paper.
     """
-    log_probs_SP2 = by_example(response_log_probs(model, params, batch), batch)
-    log_probs_SP2 = _of_pairs(log_probs_SP2, batch, NO_PAIR)
+    sums = example_log_probs(model, params, batch, routing=_is_balanced(model, hyper))
+    log_probs_SP2 = _of_pairs(sums.log_probs, batch, NO_PAIR)
     loss_SP = losses.unlikelihood(log_probs_SP2[..., 0], log_probs_SP2[..., 1], hyper["alpha"])
-    return _pair_metrics(batch, loss_SP, log_probs_SP2=log_probs_SP2)
+    total, metrics = _pair_metrics(batch, loss_SP, log_probs_SP2=log_probs_SP2)
+    return _balanced(total, metrics, sums.routing, hyper)
 
 
 def kto(model, _loss, params, reference, hyper, batch: Batch):
@@ -119,7 +127,8 @@ def kto(model, _loss, params, reference, hyper, batch: Batch):
 
     hyper["mismatched_log_ratio"]: as `kto_first_pass` measures it.
     """
-    log_probs_SP = by_example(response_log_probs(model, params, batch), batch)[..., 0]
+    sums = example_log_probs(model, params, batch, routing=_is_balanced(model, hyper))
+    log_probs_SP = sums.log_probs[..., 0]
     with jax.named_scope("reference"):
         reference_SQ = response_log_probs(model, reference, batch, gradient=False)
         reference_SP = by_example(reference_SQ, batch)[..., 0]
@@ -145,7 +154,7 @@ def kto(model, _loss, params, reference, hyper, batch: Batch):
     for kind, is_kind in (("chosen", batch.labels), ("rejected", ~batch.labels)):
         named = {f"{name}/{kind}": value for name, value in of_row.items()}
         metrics |= _sums(named, batch.weights * is_kind)
-    return loss, metrics
+    return _balanced(loss, metrics, sums.routing, hyper)
 
 
 def kto_first_pass(model, params, reference, _hyper, batch: Batch):
@@ -160,6 +169,49 @@ def kto_first_pass(model, params, reference, _hyper, batch: Batch):
     # A cut may leave of a completion only what is not trained on.
     has_tokens_SP = by_example(batch.response_lengths, batch)[..., 0] > 0
     return _sums({"mismatched_log_ratio": log_ratios_SP}, batch.weights * has_tokens_SP)
+
+
+def routing_pass(model, loss, params, _reference, _hyper, batch: Batch):
+    """Measure where the tokens of a microbatch go, without a gradient: {name: (sum, count)}.
+
+    The load-balancing loss is a product of two sums over the whole batch. With one of them known
+    beforehand, and by how much the loss of all tokens counts, it adds up over microbatches.
+    """
+    _, routing = batch_hidden_and_routing(model, params, batch)
+    count_SP = batch.weights
+    if loss == "token_mean":
+        count_SP = count_SP * by_example(batch.response_lengths, batch)[..., 0]
+    return {
+        "expert_shares": (routing.chosen_E, routing.tokens),
+        "counted_per_token": (count_SP.sum(), routing.tokens),
+    }
+
+
+def _is_balanced(model, hyper: dict) -> bool:
+    if "router_aux_loss_coef" not in hyper:
+        return False
+    if not model.experts:
+        raise ValueError(
+            "router_aux_loss_coef is above 0, but this model has no experts to balance: set it to "
+            "0."
+        )
+    return True
+
+
+def _balanced(loss: tuple, metrics: dict, routing: Routing | None, hyper: dict):
+    """Return (total, count) with the load-balancing loss added, and the metrics with it.
+
+    hyper: as `routing_pass` measures it, or without that where the batch is all there is.
+    """
+    if routing is None:
+        return loss, metrics
+    total, count = loss
+    imbalance = routing.imbalance(hyper.get("expert_shares", routing.shares_E))
+    metrics |= {"router/imbalance": (jax.lax.stop_gradient(imbalance), routing.tokens)}
+    # The mean over tokens, for a total that is to be divided by the count of the whole batch.
+    counted_per_token = hyper.get("counted_per_token", count / jnp.maximum(routing.tokens, 1))
+    total += hyper["router_aux_loss_coef"] * imbalance * counted_per_token
+    return (total, count), metrics
 
 
 def rm(model, _loss, params, _reference, _hyper, batch: Batch):
@@ -207,6 +259,8 @@ OBJECTIVES = {
 }
 # What is measured of a whole batch before its first gradient, and is a number of `hyper` then.
 FIRST_PASSES = {"kto": kto_first_pass}
+# Those whose loss may have the load-balancing loss of experts beside it.
+BALANCED = ("sft", "preferred_ft", "unlikelihood", "dpo", "kto")
 # The fields of the stages' config blocks that are in `hyper`.
 OBJECTIVE_NUMBERS = (
     *loss_table.numbers(),
@@ -236,6 +290,13 @@ def make_first_pass(name: str, model) -> Callable | None:
     return functools.partial(FIRST_PASSES[name], model) if name in FIRST_PASSES else None
 
 
+def make_routing_pass(name: str, model, loss="") -> Callable | None:
+    """Return (params, reference, hyper, batch) -> sums; None where there are no experts."""
+    if not model.experts or name not in BALANCED:
+        return None
+    return functools.partial(routing_pass, model, loss)
+
+
 def numbers(block, steps: int, updates_per_step: int = 1) -> dict:
     """Return `hyper`: the numbers of a stage that are traced, not compiled in.
 
@@ -251,6 +312,9 @@ def numbers(block, steps: int, updates_per_step: int = 1) -> dict:
     for name in OBJECTIVE_NUMBERS:
         if name in block:
             found[name] = block[name]
+    # Left out at 0, where nothing is to be measured.
+    if block.get("router_aux_loss_coef"):
+        found["router_aux_loss_coef"] = block["router_aux_loss_coef"]
     loss = block.get("loss", "")
     if loss_table.is_mixture(loss):
         found["loss_weights"] = list(loss_table.weights(loss).values())

@@ -143,6 +143,7 @@ def make_programs(
     mesh: jax.sharding.Mesh,
     *,
     first_pass: Callable | None = None,
+    routing_pass: Callable | None = None,
     optimizer: str = "rmsprop",
     weight_decay: float = 0.0,
     schedule: str = "constant",
@@ -152,16 +153,19 @@ def make_programs(
     """Return what trains an objective on a mesh; nothing is compiled before the first call.
 
     objective: (params, reference, hyper, microbatch) -> ((total, count), metrics), as in
-    objectives.py with model and loss filled in. first_pass: as `objectives.make_first_pass` gives
-    it. optimizer, schedule: names from optim.py. lora: the adapters that are trained instead of the
-    weights. moves_reference: whether the state holds the reference.
+    objectives.py with model and loss filled in. first_pass, routing_pass: as
+    `objectives.make_first_pass` and `make_routing_pass` give them. optimizer, schedule: names from
+    optim.py. lora: the adapters that are trained instead of the weights. moves_reference: whether
+    the state holds the reference.
     """
     # The optimiser without its learning rate, which is an input of the program.
     direction = optim.make(optimizer, weight_decay)
     # Under adapters the optimiser keeps moments of the adapters alone.
     trained = lora_lib.abstract(model, lora) if lora else transformer.abstract(model)
     shardings = state_shardings(mesh, direction, trained)
-    train_step = make_train_step(objective, direction, schedule, shardings, first_pass)
+    train_step = make_train_step(
+        objective, direction, schedule, shardings, first_pass, routing_pass
+    )
     eval_step = make_eval_step(objective)
     of_one = None
     if first_pass is not None:
@@ -219,17 +223,25 @@ def make_train_step(
     schedule: str,
     shardings: TrainState,
     first_pass: Callable | None = None,
+    routing_pass: Callable | None = None,
 ):
     """Return train_step(state, reference, hyper, batch, base=None) -> (state, metrics), jitted.
 
     The state is donated. objective: (params, reference, hyper, microbatch) -> ((total, count),
     metrics). hyper: scalars, all of them traced: lr, warmup_steps, steps, max_grad_norm and the
     objective's own. base: the frozen weights under the state's and the reference's, where those are
-    adapters. first_pass: measures batch.mismatched before the first gradient. metrics: {name: (sum,
-    count)}, with grad_norm, param_norm, update_norm and lr.
+    adapters. first_pass: measures batch.mismatched before the first gradient. routing_pass:
+    measures where the tokens of all microbatches go. metrics: {name: (sum, count)}, with grad_norm,
+    param_norm, update_norm and lr.
     """
 
     def train_step(state: TrainState, reference, hyper, batch, base=None):
+        is_balanced = routing_pass is not None and "router_aux_loss_coef" in hyper
+        # A single microbatch sees by itself where all tokens go.
+        if is_balanced and len(batch.tokens) > 1:
+            full = full_params(base, state.params, hyper)
+            sums = sum_over_microbatches(routing_pass, full, reference, hyper, batch)
+            hyper = hyper | means(sums)
         if first_pass is not None:
             # Over all microbatches and shards: the gradient of each needs the mean of all.
             full = full_params(base, state.params, hyper)

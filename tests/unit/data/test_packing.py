@@ -26,6 +26,7 @@ def test_pack_by_hand(tiny):
     )
     assert batch.tokens.tolist() == [1, 2, 3, 4, 5, 6]
     assert batch.positions.tolist() == [0, 1, 2, 3, 4, 3]
+    assert batch.token_counts.tolist() == [2, 2, 2, 1, 1, 1]
     # The prompt's last token predicts both first ones.
     assert batch.logit_positions.tolist() == [2, 3, 2]
     assert batch.targets.tolist() == [4, 5, 6]
