@@ -324,6 +324,6 @@ def test_add_a_family_shows_the_code():
     shown = re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S)
     families = (ROOT / "dpo_jax" / "models" / "families.py").read_text()
     tiny_models = (ROOT / "tests" / "helpers" / "tiny_models.py").read_text()
-    assert len(shown) == 4
+    assert len(shown) == 5
     for block in shown:
         assert block in families or block in tiny_models, block
