@@ -306,7 +306,9 @@ def _rows_by_kernels(x_AD, kernel_EDF, sizes_E, *, contracted: int):
             lhs_ragged_dimensions=[0],
             rhs_group_dimensions=[0],
         )
-        return jax.lax.ragged_dot_general(x_AD, kernel_EDF, sizes_E, axes)
+        return jax.lax.ragged_dot_general(
+            x_AD, kernel_EDF, sizes_E, axes, precision=_precision(x_AD)
+        )
 
     blocks, size = blocks_of(sizes_E, len(x_AD))
     # A group's last block goes past its end. The next group writes over what it makes there.
@@ -349,14 +351,20 @@ def _rows_by_rows_on_tpu(x_AD, grad_AF, sizes_E, interpret: bool = False):
 
     missing = ((0, -len(x_AD) % TPU_ROWS), (0, 0))
     widest = TPU_TILE_BYTES // x_AD.dtype.itemsize
-    return tgmm(
-        jnp.pad(x_AD, missing).T,
-        jnp.pad(grad_AF, missing),
-        sizes_E,
-        x_AD.dtype,
-        (TPU_ROWS, min(widest, x_AD.shape[1]), min(widest, grad_AF.shape[1])),
-        interpret=interpret,
-    )
+    with jax.default_matmul_precision(_precision(x_AD)):
+        return tgmm(
+            jnp.pad(x_AD, missing).T,
+            jnp.pad(grad_AF, missing),
+            sizes_E,
+            x_AD.dtype,
+            (TPU_ROWS, min(widest, x_AD.shape[1]), min(widest, grad_AF.shape[1])),
+            interpret=interpret,
+        )
+
+
+def _precision(x_AD) -> str:
+    """Return the precision of a TPU's kernels, which refuse that of float32 for bfloat16."""
+    return "float32" if x_AD.dtype == jnp.float32 else "default"
 
 
 class Block(NamedTuple):
