@@ -139,6 +139,11 @@ def load(
             f"load: mesh={shown(mesh)}: expected a jax mesh, or sizes of its axes such as "
             "dict(fsdp=2)."
         )
+    elif mesh is not None and set(mesh.axis_names) != set(sharding.AXES):
+        raise ValueError(
+            f"load: the mesh has the axes {', '.join(mesh.axis_names)}: expected "
+            f"{', '.join(sharding.AXES)}. Give the sizes instead, such as dict(fsdp=2)."
+        )
     processes.keep_compiled_programs()
     with jax.default_matmul_precision("float32"), console.quiet():
         if mesh is None or isinstance(mesh, dict):
@@ -800,7 +805,9 @@ class Trainer:
         mesh = self._initial.mesh
         return dict(
             shards=sharding.batch_shards(mesh),
-            limits=attention.row_limits(self._config.narrowest_window, sharding.platform_of(mesh)),
+            limits=attention.row_limits(
+                self._config.narrowest_window, sharding.platform_of(mesh), mesh.shape["context"]
+            ),
         )
 
     @property

@@ -467,7 +467,7 @@ def main():
     dtype = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute dtype.")
     settings = data_flags.define(*FIELDS)
     flags.mark_flags_as_required(["model", "out"])
-    mesh = sharding.define_flags()
+    mesh = sharding.define_flags(("fsdp", "context", "tensor"))
 
     def score_rows():
         options = Options(

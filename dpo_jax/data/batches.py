@@ -557,8 +557,8 @@ def _gather(rollout: RolloutTargets, indices: np.ndarray, size: int) -> RolloutT
 def _stack(parts: list, leading: tuple[int, int]):
     """Stack the batches of cells, or their fields, into one with these leading axes."""
     first = parts[0]
-    if first is None:
-        return None
+    if first is None or isinstance(first, int):  # what all cells have alike
+        return first
     if isinstance(first, packing.Rows):
         return packing.Rows(*[_stack(list(field), leading) for field in zip(*parts, strict=True)])
     if isinstance(first, tuple):  # the buckets of rows

@@ -46,6 +46,11 @@ each is one sequence, a prompt with one response, and stands as a response witho
 
 Rows come in buckets of different lengths, so that a short one is not padded to the longest.
 
+Where several devices share the tokens of a shard (`stripes`), each holds an equal part of the run,
+one after the other. Tokens go round them by their place in a row: with two, the first device has
+P0 P2 C0, the second P1 C1. So each device holds the tokens whose outputs it computes, and all have
+the same work, though later queries see more keys.
+
 Letters: N tokens of the run, M completion tokens, P examples, K responses of an example, Q distinct
 responses, R rows, U tokens of a row's prompt, A responses of a row, T tokens of each, J slots of a
 token, X cells (the shards of the microbatches of all steps), I the responses of a cell's examples.
@@ -120,6 +125,8 @@ class Batch:
     reference_log_probs: np.ndarray | None = None  # float32 [P, K], where they are kept
     rollout: RolloutTargets | None = None  # for PPO
     labels: np.ndarray | None = None  # bool [P], of unpaired rows: which are desirable
+    # Devices that the tokens of a row go round. It is no array: a program is compiled for it.
+    stripes: int = dataclasses.field(default=1, metadata=dict(static=True), kw_only=True)
     # For KTO's KL: rows of the same prompts, each with the completion of another one's. They have
     # sizes of their own, and the same leading axes.
     mismatched: "Batch | None" = None
@@ -150,6 +157,7 @@ class Shape:
     examples: int  # P
     responses: int  # Q
     slots_per_token: int  # J, at most MOST_SLOTS + 1
+    stripes: int = 1  # devices that the tokens of a row go round; they divide N, U and T
 
     @property
     def scores(self) -> int:
@@ -215,6 +223,14 @@ class Needs:
             response=self.response[is_there],
         )
 
+    def run(self, stripes: int) -> np.ndarray:
+        """Return the tokens of the run that each cell is laid down in [X]."""
+        if stripes == 1:
+            return self.tokens
+        # Every part starts at the same place of all stripes; what is missing at its end is padding.
+        prompt = _round_up_to(self.prompt, stripes) * (self.number == 0)
+        return (prompt + _round_up_to(self.response, stripes)).sum(axis=1)
+
     def rows(self, responses_per_row: int) -> np.ndarray:
         """Return the rows of each cell, longest first: U, A and T, or zeros [X, rows, 3]."""
         if not responses_per_row:  # whole
@@ -254,7 +270,7 @@ class Needs:
         missing = max(rows.shape[1] - len(room), 0)
         room = np.pad(room, ((0, missing), (0, 0)))[: rows.shape[1]]
         return (
-            (self.tokens <= shape.tokens)
+            (self.run(shape.stripes) <= shape.tokens)
             & (self.completion_tokens <= shape.completion_tokens)
             & (self.examples <= shape.examples)
             & (self.responses <= shape.responses)
@@ -285,7 +301,7 @@ def pack(
     if responses_per_example is None:
         responses_per_example = len(examples[0].responses)
     responses, response_index = _distinct_responses(examples, share)
-    tokens_N, positions_N, prompts_Q, responses_Q = _lay_down(responses, shape.tokens)
+    tokens_N, positions_N, prompts_Q, responses_Q = _lay_down(responses, shape)
     completions = _completions(responses, prompts_Q, responses_Q, shape)
     if shape.responses_per_row:
         rows = _rows_in_two_parts(prompts_Q, responses_Q, shape.responses_per_row)
@@ -315,6 +331,7 @@ def pack(
         last_token=last_token_Q,
         response_index=response_index_PK,
         weights=weights_P,
+        stripes=shape.stripes,
         **completions,
     )
 
@@ -349,23 +366,28 @@ def _distinct_responses(examples, share: bool) -> tuple[list[_Response], list[li
 
 
 def _lay_down(
-    responses: list[_Response], size: int
+    responses: list[_Response], shape: Shape
 ) -> tuple[np.ndarray, np.ndarray, list[np.ndarray], list[np.ndarray]]:
     """Return the run's tokens and positions, [N], and where each prompt and response is in it.
 
-    A prompt comes before the first of its responses. size: N. The indices of prompts and responses
-    are lists with an array for each response.
+    A prompt comes before the first of its responses. The indices of prompts and responses are lists
+    with an array for each response.
     """
-    tokens_N = np.zeros(size, np.int32)
-    positions_N = np.zeros(size, np.int32)
-    end = 0  # of what is laid down
+    tokens_N = np.zeros(shape.tokens, np.int32)
+    positions_N = np.zeros(shape.tokens, np.int32)
+    stripes = shape.stripes
+    stripe_length = shape.tokens // stripes
+    end = 0  # of what is laid down in each stripe
 
     def add(ids: np.ndarray, position: int) -> np.ndarray:
         nonlocal end
-        index = np.arange(end, end + len(ids))
-        tokens_N[end : end + len(ids)] = ids
-        positions_N[end : end + len(ids)] = position + np.arange(len(ids))
-        end += len(ids)
+        number = np.arange(len(ids))
+        # Rows of responses alone start with the response.
+        place = number if shape.responses_per_row else position + number
+        index = place % stripes * stripe_length + end + number // stripes
+        tokens_N[index] = ids
+        positions_N[index] = position + number
+        end += -(-len(ids) // stripes)
         return index
 
     prompt_indices = {}  # by key
@@ -394,10 +416,9 @@ def _completions(
     response_lengths_Q = np.ones(shape.responses, np.int32)
     start = 0
     for number, response in enumerate(responses):
-        # Each token is predicted by the one before it in its sequence, here its neighbour in the
-        # run; another response may stand between the prompt and this one.
-        predicted_from = responses_Q[number] - 1
-        predicted_from[:1] = prompts_Q[number][-1:]
+        # Each token is predicted by the one before it in its sequence.
+        before = np.concatenate([prompts_Q[number][-1:], responses_Q[number]])
+        predicted_from = before[: len(responses_Q[number])]
         targets = response.ids
         if response.mask is not None:
             targets = targets[response.mask]
@@ -606,6 +627,7 @@ class RowLimits:
 
     window: int | None = None  # how far attention looks back; None: to the start
     buckets: int = BUCKETS  # the most
+    stripes: int = 1  # devices that the tokens of a row go round
 
 
 ANY_ROWS = RowLimits()
@@ -633,7 +655,7 @@ def choose_shapes(
     all have one shape. share: as in `pack`.
     """
     # Tokens stand for all work here; lengths and completion tokens grow with them.
-    tokens_n = needs.tokens.reshape(-1, cells).max(axis=1)
+    tokens_n = needs.run(limits.stripes).reshape(-1, cells).max(axis=1)
     size_n = _round_up(tokens_n)
     size_m, count_m = np.unique(size_n, return_counts=True)
     steps_below_m = np.concatenate([[0], np.cumsum(count_m)])
@@ -653,19 +675,21 @@ def choose_shapes(
 def _covering(needs: Needs, limits: RowLimits, share: bool) -> Shape:
     """Return the smallest shape, rounded up, that all cells fit into."""
     most_responses = MOST_RESPONSES if share else 0
-    responses_per_row, rows_R3 = _choose_rows(needs, limits.window, most_responses)
+    responses_per_row, rows_R3 = _choose_rows(needs, limits, most_responses)
+    tokens = _round_up(needs.run(limits.stripes)).max()
     return Shape(
-        tokens=int(_round_up(needs.tokens).max()),
+        tokens=int(_round_up_to(tokens, limits.stripes)),
         rows=_in_buckets(rows_R3, limits.buckets),
         responses_per_row=responses_per_row,
         completion_tokens=int(_round_up(needs.completion_tokens).max()),
         examples=int(needs.examples.max()),
         responses=int(needs.responses.max()),
         slots_per_token=int(needs.slots_per_token(responses_per_row).max()),
+        stripes=limits.stripes,
     )
 
 
-def _choose_rows(needs: Needs, window: int | None, most: int) -> tuple[int, np.ndarray]:
+def _choose_rows(needs: Needs, limits: RowLimits, most: int) -> tuple[int, np.ndarray]:
     """Return the responses per row that need few scores, and the rows that hold all cells.
 
     The rows are U, A and T, rounded up [R, 3]. Whole rows (0 responses) are taken where two parts
@@ -676,7 +700,8 @@ def _choose_rows(needs: Needs, window: int | None, most: int) -> tuple[int, np.n
 
     def covering(responses_per_row):
         rows_R3 = needs.rows(responses_per_row).max(axis=0)
-        rows_R3[:, [0, 2]] = _round_up(rows_R3[:, [0, 2]])
+        lengths = _round_up(rows_R3[:, [0, 2]])
+        rows_R3[:, [0, 2]] = _round_up_to(lengths, limits.stripes)
         return rows_R3, _scores(*rows_R3.T).sum()
 
     chosen = 0
@@ -686,7 +711,7 @@ def _choose_rows(needs: Needs, window: int | None, most: int) -> tuple[int, np.n
         in_parts_R3, scores = covering(responses_per_row)
         # As attention sees them: padded.
         longest = in_parts_R3[:, 0].max() + in_parts_R3[:, 2].max()
-        is_seen_whole = window is None or longest <= window
+        is_seen_whole = limits.window is None or longest <= limits.window
         if is_seen_whole and scores < WORTH_IT * least:
             chosen, rows_R3, least = responses_per_row, in_parts_R3, scores
     return chosen, rows_R3
@@ -745,3 +770,8 @@ def _round_up(sizes):
     # Steps are powers of 2 so that sizes of different batches meet at the same values.
     step = 2 ** np.maximum(np.ceil(np.log2(np.maximum(sizes, 1) / 32)), 0).astype(int)
     return -(-sizes // step) * step
+
+
+def _round_up_to(sizes, multiple: int):
+    """Round up to a multiple."""
+    return -(-sizes // multiple) * multiple

@@ -14,6 +14,9 @@ responses C and R:
                     3  4
                     5  6
 
+With several devices along the mesh's axis `context`, each has the queries of every so many places
+of a row, and gathers the keys and values of all: a stripe. Only then are queries fewer than keys.
+
 Where prompts are short, rows are whole sequences: responses without a prompt, each of which starts
 with its own copy of P0 P1 P2. `data/packing.py` chooses, and makes the indices; `transformer.py`
 lists the letters in array names, and here also:
@@ -23,6 +26,7 @@ lists the letters in array names, and here also:
     B  S and R as one axis
 """
 
+import dataclasses
 import functools
 import math
 from typing import NamedTuple
@@ -34,7 +38,7 @@ from jax.sharding import PartitionSpec
 from dpo_jax.data.packing import BUCKETS, MOST_SLOTS, QUERY_BLOCK, RowLimits, Rows
 from dpo_jax.models.linear import softcapped, wide_product
 from dpo_jax.parallel.hardware import chip_of
-from dpo_jax.parallel.sharding import BATCH, device, fitting
+from dpo_jax.parallel.sharding import BATCH, constrain, context_size, device, fitting
 
 # kernel -> the platforms that it runs on
 KERNELS = {
@@ -47,11 +51,17 @@ SPLASH_LANES = 128  # splash's blocks are multiples of this
 # more than padding: GPT-2 on an H200, at TL;DR's lengths, took 42.7 ms a step in three buckets,
 # 34.9 in two and 31.7 in one.
 GPU_BUCKETS = 1
+# Of rows longer than so many blocks of queries, some blocks are computed in a loop, so that neither
+# the program nor the memory grows with the square of the length. A CPU would hold the scores of all
+# blocks that it is free to compute at once.
+MOST_GROUPS = 8
 # Bytes of a number -> the longest of splash's blocks that fits into on-chip memory.
 SPLASH_BLOCK = {2: 1024, 4: 512}
 
 
-class Layout(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Layout:
     """The place of each shard's tokens in attention's rows; see `data/packing.py`."""
 
     rows: tuple[Rows, ...]  # of each bucket, indices into N with a leading axis of shards
@@ -59,6 +69,17 @@ class Layout(NamedTuple):
     # token_counts_SN, float32: how often each token counts where routers are measured; None: they
     # are not.
     token_counts: jax.Array | None = None
+    stripes: int = dataclasses.field(default=1, metadata=dict(static=True))  # see `Batch`
+
+
+class Stripe(NamedTuple):
+    """A device's part of the places of a row: first, first + stripes, first + 2 stripes ..."""
+
+    first: jax.Array | int = 0
+    stripes: int = 1
+
+
+WHOLE = Stripe()
 
 
 class Prompts(NamedTuple):
@@ -69,9 +90,12 @@ class Prompts(NamedTuple):
     lengths: jax.Array  # lengths_SR: how many of U are there
 
 
-def row_limits(window: int | None, platform: str) -> RowLimits:
-    """Return what a model with this window asks of its rows on a platform, such as gpu."""
-    return RowLimits(window, GPU_BUCKETS if platform == "gpu" else BUCKETS)
+def row_limits(window: int | None, platform: str, context: int = 1) -> RowLimits:
+    """Return what a model with this window asks of its rows on a platform, such as gpu.
+
+    context: the size of the mesh's axis.
+    """
+    return RowLimits(window, GPU_BUCKETS if platform == "gpu" else BUCKETS, context)
 
 
 def attend(
@@ -90,21 +114,66 @@ def attend(
     Without a layout each shard's N tokens are themselves one row. `window`, `scale`, `softcap` and
     `kernel` as of `attend_rows`.
     """
-    shards, _, heads, width = q_SNHC.shape
     over_rows = functools.partial(
         attend_rows, window=window, scale=scale, softcap=softcap, kernel=kernel
     )
+    context = context_size()
+    if context > 1 and layout is not None and layout.stripes == context:
+        return _on_stripes(over_rows, q_SNHC, k_SNKC, v_SNKC, layout)
+    if context > 1:
+        # These tokens are not in stripes, so each device along `context` computes all outputs.
+        q_SNHC, k_SNKC, v_SNKC = [
+            constrain(x_SNHC, BATCH, None, "tensor") for x_SNHC in (q_SNHC, k_SNKC, v_SNKC)
+        ]
     if layout is None:
         # One row with one response.
-        out_SRATHC = over_rows(*[x[:, None, None] for x in (q_SNHC, k_SNKC, v_SNKC)])
-        return out_SRATHC[:, 0, 0]
+        rows = [x[:, None, None] for x in (q_SNHC, k_SNKC, v_SNKC)]
+        return over_rows(*rows)[:, 0, 0]
+    return _attend_run(over_rows, q_SNHC, k_SNKC, v_SNKC, layout)
+
+
+def _on_stripes(over_rows, q_SNHC, k_SNKC, v_SNKC, layout: Layout):
+    """Return attention of a run in stripes, each device's queries over the keys of all."""
+
+    def local(q_SNHC, k_SNKC, v_SNKC, layout):
+        # Gathered here, so that the backward pass sums the gradients as it scatters them.
+        k_SNKC, v_SNKC = [
+            jax.lax.all_gather(x_SNKC, "context", axis=1, tiled=True) for x_SNKC in (k_SNKC, v_SNKC)
+        ]
+        stripe = Stripe(jax.lax.axis_index("context"), layout.stripes)
+        return _attend_run(over_rows, q_SNHC, k_SNKC, v_SNKC, layout, stripe)
+
+    layout = dataclasses.replace(layout, token_counts=None)  # of routers, not of attention
+    return _on_each_device(local, q_SNHC, k_SNKC, v_SNKC, layout, tokens="context")
+
+
+def _attend_run(over_rows, q_SNHC, k_SNKC, v_SNKC, layout: Layout, stripe: Stripe = WHOLE):
+    """Return attention of a run's queries, or of a stripe of them, over its keys.
+
+    over_rows: `attend_rows` with its options.
+    """
+    shards, tokens, heads, width = q_SNHC.shape
+    stripes = stripe.stripes
+    over_rows = functools.partial(over_rows, stripe=stripe)
 
     index_SZ = _end_to_end(layout.rows)
-    first_slot_SNJ = layout.token_slots[..., :1]
-    # A query's output is taken from its first slot, so that slot alone has a gradient.
-    q_SZHC = _spread(q_SNHC, index_SZ, first_slot_SNJ)
     k_SZKC = _spread(k_SNKC, index_SZ, layout.token_slots)
     v_SZKC = _spread(v_SNKC, index_SZ, layout.token_slots)
+    # A query's output is taken from its first slot, so that slot alone has a gradient.
+    first_slot_SNJ = layout.token_slots[..., :1]
+    if stripes > 1:
+        # Rows are multiples of the stripes, so slots go round the stripes as places in a row do.
+        index_SZs = index_SZ.reshape(shards, -1, stripes)
+        index_SZ = jax.lax.dynamic_index_in_dim(index_SZs, stripe.first, 2, keepdims=False) % tokens
+        start = stripe.first * tokens
+        first_slot_SNJ = jax.lax.dynamic_slice_in_dim(first_slot_SNJ, start, tokens, 1) // stripes
+    q_SZHC = _spread(q_SNHC, index_SZ, first_slot_SNJ)
+
+    def parts(start, shape):
+        """Return the queries, keys and values of a part of the slots."""
+        of_queries = (*shape[:-1], shape[-1] // stripes)
+        q_part = _slots(q_SZHC, start // stripes, of_queries)
+        return q_part, _slots(k_SZKC, start, shape), _slots(v_SZKC, start, shape)
 
     # All buckets are gathered at once, but each has rows of its own sizes, so each is a call.
     outputs = []
@@ -112,17 +181,13 @@ def attend(
     for rows in layout.rows:
         prompts = None
         if rows.prompts.size:
-            q_SRUHC, k_SRUKC, v_SRUKC = [
-                _slots(x_SZ, start, rows.prompts.shape) for x_SZ in (q_SZHC, k_SZKC, v_SZKC)
-            ]
+            q_SRUHC, k_SRUKC, v_SRUKC = parts(start, rows.prompts.shape)
             # A prompt attends as the only response to no prompt.
             out_SRAUHC = over_rows(q_SRUHC[:, :, None], k_SRUKC[:, :, None], v_SRUKC[:, :, None])
             outputs.append(out_SRAUHC.reshape(shards, -1, heads, width))
             prompts = Prompts(k_SRUKC, v_SRUKC, rows.prompt_lengths)
             start += rows.prompts[0].size
-        q_SRATHC, k_SRATKC, v_SRATKC = [
-            _slots(x_SZ, start, rows.responses.shape) for x_SZ in (q_SZHC, k_SZKC, v_SZKC)
-        ]
+        q_SRATHC, k_SRATKC, v_SRATKC = parts(start, rows.responses.shape)
         out_SRATHC = over_rows(q_SRATHC, k_SRATKC, v_SRATKC, prompts)
         outputs.append(out_SRATHC.reshape(shards, -1, heads, width))
         start += rows.responses[0].size
@@ -193,6 +258,7 @@ def attend_rows(
     v_SRATKC,
     prompts: Prompts | None = None,
     *,
+    stripe: Stripe = WHOLE,
     window: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
@@ -201,17 +267,17 @@ def attend_rows(
     """Return attention of each response over its row's prompt, and over itself, causally.
 
     The result is [S, R, A, T, H, C]; softmax in float32. prompts: None where there are none.
-    window: how many of the latest keys are seen, the query's own included. scale: what scores are
-    multiplied by; None: 1 / root of C. softcap: what scores are bent to stay within. kernel: see
-    `choose`.
+    stripe: which places of a response the queries are of; it has keys of all. window: how many of
+    the latest keys are seen, the query's own included. scale: what scores are multiplied by; None:
+    1 / root of C. softcap: what scores are bent to stay within. kernel: see `choose`.
 
     Raises ValueError where a response could be further from its prompt than the window reaches.
     """
     width = q_SRATHC.shape[-1]
-    kernel = choose(kernel, q_SRATHC.dtype, width, softcap)
+    kernel = choose(kernel, q_SRATHC.dtype, width, softcap, stripe.stripes)
     scale = width**-0.5 if scale is None else scale
     if prompts is not None and window is not None:
-        longest = prompts.k.shape[2] + q_SRATHC.shape[3]
+        longest = prompts.k.shape[2] + k_SRATKC.shape[3]
         if longest > window:
             raise ValueError(
                 f"rows of {longest} tokens in two parts cannot have a window of {window}: give "
@@ -219,28 +285,40 @@ def attend_rows(
             )
         window = None
     if kernel == "xla":
-        return _in_blocks(q_SRATHC, k_SRATKC, v_SRATKC, prompts, window, scale, softcap)
+        return _in_blocks(q_SRATHC, k_SRATKC, v_SRATKC, prompts, stripe, window, scale, softcap)
     if kernel == "splash":
-        function = functools.partial(_splash, scale=scale, softcap=softcap)
+        function = functools.partial(_splash, stripe=stripe, scale=scale, softcap=softcap)
     else:
         function = functools.partial(_cudnn, scale=scale)
-    return _on_each_device(function, q_SRATHC, k_SRATKC, v_SRATKC, prompts, window)
+    over_responses = functools.partial(_over_responses, function, window)
+    # A stripe is a device's own already.
+    if stripe.stripes > 1:
+        return over_responses(q_SRATHC, k_SRATKC, v_SRATKC, prompts)
+    return _on_each_device(over_responses, q_SRATHC, k_SRATKC, v_SRATKC, prompts)
 
 
-def choose(kernel: str, dtype, width: int, softcap: float | None = None) -> str:
+def choose(kernel: str, dtype, width: int, softcap: float | None = None, stripes: int = 1) -> str:
     """Return a key of KERNELS: the one named, or what `auto` stands for on the step's device.
 
     auto is splash on a TPU; cudnn on a GPU that `hardware.CHIPS` lists (others may not have it),
-    for 16-bit numbers and heads of a width that all of these take, without a softcap; elsewhere
-    xla, the blocks written here. Raises ValueError where the named kernel cannot run.
+    for 16-bit numbers and heads of a width that all of these take, without a softcap, and for whole
+    rows; elsewhere xla, the blocks written here. Raises ValueError where the named kernel cannot
+    run.
     """
     where = device().platform
     dtype = jnp.dtype(dtype)
     if kernel == "auto":
         if where == "tpu":
             return "splash"
-        return "cudnn" if where == "gpu" and not why_not_cudnn(dtype, width, softcap) else "xla"
+        if where == "gpu" and not why_not_cudnn(dtype, width, softcap, stripes):
+            return "cudnn"
+        return "xla"
     check(kernel, where)
+    if kernel == "cudnn" and stripes > 1:
+        raise ValueError(
+            "config.model.attention = 'cudnn' does not run with config.mesh.context = "
+            f"{stripes}: take auto, which is xla there."
+        )
     if kernel == "cudnn" and (dtype.itemsize != 2 or width % 8 or width > 256):
         raise ValueError(
             "config.model.attention = 'cudnn' takes model.dtype=bfloat16 and heads of a multiple "
@@ -254,8 +332,10 @@ def choose(kernel: str, dtype, width: int, softcap: float | None = None) -> str:
     return kernel
 
 
-def why_not_cudnn(dtype, width: int, softcap: float | None) -> str:
+def why_not_cudnn(dtype, width: int, softcap: float | None, stripes: int = 1) -> str:
     """Return why `auto` does not take cuDNN's kernel on the step's GPU; "" where it does."""
+    if stripes > 1:
+        return "cuDNN has no mask for rows whose tokens several devices share (mesh.context)"
     if softcap is not None:
         return "cuDNN has no soft cap of scores"
     if jnp.dtype(dtype).itemsize != 2:
@@ -275,48 +355,53 @@ def check(kernel: str, where: str) -> None:
         )
 
 
-def _on_each_device(kernel, q_SRATHC, k_SRATKC, v_SRATKC, prompts: Prompts | None, window):
-    """Run a kernel over each device's own rows and heads: the compiler cannot split a kernel.
+def _on_each_device(local, q, k, v, extra: Prompts | Layout | None, tokens: str | None = None):
+    """Run a function over each device's own shards and heads: the compiler cannot split a kernel.
 
-    kernel: (q_BTHC, k_BUKC, v_BUKC, seen_BU, window) -> out_BTHC, where the queries are those of
-    the last T keys, and seen_BU says which keys before those are there; None: T = U.
+    local: (q, k, v, extra) -> the outputs, in the place of q. q, k and v have shards first, then
+    any axes, heads and a width. tokens: the mesh axis that splits their second axis.
     """
-
-    def local(q_SRATHC, k_SRATKC, v_SRATKC, prompts):
-        # Each response is a row of its own, with its own copy of the prompt's keys.
-        q_BTHC = q_SRATHC.reshape(-1, *q_SRATHC.shape[3:])
-        k_BUKC, v_BUKC, seen_BU = _with_prompts(k_SRATKC, v_SRATKC, prompts)
-        return kernel(q_BTHC, k_BUKC, v_BUKC, seen_BU, window).reshape(q_SRATHC.shape)
-
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return local(q_SRATHC, k_SRATKC, v_SRATKC, prompts)
+        return local(q, k, v, extra)
 
-    heads = q_SRATHC.shape[4]
-    kv_heads = k_SRATKC.shape[4]
+    heads = q.shape[-2]
+    kv_heads = k.shape[-2]
     if heads % mesh.shape["tensor"] == 0:
         # Key heads are repeated until each device has its own.
         times = math.lcm(kv_heads, mesh.shape["tensor"]) // kv_heads
-        k_SRATKC = jnp.repeat(k_SRATKC, times, axis=4)
-        v_SRATKC = jnp.repeat(v_SRATKC, times, axis=4)
-        if prompts is not None:
-            k_SRUKC = jnp.repeat(prompts.k, times, axis=3)
-            v_SRUKC = jnp.repeat(prompts.v, times, axis=3)
-            prompts = Prompts(k_SRUKC, v_SRUKC, prompts.lengths)
+        k = jnp.repeat(k, times, axis=-2)
+        v = jnp.repeat(v, times, axis=-2)
+        if isinstance(extra, Prompts):
+            k_SRUKC = jnp.repeat(extra.k, times, axis=3)
+            v_SRUKC = jnp.repeat(extra.v, times, axis=3)
+            extra = Prompts(k_SRUKC, v_SRUKC, extra.lengths)
 
     def spec(x):
-        # Shards first, heads last but one. An axis that a device count does not divide stays whole
-        # on every device (`fitting`).
+        # An axis that a device count does not divide stays whole on every device (`fitting`).
         wanted = [BATCH, *[None] * (x.ndim - 1)]
-        if x.ndim > 2:  # not the lengths
+        if jnp.issubdtype(x.dtype, jnp.floating):  # not lengths and indices
+            wanted[1] = tokens
             wanted[-2] = "tensor"
         return fitting(mesh, PartitionSpec(*wanted), x.shape)
 
-    arguments = (q_SRATHC, k_SRATKC, v_SRATKC, prompts)
+    arguments = (q, k, v, extra)
     specs = jax.tree.map(spec, arguments)
     # Varying axes are not checked: kernels do not say how their outputs vary over the mesh.
     split = jax.shard_map(local, in_specs=specs, out_specs=specs[0], check_vma=False)
     return split(*arguments)
+
+
+def _over_responses(kernel, window, q_SRATHC, k_SRATKC, v_SRATKC, prompts: Prompts | None):
+    """Run a kernel over rows of one response each, with its own copy of the prompt's keys.
+
+    kernel: (q_BTHC, k_BUKC, v_BUKC, seen_BU, window) -> out_BTHC, where the queries are those of
+    the last T keys, or of a stripe of them, and seen_BU says which keys before those are there;
+    None: there are none.
+    """
+    q_BTHC = q_SRATHC.reshape(-1, *q_SRATHC.shape[3:])
+    k_BUKC, v_BUKC, seen_BU = _with_prompts(k_SRATKC, v_SRATKC, prompts)
+    return kernel(q_BTHC, k_BUKC, v_BUKC, seen_BU, window).reshape(q_SRATHC.shape)
 
 
 def _with_prompts(k_SRATKC, v_SRATKC, prompts: Prompts | None):
@@ -342,22 +427,27 @@ def _with_prompts(k_SRATKC, v_SRATKC, prompts: Prompts | None):
     return joined(prompts.k, k_SRATKC), joined(prompts.v, v_SRATKC), seen_BU
 
 
-def _splash(q_BTHC, k_BUKC, v_BUKC, seen_BU, window, *, scale, softcap):
+def _splash(q_BTHC, k_BUKC, v_BUKC, seen_BU, window, *, stripe: Stripe = WHOLE, scale, softcap):
     """Run JAX's Pallas kernel for TPUs, over padded rows; on a CPU it is interpreted, slowly."""
     # Imported here: it is experimental, and the other kernels must not depend on it.
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     length, heads = q_BTHC.shape[1:3]
-    prompt_length = k_BUKC.shape[1] - length
+    prompt_length = k_BUKC.shape[1] - length * stripe.stripes
+    if stripe.stripes > 1:
+        k_BUKC, v_BUKC, seen_BU = _before_stripe(k_BUKC, v_BUKC, seen_BU, stripe, prompt_length)
     longest_block = SPLASH_BLOCK[q_BTHC.dtype.itemsize]
     queries, query_block = _blocks(length, longest_block)
     # The prompt keeps its place before the padding of the response.
-    keys, key_block = _blocks(prompt_length + queries, longest_block)
+    padding = (queries - length) * stripe.stripes
+    keys, key_block = _blocks(k_BUKC.shape[1] + padding, longest_block)
     # All padding of responses comes after their tokens, so a causal mask hides it from them.
     if window is None:
         mask = splash.CausalMask((queries, keys), offset=prompt_length)
     else:
         mask = splash.LocalMask((queries, keys), (window - 1, 0), prompt_length)
+    if stripe.stripes > 1:
+        mask.q_sequence = mask.q_sequence * stripe.stripes + stripe.stripes - 1
     blocks = splash.BlockSizes(
         block_q=query_block,
         block_kv=key_block,
@@ -372,7 +462,8 @@ def _splash(q_BTHC, k_BUKC, v_BUKC, seen_BU, window, *, scale, softcap):
     arrays += [_lengthened(x_BUKC, keys).swapaxes(1, 2) for x_BUKC in (k_BUKC, v_BUKC)]
     if seen_BU is not None:
         # A query sees keys of its own segment: 1, and 0 where a prompt is padded.
-        is_there_BU = jnp.pad(seen_BU, ((0, 0), (0, keys - prompt_length)), constant_values=True)
+        after = keys - seen_BU.shape[1]
+        is_there_BU = jnp.pad(seen_BU, ((0, 0), (0, after)), constant_values=True)
         segments = splash.SegmentIds(
             q=jnp.ones((len(seen_BU), queries), jnp.int32), kv=is_there_BU.astype(jnp.int32)
         )
@@ -392,6 +483,28 @@ def _splash(q_BTHC, k_BUKC, v_BUKC, seen_BU, window, *, scale, softcap):
     precision = "default" if q_BTHC.dtype == jnp.bfloat16 else "float32"
     out_BHTC = _at_precision(precision, attend_rows)(*arrays)
     return out_BHTC.swapaxes(1, 2)[:, :length]
+
+
+def _before_stripe(k_BUKC, v_BUKC, seen_BU, stripe: Stripe, prompt_length: int):
+    """Move a response's keys so that the last stripe's mask is any stripe's; return which are seen.
+
+    A kernel's mask is one for all devices, and that of the last stripe lets a query see the most:
+    by `stripes - 1 - first` keys more than it should. So many are put before the response's own,
+    and hidden as the padding of prompts is. Its last keys, which move past the end of the row, are
+    kept: the arrays become longer by `stripes - 1`.
+    """
+    spare = stripe.stripes - 1
+
+    def moved(x_BUKC):
+        own_BTKC = jnp.pad(x_BUKC[:, prompt_length:], ((0, 0), (0, spare), (0, 0), (0, 0)))
+        own_BTKC = jnp.roll(own_BTKC, spare - stripe.first, axis=1)
+        return jnp.concatenate([x_BUKC[:, :prompt_length], own_BTKC], axis=1)
+
+    if seen_BU is None:
+        seen_BU = jnp.ones((len(k_BUKC), 0), bool)
+    is_own_T = jnp.arange(spare) >= spare - stripe.first
+    is_own_BT = jnp.broadcast_to(is_own_T, (len(k_BUKC), spare))
+    return moved(k_BUKC), moved(v_BUKC), jnp.concatenate([seen_BU, is_own_BT], axis=1)
 
 
 def _blocks(length: int, longest: int) -> tuple[int, int]:
@@ -464,11 +577,14 @@ def _lengthened(x_BTHC, length: int):
     return jnp.pad(x_BTHC, ((0, 0), (0, length - x_BTHC.shape[1]), (0, 0), (0, 0)))
 
 
-def _in_blocks(q_SRATHC, k_SRATKC, v_SRATKC, prompts: Prompts | None, window, scale, softcap):
+def _in_blocks(
+    q_SRATHC, k_SRATKC, v_SRATKC, prompts: Prompts | None, stripe: Stripe, window, scale, softcap
+):
     """Return attention in plain XLA.
 
-    Blocks of queries see only the keys up to their end, so about half of the square is never
-    computed, and each block is recomputed in the backward pass, so no [T, T] array is kept.
+    Blocks of queries see only the keys up to their end, or that of a group of them, so about half
+    of the square is never computed, and each block is recomputed in the backward pass, so no [T, T]
+    array is kept.
     """
     shards, rows, responses, length, heads, width = q_SRATHC.shape
     kv_heads = k_SRATKC.shape[4]
@@ -481,29 +597,70 @@ def _in_blocks(q_SRATHC, k_SRATKC, v_SRATKC, prompts: Prompts | None, window, sc
     k_SRKACT = k_SRATKC.transpose(0, 1, 4, 2, 5, 3)
     v_SRKATC = v_SRATKC.transpose(0, 1, 4, 2, 3, 5)
     of_prompts = None
-    keys = length
+    keys = k_SRATKC.shape[3]
     if prompts is not None:
         k_SRKCU = prompts.k.transpose(0, 1, 3, 4, 2)
         v_SRKUC = prompts.v.transpose(0, 1, 3, 2, 4)
         keys += k_SRKCU.shape[-1]
         of_prompts = (k_SRKCU, v_SRKUC, prompts.lengths)
-    blocks = []
-    for start in range(0, length, QUERY_BLOCK):
-        end = min(start + QUERY_BLOCK, length)
-        # The first key that the block's first query sees.
-        first = 0 if window is None else max(0, start - window + 1)
-        block = functools.partial(
-            _attend_block, offset=start - first, window=window, softcap=softcap
+
+    def attend_block(q_block, k_keys, v_keys, first):
+        """first: the first query's place among the keys, if it is the first stripe's."""
+        of_block = Stripe(first + stripe.first, stripe.stripes)
+        return _attend_block(
+            q_block, k_keys, v_keys, of_prompts, stripe=of_block, window=window, softcap=softcap
         )
-        if keys > QUERY_BLOCK:
-            # A single block is not recomputed: its scores are small.
-            block = jax.checkpoint(block)
-        q_block = q_SRKAGTC[..., start:end, :]
-        k_block = k_SRKACT[..., first:end]
-        v_block = v_SRKATC[..., first:end, :]
-        blocks.append(block(q_block, k_block, v_block, of_prompts))
-    out_SRKAGTC = blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=5)
+
+    # A single block is not recomputed: its scores are small.
+    if keys > QUERY_BLOCK:
+        attend_block = jax.checkpoint(attend_block)
+    outputs = []
+    for start, end in _groups_of_queries(length, stripe.stripes, window):
+        # The keys from the first that the first query sees, to the last query's own.
+        place = start * stripe.stripes
+        first = 0 if window is None else max(0, place - window + 1)
+        last = end * stripe.stripes
+        q_group = q_SRKAGTC[..., start:end, :]
+        k_keys = k_SRKACT[..., first:last]
+        v_keys = v_SRKATC[..., first:last, :]
+        if end - start <= QUERY_BLOCK:
+            outputs.append(attend_block(q_group, k_keys, v_keys, place - first))
+        else:
+            outputs.append(
+                _one_by_one(attend_block, q_group, k_keys, v_keys, place - first, stripe)
+            )
+    out_SRKAGTC = outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=5)
     return out_SRKAGTC.transpose(0, 1, 3, 5, 2, 4, 6).reshape(q_SRATHC.shape)
+
+
+def _groups_of_queries(length: int, stripes: int, window: int | None) -> list[tuple[int, int]]:
+    """Return the first query and the end of each group of blocks whose keys are the same.
+
+    A short row has a group for each block. In a long one several share a program and the keys of
+    the last, of which a window leaves few that the others do not see.
+    """
+    blocks = -(-length // QUERY_BLOCK)
+    of_group = -(-blocks // MOST_GROUPS)
+    if window is not None:
+        of_group = min(of_group, max(1, window // (QUERY_BLOCK * stripes)))
+    starts = range(0, length, of_group * QUERY_BLOCK)
+    return [(start, min(start + of_group * QUERY_BLOCK, length)) for start in starts]
+
+
+def _one_by_one(attend_block, q_SRKAGTC, k_keys, v_keys, first: int, stripe: Stripe):
+    """Return attention of several blocks in a loop, so that one's scores are there at a time."""
+    length = q_SRKAGTC.shape[5]
+    blocks = -(-length // QUERY_BLOCK)
+    missing = blocks * QUERY_BLOCK - length
+    q_SRKAGTC = jnp.pad(q_SRKAGTC, [(0, 0)] * 5 + [(0, missing), (0, 0)])
+    split = (*q_SRKAGTC.shape[:5], blocks, QUERY_BLOCK, q_SRKAGTC.shape[6])
+    q_blocks = jnp.moveaxis(q_SRKAGTC.reshape(split), 5, 0)
+    firsts = first + jnp.arange(blocks) * QUERY_BLOCK * stripe.stripes
+    out_blocks = jax.lax.map(
+        lambda args: attend_block(args[0], k_keys, v_keys, args[1]), (q_blocks, firsts)
+    )
+    out_SRKAGTC = jnp.moveaxis(out_blocks, 0, 5).reshape(q_SRKAGTC.shape)
+    return out_SRKAGTC[..., :length, :]
 
 
 def _attend_block(
@@ -512,11 +669,11 @@ def _attend_block(
     v_SRKAUC,
     prompts,
     *,
-    offset: int,
+    stripe: Stripe,
     window: int | None,
     softcap: float | None,
 ):
-    """Return attention of a block of queries, the first of which sits at its own key `offset`.
+    """Return attention of a block of queries. `stripe` says at which keys they are.
 
     U: here the response's keys up to the block's end. prompts: k_SRKCW, v_SRKWC and lengths_SR of
     the rows' prompts, W tokens each, which all queries see; or None.
@@ -527,7 +684,7 @@ def _attend_block(
     unseen = jnp.finfo(jnp.float32).min
     scores_SRKAIU = wide_product("SRKAIC,SRKACU->SRKAIU", q_SRKAIC, k_SRKACU)
     scores_SRKAIU = _softcapped(scores_SRKAIU, softcap)
-    query_T1 = offset + jnp.arange(length)[:, None]
+    query_T1 = stripe.first + stripe.stripes * jnp.arange(length)[:, None]
     key_1U = jnp.arange(k_SRKACU.shape[-1])[None, :]
     distance_TU = query_T1 - key_1U
     seen_TU = distance_TU >= 0

@@ -83,7 +83,7 @@ def score_responses(
         responses.alone,
         model.mesh,
         batch_size=batch_size * responses.responses_per_example,
-        limits=row_limits(model.config.narrowest_window, sharding.platform_of(model.mesh)),
+        limits=_limits(model),
         name=name,
     )
     for indices, values_P1 in found:
@@ -150,7 +150,7 @@ def token_scores(
         responses.alone,
         model.mesh,
         batch_size=batch_size * responses.responses_per_example,
-        limits=row_limits(model.config.narrowest_window, sharding.platform_of(model.mesh)),
+        limits=_limits(model),
     )
     packed = {}  # batches that are on their way, by step: they say whose the values are
 
@@ -307,3 +307,8 @@ def map_batches(
 def _without_microbatches(batch):
     """Return a batch of one microbatch without the axis of microbatches."""
     return jax.tree.map(lambda x: x[0], batch)
+
+
+def _limits(model) -> RowLimits:
+    platform = sharding.platform_of(model.mesh)
+    return row_limits(model.config.narrowest_window, platform, model.mesh.shape["context"])

@@ -22,7 +22,7 @@ from dpo_jax.models.experts import Routing
 from dpo_jax.models.transformer import TransformerConfig
 from dpo_jax.parallel import sharding
 from dpo_jax.parallel.hardware import Chip, chip_of
-from dpo_jax.parallel.sharding import BATCH, constrain, device
+from dpo_jax.parallel.sharding import BATCH, TOKENS, constrain, device
 
 # The version of the numbers that the forward pass makes of weights and tokens. Raise it with every
 # change that moves a log-prob by more than rounding, in this file or in what it calls: reference
@@ -179,7 +179,7 @@ def likeliest_tokens(
 
 def batch_hidden(config: TransformerConfig, params, batch: Batch) -> jax.Array:
     """Return the trunk's last hidden state of every token of a microbatch, [S, N, D]."""
-    layout = Layout(batch.rows, batch.token_slots)
+    layout = Layout(batch.rows, batch.token_slots, stripes=batch.stripes)
     return transformer.hidden(config, params, batch.tokens, batch.positions, layout)
 
 
@@ -190,7 +190,8 @@ def batch_hidden_and_routing(
 
     A token counts for each response of an example that reads it, as if each had a row of its own.
     """
-    layout = Layout(batch.rows, batch.token_slots, batch.token_counts.astype(jnp.float32))
+    counts_SN = batch.token_counts.astype(jnp.float32)
+    layout = Layout(batch.rows, batch.token_slots, counts_SN, batch.stripes)
     return transformer.hidden_and_routing(config, params, batch.tokens, batch.positions, layout)
 
 
@@ -200,6 +201,8 @@ def completion_hidden(config: TransformerConfig, params, batch: Batch) -> jax.Ar
 
 
 def _at_completions(x_SND, batch: Batch) -> jax.Array:
+    # Gathered along `context`: the tokens before completions may be on any of its devices.
+    x_SND = constrain(x_SND, BATCH)
     x_SMD = jnp.take_along_axis(x_SND, batch.logit_positions[..., None], axis=1)
     return constrain(x_SMD, BATCH)
 
@@ -248,6 +251,31 @@ def _in_chunks(
     The function's values are arrays [S, M, ...]. models: pairs of weights and their hidden states
     [S, M, D]. The logits are computed again in the backward pass.
     """
+    parts = sharding.context_size()
+    if parts == 1:
+        return _in_chunks_of_shards(config, function, models, targets_SM, gradient)
+    # Devices along `context` take parts of a shard's positions, as if each were a shard.
+    models = [(params, _in_parts(x_SMD, parts)) for params, x_SMD in models]
+    targets = _in_parts(targets_SM, parts)
+    values = _in_chunks_of_shards(config, function, models, targets, gradient)
+    return jax.tree.map(lambda x: _of_parts(x, targets_SM.shape), values)
+
+
+def _in_parts(x_SM, parts: int):
+    """Return the positions of each shard as those of several shards, padded with zeros."""
+    missing = ((0, 0), (0, -x_SM.shape[1] % parts), *[(0, 0)] * (x_SM.ndim - 2))
+    x_SM = jnp.pad(x_SM, missing)
+    return constrain(x_SM.reshape(len(x_SM) * parts, -1, *x_SM.shape[2:]), TOKENS)
+
+
+def _of_parts(x, shape: tuple[int, int]):
+    """Return what `_in_parts` split as an array of this shape, and of the trailing axes of x."""
+    shards, positions = shape
+    x_SM = x.reshape(shards, -1, *x.shape[2:])[:, :positions]
+    return constrain(x_SM, BATCH)
+
+
+def _in_chunks_of_shards(config, function, models, targets_SM, gradient):
     shards, positions = targets_SM.shape
     # In positions: each has a logit for every token of the vocabulary.
     limit = chunk_logits(chip_of(device())) // config.vocab
@@ -300,7 +328,7 @@ def _of_logits(function, unembed, heads, hidden, targets_SM):
     logits = []
     for head, x_SMD in zip(heads, hidden, strict=True):
         # Split by vocabulary: each device makes its part of the logits, and none is gathered.
-        logits.append(constrain(unembed(head, x_SMD), BATCH, None, "tensor"))
+        logits.append(constrain(unembed(head, x_SMD), TOKENS, None, "tensor"))
     return function(targets_SM, *logits)
 
 

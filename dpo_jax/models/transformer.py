@@ -33,7 +33,7 @@ from dpo_jax.models.attention import attend, attend_cached
 from dpo_jax.models.experts import Experts, Routing
 from dpo_jax.models.linear import Linear, over_tokens, softcapped, wide_product
 from dpo_jax.models.rope import LongRopeScaling, Rope, rotary_angles, rotate
-from dpo_jax.parallel.sharding import BATCH, constrain, device, path_name
+from dpo_jax.parallel.sharding import BATCH, SPLIT, constrain, device, path_name
 
 HEADS = ("lm", "reward", "lm_value")
 # A scan copies what each layer keeps for the backward pass into one array, and out again; unrolled
@@ -374,16 +374,18 @@ class Embed(nn.Module):
         if config.learned_positions:
             table_UD = self.param("positions", normal, (config.max_positions, config.width))
             x_SND += _look_up(config, table_UD, positions_SN)
-        return constrain(x_SND, BATCH)
+        return constrain(x_SND, BATCH, "context")
 
 
 def _look_up(config, table_VD, ids_SN):
     """Return the table's rows of ids, [S, N, D] in the compute dtype."""
-    # Each device takes its part of the width for all shards along fsdp: the rows travel, and not
-    # the table.
+    # Each device takes its part of the width for all tokens along fsdp and context: the rows
+    # travel, and not the table.
     rows_SND = table_VD[constrain(ids_SN, "data")]
     # Narrowed after the gather: the gradient of an id that comes often adds up in float32.
-    return constrain(rows_SND.astype(config.dtype), "data", None, "fsdp")
+    rows_SND = constrain(rows_SND.astype(config.dtype), "data", None, SPLIT)
+    # From the width to the tokens along one axis after the other: XLA cannot do both at once.
+    return constrain(rows_SND, "data", "context", "fsdp")
 
 
 class Head(nn.Module):
@@ -441,7 +443,7 @@ class Block(nn.Module):
             widened_SND = Mlp(config, name="mlp")(mlp_input_SND)
         x_SND = x_SND + normed("norm_after_mlp", widened_SND, wanted=config.norm_after)
         # Whole along the width again: `tensor` splits only what is inside attention and the MLP.
-        return constrain(x_SND, BATCH), new
+        return constrain(x_SND, BATCH, "context"), new
 
 
 class Attention(nn.Module):
@@ -474,9 +476,9 @@ class Attention(nn.Module):
             q_SNHC = rotate(rope, q_SNHC, rotation)
             k_SNKC = rotate(rope, k_SNKC, rotation)
         # Heads are split, so that attention needs nothing from another device.
-        q_SNHC = constrain(q_SNHC, BATCH, None, "tensor")
-        k_SNKC = constrain(k_SNKC, BATCH, None, "tensor")
-        v_SNKC = constrain(v_SNKC, BATCH, None, "tensor")
+        q_SNHC = constrain(q_SNHC, BATCH, "context", "tensor")
+        k_SNKC = constrain(k_SNKC, BATCH, "context", "tensor")
+        v_SNKC = constrain(v_SNKC, BATCH, "context", "tensor")
         scoring = dict(
             window=self.kind.window,
             scale=config.attention_scale,
@@ -510,7 +512,7 @@ class Mlp(nn.Module):
             x_SNF = activation(widen("gate")) * widen("up")
         else:
             x_SNF = activation(widen("up"))
-        x_SNF = constrain(x_SNF, BATCH, None, "tensor")
+        x_SNF = constrain(x_SNF, BATCH, "context", "tensor")
         scale = residual_scale(config)
         return Linear((F, D), config.mlp_bias, config.dtype, scale, name="down")(x_SNF)
 

@@ -24,6 +24,10 @@ from dpo_jax.data import packing
 AXES = ("data", "fsdp", "context", "expert", "tensor")
 WHERE_USED = ("context", "expert")  # axes that are only named where there are several devices
 BATCH = ("data", "fsdp", "expert")  # the axes that split a batch into shards
+TOKENS = (*BATCH, "context")  # those that split all of its tokens
+# The axes that split weights for memory alone. Devices that share the tokens of a shard share
+# weights, too.
+SPLIT = ("fsdp", "context")
 NAMED = 3  # weights that a message names
 
 # Batches are made of plain numpy arrays by data/, which imports no jax. They come to devices here,
@@ -36,27 +40,28 @@ jax.tree_util.register_dataclass(packing.Batch)
 # `tensor` splits what a layer makes inside (heads, feed-forward width) and the vocabulary: q, k, v,
 # gate and up by their outputs, out and down by their inputs. So all that a layer sends along it are
 # the sums of partial results after `out` and after `down`. `fsdp` splits the other large axis, for
-# memory alone: it is gathered before use. Norms and biases along the width are small, and whole.
+# memory alone, and so does `context`: it is gathered before use. Norms and biases along the width
+# are small, and whole.
 RULES = (
-    (r"embed/tokens$", P("tensor", "fsdp")),
-    (r"embed/positions$", P(None, "fsdp")),
-    (r"attention/[qkv]/kernel$", P("fsdp", "tensor", None)),
+    (r"embed/tokens$", P("tensor", SPLIT)),
+    (r"embed/positions$", P(None, SPLIT)),
+    (r"attention/[qkv]/kernel$", P(SPLIT, "tensor", None)),
     (r"attention/[qkv]/bias$", P("tensor", None)),
-    (r"attention/out/kernel$", P("tensor", None, "fsdp")),
-    (r"mlp/(gate|up)/kernel$", P("fsdp", "tensor")),
+    (r"attention/out/kernel$", P("tensor", None, SPLIT)),
+    (r"mlp/(gate|up)/kernel$", P(SPLIT, "tensor")),
     (r"mlp/(gate|up)/bias$", P("tensor")),
-    (r"mlp/down/kernel$", P("tensor", "fsdp")),
-    (r"router/kernel$", P("fsdp", None)),
+    (r"mlp/down/kernel$", P("tensor", SPLIT)),
+    (r"router/kernel$", P(SPLIT, None)),
     (r"experts/(gate|up)/kernel$", P("expert", "fsdp", "tensor")),
     (r"experts/down/kernel$", P("expert", "tensor", "fsdp")),
     # Adapters: inputs and outputs are split as the kernel's, the rank is whole.
-    (r"(q|k|v|gate|up)/lora_a$", P("fsdp")),
+    (r"(q|k|v|gate|up)/lora_a$", P(SPLIT)),
     (r"(q|k|v|gate|up)/lora_b$", P(None, "tensor")),
     (r"(out|down)/lora_a$", P("tensor")),
-    (r"(out|down)/lora_b$", P(None, "fsdp")),
-    (r"head/kernel$", P("fsdp", "tensor")),
+    (r"(out|down)/lora_b$", P(None, SPLIT)),
+    (r"head/kernel$", P(SPLIT, "tensor")),
     (r"head/bias$", P("tensor")),
-    (r"head/scalar$", P("fsdp")),
+    (r"head/scalar$", P(SPLIT)),
     # All that is left: norms, and the biases of `out` and `down`.
     (r"(scale|bias)$", P(None)),
 )
@@ -136,8 +141,8 @@ def arrange(sizes: tuple[int, ...], devices) -> np.ndarray:
     )
 
 
-def define_flags() -> Callable[[], jax.sharding.Mesh]:
-    """Define a command's flags for the axes that split weights.
+def define_flags(axes: tuple[str, ...] = ("fsdp", "tensor")) -> Callable[[], jax.sharding.Mesh]:
+    """Define a command's flags for axes of the mesh.
 
     The result makes the mesh, once the flags are parsed.
     """
@@ -147,7 +152,7 @@ def define_flags() -> Callable[[], jax.sharding.Mesh]:
         axis: flags.DEFINE_integer(
             axis, 1, f"As config.mesh.{axis}.", lower_bound=-1, upper_bound=1_000_000
         )
-        for axis in ("fsdp", "tensor")
+        for axis in axes
     }
     return lambda: make_mesh(**{axis: flag.value for axis, flag in found.items()})
 
@@ -161,6 +166,11 @@ def whole_shards(batch_size: int, mesh: jax.sharding.Mesh) -> int:
     """Return the batch size rounded up to a multiple of the mesh's shards."""
     shards = batch_shards(mesh)
     return -(-batch_size // shards) * shards
+
+
+def context_size() -> int:
+    """Return how many devices share the tokens of a shard; asked while a program is traced."""
+    return jax.sharding.get_abstract_mesh().shape.get("context", 1)
 
 
 def device():
@@ -192,13 +202,16 @@ def fitting(mesh, spec: P, shape: tuple[int, ...]) -> P:
     missing = len(shape) - len(spec)
     found = []
     for axes, size in zip((*spec, *(None,) * missing), shape, strict=True):
-        # A dimension may be split by several mesh axes together, as BATCH does.
-        names = axes if isinstance(axes, tuple) else (axes,)
-        if axes is None or size % math.prod(mesh.shape[name] for name in names):
-            found.append(None)
-        else:
-            found.append(axes)
+        divides = size % math.prod(mesh.shape[name] for name in _names(axes)) == 0
+        found.append(axes if divides else None)
     return P(*found)
+
+
+def _names(axes) -> tuple[str, ...]:
+    """Return the mesh axes of a dimension, which may be split by several together, as by BATCH."""
+    if axes is None:
+        return ()
+    return axes if isinstance(axes, tuple) else (axes,)
 
 
 def path_name(path) -> str:
@@ -246,17 +259,18 @@ def unsplit(mesh, params) -> list[str]:
         is_split = False
         for path, leaf in jax.tree_util.tree_leaves_with_path(params):
             name = path_name(path)
-            rule = _rule(name, leaf.shape)
-            if devices == 1 or axis not in rule:
+            wanted = [_names(axes) for axes in _rule(name, leaf.shape)]
+            found = [_names(axes) for axes in spec_of(name, leaf.shape, mesh)]
+            dimension = next((d for d, names in enumerate(wanted) if axis in names), None)
+            if devices == 1 or dimension is None:
                 continue
-            found = spec_of(name, leaf.shape, mesh)
-            if axis in found:
+            if axis in found[dimension]:
                 is_split = True
                 continue
-            parts = math.prod(mesh.shape[other] for other in found if other is not None)
+            parts = math.prod(mesh.shape[other] for other in sum(found, ()))
             held = leaf.size * leaf.dtype.itemsize // parts
             excess += held - held // devices
-            whole.append((held, name, leaf.shape[rule.index(axis)]))
+            whole.append((held, name, leaf.shape[dimension]))
         if not excess:
             continue
         # The largest ones come first.
@@ -301,7 +315,7 @@ def per_shard(params, shards: int):
         spec = () if mesh.empty else spec_of(path_name(path), x.shape, mesh)
         # Gathered over fsdp, but still split by `tensor`, along which logits are split too.
         tensor_only = [axis if axis == "tensor" else None for axis in spec]
-        return constrain(jnp.broadcast_to(x, (shards, *x.shape)), BATCH, *tensor_only)
+        return constrain(jnp.broadcast_to(x, (shards, *x.shape)), TOKENS, *tensor_only)
 
     return jax.tree_util.tree_map_with_path(copies, params)
 

@@ -79,7 +79,8 @@ def estimate(config: ConfigDict, stage: str, model: TransformerConfig, capacity:
     """
     mesh = sharding.make_mesh(**config.mesh)
     group = groups.group_of(config, stage, Assumptions())
-    limits = attention.row_limits(model.narrowest_window, sharding.platform_of(mesh))
+    platform = sharding.platform_of(mesh)
+    limits = attention.row_limits(model.narrowest_window, platform, mesh.shape["context"])
     batches = groups.lay_out(config, stage, group, sharding.batch_shards(mesh), limits)
     program = make_program(config, stage, model, mesh, batches[0])
     memory = program.argument_bytes()

@@ -74,7 +74,7 @@ def plan(
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
     experts.check_mesh(model, mesh)
     group = groups.group_of(config, stage, assumed)
-    limits = attention.row_limits(model.narrowest_window, platform)
+    limits = attention.row_limits(model.narrowest_window, platform, mesh.shape["context"])
     batches = groups.lay_out(config, stage, group, sharding.batch_shards(mesh), limits)
     objective, batch = instead(model, batches[0]) if instead else (None, batches[0])
     program = make_program(config, stage, model, mesh, batch, objective)

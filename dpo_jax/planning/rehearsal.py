@@ -78,7 +78,8 @@ def rehearse(config: ConfigDict, stage: str) -> Rehearsal:
     mesh = sharding.make_mesh(**config.mesh)
     model = planner.model_config(config, stage)
     group = groups.group_of(config, stage, planner.Assumptions())
-    limits = attention.row_limits(model.narrowest_window, sharding.platform_of(mesh))
+    platform = sharding.platform_of(mesh)
+    limits = attention.row_limits(model.narrowest_window, platform, mesh.shape["context"])
     batches = groups.lay_out(config, stage, group, sharding.batch_shards(mesh), limits)
     lora = Lora(**config.model.lora) if config.model.lora.rank else None
     programs = stage_programs(stage, block, model, mesh, lora=lora)

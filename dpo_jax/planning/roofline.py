@@ -72,11 +72,12 @@ def estimate(
     """
     itemsize = _itemsize(config)
     weights = _weights(config)
-    fsdp, tensor, data = mesh["fsdp"], mesh["tensor"], mesh["data"]
+    context, tensor, data = mesh["context"], mesh["tensor"], mesh["data"]
+    fsdp = mesh["fsdp"] * context  # both split the weights
     split = fsdp * tensor  # devices that share the weights
-    # One shard's tokens: the batch is split over data and fsdp, and a device holds one shard of it.
-    layer_input = shape.tokens * config.width * itemsize
-    saved = _saved(config, shape)
+    # A device's tokens: the batch is split over data and fsdp into shards, and those by context.
+    layer_input = shape.tokens / context * config.width * itemsize
+    saved = _saved(config, shape) / context
 
     once = forward(config, mesh, microbatches, topology, flops=flops)
     shares = _between_machines(mesh, topology)
@@ -89,6 +90,14 @@ def estimate(
         collectives["all-gather"] = (0, (forwards + 1) * gathered)
         collectives["reduce-scatter"] = (0, gathered)  # the gradients are as large as the weights
         network += shares["fsdp"] * (forwards + 2) * gathered
+    if context > 1:
+        # Keys and values are gathered in each pass, and their gradients scattered.
+        of_token = 2 * config.layers * config.kv_heads * config.head_width * itemsize / tensor
+        keys = microbatches * shape.tokens * of_token * (1 - 1 / context)
+        for kind, times in (("all-gather", forwards), ("reduce-scatter", 1)):
+            _, received = collectives[kind]
+            collectives[kind] = (0, received + times * keys)
+        network += shares["context"] * (forwards + 1) * keys
     reduced = 0.0
     if data > 1:
         # float32 gradients, 4 bytes each. An all-reduce receives twice its size: it scatters the
@@ -133,9 +142,11 @@ def temporaries(
     gathered_layers = 2 * (_weights(config) / config.layers) * itemsize / tensor
     # float32, 4 bytes each. Three arrays of this size are counted: the logits, the softmax's own,
     # and the gradient.
-    logits = 4 * min(chunk_logits(chip), shape.completion_tokens * config.vocab)
-    rows = _rows(config, shape, itemsize) / tensor
-    return int(_saved(config, shape) + gradients + gathered_layers + 3 * logits + rows)
+    context = mesh["context"]
+    logits = 4 * min(chunk_logits(chip), shape.completion_tokens / context * config.vocab)
+    rows = _rows(config, shape, itemsize, context) / tensor
+    saved = _saved(config, shape) / context
+    return int(saved + gradients + gathered_layers + 3 * logits + rows)
 
 
 def _saved(config: TransformerConfig, shape: Shape) -> float:
@@ -152,7 +163,7 @@ def forward(
     """Estimate the work of a forward pass: each microbatch gathers and reads the weights."""
     # Every device reads all layers' gathered weights, which only `tensor` keeps split.
     read = microbatches * _weights(config) * _itemsize(config) / mesh["tensor"]
-    gathered = read * (1 - 1 / mesh["fsdp"])
+    gathered = read * (1 - 1 / (mesh["fsdp"] * mesh["context"]))
     network = _between_machines(mesh, topology)["fsdp"] * gathered
     return Work(flops, read, {"all-gather": (0, gathered)}, network)
 
@@ -234,8 +245,11 @@ def _kept(config: TransformerConfig) -> float:
     return 4 + copies + (2 * heads + (3 if config.gated else 2) * inner) / config.width
 
 
-def _rows(config: TransformerConfig, shape: Shape, itemsize: int) -> float:
-    """Return the bytes of queries, keys, values and outputs in attention's rows, with gradients."""
+def _rows(config: TransformerConfig, shape: Shape, itemsize: int, context: int = 1) -> float:
+    """Return the bytes of queries, keys, values and outputs in attention's rows, with gradients.
+
+    context: devices that share the queries.
+    """
     queries = 0  # tokens that attend
     keys = 0  # tokens that they see
     for bucket in shape.rows:
@@ -243,6 +257,6 @@ def _rows(config: TransformerConfig, shape: Shape, itemsize: int) -> float:
         queries += bucket.rows * bucket.prompt + responses * bucket.response
         # Kernels give each response its own copy of the prompt's keys and values.
         keys += bucket.rows * bucket.prompt + responses * (bucket.prompt + bucket.response)
-    places = 2 * config.heads * queries + 2 * config.kv_heads * keys
+    places = 2 * config.heads * queries / context + 2 * config.kv_heads * keys
     # Twice: for the gradients.
     return 2 * places * config.head_width * itemsize

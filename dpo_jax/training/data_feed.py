@@ -245,7 +245,8 @@ class DataFeed:
 
     def _row_limits(self) -> RowLimits:
         platform = sharding.platform_of(self._job.mesh)
-        return attention.row_limits(self._job.model.narrowest_window, platform)
+        context = self._job.mesh.shape["context"]
+        return attention.row_limits(self._job.model.narrowest_window, platform, context)
 
     def _kept_log_probs(self, split: str, examples, order: np.ndarray) -> np.ndarray | None:
         if self._reference_log_probs is None:
@@ -316,7 +317,9 @@ def say_plain_attention(name: str, model, mesh) -> None:
     if sharding.platform_of(mesh) != "gpu" or model.attention != "auto":
         return
     with jax.set_mesh(mesh):
-        reason = attention.why_not_cudnn(model.dtype, model.head_width, model.attention_softcap)
+        reason = attention.why_not_cudnn(
+            model.dtype, model.head_width, model.attention_softcap, mesh.shape["context"]
+        )
     if reason:
         say(f"{name}: attention runs by plain XLA, which takes more time and memory: {reason}.")
 

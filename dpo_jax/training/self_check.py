@@ -242,7 +242,9 @@ def _measure(model, mesh, params, data: Examples, indices, *, share: bool) -> np
     Each shard of the mesh holds all of them, so any number of examples will do.
     """
     examples = [data[index] for index in indices]
-    limits = packing.RowLimits(model.narrowest_window, buckets=2 if share else 1)
+    limits = packing.RowLimits(
+        model.narrowest_window, buckets=2 if share else 1, stripes=mesh.shape["context"]
+    )
     shape = packing.shape_of(examples, share=share, limits=limits)
     batch = packing.pack(examples, shape, share=share)
     shards = sharding.batch_shards(mesh)

@@ -33,7 +33,9 @@ for i, family in enumerate(FAMILIES):
 HYPER = STAGE_HYPER | dict(max_grad_norm=np.float32(1e6), ld_alpha=np.float32(0.4))
 
 
-def make_batch(name: str, shards: int, window: int | None, make_pairs=random_pairs) -> Batch:
+def make_batch(
+    name: str, shards: int, stripes: int, window: int | None, make_pairs=random_pairs
+) -> Batch:
     examples, rng = make_pairs(16, vocab=96, longest=8), np.random.default_rng(0)
     if name in ("sft", "ppo"):
         examples = first_responses(examples)
@@ -49,7 +51,7 @@ def make_batch(name: str, shards: int, window: int | None, make_pairs=random_pai
     order = np.arange(len(examples))[None]
     # Tokens of a rollout have values of their own, so their responses are laid down apart.
     share = rollout is None
-    limits = RowLimits(window)
+    limits = RowLimits(window, stripes=stripes)
     return Batches(examples, order, shards=shards, share=share, limits=limits, rollout=rollout)[0]
 
 
@@ -66,7 +68,8 @@ def stepped(name: str, config, params, mesh, make_pairs=random_pairs) -> tuple[d
     train_step = step.make_train_step(objective, optimizer, "constant", shardings)
     placed = jax.device_put(params, shardings.params)
     reference = jax.tree.map(lambda x: x * 1.05, placed) if name == "dpo" else None
-    made = make_batch(name, sharding.batch_shards(mesh), config.narrowest_window, make_pairs)
+    shards, stripes = sharding.batch_shards(mesh), mesh.shape["context"]
+    made = make_batch(name, shards, stripes, config.narrowest_window, make_pairs)
     batch = sharding.shard_batch(mesh, made, axis=1)
     with jax.set_mesh(mesh):
         state, metrics = train_step(
@@ -89,9 +92,10 @@ def of_one_device(name: str, family: str, make_pairs=random_pairs) -> tuple:
     )
 
 
-def check_on_mesh(name, family, sizes, make_pairs=random_pairs):
+def check_on_mesh(name, family, sizes, make_pairs=random_pairs, context=1):
     config, params, expected, expected_metrics = of_one_device(name, family, make_pairs)
-    update, metrics = stepped(name, config, params, sharding.make_mesh(*sizes), make_pairs)
+    mesh = sharding.make_mesh(*sizes, context=context)
+    update, metrics = stepped(name, config, params, mesh, make_pairs)
     largest = max(abs(leaf).max() for leaf in jax.tree.leaves(expected))
     assert largest > 1e-4
     for path, leaf in jax.tree_util.tree_leaves_with_path(update):
@@ -158,6 +162,24 @@ def grouped_pairs(count, vocab, longest) -> list[Example]:
 )
 def test_train_step_in_two_parts_is_equal_on_meshes(name, family, sizes):
     shards = sizes[0] * sizes[1]
-    batch = make_batch(name, shards, None, grouped_pairs)
+    batch = make_batch(name, shards, 1, None, grouped_pairs)
     assert all(bucket.prompts.size for bucket in batch.rows)  # no whole rows
     check_on_mesh(name, family, sizes, make_pairs=grouped_pairs)
+
+
+@pytest.mark.parametrize(
+    "name, family, sizes, context, make_pairs",
+    [
+        ("dpo", "llama2", (1, 4, 1), 2, random_pairs),
+        ("dpo", "gpt2", (1, 1, 2), 4, grouped_pairs),
+        ("rm", "qwen3", (1, 2, 2), 2, grouped_pairs),
+        ("ppo", "llama2", (1, 2, 1), 4, random_pairs),
+        ("dpo", "mistral-window", (2, 1, 2), 2, random_pairs),
+        pytest.param("sft", "neox-parallel", (2, 1, 1), 4, grouped_pairs, marks=pytest.mark.slow),
+        pytest.param(WEIGHTED, "gptj", (1, 1, 4), 2, random_pairs, marks=pytest.mark.slow),
+    ],
+)
+def test_train_step_with_context_is_equal(name, family, sizes, context, make_pairs, capfd):
+    """Prompts shared and separate rows, and a window; no array is copied to every device."""
+    check_on_mesh(name, family, sizes, make_pairs, context)
+    assert "rematerialization" not in capfd.readouterr().err

@@ -561,6 +561,10 @@ def test_save_and_load(loaded, pairs, tmp_path):
         (lambda m, p: dpo_jax.load("P", mesh=dict(fsd=1)), "mesh.* no setting 'fsd'; .* fsdp"),
         (lambda m, p: dpo_jax.load("P", mesh=dict(fsdp="2")), r"load: mesh.fsdp='2' \(str\)"),
         (lambda m, p: dpo_jax.load("P", mesh=2), r"load: mesh=2 \(int\): expected a jax mesh"),
+        (
+            lambda m, p: dpo_jax.load("P", mesh=jax.make_mesh((8,), ("data",))),
+            "load: the mesh has the axes data: expected data, fsdp, context, expert, tensor",
+        ),
         (lambda m, p: dpo_jax.run("toy", "W"), r"run takes a config of .*; found 'toy' \(str\)"),
         (
             lambda m, p: dpo_jax.run(dpo_jax.load_config("toy"), "W", loss="hinge"),

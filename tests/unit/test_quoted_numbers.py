@@ -17,7 +17,7 @@ import statistics
 import numpy as np
 import pytest
 
-from experiments import beta, family_parity, gradient_weight, loss_zoo, rounds
+from experiments import beta, family_parity, gradient_weight, long_rows, loss_zoo, rounds
 from tests.helpers.paths import ROOT
 from tests.helpers.quoted import at_most, measured, numbers, page, paragraph, unaccounted
 
@@ -230,6 +230,10 @@ def _plans_for_gpus() -> list[str]:
                     cells.append(f"{value:.2g}")
         found.append(" | ".join([title, *(", ".join(cells) for cells in columns.values())]))
     return found
+
+
+def of_long_rows() -> list[str]:
+    return long_rows.markdown(measured("long_rows.jsonl")).splitlines()[2:]
 
 
 def of_reports() -> list[str]:
@@ -558,6 +562,7 @@ QUOTED = {
     "README.md": of_readme,
     "docs/performance.md": of_performance,
     "docs/planning.md": of_planning,
+    "docs/long_rows.md": of_long_rows,
     "docs/reports.md": of_reports,
     "docs/rounds.md": of_rounds,
     "docs/beta.md": of_beta,

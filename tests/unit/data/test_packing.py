@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 
 import numpy as np
+import pytest
 
 from dpo_jax.data import packing
 from dpo_jax.data.examples import Example
@@ -60,6 +61,45 @@ def test_pack_leaves_masked_tokens_untrained():
     plain = packing.pack([all_trained_on], dataclasses.replace(shape, completion_tokens=6))
     for masked_rows, rows in zip(batch.rows, plain.rows, strict=True):
         assert masked_rows.responses.tolist() == rows.responses.tolist()
+
+
+@pytest.mark.parametrize("window", [None, 4], ids=["in two parts", "whole rows"])
+def test_pack_in_stripes(window):
+    """Tokens go round the stripes by their places in rows, and nothing else changes."""
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 50, length) for length in (30, 1, 14)]
+    examples = []
+    for prompt in prompts:
+        responses = [rng.integers(0, 50, length) for length in rng.integers(1, 9, 3)]
+        examples += [Example(prompt, (responses[0], other)) for other in responses[1:]]
+    plain_shape = packing.shape_of(examples, limits=packing.RowLimits(window))
+    shape = packing.shape_of(examples, limits=packing.RowLimits(window, stripes=4))
+    assert (shape.responses_per_row == 0) == (window is not None)
+    assert shape.tokens % 4 == 0
+    plain, batch = packing.pack(examples, plain_shape), packing.pack(examples, shape)
+    is_token = batch.token_slots[:, 0] >= 0
+    assert is_token.sum() == (plain.token_slots[:, 0] >= 0).sum()
+
+    slot = 0
+    for rows, plain_rows in zip(batch.rows, plain.rows, strict=True):
+        for part, plain_part in ((rows.prompts, plain_rows.prompts), (rows[2], plain_rows[2])):
+            for index in np.ndindex(part.shape):
+                token = part[index]
+                if slot in batch.token_slots[token]:
+                    # The stripe's part of the run, by the token's place in its row.
+                    assert token // (shape.tokens // 4) == index[-1] % 4
+                    assert batch.tokens[token] == plain.tokens[plain_part[index]]
+                    assert batch.positions[token] == plain.positions[plain_part[index]]
+                slot += 1
+    for field in ("targets", "segment_ids", "response_lengths", "response_index"):
+        np.testing.assert_array_equal(
+            getattr(batch, field)[: len(plain.targets)], getattr(plain, field)
+        )
+    for field in ("logit_positions", "last_token"):
+        for values in (lambda batch: batch.tokens, lambda batch: batch.positions):
+            np.testing.assert_array_equal(
+                values(batch)[getattr(batch, field)], values(plain)[getattr(plain, field)]
+            )
 
 
 def test_empty_response_ends_with_its_prompt():

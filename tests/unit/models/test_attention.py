@@ -26,7 +26,8 @@ from tests.helpers.tiny import random_pairs
 def cudnn_call(q, k, v, prompts=None, window=None, scale=None):
     """The one call of cuDNN, made of plain XLA: whether it says what we mean. It needs a GPU."""
     kernel = functools.partial(attention._cudnn, implementation="xla", scale=scale)
-    return attention._on_each_device(kernel, q, k, v, prompts, window)
+    over_responses = functools.partial(attention._over_responses, kernel, window)
+    return attention._on_each_device(over_responses, q, k, v, prompts)
 
 
 KERNELS = {
@@ -175,6 +176,29 @@ def test_rows_equal_each_sequence_alone(monkeypatch, kernel, responses_per_row, 
     )
 
 
+@pytest.mark.parametrize("window", [None, 200])
+def test_long_rows_in_a_loop(window):
+    """More blocks than groups, the last of them not full."""
+    given = arrays(1, 1, attention.MOST_GROUPS * QUERY_BLOCK + 300, 2, 1, 8)
+    agree(
+        value_and_gradients(of_rows("xla"), window)(*given),
+        value_and_gradients(dense_attention, window)(*given),
+        atol=5e-5,
+    )
+
+
+@pytest.mark.parametrize("window", [None, 256])
+def test_long_rows_take_memory_by_length(window):
+    """Not by its square: the scores of one block are there at a time, or of one for each group."""
+
+    def temporaries(length):
+        function = value_and_gradients(of_rows("xla"), window)
+        return function.lower(*arrays(1, 1, length, 2, 1, 8)).compile().memory_analysis()
+
+    sizes = [temporaries(length).temp_size_in_bytes for length in (2048, 4096, 8192)]
+    assert sizes[1] < 2.2 * sizes[0] and sizes[2] < 2.2 * sizes[1]
+
+
 def test_rows_are_in_one_bucket_on_a_gpu():
     rows = {platform: attention.row_limits(7, platform) for platform in ("cpu", "gpu", "tpu")}
     assert {limits.window for limits in rows.values()} == {7}
@@ -231,14 +255,16 @@ def test_kernels_on_meshes(sizes):
         assert "all-gather" not in compiled.as_text()  # nothing but the loss is sent
 
 
-def test_log_probs_equal_by_every_kernel(tiny):
-    """Over a flat batch, whose rows share prompts, on a mesh of all three axes."""
+@pytest.mark.parametrize("axes", [dict(fsdp=2, tensor=4), dict(fsdp=2, context=4)], ids=str)
+def test_log_probs_equal_by_every_kernel(tiny, axes):
+    """Over a flat batch, whose rows share prompts."""
     config, params = tiny
+    mesh = sharding.make_mesh(data=1, **axes)
     examples = random_pairs(4)
-    shape = packing.shape_of(examples)
+    shape = packing.shape_of(examples, limits=packing.RowLimits(stripes=mesh.shape["context"]))
     batch = jax.tree.map(
         lambda *shards: np.stack(shards),
-        *(packing.pack(examples[i : i + 2], packing.shape_of(examples)) for i in (0, 2)),
+        *(packing.pack(examples[i : i + 2], shape) for i in (0, 2)),
     )
     assert len(shape.rows) > 1 or shape.rows[0][0] > 1
 
@@ -250,7 +276,7 @@ def test_log_probs_equal_by_every_kernel(tiny):
             log_probs_SQ * jnp.array([1.0, -1.0] * (log_probs_SQ.shape[1] // 2))
         ).sum(), log_probs_SQ
 
-    with jax.set_mesh(sharding.make_mesh(1, 2, 4)):
+    with jax.set_mesh(mesh):
         found = {
             kernel: jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)(
                 params, kernel

@@ -107,7 +107,7 @@ def test_rules_cover_and_split_parameters(fields):
     params = transformer.abstract(tiny_config(**fields))
     for path, placed in jax.tree_util.tree_leaves_with_path(sharding.param_shardings(mesh, params)):
         if sharding.path_name(path).endswith(("kernel", "tokens")):
-            assert {"fsdp", "tensor"} <= set(placed.spec), path
+            assert {("fsdp", "context"), "tensor"} <= set(placed.spec), path
 
 
 def test_rules_split_adapters_as_kernels():
@@ -131,7 +131,7 @@ def test_rules_refuse_unknown_parameter():
 
 def test_rules_keep_odd_dimension_whole():
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
-    assert sharding.spec_of("embed/tokens", (41, 16), mesh) == P(None, "fsdp")
+    assert sharding.spec_of("embed/tokens", (41, 16), mesh) == P(None, ("fsdp", "context"))
 
 
 def test_shard_batch_over_data_and_fsdp():
@@ -162,6 +162,17 @@ def test_unsplit_says_what_an_axis_costs(sizes, said):
     mesh = sharding.make_mesh(*sizes, devices=devices)
     (line,) = sharding.unsplit(mesh, shapes)
     assert line.startswith(said)
+
+
+def test_context_splits_weights_as_fsdp_does():
+    shapes = transformer.abstract(tiny_config())
+    split = sharding.param_shardings(sharding.make_mesh(1, 8), shapes)
+    for axes in (dict(fsdp=2, context=4), dict(fsdp=1, context=8)):
+        mesh = sharding.make_mesh(data=1, **axes)
+        for one, other in zip(
+            *map(jax.tree.leaves, (split, sharding.param_shardings(mesh, shapes))), strict=True
+        ):
+            assert one.shard_shape((8, 8, 8, 8)) == other.shard_shape((8, 8, 8, 8))
 
 
 def test_unsplit_is_silent_where_all_is_split():

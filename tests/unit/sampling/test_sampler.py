@@ -129,10 +129,18 @@ def test_sample_differs_by_index_and_seed(tiny):
     assert len(found) == 30
 
 
-def test_sample_is_equal_on_meshes(tiny, drawn):
+@pytest.mark.parametrize(
+    "axes",
+    [
+        dict(data=2, fsdp=2, tensor=2),
+        pytest.param(dict(fsdp=2, context=4), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_sample_is_equal_on_meshes(tiny, drawn, axes):
     """Rows, weights, heads and vocabulary are split; cuts look at the whole vocabulary."""
     config, params = tiny
-    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    mesh = sharding.make_mesh(**axes)
     placed = jax.device_put(params, sharding.param_shardings(mesh, params))
     assert_same(draw((config, placed), mesh=mesh), drawn)
     for sampling in (
