@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from experiments import family_parity
+from tests.helpers import tiny_models
 from tests.helpers.paths import ROOT
 
 RESULTS = ROOT / "experiments" / "results"
@@ -56,7 +57,10 @@ def test_family_has_the_largest_figures_of_its_variants():
     assert shown == "| `llama` | 3.0e-06 | 1.0e-06 | **differs** | 7 of 8 | 1.0e-06 | 1.0e-06 |"
 
 
-def test_committed_rows_equal_torch():
+def test_committed_rows_are_of_all_variants():
+    assert [row["variant"] for row in COMMITTED] == list(tiny_models.VARIANTS), (
+        "run: python -m experiments.family_parity --variants=NAME"
+    )
     for row in COMMITTED:
         check(row)
 

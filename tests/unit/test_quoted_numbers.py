@@ -17,7 +17,15 @@ import statistics
 import numpy as np
 import pytest
 
-from experiments import beta, family_parity, gradient_weight, long_rows, loss_zoo, rounds
+from experiments import (
+    beta,
+    family_parity,
+    gradient_weight,
+    long_rows,
+    loss_zoo,
+    real_model,
+    rounds,
+)
 from tests.helpers.paths import ROOT
 from tests.helpers.quoted import at_most, measured, numbers, page, paragraph, unaccounted
 
@@ -552,9 +560,14 @@ def memory_of_a_step() -> list[float]:
 
 def of_models() -> list[str]:
     families = family_parity.by_family(measured("family_parity.json")["rows"])
-    lines = family_parity.table(families, "family").splitlines()
+    of_families = family_parity.table(families, "family")
+    of_real_model = real_model.table(measured("real_model/real_model.json"))
     # As `page` has them, without code.
-    return [re.sub(r"`[^`]*`", "", line) for line in lines]
+    return [
+        re.sub(r"`[^`]*`", "", line)
+        for table in (of_families, of_real_model)
+        for line in table.splitlines()
+    ]
 
 
 QUOTED = {
