@@ -532,7 +532,8 @@ def compare_export(task: Task) -> dict:
         loading={name: len(names) for name, names in info.items()},
         difference=dict(logits=logits_difference(folder, theirs.eval(), sequences)),
         answers=len(chats),
-        equal=sum(mine == other for mine, other in zip(ours, answers, strict=True)),
+        # The pipeline reads an answer alone, and so without the space that may be before it.
+        equal=sum(mine.strip() == other.strip() for mine, other in zip(ours, answers, strict=True)),
         first=dict(question=QUESTIONS[0], answer=answers[0]),
     )
 
