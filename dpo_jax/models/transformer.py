@@ -2,10 +2,9 @@
 
 It is used functionally: `hidden(config, params, ...)` runs the trunk over nested dicts of arrays,
 `unembed` the head, and `step` the trunk with a cache of keys and values, to sample from. Layers are
-stacked on a leading axis and scanned. Layers of several kinds follow one another in a pattern, and
-are scanned in groups that hold the pattern once. Trained weights are float32, the trunk computes in
-`config.dtype`, and norms, rotary angles, softmax and logits are float32. Only this room uses
-flax.linen.
+stacked on a leading axis and scanned; layers of several kinds have a branch for each. Trained
+weights are float32, the trunk computes in `config.dtype`, and norms, rotary angles, softmax and
+logits are float32. Only this room uses flax.linen.
 
 Letters in array names and einsums:
 
@@ -145,6 +144,11 @@ class TransformerConfig:
     def ropes(self) -> tuple[Rope, ...]:
         """The rotary embeddings of its layers, each once."""
         return tuple(dict.fromkeys(kind.rope for kind in self.pattern if kind.rope is not None))
+
+    @property
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """The kinds of its layers, each once."""
+        return tuple(dict.fromkeys(self.pattern))
 
     def kind(self, layer: int) -> LayerKind:
         """Return the kind of a layer, counted from 0."""
@@ -291,7 +295,7 @@ class Transformer(nn.Module):
                 in_axes=(nn.broadcast, 0),
                 length=config.layers,
             )
-            x_SND, new = stack(config, config.kind(0), name="layers")(x_SND, inputs, cache)
+            x_SND, new = stack(config, name="layers")(x_SND, inputs, cache)
         else:
             layers = self.variables["params"]["layers"]
             x_SND, new = run_layers(config, layers, x_SND, inputs, cache)
@@ -305,58 +309,23 @@ def run_layers(config: TransformerConfig, params_L, x_SND, inputs, cache_L):
     params_L, cache_L: of all layers, stacked. inputs: what every layer reads besides: positions,
     angles of each of config.ropes, layout.
     """
-    # Layers are taken in groups, each of which has every kind of the pattern once. One group is
-    # compiled, whatever their number.
-    period = len(config.pattern)
-    groups = config.layers // period
 
-    def run_group(x_SND, params_and_cache_P):
-        new_P = []
-        for place, kind in enumerate(config.pattern):
-            params, cache = _at_layer(params_and_cache_P, place)
-            x_SND, new = run_layer(kind, params, x_SND, cache)
-            new_P.append(new)
-        return x_SND, _stacked(new_P)
+    def run_layer(x_SND, of_layer):
+        params, cache, kind = of_layer
+        return Block(config).apply({"params": params}, x_SND, inputs, cache, kind)
 
-    def run_layer(kind, params, x_SND, cache):
-        def run(params, x_SND, cache):
-            return Block(config, kind).apply({"params": params}, x_SND, inputs, cache)
-
-        if config.remat != "none":
-            # A scan keeps the forward and backward passes apart: CSE cannot merge what it remakes.
-            policy = REMAT_POLICIES[config.remat]
-            run = jax.checkpoint(run, policy=policy, prevent_cse=False)
-        return run(params, x_SND, cache)
-
-    stacked = (params_L, cache_L)
-    if period == 1:
-        # The layers are the groups: nothing to lay out anew.
-        def run_only(x_SND, params_and_cache):
-            return run_layer(config.pattern[0], params_and_cache[0], x_SND, params_and_cache[1])
-
-        return jax.lax.scan(run_only, x_SND, stacked, unroll=unrolled_layers(config))
-
-    scanned = groups * period
-    grouped = jax.tree.map(
-        lambda x_L: x_L[:scanned].reshape(groups, period, *x_L.shape[1:]), stacked
-    )
-    unroll = max(1, unrolled_layers(config) // period)
-    x_SND, new_GP = jax.lax.scan(run_group, x_SND, grouped, unroll=unroll)
-    new_L = jax.tree.map(lambda x_GP: x_GP.reshape(scanned, *x_GP.shape[2:]), new_GP)
-    # Layers that do not make up a group come last.
-    for layer in range(scanned, config.layers):
-        params, cache = _at_layer(stacked, layer)
-        x_SND, new = run_layer(config.kind(layer), params, x_SND, cache)
-        new_L = jax.tree.map(lambda x_L, x: jnp.concatenate([x_L, x[None]]), new_L, new)
-    return x_SND, new_L
-
-
-def _at_layer(stacked, layer: int):
-    return jax.tree.map(lambda x_L: x_L[layer], stacked)
-
-
-def _stacked(trees: list):
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+    if config.remat != "none":
+        # A scan keeps the forward and backward passes apart: CSE cannot merge what it remakes.
+        policy = REMAT_POLICIES[config.remat]
+        run_layer = jax.checkpoint(run_layer, policy=policy, prevent_cse=False)
+    # One layer is compiled, whatever their number, with the attention of each kind as a branch.
+    # Groups of layers, each of which holds the pattern once, would need no branches. But each turn
+    # of the scan would copy the weights and the cache of its group.
+    kinds_L = None
+    if len(config.kinds) > 1:
+        kinds_L = jnp.array([config.kinds.index(config.kind(i)) for i in range(config.layers)])
+    layers = (params_L, cache_L, kinds_L)
+    return jax.lax.scan(run_layer, x_SND, layers, unroll=unrolled_layers(config))
 
 
 class Embed(nn.Module):
@@ -409,18 +378,17 @@ class Head(nn.Module):
 
 class Block(nn.Module):
     config: TransformerConfig
-    kind: LayerKind
 
     @nn.compact
-    def __call__(self, x_SND, inputs, cache):
+    def __call__(self, x_SND, inputs, cache, kind=None):
         config = self.config
 
         def normed(name, y_SND, *, wanted):
             return Norm(config, name=name)(y_SND) if wanted else y_SND
 
         attention_input_SND = normed("norm_attention", x_SND, wanted=config.norm_before)
-        attended_SND, new = Attention(config, self.kind, name="attention")(
-            attention_input_SND, inputs, cache
+        attended_SND, new = Attention(config, name="attention")(
+            attention_input_SND, inputs, cache, kind
         )
         attended_SND = normed("norm_after_attention", attended_SND, wanted=config.norm_after)
         if config.shared_norm:
@@ -449,16 +417,15 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """Self-attention; with a cache it returns the tokens' keys and values for it too.
 
-    These are a dict k, v [S, N, K, C].
+    These are a dict k, v [S, N, K, C]. kind: the layer's place in config.kinds, a traced number;
+    None where there is one kind.
     """
 
     config: TransformerConfig
-    kind: LayerKind
 
     @nn.compact
-    def __call__(self, x_SND, inputs, cache):
+    def __call__(self, x_SND, inputs, cache, kind=None):
         config = self.config
-        positions_SN, rotations, layout = inputs
         D, H, K, C = config.width, config.heads, config.kv_heads, config.head_width
 
         def project(name, heads):
@@ -470,29 +437,42 @@ class Attention(nn.Module):
             axes = 2 if config.qk_norm == "width" else 1
             q_SNHC = Norm(config, axes, name="q_norm")(q_SNHC)
             k_SNKC = Norm(config, axes, name="k_norm")(k_SNKC)
-        rope = self.kind.rope
-        if rope is not None:
-            rotation = rotations[config.ropes.index(rope)]
-            q_SNHC = rotate(rope, q_SNHC, rotation)
-            k_SNKC = rotate(rope, k_SNKC, rotation)
-        # Heads are split, so that attention needs nothing from another device.
-        q_SNHC = constrain(q_SNHC, BATCH, "context", "tensor")
-        k_SNKC = constrain(k_SNKC, BATCH, "context", "tensor")
-        v_SNKC = constrain(v_SNKC, BATCH, "context", "tensor")
-        scoring = dict(
-            window=self.kind.window,
-            scale=config.attention_scale,
-            softcap=config.attention_softcap,
-        )
-        # One new token reads the cache. A prompt starts from an empty one, so it is plain attention
-        # over itself.
-        if cache is not None and x_SND.shape[1] == 1:
-            out_SNHC = attend_cached(q_SNHC, k_SNKC, v_SNKC, cache, positions_SN, **scoring)
+        of_kinds = [functools.partial(attend_in_kind, config, one, inputs) for one in config.kinds]
+        if kind is None:
+            out_SNHC, k_SNKC = of_kinds[0](q_SNHC, k_SNKC, v_SNKC, cache)
         else:
-            out_SNHC = attend(q_SNHC, k_SNKC, v_SNKC, layout, kernel=config.attention, **scoring)
+            out_SNHC, k_SNKC = jax.lax.switch(kind, of_kinds, q_SNHC, k_SNKC, v_SNKC, cache)
         scale = residual_scale(config)
         out = Linear((H, C, D), config.out_bias, config.dtype, scale, name="out")
         return out(out_SNHC), None if cache is None else dict(k=k_SNKC, v=v_SNKC)
+
+
+def attend_in_kind(
+    config: TransformerConfig, kind: LayerKind, inputs, q_SNHC, k_SNKC, v_SNKC, cache
+) -> tuple[jax.Array, jax.Array]:
+    """Return attention by layers of a kind, [S, N, H, C], and the keys as their rope turns them.
+
+    inputs: as of `run_layers`. cache: the layer's.
+    """
+    positions_SN, rotations, layout = inputs
+    if kind.rope is not None:
+        rotation = rotations[config.ropes.index(kind.rope)]
+        q_SNHC = rotate(kind.rope, q_SNHC, rotation)
+        k_SNKC = rotate(kind.rope, k_SNKC, rotation)
+    # Heads are split, so that attention needs nothing from another device.
+    q_SNHC = constrain(q_SNHC, BATCH, "context", "tensor")
+    k_SNKC = constrain(k_SNKC, BATCH, "context", "tensor")
+    v_SNKC = constrain(v_SNKC, BATCH, "context", "tensor")
+    scoring = dict(
+        window=kind.window, scale=config.attention_scale, softcap=config.attention_softcap
+    )
+    # One new token reads the cache. A prompt starts from an empty one, so it is plain attention
+    # over itself.
+    if cache is not None and q_SNHC.shape[1] == 1:
+        out_SNHC = attend_cached(q_SNHC, k_SNKC, v_SNKC, cache, positions_SN, **scoring)
+    else:
+        out_SNHC = attend(q_SNHC, k_SNKC, v_SNKC, layout, kernel=config.attention, **scoring)
+    return out_SNHC, k_SNKC
 
 
 class Mlp(nn.Module):

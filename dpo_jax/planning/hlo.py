@@ -86,7 +86,7 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
     return found, entry
 
 
-def trips(computations, entry: str) -> dict[str, int]:
+def trips(computations, entry: str) -> dict[str, float]:
     """Count how often each computation runs in one call of the program, fusions left out."""
     found = {}
 
@@ -106,7 +106,7 @@ class Collective(NamedTuple):
     """A collective of the program."""
 
     kind: str  # a key of RECEIVED
-    times: int  # that one call of the program runs it
+    times: float  # that one call of the program runs it
     received: float  # bytes that a device receives each time
     attributes: str  # of its instruction
 
@@ -226,7 +226,10 @@ def _closing(text: str) -> int:
 
 
 def _calls(computations, instruction: Instruction):
-    """Yield (computation, times) of each call; all branches of a conditional count."""
+    """Yield (computation, times) of each call.
+
+    Of a conditional each branch counts in part, as if all were taken equally often.
+    """
     if instruction.opcode == "while":
         body = re.search(r"body=%?([\w.-]+)", instruction.attributes)[1]
         condition = re.search(r"condition=%?([\w.-]+)", instruction.attributes)[1]
@@ -241,8 +244,9 @@ def _calls(computations, instruction: Instruction):
             r"(?:to_apply|calls)=%?([\w.-]+)|branch_computations=\{([^}]*)\}",
             instruction.attributes,
         )
-        for called in re.findall(r"[\w.-]+", part[1] or part[2]) if part else ():
-            yield called, 1
+        called = re.findall(r"[\w.-]+", part[1] or part[2]) if part else []
+        for computation in called:
+            yield computation, 1 / len(called)
 
 
 def _trip_count(body: list[Instruction], condition: list[Instruction]) -> int:

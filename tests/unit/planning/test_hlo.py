@@ -1,6 +1,8 @@
 """Reading a compiled program, whose text has lines of any length."""
 # ruff: noqa: E501
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from dpo_jax.planning import hlo
@@ -242,3 +244,18 @@ ENTRY %main (x: f32[16]) -> f32[16] {{
 }}
 """
     assert hlo.bytes_between_machines(text, gpus=4) == received
+
+
+def test_branches_count_in_part():
+    """Three turns of a loop, each of which takes one of two branches."""
+
+    def turn(x, kind):
+        return jax.lax.switch(kind, [jnp.sin, jnp.cos], x), None
+
+    def turns(x, kinds):
+        return jax.lax.scan(turn, x, kinds)[0]
+
+    text = jax.jit(turns).lower(jnp.ones(4), jnp.array([0, 1, 0])).compile().as_text()
+    computations, entry = hlo.parse(text)
+    branches = [times for times in hlo.trips(computations, entry).values() if times == 1.5]
+    assert len(branches) == 2
