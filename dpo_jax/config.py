@@ -402,7 +402,8 @@ def _training(**defaults) -> dict[str, Field]:
 BALANCE = dict(  # of the stages in objectives.BALANCED
     router_aux_loss_coef=Field(
         0.0,
-        "weight of the load-balancing loss of models with experts, over all tokens of the batch",
+        "weight of the load-balancing loss of models with experts, over all tokens of the batch; "
+        "with several microbatches it takes one more forward pass of the layers",
         least=0,
         most=1e6,
     )

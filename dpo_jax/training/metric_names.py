@@ -77,7 +77,8 @@ METRICS = {
     "router_{split}/imbalance": Metric(
         "",
         "Load-balancing loss of the routers, before its coefficient; not in loss. The experts of a "
-        "token (k) where all get equally many, and up to the number of all experts.",
+        "token (k) where all get equally many, and up to the number of all experts. Over the "
+        "step's batch; of what is held out, the mean over batches.",
         lower_is_better=True,
     ),
     # PPO: the completions of a step, then its updates.

@@ -141,4 +141,30 @@ def test_committed_page_is_of_the_committed_figures():
     assert (RESULTS / "real_model.md").read_text() == real_model.page(result)
     assert real_model.table(result) in (ROOT / "docs" / "models.md").read_text()
     assert result["weights"] > 1e8 and result["chats"]["chats"] == 40
-    assert len(result["dpo"]["steps"]) == len(result["lora"]["steps"]) == 20
+    check(result)
+
+
+def check(result):
+    """Both are float32 with sums in another order: 1e-5 of the largest number, at most."""
+    chats, answers, export = result["chats"], result["answers"], result["export"]
+    of_logits = 1e-5 * chats["largest_logit"]
+    of_responses = 1e-5 * abs(chats["mean_log_prob"])
+    assert 40 < chats["largest_logit"] < 60
+    assert chats["difference"]["logits"] < of_logits
+    assert chats["difference"]["token_log_probs"] < 1e-4
+    assert chats["difference"]["response_log_probs"] < of_responses
+
+    assert answers["equal"] == answers["answers"] == 20 and not answers["parted"]
+    assert answers["difference"]["answer_log_probs"] < of_responses
+    assert export["equal"] == export["answers"] == 5
+    assert export["difference"]["logits"] < of_logits and not any(export["loading"].values())
+
+    for name in ("dpo", "lora"):
+        steps, difference = result[name]["steps"], dict(result[name]["difference"])
+        assert len(steps) == 20
+        largest_norm = max(step["grad_norm"][1] for step in steps)
+        assert difference.pop("grad_norm") < 2e-4 * largest_norm
+        assert difference.pop("final_logits", 0) < of_logits
+        assert difference.pop("loss/train") < 1e-4
+        assert difference.pop("rewards_train/margins") < 1e-4
+        assert max(difference.values()) < of_responses  # sums over a response's tokens
