@@ -95,13 +95,15 @@ def main():
         )
         replan = functools.partial(planner.plan, topology=topology, stage=chosen, assumed=assumed)
         if sweep.value:
-            reports = advice.sweep_mesh(planned_config, chosen, topology.chips, replan)
+            trained = planner.model_config(planned_config, chosen, assumed.model)
+            reports = advice.sweep_mesh(planned_config, chosen, topology.chips, replan, trained)
             values = [report.to_dict() for report in reports]
             text = report_lib.sweep_table(reports)
         else:
             report = replan(planned_config)
             if not report.fits:
-                found = advice.advise(planned_config, chosen, report, replan)
+                trained = planner.model_config(planned_config, chosen, assumed.model)
+                found = advice.advise(planned_config, chosen, report, replan, trained)
                 report = dataclasses.replace(report, advice=found)
             values = report.to_dict()
             text = report_lib.table(report)

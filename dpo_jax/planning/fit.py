@@ -58,7 +58,7 @@ def check(config: ConfigDict, stage: str, model: TransformerConfig) -> None:
         options = configs.model_options(changed)
         return estimate(changed, stage, dataclasses.replace(model, **options), capacity)
 
-    told = _told(advice.advise(config, stage, found, again, quiet=True))
+    told = _told(advice.advise(config, stage, found, again, model, quiet=True))
     kinds = ", ".join(f"{kind} {size:.2f}" for kind, size in found.hbm_gib.items())
     of_device = f"of a device's {found.capacity_gib:.2f} GiB"
     if found.least_gib > found.capacity_gib:
@@ -104,5 +104,6 @@ def _told(found: advice.Advice) -> str:
     if found.fits:
         needed = found.tries[-1]["hbm_gib_per_chip"]
         return f"To make it fit, add: {found.flags} ({needed:.2f} GiB a device by estimate)"
-    tried = f"with {found.flags}, too" if found.flags else "and nothing is left to try"
-    return f"It takes more or larger devices, {tried}."
+    if found.flags:
+        return f"Even with {found.flags} it takes more or larger devices."
+    return "It takes more or larger devices, and nothing is left to try."

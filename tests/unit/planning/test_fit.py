@@ -1,13 +1,15 @@
 """Steps that do not fit the devices at hand, told before anything is loaded or compiled."""
 
+import dataclasses
 import re
 
 import pytest
 
 from dpo_jax import config_files
+from dpo_jax.models import loading
 from dpo_jax.parallel import hardware, sharding
 from dpo_jax.planning import fit, planner
-from tests.helpers.tiny_runs import on_devices, scratch_config
+from tests.helpers.tiny_runs import dpo_config, on_devices, run, scratch_config
 
 GIB = 2**30
 
@@ -89,9 +91,26 @@ def test_estimate_that_does_not_fit_is_a_warning(capacity, capsys):
 def test_nothing_helps(capacity):
     capacity(2**20)
     with on_devices(1):
-        assert "It takes more or larger devices, with --config.model.remat" in refusal(
-            large_config()
+        assert re.search(
+            r"Even with --config\.model\.remat.* it takes more or larger devices\.$",
+            refusal(large_config()),
         )
+
+
+def test_run_that_does_not_fit_loads_nothing(capacity, model, pairs, tmp_path, monkeypatch):
+    opened, loaded = [], []
+    open_checkpoint = loading.open_checkpoint
+
+    def without_weights(*arguments, **options):
+        opened.append(1)
+        checkpoint = open_checkpoint(*arguments, **options)
+        return dataclasses.replace(checkpoint, load_params=lambda *_: loaded.append(1))
+
+    monkeypatch.setattr(loading, "open_checkpoint", without_weights)
+    capacity(2**10)
+    with on_devices(1), pytest.raises(ValueError, match="dpo does not fit: weights, gradients"):
+        run(dpo_config(model, pairs), tmp_path)
+    assert opened and not loaded and not (tmp_path / "dpo" / "metrics.jsonl").exists()
 
 
 def test_memory_limit_of_cpus_is_not_told():

@@ -282,7 +282,7 @@ def test_plan_ppo_memory_of_sampling():
         kind: size for kind, size in few.items() if kind != "sampling"
     }
     # So fewer completions at a time are tried, where a plan does not fit.
-    tries = list(advice.remedies(config, "ppo", 1))
+    tries = list(advice.remedies(config, "ppo", 1, planner.model_config(config, "ppo")))
     assert {"sampling.batch_size": 1024} in tries and {"ppo.microbatch_size": 4} in tries
 
 
