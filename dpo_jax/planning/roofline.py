@@ -6,6 +6,7 @@ no plan compiles: the pass of a kept reference, and the completions of PPO.
 """
 
 import dataclasses
+import math
 
 import jax
 import numpy as np
@@ -15,7 +16,7 @@ from dpo_jax.models import transformer
 from dpo_jax.models.log_probs import chunk_logits
 from dpo_jax.models.transformer import TransformerConfig
 from dpo_jax.parallel.hardware import Chip
-from dpo_jax.parallel.sharding import AXES
+from dpo_jax.parallel.sharding import AXES, SPLIT, path_name
 from dpo_jax.planning.topologies import Topology
 
 # Part of a step's time -> its name in tables.
@@ -71,46 +72,53 @@ def estimate(
     compiler may do worse.
     """
     itemsize = _itemsize(config)
-    weights = _weights(config)
     context, tensor, data = mesh["context"], mesh["tensor"], mesh["data"]
-    fsdp = mesh["fsdp"] * context  # both split the weights
-    split = fsdp * tensor  # devices that share the weights
-    # A device's tokens: the batch is split over data and fsdp into shards, and those by context.
+    fsdp, expert = mesh["fsdp"], mesh["expert"]
+    of_experts, others = _weights(config)
+    # A device's own part of the weights: fsdp splits all, expert the experts, context the others.
+    held = (of_experts / expert + others / context) / (fsdp * tensor)
+    # A device's tokens: the batch is split over data, fsdp and expert into shards, and those by
+    # context.
     layer_input = shape.tokens / context * config.width * itemsize
     saved = _saved(config, shape) / context
 
     once = forward(config, mesh, microbatches, topology, flops=flops)
-    shares = _between_machines(mesh, topology)
     collectives = {}
-    network = 0.0
-    if fsdp > 1:
-        # fsdp splits the weights, so each pass gathers them, and the backward pass once more. 0:
-        # how many collectives that takes is the compiler's choice; only bytes are estimated.
-        _, gathered = once.collectives["all-gather"]
-        collectives["all-gather"] = (0, (forwards + 1) * gathered)
-        collectives["reduce-scatter"] = (0, gathered)  # the gradients are as large as the weights
-        network += shares["fsdp"] * (forwards + 2) * gathered
+    # Split weights are gathered in each pass, and in the backward pass once more; the gradients
+    # that are scattered are as large.
+    _, of_weights = once.collectives["all-gather"]
+    gathered, scattered = (forwards + 1) * of_weights, of_weights
+    network = (forwards + 2) * once.network
     if context > 1:
         # Keys and values are gathered in each pass, and their gradients scattered.
         of_token = 2 * config.layers * config.kv_heads * config.head_width * itemsize / tensor
         keys = microbatches * shape.tokens * of_token * (1 - 1 / context)
-        for kind, times in (("all-gather", forwards), ("reduce-scatter", 1)):
-            _, received = collectives[kind]
-            collectives[kind] = (0, received + times * keys)
-        network += shares["context"] * (forwards + 1) * keys
+        gathered += forwards * keys
+        scattered += keys
+        network += _share(mesh, topology, "context") * (forwards + 1) * keys
+    if of_experts and expert > 1:
+        # Devices that split the experts gather each other's tokens, and scatter what their own
+        # experts gave for them; the backward pass has both the other way round.
+        tokens = microbatches * (forwards + 1) * config.layers * (expert - 1) * layer_input
+        gathered += tokens
+        scattered += tokens
+        network += _share(mesh, topology, "expert") * 2 * tokens
+    if gathered:
+        # 0: how many collectives that takes is the compiler's choice; only bytes are estimated.
+        collectives = {"all-gather": (0, gathered), "reduce-scatter": (0, scattered)}
     reduced = 0.0
     if data > 1:
         # float32 gradients, 4 bytes each. An all-reduce receives twice its size: it scatters the
         # sums, then gathers them.
-        gradients_received = microbatches * 2 * weights * 4 / split * (1 - 1 / data)
+        gradients_received = microbatches * 2 * held * 4 * (1 - 1 / data)
         reduced += gradients_received
-        network += shares["data"] * gradients_received
+        network += _share(mesh, topology, "data") * gradients_received
     if tensor > 1:
         # After attention and after the MLP, forward and backward.
         sums = microbatches * 2 * (forwards + 1) * config.layers
         sums_received = sums * 2 * layer_input * (1 - 1 / tensor)
         reduced += sums_received
-        network += shares["tensor"] * sums_received
+        network += _share(mesh, topology, "tensor") * sums_received
     if reduced:
         collectives["all-reduce"] = (0, reduced)
 
@@ -118,7 +126,7 @@ def estimate(
     # Each array is counted as often as it is written or read. Kept activations 4 times: they and
     # their gradients, out and in. The state twice: the update rewrites it. Float32 gradients 3
     # times, 12 bytes a weight: made, then read for their norm and by the update.
-    moved = passes * once.memory + microbatches * 4 * saved + 2 * state + 12 * weights / split
+    moved = passes * once.memory + microbatches * 4 * saved + 2 * state + 12 * held
     return Work(flops, moved, collectives, network)
 
 
@@ -139,7 +147,7 @@ def temporaries(
     tensor = mesh["tensor"]
     gradients *= 1 + (microbatches > 1)  # and their sum over microbatches
     # Two layers are there at a time.
-    gathered_layers = 2 * (_weights(config) / config.layers) * itemsize / tensor
+    gathered_layers = 2 * (_gathered_weights(config, mesh) / config.layers) * itemsize
     # float32, 4 bytes each. Three arrays of this size are counted: the logits, the softmax's own,
     # and the gradient.
     context = mesh["context"]
@@ -161,10 +169,17 @@ def forward(
     config: TransformerConfig, mesh: dict, microbatches: int, topology: Topology, *, flops: float
 ) -> Work:
     """Estimate the work of a forward pass: each microbatch gathers and reads the weights."""
-    # Every device reads all layers' gathered weights, which only `tensor` keeps split.
-    read = microbatches * _weights(config) * _itemsize(config) / mesh["tensor"]
-    gathered = read * (1 - 1 / (mesh["fsdp"] * mesh["context"]))
-    network = _between_machines(mesh, topology)["fsdp"] * gathered
+    # Every device reads all layers' gathered weights.
+    size = microbatches * _itemsize(config)
+    read = size * _gathered_weights(config, mesh)
+    # What a device does not hold itself. fsdp splits all weights, and context all but the experts.
+    fsdp, context, expert, tensor = [mesh[axis] for axis in ("fsdp", "context", "expert", "tensor")]
+    of_experts, others = _weights(config)
+    experts_received = size * of_experts / (expert * tensor) * (1 - 1 / fsdp)
+    others_received = size * others / tensor * (1 - 1 / (fsdp * context))
+    network = _share(mesh, topology, "fsdp") * experts_received
+    network += _share(mesh, topology, *SPLIT) * others_received
+    gathered = experts_received + others_received
     return Work(flops, read, {"all-gather": (0, gathered)}, network)
 
 
@@ -199,34 +214,46 @@ def sampling(
     copied = rows * prompt * of_token
     # float32, 4 bytes each: the logits, what is drawn from, and the sums of that.
     logits = 3 * 4 * rows * config.vocab / tensor
-    gathered_layers = 2 * _weights(config) / config.layers * itemsize / tensor
+    gathered_layers = 2 * _gathered_weights(config, mesh) / config.layers * itemsize
     # Compiled for a CPU, the loop has a second cache, that each token's is written into.
     taken = int(2 * cache + copied + logits + gathered_layers)
     return dataclasses.replace(once, memory=moved), taken
 
 
-def _between_machines(mesh: dict, topology: Topology) -> dict[str, float]:
-    """Return the share of an axis' traffic that comes to a GPU over its own network card.
+def _share(mesh: dict, topology: Topology, *axes: str) -> float:
+    """Return the share of traffic along axes that comes to a GPU over its own network card.
 
-    What several GPUs of a machine receive along an axis comes to the machine once.
+    axes: neighbours, as one. What several GPUs of a machine receive along them comes to the machine
+    once.
     """
-    shares = {}
-    stride = 1  # between neighbours on the axis; the last axis is the innermost
-    for axis in reversed(AXES):
-        size = mesh[axis]
-        within = size == 1 or stride * size <= topology.shape[-1]
-        if within or not topology.is_gpu:
-            shares[axis] = 0.0
+    size = math.prod(mesh[axis] for axis in axes)
+    # Between neighbours on the axes; the last axis is the innermost.
+    stride = math.prod(mesh[axis] for axis in AXES[AXES.index(axes[-1]) + 1 :])
+    of_machine = topology.shape[-1]
+    if not topology.is_gpu or size == 1 or stride * size <= of_machine:
+        return 0.0
+    here = max(of_machine // stride, 1)
+    return (size / here - 1) / (size - 1)
+
+
+def _weights(config: TransformerConfig) -> tuple[int, int]:
+    """Return the number of parameters of all experts, and that of all others."""
+    of_experts, others = 0, 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(transformer.abstract(config)):
+        if "/experts/" in path_name(path):
+            of_experts += leaf.size
         else:
-            here = max(topology.shape[-1] // stride, 1)
-            shares[axis] = (size / here - 1) / (size - 1)
-        stride *= size
-    return shares
+            others += leaf.size
+    return of_experts, others
 
 
-def _weights(config: TransformerConfig) -> int:
-    """Return the number of parameters."""
-    return sum(leaf.size for leaf in jax.tree.leaves(transformer.abstract(config)))
+def _gathered_weights(config: TransformerConfig, mesh: dict) -> float:
+    """Return of how many weights a device makes products, once those that fsdp splits are gathered.
+
+    Only `tensor` keeps them split, and `expert` the experts.
+    """
+    of_experts, others = _weights(config)
+    return (others + of_experts / mesh["expert"]) / mesh["tensor"]
 
 
 def _itemsize(config: TransformerConfig) -> int:
