@@ -10,12 +10,10 @@ from ml_collections import ConfigDict
 
 from dpo_jax import config as configs
 from dpo_jax.console import warn
-from dpo_jax.models import attention
 from dpo_jax.models.transformer import TransformerConfig
 from dpo_jax.parallel import hardware, sharding
-from dpo_jax.planning import advice, groups, rollouts, roofline
-from dpo_jax.planning.planner import Assumptions
-from dpo_jax.planning.program import bytes_on_device, make_program
+from dpo_jax.planning import advice, planner, rollouts, roofline
+from dpo_jax.planning.program import bytes_on_device, kept_bytes, make_program
 from dpo_jax.stage_table import STAGES
 
 GIB = 2**30
@@ -78,12 +76,9 @@ def estimate(config: ConfigDict, stage: str, model: TransformerConfig, capacity:
     capacity: bytes that each of them holds.
     """
     mesh = sharding.make_mesh(**config.mesh)
-    group = groups.group_of(config, stage, Assumptions())
-    platform = sharding.platform_of(mesh)
-    limits = attention.row_limits(model.narrowest_window, platform, mesh.shape["context"])
-    batches = groups.lay_out(config, stage, group, sharding.batch_shards(mesh), limits)
+    _, batches = planner.lay_out(config, stage, model, mesh, sharding.platform_of(mesh))
     program = make_program(config, stage, model, mesh, batches[0])
-    memory = program.argument_bytes()
+    memory = program.argument_bytes() | kept_bytes(config, stage, model, mesh)
     if STAGES[stage].samples:
         memory |= rollouts.resident(config, model, mesh)
     gradients = bytes_on_device(program.state.params)

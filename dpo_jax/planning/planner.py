@@ -20,7 +20,7 @@ from dpo_jax.models import attention, experts, families, flops, hf, loading, tra
 from dpo_jax.models.transformer import TransformerConfig
 from dpo_jax.parallel import sharding
 from dpo_jax.planning import groups, hlo, presets, rollouts, roofline
-from dpo_jax.planning.program import Program, bytes_on_device, frozen_weights, make_program
+from dpo_jax.planning.program import Program, bytes_on_device, kept_bytes, make_program
 from dpo_jax.planning.report import Report
 from dpo_jax.planning.roofline import Work
 from dpo_jax.planning.topologies import MissingCompiler, Topology
@@ -72,10 +72,7 @@ def plan(
             "H200, but is compiled only where there is one. Plan with auto, which takes xla there."
         )
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
-    experts.check_mesh(model, mesh)
-    group = groups.group_of(config, stage, assumed)
-    limits = attention.row_limits(model.narrowest_window, platform, mesh.shape["context"])
-    batches = groups.lay_out(config, stage, group, sharding.batch_shards(mesh), limits)
+    group, batches = lay_out(config, stage, model, mesh, platform, assumed)
     objective, batch = instead(model, batches[0]) if instead else (None, batches[0])
     program = make_program(config, stage, model, mesh, batch, objective)
 
@@ -85,11 +82,7 @@ def plan(
         memory, work = _estimated(program, model, batches, topology, flops_per_chip)
     else:
         memory, work = _compiled(program, traced, topology, flops_per_chip)
-    # `evaluate` measures the KL to the initial policy: a copy beside a reference that moves.
-    # Under adapters it is their base.
-    moves_reference = stage_table.moves_reference(config[stage])
-    if moves_reference and "evaluate" in config.stages and program.base is None:
-        memory["initial"] = bytes_on_device(frozen_weights(config, model, mesh))
+    memory |= kept_bytes(config, stage, model, mesh)
 
     needed_flops = 0.0
     for step in range(len(batches)):
@@ -136,6 +129,24 @@ def plan(
     if STAGES[stage].samples:
         report = rollouts.with_rollout(report, config, model, batches, mesh, topology)
     return _with_hours(report, config, assumed, topology, forward)
+
+
+def lay_out(
+    config: ConfigDict,
+    stage: str,
+    model: TransformerConfig,
+    mesh: jax.sharding.Mesh,
+    platform: str,
+    assumed: Assumptions = Assumptions(),
+) -> tuple[groups.Group, Batches]:
+    """Return the examples that a stage is taken to train on, and its made-up batches on a mesh.
+
+    platform: whose rows they are. Raises ValueError where the mesh does not split the experts.
+    """
+    experts.check_mesh(model, mesh)
+    group = groups.group_of(config, stage, assumed)
+    limits = attention.row_limits(model.narrowest_window, platform, mesh.shape["context"])
+    return group, groups.lay_out(config, stage, group, sharding.batch_shards(mesh), limits)
 
 
 def _check_stage(config: ConfigDict, stage: str) -> None:

@@ -109,6 +109,18 @@ def frozen_weights(config: ConfigDict, model: TransformerConfig, mesh) -> dict:
     return jax.tree.map(_placed, weights, sharding.param_shardings(mesh, weights))
 
 
+def kept_bytes(config: ConfigDict, stage: str, model: TransformerConfig, mesh) -> dict[str, int]:
+    """Bytes on a device of what lies beside a step's arguments and is none of them, by kind.
+
+    `evaluate` measures the KL to the initial policy: a copy beside a reference that moves. Under
+    adapters it is their base.
+    """
+    moves_reference = stage_table.moves_reference(config[stage])
+    if not moves_reference or "evaluate" not in config.stages or config.model.lora.rank:
+        return {}
+    return {"initial": bytes_on_device(frozen_weights(config, model, mesh))}
+
+
 def _reference(
     config: ConfigDict, stage: str, model: TransformerConfig, mesh, state: TrainState
 ) -> dict | None:

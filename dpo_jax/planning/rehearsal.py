@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from dpo_jax import stage_table
 from dpo_jax.console import compile_times, say
-from dpo_jax.models import attention, transformer
+from dpo_jax.models import experts, transformer
 from dpo_jax.models import lora as adapters
 from dpo_jax.models.lora import Lora
 from dpo_jax.parallel import sharding
@@ -77,10 +77,7 @@ def rehearse(config: ConfigDict, stage: str) -> Rehearsal:
     block = config[stage]
     mesh = sharding.make_mesh(**config.mesh)
     model = planner.model_config(config, stage)
-    group = groups.group_of(config, stage, planner.Assumptions())
-    platform = sharding.platform_of(mesh)
-    limits = attention.row_limits(model.narrowest_window, platform, mesh.shape["context"])
-    batches = groups.lay_out(config, stage, group, sharding.batch_shards(mesh), limits)
+    _, batches = planner.lay_out(config, stage, model, mesh, sharding.platform_of(mesh))
     lora = Lora(**config.model.lora) if config.model.lora.rank else None
     programs = stage_programs(stage, block, model, mesh, lora=lora)
 
@@ -141,6 +138,7 @@ def rehearse_ppo(config: ConfigDict) -> Rehearsal:
     block.update(steps=2, warmup_steps=0)
     mesh = sharding.make_mesh(**config.mesh)
     model = planner.model_config(config, "ppo")
+    experts.check_mesh(model, mesh)
     group = groups.group_of(config, "ppo", planner.Assumptions())
     lora = Lora(**config.model.lora) if config.model.lora.rank else None
     job = Job(

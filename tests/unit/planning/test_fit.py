@@ -8,7 +8,7 @@ import pytest
 from dpo_jax import config_files
 from dpo_jax.models import loading
 from dpo_jax.parallel import hardware, sharding
-from dpo_jax.planning import fit, planner
+from dpo_jax.planning import fit, planner, rehearsal
 from tests.helpers.tiny_runs import dpo_config, on_devices, run, scratch_config
 
 GIB = 2**30
@@ -95,6 +95,27 @@ def test_nothing_helps(capacity):
             r"Even with --config\.model\.remat.* it takes more or larger devices\.$",
             refusal(large_config()),
         )
+
+
+def test_initial_weights_beside_a_moving_reference_are_counted():
+    config = large_config(reference_every=2)
+    config.stages = ("dpo", "evaluate")
+    with on_devices(1):
+        model = planner.model_config(config, "dpo")
+        found = fit.estimate(config, "dpo", model, 1)
+        assert found.hbm_gib["initial"] == found.hbm_gib["params"]
+        config.stages = ("dpo",)
+        alone = fit.estimate(config, "dpo", model, 1)
+        assert alone.least_gib == pytest.approx(found.least_gib - found.hbm_gib["initial"])
+
+
+def test_mesh_that_splits_no_experts_is_refused(capacity):
+    capacity(2**40)
+    config = large_config()
+    config.mesh.update(data=4, expert=2)
+    for refuse in (check, lambda config: rehearsal.rehearse(config, "dpo")):
+        with pytest.raises(ValueError, match="mesh.expert = 2: this model has no experts"):
+            refuse(config)
 
 
 def test_run_that_does_not_fit_loads_nothing(capacity, model, pairs, tmp_path, monkeypatch):
