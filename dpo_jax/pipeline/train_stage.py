@@ -51,6 +51,16 @@ class Models:
         """The dtype of kernels and embeddings that are only read."""
         return self.run.config.model.frozen_dtype
 
+    @property
+    def reference_dtype(self) -> str:
+        """The dtype of the reference's kernels and embeddings, where the policy's are float32.
+
+        Under adapters the policy's own weights are frozen ones, too. A reference that moves becomes
+        the policy, so it is held as the policy is.
+        """
+        moves = stage_table.moves_reference(self.run.config[self.stage])
+        return "float32" if self.lora or moves else self.frozen_dtype
+
     @functools.cached_property
     def initial_params(self) -> dict:
         """The initial weights, one copy for all that only read them.
@@ -234,8 +244,7 @@ def _data_feed(
         group_pairs=run.config.data.group_pairs,
         eos_id=None if sampled else run.eos_id(initial.tokenizer),
         reference_is_init=models.reference is initial,
-        # Under adapters the policy's own weights are frozen ones, too.
-        reference_dtype="float32" if models.lora else models.frozen_dtype,
+        reference_dtype=models.reference_dtype,
         reference_log_probs=cache.log_probs if cache else None,
         longest_mismatched=longest_mismatched,
         show_example=lambda index: dataset.show(data.train, initial.tokenizer, [index]),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from dpo_jax import config as configs
 from dpo_jax.data import dataset
 from dpo_jax.models import loading
 from dpo_jax.parallel import sharding
@@ -138,6 +139,26 @@ def test_rounded_reference_is_told_and_kept(model, pairs, tmp_path, capsys):
     for row, expected in zip(kept, live, strict=True):
         for name, value in expected.items():
             assert row[name] == pytest.approx(value, abs=1e-5, rel=1e-4), name
+
+
+def test_moving_reference_is_as_exact_as_the_policy(model, pairs, tmp_path, monkeypatch):
+    """It becomes the policy, so it is held in float32; what the KL of evaluations is to is not."""
+
+    class Checked(Exception):
+        pass
+
+    def check_and_stop(self, state):
+        raise Checked(check(self, state))
+
+    check = DataFeed.check
+    monkeypatch.setattr(DataFeed, "check", check_and_stop)
+    config = configs.default(("dpo", "evaluate"))
+    config.update(config_of(model, pairs, reference_every=1))
+    config.stages = ("dpo", "evaluate")
+    config.evaluate.prompts = 8
+    with on_devices(1), pytest.raises(Checked) as found:
+        run(config, tmp_path, reward=lambda prompts, texts: [len(text) for text in texts])
+    assert "log-ratios 0, loss 0.6931 = log 2" in str(found.value)
 
 
 def test_kept_log_probs_have_a_key_of_their_rounding(model, pairs, tmp_path):
