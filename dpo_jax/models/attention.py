@@ -640,7 +640,8 @@ def _groups_of_queries(length: int, stripes: int, window: int | None) -> list[tu
     the last, of which a window leaves few that the others do not see.
     """
     blocks = -(-length // QUERY_BLOCK)
-    of_group = -(-blocks // MOST_GROUPS)
+    # By the keys: a block of a stripe sees the places of as many blocks as there are stripes.
+    of_group = min(blocks, -(-blocks * stripes // MOST_GROUPS))
     if window is not None:
         of_group = min(of_group, max(1, window // (QUERY_BLOCK * stripes)))
     starts = range(0, length, of_group * QUERY_BLOCK)
