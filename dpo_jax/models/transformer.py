@@ -350,11 +350,11 @@ def _look_up(config, table_VD, ids_SN):
     """Return the table's rows of ids, [S, N, D] in the compute dtype."""
     # Each device takes its part of the width for all tokens along fsdp and context: the rows
     # travel, and not the table.
-    rows_SND = table_VD[constrain(ids_SN, "data")]
+    rows_SND = table_VD[constrain(ids_SN, ("data", "expert"))]
     # Narrowed after the gather: the gradient of an id that comes often adds up in float32.
-    rows_SND = constrain(rows_SND.astype(config.dtype), "data", None, SPLIT)
+    rows_SND = constrain(rows_SND.astype(config.dtype), ("data", "expert"), None, SPLIT)
     # From the width to the tokens along one axis after the other: XLA cannot do both at once.
-    return constrain(rows_SND, "data", "context", "fsdp")
+    return constrain(rows_SND, ("data", "expert"), "context", "fsdp")
 
 
 class Head(nn.Module):

@@ -1,8 +1,9 @@
 """The mesh, and where each array lives on it.
 
 Five axes: `data` holds copies of the weights, `fsdp` splits both the batch and the weights,
-`context` splits the tokens of each shard of the batch, `expert` splits the experts of a layer, and
-`tensor` splits heads, feed-forward width and vocabulary. Weights are placed by the first rule whose
+`context` splits both the tokens of each shard of the batch and the weights other than experts,
+`expert` splits both the batch and the experts of a layer, and `tensor` splits heads, feed-forward
+width and vocabulary. Weights are placed by the first rule whose
 pattern matches their path; a weight that no rule matches is an error. A dimension that its axes do
 not divide is left whole.
 """
@@ -23,7 +24,9 @@ from dpo_jax.data import packing
 # The outermost first: neighbours along the last one are closest to each other.
 AXES = ("data", "fsdp", "context", "expert", "tensor")
 WHERE_USED = ("context", "expert")  # axes that are only named where there are several devices
-BATCH = ("data", "fsdp", "expert")  # the axes that split a batch into shards
+# The axes that split a batch into shards. `fsdp` is last: embeddings, which it splits by width when
+# they are looked up, then go to its devices in one exchange.
+BATCH = ("data", "expert", "fsdp")
 TOKENS = (*BATCH, "context")  # those that split all of its tokens
 # The axes that split weights for memory alone. Devices that share the tokens of a shard share
 # weights, too.

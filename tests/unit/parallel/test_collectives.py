@@ -14,6 +14,7 @@ from tests.helpers.tiny_runs import scratch_config
 
 DATA, FSDP, TENSOR = (("data", 8),), (("data", 1), ("fsdp", 8)), (("data", 4), ("tensor", 2))
 ALL = (("data", 2), ("fsdp", 2), ("tensor", 2))
+EXPERT = (("data", 2), ("fsdp", 2), ("expert", 2))
 WIDTH = 64
 # From 0.11 on, XLA no longer joins two of the sums on the mesh of all axes.
 SUMS_OF_ALL = 31 if jax.__version_info__ < (0, 11) else 32
@@ -40,13 +41,28 @@ def compiled(config, sizes: tuple, response: int):
 
 
 GPT2 = dict(model_type="gpt2", vocab_size=128, n_embd=WIDTH, n_layer=2, n_head=4, n_positions=64)
+MIXTRAL = dict(
+    model_type="mixtral",
+    vocab_size=128,
+    hidden_size=WIDTH,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    num_local_experts=4,
+    num_experts_per_tok=2,
+    max_position_embeddings=64,
+)
 
 
-def test_collectives_of_learned_positions(capfd):
-    """XLA warns where it copies an array to every device to bring it from one layout to another."""
+@pytest.mark.parametrize(
+    "scratch, sizes", [(GPT2, ALL), (MIXTRAL, EXPERT)], ids=["learned positions", "experts"]
+)
+def test_no_array_is_copied_to_every_device(capfd, scratch, sizes):
+    """XLA warns where it does so to bring an array from one layout to another."""
     config = scratch_config()
-    config.model.scratch = GPT2
-    compiled(config, ALL, response=16)
+    config.model.scratch = scratch
+    compiled(config, sizes, response=16)
     assert "rematerialization" not in capfd.readouterr().err
 
 
