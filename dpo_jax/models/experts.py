@@ -130,7 +130,8 @@ class GroupedMlps(nn.Module):
         kernels = jax.tree.map(lambda kernel: kernel.astype(config.dtype), kernels)
         # As in the MLP, recomputed in the backward pass.
         activation = jax.checkpoint(self.activation)
-        return on_each_device(activation, x_SND, chosen_SNk, weights_SNk, kernels)
+        is_recomputed = config.remat != "none"
+        return on_each_device(activation, x_SND, chosen_SNk, weights_SNk, kernels, is_recomputed)
 
 
 class Kernel(nn.Module):
@@ -144,10 +145,13 @@ class Kernel(nn.Module):
         return self.param("kernel", nn.initializers.normal(0.02 * self.scale), self.shape)
 
 
-def on_each_device(activation: Callable, x_SND, chosen_SNk, weights_SNk, kernels: dict):
+def on_each_device(
+    activation: Callable, x_SND, chosen_SNk, weights_SNk, kernels: dict, is_recomputed: bool
+):
     """Return what the experts give for all tokens, [S, N, D].
 
     The compiler would gather sorted copies from all devices: each device sorts its own.
+    is_recomputed: whether the backward pass computes the whole layer again anyway.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -187,6 +191,10 @@ def on_each_device(activation: Callable, x_SND, chosen_SNk, weights_SNk, kernels
             out_SND = jax.lax.psum(out_SND, "tensor")
         return out_SND
 
+    if not is_recomputed:
+        # To keep the gathered kernels of every layer for the backward pass would undo what `fsdp`
+        # saves.
+        local = jax.checkpoint(local, policy=_all_but_gathered)
     split = jax.shard_map(
         local,
         in_specs=(tokens_spec, tokens_spec, tokens_spec, kernel_specs),
@@ -194,6 +202,11 @@ def on_each_device(activation: Callable, x_SND, chosen_SNk, weights_SNk, kernels
         check_vma=False,
     )
     return split(x_SND, chosen_SNk, weights_SNk, kernels)
+
+
+def _all_but_gathered(primitive, *_, **__) -> bool:
+    """Return whether `jax.checkpoint` keeps what an operation gives."""
+    return primitive.name != "all_gather"
 
 
 def mlps_of_tokens(

@@ -1,12 +1,16 @@
 """Layers of experts against a plain sum over all of them, and on meshes."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from dpo_jax.models import experts
+from dpo_jax.models import experts, transformer
 from dpo_jax.parallel import sharding
 from tests.helpers.tiny import tiny_config
 
@@ -93,6 +97,39 @@ def test_experts_are_equal_on_meshes(params, axes):
         expected = gradient(params, x_SND)
         with jax.set_mesh(mesh):
             assert_close(gradient(placed, x_SND), expected)
+
+
+def test_gathered_kernels_are_not_kept():
+    """Without remat too, the backward pass gathers each layer's experts again."""
+    layers = 8
+    mesh = sharding.make_mesh(data=1, fsdp=8)
+    tokens_SN = jax.ShapeDtypeStruct(
+        (8, 16), jnp.int32, sharding=NamedSharding(mesh, P(sharding.BATCH))
+    )
+
+    def temporaries(remat):
+        config = tiny_config(
+            layers=layers, width=64, mlp_width=128, experts=8, experts_per_token=2, unroll=1
+        )
+        config = dataclasses.replace(config, remat=remat)
+        shapes = transformer.abstract(config)
+        placed = sharding.param_shardings(mesh, shapes)
+        params = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            shapes,
+            placed,
+        )
+
+        def loss(params, tokens_SN):
+            positions_SN = jnp.broadcast_to(jnp.arange(16), (8, 16))
+            return (transformer.hidden(config, params, tokens_SN, positions_SN) ** 2).sum()
+
+        with jax.set_mesh(mesh):
+            step = jax.jit(jax.grad(loss), out_shardings=placed)
+            return step.lower(params, tokens_SN).compile().memory_analysis().temp_size_in_bytes
+
+    of_a_layer = 3 * 8 * 64 * 128 * 4
+    assert temporaries("none") - temporaries("full") < (layers / 4) * of_a_layer
 
 
 def test_routing_counts_tokens(params):
