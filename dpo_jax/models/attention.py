@@ -239,9 +239,9 @@ def attend_cached(
     seen_SU = distance_SU > 0
     if window is not None:
         seen_SU &= distance_SU < window
-    scores_SKGU = _softcapped(dot("SKGC,SKUC->SKGU", q_SKGC, cache["k"]), softcap)
+    scores_SKGU = softcapped(dot("SKGC,SKUC->SKGU", q_SKGC, cache["k"]), softcap)
     scores_SKGU = jnp.where(seen_SU[:, None, None], scores_SKGU, jnp.finfo(jnp.float32).min)
-    own_SKGN = _softcapped(dot("SKGC,SNKC->SKGN", q_SKGC, k_SNKC), softcap)
+    own_SKGN = softcapped(dot("SKGC,SNKC->SKGN", q_SKGC, k_SNKC), softcap)
     # One softmax over the cache and the token itself, which comes last.
     weights = jax.nn.softmax(jnp.concatenate([scores_SKGU, own_SKGN], axis=-1))
     weights = weights.astype(v_SNKC.dtype)
@@ -684,7 +684,7 @@ def _attend_block(
     q_SRKAIC = q_SRKAGTC.reshape(shards, rows, kv_heads, responses, groups * length, width)
     unseen = jnp.finfo(jnp.float32).min
     scores_SRKAIU = wide_product("SRKAIC,SRKACU->SRKAIU", q_SRKAIC, k_SRKACU)
-    scores_SRKAIU = _softcapped(scores_SRKAIU, softcap)
+    scores_SRKAIU = softcapped(scores_SRKAIU, softcap)
     query_T1 = stripe.first + stripe.stripes * jnp.arange(length)[:, None]
     key_1U = jnp.arange(k_SRKACU.shape[-1])[None, :]
     distance_TU = query_T1 - key_1U
@@ -700,7 +700,7 @@ def _attend_block(
         # place, however many responses there are.
         q_SRKJC = q_SRKAIC.reshape(shards, rows, kv_heads, -1, width)
         scores_SRKJW = wide_product("SRKJC,SRKCW->SRKJW", q_SRKJC, k_SRKCW)
-        scores_SRKJW = _softcapped(scores_SRKJW, softcap)
+        scores_SRKJW = softcapped(scores_SRKJW, softcap)
         seen_SRW = jnp.arange(k_SRKCW.shape[-1]) < lengths_SR[..., None]
         scores_SRKJW = jnp.where(seen_SRW[:, :, None, None], scores_SRKJW, unseen)
         highest_SRKJ1 = scores_SRKJW.max(-1, keepdims=True)
@@ -721,10 +721,6 @@ def _attend_block(
     # Divided after the product: that is C numbers for each query, not one for each key.
     out_SRKAIC /= total_SRKAI1
     return out_SRKAIC.astype(v_SRKAUC.dtype).reshape(q_SRKAGTC.shape)
-
-
-def _softcapped(scores, cap: float | None):
-    return scores if cap is None else softcapped(scores, cap)
 
 
 # Tokens to rows and back are gathers whose transposes are gathers too: scatters would be slow on a

@@ -380,7 +380,7 @@ def _precision(x_AD) -> str:
     return "float32" if x_AD.dtype == jnp.float32 else "default"
 
 
-class Block(NamedTuple):
+class RowBlock(NamedTuple):
     """Rows of one group."""
 
     group: jax.Array
@@ -388,7 +388,7 @@ class Block(NamedTuple):
     rows: jax.Array  # how many of the block's are the group's; below 1 in blocks to spare
 
 
-def blocks_of(sizes_E, rows: int) -> tuple[Block, int]:
+def blocks_of(sizes_E, rows: int) -> tuple[RowBlock, int]:
     """Return as many blocks as any groups of so many rows may need, in order, and their size."""
     groups = len(sizes_E)
     size = rows // (BLOCKS_PER_EXPERT * groups)
@@ -400,4 +400,4 @@ def blocks_of(sizes_E, rows: int) -> tuple[Block, int]:
     group = jnp.searchsorted(ends_E, number, side="right").clip(max=groups - 1)
     start = (jnp.cumsum(sizes_E) - sizes_E)[group] + size * (number - (ends_E - blocks_E)[group])
     left = jnp.cumsum(sizes_E)[group] - start
-    return Block(group, start.clip(max=rows), left), size
+    return RowBlock(group, start.clip(max=rows), left), size

@@ -140,11 +140,14 @@ class Family:
     # (its Hugging Face config, a config with what all families share) -> the config
     configure: Callable
     tensors: tuple[Tensor, ...]
+    classifier: str = ""  # its class with a head for rewards, if it is not named like the other
 
     def architecture_with(self, head: str) -> str:
         """Return the class that transformers loads it as, with a head of this kind."""
         if head == "lm":
             return self.architecture
+        if self.classifier:
+            return self.classifier
         return re.sub("LMHeadModel|ForCausalLM", "ForSequenceClassification", self.architecture)
 
     def name_of(self, path: str) -> str:
@@ -316,7 +319,7 @@ def _llama(hf, config):
 
 
 def _mistral(hf, config):
-    return _gated(hf, config, ["sliding_attention"])
+    return _gated(hf, config, _type_of_all(hf))
 
 
 def _qwen2(hf, config):
@@ -335,8 +338,13 @@ def _qwen3(hf, config):
 
 def _smollm3(hf, config):
     config = _gated(hf, config, hf.layer_types)
+    entries = hf.no_rope_layers[: config.layers]
+    if len(entries) < config.layers or any(entry not in (0, 1) for entry in entries):
+        raise _unsupported(
+            hf, f"no_rope_layers = {hf.no_rope_layers}", f"{config.layers} entries of 0 or 1 are"
+        )
     kinds = []
-    for layer, has_rope in zip(range(config.layers), hf.no_rope_layers, strict=False):
+    for layer, has_rope in zip(range(config.layers), entries, strict=True):
         kind = config.kind(layer)
         kinds.append(kind if has_rope else replace(kind, rope=None))
     return replace(
@@ -349,6 +357,17 @@ def _smollm3(hf, config):
 
 
 def _olmo(hf, config):
+    # transformers 4 has one base for all layers: an export with two would be another model there.
+    thetas = [
+        hf.rope_parameters.get(layer_type, hf.rope_parameters)["rope_theta"]
+        for layer_type in ("full_attention", "sliding_attention")
+    ]
+    if thetas[0] != thetas[1]:
+        raise _unsupported(
+            hf,
+            f"rope_theta = {thetas[0]} with full attention and {thetas[1]} with a window",
+            "one of all layers is: give rope_parameters for both types",
+        )
     # OLMo 2 sees everything in every layer; OLMo 3 has a window in most.
     layer_types = getattr(hf, "layer_types", None) or ["full_attention"]
     return replace(
@@ -393,10 +412,11 @@ def _gemma(hf, config):
 
 def _phi3(hf, config):
     # Phi-4-mini rotates three quarters of each head.
-    return _gated(hf, config, ["sliding_attention"], partial=True)
+    return _gated(hf, config, _type_of_all(hf), partial=True)
 
 
 def _qwen3_moe(hf, config):
+    _check_size(hf, "decoder_sparse_step", hf.decoder_sparse_step, SIZES["num_hidden_layers"])
     dense = set(hf.mlp_only_layers)
     dense |= {layer for layer in range(config.layers) if (layer + 1) % hf.decoder_sparse_step}
     if dense:
@@ -406,7 +426,7 @@ def _qwen3_moe(hf, config):
     return _with_experts(
         hf,
         replace(
-            _gated(hf, config, ["sliding_attention"]),
+            _gated(hf, config, _type_of_all(hf)),
             qk_norm="head",
             qkv_bias=hf.attention_bias,
             out_bias=hf.attention_bias,
@@ -417,7 +437,9 @@ def _qwen3_moe(hf, config):
 
 
 def _mixtral(hf, config):
-    return _with_experts(hf, _gated(hf, config, ["sliding_attention"]))
+    # Noise on the router's input, in training alone.
+    _only(hf, router_jitter_noise=0.0)
+    return _with_experts(hf, _gated(hf, config, _type_of_all(hf)))
 
 
 def _with_experts(hf, config):
@@ -451,6 +473,11 @@ def _gated(hf, config, layer_types, *, activation=None, partial=False):
     )
 
 
+def _type_of_all(hf) -> list[str]:
+    """Return the one type of all layers: with a window where the config has one."""
+    return ["full_attention" if hf.sliding_window is None else "sliding_attention"]
+
+
 def _layer_kind(hf, layer_type: str, head_width: int, partial: bool) -> LayerKind:
     """Return the kind of a layer by the name that `layer_types` has for it.
 
@@ -459,6 +486,7 @@ def _layer_kind(hf, layer_type: str, head_width: int, partial: bool) -> LayerKin
     if layer_type == "full_attention":
         window = None
     elif layer_type == "sliding_attention":
+        _check_size(hf, "sliding_window", hf.sliding_window, 10**9)
         window = hf.sliding_window
     else:
         raise _unsupported(
@@ -502,8 +530,9 @@ def _scaling(hf, rope: dict, width: int) -> Scaling | None:
     number("rope_theta", above=1)
     original = number("original_max_position_embeddings", above=1)
     factor = number("factor", default=hf.max_position_embeddings / original)
+    is_nested = rope is not hf.rope_parameters
     if kind == "longrope":
-        if rope is not hf.rope_parameters:
+        if is_nested:
             raise _unsupported(hf, "longrope for one type of layer", "it must be that of all")
         return LongRopeScaling(
             # For another length than this one, `at_length` has put the others in their place.
@@ -517,6 +546,11 @@ def _scaling(hf, rope: dict, width: int) -> Scaling | None:
     truncate = rope.get("truncate", True)
     if not isinstance(truncate, bool):
         raise _unsupported(hf, f"rope_parameters.truncate = {truncate!r}", "true and false are")
+    # transformers looks for it beside the layers' types, not in them.
+    if is_nested and not truncate:
+        raise _unsupported(
+            hf, "rope_parameters.truncate = False for one type of layer", "only True is"
+        )
     return YarnScaling(
         factor,
         original,
@@ -569,8 +603,6 @@ def _check(hf, config: TransformerConfig):
         _check_size(hf, name, getattr(config, name), 10**7)
     numbers = {"the norms' epsilon": config.norm_eps}
     for kind in config.pattern:
-        if kind.window is not None:
-            _check_size(hf, "sliding_window", kind.window, 10**9)
         if kind.rope is not None:
             numbers["rope_theta"] = kind.rope.theta
     for name, value in numbers.items():
@@ -839,7 +871,14 @@ FAMILIES = {
     "olmo2": Family("Olmo2ForCausalLM", "model.", _olmo, OLMO_TENSORS),
     "olmo3": Family("Olmo3ForCausalLM", "model.", _olmo, OLMO_TENSORS),
     "gemma2": Family("Gemma2ForCausalLM", "model.", _gemma2, GEMMA_TENSORS),
-    "gemma3_text": Family("Gemma3ForCausalLM", "model.", _gemma3, GEMMA_TENSORS),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM",
+        "model.",
+        _gemma3,
+        GEMMA_TENSORS,
+        # Gemma3ForSequenceClassification is the model with images.
+        classifier="Gemma3TextForSequenceClassification",
+    ),
     "phi3": Family("Phi3ForCausalLM", "model.", _phi3, PHI3_TENSORS),
     "qwen3_moe": Family("Qwen3MoeForCausalLM", "model.", _qwen3_moe, QWEN3_MOE_TENSORS),
     "mixtral": Family("MixtralForCausalLM", "model.", _mixtral, MIXTRAL_TENSORS),

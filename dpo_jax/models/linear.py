@@ -105,9 +105,9 @@ def _wide_product_backward(equation, operands, grad):
 _wide_product.defvjp(_wide_product_forward, _wide_product_backward)
 
 
-def softcapped(x, cap: float) -> jax.Array:
-    """Return values bent into (-cap, cap): cap tanh(x / cap)."""
-    return cap * jnp.tanh(x / cap)
+def softcapped(x, cap: float | None) -> jax.Array:
+    """Return values bent into (-cap, cap): cap tanh(x / cap); without a cap, as they are."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def over_tokens(weight, shape: tuple[int, ...], dtype) -> jax.Array:

@@ -162,13 +162,13 @@ class MergedKernel:
         add = jax.jit(jax.vmap(_add_product, (0, 0, 0, None)), out_shardings=self.kernel.sharding)
         return add(self.kernel, self.a, self.b, self.scale)
 
-    def __getitem__(self, layer: int) -> jax.Array:
-        return _merged_layer(self.kernel, self.a, self.b, self.scale, layer)
+    def __getitem__(self, place: tuple[int, ...]) -> jax.Array:
+        return _merged_at(self.kernel, self.a, self.b, self.scale, place)
 
 
 @jax.jit
-def _merged_layer(kernel, a, b, scale, layer):
-    return _add_product(kernel[layer], a[layer], b[layer], scale)
+def _merged_at(kernel, a, b, scale, place):
+    return _add_product(kernel[place], a[place], b[place], scale)
 
 
 def _add_product(kernel, a, b, scale):

@@ -27,6 +27,7 @@ from dpo_jax.planning import fit
 from dpo_jax.sampling.prompts import Prompts
 from dpo_jax.sampling.sampler import Sampling
 from dpo_jax.stage_table import STAGES
+from dpo_jax.training import objectives
 from dpo_jax.training.data_feed import DataFeed
 from dpo_jax.training.loop import Feed, Job, train
 from dpo_jax.training.ppo import RolloutFeed
@@ -151,6 +152,9 @@ def train_stage(run: Run, stage: str) -> dict:
         reference=_reference(run, stage, initial, first),
         lora=run.lora(),
     )
+    # Of later stages too: their models come from this one's.
+    for other in run.config.stages:
+        objectives.check_balance(other, run.config[other], models.config)
     fit.check(run.config, stage, models.config)
     # First, as no prompt may be judged that is trained on.
     if table.samples:

@@ -76,6 +76,7 @@ def make_program(
 
     routing_pass = None
     if objective is None:
+        objectives.check_balance(stage, block, model)
         loss = block.get("loss", "")
         objective = objectives.make(stage, model, loss, losses.choices_of(block))
         routing_pass = objectives.make_routing_pass(stage, model, loss)

@@ -89,6 +89,7 @@ def stage_programs(
     numbers alone (beta, lr, alpha, the weights of a mixture) share their functions, so that a sweep
     in one process compiles once.
     """
+    objectives.check_balance(name, block, model)
     named = block.get("loss", "")
     if loss_table.is_mixture(named):
         named = tuple(loss_table.names(named))

@@ -43,7 +43,7 @@ def sft(model, loss, params, _reference, hyper, batch: Batch):
     loss: "sum", over the tokens of each example, mean over examples; or "token_mean", the mean over
     all tokens.
     """
-    sums = example_log_probs(model, params, batch, routing=_is_balanced(model, hyper))
+    sums = example_log_probs(model, params, batch, routing="router_aux_loss_coef" in hyper)
     log_probs_SP = sums.log_probs[..., 0]
     lengths_SP = by_example(batch.response_lengths, batch)[..., 0]
     total = (-log_probs_SP * batch.weights).sum()
@@ -69,7 +69,7 @@ def dpo(model, loss, params, reference, hyper, batch: Batch):
     sums_of = functools.partial(
         example_log_probs, model, batch=batch, shared=choices.is_length_desensitized
     )
-    sums = sums_of(params, squares=is_weighted, routing=_is_balanced(model, hyper))
+    sums = sums_of(params, squares=is_weighted, routing="router_aux_loss_coef" in hyper)
     log_probs_SP2 = sums.log_probs
     # Without a reference the log-ratio is the log-prob itself.
     log_ratios_SP2 = loss.compared(sums, hyper)
@@ -115,7 +115,7 @@ def unlikelihood(model, _loss, params, _reference, hyper, batch: Batch):
 
     A baseline of the paper.
     """
-    sums = example_log_probs(model, params, batch, routing=_is_balanced(model, hyper))
+    sums = example_log_probs(model, params, batch, routing="router_aux_loss_coef" in hyper)
     log_probs_SP2 = _of_pairs(sums.log_probs, batch, NO_PAIR)
     loss_SP = losses.unlikelihood(log_probs_SP2[..., 0], log_probs_SP2[..., 1], hyper["alpha"])
     total, metrics = _pair_metrics(batch, loss_SP, log_probs_SP2=log_probs_SP2)
@@ -127,7 +127,7 @@ def kto(model, _loss, params, reference, hyper, batch: Batch):
 
     hyper["mismatched_log_ratio"]: as `kto_first_pass` measures it.
     """
-    sums = example_log_probs(model, params, batch, routing=_is_balanced(model, hyper))
+    sums = example_log_probs(model, params, batch, routing="router_aux_loss_coef" in hyper)
     log_probs_SP = sums.log_probs[..., 0]
     with jax.named_scope("reference"):
         reference_SQ = response_log_probs(model, reference, batch, gradient=False)
@@ -185,17 +185,6 @@ def routing_pass(model, loss, params, _reference, _hyper, batch: Batch):
         "expert_shares": (routing.chosen_E, routing.tokens),
         "counted_per_token": (count_SP.sum(), routing.tokens),
     }
-
-
-def _is_balanced(model, hyper: dict) -> bool:
-    if "router_aux_loss_coef" not in hyper:
-        return False
-    if not model.experts:
-        raise ValueError(
-            "router_aux_loss_coef is above 0, but this model has no experts to balance: set it to "
-            "0."
-        )
-    return True
 
 
 def _balanced(loss: tuple, metrics: dict, routing: Routing | None, hyper: dict):
@@ -288,6 +277,16 @@ def make(
 def make_first_pass(name: str, model) -> Callable | None:
     """Return (params, reference, hyper, batch.mismatched) -> sums, or None where it has none."""
     return functools.partial(FIRST_PASSES[name], model) if name in FIRST_PASSES else None
+
+
+def check_balance(name: str, block, model) -> None:
+    """Raise ValueError where a stage is to balance the experts of a model that has none."""
+    coef = block.get("router_aux_loss_coef", 0)
+    if coef and not model.experts:
+        raise ValueError(
+            f"config.{name}.router_aux_loss_coef = {coef}: this model has no experts to balance; "
+            "expected 0."
+        )
 
 
 def make_routing_pass(name: str, model, loss="") -> Callable | None:

@@ -46,7 +46,8 @@ LONGROPE = dict(
     rope_scaling=dict(type="longrope", short_factor=[1.0, 1.5, 2.0], long_factor=[1.25, 4.0, 8.0]),
 )
 
-GEMMA3_LOCAL_ROPE = dict(rope_type="default", rope_theta=100.0)
+LOCAL_ROPE = dict(rope_type="default", rope_theta=100.0)
+LINEAR_ROPE = dict(rope_type="linear", rope_theta=500.0, factor=8.0)
 FULL = "full_attention"
 SLIDING = "sliding_attention"
 MIXED = SIZES | dict(num_hidden_layers=5, num_key_value_heads=2, sliding_window=5)
@@ -86,7 +87,14 @@ VARIANTS = {
     ),
     "smollm3": ("SmolLM3Config", MIXED | dict(no_rope_layer_interval=2, pad_token_id=0)),
     "olmo2": ("Olmo2Config", SIZES | dict(num_key_value_heads=2)),
-    "olmo3": ("Olmo3Config", MIXED | dict(layer_types=[SLIDING, FULL] * 2 + [SLIDING])),
+    "olmo3": (
+        "Olmo3Config",
+        MIXED
+        | dict(
+            layer_types=[SLIDING, FULL] * 2 + [SLIDING],
+            rope_parameters={SLIDING: LOCAL_ROPE, FULL: YARN_ROPE},
+        ),
+    ),
     "gemma2": (
         "Gemma2Config",
         MIXED
@@ -100,7 +108,7 @@ VARIANTS = {
         | dict(
             num_hidden_layers=7,
             layer_types=[SLIDING, SLIDING, FULL] * 2 + [SLIDING],
-            rope_parameters={SLIDING: GEMMA3_LOCAL_ROPE, FULL: PLAIN_ROPE},
+            rope_parameters={SLIDING: LOCAL_ROPE, FULL: LINEAR_ROPE},
         ),
     ),
     "qwen3-moe": (

@@ -166,6 +166,13 @@ def _wrong_fields() -> Iterator[Case]:
         apply = functools.partial(_set_field, file="config.json", field=field, value=value)
         words = ("config.json", "MODEL")
         yield Case("model configs", f"{field} = {value!r}", apply, words=words)
+    name = "decoder_sparse_step = 0"
+    yield Case("model configs", name, _make_sparse_at_no_step, words=(name,))
+
+
+def _make_sparse_at_no_step(model):
+    _set_field(model, "config.json", "model_type", "qwen3_moe")
+    _set_field(model, "config.json", "decoder_sparse_step", 0)
 
 
 def _set_field(model, file, field, value):

@@ -68,9 +68,9 @@ def test_gradient_equals_torch(case, tmp_path):
     gradient = traverse_util.flatten_dict(jax.jit(jax.grad(loss))(params), sep="/")
     compared = set()
     for tensor in families.tensors(hf_config.model_type, config):
-        for name, layer in tensor.names(config):
+        for name, place in tensor.names(config):
             held = [gradient[path] for path in tensor.paths]
-            found = tensor.pack([np.asarray(x if layer is None else x[layer]) for x in held])
+            found = tensor.pack([np.asarray(x[place]) for x in held])
             largest = np.abs(expected[name]).max()
             np.testing.assert_allclose(
                 found, expected[name], rtol=0, atol=1e-3 * largest, err_msg=name

@@ -46,6 +46,7 @@ def loaded(folder, config):
         ("llama2", ()),
         # q and v of the one tensor, up of gate and up.
         ("phi3", ("v", "q", "up", "out")),
+        ("gemma3", ()),
     ],
 )
 def test_peft_loads_adapter(variant, targets, tmp_path):

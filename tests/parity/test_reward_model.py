@@ -13,7 +13,9 @@ from tests.helpers.tiny_runs import tokenizer
 torch = pytest.importorskip("torch", reason="the independent reference is transformers with torch")
 
 
-@pytest.mark.parametrize("variant", ["gpt2", "neox-parallel", "llama2", "mistral", "qwen3"])
+@pytest.mark.parametrize(
+    "variant", ["gpt2", "neox-parallel", "llama2", "mistral", "qwen3", "gemma3"]
+)
 def test_reward_model_equals_transformers(variant, tmp_path):
     """Each prompt and completion alone there; in one batch of unequal lengths here."""
     from transformers import AutoModelForSequenceClassification

@@ -118,8 +118,18 @@ def test_weighted_train_step_is_equal_on_meshes():
     check_on_mesh(WEIGHTED, "gpt2", (2, 2, 2))
 
 
-# Norms over split heads, and layers that differ; logits that are bent, of a split vocabulary.
-@pytest.mark.parametrize("family, sizes", [("olmo3", (2, 2, 2)), ("gemma2", (1, 2, 4))])
+# Norms over split heads, and layers that differ; logits that are bent, of a split vocabulary; three
+# kinds of layer in a row and a row cut short; parts of tensors and of heads; experts' split widths.
+@pytest.mark.parametrize(
+    "family, sizes",
+    [
+        ("olmo3", (2, 2, 2)),
+        ("gemma2", (1, 2, 4)),
+        ("gemma3", (4, 1, 2)),
+        ("phi3", (1, 4, 2)),
+        ("qwen3-moe", (2, 2, 2)),
+    ],
+)
 def test_train_step_of_patterns_is_equal_on_meshes(family, sizes):
     check_on_mesh("dpo", family, sizes)
 

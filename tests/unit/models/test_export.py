@@ -69,7 +69,7 @@ def test_config_has_rope_of_both_versions(exported):
     assert found["rope_parameters"] == chat_model.ROPE | dict(rope_theta=500_000.0)
 
 
-SCALED = ("llama3", "qwen2-yarn", "phi3")
+SCALED = ("llama3", "qwen2-yarn", "phi3", "olmo3", "gemma3")
 
 
 @pytest.mark.parametrize("variant", tiny_models.VARIANTS)

@@ -61,6 +61,8 @@ def mlp(width):
 
 
 YARN = tiny_models.YARN_ROPE
+FULL = dict(layer_types=["full_attention"] * 5)
+NESTED = dict(sliding_attention=tiny_models.LOCAL_ROPE, full_attention=YARN)
 LONGROPE = dict(
     rope_type="longrope",
     rope_theta=100.0,
@@ -203,6 +205,34 @@ def test_buffers_are_no_tensors():
             "a number in rope_parameters.short_factor = 0.0 .* above 0",
         ),
         (
+            "olmo3",
+            dict(rope_parameters=NESTED | dict(full_attention=YARN | dict(truncate=False))),
+            "truncate = False for one type of layer .* only True is",
+        ),
+        (
+            "olmo3",
+            dict(rope_parameters=NESTED | dict(full_attention=YARN | dict(rope_theta=500.0))),
+            "rope_theta = 500.0 with full attention and 100.0 with a window .* one of all layers",
+        ),
+        (
+            "smollm3",
+            FULL | dict(no_rope_layers=[1, 0, 1]),
+            r"no_rope_layers = \[1, 0, 1\] .* 5 entries",
+        ),
+        (
+            "smollm3",
+            FULL | dict(no_rope_layers=[]),
+            r"no_rope_layers = \[\] .* 5 entries of 0 or 1",
+        ),
+        ("smollm3", dict(no_rope_layers=[1, 0, 2, 1, 0]), r"\[1, 0, 2, 1, 0\] .* of 0 or 1"),
+        (
+            "qwen3-mixed",
+            dict(sliding_window=None),
+            "sliding_window = None .* a whole number from 1",
+        ),
+        ("qwen3-moe", dict(decoder_sparse_step=0), "decoder_sparse_step = 0 .* from 1"),
+        ("mixtral", dict(router_jitter_noise=0.1), "router_jitter_noise = 0.1 .* only 0.0 is"),
+        (
             "qwen3",
             dict(layer_types=["full_attention", "chunked_attention"]),
             "a layer of type 'chunked_attention' .* full_attention and sliding_attention are",
@@ -215,6 +245,22 @@ def test_from_hf_refuses_unsupported_fields(variant, changes, message):
         ValueError, match=f"config.json of this {hf_config.model_type} model: .*{message}"
     ):
         families.from_hf(hf_config)
+
+
+def test_classifiers_are_named_as_transformers_loads_them():
+    """Each family has one there."""
+    classes = pytest.importorskip("transformers.models.auto.modeling_auto")
+    found, expected = {}, {}
+    for model_type, family in families.FAMILIES.items():
+        found[model_type] = family.architecture_with("reward")
+        expected[model_type] = classes.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[model_type]
+    assert found == expected
+
+
+def test_smollm3_takes_a_rope_for_each_layer():
+    longer = tiny_models.hf_config("smollm3", no_rope_layers=[1, 1, 1, 0, 1, 0])
+    config = families.from_hf(longer)
+    assert [config.kind(layer).rope is not None for layer in range(5)] == [1, 1, 1, 0, 1]
 
 
 def test_from_hf_refuses_unknown_family():

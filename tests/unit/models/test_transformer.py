@@ -46,7 +46,9 @@ def test_logits_of_published_story():
     np.testing.assert_allclose(logits[0], golden["first_position_logits"], atol=1e-4)
 
 
-@pytest.mark.parametrize("variant", ["gpt2", "gptj", "llama-biased", "gemma2", "olmo3"])
+@pytest.mark.parametrize(
+    "variant", ["gpt2", "gptj", "llama-biased", "gemma2", "olmo3", "qwen3-moe"]
+)
 def test_held_weights_of_16_bits_move_no_bit_of_16_bit_products(variant):
     """So no weight is held in 16 bits that acts in more of them."""
     config = families.from_hf(tiny_models.hf_config(variant), dtype="bfloat16")

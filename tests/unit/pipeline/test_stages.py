@@ -43,6 +43,17 @@ def test_run_stages_refuses_unreadable_reward(tmp_path):
     assert not (tmp_path / "run" / "sft").exists()
 
 
+def test_balance_without_experts_is_refused_by_the_first_stage(tmp_path):
+    """Before it reads its data, although a later stage asks for it."""
+    config = configs.default(("sft", "dpo"))
+    config.model.path = str(write_model(tmp_path / "model"))
+    config.data.path = str(write_pairs(tmp_path / "pairs.jsonl"))
+    config.dpo.router_aux_loss_coef = 0.01
+    with pytest.raises(ValueError, match="dpo.router_aux_loss_coef = 0.01: .* has no experts"):
+        run_stages(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run" / "sft" / "ledger.json").exists()
+
+
 def test_evaluate_measures_weights_as_the_run_without_rounds_exports_them(tmp_path, monkeypatch):
     """A round that others follow has kept them exact, where that run has rounded them."""
     measured = []

@@ -6,11 +6,13 @@ import jax
 import numpy as np
 import pytest
 
+from dpo_jax import config as configs
 from dpo_jax.data.batches import Batches
 from dpo_jax.data.examples import Example
 from dpo_jax.models import transformer
 from dpo_jax.parallel import sharding
 from dpo_jax.training import objectives
+from dpo_jax.training.loop import stage_programs
 from dpo_jax.training.losses import PLAIN
 from dpo_jax.training.step import Frozen, copy_params, make_programs
 from tests.helpers.tiny import HYPER, random_pairs, tiny_config
@@ -60,35 +62,24 @@ def updated(name, loss, *, mesh=None, **layout):
     }
 
 
-def splitting(**axes):
-    return sharding.make_mesh(data=1, **axes)
-
-
 @pytest.mark.parametrize(
-    "name, loss, layouts",
+    "name, loss, axes",
     [
-        (
-            "dpo",
-            "sigmoid",
-            [
-                dict(microbatches=4),
-                dict(share=False, microbatches=2, mesh=splitting(expert=2, fsdp=2, tensor=2)),
-                dict(share=False, mesh=splitting(expert=4, fsdp=2)),
-            ],
-        ),
-        ("sft", "token_mean", [dict(microbatches=4)]),
+        ("dpo", "sigmoid", dict(expert=2, fsdp=2, tensor=2)),
+        ("sft", "token_mean", dict(expert=4, fsdp=2)),
     ],
     ids=["dpo", "sft"],
 )
-def test_update_with_the_router_loss_is_equal_in_every_layout(name, loss, layouts):
-    expected, metrics = updated(name, loss)
+def test_update_with_the_router_loss_is_equal_in_every_layout(name, loss, axes):
+    """Separate rows on one device, all at once; shared prompts on a mesh, in microbatches."""
+    expected, metrics = updated(name, loss, share=False)
+    mesh = sharding.make_mesh(data=1, **axes)
+    found, found_metrics = updated(name, loss, microbatches=2, mesh=mesh)
     largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected))
-    for layout in layouts:
-        found, found_metrics = updated(name, loss, **layout)
-        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-            np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * largest)
-        for key in ("loss", "router/imbalance"):
-            np.testing.assert_allclose(found_metrics[key], metrics[key], rtol=2e-5, err_msg=key)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * largest)
+    for key in ("loss", "router/imbalance"):
+        np.testing.assert_allclose(found_metrics[key], metrics[key], rtol=2e-5, err_msg=key)
 
 
 def test_no_routing_is_measured_without_experts_or_of_other_stages():
@@ -99,6 +90,11 @@ def test_no_routing_is_measured_without_experts_or_of_other_stages():
 
 def test_router_loss_is_refused_without_experts():
     dense = dataclasses.replace(CONFIG, experts=0)
-    objective = objectives.make("sft", dense, "sum")
-    with pytest.raises(ValueError, match="this model has no experts to balance: set it to 0"):
-        objective({}, None, {"router_aux_loss_coef": 0.1}, None)
+    block = configs.default(("kto",)).kto
+    objectives.check_balance("kto", block, dense)
+    block.router_aux_loss_coef = 0.1
+    objectives.check_balance("kto", block, CONFIG)
+    with pytest.raises(
+        ValueError, match=r"kto\.router_aux_loss_coef = 0\.1: this model has no exp"
+    ):
+        stage_programs("kto", block, dense, sharding.make_mesh())
