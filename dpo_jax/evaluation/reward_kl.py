@@ -16,7 +16,7 @@ import numpy as np
 from dpo_jax.data import packing
 from dpo_jax.data.examples import Example
 from dpo_jax.evaluation import statistics
-from dpo_jax.models.inference import map_tokens
+from dpo_jax.models.inference import limits_of, map_tokens
 from dpo_jax.models.loading import Model
 from dpo_jax.models.log_probs import token_kls
 from dpo_jax.parallel import sharding
@@ -90,7 +90,11 @@ def sequence_kls(
         model.mesh,
         batch_size=batch_size,
         # Prompts have one completion each, so there is nothing to share.
-        shape=packing.shape_of([longest] * examples_per_shard, share=False),
+        shape=packing.shape_of(
+            [longest] * examples_per_shard,
+            share=False,
+            limits=limits_of(model.config, model.mesh),
+        ),
     )
     # Float64: hundreds of small terms of either sign.
     log_ratio_B = np.array([values.sum(dtype=np.float64) for values in log_ratios])

@@ -83,7 +83,7 @@ def score_responses(
         responses.alone,
         model.mesh,
         batch_size=batch_size * responses.responses_per_example,
-        limits=_limits(model),
+        limits=limits_of(model.config, model.mesh),
         name=name,
     )
     for indices, values_P1 in found:
@@ -150,7 +150,7 @@ def token_scores(
         responses.alone,
         model.mesh,
         batch_size=batch_size * responses.responses_per_example,
-        limits=_limits(model),
+        limits=limits_of(model.config, model.mesh),
     )
     packed = {}  # batches that are on their way, by step: they say whose the values are
 
@@ -309,6 +309,6 @@ def _without_microbatches(batch):
     return jax.tree.map(lambda x: x[0], batch)
 
 
-def _limits(model) -> RowLimits:
-    platform = sharding.platform_of(model.mesh)
-    return row_limits(model.config.narrowest_window, platform, model.mesh.shape["context"])
+def limits_of(config, mesh) -> RowLimits:
+    """Return what a model asks of its rows on a mesh."""
+    return row_limits(config.narrowest_window, sharding.platform_of(mesh), mesh.shape["context"])

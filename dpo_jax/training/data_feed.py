@@ -27,6 +27,7 @@ from dpo_jax.data.dataset import Dataset
 from dpo_jax.data.examples import FILLER, Examples
 from dpo_jax.data.packing import RowLimits
 from dpo_jax.models import attention, flops
+from dpo_jax.models.inference import limits_of
 from dpo_jax.models.transformer import TransformerConfig
 from dpo_jax.parallel import hardware, sharding
 from dpo_jax.stage_table import STAGES
@@ -244,9 +245,7 @@ class DataFeed:
         return Batches(self._data.eval, order, **layout, reference_log_probs=kept)
 
     def _row_limits(self) -> RowLimits:
-        platform = sharding.platform_of(self._job.mesh)
-        context = self._job.mesh.shape["context"]
-        return attention.row_limits(self._job.model.narrowest_window, platform, context)
+        return limits_of(self._job.model, self._job.mesh)
 
     def _kept_log_probs(self, split: str, examples, order: np.ndarray) -> np.ndarray | None:
         if self._reference_log_probs is None:

@@ -27,7 +27,7 @@ from dpo_jax.data.batches import (
 )
 from dpo_jax.data.examples import Example
 from dpo_jax.models import flops
-from dpo_jax.models.inference import map_tokens
+from dpo_jax.models.inference import limits_of, map_tokens
 from dpo_jax.models.loading import Model
 from dpo_jax.models.log_probs import token_log_probs
 from dpo_jax.models.values import token_values
@@ -259,8 +259,10 @@ class RolloutFeed:
         cells = self._splits["microbatches"] * self._splits["shards"]
         # Some cells have one more than others, where they cannot all have as many.
         examples_in_cell = -(-self._job.block.minibatch_size // cells)
+        examples = [Example(prompt, (completion,))] * examples_in_cell
         # A step has one completion of each prompt, so there is nothing to share.
-        return packing.shape_of([Example(prompt, (completion,))] * examples_in_cell, share=False)
+        limits = limits_of(self._job.model, self._job.mesh)
+        return packing.shape_of(examples, share=False, limits=limits)
 
     def _minibatches(self, rollout: Rollout, controls: Controls, step: int) -> Batches:
         """Return each completion once per inner epoch, in an order of its own."""

@@ -9,7 +9,7 @@ import pytest
 from dpo_jax.data import toy
 from dpo_jax.data.leaks import Hashes
 from dpo_jax.evaluation import exact, reward_kl
-from dpo_jax.models import transformer
+from dpo_jax.models import inference, transformer
 from dpo_jax.models.loading import Model
 from dpo_jax.parallel import sharding
 from dpo_jax.rewards import make
@@ -27,6 +27,7 @@ REFERENCE = random_params(CONFIG, seed=0)
 POLICY = jax.tree.map(lambda x, y: x + 0.6 * y, REFERENCE, random_params(CONFIG, seed=1))
 ONE_DEVICE = sharding.make_mesh(devices=jax.devices()[:1])
 MESH = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+CONTEXT = sharding.make_mesh(data=2, context=4)
 LOGITS = jax.jit(transformer.logits, static_argnums=0)
 
 
@@ -107,17 +108,26 @@ def float64_kls(pairs) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize(
     "mesh, max_new_tokens, batch_size",
-    [(ONE_DEVICE, 12, 4), (MESH, 18, 256)],
-    ids=["one device", "mesh"],
+    [(ONE_DEVICE, 12, 4), (MESH, 18, 256), (CONTEXT, 18, 256)],
+    ids=["one device", "mesh", "context"],
 )
-def test_sequence_kls_equal_float64(mesh, max_new_tokens, batch_size):
+def test_sequence_kls_equal_float64(mesh, max_new_tokens, batch_size, monkeypatch):
     """Whatever the shards, the padding and the batch size, of which ten rows are no multiple."""
+    shapes = []
+
+    def map_tokens(*args, shape, **options):
+        shapes.append(shape)
+        return inference.map_tokens(*args, shape=shape, **options)
+
+    monkeypatch.setattr(reward_kl, "map_tokens", map_tokens)
     pairs = [(pair.prompt, pair.responses[0]) for pair in random_pairs(10, vocab=CONFIG.vocab)]
     model = Model(CONFIG, POLICY, None, mesh)
     found = reward_kl.sequence_kls(model, REFERENCE, pairs, max_new_tokens, batch_size)
     for values, expected in zip(found, float64_kls(pairs), strict=True):
         assert np.ptp(expected) > 0.5
         np.testing.assert_allclose(values, expected, atol=1e-4)
+    # The devices along `context` share the tokens.
+    assert [shape.stripes for shape in shapes] == [mesh.shape["context"]]
 
 
 def test_sequence_kls_of_reference_are_0():

@@ -6,10 +6,15 @@ import jax
 import numpy as np
 import pytest
 
+from dpo_jax import config as configs
 from dpo_jax.data import packing
 from dpo_jax.data.examples import Example
 from dpo_jax.models import transformer
+from dpo_jax.parallel import sharding
+from dpo_jax.sampling.prompts import Prompts
+from dpo_jax.sampling.sampler import Sampling
 from dpo_jax.training import objectives, ppo
+from dpo_jax.training.loop import Job
 from tests.helpers.tiny import random_pairs
 
 RNG = np.random.default_rng(0)
@@ -118,3 +123,21 @@ def test_ppo_objective_equals_plain_loop(tiny, moved):
     np.testing.assert_allclose(found, total, rtol=1e-4, atol=1e-4)
     assert metrics["ppo/clipped"] == (clipped, len(log_probs)) and (clipped > 0) == (moved > 0)
     np.testing.assert_allclose(metrics["ppo/kl_to_sampler"][0], distance, rtol=1e-3, atol=1e-5)
+
+
+def test_devices_along_context_share_the_tokens_of_minibatches(tiny):
+    mesh = sharding.make_mesh(data=2, context=4)
+    block = configs.default(("rm", "ppo")).ppo
+    block.update(batch_size=8, minibatch_size=8, steps=1)
+    job = Job("ppo", None, block, tiny[0], mesh, None, None, None, {})
+    prompts = Prompts([np.arange(3, dtype=np.int32)] * 8, [""] * 8)
+    feed = ppo.RolloutFeed(
+        job, prompts, None, tokenizer=None, eos_id=None, sampling=Sampling(max_new_tokens=2)
+    )
+    completion = np.array([4, 5], np.int32)
+    made = dataclasses.replace(
+        rollout(counts=[2] * 8), examples=[Example(ids, (completion,)) for ids in prompts.ids]
+    )
+    batch = feed._minibatches(made, ppo.Controls(kl_coef=0.1), 0)[0]
+    assert batch.stripes == 4
+    assert batch.tokens.shape[-1] % 4 == 0
