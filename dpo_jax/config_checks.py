@@ -66,6 +66,7 @@ def validate(config: ConfigDict) -> None:
     for field, value in flat_fields("", config.to_dict()).items():
         _validate_alone(field, value)
     _validate_model(config.model)
+    _validate_attention(config)
     _validate_lora(config)
     _validate_frozen_dtype(config)
     _validate_data(config.data)
@@ -239,6 +240,13 @@ def _validate_model(model):
     if bool(model.path) == bool(len(model.scratch)):
         expected = "a hub name or a folder in Hugging Face format, or else model.scratch"
         _fail("model.path", model.path, expected)
+
+
+def _validate_attention(config):
+    context = config.mesh.context
+    if config.model.attention == "cudnn" and context > 1:
+        expected = f"auto, as cuDNN's kernel does not run with config.mesh.context = {context}"
+        _fail("model.attention", "cudnn", expected)
 
 
 def _validate_lora(config):

@@ -87,7 +87,11 @@ class ReferenceCache:
         with jax.set_mesh(self._mesh):
             # Kernels round differently, and a policy's log-ratios would start from that.
             kernel = attention.choose(
-                config.attention, config.dtype, config.head_width, config.attention_softcap
+                config.attention,
+                config.dtype,
+                config.head_width,
+                config.attention_softcap,
+                self._mesh.shape["context"],
             )
         # Everything that moves a log-prob: a changed input gives another folder, and never old
         # numbers.

@@ -2,12 +2,13 @@
 
 import itertools
 import json
+import types
 
 import numpy as np
 import pytest
 
 from dpo_jax.data import dataset
-from dpo_jax.models import loading, log_probs
+from dpo_jax.models import attention, loading, log_probs
 from dpo_jax.parallel import sharding
 from dpo_jax.training import reference_cache
 from dpo_jax.training.self_check import SelfCheckFailed
@@ -182,9 +183,9 @@ def test_cache_of_other_weights_stops_run(model, pairs, tmp_path):
 
 
 def test_cache_key(model, pairs, tmp_path, monkeypatch):
-    mesh = sharding.make_mesh()
+    whole, shared = sharding.make_mesh(), sharding.make_mesh(context=2)
 
-    def key(folder, file, **options):
+    def key(folder, file, mesh=whole, **options):
         found = loading.open_checkpoint(str(folder), **options)
         data = dataset.load(dpo_config(folder, file).data, found.tokenizer, "pairs").train
         return reference_cache.ReferenceCache(tmp_path, found, mesh, 8).key(data)
@@ -202,6 +203,14 @@ def test_cache_key(model, pairs, tmp_path, monkeypatch):
     monkeypatch.setattr(log_probs, "FORWARD_VERSION", log_probs.FORWARD_VERSION + 1)
     keys.add(key(model, pairs))
     assert len(keys) == 5
+    # Devices that share tokens cannot run a GPU's fused kernel, which rounds in its own way.
+    assert key(model, pairs, shared) == key(model, pairs)
+    gpu = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H200")
+    monkeypatch.setattr(attention, "device", lambda: gpu)
+    # It would not take heads as narrow as these.
+    monkeypatch.setattr(attention, "why_not_cudnn", lambda *given: "shared" if given[3] > 1 else "")
+    fused, plain = (key(model, pairs, mesh) for mesh in (whole, shared))
+    assert fused != plain
 
 
 def test_cache_of_reference_by_path(model, pairs, tmp_path, monkeypatch):

@@ -105,6 +105,17 @@ def test_validate_refuses_unused_adapters():
     assert {"model.lora.rank", "model.lora.targets"} <= configs.dependencies(config, "sft").keys()
 
 
+def test_validate_refuses_a_kernel_that_context_cannot_have():
+    config = valid()
+    config.model.attention = "cudnn"
+    config_checks.validate(config)
+    config.mesh.context = 2
+    with pytest.raises(
+        ValueError, match="attention = 'cudnn': expected auto, as .* config.mesh.context = 2"
+    ):
+        config_checks.validate(config)
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_validate_refuses_numbers_that_the_loss_does_not_take(loss):
     for number in loss_table.numbers():
