@@ -260,7 +260,10 @@ MESH = dict(
     ),
     fsdp=Field(1, "devices that split both the weights and the batch", least=-1, most=1_000_000),
     context=Field(
-        1, "devices that split the tokens of long rows among them", least=1, most=1_000_000
+        1,
+        "devices that split the tokens of long rows, and the weights other than experts",
+        least=1,
+        most=1_000_000,
     ),
     expert=Field(
         1,

@@ -151,12 +151,12 @@ def define_flags(axes: tuple[str, ...] = ("fsdp", "tensor")) -> Callable[[], jax
     """
     from absl import flags
 
-    found = {
-        axis: flags.DEFINE_integer(
-            axis, 1, f"As config.mesh.{axis}.", lower_bound=-1, upper_bound=1_000_000
+    found = {}
+    for axis in axes:
+        least = 1 if axis in WHERE_USED else -1  # as in the config
+        found[axis] = flags.DEFINE_integer(
+            axis, 1, f"As config.mesh.{axis}.", lower_bound=least, upper_bound=1_000_000
         )
-        for axis in axes
-    }
     return lambda: make_mesh(**{axis: flag.value for axis, flag in found.items()})
 
 
