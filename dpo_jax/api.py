@@ -112,13 +112,13 @@ def load(
 ) -> "Model":
     """Load a model in Hugging Face format, from a folder or by its name on the hub.
 
-    mesh: a mesh, or sizes of its axes as in config.mesh, such as dict(fsdp=2). Axes that are not
-    given are as in the commands: every other device holds a copy of the weights and takes its part
-    of each batch. dtype: of products, "float32" or "bfloat16"; weights and log-probs are float32.
-    tokenizer: where it is, if not with the model. max_length: the longest sequence that it will
-    read, which matters to models with longrope alone (Phi-3): beyond their original length they
-    take other factors; 0: the original length. options: head="reward" for a reward model, and
-    attention, remat and unroll as in config.model.
+    mesh: a mesh, whose axes are some of those in config.mesh, or their sizes, such as dict(fsdp=2).
+    Sizes that are not given are as in the commands: every other device holds a copy of the weights
+    and takes its part of each batch. dtype: of products, "float32" or "bfloat16"; weights and
+    log-probs are float32. tokenizer: where it is, if not with the model. max_length: the longest
+    sequence that it will read, which matters to models with longrope alone (Phi-3): beyond their
+    original length they take other factors; 0: the original length. options: head="reward" for a
+    reward model, and attention, remat and unroll as in config.model.
 
     Compiled programs are kept in a folder between runs, as the commands do, unless jax has been
     told where to keep them. Raises FileNotFoundError, TypeError or ValueError that says what is
@@ -139,11 +139,13 @@ def load(
             f"load: mesh={shown(mesh)}: expected a jax mesh, or sizes of its axes such as "
             "dict(fsdp=2)."
         )
-    elif mesh is not None and set(mesh.axis_names) != set(sharding.AXES):
-        raise ValueError(
-            f"load: the mesh has the axes {', '.join(mesh.axis_names)}: expected "
-            f"{', '.join(sharding.AXES)}. Give the sizes instead, such as dict(fsdp=2)."
-        )
+    elif mesh is not None:
+        try:
+            mesh = sharding.with_all_axes(mesh)
+        except ValueError as error:
+            raise ValueError(
+                f"load: {error} Give the sizes instead, such as dict(fsdp=2)."
+            ) from None
     processes.keep_compiled_programs()
     with jax.default_matmul_precision("float32"), console.quiet():
         if mesh is None or isinstance(mesh, dict):

@@ -104,6 +104,22 @@ def make_mesh(
     return jax.sharding.Mesh(arrange(tuple(sizes.values()), devices), AXES, axis_types=types)
 
 
+def with_all_axes(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
+    """Return a mesh of the same devices with all of AXES; those that it lacks have size 1.
+
+    Raises ValueError where it has another axis.
+    """
+    given = mesh.axis_names
+    if not set(given) <= set(AXES):
+        raise ValueError(
+            f"the mesh has the axes {', '.join(given)}: expected only some of {', '.join(AXES)}."
+        )
+    ordered = mesh.devices.transpose([given.index(axis) for axis in AXES if axis in given])
+    sizes = [mesh.shape.get(axis, 1) for axis in AXES]
+    types = (jax.sharding.AxisType.Auto,) * len(AXES)
+    return jax.sharding.Mesh(ordered.reshape(sizes), AXES, axis_types=types)
+
+
 def told(sizes: dict[str, int]) -> str:
     """Return the sizes of a mesh as text: data 4 x fsdp 2 x tensor 1."""
     return " x ".join(f"{axis} {sizes[axis]}" for axis in shown_axes(sizes))
