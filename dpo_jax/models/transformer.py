@@ -227,9 +227,7 @@ def unembed(config: TransformerConfig, params, x_D) -> jax.Array:
     logits = wide_product(equation, x_D.astype(dtype), kernel.astype(dtype))
     if config.head_bias:
         logits += params["head"]["bias"]
-    if config.logits_softcap is not None:
-        logits = softcapped(logits, config.logits_softcap)
-    return logits
+    return softcapped(logits, config.logits_softcap)
 
 
 def scalar(params, x_D) -> jax.Array:
