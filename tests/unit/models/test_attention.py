@@ -187,6 +187,23 @@ def test_long_rows_in_a_loop(window):
     )
 
 
+@pytest.mark.parametrize("window", [None, 1100])
+def test_stripe_of_long_rows_in_a_loop(window):
+    """Every fourth query of a row, over the keys of all."""
+    stripe = attention.Stripe(3, 4)
+    kernel = functools.partial(attend_rows, kernel="xla", stripe=stripe)
+    q, k, v, weights = arrays(1, 1, 4 * 700, 2, 1, 8)
+    is_own = (np.arange(q.shape[2]) % 4 == 3)[:, None, None]
+    (_, expected), (grad_q, *grads_kv) = value_and_gradients(dense_attention, window)(
+        q, k, v, weights * is_own
+    )
+    own = functools.partial(causal_attention, kernel=kernel)
+    q, weights = q[:, :, 3::4], weights[:, :, 3::4]
+    (_, found), gradients = value_and_gradients(own, window)(q, k, v, weights)
+    agree(found, expected[:, :, 3::4], atol=5e-5)
+    agree(gradients, (grad_q[:, :, 3::4], *grads_kv), atol=5e-5)
+
+
 @pytest.mark.parametrize("window, stripes", [(None, 1), (256, 1), (None, 8)])
 def test_long_rows_take_memory_by_length(window, stripes):
     """Not by its square: the scores of one block are there at a time, or of one for each group."""
