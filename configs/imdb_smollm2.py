@@ -30,14 +30,14 @@ def get_config(method="dpo"):
     config.sft.update(
         loss="token_mean",
         batch_size=16,
-        steps=800,
+        steps=400,
         optimizer="adamw",
         lr=5e-5,
         schedule="cosine",
-        warmup_steps=50,
+        warmup_steps=40,
         max_grad_norm=1.0,
-        eval_every=200,
-        save_every=200,
+        eval_every=100,
+        save_every=100,
         log_every=10,
     )
     config.reward.update(kind="ngram", path=config.data.path)
@@ -47,8 +47,8 @@ def get_config(method="dpo"):
         steps=125,
         lr=1e-5,
         warmup_steps=15,
-        eval_every=25,
-        save_every=25,
+        eval_every=50,
+        save_every=50,
         log_every=5,
     )
     settings = {
