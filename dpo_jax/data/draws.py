@@ -1,7 +1,7 @@
 """Draws of rows by hashes of what they say: the same whatever the order of a file or a seed.
 
 Rows are drawn in an order of which every start has the subsets in the shares that they have in the
-whole, within one row. So a smaller draw is a part of a larger one. Within a subset, the rows of a
+whole, to about a row. So a smaller draw is a part of a larger one. Within a subset, the rows of a
 prompt follow each other; a prompt of several subsets has its rows in several places.
 """
 

@@ -49,6 +49,7 @@ PLOTS = (
         {"logps_{split}/chosen": "chosen", "logps_{split}/rejected": "rejected"},
     ),
     Plot("Weight of a pair in the gradient", {"dpo_{split}/gradient_weight": ""}),
+    Plot("Imbalance of the experts", {"router_{split}/imbalance": ""}),
     Plot("KTO's baseline, the KL of the batch, nats", {"kto_{split}/kl": ""}),
     Plot("True reward of completions", {"frontier/reward": ""}),
     Plot("KL to the reference, nats", {"frontier/kl": ""}),
