@@ -14,6 +14,22 @@ from dpo_jax.models import families, hf, transformer
 from dpo_jax.parallel import sharding
 from tests.helpers import tiny_models
 
+# Whose arithmetic another variant has as well.
+ALIKE = (
+    "gpt2-untied",
+    "neox-sequential",
+    "llama-biased",
+    "mistral",
+    "qwen2",
+    "qwen3-mixed",
+    "qwen2-yarn",
+    "phi3-window",
+)
+GRADIENTS = []
+for variant in tiny_models.VARIANTS:
+    marks = [pytest.mark.slow] if variant in ALIKE else []
+    GRADIENTS.append(pytest.param(variant, marks=marks))
+
 TOKENS = np.random.default_rng(0).integers(0, 96, (2, 24))
 
 
@@ -44,6 +60,7 @@ def test_logits_equal_torch(case):
     np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("case", GRADIENTS, indirect=True)
 def test_gradient_equals_torch(case, tmp_path):
     """That of the mean log-prob of each next token, tensor by tensor."""
     import torch

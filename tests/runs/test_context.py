@@ -43,6 +43,7 @@ def test_run_with_kept_log_probs_is_equal(config, of_one_device, tmp_path):
     check(run(with_context(config), tmp_path), of_one_device)
 
 
+@pytest.mark.slow
 def test_run_resumes_with_context(config, of_one_device, tmp_path, capsys):
     with on_devices(1), sigterm_at(1):
         run(config, tmp_path)

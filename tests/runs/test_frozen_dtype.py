@@ -175,7 +175,7 @@ def test_kept_log_probs_have_a_key_of_their_rounding(model, pairs, tmp_path):
     assert key("float32", "bfloat16") == key("bfloat16", "bfloat16")
 
 
-@pytest.mark.parametrize("adapters", [True, False])
+@pytest.mark.parametrize("adapters", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_plan_counts_frozen_weights_exactly(model, pairs, adapters, tmp_path, monkeypatch):
     """Bytes of what the run hands to its step, on a device of a mesh, are those of the plan."""
 

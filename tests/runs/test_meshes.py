@@ -124,9 +124,9 @@ def test_weighted_train_step_is_equal_on_meshes():
     "family, sizes",
     [
         ("olmo3", (2, 2, 2)),
-        ("gemma2", (1, 2, 4)),
+        pytest.param("gemma2", (1, 2, 4), marks=pytest.mark.slow),
         ("gemma3", (4, 1, 2)),
-        ("phi3", (1, 4, 2)),
+        pytest.param("phi3", (1, 4, 2), marks=pytest.mark.slow),
         ("qwen3-moe", (2, 2, 2)),
     ],
 )
@@ -182,7 +182,7 @@ def test_train_step_in_two_parts_is_equal_on_meshes(name, family, sizes):
     [
         ("dpo", "llama2", (1, 4, 1), 2, random_pairs),
         ("dpo", "gpt2", (1, 1, 2), 4, grouped_pairs),
-        ("rm", "qwen3", (1, 2, 2), 2, grouped_pairs),
+        pytest.param("rm", "qwen3", (1, 2, 2), 2, grouped_pairs, marks=pytest.mark.slow),
         ("ppo", "llama2", (1, 2, 1), 4, random_pairs),
         ("dpo", "mistral-window", (2, 1, 2), 2, random_pairs),
         pytest.param("sft", "neox-parallel", (2, 1, 1), 4, grouped_pairs, marks=pytest.mark.slow),

@@ -187,7 +187,7 @@ def test_long_rows_in_a_loop(window):
     )
 
 
-@pytest.mark.parametrize("window", [None, 1100])
+@pytest.mark.parametrize("window", [pytest.param(None, marks=pytest.mark.slow), 1100])
 def test_stripe_of_long_rows_in_a_loop(window):
     """Every fourth query of a row, over the keys of all."""
     stripe = attention.Stripe(3, 4)
@@ -204,7 +204,9 @@ def test_stripe_of_long_rows_in_a_loop(window):
     agree(gradients, (grad_q[:, :, 3::4], *grads_kv), atol=5e-5)
 
 
-@pytest.mark.parametrize("window, stripes", [(None, 1), (256, 1), (None, 8)])
+@pytest.mark.parametrize(
+    "window, stripes", [(None, 1), pytest.param(256, 1, marks=pytest.mark.slow), (None, 8)]
+)
 def test_long_rows_take_memory_by_length(window, stripes):
     """Not by its square: the scores of one block are there at a time, or of one for each group."""
     stripe = attention.Stripe(stripes - 1, stripes)

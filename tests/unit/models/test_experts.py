@@ -75,7 +75,7 @@ def test_all_tokens_may_choose_the_same_experts(params):
 @pytest.mark.parametrize(
     "axes",
     [
-        dict(expert=2, data=4),
+        pytest.param(dict(expert=2, data=4), marks=pytest.mark.slow),
         dict(expert=4, fsdp=2, data=1),
         dict(expert=2, fsdp=2, tensor=2, data=1),
         dict(expert=2, context=2, tensor=2, data=1),
