@@ -51,6 +51,7 @@ def test_microbatches_are_balanced_together(config, tmp_path):
             np.testing.assert_allclose(row[name], expected[name], rtol=2e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_plan_counts_the_pass_that_measures_the_routing(config):
     """The layers once more, without a gradient, where there are several microbatches."""
     mesh = sharding.make_mesh(1, 2, expert=2, devices=jax.devices()[:4])

@@ -51,7 +51,7 @@ def with_adapters(model, pairs, tmp_path_factory):
         return run(config_of(model, pairs, adapters=True), tmp_path_factory.mktemp("lora"))
 
 
-@pytest.mark.parametrize("adapters", [True, False])
+@pytest.mark.parametrize("adapters", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_frozen_dtype_moves_no_bit_of_16_bit_products(model, pairs, adapters, tmp_path):
     """Kernels and embeddings are rounded to the compute dtype anyway, norms and biases never."""
     found = {}

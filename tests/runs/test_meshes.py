@@ -180,7 +180,7 @@ def test_train_step_in_two_parts_is_equal_on_meshes(name, family, sizes):
 @pytest.mark.parametrize(
     "name, family, sizes, context, make_pairs",
     [
-        ("dpo", "llama2", (1, 4, 1), 2, random_pairs),
+        pytest.param("dpo", "llama2", (1, 4, 1), 2, random_pairs, marks=pytest.mark.slow),
         ("dpo", "gpt2", (1, 1, 2), 4, grouped_pairs),
         pytest.param("rm", "qwen3", (1, 2, 2), 2, grouped_pairs, marks=pytest.mark.slow),
         ("ppo", "llama2", (1, 2, 1), 4, random_pairs),
