@@ -67,6 +67,7 @@ def test_frozen_dtype_moves_no_bit_of_16_bit_products(model, pairs, adapters, tm
         np.testing.assert_array_equal(value, expected[name], err_msg=name)
 
 
+@pytest.mark.slow
 def test_frozen_dtype_moves_no_bit_of_16_bit_models(pairs, tmp_path):
     """The reference holds what is stored: so all is exact that was, in float32 products too."""
     folder = write_model(tmp_path / "model", dtype="bfloat16")
@@ -161,6 +162,7 @@ def test_moving_reference_is_as_exact_as_the_policy(model, pairs, tmp_path, monk
     assert "log-ratios 0, loss 0.6931 = log 2" in str(found.value)
 
 
+@pytest.mark.slow
 def test_kept_log_probs_have_a_key_of_their_rounding(model, pairs, tmp_path):
     """One of their own for a rounded reference, but where products are of as few bits anyway."""
     mesh = sharding.make_mesh(devices=jax.devices()[:1])

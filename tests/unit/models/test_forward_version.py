@@ -81,7 +81,14 @@ def test_goldens_are_of_this_version():
     assert json.loads(GOLDEN.read_text())["version"] == FORWARD_VERSION, CHANGED
 
 
-@pytest.mark.parametrize("case", CASES)
+# Whose arithmetic another case has as well.
+ALIKE = ("gpt2-untied", "llama-biased", "mistral", "qwen2", "qwen3-mixed", "phi3-window")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[pytest.mark.slow] * (case in ALIKE)) for case in CASES],
+)
 def test_forward_version_by_goldens(case):
     golden = json.loads(GOLDEN.read_text())["log_probs"][case]
     np.testing.assert_allclose(measured(case), golden, rtol=1e-5, err_msg=CHANGED)

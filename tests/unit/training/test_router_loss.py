@@ -66,7 +66,7 @@ def updated(name, loss, *, mesh=None, **layout):
     "name, loss, axes",
     [
         ("dpo", "sigmoid", dict(expert=2, fsdp=2, tensor=2)),
-        ("sft", "token_mean", dict(expert=4, fsdp=2)),
+        pytest.param("sft", "token_mean", dict(expert=4, fsdp=2), marks=pytest.mark.slow),
     ],
     ids=["dpo", "sft"],
 )
