@@ -14,8 +14,13 @@ from dpo_jax.models import families, hf, transformer
 from dpo_jax.parallel import sharding
 from tests.helpers import tiny_models
 
-# Whose arithmetic another variant has as well.
+# Whose gradients tests of TRL's steps compare too, or whose arithmetic another variant has as well.
 ALIKE = (
+    "gpt2",
+    "llama2",
+    "llama3",
+    "mistral-window",
+    "qwen3",
     "gpt2-untied",
     "neox-sequential",
     "llama-biased",
