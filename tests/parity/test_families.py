@@ -14,7 +14,7 @@ from dpo_jax.models import families, hf, transformer
 from dpo_jax.parallel import sharding
 from tests.helpers import tiny_models
 
-# Whose gradients tests of TRL's steps compare too, or whose arithmetic another variant has as well.
+# The first families, and variants whose arithmetic another has as well.
 ALIKE = (
     "gpt2",
     "llama2",
