@@ -91,7 +91,7 @@ def _sample_file(options: Options, path: pathlib.Path, mesh) -> None:
     start, date = processes.from_first(begin)
     processes.check_shared(path.parent)
     if start < len(rows):
-        longest = options.settings["max_prompt_length"]
+        longest = options.settings.get("max_prompt_length", 0)  # 0: as long as it is
         longest = longest and longest + sampling.max_new_tokens
         checkpoint = loading.open_checkpoint(options.model, dtype=options.dtype, max_length=longest)
         encoded = generation.encode(
