@@ -47,7 +47,7 @@ from dpo_jax.data.examples import Example, Examples
 from dpo_jax.data.ledger import Filtered, Malformed, Unusable
 from dpo_jax.data.readers import fields_of
 from dpo_jax.data.rows import TextExample, shown
-from dpo_jax.models import attention, export, hf, inference, loading, peft
+from dpo_jax.models import export, hf, inference, loading, peft
 from dpo_jax.models import lora as adapters
 from dpo_jax.models.loading import Checkpoint
 from dpo_jax.models.lora import Lora
@@ -807,9 +807,7 @@ class Trainer:
         mesh = self._initial.mesh
         return dict(
             shards=sharding.batch_shards(mesh),
-            limits=attention.row_limits(
-                self._config.narrowest_window, sharding.platform_of(mesh), mesh.shape["context"]
-            ),
+            limits=inference.limits_of(self._config, mesh),
         )
 
     @property

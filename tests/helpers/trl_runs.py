@@ -26,21 +26,6 @@ FAMILIES = {
         max_position_embeddings=64,
     ),
 }
-# What is alike in all runs: the optimiser, the order of the data, and no file but the model.
-SETTINGS = dict(
-    optim="rmsprop",
-    lr_scheduler_type="constant",
-    warmup_steps=0,
-    logging_steps=1,
-    train_sampling_strategy="sequential",
-    report_to=[],
-    save_strategy="no",
-    bf16=False,
-    fp16=False,
-    gradient_checkpointing=False,
-    max_length=None,
-    use_cpu=True,
-)
 
 
 def write_torch_model(family, folder):

@@ -11,6 +11,7 @@ import pytest
 from dpo_jax import config as configs
 from dpo_jax.training import losses
 from dpo_jax.training.metrics import read_rows
+from experiments.real_model import TRL_SETTINGS
 from tests.helpers import trl_runs
 from tests.helpers.tiny_runs import on_devices, run, write_pairs
 
@@ -94,7 +95,7 @@ def trl_run(model_path, rows, workdir):
         desirable_weight=WEIGHTS[0],
         undesirable_weight=WEIGHTS[1],
         max_grad_norm=CLIP,
-        **trl_runs.SETTINGS,
+        **TRL_SETTINGS,
     )
     history, trained = trl_runs.train(trl.KTOTrainer, settings, model_path, rows)
     return [entry["loss"] for entry in history], [entry["kl"] for entry in history], trained

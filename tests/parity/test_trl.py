@@ -9,6 +9,7 @@ import pytest
 from dpo_jax import config as configs
 from dpo_jax import loss_table
 from dpo_jax.training.metrics import read_rows
+from experiments.real_model import TRL_SETTINGS
 from tests.helpers import trl_runs
 from tests.helpers.rows import write_jsonl
 from tests.helpers.tiny_runs import run, write_pairs
@@ -68,7 +69,7 @@ def trl_run(model_path, rows, workdir, loss, **options):
         loss_type=[THEIR_NAMES.get(name, name) for name in weights],
         loss_weights=list(weights.values()),
         max_grad_norm=CLIP,
-        **trl_runs.SETTINGS,
+        **TRL_SETTINGS,
         **options,
     )
     history, trained = trl_runs.train(trl.DPOTrainer, settings, model_path, rows)
