@@ -30,11 +30,11 @@ def get_config(method="dpo"):
     config.sft.update(
         loss="token_mean",
         batch_size=16,
-        steps=400,
+        steps=200,
         optimizer="adamw",
         lr=5e-5,
         schedule="cosine",
-        warmup_steps=40,
+        warmup_steps=20,
         max_grad_norm=1.0,
         eval_every=100,
         save_every=100,
@@ -44,18 +44,18 @@ def get_config(method="dpo"):
     config.sampling.update(max_new_tokens=40, min_prefix=2, max_prefix=8, batch_size=128)
     trained = dict(
         batch_size=24,  # of 4 prompts, with 6 pairs each
-        steps=125,
+        steps=64,
         lr=1e-5,
-        warmup_steps=15,
-        eval_every=50,
-        save_every=50,
-        log_every=5,
+        warmup_steps=8,
+        eval_every=32,
+        save_every=32,
+        log_every=4,
     )
     settings = {
-        "pairs": dict(prompts=500),
+        "pairs": dict(prompts=256),
         "preferred_ft": trained,
         "unlikelihood": trained,
-        "rm": trained | dict(steps=250),
+        "rm": trained | dict(steps=128),
         "dpo": trained | dict(beta=0.1),
         "best_of_n": dict(prompts=64),
         "ppo": dict(
@@ -63,16 +63,16 @@ def get_config(method="dpo"):
             batch_size=128,
             minibatch_size=32,
             inner_epochs=2,
-            steps=47,  # 6,016 completions, twice as many as DPO has pairs
+            steps=24,  # 3,072 completions, twice as many as DPO has pairs
             lr=1e-5,
             kl_horizon=1000,
-            eval_every=10,
-            save_every=5,
+            eval_every=8,
+            save_every=4,
         ),
     }
     for stage in METHODS[method]:
         config[stage].update(settings.get(stage, {}))
     if method == "ppo_gt_trl":
         # As many completions as the other PPO runs.
-        config.ppo.update(TRL_PPO | dict(kl_horizon=1000, steps=24, eval_every=5))
+        config.ppo.update(TRL_PPO | dict(kl_horizon=1000, steps=12, eval_every=4))
     return config
