@@ -135,8 +135,11 @@ OTHER_FAMILIES = {
     "olmo-2-7b": on_pairs("olmo-2-7b", "v4-16"),
     "smollm3-3b": on_pairs("smollm3-3b", "v5e-8"),
     "qwen3-30b-a3b": on_pairs("qwen3-30b-a3b", "v5p-16"),
+    "qwen3-30b-a3b, expert 4": on_pairs("qwen3-30b-a3b", "v5p-16", expert=4),
 }
 PAIRS = {"data.path": "PAIRS"}
+# Tokens of a row, half of them prompt, and how many of the 16 chips of a v5p-32 share each.
+LONG_ROWS = ((16_384, 1), (16_384, 4), (65_536, 1), (65_536, 4), (65_536, 16))
 # Run -> config, its changes, examples, and the pairs that one GPU holds at a time (0: all of them).
 # 192 pairs of IMDb are 32 prompts, so that the pairs of each stay together on 32 GPUs too.
 ON_GPUS = {
@@ -300,6 +303,23 @@ def gpu_plans() -> dict[str, Pod]:
     return plans
 
 
+def long_plans() -> dict[str, Pod]:
+    """Return name -> run, for rows of LONG_ROWS; a microbatch is a pair for each shard."""
+    plans = {}
+    for tokens, context in LONG_ROWS:
+        fields = PAIRS | {
+            "model.path": "llama-3-8b",
+            "data.max_length": tokens,
+            "data.max_prompt_length": tokens // 2,
+            "mesh.context": context,
+            "dpo.batch_size": 16,
+            "dpo.microbatch_size": 16 // context,
+        }
+        name = f"llama-3-8b, {tokens:,} tokens, context {context}"
+        plans[name] = Pod("dpo", "v5p-32", fields, 60_000)
+    return plans
+
+
 def all_plans() -> dict[str, tuple[Pod, bool]]:
     """Return name -> (run, whether by the plain step), in the order of the tables."""
     plans = {f"{name}, ours": (pod, False) for name, pod in PODS.items()}
@@ -307,6 +327,7 @@ def all_plans() -> dict[str, tuple[Pod, bool]]:
     plans |= {f"{name}, plain": (pod, True) for name, pod in PODS.items()}
     plans |= {f"llama-3-8b on {chips}": (pod, False) for chips, pod in GROWTH.items()}
     plans |= {name: (pod, False) for name, pod in OTHER_FAMILIES.items()}
+    plans |= {name: (pod, False) for name, pod in long_plans().items()}
     return plans | {name: (pod, False) for name, pod in gpu_plans().items()}
 
 
@@ -326,6 +347,7 @@ def sections() -> dict[str, list[str]]:
         ],
         "From 8 to 512 chips": [f"llama-3-8b on {chips}" for chips in GROWTH],
         "Other families": list(OTHER_FAMILIES),
+        "Long rows": list(long_plans()),
         "GPUs": list(gpu_plans()),
     }
 

@@ -23,6 +23,7 @@ from experiments import (
     gradient_weight,
     long_rows,
     loss_zoo,
+    pods,
     real_model,
     rounds,
 )
@@ -241,7 +242,14 @@ def _plans_for_gpus() -> list[str]:
 
 
 def of_long_rows() -> list[str]:
-    return long_rows.markdown(measured("long_rows.jsonl")).splitlines()[2:]
+    found = long_rows.markdown(measured("long_rows.jsonl")).splitlines()[2:]
+    for tokens, context in pods.LONG_ROWS:
+        planned = plan(f"llama-3-8b, {tokens:,} tokens, context {context}")
+        memory, seconds = planned["hbm_gib_per_chip"], planned["step_seconds"]
+        found.append(f"| {tokens:,} | {context} | {memory:.1f} | {seconds:.3g} |")
+    found.append(f"A v5p has {planned['capacity_gib']:.1f} GiB")
+    found.append(f"chips with {plan('olmo-2-7b')['capacity_gib']:.1f} GiB (v4)")
+    return found
 
 
 def of_reports() -> list[str]:
