@@ -46,12 +46,19 @@ def mesh_of(devices: int, **sizes):
     [
         # Slow, as these take what the others do: DPO's steps, and the data of pairs.
         pytest.param("dpo", {}, None, 1, {}, marks=pytest.mark.slow),
-        ("dpo", dict(loss="ipo", microbatch_size=4, optimizer="adamw"), None, 1, {}),
+        pytest.param(
+            "dpo",
+            dict(loss="ipo", microbatch_size=4, optimizer="adamw"),
+            None,
+            1,
+            {},
+            marks=pytest.mark.slow,
+        ),
         ("dpo", {}, dict(rank=2), 1, {}),
         ("dpo", dict(microbatch_size=4), None, 4, dict(fsdp=2, tensor=2)),
         ("sft", dict(schedule="cosine"), None, 1, {}),
         pytest.param("unlikelihood", dict(alpha=0.2), None, 1, {}, marks=pytest.mark.slow),
-        ("rm", {}, None, 1, {}),
+        pytest.param("rm", {}, None, 1, {}, marks=pytest.mark.slow),
     ],
     ids=["dpo", "microbatches", "lora", "mesh", "sft", "unlikelihood", "rm"],
 )

@@ -13,7 +13,7 @@ from tests.helpers.tiny_runs import sample_file, score_file
 ADDRESS = "s3://bucket/run"
 
 
-@pytest.mark.parametrize("method", ["dpo", "ppo"])
+@pytest.mark.parametrize("method", ["dpo", pytest.param("ppo", marks=pytest.mark.slow)])
 def test_run_in_a_bucket_equals_one_in_a_folder(method, tmp_path, monkeypatch):
     config = files.small_config(method)
     files.run(config, tmp_path / "folder")

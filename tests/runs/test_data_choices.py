@@ -22,7 +22,13 @@ from tests.helpers.tiny_runs import (
 
 @pytest.mark.parametrize(
     "stages",
-    [("sft",), ("preferred_ft",), ("unlikelihood",), ("dpo",), ("rm", "ppo")],
+    [
+        ("sft",),
+        ("dpo",),
+        ("rm", "ppo"),
+        pytest.param(("preferred_ft",), marks=pytest.mark.slow),
+        pytest.param(("unlikelihood",), marks=pytest.mark.slow),
+    ],
     ids="_".join,
 )
 def test_training_without_held_out_rows(model, pairs, tmp_path, stages, capsys):

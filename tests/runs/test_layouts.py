@@ -70,7 +70,14 @@ def check_sharing(name, readings):
         assert shared["tokens"] < 0.9 * shared["tokens_one_at_a_time"]
 
 
-@pytest.mark.parametrize("name", ["toy", pytest.param("hh", marks=pytest.mark.slow), "stories260k"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "toy",
+        pytest.param("hh", marks=pytest.mark.slow),
+        pytest.param("stories260k", marks=pytest.mark.slow),
+    ],
+)
 def test_shared_runs_equal_separate_ones(name, tmp_path, monkeypatch):
     if name == "toy":
         config = toy_config()

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import types
 
 import jax
@@ -118,9 +119,15 @@ GROUPS = {
 MOST_RESPONSES = {"short": 5, "long": 3, "many": 12}  # of a prompt
 
 
-@pytest.mark.parametrize("groups", GROUPS)
-@pytest.mark.parametrize("responses_per_row", [0, 1, 2, 8])
-@pytest.mark.parametrize("kernel", KERNELS)
+def layouts():
+    """Return each kernel with each layout; kernels take long, where they are interpreted."""
+    for kernel, responses_per_row, groups in itertools.product(KERNELS, [0, 1, 2, 8], GROUPS):
+        is_slow = kernel != "xla" and responses_per_row in (1, 8)
+        marks = [pytest.mark.slow] if is_slow else []
+        yield pytest.param(kernel, responses_per_row, groups, marks=marks)
+
+
+@pytest.mark.parametrize("kernel, responses_per_row, groups", layouts())
 def test_rows_equal_each_sequence_alone(monkeypatch, kernel, responses_per_row, groups):
     """A flat run in rows of any layout gives what dense attention gives each sequence."""
 
@@ -482,7 +489,7 @@ def test_cudnn_is_called_with_even_lengths(monkeypatch, prompt, response):
     assert seen == [(0, 0)]
 
 
-@pytest.mark.parametrize("remat", ["none", "full", "dots"])
+@pytest.mark.parametrize("remat", ["none", "full", pytest.param("dots", marks=pytest.mark.slow)])
 def test_splash_under_remat_and_vmap(tiny, remat):
     """bfloat16, whole sequences; two sets of weights under vmap, as policies side by side have."""
     config, params = tiny

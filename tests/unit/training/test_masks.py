@@ -116,7 +116,12 @@ def test_reward_is_read_at_the_last_token(models):
 
 
 @pytest.mark.parametrize(
-    "name, loss", [("dpo", "sigmoid_norm"), ("sft", "sum"), ("sft", "token_mean")]
+    "name, loss",
+    [
+        ("dpo", "sigmoid_norm"),
+        pytest.param("sft", "sum", marks=pytest.mark.slow),
+        ("sft", "token_mean"),
+    ],
 )
 def test_microbatches_add_up(models, name, loss):
     config, params, reference = models
