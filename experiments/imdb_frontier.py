@@ -17,9 +17,9 @@ model, and learn from one set of pairs. --dry_run lists the runs, whether they a
 each will cost. --config.FIELD=VALUE changes a field of every run that has it.
 
 After each run the results of all runs in DIR are written: frontier.json, with a row per run and
-checkpoint and the optimum's curve (see frontier_file.py), frontier.png and .pdf; and as .csv, .md
-and .tex the tables frontier (the ends, over seeds), comparisons (on the same prompts, and at equal
-KL) and costs.
+checkpoint and the optimum's curve (see frontier_file.py), frontier.png and .pdf; as .csv, .md and
+.tex the tables frontier (the ends, over seeds), comparisons (on the same prompts, and at equal KL)
+and costs; and completions.md, what each run says to the first prompts.
 """
 
 import fnmatch
@@ -47,6 +47,7 @@ SWEEP = {
 }
 SEEDS = {"preferred_ft": 2}  # as many as the paper has; of other methods it has one
 BEST_OF_N = "best_of_n"  # the run that trains nothing
+SHOWN = 10  # prompts in completions.md
 REVIEWS = 25_000  # in IMDb's train split; each gives one prompt
 MEASURED = (
     "reward",
@@ -260,6 +261,40 @@ def ends_of(folder: pathlib.Path, made: dict) -> tuple[list, np.ndarray | None, 
     return ends, reference_U, prompts
 
 
+def completions_page(folder: pathlib.Path, made: dict) -> str:
+    """Return what the reference and the finished runs say to the first test prompts, as Markdown.
+
+    made: Run -> its config. Of the seeds of a run the first is shown.
+    """
+    from dpo_jax import config as configs
+    from dpo_jax.workdir import COMPLETIONS, REFERENCE_COMPLETIONS, read_lines
+
+    of_names = {}
+    for run, config in made.items():
+        evaluated = folder / configs.folder_names(config)["evaluate"]
+        if run.seed or not (evaluated / "done.json").exists():
+            continue
+        of_names.setdefault("reference", read_lines(evaluated / REFERENCE_COMPLETIONS)[:SHOWN])
+        of_names[run.name] = read_lines(evaluated / COMPLETIONS)[:SHOWN]
+    lines = [
+        "# Completions",
+        "",
+        f"One sample of each run at temperature 1 for each of the first {SHOWN} test prompts, with "
+        "its true reward. All runs start from the reference.",
+    ]
+    for number, row in enumerate(of_names.get("reference", [])):
+        lines += ["", f"## {_as_code(row['prompt'])}", ""]
+        for name, rows in of_names.items():
+            said = rows[number]
+            lines.append(f"- **{name}** ({said['reward']:.2f}) {_as_code(said['completion'])}")
+    return "\n".join(lines) + "\n"
+
+
+def _as_code(text: str) -> str:
+    """Return a text as one line of code in Markdown."""
+    return f"`{repr(text)[1:-1].replace('`', chr(39))}`"
+
+
 def best_of_n(folder: pathlib.Path) -> tuple[list[dict], object]:
     """Return rows of best of N and the estimated optimum, from the reference's same samples.
 
@@ -346,6 +381,7 @@ def report(make_config, folder: pathlib.Path) -> None:
                     kls_of_seeds.append(kls)
                 row |= comparisons.settling(kls_of_seeds)
         tables.write(folder / "comparisons", compared, comparisons.COLUMNS)
+        (folder / "completions.md").write_text(completions_page(folder, made), encoding="utf-8")
 
     finished = {}
     for run, config in made.items():

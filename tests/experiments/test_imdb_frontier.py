@@ -56,7 +56,12 @@ def plant(folder, make_config, run: Run, kl: float, reward: float, steps=(0, 4, 
     write_json(evaluated / "evaluate.json", values)
     for name, of_prompts in (("", rewards_U), ("reference_", 0.5 + noise_U)):
         lines = [
-            dict(prompt=f"prompt {u}", completion="", reward=float(value), kl=float(kls_U[u]))
+            dict(
+                prompt=f"prompt {u}",
+                completion=f"{name}`{run.name}`\n{u}",
+                reward=float(value),
+                kl=float(kls_U[u]),
+            )
             for u, value in enumerate(of_prompts)
         ]
         write_lines(evaluated / f"{name}completions.jsonl", lines)
@@ -112,6 +117,18 @@ def test_report_of_the_runs_that_are_done(tmp_path, make_config):
     )
     assert ppo["settled"] == "no" and float(ppo["kl_change"]) == pytest.approx(0.25, abs=0.05)
     assert table["dpo", "β=0.1"]["seeds"] == "2" and table["dpo", "β=0.1"]["behind"] == ""
+
+    page = (tmp_path / "completions.md").read_text()
+    assert page.count("\n## ") == imdb_frontier.SHOWN
+    first = page.partition("\n## `prompt 0`\n")[2].partition("\n## ")[0].split()
+    assert [word for word in first if word.startswith("**")] == [
+        "**reference**",
+        "**dpo_0.1**",
+        "**dpo_1**",
+        "**ppo_3**",
+        "**preferred_ft_0**",
+    ]
+    assert r"`'ppo_3'\n0`" in first  # one line, without the marks that would end it
 
     # Methods are there at equal KL though they have other seeds than others.
     with open(tmp_path / "matched_kl.csv") as file:
