@@ -122,12 +122,14 @@ MODEL = dict(
     frozen_dtype=Field(
         "float32",
         "float32 or bfloat16: what a training stage holds the kernels and embeddings in of weights "
-        "that it reads and does not train: LoRA's base, and a reference that does not move",
+        "that it reads and does not train: LoRA's base, and a reference that does not move, also "
+        "where it is there to measure KL in training",
     ),
     attention=Field("auto", "attention kernel: xla, splash (TPU), cudnn (NVIDIA); auto: by device"),
     remat=Field(
         "none",
-        "what the backward pass recomputes: none, dots (all but matrix products) or full (all)",
+        "what the backward pass recomputes: none, dots (all but matrix products, outside of "
+        "experts) or full (all)",
     ),
     unroll=Field(
         0,
@@ -784,6 +786,16 @@ def sft_data(config: ConfigDict) -> ConfigDict:
 def model_options(config: ConfigDict) -> dict:
     """Return how a run's models compute: options of `families.from_hf`."""
     return {name: config.model[name] for name in ("dtype", "attention", "remat", "unroll")}
+
+
+def longest_sequence(config: ConfigDict) -> int:
+    """Return how many tokens the longest sequence has that a run's stages read or sample."""
+    longest = config.data.max_length
+    if stage_table.samples(config):
+        prefix = config.sampling.max_prefix
+        prompt = 1 + prefix if prefix else config.data.max_prompt_length  # with a BOS
+        longest = max(longest, prompt + config.sampling.max_new_tokens)
+    return longest
 
 
 def of_round(config: ConfigDict, number: int) -> ConfigDict:

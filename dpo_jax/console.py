@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import functools
 import math
 import sys
 import threading
@@ -44,6 +45,12 @@ def say(text: str = "") -> None:
         except OSError:
             # Its reader has gone, as in `| head`, or its disk is full: the work goes on.
             surroundings.drop_output(sys.stdout)
+
+
+@functools.cache
+def say_once(text: str) -> None:
+    """Print a line as `say` does, once in a process."""
+    say(text)
 
 
 def warn(text: str) -> None:

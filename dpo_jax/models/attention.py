@@ -324,12 +324,17 @@ def choose(kernel: str, dtype, width: int, softcap: float | None = None, stripes
             "config.model.attention = 'cudnn' takes model.dtype=bfloat16 and heads of a multiple "
             f"of 8, up to 128 wide (256 on an H100 or H200), not {dtype} and {width}: take auto."
         )
+    check_softcap(kernel, softcap)
+    return kernel
+
+
+def check_softcap(kernel: str, softcap: float | None) -> None:
+    """Raise ValueError where a kernel that is named cannot bend scores as a model needs."""
     if kernel == "cudnn" and softcap is not None:
         raise ValueError(
             "config.model.attention = 'cudnn' has no softcap of scores, which this model needs: "
             "take auto."
         )
-    return kernel
 
 
 def why_not_cudnn(dtype, width: int, softcap: float | None, stripes: int = 1) -> str:

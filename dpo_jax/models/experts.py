@@ -227,16 +227,16 @@ def mlps_of_tokens(
     sizes_E = (chosen_A[:, None] == jnp.arange(experts)).sum(0, dtype=jnp.int32)
     is_here_A1 = (jnp.arange(len(order_A)) < sizes_E.sum())[:, None]
 
-    def only_here(x_AD):
+    def only_here(x):
         # Of the copies past the last group a product may make anything, and so may its gradient.
-        return jnp.where(is_here_A1, x_AD, 0) if are_some else x_AD
+        return jnp.where(is_here_A1, x, 0) if are_some else x
 
     x_ND = x_SND.reshape(-1, x_SND.shape[-1])
     x_AD = only_here(copies(x_ND, order_A, inverse_A, len(x_ND)))
     gate_AF = grouped_product(x_AD, kernels["gate"], sizes_E)
     up_AF = grouped_product(x_AD, kernels["up"], sizes_E)
     # Weighted before the last product, whose result is then needed by no backward pass.
-    weights_A1 = weights_SNk.reshape(-1)[order_A][:, None].astype(x_AD.dtype)
+    weights_A1 = only_here(weights_SNk.reshape(-1)[order_A][:, None].astype(x_AD.dtype))
     x_AF = activation(gate_AF) * up_AF * weights_A1
     y_AD = only_here(grouped_product(x_AF, kernels["down"], sizes_E))
     return sums_of_copies(y_AD, order_A, inverse_A, len(x_ND)).reshape(x_SND.shape)

@@ -223,7 +223,7 @@ def family(model_type: str) -> Family:
     if model_type not in FAMILIES:
         raise ValueError(
             f"config.json: model_type {model_type!r} is not supported; supported are "
-            f"{', '.join(FAMILIES)}. To add a family, see dpo_jax/models/families.py."
+            f"{', '.join(FAMILIES)}. To add a family, see docs/add_a_family.md."
         )
     return FAMILIES[model_type]
 

@@ -21,7 +21,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from jax.experimental import multihost_utils
 from transformers import CONFIG_MAPPING, AutoConfig
 
-from dpo_jax.console import warn
+from dpo_jax.console import say_once, warn
 from dpo_jax.contents import file_hashes
 from dpo_jax.models import export, families, safetensors_io, transformer
 from dpo_jax.models.transformer import TransformerConfig
@@ -119,8 +119,12 @@ def read_config(path):
             f"{file}: transformers cannot read it ({type(error).__name__}: {error}). Correct the "
             "field, or fetch the file again."
         ) from error
-    # Of a model of text and images, the text part is read.
-    return config.text_config if model_type in families.WITH_IMAGES else config
+    if model_type not in families.WITH_IMAGES:
+        return config
+    say_once(
+        f"{file}: a model of text and images; its text part alone is read, trained and exported"
+    )
+    return config.text_config
 
 
 def make_config(fields):

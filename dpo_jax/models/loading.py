@@ -14,7 +14,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from dpo_jax.console import say, warn
+from dpo_jax.console import say_once, warn
 from dpo_jax.data import packing, toy
 from dpo_jax.data import tokenizer as tokenizers
 from dpo_jax.models import experts, export, families, hf, peft, safetensors_io, transformer
@@ -196,7 +196,7 @@ def _at_length(path: str, hf_config, max_length: int):
     """Return a config with longrope's factors for sequences of this length; say where it is so."""
     chosen = families.at_length(hf_config, max_length)
     if chosen is not hf_config:
-        _say_once(
+        say_once(
             f"{path}: longrope's long factors, as max_length = {max_length}, for shorter sequences "
             "too; so config.json of an export has them as short_factor as well"
         )
@@ -208,13 +208,8 @@ def _placed(mesh, config: TransformerConfig, dtype: str) -> dict:
     experts.check_mesh(config, mesh)
     shapes = transformer.abstract(config, dtype)
     for line in sharding.unsplit(mesh, shapes):
-        _say_once(line)
+        say_once(line)
     return sharding.param_shardings(mesh, shapes)
-
-
-@functools.cache
-def _say_once(line: str) -> None:
-    say(line)
 
 
 def find(path: str, *, weights: bool = True) -> tuple[pathlib.Path, tuple[Adapter, ...]]:

@@ -135,8 +135,8 @@ class TransformerConfig:
             return f"{self.max_positions} positions"
         if any(isinstance(rope.scaling, LongRopeScaling) for rope in self.ropes):
             return (
-                f"{self.max_positions} positions (by longrope's factors, chosen when it is opened, "
-                "for max_length or, to sample, max_prompt_length + max_new_tokens)"
+                f"{self.max_positions} positions (longrope's factors were chosen for no more: "
+                "raise max_length)"
             )
         return ""
 

@@ -96,7 +96,7 @@ class Run:
         """Return what a stage starts from in round 1."""
         model = self.config.model
         options = configs.model_options(self.config)
-        options["max_length"] = self.config.data.max_length
+        options["max_length"] = configs.longest_sequence(self.config)
         if "sft" in self._before(stage):
             return self._result(self.folder("sft"))
         if model.path:

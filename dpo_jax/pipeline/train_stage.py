@@ -14,7 +14,7 @@ from dpo_jax.console import say
 from dpo_jax.data import dataset, mismatched
 from dpo_jax.data.batches import microbatch_size_of
 from dpo_jax.evaluation import reward_kl, toy_report
-from dpo_jax.models import export, hf, loading, peft, transformer
+from dpo_jax.models import attention, export, hf, loading, peft, transformer
 from dpo_jax.models import lora as adapters
 from dpo_jax.models.loading import Checkpoint
 from dpo_jax.models.lora import Lora
@@ -155,6 +155,7 @@ def train_stage(run: Run, stage: str) -> dict:
     # Of later stages too: their models come from this one's.
     for other in run.config.stages:
         objectives.check_balance(other, run.config[other], models.config)
+    attention.check_softcap(models.config.attention, models.config.attention_softcap)
     fit.check(run.config, stage, models.config)
     # First, as no prompt may be judged that is trained on.
     if table.samples:

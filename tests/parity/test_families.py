@@ -121,7 +121,7 @@ def test_save_gives_torch_model_back(case, tmp_path):
         np.testing.assert_array_equal(model(torch.tensor(TOKENS)).logits.numpy(), expected)
 
 
-def test_text_part_of_a_model_with_images_is_read(tmp_path):
+def test_text_part_of_a_model_with_images_is_read(tmp_path, capsys):
     """Gemma 3 of 4B and above: what transformers makes of the same tokens, without an image."""
     torch = pytest.importorskip("torch", reason="compares with transformers' torch models")
     text = tiny_models.hf_config("gemma3").to_dict()
@@ -143,6 +143,7 @@ def test_text_part_of_a_model_with_images_is_read(tmp_path):
         expected = model.eval()(torch.tensor(tokens)).logits.numpy()
     model.save_pretrained(tmp_path)
     hf_config = hf.read_config(tmp_path)
+    assert "its text part alone is read, trained and exported" in capsys.readouterr().out
     config = families.from_hf(hf_config)
     params = hf.load(tmp_path, config, one_device(config))
     found = transformer.logits(config, params, tokens)

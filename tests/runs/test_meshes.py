@@ -135,6 +135,9 @@ def test_weighted_train_step_is_equal_on_meshes():
         pytest.param("gemma3", (4, 1, 2), marks=pytest.mark.slow),
         pytest.param("phi3", (1, 4, 2), marks=pytest.mark.slow),
         ("qwen3-moe", (2, 2, 2)),
+        pytest.param("mixtral", (2, 2, 2), marks=pytest.mark.slow),
+        pytest.param("olmo2", (1, 4, 2), marks=pytest.mark.slow),
+        pytest.param("smollm3", (2, 1, 4), marks=pytest.mark.slow),
     ],
 )
 def test_train_step_of_patterns_is_equal_on_meshes(family, sizes):
@@ -200,6 +203,9 @@ def test_train_step_in_two_parts_is_equal_on_meshes(name, family, sizes):
         ("dpo", "gpt2", (1, 1, 2), 4, grouped_pairs),
         pytest.param("rm", "qwen3", (1, 2, 2), 2, grouped_pairs, marks=pytest.mark.slow),
         ("ppo", "llama2", (1, 2, 1), 4, random_pairs),
+        pytest.param("dpo", "olmo3", (1, 2, 2), 2, grouped_pairs, marks=pytest.mark.slow),
+        pytest.param("dpo", "gemma2", (2, 1, 2), 2, random_pairs, marks=pytest.mark.slow),
+        pytest.param("dpo", "qwen3-moe", (1, 2, 1), 4, random_pairs, marks=pytest.mark.slow),
         ("dpo", "mistral-window", (2, 1, 2), 2, random_pairs),
         pytest.param("sft", "neox-parallel", (2, 1, 1), 4, grouped_pairs, marks=pytest.mark.slow),
         pytest.param(WEIGHTED, "gptj", (1, 1, 4), 2, random_pairs, marks=pytest.mark.slow),

@@ -557,3 +557,17 @@ def test_stages_may_be_taken_out_of_a_config(stages):
     config.dpo.betta = 0.1
     with pytest.raises(ValueError, match="dpo.betta"):
         config_checks.validate(config)
+
+
+def test_longest_sequence_is_read_or_sampled():
+    """Only where a stage samples; prompts are a data set's own, or prefixes after a BOS."""
+    config = configs.default(("sft", "pairs", "dpo"))
+    config.data.update(max_length=100, max_prompt_length=60)
+    config.sampling.max_new_tokens = 30
+    assert configs.longest_sequence(config) == 100
+    config.sampling.max_new_tokens = 50
+    assert configs.longest_sequence(config) == 110
+    config.sampling.max_prefix = 70
+    assert configs.longest_sequence(config) == 121
+    config.stages = ("sft",)
+    assert configs.longest_sequence(config) == 100

@@ -99,6 +99,35 @@ def test_experts_are_equal_on_meshes(params, axes):
             assert_close(gradient(placed, x_SND), expected)
 
 
+def test_nothing_comes_from_copies_of_other_devices(params, monkeypatch):
+    """A product may leave anything, such as NaN, in rows past its last group."""
+    rows_by_kernels = experts._rows_by_kernels
+
+    def with_tail(x_AD, kernel_EDF, sizes_E, *, contracted):
+        y_AF = rows_by_kernels(x_AD, kernel_EDF, sizes_E, contracted=contracted)
+        is_of_group_A1 = (jnp.arange(len(y_AF)) < sizes_E.sum())[:, None]
+        return jnp.where(is_of_group_A1, y_AF, jnp.nan)
+
+    kernels = {
+        name: jnp.asarray(params["experts"][name]["kernel"][2:5]) for name in ("gate", "up", "down")
+    }
+    chosen_SNk = RNG.integers(-2, 6, (SHARDS, TOKENS, 3))
+    weights_SNk = RNG.uniform(0, 1, chosen_SNk.shape).astype(np.float32)
+
+    def total(x_SND, weights_SNk, kernels):
+        y_SND = experts.mlps_of_tokens(
+            nn.silu, x_SND, chosen_SNk, weights_SNk, kernels, are_some=True
+        )
+        return (y_SND * WANTED_SND).sum()
+
+    gradient = jax.value_and_grad(total, (0, 1, 2))
+    expected = gradient(X_SND, weights_SNk, kernels)
+    monkeypatch.setattr(experts, "_rows_by_kernels", with_tail)
+    found = gradient(X_SND, weights_SNk, kernels)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
+    assert_close(found, expected)
+
+
 def test_gathered_kernels_are_not_kept():
     """Without remat too, the backward pass gathers each layer's experts again."""
     layers = 8

@@ -35,10 +35,14 @@ def test_open_checkpoint_for_a_length(model, capsys):
     examples = Examples()
     examples.append(np.arange(20), (np.arange(5), np.arange(4)), "row 7")
     long.check(examples)
-    with pytest.raises(ValueError, match="row 7 has 25 tokens, but the model has 24 positions .by"):
+    with pytest.raises(
+        ValueError, match="row 7 has 25 tokens, but the model has 24 positions .longrope"
+    ):
         short.check(examples)
     sampler.check(long.config, [np.arange(20)], sampler.Sampling(5))
-    with pytest.raises(ValueError, match="prompt 0 has 20 tokens, .* the model's 24 positions .by"):
+    with pytest.raises(
+        ValueError, match="prompt 0 has 20 tokens, .* the model's 24 positions .longrope"
+    ):
         sampler.check(short.config, [np.arange(20)], sampler.Sampling(5))
 
 

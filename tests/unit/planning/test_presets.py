@@ -35,6 +35,9 @@ from dpo_jax.planning import presets
         ("google/gemma-2-9b", 9_241_705_984),
         ("google/gemma-2-27b", 27_227_128_320),
         ("google/gemma-3-1b-it", 999_885_952),
+        ("google/gemma-3-4b-it", 3_880_263_168),  # of 4,300,079,472, the text part
+        ("Qwen/Qwen3-30B-A3B", 30_532_122_624),
+        ("mistralai/Mixtral-8x7B-v0.1", 46_702_792_704),
         ("microsoft/Phi-3-mini-4k-instruct", 3_821_079_552),
         ("microsoft/phi-4", 14_659_507_200),
         ("microsoft/Phi-4-mini-instruct", 3_836_021_760),
