@@ -20,14 +20,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from dpo_jax.parallel.sharding import BATCH, device, fitting
+from dpo_jax.parallel.sharding import BATCH, device, fitting, spec_of
 
-# As `parallel/sharding.py` places them, without the layers' axis.
-KERNEL_SPECS = {
-    "gate": P("expert", "fsdp", "tensor"),
-    "up": P("expert", "fsdp", "tensor"),
-    "down": P("expert", "tensor", "fsdp"),
-}
 # Where grouped products go block by block: about so many blocks for each expert. Its last one is
 # only partly filled, and every block reads the expert's kernel.
 BLOCKS_PER_EXPERT = 4
@@ -158,7 +152,8 @@ def on_each_device(
         return mlps_of_tokens(activation, x_SND, chosen_SNk, weights_SNk, kernels)
     tokens_spec = fitting(mesh, P(BATCH, "context"), x_SND.shape[:2])
     kernel_specs = {
-        name: fitting(mesh, KERNEL_SPECS[name], kernel.shape) for name, kernel in kernels.items()
+        name: spec_of(f"experts/{name}/kernel", kernel.shape, mesh)
+        for name, kernel in kernels.items()
     }
     # The batch's axes split all of its shards or none.
     splits_batch = tokens_spec[0] is not None

@@ -599,8 +599,9 @@ def _only(hf, **supported):
 
 def _check(hf, config: TransformerConfig):
     """Refuse what no family supports."""
-    for name in ("kv_heads", "head_width", "mlp_width"):
-        _check_size(hf, name, getattr(config, name), 10**7)
+    _check_size(hf, "num_key_value_heads", config.kv_heads, 10**7)
+    _check_size(hf, "head_dim", config.head_width, 10**7)
+    _check_size(hf, "intermediate_size", config.mlp_width, 10**7)
     numbers = {"the norms' epsilon": config.norm_eps}
     for kind in config.pattern:
         if kind.rope is not None:
