@@ -28,6 +28,7 @@ def test_damaged_files_are_never_used(folder):
     assert [one for one in tries if one.outcome in outcomes.BAD] == []
 
 
+@pytest.mark.slow
 def test_best_checkpoint_without_its_metric_is_named(tmp_path):
     tries = files.count("keep_best", tmp_path, is_tried=lambda name: "metrics/metrics" in name)
     refused = [one.detail for one in tries if one.outcome == outcomes.CLEAR]

@@ -113,6 +113,7 @@ def test_frozen_base_resumes_exactly(with_adapters, model, pairs, tmp_path):
         np.testing.assert_array_equal(weights(resumed)[name], value)
 
 
+@pytest.mark.slow
 def test_frozen_base_is_equal_on_a_mesh(with_adapters, model, pairs, tmp_path):
     config = config_of(model, pairs, adapters=True)
     config.mesh.update(data=2, fsdp=2, tensor=2)

@@ -80,6 +80,7 @@ def test_toy_second_start_reuses_all(workdir, capsys):
     assert before == {path: path.stat().st_mtime for path in workdir.rglob("done.json")}
 
 
+@pytest.mark.slow
 def test_toy_with_a_hundredfold_learning_rate_is_called_broken(workdir):
     """Its report's remarks are those of docs/reports.md, but for numbers."""
     config = toy.get_config()

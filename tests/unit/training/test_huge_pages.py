@@ -32,6 +32,7 @@ def test_huge_pages_are_for_large_steps_on_a_cpu(monkeypatch, platform, tokens, 
     assert data_feed.gains_by_huge_pages(model, mesh, tokens) is gains
 
 
+@pytest.mark.slow
 def test_huge_pages_are_mentioned_once_in_a_run_of_two_stages(tmp_path, monkeypatch, capsys):
     data_feed.say_how_to_get_huge_pages.cache_clear()
     monkeypatch.setattr(data_feed, "gains_by_huge_pages", lambda *_: True)
