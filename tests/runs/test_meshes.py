@@ -134,7 +134,7 @@ def test_weighted_train_step_is_equal_on_meshes():
         pytest.param("gemma2", (1, 2, 4), marks=pytest.mark.slow),
         pytest.param("gemma3", (4, 1, 2), marks=pytest.mark.slow),
         pytest.param("phi3", (1, 4, 2), marks=pytest.mark.slow),
-        ("qwen3-moe", (2, 2, 2)),
+        pytest.param("qwen3-moe", (2, 2, 2), marks=pytest.mark.slow),
         pytest.param("mixtral", (2, 2, 2), marks=pytest.mark.slow),
         pytest.param("olmo2", (1, 4, 2), marks=pytest.mark.slow),
         pytest.param("smollm3", (2, 1, 4), marks=pytest.mark.slow),

@@ -165,6 +165,7 @@ def test_run_resumes_within_group(fields, tmp_path, capsys):
     assert rows_without_timings(alone) != rows_without_timings(whole)
 
 
+@pytest.mark.slow
 def test_run_resumes_on_another_mesh(fields, tmp_path, uninterrupted, capsys):
     run_until_sigterm(9, fields | {"mesh.fsdp": 2, "mesh.tensor": 2}, tmp_path, devices=4)
     run_here(fields, tmp_path, devices=2)

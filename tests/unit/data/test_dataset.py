@@ -463,7 +463,12 @@ PEAK_MEMORY = """if True:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 @pytest.mark.parametrize(
-    "suffix", [".jsonl", ".parquet", pytest.param(".json", marks=pytest.mark.slow)]
+    "suffix",
+    [
+        ".jsonl",
+        pytest.param(".parquet", marks=pytest.mark.slow),
+        pytest.param(".json", marks=pytest.mark.slow),
+    ],
 )
 def test_memory_does_not_grow_with_rows(tmp_path, suffix):
     """12,000 rows more, which as text and ids take about 60 MB."""
