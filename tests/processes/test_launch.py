@@ -25,7 +25,9 @@ case "$3 $4" in
     state="$(head -n 1 "$STATES")"; sed -i 1d "$STATES"
     [ "$state" = ACTIVE ] && touch "$NODE"
     echo "$state" ;;
-  "queued-resources delete") rm -rf "$WORKERS"/[01]/dpo_jax "$NODE" ;;
+  "queued-resources delete")
+    # Not empty yet where a run that has just ended still writes there.
+    until rm -rf "$WORKERS"/[01]/dpo_jax "$NODE"; do sleep 0.1; done ;;
   "tpu-vm describe") [ -e "$NODE" ] && echo READY || exit 1 ;;
   "tpu-vm scp") [ -e "$NODE" ] || exit 255
     for w in "${workers[@]}"; do mkdir -p "$WORKERS/$w"; cp -p "$5" "$WORKERS/$w/${6#*:}"; done ;;
