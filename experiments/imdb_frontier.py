@@ -26,6 +26,7 @@ import fnmatch
 import json
 import math
 import pathlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -222,22 +223,31 @@ def measured_in(values: dict) -> dict:
     return {name: values[f"frontier/{name}"] for name in MEASURED if f"frontier/{name}" in values}
 
 
+def evaluated_runs(folder: pathlib.Path, made: dict) -> Iterator[tuple[Run, pathlib.Path]]:
+    """Yield each run that has been evaluated on the test prompts, and the folder of that stage.
+
+    made: Run -> its config.
+    """
+    from dpo_jax import config as configs
+
+    for run, config in made.items():
+        evaluated = folder / configs.folder_names(config)["evaluate"]
+        if (evaluated / "done.json").exists():
+            yield run, evaluated
+
+
 def ends_of(folder: pathlib.Path, made: dict) -> tuple[list, np.ndarray | None, list[str] | None]:
     """Return the ends of finished runs in each row, the reference's rewards there, the prompts.
 
     made: Run -> its config. Seeds of a run are averaged, row by row.
     """
-    from dpo_jax import config as configs
     from dpo_jax.workdir import COMPLETIONS, REFERENCE_COMPLETIONS, read_lines
     from experiments.comparisons import End
 
     reference_U = None
     prompts = None
     grouped = {}
-    for run, config in made.items():
-        evaluated = folder / configs.folder_names(config)["evaluate"]
-        if not (evaluated / "done.json").exists():
-            continue
+    for run, evaluated in evaluated_runs(folder, made):
         completions = read_lines(evaluated / COMPLETIONS)
         texts = [row["prompt"] for row in completions]
         if prompts is None:
@@ -266,13 +276,11 @@ def completions_page(folder: pathlib.Path, made: dict) -> str:
 
     made: Run -> its config. Of the seeds of a run the first is shown.
     """
-    from dpo_jax import config as configs
     from dpo_jax.workdir import COMPLETIONS, REFERENCE_COMPLETIONS, read_lines
 
     of_names = {}
-    for run, config in made.items():
-        evaluated = folder / configs.folder_names(config)["evaluate"]
-        if run.seed or not (evaluated / "done.json").exists():
+    for run, evaluated in evaluated_runs(folder, made):
+        if run.seed:
             continue
         of_names.setdefault("reference", read_lines(evaluated / REFERENCE_COMPLETIONS)[:SHOWN])
         of_names[run.name] = read_lines(evaluated / COMPLETIONS)[:SHOWN]
@@ -292,7 +300,9 @@ def completions_page(folder: pathlib.Path, made: dict) -> str:
 
 def _as_code(text: str) -> str:
     """Return a text as one line of code in Markdown."""
-    return f"`{repr(text)[1:-1].replace('`', chr(39))}`"
+    line = repr(text)[1:-1]
+    without_backticks = line.replace("`", "'")
+    return f"`{without_backticks}`"
 
 
 def best_of_n(folder: pathlib.Path) -> tuple[list[dict], object]:
