@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from dpo_jax import costs, stage_table, stopping
-from dpo_jax.console import say
+from dpo_jax.console import say, say_once
 from dpo_jax.data.batches import (
     Batches,
     evaluation_order,
@@ -442,10 +442,9 @@ def gains_by_huge_pages(model: TransformerConfig, mesh: jax.sharding.Mesh, token
     return is_cpu and is_large and hardware.lacks_huge_pages()
 
 
-@functools.cache  # once in a process, whatever it trains
 def say_how_to_get_huge_pages() -> None:
-    """Say what huge pages bring, and the line to type."""
-    say(
+    """Say what huge pages bring, and the line to type: once in a process, whatever it trains."""
+    say_once(
         "huge pages would shorten steps on this CPU by a fifth to a quarter: type "
         f"`export {hardware.HUGE_PAGES}` and start again"
     )

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dpo_jax import config as configs
+from dpo_jax import console
 from dpo_jax.parallel import hardware
 from dpo_jax.training import data_feed
 from tests.helpers.tiny import tiny_config
@@ -34,7 +35,7 @@ def test_huge_pages_are_for_large_steps_on_a_cpu(monkeypatch, platform, tokens, 
 
 @pytest.mark.slow
 def test_huge_pages_are_mentioned_once_in_a_run_of_two_stages(tmp_path, monkeypatch, capsys):
-    data_feed.say_how_to_get_huge_pages.cache_clear()
+    console.say_once.cache_clear()
     monkeypatch.setattr(data_feed, "gains_by_huge_pages", lambda *_: True)
     pairs = write_pairs(tmp_path / "pairs.jsonl", 10)
     config = configs.default(("sft", "dpo"))
