@@ -85,10 +85,13 @@ def test_goldens_are_of_this_version():
 ALIKE = ("gpt2-untied", "llama-biased", "mistral", "qwen2", "qwen3-mixed", "phi3-window")
 
 
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(case, marks=[pytest.mark.slow] * (case in ALIKE)) for case in CASES],
-)
+def cases():
+    for case in CASES:
+        marks = [pytest.mark.slow] if case in ALIKE else []
+        yield pytest.param(case, marks=marks)
+
+
+@pytest.mark.parametrize("case", cases())
 def test_forward_version_by_goldens(case):
     golden = json.loads(GOLDEN.read_text())["log_probs"][case]
     np.testing.assert_allclose(measured(case), golden, rtol=1e-5, err_msg=CHANGED)
