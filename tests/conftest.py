@@ -32,24 +32,31 @@ from tests.helpers.tiny import tiny_config  # noqa: E402
 
 # Those that take longest come first, so that no worker is left alone with one at the end.
 LONGEST = (
+    "runs/test_python_page.py",
     "runs/test_toy.py",
     "runs/test_baselines.py",
-    "runs/test_training.py",
     "runs/test_meshes.py",
-    "runs/test_resume.py",
+    "runs/test_quickstart.py",
+    "runs/test_sweep.py",
+    "runs/test_damaged_files.py",
+    "runs/test_training.py",
+    "runs/test_api.py",
     "runs/test_rounds.py",
-    "runs/test_kto.py",
-    "runs/test_layouts.py",
-    "runs/test_reference_cache.py",
+    "runs/test_resume.py",
+    "runs/test_exports.py",
+    "runs/test_frozen_dtype.py",
+    "runs/test_functions.py",
     "experiments/test_tldr_winrate.py",
     "processes/test_processes.py",
     "processes/test_buckets.py",
     "parity/test_families.py",
-    "unit/test_api.py",
     "unit/training/test_step.py",
     "unit/training/test_groups.py",
-    "unit/evaluation/test_judge.py",
     "unit/models/test_attention.py",
+    "unit/test_api.py",
+    "unit/test_command_line.py",
+    "unit/evaluation/test_judge.py",
+    "unit/planning/test_rehearsal.py",
 )
 
 

@@ -154,16 +154,19 @@ def test_usage_errors():
 
 
 @pytest.mark.parametrize(
-    ("stages", "said"),
+    ("command", "stages", "said"),
     [
-        ("('dpo','foo')", "config.stages = 'foo': expected one of sft, pairs"),
-        ("('sft','dpo')", "config.stages = 'sft': expected a stage that this config file has"),
+        (["train"], "('dpo','foo')", "config.stages = 'foo': expected one of sft, pairs"),
+        (
+            ["sweep", "--sweep=dpo.beta=1,2"],
+            "('sft','dpo')",
+            "config.stages = 'sft': expected a stage that this config file has",
+        ),
     ],
 )
-def test_wrong_stages_are_refused(stages, said):
+def test_wrong_stages_are_refused(command, stages, said):
     flags = ["--config=dpo", f"--config.stages={stages}", "--workdir=/nowhere/at/all"]
-    assert_refused(dpo_jax("train", *flags), said)
-    assert_refused(dpo_jax("sweep", *flags, "--sweep=dpo.beta=1,2"), said)
+    assert_refused(dpo_jax(*command, *flags), said)
 
 
 def test_wrong_flags_say_what_is_expected():

@@ -196,7 +196,7 @@ def test_only_what_is_wanted_is_read(tmp_path):
 
 
 def test_a_draw_keeps_few_bytes_of_a_row(tmp_path):
-    count = 20_000
+    count = 8_000
     with (tmp_path / "rows.jsonl").open("w") as file:
         for number in range(count):
             row = {"prompt": f"{number} " + "long " * 100, "chosen": "a", "rejected": "b"}
