@@ -7,7 +7,8 @@ frontier.json has
   null where nothing is trained), step, reward, kl, and what else was measured, such as reward_se.
   The reference is a row of its own at step 0 and KL 0. rows of exact experiments have gap, to the
   highest reward at their KL, and, where a run aims at a known optimum, analytic_reward and
-  analytic_kl.
+  analytic_kl. A seed that is not finished has its rows here, but where another seed of its run
+  is, neither tables nor figure have it.
 - curves: panel -> kls and rewards of the optimum, with low and high, its 95 % interval, or null
   where the curve is exact.
 - closed_forms: panel -> method -> kls and rewards of a method that is known at any strength.
@@ -77,9 +78,10 @@ def write(
             for panel, methods in closed_forms.items()
         }
     (folder / "frontier.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    tables.write(folder / "frontier", over_seeds(rows), OVER_SEEDS)
-    tables.write(folder / "matched_kl", at_matched_kl(rows, curves, closed_forms), AT_MATCHED_KL)
-    plots.panels(folder / "frontier.png", rows, curves, titles, curve_name=curve_name)
+    shown = without_seeds_behind(rows)
+    tables.write(folder / "frontier", over_seeds(shown), OVER_SEEDS)
+    tables.write(folder / "matched_kl", at_matched_kl(shown, curves, closed_forms), AT_MATCHED_KL)
+    plots.panels(folder / "frontier.png", shown, curves, titles, curve_name=curve_name)
 
 
 def read(path: pathlib.Path) -> tuple[list[dict], dict[str, Curve]]:
@@ -102,6 +104,25 @@ def _as_json(curve: Curve) -> dict:
         name: None if values is None else list(map(float, values))
         for name, values in curve._asdict().items()
     }
+
+
+def without_seeds_behind(rows: list[dict]) -> list[dict]:
+    """Return the rows less those of unfinished seeds, where another seed of their run is finished.
+
+    A mean of an end and of a checkpoint on the way is neither. Rows that say what prompts they were
+    measured on have "test" at the end of a finished seed.
+    """
+    finished = {}  # run -> its finished seeds
+    for row in rows:
+        if row.get("prompts") == "test":
+            run = row["panel"], row["method"], row["parameter"]
+            finished.setdefault(run, set()).add(row["seed"])
+    shown = []
+    for row in rows:
+        seeds = finished.get((row["panel"], row["method"], row["parameter"]))
+        if seeds is None or row["seed"] in seeds:
+            shown.append(row)
+    return shown
 
 
 def ends(rows: list[dict]) -> list[dict]:

@@ -269,6 +269,31 @@ def test_rewards_at_equal_kl_follow_the_root():
     np.testing.assert_allclose(behind, 0.02)  # as it is at every KL
 
 
+def test_means_over_seeds_are_of_finished_ones():
+    """A checkpoint on the way of one seed is no end beside another's; alone it may stand."""
+
+    def row(parameter: str, seed: int | None, reward: float, **said) -> dict:
+        about = dict(panel="a", method="dpo", parameter=parameter, value=1.0, seed=seed)
+        return about | dict(reward=reward, reward_se=0.1, kl=reward) | said
+
+    on_the_way = dict(prompts="validation")
+    start = row("", None, 0.0) | dict(method="reference")
+    rows = [
+        start,
+        row("β=1", 0, 0.5, **on_the_way),
+        row("β=1", 0, 1.0, prompts="test"),
+        row("β=1", 1, 0.6, **on_the_way),
+        row("β=2", 0, 0.4, **on_the_way),
+    ]
+    shown = frontier_file.without_seeds_behind(rows)
+    found = {one["parameter"]: one for one in frontier_file.over_seeds(shown)}
+    assert (found["β=1"]["seeds"], found["β=1"]["reward"]) == (1, 1.0)
+    assert (found["β=2"]["seeds"], found["β=2"]["reward"]) == (1, 0.4)
+    assert shown[0] is start and rows[3] not in shown
+    both = [*rows, row("β=1", 1, 2.0, prompts="test")]
+    assert frontier_file.without_seeds_behind(both) == both
+
+
 def test_methods_with_other_seeds_are_compared_on_those_that_both_have():
     rows = [run_end("reference", None, 0.0, reward=0.0, gap=0.0)]
     # DPO has seeds 0 to 2, with one run of seed 3; PPO has 1 to 4; unlikelihood has another.
