@@ -13,27 +13,37 @@ import numpy as np
 
 from dpo_jax.evaluation import statistics, tables
 
-QUARTER = 4  # the last part of training in which PPO's KL may still move: one of so many
-SETTLED = 0.1  # share of its KL by which it may, up or down
+QUARTER = 4  # PPO's KL may still move by a share of itself while one of so many parts is trained,
+SETTLED = 0.1  # up or down
+VERDICTS = ("yes", "cannot tell", "no")  # has it settled?
+FEWEST_STEPS = 8  # at the end of a run, over which its KL's slope is measured
 
-COLUMNS = [
-    tables.Column("method", "method"),
-    tables.Column("", "parameter"),
-    tables.Column("seeds", "seeds", "d"),
-    tables.Column("KL, nats", "kl", ".2f"),
-    tables.Column("reward", "reward", ".3f", interval=("reward_low", "reward_high")),
-    tables.Column(
-        "less than the compared run by", "behind", ".3f", interval=("behind_low", "behind_high")
-    ),
-    tables.Column("p, Holm", "behind_p_holm", ".2g"),
-    tables.Column("DPO at this KL", "dpo_at_kl", ".3f"),
-    tables.Column(
-        "less than DPO at this KL by", "below", ".3f", interval=("below_low", "below_high")
-    ),
-    tables.Column("p, Holm", "below_p_holm", ".2g"),
-    tables.Column("KL's change in the last quarter", "kl_change", "+.0%"),
-    tables.Column("settled", "settled"),
-]
+
+def columns(compared: str) -> list[tables.Column]:
+    """Return the columns of the table. compared: how it calls the run of `compare`'s `compared`."""
+    return [
+        tables.Column("method", "method"),
+        tables.Column("", "parameter"),
+        tables.Column("seeds", "seeds", "d"),
+        tables.Column("KL, nats", "kl", ".2f"),
+        tables.Column("reward", "reward", ".3f", interval=("reward_low", "reward_high")),
+        tables.Column(
+            f"less than {compared} by", "behind", ".3f", interval=("behind_low", "behind_high")
+        ),
+        tables.Column(f"p beside {compared}, Holm", "behind_p_holm", ".2g"),
+        tables.Column("DPO at this KL", "dpo_at_kl", ".3f"),
+        tables.Column(
+            "less than DPO at this KL by", "below", ".3f", interval=("below_low", "below_high")
+        ),
+        tables.Column("p beside DPO at this KL, Holm", "below_p_holm", ".2g"),
+        tables.Column(
+            "KL's change in a quarter of the steps",
+            "kl_change",
+            "+.0%",
+            interval=("kl_change_low", "kl_change_high"),
+        ),
+        tables.Column("settled", "settled"),
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,34 +127,47 @@ def below_path(path: statistics.Path, end: End, prompts_U) -> dict:
 
 
 def settling(kls_of_seeds: list[list[float]]) -> dict:
-    """Return kl_change, the share by which a run's KL moved in its last quarter, and `settled`.
+    """Return how fast a run's KL still moved at its end, with an interval, and `settled`.
 
-    kls_of_seeds: of the steps in training, seed by seed. `settled` is "no" where the KL of any seed
-    rose or fell by more than 10 %: then the run ends where it was stopped, and not where it was
-    going. kl_change is that of the seed whose KL moved the most. {} if a seed has fewer than 16
-    steps.
+    kls_of_seeds: of the steps in training, seed by seed. kl_change is the share of itself by which
+    the KL would move in another quarter of the run, of the seed whose KL moves the most. `settled`
+    is "yes" where that is less than 10 %, up or down, in all of its interval and of each seed; "no"
+    where it is more in all of the interval of any: then the run ends where it was stopped, and not
+    where it was going. Else it is "cannot tell". {} if a seed has fewer than 8 steps.
     """
-    changes = [_change_at_end(kls) for kls in kls_of_seeds]
-    if not changes or None in changes:
+    if not kls_of_seeds or min(map(len, kls_of_seeds)) < FEWEST_STEPS:
         return {}
-    largest = max(changes, key=abs)
-    return dict(kl_change=largest, settled="yes" if abs(largest) <= SETTLED else "no")
+    changes = [_change_at_end(np.array(kls)) for kls in kls_of_seeds]
+
+    def badness(change: dict) -> tuple:
+        return VERDICTS.index(change["settled"]), abs(change["kl_change"])
+
+    return max(changes, key=badness)
 
 
-def _change_at_end(kls: list[float]) -> float | None:
-    """Return the share by which a seed's KL rose in its last quarter; None for too few steps.
+def _change_at_end(kls: np.ndarray) -> dict:
+    """Return the share by which a seed's KL moves in a quarter of its run, and whether it settled.
 
-    It is taken from the means of the quarter's two halves, so that the noise of single steps is
-    averaged.
+    It is the slope of a straight line through the last quarter of the steps, or through the last 8
+    of a short run; their scatter about the line gives the interval.
     """
-    quarter = len(kls) // QUARTER
-    half = quarter // 2
-    if half < 2:
-        return None
-    first = float(np.mean(kls[-2 * half : -half]))
-    second = float(np.mean(kls[-half:]))
-    # From the middle of one half to that of the other is half of the quarter.
-    return 2 * (second - first) / max(abs(second), 1e-6)
+    window = max(len(kls) // QUARTER, FEWEST_STEPS)
+    steps = np.arange(window) - (window - 1) / 2
+    last = kls[-window:]
+    slope = steps @ last / (steps @ steps)
+    scatter = last - last.mean() - slope * steps
+    error = np.sqrt(scatter @ scatter / (window - 2) / (steps @ steps))
+    half = statistics.t_quantile(window - 2) * error
+    share = len(kls) / QUARTER / max(abs(last.mean()), 1e-6)  # of the KL, for a slope of 1
+    low, high = (slope - half) * share, (slope + half) * share
+    if low >= -SETTLED and high <= SETTLED:
+        settled = "yes"
+    elif low > SETTLED or high < -SETTLED:
+        settled = "no"
+    else:
+        settled = "cannot tell"
+    bounds = dict(kl_change_low=float(low), kl_change_high=float(high))
+    return dict(kl_change=float(slope * share), settled=settled) | bounds
 
 
 def _named(name: str, found: dict) -> dict:

@@ -7,8 +7,8 @@ frontier.json has
   null where nothing is trained), step, reward, kl, and what else was measured, such as reward_se.
   The reference is a row of its own at step 0 and KL 0. rows of exact experiments have gap, to the
   highest reward at their KL, and, where a run aims at a known optimum, analytic_reward and
-  analytic_kl. A seed that is not finished has its rows here, but where another seed of its run
-  is, neither tables nor figure have it.
+  analytic_kl. Runs on their way, and those that broke off, have their rows here and are drawn, if
+  no other seed of theirs is finished; they are in no table.
 - curves: panel -> kls and rewards of the optimum, with low and high, its 95 % interval, or null
   where the curve is exact.
 - closed_forms: panel -> method -> kls and rewards of a method that is known at any strength.
@@ -29,7 +29,7 @@ from dpo_jax.evaluation.frontier import Curve
 MATCHED_KLS = (0.25, 0.5, 1.0, 2.0, 4.0)  # nats, at which methods are compared
 COMPARED = "dpo"  # the method that the others are compared with
 # Methods with several strengths, between whose points rewards can be interpolated.
-SWEPT = ("dpo", "ppo", "ppo_gt", "unlikelihood", "best_of_n", "rm_optimum")
+SWEPT = ("dpo", "ppo", "ppo_gt", "ppo_gt_trl", "unlikelihood", "best_of_n", "rm_optimum")
 
 OVER_SEEDS = [
     tables.Column("panel", "panel"),
@@ -78,10 +78,11 @@ def write(
             for panel, methods in closed_forms.items()
         }
     (folder / "frontier.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    shown = without_seeds_behind(rows)
-    tables.write(folder / "frontier", over_seeds(shown), OVER_SEEDS)
-    tables.write(folder / "matched_kl", at_matched_kl(shown, curves, closed_forms), AT_MATCHED_KL)
-    plots.panels(folder / "frontier.png", shown, curves, titles, curve_name=curve_name)
+    finished = of_finished_runs(rows)
+    tables.write(folder / "frontier", over_seeds(finished), OVER_SEEDS)
+    at_kls = at_matched_kl(finished, curves, closed_forms)
+    tables.write(folder / "matched_kl", at_kls, AT_MATCHED_KL)
+    plots.panels(folder / "frontier.png", drawn(rows), curves, titles, curve_name=curve_name)
 
 
 def read(path: pathlib.Path) -> tuple[list[dict], dict[str, Curve]]:
@@ -106,30 +107,35 @@ def _as_json(curve: Curve) -> dict:
     }
 
 
-def without_seeds_behind(rows: list[dict]) -> list[dict]:
+def of_finished_runs(rows: list[dict]) -> list[dict]:
+    """Return the rows less those of runs that are on their way, or broke off.
+
+    Rows that say what prompts they were measured on have "test" at the end of a finished run.
+    """
+    finished = {_seed_of_run(row) for row in rows if row.get("prompts") == "test"}
+    return [row for row in rows if "prompts" not in row or _seed_of_run(row) in finished]
+
+
+def drawn(rows: list[dict]) -> list[dict]:
     """Return the rows less those of unfinished seeds, where another seed of their run is finished.
 
-    A mean of an end and of a checkpoint on the way is neither. Rows that say what prompts they were
-    measured on have "test" at the end of a finished seed.
+    A mean of an end and of a checkpoint on the way would be neither.
     """
-    finished = {}  # run -> its finished seeds
-    for row in rows:
-        if row.get("prompts") == "test":
-            run = row["panel"], row["method"], row["parameter"]
-            finished.setdefault(run, set()).add(row["seed"])
-    shown = []
-    for row in rows:
-        seeds = finished.get((row["panel"], row["method"], row["parameter"]))
-        if seeds is None or row["seed"] in seeds:
-            shown.append(row)
-    return shown
+    finished = of_finished_runs(rows)
+    have_ended = {_seed_of_run(row)[:-1] for row in finished}
+    on_their_way = [row for row in rows if _seed_of_run(row)[:-1] not in have_ended]
+    return finished + on_their_way
+
+
+def _seed_of_run(row: dict) -> tuple:
+    return row["panel"], row["method"], row["parameter"], row["seed"]
 
 
 def ends(rows: list[dict]) -> list[dict]:
     """Return the last row of each run, in the order of the rows."""
     last = {}
     for row in rows:
-        last[row["panel"], row["method"], row["parameter"], row["seed"]] = row
+        last[_seed_of_run(row)] = row
     return list(last.values())
 
 

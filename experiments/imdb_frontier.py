@@ -118,7 +118,9 @@ def chosen(patterns: list[str], seeds: int) -> list[Run]:
         ]
         if not fits and not fnmatch.fnmatch(BEST_OF_N, pattern):
             names = ", ".join([*(run.name for run in known), BEST_OF_N])
-            raise ValueError(f"--run={pattern} matches no run. The runs are: {names}.")
+            raise ValueError(
+                f"--run={pattern} matches no run. With --seeds={seeds} the runs are: {names}."
+            )
         found.update(fits)
     return [run for run in known if run in found]
 
@@ -329,12 +331,16 @@ def best_of_n(folder: pathlib.Path) -> tuple[list[dict], object]:
 
 
 def reference_row(
-    folder: pathlib.Path, made: dict, rewards_U: np.ndarray | None, prompts: list[str] | None
+    folder: pathlib.Path,
+    made: dict,
+    of_best: list[dict],
+    rewards_U: np.ndarray | None,
+    prompts: list[str] | None,
 ) -> dict | None:
     """Return the row of what all runs start from: step 0, at KL 0; None where nothing has begun.
 
     rewards_U, prompts: its rewards as a finished run's evaluation has them, and the prompt of each.
-    Before, it is row 0 of a run.
+    Before, it is row 0 of a run, or, without any, best of 1 among the rows of best of N.
     """
     from dpo_jax.evaluation import statistics
     from dpo_jax.training.metrics import read_rows
@@ -348,6 +354,9 @@ def reference_row(
             if "frontier/reward" in row:
                 error = row.get("frontier/reward_se")
                 return about | dict(reward=row["frontier/reward"], reward_se=error, kl=0.0)
+    for row in of_best:
+        if row["value"] == 1:
+            return row | about
     return None
 
 
@@ -363,17 +372,17 @@ def report(make_config, folder: pathlib.Path) -> None:
     for run, config in made.items():
         rows += rows_of(folder, config, run)
     ends, reference_U, prompts = ends_of(folder, made)
-    start = reference_row(folder, made, reference_U, prompts)
-    if not rows or start is None:
+    of_best, optimum = best_of_n(folder)
+    start = reference_row(folder, made, of_best, reference_U, prompts)
+    if start is None:
         return
-    of_reference, optimum = best_of_n(folder)
     # Before best_of_n is done, all that is known of the optimum is where it begins.
     curve = optimum or Curve(np.zeros(1), np.array([start["reward"]]))
     frontier_file.write(
         folder,
-        [start, *rows, *of_reference],
+        [start, *rows, *of_best],
         {PANEL: curve},
-        {PANEL: TITLE + (NOT_IN_PAPER if of_reference else "")},
+        {PANEL: TITLE + (NOT_IN_PAPER if of_best else "")},
         curve_name="optimum, estimated from the reference's samples" if optimum else "_",
     )
 
@@ -390,14 +399,15 @@ def report(make_config, folder: pathlib.Path) -> None:
                     kls = [step["ppo_train/kl"] for step in steps if "ppo_train/kl" in step]
                     kls_of_seeds.append(kls)
                 row |= comparisons.settling(kls_of_seeds)
-        tables.write(folder / "comparisons", compared, comparisons.COLUMNS)
+        of_dpo = comparisons.columns(f"DPO {baseline[1]}")
+        tables.write(folder / "comparisons", compared, of_dpo)
         (folder / "completions.md").write_text(completions_page(folder, made), encoding="utf-8")
 
     finished = {}
     for run, config in made.items():
         if (folder / run.name / "done.json").exists():
             finished.setdefault(run.method, []).append(config)
-    if of_reference:
+    if of_best:
         finished[BEST_OF_N] = [make_config(BEST_OF_N)]
     cost_table.write(folder, folder, finished)
 
@@ -436,7 +446,7 @@ def run(
         if not dry_run:
             run_stages(config, workdir)
             report(make_config, folder)
-    if not dry_run:
+    if (folder / "frontier.json").exists() and not dry_run:
         say(f"{folder / 'frontier.json'}, {folder / 'frontier.png'}")
 
 

@@ -21,7 +21,7 @@ from dpo_jax.data.packing import FILLER, Batch, RolloutTargets
 
 # The version of which examples are in which batch, and where. Raise it with every change that gives
 # another order for the same seed and step: an unfinished stage is then refused, not resumed.
-DATA_ORDER_VERSION = 3
+DATA_ORDER_VERSION = 4
 
 MOST_READ = 10**8  # examples that a stage may read, one after the other
 MOST_EPOCHS = 10**5  # times that it may read each of them

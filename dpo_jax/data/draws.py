@@ -2,7 +2,9 @@
 
 Rows are drawn in an order of which every start has the subsets in the shares that they have in the
 whole, to about a row. So a smaller draw is a part of a larger one. Within a subset, the rows of a
-prompt follow each other; a prompt of several subsets has its rows in several places.
+prompt follow each other where they are trained on, as they are then read together. Where they are
+held out, each prompt has its first row before any has its second: pairs of one prompt are alike, so
+as many of other prompts measure more. A prompt of several subsets has its rows in several places.
 """
 
 import numpy as np
@@ -17,12 +19,15 @@ def order(
     strata: np.ndarray,
     sizes: np.ndarray | None = None,
     scale: np.ndarray | None = None,
+    *,
+    held_out: bool = False,
 ) -> np.ndarray:
     """Return the order in which rows are drawn, as indices.
 
     prompts, rows: hashes [R] of a row's prompt and of the whole row. strata: what tells its subset
     [R]. sizes: examples of each row; None: one. scale: how much more often each row's stratum comes
-    up than its rows alone make it [R]; None: 1.
+    up than its rows alone make it [R]; None: 1. held_out: whether a subset's prompts come once each
+    before any comes again.
     """
     count = len(prompts)
     if sizes is None:
@@ -31,6 +36,9 @@ def order(
     total_S = np.bincount(number_R, sizes)
     # By stratum, in it by prompt, and in that by row.
     sorted_R = np.lexsort((rows, prompts, number_R))
+    if held_out:
+        turn_R = _turns(sorted_R, number_R, prompts)
+        sorted_R = np.lexsort((rows, prompts, turn_R, number_R))
     before_R = np.cumsum(sizes[sorted_R]) - sizes[sorted_R]
     stratum_R = number_R[sorted_R]
     start_S = np.concatenate([[0], np.cumsum(total_S)[:-1]]) if count else np.zeros(0)
@@ -41,6 +49,22 @@ def order(
     if scale is not None:
         place_R = place_R / scale
     return np.lexsort((rows, prompts, place_R))
+
+
+def _turns(order_R: np.ndarray, *columns: np.ndarray) -> np.ndarray:
+    """Return how many rows that are equal to it in some columns come before each row [R].
+
+    order_R: an order in which equal rows follow each other.
+    """
+    is_first = np.zeros(len(order_R), bool)
+    is_first[:1] = True
+    for column in columns:
+        in_order = column[order_R]
+        is_first[1:] |= in_order[1:] != in_order[:-1]
+    starts = np.flatnonzero(is_first)
+    turn_R = np.empty(len(order_R), int)
+    turn_R[order_R] = np.arange(len(order_R)) - starts[np.cumsum(is_first) - 1]
+    return turn_R
 
 
 def drawn(order_R: np.ndarray, sizes: np.ndarray, most: int) -> np.ndarray:
@@ -77,16 +101,10 @@ def spread(prompts: np.ndarray, strata: np.ndarray, count: int) -> np.ndarray:
     """
     if count >= len(prompts):
         return np.arange(len(prompts))
-    # The occurrence of each row's prompt, counted from 0.
-    by_prompt = np.argsort(prompts, kind="stable")
-    sorted_prompts = prompts[by_prompt]
-    is_first = np.concatenate([[True], sorted_prompts[1:] != sorted_prompts[:-1]])
-    starts = np.flatnonzero(is_first)
-    occurrence = np.empty(len(prompts), int)
-    occurrence[by_prompt] = np.arange(len(prompts)) - starts[np.cumsum(is_first) - 1]
+    turn_R = _turns(np.argsort(prompts, kind="stable"), prompts)
     chosen = []
-    for number in range(occurrence.max() + 1):
-        index = np.flatnonzero(occurrence == number)
+    for turn in range(turn_R.max() + 1):
+        index = np.flatnonzero(turn_R == turn)
         in_order = order(prompts[index], index, strata[index])
         chosen.extend(index[in_order].tolist())
         if len(chosen) >= count:

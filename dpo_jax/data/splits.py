@@ -386,7 +386,13 @@ class _Plan:
         found = self.found
         index = np.flatnonzero(self.sides == SPLITS.index(split))
         sizes = found.sizes[index]
-        order = draws.order(found.prompts[index], found.rows[index], found.strata[index], sizes)
+        order = draws.order(
+            found.prompts[index],
+            found.rows[index],
+            found.strata[index],
+            sizes,
+            held_out=split != "train",
+        )
         self.is_drawn[index] = draws.drawn(order, sizes, most)
 
 
@@ -757,7 +763,7 @@ def _draw_evaluation(surveys: list[_Survey], split: str, most: int) -> None:
             columns["strata"].append(np.full(len(index), number))
             columns["scale"].append(np.full(len(index), survey.share))
     values = {name: np.concatenate(of_sets) for name, of_sets in columns.items()}
-    is_drawn = draws.drawn(draws.order(**values), values["sizes"], most)
+    is_drawn = draws.drawn(draws.order(**values, held_out=True), values["sizes"], most)
     start = 0
     for plan, index in held_out:
         plan.is_drawn[index] = is_drawn[start : start + len(index)]

@@ -166,8 +166,8 @@ def panels(
     """Draw reward against KL for all methods, one panel for each value of the rows' `panel`.
 
     rows: as in frontier.json: panel, method, parameter, seed, step, reward, kl, and, where known,
-    reward_se and kl_se, and the optimum that a run aims at (analytic_reward, analytic_kl).
-    curves: panel -> the highest reward, from KL 0, where the reference is.
+    reward_se and kl_se, and the optimum that a run aims at (analytic_reward, analytic_kl). The
+    reference is a row of its own. curves: panel -> the highest reward, from KL 0 on.
 
     A thin line joins a run's checkpoints; its last one is the large point. Seeds are drawn as their
     mean, with dots where each of them ends. Bars are 95 % intervals, those of
@@ -182,12 +182,13 @@ def panels(
     FigureCanvasAgg(figure)
     legend = {}
     large_points = {}
+    bars = {}
     for number, (panel, title) in enumerate(titles.items(), 1):
         axes = figure.add_subplot(1, len(titles), number, title=title)
         _draw_curve(axes, curves[panel], curve_name)
         of_panel = [row for row in rows if row["panel"] == panel]
-        large_points[axes], bar_ends = _draw_methods(axes, of_panel)
-        _scale(axes, large_points[axes], curves[panel][:2], bar_ends)
+        large_points[axes], bars[axes] = _draw_methods(axes, of_panel)
+        _scale(axes, large_points[axes], curves[panel][:2], bars[axes])
         legend |= dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
     figure.legend(
         legend.values(),
@@ -201,7 +202,7 @@ def panels(
     figure.canvas.draw()
     figure.set_layout_engine("none")
     for panel, axes in zip(titles, large_points, strict=True):
-        _label(axes, large_points[axes], curves[panel][:2])
+        _label(axes, large_points[axes], curves[panel][:2], bars[axes])
     save(figure, path)
 
 
@@ -251,7 +252,6 @@ def _draw_curve(axes, curve: Curve, name: str) -> None:
     axes.plot(kls, rewards, color="black", linewidth=1.2, label=name)
     if low is not None:
         axes.fill_between(kls, low, high, color="black", alpha=0.12, linewidth=0)
-    axes.plot(kls[0], rewards[0], "s", color="black", markersize=7, zorder=5, label="reference")
 
 
 def _draw_methods(axes, rows: list[dict]) -> tuple[list[tuple], list[tuple]]:
@@ -261,6 +261,13 @@ def _draw_methods(axes, rows: list[dict]) -> tuple[list[tuple], list[tuple]]:
     """
     large_points = []
     bar_ends = []
+    for row in rows:
+        if row["method"] == "reference":
+            start = _point([row])
+            mark = dict(color="black", markersize=7, zorder=5, label="reference")
+            axes.plot(start["kl"], start["reward"], "s", **mark)
+            large_points.append((start["kl"], start["reward"], "", "black"))
+            bar_ends += _draw_bars(axes, start, "black")
     for method, (color, marker, name) in STYLES.items():
         # parameter -> seed -> the rows of a run.
         runs = {}
@@ -321,7 +328,7 @@ def _point(seeds: list[dict]) -> dict:
 def _draw_bars(axes, point: dict, color: str) -> list[tuple]:
     """Draw the intervals of a point along both axes, as far as they are known; return their ends.
 
-    Ends are (kl, reward). Intervals over two seeds are left out.
+    Ends are (kl, reward), low and high of each bar in turn. Intervals over two seeds are left out.
     """
     ends = []
     for side, name in (("xerr", "kl"), ("yerr", "reward")):
@@ -372,10 +379,10 @@ def _scale(axes, points: list[tuple], curve: tuple, bar_ends: list[tuple]) -> No
     axes.grid(alpha=0.3)
 
 
-def _label(axes, points: list[tuple], curve: tuple) -> None:
+def _label(axes, points: list[tuple], curve: tuple, bar_ends: list[tuple]) -> None:
     """Write each parameter beside its point, once for all seeds, where it hides the least.
 
-    Tried are all of PLACES. Hidden are other points, the curve and the labels placed before.
+    Tried are all of PLACES. Hidden are other points, bars, the curve and the labels placed before.
     """
     from matplotlib.patheffects import withStroke
     from matplotlib.text import Text
@@ -386,6 +393,9 @@ def _label(axes, points: list[tuple], curve: tuple) -> None:
     marks = axes.transData.transform([point[:2] for point in points])
     line = axes.transData.transform(np.transpose(curve))
     taken = np.concatenate([_boxes(marks, MARK * pixels), _boxes(line, pixels)])
+    if bar_ends:
+        ends = axes.transData.transform(bar_ends).reshape(-1, 4)  # from low to high
+        taken = np.concatenate([taken, ends + pixels * np.array([-1, -1, 1, 1])])
     labelled = {point[2:]: point for point in points if point[2]}  # the last seed's point
     for kl, reward, text, color in labelled.values():
         # First at its point, to learn its size, then moved to the best place.

@@ -43,7 +43,9 @@ def test_imdb_frontier_runs_by_name(tmp_path, capsys):
         "dpo_0.1",
         "ppo_12",
     ]
-    with pytest.raises(ValueError, match="--run=dpo_7 matches no run. The runs are: dpo_0.05, "):
+    with pytest.raises(
+        ValueError, match="--run=dpo_7 matches no run. With --seeds=1 the runs are: dpo_0.05, "
+    ):
         imdb_frontier.run(make_config, str(tmp_path), ["dpo_7"], dry_run=True)
 
 
@@ -269,8 +271,15 @@ def test_rewards_at_equal_kl_follow_the_root():
     np.testing.assert_allclose(behind, 0.02)  # as it is at every KL
 
 
-def test_means_over_seeds_are_of_finished_ones():
-    """A checkpoint on the way of one seed is no end beside another's; alone it may stand."""
+def test_methods_with_several_strengths_are_compared_at_equal_kl():
+    swept = set()
+    for module in (imdb_frontier.SWEEP, toy_frontier.SWEEPS):
+        swept |= {method for method, (_, values, *_) in module.items() if len(values) > 1}
+    assert swept < {*frontier_file.SWEPT}
+
+
+def test_tables_are_of_finished_runs():
+    """A checkpoint on the way is no end: it is drawn, but not beside another seed's end."""
 
     def row(parameter: str, seed: int | None, reward: float, **said) -> dict:
         about = dict(panel="a", method="dpo", parameter=parameter, value=1.0, seed=seed)
@@ -285,13 +294,13 @@ def test_means_over_seeds_are_of_finished_ones():
         row("β=1", 1, 0.6, **on_the_way),
         row("β=2", 0, 0.4, **on_the_way),
     ]
-    shown = frontier_file.without_seeds_behind(rows)
-    found = {one["parameter"]: one for one in frontier_file.over_seeds(shown)}
-    assert (found["β=1"]["seeds"], found["β=1"]["reward"]) == (1, 1.0)
-    assert (found["β=2"]["seeds"], found["β=2"]["reward"]) == (1, 0.4)
-    assert shown[0] is start and rows[3] not in shown
-    both = [*rows, row("β=1", 1, 2.0, prompts="test")]
-    assert frontier_file.without_seeds_behind(both) == both
+    finished = frontier_file.of_finished_runs(rows)
+    assert finished == rows[:3]
+    _, found = frontier_file.over_seeds(finished)
+    assert (found["parameter"], found["seeds"], found["reward"]) == ("β=1", 1, 1.0)
+    assert frontier_file.drawn(rows) == [*rows[:3], rows[4]]
+    both = [*rows[:4], row("β=1", 1, 2.0, prompts="test")]
+    assert frontier_file.of_finished_runs(both) == frontier_file.drawn(both) == both
 
 
 def test_methods_with_other_seeds_are_compared_on_those_that_both_have():

@@ -154,6 +154,32 @@ def test_report_of_runs_that_have_just_begun(tmp_path, make_config):
     assert [row["method"] for row in rows] == ["reference", "dpo"]
 
 
+def test_best_of_n_alone_has_its_results(tmp_path, make_config):
+    """Best of 1 is the reference."""
+    folder = tmp_path / "best_of_n"
+    folder.mkdir()
+    (folder / "done.json").write_text("{}")
+    rewards = np.random.default_rng(0).uniform(size=(20, 16))
+    lines = [
+        dict(prompt=f"prompt {u}", completions=[dict(reward=value) for value in row])
+        for u, row in enumerate(rewards.tolist())
+    ]
+    write_lines(folder / "completions.jsonl", lines)
+    made = [
+        dict(n=1, reward=0.5, reward_se=0.1, kl=0.0),
+        dict(n=4, reward=0.8, reward_se=0.1, kl=0.6),
+    ]
+    write_json(folder / "best_of_n.json", made)
+    imdb_frontier.report(make_config, tmp_path)
+    rows, curves = frontier_file.read(tmp_path / "frontier.json")
+    assert [(row["method"], row["reward"]) for row in rows] == [
+        ("reference", 0.5),
+        ("best_of_n", 0.5),
+        ("best_of_n", 0.8),
+    ]
+    assert len(curves["imdb"].kls) > 1
+
+
 def test_evaluations_of_one_prompt_have_no_error(tmp_path, make_config):
     folder = tmp_path / "dpo_1"
     folder.mkdir()
@@ -212,11 +238,36 @@ def test_settling():
     """A KL that moves either way has not settled, nor a run of which one seed has not."""
     still, rising = [5.0] * 40, list(np.linspace(0, 6, 40))
     falling = list(np.linspace(9, 3, 40))
-    assert comparisons.settling([[1.0] * 15]) == comparisons.settling([still, [1.0]]) == {}
-    assert comparisons.settling([still, still]) == dict(kl_change=0.0, settled="yes")
-    assert comparisons.settling([rising])["settled"] == "no"
+    assert comparisons.settling([[1.0] * 7]) == comparisons.settling([still, [1.0]]) == {}
+    assert comparisons.settling([still, still]) == pytest.approx(
+        dict(kl_change=0.0, kl_change_low=0.0, kl_change_high=0.0, settled="yes")
+    )
+    # On a straight line the slope is exact: 10 steps of 6/39, beside a mean of the last ten.
+    assert comparisons.settling([rising]) == pytest.approx(
+        dict.fromkeys(
+            ["kl_change", "kl_change_low", "kl_change_high"], 60 / 39 / (6 - 4.5 * 6 / 39)
+        )
+        | dict(settled="no")
+    )
     found = comparisons.settling([still, falling, still])
     assert found["settled"] == "no" and found["kl_change"] < -0.3
+
+
+@pytest.mark.parametrize(("steps", "noise"), [(24, 0.08), (400, 0.05), (24, 0.02)])
+def test_noise_alone_is_not_called_movement(steps, noise):
+    """Of runs whose KL stands still, few are said to move; where noise hides it, none can tell."""
+    rng = np.random.default_rng(0)
+    said = []
+    for _ in range(400):
+        kls = 2.3 * (1 + noise * rng.normal(size=steps))
+        found = comparisons.settling([kls.tolist()])
+        assert found["kl_change_low"] < found["kl_change"] < found["kl_change_high"]
+        said.append(found["settled"])
+    assert said.count("no") / len(said) < 0.03
+    if (steps, noise) == (24, 0.08):
+        assert said.count("cannot tell") > 300
+    else:
+        assert said.count("yes") > 300
 
 
 @pytest.mark.parametrize(

@@ -24,12 +24,14 @@ HH = {"harmless-base": 400, "helpful-base": 400, "helpful-online": 150, "helpful
     seed=st.integers(0, 1000),
 )
 @settings(max_examples=100, deadline=None)
-def test_strata_have_their_shares(counts, most, seed):
+@pytest.mark.parametrize("held_out", [False, True])
+def test_strata_have_their_shares(held_out, counts, most, seed):
     rng = np.random.default_rng(seed)
     strata = rng.permutation(np.repeat(np.arange(len(counts)), counts))
-    prompts, rows = rng.integers(0, 2**62, (2, len(strata))).astype(np.uint64)
+    rows = rng.integers(0, 2**62, len(strata)).astype(np.uint64)
+    prompts = rng.integers(0, 20, len(strata)).astype(np.uint64)  # with several rows each
     sizes = np.ones(len(strata), int)
-    order = draws.order(prompts, rows, strata)
+    order = draws.order(prompts, rows, strata, held_out=held_out)
     is_drawn = draws.drawn(order, sizes, most)
     assert is_drawn.sum() == min(most, len(strata))
     shares = np.array(counts) / sum(counts)
@@ -40,7 +42,8 @@ def test_strata_have_their_shares(counts, most, seed):
     # A larger draw has all of a smaller one, and the order of the rows is no matter.
     assert (draws.drawn(order, sizes, most + 7) >= is_drawn).all()
     shuffled = rng.permutation(len(strata))
-    again = draws.order(prompts[shuffled], rows[shuffled], strata[shuffled])
+    columns = (column[shuffled] for column in (prompts, rows, strata))
+    again = draws.order(*columns, held_out=held_out)
     assert (shuffled[again] == order).all()
 
 
@@ -50,6 +53,37 @@ def test_pairs_of_a_prompt_go_together():
     is_drawn = draws.drawn(draws.order(prompts, rows, np.zeros(500)), np.ones(500, int), 33)
     pairs_of_prompt = np.bincount(np.flatnonzero(is_drawn) // 5)
     assert sorted(pairs_of_prompt[pairs_of_prompt > 0]) == [3, 5, 5, 5, 5, 5, 5]
+
+
+def test_held_out_prompts_come_once_each_first():
+    """As many posts with 20 pairs each as there are: 256 of their pairs are not those of 13."""
+    prompts = np.repeat(np.arange(200, dtype=np.uint64) * 2**50, 20)
+    strata = np.repeat([0, 1], 2000)
+    order = draws.order(prompts, np.arange(4000, dtype=np.uint64), strata, held_out=True)
+    is_drawn = draws.drawn(order, np.ones(4000, int), 256)
+    pairs_of_prompt = np.bincount(np.flatnonzero(is_drawn) // 20)
+    assert sorted(pairs_of_prompt) == [1] * 144 + [2] * 56
+    assert is_drawn[:2000].sum() == 128
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_evaluation_is_of_as_many_prompts_as_there_are(tmp_path, mixed):
+    rows = []
+    for post in range(120):
+        rows += [
+            dict(prompt=f"Post {post}?", chosen=f"yes {pair}", rejected="no") for pair in range(20)
+        ]
+    folder = tmp_path / "posts"
+    folder.mkdir()
+    write_jsonl(folder / "train.jsonl", rows[:40])
+    write_jsonl(folder / "test.jsonl", rows[40:])
+    where = dict(path=str(folder))
+    if mixed:
+        other = write_jsonl(tmp_path / "other.jsonl", pairs(40))
+        where = dict(mix=f"{folder}, {other}")
+    found, _ = splits.read(data_config(**where, max_eval_rows=50), "pairs")
+    posts = [example.prompt for example in found["test"] if example.prompt.startswith("Post")]
+    assert len(set(posts)) == len(posts) > 30
 
 
 def test_prompts_are_spread():
@@ -118,7 +152,7 @@ def test_subsets_in_the_ledger(tmp_path):
     assert names == sorted(HH)
     counts = loaded.ledger.eval
     assert counts.subsets == dict(zip(names, np.bincount(number_P).tolist(), strict=True))
-    assert counts.kept == 60 and 30 < counts.prompts < 60
+    assert counts.kept == counts.prompts == 60  # of two rows each
     lines = [line.split() for line in loaded.ledger.table().splitlines()]
     assert ["subset", "helpful-base", "400", str(counts.subsets["helpful-base"])] in [
         line[:4] for line in lines

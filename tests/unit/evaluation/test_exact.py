@@ -305,7 +305,8 @@ def frontier_rows(panel: str) -> list[dict]:
                 )
                 for step in (100, 200, 300)
             ]
-    return rows + [
+    start = dict(method="reference", parameter="", seed=None, step=0, kl=0.0, reward=0.0, gap=0.0)
+    return [start | dict(panel=panel), *rows] + [
         dict(
             panel=panel,
             method="best_of_n",
@@ -410,12 +411,13 @@ def test_plot_panels_have_points(drawn):
 
 def test_plot_panels_draws_the_error_of_sampled_prompts(tmp_path):
     """Rows with errors of their own have bars of 1.96 of them, whatever their seeds; exact rows of
-    one seed, and of two, have none.
+    one seed, and of two, have none. The reference is where its own row says, not the curve.
     """
     from matplotlib.axes import Axes
 
     errors = dict(reward_se=0.1, kl_se=0.05)
-    rows = []
+    start = dict(panel="a", method="reference", parameter="", seed=None, step=0, kl=0.0)
+    rows = [start | dict(reward=0.4, reward_se=0.2)]
     for parameter, seed, measured in (
         ("β=1", 0, dict(reward=1.5) | errors),
         ("β=1", 1, dict(reward=2.5) | errors),
@@ -431,16 +433,18 @@ def test_plot_panels_draws_the_error_of_sampled_prompts(tmp_path):
             Axes,
             "errorbar",
             lambda axes, *args, **options: (
-                drawn.append(options),
+                drawn.append((args, options)),
                 errorbar(axes, *args, **options),
             )[1],
         )
         curve = Curve(np.array([0.0, 2.0]), np.array([0.0, 3.0]))
         plots.panels(tmp_path / "one.png", rows, {"a": curve}, {"a": ""}, curve_name="")
-    of_kl, of_reward = drawn
+    (place, of_start), (_, of_kl), (_, of_reward) = drawn
+    assert place == (0.0, 0.4)
+    np.testing.assert_allclose(np.ravel(of_start["yerr"]), 2 * [0.391993], rtol=1e-5)
     np.testing.assert_allclose(np.ravel(of_reward["yerr"]), 2 * [0.195996], rtol=1e-5)
     np.testing.assert_allclose(np.ravel(of_kl["xerr"]), 2 * [0.097998], rtol=1e-5)
-    assert {bars["label"] for bars in drawn} == {"95 % interval over prompts"}
+    assert {bars["label"] for _, bars in drawn} == {"95 % interval over prompts"}
 
 
 def test_plot_labels_hide_nothing(drawn):
