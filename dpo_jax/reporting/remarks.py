@@ -237,6 +237,7 @@ def _accuracy(record: Record) -> Found:
     if not _compares_with_start(record) or (is_warming_up and not record.is_finished):
         return None
     accuracies = record.values("rewards_eval/accuracies")
+    errors = record.values("rewards_eval/accuracies_se")
     count = record.count("eval", "kept")
     where = "held-out pairs"
     if len(accuracies) < 2 or not count:
@@ -245,9 +246,11 @@ def _accuracy(record: Record) -> Found:
             return None
         batches = max(1, round(END * len(training)))
         accuracies = [*training[:-1], end_of(training)]
+        errors = []
         count = batches * max(record.number("batch_size") or 1, 1)
         where = "training pairs"
-    error = math.sqrt(0.25 / count)
+    # Pairs of one prompt are alike, so that they say less than as many of other prompts.
+    error = max([math.sqrt(0.25 / count), *errors[-1:]])
     distance = accuracies[-1] - 0.5
     if distance < -CHANCE_ERRORS * error:
         return _warning(

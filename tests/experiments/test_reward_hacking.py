@@ -93,6 +93,10 @@ def test_page_shows_the_committed_numbers():
     assert learned == sorted(learned)
     assert ends["ppo_no_kl", 0]["lost"] == 0
     assert f"and in seed 2 only {ends['ppo_no_kl', 2]['lost']:.2f}." in text
+    lost = sorted(ends["ppo_kl", seed]["lost"] for seed in (0, 1, 2))
+    assert f"the true reward ends {lost[0]:.2f} to {lost[-1]:.2f} below its best" in text
+    more = [seed for seed in (0, 1, 2) if ends["ppo_no_kl", seed]["lost"] > lost[-1]]
+    assert more == [1] and "Only what seed 1 loses without it is more than that." in text
     for seed in (0, 1, 2):
         assert f"{ends['ppo_kl', seed]['true_reward']:.2f}" in text
         assert ends["ppo_no_kl", seed]["true_reward"] > ends["ppo_kl", seed]["true_reward"]

@@ -185,8 +185,8 @@ def test_accuracy():
     pairs = 400  # a standard error of 0.025
     limit = 0.5 + friend.CHANCE_ERRORS * 0.025
 
-    def of(accuracy, count=pairs):
-        rows = evaluations(rewards_eval__accuracies=[0.0, accuracy])
+    def of(accuracy, count=pairs, **errors):
+        rows = evaluations(rewards_eval__accuracies=[0.0, accuracy], **errors)
         run = record(rows=rows, ledger={"eval": {"kept": count}})
         return said("accuracy against chance", run)
 
@@ -194,6 +194,10 @@ def test_accuracy():
     assert "below chance" in of(1 - limit - 0.001) and "cannot tell" in of(1 - limit + 0.001)
     # More pairs know better.
     assert of(limit - 0.001, count=4 * pairs) == ""
+    # Pairs of few prompts know less than their number says.
+    of_few = dict(rewards_eval__accuracies_se=[0.01, 0.05])
+    wider = 0.5 + friend.CHANCE_ERRORS * 0.05
+    assert "cannot tell" in of(wider - 0.001, **of_few) and of(wider + 0.001, **of_few) == ""
 
 
 def test_accuracy_of_a_run_that_warms_up():

@@ -125,3 +125,25 @@ def test_prompts_alone_have_no_prefixes(tmp_path):
     config.sampling.update(min_prefix=1, max_prefix=2)
     with pytest.raises(ValueError, match="row 1 is a prompt alone, .*max_prefix = 2 could take"):
         Run(config, tmp_path, mesh=None).load_prompts(tokenizer())
+
+
+def test_held_out_prefixes_are_the_same_under_every_seed(tmp_path):
+    """And in any order of the rows; a training prefix has a length of its seed's."""
+    rng = np.random.default_rng(0)
+    texts = [" ".join(f"w{word}" for word in words) for words in rng.integers(0, 30, (150, 10))]
+    found = []
+    for seed, ordered in ((0, texts), (1, texts), (0, texts[::-1])):
+        path = tmp_path / "texts.jsonl"
+        path.write_text("".join(json.dumps(dict(text=text)) + "\n" for text in ordered))
+        config = configs.default(("sft", "pairs", "dpo"))
+        config.seed = seed
+        config.data.update(path=str(path), eval_fraction=0.4)
+        config.sampling.update(min_prefix=2, max_prefix=5)
+        found.append(Run(config, tmp_path, mesh=None).load_prompts(tokenizer()))
+    first, of_other_seed, reversed_rows = found
+    for split in ("eval", "test"):
+        assert first[split].texts == of_other_seed[split].texts
+        assert sorted(first[split].texts) == sorted(reversed_rows[split].texts)
+        assert {len(text.split()) for text in first[split].texts} == {2, 3, 4, 5}
+    assert len(first["train"]) == len(of_other_seed["train"])
+    assert first["train"].texts != of_other_seed["train"].texts
