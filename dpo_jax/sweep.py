@@ -1,7 +1,7 @@
-"""Sweep fields: dpo-jax sweep --config=NAME [--workdir=WORKDIR] --sweep=FIELD=V1,V2,...
+"""Sweep fields and seeds: dpo-jax sweep --config=NAME [--workdir=WORKDIR] --sweep=FIELD=V1,V2,...
 
     dpo-jax sweep --config=imdb --sweep=dpo.beta=0.05,0.1,1,5
-    dpo-jax sweep --config=imdb --sweep=dpo.beta=0.1,1 --sweep=dpo.seed=0,1,2
+    dpo-jax sweep --config=imdb --sweep=dpo.beta=0.1,1 --seeds=3
     dpo-jax sweep --config=toy --sweep=pairs.prompts=1000,10000
 
 Makes one run for each value, or for each combination where several fields are swept. Any field can
@@ -13,11 +13,12 @@ continues. Runs share the compiled step, and for dpo the reference's log-probs, 
 once and kept in WORKDIR/reference (not where dpo.ld_alpha is below 1). Other fields are set as
 usual, --config.FIELD=VALUE.
 
-One seed (seed, dpo.seed, pairs.seed, ...) can be swept, and is averaged over: the result is a table
-with mean and 95 % interval over seeds, WORKDIR/sweep_FIELD.csv, .md and .tex, and the curves in
-sweep_FIELD.png and .pdf. It has what training measured; a seed that training does not read, such as
-evaluate.seed, makes no other run of it. report.html, in WORKDIR and in each of these folders, has
-all there is to see of its runs.
+--seeds=3 makes every run with three seeds of the last training stage; it is short for
+--sweep=dpo.seed=0,1,2, where the config's own seed is 0. One seed (seed, dpo.seed, pairs.seed, ...)
+can be swept, and is averaged over: the result is a table with mean and 95 % interval over seeds,
+WORKDIR/sweep_FIELD.csv, .md and .tex, and the curves in sweep_FIELD.png and .pdf. It has what
+training measured; a seed that training does not read, such as evaluate.seed, makes no other run of
+it. report.html, in WORKDIR and in each of these folders, has all there is to see of its runs.
 
 Values that have commas of their own, as mixtures of losses do, are separated by semicolons:
 
@@ -73,6 +74,26 @@ class Point:
 def is_seed(field: str) -> bool:
     """Return whether a field (dotted name) is a seed."""
     return field.rpartition(".")[2] == "seed"
+
+
+def with_seeds(config: ConfigDict, sweeps: Sequence[str], seeds: int) -> list[str]:
+    """Return what is swept, and after it as many seeds of the last training stage as are asked for.
+
+    They count from the config's own. Raises ValueError where nothing is swept.
+    """
+    if seeds > 1:
+        # A config that trains nothing is refused by `points`.
+        last = (stage_table.training_stages(config) or [""])[-1]
+        field = f"{last}.seed" if last else "seed"
+        first = config_files.value_of(config, field)
+        numbers = ",".join(str(first + number) for number in range(seeds))
+        return [*sweeps, f"{field}={numbers}"]
+    if not sweeps:
+        raise ValueError(
+            "nothing is swept: give --sweep=FIELD=V1,V2,..., such as --sweep=dpo.beta=0.1,1, or "
+            "--seeds=N with N from 2 on."
+        )
+    return list(sweeps)
 
 
 def points(
@@ -315,15 +336,18 @@ def main():
     config = command_line.define_config()
     workdir = command_line.define_workdir()
     sweeps = flags.DEFINE_multi_string(
-        "sweep", None, "FIELD=V1,V2,...: a field and its values. Several make all combinations."
+        "sweep", [], "FIELD=V1,V2,...: a field and its values. Several make all combinations."
     )
-    flags.mark_flags_as_required(["sweep"])
+    seeds = flags.DEFINE_integer(
+        "seeds", 1, "Number of seeds of the last training stage.", lower_bound=1
+    )
 
     def sweep_fields():
         swept = config.load()
+        fields = with_seeds(swept, sweeps.value, seeds.value)
         folder = workdir.value or config.default_workdir()
         say(f"WORKDIR is {folder}")
-        run(swept, folder, sweeps.value, base=config_files.load(config.choice))
+        run(swept, folder, fields, base=config_files.load(config.choice))
 
     device_command.run(sweep_fields, __doc__, config=config)
 

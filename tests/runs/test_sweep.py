@@ -137,6 +137,18 @@ def test_points_refuses_what_is_no_sweep(model, pairs, text, said):
         sweep.points(dpo_config(model, pairs), [text])
 
 
+def test_seeds_are_those_of_the_last_training_stage(model, pairs):
+    config = dpo_config(model, pairs)
+    assert sweep.with_seeds(config, ["dpo.beta=1,2"], 1) == ["dpo.beta=1,2"]
+    swept = sweep.with_seeds(config, ["dpo.beta=1,2"], 3)
+    assert swept == ["dpo.beta=1,2", "dpo.seed=0,1,2"] and len(sweep.points(config, swept)) == 6
+    config.dpo.seed = 7
+    assert sweep.with_seeds(config, [], 2) == ["dpo.seed=7,8"]
+    assert sweep.points(config, ["dpo.seed=7,8"])[0].config.run == ""
+    with pytest.raises(ValueError, match="nothing is swept: give --sweep=FIELD=V1,V2"):
+        sweep.with_seeds(config, [], 1)
+
+
 def test_points_refuses_a_field_twice(model, pairs):
     with pytest.raises(ValueError, match="--sweep=dpo.beta=3: dpo.beta is swept twice"):
         sweep.points(dpo_config(model, pairs), ["dpo.beta=1,2", "dpo.beta=3"])
