@@ -11,6 +11,7 @@ A page's numbers are accounted for in one of three ways:
 A number that is in none of them fails the test, and so do words that the page does not have.
 """
 
+import csv
 import re
 import statistics
 
@@ -20,6 +21,7 @@ import pytest
 from experiments import (
     beta,
     family_parity,
+    frontier_file,
     gradient_weight,
     long_rows,
     loss_zoo,
@@ -598,7 +600,12 @@ def of_data_order() -> list[str]:
     lines = []
     for shown, name in names.items():
         arms = found[name]
-        values = mean(arms[base]), mean(arms[ours]), difference(arms[ours]), difference(arms[chance])
+        values = (
+            mean(arms[base]),
+            mean(arms[ours]),
+            difference(arms[ours]),
+            difference(arms[chance]),
+        )
         lines.append(" | ".join([f"| {shown}", *values]) + " |")
     for what in ("accuracy", "loss"):
         arms = found[f"hh: {what}"]
@@ -639,7 +646,8 @@ def of_imdb_small() -> list[str]:
     against, near = last["unlikelihood", "α=0.5"], last["dpo", "β=1"]
     return [
         *lines,
-        f"{dpo['reward']:.3f} at {dpo['kl']:.1f} nats against {ppo['reward']:.3f} at {ppo['kl']:.1f}.",
+        f"{dpo['reward']:.3f} at {dpo['kl']:.1f} nats against {ppo['reward']:.3f} at "
+        f"{ppo['kl']:.1f}.",
         f"The difference is {apart:.1f} standard errors",
         f"({true['reward']:.3f} at {true['kl']:.1f} nats, not finished either)",
         f"({against['reward']:.3f} at {against['kl']:.1f} nats; DPO with β 1 has "
@@ -647,8 +655,64 @@ def of_imdb_small() -> list[str]:
     ]
 
 
+def of_imdb_smollm2() -> list[str]:
+    """Return the table of finished runs, and what the page says of them."""
+    rows = measured("imdb_smollm2/frontier.json")["rows"]
+    found = frontier_file.over_seeds(frontier_file.of_finished_runs(rows))
+    names = dict(
+        reference="SFT",
+        dpo="DPO",
+        ppo="PPO on the reward model",
+        ppo_gt="PPO on the true reward",
+        preferred_ft="Preferred-FT",
+        unlikelihood="unlikelihood",
+        best_of_n="best of N",
+    )
+
+    def interval(row: dict, name: str) -> str:
+        low, high = row[f"{name}_low"], row[f"{name}_high"]
+        return f"{row[name]:.3f}" + ("" if low is None else f" [{low:.3f}, {high:.3f}]")
+
+    table = []
+    for row in found:
+        name = f"{names[row['method']]} {row['parameter']}".rstrip()
+        measures = interval(row, "reward"), interval(row, "kl")
+        table.append(f"| {name} | {row['seeds'] or ''} | {measures[0]} | {measures[1]} |")
+
+    sft = measured("imdb_smollm2/sft.jsonl")
+    before, after = sft[0]["loss/eval"], sft[-1]["loss/eval"]
+    ledger = measured("imdb_smollm2/ledger.json")
+    leaks = ledger["evaluate"]["leaks"]
+    with open(ROOT / "experiments/results/imdb_smollm2/comparisons.csv") as file:
+        compared = {(row["method"], row["parameter"]): row for row in csv.DictReader(file)}
+
+    of_dpo = [row["kl"] for row in found if row["method"] == "dpo"]  # from the smallest β on
+    assert of_dpo == sorted(of_dpo, reverse=True), "a smaller β goes further"
+    near = compared["dpo", "β=0.05"]
+    assert float(near["behind_low"]) < 0 < float(near["behind_high"]), "they do not differ"
+
+    def behind(parameter: str) -> str:
+        row = compared["dpo", parameter]
+        values = [float(row[name]) for name in ("behind", "behind_low", "behind_high")]
+        return "{:.3f} [{:.3f}, {:.3f}]".format(*values).replace("-", "−")
+
+    return [
+        *(re.sub(r" +", " ", line) for line in table),
+        f"their first 64 tokens ({ledger['sft']['read_tokens']:,} in all)",
+        f"perplexity {np.exp(before):.1f} before and {np.exp(after):.1f} after "
+        f"({before:.3f} and {after:.3f} nats a token",
+        f"{ledger['pairs']['train']['pairs']:,} pairs, no ties",
+        f"Of {leaks['left_out']['prompts']} test prompts {leaks['left_out']['trained_on']} were "
+        "trained on",
+        f"{leaks['prefixes']['trained_on']} of the {leaks['prefixes']['prompts']} are also the "
+        "first words of another review",
+        *(f"β {beta_} {behind(f'β={beta_}')}" for beta_ in ("1", "5", "0.05")),
+    ]
+
+
 QUOTED = {
     "experiments/results/data_order/README.md": of_data_order,
+    "experiments/results/imdb_smollm2/README.md": of_imdb_smollm2,
     "experiments/results/imdb_small/README.md": of_imdb_small,
     "docs/models.md": of_models,
     "README.md": of_readme,
@@ -666,6 +730,9 @@ QUOTED = {
 
 # Page -> (words of the page, record, words of the record's paragraph)
 RECORDED: dict[str, list[tuple[str, str, str]]] = {
+    "experiments/results/imdb_smollm2/README.md": [
+        ("test accuracy 0.906 on whole reviews, 0.799", LOG, "**The n-gram reward** on IMDb"),
+    ],
     "experiments/results/imdb_small/README.md": [
         ("SFT took 78 minutes", LOG, "**Small IMDb anew**"),
         ("held-out perplexity 74 a token (4.306 nats)", LOG, "**Small IMDb anew**"),
@@ -738,6 +805,15 @@ VERSIONS = ["Python 3.11", "jax 0.10.2", "TRL 1.16", "Tunix 0.1.7"]
 GIVEN: dict[str, list[str]] = {
     "experiments/results/data_order/README.md": [
         "stories260k on the test file",
+    ],
+    "experiments/results/imdb_smollm2/README.md": [
+        "in section 6.1 of the paper",
+        "on 60-word windows",
+        "with two seeds of β 0.1",
+        "less reward than β 0.1 by",
+        "so β 0.05 and 0.1 do not differ",
+        # The paper's figure.
+        "about 0.9 at 2.5 nats",
     ],
     "experiments/results/imdb_small/README.md": [
         "in section 6.1 of the paper",
