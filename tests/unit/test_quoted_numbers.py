@@ -18,6 +18,7 @@ import statistics
 import numpy as np
 import pytest
 
+from dpo_jax.evaluation import tables
 from experiments import (
     beta,
     family_parity,
@@ -27,6 +28,7 @@ from experiments import (
     loss_zoo,
     pods,
     real_model,
+    reward_hacking,
     rounds,
 )
 from tests.helpers.paths import ROOT
@@ -578,6 +580,77 @@ def of_models() -> list[str]:
         for table in (of_families, of_real_model)
         for line in table.splitlines()
     ]
+
+
+def of_implicit_reward() -> list[str]:
+    rows = measured("implicit_reward/implicit_reward.json")
+    names = [f"{what}_{of}" for of in ("reference", "uniform") for what in ("slope", "correlation")]
+    table = []
+    for row in rows:
+        table.append(
+            f"| {row['seed']} | " + " | ".join(f"{row[name]:.3f}" for name in names) + " |"
+        )
+
+    def over_seeds(name: str) -> str:
+        values = [row[name] for row in rows]
+        return f"{min(values):.2f} to {max(values):.2f}"
+
+    return [
+        *table,
+        f"there the slope is {over_seeds('slope_uniform')},",
+        f"{over_seeds('rms_reference')} by the reference, and {over_seeds('rms_uniform')} with all",
+    ]
+
+
+def of_reward_hacking() -> list[str]:
+    rows = measured("reward_hacking/reward_hacking.json")
+    found = reward_hacking.summary(rows)
+    ends = {(row["run"], row["seed"]): row for row in found}
+    table = tables.to_markdown(found, reward_hacking.COLUMNS)
+
+    def course(run: str, seed: int) -> list[dict]:
+        return [row for row in rows if (row["run"], row["seed"]) == (run, seed)]
+
+    hacked = ends["ppo_no_kl", 1]
+    best = max(course("ppo_no_kl", 1), key=lambda row: row["true_reward"])
+    with_penalty = [ends["ppo_kl", seed] for seed in (0, 1, 2)]
+    lost = [row["lost"] for row in with_penalty]
+    rewards = [f"{row['true_reward']:.2f}" for row in with_penalty]
+    kls = [f"{ends['dpo_tiny_beta', seed]['kl']:.2f}" for seed in (0, 1, 2)]
+    learned = [row["learned_reward"] for row in course("dpo_tiny_beta", 1)]
+    return [
+        *table.splitlines(),
+        f"to {hacked['best_true_reward']:.2f} at {hacked['best_kl']:.2f} nats, and then falls to "
+        f"{hacked['true_reward']:.2f} while the learned reward goes on rising, from "
+        f"{best['learned_reward']:.2f} to {hacked['learned_reward']:.2f}.",
+        f"and in seed 2 only {ends['ppo_no_kl', 2]['lost']:.2f}.",
+        f"the true reward ends {min(lost):.2f} to {max(lost):.2f} below its best",
+        "the true reward is {}, {} and {}.".format(*rewards),
+        "({}, {} and {} nats)".format(*kls),
+        f"falls from {max(learned):.2f} to {learned[-1]:.2f}",
+    ]
+
+
+def of_steps() -> list[str]:
+    """Return the table of how near DPO comes to its optimum after more steps."""
+    found = measured("toy_frontier/steps.json")
+    names = {
+        None: "labels alone",
+        240: "DPO, 240 steps ()",
+        480: "DPO, 480 steps ()",
+        960: "DPO, 960 steps",
+    }
+    lines = []
+    for steps, name in names.items():
+        cells = []
+        for measure in ("reward", "kl"):
+            off = np.array(
+                [row[f"{measure}_off"] for row in found["rows"] if row["steps"] == steps]
+            )
+            cells.append(f"{off.mean():.3f} ± {off.std(ddof=1):.3f}, {abs(off).max():.3f}")
+        lines.append(f"| {name} | {cells[0]} | {cells[1]} |")
+    reward, kl = found["analytic_reward"], found["analytic_kl"]
+    return [*lines, f"the optimum's reward ({reward:.3f}) and KL ({kl:.3f} nats)"]
 
 
 def of_data_order() -> list[str]:
