@@ -23,6 +23,7 @@ from dpo_jax.sampling.prompts import Prompts, completion_texts
 
 # Lengths are rounded up to a multiple of this many tokens, so that few programs are compiled.
 LENGTHS = 32
+SHOWN_BATCHES = 10  # a reward of more batches at once shows its progress
 
 
 def any_policy(path: str, batch_size: int, mesh) -> Callable:
@@ -140,8 +141,11 @@ def token_reward(checkpoint: loading.Checkpoint, batch_size: int, mesh) -> Calla
         def shape_for(prompts: int) -> packing.Shape:
             return _shape_of_any(longest, prompts, in_shard, checkpoint.config.narrowest_window)
 
+        in_batch = in_shard * shards
+        # Best of N asks for thousands of rewards at once, a step of PPO for few.
+        name = "reward model" if len(tokens) > SHOWN_BATCHES * in_batch else ""
         found = map_responses(
-            function, examples, mesh, batch_size=in_shard * shards, shape_for=shape_for
+            function, examples, mesh, batch_size=in_batch, shape_for=shape_for, name=name
         )
         rewards_P = np.zeros(len(examples))
         for indices, values_P1 in found:

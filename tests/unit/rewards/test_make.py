@@ -95,6 +95,17 @@ def test_reward_model_reads_own_tokens(mesh, reward_model):
     np.testing.assert_allclose(found, scores(mesh, reward_model, *tokens), rtol=1e-6)
 
 
+def test_progress_is_shown_of_many_rewards(mesh, reward_model, monkeypatch, capsys):
+    """Of as many as best of N asks for, and not of a step of PPO."""
+    monkeypatch.setattr(reward_model_lib, "SHOWN_BATCHES", 1)
+    reward = make.make_reward("model", reward_model, 8, mesh)
+    one = (np.array([0, 5]), np.array([7, 1]))
+    for count in (8, 17):
+        reward(["w2"] * count, [" w4"] * count, [one] * count)
+        lines = capsys.readouterr().out.splitlines()
+        assert any("reward model 3/3" in line for line in lines) == (count == 17)
+
+
 @pytest.mark.parametrize("devices", [1, 4])
 def test_completions_of_a_prompt_read_it_once(reward_model, monkeypatch, devices):
     """Four of each; one prompt comes twice, with another between."""
