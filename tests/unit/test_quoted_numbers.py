@@ -296,7 +296,7 @@ def of_reports() -> list[str]:
     length = values("broken", "lengths_eval/chosen")[-1]
     return [
         f"goes from {loss[0]:.4f} to {loss[-1]:.4f},",
-        f"an accuracy of {values('broken', 'rewards_eval/accuracies')[-1]:.4f} that looks right",
+        f"an accuracy of {values('broken', 'rewards_eval/accuracies')[-1]:.4g} that looks right",
         f"norm went from {norms[0]:.3g} to {norms[-1]:.3g}:",
         f"is {broken_loss[-1]:.4g} at the end and was {broken_loss[0]:.4f} at the start",
         f"(by {fallen:.3f} nats a response, {fallen / length:.2f} a token)",
