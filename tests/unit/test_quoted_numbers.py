@@ -880,7 +880,7 @@ def of_imdb_smollm2() -> list[str]:
         ppo_gt="PPO on the true reward",
         preferred_ft="Preferred-FT",
         unlikelihood="unlikelihood",
-        best_of_n="best of N",
+        best_of_n="best of N,",
     )
 
     def interval(row: dict, name: str) -> str:
@@ -910,8 +910,15 @@ def of_imdb_smollm2() -> list[str]:
         values = [float(row[name]) for name in ("behind", "behind_low", "behind_high")]
         return "{:.3f} [{:.3f}, {:.3f}]".format(*values).replace("-", "−")
 
+    with open(ROOT / "experiments/results/imdb_smollm2/matched_kl.csv") as file:
+        matched = [row for row in csv.DictReader(file) if row["method"] == "best_of_n"]
+    below = [float(row["behind"]) for row in matched]
+    kls = [float(row["kl"]) for row in matched]
+
     return [
         *(re.sub(r" +", " ", line) for line in table),
+        f"{min(below):.3f} to {max(below):.3f} less reward than DPO at equal KL ({min(kls):g} to "
+        f"{max(kls):g} nats)",
         f"their first 64 tokens ({ledger['sft']['read_tokens']:,} in all)",
         f"perplexity {np.exp(before):.1f} before and {np.exp(after):.1f} after "
         f"({before:.3f} and {after:.3f} nats a token",
