@@ -1028,7 +1028,7 @@ GIVEN: dict[str, list[str]] = {
     "experiments/results/imdb_smollm2/README.md": [
         "in section 6.1 of the paper",
         "on 60-word windows",
-        "with two seeds of β 0.1",
+        "with two seeds of β 0.05 and 0.1",
         "less reward than β 0.1 by",
         "so β 0.05 and 0.1 do not differ",
         # The paper's figure.
