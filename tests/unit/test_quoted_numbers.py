@@ -1049,7 +1049,7 @@ GIVEN: dict[str, list[str]] = {
         "Python 3.11 or newer (tested on 3.11)",
         "Pythia-2.8B",
         "3.4 million weights",
-        "in 6 minutes there",
+        "in 6 to 8 minutes there",
     ],
     "docs/data.md": ["over 10 seconds or 1 GB of memory", "Llama 3.2"],
     "docs/exports.md": [
