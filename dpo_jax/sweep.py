@@ -82,9 +82,9 @@ def with_seeds(config: ConfigDict, sweeps: Sequence[str], seeds: int) -> list[st
     They count from the config's own. Raises ValueError where nothing is swept.
     """
     if seeds > 1:
+        trained = stage_table.training_stages(config)
         # A config that trains nothing is refused by `points`.
-        last = (stage_table.training_stages(config) or [""])[-1]
-        field = f"{last}.seed" if last else "seed"
+        field = f"{trained[-1]}.seed" if trained else "seed"
         first = config_files.value_of(config, field)
         numbers = ",".join(str(first + number) for number in range(seeds))
         return [*sweeps, f"{field}={numbers}"]

@@ -13,14 +13,15 @@ import numpy as np
 
 from dpo_jax.evaluation import statistics, tables
 
-QUARTER = 4  # PPO's KL may still move by a share of itself while one of so many parts is trained,
-SETTLED = 0.1  # up or down
-VERDICTS = ("yes", "cannot tell", "no")  # has it settled?
-FEWEST_STEPS = 8  # at the end of a run, over which its KL's slope is measured
+# A KL has settled if it moves by less than this share of itself in a quarter of the run.
+SETTLED = 0.1
+QUARTER = 4
+VERDICTS = ("yes", "cannot tell", "no")  # from the best to the worst
+FEWEST_STEPS = 8  # over which the slope of a KL is measured
 
 
 def columns(compared: str) -> list[tables.Column]:
-    """Return the columns of the table. compared: how it calls the run of `compare`'s `compared`."""
+    """Return the columns of the table. compared: its name for the run that `compare` compares."""
     return [
         tables.Column("method", "method"),
         tables.Column("", "parameter"),

@@ -122,13 +122,18 @@ def drawn(rows: list[dict]) -> list[dict]:
     A mean of an end and of a checkpoint on the way would be neither.
     """
     finished = of_finished_runs(rows)
-    have_ended = {_seed_of_run(row)[:-1] for row in finished}
-    on_their_way = [row for row in rows if _seed_of_run(row)[:-1] not in have_ended]
+    have_ended = {_run_of(row) for row in finished}
+    on_their_way = [row for row in rows if _run_of(row) not in have_ended]
     return finished + on_their_way
 
 
+def _run_of(row: dict) -> tuple:
+    """Return what the seeds of a run have in common."""
+    return row["panel"], row["method"], row["parameter"]
+
+
 def _seed_of_run(row: dict) -> tuple:
-    return row["panel"], row["method"], row["parameter"], row["seed"]
+    return *_run_of(row), row["seed"]
 
 
 def ends(rows: list[dict]) -> list[dict]:
@@ -146,7 +151,7 @@ def over_seeds(rows: list[dict]) -> list[dict]:
     """
     grouped = {}
     for row in ends(rows):
-        grouped.setdefault((row["panel"], row["method"], row["parameter"]), []).append(row)
+        grouped.setdefault(_run_of(row), []).append(row)
     found = []
     for (panel, method, parameter), seeds in grouped.items():
         summary = dict(panel=panel, method=method, parameter=parameter, value=seeds[0]["value"])

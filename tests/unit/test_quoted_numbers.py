@@ -40,6 +40,12 @@ PERFORMANCE = "experiments/results/performance.md"
 GIB = 2**30
 
 
+def csv_rows(name: str) -> list[dict]:
+    """Return the rows of a CSV table under experiments/results."""
+    with open(ROOT / "experiments" / "results" / name) as file:
+        return list(csv.DictReader(file))
+
+
 def three(value: float) -> str:
     """Return a number with three digits, as the benchmark's tables have them."""
     return f"{value:.3g}" if value >= 1 else f"{value:.3f}"
@@ -118,8 +124,14 @@ def _small_imdb_in_readme() -> list[str]:
     return [f"reward {of_dpo} nats for DPO, {of_ppo} for PPO, {of_best} for best of 128"]
 
 
+def small_imdb_ends() -> dict:
+    """Return the last row of each run of the small study: (method, parameter) -> row."""
+    rows = measured("imdb_small/frontier.json")
+    return {(row["method"], row["parameter"]): row for row in rows}
+
+
 def _small_imdb_on_its_page() -> list[str]:
-    last = {(row["method"], row["parameter"]): row for row in measured("imdb_small/frontier.json")}
+    last = small_imdb_ends()
     dpo, ppo, true = last["dpo", "β=0.1"], last["ppo", "target 6"], last["ppo_gt", "target 6"]
     best = last["best_of_n", "N=128"]
     apart = (dpo["reward"] - ppo["reward"]) / np.hypot(dpo["reward_se"], ppo["reward_se"])
@@ -668,8 +680,9 @@ def of_toy_frontier() -> list[str]:
             shown.append(column)
     table = tables.to_markdown(of_dpo, shown)
 
-    with open(ROOT / "experiments/results/toy_frontier/matched_kl.csv") as file:
-        matched = {(row["panel"], row["kl"], row["method"]): row for row in csv.DictReader(file)}
+    matched = {}
+    for row in csv_rows("toy_frontier/matched_kl.csv"):
+        matched[row["panel"], row["kl"], row["method"]] = row
     methods = ("ppo", "ppo_gt", "unlikelihood", "best_of_n")
     behind_table = []
     for kl in frontier_file.MATCHED_KLS:
@@ -712,8 +725,7 @@ def of_toy_frontier() -> list[str]:
         - min(mean("gap", "a", "ppo_gt", f"target {kl}") for kl in ("0.5", "1", "3", "6"))
         < 0.01
     )
-    with open(ROOT / "experiments/results/toy_frontier/costs.csv") as file:
-        costs = {row["method"]: row for row in csv.DictReader(file)}
+    costs = {row["method"]: row for row in csv_rows("toy_frontier/costs.csv")}
     for name, low, high in (("teraflops", 0.63, 0.7), ("read_tokens", 0.52, 0.6)):
         assert low < float(costs["dpo"][name]) / float(costs["ppo"][name]) < high
     assert costs["dpo"]["samples"] == costs["preferred_ft"]["samples"] < costs["ppo"]["samples"]
@@ -828,9 +840,7 @@ def of_data_order() -> list[str]:
 
 
 def of_imdb_small() -> list[str]:
-    last = {}
-    for row in measured("imdb_small/frontier.json"):
-        last[row["method"], row["parameter"]] = row
+    last = small_imdb_ends()
     shown = {
         ("dpo", "β=5"): "DPO β 5",
         ("dpo", "β=1"): "DPO β 1",
@@ -897,8 +907,8 @@ def of_imdb_smollm2() -> list[str]:
     before, after = sft[0]["loss/eval"], sft[-1]["loss/eval"]
     ledger = measured("imdb_smollm2/ledger.json")
     leaks = ledger["evaluate"]["leaks"]
-    with open(ROOT / "experiments/results/imdb_smollm2/comparisons.csv") as file:
-        compared = {(row["method"], row["parameter"]): row for row in csv.DictReader(file)}
+    rows_compared = csv_rows("imdb_smollm2/comparisons.csv")
+    compared = {(row["method"], row["parameter"]): row for row in rows_compared}
 
     of_dpo = [row["kl"] for row in found if row["method"] == "dpo"]  # from the smallest β on
     assert of_dpo == sorted(of_dpo, reverse=True), "a smaller β goes further"
@@ -910,8 +920,8 @@ def of_imdb_smollm2() -> list[str]:
         values = [float(row[name]) for name in ("behind", "behind_low", "behind_high")]
         return "{:.3f} [{:.3f}, {:.3f}]".format(*values).replace("-", "−")
 
-    with open(ROOT / "experiments/results/imdb_smollm2/matched_kl.csv") as file:
-        matched = [row for row in csv.DictReader(file) if row["method"] == "best_of_n"]
+    at_kls = csv_rows("imdb_smollm2/matched_kl.csv")
+    matched = [row for row in at_kls if row["method"] == "best_of_n"]
     below = [float(row["behind"]) for row in matched]
     kls = [float(row["kl"]) for row in matched]
 
