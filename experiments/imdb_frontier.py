@@ -310,7 +310,8 @@ def _as_code(text: str) -> str:
 def best_of_n(folder: pathlib.Path) -> tuple[list[dict], object]:
     """Return rows of best of N and the estimated optimum, from the reference's same samples.
 
-    They are none, and None, before best_of_n is done.
+    They are none, and None, before best_of_n is done. The optimum is None, too, where N is too
+    small to estimate it.
     """
     from dpo_jax.evaluation import frontier
     from dpo_jax.workdir import read_lines
@@ -327,7 +328,10 @@ def best_of_n(folder: pathlib.Path) -> tuple[list[dict], object]:
         n = row["n"]
         about = dict(panel=PANEL, method=BEST_OF_N, parameter=f"N={n}", value=n, seed=None, step=0)
         rows.append(about | {name: row[name] for name in ("reward", "reward_se", "kl")})
-    return rows, frontier.frontier(np.array(rewards), prompts)
+    rewards_PM = np.array(rewards)
+    if rewards_PM.shape[1] < frontier.FEWEST_SAMPLES:
+        return rows, None
+    return rows, frontier.frontier(rewards_PM, prompts)
 
 
 def reference_row(
@@ -376,7 +380,7 @@ def report(make_config, folder: pathlib.Path) -> None:
     start = reference_row(folder, made, of_best, reference_U, prompts)
     if start is None:
         return
-    # Before best_of_n is done, all that is known of the optimum is where it begins.
+    # Without an estimate, all that is known of the optimum is where it begins.
     curve = optimum or Curve(np.zeros(1), np.array([start["reward"]]))
     frontier_file.write(
         folder,

@@ -19,8 +19,7 @@ BETAS = np.geomspace(1e3, 1e-3, 400)
 # The estimate is trusted up to log M minus this many nats. There, e^2 (about 7) samples carry the
 # weight.
 UNTRUSTED = 2.0
-
-
+FEWEST_SAMPLES = math.ceil(math.exp(UNTRUSTED))  # fewer leave nothing of the curve
 RESAMPLES = 1000  # of prompts, for the interval of the curve
 
 
@@ -48,15 +47,15 @@ def frontier(rewards_PM, clusters_P=None) -> Curve:
     end by half of that or less.
 
     The interval is a bootstrap over prompts: it is of the noise, in prompts and samples alike, and
-    not of that bias. Raises ValueError for fewer than 8 samples, which leave nothing of the curve.
+    not of that bias. Raises ValueError for fewer than FEWEST_SAMPLES.
     """
     samples = rewards_PM.shape[1]
-    trusted = math.log(samples) - UNTRUSTED
-    if trusted < 0:
+    if samples < FEWEST_SAMPLES:
         raise ValueError(
-            f"{samples} samples per prompt are too few to estimate a frontier: expected 8 or more. "
-            f"The curve reaches a KL of log(samples) - {UNTRUSTED:g}."
+            f"{samples} samples per prompt are too few to estimate a frontier: expected "
+            f"{FEWEST_SAMPLES} or more. The curve reaches a KL of log(samples) - {UNTRUSTED:g}."
         )
+    trusted = math.log(samples) - UNTRUSTED
     of_betas = [_optimum(rewards_PM, beta) for beta in BETAS]
     kls_BP, rewards_BP = (np.stack(values) for values in zip(*of_betas, strict=True))
     kls_B, rewards_B = kls_BP.mean(axis=-1), rewards_BP.mean(axis=-1)

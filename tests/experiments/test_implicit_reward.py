@@ -77,27 +77,9 @@ def test_optimum_agrees_exactly(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count("seed 1") == 2
 
 
-def test_page_shows_the_committed_numbers():
+def test_committed_rows_are_of_all_completions():
     rows = json.loads((RESULTS / "implicit_reward.json").read_text())
     assert len(rows) >= 3 and all(row["completions"] == 4 * 8**5 for row in rows)
-    page = (ROOT / "docs" / "reproducing.md").read_text()
-    section = page.partition("## The implicit reward")[2].partition("\n## ")[0]
-    shown = [line for line in section.splitlines() if line.startswith("| ") and line[2].isdigit()]
-    expected = []
-    for row in rows:
-        values = [
-            row[f"{measure}_{name}"]
-            for name in ("reference", "uniform")
-            for measure in ("slope", "correlation")
-        ]
-        expected.append(" | ".join(["| " + str(row["seed"]), *(f"{x:.3f}" for x in values)]) + " |")
-    assert shown == expected
-    text = " ".join(section.split())
-    for name, words in (("reference", "by the reference"), ("uniform", "with all alike")):
-        errors = [row[f"rms_{name}"] for row in rows]
-        assert f"{min(errors):.2f} to {max(errors):.2f} {words}" in text
-    slopes = [row["slope_uniform"] for row in rows]
-    assert f"the slope is {min(slopes):.2f} to {max(slopes):.2f}" in text
 
 
 @pytest.mark.slow

@@ -69,40 +69,7 @@ def test_table_and_figure(tmp_path):
     assert (tmp_path / "figure.pdf").read_bytes().startswith(b"%PDF")
 
 
-def test_page_shows_the_committed_numbers():
+def test_committed_table_is_that_of_the_rows():
     rows = json.loads((RESULTS / "reward_hacking.json").read_text())
-    found = reward_hacking.summary(rows)
-    table = tables.to_markdown(found, reward_hacking.COLUMNS)
+    table = tables.to_markdown(reward_hacking.summary(rows), reward_hacking.COLUMNS)
     assert (RESULTS / "reward_hacking.md").read_text() == table
-    page = (ROOT / "docs" / "reproducing.md").read_text()
-    section = page.partition("## Reward hacking")[2].partition("\n## ")[0]
-    assert table in section
-    text = " ".join(section.split())
-    ends = {(row["run"], row["seed"]): row for row in found}
-
-    hacked = ends["ppo_no_kl", 1]
-    of_run = [row for row in rows if (row["run"], row["seed"]) == ("ppo_no_kl", 1)]
-    best = max(of_run, key=lambda row: row["true_reward"])
-    assert (
-        f"to {hacked['best_true_reward']:.2f} at {hacked['best_kl']:.2f} nats, and then falls to "
-        f"{hacked['true_reward']:.2f} while the learned reward goes on rising, from "
-        f"{best['learned_reward']:.2f} to {hacked['learned_reward']:.2f}."
-    ) in text
-    after = [row for row in of_run if row["step"] >= best["step"]]
-    learned = [row["learned_reward"] for row in after]
-    assert learned == sorted(learned)
-    assert ends["ppo_no_kl", 0]["lost"] == 0
-    assert f"and in seed 2 only {ends['ppo_no_kl', 2]['lost']:.2f}." in text
-    lost = sorted(ends["ppo_kl", seed]["lost"] for seed in (0, 1, 2))
-    assert f"the true reward ends {lost[0]:.2f} to {lost[-1]:.2f} below its best" in text
-    more = [seed for seed in (0, 1, 2) if ends["ppo_no_kl", seed]["lost"] > lost[-1]]
-    assert more == [1] and "Only what seed 1 loses without it is more than that." in text
-    for seed in (0, 1, 2):
-        assert f"{ends['ppo_kl', seed]['true_reward']:.2f}" in text
-        assert ends["ppo_no_kl", seed]["true_reward"] > ends["ppo_kl", seed]["true_reward"]
-    far = [ends["dpo_tiny_beta", seed]["kl"] for seed in (0, 1, 2)]
-    assert f"({far[0]:.2f}, {far[1]:.2f} and {far[2]:.2f} nats)" in text
-    dpo = [
-        row["learned_reward"] for row in rows if (row["run"], row["seed"]) == ("dpo_tiny_beta", 1)
-    ]
-    assert f"falls from {max(dpo):.2f} to {dpo[-1]:.2f}" in text

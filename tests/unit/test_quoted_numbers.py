@@ -651,8 +651,17 @@ def of_reward_hacking() -> list[str]:
 
     hacked = ends["ppo_no_kl", 1]
     best = max(course("ppo_no_kl", 1), key=lambda row: row["true_reward"])
+    after = [row for row in course("ppo_no_kl", 1) if row["step"] >= best["step"]]
+    goes_on = [row["learned_reward"] for row in after]
+    assert goes_on == sorted(goes_on)  # "while the learned reward goes on rising"
     with_penalty = [ends["ppo_kl", seed] for seed in (0, 1, 2)]
+    without = [ends["ppo_no_kl", seed] for seed in (0, 1, 2)]
     lost = [row["lost"] for row in with_penalty]
+    # "Only what seed 1 loses without it is more than that."
+    assert [row["seed"] for row in without if row["lost"] > max(lost)] == [1]
+    assert without[0]["lost"] == 0
+    for with_, without_ in zip(with_penalty, without, strict=True):
+        assert without_["true_reward"] > with_["true_reward"]
     rewards = [f"{row['true_reward']:.2f}" for row in with_penalty]
     kls = [f"{ends['dpo_tiny_beta', seed]['kl']:.2f}" for seed in (0, 1, 2)]
     learned = [row["learned_reward"] for row in course("dpo_tiny_beta", 1)]
