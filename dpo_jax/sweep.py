@@ -10,8 +10,8 @@ with this value (dpo-beta0.05; dpo, at the config's own value). A value of anoth
 folder of its own, WORKDIR/pairs.prompts1000, with its own stages from the first that depends on it;
 those before, training too, are shared by a link. Finished runs are skipped, and an interrupted one
 continues. Runs share the compiled step, and for dpo the reference's log-probs, which are computed
-once and kept in WORKDIR/reference (not where dpo.ld_alpha is below 1). Other fields are set as
-usual, --config.FIELD=VALUE.
+once and kept in WORKDIR/reference (not where dpo.ld_alpha is below 1). A run that diverges is left
+out of the results. Other fields are set as usual, --config.FIELD=VALUE.
 
 --seeds=3 makes every run with three seeds of the last training stage; it is short for
 --sweep=dpo.seed=0,1,2, where the config's own seed is 0. One seed (seed, dpo.seed, pairs.seed, ...)
@@ -294,11 +294,16 @@ def table(rows: list[dict], shown: list[tables.Column]) -> str:
 def run(
     config: ConfigDict, workdir: str, sweeps: Sequence[str], base: ConfigDict | None = None
 ) -> list[tuple[Point, list[dict]]]:
-    """Make the runs that are not done; return each with the rows of its metrics."""
+    """Make the runs that are not done; return each with the rows of its metrics.
+
+    One that diverges is told of and left out, and the others are still made. Raises
+    FloatingPointError if all of them do.
+    """
     swept = points(config, sweeps, base)
     last = stage_table.training_stages(config)[-1]
     fields = list(swept[0].values)
     runs = []
+    diverged = []
     workdirs = [os.path.join(workdir, point.folder) if point.folder else workdir for point in swept]
     with contextlib.ExitStack() as ends:
         for of_runs in dict.fromkeys(workdirs):
@@ -307,18 +312,33 @@ def run(
         processes.from_first(functools.partial(share_stages, folder, config, swept))
         for point in swept:
             say(f"--- {point.shown}")
-            run_stages(point.config, folder / point.folder)
+            try:
+                run_stages(point.config, folder / point.folder)
+            except FloatingPointError as error:
+                diverged.append(point.shown)
+                if len(diverged) == len(swept):
+                    raise
+                say(str(error))
+                continue
             trained = folder / point.folder / configs.folder_names(point.config)[last]
             runs.append((point, read_rows(trained / "metrics.jsonl")))
         different = trained_once(runs)
         found = summaries(different)
         picture = folder / f"sweep_{'-'.join(fields)}.png"
-        _draw(picture, different, fields)
         if found:
             shown = columns(found, fields)
             processes.from_first(functools.partial(tables.write, picture, found, shown))
             say(table(found, shown))
-    say(str(picture))
+        else:
+            say("No run was evaluated while it trained, so there is no table.")
+        in_rows = set()
+        for _, rows in different:
+            in_rows.update(*rows)
+        if in_rows & plots.CURVES.keys():
+            _draw(picture, different, fields)
+            say(str(picture))
+        for shown_point in diverged:
+            say(f"{shown_point} diverged, and is left out. See what was said of it above.")
     return runs
 
 

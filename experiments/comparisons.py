@@ -18,6 +18,7 @@ SETTLED = 0.1
 QUARTER = 4
 VERDICTS = ("yes", "cannot tell", "no")  # from the best to the worst
 FEWEST_STEPS = 8  # over which the slope of a KL is measured
+FEWEST_PROMPTS = 8  # resamples of fewer are too much alike for an interval
 
 
 def columns(compared: str) -> list[tables.Column]:
@@ -107,17 +108,20 @@ def below_path(path: statistics.Path, end: End, prompts_U) -> dict:
     """Return by how much a run's reward is below a path at the run's own KL, with its interval.
 
     Prompts are drawn again for both, so that in each resample the run has another KL, at which the
-    path is read. Nothing is said where the path does not reach it in 95 % of the resamples. p is
-    two-sided: twice the smaller share of resamples on either side of 0.
+    path is read. There is no interval and no p for fewer than 8 prompts, nor where the path does
+    not reach the KL in 95 % of the resamples. p is two-sided: twice the smaller share of resamples
+    on either side of 0.
     """
 
     def below(drawn_U=slice(None)) -> float:
         kl = float(end.kls_U[drawn_U].mean())
         return path.reward_at(kl, drawn_U) - float(end.rewards_U[drawn_U].mean())
 
+    found = dict(difference=_known(below()), low=None, high=None, p=None)
+    if len(np.unique(prompts_U)) < FEWEST_PROMPTS:
+        return found
     found_R = statistics.bootstrap(below, len(end.rewards_U), clusters=prompts_U)
     reached_R = found_R[np.isfinite(found_R)]
-    found = dict(difference=_known(below()), low=None, high=None, p=None)
     if len(reached_R) >= statistics.REACHED * len(found_R):
         low, high = statistics.percentiles(reached_R)
         # Not 0, which so many resamples cannot show.
@@ -131,10 +135,14 @@ def settling(kls_of_seeds: list[list[float]]) -> dict:
     """Return how fast a run's KL still moved at its end, with an interval, and `settled`.
 
     kls_of_seeds: of the steps in training, seed by seed. kl_change is the share of itself by which
-    the KL would move in another quarter of the run, of the seed whose KL moves the most. `settled`
-    is "yes" where that is less than 10 %, up or down, in all of its interval and of each seed; "no"
-    where it is more in all of the interval of any: then the run ends where it was stopped, and not
-    where it was going. Else it is "cannot tell". {} if a seed has fewer than 8 steps.
+    the KL would move in another quarter of the run. `settled` is "yes" where that is less than
+    10 %, up or down, in all of its interval; "no" where it is more in all of it: then the run ends
+    where it was stopped, and not where it was going. Else it is "cannot tell". Both are of the seed
+    that has settled least, and of several such, of the one whose KL moves the most. {} if a seed
+    has fewer than 8 steps.
+
+    Steps are taken to be independent. Those of one policy are not quite, so the interval is rather
+    too narrow.
     """
     if not kls_of_seeds or min(map(len, kls_of_seeds)) < FEWEST_STEPS:
         return {}

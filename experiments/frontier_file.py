@@ -7,8 +7,8 @@ frontier.json has
   null where nothing is trained), step, reward, kl, and what else was measured, such as reward_se.
   The reference is a row of its own at step 0 and KL 0. rows of exact experiments have gap, to the
   highest reward at their KL, and, where a run aims at a known optimum, analytic_reward and
-  analytic_kl. Runs on their way, and those that broke off, have their rows here and are drawn, if
-  no other seed of theirs is finished; they are in no table.
+  analytic_kl. Runs on their way, and those that broke off, have their rows here. Where no seed of a
+  run is finished, its furthest one is drawn, with a hollow point; they are in no table.
 - curves: panel -> kls and rewards of the optimum, with low and high, its 95 % interval, or null
   where the curve is exact.
 - closed_forms: panel -> method -> kls and rewards of a method that is known at any strength.
@@ -117,14 +117,21 @@ def of_finished_runs(rows: list[dict]) -> list[dict]:
 
 
 def drawn(rows: list[dict]) -> list[dict]:
-    """Return the rows less those of unfinished seeds, where another seed of their run is finished.
+    """Return the rows of finished seeds, and where a run has none, those of its furthest seed.
 
-    A mean of an end and of a checkpoint on the way would be neither.
+    A mean of an end and of a checkpoint on the way, or of checkpoints of several steps, would be
+    neither.
     """
     finished = of_finished_runs(rows)
     have_ended = {_run_of(row) for row in finished}
     on_their_way = [row for row in rows if _run_of(row) not in have_ended]
-    return finished + on_their_way
+    furthest = {}
+    for row in ends(on_their_way):
+        most = furthest.setdefault(_run_of(row), row)
+        if row["step"] > most["step"]:
+            furthest[_run_of(row)] = row
+    seeds = {_seed_of_run(row) for row in furthest.values()}
+    return finished + [row for row in on_their_way if _seed_of_run(row) in seeds]
 
 
 def _run_of(row: dict) -> tuple:
@@ -186,7 +193,7 @@ def at_matched_kl(
 
     Differences are over the seeds that both methods have. Where rewards are measured on samples,
     their intervals are over prompts, and differences have none, nor a p: `comparisons` has the
-    prompts for that. The p-values of a panel are adjusted together, by Holm.
+    prompts of trained runs for that. The p-values of a panel are adjusted together, by Holm.
     """
     found = []
     for panel in dict.fromkeys(row["panel"] for row in rows):

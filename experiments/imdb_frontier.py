@@ -18,8 +18,9 @@ each will cost. --config.FIELD=VALUE changes a field of every run that has it.
 
 After each run the results of all runs in DIR are written: frontier.json, with a row per run and
 checkpoint and the optimum's curve (see frontier_file.py), frontier.png and .pdf; as .csv, .md and
-.tex the tables frontier (the ends, over seeds), comparisons (on the same prompts, and at equal KL)
-and costs; and completions.md, what each run says to the first prompts.
+.tex the tables frontier (the ends, over seeds), comparisons (on the same prompts, and at equal KL),
+matched_kl (methods at equal KL) and costs; and completions.md, what each run says to the first
+prompts.
 """
 
 import fnmatch
@@ -192,27 +193,35 @@ def rows_of(folder: pathlib.Path, config, run: Run) -> list[dict]:
     """Return a row for each evaluation of a run, as frontier.json has them.
 
     Each says by "prompts" what it was measured on: validation prompts while the run trained, and
-    test prompts for the finished policy, in the place of its last evaluation.
+    test prompts for the finished policy, in the place of the last evaluation; with keep_best, of
+    the one that was the best, which ends the rows.
     """
     from dpo_jax import config as configs
+    from dpo_jax import runs
     from dpo_jax.training.metrics import read_rows
 
     names = configs.folder_names(config)
+    trained = runs.read_stage(folder / names[run.stage])
     about = dict(
         panel=PANEL,
         method=run.method,
         parameter=run.parameter,
         value=run.value,
-        seed=config.seed + config[run.stage].seed,
+        seed=trained.depends_on["seed"] + trained.depends_on[f"{run.stage}.seed"],
     )
     rows = []
-    for row in read_rows(folder / names[run.stage] / "metrics.jsonl"):
+    for row in read_rows(trained.folder / "metrics.jsonl"):
         # At step 0 the policy is the reference, which has a row of its own.
         if row["step"] and "frontier/kl" in row:
             of_step = dict(step=row["step"], prompts="validation")
             rows.append(about | of_step | measured_in(row))
     evaluated = folder / names["evaluate"] / "evaluate.json"
     if rows and evaluated.exists():
+        # How many rows there are up to the evaluation of the policy that was kept.
+        kept_kl = trained.evaluation.get("frontier/kl")
+        lengths = [number for number, row in enumerate(rows, 1) if row["kl"] == kept_kl]
+        if lengths:
+            rows = rows[: lengths[-1]]
         rows[-1] |= dict(prompts="test") | measured_in(json.loads(evaluated.read_text()))
     return rows
 
@@ -391,11 +400,12 @@ def report(make_config, folder: pathlib.Path) -> None:
     )
 
     if ends:
+        finished = [run for run, _ in evaluated_runs(folder, made)]
         beta = make_config("dpo").dpo.beta
         baseline = ("dpo", Run("dpo", beta).parameter)
         compared = comparisons.compare(ends, reference_U, baseline, prompts)
         for row in compared:
-            of_row = [run for run in made if (run.method, run.parameter) == key_of(row)]
+            of_row = [run for run in finished if (run.method, run.parameter) == key_of(row)]
             if of_row[0].stage == "ppo":
                 kls_of_seeds = []
                 for run in of_row:
@@ -407,13 +417,13 @@ def report(make_config, folder: pathlib.Path) -> None:
         tables.write(folder / "comparisons", compared, of_dpo)
         (folder / "completions.md").write_text(completions_page(folder, made), encoding="utf-8")
 
-    finished = {}
+    trained = {}
     for run, config in made.items():
         if (folder / run.name / "done.json").exists():
-            finished.setdefault(run.method, []).append(config)
+            trained.setdefault(run.method, []).append(config)
     if of_best:
-        finished[BEST_OF_N] = [make_config(BEST_OF_N)]
-    cost_table.write(folder, folder, finished)
+        trained[BEST_OF_N] = [make_config(BEST_OF_N)]
+    cost_table.write(folder, folder, trained)
 
 
 def key_of(row: dict) -> tuple[str, str]:
@@ -426,7 +436,8 @@ def run(
 ) -> None:
     """Make the runs that are not done, and write the results after each; or only list the runs.
 
-    make_config: method -> config. patterns: of the runs to make. Raises ValueError as `chosen`.
+    make_config: method -> config. patterns: of the runs to make. Raises ValueError as `chosen` and
+    `refuse_other_prompts`.
     """
     from dpo_jax import config_checks
     from dpo_jax.console import say
@@ -436,6 +447,7 @@ def run(
     for of_run in chosen(patterns, seeds):
         config = config_of(make_config, of_run)
         config_checks.validate(config)
+        refuse_other_prompts(make_config, folder, config)
         done = (folder / of_run.name / "done.json").exists()
         say(f"{of_run.name:<22}{'done' if done else cost(config, of_run.stage)}")
         if not dry_run:
@@ -452,6 +464,24 @@ def run(
             report(make_config, folder)
     if (folder / "frontier.json").exists() and not dry_run:
         say(f"{folder / 'frontier.json'}, {folder / 'frontier.png'}")
+
+
+def refuse_other_prompts(make_config, folder: pathlib.Path, config) -> None:
+    """Raise ValueError if runs in the folder were evaluated on another number of prompts.
+
+    They could not be compared with this one, which would be known only when it is trained.
+    """
+    from dpo_jax import runs
+
+    made = {run: config_of(make_config, run) for run in runs_in(folder)}
+    for _, evaluated in evaluated_runs(folder, made):
+        found = runs.read_stage(evaluated).depends_on["evaluate.prompts"]
+        if found != config.evaluate.prompts:
+            raise ValueError(
+                f"config.evaluate.prompts = {config.evaluate.prompts}, and {evaluated} has "
+                f"{found}: expected the same in every run, as they are compared prompt by prompt. "
+                f"Give --config.evaluate.prompts={found}, or another --workdir."
+            )
 
 
 def attempt(run_stages, config, workdir: str) -> None:

@@ -93,7 +93,8 @@ def curves(path, runs: dict[str, list[list[dict]]], field: str) -> None:
     """Draw the evaluations of several runs against the step, one panel per metric.
 
     runs: value of `field` -> the rows of metrics.jsonl of each seed. Seeds are drawn as their mean,
-    with bars of its 95 % interval.
+    with bars of its 95 % interval, at the steps that all of them have: where one stops earlier
+    than others, a mean of the rest would be of other seeds. One of CURVES must be in the rows.
     """
     from matplotlib.figure import Figure
 
@@ -113,7 +114,9 @@ def curves(path, runs: dict[str, list[list[dict]]], field: str) -> None:
                     if name in row:
                         values.setdefault(row["step"], []).append(row[name])
             means, below, above = [], [], []
-            for of_step in values.values():
+            steps = [step for step in sorted(values) if len(values[step]) == len(seeds)]
+            for step in steps:
+                of_step = values[step]
                 measured = statistics.mean_interval(of_step, is_share=is_share(name))
                 mean = measured["mean"]
                 is_alone = measured["se"] is None
@@ -121,7 +124,7 @@ def curves(path, runs: dict[str, list[list[dict]]], field: str) -> None:
                 below.append(0 if is_alone else mean - measured["low"])
                 above.append(0 if is_alone else measured["high"] - mean)
             axes.errorbar(
-                list(values),
+                steps,
                 means,
                 [below, above] if any(above) or any(below) else None,
                 marker="o",
@@ -169,8 +172,9 @@ def panels(
     reward_se and kl_se, and the optimum that a run aims at (analytic_reward, analytic_kl). The
     reference is a row of its own. curves: panel -> the highest reward, from KL 0 on.
 
-    A thin line joins a run's checkpoints; its last one is the large point. Seeds are drawn as their
-    mean, with dots where each of them ends. Bars are 95 % intervals, those of
+    A thin line joins a run's checkpoints; its last one is the large point, hollow where it was
+    measured on validation prompts ("prompts" of the row), as the run has not finished. Seeds are
+    drawn as their mean, with dots where each of them ends. Bars are 95 % intervals, those of
     `statistics.over_seeds`: the legend says whether over prompts or over seeds. Two seeds are dots
     alone: an interval over them reaches 12.7 errors on either side. The band is the interval of an
     estimated curve. The KL axis is scaled by the square root, because many points lie near 0.
@@ -303,9 +307,13 @@ def _draw_methods(axes, rows: list[dict]) -> tuple[list[tuple], list[tuple]]:
                     zorder=6,
                     label=f"{name}: optimum for its β",
                 )
-        if last:
-            whole = dict(linestyle="", color=color, marker=marker, markersize=7, alpha=0.85)
-            axes.plot(kls, rewards, label=name, **whole)
+        large = dict(linestyle="", color=color, marker=marker, markersize=7, alpha=0.85)
+        for point in last:
+            at = point["kl"], point["reward"]
+            if point["is_finished"]:
+                axes.plot(*at, label=name, **large)
+            else:
+                axes.plot(*at, label=f"{name}, not finished", fillstyle="none", **large)
     return large_points, bar_ends
 
 
@@ -314,8 +322,12 @@ def _line(axes, kls, rewards, color: str, **options) -> None:
 
 
 def _point(seeds: list[dict]) -> dict:
-    """Return the means of rows that differ in their seed, with the ends of their intervals."""
-    point = dict(seeds=len(seeds))
+    """Return the means of rows that differ in their seed, with the ends of their intervals.
+
+    A row that was measured on validation prompts is of a run that has not finished.
+    """
+    is_finished = all(row.get("prompts") != "validation" for row in seeds)
+    point = dict(seeds=len(seeds), is_finished=is_finished)
     for name in ("kl", "reward"):
         interval = statistics.over_seeds(seeds, name)
         point |= interval | {f"{name}_unit": interval["interval_unit"]}

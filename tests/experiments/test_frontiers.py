@@ -282,7 +282,7 @@ def test_tables_are_of_finished_runs():
 
     def row(parameter: str, seed: int | None, reward: float, **said) -> dict:
         about = dict(panel="a", method="dpo", parameter=parameter, value=1.0, seed=seed)
-        return about | dict(reward=reward, reward_se=0.1, kl=reward) | said
+        return about | dict(reward=reward, reward_se=0.1, kl=reward, step=4) | said
 
     on_the_way = dict(prompts="validation")
     start = row("", None, 0.0) | dict(method="reference")
@@ -292,6 +292,7 @@ def test_tables_are_of_finished_runs():
         row("β=1", 0, 1.0, prompts="test"),
         row("β=1", 1, 0.6, **on_the_way),
         row("β=2", 0, 0.4, **on_the_way),
+        row("β=2", 1, 0.3, **on_the_way) | dict(step=2),
     ]
     finished = frontier_file.of_finished_runs(rows)
     assert finished == rows[:3]

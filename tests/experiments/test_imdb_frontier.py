@@ -1,11 +1,14 @@
 """The runs of the IMDb frontier with their seeds, and what is reported of those that are done."""
 
 import csv
+import json
 
 import numpy as np
 import pytest
 
+from dpo_jax import config as configs
 from dpo_jax import costs
+from dpo_jax.training.metrics import read_rows
 from dpo_jax.workdir import write_json, write_lines
 from experiments import comparisons, cost_table, frontier_file, imdb_frontier
 from experiments.imdb_frontier import Run
@@ -36,6 +39,13 @@ def test_a_seed_trains_one_stage_anew():
     assert (config.run, config.seed, config.ppo.seed, config.rm.seed) == ("ppo_3_seed2", 5, 2, 0)
 
 
+def begin(stage_folder, config, stage: str):
+    """Write what a stage is made with."""
+    fields = configs.dependencies(config, stage)
+    begun = dict(stage=stage, depends_on=fields, config=config.to_dict())
+    write_json(stage_folder / "config.json", begun)
+
+
 def plant(folder, make_config, run: Run, kl: float, reward: float, steps=(0, 4, 8)):
     """Make a run done without training: what it measured, and what it took."""
     rng = np.random.default_rng([run.seed, int(100 * kl)])
@@ -48,9 +58,11 @@ def plant(folder, make_config, run: Run, kl: float, reward: float, steps=(0, 4, 
     if run.stage == "ppo":
         rows += [{"step": 9 + step, "ppo_train/kl": kl * step / 32} for step in range(33)]
     trained, evaluated = folder / run.name, folder / f"evaluate-{run.name}"
-    for made in (trained, evaluated):
+    config = imdb_frontier.config_of(make_config, run)
+    for made, stage in ((trained, run.stage), (evaluated, "evaluate")):
         made.mkdir(parents=True)
-        (made / "done.json").write_text("{}")
+        write_json(made / "done.json", dict(evaluation=values))
+        begin(made, config, stage)
     write_lines(trained / "metrics.jsonl", rows)
     costs.write(trained, seconds=60.0, flops=10**12, examples=8, peak_memory=2**30)
     write_json(evaluated / "evaluate.json", values)
@@ -147,6 +159,7 @@ def test_report_of_runs_that_have_just_begun(tmp_path, make_config):
     assert not list(tmp_path.iterdir())
     folder = tmp_path / "dpo_1"
     folder.mkdir()
+    begin(folder, imdb_frontier.config_of(make_config, Run("dpo", 1.0)), "dpo")
     values = {f"frontier/{name}": 0.1 for name in imdb_frontier.MEASURED}
     write_lines(folder / "metrics.jsonl", [{"step": 0} | values, {"step": 2} | values])
     imdb_frontier.report(make_config, tmp_path)
@@ -184,6 +197,7 @@ def test_best_of_n_alone_has_its_results(samples, tmp_path, make_config):
 def test_evaluations_of_one_prompt_have_no_error(tmp_path, make_config):
     folder = tmp_path / "dpo_1"
     folder.mkdir()
+    begin(folder, imdb_frontier.config_of(make_config, Run("dpo", 1.0)), "dpo")
     values = {
         f"frontier/{name}": 0.1 for name in imdb_frontier.MEASURED if not name.endswith("_se")
     }
@@ -203,6 +217,46 @@ def test_runs_on_other_prompts_are_not_compared(tmp_path, make_config):
         imdb_frontier.report(make_config, tmp_path)
 
 
+def test_other_prompts_are_refused_before_training(tmp_path, make_config):
+    plant(tmp_path, make_config, Run("dpo", 1.0), 0.5, 0.6)
+    other = experiment_configs(
+        str(ROOT / "configs" / "imdb.py"), ["--config.seed=5", "--config.evaluate.prompts=64"]
+    )
+    said = "config.evaluate.prompts = 64, and .*evaluate-dpo_1 has 256: expected the same"
+    with pytest.raises(ValueError, match=said):
+        imdb_frontier.run(other, str(tmp_path), ["ppo_3"])
+    assert not (tmp_path / "sft").exists()
+
+
+def test_rows_are_of_the_run_and_its_kept_policy(tmp_path, make_config):
+    """Whatever seed a later command has; and up to the checkpoint that keep_best chose."""
+    run = Run("dpo", 1.0, 1)
+    plant(tmp_path, make_config, run, 0.5, 0.6)
+    folder = tmp_path / run.name
+    values = json.loads((folder / "done.json").read_text())["evaluation"]
+    later = values | {"frontier/kl": 9.0}
+    write_lines(folder / "metrics.jsonl", [{"step": 4} | values, {"step": 8} | later])
+    later_command = experiment_configs(str(ROOT / "configs" / "imdb.py"), [])
+    config = imdb_frontier.config_of(later_command, run)
+    rows = imdb_frontier.rows_of(tmp_path, config, run)
+    assert [(row["step"], row["prompts"], row["seed"]) for row in rows] == [(4, "test", 6)]
+
+
+def test_settling_is_of_finished_seeds(tmp_path, make_config):
+    plant(tmp_path, make_config, Run("dpo", 0.1), 2.0, 0.8)
+    for seed in (0, 1):
+        plant(tmp_path, make_config, Run("ppo", 3.0, seed), 1.0, 0.6)
+    # The first seed stays where it is; the second moves, but has not finished.
+    still = [{"step": 9 + step, "ppo_train/kl": 1 + 0.01 * (step % 2)} for step in range(33)]
+    path = tmp_path / "ppo_3" / "metrics.jsonl"
+    write_lines(path, [*read_rows(path)[:3], *still])
+    (tmp_path / "evaluate-ppo_3_seed1" / "done.json").unlink()
+    imdb_frontier.report(make_config, tmp_path)
+    with open(tmp_path / "comparisons.csv") as file:
+        (row,) = [row for row in csv.DictReader(file) if row["method"] == "ppo"]
+    assert (row["seeds"], row["settled"]) == ("1", "yes")
+
+
 def test_below_a_path_says_nothing_beyond_its_end():
     ones_U = np.ones(50)
     noise_U = np.random.default_rng(0).normal(size=50)
@@ -215,6 +269,15 @@ def test_below_a_path_says_nothing_beyond_its_end():
     beyond = comparisons.End("ppo", "", ones_U, 2 * ones_U)
     found = comparisons.below_path(path, beyond, np.arange(50))
     assert found == dict(difference=None, low=None, high=None, p=None)
+
+
+def test_few_prompts_have_no_interval():
+    """All resamples of one prompt are the same, however many rows it has."""
+    ones_U = np.ones(50)
+    path = comparisons.path_of([comparisons.End("dpo", "", 2 * ones_U, ones_U)], ones_U)
+    near = comparisons.End("ppo", "", 1.25 * ones_U, 0.25 * ones_U)
+    found = comparisons.below_path(path, near, np.zeros(50))
+    assert found == dict(difference=pytest.approx(0.25), low=None, high=None, p=None)
 
 
 def test_rows_of_one_prompt_count_as_one():

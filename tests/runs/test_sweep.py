@@ -8,9 +8,11 @@ import sys
 
 import jax
 import pytest
+from matplotlib import axes as axes_class
 
 from configs import toy
 from dpo_jax import sweep
+from dpo_jax.evaluation import plots
 from dpo_jax.training.metrics import read_rows
 from tests.faults import files
 from tests.helpers.paths import ROOT
@@ -253,6 +255,42 @@ def test_sweep_of_an_earlier_stage_and_of_seeds(tmp_path, capsys):
     assert low < mean < high
     for suffix in (".png", ".pdf", ".md", ".tex"):
         assert (tmp_path / f"sweep_pairs.prompts-dpo.seed{suffix}").stat().st_size > 100
+
+
+def test_a_run_that_diverges_is_left_out(model, pairs, tmp_path, capsys):
+    config = dpo_config(model, pairs, max_grad_norm=0.0, optimizer="sgd", warmup_steps=0)
+    with on_devices(1):
+        made = sweep.run(config, str(tmp_path), ["dpo.lr=1e38,1e-3"])
+    assert [point.values for point, _ in made] == [{"dpo.lr": "1e-3"}]
+    with open(tmp_path / "sweep_dpo.lr.csv") as file:
+        assert [row["dpo.lr"] for row in csv.DictReader(file)] == ["1e-3"]
+    out = capsys.readouterr().out
+    assert "dpo stopped at step 1" in out and "dpo.lr = 1e38 diverged, and is left out." in out
+    with on_devices(1), pytest.raises(FloatingPointError, match="dpo stopped at step 1"):
+        sweep.run(config, str(tmp_path / "all"), ["dpo.lr=1e38,9e37"])
+
+
+def test_sweep_with_nothing_held_out(model, pairs, tmp_path, capsys):
+    config = dpo_config(model, pairs)
+    config.data.eval_fraction = 0.0
+    with on_devices(1):
+        sweep.run(config, str(tmp_path), ["dpo.beta=0.1,1"])
+    assert "No run was evaluated while it trained" in capsys.readouterr().out
+    assert not list(tmp_path.glob("sweep_*"))
+
+
+def test_curves_of_seeds_end_with_the_first(tmp_path, monkeypatch):
+    drawn = []
+
+    def kept(axes, x, y, *args, **options):
+        drawn.append((list(x), list(y)))
+        return errorbar(axes, x, y, *args, **options)
+
+    errorbar = axes_class.Axes.errorbar
+    monkeypatch.setattr(axes_class.Axes, "errorbar", kept)
+    seeds = [[evaluated(4, 0.6), evaluated(2, 0.5)], [evaluated(2, 0.7)]]
+    plots.curves(tmp_path / "curves.png", {"0.1": seeds}, "dpo.beta")
+    assert drawn[0] == ([2], [pytest.approx(0.6)])
 
 
 def test_points_of_names_and_wrong_values(model, pairs):
