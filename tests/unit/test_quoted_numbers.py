@@ -1002,6 +1002,13 @@ def of_imdb_smollm2() -> list[str]:
     assert float(costs["ppo_gt"]["samples"]) == 2 * of_pairs
     start = found["reference", ""]["reward"], found["best_of_n", "N=1"]["reward"]
 
+    others = compared["unlikelihood", "α=0.05"], compared["preferred_ft", ""]
+    far = [_interval(row, "behind") for row in others]
+    near_by = [_interval(row, "below") for row in others]
+    p_values = [float(row["below_p_holm"]) for row in others]
+    tested = [row for row in compared.values() if row["below_p_holm"]]
+    assert len(tested) == 4 and min(p_values) > 0.05  # "not certain"
+
     def change(row: dict) -> str:
         names = ("kl_change", "kl_change_low", "kl_change_high")
         values = [f"{float(row[name]):+.0%}".replace("%", " %") for name in names]
@@ -1011,6 +1018,9 @@ def of_imdb_smollm2() -> list[str]:
         *(re.sub(r" +", " ", line) for line in table),
         f"{min(below):.3f} to {max(below):.3f} less reward than DPO at equal KL ({min(kls):g} to "
         f"{max(kls):g} nats)",
+        f"on the same prompts they have {far[0]} and {far[1]} less reward than DPO with β 0.1.",
+        f"DPO has {near_by[0]} and {near_by[1]} more, which, adjusted for four comparisons, is not "
+        f"certain (p {p_values[0]:.2f} and {p_values[1]:.2f}).",
         f"takes {float(costs['dpo']['teraflops']):.0f} × 10¹² FLOPs, PPO on the true reward "
         f"{times['ppo_gt']:.1f} times as many, and PPO with its reward model {times['ppo']:.1f} "
         "times",
