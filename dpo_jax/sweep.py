@@ -11,14 +11,15 @@ folder of its own, WORKDIR/pairs.prompts1000, with its own stages from the first
 those before, training too, are shared by a link. Finished runs are skipped, and an interrupted one
 continues. Runs share the compiled step, and for dpo the reference's log-probs, which are computed
 once and kept in WORKDIR/reference (not where dpo.ld_alpha is below 1). A run that diverges is left
-out of the results. Other fields are set as usual, --config.FIELD=VALUE.
+out of the results, and the others are made. Other fields are set as usual, --config.FIELD=VALUE.
 
 --seeds=3 makes every run with three seeds of the last training stage; it is short for
 --sweep=dpo.seed=0,1,2, where the config's own seed is 0. One seed (seed, dpo.seed, pairs.seed, ...)
 can be swept, and is averaged over: the result is a table with mean and 95 % interval over seeds,
-WORKDIR/sweep_FIELD.csv, .md and .tex, and the curves in sweep_FIELD.png and .pdf. It has what
-training measured; a seed that training does not read, such as evaluate.seed, makes no other run of
-it. report.html, in WORKDIR and in each of these folders, has all there is to see of its runs.
+WORKDIR/sweep_FIELD.csv, .md and .tex, and the curves in sweep_FIELD.png and .pdf. Seeds that
+diverge are not in the mean; the column seeds counts the others. The table has what training
+measured; a seed that training does not read, such as evaluate.seed, makes no other run of it.
+report.html, in WORKDIR and in each of these folders, has all there is to see of its runs.
 
 Values that have commas of their own, as mixtures of losses do, are separated by semicolons:
 
@@ -45,6 +46,7 @@ from dpo_jax.parallel import processes
 from dpo_jax.pipeline.stages import run_stages
 from dpo_jax.run_name import folder_of, name_run
 from dpo_jax.storage import shadow
+from dpo_jax.training.loop import Diverged
 from dpo_jax.training.metric_names import is_evaluation, is_share
 from dpo_jax.training.metrics import read_rows
 from dpo_jax.workdir import open_workdir
@@ -210,6 +212,17 @@ def _all_of(config: ConfigDict, stage: str) -> str:
     return json.dumps(configs.dependencies(config, stage), sort_keys=True)
 
 
+def _all_of_last_round(config: ConfigDict, stage: str) -> str:
+    return _all_of(configs.of_round(config, config.rounds), stage)
+
+
+def _raise_known(errors: dict[tuple[str, str], Diverged], config: ConfigDict) -> None:
+    """Raise the error of a stage of the config that has diverged in another run."""
+    for stage in stage_table.training_stages(config):
+        if error := errors.get((stage, _all_of_last_round(config, stage))):
+            raise error
+
+
 def trained_once(runs: list[tuple[Point, list[dict]]]) -> list[tuple[Point, list[dict]]]:
     """Return the runs, but one alone of those that differ in seeds which training does not read.
 
@@ -296,14 +309,15 @@ def run(
 ) -> list[tuple[Point, list[dict]]]:
     """Make the runs that are not done; return each with the rows of its metrics.
 
-    One that diverges is told of and left out, and the others are still made. Raises
-    FloatingPointError if all of them do.
+    One that diverges is told of and left out, and the others are still made. A stage that diverged
+    is not tried again for other runs that share it. Raises Diverged if all runs do.
     """
     swept = points(config, sweeps, base)
     last = stage_table.training_stages(config)[-1]
     fields = list(swept[0].values)
     runs = []
     diverged = []
+    errors = {}  # stage, all that it depends on -> how it diverged
     workdirs = [os.path.join(workdir, point.folder) if point.folder else workdir for point in swept]
     with contextlib.ExitStack() as ends:
         for of_runs in dict.fromkeys(workdirs):
@@ -313,8 +327,10 @@ def run(
         for point in swept:
             say(f"--- {point.shown}")
             try:
+                _raise_known(errors, point.config)
                 run_stages(point.config, folder / point.folder)
-            except FloatingPointError as error:
+            except Diverged as error:
+                errors[error.stage, _all_of_last_round(point.config, error.stage)] = error
                 diverged.append(point.shown)
                 if len(diverged) == len(swept):
                     raise

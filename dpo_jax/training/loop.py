@@ -211,6 +211,14 @@ class Patience:
             self.waited += 1
 
 
+class Diverged(FloatingPointError):
+    """The loss or gradient of a stage is not finite, which it would not be at another attempt."""
+
+    def __init__(self, stage: str, reason: str):
+        super().__init__(reason)
+        self.stage = stage
+
+
 @dataclasses.dataclass(frozen=True)
 class Trained:
     """The result of a stage: its last state, or with keep_best that of the best checkpoint."""
@@ -223,8 +231,8 @@ class Trained:
 def train(job: Job, feed: Feed) -> Trained:
     """Train a stage, from its latest checkpoint if it has one.
 
-    Raises Interrupted after a signal, and FloatingPointError at the first loss or gradient that is
-    not finite.
+    Raises Interrupted after a signal, and Diverged at the first loss or gradient that is not
+    finite.
     """
     programs = job.programs
     # What a checkpoint holds is known before anything is loaded.
@@ -640,7 +648,7 @@ class _Recorder:
         # For the report. A disk that is full is not what stopped the run.
         with contextlib.suppress(OSError):
             write_json(self._job.folder / STOPPED, dict(reason=reason))
-        raise FloatingPointError(reason)
+        raise Diverged(self._job.name, reason)
 
 
 def _evaluations(folder: pathlib.Path) -> dict[int, dict[str, float]]:

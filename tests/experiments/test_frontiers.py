@@ -291,14 +291,14 @@ def test_tables_are_of_finished_runs():
         row("β=1", 0, 0.5, **on_the_way),
         row("β=1", 0, 1.0, prompts="test"),
         row("β=1", 1, 0.6, **on_the_way),
-        row("β=2", 0, 0.4, **on_the_way),
-        row("β=2", 1, 0.3, **on_the_way) | dict(step=2),
+        row("β=2", 0, 0.4, **on_the_way) | dict(step=2),
+        row("β=2", 1, 0.3, **on_the_way),
     ]
     finished = frontier_file.of_finished_runs(rows)
     assert finished == rows[:3]
     _, found = frontier_file.over_seeds(finished)
     assert (found["parameter"], found["seeds"], found["reward"]) == ("β=1", 1, 1.0)
-    assert frontier_file.drawn(rows) == [*rows[:3], rows[4]]
+    assert frontier_file.drawn(rows) == [*rows[:3], rows[5]]  # the furthest
     both = [*rows[:4], row("β=1", 1, 2.0, prompts="test")]
     assert frontier_file.of_finished_runs(both) == frontier_file.drawn(both) == both
 

@@ -270,6 +270,15 @@ def test_a_run_that_diverges_is_left_out(model, pairs, tmp_path, capsys):
         sweep.run(config, str(tmp_path / "all"), ["dpo.lr=1e38,9e37"])
 
 
+def test_a_shared_stage_that_diverges_is_tried_once(tmp_path, capsys):
+    config = files.small_config("dpo")
+    config.sft.update(lr=1e38, max_grad_norm=0.0, optimizer="sgd", warmup_steps=0)
+    with on_devices(1), pytest.raises(FloatingPointError, match="sft stopped at step"):
+        sweep.run(config, str(tmp_path), ["dpo.beta=0.1,1", "dpo.seed=0,1"])
+    out = capsys.readouterr().out
+    assert out.count("sft: self-check") == 1 and out.count("---") == 4
+
+
 def test_sweep_with_nothing_held_out(model, pairs, tmp_path, capsys):
     config = dpo_config(model, pairs)
     config.data.eval_fraction = 0.0

@@ -447,6 +447,24 @@ def test_plot_panels_draws_the_error_of_sampled_prompts(tmp_path):
     assert {bars["label"] for _, bars in drawn} == {"95 % interval over prompts"}
 
 
+def test_plot_has_hollow_points_for_runs_that_have_not_finished(tmp_path, monkeypatch):
+    """Of two runs, the one that was measured on validation prompts is still going."""
+    about = dict(panel="a", method="dpo", seed=0, step=9, reward=1.0)
+    rows = [
+        about | dict(parameter="β=1", kl=1.0, prompts="test"),
+        about | dict(parameter="β=2", kl=0.5, prompts="validation"),
+    ]
+    figures = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: figures.append(figure))
+    curve = Curve(np.array([0.0, 2.0]), np.array([0.0, 3.0]))
+    plots.panels(tmp_path / "one.png", rows, {"a": curve}, {"a": ""}, curve_name="")
+    points = {}
+    for line in figures[0].axes[0].lines:
+        if line.get_label().startswith("DPO"):
+            points[line.get_xdata()[0]] = line.get_label(), line.get_fillstyle()
+    assert points == {1.0: ("DPO", "full"), 0.5: ("DPO, not finished", "none")}
+
+
 def test_plot_labels_hide_nothing(drawn):
     from matplotlib.text import Text
 
