@@ -810,7 +810,7 @@ def of_toy_frontier() -> list[str]:
         f"({uncertain}).",
         f"ahead at 2 nats, by {-float(ahead['behind']):.2f} (p {float(ahead['p_holm']):.3f}).",
         f"{len(trained)} runs and {len(reward_models)} reward models",
-        f"{more_than('unlikelihood')} more of it than unlikelihood and "
+        f"it takes {more_than('unlikelihood')} more computation than unlikelihood and "
         f"{more_than('preferred_ft')} more than Preferred-FT.",
         "off the frontier at α 0.5, and degenerates at α 1 (gaps of "
         f"{mean('gap', 'a', 'unlikelihood', 'α=0.5'):.2f} and "
