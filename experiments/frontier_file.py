@@ -183,7 +183,7 @@ def over_seeds(rows: list[dict]) -> list[dict]:
 def at_matched_kl(
     rows: list[dict], curves: dict[str, Curve], closed_forms: ClosedForms | None = None
 ) -> list[dict]:
-    """Return rewards at MATCHED_KLS, and by how much they are less than DPO's, seed by seed.
+    """Return rewards at MATCHED_KLS, and by how much they are less than DPO's.
 
     A method's path at a seed goes from the reference through the ends of its runs, by their KL.
     Where rows have their gap to an exact curve, the gap is interpolated, and else the reward, both
@@ -191,9 +191,10 @@ def at_matched_kl(
     through fewer points would be another. Left out are methods that do not reach a KL with each of
     them.
 
-    Differences are over the seeds that both methods have. Where rewards are measured on samples,
-    their intervals are over prompts, and differences have none, nor a p: `comparisons` has the
-    prompts of trained runs for that. The p-values of a panel are adjusted together, by Holm.
+    Differences are over the seeds that both methods have, seed by seed. Where rewards are measured
+    on samples, their intervals are over prompts. Differences are then those of the means over all
+    seeds, and have no interval, nor a p: `comparisons` has the prompts of trained runs for that.
+    The p-values of a panel are adjusted together, by Holm.
     """
     found = []
     for panel in dict.fromkeys(row["panel"] for row in rows):
@@ -280,6 +281,11 @@ def _behind(compared: dict[int | None, dict], at_seeds: dict[int | None, dict]) 
 
     What is not trained is the same beside every seed of the other.
     """
+    if any("reward_se" in point for point in (*compared.values(), *at_seeds.values())):
+        means = []
+        for points in (compared, at_seeds):
+            means.append(statistics.over_seeds(list(points.values()), "reward")["reward"])
+        return dict(behind=means[0] - means[1])
     if None in at_seeds:
         at_seeds = dict.fromkeys(compared, at_seeds[None])
     shared = [seed for seed in compared if seed in at_seeds]
@@ -289,8 +295,6 @@ def _behind(compared: dict[int | None, dict], at_seeds: dict[int | None, dict]) 
     found = statistics.paired_difference(
         [first["reward"] for first, _ in points], [second["reward"] for _, second in points]
     )
-    if any("reward_se" in point for pair in points for point in pair):
-        return dict(behind=found["difference"])
     row = dict(behind=found["difference"], p=found["p"])
     if found["low"] is not None:
         row |= dict(behind_low=found["low"], behind_high=found["high"], interval_unit="seeds")

@@ -336,6 +336,7 @@ def test_sampled_rewards_at_equal_kl_have_intervals_over_prompts():
     rows = [run_end("reference", None, 0.0, reward=0.0, reward_se=0.02)]
     for seed in (0, 1):
         rows.append(run_end("dpo", seed, 1.0, reward=1.0 + seed, reward_se=0.03))
+    rows.append(run_end("ppo", 0, 1.0, reward=0.8, reward_se=0.03))
     rows.append(run_end("best_of_n", None, 1.0, reward=0.9, reward_se=0.05))
     found = frontier_file.at_matched_kl(rows, {"a": CURVE})
     at_1 = {row["method"]: row for row in found if row["kl"] == 1.0}
@@ -346,6 +347,8 @@ def test_sampled_rewards_at_equal_kl_have_intervals_over_prompts():
     assert at_1["best_of_n"]["seeds"] is None and at_1["best_of_n"]["p"] is None
     assert at_1["best_of_n"]["behind"] == pytest.approx(0.6)
     assert "behind_low" not in at_1["best_of_n"]
+    # Over all seeds, as the rewards beside it are.
+    assert at_1["ppo"]["behind"] == pytest.approx(0.7)
 
 
 def test_committed_tables_are_those_of_the_rows():

