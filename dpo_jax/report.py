@@ -2,8 +2,9 @@
 
 Writes WORKDIR/report.html, which `train` and `sweep` also write when they end: curves of training
 and evaluation, what they point to, the data's ledger, completions of policy and reference, and what
-differs from the config's defaults. Runs of the same stage are drawn one over the other. A run that
-is still going is shown as far as it is. The page is one file that loads nothing from elsewhere.
+differs from the config's defaults. Runs of the same stage, also those in the folders of a sweep,
+are drawn one over the other. A run that is still going is shown as far as it is. The page is one
+file that loads nothing from elsewhere.
 
 With several WORKDIRs, --out says where the page goes. Reads only, apart from the page, and needs no
 device.
@@ -46,7 +47,7 @@ def records_of(workdir: pathlib.Path, prefix: str = "") -> list[Record]:
         if not (folder / "config.json").exists():
             continue
         try:
-            found.append(runs.read_stage(folder))
+            found.append(runs.read_stage(folder, workdir))
         except (ValueError, OSError) as error:
             damaged.append(_unreadable(f"{prefix}{folder.relative_to(workdir)}", error))
     found.sort(key=runs.order)

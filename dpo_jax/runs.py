@@ -1,9 +1,9 @@
 """List runs: dpo-jax runs [WORKDIR]
 
 Without WORKDIR, lists the folders under runs/ that hold runs. With it, prints a line for each
-stage that has run there: the folder, the last loss and accuracy, reward and KL where they were
-measured, whether it finished or at which step it stopped, and which of its fields differ from the
-config's defaults. Reads only, and needs no device.
+stage that has run there, also in the folders of a sweep: the folder, the last loss and accuracy,
+reward and KL where they were measured, whether it finished or at which step it stopped, and which
+of its fields differ from the config's defaults. Reads only, and needs no device.
 
 Loss and accuracy are of the last evaluation on held-out examples; a star marks those of a training
 batch. Defaults are those of the config that comes with dpo_jax if WORKDIR bears its name
@@ -41,6 +41,7 @@ class StageRun:
     """A stage in a WORKDIR, as its files tell."""
 
     folder: pathlib.Path
+    name: str  # the folder under WORKDIR: dpo, round_2/dpo, pairs.prompts1000/dpo
     stage: str
     config: ConfigDict  # the whole config that the stage was started with
     depends_on: dict  # dotted field -> value, of what the result depends on
@@ -54,14 +55,8 @@ class StageRun:
     def round(self) -> int:
         return self.depends_on.get("rounds", 1)
 
-    @property
-    def name(self) -> str:
-        """The folder under WORKDIR: dpo, round_2/dpo."""
-        name = self.folder.name
-        return f"{self.folder.parent.name}/{name}" if self.round > 1 else name
 
-
-def read_stage(folder: pathlib.Path) -> StageRun:
+def read_stage(folder: pathlib.Path, workdir: pathlib.Path) -> StageRun:
     """Read the files of a stage's folder; ValueError or OSError if they are not a stage's."""
     started = _read_object(folder / "config.json")
     for name, kind in (("stage", str), ("depends_on", dict), ("config", dict)):
@@ -76,6 +71,7 @@ def read_stage(folder: pathlib.Path) -> StageRun:
     metrics = folder / "metrics.jsonl"
     return StageRun(
         folder=folder,
+        name=folder.relative_to(workdir).as_posix(),
         stage=started["stage"],
         config=ConfigDict(started["config"]),
         depends_on=started["depends_on"],
@@ -269,7 +265,7 @@ def table(workdir: pathlib.Path) -> str:
             others.append(name)
             continue
         try:
-            runs.append(read_stage(folder))
+            runs.append(read_stage(folder, workdir))
         except (ValueError, OSError) as error:
             problems.append(f"{name}: cannot be read: {error}")
     runs.sort(key=order)
@@ -293,22 +289,35 @@ def table(workdir: pathlib.Path) -> str:
 
 
 def folders(workdir: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yield the folders in a WORKDIR and in those of its later rounds."""
+    """Yield the folders in a WORKDIR, in those of its later rounds, and in the WORKDIRs within.
+
+    A sweep leaves such WORKDIRs. What one of them shares by a link is not yielded again.
+    """
     for folder in workdir.iterdir():
         if not folder.is_dir():
             continue
         is_stage = (folder / "config.json").exists()
         if configs.is_round_folder(folder.name) and not is_stage:
             yield from (inner for inner in folder.iterdir() if inner.is_dir())
+        elif not is_stage and any(map(_is_stage, folder.iterdir())):
+            yield from (inner for inner in folders(folder) if not inner.is_symlink())
         else:
             yield folder
+
+
+def _is_stage(folder: pathlib.Path) -> bool:
+    """Return whether a folder is a stage's; that of a model has a config.json, too."""
+    try:
+        return "stage" in _read_object(folder / "config.json")
+    except (ValueError, OSError):
+        return False
 
 
 def order(run: StageRun) -> tuple:
     """Order stages as they run, and names by the numbers in them: dpo-beta0.5 before dpo-beta5."""
     stages = list(STAGES)
     place = stages.index(run.stage) if run.stage in stages else len(stages)
-    parts = re.split(r"(\d+(?:\.\d+)?(?:e-?\d+)?)", run.folder.name)
+    parts = re.split(r"(\d+(?:\.\d+)?(?:e-?\d+)?)", run.name)
     numbered = [(float(part), "") if part[:1].isdigit() else (-1.0, part) for part in parts]
     return run.round, place, numbered
 

@@ -19,7 +19,7 @@ can be swept, and is averaged over: the result is a table with mean and 95 % int
 WORKDIR/sweep_FIELD.csv, .md and .tex, and the curves in sweep_FIELD.png and .pdf. Seeds that
 diverge are not in the mean; the column seeds counts the others. The table has what training
 measured; a seed that training does not read, such as evaluate.seed, makes no other run of it.
-report.html, in WORKDIR and in each of these folders, has all there is to see of its runs.
+WORKDIR/report.html has all there is to see of all runs; each of the folders has a page of its own.
 
 Values that have commas of their own, as mixtures of losses do, are separated by semicolons:
 
@@ -320,7 +320,8 @@ def run(
     errors = {}  # stage, all that it depends on -> how it diverged
     workdirs = [os.path.join(workdir, point.folder) if point.folder else workdir for point in swept]
     with contextlib.ExitStack() as ends:
-        for of_runs in dict.fromkeys(workdirs):
+        # That of WORKDIR, which has all of them, is written last.
+        for of_runs in dict.fromkeys([workdir, *workdirs]):
             ends.enter_context(report.at_end(of_runs))
         folder = ends.enter_context(open_workdir(workdir))
         processes.from_first(functools.partial(share_stages, folder, config, swept))

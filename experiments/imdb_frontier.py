@@ -201,7 +201,7 @@ def rows_of(folder: pathlib.Path, config, run: Run) -> list[dict]:
     from dpo_jax.training.metrics import read_rows
 
     names = configs.folder_names(config)
-    trained = runs.read_stage(folder / names[run.stage])
+    trained = runs.read_stage(folder / names[run.stage], folder)
     about = dict(
         panel=PANEL,
         method=run.method,
@@ -475,7 +475,7 @@ def refuse_other_prompts(make_config, folder: pathlib.Path, config) -> None:
 
     made = {run: config_of(make_config, run) for run in runs_in(folder)}
     for _, evaluated in evaluated_runs(folder, made):
-        found = runs.read_stage(evaluated).depends_on["evaluate.prompts"]
+        found = runs.read_stage(evaluated, folder).depends_on["evaluate.prompts"]
         if found != config.evaluate.prompts:
             raise ValueError(
                 f"config.evaluate.prompts = {config.evaluate.prompts}, and {evaluated} has "

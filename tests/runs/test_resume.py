@@ -217,4 +217,4 @@ def test_run_that_loses_patience_ends_early_and_resumes_exactly(fields, tmp_path
     assert "resuming after step 12" in capsys.readouterr().out
     assert rows_without_timings(whole) == before
     assert json.loads((whole / "done.json").read_text())["early_stop"] == expected
-    assert ", early at step 12 of 40" in runs.status(runs.read_stage(whole))
+    assert ", early at step 12 of 40" in runs.status(runs.read_stage(whole, whole.parent))

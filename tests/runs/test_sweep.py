@@ -11,7 +11,7 @@ import pytest
 from matplotlib import axes as axes_class
 
 from configs import toy
-from dpo_jax import sweep
+from dpo_jax import report, sweep
 from dpo_jax.evaluation import plots
 from dpo_jax.training.metrics import read_rows
 from tests.faults import files
@@ -255,6 +255,11 @@ def test_sweep_of_an_earlier_stage_and_of_seeds(tmp_path, capsys):
     assert low < mean < high
     for suffix in (".png", ".pdf", ".md", ".tex"):
         assert (tmp_path / f"sweep_pairs.prompts-dpo.seed{suffix}").stat().st_size > 100
+    # WORKDIR's page has all runs, and what they share once.
+    names = [record.name for record in report.records_of(tmp_path)]
+    assert [name for name in names if name.endswith("sft")] == ["sft"]
+    assert {"dpo", "dpo-seed1", "pairs.prompts20/dpo", "pairs.prompts20/dpo-seed1"} < {*names}
+    assert "pairs.prompts20/dpo-seed1" in (tmp_path / "report.html").read_text()
 
 
 def test_a_run_that_diverges_is_left_out(model, pairs, tmp_path, capsys):

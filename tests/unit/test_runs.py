@@ -186,6 +186,21 @@ def command(*arguments, cwd):
     )
 
 
+def test_runs_of_a_sweep_are_listed_and_what_they_share_once(workdir):
+    """Folders within that hold no stage, such as one of models, are none of its WORKDIRs."""
+    write_stage(workdir, "sft", "sft")
+    for prompts in (1000, 200):
+        within = workdir / f"pairs.prompts{prompts}"
+        write_stage(within, "dpo", "dpo")
+        (within / "sft").symlink_to(os.path.join("..", "sft"))
+    (workdir / "models" / "small").mkdir(parents=True)
+    (workdir / "models" / "small" / "config.json").write_text('{"model_type": "llama"}')
+    lines = lines_of(workdir)
+    listed = [name for name in lines if name.rpartition("/")[2] in ("sft", "dpo")]
+    assert listed == ["sft", "pairs.prompts200/dpo", "pairs.prompts1000/dpo"]
+    assert lines["other"] == ["folders:", "models"]
+
+
 def test_overview_of_folder(tmp_path):
     write_stage(tmp_path / "runs" / "toy", "sft", "sft", done={})
     write_stage(tmp_path / "runs" / "toy", "dpo", "dpo")
