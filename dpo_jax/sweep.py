@@ -212,15 +212,24 @@ def _all_of(config: ConfigDict, stage: str) -> str:
     return json.dumps(configs.dependencies(config, stage), sort_keys=True)
 
 
-def _all_of_last_round(config: ConfigDict, stage: str) -> str:
-    return _all_of(configs.of_round(config, config.rounds), stage)
+def attempt(
+    config: ConfigDict, workdir: str | os.PathLike, errors: dict[tuple[str, str], Diverged]
+) -> None:
+    """Run the stages of a config, unless one of them has diverged in another run.
 
-
-def _raise_known(errors: dict[tuple[str, str], Diverged], config: ConfigDict) -> None:
-    """Raise the error of a stage of the config that has diverged in another run."""
-    for stage in stage_table.training_stages(config):
-        if error := errors.get((stage, _all_of_last_round(config, stage))):
+    errors: how stages diverged, by their names and all that they depend on; takes that of this run.
+    Raises Diverged, at once for a stage in errors.
+    """
+    last_round = configs.of_round(config, config.rounds)
+    for stage in stage_table.training_stages(last_round):
+        error = errors.get((stage, _all_of(last_round, stage)))
+        if error:
             raise error
+    try:
+        run_stages(config, workdir)
+    except Diverged as error:
+        errors[error.stage, _all_of(last_round, error.stage)] = error
+        raise
 
 
 def trained_once(runs: list[tuple[Point, list[dict]]]) -> list[tuple[Point, list[dict]]]:
@@ -317,7 +326,7 @@ def run(
     fields = list(swept[0].values)
     runs = []
     diverged = []
-    errors = {}  # stage, all that it depends on -> how it diverged
+    errors = {}
     workdirs = [os.path.join(workdir, point.folder) if point.folder else workdir for point in swept]
     with contextlib.ExitStack() as ends:
         # That of WORKDIR, which has all of them, is written last.
@@ -328,10 +337,8 @@ def run(
         for point in swept:
             say(f"--- {point.shown}")
             try:
-                _raise_known(errors, point.config)
-                run_stages(point.config, folder / point.folder)
+                attempt(point.config, folder / point.folder, errors)
             except Diverged as error:
-                errors[error.stage, _all_of_last_round(point.config, error.stage)] = error
                 diverged.append(point.shown)
                 if len(diverged) == len(swept):
                     raise

@@ -185,11 +185,11 @@ def at_matched_kl(
 ) -> list[dict]:
     """Return rewards at MATCHED_KLS, and by how much they are less than DPO's.
 
-    A method's path at a seed goes from the reference through the ends of its runs, by their KL.
-    Where rows have their gap to an exact curve, the gap is interpolated, and else the reward, both
-    over sqrt(KL); a closed form is read as it is. Only the seeds with the most runs count: a path
-    through fewer points would be another. Left out are methods that do not reach a KL with each of
-    them.
+    A method's path at a seed goes through the ends of its runs, by their KL. Where rows have their
+    gap to an exact curve, the gap is interpolated, and else the reward, both over sqrt(KL); a
+    closed form is read as it is. Only the seeds with the most runs count: a path through fewer
+    points would be another. A method is left out at a KL where one of them has no run on either
+    side: between the reference and a method's first run, it would be that run alone, scaled.
 
     Differences are over the seeds that both methods have, seed by seed. Where rewards are measured
     on samples, their intervals are over prompts. Differences are then those of the means over all
@@ -212,14 +212,13 @@ def at_matched_kl(
 def _at_kls_of_panel(
     panel: str, rows: list[dict], curve: Curve, closed_forms: dict[str, Curve]
 ) -> list[dict]:
-    (start,) = [row for row in rows if row["method"] == "reference"]
     last = ends(rows)
     found = []
     for kl in MATCHED_KLS:
         # method -> the rows at this KL, by seed; None: what is not trained.
         at_kl = {}
         for method in SWEPT:
-            paths = _paths(start, [row for row in last if row["method"] == method])
+            paths = _paths([row for row in last if row["method"] == method])
             at_seeds = {seed: _point_at(path, kl, curve) for seed, path in paths.items()}
             if method in closed_forms:
                 at_seeds = {None: dict(reward=_read(closed_forms[method], kl))}
@@ -236,8 +235,8 @@ def _at_kls_of_panel(
     return found
 
 
-def _paths(start: dict, rows: list[dict]) -> dict[int | None, list[dict]]:
-    """Return a method's path for each of the seeds that have the most runs, from the reference on.
+def _paths(rows: list[dict]) -> dict[int | None, list[dict]]:
+    """Return a method's path for each of the seeds that have the most runs.
 
     What is not trained has the seed None.
     """
@@ -245,11 +244,7 @@ def _paths(start: dict, rows: list[dict]) -> dict[int | None, list[dict]]:
     for row in rows:
         of_seeds.setdefault(row["seed"], []).append(row)
     most = max(map(len, of_seeds.values()), default=0)
-    return {
-        seed: [start, *sorted(runs, key=_kl)]
-        for seed, runs in of_seeds.items()
-        if len(runs) == most
-    }
+    return {seed: sorted(runs, key=_kl) for seed, runs in of_seeds.items() if len(runs) == most}
 
 
 def _point_at(path: list[dict], kl: float, curve: Curve) -> dict:

@@ -311,7 +311,7 @@ def completions_page(folder: pathlib.Path, made: dict) -> str:
 
 def _as_code(text: str) -> str:
     """Return a text as one line of code in Markdown."""
-    line = repr(text)[1:-1]
+    line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
     without_backticks = line.replace("`", "'")
     return f"`{without_backticks}`"
 
@@ -439,11 +439,13 @@ def run(
     make_config: method -> config. patterns: of the runs to make. Raises ValueError as `chosen` and
     `refuse_other_prompts`.
     """
-    from dpo_jax import config_checks
+    from dpo_jax import config_checks, sweep
     from dpo_jax.console import say
     from dpo_jax.pipeline.stages import run_stages
+    from dpo_jax.training.loop import Diverged
 
     folder = pathlib.Path(workdir)
+    errors = {}
     for of_run in chosen(patterns, seeds):
         config = config_of(make_config, of_run)
         config_checks.validate(config)
@@ -451,7 +453,11 @@ def run(
         done = (folder / of_run.name / "done.json").exists()
         say(f"{of_run.name:<22}{'done' if done else cost(config, of_run.stage)}")
         if not dry_run:
-            attempt(run_stages, config, workdir)
+            # One that diverges is drawn as far as it came; the others are still made.
+            try:
+                sweep.attempt(config, workdir, errors)
+            except Diverged as error:
+                say(f"{config.run}: {error}")
             report(make_config, folder)
     if any(fnmatch.fnmatch(BEST_OF_N, pattern) for pattern in patterns):
         config = make_config(BEST_OF_N)
@@ -482,16 +488,6 @@ def refuse_other_prompts(make_config, folder: pathlib.Path, config) -> None:
                 f"{found}: expected the same in every run, as they are compared prompt by prompt. "
                 f"Give --config.evaluate.prompts={found}, or another --workdir."
             )
-
-
-def attempt(run_stages, config, workdir: str) -> None:
-    """Make a run. One that diverges is drawn as far as it came; the others are still made."""
-    from dpo_jax.console import say
-
-    try:
-        run_stages(config, workdir)
-    except FloatingPointError as error:
-        say(f"{config.run}: {error}")
 
 
 def main():

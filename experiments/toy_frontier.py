@@ -12,7 +12,7 @@ order of the data. Every run is an ordinary run of dpo_jax.train in DIR/PANEL-SE
 are reused. Runs of one process share their compiled steps. Writes DIR/frontier.json, with a row per
 run and checkpoint, DIR/frontier.png and .pdf, and as .csv, .md and .tex three tables: DIR/frontier,
 the ends of all runs over seeds; DIR/matched_kl, all methods at equal KLs; and DIR/costs, what a run
-of each method takes (on the first seed of the first panel), beside its reward at 1 nat there, the
+of each method takes (on the first seed of the first panel), beside its reward at 2 nats there, the
 mean over seeds.
 """
 
@@ -47,7 +47,7 @@ BEST_OF = (1, 4, 16, 64, 128)
 # Of best of N between those, at which rewards at equal KL are read.
 CLOSED_NS = np.geomspace(1, max(BEST_OF), 60)
 RM_BETAS = (5.0, 2.0, 1.0, 0.5, 0.25)  # for the optimal policies of the learned reward
-COSTS_KL = 1.0  # nats, at which the table of costs has the methods' rewards
+COSTS_KL = 2.0  # nats, at which the table of costs has the methods' rewards
 # Panels whose labels have a likeliest reward, and one of the same form as the true one.
 LIKELIEST = ("a",)
 # Methods whose points are to lie at the optimum of the true reward.
@@ -237,7 +237,7 @@ def write_costs(workdir: str, panel: str, methods: list[str], sft: str, at_match
     found = cost_table.rows_of(pathlib.Path(workdir) / f"{panel}-0", runs)
     for row in found:
         row["reward"] = at_kl.get(row["method"])
-    column = tables.Column(f"reward at {COSTS_KL:g} nat, mean over seeds", "reward", "z.3f")
+    column = tables.Column(f"reward at {COSTS_KL:g} nats, mean over seeds", "reward", "z.3f")
     tables.write(pathlib.Path(workdir) / "costs", found, [*cost_table.COLUMNS, column])
 
 
