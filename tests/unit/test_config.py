@@ -254,7 +254,7 @@ def test_configs_rm_and_ppo_share_a_reward_model():
     config_checks.validate(of_others)
 
 
-@pytest.mark.parametrize("module", [imdb, imdb_small, toy])
+@pytest.mark.parametrize("module", [imdb, imdb_small, imdb_smollm2, toy])
 def test_trl_ppo_differs_from_ppo_gt_by_trls_settings(module):
     """In its own block alone; what the paper does not have of TRL stays the run's."""
     ours, trls = module.get_config("ppo_gt"), module.get_config("ppo_gt_trl")
@@ -262,8 +262,9 @@ def test_trl_ppo_differs_from_ppo_gt_by_trls_settings(module):
     assert (trls.ppo.batch_size, trls.ppo.minibatch_size, trls.ppo.inner_epochs) == (256, 16, 4)
     assert trls.ppo.steps * trls.ppo.batch_size == ours.ppo.steps * ours.ppo.batch_size
     assert trls.ppo.epochs == ours.ppo.epochs
-    if module is imdb:
-        assert configs.TRL_PPO.items() <= trls.ppo.to_dict().items()
+    own = dict(kl_horizon=1000) if module is imdb_smollm2 else {}
+    if module in (imdb, imdb_smollm2):
+        assert (configs.TRL_PPO | own).items() <= trls.ppo.to_dict().items()
     trls.ppo = ours.ppo
     assert trls.to_dict() == ours.to_dict()
 

@@ -999,10 +999,8 @@ def of_imdb_smollm2() -> list[str]:
     ledger = measured("imdb_smollm2/ledger.json")
     leaks = ledger["evaluate"]["leaks"]
 
-    of_dpo = [
-        row["kl"] for row in found.values() if row["method"] == "dpo"
-    ]  # from the smallest β on
-    assert of_dpo == sorted(of_dpo, reverse=True), "a smaller β goes further"
+    kls = [row["kl"] for row in found.values() if row["method"] == "dpo"]  # from the smallest β on
+    assert kls == sorted(kls, reverse=True), "a smaller β goes further"
     near = compared["dpo", "β=0.05"]
     assert float(near["behind_low"]) < 0 < float(near["behind_high"]), "not told apart"
 
@@ -1024,6 +1022,11 @@ def of_imdb_smollm2() -> list[str]:
     of_pairs = ledger["pairs"]["train"]["pairs"]
     assert float(costs["ppo_gt"]["samples"]) == 2 * of_pairs
     start = found["reference", ""]["reward"], found["best_of_n", "N=1"]["reward"]
+
+    finished = frontier_file.of_finished_runs(measured("imdb_smollm2/frontier.json")["rows"])
+    of_dpo = [row for row in frontier_file.ends(finished) if row["method"] == "dpo"]
+    errors = [row["reward_se"] for row in of_dpo]
+    deviations = [row["reward_sd"] for row in found.values() if row["method"] == "dpo"]
 
     others = compared["unlikelihood", "α=0.05"], compared["preferred_ft", ""]
     far = [_interval(row, "behind") for row in others]
@@ -1061,6 +1064,8 @@ def of_imdb_smollm2() -> list[str]:
         f"For the first that cannot be told: {change(of_true)}.",
         f"there is one of {start[0] - start[1]:.3f} at KL 0 already: on its 64 prompts, a quarter "
         f"of the 256, SFT has {start[1]:.3f}.",
+        f"standard deviations of {span(deviations, '{:.3f}')} in their reward, while the errors "
+        f"over prompts are {span(errors, '{:.3f}')}.",
         f"their first 64 tokens ({ledger['sft']['read_tokens']:,} in all)",
         f"perplexity {np.exp(before):.1f} before and {np.exp(after):.1f} after "
         f"({before:.3f} and {after:.3f} nats a token",
