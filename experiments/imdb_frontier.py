@@ -19,8 +19,8 @@ each will cost. --config.FIELD=VALUE changes a field of every run that has it.
 After each run the results of all runs in DIR are written: frontier.json, with a row per run and
 checkpoint and the optimum's curve (see frontier_file.py), frontier.png and .pdf; as .csv, .md and
 .tex the tables frontier (the ends, over seeds), comparisons (on the same prompts, and at equal KL),
-matched_kl (methods at equal KL) and costs; and completions.md, what each run says to the first
-prompts.
+matched_kl (methods at equal KL) and costs; prompts.csv, reward and KL of each run at each test
+prompt; and completions.md, what each run says to the first prompts.
 """
 
 import fnmatch
@@ -247,39 +247,64 @@ def evaluated_runs(folder: pathlib.Path, made: dict) -> Iterator[tuple[Run, path
             yield run, evaluated
 
 
-def ends_of(folder: pathlib.Path, made: dict) -> tuple[list, np.ndarray | None, list[str] | None]:
-    """Return the ends of finished runs in each row, the reference's rewards there, the prompts.
+def rows_of_prompts(folder: pathlib.Path, made: dict) -> list[dict]:
+    """Return reward and KL of finished runs and of the reference at each test prompt.
 
-    made: Run -> its config. Seeds of a run are averaged, row by row.
+    made: Run -> its config. Each row has run, method, parameter, prompt, reward and kl. prompt is a
+    number, equal for equal prompts. The reference comes first. Raises ValueError where a run was
+    evaluated on other prompts than those before it.
     """
     from dpo_jax.workdir import COMPLETIONS, REFERENCE_COMPLETIONS, read_lines
-    from experiments.comparisons import End
 
-    reference_U = None
     prompts = None
-    grouped = {}
+    rows = []
+
+    def add(run: str, method: str, parameter: str, completions: list[dict]) -> None:
+        for prompt, completion in zip(numbers, completions, strict=True):
+            of_run = dict(run=run, method=method, parameter=parameter, prompt=prompt)
+            rows.append(of_run | dict(reward=completion["reward"], kl=completion.get("kl")))
+
     for run, evaluated in evaluated_runs(folder, made):
         completions = read_lines(evaluated / COMPLETIONS)
         texts = [row["prompt"] for row in completions]
         if prompts is None:
             prompts = texts
-            reference = read_lines(evaluated / REFERENCE_COMPLETIONS)
-            reference_U = np.array([row["reward"] for row in reference])
+            numbers = [texts.index(text) for text in texts]
+            add("reference", "reference", "", read_lines(evaluated / REFERENCE_COMPLETIONS))
         if texts != prompts:
             raise ValueError(
                 f"{evaluated} has other prompts than the runs before it: expected the same in "
                 "every run, which are compared prompt by prompt. Make it again with their "
                 "config.evaluate.prompts and config.data."
             )
-        grouped.setdefault((run.method, run.parameter), []).append(completions)
+        add(run.name, run.method, run.parameter, completions)
+    return rows
+
+
+def ends_of(rows: list[dict]) -> tuple[list, np.ndarray | None, list[int] | None]:
+    """Return the ends of finished runs at each prompt, the reference's rewards there, the prompts.
+
+    rows: as of `rows_of_prompts`. Seeds of a run are averaged, prompt by prompt.
+    """
+    from experiments.comparisons import End
+
+    runs = {}
+    for row in rows:
+        runs.setdefault((row["method"], row["parameter"]), {}).setdefault(row["run"], []).append(
+            row
+        )
+    if not runs:
+        return [], None, None
+    (reference,) = runs.pop(("reference", "")).values()
     ends = []
-    for (method, parameter), seeds in grouped.items():
+    for (method, parameter), seeds in runs.items():
         means = {}
         for name in ("reward", "kl"):
-            of_seeds = [[row[name] for row in completions] for completions in seeds]
+            of_seeds = [[row[name] for row in of_seed] for of_seed in seeds.values()]
             means[name] = np.mean(of_seeds, axis=0)
         ends.append(End(method, parameter, means["reward"], means["kl"], len(seeds)))
-    return ends, reference_U, prompts
+    reference_U = np.array([row["reward"] for row in reference])
+    return ends, reference_U, [row["prompt"] for row in reference]
 
 
 def completions_page(folder: pathlib.Path, made: dict) -> str:
@@ -384,7 +409,8 @@ def report(make_config, folder: pathlib.Path) -> None:
     rows = []
     for run, config in made.items():
         rows += rows_of(folder, config, run)
-    ends, reference_U, prompts = ends_of(folder, made)
+    of_prompts = rows_of_prompts(folder, made)
+    ends, reference_U, prompts = ends_of(of_prompts)
     of_best, optimum = best_of_n(folder)
     start = reference_row(folder, made, of_best, reference_U, prompts)
     if start is None:
@@ -415,6 +441,9 @@ def report(make_config, folder: pathlib.Path) -> None:
                 row |= comparisons.settling(kls_of_seeds)
         of_dpo = comparisons.columns(f"DPO {baseline[1]}")
         tables.write(folder / "comparisons", compared, of_dpo)
+        columns = [tables.Column(name, name) for name in of_prompts[0]]
+        text = tables.to_csv(of_prompts, columns)
+        (folder / "prompts.csv").write_text(text, encoding="utf-8")
         (folder / "completions.md").write_text(completions_page(folder, made), encoding="utf-8")
 
     trained = {}

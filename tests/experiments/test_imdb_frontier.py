@@ -89,6 +89,7 @@ def test_report_of_the_runs_that_are_done(tmp_path, make_config):
     for seed in (0, 1):
         plant(tmp_path, make_config, Run("dpo", 0.1, seed), 2.0, 0.8)
     plant(tmp_path, make_config, Run("dpo", 1.0), 0.5, 0.6)
+    plant(tmp_path, make_config, Run("ppo", 6.0), 0.75, 0.55)
     plant(tmp_path, make_config, Run("ppo", 3.0), 1.25, 0.6)
     plant(tmp_path, make_config, Run("preferred_ft", None), 0.1, 0.52)
     imdb_frontier.report(make_config, tmp_path)
@@ -100,10 +101,12 @@ def test_report_of_the_runs_that_are_done(tmp_path, make_config):
         ("dpo", 0.1, 5),
         ("dpo", 0.1, 6),
         ("dpo", 1.0, 5),
+        ("ppo", 6.0, 5),
         ("ppo", 3.0, 5),
         ("preferred_ft", None, 5),
     }
-    walk = [(row["step"], row["prompts"]) for row in rows if row["value"] == 1.0]
+    of_dpo = [row for row in rows if (row["method"], row["value"]) == ("dpo", 1.0)]
+    walk = [(row["step"], row["prompts"]) for row in of_dpo]
     assert walk == [(4, "validation"), (8, "test")]
     (start,) = [row for row in rows if row["method"] == "reference"]
     assert start["kl"] == 0 and start["reward"] == pytest.approx(0.5, abs=0.05)
@@ -130,6 +133,12 @@ def test_report_of_the_runs_that_are_done(tmp_path, make_config):
     assert ppo["settled"] == "no" and float(ppo["kl_change"]) == pytest.approx(0.25, abs=0.05)
     assert table["dpo", "β=0.1"]["seeds"] == "2" and table["dpo", "β=0.1"]["behind"] == ""
 
+    with open(tmp_path / "prompts.csv") as file:
+        of_prompts = list(csv.DictReader(file))
+    assert len(of_prompts) == 7 * PROMPTS  # the reference and six runs
+    of_ppo = [float(row["reward"]) for row in of_prompts if row["run"] == "ppo_3"]
+    assert np.mean(of_ppo) == pytest.approx(float(ppo["reward"]), abs=1e-12)
+
     page = (tmp_path / "completions.md").read_text()
     assert page.count("\n## ") == imdb_frontier.SHOWN
     first = page.partition("\n## `prompt 0`\n")[2].partition("\n## ")[0].split()
@@ -138,6 +147,7 @@ def test_report_of_the_runs_that_are_done(tmp_path, make_config):
         "**dpo_0.1**",
         "**dpo_1**",
         "**ppo_3**",
+        "**ppo_6**",
         "**preferred_ft_0**",
     ]
     assert r"`'ppo_3'\n0`" in first  # one line, without the marks that would end it
@@ -152,6 +162,27 @@ def test_report_of_the_runs_that_are_done(tmp_path, make_config):
     assert {row["interval_unit"] for row in ends} == {"prompts"}
     with_seeds = [row["parameter"] for row in ends if row["reward_sd"]]
     assert with_seeds == ["β=0.1"]
+
+
+def test_committed_comparisons_are_those_of_the_rows():
+    """SmolLM2's table by its own rewards and KLs at each prompt, resampled anew."""
+    folder = ROOT / "experiments" / "results" / "imdb_smollm2"
+    with open(folder / "prompts.csv") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        row |= {name: float(row[name]) for name in ("reward", "kl") if row[name]}
+    ends, reference_U, prompts = imdb_frontier.ends_of(rows)
+    found = comparisons.compare(ends, reference_U, ("dpo", "β=0.1"), prompts)
+    with open(folder / "comparisons.csv") as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == len(found) == 8
+    for row, of_rows in zip(table, found, strict=True):
+        for name, cell in row.items():
+            if not name.startswith("kl_change") and name != "settled":  # of PPO's steps
+                value = of_rows.get(name)
+                is_text = isinstance(value, str)
+                expected = "" if value is None else value if is_text else pytest.approx(value)
+                assert (float(cell) if cell and not is_text else cell) == expected, name
 
 
 def test_report_of_runs_that_have_just_begun(tmp_path, make_config):
