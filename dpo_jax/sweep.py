@@ -5,13 +5,14 @@
     dpo-jax sweep --config=toy --sweep=pairs.prompts=1000,10000
 
 Makes one run for each value, or for each combination where several fields are swept. Any field can
-be. Values of the last training stage are runs in WORKDIR, each named as `dpo-jax train` names it
-with this value (dpo-beta0.05; dpo, at the config's own value). A value of another field has a
-folder of its own, WORKDIR/pairs.prompts1000, with its own stages from the first that depends on it;
-those before, training too, are shared by a link. Finished runs are skipped, and an interrupted one
-continues. Runs share the compiled step, and for dpo the reference's log-probs, which are computed
-once and kept in WORKDIR/reference (not where dpo.ld_alpha is below 1). A run that diverges is left
-out of the results, and the others are made. Other fields are set as usual, --config.FIELD=VALUE.
+be, but for stages and run. Values of the last training stage are runs in WORKDIR, each named as
+`dpo-jax train` names it with this value (dpo-beta0.05; dpo, at the config's own value). A value of
+another field has a folder of its own, WORKDIR/pairs.prompts1000, with its own stages from the first
+that depends on it; those before, training too, are shared by a link. Finished runs are skipped, and
+an interrupted one continues. Runs share the compiled step, and for dpo the reference's log-probs,
+which are computed once and kept in WORKDIR/reference (not where dpo.ld_alpha is below 1). A run
+that diverges is left out of the results, and the others are made. Other fields are set as usual,
+--config.FIELD=VALUE.
 
 --seeds=3 makes every run with three seeds of the last training stage; it is short for
 --sweep=dpo.seed=0,1,2, where the config's own seed is 0. One seed (seed, dpo.seed, pairs.seed, ...)
