@@ -1060,8 +1060,8 @@ def of_imdb_smollm2() -> list[str]:
         f"had spent {float(costs['ppo_gt']['samples']):,.0f} completions, twice as many as DPO has "
         f"pairs: at {true['kl']:.1f} nats (true reward) and {learned['kl']:.1f} nats (reward "
         "model), of a target of 6.",
-        f"quarter of the steps its KL would change by {change(of_learned)}.",
-        f"For the first that cannot be told: {change(of_true)}.",
+        f"quarter of the steps it would change by {change(of_learned)} with the seed",
+        f"On the true reward that cannot be told: {change(of_true)}.",
         f"there is one of {start[0] - start[1]:.3f} at KL 0 already: on its 64 prompts, a quarter "
         f"of the 256, SFT has {start[1]:.3f}.",
         f"standard deviations of {span(deviations, '{:.3f}')} in their reward, while the errors "
