@@ -299,7 +299,7 @@ def folders(workdir: pathlib.Path) -> Iterator[pathlib.Path]:
         is_stage = (folder / "config.json").exists()
         if configs.is_round_folder(folder.name) and not is_stage:
             yield from (inner for inner in folder.iterdir() if inner.is_dir())
-        elif not is_stage and any(map(_is_stage, folder.iterdir())):
+        elif not (is_stage or folder.is_symlink()) and any(map(_is_stage, folder.iterdir())):
             yield from (inner for inner in folders(folder) if not inner.is_symlink())
         else:
             yield folder

@@ -20,7 +20,8 @@ can be swept, and is averaged over: the result is a table with mean and 95 % int
 WORKDIR/sweep_FIELD.csv, .md and .tex, and the curves in sweep_FIELD.png and .pdf. Seeds that
 diverge are not in the mean; the column seeds counts the others. The table has what training
 measured; a seed that training does not read, such as evaluate.seed, makes no other run of it.
-WORKDIR/report.html has all there is to see of all runs; each of the folders has a page of its own.
+WORKDIR/report.html has all there is to see of all runs; a folder such as pairs.prompts1000 has a
+page of its own.
 
 Values that have commas of their own, as mixtures of losses do, are separated by semicolons:
 
@@ -214,22 +215,23 @@ def _all_of(config: ConfigDict, stage: str) -> str:
 
 
 def attempt(
-    config: ConfigDict, workdir: str | os.PathLike, errors: dict[tuple[str, str], Diverged]
+    config: ConfigDict, workdir: str | os.PathLike, errors: dict[tuple[str, str], str]
 ) -> None:
     """Run the stages of a config, unless one of them has diverged in another run.
 
-    errors: how stages diverged, by their names and all that they depend on; takes that of this run.
-    Raises Diverged, at once for a stage in errors.
+    errors: what was said as stages diverged, by their names and all that they depend on in the last
+    round; takes that of this run. Raises Diverged, at once for a stage in errors.
     """
     last_round = configs.of_round(config, config.rounds)
     for stage in stage_table.training_stages(last_round):
-        error = errors.get((stage, _all_of(last_round, stage)))
-        if error:
-            raise error
+        reason = errors.get((stage, _all_of(last_round, stage)))
+        if reason:
+            raise Diverged(stage, reason)
     try:
         run_stages(config, workdir)
     except Diverged as error:
-        errors[error.stage, _all_of(last_round, error.stage)] = error
+        # Not the error itself, whose traceback would keep the weights.
+        errors[error.stage, _all_of(last_round, error.stage)] = str(error)
         raise
 
 

@@ -188,13 +188,13 @@ def at_matched_kl(
     A method's path at a seed goes through the ends of its runs, by their KL. Where rows have their
     gap to an exact curve, the gap is interpolated, and else the reward, both over sqrt(KL); a
     closed form is read as it is. Only the seeds with the most runs count: a path through fewer
-    points would be another. A method is left out at a KL where one of them has no run on either
-    side: between the reference and a method's first run, it would be that run alone, scaled.
+    points would be another. A method has a row at a KL only where each of these seeds has runs on
+    both sides: between the reference and a method's first run, it would be that run alone, scaled.
 
-    Differences are over the seeds that both methods have, seed by seed. Where rewards are measured
-    on samples, their intervals are over prompts. Differences are then those of the means over all
-    seeds, and have no interval, nor a p: `comparisons` has the prompts of trained runs for that.
-    The p-values of a panel are adjusted together, by Holm.
+    Differences are over the seeds that both methods have, seed by seed. Where rewards are
+    measured on samples, their intervals are over prompts. Differences are then those of the
+    means over these seeds, and have no interval, nor a p: `comparisons` has the prompts of
+    trained runs for that. The p-values of a panel are adjusted together, by Holm.
     """
     found = []
     for panel in dict.fromkeys(row["panel"] for row in rows):

@@ -262,7 +262,7 @@ def rows_of_prompts(folder: pathlib.Path, made: dict) -> list[dict]:
     def add(run: str, method: str, parameter: str, completions: list[dict]) -> None:
         for prompt, completion in zip(numbers, completions, strict=True):
             of_run = dict(run=run, method=method, parameter=parameter, prompt=prompt)
-            rows.append(of_run | dict(reward=completion["reward"], kl=completion.get("kl")))
+            rows.append(of_run | dict(reward=completion["reward"], kl=completion["kl"]))
 
     for run, evaluated in evaluated_runs(folder, made):
         completions = read_lines(evaluated / COMPLETIONS)
@@ -373,7 +373,7 @@ def reference_row(
     made: dict,
     of_best: list[dict],
     rewards_U: np.ndarray | None,
-    prompts: list[str] | None,
+    prompts: list[int] | None,
 ) -> dict | None:
     """Return the row of what all runs start from: step 0, at KL 0; None where nothing has begun.
 
@@ -470,11 +470,19 @@ def run(
     """
     from dpo_jax import config_checks, sweep
     from dpo_jax.console import say
-    from dpo_jax.pipeline.stages import run_stages
     from dpo_jax.training.loop import Diverged
 
     folder = pathlib.Path(workdir)
     errors = {}
+
+    def make(config) -> None:
+        # A run that diverges is drawn as far as it came; the others are still made.
+        try:
+            sweep.attempt(config, workdir, errors)
+        except Diverged as error:
+            say(f"{config.run}: {error}")
+        report(make_config, folder)
+
     for of_run in chosen(patterns, seeds):
         config = config_of(make_config, of_run)
         config_checks.validate(config)
@@ -482,12 +490,7 @@ def run(
         done = (folder / of_run.name / "done.json").exists()
         say(f"{of_run.name:<22}{'done' if done else cost(config, of_run.stage)}")
         if not dry_run:
-            # One that diverges is drawn as far as it came; the others are still made.
-            try:
-                sweep.attempt(config, workdir, errors)
-            except Diverged as error:
-                say(f"{config.run}: {error}")
-            report(make_config, folder)
+            make(config)
     if any(fnmatch.fnmatch(BEST_OF_N, pattern) for pattern in patterns):
         config = make_config(BEST_OF_N)
         block = config.best_of_n
@@ -495,8 +498,7 @@ def run(
         samples = f"{block.prompts * max(block.n):,} completions of the reference"
         say(f"{BEST_OF_N:<22}{'done' if done else samples}")
         if not dry_run:
-            run_stages(config, workdir)
-            report(make_config, folder)
+            make(config)
     if (folder / "frontier.json").exists() and not dry_run:
         say(f"{folder / 'frontier.json'}, {folder / 'frontier.png'}")
 

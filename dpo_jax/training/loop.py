@@ -212,7 +212,7 @@ class Patience:
 
 
 class Diverged(FloatingPointError):
-    """The loss or gradient of a stage is not finite, which it would not be at another attempt."""
+    """The loss or gradient of a stage is not finite, nor would it be at another attempt."""
 
     def __init__(self, stage: str, reason: str):
         super().__init__(reason)

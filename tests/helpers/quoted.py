@@ -32,6 +32,12 @@ def measured(name: str):
 
 
 @functools.cache
+def at_least(value: float, digits: int) -> str:
+    """Return a lower bound as a page writes it: rounded down, so that it still is one."""
+    scale = 10**digits
+    return f"{math.floor(value * scale) / scale:.{digits}f}"
+
+
 def page(name: str) -> str:
     """Return a page's text on one line, without code and the addresses of its links."""
     text = (ROOT / name).read_text()

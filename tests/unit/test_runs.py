@@ -195,10 +195,11 @@ def test_runs_of_a_sweep_are_listed_and_what_they_share_once(workdir):
         (within / "sft").symlink_to(os.path.join("..", "sft"))
     (workdir / "models" / "small").mkdir(parents=True)
     (workdir / "models" / "small" / "config.json").write_text('{"model_type": "llama"}')
+    (workdir / "latest").symlink_to(".")
     lines = lines_of(workdir)
     listed = [name for name in lines if name.rpartition("/")[2] in ("sft", "dpo")]
     assert listed == ["sft", "pairs.prompts200/dpo", "pairs.prompts1000/dpo"]
-    assert lines["other"] == ["folders:", "models"]
+    assert lines["other"] == ["folders:", "latest,", "models"]
 
 
 def test_overview_of_folder(tmp_path):
