@@ -1114,6 +1114,7 @@ RECORDED: dict[str, list[tuple[str, str, str]]] = {
     "README.md": [
         ("It took 24 s", LOG, "**The toy** by the README's first command"),
         ("(67 s on slower ones)", LOG, "**The toy** is smaller again"),
+        ("in 6 to 8 minutes there", LOG, "**The unit tests** (`python -m pytest`) took"),
         ("(14.7 and", PERFORMANCE, "| GPT-2, 32, with them |"),
     ],
     "docs/losses.md": [
@@ -1198,7 +1199,6 @@ GIVEN: dict[str, list[str]] = {
     "README.md": [
         "Python 3.11 or newer (tested on 3.11)",
         "Pythia-2.8B",
-        "in 6 to 8 minutes there",
     ],
     "docs/data.md": ["over 10 seconds or 1 GB of memory", "Llama 3.2"],
     "docs/exports.md": [
