@@ -276,11 +276,9 @@ def _behind(compared: dict[int | None, dict], at_seeds: dict[int | None, dict]) 
 
     What is not trained is the same beside every seed of the other.
     """
-    if any("reward_se" in point for point in (*compared.values(), *at_seeds.values())):
-        means = []
-        for points in (compared, at_seeds):
-            means.append(statistics.over_seeds(list(points.values()), "reward")["reward"])
-        return dict(behind=means[0] - means[1])
+    points = [*compared.values(), *at_seeds.values()]
+    if any("reward_se" in point for point in points):
+        return dict(behind=_mean_reward(compared) - _mean_reward(at_seeds))
     if None in at_seeds:
         at_seeds = dict.fromkeys(compared, at_seeds[None])
     shared = [seed for seed in compared if seed in at_seeds]
@@ -294,6 +292,10 @@ def _behind(compared: dict[int | None, dict], at_seeds: dict[int | None, dict]) 
     if found["low"] is not None:
         row |= dict(behind_low=found["low"], behind_high=found["high"], interval_unit="seeds")
     return row
+
+
+def _mean_reward(at_seeds: dict[int | None, dict]) -> float:
+    return float(np.mean([point["reward"] for point in at_seeds.values()]))
 
 
 def _kl(row: dict) -> float:

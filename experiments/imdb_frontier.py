@@ -256,28 +256,28 @@ def rows_of_prompts(folder: pathlib.Path, made: dict) -> list[dict]:
     """
     from dpo_jax.workdir import COMPLETIONS, REFERENCE_COMPLETIONS, read_lines
 
+    evaluations = []  # run, method, parameter, completions
     prompts = None
-    rows = []
-
-    def add(run: str, method: str, parameter: str, completions: list[dict]) -> None:
-        for prompt, completion in zip(numbers, completions, strict=True):
-            of_run = dict(run=run, method=method, parameter=parameter, prompt=prompt)
-            rows.append(of_run | dict(reward=completion["reward"], kl=completion["kl"]))
-
     for run, evaluated in evaluated_runs(folder, made):
         completions = read_lines(evaluated / COMPLETIONS)
         texts = [row["prompt"] for row in completions]
         if prompts is None:
             prompts = texts
-            numbers = [texts.index(text) for text in texts]
-            add("reference", "reference", "", read_lines(evaluated / REFERENCE_COMPLETIONS))
+            reference = read_lines(evaluated / REFERENCE_COMPLETIONS)
+            evaluations.append(("reference", "reference", "", reference))
         if texts != prompts:
             raise ValueError(
                 f"{evaluated} has other prompts than the runs before it: expected the same in "
                 "every run, which are compared prompt by prompt. Make it again with their "
                 "config.evaluate.prompts and config.data."
             )
-        add(run.name, run.method, run.parameter, completions)
+        evaluations.append((run.name, run.method, run.parameter, completions))
+    rows = []
+    for run, method, parameter, completions in evaluations:
+        about = dict(run=run, method=method, parameter=parameter)
+        for text, completion in zip(prompts, completions, strict=True):
+            measured = dict(reward=completion["reward"], kl=completion["kl"])
+            rows.append(about | dict(prompt=prompts.index(text)) | measured)
     return rows
 
 

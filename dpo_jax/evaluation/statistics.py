@@ -186,8 +186,8 @@ def reward_at_kl(kls: Sequence[float], rewards: Sequence[float], kl: float) -> f
     Rewards near the reference grow like the root of the KL, so a chord over the KL itself would be
     too low between points that are far apart. Where the bound is exact, interpolate the gap to it
     in place of the reward, for it bends less. A path that comes by this KL several times counts
-    where it does so last, as it is trained furthest there. One run's path starts at the reference:
-    KL 0 and its reward.
+    where it does so last, as it is trained furthest there. To read below its first point, begin
+    it with the reference: KL 0 and its reward.
     """
     # Rounding can take a KL of 0 below it.
     roots_K, values_K = np.sqrt(np.clip(kls, 0, None)), np.asarray(rewards, float)

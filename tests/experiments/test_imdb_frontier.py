@@ -178,11 +178,15 @@ def test_committed_comparisons_are_those_of_the_rows():
     assert len(table) == len(found) == 8
     for row, of_rows in zip(table, found, strict=True):
         for name, cell in row.items():
-            if not name.startswith("kl_change") and name != "settled":  # of PPO's steps
-                value = of_rows.get(name)
-                is_text = isinstance(value, str)
-                expected = "" if value is None else value if is_text else pytest.approx(value)
-                assert (float(cell) if cell and not is_text else cell) == expected, name
+            if name.startswith("kl_change") or name == "settled":  # of PPO's steps
+                continue
+            value = of_rows.get(name)
+            if value is None:
+                assert cell == "", name
+            elif isinstance(value, str):
+                assert cell == value, name
+            else:
+                assert float(cell) == pytest.approx(value), name
 
 
 def test_report_of_runs_that_have_just_begun(tmp_path, make_config):

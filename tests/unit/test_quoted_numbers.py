@@ -771,16 +771,15 @@ def of_toy_frontier() -> list[str]:
     lowest = [min(row["kl"] for row in toy_ends("a", method)) for method in ("ppo", "ppo_gt")]
 
     def kls_of_targets(step: int) -> str:
-        found = []
-        for target in ("0.5", "1", "3"):
-            at_step = [
-                row["kl"]
-                for row in rows
-                if (row["panel"], row["method"], row["parameter"], row["step"])
-                == ("a", "ppo_gt", f"target {target}", step)
-            ]
-            found.append(f"{statistics.fmean(at_step):.1f}")
-        return "{}, {} and {}".format(*found)
+        of_true_reward = []
+        for row in rows:
+            if (row["panel"], row["method"], row["step"]) == ("a", "ppo_gt", step):
+                of_true_reward.append(row)
+        means = []
+        for target in ("target 0.5", "target 1", "target 3"):
+            kls = [row["kl"] for row in of_true_reward if row["parameter"] == target]
+            means.append(statistics.fmean(kls))
+        return "{:.1f}, {:.1f} and {:.1f}".format(*means)
 
     ahead = matched["c", "2.0", "best_of_n"]
     targets = {kl: mean("gap", "a", "ppo_gt", f"target {kl}") for kl in ("0.5", "1", "3", "6")}
@@ -999,8 +998,9 @@ def of_imdb_smollm2() -> list[str]:
     ledger = measured("imdb_smollm2/ledger.json")
     leaks = ledger["evaluate"]["leaks"]
 
-    kls = [row["kl"] for row in found.values() if row["method"] == "dpo"]  # from the smallest β on
-    assert kls == sorted(kls, reverse=True), "a smaller β goes further"
+    # From the smallest β on.
+    kls_of_dpo = [row["kl"] for row in found.values() if row["method"] == "dpo"]
+    assert kls_of_dpo == sorted(kls_of_dpo, reverse=True), "a smaller β goes further"
     near = compared["dpo", "β=0.05"]
     assert float(near["behind_low"]) < 0 < float(near["behind_high"]), "not told apart"
 
